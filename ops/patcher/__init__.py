@@ -1,18 +1,20 @@
-"""The mixin over the host's model patchers that keeps packed weights packed while patches are
-applied.
+"""Mixin over the host's model patchers: applies patches while packed weights stay packed.
 
-Packed here are also weights in the host's own quantised formats, where they lie in one of our
+Weights in the host's own quantised formats count as packed here too, where they lie in one of our
 layers: the host would quantise them again with every patch.
 
 `patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads
-a model, the patches of packed weights are out of its sight, and each packed layer gets them as
+a model, it does not see the patches of packed weights, and each packed layer gets them as
 `LayerPatches` on its attribute `lora`. What clones of a patcher share lies on their model, never on
-a patcher: what is applied right now (`applying`) and which layers stay (`placing`).
+a patcher: the patches applied right now (`applied_patches`) and the layers that stay on the device
+(`residency`).
 """
 import collections
 import contextlib
 import functools
 import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import comfy.hooks
 import comfy.model_management
@@ -32,27 +34,33 @@ from .applied_patches import (
     packed_weight,
     runs_in_layer,
 )
-from .residency import MemoryReport, Placement, Residency, buffer_bytes
+from .residency import UNLOAD_ALL, MemoryReport, Placement, Residency, buffer_bytes
 from .vram_accounting import accounted, make_pinnable, nothing_to_plan
+
+# The class that `_packed_class` mixes in; for type checkers, with everything the host's have.
+_HostPatcher = comfy.model_patcher.ModelPatcherDynamic if TYPE_CHECKING else object
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps them
 
 
-class PackedPatcher:
-    """The methods of `ModelPatcher` and `ModelPatcherDynamic` that would touch packed weights.
+class PackedPatcher(_HostPatcher):
+    """Overrides the methods of `ModelPatcher` and `ModelPatcherDynamic` that touch packed weights.
 
-    placement: what of the model stays on its device; None leaves it to the host. tell: a function
-    that gets the patcher and its `MemoryReport` after each load and at the end of each run.
+    Attributes:
+        placement: How much of the model stays on its device; None leaves that to the host.
+        on_placement: Called with the patcher and its `MemoryReport` after each load and at the end
+            of each run.
     """
 
     placement: Placement | None = None
-    on_placement = None
-    _hidden = None  # all patches, while `patches` holds only those the host may see
+    on_placement: Callable[["PackedPatcher", MemoryReport], None] | None = None
+    _every_patch: dict | None = None  # set while `patches` holds only what the host may see
 
-    # While the host loads or unloads:
-    listed = None  # what it finds in the list of its layers
-    unpinned = None  # names of the weights it would pin, which are only collected
-    staying = None  # in dynamic VRAM, name -> (its backup of a weight, that weight on the device)
+    # Set while the host loads or unloads:
+    load_list: list[tuple] | None = None  # the layers that the host is shown
+    deferred_pins: list[str] | None = None  # collects the names of weights the host would pin
+    # in dynamic VRAM: name -> (the host's backup of the weight, the weight on the device)
+    resident_weights: dict[str, tuple] | None = None
 
     @property
     def _applied(self) -> AppliedPatches:
@@ -64,70 +72,72 @@ class PackedPatcher:
 
     def clone(self, *args, **kwargs):
         clone = adopt(super().clone(*args, **kwargs))
-        # the host handed on model_size(), which counts this patcher's factors
-        clone.size = self.size
-        clone.placement, clone.on_placement = self.placement, self.on_placement
+        clone.size = self.size  # the host set it to model_size(), which counts LoRA factors
+        clone.placement = self.placement
+        clone.on_placement = self.on_placement
         return clone
 
     # --- patches ---
 
     @property
     def all_patches(self) -> dict:
-        """Patches by names of weights, those too that are hidden from the host for the moment."""
-        return self.patches if self._hidden is None else self._hidden
+        """Patches by weight name, including those currently hidden from the host."""
+        return self.patches if self._every_patch is None else self._every_patch
 
     def effective_patches(self, key: str) -> list:
-        """Return the patches of a weight but for those that its packed layer leaves out."""
+        """Returns a weight's patches without those that its packed layer cannot apply."""
         patches = self.all_patches.get(key, [])
-        if not runs_in_layer(self, key, patches):
+        weight = packed_weight(self, key)
+        if weight is None or not runs_in_layer(self, key, patches):
             return patches
-        return usable_patches(key, patches, packed_weight(self, key).shape)
+        return usable_patches(key, patches, weight.shape)
 
     @contextlib.contextmanager
-    def _packed_patches_hidden(self):
-        """Inside this block the host does not see the patches of packed weights."""
-        if self._hidden is not None:
+    def _packed_patches_hidden(self) -> Iterator[None]:
+        """Hides the patches of packed weights from the host inside the block."""
+        if self._every_patch is not None:
             yield
             return
         packed = set(packed_keys(self))
-        self._hidden = self.patches
+        self._every_patch = self.patches
         self.patches = {key: patches for key, patches in self.patches.items() if key not in packed}
         try:
             yield
         finally:
-            self.patches, self._hidden = self._hidden, None
+            self.patches, self._every_patch = self._every_patch, None
 
     @contextlib.contextmanager
-    def meanwhile(self, **patched_weights):
-        """Inside this block these attributes have these values; elsewhere they are None."""
-        vars(self).update(patched_weights)
+    def set_temporarily(self, **attributes: Any) -> Iterator[None]:
+        """Sets attributes of this patcher inside the block, and to None after it."""
+        vars(self).update(attributes)
         try:
             yield
         finally:
-            vars(self).update(dict.fromkeys(patched_weights))
+            vars(self).update(dict.fromkeys(attributes))
 
     # --- memory ---
 
     def full_size(self) -> int:
-        """Return the bytes of the weights, wherever they lie."""
+        """Returns the bytes of the weights on all devices."""
         return super().model_size()
 
     def model_size(self):
         limit = self._residency.limit(self)
-        weights = self.full_size() if limit is None else limit  # the host makes room for no more
+        weights = self.full_size() if limit is None else limit  # the host frees no more than this
         return weights + factor_bytes(self)
 
     def memory_report(self, expected: bool = False) -> MemoryReport:
-        """Return where the weights lie now. expected: where they will, once the model has run."""
+        """Returns where the weights are; `expected`: where they will be once the model has run."""
         return self._residency.memory_report(self, expected)
 
     def report_placement(self, expected: bool = False):
+        """Calls `on_placement` with the memory report."""
         if self.on_placement is not None:
             self.on_placement(self, self.memory_report(expected))
 
     def _load_list(self, for_dynamic=False, default_device=None):
-        if self.listed is not None:
-            return self.listed
+        if self.load_list is not None:
+            return self.load_list
         entries = super()._load_list(for_dynamic, default_device)
         if not for_dynamic or self.placement is None:
             return entries
@@ -135,8 +145,8 @@ class PackedPatcher:
         return [(rank, *entry[-4:]) for rank, entry in enumerate(entries)]
 
     def pin_weight_to_device(self, key):
-        if self.unpinned is not None:
-            self.unpinned.append(key)
+        if self.deferred_pins is not None:
+            self.deferred_pins.append(key)
         elif make_pinnable(self, key):
             weight = packed_weight(self, key)
             if weight is None:
@@ -155,11 +165,11 @@ class PackedPatcher:
     # --- loading ---
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        room = self.loaded_size() + extra_memory
+        available_bytes = self.loaded_size() + extra_memory
         if self._residency.limit(self) is not None:
-            too_much = self.loaded_size() - self.model_size()
-            if too_much > 0:  # or the host leaves a model that is loaded wholly as it is
-                extra_memory = min(extra_memory, -too_much)
+            excess = self.loaded_size() - self.model_size()
+            if excess > 0:  # a negative budget: or the host keeps a fully loaded model as it is
+                extra_memory = min(extra_memory, -excess)
         if not self.is_dynamic() and self._can_swap(device_to, force_patch_weights):
             before = self.loaded_size()
             with self.use_ejected(skip_and_inject_on_exit_only=True):
@@ -168,17 +178,16 @@ class PackedPatcher:
                 except Exception:
                     super().detach()
                     raise
-            # which the factors have taken of it, or left
-            extra_memory -= self.loaded_size() - before
+            extra_memory -= self.loaded_size() - before  # the change in the factors' bytes
         self._applied.evicted = False
         loaded = super().partially_load(device_to, extra_memory,
                                         force_patch_weights=force_patch_weights)
-        self._residency.room = room
+        self._residency.available_bytes = available_bytes
         self.report_placement(expected=True)
         return loaded
 
     def _can_swap(self, device_to, force_patch_weights) -> bool:
-        """Whether only patches differ from what is loaded, so that no base weight needs to move."""
+        """Whether only patches differ from what is loaded, so that no weight needs to move."""
         loaded = self.model.current_weight_patches_uuid
         force_cast = next((module.comfy_force_cast_weights for module in self.model.modules()
                            if hasattr(module, "comfy_force_cast_weights")), self.force_cast_weights)
@@ -186,8 +195,10 @@ class PackedPatcher:
                 and self.model.device == device_to and force_cast == self.force_cast_weights)
 
     def _swap_patches(self, device_to):
-        """Exchange the applied patches for this patcher's where the weights lie; the host then
-        finds nothing to do."""
+        """Replaces the applied patches by this patcher's and leaves every weight on its device.
+
+        The host's load that follows then has nothing to do.
+        """
         self.unpatch_hooks()
         self.model.model_loaded_weight_memory -= self._applied.counted
         for key, backup in self.backup.items():
@@ -203,7 +214,7 @@ class PackedPatcher:
             callback(self, device_to, 0, False, False)
 
     def _swap_host_patches(self, name: str, module, device_to):
-        """Patches of one module that the host applies, as its own `load` leaves them."""
+        """Replaces the patches of one module that the host applies, as its own `load` does."""
         resident = getattr(module, "comfy_patched_weights", False)
         for param, _ in module.named_parameters(recurse=False):
             key = f"{name}.{param}"
@@ -223,22 +234,22 @@ class PackedPatcher:
             self._load_dynamic(device_to, lowvram_model_memory, **dynamic)
         else:
             self._load_static(device_to, lowvram_model_memory, force_patch_weights, full_load)
-        if self.current_hooks is not None:
-            # the host applied them while our patches were hidden
+        if self.current_hooks is not None:  # the host applied them without the hidden patches
             self.patch_hooks(self.current_hooks)
 
-    def _load_static(self, device_to, budget, force_patch_weights, full_load):
+    def _load_static(self, device_to, budget: Any, force_patch_weights, full_load):
         limit = self._residency.limit(self) if device_to == self.load_device else None
         if limit is not None:
-            room = float("inf") if full_load else budget - buffer_bytes(self)
-            budget, full_load = min(limit + factor_bytes(self), room), False
+            available_bytes = float("inf") if full_load else budget - buffer_bytes(self)
+            budget = min(limit + factor_bytes(self), available_bytes)
+            full_load = False
             self.model.model_offload_buffer_memory = 0
         built = self._applied.cache.get(self.patches_uuid, device_to)
         with self._packed_patches_hidden():
             if full_load:
                 super().load(device_to, budget, force_patch_weights=force_patch_weights,
                              full_load=True)
-                self.model.model_loaded_weight_memory = self.full_size()  # not the factors
+                self.model.model_loaded_weight_memory = self.full_size()  # without the factors
             else:
                 budget = max(1, budget - factor_bytes(self))
                 self._load_in_part(device_to, budget, force_patch_weights)
@@ -250,21 +261,23 @@ class PackedPatcher:
             super().load(device_to, budget, force_patch_weights=force_patch_weights)
         elif (not force_patch_weights and self._residency.is_in_order(self)
                 and nothing_to_plan(self, device_to, budget)):
-            self.apply_hooks(self.forced_hooks, force_apply=True)
+            hooks: Any = self.forced_hooks  # may be None
+            self.apply_hooks(hooks, force_apply=True)
         else:
-            with accounted(self, device_to), self._residency.planned(self, device_to,
-                                                                     budget) as budget:
-                super().load(device_to, budget, force_patch_weights=force_patch_weights)
+            planned = self._residency.planned(self, device_to, budget)
+            with accounted(self, device_to), planned as resident_budget:
+                super().load(device_to, resident_budget,  # pyright: ignore[reportArgumentType]
+                             force_patch_weights=force_patch_weights)
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
-        # The host's `dirty` uploads every weight again. Only weights that it patches itself need
-        # that, and new slots.
-        self._residency.drop_places_out_of_order(self, device_to)
+        # The host's `dirty` uploads every weight again. Only weights that the host patches itself
+        # and weights with a new slot need that.
+        self._residency.drop_slots_out_of_order(self, device_to)
         before = self._slots()
         built = self._applied.cache.get(self.patches_uuid, device_to)
-        staying = self._residency.weights_that_stay(self, device_to)
-        self._take_all_off()
-        with self._packed_patches_hidden(), self.meanwhile(staying=staying):
+        resident_weights = self._residency.resident_weights(self, device_to)
+        self._remove_patches()
+        with self._packed_patches_hidden(), self.set_temporarily(resident_weights=resident_weights):
             super().load(device_to, lowvram_model_memory)
         for module, (slot, patched) in self._slots().items():
             old_slot, was_patched = before.get(module, (None, False))
@@ -273,27 +286,26 @@ class PackedPatcher:
         self._applied.apply_all(self, device_to, built)
         self._residency.limit_pages(self)
 
-    def _slots(self) -> dict:
-        """Module -> (its device memory, whether the host patches what lies there), in dynamic
-        VRAM."""
-        return {
-            module: (module._v,
-                     any(
-                         getattr(module, f"{param}_lowvram_function", None)
-                         for param in ("weight", "bias"))) for module in self.model.modules()
-            if hasattr(module, "_v")
-        }
+    def _slots(self) -> dict[Any, tuple]:
+        """Returns module -> (its memory in dynamic VRAM, whether the host patches its weights)."""
+        slots = {}
+        for module in self.model.modules():
+            if hasattr(module, "_v"):
+                is_patched = any(getattr(module, f"{param}_lowvram_function", None)
+                                 for param in ("weight", "bias"))
+                slots[module] = module._v, is_patched
+        return slots
 
     # --- a run ---
 
     def prepare_state(self, timestep, model_options):
-        """The host calls it before it runs a model, once or more in each step."""
+        """Prepares for a run of the model; the host calls it one or more times per step."""
         self._applied.check_source()
         self._residency.before_step(self, timestep)
         super().prepare_state(timestep, model_options)
 
     def cleanup(self):
-        """The host calls it at the end of a run, also when it fails."""
+        """Ends a run; the host calls it also when the run failed."""
         self._residency.after_run(self, failed=sys.exc_info()[0] is not None)
         super().cleanup()
         if self._applied.evicted:  # the host no longer knows the model as loaded
@@ -305,19 +317,19 @@ class PackedPatcher:
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
-            self._take_all_off()
+            self._remove_patches()
 
-    def _take_all_off(self):
-        """Put back what a load has replaced, and free what packed layers run."""
+    def _remove_patches(self):
+        """Restores the weights that a load replaced, and frees the patches of packed layers."""
         if self.is_dynamic():
             super().restore_loaded_backups()
         self._applied.clear(self)
 
     def restore_loaded_backups(self):
-        """Dynamic VRAM frees what a load has put on the device, also in the midst of a run, which
-        goes on with its patches.
+        """Moves what a load put on the device back, in dynamic VRAM; returns the freed bytes.
 
-        Returns the freed bytes. The host would put unpatched weights back.
+        The host also calls it in the middle of a run, and would restore unpatched weights. Here
+        weights keep their patches, so that the run continues with them.
         """
         patched = {key: (self.backup[key], comfy.utils.get_attr(self.model, key))
                    for key, patches in self.all_patches.items()
@@ -326,7 +338,7 @@ class PackedPatcher:
         for key, (backup, weight) in patched.items():
             self.backup[key] = backup
             comfy.utils.set_attr_param(self.model, key, weight.to(self.offload_device))
-        for key, (backup, weight) in (self.staying or {}).items():
+        for key, (backup, weight) in (self.resident_weights or {}).items():
             self.backup[key] = backup
             comfy.utils.set_attr_param(self.model, key, weight)
         self._applied.offload(self)
@@ -344,20 +356,18 @@ class PackedPatcher:
         return super().detach(unpatch_all)
 
     def _evict(self):
-        """Free the device of a model in the midst of a run, whose next step finds weights and
-        patches on the offload device.
+        """Moves a model off the device in the middle of a run, weights and patches alike.
 
-        The host would take the patches off with the weights, and the rest of the run would go on
-        without them.
+        The host would remove the patches, and the rest of the run would continue without them.
         """
-        self.partially_unload_ram(1e32)
-        self.partially_unload(self.offload_device, 1e32)
+        self.partially_unload_ram(UNLOAD_ALL)
+        self.partially_unload(self.offload_device, UNLOAD_ALL)
         self._applied.offload(self)
         self.model.model_loaded_weight_memory = 0
         self._applied.evicted = True
         return self.model
 
-    # --- hooks, which exchange the patches of a model between two parts of its conditioning ---
+    # --- hooks: other patches for each part of the conditioning ---
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights,
                                     memory_counter):
@@ -369,7 +379,8 @@ class PackedPatcher:
         patches = build(self, key, patches, self.load_device, {key: original_weights.pop(key)})
         self._applied.replace_for_hooks(self, key, patches)
         if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
-            self.cached_hook_patches.setdefault(hooks, {})[key] = patches
+            cached_patches: dict[str, Any] = self.cached_hook_patches.setdefault(hooks, {})
+            cached_patches[key] = patches
 
     def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
         if isinstance(cached_weights[key], (LayerPatches, type(None))):
@@ -379,8 +390,7 @@ class PackedPatcher:
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
 
     def _make_writable(self, key: str):
-        """Hooks of the host write into dense weights where they lie, which may be in a mapped
-        file."""
+        """Copies a dense weight out of the mapped file, for the host's hooks write into it."""
         if not self.is_dynamic() and key not in self.hook_backup:
             self.unpin_weight(key)
             comfy.utils.set_attr_param(self.model, key,
@@ -407,17 +417,15 @@ class PackedPatcher:
             if key not in self.backup:
                 self.backup[key] = Backup(weight.to(self.offload_device), False)
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
-        elif (
-            patches and self._hidden is None
-        ):  # a loader that is not the host's asks weight by weight
+        elif patches and self._every_patch is None:  # another pack's loader, weight by weight
             self._applied.apply_one(self, key, device_to)
         return weight
 
     def get_key_patches(self, filter_prefix=None):
-        """Return weights and their patches, as other models take them to be merged with."""
-        listed = super().get_key_patches(filter_prefix)
+        """Returns name -> [weight, *patches], which other models merge with theirs."""
+        weights = super().get_key_patches(filter_prefix)
         return {key: [weight, *(self.effective_patches(key) if patches else ())]
-                for key, (weight, *patches) in listed.items()}
+                for key, (weight, *patches) in weights.items()}
 
     def model_state_dict(self, filter_prefix=None):
         return patched_weights.patched_state_dict(self, super().model_state_dict(filter_prefix))
@@ -428,21 +436,23 @@ class PackedPatcher:
 
 
 @functools.cache
-def _packed_class(cls: type) -> type:
+def _packed_class(cls: type) -> type[PackedPatcher]:
     return type(f"Packed{cls.__name__}", (PackedPatcher, cls), {})
 
 
 def is_adoptable(patcher) -> bool:
-    """Whether a patcher is the host's own or one of these. A class of another pack loads and
-    patches weights in its own way."""
+    """Whether a patcher is the host's own or one of these.
+
+    A class of another pack loads and patches weights in its own way.
+    """
     return isinstance(patcher, PackedPatcher) or type(patcher).__module__ == "comfy.model_patcher"
 
 
-def adopt(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """Make a patcher of the host, freshly loaded or cloned, keep packed weights packed. Returns
-    it."""
+def adopt(patcher: comfy.model_patcher.ModelPatcher) -> PackedPatcher:
+    """Turns a patcher of the host, freshly loaded or cloned, into a `PackedPatcher` in place."""
     if not isinstance(patcher, PackedPatcher):
         patcher.__class__ = _packed_class(type(patcher))
+    assert isinstance(patcher, PackedPatcher)
     model = patcher.model
     if not hasattr(model, "packed_patches"):
         model.packed_patches = AppliedPatches()

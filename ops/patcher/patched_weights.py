@@ -1,7 +1,7 @@
-"""Weights with their patches in them: one at a time, as a state dict, and for a file.
+"""Patched weights: one at a time, as a state dict, for a file, and in float32 for packing.
 
-The host rounds a patched weight to the model's dtype, and so does what reads one here; whoever
-packs it next would round twice. So packing takes them in float32, some rows at a time.
+The host rounds a patched weight to the model's dtype, and the readers of the first part do so too.
+To pack such a weight would round it twice, so packing reads float32, some rows at a time.
 """
 from collections.abc import Callable, Sequence
 
@@ -19,7 +19,7 @@ from ..row_slicing import rows_are_whole_blocks, take_rows
 from ..stochastic_rounding import stochastic_round
 from .applied_patches import layer_of, packed_weight
 
-# what the host's quantised layers keep beside their weight
+# names of tensors that the host's quantised layers keep next to their weight
 QUANT_SIDE_KEYS = ("input_scale", "pre_quant_scale")
 
 Patch = tuple  # (strength, value, strength_model, offset, function), as the host keeps them
@@ -29,7 +29,7 @@ Patch = tuple  # (strength, value, strength_model, offset, function), as the hos
 
 
 def patched_weight(key: str, patches: list, weight: torch.Tensor, layer) -> torch.Tensor:
-    """Return a packed weight dense, with its patches in it."""
+    """Returns a packed weight dense, with its patches in it."""
     dense = layer.dense_weight(weight, torch.float32)
     if not patches:
         return dense.to(weight.dtype)
@@ -37,7 +37,7 @@ def patched_weight(key: str, patches: list, weight: torch.Tensor, layer) -> torc
 
 
 def patched_state_dict(patcher, weights: dict) -> PatchedWeights:
-    """Return a state dict whose packed weights are made dense and patched as they are read."""
+    """Returns a state dict that dequantises and patches each weight when it is read."""
     def patched(key: str) -> torch.Tensor:
         return patcher.patch_weight_to_device(key, weights[key].device, return_weight=True)
 
@@ -47,18 +47,18 @@ def patched_state_dict(patcher, weights: dict) -> PatchedWeights:
 
 
 def file_state_dict(patcher, state_dict: dict, prefix: str) -> dict:
-    """Return the host's state dict of the part below `prefix`, packed weights dense and patched."""
+    """Returns the host's state dict of the part below `prefix`, with patched weights for a file."""
     for name in list(state_dict):
         key = prefix + name
         weight = packed_weight(patcher, key)
         if weight is None:
-            if key in patcher.backup:  # patched already; the host would patch what is written again
+            if key in patcher.backup:  # patched already; the host would patch it once more
                 state_dict[name] = comfy.utils.get_attr(patcher.model, key)
             continue
         layer, start = layer_of(patcher, key), name.removesuffix("weight")
         for part in layer._parameters.keys() - {"bias"}:
             state_dict.pop(start + part, None)
-        if is_packed(weight) or key in patcher.all_patches:  # written dense, one at a time
+        if is_packed(weight) or key in patcher.all_patches:  # the writer makes them dense, in turn
             shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             state_dict[name] = LazyCastingParam(patcher, key, shape)
         else:
@@ -70,27 +70,30 @@ def file_state_dict(patcher, state_dict: dict, prefix: str) -> dict:
 
 
 def weight_names(patcher, prefix: str = "") -> list[str]:
-    """Names of a model's parameters and saved buffers below `prefix`, in order; a quantised weight
-    is one."""
+    """Returns the names of parameters and saved buffers below `prefix`, in state dict order.
+
+    A quantised weight is one name: the scales of its layer are left out.
+    """
     model = patcher.model
-    saved = model.state_dict().keys()
-    found = dict(model.named_parameters(remove_duplicate=False))
-    found |= {
+    saved_names = model.state_dict().keys()
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {
         name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name in saved
+        if name in saved_names
     }
-    order = {name: index for index, name in enumerate(saved)}
-    names = [
-        name for name in found
-        if name.startswith(prefix) and not (name.endswith(QUANT_SIDE_KEYS) and isinstance(
-            found.get(f"{name.rpartition('.')[0]}.weight"), QuantizedTensor))
-    ]
+
+    def is_of_a_quantised_weight(name: str) -> bool:
+        weight = tensors.get(f"{name.rpartition('.')[0]}.weight")
+        return name.endswith(QUANT_SIDE_KEYS) and isinstance(weight, QuantizedTensor)
+
+    order = {name: index for index, name in enumerate(saved_names)}
+    names = [name for name in tensors
+             if name.startswith(prefix) and not is_of_a_quantised_weight(name)]
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def unpatched_weight(patcher, key: str) -> torch.Tensor:
-    """A weight as the model holds it without its patches, which the host may have written into
-    it."""
+    """Returns a weight without its patches, also where the host has written them into it."""
     if key in patcher.backup:
         return patcher.backup[key].weight
     if key in patcher.hook_backup:
@@ -99,90 +102,79 @@ def unpatched_weight(patcher, key: str) -> torch.Tensor:
 
 
 def row_reader(patcher, key: str) -> Callable[[int, int], torch.Tensor]:
-    """A function of (first row, end row) that gives these rows of the weight without its patches,
-    in float32, a copy.
+    """Returns a function that reads rows of a weight without its patches.
 
-    It looks for the weight whenever it is called: the host may load the model, and write patches
-    into it, at any time.
+    The function takes the first row and the one after the last, and returns a float32 copy. It
+    looks the weight up in each call: the host may load the model, and write patches into it, at any
+    time.
     """
-    layer = (
-        comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) if "." in key else patcher.model
-    )
+    layer_name = key.rpartition(".")[0]
+    layer = comfy.utils.get_attr(patcher.model, layer_name) if layer_name else patcher.model
 
-    def rows(start: int, stop: int) -> torch.Tensor:
+    def read_rows(start: int, stop: int) -> torch.Tensor:
         weight = unpatched_weight(patcher, key)
         if not isinstance(weight, QuantizedTensor):
-            return (weight[start:stop] if weight.ndim else weight).detach().to(
-                torch.float32, copy=True)
+            rows = weight[start:stop] if weight.ndim else weight
+            return rows.detach().to(torch.float32, copy=True)
         whole = relabel(weight, dtype=torch.float32)
         if is_packed(weight):
-            part = take_rows(whole, slice(start, stop))
-            if not is_packed(part):
-                return part.clone()
-            return (
-                layer.dense_weight(part, torch.float32)
-                if isinstance(layer, PackedLayer)
-                else part.dequantize()
-            )
-        dense, smoothing = whole.dequantize(), getattr(layer, "pre_quant_scale", None)
-        return (dense if smoothing is None else dense * smoothing.to(dense))[start:stop].clone()
+            rows = take_rows(whole, slice(start, stop))
+            if not is_packed(rows):
+                return rows.clone()
+            if isinstance(layer, PackedLayer):
+                return layer.dense_weight(rows, torch.float32)
+            return rows.dequantize()
+        dense = whole.dequantize()
+        smoothing = getattr(layer, "pre_quant_scale", None)
+        if smoothing is not None:
+            dense = dense * smoothing.to(dense)
+        return dense[start:stop].clone()
 
-    return rows
+    return read_rows
 
 
 def effective_patches(patcher, key: str) -> Sequence[Patch]:
-    """A weight's patches as they run."""
+    """Returns the patches of a weight that are applied to it."""
     if hasattr(patcher, "effective_patches"):
         return patcher.effective_patches(key)
     return patcher.patches.get(key, ())
 
 
 def patched_shape(patcher, key: str) -> torch.Size:
-    """The shape of a weight with its patches, some of which put a larger one in its place."""
+    """Returns the shape of a weight with its patches, some of which enlarge it."""
     weight = unpatched_weight(patcher, key)
     patches = patcher.patches.get(key, [])
     return comfy.lora.calculate_shape(patches, weight, key) if patches else weight.shape
 
 
 def apply_patches(patches: Sequence[Patch], values: torch.Tensor, key: str) -> torch.Tensor:
-    """Values with the host's patches in them, by its own arithmetic. values: float32, may be
-    overwritten."""
+    """Applies patches to float32 values, which may be overwritten, by the host's arithmetic."""
     return comfy.lora.calculate_weight(list(patches), values, key)
 
 
 def slice_patches(patches: Sequence[Patch], start: int, stop: int) -> list[Patch] | None:
-    """The part of each patch that concerns some rows of its weight; None where one of them needs
-    the whole weight at once."""
+    """Returns the parts of patches that change some rows; None if one needs the whole weight."""
     parts = []
     for patch in patches:
-        part = _slice_patch(patch, start, stop)
+        part = _patch_parts(patch, start, stop)
         if part is None:
             return None
         parts += part
     return parts
 
 
-def _slice_patch(patch: Patch, start: int, stop: int) -> list[Patch] | None:
+def _patch_parts(patch: Patch, start: int, stop: int) -> list[Patch] | None:
     strength, value, strength_model, offset, function = patch
-    # another model's weight, with patches of its own
     if isinstance(value, list) and offset is None and function is None:
-        (weight, convert), *others = value
+        # another model's weight, with patches of its own
+        (weight, convert), *inner_patches = value
         if isinstance(weight, QuantizedTensor) and not rows_are_whole_blocks(weight):
             return None
-        inner = slice_patches(others, start, stop)
-        return (
-            None
-            if inner is None
-            else [
-                (
-                    strength,
-                    [(take_rows(weight, slice(start, stop)), convert), *inner],
-                    strength_model,
-                    None,
-                    None,
-                )
-            ]
-        )
+        inner_parts = slice_patches(inner_patches, start, stop)
+        if inner_parts is None:
+            return None
+        rows = take_rows(weight, slice(start, stop))
+        return [(strength, [(rows, convert), *inner_parts], strength_model, None, None)]
     if offset is None or offset[0] != 0:
         part = slice_patch(patch, start, stop)
         return None if part is None else [part]

@@ -1,25 +1,24 @@
-"""Which layers of a model stay on its device, where not all of them do.
+"""Chooses which layers of a model stay on its device if not all fit.
 
-A layer that does not stay is copied in whenever it runs. With the host's two streams its copy
-begins when computing reaches the copied layer before it: so the copy hides behind the products from
-there on, and how far ahead it begins is how far apart copied layers lie, which follows from the
-budget. Two copied layers beside each other hide behind nothing but the first one's product; a layer
-that multiplies a single row, as those that modulate the blocks of Flux, hides no other.
+A layer that does not stay is copied in whenever it runs. With the host's two streams the copy
+begins when computing reaches the previous copied layer, and overlaps the products from there on.
+So the distance between copied layers, which follows from the budget, is the lookahead. Of two
+adjacent copied layers, the second one's copy overlaps only the first one's product; a layer that
+multiplies a single row, such as those that modulate the blocks of Flux, overlaps no other's copy.
 
-Once a step has shown what runs and how much it multiplies, the layers that are left out are those
-whose copies need the slowest link to all hide behind computing. Each takes up a part of the step's
-work, from where its copy begins to where the layer itself does, and no two parts overlap: what is
-chosen is the set of such intervals with the most bytes (weighted interval
-scheduling: J. Kleinberg, E. Tardos, Algorithm Design, 2006, section 6.1). Where the link is faster,
-nothing is waited for; where it is slower, it always has something to copy. Layers that run more
-often than others stay before them, those that do not run at all after them.
+A profiled step shows which layers run and how much they multiply. Then the layers that do not stay
+are those whose copies all overlap computing on the slowest link. Each takes an interval of the
+step's work, from the begin of its copy to the begin of its product, and no two intervals overlap:
+the choice is the set of intervals with the most bytes (weighted interval scheduling: J. Kleinberg,
+E. Tardos, Algorithm Design, 2006, section 6.1). On a faster link nothing waits; a slower one always
+has something to copy. Layers that run more often stay first, layers that do not run stay last.
 
-Before there is such a step, layers stay in an order of which each beginning, and each end, is
-spread evenly over the model. First always come small ones, whose copies take as long as those of
-larger ones; last come packed tables, of which only the rows that are asked for travel.
+Before there is a profile, layers stay in an order whose every prefix and suffix is spread evenly
+over the model. Small layers always come first, for their copies take as long as those of larger
+ones; packed embeddings come last, for only the rows that are looked up are copied.
 
-A step is counted, not timed: a device works on while the host is done with its part, and the same
-step always shows the same.
+A profile counts work instead of time: a device still computes when the host has queued its work,
+and the count is the same for every run of a step.
 """
 import bisect
 import functools
@@ -32,190 +31,216 @@ import torch
 from ..layers import Embedding
 from ..packed_layout import is_packed
 
-SMALL = 64 << 10  # bytes of a layer; those the host puts first in dynamic VRAM
+SMALL = 64 << 10  # bytes of a layer; the host puts smaller ones first in dynamic VRAM too
 GOLDEN = (5 ** 0.5 - 1) / 2
-HALVINGS = 16  # of the range in which the speed of the link is looked for
-# times the speed at which copying takes as long as computing; what it cannot hide nothing will
+HALVINGS = 16  # steps of the search for the link's speed
+# The search ends at this multiple of the speed at which copying takes as long as computing.
 FASTEST = 1 << 10
 
 
 class LayerProfile:
-    """How often each layer runs in a step, by its name, and the work before it runs first:
-    multiplications by weights.
+    """How often each layer runs in a step, and the work done before it first runs.
 
-    Where nothing is known, each runs once.
+    Work is the number of multiplications by weights. In an empty profile each layer runs once.
     """
 
     def __init__(self):
-        self._times, self._begins = {}, {}
+        self._runs: dict[str, int] = {}
+        self._work_before: dict[str, int] = {}
         self._work = 0
 
     def add(self, name: str, work: int):
-        """A layer has run."""
-        self._times[name] = self._times.get(name, 0) + 1
-        self._begins.setdefault(name, self._work)
+        """Counts one run of a layer."""
+        self._runs[name] = self._runs.get(name, 0) + 1
+        self._work_before.setdefault(name, self._work)
         self._work += work
 
     def runs(self, name: str) -> int:
-        return self._times.get(name, 0) if self._times else 1
+        return self._runs.get(name, 0) if self._runs else 1
 
     def work_before(self, name: str) -> int:
-        return self._begins.get(name, 0)
+        return self._work_before.get(name, 0)
 
 
 class ProfileRecorder:
-    """Counts a step of a model from now until it is stopped. timestep: the step's, which others
-    differ from."""
+    """Records the profile of a model's step, until it is stopped.
+
+    Args:
+        model: The model that runs.
+        timestep: The step's, which tells it from the next one.
+    """
 
     def __init__(self, model: torch.nn.Module, timestep: torch.Tensor):
         self.timestep = timestep
-        self._step = LayerProfile()
+        self._profile = LayerProfile()
         self._layers = {
             name: module for name, module in model.named_modules()
             if hasattr(module, "comfy_cast_weights")
         }
-        self._hooks = [module.register_forward_hook(functools.partial(_count, self._step, name))
-                       for name, module in self._layers.items()]
+        self._hooks = []
+        for name, module in self._layers.items():
+            hook = functools.partial(_count_run, self._profile, name)
+            self._hooks.append(module.register_forward_hook(hook))
 
     def stop(self) -> LayerProfile:
-        """The step; nothing of it where half of the weights or more ran out of sight, as in layers
-        that were compiled."""
+        """Ends the recording and returns the profile.
+
+        It is empty if the hooks saw half of the weights or less, as in a model that is compiled.
+        """
         for hook in self._hooks:
             hook.remove()
         sizes = {
             name: sum(map(torch.numel, module.parameters(recurse=False)))
             for name, module in self._layers.items()
         }
-        seen = sum(size for name, size in sizes.items() if self._step.runs(name))
-        return self._step if 2 * seen > sum(sizes.values()) else LayerProfile()
+        seen = sum(size for name, size in sizes.items() if self._profile.runs(name))
+        return self._profile if 2 * seen > sum(sizes.values()) else LayerProfile()
 
 
-def _count(step: LayerProfile, name: str, module, inputs, output):
-    if not torch.compiler.is_compiling():  # the hook would stay in what is compiled
-        step.add(name, _work(module, output))
+def _count_run(profile: LayerProfile, name: str, module, inputs, output):
+    if not torch.compiler.is_compiling():  # the hook would become part of the compiled code
+        profile.add(name, _work(module, output))
 
 
-def _work(module, output) -> int:
-    """Multiplications by the weight of a layer of which each row gives one part of the output, at
-    every place of it."""
-    shape = getattr(getattr(module, "weight", None), "shape", ())
-    return (
-        output.numel() // shape[0] * shape.numel()
-        if len(shape) and isinstance(output, torch.Tensor)
-        else 0
-    )
+def _work(module: torch.nn.Module, output) -> int:
+    """Returns how many multiplications by its weight, (N, ...), a layer did for `output`."""
+    weight = getattr(module, "weight", None)
+    if not (isinstance(weight, torch.Tensor) and weight.ndim and isinstance(output, torch.Tensor)):
+        return 0
+    return output.numel() // weight.shape[0] * weight.shape.numel()
 
 
 class LayerEntry(NamedTuple):
-    """What of an entry in the host's list of layers does not depend on what it is sorted by."""
+    """The part of an entry in the host's load list that follows its sort keys."""
+
     size: int
     name: str
     module: torch.nn.Module
     params: dict
 
 
-def layer_entries(entry: tuple) -> LayerEntry:
+def layer_entry(entry: tuple) -> LayerEntry:
+    """Returns an entry of the host's load list without its sort keys."""
     return LayerEntry(*entry[-4:])
 
 
 def is_table(module: torch.nn.Module) -> bool:
+    """Whether a layer is a packed embedding, which stays off the device."""
     return isinstance(module, Embedding) and is_packed(module.weight)
 
 
 def golden_ratio_order(count: int) -> list[int]:
-    """The numbers below `count` in an order of which each beginning, and each end, is spread evenly
-    over them."""
+    """Returns range(count) in an order whose every prefix and suffix is spread evenly over it."""
     return sorted(range(count), key=lambda number: number * GOLDEN % 1)
 
 
-def residency_order(entries: list[tuple], room: float, step: LayerProfile | None) -> list[tuple]:
-    """The host's entries, those first that are to stay before others. room: bytes for them. step:
-    what one has shown."""
+def residency_order(entries: Sequence[tuple], budget: float,
+                    profile: LayerProfile | None) -> list[tuple]:
+    """Sorts the host's entries so that those that should stay on the device come first.
+
+    Args:
+        entries: Entries of the host's load list.
+        budget: Bytes for the layers that stay.
+        profile: The profile of a step, or None before there is one.
+    """
     first, others, tables = [], [], []
     for entry in entries:
-        field = layer_entries(entry)
-        travels = hasattr(field.module, "comfy_cast_weights")
-        group = (
-            first
-            if not travels or field.size <= SMALL
-            else tables
-            if is_table(field.module)
-            else others
-        )
-        group.append(entry)
+        layer = layer_entry(entry)
+        if layer.size <= SMALL or not hasattr(layer.module, "comfy_cast_weights"):
+            first.append(entry)
+        elif is_table(layer.module):
+            tables.append(entry)
+        else:
+            others.append(entry)
     ordered = [others[number] for number in golden_ratio_order(len(others))]
-    if step is not None:
-        ordered = _by_use(ordered, room - sum(layer_entries(entry).size for entry in first), step)
+    if profile is not None:
+        ordered = _order_by_use(ordered, budget - _total_size(first), profile)
     return [*first, *ordered, *tables]
 
 
-def layers_that_fit(entries: list[tuple], room: float) -> set[str]:
-    """Names of the layers that stay, of entries in order, where there are so many bytes for
-    them."""
+def layers_that_fit(entries: Sequence[tuple], budget: float) -> set[str]:
+    """Returns the names of the layers to keep: each, in order, that fits into the bytes left."""
     kept = set()
-    for field in map(layer_entries, entries):
-        if field.size <= room:
-            kept.add(field.name)
-            room -= field.size
+    for layer in map(layer_entry, entries):
+        if layer.size <= budget:
+            kept.add(layer.name)
+            budget -= layer.size
     return kept
 
 
-def _by_use(entries: list[tuple], room: float, step: LayerProfile) -> list[tuple]:
-    """Entries that run more often before others, and where there is room for some of those that run
-    as often, as few times as can be waited for the rest."""
+def _order_by_use(entries: list[tuple], budget: float, profile: LayerProfile) -> list[tuple]:
+    """Sorts entries by how often they run.
+
+    Of layers that run equally often, and of which only some fit, those whose copies overlap
+    computing come last.
+    """
+    def runs(entry: tuple) -> int:
+        return profile.runs(layer_entry(entry).name)
+
     ordered = []
-    for _, group in itertools.groupby(
-            sorted(entries, key=lambda entry: -step.runs(layer_entries(entry).name)),
-            key=lambda entry: step.runs(layer_entries(entry).name)):
+    for count, group in itertools.groupby(sorted(entries, key=runs, reverse=True), key=runs):
         group = list(group)
-        size = sum(layer_entries(entry).size for entry in group)
-        running = sorted((step.work_before(field.name), field.size, field.name)
-                         for field in map(layer_entries, group) if step.runs(field.name))
-        left_out = set()
-        if 0 < room < size and running:
-            begins, sizes, names = zip(*running)
-            left_out = {names[index] for index in overlappable(sizes, begins, size - room)}
-        ordered += sorted(group, key=lambda entry: layer_entries(entry).name in left_out)
-        room -= size
+        size = _total_size(group)
+        copied = set()
+        if 0 < budget < size and count:
+            layers = sorted((profile.work_before(layer.name), layer.size, layer.name)
+                            for layer in map(layer_entry, group))
+            work_before, sizes, names = zip(*layers)
+            copied = {names[index] for index in overlappable(sizes, work_before, size - budget)}
+        ordered += sorted(group, key=lambda entry: layer_entry(entry).name in copied)
+        budget -= size
     return ordered
 
 
-def overlappable(sizes: Sequence[int], begins: Sequence[float], needed: float) -> list[int]:
-    """The layers of at least `needed` bytes whose copies all hide behind computing at the slowest
-    speed of the link.
+def _total_size(entries: Sequence[tuple]) -> int:
+    return sum(layer_entry(entry).size for entry in entries)
 
-    sizes: bytes of each layer, in the order in which they run. begins: the work of a step before
-    each, never less than that before the one before it. Returns their numbers, in that order; fewer
-    where no speed hides so much.
+
+def overlappable(sizes: Sequence[int], work_before: Sequence[float], needed: float) -> list[int]:
+    """Chooses layers of at least `needed` bytes whose copies overlap computing on the slowest link.
+
+    Args:
+        sizes: Bytes of each layer, in the order in which they run.
+        work_before: The work of a step before each layer runs, ascending.
+        needed: Bytes that do not fit on the device.
+
+    Returns:
+        The indices of the chosen layers, ascending. They have fewer bytes if on no link the copies
+        of so many overlap computing.
     """
-    slow = needed / max(begins[-1], 1)
+    slow = needed / max(work_before[-1], 1)
     fast = slow * FASTEST
     for _ in range(HALVINGS):
         middle = (slow * fast) ** 0.5
-        if sum(sizes[index] for index in _overlappable_at(middle, sizes, begins)) >= needed:
+        if sum(sizes[index] for index in _overlappable_at(middle, sizes, work_before)) >= needed:
             fast = middle
         else:
             slow = middle
-    return _overlappable_at(fast, sizes, begins)
+    return _overlappable_at(fast, sizes, work_before)
 
 
-def _overlappable_at(speed: float, sizes: Sequence[int], begins: Sequence[float]) -> list[int]:
-    """The layers of the most bytes whose copies all hide behind computing. speed: bytes in a unit
-    of work."""
-    # of the first layers, by how many: bytes, and (the last one, what is chosen before it)
-    most, last = [0], [None]
-    for index, (size, begin) in enumerate(zip(sizes, begins)):
-        copy_begins = begin - size / speed
-        # at most so many begin before the copy
-        before = bisect.bisect_right(begins, copy_begins, hi=index)
-        with_it = most[before] + size
-        if copy_begins >= 0 and with_it > most[-1]:
-            most.append(with_it)
-            last.append((index, last[before]))
+def _overlappable_at(speed: float, sizes: Sequence[int], work_before: Sequence[float]) -> list[int]:
+    """Chooses the layers of the most bytes whose copies overlap computing.
+
+    Args:
+        speed: Bytes that are copied during one unit of work.
+        sizes: See `overlappable`.
+        work_before: See `overlappable`.
+    """
+    # For the first n layers: the most bytes, and the choice as a linked list of (index, rest).
+    most_bytes: list[int] = [0]
+    choices: list[tuple | None] = [None]
+    for index, (size, work) in enumerate(zip(sizes, work_before)):
+        copy_begin = work - size / speed
+        count = bisect.bisect_right(work_before, copy_begin, hi=index)  # layers that begin earlier
+        with_layer = most_bytes[count] + size
+        if copy_begin >= 0 and with_layer > most_bytes[-1]:
+            most_bytes.append(with_layer)
+            choices.append((index, choices[count]))
         else:
-            most.append(most[-1])
-            last.append(last[-1])
-    chosen, rest = [], last[-1]
+            most_bytes.append(most_bytes[-1])
+            choices.append(choices[-1])
+    chosen, rest = [], choices[-1]
     while rest is not None:
         index, rest = rest
         chosen.append(index)

@@ -1,17 +1,17 @@
-"""What the host counts as loaded lies on the device, and nothing more: outside dynamic VRAM, where
-it loads models in part.
+"""Keeps the host's count of loaded bytes equal to what is on the device, outside dynamic VRAM.
 
-The host plans anew in each load which layers stay. Those that fall out of the plan it counts no
-more and leaves where they are; those it must cast anyway, as most of a text encoder, it does not
-even look at again. They add up until the device is full. And a byte less of free memory can give
-another plan, so that layers would travel in each prompt.
+The host plans in each partial load which layers stay. Layers that fall out of the plan are no
+longer counted but stay where they are; layers that it must cast anyway, such as most of a text
+encoder's, it does not look at again. They add up until the device is full. Also, one byte less of
+free memory can give another plan, and layers would move in each prompt.
 
-Weights that stay off the device are pinned, from where copies run while layers compute. A driver
-pins no memory that may not be written, such as a mapped file. A weight that is still there is
-copied first, as it is by a way to the device and back; where there is not enough memory, it stays
-in the file and is not pinned.
+Weights off the device are pinned, so that they are copied while layers compute. A driver cannot pin
+read-only memory, such as a mapped file. A weight in a file is copied to memory first, as a move to
+the device and back would do; where memory is short, it stays in the file and is not pinned.
 """
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -21,57 +21,59 @@ from ..packed_layout import QuantizedTensor
 from ..read_only_memory import is_read_only
 from .applied_patches import packed_weight
 
-KEPT_FREE = 4  # one part in so many of the memory of the machine is not filled with copies
+KEEP_FREE = 0.25  # fraction of the machine's memory that copies leave free
 
 
 @contextlib.contextmanager
-def accounted(patcher, device):
-    """Around the host's load to this device in part: afterwards the layers lie where it planned
-    them."""
+def accounted(patcher, device) -> Iterator[None]:
+    """Moves layers to where the host planned them, after its partial load inside the block."""
     for module in patcher.model.modules():
         is_loaded = getattr(module, "comfy_patched_weights", False)
-        # Or the host takes layers it must cast for some that are off the device already.
+        # The host would take layers that it must cast for ones that are off the device already.
         if is_loaded and hasattr(module, "prev_comfy_cast_weights"):
             module.comfy_cast_weights = module.prev_comfy_cast_weights
             del module.prev_comfy_cast_weights
-    unpinned = []
-    with patcher.meanwhile(unpinned=unpinned):
+    deferred_pins = []
+    with patcher.set_temporarily(deferred_pins=deferred_pins):
         yield
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in unpinned):
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in deferred_pins):
         move_out(patcher, name)
-    offload_accounted(patcher, unpinned)
+    offload_accounted(patcher, deferred_pins)
     patcher.model.model_loaded_weight_memory = bytes_on(patcher.model, device)
 
 
 def offload_accounted(patcher, keys: list[str]):
-    """Bring layers that wait off the device into stores, and pin the weights of the others."""
+    """Moves layers that are off the device into stores, and pins the other weights in `keys`."""
     patcher.model.packed_residency.fill_stores(patcher)
     for key in keys:
         patcher.pin_weight_to_device(key)
 
 
 def nothing_to_plan(patcher, device, budget: float) -> bool:
-    """Whether what lies on the device may stay and nothing more fits; what is too much leaves it.
+    """Whether the layers on the device can stay and no other fits; unloads what exceeds the budget.
 
-    budget: bytes of weights, and of the buffers that layers travel through.
+    Args:
+        patcher: The patcher of a model that is loaded in part.
+        device: Where to load it.
+        budget: Bytes for weights and for the buffers that layers are copied through.
     """
     model = patcher.model
     if model.current_weight_patches_uuid != patcher.patches_uuid or model.device != device:
         return False
-    room = budget - bytes_on(model, device) - model.model_offload_buffer_memory
-    waiting = [size for *_, size, _, module, _ in patcher._load_list()
-               if hasattr(module, "comfy_cast_weights")
-               and not getattr(module, "comfy_patched_weights", False)]
-    if not waiting or room >= min(waiting):
+    free = budget - bytes_on(model, device) - model.model_offload_buffer_memory
+    sizes = [size for *_, size, _, module, _ in patcher._load_list()
+             if hasattr(module, "comfy_cast_weights")
+             and not getattr(module, "comfy_patched_weights", False)]
+    if not sizes or free >= min(sizes):
         return False
-    if room < 0:
-        patcher.partially_unload(patcher.offload_device, -room)
+    if free < 0:
+        patcher.partially_unload(patcher.offload_device, -free)
     model.model_loaded_weight_memory = bytes_on(model, device)
     return True
 
 
 def move_out(patcher, name: str):
-    """Take a layer off the device, if it is there. The host has given it its patches already."""
+    """Moves a layer off the device, if it is there, without the patches that the host wrote."""
     module = patcher.model.get_submodule(name)
     if not getattr(module, "comfy_patched_weights", False):
         return
@@ -84,7 +86,7 @@ def move_out(patcher, name: str):
 
 
 def bytes_on(model, device) -> int:
-    """Return the bytes of weights and of what wraps them on a device, as the host counts them."""
+    """Returns the bytes of weights and of their functions on a device, as the host counts them."""
     nbytes = 0
     for module in model.modules():
         loaded = getattr(module, "comfy_patched_weights", False)
@@ -98,22 +100,19 @@ def bytes_on(model, device) -> int:
     return nbytes
 
 
-def _nbytes(value) -> int:
-    parts = (
-        [getattr(value, name) for name in value.__tensor_flatten__()[0]]
-        if isinstance(value, QuantizedTensor)
-        else [value]
-    )
-    return sum(part.nbytes for part in parts)
+def _nbytes(value: torch.Tensor) -> int:
+    if not isinstance(value, QuantizedTensor):
+        return value.nbytes
+    return sum(getattr(value, name).nbytes for name in value.__tensor_flatten__()[0])
 
 
 def make_pinnable(patcher, key: str) -> bool:
-    """Copy a weight that lies in a mapped file. Returns whether it can be pinned."""
+    """Copies a weight out of a mapped file, if it is in one; returns whether it can be pinned."""
     weight = packed_weight(patcher, key)
     data = comfy.utils.get_attr(patcher.model, key) if weight is None else weight._qdata
     if not is_read_only(data):
         return True
-    if not _room_for(data.nbytes):
+    if not _may_copy(data.nbytes):
         return False
     if weight is None:
         comfy.utils.set_attr_param(patcher.model, key, data.clone())
@@ -122,17 +121,12 @@ def make_pinnable(patcher, key: str) -> bool:
     return True
 
 
-def _room_for(nbytes: int) -> bool:
-    """Whether the host pins at all, and so many bytes more, and the memory of the machine has room
-    for a copy of them."""
-    if (
-        comfy.model_management.TOTAL_PINNED_MEMORY + nbytes
-        > comfy.model_management.MAX_PINNED_MEMORY
-    ):
+def _may_copy(nbytes: int) -> bool:
+    """Whether the host would pin that many bytes more, and a copy of them fits into memory."""
+    pinned = comfy.model_management.TOTAL_PINNED_MEMORY + nbytes
+    if pinned > comfy.model_management.MAX_PINNED_MEMORY:
         return False
     cpu = torch.device("cpu")
-    free, total = (
-        comfy.model_management.get_free_memory(cpu),
-        comfy.model_management.get_total_memory(cpu),
-    )
-    return free - nbytes > total / KEPT_FREE
+    free: Any = comfy.model_management.get_free_memory(cpu)
+    total: Any = comfy.model_management.get_total_memory(cpu)
+    return free - nbytes > total * KEEP_FREE

@@ -11,7 +11,7 @@ from featherweight.ops.patcher.residency_order import (
     LayerProfile,
     ProfileRecorder,
     golden_ratio_order,
-    layer_entries,
+    layer_entry,
     layers_that_fit,
     overlappable,
     residency_order,
@@ -266,5 +266,5 @@ def test_where_most_is_compiled_a_step_shows_nothing(part):
         "row"
     ) == 0
     entries = [(0, 1 << 20, name, getattr(model, name), {}) for name in ("twice", "row", "never")]
-    assert [layer_entries(entry).name for entry in residency_order(entries, 1 << 20, step)] == [
-        layer_entries(entry).name for entry in residency_order(entries, 1 << 20, None)]
+    assert [layer_entry(entry).name for entry in residency_order(entries, 1 << 20, step)] == [
+        layer_entry(entry).name for entry in residency_order(entries, 1 << 20, None)]

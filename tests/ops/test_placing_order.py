@@ -12,7 +12,7 @@ from gpu_memory import larger_flux, lies_on
 from patched_models import flux_inputs, lora_for, patched
 
 from featherweight.loaders.placement import place, placed_text
-from featherweight.ops.patcher.residency import PAGE, places_are_in_order
+from featherweight.ops.patcher.residency import PAGE, slots_are_in_order
 from featherweight.ops.patcher.residency_order import layers_that_fit, residency_order
 
 STATIC = pytest.mark.fake_gpus
@@ -135,7 +135,7 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
     placed = place(patcher, PAGE + patcher.model.model_loaded_weight_memory)
     placed.model.packed_residency.profile = None
     assert torch.equal(sample(placed), expected)
-    assert placed.model.packed_residency.profile is not None and places_are_in_order(placed)
+    assert placed.model.packed_residency.profile is not None and slots_are_in_order(placed)
     assert placed._vbar_get().loaded_size() <= PAGE
     assert copied_by(gpu, load, placed) <= 1e5
     copied = placed.memory_report().copied_per_step
