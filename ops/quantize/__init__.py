@@ -1,8 +1,8 @@
-"""Packing floats: a weight in, the bytes of a format out.
+"""Packs a weight into the bytes of a format.
 
-`ops.grid_search` searches the codes and scales of least error for every format that has a `Grid`;
-formats without one are packed by the plain arithmetic of their reference, and so is every format
-that has such arithmetic, when asked for.
+For formats with a `Grid`, `ops.grid_search` searches the codes and scales of least error. Formats
+without one are packed by the plain arithmetic of their reference, and so is every other format that
+has such arithmetic, on request.
 """
 import math
 
@@ -17,21 +17,21 @@ from .method_choice import pick_lower_error
 from .parallel_slices import parallel_slices
 from .second_moments import SecondMoments
 
-# Values packed at a time, on a CPU by each thread: there the temporaries stay in the cache.
-# Elsewhere they stay below 300 MB.
+# Values in a slice. On a CPU, where each thread packs a slice, the temporaries stay in the cache;
+# on other devices they stay below 300 MB.
 CPU_SLICE_VALUES = 1 << 17
 DEVICE_SLICE_VALUES = 1 << 22
-# Above this many levels, scales that just reach the peaks are within 0.3 dB of the best, and ten
-# times as fast.
+# Above this many levels, scales that just reach the peaks are within 0.3 dB of the best and found
+# ten times as fast.
 FINE_LEVELS = 128
-# Up to so many levels, errors of large values count more: with equal weights the error of the
-# weights is smaller, but that of a layer's outputs larger. Where importance was measured, only with
-# the fewest.
+# Up to this many levels, errors of large values count more: equal weights would give a smaller
+# error of the weight but a larger one of the output. The second limit is for measured importance.
 COARSE_LEVELS = 16
 COARSEST_LEVELS = 8
 
 
 def can_pack(packed_format: type[Format]) -> bool:
+    """Whether floats can be packed into a format."""
     return packed_format.grid is not None or _has_reference(packed_format)
 
 
@@ -43,69 +43,71 @@ def _has_reference(packed_format: type[Format]) -> bool:
 def pack_tensor(weight: torch.Tensor, packed_format: type[Format],
                 moments: SecondMoments | None = None, importance: torch.Tensor | None = None,
                 reference: bool = False) -> PackedTensor:
-    """A weight packed in a format, shown as float32, on the weight's device.
+    """Packs a weight into a format, on the weight's device.
 
-    weight: any float dtype, (..., K), rows that the format's blocks divide; of NF4 and FP4 any
-    shape. importance: float (K,), the weight of a squared error in each column; None where nothing
-    was measured. moments: of the layer's inputs; with them in place of `importance` the weight is
-    packed with error feedback, where a format has a grid, if that serves tokens held out better.
-    reference: whether to take the plain arithmetic of the format's reference, bit for bit, in place
-    of the search.
+    Works in slices, so that temporaries are bounded for weights of any size. A part of a weight
+    gets the same blocks as in the whole. Values that are too small for the format become zeros.
 
-    Works in slices, so that what it needs beside the weight and the result is bounded, whatever the
-    weight's size. A part of a weight gets the blocks it has in the whole. Values that are too small
-    for the format become zeros. Raises TooLargeError for values that are too large for it, and
-    FormatError for such as are not finite, shapes that do not divide, formats that nothing packs,
-    and `reference` where there is none.
+    Args:
+        weight: (..., K) of any float dtype. The format's blocks must divide its rows; NF4 and FP4
+            take any shape.
+        packed_format: The format.
+        moments: Of the layer's inputs, for formats with a grid. The weight is packed with error
+            feedback, if that gives a smaller output error for the tokens held out.
+        importance: float (K,), the weight of a squared error in each column; replaces `moments`.
+            None: all equal.
+        reference: Whether to use the plain arithmetic of the format's reference, bit for bit,
+            instead of the search.
+
+    Returns:
+        The packed weight, which shows as float32.
+
+    Raises:
+        TooLargeError: A value is too large for the format.
+        FormatError: A value is not finite, the blocks do not divide the shape, or the format cannot
+            be packed (with `reference`: not by plain arithmetic).
     """
     if not can_pack(packed_format) or (reference and not _has_reference(packed_format)):
-        raise FormatError(
-            f"Nothing here packs"
-            f" {packed_format.__name__}{' by plain arithmetic' if reference else ''}."
-        )
-    grid, length = packed_format.grid, packed_format.block_length
+        by_reference = " by plain arithmetic" if reference else ""
+        raise FormatError(f"{packed_format.__name__} cannot be packed{by_reference}.")
+    grid = None if reference else packed_format.grid  # None: plain arithmetic
+    length = packed_format.block_length
     if not packed_format.scales_apart:
-        # raises where blocks do not divide the rows
-        packed_format.packed_shape(tuple(weight.shape))
-    plain = grid is None or reference
-    quick = not plain and importance is None and len(grid.levels) > FINE_LEVELS
-    emphasis = not plain and len(grid.levels) <= (
-        COARSE_LEVELS if importance is None else COARSEST_LEVELS
-    )
-    run = None if plain or quick else kernel_for(packed_format, weight.device)
+        packed_format.packed_shape(tuple(weight.shape))  # raises if blocks do not divide the rows
+    quick = grid is not None and importance is None and len(grid.levels) > FINE_LEVELS
+    most_levels = COARSE_LEVELS if importance is None else COARSEST_LEVELS
+    emphasis = grid is not None and len(grid.levels) <= most_levels
+    run = None if grid is None or quick else kernel_for(packed_format, weight.device)
     if importance is not None:
-        importance = _usable(importance, weight)
-    elif moments is not None and not plain and weight.shape[1:].numel() % length == 0:
-        # refuses values too large, too
-        plain_search = pack_tensor(weight, packed_format, importance=moments.importance)
-        return pick_lower_error(weight,
-                                [pack_with_feedback(weight, packed_format, moments), plain_search],
-                                moments)
+        importance = _normalized(importance, weight)
+    elif moments is not None and grid is not None and weight.shape[1:].numel() % length == 0:
+        # first the one that raises for values that are too large
+        by_search = pack_tensor(weight, packed_format, importance=moments.importance)
+        by_feedback = pack_with_feedback(weight, packed_format, moments)
+        return pick_lower_error(weight, [by_feedback, by_search], moments)
     flat = weight.reshape(-1)
     if not len(flat):
         raise FormatError(f"A weight of shape {tuple(weight.shape)} has no values to pack.")
-    sizes = _sizes(packed_format, len(flat))
-    outputs = [torch.empty(sizes[0], dtype=torch.uint8, device=weight.device)]
+    nbytes, blocks = _output_sizes(packed_format, len(flat))
+    outputs = [torch.empty(nbytes, dtype=torch.uint8, device=weight.device)]
     if packed_format.scales_apart:
-        outputs.append(torch.empty(sizes[1], dtype=torch.float32, device=weight.device))
-    step = (
-        max(1, (CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES) // length)
-        * length
-    )
+        outputs.append(torch.empty(blocks, dtype=torch.float32, device=weight.device))
+    slice_values = CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES
+    step = max(1, slice_values // length) * length
 
     def pack_slice(start: int):
         values = flat[start:start + step].float()
-        _check(values, packed_format)
+        _check_values(values, packed_format)
         if len(values) % length:
             values = torch.nn.functional.pad(values, (0, -len(values) % length))
         values = values.view(-1, length)
-        if plain:
+        if grid is None:
             parts = packed_format.pack(values)
         elif quick:
             parts = packed_format.encode(Search(grid, values.device).fit_quickly(values))
         else:
-            fit = best_fit(packed_format, values, _weights(values, start, importance), emphasis,
-                           run)
+            error_weights = _error_weights(values, start, importance)
+            fit = best_fit(packed_format, values, error_weights, emphasis, run)
             parts = packed_format.encode(fit)
         parts = parts if isinstance(parts, tuple) else (parts,)
         for output, part, size in zip(outputs, parts, (packed_format.block_bytes, 1)):
@@ -117,15 +119,13 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format],
                          scale=outputs[1] if len(outputs) > 1 else None)
 
 
-def _sizes(packed_format: type[Format], values: int) -> tuple[int, int]:
-    """Bytes of a weight of so many values, and scales that are kept apart. The last block of NF4
-    may be short."""
-    return -(-values * packed_format.block_bytes // packed_format.block_length), -(
-        -values // packed_format.block_length
-    )
+def _output_sizes(packed_format: type[Format], values: int) -> tuple[int, int]:
+    """Returns the bytes and the blocks of that many values; the last block of NF4 may be short."""
+    length = packed_format.block_length
+    return -(-values * packed_format.block_bytes // length), -(-values // length)
 
 
-def _check(values: torch.Tensor, packed_format: type[Format]):
+def _check_values(values: torch.Tensor, packed_format: type[Format]):
     lowest, highest = values.aminmax()
     peak = max(-float(lowest), float(highest))
     if not math.isfinite(peak) or math.isnan(lowest):
@@ -141,9 +141,11 @@ def _check(values: torch.Tensor, packed_format: type[Format]):
         )
 
 
-def _usable(importance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Importance with a mean of 1, float32 on the weight's device, nowhere zero: such columns would
-    get any values."""
+def _normalized(importance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Returns importance with a mean of 1 and no zeros, float32, on the weight's device.
+
+    Columns with an importance of zero would get arbitrary values.
+    """
     importance = importance.to(weight.device, torch.float32)
     if (
         importance.shape != weight.shape[-1:]
@@ -152,15 +154,20 @@ def _usable(importance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     ):
         raise FormatError(
             f"Importance of shape {tuple(importance.shape)} does not fit a weight of shape"
-            f" {tuple(weight.shape)}, or is not finite and at least 0 everywhere.")
+            f" {tuple(weight.shape)}, or has negative, NaN or infinite values.")
     mean = importance.mean()
     return (importance / mean).clamp_(min=1e-4) if mean > 0 else torch.ones_like(importance)
 
 
-def _weights(values: torch.Tensor, start: int,
-             importance: torch.Tensor | None) -> torch.Tensor | None:
-    """Weights of squared error of blocks, (n, length), whose first value has the index `start` in
-    the weight."""
+def _error_weights(values: torch.Tensor, start: int,
+                   importance: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns the weights of the squared errors of blocks, (n, length), or None for equal weights.
+
+    Args:
+        values: The blocks, (n, length).
+        start: Index of their first value in the weight.
+        importance: float32 (K,), or None.
+    """
     if importance is None:
         return None
     index = torch.arange(start, start + values.numel(), device=values.device)

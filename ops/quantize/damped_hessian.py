@@ -1,5 +1,4 @@
-"""Second moments as error feedback uses them: one block at a time, damped, with the factor of their
-inverse."""
+"""Damps one block of second moments, and factors its inverse, for error feedback."""
 from collections.abc import Iterator
 
 import torch
@@ -7,95 +6,112 @@ import torch
 from ..format import Format, FormatError
 from .second_moments import SecondMoments
 
-# What is added to the diagonal, as parts of its mean: inputs will come that were not seen. The
-# second part is for few tokens, and all of it is added where a block has as many columns as tokens
-# or more.
+# Added to the diagonal, as fractions of its mean, for inputs that were not measured. The second
+# fraction is for few tokens; all of it is added if a block has at least as many columns as tokens.
 DAMPING = 0.01, 0.02
-# Less of it serves Q3_K better: on the demo model by 0.3 to 0.5 dB in three sets of 64 held-out
-# captions. Other types it serves no better, and mixes of them, where finer ones hold what matters
-# most, worse.
-DAMPING_OF = {"Q3_K": (0.001, 0.03)}
-# Temporaries of a slice of rows are five matrices of float32 within this many bytes. On a CPU fewer
-# rows stay in its cache.
+# Q3_K is better with less: on the demo model by 0.3 to 0.5 dB in three sets of 64 held-out
+# captions. Other types do not gain; mixes, where finer types hold what matters most, lose.
+DAMPING_BY_FORMAT = {"Q3_K": (0.001, 0.03)}
+# Limit for the temporaries of a slice of rows, which are five float32 matrices. On a CPU, fewer
+# rows stay in the cache.
 SLICE_BYTES = 160 << 20
 CPU_ROWS = 2048
 
 
 def damping_for(packed_format: type[Format], moments: SecondMoments) -> tuple[float, float]:
-    """The parts that serve a format best. In a pair they also keep the target near the weight, for
-    every format alike."""
-    return DAMPING if moments.cross is not None else DAMPING_OF.get(packed_format.__name__, DAMPING)
+    """Returns the best damping for a format.
+
+    For a pair it is the same for every format, as it also keeps the target near the weight.
+    """
+    if moments.cross is not None:
+        return DAMPING
+    return DAMPING_BY_FORMAT.get(packed_format.__name__, DAMPING)
 
 
 class DampedHessian:
-    """One block of moments, of k columns, on a device.
+    """One block of damped moments, of k columns, on a device.
 
-    moments: float32 (k, k), with 1 as the mean of the diagonal before damping. triangle: the upper
-    triangular U with U.T @ U = moments^-1. change: for a pair, what `target` adds; see there.
-    damping: see `DAMPING`. Raises FormatError for moments that are not finite.
+    Args:
+        moments: Of the layer's inputs.
+        index: Of the block.
+        device: Where to work.
+        damping: See `DAMPING`.
+
+    Attributes:
+        moments: float32 (k, k); the mean of its diagonal was 1 before damping.
+        triangle: float32 (k, k), the upper triangular U with U.T @ U = moments^-1.
+        change: float32 (k, k) for a pair: `target` adds values @ change; else None.
+
+    Raises:
+        FormatError: The moments are not finite.
     """
 
-    def __init__(self, moments: SecondMoments, index: int, device, damping: tuple[float,
-                                                                                  float] = DAMPING):
+    def __init__(self, moments: SecondMoments, index: int, device,
+                 damping: tuple[float, float] = DAMPING):
         span = moments.spans()[index]
         width = span.stop - span.start
-        own, cross = (None if part is None else part[index, :width, :width].to(device, copy=True)
-                      for part in (moments.blocks, moments.cross))
-        if not all(bool(part.isfinite().all()) for part in (own, cross) if part is not None):
-            raise FormatError(
-                "The moments of the layer's inputs hold NaN or infinite values; measure them again."
-            )
-        mean = own.diagonal().mean()
+
+        def block_of(blocks: torch.Tensor) -> torch.Tensor:
+            block = blocks[index, :width, :width].to(device, copy=True)
+            if not block.isfinite().all():
+                raise FormatError("The moments of the layer's inputs hold NaN or infinite values;"
+                                  " measure them again.")
+            return block
+
+        block = block_of(moments.blocks)
+        mean = block.diagonal().mean()
         if mean > 0:
-            own /= mean
+            block /= mean
         else:
-            own.zero_()  # nothing ever came in, so all columns are alike
-        self.change = None
-        if cross is not None:
-            self.change = cross.div_(mean).sub_(own) if mean > 0 else torch.zeros_like(own)
+            block.zero_()  # all inputs were zero, so all columns count alike
+        change = None
+        if moments.cross is not None:
+            cross = block_of(moments.cross)
+            change = cross.div_(mean).sub_(block) if mean > 0 else torch.zeros_like(block)
         always, for_few_tokens = damping
-        own.diagonal().add_(always + for_few_tokens *
-                            min(1, width / max(1, moments.count)) if mean > 0 else 1)
-        self.moments, self.triangle = own, _triangle(own)
-        if self.change is not None:
-            self.change = self.change @ self.triangle.T @ self.triangle
+        added = always + for_few_tokens * min(1, width / max(1, moments.count)) if mean > 0 else 1
+        block.diagonal().add_(added)
+        self.moments = block
+        self.triangle = _triangle(block)
+        self.change = None if change is None else change @ self.triangle.T @ self.triangle
 
     def target(self, values: torch.Tensor) -> torch.Tensor:
-        """What to pack in place of these columns of a weight: themselves, and for a pair the
-        corrected target.
+        """Returns the values to pack for some columns of a weight; only for a pair others than it.
 
-        With H = sum of a' a'.T, C = sum of a a'.T over the tokens, inputs a of the dense model's
-        layer and a' of this one, and c the damping: W + W (C - H) (H + cI)^-1, of least sum of |W a
-        - V a'|^2 + c |V - W|^2. values: float32 (n, k).
+        With H = sum of a' a'.T and C = sum of a a'.T over the tokens, where a are the inputs of the
+        dense model's layer and a' those of this one, and with the damping c, the target of a weight
+        W is W + W (C - H) (H + cI)^-1. It minimises the sum of |W a - V a'|^2 + c |V - W|^2 over V.
+
+        Args:
+            values: float32 (n, k).
         """
         return values if self.change is None else torch.addmm(values, values, self.change)
 
 
-def rows_at_a_time(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `rows` rows whose temporaries stay within bounds."""
+def slice_rows(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Yields slices of `rows` rows whose temporaries stay within `SLICE_BYTES`."""
     step = max(1, SLICE_BYTES // (5 * 4 * columns))
     step = min(step, CPU_ROWS) if device.type == "cpu" else step
     return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
 
 
 def _triangle(moments: torch.Tensor) -> torch.Tensor:
-    """The upper triangular U with U.T @ U = moments^-1, float32 (k, k).
+    """Returns the upper triangular U with U.T @ U = moments^-1, float32 (k, k).
 
-    With moments = R @ R.T, R upper triangular, it is the inverse of R: more exact than to factor
-    the inverse. What has no factor in float32 is factored in float64; what has none there gets more
-    damping, until it has.
+    U is the inverse of the upper triangular R with moments = R @ R.T, which is more exact than a
+    factor of the inverse. If there is no factor in float32, float64 is tried; if there is none in
+    float64 either, damping is added until there is.
     """
-    more = 0.0
-    # mps has no float64
-    device = moments.device if moments.device.type != "mps" else torch.device("cpu")
+    added = 0.0
+    device = moments.device if moments.device.type != "mps" else torch.device("cpu")  # for float64
     while True:
         for dtype in (torch.float32, torch.float64):
-            turned = moments.to(device, dtype).flip(0, 1)
-            turned.diagonal().add_(more)
-            lower, failed = torch.linalg.cholesky_ex(turned)
+            flipped = moments.to(device, dtype).flip(0, 1)
+            flipped.diagonal().add_(added)
+            lower, failed = torch.linalg.cholesky_ex(flipped)
             if not failed:
-                one = torch.eye(len(lower), dtype=dtype, device=device)
-                triangle = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+                identity = torch.eye(len(lower), dtype=dtype, device=device)
+                triangle = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
                 if triangle.isfinite().all():
                     return triangle.to(moments)
-        more = max(10 * more, 1e-3 * float(moments.diagonal().mean()))
+        added = max(10 * added, 1e-3 * float(moments.diagonal().mean()))

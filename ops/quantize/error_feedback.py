@@ -1,15 +1,14 @@
-"""Packing with error feedback: the rounding errors of a row are chosen so that they cancel in the
-output of the layer.
+"""Packs a weight with error feedback: rounding errors are chosen to cancel in the layer's output.
 
-Sought is the packed weight V with the least sum of |(W - V) a|^2 over the layer's inputs a, tr((W -
-V) H (W - V).T) with H their second moments. Column after column is rounded, and the error of each
-is taken up by the columns that come after it, as far as their inputs go along with it (GPTQ,
+The packed weight V minimises the sum of |(W - V) a|^2 over the layer's inputs a, which is
+tr((W - V) H (W - V).T) with their second moments H. The columns are rounded one after the other,
+and the later columns compensate each error as far as their inputs correlate (GPTQ,
 https://arxiv.org/abs/2210.17323; OBQ, https://arxiv.org/abs/2208.11580). The scales of a group are
-searched when it is reached, from its values as they have become. Afterwards, with the scales kept,
-every code in turn is set to what is best given all others (coordinate descent).
+searched when its first column is reached, from the compensated values. Then the scales are kept,
+and every code in turn is set to the best one given all others (coordinate descent).
 
-A slice of rows is worked at with its columns along the first dimension, (columns, rows), and in
-chunks of columns: inside one, `ops.grid_columns` or a kernel works.
+Slices of rows are transposed to (columns, rows) and processed in chunks of columns, by
+`ops.grid_columns` or a kernel.
 """
 import functools
 from collections.abc import Callable
@@ -22,45 +21,55 @@ from ..grid_columns import Columns, choose_columns, columns_at_a_time
 from ..grid_search import LARGEST_FLOAT, Search
 from ..packed_layout import packed_tensor
 from ..packed_tensor import PackedTensor
-from .damped_hessian import DampedHessian, damping_for, rows_at_a_time
+from .damped_hessian import DampedHessian, damping_for, slice_rows
 from .second_moments import SecondMoments
 
-# First scales tried for a block and then for each of its groups, and how often the best is
-# improved.
+# Scales tried for a block and then for each of its groups, and how often the best one is refined.
 TRIES, ROUNDS = 7, 1
-SWEEPS = 2
+SWEEPS = 2  # of coordinate descent
 
 
 def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moments: SecondMoments,
                        sweeps: int = SWEEPS,
                        damping: tuple[float, float] | None = None) -> PackedTensor:
-    """A packed weight whose layer has about the least error of its output for the inputs that
-    `moments` saw.
+    """Packs a weight so that the error of its layer's output is about the least for some inputs.
 
-    weight: any float dtype, (N, ...), on any device, where the work is done. moments: of the (K,)
-    other dimensions, flattened; of a pair, the target is `damped.Damped.target`. sweeps: of
-    coordinate descent. damping: None: `damped.damping_for` this format.
-    Returns the weight packed, showing float32. Beside it and the weight there are temporaries of
-    `damped.SLICE_BYTES` and six times one block of the moments. Raises FormatError for shapes that
-    the format's blocks do not divide and for numbers that are not finite.
+    Takes temporaries of `damped_hessian.SLICE_BYTES` and six times one block of the moments.
+
+    Args:
+        weight: (N, ...) of any float dtype, on the device where the work is done.
+        packed_format: A format with a grid.
+        moments: Of the inputs, which match the weight's other dimensions, flattened to (K,). For a
+            pair, the values of `DampedHessian.target` are packed.
+        sweeps: How often coordinate descent goes over the columns.
+        damping: None: `damping_for` the format.
+
+    Returns:
+        The packed weight, which shows as float32.
+
+    Raises:
+        FormatError: The blocks do not divide the shape, or a number is not finite.
     """
     grid = packed_format.grid
     matrix = weight.detach().reshape(len(weight), -1)
     rows, columns = matrix.shape
     if grid is None or columns % grid.length:
-        why = f": they are not whole blocks of {grid.length}" if grid else ""
+        reason = f": they are not whole blocks of {grid.length}" if grid else ""
         raise FormatError(
             f"{packed_format.__name__} cannot be packed with error feedback in rows of {columns}"
-            f" values{why}."
+            f" values{reason}."
         )
     if columns != moments.columns:
         raise FormatError(
             f"The moments are of inputs with {moments.columns} columns, the weight of shape"
             f" {tuple(weight.shape)} takes {columns}.")
     search = Search(grid, weight.device)
-    # Asked for once, so that a whole weight is packed by the same.
-    run = kernels.find("pack_columns", weight.device, packed_format, torch.float32)
-    choose = functools.partial(*((choose_columns, search) if run is None else (run, packed_format)))
+    # looked up once, so that the same kernel packs the whole weight
+    kernel = kernels.find("pack_columns", weight.device, packed_format, torch.float32)
+    if kernel is None:
+        choose = functools.partial(choose_columns, search)
+    else:
+        choose = functools.partial(kernel, packed_format)
     damping = damping or damping_for(packed_format, moments)
     blocks = columns // grid.length
     data = torch.empty(rows, blocks, packed_format.block_bytes, dtype=torch.uint8,
@@ -70,17 +79,17 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
         if packed_format.scales_apart
         else None
     )
-    for index, across in enumerate(moments.spans()):
-        feedback = _Feedback(search, choose, DampedHessian(moments, index, weight.device, damping),
-                             sweeps)
-        across_blocks = slice(across.start // grid.length, across.stop // grid.length)
-        for here in rows_at_a_time(rows, across.stop - across.start, weight.device):
-            packed = packed_format.encode(feedback.pack(matrix[here, across]))
+    for index, span in enumerate(moments.spans()):
+        damped = DampedHessian(moments, index, weight.device, damping)
+        feedback = _Feedback(search, choose, damped, sweeps)
+        span_blocks = slice(span.start // grid.length, span.stop // grid.length)
+        for row_slice in slice_rows(rows, span.stop - span.start, weight.device):
+            count = row_slice.stop - row_slice.start
+            packed = packed_format.encode(feedback.pack(matrix[row_slice, span]))
             if scale is not None:
                 packed, scales = packed
-                scale[here, across_blocks] = scales.view(here.stop - here.start, -1)
-            data[here, across_blocks] = packed.view(here.stop - here.start, -1,
-                                                    packed_format.block_bytes)
+                scale[row_slice, span_blocks] = scales.view(count, -1)
+            data[row_slice, span_blocks] = packed.view(count, -1, packed_format.block_bytes)
     return packed_tensor(packed_format, data.view(-1), weight.shape,
                          scale=None if scale is None else scale.view(-1))
 
@@ -90,22 +99,25 @@ class _Feedback:
 
     def __init__(self, search: Search, choose: Callable[..., None], damped: DampedHessian,
                  sweeps: int):
-        self.search, self.choose, self.damped, self.sweeps = search, choose, damped, sweeps
+        self.search = search
+        self.choose = choose
+        self.damped = damped
+        self.sweeps = sweeps
         diagonal = damped.triangle.diagonal()
-        # of an error that all later columns have taken up as they can
+        # weight of a column's squared error once all later columns have compensated it
         self.weights = diagonal.square().reciprocal()
-        # what column j takes up of the error of i, in row i
+        # row i, column j: how much of the error of column i column j compensates
         self.shares = damped.triangle / -diagonal.unsqueeze(-1)
-        # what the error of i makes best at j, in column j
+        # row i, column j: the best change of column j for an error of column i
         self.steps = damped.moments / -damped.moments.diagonal()
 
     def pack(self, values: torch.Tensor) -> Fit:
-        """values: (n, k), any float dtype. Returns the blocks of the rows in order."""
+        """Returns the blocks, in order, of rows of values, (n, k) of any float dtype."""
         values = values.float()
-        wide = self.search.grid.scale_dtype == torch.float32
-        # each row by itself, as in `Search`; a float16 scale has no room for what float32 cannot
-        # square
-        if wide:
+        # Each row is scaled by itself, as in `Search`. A float16 scale reaches no value whose
+        # square float32 does not have.
+        unscale = None
+        if self.search.grid.scale_dtype == torch.float32:
             factor, unscale = powers_of_two(values.abs().amax(1, keepdim=True))
             values = values * factor
         target = self.damped.target(values).T.contiguous()
@@ -114,24 +126,23 @@ class _Feedback:
         chosen = Columns.like(self.search.grid, target)
         self._choose(target.clone(), self.shares, self.weights, chosen)
         for _ in range(self.sweeps):
-            # Half the slope of the loss along each column, by its curvature.
+            # half the slope of the loss along each column, divided by its curvature
             slopes = self.steps.T @ chosen.values().sub_(target)
             self._choose(slopes, self.steps, None, chosen)
         fit = chosen.fit(self.search)
-        if wide:
-            fit.d = (fit.d.view(len(values), -1) * unscale).clamp_(-LARGEST_FLOAT,
-                                                                   LARGEST_FLOAT).view_as(fit.d)
+        if unscale is not None:
+            d = fit.d.view(len(values), -1) * unscale
+            fit.d = d.clamp_(-LARGEST_FLOAT, LARGEST_FLOAT).view_as(fit.d)
         return fit
 
     def _choose(self, values: torch.Tensor, shares: torch.Tensor, weights: torch.Tensor | None,
                 chosen: Columns):
-        """`choose_columns` of any number of columns, chunk by chunk."""
+        """Runs `choose_columns` on any number of columns, chunk by chunk."""
         step = columns_at_a_time(self.search.grid)
         for first in range(0, len(values), step):
             last = min(len(values), first + step)
             chunk = slice(first, last)
-            self.choose(values[chunk],
-                        shares[chunk,
-                               chunk].contiguous(), None if weights is None else weights[chunk],
-                        chosen.part(first, last), TRIES, ROUNDS)
+            self.choose(values[chunk], shares[chunk, chunk].contiguous(),
+                        None if weights is None else weights[chunk], chosen.part(first, last),
+                        TRIES, ROUNDS)
             values[last:].addmm_(shares[chunk, last:].T, values[chunk])

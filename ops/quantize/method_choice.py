@@ -1,73 +1,82 @@
-"""The guard: of several ways to pack a weight the one is kept that serves the layer's output best,
-judged by tokens that no way was fitted to."""
+"""Chooses between packings of a weight by the layer's output error for tokens held out."""
+from collections.abc import Iterator
+
 import torch
 
 from ..format import powers_of_two
 from ..packed_tensor import PackedTensor
 from ..row_slicing import dense, take_rows
-from .damped_hessian import DampedHessian, rows_at_a_time
+from .damped_hessian import DampedHessian, slice_rows
 from .second_moments import SecondMoments
 
 
 def pick_lower_error(weight: torch.Tensor, candidates: list[PackedTensor],
                      moments: SecondMoments) -> PackedTensor:
-    """The candidate with the least of `output_errors`, the first of equal ones."""
+    """Returns the candidate with the least of `output_errors`, the first of equal ones."""
     errors = output_errors(weight, candidates, moments)
     return candidates[errors.index(min(errors))]
 
 
 def output_errors(weight: torch.Tensor, candidates: list[PackedTensor],
                   moments: SecondMoments) -> list[float]:
-    """Squared error of the layer's output by each candidate, as a part of the output's square, for
-    the tokens held out.
+    """Returns each candidate's squared error of the layer's output over the output's square.
 
-    weight: any float dtype, (N, ...). candidates: packed from it, of its shape. For a pair, the
-    output is that of the dense model's layer, and the candidates get the inputs of this one. Where
-    no tokens are held out, the moments judge, damped as for packing; for a pair then less what no
-    weight could make up for.
+    It is measured for the tokens held out, or, if there are none, by the moments, damped as for
+    packing. For a pair, the output is that of the dense model's layer, and the candidates get the
+    inputs of the packed one; by the moments, the part that no weight can correct does not count.
+
+    Args:
+        weight: (N, ...) of any float dtype.
+        candidates: Packed from the weight, in its shape.
+        moments: Of the layer's inputs.
     """
-    judge = _by_sketch if moments.held_out_count else _by_moments
-    return judge(weight, candidates, moments)
+    errors = _errors_by_sketch if moments.held_out_count else _errors_by_moments
+    return errors(weight, candidates, moments)
 
 
-def _slices(weight: torch.Tensor, candidates: list[PackedTensor]):
-    """The weight and the candidates in slices of rows, float32 (n, K), times a power of two so that
-    they can be squared."""
+def _row_slices(weight: torch.Tensor,
+                candidates: list[PackedTensor]) -> Iterator[list[torch.Tensor]]:
+    """Yields slices of rows of the weight and of each candidate, float32 (n, K).
+
+    All are multiplied by one power of two, so that their squares are in range.
+    """
     columns = weight.shape[1:].numel()
     factor, _ = powers_of_two(torch.stack(weight.detach().aminmax()).float().abs().amax())
-    for here in rows_at_a_time(len(weight), columns, weight.device):
-        parts = (
-            weight.detach()[here],
-            *(dense(take_rows(candidate, here)) for candidate in candidates),
-        )
-        yield [part.reshape(-1, columns).float() * factor for part in parts]
+    for row_slice in slice_rows(len(weight), columns, weight.device):
+        rows = [dense(take_rows(candidate, row_slice)) for candidate in candidates]
+        yield [part.reshape(-1, columns).float() * factor
+               for part in (weight.detach()[row_slice], *rows)]
 
 
-def _by_sketch(weight, candidates, moments):
+def _errors_by_sketch(weight: torch.Tensor, candidates: list[PackedTensor],
+                      moments: SecondMoments) -> list[float]:
     sketch = moments.sketch.to(weight.device)
-    of_dense = sketch if moments.dense_sketch is None else moments.dense_sketch.to(weight.device)
+    dense_sketch = moments.dense_sketch
+    dense_sketch = sketch if dense_sketch is None else dense_sketch.to(weight.device)
     sums = torch.zeros(1 + len(candidates), dtype=torch.float64)
-    for values, *packed in _slices(weight, candidates):
-        wanted = values @ of_dense.T
+    for values, *packed in _row_slices(weight, candidates):
+        expected = values @ dense_sketch.T
         sums += torch.tensor([
             float(part.square().sum())
-            for part in (wanted, *(wanted - value @ sketch.T for value in packed))
+            for part in (expected, *(expected - value @ sketch.T for value in packed))
         ], dtype=sums.dtype)
-    return _parts(sums)
+    return _relative(sums)
 
 
-def _by_moments(weight, candidates, moments):
+def _errors_by_moments(weight: torch.Tensor, candidates: list[PackedTensor],
+                       moments: SecondMoments) -> list[float]:
     sums = torch.zeros(1 + len(candidates), dtype=torch.float64)
     for index, span in enumerate(moments.spans()):
         damped = DampedHessian(moments, index, weight.device)
-        for values, *packed in _slices(weight, candidates):
-            wanted = damped.target(values[:, span])
+        for values, *packed in _row_slices(weight, candidates):
+            expected = damped.target(values[:, span])
             sums += torch.tensor([
                 float(((part @ damped.moments) * part).sum())
-                for part in (wanted, *(wanted - value[:, span] for value in packed))
+                for part in (expected, *(expected - value[:, span] for value in packed))
             ], dtype=sums.dtype)
-    return _parts(sums)
+    return _relative(sums)
 
 
-def _parts(sums: torch.Tensor) -> list[float]:
+def _relative(sums: torch.Tensor) -> list[float]:
+    """Returns the sums after the first, divided by it unless it is zero."""
     return (sums[1:] / sums[0] if sums[0] else sums[1:]).tolist()

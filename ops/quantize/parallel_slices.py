@@ -1,8 +1,8 @@
-"""Slices of a weight side by side, each on one thread of a CPU.
+"""Runs work on slices of a weight in parallel, each slice on one thread of the CPU.
 
-Packing a slice takes about a hundred operations on a few hundred kilobytes. Shared among the
-threads of a CPU, each of them waits for the others longer than it works; on a busy machine that
-takes several times as long as one thread does alone.
+Packing a slice takes about a hundred operations on a few hundred kilobytes. If torch splits each
+operation over all threads, they wait for each other longer than they work; on a busy machine that
+takes several times as long as one thread takes alone.
 """
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,28 +11,33 @@ import torch
 
 
 def parallel_slices(work: Callable[[int], None], items: Sequence[int], device: torch.device):
-    """Calls `work` with every item, in no order; on a CPU as many at a time as torch has threads,
-    each with one of its own.
+    """Calls `work` with every item, in any order, and raises its first error.
 
-    The first error ends it. In `work` no gradients are recorded, and tensors are made as the
-    caller's are: ComfyUI runs nodes in inference mode, which each thread has of its own.
+    On a CPU it uses as many threads as torch has, each limited to one of torch's. `work` records no
+    gradients, and runs in the caller's inference mode, which ComfyUI sets for nodes and which every
+    thread has its own of.
+
+    Args:
+        work: Called with one item.
+        items: For example, the starts of slices.
+        device: Where `work` computes.
     """
-    before = torch.get_num_threads()
-    threads = min(before, len(items))
+    torch_threads = torch.get_num_threads()
+    threads = min(torch_threads, len(items))
     if device.type != "cpu" or threads == 1:
         for item in items:
             work(item)
         return
     inference = torch.is_inference_mode_enabled()
 
-    def in_the_callers_mode(item: int):
+    def work_in_mode(item: int):
         with torch.inference_mode(inference), torch.no_grad():
             work(item)
 
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for _ in pool.map(in_the_callers_mode, items):
+        for _ in pool.map(work_in_mode, items):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)  # what threads that are started from here on have, too
+        torch.set_num_threads(torch_threads)  # also the default of threads started later

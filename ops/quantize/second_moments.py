@@ -1,76 +1,95 @@
-"""Second moments of what enters a layer: by them error feedback knows which errors of a weight the
-layer's output shows."""
+"""Second moments of a layer's inputs, which tell how errors of its weight change its output."""
 import math
 
 import torch
 
-# Columns whose moments are kept together, where not all are: a multiple of every format's block
-# length.
+# Blocks of some of the columns have a multiple of this many, which every block length divides.
 BLOCK = 256
-# Tokens that go into one product, so that their copy in float32 stays small.
-VALUES_AT_A_TIME = 1 << 23
-# Rows of the sketch of held-out tokens, and of what a file keeps of it. The error they tell is off
-# by sqrt(2 / rows), 18 and 35 %, at the very worst. A file's tells only which of two ways to pack
-# is better, and one mostly has half the other's error.
+# Values of the tokens in one product, so that their copy in float32 stays small.
+SLICE_VALUES = 1 << 23
+# Rows of the sketch of held-out tokens, in memory and in a file. An error estimated by a sketch is
+# off by at most sqrt(2 / rows): 18 % and 35 %. A file's sketch only decides which of two packings
+# is better, and mostly one has half the error of the other.
 SKETCH_ROWS, FILE_ROWS = 64, 16
-# The share of calls whose tokens are held out, and the step that spreads them: the golden ratio
-# falls in with no number of steps or prompts, so no step of a sampler is always held out.
+# Fraction of calls whose tokens are held out, and the step of the sequence that selects them. The
+# golden ratio is in phase with no number of steps, so no sampler step is always held out.
 HELD_OUT, STEP = 0.25, (math.sqrt(5) - 1) / 2
-# Files hold signed integers of 8 bits in steps of this part of the largest.
+# Files hold signed 8-bit integers, in steps of this fraction of the largest magnitude.
 STEP_OF_LARGEST = 1 / 127
-# Added to correlations so that they have a factor, and more where this is too little: below what
-# packing adds to them.
-LEAST_DAMPING = 1e-5
-# Types of the tensors of a file, in the order of `SecondMoments.from_tensors`.
-KINDS = [torch.float32, torch.int8, torch.float32, torch.int8, torch.float32, torch.int64]
+# Added to correlations so that they have a Cholesky factor, and increased until they do. Less than
+# packing adds.
+MIN_DAMPING = 1e-5
+# Types of the tensors of a file.
+FILE_DTYPES = {"counts": torch.int64, "scales": torch.float32, "factor": torch.int8,
+               "steps": torch.float32, "sketch": torch.int8, "widths": torch.float32}
 
 
 class SecondMoments:
     """Sums over tokens of products of a layer's inputs, on the device of the inputs.
 
-    With inputs a (tokens, K), the moments are a.T @ a, kept in blocks of k neighbouring columns
-    along the diagonal; B = 1 is all of it. About every fourth call's tokens are held out: they are
-    not in the moments, so that what was fitted to those can be judged by others. Of them a sketch
-    is kept: each row is a sum of tokens with random signs, so that for any matrix D of errors the
-    expectation of |D sketch.T|^2 is the sum of |D a|^2 over the tokens, across the blocks too.
+    For inputs a, (tokens, K), the moments are a.T @ a, of which B blocks of k adjacent columns
+    along the diagonal are kept; B = 1 is the whole matrix. The tokens of about every fourth call
+    are held out: they are not in the moments, so that they can judge what was fitted to the others.
+    A sketch is kept of them, whose rows are sums of tokens with random signs. So for any matrix D
+    of errors, the expectation of |D sketch.T|^2 is the sum of |D a|^2 over the tokens, also across
+    blocks.
 
-    In a pair, the inputs are those of a model whose earlier layers are packed, and beside them are
-    the inputs that the same layer has in the dense model: `cross` holds dense.T @ inputs, in the
-    same blocks.
+    A pair has the inputs of a model whose earlier layers are packed and also the inputs of the same
+    layer in the dense model; `cross` is dense.T @ inputs, in the same blocks.
 
-    columns: K. count, held_out_count: tokens in the moments, and in the sketch.
-    blocks, cross: float32 (B, k, k); the last block may be filled up with zeros. sketch,
-    dense_sketch: float32 (64, K), or (16, K) from a file. `cross` and `dense_sketch` are None where
-    there is no pair.
+    Attributes:
+        columns: K.
+        blocks: float32 (B, k, k); the last block may be padded with zeros.
+        sketch: float32 (64, K), or (16, K) from a file.
+        cross: float32 (B, k, k) for a pair, else None.
+        dense_sketch: float32 in the shape of `sketch` for a pair, else None.
+        count: Tokens in the moments.
+        held_out_count: Tokens in the sketch.
     """
 
     def __init__(self, columns: int, blocks: torch.Tensor, sketch: torch.Tensor,
                  cross: torch.Tensor | None = None, dense_sketch: torch.Tensor | None = None,
                  count: int = 0, held_out_count: int = 0, calls: int = 0):
-        self.columns, self.blocks, self.sketch = columns, blocks, sketch
-        self.cross, self.dense_sketch = cross, dense_sketch
-        self.count, self.held_out_count, self._calls = count, held_out_count, calls
+        self.columns = columns
+        self.blocks = blocks
+        self.sketch = sketch
+        self.cross = cross
+        self.dense_sketch = dense_sketch
+        self.count = count
+        self.held_out_count = held_out_count
+        self._calls = calls
 
     @classmethod
     def zeros(cls, columns: int, block: int | None = None, device="cpu",
               pair: bool = False) -> "SecondMoments":
-        """Of no tokens yet. block: columns of a block, a multiple of 256; None: all, which takes
-        columns**2 * 4 bytes."""
+        """Returns the moments of no tokens.
+
+        Args:
+            columns: K.
+            block: Columns of a block, a multiple of 256; None: all, which takes columns**2 * 4
+                bytes.
+            device: Of the inputs.
+            pair: Whether `add` will also get the inputs of a dense model.
+
+        Raises:
+            ValueError: `block` is not a multiple of 256.
+        """
         size = columns if block is None or block >= columns else block
         if size < columns and size % BLOCK:
             raise ValueError(
-                f"Moments are kept in blocks of a multiple of {BLOCK} columns, not of {block}.")
+                f"Blocks of moments need a multiple of {BLOCK} columns, not {block}.")
         blocks = torch.zeros(-(-columns // size), size, size, dtype=torch.float32, device=device)
         sketch = torch.zeros(SKETCH_ROWS, columns, dtype=torch.float32, device=device)
-        of_pair = (torch.zeros_like(blocks), torch.zeros_like(sketch)) if pair else ()
-        return cls(columns, blocks, sketch, *of_pair)
+        if pair:
+            return cls(columns, blocks, sketch, torch.zeros_like(blocks), torch.zeros_like(sketch))
+        return cls(columns, blocks, sketch)
 
     @property
     def block(self) -> int:
         return self.blocks.shape[-1]
 
     def spans(self) -> list[slice]:
-        """The columns of each block."""
+        """Returns the columns of each block."""
         return [
             slice(start, min(self.columns, start + self.block))
             for start in range(0, self.columns, self.block)
@@ -79,118 +98,126 @@ class SecondMoments:
     @property
     def importance(self) -> torch.Tensor:
         """Mean square of each column, float32 (K,)."""
-        return self.blocks.diagonal(dim1=-2, dim2=-1).reshape(-1)[: self.columns] / max(
-            1, self.count
-        )
+        squares = self.blocks.diagonal(dim1=-2, dim2=-1).reshape(-1)[:self.columns]
+        return squares / max(1, self.count)
 
     @torch.no_grad()
     def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None,
             hold_out: bool | None = None):
-        """Takes the tokens of one call of the layer.
+        """Adds the tokens of one call of the layer.
 
-        inputs: any float dtype, (..., K). dense: in a pair, what entered the layer of the dense
-        model, of the same shape.
-        hold_out: whether these tokens are held out; None: about every fourth call's are, never the
-        first's.
+        Args:
+            inputs: (..., K) of any float dtype.
+            dense: For a pair, the inputs of the dense model's layer, in the same shape.
+            hold_out: Whether to hold these tokens out; None: for about every fourth call, never the
+                first.
+
+        Raises:
+            ValueError: The inputs have another number of columns, or `dense` is given for moments
+                that are not a pair, or missing for a pair.
         """
         if inputs.shape[-1] != self.columns or (dense is None) != (self.cross is None):
+            of_pair = "" if self.cross is None else " of a pair"
             raise ValueError(
                 f"Inputs of shape {tuple(inputs.shape)} do not go with moments of {self.columns}"
-                f" columns{' of a pair' if self.cross is not None else ''}.")
+                f" columns{of_pair}.")
         if hold_out is None:
             hold_out = (0.5 + self._calls * STEP) % 1 < HELD_OUT
         self._calls += 1
-        pairs = [
-            part.reshape(-1, self.columns).split(max(SKETCH_ROWS, VALUES_AT_A_TIME // self.columns))
-            for part in (inputs, inputs if dense is None else dense)
-        ]
-        for tokens, of_dense in zip(*pairs):
-            tokens = tokens.to(self.blocks)
-            of_dense = None if dense is None else of_dense.to(self.blocks)
+        slice_tokens = max(SKETCH_ROWS, SLICE_VALUES // self.columns)
+        flat = inputs.reshape(-1, self.columns)
+        flat_dense = None if dense is None else dense.reshape(-1, self.columns)
+        for start in range(0, len(flat), slice_tokens):
+            tokens = flat[start:start + slice_tokens].to(self.blocks)
+            dense_tokens = None
+            if flat_dense is not None:
+                dense_tokens = flat_dense[start:start + slice_tokens].to(self.blocks)
             if hold_out:
-                self._sketch(tokens, of_dense)
+                self._add_to_sketch(tokens, dense_tokens)
                 self.held_out_count += len(tokens)
             else:
-                self._sum(tokens, of_dense)
+                self._add_to_blocks(tokens, dense_tokens)
                 self.count += len(tokens)
 
-    def _sum(self, tokens: torch.Tensor, dense: torch.Tensor | None):
-        parts = self._parts(tokens)
+    def _add_to_blocks(self, tokens: torch.Tensor, dense: torch.Tensor | None):
+        parts = self._split_columns(tokens)
         self.blocks.baddbmm_(parts.mT, parts)
-        if dense is not None:
-            self.cross.baddbmm_(self._parts(dense).mT, parts)
+        if dense is not None and self.cross is not None:
+            self.cross.baddbmm_(self._split_columns(dense).mT, parts)
 
-    def _parts(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(tokens, K) as (B, tokens, k)."""
+    def _split_columns(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns (tokens, K) as (B, tokens, k)."""
         padded = torch.nn.functional.pad(tokens, (0, len(self.blocks) * self.block - self.columns))
         return padded.unflatten(-1, (-1, self.block)).transpose(0, 1)
 
-    def _sketch(self, tokens: torch.Tensor, dense: torch.Tensor | None):
-        signs = self._signs(len(tokens)).unsqueeze(-1)
+    def _add_to_sketch(self, tokens: torch.Tensor, dense: torch.Tensor | None):
+        signs = self._random_signs(len(tokens)).unsqueeze(-1)
         rows = len(self.sketch)
-        start, row = 0, self.held_out_count % rows  # so that short calls fill all rows
+        start, row = 0, self.held_out_count % rows  # continues, so that short calls fill all rows
         while start < len(tokens):
             stop = min(len(tokens), start + rows - row)
             for sketch, part in ((self.sketch, tokens), (self.dense_sketch, dense)):
-                if part is not None:
+                if sketch is not None and part is not None:
                     sketch[row:row + stop - start].addcmul_(part[start:stop], signs[start:stop])
             start, row = stop, 0
 
-    def _signs(self, count: int) -> torch.Tensor:
-        """Random signs, float32 (count,), others for each number of calls and of tokens held
-        out."""
+    def _random_signs(self, count: int) -> torch.Tensor:
+        """Returns signs, float32 (count,), seeded by the counts of calls and held-out tokens."""
         generator = torch.Generator().manual_seed(self.held_out_count * 1_000_003 + self._calls)
         return (torch.randint(2, (count,), generator=generator) * 2 - 1).to(self.blocks)
 
     def merge(self, other: "SecondMoments"):
-        """Adds the tokens of moments of the same layer."""
-        if (other.blocks.shape, other.sketch.shape, other.cross is None) != (
-            self.blocks.shape,
-            self.sketch.shape,
-            self.cross is None,
-        ):
+        """Adds other moments of the same layer.
+
+        Raises:
+            ValueError: They have other columns or blocks, or only one of the two is a pair.
+        """
+        if (self.blocks.shape != other.blocks.shape or self.sketch.shape != other.sketch.shape
+                or (self.cross is None) != (other.cross is None)):
             raise ValueError(
-                f"Moments of {other.columns} columns in blocks of {other.block} do not add to"
+                f"Moments of {other.columns} columns in blocks of {other.block} cannot be added to"
                 f" moments of {self.columns} columns in blocks of {self.block}.")
         self._calls += other._calls
-        # With equal signs rows would add up to more than their tokens.
-        signs = self._signs(len(self.sketch)).unsqueeze(-1)
+        # With equal signs, rows would add up to more than their tokens.
+        signs = self._random_signs(len(self.sketch)).unsqueeze(-1)
         self.blocks += other.blocks.to(self.blocks.device)
         self.sketch += other.sketch.to(self.sketch.device) * signs
-        if self.cross is not None:
+        if self.cross is not None and other.cross is not None:
             self.cross += other.cross.to(self.cross.device)
+        if self.dense_sketch is not None and other.dense_sketch is not None:
             self.dense_sketch += other.dense_sketch.to(self.sketch.device) * signs
         self.count += other.count
         self.held_out_count += other.held_out_count
 
     def to(self, device) -> "SecondMoments":
-        parts = self.blocks, self.sketch, self.cross, self.dense_sketch
-        moved = [None if part is None else part.to(device) for part in parts]
-        return SecondMoments(self.columns, *moved, self.count, self.held_out_count, self._calls)
+        cross = None if self.cross is None else self.cross.to(device)
+        dense_sketch = None if self.dense_sketch is None else self.dense_sketch.to(device)
+        return SecondMoments(self.columns, self.blocks.to(device), self.sketch.to(device), cross,
+                             dense_sketch, self.count, self.held_out_count, self._calls)
 
     # --- files ---
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
-        """What a file needs to hold, on the CPU: about columns * (block / 2 + 28) bytes. Not for a
-        pair.
+        """Returns tensors for a file, on the CPU: about columns * (block / 2 + 28) bytes.
 
-        Kept is the factor of the correlations, L with L @ L.T = correlations, lower triangular with
-        rows of length 1: whatever its elements are rounded to, what comes back is positive
-        semidefinite with the diagonal it had. Correlations that are rounded themselves would have
-        to have 12 bits.
+        The correlations are stored as their Cholesky factor L, L @ L.T = correlations, whose rows
+        have length 1. However its elements are rounded, the result is positive semidefinite and has
+        the exact diagonal. Correlations rounded themselves would need 12 bits.
 
-        | name     | dtype, shape                 | meaning                                                               |
-        |----------|------------------------------|-----------------------------------------------------------------------|
-        | counts   | int64 (4,)                   | columns, tokens, tokens held out, calls                               |
-        | scales   | float32 (B, k)               | roots of the moments' diagonal                                        |
-        | factor   | int8 (B, k * (k - 1) / 2)    | L below the diagonal, row by row, in steps of its columns             |
-        | steps    | float32 (B, k)               | those steps                                                           |
-        | sketch   | int8 (16, K)                 | sketch, its rows added up to fewer, in steps of its columns           |
-        | widths   | float32 (K,)                 | those steps                                                           |
+        | name   | dtype, shape              | meaning                                             |
+        |--------|---------------------------|-----------------------------------------------------|
+        | counts | int64 (4,)                | columns, tokens, tokens held out, calls             |
+        | scales | float32 (B, k)            | square roots of the moments' diagonal               |
+        | factor | int8 (B, k * (k - 1) / 2) | L below the diagonal, row by row, in steps a column |
+        | steps  | float32 (B, k)            | those steps                                         |
+        | sketch | int8 (16, K)              | sketch, its rows added up to 16, in steps a column  |
+        | widths | float32 (K,)              | those steps                                         |
+
+        Raises:
+            ValueError: The moments are of a pair, or not finite.
         """
         if self.cross is not None:
-            raise ValueError(
-                "SecondMoments of a pair are for one packed model, and not kept in files.")
+            raise ValueError("Moments of a pair belong to one packed model and are not saved.")
         blocks, sketch = self.blocks.cpu(), self.sketch.cpu()
         if not blocks.isfinite().all():
             raise ValueError("The moments of the layer's inputs hold NaN or infinite values.")
@@ -199,46 +226,36 @@ class SecondMoments:
         factor = torch.empty(len(blocks), int(below.sum()), dtype=torch.int8)
         steps = torch.empty_like(scales)
         for index, (block, scale) in enumerate(zip(blocks, scales)):
-            correlations = block / _safe(scale).unsqueeze(-1) / _safe(scale)
-            codes, steps[index] = _in_steps(_factor(correlations).tril(-1))
+            correlations = block / _without_zeros(scale).unsqueeze(-1) / _without_zeros(scale)
+            codes, steps[index] = _round_to_steps(_factor(correlations).tril(-1))
             factor[index] = codes[below]
         if len(sketch) > FILE_ROWS:
             sketch = sketch.view(-1, FILE_ROWS, self.columns).sum(0)
-        codes, widths = _in_steps(sketch)
-        counts = torch.tensor([self.columns, self.count, self.held_out_count, self._calls],
-                              dtype=torch.int64)
-        return {
-            "counts": counts, "scales": scales, "factor": factor, "steps": steps, "sketch": codes,
-            "widths": widths
-        }
+        codes, widths = _round_to_steps(sketch)
+        counts = [self.columns, self.count, self.held_out_count, self._calls]
+        return {"counts": torch.tensor(counts, dtype=torch.int64), "scales": scales,
+                "factor": factor, "steps": steps, "sketch": codes, "widths": widths}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], device="cpu") -> "SecondMoments":
-        """The inverse of `to_tensors`. Raises ValueError where they do not fit together."""
+        """Returns the moments that `to_tensors` made some tensors of.
+
+        Raises:
+            ValueError: A tensor is missing, or its dtype or shape does not match the others'.
+        """
         try:
-            scales, factor, steps, sketch, widths = (tensors[name].to(device)
-                                                     for name in ("scales", "factor", "steps",
-                                                                  "sketch", "widths"))
+            dtypes = {name: tensors[name].dtype for name in FILE_DTYPES}
+            if dtypes != FILE_DTYPES:
+                raise ValueError(f"types {', '.join(map(str, dtypes.values()))}")
             columns, count, held_out_count, calls = tensors["counts"].tolist()
-            kinds = [
-                tensor.dtype
-                for tensor in (scales, factor, steps, sketch, widths, tensors["counts"])
-            ]
-            if kinds != KINDS:
-                raise ValueError(f"types {', '.join(map(str, kinds))}")
+            scales, factor, steps, sketch, widths = (
+                tensors[name].to(device)
+                for name in ("scales", "factor", "steps", "sketch", "widths"))
             number, size = scales.shape
-            wanted = (
-                (number, size * (size - 1) // 2),
-                (number, size),
-                (FILE_ROWS, columns),
-                (columns,),
-            )
-            if (
-                factor.shape,
-                steps.shape,
-                sketch.shape,
-                widths.shape,
-            ) != wanted or not 0 <= number * size - columns < size:
+            shapes = (factor.shape, steps.shape, sketch.shape, widths.shape)
+            expected = ((number, size * (size - 1) // 2), (number, size), (FILE_ROWS, columns),
+                        (columns,))
+            if shapes != expected or not 0 <= number * size - columns < size:
                 raise ValueError(
                     f"shapes {tuple(scales.shape)}, {tuple(factor.shape)}, {tuple(sketch.shape)}")
         except (KeyError, ValueError) as error:
@@ -256,8 +273,8 @@ class SecondMoments:
 
 
 def _factor(correlations: torch.Tensor) -> torch.Tensor:
-    """The lower triangular L with L @ L.T = correlations, float32 (k, k)."""
-    damping = LEAST_DAMPING
+    """Returns the lower triangular L with L @ L.T = correlations, float32 (k, k)."""
+    damping = MIN_DAMPING
     while True:
         damped = correlations.clone()
         damped.diagonal().fill_(1 + damping)
@@ -267,11 +284,11 @@ def _factor(correlations: torch.Tensor) -> torch.Tensor:
         damping *= 10
 
 
-def _in_steps(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 (n, K), the step of each column, float32 (K,)) of values, float32 (n, K)."""
+def _round_to_steps(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns float32 values (n, K) as int8 (n, K), and the step of each column, float32 (K,)."""
     steps = values.abs().amax(0) * STEP_OF_LARGEST
-    return (values / _safe(steps)).round_().clamp_(-127, 127).to(torch.int8), steps
+    return (values / _without_zeros(steps)).round_().clamp_(-127, 127).to(torch.int8), steps
 
 
-def _safe(divisor: torch.Tensor) -> torch.Tensor:
+def _without_zeros(divisor: torch.Tensor) -> torch.Tensor:
     return torch.where(divisor == 0, 1, divisor)
