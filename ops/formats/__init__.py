@@ -1,4 +1,4 @@
-"""Every packed format. Importing this package registers them all in `ops.format`."""
+"""All packed formats; importing this package registers them in `ops.format`."""
 from . import (  # noqa: F401  each registers what it defines
     bnb_4bit,
     bnb_int8,

@@ -1,5 +1,7 @@
-"""Formats whose codes name four or eight values at once: a point of a grid. The grids are gguf's
-own tables."""
+"""Base of formats whose codes select four or eight values at once, a point of a grid.
+
+The grids are gguf's own tables.
+"""
 import torch
 
 from ..bits import bit_table
@@ -7,8 +9,8 @@ from ..format import Format
 
 
 def grid_values(name: str) -> torch.Tensor:
-    """The grid of a format, int8 (points, values per point), decoded from `gguf.quants`."""
-    from gguf import quants  # here, so that importing the formats needs nothing but torch
+    """Returns the grid of a format from `gguf.quants`, int8 (points, values per point)."""
+    from gguf import quants  # here, so that importing the formats needs only torch
 
     reference = getattr(quants, name)
     packed = torch.frombuffer(bytearray.fromhex(reference.grid_hex.decode()),
@@ -19,23 +21,25 @@ def grid_values(name: str) -> torch.Tensor:
 
 
 class GridCodebook(Format):
-    """Base of formats that multiply grid points by signs."""
+    """Base of formats that multiply grid points with signs."""
 
     @classmethod
     def points(cls) -> torch.Tensor:
-        """int32 or int64 (points,), the four or eight int8 values of every point side by side."""
+        """Returns the grid, int32 or int64 (points,): four or eight int8 values in each number."""
         values = grid_values(cls.__name__)
         return values.view(torch.int32 if values.shape[-1] == 4 else torch.int64).view(-1)
 
     @staticmethod
     def signs() -> torch.Tensor:
-        """The signs of eight values for every byte."""
+        """Returns the signs of eight values for every byte, as a table for `lookup`."""
         return bit_table(1, -1)
 
     @staticmethod
     def even_signs() -> torch.Tensor:
-        """The signs of eight values for every 7-bit code: the eighth bit makes the number of minus
-        signs even."""
+        """Returns the signs of eight values for every 7-bit code, as a table for `lookup`.
+
+        The eighth sign makes the number of minus signs even.
+        """
         from gguf import quants
 
         return bit_table(1, -1)[list(quants.IQ2_XXS.ksigns)]

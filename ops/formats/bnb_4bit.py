@@ -1,10 +1,10 @@
-"""bitsandbytes' 4-bit formats: a codebook of 16 values, scaled by the largest magnitude of each
-block.
+"""bitsandbytes' 4-bit formats: a codebook of 16 values, scaled by each block's largest magnitude.
 
 Sources: bitsandbytes 0.50 `functional.get_4bit_type`, `backends/default/ops.py`; the NF4 codebook
 is from QLoRA (https://arxiv.org/abs/2305.14314).
 """
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -13,39 +13,43 @@ from ..format import FORMATS, Fit, Format, Grid, Terms
 
 
 class Codebook4Bit(Format):
-    """value = codebook[code] * absmax, blocks along the flattened weight; a block may cross rows,
-    the last may be short.
+    """value = codebook[code] * absmax, in blocks along the flattened weight.
 
-    | tensor | dtype, shape              | meaning                                       |
-    |--------|---------------------------|-----------------------------------------------|
-    | packed | uint8 (ceil(values / 2),) | codes, two a byte, the high nibble first      |
-    | absmax | float32 (blocks,)         | scale of each block of `block_length` values  |
+    A block may cross rows, and the last one may be short.
+
+    | tensor | dtype, shape              | meaning                                      |
+    |--------|---------------------------|----------------------------------------------|
+    | packed | uint8 (ceil(values / 2),) | codes, two a byte, the high nibble first     |
+    | absmax | float32 (blocks,)         | scale of each block of `block_length` values |
     """
 
     scales_apart = True
+    grid: Grid
     codebook: tuple[float, ...]
 
     @classmethod
     def of_block_length(cls, block_length: int) -> type["Codebook4Bit"]:
-        """This format with blocks of another length, which is a format of its own."""
+        """Returns this format with blocks of another length, which is a format of its own."""
         if block_length == cls.block_length:
             return cls
         name = f"{cls.__name__}_{block_length}"
         grid = dataclasses.replace(cls.grid, length=block_length, group=block_length)
         sizes = {"block_length": block_length, "block_bytes": block_length // 2, "grid": grid}
-        return FORMATS.get(name) or type(name, (cls,), sizes)
+        packed_format: Any = FORMATS.get(name) or type(name, (cls,), sizes)
+        return packed_format
 
     @classmethod
     def code_pairs(cls) -> torch.Tensor:
-        """int64 (256,): the two float32 values of each byte, side by side."""
-        values, codes = torch.tensor(cls.codebook, dtype=torch.float32), torch.arange(256)
+        """Returns the two float32 values of each byte, packed in int64 (256,)."""
+        values = torch.tensor(cls.codebook, dtype=torch.float32)
+        codes = torch.arange(256)
         return torch.stack([values[codes >> 4], values[codes & 15]], -1).view(torch.int64).view(-1)
 
     @classmethod
     def blocks(cls, tensors, first, last):
-        return tensors[0].view(-1)[first * cls.block_bytes : last * cls.block_bytes], tensors[1][
-            first:last
-        ]
+        codes, absmax = tensors
+        code_slice = slice(first * cls.block_bytes, last * cls.block_bytes)
+        return codes.view(-1)[code_slice], absmax[first:last]
 
     @classmethod
     def rows(cls, tensors, columns, index):
@@ -57,8 +61,12 @@ class Codebook4Bit(Format):
 
     @classmethod
     def terms(cls, codes: torch.Tensor, absmax: torch.Tensor) -> Terms:
-        """codes: uint8 (bytes,), absmax: float32 (n,). Where the last block is short, zeros follow
-        its values."""
+        """Returns the terms of blocks; a short last block is padded with zeros.
+
+        Args:
+            codes: uint8 (bytes,).
+            absmax: float32 (n,).
+        """
         values = select(cls.constant("code_pairs", codes.device), codes).view(torch.float32)
         missing = len(absmax) * cls.block_length - len(values)
         if missing:
@@ -67,7 +75,7 @@ class Codebook4Bit(Format):
 
     @classmethod
     def order(cls) -> torch.Tensor:
-        """uint8 (16,): the codes in ascending order of their values, as `Grid.levels` has them."""
+        """Returns the codes sorted by their values, uint8 (16,), as in `Grid.levels`."""
         return torch.tensor(cls.codebook, dtype=torch.float32).argsort().to(torch.uint8)
 
     @classmethod
@@ -75,9 +83,8 @@ class Codebook4Bit(Format):
         absmax = values.abs().amax(-1, keepdim=True)
         levels = torch.tensor(cls.grid.levels, dtype=torch.float32, device=values.device)
         scaled = (values * (1 / absmax.clamp(min=1e-38))).clamp_(-1, 1)
-        codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2,
-                                out_int32=True).to(torch.uint8)
-        return cls.encode(Fit(codes, absmax, torch.ones_like(absmax)))
+        codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+        return cls.encode(Fit(codes.to(torch.uint8), absmax, torch.ones_like(absmax)))
 
     @classmethod
     def encode(cls, fit: Fit) -> tuple[torch.Tensor, torch.Tensor]:

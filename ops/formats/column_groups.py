@@ -1,16 +1,20 @@
-"""Rows whose groups of columns a model has in another order than its file.
+"""Formats of weights whose groups of columns have another order in the model than in the file.
 
-A block of a K-quant holds 256 columns of a row, so smaller groups of columns cannot change places
-as bytes. The bytes stay as they are, and each row is put in order while it is dequantised.
+A block of a K-quant holds 256 columns of a row, so smaller groups of columns cannot be moved within
+the bytes. The bytes stay as they are, and each row is reordered when it is dequantised.
 """
+from typing import Any
+
 import torch
 
 from ..format import FORMATS, Format
 
 
 class ColumnGroups(Format):
-    """A whole row of blocks of `base` as one block. Its columns, seen as (outer, inner, n), read as
-    (inner, outer, n)."""
+    """A row of blocks of `base` as one block, its columns transposed.
+
+    The columns, viewed as (outer, inner, n), are read as (inner, outer, n).
+    """
 
     base: type[Format]
     outer: int
@@ -18,24 +22,24 @@ class ColumnGroups(Format):
 
     @classmethod
     def of(cls, base: type[Format], columns: int, outer: int, inner: int) -> type["ColumnGroups"]:
-        """The format of rows of `columns` values packed in `base`, which `outer * inner` and
-        `base.block_length` divide."""
+        """Returns the format of rows packed in `base`.
+
+        Args:
+            base: Format of the bytes.
+            columns: Values in a row, a multiple of `outer * inner` and of `base.block_length`.
+            outer: Groups in the order of the file.
+            inner: Groups within each of these.
+        """
         name = f"{base.__name__}_{columns}_{outer}x{inner}"
         block_bytes = columns // base.block_length * base.block_bytes
-        return FORMATS.get(name) or type(
-            name,
-            (cls,),
-            {
-                "base": base,
-                "outer": outer,
-                "inner": inner,
-                "block_length": columns,
-                "block_bytes": block_bytes,
-            },
-        )
+        attributes = {"base": base, "outer": outer, "inner": inner, "block_length": columns,
+                      "block_bytes": block_bytes}
+        packed_format: Any = FORMATS.get(name) or type(name, (cls,), attributes)
+        return packed_format
 
     @classmethod
     def write(cls, out: torch.Tensor, blocks: torch.Tensor):
-        values = cls.base.dequantize(blocks.reshape(-1, cls.base.block_bytes)).view(
-            len(blocks), cls.outer, cls.inner, -1)
-        out.view(len(blocks), cls.inner, cls.outer, -1).copy_(values.transpose(1, 2))
+        count = len(blocks)
+        values = cls.base.dequantize(blocks.reshape(-1, cls.base.block_bytes))
+        values = values.view(count, cls.outer, cls.inner, -1)
+        out.view(count, cls.inner, cls.outer, -1).copy_(values.transpose(1, 2))

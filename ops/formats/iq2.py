@@ -1,8 +1,9 @@
 """The formats between 2.06 and 2.5 bits: points of a grid of eight magnitudes, times signs.
 
+In all of them value = (d * (0.5 + scale) * 0.25) * grid[index] * sign.
+
 Sources: `block_iq2_*`, `iq2*_grid`, `ksigns_iq2xs` in ggml-common.h, `dequantize_row_iq2_*` in
-ggml-quants.c, gguf-py 0.19 `quants.py`. In all of them value = (d * (0.5 + scale) * 0.25) *
-grid[index] * sign.
+ggml-quants.c, gguf-py 0.19 `quants.py`.
 """
 import torch
 
@@ -14,10 +15,11 @@ from ._grid_codebook import GridCodebook
 class IQ2_XXS(GridCodebook, ggml_type=16):
     """One index and one 7-bit sign code per 8 values, one scale per 32.
 
-    | offset | size | meaning                                                                                      |
-    |--------|------|----------------------------------------------------------------------------------------------|
-    | 0      | 2    | d, float16                                                                                   |
-    | 2      | 64   | qs, 8 bytes per 32 values: four indices; uint32 of four sign codes, then the scale (4 bits)  |
+    | offset | size | meaning                                                               |
+    |--------|------|-----------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                            |
+    | 2      | 64   | qs, 8 bytes per 32 values: four indices, then uint32: four sign codes |
+    |        |      | and the scale (4 bits)                                                |
     """
 
     block_length, block_bytes = 256, 66
@@ -35,11 +37,11 @@ class IQ2_XXS(GridCodebook, ggml_type=16):
 class IQ2_XS(GridCodebook, ggml_type=17):
     """One index and one 7-bit sign code per 8 values, one scale per 16.
 
-    | offset | size | meaning                                                             |
-    |--------|------|---------------------------------------------------------------------|
-    | 0      | 2    | d, float16                                                          |
-    | 2      | 64   | qs, uint16 per 8 values: index (9 bits), then sign code (7 bits)    |
-    | 66     | 8    | scales, 4 bits, low nibble first                                    |
+    | offset | size | meaning                                                          |
+    |--------|------|------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                       |
+    | 2      | 64   | qs, uint16 per 8 values: index (9 bits), then sign code (7 bits) |
+    | 66     | 8    | scales, 4 bits, low nibble first                                 |
     """
 
     block_length, block_bytes = 256, 74
@@ -69,8 +71,8 @@ class IQ2_S(GridCodebook, ggml_type=22):
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        index = torch.add(blocks[:, 2:34],
-                          split_bits(blocks[:, 66:74], 2, 4).view(-1, 32), alpha=256)
+        high = split_bits(blocks[:, 66:74], 2, 4).view(-1, 32)
+        index = torch.add(blocks[:, 2:34], high, alpha=256)
         scales = _scales(blocks[:, 74:], half(blocks, 0))
         values = lookup(cls.constant("points", blocks.device), index)
         values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 34:66]))
@@ -78,6 +80,10 @@ class IQ2_S(GridCodebook, ggml_type=22):
 
 
 def _scales(packed: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """d * (0.5 + scale) * 0.25, float32 (n, 16, 1). packed: scales, uint8 (n, 8), two a byte. d:
-    float32 (n, 1)."""
+    """Returns d * (0.5 + scale) * 0.25, float32 (n, 16, 1).
+
+    Args:
+        packed: The scales, uint8 (n, 8), two a byte.
+        d: float32 (n, 1).
+    """
     return split_bits(packed, 4, 2).view(-1, 16).float().add_(0.5).mul_(d).mul_(0.25).unsqueeze(-1)

@@ -15,10 +15,10 @@ KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 
 class IQ4_NL(NibbleCodebook, ggml_type=20):
     """value = d * values[code]
 
-    | offset | size | meaning                                                                |
-    |--------|------|------------------------------------------------------------------------|
-    | 0      | 2    | d, float16                                                             |
-    | 2      | 16   | qs, codes, values 0..15 in the low nibbles, 16..31 in the high ones    |
+    | offset | size | meaning                                                             |
+    |--------|------|---------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                          |
+    | 2      | 16   | qs, codes, values 0..15 in the low nibbles, 16..31 in the high ones |
     """
 
     block_length, block_bytes = 32, 18
@@ -37,12 +37,12 @@ class IQ4_NL(NibbleCodebook, ggml_type=20):
 class IQ4_XS(NibbleCodebook, ggml_type=23):
     """value = (d * (scale - 32)) * values[code], one scale per 32 values
 
-    | offset | size | meaning                                                                               |
-    |--------|------|---------------------------------------------------------------------------------------|
-    | 0      | 2    | d, float16                                                                            |
-    | 2      | 2    | high two bits of the eight scales, lowest first                                       |
-    | 4      | 4    | low four bits of the eight scales, two a byte, low nibble first                       |
-    | 8      | 128  | qs, codes; of 16 neighbouring bytes the low nibbles hold 16 values, then the high     |
+    | offset | size | meaning                                                              |
+    |--------|------|----------------------------------------------------------------------|
+    | 0      | 2    | d, float16                                                           |
+    | 2      | 2    | high two bits of the eight scales, lowest first                      |
+    | 4      | 4    | low four bits of the eight scales, two a byte, low nibble first      |
+    | 8      | 128  | qs, codes; the low nibbles of 16 bytes hold 16 values, then the high |
     """
 
     block_length, block_bytes = 256, 136
@@ -59,5 +59,5 @@ class IQ4_XS(NibbleCodebook, ggml_type=23):
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = (fit.scales + 32).to(torch.uint8)
-        bytes_of_scales = [join_planes(scales >> 4, 2, 1), join_planes(scales & 15, 4, 1)]
-        return torch.cat([half_bytes(fit.d), *bytes_of_scales, join_planes(fit.codes, 4, 16)], 1)
+        scale_bytes = [join_planes(scales >> 4, 2, 1), join_planes(scales & 15, 4, 1)]
+        return torch.cat([half_bytes(fit.d), *scale_bytes, join_planes(fit.codes, 4, 16)], 1)

@@ -1,7 +1,9 @@
 """ggml's first formats: 32 values under one float16 scale, with or without an offset.
 
+The low nibbles of `qs` hold values 0..15, the high nibbles values 16..31.
+
 Sources: `block_q*` in ggml-common.h, `dequantize_row_q*` in ggml-quants.c, gguf-py 0.19
-`quants.py`. The low nibbles of `qs` hold values 0..15, the high nibbles values 16..31.
+`quants.py`.
 """
 import torch
 
@@ -10,18 +12,22 @@ from ..format import Fit, Format, Grid, Terms, inverse, peaks, round_half_away
 
 
 def symmetric_fit(values: torch.Tensor, lowest: int) -> Fit:
-    """ggml's reference of the formats without an offset: the peak, with its sign, gets the lowest
-    code."""
+    """Fits blocks as ggml's reference for formats without an offset.
+
+    The value of largest magnitude gets the code of `lowest`, the lowest level.
+    """
     d = peaks(values) / lowest
     codes = (values * inverse(d) + (0.5 - lowest)).clamp_(0, -2 * lowest - 1)
     return Fit(codes.to(torch.uint8), d, torch.ones_like(d))
 
 
 def offset_fit(values: torch.Tensor, largest: int) -> Fit:
-    """ggml's reference of the formats with an offset: the lowest value gets code 0, the highest
-    code `largest`."""
+    """Fits blocks as ggml's reference for formats with an offset.
+
+    The lowest value gets code 0, the highest one code `largest`.
+    """
     lowest = values.amin(-1, keepdim=True)
-    # by a number, CUDA multiplies with its inverse
+    # by a tensor: CUDA replaces the division by a number with a product
     d = (values.amax(-1, keepdim=True) - lowest) / values.new_tensor(largest)
     codes = ((values - lowest) * inverse(d) + 0.5).clamp_(0, largest)
     return Fit(codes.to(torch.uint8), d, torch.ones_like(d), -lowest, torch.ones_like(d))
@@ -30,10 +36,10 @@ def offset_fit(values: torch.Tensor, largest: int) -> Fit:
 class Q4_0(Format, ggml_type=2):
     """value = d * (code - 8)
 
-    | offset | size | meaning                |
-    |--------|------|------------------------|
-    | 0      | 2    | d, float16             |
-    | 2      | 16   | qs, codes, two a byte  |
+    | offset | size | meaning               |
+    |--------|------|-----------------------|
+    | 0      | 2    | d, float16            |
+    | 2      | 16   | qs, codes, two a byte |
     """
 
     block_length, block_bytes = 32, 18
@@ -56,11 +62,11 @@ class Q4_0(Format, ggml_type=2):
 class Q4_1(Format, ggml_type=3):
     """value = d * code + m
 
-    | offset | size | meaning                |
-    |--------|------|------------------------|
-    | 0      | 2    | d, float16             |
-    | 2      | 2    | m, float16             |
-    | 4      | 16   | qs, codes, two a byte  |
+    | offset | size | meaning               |
+    |--------|------|-----------------------|
+    | 0      | 2    | d, float16            |
+    | 2      | 2    | m, float16            |
+    | 4      | 16   | qs, codes, two a byte |
     """
 
     block_length, block_bytes = 32, 20
@@ -76,29 +82,36 @@ class Q4_1(Format, ggml_type=3):
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
+        assert fit.dmin is not None
         scales = half_bytes(fit.d), half_bytes(-fit.dmin)
         return torch.cat([*scales, join_planes(fit.codes, 4, 16)], 1)
 
 
 class FiveBitCodes(Format):
-    """Base of the formats that keep the fifth bits of the codes apart."""
+    """Base of the formats with 5-bit codes, whose fifth bits are stored separately."""
 
-    zero: int  # the code of the value 0, which codes are counted from: 0 or 16
+    zero: int  # the code of the value 0: 0 or 16
 
     @classmethod
     def fifth_bits(cls) -> torch.Tensor:
+        """Returns what eight fifth bits add to the codes, as a table for `lookup`."""
         return bit_table(-cls.zero, 16 - cls.zero)
 
     @classmethod
     def codes(cls, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Codes from `zero`, int8 (n, 32), of the fifth bits `qh`, uint8 (n, 4), and the nibbles
-        `qs`, uint8 (n, 16)."""
+        """Returns the codes minus `zero`, int8 (n, 32).
+
+        Args:
+            high: The fifth bits, `qh`, uint8 (n, 4).
+            low: The low four bits, `qs`, uint8 (n, 16).
+        """
         codes = bit_planes(low, 4).view(torch.int8).view(-1, 32)
-        return codes.bitwise_or_(lookup(cls.constant("fifth_bits", low.device), high).view(-1, 32))
+        fifth_bits = lookup(cls.constant("fifth_bits", low.device), high)
+        return codes.bitwise_or_(fifth_bits.view(-1, 32))
 
     @staticmethod
     def code_bytes(codes: torch.Tensor) -> torch.Tensor:
-        """`qh` and `qs`, uint8 (n, 20), of codes, uint8 (n, 32)."""
+        """Returns `qh` and `qs`, uint8 (n, 20), of codes, uint8 (n, 32)."""
         high = join_planes((codes >> 4).view(-1, 4, 8).transpose(1, 2).reshape(-1, 32), 1, 4)
         return torch.cat([high, join_planes(codes & 15, 4, 16)], 1)
 
@@ -106,11 +119,11 @@ class FiveBitCodes(Format):
 class Q5_0(FiveBitCodes, ggml_type=6):
     """value = d * (code - 16)
 
-    | offset | size | meaning                                            |
-    |--------|------|----------------------------------------------------|
-    | 0      | 2    | d, float16                                         |
-    | 2      | 4    | qh, fifth bit of value i at bit i, little endian   |
-    | 6      | 16   | qs, low four bits of the codes, two a byte         |
+    | offset | size | meaning                                          |
+    |--------|------|--------------------------------------------------|
+    | 0      | 2    | d, float16                                       |
+    | 2      | 4    | qh, fifth bit of value i at bit i, little endian |
+    | 6      | 16   | qs, low four bits of the codes, two a byte       |
     """
 
     block_length, block_bytes, zero = 32, 22, 16
@@ -132,12 +145,12 @@ class Q5_0(FiveBitCodes, ggml_type=6):
 class Q5_1(FiveBitCodes, ggml_type=7):
     """value = d * code + m
 
-    | offset | size | meaning                                            |
-    |--------|------|----------------------------------------------------|
-    | 0      | 2    | d, float16                                         |
-    | 2      | 2    | m, float16                                         |
-    | 4      | 4    | qh, fifth bit of value i at bit i, little endian   |
-    | 8      | 16   | qs, low four bits of the codes, two a byte         |
+    | offset | size | meaning                                          |
+    |--------|------|--------------------------------------------------|
+    | 0      | 2    | d, float16                                       |
+    | 2      | 2    | m, float16                                       |
+    | 4      | 4    | qh, fifth bit of value i at bit i, little endian |
+    | 8      | 16   | qs, low four bits of the codes, two a byte       |
     """
 
     block_length, block_bytes, zero = 32, 24, 0
@@ -153,16 +166,17 @@ class Q5_1(FiveBitCodes, ggml_type=7):
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
+        assert fit.dmin is not None
         return torch.cat([half_bytes(fit.d), half_bytes(-fit.dmin), cls.code_bytes(fit.codes)], 1)
 
 
 class Q8_0(Format, ggml_type=8):
     """value = code * d
 
-    | offset | size | meaning          |
-    |--------|------|------------------|
-    | 0      | 2    | d, float16       |
-    | 2      | 32   | qs, codes, int8  |
+    | offset | size | meaning         |
+    |--------|------|-----------------|
+    | 0      | 2    | d, float16      |
+    | 2      | 32   | qs, codes, int8 |
     """
 
     block_length, block_bytes = 32, 34

@@ -1,8 +1,9 @@
 """The microscaling 4-bit floats: E2M1 codes under small float scales.
 
+As in ggml, the E2M1 values are doubled and the scales halved.
+
 Sources: `block_mxfp4`, `block_nvfp4` in ggml-common.h, `dequantize_row_*` in ggml-quants.c, the
-scale conversions in ggml-impl.h, gguf-py 0.19 `quants.py`. As there, the E2M1 values are doubled
-and the scales halved.
+scale conversions in ggml-impl.h, gguf-py 0.19 `quants.py`.
 """
 import math
 
@@ -12,17 +13,17 @@ from ..bits import join_planes, select
 from ..format import Terms
 from ._nibble_codebook import NibbleCodebook
 
-# Code 8, minus zero, gives plus zero.
+# Code 8 is minus zero, which becomes plus zero.
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 class MXFP4(NibbleCodebook, ggml_type=39):
     """value = scale * values[code], scale = 2**(e - 128)
 
-    | offset | size | meaning                                                                |
-    |--------|------|------------------------------------------------------------------------|
-    | 0      | 1    | e, exponent E8M0                                                       |
-    | 1      | 16   | qs, codes, values 0..15 in the low nibbles, 16..31 in the high ones    |
+    | offset | size | meaning                                                             |
+    |--------|------|---------------------------------------------------------------------|
+    | 0      | 1    | e, exponent E8M0                                                    |
+    | 1      | 16   | qs, codes, values 0..15 in the low nibbles, 16..31 in the high ones |
     """
 
     block_length, block_bytes = 32, 17
@@ -31,8 +32,7 @@ class MXFP4(NibbleCodebook, ggml_type=39):
 
     @staticmethod
     def scales() -> torch.Tensor:
-        """float32 (256,): the scale of every exponent; the two lowest are subnormal, none is
-        NaN."""
+        """Returns the scale of every exponent, float32 (256,); the two lowest are subnormal."""
         return torch.tensor([math.ldexp(1, exponent - 128) for exponent in range(256)],
                             dtype=torch.float32)
 
@@ -44,8 +44,8 @@ class MXFP4(NibbleCodebook, ggml_type=39):
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
         peak = values.abs().amax(-1, keepdim=True)
-        exponents = torch.where(peak > 0, (peak.log2().floor() + 125).clamp(0, 255),
-                                0).to(torch.uint8)
+        exponents = (peak.log2().floor() + 125).clamp(0, 255)
+        exponents = torch.where(peak > 0, exponents, 0).to(torch.uint8)
         scales = cls.constant("scales", values.device)[exponents.int()].unsqueeze(-1)
         levels = scales * torch.tensor(cls.values, dtype=torch.float32, device=values.device)
         codes = (levels - values.unsqueeze(-1)).abs().argmin(-1).to(torch.uint8)
@@ -55,10 +55,10 @@ class MXFP4(NibbleCodebook, ggml_type=39):
 class NVFP4(NibbleCodebook, ggml_type=40):
     """value = scale * values[code], one scale per 16 values
 
-    | offset | size | meaning                                                                          |
-    |--------|------|----------------------------------------------------------------------------------|
-    | 0      | 4    | scales, unsigned E4M3                                                            |
-    | 4      | 32   | qs, codes; of 8 neighbouring bytes the low nibbles hold 8 values, then the high  |
+    | offset | size | meaning                                                            |
+    |--------|------|--------------------------------------------------------------------|
+    | 0      | 4    | scales, unsigned E4M3                                              |
+    | 4      | 32   | qs, codes; the low nibbles of 8 bytes hold 8 values, then the high |
     """
 
     block_length, block_bytes = 64, 36
@@ -66,16 +66,16 @@ class NVFP4(NibbleCodebook, ggml_type=40):
 
     @staticmethod
     def scales() -> torch.Tensor:
-        """float32 (256,): half the value of every E4M3 byte, its top bit ignored; the NaN 0x7F
-        counts as zero."""
+        """Returns half the value of every E4M3 byte without its sign, float32 (256,); NaN is 0."""
         def half_value(byte: int) -> float:
             exponent, mantissa = byte >> 3 & 15, byte & 7
-            return (
-                math.ldexp(8 + mantissa, exponent - 11) if exponent else math.ldexp(mantissa, -10)
-            )
+            if byte == 0x7F:  # NaN
+                return 0.0
+            if exponent == 0:
+                return math.ldexp(mantissa, -10)
+            return math.ldexp(8 + mantissa, exponent - 11)
 
-        return torch.tensor([0.0 if byte == 0x7F else half_value(byte) for byte in range(256)],
-                            dtype=torch.float32)
+        return torch.tensor(list(map(half_value, range(256))), dtype=torch.float32)
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:

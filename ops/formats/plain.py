@@ -1,8 +1,8 @@
-"""Plain 16-bit numbers: the layers of a packed model that its file left as they were.
+"""Plain 16-bit numbers, for the layers of a packed model that its file did not quantise.
 
-Such a weight is held as its file has it, also where the model computes in float32, and cast while
-its layer runs, as the packed formats are dequantised. float32 has all its values, so no
-`value_dtype` rounds them.
+Such a weight stays as in its file, also where the model computes in float32, and is cast while its
+layer runs, as packed formats are dequantised. float32 represents every value, so `value_dtype` does
+not round them.
 """
 import torch
 
@@ -13,6 +13,7 @@ class _Plain(Format):
     """One value of `plain_dtype` a block."""
 
     block_length = 1
+    plain_dtype: torch.dtype
 
     @classmethod
     def dequantize(cls, blocks):

@@ -21,6 +21,7 @@ class Q1_0(Format, ggml_type=41):
 
     @staticmethod
     def signs() -> torch.Tensor:
+        """Returns the signs of eight values for every byte, as a table for `lookup`."""
         return bit_table(-1, 1)
 
     @classmethod

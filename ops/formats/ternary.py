@@ -10,50 +10,49 @@ from ..format import Format, Terms, inverse, round_half_away
 
 
 def _digits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """d, float32 (n, 1), and uint8 digits 0 to 2: ggml's reference, which takes the largest
-    magnitude for d."""
+    """Returns d, float32 (n, 1), and digits 0..2, uint8, as ggml's reference: d is the peak."""
     d = values.abs().amax(-1, keepdim=True)
     return d, round_half_away(values * inverse(d)).add_(1).view(torch.uint8)
 
 
 class TQ1_0(Format, ggml_type=34):
-    """value = d * (digit - 1). A byte b holds base-3 digits: digit i is (b * 3**i mod 256) * 3 >>
-    8.
+    """value = d * (digit - 1)
 
-    | offset | size | meaning                                                                   |
-    |--------|------|---------------------------------------------------------------------------|
-    | 0      | 32   | values 0..159: digit i of the bytes holds values 32 i to 32 i + 31        |
-    | 32     | 16   | values 160..239: digit i of the bytes holds 16 neighbouring values        |
-    | 48     | 4    | values 240..255: digit i of the bytes, i < 4, holds 4 neighbouring values |
-    | 52     | 2    | d, float16                                                                |
+    A byte b holds base-3 digits: digit i is (b * 3**i mod 256) * 3 >> 8.
+
+    | offset | size | meaning                                                               |
+    |--------|------|-----------------------------------------------------------------------|
+    | 0      | 32   | values 0..159: digit i of the bytes holds values 32 i..32 i + 31      |
+    | 32     | 16   | values 160..239: digit i of the bytes holds 16 adjacent values        |
+    | 48     | 4    | values 240..255: digit i of the bytes, i < 4, holds 4 adjacent values |
+    | 52     | 2    | d, float16                                                            |
     """
 
     block_length, block_bytes = 256, 54
 
     @staticmethod
     def powers() -> torch.Tensor:
-        """uint8 (5, 1): 3**i, by which a byte is multiplied modulo 256."""
+        """Returns 3**i, uint8 (5, 1), the factors that bring each digit to the top of a byte."""
         return torch.tensor([[3**i] for i in range(5)], dtype=torch.uint8)
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        moved = blocks[:, :52].unsqueeze(1) * cls.constant("powers", blocks.device)
-        planes = (moved > 170).view(torch.int8).sub_((moved < 86).view(torch.int8))
-        digits = torch.cat([
-            planes[..., :32].flatten(1), planes[..., 32:48].flatten(1), planes[:, :4,
-                                                                               48:].flatten(1)
-        ], -1)
-        return Terms(digits, half(blocks, 52))
+        products = blocks[:, :52].unsqueeze(1) * cls.constant("powers", blocks.device)
+        digits = (products > 170).view(torch.int8).sub_((products < 86).view(torch.int8))
+        runs = digits[..., :32], digits[..., 32:48], digits[:, :4, 48:]
+        return Terms(torch.cat([run.flatten(1) for run in runs], -1), half(blocks, 52))
 
     @classmethod
     def pack(cls, values: torch.Tensor) -> torch.Tensor:
         d, digits = _digits(values)
 
         def numbers(first: int, last: int, width: int) -> torch.Tensor:
-            """Of runs of `width` digits the numbers that they write, highest first, in base 3 with
-            five places."""
+            """Returns base-3 numbers of five places, whose digits are runs of `width` digits."""
             runs = digits[:, first:last].int().view(len(digits), -1, width)
-            return sum(runs[:, i] * 3**(4 - i) for i in range(runs.shape[1]))
+            total = torch.zeros_like(runs[:, 0])
+            for place in range(runs.shape[1]):
+                total += runs[:, place] * 3**(4 - place)
+            return total
 
         packed = torch.cat([numbers(0, 160, 32), numbers(160, 240, 16), numbers(240, 256, 4)], 1)
         return torch.cat([((packed * 256 + 242) // 243).to(torch.uint8), half_bytes(d)], 1)
@@ -62,10 +61,10 @@ class TQ1_0(Format, ggml_type=34):
 class TQ2_0(Format, ggml_type=35):
     """value = d * (code - 1)
 
-    | offset | size | meaning                                                                        |
-    |--------|------|--------------------------------------------------------------------------------|
-    | 0      | 64   | qs, codes, four a byte; 32 neighbouring bytes hold 128 values, low bits first  |
-    | 64     | 2    | d, float16                                                                     |
+    | offset | size | meaning                                                          |
+    |--------|------|------------------------------------------------------------------|
+    | 0      | 64   | qs, codes, four a byte; 32 bytes hold 128 values, low bits first |
+    | 64     | 2    | d, float16                                                       |
     """
 
     block_length, block_bytes = 256, 66
