@@ -244,6 +244,9 @@ class SecondMoments:
             ValueError: A tensor is missing, or its dtype or shape does not match the others'.
         """
         try:
+            missing = [name for name in FILE_DTYPES if name not in tensors]
+            if missing:
+                raise ValueError(f"{', '.join(missing)} missing")
             dtypes = {name: tensors[name].dtype for name in FILE_DTYPES}
             if dtypes != FILE_DTYPES:
                 raise ValueError(f"types {', '.join(map(str, dtypes.values()))}")
@@ -258,7 +261,7 @@ class SecondMoments:
             if shapes != expected or not 0 <= number * size - columns < size:
                 raise ValueError(
                     f"shapes {tuple(scales.shape)}, {tuple(factor.shape)}, {tuple(sketch.shape)}")
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"These are not the tensors of a layer's moments: {error}.") from error
         below = torch.ones(size, size, dtype=torch.bool, device=device).tril(-1)
         blocks = torch.zeros(number, size, size, dtype=torch.float32, device=device)
