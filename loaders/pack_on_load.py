@@ -68,7 +68,7 @@ class Packed:
             packed = f"packed from {' + '.join(self.sources)} before and kept"
         elif self.cache == "kept":
             packed += ", kept for the next time"
-        elif self.seconds >= MIN_CACHED_BYTES and not packed_cache.is_on():
+        elif self.seconds >= MIN_CACHED_BYTES and not packed_cache.is_enabled():
             packed += f" (to keep it, name a folder in {packed_cache.FOLDER})"
         if self.unfit:
             packed += f"; {self.unfit[0]}" + (

@@ -1,5 +1,7 @@
-"""Weight files of every kind: `open_weights` reads them. Importing this package registers every
-container."""
+"""Weight files in every supported container, opened by `open_weights`.
+
+Importing this package registers the containers.
+"""
 import os
 from pathlib import Path
 
@@ -10,10 +12,10 @@ from .wrong_format import sniff_wrong_format
 
 
 def open_weights(path: str | os.PathLike) -> WeightFile:
-    """Open a weight file of any registered container, or a folder of diffusers or transformers
-    (with `config.json`).
+    """Opens a weight file, or a folder that diffusers or transformers saved (with `config.json`).
 
-    Raises WeightFileError, and nothing else, for a bad one.
+    Raises:
+        WeightFileError: the file or folder is missing, damaged or not supported.
     """
     path = Path(path)
     if path.is_dir():
@@ -21,6 +23,6 @@ def open_weights(path: str | os.PathLike) -> WeightFile:
     head = map_file(path)[:512]
     for container in CONTAINERS.values():
         if container.recognises(head):
-            return container(path)
+            return container(path)  # pyright: ignore[reportCallIssue]  subclasses take a path
     raise WeightFileError(
-        f"{path.name} is not a weight file that can be read here: {sniff_wrong_format(head)}")
+        f"{path.name} is not a supported weight file: {sniff_wrong_format(head)}")

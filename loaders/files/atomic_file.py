@@ -1,10 +1,9 @@
-"""Files that appear under their name whole, or not at all: what every writer of this folder stands
-on.
+"""Writes files atomically: a file appears under its name complete, or not at all.
 
-The bytes go to `NAME.PID.featherweight.part` in the same folder and get their name when all of them
-are on the disk. Whatever ends a writer in between (an error, a cancel, a full disk) takes the
-temporary file with it. A killed process leaves it, and the next writer into that folder removes it:
-its lock is gone. A writer holds that lock until the file has its name.
+The bytes go to `NAME.PID.featherweight.part` in the same folder, which is renamed when all of them
+are on the disk. An error, a cancel or a full disk removes this temporary file. A killed process
+leaves it behind without its lock, and the next writer into that folder removes it. A writer holds
+the lock until the file has its name.
 """
 import contextlib
 import errno
@@ -13,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import psutil
 import torch
@@ -25,24 +24,33 @@ try:
 except ImportError:  # Windows, which neither removes nor renames a file that is open
     fcntl = None
 
-SPARE = 64 << 20  # bytes left free on the disk, for all else that is being written
-PART = re.compile(r".+\.(\d+)\.featherweight\.part")  # those of other programs are none of ours
-FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+SPARE = 64 << 20  # bytes left free on the disk for other programs
+PART = re.compile(r".+\.(\d+)\.featherweight\.part")  # group 1: the writer's process id
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 class WriteError(ValueError):
-    """A file that cannot be written. The message names the file, what is in the way and what to
-    do."""
+    """A file cannot be written. The message names the file, the reason and what to do."""
+
+
+Writer = TypeVar("Writer", bound="WeightsWriter")
 
 
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike, nbytes: int,
-                  overwrite: bool = False) -> Iterator[BinaryIO]:
-    """An open file, unbuffered, that becomes `path` when the block ends well.
+                  overwrite: bool = False) -> Iterator["_FriendlyFile"]:
+    """Opens an unbuffered file that becomes `path` when the block ends without an error.
 
-    nbytes: what the file will take at most; as much is set aside now, so that a full disk is an
-    error before the work. The file ends where it was written last. Raises WriteError where that
-    cannot be, and for a `path` that exists, unless `overwrite`.
+    The file ends at its last position.
+
+    Args:
+        path: the file to write.
+        nbytes: upper bound of its size, reserved now so that a full disk is an error before the
+            work.
+        overwrite: whether an existing file is replaced.
+
+    Raises:
+        WriteError: the file cannot be written, or exists and `overwrite` is false.
     """
     path = Path(path)
     check_writable(path, nbytes, overwrite)
@@ -59,8 +67,8 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
             os.fsync(file.fileno())
             if not overwrite and path.exists():
                 raise WriteError(
-                    f"{path} has come to be while it was written here, and stays as it is. Pick"
-                    " another name."
+                    f"{path} was created by another program meanwhile and was not overwritten."
+                    " Pick another name."
                 )
             if fcntl is None:
                 file.close()
@@ -69,19 +77,24 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
         file.close()
         part.unlink(missing_ok=True)
         raise
-    file.close()  # and with it its lock
+    file.close()  # releases the lock
     _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def new_weights(path: str | os.PathLike, writer: type["WeightsWriter"], layout,
-                overwrite: bool = False) -> Iterator["WeightsWriter"]:
-    """A file that is there when the block ends well, with every tensor written in it, and otherwise
-    not at all.
+def new_weights(path: str | os.PathLike, writer: type[Writer], layout,
+                overwrite: bool = False) -> Iterator[Writer]:
+    """Opens a weight file that exists after the block only if every tensor was written.
 
-    layout: what the file will hold: `tensors` by name, the bytes of the whole file in `size`, and
-    where the data starts in `start`; `header(written)` gives what stands before that. Raises
-    WriteError, as `atomic_writer`.
+    Args:
+        path: the file to write.
+        writer: class that writes the tensors.
+        layout: content of the file: `tensors` by name, `size` in bytes, `start` of the data, and
+            `header(written)`, the bytes before it.
+        overwrite: whether an existing file is replaced.
+
+    Raises:
+        WriteError: as `atomic_writer`.
     """
     with atomic_writer(path, layout.size, overwrite) as file:
         open_writer = writer(file, layout)
@@ -90,25 +103,26 @@ def new_weights(path: str | os.PathLike, writer: type["WeightsWriter"], layout,
 
 
 class WeightsWriter:
-    """Takes the tensors of a file in their order, and puts the header before them when all is known
-    that stands in it.
+    """Writes the tensors of a file in order, and the header when its content is known.
 
-    written: of each tensor that the file has, what the layout's header tells of it.
+    Attributes:
+        written: name of each tensor written so far -> its entry for the layout's header.
     """
 
-    def __init__(self, file, layout):
-        self.file, self.layout, self.written = file, layout, {}
+    def __init__(self, file: "_FriendlyFile", layout):
+        self.file = file
+        self.layout = layout
+        self.written = {}
         self.file.seek(layout.start)
 
     def put(self, data: torch.Tensor) -> int:
-        """Writes a tensor on the CPU where the last one ended. Returns its bytes."""
-        return (
-            self.file.write(data.contiguous().reshape(-1).view(torch.uint8).numpy())
-            if data.numel()
-            else 0
-        )
+        """Appends a tensor on the CPU. Returns its size in bytes."""
+        if not data.numel():
+            return 0
+        return self.file.write(data.contiguous().reshape(-1).view(torch.uint8).numpy())
 
     def finish(self):
+        """Writes the header. Raises ValueError if a tensor is missing."""
         missing = self.layout.tensors.keys() - self.written.keys()
         if missing:
             raise ValueError(f"{min(missing)} was not written.")
@@ -119,40 +133,40 @@ class WeightsWriter:
 
 
 def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False):
-    """Raise WriteError where a file of `nbytes` could not be written at `path`: before any work is
-    done for it."""
+    """Raises WriteError if a file of `nbytes` could not be written at `path`."""
     path = Path(path)
     if path.is_dir():
         raise WriteError(f"{path} is a folder. Give the name of a file.")
     if path.exists() and not overwrite:
-        raise WriteError(f"{path} exists. Pick another name, or ask for it to be overwritten.")
+        raise WriteError(f"{path} exists. Pick another name, or allow overwriting it.")
     if not path.parent.is_dir():
-        raise WriteError(f"The folder {path.parent} does not exist. Make it, or pick another one.")
+        raise WriteError(f"The folder {path.parent} does not exist. Create it or pick another.")
     if not os.access(path.parent, os.W_OK):
         raise WriteError(
-            f"The folder {path.parent} may not be written to by this user. Pick another one, or"
-            " change its permissions.")
+            f"The folder {path.parent} is not writable by this user. Pick another one, or change"
+            " its permissions.")
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + SPARE:
         raise WriteError(
-            f"{path.name} takes {size_text(nbytes, 2)}, the drive of {path.parent} has"
-            f" {size_text(free, 2)} free. Make room, or pick a folder on another drive or a"
+            f"{path.name} takes {size_text(nbytes, 2)}, but the drive of {path.parent} has"
+            f" {size_text(free, 2)} free. Free some space, or pick a folder on another drive or a"
             " smaller type.")
 
 
 class _FriendlyFile:
-    """A file whose errors say in a sentence what happened to which file."""
+    """A file that raises WriteError, with a message for people, in place of OSError."""
 
     def __init__(self, file: BinaryIO, path: Path):
-        self._file, self._path = file, path
+        self._file = file
+        self._path = path
 
     def write(self, data) -> int:
-        """All of `data`, a buffer of bytes. Returns its length."""
-        left = memoryview(data).cast("B")
-        length = len(left)
+        """Writes all of `data`, a buffer of bytes. Returns its length."""
+        remaining = memoryview(data).cast("B")
+        length = len(remaining)
         with _explain_oserror(self._path):
-            while left:
-                left = left[self._file.write(left):]  # the system takes at most 2 GB at a time
+            while remaining:  # the system writes at most 2 GB at a time
+                remaining = remaining[self._file.write(remaining):]
         return length
 
     def seek(self, position: int) -> int:
@@ -164,38 +178,38 @@ class _FriendlyFile:
 
 @contextlib.contextmanager
 def _explain_oserror(path: Path):
-    """Errors of the system inside this block as a WriteError about `path`."""
+    """Turns an OSError inside the block into a WriteError about `path`."""
     try:
         yield
     except OSError as error:
         advice = (
-            "Make room, or pick another drive"
-            if error.errno in FULL
+            "Free some space, or pick another drive"
+            if error.errno in DISK_FULL
             else "Check the drive and its permissions"
         )
         raise WriteError(
-            f"{path} cannot be written ({error.strerror}). {advice}; nothing is left of it."
+            f"{path} cannot be written ({error.strerror}). {advice}; no partial file was left."
         ) from error
 
 
 def _open_locked(part: Path) -> BinaryIO:
-    """Return a new file that is open, and locked for as long as it is.
+    """Creates a file and locks it until it is closed.
 
-    Where a drive knows no locks, it is never found stale.
+    On a drive without locks it never counts as stale.
     """
     while True:
         file = open(part, "xb", buffering=0)  # noqa: SIM115  the caller closes it
         if fcntl is None:
             return file
         with contextlib.suppress(OSError):
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # waits for a cleaner that was faster
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # waits for a cleaner that locked it first
         if _has_name(file, part):
             return file
         file.close()  # that cleaner has removed it
 
 
 def _has_name(file: BinaryIO, path: Path) -> bool:
-    """Return whether an open file is the one of this name."""
+    """Returns whether `path` is this open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
@@ -208,41 +222,44 @@ def _preallocate(file: BinaryIO, nbytes: int):
     try:
         os.posix_fallocate(file.fileno(), 0, nbytes)
     except OSError as error:
-        if error.errno in FULL:
-            raise  # other drives do not know how
+        if error.errno in DISK_FULL:
+            raise  # any other error: the drive does not support it
 
 
 def remove_stale_parts(folder: Path):
-    """Remove what killed writers have left in a folder: parts that nobody holds."""
+    """Removes the temporary files that killed writers left in a folder."""
     for part in folder.glob("*.part"):
         if match := PART.fullmatch(part.name):
-            with contextlib.suppress(OSError):  # held, or gone already
+            with contextlib.suppress(OSError):  # locked, or removed already
                 _remove_stale_part(part, int(match[1]))
 
 
 def _remove_stale_part(part: Path, writer: int):
-    """Remove a part unless its writer holds it. Raises OSError.
+    """Removes a temporary file unless its writer holds the lock.
 
-    Where there are no locks, a writer has to close its part before it can give it its name; so all
-    of a living one's stay.
+    Without locks, all files of a running process stay: a writer closes its file before it renames
+    it.
 
     Args:
         part: the file.
-        writer: number of the process that made it.
+        writer: id of the process that created it.
+
+    Raises:
+        OSError: it is locked, or cannot be removed.
     """
     if fcntl is None:
         if writer == os.getpid() or not psutil.pid_exists(writer):
             part.unlink()
         return
-    with open(part, "r+b") as file:  # drives that emulate this lock lock only what may be written
+    with open(part, "r+b") as file:  # some drives emulate this lock on writable files only
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # else its writer was done before the lock, and the name is a later writer's
+        # Otherwise its writer finished before the lock, and the name is a later writer's.
         if _has_name(file, part):
             part.unlink()
 
 
 def _sync_folder(folder: Path):
-    """Let the new name be on the disk too."""
+    """Writes the folder's entry for the new name to the disk."""
     if hasattr(os, "O_DIRECTORY"):
         with contextlib.suppress(OSError):  # some drives cannot
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,5 +1,4 @@
-"""Weight files: the names, logical shapes, formats, bytes and metadata in a file, whatever its
-container.
+"""The base of all containers: names, logical shapes, formats, bytes and metadata of a weight file.
 
 A container is one class in one file of this folder. It registers by being defined, is imported by
 `__init__.py` (`open_weights`), and is chosen by the first bytes of a file, never by the file's
@@ -14,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
@@ -23,7 +22,7 @@ from ...ops.packed_layout import packed_tensor
 from ...ops.read_only_memory import guards_of, mark_read_only
 from .network_drives import should_read_into_memory
 
-# Tensors of these types stay plain tensors. ggml and safetensors use the same names for them.
+# Types of plain tensors, under the names that ggml and safetensors share.
 PLAIN_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,31 +34,35 @@ PLAIN_DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
 }
 
-# torch and the dequantising code assume that elements of up to 8 bytes lie at multiples of their
-# size.
+# torch and the dequantising code expect elements of up to 8 bytes at multiples of their size.
 ALIGNED = 8
 
-COUNTABLE = (1 << 60) - 1  # elements of a tensor whose bytes torch can count
+COUNTABLE = (1 << 60) - 1  # largest number of elements whose bytes torch can count
 
 CONTAINERS: dict[bytes, type["WeightFile"]] = {}
 
-# Gives the items one by one while it shows how far that is.
+# Iterates over a collection and shows the progress.
 ProgressIter = Callable[[Collection], Iterable]
 
 
 class WeightFileError(ValueError):
-    """A file that cannot be read. The message names the file, what was found, what was expected and
-    what to do."""
+    """A file cannot be read. The message names the file, what is wrong with it and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies and what it is.
+    """Describes one tensor of a file.
 
-    shape: logical shape, outermost dimension first. stored_shape: the shape along whose last
-    dimension the blocks run; differs from `shape` only where the blocks do not divide the logical
-    rows. format: name of a packed format (a key of `FORMATS`) or of a plain dtype (a key of
-    `PLAIN_DTYPES`). offset, nbytes: from the start of the file `WeightFile.paths[part]`.
+    Attributes:
+        name: name in the file.
+        shape: logical shape, outermost dimension first.
+        stored_shape: shape whose last dimension the blocks divide; `shape`, unless the blocks do
+            not divide the logical rows.
+        format: a packed format (key of `FORMATS`) or a plain dtype (key of the container's
+            `dtypes`).
+        offset: bytes from the start of the file.
+        nbytes: size in the file.
+        part: index of the file in `WeightFile.paths`.
     """
 
     name: str
@@ -72,14 +75,19 @@ class Entry:
 
 
 class WeightFile:
-    """One model's weights on disk, memory-mapped, or read from there (`drives`); its parts where a
-    model is split over files.
+    """The weights of one model in one or several files, memory-mapped or read (`network_drives`).
 
-    path: as asked for. paths: every file read, in order. states: of these, as they were opened.
-    metadata: key -> value.
-    entries: name -> Entry, in the order of the file. dtypes: the plain dtypes of the container by
-    their names in it. guard: raises where one of the mapped files is written to. The files stay
-    open while this object or a tensor of it lives, and no longer.
+    The files stay open as long as this object or one of its tensors lives.
+
+    Attributes:
+        magic: first bytes of a file of this container.
+        dtypes: name -> plain dtype of the container.
+        path: the file or folder requested.
+        paths: all files of the model, in order.
+        states: their states when they were opened.
+        metadata: key -> value.
+        entries: name -> Entry, in the order of the file.
+        guard: raises WeightFileError if one of the mapped files was written to.
     """
 
     magic: ClassVar[bytes]
@@ -92,11 +100,11 @@ class WeightFile:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "magic" not in cls.__dict__:
-            return  # another way of finding the files of a container
+            return  # finds the files of its base's container in another way
         if cls.magic in CONTAINERS:
-            claimed = CONTAINERS[cls.magic].__name__
+            other = CONTAINERS[cls.magic].__name__
             raise TypeError(
-                f"Files beginning with {cls.magic!r} are claimed by {claimed} and {cls.__name__}.")
+                f"Files beginning with {cls.magic!r} are claimed by {other} and {cls.__name__}.")
         CONTAINERS[cls.magic] = cls
 
     def __init__(
@@ -108,53 +116,56 @@ class WeightFile:
         self.metadata = metadata
         self.entries = entries
         self._buffers = tuple(buffers)
-        self._copied = tuple(map(should_read_into_memory, self.paths))
+        self._is_read = tuple(map(should_read_into_memory, self.paths))
         self.states = tuple(buffer.state for buffer in self._buffers)
-        self.guard = FileChangeGuard.over(buffer
-                                          for buffer, copied in zip(self._buffers, self._copied)
-                                          if not copied)
+        self.guard = FileChangeGuard.over(
+            buffer for buffer, is_read in zip(self._buffers, self._is_read) if not is_read)
 
     @classmethod
     def recognises(cls, head: bytes) -> bool:
-        """Whether a file with these first bytes (up to 512) is of this container."""
+        """Returns whether a file with these first bytes (up to 512) is of this container."""
         return head.startswith(cls.magic)
 
     @property
     def declared_type(self) -> str:
-        """What the file says it is, for error texts only; "" where it says nothing."""
+        """The type of model that the file declares, for messages only; "" if it declares none."""
         return ""
 
     @property
     def text_metadata(self) -> dict[str, str]:
-        """What the host takes as the metadata of a file."""
+        """The metadata whose values are strings, which is what ComfyUI reads."""
         return {key: value for key, value in self.metadata.items() if isinstance(value, str)}
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors together, without header and padding."""
+        """Size of all tensors, without header and padding."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     def alignment(self, dtype: torch.dtype | None) -> int:
-        """What the offset of a tensor has to be a multiple of to be used where it is. dtype: None
-        for packed bytes."""
+        """Returns the alignment in bytes that a mapped tensor needs; dtype None is packed bytes."""
         return ALIGNED
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The bytes of one tensor, not copied from the mapping (unless misaligned) and owning its
-        own storage; or read.
+        """Returns the bytes of one tensor, mapped or read; misaligned ones are copied.
 
-        Packed formats: uint8, `packed_shape(entry.stored_shape)`. Plain dtypes: that dtype,
-        `entry.shape`. Read-only: the pages belong to the file, writing into them ends the process.
-        Raises KeyError for an unknown name, and WeightFileError where the file cannot be read any
-        more.
+        A mapped tensor is read-only: writing into its pages ends the process.
+
+        Returns:
+            Packed formats: uint8 of `packed_shape(entry.stored_shape)`. Plain dtypes: that dtype,
+            of `entry.shape`.
+
+        Raises:
+            KeyError: there is no tensor of this name.
+            WeightFileError: the file can no longer be read.
         """
         entry = self.entries[name]
-        # a marker: some models are told apart by the presence of an empty tensor
+        # Markers: ComfyUI identifies some models by an empty tensor.
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=self.dtypes.get(entry.format, torch.uint8))
-        tensor = self._read(entry) if self._copied[entry.part] else self._mapped(entry)
+        is_read = self._is_read[entry.part]
+        tensor = self._read(entry) if is_read else self._mapped(entry)
         dtype = self.dtypes.get(entry.format)
-        if entry.offset % self.alignment(dtype) and not self._copied[entry.part]:
+        if entry.offset % self.alignment(dtype) and not is_read:
             tensor = tensor.clone()
         if dtype:
             return tensor.view(dtype).view(entry.shape)
@@ -169,70 +180,77 @@ class WeightFile:
         return tensor
 
     def _read(self, entry: Entry) -> torch.Tensor:
-        """The bytes in memory of their own, aligned to 64 bytes whatever the offset is."""
+        """Reads a tensor into memory, aligned to 64 bytes at any offset."""
         path, tensor = self.paths[entry.part], torch.empty(entry.nbytes, dtype=torch.uint8)
-        with reading(path), open(path, "rb", buffering=0) as file:
+        with explain_oserror(path), open(path, "rb", buffering=0) as file:
             file.seek(entry.offset)
-            left = memoryview(tensor.numpy())
-            while left:
-                count = file.readinto(left)  # the system takes at most 2 GB at a time
+            remaining = tensor.numpy().data
+            while remaining:
+                count = file.readinto(remaining)  # the system reads at most 2 GB at a time
                 if not count:
                     raise WeightFileError(
-                        f"{path.name} was cut short while it was read: {len(left)} bytes of the"
-                        f" tensor {safe_repr(entry.name)} are missing. Load it again when it is"
-                        " whole.")
-                left = left[count:]
+                        f"{path.name} was cut short while it was read: {len(remaining)} bytes of"
+                        f" the tensor {safe_repr(entry.name)} are missing. Load it again when the"
+                        " file is complete.")
+                remaining = remaining[count:]
         return tensor
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
-        """Name -> tensor of the whole file, not copied: packed tensors for packed formats, plain
-        ones otherwise.
+        """Returns name -> tensor of all files: packed tensors for packed formats, else plain ones.
 
-        Packed tensors show float32, the dtype their values have; a layer that takes one gives it
-        the model's dtype.
-        track: goes over the entries in place of a plain loop, such as `Progress.track`. Raises
-        WeightFileError where a file was written to or replaced while it was read.
+        Mapped tensors are not copied. Packed tensors have the dtype float32 until a layer gives
+        them the model's dtype.
+
+        Args:
+            track: iterates over the entries and shows progress, such as `Progress.track`.
+
+        Raises:
+            WeightFileError: a file was written to or replaced while it was read.
         """
         tensors = {entry.name: self._as_tensor(entry) for entry in track(self.entries.values())}
         self.guard()
-        for path, state, copied in zip(self.paths, self.states, self._copied):
-            if (
-                copied
-                and (now := FileState.of(path)) is not None
-                and now.identity != state.identity
-            ):
+        for path, state, is_read in zip(self.paths, self.states, self._is_read):
+            now = FileState.of(path) if is_read else None
+            if now is not None and now.identity != state.identity:
                 raise WeightFileError(
-                    f"{path.name} was written to or replaced while it was read, so its weights are"
-                    " of two files. Load it again when it is whole.")
+                    f"{path.name} was written to or replaced while it was read, so its weights mix"
+                    " two versions. Load it again when the file is complete.")
         return tensors
 
     def drop_pages(self):
-        """Give back the memory of what was read of the files: it comes anew from the disk where it
-        is read once more."""
-        if hasattr(mmap, "MADV_DONTNEED"):  # other systems do it by themselves when memory is short
+        """Releases the memory of the mapped pages, which are read from the disk when used again."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # other systems release them when memory is short
             for buffer in self._buffers:
                 buffer.madvise(mmap.MADV_DONTNEED)
 
     def error_at(self, name: str, problem: str, advice: str) -> WeightFileError:
-        """An error that names the one of several files which holds the tensor `name`."""
+        """Returns an error that names the file in which the tensor `name` is.
+
+        Args:
+            name: name of a tensor.
+            problem: what is wrong with it, as a clause.
+            advice: what to do, as a sentence.
+        """
         path = self.paths[self.entries[name].part] if name in self.entries else self.path
         return WeightFileError(f"{path.name}: {problem}. {advice}")
 
     def _as_tensor(self, entry: Entry) -> torch.Tensor:
         data = self.tensor(entry.name)
-        return (
-            data
-            if entry.format in self.dtypes
-            else packed_tensor(FORMATS[entry.format], data, entry.shape)
-        )
+        if entry.format in self.dtypes:
+            return data
+        return packed_tensor(FORMATS[entry.format], data, entry.shape)
 
 
 class FileState(NamedTuple):
-    """What tells a file from others that have or had its name, and whether it was written to.
+    """Identifies a version of a file: differs after the file was written to or replaced.
 
-    number: of the file on its drive. time: of the last write, which programs set as they like.
-    change: time of the last change to its bytes or to what the drive says of it, which none can
-    set; on Windows the time it was made.
+    Attributes:
+        device: the drive.
+        number: inode number on the drive.
+        size: bytes.
+        time: time of the last write in ns, which programs can set.
+        change: time of the last change of content or attributes in ns, which programs cannot set;
+            on Windows the time of creation.
     """
 
     device: int
@@ -243,7 +261,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, path: str | os.PathLike) -> "FileState | None":
-        """Return the state of a file; None where it is gone."""
+        """Returns the state of a file, None if it cannot be found."""
         try:
             return cls.from_status(os.stat(path))
         except OSError:
@@ -256,53 +274,60 @@ class FileState(NamedTuple):
 
     @property
     def identity(self) -> tuple[int, ...]:
-        """What says in other sessions too that a path leads to the same bytes.
+        """Identifies the content of a path in later sessions too.
 
-        Without numbers that some drives give anew whenever they are mounted: there `change` tells a
-        file that took the name of another of the same size and time.
+        On POSIX without device and inode number, which some drives change at each mount: `change`
+        distinguishes a file that replaced another of the same size and time.
         """
         return (self.size, self.time, self.change) if os.name == "posix" else self[1:]
 
 
 @dataclass(frozen=True, slots=True)
 class FileChangeGuard:
-    """Says when mapped files are written to: their weights would be others, and one that is cut
-    short ends the process.
+    """Raises WeightFileError when called after one of the mapped files was written to.
 
-    A file that another was renamed over, or that is gone, is mapped as it was and no change. files:
-    path -> its state.
+    Such a file's weights have changed, and reading past its new end ends the process. A file that
+    was removed, or that another was renamed over, stays mapped as it was and does not count.
+
+    Attributes:
+        files: (path, state when it was opened) of each file.
     """
 
     files: tuple[tuple[Path, FileState], ...] = ()
 
     @classmethod
     def over(cls, mapped: Iterable["MappedFile"]) -> "FileChangeGuard":
+        """Returns a guard of these files."""
         return cls(tuple((file.path, file.state) for file in mapped))
 
     @classmethod
     def of(cls, tensors: Iterable[torch.Tensor]) -> "FileChangeGuard":
-        """Return a guard of all mapped files that tensors lie in, whichever file they were loaded
-        of."""
-        return sum(guards_of(tensors), cls())
+        """Returns a guard of all files in which these tensors are mapped."""
+        return sum(cast(list[FileChangeGuard], guards_of(tensors)), cls())
 
     def __add__(self, other: "FileChangeGuard") -> "FileChangeGuard":
         return FileChangeGuard(tuple(dict.fromkeys(self.files + other.files)))
 
     def __call__(self):
-        """Ask the system once for each file. Raises WeightFileError."""
+        """Checks the state of each file once. Raises WeightFileError."""
         for path, before in self.files:
             now = FileState.of(path)
             if now is not None and now[:2] == before[:2] and now != before:
                 raise WeightFileError(
                     f"{path.name} was written to after it was loaded ({before.size} bytes then,"
-                    f" {now.size} now), and its weights are used where they lie in it. Run this"
-                    " again (queue the prompt), which loads the file as it is now; a new version"
-                    " that is moved into its place whole disturbs nothing.")
+                    f" {now.size} now), while its weights were used from the file. Run this again"
+                    " (queue the prompt), which loads the file as it is now. Replacing a file by"
+                    " renaming a complete new one avoids this.")
 
 
 class MappedFile(mmap.mmap):
-    """A whole file, mapped read-only. path, state: of the file as it was opened. guard: raises
-    where it is written to."""
+    """A whole file, mapped read-only.
+
+    Attributes:
+        path: the file.
+        state: its state when it was opened.
+        guard: raises WeightFileError if it was written to since.
+    """
 
     path: Path
     state: FileState
@@ -310,16 +335,20 @@ class MappedFile(mmap.mmap):
 
 
 def map_file(path: str | os.PathLike) -> MappedFile:
-    """The whole file, mapped read-only, at least one byte. Raises WeightFileError."""
+    """Maps a whole file read-only.
+
+    Raises:
+        WeightFileError: it is empty, not a file, or cannot be opened.
+    """
     path = Path(path)
-    with reading(path):
+    with explain_oserror(path):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise WeightFileError(
-                f"{path} is a folder or a device, not a file; pick a weight file.")
+                f"{path} is a folder or a device, not a file. Pick a weight file.")
         if not status.st_size:
             raise WeightFileError(
-                f"{path.name} is empty (0 bytes), so its download failed; download it again.")
+                f"{path.name} is empty (0 bytes), so its download failed. Download it again.")
         with open(path, "rb") as file:
             mapped = MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.path, mapped.state = path, FileState.from_status(status)
@@ -328,23 +357,23 @@ def map_file(path: str | os.PathLike) -> MappedFile:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Errors of the system inside this block as a WeightFileError about `path`."""
+def explain_oserror(path: Path) -> Iterator[None]:
+    """Turns an OSError inside the block into a WeightFileError about `path`."""
     try:
         yield
     except FileNotFoundError as error:
         raise WeightFileError(
-            f"{path} does not exist, or no longer; refresh the list (R) and pick again.") from error
+            f"{path} does not exist, or no longer. Refresh the list (R) and pick again.") from error
     except PermissionError as error:
         raise WeightFileError(
-            f"{path} may not be read by this user; change the file's permissions.") from error
+            f"{path} is not readable by this user. Change the file's permissions.") from error
     except OSError as error:
         raise WeightFileError(
-            f"{path} cannot be read ({error.strerror}); check the drive it lies on.") from error
+            f"{path} cannot be read ({error.strerror}). Check the drive it is on.") from error
 
 
 def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor in a packed format, its scales included, or in a plain type."""
+    """Returns the bytes of a tensor in a packed format, with its scales, or in a plain type."""
     values = math.prod(shape)
     if type_name in PLAIN_DTYPES:
         return values * PLAIN_DTYPES[type_name].itemsize
@@ -354,23 +383,21 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
 
 
 def display_name(text: str) -> str:
-    """A name that a workflow gives, as it may stand in a message: as it is, unless it is long or
-    cannot be printed."""
+    """Returns a name from a workflow for use in a message: escaped if long or not printable."""
     return text if len(text) <= 200 and text.isprintable() else safe_repr(text)
 
 
 def safe_repr(value) -> str:
-    """A name or value from a file as it may stand in a message: escaped and of bounded length."""
-    return _bounded(repr(value), 120)
+    """Returns a name or value from a file for use in a message: escaped and shortened."""
+    return _shortened(repr(value), 120)
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, as a part of a sentence: one line of bounded length, which may hold
-    names from a file."""
-    text = "".join(letter if letter.isprintable() else " "
-                   for letter in str(error).strip().split("\n")[0])
-    return _bounded(text, 300).rstrip(".") or type(error).__name__
+    """Returns the first line of an exception's text, printable, shortened, without a full stop."""
+    line = str(error).strip().split("\n")[0]
+    text = "".join(letter if letter.isprintable() else " " for letter in line)
+    return _shortened(text, 300).rstrip(".") or type(error).__name__
 
 
-def _bounded(text: str, most: int) -> str:
-    return text if len(text) <= most else text[:most - 3] + "..."
+def _shortened(text: str, max_length: int) -> str:
+    return text if len(text) <= max_length else text[:max_length - 3] + "..."

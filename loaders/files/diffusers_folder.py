@@ -1,7 +1,7 @@
-"""Folders as diffusers and transformers save one model: `config.json` beside safetensors files.
+"""Folders in which diffusers or transformers saved one model: `config.json` and safetensors files.
 
-Weights lie in one file, or in several that `*.safetensors.index.json` lists (`weight_map`: tensor
--> file). Of a variant, such as fp16, that is `*.safetensors.index.fp16.json`.
+The weights are in one file, or in several listed in `*.safetensors.index.json` (`weight_map`:
+tensor -> file), for a variant such as fp16 in `*.safetensors.index.fp16.json`.
 """
 import os
 import re
@@ -14,18 +14,20 @@ from .container import WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
 from .unsupported_quantizers import OTHER_FORM
 
-# Names that diffusers and transformers give to the weights; others are taken where there is one
-# only.
-USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+# The names that diffusers and transformers use; a file of another name must be the only one.
+DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 INDEX = ".index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
 
 class ModelFolder(SafetensorsFile):
-    """The weights of one model's folder (`…/transformer`, `…/text_encoder_2`). config: what its
-    `config.json` says.
+    """The weights of one model's folder (`…/transformer`, `…/text_encoder_2`).
 
-    Raises WeightFileError.
+    Attributes:
+        config: content of its `config.json`.
+
+    Raises:
+        WeightFileError: the folder is incomplete or damaged.
     """
 
     config: Mapping[str, Any]
@@ -35,10 +37,10 @@ class ModelFolder(SafetensorsFile):
         try:
             self.config = _read_config(folder)
             files, index = _weight_files(folder)
-        except OSError as error:  # of a link too, whose end has no possible name
+        except OSError as error:  # also from a link to an impossible name
             raise _error(
                 folder,
-                f"it cannot be listed ({error.strerror}); check its links, permissions and drive."
+                f"it cannot be listed ({error.strerror}). Check its links, permissions and drive."
             ) from error
         super().__init__(folder, files)
         for name, file in index.items():
@@ -46,13 +48,12 @@ class ModelFolder(SafetensorsFile):
             if entry is None or self.paths[entry.part].name != file:
                 raise _error(
                     folder,
-                    f"its index says that {safe_repr(name)} is in {file}, where it is not."
-                    f" Download all files of the folder again from one place.")
+                    f"its index lists {safe_repr(name)} in {file}, which does not contain it."
+                    " Download all files of the folder again from one place.")
 
     @property
     def declared_type(self) -> str:
-        """The class the model is of in diffusers or transformers, "" where the config does not
-        say."""
+        """The model's class in diffusers or transformers, "" if the config does not name it."""
         architectures = self.config.get("architectures")
         architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
         return str(self.config.get("_class_name", architecture))
@@ -63,19 +64,24 @@ def _error(folder: Path, problem: str) -> WeightFileError:
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """A file of a folder. Raises WeightFileError where it is a link that leads out of the folder.
+    """Returns the path of a file in a folder, refusing links that lead out of it.
 
-    A whole folder that is a link is what its user made of it, and in the cache of Hugging Face all
-    files are links to `blobs`. A link inside a downloaded folder could be to any file of this
-    machine.
+    A link inside a downloaded folder could point to any file of this machine. The folder itself may
+    be a link, and files may link to `blobs` of the Hugging Face cache.
+
+    Raises:
+        WeightFileError: the file is a link to somewhere else.
     """
-    real, place = os.path.realpath(folder / name), Path(os.path.realpath(folder))
-    blobs = [parent.parent / "blobs" for parent in place.parents if parent.name == "snapshots"]
-    if not any(real.startswith(os.path.join(inside, "")) for inside in (place, *blobs)):
+    real_path = os.path.realpath(folder / name)
+    real_folder = Path(os.path.realpath(folder))
+    blobs = [
+        parent.parent / "blobs" for parent in real_folder.parents if parent.name == "snapshots"
+    ]
+    if not any(real_path.startswith(os.path.join(root, "")) for root in (real_folder, *blobs)):
         raise _error(
             folder,
-            f"its {safe_repr(name)} is a link to {safe_repr(real)}, outside of the folder. Put the"
-            " file itself there."
+            f"its {safe_repr(name)} is a link to {safe_repr(real_path)}, outside of the folder."
+            " Put the file itself there."
         )
     return folder / name
 
@@ -97,7 +103,7 @@ def _read_json(folder: Path, name: str) -> dict:
 
 def _read_config(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
-        models = sorted(found.parent.name for found in folder.glob("*/config.json"))
+        models = sorted(config.parent.name for config in folder.glob("*/config.json"))
         advice = (
             f"Pick one of the folders in it: {', '.join(models)}."
             if models
@@ -105,35 +111,41 @@ def _read_config(folder: Path) -> dict:
         )
         raise WeightFileError(f"{folder} is a folder without the config.json of a model. {advice}")
     config = _read_json(folder, "config.json")
-    quantiser = config.get("quantization_config")
-    if quantiser is not None:
-        known = quantiser if isinstance(quantiser, dict) else {}
-        unnamed = (
-            "bitsandbytes" if known.get("load_in_4bit") or known.get("load_in_8bit") else quantiser
-        )
-        name = known.get("quant_method", unnamed)
-        if name != "bitsandbytes":
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = _quant_method(quantization)
+        if method != "bitsandbytes":
             raise _error(
                 folder,
-                f"its config.json says that the weights are quantised by {safe_repr(name)}; of"
-                f" such folders bitsandbytes' are supported (4-bit NF4 and FP4, int8)."
+                f"its config.json says that the weights are quantised by {safe_repr(method)};"
+                " only folders quantised by bitsandbytes are supported (4-bit NF4 and FP4, int8)."
                 f" {OTHER_FORM}")
     return config
 
 
+def _quant_method(quantization: Any) -> Any:
+    """Returns the quantiser that a `quantization_config` names; older bitsandbytes name none."""
+    if not isinstance(quantization, dict):
+        return quantization
+    if "quant_method" in quantization:
+        return quantization["quant_method"]
+    is_bitsandbytes = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    return "bitsandbytes" if is_bitsandbytes else quantization
+
+
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files of the weights, and what the index says about which tensor is in which."""
+    """Returns the weight files, and from the index tensor -> file name."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     files = [name for name in names if name.endswith(".safetensors")]
     indices = ([name for name in names if name.endswith(".safetensors" + INDEX)]
                or [name for name in names if VARIANT_INDEX.fullmatch(name)])
-    for usual in USUAL_NAMES:
-        if usual in files:
-            return [file_inside(folder, usual)], {}
-        if usual + INDEX in indices:
-            return _files_of_index(folder, usual + INDEX)
+    for name in DEFAULT_NAMES:
+        if name in files:
+            return [file_inside(folder, name)], {}
+        if name + INDEX in indices:
+            return _indexed_files(folder, name + INDEX)
     if len(indices) == 1:
-        return _files_of_index(folder, indices[0])
+        return _indexed_files(folder, indices[0])
     if indices:
         raise _error(
             folder,
@@ -144,19 +156,17 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         others = " and others" if files[1:] else ""
         raise _error(
             folder,
-            f"it has {files[0]}{others}, and no *.safetensors{INDEX} that says which belong"
-            f" together. Download that file too.")
-    others = [
+            f"it has {files[0]}{others}, but no *.safetensors{INDEX} that lists which belong"
+            " together. Download that file too.")
+    other_files = [
         name for name in names
         if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".gguf"))
     ]
-    found = f"only {others[0]}" if others else "none"
-    raise _error(
-        folder,
-        f"*.safetensors weights are expected in it, there are {found}. Download them into it.")
+    present = f", only {other_files[0]}" if other_files else ""
+    raise _error(folder, f"it has no *.safetensors weights{present}. Download them into it.")
 
 
-def _files_of_index(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
+def _indexed_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
     index = _read_json(folder, name).get("weight_map")
     if (
         not isinstance(index, dict)
@@ -172,15 +182,14 @@ def _files_of_index(folder: Path, name: str) -> tuple[list[Path], dict[str, str]
     files = sorted(set(index.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise _error(
             folder,
-            f"{display_name(missing[0])} is"
-            f" missing{f' and {len(missing) - 1} more are' if missing[1:] else ''}, of the"
-            f" {len(files)} files its {name} lists. Download all of them into it.")
+            f"missing in it: {display_name(missing[0])}{others}, of the {len(files)} files that its"
+            f" {name} lists. Download all of them into it.")
     return [file_inside(folder, file) for file in files], index
 
 
 def is_bare(name: str) -> bool:
-    """Whether this is the name of a file and leads to no other folder, drive or machine, on any
-    system."""
+    """Returns whether `name` is only a file name, without folder or drive, on any system."""
     return PureWindowsPath(name).name == name

@@ -1,4 +1,4 @@
-"""GGUF models: what their tensors are and where they lie, checked against the files.
+"""GGUF models: types, shapes and positions of their tensors, checked against the files.
 
 `gguf_header` reads a file's header, `gguf_split` finds the other files of a split model.
 """
@@ -14,35 +14,37 @@ from ...ops import formats  # noqa: F401  registers the packed formats
 from ...ops.format import FORMATS, GGML_FORMATS, Format
 from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, safe_repr
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
-from .gguf_split import all_parts
+from .gguf_split import split_headers
 
 PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 
-# ggml types that models are not stored in, or no longer (ggml.h): named so that the message is of
-# use.
+# ggml types (ggml.h) that are not or no longer used in files, named in the message about them.
 UNSTORED_TYPES = {
     4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 143: "PTQ1_0 of PrismML",
 }
-Q2_0_TYPE = FORMATS["Q2_0"].ggml_type
-# what the metadata of models begins with whose layers rotate their input, too
+Q2_0_TYPE = next(number for number, packed in GGML_FORMATS.items() if packed is FORMATS["Q2_0"])
+# Prefix of metadata that marks models with rotated weights: their layers rotate the input too.
 ROTATION = "prism.hadamard."
 
 
 class GGUFFile(WeightFile):
-    """A GGUF model, of one file or split (`name-00001-of-00003.gguf`, opened by any of its parts).
+    """A GGUF model in one file, or split (`name-00001-of-00003.gguf`, opened by any of its files).
 
-    Logical shapes are the stored ones reversed, or `comfy.gguf.orig_shape.<name>` where the
-    metadata has it. Of a key in several parts the first part's value counts. Raises
-    WeightFileError.
+    Logical shapes are the stored ones reversed, or `comfy.gguf.orig_shape.<name>` if the metadata
+    has it. If several files have the same metadata key, the first file's value is used.
+
+    Raises:
+        WeightFileError: a file is damaged, incomplete or in a type that is not supported.
     """
 
     magic = MAGIC
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        headers = all_parts(Header(path))
-        metadata = ChainMap(*(header.metadata for header in headers))
+        headers = split_headers(Header(path))
+        metadata = ChainMap(
+            *(header.metadata for header in headers))  # pyright: ignore[reportArgumentType]
         if rotation := next((key for key in metadata if key.startswith(ROTATION)), None):
             raise WeightFileError(
                 f"{path.name}: its weights are rotated ({safe_repr(rotation)} in its metadata),"
@@ -54,25 +56,30 @@ class GGUFFile(WeightFile):
         for part, header in enumerate(headers):
             for entry in _entries(header, metadata, part, formats_by_type):
                 if entry.name in entries:
-                    raise header.damaged(f"there are two tensors named {safe_repr(entry.name)}")
+                    raise header.damage_error(
+                        f"there are two tensors named {safe_repr(entry.name)}")
                 entries[entry.name] = entry
-        paths, buffers = [header.path for header in headers], [header.buffer for header in headers]
+        paths = [header.path for header in headers]
+        buffers = [header.buffer for header in headers]
         super().__init__(path, paths, buffers, metadata, entries)
 
     @property
     def declared_type(self) -> str:
-        """`general.type` where it says more than "model" ("adapter", "mmproj" ...), else
-        `general.architecture`."""
-        kind = self.metadata.get("general.type", "model")
-        return str(kind if kind != "model" else self.metadata.get("general.architecture", ""))
+        """`general.type` such as "adapter" or "mmproj"; for a "model" `general.architecture`."""
+        general_type = self.metadata.get("general.type", "model")
+        if general_type != "model":
+            return str(general_type)
+        return str(self.metadata.get("general.architecture", ""))
 
 
 def _formats_by_type(headers: list[Header]) -> Mapping[int, type[Format]]:
-    """Return the packed format of each ggml type in the files of one model.
+    """Returns ggml type -> packed format for the files of one model.
 
-    The first files of PrismML give their PQ2_0 the number of Q2_0. Its tensors are smaller, and no
-    file has gaps between tensors, so the layout is the one whose sizes most tensors of that type
-    have. Raises WeightFileError where both have them.
+    Early files of PrismML use the number of Q2_0 for their PQ2_0. Its tensors are smaller, and no
+    file has gaps between tensors, so the format is the one that fits more tensors of that type.
+
+    Raises:
+        WeightFileError: both formats fit equally many.
     """
     candidates = [FORMATS["Q2_0"], FORMATS["PQ2_0"]]
     matches = [0, 0]
@@ -86,18 +93,19 @@ def _formats_by_type(headers: list[Header]) -> Mapping[int, type[Format]]:
             if tensor.ggml_type == Q2_0_TYPE and prod(tensor.shape) and end < len(ends):
                 space = ends[end] - tensor.offset
                 for index, packed in enumerate(candidates):
-                    matches[index] += _fills(packed, tensor.shape, space, header.alignment)
+                    if _fills(packed, tensor.shape, space, header.alignment):
+                        matches[index] += 1
     if matches[0] == matches[1] > 0:
         raise WeightFileError(
             f"{headers[0].path.name}: its tensors of the ggml type {Q2_0_TYPE} are too small to"
-            f" tell whether they are in llama.cpp's Q2_0 or in PrismML's, which has the same"
+            " tell whether they are in llama.cpp's Q2_0 or in PrismML's, which has the same"
             " number. Get the model in another type."
         )
-    return {**GGML_FORMATS, Q2_0_TYPE: candidates[matches[1] > matches[0]]}
+    return {**GGML_FORMATS, Q2_0_TYPE: candidates[1 if matches[1] > matches[0] else 0]}
 
 
 def _fills(packed: type[Format], shape: tuple[int, ...], space: int, alignment: int) -> bool:
-    """Return whether a tensor of this shape in this format takes `space` bytes, padding aside."""
+    """Returns whether a tensor of this shape in this format takes `space` bytes with padding."""
     if not shape or shape[-1] % packed.block_length:
         return False
     nbytes = prod(shape) // packed.block_length * packed.block_bytes
@@ -106,8 +114,7 @@ def _fills(packed: type[Format], shape: tuple[int, ...], space: int, alignment: 
 
 def _entries(header: Header, metadata: Mapping[str, Any], part: int,
              formats_by_type: Mapping[int, type[Format]]) -> list[Entry]:
-    """The tensors of one file, with the logical shapes that `metadata` states, in the file's
-    order."""
+    """Returns the tensors of one file in its order, with the logical shapes from `metadata`."""
     entries = [_entry(header, tensor, metadata, part, formats_by_type) for tensor in header.tensors]
     _check_layout(header, entries)
     return entries
@@ -121,25 +128,23 @@ def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part
         block_bytes = PLAIN_DTYPES[format_name].itemsize
     elif tensor.ggml_type in formats_by_type:
         packed = formats_by_type[tensor.ggml_type]
-        format_name, block_length, block_bytes = (
-            packed.__name__,
-            packed.block_length,
-            packed.block_bytes,
-        )
+        format_name = packed.__name__
+        block_length, block_bytes = packed.block_length, packed.block_bytes
     else:
-        known = [*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())]
+        supported = [*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())]
+        type_name = UNSTORED_TYPES.get(tensor.ggml_type, "unknown")
         raise header.error(
-            f"tensor {safe_repr(name)} has the ggml type {tensor.ggml_type} "
-            f"({UNSTORED_TYPES.get(tensor.ggml_type, 'unknown')}), which cannot be read. Supported "
-            f"are {', '.join(known)}. Get the model in one of these types, or update this pack.")
-    row = shape[-1] if shape else 1
-    if row % block_length:
-        raise header.damaged(
-            f"tensor {safe_repr(name)} of shape {shape} is {format_name}, whose blocks of "
-            f"{block_length} do not divide its rows")
+            f"tensor {safe_repr(name)} has the ggml type {tensor.ggml_type} ({type_name}), which"
+            f" cannot be read. Supported are {', '.join(supported)}. Get the model in one of these"
+            " types, or update this pack.")
+    row_length = shape[-1] if shape else 1
+    if row_length % block_length:
+        raise header.damage_error(
+            f"tensor {safe_repr(name)} of shape {shape} is {format_name}, whose blocks of"
+            f" {block_length} values do not divide its rows")
     if tensor.offset % header.alignment:
-        raise header.damaged(
-            f"tensor {safe_repr(name)} lies at offset {tensor.offset}, not a multiple of the"
+        raise header.damage_error(
+            f"tensor {safe_repr(name)} has the offset {tensor.offset}, not a multiple of the"
             f" alignment {header.alignment}"
         )
 
@@ -152,7 +157,7 @@ def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part
 
 def _original_shape(header: Header, name: str, shape: tuple[int, ...],
                     metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape before conversion, for tensors that ComfyUI-GGUF's converter had to reshape."""
+    """Returns the shape before conversion if ComfyUI-GGUF's converter had to reshape a tensor."""
     original = metadata.get(f"comfy.gguf.orig_shape.{name}")
     if original is None:
         return shape
@@ -164,32 +169,32 @@ def _original_shape(header: Header, name: str, shape: tuple[int, ...],
         or extent(original) > MAX_ELEMENTS
     ):
         raise header.error(
-            f"the metadata gives tensor {safe_repr(name)} the shape {safe_repr(original)}, which "
-            f"does not hold the {prod(shape)} elements of its stored shape {shape}. Get another"
+            f"the metadata gives tensor {safe_repr(name)} the shape {safe_repr(original)}, which"
+            f" does not hold the {prod(shape)} elements of its stored shape {shape}. Get another"
             " conversion of the model."
         )
     return tuple(original)
 
 
 def _check_layout(header: Header, entries: list[Entry]):
-    """Every tensor within the file, none over another."""
+    """Raises WeightFileError unless all tensors are inside the file and none overlap."""
     if not entries:
         return
     end = max(entry.offset + entry.nbytes for entry in entries)
     if end > header.size:
-        # What a complete file needs tells a wrong offset from a file cut short.
-        complete = header.data_start + sum(
+        # Beyond the size of a complete file, an offset is wrong; up to it, the file is truncated.
+        complete_size = header.data_start + sum(
             -(-entry.nbytes // header.alignment) * header.alignment for entry in entries
         )
-        if end > complete:
+        if end > complete_size:
             last = max(entries, key=lambda entry: entry.offset + entry.nbytes)
-            raise header.damaged(
-                f"tensor {safe_repr(last.name)} is said to lie at bytes {last.offset} to {end}, "
-                f"outside the file of {header.size} bytes")
+            raise header.damage_error(
+                f"tensor {safe_repr(last.name)} should be at bytes {last.offset} to {end}, outside"
+                f" the file of {header.size} bytes")
         raise header.error(
-            f"{end - header.size} bytes are missing: the tensors end at byte {end}, the file at "
-            f"byte {header.size}. Its download is probably incomplete; download it again.")
+            f"{end - header.size} bytes are missing: the tensors end at byte {end}, the file at"
+            f" byte {header.size}. Its download is probably incomplete; download it again.")
     for before, after in pairwise(sorted(entries, key=lambda entry: (entry.offset, entry.nbytes))):
         if before.offset + before.nbytes > after.offset:
-            raise header.damaged(
+            raise header.damage_error(
                 f"the tensors {safe_repr(before.name)} and {safe_repr(after.name)} overlap")

@@ -1,29 +1,30 @@
-"""The header of a GGUF file, versions 2 and 3, little endian
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""Reads the header of a GGUF file, version 2 or 3, little endian.
+
+Layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md):
 
 | part | content |
 |---|---|
 | header | "GGUF", u32 version, u64 tensor count, u64 metadata count |
-| metadata | per entry: string key, u32 value type, value |
-| tensors | per tensor: string name, u32 rank, u64 dimensions (innermost first), u32 ggml type, u64 offset |
+| metadata | each: string key, u32 value type, value |
+| tensors | each: string name, u32 rank, u64 sizes (innermost first), u32 ggml type, u64 offset |
 | data | at the next multiple of `general.alignment`; offsets count from here |
 
 A string is u64 length and bytes; an array is u32 item type, u64 count and items. Opening a file
-reads only the header, walks over the metadata without decoding it, and checks every count and
-length against the bytes that are left, so a damaged file costs neither memory nor time.
+reads only the header, skips over the metadata without decoding it, and checks every count and
+length against the remaining bytes, so a damaged file costs neither memory nor time.
 """
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .container import WeightFileError, map_file, safe_repr
+from .container import MappedFile, WeightFileError, map_file, safe_repr
 
 MAGIC = b"GGUF"
 
 # Metadata value types.
-SCALARS = {kind: struct.Struct("<" + code) for kind, code in {
+SCALARS = {value_type: struct.Struct("<" + code) for value_type, code in {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }.items()}
 STRING, ARRAY = 8, 9
@@ -35,14 +36,20 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 8  # ggml computes with four; converters store the five of video models too
 MAX_ELEMENTS = (1 << 63) - 1
 MAX_NAME_BYTES = (1 << 16) - 1  # of a metadata key, by the specification
-# Metadata entries, tensors and strings in one header. The largest headers known hold a million;
-# without a bound a damaged count makes us walk through gigabytes of weights.
+# Metadata entries, tensors and strings in one header. The largest known headers hold a million;
+# without a limit a damaged count would be followed through gigabytes of weights.
 MAX_ITEMS = 1 << 24
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as the header describes it. shape: outermost dimension first. offset: from the start
-    of the data."""
+    """A tensor as the header describes it.
+
+    Attributes:
+        name: name in the file.
+        shape: outermost dimension first.
+        ggml_type: ggml's number of the type.
+        offset: bytes from the start of the data.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -51,32 +58,30 @@ class TensorInfo(NamedTuple):
 
 
 class _Metadata(Mapping):
-    """Key -> value, decoded from the mapped file at each access; nothing decoded is kept.
+    """Key -> value, decoded from the mapped file at each access and not kept.
 
-    Integers, floats, bools and strings come as Python's own, arrays as lists of them. A byte that
-    is not UTF-8 reads as \\xNN, so a careless author name does not stop a model and distinct tokens
-    stay distinct.
+    Values are Python's int, float, bool, str, or a list of these. A byte that is not UTF-8 reads as
+    \\xNN, so a wrongly encoded author name does not stop a model and distinct tokens stay distinct.
     """
 
-    def __init__(self, buffer, positions: dict[str, int]):
+    def __init__(self, buffer: MappedFile, positions: dict[str, int]):
         self._buffer = buffer
         self._positions = positions
 
     def __getitem__(self, key: str) -> Any:
         position = self._positions[key]
-        kind, position = self._number(U32, position), position + 4
-        if kind in SCALARS:
-            return self._number(SCALARS[kind], position)
-        if kind == STRING:
+        value_type = self._number(U32, position)
+        position += U32.size
+        if value_type in SCALARS:
+            return self._number(SCALARS[value_type], position)
+        if value_type == STRING:
             return next(self._strings(position, 1))
-        (kind, count), position = (
-            ARRAY_HEAD.unpack_from(self._buffer, position),
-            position + ARRAY_HEAD.size,
-        )
-        if kind == STRING:
+        item_type, count = ARRAY_HEAD.unpack_from(self._buffer, position)
+        position += ARRAY_HEAD.size
+        if item_type == STRING:
             return list(self._strings(position, count))
-        return list(
-            struct.unpack_from(f"<{count}{SCALARS[kind].format[1:]}", self._buffer, position))
+        layout = f"<{count}{SCALARS[item_type].format[1:]}"
+        return list(struct.unpack_from(layout, self._buffer, position))
 
     def _number(self, layout: struct.Struct, position: int):
         return layout.unpack_from(self._buffer, position)[0]
@@ -87,7 +92,7 @@ class _Metadata(Mapping):
             yield str(self._buffer[position + 8:end], "utf-8", "backslashreplace")
             position = end
 
-    def __contains__(self, key) -> bool:  # the inherited one decodes the value
+    def __contains__(self, key) -> bool:  # the inherited method decodes the value
         return key in self._positions
 
     def __iter__(self) -> Iterator[str]:
@@ -98,15 +103,24 @@ class _Metadata(Mapping):
 
 
 class Header:
-    """The header of one GGUF file: `metadata`, `tensors` and `data_start`, all checked against the
-    file's size."""
+    """The header of one GGUF file, checked against the file's size.
+
+    Attributes:
+        path: the file.
+        buffer: its mapped bytes.
+        size: its size in bytes.
+        metadata: key -> value.
+        tensors: descriptions of the tensors, in the order of the file.
+        alignment: `general.alignment`.
+        data_start: position of the first tensor's data.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.buffer = map_file(path)
         self.size = len(self.buffer)
         self.position = 0
-        self.items = 0
+        self.item_count = 0
         self._read_version()
         tensor_count = self._count("tensors", 24, "the header")
         metadata_count = self._count("metadata entries", 13, "the header")
@@ -118,12 +132,12 @@ class Header:
     def error(self, problem: str) -> WeightFileError:
         return WeightFileError(f"{self.path.name}: {problem}")
 
-    def damaged(self, problem: str) -> WeightFileError:
+    def damage_error(self, problem: str) -> WeightFileError:
         return self.error(
             f"{problem}. The file is damaged or its download incomplete; download it again.")
 
     def _skip(self, nbytes: int, what: str) -> int:
-        """Position of the next `nbytes` bytes, which are passed over."""
+        """Skips `nbytes` bytes and returns their position."""
         start = self.position
         if nbytes > self.size - start:
             raise self._truncated(what)
@@ -131,41 +145,47 @@ class Header:
         return start
 
     def _truncated(self, what: str) -> WeightFileError:
-        return self.damaged(f"the file ends at byte {self.size}, inside {what}")
+        return self.damage_error(f"the file ends at byte {self.size}, inside {what}")
 
     def _read(self, layout: struct.Struct, what: str):
         return layout.unpack_from(self.buffer, self._skip(layout.size, what))
 
-    def _count(self, things: str, smallest: int, what: str) -> int:
-        """A stated number of `things`, each at least `smallest` bytes long."""
+    def _count(self, items: str, min_bytes: int, what: str) -> int:
+        """Reads a number of items and checks it.
+
+        Args:
+            items: name of the items, for messages.
+            min_bytes: least size of one item.
+            what: the part of the file that states the number, for messages.
+        """
         (count,) = self._read(U64, what)
-        self._check_count(count, things, smallest, what)
+        self._check_count(count, items, min_bytes, what)
         return count
 
-    def _check_count(self, count: int, things: str, smallest: int, what: str):
-        left = self.size - self.position
-        self.items += count
-        if count * smallest > left or self.items > MAX_ITEMS:
-            raise self.damaged(
-                f"{what} announces {count} {things}, more than {left} bytes can hold or any model"
-                " has"
+    def _check_count(self, count: int, items: str, min_bytes: int, what: str):
+        remaining = self.size - self.position
+        self.item_count += count
+        if count * min_bytes > remaining or self.item_count > MAX_ITEMS:
+            raise self.damage_error(
+                f"{what} announces {count} {items}, more than {remaining} bytes can hold or any"
+                " model has"
             )
 
     def _name(self, what: str) -> str:
         (length,) = self._read(U64, f"the name of {what}")
         if length > MAX_NAME_BYTES:
-            raise self.damaged(
-                f"the name of {what} is {length} bytes long, at most {MAX_NAME_BYTES} are allowed")
+            raise self.damage_error(
+                f"the name of {what} is {length} bytes long; at most {MAX_NAME_BYTES} are allowed")
         start = self._skip(length, f"the name of {what}")
         try:
             return str(self.buffer[start:start + length], "utf-8")
         except UnicodeDecodeError:
-            raise self.damaged(f"the name of {what} is not UTF-8 text") from None
+            raise self.damage_error(f"the name of {what} is not UTF-8 text") from None
 
     def _read_version(self):
         self._skip(4, "the first four bytes")
         if self.buffer[:4] != MAGIC:
-            raise self.damaged("it does not begin with 'GGUF'")
+            raise self.damage_error("it does not begin with 'GGUF'")
         (version,) = self._read(U32, "the version")
         if version and version % (1 << 16) == 0:
             raise self.error(
@@ -174,54 +194,52 @@ class Header:
             )
         if version not in (2, 3):
             raise self.error(
-                f"it is GGUF version {version}; versions 2 and 3 are read. Get a newer conversion "
-                f"of the model, or update this pack.")
+                f"it is GGUF version {version}; versions 2 and 3 are supported. Get a newer"
+                " conversion of the model, or update this pack.")
 
     def _read_metadata(self, count: int) -> dict[str, int]:
         positions: dict[str, int] = {}
         for index in range(count):
             key = self._name(f"metadata entry {index}")
             if key in positions:
-                raise self.damaged(f"the metadata holds {safe_repr(key)} twice")
+                raise self.damage_error(f"the metadata holds {safe_repr(key)} twice")
             positions[key] = self.position
             self._skip_value(f"the metadata value {safe_repr(key)}")
         return positions
 
     def _skip_value(self, what: str):
-        (kind,) = self._read(U32, what)
-        count = 1
-        if is_array := kind == ARRAY:
-            kind, count = self._read(ARRAY_HEAD, what)
-        if kind in SCALARS:
-            self._skip(count * SCALARS[kind].size, what)
-        elif kind == STRING:
+        (value_type,) = self._read(U32, what)
+        item_type, count = value_type, 1
+        if value_type == ARRAY:
+            item_type, count = self._read(ARRAY_HEAD, what)
+        if item_type in SCALARS:
+            self._skip(count * SCALARS[item_type].size, what)
+        elif item_type == STRING:
             self._check_count(count, "strings", 8, what)
             self._skip_strings(count, what)
-        elif is_array and kind == ARRAY:
+        elif item_type == ARRAY:
             raise self.error(
                 f"{what} is an array of arrays, which ggml does not read either. Get another"
                 " conversion."
             )
         else:
-            raise self.damaged(f"{what} has the unknown type {kind}; types 0 to 12 are read")
+            raise self.damage_error(
+                f"{what} has the unknown type {item_type}; types 0 to 12 are supported")
 
     def _skip_strings(self, count: int, what: str):
-        buffer, length_at, position, last = (
-            self.buffer,
-            U64.unpack_from,
-            self.position,
-            self.size - 8,
-        )
+        # Local names: vocabularies have hundreds of thousands of strings.
+        buffer, read_length = self.buffer, U64.unpack_from
+        position, last = self.position, self.size - 8
         for _ in range(count):
             if position > last:
                 raise self._truncated(what)
-            position += 8 + length_at(buffer, position)[0]
+            position += 8 + read_length(buffer, position)[0]
         self._skip(position - self.position, what)
 
     def _read_alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.damaged(
+            raise self.damage_error(
                 f"general.alignment is {safe_repr(alignment)}; it must be a power of two")
         return alignment
 
@@ -230,13 +248,13 @@ class Header:
         what = f"the description of tensor {safe_repr(name)}"
         (rank,) = self._read(U32, what)
         if rank > MAX_DIMENSIONS:
-            raise self.damaged(
-                f"tensor {safe_repr(name)} has {rank} dimensions; GGUF files hold at most"
-                f" {MAX_DIMENSIONS}"
+            raise self.damage_error(
+                f"tensor {safe_repr(name)} has {rank} dimensions; at most {MAX_DIMENSIONS} are"
+                " supported"
             )
         shape = self._read(struct.Struct(f"<{rank}Q"), what)[::-1]
         if extent(shape) > MAX_ELEMENTS:
-            raise self.damaged(
+            raise self.damage_error(
                 f"tensor {safe_repr(name)} of shape {shape} has more elements than any file can"
                 " hold"
             )
@@ -245,6 +263,6 @@ class Header:
         return TensorInfo(name, shape, ggml_type, offset)
 
 
-def extent(shape) -> int:
-    """Elements of a shape, of an empty one too as if it were not: what torch can count."""
+def extent(shape: Sequence[int]) -> int:
+    """Returns the elements of a shape, with dimensions of size 0 counted as 1."""
     return prod(max(size, 1) for size in shape)

@@ -1,5 +1,4 @@
-"""GGUF models split over several files (`name-00001-of-00003.gguf`), found by the name of any of
-them."""
+"""Finds the files of a split GGUF model (`name-00001-of-00003.gguf`) by the name of one of them."""
 import os
 import re
 
@@ -7,43 +6,49 @@ from .container import safe_repr
 from .gguf_header import Header
 
 
-def all_parts(header: Header) -> list[Header]:
-    """The headers of all files of the model that `header` is one file of."""
+def split_headers(header: Header) -> list[Header]:
+    """Returns the headers of all files of a model.
+
+    Args:
+        header: header of one of the files, or of the only one.
+
+    Raises:
+        WeightFileError: a file is missing, misnamed or of another model.
+    """
     path, count = header.path, header.metadata.get("split.count", 1)
     if count == 1 or count == 0:
         return [header]
-    names = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)
-    if names is None or not isinstance(count, int) or int(names[3]) != count:
+    match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)
+    if match is None or not isinstance(count, int) or int(match[3]) != count:
         raise header.error(
-            f"it is one file of a model split into {safe_repr(count)}, but its name does not end "
-            f"in -00001-of-0000N.gguf, by which the others are found. Give all of them the names"
-            " they were published under.")
+            f"it is one file of a model split into {safe_repr(count)}, but its name does not end"
+            " in -00001-of-0000N.gguf, which is needed to find the others. Give all files the"
+            " names they were published under.")
     paths = [
-        path.with_name(f"{names[1]}{number:05d}-of-{names[3]}{names[4]}")
+        path.with_name(f"{match[1]}{number:05d}-of-{match[3]}{match[4]}")
         for number in range(1, count + 1)
     ]
     missing = [sibling.name for sibling in paths if not os.path.exists(sibling)]
     if missing:
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise header.error(
-            f"it is one file of a model split into {count}; {missing[0]} is missing beside it"
-            f"{f' and {len(missing) - 1} more are' if missing[1:] else ''}. Download all {count}"
-            " into one folder."
+            f"it is one file of a model split into {count}; missing in its folder:"
+            f" {missing[0]}{others}. Download all {count} into one folder."
         )
     headers = [header if sibling == path else Header(sibling) for sibling in paths]
     for number, part in enumerate(headers):
-        found = part.metadata.get("split.no"), part.metadata.get("split.count")
-        if found != (number, count):
+        split_number = part.metadata.get("split.no")
+        split_count = part.metadata.get("split.count")
+        if (split_number, split_count) != (number, count):
             raise part.error(
-                f"by its name it is file {number + 1} of {count}, but inside it says split.no "
-                f"{safe_repr(found[0])} of split.count {safe_repr(found[1])}. Give all files the"
-                " names they were published under."
+                f"by its name it is file {number + 1} of {count}, but its metadata has split.no"
+                f" {safe_repr(split_number)} and split.count {safe_repr(split_count)}. Give all"
+                " files the names they were published under."
             )
-    expected, found = (
-        headers[0].metadata.get("split.tensors.count"),
-        sum(len(part.tensors) for part in headers),
-    )
-    if expected is not None and expected != found:
+    expected = headers[0].metadata.get("split.tensors.count")
+    actual = sum(len(part.tensors) for part in headers)
+    if expected is not None and expected != actual:
         raise header.error(
-            f"the {count} files hold {found} tensors together, {safe_repr(expected)} are expected. "
-            f"Download all of them again from one place.")
+            f"the {count} files hold {actual} tensors together, {safe_repr(expected)} are expected."
+            " Download all of them again from one place.")
     return headers

@@ -1,8 +1,8 @@
-"""GGUF files, version 3, written one tensor at a time (the layout is in `gguf_header`).
+"""Writes GGUF files, version 3, one tensor at a time (the layout is in `gguf_header`).
 
-A header's length does not depend on the types, so the data comes first and the header last: a
-tensor may turn out to need another type of number while it is written. Tensors lie in the order of
-the header without gaps, as ggml's reader wants them.
+The header's length does not depend on the types, so it is written last: a tensor's type may change
+while it is written. Tensors follow each other in the order of the header, without gaps, as ggml's
+reader requires.
 """
 import math
 import os
@@ -19,13 +19,13 @@ from .container import nbytes_of, safe_repr
 from .gguf import PLAIN_TYPES
 from .gguf_header import DEFAULT_ALIGNMENT, MAGIC
 
-MAX_NAME_BYTES = 127  # ggml.h GGML_MAX_NAME, with its zero
+MAX_NAME_BYTES = 127  # ggml.h GGML_MAX_NAME - 1, for the terminating zero
 MAX_DIMENSIONS = 4  # ggml.h GGML_MAX_DIMS
-ROW = 256  # values in a row of a tensor whose own rows blocks do not divide
+ROW = 256  # row length of a tensor that is reshaped because blocks do not divide its rows
 QUANTIZATION_VERSION = 2  # ggml.h GGML_QNT_VERSION
 TYPE_NUMBERS = {name: number for number, name in PLAIN_TYPES.items()}
 
-# `general.file_type` by the type that most bytes are of (llama.h `llama_ftype`).
+# `general.file_type` by the type with the most bytes (llama.h `llama_ftype`).
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
     "Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23,
@@ -33,70 +33,93 @@ FILE_TYPES = {
     "TQ1_0": 36, "TQ2_0": 37
 }
 
+Tensors = Mapping[str, tuple[Sequence[int], str]]  # name -> (logical shape, type)
 Value = str | bool | int | float | Sequence[int]
 
 
 def type_number(type_name: str) -> int:
-    """ggml's number of a packed format (a key of `FORMATS`) or plain type. Raises WriteError for
-    what GGUF does not hold."""
+    """Returns ggml's number of a packed format (key of `FORMATS`) or plain type.
+
+    Raises:
+        WriteError: GGUF has no such type.
+    """
     packed = FORMATS.get(type_name)
-    number = (
-        TYPE_NUMBERS.get(type_name)
-        if packed is None or packed.ggml_type is None
-        else packed.ggml_type
-    )
+    number = packed.ggml_type if packed is not None else None
+    if number is None:
+        number = TYPE_NUMBERS.get(type_name)
     if number is None:
         raise WriteError(
-            f"GGUF files hold no weights of the type {type_name}. Pick a type of GGUF, or a"
+            f"GGUF files cannot hold weights of the type {type_name}. Pick a type of GGUF, or a"
             " safetensors file."
         )
     return number
 
 
-def file_size(tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str,
-                                                                                  Value]) -> int:
-    """Bytes of a whole file. tensors: name -> (logical shape, type)."""
+def file_size(tensors: Tensors, metadata: Mapping[str, Value]) -> int:
+    """Returns the bytes of a whole file with these tensors and metadata."""
     return _Layout(tensors, metadata).size
 
 
-def gguf_writer(path: str | os.PathLike, tensors: Mapping[str, tuple[Sequence[int], str]],
-                metadata: Mapping[str, Value],
+def gguf_writer(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, Value],
                 overwrite: bool = False) -> AbstractContextManager["GGUFWriter"]:
-    """`new_weights` in this layout. tensors: name -> (logical shape, planned type), in the order in
-    which they will be written."""
+    """Opens a GGUF file for writing, as `new_weights`.
+
+    Args:
+        path: the file to write.
+        tensors: name -> (logical shape, planned type), in the order of writing.
+        metadata: key -> value.
+        overwrite: whether an existing file is replaced.
+
+    Raises:
+        WriteError: the file cannot be written, or cannot hold these tensors.
+    """
     return new_weights(path, GGUFWriter, _Layout(tensors, metadata), overwrite)
 
 
 class GGUFWriter(WeightsWriter):
+    """Writes the tensors of a GGUF file."""
+
     def write(self, name: str, type_name: str, pieces: Iterable[torch.Tensor]):
-        """The next tensor: packed tensors or plain ones on the CPU, rows below each other, of the
-        type that is named."""
+        """Writes the next tensor.
+
+        Args:
+            name: its name, the next one of the layout.
+            type_name: its type, which may differ from the planned one.
+            pieces: its rows in order, as packed or plain tensors of that type on the CPU.
+        """
         expected = list(self.layout.tensors)[len(self.written)]
         if name != expected:
             raise ValueError(f"{name} is written before {expected}.")
         shape, _ = self.layout.tensors[name]
-        wanted, offset = _nbytes(shape, type_name), self.file.tell() - self.layout.start
-        done = sum(self.put(piece._qdata if is_packed(piece) else piece) for piece in pieces)
-        if done != wanted:
+        nbytes = _nbytes(shape, type_name)
+        offset = self.file.tell() - self.layout.start
+        written = sum(self.put(piece._qdata if is_packed(piece) else piece) for piece in pieces)
+        if written != nbytes:
             raise ValueError(
-                f"{name} of shape {[*shape]} is {wanted} bytes in {type_name}, not {done}.")
-        self.file.write(bytes(-done % DEFAULT_ALIGNMENT))
+                f"{name} of shape {[*shape]} is {nbytes} bytes in {type_name}, not {written}.")
+        self.file.write(bytes(-written % DEFAULT_ALIGNMENT))
         self.written[name] = type_name, offset
 
 
 class _Layout:
-    """What a file will hold: the metadata with the shapes that ggml has no room for, and where the
-    data begins."""
+    """The content of a file: its metadata, with the shapes that ggml cannot store, and its size.
 
-    def __init__(self, tensors: Mapping[str, tuple[Sequence[int], str]], metadata: Mapping[str,
-                                                                                           Value]):
+    Attributes:
+        tensors: name -> (logical shape, type).
+        stored: name -> shape in the header.
+        metadata: key -> value.
+        start: position of the data.
+        size: bytes of the whole file.
+    """
+
+    def __init__(self, tensors: Tensors, metadata: Mapping[str, Value]):
         self.tensors = dict(tensors)
         long = [name for name in self.tensors if len(name.encode()) > MAX_NAME_BYTES]
         if long:
+            others = f", and {len(long) - 1} more are too long" if long[1:] else ""
             raise WriteError(
                 f"GGUF readers take names of up to {MAX_NAME_BYTES} bytes; {safe_repr(long[0])} has"
-                f" {len(long[0].encode())}{f', and {len(long) - 1} more are too long' if long[1:] else ''}. Save"
-                " the model as safetensors (NF4) instead.")
+                f" {len(long[0].encode())}{others}. Save the model as safetensors (NF4) instead.")
         self.stored = {name: _stored_shape(*tensor) for name, tensor in self.tensors.items()}
         self.metadata = dict(metadata) | {
             f"comfy.gguf.orig_shape.{name}": list(shape)
@@ -108,7 +131,7 @@ class _Layout:
         self.size = self.start + sum(_aligned(_nbytes(*tensor)) for tensor in self.tensors.values())
 
     def header(self, written: Mapping[str, tuple[str, int]]) -> bytes:
-        """written: name -> (type, offset from the start of the data)."""
+        """Returns the header; written: name -> (type, offset from the start of the data)."""
         infos = [
             _string(name) + _dimensions(self.stored[name]) +
             struct.pack("<IQ", type_number(type_name), offset)
@@ -120,36 +143,34 @@ class _Layout:
 
 
 def _nbytes(shape: Sequence[int], type_name: str) -> int:
-    """Return the bytes of a tensor of a logical shape."""
+    """Returns the bytes of a tensor of a logical shape, without padding."""
     values, packed = math.prod(shape), FORMATS.get(type_name)
     if packed and values % packed.block_length:
         raise WriteError(
-            f"{type_name} packs blocks of {packed.block_length} values; shape {tuple(shape)} does"
-            " not divide."
+            f"{type_name} packs blocks of {packed.block_length} values, into which the shape"
+            f" {tuple(shape)} cannot be divided."
         )
     return nbytes_of(type_name, (values,))
 
 
 def _stored_shape(shape: Sequence[int], type_name: str) -> Sequence[int]:
-    """`shape` itself where ggml can hold it. Dimensions beyond four are folded into the last; what
-    is packed in blocks that do not divide its rows is in rows of 256 values, as in ComfyUI-GGUF's
-    files, or of one block."""
-    length, values = (
-        FORMATS[type_name].block_length if type_name in FORMATS else 1,
-        math.prod(shape),
-    )
-    if shape and shape[-1] % length:
-        row = ROW if values % ROW == ROW % length == 0 else length
+    """Returns `shape` itself if ggml can store it, else a shape with the same number of values.
+
+    If blocks do not divide the rows, these become rows of 256 values, as in ComfyUI-GGUF's files,
+    or of one block. Dimensions beyond four are merged into the last.
+    """
+    block_length = FORMATS[type_name].block_length if type_name in FORMATS else 1
+    values = math.prod(shape)
+    if shape and shape[-1] % block_length:
+        row = ROW if values % ROW == ROW % block_length == 0 else block_length
         return values // row, row
-    return (
-        shape
-        if len(shape) <= MAX_DIMENSIONS
-        else (*shape[: MAX_DIMENSIONS - 1], math.prod(shape[MAX_DIMENSIONS - 1 :]))
-    )
+    if len(shape) <= MAX_DIMENSIONS:
+        return shape
+    return (*shape[:MAX_DIMENSIONS - 1], math.prod(shape[MAX_DIMENSIONS - 1:]))
 
 
 def _dimensions(shape: Sequence[int]) -> bytes:
-    """Rank and sizes, innermost first; a scalar is one of size 1."""
+    """Returns rank and sizes, innermost first; a scalar becomes [1]."""
     sizes = shape or (1,)
     return struct.pack(f"<I{len(sizes)}Q", len(sizes), *reversed(sizes))
 
@@ -168,7 +189,7 @@ def _value(value: Value) -> bytes:
         return struct.pack("<II", 4, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
-    # ComfyUI-GGUF wants INT32
+    # ComfyUI-GGUF reads shapes as INT32.
     return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
 
 

@@ -1,5 +1,8 @@
-"""Which files are mapped and which are read. Others write to those on a network share, and a mapped
-one that is cut short ends the process."""
+"""Decides which files are memory-mapped and which are read into memory.
+
+Other machines can write to a file on a network share, and a mapped file that becomes shorter ends
+the process.
+"""
 import os
 from pathlib import Path
 
@@ -7,9 +10,9 @@ import psutil
 
 FILES_ENV = "FEATHERWEIGHT_FILES"
 MAP, COPY = "map", "copy"
-# Of Linux and macOS, beside what begins with "fuse": Windows says by itself which drives are
-# remote.
-SHARES = {
+# Network file systems on Linux and macOS, besides those that begin with "fuse". On Windows, psutil
+# reports the option "remote".
+NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb", "smb3", "smbfs", "9p", "ceph", "glusterfs", "lustre", "beegfs",
     "gpfs", "afs", "afpfs", "webdav", "davfs", "drvfs", "virtiofs", "vboxsf", "prl_fs", "vmhgfs",
     "ncpfs", "coda", "orangefs"
@@ -18,31 +21,32 @@ LOCAL_FUSE = {"fuseblk", "fuse.ext2", "fuse.ntfs", "fuse.ntfs-3g", "fusectl"}
 
 
 def should_read_into_memory(path: Path) -> bool:
-    """Whether the weights of a file are to be read into memory; they are mapped otherwise, which
-    takes no memory of its own.
+    """Returns whether the weights of a file are read into memory; otherwise they are mapped.
 
-    By default those on a network share are. The environment's FEATHERWEIGHT_FILES is `map` or
-    `copy` for all of them.
+    The environment variable FEATHERWEIGHT_FILES, `map` or `copy`, decides for all files. By
+    default those on a network share are read.
     """
-    switch = os.environ.get(FILES_ENV)
-    return switch == COPY if switch in (MAP, COPY) else is_on_a_share(path)
+    mode = os.environ.get(FILES_ENV)
+    return mode == COPY if mode in (MAP, COPY) else is_on_network_share(path)
 
 
-def is_on_a_share(path: Path) -> bool:
-    """Whether a file lies where other machines can write to it."""
-    path = os.path.realpath(path)
-    if path.startswith("\\\\"):
+def is_on_network_share(path: Path) -> bool:
+    """Returns whether a file is on a drive that other machines can write to."""
+    real_path = os.path.realpath(path)
+    if real_path.startswith("\\\\"):
         return True
-    # of two at one place, the later covers
+    # Of several mounts at one point, the last one is visible.
     mounts = {mount.mountpoint: mount for mount in psutil.disk_partitions(all=True)}
-    over = [mount for place, mount in mounts.items() if os.path.normcase(path).startswith(
-        os.path.join(os.path.normcase(place), ""))]
-    if not over:
+    containing = [
+        mount for point, mount in mounts.items()
+        if os.path.normcase(real_path).startswith(os.path.join(os.path.normcase(point), ""))
+    ]
+    if not containing:
         return False
-    mount = max(over, key=lambda mount: len(mount.mountpoint))
-    kind = mount.fstype.lower()
+    mount = max(containing, key=lambda mount: len(mount.mountpoint))
+    file_system = mount.fstype.lower()
     return (
-        kind in SHARES
-        or (kind.startswith("fuse") and kind not in LOCAL_FUSE)
+        file_system in NETWORK_FILE_SYSTEMS
+        or (file_system.startswith("fuse") and file_system not in LOCAL_FUSE)
         or "remote" in mount.opts.split(",")
     )

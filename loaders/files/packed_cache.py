@@ -1,16 +1,15 @@
-"""What was packed while loading, kept for the next time: a safetensors file for each model, in a
-folder under a limit.
+"""A cache on disk for weights packed while loading: one safetensors file per model.
 
-Off until the environment names a folder (`FEATHERWEIGHT_PACKED_CACHE`). An entry is found by what
-it was made of: the files with their sizes and times, the type of each weight, and the version of
-the packers. The least recently used go first: the time of an empty file beside an entry says when
-it was last read. Nothing else in the folder is touched, and whatever is wrong with it, the model
-loads without it.
+It is off unless the environment names a folder (`FEATHERWEIGHT_PACKED_CACHE`). The key of an entry
+is what it was made of: the files with their sizes and times, the type of each weight, and the
+version of the packers. When the cache reaches its limit, the least recently used entries are
+removed; the time of an empty file `.used` is that of an entry's last use. Other files in the folder
+are not touched. If an entry cannot be used, the model loads without it.
 
 | in an entry | content |
 |---|---|
 | `X` | U8, the blocks of the weight X |
-| `X.scale` | F32, its scales, where the format keeps them apart |
+| `X.scale` | F32, its scales, if the format stores them separately |
 """
 import contextlib
 import hashlib
@@ -25,6 +24,7 @@ import torch
 
 from ...ops.format import FORMATS
 from ...ops.packed_layout import packed_tensor, packed_tensors
+from ...ops.packed_tensor import PackedTensor
 from ..sizes import size_text
 from .atomic_file import WriteError, remove_stale_parts
 from .container import FileState, WeightFile, WeightFileError
@@ -34,110 +34,115 @@ from .safetensors_writer import file_size, safetensors_writer
 log = logging.getLogger(__name__)
 
 FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
-LIMIT_GB = 50.0  # where the environment gives no limit
-PACKERS = 3  # to be raised when the packers make other bytes of the same weights
+LIMIT_GB = 50.0  # default
+PACKER_VERSION = 3  # raised when the packers make other bytes of the same weights
 NAMES = "featherweight-*.safetensors"
 
-# Name of a weight -> the format it is packed to, and its logical shape.
-Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
+# Name of a weight -> (packed format, logical shape).
+PackedTypes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def is_on() -> bool:
+def is_enabled() -> bool:
+    """Returns whether the environment names a folder for the cache."""
     return bool(os.environ.get(FOLDER))
 
 
-def entry_path(file: WeightFile, wanted: Wanted) -> Path | None:
-    """Where these weights of a file are kept once they are packed; None where nothing is kept."""
-    if not is_on() or not wanted:
+def entry_path(file: WeightFile, types: PackedTypes) -> Path | None:
+    """Returns the path of the entry for these weights of a file, None if they are not cached."""
+    if not is_enabled() or not types:
         return None
     files = [(str(path.resolve()), state.identity) for path, state in zip(file.paths, file.states)]
-    recipe = [PACKERS, files, sorted(wanted.items())]
-    return Path(os.environ[FOLDER]) / NAMES.replace(
-        "*", hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40]
-    )
+    recipe = [PACKER_VERSION, files, sorted(types.items())]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40]
+    return Path(os.environ[FOLDER]) / NAMES.replace("*", digest)
 
 
-def read(entry: Path | None, wanted: Wanted) -> dict[str, torch.Tensor] | None:
-    """The packed weights of an entry, mapped from its file; None where there is none, or one that
-    is damaged."""
+def read(entry: Path | None, types: PackedTypes) -> dict[str, torch.Tensor] | None:
+    """Returns name -> packed weight of an entry, mapped; None if it is missing or damaged."""
     if entry is None or not entry.is_file():
         return None
     try:
         file = SafetensorsFile(entry, [entry])
-        for part, expected in _all_parts(wanted).items():
-            entry_of_part = file.entries[part]
-            if (entry_of_part.shape, entry_of_part.format) != expected:
-                raise ValueError(
-                    f"{part} is {entry_of_part.format} {entry_of_part.shape}, expected {expected}")
+        for part, expected in _all_parts(types).items():
+            stored = file.entries[part]
+            if (stored.shape, stored.format) != expected:
+                raise ValueError(f"{part} is {stored.format} {stored.shape}, expected {expected}")
         weights = {
             name: _packed(file, name, type_name, shape)
-            for name, (type_name, shape) in wanted.items()
+            for name, (type_name, shape) in types.items()
         }
-        # another user's, or on a drive that is only read: it is as good as any
-        with contextlib.suppress(OSError):
-            _used(entry).touch()  # not the entry itself, which others have mapped and watch
+        # The entry itself stays untouched: other processes map it and check its time.
+        with contextlib.suppress(OSError):  # another user's entry, or a read-only drive
+            _last_use(entry).touch()
     except (WeightFileError, KeyError, ValueError, OSError) as error:
-        log.warning("[Featherweight] What was kept in %s cannot be used (%s) and is made anew.",
-                    entry, error)
+        log.warning(
+            "[Featherweight] The packed weights in %s cannot be used (%s), so they are packed"
+            " again.", entry, error)
         with contextlib.suppress(OSError):
             entry.unlink()
         return None
     return weights
 
 
-def _used(entry: Path) -> Path:
+def _last_use(entry: Path) -> Path:
+    """Returns the empty file whose time is that of the entry's last use."""
     return entry.with_suffix(".used")
 
 
-def _packed(file: SafetensorsFile, name: str, type_name: str, shape: tuple[int,
-                                                                           ...]) -> torch.Tensor:
+def _packed(file: SafetensorsFile, name: str, type_name: str,
+            shape: tuple[int, ...]) -> torch.Tensor:
     scale = file.tensor(f"{name}.scale") if FORMATS[type_name].scales_apart else None
     return packed_tensor(FORMATS[type_name], file.tensor(name), shape, scale=scale)
 
 
 @contextlib.contextmanager
-def entry_writer(entry: Path | None, wanted: Wanted) -> Iterator["EntryWriter"]:
-    """What takes the packed weights one by one; they are an entry when the block ends well, all of
-    them being there.
+def entry_writer(entry: Path | None, types: PackedTypes) -> Iterator["EntryWriter"]:
+    """Opens an entry for writing; it exists after the block only if all weights were written.
 
-    entry: None: nothing is kept.
+    Args:
+        entry: its path, None to write nothing.
+        types: the weights that will be written.
     """
-    writer = EntryWriter(entry, wanted)
+    writer = EntryWriter(entry, types)
     try:
         with writer.stack:
             yield writer
-    except WriteError as error:  # such as: another process has kept the same in the meantime
+    except WriteError as error:  # for example, another process wrote the same entry meanwhile
         writer.is_written = False
-        log.warning("[Featherweight] What was packed is not kept: %s", error)
-    if writer.is_written:
-        # another process may have filled it at the same time
-        _make_room(entry.parent, 0, but=entry)
+        log.warning("[Featherweight] The packed weights are not cached: %s", error)
+    if entry is not None and writer.is_written:
+        # Another process may have written entries at the same time.
+        _free_space(entry.parent, 0, keep=entry)
 
 
 class EntryWriter:
-    """Writes an entry, or gives up on it where it cannot be written. is_written: whether it is
-    being kept."""
+    """Writes the weights of an entry; an error is logged and ends the writing.
 
-    def __init__(self, entry: Path | None, wanted: Wanted):
+    Attributes:
+        is_written: whether the entry is still being written.
+    """
+
+    def __init__(self, entry: Path | None, types: PackedTypes):
         self.stack = contextlib.ExitStack()
         self.is_written = False
         if entry is None:
             return
-        tensors = _all_parts(wanted)
+        tensors = _all_parts(types)
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             size = file_size(tensors, {})
-            if not _make_room(entry.parent, size):
-                log.warning("[Featherweight] %s are not kept in %s: its limit is %s (%s).",
-                            size_text(size), entry.parent, size_text(_limit()), LIMIT)
+            if not _free_space(entry.parent, size):
+                log.warning(
+                    "[Featherweight] %s of packed weights are not cached in %s: its limit is %s"
+                    " (%s).", size_text(size), entry.parent, size_text(_limit()), LIMIT)
                 return
             self.writer = self.stack.enter_context(safetensors_writer(entry, tensors, {}))
             self.is_written = True
         except (WriteError, OSError) as error:
-            log.warning("[Featherweight] What is packed is not kept: %s", error)
+            log.warning("[Featherweight] The packed weights are not cached: %s", error)
 
-    def write(self, name: str, weight: torch.Tensor):
-        """Keep a packed weight."""
+    def write(self, name: str, weight: PackedTensor):
+        """Writes a packed weight."""
         if not self.is_written:
             return
         try:
@@ -147,21 +152,21 @@ class EntryWriter:
         except WriteError as error:
             self.give_up(error)
 
-    def give_up(self, why: str | WriteError):
-        """Remove what was written so far."""
+    def give_up(self, reason: str | WriteError):
+        """Removes what was written so far, and logs the reason."""
         if not self.is_written:
             return
         self.is_written = False
-        log.warning("[Featherweight] What is packed is not kept: %s", why)
-        error = why if isinstance(why, WriteError) else WriteError(why)
+        log.warning("[Featherweight] The packed weights are not cached: %s", reason)
+        error = reason if isinstance(reason, WriteError) else WriteError(reason)
         with contextlib.suppress(WriteError):
             self.stack.__exit__(WriteError, error, error.__traceback__)
 
 
-def _all_parts(wanted: Wanted) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The tensors of an entry: name -> (shape, type)."""
+def _all_parts(types: PackedTypes) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns the tensors of an entry: name -> (shape, type)."""
     parts = {}
-    for name, (type_name, shape) in wanted.items():
+    for name, (type_name, shape) in types.items():
         packed, values = FORMATS[type_name], math.prod(shape)
         parts[name] = (-(-values * packed.block_bytes // packed.block_length),), "U8"
         if packed.scales_apart:
@@ -170,35 +175,43 @@ def _all_parts(wanted: Wanted) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _limit() -> float:
-    """Bytes that all entries may take together."""
+    """Returns the limit in bytes for all entries together."""
     text = os.environ.get(LIMIT, "")
     try:
         return float(text or LIMIT_GB) * 1e9
     except ValueError:
-        log.warning("[Featherweight] %s is %r, no number of GB; %g is taken.", LIMIT, text,
+        log.warning("[Featherweight] %s is %r, not a number of GB; using %g.", LIMIT, text,
                     LIMIT_GB)
         return LIMIT_GB * 1e9
 
 
-def _make_room(folder: Path, size: int, but: Path | None = None) -> bool:
-    """Remove entries until `size` bytes more are within the limit. Returns whether they are. but:
-    an entry that stays."""
+def _free_space(folder: Path, size: int, keep: Path | None = None) -> bool:
+    """Removes entries until `size` more bytes are within the limit.
+
+    Args:
+        folder: folder of the cache.
+        size: bytes needed.
+        keep: an entry that is not removed.
+
+    Returns:
+        Whether they are within the limit.
+    """
     if size > _limit():
         return False
     remove_stale_parts(folder)
     entries = []
     for path in (*folder.glob(NAMES), *folder.glob(f"{NAMES}.*.part")):
         with contextlib.suppress(OSError):  # another process may have removed it
-            status, used = path.stat(), FileState.of(_used(path))
-            entries.append((max(status.st_mtime_ns,
-                                used.time if used else 0), status.st_size, path))
-    left = sum(nbytes for _, nbytes, _ in entries)
+            status, last_use = path.stat(), FileState.of(_last_use(path))
+            time = max(status.st_mtime_ns, last_use.time if last_use else 0)
+            entries.append((time, status.st_size, path))
+    total = sum(nbytes for _, nbytes, _ in entries)
     for _, nbytes, path in sorted(entries):
-        if left + size <= _limit():
+        if total + size <= _limit():
             break
-        if path != but and path.suffix == ".safetensors":
+        if path != keep and path.suffix == ".safetensors":
             with contextlib.suppress(OSError):  # Windows does not remove a file that is in use
                 path.unlink()
-                left -= nbytes
-                _used(path).unlink()
-    return left + size <= _limit()
+                total -= nbytes
+                _last_use(path).unlink()
+    return total + size <= _limit()

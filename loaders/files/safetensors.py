@@ -1,10 +1,10 @@
-"""safetensors files (https://github.com/huggingface/safetensors#format), with what quantisers keep
-in them (`bitsandbytes`).
+"""Reads safetensors files (https://github.com/huggingface/safetensors#format).
 
 | part | content |
 |---|---|
 | header length | u64, little endian |
-| header | JSON: name -> `dtype`, `shape`, `data_offsets` [start, end); `__metadata__`: string -> string |
+| header | JSON: name -> `dtype`, `shape`, `data_offsets` [start, end) |
+| | `__metadata__`: string -> string |
 | data | offsets count from its start |
 """
 import math
@@ -13,6 +13,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from .container import (
     COUNTABLE,
     PLAIN_DTYPES,
     Entry,
+    MappedFile,
     ProgressIter,
     WeightFile,
     WeightFileError,
@@ -30,70 +32,78 @@ from .container import (
 )
 from .unsupported_quantizers import reject_unsupported_quantizers
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no more either
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.safetensors)", re.IGNORECASE)
 
 
 class SafetensorsFile(WeightFile):
-    """The weights of one safetensors file, or of one split in several
-    (`name-00001-of-00003.safetensors`, opened by any).
+    """The weights of one safetensors file, or of all files of a split model.
 
-    entries: the tensors as they lie in the files, before `state_dict` puts together what belongs
-    together. Raises WeightFileError.
+    A split model (`name-00001-of-00003.safetensors`) is opened by any of its files. `entries` are
+    the tensors as stored; `state_dict` joins the parts of packed weights.
+
+    Args:
+        path: the file requested, which errors name.
+        paths: the files to read; by default `path` and, if it is one of several, the others.
+
+    Raises:
+        WeightFileError: a file is missing, damaged or has a dtype that is not supported.
     """
 
     magic = b"{"
-    dtypes = (
-        PLAIN_DTYPES
-        | {
-            "U8": torch.uint8,
-            "U16": torch.uint16,
-            "U32": torch.uint32,
-            "U64": torch.uint64,
-            "BOOL": torch.bool,
-            "F8_E4M3": torch.float8_e4m3fn,
-            "F8_E5M2": torch.float8_e5m2,
-            "C64": torch.complex64,
-        }
-        | ({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {})
-    )  # torch 2.7
+    dtypes = PLAIN_DTYPES | {
+        "U8": torch.uint8,
+        "U16": torch.uint16,
+        "U32": torch.uint32,
+        "U64": torch.uint64,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "C64": torch.complex64,
+    }
+    if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+        dtypes["F8_E8M0"] = torch.float8_e8m0fnu
 
     def __init__(self, path: str | Path, paths: Sequence[Path] | None = None):
-        """path: as asked for, named in errors. paths: the files to read, where they are not to be
-        told from `path`."""
         path = Path(path)
         paths = _shards(path) if paths is None else paths
         buffers, metadata, entries = [], [], {}
-        for part, name in enumerate(paths):
-            buffers.append(map_file(name))
-            found, texts = _read_header(name, buffers[-1], part, self.dtypes)
-            twice = next((key for key in found if key in entries), None)
-            if twice is not None:
+        for part, part_path in enumerate(paths):
+            buffers.append(map_file(part_path))
+            part_entries, part_metadata = _read_header(part_path, buffers[-1], part, self.dtypes)
+            duplicate = next((name for name in part_entries if name in entries), None)
+            if duplicate is not None:
+                other = paths[entries[duplicate].part]
                 raise WeightFileError(
-                    f"{name.name}: {safe_repr(twice)} is in {paths[entries[twice].part].name} too. "
-                    f"Download all files of the model again from one place.")
-            entries |= found
-            metadata.append(texts)
+                    f"{part_path.name}: {safe_repr(duplicate)} is in {other.name} too. Download all"
+                    " files of the model again from one place.")
+            entries |= part_entries
+            metadata.append(part_metadata)
         super().__init__(path, paths, buffers, ChainMap(*metadata), entries)
 
     @classmethod
     def recognises(cls, head: bytes) -> bool:
         return head[8:9] == cls.magic and int.from_bytes(head[:8], "little") < 1 << 32
 
-    def alignment(self, dtype):
-        # Tensors lie without gaps, ordered by the size of their elements: one quant_state of an odd
-        # length, and no 4-bit weight behind it is at a multiple of 8. Copying them would take the
-        # memory of the model.
-        return dtype.itemsize
+    def alignment(self, dtype: torch.dtype | None) -> int:
+        # Tensors follow each other without gaps, ordered by element size: after one quant_state of
+        # an odd length no 4-bit weight is at a multiple of 8, and copying them all would take as
+        # much memory as the model.
+        return dtype.itemsize if dtype else 1
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
-        """Name -> tensor, not copied, with each weight that bitsandbytes packed put together
-        (`bitsandbytes.put_together`).
+        """Returns name -> tensor, with the parts of each bitsandbytes weight joined.
 
-        Everything else is as it is in the file, quantised layers in the host's own form too. Packed
-        tensors show float32. Scales that are quantised themselves are expanded to float32, which
-        takes most of the time.
+        All other tensors are as in the file, also those of ComfyUI's own quantised formats. Mapped
+        tensors are not copied. Packed tensors have the dtype float32 until a layer gives them the
+        model's. Quantised scales are expanded to float32, which takes most of the time.
+
+        Args:
+            track: iterates over the names and shows progress.
+
+        Raises:
+            WeightFileError: the file changed meanwhile, or its quantiser is not supported.
         """
         tensors = join_parts(self, super().state_dict(), track)
         reject_unsupported_quantizers(self, tensors)
@@ -101,37 +111,45 @@ class SafetensorsFile(WeightFile):
 
 
 def is_shard(path: str | Path) -> bool:
-    """Whether a file is named as one of several that hold one model."""
-    names = SHARD.fullmatch(Path(path).name)
-    return names is not None and int(names[3]) > 1
+    """Returns whether a file is by its name one of several files of a model."""
+    match = SHARD.fullmatch(Path(path).name)
+    return match is not None and int(match[3]) > 1
 
 
 def _shards(path: Path) -> list[Path]:
-    """All files of the model that `path` is one file of."""
-    names = SHARD.fullmatch(path.name)
-    if names is None or not 1 <= int(names[3]) <= 1000 or int(names[2]) > int(names[3]):
+    """Returns all files of the model of which `path` is one file."""
+    match = SHARD.fullmatch(path.name)
+    if match is None or not 1 <= int(match[3]) <= 1000 or int(match[2]) > int(match[3]):
         return [path]
     paths = [
-        path.with_name(f"{names[1]}{number:05d}-of-{names[3]}{names[4]}")
-        for number in range(1,
-                            int(names[3]) + 1)
+        path.with_name(f"{match[1]}{number:05d}-of-{match[3]}{match[4]}")
+        for number in range(1, int(match[3]) + 1)
     ]
     missing = [shard.name for shard in paths if not shard.exists()]
     if missing and path.name not in missing:
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise WeightFileError(
-            f"{path.name} is one file of a model split into {len(paths)}; {missing[0]} is missing"
-            f" beside it{f' and {len(missing) - 1} more are' if missing[1:] else ''}. Download all"
-            f" {len(paths)} into one folder."
+            f"{path.name} is one file of a model split into {len(paths)}; missing in its folder:"
+            f" {missing[0]}{others}. Download all {len(paths)} into one folder."
         )
     return [path] if missing else paths
 
 
-def _read_header(path: Path, buffer, part: int,
+def _read_header(path: Path, buffer: MappedFile, part: int,
                  dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of one file in the order of their data, and its metadata, all checked against the
-    file's size."""
+    """Reads the header of one file and checks it against the file's size.
 
-    def damaged(problem: str) -> WeightFileError:
+    Args:
+        path: the file.
+        buffer: its mapped bytes.
+        part: its index among the files of the model.
+        dtypes: name in the file -> dtype.
+
+    Returns:
+        Name -> Entry, in the order of the data, and the metadata.
+    """
+
+    def damage_error(problem: str) -> WeightFileError:
         return WeightFileError(
             f"{path.name}: {problem}. The file is damaged or its download incomplete; download it"
             " again."
@@ -140,60 +158,65 @@ def _read_header(path: Path, buffer, part: int,
     size = len(buffer)
     start = 8 + int.from_bytes(buffer[:8], "little")
     if size < 8 or start > size or start > MAX_HEADER_BYTES:
-        raise damaged(f"the header should end at byte {start}, the file ends at byte {size}")
+        raise damage_error(f"the header should end at byte {start}, the file ends at byte {size}")
     try:
-        header = read_json(buffer[8:start].decode(), object_pairs_hook=_unique)
+        header = read_json(buffer[8:start].decode(), object_pairs_hook=_unique_dict)
     except ValueError as error:
-        raise damaged(f"the header is not readable ({safe_repr(str(error))})") from None
+        raise damage_error(f"the header is not valid JSON ({safe_repr(str(error))})") from None
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
     if not isinstance(header, dict) or not isinstance(metadata, dict):
-        raise damaged("the header is not a JSON object of tensors")
+        raise damage_error("the header is not a JSON object of tensors")
 
     if not header:
-        raise damaged("it is a safetensors file without a tensor")
+        raise damage_error("it is a safetensors file without a tensor")
     entries = []
     for name, info in header.items():
-        try:
-            dtype, shape, (first, last) = info["dtype"], info["shape"], info["data_offsets"]
-            numbers = all(
-                type(number) is int and 0 <= number <= COUNTABLE
-                for number in [*shape, first, last])
-            numbers = numbers and math.prod(max(size, 1) for size in shape) <= COUNTABLE
-        except (TypeError, KeyError, ValueError):
-            numbers = False
-        if not numbers:
-            raise damaged(
+        fields = _tensor_fields(info)
+        if fields is None:
+            raise damage_error(
                 f"the description of {safe_repr(name)} is {safe_repr(info)}, not a dtype, shape"
                 " and two data_offsets"
             )
+        dtype, shape, first, last = fields
         if not isinstance(dtype, str) or dtype not in dtypes:
             raise WeightFileError(
-                f"{path.name}: {safe_repr(name)} has the type {safe_repr(dtype)}, which cannot be "
-                f"read. Supported are {', '.join(dtypes)}. Get another conversion, or update this"
+                f"{path.name}: {safe_repr(name)} has the type {safe_repr(dtype)}, which cannot be"
+                f" read. Supported are {', '.join(dtypes)}. Get another conversion, or update this"
                 " pack.")
         nbytes = math.prod(shape) * dtypes[dtype].itemsize
         if last - first != nbytes:
-            raise damaged(
-                f"{safe_repr(name)} of type {dtype} and shape {shape} takes {nbytes} bytes,"
-                f" {last - first} are given"
+            raise damage_error(
+                f"{safe_repr(name)} of type {dtype} and shape {shape} takes {nbytes} bytes, but"
+                f" its data_offsets span {last - first}"
             )
         if start + last > size:
-            raise damaged(
+            raise damage_error(
                 f"{safe_repr(name)} should end at byte {start + last}, the file ends at byte {size}"
             )
         entries.append(Entry(name, tuple(shape), tuple(shape), dtype, start + first, nbytes, part))
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     for before, after in pairwise(entries):
         if before.offset + before.nbytes > after.offset:
-            raise damaged(
+            raise damage_error(
                 f"the tensors {safe_repr(before.name)} and {safe_repr(after.name)} overlap")
-    return {entry.name: entry for entry in entries}, {
-        key: str(value) for key, value in metadata.items()
-    }
+    texts = {key: str(value) for key, value in metadata.items()}
+    return {entry.name: entry for entry in entries}, texts
 
 
-def _unique(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
+def _tensor_fields(info: Any) -> tuple[Any, list[int], int, int] | None:
+    """Returns (dtype, shape, start, end) of a header entry; None if these are not valid numbers."""
+    try:
+        dtype, shape, (first, last) = info["dtype"], info["shape"], info["data_offsets"]
+        is_valid = all(
+            type(number) is int and 0 <= number <= COUNTABLE for number in [*shape, first, last])
+        is_valid = is_valid and math.prod(max(size, 1) for size in shape) <= COUNTABLE
+    except (TypeError, KeyError, ValueError):
+        return None
+    return (dtype, shape, first, last) if is_valid else None
+
+
+def _unique_dict(pairs: list[tuple]) -> dict:
+    items = dict(pairs)
+    if len(items) < len(pairs):
+        raise ValueError("a name is in it twice")
+    return items

@@ -1,5 +1,4 @@
-"""Files of quantisers that nothing here reads: told by what they keep beside a weight, and refused
-with a way out."""
+"""Rejects files of unsupported quantisers, recognised by the names of their tensors."""
 import re
 
 import torch
@@ -8,7 +7,7 @@ from .container import WeightFile, safe_repr
 
 OTHER_FORM = "Get the model as GGUF, bitsandbytes NF4 or int8, or in one of ComfyUI's own types."
 
-# End of a tensor's name, what that tensor is, and what to do.
+# End of a tensor's name, what the tensor is, what to do.
 UNSUPPORTED_QUANTIZERS = (
     (
         r"\.(wscales|smooth_factor|smooth_factor_orig)$",
@@ -35,8 +34,7 @@ UNSUPPORTED_QUANTIZERS = (
 
 
 def reject_unsupported_quantizers(file: WeightFile, tensors: dict[str, torch.Tensor]):
-    """Raise WeightFileError where some of a file's tensors are what such a quantiser keeps beside a
-    weight."""
+    """Raises WeightFileError if a tensor of the file is of an unsupported quantiser."""
     for pattern, what, advice in UNSUPPORTED_QUANTIZERS:
         name = next((name for name in tensors if re.search(pattern, name)), None)
         if name is not None:

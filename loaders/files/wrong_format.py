@@ -1,14 +1,16 @@
-"""What people pick or save in the place of a weight file, told by its first bytes."""
+"""Recognises by its first bytes what was saved or picked in place of a weight file."""
 import codecs
 
 ARCHIVE = "it is an archive. Unpack it and pick the model file inside."
 CHECKPOINT = (
     "it is a torch checkpoint (.pt, .pth, .ckpt, .bin) or a zip archive. Unpack it if it is an "
     "archive; otherwise use a ComfyUI loader, or get the model as GGUF.")
-LFS_POINTER = "it is a git-lfs pointer, text in place of the model. Run `git lfs pull`, or download the model itself."
+LFS_POINTER = (
+    "it is a git-lfs pointer, text in place of the model. Run `git lfs pull`, or download the model"
+    " itself.")
 OLD_GGML = "it is in a ggml format older than GGUF. Get the model as GGUF."
 
-# First bytes of what people save under a model's name, and what to do about it.
+# First bytes of a file -> what it is and what to do.
 WRONG_FORMATS = {
     b"version https://git-lfs": LFS_POINTER,
     b"PK\x03\x04": CHECKPOINT,
@@ -28,7 +30,7 @@ WRONG_FORMATS = {
 
 
 def sniff_wrong_format(head: bytes) -> str:
-    """What a file with these first bytes is in place of a weight file, and what to do about it."""
+    """Returns, as a sentence, what a file with these first bytes is, and what to do."""
     for magic, advice in WRONG_FORMATS.items():
         if head.startswith(magic):
             return advice
@@ -36,16 +38,20 @@ def sniff_wrong_format(head: bytes) -> str:
         return "it begins with zeros, so its download never finished. Download it again."
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text[:1] == b"<":
-        return "it is a web page, not the model; the site may want you to log in first. Download the model itself."
-    if _is_text(text[:64]):  # which is not quoted: whoever asks may not be the one who may read it
+        return (
+            "it is a web page, not the model; the site may require a login. Download the model"
+            " itself.")
+    if _is_text(text[:64]):  # not quoted: the person asking may not be allowed to read it
         return "it is a text file. Download the model itself."
-    return "it begins with neither 'GGUF' nor the header of a safetensors file. Download it again, or pick another file."
+    return (
+        "it begins with neither 'GGUF' nor the header of a safetensors file. Download it again, or"
+        " pick another file.")
 
 
 def _is_text(head: bytes) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()  # `head` may end within a character
     try:
-        # which may be cut within a letter
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        text = decoder.decode(head)
     except UnicodeDecodeError:
         return False
     return text.translate(dict.fromkeys(map(ord, "\t\r\n"))).isprintable()

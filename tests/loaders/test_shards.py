@@ -71,5 +71,5 @@ def test_a_file_without_the_others_of_its_model_names_them(tmp_path):
     write(tmp_path, DIFFUSION_MODEL)
     (tmp_path / SHARDS[1]).unlink()
     with pytest.raises(WeightFileError,
-                       match=f"{SHARDS[1]} is missing beside it. Download all 2 into one folder"):
+                       match=f"missing in its folder: {SHARDS[1]}. Download all 2 into one folder"):
         load_diffusion_model(str(tmp_path / SHARDS[0]))

@@ -152,7 +152,7 @@ def suffix_for(source: Source, wanted: str | int) -> str:
     a model held so."""
     held = {weight.held_as for weight in source.weights.values()}
     in_safetensors = (
-        wanted == "NF4" or (wanted == KEEP_TYPES and held & safetensors_writer.NAMES.keys())
+        wanted == "NF4" or (wanted == KEEP_TYPES and held & safetensors_writer.QUANT_NAMES.keys())
     )
     return ".safetensors" if in_safetensors else ".gguf"
 
@@ -331,5 +331,6 @@ def _is_ggml(weight: Weight) -> bool:
 
 def _own_type(weight: Weight, safetensors: bool) -> str:
     """The type a weight is held in, where a file may hold it; else the 16 bits of its values."""
-    is_written = weight.held_as in safetensors_writer.NAMES if safetensors else _is_ggml(weight)
+    in_safetensors = weight.held_as in safetensors_writer.QUANT_NAMES
+    is_written = in_safetensors if safetensors else _is_ggml(weight)
     return weight.held_as if is_written or weight.held_as in PLAIN_BYTES else weight.half

@@ -138,8 +138,8 @@ def test_another_quantiser_is_named(folder, quantiser, named):
     save_file({"a": torch.zeros(1)}, str(folder / "model.safetensors"))
     refused(
         folder,
-        rf"transformer: its config.json says .* quantised by .*{named}.* bitsandbytes' are"
-        " supported"
+        rf"transformer: its config.json says .* quantised by .*{named}.* only folders quantised by"
+        " bitsandbytes are supported"
     )
 
 
@@ -169,24 +169,24 @@ def test_a_folder_without_a_config_is_refused_and_its_models_are_named(folder):
 
 
 def test_a_folder_without_weights_is_refused(folder):
-    refused(folder, "weights are expected in it, there are none")
+    refused(folder, r"it has no \*.safetensors weights\. Download them")
     (folder / f"{NAME}.bin").write_bytes(b"x")
-    refused(folder, f"weights are expected in it, there are only {NAME}.bin")
+    refused(folder, rf"it has no \*.safetensors weights, only {NAME}.bin")
 
 
 def test_a_missing_shard_is_named(sharded):
     path, _ = sharded
     (path / SHARDS[1]).unlink()
-    refused(path, f"transformer: {SHARDS[1]} is missing, of the 2 files its {INDEX} lists")
+    refused(path, f"transformer: missing in it: {SHARDS[1]}, of the 2 files that its {INDEX} lists")
     (path / SHARDS[0]).unlink()
-    refused(path, f"{SHARDS[0]} is missing and 1 more are")
+    refused(path, f"missing in it: {SHARDS[0]} and 1 more")
 
 
 @pytest.mark.parametrize("shards", [SHARDS, SHARDS[:1], ["a.safetensors", "b.safetensors"]])
 def test_several_files_without_an_index_are_refused(folder, shards):
     for shard in shards:
         save_file({shard: torch.zeros(1)}, str(folder / shard))
-    refused(folder, r"it has .*, and no \*.safetensors.index.json")
+    refused(folder, r"it has .*, but no \*.safetensors.index.json")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,8 @@ def test_a_tensor_that_the_index_promises_and_no_file_has_is_named(sharded):
     index = json.loads((path / INDEX).read_text())
     index["weight_map"]["absent.weight"] = SHARDS[0]
     (path / INDEX).write_text(json.dumps(index))
-    refused(path, f"its index says that 'absent.weight' is in {SHARDS[0]}, where it is not")
+    refused(
+        path, f"its index lists 'absent.weight' in {SHARDS[0]}, which does not contain it")
 
 
 def test_a_damaged_shard_is_named(sharded):

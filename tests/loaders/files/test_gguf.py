@@ -464,13 +464,13 @@ def test_a_split_model_is_read_whole_from_any_of_its_files(tmp_path, small_first
 BAD_PARTS = {
     "missing": (
         lambda parts: parts[1].unlink(), 2,
-        "model-00003-of-00003.gguf: .* split into 3; model-00002-of-00003.gguf is missing .*"
+        "model-00003-of-00003.gguf: .* split into 3; missing in its folder: model-00002-of-00003.gguf.*"
         " Download all 3"
     ), "renamed": (lambda parts: parts[1].rename(parts[1].with_name("part2.gguf")), "part2.gguf",
                    "part2.gguf: .* split into 3.* names they were published under"),
     "exchanged": (
         lambda parts: parts[1].write_bytes(parts[2].read_bytes()), 0,
-        "model-00002-of-00003.gguf: by its name it is file 2 of 3, but inside it says split.no 2"),
+        "model-00002-of-00003.gguf: by its name it is file 2 of 3, but its metadata has split.no 2"),
     "cut short": (lambda parts: parts[1].write_bytes(parts[1].read_bytes()[:-100]), 0,
                   "model-00002-of-00003.gguf: 100 bytes are missing")
 }
@@ -679,7 +679,7 @@ def test_other_files_under_a_models_name_are_recognised(tmp_path, case):
 
 
 def test_a_deleted_file_is_refused(tmp_path):
-    with pytest.raises(WeightFileError, match="gone.gguf does not exist.*refresh"):
+    with pytest.raises(WeightFileError, match="gone.gguf does not exist.*Refresh"):
         open_weights(tmp_path / "gone.gguf")
 
 

@@ -88,7 +88,7 @@ def test_another_state_of_anything_is_another_entry(change, source, folder, pack
         with open(source, "ab") as file:
             file.write(b"\0")
     elif change == "packers":
-        monkeypatch.setattr(packed_cache, "PACKERS", packed_cache.PACKERS + 1)
+        monkeypatch.setattr(packed_cache, "PACKER_VERSION", packed_cache.PACKER_VERSION + 1)
     elif change == "place":
         other = source.rename(source.with_name("other.safetensors"))
     load(other, "Q6_K" if change == "type" else "Q8_0")
@@ -209,7 +209,7 @@ def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(
 ):
     monkeypatch.setenv(packed_cache.LIMIT, "lots")
     load(source)
-    assert "'lots', no number of GB" in caplog.text and len(list(folder.iterdir())) == 1
+    assert "'lots', not a number of GB" in caplog.text and len(list(folder.iterdir())) == 1
 
 
 def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
@@ -247,7 +247,7 @@ def test_where_nothing_can_be_kept_the_model_loads_all_the_same(
                             lambda writer: Path(writer.file._path).write_bytes(b"the other's"))
     with caplog.at_level(logging.WARNING):
         patcher = load(source)
-    assert "is not kept: " in caplog.text and "kept" not in memory_summary(patcher)
+    assert "are not cached: " in caplog.text and "kept" not in memory_summary(patcher)
     left = list(folder.iterdir()) if folder.is_dir() else []
     assert [path.read_bytes() for path in left] == (
         [b"the other's"] if trouble == "another process was faster" else []

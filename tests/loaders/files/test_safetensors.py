@@ -230,7 +230,7 @@ def test_a_split_model_is_opened_by_any_of_its_files(tmp_path):
     (tmp_path / "m-00001-of-00002.safetensors").unlink()
     with pytest.raises(
             WeightFileError,
-            match="^m-00002-of-00002.safetensors .* m-00001-of-00002.safetensors is missing"):
+            match="^m-00002-of-00002.safetensors .*missing in its folder: m-00001-of-00002"):
         open_weights(tmp_path / "m-00002-of-00002.safetensors")
     with pytest.raises(WeightFileError, match="does not exist"):
         open_weights(tmp_path / "m-00001-of-00002.safetensors")
@@ -271,7 +271,7 @@ BAD_WEIGHTS = {
                          NF4_STATE), "'a.weight.absmax' is part of a bitsandbytes 4-bit weight"),
     "codes alone": ({"a.weight": parts_of()["a.weight"]},
                     "'a.weight' holds 4-bit codes .* its quant_state is missing"),
-    "no codes": (without(parts_of(), "a.weight"), "'a.weight' is missing, whose"),
+    "no codes": (without(parts_of(), "a.weight"), "'a.weight' is missing, but its"),
     "absmax too short": (parts_of(**{"a.weight.absmax": random(15)}),
                          "absmax' has 15 scales, .* has 16 blocks of 64"),
     "absmax too long": (parts_of(**{"a.weight.absmax": random(17)}), "absmax' has 17 scales"),
@@ -298,29 +298,29 @@ BAD_WEIGHTS = {
         parts_of(), without=["quant_type"]), "has no quant_type"), "a larger shape": (with_state(
             parts_of(),
             shape=[16,
-                   128]), r"the shape \[16, 128\], whose codes take 1024 bytes, but it has 512"),
+                   128]), r"the shape \[16, 128\], for which 1024 bytes of codes are expected, but it has 512"),
     "a smaller shape": (with_state(parts_of(), shape=[
         16, 62
-    ]), "codes take 496 bytes, but it has 512"), "a shape of null": (with_state(
-        parts_of(), shape=None), "says shape None"), "an empty shape": (with_state(
-            parts_of(), shape=[]), r"says shape \[\]"), "a negative shape": (with_state(
-                parts_of(), shape=[-16, -64]), "says shape"), "a shape of floats": (with_state(
-                    parts_of(), shape=[16.0, 64]), "says shape"), "a shape of text": (with_state(
+    ]), "496 bytes of codes are expected, but it has 512"), "a shape of null": (with_state(
+        parts_of(), shape=None), "has shape None"), "an empty shape": (with_state(
+            parts_of(), shape=[]), r"has shape \[\]"), "a negative shape": (with_state(
+                parts_of(), shape=[-16, -64]), "has shape"), "a shape of floats": (with_state(
+                    parts_of(), shape=[16.0, 64]), "has shape"), "a shape of text": (with_state(
                         parts_of(),
-                        shape="16x64"), "says shape '16x64'"), "an immense shape": (with_state(
+                        shape="16x64"), "has shape '16x64'"), "an immense shape": (with_state(
                             parts_of(),
                             shape=[10**4000,
-                                   10**4000]), "says shape"), "another block size": (with_state(
+                                   10**4000]), "has shape"), "another block size": (with_state(
                                        parts_of(),
                                        blocksize=128), "has 16 scales, .* has 8 blocks of 128"),
     "an odd block size": (with_state(parts_of(), blocksize=65),
-                          "says blocksize 65; bitsandbytes writes 32, 64"),
+                          "has blocksize 65; bitsandbytes writes 32, 64"),
     "a block size of text": (with_state(parts_of(), blocksize="64"),
-                             "says blocksize '64'"), "another quant_type inside": (with_state(
-                                 parts_of(), quant_type="fp4"), "says quant_type 'fp4' inside"),
+                             "has blocksize '64'"), "another quant_type inside": (with_state(
+                                 parts_of(), quant_type="fp4"), "contains quant_type 'fp4'"),
     "an unknown quant_type": (without(parts_of(), NF4_STATE) |
                               {"a.weight.quant_state.bitsandbytes__nf3": parts_of()[NF4_STATE]},
-                              "names the quant_type 'nf3'; nf4 and fp4 are supported"),
+                              "names the quant_type 'nf3'; expected nf4 or fp4"),
     "two quant_states": (parts_of() | {
         "a.weight.quant_state.bitsandbytes__fp4": with_state(parts_of(),
                                                              quant_type="fp4")[NF4_STATE]
@@ -353,7 +353,7 @@ BAD_WEIGHTS = {
                              "a.SCB": random(4)
                          }, "'a.weight', to which 'a.SCB' belongs, is missing"),
     "int8 scales of another length": (INT8 | {"a.SCB": torch.ones(5)},
-                                      "'a.SCB' has 5 scales of type F32, 'a.weight' has 4 rows"),
+                                      "'a.SCB' has 5 scales of type F32, but 'a.weight' has 4 rows"),
     "a quant_state of scales": (parts_of() |
                                 {"a.weight.absmax.quant_state.bitsandbytes__nf4": text("{}")},
                                 "'a.weight.absmax.quant_state"),
@@ -400,10 +400,10 @@ BAD_FILES = {
     "a header cut short": (build({"a": info()})[:20], "the header should end at byte"),
     "an immense header": (struct.pack("<Q",
                                       (1 << 32) - 1) + b"{}", "the header should end at byte"),
-    "not JSON": (build(b'{"a": }'), "the header is not readable"),
-    "not UTF-8": (build(b'{"\xff": 1}'), "the header is not readable"),
-    "deep JSON": (build(b'{"a":' + b"[" * 100000), "the header is not readable"),
-    "a name twice": (build(b'{"a": 1, "a": 1}'), "a name stands in it twice"),
+    "not JSON": (build(b'{"a": }'), "the header is not valid JSON"),
+    "not UTF-8": (build(b'{"\xff": 1}'), "the header is not valid JSON"),
+    "deep JSON": (build(b'{"a":' + b"[" * 100000), "the header is not valid JSON"),
+    "a name twice": (build(b'{"a": 1, "a": 1}'), "a name is in it twice"),
     "metadata of another type": (build({"__metadata__": [],
                                         "a": info()}), "not a JSON object of tensors"),
     "a number for a tensor": (build({"a": 3}), "the description of 'a' is 3"), "no offsets": (build(
@@ -420,7 +420,7 @@ BAD_FILES = {
                 }), "'a' has the type 'F6_E2M3'.*Supported are"), "a type of another kind": (build(
                     {"a": info(["F32"])}), "has the type"), "a shape of other bytes": (build({
                         "a": info(shape=(5,))
-                    }), r"shape \[5\] takes 20 bytes, 16 are given"), "data cut short": (build(
+                    }), r"shape \[5\] takes 20 bytes, but its data_offsets span 16"), "data cut short": (build(
                         {"a": info()},
                         bytes(15)), "'a' should end at byte"), "tensors that overlap": (build(
                             {"a": info(), "b": info(offsets=(8, 24))}), "'a' and 'b' overlap")

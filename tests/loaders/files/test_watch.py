@@ -306,7 +306,7 @@ def mounts(monkeypatch, *entries):
 def test_a_share_is_known_by_its_kind(tmp_path, monkeypatch, kind, options, is_share):
     mounts(monkeypatch, ("/", "ext4", "rw"), (str(tmp_path), kind, options),
            (f"{tmp_path}2", "nfs", "rw"))
-    assert network_drives.is_on_a_share(tmp_path / "model.gguf") == is_share
+    assert network_drives.is_on_network_share(tmp_path / "model.gguf") == is_share
 
 
 @pytest.mark.parametrize(("switch", "copied"), [("map", False), ("copy", True), ("", True)])
