@@ -463,16 +463,27 @@ def test_a_split_model_is_read_whole_from_any_of_its_files(tmp_path, small_first
 # What becomes of the second of three parts, which of them is opened, and how the message begins.
 BAD_PARTS = {
     "missing": (
-        lambda parts: parts[1].unlink(), 2,
-        "model-00003-of-00003.gguf: .* split into 3; missing in its folder: model-00002-of-00003.gguf.*"
-        " Download all 3"
-    ), "renamed": (lambda parts: parts[1].rename(parts[1].with_name("part2.gguf")), "part2.gguf",
-                   "part2.gguf: .* split into 3.* names they were published under"),
+        lambda parts: parts[1].unlink(),
+        2,
+        "model-00003-of-00003.gguf: .* split into 3; missing in its folder: model-00002-of-00003"
+        ".*"
+        " Download all 3",
+    ),
+    "renamed": (
+        lambda parts: parts[1].rename(parts[1].with_name("part2.gguf")),
+        "part2.gguf",
+        "part2.gguf: .* split into 3.* names they were published under",
+    ),
     "exchanged": (
-        lambda parts: parts[1].write_bytes(parts[2].read_bytes()), 0,
-        "model-00002-of-00003.gguf: by its name it is file 2 of 3, but its metadata has split.no 2"),
-    "cut short": (lambda parts: parts[1].write_bytes(parts[1].read_bytes()[:-100]), 0,
-                  "model-00002-of-00003.gguf: 100 bytes are missing")
+        lambda parts: parts[1].write_bytes(parts[2].read_bytes()),
+        0,
+        "model-00002-of-00003.gguf: by its name it is file 2 of 3, but its metadata has split.no 2",
+    ),
+    "cut short": (
+        lambda parts: parts[1].write_bytes(parts[1].read_bytes()[:-100]),
+        0,
+        "model-00002-of-00003.gguf: 100 bytes are missing",
+    ),
 }
 
 
@@ -514,92 +525,126 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, second_name, st
 
 HUGE = 2**64 - 1
 BAD_HEADERS = {
-    "version 1": (build(version=1), ["version 1", "versions 2 and 3", "newer conversion"
-                                     ]), "version 4": (build(version=4), ["version 4"]),
+    "version 1": (build(version=1), ["version 1", "versions 2 and 3", "newer conversion"]),
+    "version 4": (build(version=4), ["version 4"]),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), ["big-endian", "little-endian"]),
-    "only the magic": (b"GGUF", ["ends at byte 4", "download"
-                                 ]), "truncated counts": (build()[:20], ["ends at byte 20"]),
+    "only the magic": (b"GGUF", ["ends at byte 4", "download"]),
+    "truncated counts": (build()[:20], ["ends at byte 20"]),
     "tensor count": (build(tensor_count=HUGE), [f"announces {HUGE} tensors", "damaged"]),
     "metadata count": (build(metadata_count=2**40), [f"announces {2**40} metadata entries"]),
     "metadata count within the file": (build(metadata_count=2, data=64), ["metadata"]),
-    "key length": (build(metadata=[struct.pack("<Q", HUGE)]),
-                   ["name of metadata entry 0",
-                    str(HUGE)]), "key beyond the end": (build(metadata=[struct.pack("<Q", 500)]), [
-                        "name of metadata entry 0", "ends at byte"
-                    ]), "key not UTF-8": (build(metadata=[entry(b"\xff\xfe", 0, b"\1")]),
-                                          ["name of metadata entry 0", "not UTF-8"]),
-    "key twice": (build(metadata=[entry("a", 0, b"\1"), entry("a", 0, b"\1")]),
-                  ["holds 'a' twice"]), "value type": (build(metadata=[entry("a", 13, b"\1")]), [
-                      "value 'a'", "unknown type 13"
-                  ]), "array item type": (build(metadata=[entry("a", 9, array(77, 1))]), [
-                      "value 'a'", "unknown type 77"
-                  ]), "string length": (build(metadata=[entry("a", 8, struct.pack("<Q", HUGE))]),
-                                        ["value 'a'", "ends at byte"]),
-    "string length, signed": (build(metadata=[entry("a", 8, struct.pack("<Q", 2**63))]), [
-        "value 'a'", "ends at byte"
-    ]), "array length": (build(metadata=[entry("a", 9, array(4, 2**62))]), [
-        "value 'a'", "ends at byte"
-    ]), "string array length": (build(metadata=[entry("a", 9, array(8, 2**61))]), [
-        f"'a' announces {2**61} strings"
-    ]), "string in an array": (build(
-        metadata=[entry("a", 9, array(8, 2,
-                                      text("x") + struct.pack("<Q", HUGE)))]),
-                               ["value 'a'", "ends at byte"]),
-    "nested arrays": (build(metadata=[entry("a", 9, array(9, 1, array(0, 1, b"\1")))]), [
-        "'a' is an array of arrays"
-    ]), "name not UTF-8": (build(info("a", [32]), info(b"\xc3\x28", [32])),
-                           ["tensor 1",
-                            "not UTF-8"]), "name length": (build(struct.pack("<Q", 2**40)),
-                                                           ["tensor 0", str(2**40)]),
-    "name twice": (build(info("a", [16]), info("a", [16], offset=64)),
-                   ["two tensors named 'a'"]), "empty but vast": (build(info("a", [2**63, 0])), [
-                       "'a' of shape (0, 9223372036854775808)"
-                   ]), "nine dimensions": (build(info("a", [2] * 9)), [
-                       "'a' has 9 dimensions",
-                       "at most 8"
-                   ]), "many dimensions": (build(text("a") + struct.pack("<I", 2**32 - 1)), [
-                       "'a' has 4294967295 dimensions"
-                   ]), "too many elements": (build(info("a", [2**33, 2**33])), [
-                       "'a'", str(2**33), "more elements"
-                   ]), "wrapping to zero elements": (build(info("a", [2**32, 2**32])),
-                                                     ["'a'", "more elements"]),
-    "unknown type": (build(info("a", [32], 99)),
-                     ["'a'", "ggml type 99", "unknown", "F32", "BF16",
-                      *PACKED]), "type not for storage": (build(info("a", [32], 9)), [
-                          "'a'", "ggml type 9 (Q8_1)", "Supported are"
-                      ]), "type of a fork": (build(info("a", [128], 143)),
-                                             ["'a'", "ggml type 143 (PTQ1_0 of PrismML)"]),
-    "old type": (build(info("a", [32], 31)), ["'a'", "Q4_0_4_4"]), "rows of odd length": (build(
-        info("a", [33, 2],
-             8)), ["'a' of shape (2, 33) is Q8_0",
-                   "blocks of 32"]), "packed scalar": (build(info("a", [], 8)), [
-                       "'a' of shape () is Q8_0"
-                   ]), "alignment 0": (build(metadata=[aligned_to(0)]),
-                                       ["general.alignment is 0", "power of two"
-                                        ]), "alignment 48": (build(metadata=[aligned_to(48)]),
-                                                             ["general.alignment is 48"]),
-    "alignment of text": (build(metadata=[entry("general.alignment", 8, text("32"))]), [
-        "general.alignment is '32'"
-    ]), "offset not aligned": (build(info("a", [16], offset=4)), [
-        "'a'", "offset 4", "alignment 32"
-    ]), "offset outside": (build(info("a", [16]), info("b", [16], offset=2**20)), [
-        "'b'", str(2**20 + 96), "outside"
-    ]), "offset wrapping": (build(info("a", [16], offset=2**64 - 32)), ["'a'", "outside"]),
-    "overlap": (build(info("a", [16]), info("b", [16], offset=32)),
-                ["'a' and 'b' overlap"]), "truncated data": (build(info("a", [32]), data=100), [
-                    "28 bytes are missing", "incomplete", "download it again"
-                ]), "no data": (build(info("a", [32]), info("b", [32], offset=128), data=0), [
-                    "256 bytes are missing"
-                ]), "original shape of other size": (build(info("x", [32]), metadata=original(
-                    (4, 9))), ["[4, 9]", "32 elements"]), "original shape with negatives": (build(
-                        info("x", [32]), metadata=original((-4, -8))), ["'x'", "[-4, -8]"]),
-    "original shape of floats": (build(info("x", [32]), metadata=original(
-        (4.0, 8.0),
-        kind=6)), ["'x'", "[4.0, 8.0]"]), "original shape of many dimensions": (build(
-            info("x", [32]),
-            metadata=original([1] * 9 + [32])), ["'x'"]), "original shape of text": (build(
-                info("x", [32]), metadata=[entry("comfy.gguf.orig_shape.x", 8,
-                                                 text("4,8"))]), ["'x'", "'4,8'"])
+    "key length": (
+        build(metadata=[struct.pack("<Q", HUGE)]),
+        ["name of metadata entry 0", str(HUGE)],
+    ),
+    "key beyond the end": (
+        build(metadata=[struct.pack("<Q", 500)]),
+        ["name of metadata entry 0", "ends at byte"],
+    ),
+    "key not UTF-8": (
+        build(metadata=[entry(b"\xff\xfe", 0, b"\1")]),
+        ["name of metadata entry 0", "not UTF-8"],
+    ),
+    "key twice": (
+        build(metadata=[entry("a", 0, b"\1"), entry("a", 0, b"\1")]),
+        ["holds 'a' twice"],
+    ),
+    "value type": (build(metadata=[entry("a", 13, b"\1")]), ["value 'a'", "unknown type 13"]),
+    "array item type": (
+        build(metadata=[entry("a", 9, array(77, 1))]),
+        ["value 'a'", "unknown type 77"],
+    ),
+    "string length": (
+        build(metadata=[entry("a", 8, struct.pack("<Q", HUGE))]),
+        ["value 'a'", "ends at byte"],
+    ),
+    "string length, signed": (
+        build(metadata=[entry("a", 8, struct.pack("<Q", 2**63))]),
+        ["value 'a'", "ends at byte"],
+    ),
+    "array length": (
+        build(metadata=[entry("a", 9, array(4, 2**62))]),
+        ["value 'a'", "ends at byte"],
+    ),
+    "string array length": (
+        build(metadata=[entry("a", 9, array(8, 2**61))]),
+        [f"'a' announces {2**61} strings"],
+    ),
+    "string in an array": (
+        build(metadata=[entry("a", 9, array(8, 2, text("x") + struct.pack("<Q", HUGE)))]),
+        ["value 'a'", "ends at byte"],
+    ),
+    "nested arrays": (
+        build(metadata=[entry("a", 9, array(9, 1, array(0, 1, b"\1")))]),
+        ["'a' is an array of arrays"],
+    ),
+    "name not UTF-8": (build(info("a", [32]), info(b"\xc3\x28", [32])), ["tensor 1", "not UTF-8"]),
+    "name length": (build(struct.pack("<Q", 2**40)), ["tensor 0", str(2**40)]),
+    "name twice": (build(info("a", [16]), info("a", [16], offset=64)), ["two tensors named 'a'"]),
+    "empty but vast": (build(info("a", [2**63, 0])), ["'a' of shape (0, 9223372036854775808)"]),
+    "nine dimensions": (build(info("a", [2] * 9)), ["'a' has 9 dimensions", "at most 8"]),
+    "many dimensions": (
+        build(text("a") + struct.pack("<I", 2**32 - 1)),
+        ["'a' has 4294967295 dimensions"],
+    ),
+    "too many elements": (build(info("a", [2**33, 2**33])), ["'a'", str(2**33), "more elements"]),
+    "wrapping to zero elements": (build(info("a", [2**32, 2**32])), ["'a'", "more elements"]),
+    "unknown type": (
+        build(info("a", [32], 99)),
+        ["'a'", "ggml type 99", "unknown", "F32", "BF16", *PACKED],
+    ),
+    "type not for storage": (
+        build(info("a", [32], 9)),
+        ["'a'", "ggml type 9 (Q8_1)", "Supported are"],
+    ),
+    "type of a fork": (build(info("a", [128], 143)), ["'a'", "ggml type 143 (PTQ1_0 of PrismML)"]),
+    "old type": (build(info("a", [32], 31)), ["'a'", "Q4_0_4_4"]),
+    "rows of odd length": (
+        build(info("a", [33, 2], 8)),
+        ["'a' of shape (2, 33) is Q8_0", "blocks of 32"],
+    ),
+    "packed scalar": (build(info("a", [], 8)), ["'a' of shape () is Q8_0"]),
+    "alignment 0": (build(metadata=[aligned_to(0)]), ["general.alignment is 0", "power of two"]),
+    "alignment 48": (build(metadata=[aligned_to(48)]), ["general.alignment is 48"]),
+    "alignment of text": (
+        build(metadata=[entry("general.alignment", 8, text("32"))]),
+        ["general.alignment is '32'"],
+    ),
+    "offset not aligned": (build(info("a", [16], offset=4)), ["'a'", "offset 4", "alignment 32"]),
+    "offset outside": (
+        build(info("a", [16]), info("b", [16], offset=2**20)),
+        ["'b'", str(2**20 + 96), "outside"],
+    ),
+    "offset wrapping": (build(info("a", [16], offset=2**64 - 32)), ["'a'", "outside"]),
+    "overlap": (build(info("a", [16]), info("b", [16], offset=32)), ["'a' and 'b' overlap"]),
+    "truncated data": (
+        build(info("a", [32]), data=100),
+        ["28 bytes are missing", "incomplete", "download it again"],
+    ),
+    "no data": (
+        build(info("a", [32]), info("b", [32], offset=128), data=0),
+        ["256 bytes are missing"],
+    ),
+    "original shape of other size": (
+        build(info("x", [32]), metadata=original((4, 9))),
+        ["[4, 9]", "32 elements"],
+    ),
+    "original shape with negatives": (
+        build(info("x", [32]), metadata=original((-4, -8))),
+        ["'x'", "[-4, -8]"],
+    ),
+    "original shape of floats": (
+        build(info("x", [32]), metadata=original((4.0, 8.0), kind=6)),
+        ["'x'", "[4.0, 8.0]"],
+    ),
+    "original shape of many dimensions": (
+        build(info("x", [32]), metadata=original([1] * 9 + [32])),
+        ["'x'"],
+    ),
+    "original shape of text": (
+        build(info("x", [32]), metadata=[entry("comfy.gguf.orig_shape.x", 8, text("4,8"))]),
+        ["'x'", "'4,8'"],
+    ),
 }
 
 

@@ -263,121 +263,174 @@ NF4_STATE = "a.weight.quant_state.bitsandbytes__nf4"
 INT8 = {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.SCB": torch.ones(4)}
 
 BAD_WEIGHTS = {
-    "no absmax": (without(parts_of(), "a.weight.absmax"),
-                  "'a.weight.absmax' is missing, the scales of 'a.weight'"),
-    "no quant_map": (without(parts_of(), "a.weight.quant_map"),
-                     "'a.weight.quant_map' is missing, the codebook"), "no quant_state": (without(
-                         parts_of(),
-                         NF4_STATE), "'a.weight.absmax' is part of a bitsandbytes 4-bit weight"),
-    "codes alone": ({"a.weight": parts_of()["a.weight"]},
-                    "'a.weight' holds 4-bit codes .* its quant_state is missing"),
+    "no absmax": (
+        without(parts_of(), "a.weight.absmax"),
+        "'a.weight.absmax' is missing, the scales of 'a.weight'",
+    ),
+    "no quant_map": (
+        without(parts_of(), "a.weight.quant_map"),
+        "'a.weight.quant_map' is missing, the codebook",
+    ),
+    "no quant_state": (
+        without(parts_of(), NF4_STATE),
+        "'a.weight.absmax' is part of a bitsandbytes 4-bit weight",
+    ),
+    "codes alone": (
+        {"a.weight": parts_of()["a.weight"]},
+        "'a.weight' holds 4-bit codes .* its quant_state is missing",
+    ),
     "no codes": (without(parts_of(), "a.weight"), "'a.weight' is missing, but its"),
-    "absmax too short": (parts_of(**{"a.weight.absmax": random(15)}),
-                         "absmax' has 15 scales, .* has 16 blocks of 64"),
+    "absmax too short": (
+        parts_of(**{"a.weight.absmax": random(15)}),
+        "absmax' has 15 scales, .* has 16 blocks of 64",
+    ),
     "absmax too long": (parts_of(**{"a.weight.absmax": random(17)}), "absmax' has 17 scales"),
-    "absmax of integers": (parts_of(**{"a.weight.absmax": torch.arange(16)}),
-                           "absmax' has the type I64, expected F32"),
-    "another codebook": (parts_of(**{"a.weight.quant_map": random(16)}),
-                         "quant_map' is not the codebook of nf4"),
-    "fp4's codebook": (parts_of(
-        **{"a.weight.quant_map": parts_of(quant_type="fp4")["a.weight.quant_map"]}),
-                       "not the codebook of nf4"),
-    "a short codebook": (parts_of(**{"a.weight.quant_map": random(8)}),
-                         "not the codebook"), "not JSON": (parts_of(**{NF4_STATE: text("{'a': 1")}),
-                                                           f"'{NF4_STATE}' is not a JSON object"),
-    "not text": (parts_of(**{NF4_STATE: torch.tensor([255, 254], dtype=torch.uint8)}),
-                 "not a JSON object"), "deep JSON": (parts_of(**{NF4_STATE: text("[" * 100000)}),
-                                                     "not a JSON object"),
+    "absmax of integers": (
+        parts_of(**{"a.weight.absmax": torch.arange(16)}),
+        "absmax' has the type I64, expected F32",
+    ),
+    "another codebook": (
+        parts_of(**{"a.weight.quant_map": random(16)}),
+        "quant_map' is not the codebook of nf4",
+    ),
+    "fp4's codebook": (
+        parts_of(**{"a.weight.quant_map": parts_of(quant_type="fp4")["a.weight.quant_map"]}),
+        "not the codebook of nf4",
+    ),
+    "a short codebook": (parts_of(**{"a.weight.quant_map": random(8)}), "not the codebook"),
+    "not JSON": (parts_of(**{NF4_STATE: text("{'a': 1")}), f"'{NF4_STATE}' is not a JSON object"),
+    "not text": (
+        parts_of(**{NF4_STATE: torch.tensor([255, 254], dtype=torch.uint8)}),
+        "not a JSON object",
+    ),
+    "deep JSON": (parts_of(**{NF4_STATE: text("[" * 100000)}), "not a JSON object"),
     "a JSON list": (parts_of(**{NF4_STATE: text("[]")}), "not a JSON object"),
-    "an empty quant_state": (parts_of(**{NF4_STATE: torch.zeros(0, dtype=torch.uint8)}),
-                             "not a JSON object"), "no shape": (with_state(
-                                 parts_of(), without=["shape"]), f"'{NF4_STATE}' has no shape"),
-    "no block size": (with_state(parts_of(), without=[
-        "blocksize", "shape"
-    ]), "has no blocksize and no shape"), "no quant_type": (with_state(
-        parts_of(), without=["quant_type"]), "has no quant_type"), "a larger shape": (with_state(
-            parts_of(),
-            shape=[16,
-                   128]), r"the shape \[16, 128\], for which 1024 bytes of codes are expected, but it has 512"),
-    "a smaller shape": (with_state(parts_of(), shape=[
-        16, 62
-    ]), "496 bytes of codes are expected, but it has 512"), "a shape of null": (with_state(
-        parts_of(), shape=None), "has shape None"), "an empty shape": (with_state(
-            parts_of(), shape=[]), r"has shape \[\]"), "a negative shape": (with_state(
-                parts_of(), shape=[-16, -64]), "has shape"), "a shape of floats": (with_state(
-                    parts_of(), shape=[16.0, 64]), "has shape"), "a shape of text": (with_state(
-                        parts_of(),
-                        shape="16x64"), "has shape '16x64'"), "an immense shape": (with_state(
-                            parts_of(),
-                            shape=[10**4000,
-                                   10**4000]), "has shape"), "another block size": (with_state(
-                                       parts_of(),
-                                       blocksize=128), "has 16 scales, .* has 8 blocks of 128"),
-    "an odd block size": (with_state(parts_of(), blocksize=65),
-                          "has blocksize 65; bitsandbytes writes 32, 64"),
-    "a block size of text": (with_state(parts_of(), blocksize="64"),
-                             "has blocksize '64'"), "another quant_type inside": (with_state(
-                                 parts_of(), quant_type="fp4"), "contains quant_type 'fp4'"),
-    "an unknown quant_type": (without(parts_of(), NF4_STATE) |
-                              {"a.weight.quant_state.bitsandbytes__nf3": parts_of()[NF4_STATE]},
-                              "names the quant_type 'nf3'; expected nf4 or fp4"),
-    "two quant_states": (parts_of() | {
-        "a.weight.quant_state.bitsandbytes__fp4": with_state(parts_of(),
-                                                             quant_type="fp4")[NF4_STATE]
-    }, "'a.weight' has two quant_states"),
-    "codes of another type": (parts_of(**{"a.weight": torch.zeros(512, 1, dtype=torch.int8)}),
-                              "'a.weight' has the type I8"), "no nested scales": (without(
-                                  parts_of(nested=True),
-                                  "a.weight.nested_absmax"), "'a.weight.nested_absmax' is missing"),
-    "no nested codebook": (without(parts_of(nested=True), "a.weight.nested_quant_map"),
-                           "'a.weight.nested_quant_map' is missing"),
-    "no nested offset": (with_state(parts_of(nested=True), without=[
-        "nested_offset"
-    ]), "256 and nested_offset None"), "a nested offset of NaN": (with_state(
-        parts_of(nested=True),
-        nested_offset=float("nan")), "nested_offset nan"), "no nested block size": (with_state(
-            parts_of(nested=True),
-            without=["nested_blocksize"
-                     ]), "nested_blocksize None"), "nested scales too long": (parts_of(
-                         nested=True,
-                         **{"a.weight.nested_absmax": random(2)
-                            }), "has 2 nested_absmax"), "a short nested codebook": (parts_of(
-                                nested=True, **{"a.weight.nested_quant_map": random(16)
-                                                }), "16 values in its nested"),
-    "nested parts of plain scales": (parts_of(**{"a.weight.nested_absmax": random(1)}),
-                                     "'a.weight.nested_absmax' is part of"), "a lone absmax": ({
-                                         "b.weight.absmax": random(4)
-                                     }, "'b.weight.absmax' is part of a bitsandbytes 4-bit weight"),
-    "a lone quant_map": ({"b.weight.quant_map": random(16)},
-                         "'b.weight.quant_map' is part of"), "lone scales of int8": ({
-                             "a.SCB": random(4)
-                         }, "'a.weight', to which 'a.SCB' belongs, is missing"),
-    "int8 scales of another length": (INT8 | {"a.SCB": torch.ones(5)},
-                                      "'a.SCB' has 5 scales of type F32, but 'a.weight' has 4 rows"),
-    "a quant_state of scales": (parts_of() |
-                                {"a.weight.absmax.quant_state.bitsandbytes__nf4": text("{}")},
-                                "'a.weight.absmax.quant_state"),
+    "an empty quant_state": (
+        parts_of(**{NF4_STATE: torch.zeros(0, dtype=torch.uint8)}),
+        "not a JSON object",
+    ),
+    "no shape": (with_state(parts_of(), without=["shape"]), f"'{NF4_STATE}' has no shape"),
+    "no block size": (
+        with_state(parts_of(), without=["blocksize", "shape"]),
+        "has no blocksize and no shape",
+    ),
+    "no quant_type": (with_state(parts_of(), without=["quant_type"]), "has no quant_type"),
+    "a larger shape": (
+        with_state(parts_of(), shape=[16, 128]),
+        r"the shape \[16, 128\], for which 1024 bytes of codes are expected, but it has 512",
+    ),
+    "a smaller shape": (
+        with_state(parts_of(), shape=[16, 62]),
+        "496 bytes of codes are expected, but it has 512",
+    ),
+    "a shape of null": (with_state(parts_of(), shape=None), "has shape None"),
+    "an empty shape": (with_state(parts_of(), shape=[]), r"has shape \[\]"),
+    "a negative shape": (with_state(parts_of(), shape=[-16, -64]), "has shape"),
+    "a shape of floats": (with_state(parts_of(), shape=[16.0, 64]), "has shape"),
+    "a shape of text": (with_state(parts_of(), shape="16x64"), "has shape '16x64'"),
+    "an immense shape": (with_state(parts_of(), shape=[10**4000, 10**4000]), "has shape"),
+    "another block size": (
+        with_state(parts_of(), blocksize=128),
+        "has 16 scales, .* has 8 blocks of 128",
+    ),
+    "an odd block size": (
+        with_state(parts_of(), blocksize=65),
+        "has blocksize 65; bitsandbytes writes 32, 64",
+    ),
+    "a block size of text": (with_state(parts_of(), blocksize="64"), "has blocksize '64'"),
+    "another quant_type inside": (
+        with_state(parts_of(), quant_type="fp4"),
+        "contains quant_type 'fp4'",
+    ),
+    "an unknown quant_type": (
+        without(parts_of(), NF4_STATE)
+        | {"a.weight.quant_state.bitsandbytes__nf3": parts_of()[NF4_STATE]},
+        "names the quant_type 'nf3'; expected nf4 or fp4",
+    ),
+    "two quant_states": (
+        parts_of()
+        | {
+            "a.weight.quant_state.bitsandbytes__fp4": with_state(parts_of(), quant_type="fp4")[
+                NF4_STATE
+            ]
+        },
+        "'a.weight' has two quant_states",
+    ),
+    "codes of another type": (
+        parts_of(**{"a.weight": torch.zeros(512, 1, dtype=torch.int8)}),
+        "'a.weight' has the type I8",
+    ),
+    "no nested scales": (
+        without(parts_of(nested=True), "a.weight.nested_absmax"),
+        "'a.weight.nested_absmax' is missing",
+    ),
+    "no nested codebook": (
+        without(parts_of(nested=True), "a.weight.nested_quant_map"),
+        "'a.weight.nested_quant_map' is missing",
+    ),
+    "no nested offset": (
+        with_state(parts_of(nested=True), without=["nested_offset"]),
+        "256 and nested_offset None",
+    ),
+    "a nested offset of NaN": (
+        with_state(parts_of(nested=True), nested_offset=float("nan")),
+        "nested_offset nan",
+    ),
+    "no nested block size": (
+        with_state(parts_of(nested=True), without=["nested_blocksize"]),
+        "nested_blocksize None",
+    ),
+    "nested scales too long": (
+        parts_of(nested=True, **{"a.weight.nested_absmax": random(2)}),
+        "has 2 nested_absmax",
+    ),
+    "a short nested codebook": (
+        parts_of(nested=True, **{"a.weight.nested_quant_map": random(16)}),
+        "16 values in its nested",
+    ),
+    "nested parts of plain scales": (
+        parts_of(**{"a.weight.nested_absmax": random(1)}),
+        "'a.weight.nested_absmax' is part of",
+    ),
+    "a lone absmax": (
+        {"b.weight.absmax": random(4)},
+        "'b.weight.absmax' is part of a bitsandbytes 4-bit weight",
+    ),
+    "a lone quant_map": ({"b.weight.quant_map": random(16)}, "'b.weight.quant_map' is part of"),
+    "lone scales of int8": (
+        {"a.SCB": random(4)},
+        "'a.weight', to which 'a.SCB' belongs, is missing",
+    ),
+    "int8 scales of another length": (
+        INT8 | {"a.SCB": torch.ones(5)},
+        "'a.SCB' has 5 scales of type F32, but 'a.weight' has 4 rows",
+    ),
+    "a quant_state of scales": (
+        parts_of() | {"a.weight.absmax.quant_state.bitsandbytes__nf4": text("{}")},
+        "'a.weight.absmax.quant_state",
+    ),
     "int8 scales of floats": (INT8 | {"a.weight": random(4, 8)}, r"is F32 \[4, 8\], expected I8"),
-    "int8 in tiles": (INT8 | {"a.weight_format": torch.tensor(2, dtype=torch.uint8)},
-                      "tiles"), "a lone weight_format": ({
-                          "a.weight_format": torch.tensor(0, dtype=torch.uint8)
-                      }, "'a.weight_format' is part of"),
-    "int8 of two quantisers": (INT8 | {"a.comfy_quant": text("{}")},
-                               "'a.weight' has both 'a.SCB' and 'a.comfy_quant'"), "GPTQ": ({
-                                   "a.qweight": torch.zeros(2, 2, dtype=torch.int32),
-                                   "a.g_idx": torch.arange(2)
-                               }, "GPTQ or AWQ, which are not"), "AWQ": ({
-                                   "a.qzeros": torch.zeros(2, 2, dtype=torch.int32)
-                               }, "GPTQ or AWQ"), "nunchaku": ({
-                                   "a.qweight": torch.zeros(2, 2, dtype=torch.int8),
-                                   "a.wscales": random(2)
-                               }, "nunchaku"), "quanto": ({
-                                   "a.weight._data": torch.zeros(2, 2, dtype=torch.int8)
-                               }, "quanto"), "torchao": ({
-                                   "a._weight_qdata": torch.zeros(2, 2, dtype=torch.int8)
-                               }, "torchao"), "HQQ": ({
-                                   "a.W_q": torch.zeros(2, 2, dtype=torch.uint8)
-                               }, "HQQ")
+    "int8 in tiles": (INT8 | {"a.weight_format": torch.tensor(2, dtype=torch.uint8)}, "tiles"),
+    "a lone weight_format": (
+        {"a.weight_format": torch.tensor(0, dtype=torch.uint8)},
+        "'a.weight_format' is part of",
+    ),
+    "int8 of two quantisers": (
+        INT8 | {"a.comfy_quant": text("{}")},
+        "'a.weight' has both 'a.SCB' and 'a.comfy_quant'",
+    ),
+    "GPTQ": (
+        {"a.qweight": torch.zeros(2, 2, dtype=torch.int32), "a.g_idx": torch.arange(2)},
+        "GPTQ or AWQ, which are not",
+    ),
+    "AWQ": ({"a.qzeros": torch.zeros(2, 2, dtype=torch.int32)}, "GPTQ or AWQ"),
+    "nunchaku": (
+        {"a.qweight": torch.zeros(2, 2, dtype=torch.int8), "a.wscales": random(2)},
+        "nunchaku",
+    ),
+    "quanto": ({"a.weight._data": torch.zeros(2, 2, dtype=torch.int8)}, "quanto"),
+    "torchao": ({"a._weight_qdata": torch.zeros(2, 2, dtype=torch.int8)}, "torchao"),
+    "HQQ": ({"a.W_q": torch.zeros(2, 2, dtype=torch.uint8)}, "HQQ"),
 }
 
 
@@ -395,35 +448,43 @@ def test_weights_that_do_not_fit_together_are_named(tmp_path, case):
 
 
 BAD_FILES = {
-    "empty": (b"", "is empty"), "a few bytes": (b"\x10\0\0\0", "it begins with"),
+    "empty": (b"", "is empty"),
+    "a few bytes": (b"\x10\0\0\0", "it begins with"),
     "no tensors": (build({}), "without a tensor"),
     "a header cut short": (build({"a": info()})[:20], "the header should end at byte"),
-    "an immense header": (struct.pack("<Q",
-                                      (1 << 32) - 1) + b"{}", "the header should end at byte"),
+    "an immense header": (
+        struct.pack("<Q", (1 << 32) - 1) + b"{}",
+        "the header should end at byte",
+    ),
     "not JSON": (build(b'{"a": }'), "the header is not valid JSON"),
     "not UTF-8": (build(b'{"\xff": 1}'), "the header is not valid JSON"),
     "deep JSON": (build(b'{"a":' + b"[" * 100000), "the header is not valid JSON"),
     "a name twice": (build(b'{"a": 1, "a": 1}'), "a name is in it twice"),
-    "metadata of another type": (build({"__metadata__": [],
-                                        "a": info()}), "not a JSON object of tensors"),
-    "a number for a tensor": (build({"a": 3}), "the description of 'a' is 3"), "no offsets": (build(
-        {"a": {"dtype": "F32", "shape": [4]}}), "the description of 'a'"), "three offsets": (build({
-            "a": info(offsets=(0, 8, 16))
-        }), "the description of 'a'"), "a negative offset": (build(
-            {"a": info(offsets=(-16, 0))}), "the description of 'a'"), "a shape of text": (build(
-                {"a": info(shape="4")}), "the description of 'a'"), "an immense shape": (build({
-                    "a": info(shape=(1 << 40, 1 << 40))
-                }), "the description of 'a'"), "an immense empty shape": (build({
-                    "a": info(shape=(0, 1 << 59, 1 << 59), offsets=(0, 0))
-                }), "the description of 'a'"), "an unknown type": (build({
-                    "a": info("F6_E2M3")
-                }), "'a' has the type 'F6_E2M3'.*Supported are"), "a type of another kind": (build(
-                    {"a": info(["F32"])}), "has the type"), "a shape of other bytes": (build({
-                        "a": info(shape=(5,))
-                    }), r"shape \[5\] takes 20 bytes, but its data_offsets span 16"), "data cut short": (build(
-                        {"a": info()},
-                        bytes(15)), "'a' should end at byte"), "tensors that overlap": (build(
-                            {"a": info(), "b": info(offsets=(8, 24))}), "'a' and 'b' overlap")
+    "metadata of another type": (
+        build({"__metadata__": [], "a": info()}),
+        "not a JSON object of tensors",
+    ),
+    "a number for a tensor": (build({"a": 3}), "the description of 'a' is 3"),
+    "no offsets": (build({"a": {"dtype": "F32", "shape": [4]}}), "the description of 'a'"),
+    "three offsets": (build({"a": info(offsets=(0, 8, 16))}), "the description of 'a'"),
+    "a negative offset": (build({"a": info(offsets=(-16, 0))}), "the description of 'a'"),
+    "a shape of text": (build({"a": info(shape="4")}), "the description of 'a'"),
+    "an immense shape": (build({"a": info(shape=(1 << 40, 1 << 40))}), "the description of 'a'"),
+    "an immense empty shape": (
+        build({"a": info(shape=(0, 1 << 59, 1 << 59), offsets=(0, 0))}),
+        "the description of 'a'",
+    ),
+    "an unknown type": (build({"a": info("F6_E2M3")}), "'a' has the type 'F6_E2M3'.*Supported are"),
+    "a type of another kind": (build({"a": info(["F32"])}), "has the type"),
+    "a shape of other bytes": (
+        build({"a": info(shape=(5,))}),
+        r"shape \[5\] takes 20 bytes, but its data_offsets span 16",
+    ),
+    "data cut short": (build({"a": info()}, bytes(15)), "'a' should end at byte"),
+    "tensors that overlap": (
+        build({"a": info(), "b": info(offsets=(8, 24))}),
+        "'a' and 'b' overlap",
+    ),
 }
 
 

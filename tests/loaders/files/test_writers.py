@@ -249,6 +249,8 @@ def test_4_bit_weights_are_as_bitsandbytes_writes_and_reads_them(tmp_path, kind,
 
 
 def test_a_packed_type_that_safetensors_does_not_hold_is_refused(tmp_path):
-    with pytest.raises(WriteError, match="cannot hold weights of the type Q4_K"), safetensors_writer(
-            tmp_path / "a", {"w": ((2, 256), "Q4_K")}, {}):
+    with (
+        pytest.raises(WriteError, match="cannot hold weights of the type Q4_K"),
+        safetensors_writer(tmp_path / "a", {"w": ((2, 256), "Q4_K")}, {}),
+    ):
         raise AssertionError("the work began")

@@ -71,7 +71,10 @@ def test_a_name_that_exists_is_overwritten_only_when_asked(tmp_path):
 
 def test_a_name_that_came_to_be_meanwhile_stays(tmp_path):
     path = tmp_path / "model.gguf"
-    with pytest.raises(WriteError, match="was created by another program"), atomic_writer(path, 10) as file:
+    with (
+        pytest.raises(WriteError, match="was created by another program"),
+        atomic_writer(path, 10) as file,
+    ):
         file.write(b"new")
         path.write_bytes(b"somebody else's")
     assert path.read_bytes() == b"somebody else's"
@@ -98,8 +101,10 @@ def test_a_full_drive_is_told_before_the_work(tmp_path, monkeypatch):
 def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(tmp_path, monkeypatch):
     # whoever runs as root may write everywhere
     monkeypatch.setattr(atomic_file.os, "access", lambda path, mode: False)
-    with pytest.raises(WriteError,
-                       match="is not writable by this user"), atomic_writer(tmp_path / "model.gguf", 10):
+    with (
+        pytest.raises(WriteError, match="is not writable by this user"),
+        atomic_writer(tmp_path / "model.gguf", 10),
+    ):
         raise AssertionError("the work began")
     with pytest.raises(WriteError,
                        match="does not exist"), atomic_writer(tmp_path / "no" / "model.gguf", 10):
