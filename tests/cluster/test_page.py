@@ -68,5 +68,5 @@ def test_the_page_has_the_variables():
 
 
 def test_what_must_be_alike_is_what_is_compared(tmp_path):
-    assert "A machine whose ComfyUI, torch or Featherweight is not that of most" in PAGE
+    assert "A machine with another ComfyUI, torch or Featherweight than most machines" in PAGE
     assert set(installed_versions(str(tmp_path))) == {"ComfyUI", "torch", "Featherweight"}
