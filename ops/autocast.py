@@ -1,15 +1,18 @@
-"""torch.autocast, for layers whose products it does not know."""
+"""Support of torch.autocast in layers whose products autocast does not know."""
 import functools
+from collections.abc import Callable
 
 import torch
 
 
-def autocast_input(run):
-    """A layer's method (self, input, ...) that gives under autocast what it gives without for an
-    input in autocast's dtype.
+def autocast_input(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator: under autocast, runs a method without it, on the input in autocast's dtype.
 
-    Autocast would cast only some of what the method does, and to the nearest what is patched, of
-    which a weak LoRA is lost.
+    Autocast would cast only some of what the method computes, and would round a patched weight to
+    the nearest value, which loses a weak LoRA.
+
+    Args:
+        run: a layer's method (self, input, ...).
     """
     @functools.wraps(run)
     def cast_once(self, input, *args, **kwargs):

@@ -1,12 +1,12 @@
-"""`compute = "int8"`: the product of packed weights in whole numbers, faster than `product.linear`
-and less exact.
+"""`compute = "int8"`: integer products of packed weights, faster than `product.linear`, less exact.
 
-x W^T = (x R) (W R)^T, both operands rotated and as int8 codes with one scale a row (see
-`int8_codes`), the weight's made anew in each product. The low-rank branch stays in float, on the
-input as it is.
+x W^T = (x R) (W R)^T, both operands rotated and in int8 codes with one scale a row (see
+`int8_codes`). The weight is encoded again for each product. The low-rank branch stays in float, on
+the unrotated input.
 """
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -15,21 +15,23 @@ from .format import FORMATS, Format
 from .low_rank import LowRank
 from .packed_tensor import PackedTensor
 
-# With fewer rows of the input the exact product is as fast, since most of the time goes into the
-# weight; CUDA's integer product takes no fewer. Without a kernel for the weight's codes torch makes
-# them, in many passes. CUDA's numbers are estimates.
+# With fewer rows of the input the exact product is as fast, since most of the time is spent on the
+# weight, and CUDA's integer product accepts no fewer. Without a kernel for the weight's codes torch
+# makes them, in many passes. CUDA's numbers are estimates.
 MIN_TOKENS = {"cpu": 128, "cuda": 17}
 MIN_TOKENS_WITHOUT_KERNEL = {"cpu": 512, "cuda": 4096}
-ROW_MULTIPLE = 8  # CUDA's product takes multiples of this as N
-# Sums of more products of codes could leave int32.
+ROW_MULTIPLE = 8  # N must be a multiple of this for CUDA's product
+# Sums of more products of codes could overflow int32.
 MAX_COLUMNS = (1 << 31) // (int8_codes.LARGEST_CODE ** 2)
-CUDA_CAPABILITY = (7, 5)  # the first with matrix units for int8
+CUDA_CAPABILITY = (7, 5)  # Turing, the first with matrix units for int8
 
 
 @functools.cache
 def multiplies_integers(device: torch.device) -> bool:
-    """Whether a device has units for int8 products and torch gives right ones: NVIDIA from Turing
-    on, CPUs with VNNI."""
+    """Returns whether a device has int8 units that torch multiplies correctly with.
+
+    NVIDIA GPUs have them from Turing on, and CPUs with VNNI.
+    """
     if device.type == "cuda":
         capable = (
             torch.version.hip is None
@@ -41,9 +43,9 @@ def multiplies_integers(device: torch.device) -> bool:
         return False
     signs = torch.tensor((-1, 1), dtype=torch.int8, device=device).repeat(32, int8_codes.GROUP // 2)
     signs[::2] = 1
-    codes = signs * int8_codes.LARGEST_CODE  # sums of these leave int16
+    codes = signs * int8_codes.LARGEST_CODE  # sums of their products overflow int16
     try:
-        sums = torch._int_mm(codes, codes.t())
+        sums = _int_mm(codes, codes.t())
     except RuntimeError:  # a build of torch without the product
         return False
     codes = codes.cpu().float()
@@ -51,18 +53,20 @@ def multiplies_integers(device: torch.device) -> bool:
 
 
 def _has_vnni() -> bool:
-    """Whether the CPU sums products of bytes in int32; without that they may leave int16 on the
-    way."""
+    """Returns whether the CPU sums products of bytes in int32; int16 sums may overflow."""
     if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False)
+                   for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     return getattr(torch.cpu, "_is_vnni_supported", lambda: False)()  # in older versions of torch
 
 
 def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype: torch.dtype | None,
-                 tokens: int, rows: int, columns: int):
-    """What makes the codes of the weight, called as `int8_codes.encode_rows`; None where the exact
-    product is to run."""
+                 tokens: int, rows: int, columns: int) -> Callable | None:
+    """Chooses what encodes the weight, with the signature of `int8_codes.encode_rows`.
+
+    Returns None where the exact product should run.
+    """
     if (
         packed_format.plain_dtype
         or columns % int8_codes.GROUP
@@ -76,12 +80,9 @@ def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype:
         encode = kernels.find("int8_rows", device, packed_format, torch.int8, value_dtype)
         if encode is not None:
             return encode
-    enough = tokens >= MIN_TOKENS_WITHOUT_KERNEL[device.type]
-    return (
-        functools.partial(int8_codes.encode_rows, dequantize_into=kernels.dequantize_into)
-        if enough
-        else None
-    )
+    if tokens < MIN_TOKENS_WITHOUT_KERNEL[device.type]:
+        return None
+    return functools.partial(int8_codes.encode_rows, dequantize_into=kernels.dequantize_into)
 
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
@@ -96,12 +97,12 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
                                               ups, slices)
     low_rank = LowRank.from_operands(down, ups, slices)
     added = None if low_rank is None else low_rank.product(flat, rows)
-    codes, scales = _encoded_tokens(flat.contiguous())
+    codes, scales = _encode_tokens(flat.contiguous())
     out = input.new_empty((tokens, rows))
-    # bytes for each row of the weight
-    codes_and_sums = columns + tokens * 2 * torch.float32.itemsize
+    # bytes that the codes of a row of the weight and its sums, in int32 and float32, take
+    row_bytes = columns + tokens * 2 * torch.float32.itemsize
     step = workspace.rows_within(workspace.workspace_bytes(device), packed_format, columns,
-                                 codes_and_sums, ROW_MULTIPLE)
+                                 row_bytes, ROW_MULTIPLE)
     with workspace.workspace(device) as take:
         for start in range(0, rows, step):
             stop = min(rows, start + step)
@@ -109,34 +110,47 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             weight_scales = torch.empty(len(weight), dtype=torch.float32, device=device)
             encode(packed_format, packed, weight, weight_scales, value_dtype,
                    start * columns // packed_format.block_length)
-            sums = torch._int_mm(codes, weight.t()) * weight_scales
-            _finish(sums, scales, bias if bias is None else bias[start:stop],
-                    added if added is None else added[:, start:stop], out[:, start:stop])
+            sums = _int_mm(codes, weight.t()) * weight_scales
+            _finish(sums, scales, None if bias is None else bias[start:stop],
+                    None if added is None else added[:, start:stop], out[:, start:stop])
     return out.view(*input.shape[:-1], rows)
 
 
-def _encoded_tokens(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of the rows of an input."""
+def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiplies int8 (M, K) and (K, N), with sums in int32."""
+    return torch._int_mm(a, b)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _encode_tokens(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns codes and scales of the rows of an input."""
     codes = torch.empty(input.shape, dtype=torch.int8, device=input.device)
     scales = torch.empty(len(input), dtype=torch.float32, device=input.device)
-    encode = (
-        kernels.find("int8_tokens", input.device, None, input.dtype) or int8_codes.encode_tokens
-    )
+    kernel = kernels.find("int8_tokens", input.device, None, input.dtype)
+    encode = kernel or int8_codes.encode_tokens
     encode(input, codes, scales)
     return codes, scales
 
 
 def _finish(sums: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
             added: torch.Tensor | None, out: torch.Tensor):
-    """`sums * scales + bias + added`, rounded once. sums: float32 (M, n), overwritten. scales:
-    float32 (M,). bias: (n,) or None. added: (M, n) or None. out: (M, n)."""
+    """Writes `sums * scales + bias + added` to `out`, rounded once.
+
+    Args:
+        sums: float32 (M, n), overwritten.
+        scales: float32 (M,).
+        bias: (n,) or None.
+        added: (M, n) or None.
+        out: (M, n).
+    """
     scales = scales.unsqueeze(-1)
-    if bias is None and added is None:
-        torch.mul(sums, scales, out=out)
-    elif bias is None or added is None:
-        torch.add(sums.mul_(scales), bias if added is None else added, out=out)
-    else:
+    if bias is not None and added is not None:
         torch.add(torch.addcmul(bias.float(), sums, scales, out=sums), added, out=out)
+        return
+    addend = bias if added is None else added
+    if addend is None:
+        torch.mul(sums, scales, out=out)
+    else:
+        torch.add(sums.mul_(scales), addend, out=out)
 
 
 registration.register(f"int8_linear{registration.LINEAR_SCHEMA}", _linear, registration.fake_linear)
@@ -144,11 +158,10 @@ registration.register(f"int8_linear{registration.LINEAR_SCHEMA}", _linear, regis
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
            value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None) -> torch.Tensor:
-    """`product.linear` in whole numbers, where the device, the shapes and the rows of the input
-    allow it, else as it is.
+    """Computes `product.linear` in integers where that is possible and faster, else in floats.
 
-    Needs K a multiple of 256, N of 8, no gradient. A row of the input, or of the weight, that is
-    not finite gives NaN.
+    It needs K to be a multiple of 256, N of 8, and no gradient. A row of the input or of the weight
+    that is not finite gives NaN.
     """
     if input.shape[-1] != weight.shape[1] or (input.requires_grad and torch.is_grad_enabled()):
         return product.linear(input, weight, bias, value_dtype, low_rank)

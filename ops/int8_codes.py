@@ -1,31 +1,33 @@
-"""Rows of floats as int8 codes, after a rotation that makes eight bits enough: the reference of the
-int8 product's operands.
+"""Rotates rows of floats and encodes them in int8: the reference of the int8 product's operands.
 
-The rotation is R = r x r (Kronecker) on each group of 256 columns, r = diag(s) h, h the normalised
-Hadamard matrix of order 16 and s the signs of a bent function. R is orthogonal, so (x R) (W R)^T =
-x W^T. A single large value, which would take the whole range of a row's codes, is spread evenly
-over its group (QuaRot, https://arxiv.org/abs/2404.00456). So is, because of s, what values have in
-common: without it, the mean of a group would all go into one value.
+The rotation makes eight bits enough. It is R = r x r (Kronecker) on each group of 256 columns, with
+r = diag(s) h, h the normalised Hadamard matrix of order 16 and s the signs of a bent function. R is
+orthogonal, so (x R) (W R)^T = x W^T. A single large value, which would take the whole range of a
+row's codes, is spread evenly over its group (QuaRot, https://arxiv.org/abs/2404.00456). So is a
+group's mean, because of s: without s it would all go into one value.
 """
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
 from . import format as base
 from .format import Format
 
-GROUP = 256  # columns rotated together
+GROUP = 256  # columns that are rotated together
 SIDE = 16
 LARGEST_CODE = 127
-# A row of smaller values has the scale of one whose largest is this, so that no scale is zero.
+# A row whose largest value is smaller gets the scale of this one, so that no scale is zero.
 TINY = 1e-30
 
 
 @functools.cache
 def side_matrix(device: torch.device) -> torch.Tensor:
-    """r, (16, 16): entries of a quarter and minus a quarter, row i with the sign of bits 0 and 1,
-    xor bits 2 and 3, of i."""
+    """Returns r, float32 (16, 16): entries +-1/4.
+
+    The sign of row i is that of (bit 0 and bit 1) xor (bit 2 and bit 3) of i.
+    """
     matrix = torch.ones(1, 1, dtype=torch.float32)
     while len(matrix) < SIDE:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -35,18 +37,23 @@ def side_matrix(device: torch.device) -> torch.Tensor:
 
 
 def rotate(values: torch.Tensor) -> torch.Tensor:
-    """`values @ R`. values: float32 or float64 (n, K), contiguous, K a multiple of 256. Returns the
-    same dtype and shape."""
+    """Returns `values @ R`.
+
+    Args:
+        values: float32 or float64 (n, K), contiguous, K a multiple of 256.
+    """
     side = side_matrix(values.device).to(values.dtype)
     half = torch.mm(values.view(-1, SIDE), side).view(-1, SIDE, SIDE)
     return torch.bmm(side.t().expand(half.shape), half).view(values.shape)
 
 
 def quantize_into(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor):
-    """Symmetric codes of each row: values ~ codes * scales.
+    """Writes symmetric codes of each row, so that values ~ codes * scales.
 
-    values: float32 (n, K), overwritten. codes: int8 (n, K). scales: float32 (n,), NaN where a row
-    is not finite, so that the row's products are NaN.
+    Args:
+        values: float32 (n, K), overwritten.
+        codes: output, int8 (n, K).
+        scales: output, float32 (n,); NaN where a row is not finite, so that its products are NaN.
     """
     largest = values.abs().amax(-1)
     torch.div(largest.clamp_min(TINY), LARGEST_CODE, out=scales)
@@ -55,13 +62,18 @@ def quantize_into(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tenso
 
 
 def _rows_at_once(columns: int, device: torch.device) -> int:
-    return max(
-        1, (base.CPU_CHUNK_VALUES if device.type == "cpu" else base.DEVICE_CHUNK_VALUES) // columns)
+    values = base.CPU_CHUNK_VALUES if device.type == "cpu" else base.DEVICE_CHUNK_VALUES
+    return max(1, values // columns)
 
 
 def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor):
-    """Codes of the rows of `input @ R`. input: float (M, K), contiguous. codes: int8 (M, K).
-    scales: float32 (M,)."""
+    """Writes the codes of the rows of `input @ R`.
+
+    Args:
+        input: float (M, K), contiguous.
+        codes: output, int8 (M, K).
+        scales: output, float32 (M,).
+    """
     step = _rows_at_once(input.shape[1], input.device)
     for start in range(0, len(input), step):
         part = slice(start, start + step)
@@ -70,19 +82,24 @@ def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 
 def encode_rows(packed_format: type[Format], tensors: list[torch.Tensor], codes: torch.Tensor,
                 scales: torch.Tensor, value_dtype: torch.dtype | None, first: int,
-                dequantize_into=None):
-    """Codes of rows of `W R`, W a packed weight.
+                dequantize_into: Callable | None = None):
+    """Writes the codes of n rows of `W R`, W a packed weight.
 
-    tensors, value_dtype, first: see `Format.dequantize_into`; block `first` begins a row. codes:
-    int8 (n, K), n the rows wanted.
-    scales: float32 (n,). dequantize_into(packed_format, tensors, out, value_dtype, first): what
-    dequantises, by default the reference.
+    Args:
+        packed_format: of the weight.
+        tensors: see `Format.dequantize_into`.
+        codes: output, int8 (n, K).
+        scales: output, float32 (n,).
+        value_dtype: see `Format.dequantize_into`.
+        first: block of the weight that begins the first row.
+        dequantize_into: (packed_format, tensors, out, value_dtype, first), what dequantises; None:
+            the reference.
     """
     rows, columns = codes.shape
     dequantize_into = dequantize_into or _dequantize_into
-    # rows that are whole blocks
-    whole = packed_format.block_length // math.gcd(packed_format.block_length, columns)
-    step = -(-_rows_at_once(columns, codes.device) // whole) * whole
+    # fewest rows that are whole blocks
+    group = packed_format.block_length // math.gcd(packed_format.block_length, columns)
+    step = -(-_rows_at_once(columns, codes.device) // group) * group
     values = torch.empty((min(step, rows), columns), dtype=torch.float32, device=codes.device)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

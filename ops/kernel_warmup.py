@@ -1,4 +1,4 @@
-"""What a model's packed layers will ask of the kernels, told while the model loads."""
+"""Requests the kernels that a model's packed layers will use, while the model loads."""
 import torch
 
 from . import kernels
@@ -8,13 +8,21 @@ from .packed_layout import is_packed
 
 
 def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None):
-    """model: of packed layers, which will run on `device` and compute in `dtype`; None where that
-    is not known yet. What is not told here is found out when a layer first asks."""
+    """Requests the kernels for the packed linear layers of a model.
+
+    A kernel that is not requested here is chosen when a layer first needs it.
+
+    Args:
+        model: a model of packed layers.
+        device: the device it will run on.
+        dtype: its compute dtype; None where that is not known yet, then nothing is requested.
+    """
     cases = {}
-    for layer in model.modules() if dtype is not None else ():
-        if isinstance(layer, PackedLinear) and is_packed(layer.weight):
-            name = layer.weight.layout_cls.format.__name__
-            cases.update(dict.fromkeys(_cases(name, dtype, layer.value_dtype, layer.compute)))
+    if dtype is not None:
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear) and is_packed(layer.weight):
+                name = layer.weight.layout_cls.format.__name__
+                cases.update(dict.fromkeys(_cases(name, dtype, layer.value_dtype, layer.compute)))
     kernels.prepare(device, cases)
 
 
@@ -23,8 +31,6 @@ def _cases(name: str, dtype: torch.dtype, value_dtype: torch.dtype | None,
     cases = [Case("dequantize", name, dtype, None if value_dtype == dtype else value_dtype),
              Case("linear", name, dtype, value_dtype)]
     if compute == "int8":
-        cases += [
-            Case("int8_rows", name, torch.int8, value_dtype),
-            Case("int8_tokens", None, dtype, None)
-        ]
+        cases += [Case("int8_rows", name, torch.int8, value_dtype),
+                  Case("int8_tokens", None, dtype, None)]
     return cases

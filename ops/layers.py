@@ -1,6 +1,7 @@
 """The layers that hold packed weights: Linear, Embedding, convolutions and experts."""
 import contextlib
 import copy
+from typing import TYPE_CHECKING, Any
 
 import comfy.float
 import comfy.ops
@@ -23,32 +24,48 @@ from .packed_layout import (
 from .packed_tensor import relabel
 from .workspace import shared_workspace
 
+if TYPE_CHECKING:
 
-class PackedLayer:
-    """What the packed layers share. A mixin before one of the host's layer classes.
+    class _HostLayer(torch.nn.Module, comfy.ops.CastWeightBiasOp):
+        """The members of the host's layers that the mixins below use."""
 
-    `value_dtype`: dequantised values are rounded to this dtype before they are cast to the compute
-    dtype; None: not.
-    `patch_dtype`: dtype in which the host adds patches to a dequantised weight; None: the host's
-    choice.
-    `compute`: "exact", or "int8" for linear layers that multiply in whole numbers where they can.
+        weight: torch.Tensor
+        bias: torch.Tensor | None
+        groups: int
+
+        def __init__(self, *args, device=None, dtype=None, **kwargs): ...
+
+        def _conv_forward(self, input, weight, bias, *args, **kwargs) -> torch.Tensor: ...
+else:
+    _HostLayer = object
+
+
+class PackedLayer(_HostLayer):
+    """Base of the packed layers: a mixin before one of the host's layer classes.
+
+    Attributes:
+        value_dtype: dequantised values are rounded to this dtype before they are cast to the
+            compute dtype; None: they are cast at once.
+        patch_dtype: dtype in which the host adds patches to a dequantised weight; None: the host's
+            choice.
+        compute: "exact", or "int8" for linear layers that multiply integers where they can.
+        new: (function, its arguments) that makes an uninitialised layer of this class.
+        has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
+        lora: the layer's patches, set and cleared by the patcher.
     """
 
     value_dtype: torch.dtype | None = None
     patch_dtype: torch.dtype | None = None
     compute = "exact"
-    new: tuple  # (function, its arguments) that makes a layer of this class without anything in it
-    # whether plain LoRAs run beside the product instead of on the dequantised weight
+    new: tuple
     has_branch = False
-    lora: LayerPatches | None  # set and cleared by the patcher
+    lora: LayerPatches | None
 
     def __init__(self, *args, device=None, **kwargs):
         # the file's own bytes replace these parameters at load
         super().__init__(*args, device="meta", **kwargs)
-        self._scratch = shared_workspace()
-        # the layer's own from the start: torch.compile would take its coming for a change of the
-        # layer
-        self.lora = None
+        self._workspace = shared_workspace()
+        self.lora = None  # set from the start, since torch.compile guards on which attributes exist
 
     def __copy__(self):
         copied = type(self).__new__(type(self))
@@ -62,10 +79,10 @@ class PackedLayer:
 
     def __reduce_ex__(self, protocol):
         parameters = {name: PickledWeight.of(param) for name, param in self._parameters.items()}
-        return *self.new, self.__dict__ | {"_parameters": parameters, "_scratch": None}
+        return *self.new, self.__dict__ | {"_parameters": parameters, "_workspace": None}
 
     def __setstate__(self, state):
-        super().__setstate__(state | {"_scratch": shared_workspace()})
+        super().__setstate__(state | {"_workspace": shared_workspace()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
                               unexpected_keys, error_msgs):
@@ -77,7 +94,7 @@ class PackedLayer:
             value = state_dict.get(key)
             if value is None:
                 missing_keys.append(key)
-                # takes no memory; whole encoders are missed
+                # expanded, so that it takes no memory: whole encoders may be missing
                 value = torch.zeros((), dtype=param.dtype).expand(param.shape)
                 self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
                 continue
@@ -90,7 +107,7 @@ class PackedLayer:
             if is_packed(value) and name == "weight":
                 value = relabel(value, dtype=param.dtype)
             elif is_packed(value):
-                value = product.dequantize(value, param.dtype)  # a bias: the product takes it dense
+                value = product.dequantize(value, param.dtype)  # products take a dense bias
             elif name == "weight":
                 value = pack_16bit(value, value.dtype if assign else param.dtype)
             elif not assign:
@@ -109,21 +126,21 @@ class PackedLayer:
             }
 
     def _apply(self, fn, recurse=True):
-        # torch would rebuild the parameters in place, which dequantises them.
+        # torch would rebuild the parameters in place, which dequantises them
         for name, param in self._parameters.items():
             if param is not None and not param.is_meta:
-                # the host frees memory outside of it, and runs inside
+                # the host runs models in inference mode and frees memory outside of it
                 with torch.inference_mode(param.is_inference()):
                     self._parameters[name] = torch.nn.Parameter(safe_detach(fn(param)),
                                                                 requires_grad=False)
         return self
 
-    def cast_for(self, input: torch.Tensor):
-        """(weight, bias, stream) on the device of `input`, as `comfy.ops.uncast_bias_weight` takes
-        them back.
+    def cast_weight_bias(self, input: torch.Tensor):
+        """Returns (weight, bias, stream) on the device of `input`.
 
-        A packed weight keeps its dtype on the way to the device: any other would make the host
-        dequantise it. Functions on the weight do need it dense.
+        They go back to `comfy.ops.uncast_bias_weight` after use. A packed weight keeps its dtype
+        on the way to the device, because any other would make the host dequantise it. Functions on
+        the weight do need it dense.
         """
         packed = isinstance(self.weight, QuantizedTensor)
         dtype = self.weight.dtype if packed and not self.weight_function else input.dtype
@@ -132,39 +149,43 @@ class PackedLayer:
                                           compute_dtype=input.dtype)
 
     def dense_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
-        """The values of a packed weight in `dtype`."""
+        """Returns the values of a packed weight in `dtype`."""
         return product.dequantize(weight, dtype, self.value_dtype)
 
     def patched_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
-        """The dense weight in `dtype` with the patches that change the weight itself, from a packed
-        or a dense one."""
-        patched = self.lora is not None and self.lora.weight_patches
-        if not isinstance(weight, QuantizedTensor):
-            if not patched:
+        """Returns the dense weight with the patches that change the weight itself.
+
+        Args:
+            weight: packed or dense.
+            dtype: of the result.
+        """
+        lora = self.lora
+        if lora is None or not lora.weight_patches:
+            if not isinstance(weight, QuantizedTensor):
                 return weight
-            return stochastic_rounding.stochastic_round(
-                self.lora.patch_weight(weight.to(self.patch_dtype or torch.float32, copy=True)),
-                dtype)
-        if not patched:
             plain = product.plain_values(weight, dtype)
             return self.dense_weight(weight, dtype) if plain is None else plain
-        if is_packed(weight) and self.lora.acts_on_rows and self.patch_dtype is None:
-            return product.dequantize_rows(weight, dtype, self.lora.patch_rows, self.value_dtype)
-        return stochastic_rounding.stochastic_round(
-            self.lora.patch_weight(self.dense_weight(weight, self.patch_dtype or torch.float32)),
-            dtype)
+        patch_dtype = self.patch_dtype or torch.float32
+        if not isinstance(weight, QuantizedTensor):
+            dense = weight.to(patch_dtype, copy=True)
+        elif is_packed(weight) and lora.acts_on_rows and self.patch_dtype is None:
+            return product.dequantize_rows(weight, dtype, lora.patch_rows, self.value_dtype)
+        else:
+            dense = self.dense_weight(weight, patch_dtype)
+        return stochastic_rounding.stochastic_round(lora.patch_weight(dense), dtype)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
-        """The dense weight the host adds patches to."""
-        return (
-            self.dense_weight(weight, self.patch_dtype or weight.dtype)
-            if isinstance(weight, QuantizedTensor)
-            else weight
-        )
+        """Returns the dense weight the host adds patches to."""
+        if not isinstance(weight, QuantizedTensor):
+            return weight
+        return self.dense_weight(weight, self.patch_dtype or weight.dtype)
 
-    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        """Take a patched weight from the host. It stays dense: packing it again would lose the
-        patch."""
+    def set_weight(self, weight, inplace_update=False, seed: Any = None, return_weight=False,
+                   **kwargs):
+        """Takes a patched weight from the host.
+
+        It stays dense, since packing it again would lose the patch.
+        """
         weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
         if return_weight:
             return weight
@@ -175,11 +196,13 @@ class PackedLayer:
 
 
 class PackedLinear(PackedLayer):
+    """The product of a linear layer with a packed weight."""
+
     has_branch = True
 
     @autocast_input
     def forward_comfy_cast_weights(self, input):
-        weight, bias, offload_stream = self.cast_for(input)
+        weight, bias, offload_stream = self.cast_weight_bias(input)
         low_rank = None if self.lora is None else self.lora.branch(input)
         if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
             multiply = int8.linear if self.compute == "int8" else product.linear
@@ -191,13 +214,14 @@ class PackedLinear(PackedLayer):
 
 
 class Linear(PackedLinear, comfy.ops.manual_cast.Linear):
-    pass
+    """A linear layer with a packed weight."""
 
 
 class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
+    """An embedding with a packed table, of which only the rows looked up are dequantised."""
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # A converter may leave out the last rows, those of ids for which the tokenizer has no token
-        # (Gemma 3).
+        # a converter may leave out the last rows, which belong to no token (Gemma 3)
         table = state_dict.get(f"{prefix}weight")
         if table is not None and table.ndim == 2 and table.shape[0] < self.num_embeddings:
             self.num_embeddings = table.shape[0]
@@ -208,27 +232,30 @@ class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
         if self.weight_function or not (is_packed(self.weight) or self.lora is not None):
             return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
         ids, dtype = input.to(self.weight.device), out_dtype or self.weight.dtype
-        if self.lora is None:
-            rows = product.embedding(ids, self.weight, dtype)  # the rows travel, not the table
+        if is_packed(self.weight) and self.lora is None:
+            # the rows go to the device of the input, the table does not
+            rows = product.embedding(ids, self.weight, dtype)
         else:
             rows = torch.nn.functional.embedding(ids, self.patched_weight(self.weight, dtype))
         return rows.to(input.device)
 
 
 class _PackedConv(PackedLayer):
+    """The convolution of the layers below, with a packed kernel."""
+
     @property
     def has_branch(self) -> bool:
         return self.groups == 1
 
     @autocast_input
     def forward_comfy_cast_weights(self, input, *args, **kwargs):
-        weight, bias, offload_stream = self.cast_for(input)
+        weight, bias, offload_stream = self.cast_weight_bias(input)
         out = self._conv_forward(input, weight, bias, *args, **kwargs)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
         return out
 
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
-        if input.ndim < self.weight.ndim:  # torch takes one without a batch too
+        if input.ndim < self.weight.ndim:  # torch accepts an input without a batch dimension
             return self._conv_forward(input.unsqueeze(0), weight, bias, *args, **kwargs).squeeze(0)
         low_rank = None if self.lora is None else self.lora.branch(input)
         out = self._without_branch(input, weight, bias, *args, **kwargs)
@@ -242,8 +269,8 @@ class _PackedConv(PackedLayer):
         return out
 
     def _without_branch(self, input, weight, bias, *args, **kwargs):
-        patched = self.lora is not None and self.lora.weight_patches
-        if patched or not is_packed(weight) or not product.fits_workspace(weight, input):
+        is_patched = self.lora is not None and self.lora.weight_patches
+        if is_patched or not is_packed(weight) or not product.fits_workspace(weight, input):
             return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias,
                                          *args, **kwargs)
         with product.dequantize_into_workspace(weight, input.dtype, self.value_dtype) as dense:
@@ -251,15 +278,15 @@ class _PackedConv(PackedLayer):
 
 
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
-    pass
+    """A 1-D convolution with a packed kernel."""
 
 
 class Conv2d(_PackedConv, comfy.ops.manual_cast.Conv2d):
-    pass
+    """A 2-D convolution with a packed kernel."""
 
 
 class Conv3d(_PackedConv, comfy.ops.manual_cast.Conv3d):
-    pass
+    """A 3-D convolution with a packed kernel."""
 
 
 class _Experts(torch.nn.Module, comfy.ops.CastWeightBiasOp):
@@ -269,31 +296,31 @@ class _Experts(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     def __init__(self, num_experts, in_features, out_features, bias=True, device=None, dtype=None):
         super().__init__()
-        self.weight = torch.nn.Parameter(
-            torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype),
-            requires_grad=False)
-        self.bias = (
-            torch.nn.Parameter(
-                torch.empty(num_experts, out_features, device=device, dtype=dtype),
-                requires_grad=False,
-            )
-            if bias
-            else None
-        )
+
+        def parameter(*shape):
+            values = torch.empty(shape, device=device, dtype=dtype)
+            return torch.nn.Parameter(values, requires_grad=False)
+
+        self.weight = parameter(num_experts, out_features, in_features)
+        self.bias = parameter(num_experts, out_features) if bias else None
 
 
 class MoEExperts(PackedLayer, _Experts):
-    """As many linear layers as there are experts, in one weight. Only those asked for are
-    dequantised, one at a time, unless a patch, such as a DoRA, needs the whole weight at once."""
+    """The linear layers of all experts, in one packed weight.
 
-    _resident = None
+    Only the experts in use are dequantised, one at a time, unless a patch, such as a DoRA, needs
+    the whole weight at once.
+    """
+
+    _resident: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     @contextlib.contextmanager
     def bank_resident(self, input):
-        """Inside this block all experts are on the device of `input`."""
-        weight, bias, offload_stream = self.cast_for(input)
-        whole = self.lora is not None and not self.lora.acts_on_rows
-        self._resident = self.patched_weight(weight, input.dtype) if whole else weight, bias
+        """Keeps all experts on the device of `input` inside the block."""
+        weight, bias, offload_stream = self.cast_weight_bias(input)
+        needs_whole = self.lora is not None and not self.lora.acts_on_rows
+        resident = self.patched_weight(weight, input.dtype) if needs_whole else weight
+        self._resident = resident, bias
         try:
             yield self
         finally:
@@ -302,7 +329,7 @@ class MoEExperts(PackedLayer, _Experts):
 
     @autocast_input
     def expert_linear(self, input: torch.Tensor, expert: int) -> torch.Tensor:
-        """The layer of one expert. input: (..., K). Returns (..., N)."""
+        """Runs the layer of one expert on an input (..., K). Returns (..., N)."""
         if self._resident is None:
             with self.bank_resident(input):
                 return self.expert_linear(input, expert)
@@ -310,23 +337,28 @@ class MoEExperts(PackedLayer, _Experts):
         bias = None if bias is None else bias[expert].to(input.dtype)
         weight = select_packed(weight, expert) if is_packed(weight) else weight[expert]
         if self.lora is not None and self.lora.acts_on_rows:
-            weight = self._patched_expert(weight, expert, input.dtype)
+            weight = self._patched_expert(self.lora, weight, expert, input.dtype)
         if is_packed(weight):
             return product.linear(input, weight, bias, self.value_dtype)
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
-    def _patched_expert(self, weight: torch.Tensor, expert: int,
+    def _patched_expert(self, lora: LayerPatches, weight: torch.Tensor, expert: int,
                         dtype: torch.dtype) -> torch.Tensor:
-        """The dense weight of one expert in `dtype` with its part of the patches. weight: (N, K),
-        packed or not."""
+        """Returns the dense weight of one expert in `dtype` with its part of the patches.
+
+        Args:
+            lora: patches that act on rows.
+            weight: (N, K), packed or not.
+            expert: its index.
+            dtype: of the result.
+        """
         patch_dtype = self.patch_dtype or torch.float32
-        dense = (
-            self.dense_weight(weight, patch_dtype)
-            if is_packed(weight)
-            else weight.to(patch_dtype, copy=True)
-        )
-        return stochastic_rounding.stochastic_round(
-            self.lora.patch_rows(dense[None], expert)[0], dtype)
+        if is_packed(weight):
+            dense = self.dense_weight(weight, patch_dtype)
+        else:
+            dense = weight.to(patch_dtype, copy=True)
+        patched = lora.patch_rows(dense[None], expert)[0]
+        return stochastic_rounding.stochastic_round(patched, dtype)
 
 
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)

@@ -1,6 +1,8 @@
-"""What runs in each module while the host builds a model and loads its state dict."""
+"""Hooks that run in each module while the host builds a model and loads its state dict."""
 import contextlib
 import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -8,48 +10,59 @@ from . import product
 from .layers import PackedLayer
 from .packed_layout import is_packed, squeeze_to
 
+ModuleFilter = Callable[[str, torch.nn.Module], bool]  # (name in its parent, module)
+
 
 def dequantize_plain_parameters() -> contextlib.AbstractContextManager:
-    """While the host builds and loads a model: what its modules own outside of our layers is
-    dequantised on the way in.
+    """While the host builds and loads a model, dequantises what is not in one of our layers.
 
-    Such parameters (position embeddings, registers, pad tokens, custom norms) are used by the model
-    as plain tensors.
+    The model uses such parameters (position embeddings, registers, pad tokens, custom norms) as
+    plain tensors.
     """
     return before_each_load(lambda name, module: not isinstance(module, PackedLayer),
                             _dequantize_own_parameters)
 
 
-def before_each_load(chosen, hook) -> contextlib.AbstractContextManager:
-    """While the host builds and loads a model: `hook` runs before a chosen module takes its part of
-    the state dict.
+def before_each_load(is_chosen: ModuleFilter,
+                     hook: Callable[..., None]) -> contextlib.AbstractContextManager:
+    """While the host builds and loads a model, calls `hook` before a chosen module loads.
 
-    chosen(name, module): name of a module in its parent -> bool. hook(module, state_dict, prefix,
-    ...): as torch calls what `register_load_state_dict_pre_hook` is given.
+    Args:
+        is_chosen: whether to hook a module.
+        hook: (module, state_dict, prefix, ...), as `register_load_state_dict_pre_hook` takes it.
     """
-    return _on_each_module(chosen, lambda module: module.register_load_state_dict_pre_hook(hook))
+    return _on_each_module(is_chosen,
+                           lambda module: module.register_load_state_dict_pre_hook(hook))
 
 
-def after_each_load(chosen, hook) -> contextlib.AbstractContextManager:
-    """The same for after that. hook(module, names): `names` has `missing_keys` and
-    `unexpected_keys` of all that is loaded."""
-    return _on_each_module(chosen, lambda module: module.register_load_state_dict_post_hook(hook))
+def after_each_load(is_chosen: ModuleFilter,
+                    hook: Callable[..., None]) -> contextlib.AbstractContextManager:
+    """While the host builds and loads a model, calls `hook` after a chosen module has loaded.
+
+    Args:
+        is_chosen: whether to hook a module.
+        hook: (module, keys), as `register_load_state_dict_post_hook` takes it; `keys` has the
+            `missing_keys` and `unexpected_keys` of the whole load.
+    """
+    return _on_each_module(is_chosen,
+                           lambda module: module.register_load_state_dict_post_hook(hook))
 
 
 @contextlib.contextmanager
-def _on_each_module(chosen, register):
-    hooks = []
+def _on_each_module(is_chosen: ModuleFilter,
+                    register: Callable[[torch.nn.Module], Any]) -> Iterator[None]:
+    handles = []
 
     def on_submodule(parent, name, module):
-        if module is not None and chosen(name, module):
-            hooks.append(register(module))
+        if module is not None and is_chosen(name, module):
+            handles.append(register(module))
 
-    hooks.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
+    handles.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
     try:
         yield
     finally:
-        for registered in hooks:
-            registered.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _dequantize_own_parameters(module, state_dict, prefix, *args):

@@ -1,34 +1,40 @@
 """`PackedTensor`: the quantised tensor that nodes may handle like any other.
 
-What a node does to it gives what the dense tensor of its values gives, or one sentence that says
-why it cannot, and never a lost write or the end of the process.
+An operation on it gives what the dense tensor of its values gives, or raises an error that says why
+it cannot. It never loses a write and never crashes the process.
 """
 import contextlib
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
+from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
     from .packed_layout import PackedLayout, PackedParams
 
 _aten = torch.ops.aten
-_TO_WRITE = "give the layer a new Parameter made from its `dequantize()`, or add a patch to the model, as LoRA nodes do"
+_TO_WRITE = (
+    "give the layer a new Parameter made from its `dequantize()`, or add a patch to the model, as"
+    " LoRA nodes do")
 _TO_SAVE = (
-    "save the model with a node that saves models (ComfyUI's or KJNodes'), or take the dense"
-    " tensor that its `dequantize()` gives")
+    "save the model with a node that saves models (ComfyUI's or KJNodes'), or use the dense tensor"
+    " that its `dequantize()` returns")
+_Quantized = TypeVar("_Quantized", bound=QuantizedTensor)
 
 
 class PackedTensor(QuantizedTensor):
-    """A quantised tensor that can be read as the dense one it stands for, and neither written to
-    nor read as memory.
+    """A quantised tensor that reads like a dense one, and cannot be written to.
 
     Copies, moves and other float dtypes stay packed; every other operation gives dense values,
-    views as `DensePart`. Raises NotImplementedError, as torch does for tensors without memory of
-    their own, for whatever writes to the values or asks for their address: memory of the dense
-    size, which is what others would read there, does not exist.
+    views as `DensePart`.
+
+    Raises:
+        NotImplementedError: something writes to the values or takes their address, since memory of
+            the dense size does not exist. torch raises the same for tensors without storage.
     """
 
     if TYPE_CHECKING:
@@ -39,13 +45,14 @@ class PackedTensor(QuantizedTensor):
         @property
         def params(self) -> PackedParams: ...
 
-    # operations give what the dispatch below gives
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # operations go straight to the dispatch below
+    __torch_function__ = (  # pyright: ignore[reportAssignmentType]
+        torch._C._disabled_torch_function_impl)
 
     @staticmethod
     def __new__(cls, qdata, layout_cls, params):
         tensor = QuantizedTensor.__new__(cls, qdata, layout_cls, params)
-        torch._C._set_throw_on_mutable_data_ptr(tensor)  # compiled code would read at the address 0
+        torch._C._set_throw_on_mutable_data_ptr(tensor)  # compiled code would read at address 0
         return tensor
 
     @classmethod
@@ -53,7 +60,8 @@ class PackedTensor(QuantizedTensor):
         kwargs = kwargs or {}
         run = super().__torch_dispatch__
         if func is _aten.detach.default:
-            with torch.inference_mode(args[0].is_inference()):  # torch takes no other for a view
+            # torch wants a view to be of the same mode
+            with torch.inference_mode(args[0].is_inference()):
                 return relabel(args[0])
         if func is _aten.copy_.default:
             target, source = args[:2]
@@ -61,14 +69,12 @@ class PackedTensor(QuantizedTensor):
                 return func(target, source.dequantize(), *args[2:], **kwargs)
             _check_copy(target, source)
         elif func is _aten._has_compatible_shallow_copy_type.default:
-            # no plain tensor takes this for its memory
+            # a plain tensor cannot take over this one's memory
             return all(isinstance(tensor, QuantizedTensor) for tensor in args)
         elif _writes(func):
-            if any(
-                    isinstance(tensor, QuantizedTensor)
-                    for tensor in _written(func._schema, args, kwargs)):
-                raise _refusal(f"{func._schema.name.removeprefix('aten::')} would write to",
-                               _TO_WRITE)
+            written = _written(func._schema, args, kwargs)
+            if any(isinstance(tensor, QuantizedTensor) for tensor in written):
+                raise _write_error(func)
         elif func.overloadpacket in (_aten.to, _aten._to_copy) and not all(
             value.is_floating_point
             for value in (*args, *kwargs.values())
@@ -87,13 +93,13 @@ class PackedTensor(QuantizedTensor):
 
     @staticmethod
     def __tensor_unflatten__(inner_tensors, context, outer_size, outer_stride):
-        quantised = QuantizedTensor.__tensor_unflatten__(inner_tensors, context, outer_size,
-                                                         outer_stride)
-        return PackedTensor(quantised._qdata, quantised._layout_cls, quantised._params)
+        tensor = QuantizedTensor.__tensor_unflatten__(inner_tensors, context, outer_size,
+                                                      outer_stride)
+        return PackedTensor(tensor._qdata, tensor._layout_cls, tensor._params)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes and of the scales: the host counts memory by it."""
+        """Bytes of the codes and of the scales. The host counts memory by it."""
         return sum(tensor.nbytes for tensor in self._inner)
 
     @property
@@ -105,8 +111,7 @@ class PackedTensor(QuantizedTensor):
     # --- reading ---
 
     def numpy(self, **kwargs):
-        """The values as an array of its own. It is read-only, since a write would not come back
-        here."""
+        """Returns the values as a new array, read-only since a write would not come back here."""
         return _read_only_array(self.dequantize(), kwargs)
 
     def tolist(self):
@@ -132,11 +137,10 @@ class PackedTensor(QuantizedTensor):
         return copied
 
     def __reduce_ex__(self, protocol):
-        """Files and other processes get the dense tensor, which needs nothing of ours to be
-        read."""
+        """Pickles the dense tensor, so that files and other processes can read it without us."""
         return _parameter_like(self, self.dequantize()).__reduce_ex__(protocol)
 
-    # --- what would write, or read memory ---
+    # --- writing, and reading memory ---
 
     @property
     def data(self):
@@ -146,8 +150,10 @@ class PackedTensor(QuantizedTensor):
     def data(self, value):
         if not isinstance(value, QuantizedTensor):
             raise _refusal("an assignment to its `data` would write to", _TO_WRITE)
-        torch.Tensor.data.__set__(self, value)  # dtype and device
-        self._qdata, self._layout_cls, self._params = value._qdata, value._layout_cls, value._params
+        _set_data(self, value)  # dtype and device
+        self._qdata = value._qdata
+        self._layout_cls = value._layout_cls
+        self._params = value._params
 
     @property
     def real(self):
@@ -158,7 +164,7 @@ class PackedTensor(QuantizedTensor):
         raise _refusal("an assignment to its `real` would write to", _TO_WRITE)
 
     def detach_(self):
-        return self  # it is part of no graph
+        return self  # it is never part of a graph
 
     _storage = None
 
@@ -169,34 +175,33 @@ class PackedTensor(QuantizedTensor):
 
 
 class DensePart(torch.Tensor):
-    """A view of a packed tensor, as slices, `t()`, `view` and the like give it: its dense values,
-    in memory of their own.
+    """The dense values of a view of a packed tensor (a slice, `t()`, `view` ...), in new memory.
 
-    Since a write there would not reach the weight, it raises NotImplementedError, and so do views
-    of it. What is computed from it is a plain tensor, and so is what conversions and copies give. A
-    Parameter that is made of it is whoever made it's own.
+    A write to it or to a view of it would not reach the weight and raises NotImplementedError.
+    Results of computations, conversions and copies are plain tensors. A Parameter made from it may
+    be written to.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = (  # pyright: ignore[reportAssignmentType]
+        torch._C._disabled_torch_function_impl)
 
     @staticmethod
     def __new__(cls, values: torch.Tensor):
         part = torch.Tensor._make_subclass(cls, values)
-        part._values = values  # the same memory as a plain tensor
+        part._dense = values  # a plain tensor of the same memory
         return part
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is _aten._has_compatible_shallow_copy_type.default:
-            return False  # no other tensor takes its place, nor it another's
+            return False  # it cannot replace another tensor, nor be replaced
         if _writes(func) and any(
             isinstance(tensor, cls) and not _is_parameter(tensor)
             for tensor in _written(func._schema, args, kwargs)
         ):
-            raise _refusal(f"{func._schema.name.removeprefix('aten::')} would write to", _TO_WRITE)
-        plain_args, plain_kwargs = torch.utils._pytree.tree_map_only(cls, lambda part: part._values,
-                                                                     (args, kwargs))
+            raise _write_error(func)
+        plain_args, plain_kwargs = tree_map_only(cls, lambda part: part._dense, (args, kwargs))
         if _writes(func) or not _views(func) or _is_parameter(args[0]):
             return func(*plain_args, **plain_kwargs)
         with _mode_of(args[0]):
@@ -206,20 +211,20 @@ class DensePart(torch.Tensor):
         return _parameter_like(self, self.detach())
 
     def __deepcopy__(self, memo):
-        memo[id(self)] = copied = _parameter_like(self, self._values.clone())
+        memo[id(self)] = copied = _parameter_like(self, self._dense.clone())
         return copied
 
     def __reduce_ex__(self, protocol):
-        return _parameter_like(self, self._values).__reduce_ex__(protocol)
+        return _parameter_like(self, self._dense).__reduce_ex__(protocol)
 
     def __repr__(self, **kwargs):
-        return self._values.__repr__(**kwargs)
+        return self._dense.__repr__(**kwargs)
 
     def numpy(self, **kwargs):
-        return _read_only_array(self._values, kwargs)
+        return _read_only_array(self._dense, kwargs)
 
     def tolist(self):
-        return self._values.tolist()
+        return self._dense.tolist()
 
     @property
     def data(self):
@@ -229,13 +234,19 @@ class DensePart(torch.Tensor):
     def data(self, value):
         if not _is_parameter(self):
             raise _refusal("an assignment to the `data` of a part of it would write to", _TO_WRITE)
-        torch.Tensor.data.__set__(self, value)
-        self._values = value
+        _set_data(self, value)
+        self._dense = value
 
 
-def _of_plain_values(name: str):
+def _set_data(tensor: torch.Tensor, value: torch.Tensor):
+    """Assigns `tensor.data` as torch itself does, past the properties above."""
+    torch.Tensor.data.__set__(tensor, value)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _dense_method(name: str) -> Callable:
+    """Makes a method that runs on the dense values of a part."""
     def method(self, *args, **kwargs):
-        return getattr(self._values, name)(*args, **kwargs)
+        return getattr(self._dense, name)(*args, **kwargs)
 
     method.__name__ = name
     return method
@@ -243,12 +254,11 @@ def _of_plain_values(name: str):
 
 for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
               "contiguous", "__dlpack__"):
-    setattr(DensePart, _name, _of_plain_values(_name))
+    setattr(DensePart, _name, _dense_method(_name))
 
 
 def _parts(values):
-    """What an operation gave, with each plain tensor as a part; those of torch.compile stay as they
-    are."""
+    """Turns each plain tensor of an operation's result into a part, but not torch.compile's own."""
     if isinstance(values, (list, tuple)):
         return type(values)(map(_parts, values))
     return DensePart(values) if type(values) is torch.Tensor else values
@@ -268,9 +278,8 @@ def _read_only_array(values: torch.Tensor, kwargs: dict):
     return array
 
 
-def relabel(tensor: PackedTensor, dtype: torch.dtype | None = None,
-               shape=None) -> PackedTensor:
-    """The same bytes under another logical dtype or shape. `tensor.to(dtype)` would copy them."""
+def relabel(tensor: _Quantized, dtype: torch.dtype | None = None, shape=None) -> _Quantized:
+    """Returns the same bytes with another logical dtype or shape; `to(dtype)` would copy them."""
     params = tensor._params
     params = dataclasses.replace(params, orig_dtype=dtype or params.orig_dtype,
                                  orig_shape=tuple(shape or params.orig_shape))
@@ -288,7 +297,7 @@ def _views(func) -> bool:
 
 
 def _mode_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """The mode in which torch takes what is made for a view of `tensor`."""
+    """Returns the mode in which torch accepts a new tensor as a view of `tensor`."""
     return (
         torch.inference_mode(tensor.is_inference())
         if torch.is_inference_mode_enabled()
@@ -296,8 +305,8 @@ def _mode_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     )
 
 
-def _written(schema, args, kwargs):
-    """The arguments that an operator writes to."""
+def _written(schema, args, kwargs) -> Iterator:
+    """Yields the arguments that an operator writes to."""
     for index, argument in enumerate(schema.arguments):
         if argument.is_write:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
@@ -305,32 +314,38 @@ def _written(schema, args, kwargs):
 
 
 def _check_copy(target: QuantizedTensor, source):
-    """Raise NotImplementedError where `target.copy_(source)` cannot copy the bytes."""
-    if not isinstance(source, QuantizedTensor) or (source._layout_cls, source.shape) != (
-        target._layout_cls,
-        target.shape,
+    """Raises NotImplementedError where `target.copy_(source)` cannot copy the bytes."""
+    if (
+        not isinstance(source, QuantizedTensor)
+        or source._layout_cls != target._layout_cls
+        or source.shape != target.shape
     ):
-        raise _refusal("copy_ from a tensor that is not packed alike would write to", _TO_WRITE)
+        raise _refusal("copy_ from a tensor of another format or shape would write to", _TO_WRITE)
     if isinstance(target, PackedTensor) and not all(map(_is_writable, target._inner)):
-        raise _refusal("copy_ would write to the file itself, beside", _TO_WRITE)
+        raise _refusal("copy_ would write to the file itself, not to", _TO_WRITE)
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Whether torch made the memory itself. Writing into the pages of a file, which come from
-    outside, ends the process."""
+    """Returns whether torch allocated the memory. A write to the pages of a file is a crash."""
     return tensor.device.type != "cpu" or tensor.untyped_storage().resizable()
 
 
-def _refusal(what: str, instead: str) -> NotImplementedError:
+def _refusal(action: str, instead: str) -> NotImplementedError:
+    """Returns the error for an action on a packed weight, such as "mul_ would write to"."""
     return NotImplementedError(
-        f"A weight is held packed, in the bytes of its file, and {what} its dense values, which"
-        f" lie nowhere; {instead}."
+        f"A weight is held packed: {action} its dense values, which are not in memory. Instead,"
+        f" {instead}."
     )
 
 
-def _refusing(name: str, what: str, instead: str):
+def _write_error(func) -> NotImplementedError:
+    """Returns the error for an operator that would write to a packed weight."""
+    return _refusal(f"{func._schema.name.removeprefix('aten::')} would write to", _TO_WRITE)
+
+
+def _refusing_method(name: str, action: str, instead: str) -> Callable:
     def method(self, *args, **kwargs):
-        raise _refusal(f"{name} {what}", instead)
+        raise _refusal(f"{name} {action}", instead)
 
     method.__name__ = name
     return method
@@ -356,16 +371,16 @@ _IN_PLACE = {
     *(f"__i{operator}__" for operator in _OPERATORS),
 } - {"copy_", "detach_", "requires_grad_"}
 for _name in _IN_PLACE:
-    setattr(PackedTensor, _name, _refusing(_name, "would write to", _TO_WRITE))
-PackedTensor.__setitem__ = _refusing("an assignment to a part of it", "would write to", _TO_WRITE)
+    setattr(PackedTensor, _name, _refusing_method(_name, "would write to", _TO_WRITE))
+PackedTensor.__setitem__ = _refusing_method("an assignment to a part of it", "would write to",
+                                            _TO_WRITE)
 for _name in ("data_ptr", "const_data_ptr", "storage", "_typed_storage", "__dlpack__",
               "share_memory_"):
-    setattr(PackedTensor, _name, _refusing(_name, "asks for the memory of", _TO_SAVE))
+    setattr(PackedTensor, _name, _refusing_method(_name, "asks for the memory of", _TO_SAVE))
 
 
 class _NoMemory(torch.UntypedStorage):
-    """The storage of a packed tensor: it says how large it would be, which torch.compile asks, and
-    has no memory."""
+    """The storage of a packed tensor: it has a size, which torch.compile reads, and no memory."""
 
 
 _HARMLESS = (
@@ -393,5 +408,6 @@ for _name in (*(name for name in dir(torch.UntypedStorage) if not name.startswit
               "__copy__", "__deepcopy__", "__getitem__", "__iter__", "__reduce_ex__", "__repr__",
               "__setitem__", "__str__"):
     if _name not in (*_HARMLESS, *vars(_NoMemory)):
-        setattr(_NoMemory, _name,
-                _refusing(f"{_name} of its storage", "asks for the memory of", _TO_SAVE))
+        setattr(
+            _NoMemory, _name,
+            _refusing_method(f"{_name} of its storage", "asks for the memory of", _TO_SAVE))

@@ -1,28 +1,27 @@
-"""A patched model's state dict, as nodes read it that compute with weights."""
+"""State dict of a patched model, for nodes that compute with the weights."""
 import collections
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 
 import torch
 
 
-class PatchedWeights(MutableMapping, dict):
-    """A state dict that gives packed weights dense, with their patches in them, whenever they are
-    read.
+class PatchedWeights(MutableMapping, dict):  # pyright: ignore[reportGeneralTypeIssues]
+    """A state dict whose packed weights are dequantised and patched each time they are read.
 
-    In every way of reading a dict: lookups, `get`, `items`, `values`, `dict(...)`, `**`. Going over
-    `items` or `values` dequantises one weight at a time, `copy` and `|` none before they are read,
-    and whoever only lists names or counts them none.
+    That holds for every way of reading a dict: lookups, `get`, `items`, `values`, `dict(...)`,
+    `**`. Iterating over `items` or `values` dequantises one weight at a time; `copy`, `|`, listing
+    the keys and counting them dequantise nothing.
 
-    weights: name -> tensor. lazy: the names of those that `dense` (name -> tensor) makes when they
-    are read.
+    Args:
+        weights: key -> tensor.
+        lazy: the keys of the weights that `dense` makes.
+        dense: returns the dense, patched weight of a key.
     """
 
-    __len__, __contains__, __reversed__, clear = (
-        dict.__len__,
-        dict.__contains__,
-        dict.__reversed__,
-        dict.clear,
-    )
+    __len__ = dict.__len__
+    __contains__ = dict.__contains__
+    __reversed__ = dict.__reversed__
+    clear = dict.clear
 
     def __init__(self, weights: dict[str, torch.Tensor], lazy: Iterable[str],
                  dense: Callable[[str], torch.Tensor]):
@@ -32,7 +31,7 @@ class PatchedWeights(MutableMapping, dict):
 
     def __getitem__(self, key: str) -> torch.Tensor:
         value = dict.__getitem__(self, key)
-        return self._apart(key, self._dense(key)) if key in self._lazy else value
+        return self._own_storage(key, self._dense(key)) if key in self._lazy else value
 
     def __setitem__(self, key: str, value):
         self._lazy.pop(key, None)
@@ -42,18 +41,18 @@ class PatchedWeights(MutableMapping, dict):
         self._lazy.pop(key, None)
         dict.__delitem__(self, key)
 
-    # where a subclass has its own, dict(...) and ** ask `__getitem__` for each value
+    # dict(...) and ** call `__getitem__` for each value only where a subclass defines `__iter__`
     def __iter__(self):
         return dict.__iter__(self)
 
-    def _apart(self, key: str, dense: torch.Tensor) -> torch.Tensor:
-        """`dense` in a storage of a size that no other lazy weight has.
+    def _own_storage(self, key: str, dense: torch.Tensor) -> torch.Tensor:
+        """Copies `dense` to a storage of a size that no other lazy weight has.
 
-        A dequantised weight may lie where the one before it lay. safetensors takes two of one
-        address and size for one.
+        A dequantised weight may get the address of the one before it, and safetensors takes two
+        storages of the same address and size for one.
         """
-        names = list(self._lazy)
-        size = -(-dense.numel() // len(names)) * len(names) + names.index(key)
+        keys = list(self._lazy)
+        size = -(-dense.numel() // len(keys)) * len(keys) + keys.index(key)
         return dense.new_empty(size)[:dense.numel()].view(dense.shape).copy_(dense)
 
     def copy(self) -> "PatchedWeights":
@@ -74,4 +73,4 @@ class PatchedWeights(MutableMapping, dict):
         return self
 
     def __reduce_ex__(self, protocol):
-        return collections.OrderedDict, (), None, None, iter(self.items())  # as torch.load takes it
+        return collections.OrderedDict, (), None, None, iter(self.items())  # torch.load reads it

@@ -1,17 +1,21 @@
-"""Names by which a pickle finds what is ours.
+"""Module name under which pickles look up our functions and classes.
 
-The host names the modules of a node pack by the pack's folder, which lies elsewhere on another
-machine. What is pickled is found under one name in every process that has imported this pack.
+The host names the modules of a node pack after the pack's folder, which is another one on another
+machine. So what is pickled belongs to one module name, which every process that has imported this
+pack knows.
 """
 import sys
 import types
+from typing import TypeVar
 
-_FOUND_IN = types.ModuleType("_featherweight_layers", __doc__)
-sys.modules[_FOUND_IN.__name__] = _FOUND_IN
+_Item = TypeVar("_Item")
+
+_PICKLE_MODULE = types.ModuleType("_featherweight_layers", __doc__)
+sys.modules[_PICKLE_MODULE.__name__] = _PICKLE_MODULE
 
 
-def stable_pickle_name(item):
-    """A function or class that pickles find wherever the pack lies; to be used as a decorator."""
-    item.__module__ = _FOUND_IN.__name__
-    setattr(_FOUND_IN, item.__qualname__, item)
+def stable_pickle_name(item: _Item) -> _Item:
+    """Decorator: pickles find the function or class in whichever folder the pack is installed."""
+    item.__module__ = _PICKLE_MODULE.__name__
+    setattr(_PICKLE_MODULE, item.__qualname__, item)  # pyright: ignore[reportAttributeAccessIssue]
     return item

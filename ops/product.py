@@ -1,10 +1,12 @@
 """Products with packed weights, as torch operators: `linear`, `embedding`, `dequantize`.
 
-They run on every device, by a kernel of `kernels` where one serves and otherwise by torch, whose
-results the kernels are held to. Registered with torch, so `torch.compile(fullgraph=True)` takes a
-packed layer as it is.
+They run on every device, with a kernel of `kernels` where there is one and otherwise in torch, the
+reference that the kernels are validated against. They are registered with torch, so that
+`torch.compile(fullgraph=True)` compiles packed layers.
 """
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from comfy_kitchen.tensor import register_layout_op
@@ -16,8 +18,8 @@ from .low_rank import LowRank, dense_linear
 from .packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 from .packed_tensor import PackedTensor
 
-# On a CPU with few rows of input most of the time goes into the weight, and a slice that stays in
-# the cache is read faster.
+# On a CPU with few rows of input most of the time is spent on the weight, and a slice of it that
+# stays in the cache is read faster.
 FEW_TOKENS, CACHED_BYTES = 128, 16 << 20
 
 
@@ -26,8 +28,8 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             ups: list[torch.Tensor], slices: list[int]) -> torch.Tensor:
     flat = input.reshape(-1, input.shape[-1])
     low_rank = LowRank.from_operands(down, ups, slices)
-    # The low-rank branch goes into the sum of the large product, which is rounded once: added to
-    # something already rounded a weak LoRA would be lost, in the bias too. So the bias comes last.
+    # The low-rank branch is part of the large product's sum, which is rounded once: added after the
+    # rounding, a weak LoRA would be lost. Adding the bias rounds too, so the bias comes last.
     added = None if low_rank is None else low_rank.product(flat, rows)
     weight = FORMATS[format], packed, rows, value_dtype
     out = _by_kernel(flat, *weight, bias, added)
@@ -41,8 +43,10 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
 def _by_kernel(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor],
                rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
                added: torch.Tensor | None) -> torch.Tensor | None:
-    """`input W^T + added`, or `+ bias` where nothing is added, by a kernel that dequantises as it
-    multiplies; None without one."""
+    """Computes `input W^T + added` with a kernel that dequantises as it multiplies.
+
+    Where `added` is None, `bias` is added. Returns None where there is no such kernel.
+    """
     tokens, columns = input.shape
     if columns % packed_format.block_length:
         return None
@@ -58,16 +62,16 @@ def _by_kernel(input: torch.Tensor, packed_format: type[Format], packed: list[to
 def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor],
               rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
               added: torch.Tensor | None) -> torch.Tensor:
-    """`input W^T + added`, or `+ bias` where nothing is added, W dequantised slice by slice of its
-    rows. Overwrites `added`."""
+    """Computes `input W^T + added` in torch, W dequantised in slices of rows.
+
+    Where `added` is None, `bias` is added. Overwrites `added`.
+    """
     tokens, columns = input.shape
     if packed_format.plain_dtype == input.dtype:
         weight = packed[0].view(input.dtype).view(rows, columns)
-        return (
-            torch.nn.functional.linear(input, weight, bias)
-            if added is None
-            else added.addmm_(input, weight.t())
-        )
+        if added is None:
+            return torch.nn.functional.linear(input, weight, bias)
+        return added.addmm_(input, weight.t())
     limit = workspace.workspace_bytes(input.device)
     if input.device.type == "cpu" and tokens < FEW_TOKENS:
         limit = min(limit, CACHED_BYTES)
@@ -75,25 +79,23 @@ def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[tor
                workspace.rows_within(limit, packed_format, columns, columns * input.dtype.itemsize))
     with workspace.workspace(input.device) as take:
 
-        def dequantized(start: int, stop: int) -> torch.Tensor:
-            weight, first = (
-                take((stop - start, columns), input.dtype),
-                start * columns // packed_format.block_length,
-            )
-            return kernels.dequantize_into(packed_format, packed, weight, value_dtype, first)
+        def dequantize_slice(start: int, stop: int) -> torch.Tensor:
+            out = take((stop - start, columns), input.dtype)
+            first = start * columns // packed_format.block_length
+            return kernels.dequantize_into(packed_format, packed, out, value_dtype, first)
 
         if added is None and step == rows:
-            return torch.nn.functional.linear(input, dequantized(0, rows), bias)
+            return torch.nn.functional.linear(input, dequantize_slice(0, rows), bias)
         out = input.new_empty((tokens, rows)) if added is None else added
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             part = out[:, start:stop]
             if added is not None:
-                part.addmm_(input, dequantized(start, stop).t())
+                part.addmm_(input, dequantize_slice(start, stop).t())
             elif bias is None:
-                torch.mm(input, dequantized(start, stop).t(), out=part)
+                torch.mm(input, dequantize_slice(start, stop).t(), out=part)
             else:
-                torch.addmm(bias[start:stop], input, dequantized(start, stop).t(), out=part)
+                torch.addmm(bias[start:stop], input, dequantize_slice(start, stop).t(), out=part)
     return out
 
 
@@ -101,12 +103,12 @@ def _embedding(ids: torch.Tensor, packed: list[torch.Tensor], format: str, colum
                dtype: torch.dtype) -> torch.Tensor:
     packed_format = FORMATS[format]
     out = torch.empty((*ids.shape, columns), dtype=dtype, device=packed[0].device)
-    return kernels.dequantize_into(packed_format, packed_format.rows(packed, columns,
-                                                                     ids.flatten()), out)
+    rows = packed_format.rows(packed, columns, ids.flatten())
+    return kernels.dequantize_into(packed_format, rows, out)
 
 
 def _dequantize(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
-            value_dtype: torch.dtype | None, first: int = 0) -> torch.Tensor:
+                value_dtype: torch.dtype | None, first: int = 0) -> torch.Tensor:
     out = torch.empty(shape, dtype=dtype, device=packed[0].device)
     return kernels.dequantize_into(FORMATS[format], packed, out, value_dtype, first)
 
@@ -122,18 +124,25 @@ registration.register(
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
            value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None) -> torch.Tensor:
-    """`input @ weight.T + bias` in the dtype of `input`, the weight dequantised slice by slice,
-    plus a low-rank branch.
+    """Computes `input @ weight.T + bias` plus a low-rank branch, the weight dequantised in slices.
 
-    input: (..., K) float. weight: packed, logical shape (N, K), same device. bias: (N,) in input's
-    dtype or None.
-    value_dtype: round the dequantised values to this dtype first (None: straight to input's).
-    low_rank: in input's dtype. Returns (..., N).
+    Args:
+        input: (..., K) float.
+        weight: packed, logical shape (N, K), on the same device.
+        bias: (N,) in the dtype of `input`, or None.
+        value_dtype: dtype the dequantised values are first rounded to; None: that of `input`.
+        low_rank: in the dtype of `input`, or None.
+
+    Returns:
+        (..., N) in the dtype of `input`.
+
+    Raises:
+        RuntimeError: the last dimension of `input` is not K.
     """
     if input.shape[-1] != weight.shape[1]:
         raise RuntimeError(
             f"A layer of {weight.shape[1]} input features was given {input.shape[-1]}: the model"
-            " and what is fed to it (often the text encoder's output) do not belong together.")
+            " and its input (often the text encoder's output) do not belong together.")
     if input.requires_grad and torch.is_grad_enabled():
         return dense_linear(input, dequantize(weight, input.dtype, value_dtype), bias, low_rank)
     return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank))
@@ -141,7 +150,7 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
 
 def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,
              value_dtype: torch.dtype | None, low_rank: LowRank | None) -> tuple:
-    """What `registration.LINEAR_SCHEMA` takes."""
+    """Returns the arguments of `registration.LINEAR_SCHEMA`; see `linear`."""
     branch = (None, (), ()) if low_rank is None else low_rank.operands
     return (
         input,
@@ -156,19 +165,28 @@ def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | Non
 
 @register_layout_op(torch.ops.aten.linear.default, PackedLayout)
 def _comfy_linear(_, args, kwargs):
-    """`torch.nn.functional.linear` in inference mode, as where the host multiplies with an
-    embedding table to write text."""
-    input, weight, bias = (*args, None)[:3]
+    """Runs `torch.nn.functional.linear` in inference mode.
+
+    The host calls it with an embedding table to generate text.
+    """
+    input, weight = args[:2]
+    bias = args[2] if len(args) > 2 else None
     if isinstance(input, QuantizedTensor) or isinstance(bias, QuantizedTensor):
-        return torch.nn.functional.linear(*dequantize_args((input, weight, bias)))
+        dense: Any = dequantize_args((input, weight, bias))
+        return torch.nn.functional.linear(*dense)
     return linear(input, weight, bias)
 
 
 def embedding(ids: torch.Tensor, weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a packed table: only the rows asked for are dequantised.
+    """Looks up rows of a packed table; only these rows are dequantised.
 
-    ids: integer, any shape, on the table's device. weight: packed, logical shape (rows, K). Returns
-    (*ids.shape, K) in `dtype`.
+    Args:
+        ids: integers of any shape, on the table's device.
+        weight: packed, logical shape (rows, K).
+        dtype: of the result.
+
+    Returns:
+        (*ids.shape, K).
     """
     packed_format = weight.layout_cls.format
     if weight.shape[1] % packed_format.block_length:  # blocks cross rows
@@ -179,23 +197,24 @@ def embedding(ids: torch.Tensor, weight: PackedTensor, dtype: torch.dtype) -> to
 
 def dequantize(weight: PackedTensor, dtype: torch.dtype,
                value_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The whole dense weight in `dtype`, rounded once from float32 (or first to `value_dtype`)."""
-    return torch.ops.featherweight.dequantize(packed_tensors(weight),
-                                              weight.layout_cls.format.__name__, list(weight.shape),
+    """Returns the dense weight in `dtype`, rounded once from float32 or first to `value_dtype`."""
+    name = weight.layout_cls.format.__name__
+    return torch.ops.featherweight.dequantize(packed_tensors(weight), name, list(weight.shape),
                                               dtype, value_dtype)
 
 
-def plain_values(weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The values of a weight whose bytes are numbers of `dtype`, as they lie, not to be written to;
-    None of all others."""
+def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Returns a read-only view of a weight whose bytes are numbers of `dtype`, else None."""
     if not is_packed(weight) or weight.layout_cls.format.plain_dtype != dtype:
         return None
     return packed_tensors(weight)[0].view(dtype).view(weight.shape)
 
 
 def fits_workspace(weight: PackedTensor, input: torch.Tensor) -> bool:
-    """Whether a weight is best taken from the scratch: on a CPU, where it must be dequantised and
-    no gradient needs it later."""
+    """Returns whether to dequantise a weight into the workspace.
+
+    That is so on a CPU, where the weight must be dequantised and no gradient needs it later.
+    """
     return (
         input.device.type == "cpu"
         and plain_values(weight, input.dtype) is None
@@ -206,20 +225,23 @@ def fits_workspace(weight: PackedTensor, input: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def dequantize_into_workspace(weight: PackedTensor, dtype: torch.dtype,
-                              value_dtype: torch.dtype | None = None):
-    """Inside this block: the whole dense weight in `dtype`, without fresh pages for it; see
-    `dequantize` and `fits_workspace`."""
+                              value_dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+    """Yields the result of `dequantize` in the workspace; see `fits_workspace`."""
     with workspace.workspace(weight.device) as take:
         yield kernels.dequantize_into(weight.layout_cls.format, packed_tensors(weight),
                                       take(weight.shape, dtype), value_dtype)
 
 
-def dequantize_rows(weight: PackedTensor, dtype: torch.dtype, change,
+def dequantize_rows(weight: PackedTensor, dtype: torch.dtype,
+                    change: Callable[[torch.Tensor, int], torch.Tensor],
                     value_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The whole dense weight in `dtype`, each slice of its rows handed to `change` in float32
-    before it is rounded, dithered.
+    """Returns the dense weight, changed in slices of float32 rows before stochastic rounding.
 
-    change(rows, start): float32 rows of the weight from row `start` on -> the rows to keep.
+    Args:
+        weight: packed.
+        dtype: of the result.
+        change: (float32 rows, index of the first) -> the changed rows.
+        value_dtype: dtype the dequantised values are first rounded to, or None.
     """
     packed_format, shape = weight.layout_cls.format, weight.shape
     columns = shape[1:].numel()

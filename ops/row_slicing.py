@@ -1,28 +1,37 @@
-"""Rows of weights, packed or not, taken and put together without dequantising them.
+"""Slices and joins rows of weights, packed or not, without dequantising them.
 
 Where the blocks of a packed format cross rows, and where parts have different formats, the result
 is dense.
 """
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from .format import Format
 from .packed_layout import is_packed, packed_tensor, packed_tensors
+from .packed_tensor import PackedTensor
 from .product import dequantize
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The values of a tensor that may be packed, in the dtype it shows: float32 for what comes
-    packed from a file."""
+    """Returns the values of a tensor that may be packed, in its logical dtype.
+
+    What comes packed from a file has the logical dtype float32.
+    """
     return dequantize(tensor, tensor.dtype) if is_packed(tensor) else tensor
 
 
 def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
-    """`tensor[index]` along the first dimension. A slice of a packed tensor shares its bytes.
+    """Returns `tensor[index]` along the first dimension; a packed slice shares the bytes.
 
-    tensor: (R, ...). index: a slice without a step, or int64 (n,). Returns (n, ...) in the format
-    and dtype of `tensor`.
+    Args:
+        tensor: (R, ...), packed or not.
+        index: a slice without a step, or int64 (n,).
+
+    Returns:
+        (n, ...) in the format and dtype of `tensor`.
     """
     count = len(range(*index.indices(len(tensor)))) if isinstance(index, slice) else len(index)
     if isinstance(index, slice) and count == len(tensor):
@@ -35,10 +44,13 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts, one below the other.
+    """Concatenates the rows of all parts.
 
-    parts: each (R_i, ...), alike in all other dimensions. Returns (sum of R_i, ...) in the dtype of
-    the first.
+    Args:
+        parts: each (R_i, ...), with the same other dimensions.
+
+    Returns:
+        (sum of R_i, ...) in the dtype of the first part.
     """
     if len(parts) == 1:
         return parts[0]
@@ -52,9 +64,13 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
 
 
 def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts in turn: the first of each, then the second of each, and so on.
+    """Interleaves the rows of all parts: the first row of every part, then the second, and so on.
 
-    parts: P tensors of one shape (..., R, K). Returns (..., P * R, K) in the dtype of the first.
+    Args:
+        parts: P tensors of one shape (..., R, K).
+
+    Returns:
+        (..., P * R, K) in the dtype of the first part.
     """
     *outer, rows, columns = parts[0].shape
     shape = (*outer, len(parts) * rows, columns)
@@ -70,22 +86,24 @@ def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
-    """What a packed tensor holds, one row of `columns` values below the other."""
+    """Returns the tensors of a packed tensor as rows of `columns` values."""
+    assert is_packed(tensor)
     return tensor.layout_cls.format.rows(packed_tensors(tensor), columns, slice(None))
 
 
-def _common_format(parts: Sequence[Tensor], axis: int):
-    """The packed format of all parts, None where they differ or their rows cannot be moved as
-    bytes."""
+def _common_format(parts: Sequence[Tensor], axis: int) -> type[Format] | None:
+    """Returns the packed format of all parts.
+
+    None where they differ or their rows cannot be moved as bytes.
+    """
     formats = {
         part.layout_cls.format if rows_are_whole_blocks(part, axis) else None for part in parts
     }
     return formats.pop() if len(formats) == 1 else None
 
 
-def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> bool:
-    """Whether what is in the dimensions from `axis` on is whole blocks. False for tensors that are
-    not packed."""
+def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> TypeGuard[PackedTensor]:
+    """Returns whether a tensor is packed and its dimensions from `axis` on are whole blocks."""
     return (
         is_packed(tensor)
         and tensor.shape[axis:].numel() % tensor.layout_cls.format.block_length == 0

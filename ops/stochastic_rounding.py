@@ -1,32 +1,33 @@
-"""Rounding to 16 bits, and to whole steps, that loses nothing weak on average.
+"""Stochastic rounding to 16 bits, and to whole steps: the mean of many values keeps small changes.
 
-A value that already lies on the grid of bfloat16 swallows any change below half a step: rounded to
-the nearest, the sum is the old value again, and a weak LoRA is gone. Here a value between two steps
-goes to either, each as often as it is near, so that the mean of many values keeps the change. The
-choice is made by the value's own bits: the same value is always rounded alike, on every device and
-however a tensor is cut.
+A value on the grid of bfloat16 swallows any change below half a step: rounded to the nearest, the
+sum is the old value again, and a weak LoRA is gone. Here a value between two steps goes to either,
+with a probability that grows as it gets nearer. A hash of the value's own bits decides: the same
+value is always rounded in the same way, on every device and however a tensor is split.
 """
 import torch
 
-# 2^32 divided by the golden ratio, as Knuth's multiplicative hash has it; odd, so that it is a
-# bijection
+# Knuth's multiplicative hash: 2^32 divided by the golden ratio; odd, so that it is a bijection.
 _MIX = -1640531527
 _CHANCE_BITS = 16
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
 # float16 is subnormal below 2^-14, in steps of 2^-24. There the hash, from -2^31 to 2^31 - 1, is
-# the noise that is added before the cast rounds: so much less than half a step that what lies on
-# the grid stays, in what float32 makes of the sum too.
+# the noise added before the cast rounds. It is below half a step by a margin, so that a value on
+# the grid stays there, even after float32 has rounded the sum.
 _LEAST_NORMAL, _NOISE = 2.0 ** -14, 2.0 ** -56 * (1 - 1.5 * 2.0 ** -13)
-# values that a CPU rounds at a time: what it computes in between stays in its cache
+# values that a CPU rounds at a time: the temporaries stay in its cache
 _PIECE = 1 << 18
 
 
 def stochastic_round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`values` in `dtype`, without bias for bfloat16 and float16; as `to` has it for all others,
-    and the gradient for all.
+    """Rounds to bfloat16 or float16 without bias. For other dtypes this is `values.to(dtype)`.
 
-    values: float32, any shape; may be overwritten. Infinities and NaN stay what they are; what is
-    larger than the largest finite number of `dtype` is rounded to the nearest.
+    Infinities and NaN stay what they are; what is larger than the largest finite number of `dtype`
+    is rounded to the nearest. The gradient is that of `to`.
+
+    Args:
+        values: float32, any shape; may be overwritten.
+        dtype: of the result.
     """
     if dtype not in _DROPPED_BITS or values.dtype != torch.float32:
         return values.to(dtype)
@@ -36,7 +37,7 @@ def stochastic_round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _StochasticRound(torch.autograd.Function):
-    """Bits have no gradient: it is that of a cast."""
+    """Gives arithmetic on bits the gradient of a cast."""
 
     @staticmethod
     def forward(ctx, values, dtype):
@@ -48,8 +49,15 @@ class _StochasticRound(torch.autograd.Function):
 
 
 def stochastic_round_to_integers(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Whole numbers of steps for values, without bias. values, step: float32, of shapes that go
-    together. Returns float32."""
+    """Rounds `values / step` to integers without bias.
+
+    Args:
+        values: float32.
+        step: float32, of a shape that broadcasts with that of `values`.
+
+    Returns:
+        The integers, float32.
+    """
     steps = values / step
     lower = steps.floor()
     chance = _upper(_hash(values), _CHANCE_BITS)
@@ -57,12 +65,12 @@ def stochastic_round_to_integers(values: torch.Tensor, step: torch.Tensor) -> to
 
 
 def _hash(values: torch.Tensor) -> torch.Tensor:
-    """A number in int32 for the bits of each float32."""
+    """Hashes the bits of each float32 to an int32."""
     return values.view(torch.int32).mul(_MIX)
 
 
 def _upper(hashes: torch.Tensor, count: int) -> torch.Tensor:
-    """Their upper bits, as a number from 0 to 2^count - 1, in place."""
+    """Returns the upper `count` bits of each hash, from 0 to 2^count - 1, in place."""
     return hashes.bitwise_right_shift_(32 - count).bitwise_and_((1 << count) - 1)
 
 
@@ -82,7 +90,7 @@ def _by_bits(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 values that a cast to `dtype` rounds to what `stochastic_round` gives."""
+    """Returns float32 values that a cast to `dtype` turns into the rounded ones."""
     dropped, largest = _DROPPED_BITS[dtype], torch.finfo(dtype).max
     normal = values.clamp(-largest, largest)
     if dtype == torch.float16:
@@ -96,8 +104,7 @@ def _on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def add_small(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """`value + change` in the dtype of `value`, where the change may be far below a step of the
-    value."""
+    """Returns `value + change` in the dtype of `value`; keeps changes far below a step of it."""
     if value.dtype.itemsize > 2:
         return value + change
     return stochastic_round(value.float() + change, value.dtype)

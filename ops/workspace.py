@@ -1,5 +1,4 @@
-"""Where weights are dequantised to be used at once: a buffer on the CPU, and how much of a weight
-goes into it at a time."""
+"""The workspace that weights are dequantised into, and how much of a weight it takes at a time."""
 import contextlib
 import math
 import threading
@@ -17,11 +16,10 @@ DEVICE_WORKSPACE_BYTES = 256 << 20
 
 
 class Workspace:
-    """One reused CPU buffer for dequantised weights. Fresh pages for every weight would cost more
-    than dequantising it.
+    """A reused CPU buffer for dequantised weights.
 
-    Elsewhere torch's caching allocator does the same, and gives the memory back when the host asks
-    for it.
+    Fresh pages for every weight would cost more than dequantising it. On other devices torch's
+    caching allocator does the same, and gives the memory back when the host asks for it.
     """
 
     def __init__(self):
@@ -30,10 +28,11 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
+        """Size of the buffer in bytes."""
         return self._buffer.nbytes
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised CPU tensor, valid until the next call."""
+        """Returns an uninitialised CPU tensor, valid until the next call."""
         nbytes = math.prod(shape) * dtype.itemsize
         if self._buffer.numel() < nbytes:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8)
@@ -47,38 +46,41 @@ _workspaces = weakref.WeakValueDictionary()
 
 
 def shared_workspace() -> Workspace:
-    """The scratch of all layers. It lives as long as somebody holds it: each packed layer does."""
-    scratch = _workspaces.get("cpu")
-    if scratch is None:
-        scratch = _workspaces["cpu"] = Workspace()
-    return scratch
+    """Returns the workspace of all layers. It is freed with the last packed layer that holds it."""
+    shared = _workspaces.get("cpu")
+    if shared is None:
+        shared = _workspaces["cpu"] = Workspace()
+    return shared
 
 
 @contextlib.contextmanager
 def workspace(
         device: torch.device) -> Iterator[Callable[[tuple[int, ...], torch.dtype], torch.Tensor]]:
-    """Inside this block: take(shape, dtype) -> an uninitialised tensor on `device`, valid until the
-    next call."""
+    """Yields take(shape, dtype): returns an uninitialised tensor, valid until the next call."""
     if device.type != "cpu":
         yield lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
         return
-    scratch = shared_workspace()
-    with scratch.lock:
-        yield scratch.take
+    shared = shared_workspace()
+    with shared.lock:
+        yield shared.take
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes that a dequantised part of a weight may have."""
+    """Returns the most bytes that a dequantised part of a weight may take."""
     return CPU_WORKSPACE_BYTES if device.type == "cpu" else DEVICE_WORKSPACE_BYTES
 
 
 def rows_within(nbytes: int, packed_format: type[Format], columns: int, row_bytes: int,
                 multiple: int = 1) -> int:
-    """How many rows fit into `nbytes`, and as few as may be where none do, in slices that begin and
-    end between blocks.
+    """Returns how many rows fit in `nbytes`, at least one block-aligned group.
 
-    row_bytes: what a row takes there. multiple: slices are a multiple of this many rows.
+    Args:
+        nbytes: bytes available.
+        packed_format: the weight's format; slices of the rows begin and end between its blocks.
+        columns: values in a row.
+        row_bytes: bytes a row takes there.
+        multiple: the result is a multiple of this many rows.
     """
-    whole = math.lcm(packed_format.block_length // math.gcd(packed_format.block_length, columns),
+    group = math.lcm(packed_format.block_length // math.gcd(packed_format.block_length, columns),
                      multiple)
-    return max(1, nbytes // (row_bytes * whole)) * whole
+    return max(1, nbytes // (row_bytes * group)) * group

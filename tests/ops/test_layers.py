@@ -100,19 +100,19 @@ def test_slices_end_between_blocks_where_blocks_cross_rows(monkeypatch):
     )
 
 
-def test_the_scratch_is_reused_and_freed_with_the_last_layer(monkeypatch):
+def test_the_workspace_is_reused_and_freed_with_the_last_layer(monkeypatch):
     # models of other tests may still live
     monkeypatch.setattr(workspace, "_workspaces", weakref.WeakValueDictionary())
     layer, *_ = packed_linear()
     with torch.no_grad():
         layer(torch.randn(1, 512))
-        buffer = layer._scratch._buffer.data_ptr()
+        buffer = layer._workspace._buffer.data_ptr()
         layer(torch.randn(1, 512))
     assert (
-        layer._scratch._buffer.data_ptr() == buffer
-        and layer._scratch._buffer.nbytes <= workspace.CPU_WORKSPACE_BYTES
+        layer._workspace._buffer.data_ptr() == buffer
+        and layer._workspace._buffer.nbytes <= workspace.CPU_WORKSPACE_BYTES
     )
-    assert packed_linear()[0]._scratch is layer._scratch
+    assert packed_linear()[0]._workspace is layer._workspace
     del layer
     gc.collect()
     assert not workspace._workspaces

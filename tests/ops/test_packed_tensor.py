@@ -347,7 +347,7 @@ def test_a_layer_is_copied(layer_class, format_name):
     assert (
         is_packed(copied.weight)
         and isinstance(copied.weight, torch.nn.Parameter)
-        and copied._scratch is layer._scratch
+        and copied._workspace is layer._workspace
     )
     assert copied.weight._qdata.data_ptr() != layer.weight._qdata.data_ptr()
     assert torch.equal(output(copied, input), output(layer, input))
@@ -376,7 +376,7 @@ def test_a_layer_is_pickled_as_the_hosts_are(layer_class, format_name, way):
     assert (
         is_packed(again.weight)
         and isinstance(again.weight, torch.nn.Parameter)
-        and again._scratch is layer._scratch
+        and again._workspace is layer._workspace
     )
     assert (
         torch.equal(output(again, input), output(layer, input))
