@@ -1,12 +1,11 @@
-"""The host's patches for one weight: where each kind keeps what, the shape it is made for, and why
-it does not fit another.
+"""Reads the host's patches for one weight: their fields, shape, rank, and why one does not fit.
 
-A value is an adapter of `comfy.weight_adapter`, whose tuple `weights` has places without names, or
-("diff", (tensor,)) and its like. The host fails in the midst of a step, or logs an error at each,
-where the factors of an adapter do not fit.
+The value of a patch is an adapter of `comfy.weight_adapter`, whose tuple `weights` has no names, or
+a tuple such as ("diff", (tensor,)). Where the factors of an adapter do not fit, the host fails
+during a step, or logs an error at every step.
 """
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from comfy.weight_adapter import (
@@ -66,8 +65,10 @@ class GLoRA(NamedTuple):
 
 
 class OrthogonalAdapter(NamedTuple):
-    """OFT and BOFT turn the rows. blocks: (..., blocks, size, size). limit: of the turn's norm,
-    where one is set."""
+    """OFT and BOFT, which rotate the rows.
+
+    blocks: (..., blocks, size, size). limit: upper bound of the rotation's norm, if any.
+    """
     blocks: torch.Tensor
     rescale: torch.Tensor | None = None
     limit: float | None = None
@@ -82,20 +83,21 @@ ADAPTER_FIELDS = {
     OFTAdapter: OrthogonalAdapter,
     BOFTAdapter: OrthogonalAdapter,
 }
-# add to the weight what does not depend on it, unless they have a DoRA scale
+# These add to the weight something that does not depend on it, unless they have a DoRA scale.
 SUMS = (LoRAAdapter, LoHaAdapter, LoKrAdapter)
 
 
 def adapter_fields(
         adapter: WeightAdapterBase) -> LoRA | LoHa | LoKr | GLoRA | OrthogonalAdapter | None:
-    """What an adapter holds, by name; None of a kind not known here."""
-    places = next((places for kind, places in ADAPTER_FIELDS.items() if isinstance(adapter, kind)),
-                  None)
-    return None if places is None else places(*adapter.weights[:len(places._fields)])
+    """Returns the fields of an adapter by name; None for a type that is not known here."""
+    for adapter_type, fields in ADAPTER_FIELDS.items():
+        if isinstance(adapter, adapter_type):
+            return fields(*adapter.weights[:len(fields._fields)])
+    return None
 
 
 def adapter_tensors(value) -> list[torch.Tensor]:
-    """The factors of an adapter; none of other patches, which stay where they are."""
+    """Returns the factors of an adapter; other patches, which stay where they are, have none."""
     if not isinstance(value, WeightAdapterBase):
         return []
     items = [
@@ -106,11 +108,18 @@ def adapter_tensors(value) -> list[torch.Tensor]:
 
 
 def to_device(value, device: torch.device):
-    """An adapter with its factors on `device`. Other patches may hold whole models and stay where
-    they are."""
+    """Returns an adapter with its factors on `device`.
+
+    Other patches are returned as they are, since they may hold whole models.
+    """
     if not isinstance(value, WeightAdapterBase):
         return value
-    return type(value)(value.loaded_keys, _tensors_to(value.weights, device))
+    return _like(value, _tensors_to(value.weights, device))
+
+
+def _like(adapter: WeightAdapterBase, weights) -> WeightAdapterBase:
+    """Returns an adapter of the same type with other weights."""
+    return type(adapter)(adapter.loaded_keys, weights)  # pyright: ignore[reportCallIssue]
 
 
 def _tensors_to(value, device):
@@ -123,47 +132,58 @@ def _tensors_to(value, device):
 
 # --- what a patch does ---
 
-def is_plain_lora(value) -> bool:
-    """Whether a value can run as a low-rank branch, once it is known to be a sum."""
-    return type(value) is LoRAAdapter and adapter_fields(value).mid is None
+def is_plain_lora(value) -> TypeGuard[LoRAAdapter]:
+    """Returns whether a value can run as a low-rank branch, given that its patch `is_sum`."""
+    if type(value) is not LoRAAdapter:
+        return False
+    fields = adapter_fields(value)
+    return isinstance(fields, LoRA) and fields.mid is None
 
 
 def lora_factors(adapter: LoRAAdapter) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(up, down, the scale that its alpha gives) of a plain LoRA."""
+    """Returns (up, down, scale by alpha) of a plain LoRA."""
     lora = adapter_fields(adapter)
+    assert isinstance(lora, LoRA)
     return lora.up, lora.down, alpha_scale(lora.alpha, lora.down.shape[0])
 
 
 def alpha_scale(alpha: float | None, rank: int) -> float:
+    """Returns the factor that an adapter's alpha, if it has one, gives its product."""
     return 1.0 if alpha is None else alpha / rank
 
 
 def is_sum(patch: tuple) -> bool:
-    """Whether a patch `(strength, value, strength_model, offset, function)` only adds to the weight
-    something that does not depend on the weight."""
+    """Returns whether a patch only adds something that does not depend on the weight.
+
+    Args:
+        patch: (strength, value, strength_model, offset, function).
+    """
     _, value, strength_model, _, _ = patch
     if strength_model != 1.0:
         return False
     if isinstance(value, WeightAdapterBase):
-        return type(value) in SUMS and adapter_fields(value).dora_scale is None
+        fields = adapter_fields(value) if type(value) in SUMS else None
+        return fields is not None and fields.dora_scale is None
     if isinstance(value, list) or len(value) == 1:
         return True
-    kind, data = value
-    return kind == "diff" and not (len(data) > 1 and data[1]["pad_weight"])
+    patch_type, data = value
+    return patch_type == "diff" and not (len(data) > 1 and data[1]["pad_weight"])
 
 
 def slice_patch(patch: tuple, start: int, stop: int) -> tuple | None:
-    """The part of a patch that concerns some rows of the weight; None for a patch that needs the
-    whole weight at once."""
+    """Returns the part of a patch for rows `start` to `stop` of the weight.
+
+    None for a patch that needs the whole weight at once.
+    """
     strength, value, strength_model, offset, function = patch
     if offset is not None or function is not None:
         return None
-    parts = adapter_fields(value) if type(value) in SUMS else None
-    if isinstance(parts, LoRA) and parts[3:] == (None, None, None):
-        part = LoRAAdapter(value.loaded_keys, tuple(parts._replace(up=parts.up[start:stop])))
-    elif isinstance(parts, LoHa) and parts[5:] == (None, None, None):
-        part = LoHaAdapter(value.loaded_keys,
-                           tuple(parts._replace(a1=parts.a1[start:stop], a2=parts.a2[start:stop])))
+    fields = adapter_fields(value) if type(value) in SUMS else None
+    if isinstance(fields, LoRA) and fields[3:] == (None, None, None):
+        part = _like(value, tuple(fields._replace(up=fields.up[start:stop])))
+    elif isinstance(fields, LoHa) and fields[5:] == (None, None, None):
+        part = _like(value, tuple(fields._replace(a1=fields.a1[start:stop],
+                                                  a2=fields.a2[start:stop])))
     elif isinstance(value, tuple) and len(value) == 1:
         part = value if value[0] is None else (value[0][start:stop],)
     elif isinstance(value, tuple) and value[0] in ("diff", "set") and len(value[1]) == 1:
@@ -174,33 +194,36 @@ def slice_patch(patch: tuple, start: int, stop: int) -> tuple | None:
 
 
 def rank_of(value) -> int | None:
-    """Rank of the factors; None where the change has none."""
-    parts = adapter_fields(value) if isinstance(value, WeightAdapterBase) else None
-    if isinstance(parts, LoRA):
-        return parts.down.shape[0]
-    if isinstance(parts, LoHa):
-        return parts.b1.shape[0]
-    if isinstance(parts, LoKr):
-        return next((factor.shape[0] for factor in (parts.b2, parts.b1) if factor is not None),
+    """Returns the rank of the factors; None where the change has none."""
+    fields = adapter_fields(value) if isinstance(value, WeightAdapterBase) else None
+    if isinstance(fields, LoRA):
+        return fields.down.shape[0]
+    if isinstance(fields, LoHa):
+        return fields.b1.shape[0]
+    if isinstance(fields, LoKr):
+        return next((factor.shape[0] for factor in (fields.b2, fields.b1) if factor is not None),
                     None)
-    return _glora_order(parts, None)[0] if isinstance(parts, GLoRA) else None
+    return _glora_order(fields, None)[0] if isinstance(fields, GLoRA) else None
 
 
-# --- what it is made for ---
+# --- the shape it is made for ---
 
 def shape_of(value, target: Sequence[int] | None = None) -> tuple[int | None, int | None] | None:
-    """(rows, columns) of the weight a value is made for, further dimensions flattened, None for
-    what it leaves open.
+    """Returns (rows, columns) of the weight a value is made for, further dimensions flattened.
 
-    None instead of both: its factors contradict each other. target: shape of the weight it is to be
-    applied to, where that is known; the host reads some GLoRAs in two ways, by it.
+    Args:
+        value: of a patch.
+        target: shape of the weight to patch, where that is known; the host reads some GLoRAs in one
+            of two ways, depending on it.
+
+    Returns:
+        None in place of a number that the value leaves open; None in place of both where its
+        factors contradict each other.
     """
     if isinstance(value, WeightAdapterBase):
-        return (
-            _adapter_shape(adapter_fields(value), target)
-            if all(tensor.ndim > 1 for tensor in adapter_tensors(value))
-            else None
-        )
+        if any(tensor.ndim < 2 for tensor in adapter_tensors(value)):
+            return None
+        return _adapter_shape(adapter_fields(value), target)
     tensor = _whole_tensor(value)
     if tensor is None:
         return None, None
@@ -209,16 +232,22 @@ def shape_of(value, target: Sequence[int] | None = None) -> tuple[int | None, in
 
 def shape_mismatch(value, shape: Sequence[int],
                    offset: tuple[int, int, int] | None = None) -> str | None:
-    """Why a value cannot be applied to a weight of `shape`, such as "its rank is 0"; None where it
-    can.
+    """Returns why a value cannot be applied to a weight of `shape`; None where it can.
 
-    offset: (dimension, start, length) of the part of the weight that it is for.
+    Args:
+        value: of a patch.
+        shape: of the weight.
+        offset: (dimension, start, length) of the part of the weight that the value is for.
+
+    Returns:
+        Part of a sentence, such as "its rank is 0".
     """
     target = list(shape)
     if offset is not None:
         dimension, start, length = offset
-        if start + length > target[dimension]:
-            return f"it is made for rows {start} to {start + length}, the weight has {target[dimension]}"
+        size = target[dimension]
+        if start + length > size:
+            return f"it is made for rows {start} to {start + length}, the weight has {size}"
         target[dimension] = length
     if isinstance(value, WeightAdapterBase):
         if not all(tensor.numel() for tensor in adapter_tensors(value)):
@@ -233,14 +262,14 @@ def shape_mismatch(value, shape: Sequence[int],
             return None
         made_for = tensor.shape
     if len(made_for) != len(target) or any(
-        made not in (None, wanted) for made, wanted in zip(made_for, target)
+        size not in (None, expected) for size, expected in zip(made_for, target)
     ):
         return f"it is made for a weight of {_describe(made_for)}, not of {_describe(target)}"
     return None
 
 
 def corruption(value) -> str | None:
-    """Why a value can be applied to no weight whatever its shape, or None. Reads all of it."""
+    """Returns why a value cannot be applied to any weight, or None. Reads all of its tensors."""
     tensors = (
         adapter_tensors(value) if isinstance(value, WeightAdapterBase) else [_whole_tensor(value)]
     )
@@ -252,77 +281,93 @@ def corruption(value) -> str | None:
 
 
 def _whole_tensor(value) -> torch.Tensor | None:
-    """The tensor of a value that is as large as its weight. The host's nodes that only scale a
-    weight have None there."""
-    if isinstance(value, tuple) and (len(value) == 1 or value[0] in ("diff", "set")):
-        return value[0] if len(value) == 1 else value[1][0]
-    return None
+    """Returns the tensor of a value that is as large as its weight, or None.
+
+    The host's nodes that only scale a weight have None in its place.
+    """
+    if not isinstance(value, tuple):
+        return None
+    if len(value) == 1:
+        return value[0]
+    return value[1][0] if value[0] in ("diff", "set") else None
 
 
 def _describe(shape: Sequence[int | None]) -> str:
     return " x ".join("any" if size is None else str(size) for size in shape)
 
 
-def _adapter_shape(parts, target: Sequence[int] | None) -> tuple[int | None, int | None] | None:
-    if isinstance(parts, LoRA):
-        up, down = parts.up.flatten(1), parts.down.flatten(1)
-        return (
-            _product_shape(up, down)
-            if parts.mid is None
-            else _product_shape(up.t(), down, parts.mid)
-        )
-    if isinstance(parts, LoHa):
-        first = _product_shape(parts.a1, parts.b1, parts.core1)
-        return first if first == _product_shape(parts.a2, parts.b2, parts.core2) else None
-    if isinstance(parts, LoKr):
-        first, second = ((whole.shape[0],
-                          whole.shape[1:].numel()) if whole is not None else _product_shape(
-                              *factors)
-                         for whole, factors in ((parts.w1, (parts.a1, parts.b1)),
-                                                (parts.w2, (parts.a2, parts.b2, parts.core))))
+def _adapter_shape(fields, target: Sequence[int] | None) -> tuple[int | None, int | None] | None:
+    """Returns `shape_of` for the fields of an adapter."""
+    if isinstance(fields, LoRA):
+        up, down = fields.up.flatten(1), fields.down.flatten(1)
+        if fields.mid is None:
+            return _product_shape(up, down)
+        return _product_shape(up.t(), down, fields.mid)
+    if isinstance(fields, LoHa):
+        first = _product_shape(fields.a1, fields.b1, fields.core1)
+        return first if first == _product_shape(fields.a2, fields.b2, fields.core2) else None
+    if isinstance(fields, LoKr):
+        first = _factor_shape(fields.w1, fields.a1, fields.b1)
+        second = _factor_shape(fields.w2, fields.a2, fields.b2, fields.core)
         return first and second and (first[0] * second[0], first[1] * second[1])
-    if isinstance(parts, GLoRA):
-        return _glora_shape(parts, target)
-    if isinstance(parts, OrthogonalAdapter):
-        *_, blocks, rows, columns = (1, *parts.blocks.shape)
+    if isinstance(fields, GLoRA):
+        return _glora_shape(fields, target)
+    if isinstance(fields, OrthogonalAdapter):
+        *_, blocks, rows, columns = (1, *fields.blocks.shape)
         return (blocks * rows, None) if rows == columns else None
     return None, None
 
 
-def _glora_order(parts: GLoRA, target: Sequence[int] | None) -> tuple[int, bool]:
-    """(rank, whether it is an older one), as the host tells. Where the factors allow both, the
-    weight's shape decides; as long as that is not known, the rank is the smaller side."""
-    a1, a2, b1, b2 = (factor.shape[:2] for factor in parts[:4])
-    is_older, is_newer = a1[0] == a2[1] == b1[0] == b2[1], a1[1] == a2[0] == b1[1] == b2[0]
+def _factor_shape(whole: torch.Tensor | None,
+                  *factors: torch.Tensor | None) -> tuple[int, int] | None:
+    """Returns the flattened shape of one factor of a LoKr, given whole or as a product."""
+    if whole is None:
+        return _product_shape(*factors)
+    return whole.shape[0], whole.shape[1:].numel()
+
+
+def _glora_order(fields: GLoRA, target: Sequence[int] | None) -> tuple[int, bool]:
+    """Returns (rank, whether it has the older order of factors), as the host decides.
+
+    Where the factors allow both orders, the shape of the weight decides; while that is not known,
+    the rank is the smaller side.
+    """
+    a1, a2, b1, b2 = (factor.shape[:2] for factor in fields[:4])
+    is_older = a1[0] == a2[1] == b1[0] == b2[1]
+    is_newer = a1[1] == a2[0] == b1[1] == b2[0]
     if is_older and is_newer:
         is_older = a1[0] <= a2[0] if target is None else [*target[:2]] == [a2[0], a2[0]]
     return (a1[0], True) if is_older else (a2[0], False)
 
 
-def _glora_shape(parts: GLoRA, target: Sequence[int] | None) -> tuple[int, int] | None:
-    rank, is_older = _glora_order(parts, target)
-    a1, a2, b1, b2 = (factor.flatten(1) for factor in parts[:4])
-    of_weight, added = (_product_shape(*(pair[::-1] if is_older else pair))
-                        for pair in ((a1, a2), (b1, b2)))
-    if of_weight is None or added is None or of_weight[0] != of_weight[1]:
+def _glora_shape(fields: GLoRA, target: Sequence[int] | None) -> tuple[int, int] | None:
+    """Returns `shape_of` for a GLoRA."""
+    rank, is_older = _glora_order(fields, target)
+    a1, a2, b1, b2 = (factor.flatten(1) for factor in fields[:4])
+    a = _product_shape(a2, a1) if is_older else _product_shape(a1, a2)
+    b = _product_shape(b2, b1) if is_older else _product_shape(b1, b2)
+    if a is None or b is None or a[0] != a[1]:
         return None
-    # of which rank alpha is, the host cannot tell
-    if parts.alpha is not None and b1.shape[0 if is_older else 1] != rank:
+    # the host cannot tell which rank alpha belongs to
+    if fields.alpha is not None and b1.shape[0 if is_older else 1] != rank:
         return None
-    channels = added[1] if is_older or target is None or len(target) < 3 else target[1]
-    return added if of_weight[0] == channels or target is None else None
+    channels = b[1] if is_older or target is None or len(target) < 3 else target[1]
+    return b if a[0] == channels or target is None else None
 
 
 def _product_shape(a: torch.Tensor | None, b: torch.Tensor | None,
                    core: torch.Tensor | None = None) -> tuple[int, int] | None:
-    """Flattened shape of `a @ b`, or of a Tucker product of core (i, j, ...), a (i, rows), b (j,
-    columns)."""
-    if a is None or b is None or a.ndim != 2 or b.ndim != 2 or (core is not None and core.ndim < 2):
+    """Returns the flattened shape of `a @ b`, or of a Tucker product; None where they do not fit.
+
+    Args:
+        a: (rows, r); with a core (i, rows).
+        b: (r, columns); with a core (j, columns).
+        core: (i, j, ...) or None.
+    """
+    if a is None or b is None or a.ndim != 2 or b.ndim != 2:
         return None
     if core is None:
         return (a.shape[0], b.shape[1]) if a.shape[1] == b.shape[0] else None
-    return (
-        (a.shape[1], b.shape[1] * core.shape[2:].numel())
-        if core.shape[:2] == (a.shape[0], b.shape[0])
-        else None
-    )
+    if core.ndim < 2 or core.shape[:2] != (a.shape[0], b.shape[0]):
+        return None
+    return a.shape[1], b.shape[1] * core.shape[2:].numel()

@@ -13,8 +13,8 @@ import torch
 from . import bits
 
 # Values dequantised at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache,
-# which makes dequantising a large weight about ten times faster than dequantising it whole. Smaller
-# chunks lose to the cost of starting an operation; larger ones gain little and can make malloc
+# which makes dequantising a large weight about ten times faster than dequantising it whole. With
+# smaller chunks the overhead of an operation dominates; larger ones gain little and can make malloc
 # return its memory after every chunk.
 CPU_CHUNK_VALUES = 1 << 19
 # On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
@@ -25,17 +25,16 @@ GGML_FORMATS: dict[int, type["Format"]] = {}
 
 
 class FormatError(ValueError):
-    """A weight that cannot be held in the format asked for. The message says what was found and
-    expected."""
+    """A weight cannot be held in the requested format; the message says why."""
 
 
 class TooLargeError(FormatError):
-    """A weight with values larger than any that the format asked for has."""
+    """A weight has values too large for the requested format."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What the values of a format are made of: value = (d * scale) * levels[code] - dmin * minimum.
+    """The values a format can hold: value = (d * scale) * levels[code] - dmin * minimum.
 
     A block of `length` values has groups of `group`. `d` and `dmin` belong to the block; `scale`
     and `minimum` are integers of a group, from `scales[0]` to `scales[1]`. Where `scales` is None
@@ -51,40 +50,40 @@ class Grid:
 
     @functools.cached_property
     def uniform(self) -> bool:
-        """Whether the levels are neighbouring integers."""
+        """Whether the levels are consecutive integers."""
         return self.levels == tuple(
             range(round(self.levels[0]), round(self.levels[0]) + len(self.levels))
         )
 
     @property
     def signed(self) -> bool:
-        """Whether a negative scale can be better than a positive one, and is allowed."""
+        """Whether a scale may be negative, which can be better than a positive one."""
         return not self.minimum and self.levels[0] != -self.levels[-1]
 
     @property
     def groups(self) -> int:
+        """Groups in a block."""
         return self.length // self.group
 
     @property
     def largest(self) -> float:
         """The largest magnitude that every block can hold, whatever its signs."""
-        steps = max(map(abs, self.scales or (1,)))
-        # The magnitude that a minimum reaches is added to, never below, what the levels reach.
-        return (
-            torch.finfo(self.scale_dtype).max
-            * steps
-            * (1 if self.minimum else min(-self.levels[0], self.levels[-1]))
-        )
+        largest_scale = max(map(abs, self.scales or (1,)))
+        # a minimum only adds to the magnitude that the levels reach
+        largest_level = 1 if self.minimum else min(-self.levels[0], self.levels[-1])
+        return torch.finfo(self.scale_dtype).max * largest_scale * largest_level
 
 
 @dataclasses.dataclass
 class Fit:
-    """What is stored of n blocks, before it is put into bytes. The numbers are those of `Grid`.
+    """The numbers of n blocks, before they are written as bytes; see `Grid`.
 
-    codes: uint8 (n, length), indices into the levels. d, dmin: float32 (n, 1), already rounded as
-    they are stored.
-    scales, minima: integers in float32 (n, groups). dmin and minima are None for grids without a
-    minimum.
+    Attributes:
+        codes: uint8 (n, length), indices into the levels.
+        d: float32 (n, 1), already rounded as it is stored.
+        scales: integers in float32 (n, groups).
+        dmin: like `d`; None for grids without a minimum.
+        minima: like `scales`; None for grids without a minimum.
     """
 
     codes: torch.Tensor
@@ -95,21 +94,22 @@ class Fit:
 
     @classmethod
     def empty(cls, grid: Grid, blocks: int, device: torch.device) -> "Fit":
-        """Memory for the numbers of some blocks."""
+        """Returns uninitialised numbers of some blocks."""
         d, scales, dmin, minima = (torch.empty((blocks, count), dtype=torch.float32, device=device)
-                                   for count in (1, grid.groups) * 2)
+                                   for count in (1, grid.groups, 1, grid.groups))
         codes = torch.empty((blocks, grid.length), dtype=torch.uint8, device=device)
         return cls(codes, d, scales, *((dmin, minima) if grid.minimum else ()))
 
 
 @dataclasses.dataclass
 class Terms:
-    """What the values of n blocks are made of: value = code * scale - minimum, in float32, each
-    step rounded.
+    """The terms of n blocks: value = code * scale - minimum, in float32, each step rounded.
 
-    codes: n * block_length numbers in the order of the values, in any shape and of any strides,
-    uint8, int8 or float32; those of float32 may be overwritten. scales, minima: float32, broadcast
-    to the shape of the codes; there may be no minima.
+    Attributes:
+        codes: n * block_length numbers in the order of the values, in any shape and of any strides,
+            uint8, int8 or float32; those of float32 may be overwritten.
+        scales: float32, broadcast to the shape of the codes.
+        minima: like `scales`, or None.
     """
 
     codes: torch.Tensor
@@ -117,8 +117,7 @@ class Terms:
     minima: torch.Tensor | None = None
 
     def write(self, out: torch.Tensor):
-        """Write the values, rounded once from float32, to `out`, contiguous and of any float
-        dtype."""
+        """Writes the values to `out`, contiguous and of any float dtype, rounded once."""
         out = out.view(self.codes.shape)
         if not bits.passes_are_cheap(out.device):
             if self.minima is None:
@@ -141,17 +140,17 @@ class Format:
 
     Subclasses set `block_length` (values per block) and `block_bytes` (bytes per block), describe
     the byte layout of a block in their docstring and implement `terms`, in the order of operations
-    of ggml's reference, so that the values are bit-exact with it. Defining one registers it under
-    its class name, and under its ggml type id where it has one.
+    of ggml's reference, so that the values are bit-exact with it. Defining a subclass registers it
+    under its class name, and under its ggml type id where it has one.
     """
 
     block_length: int
     block_bytes: int
     ggml_type: int | None = None
     scales_apart = False  # whether a second tensor, float32 (blocks,), holds the scales
-    plain_dtype: torch.dtype | None = None  # of formats whose bytes are plain numbers
-    grid: Grid | None = None  # of formats that `ops.quantize` searches the best blocks of
-    # the largest magnitude that every block can hold, of formats without a grid
+    plain_dtype: torch.dtype | None = None  # for formats whose bytes are plain numbers
+    grid: Grid | None = None  # for formats whose best blocks `ops.quantize` searches
+    # for formats without a grid: the largest magnitude that every block can hold
     largest = torch.finfo(torch.float16).max
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
@@ -173,13 +172,12 @@ class Format:
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
-        """What the values of some blocks are made of. blocks: uint8 (n, block_bytes), rows may be
-        strided."""
+        """Returns the terms of some blocks, uint8 (n, block_bytes), whose rows may be strided."""
         raise NotImplementedError
 
     @classmethod
     def dequantize(cls, *blocks: torch.Tensor) -> torch.Tensor:
-        """Values of some blocks, given as `terms` takes them. Returns float32 (n, block_length)."""
+        """Returns the values of some blocks, float32 (n, block_length); see `terms`."""
         out = torch.empty((len(blocks[-1]), cls.block_length), dtype=torch.float32,
                           device=blocks[-1].device)
         cls.write(out, *blocks)
@@ -187,29 +185,32 @@ class Format:
 
     @classmethod
     def write(cls, out: torch.Tensor, *blocks: torch.Tensor):
-        """`dequantize` into `out`, contiguous, of any float dtype, rounding once from float32."""
+        """Dequantises into `out`, contiguous, of any float dtype, rounding once from float32."""
         cls.terms(*blocks).write(out)
 
     @classmethod
     def pack(cls, values: torch.Tensor):
-        """Blocks of some values, by the plain arithmetic of the format's reference, bit for bit.
+        """Packs values by the plain arithmetic of the format's reference, bit for bit.
 
-        values: float32 (n, block_length), contiguous and finite. Returns what `dequantize` takes:
-        uint8 (n, block_bytes), or codes and scales where they are apart. Raises FormatError for
-        formats whose reference searches, or that none packs.
+        Args:
+            values: float32 (n, block_length), contiguous and finite.
+
+        Returns:
+            What `dequantize` takes: uint8 (n, block_bytes), or codes and scales.
+
+        Raises:
+            FormatError: the reference searches for the best blocks, or there is none.
         """
         raise FormatError(f"{cls.__name__} has no plain arithmetic that packs it.")
 
     @classmethod
     def encode(cls, fit: Fit):
-        """The bytes of blocks whose numbers are known; the inverse of the layout in `dequantize`,
-        and in the form it takes."""
+        """Writes the numbers of blocks as bytes, in the form that `dequantize` takes."""
         raise NotImplementedError
 
     @classmethod
     def constant(cls, name: str, device: torch.device) -> torch.Tensor:
-        """A small lookup table of the format on `device`, built on first use by the classmethod
-        `name`."""
+        """Returns a lookup table on `device`, which the classmethod `name` builds on first use."""
         key = (name, device)
         if key not in cls._constants:
             cls._constants[key] = getattr(cls, name)().to(device)
@@ -217,30 +218,38 @@ class Format:
 
     @classmethod
     def packed_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in bytes, uint8, of a weight of logical `shape`: only the last dimension
-        changes."""
+        """Returns the shape in bytes of a weight of logical `shape`; the last dimension changes.
+
+        Raises:
+            FormatError: a row is not whole blocks.
+        """
         if not shape or shape[-1] % cls.block_length:
             raise FormatError(
-                f"{cls.__name__} packs rows in blocks of {cls.block_length} values; shape"
-                f" {tuple(shape)} does not divide."
+                f"{cls.__name__} packs rows in blocks of {cls.block_length} values; that does not"
+                f" divide the rows of shape {tuple(shape)}."
             )
         return (*shape[:-1], shape[-1] // cls.block_length * cls.block_bytes)
 
     @classmethod
     def dequantize_into(cls, tensors: list[torch.Tensor], out: torch.Tensor,
                         value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
-        """Dequantise blocks into `out`, chunk by chunk, rounding once from float32 to `out`'s
-        dtype.
+        """Dequantises blocks into `out`, chunk by chunk, rounding once from float32.
 
-        tensors: what the format holds of a whole weight, its packed bytes (uint8, contiguous, in
-        any shape) first.
-        out: any float dtype, contiguous, as many values as wanted from block `first` on, on the
-        same device.
-        value_dtype: round the values to this dtype before. Returns `out`.
+        Args:
+            tensors: the tensors of a whole weight, its packed bytes (uint8, contiguous, in any
+                shape) first.
+            out: any float dtype, contiguous, on the same device. Its size is the number of values
+                to dequantise.
+            value_dtype: dtype the values are first rounded to, or None.
+            first: block to begin at.
+
+        Returns:
+            `out`.
         """
         values = out.view(-1)
         chunk_values = CPU_CHUNK_VALUES if out.device.type == "cpu" else DEVICE_CHUNK_VALUES
-        step, count = max(1, chunk_values // cls.block_length), -(-len(values) // cls.block_length)
+        step = max(1, chunk_values // cls.block_length)
+        count = -(-len(values) // cls.block_length)
         for block in range(0, count, step):
             stop = min(count, block + step)
             part = values[block * cls.block_length:stop * cls.block_length]
@@ -248,50 +257,55 @@ class Format:
             if value_dtype is None and len(part) == (stop - block) * cls.block_length:
                 cls.write(part, *blocks)
             else:
-                whole = torch.empty((stop - block) * cls.block_length, dtype=value_dtype
-                                    or out.dtype, device=out.device)
+                whole = torch.empty((stop - block) * cls.block_length,
+                                    dtype=value_dtype or out.dtype, device=out.device)
                 cls.write(whole, *blocks)
                 part.copy_(whole[:len(part)])
         return out
 
     @classmethod
     def blocks(cls, tensors: list[torch.Tensor], first: int, last: int) -> tuple[torch.Tensor, ...]:
-        """What `dequantize` takes for blocks `first` to `last` of a weight."""
+        """Returns what `dequantize` takes for blocks `first` to `last` of a weight."""
         return (tensors[0].view(-1, cls.block_bytes)[first:last],)
 
     @classmethod
     def rows(cls, tensors: list[torch.Tensor], columns: int, index) -> list[torch.Tensor]:
-        """The tensors of some rows of a weight whose rows of `columns` values are whole blocks.
-        index: a slice or ids."""
+        """Returns the tensors of some rows of a weight whose rows are whole blocks.
+
+        Args:
+            tensors: of the weight.
+            columns: values in a row.
+            index: a slice, or ids of rows.
+        """
         return [tensors[0].view(-1, columns // cls.block_length * cls.block_bytes)[index]]
 
 
 def inverse(scales: torch.Tensor) -> torch.Tensor:
-    """1 / scales, and 0 where that is infinite: of 0 and of the smallest float32."""
+    """Returns 1 / scales, and 0 where that is infinite: for 0 and the smallest float32 numbers."""
     return torch.nan_to_num(1 / scales, nan=torch.nan, posinf=0, neginf=0)
 
 
 def powers_of_two(peaks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The power of two that brings each number of `peaks` near 1, and its inverse: products with
-    them are exact.
+    """Returns the power of two that scales each number of `peaks` to about 1, and its inverse.
 
-    peaks: float32, finite, none below 0. Returns two float32 tensors of its shape. They are from
-    2**-126 to 2**126, so that subnormal numbers come near 2**-23 at least.
+    Products with them are exact. They are limited to 2**-126 to 2**126, so that subnormal numbers
+    are scaled to about 2**-23 at least.
+
+    Args:
+        peaks: float32, finite, none below 0.
     """
     exponents = (peaks.view(torch.int32) >> 23).clamp_(1, 253)
     return (254 - exponents << 23).view(torch.float32), (exponents << 23).view(torch.float32)
 
 
 def round_half_away(values: torch.Tensor) -> torch.Tensor:
-    """int8 of float32 `values`, overwritten: the nearest integer, halves away from zero, as C's
-    roundf."""
-    # The largest float below a half: with a half itself, the float below a half would become 1.
+    """Rounds float32 values to int8, halves away from zero, as C's roundf. Overwrites `values`."""
+    # the largest float below a half: adding a half would round the float below a half to 1
     values += torch.copysign(torch.tensor(0.49999997, dtype=torch.float32, device=values.device),
                              values)
     return values.to(torch.int8)
 
 
 def peaks(values: torch.Tensor) -> torch.Tensor:
-    """Of each row the value of largest magnitude with its sign, the first of equal ones. Returns
-    (n, 1)."""
+    """Returns the value of largest magnitude of each row, signed, (n, 1); of ties the first."""
     return values.gather(-1, values.abs().argmax(-1, keepdim=True))

@@ -146,7 +146,7 @@ def test_rows_that_are_not_finite_have_no_scale(value):
 def test_the_product_is_that_of_the_codes(name, dtype):
     weight, bias = weight_of(name), normal(ROWS, seed=2, dtype=dtype)
     input = normal(TOKENS, COLUMNS, dtype=dtype) / 64  # sums stay within float16
-    codes, scales = int8._encoded_tokens(input)
+    codes, scales = int8._encode_tokens(input)
     weight_codes, weight_scales = encoded_rows(weight)
     exact = (
         codes.double()
