@@ -31,9 +31,9 @@ def stochastic_round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if dtype not in _DROPPED_BITS or values.dtype != torch.float32:
         return values.to(dtype)
-    return (
-        _StochasticRound.apply(values, dtype) if values.requires_grad else _by_bits(values, dtype)
-    )
+    if values.requires_grad:
+        return _StochasticRound.apply(values, dtype)
+    return _by_bits(values, dtype)
 
 
 class _StochasticRound(torch.autograd.Function):
@@ -77,12 +77,13 @@ def _upper(hashes: torch.Tensor, count: int) -> torch.Tensor:
 def _by_bits(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty_like(values, dtype=dtype)
     pieces = [(values, out)]
-    if (
+    in_pieces = (
         values.device.type == "cpu"
         and values.is_contiguous()
         and out.is_contiguous()
         and not torch.compiler.is_compiling()
-    ):
+    )
+    if in_pieces:
         pieces = zip(values.view(-1).split(_PIECE), out.view(-1).split(_PIECE))
     for piece, rounded in pieces:
         rounded.copy_(_on_the_grid(piece, dtype))
