@@ -1,8 +1,6 @@
-"""What a model file or a loaded model is: its kind, its tensors, what fits which memory, what else
-it needs.
+"""Inspects model files and loaded models: type, family, tensors, memory, and what else they need.
 
-`inspect` is the door: for a file, a folder or a MODEL it gives an `Inspection`, also where that is
-nothing that can be read.
+`inspect` returns an `Inspection` for a file, a folder or a MODEL, also if it cannot be read.
 """
 import os
 
@@ -18,36 +16,42 @@ __all__ = ["Contents", "Inspection", "inspect"]
 
 def inspect(source: str | os.PathLike | comfy.model_patcher.ModelPatcher,
             reference: str | os.PathLike | None = None) -> list[Inspection]:
-    """What each model in `source` is: of one file or MODEL one, of a package of diffusers one for
-    each folder in it.
+    """Inspects a file, a MODEL, or each model in a diffusers folder.
 
-    reference: a file of the same model, to measure each tensor's error against. What cannot be read
-    is no error here: its Inspection says why. Cancelled by the user, the host's exception goes on.
+    A file that cannot be read is not an error: `Inspection.problem` says why. The host's exception
+    for a cancelled prompt is raised.
+
+    Args:
+        source: a file, a folder, or a loaded MODEL.
+        reference: a file of the same model, to measure each tensor's error against.
     """
     if isinstance(source, comfy.model_patcher.ModelPatcher):
-        return [_compared(model_contents(source), reference)]
+        return [_compare(model_contents(source), reference)]
     parts = package_parts(source)
     if parts:
-        return [_inspected(part, None) for part in parts]
-    return [_inspected(source, reference)]
+        return [_inspect_file(part, None) for part in parts]
+    return [_inspect_file(source, reference)]
 
 
-def _inspected(path, reference) -> Inspection:
+def _inspect_file(path: str | os.PathLike, reference: str | os.PathLike | None) -> Inspection:
     try:
         contents = file_contents(path)
     except WeightFileError as error:
         return Inspection(os.path.basename(path), problem=str(error))
-    return _compared(contents, reference)
+    return _compare(contents, reference)
 
 
-def _compared(contents: Contents, reference) -> Inspection:
-    found = identify(contents)
-    if reference is not None:
-        try:
-            found.reference = os.path.basename(reference)
-            found.errors = relative_errors(contents, file_contents(reference))
-            if not found.errors:
-                found.no_errors = f"{found.reference} has no tensor of the same name and shape; pick a file of the same model."
-        except WeightFileError as error:
-            found.no_errors = str(error)
-    return found
+def _compare(contents: Contents, reference: str | os.PathLike | None) -> Inspection:
+    inspection = identify(contents)
+    if reference is None:
+        return inspection
+    try:
+        inspection.reference = os.path.basename(reference)
+        inspection.errors = relative_errors(contents, file_contents(reference))
+        if not inspection.errors:
+            inspection.no_errors = (
+                f"{inspection.reference} has no tensor of the same name and shape; pick a file of"
+                " the same model.")
+    except WeightFileError as error:
+        inspection.no_errors = str(error)
+    return inspection

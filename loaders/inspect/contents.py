@@ -1,5 +1,4 @@
-"""The tensors of a file, a folder or a loaded model, under the names and in the shapes that the
-host reads."""
+"""Reads the tensors of a file, a folder or a loaded model for an inspection."""
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...ops.packed_layout import is_packed
 from ..encoders import archs  # noqa: F401  registers the families
@@ -16,17 +16,25 @@ from ..files.container import WeightFile
 from ..model_summary import format_name
 from ..recipe import Recipe
 
-# Folders of a package of diffusers that hold a model each.
+# Folders in a diffusers folder that each hold a model.
 PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
 
 @dataclass
 class Contents:
-    """tensors: name -> tensor, packed or plain, not copied. formats: name -> how it is kept, a key
-    of `FORMATS` or a dtype's name. metadata: of the file. declared_type: what the file says it is, "" where
-    nothing. nbytes: on disk, 0 for a MODEL. memory_bytes: bytes that the tensors take in memory. file: that
-    they were read of. patches: weights of a MODEL that LoRAs or merges change. config: the host's,
-    of a MODEL.
+    """The tensors of one model and where they come from.
+
+    Attributes:
+        name: name of the file or folder.
+        tensors: name -> tensor, packed or plain, not copied.
+        formats: name -> how it is stored: a key of `FORMATS` or the name of a dtype.
+        metadata: metadata of the file.
+        declared_type: the type of model that the file declares, "" if none.
+        nbytes: bytes on disk, 0 for a MODEL.
+        memory_bytes: bytes of the tensors in memory.
+        patches: number of weights of a MODEL that LoRAs or merges change.
+        config: the host's configuration of a MODEL.
+        file: the file they were read from.
     """
 
     name: str
@@ -42,27 +50,30 @@ class Contents:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each tensor."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
 def file_contents(path: str | os.PathLike) -> Contents:
-    """What is in a file or folder that `open_weights` reads. Raises WeightFileError."""
+    """Reads a file or folder that `open_weights` supports. Raises WeightFileError."""
     file = open_weights(path)
     tensors = file.state_dict()
     formats = {
-        name: format_name(tensor) if is_packed(tensor) else
-        file.entries[name].format if name in file.entries else format_name(tensor)
+        name: file.entries[name].format
+        if name in file.entries and not is_packed(tensor)
+        else format_name(tensor)
         for name, tensor in tensors.items()
     }
-    return Contents(os.path.basename(os.path.normpath(path)), tensors, formats,
-                    file.metadata, file.declared_type, file.tensor_bytes,
-                    sum(tensor.nbytes for tensor in tensors.values()), file=file)
+    return Contents(
+        os.path.basename(os.path.normpath(path)), tensors, formats, file.metadata,
+        file.declared_type, file.tensor_bytes,
+        sum(tensor.nbytes for tensor in tensors.values()), file=file)
 
 
-def model_contents(patcher) -> Contents:
-    """What a loaded MODEL holds. patcher: the host's ModelPatcher of a diffusion model."""
-    made_by = getattr(patcher, "cached_patcher_init", None)
-    recipe = made_by[0] if made_by else None
+def model_contents(patcher: ModelPatcher) -> Contents:
+    """Returns the contents of a loaded diffusion model."""
+    cached_init = getattr(patcher, "cached_patcher_init", None)
+    recipe = cached_init[0] if cached_init else None
     tensors = dict(patcher.model.diffusion_model.state_dict())
     name = (
         os.path.basename(recipe.paths[0])
@@ -75,7 +86,7 @@ def model_contents(patcher) -> Contents:
 
 
 def package_parts(path: str | os.PathLike) -> list[Path]:
-    """The folders of a package that diffusers saved; none where `path` is no package."""
+    """Returns the model folders in a diffusers folder; an empty list if `path` is not one."""
     folder = Path(path)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return []
@@ -83,27 +94,28 @@ def package_parts(path: str | os.PathLike) -> list[Path]:
 
 
 def shapes_only(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the same names, shapes and dtypes without values, for what looks at names and
-    shapes.
+    """Returns meta tensors of the same names, shapes and dtypes.
 
-    Vectors keep their values: the host's detection reads some.
+    Plain vectors keep their values, since the host's detection reads some.
     """
     return {
-        name: tensor if tensor.ndim < 2 and not is_packed(tensor) else torch.empty(
-            tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+        name: tensor
+        if tensor.ndim < 2 and not is_packed(tensor)
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
     }
 
 
 def encoder_comfy_keys(contents: Contents) -> tuple[dict[str, torch.Tensor], str]:
-    """A text encoder's tensors without values under the host's names, and the family of its file's
-    names, "" if the host's."""
+    """Returns a text encoder's tensors, as `shapes_only`, under ComfyUI's keys, and its family.
+
+    The family is "" if the file has ComfyUI's keys already.
+    """
     tensors = shapes_only(strip_prefix(dict(contents.tensors)))
     arch = arch_of(tensors)
     if arch is None:
         return tensors, ""
     try:
         return arch.convert(dict(tensors), contents.metadata), arch.__name__
-    except (
-        Exception
-    ):  # a converter that needs values: there are none here, and the family says enough
+    except Exception:  # the conversion needs values, which are missing here
         return tensors, arch.__name__

@@ -1,4 +1,4 @@
-"""How far each tensor of a model is from the same tensor of a reference: its relative error."""
+"""Measures the relative error of each tensor of a model against the same tensor of a reference."""
 import dataclasses
 from collections.abc import Iterator, Mapping
 
@@ -13,25 +13,29 @@ from ..files.container import FileChangeGuard
 from ..progress import Progress
 from .contents import Contents
 
-SLICE_VALUES = 1 << 22  # dequantised at a time: 16 MB as float32
-WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "model.")
-# Scales beside a weight in the host's own formats: it is multiplied by them.
+SLICE_VALUES = 1 << 22  # values dequantised at a time: 16 MB as float32
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+# Names of the scales by which weights in ComfyUI's fp8 formats are multiplied: these endings after
+# the weight's name and after the layer's.
 SCALES = ("_scale", ".scale_weight")
 
 
 def relative_errors(contents: Contents, reference: Contents) -> dict[str, float]:
-    """Name -> root of the sum of squares of the difference over that of the reference, of matrices
-    and more in both.
+    """Returns name -> relative error of each tensor with two or more dimensions in both models.
 
-    Goes tensor by tensor, some rows at a time, in float32. The user can cancel it: the host's
-    exception goes on. Raises WeightFileError for a weight in a format of the host's that it does
-    not read, and where a file is written to meanwhile.
+    The error is the root of the sum of squares of the difference, over that of the reference,
+    computed in float32, some rows at a time. The host's exception for a cancelled prompt is raised.
+
+    Raises:
+        WeightFileError: a weight is in a quantised format that this ComfyUI does not read, or a
+            file was written to meanwhile.
     """
     contents, reference = _join_parts(contents), _join_parts(reference)
-    ours, theirs = (_without_wrapper(both.tensors) for both in (contents, reference))
-    # named by different programs
+    ours = _strip_prefix(contents.tensors)
+    theirs = _strip_prefix(reference.tensors)
     if len(ours.keys() & theirs.keys()) * 2 < min(len(ours), len(theirs)):
-        ours, theirs = _in_the_hosts_names(contents), _in_the_hosts_names(reference)
+        # The files have the keys of different programs.
+        ours, theirs = _to_comfy_keys(contents), _to_comfy_keys(reference)
     shared = [
         name for name in ours
         if name in theirs and ours[name].shape == theirs[name].shape and ours[name].ndim > 1
@@ -40,74 +44,81 @@ def relative_errors(contents: Contents, reference: Contents) -> dict[str, float]
     if not pieces:
         return {}
     guard = FileChangeGuard.of([*ours.values(), *theirs.values()])
-    wrong, whole = dict.fromkeys(shared, 0.0), dict.fromkeys(shared, 0.0)
+    error_sums, sums = dict.fromkeys(shared, 0.0), dict.fromkeys(shared, 0.0)
     for name, rows in Progress(stages=1).track(pieces):
         guard()
-        values, expected = (_values(name, rows, weights) for weights in (ours, theirs))
-        wrong[name] += (values - expected).square_().sum(dtype=torch.float64).item()
-        whole[name] += expected.square().sum(dtype=torch.float64).item()
-    return {
-        name: (wrong[name] / whole[name]) ** 0.5 if whole[name] else float(wrong[name] > 0)
-        for name in shared
-    }
+        values, expected = _values(name, rows, ours), _values(name, rows, theirs)
+        error_sums[name] += (values - expected).square_().sum(dtype=torch.float64).item()
+        sums[name] += expected.square().sum(dtype=torch.float64).item()
+    return {name: _relative_error(error_sums[name], sums[name]) for name in shared}
+
+
+def _relative_error(error_sum: float, reference_sum: float) -> float:
+    if reference_sum:
+        return (error_sum / reference_sum) ** 0.5
+    return 1.0 if error_sum > 0 else 0.0
 
 
 def _join_parts(contents: Contents) -> Contents:
-    """The same with one tensor for each weight that a file has in parts in the host's own
-    formats."""
+    """Joins the parts of each weight in one of ComfyUI's own quantised formats into one tensor."""
     if contents.file is None or not any(name.endswith(MARK) for name in contents.tensors):
         return contents
     return dataclasses.replace(contents, tensors=as_tensors(contents.file, contents.tensors))
 
 
-def _without_wrapper(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix = next((start for start in WRAPPERS if sum(name.startswith(start)
-                                                      for name in tensors) * 2 > len(tensors)), "")
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def _strip_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Removes the prefix that more than half of the names have."""
+    for prefix in PREFIXES:
+        if sum(name.startswith(prefix) for name in tensors) * 2 > len(tensors):
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
 
 
-def _in_the_hosts_names(contents: Contents) -> dict[str, torch.Tensor]:
-    """The tensors of a diffusion model or text encoder under the host's names; parts that it has
-    joined are copies."""
+def _to_comfy_keys(contents: Contents) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a diffusion model or text encoder under ComfyUI's keys.
+
+    Tensors that the conversion joins or reorders are copies.
+    """
     tensors = strip_prefix(dict(contents.tensors))
     arch = arch_of(tensors)
-    return _without_wrapper(
-        arch.convert(tensors, contents.metadata) if arch else to_comfy_keys(dict(contents.tensors)))
+    if arch:
+        return _strip_prefix(arch.convert(tensors, contents.metadata))
+    return _strip_prefix(to_comfy_keys(dict(contents.tensors)))
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[slice]:
-    """Rows to go through at a time: all where rows of one of the tensors cannot be had without
-    dequantising the whole."""
+    """Splits the rows of tensors of one shape; a single slice if one of them has no row access."""
     shape = tensors[0].shape
     step = max(1, SLICE_VALUES // max(1, shape[1:].numel()))
-    if not all(_has_rows(tensor) for tensor in tensors):
+    if not all(_has_row_access(tensor) for tensor in tensors):
         step = shape[0]
     return (slice(first, min(shape[0], first + step)) for first in range(0, shape[0], max(1, step)))
 
 
-def _has_rows(tensor: torch.Tensor) -> bool:
+def _has_row_access(tensor: torch.Tensor) -> bool:
+    """Returns whether some rows can be dequantised without the others."""
     if is_packed(tensor):
         return tensor.shape[1:].numel() % tensor.layout_cls.format.block_length == 0
-    return not _is_the_hosts(tensor)
+    return not _is_comfy_quantized(tensor)
 
 
-def _is_the_hosts(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is in a quantised format of the host."""
+def _is_comfy_quantized(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor is in one of ComfyUI's own quantised formats."""
     return not is_packed(tensor) and getattr(tensor, "_layout_cls", None) is not None
 
 
 def _values(name: str, rows: slice, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Some rows of a weight in float32."""
+    """Returns some rows of a weight in float32."""
     tensor = weights[name]
-    if _is_the_hosts(tensor):
+    if _is_comfy_quantized(tensor):
         return tensor.dequantize()[rows].float()
     values = dense(take_rows(tensor, rows)).float() if is_packed(tensor) else tensor[rows].float()
     layer = name.removesuffix(".weight")
-    scale = next((weights[key] for key in (name + SCALES[0], layer + SCALES[1]) if key in weights),
-                 None)
+    scale_names = (name + SCALES[0], layer + SCALES[1])
+    scale = next((weights[key] for key in scale_names if key in weights), None)
     if scale is None or tensor.dtype.itemsize != 1:
         return values
     scale = scale.float()
-    return values * (
-        scale[rows].view(-1, *[1] * (values.ndim - 1)) if scale.numel() == len(tensor) else scale
-    )
+    if scale.numel() == len(tensor):  # one for each row
+        scale = scale[rows].view(-1, *[1] * (values.ndim - 1))
+    return values * scale

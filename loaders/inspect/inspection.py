@@ -1,7 +1,8 @@
-"""What is found out about a model: kind, family, what else it needs, which cards it fits."""
+"""Identifies a model by names, shapes and metadata: type, family, what it needs, which GPUs fit."""
 import collections
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,23 +23,47 @@ from .requirements import Card, fit_cards, fit_encoder_cards, required_models
 MODEL, CHECKPOINT, ENCODER, LORA = "diffusion model", "checkpoint", "text encoder", "LoRA"
 PLAN_KEYS = ("featherweight.plan", "featherweight.recipe", "featherweight.sensitivity")
 MMPROJ = re.compile(r"^(v\.blk|mm|a\.blk)\.")
-ENCODER_SIGNS = re.compile(
+ENCODER_NAMES = re.compile(
     r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|(^|\.)embed_tokens\.|text_model\.encoder\.")
 VAE = re.compile(
     r"^(first_stage_model\.|vae\.)?("
     r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)"
 )
-PREFIXES_OF_PARTS = {"VAE": ("first_stage_model.", "vae."),
-                     "text encoder": ("cond_stage_model.", "conditioner.", "text_encoders.")}
+PART_PREFIXES = {
+    "VAE": ("first_stage_model.", "vae."),
+    "text encoder": ("cond_stage_model.", "conditioner.", "text_encoders."),
+}
+NUMBERED_BLOCK = re.compile(
+    r"(?:^|\.)((?:\w*_)?(?:blocks?|layers?|blk|refiner|resblocks))\.(\d+)\.")
+# Parts of a name that do not belong to the name of a block.
+WRAPPERS = ("model", "encoder", "diffusion_model", "transformer", "text_model", "language_model")
 
 
 @dataclass
 class Inspection:
-    """model_type: MODEL, CHECKPOINT ..., "" for what cannot be read, which `problem` says. family: what
-    people call the model; host: the host's name of it. types: type -> (tensors, bytes). blocks:
-    block -> type -> bytes. parts: of a checkpoint -> bytes.
-    needs: what goes with it -> which. cards: which memory it fits. plan: what a file made here says
-    about itself. errors: name -> relative error against `reference`; no_errors: why there are none.
+    """What a model is and needs.
+
+    Attributes:
+        name: name of the file or folder.
+        model_type: MODEL, CHECKPOINT ..., "" if it cannot be read.
+        family: the model's common name.
+        host: ComfyUI's class name of the model.
+        problem: why it cannot be read.
+        declared_type: the type of model that the file declares.
+        parameters: number of values.
+        nbytes: bytes on disk.
+        memory_bytes: bytes of the weights in memory.
+        patches: number of weights that LoRAs or merges change.
+        types: type -> (number of tensors, bytes).
+        blocks: block -> type -> bytes.
+        parts: part of a checkpoint -> bytes.
+        needs: what goes with it, such as "VAE" -> which.
+        cards: how it fits each size of graphics card.
+        resolution: what the memory of a step is estimated for, such as "1024 × 1024".
+        plan: metadata that a file packed by Featherweight has about its packing.
+        reference: name of the file that it was compared with.
+        errors: name -> relative error against the reference.
+        no_errors: why there are none.
     """
 
     name: str
@@ -56,7 +81,7 @@ class Inspection:
     parts: dict[str, int] = field(default_factory=dict)
     needs: dict[str, str] = field(default_factory=dict)
     cards: list[Card] = field(default_factory=list)
-    resolution: str = ""  # what the memory is counted for: "1024²"
+    resolution: str = ""
     plan: dict[str, str] = field(default_factory=dict)
     reference: str = ""
     errors: dict[str, float] = field(default_factory=dict)
@@ -64,52 +89,58 @@ class Inspection:
 
     @property
     def title(self) -> str:
-        """One sentence on what it is."""
+        """What it is, in one sentence."""
         if self.problem:
             return self.problem
-        what = f"{'an' if self.model_type[:1] in 'aeiou' else 'a'} {self.model_type}"
-        return f"{self.name} is {what}{f': {self.family}' if self.family else ''}."
+        article = "an" if self.model_type[:1] in "aeiou" else "a"
+        family = f": {self.family}" if self.family else ""
+        return f"{self.name} is {article} {self.model_type}{family}."
 
 
 def identify(contents: Contents) -> Inspection:
-    """Everything that names, shapes and metadata say; no values are read."""
-    sizes, counts, blocks = collections.Counter(), collections.Counter(), {}
+    """Identifies a model by names, shapes and metadata, without reading values."""
+    sizes, counts = collections.Counter(), collections.Counter()
+    blocks: dict[str, dict[str, int]] = {}
     for name, tensor in contents.tensors.items():
-        kind = contents.formats[name]
-        sizes[kind] += tensor.nbytes
-        counts[kind] += 1
-        of_block = blocks.setdefault(block_name(name), {})
-        of_block[kind] = of_block.get(kind, 0) + tensor.nbytes
-    found = Inspection(contents.name, declared_type=contents.declared_type, nbytes=contents.nbytes,
-                       memory_bytes=contents.memory_bytes, patches=contents.patches,
-                       parameters=sum(map(math.prod, contents.shapes.values())),
-                       types={kind: (counts[kind], size) for kind, size in sizes.most_common()},
-                       blocks=in_model_order(blocks), plan=_plan(contents.metadata))
-    for told in (_lora, _mmproj, _diffusion_model, _encoder, _other):
-        if told(contents, found):
+        type_name = contents.formats[name]
+        sizes[type_name] += tensor.nbytes
+        counts[type_name] += 1
+        block_sizes = blocks.setdefault(block_name(name), {})
+        block_sizes[type_name] = block_sizes.get(type_name, 0) + tensor.nbytes
+    inspection = Inspection(
+        contents.name, declared_type=contents.declared_type, nbytes=contents.nbytes,
+        memory_bytes=contents.memory_bytes, patches=contents.patches,
+        parameters=sum(map(math.prod, contents.shapes.values())),
+        types={name: (counts[name], size) for name, size in sizes.most_common()},
+        blocks=sort_blocks(blocks), plan=_plan_texts(contents.metadata))
+    # Each one returns whether the model is of its type, and fills in the inspection if it is.
+    for identify_as in (_identify_lora, _identify_mmproj, _identify_diffusion_model,
+                        _identify_encoder, _identify_other):
+        if identify_as(contents, inspection):
             break
-    return found
+    return inspection
 
 
-def _lora(contents: Contents, found: Inspection) -> bool:
+def _identify_lora(contents: Contents, inspection: Inspection) -> bool:
     stems = layer_names(contents.tensors)
-    if not stems or (len(stems) * 4 < len(contents.tensors) and contents.declared_type != "adapter"):
+    is_adapter = contents.declared_type == "adapter"
+    if not stems or (len(stems) * 4 < len(contents.tensors) and not is_adapter):
         return False
-    found.model_type, found.family = LORA, f"{len(stems)} layers"
+    inspection.model_type = LORA
+    inspection.family = f"{len(stems)} layers"
     family = recognise({stem: _factors(contents, stem, ends) for stem, ends in stems.items()},
                        contents.metadata)
     if family:
-        found.family += f", for {' or '.join(family.names)}"
-    found.needs = {
-        "model": "the one it was trained for. Check LoRA (Featherweight) holds it against a loaded"
+        inspection.family += f", for {' or '.join(family.names)}"
+    inspection.needs = {
+        "model": "the one it was trained for. Check LoRA (Featherweight) compares it with a loaded"
                  " model."
     }
     return True
 
 
 def _factors(contents: Contents, stem: str, ends: set[str]) -> tuple[int | None, int | None]:
-    """(rows, columns) of the weight that a layer of a LoRA changes, None where its kind does not
-    say it at once."""
+    """Returns (rows, columns) of the weight that a LoRA's layer changes, None where not known."""
     for up, down in PAIRS:
         if {up, down} <= ends:
             rows, columns = (contents.tensors[stem + end].shape for end in (up, down))
@@ -117,136 +148,131 @@ def _factors(contents: Contents, stem: str, ends: set[str]) -> tuple[int | None,
     return None, None
 
 
-def _mmproj(contents: Contents, found: Inspection) -> bool:
+def _identify_mmproj(contents: Contents, inspection: Inspection) -> bool:
     if not any(map(MMPROJ.match, contents.tensors)):
         return False
-    found.model_type = "vision part (mmproj) of a text encoder"
-    found.needs = {
+    inspection.model_type = "vision part (mmproj) of a text encoder"
+    inspection.needs = {
         "text encoder": "the one it was published with, in Load Text Encoder (Featherweight)"
     }
     return True
 
 
-def _diffusion_model(contents: Contents, found: Inspection) -> bool:
+def _identify_diffusion_model(contents: Contents, inspection: Inspection) -> bool:
     tensors = to_comfy_keys(shapes_only(contents.tensors))
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    whole = sum(name.startswith(prefix) for name in tensors) > 5
-    config = contents.config or _config(tensors, prefix if whole else "", contents.metadata)
+    if sum(name.startswith(prefix) for name in tensors) <= 5:
+        prefix = ""
+    config = contents.config or _detect_config(tensors, prefix, contents.metadata)
     if config is None:
         return False
-    inside = [name for name in contents.tensors if not whole or name.startswith(prefix)]
-    rest = len(contents.tensors) - len(inside)
-    found.model_type = CHECKPOINT if rest else MODEL
-    found.host = type(config).__name__
+    names = [name for name in contents.tensors if name.startswith(prefix)]
+    is_checkpoint = len(names) < len(contents.tensors)
+    inspection.model_type = CHECKPOINT if is_checkpoint else MODEL
+    inspection.host = type(config).__name__
     shapes = {
-        name.removeprefix(prefix if whole else ""): tuple(tensor.shape)
-        for name, tensor in tensors.items() if not whole or name.startswith(prefix)
+        name.removeprefix(prefix): tuple(tensor.shape)
+        for name, tensor in tensors.items() if name.startswith(prefix)
     }
-    marks = {
+    empty_tensors = {
         name: torch.empty(shape, dtype=torch.float32, device="meta")
         for name, shape in shapes.items()
     }
-    family = recognise(weight_shapes(marks))
-    found.family = " or ".join(family.names) if family else found.host
-    if rest:
-        found.parts = _parts(contents, prefix)
-    found.needs = {name: what for name, what in required_models(config).items() if name not in found.parts}
-    memory_bytes = sum(contents.tensors[name].nbytes for name in inside)
-    packed = any(contents.formats[name] not in ("F32", "F16", "BF16") for name in inside)
-    found.resolution, found.cards = fit_cards(config, shapes, memory_bytes, packed)
+    family = recognise(weight_shapes(empty_tensors))
+    inspection.family = " or ".join(family.names) if family else inspection.host
+    if is_checkpoint:
+        inspection.parts = _part_sizes(contents, prefix)
+    inspection.needs = {
+        part: which for part, which in required_models(config).items()
+        if part not in inspection.parts
+    }
+    memory_bytes = sum(contents.tensors[name].nbytes for name in names)
+    packed = any(contents.formats[name] not in ("F32", "F16", "BF16") for name in names)
+    inspection.resolution, inspection.cards = fit_cards(config, shapes, memory_bytes, packed)
     return True
 
 
-def _config(tensors: dict[str, torch.Tensor], prefix: str, metadata) -> Any:
-    """The host's configuration of a diffusion model among tensors without values, None where there
-    is none."""
+def _detect_config(tensors: dict[str, torch.Tensor], prefix: str,
+                   metadata: Mapping[str, Any]) -> Any:
+    """Returns the host's configuration of a diffusion model, None if it does not know the model."""
     texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
     return try_detect(comfy.model_detection.model_config_from_unet, tensors, prefix, metadata=texts)
 
 
-def _parts(contents: Contents, prefix: str) -> dict[str, int]:
+def _part_sizes(contents: Contents, prefix: str) -> dict[str, int]:
+    """Returns part of a checkpoint -> bytes; prefix: of the diffusion model."""
+    prefixes = {MODEL: prefix, **PART_PREFIXES}
     sizes = collections.Counter()
     for name, tensor in contents.tensors.items():
-        part = (
-            MODEL
-            if name.startswith(prefix)
-            else next(
-                (part for part, starts in PREFIXES_OF_PARTS.items() if name.startswith(starts)),
-                "other",
-            )
-        )
+        part = next((part for part, start in prefixes.items() if name.startswith(start)), "other")
         sizes[part] += tensor.nbytes
     return dict(sizes)
 
 
-def _encoder(contents: Contents, found: Inspection) -> bool:
+def _identify_encoder(contents: Contents, inspection: Inspection) -> bool:
     tensors, arch = encoder_comfy_keys(contents)
     try:
-        kind = comfy.sd.detect_te_model(tensors)
+        te_model = comfy.sd.detect_te_model(tensors)
     except (LookupError, AttributeError):
-        kind = None
-    if kind is None and not arch and not any(map(ENCODER_SIGNS.search, contents.tensors)):
+        te_model = None
+    if te_model is None and not arch and not any(map(ENCODER_NAMES.search, contents.tensors)):
         return False
-    found.model_type = ENCODER
-    if kind is not None:
-        name = encoder_family(kind.name, tensors)
-        found.family, found.host = TITLES.get(name, name), kind.name
+    inspection.model_type = ENCODER
+    if te_model is not None:
+        name = encoder_family(te_model.name, tensors)
+        inspection.family = TITLES.get(name, name)
+        inspection.host = te_model.name
+    elif arch:
+        inspection.family = f"{arch}, of a size that this ComfyUI does not know"
     else:
-        found.family = (
-            f"{arch}, of a size that this ComfyUI does not know"
-            if arch
-            else "none that this ComfyUI knows"
-        )
-    found.cards = fit_encoder_cards(contents.memory_bytes,
-                                {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        inspection.family = "of a family that this ComfyUI does not know"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    inspection.cards = fit_encoder_cards(contents.memory_bytes, shapes)
     return True
 
 
-def _other(contents: Contents, found: Inspection) -> bool:
-    for pattern, kind, advice in (*OTHER_FILES, (VAE, "a VAE", "Load it with Load VAE.")):
+def _identify_other(contents: Contents, inspection: Inspection) -> bool:
+    for pattern, title, advice in (*OTHER_FILES, (VAE, "a VAE", "Load it with Load VAE.")):
         if any(re.search(pattern, name) for name in contents.tensors):
-            found.model_type, found.needs = kind.removeprefix("an ").removeprefix("a "), {"use": advice}
+            inspection.model_type = title.removeprefix("an ").removeprefix("a ")
+            inspection.needs = {"use": advice}
             return True
-    found.model_type = "weight file of no kind that is known here"
-    found.family = f"first tensor {safe_repr(next(iter(contents.tensors), 'none'))}"
+    inspection.model_type = "weight file of an unknown type"
+    inspection.family = f"first tensor {safe_repr(next(iter(contents.tensors), 'none'))}"
     return True
 
 
-def _plan(metadata) -> dict[str, str]:
-    """What a file that was made here says about how: lines for people."""
-    said = {}
+def _plan_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the metadata that a file packed by Featherweight has about its packing, as text."""
+    texts = {}
     for key in (key for key in metadata if str(key).startswith("featherweight.")):
         text = str(metadata[key])
         if key == PLAN_KEYS[0]:
             try:
                 counts = collections.Counter(Plan.from_json(text).types.values())
-                text = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
+                text = ", ".join(f"{name} {count}" for name, count in counts.most_common())
             except PlanError:
                 pass
-        said[key.removeprefix("featherweight.")] = text if len(text) <= 200 else text[:197] + "..."
-    return said
-
-
-NUMBERED = re.compile(r"(?:^|\.)((?:\w*_)?(?:blocks?|layers?|blk|refiner|resblocks))\.(\d+)\.")
-OUTSIDE = ("model", "encoder", "diffusion_model", "transformer", "text_model", "language_model")
+        texts[key.removeprefix("featherweight.")] = text if len(text) <= 200 else text[:197] + "..."
+    return texts
 
 
 def block_name(name: str) -> str:
-    """The block a tensor belongs to, whatever the file is: `double_blocks.3`, `layers.7`,
-    `img_in`."""
-    found = NUMBERED.search(name)
-    if found is None:
-        words = [word for word in name.split(".")[:-1] if word not in OUTSIDE]
+    """Returns the block that a tensor belongs to: `double_blocks.3`, `layers.7`, `img_in`."""
+    match = NUMBERED_BLOCK.search(name)
+    if match is None:
+        words = [word for word in name.split(".")[:-1] if word not in WRAPPERS]
         return words[0] if words else name
-    before = [word for word in name[:found.start()].split(".") if word and word not in OUTSIDE]
-    return ".".join([*before[-1:], found[1], found[2]])
+    parents = [word for word in name[:match.start()].split(".") if word and word not in WRAPPERS]
+    return ".".join([*parents[-1:], match[1], match[2]])
 
 
-def in_model_order(blocks: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Blocks of one kind one after the other, by their numbers; kinds in the order of the file."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+$", "", block) for block in blocks))
+def sort_blocks(blocks: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Sorts blocks by their numbers within each stem, stems in the order of the file."""
+    stems = list(dict.fromkeys(re.sub(r"\.\d+$", "", block) for block in blocks))
 
-    def place(block: str):
+    def position(block: str) -> tuple[int, int]:
         number = re.search(r"\.(\d+)$", block)
-        return kinds.index(re.sub(r"\.\d+$", "", block)), int(number[1]) if number else -1
-    return {block: blocks[block] for block in sorted(blocks, key=place)}
+        return stems.index(re.sub(r"\.\d+$", "", block)), int(number[1]) if number else -1
+
+    return {block: blocks[block] for block in sorted(blocks, key=position)}

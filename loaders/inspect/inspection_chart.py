@@ -1,4 +1,4 @@
-"""A model as a picture: a bar for each block, as long as its bytes, coloured by their types."""
+"""Draws an inspection as a chart: a bar for each block, as long as its bytes, coloured by type."""
 import textwrap
 
 import torch
@@ -25,9 +25,9 @@ from .inspection_text import block_errors, cards_notes, cards_title, error_text
 
 LABELS, VALUES = 230, 150
 BAR_WIDTH = WIDTH - 2 * MARGIN - LABELS - VALUES
-MOST_ROWS = 110
-LABEL_LENGTH = 30  # letters of a block's name that there is room for
-# From few bits, red, to many, blue; what is not packed is grey, lighter the wider it is.
+MAX_ROWS = 110
+LABEL_LENGTH = 30  # characters of a block's name that fit
+# From few bits (red) to many (blue); unpacked types are grey, the wider the lighter.
 COLORS = {
     "Q2_K": (214, 69, 65), "Q3_K": (238, 122, 72), "IQ4_XS": (246, 180, 82),
     "IQ4_NL": (214, 150, 60), "Q4_K": (235, 217, 100), "Q4_0": (205, 190, 75),
@@ -37,24 +37,28 @@ COLORS = {
     "F16": (140, 146, 158), "BF16": (120, 126, 138), "F32": (200, 205, 214)
 }
 ORDER = {name: index for index, name in enumerate(COLORS)}
-OTHERS = ((150, 90, 60), (60, 120, 130), (120, 60, 110), (110, 130, 60))
+OTHER_COLORS = ((150, 90, 60), (60, 120, 130), (120, 60, 110), (110, 130, 60))
 
 
 def color_of(type_name: str) -> Color:
-    """The same colour for a type in every picture."""
+    """Returns the colour of a type, the same in every picture."""
     if type_name in COLORS:
         return COLORS[type_name]
-    start = next((known for known in ("INT8", "NF4", "FP4") if type_name.upper().startswith(known)),
-                 None)
-    return COLORS[start] if start else OTHERS[sum(map(ord, type_name)) % len(OTHERS)]
+    for prefix in ("INT8", "NF4", "FP4"):
+        if type_name.upper().startswith(prefix):
+            return COLORS[prefix]
+    return OTHER_COLORS[sum(map(ord, type_name)) % len(OTHER_COLORS)]
 
 
 def inspection_picture(inspection: Inspection) -> torch.Tensor:
-    """Title, types with their bytes, which cards it fits, and the blocks. Returns (1, H, W, 3),
-    float32, 0 to 1."""
+    """Draws title, types with their bytes, the cards it fits, and the blocks.
+
+    Returns:
+        float32 (1, H, W, 3), values from 0 to 1.
+    """
     title = textwrap.wrap(inspection.title, HEADING_LENGTH) or [""]
-    blocks = dict(list(inspection.blocks.items())[:MOST_ROWS])
-    more = len(inspection.blocks) - len(blocks)
+    blocks = dict(list(inspection.blocks.items())[:MAX_ROWS])
+    hidden_count = len(inspection.blocks) - len(blocks)
     legend = _legend_lines(inspection.types)
     notes = cards_notes(inspection)
     errors = block_errors(inspection)
@@ -66,14 +70,14 @@ def inspection_picture(inspection: Inspection) -> torch.Tensor:
         + (42 if blocks else 0)
         + (28 if notes else 0)
     )
-    height = top + len(blocks) * ROW + (ROW if more else 0) + MARGIN
+    height = top + len(blocks) * ROW + (ROW if hidden_count else 0) + MARGIN
     chart = Chart(height, BAD if inspection.problem else GOOD)
     chart.heading(title)
     _draw_legend(chart, legend)
     if notes:
         memory = cards_title(inspection)
-        # The font lacks the sign.
-        chart.text((memory[0].upper() + memory[1:]).replace("×", "x"), FAINT, BODY, down=4)
+        memory = memory[0].upper() + memory[1:]
+        chart.text(memory.replace("×", "x"), FAINT, BODY, down=4)  # the font has no "×"
         chart.y += 28
         for fits, note in notes:
             left = MARGIN + 3
@@ -85,23 +89,23 @@ def inspection_picture(inspection: Inspection) -> torch.Tensor:
         measured = f"; error against {inspection.reference}" if errors else ""
         chart.text(f"Bytes of each block by type{measured}", FAINT, BODY, down=8)
     chart.bars(_bars(blocks, errors), top, LABELS, BAR_WIDTH)
-    if more:
-        chart.draw.text((MARGIN + LABELS, top + len(blocks) * ROW + 2), f"... and {more} more",
-                        FAINT, font(SMALL))
+    if hidden_count:
+        chart.draw.text((MARGIN + LABELS, top + len(blocks) * ROW + 2),
+                        f"... and {hidden_count} more", FAINT, font(SMALL))
     return chart.tensor()
 
 
 def _legend_lines(types: dict[str, tuple[int, int]]) -> list[list[tuple[str, str, int]]]:
-    """(type, label, width) of each entry, line by line."""
-    lines, used = [], WIDTH
+    """Returns (type, label, width) of each entry, line by line."""
+    lines, used_width = [], WIDTH
     for type_name, (_, size) in types.items():
         label = f"{type_name}  {size_text(size)}"
         width = 21 + round(font(BODY).getlength(label)) + 26
-        if used + width > WIDTH - 2 * MARGIN:
+        if used_width + width > WIDTH - 2 * MARGIN:
             lines.append([])
-            used = 0
+            used_width = 0
         lines[-1].append((type_name, label, width))
-        used += width
+        used_width += width
     return lines
 
 
@@ -118,7 +122,7 @@ def _draw_legend(chart: Chart, lines: list[list[tuple[str, str, int]]]):
 
 
 def _bars(blocks: dict[str, dict[str, int]], errors: dict[str, float]) -> list[Bar]:
-    """A bar for each block, of its types from few bits to many."""
+    """Returns a bar for each block, its types from few bits to many."""
     largest = max((sum(sizes.values()) for sizes in blocks.values()), default=0) or 1
     bars = []
     for block, sizes in blocks.items():

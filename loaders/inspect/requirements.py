@@ -1,4 +1,4 @@
-"""What a model needs beside itself, and which memory it fits."""
+"""Estimates what else a model needs and which graphics cards it fits."""
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +8,15 @@ from ..packing.planning.packing_rules import Shapes, rules_for
 from ..packing.planning.plan import plan_for_type
 
 GIB = 2 ** 30
-CARDS = (6, 8, 12, 16, 24)  # GB as cards are named, GiB
-SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
-# what the host leaves free for a step at least, and to the system
-LEAST, LEFT = 0.8 * GIB, 0.4 * GIB
+CARDS = (6, 8, 12, 16, 24)  # GiB, which cards' names call GB
+SYSTEM_BYTES = 0.7 * GIB  # estimate for CUDA itself and a desktop
+MIN_STEP_BYTES = 0.8 * GIB  # what the host keeps free for a step at least
+HOST_RESERVE_BYTES = 0.4 * GIB  # what the host keeps free for other programs
 TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest first
 
-# The host's class of a model -> the type of its text encoders in the loaders, and how many files.
-# Classes derived from one that is not named count as it.
-ENCODERS = {
+# The host's class of a model -> the `type` of its text encoders in the loaders, and how many files.
+# Derived classes that are not listed count as their base.
+ENCODER_TYPES = {
     "SD15": ("stable_diffusion", 1), "SDXL": ("sdxl", 2), "SD3": ("sd3", 3), "Flux": ("flux", 2),
     "Flux2": ("flux2", 1), "Chroma": ("chroma", 1), "Lumina2": ("lumina2", 1), "LTXV": ("ltxv", 1),
     "WAN21_T2V": ("wan", 1), "HunyuanVideo": ("hunyuan_video", 2),
@@ -26,19 +26,20 @@ ENCODERS = {
     "Omnigen2": ("omnigen2", 1), "Kandinsky5": ("kandinsky5", 2),
     "Kandinsky5Image": ("kandinsky5_image", 2), "ACEStep": ("ace", 1), "ACEStep15": ("ace", 2),
     "LongCatImage": ("longcat_image", 1), "CogVideoX_T2V": ("cogvideox", 1), "Lens": ("lens", 1),
-    "Ideogram4": ("ideogram4", 1), "Boogu": ("boogu", 1), "Krea2": ("krea2",
-                                                                    1), "JoyImage": ("joyimage", 1),
-    "MageFlow": ("mage", 1), "StableAudio": ("stable_audio", 1), "PixelDiTT2I": ("pixeldit", 1)
+    "Ideogram4": ("ideogram4", 1), "Boogu": ("boogu", 1), "Krea2": ("krea2", 1),
+    "JoyImage": ("joyimage", 1), "MageFlow": ("mage", 1), "StableAudio": ("stable_audio", 1),
+    "PixelDiTT2I": ("pixeldit", 1),
 }
-# Where the type alone leaves several open: the host's class -> the encoder.
-PRECISE = {
+# The host's class -> its encoder, for types that several encoders have.
+EXACT_ENCODERS = {
     "SD15": "CLIP-L", "SD20": "CLIP-H", "SDXLRefiner": "CLIP-G", "ZImage": TITLES["QWEN3_4B"],
     "LTXAV": TITLES["GEMMA_3_12B"], "LTXV": TITLES["T5_XXL"], "Lumina2": TITLES["GEMMA_2_2B"],
     "AuraFlow": "T5-XL (Pile)", "Anima": TITLES["QWEN3_06B"]
 }
-# Flux 2 models by the width of the text that they take: three layers of the encoder side by side.
-OF_FLUX2 = {7680: "Qwen3 4B", 12288: "Qwen3 8B", 15360: TITLES["MISTRAL3_24B"]}
-# The host's class of latents -> their VAE.
+# Encoder of Flux 2 models by the width of their text input, three of the encoder's layers
+# concatenated.
+FLUX2_ENCODERS = {7680: "Qwen3 4B", 12288: "Qwen3 8B", 15360: TITLES["MISTRAL3_24B"]}
+# The host's class of latents -> VAE.
 VAES = {
     "SD15": "SD 1.5", "SDXL": "SDXL", "SD3": "SD3", "Flux": "Flux (ae.safetensors)",
     "Flux2": "Flux 2", "Wan21": "Wan 2.1", "Wan22": "Wan 2.2", "LTXV": "LTX",
@@ -47,18 +48,22 @@ VAES = {
     "Cosmos1CV8x8x8": "Cosmos", "CogVideoX": "CogVideoX", "ACEAudio": "ACE-Step",
     "ACEAudio15": "ACE-Step 1.5", "StableAudio1": "Stable Audio"
 }
-# models of pixels
+# Models that draw pixels, without a VAE.
 NO_VAE = {"ChromaRadiance", "ZImagePixelSpace", "HiDreamO1Pixel", "PixelDiTPixel"}
-OWN_VAE = {"QwenImage": "Qwen-Image"}
-# Models that make one picture of latents that the host keeps as video.
-STILLS = {"QwenImage", "Anima", "CosmosT2IPredict2", "Krea2", "JoyImage"}
+VAE_BY_MODEL = {"QwenImage": "Qwen-Image"}
+# Models of single images whose latents the host stores as video.
+IMAGE_MODELS = {"QwenImage", "Anima", "CosmosT2IPredict2", "Krea2", "JoyImage"}
 
 
 @dataclass(frozen=True)
 class Card:
-    """gib: of the card. missing: bytes of the weights that stay in the computer's memory, 0 where
-    all fit. best: the largest type of the same model that fits whole, "" where none does, None
-    where that is not asked.
+    """How a model fits one size of graphics card.
+
+    Attributes:
+        gib: memory of the card.
+        missing: bytes of the weights that stay in the computer's memory, 0 if all fit.
+        best: the largest type of the same model that fits whole, "" if none does, None if not
+            computed.
     """
 
     gib: int
@@ -67,85 +72,116 @@ class Card:
 
 
 def required_models(config: Any) -> dict[str, str]:
-    """What goes with a diffusion model: "text encoder" and "VAE" -> what people call them. config:
-    the host's of the model."""
+    """Returns the common names of a diffusion model's "text encoder" and "VAE", where known.
+
+    Args:
+        config: the host's configuration of the model.
+    """
     names = [cls.__name__ for cls in type(config).__mro__]
-    found = {}
-    encoder = next((PRECISE[name] if name in PRECISE else _encoders(*ENCODERS[name])
-                    for name in names if name in PRECISE or name in ENCODERS), "")
+    models = {}
+    encoder = _encoder_names(names)
     if "Flux2" in names:
-        encoder = OF_FLUX2.get(config.unet_config.get("context_in_dim"), encoder)
-    clip_type = next((ENCODERS[name][0] for name in names if name in ENCODERS), "")
+        encoder = FLUX2_ENCODERS.get(config.unet_config.get("context_in_dim"), encoder)
+    clip_type = next((ENCODER_TYPES[name][0] for name in names if name in ENCODER_TYPES), "")
     if encoder:
-        found["text encoder"] = f"{encoder} (type {clip_type})" if clip_type else encoder
-    latents = _latents(config)
-    vae = OWN_VAE.get(names[0]) or VAES.get(latents)
+        models["text encoder"] = f"{encoder} (type {clip_type})" if clip_type else encoder
+    latents = _latents_name(config)
+    vae = VAE_BY_MODEL.get(names[0]) or VAES.get(latents)
     if vae and latents not in NO_VAE:
-        found["VAE"] = vae
-    return found
+        models["VAE"] = vae
+    return models
 
 
-def _latents(config) -> str:
+def _latents_name(config: Any) -> str:
     latents = config.latent_format
     return (latents if isinstance(latents, type) else type(latents)).__name__
 
 
-def _encoders(clip_type: str, count: int) -> str:
+def _encoder_names(class_names: list[str]) -> str:
+    """Returns the text encoders of the first listed class, "" if none is listed."""
+    for name in class_names:
+        if name in EXACT_ENCODERS:
+            return EXACT_ENCODERS[name]
+        if name in ENCODER_TYPES:
+            return _encoder_titles(*ENCODER_TYPES[name])
+    return ""
+
+
+def _encoder_titles(clip_type: str, count: int) -> str:
     groups = ENCODER_SETS.get(count, {}).get(clip_type) or [SINGLE_ENCODERS.get(clip_type, set())]
-    titles = [" or ".join(sorted(TITLES.get(kind, kind) for kind in group)) for group in groups]
+    titles = [" or ".join(sorted(TITLES.get(name, name) for name in group)) for group in groups]
     return " and ".join(filter(None, titles))
 
 
 def step_memory(config: Any) -> tuple[float, str] | None:
-    """(bytes that the host sets aside for a step beside the weights, for which picture). None where
-    that is not known.
+    """Estimates the bytes that the host keeps free for a step, in addition to the weights.
 
-    The host's own formula with flash attention (`comfy/model_base.py`, BaseModel.memory_required),
-    in 16 bits.
+    Uses the host's formula with flash attention in 16 bits (`comfy/model_base.py`,
+    BaseModel.memory_required).
+
+    Args:
+        config: the host's configuration of a diffusion model.
+
+    Returns:
+        The bytes and the resolution they are for, or None if the latents are not known.
     """
     latents, names = config.latent_format, {cls.__name__ for cls in type(config).__mro__}
     dimensions, ratio = latents.latent_dimensions, latents.spacial_downscale_ratio
-    if "AV" in _latents(config) or "Audio" in _latents(config) or dimensions == 1:
+    latents_name = _latents_name(config)
+    if "AV" in latents_name or "Audio" in latents_name or dimensions == 1:
         return None
-    if dimensions == 2 or names & STILLS:
-        area, picture = (1024 // ratio) ** 2, "1024 × 1024"
+    if dimensions == 2 or names & IMAGE_MODELS:
+        area, resolution = (1024 // ratio) ** 2, "1024 × 1024"
     else:
         width, height, frames = (832, 480, 81) if ratio == 8 else (1280, 704, 121)
-        area = (
-            ((frames - 1) // latents.temporal_downscale_ratio + 1)
-            * (width // ratio)
-            * (height // ratio)
-        )
-        picture = f"{width} × {height}, {frames} frames"
-    return max(LEAST, area * 2 * 0.01 * config.memory_usage_factor * 2 ** 20) + LEFT, picture
+        latent_frames = (frames - 1) // latents.temporal_downscale_ratio + 1
+        area = latent_frames * (width // ratio) * (height // ratio)
+        resolution = f"{width} × {height}, {frames} frames"
+    step_bytes = area * 2 * 0.01 * config.memory_usage_factor * 2 ** 20
+    return max(MIN_STEP_BYTES, step_bytes) + HOST_RESERVE_BYTES, resolution
 
 
-def fit_cards(config: Any, shapes: Shapes, memory_bytes: int, packed: bool) -> tuple[str, list[Card]]:
-    """For which picture, and how a diffusion model that holds `memory_bytes` bytes fits each of CARDS.
-    shapes: see `rules_for`."""
+def fit_cards(config: Any, shapes: Shapes, memory_bytes: int,
+              packed: bool) -> tuple[str, list[Card]]:
+    """Estimates how a diffusion model fits each of CARDS.
+
+    Args:
+        config: the host's configuration of the model.
+        shapes: as for `rules_for`.
+        memory_bytes: bytes of its weights in memory.
+        packed: whether some of them are packed.
+
+    Returns:
+        The resolution of `step_memory`, and the cards; "" and none if it is not known.
+    """
     step = step_memory(config)
     if step is None or not shapes:
         return "", []
-    family = rules_for(shapes)
-    # a weight dequantised
-    scratch = 2 * max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)
+    step_bytes, resolution = step
+    rules = rules_for(shapes)
+    workspace = _workspace_bytes(shapes)
     sizes = {
-        kind: plan_for_type(shapes, kind, family).nbytes(shapes) +
-        (scratch if kind != "BF16" else 0) for kind in TYPES
+        name: plan_for_type(shapes, name, rules).nbytes(shapes)
+        + (workspace if name != "BF16" else 0)
+        for name in TYPES
     }
-    beside = step[0] + SYSTEM
-    found = []
+    other_bytes = step_bytes + SYSTEM_BYTES
+    fits = []
     for gib in CARDS:
-        best = next((kind for kind in TYPES if sizes[kind] + beside <= gib * GIB), "")
-        missing = memory_bytes + (scratch if packed else 0) + beside - gib * GIB
-        found.append(Card(gib, max(0, round(missing)), best))
-    return step[1], found
+        best = next((name for name in TYPES if sizes[name] + other_bytes <= gib * GIB), "")
+        missing = memory_bytes + (workspace if packed else 0) + other_bytes - gib * GIB
+        fits.append(Card(gib, max(0, round(missing)), best))
+    return resolution, fits
 
 
 def fit_encoder_cards(memory_bytes: int, shapes: Shapes) -> list[Card]:
-    """How a text encoder fits: it runs alone, before the model."""
-    scratch = 2 * max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)
-    return [
-        Card(gib, max(0, round(memory_bytes + scratch + LEAST + LEFT + SYSTEM - gib * GIB)), None)
-        for gib in CARDS
-    ]
+    """Estimates how a text encoder fits each of CARDS; it runs alone, before the model."""
+    needed = (
+        memory_bytes + _workspace_bytes(shapes) + MIN_STEP_BYTES + HOST_RESERVE_BYTES + SYSTEM_BYTES
+    )
+    return [Card(gib, max(0, round(needed - gib * GIB)), None) for gib in CARDS]
+
+
+def _workspace_bytes(shapes: Shapes) -> int:
+    """Returns the bytes of the largest matrix dequantised to 16 bits."""
+    return 2 * max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)

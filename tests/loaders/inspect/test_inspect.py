@@ -27,7 +27,7 @@ from featherweight.loaders.inspect.inspection import (
     MODEL,
     block_name,
     identify,
-    in_model_order,
+    sort_blocks,
 )
 from featherweight.loaders.inspect.inspection_chart import color_of, inspection_picture
 from featherweight.loaders.inspect.inspection_text import inspection_text
@@ -152,7 +152,7 @@ OTHERS = {
     "vision part (mmproj) of a text encoder": {
         "v.blk.0.attn_q.weight": (64, 64), "mm.0.weight": (64, 64)
     }, "ControlNet": {"control_model.input_blocks.0.0.weight": (320, 4, 3, 3)},
-    "weight file of no kind that is known here": {"one.weight": (4, 4), "two.bias": (4,)}
+    "weight file of an unknown type": {"one.weight": (4, 4), "two.bias": (4,)}
 }
 
 
@@ -273,7 +273,7 @@ def test_tensors_belong_to_blocks(name, block):
 
 def test_blocks_stand_in_the_order_of_their_numbers():
     names = ["img_in", "double_blocks.10", "double_blocks.2", "final_layer", "double_blocks.0"]
-    assert list(in_model_order({name: {} for name in names})) == [
+    assert list(sort_blocks({name: {} for name in names})) == [
         "img_in", "double_blocks.0", "double_blocks.2", "double_blocks.10", "final_layer"]
 
 
