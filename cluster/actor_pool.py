@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from .ray_connection import on_node
 
 TASKS_PER_WORKER = 2  # one is rendered, one waits
-GATHER_SECONDS = 0.02  # after an answer, for others: so a thousand workers are not asked each time
+GATHER_SECONDS = 0.02  # to collect further answers after one, instead of polling for each
 NODE_POLL_SECONDS = 2.0  # between two queries of the cluster's nodes
 
 
@@ -182,7 +182,11 @@ class Run:
         """Is called now and then, and may raise to end the run."""
 
     def on_capacity(self, usable: dict[str, int], has_excluded: bool):
-        """Is called with the nodes that can render, and whether all nodes there are, are excluded.
+        """Is called every few seconds.
+
+        Args:
+            usable: Ray's id -> number of workers that fit, of the nodes that are not excluded.
+            has_excluded: whether there are nodes but all are excluded.
         """
 
     def on_lost(self, task: dict):
@@ -266,8 +270,7 @@ class Run:
             self.failed_starts[member.node] = 0
 
     def _on_end(self, member: PoolWorker, error: Exception):
-        """Returns the tasks of an ended worker. Only the first, which it rendered, counts a loss.
-        """
+        """Returns an ended worker's tasks. A loss is counted for the first, which it rendered."""
         tasks = list(member.calls.values())
         self.pool.end(member)
         if not member.is_ready:

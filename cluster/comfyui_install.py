@@ -50,8 +50,7 @@ PATHS = "--extra-model-paths-config"
 
 
 class MachineError(RuntimeError):
-    """A machine cannot run a workflow, though another may. Its message does not name the machine.
-    """
+    """A machine cannot run a workflow, though another may. The message does not name it."""
 
 
 def find_comfyui(fallback_comfyui: str = "", environment: Mapping[str, str] | None = None) -> str:

@@ -179,8 +179,7 @@ class DriverProcess:
             end_process(self.process)
 
     def _write(self):
-        """Writes requests in a thread, as the driver reads none while it joins and a pipe is small.
-        """
+        """Writes requests in a thread, as the driver reads none until it has joined."""
         while (request := self.outbox.get()) is not None:
             try:
                 write(self.process.stdin, request)

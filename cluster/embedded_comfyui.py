@@ -268,8 +268,7 @@ class EmbeddedComfyUI:
         return entry["outputs"]
 
     def _clear_cache(self):
-        """Makes ComfyUI drop the cached outputs of nodes, so that the next prompt runs all nodes.
-        """
+        """Makes ComfyUI drop its cached outputs, so that the next prompt runs every node."""
         queue = self.server.prompt_queue
         with queue.mutex:
             queue.set_flag("unload_models", False)
@@ -357,8 +356,7 @@ class EmbeddedComfyUI:
     # --- the files it writes ---
 
     def _read_files(self, outputs: dict) -> dict[str, bytes] | None:
-        """Returns name -> bytes of the files nodes saved, or else previewed; None if one is gone.
-        """
+        """Returns name -> bytes of what nodes saved, or else previewed; None if a file is gone."""
         items = [(re.sub("[^A-Za-z0-9-]", "-", node), item)
                  for node, output in sorted(outputs.items()) for values in output.values()
                  if isinstance(values, list) for item in values

@@ -12,8 +12,7 @@ from devtools.host import server
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
-    """Returns the ComfyUI folders of two machines by name; in the second the pack has another name.
-    """
+    """Returns the folders of two machines by name; the second has the pack under another name."""
     folder = tmp_path_factory.mktemp("machines")
     desk = make_base(folder / "desk")
     attic = make_base(folder / "attic", desk / "models", "a-copy-elsewhere")
@@ -38,8 +37,10 @@ def cluster(bases, ray_folder):
 
 @pytest.fixture(scope="session")
 def plain(bases):
-    """Yields a function that runs a graph on a plain ComfyUI with one thread: the bytes of the
-    picture that node 9 saved."""
+    """Yields a function that runs a graph on a plain ComfyUI with one thread.
+
+    It returns the bytes of the picture that node 9 saved.
+    """
     with server.Server(bases["desk"].parent / "plain", env={**QUIET, "OMP_NUM_THREADS": "1"},
                        arguments=["--extra-model-paths-config",
                                   str(model_paths(bases["desk"]))]) as running_server:

@@ -1,5 +1,4 @@
-"""A batch on two machines renders what one ComfyUI does, once per row, even if a worker is killed.
-"""
+"""A batch on two machines renders each row once, as one ComfyUI does, even if a worker dies."""
 import contextlib
 import json
 import os

@@ -81,8 +81,7 @@ def test_the_table_says_what_each_machine_is(checked):
 
 @pytest.mark.heavy
 def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch):
-    """Older Rays hide GPUs from a process that reserves none, as this variable makes newer ones do.
-    """
+    """Rays hide GPUs from a process that reserves none: older ones, and all by this variable."""
     class VisibleDevices(Checker):
         def __init__(self, *_):
             self.visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
