@@ -1,8 +1,7 @@
-"""What was measured of a model: second moments of its layers' inputs, and what each layer's error
-costs. One file.
+"""The sensitivity file: second moments of layers' inputs, and what each layer's error costs.
 
-Anyone who has a model of the same layers can use it. A column of a layer's inputs takes 156 bytes,
-in blocks of 256 columns: the 1.52 million of Flux.1-dev, shared ones counted once, 0.24 GB
+It is valid for every model with the same layers. A column of a layer's inputs takes 156 bytes, in
+blocks of 256 columns: 0.24 GB for the 1.52 million of Flux.1-dev, shared ones counted once
 (computed, not measured). The costs take 60 KB of that.
 """
 import contextlib
@@ -23,22 +22,23 @@ from ...files.container import FileState, first_line
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
-# types that reports name, smallest first
+# Types that reports show, smallest first.
 SHOWN = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
 
 
 class SensitivityError(ValueError):
-    """A sensitivity file that cannot be used. The message names the file, what is wrong and what to
-    do."""
+    """Raised for a sensitivity file that cannot be used; the message says what to do."""
 
 
 @dataclass
 class Sensitivity:
-    """costs: name of a matrix -> packed type -> power of the change of the model's output over that
-    of the output.
+    """A measurement of a model.
 
-    shapes: name -> shape (N, K) of the matrices measured, in the host's names without prefix.
-    about: what was run, in words and numbers. file: name of the file it came from, for messages.
+    Attributes:
+        costs: name of a matrix -> packed type -> power of the output's error over the output's.
+        shapes: name -> shape (N, K) of the matrices measured, in the host's names without prefix.
+        about: what was run, in words and numbers.
+        file: name of the file it was read from, for messages.
     """
 
     costs: dict[str, dict[str, float]]
@@ -48,47 +48,49 @@ class Sensitivity:
     _moments: Callable[[str], SecondMoments | None] = lambda name: None
 
     def moments(self, name: str) -> SecondMoments | None:
-        """The moments of a matrix's inputs, on the CPU; None where there are none. Read from the
-        file each time."""
+        """Reads the moments of a matrix's inputs, on the CPU; None where none were collected."""
         return self._moments(name)
 
     @property
     def digest(self) -> str:
-        """A short name of the model's layers, the same for every model that has them."""
-        listed = sorted((name, *shape) for name, shape in self.shapes.items())
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+        """A hash of the names and shapes of the model's layers."""
+        layers = sorted((name, *shape) for name, shape in self.shapes.items())
+        return hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
 
     def check_is_for(self, shapes: Mapping[str, tuple[int, ...]]):
-        """Raises SensitivityError where a model of these parameters is not the one that was
-        measured.
+        """Raises SensitivityError where another model was measured.
 
-        shapes: name -> logical shape, in the host's names without prefix.
+        Args:
+            shapes: name -> logical shape of this model, in the host's names without prefix.
         """
         missing = [name for name in self.shapes if name not in shapes]
-        others = [
+        reshaped = [
             name for name, shape in self.shapes.items()
             if name in shapes and tuple(shapes[name]) != tuple(shape)
         ]
-        if not missing and not others:
+        if not missing and not reshaped:
             return
-        name = (others or missing)[0]
-        difference = f"is {tuple(shapes[name])} there" if others else "is not there"
+        name = (reshaped or missing)[0]
+        difference = f"is {tuple(shapes[name])} here" if reshaped else "is missing here"
         raise SensitivityError(
             f"{self.file} was measured on another model: its {name} of {tuple(self.shapes[name])}"
-            f" {difference}, and {len(missing) + len(others)} of {len(self.shapes)} layers do not"
+            f" {difference}, and {len(missing) + len(reshaped)} of {len(self.shapes)} layers do not"
             " fit. Measure this model, or pick its file."
         )
 
     def save(self, path: str | os.PathLike):
-        """Write the file: whole under its name or not at all. Raises WriteError, as
-        `atomic_writer`."""
-        tensors, same_as, seen = {}, {}, {}
+        """Writes the file, whole under its name or not at all.
+
+        Raises:
+            WriteError: where it cannot be written.
+        """
+        tensors, same_as, owners = {}, {}, {}
         for name in self.shapes:
             moments = self.moments(name)
             if moments is None:
                 continue
-            # layers that share their inputs share the moments
-            owner = seen.setdefault(id(moments), name)
+            # Layers with the same inputs share their moments.
+            owner = owners.setdefault(id(moments), name)
             if owner != name:
                 same_as[name] = owner
                 continue
@@ -100,25 +102,27 @@ class Sensitivity:
             "about": self.about, "digest": self.digest
         }
         data, path = safetensors.torch.save(tensors, {KEY: json.dumps(about)}), Path(path)
-        with contextlib.suppress(OSError):  # `atomic_writer` says what is in the way
+        with contextlib.suppress(OSError):  # `atomic_writer` says what is wrong
             path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_writer(path, len(data), overwrite=True) as file:
             file.write(data)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Sensitivity":
-        """Raises SensitivityError for a file that is none, is not whole, or of another format."""
+        """Reads a file.
+
+        Raises:
+            SensitivityError: for another file, a damaged one, or another version of the format.
+        """
         file, state = os.path.basename(path), FileState.of(path)
-        with _opened(path) as opened:
-            about, names = json.loads((opened.metadata() or {})[KEY]), set(opened.keys())
+        with _open_tensors(path) as tensors:
+            about, names = json.loads((tensors.metadata() or {})[KEY]), set(tensors.keys())
             if about["format"] != FORMAT:
                 raise SensitivityError(
                     f"{file} is of format {about['format']}, this version reads {FORMAT}. Update"
                     " this pack, or measure again.")
-            same_as, shapes = (
-                about["same_as"],
-                {name: tuple(shape) for name, shape in about["shapes"].items()},
-            )
+            same_as = about["same_as"]
+            shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
             result = cls(about["costs"], shapes, about["about"], file)
 
         def moments(name: str) -> SecondMoments | None:
@@ -129,32 +133,29 @@ class Sensitivity:
             }
             if not parts:
                 return None
-            with _opened(path) as opened:
-                read = SecondMoments.from_tensors(
-                    {part: opened.get_tensor(key) for part, key in parts.items()})
+            with _open_tensors(path) as tensors:
+                result = SecondMoments.from_tensors(
+                    {part: tensors.get_tensor(key) for part, key in parts.items()})
             if FileState.of(path) != state:
                 raise SensitivityError(
                     f"{file} was written to or replaced while it was in use. Run this again, which"
                     " reads it as it is now.")
-            return read
+            return result
 
         result._moments = moments
         return result
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[safe_open]:
-    """The file, open. What goes wrong with it inside this block is a SensitivityError."""
+def _open_tensors(path: str | os.PathLike) -> Iterator[safe_open]:
+    """Opens the file. Errors inside this block become SensitivityError."""
     file = os.path.basename(path)
     try:
-        with safe_open(path, framework="pt") as opened:
-            yield opened
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
     except SensitivityError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # the second is torch's word for a file that it cannot open or map
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it cannot map a file
         raise _unreadable(file, error) from error
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         try:
@@ -182,31 +183,32 @@ def _begins_as_sensitivity(path: str | os.PathLike) -> bool:
 
 
 def report(sensitivity: Sensitivity, count: int = 12) -> str:
-    """What packing one layer costs the output, in each type that was measured, for the `count`
-    layers that matter most."""
+    """Returns what packing one layer costs, by type, for the `count` layers that matter most."""
     lines = [
         f"{len(sensitivity.costs)} layers; signal to error of the output in dB with one layer"
         " packed, the worst first:"
     ]
     for name, costs in _ranked(sensitivity)[:count]:
-        values = ", ".join(f"{kind} {_decibels(costs[kind])}" for kind in SHOWN if kind in costs)
+        values = ", ".join(
+            f"{type_name} {_decibels(costs[type_name])}" for type_name in SHOWN
+            if type_name in costs)
         lines.append(f"{name.removesuffix('.weight')}: {values}")
     return "\n".join(lines)
 
 
 def summary(sensitivity: Sensitivity, count: int = 7) -> str:
-    """The same in lines short enough for a node: one type, the smallest that was measured."""
-    kind = next(
-        (kind for kind in SHOWN if any(kind in costs for costs in sensitivity.costs.values())),
-        None)
-    lines = (
-        [f"With one layer in {kind}, the worst first:", "signal to error of the output in dB"]
-        if kind
-        else []
-    )
-    lines += [f"{name.removesuffix('.weight')}: {_decibels(costs[kind])}"
-              for name, costs in _ranked(sensitivity)[:count] if kind in costs]
-    return "\n".join([f"{len(sensitivity.costs)} layers measured", *lines])
+    """Returns the report in lines short enough for a node: for the smallest type measured."""
+    lines = [f"{len(sensitivity.costs)} layers measured"]
+    measured = {type_name for costs in sensitivity.costs.values() for type_name in costs}
+    smallest = next((type_name for type_name in SHOWN if type_name in measured), None)
+    if smallest is not None:
+        lines.append(f"With one layer in {smallest}, the worst first:")
+        lines.append("signal to error of the output in dB")
+        lines += [
+            f"{name.removesuffix('.weight')}: {_decibels(costs[smallest])}"
+            for name, costs in _ranked(sensitivity)[:count] if smallest in costs
+        ]
+    return "\n".join(lines)
 
 
 def _ranked(sensitivity: Sensitivity) -> list[tuple[str, dict[str, float]]]:

@@ -1,16 +1,16 @@
-"""Packing layer after layer, each so that it makes up for the errors of those before it.
+"""Sequential calibration: packs layer by layer, each to make up for the errors of those before it.
 
-For each layer the model runs twice on calls that were recorded before: as it is, and with what is
-packed so far. The layer is then packed for the inputs that it has in the second run, towards the
-outputs of the first (`ops.quantize.damped.Damped.target`). That takes two runs up to the layer for
-each call, so with N layers about N runs of the model for each call recorded.
+For each layer the model runs twice on recorded calls: as it is, and with the layers packed so far.
+The layer is then packed for its inputs in the second run, towards its outputs in the first
+(`ops.quantize.damped_hessian`). That is two runs up to the layer for each call, so about N runs of
+the model for each call with N layers.
 
-Nothing of the model is exchanged: what a packed layer would give takes the place of what the layer
-gave.
+The model's weights are not replaced: the output of the packed layer replaces the layer's own.
 """
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -20,20 +20,17 @@ from ....ops.quantize.second_moments import SecondMoments
 from .moment_collector import SMALL, block_for, linear_layers
 from .sampling import SamplingRun, load, stop_where_cancelled
 
-# that are recorded of a drawing, spread over pictures and noise levels: a few MB each in main
-# memory
+# Calls that are recorded, spread over pictures and noise levels: a few MB each in main memory.
 CALLS = 32
-# bytes of the moments of one layer up to which their blocks are wider than they must be
-MEMORY = 256 << 20
-FREE = 2 << 30  # bytes that are kept free beside the model for them and for packing
-# option of the host: weights are fetched ahead, which a run that ends early would leave
+MEMORY = 256 << 20  # bytes for the moments of one layer, which allow wider blocks
+FREE = 2 << 30  # bytes to keep free on the model's device, for moments and packing
+# The host's option to fetch weights ahead, which a run that ends early would leave behind.
 PREFETCHED = "prefetch_dynamic_vbars"
 
 
 @dataclass
 class Call:
-    """What a module was called with, the tensors as copies on the CPU, and the device that they
-    were on."""
+    """The arguments of a module's call: tensors copied to the CPU, and the device they were on."""
 
     args: tuple
     kwargs: dict
@@ -41,26 +38,23 @@ class Call:
 
 
 class _StopForward(Exception):
-    """Ends a run where all inputs that were asked for have been seen."""
+    """Ends a run after the last layer of interest."""
 
 
 @contextlib.contextmanager
 def record_calls(module: torch.nn.Module,
-                   wanted: Callable[[], bool] = lambda: True) -> Iterator[list[Call]]:
-    """Inside this block, what `module` is called with goes into the list while `wanted` says so."""
+                   is_recorded: Callable[[], bool] = lambda: True) -> Iterator[list[Call]]:
+    """Inside this block, appends a call of `module` to the list where `is_recorded()` is true."""
     calls = []
 
     def record(module, args, kwargs):
-        if wanted():
-            device = next(part.device for part in args if isinstance(part, torch.Tensor))
+        if is_recorded():
+            device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
             options = kwargs.get("transformer_options")
             if options:
-                kwargs = kwargs | {
-                    "transformer_options": {
-                        key: value for key, value in options.items() if key != PREFETCHED
-                    }
-                }
-            calls.append(Call(_copied_to(args, "cpu"), _copied_to(kwargs, "cpu"), device))
+                kept = {key: value for key, value in options.items() if key != PREFETCHED}
+                kwargs = kwargs | {"transformer_options": kept}
+            calls.append(Call(_copy_to(args, "cpu"), _copy_to(kwargs, "cpu"), device))
 
     handle = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -70,137 +64,152 @@ def record_calls(module: torch.nn.Module,
 
 
 class SequentialCalibration:
-    """The moments of one layer after another, with what is packed so far.
+    """Computes the moments of one layer after another, given the layers packed so far.
 
-    module: runs on the device it is on, and is as it was whenever no method is at work. layers:
-    name of its weight -> linear layer in it. calls: of `record_calls`, many enough to hold some
-    out (8 or more).
+    module: runs on the device it is on; its layers have hooks only while a method runs. layers:
+    name of the weight -> linear layer in it. calls: of `record_calls`, at least 8, so that some are
+    held out.
     """
 
-    def __init__(self, module: torch.nn.Module, layers: Mapping[str, torch.nn.Module],
+    def __init__(self, module: torch.nn.Module, layers: Mapping[str, torch.nn.Linear],
                  calls: Sequence[Call]):
-        self.module, self.layers, self.calls = module, layers, calls
-        self.stages = _stages(module, layers, calls[0])
+        self.module = module
+        self.layers = layers
+        self.calls = calls
+        self.stages = _find_stages(module, layers, calls[0])
         self._packed: dict[str, tuple[PackedTensor, torch.Tensor | None]] = {}
-        # a stage, and what its layers see
+        # the latest stage and the moments that its layers share
         self._latest: tuple[list[str], SecondMoments | None] = ([], None)
 
     @property
     def order(self) -> list[str]:
-        """The names in the order in which the layers are to be packed; those that do not run are
-        not among them."""
+        """The names in the order of packing, without layers that do not run."""
         return [name for stage in self.stages for name in stage]
 
     def moments(self, name: str) -> SecondMoments | None:
-        """Moments, of a pair, of a layer's inputs with what is packed so far; None for layers that
-        do not run.
+        """Returns the moments of a layer's inputs, paired with those of the dense model.
 
-        Layers that have the same input share them. Cancelled by the user, this raises what the host
-        raises.
+        Layers with the same input share them. None for a layer that does not run.
+
+        Raises:
+            InterruptProcessingException: the host's, once the user has cancelled.
         """
         stage = next((stage for stage in self.stages if name in stage), None)
         if stage is None:
             return None
         if self._latest[0] is not stage:
-            self._latest = stage, self._seen(self.layers[name])
+            self._latest = stage, self._collect_moments(self.layers[name])
         return self._latest[1]
 
     def set_packed(self, name: str, weight: PackedTensor, bias: torch.Tensor | None):
-        """From now on a layer counts as packed. weight: (N, K), bias: (N,), on any device."""
+        """Counts a layer as packed from now on. weight: (N, K), bias: (N,), on any device."""
         self._packed[name] = weight, bias
 
-    def _seen(self, layer: torch.nn.Module) -> SecondMoments:
+    def _collect_moments(self, layer: torch.nn.Linear) -> SecondMoments:
         device, columns = self.calls[0].device, layer.in_features
         moments = SecondMoments.zeros(columns, block_for([columns] * 2, MEMORY), device, pair=True)
         for call in self.calls:
             stop_where_cancelled()
-            inputs = of_dense = _inputs(self.module, [layer], call)
+            dense = _first_input(self.module, layer, call)
+            if dense is None:
+                continue
+            inputs = dense
             if self._packed:
                 stop_where_cancelled()
-                with contextlib.ExitStack() as undo:
-                    for other, packed in self._packed.items():
-                        undo.enter_context(_as_packed(self.layers[other], *packed))
-                    inputs = _inputs(self.module, [layer], call)
-            for (_, own), (_, dense) in zip(inputs, of_dense):
-                moments.add(own, dense)
+                with contextlib.ExitStack() as hooks:
+                    for name, (weight, bias) in self._packed.items():
+                        hooks.enter_context(_replace_output(self.layers[name], weight, bias))
+                    inputs = _first_input(self.module, layer, call)
+            if inputs is not None:
+                moments.add(inputs, dense)
         return moments
 
 
-def record_calibration(patcher, drawing: SamplingRun, count: int = CALLS,
-            track: Callable[[Collection], Iterator] = iter) -> SequentialCalibration:
-    """Draws with the host's ModelPatcher, which is left loaded, and records `count` calls. track:
-    goes over the steps."""
+def record_calibration(patcher, sampling: SamplingRun, count: int = CALLS,
+                       track: Callable[[Collection], Iterable] = iter) -> SequentialCalibration:
+    """Draws pictures and records calls of the model.
+
+    Args:
+        patcher: the host's ModelPatcher, which stays loaded.
+        sampling: how pictures are drawn.
+        count: of the calls.
+        track: iterates over the steps and reports progress.
+    """
     picked = {
-        round((index + 0.5) * drawing.total / count - 0.5)
-        for index in range(min(count, drawing.total))
+        round((index + 0.5) * sampling.total / count - 0.5)
+        for index in range(min(count, sampling.total))
     }
-    steps, number = iter(track(range(drawing.total))), -1
+    ticks = iter(track(range(sampling.total)))
+    current = -1
 
-    def seen(at: int, step):
-        nonlocal number
-        next(steps, None)
-        number = at
+    def on_step(number: int, step):
+        nonlocal current
+        next(ticks, None)
+        current = number
 
-    with record_calls(patcher.model.diffusion_model, lambda: number in picked) as calls:
-        drawing.run(patcher, seen)
-    for _ in steps:  # a sampler may take fewer
+    with record_calls(patcher.model.diffusion_model, lambda: current in picked) as calls:
+        sampling.run(patcher, on_step)
+    for _ in ticks:  # a sampler may take fewer steps
         pass
     load(patcher, FREE)
     return SequentialCalibration(patcher.model.diffusion_model, linear_layers(patcher.model), calls)
 
 
-def _stages(module, layers: Mapping[str, torch.nn.Module], call: Call) -> list[list[str]]:
-    """Names of the layers in the order in which they first run; those with the same input
-    together."""
+def _find_stages(module, layers: Mapping[str, torch.nn.Linear], call: Call) -> list[list[str]]:
+    """Returns the names of layers with the same input together, in the order of their first run."""
     names = {layer: name for name, layer in layers.items()}
     stages: list[list[str]] = []
-    # shape -> the last input of that shape, and whose it was
+    # shape -> the latest input of that shape, and the stage of its layers
     latest: dict[torch.Size, tuple[torch.Tensor, list[str]]] = {}
-    seen = set()
+    visited = set()
 
-    def see(layer, tensor):
-        if layer in seen:
+    def on_input(layer, tensor):
+        if layer in visited:
             return
-        seen.add(layer)
-        before, stage = latest.get(tensor.shape, (None, None))
-        if before is not tensor and (
-            before is None or tensor.numel() > SMALL or not torch.equal(before, tensor)
-        ):
+        visited.add(layer)
+        stage = None
+        if tensor.shape in latest:
+            before, stage_before = latest[tensor.shape]
+            is_same = before is tensor or (
+                tensor.numel() <= SMALL and torch.equal(before, tensor))
+            if is_same:
+                stage = stage_before
+        if stage is None:
             stage = []
             stages.append(stage)
         stage.append(names[layer])
         latest[tensor.shape] = tensor, stage
 
-    _watched(module, layers.values(), call, see)
+    _run_with_inputs(module, layers.values(), call, on_input)
     return stages
 
 
-def _inputs(module, layers: Iterable[torch.nn.Module],
-            call: Call) -> list[tuple[torch.nn.Module, torch.Tensor]]:
-    """The layers, as they ran, and what entered each of them first. The run ends after the last."""
-    inputs, waiting = [], set(layers)
+def _first_input(module, layer: torch.nn.Linear, call: Call) -> torch.Tensor | None:
+    """Runs a module up to a layer and returns the layer's input, None where the layer does not run.
+    """
+    inputs: list[torch.Tensor] = []
 
-    def see(layer, tensor):
-        if layer in waiting:
-            inputs.append((layer, tensor))
-            waiting.discard(layer)
-        if not waiting:
-            raise _StopForward
+    def on_input(layer, tensor):
+        inputs.append(tensor)
+        raise _StopForward
 
-    _watched(module, list(waiting), call, see)
-    return inputs
+    _run_with_inputs(module, [layer], call, on_input)
+    return inputs[0] if inputs else None
 
 
 @torch.inference_mode()
-def _watched(module, layers: Iterable[torch.nn.Module], call: Call,
-             see: Callable[[torch.nn.Module, torch.Tensor], None]):
-    """Run a module; `see` gets each of the layers and its input before it runs, and may end the run
-    with `_StopForward`."""
+def _run_with_inputs(module, layers: Iterable[torch.nn.Linear], call: Call,
+                     on_input: Callable[[torch.nn.Module, torch.Tensor], None]):
+    """Runs a module; `on_input` gets each layer and its input before the layer runs.
+
+    `on_input` may raise `_StopForward` to end the run.
+    """
     handles = [
-        layer.register_forward_pre_hook(lambda layer, args: see(layer, args[0])) for layer in layers
+        layer.register_forward_pre_hook(lambda layer, args: on_input(layer, args[0]))
+        for layer in layers
     ]
     try:
-        module(*_copied_to(call.args, call.device), **_copied_to(call.kwargs, call.device))
+        module(*_copy_to(call.args, call.device), **_copy_to(call.kwargs, call.device))
     except _StopForward:
         pass
     finally:
@@ -209,14 +218,16 @@ def _watched(module, layers: Iterable[torch.nn.Module], call: Call,
 
 
 @contextlib.contextmanager
-def _as_packed(layer: torch.nn.Module, weight: PackedTensor, bias: torch.Tensor | None):
-    """Inside this block a linear layer gives what it would with these, which are on its device only
-    while it runs."""
+def _replace_output(layer: torch.nn.Linear, weight: PackedTensor, bias: torch.Tensor | None):
+    """Inside this block a layer's output is that of a packed weight.
+
+    weight: (N, K), bias: (N,); they are on the layer's device only while it runs.
+    """
 
     def replace(layer, args, output):
         input = args[0].to(output.dtype)
-        return product.linear(input, weight.to(input.device),
-                              None if bias is None else bias.to(input))
+        packed = cast(PackedTensor, weight.to(input.device))
+        return product.linear(input, packed, None if bias is None else bias.to(input))
 
     handle = layer.register_forward_hook(replace)
     try:
@@ -225,12 +236,12 @@ def _as_packed(layer: torch.nn.Module, weight: PackedTensor, bias: torch.Tensor 
         handle.remove()
 
 
-def _copied_to(value, device):
-    """A copy of nested arguments with their tensors on `device`."""
+def _copy_to(value: Any, device: torch.device | str) -> Any:
+    """Copies nested arguments, their tensors to `device`."""
     if isinstance(value, torch.Tensor):
         return value.detach().to(device, copy=True)
     if type(value) is dict:
-        return {key: _copied_to(part, device) for key, part in value.items()}
+        return {key: _copy_to(part, device) for key, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_copied_to(part, device) for part in value)
+        return type(value)(_copy_to(part, device) for part in value)
     return value

@@ -158,11 +158,11 @@ def test_a_cancel_leaves_the_model_as_it_was_and_no_file(at, monkeypatch, tmp_pa
 
     def interrupted(*args):
         comfy.model_management.interrupt_current_processing()
-        return as_packed(*args)
+        return replace_output(*args)
 
-    as_packed = sequential._as_packed
+    replace_output = sequential._replace_output
     if at == "a run":
-        monkeypatch.setattr(sequential, "_as_packed", interrupted)
+        monkeypatch.setattr(sequential, "_replace_output", interrupted)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         save(source_of_model(model), tmp_path / "a.gguf", "Q3_K",
              track=tracked if at == "a layer" else None,

@@ -291,7 +291,7 @@ def test_a_file_holds_the_measurement_and_is_for_its_model_only(monkeypatch, tmp
             SensitivityError,
             match=r"wan.sensitivity was measured on another.*ffn.0.weight of \(512, 256\) is"):
         loaded.check_is_for(shapes | {"blocks.0.ffn.0.weight": (512, 512)})
-    with pytest.raises(SensitivityError, match=r"is not there, and 10 of 10 layers do not fit"):
+    with pytest.raises(SensitivityError, match=r"is missing here, and 10 of 10 layers do not fit"):
         loaded.check_is_for({"a.0.weight": (512, 512)})
     for lines in (report(loaded).splitlines(), summary(loaded).splitlines()):
         assert any(re.match(r"blocks.*ffn.0: .*[0-9]", line) for line in lines) and "dB" in "".join(
