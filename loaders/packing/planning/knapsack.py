@@ -1,9 +1,9 @@
-"""Types per tensor under a budget of bytes: the least sum of costs.
+"""Chooses a type for each tensor within a budget of bytes, with the least sum of costs.
 
-Each tensor has a few types, each with bytes and a cost. Tensor after tensor, the best sums are
-kept: of all sums whose bytes fall into one of `STEPS` equal steps, the cheapest. The steps do not
-know the budget, so a larger budget never has a dearer plan. Where the steps are finer than the
-differences in bytes, what is found is the optimum.
+A multiple-choice knapsack by dynamic programming: tensor by tensor, the cheapest sum is kept in
+each of STEPS equal steps of bytes. The steps do not depend on the budget, so a larger budget never
+gives a more expensive plan. With steps finer than the differences in bytes the result is the
+optimum.
 """
 from collections.abc import Mapping
 
@@ -14,55 +14,77 @@ STEPS = 1 << 14
 
 def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]],
                  budget: int) -> dict[str, str]:
-    """Name -> type with the least sum of costs among plans of at most `budget` bytes.
+    """Chooses the types with the least sum of costs among plans of at most `budget` bytes.
 
-    costs, sizes: name -> type -> cost (finite, in a unit that adds up) and bytes, of the same
-    types. Raises ValueError when the smallest types together are above the budget.
+    Args:
+        costs: name -> type -> cost, finite and additive.
+        sizes: name -> type -> bytes, of the same types.
+        budget: bytes for all tensors together.
+
+    Returns:
+        Name -> type.
+
+    Raises:
+        ValueError: where the smallest types together are above the budget.
     """
     options = {
-        name: sorted(of_types, key=sizes[name].__getitem__) for name, of_types in costs.items()
+        name: sorted(type_costs, key=sizes[name].__getitem__) for name, type_costs in costs.items()
     }
-    least = sum(sizes[name][types[0]] for name, types in options.items())
-    most = sum(sizes[name][types[-1]] for name, types in options.items())
-    if least > budget:
-        raise ValueError(f"The smallest types take {least} bytes, the budget is {budget}.")
-    step = -(-(most - least + 1) // STEPS)
-    above = torch.zeros(1, dtype=torch.int64)  # bytes above `least` of each of the best sums
-    total = torch.zeros(1, dtype=torch.float64)  # their costs
-    steps = []  # of each tensor: for each best sum the one before, and the number of the type
+    smallest = sum(sizes[name][types[0]] for name, types in options.items())
+    largest = sum(sizes[name][types[-1]] for name, types in options.items())
+    if smallest > budget:
+        raise ValueError(f"The smallest types take {smallest} bytes, the budget is {budget}.")
+    step = -(-(largest - smallest + 1) // STEPS)
+    # Of the best sums: their bytes above `smallest`, and their costs.
+    best_bytes = torch.zeros(1, dtype=torch.int64)
+    best_costs = torch.zeros(1, dtype=torch.float64)
+    # Of each tensor, for each best sum: the index of the previous one, and of the type.
+    choices = []
     for name, types in options.items():
-        more = torch.tensor([sizes[name][kind] - sizes[name][types[0]] for kind in types],
-                            dtype=torch.int64)
-        cost = torch.tensor([costs[name][kind] for kind in types], dtype=torch.float64)
-        sums = (above[:, None] + more).view(-1)
-        totals = (total[:, None] + cost).view(-1)
-        best = _cheapest(sums, totals, step)
-        above, total = sums[best], totals[best]
-        steps.append((best // len(types), best % len(types)))
-    at = torch.where(above <= budget - least, total, torch.inf).argmin()
+        type_bytes = torch.tensor(
+            [sizes[name][type_name] - sizes[name][types[0]] for type_name in types],
+            dtype=torch.int64)
+        type_costs = torch.tensor([costs[name][type_name] for type_name in types],
+                                  dtype=torch.float64)
+        sums = (best_bytes[:, None] + type_bytes).view(-1)
+        totals = (best_costs[:, None] + type_costs).view(-1)
+        best = _find_best(sums, totals, step)
+        best_bytes, best_costs = sums[best], totals[best]
+        choices.append((best // len(types), best % len(types)))
+    index = torch.where(best_bytes <= budget - smallest, best_costs, torch.inf).argmin()
     chosen = {}
-    for (name, types), (before, number) in zip(reversed(options.items()), reversed(steps),
-                                               strict=True):
-        chosen[name] = types[number[at]]
-        at = before[at]
+    for (name, types), (previous, type_index) in zip(
+            reversed(options.items()), reversed(choices), strict=True):
+        chosen[name] = types[type_index[index]]
+        index = previous[index]
     return {name: chosen[name] for name in costs}
 
 
-def _cheapest(sums: torch.Tensor, totals: torch.Tensor, step: int) -> torch.Tensor:
-    """Indices of the cheapest sum of each step of bytes, the smaller of equals, without those
-    dearer than a smaller one.
+def _find_best(sums: torch.Tensor, totals: torch.Tensor, step: int) -> torch.Tensor:
+    """Finds the cheapest sum in each step of bytes, the smaller of equally cheap ones.
 
-    sums: int64 (n,), bytes above the least. totals: float64 (n,), costs. Returns int64, ascending
-    by bytes; the least is one.
+    A sum that costs no less than a smaller one is left out, except for the smallest of all.
+
+    Args:
+        sums: bytes above the smallest, int64 (n,).
+        totals: costs, float64 (n,).
+        step: bytes of a step.
+
+    Returns:
+        Indices, int64, ascending by bytes.
     """
     steps = sums // step
     count = int(steps.max()) + 1
+    beyond = int(sums.max()) + 1
     cheapest = totals.new_full((count,), torch.inf).scatter_reduce(0, steps, totals, "amin")
-    equal = torch.where(totals == cheapest[steps], sums, sums.max() + 1)
-    smallest = sums.new_full((count,), int(sums.max()) + 1).scatter_reduce(0, steps, equal, "amin")
-    index = torch.arange(len(sums))
-    first = torch.where(equal == smallest[steps], index, len(sums))
-    best = index.new_full((count,), len(sums)).scatter_reduce(0, steps, first, "amin")
-    before = torch.cat([totals.new_full((1,), torch.inf), cheapest.cummin(0).values[:-1]])
-    best = best[cheapest < before]
-    return best if sums[best[0]] == 0 else torch.cat([index.new_tensor([int(sums.argmin())]), best])
+    candidates = torch.where(totals == cheapest[steps], sums, beyond)
+    smallest = sums.new_full((count,), beyond).scatter_reduce(0, steps, candidates, "amin")
+    indices = torch.arange(len(sums))
+    first = torch.where(candidates == smallest[steps], indices, len(sums))
+    best = indices.new_full((count,), len(sums)).scatter_reduce(0, steps, first, "amin")
+    cheapest_before = torch.cat(
+        [totals.new_full((1,), torch.inf), cheapest.cummin(0).values[:-1]])
+    best = best[cheapest < cheapest_before]
+    if sums[best[0]] == 0:
+        return best
+    return torch.cat([indices.new_tensor([int(sums.argmin())]), best])

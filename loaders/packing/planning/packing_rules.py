@@ -1,8 +1,8 @@
-"""Which tensors of a model may be packed, told by names and shapes, and which types fit their rows.
+"""Decides by names and shapes which tensors may be packed, and which types fit their rows.
 
-The lists of what stays are those of the converters of the field (ComfyUI-GGUF's `tools/convert.py`
-and `lcpp.patch`), so that files made here hold the same parts exact: what maps a model's inputs and
-outputs, its tables, and what is small.
+The patterns of what stays exact follow the field's converters (ComfyUI-GGUF's `tools/convert.py`
+and `lcpp.patch`), so that files made here keep the same parts: what maps a model's inputs and
+outputs, its tables, and small tensors.
 """
 import math
 import re
@@ -16,20 +16,19 @@ from ....ops.format import FORMATS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What llama.cpp takes instead where blocks of 256 do not divide a row (`llama-quant.cpp`,
-# tensor_type_fallback).
+# Types with which llama.cpp replaces those whose blocks of 256 do not divide a row
+# (`llama-quant.cpp`, tensor_type_fallback).
 FALLBACKS = {
     "Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL",
     "IQ4_XS": "IQ4_NL"
 }
 HALVES = ("F16", "BF16")
 PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-SMALL = 1024  # values; a tensor of no more gains nothing from being packed
+SMALL = 1024  # values of a tensor up to which packing gains nothing
 NUMBERED = re.compile(r"(^|\.)\d+\.")
-# Tables and gates that are added to or multiplied with a stream: float32 in the files of the field,
-# whatever their shape.
+# Tables and gates that are added to or multiplied with activations: float32 in the field's files.
 PRECISE = re.compile(r"(^|\.)(modulation|scale_shift_table|emb_pos|ff_i\.gate\.weight)$")
-# Of a model that no family here knows: what stands before, between and behind its blocks.
+# What stays exact in a model of an unknown family: what is before, between and after its blocks.
 KEEP_EXACT = (
     r"embed|^\w*_in\.|^proj_(in|out)\.|^final|^head\.|^adaln_single\.|relative_attention_bias"
 )
@@ -37,13 +36,18 @@ KEEP_EXACT = (
 
 @dataclass(frozen=True)
 class PackingRules:
-    """Models whose tensors have the same names.
+    """Rules for a family: models whose tensors have the same names.
 
-    architecture: `general.architecture` of a GGUF file, as ComfyUI-GGUF and stable-diffusion.cpp
-    know it; "" where they know none. signature: matches a name that only this family has, in the
-    names of the host without prefix. exact: matches the start or middle of names that are never
-    packed. convolutions: the type of weights of three and more dimensions, None for the one that
-    the source has. embedding: matches lookup tables that may be packed; None where there are none.
+    Names are the host's without prefix; patterns are searched in them.
+
+    Attributes:
+        name: of the family.
+        architecture: `general.architecture` of its GGUF files, as ComfyUI-GGUF and
+            stable-diffusion.cpp have it; "" where they have none.
+        signature: pattern of a name that only this family has.
+        exact: pattern of names that are never packed.
+        convolutions: the type of weights of three and more dimensions, None for the source's.
+        embedding: pattern of lookup tables that may be packed, None for no tables.
     """
 
     name: str
@@ -54,7 +58,10 @@ class PackingRules:
     embedding: str | None = None
 
     def may_be_packed(self, name: str, shape: tuple[int, ...], embeddings: bool = True) -> bool:
-        """Whether a tensor is one of the block matrices, or a lookup table that may be packed."""
+        """Returns whether a tensor is a matrix of a block, or a lookup table that may be packed.
+
+        embeddings: whether lookup tables may.
+        """
         if (
             len(shape) != 2
             or math.prod(shape) <= SMALL
@@ -67,14 +74,18 @@ class PackingRules:
         return bool(NUMBERED.search(name)) and not re.search(self.exact, name)
 
     def exact_type(self, name: str, shape: tuple[int, ...], half: str) -> str:
-        """"F32", "F16" or "BF16" for a tensor that is not packed. half: the 16-bit type of the
-        source."""
+        """Returns "F32", or for a larger matrix `half`, the 16-bit type of the source."""
         if len(shape) < 2 or math.prod(shape) <= SMALL or PRECISE.search(name):
             return "F32"
-        return (self.convolutions if len(shape) > 2 else None) or half
+        if len(shape) > 2 and self.convolutions:
+            return self.convolutions
+        return half
 
 
-EXACT_IN_UNETS = r"^(class|time|add)_embedding\.|^time_embed\.|^label_emb\.|^conv_(in|out)\.|^input_blocks\.0\.0\.|^out\."
+EXACT_IN_UNETS = (
+    r"^(class|time|add)_embedding\.|^time_embed\.|^label_emb\.|^conv_(in|out)\."
+    r"|^input_blocks\.0\.0\.|^out\."
+)
 RULES_BY_FAMILY = (
     PackingRules("flux2", "flux", r"^double_stream_modulation_img\.",
                  r"^(txt|img|time|vector|guidance)_in\.|^final_layer\."),
@@ -123,28 +134,26 @@ GENERAL_RULES = PackingRules("general", "", "", KEEP_EXACT)
 
 
 def rules_for(shapes: Shapes) -> PackingRules:
-    """The rules of a model by the names of its tensors, the host's without prefix; GENERAL_RULES
-    for an unknown one."""
-    return next(
-        (family
-         for family in RULES_BY_FAMILY if any(re.search(family.signature, name)
-                                              for name in shapes)), GENERAL_RULES)
+    """Returns the rules for a model by the names of its tensors, the host's without prefix."""
+    for family in RULES_BY_FAMILY:
+        if any(re.search(family.signature, name) for name in shapes):
+            return family
+    return GENERAL_RULES
 
 
 def half_type(dtype: torch.dtype) -> str:
-    """Return the 16-bit type for a tensor of `dtype` that is not packed, as the converters of the
-    field choose it.
+    """Returns the 16-bit type for a tensor that is not packed, as the field's converters choose it.
 
-    BF16 for bfloat16, and for fp8, whose values it holds. F16 for float16 and float32: it rounds a
-    float32 to an eighth of the error of BF16, and the few tensors beyond its range are kept wider.
+    BF16 for bfloat16 and for fp8, whose values it holds. F16 for float16 and float32: its rounding
+    error is an eighth of BF16's, and the few tensors beyond its range take a wider type.
     """
     return "F16" if dtype in (torch.float16, torch.float32) else "BF16"
 
 
 def divides_rows(type_name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether the blocks of a type divide the rows of a tensor.
+    """Returns whether the blocks of a type divide the rows of a tensor.
 
-    Blocks whose scales lie apart run on over the rows.
+    Formats with separate scales always do: their blocks continue from row to row.
     """
     if type_name in PLAIN_BYTES:
         return True
@@ -153,9 +162,9 @@ def divides_rows(type_name: str, shape: tuple[int, ...]) -> bool:
 
 
 def with_fallback(type_name: str, shape: tuple[int, ...], half: str = "F16") -> str:
-    """Return a type, or what takes its place where its blocks do not divide the rows of a tensor.
+    """Returns a type, or the one that replaces it where its blocks do not divide the rows.
 
-    ggml's next type does, and where that does not fit either, the 16-bit type `half`.
+    That is llama.cpp's fallback, or the 16-bit type `half` where the fallback does not fit either.
     """
     for name in (type_name, FALLBACKS.get(type_name)):
         if name is not None and divides_rows(name, shape):
@@ -164,9 +173,9 @@ def with_fallback(type_name: str, shape: tuple[int, ...], half: str = "F16") -> 
 
 
 def bits_per_value(type_name: str) -> float:
-    """Return the bits of a value in a type, scales included.
+    """Returns the bits of a value in a type, scales included.
 
-    16 for the types of the host, whose layers are saved as the values that they stand for.
+    16 for the host's own quantized types, whose layers are saved dequantized.
     """
     if type_name in PLAIN_BYTES:
         return 8.0 * PLAIN_BYTES[type_name]

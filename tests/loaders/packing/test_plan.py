@@ -13,13 +13,13 @@ from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.packing.planning.knapsack import choose_types
 from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.plan import (
-    LOSSES,
+    SIGNAL_TO_ERROR,
     Plan,
     PlanError,
     candidates,
     plan_for_size,
     plan_for_type,
-    relative_loss,
+    relative_error,
 )
 
 
@@ -155,8 +155,11 @@ def test_a_measured_tensor_that_moves_the_output_gets_the_larger_type():
     moving = "double_blocks.2.img_mlp.0.weight"
     costs = {name: {"Q3_K": 1.0 if name == moving else 1e-3} for name in SMALL if "mlp" in name}
     plan = plan_for_size(SMALL, budget, family, costs)
-    others = {LOSSES[kind] for name, kind in plan.types.items() if "mlp" in name and name != moving}
-    assert LOSSES[plan.types[moving]] > max(others)
+    others = {
+        SIGNAL_TO_ERROR[kind] for name, kind in plan.types.items()
+        if "mlp" in name and name != moving
+    }
+    assert SIGNAL_TO_ERROR[plan.types[moving]] > max(others)
 
 
 def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
@@ -174,7 +177,7 @@ def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
     for name in costs:  # no larger type fits any more
         larger = [
             nbytes_of(kind, SMALL[name]) for kind in candidates(SMALL[name])
-            if LOSSES[kind] > LOSSES[plan.types[name]]
+            if SIGNAL_TO_ERROR[kind] > SIGNAL_TO_ERROR[plan.types[name]]
         ]
         assert not larger or min(larger) - nbytes_of(plan.types[name], SMALL[name]) > left
 
@@ -203,7 +206,7 @@ def test_each_tensor_keeps_the_16_bit_type_of_its_source():
 
 def test_larger_candidates_lose_less():
     for shape in ((8, 512), (8, 96), (8, 100)):
-        losses = [relative_loss(kind) for kind in candidates(shape)]
+        losses = [relative_error(kind) for kind in candidates(shape)]
         assert losses == sorted(losses, reverse=True)
     assert candidates((8, 100)) == ("BF16",)
 
@@ -219,5 +222,5 @@ def test_a_plan_comes_back_from_metadata():
     assert Plan.from_json(plan.json()) == plan
     assert json.loads(plan.json())["types"]["Q8_0"] == ["a", "b"]
     for text in ("{", "[]", "{}", '{"types": 3}', '{"types": {"Q8_0": 3}}'):
-        with pytest.raises(PlanError, match="no plan of types"):
+        with pytest.raises(PlanError, match="not a plan of types"):
             Plan.from_json(text)
