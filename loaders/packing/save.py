@@ -1,14 +1,11 @@
-"""A model to a file of packed weights, one weight at a time: read, patched, packed, looked at once
-more and written.
+"""Saves a model as a file of packed weights: reads, patches, packs, checks and writes each weight.
 
-In memory are at most two dense slices of one weight and what the packing of a slice needs, unless a
-patch can only be applied to a whole weight; and, with a calibration, all of the layers packed by
-it.
+In memory are at most two dense slices of one weight and what packing a slice needs, unless a patch
+applies only to a whole weight; and, with a calibration, all layers that it packed.
 
-A change of a weight that was rounded before may be swallowed by the steps of the type it is packed
-to: the values lie on those steps already. Where all of it is asked for, it is enlarged until what
-arrives of it is whole; where even Q8_0 swallows it, values between two steps go to either, each as
-often as it is near.
+A small change of a quantized weight may be lost in rounding, since the weight's values lie on the
+steps of the type already. Where it is to arrive whole, it is enlarged until it does. Where a part is
+lost even in Q8_0, values are rounded stochastically.
 """
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,12 +32,14 @@ from .planning.packing_rules import bits_per_value, with_fallback
 from .planning.plan import DIGITS, Plan
 from .source import SaveError, Weight
 
-SLICE_VALUES = 1 << 24  # of a weight that are in float32 at a time
-ALIGNMENT = 32  # bytes that a tensor may take more in a file than its own
-WHOLE = 0.005  # a change whose share differs from 1 by no more is whole
-MAX_ENLARGED = 2.0  # factor of a change
+SLICE_VALUES = 1 << 24  # values of a weight in float32 at a time
+ALIGNMENT = 32  # the bytes of padding that a tensor may take in a file
+# How a change is enlarged until it arrives whole: the share of it that arrives may differ from 1 by
+# WHOLE, the factor is at most MAX_ENLARGED, and it is corrected ATTEMPTS times.
+WHOLE = 0.005
+MAX_ENLARGED = 2.0
 ATTEMPTS = 3
-FINER, HALF = "Q8_0", "F16"  # what a weight takes whose change does not arrive whole even then
+FINER, HALF = "Q8_0", "F16"  # the types of a weight whose enlarged change does not arrive whole
 MAX_NOTES = 5  # on single weights
 
 
@@ -48,8 +47,8 @@ MAX_NOTES = 5  # on single weights
 class Saved:
     """A file that was written.
 
-    types: name -> type, as it came out. table: of these. notes: what of the LoRAs has arrived and
-    what people should know.
+    seconds: since its plan began. types: name -> type, as written. table: the types as text. notes:
+    how much of each LoRA arrived, and what people should know.
     """
 
     path: Path
@@ -64,34 +63,34 @@ class Saved:
 
     @property
     def text(self) -> str:
-        """All of it in short lines, as the node shows them."""
+        """All of it in short lines, as the node shows it."""
         size = f"{size_text(self.nbytes, DIGITS)}, written in {self.seconds:.0f} s"
         return "\n".join([self.path.name, size, self.table, *self.notes])
 
 
 def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda names, sizes: names,
          calibration: SequentialCalibration | None = None) -> Saved:
-    """Write a file that was planned: whole under its name, or not at all.
+    """Writes a planned file, whole under its name or not at all.
 
     Args:
         plan: of the file.
-        track: goes over the names, with the values of each, in place of a plain loop; what it
-            raises ends the work.
-        calibration: of the source's model. Its linear layers are then packed first, each so that it
-            makes up for the errors before it, and are in memory at once, packed.
+        track: iterates over names and reports progress by their sizes; what it raises ends the
+            work.
+        calibration: of the source's model. Its linear layers are packed first, each to make up for
+            the errors of those before it, and are all in memory, packed.
 
     Raises:
-        SaveError: where a weight has no numbers, or cannot be packed.
+        SaveError: where a weight has NaN or infinite values, or cannot be packed.
         WriteError: where the file cannot be written.
-        WeightFileError: where a file that weights are read from is written to meanwhile.
+        WeightFileError: where a file that weights are read from changes meanwhile.
     """
     source, packer = plan.source, WeightPacker(plan, calibration)
-    packed = {}
+    packed: dict[str, tuple[str, list[torch.Tensor]]] = {}
     if calibration is not None:
         names = [name for name in calibration.order if plan.types[name] in FORMATS]
         for name in track(names, [source.weights[name].values for name in names]):
             source.guard()
-            packed[name] = packer.pack_in_sequence(name)
+            packed[name] = packer.pack_in_sequence(name, calibration)
             source.drop_pages()
     open_writer = safetensors_writer if plan.is_safetensors else gguf_writer
     with open_writer(plan.path, plan.tensors, plan.metadata, plan.options.overwrite) as writer:
@@ -107,22 +106,22 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
 
 
 @dataclass
-class _Attempt:
-    """A weight in one type.
+class _Packed:
+    """A weight packed in one type that can hold it.
 
-    pieces: of rows, on the CPU; None where the type cannot hold the values. swallows: whether a
-    part of its change does not arrive. retention: what its rows add to the sums of `LoraRetention`.
+    pieces: of rows, on the CPU. loses_change: whether a part of its change does not arrive.
+    retention: what its rows add to the sums of `LoraRetention`.
     """
 
-    pieces: list[torch.Tensor] | None = None
-    swallows: bool = False
+    pieces: list[torch.Tensor] = field(default_factory=list)
+    loses_change: bool = False
     retention: list[torch.Tensor] = field(default_factory=list)
 
 
 class WeightPacker:
-    """Makes what is written of each weight of a plan, and collects what people are told about it.
+    """Packs the weights of a plan and collects notes for people.
 
-    types: name -> type, as it came out. nbytes: that the file takes at most with these.
+    types: name -> type, as packed. nbytes: of the file with these types, at most.
     """
 
     def __init__(self, plan: FilePlan, calibration: SequentialCalibration | None = None):
@@ -138,48 +137,54 @@ class WeightPacker:
         self.retention = LoraRetention(weight.patches for weight in self.source.weights.values())
 
     def pack(self, weight: Weight) -> tuple[str, list[torch.Tensor]]:
-        """(type, pieces of rows on the CPU) of a weight. Raises SaveError."""
+        """Packs a weight in the type of the plan, or in one that can hold its values and changes.
+
+        Returns:
+            The type, and pieces of rows on the CPU.
+
+        Raises:
+            SaveError: where no type can hold it.
+        """
         if not weight.is_number:
-            return self._as_it_is(weight)
+            return self._copy_plain(weight)
         type_name = self.types[weight.name] = self.plan.types[weight.name]
-        if weight.is_whole and not weight.patches and weight.held_as == type_name:
+        if weight.is_whole and not weight.patches and weight.stored_type == type_name:
             self.copied += 1
-            tensor = weight.as_held()
+            tensor = weight.stored_tensor()
             if not is_packed(tensor):
                 _reject_bad_values(tensor, weight)
             return type_name, [tensor]
-        attempt = self._attempt(weight, type_name)
-        if (
-            attempt.swallows
-            and self.allow_finer
-            and bits_per_value(type_name) < bits_per_value(FINER)
-        ):
+        packed = self._try_pack(weight, type_name)
+        is_coarser = bits_per_value(type_name) < bits_per_value(FINER)
+        if packed and packed.loses_change and self.allow_finer and is_coarser:
             finer = with_fallback(FINER, weight.shape, HALF)
             self.notes.append(
                 f"{weight.name} is {finer}: {type_name} would swallow a part of its change.")
-            type_name, attempt = finer, self._attempt(weight, finer)
-        if attempt.swallows and type_name == FINER:
-            attempt = self._attempt(weight, type_name, dither=True)
-        if attempt.pieces is None:
-            type_name, attempt = self._fall_back(weight, type_name)
-        for sums in attempt.retention:
+            type_name, packed = finer, self._try_pack(weight, finer)
+        if packed and packed.loses_change and type_name == FINER:
+            packed = self._try_pack(weight, type_name, dither=True)
+        if packed is None:
+            type_name, packed = self._fall_back(weight, type_name)
+        for sums in packed.retention:
             self.retention.sums += sums
         self.types[weight.name] = type_name
-        return type_name, attempt.pieces
+        return type_name, packed.pieces
 
-    def pack_in_sequence(self, name: str) -> tuple[str, list[torch.Tensor]]:
-        """The same of a linear layer's weight, which counts as packed for those that come after
-        it."""
+    def pack_in_sequence(
+            self, name: str, calibration: SequentialCalibration
+    ) -> tuple[str, list[torch.Tensor]]:
+        """Packs the weight of a linear layer and passes it to the calibration of later layers."""
         type_name, pieces = self.pack(self.source.weights[name])
         weight = join_rows(pieces)
         if is_packed(weight):
             bias = self.source.weights.get(f"{name.removesuffix('weight')}bias")
-            self.calibration.set_packed(name, weight,
-                                        None if bias is None else bias.patched(0, bias.shape[0]))
+            values = None if bias is None else bias.patched(0, bias.shape[0])
+            calibration.set_packed(name, weight, values)
         return type_name, [weight]
 
     def report_lines(self) -> list[str]:
-        """What of the changes has arrived, and what came out otherwise than planned."""
+        """Returns how much of the changes arrived, and the weights packed otherwise than planned.
+        """
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
         lines += map(str, self.retention.shares())
         lines += self.notes[:MAX_NOTES]
@@ -187,51 +192,60 @@ class WeightPacker:
             lines.append(f"{len(self.notes) - MAX_NOTES} more weights came out finer than planned.")
         return lines
 
-    def _as_it_is(self, weight: Weight) -> tuple[str, list[torch.Tensor]]:
-        tensor = weight.as_held()
+    def _copy_plain(self, weight: Weight) -> tuple[str, list[torch.Tensor]]:
+        tensor = weight.stored_tensor()
         if not self.plan.is_safetensors and tensor.dtype not in PLAIN_DTYPES.values():
             tensor = tensor.view(torch.int8)
         return plain_type(weight, self.plan.is_safetensors), [tensor]
 
-    def _fall_back(self, weight: Weight, type_name: str) -> tuple[str, _Attempt]:
-        """(type, the weight in it) for values that do not fit into `type_name`.
+    def _fall_back(self, weight: Weight, type_name: str) -> tuple[str, _Packed]:
+        """Packs a weight whose values do not fit into `type_name` in another type.
 
-        The 16 bits of its source; BF16 has room for almost all, F32 for the rest; and where the
-        size of the file has none for those, a smaller type may do. Raises SaveError where none
-        does.
+        Tries the 16-bit type of its source, BF16, which holds almost all values, and F32. In a file
+        of limited size Q8_0 comes before F32.
+
+        Returns:
+            The type, and the weight packed in it.
+
+        Raises:
+            SaveError: where no type holds the values within the size of the file.
         """
         max_bytes, bits = self.plan.max_bytes, bits_per_value(type_name)
         smaller = [] if max_bytes is None else [with_fallback(FINER, weight.shape, "BF16")]
         for other in dict.fromkeys((weight.half, "BF16", *smaller, "F32")):
-            nbytes = self._nbytes_with(weight, type_name, other)
-            is_larger = bits_per_value(other) > bits
-            if (
+            nbytes, other_bits = self._nbytes_with(weight, type_name, other), bits_per_value(other)
+            is_allowed = (
                 max_bytes is None
-                or bits_per_value(other) == bits
-                or (is_larger
-                and nbytes <= max_bytes)
-            ):
-                attempt = self._attempt(weight, other)
-                if attempt.pieces is not None:
-                    self.notes.append(
-                        f"{weight.name} is {other}: its values do not fit into {type_name}.")
-                    self.nbytes = nbytes
-                    return other, attempt
+                or other_bits == bits
+                or (other_bits > bits and nbytes <= max_bytes)
+            )
+            if not is_allowed:
+                continue
+            packed = self._try_pack(weight, other)
+            if packed is not None:
+                self.notes.append(
+                    f"{weight.name} is {other}: its values do not fit into {type_name}.")
+                self.nbytes = nbytes
+                return other, packed
         nbytes = self._nbytes_with(weight, type_name, "BF16")
+        limit = "" if max_bytes is None else f", which is more than {size_text(max_bytes, DIGITS)}"
         raise SaveError(
             f"The values of {safe_repr(weight.name)} do not fit into {type_name}, and with them in"
-            f" BF16 the file takes {size_text(nbytes, DIGITS)}, which is more than"
-            f" {size_text(max_bytes, DIGITS)}. Choose one type in place of a size.")
+            f" BF16 the file takes {size_text(nbytes, DIGITS)}{limit}. Choose one type in place of"
+            " a size.")
 
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
-        """That the file takes at most with a weight in another type than planned."""
+        """Returns the bytes of the file, at most, with a weight in another type than planned."""
         more = nbytes_of(other, weight.shape) - nbytes_of(type_name, weight.shape)
         padding = ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
         return self.nbytes + more + padding
 
     def _moments(self, weight: Weight, type_name: str) -> SecondMoments | None:
-        """What to pack a weight by. A change that is to arrive whole leaves no room for making up
-        for other errors."""
+        """Returns the moments to pack a weight by.
+
+        Those of the calibration make up for other layers' errors, which could undo a change that is
+        to arrive whole.
+        """
         moments, sensitivity = None, self.plan.options.sensitivity
         if (
             type_name not in PLAIN_DTYPES
@@ -243,74 +257,100 @@ class WeightPacker:
             moments = sensitivity.moments(weight.name)
         return moments
 
-    def _attempt(self, weight: Weight, type_name: str, dither: bool = False) -> _Attempt:
-        attempt, relative_error = _Attempt([]), RelativeError()
+    def _try_pack(self, weight: Weight, type_name: str, dither: bool = False) -> _Packed | None:
+        """Packs a weight in a type, None where the type cannot hold its values."""
+        packed, relative_error = _Packed(), RelativeError()
         moments = self._moments(weight, type_name)
+
+        def pack_rows(values: torch.Tensor) -> torch.Tensor | None:
+            return self._pack_rows(values, weight, type_name, moments, dither)
+
         slice_values = SLICE_VALUES if moments is None else max(SLICE_VALUES, weight.values)
         for start, stop in weight.slices(slice_values):
-            held, changes, values = self._patched(weight, start, stop)
+            base, changes, values = self._patched(weight, start, stop)
             _reject_bad_values(values, weight)
-            piece = self._piece(values, weight, type_name, moments, dither)
+            piece = pack_rows(values)
             if piece is None:
-                return _Attempt()
+                return None
             if changes and not dither and weight.name in self.must_survive:
-                piece, swallows = self._enlarge(
-                    piece, held, values - held,
-                    lambda values: self._piece(values, weight, type_name, moments))
-                attempt.swallows = attempt.swallows or swallows
-            attempt.pieces.append(piece)
+                piece, loses_change = self._enlarge(piece, base, values - base, pack_rows)
+                if piece is None:
+                    return None
+                packed.loses_change = packed.loses_change or loses_change
+            packed.pieces.append(piece)
             if changes:
-                attempt.retention.append(
-                    self.retention.measure(held, changes, float_values(piece), start == 0))
+                packed.retention.append(
+                    self.retention.measure(base, changes, float_values(piece), start == 0))
             relative_error.add(values, piece)
-        return attempt if relative_error.is_small else _Attempt()
+        return packed if relative_error.is_small else None
 
     def _patched(
             self, weight: Weight, start: int, stop: int
-    ) -> tuple[torch.Tensor | None, Sequence[tuple[int, torch.Tensor]], torch.Tensor]:
-        """(what is held, [(number of the change, what it adds)], the patched values) of some rows,
-        float32."""
+    ) -> tuple[torch.Tensor, Sequence[tuple[int, torch.Tensor]], torch.Tensor]:
+        """Returns some rows of a weight with and without its patches, float32.
+
+        Returns:
+            The rows without patches, (number of a change, what it adds), the rows with patches. No
+            changes where patches replace the rows by ones of another shape.
+        """
+        base = weight.read(start, stop)
         if not weight.patches:
-            return None, [], weight.patched(start, stop)
-        held = weight.read(start, stop)
-        values, changes = held.clone(), []
+            return base, [], base
+        values, changes = base.clone(), []
         for number, patches in self.retention.groups(weight.patches):
             before = values.clone()
             values = weight.patched(start, stop, patches, values)
             if values.shape == before.shape:
                 changes.append((number, values - before))
-        return held, changes if values.shape == held.shape else [], values
+        return base, changes if values.shape == base.shape else [], values
 
     @staticmethod
-    def _enlarge(piece: torch.Tensor, held: torch.Tensor, change: torch.Tensor,
-                 pack: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, bool]:
-        """(rows in which a change arrives whole, or the most that can be had of it, whether that is
-        less)."""
-        power, factor = dot(change, change), 1.0
-        for attempt in range(ATTEMPTS + 1):
-            share = dot(float_values(piece) - held, change) / power if power else 1.0
+    def _enlarge(
+            piece: torch.Tensor, base: torch.Tensor, change: torch.Tensor,
+            pack: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> tuple[torch.Tensor | None, bool]:
+        """Enlarges a change until it arrives whole in packed rows.
+
+        Args:
+            piece: the rows with the change, packed.
+            base: the rows without it, float32.
+            change: what it adds, float32.
+            pack: packs rows, or returns None where the type cannot hold them.
+
+        Returns:
+            The rows, packed, None where the type cannot hold them; and whether some of the change
+            is lost.
+        """
+        power, factor, attempt = dot(change, change), 1.0, 0
+        while True:
+            share = dot(float_values(piece) - base, change) / power if power else 1.0
             is_largest = factor == MAX_ENLARGED and share < 1
             if abs(share - 1) <= WHOLE or attempt == ATTEMPTS or is_largest:
                 return piece, abs(share - 1) > 2 * WHOLE
             factor = min(factor / max(share, 0.1), MAX_ENLARGED)
-            piece = pack(held + factor * change)
+            enlarged = pack(base + factor * change)
+            if enlarged is None:
+                return None, True
+            piece = enlarged
+            attempt += 1
 
-    def _piece(self, values: torch.Tensor, weight: Weight, type_name: str,
-               moments: SecondMoments | None, dither: bool = False) -> torch.Tensor | None:
-        """Rows in a type, on the CPU; None where it cannot hold them. dither: only where the type
-        is FINER."""
+    def _pack_rows(self, values: torch.Tensor, weight: Weight, type_name: str,
+                   moments: SecondMoments | None, dither: bool = False) -> torch.Tensor | None:
+        """Packs rows in a type, to the CPU; None where the type cannot hold them.
+
+        dither: whether values are rounded stochastically, for FINER only.
+        """
         if type_name in PLAIN_DTYPES:
             dtype = PLAIN_DTYPES[type_name]
-            # A change below half a step of 16 bits would be gone, rounded to the nearest.
+            # Rounding to the nearest would lose a change below half a step of 16 bits.
             piece = stochastic_round(values.clone(), dtype) if weight.patches else values.to(dtype)
             return piece.cpu() if piece.isfinite().all() else None
         device, packed_format = self.source.device, FORMATS[type_name]
         try:
             if dither:
-                return pack_tensor(_at_steps(values).to(device), packed_format,
-                                   reference=True).to("cpu")
-            options = {} if moments is None else {"moments": moments}
-            return pack_tensor(values.to(device), packed_format, **options).to("cpu")
+                dithered = _round_to_q8_0(values).to(device)
+                return pack_tensor(dithered, packed_format, reference=True).to("cpu")
+            return pack_tensor(values.to(device), packed_format, moments=moments).to("cpu")
         except TooLargeError:
             return None
         except FormatError as error:
@@ -318,9 +358,10 @@ class WeightPacker:
                 f"{safe_repr(weight.name)} cannot be packed to {type_name}: {error}") from error
 
 
-def _at_steps(values: torch.Tensor) -> torch.Tensor:
-    """Values that Q8_0 holds exactly, of each one of the two nearest, so that the mean of many
-    keeps a change below a step.
+def _round_to_q8_0(values: torch.Tensor) -> torch.Tensor:
+    """Rounds values stochastically to ones that Q8_0 holds exactly.
+
+    The mean of many values then keeps a change that is smaller than a step.
 
     values: float32, rows that blocks of 32 divide.
     """
@@ -328,13 +369,13 @@ def _at_steps(values: torch.Tensor) -> torch.Tensor:
     largest, index = blocks.abs().max(1, keepdim=True)
     step = (largest / 127).half().float()
     codes = stochastic_round_to_integers(blocks, step).clamp_(-127, 127)
-    # by which the format finds the step again
+    # The format derives the step from the largest value, so that one keeps the largest code.
     codes.scatter_(1, index, blocks.gather(1, index).sign() * 127)
     return torch.where(step > 0, codes * step, 0.0).view(values.shape)
 
 
 def _reject_bad_values(values: torch.Tensor, weight: Weight):
-    """Raise SaveError for values that are no numbers."""
+    """Raises SaveError for NaN and infinite values."""
     if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
         what = "with its patches it has" if weight.patches else "it has"
         raise SaveError(

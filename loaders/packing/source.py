@@ -1,9 +1,8 @@
-"""What is to be saved: the weights of a model, text encoder or file, one at a time in float32, with
-everything that is on them.
+"""Reads the weights of a model, text encoder or file that is to be saved, with patches, in float32.
 
-Names are the host's without prefix. Nothing is dequantised, patched or read before it is asked for.
-Of a file the host's model is built without values, on the meta device, where LoRAs need to know its
-layers.
+Names are the host's without prefix. A weight is read, dequantized and patched only when its rows
+are requested. For a LoRA on a file, the host's model is built on the meta device, which tells the
+LoRA's layers.
 """
 import math
 import os
@@ -33,30 +32,34 @@ from ..wording import join_some
 from .planning.packing_rules import half_type
 
 DIFFUSION_MODEL = "diffusion_model."
-# Encoders, by how the host's names for them begin, that it knows in a file by other names than
-# those in its model.
+# Start of the host's name of an encoder -> first parts of names in its model -> in files, for
+# encoders that the host does not recognise in a file by the names in its model.
 NAMES_IN_FILES = {
     "qwen35_": {"model": "model.language_model", "visual": "model.visual"},
     "qwen3vl_4b": {"visual": "model.visual"}, "qwen3vl_8b": {"visual": "model.visual"},
 }
-# What tells kinds of one architecture, beside the model's weights in a whole checkpoint; the host
-# reads them in a model's file.
+# Tensors in a whole checkpoint, next to the model's weights, that tell variants of an architecture
+# apart; the host reads them in a model's file as well.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-ADVICE = "Take it off, or put it behind the loader of the new file instead."
+ADVICE = "Remove it, or put it after the loader of the new file instead."
 
 
 class SaveError(ValueError):
-    """A model that cannot be saved as asked. The message says what is in the way and what to do."""
+    """Raised for a model that cannot be saved; the message says why and what to do."""
 
 
 @dataclass
 class Weight:
     """One tensor of a model.
 
-    name: in the host's names without prefix; key: in the model. shape: with its patches. tensor: as
-    held, without patches.
-    read: first row, end row -> these rows without patches, float32. patches: the host's, in order.
-    is_whole: whether `tensor` is all of it; else it is a part, of the same dtype.
+    Attributes:
+        name: the host's, without prefix.
+        key: the host's, in the model.
+        shape: with its patches.
+        tensor: as stored, without patches.
+        read: (first row, end row) -> these rows without patches, float32.
+        patches: the host's, in order.
+        is_whole: whether `tensor` is all of it; else it is a part, of the same dtype.
     """
 
     name: str
@@ -69,12 +72,13 @@ class Weight:
 
     @property
     def values(self) -> int:
+        """The number of its values."""
         return math.prod(self.shape)
 
     @property
-    def held_as(self) -> str:
-        """The type it is held in: a key of `FORMATS`, a plain type's name, or what the host calls
-        one of its own."""
+    def stored_type(self) -> str:
+        """The type it is stored in: a key of FORMATS, a plain type, or the host's name of its own.
+        """
         return format_name(self.tensor)
 
     @property
@@ -84,13 +88,11 @@ class Weight:
 
     @property
     def is_number(self) -> bool:
-        """Whether it may be written in another type: whole numbers and markers without values are
-        not."""
+        """Whether it may be written in another type, unlike integers and markers without values."""
         return self.tensor.dtype.is_floating_point and self.values > 0
 
-    def as_held(self) -> torch.Tensor:
-        """The tensor itself on the CPU, to be written bit for bit; packed 16-bit numbers as plain
-        ones."""
+    def stored_tensor(self) -> torch.Tensor:
+        """Returns the tensor on the CPU, to be copied bit for bit; packed 16 bits as plain ones."""
         tensor = self.tensor.detach()
         if not is_packed(tensor):
             return tensor.cpu()
@@ -100,20 +102,30 @@ class Weight:
         return packed_tensors(tensor)[0].cpu().contiguous().view(packed_format.plain_dtype).view(
             self.shape)
 
-    def slices(self, most: int) -> list[tuple[int, int]]:
-        """Rows [first, end) of at most about `most` values each, whole blocks of every format; all
-        of them where it must be."""
+    def slices(self, max_values: int) -> list[tuple[int, int]]:
+        """Splits the rows into slices of about `max_values` values, whole blocks of every format.
+
+        A patch that applies only to a whole weight makes it one slice.
+
+        Returns:
+            (first row, end row) of each slice.
+        """
         rows = self.shape[0] if self.shape else 1
-        whole = self.values <= most or len(self.shape) < 2 or (
+        is_one = self.values <= max_values or len(self.shape) < 2 or (
             self.patches and patched_values.slice_patches(self.patches, 0, 1) is None)
-        # Blocks of NF4 run on over the rows; 64 rows are whole blocks of all of them.
-        step = rows if whole else max(1, most // (self.values // rows) // 64) * 64
+        # Blocks of NF4 continue from row to row; 64 rows are whole blocks of every format.
+        step = rows if is_one else max(1, max_values // (self.values // rows) // 64) * 64
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def patched(self, start: int, stop: int, patches: Sequence[Patch] | None = None,
                 values: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows with the patches in them, float32. patches: only these; values: on these in place of
-        the weight's own."""
+        """Returns patched rows, float32.
+
+        Args:
+            start, stop: first and end row.
+            patches: to apply, None for all.
+            values: of the rows, to apply them to, None for the weight's own.
+        """
         patches = self.patches if patches is None else patches
         values = self.read(start, stop) if values is None else values
         if patches and (start, stop) != (0, self.shape[0] if self.shape else 1):
@@ -123,11 +135,16 @@ class Weight:
 
 @dataclass
 class Source:
-    """A model to be saved. title: what it is, for people. notes: what people should know of what
-    will not be in the file.
+    """A model to be saved.
 
-    guard: raises where a file is written to that weights are still to be read from. paths: of the
-    files that they were loaded of, none of which a new file may replace.
+    Attributes:
+        title: of the model, for people.
+        weights: name -> weight.
+        device: where weights are packed.
+        notes: for people, on what the file will lack.
+        drop_pages: releases mapped pages of files after a weight was read.
+        guard: raises WeightFileError where a file of the weights was changed.
+        paths: of the files they were loaded from, which a new file may not replace.
     """
 
     title: str
@@ -140,50 +157,53 @@ class Source:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the weights that may be written in another type."""
+        """Name -> shape of the weights that may be written in another type."""
         return {name: weight.shape for name, weight in self.weights.items() if weight.is_number}
 
     @property
     def halves(self) -> dict[str, str]:
-        """Of the same weights the 16-bit types."""
+        """Name -> 16-bit type of the same weights."""
         return {name: self.weights[name].half for name in self.shapes}
 
     @property
-    def touched(self) -> list[str]:
+    def patched_names(self) -> list[str]:
         """Names of the weights with patches."""
         return [name for name, weight in self.weights.items() if weight.patches]
 
 
 def source_of_model(patcher, title: str = "model") -> Source:
-    """A MODEL: the host's ModelPatcher, packed by this pack or ordinary, with its patches."""
+    """Returns the source of a MODEL, the host's ModelPatcher, packed or not, with its patches."""
     weights = _weights_of(patcher, DIFFUSION_MODEL)
     for name, tensor in _markers(patcher).items():
-        weights.setdefault(name, _as_it_is(name, tensor))
+        weights.setdefault(name, _extra_tensor(name, tensor))
     return _source(title, weights, patcher)
 
 
 def source_of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
-    """A CLIP: each encoder in it by its name in the host ("clip_l", "t5xxl"), as the host's own
-    CLIPSave divides them.
+    """Returns the sources of the encoders in a CLIP by their host's names ("clip_l", "t5xxl").
 
-    Beside its weights stands what the host builds its tokenizer from, where the host has none of
-    its own for it.
+    They are divided as the host's CLIPSave does. A source holds what the host builds the tokenizer
+    from where the host brings none.
     """
     weights = _weights_of(clip.patcher, "")
     parts: dict[str, dict[str, Weight]] = {}
     for name, weight in weights.items():
         part, _, rest = name.partition(".transformer.")
-        if not rest:  # settings of the host beside an encoder
+        if not rest:  # a setting of the host next to an encoder
             part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = weight
-    parts = {part: _named(part, of_part) for part, of_part in parts.items()
-             if any(len(weight.shape) > 1 for weight in of_part.values())}
-    for part, of_part in parts.items():
-        tokenizer = clip.tokenizer if len(parts) == 1 else getattr(clip.tokenizer, part, None)
-        of_part |= {name: _as_it_is(name, tensor) for name, tensor in _contents(tokenizer).items()}
-    return {
-        part: _source(f"{title} {part}", of_part, clip.patcher) for part, of_part in parts.items()
+    sources = {}
+    parts = {
+        part: part_weights for part, part_weights in parts.items()
+        if any(len(weight.shape) > 1 for weight in part_weights.values())
     }
+    for part, part_weights in parts.items():
+        tokenizer = clip.tokenizer if len(parts) == 1 else getattr(clip.tokenizer, part, None)
+        part_weights = _rename_for_file(part, part_weights)
+        for name, tensor in _tokenizer_tensors(tokenizer).items():
+            part_weights[name] = _extra_tensor(name, tensor)
+        sources[part] = _source(f"{title} {part}", part_weights, clip.patcher)
+    return sources
 
 
 def _source(title: str, weights: dict[str, Weight], patcher) -> Source:
@@ -193,18 +213,18 @@ def _source(title: str, weights: dict[str, Weight], patcher) -> Source:
 
 
 def _paths_loaded_of(patcher) -> list[str]:
-    """Return the paths among what the host keeps beside a model to load it again by."""
+    """Returns the existing paths among the arguments by which the host loads a model again."""
     load, arguments, *_ = patcher.cached_patcher_init or (None, ())
-    values = [*load.paths, *load.options.values()] if isinstance(load, Recipe) else arguments
-    values = [
-        part for value in values
-        for part in (value if isinstance(value, (list, tuple)) else (value,))
-    ]
+    if isinstance(load, Recipe):
+        arguments = [*load.paths, *load.options.values()]
+    values = []
+    for argument in arguments:
+        values += argument if isinstance(argument, (list, tuple)) else [argument]
     return [value for value in values if isinstance(value, str) and os.path.exists(value)]
 
 
 def _files_at(path: str) -> Collection[Path]:
-    """Return the files of the model at a path, all parts of a split one."""
+    """Returns the files of the model at a path, all parts of a split one."""
     try:
         return open_weights(path).paths
     except WeightFileError:
@@ -222,61 +242,64 @@ def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
     return weights
 
 
-def _as_it_is(name: str, tensor: torch.Tensor) -> Weight:
-    """A tensor that stands in the file beside the model's weights."""
+def _extra_tensor(name: str, tensor: torch.Tensor) -> Weight:
+    """Returns a tensor that is in the file next to the model's weights."""
     return Weight(name, name, tuple(tensor.shape), tensor, lambda start, stop: tensor)
 
 
-def _named(part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The weights of an encoder under the names by which the host knows its file again."""
-    changes = next((changes for start, changes in NAMES_IN_FILES.items() if part.startswith(start)),
-                   {})
-    named = {}
+def _rename_for_file(part: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Renames the weights of an encoder so that the host recognises its file."""
+    names = next((names for start, names in NAMES_IN_FILES.items() if part.startswith(start)), {})
+    renamed = {}
     for name, weight in weights.items():
         start, dot, rest = name.partition(".")
-        weight.name = f"{changes.get(start, start)}{dot}{rest}"
-        named[weight.name] = weight
-    return named
+        weight.name = f"{names.get(start, start)}{dot}{rest}"
+        renamed[weight.name] = weight
+    return renamed
 
 
-def _contents(tokenizer) -> dict[str, torch.Tensor]:
-    """Name in files -> bytes (uint8) of what the host builds a tokenizer from, as its own CLIPSave
-    writes them."""
+def _tokenizer_tensors(tokenizer) -> dict[str, torch.Tensor]:
+    """Returns name -> bytes (uint8) of what the host builds a tokenizer from, as its CLIPSave does.
+    """
     state = {} if tokenizer is None else tokenizer.state_dict()
-    return {name: _bytes_of(value) for name, value in state.items() if value is not None}
+    return {name: _to_bytes(value) for name, value in state.items() if value is not None}
 
 
-def _bytes_of(value: torch.Tensor | bytes | str) -> torch.Tensor:
+def _to_bytes(value: torch.Tensor | bytes | str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.cpu().to(torch.uint8)
-    return torch.frombuffer(bytearray(value.encode() if isinstance(value, str) else value),
-                            dtype=torch.uint8)
+    data = value.encode() if isinstance(value, str) else value
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _markers(patcher) -> Mapping[str, torch.Tensor]:
-    """What the host tells kinds of one architecture by, as its own CheckpointSave writes it."""
-    kind = getattr(getattr(patcher.model, "model_type", None), "name", "")
-    sampling = (
-        patcher.get_model_object("model_sampling")
-        if hasattr(patcher.model, "model_sampling")
-        else None
-    )
-    markers = {"v_pred": torch.empty(0, dtype=torch.float32)} if kind == "V_PREDICTION" else {}
-    if kind == "V_PREDICTION" and getattr(sampling, "zsnr", False):
-        markers["ztsnr"] = torch.empty(0, dtype=torch.float32)
-    if kind == "V_PREDICTION_EDM":
-        markers |= {
-            f"edm_vpred.{name}": torch.tensor(float(getattr(sampling, name)), dtype=torch.float32)
-            for name in ("sigma_max", "sigma_min")
-        }
+    """Returns the tensors of MARKERS for a model, as the host's CheckpointSave writes them."""
+    model_type = getattr(getattr(patcher.model, "model_type", None), "name", "")
+    model_sampling = None
+    if hasattr(patcher.model, "model_sampling"):
+        model_sampling = patcher.get_model_object("model_sampling")
+    markers = {}
+    if model_type == "V_PREDICTION":
+        markers["v_pred"] = torch.empty(0, dtype=torch.float32)
+        if getattr(model_sampling, "zsnr", False):
+            markers["ztsnr"] = torch.empty(0, dtype=torch.float32)
+    elif model_type == "V_PREDICTION_EDM":
+        for name in ("sigma_max", "sigma_min"):
+            value = float(getattr(model_sampling, name))
+            markers[f"edm_vpred.{name}"] = torch.tensor(value, dtype=torch.float32)
     return markers
 
 
 def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] = ()) -> Source:
-    """The diffusion model in a file or folder, of a whole checkpoint that alone. loras: (path,
-    strength), in order.
+    """Returns the source of the diffusion model in a file or folder.
 
-    Raises WeightFileError and SaveError.
+    Args:
+        path: of a model, or of a checkpoint, whose other parts are left out.
+        loras: (path, strength), in order.
+
+    Raises:
+        WeightFileError: for a file that cannot be read or is not a diffusion model.
+        SaveError: for a LoRA that does not fit.
     """
     file = open_weights(path)
     reject_non_diffusion(file)
@@ -290,15 +313,16 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     tensors = to_comfy_keys(
         {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
     tensors |= markers
-    smoothings = {
+    smoothing = {
         name.removesuffix(SMOOTHING): tensors.pop(name) for name in list(tensors)
         if name.endswith(SMOOTHING)
     }
     model = try_detect(_empty_model, tensors) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
     weights = {
-        name: _weight_of_file(name, tensor, smoothings.get(name.removesuffix(".weight")),
-                              patches.get(name, ())) for name, tensor in tensors.items()
+        name: _weight_of_file(name, tensor, smoothing.get(name.removesuffix(".weight")),
+                              patches.get(name, ()))
+        for name, tensor in tensors.items()
         if not name.endswith((".input_scale", ".scale_input"))
     }
     missing = patches.keys() - weights.keys()
@@ -306,27 +330,28 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
         raise SaveError(
             f"{os.path.basename(path)} has no {min(missing)}, which a LoRA changes. Get another"
             " conversion of the model.")
-    return Source(os.path.basename(path), weights, notes=notes, drop_pages=file.drop_pages, guard=guard,
-                  paths=(*file.paths, *(Path(lora) for lora, _ in loras)))
+    paths = (*file.paths, *(Path(lora) for lora, _ in loras))
+    return Source(os.path.basename(path), weights, notes=notes, drop_pages=file.drop_pages,
+                  guard=guard, paths=paths)
 
 
 def _weight_of_file(name: str, tensor, smoothing: torch.Tensor | None,
                     patches: Sequence[Patch]) -> Weight:
-    joined = isinstance(tensor, JoinedRows)
-    held = tensor.parts[0][0] if joined else tensor
+    is_joined = isinstance(tensor, JoinedRows)
+    stored = tensor.parts[0][0] if is_joined else tensor
 
     def read(start: int, stop: int) -> torch.Tensor:
-        if joined:
-            return _joined(tensor, start, stop)
-        values = _rows(tensor, start, stop)
+        if is_joined:
+            return _read_joined_rows(tensor, start, stop)
+        values = _read_rows(tensor, start, stop)
         return values if smoothing is None else values * smoothing.float()
 
-    return Weight(name, f"{DIFFUSION_MODEL}{name}", tuple(tensor.shape), held, read, tuple(patches),
-                  is_whole=not joined and smoothing is None)
+    return Weight(name, f"{DIFFUSION_MODEL}{name}", tuple(tensor.shape), stored, read,
+                  tuple(patches), is_whole=not is_joined and smoothing is None)
 
 
-def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Rows in float32, a copy."""
+def _read_rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Returns a copy of rows, float32."""
     if is_packed(tensor):
         part = take_rows(relabel(tensor, dtype=torch.float32), slice(start, stop))
         return part.dequantize() if is_packed(part) else part.clone()
@@ -335,18 +360,18 @@ def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return (tensor[start:stop] if tensor.ndim else tensor).to(torch.float32, copy=True)
 
 
-def _joined(rows: JoinedRows, start: int, stop: int) -> torch.Tensor:
-    parts, at = [], 0
-    for tensor, first, last in rows.parts:
-        low, high = max(start - at, 0), min(stop - at, last - first)
+def _read_joined_rows(rows: JoinedRows, start: int, stop: int) -> torch.Tensor:
+    parts, offset = [], 0
+    for tensor, first, end in rows.parts:
+        low, high = max(start - offset, 0), min(stop - offset, end - first)
         if low < high:
-            parts.append(_rows(tensor, first + low, first + high))
-        at += last - first
+            parts.append(_read_rows(tensor, first + low, first + high))
+        offset += end - first
     return torch.cat(parts)
 
 
 def _empty_model(tensors) -> comfy.model_patcher.ModelPatcher | None:
-    """The host's model for these names and shapes, without values; None where it knows none."""
+    """Builds the host's model for these names and shapes on the meta device, None for no model."""
     shapes = {
         name: torch.empty(tensor.shape, dtype=torch.float32, device="meta")
         for name, tensor in tensors.items()
@@ -355,20 +380,32 @@ def _empty_model(tensors) -> comfy.model_patcher.ModelPatcher | None:
     if config is None:
         return None
     config.set_inference_dtype(torch.float32, None)
-    config.custom_operations = comfy.ops.disable_weight_init
+    config.custom_operations = (  # pyright: ignore[reportAttributeAccessIssue]
+        comfy.ops.disable_weight_init)
     model = config.get_model(shapes, "", device="meta")
     return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
 def _patches_of(model, loras: Sequence[tuple[str, float]],
                 name: str) -> tuple[dict[str, list[Patch]], list[str]]:
-    """(name of a weight -> the host's patches for it, what people should know of LoRAs that fit in
-    part)."""
+    """Returns the patches of LoRAs, and notes on those that fit only in part.
+
+    Args:
+        model: of `_empty_model`.
+        loras: (path, strength), in order.
+        name: of the model's file, for messages.
+
+    Returns:
+        Name of a weight -> the host's patches, and the notes.
+
+    Raises:
+        SaveError: where the model is unknown, or a LoRA does not fit.
+    """
     if model is None:
         raise SaveError(
-            f"{name} is no model that this ComfyUI knows, so it cannot be told which layers a LoRA"
-            " is for. Update ComfyUI, or save it without a LoRA.")
-    # Here, so that a model is saved on a ComfyUI without what LoRAs need.
+            f"{name} is not a model that this ComfyUI knows, so the layers of a LoRA cannot be"
+            " assigned. Update ComfyUI, or save it without a LoRA.")
+    # Imported here, so that saving works on a ComfyUI that lacks what LoRAs need.
     from ..lora.apply import apply_lora
     from ..lora.compatibility import check_lora
     from ..lora.lora_file import load_lora_file
@@ -387,12 +424,11 @@ def _patches_of(model, loras: Sequence[tuple[str, float]],
 
 
 def check_saveable(patcher):
-    """Raise SaveError for what changes weights while the model runs and would be lost without a
-    word."""
+    """Raises SaveError for anything that changes weights at run time, which a file cannot hold."""
     if patcher.injections:
         raise SaveError(
             f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass"
-            " LoRA is, which no file can hold. Load the LoRA with Load LoRA or Apply LoRA"
+            " LoRA is, which a file cannot hold. Load the LoRA with Load LoRA or Apply LoRA"
             " (Featherweight) instead."
         )
     if patcher.hook_patches or patcher.forced_hooks or patcher.hook_backup:
@@ -402,8 +438,8 @@ def check_saveable(patcher):
     if patcher.weight_wrapper_patches:
         raise SaveError(
             f"Functions of another node change the weights"
-            f" {join_some(patcher.weight_wrapper_patches)} while the model runs, which no file can"
-            f" hold. {ADVICE}")
+            f" {join_some(patcher.weight_wrapper_patches)} while the model runs, which a file"
+            f" cannot hold. {ADVICE}")
     replaced = [
         name for name, value in patcher.object_patches.items()
         if name.startswith("diffusion_model") and (
@@ -411,13 +447,12 @@ def check_saveable(patcher):
     ]
     if replaced:
         raise SaveError(
-            f"Another node has put parts of its own in the place of {join_some(replaced)}, which"
-            f" no file can hold. {ADVICE}")
+            f"Another node has replaced {join_some(replaced)} by parts of its own, which a file"
+            f" cannot hold. {ADVICE}")
 
 
 def unsaved_parts(patcher) -> list[str]:
-    """Names of what else is on a model, and does not change its weights: a file of weights has no
-    place for it."""
+    """Returns the names of what is on a model and is not in a file of its weights."""
     options = patcher.model_options
     names = [*patcher.object_patches]
     names += [name for name, value in options.items() if name != "transformer_options" and value]
@@ -427,7 +462,7 @@ def unsaved_parts(patcher) -> list[str]:
         elif value:
             names.append(name)
     names += [
-        f"{kind}: {key}" for kind, of_kind in patcher.wrappers.items()
-        for key, value in of_kind.items() if value
+        f"{wrapper_type}: {key}" for wrapper_type, wrappers in patcher.wrappers.items()
+        for key, value in wrappers.items() if value
     ]
     return list(dict.fromkeys(map(str, names)))

@@ -94,5 +94,5 @@ def test_a_lora_on_a_few_weights_of_a_model_is_refused_in_a_sentence(path, tmp_p
     lora = tmp_path / "lora.safetensors"
     save_file({f"diffusion_model.txt_in.lora_{end}.weight": torch.ones(4, 4) for end in "AB"}, lora)
     with pytest.raises(SaveError,
-                       match="is no model that this ComfyUI knows|lora.safetensors is not applied"):
+                       match="is not a model that this ComfyUI knows|lora.safetensors is not applied"):
         source_of_file(path, [(str(lora), 1.0)])

@@ -1,5 +1,4 @@
-"""A file before it is written: the types of its tensors, its size, and what is refused before any
-work."""
+"""Plans a file before it is written: the types of its tensors, its size, and whether it can be."""
 import os
 import time
 from collections import Counter
@@ -25,13 +24,12 @@ from .packing_rules import (
 )
 from .plan import DIGITS, Plan, PlanError, plan_for_size, plan_for_type, too_small
 
-LORA_TYPE = "Q6_K"  # the least for weights with a LoRA that were rounded coarsely before
-# what people are offered, the finest first
+LORA_TYPE = "Q6_K"  # the least type for coarsely quantized weights with a LoRA
+# The types that people are offered, the finest first.
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")
-KEEP_TYPES = "as it is"  # in place of a type: each weight in the type it is held in
-# bits a weight up to which a type has lost so much that saving it again is worth a warning
-COARSE_BITS = 3.0
-# `.scale` in the files of the field
+KEEP_TYPES = "as it is"  # in place of a type: each weight keeps the type it is stored in
+COARSE_BITS = 3.0  # bits of a value below which saving a model again is worth a warning
+# Norms that are called `.scale` in the field's files.
 NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")
 
 
@@ -39,10 +37,12 @@ NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")
 class SaveOptions:
     """How a model is saved.
 
-    sensitivity: a measurement of this model. keep_loras: weights that were rounded coarsely before
-    and have LoRAs take at least LORA_TYPE, in which these arrive whole. metadata: texts for the
-    file.
-    overwrite: whether the file may replace one of its name.
+    Attributes:
+        sensitivity: a measurement of this model.
+        keep_loras: whether coarsely quantized weights with a LoRA take at least LORA_TYPE, in which
+            the LoRA arrives whole.
+        metadata: texts for the file.
+        overwrite: whether the file may replace one of the same name.
     """
 
     sensitivity: Sensitivity | None = None
@@ -55,14 +55,21 @@ class SaveOptions:
 class FilePlan:
     """A file that can be written.
 
-    wanted: what was asked for, as `plan_file` takes it. types: name of each weight that is written
-    as numbers -> its type. tensors: name in the file -> (shape, type), of all. metadata: all of the
-    file's. nbytes: the size of the file, which it keeps within where `wanted` is one.
+    Attributes:
+        source: what is saved.
+        path: of the file.
+        target: a type, KEEP_TYPES or a size, as for `plan_file`.
+        options: how it is saved.
+        types: name -> type of each weight of numbers.
+        tensors: name in the file -> (shape, type) of every tensor.
+        metadata: of the file.
+        nbytes: the size of the file, at most the target's.
+        started: time.monotonic() at the start of the plan.
     """
 
     source: Source
     path: Path
-    wanted: str | int
+    target: str | int
     options: SaveOptions
     types: dict[str, str]
     tensors: dict[str, tuple[tuple[int, ...], str]]
@@ -76,51 +83,50 @@ class FilePlan:
 
     @property
     def max_bytes(self) -> int | None:
-        """The size that the file may have; None for any."""
-        return self.wanted if isinstance(self.wanted, int) else None
+        """The size that the file may have, None for any."""
+        return self.target if isinstance(self.target, int) else None
 
     @property
     def notes(self) -> list[str]:
-        """What people should know of what will not be in the file."""
+        """Notes for people on what the file will lack."""
         return [*self.source.notes, *_warnings(self.source)]
 
     @property
     def text(self) -> str:
         """The plan in short lines, as the node shows it."""
         size = f"{size_text(self.nbytes, DIGITS)}, not written yet"
-        return "\n".join(
-            [self.path.name, size,
-             Plan(self.types).text(self.source.shapes), *self.notes])
+        types = Plan(self.types).text(self.source.shapes)
+        return "\n".join([self.path.name, size, types, *self.notes])
 
     @property
     def must_survive(self) -> set[str]:
-        """Names of weights with LoRAs that are to arrive whole and may be swallowed by the weight's
-        type.
+        """Names of weights whose LoRAs are to arrive whole and could be lost by rounding.
 
-        The values of these lie on its steps, or nearly. In a type that is coarser than the one they
-        are held in and than LORA_TYPE, they are rounded as those of a dense model are.
+        Those are quantized weights that take a type at least as fine as their own or as LORA_TYPE:
+        their values lie on its steps, or nearly, and a small change rounds back to them. In a
+        coarser type they are rounded like the values of a dense model.
         """
         names = set()
-        for name in self.source.touched if self.options.keep_loras else ():
+        for name in self.source.patched_names if self.options.keep_loras else ():
             weight = self.source.weights[name]
-            bits = bits_per_value(weight.held_as)
-            is_packed = weight.held_as in FORMATS and bits < bits_per_value(HALVES[0])
+            bits = bits_per_value(weight.stored_type)
+            is_packed = weight.stored_type in FORMATS and bits < bits_per_value(HALVES[0])
             if (len(weight.shape) > 1 and is_packed
                     and bits_per_value(self.types[name]) >= min(bits, bits_per_value(LORA_TYPE))):
                 names.add(name)
         return names
 
 
-def plan_file(source: Source, path: str | os.PathLike, wanted: str | int,
+def plan_file(source: Source, path: str | os.PathLike, target: str | int,
               options: SaveOptions | None = None) -> FilePlan:
-    """Plan a file of a source.
+    """Plans a file of a source.
 
     Args:
         source: what is saved.
-        path: of the file: GGUF, or safetensors where it ends in that; there 4-bit weights are as
-            bitsandbytes keeps them.
-        wanted: a type by name, KEEP_TYPES, or the bytes that the file may have.
-        options: others.
+        path: of the file: safetensors where it ends in that, with 4-bit weights as bitsandbytes
+            stores them; else GGUF.
+        target: a type by name, KEEP_TYPES, or the bytes that the file may have.
+        options: further ones, None for the defaults.
 
     Raises:
         PlanError: where no types fit into the size.
@@ -131,86 +137,79 @@ def plan_file(source: Source, path: str | os.PathLike, wanted: str | int,
     reject_own_files(path, source)
     if options.sensitivity is not None:
         options.sensitivity.check_is_for(source.shapes)
-    plan = _plan_within(source, path, wanted, options) if isinstance(wanted, int) else _lay_out(
-        source, path, wanted, options, make_plan(source, wanted, options, is_safetensors(path)))
+    if isinstance(target, int):
+        plan = _plan_within(source, path, target, options)
+    else:
+        types = make_plan(source, target, options, is_safetensors(path))
+        plan = _lay_out(source, path, target, options, types)
     check_writable(path, plan.nbytes, options.overwrite)
     return plan
 
 
 def reject_own_files(path: str | os.PathLike, *sources: Source):
-    """Raise WriteError where a new file would replace one that these models were loaded of, under
-    whatever name."""
-    for own in {own for source in sources for own in source.paths}:
-        if os.path.exists(path) and os.path.exists(own) and os.path.samefile(path, own):
+    """Raises WriteError where a file would replace one that these models were loaded from."""
+    for source_path in {source_path for source in sources for source_path in source.paths}:
+        if (os.path.exists(path) and os.path.exists(source_path)
+                and os.path.samefile(path, source_path)):
             raise WriteError(
                 f"{path} is a file of the model that is to be saved, or of a LoRA on it, and is"
                 " not overwritten. Give the new file another name.")
 
 
-def suffix_for(source: Source, wanted: str | int) -> str:
-    """What the name of a file ends in that holds the types: .safetensors for NF4, and as it is for
-    a model held so."""
-    held = {weight.held_as for weight in source.weights.values()}
-    in_safetensors = (
-        wanted == "NF4" or (wanted == KEEP_TYPES and held & safetensors_writer.QUANT_NAMES.keys())
-    )
-    return ".safetensors" if in_safetensors else ".gguf"
+def suffix_for(source: Source, target: str | int) -> str:
+    """Returns ".safetensors" for NF4, or for a model stored in its types that keeps them.
+
+    Otherwise ".gguf".
+    """
+    stored = {weight.stored_type for weight in source.weights.values()}
+    keeps_safetensors = target == KEEP_TYPES and stored & safetensors_writer.QUANT_NAMES.keys()
+    return ".safetensors" if target == "NF4" or keeps_safetensors else ".gguf"
 
 
 def is_safetensors(path: Path) -> bool:
+    """Returns whether a file is safetensors, by its suffix."""
     return path.suffix.lower() == ".safetensors"
 
 
 def written_name(name: str) -> str:
-    """A weight's name in files: the host's, but for the norms that readers other than it know by an
-    older name."""
+    """Returns a weight's name in files: the host's, except for NORM_SCALE."""
     return f"{name.removesuffix('weight')}scale" if name.endswith(NORM_SCALE) else name
 
 
 def plain_type(weight: Weight, safetensors: bool) -> str:
-    """The type of a tensor that is written as it is."""
+    """Returns the type of a tensor that is written as it is."""
     if safetensors:
         return safetensors_writer.DTYPES[weight.tensor.dtype]
     return next((name for name, dtype in PLAIN_DTYPES.items() if dtype == weight.tensor.dtype),
                 "I8")
 
 
-def make_plan(source: Source, wanted: str | int, options: SaveOptions,
+def make_plan(source: Source, target: str | int, options: SaveOptions,
               safetensors: bool = False) -> Plan:
-    """Choose the types of a source's weights.
+    """Chooses the types of a source's weights.
 
     Args:
         source: of the weights.
-        wanted: a type by name, KEEP_TYPES, or the bytes of all tensors.
-        options: whose measurement and whose `keep_loras` count.
-        safetensors: whether the file is one, which has only NF4 and plain types.
+        target: a type by name, KEEP_TYPES, or the bytes of all tensors.
+        options: for their measurement and `keep_loras`.
+        safetensors: whether the file is safetensors, which holds only NF4 and plain types.
 
     Raises:
         PlanError: where no types fit into the size.
     """
     least = _least_types(source) if options.keep_loras and not safetensors else {}
-    if isinstance(wanted, int):
-        return _plan_for_size(source, wanted, least, options.sensitivity)
-    shapes, types = source.shapes, {}
-    planned = (
-        None
-        if wanted == KEEP_TYPES
-        else plan_for_type(shapes, wanted, rules_for(shapes), source.halves).types
-    )
-    for name in shapes:
-        weight = source.weights[name]
-        if planned is None:
-            types[name] = _own_type(weight, safetensors)
-            continue
-        types[name] = planned[name]
-        is_exact = planned[name] in PLAIN_BYTES
-        if (
-            (is_exact or weight.held_as == wanted)
-            and name not in least
-            and not safetensors
-            and _is_ggml(weight)
-        ):
-            types[name] = weight.held_as  # what stays exact is no more exact than it is held
+    if isinstance(target, int):
+        return _plan_for_size(source, target, least, options.sensitivity)
+    shapes, weights = source.shapes, source.weights
+    if target == KEEP_TYPES:
+        types = {name: _keep_type(weights[name], safetensors) for name in shapes}
+    else:
+        types = plan_for_type(shapes, target, rules_for(shapes), source.halves).types
+        for name, type_name in types.items():
+            # A quantized weight that is to stay exact is copied: no type makes it more exact.
+            is_copied = type_name in PLAIN_BYTES or weights[name].stored_type == target
+            if is_copied and name not in least and not safetensors and _is_ggml(weights[name]):
+                types[name] = weights[name].stored_type
     for name, type_name in least.items():
         if bits_per_value(types[name]) < bits_per_value(type_name):
             types[name] = type_name
@@ -218,20 +217,22 @@ def make_plan(source: Source, wanted: str | int, options: SaveOptions,
 
 
 def _least_types(source: Source) -> dict[str, str]:
-    """Name -> LORA_TYPE, of weights with LoRAs that are held in a coarser one."""
+    """Returns name -> LORA_TYPE, or its fallback, for weights with LoRAs in a coarser type."""
     types = {}
-    for name in source.touched:
+    for name in source.patched_names:
         weight = source.weights[name]
         if (weight.is_number and len(weight.shape) > 1
-                and bits_per_value(weight.held_as) < bits_per_value(LORA_TYPE)):
+                and bits_per_value(weight.stored_type) < bits_per_value(LORA_TYPE)):
             types[name] = with_fallback(LORA_TYPE, weight.shape, weight.half)
     return types
 
 
 def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
                    sensitivity: Sensitivity | None) -> Plan:
-    """The best types of at most `nbytes`. least: of weights whose LoRAs are to arrive whole, which
-    take that."""
+    """Chooses the best types of at most `nbytes`.
+
+    least: name -> type of weights whose LoRAs are to arrive whole, which take that type.
+    """
     shapes = source.shapes
     family = rules_for(shapes)
     fixed = {
@@ -248,16 +249,16 @@ def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
             raise
         more = (
             f" {len(fixed)} weights with a LoRA on them take {LORA_TYPE},"
-            f" {size_text(fixed_bytes, DIGITS)}, so that the LoRA arrives whole; choose otherwise"
-            " under 'LoRAs', or begin with a model that is not packed."
+            f" {size_text(fixed_bytes, DIGITS)}, so that the LoRA arrives whole; choose the other"
+            " option under 'LoRAs', or start from a model that is not packed."
         )
         raise too_small(nbytes, error.short_by, more) from error
     return Plan({name: fixed.get(name) or chosen[name] for name in shapes})
 
 
 def _plan_within(source: Source, path: Path, nbytes: int, options: SaveOptions) -> FilePlan:
-    """A file of at most `nbytes`, header and padding included. Raises PlanError."""
-    budget = nbytes  # of the tensors alone
+    """Plans a file of at most `nbytes`, header and padding included. Raises PlanError."""
+    budget = nbytes  # for the tensors alone
     while True:
         try:
             plan = make_plan(source, budget, options, is_safetensors(path))
@@ -273,9 +274,9 @@ def _plan_within(source: Source, path: Path, nbytes: int, options: SaveOptions) 
         budget -= file.nbytes - nbytes
 
 
-def _lay_out(source: Source, path: Path, wanted: str | int, options: SaveOptions,
+def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions,
              plan: Plan) -> FilePlan:
-    """The file of a plan."""
+    """Returns the file of a plan, with its tensors, metadata and size."""
     safetensors = is_safetensors(path)
     tensors = {
         written_name(name): (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
@@ -285,7 +286,7 @@ def _lay_out(source: Source, path: Path, wanted: str | int, options: SaveOptions
     if not safetensors:
         metadata = _gguf_metadata(source.shapes, path, plan) | metadata
     nbytes = (safetensors_writer if safetensors else gguf_writer).file_size(tensors, metadata)
-    return FilePlan(source, path, wanted, options, plan.types, tensors, metadata, nbytes)
+    return FilePlan(source, path, target, options, plan.types, tensors, metadata, nbytes)
 
 
 def _gguf_metadata(shapes: Shapes, path: Path, plan: Plan) -> dict:
@@ -305,7 +306,7 @@ def _gguf_metadata(shapes: Shapes, path: Path, plan: Plan) -> dict:
 def _warnings(source: Source) -> list[str]:
     values = Counter()
     for weight in source.weights.values():
-        values[weight.held_as] += weight.values
+        values[weight.stored_type] += weight.values
     coarse = [
         type_name for type_name in values
         if bits_per_value(type_name) < COARSE_BITS and values[type_name] > 0.1 * values.total()
@@ -313,24 +314,25 @@ def _warnings(source: Source) -> list[str]:
     if not coarse:
         return []
     return [
-        f"Caution: the model's weights are {' and '.join(coarse)} already. What was lost of them"
-        " comes back in no type: begin with the original model if you can."
+        f"Caution: the model's weights are {' and '.join(coarse)} already. No type restores what"
+        " they have lost: start from the original model if you can."
     ]
 
 
 def _is_ggml(weight: Weight) -> bool:
-    """Whether a weight may be written in the type of GGUF that it is held in.
+    """Returns whether a weight may be written in its own type of GGUF.
 
-    In blocks that do not divide its rows, as files of ComfyUI-GGUF have them, only as it is.
+    A type whose blocks do not divide the rows, as in files of ComfyUI-GGUF, can only be copied.
     """
-    held_as = weight.held_as
-    if held_as not in FORMATS or FORMATS[held_as].ggml_type is None or held_as in HALVES:
+    stored_type = weight.stored_type
+    packed_format = FORMATS.get(stored_type)
+    if packed_format is None or packed_format.ggml_type is None or stored_type in HALVES:
         return False
-    return divides_rows(held_as, weight.shape) or (weight.is_whole and not weight.patches)
+    return divides_rows(stored_type, weight.shape) or (weight.is_whole and not weight.patches)
 
 
-def _own_type(weight: Weight, safetensors: bool) -> str:
-    """The type a weight is held in, where a file may hold it; else the 16 bits of its values."""
-    in_safetensors = weight.held_as in safetensors_writer.QUANT_NAMES
-    is_written = in_safetensors if safetensors else _is_ggml(weight)
-    return weight.held_as if is_written or weight.held_as in PLAIN_BYTES else weight.half
+def _keep_type(weight: Weight, safetensors: bool) -> str:
+    """Returns the type a weight is stored in where a file can hold it, else its 16-bit type."""
+    stored_type = weight.stored_type
+    is_writable = stored_type in safetensors_writer.QUANT_NAMES if safetensors else _is_ggml(weight)
+    return stored_type if is_writable or stored_type in PLAIN_BYTES else weight.half
