@@ -24,8 +24,10 @@ TOKENIZER_NAMES = (SENTENCEPIECE, TEKKEN, TOKENIZER_JSON)
 # stable-diffusion.cpp 2026-08 (src/convert.cpp, src/name_conversion.cpp), with and without
 # converted names.
 PREFIXES = re.compile(
-    r"^(text_encoders\.llm|text_encoders\.[^.]+\.(transformer|model)|cond_stage_model\.(1\.)?(transformer|model)"
-    r"|conditioner\.embedders\.\d\.(transformer|(open_clip\.)?model)|te\d?(\.\d)?|text_encoder(_\d)?"
+    r"^(text_encoders\.llm|text_encoders\.[^.]+\.(transformer|model)"
+    r"|cond_stage_model\.(1\.)?(transformer|model)"
+    r"|conditioner\.embedders\.\d\.(transformer|(open_clip\.)?model)"
+    r"|te\d?(\.\d)?|text_encoder(_\d)?"
     r"|(clip_[lgh]|t5xxl)(\.transformer(?!\.resblocks))?)\.")
 
 # Names in transformers of a language model inside a vision-language model

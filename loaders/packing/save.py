@@ -4,8 +4,8 @@ In memory are at most two dense slices of one weight and what packing a slice ne
 applies only to a whole weight; and, with a calibration, all layers that it packed.
 
 A small change of a quantized weight may be lost in rounding, since the weight's values lie on the
-steps of the type already. Where it is to arrive whole, it is enlarged until it does. Where a part is
-lost even in Q8_0, values are rounded stochastically.
+steps of the type already. Where it is to arrive whole, it is enlarged until it does. Where a part
+is lost even in Q8_0, values are rounded stochastically.
 """
 import time
 from collections.abc import Callable, Iterable, Sequence

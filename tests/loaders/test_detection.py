@@ -93,6 +93,6 @@ def test_a_few_weights_of_a_model_are_inspected_and_read(path):
 def test_a_lora_on_a_few_weights_of_a_model_is_refused_in_a_sentence(path, tmp_path):
     lora = tmp_path / "lora.safetensors"
     save_file({f"diffusion_model.txt_in.lora_{end}.weight": torch.ones(4, 4) for end in "AB"}, lora)
-    with pytest.raises(SaveError,
-                       match="is not a model that this ComfyUI knows|lora.safetensors is not applied"):
+    messages = "is not a model that this ComfyUI knows|lora.safetensors is not applied"
+    with pytest.raises(SaveError, match=messages):
         source_of_file(path, [(str(lora), 1.0)])

@@ -87,49 +87,110 @@ EXACT_IN_UNETS = (
     r"|^input_blocks\.0\.0\.|^out\."
 )
 RULES_BY_FAMILY = (
-    PackingRules("flux2", "flux", r"^double_stream_modulation_img\.",
-                 r"^(txt|img|time|vector|guidance)_in\.|^final_layer\."),
-    PackingRules("chroma", "flux", r"^distilled_guidance_layer\.",
-                 r"^(txt|img)_in(_patch)?\.|^final_layer\.|^distilled_guidance_layer\.|^nerf_"),
     PackingRules(
-        "hyvid", "hyvid", r"^txt_in\.individual_token_refiner\.",
-        r"^(txt|img|time|time_r|vector|guidance|byt5|vision)_in\.|^final_layer\.|^cond_type_embedding"
+        "flux2", "flux",
+        signature=r"^double_stream_modulation_img\.",
+        exact=r"^(txt|img|time|vector|guidance)_in\.|^final_layer\.",
     ),
-    PackingRules("flux", "flux", r"^double_blocks\.\d+\.img_attn\.norm\.key_norm\.",
-                 r"^(txt|img|time|vector|guidance)_in\.|^final_layer\."),
     PackingRules(
-        "sd3", "sd3", r"^joint_blocks\.\d+\.context_block\.",
-        r"^final_layer\.|time_text_embed|^(context|t|y|x)_embedder\.|^proj_out\.|^pos_embed|^context_processor\."
-    ), PackingRules("sdxl", "sdxl", r"^label_emb\.", EXACT_IN_UNETS, "F16"),
-    PackingRules("sd1", "sd1", r"^input_blocks\.0\.0\.weight$", EXACT_IN_UNETS, "F16"),
-    PackingRules(
-        "wan", "wan", r"^head\.modulation$",
-        r"modulation$|^patch_embedding|^(text|time)_(embedding|projection)\.|^img_emb\.|^head\."),
-    PackingRules(
-        "ltxv", "ltxv", r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$",
-        r"adaln_single\.|caption_projection\.|patchify_proj\.|proj_out\.|scale_shift_table|embeddings_connector\."
+        "chroma", "flux",
+        signature=r"^distilled_guidance_layer\.",
+        exact=r"^(txt|img)_in(_patch)?\.|^final_layer\.|^distilled_guidance_layer\.|^nerf_",
     ),
-    PackingRules("lumina2", "lumina2", r"^cap_embedder\.1\.weight$",
-                 r"^(t|x|cap|siglip)_embedder\.|^final_layer\.|^(context|noise|siglip)_refiner\."),
-    PackingRules("hidream", "hidream", r"^caption_projection\.0\.linear\.weight$",
-                 r"^(p|t|x)_embedder\.|^final_layer\.|ff_i\.gate\.|^caption_projection\."),
-    PackingRules("qwen_image", "qwen_image",
-                 r"^time_text_embed\.timestep_embedder\.linear_1\.bias$",
-                 r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\."),
     PackingRules(
-        "aura", "aura", r"^double_layers\.0\.attn\.w1q\.weight$",
-        r"^(t_embedder|init_x_linear|cond_seq_linear|modF|final_linear)\b|^positional_encoding|^register_tokens"
+        "hyvid", "hyvid",
+        signature=r"^txt_in\.individual_token_refiner\.",
+        exact=(
+            r"^(txt|img|time|time_r|vector|guidance|byt5|vision)_in\.|^final_layer\."
+            r"|^cond_type_embedding"
+        ),
     ),
-    PackingRules("cosmos", "cosmos",
-                 r"^blocks\.(block)?0\..*adaln_modulation_self_attn\.1\.weight$|^blocks\.block0\.",
-                 r"^(x|t|extra_pos)_embedder|^final_layer\.|^affline_norm|^llm_adapter\."),
+    PackingRules(
+        "flux", "flux",
+        signature=r"^double_blocks\.\d+\.img_attn\.norm\.key_norm\.",
+        exact=r"^(txt|img|time|vector|guidance)_in\.|^final_layer\.",
+    ),
+    PackingRules(
+        "sd3", "sd3",
+        signature=r"^joint_blocks\.\d+\.context_block\.",
+        exact=(
+            r"^final_layer\.|time_text_embed|^(context|t|y|x)_embedder\.|^proj_out\.|^pos_embed"
+            r"|^context_processor\."
+        ),
+    ),
+    PackingRules(
+        "sdxl", "sdxl",
+        signature=r"^label_emb\.",
+        exact=EXACT_IN_UNETS,
+        convolutions="F16",
+    ),
+    PackingRules(
+        "sd1", "sd1",
+        signature=r"^input_blocks\.0\.0\.weight$",
+        exact=EXACT_IN_UNETS,
+        convolutions="F16",
+    ),
+    PackingRules(
+        "wan", "wan",
+        signature=r"^head\.modulation$",
+        exact=(
+            r"modulation$|^patch_embedding|^(text|time)_(embedding|projection)\.|^img_emb\."
+            r"|^head\."
+        ),
+    ),
+    PackingRules(
+        "ltxv", "ltxv",
+        signature=r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$",
+        exact=(
+            r"adaln_single\.|caption_projection\.|patchify_proj\.|proj_out\.|scale_shift_table"
+            r"|embeddings_connector\."
+        ),
+    ),
+    PackingRules(
+        "lumina2", "lumina2",
+        signature=r"^cap_embedder\.1\.weight$",
+        exact=r"^(t|x|cap|siglip)_embedder\.|^final_layer\.|^(context|noise|siglip)_refiner\.",
+    ),
+    PackingRules(
+        "hidream", "hidream",
+        signature=r"^caption_projection\.0\.linear\.weight$",
+        exact=r"^(p|t|x)_embedder\.|^final_layer\.|ff_i\.gate\.|^caption_projection\.",
+    ),
+    PackingRules(
+        "qwen_image", "qwen_image",
+        signature=r"^time_text_embed\.timestep_embedder\.linear_1\.bias$",
+        exact=r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\.",
+    ),
+    PackingRules(
+        "aura", "aura",
+        signature=r"^double_layers\.0\.attn\.w1q\.weight$",
+        exact=(
+            r"^(t_embedder|init_x_linear|cond_seq_linear|modF|final_linear)\b|^positional_encoding"
+            r"|^register_tokens"
+        ),
+    ),
+    PackingRules(
+        "cosmos", "cosmos",
+        signature=r"^blocks\.(block)?0\..*adaln_modulation_self_attn\.1\.weight$|^blocks\.block0\.",
+        exact=r"^(x|t|extra_pos)_embedder|^final_layer\.|^affline_norm|^llm_adapter\.",
+    ),
     PackingRules(
         "text encoder", "",
-        r"^(encoder\.block\.0\.layer\.0\.|((text_)?model\.)?(language_model\.|encoder\.)?layers\.\d+\.(self_attn|attn)\.|"
-        r"encoder\.layer\.0\.attention\.)|(^|\.)text_model\.embeddings\.token_embedding\.",
-        r"relative_attention_bias|position_embedding|^text_projection|^(model\.)?visual\.|vision|multi_modal|token_type",
-        embedding=r"^shared\.|(^|\.)(embed_tokens|token_embedding|word_embeddings|lm_head)\.weight$"
-    ))
+        signature=(
+            r"^(encoder\.block\.0\.layer\.0\."
+            r"|((text_)?model\.)?(language_model\.|encoder\.)?layers\.\d+\.(self_attn|attn)\."
+            r"|encoder\.layer\.0\.attention\.)"
+            r"|(^|\.)text_model\.embeddings\.token_embedding\."
+        ),
+        exact=(
+            r"relative_attention_bias|position_embedding|^text_projection|^(model\.)?visual\."
+            r"|vision|multi_modal|token_type"
+        ),
+        embedding=(
+            r"^shared\.|(^|\.)(embed_tokens|token_embedding|word_embeddings|lm_head)\.weight$"
+        ),
+    ),
+)
 GENERAL_RULES = PackingRules("general", "", "", KEEP_EXACT)
 
 
