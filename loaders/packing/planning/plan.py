@@ -22,7 +22,8 @@ DIGITS = 2  # decimal places of sizes in messages
 IN_BLOCKS_OF_32 = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # for rows that 256 does not divide
 # Matrices that see one vector an image, not one a token.
 MODULATION = re.compile(
-    r"(_mod|\.mod|modulation\w*)\.(lin|\d+|linear)\.|adaLN_modulation|adaln_modulation|\.modulation\."
+    r"(_mod|\.mod|modulation\w*)\.(lin|\d+|linear)\."
+    r"|adaLN_modulation|adaln_modulation|\.modulation\."
 )
 
 
