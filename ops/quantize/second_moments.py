@@ -60,7 +60,7 @@ class SecondMoments:
         self._calls = calls
 
     @classmethod
-    def zeros(cls, columns: int, block: int | None = None, device="cpu",
+    def zeros(cls, columns: int, block: int | None = None, device: torch.device | str = "cpu",
               pair: bool = False) -> "SecondMoments":
         """Returns the moments of no tokens.
 
@@ -237,7 +237,8 @@ class SecondMoments:
                 "factor": factor, "steps": steps, "sketch": codes, "widths": widths}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor], device="cpu") -> "SecondMoments":
+    def from_tensors(cls, tensors: dict[str, torch.Tensor],
+                     device: torch.device | str = "cpu") -> "SecondMoments":
         """Returns the moments that `to_tensors` made some tensors of.
 
         Raises:
