@@ -1,5 +1,4 @@
-"""Checkpoints: diffusion model, text encoder and VAE in one file or package -> the host's own
-three, with packed weights."""
+"""Loads checkpoints: diffusion model, text encoder and VAE of one file or diffusers folder."""
 import json
 import os
 
@@ -24,16 +23,18 @@ from .recipe import Recipe, register_loader
 from .text_encoder import load_text_encoder
 from .vae import wrap_vae
 
-MODEL, CLIP, VAE = (f"{part} of a checkpoint"
-                    for part in ("diffusion model", "text encoder", "VAE"))
+# names of the loaders in recipes
+MODEL = "diffusion model of a checkpoint"
+CLIP = "text encoder of a checkpoint"
+VAE = "VAE of a checkpoint"
 
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
-# Folders of a package as diffusers saves it.
+# Folders inside a diffusers folder.
 MODEL_FOLDERS = ("transformer", "unet")
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
-# What the host calls the text encoders of a pipeline, by how the pipeline's name begins; the first
-# that fits.
+# How the name of a diffusers pipeline begins -> the host's `CLIPType` of its text encoders. The
+# first match counts.
 CLIP_TYPES = {
     "flux2": "flux2", "flux": "flux", "stablediffusion3": "sd3", "pixart": "pixart", "wan": "wan",
     "skyreelsv2": "wan", "ltx": "ltxv", "mochi": "mochi", "chroma": "chroma",
@@ -54,48 +55,61 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
                     disable_dynamic: bool = False, compute: str = "exact",
                     pack_to: str | None = None, device: torch.device | None = None,
                     encoder_device: torch.device | None = None) -> tuple:
-    """Load (model patcher, CLIP, VAE) from one file or package of diffusers, with its packed
-    weights kept packed.
+    """Loads a checkpoint and keeps its packed weights packed.
 
-    What the file lacks: CLIP is None, and the VAE an object of the host's; both make the host say
-    so where they are used. What is not asked for is None. disable_dynamic: keep model and CLIP out
-    of dynamic VRAM; the host has no such choice for a VAE. compute: of the model, see
-    `PackedLayer`. pack_to: see `load_diffusion_model`; text encoder and VAE stay as they are in the
-    file. device: where model and VAE run, encoder_device: where the text encoder does; None: where
-    the host has them. Files without packed weights go to the host's own loader where none is to be
-    packed. Raises WeightFileError.
+    A file without packed weights goes to the host's own loader, unless it is to be packed.
+
+    Args:
+        path: of a file or a diffusers folder.
+        embedding_directory: folders of textual inversions.
+        output_model, output_clip, output_vae: whether to load the part.
+        disable_dynamic: keep model and CLIP out of dynamic VRAM; the host has no such choice for a
+            VAE.
+        compute: how the model computes, see `PackedLayer`.
+        pack_to: see `load_diffusion_model`; text encoder and VAE stay as they are in the file.
+        device: where model and VAE run; None: the host's choice.
+        encoder_device: where the text encoder runs; None: the host's choice.
+
+    Returns:
+        (model patcher, CLIP, VAE); None for a part that is not requested. If the file lacks one,
+        the CLIP is None and the VAE an object of the host's that raises an error when it is used.
+
+    Raises:
+        WeightFileError: if the file cannot be read or holds no known model.
     """
     outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
-    ours = needs_own_reader(path, pack_to)
-    devices = (
-        {"device": device, "encoder_device": encoder_device} if device or encoder_device else {}
-    )
-    if not ours:
+    use_own_reader = needs_own_reader(path, pack_to)
+    devices = {}
+    if device or encoder_device:
+        devices = {"device": device, "encoder_device": encoder_device}
+    if not use_own_reader:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic,
             model_options=device_options(device), te_model_options=device_options(encoder_device),
             **outputs)
     elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-        model, clip, vae = _package(path, embedding_directory, outputs, disable_dynamic, compute,
-                                    pack_to, **devices)
+        model, clip, vae = _load_folder(path, embedding_directory, outputs, disable_dynamic,
+                                        compute, pack_to, **devices)
     else:
-        model, clip, vae = _file(path, embedding_directory, outputs, disable_dynamic, compute,
-                                 pack_to, **devices)
-    ours = ours or bool(devices)  # the host's own way to load a part again knows nothing of them
+        model, clip, vae = _load_file(path, embedding_directory, outputs, disable_dynamic,
+                                      compute, pack_to, **devices)
+    # When the host reloads a part by itself, it forgets the devices.
+    needs_recipe = use_own_reader or bool(devices)
     options = {
         "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
         "pack_to": pack_to, **devices
     }
-    if model is not None and (ours or disable_dynamic):
+    if model is not None and (needs_recipe or disable_dynamic):
         Recipe(MODEL, (str(path),), {**options, "compute": compute}).attach(model)
-    if clip is not None and (ours or disable_dynamic):
+    if clip is not None and (needs_recipe or disable_dynamic):
         Recipe(CLIP, (str(path),), options).attach(clip.patcher)
-    if ours and getattr(vae, "patcher", None) is not None:
-        Recipe(VAE, (str(path),), options).attach(vae.patcher)
+    vae_patcher = getattr(vae, "patcher", None)
+    if needs_recipe and vae_patcher is not None:
+        Recipe(VAE, (str(path),), options).attach(vae_patcher)
     return model, clip, vae
 
 
-# Each part again, for recipes.
+# The loaders that recipes call, one for each part.
 
 @register_loader(MODEL)
 def _model_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
@@ -113,46 +127,44 @@ def _vae_patcher(path: str, **options) -> comfy.model_patcher.ModelPatcher:
 
 
 def _no_vae() -> comfy.sd.VAE:
-    """What the host gives for a checkpoint without a VAE: its first use raises a sentence about
-    that."""
+    """Returns the host's VAE of a checkpoint without one; using it raises an error that says so."""
     return comfy.sd.VAE(sd={})
 
 
-def _package(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str,
-             pack_to: str | None, device: torch.device | None = None,
-             encoder_device: torch.device | None = None):
+def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic: bool,
+                 compute: str, pack_to: str | None, device: torch.device | None = None,
+                 encoder_device: torch.device | None = None):
     folders = {name: os.path.join(path, name) for name in (*MODEL_FOLDERS, *ENCODER_FOLDERS, "vae")
                if os.path.isfile(os.path.join(path, name, "config.json"))}
-    models = [folders[name] for name in MODEL_FOLDERS if name in folders]
-    if not models:
+    model_folder = next((folders[name] for name in MODEL_FOLDERS if name in folders), None)
+    if model_folder is None:
         raise WeightFileError(
-            f"{os.path.basename(path)} is no package of diffusers: it has no folder 'transformer'"
+            f"{os.path.basename(path)} is not a diffusers folder: it has no folder 'transformer'"
             " or 'unet' with a config.json. Pick the folder that has, or a checkpoint file.")
     model = clip = vae = None
     if outputs["output_model"]:
-        model = load_diffusion_model(models[0], compute=compute, disable_dynamic=disable_dynamic,
-                                     pack_to=pack_to, model_options=device_options(device))
+        model = load_diffusion_model(model_folder, compute=compute,
+                                     disable_dynamic=disable_dynamic, pack_to=pack_to,
+                                     model_options=device_options(device))
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         clip = load_text_encoder(encoders, _clip_type(path, len(encoders)), embedding_directory,
                                  disable_dynamic=disable_dynamic,
                                  model_options=device_options(encoder_device))
-    if outputs["output_vae"]:
+    if outputs["output_vae"] and "vae" in folders:
         with dequantize_plain_parameters():
-            vae = (
-                wrap_vae(comfy.sd.VAE(sd=open_weights(folders["vae"]).state_dict(), device=device))
-                if "vae" in folders
-                else _no_vae()
-            )
+            weights = open_weights(folders["vae"]).state_dict()
+            vae = wrap_vae(comfy.sd.VAE(sd=weights, device=device))
+    elif outputs["output_vae"]:
+        vae = _no_vae()
     return model, clip, vae
 
 
-def _clip_type(path: str, encoders: int) -> str:
-    """The loaders' name for the set of text encoders of a package, by the pipeline it was saved
-    from.
+def _clip_type(path: str, encoder_count: int) -> str:
+    """Returns the CLIP type for the pipeline that a diffusers folder was saved from.
 
-    encoders: how many it has. Raises WeightFileError for several of a pipeline of which nothing is
-    known.
+    Raises:
+        WeightFileError: if it has several text encoders and an unknown pipeline.
     """
     has_unet = os.path.isdir(os.path.join(path, "unet"))
     try:
@@ -160,42 +172,43 @@ def _clip_type(path: str, encoders: int) -> str:
             pipeline = str(json.load(file).get("_class_name", ""))
     except (OSError, ValueError, AttributeError):
         pipeline = "" if has_unet else "Flux"
-    known = next((kind for start, kind in CLIP_TYPES.items() if pipeline.lower().startswith(start)),
-                 None)
-    # those with a U-Net are Stable Diffusion's and its relatives'
-    if known is None and encoders > 1 and not has_unet:
+    clip_type = next((clip_type for start, clip_type in CLIP_TYPES.items()
+                      if pipeline.lower().startswith(start)), None)
+    # Pipelines with a U-Net are Stable Diffusion and its relatives.
+    if clip_type is None and encoder_count > 1 and not has_unet:
         raise WeightFileError(
-            f"{os.path.basename(path)} was saved from the pipeline {safe_repr(pipeline)}, whose"
-            f" {encoders} text encoders are of no known set. Load its folders one by one: the"
+            f"{os.path.basename(path)} was saved from the pipeline {safe_repr(pipeline)}, and its"
+            f" {encoder_count} text encoders are not a known set. Load its folders one by one: the"
             " model with Load Diffusion Model, the text encoders with Load Text Encoder"
             " (Featherweight).")
-    return known or "stable_diffusion"
+    return clip_type or "stable_diffusion"
 
 
-def _file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str,
-          pack_to: str | None, device: torch.device | None = None,
-          encoder_device: torch.device | None = None):
+def _load_file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str,
+               pack_to: str | None, device: torch.device | None = None,
+               encoder_device: torch.device | None = None):
     file = open_weights(path)
     reject_non_diffusion(file)
     pack_to = pack_to if outputs["output_model"] else None
     progress = Progress(stages=3 if pack_to else 2)
     state_dict, packed = read_weights(file, pack_to, progress)
     if model_prefix(state_dict):
-        parts = _parts(file, state_dict, embedding_directory, outputs, disable_dynamic, compute,
-                       device_options(device), device_options(encoder_device))
+        model, clip, vae = _build_parts(file, state_dict, embedding_directory, outputs,
+                                        disable_dynamic, compute, device_options(device),
+                                        device_options(encoder_device))
     else:
         model = build_model(file, state_dict, disable_dynamic=disable_dynamic, compute=compute,
-                         model_options=device_options(device))
-        parts = model, None, _no_vae()
-    if packed and parts[0] is not None:
-        packed.attach(parts[0])
+                            model_options=device_options(device))
+        clip, vae = None, _no_vae()
+    if packed and model is not None:
+        packed.attach(model)
     progress.stage()
-    return parts
+    return model, clip, vae
 
 
-def _parts(file: WeightFile, state_dict: dict[str,
-                                              torch.Tensor], embedding_directory, outputs: dict,
-           disable_dynamic: bool, compute: str, model_options: dict, encoder_options: dict):
+def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory,
+                 outputs: dict, disable_dynamic: bool, compute: str, model_options: dict,
+                 encoder_options: dict):
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_quant_layout(file, state_dict)
     if try_detect(model_config_from_unet, state_dict, prefix, metadata=file.text_metadata) is None:
@@ -204,19 +217,21 @@ def _parts(file: WeightFile, state_dict: dict[str,
             f" ({len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
             " ComfyUI if the model is new, or pick another file."
         )
-    encoder = {
+    encoder_weights = {
         name: tensor for name, tensor in state_dict.items()
         if not name.startswith((prefix, *VAE_PREFIXES))
     }
-    if any(map(is_packed, encoder.values())):
-        encoder_options["custom_operations"] = operations_for(encoder, full_precision=True)
+    if any(map(is_packed, encoder_weights.values())):
+        encoder_options["custom_operations"] = operations_for(encoder_weights, full_precision=True)
     model_options["custom_operations"] = operations_for(
         [name for name in state_dict if name.startswith(prefix)], compute=compute)
     with explain_shape_errors(file), dequantize_plain_parameters():
-        model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
+        parts = comfy.sd.load_state_dict_guess_config(
             state_dict, embedding_directory=embedding_directory, metadata=file.text_metadata,
             model_options=model_options, te_model_options=encoder_options,
             disable_dynamic=disable_dynamic, **outputs)
+    # None only for a model that the host does not detect
+    model, clip, vae, _ = parts  # pyright: ignore[reportGeneralTypeIssues]
     if model is not None:
         wrap_model(model, file, compute)
     if clip is not None:

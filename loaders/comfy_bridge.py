@@ -1,5 +1,4 @@
-"""Models and text encoders that the host has built of a file's weights: packed weights stay
-packed."""
+"""Keeps the weights of models and text encoders packed that the host has built from a file."""
 import itertools
 import logging
 
@@ -17,12 +16,12 @@ log = logging.getLogger(__name__)
 
 
 def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compute: str):
-    """Make a diffusion model's patcher keep packed weights packed, and log what the model holds.
+    """Makes a diffusion model's patcher keep packed weights packed and logs the model's formats.
 
     Args:
-        patcher: the host's, which is changed.
-        file: that the weights are from, or were packed from.
-        compute: of the layers; a warning tells where the device has no units for "int8".
+        patcher: the host's; it is changed in place.
+        file: the file that the weights were read from.
+        compute: how the layers compute; a warning is logged if the device does not support "int8".
     """
     log.info("[Featherweight] %s", load_summary(file, adopt(patcher)))
     patcher.model.packed_patches.check_source = guard_of(patcher.model)
@@ -35,10 +34,10 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
 
 
 class PackedCLIP(comfy.sd.CLIP):
-    """The host's CLIP, which computes with the model of its patcher.
+    """The host's CLIP, always computing with the model of its patcher.
 
-    The host's node that chooses a device gives it another patcher with a model of its own, loads
-    that one, and would compute with the one before, from which it has taken the LoRAs.
+    The host's node that chooses a device gives a CLIP another patcher with another model. It loads
+    that model and takes the LoRAs off the old one, but would go on computing with the old one.
     """
 
     @property
@@ -47,7 +46,7 @@ class PackedCLIP(comfy.sd.CLIP):
 
     @cond_stage_model.setter
     def cond_stage_model(self, model):
-        """The host sets here the model of the patcher that it sets too."""
+        """Ignores the model: the host sets the patcher too, which has it."""
 
     def load_model(self, *args, **kwargs):
         self.patcher.model.packed_patches.check_source()  # the host calls this before it encodes
@@ -64,12 +63,12 @@ def _as_packed_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 
 
 def wrap_clip(clip: comfy.sd.CLIP):
-    """Make a text encoder's patcher keep packed weights packed, on every device."""
+    """Makes a text encoder's patcher keep packed weights packed, on every device."""
     adopt(clip.patcher).model.packed_patches.check_source = guard_of(clip.patcher.model)
     prepare_kernels(clip.patcher.model, clip.patcher.load_device, None)
     _as_packed_clip(clip)
 
 
 def guard_of(model: torch.nn.Module) -> FileChangeGuard:
-    """Return what raises where one of the files is written to that a model's weights lie in."""
+    """Returns a guard that raises once a file that holds a model's weights has changed."""
     return FileChangeGuard.of(itertools.chain(model.parameters(), model.buffers()))

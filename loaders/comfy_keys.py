@@ -1,4 +1,4 @@
-"""Names and shapes of a model's weights as files have them -> as the host knows them."""
+"""Converts names and shapes of a model's weights from a file's to the host's."""
 import re
 
 import torch
@@ -9,41 +9,39 @@ from .diffusers_keys import from_diffusers
 
 
 def to_comfy_keys(state_dict: dict[str, torch.Tensor],
-                  later: bool = False) -> dict[str, torch.Tensor]:
-    """The weights of a model or a whole checkpoint under the names and in the shapes that the
-    host's detection reads.
+                  lazy: bool = False) -> dict[str, torch.Tensor]:
+    """Converts a model's or checkpoint's weights to the names and shapes that the host detects.
 
-    Changes `state_dict`. Names that no converter is known to have changed stay. later: see
-    `from_diffusers`.
+    Args:
+        state_dict: is changed. Names that no known converter has changed stay.
+        lazy: see `from_diffusers`.
     """
-    return from_diffusers(_undo_converters(state_dict), later)
+    return from_diffusers(_undo_converters(state_dict), lazy)
 
 
 def model_prefix(state_dict: dict[str, torch.Tensor]) -> str:
-    """Return what the names of a checkpoint's model begin with.
+    """Returns the prefix of the model's names in a checkpoint, "" in a file of a model alone.
 
-    "" in a file of a model alone, for which the host drops operations.
+    For the latter the host's checkpoint loader drops custom operations.
     """
     prefix = unet_prefix_from_state_dict(state_dict)
     return prefix if sum(name.startswith(prefix) for name in state_dict) > 5 else ""
 
 
 def _undo_converters(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Undo what converters changed in names and shapes that the host's detection reads."""
+    """Reverts the names and shapes that converters are known to change."""
     for name, tensor in list(state_dict.items()):
-        # Some conversions name the scale of a query or key norm `.scale` where the host wants
-        # `.weight`.
+        # Some name the weight of a query or key norm `.scale`; the host expects `.weight`.
         if re.search(r"(query|key|_q|_k|\.q|\.k)_norm\.scale$", name):
             state_dict[name.removesuffix("scale") + "weight"] = state_dict.pop(name)
-        # stable-diffusion.cpp keeps SDXL's and SD2's linear projections as 1x1 convolutions; only
-        # SD1 has those.
+        # stable-diffusion.cpp stores linear projections of SDXL and SD2 as 1x1 convolutions, which
+        # only SD1 has.
         elif re.search(r"\.proj_(in|out)\.weight$", name) and tensor.shape[2:] == (1, 1):
             context = state_dict.get(
                 re.sub(r"proj_(in|out)\.weight$", "transformer_blocks.0.attn2.to_k.weight", name))
             if context is not None and context.shape[1] != 768:
                 state_dict[name] = _reshaped(tensor, tensor.shape[:2])
-        # It also folds the first two of five dimensions of the video models' first convolution into
-        # one.
+        # It also merges the first two of the five dimensions of a video model's first convolution.
         elif re.search(r"(patch_embedding\w*|img_in(\.proj)?)\.weight$", name) and tensor.ndim == 4:
             bias = state_dict.get(name.removesuffix("weight") + "bias")
             if (

@@ -1,14 +1,17 @@
-"""Weights in the host's own quantised formats (fp8 with scales, mxfp8, nvfp4, int8 …), each as one
-tensor before it is packed.
+"""Reads weights in the host's own quantised formats (fp8 with scales, mxfp8, nvfp4, int8 ...).
 
-| in the file (weight `L.weight`) | in the state dict |
+A layer `L` has several tensors in the file and becomes one tensor of the host's, `L.weight`:
+
+| format | tensors in the file |
 |---|---|
-| `L.weight` codes, `L.weight_scale` and other scales, `L.comfy_quant`, perhaps `L.input_scale` | `L.weight`, the host's |
-| `scaled_fp8` marker, `L.weight` fp8, `L.scale_weight`, perhaps `L.scale_input` | `L.weight`, the host's |
+| `comfy_quant` | `L.weight` (codes), `L.weight_scale` and other scales, `L.comfy_quant`, |
+| | optional `L.input_scale` |
+| `scaled_fp8` | `scaled_fp8` (marker), `L.weight` (fp8), `L.scale_weight`, |
+| | optional `L.scale_input` |
 
-The host's own code reads the parts and gives the values: its `convert_old_quants` and the layer of
-its `mixed_precision_ops`. So a format that a newer host reads is read with it, and one that this
-host lacks is told before the host fails on it.
+The host's own code reads them: its `convert_old_quants` and the layers of its
+`mixed_precision_ops`. So a newer host adds its formats here too, and a format that the host lacks
+is reported before the host fails on it.
 """
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -26,30 +29,38 @@ from .files.container import WeightFile, WeightFileError, first_line, safe_repr
 from .out_of_memory import is_out_of_memory
 
 MARK = ".comfy_quant"
-SMOOTHING = ".pre_quant_scale"  # what a layer multiplies its input by
-# in the metadata of a file: what `comfy_quant` says of each layer
+SMOOTHING = ".pre_quant_scale"  # a factor for the input of a layer
+# key of a file's metadata that has the `comfy_quant` settings of all layers
 SETTINGS = "_quantization_metadata"
-# formats of two codes a byte whose layout does not tell the shape of the weight
+# formats with two codes in a byte; their layout does not know the shape of the weight
 HALF_STORED = ("convrot_w4a4",)
-# of asym_w4a8_int8, whose layout does not tell it either: (rows, groups of columns)
+# scales of asym_w4a8_int8, (rows, groups of columns); its layout does not know the shape either
 GROUP_SCALES = "weight_s_rel"
-# formats of which a version of ComfyUI is known that reads them
+# format -> the first version of ComfyUI that reads it
 READ_BY = {"asym_w4a8_int8": "0.33"}
 
 
 class UnreadFormatError(ValueError):
-    """A layer in a quantised format that this host does not read. The message says which, as a part
-    of a sentence."""
+    """This host cannot read a quantised format; the message is part of a sentence."""
 
 
 def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor],
                prefix: str = "") -> dict[str, torch.Tensor]:
-    """The state dict of a file with one quantised tensor of the host, which shows float32, in place
-    of each weight's parts.
+    """Joins the parts of each quantised weight into one tensor of the host's, without copying.
 
-    Nothing is copied. What such a layer multiplies its input by stays, as `L.pre_quant_scale`.
-    Stacked experts stay in their
-    parts: only the host's layer for them reads those. prefix: of the model. Raises WeightFileError.
+    `L.pre_quant_scale` stays a tensor of its own. The parts of stacked experts stay apart: only
+    the host's layer for experts reads them.
+
+    Args:
+        file: the file of the state dict.
+        state_dict: of the file; it is not changed.
+        prefix: of the names of the model; other weights stay as they are.
+
+    Returns:
+        A state dict whose quantised weights are `QuantizedTensor`s of dtype float32.
+
+    Raises:
+        WeightFileError: if a layer is damaged or in a format that this host does not read.
     """
     state_dict, _ = comfy.utils.convert_old_quants(state_dict, model_prefix=prefix,
                                                    metadata=file.text_metadata)
@@ -60,40 +71,41 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor],
         codes = state_dict.get(f"{layer}.weight")
         if not layer.startswith(prefix):
             continue
-        if codes is None:  # the metadata of a file name layers that it lacks
+        if codes is None:  # the metadata lists a layer that the file lacks
             del out[f"{layer}{MARK}"]
         elif codes.ndim == 2:
             parts = {name: out.pop(name) for name in names}
             try:
                 out[f"{layer}.weight"] = _weight(layer_class, layer, parts)
             except UnreadFormatError as error:
-                raise _unread(file, layer, error) from error
+                raise _unread_layer_error(file, layer, error) from error
     return out
 
 
 def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
-    """Raise WeightFileError where a layer of a file is in a quantised format that this host does
-    not read, or not right."""
-    found = find_unread_layer(state_dict, state_dict.__getitem__, file.metadata)
-    if found is not None:
-        raise _unread(file, *found)
+    """Raises WeightFileError if a layer is damaged or in a format that this host does not read."""
+    unread = find_unread_layer(state_dict, state_dict.__getitem__, file.metadata)
+    if unread is not None:
+        raise _unread_layer_error(file, *unread)
 
 
 def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
                       metadata: Mapping[str, Any]) -> tuple[str, UnreadFormatError] | None:
-    """Return the first layer that the host does not read of those in quantised formats, and why;
-    None where it reads all.
+    """Finds the first quantised layer that this host does not read.
 
     Args:
         names: of the tensors of a file.
-        read: gives a tensor by its name.
+        read: returns a tensor by its name.
         metadata: of the file.
+
+    Returns:
+        (layer, error), or None if the host reads all layers.
     """
     settings = _settings(metadata)
     names = dict.fromkeys(names)
     layer_class = _layer_class()
-    for layer, parts in _parts_of_layers([*names,
-                                          *(f"{layer}{MARK}" for layer in settings)]).items():
+    marks = [f"{layer}{MARK}" for layer in settings]
+    for layer, parts in _parts_of_layers([*names, *marks]).items():
         if f"{layer}.weight" not in names:
             continue
         tensors = {name: read(name) for name in parts if name in names}
@@ -110,11 +122,11 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
 
 
 def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Layer -> what the metadata of a file say of its format."""
+    """Returns layer -> settings of its format, from the metadata of a file."""
     try:
         return dict(read_json(metadata[SETTINGS])["layers"]) if SETTINGS in metadata else {}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {}  # which the host says
+        return {}  # the host reports it
 
 
 def _as_bytes(settings: Any) -> torch.Tensor:
@@ -126,8 +138,7 @@ def _layer_class() -> type:
 
 
 def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Layer -> the names of the tensors that its quantised weight is made of, in the order of
-    `names`."""
+    """Returns layer -> names of the tensors of its quantised weight, in the order of `names`."""
     names = dict.fromkeys(names)
     layers = {name.removesuffix(MARK): [] for name in names if name.endswith(MARK)}
     for name in names:
@@ -137,7 +148,8 @@ def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
     return layers
 
 
-def _unread(file: WeightFile, layer: str, error: UnreadFormatError) -> WeightFileError:
+def _unread_layer_error(file: WeightFile, layer: str,
+                        error: UnreadFormatError) -> WeightFileError:
     name = f"{layer}.weight"
     return file.error_at(
         name,
@@ -146,23 +158,26 @@ def _unread(file: WeightFile, layer: str, error: UnreadFormatError) -> WeightFil
 
 
 def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """What a file says of one layer's format, which this host knows. Raises UnreadFormatError."""
+    """Returns the settings of one layer's format; raises UnreadFormatError if it is unknown."""
     try:
         settings = read_json(parts[f"{layer}{MARK}"].numpy().tobytes())
         name = settings.get("format")
     except (ValueError, AttributeError) as error:
         raise UnreadFormatError("its comfy_quant is not a JSON object") from error
     if not isinstance(name, str):
-        raise UnreadFormatError("its comfy_quant names none")
+        raise UnreadFormatError("its comfy_quant names no format")
     if name not in QUANT_ALGOS:
-        raise UnreadFormatError(
-            safe_repr(name) + (f", which ComfyUI {READ_BY[name]} does" if name in READ_BY else ""))
+        version = f", which needs ComfyUI {READ_BY[name]}" if name in READ_BY else ""
+        raise UnreadFormatError(f"{safe_repr(name)}{version}")
     return settings
 
 
 def _weight(layer_class: type, layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
-    """The host's tensor of one weight, made by the host's layer, which takes `parts` out. Raises
-    UnreadFormatError."""
+    """Builds the host's tensor of one weight; the host's layer pops what it uses from `parts`.
+
+    Raises:
+        UnreadFormatError: if the host does not read the format or a part is wrong.
+    """
     settings = _layer_settings(layer, parts)
     name = settings["format"]
     try:
@@ -174,26 +189,25 @@ def _weight(layer_class: type, layer: str, parts: dict[str, torch.Tensor]) -> Qu
             raise
         raise UnreadFormatError(f"{name}: {first_line(error)}") from error
     ignored = next((part for part in parts if part.startswith(f"{layer}.weight")), None)
-    if ignored is not None:  # the host would leave it out, and compute with other values
+    if ignored is not None:  # without it the host would compute with wrong values
         raise UnreadFormatError(f"{name} with {safe_repr(ignored.removeprefix(f'{layer}.'))}")
     return module.weight.detach()
 
 
 def _shape(name: str, settings: Mapping, layer: str,
            parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """The shape of a weight whose codes are stored; with the padding to whole blocks that some
-    formats have."""
+    """Returns a weight's shape, including the padding to whole blocks that some formats have."""
     rows, stored = parts[f"{layer}.weight"].shape
     layout = get_layout_class(QUANT_ALGOS[name]["comfy_tensor_layout"])
     if hasattr(layout, "get_logical_shape_from_storage"):
         return layout.get_logical_shape_from_storage((rows, stored))
     if f"{layer}.{GROUP_SCALES}" not in parts:
         return rows, stored * (2 if name in HALF_STORED else 1)
-    further = settings.get("params", {})
-    group = settings.get("group_size",
-                         further.get("group_size", 16) if isinstance(further, dict) else 16)
-    columns = parts[f"{layer}.{GROUP_SCALES}"].shape[1] * int(group)
+    params = settings.get("params", {})
+    default = params.get("group_size", 16) if isinstance(params, dict) else 16
+    group_size = settings.get("group_size", default)
+    columns = parts[f"{layer}.{GROUP_SCALES}"].shape[1] * int(group_size)
     if stored * 2 != columns and not (hasattr(layout, "bits") and stored * 4 == columns * 3):
-        # which the host would take for 4
+        # The host would take it for 4 bits.
         raise ValueError(f"it has {stored * 8 / columns:g} bits a value")
     return rows, columns

@@ -1,4 +1,4 @@
-"""Diffusion models: a weight file or folder -> the host's own model, with packed weights."""
+"""Loads diffusion models from weight files and folders as the host's own, with packed weights."""
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from .detection import explain_shape_errors, is_diffusion_model, reject_non_diff
 from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .pack_on_load import Packed, pack_weights
+from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
@@ -33,14 +33,21 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
                          disable_dynamic: bool = False, pack_to: str | None = None,
                          model_options: Mapping[str, Any] | None = None,
                          extra: str | None = None) -> comfy.model_patcher.ModelPatcher:
-    """Load a diffusion model file or folder with its packed weights kept packed.
+    """Loads a diffusion model and keeps its packed weights packed.
 
-    value_dtype, patch_dtype, compute: see `PackedLayer`. disable_dynamic: keep the model out of
-    dynamic VRAM. pack_to: one of `pack_on_load.TYPES`, to which the weights that are not packed yet
-    are packed as they are read. model_options: the host's, such as `load_device`; its `dtype` is
-    for files that are left to the host. extra: a file with further layers of the model, such as
-    VACE's. Of a whole checkpoint only the model is used. Files without packed weights go to the
-    host's own loader where none is to be packed. Raises WeightFileError.
+    A file without packed weights goes to the host's own loader, unless it is to be packed.
+
+    Args:
+        path: of a file or folder; of a whole checkpoint only the model is loaded.
+        value_dtype, patch_dtype, compute: see `PackedLayer`.
+        disable_dynamic: keep the model out of dynamic VRAM.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        model_options: the host's, such as `load_device`; `dtype` affects only files that go to the
+            host's own loader.
+        extra: path of a file with further layers of the model, such as VACE's.
+
+    Raises:
+        WeightFileError: if the file cannot be read or holds no known diffusion model.
     """
     model_options = dict(model_options or {})
     recipe = Recipe(
@@ -70,44 +77,46 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
 
 
 def _extra_layers(path: str, prefix: str) -> dict[str, torch.Tensor]:
-    """The weights of a file with more layers of a model whose names begin with `prefix`; of a
-    checkpoint, its model's."""
+    """Returns a file's weights with `prefix` before their names; of a checkpoint, only the model's.
+    """
     weights = to_comfy_keys(open_weights(path).state_dict())
-    of_the_model = {name.removeprefix(CHECKPOINT_PREFIX): weight for name, weight in weights.items()
-                    if name.startswith(CHECKPOINT_PREFIX)}
-    return {prefix + name: weight for name, weight in (of_the_model or weights).items()}
+    model_weights = {
+        name.removeprefix(CHECKPOINT_PREFIX): weight for name, weight in weights.items()
+        if name.startswith(CHECKPOINT_PREFIX)
+    }
+    return {prefix + name: weight for name, weight in (model_weights or weights).items()}
 
 
 def read_weights(file: WeightFile, pack_to: str | None,
-                 progress: Progress) -> tuple[dict[str, torch.Tensor], Packed | None]:
-    """Read the weights of a diffusion model or of a whole checkpoint.
+                 progress: Progress) -> tuple[dict[str, torch.Tensor], PackStats | None]:
+    """Reads the weights of a diffusion model or of a whole checkpoint.
 
     Args:
-        file: of them.
-        pack_to: the type that the model's weights are packed to, or None: as they are in the file.
-        progress: gets a stage, or two with `pack_to`.
+        file: of the weights.
+        pack_to: type that the model's plain weights are packed to; None: they stay as in the file.
+        progress: advances by one stage, or by two with `pack_to`.
 
     Returns:
-        the state dict in the host's names, and what was packed, or None.
+        The state dict with the host's names, and what was packed, or None without `pack_to`.
 
     Raises:
-        WeightFileError: where a layer is in a format that this host does not read, or not right.
+        WeightFileError: if a layer is damaged or in a format that this host does not read.
     """
     state_dict = file.state_dict(progress.track)
     if pack_to is None:
         reject_unread_layers(file, state_dict)
         return to_comfy_keys(state_dict), None
     prefix = model_prefix(state_dict)
-    state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), later=True)
+    state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
     return state_dict, pack_weights(file, state_dict, pack_to, progress, prefix)
 
 
 def to_comfy_quant_layout(file: WeightFile,
                           state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a state dict whose layers in the host's quantised formats have a `comfy_quant` each.
+    """Gives each layer in a quantised format of the host its `comfy_quant` tensor.
 
-    That is what the host makes of `scaled_fp8` and of metadata in files that it reads itself. A
-    state dict with packed weights stays as it is.
+    The host does the same to files with `scaled_fp8` or settings in the metadata that it reads
+    itself. A state dict with packed weights is returned as it is.
     """
     if any(map(is_packed, state_dict.values())):
         return state_dict
@@ -119,23 +128,31 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
                 value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
                 compute: str = "exact", disable_dynamic: bool = False,
                 model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
-    """The diffusion model among the weights of a file.
+    """Builds the host's diffusion model from the weights of a file.
 
-    state_dict: the file's, in the host's names. model_options: the host's. Raises WeightFileError
-    when there is none.
+    Args:
+        file: of the weights.
+        state_dict: of `file`, with the host's names.
+        value_dtype, patch_dtype, compute: see `PackedLayer`.
+        disable_dynamic: keep the model out of dynamic VRAM.
+        model_options: the host's.
+
+    Raises:
+        WeightFileError: if the host detects no diffusion model.
     """
     state_dict = to_comfy_quant_layout(file, state_dict)
-    options = {
-        **(model_options or {}), "custom_operations": operations_for(state_dict, value_dtype,
-                                                                     patch_dtype, compute=compute)
-    }
+    operations = operations_for(state_dict, value_dtype, patch_dtype, compute=compute)
+    options = {**(model_options or {}), "custom_operations": operations}
     patcher = None
     if is_diffusion_model(state_dict):
-        with explain_shape_errors(file), dequantize_plain_parameters(), reject_partial_conversion(
-                file, state_dict):
-            patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options,
-                                                               metadata=file.text_metadata,
-                                                               disable_dynamic=disable_dynamic)
+        with (
+            explain_shape_errors(file),
+            dequantize_plain_parameters(),
+            reject_partial_conversion(file, state_dict),
+        ):
+            patcher = comfy.sd.load_diffusion_model_state_dict(
+                state_dict, model_options=options, metadata=file.text_metadata,
+                disable_dynamic=disable_dynamic)
     if patcher is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"

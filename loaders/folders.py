@@ -1,4 +1,4 @@
-"""Model folders: where files are found. The only user of the host's `folder_paths`."""
+"""Finds and names files in the model folders; only this module uses the host's `folder_paths`."""
 import contextlib
 import glob
 import os
@@ -13,24 +13,24 @@ from ..ops.bounded_json import read_json
 from .files.container import FileState, WeightFileError, display_name, map_file, safe_repr
 from .files.diffusers_folder import file_inside
 
-# Folder keys other packs and shared workflows know, and the host's folder each one extends by GGUF
-# files.
+# Folder keys that other packs and shared workflows use -> the host's key that each one extends by
+# GGUF files.
 GGUF_FOLDERS = {
     "unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
     "checkpoints_gguf": "checkpoints", "vae_gguf": "vae"
 }
 
-# How files end that hold what was measured of a model. Not .safetensors, or the loaders would offer
-# them as models.
+# Suffix of files with measurements of a model. With .safetensors the loaders would offer them as
+# models.
 SENSITIVITY = ".sensitivity"
 
-# of a model in several files
+# file name of a shard
 PART = re.compile(r"(.*-)\d{5}(-of-\d{5}\.(?:gguf|safetensors))", re.I)
 
-# Classes of diffusers that are diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
+# diffusers' classes of diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
 # UNet2DConditionModel ...
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
-# Classes of transformers that are text encoders: T5EncoderModel, CLIPTextModelWithProjection,
+# transformers' classes of text encoders: T5EncoderModel, CLIPTextModelWithProjection,
 # Qwen3ForCausalLM ...
 ENCODER = re.compile(
     r"Encoder|TextModel|ForCausalLM$|ForConditionalGeneration$|^(Gemma|Qwen|Llama|Mistral)\w*Model$"
@@ -38,10 +38,10 @@ ENCODER = re.compile(
 
 
 def register_folders():
-    """Make the host list GGUF files, under the keys other packs use for them.
+    """Makes the host list GGUF files, under the keys that other packs use for them.
 
-    Directories that a user's yaml or another pack put there stay. The lists of other keys are not
-    touched: some packs let two keys share one list.
+    Directories that a user's yaml or another pack has added stay. The lists of other keys are not
+    changed: some packs let two keys share one list.
     """
     registered = folder_paths.folder_names_and_paths
     for key, host_key in GGUF_FOLDERS.items():
@@ -53,42 +53,42 @@ def register_folders():
 
 
 def list_files(*keys: str) -> list[str]:
-    """Names of the model files in the folders of all `keys`, GGUF files first, without
-    duplicates."""
-    register_folders()  # another pack may have put directories there since
+    """Returns the model files in the folders of all `keys`, GGUF first, without duplicates."""
+    register_folders()  # another pack may have added directories since
     names = {name for key in keys for name in folder_paths.get_filename_list(key)}
     return sorted(names, key=lambda name: (not name.lower().endswith(".gguf"), name.lower()))
 
 
-def list_model_folders(*keys: str, kind: re.Pattern = DIFFUSION_MODEL) -> list[str]:
-    """Names of the folders among all `keys` that hold one model as diffusers and transformers save
-    it, with `config.json`.
+def list_model_folders(*keys: str, model_class: re.Pattern = DIFFUSION_MODEL) -> list[str]:
+    """Returns the folders that hold one model with its `config.json`.
 
-    kind: of the class of the model.
+    Args:
+        keys: of the folders to look in.
+        model_class: regular expression for the class of the model, in diffusers or transformers.
     """
-    names = {
+    folders = {
         (os.path.dirname(name), key) for key in keys for name in folder_paths.get_filename_list(key)
     }
-    found = {
-        name for name, key in names if name and kind.search(_class_in(_find_folder(name, key)))
+    names = {
+        name for name, key in folders
+        if name and model_class.search(_class_in(_find_folder(name, key)))
     }
-    return sorted(found, key=str.lower)
+    return sorted(names, key=str.lower)
 
 
-def list_packages(*keys: str) -> list[str]:
-    """Names of the folders among all `keys` that hold a whole package as diffusers saves it."""
-    names = set()
-    for directory in (directory for key in keys
-                      for directory in folder_paths.get_folder_paths(key)):
-        for pattern in ("*/transformer/config.json", "*/unet/config.json",
-                        "*/*/transformer/config.json"):
-            found = glob.iglob(pattern, root_dir=directory)
-            names |= {os.path.dirname(os.path.dirname(name)) for name in found}
+def list_pipeline_folders(*keys: str) -> list[str]:
+    """Returns the folders in the folders of all `keys` that hold a whole diffusers pipeline."""
+    patterns = ("*/transformer/config.json", "*/unet/config.json", "*/*/transformer/config.json")
+    names = {
+        os.path.dirname(os.path.dirname(config))
+        for key in keys for directory in folder_paths.get_folder_paths(key)
+        for pattern in patterns for config in glob.iglob(pattern, root_dir=directory)
+    }
     return sorted(names, key=str.lower)
 
 
 def _class_in(folder: str | None) -> str:
-    """The class of diffusers or transformers that was saved into this folder, or ""."""
+    """Returns the class of diffusers or transformers that was saved into a folder, or ""."""
     try:
         config = read_json(bytes(map_file(file_inside(Path(folder or ""), "config.json"))))
         return str(config.get("_class_name") or config["architectures"][0])
@@ -97,10 +97,9 @@ def _class_in(folder: str | None) -> str:
 
 
 def _is_unsafe_name(name: str) -> bool:
-    """Whether a name begins with a drive or a machine, as Windows writes them, or no file can have
-    it.
+    """Returns whether a name begins with a Windows drive or share, or is not possible for a file.
 
-    What else begins with a root loses it.
+    Any other root at its beginning is dropped later.
     """
     try:
         return bool(re.match(r"[A-Za-z]:|[\\/]{2}", name)) or b"\0" in os.fsencode(name)
@@ -109,7 +108,7 @@ def _is_unsafe_name(name: str) -> bool:
 
 
 def _find_folder(name: str, key: str) -> str | None:
-    # as the host does: no way out of the model folders
+    # like the host's: the name cannot lead out of the model folders
     name = os.path.relpath(os.path.join("/", name), "/")
     candidates = [os.path.join(directory, name) for directory in folder_paths.get_folder_paths(key)]
     return next((candidate for candidate in candidates if name != "." and os.path.isdir(candidate)),
@@ -117,16 +116,14 @@ def _find_folder(name: str, key: str) -> str | None:
 
 
 OUTPUT, MODELS = "output", "models"
-LONGEST = 200  # bytes of a name, which drives limit to 255 with what is put behind it
-SAVED = (".gguf", ".safetensors", ".sft")  # how the files of models end that nodes save
+MAX_NAME_BYTES = 200  # file systems allow 255, and a counter and a suffix follow
+SAVED = (".gguf", ".safetensors", ".sft")  # suffixes of the files that nodes save
 
 
 def is_for_models(key: str) -> bool:
-    """Whether the host registers the folders of `key` for weight files, or for packages of
-    diffusers ("folder").
+    """Returns whether the host registers the folders of `key` for weights or diffusers ("folder").
 
-    It does not for custom_nodes, configs and datasets, nor for what another pack registers for any
-    file.
+    It does not for custom_nodes, configs, datasets and what another pack registers for any file.
     """
     registered = folder_paths.folder_names_and_paths
     of_models = {*folder_paths.supported_pt_extensions, ".gguf", "folder"}
@@ -141,21 +138,22 @@ def _model_folders() -> list[str]:
 
 
 def _is_inside(path: str, folder: str) -> bool:
-    """Whether a path lies in a folder: by its words without '..', or with the links of both
-    followed.
+    """Returns whether a path without '..' lies in a folder, as written or with links resolved.
 
-    So a link in the folder leads on: whoever owns this machine put it there, and no node of this
-    pack makes links.
+    So links inside the folder may lead out of it: the owner of this machine has made them, since no
+    node of this pack makes links.
     """
     if ".." in re.split(r"[\\/]", path):
         return False
-    return any(
-        os.path.normcase(follow(path)).startswith(os.path.normcase(os.path.join(follow(
-            folder), ""))) for follow in (os.path.abspath, os.path.realpath))
+    for resolve in (os.path.abspath, os.path.realpath):
+        start = os.path.normcase(os.path.join(resolve(folder), ""))
+        if os.path.normcase(resolve(path)).startswith(start):
+            return True
+    return False
 
 
 def _is_in_program_folder(path: str) -> bool:
-    """Whether a path, its links followed, lies in custom_nodes."""
+    """Returns whether a path lies in custom_nodes once its links are resolved."""
     registered = folder_paths.folder_names_and_paths
     programs = registered["custom_nodes"][0] if "custom_nodes" in registered else ()
     return any(_is_inside(os.path.realpath(path), folder) for folder in programs)
@@ -163,12 +161,17 @@ def _is_in_program_folder(path: str) -> bool:
 
 def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT,
                    counted: bool = True) -> str:
-    """Where a model file is to be written; its folder is made. Raises WeightFileError for a name
-    that leads out of there.
+    """Returns the path of a new model file, and makes its folder.
 
-    name: as the host's nodes that save take it, folders and `%year%` included. label: of the type,
-    put behind it. where: OUTPUT, or MODELS, where the first part of the name is one of the host's
-    folders for models. counted: with the next free number.
+    Args:
+        name: as for the host's nodes that save, with folders and `%year%`.
+        label: of the type; follows the name.
+        suffix: of the file.
+        where: OUTPUT, or MODELS, in which `name` begins with the key of a model folder.
+        counted: whether the name ends with the next free number.
+
+    Raises:
+        WeightFileError: if the name is not possible or leads out of the folder.
     """
     name = name.replace("\\", "/")
     base = folder_paths.get_output_directory()
@@ -176,44 +179,48 @@ def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT,
         key, _, name = name.partition("/")
         if not name or not is_for_models(key):
             raise WeightFileError(
-                f"A name in the model folders begins with one of them, as diffusion_models/name"
-                f" does; {safe_repr(key)} is none.")
+                f"{safe_repr(key)} is not a model folder. In the model folders a name begins with"
+                " one of them, such as diffusion_models/my_model.")
         directories = folder_paths.get_folder_paths(key)
         base = next((directory for directory in directories if os.path.basename(directory) == key),
                     directories[0])
     if not os.path.basename(name):
         raise WeightFileError(
-            f"{safe_repr(name)} is no name for a file. Give one, such as diffusion_models/my_model."
-        )
+            f"{safe_repr(name)} is not a file name. Give one, such as diffusion_models/my_model.")
     folder, file, counter = _output_folder(f"{name}_{label}", base)
     return os.path.join(folder, f"{file}_{counter:05}_{suffix}" if counted else f"{file}{suffix}")
 
 
 def _output_folder(name: str, base: str) -> tuple[str, str, int]:
-    """(folder, which is made, beginning of the file's name, next free number) for a name as the
-    host's nodes that save take it.
+    """Makes the folder for a name, and returns (folder, start of the file name, next free number).
 
-    A folder on the way may be a link to another drive. Raises WeightFileError for a name that leads
-    out of the folder `base`, or that no file can have.
+    A folder on the way may be a link to another drive.
+
+    Args:
+        name: as for the host's nodes that save.
+        base: folder that the name is relative to.
+
+    Raises:
+        WeightFileError: if the name is not possible or leads out of `base`.
     """
-    text, (*folders, file) = display_name(name), name.split("/")
+    text = display_name(name)
+    *folders, file = name.split("/")
     if os.path.isabs(name) or _is_unsafe_name(name) or ".." in folders:
         raise WeightFileError(
             f"{text} lies outside of {base}, where models are saved. Give a name inside it,"
-            " without '..'."
-        )
-    if len(os.fsencode(file)) > LONGEST:
+            " without '..'.")
+    if len(os.fsencode(file)) > MAX_NAME_BYTES:
         raise WeightFileError(f"{text} is too long for the name of a file. Give a shorter one.")
-    start, rest = base, []  # behind the last link on the way: the host saves behind none
+    # The host does not save through a link, so it gets the target of the last link as its base.
+    start, rest = base, []
     for folder in folders:
         rest.append(folder)
-        if not _is_inside(
-            os.path.realpath(os.path.join(start, *rest, "x")), os.path.realpath(start)
-        ):
-            start, rest = os.path.join(start, *rest), []
+        path = os.path.join(start, *rest)
+        if not _is_inside(os.path.realpath(os.path.join(path, "x")), os.path.realpath(start)):
+            start, rest = path, []
     if _is_in_program_folder(os.path.join(start, *rest, "x")):
         raise WeightFileError(
-            f"{text} lies in custom_nodes, which holds programs and no models. Give another name.")
+            f"{text} lies in custom_nodes, which holds programs, not models. Give another name.")
     try:
         folder, file, counter, *_ = folder_paths.get_save_image_path("/".join([*rest, file]), start)
     except OSError as error:
@@ -223,26 +230,31 @@ def _output_folder(name: str, base: str) -> tuple[str, str, int]:
 
 
 class FileVersions:
-    """How often model files have become others of their names since they were first asked about,
-    with what is read beside them: the other parts of a split one, and the mmproj files."""
+    """Counts how often each model file changed on disk since first use.
+
+    A change of the other shards of a split file, or of the mmproj files next to it, counts too.
+    """
 
     def __init__(self):
-        self._seen: dict[str, tuple[list, int]] = {}
+        self._versions: dict[str, tuple[list, int]] = {}  # path -> (state, changes)
 
-    def count(self, values: Iterable) -> int:
-        """Of the files and folders that these values of a node's inputs name, all together; other
-        values give nothing.
+    def update(self, values: Iterable) -> int:
+        """Looks at files on disk and returns how often they have changed, all together.
 
-        A file is told from others by its state (`FileState`), a folder by those of all files in it.
-        The number that is returned says nothing of this machine: the host writes it into the
-        pictures that it saves, which are to be the same everywhere.
+        The number does not depend on this machine: the host writes it into the pictures that it
+        saves, and those are to be the same everywhere.
+
+        Args:
+            values: of a node's inputs; those that do not name a file or folder are ignored.
         """
         total = 0
         for path in _named_files(values):
             state = _state(path)
-            before, count = self._seen.get(path, (state, 0))
-            self._seen[path] = state, count + (state != before)
-            total += self._seen[path][1]
+            last_state, changes = self._versions.get(path, (state, 0))
+            if state != last_state:
+                changes += 1
+            self._versions[path] = state, changes
+            total += changes
         return total
 
 
@@ -250,55 +262,54 @@ def _named_files(values: Iterable) -> set[str]:
     keys = [*(key for pair in GGUF_FOLDERS.items() for key in pair), "diffusers", "vae_approx"]
     keys = [key for key in keys if key in folder_paths.folder_names_and_paths]
     names = [value for value in values if isinstance(value, str) and value]
-    found = {find(key, name.replace("\\", "/")) for name in names if not _is_unsafe_name(name)
-             for key in keys for find in (folder_paths.get_full_path, _folder_of)}
+    paths: set[str | None] = set()
     for name in names:
+        for key in () if _is_unsafe_name(name) else keys:
+            path = name.replace("\\", "/")
+            paths |= {folder_paths.get_full_path(key, path), _find_folder(path, key)}
         if name.endswith(SENSITIVITY):
             with contextlib.suppress(WeightFileError):
-                found.add(find_sensitivity(name))
-    return found - {None}
+                paths.add(find_sensitivity(name))
+    return {path for path in paths if path is not None}
 
 
 def _state(path: str) -> list[tuple]:
-    found = []
-    # gone since, or not to be read: the node says so when it runs
+    states = []
+    # An unreadable file is reported when the node runs.
     with contextlib.suppress(OSError):
         for file in _paths_for(path):
-            found.append((file, *FileState.from_status(os.stat(file))))
-    return sorted(found)
+            states.append((file, *FileState.from_status(os.stat(file))))
+    return sorted(states)
 
 
 def _paths_for(path: str) -> Iterable[str]:
-    """The files that may be read for one that was picked, or for a folder."""
+    """Returns the files that may be read for a picked file or folder."""
     if os.path.isdir(path):
         return filter(os.path.isfile, (os.path.join(path, name) for pattern in ("*", "*/*")
                                        for name in glob.iglob(pattern, root_dir=path)))
     folder, name = os.path.split(path)
     if part := PART.fullmatch(name):
         return [os.path.join(folder, other) for other in os.listdir(folder)
-                if (its := PART.fullmatch(other)) and its.groups() == part.groups()]
+                if (match := PART.fullmatch(other)) and match.groups() == part.groups()]
     if name.lower().endswith(".gguf"):
-        return [
-            path, *(os.path.join(folder, other)
-                    for other in os.listdir(folder) if "mmproj" in other.lower())
-        ]
+        siblings = [other for other in os.listdir(folder) if "mmproj" in other.lower()]
+        return [path, *(os.path.join(folder, other) for other in siblings)]
     return [path]
 
 
-def _folder_of(key: str, name: str) -> str | None:
-    return _find_folder(name, key)
-
-
 def embedding_folders() -> list[str]:
-    """Where textual inversions lie, for text encoders."""
+    """Returns the folders of textual inversions, for text encoders."""
     return folder_paths.get_folder_paths("embeddings")
 
 
 def find_sensitivity(name: str) -> str:
-    """Full path of a measurement by its listed name, or by its path as the node that measures gives
-    it.
+    """Returns the full path of a measurement.
 
-    Raises WeightFileError where there is none.
+    Args:
+        name: as listed, or the path that the node that measures returns.
+
+    Raises:
+        WeightFileError: if there is no such file.
     """
     name = name.replace("\\", "/")
     folders = _sensitivity_folders()
@@ -306,47 +317,53 @@ def find_sensitivity(name: str) -> str:
               and any(_is_inside(name, folder) for folder in folders))
     candidates = [name] if listed else []
     if not listed and not _is_unsafe_name(name):
-        # as the host does: no way out of the folders
+        # like the host's: the name cannot lead out of the folders
         inside = os.path.relpath(os.path.join("/", name), "/")
         candidates = [os.path.join(directory, inside) for directory in folders]
-    found = next(
+    path = next(
         (path for path in candidates if path.endswith(SENSITIVITY) and os.path.isfile(path)), None)
-    if found is None:
+    if path is None:
         raise WeightFileError(
             f"{display_name(name)} is in none of the folders of measurements"
             f" ({', '.join(folders)}). Measure the model, put the file there, or pick another one.")
-    return found
+    return path
 
 
 def new_sensitivity_path(name: str) -> str:
-    """Where a measurement of this name is to be written: the next number in `output/sensitivity`,
-    which need not be there yet.
+    """Returns the path of a new measurement: the next number in `output/sensitivity`, which is made
+    if needed.
 
-    name: as the host's nodes that save take it, `%date:...%` and folders too. Raises
-    WeightFileError for one that leads out.
+    Args:
+        name: as for the host's nodes that save, with `%date:...%` and folders.
+
+    Raises:
+        WeightFileError: if the name is not possible or leads out of the folder.
     """
     name = name.replace("\\", "/").strip("/")
     if not os.path.basename(name):
-        raise WeightFileError(
-            f"{safe_repr(name)} is no name for a file. Give one, such as %model%.")
+        raise WeightFileError(f"{safe_repr(name)} is not a file name. Give one, such as %model%.")
     prefix = os.path.join("sensitivity", name)
     folder, file, counter = _output_folder(prefix, folder_paths.get_output_directory())
     return os.path.join(folder, f"{file}_{counter:05}_{SENSITIVITY}")
 
 
 def _sensitivity_folders() -> list[str]:
-    beside = [
+    model_folders = [
         directory for key in ("diffusion_models", "checkpoints")
         for directory in folder_paths.get_folder_paths(key)
     ]
-    return [os.path.join(folder_paths.get_output_directory(), "sensitivity"), *beside]
+    return [os.path.join(folder_paths.get_output_directory(), "sensitivity"), *model_folders]
 
 
 def find_file(name: str, *keys: str) -> str:
-    """Full path of a listed file or folder. Names from workflows made on another system may use its
-    path separator.
+    """Returns the full path of a listed file or folder.
 
-    Raises WeightFileError when no folder of the keys holds it.
+    Args:
+        name: as listed, with the path separator of any system: a workflow may come from another.
+        keys: of the folders to look in.
+
+    Raises:
+        WeightFileError: if no folder of the keys holds it.
     """
     if not name:
         raise WeightFileError(
@@ -366,15 +383,21 @@ def find_file(name: str, *keys: str) -> str:
         " file there, or pick another one; press R in ComfyUI to refresh the list.")
 
 
-FILES_MAY_BE_REMOTE = ContextVar("whether the prompt that is asked about runs on other machines",
-                                 default=False)
+# whether the prompt that is being validated runs on other machines
+FILES_MAY_BE_REMOTE = ContextVar("FILES_MAY_BE_REMOTE", default=False)
 
 
 def validate_files(*names: str | None, keys: Iterable[str]) -> bool | str:
-    """What a node's `validate_inputs` gives, so that nothing runs in vain before it: True, or the
-    sentence of `find_file` about the first of these names that no folder of the keys holds. None
-    comes by a link, and is looked for when the node runs, and so is every file of a prompt that
-    runs on other machines.
+    """Checks for a node's `validate_inputs` that its files exist, before anything runs.
+
+    The files of a prompt that runs on other machines are not checked.
+
+    Args:
+        names: as for `find_file`; None for an input that comes by a link.
+        keys: of the folders to look in.
+
+    Returns:
+        True, or the message of `find_file` for the first missing file.
     """
     if FILES_MAY_BE_REMOTE.get():
         return True
@@ -388,12 +411,13 @@ def validate_files(*names: str | None, keys: Iterable[str]) -> bool | str:
 
 
 def resolve_saved_path(path: str) -> str:
-    """The same path, as a node that saves gives it. Raises WeightFileError where no model lies
-    there, in a folder of models.
+    """Returns a path from a node that saves, after checking that it may be read.
 
-    A workflow that somebody shared may name any path. Only files that end as models do, and
-    folders, are looked into, and only where models are saved: in the output folder and in the
-    host's folders for models.
+    A shared workflow may contain any path. Only folders and files with the suffix of a model are
+    read, and only in the output folder and the host's model folders.
+
+    Raises:
+        WeightFileError: if it is not a model there.
     """
     folders = [folder_paths.get_output_directory(), *_model_folders()]
     saved = (
@@ -404,6 +428,6 @@ def resolve_saved_path(path: str) -> str:
     )
     if not saved or not os.path.exists(path):
         raise WeightFileError(
-            f"{display_name(path)} is no model in ComfyUI's output or in its model folders."
+            f"{display_name(path)} is not a model in ComfyUI's output or model folders."
             " Connect the path that Save Packed Model (Featherweight) gives, or pick a file.")
     return path

@@ -1,15 +1,15 @@
-"""Errors that say that memory is short, among those that say something of a file."""
+"""Tells errors about short memory from errors about a file."""
 import re
 
 import torch
 
-# What torch says where the machine has none left, for which it has no class.
+# torch's messages for short memory of the machine, for which it has no class of its own
 MESSAGES = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory",
                       re.IGNORECASE)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error is a lack of memory, of the machine or of a GPU."""
+    """Returns whether an error means that the machine or a GPU is out of memory."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(MESSAGES.search(str(error)))

@@ -1,9 +1,8 @@
-"""Packing while loading: each weight of a file is read, packed and let go before the next one is
-read.
+"""Packs weights while they are loaded: one is read, packed and released before the next is read.
 
 Only plain weights (F32, F16, BF16, fp8) and those in the host's own quantised formats are packed.
-What is packed already stays as it is, bit for bit: packing it once more would lose twice. A weight
-whose values its type cannot hold stays plain.
+Packed weights stay as they are, bit for bit: packing them again would lose precision twice. A
+weight stays plain if the type cannot represent its values.
 """
 import collections
 import logging
@@ -29,20 +28,21 @@ from .progress import Progress
 
 log = logging.getLogger(__name__)
 
-# What a weight can be packed to while it is read, the finest first.
+# types that weights can be packed to, from the finest to the coarsest
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4")
-# seconds that packing takes, from which on the node says how to keep what was packed
-MIN_CACHED_BYTES = 20
+CACHE_HINT_S = 20  # after so many seconds of packing, the node mentions the cache
 
 
 @dataclass(frozen=True)
-class Packed:
-    """What was done to the weights of a model while it was loaded.
+class PackStats:
+    """What was packed while a model was loaded.
 
-    sources: names of the types that weights were packed from, those with the most values first.
-    unchanged: of the packed formats they were in already. seconds: all of it, reading included.
-    cache: "kept" for the next time, "read" from there, or "". unfit: of each weight that a type
-    cannot hold, what it is in place of that.
+    Attributes:
+        sources: types that weights were packed from, those with the most values first.
+        unchanged: formats of the weights that were packed already, in the same order.
+        seconds: of the whole load, reading included.
+        cache: "kept" if the weights were written to the cache, "read" if they came from it, or "".
+        unfit: a message for each weight that its type cannot represent.
     """
 
     sources: tuple[str, ...] = ()
@@ -52,37 +52,34 @@ class Packed:
     unfit: tuple[str, ...] = ()
 
     def attach(self, patcher):
-        """Leave it with the host's ModelPatcher of the model, whose clones keep it. Returns
-        that."""
+        """Attaches the stats to the host's ModelPatcher, whose clones keep them, and returns it."""
         patcher.set_attachments(PACK_STATS_KEY, self)
         return patcher
 
     def __str__(self) -> str:
-        """For people: 'packed from BF16 in 41 s'."""
-        packed = (
-            f"packed from {' + '.join(self.sources)} in {self.seconds:.0f} s"
-            if self.sources
-            else "nothing was packed"
-        )
+        """Returns a text for people: 'packed from BF16 in 41 s'."""
+        sources = " + ".join(self.sources)
         if self.cache == "read":
-            packed = f"packed from {' + '.join(self.sources)} before and kept"
-        elif self.cache == "kept":
-            packed += ", kept for the next time"
-        elif self.seconds >= MIN_CACHED_BYTES and not packed_cache.is_enabled():
-            packed += f" (to keep it, name a folder in {packed_cache.FOLDER})"
+            text = f"packed from {sources} in an earlier load"
+        elif self.sources:
+            text = f"packed from {sources} in {self.seconds:.0f} s"
+        else:
+            text = "nothing was packed"
+        if self.cache == "kept":
+            text += ", kept for the next time"
+        elif not self.cache and self.seconds >= CACHE_HINT_S and not packed_cache.is_enabled():
+            text += f" (to keep it, name a folder in {packed_cache.FOLDER})"
         if self.unfit:
-            packed += f"; {self.unfit[0]}" + (
-                f"; {len(self.unfit) - 1} more as well" if self.unfit[1:] else ""
-            )
-        return (
-            f"{packed}; {' + '.join(self.unchanged)} stays as in the file"
-            if self.unchanged
-            else packed
-        )
+            text += f"; {self.unfit[0]}"
+        if len(self.unfit) > 1:
+            text += f"; {len(self.unfit) - 1} more as well"
+        if self.unchanged:
+            text += f"; {' + '.join(self.unchanged)} stays as in the file"
+        return text
 
     @classmethod
-    def together(cls, parts: Iterable["Packed"]) -> "Packed":
-        """Of a model from several files."""
+    def merge(cls, parts: Iterable["PackStats"]) -> "PackStats":
+        """Returns the stats of a model of several files."""
         parts = list(parts)
         sources, unchanged, unfit = (
             tuple(dict.fromkeys(name for part in parts for name in getattr(part, field)))
@@ -93,23 +90,21 @@ class Packed:
 
 
 def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_name: str,
-                 progress: Progress, prefix: str = "") -> Packed:
-    """Pack the weights of a model, in place, as the plan for a type says.
+                 progress: Progress, prefix: str = "") -> PackStats:
+    """Packs the weights of a model in place, by the plan for a type.
 
-    In memory are, beside the packed weights, at most two dense ones: what was read of the file is
-    let go after each.
+    Besides the packed weights, at most two dense ones are in memory: after each weight the pages of
+    the file are released.
 
     Args:
         file: of the weights.
-        state_dict: of `file`, in the host's names, quantised weights of the host put together
-            (`comfy_quant.as_tensors`).
+        state_dict: of `file`, with the host's names, after `comfy_quant.as_tensors`.
         type_name: one of `TYPES`.
-        progress: gets a stage.
-        prefix: of the names of the model; nothing else is touched.
+        progress: advances by one stage.
+        prefix: of the names of the model; other weights stay as they are.
 
     Raises:
-        WeightFileError: for values that are not numbers, and where one of the files that the
-            weights lie in is written to meanwhile.
+        WeightFileError: if a value is not finite, or if a file of the weights changes meanwhile.
     """
     started = time.perf_counter()
     weights = {
@@ -117,13 +112,15 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
         and tensor.dtype.is_floating_point and tensor.numel() and not name.endswith(SMOOTHING)
     }
     types = _types_for(weights, type_name, prefix)
-    wanted = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
-              if types[name] not in PLAIN_DTYPES and not is_packed(tensor)}
-    entry = packed_cache.entry_path(file, wanted)
-    cached = packed_cache.read(entry, wanted)
+    to_pack = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
+               if types[name] not in PLAIN_DTYPES and not is_packed(tensor)}
+    entry = packed_cache.entry_path(file, to_pack)
+    cached = packed_cache.read(entry, to_pack)
     guard = _guard_of(state_dict)
-    sources, unchanged, unfit = collections.Counter(), collections.Counter(), []
-    with packed_cache.entry_writer(None if cached else entry, wanted) as new_entry:
+    sources = collections.Counter()
+    unchanged = collections.Counter()
+    unfit = []
+    with packed_cache.entry_writer(None if cached else entry, to_pack) as new_entry:
         for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
             guard()
             tensor = weights.pop(name)
@@ -131,16 +128,14 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
                 unchanged[format_name(tensor)] += tensor.numel()
                 continue
             smoothing = state_dict.pop(name.removesuffix(".weight") + SMOOTHING, None)
-            if name not in wanted:
-                state_dict[name] = _downcast(_read(tensor, smoothing), types[name])
+            if name not in to_pack:
+                state_dict[name] = _downcast(_read_dense(tensor, smoothing), types[name])
             else:
-                sources[format_name(tensor.parts[0][0] if isinstance(tensor, JoinedRows) else tensor
-                                    )] += tensor.numel()
-                weight = (
-                    cached[name]
-                    if cached
-                    else _packed(file, name, _read(tensor, smoothing), types[name], guard)
-                )
+                sources[_source_format(tensor)] += tensor.numel()
+                if cached:
+                    weight = cached[name]
+                else:
+                    weight = _pack(file, name, _read_dense(tensor, smoothing), types[name], guard)
                 state_dict[name] = weight
                 if is_packed(weight):
                     new_entry.write(name, weight)
@@ -155,17 +150,17 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
             file.drop_pages()
         guard()
     cache = "read" if cached else "kept" if new_entry.is_written else ""
-    packed = Packed(tuple(name for name, _ in sources.most_common()),
-                    tuple(name for name, _ in unchanged.most_common()),
-                    time.perf_counter() - started, cache, tuple(unfit))
+    stats = PackStats(tuple(name for name, _ in sources.most_common()),
+                      tuple(name for name, _ in unchanged.most_common()),
+                      time.perf_counter() - started, cache, tuple(unfit))
     log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path),
-             len(wanted), len(types), type_name, packed)
-    return packed
+             len(to_pack), len(types), type_name, stats)
+    return stats
 
 
 def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,
                prefix: str) -> dict[str, str]:
-    """Name -> the type that the plan for `type_name` gives each weight."""
+    """Returns name -> type of each weight, by the plan for `type_name`."""
     shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in weights.items()}
     halves = {
         name.removeprefix(prefix): half_type(tensor.dtype) for name, tensor in weights.items()
@@ -174,30 +169,43 @@ def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,
     return {name: planned[name.removeprefix(prefix)] for name in weights}
 
 
+def _source_format(tensor: torch.Tensor | JoinedRows) -> str:
+    return format_name(tensor.tensors[0] if isinstance(tensor, JoinedRows) else tensor)
+
+
 def _guard_of(state_dict: Mapping[str, torch.Tensor | JoinedRows]) -> FileChangeGuard:
-    """Return what raises where a file is written to that one of these weights is still to be read
-    from."""
+    """Returns a guard that raises once a file has changed that a weight is still read from."""
     return FileChangeGuard.of(
         part for tensor in state_dict.values()
         for part in (tensor.tensors if isinstance(tensor, JoinedRows) else (tensor,)))
 
 
-def _read(tensor: torch.Tensor | JoinedRows, smoothing: torch.Tensor | None) -> torch.Tensor:
-    """A dense float tensor of what a file keeps in one or several; in a dtype that holds the values
-    as they are."""
+def _read_dense(tensor: torch.Tensor | JoinedRows, smoothing: torch.Tensor | None) -> torch.Tensor:
+    """Returns a weight as one dense tensor in a dtype that represents its values exactly.
+
+    Args:
+        tensor: of any dtype or in a quantised format of the host.
+        smoothing: factors of the columns, or None.
+    """
     if isinstance(tensor, JoinedRows):
         tensor = tensor.joined()
     if isinstance(tensor, QuantizedTensor):
         tensor = tensor.dequantize()
     elif tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.bfloat16)  # of fp8 it holds every value
+        tensor = tensor.to(torch.bfloat16)  # which has every value of fp8
     return tensor if smoothing is None else tensor.float() * smoothing.float()
 
 
-def _packed(file: WeightFile, name: str, values: torch.Tensor, type_name: str,
-            guard: FileChangeGuard) -> torch.Tensor:
-    """A weight in a packed type, or plain where that cannot hold its values. guard: of its file,
-    which is read twice."""
+def _pack(file: WeightFile, name: str, values: torch.Tensor, type_name: str,
+          guard: FileChangeGuard) -> torch.Tensor:
+    """Returns a weight in a packed type, or plain if the type cannot represent its values.
+
+    Args:
+        file, name: for messages.
+        values: the dense weight.
+        type_name: one of `FORMATS`.
+        guard: of the file, which is read twice.
+    """
     try:
         packed = pack_tensor(values, FORMATS[type_name])
         guard()
@@ -213,12 +221,12 @@ def _packed(file: WeightFile, name: str, values: torch.Tensor, type_name: str,
 
 
 def _downcast(tensor: torch.Tensor, type_name: str) -> torch.Tensor:
-    """A tensor that is not packed: in 16 bits as the file has it, otherwise as the plan says, or
-    wider where that is needed."""
+    """Returns a plain weight in 16 bits: the file's type, else the plan's, else BF16; or float32 if
+    none of them represents its values."""
     if tensor.dtype in (torch.float16, torch.bfloat16) or type_name == "F32":
         return tensor
     for name in (type_name, "BF16"):
-        narrowed = tensor.to(PLAIN_DTYPES[name])
-        if narrowed.isfinite().all() and holds(narrowed, tensor):
-            return narrowed
+        half = tensor.to(PLAIN_DTYPES[name])
+        if half.isfinite().all() and holds(half, tensor):
+            return half
     return tensor.float()

@@ -1,4 +1,4 @@
-"""Which files are read here, and which by the host's own loaders."""
+"""Chooses which files this pack reads and which go to the host's own loaders."""
 import os
 
 from safetensors import SafetensorError, safe_open
@@ -9,15 +9,15 @@ from .files.safetensors import is_shard
 
 
 def needs_own_reader(path: str, pack_to: str | None = None) -> bool:
-    """Return whether `open_weights` reads a file here; the host's own loaders read all others.
+    """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
-    GGUF, folders, safetensors split over several files and those with weights that bitsandbytes
-    packed. The host's loaders take one file for a whole model. A damaged safetensors file, and one
-    in a quantised format that the host does not read, are read here for the error that names it.
+    It reads GGUF, folders, safetensors split over several files (the host would take one file for a
+    whole model) and safetensors with weights that bitsandbytes packed. It also takes damaged
+    safetensors and quantised formats that the host does not read, to say what is wrong with them.
 
     Args:
         path: of a file or folder.
-        pack_to: the type that weights are to be packed to as they are read, or None.
+        pack_to: type that weights are packed to as they are read, or None.
     """
     name = str(path).lower()
     if pack_to or name.endswith(".gguf") or os.path.isdir(path):
@@ -31,5 +31,5 @@ def needs_own_reader(path: str, pack_to: str | None = None) -> bool:
             keys, metadata = file.keys(), file.metadata() or {}
             return (has_packed_weights(keys)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
-    except (SafetensorError, OSError, RuntimeError):  # the last from torch, which maps the file
+    except (SafetensorError, OSError, RuntimeError):  # RuntimeError: from torch, mapping the file
         return True

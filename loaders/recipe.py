@@ -1,8 +1,8 @@
-"""How a model was loaded, so that it can be loaded once more: for another device, outside of
-dynamic VRAM, in another process.
+"""Records how a model was loaded, to load it again: on another device, outside dynamic VRAM, in
+another process.
 
-The host keeps a function with its arguments beside each model (`ModelPatcher.cached_patcher_init`).
-Ours is a `Recipe`.
+The host keeps a function and its arguments for that (`ModelPatcher.cached_patcher_init`); the
+function is a `Recipe`.
 """
 import sys
 from collections.abc import Callable, Mapping
@@ -11,19 +11,17 @@ from typing import Any
 
 from .files.container import safe_repr
 
-# The host names the modules of a node pack by the pack's folder, which lies elsewhere on another
-# machine. A recipe is pickled under this name, by which every process with this pack finds this
-# module.
+# The host names the modules of a node pack after the pack's folder, which differs between machines.
+# So a recipe is pickled under this module name, which every process with this pack has.
 PICKLED_IN = "_featherweight_recipe"
 
-LOADERS: dict[str, Callable] = {}
+LOADERS: dict[str, Callable] = {}  # name -> function of paths and options that returns a patcher
 
 
-def register_loader(kind: str) -> Callable[[Callable], Callable]:
-    """Registers the function, of paths and options (`disable_dynamic` among them) -> patcher, that
-    recipes of a kind call."""
+def register_loader(name: str) -> Callable[[Callable], Callable]:
+    """Registers a function for recipes: paths and options, with `disable_dynamic`, -> patcher."""
     def register(function: Callable) -> Callable:
-        LOADERS[kind] = function
+        LOADERS[name] = function
         return function
     return register
 
@@ -32,8 +30,10 @@ def register_loader(kind: str) -> Callable[[Callable], Callable]:
 class Recipe:
     """A call that loads the same model again and returns its patcher.
 
-    loader: the kind of model that a function was registered for by `register_loader`. paths: of the
-    files and folders. options: what else that function takes, by name.
+    Attributes:
+        loader: name of a function registered by `register_loader`.
+        paths: of the files and folders.
+        options: further arguments of the function, by name.
     """
 
     loader: str
@@ -41,19 +41,18 @@ class Recipe:
     options: Mapping[str, Any]
 
     def __call__(self, disable_dynamic: bool = False):
-        """disable_dynamic: load out of dynamic VRAM, for which the host asks by this name; else as
-        the first time."""
+        """Loads the model as before, or outside dynamic VRAM; the host passes `disable_dynamic`."""
         options = {**self.options, "disable_dynamic": True} if disable_dynamic else self.options
         return LOADERS[self.loader](*self.paths, **options)
 
     def __str__(self) -> str:
+        paths = " and ".join(map(safe_repr, self.paths))
         options = "".join(f", {name} {safe_repr(value)}" for name, value in self.options.items()
                           if value)
-        return f"{self.loader} from {' and '.join(map(safe_repr, self.paths))}{options}"
+        return f"{self.loader} from {paths}{options}"
 
     def attach(self, patcher):
-        """Leave the recipe with the host's ModelPatcher of the model it was loaded by. Returns
-        it."""
+        """Attaches the recipe to the host's ModelPatcher that it loads, and returns the patcher."""
         patcher.cached_patcher_init = (self, ())
         return patcher
 

@@ -1,33 +1,37 @@
-"""Sizes in bytes, as people read them."""
+"""Formats sizes in bytes for people."""
 from collections.abc import Mapping
 
 UNITS = ((10 ** 9, "GB"), (10 ** 6, "MB"), (10 ** 3, "KB"))
 
 
 def unit_of(size: float) -> tuple[int, str]:
-    """(bytes, name) of the largest unit that a size reaches."""
+    """Returns (bytes, name) of the largest unit that a size reaches."""
     return next(((scale, name) for scale, name in UNITS if size >= scale), (1, "bytes"))
 
 
 def size_text(size: float, digits: int = 1) -> str:
-    """A size in its unit: '6.8 GB' (of 10^9 bytes), '312.0 KB', '96 bytes'. digits: behind the
-    point."""
+    """Returns a size in its unit: '6.8 GB' (10^9 bytes), '312.0 KB', '96 bytes'.
+
+    Args:
+        size: in bytes.
+        digits: after the decimal point.
+    """
     scale, name = unit_of(size)
     return f"{size / scale:.{digits if scale > 1 else 0}f} {name}"
 
 
 def part_text(part: float, whole: float) -> str:
-    """A part of a size, in the unit of the whole: '4.0 of 6.8 GB'."""
+    """Returns a part of a size in the unit of the whole: '4.0 of 6.8 GB'."""
     scale, _ = unit_of(whole)
     return f"{part / scale:.{1 if scale > 1 else 0}f} of {size_text(whole)}"
 
 
 def type_lines(types: Mapping[str, tuple[int, int]], digits: int = 1) -> list[str]:
-    """A line for each type, those with the most bytes first: 'Q4_K: 304 tensors, 6.8 GB (98.1%)'.
+    """Returns a line for each type, by bytes: 'Q4_K: 304 tensors, 6.8 GB (98.1%)'.
 
     Args:
-        types: type -> (how many tensors have it, bytes of these).
-        digits: of the sizes, behind the point.
+        types: type -> (number of tensors, bytes of all of them).
+        digits: of the sizes, after the decimal point.
     """
     total = sum(size for _, size in types.values()) or 1
     ranked = sorted(types.items(), key=lambda entry: -entry[1][1])

@@ -1,9 +1,10 @@
-"""VAEs: the host's own, with 16-bit weights held as the file has them.
+"""Loads VAEs as the host's own, and keeps 16-bit weights in 16 bits.
 
-Where the host computes in float32 it holds every weight so. Its layers cast at use when told to.
+A host that computes in float32 would keep every weight in float32. Its layers can cast at use.
 """
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import comfy.model_patcher
 import comfy.sd
@@ -18,39 +19,43 @@ from ..ops.packed_layout import is_packed
 from .comfy_bridge import guard_of
 from .comfy_quant import reject_unread_layers
 from .files import open_weights
-from .files.container import WeightFileError
+from .files.container import FileChangeGuard, WeightFileError
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
 
-VAE = "VAE"
+VAE = "VAE"  # name of the loader in recipes
 
-NARROW = (torch.float16, torch.bfloat16)
-# Those known to take the dtype of what they compute from their input; others read it from a weight.
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+# VAEs that compute in the dtype of their input; others use the dtype of a weight.
 DTYPE_AGNOSTIC_VAES = (AutoencodingEngine, TAESD, WanVAE)
 
 
-class WatchedVAE(comfy.sd.VAE):
-    """The host's VAE, some of whose weights lie in mapped files. guard: raises where one of these
-    is written to."""
+class GuardedVAE(comfy.sd.VAE):
+    """The host's VAE with weights in mapped files; `guard` raises once such a file has changed."""
+
+    guard: FileChangeGuard
 
     def throw_exception_if_invalid(self):
         super().throw_exception_if_invalid()
         self.guard()  # the host calls this before it encodes or decodes
 
 
-def wrap_vae(vae: comfy.sd.VAE) -> comfy.sd.VAE:
-    """Return a VAE that the host has built of a file's weights, narrowed, and watched where they
-    lie in the file."""
+def wrap_vae(vae: Any) -> Any:
+    """Downcasts a VAE's weights where that is exact, and guards the files that they are mapped
+    from; changes and returns `vae`."""
     vae = downcast_weights(vae)
     guard = guard_of(vae.first_stage_model) if vae.first_stage_model is not None else None
     if guard is not None and guard.files:
-        vae.__class__, vae.guard = WatchedVAE, guard
+        vae.__class__ = GuardedVAE
+        vae.guard = guard
     return vae
 
 
 def downcast_weights(vae: comfy.sd.VAE) -> comfy.sd.VAE:
-    """Hold in 16 bits each float32 weight of a loaded VAE whose values have no more; it computes
-    what it did. Returns `vae`."""
+    """Stores float32 weights of a loaded VAE in 16 bits if their values fit; returns `vae`.
+
+    It still computes in float32.
+    """
     model = vae.first_stage_model
     if not isinstance(model, DTYPE_AGNOSTIC_VAES) or vae.patcher.is_dynamic():
         return vae
@@ -63,21 +68,27 @@ def downcast_weights(vae: comfy.sd.VAE) -> comfy.sd.VAE:
             or weight.dtype != torch.float32
         ):
             continue
-        narrow = next(
-            filter(lambda narrow: torch.equal(narrow.float(), weight), map(weight.to, NARROW)),
-            None)
-        if narrow is not None:
-            module.weight = torch.nn.Parameter(narrow, requires_grad=False)
-            module.comfy_cast_weights = True
-    vae.size, vae.patcher.size = None, 0  # the host counts anew
+        for dtype in HALF_DTYPES:
+            half = weight.to(dtype)
+            if torch.equal(half.float(), weight):
+                module.weight = torch.nn.Parameter(half, requires_grad=False)
+                module.comfy_cast_weights = True
+                break
+    # The host computes the sizes again.
+    vae.size = None
+    vae.patcher.size = 0
     return vae
 
 
 def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
-    """Load a VAE from a file or a folder; of packed weights the values. device: where it runs;
-    None: where the host has it.
+    """Loads a VAE from a file or folder; packed weights are dequantised.
 
-    Raises WeightFileError for a file that holds none.
+    Args:
+        path: of a file or folder.
+        device: where the VAE runs; None: the host's choice.
+
+    Raises:
+        WeightFileError: if the file cannot be read or holds no known VAE.
     """
     if needs_own_reader(path):
         file = open_weights(path)
@@ -103,8 +114,13 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
 
 def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
               metadata: Mapping | None) -> comfy.sd.VAE:
-    """The host's VAE of a file's weights and metadata, for a device; on the CPU it stays there
-    between runs too."""
+    """Builds the host's VAE for a device; on the CPU it stays there between runs too.
+
+    Args:
+        weights: of a file.
+        device: where the VAE runs; None: the host's choice.
+        metadata: of the file.
+    """
     vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
     if device is not None and device.type == "cpu" and vae.first_stage_model is not None:
         vae.patcher.offload_device = device
@@ -114,5 +130,5 @@ def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
 @register_loader(VAE)
 def _patcher(path: str, device: torch.device | None = None,
              disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """The VAE again, for recipes. disable_dynamic: the host has no such choice for a VAE."""
+    """Loads the VAE for a recipe; the host has no `disable_dynamic` for VAEs."""
     return load_vae(path, device).patcher

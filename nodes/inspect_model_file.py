@@ -6,7 +6,7 @@ from ..loaders.folders import (
     find_file,
     list_files,
     list_model_folders,
-    list_packages,
+    list_pipeline_folders,
     resolve_saved_path,
 )
 from ..loaders.inspect import inspect
@@ -33,8 +33,8 @@ def list_all_files() -> list[str]:
     """Returns the names of all files, model folders and packages that can be inspected."""
     folders = [
         *list_model_folders(*FOLDERS),
-        *list_model_folders("text_encoders", kind=ENCODER),
-        *list_packages(*PACKAGES),
+        *list_model_folders("text_encoders", model_class=ENCODER),
+        *list_pipeline_folders(*PACKAGES),
     ]
     return list(dict.fromkeys([*list_files(*FOLDERS), *folders]))
 

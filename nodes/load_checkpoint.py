@@ -6,7 +6,7 @@ from ..loaders.folders import (
     embedding_folders,
     find_file,
     list_files,
-    list_packages,
+    list_pipeline_folders,
     validate_files,
 )
 from .load_diffusion_model import (
@@ -50,7 +50,7 @@ class LoadCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint_name",
-                    options=[*list_files(*FOLDERS), *list_packages(*FOLDERS)],
+                    options=[*list_files(*FOLDERS), *list_pipeline_folders(*FOLDERS)],
                     display_name="checkpoint",
                     tooltip="A file in models/checkpoints, or a diffusers package (a folder with"
                     " transformer, text_encoder, vae …) there or in models/diffusers.",

@@ -33,7 +33,7 @@ class LoadTextEncoder(io.ComfyNode):
         files = list_files(*FOLDERS)
         encoders = [
             *(name for name in files if "mmproj" not in name.lower()),
-            *list_model_folders(*FOLDERS, kind=ENCODER),
+            *list_model_folders(*FOLDERS, model_class=ENCODER),
         ]
 
         def further_input(number: int):

@@ -88,7 +88,7 @@ def test_a_saved_path_takes_the_place_of_the_file_and_no_other_folder_is_read(
     around = model_folders / "vae" / ".." / ".." / outside.parent.name / outside.name
     for path in (outside, around, model_folders / "vae" / "gone"):
         with pytest.raises(WeightFileError,
-                           match="is no model in ComfyUI's output or in its model folders"):
+                           match="is not a model in ComfyUI's output or model folders"):
             InspectModelFile.execute(NONE, path=str(path))
 
 

@@ -289,7 +289,7 @@ def test_folders_of_diffusers_are_listed_and_found(host_folders, tmp_path):
         folder(key, "package/text_encoder_2", '{"architectures": ["T5EncoderModel"]}')
     folder("diffusion_models", "broken", "[not JSON")
     assert folders.list_model_folders("diffusion_models") == ["package/transformer"]
-    assert folders.list_packages("checkpoints", "diffusers") == ["package"]
+    assert folders.list_pipeline_folders("checkpoints", "diffusers") == ["package"]
     expected = str(tmp_path / "diffusion_models" / "package" / "transformer")
     assert folders.find_file("package\\transformer", "diffusion_models") == expected
     for outside in ("..", "../diffusers/package"):

@@ -166,7 +166,7 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
     model.cached_patcher_init = None
     placed, = PlaceModel.execute(model, 0.002, "gpu:1").args
     assert shown[-1].endswith(
-        "its loader leaves no way; what does not stay lies in the memory of the CPU.")
+        "What does not stay on the device is kept in the memory of the CPU.")
     assert placed.is_dynamic() and torch.equal(run(placed), expected)
     notes = []
     placed = multigpu.place_part(model, 1.0, ["cuda:1"], "", notes, "unet_")
@@ -191,7 +191,7 @@ def test_what_another_pack_loads_or_places_in_its_own_way_stays_as_it_is(whose, 
     vars(model.model).pop("_distorch_v2_meta", None)
     assert placed is model and type(placed) is kind
     assert shown == [
-        f"Where these weights lie is up to {whose}, so this node changes nothing. Load the file"
+        f"The place of these weights is set by {whose}, so this node changes nothing. Load the file"
         " with a loader of ComfyUI or of this pack."
     ]
 

@@ -428,7 +428,7 @@ def test_inspect_reads_nothing_where_no_models_lie(base, key, name):
     path.parent.mkdir()
     path.write_text("HF_TOKEN=secret")
     with pytest.raises(WeightFileError,
-                       match="is no model in ComfyUI's output or in its model folders"):
+                       match="is not a model in ComfyUI's output or model folders"):
         InspectModelFile.execute("none", path=str(path))
 
 
@@ -436,7 +436,7 @@ def test_inspect_reads_nothing_where_no_models_lie(base, key, name):
 def test_inspect_reads_only_files_that_end_as_models_do(base, where):
     (base / where / ".env").write_text("HF_TOKEN=secret")
     with pytest.raises(WeightFileError,
-                       match="is no model in ComfyUI's output or in its model folders"):
+                       match="is not a model in ComfyUI's output or model folders"):
         InspectModelFile.execute("none", path=str(base / where / ".env"))
 
 

@@ -311,7 +311,7 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
         file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)},
         prefix)
     tensors = to_comfy_keys(
-        {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, later=True)
+        {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, lazy=True)
     tensors |= markers
     smoothing = {
         name.removesuffix(SMOOTHING): tensors.pop(name) for name in list(tensors)

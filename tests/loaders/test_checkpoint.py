@@ -250,7 +250,7 @@ def test_several_text_encoders_of_an_unknown_pipeline_are_not_guessed_at(tmp_pat
 
 
 def test_a_folder_that_is_no_package_is_refused(tmp_path):
-    with pytest.raises(WeightFileError, match="is no package of diffusers"):
+    with pytest.raises(WeightFileError, match="is not a diffusers folder"):
         load_checkpoint(str(tmp_path))
 
 

@@ -97,7 +97,7 @@ def test_a_format_that_no_host_reads_is_named_by_every_loader(loader, tmp_path):
 def test_a_format_of_a_newer_host_says_which_reads_it(loader, tmp_path):
     path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280),
                       {"format": ASYMMETRIC})
-    assert f"('{ASYMMETRIC}', which ComfyUI 0.33 does)" in error_of(LOADERS[loader], path)
+    assert f"('{ASYMMETRIC}', which needs ComfyUI 0.33)" in error_of(LOADERS[loader], path)
 
 
 def test_a_format_named_in_the_metadata_is_found_too(tmp_path):
@@ -111,8 +111,8 @@ def test_a_format_named_in_the_metadata_is_found_too(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"convrot": True, "per_row": True}, "its comfy_quant names none"),
-        ({"format": None}, "its comfy_quant names none"),
+        ({"convrot": True, "per_row": True}, "its comfy_quant names no format"),
+        ({"format": None}, "its comfy_quant names no format"),
         ([1], "its comfy_quant is not a JSON object"),
         ({"format": "a" * 5000}, "'aaa"),
         (

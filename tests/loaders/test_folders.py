@@ -16,16 +16,16 @@ def test_a_replaced_file_is_counted_and_an_untouched_one_is_not(models):
     (models / "a.gguf").write_bytes(b"1")
     (models / "b.gguf").write_bytes(b"1")
     replacements = FileVersions()
-    assert [replacements.count(["a.gguf", 5, None, "a text"]) for _ in range(2)] == [0, 0]
-    assert replacements.count(["a.gguf", "b.gguf"]) == 0
+    assert [replacements.update(["a.gguf", 5, None, "a text"]) for _ in range(2)] == [0, 0]
+    assert replacements.update(["a.gguf", "b.gguf"]) == 0
     (models / "new").write_bytes(b"1")
     (models / "new").replace(models / "b.gguf")  # of the same size and content
     assert [
-        replacements.count(names) for names in (["a.gguf"], ["b.gguf"], ["b.gguf", "a.gguf"])
+        replacements.update(names) for names in (["a.gguf"], ["b.gguf"], ["b.gguf", "a.gguf"])
     ] == [0, 1, 1]
     (models / "b.gguf").unlink()
     (models / "b.gguf").write_bytes(b"12")
-    assert replacements.count(["b.gguf"]) == 2
+    assert replacements.update(["b.gguf"]) == 2
 
 
 def test_a_file_added_to_a_folder_counts(models):
@@ -34,9 +34,9 @@ def test_a_file_added_to_a_folder_counts(models):
     (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     (folder / "one.safetensors").write_bytes(b"1")
     replacements = FileVersions()
-    assert replacements.count(["package"]) == 0
+    assert replacements.update(["package"]) == 0
     (folder / "two.safetensors").write_bytes(b"1")
-    assert replacements.count(["package"]) == 1
+    assert replacements.update(["package"]) == 1
 
 
 @pytest.mark.parametrize(("picked", "beside"), [
@@ -48,14 +48,14 @@ def test_what_is_read_beside_a_file_counts_and_no_other_does(picked, beside, mod
     (models / picked).write_bytes(b"1")
     replacements = FileVersions()
     (models / "another-00002-of-00002.gguf").write_bytes(b"1")
-    assert replacements.count([picked]) == 0
+    assert replacements.update([picked]) == 0
     (models / "a new one.gguf").write_bytes(b"1")
     (models / "another-00002-of-00002.gguf").write_bytes(b"12")
-    assert replacements.count([picked]) == 0
+    assert replacements.update([picked]) == 0
     (models / beside).write_bytes(b"1")
-    assert replacements.count([picked]) == 1
+    assert replacements.update([picked]) == 1
     (models / beside).write_bytes(b"12")
-    assert replacements.count([picked]) == 2
+    assert replacements.update([picked]) == 2
 
 
 def test_a_part_of_a_package_counts(models, monkeypatch):
@@ -65,18 +65,18 @@ def test_a_part_of_a_package_counts(models, monkeypatch):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"1")
     replacements = FileVersions()
-    assert replacements.count(["flux"]) == 0
+    assert replacements.update(["flux"]) == 0
     file.write_bytes(b"12")
-    assert replacements.count(["flux"]) == 1
+    assert replacements.update(["flux"]) == 1
 
 
 def test_a_measurement_counts(models):
     file = models / "flux.sensitivity"
     file.write_bytes(b"1")
     replacements = FileVersions()
-    assert [replacements.count([name]) for name in (file.name, str(file))] == [0, 0]
+    assert [replacements.update([name]) for name in (file.name, str(file))] == [0, 0]
     file.write_bytes(b"12")
-    assert [replacements.count([name]) for name in (file.name, str(file))] == [1, 1]
+    assert [replacements.update([name]) for name in (file.name, str(file))] == [1, 1]
 
 
 def test_the_number_is_that_of_every_machine(models):

@@ -61,7 +61,7 @@ class Tokenizer(WeightTarget):
         path = self.folder / "encoder.gguf"
         path.write_bytes(data)
         self.kept.clear()
-        weights = self.encoder(path).converted()
+        weights = self.encoder(path).convert()
         if (model := weights.get("spiece_model")) is not None:
             # SentencePiece's own, as with a model that the host reads from a file
             with contextlib.suppress(RuntimeError):

@@ -420,4 +420,4 @@ def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(
         with caplog.at_level("INFO"):
             load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
                               model_options=encoder.model_options)
-    assert "has no mmproj file beside it that fits" in caplog.text
+    assert "has no mmproj file next to it that fits" in caplog.text

@@ -59,7 +59,7 @@ def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, fol
     assert len(packings) == 13 and memory_summary(first).endswith(text)
     second = load(source, type_name)
     assert len(packings) == 13 and digest(second) == digest(first)
-    assert memory_summary(second).endswith("packed from BF16 before and kept")
+    assert memory_summary(second).endswith("packed from BF16 in an earlier load")
     [entry] = folder.glob(packed_cache.NAMES)
     assert entry.stat().st_size < 1.1 * first.model_size()
 
@@ -73,7 +73,7 @@ def test_nothing_is_kept_unless_a_folder_is_named(source, packings, monkeypatch)
 
 def test_packing_that_takes_long_says_how_to_keep_it(source, monkeypatch):
     monkeypatch.delenv(packed_cache.FOLDER, raising=False)
-    monkeypatch.setattr(pack_on_load, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(pack_on_load, "CACHE_HINT_S", 0)
     assert memory_summary(
         load(source)).endswith("(to keep it, name a folder in FEATHERWEIGHT_PACKED_CACHE)")
 
