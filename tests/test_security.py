@@ -417,7 +417,7 @@ NOT_OF_MODELS = ["custom_nodes", "datasets", "configs", "of_another_pack"]
 
 @pytest.mark.parametrize("key", NOT_OF_MODELS)
 def test_a_workflow_writes_no_file_where_no_models_lie(base, key):
-    with pytest.raises(WeightFileError, match=f"'{key}' is none"):
+    with pytest.raises(WeightFileError, match=f"'{key}' is not a model folder"):
         folders.new_model_path(f"{key}/x/y", "Q4_K", ".gguf", folders.MODELS)
 
 
@@ -492,7 +492,7 @@ def test_a_link_that_the_owner_put_into_a_folder_leads_to_another_disk(base):
     for name in ("big/../x", "big/../../x", "big/old/../../x"):
         with pytest.raises(WeightFileError, match="without '..'"):
             folders.new_model_path(name, "Q4_K", ".gguf")
-        with pytest.raises(WeightFileError, match="is no model"):
+        with pytest.raises(WeightFileError, match="is not a model"):
             folders.resolve_saved_path(str(base / "output" / name))
 
 
@@ -510,7 +510,7 @@ def test_no_link_and_no_registered_folder_leads_to_where_programs_lie(base):
                         ("of_a_pack/x", folders.MODELS)):
         with pytest.raises(WeightFileError, match="lies in custom_nodes"):
             folders.new_model_path(name, "Q4_K", ".gguf", where)
-    with pytest.raises(WeightFileError, match="is no model"):
+    with pytest.raises(WeightFileError, match="is not a model"):
         folders.resolve_saved_path(str(base / "output" / "nodes" / "pack" / "x.gguf"))
 
 

@@ -244,7 +244,7 @@ def test_every_type_of_a_pipeline_is_one_of_the_hosts():
 def test_several_text_encoders_of_an_unknown_pipeline_are_not_guessed_at(tmp_path):
     with pytest.raises(
             WeightFileError,
-            match="was saved from the pipeline 'NewestPipeline', whose 2 text encoders are of no"):
+            match="was saved from the pipeline 'NewestPipeline', and its 2 text encoders are not"):
         load_checkpoint(package(tmp_path, "NewestPipeline", "transformer", CLIP_L, T5_XXL),
                         output_model=False, output_vae=False)
 

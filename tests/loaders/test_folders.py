@@ -81,6 +81,6 @@ def test_a_measurement_counts(models):
 
 def test_the_number_is_that_of_every_machine(models):
     (models / "a.gguf").write_bytes(b"1")
-    first = FileVersions().count(["a.gguf"])
+    first = FileVersions().update(["a.gguf"])
     (models / "a.gguf").write_bytes(b"22")
-    assert FileVersions().count(["a.gguf"]) == first == 0
+    assert FileVersions().update(["a.gguf"]) == first == 0
