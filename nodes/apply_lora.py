@@ -121,9 +121,9 @@ class ApplyLora(io.ComfyNode):
             settings["blocks"] = " ".join(block_weights.split())
         if report.fits == "no":
             raise ValueError(f"{lora_name} is not applied. {report.verdict}")
-        if report.misfits and misfits == FAIL:
-            count = len(report.misfits)
-            examples = [f"{layer}: {reason}" for layer, reason in report.misfits.items()][:3]
+        if report.mismatches and misfits == FAIL:
+            count = len(report.mismatches)
+            examples = [f"{layer}: {reason}" for layer, reason in report.mismatches.items()][:3]
             ellipsis = " …" if count > len(examples) else ""
             raise ValueError(
                 f"{lora_name} is not applied, because misfits is set to fail. {report.verdict}"

@@ -12,7 +12,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.lora.block_weights import parse_block_weights, presets
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.lora.model_blocks import block_of, described_blocks, weight_keys
+from featherweight.loaders.lora.model_blocks import block_name, describe_blocks, weight_keys
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora
 
@@ -57,7 +57,7 @@ def strengths(patcher):
     """Block -> strengths of the patches on its weights."""
     found = {}
     for key, patches in patcher.patches.items():
-        found.setdefault(block_of(key), set()).update(patch[0] for patch in patches)
+        found.setdefault(block_name(key), set()).update(patch[0] for patch in patches)
     return found
 
 
@@ -134,7 +134,7 @@ def test_presets_of_unets_name_the_blocks_the_extension_does(name):
     keys = weight_keys(empty_model(name), empty_clip(name))
     for preset, expected in UNET_PRESETS[name].items():
         factor = parse_block_weights(f"preset:{preset}", keys)
-        blocks = {block_of(key) for key in keys if factor(key) and ".attn2." in key}
+        blocks = {block_name(key) for key in keys if factor(key) and ".attn2." in key}
         short = {"input_blocks": "IN", "output_blocks": "OUT"}
         named = {
             f"{short[block.split('.')[0]]}{int(block.split('.')[1]):02d}" if "." in block else "M00"
@@ -153,7 +153,7 @@ def test_presets_of_unets_name_the_blocks_the_extension_does(name):
         parse_block_weights("mid=0.5", keys)("diffusion_model.middle_block.1.proj_in.weight") == 0.5
     )
     assert {"style", "layout"} <= presets(keys).keys() or name == "SD1.5"
-    assert "clip_l" in described_blocks(keys) and "input_blocks.0-" in described_blocks(keys)
+    assert "clip_l" in describe_blocks(keys) and "input_blocks.0-" in describe_blocks(keys)
 
 
 def test_text_encoder_layers_take_their_own_strength(loras):

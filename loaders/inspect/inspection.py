@@ -14,7 +14,7 @@ from ..comfy_keys import to_comfy_keys
 from ..detection import try_detect
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
-from ..lora.families import recognise
+from ..lora.families import match_family
 from ..lora.lora_file import OTHER_FILES, PAIRS, layer_names, weight_shapes
 from ..packing.planning.plan import Plan, PlanError
 from .contents import Contents, encoder_comfy_keys, shapes_only
@@ -128,7 +128,7 @@ def _identify_lora(contents: Contents, inspection: Inspection) -> bool:
         return False
     inspection.model_type = LORA
     inspection.family = f"{len(stems)} layers"
-    family = recognise({stem: _factors(contents, stem, ends) for stem, ends in stems.items()},
+    family = match_family({stem: _factors(contents, stem, ends) for stem, ends in stems.items()},
                        contents.metadata)
     if family:
         inspection.family += f", for {' or '.join(family.names)}"
@@ -178,7 +178,7 @@ def _identify_diffusion_model(contents: Contents, inspection: Inspection) -> boo
         name: torch.empty(shape, dtype=torch.float32, device="meta")
         for name, shape in shapes.items()
     }
-    family = recognise(weight_shapes(empty_tensors))
+    family = match_family(weight_shapes(empty_tensors))
     inspection.family = " or ".join(family.names) if family else inspection.host
     if is_checkpoint:
         inspection.parts = _part_sizes(contents, prefix)

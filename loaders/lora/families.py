@@ -1,48 +1,57 @@
-"""Which model family a set of layers belongs to, told from their names and shapes alone.
+"""Finds the model family of a set of layers by their names and shapes alone.
 
-The same table reads a LoRA (its stems and the shapes its factors make) and a model (its weights),
-so that the two can be compared in a sentence. Widths and depths are those of the published models,
-as the host's detection reads or fixes them (`comfy/model_detection.py`, ComfyUI 0.30) and, for
-Flux.2 Klein, as Black Forest Labs' `flux2` repository states them.
+One table serves LoRAs (layers and the shapes that their factors make) and models (weights), so that
+the two can be compared. Widths and depths are those of the published models, as the host's
+detection has them (`comfy/model_detection.py`, ComfyUI 0.30) and, for Flux.2 Klein, as Black Forest
+Labs' `flux2` repository states them.
 """
 import collections
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 DOUBLE, SINGLE = r"(?P<block>\d+)", r"(?P<single>\d+)"
 
 
 @dataclass(frozen=True)
-class Family:
-    """A published model. width: of its layers, as its layout measures it. depth: of (blocks, single
-    blocks), 0: none or any."""
+class ModelFamily:
+    """A published model.
+
+    Attributes:
+        name: as people know it.
+        width: of its layers, as its layout measures it.
+        depth: (blocks, single blocks); 0: none, or any number.
+        hint: regular expression for what trainers write about it into a LoRA's metadata.
+    """
 
     name: str
     width: int
     depth: tuple[int, int] = (0, 0)
-    hint: str = ""  # what trainers write about it into a LoRA's metadata, a regular expression
+    hint: str = ""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Layers of one architecture.
+    """The layers of one architecture.
 
-    pieces: regular expression for a layer's name -> (rows, columns) in widths; None where it says
-    nothing about the width.
-    families: the published models of this layout. measure: what the width is called in a sentence.
+    Attributes:
+        name: of the architecture.
+        pieces: regular expression for a layer's name -> (rows, columns) as multiples of the width;
+            None where the size does not depend on it.
+        families: the published models of this layout.
+        measure: what the width is called in a sentence.
     """
 
     name: str
     pieces: Mapping[str, tuple[int | None, int | None]]
-    families: tuple[Family, ...]
+    families: tuple[ModelFamily, ...]
     measure: str = "wide"
 
 
 @dataclass(frozen=True)
 class FamilyMatch:
-    """What layers look like: the families they may belong to, the likeliest first, and the width
-    found."""
+    """The families that layers may belong to, the likeliest first, and their width."""
 
     names: tuple[str, ...]
     width: int | None
@@ -52,7 +61,7 @@ class FamilyMatch:
         return " or ".join(self.names) + (f" ({self.width} {self.measure})" if self.width else "")
 
     def shared(self, other: "FamilyMatch | None") -> "FamilyMatch | None":
-        """The families both may be, or None when they exclude each other."""
+        """Returns the families that both matches have, or None if there are none."""
         if other is None or (self.width and other.width and self.width != other.width):
             return None
         names = tuple(name for name in self.names if name in other.names)
@@ -60,7 +69,7 @@ class FamilyMatch:
 
 
 def _diffusers(block: str, mlp: int = 4) -> dict[str, tuple]:
-    """Joint attention blocks as diffusers names them."""
+    """Returns the pieces of joint attention blocks with diffusers' names."""
     return {
         rf"{block}_attn_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out)": (1, 1),
         rf"{block}_ff(_context)?_net_0_proj": (mlp, 1),
@@ -173,8 +182,8 @@ _KANDINSKY = {
     rf"visual_transformer_blocks_{DOUBLE}_(self|cross)_attention_(to_query|out_layer)": (1, 1),
     rf"visual_transformer_blocks_{DOUBLE}_.*": (None, None),
 }
-# A UNet's width here is that of the text it reads, which tells its generations apart. What both
-# kinds have stands in _UNET.
+# The width of a UNet is that of its text input, which differs between generations. _UNET has the
+# layers that all of them share.
 _UNET = {
     r".*attn2_to_[kv]": (None, 1),
     r"mid_block_.*|middle_block_.*|conv_(in|out)|time_emb.*|out_\d.*": (None, None),
@@ -184,108 +193,114 @@ _UNET_SD = _UNET | {
     r"(input|output)_blocks_\d+_(?!.*transformer_blocks_[1-9]).*": (None, None),
 }
 _UNET_XL = _UNET | {
-    r"down_blocks_0_(?!attentions).*|down_blocks_[12]_.*|up_blocks_[01]_.*|up_blocks_2_(?!attentions).*": (
-        None, None),
-    r"input_blocks_([0-3]_0|[4-8]_\d)_.*|output_blocks_([0-5]_\d|[6-8]_0)_.*|add_embedding.*|label_emb.*": (
-        None, None)
+    r"down_blocks_0_(?!attentions).*|down_blocks_[12]_.*": (None, None),
+    r"up_blocks_[01]_.*|up_blocks_2_(?!attentions).*": (None, None),
+    r"input_blocks_([0-3]_0|[4-8]_\d)_.*|output_blocks_([0-5]_\d|[6-8]_0)_.*": (None, None),
+    r"add_embedding.*|label_emb.*": (None, None),
 }
 
 LAYOUTS = (
     Layout(
-        "Flux.1", _FLUX1, (Family("Flux.1", 3072, (19, 38), r"flux[._ -]?1|flux-(dev|schnell)"),)
+        "Flux.1",
+        _FLUX1,
+        (ModelFamily("Flux.1", 3072, (19, 38), r"flux[._ -]?1|flux-(dev|schnell)"),),
     ),
     Layout(
         "Flux.2",
         _FLUX2,
         (
-            Family("Flux.2 dev", 6144, (8, 48), r"flux[._ -]?2[._ -]?dev"),
-            Family("Flux.2 Klein 9B", 4096, (8, 24), r"klein.*9b"),
-            Family("Flux.2 Klein 4B", 3072, (5, 20), r"klein.*4b"),
+            ModelFamily("Flux.2 dev", 6144, (8, 48), r"flux[._ -]?2[._ -]?dev"),
+            ModelFamily("Flux.2 Klein 9B", 4096, (8, 24), r"klein.*9b"),
+            ModelFamily("Flux.2 Klein 4B", 3072, (5, 20), r"klein.*4b"),
         ),
     ),
     Layout(
         "Chroma",
         _CHROMA | {r"distilled_guidance_layer_.*": (None, None)},
-        (Family("Chroma", 3072, (19, 38), r"chroma"),),
+        (ModelFamily("Chroma", 3072, (19, 38), r"chroma"),),
     ),
     Layout(
         "HunyuanVideo",
         _HUNYUAN_VIDEO,
         (
-            Family("HunyuanVideo", 3072, (20, 40), r"hunyuan[._ -]?video"),
-            Family("HunyuanImage 2.1", 3584, (20, 40), r"hunyuan[._ -]?image"),
-            Family("HunyuanVideo 1.5", 2048, (54, 0), r"hunyuan[._ -]?video[._ -]?1\.?5"),
+            ModelFamily("HunyuanVideo", 3072, (20, 40), r"hunyuan[._ -]?video"),
+            ModelFamily("HunyuanImage 2.1", 3584, (20, 40), r"hunyuan[._ -]?image"),
+            ModelFamily("HunyuanVideo 1.5", 2048, (54, 0), r"hunyuan[._ -]?video[._ -]?1\.?5"),
         ),
     ),
     Layout(
         "SD3",
         _SD3,
         (
-            Family("SD3 or SD3.5 Medium", 1536, (24, 0), r"stable-diffusion-3|sd3"),
-            Family("SD3.5 Large", 2432, (38, 0), r"stable-diffusion-3|sd3"),
+            ModelFamily("SD3 or SD3.5 Medium", 1536, (24, 0), r"stable-diffusion-3|sd3"),
+            ModelFamily("SD3.5 Large", 2432, (38, 0), r"stable-diffusion-3|sd3"),
         ),
     ),
-    Layout("Qwen-Image", _QWEN_IMAGE, (Family("Qwen-Image", 3072, (60, 0), r"qwen[._ -]?image"),)),
+    Layout(
+        "Qwen-Image",
+        _QWEN_IMAGE,
+        (ModelFamily("Qwen-Image", 3072, (60, 0), r"qwen[._ -]?image"),),
+    ),
     Layout(
         "Lumina 2",
         _LUMINA2,
         (
-            Family("Z-Image", 3840, (30, 0), r"z[._ -]?image"),
-            Family("Lumina 2", 2304, (26, 0), r"lumina"),
-            Family("Ideogram 4", 4608, hint=r"ideogram"),
+            ModelFamily("Z-Image", 3840, (30, 0), r"z[._ -]?image"),
+            ModelFamily("Lumina 2", 2304, (26, 0), r"lumina"),
+            ModelFamily("Ideogram 4", 4608, hint=r"ideogram"),
         ),
     ),
     Layout(
         "Wan",
         _WAN,
         (
-            Family("Wan 2.1 or 2.2, 14B", 5120, (40, 0), r"wan.*14b"),
-            Family("Wan 2.1, 1.3B", 1536, (30, 0), r"wan.*1\.3b"),
-            Family("Wan 2.2, 5B", 3072, (30, 0), r"wan.*5b"),
+            ModelFamily("Wan 2.1 or 2.2, 14B", 5120, (40, 0), r"wan.*14b"),
+            ModelFamily("Wan 2.1, 1.3B", 1536, (30, 0), r"wan.*1\.3b"),
+            ModelFamily("Wan 2.2, 5B", 3072, (30, 0), r"wan.*5b"),
         ),
     ),
-    Layout("HiDream", _HIDREAM, (Family("HiDream", 2560, (0, 0), r"hidream"),)),
+    Layout("HiDream", _HIDREAM, (ModelFamily("HiDream", 2560, (0, 0), r"hidream"),)),
     Layout(
         "LTX-Video",
         _LTX,
         (
-            Family("LTX-Video 2B", 2048, (28, 0), r"ltx"),
-            Family("LTX-Video 13B", 4096, (48, 0), r"ltx"),
-            Family("PixArt", 1152, (28, 0), r"pixart"),
+            ModelFamily("LTX-Video 2B", 2048, (28, 0), r"ltx"),
+            ModelFamily("LTX-Video 13B", 4096, (48, 0), r"ltx"),
+            ModelFamily("PixArt", 1152, (28, 0), r"pixart"),
         ),
     ),
-    Layout("LTX-2", _LTX2, (Family("LTX-2", 4096, (48, 0), r"ltx[._ -]?2|ltxav"),)),
+    Layout("LTX-2", _LTX2, (ModelFamily("LTX-2", 4096, (48, 0), r"ltx[._ -]?2|ltxav"),)),
     Layout(
         "Cosmos-Predict2",
         _COSMOS,
         (
-            Family("Cosmos-Predict2 2B or Anima", 2048, (28, 0), r"cosmos|anima"),
-            Family("Cosmos-Predict2 14B", 5120, (36, 0), r"cosmos"),
+            ModelFamily("Cosmos-Predict2 2B or Anima", 2048, (28, 0), r"cosmos|anima"),
+            ModelFamily("Cosmos-Predict2 14B", 5120, (36, 0), r"cosmos"),
         ),
     ),
-    Layout("OmniGen2", _OMNIGEN2, (Family("OmniGen2", 2520, (32, 0), r"omnigen"),)),
+    Layout("OmniGen2", _OMNIGEN2, (ModelFamily("OmniGen2", 2520, (32, 0), r"omnigen"),)),
     Layout(
         "Kandinsky 5",
         _KANDINSKY,
         (
-            Family("Kandinsky 5 Lite", 1792, (0, 0), r"kandinsky"),
-            Family("Kandinsky 5 Image", 2560, (0, 0), r"kandinsky"),
-            Family("Kandinsky 5 Pro", 4096, (0, 0), r"kandinsky"),
+            ModelFamily("Kandinsky 5 Lite", 1792, (0, 0), r"kandinsky"),
+            ModelFamily("Kandinsky 5 Image", 2560, (0, 0), r"kandinsky"),
+            ModelFamily("Kandinsky 5 Pro", 4096, (0, 0), r"kandinsky"),
         ),
     ),
     Layout(
         "Stable Diffusion",
         _UNET_SD,
         (
-            Family("SD1.5", 768, hint=r"sd_?v?1|stable-diffusion-v1"),
-            Family("SD2", 1024, hint=r"sd_?v?2|stable-diffusion-v2"),
+            ModelFamily("SD1.5", 768, hint=r"sd_?v?1|stable-diffusion-v1"),
+            ModelFamily("SD2", 1024, hint=r"sd_?v?2|stable-diffusion-v2"),
         ),
         "wide text input",
     ),
     Layout(
         "SDXL",
         _UNET_XL,
-        (Family("SDXL", 2048, hint=r"sdxl|stable-diffusion-xl"),),
+        (ModelFamily("SDXL", 2048, hint=r"sdxl|stable-diffusion-xl"),),
         "wide text input",
     ),
 )
@@ -297,82 +312,94 @@ HINT_KEYS = (
     "base_model",
     "general.architecture",
 )
-# What stands before a layer's name in LoRA files and in the host's models.
+# prefixes of layer names in LoRA files and in the host's models
 PREFIX = re.compile(
     r"^(model\.diffusion_model\.|diffusion_model\.|base_model\.model\.|transformer\.|unet\."
     r"|lora_unet_+|lora_transformer_|lycoris_)+")
 
 
-def recognise(shapes: Mapping[str, tuple[int | None, int | None]],
-              metadata: Mapping[str, str] | None = None) -> FamilyMatch | None:
-    """The family that layers look like, or None.
+def match_family(shapes: Mapping[str, tuple[int | None, int | None]],
+                 metadata: Mapping[str, str] | None = None) -> FamilyMatch | None:
+    """Finds the family that layers belong to.
 
-    shapes: layer name, in any of the usual spellings, -> (rows, columns), None where unknown.
-    metadata: of the file; what its trainer wrote decides only between families that the layers
-    leave open.
+    Args:
+        shapes: layer name, in any usual spelling, -> (rows, columns); None where unknown.
+        metadata: of the file; it decides only between families that the layers leave open.
+
+    Returns:
+        The families of the best layout, or None if no layout explains the layers.
     """
     names = {PREFIX.sub("", name).replace(".", "_"): shape for name, shape in shapes.items()}
-    found = [(explained, layout, *rest) for layout in LAYOUTS
-             for explained, *rest in [_explain(layout, names)]]
-    best = max(explained for explained, *_ in found)
-    # A handful of names that happen to fit say nothing about a file of hundreds.
+    fits = [_fit(layout, names) for layout in LAYOUTS]
+    best = max(fit.explained for fit in fits)
+    # A few matching names prove nothing about a file of hundreds.
     if not best or best * 4 < len(names):
         return None
-    found = [
-        (layout, width, depth) for explained, layout, width, depth in found if explained == best
+    fits = [fit for fit in fits if fit.explained == best]
+    candidates = [
+        (family, fit) for fit in fits for family in fit.layout.families
+        if fit.width in (family.width, None) and _is_within(fit.depth, family.depth)
     ]
-    families = [(family, layout, width) for layout, width, depth in found
-                for family in layout.families
-                if width in (family.width, None) and _within(depth, family.depth)]
-    exact = [
-        row for row in families
-        if any(depth == row[0].depth for layout, _, depth in found if layout is row[1])
-    ]
-    families = _by_hint(exact or families, metadata or {})
-    if families:
-        return FamilyMatch(tuple(family.name for family, *_ in families), families[0][2],
-                           families[0][1].measure)
-    return FamilyMatch(tuple(layout.name for layout, *_ in found), found[0][1], found[0][0].measure)
+    exact = [(family, fit) for family, fit in candidates if fit.depth == family.depth]
+    candidates = exact or candidates
+    hints = metadata_hints(metadata or {}).lower()
+    candidates = [(family, fit) for family, fit in candidates
+                  if re.search(family.hint, hints)] or candidates
+    if not candidates:
+        layouts = tuple(fit.layout.name for fit in fits)
+        return FamilyMatch(layouts, fits[0].width, fits[0].layout.measure)
+    families = tuple(family.name for family, _ in candidates)
+    _, fit = candidates[0]
+    return FamilyMatch(families, fit.width, fit.layout.measure)
 
 
-def _explain(layout: Layout, shapes: Mapping[str,
-                                             tuple]) -> tuple[int, int | None, tuple[int, int]]:
-    """How many layers the layout accounts for with one width, that width, and the numbers of blocks
-    seen."""
-    widths, free, depth = collections.Counter(), 0, [0, 0]
-    pieces = [(re.compile(pattern), size) for pattern, size in layout.pieces.items()]
+class _Fit(NamedTuple):
+    """How well a layout explains layers.
+
+    Attributes:
+        layout: the layout.
+        explained: number of layers that it accounts for with one width.
+        width: that width; None if no layer shows it.
+        depth: largest number of a block and of a single block, plus 1.
+    """
+    layout: Layout
+    explained: int
+    width: int | None
+    depth: tuple[int, int]
+
+
+def _fit(layout: Layout, shapes: Mapping[str, tuple[int | None, int | None]]) -> _Fit:
+    widths = collections.Counter()
+    without_width = 0
+    depth = {"block": 0, "single": 0}
+    pieces = [(re.compile(pattern), multiples) for pattern, multiples in layout.pieces.items()]
     for name, shape in shapes.items():
-        match, size = next(
+        match, multiples = next(
             ((match, size) for pattern, size in pieces if (match := pattern.fullmatch(name))),
-            (None, None))
+            (None, ()))
         if match is None:
             continue
         measured = {
-            actual / multiple for actual, multiple in zip(shape, size) if multiple and actual
+            size / multiple for size, multiple in zip(shape, multiples) if multiple and size
         }
         if not measured:
-            free += 1
+            without_width += 1
         elif len(measured) == 1:
             widths[measured.pop()] += 1
-        groups = match.groupdict()
-        for index, group in enumerate(("block", "single")):
-            if groups.get(group):
-                depth[index] = max(depth[index], int(groups[group]) + 1)
+        for group, number in match.groupdict().items():
+            if number:
+                depth[group] = max(depth[group], int(number) + 1)
+    counts = depth["block"], depth["single"]
     if not widths:
-        return free, None, tuple(depth)
+        return _Fit(layout, without_width, None, counts)
     width, count = widths.most_common(1)[0]
-    return free + count, int(width), tuple(depth)
+    return _Fit(layout, without_width + count, int(width), counts)
 
 
-def _within(seen: tuple[int, int], depth: tuple[int, int]) -> bool:
-    return all(not limit or count <= limit for count, limit in zip(seen, depth))
+def _is_within(counts: tuple[int, int], depth: tuple[int, int]) -> bool:
+    return all(not limit or count <= limit for count, limit in zip(counts, depth))
 
 
-def _by_hint(families: list, metadata: Mapping[str, str]) -> list:
-    said = hints(metadata).lower()
-    return [row for row in families if re.search(row[0].hint, said)] or families
-
-
-def hints(metadata: Mapping[str, str], keys: Iterable[str] = HINT_KEYS) -> str:
-    """What a file's metadata says about the model it is made for; "" where it says nothing."""
+def metadata_hints(metadata: Mapping[str, str], keys: Iterable[str] = HINT_KEYS) -> str:
+    """Returns what a file's metadata says about its model; "" if it says nothing."""
     return ", ".join(dict.fromkeys(str(metadata[key]) for key in keys if metadata.get(key)))

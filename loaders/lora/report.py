@@ -1,6 +1,7 @@
-"""What is said about how a LoRA fits a model: the figures, one sentence, and a short table."""
+"""Reports how a LoRA fits a model: the figures, a verdict in one sentence, and a short table."""
 import collections
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .families import FamilyMatch
@@ -10,34 +11,41 @@ MISSING = "missing in the model"
 
 @dataclass
 class LoraReport:
-    """How a LoRA fits a model (and its text encoder).
+    """How a LoRA fits a model and its text encoder.
 
-    patches: what fits, as the host's `add_patches` takes it. layers, matched: layers meant for what
-    is connected, and those of them that fit. misfits: layer -> why it does not. unconnected: text
-    encoder layers without a text encoder. unread: tensors nobody knows. kinds: kind -> layers.
-    ranks: of all layers, sorted. family, model_family: what each looks like.
-    said: what the file says it is for. blocks: block -> (norm of the change at strength 1, norm of
-    its weights); the first is None where it is not known cheaply, the second where the model has no
-    values.
+    Attributes:
+        patches: the matching layers, as the host's `add_patches` takes them.
+        layers: number of layers for what is connected.
+        matched: number of them that match.
+        mismatches: layer -> why it does not match.
+        unconnected: number of text encoder layers without a text encoder.
+        unread: names of tensors of unknown types.
+        change_types: `change_type` -> number of layers.
+        ranks: of all layers, sorted.
+        family, model_family: families that the LoRA and the model belong to.
+        hints: what the file's metadata says about the model it is made for.
+        metadata: of the file.
+        blocks: block -> (norm of its change at strength 1, or None if it is not known cheaply;
+            norm of its weights, or None if the model has no values).
     """
 
     patches: dict
     layers: int
     matched: int
-    misfits: dict[str, str]
+    mismatches: dict[str, str]
     unconnected: int
     unread: list[str]
-    kinds: collections.Counter
+    change_types: collections.Counter
     ranks: list[int]
     family: FamilyMatch | None
     model_family: FamilyMatch | None
-    said: str
+    hints: str
     metadata: dict[str, str]
     blocks: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
     @property
     def related(self) -> bool:
-        """Whether nothing speaks against the LoRA being made for this family of models."""
+        """Whether the LoRA may be made for the model's family."""
         return (
             not self.family
             or not self.model_family
@@ -46,81 +54,100 @@ class LoraReport:
 
     @property
     def fits(self) -> str:
-        """"yes": every layer; "partly": some; "no": none, or the few layers that another family
-        happens to have too."""
+        """"yes": all layers match; "partly": some do; "no": none, or less than half of the layers
+        of a LoRA for another family."""
         if not self.patches or (not self.related and self.matched * 2 < self.layers):
             return "no"
-        return "partly" if self.misfits else "yes"
+        return "partly" if self.mismatches else "yes"
 
     @property
     def verdict(self) -> str:
         """One sentence on whether this LoRA can be used with this model."""
+        match = f"{self.matched} of its {self.layers} layers"
         if not self.layers:
-            return f"This LoRA changes only a text encoder ({self.unconnected} layers), and none is connected."
+            return (
+                f"This LoRA changes only a text encoder ({self.unconnected} layers), and none is"
+                " connected.")
         if not self.related:
-            made = f"This LoRA is made for {self.family}; the model is {self.model_family}"
+            start = f"This LoRA is made for {self.family}; the model is {self.model_family}"
             if self.fits == "no":
-                same = (
-                    f", though {self.matched} of its {self.layers} layers have the same shape"
-                    if self.matched
-                    else ""
-                )
-                return f"{made}: it cannot be used{same}."
-            return f"{made}: only {self.matched} of its {self.layers} layers match, which is not what it was trained for."
-        made = self.family.shared(self.model_family) if self.family else None
-        name = f" for {' or '.join(made.names)}" if made else ""
+                same = f", though {match} have the same shape" if self.matched else ""
+                return f"{start}: it cannot be used{same}."
+            return f"{start}: only {match} match, which is not what it was trained for."
+        shared = self.family.shared(self.model_family) if self.family else None
+        families = f" for {' or '.join(shared.names)}" if shared else ""
         if self.fits == "yes":
-            return f"This LoRA{name} fits: all {self.layers} layers match the model."
+            return f"This LoRA{families} fits: all {self.layers} layers match the model."
         if self.fits == "partly":
-            return f"This LoRA{name} fits in part: {self.matched} of {self.layers} layers match the model."
-        layer, reason = next(iter(self.misfits.items()))
+            return (
+                f"This LoRA{families} fits in part: {self.matched} of {self.layers} layers match"
+                " the model.")
+        layer, reason = next(iter(self.mismatches.items()))
         return (
-            f"None of the {self.layers} layers of this LoRA{name} matches the model"
+            f"None of the {self.layers} layers of this LoRA{families} matches the model"
             f" ({self.model_family or 'unknown'}): {layer}: {reason}.")
 
 
 def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | None = None,
                 examples: int = 10) -> str:
-    """The report as a short table, the verdict first. name: of the file. settings: further rows,
-    such as the strengths."""
-    kinds = ", ".join(f"{kind} ({count})" if len(report.kinds) > 1 else kind
-                      for kind, count in report.kinds.items())
-    ranks = "" if not report.ranks else f", rank {report.ranks[0]}" + (
-        f" to {report.ranks[-1]}" if len(report.ranks) > 1 else "")
+    """Returns the report as a short table, the verdict first.
+
+    Args:
+        report: of `check_lora`.
+        name: of the file.
+        settings: further rows, such as the strengths.
+        examples: number of layers that are listed at most.
+    """
+    change_types = ", ".join(
+        f"{change_type} ({count})" if len(report.change_types) > 1 else change_type
+        for change_type, count in report.change_types.items())
+    ranks = f", rank {report.ranks[0]}" if report.ranks else ""
+    if len(report.ranks) > 1:
+        ranks += f" to {report.ranks[-1]}"
     family = report.family and (report.family.shared(report.model_family) or report.family)
+    hints = f"; the file says {report.hints}" if report.hints else ""
     rows = {
-        **({"file": name} if name else {}), "layers": f"{report.matched} of {report.layers} match",
-        "kind": kinds + ranks, **(settings or {}), "made for": f"{family or 'unknown'}" +
-        (f"; the file says {report.said}" if report.said else ""),
-        "model": f"{report.model_family or 'unknown'}"
+        **({"file": name} if name else {}),
+        "layers": f"{report.matched} of {report.layers} match",
+        "kind": change_types + ranks,
+        **(settings or {}),
+        "made for": f"{family or 'unknown'}{hints}",
+        "model": f"{report.model_family or 'unknown'}",
     }
     shares = ((change / norm, block) for block, (change, norm) in report.blocks.items()
               if change and norm and math.isfinite(change / norm))
     strongest = sorted(shares, reverse=True)
     if strongest:
-        rows["strongest"] = ", ".join(f"{block} {percent(share)}" for share, block in strongest[:3])
-    elif report.blocks and not any(
-        change for change, _ in report.blocks.values() if change is not None
-    ):
+        rows["strongest"] = ", ".join(
+            f"{block} {percent_text(share)}" for share, block in strongest[:3])
+    elif report.blocks and all(change in (0, None) for change, _ in report.blocks.values()):
         rows["strongest"] = "nothing: all its values are zero, it has no effect"
     if report.unconnected:
         rows["not used"] = f"{report.unconnected} text encoder layers (no CLIP connected)"
     lines = [report.verdict, "", *(f"{name}: {value}" for name, value in rows.items())]
-    missing = sum(reason == MISSING for reason in report.misfits.values())
-    missing = f" ({missing} of them {MISSING})" if missing else ""
-    for title, entries in ((f"{len(report.misfits)} layers do not fit{missing}:",
-                            [f"{name}: {why}" for name, why in report.misfits.items()]),
-                           (f"{len(report.unread)} tensors are of no known kind:", report.unread)):
-        if entries:
-            lines += ["", title, *(f"  {entry}" for entry in entries[:examples])]
-            if entries[examples:]:
-                lines.append(f"  … and {len(entries) - examples} more")
+    missing = list(report.mismatches.values()).count(MISSING)
+    lines += _list_lines(
+        f"{len(report.mismatches)} layers do not fit"
+        f"{f' ({missing} of them {MISSING})' if missing else ''}:",
+        [f"{layer}: {reason}" for layer, reason in report.mismatches.items()], examples)
+    lines += _list_lines(f"{len(report.unread)} tensors are of an unknown kind:", report.unread,
+                         examples)
     return "\n".join(lines)
 
 
-def percent(share: float) -> str:
-    """A share for people: 12 %, 1.8 %, 0.043 %."""
+def _list_lines(title: str, entries: Sequence[str], limit: int) -> list[str]:
+    if not entries:
+        return []
+    lines = ["", title, *(f"  {entry}" for entry in entries[:limit])]
+    if entries[limit:]:
+        lines.append(f"  … and {len(entries) - limit} more")
+    return lines
+
+
+def percent_text(share: float) -> str:
+    """Returns a share with two significant digits: '12 %', '1.8 %', '0.043 %'."""
     value = 100 * share
-    return (
-        f"{value:.{max(0, min(4, 1 - math.floor(math.log10(value))))}f} %" if value > 0 else "0 %"
-    )
+    if value <= 0:
+        return "0 %"
+    digits = max(0, min(4, 1 - math.floor(math.log10(value))))
+    return f"{value:.{digits}f} %"

@@ -1,17 +1,25 @@
-"""How much a LoRA changes a weight, without ever making the change itself.
+"""Estimates how much a LoRA changes a weight, without computing the change itself.
 
-Values are the host's: an adapter of `comfy.weight_adapter` with its tuple `weights`, or ("diff",
-(tensor,)) and its like.
+Values are the host's: an adapter of `comfy.weight_adapter`, or a tuple such as ("diff", (tensor,)).
 """
 import collections
 import math
+from typing import Any
 
 import torch
 
 from ...ops import product
-from ...ops.adapters import LoHa, LoKr, LoRA, adapter_fields, alpha_scale, rank_of
+from ...ops.adapters import (
+    LoHa,
+    LoKr,
+    LoRA,
+    OrthogonalAdapter,
+    adapter_fields,
+    alpha_scale,
+    rank_of,
+)
 from ...ops.packed_layout import is_packed
-from .model_blocks import block_of, key_of
+from .model_blocks import block_name, weight_key
 
 SAMPLED_ROWS = 64
 
@@ -20,22 +28,29 @@ CHANGE_TYPES = {
 }
 
 
-def change_type(value) -> str:
-    """What people call this kind of change."""
+def change_type(value: Any) -> str:
+    """Returns the type of a change, as people know it: 'LoRA', 'LoKr with DoRA' ..."""
     if isinstance(value, tuple):
-        return {"diff": "full difference", "set": "full weight"}.get(value[0], value[0])
-    kind = CHANGE_TYPES.get(value.name, value.name)
+        patch_type: str = value[0]
+        return {"diff": "full difference", "set": "full weight"}.get(patch_type, patch_type)
+    name: str = value.name
+    adapter_type = CHANGE_TYPES.get(name, name)
     if getattr(adapter_fields(value), "dora_scale", None) is None:
-        return kind
-    return "DoRA" if value.name == "lora" else f"{kind} with DoRA"
+        return adapter_type
+    return "DoRA" if name == "lora" else f"{adapter_type} with DoRA"
 
 
-def change_norm(value, weight_norm: float | None) -> float | None:
-    """Frobenius norm of what a value adds to a weight at strength 1; None where it is not known
-    cheaply.
+def change_norm(value: Any, weight_norm: float | None) -> float | None:
+    """Returns the Frobenius norm of what a value adds to a weight at strength 1.
 
-    weight_norm: of the weight, which OFT turns. A DoRA scale is left out of account. LoHa:
-    estimated from some rows.
+    DoRA scales are ignored; LoHa is estimated from some rows.
+
+    Args:
+        value: of a patch.
+        weight_norm: of the weight, which OFT needs; None if it is not known.
+
+    Returns:
+        The norm; None if it is not known cheaply.
     """
     if isinstance(value, tuple):
         return value[1][0].float().norm().item() if value[0] == "diff" else None
@@ -52,50 +67,64 @@ def change_norm(value, weight_norm: float | None) -> float | None:
         sampled = (first * second).norm().item()
         return _scale(value) * sampled * math.sqrt(parts.a1.shape[0] / len(rows))
     if isinstance(parts, LoKr) and parts.core is None:
-        left, right = (_product_norm(up.float(), down.float())
-                       if whole is None else whole.float().norm().item()
-                       for whole, up, down in ((parts.w1, parts.a1, parts.b1), (parts.w2, parts.a2,
-                                                                                parts.b2)))
+        left = _factor_norm(parts.w1, parts.a1, parts.b1)
+        right = _factor_norm(parts.w2, parts.a2, parts.b2)
         return left * right * _scale(value)
-    if value.name == "oft" and weight_norm is not None:
+    if isinstance(parts, OrthogonalAdapter) and value.name == "oft" and weight_norm is not None:
         blocks = parts.blocks.float()
-        turn = blocks - blocks.transpose(1, 2)
+        skew = blocks - blocks.transpose(1, 2)
         limit = parts.limit or 0
-        if 0 < limit < turn.norm():
-            turn = turn * (limit / turn.norm())
+        if 0 < limit < skew.norm():
+            skew = skew * (limit / skew.norm())
         eye = torch.eye(blocks.shape[1], dtype=torch.float32)
-        turned = torch.linalg.solve(eye - turn, eye + turn) - eye  # Cayley; its two factors commute
-        return weight_norm * turned.norm().item() / math.sqrt(blocks.shape[0] * blocks.shape[1])
+        # Cayley transform; its two factors commute
+        change = torch.linalg.solve(eye - skew, eye + skew) - eye
+        return weight_norm * change.norm().item() / math.sqrt(blocks.shape[0] * blocks.shape[1])
     return None
 
 
 def block_changes(patches: dict,
                   weights: dict[str, torch.Tensor]) -> dict[str, tuple[float | None, float | None]]:
-    """Block -> (norm of what patches change in it at strength 1, norm of its weights); None for
-    what is not known.
+    """Estimates the changes of all blocks.
 
-    patches: as the host's `add_patches` takes them. weights: the model's, by the keys the patches
-    name.
+    Args:
+        patches: as the host's `add_patches` takes them.
+        weights: key -> weight of the model.
+
+    Returns:
+        Block -> (norm of its change at strength 1, norm of its weights); None where not known.
     """
-    norms = {key: _weight_norm(weights[key]) for key in dict.fromkeys(map(key_of, patches))}
-    changes, sizes = collections.defaultdict(list), collections.defaultdict(list)
+    norms = {key: _weight_norm(weights[key]) for key in dict.fromkeys(map(weight_key, patches))}
+    change_norms = collections.defaultdict(list)
+    weight_norms = collections.defaultdict(list)
     for target, value in patches.items():
-        changes[block_of(key_of(target))].append(change_norm(value, norms[key_of(target)]))
+        key = weight_key(target)
+        change_norms[block_name(key)].append(change_norm(value, norms[key]))
     for key, norm in norms.items():
-        sizes[block_of(key)].append(norm)
+        weight_norms[block_name(key)].append(norm)
     return {
-        block: (_combined_norm(changes[block]), _combined_norm(sizes[block])) for block in changes
+        block: (_combined_norm(change_norms[block]), _combined_norm(weight_norms[block]))
+        for block in change_norms
     }
 
 
-def _scale(value) -> float:
-    """What alpha makes of a product of factors."""
+def _scale(value: Any) -> float:
+    """Returns the scale that alpha gives to a product of factors."""
     rank = rank_of(value)
-    return 1.0 if rank is None else abs(alpha_scale(adapter_fields(value).alpha, rank))
+    if rank is None:
+        return 1.0
+    return abs(alpha_scale(getattr(adapter_fields(value), "alpha", None), rank))
+
+
+def _factor_norm(whole: torch.Tensor | None, up: Any, down: Any) -> float:
+    """Returns the norm of a factor of a LoKr, which is stored whole or as `up @ down`."""
+    if whole is not None:
+        return whole.float().norm().item()
+    return _product_norm(up.float(), down.float())
 
 
 def _product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
-    """||left @ right||, of (N, r) and (r, K), through their r x r Gram matrices."""
+    """Returns ||left @ right|| of (N, r) and (r, K), through their r x r Gram matrices."""
     return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt().item()
 
 
@@ -105,14 +134,13 @@ def _combined_norm(norms: list[float | None]) -> float | None:
 
 
 def _sampled_rows(weight: torch.Tensor) -> torch.Tensor:
-    """int64 (`SAMPLED_ROWS` at most,): rows of a weight, evenly spread."""
+    """Returns the indices of at most `SAMPLED_ROWS` evenly spread rows: (rows,), int64."""
     rows = weight.shape[0]
     return torch.linspace(0, rows - 1, min(SAMPLED_ROWS, rows), dtype=torch.float32).long()
 
 
 def _weight_norm(weight: torch.Tensor) -> float | None:
-    """Frobenius norm of a weight, estimated from some of its rows; None for a weight without
-    values."""
+    """Estimates a weight's Frobenius norm from some rows; None for a weight without values."""
     if weight.is_meta or not weight.ndim:
         return None
     rows = _sampled_rows(weight).to(weight.device)

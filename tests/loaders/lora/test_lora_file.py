@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
-from featherweight.loaders.lora.families import LAYOUTS, recognise
+from featherweight.loaders.lora.families import LAYOUTS, match_family
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.lora.report import report_text
 from featherweight.loaders.lora.report_chart import report_picture
@@ -113,13 +113,13 @@ def test_key_styles_of_flux_are_recognised(style, small_flux):
     lora = STYLES[style](small_flux)
     report = check_lora(small_flux, None, lora)
     layers = sum(key.endswith(("up.weight", "lora_B.weight")) for key in lora)
-    assert (report.matched, report.layers, report.misfits, report.unread) == (
+    assert (report.matched, report.layers, report.mismatches, report.unread) == (
         layers,
         layers,
         {},
         [],
     )
-    assert report.fits == "yes" and report.kinds == {"LoRA": layers} and report.ranks == [1]
+    assert report.fits == "yes" and report.change_types == {"LoRA": layers} and report.ranks == [1]
 
 
 @pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
@@ -204,7 +204,7 @@ def test_a_lora_of_every_layer_is_told_apart_from_all_other_families(models, nam
         shapes = unet_names(model, "attentions")
     else:
         shapes = block_shapes(model)
-    assert recognise(
+    assert match_family(
         {key: (shape[0], shape[1:].numel()) for key, shape in shapes.items()}
     ).names == (name,)
 
@@ -216,9 +216,9 @@ def test_names_of_families_are_unique():
 
 def test_metadata_decides_between_families_that_the_layers_leave_open():
     shapes = {f"transformer_blocks.{block}.attn.to_q": (3072, 3072) for block in range(10)}
-    assert {"Flux.1", "Qwen-Image"} <= set(recognise(shapes).names)
-    assert recognise(shapes, {"modelspec.architecture": "flux-1-dev/lora"}).names == ("Flux.1",)
-    assert recognise({"something": (4, 4)}) is None
+    assert {"Flux.1", "Qwen-Image"} <= set(match_family(shapes).names)
+    assert match_family(shapes, {"modelspec.architecture": "flux-1-dev/lora"}).names == ("Flux.1",)
+    assert match_family({"something": (4, 4)}) is None
 
 
 def saved(tmp_path, tensors, name="lora.safetensors", **metadata):
@@ -309,10 +309,10 @@ def test_layers_that_are_damaged_are_named_and_the_others_apply(small_flux, tmp_
         and report.matched == len(stems) - 3
         and report.layers == len(stems) + 1
     )
-    assert "half a pair" in report.misfits[stems[0]] and "NaN" in report.misfits[stems[1]]
+    assert "half a pair" in report.mismatches[stems[0]] and "NaN" in report.mismatches[stems[1]]
     assert (
-        "made for a weight of" in report.misfits[stems[2]]
-        and report.misfits["lora_unet_nowhere"] == "missing in the model"
+        "made for a weight of" in report.mismatches[stems[2]]
+        and report.mismatches["lora_unet_nowhere"] == "missing in the model"
     )
     assert report.unread == ["stray"]
     patched, _ = apply_lora(small_flux, None, report, 1.0, 1.0)
@@ -329,9 +329,10 @@ def test_a_layer_of_pefts_dora_does_not_fit(end, small_flux):
     assert (
         report.fits == "partly"
         and report.matched == len(stems) - 1
-        and list(report.misfits) == stems[:1]
+        and list(report.mismatches) == stems[:1]
     )
-    assert "DoRA as PEFT" in report.misfits[stems[0]] and f"{stems[0]}.weight" not in report.patches
+    assert "DoRA as PEFT" in report.mismatches[stems[0]]
+    assert f"{stems[0]}.weight" not in report.patches
 
 
 def test_the_host_computes_another_dora_than_peft():
@@ -441,7 +442,7 @@ def other_kinds():
 def test_kinds_are_named_and_their_change_is_what_the_host_does(kind, small_flux):
     report = check_lora(small_flux, None,
                         {LAYER + end: value for end, value in other_kinds()[kind].items()})
-    assert (report.fits, report.kinds) == ("yes", {kind: 1})
+    assert (report.fits, report.change_types) == ("yes", {kind: 1})
     value = next(iter(report.patches.values()))
     weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(5)) * 0.1
     norm = change_norm(value, weight.norm().item())
