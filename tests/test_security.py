@@ -230,7 +230,7 @@ def test_a_torch_file_that_grows_when_it_is_read_is_refused(tmp_path):
             name.format("A"): torch.ones(1).expand(1 << 20, 1 << 10),
             name.format("B"): torch.ones(4, 1)
         }, tmp_path / "wide.pt")
-    with pytest.raises(WeightFileError, match="wide.pt .* larger than what the file holds"):
+    with pytest.raises(WeightFileError, match="wide.pt .* larger than its data in the file"):
         load_lora_file(str(tmp_path / "wide.pt"))
 
 
