@@ -122,8 +122,8 @@ class Header:
         self.position = 0
         self.item_count = 0
         self._read_version()
-        tensor_count = self._count("tensors", 24, "the header")
-        metadata_count = self._count("metadata entries", 13, "the header")
+        tensor_count = self._read_count("tensors", 24, "the header")
+        metadata_count = self._read_count("metadata entries", 13, "the header")
         self.metadata = _Metadata(self.buffer, self._read_metadata(metadata_count))
         self.tensors = [self._read_tensor(index) for index in range(tensor_count)]
         self.alignment = self._read_alignment()
@@ -140,17 +140,17 @@ class Header:
         """Skips `nbytes` bytes and returns their position."""
         start = self.position
         if nbytes > self.size - start:
-            raise self._truncated(what)
+            raise self._truncation_error(what)
         self.position = start + nbytes
         return start
 
-    def _truncated(self, what: str) -> WeightFileError:
+    def _truncation_error(self, what: str) -> WeightFileError:
         return self.damage_error(f"the file ends at byte {self.size}, inside {what}")
 
     def _read(self, layout: struct.Struct, what: str):
         return layout.unpack_from(self.buffer, self._skip(layout.size, what))
 
-    def _count(self, items: str, min_bytes: int, what: str) -> int:
+    def _read_count(self, items: str, min_bytes: int, what: str) -> int:
         """Reads a number of items and checks it.
 
         Args:
@@ -171,7 +171,7 @@ class Header:
                 " model has"
             )
 
-    def _name(self, what: str) -> str:
+    def _read_name(self, what: str) -> str:
         (length,) = self._read(U64, f"the name of {what}")
         if length > MAX_NAME_BYTES:
             raise self.damage_error(
@@ -200,7 +200,7 @@ class Header:
     def _read_metadata(self, count: int) -> dict[str, int]:
         positions: dict[str, int] = {}
         for index in range(count):
-            key = self._name(f"metadata entry {index}")
+            key = self._read_name(f"metadata entry {index}")
             if key in positions:
                 raise self.damage_error(f"the metadata holds {safe_repr(key)} twice")
             positions[key] = self.position
@@ -227,12 +227,12 @@ class Header:
                 f"{what} has the unknown type {item_type}; types 0 to 12 are supported")
 
     def _skip_strings(self, count: int, what: str):
-        # Local names: vocabularies have hundreds of thousands of strings.
+        # Local variables for speed: vocabularies have hundreds of thousands of strings.
         buffer, read_length = self.buffer, U64.unpack_from
         position, last = self.position, self.size - 8
         for _ in range(count):
             if position > last:
-                raise self._truncated(what)
+                raise self._truncation_error(what)
             position += 8 + read_length(buffer, position)[0]
         self._skip(position - self.position, what)
 
@@ -244,7 +244,7 @@ class Header:
         return alignment
 
     def _read_tensor(self, index: int) -> TensorInfo:
-        name = self._name(f"tensor {index}")
+        name = self._read_name(f"tensor {index}")
         what = f"the description of tensor {safe_repr(name)}"
         (rank,) = self._read(U32, what)
         if rank > MAX_DIMENSIONS:
