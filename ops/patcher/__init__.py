@@ -1,7 +1,7 @@
 """Mixin over the host's model patchers: applies patches while packed weights stay packed.
 
-Weights in the host's own quantised formats count as packed here too, where they lie in one of our
-layers: the host would quantise them again with every patch.
+Weights in the host's own quantised formats count as packed too if they are in one of our layers:
+the host would quantise them again with every patch.
 
 `patches` stays what the host made it. Only applying differs: while the host loads, moves or unloads
 a model, it does not see the patches of packed weights, and each packed layer gets them as
@@ -37,7 +37,7 @@ from .applied_patches import (
 from .residency import UNLOAD_ALL, MemoryReport, Placement, Residency, buffer_bytes
 from .vram_accounting import accounted, make_pinnable, nothing_to_plan
 
-# The class that `_packed_class` mixes in; for type checkers, with everything the host's have.
+# Type checkers see a subclass of the host's; `_packed_class` makes the real one.
 _HostPatcher = comfy.model_patcher.ModelPatcherDynamic if TYPE_CHECKING else object
 
 Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps them
@@ -54,10 +54,10 @@ class PackedPatcher(_HostPatcher):
 
     placement: Placement | None = None
     on_placement: Callable[["PackedPatcher", MemoryReport], None] | None = None
-    _every_patch: dict | None = None  # set while `patches` holds only what the host may see
+    _unfiltered_patches: dict | None = None  # set while `patches` holds only what the host may see
 
     # Set while the host loads or unloads:
-    load_list: list[tuple] | None = None  # the layers that the host is shown
+    load_list_override: list[tuple] | None = None  # the layers that the host is shown
     deferred_pins: list[str] | None = None  # collects the names of weights the host would pin
     # in dynamic VRAM: name -> (the host's backup of the weight, the weight on the device)
     resident_weights: dict[str, tuple] | None = None
@@ -82,7 +82,7 @@ class PackedPatcher(_HostPatcher):
     @property
     def all_patches(self) -> dict:
         """Patches by weight name, including those currently hidden from the host."""
-        return self.patches if self._every_patch is None else self._every_patch
+        return self.patches if self._unfiltered_patches is None else self._unfiltered_patches
 
     def effective_patches(self, key: str) -> list:
         """Returns a weight's patches without those that its packed layer cannot apply."""
@@ -95,16 +95,16 @@ class PackedPatcher(_HostPatcher):
     @contextlib.contextmanager
     def _packed_patches_hidden(self) -> Iterator[None]:
         """Hides the patches of packed weights from the host inside the block."""
-        if self._every_patch is not None:
+        if self._unfiltered_patches is not None:
             yield
             return
         packed = set(packed_keys(self))
-        self._every_patch = self.patches
+        self._unfiltered_patches = self.patches
         self.patches = {key: patches for key, patches in self.patches.items() if key not in packed}
         try:
             yield
         finally:
-            self.patches, self._every_patch = self._every_patch, None
+            self.patches, self._unfiltered_patches = self._unfiltered_patches, None
 
     @contextlib.contextmanager
     def set_temporarily(self, **attributes: Any) -> Iterator[None]:
@@ -136,12 +136,12 @@ class PackedPatcher(_HostPatcher):
             self.on_placement(self, self.memory_report(expected))
 
     def _load_list(self, for_dynamic=False, default_device=None):
-        if self.load_list is not None:
-            return self.load_list
+        if self.load_list_override is not None:
+            return self.load_list_override
         entries = super()._load_list(for_dynamic, default_device)
         if not for_dynamic or self.placement is None:
             return entries
-        entries = self._residency.in_order(self, entries)
+        entries = self._residency.sort_entries(self, entries)
         return [(rank, *entry[-4:]) for rank, entry in enumerate(entries)]
 
     def pin_weight_to_device(self, key):
@@ -168,7 +168,7 @@ class PackedPatcher(_HostPatcher):
         available_bytes = self.loaded_size() + extra_memory
         if self._residency.limit(self) is not None:
             excess = self.loaded_size() - self.model_size()
-            if excess > 0:  # a negative budget: or the host keeps a fully loaded model as it is
+            if excess > 0:  # or the host would leave a fully loaded model as it is
                 extra_memory = min(extra_memory, -excess)
         if not self.is_dynamic() and self._can_swap(device_to, force_patch_weights):
             before = self.loaded_size()
@@ -270,8 +270,8 @@ class PackedPatcher(_HostPatcher):
                              force_patch_weights=force_patch_weights)
 
     def _load_dynamic(self, device_to, lowvram_model_memory, dirty=False):
-        # The host's `dirty` uploads every weight again. Only weights that the host patches itself
-        # and weights with a new slot need that.
+        # The host's `dirty` uploads every weight again. Only weights that the host patches itself,
+        # and weights with a new slot, need that.
         self._residency.drop_slots_out_of_order(self, device_to)
         before = self._slots()
         built = self._applied.cache.get(self.patches_uuid, device_to)
@@ -326,7 +326,7 @@ class PackedPatcher(_HostPatcher):
         self._applied.clear(self)
 
     def restore_loaded_backups(self):
-        """Moves what a load put on the device back, in dynamic VRAM; returns the freed bytes.
+        """Frees what a load put on the device in dynamic VRAM; returns the freed bytes.
 
         The host also calls it in the middle of a run, and would restore unpatched weights. Here
         weights keep their patches, so that the run continues with them.
@@ -417,7 +417,7 @@ class PackedPatcher(_HostPatcher):
             if key not in self.backup:
                 self.backup[key] = Backup(weight.to(self.offload_device), False)
             comfy.utils.set_attr_param(self.model, key, weight.to(device_to))
-        elif patches and self._every_patch is None:  # another pack's loader, weight by weight
+        elif patches and self._unfiltered_patches is None:  # another pack loads weight by weight
             self._applied.apply_one(self, key, device_to)
         return weight
 

@@ -83,8 +83,8 @@ class Residency:
 
     # --- which layers stay ---
 
-    def in_order(self, patcher, entries: list) -> list:
-        """Returns the entries of the host's list, the layers that should stay first."""
+    def sort_entries(self, patcher, entries: list) -> list:
+        """Sorts entries of the host's load list, the layers that should stay first."""
         return residency_order(entries, patcher.placement.gpu_bytes, self.profile)
 
     def limit(self, patcher) -> int | None:
@@ -112,7 +112,7 @@ class Residency:
         if device != patcher.load_device or self.limit(patcher) is None:
             yield budget
             return
-        entries = list(map(layer_entry, self.in_order(patcher, patcher._load_list())))
+        entries = list(map(layer_entry, self.sort_entries(patcher, patcher._load_list())))
         listed = sum(entry.size for entry in entries if device_of(entry.module) == device)
         unlisted = bytes_on(patcher.model, device) - listed
         kept = layers_that_fit(entries, max(0, budget - unlisted))
@@ -126,7 +126,7 @@ class Residency:
         # entries without bytes follow the last layer to keep.
         gaps = [(GAP, 0, str(number), torch.nn.Module(), {})
                 for number in range(comfy.model_management.NUM_STREAMS)]
-        with patcher.set_temporarily(load_list=[*ranked, *gaps]):
+        with patcher.set_temporarily(load_list_override=[*ranked, *gaps]):
             yield sum(entry.size for entry in entries if entry.name in kept) + 0.5
         patcher.model.model_offload_buffer_memory = 0
         self.order = self._order(patcher)
@@ -137,13 +137,13 @@ class Residency:
         if self.limit(patcher) is None:
             yield memory_to_free
             return
-        resident = [entry for entry in self.in_order(patcher, patcher._load_list())
+        resident = [entry for entry in self.sort_entries(patcher, patcher._load_list())
                     if getattr(layer_entry(entry).module, "comfy_patched_weights", False)]
         resident_bytes = sum(layer_entry(entry).size for entry in resident)
         kept = layers_that_fit(resident, resident_bytes - memory_to_free)
         leaving = [entry for entry in resident if layer_entry(entry).name not in kept]
         deferred_pins = []
-        with patcher.set_temporarily(load_list=leaving, deferred_pins=deferred_pins):
+        with patcher.set_temporarily(load_list_override=leaving, deferred_pins=deferred_pins):
             yield UNLOAD_ALL
         patcher.model.model_offload_buffer_memory = 0
         self.available_bytes = min(self.available_bytes,
@@ -324,7 +324,7 @@ def slots_are_in_order(patcher) -> bool:
 
 
 def _stores(patcher) -> dict[torch.device, int]:
-    """Returns store -> its bytes, without the devices that hold the model anyway."""
+    """Returns store -> its bytes, without the devices that the model uses itself."""
     stores = () if patcher.placement is None else patcher.placement.stores
     own = patcher.load_device, patcher.offload_device
     return {device: nbytes for device, nbytes in stores if device not in own}
