@@ -164,6 +164,7 @@ def slice_patches(patches: Sequence[Patch], start: int, stop: int) -> list[Patch
 
 
 def _patch_parts(patch: Patch, start: int, stop: int) -> list[Patch] | None:
+    """Returns the part of a patch that changes some rows, in a list that may be empty."""
     strength, value, strength_model, offset, function = patch
     if isinstance(value, list) and offset is None and function is None:
         # another model's weight, with patches of its own
@@ -178,9 +179,10 @@ def _patch_parts(patch: Patch, start: int, stop: int) -> list[Patch] | None:
     if offset is None or offset[0] != 0:
         part = slice_patch(patch, start, stop)
         return None if part is None else [part]
-    _, at, length = offset
-    first, last = max(start, at), min(stop, at + length)
+    _, offset_start, length = offset
+    first, last = max(start, offset_start), min(stop, offset_start + length)
     if first >= last:
         return []
-    part = slice_patch((strength, value, strength_model, None, function), first - at, last - at)
+    part = slice_patch((strength, value, strength_model, None, function),
+                       first - offset_start, last - offset_start)
     return None if part is None else [(*part[:3], (0, first - start, last - first), None)]
