@@ -1,4 +1,4 @@
-"""Threads in which kernels are compiled, checked and tried while torch does their work."""
+"""Background threads that compile, check and try kernels while torch does their work."""
 import atexit
 import concurrent.futures
 import contextlib
@@ -9,27 +9,27 @@ from concurrent.futures import Future
 
 from ...child_process import end_all, is_ending
 
-MAX_THREADS = 4  # that compute a result; the others wait for their turn
-CANCEL_CHECK_SECONDS = 0.05  # between two looks at whether the user cancelled
-# that a process which ends waits for its threads, whose compilers are killed by then
-EXIT_SECONDS = 10
+MAX_THREADS = 4  # that compute a result at the same time
+CANCEL_CHECK_SECONDS = 0.05  # how often a wait checks whether the user cancelled
+EXIT_SECONDS = 10  # how long an exiting process waits for its threads, whose compilers are killed
 
 
-def _nothing():
+def _never_cancelled():
     pass
 
 
-# Called while somebody waits; it raises what ends the wait, where the user cancelled. The extension
-# puts the host's here.
-raise_if_cancelled: Callable[[], None] = _nothing
+# Called during a wait; raises where the user cancelled. The extension puts ComfyUI's function here.
+raise_if_cancelled: Callable[[], None] = _never_cancelled
 
-_turns = threading.BoundedSemaphore(MAX_THREADS)
+_slots = threading.BoundedSemaphore(MAX_THREADS)
 _threads: set[threading.Thread] = set()
 
 
 def start_thread(work: Callable[[], None], name: str = "featherweight-kernels"):
-    """A thread that does not keep the process alive, but is waited for when it ends. `work` ends
-    soon then."""
+    """Starts a thread that does not keep the process alive.
+
+    An exiting process waits for it: `work` must return soon once the process is ending.
+    """
     def run():
         try:
             work()
@@ -42,38 +42,40 @@ def start_thread(work: Callable[[], None], name: str = "featherweight-kernels"):
 
 
 def compute_in_background(compute: Callable[[], object]) -> Future:
-    """What `compute` will return. It must not raise."""
+    """Returns a future of what `compute` returns, which must not raise."""
     future = Future()
 
-    def run_in_turn():
-        with _turns:
+    def run_in_slot():
+        with _slots:
             if not is_ending():
                 set_result(future, compute())
 
-    start_thread(run_in_turn)
+    start_thread(run_in_slot)
     return future
 
 
 def set_result(future: Future, value: object):
-    """Gives a future its value, unless it has one."""
+    """Sets a future's result, unless it has one."""
     with contextlib.suppress(concurrent.futures.InvalidStateError):
         future.set_result(value)
 
 
 def wait(future: Future, seconds: float) -> bool:
-    """Whether it has its value, after at most `seconds`. Raises what `raise_if_cancelled`
-    raises."""
+    """Waits at most `seconds` for a future's result. Returns whether it is there.
+
+    Raises:
+        Exception: What `raise_if_cancelled` raises.
+    """
     end = time.monotonic() + seconds
-    while not future.done() and (left := end - time.monotonic()) > 0:
+    while not future.done() and (remaining := end - time.monotonic()) > 0:
         raise_if_cancelled()
-        concurrent.futures.wait([future], min(left, CANCEL_CHECK_SECONDS))
+        concurrent.futures.wait([future], min(remaining, CANCEL_CHECK_SECONDS))
     return future.done()
 
 
 @atexit.register
 def _wait_for_all():
-    """A thread that is within torch when the interpreter goes would end the process with an
-    error."""
+    """Waits for the threads: one inside torch at the interpreter's end would crash the process."""
     end_all()
     end = time.monotonic() + EXIT_SECONDS
     for thread in list(_threads):

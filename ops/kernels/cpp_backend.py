@@ -1,8 +1,8 @@
-"""Kernels for CPUs: C++ in `source/`, compiled by the compiler of the machine, where there is one.
+"""Kernels for CPUs: C++ in `source/`, compiled by the machine's own compiler, where there is one.
 
-A kernel takes half a second to compile and is kept for later runs, in a folder that only this user
-can write. Its file has the digest of its bytes in its name, for a damaged library would end the
-process. Without a compiler torch does the work.
+A kernel takes half a second to compile and is kept for later runs in a folder that only this user
+can write to. The file's name contains the digest of its bytes, because a damaged library would end
+the process. Without a compiler torch does the work.
 """
 import contextlib
 import ctypes
@@ -30,11 +30,11 @@ from .kernel import Backend, Kernel
 from .kernel_source import (
     FORMAT_NAMES,
     TYPES,
-    addresses,
+    block_addresses,
     c_floats,
     dequantize_and_linear,
     kernel_source,
-    method,
+    late_bound_method,
 )
 from .private_files import (
     cache_folder,
@@ -48,30 +48,22 @@ from .validation import probe
 log = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
-# Products and sums must not be contracted: the values are those of the reference, bit for bit.
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-    "-w",
-)
-FLAGS_OF_X86 = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
-# of the variants of "linear". With more tokens torch's product of the dequantised weight is faster
+# Products and sums must not be contracted: the values have the reference's bits.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
+         "-w")
+X86_FLAGS = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
+# Of the variants of "linear". With more tokens torch's product of the dequantised weight is faster.
 MAX_TOKENS = (1, 4)
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
-# what is older was left by a process that was killed
-SCRATCH, LEFT_SECONDS = "tmp", 10 * COMPILE_SECONDS
-OTHER_TEMPORARY = ("/var/tmp",)  # beside where temporary files lie
+SCRATCH_PREFIX = "tmp"  # of folders in which a compiler works
+STALE_SECONDS = 10 * COMPILE_SECONDS  # an older scratch folder was left by a killed process
+OTHER_TEMPORARY = ("/var/tmp",)  # tried where the default temporary folder does not work
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
 
 
 def cpp_compiler() -> str | None:
-    """The program, or None where there is none."""
+    """Returns the path of a C++ compiler, None where there is none."""
     names = filter(None, (os.environ.get("CXX"), *COMPILERS))
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -82,25 +74,32 @@ class CppError(RuntimeError):
 
 
 class CppCompiler:
-    """command: a C++ compiler that takes the options of GCC. folder: where compiled kernels are
-    kept."""
+    """Compiles sources to libraries, which it keeps and loads.
+
+    Args:
+        command: A C++ compiler that takes the options of GCC.
+        folder: Where compiled kernels are kept.
+    """
 
     def __init__(self, command: str, folder: Path):
         self.command = command
-        self._flags = (
-            *FLAGS,
-            *(FLAGS_OF_X86 if platform.machine().lower() in ("x86_64", "amd64") else ()),
-        )
-        self._machine = f"{run_process(command, '--version', seconds=COMPILE_SECONDS).stdout} {self._flags} {_cpu()}"
-        # Where libraries lie, the first that they can be loaded from; drives may refuse to run what
-        # is on them.
-        self._folders = [
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        self._flags = (*FLAGS, *X86_FLAGS) if is_x86 else FLAGS
+        version = run_process(command, "--version", seconds=COMPILE_SECONDS).stdout
+        self._machine = f"{version} {self._flags} {_cpu()}"
+        # Of these the first that libraries can be loaded from: a drive may refuse to run what is
+        # on it.
+        self._folders: list[Callable[[], Path]] = [
             lambda: private_folder(folder),
-            *(lambda parent=parent: temporary_folder(parent) for parent in (None, *OTHER_TEMPORARY))
+            *(functools.partial(temporary_folder, parent) for parent in (None, *OTHER_TEMPORARY)),
         ]
 
     def library(self, source: str) -> ctypes.CDLL:
-        """The functions of a source. Compiled once for each source, compiler and kind of CPU."""
+        """Returns a source's functions. It is compiled once for each compiler and CPU model.
+
+        Raises:
+            CppError
+        """
         name = hashlib.sha256(f"{self._machine}\n{source}".encode()).hexdigest()[:32]
         folders, errors = self._folders, []
         for index, folder in enumerate(folders):
@@ -117,8 +116,12 @@ class CppCompiler:
         )
 
     def _file(self, folder: Path, name: str, source: str) -> Path:
-        """The compiled library, compiled now where it is not there or damaged. Raises CppError,
-        OSError."""
+        """Returns the compiled library, and compiles it first where it is missing or damaged.
+
+        Raises:
+            CppError: The compiler refused the source.
+            OSError: The folder cannot be used.
+        """
         for path in folder.glob(f"{name}-*.so"):
             is_own = is_private(path, stat.S_ISREG)
             if is_own and path == _library_path(folder, name, path):
@@ -127,40 +130,39 @@ class CppCompiler:
                 log.info("[Featherweight] The compiled kernel %s is damaged and is compiled again.",
                          path)
             path.unlink(missing_ok=True)
-        _remove_what_was_left(folder)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+        _remove_stale_scratch(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH_PREFIX) as scratch:
             file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
             file.write_text(source, encoding="utf-8")
-            made = run_process(self.command, *self._flags, str(file), "-o", str(built),
-                               seconds=COMPILE_SECONDS, env={**os.environ, "TMPDIR": scratch})
-            if made.returncode:
-                raise CppError(f"{self.command}: {made.stderr[:2000]}")
+            process = run_process(self.command, *self._flags, str(file), "-o", str(built),
+                                  seconds=COMPILE_SECONDS, env={**os.environ, "TMPDIR": scratch})
+            if process.returncode:
+                raise CppError(f"{self.command}: {process.stderr[:2000]}")
             built.chmod(0o700)
             path = _library_path(folder, name, built)
-            replace_durably(built, path)  # at once, for another process may want it too
+            replace_durably(built, path)  # in one step: another process may load it meanwhile
         return path
 
 
 def _library_path(folder: Path, name: str, file: Path) -> Path:
-    """Where a library is kept that has the bytes of `file`."""
+    """Returns the path under which a library with the bytes of `file` is kept."""
     return folder / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}.so"
 
 
-def _remove_what_was_left(folder: Path):
-    """By a process that was killed while it compiled."""
-    for scratch in folder.glob(f"{SCRATCH}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            if time.time() - scratch.stat().st_mtime > LEFT_SECONDS:
+def _remove_stale_scratch(folder: Path):
+    """Removes the scratch folders of processes that were killed while they compiled."""
+    for scratch in folder.glob(f"{SCRATCH_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removed it first
+            if time.time() - scratch.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _cpu() -> str:
-    """What decides which instructions `-march=native` uses."""
+    """Returns a text that differs where `-march=native` may use other instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.machine()]
-    return " ".join(
-        sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}
-               or lines[:1]))
+    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return " ".join(sorted(features or lines[:1]))
 
 
 class CpuKernels:
@@ -168,9 +170,10 @@ class CpuKernels:
 
     def __init__(self, compiler: CppCompiler):
         self._compiler = compiler
-        self._functions = {}
+        self._functions: dict[tuple, Callable[..., None]] = {}
 
-    def _function(self, kernel: str, packed_format: type[Format], *dtypes, **definitions):
+    def _function(self, kernel: str, packed_format: type[Format] | None, *dtypes,
+                  **definitions) -> Callable[..., None]:
         key = kernel, packed_format, dtypes, *definitions.values()
         if key not in self._functions:
             source = kernel_source("cpu", kernel, packed_format, *dtypes, **definitions)
@@ -180,25 +183,25 @@ class CpuKernels:
     def dequantize(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`."""
         lanes = _lanes(packed_format)
-        # small weights of odd shapes, and lookups of no rows
-        if out.numel() % lanes or not out.numel():
+        if out.numel() % lanes or not out.numel():  # a small weight of odd shape, or no rows at all
             packed_format.dequantize_into(tensors, out, value_dtype, first)
             return
         run = self._function("dequantize", packed_format, out.dtype, value_dtype, LANES=lanes)
-        run(*map(c_void_p, addresses(packed_format, tensors, first)), c_void_p(out.data_ptr()),
-            c_longlong(out.numel()), c_int(_threads(out.numel())))
+        packed, scales = map(c_void_p, block_addresses(packed_format, tensors, first))
+        run(packed, scales, c_void_p(out.data_ptr()), c_longlong(out.numel()),
+            c_int(_threads(out.numel())))
 
-    def linear(self, most_tokens, packed_format, tensors, input, addend, out, value_dtype):
-        """See `Kernel.run`; for up to `most_tokens` tokens, one of `MAX_TOKENS`."""
+    def linear(self, max_tokens, packed_format, tensors, input, addend, out, value_dtype):
+        """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
         run = self._function("linear", packed_format, torch.float32, value_dtype,
-                             LANES=_lanes(packed_format), TOKENS=most_tokens)
+                             LANES=_lanes(packed_format), TOKENS=max_tokens)
         input = input.float()
-        is_whole = out.dtype == torch.float32 and addend is None
-        sums = out if is_whole else torch.empty(out.shape, dtype=torch.float32, device="cpu")
-        run(c_void_p(input.data_ptr()), *map(c_void_p, addresses(packed_format, tensors)),
-            c_void_p(sums.data_ptr()), c_int(tokens), c_int(rows), c_int(columns),
-            c_int(_threads(rows * columns)))
+        is_final = out.dtype == torch.float32 and addend is None
+        sums = out if is_final else torch.empty(out.shape, dtype=torch.float32, device="cpu")
+        packed, scales = map(c_void_p, block_addresses(packed_format, tensors))
+        run(c_void_p(input.data_ptr()), packed, scales, c_void_p(sums.data_ptr()), c_int(tokens),
+            c_int(rows), c_int(columns), c_int(_threads(rows * columns)))
         if addend is not None:
             sums += addend
         if sums is not out:
@@ -208,18 +211,18 @@ class CpuKernels:
         """See `Kernel.run`."""
         run = self._function("int8_rows", packed_format, torch.float32, value_dtype,
                              LANES=_lanes(packed_format), **CODES)
-        run(*map(c_void_p, addresses(packed_format, tensors, first)),
-            *_code_arguments(codes, scales))
+        packed, weight_scales = map(c_void_p, block_addresses(packed_format, tensors, first))
+        run(packed, weight_scales, *_code_arguments(codes, scales))
 
     def int8_tokens(self, input, codes, scales):
         """See `Kernel.run`."""
-        run = self._function("int8_tokens", None, input.dtype, LANES=_widest(), **CODES)
+        run = self._function("int8_tokens", None, input.dtype, LANES=_max_lanes(), **CODES)
         run(c_void_p(input.data_ptr()), *_code_arguments(codes, scales))
 
     def pack_blocks(self, packed_format, values, weights, fit, tries, rounds, sweeps, emphasis):
         """See `Kernel.run`."""
-        run = self._function("pack_blocks", None, torch.float32, LANES=_widest(),
-                             **_grid(packed_format.grid))
+        run = self._function("pack_blocks", None, torch.float32, LANES=_max_lanes(),
+                             **_grid_definitions(packed_format.grid))
         tensors = (values, weights, fit.codes, fit.d, fit.dmin, fit.scales, fit.minima)
         run(*map(_address, tensors), c_longlong(len(values)),
             *map(c_int, (tries, rounds, sweeps, emphasis)), c_int(_threads(values.numel())))
@@ -227,32 +230,30 @@ class CpuKernels:
     def pack_columns(self, packed_format, values, shares, weights, chosen, tries, rounds):
         """See `Kernel.run`."""
         grid = packed_format.grid
-        run = self._function("pack_columns", None, torch.float32, LANES=_widest(), **_grid(grid),
-                             COLUMNS=columns_at_a_time(grid))
-        tensors = (
-            values,
-            shares,
-            weights,
-            chosen.levels,
-            chosen.d,
-            chosen.dmin,
-            chosen.scales,
-            chosen.minima,
-        )
+        run = self._function("pack_columns", None, torch.float32, LANES=_max_lanes(),
+                             **_grid_definitions(grid), COLUMNS=columns_at_a_time(grid))
+        tensors = (values, shares, weights, chosen.levels, chosen.d, chosen.dmin, chosen.scales,
+                   chosen.minima)
         columns, rows = values.shape
         run(*map(_address, tensors), c_int(columns), c_longlong(rows),
             *map(c_int, (tries, rounds, _threads(values.numel()))))
 
 
-def _grid(grid: Grid) -> dict:
-    """Constants of source/cpu/pack.h."""
+def _grid_definitions(grid: Grid) -> dict:
+    """Returns the constants that source/cpu/pack.h needs."""
     lowest, highest = grid.scales or (1, 1)
     return {
-        "LENGTH": grid.length, "GROUP": grid.group, "COUNT": len(grid.levels),
-        "LEVELS": c_floats(grid.levels), "UNIFORM": int(grid.uniform), "SIGNED": int(grid.signed),
-        "MINIMUM": int(grid.minimum), "INTEGERS": int(grid.scales is not None),
-        "LOWEST_SCALE": lowest, "HIGHEST_SCALE": highest,
-        "HALF_SCALES": int(grid.scale_dtype == torch.float16)
+        "LENGTH": grid.length,
+        "GROUP": grid.group,
+        "COUNT": len(grid.levels),
+        "LEVELS": c_floats(grid.levels),
+        "UNIFORM": int(grid.uniform),
+        "SIGNED": int(grid.signed),
+        "MINIMUM": int(grid.minimum),
+        "INTEGERS": int(grid.scales is not None),
+        "LOWEST_SCALE": lowest,
+        "HIGHEST_SCALE": highest,
+        "HALF_SCALES": int(grid.scale_dtype == torch.float16),
     }
 
 
@@ -262,26 +263,21 @@ def _address(tensor: torch.Tensor | None) -> c_void_p:
 
 def _code_arguments(codes, scales) -> tuple:
     rows, columns = codes.shape
-    return (
-        c_void_p(codes.data_ptr()),
-        c_void_p(scales.data_ptr()),
-        c_longlong(rows),
-        c_int(columns),
-        c_int(_threads(codes.numel())),
-    )
+    return (c_void_p(codes.data_ptr()), c_void_p(scales.data_ptr()), c_longlong(rows),
+            c_int(columns), c_int(_threads(codes.numel())))
 
 
-def _widest() -> int:
+def _max_lanes() -> int:
     return 16 if torch.cpu._is_avx512_supported() else 8
 
 
 def _lanes(packed_format: type[Format]) -> int:
-    """How many values of a block are handled at once."""
-    of_format = 8 if packed_format.__name__ == "NVFP4" else 16
+    """Returns how many values of a block are handled at once."""
+    limit = min(8 if packed_format.__name__ == "NVFP4" else 16, _max_lanes())
     for lanes in (16, 8):
-        if lanes <= min(of_format, _widest()) and packed_format.block_length % lanes == 0:
+        if lanes <= limit and packed_format.block_length % lanes == 0:
             return lanes
-    raise CppError(f"blocks of {packed_format.block_length} values are not made of lanes")
+    raise CppError(f"blocks of {packed_format.block_length} values do not divide into 8 lanes")
 
 
 def _threads(values: int) -> int:
@@ -298,15 +294,16 @@ def _kernels() -> CpuKernels:
 
 
 def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
-    """The kernels as data. kernels: called when one runs."""
+    """Returns the backend's kernels. kernels: called when one runs."""
+    float32 = frozenset([torch.float32])
     return (
         *dequantize_and_linear(kernels, MAX_TOKENS),
-        Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]), method(kernels, "int8_rows")),
-        Kernel("int8_tokens", frozenset(), frozenset(TYPES), method(kernels, "int8_tokens")),
-        *(
-            Kernel(op, FORMAT_NAMES, frozenset([torch.float32]), method(kernels, op))
-            for op in ("pack_blocks", "pack_columns")
-        ),
+        Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]),
+               late_bound_method(kernels, "int8_rows")),
+        Kernel("int8_tokens", frozenset(), frozenset(TYPES),
+               late_bound_method(kernels, "int8_tokens")),
+        *(Kernel(name, FORMAT_NAMES, float32, late_bound_method(kernels, name))
+          for name in ("pack_blocks", "pack_columns")),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a backend says of itself, and what a layer asks of it."""
+"""What a backend offers (`Backend`, `Kernel`) and what a layer needs (`Case`)."""
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,46 +8,52 @@ import torch
 
 from ..format import Format
 
-FORMAT = re.compile(r"\w{1,40}")
+FORMAT_NAME = re.compile(r"\w{1,40}")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 class WrongResult(ArithmeticError):
-    """A kernel ran and gave something else than the reference. The message says in which case, and
-    how far off."""
+    """A kernel's result differs from the reference. The message says in which case and by how
+    much."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """One implementation of a capability, and its constraints.
 
-    capability: "dequantize", "linear", "int8_rows", "int8_tokens", "pack_blocks" or "pack_columns".
-    The constraints are formats, names of formats; a format made of one of them (another block
-    length) counts as it; none for "int8_tokens". dtypes: of the values for "dequantize" and where
-    they are packed, of input and output for "linear", of the input for "int8_tokens", int8 for
-    "int8_rows". min_tokens, max_tokens: rows of the input that "linear" takes, both included; None:
-    any.
-    min_compute_capability: of CUDA; ROCm and others ignore it.
+    Attributes:
+        capability: "dequantize", "linear", "int8_rows", "int8_tokens", "pack_blocks" or
+            "pack_columns".
+        formats: Names of formats. A format derived from one of them (another block length) counts
+            as it. Empty for "int8_tokens".
+        dtypes: Of the values for "dequantize", "pack_blocks" and "pack_columns", of input and
+            output for "linear", of the input for "int8_tokens"; int8 for "int8_rows".
+        run: The function, with the arguments below.
+        min_tokens: The fewest rows of the input that "linear" takes.
+        max_tokens: The most rows of the input that "linear" takes; None: any number.
+        min_compute_capability: Of CUDA; ROCm and other devices ignore it.
 
-    run, "dequantize": run(packed_format, tensors, out, value_dtype, first), see
+    The arguments of `run`, by capability:
+
+    "dequantize": run(packed_format, tensors, out, value_dtype, first), see
         `Format.dequantize_into`: float32 arithmetic in the reference's order, without fused
-        multiply-add, so that the values have the reference's bits. run, "linear":
-        run(packed_format, tensors, input, addend, out, value_dtype). out = input @ weight.T +
-        addend, summed in float32 and rounded once. input: (M, K), contiguous, K a multiple of the
-        block length. addend: (M, N) of any strides, or None. out: (M, N), contiguous. The weight's
-        values are rounded to value_dtype where one is given, and may then be rounded to the input's
-        dtype, as the reference does.
-    run, "int8_rows": run(packed_format, tensors, codes, scales, value_dtype, first), see
+        multiply-add, so that the values have the reference's bits.
+    "linear": run(packed_format, tensors, input, addend, out, value_dtype). Computes
+        out = input @ weight.T + addend, summed in float32 and rounded once. input: (M, K),
+        contiguous, K a multiple of the block length. addend: (M, N) of any strides, or None. out:
+        (M, N), contiguous. The weight's values are rounded to value_dtype where one is given, and
+        may then be rounded to the input's dtype, as the reference does.
+    "int8_rows": run(packed_format, tensors, codes, scales, value_dtype, first), see
         `int8_codes.encode_rows`; K is a multiple of 256 and of the block length.
-    run, "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may
-        differ from the reference's by one where a value lies within 0.01 of the middle between two,
-        scales by 1e-5 of themselves. run, "pack_blocks": run(packed_format, values, weights, fit,
-        tries, rounds, sweeps, emphasis), see `grid_search.Search.fit`.
-        values, weights: float32 (n, block_length), contiguous; weights may be None. fit: a `Fit`,
-        to be written. Its blocks may be others than the reference's, with an error that is no
-        larger on average.
-    run, "pack_columns": run(packed_format, values, shares, weights, chosen, tries, rounds), see
-        `grid_columns.choose_columns`. All are contiguous. What is chosen may be other than the
+    "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may
+        differ from the reference's by one where a value lies within 0.01 of the middle between two
+        codes, and scales by a factor of 1e-5.
+    "pack_blocks": run(packed_format, values, weights, fit, tries, rounds, sweeps, emphasis), see
+        `grid_search.Search.fit`. values, weights: float32 (n, block_length), contiguous; weights
+        may be None. fit: a `Fit` that the kernel fills. Its blocks may differ from the
+        reference's, with an error that is no larger on average.
+    "pack_columns": run(packed_format, values, shares, weights, chosen, tries, rounds), see
+        `grid_columns.choose_columns`. All are contiguous. The choices may differ from the
         reference's, with a loss that is no larger on average.
     """
     capability: str
@@ -60,10 +66,12 @@ class Kernel:
 
     def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype,
                 capability: tuple[int, int] | None) -> bool:
-        """Whether its constraints let it run at all.
+        """Returns whether the constraints on format, dtype and device are met.
 
         Args:
-            capability: see `compute_capability`.
+            packed_format: Of the weight; None for "int8_tokens".
+            dtype: One of `dtypes`.
+            capability: Of the device, as `compute_capability` returns it.
         """
         return (
             dtype in self.dtypes
@@ -75,24 +83,35 @@ class Kernel:
         )
 
     def takes(self, tokens: int | None) -> bool:
-        return (
-            tokens is None
-            or (self.min_tokens <= tokens
-            and (self.max_tokens is None or tokens <= self.max_tokens))
-        )
+        """Returns whether it takes an input of so many rows. None: there is no input."""
+        if tokens is None:
+            return True
+        return self.min_tokens <= tokens and (self.max_tokens is None or tokens <= self.max_tokens)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """probe(device): one tiny launch, and an exception that says why where the backend cannot
-    work."""
+    """A group of kernels that work under the same conditions.
+
+    Attributes:
+        name: As in `registry`.
+        probe: Launches one tiny kernel on a device; raises where the backend cannot work there.
+        kernels: Of every capability it has.
+    """
     name: str
     probe: Callable[[torch.device], None]
     kernels: tuple[Kernel, ...]
 
 
 class Case(NamedTuple):
-    """What a layer asks for. format: a name, None for "int8_tokens". The rest as in `Kernel`."""
+    """What a layer needs: a capability for one format and its dtypes.
+
+    Attributes:
+        capability: As in `Kernel`.
+        format: A format's name, None for "int8_tokens".
+        dtype: As in `Kernel`.
+        value_dtype: As in `Kernel`.
+    """
     capability: str
     format: str | None
     dtype: torch.dtype
@@ -104,47 +123,45 @@ class Case(NamedTuple):
 
     @property
     def rounded_dtype(self) -> torch.dtype | None:
-        """As `kernels.dequantize_into` hands `value_dtype` on."""
+        """`value_dtype` as `kernels.dequantize_into` passes it to a kernel."""
         return None if self.value_dtype == self.dtype else self.value_dtype
 
     def kernel_name(self, backend: str, kernel: Kernel) -> str:
-        """What the verdict on a kernel for this case is kept under."""
+        """Returns the name under which the verdict on a kernel for this case is stored."""
         return f"{self}, rows {kernel.min_tokens} to {kernel.max_tokens or 'any'} by {backend}"
 
     def as_json(self) -> list:
-        return [
-            self.capability, self.format,
-            dtype_name(self.dtype), self.value_dtype and dtype_name(self.value_dtype)
-        ]
+        value_dtype = self.value_dtype and dtype_name(self.value_dtype)
+        return [self.capability, self.format, dtype_name(self.dtype), value_dtype]
 
     @classmethod
     def of_json(cls, parts: Any) -> "Case | None":
-        """The case that `as_json` gave, None for anything else."""
+        """Returns the case that `as_json` was called on, None for anything else."""
         dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
         match parts:
             case ["int8_tokens", None, str(dtype), None] if dtype in dtypes:
                 return cls("int8_tokens", None, dtypes[dtype], None)
-            case [
-                "dequantize" | "linear" | "int8_rows" as capability,
-                str(name),
-                str(dtype),
-                str() | None as value_dtype
-            ]:
-                if FORMAT.fullmatch(name) and dtype in dtypes and value_dtype in (None, *dtypes):
-                    return cls(capability, name, dtypes[dtype], dtypes.get(value_dtype))
+            case ["dequantize" | "linear" | "int8_rows" as capability, str(name), str(dtype),
+                  str() | None as value_dtype]:
+                if (FORMAT_NAME.fullmatch(name) and dtype in dtypes
+                        and value_dtype in (None, *dtypes)):
+                    return cls(capability, name, dtypes[dtype],
+                               None if value_dtype is None else dtypes[value_dtype])
         return None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Returns "float16" for torch.float16."""
     return str(dtype).removeprefix("torch.")
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """CUDA's of a device, None where there is no such thing."""
+    """Returns a device's CUDA compute capability, None for any device but CUDA's."""
     is_cuda = device.type == "cuda" and torch.version.hip is None
     return torch.cuda.get_device_capability(device) if is_cuda else None
 
 
 def device_name(device: torch.device) -> str:
+    """Returns the device and a GPU's name, as the log shows them."""
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return f"{device}{name}"

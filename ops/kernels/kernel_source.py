@@ -1,8 +1,7 @@
-"""The text of a kernel in C++: what the platforms share in `source/`, for one weight format and its
-dtypes.
+"""Assembles a kernel's C++ source from the files in `source/`, for one format and its dtypes.
 
-A platform is a folder of `source/`: `lanes.h` says what neighbouring values are there, each kernel
-has a file.
+Each platform has a folder of `source/`: its `lanes.h` defines how neighbouring values are handled
+together, and each of its kernels has a file. The folder `formats` is shared.
 """
 import functools
 from collections.abc import Callable, Iterable
@@ -21,70 +20,87 @@ FORMAT_NAMES = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K"
 
 def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None,
                   dtype: torch.dtype, value_dtype: torch.dtype | None = None, **definitions) -> str:
-    """C++ without any include of ours.
+    """Returns C++ that includes no file of ours.
 
-    packed_format: None for a kernel that takes no weight. dtype, value_dtype: as in `Kernel`.
-    definitions: further constants of the kernel.
+    Args:
+        platform: A folder of `source/`.
+        kernel: The name of one of its files.
+        packed_format: None for a kernel that takes no weight.
+        dtype: As in `Kernel`.
+        value_dtype: As in `Kernel`.
+        definitions: Further constants of the kernel.
     """
     definitions |= {"TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32]}
     if packed_format is not None:
         definitions |= {
             "FORMAT": next(base.__name__ for base in packed_format.__mro__
                            if base.__name__ in FORMAT_NAMES),
-            "BLOCK_LENGTH": packed_format.block_length, "BLOCK_BYTES": packed_format.block_bytes,
-            "SCALES_APART": int(packed_format.scales_apart)
+            "BLOCK_LENGTH": packed_format.block_length,
+            "BLOCK_BYTES": packed_format.block_bytes,
+            "SCALES_APART": int(packed_format.scales_apart),
         }
     codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
     if codebook:
         definitions["CODEBOOK"] = c_floats(codebook)
-    return "\n".join((*(f"#define {name} {value}" for name, value in definitions.items()),
-                      *(path.read_text(encoding="utf-8")
-                        for path in source_files(platform, packed_format, kernel))))
+    defines = [f"#define {name} {value}" for name, value in definitions.items()]
+    texts = [path.read_text(encoding="utf-8")
+             for path in source_files(platform, packed_format, kernel)]
+    return "\n".join([*defines, *texts])
 
 
 def c_floats(numbers: Iterable[float]) -> str:
-    """Numbers as C++ has those of an array of floats, exactly."""
+    """Returns the elements of a C array of floats, in hexadecimal, so that none is rounded."""
     return ", ".join(f"{value.hex()}f"
                      for value in torch.tensor(tuple(numbers), dtype=torch.float32).tolist())
 
 
 def source_files(platform: str, packed_format: type[Format] | None, kernel: str) -> list[Path]:
-    """What makes a kernel, in order. A family of formats has one file, named as the one in
-    ops/formats; kernels whose names begin alike may have one too."""
-    folder, weight = SOURCES / platform, []
+    """Returns the files of a kernel's source, in order.
+
+    A family of formats has one file, named like the one in ops/formats. Kernels whose names have
+    the same first word may share a header.
+    """
+    folder, weight_files = SOURCES / platform, []
     if packed_format is not None:
-        weight = [
-            SOURCES / "formats" / f"{packed_format.__module__.rpartition('.')[2]}.h",
-            SOURCES / "weight.h"
-        ]
+        family = packed_format.__module__.rpartition(".")[2]
+        weight_files = [SOURCES / "formats" / f"{family}.h", SOURCES / "weight.h"]
     return [
-        folder / "lanes.h", *weight, *folder.glob(f"{kernel.partition('_')[0]}.h"),
-        *folder.glob(f"{kernel}.*")
+        folder / "lanes.h",
+        *weight_files,
+        *folder.glob(f"{kernel.partition('_')[0]}.h"),
+        *folder.glob(f"{kernel}.*"),
     ]
 
 
-def addresses(packed_format: type[Format], tensors: list[torch.Tensor],
-              first: int = 0) -> tuple[int, int | None]:
-    """Of block `first` and of its scale, if the blocks do not hold their scales."""
-    scales = (
-        tensors[1].data_ptr() + first * tensors[1].itemsize if packed_format.scales_apart else None
-    )
+def block_addresses(packed_format: type[Format], tensors: list[torch.Tensor],
+                    first: int = 0) -> tuple[int, int | None]:
+    """Returns the address of block `first` and that of its scale, None where blocks hold their
+    scales."""
+    scales = None
+    if packed_format.scales_apart:
+        scales = tensors[1].data_ptr() + first * tensors[1].itemsize
     return tensors[0].data_ptr() + first * packed_format.block_bytes, scales
 
 
-def method(kernels: Callable[[], object], name: str) -> Callable[..., None]:
-    """Calls a method of what `kernels` gives, which is made when the first kernel runs."""
+def late_bound_method(kernels: Callable[[], object], name: str) -> Callable[..., None]:
+    """Returns a function that calls a method of `kernels()`, which is created on the first call."""
     return lambda *arguments: getattr(kernels(), name)(*arguments)
 
 
 def dequantize_and_linear(kernels: Callable[[], object],
-                          most_tokens: Iterable[int]) -> tuple[Kernel, ...]:
-    """The two kernels that every such backend has as methods: "linear", which takes the most tokens
-    of its variant first, once for each of `most_tokens`."""
-    dtypes, least, linear = frozenset(TYPES), 1, method(kernels, "linear")
-    table = [Kernel("dequantize", FORMAT_NAMES, dtypes, method(kernels, "dequantize"))]
-    for most in most_tokens:
-        table.append(
-            Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, most), least, most))
-        least = most + 1
+                          token_limits: Iterable[int]) -> tuple[Kernel, ...]:
+    """Returns "dequantize", and "linear" once for each token limit.
+
+    Args:
+        kernels: Returns the object whose methods of these names run. Its `linear` takes the limit
+            of the variant as its first argument.
+        token_limits: The most tokens of each variant of "linear", ascending.
+    """
+    dtypes, linear = frozenset(TYPES), late_bound_method(kernels, "linear")
+    table = [Kernel("dequantize", FORMAT_NAMES, dtypes, late_bound_method(kernels, "dequantize"))]
+    min_tokens = 1
+    for max_tokens in token_limits:
+        table.append(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, max_tokens),
+                            min_tokens, max_tokens))
+        min_tokens = max_tokens + 1
     return tuple(table)

@@ -1,9 +1,8 @@
-"""Kernels for Apple GPUs: Metal in `source/`, compiled by torch where it runs. It has not run on a
-Mac yet.
+"""Kernels for Apple GPUs: Metal in `source/`, compiled by torch at run time. Not yet run on a Mac.
 
-Apple GPUs take float32 subnormals for zero, in torch's operations as in a kernel: values are the
-reference's on that GPU, and differ from a CPU's where a scale is below 2**-118, which only MXFP4
-and the formats with scales apart can have.
+Apple GPUs flush float32 subnormals to zero, in torch's operations as in kernels. So values equal
+the reference's on that GPU, but differ from a CPU's where a scale is below 2**-118, which only
+MXFP4 and the formats with separate scales can have.
 """
 import functools
 
@@ -13,14 +12,14 @@ from .kernel import Backend, Kernel
 from .kernel_source import FORMAT_NAMES, TYPES, kernel_source
 from .validation import probe
 
-CHUNK = 8  # values a thread handles, LANES in source/metal
-MAX_CHUNKS = 1 << 32  # of one launch: Metal counts threads in 32 bits
-GROUP = 256  # threads
+CHUNK = 8  # values per thread, LANES in source/metal
+MAX_CHUNKS = 1 << 32  # per launch: Metal counts threads in 32 bits
+GROUP = 256  # threads per thread group
 
 
 @functools.cache
 def _shader(packed_format, dtype, value_dtype):
-    """The function that torch compiles, ready to be called with tensors."""
+    """Returns the compiled function, which takes tensors."""
     source = kernel_source("metal", "dequantize", packed_format, dtype, value_dtype, LANES=CHUNK)
     return torch.mps.compile_shader(source).dequantize
 
@@ -28,7 +27,7 @@ def _shader(packed_format, dtype, value_dtype):
 def dequantize(packed_format, tensors, out, value_dtype, first):
     """See `Kernel.run`."""
     chunks, rest = divmod(out.numel(), CHUNK)
-    # odd shapes, and lookups of no rows
+    # The reference handles odd shapes, and lookups of no rows.
     if rest or packed_format.block_length % CHUNK or not 0 < chunks < MAX_CHUNKS:
         packed_format.dequantize_into(tensors, out, value_dtype, first)
         return

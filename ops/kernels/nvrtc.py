@@ -1,7 +1,7 @@
-"""CUDA C++ compiled by NVRTC and run through the CUDA driver, both by ctypes: neither a compiler
-nor a toolkit is needed.
+"""Compiles CUDA C++ with NVRTC and runs it through the CUDA driver, both by ctypes.
 
-Torch's CUDA builds bring NVRTC along, and the driver's library comes with the GPU's driver.
+Neither a C++ compiler nor the CUDA toolkit is needed: torch's CUDA builds contain NVRTC, and the
+GPU's driver contains the driver library.
 Sources: NVIDIA's NVRTC documentation, CUDA Driver API reference (both 12.9).
 """
 import ctypes
@@ -14,39 +14,49 @@ import torch
 
 ON_WINDOWS = sys.platform == "win32"
 DRIVER = "nvcuda.dll" if ON_WINDOWS else "libcuda.so.1"
-COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+# CUdevice_attribute
+COMPUTE_CAPABILITY_MAJOR = 75
+COMPUTE_CAPABILITY_MINOR = 76
 
 
 class CudaError(RuntimeError):
-    """NVRTC or the driver refused something. The message is theirs."""
+    """An error of NVRTC or of the driver, with their message."""
 
 
 def nvrtc_libraries() -> list[str]:
-    """Paths of NVRTC in torch and in NVIDIA's wheels, the one of torch's own CUDA version first,
-    and at last the name that the system may have it under. (To look for it by ctypes would start
-    `ldconfig`, a compiler and `ld`.)"""
+    """Returns the paths of NVRTC in torch and in NVIDIA's wheels, that of torch's CUDA version
+    first, and last the name that the system may know it by.
+
+    (ctypes.util.find_library would start `ldconfig`, a compiler and `ld`.)
+    """
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(torch.__file__).parent / "lib"]
-    for root in map(Path, spec.submodule_search_locations or () if spec else ()):
-        folders += [
-            folder for place in ("*/lib", "*/bin", "*/bin/x86_64")
-            for folder in sorted(root.glob(place))
-        ]
+    if spec is not None:
+        for root in map(Path, spec.submodule_search_locations or ()):
+            for pattern in ("*/lib", "*/bin", "*/bin/x86_64"):
+                folders += sorted(root.glob(pattern))
     pattern = "nvrtc64_*_0.dll" if ON_WINDOWS else "libnvrtc*.so*"
-    found = dict.fromkeys(str(path) for folder in folders for path in sorted(folder.glob(pattern))
+    paths = dict.fromkeys(str(path) for folder in folders for path in sorted(folder.glob(pattern))
                           if "builtins" not in path.name and ".alt" not in path.name)
     major = (torch.version.cuda or "").partition(".")[0]
-    mark = f"nvrtc64_{major}" if ON_WINDOWS else f".so.{major}"
-    ordered = sorted(found, key=lambda path: not major or mark not in Path(path).name)
+    version_mark = f"nvrtc64_{major}" if ON_WINDOWS else f".so.{major}"
+    ordered = sorted(paths, key=lambda path: not major or version_mark not in Path(path).name)
     return ordered if ON_WINDOWS or not major else [*ordered, f"libnvrtc.so.{major}"]
 
 
 class Compiler:
-    """NVRTC. library: its path or name. `architectures`: compute capabilities it has code for, 75
-    for 7.5."""
+    """NVRTC.
+
+    Args:
+        library: Its path or name.
+
+    Attributes:
+        version: Major and minor.
+        architectures: The compute capabilities that it can compile for, 75 for 7.5.
+    """
 
     def __init__(self, library: str):
-        if ON_WINDOWS:  # NVRTC loads this one by its name alone
+        if ON_WINDOWS:  # NVRTC loads these by their name alone
             for builtins in Path(library).parent.glob("nvrtc-builtins64_*[0-9].dll"):
                 ctypes.CDLL(str(builtins))
         self._nvrtc = ctypes.CDLL(library)
@@ -65,22 +75,29 @@ class Compiler:
             raise CudaError(f"{name}: {self._nvrtc.nvrtcGetErrorString(status).decode()}")
 
     def compile(self, source: str, capability: int) -> bytes:
-        """Machine code for one compute capability, or PTX of the nearest older one where this NVRTC
-        is older than the GPU.
+        """Compiles a source for one compute capability.
 
-        No product and sum are contracted into one rounding, nor are subnormal numbers flushed.
+        Products and sums are not contracted into one rounding, and subnormals are not flushed.
+
+        Args:
+            source: CUDA C++.
+            capability: 75 for compute capability 7.5.
+
+        Returns:
+            Machine code, or PTX for the newest capability that NVRTC knows where the GPU is newer.
+
+        Raises:
+            CudaError: With NVRTC's message.
         """
-        known = [architecture for architecture in self.architectures if architecture <= capability]
-        if not known:
+        usable = [architecture for architecture in self.architectures if architecture <= capability]
+        if not usable:
             raise CudaError(
                 f"NVRTC {self.version[0]}.{self.version[1]} has no code for compute capability"
                 f" {capability / 10}"
             )
-        exact = capability in known
-        options = [
-            f"--gpu-architecture={'sm' if exact else 'compute'}_{max(known)}", "--fmad=false",
-            "--std=c++17"
-        ]
+        is_known = capability in usable
+        options = [f"--gpu-architecture={'sm' if is_known else 'compute'}_{max(usable)}",
+                   "--fmad=false", "--std=c++17"]
         program = c_void_p()
         self._call("nvrtcCreateProgram", byref(program), source.encode(), b"featherweight.cu", 0,
                    None, None)
@@ -89,48 +106,47 @@ class Compiler:
                 self._call("nvrtcCompileProgram", program, len(options),
                            (c_char_p * len(options))(*(option.encode() for option in options)))
             except CudaError as error:
-                raise CudaError(
-                    f"{error}: {self._output(program, 'ProgramLog').rstrip(bytes(1)).decode()}"
-                ) from None
-            return self._output(program, "CUBIN" if exact else "PTX")
+                compiler_log = self._output(program, "ProgramLog").rstrip(b"\0").decode()
+                raise CudaError(f"{error}: {compiler_log}") from None
+            return self._output(program, "CUBIN" if is_known else "PTX")
         finally:
             self._call("nvrtcDestroyProgram", byref(program))
 
-    def _output(self, program: c_void_p, kind: str) -> bytes:
+    def _output(self, program: c_void_p, name: str) -> bytes:
+        """Returns "ProgramLog", "CUBIN" or "PTX" of a program."""
         size = c_size_t()
-        self._call(f"nvrtcGet{kind}Size", program, byref(size))
+        self._call(f"nvrtcGet{name}Size", program, byref(size))
         output = ctypes.create_string_buffer(size.value)
-        self._call(f"nvrtcGet{kind}", program, output)
+        self._call(f"nvrtcGet{name}", program, output)
         return output.raw
 
 
 class Driver:
-    """The CUDA driver. library: its path or name. Devices are torch's indices: both number the
-    visible ones alike."""
+    """The CUDA driver. Its device indices are torch's: both number the visible devices alike.
+
+    Args:
+        library: Its path or name.
+    """
 
     def __init__(self, library: str = DRIVER):
         self._cuda = ctypes.CDLL(library)
-        self._cuda.cuCtxPushCurrent_v2.argtypes = c_void_p,
-        self._cuda.cuLaunchKernel.argtypes = (
-            c_void_p,
-            *[c_uint] * 7,
-            c_void_p,
-            POINTER(c_void_p),
-            c_void_p,
-        )
+        self._cuda.cuCtxPushCurrent_v2.argtypes = (c_void_p,)
+        self._cuda.cuLaunchKernel.argtypes = (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p),
+                                              c_void_p)
         self.call("cuInit", 0)
         self._contexts: dict[int, c_void_p] = {}
 
     def call(self, name: str, *arguments):
+        """Calls a function of the driver. Raises CudaError."""
         status = getattr(self._cuda, name)(*arguments)
         if status:
             message = c_char_p()
             self._cuda.cuGetErrorString(status, byref(message))
-            raise CudaError(
-                f"{name}: {(message.value or b'error ' + str(status).encode()).decode()}")
+            text = message.value.decode() if message.value else f"error {status}"
+            raise CudaError(f"{name}: {text}")
 
     def capability(self, index: int) -> int:
-        """75 for compute capability 7.5."""
+        """Returns a device's compute capability, 75 for 7.5."""
         device, major, minor = c_int(), c_int(), c_int()
         self.call("cuDeviceGet", byref(device), index)
         self.call("cuDeviceGetAttribute", byref(major), COMPUTE_CAPABILITY_MAJOR, device)
@@ -138,7 +154,7 @@ class Driver:
         return major.value * 10 + minor.value
 
     def in_context(self, index: int, name: str, *arguments):
-        """`call` in the context that torch uses on a device, whatever this thread's device is."""
+        """Runs `call` in the context that torch uses on a device, whatever the current device."""
         if index not in self._contexts:
             device, context = c_int(), c_void_p()
             self.call("cuDeviceGet", byref(device), index)
@@ -152,7 +168,13 @@ class Driver:
 
 
 class Module:
-    """Kernels on one device. image: what `Compiler.compile` returns."""
+    """Compiled kernels, loaded on one device.
+
+    Args:
+        driver: That loads them.
+        index: Of the device.
+        image: What `Compiler.compile` returned.
+    """
 
     def __init__(self, driver: Driver, index: int, image: bytes):
         self._driver, self._index = driver, index
@@ -161,7 +183,15 @@ class Module:
         driver.in_context(index, "cuModuleLoadData", byref(self._module), image)
 
     def launch(self, name: str, blocks: int, threads: int, stream: int, *arguments):
-        """Start a kernel. stream: a CUstream. arguments: ctypes values of the kernel's types."""
+        """Starts a kernel.
+
+        Args:
+            name: Of the kernel in the source.
+            blocks: In the grid.
+            threads: Per block.
+            stream: A CUstream.
+            arguments: ctypes values of the kernel's parameter types.
+        """
         if name not in self._functions:
             function = c_void_p()
             self._driver.in_context(self._index, "cuModuleGetFunction", byref(function),

@@ -1,5 +1,5 @@
-"""Files that nobody but this user can have written: native code is loaded from no others, and no
-verdict about it."""
+"""Files that only this user can have written: native code, and verdicts on it, are loaded from no
+others."""
 import functools
 import logging
 import os
@@ -12,57 +12,64 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where the user's programs keep what they can make again; without a home, a folder of this
-    process."""
+    """Returns the pack's folder in the user's cache, or a folder of this process where the user has
+    no home folder."""
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache) / "featherweight"
     try:
         return Path.home() / ".cache" / "featherweight"
     except RuntimeError as error:  # a container's user without HOME and without a name
-        return _instead_of("~/.cache/featherweight", str(error)) / "featherweight"
+        return _temporary_substitute("~/.cache/featherweight", str(error)) / "featherweight"
 
 
-def is_private(path: Path, is_kind: Callable[[int], bool]) -> bool:
-    """Whether it is there, is no symlink, belongs to this user and can be written by nobody else.
+def is_private(path: Path, is_type: Callable[[int], bool]) -> bool:
+    """Returns whether only this user can have written a file or folder.
 
-    is_kind: `stat.S_ISREG` or `stat.S_ISDIR`. A file counts only in a folder that is private too.
-    On Windows, where a user's folder is so by itself, the first two are looked at.
+    It must exist, be no symlink, belong to this user and be writable by nobody else. A file counts
+    only in a folder that is private too. On Windows, where a user's folder is private anyway, only
+    the first two are checked.
+
+    Args:
+        path: The file or folder.
+        is_type: `stat.S_ISREG` or `stat.S_ISDIR`.
     """
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return False
+    if not is_type(status.st_mode):
+        return False
     if not hasattr(os, "geteuid"):
-        return is_kind(found.st_mode)
-    return (
-        is_kind(found.st_mode)
-        and found.st_uid == os.geteuid()
-        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    )
+        return True
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def private_folder(folder: Path) -> Path:
-    """This folder, made if need be. Where it cannot be made, or it or its parent is not private,
-    one of this process.
+    """Creates a folder if need be and returns it, or a folder of this process where it cannot be
+    created, or where it or its parent is not private.
 
-    Raises OSError where nothing can be made.
+    Raises:
+        OSError: No folder can be created.
     """
     try:
         folder.parent.parent.mkdir(parents=True, exist_ok=True)
         for part in (folder.parent, folder):
             part.mkdir(mode=0o700, exist_ok=True)
             if not is_private(part, stat.S_ISDIR):
-                _warn_of(part)
+                _warn_not_private(part)
                 return temporary_folder()
     except OSError as error:
-        return _instead_of(str(folder), str(error))
+        return _temporary_substitute(str(folder), str(error))
     return folder
 
 
 @functools.cache
 def temporary_folder(parent: str | None = None) -> Path:
-    """A folder of this process, removed when it ends. parent: where it lies, if not where temporary
-    files do."""
+    """Returns a folder of this process, which is removed when it ends.
+
+    Args:
+        parent: Where to create it; None: where temporary files are.
+    """
     folder = tempfile.TemporaryDirectory(prefix="featherweight-", dir=parent)
     _temporary_folders.append(folder)
     return Path(folder.name)
@@ -72,25 +79,28 @@ _temporary_folders: list[tempfile.TemporaryDirectory] = []
 
 
 @functools.cache
-def _instead_of(folder: str, why: str) -> Path:
+def _temporary_substitute(folder: str, reason: str) -> Path:
     log.info(
         "[Featherweight] %s cannot be used (%s), so kernels are kept only until ComfyUI ends. The"
-        " environment variable XDG_CACHE_HOME names another folder.", folder, why)
+        " environment variable XDG_CACHE_HOME names another folder.", folder, reason)
     return temporary_folder()
 
 
 @functools.cache
-def _warn_of(part: Path):
+def _warn_not_private(part: Path):
     log.warning(
         "[Featherweight] %s is a link, belongs to another user or can be written by others, so"
         " compiled kernels are not kept there and are compiled again at each start: remove it.",
-        part,
-    )
+        part)
 
 
 def replace_durably(written: str | os.PathLike, path: Path):
-    """Gives a file its name so that after a loss of power there is the new one or the old one,
-    whole."""
+    """Renames a file so that after a loss of power either the old or the new file is there, whole.
+
+    Args:
+        written: The new file.
+        path: The name it gets; an existing file is replaced.
+    """
     with open(written, "r+b") as file:
         os.fsync(file.fileno())
     os.replace(written, path)

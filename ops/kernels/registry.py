@@ -1,12 +1,13 @@
-"""The backends by name, each imported when a device of its kind is first used: one may take
-seconds, or not be installed."""
+"""The backends by name. Each is imported when a device of its type is first used, because an import
+may take seconds, and the compiler it needs may not be installed."""
 from collections.abc import Callable
 
 from .kernel import Backend
 
-# Backends for each kind of torch device (ROCm's are "cuda" too), the one to prefer first.
-PRIORITY: dict[str, tuple[str,
-                          ...]] = {"cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)}
+# Backends for each type of torch device (ROCm's are "cuda" too), the preferred one first.
+PRIORITY: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)
+}
 
 
 def _cpp() -> Backend:
@@ -35,5 +36,9 @@ IMPORTS: dict[str, Callable[[], Backend]] = {
 
 
 def import_backend(name: str) -> Backend:
-    """Raises KeyError for an unknown name, and what importing the backend raises."""
+    """Returns a backend, importing it first.
+
+    Raises:
+        KeyError: No backend has this name. The import may raise anything else.
+    """
     return IMPORTS[name]()

@@ -1,4 +1,4 @@
-"""Per-device kernel selection: kernels checked in this process, or proven by trials before it."""
+"""Selects a device's kernels: those that validate in this process, or that trials have proven."""
 import functools
 import logging
 import textwrap
@@ -11,28 +11,31 @@ from ..format import Format
 from .background import Future, compute_in_background, set_result, wait
 from .kernel import Backend, Case, Kernel, WrongResult, compute_capability, device_name
 from .registry import import_backend
-from .trial_startup import is_trying, log_failure
+from .trial_startup import is_on_trial, log_failure
 from .validation import check, report_wrong
 from .verdicts import Notes, Results, Verdicts
 
 log = logging.getLogger(__name__)
 
-REASON_LENGTH = 400  # of why a backend does not work, in the log
+REASON_LENGTH = 400  # characters in the log of why a backend does not work
 EXACT = "dequantize"  # the capability whose kernels have the reference's bits
-# Seconds that the first call waits for a kernel that is checked in this process, and for one with
-# the reference's bits. After the first wait in vain no other is made.
-WAIT_SECONDS, EXACT_WAIT_SECONDS = 20, 0
+# How long the first call waits for a kernel that is checked in this process, and for one with the
+# reference's bits. Once a wait has timed out, no later call waits.
+WAIT_SECONDS = 20
+EXACT_WAIT_SECONDS = 0
 
 
 class InProcessSelector:
-    """Uses the first backend that works, and its kernels that prove right in this process.
+    """Uses the first backend that works, and those of its kernels that validate in this process.
 
     Args:
-        names: of the backends, the one to prefer first; none: torch does the work.
+        device: Whose kernels it selects.
+        names: Of the backends, the preferred one first; none: torch does the work.
     """
 
     def __init__(self, device: torch.device, names: tuple[str, ...]):
-        self.device, self.names = device, names
+        self.device = device
+        self.names = names
         self._checks: dict[tuple, Future] = {}
         self._starting = threading.Lock()  # held for no longer than a thread takes to start
         self._waits = True
@@ -41,8 +44,11 @@ class InProcessSelector:
 
     def find(self, capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
              value_dtype: torch.dtype | None, tokens: int | None) -> Kernel | None:
+        """Returns a kernel that is right, None where torch does the work; see `kernels.find`."""
         backend = self._value(self._backend, capability)
-        for kernel in backend.kernels if backend else ():
+        if backend is None:
+            return None
+        for kernel in backend.kernels:
             if (kernel.capability == capability and kernel.takes(tokens)
                     and kernel.accepts(packed_format, dtype, self._compute_capability)):
                 is_right = self._check(backend.name, kernel, packed_format, dtype, value_dtype)
@@ -51,29 +57,29 @@ class InProcessSelector:
         return None
 
     def backend_names(self, seconds: float) -> list[str]:
-        """Of what is used. Waits at most so long until that is known."""
-        is_known = wait(self._backend, seconds)
-        return [self._backend.result().name] if is_known and self._backend.result() else []
+        """Returns the name of the backend in use, if that is known within so many seconds."""
+        backend = self._backend.result() if wait(self._backend, seconds) else None
+        return [] if backend is None else [backend.name]
 
     @property
     def is_pending(self) -> bool:
-        """Whether a backend may come to be used."""
+        """Whether the choice of a backend is still open."""
         return not self._backend.done()
 
     def _compute(self, compute: Callable[[], object]) -> Future:
         if self.names and self.device.type != "mps":
             return compute_in_background(compute)
-        # Torch's commands to an Apple GPU must come from one thread at a time, and its compiler is
-        # quick.
+        # Torch must command an Apple GPU from one thread at a time, and its compiler is fast.
         future = Future()
         future.set_result(compute())
         return future
 
     def _value(self, future: Future, capability: str):
-        """What a future gives, after waiting as long as the capability may.
+        """Returns a future's result, waiting for it as long as the capability allows.
 
-        Where that was in vain it gives None: for now where kernels have torch's bits, else from now
-        on, so that a picture is not made by torch in one run and by a kernel in the next.
+        When the time is up, the result is None: only this time for kernels with torch's bits, for
+        good for the others, so that no picture is made by torch in one run and by a kernel in the
+        next.
         """
         seconds = EXACT_WAIT_SECONDS if capability == EXACT else WAIT_SECONDS
         if wait(future, seconds if self._waits else 0):
@@ -89,6 +95,7 @@ class InProcessSelector:
         return future.result()
 
     def _find_backend(self) -> Backend | None:
+        """Returns the first backend that works, and logs which one, or why none does."""
         backend, reasons = None, []
         for name in self.names:
             try:
@@ -103,9 +110,9 @@ class InProcessSelector:
                 log.debug("[Featherweight] %s does not work on %s: %r", name, self.device, error)
                 reason = textwrap.shorten(str(error) or repr(error), REASON_LENGTH)
                 reasons.append(f"{name}: {reason}")
-        why = f", because no kernel works there ({'; '.join(reasons)})" if reasons else ""
+        explanation = f", because no kernel works there ({'; '.join(reasons)})" if reasons else ""
         log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device),
-                 backend.name if backend else f"torch{why}")
+                 backend.name if backend else f"torch{explanation}")
         return backend
 
     def _check(self, backend: str, *case) -> Future:
@@ -130,17 +137,22 @@ class InProcessSelector:
 
 
 class TrialedSelector:
-    """Uses the fastest of the kernels that trials had proven when this was made.
+    """Uses the fastest of the kernels that trials had proven when it was created.
 
-    What a trial finds out after that is for the next start of ComfyUI: a picture can be made again,
-    bit for bit, and nobody waits. Torch works where that is faster or nothing is proven.
+    Later results count from ComfyUI's next start: so pictures are reproducible bit for bit, and
+    nobody waits. Torch does the work where it is faster or nothing is proven.
+
+    Args:
+        device: Whose kernels it selects.
+        names: Of the backends to use.
     """
 
     def __init__(self, device: torch.device, names: tuple[str, ...]):
         self.device = device
-        self._results, self._backends = Results({}, None), []
+        self._results = Results({}, None)
+        self._backends: list[Backend] = []
         self._kernels: dict[tuple, list[Kernel]] = {}
-        self._asked: dict[Case, None] = {}
+        self._requested: dict[Case, None] = {}
         try:
             results = Verdicts.of_device(device, names).results()
             self._backends = [import_backend(name) for name in names
@@ -153,6 +165,7 @@ class TrialedSelector:
 
     def find(self, capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
              value_dtype: torch.dtype | None, tokens: int | None) -> Kernel | None:
+        """Returns the fastest proven kernel, None where torch does the work; see `kernels.find`."""
         key = capability, packed_format, dtype, value_dtype
         if key not in self._kernels:
             case = case_of(*key)
@@ -161,31 +174,33 @@ class TrialedSelector:
         return next((kernel for kernel in self._kernels[key] if kernel.takes(tokens)), None)
 
     def backend_names(self, seconds: float) -> list[str]:
-        """Of those that dequantise what layers ask for. Waits for nothing."""
-        used = {kernel for case in list(self._asked) if case.capability == EXACT
+        """Returns the names of the backends that dequantise what layers request. Never waits."""
+        used = {kernel for case in list(self._requested) if case.capability == EXACT
                 for kernel in self._results.kernels(case, self._backends)[:1]}
         return [backend.name for backend in self._backends if used.intersection(backend.kernels)]
 
     @property
     def is_pending(self) -> bool:
         """Whether a trial is under way."""
-        return is_trying(self.device)
+        return is_on_trial(self.device)
 
     def note(self, cases: list[Case]):
-        """Has what no trial has met tried at the next start of ComfyUI."""
-        new = self._results.untried(case for case in cases if case not in self._asked)
-        told = {case.format for case in self._results.untried(self._asked)}
-        self._asked.update(dict.fromkeys(cases))
-        if names := sorted({case.format for case in new if case.format} - told):
+        """Has the cases that no trial has tried yet tried at ComfyUI's next start."""
+        new = self._results.untried(case for case in cases if case not in self._requested)
+        known_formats = {case.format for case in self._results.untried(self._requested)}
+        self._requested.update(dict.fromkeys(cases))
+        if names := sorted({case.format for case in new if case.format} - known_formats):
             log.info("[Featherweight] Kernels for %s are not proven on %s yet: torch does their "
                      "work until ComfyUI starts again.", ", ".join(names), device_name(self.device))
-        if new:  # else no file is looked at between two products
+        if new:  # a product with known cases reads no file
             try:
                 Notes().add(new)
             except OSError as error:
-                log.debug("[Featherweight] What a model asks of kernels is not noted: %r", error)
+                log.debug("[Featherweight] The kernels that a model needs cannot be noted: %r",
+                          error)
 
 
 def case_of(capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
             value_dtype: torch.dtype | None) -> Case:
+    """Returns the case of a capability for a format; see `Case`."""
     return Case(capability, packed_format and packed_format.__name__, dtype, value_dtype)

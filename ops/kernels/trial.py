@@ -1,16 +1,17 @@
-"""Tries a GPU's kernels in a process of its own: one that crashes or hangs takes nothing with it.
+"""Tries a GPU's kernels in a separate process, so that a crash or hang of one harms nothing else.
 
-That process needs torch, the formats and the kernels, neither ComfyUI nor its packages. Its first
-line of input is a job in JSON, see `run_trial`; it ends when its input does, so that none outlives
-who started it. To the file of `Verdicts` it appends a line before each kernel and one after it: a
-first line without the second names what ended the process.
+That process needs torch, the formats and the kernels, but neither ComfyUI nor its packages. Its
+first line of input is a job in JSON, see `run_trial`. It ends when its input ends, so that it never
+outlives its parent. It appends a line to the file of `Verdicts` before each kernel and one after
+it: a first line without the second names the kernel that ended the process.
 
-Each kernel that accepts a case is held to torch in all that it may meet (`check`), then timed
-beside torch.
+Each kernel that accepts a case is compared with torch in all that a layer may need (`check`), then
+timed against torch.
 """
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import json
 import logging
 import math
@@ -38,27 +39,29 @@ from .verdicts import RETRY_AFTER_S, Verdicts
 log = logging.getLogger(__name__)
 
 FREE_TO_BEGIN = 1_500_000_000  # bytes of the device
-FREE_TO_GO_ON = 1_000_000_000  # the difference is what the process takes before it tries anything
+FREE_TO_GO_ON = 1_000_000_000  # less by what the process itself takes at its start
 MAX_DEVICE_BYTES = 1 << 30  # that torch may take of the device
-TRIAL_SECONDS = 900  # of one device; the next start of ComfyUI goes on where it ended
-CASE_SECONDS = 120  # that a kernel may take to be compiled, checked and timed
+TRIAL_SECONDS = 900  # per device; ComfyUI's next start continues where this one stopped
+CASE_SECONDS = 120  # per kernel, to be compiled, checked and timed
 MAX_RESTARTS = 3
 WITHOUT_MEMORY = 3  # exit status
-# Signals that no kernel sends. A system without memory kills what takes much, whoever it is.
+# Signals that no kernel sends. A system without memory kills what takes much of it.
 FOREIGN_SIGNALS = {getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGHUP")
                    if hasattr(signal, name)}
 NICE = 10
 SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX = 1, 2  # errhandlingapi.h
 
-ORDER = ("dequantize", "linear", "int8_rows", "int8_tokens")  # the second is timed with the first
+ORDER = ("dequantize", "linear", "int8_rows", "int8_tokens")  # the first serves to time the second
 ROWS, COLUMNS = 3072, 3072  # of a weight that is timed, at least
-TOKENS = 256  # of the input of a kernel that takes any number; others get the most they take
-TURNS, CALLS = 5, 4  # the least time of so many turns counts, of so many calls each
-TIMING_SECONDS = 3  # after which no other turn is made
+TOKENS = 256  # input rows of a kernel that takes any number; others get the most they take
+# Timing: the shortest of several repetitions counts, each of several calls.
+REPETITIONS = 5
+CALLS = 4
+TIMING_SECONDS = 3  # after which no further repetition starts
 
 PACK = Path(__file__).parents[2]
-# The pack's folder has any name, an embedded Python looks for modules in no folder but its own, and
-# the one it works in may hold anything.
+# The pack's folder may have any name, an embedded Python looks for modules only in its own folders,
+# and the working directory may contain anything.
 START = ("import sys, types; sys.path[:] = filter(None, sys.path);"
          " pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
          " sys.modules['featherweight'] = pack;"
@@ -69,24 +72,33 @@ COMMAND = (sys.executable, "-c", START, str(PACK))
 def run_trial(device: torch.device, backends: tuple[str, ...], verdicts: Verdicts,
               cases: list[Case], command: tuple[str, ...] = COMMAND,
               case_seconds: float = CASE_SECONDS) -> str:
-    """Tries kernels for cases, and goes on behind one that ended the process.
+    """Tries kernels for cases, and continues after one that ended the process.
+
+    Args:
+        device: Whose kernels are tried.
+        backends: Names of backends.
+        verdicts: Where the results go.
+        cases: What to try.
+        command: That starts the process.
+        case_seconds: Per kernel.
 
     Returns:
-        Why something is left untried, "" where nothing is.
+        Why something is still untried, "" where nothing is.
 
     Raises:
-        OSError
+        OSError: The process cannot be started, or the file cannot be written.
     """
     job = {"device": str(device), "backends": backends, "file": str(verdicts.path),
            "case_seconds": case_seconds, "cases": [case.as_json() for case in cases]}
     if free_bytes(device) < FREE_TO_BEGIN:
         return without_memory(FREE_TO_BEGIN)
+    status = 0
     for _ in range(1 + MAX_RESTARTS):
         started = time.time()
         status = _run_process(command, job, TRIAL_SECONDS + case_seconds)
         log.debug("[Featherweight] The trial on %s ended with %s.", device, status)
         culprit = verdicts.results().unfinished
-        if culprit is None or culprit["at"] < started:  # of an earlier ComfyUI
+        if culprit is None or culprit["at"] < started:  # from an earlier ComfyUI
             break
         verdict = "killed" if -status in FOREIGN_SIGNALS else "crashed"
         if time.time() - culprit["at"] >= case_seconds:
@@ -104,28 +116,31 @@ def run_trial(device: torch.device, backends: tuple[str, ...], verdicts: Verdict
 
 
 def without_memory(size: int) -> str:
-    return f"less than {size / 1e9:.1f} GB of it were free"
+    """Returns the reason of a trial that found less free memory than `size` bytes."""
+    return f"less than {size / 1e9:.1f} GB of its memory was free"
 
 
 def _run_process(command: tuple[str, ...], job: dict, seconds: float) -> int:
-    """The exit status of a trial's process."""
+    """Runs a trial's process for at most so many seconds. Returns its exit status."""
     process = start_process(*command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL,
                             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+    stdin = process.stdin
+    assert stdin is not None  # it is a pipe
     try:
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # it may be gone already
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.flush()
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # it may have ended already
+            stdin.write(json.dumps(job).encode() + b"\n")
+            stdin.flush()
             process.wait(seconds)
     finally:
         end_process(process)
         with contextlib.suppress(OSError):
-            process.stdin.close()
+            stdin.close()
     return process.returncode
 
 
 def free_bytes(device: torch.device) -> float:
-    """Of a GPU; infinity of a CPU."""
+    """Returns the free memory of a GPU; infinity for a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -134,80 +149,95 @@ def free_bytes(device: torch.device) -> float:
 
 
 class Trial:
-    """What the process does. job: see `run_trial`."""
+    """The work of a trial's process.
+
+    Args:
+        job: See `run_trial`.
+    """
 
     def __init__(self, job: dict):
-        self.device, self.case_seconds = torch.device(job["device"]), job["case_seconds"]
+        self.device = torch.device(job["device"])
+        self.case_seconds = job["case_seconds"]
         self.verdicts = Verdicts(Path(job["file"]))
-        self.cases = sorted(map(Case.of_json, job["cases"]),
-                            key=lambda case: ORDER.index(case.capability))
-        self.names, self.backends = job["backends"], []
+        cases = filter(None, map(Case.of_json, job["cases"]))
+        self.cases = sorted(cases, key=lambda case: ORDER.index(case.capability))
+        self.names: list[str] = job["backends"]
+        self.backends: list[Backend] = []
         self.compute_capability = compute_capability(self.device)
-        self.kernel_name: str | None = None  # of what is tried now
+        self.kernel_name: str | None = None  # of the kernel or probe that is being tried
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             share = MAX_DEVICE_BYTES / torch.cuda.mem_get_info(self.device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
 
     def run(self):
-        """Raises where torch can do nothing there, so that what is lost later a kernel has lost."""
+        """Tries all cases. Raises where torch cannot use the device: a kernel is blamed for losing
+        it only if it worked before."""
         end = time.monotonic() + TRIAL_SECONDS
         self._touch_device()
-        probes = [self._attempt(f"probe by {name}", lambda: self._probe(name))
+        probes = [self._attempt(f"probe by {name}", functools.partial(self._probe, name))
                   for name in self.names]
         self.backends = [import_backend(name) for name, verdict in zip(self.names, probes)
                          if verdict == "works"]
         for case in self.verdicts.results().untried(self.cases):
             if time.monotonic() < end:
-                verdicts = {self._attempt(case.kernel_name(backend.name, kernel),
-                                          lambda: self._prove(kernel, packed_format, case))
-                            for backend, kernel, packed_format in self._kernels(case)}
-                if "stopped" not in verdicts:
-                    is_final = all(RETRY_AFTER_S[verdict] == math.inf
-                                   for verdict in verdicts.union(probes))
-                    self.verdicts.add(str(case), "tried" if is_final else "tried in part")
+                self._try_case(case, probes)
+
+    def _try_case(self, case: Case, probes: list[str]):
+        verdicts = {self._attempt(case.kernel_name(backend.name, kernel),
+                                  functools.partial(self._prove, kernel, packed_format, case))
+                    for backend, kernel, packed_format in self._kernels(case)}
+        if "stopped" not in verdicts:
+            is_final = all(RETRY_AFTER_S[verdict] == math.inf for verdict in verdicts.union(probes))
+            self.verdicts.add(str(case), "tried" if is_final else "tried in part")
 
     def stop(self):
-        """What is tried now is told to be no fault of the kernel's."""
+        """Records that the kernel being tried is not to blame for the process's end."""
         if name := self.kernel_name:
-            self.verdicts.add(name, "stopped", why="this process was told to end")
+            self.verdicts.add(name, "stopped", why="the process was asked to end")
 
     def _attempt(self, name: str, prove: Callable[[], dict]) -> str:
-        """The verdict, known or found out now."""
-        if known := self.verdicts.results().verdict(name):
-            return known
+        """Returns the verdict on a kernel or probe, the known one or that of `prove`.
+
+        Args:
+            name: Under which the verdict is stored.
+            prove: Returns a verdict's "verdict", "seconds" and "why".
+        """
+        if verdict := self.verdicts.results().verdict(name):
+            return verdict
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if free_bytes(self.device) < FREE_TO_GO_ON:
             os._exit(WITHOUT_MEMORY)
         self.kernel_name = name
         self.verdicts.add(name, "begun")
-        # Ends this process though a kernel should let no Python run.
+        # This ends the process even if a kernel keeps Python from running.
         faulthandler.dump_traceback_later(self.case_seconds, exit=True)
         try:
-            verdict = prove()
+            result = prove()
         except WrongResult as error:
-            verdict = {"verdict": "wrong", "why": str(error)}
+            result = {"verdict": "wrong", "why": str(error)}
         except (torch.OutOfMemoryError, subprocess.TimeoutExpired) as error:  # of a compiler
-            verdict = {"verdict": "stopped", "why": str(error)[:500]}
+            result = {"verdict": "stopped", "why": str(error)[:500]}
         except Exception as error:  # a compiler or driver may raise anything
-            verdict = {"verdict": "refused", "why": repr(error)[:500]}
+            result = {"verdict": "refused", "why": repr(error)[:500]}
             self._end_without_device()
-        self.verdicts.add(name, **verdict)
+        self.verdicts.add(name, **result)
         self.kernel_name = None
-        return verdict["verdict"]
+        return result["verdict"]
 
     def _probe(self, name: str) -> dict:
         import_backend(name).probe(self.device)
         return {"verdict": "works"}
 
     def _prove(self, kernel: Kernel, packed_format: type[Format] | None, case: Case) -> dict:
+        """Checks and times a kernel. Raises WrongResult, and what the kernel raises."""
         check(kernel, packed_format, case.dtype, case.value_dtype, self.device)
-        seconds = self._seconds(*self._calls(kernel, packed_format, case))
+        seconds = self._measure(*self._calls(kernel, packed_format, case))
         return {"verdict": "right" if seconds[0] < seconds[1] else "slower", "seconds": seconds}
 
     def _kernels(self, case: Case) -> list[tuple[Backend, Kernel, type[Format] | None]]:
-        """Those that accept a case, each with the case's format."""
+        """Returns the kernels that accept a case, with their backends and the case's format."""
         try:
             packed_format = None if case.format is None else format_named(case.format)
         except (KeyError, AttributeError):
@@ -219,63 +249,66 @@ class Trial:
 
     def _calls(self, kernel: Kernel, packed_format: type[Format] | None,
                case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
-        """The kernel's work, and the same by torch."""
+        """Returns a function that runs the kernel, and one that does the same by torch."""
         def empty(*size: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device=self.device)
 
+        tokens = kernel.max_tokens or TOKENS
         multiple = packed_format.block_length if packed_format else 1
         if case.capability.startswith("int8"):
             multiple = math.lcm(multiple, int8_codes.GROUP)
-        columns = -(-COLUMNS // multiple) * multiple
-        rows, tokens = ROWS, kernel.max_tokens or TOKENS
+        rows, columns = ROWS, -(-COLUMNS // multiple) * multiple
         input = empty(tokens, columns).fill_(1)
-        if case.capability == "int8_tokens":
+        if packed_format is None:
             codes = empty(tokens, columns, dtype=torch.int8), empty(tokens, dtype=torch.float32)
             return (lambda: kernel.run(input, *codes),
                     lambda: int8_codes.encode_tokens(input, *codes))
         blocks = rows * columns // packed_format.block_length
-        weight = packed_format, random_tensors(packed_format, blocks, self.device, calm=True)
+        tensors = random_tensors(packed_format, blocks, self.device, bounded=True)
         values, value_dtype = empty(rows, columns), case.rounded_dtype
         if case.capability == "int8_rows":
             codes = values, empty(rows, dtype=torch.float32)
-            return (lambda: kernel.run(*weight, *codes, case.value_dtype, 0),
-                    lambda: int8_codes.encode_rows(*weight, *codes, case.value_dtype, 0))
+            return (lambda: kernel.run(packed_format, tensors, *codes, case.value_dtype, 0),
+                    lambda: int8_codes.encode_rows(packed_format, tensors, *codes,
+                                                   case.value_dtype, 0))
         if case.capability == "dequantize":
-            return (lambda: kernel.run(*weight, values, value_dtype, 0),
-                    lambda: _dequantize_by_torch(*weight, values, value_dtype, 0))
-        # Where no kernel multiplies, torch does with what the fastest one has dequantised.
-        dequantize = case._replace(capability="dequantize", value_dtype=value_dtype)
-        fastest = [
-            kernel.run for kernel in self.verdicts.results().kernels(dequantize, self.backends)
-        ]
-        dequantize_into, out = [*fastest, _dequantize_by_torch][0], empty(tokens, rows)
-        return (lambda: kernel.run(*weight, input, None, out, case.value_dtype),
-                lambda: (dequantize_into(*weight, values, value_dtype, 0),
+            return (lambda: kernel.run(packed_format, tensors, values, value_dtype, 0),
+                    lambda: _dequantize_by_torch(packed_format, tensors, values, value_dtype, 0))
+        # Where no kernel multiplies, torch does, by the values that the fastest kernel dequantises.
+        dequantize_case = case._replace(capability="dequantize", value_dtype=value_dtype)
+        kernels = self.verdicts.results().kernels(dequantize_case, self.backends)
+        dequantize = kernels[0].run if kernels else _dequantize_by_torch
+        out = empty(tokens, rows)
+        return (lambda: kernel.run(packed_format, tensors, input, None, out, case.value_dtype),
+                lambda: (dequantize(packed_format, tensors, values, value_dtype, 0),
                          torch.nn.functional.linear(input, values)))
 
-    def _seconds(self, *calls: Callable[[], object]) -> list[float]:
-        """Of each: the least of several turns is disturbed least by what else the device does."""
-        least, started = [math.inf] * len(calls), time.perf_counter()
-        for turn in range(1 + TURNS):
-            for index, call in enumerate(calls):
+    def _measure(self, *functions: Callable[[], object]) -> list[float]:
+        """Returns the seconds of one call of each function.
+
+        The shortest of several repetitions is disturbed least by other work of the device.
+        """
+        shortest, started = [math.inf] * len(functions), time.perf_counter()
+        for repetition in range(1 + REPETITIONS):
+            for index, function in enumerate(functions):
                 self._synchronize()
                 begun = time.perf_counter()
                 for _ in range(CALLS):
-                    call()
+                    function()
                 self._synchronize()
                 seconds = max(1e-9, (time.perf_counter() - begun) / CALLS)
-                if turn:  # the first compiles and allocates
-                    least[index] = min(least[index], seconds)
-            if turn and time.perf_counter() - started > TIMING_SECONDS:
+                if repetition:  # the first one compiles and allocates
+                    shortest[index] = min(shortest[index], seconds)
+            if repetition and time.perf_counter() - started > TIMING_SECONDS:
                 break
-        return least
+        return shortest
 
     def _synchronize(self):
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
 
     def _end_without_device(self):
-        """After a kernel's fault all that is done on a CUDA device fails in this process."""
+        """Ends the process where a kernel's fault has made the CUDA device unusable in it."""
         try:
             self._touch_device()
         except torch.OutOfMemoryError:
@@ -299,8 +332,8 @@ def _end_with_input(trial: Trial):
     os._exit(0)
 
 
-def _leave_no_dump():
-    """A crash here is nothing that a user should be asked about, or find memory of in a file."""
+def _disable_crash_reports():
+    """Turns off dialogs and memory dumps after a crash, which is expected here."""
     if sys.platform == "win32":
         ctypes.windll.kernel32.SetErrorMode(SEM_FAILCRITICALERRORS | SEM_NOGPFAULTERRORBOX)
     else:
@@ -309,8 +342,9 @@ def _leave_no_dump():
 
 
 def main():
+    """Runs the job on the standard input. Does not return."""
     job = json.loads(sys.stdin.readline())
-    _leave_no_dump()
+    _disable_crash_reports()
     faulthandler.dump_traceback_later(CASE_SECONDS, exit=True)
     psutil.Process().nice(getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", NICE))
     trial, status = Trial(job), 0
@@ -321,4 +355,4 @@ def main():
     except BaseException as error:
         trial.verdicts.append(failed=repr(error)[:500])
         status = 2
-    os._exit(status)  # what backends left running is not waited for
+    os._exit(status)  # without waiting for threads of backends

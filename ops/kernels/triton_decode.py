@@ -1,16 +1,19 @@
-"""What each format's bytes mean, for Triton: one function per format, shared by every kernel.
+"""Decodes each format's bytes in Triton: one function per format, shared by every kernel.
 
-A weight is seen as groups of neighbouring values that share their scales. A decoder gives the
-values of some groups:
+A weight is seen as groups of neighbouring values that share their scales. A decoder returns the
+values of some groups, float32 (G, L):
 
     decode(data, size, scales, table, group, lane, BLOCK_LENGTH)
 
-data: the packed bytes, at an address that 4 divides; size: how many. scales: float32, of formats
-that keep them apart.
-table: the codebook, of formats that have one. group: int64 (G, 1), counted from the start of the
-weight. lane: int32 (1, L), 0 to L - 1, the places in a group. Returns float32 (G, L), computed in
-the order of operations of the class in `ops/formats`, where the byte layouts stand. What depends on
-the group alone is loaded once per group.
+    data: The packed bytes, at an address that is a multiple of 4.
+    size: Their number.
+    scales: float32, of formats whose scales are a second tensor.
+    table: The codebook, of formats that have one.
+    group: int64 (G, 1), counted from the start of the weight.
+    lane: int32 (1, L), 0 to L - 1, the positions in a group.
+
+It computes in the order of operations of the class in `ops/formats`, which documents the byte
+layout. What depends on the group alone is loaded once per group.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +27,15 @@ from ..format import Format
 
 @dataclass(frozen=True)
 class Decoder:
-    """function: the jitted decoder. group: values in a group. table: (format, device) -> the
-    codebook, or None. stages: turns of a product's loop whose loads are in shared memory at once;
-    None: as many as Triton takes."""
+    """A format's decoder.
+
+    Attributes:
+        function: The jitted function.
+        group: Values in a group.
+        table: (format, device) -> the codebook; None for formats without one.
+        stages: How many iterations of a product's loop have their loads in shared memory at once;
+            None: Triton's default.
+    """
     function: Callable
     group: int
     table: Callable[[type[Format], torch.device], torch.Tensor] | None
@@ -36,8 +45,10 @@ class Decoder:
 DECODERS: dict[str, Decoder] = {}
 
 
-def _decodes(*formats: str, group: int, table=None, stages=None):
-    """Registers the function below as the decoder of `formats`."""
+def _decodes(*formats: str, group: int,
+             table: Callable[[type[Format], torch.device], torch.Tensor] | None = None,
+             stages: int | None = None):
+    """Decorator that registers a function as the decoder of `formats`; see `Decoder`."""
     def register(function):
         DECODERS.update(dict.fromkeys(formats, Decoder(function, group, table, stages)))
         return function
@@ -46,19 +57,19 @@ def _decodes(*formats: str, group: int, table=None, stages=None):
 
 @triton.jit
 def _half(address):
-    """The float16 at an even address, as float32."""
+    """Returns the float16 at an even address, as float32."""
     return tl.load(address.to(tl.pointer_type(tl.float16), bitcast=True)).to(tl.float32)
 
 
 @triton.jit
 def _bits(address, shift, mask):
-    """The bits of a byte from `shift` on, as int32."""
+    """Returns the bits of a byte from `shift` on, as int32."""
     return tl.load(address).to(tl.int32) >> shift & mask
 
 
 @triton.jit
 def _signed(address):
-    """The int8 at an address, as float32."""
+    """Returns the int8 at an address, as float32."""
     return tl.load(address.to(tl.pointer_type(tl.int8), bitcast=True)).to(tl.float32)
 
 
@@ -73,14 +84,13 @@ def _q4_0(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
 @triton.jit
 def _q4_1(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block = data + group * 20
-    return _bits(block + 4 + lane % 16, lane // 16 * 4, 15).to(tl.float32) * _half(block) + _half(
-        block + 2
-    )
+    code = _bits(block + 4 + lane % 16, lane // 16 * 4, 15)
+    return code.to(tl.float32) * _half(block) + _half(block + 2)
 
 
 @triton.jit
 def _five_bits(high, low, lane):
-    """Codes, int32: the bits at `high`, an even address, above the nibbles at `low`."""
+    """Returns int32 codes: the bits at `high`, an even address, above the nibbles at `low`."""
     words = high.to(tl.pointer_type(tl.uint16), bitcast=True)
     fifth = tl.load(words).to(tl.int32) | tl.load(words + 1).to(tl.int32) << 16
     return _bits(low + lane % 16, lane // 16 * 4, 15) | (fifth >> lane & 1) << 4
@@ -97,7 +107,8 @@ def _q5_0(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
 @triton.jit
 def _q5_1(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block = data + group * 24
-    return _five_bits(block + 4, block + 8, lane).to(tl.float32) * _half(block) + _half(block + 2)
+    code = _five_bits(block + 4, block + 8, lane)
+    return code.to(tl.float32) * _half(block) + _half(block + 2)
 
 
 @_decodes("Q8_0", group=32)
@@ -109,7 +120,7 @@ def _q8_0(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
 
 @triton.jit
 def _two_bits(codes, part, lane):
-    """Codes, int32, of part 0..15 of a block whose 64 bytes at `codes` hold four values each."""
+    """Returns the int32 codes of part 0..15 of a block with 64 bytes of four values at `codes`."""
     return _bits(codes + part // 8 * 32 + part % 2 * 16 + lane, part % 8 // 2 * 2, 3)
 
 
@@ -118,56 +129,50 @@ def _two_bits(codes, part, lane):
 def _q2_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 16 * 84, (group % 16).to(tl.int32)
     scale = _bits(block + part, 0, 15).to(tl.float32) * _half(block + 80)
-    least = _bits(block + part, 4, 15).to(tl.float32) * _half(block + 82)
-    return _two_bits(block + 16, part, lane).to(tl.float32) * scale - least
+    minimum = _bits(block + part, 4, 15).to(tl.float32) * _half(block + 82)
+    return _two_bits(block + 16, part, lane).to(tl.float32) * scale - minimum
 
 
 @_decodes("Q3_K", group=16)
 @triton.jit
 def _q3_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 16 * 110, (group % 16).to(tl.int32)
-    scale = (
-        _bits(block + 96 + part % 8, part // 8 * 4, 15)
-        | _bits(block + 104 + part % 4, part // 4 * 2, 3) << 4
-    )
-    code = (
-        _two_bits(block + 32, part, lane) | _bits(block + part % 2 * 16 + lane, part // 2, 1) << 2
-    )
+    low = _bits(block + 96 + part % 8, part // 8 * 4, 15)
+    scale = low | _bits(block + 104 + part % 4, part // 4 * 2, 3) << 4
+    third = _bits(block + part % 2 * 16 + lane, part // 2, 1)
+    code = _two_bits(block + 32, part, lane) | third << 2
     return (code - 4).to(tl.float32) * ((scale - 32).to(tl.float32) * _half(block + 108))
 
 
 @triton.jit
-def _scale_and_least(block, part):
-    """d * scale and dmin * min of part 0..7 of a block of Q4_K or Q5_K, see
+def _scale_and_min(block, part):
+    """Returns d * scale and dmin * min of part 0..7 of a block of Q4_K or Q5_K, see
     `k_quants._scales_and_mins`."""
     first, third = block + 4 + part % 4, block + 12 + part % 4
     second = first + 4
     low = part < 4
     scale = tl.where(low, _bits(first, 0, 63), _bits(third, 0, 15) | _bits(first, 6, 3) << 4)
-    least = tl.where(low, _bits(second, 0, 63), _bits(third, 4, 15) | _bits(second, 6, 3) << 4)
-    return scale.to(tl.float32) * _half(block), least.to(tl.float32) * _half(block + 2)
+    minimum = tl.where(low, _bits(second, 0, 63), _bits(third, 4, 15) | _bits(second, 6, 3) << 4)
+    return scale.to(tl.float32) * _half(block), minimum.to(tl.float32) * _half(block + 2)
 
 
 @_decodes("Q4_K", group=32)
 @triton.jit
 def _q4_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 8 * 144, (group % 8).to(tl.int32)
-    scale, least = _scale_and_least(block, part)
-    return (
-        _bits(block + 16 + part // 2 * 32 + lane, part % 2 * 4, 15).to(tl.float32) * scale - least
-    )
+    scale, minimum = _scale_and_min(block, part)
+    code = _bits(block + 16 + part // 2 * 32 + lane, part % 2 * 4, 15)
+    return code.to(tl.float32) * scale - minimum
 
 
 @_decodes("Q5_K", group=32)
 @triton.jit
 def _q5_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 8 * 176, (group % 8).to(tl.int32)
-    scale, least = _scale_and_least(block, part)
-    code = (
-        _bits(block + 48 + part // 2 * 32 + lane, part % 2 * 4, 15)
-        | _bits(block + 16 + lane, part, 1) << 4
-    )
-    return code.to(tl.float32) * scale - least
+    scale, minimum = _scale_and_min(block, part)
+    low = _bits(block + 48 + part // 2 * 32 + lane, part % 2 * 4, 15)
+    code = low | _bits(block + 16 + lane, part, 1) << 4
+    return code.to(tl.float32) * scale - minimum
 
 
 @_decodes("Q6_K", group=16)
@@ -176,13 +181,12 @@ def _q6_k(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 16 * 210, (group % 16).to(tl.int32)
     low = _bits(block + part // 8 * 64 + part % 4 * 16 + lane, part % 8 // 4 * 4, 15)
     high = _bits(block + 128 + part // 8 * 32 + part % 2 * 16 + lane, part % 8 // 2 * 2, 3)
-    return ((low | high << 4) - 32).to(tl.float32) * (
-        _signed(block + 192 + part) * _half(block + 208)
-    )
+    scale = _signed(block + 192 + part) * _half(block + 208)
+    return ((low | high << 4) - 32).to(tl.float32) * scale
 
 
 def _nibble_values(packed_format, device) -> torch.Tensor:
-    """int8: the value of code c at 2 c."""
+    """Returns int8: the value of code c at 2 c."""
     return packed_format.constant("value_pairs", device).view(torch.int8)
 
 
@@ -190,19 +194,16 @@ def _nibble_values(packed_format, device) -> torch.Tensor:
 @triton.jit
 def _iq4_nl(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block = data + group * 18
-    return tl.load(table + _bits(block + 2 + lane % 16, lane // 16 * 4, 15) * 2).to(
-        tl.float32
-    ) * _half(block)
+    code = _bits(block + 2 + lane % 16, lane // 16 * 4, 15)
+    return tl.load(table + code * 2).to(tl.float32) * _half(block)
 
 
 @_decodes("IQ4_XS", group=32, table=_nibble_values)
 @triton.jit
 def _iq4_xs(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block, part = data + group // 8 * 136, (group % 8).to(tl.int32)
-    scale = (
-        _bits(block + 4 + part // 2, part % 2 * 4, 15)
-        | _bits(block + 2 + part // 4, part % 4 * 2, 3) << 4
-    )
+    low = _bits(block + 4 + part // 2, part % 2 * 4, 15)
+    scale = low | _bits(block + 2 + part // 4, part % 4 * 2, 3) << 4
     code = _bits(block + 8 + part * 16 + lane % 16, lane // 16 * 4, 15)
     return tl.load(table + code * 2).to(tl.float32) * ((scale - 32).to(tl.float32) * _half(block))
 
@@ -212,15 +213,14 @@ def _iq4_xs(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
 def _mxfp4(data, size, scales, table, group, lane, BLOCK_LENGTH: tl.constexpr):
     block = data + group * 17
     exponent = tl.load(block).to(tl.int32)
-    scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1),
-                     exponent - 1 << 23).to(tl.float32, bitcast=True)
-    return (
-        tl.load(table + _bits(block + 1 + lane % 16, lane // 16 * 4, 15) * 2).to(tl.float32) * scale
-    )
+    bits = tl.where(exponent < 2, 0x00200000 << (exponent & 1), exponent - 1 << 23)
+    scale = bits.to(tl.float32, bitcast=True)
+    code = _bits(block + 1 + lane % 16, lane // 16 * 4, 15)
+    return tl.load(table + code * 2).to(tl.float32) * scale
 
 
 def _codebook(packed_format, device) -> torch.Tensor:
-    """float32: the value of code c at 2 c + 1."""
+    """Returns float32: the value of code c at 2 c + 1."""
     return packed_format.constant("code_pairs", device).view(torch.float32)
 
 

@@ -1,6 +1,6 @@
-"""What trials have found out about the kernels of a device, and what models have asked for.
+"""Stores the verdicts of trials on a device's kernels, and the cases that models have needed.
 
-Both are files of JSON lines in the user's cache, which are only appended to.
+Both are append-only files of JSON lines in the user's cache.
 """
 import ctypes
 import hashlib
@@ -29,16 +29,17 @@ log = logging.getLogger(__name__)
 MAX_FILE_BYTES = 4 << 20
 MAX_NOTES = 200  # cases; the latest count
 WEEK = 7 * 86400
-# Each verdict, with the seconds after which it is forgotten: a compiler may be installed, and the
-# machine may have more time and memory. "begun": what is tried now, or has ended the process that
-# tried it, or the whole computer. "works": of a probe. "refused": the kernel or its compiler raised
-# something. "killed": another program ended the process, as a system without memory does.
-# "stopped": nothing is known of the kernel. "tried", "tried in part": of a case.
+# Each verdict, and the seconds after which it expires: a compiler may be installed, and the machine
+# may have more time and memory. "begun": it is being tried, or it ended the process that tried it,
+# or the whole computer. "works": of a probe. "refused": the kernel or its compiler raised an error.
+# "killed": another program ended the process, as a system without memory does. "stopped": nothing
+# is known of the kernel. "tried", "tried in part": of a case.
 RETRY_AFTER_S = {"works": math.inf, "right": math.inf, "slower": math.inf, "wrong": math.inf,
                  "crashed": math.inf, "refused": WEEK, "hung": WEEK, "killed": WEEK, "begun": WEEK,
                  "stopped": 0, "tried": math.inf, "tried in part": WEEK}
-SOURCES = ("*_backend.py", "triton_*.py", "nvrtc.py", "cxx_text.py", "check*.py", "trial.py",
-           "source/**/*")
+# Of the files that make the kernels, and of the trial that they pass.
+SOURCES = ("*_backend.py", "triton_*.py", "nvrtc.py", "kernel_source.py", "*validation.py",
+           "trial.py", "source/**/*")
 COMPILER_PACKAGES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm",
                      "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12")
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
@@ -46,13 +47,13 @@ NVML_VERSION_BYTES = 80  # nvml.h, NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
 
 
 class JsonLines:
-    """A file of JSON objects, one in each line, that nobody but this user can have written."""
+    """A file of JSON objects, one per line, that only this user can have written."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> list[dict]:
-        """A damaged line counts as none, and so does a file that others may have written.
+        """Returns the valid lines; none of a file that others may have written.
 
         Raises:
             OSError
@@ -68,7 +69,7 @@ class JsonLines:
         return [line for line in lines if isinstance(line, dict)]
 
     def append(self, **line):
-        """The line is on the drive when this returns, for the next thing may end the process.
+        """Writes a line through to the drive, because what follows may end the process.
 
         Raises:
             OSError
@@ -90,19 +91,25 @@ class JsonLines:
 
 
 class Verdicts(JsonLines):
-    """Those about the kernels of one device, a line before and after each, and after each case:
+    """The verdicts on one device's kernels: a line before and after each, and after each case.
 
-        {"name": "dequantize of Q4_K to float16, rows 1 to any by triton", "verdict": "begun", "at": 1.7e9}
+        {"name": "dequantize of Q4_K to float16, rows 1 to any by triton", "verdict": "begun",
+         "at": 1.7e9}
         {"name": the same, "verdict": "right", "at": 1.7e9, "seconds": [kernel's, torch's]}
         {"name": "dequantize of Q4_K to float16", "verdict": "tried", "at": 1.7e9}
 
-    "verdict" is a key of `RETRY_AFTER_S`, "at" in seconds since 1970. What is right or slower than
-    torch has "seconds", what is neither may have a "why". A backend's probe is "probe by triton".
+    "verdict" is a key of `RETRY_AFTER_S`, "at" in seconds since 1970. "right" and "slower" (than
+    torch) have "seconds", other verdicts may have a "why". A backend's probe has the name "probe by
+    triton".
     """
 
     @classmethod
     def of_device(cls, device: torch.device, backends: tuple[str, ...]) -> "Verdicts":
-        """Raises OSError, and what a driver may raise."""
+        """Returns the file for a device, these backends and the versions in use.
+
+        Raises:
+            OSError: The file cannot be written. A driver may raise anything else.
+        """
         key = device_key(device, backends)
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
         verdicts = cls(private_folder(cache_folder() / "verdicts") / f"{digest}.jsonl")
@@ -111,47 +118,51 @@ class Verdicts(JsonLines):
         return verdicts
 
     def add(self, name: str, verdict: str, **more):
-        """Raises OSError."""
+        """Appends a verdict with the current time. Raises OSError."""
         self.append(name=name, verdict=verdict, at=time.time(), **more)
 
     def results(self) -> "Results":
-        """What is known now. Raises OSError."""
+        """Returns the verdicts that have not expired. Raises OSError."""
         lines = [line for line in self.read() if is_verdict(line)]
         latest = {line["name"]: line for line in lines}
-        return Results({name: line for name, line in latest.items()
-                        if time.time() - line["at"] < RETRY_AFTER_S[line["verdict"]]},
-                       lines[-1] if lines and lines[-1]["verdict"] == "begun" else None)
+        current = {name: line for name, line in latest.items()
+                   if time.time() - line["at"] < RETRY_AFTER_S[line["verdict"]]}
+        is_unfinished = bool(lines) and lines[-1]["verdict"] == "begun"
+        return Results(current, lines[-1] if is_unfinished else None)
 
 
 class Results(NamedTuple):
-    """What the lines of `Verdicts` say.
+    """The content of a file of `Verdicts`.
 
-    lines: the last one of each name, without what is to be tried again.
-    unfinished: the last line of all, where it says that something was begun.
+    Attributes:
+        lines: The last line of each name, without those that have expired.
+        unfinished: The file's last line, if its verdict is "begun".
     """
     lines: dict[str, dict]
     unfinished: dict | None
 
     def verdict(self, name: str) -> str | None:
+        """Returns the verdict on a kernel, probe or case, None where there is none."""
         return self.lines[name]["verdict"] if name in self.lines else None
 
     def untried(self, cases: Iterable[Case]) -> list[Case]:
+        """Returns the cases without a verdict."""
         return [case for case in cases if str(case) not in self.lines]
 
     def kernels(self, case: Case, backends: Iterable[Backend]) -> list[Kernel]:
-        """Those that are right and faster than torch, the fastest first."""
-        time_ratios = {}
+        """Returns the kernels that are right and faster than torch, the fastest first."""
+        time_ratios: dict[Kernel, float] = {}
         for backend in backends:
             for kernel in backend.kernels:
                 name = case.kernel_name(backend.name, kernel)
                 if self.verdict(name) == "right" and kernel.capability == case.capability:
                     kernel_seconds, torch_seconds = self.lines[name]["seconds"]
                     time_ratios[kernel] = kernel_seconds / torch_seconds
-        return sorted(time_ratios, key=time_ratios.get)
+        return sorted(time_ratios, key=time_ratios.__getitem__)
 
 
 def is_verdict(line: dict) -> bool:
-    """Whether a line is as `Verdicts` describes it."""
+    """Returns whether a line has the form that `Verdicts` describes."""
     match line:
         case {"name": str(), "verdict": "right" | "slower", "at": int() | float() as at,
               "seconds": [int() | float() as kernel_seconds, int() | float() as torch_seconds]}:
@@ -163,18 +174,18 @@ def is_verdict(line: dict) -> bool:
 
 
 class Notes(JsonLines):
-    """What models have asked for: {"case": as `Case.as_json` has it}."""
+    """The cases that models have needed, one per line: {"case": result of `Case.as_json`}."""
 
     def __init__(self):
         super().__init__(private_folder(cache_folder() / "trials") / "notes.jsonl")
 
     def cases(self) -> list[Case]:
-        """Raises OSError."""
+        """Returns the latest cases, each once. Raises OSError."""
         cases = filter(None, (Case.of_json(line.get("case")) for line in self.read()))
         return list(dict.fromkeys(cases))[-MAX_NOTES:]
 
     def add(self, cases: Iterable[Case]):
-        """Those that no trial knows are left out. Raises OSError."""
+        """Notes the new ones among the cases that a trial can try. Raises OSError."""
         noted = self.cases()
         for case in cases:
             if case not in noted and Case.of_json(case.as_json()):
@@ -182,31 +193,44 @@ class Notes(JsonLines):
 
 
 def device_key(device: torch.device, backends: tuple[str, ...]) -> dict[str, str]:
-    """What verdicts depend on: equal where those of the one hold for the other."""
-    name, driver, capability = device.type, platform.mac_ver()[0], platform.machine()
+    """Returns what verdicts depend on: devices with equal keys share their verdicts."""
     if device.type == "cuda":
-        name, driver = torch.cuda.get_device_name(device), driver_version()
+        name = torch.cuda.get_device_name(device)
+        driver = driver_version()
         capability = f"{torch.cuda.get_device_capability(device)} {amd_architecture(device)}"
-    return {"device": name, "driver": driver, "compute capability": capability,
-            "system": sys.platform, "torch": torch.__version__,
-            "runtime": str(torch.version.cuda or torch.version.hip),
-            "backends": ", ".join(backends), "compilers": compiler_versions(),
-            "source": source_hash(Path(__file__).parent)}
+    else:
+        name = device.type
+        driver = platform.mac_ver()[0]
+        capability = platform.machine()
+    return {
+        "device": name,
+        "driver": driver,
+        "compute capability": capability,
+        "system": sys.platform,
+        "torch": torch.__version__,
+        "runtime": str(torch.version.cuda or torch.version.hip),
+        "backends": ", ".join(backends),
+        "compilers": compiler_versions(),
+        "source": source_hash(Path(__file__).parent),
+    }
 
 
 def amd_architecture(device: torch.device) -> str:
-    """What ROCm compiles for, "" without it. Devices of one name may differ in that, and variables
-    may pretend another one."""
+    """Returns what ROCm compiles for, "" without ROCm.
+
+    Devices of the same name may differ in it, and environment variables may override it.
+    """
     if not torch.version.hip:
         return ""
-    pretended = [f"{name}={value}" for name, value in sorted(os.environ.items())
+    overrides = [f"{name}={value}" for name, value in sorted(os.environ.items())
                  if name.startswith("HSA_OVERRIDE_GFX_VERSION")]
     architecture = getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")
-    return " ".join([architecture, *pretended])
+    return " ".join([architecture, *overrides])
 
 
 def driver_version() -> str:
-    """NVIDIA's, or the kernel module's of AMD; "" where neither says."""
+    """Returns the version of NVIDIA's driver or of AMD's kernel module, "" where neither is
+    known."""
     if torch.version.hip:
         file = Path("/sys/module/amdgpu/version")
         return file.read_text().strip() if file.is_file() else platform.release()
@@ -222,7 +246,8 @@ def driver_version() -> str:
 
 
 def compiler_versions() -> str:
-    """Of what compiles kernels, without importing it. Triton needs a C compiler too."""
+    """Returns the versions of the packages that compile kernels, and the C compiler that Triton
+    needs."""
     versions = [str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"))]
     for package in COMPILER_PACKAGES:
         try:
@@ -233,7 +258,7 @@ def compiler_versions() -> str:
 
 
 def source_hash(folder: Path) -> str:
-    """Of what makes the kernels, and of the trial that they passed."""
+    """Returns a digest of the files in `SOURCES`, in a folder that holds the kernels."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern)):
         if path.is_file():

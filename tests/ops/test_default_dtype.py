@@ -57,7 +57,7 @@ def assert_same(under, work):
 
 
 def weight_of(fmt):
-    tensors = random_tensors(fmt, ROWS * COLUMNS // fmt.block_length, CPU, calm=True)
+    tensors = random_tensors(fmt, ROWS * COLUMNS // fmt.block_length, CPU, bounded=True)
     return packed_tensor(fmt, tensors[0], (ROWS, COLUMNS),
                          scale=tensors[1] if fmt.scales_apart else None)
 
@@ -120,7 +120,7 @@ def test_a_kernel_never_writes_into_memory_of_the_default_dtype(under, monkeypat
     linear = next(kernel for kernel in cpp_backend.BACKEND.kernels if kernel.capability == "linear")
     made, empty = [], torch.empty
     out = torch.empty((1, ROWS), dtype=torch.bfloat16)
-    tensors = random_tensors(FORMATS["Q4_K"], ROWS * COLUMNS // 256, CPU, calm=True)
+    tensors = random_tensors(FORMATS["Q4_K"], ROWS * COLUMNS // 256, CPU, bounded=True)
 
     def watched(*arguments, **options):
         made.append(empty(*arguments, **options))

@@ -42,7 +42,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 def weight_of(name="Q8_0", rows=ROWS, columns=COLUMNS):
     """A packed weight of random blocks of one format."""
     base = getattr(PACKED[name], "base", PACKED[name])
-    data, *scale = random_tensors(base, rows * columns // base.block_length, CPU, calm=True)
+    data, *scale = random_tensors(base, rows * columns // base.block_length, CPU, bounded=True)
     return packed_tensor(PACKED[name], data, (rows, columns), torch.float32, *scale)
 
 

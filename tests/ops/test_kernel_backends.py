@@ -167,7 +167,7 @@ def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, 
     if not kernels:
         pytest.skip("multiplies fewer rows")
     rows, columns = 13, 1280
-    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, bounded=True)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1 + tokens * columns, generator=generator).to(device, dtype)
     input = values[1:].view(tokens, columns)
@@ -247,7 +247,7 @@ def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one
         used_by_device, name, tokens):
     fmt, device = FORMATS[name], used_by_device
     rows, columns, generator = 20, 512, torch.Generator().manual_seed(0)
-    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
+    tensors = random_tensors(fmt, rows * columns // fmt.block_length, CPU, bounded=True)
     dense = fmt.dequantize_into(tensors, torch.empty(rows, columns)).double()
     data, *scale = (tensor.to(device) for tensor in tensors)
     weight = packed_tensor(fmt, data, (rows, columns), torch.float32, *scale)

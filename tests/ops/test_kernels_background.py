@@ -97,7 +97,7 @@ def patience(monkeypatch, seconds: float):
 def weight(name="Q4_K", rows=16, columns=512):
     packed_format = FORMATS[name]
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, CPU,
-                             calm=True)
+                             bounded=True)
     return packed_tensor(packed_format, tensors[0], (rows, columns))
 
 

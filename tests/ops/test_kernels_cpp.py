@@ -132,27 +132,27 @@ def test_packing_takes_fewer_instructions_too(on_cpu, capability, name):
     [
         (
             ("take_up(values, shares, columns, first, stop, columns);", ""),
-            "not what the codes lack",
+            "residuals do not match the codes",
         ),
         (
             (
                 "share, values[column][v], values[later][v]",
                 "share, values[column][0], values[later][v]",
             ),
-            "not what the codes lack",
+            "residuals do not match the codes",
         ),
         (("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]"), "mean error"),
         (("values[first + i][vector]", "values[i][vector]"), "mean error"),
         (
             (
-                "before = rounder[v].value(level[v]), wanted += before",
+                "before = rounder[v].value(level[v]), target += before",
                 "before = rounder[v].value(level[v])",
             ),
             "mean error",
         ),
         (
             ("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else"),
-            "beside the columns|not what the codes lack",
+            "outside its columns|do not match the codes",
         ),
     ],
     ids=range(6),
@@ -292,7 +292,7 @@ def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece
         name, asked, monkeypatch):
     monkeypatch.setenv(kernel_layer.VARIABLE, asked)
     fmt, (rows, columns) = FORMATS[name], (16, 512)
-    whole = random_tensors(fmt, rows * columns // fmt.block_length, CPU, calm=True)
+    whole = random_tensors(fmt, rows * columns // fmt.block_length, CPU, bounded=True)
     whole[0] = whole[0].view(rows, -1)
     apart = [torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0] for tensor in whole]
     assert not any(tensor.is_contiguous() for tensor in apart)

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32",
 @pytest.fixture(autouse=True)
 def new_process(caplog):
     """Nothing has been said yet, and no temporary folder made."""
-    caches = private_files.temporary_folder, private_files._instead_of, private_files._warn_of
+    caches = (private_files.temporary_folder, private_files._temporary_substitute,
+              private_files._warn_not_private)
     for cache in caches:
         cache.cache_clear()
     caplog.set_level(logging.INFO)
@@ -194,13 +195,13 @@ def test_what_a_compiler_that_was_killed_left_is_removed_later(tmp_path, monkeyp
     made = CppCompiler(str(compiler), folder)
     made.library('extern "C" int one() { return 1; }')
     (library,) = folder.iterdir()
-    assert (tmp_path / "told").read_text().startswith(str(folder / cpp_backend.SCRATCH))
-    left, now = folder / f"{cpp_backend.SCRATCH}left", time.time()
+    assert (tmp_path / "told").read_text().startswith(str(folder / cpp_backend.SCRATCH_PREFIX))
+    left, now = folder / f"{cpp_backend.SCRATCH_PREFIX}left", time.time()
     left.mkdir()
     (left / "cc.s").write_text("")
     made.library('extern "C" int two() { return 2; }')
     assert left.is_dir()  # for it may be at work
-    os.utime(left, (now, now - cpp_backend.LEFT_SECONDS - 60))
+    os.utime(left, (now, now - cpp_backend.STALE_SECONDS - 60))
     made.library('extern "C" int three() { return 3; }')
     assert not left.exists() and library.is_file()
 

@@ -41,7 +41,7 @@ def restarted(monkeypatch, tmp_path, caplog):
 
 
 def weight(device):
-    tensors = random_tensors(FORMATS["Q4_K"], 32, device, calm=True)
+    tensors = random_tensors(FORMATS["Q4_K"], 32, device, bounded=True)
     return packed_tensor(FORMATS["Q4_K"], tensors[0], (16, 512))
 
 

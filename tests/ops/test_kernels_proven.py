@@ -128,7 +128,7 @@ def dequantized(dtype=torch.float32):
 
 
 def weight(rows=16, columns=512):
-    blocks = random_tensors(Q4_0, rows * columns // 32, CPU, calm=True)[0]
+    blocks = random_tensors(Q4_0, rows * columns // 32, CPU, bounded=True)[0]
     return packed_tensor(Q4_0, blocks, (rows, columns))
 
 

@@ -131,7 +131,8 @@ def test_a_case_is_tried_again_where_something_of_it_may_mend_itself(days, cases
 
 def test_where_memory_is_short_nothing_is_begun(verdicts, monkeypatch):
     monkeypatch.setattr(trial, "free_bytes", lambda device: trial.FREE_TO_BEGIN - 1)
-    assert run_planted(CPU, ("fine",), verdicts, [Q4_0]) == "less than 1.5 GB of it were free"
+    reason = run_planted(CPU, ("fine",), verdicts, [Q4_0])
+    assert reason == "less than 1.5 GB of its memory was free"
     monkeypatch.setattr(trial, "free_bytes", lambda device: trial.FREE_TO_GO_ON - 1)
     monkeypatch.setattr(os, "_exit", sys.exit)
     job = {"device": "cpu", "backends": ["cpp"], "file": str(verdicts.path), "case_seconds": 9,
@@ -142,7 +143,8 @@ def test_where_memory_is_short_nothing_is_begun(verdicts, monkeypatch):
 
 
 @pytest.mark.parametrize(("status", "reason"), [
-    (trial.WITHOUT_MEMORY, "less than 1.0 GB of it were free"), (9, "its process ended with 9")])
+    (trial.WITHOUT_MEMORY, "less than 1.0 GB of its memory was free"),
+    (9, "its process ended with 9")])
 def test_a_process_that_ends_between_two_kernels_blames_none(status, reason, verdicts):
     verdicts.add("a kernel", "begun")  # by an earlier process
     command = sys.executable, "-c", f"raise SystemExit({status})"

@@ -188,9 +188,10 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
     dtypes = (torch.bfloat16,) if of_a_kind else (torch.float16,)
     if of_a_kind and (all_kinds or target in MAIN_TARGETS):
         dtypes += torch.float32,
-    for function, kernel, tokens, dtype in ((triton_backend.vector, "_vector", 1, torch.bfloat16),
-                                            *((triton_backend.few_rows, "_few_rows", 3, dtype)
-                                              for dtype in dtypes)):
+    one_token = triton_backend.linear_one_token, "_linear_one_token", 1, torch.bfloat16
+    few_tokens = [(triton_backend.linear_few_tokens, "_linear_few_tokens", 3, dtype)
+                  for dtype in dtypes]
+    for function, kernel, tokens, dtype in (one_token, *few_tokens):
         input, out = (
             torch.zeros(tokens, columns, dtype=dtype),
             torch.zeros(tokens, rows, dtype=dtype),
@@ -206,4 +207,4 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
     fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")
     assembly = "ptx" if target.startswith("sm_") else "amdgcn"
     assert not fused.search(results["_dequantize"].asm[assembly])
-    assert fused.search(results["_vector"].asm[assembly])
+    assert fused.search(results["_linear_one_token"].asm[assembly])

@@ -255,14 +255,17 @@ def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdic
 
 
 def test_other_verdicts_are_for_other_sources(tmp_path):
-    here, copy = module.Path(module.__file__).parent, tmp_path / "kernels"
-    shutil.copytree(here, copy)
-    assert source_hash(copy) == source_hash(here)
+    folder, copy = module.Path(module.__file__).parent, tmp_path / "kernels"
+    shutil.copytree(folder, copy)
+    assert source_hash(copy) == source_hash(folder)
     hashes = {source_hash(copy)}
-    for name in ("triton_decode.py", "source/weight.h", "source/cuda/dequantize.cu", "check.py"):
+    names = ("triton_decode.py", "source/weight.h", "source/cuda/dequantize.cu", "kernel_source.py",
+             "validation.py", "quantize_validation.py")
+    for name in names:
+        assert (copy / name).is_file()
         with open(copy / name, "a") as file:
             file.write("\n")
         hashes.add(source_hash(copy))
-    assert len(hashes) == 5
+    assert len(hashes) == 1 + len(names)
     (copy / "selector.py").write_text("")
     assert source_hash(copy) in hashes

@@ -18,7 +18,7 @@ DEQUANTIZE = ("packed", "format", "shape", "dtype", "value_dtype", "first")
 
 def packed(name="Q4_K", rows=ROWS):
     return random_tensors(FORMATS[name], rows * COLUMNS // FORMATS[name].block_length,
-                          torch.device("cpu"), calm=True)
+                          torch.device("cpu"), bounded=True)
 
 
 def linear_operands(**others):

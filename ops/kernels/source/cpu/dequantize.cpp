@@ -1,4 +1,4 @@
-// The first `count` values of a weight, a multiple of LANES, in order.
+// Writes a weight's first `count` values, a multiple of LANES, in order.
 extern "C" void dequantize(Packed packed, Scales scales, TYPE* out, long long count, int threads) {
     long long blocks = count / BLOCK_LENGTH;
 #pragma omp parallel for num_threads(threads)
@@ -6,7 +6,8 @@ extern "C" void dequantize(Packed packed, Scales scales, TYPE* out, long long co
         float scale = SCALES_APART ? scales[block] : 0;
 #pragma GCC unroll 32
         for (int first = 0; first < BLOCK_LENGTH; first += LANES)
-            store(weight_values(packed + block * BLOCK_BYTES, first, scale), out + block * BLOCK_LENGTH + first);
+            store(weight_values(packed + block * BLOCK_BYTES, first, scale),
+                  out + block * BLOCK_LENGTH + first);
     }
     for (Index first = blocks * BLOCK_LENGTH; first < count; first += LANES)
         store(weight_chunk(packed, scales, first / LANES), out + first);

@@ -1,4 +1,5 @@
-// Rows of floats as int8 codes of the rotated values, see ops/int8_codes.py. Everything here is of one row.
+// Encodes rows of floats as int8 codes of the rotated values, see ops/int8_codes.py. All functions
+// but `encode` work on one row.
 
 #include <stdlib.h>
 
@@ -19,7 +20,7 @@ static FUNCTION Floats swapped(Floats values) {
 #endif
 }
 
-// Sum and difference of the lanes that are DISTANCE apart, and of those that are less.
+// Returns sums and differences of the lanes that are DISTANCE, DISTANCE / 2 ... 1 apart.
 template <int DISTANCE>
 static FUNCTION Floats butterflies(Floats values) {
     Floats signs;
@@ -33,7 +34,8 @@ FUNCTION Floats butterflies<0>(Floats values) { return values; }
 
 static constexpr int sign_of_side(int i) { return (i & i >> 1 ^ i >> 2 & i >> 3) & 1 ? -1 : 1; }
 
-// Rotates one group in place. Returns the larger of `largest` and the magnitudes, as bits: those of NaN are larger than all.
+// Rotates one group in place. Returns the larger of `largest` and the magnitudes, as bits: those of
+// NaN are the largest.
 static FUNCTION Ints rotate(float* group, Ints largest) {
     Floats vectors[VECTORS];
 #pragma GCC unroll 32
@@ -74,21 +76,24 @@ static FUNCTION void store_bytes(Ints values, signed char* to) {
     memcpy(to, &bytes, sizeof bytes);
 }
 
-// Codes of rotated values. largest: what `rotate` gave for all groups. Returns the scale.
+// Encodes rotated values. largest: what `rotate` returned for all groups. Returns the scale.
 static FUNCTION float quantise(const float* values, int columns, Ints largest, signed char* codes) {
     int bits = 0;
     for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
-    float most = float_of_bits(bits < 0x7F800000 ? bits : 0x7FC00000);
-    if (most < TINY) most = TINY;
-    const float to_integer = 12582912;  // added, the last bits of the sum are the nearest integer
+    float peak = float_of_bits(bits < 0x7F800000 ? bits : 0x7FC00000);
+    if (peak < TINY) peak = TINY;
+    const float to_integer = 12582912;  // the last bits of a sum with it are the nearest integer
     for (int column = 0; column < columns; column += LANES)
-        store_bytes((Ints)(load<Floats>(values + column) * (LARGEST_CODE / most) + to_integer), codes + column);
-    return most / LARGEST_CODE;
+        store_bytes((Ints)(load<Floats>(values + column) * (LARGEST_CODE / peak) + to_integer),
+                    codes + column);
+    return peak / LARGEST_CODE;
 }
 
-// Codes of `rows` rows and their scales. values_of(row, column, group) writes the GROUP values of a row from `column` on.
+// Encodes `rows` rows. values_of(row, column, group) writes the GROUP values of a row from `column`
+// on to `group`.
 template <class Values>
-static FUNCTION void encode(Values values_of, signed char* codes, float* code_scales, long long rows, int columns, int threads) {
+static FUNCTION void encode(Values values_of, signed char* codes, float* code_scales,
+                            long long rows, int columns, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         float* values = (float*)malloc(columns * sizeof(float));

@@ -4,8 +4,9 @@ static FUNCTION Floats load_values(const BFloat16* from) {
     return (Floats)(__builtin_convertvector(load<Shorts>(from), Words) << 16);
 }
 
-// Codes of `rows` rows of the input and their scales. input, codes: (rows, columns). columns: a multiple of GROUP.
-extern "C" void int8_tokens(const TYPE* input, signed char* codes, float* code_scales, long long rows, int columns, int threads) {
+// Encodes `rows` rows of the input. input, codes: (rows, columns). columns: a multiple of GROUP.
+extern "C" void int8_tokens(const TYPE* input, signed char* codes, float* code_scales,
+                            long long rows, int columns, int threads) {
     auto values_of = [=](long long row, int column, float* group) {
         for (int lane = 0; lane < GROUP; lane += LANES)
             store(load_values(input + row * columns + column + lane), group + lane);

@@ -1,5 +1,5 @@
-// A CPU: vectors of LANES = 8 or 16 values, as GCC and Clang know them on every CPU. Conversions they do slowly are written
-// with the instructions of AVX-512 and AVX2.
+// CPUs: vectors of LANES = 8 or 16 values, an extension of GCC and Clang for every CPU. Conversions
+// that they do slowly use intrinsics of AVX-512 and AVX2.
 
 #include <string.h>
 #ifdef __AVX2__
@@ -50,16 +50,16 @@ static FUNCTION Ints load_bytes(Packed from) { return ints(load<Bytes>(from)); }
 
 static FUNCTION Ints load_signed_bytes(Packed from) { return load_bytes(from) << 24 >> 24; }
 
-// Two lanes a byte, the high nibble first.
+// Two lanes per byte, the high nibble first.
 static FUNCTION Ints load_nibble_pairs(Packed from) {
     typedef unsigned char Half __attribute__((vector_size(LANES / 2)));
     typedef unsigned short Pairs __attribute__((vector_size(LANES)));
     Pairs pairs = __builtin_convertvector(load<Half>(from), Pairs);
-    pairs = pairs >> 4 | (pairs & 15) << 8;  // of two bytes the low one lies first
+    pairs = pairs >> 4 | (pairs & 15) << 8;  // the low byte of a pair comes first in memory
     return ints(load<Bytes>(&pairs));
 }
 
-// Eight lanes a byte, the lowest bit first.
+// Eight lanes per byte, the lowest bit first.
 static FUNCTION Ints load_bits(Packed from) {
     Ints shifts;
 #pragma GCC unroll 16
@@ -77,21 +77,31 @@ struct BFloat16 {
 };
 
 #if LANES == 16 && defined(__AVX512F__)
-static FUNCTION Shorts low_halves(Words words) { return (Shorts)_mm512_cvtepi32_epi16((__m512i)words); }
-static FUNCTION Shorts halves(Floats values) { return (Shorts)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT); }
+static FUNCTION Shorts low_halves(Words words) {
+    return (Shorts)_mm512_cvtepi32_epi16((__m512i)words);
+}
+static FUNCTION Shorts halves(Floats values) {
+    return (Shorts)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT);
+}
 static FUNCTION Floats of_halves(Shorts halves) { return (Floats)_mm512_cvtph_ps((__m256i)halves); }
 #elif LANES == 8 && defined(__AVX2__) && defined(__F16C__)
 static FUNCTION Shorts low_halves(Words words) {
     __m256i pairs = _mm256_packus_epi32((__m256i)words, (__m256i)words);
     return (Shorts)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
 }
-static FUNCTION Shorts halves(Floats values) { return (Shorts)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT); }
+static FUNCTION Shorts halves(Floats values) {
+    return (Shorts)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+}
 static FUNCTION Floats of_halves(Shorts halves) { return (Floats)_mm256_cvtph_ps((__m128i)halves); }
 #else
 typedef Vector<_Float16>::Lanes Float16s;
 static FUNCTION Shorts low_halves(Words words) { return __builtin_convertvector(words, Shorts); }
-static FUNCTION Shorts halves(Floats values) { return (Shorts)__builtin_convertvector(values, Float16s); }
-static FUNCTION Floats of_halves(Shorts halves) { return __builtin_convertvector((Float16s)halves, Floats); }
+static FUNCTION Shorts halves(Floats values) {
+    return (Shorts)__builtin_convertvector(values, Float16s);
+}
+static FUNCTION Floats of_halves(Shorts halves) {
+    return __builtin_convertvector((Float16s)halves, Floats);
+}
 #endif
 
 static FUNCTION float load_half(Packed from) {
@@ -102,7 +112,7 @@ static FUNCTION float load_half(Packed from) {
 #endif
 }
 
-// The bits of the nearest bfloat16 in the upper halves.
+// Returns the bits of the nearest bfloat16 in the upper halves.
 static FUNCTION Words bfloat16_bits(Floats values) {
     Words bits = (Words)values, rounded = bits + 0x7FFF + (bits >> 16 & 1);
     Words quiet_nan = bits | 0x7FC00000;
@@ -122,7 +132,9 @@ static FUNCTION void store(Floats values, Half* to) {
 }
 
 static FUNCTION Floats rounded_as(Floats values, const float*) { return values; }
-static FUNCTION Floats rounded_as(Floats values, const BFloat16*) { return (Floats)(bfloat16_bits(values) & 0xFFFF0000); }
+static FUNCTION Floats rounded_as(Floats values, const BFloat16*) {
+    return (Floats)(bfloat16_bits(values) & 0xFFFF0000);
+}
 static FUNCTION Floats rounded_as(Floats values, const Half*) { return of_halves(halves(values)); }
 
 template <class T>
@@ -147,7 +159,8 @@ static FUNCTION Floats look_up(Ints codes) {
 #elif LANES == 8 && defined(__AVX2__)
     __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(codebook), (__m256i)codes);
     __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(codebook + 8), (__m256i)codes);
-    return (Floats)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)codes, 28)));
+    return (Floats)_mm256_blendv_ps(low, high,
+                                    _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)codes, 28)));
 #else
     Floats values;
     for (int i = 0; i < LANES; i++) values[i] = codebook[codes[i]];

@@ -1,8 +1,9 @@
-// out = input weight^T for `tokens` rows of input, at most TOKENS, summed in float32. A weight is dequantised in registers.
+// Computes out = input weight^T for `tokens` rows of input, at most TOKENS, summed in float32. The
+// weight is dequantised in registers.
 //
 // input: (tokens, columns). out: (tokens, rows).
-extern "C" void linear(const float* input, Packed packed, Scales scales, float* out, int tokens, int rows, int columns,
-                       int threads) {
+extern "C" void linear(const float* input, Packed packed, Scales scales, float* out, int tokens,
+                       int rows, int columns, int threads) {
     int blocks = columns / BLOCK_LENGTH;
 #pragma omp parallel for num_threads(threads)
     for (int row = 0; row < rows; row++) {
@@ -15,7 +16,8 @@ extern "C" void linear(const float* input, Packed packed, Scales scales, float* 
                 Floats weights = weight_values(packed + place * BLOCK_BYTES, first, scale);
 #pragma GCC unroll 8
                 for (int token = 0; token < TOKENS; token++) {
-                    const float* inputs = input + (Index)(token < tokens ? token : 0) * columns + block * BLOCK_LENGTH + first;
+                    const float* inputs = input + (Index)(token < tokens ? token : 0) * columns +
+                                          block * BLOCK_LENGTH + first;
                     sums[token] = multiply_add(load<Floats>(inputs), weights, sums[token]);
                 }
             }

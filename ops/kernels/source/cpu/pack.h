@@ -1,30 +1,38 @@
-// The search of ops/grid_search.py, of the same scales in the same order; its docstring and Search say what each step does.
-// A lane holds a block, so that no step has anything to do across lanes. Sums are added in another order than torch's.
+// The search of ops/grid_search.py, over the same scales in the same order; its docstrings document
+// the steps. A lane holds a block, so that no step works across lanes. Sums are added in another
+// order than torch's.
 //
-// Given: LENGTH, GROUP (values of a block and of a group), LEVELS, COUNT (the levels, ascending), UNIFORM (neighbouring
-// integers), SIGNED, MINIMUM, INTEGERS (whether groups have integer scales), LOWEST_SCALE, HIGHEST_SCALE, HALF_SCALES.
+// Defined are LENGTH and GROUP (values of a block and of a group), LEVELS and COUNT (the levels,
+// ascending), UNIFORM (levels are neighbouring integers), SIGNED, MINIMUM, INTEGERS (groups have
+// integer scales), LOWEST_SCALE, HIGHEST_SCALE, HALF_SCALES.
 
 const int GROUPS = LENGTH / GROUP;
 static const float levels[COUNT] = {LEVELS};
-const float SMALLEST_HALF = 5.9604644775390625e-8f, LARGEST_HALF = 65504, SMALLEST_NORMAL = __FLT_MIN__, LARGEST_FLOAT = __FLT_MAX__;
+const float SMALLEST_HALF = 5.9604644775390625e-8f, LARGEST_HALF = 65504;
+const float SMALLEST_NORMAL = __FLT_MIN__, LARGEST_FLOAT = __FLT_MAX__;
 
 static FUNCTION Floats all(float value) { return value - (Floats){}; }
-static FUNCTION Floats either(Ints condition, Floats these, Floats others) { return condition ? these : others; }
-static FUNCTION Floats least(Floats a, Floats b) { return a < b ? a : b; }
-static FUNCTION Floats most(Floats a, Floats b) { return a > b ? a : b; }
+static FUNCTION Floats either(Ints condition, Floats these, Floats others) {
+    return condition ? these : others;
+}
+static FUNCTION Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+static FUNCTION Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static FUNCTION Floats magnitude(Floats a) { return (Floats)((Ints)a & 0x7FFFFFFF); }
 static FUNCTION Floats inverse(Floats scale) {
     return either(magnitude(scale) < SMALLEST_NORMAL, all(0), 1 / scale);
 }
 
-static FUNCTION Floats between(Floats a, float lowest, float highest) { return least(most(a, all(lowest)), all(highest)); }
+static FUNCTION Floats between(Floats a, float lowest, float highest) {
+    return smaller(larger(a, all(lowest)), all(highest));
+}
 
 static FUNCTION Floats nearest_integer(Floats small) {
-    const float to_integer = 12582912;  // added, the last bits of the sum are the nearest integer
+    const float to_integer = 12582912;  // the last bits of a sum with it are the nearest integer
     return small + to_integer - to_integer;
 }
 
-// How often a level is below the middle that `scaled` is above: the index of the nearest level, or that level.
+// Returns the nearest level, or its index: the number of middles between two levels that `scaled`
+// exceeds.
 static FUNCTION Floats nearest(Floats scaled, bool index) {
     if (UNIFORM) {
         Floats level = nearest_integer(between(scaled, levels[0], levels[COUNT - 1]));
@@ -33,7 +41,8 @@ static FUNCTION Floats nearest(Floats scaled, bool index) {
     Floats sum = all(index ? 0 : levels[0]);
 #pragma GCC unroll 16
     for (int i = 1; i < COUNT; i++) {
-        float middle = (levels[i] + levels[i - 1]) / 2, step = index ? 1 : levels[i] - levels[i - 1];
+        float middle = (levels[i] + levels[i - 1]) / 2,
+              step = index ? 1 : levels[i] - levels[i - 1];
         sum += either(scaled > middle, all(step), all(0));
     }
     return sum;
@@ -71,35 +80,41 @@ struct Blocks {
     Floats squares[GROUPS], totals[GROUPS], weight[GROUPS];
     Floats factor, unscale;  // of each block; see `normalise`
 
-    // Multiplies the values of each block by a power of two that brings its peak near 1: `powers_of_two`.
-    __attribute__((noinline)) void normalise() {  // inlined, it takes compilers half as long again
+    // Multiplies each block by a power of two that brings its peak near 1, see `powers_of_two`.
+    // Not inlined, because that takes compilers half as long again.
+    __attribute__((noinline)) void normalise() {
         Floats peaks[4] = {}, peak;
         for (int i = 0; i < LENGTH; i += 4)
-            for (int j = 0; j < 4; j++) peaks[j] = most(peaks[j], magnitude(values[i + j]));
-        peak = most(most(peaks[0], peaks[1]), most(peaks[2], peaks[3]));
+            for (int j = 0; j < 4; j++) peaks[j] = larger(peaks[j], magnitude(values[i + j]));
+        peak = larger(larger(peaks[0], peaks[1]), larger(peaks[2], peaks[3]));
         Ints exponent = (Ints)peak >> 23;
         exponent = exponent < 1 ? 1 - (Ints){} : exponent > 253 ? 253 - (Ints){} : exponent;
         factor = (Floats)(254 - exponent << 23), unscale = (Floats)(exponent << 23);
         for (int i = 0; i < LENGTH; i++) values[i] *= factor;
     }
 
-    // Scales of such values, as the format stores them.
-    FUNCTION Floats rounded_scale(Floats scale, bool to_zero) const { return stored(scale * unscale, to_zero) * factor; }
+    // Returns scales of normalised values as the format stores them.
+    FUNCTION Floats rounded_scale(Floats scale, bool to_zero) const {
+        return stored(scale * unscale, to_zero) * factor;
+    }
 
     void restore(Stored& scales) const { scales.d *= unscale, scales.dmin *= unscale; }
 
-    FUNCTION Floats weighed(int i, Floats a) const { return WEIGHTED ? weights[WEIGHTED ? i : 0] * a : a; }
+    FUNCTION Floats weighed(int i, Floats a) const {
+        return WEIGHTED ? weights[WEIGHTED ? i : 0] * a : a;
+    }
 
     FUNCTION Floats scaled(int i, Floats inverted, Floats shift) const {
         return MINIMUM ? multiply_add(values[i], inverted, shift) : values[i] * inverted;
     }
 
-    // `Search.fit`'s emphasis on large values.
+    // Weights large values more, as `Search.fit` does.
     void emphasise() {
         Floats mean = all(0);
         for (int i = 0; i < LENGTH; i++) mean = multiply_add(values[i], values[i], mean);
         mean *= 1.0f / LENGTH;
-        for (int i = 0; i < LENGTH; i++) weights[WEIGHTED ? i : 0] *= square_root(multiply_add(values[i], values[i], mean));
+        for (int i = 0; i < LENGTH; i++)
+            weights[WEIGHTED ? i : 0] *= square_root(multiply_add(values[i], values[i], mean));
     }
 
     void prepare(int g) {
@@ -139,35 +154,42 @@ struct Blocks {
 
     Floats error(const Stored& scales) const {
         Floats sum = {};
-        for (int g = 0; g < GROUPS; g++) sum += error(g, scales.d * scales.scale[g], scales.dmin * scales.minimum[g]);
+        for (int g = 0; g < GROUPS; g++)
+            sum += error(g, scales.d * scales.scale[g], scales.dmin * scales.minimum[g]);
         return sum;
     }
 
-    FUNCTION void least_squares(int g, Sums sums, Floats& unit, Floats& offset, Floats& error) const {
+    FUNCTION void least_squares(int g, Sums sums, Floats& unit, Floats& offset,
+                                Floats& error) const {
         if (!MINIMUM) {
             unit = sums.products * inverse(sums.squares);
             error = squares[g] - unit * sums.products;
         } else {
-            Floats determinant = weight[g] * sums.squares - sums.total * sums.total, inverted = inverse(determinant);
+            Floats determinant = weight[g] * sums.squares - sums.total * sums.total,
+                   inverted = inverse(determinant);
             Ints sound = determinant > 1e-6f * weight[g] * sums.squares;
-            unit = either(sound, (weight[g] * sums.products - totals[g] * sums.total) * inverted, all(0));
-            offset = either(sound, (sums.total * sums.products - sums.squares * totals[g]) * inverted,
-                            -totals[g] * inverse(weight[g]));
+            unit = either(sound, (weight[g] * sums.products - totals[g] * sums.total) * inverted,
+                          all(0));
+            offset =
+                either(sound, (sums.total * sums.products - sums.squares * totals[g]) * inverted,
+                       -totals[g] * inverse(weight[g]));
             if (INTEGERS) {
                 unit = either(offset < 0, sums.products * inverse(sums.squares), unit);
-                offset = most(offset, all(0));
+                offset = larger(offset, all(0));
             }
-            error = squares[g] + unit * (unit * sums.squares - 2 * sums.products - 2 * offset * sums.total)
-                    + offset * (offset * weight[g] + 2 * totals[g]);
+            error = squares[g] +
+                    unit * (unit * sums.squares - 2 * sums.products - 2 * offset * sums.total) +
+                    offset * (offset * weight[g] + 2 * totals[g]);
         }
         if (!SIGNED) error = either(unit >= 0, error, all(__builtin_inff()));
     }
 
-    // The best unit and offset of a group, not yet rounded.
+    // Searches the best unit and offset of a group, not yet rounded.
     void start(int g, int tries, int rounds, Floats& best_unit, Floats& best_offset) const {
         Floats low = values[g * GROUP], high = low, best = all(__builtin_inff());
-        for (int i = g * GROUP; i < (g + 1) * GROUP; i++) low = least(low, values[i]), high = most(high, values[i]);
-        if (MINIMUM && INTEGERS) low = least(low, all(0));
+        for (int i = g * GROUP; i < (g + 1) * GROUP; i++)
+            low = smaller(low, values[i]), high = larger(high, values[i]);
+        if (MINIMUM && INTEGERS) low = smaller(low, all(0));
         Floats peak = either(high > -low, high, low);
         best_unit = best_offset = all(0);
         bool first = true;
@@ -178,7 +200,8 @@ struct Blocks {
             if (first) better |= -1;
             first = false;
             best = either(better, error, best);
-            best_unit = either(better, unit, best_unit), best_offset = either(better, offset, best_offset);
+            best_unit = either(better, unit, best_unit),
+            best_offset = either(better, offset, best_offset);
         };
         float from = UNIFORM ? -0.9f : -0.12f, to = UNIFORM ? 0.9f : 0.24f;
         for (int t = 0; t < tries; t++) {
@@ -208,16 +231,20 @@ struct Blocks {
         Floats peak = unit[0], peak_offset = offset[0];
         for (int g = 1; g < GROUPS; g++) {
             peak = either(magnitude(unit[g]) > magnitude(peak), unit[g], peak);
-            peak_offset = most(offset[g], peak_offset);
+            peak_offset = larger(offset[g], peak_offset);
         }
-        scales.d = rounded_scale(peak / (LOWEST_SCALE < 0 ? (float)LOWEST_SCALE : (float)HIGHEST_SCALE), false);
+        scales.d = rounded_scale(
+            peak / (LOWEST_SCALE < 0 ? (float)LOWEST_SCALE : (float)HIGHEST_SCALE), false);
         if (MINIMUM) scales.dmin = rounded_scale(peak_offset / (float)HIGHEST_SCALE, false);
         for (int g = 0; g < GROUPS; g++) nearest_integers(g, scales, unit[g], offset[g]);
     }
 
     void nearest_integers(int g, Stored& scales, Floats unit, Floats offset) const {
-        scales.scale[g] = nearest_integer(between(unit * inverse(scales.d), LOWEST_SCALE, HIGHEST_SCALE));
-        scales.minimum[g] = MINIMUM ? nearest_integer(between(offset * inverse(scales.dmin), LOWEST_SCALE, HIGHEST_SCALE)) : all(0);
+        scales.scale[g] =
+            nearest_integer(between(unit * inverse(scales.d), LOWEST_SCALE, HIGHEST_SCALE));
+        scales.minimum[g] = MINIMUM ? nearest_integer(between(offset * inverse(scales.dmin),
+                                                              LOWEST_SCALE, HIGHEST_SCALE))
+                                    : all(0);
     }
 
     void best_integers(int g, Stored& scales) const {
@@ -227,16 +254,18 @@ struct Blocks {
             for (int other = MINIMUM ? -1 : 0; other <= (MINIMUM ? 1 : 0); other++) {
                 if (!step && !other) continue;
                 Floats tried = between(scale + (float)step, LOWEST_SCALE, HIGHEST_SCALE);
-                Floats tried_minimum = MINIMUM ? between(minimum + (float)other, LOWEST_SCALE, HIGHEST_SCALE) : minimum;
-                Floats found = error(g, scales.d * tried, scales.dmin * tried_minimum);
-                Ints better = found < best;
-                best = either(better, found, best);
+                Floats tried_minimum =
+                    MINIMUM ? between(minimum + (float)other, LOWEST_SCALE, HIGHEST_SCALE)
+                            : minimum;
+                Floats tried_error = error(g, scales.d * tried, scales.dmin * tried_minimum);
+                Ints better = tried_error < best;
+                best = either(better, tried_error, best);
                 scales.scale[g] = either(better, tried, scales.scale[g]);
                 scales.minimum[g] = either(better, tried_minimum, scales.minimum[g]);
             }
     }
 
-    // `Search.fit_group`: the integers of a group, its super-scales given.
+    // `Search.fit_group`: searches the integers of a group for given super-scales.
     void fit_group(int g, Stored& scales, int tries, int rounds) const {
         Floats unit, offset;
         start(g, tries, rounds, unit, offset);
@@ -254,7 +283,7 @@ struct Blocks {
         }
         if (!MINIMUM) {
             Floats d = ax * inverse(aa);
-            scales.d = rounded_scale(SIGNED ? d : most(d, all(0)), false);
+            scales.d = rounded_scale(SIGNED ? d : larger(d, all(0)), false);
             return;
         }
         Floats determinant = aa * bb - ab * ab, inverted = inverse(determinant);
@@ -269,10 +298,11 @@ struct Blocks {
         first_scales(best, tries, rounds);
         Floats least_error = error(best);
         auto keep = [&](const Stored& tried) {
-            Floats found = error(tried);
-            Ints better = found < least_error;
-            least_error = either(better, found, least_error);
-            best.d = either(better, tried.d, best.d), best.dmin = either(better, tried.dmin, best.dmin);
+            Floats tried_error = error(tried);
+            Ints better = tried_error < least_error;
+            least_error = either(better, tried_error, least_error);
+            best.d = either(better, tried.d, best.d),
+            best.dmin = either(better, tried.dmin, best.dmin);
             for (int g = 0; g < GROUPS; g++) {
                 best.scale[g] = either(better, tried.scale[g], best.scale[g]);
                 best.minimum[g] = either(better, tried.minimum[g], best.minimum[g]);

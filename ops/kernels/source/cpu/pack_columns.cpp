@@ -1,10 +1,12 @@
-// `choose_columns` of ops/grid_columns.py, which says what each step does. A lane holds a row; some vectors of rows are worked
-// at together, so that a share that was loaded serves all of them, and with all their columns they stay in the cache.
+// `choose_columns` of ops/grid_columns.py, which documents the steps. A lane holds a row. Several
+// vectors of rows are processed together, so that each loaded share serves all of them, and so few
+// that all their columns stay in the cache.
 //
-// Given, beside what the search is given: COLUMNS, the most of them.
+// Defined besides the constants of pack.h: COLUMNS, the largest number of columns.
 
 const int VECTORS = 2, ROWS = VECTORS * LANES;
-const int TILE = 4;  // columns that take up losses together: their sums fill the registers. It divides every group.
+// Columns that take up losses together: their sums fill the registers. It divides every group.
+const int TILE = 4;
 
 struct Rounder {
     Floats unit, offset, inverted, shift;
@@ -12,7 +14,9 @@ struct Rounder {
     FUNCTION Floats level(Floats value) const {
         return nearest(MINIMUM ? multiply_add(value, inverted, shift) : value * inverted, false);
     }
-    FUNCTION Floats value(Floats level) const { return MINIMUM ? multiply_add(level, unit, -offset) : level * unit; }
+    FUNCTION Floats value(Floats level) const {
+        return MINIMUM ? multiply_add(level, unit, -offset) : level * unit;
+    }
 };
 
 static FUNCTION Rounder rounder_of(Floats unit, Floats offset) {
@@ -20,13 +24,17 @@ static FUNCTION Rounder rounder_of(Floats unit, Floats offset) {
     return {unit, offset, inverted, offset * inverted};
 }
 
-// A matrix of numbers of rows: `rows` of them from one row on, of `all_rows`.
+// `rows` neighbouring rows of a matrix that has `all_rows`, one row per lane.
 struct Part {
     Index all_rows;
     int rows;
 
-    FUNCTION void load(Floats* to, const float* from, int column) const { copy((float*)to, from + column * all_rows); }
-    FUNCTION void store(const Floats* from, float* to, int column) const { copy(to + column * all_rows, (const float*)from); }
+    FUNCTION void load(Floats* to, const float* from, int column) const {
+        copy((float*)to, from + column * all_rows);
+    }
+    FUNCTION void store(const Floats* from, float* to, int column) const {
+        copy(to + column * all_rows, (const float*)from);
+    }
     FUNCTION void copy(float* to, const float* from) const {
         if (rows == ROWS)
             memcpy(to, from, ROWS * sizeof(float));
@@ -35,14 +43,16 @@ struct Part {
     }
 };
 
-struct Chosen {  // from one row on
+struct Chosen {  // pointers to the first row's numbers
     float *levels, *d, *dmin, *scale, *minimum;
 };
 
 typedef Floats Column[VECTORS];
 
-// What columns `first` up to `last` take up of the group of columns that begins at `from`.
-static void take_up(Column* values, const float* shares, int columns, int from, int first, int last) {
+// Adds to columns `first` up to `last` their shares of the losses in the group that starts at
+// `from`.
+static void take_up(Column* values, const float* shares, int columns, int from, int first,
+                    int last) {
     for (int j = first; j < last; j += TILE) {
         Column sums[TILE];
 #pragma GCC unroll 4
@@ -54,7 +64,8 @@ static void take_up(Column* values, const float* shares, int columns, int from, 
             for (int t = 0; t < TILE; t++) {
                 Floats share = all(shares[(Index)i * columns + j + t]);
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) sums[t][v] = multiply_add(share, values[i][v], sums[t][v]);
+                for (int v = 0; v < VECTORS; v++)
+                    sums[t][v] = multiply_add(share, values[i][v], sums[t][v]);
             }
 #pragma GCC unroll 4
         for (int t = 0; t < TILE; t++)
@@ -63,9 +74,10 @@ static void take_up(Column* values, const float* shares, int columns, int from, 
     }
 }
 
-// The scales of the group that begins at column `first`, and at the first of a block its super-scales.
-static void choose_scales(Stored& scales, Blocks<true>& blocks, const Column* values, int vector, const float* weights, int first,
-                          int tries, int rounds) {
+// Chooses the scales of the group that begins at column `first`, and in a block's first group the
+// super-scales.
+static void choose_scales(Stored& scales, Blocks<true>& blocks, const Column* values, int vector,
+                          const float* weights, int first, int tries, int rounds) {
     int g = first % LENGTH / GROUP;
     bool whole = g == 0;
     for (int i = 0; i < (whole ? LENGTH : GROUP); i++) {
@@ -81,8 +93,8 @@ static void choose_scales(Stored& scales, Blocks<true>& blocks, const Column* va
 }
 
 template <bool SEARCHED>
-static void choose_rows(float* all_values, const float* shares, const float* weights, Chosen chosen, int columns, Part part,
-                        int tries, int rounds) {
+static void choose_rows(float* all_values, const float* shares, const float* weights, Chosen chosen,
+                        int columns, Part part, int tries, int rounds) {
     Column values[COLUMNS] = {};
     Stored scales[VECTORS] = {};
     Blocks<true> blocks;
@@ -102,26 +114,29 @@ static void choose_rows(float* all_values, const float* shares, const float* wei
             if (MINIMUM) part.store(minimum, chosen.minimum, group);
         } else {
             part.load(d, chosen.d, block), part.load(scale, chosen.scale, group);
-            if (MINIMUM) part.load(dmin, chosen.dmin, block), part.load(minimum, chosen.minimum, group);
+            if (MINIMUM)
+                part.load(dmin, chosen.dmin, block), part.load(minimum, chosen.minimum, group);
         }
         Rounder rounder[VECTORS];
-        for (int v = 0; v < VECTORS; v++) rounder[v] = rounder_of(d[v] * scale[v], dmin[v] * minimum[v]);
+        for (int v = 0; v < VECTORS; v++)
+            rounder[v] = rounder_of(d[v] * scale[v], dmin[v] * minimum[v]);
         for (int column = first; column < stop; column++) {
             Column level = {};
             if (!SEARCHED) part.load(level, chosen.levels, column);
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) {
-                Floats wanted = values[column][v], before = {};
-                if (!SEARCHED) before = rounder[v].value(level[v]), wanted += before;
-                level[v] = rounder[v].level(wanted);
+                Floats target = values[column][v], before = {};
+                if (!SEARCHED) before = rounder[v].value(level[v]), target += before;
+                level[v] = rounder[v].level(target);
                 Floats value = rounder[v].value(level[v]);
-                values[column][v] = SEARCHED ? wanted - value : value - before;
+                values[column][v] = SEARCHED ? target - value : value - before;
             }
             part.store(level, chosen.levels, column);
             for (int later = column + 1; later < stop; later++) {
                 Floats share = all(shares[(Index)column * columns + later]);
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) values[later][v] = multiply_add(share, values[column][v], values[later][v]);
+                for (int v = 0; v < VECTORS; v++)
+                    values[later][v] = multiply_add(share, values[column][v], values[later][v]);
             }
         }
         take_up(values, shares, columns, first, stop, columns);
@@ -129,17 +144,20 @@ static void choose_rows(float* all_values, const float* shares, const float* wei
     for (int column = 0; column < columns; column++) part.store(values[column], all_values, column);
 }
 
-// values, levels: (columns, rows); shares: (columns, columns); weights: (columns,), or null. The others are those of `Columns`;
-// dmin and minimum are not touched without a minimum.
-extern "C" void pack_columns(float* values, const float* shares, const float* weights, float* levels, float* d, float* dmin,
-                             float* scale, float* minimum, int columns, Index rows, int tries, int rounds, int threads) {
+// values, levels: (columns, rows). shares: (columns, columns). weights: (columns,), or null. The
+// others are those of `Columns`; dmin and minimum are used only where the grid has a minimum.
+extern "C" void pack_columns(float* values, const float* shares, const float* weights,
+                             float* levels, float* d, float* dmin, float* scale, float* minimum,
+                             int columns, Index rows, int tries, int rounds, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (Index first = 0; first < rows; first += ROWS) {
         Part part = {rows, (int)(rows - first < ROWS ? rows - first : ROWS)};
         Chosen chosen = {levels + first, d + first, dmin + first, scale + first, minimum + first};
         if (weights)
-            choose_rows<true>(values + first, shares, weights, chosen, columns, part, tries, rounds);
+            choose_rows<true>(values + first, shares, weights, chosen, columns, part, tries,
+                              rounds);
         else
-            choose_rows<false>(values + first, shares, weights, chosen, columns, part, tries, rounds);
+            choose_rows<false>(values + first, shares, weights, chosen, columns, part, tries,
+                               rounds);
     }
 }

@@ -65,7 +65,8 @@ FUNCTION void round_to(float value, Half& half) { half.bits = half_of_float(valu
 
 FUNCTION float to_float(BFloat16 value) { return float_of_bits((unsigned)value.bits << 16); }
 
-// To nearest, ties to even; in integers, since GPUs before compute capability 8.0 have no instruction for it.
+// Rounds to nearest, ties to even, by integers: GPUs before compute capability 8.0 have no
+// instruction for it.
 FUNCTION void round_to(float value, BFloat16& rounded) {
     unsigned bits = __float_as_uint(value);
     bits += 0x7FFF + (bits >> 16 & 1);
@@ -96,7 +97,8 @@ struct alignas(16) Chunk {
 template <class T>
 FUNCTION Floats load_chunk(const T* from) {
     Chunk<T> chunk;
-    for (int i = 0; i < (int)(sizeof(chunk) / sizeof(uint4)); i++) ((uint4*)&chunk)[i] = ((const uint4*)from)[i];
+    for (int i = 0; i < (int)(sizeof(chunk) / sizeof(uint4)); i++)
+        ((uint4*)&chunk)[i] = ((const uint4*)from)[i];
     Floats values;
     for (int i = 0; i < LANES; i++) values.lane[i] = to_float(chunk.values[i]);
     return values;
@@ -108,7 +110,8 @@ FUNCTION void store_chunk(T* to, Floats values) {
     Chunk<T> chunk;
     for (int i = 0; i < LANES; i++) round_to(values.lane[i], chunk.values[i]);
     if ((unsigned long long)to % 16 == 0) {
-        for (int i = 0; i < (int)(sizeof(chunk) / sizeof(uint4)); i++) ((uint4*)to)[i] = ((uint4*)&chunk)[i];
+        for (int i = 0; i < (int)(sizeof(chunk) / sizeof(uint4)); i++)
+            ((uint4*)to)[i] = ((uint4*)&chunk)[i];
     } else {
         for (int i = 0; i < LANES; i++) to[i] = chunk.values[i];
     }
@@ -117,7 +120,8 @@ FUNCTION void store_chunk(T* to, Floats values) {
 // Four bytes of a block at an address that is a multiple of ALIGNMENT.
 FUNCTION unsigned load_word(Packed from) {
     if (ALIGNMENT == 4) return *(const unsigned*)from;
-    if (ALIGNMENT == 2) return ((const unsigned short*)from)[0] | (unsigned)((const unsigned short*)from)[1] << 16;
+    if (ALIGNMENT == 2)
+        return ((const unsigned short*)from)[0] | (unsigned)((const unsigned short*)from)[1] << 16;
     return from[0] | from[1] << 8 | from[2] << 16 | (unsigned)from[3] << 24;
 }
 
@@ -134,7 +138,7 @@ FUNCTION Ints load_signed_bytes(Packed from) {
     return bytes;
 }
 
-// Two lanes a byte, the high nibble first.
+// Two lanes per byte, the high nibble first.
 FUNCTION Ints load_nibble_pairs(Packed from) {
     unsigned word = load_word(from);
     Ints nibbles;
@@ -142,7 +146,7 @@ FUNCTION Ints load_nibble_pairs(Packed from) {
     return nibbles;
 }
 
-// Eight lanes a byte, the lowest bit first.
+// Eight lanes per byte, the lowest bit first.
 FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 
 // The float16 at an even byte of a block.
@@ -152,8 +156,8 @@ FUNCTION float load_half(Packed from) {
 }
 
 #ifdef CODEBOOK
-// The value of each code, from the format's class. Not __constant__: threads of a warp that read different entries would wait
-// for each other.
+// The value of each code, from the format's class. Not __constant__: threads of a warp that read
+// different entries would wait for each other.
 __device__ const float codebook[16] = {CODEBOOK};
 
 FUNCTION Floats look_up(Ints codes) LANEWISE(Floats, codebook[codes.lane[i]])

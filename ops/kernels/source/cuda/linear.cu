@@ -1,10 +1,10 @@
-// out = input weight^T + addend for up to TOKENS rows of input, summed in float32 and rounded once. One warp for ROWS rows of
-// the weight: the more, the fewer times the input is loaded.
+// Computes out = input weight^T + addend for up to TOKENS rows of input, summed in float32 and
+// rounded once. A warp takes ROWS rows of the weight: the more, the fewer times it loads the input.
 //
-// input: (tokens, columns). out: (tokens, rows). addend: (tokens, rows) of the strides given, or null.
-extern "C" __global__ void linear(const TYPE* input, Packed packed, Scales scales, const TYPE* addend, TYPE* out,
-                                  int tokens, int rows, int columns, long long addend_token_stride,
-                                  long long addend_row_stride) {
+// input: (tokens, columns). out: (tokens, rows). addend: (tokens, rows) of these strides, or null.
+extern "C" __global__ void linear(const TYPE* input, Packed packed, Scales scales,
+                                  const TYPE* addend, TYPE* out, int tokens, int rows, int columns,
+                                  long long addend_token_stride, long long addend_row_stride) {
     int first_row = (blockIdx.x * blockDim.x + threadIdx.x) / 32 * ROWS, lane = threadIdx.x % 32;
     if (first_row >= rows) return;
     int chunks = columns / LANES;
@@ -13,7 +13,8 @@ extern "C" __global__ void linear(const TYPE* input, Packed packed, Scales scale
         Floats weights[ROWS];
 #pragma unroll
         for (int row = 0; row < ROWS; row++)
-            weights[row] = weight_chunk(packed, scales, (long long)min(first_row + row, rows - 1) * chunks + chunk);
+            weights[row] = weight_chunk(packed, scales,
+                                        (long long)min(first_row + row, rows - 1) * chunks + chunk);
 #pragma unroll
         for (int token = 0; token < TOKENS; token++) {
             if (token >= tokens) break;
@@ -30,9 +31,12 @@ extern "C" __global__ void linear(const TYPE* input, Packed packed, Scales scale
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
             float sum = sums[token][row];
-            for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, distance);
+            for (int distance = 16; distance; distance /= 2)
+                sum += __shfl_xor_sync(0xFFFFFFFF, sum, distance);
             if (lane == 0 && first_row + row < rows) {
-                if (addend) sum += to_float(addend[token * addend_token_stride + (first_row + row) * addend_row_stride]);
+                if (addend)
+                    sum += to_float(addend[token * addend_token_stride +
+                                           (first_row + row) * addend_row_stride]);
                 round_to(sum, out[(long long)token * rows + first_row + row]);
             }
         }

@@ -1,6 +1,8 @@
-// bitsandbytes' 4-bit formats, described in ops/formats/bnb_4bit.py, where CODEBOOK comes from. The scales lie in a tensor of
-// their own, and are applied in weight.h.
+// bitsandbytes' 4-bit formats. ops/formats/bnb_4bit.py documents them and has CODEBOOK. The scales
+// are a tensor of their own, which weight.h applies.
 
 struct Codebook4Bit {
-    static FUNCTION Floats values(Packed block, int first) { return look_up(load_nibble_pairs(block + first / 2)); }
+    static FUNCTION Floats values(Packed block, int first) {
+        return look_up(load_nibble_pairs(block + first / 2));
+    }
 };

@@ -1,4 +1,4 @@
-// ggml's first formats. The layouts of the blocks stand in ops/formats/legacy.py.
+// ggml's first formats. ops/formats/legacy.py documents the layouts of the blocks.
 
 struct Q4_0 {
     static FUNCTION Floats values(Packed block, int first) {
@@ -24,7 +24,8 @@ struct Q5_0 {
 struct Q5_1 {
     static FUNCTION Floats values(Packed block, int first) {
         Ints codes = load_bytes(block + 8 + first % 16) >> first / 16 * 4 & 15;
-        return load_half(block) * floats(codes | load_bits(block + 4 + first / 8) << 4) + load_half(block + 2);
+        return load_half(block) * floats(codes | load_bits(block + 4 + first / 8) << 4) +
+               load_half(block + 2);
     }
 };
 

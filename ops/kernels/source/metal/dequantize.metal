@@ -1,7 +1,8 @@
-// Values of a weight from its first block on, in order. One thread a chunk.
+// Writes a weight's values from its first block on, in order. Each thread writes one chunk.
 //
-// scales: one for each block; the packed bytes again where the blocks hold their scales.
+// scales: one per block; the packed bytes again where the blocks hold their scales.
 kernel void dequantize(device TYPE* out [[buffer(0)]], const device uchar* packed [[buffer(1)]],
-                   const device uchar* scales [[buffer(2)]], uint chunk [[thread_position_in_grid]]) {
+                       const device uchar* scales [[buffer(2)]],
+                       uint chunk [[thread_position_in_grid]]) {
     store(weight_chunk(packed, (Scales)scales, chunk), out + (Index)chunk * LANES);
 }

@@ -2,7 +2,7 @@
 
 #include <metal_stdlib>
 
-// The values are those of the reference, bit for bit. The last line is for compilers that do not know the two before it.
+// Values have the reference's bits. The last line is for compilers that do not know the two before.
 #pragma METAL fp math_mode(safe)
 #pragma METAL fp contract(off)
 #pragma STDC FP_CONTRACT OFF
@@ -14,7 +14,8 @@ using namespace metal;
 
 typedef const device uchar* Packed;
 typedef const device float* Scales;
-// 64 bits, for a weight may have more than 2^32 bytes. A position in the grid has 32: it counts chunks.
+// 64 bits, because a weight may have more than 2^32 bytes. A position in the grid has 32 bits: it
+// counts chunks.
 typedef long Index;
 
 struct Ints {
@@ -42,7 +43,7 @@ static FUNCTION Floats operator+(Floats a, float b) LANEWISE(Floats, a.lane[i] +
 static FUNCTION Floats operator-(Floats a, float b) LANEWISE(Floats, a.lane[i] - b)
 static FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
 
-// Packed vectors lie wherever one of their elements may.
+// Packed vectors need only the alignment of their elements.
 
 static FUNCTION Ints load_bytes(Packed from) {
     const device packed_uchar4* quads = (const device packed_uchar4*)from;
@@ -57,7 +58,7 @@ static FUNCTION Ints load_bytes(Packed from) {
 
 static FUNCTION Ints load_signed_bytes(Packed from) { return load_bytes(from) << 24 >> 24; }
 
-// Two lanes a byte, the high nibble first.
+// Two lanes per byte, the high nibble first.
 static FUNCTION Ints load_nibble_pairs(Packed from) {
     packed_uchar4 pairs = *(const device packed_uchar4*)from;
     Ints nibbles;
@@ -65,10 +66,12 @@ static FUNCTION Ints load_nibble_pairs(Packed from) {
     return nibbles;
 }
 
-// Eight lanes a byte, the lowest bit first.
+// Eight lanes per byte, the lowest bit first.
 static FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 
-static FUNCTION float load_half(Packed from) { return as_type<half>((ushort)(from[0] | from[1] << 8)); }
+static FUNCTION float load_half(Packed from) {
+    return as_type<half>((ushort)(from[0] | from[1] << 8));
+}
 
 static FUNCTION float float_of_bits(uint bits) { return as_type<float>(bits); }
 
@@ -76,7 +79,7 @@ static FUNCTION float float_of_bits(uint bits) { return as_type<float>(bits); }
 
 typedef half Half;
 
-// Metal has a type for it from version 3.1 on.
+// Metal has a type for it only from version 3.1 on.
 struct BFloat16 {
     ushort bits;
 };
@@ -93,7 +96,8 @@ static FUNCTION float rounded_as(float value, thread const BFloat16*) {
 }
 
 template <class T>
-static FUNCTION Floats rounded(Floats values) LANEWISE(Floats, rounded_as(values.lane[i], (thread const T*)0))
+static FUNCTION Floats rounded(Floats values)
+    LANEWISE(Floats, rounded_as(values.lane[i], (thread const T*)0))
 
 static FUNCTION void store(Floats values, device float* to) {
     device packed_float4* quads = (device packed_float4*)to;
@@ -115,7 +119,8 @@ static FUNCTION void store(Floats values, device BFloat16* to) {
     device packed_ushort4* quads = (device packed_ushort4*)to;
     for (int i = 0; i < LANES / 4; i++) {
         thread const float* lane = values.lane + i * 4;
-        quads[i] = packed_ushort4(bfloat16_bits(lane[0]), bfloat16_bits(lane[1]), bfloat16_bits(lane[2]), bfloat16_bits(lane[3]));
+        quads[i] = packed_ushort4(bfloat16_bits(lane[0]), bfloat16_bits(lane[1]),
+                                  bfloat16_bits(lane[2]), bfloat16_bits(lane[3]));
     }
 }
 
