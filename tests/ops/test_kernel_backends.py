@@ -1,9 +1,9 @@
-"""What every backend holds to: the values of gguf and bitsandbytes, the cases of `check`, and a
-device that uses it. C++ runs on this CPU, Triton where test_kernels_triton.py says. What is one
-backend's own is in a file of its name.
+"""Every backend has the values of gguf and bitsandbytes, passes the cases of `check`, and is used
+by a device. C++ runs on this CPU, Triton where test_kernels_triton.py says. Tests of a single
+backend are in a file of its name.
 
-What differs from another case in one respect only is heavy: each format is dequantised to float32
-by each backend, each dtype and kernel meets a few formats.
+Cases that differ from another one in one respect only are heavy: every backend dequantises every
+format to float32, and other dtypes and kernels run with a few formats.
 """
 import logging
 
@@ -59,11 +59,11 @@ def of(backends):
     return pytest.mark.parametrize("backend", backends, indirect=True)
 
 
-def each(backends, formats, dtypes, is_usual):
-    """Cases of a backend, a format and a dtype.
+def parametrize_cases(backends, formats, dtypes, is_usual):
+    """Parametrizes a test by backend, format and dtype.
 
     Args:
-        is_usual: takes a backend's name, a format and a dtype; the rest is heavy.
+        is_usual: (a backend's name, a format, a dtype) -> whether the case is not heavy.
     """
     cases = []
     for name in backends:
@@ -95,7 +95,7 @@ def kernels_of(backend, capability, fmt=None):
 
 
 def dequantize(backend, fmt, tensors, out, value_dtype=None):
-    """What the backend's kernel gives on its device. tensors, out: on the CPU, as the result is."""
+    """Returns what the backend's kernel computes on its device. All tensors are on the CPU."""
     device = device_of(backend)
     values = out.to(device)
     (kernel,) = kernels_of(backend, "dequantize", fmt)
@@ -103,7 +103,7 @@ def dequantize(backend, fmt, tensors, out, value_dtype=None):
     return values.cpu()
 
 
-each_dequantize = each(BACKENDS, ALL_FORMATS, DTYPES, is_usual_dequantize)
+each_dequantize = parametrize_cases(BACKENDS, ALL_FORMATS, DTYPES, is_usual_dequantize)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -121,14 +121,15 @@ def test_dequantize_is_right_in_each_case_of_the_check(backend, fmt, dtype, devi
     check(*kernels_of(backend, "dequantize", fmt), fmt, dtype, None, device)
 
 
-@each(BACKENDS, TWO, DTYPES[1:], lambda name, fmt, dtype: fmt == TWO[dtype == torch.float16])
+@parametrize_cases(BACKENDS, TWO, DTYPES[1:],
+                   lambda name, fmt, dtype: fmt == TWO[dtype == torch.float16])
 def test_dequantize_rounds_to_the_value_dtype_first(backend, fmt, dtype, device):
     check(*kernels_of(backend, "dequantize"), fmt, torch.float32, dtype, device)
 
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
 def test_dequantize_of_odd_weights_and_of_none(backend, shape):
-    """Of NF4 the last block may be short."""
+    """NF4's last block may be short."""
     fmt, count = FORMATS["NF4"], shape[0] * shape[1]
     packed, scales = random_tensors(fmt, -(-count // 64) or 1, CPU)
     tensors = [packed[:-(-count // 2)], scales[:-(-count // 64)]]
@@ -136,7 +137,7 @@ def test_dequantize_of_odd_weights_and_of_none(backend, shape):
     assert_same_bits(dequantize(backend, fmt, tensors, torch.empty_like(expected)), expected)
 
 
-@each(BACKENDS, [INT8.of_columns(32)], DTYPES[1:], lambda *case: True)
+@parametrize_cases(BACKENDS, [INT8.of_columns(32)], DTYPES[1:], lambda *case: True)
 def test_values_are_rounded_once(backend, fmt, dtype):
     edges = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65520.0, 65519.99, 1 + 2 ** -8,
              1 + 3 * 2 ** -8, 2.0 ** -25, 3.39e38]
@@ -150,19 +151,19 @@ def test_values_are_rounded_once(backend, fmt, dtype):
     assert_same_bits(out, values.to(dtype).unsqueeze(-1).expand(-1, 32))
 
 
-@each(["cpp", "nvrtc", "triton"], ALL_FORMATS, DTYPES[1:], is_usual_product)
+@parametrize_cases(["cpp", "nvrtc", "triton"], ALL_FORMATS, DTYPES[1:], is_usual_product)
 def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
     for kernel in kernels_of(backend, "linear", fmt):
         check(kernel, fmt, dtype, None, device)
 
 
-@each(WITH_PRODUCTS, [FORMATS["Q4_K"]], DTYPES,
-      lambda name, fmt, dtype: name != "triton" or dtype == torch.float16)
+@parametrize_cases(WITH_PRODUCTS, [FORMATS["Q4_K"]], DTYPES,
+                   lambda name, fmt, dtype: name != "triton" or dtype == torch.float16)
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
 @pytest.mark.usefixtures("three_threads")
 def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, device):
-    """Rows that no share of a thread divides, an addend of odd strides, an input one value after an
-    even address. A kernel may round the weight's values to `dtype` before it multiplies."""
+    """With an odd number of rows, an addend of odd strides, and an input one value after an aligned
+    address. A kernel may round the weight's values to `dtype` before it multiplies."""
     kernels = [kernel for kernel in kernels_of(backend, "linear") if kernel.takes(tokens)]
     if not kernels:
         pytest.skip("multiplies fewer rows")
@@ -181,7 +182,7 @@ def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, 
 
 
 def is_rounded_once(out, input, weight, added) -> bool:
-    """Whether `out` is `input @ weight.T + added`, summed in float32. weight: float64."""
+    """Returns whether `out` is `input @ weight.T + added`, summed in float32. weight: float64."""
     input = input.cpu().double()
     expected = input @ weight.t() + (0 if added is None else added.cpu())
     half_a_step = torch.finfo(out.dtype).eps / 2 * expected.abs()
@@ -192,19 +193,20 @@ def is_rounded_once(out, input, weight, added) -> bool:
 @of(WITH_PRODUCTS)
 def test_each_number_of_rows_has_one_product(backend):
     kernels = kernels_of(backend, "linear")
-    most = max(kernel.max_tokens for kernel in kernels)
-    for tokens in range(1, most + 2):
-        assert sum(kernel.takes(tokens) for kernel in kernels) == (tokens <= most)
+    limit = max(kernel.max_tokens for kernel in kernels)
+    for tokens in range(1, limit + 2):
+        assert sum(kernel.takes(tokens) for kernel in kernels) == (tokens <= limit)
 
 
-@each(WITH_CODES, ALL_FORMATS, [torch.int8], lambda name, fmt, dtype: fmt == TWO[0]
-      or (name == "cpp" and fmt in ONE_OF_EACH_SOURCE))
+@parametrize_cases(
+    WITH_CODES, ALL_FORMATS, [torch.int8], lambda name, fmt, dtype:
+    fmt == TWO[0] or (name == "cpp" and fmt in ONE_OF_EACH_SOURCE))
 def test_codes_of_a_weights_rows_are_right(backend, fmt, dtype, device):
     for value_dtype in (None, torch.float16):
         check(*kernels_of(backend, "int8_rows", fmt), fmt, dtype, value_dtype, device)
 
 
-@each(WITH_CODES, [None], DTYPES, lambda *case: True)
+@parametrize_cases(WITH_CODES, [None], DTYPES, lambda *case: True)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_codes_of_the_inputs_rows_are_right(backend, threads, fmt, dtype, device, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)

@@ -1,5 +1,4 @@
-"""Which kernels a device uses. The backends here are made for the tests, of plain torch on the
-CPU."""
+"""Which kernels a device uses. The backends are fakes that run plain torch on the CPU."""
 import inspect
 import logging
 import sys
@@ -48,14 +47,14 @@ def multiply_without_addend(packed_format, tensors, input, addend, out, value_dt
 
 @pytest.fixture
 def use(monkeypatch):
-    """use(backend, ...): the CPU has these backends, and nothing has been chosen yet."""
+    """use(backend, ...): gives the CPU these backends, of which none is selected yet."""
     monkeypatch.setenv(kernels.VARIABLE, "auto")
     wait_for_kernels(monkeypatch)
 
-    def use(*made):
+    def use(*backends):
         monkeypatch.setattr(kernels, "_selectors", {})
-        monkeypatch.setitem(kernels.PRIORITY, "cpu", tuple(backend.name for backend in made))
-        for backend in made:
+        monkeypatch.setitem(kernels.PRIORITY, "cpu", tuple(backend.name for backend in backends))
+        for backend in backends:
             monkeypatch.setitem(registry.IMPORTS, backend.name, lambda backend=backend: backend)
     return use
 
@@ -74,7 +73,7 @@ def dtype_of(capability: str) -> torch.dtype:
     return torch.int8 if capability == "int8_rows" else torch.float32
 
 
-def found(capability: str):
+def find(capability: str):
     packed_format = None if capability == "int8_tokens" else Q4_0
     tokens = 3 if capability == "linear" else None
     return kernels.find(capability, CPU, packed_format, dtype_of(capability), tokens=tokens)
@@ -141,7 +140,7 @@ def encode_tokens_without_nan(input, codes, scales):
 )
 def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
     use(backend(kernel(capability, run)))
-    assert (found(capability) is run) == is_right
+    assert (find(capability) is run) == is_right
 
 
 SEVERAL_THREADS = 2 * VALUES_PER_THREAD
@@ -149,51 +148,57 @@ RIGHT = {
     "dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows,
     "int8_tokens": encode_tokens
 }
-SPOIL = {  # what is changed in the arguments of a right kernel, after it has run
-    "dequantize": lambda given: given.out[-1].add_(1),
-    "linear": lambda given: given.out[-1, -1].add_(1),
-    "int8_rows": lambda given: given.codes[-1, -1].bitwise_xor_(64),
-    "int8_tokens": lambda given: given.scales[-1].mul_(1.01)}
+SPOIL = {  # changes the arguments of a right kernel after it has run
+    "dequantize": lambda args: args.out[-1].add_(1),
+    "linear": lambda args: args.out[-1, -1].add_(1),
+    "int8_rows": lambda args: args.codes[-1, -1].bitwise_xor_(64),
+    "int8_tokens": lambda args: args.scales[-1].mul_(1.01)}
 WRONG = {
     "dequantize": {
-        "in the tail": lambda given: given.out.numel() % Q4_0.block_length,
-        "of whole blocks": lambda given: given.out.numel() % Q4_0.block_length == 0,
-        "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
-        "from even addresses": lambda given: given.tensors[0].data_ptr() % 2 == 0,
-        "from addresses of four bytes": lambda given: given.tensors[0].data_ptr() % 16 == 4,
-        "to odd addresses": lambda given: given.out.data_ptr() % 8,
-        "with several threads": lambda given: given.out.numel() >= SEVERAL_THREADS,
-        "in the tail of several threads": lambda given: given.out.numel(
-        ) >= SEVERAL_THREADS and given.out.numel() % 32,
-        "with one thread": lambda given: given.out.numel() < SEVERAL_THREADS,
-        "from the first block": lambda given: given.first == 0,
-        "from a later block": lambda given: given.first
-    }, "linear": {
-        "without addend": lambda given: given.addend is None,
-        "with a bias": lambda given: given.addend is not None and given.addend.stride(0) == 0,
-        "with an addend of odd strides": lambda given: given.addend is not None and given.addend.
-        stride(0) == 1, "with the most tokens": lambda given: len(given.input) == 4,
-        "with the most tokens and no addend": lambda given: len(given.input) == 4 and given.addend
-        is None, "with the fewest tokens": lambda given: len(given.input) == 2,
-        "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
-        "of input at odd addresses": lambda given: given.input.data_ptr() % 16,
-        "with several threads": lambda given: given.out.shape[1] * given.input.shape[
-            1] >= SEVERAL_THREADS, "with one thread": lambda given: given.out.shape[
-                1] * given.input.shape[1] < SEVERAL_THREADS,
-        "with many columns": lambda given: given.input.shape[1] > 1024 and given.input.shape[
-            1] % 1024, "with an odd number of rows": lambda given: given.out.shape[1] % 2
-    }, "int8_rows": {
-        "with several threads": lambda given: given.codes.numel() >= SEVERAL_THREADS,
-        "from a later row": lambda given: given.first,
-        "from the first row": lambda given: given.first == 0,
-        "from odd addresses": lambda given: given.tensors[0].data_ptr() % 2,
-        "with many columns": lambda given: given.codes.shape[1] > 1024 and given.codes.shape[
-            1] % 1024
-    }, "int8_tokens": {
-        "with several threads": lambda given: given.input.numel() >= SEVERAL_THREADS,
-        "with one row": lambda given: len(given.input) == 1,
-        "from odd addresses": lambda given: given.input.data_ptr() % 16
-    }
+        "in the tail": lambda args: args.out.numel() % Q4_0.block_length,
+        "of whole blocks": lambda args: args.out.numel() % Q4_0.block_length == 0,
+        "from odd addresses": lambda args: args.tensors[0].data_ptr() % 2,
+        "from even addresses": lambda args: args.tensors[0].data_ptr() % 2 == 0,
+        "from addresses of four bytes": lambda args: args.tensors[0].data_ptr() % 16 == 4,
+        "to odd addresses": lambda args: args.out.data_ptr() % 8,
+        "with several threads": lambda args: args.out.numel() >= SEVERAL_THREADS,
+        "in the tail of several threads":
+            lambda args: args.out.numel() >= SEVERAL_THREADS and args.out.numel() % 32,
+        "with one thread": lambda args: args.out.numel() < SEVERAL_THREADS,
+        "from the first block": lambda args: args.first == 0,
+        "from a later block": lambda args: args.first,
+    },
+    "linear": {
+        "without addend": lambda args: args.addend is None,
+        "with a bias": lambda args: args.addend is not None and args.addend.stride(0) == 0,
+        "with an addend of odd strides":
+            lambda args: args.addend is not None and args.addend.stride(0) == 1,
+        "with the most tokens": lambda args: len(args.input) == 4,
+        "with the most tokens and no addend":
+            lambda args: len(args.input) == 4 and args.addend is None,
+        "with the fewest tokens": lambda args: len(args.input) == 2,
+        "from odd addresses": lambda args: args.tensors[0].data_ptr() % 2,
+        "of input at odd addresses": lambda args: args.input.data_ptr() % 16,
+        "with several threads":
+            lambda args: args.out.shape[1] * args.input.shape[1] >= SEVERAL_THREADS,
+        "with one thread": lambda args: args.out.shape[1] * args.input.shape[1] < SEVERAL_THREADS,
+        "with many columns":
+            lambda args: args.input.shape[1] > 1024 and args.input.shape[1] % 1024,
+        "with an odd number of rows": lambda args: args.out.shape[1] % 2,
+    },
+    "int8_rows": {
+        "with several threads": lambda args: args.codes.numel() >= SEVERAL_THREADS,
+        "from a later row": lambda args: args.first,
+        "from the first row": lambda args: args.first == 0,
+        "from odd addresses": lambda args: args.tensors[0].data_ptr() % 2,
+        "with many columns":
+            lambda args: args.codes.shape[1] > 1024 and args.codes.shape[1] % 1024,
+    },
+    "int8_tokens": {
+        "with several threads": lambda args: args.input.numel() >= SEVERAL_THREADS,
+        "with one row": lambda args: len(args.input) == 1,
+        "from odd addresses": lambda args: args.input.data_ptr() % 16,
+    },
 }
 
 
@@ -206,27 +211,25 @@ def test_a_kernel_that_is_wrong_only_somewhere_is_found_out(capability, where, u
 
     def wrong(*arguments):
         RIGHT[capability](*arguments)
-        given = types.SimpleNamespace(**signature.bind(*arguments).arguments)
-        if WRONG[capability][where](given):
-            SPOIL[capability](given)
+        args = types.SimpleNamespace(**signature.bind(*arguments).arguments)
+        if WRONG[capability][where](args):
+            SPOIL[capability](args)
 
-    use(
-        backend(
-            kernel(capability, wrong,
-                   **({"min_tokens": 2, "max_tokens": 4} if capability == "linear" else {}))))
-    assert found(capability) is None
+    limits = {"min_tokens": 2, "max_tokens": 4} if capability == "linear" else {}
+    use(backend(kernel(capability, wrong, **limits)))
+    assert find(capability) is None
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "gives wrong values here" in warning.message and " in the case " in warning.message
 
 
-def test_an_dequantize_kernel_that_writes_beside_its_values_is_found_out(use, caplog):
+def test_a_dequantize_kernel_that_writes_outside_its_output_is_found_out(use, caplog):
     def wrong(packed_format, tensors, out, value_dtype, first):
         dequantize(packed_format, tensors, out, value_dtype, first)
         if out.storage_offset() + out.numel() < out.untyped_storage().nbytes() // 4:
             out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
 
     use(backend(kernel("dequantize", wrong)))
-    assert found("dequantize") is None and "wrote outside its output" in caplog.text
+    assert find("dequantize") is None and "wrote outside its output" in caplog.text
 
 
 def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
@@ -244,15 +247,14 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
 
 
 def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
-    use(
-        backend(probe=lambda device: probe(lambda packed_format, tensors, out, *_: out.fill_(1),
-                                           device)))
+    def fill(packed_format, tensors, out, value_dtype, first):
+        out.fill_(1)
+
+    use(backend(probe=lambda device: probe(fill, device)))
     assert kernels.used(CPU, 120) == "torch"
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert (
-        "the probe by made_up" in warning.message
-        and "please report this line at" in warning.message
-    )
+    assert "the probe by made_up" in warning.message
+    assert "please report this line at" in warning.message
 
 
 def test_the_address_for_reports_is_the_packs_own():
@@ -271,8 +273,8 @@ def test_the_int8_product_takes_its_codes_from_kernels(use, monkeypatch):
     use(backend(
         kernel("int8_rows", lambda *args: (called.append(1), encode_rows(*args))),
         kernel("int8_tokens", lambda *args: (called.append(2), encode_tokens(*args)))))
-    got = int8.linear(input, weight)
-    assert called[-2:] == [2, 1] and 0.001 < (got - exact).norm() / exact.norm() < 0.03
+    result = int8.linear(input, weight)
+    assert called[-2:] == [2, 1] and 0.001 < (result - exact).norm() / exact.norm() < 0.03
 
 
 def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
@@ -288,16 +290,13 @@ def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
 
 
 def test_a_kernel_gets_only_what_it_accepts(use):
-    use(
-        backend(kernel("dequantize", dequantize),
+    use(backend(kernel("dequantize", dequantize),
                 kernel("linear", multiply, min_tokens=2, max_tokens=4)))
     assert kernels.find("dequantize", CPU, FORMATS["Q8_0"], torch.float32) is None
     assert kernels.find("dequantize", CPU, Q4_0, torch.float16) is None
-    found = [
-        kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) is multiply
-        for tokens in range(7)
-    ]
-    assert found == [False, False, True, True, True, False, False]
+    is_used = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) is multiply
+               for tokens in range(7)]
+    assert is_used == [False, False, True, True, True, False, False]
 
 
 def test_a_kernel_is_checked_when_it_is_needed(use):
@@ -355,25 +354,26 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
     ]
 
 
-@pytest.mark.parametrize(("asked", "used"), [
+@pytest.mark.parametrize(("setting", "used"), [
     (None, "first"), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second"),
     ("triton", "first")], ids=str)  # the last is one for other devices
-def test_the_environment_variable_chooses(asked, used, use, monkeypatch):
+def test_the_environment_variable_chooses(setting, used, use, monkeypatch):
     use(backend(kernel("dequantize", dequantize), name="first"),
         backend(kernel("dequantize", dequantize_rounded), name="second"))
-    if asked is None:
+    if setting is None:
         monkeypatch.delenv(kernels.VARIABLE)
     else:
-        monkeypatch.setenv(kernels.VARIABLE, asked)
+        monkeypatch.setenv(kernels.VARIABLE, setting)
     kernels.find("dequantize", CPU, Q4_0, torch.float32)
     assert kernels.used(CPU, 120) == (used or "torch")
 
 
-def test_an_unknown_choice_is_named_and_does_not_count(use, monkeypatch, caplog):
+def test_an_unknown_setting_is_named_and_ignored(use, monkeypatch, caplog):
     use(backend(kernel("dequantize", dequantize), name="first"))
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
     assert kernels.used(CPU, 120) == "first"
-    assert "FEATHERWEIGHT_KERNELS is cuda and is ignored; expected one of auto, first, " in caplog.text
+    message = "FEATHERWEIGHT_KERNELS is cuda and is ignored; expected one of auto, first, "
+    assert message in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Kernels are compiled while torch works: nobody waits for a compiler for long, and a picture stays
-the same meanwhile."""
+"""Kernels are compiled while torch works: no call waits for a compiler for long, and pictures stay
+the same."""
 import asyncio
 import os
 import shutil
@@ -24,33 +24,33 @@ from featherweight.ops.packed_layout import packed_tensor
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 PACK = Path(__file__).parents[2]
-LONG = 300  # seconds that nothing here takes on any machine
+LONG = 300  # seconds: more than anything takes on any machine
 KERNELS = "featherweight-kernels"  # name of the threads that use a compiler
-FIRST_SOURCE, OF_Q4_K, DEQUANTIZE_OF_Q4_K = (
-    (),
-    ("FORMAT Q4_K",),
-    ("FORMAT Q4_K", "void dequantize("),
-)
+# Texts of the sources that a compiler is to hold back.
+FIRST_SOURCE = ()
+OF_Q4_K = ("FORMAT Q4_K",)
+DEQUANTIZE_OF_Q4_K = ("FORMAT Q4_K", "void dequantize(")
 
 pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32",
                                 reason="needs a C++ compiler")
 
 
 def wait_for_kernels():
-    """Until no thread finds out about kernels: it would remember its own compiler in the midst of
-    the next test."""
-    # one that ends may let another begin
+    """Waits for all threads that check kernels: they would cache their compiler during the next
+    test. A thread that ends may let another begin."""
     while any(thread.name == KERNELS for thread in threading.enumerate()):
         time.sleep(0.05)
 
 
 class HeldCompiler:
-    """A compiler that compiles a source with all of some texts only after `let_go`; after `end` it
-    fails."""
+    """A compiler that holds back the sources that contain all of some texts until `release`, or
+    fails after `end`."""
 
     def __init__(self, folder: Path):
-        self.command, self.started = folder / "compiler", folder / "started"
-        self._go, self._end = folder / "go", folder / "end"
+        self.command = folder / "compiler"
+        self.started = folder / "started"
+        self._go = folder / "go"
+        self._end = folder / "end"
 
     def hold(self, texts: tuple[str, ...]):
         has_all = " && ".join(["true", *(f"grep -qF '{text}' \"$file\"" for text in texts)])
@@ -60,7 +60,7 @@ class HeldCompiler:
             f' sleep 0.05; done\nfi;; esac; done\nexec {COMMAND} "$@"\n')
         self.command.chmod(0o755)
 
-    def let_go(self):
+    def release(self):
         self._go.touch()
 
     def end(self):
@@ -69,13 +69,13 @@ class HeldCompiler:
 
 @pytest.fixture(scope="module", autouse=True)
 def packed_by_torch():
-    """The model's file stays for the tests of other files: a kernel would pack it otherwise."""
+    """Packs the model's file, which other files' tests use too, by torch instead of by a kernel."""
     flux_file("Q4_K")
 
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """The kernel layer as at the start, with a `HeldCompiler`."""
+    """The kernel layer as when ComfyUI starts, with a `HeldCompiler`."""
     wait_for_kernels()
     compiler = HeldCompiler(tmp_path)
     monkeypatch.setenv(kernels.VARIABLE, "cpp")
@@ -89,8 +89,8 @@ def compiler(tmp_path, monkeypatch):
     cpp_backend._kernels.cache_clear()
 
 
-def patience(monkeypatch, seconds: float):
-    """How long a call waits for a kernel that differs from torch by rounding."""
+def set_wait(monkeypatch, seconds: float):
+    """Sets how long a call waits for a kernel that differs from torch by rounding."""
     monkeypatch.setattr(selector, "WAIT_SECONDS", seconds)
 
 
@@ -118,7 +118,7 @@ def dequantize_kernel():
 
 def test_dequantizing_waits_for_no_compiler(compiler, monkeypatch):
     compiler.hold(FIRST_SOURCE)
-    patience(monkeypatch, 2 * LONG)
+    set_wait(monkeypatch, 2 * LONG)
     assert seconds_of(lambda: product.dequantize(weight(), torch.float32)) < LONG
     assert torch.equal(product.dequantize(weight(), torch.float32), weight().dequantize())
 
@@ -129,9 +129,9 @@ def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(
     compiler.hold(held)
     if held:
         assert kernels.used(CPU, 120) == "cpp"
-    patience(monkeypatch, 0.5)
+    set_wait(monkeypatch, 0.5)
     assert seconds_of(product_of) >= 0.5
-    patience(monkeypatch, 2 * LONG)
+    set_wait(monkeypatch, 2 * LONG)
     assert seconds_of(product_of) < LONG
     assert torch.equal(product_of(), torch.nn.functional.linear(
         torch.randn((3, 512), generator=torch.Generator().manual_seed(0)), weight().dequantize()))
@@ -144,7 +144,7 @@ def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(
 
 def test_a_compiler_that_hangs_on_one_format_holds_up_no_other(compiler, monkeypatch):
     compiler.hold(OF_Q4_K)
-    patience(monkeypatch, LONG)
+    set_wait(monkeypatch, LONG)
     held_up = threading.Thread(target=product_of, daemon=True, name=KERNELS)
     held_up.start()
     product_of("Q8_0")
@@ -153,12 +153,12 @@ def test_a_compiler_that_hangs_on_one_format_holds_up_no_other(compiler, monkeyp
     assert held_up.is_alive()
 
 
-def test_who_cancels_does_not_wait_for_the_compiler(compiler, monkeypatch):
+def test_a_cancel_ends_the_wait_for_the_compiler(compiler, monkeypatch):
     # put back after the test
     monkeypatch.setattr(background, "raise_if_cancelled", background.raise_if_cancelled)
     asyncio.run(FeatherweightExtension().on_load())
     compiler.hold(FIRST_SOURCE)
-    patience(monkeypatch, LONG)
+    set_wait(monkeypatch, LONG)
     user = threading.Timer(0.5, comfy.model_management.interrupt_current_processing)
     user.start()
     try:
@@ -170,10 +170,10 @@ def test_who_cancels_does_not_wait_for_the_compiler(compiler, monkeypatch):
 
 
 def results_until_the_kernel_comes(compiler, compute) -> list[torch.Tensor]:
-    """Some before it does, and some after."""
+    """Returns some results from before the kernel comes, and some from after."""
     assert dequantize_kernel() is None
     results = [compute() for _ in range(2)]
-    compiler.let_go()
+    compiler.release()
     end = time.monotonic() + LONG
     while dequantize_kernel() is None:
         assert time.monotonic() < end
@@ -181,32 +181,30 @@ def results_until_the_kernel_comes(compiler, compute) -> list[torch.Tensor]:
     return results + [compute() for _ in range(3)]
 
 
-@pytest.mark.parametrize(
-    "in_time", [False, True], ids=["the kernel comes too late", "the kernel comes in time"]
-)
+@pytest.mark.parametrize("in_time", [False, True],
+                         ids=["the kernel comes too late", "the kernel comes in time"])
 def test_the_same_products_have_the_same_bits_whenever_their_kernels_come(
         in_time, compiler, monkeypatch):
-    """One by a kernel, and one by torch with what a kernel has dequantised."""
+    """One product by a kernel, and one by torch with the values that a kernel dequantised."""
     def products():
         return torch.cat([product_of("Q4_K", tokens) for tokens in (3, 40)])
 
     compiler.hold(DEQUANTIZE_OF_Q4_K if in_time else OF_Q4_K)
-    patience(monkeypatch, LONG)
+    set_wait(monkeypatch, LONG)
     assert kernels.used(CPU, 120) == "cpp"
     if not in_time:
-        patience(monkeypatch, 0.3)
+        set_wait(monkeypatch, 0.3)
     first = products()
     results = results_until_the_kernel_comes(compiler, products)
     assert all(torch.equal(result, first) for result in results)
-    assert (
-        kernels.find("linear", CPU, FORMATS["Q4_K"], torch.float32, tokens=3) is not None
-    ) == in_time
+    run = kernels.find("linear", CPU, FORMATS["Q4_K"], torch.float32, tokens=3)
+    assert (run is not None) == in_time
 
 
 @pytest.mark.usefixtures("small_models")
 def test_a_model_gives_the_same_values_before_and_after_its_kernels_come(compiler, monkeypatch):
     compiler.hold(DEQUANTIZE_OF_Q4_K)
-    patience(monkeypatch, LONG)
+    set_wait(monkeypatch, LONG)
     assert kernels.used(CPU, 120) == "cpp"
     patcher = packed_flux("Q4_K")
     first, *others = results_until_the_kernel_comes(compiler, lambda: run(patcher))
@@ -248,6 +246,6 @@ def test_a_process_ends_without_error_within_torch_and_no_compiler_stays(compile
 
 
 def processes() -> list[str]:
-    """The group and the state of each on this machine."""
+    """Returns the group and the state of every process on this machine."""
     return subprocess.run(["ps", "-A", "-o", "pgid=,stat="], capture_output=True, text=True,
                           check=True).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""What is the CPU backend's own: kernels that pack, and its compiler. The rest is in
+"""What only the CPU backend has: kernels that pack, and its compiler. The rest is in
 test_kernel_backends.py."""
 import contextlib
 import errno
@@ -36,8 +36,8 @@ def on_cpu(request, tmp_path_factory):
 
 
 @pytest.fixture
-def compiled_anew(tmp_path, monkeypatch):
-    """The kernels for this CPU, of which none is compiled yet, compiled in a third of the time."""
+def freshly_compiled(tmp_path, monkeypatch):
+    """The kernels for this CPU, none compiled yet; each compiles in a third of the usual time."""
     monkeypatch.setattr(cpp_backend, "FLAGS",
                         tuple(flag.replace("-O3", "-O1") for flag in cpp_backend.FLAGS))
     with backend_on_cpu("cpp", tmp_path) as backend:
@@ -46,7 +46,7 @@ def compiled_anew(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_blocks(one_thread, monkeypatch):
-    """For kernels that take long; three threads have less to do each."""
+    """Less work for slow kernels, and for each of three threads."""
     monkeypatch.setattr(quantize_validation, "SEVERAL_THREADS", 1 << 14)
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
 
@@ -65,7 +65,7 @@ def test_a_compiler_is_found_here():
     [("int8_tokens", None, torch.float32), ("int8_rows", FORMATS["Q8_0"], torch.int8)],
 )
 def test_codes_are_right_where_torch_rounds_what_it_multiplies(on_cpu, op, fmt, dtype, monkeypatch):
-    """As a GPU does that is set to TF32, which has the ten bits of float16."""
+    """As on a GPU that is set to TF32, which has float16's ten bits of mantissa."""
     multiply = torch.mm
 
     def rounding(values, other):
@@ -79,9 +79,8 @@ def test_codes_are_right_where_torch_rounds_what_it_multiplies(on_cpu, op, fmt, 
 def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, monkeypatch):
     command = tmp_path / "compiler"
     command.write_text(
-        f'#!/bin/sh\ncase "$*" in *prefer-vector-width*) echo what? >&2; exit 1;; esac\nexec'
-        f' {COMMAND} "$@"\n'
-    )
+        '#!/bin/sh\ncase "$*" in *prefer-vector-width*) echo what? >&2; exit 1;; esac\n'
+        f'exec {COMMAND} "$@"\n')
     command.chmod(0o755)
     fmt = FORMATS["Q8_0"]
     tensors = random_tensors(fmt, 2, CPU)
@@ -92,11 +91,11 @@ def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, mo
             on_cpu.dequantize(fmt, tensors, torch.empty(64), None, 0)
 
 
-# Each kind of grid has its own branches of the search; others of a kind compile as long again.
-KINDS_OF_GRIDS = {"Q4_K", "Q3_K", "Q4_0", "Q4_1", "IQ4_XS", "NF4"}
+# One format for each branch of the search. Each further one would compile as long again.
+GRID_SAMPLE = {"Q4_K", "Q3_K", "Q4_0", "Q4_1", "IQ4_XS", "NF4"}
 GRIDS = [
     pytest.param(fmt, id=fmt.__name__,
-                 marks=() if fmt.__name__ in KINDS_OF_GRIDS else pytest.mark.heavy)
+                 marks=() if fmt.__name__ in GRID_SAMPLE else pytest.mark.heavy)
     for fmt in ALL_FORMATS if fmt.grid and fmt.block_length < 4096
 ]
 
@@ -109,7 +108,7 @@ def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
     check(kernel_of(on_cpu, "pack_blocks"), fmt, torch.float32, None, CPU)
 
 
-# What tests/ops/test_packing_feedback.py has compiled for all instructions.
+# tests/ops/test_packing_feedback.py compiles these kernels for all instructions.
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("capability", ["pack_blocks", "pack_columns"])
 @pytest.mark.parametrize(
@@ -127,48 +126,32 @@ def test_packing_takes_fewer_instructions_too(on_cpu, capability, name):
     check(kernel_of(on_cpu, capability), FORMATS[name], torch.float32, None, CPU)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (
-            ("take_up(values, shares, columns, first, stop, columns);", ""),
-            "residuals do not match the codes",
-        ),
-        (
-            (
-                "share, values[column][v], values[later][v]",
-                "share, values[column][0], values[later][v]",
-            ),
-            "residuals do not match the codes",
-        ),
-        (("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]"), "mean error"),
-        (("values[first + i][vector]", "values[i][vector]"), "mean error"),
-        (
-            (
-                "before = rounder[v].value(level[v]), target += before",
-                "before = rounder[v].value(level[v])",
-            ),
-            "mean error",
-        ),
-        (
-            ("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else"),
-            "outside its columns|do not match the codes",
-        ),
-    ],
-    ids=range(6),
-)
+@pytest.mark.parametrize(("correct", "wrong", "message"), [
+    ("take_up(values, shares, columns, first, stop, columns);", "",
+     "residuals do not match the codes"),
+    ("share, values[column][v], values[later][v]", "share, values[column][0], values[later][v]",
+     "residuals do not match the codes"),
+    ("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]", "mean error"),
+    ("values[first + i][vector]", "values[i][vector]", "mean error"),
+    ("before = rounder[v].value(level[v]), target += before",
+     "before = rounder[v].value(level[v])", "mean error"),
+    ("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else",
+     "outside its columns|do not match the codes"),
+], ids=range(6))
 @pytest.mark.usefixtures("few_blocks")
-def test_a_wrong_choice_of_columns_is_found_out(compiled_anew, wrong, message, monkeypatch):
+def test_a_wrong_choice_of_columns_is_found_out(
+        freshly_compiled, correct, wrong, message, monkeypatch):
     source = cpp_backend.kernel_source
 
     def broken(*args, **kwargs):
         text = source(*args, **kwargs)
-        assert wrong[0] in text
-        return text.replace(*wrong)
+        assert correct in text
+        return text.replace(correct, wrong)
 
     monkeypatch.setattr(cpp_backend, "kernel_source", broken)
     with pytest.raises(WrongResult, match=message):
-        check(kernel_of(compiled_anew, "pack_columns"), FORMATS["Q3_K"], torch.float32, None, CPU)
+        check(kernel_of(freshly_compiled, "pack_columns"), FORMATS["Q3_K"], torch.float32, None,
+              CPU)
 
 
 @pytest.mark.parametrize(
@@ -181,20 +164,24 @@ def test_a_wrong_choice_of_columns_is_found_out(compiled_anew, wrong, message, m
     ids=lambda wrong: wrong[0],
 )
 @pytest.mark.usefixtures("few_blocks")
-def test_a_wrong_search_is_found_out(compiled_anew, wrong, monkeypatch):
+def test_a_wrong_search_is_found_out(freshly_compiled, wrong, monkeypatch):
     source = cpp_backend.kernel_source
     monkeypatch.setattr(cpp_backend, "kernel_source",
                         lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
     with pytest.raises(WrongResult, match="mean error"):
-        check(kernel_of(compiled_anew, "pack_blocks"), FORMATS["Q3_K"], torch.float32, None, CPU)
+        check(kernel_of(freshly_compiled, "pack_blocks"), FORMATS["Q3_K"], torch.float32, None, CPU)
 
 
 @pytest.mark.usefixtures("fresh", "compiled_before")
 def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatch):
     values = torch.randn(37, 512, generator=torch.Generator().manual_seed(0))
     runs, run = [], cpp_backend._kernels().pack_blocks
-    monkeypatch.setattr(cpp_backend._kernels(), "pack_blocks", lambda *arguments:
-                        (runs.append(1), run(*arguments)))
+
+    def recorded(*arguments):
+        runs.append(1)
+        run(*arguments)
+
+    monkeypatch.setattr(cpp_backend._kernels(), "pack_blocks", recorded)
     whole = quantize.pack_tensor(values, FORMATS["Q4_K"])
     assert runs
     monkeypatch.setattr(quantize, "CPU_SLICE_VALUES", 1024)
@@ -223,7 +210,7 @@ def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatc
     assert compilations() == 2
 
 
-def test_what_the_compiler_refuses_is_said(tmp_path):
+def test_the_compilers_error_is_in_the_message(tmp_path):
     with pytest.raises(CppError, match="nonsense"):
         CppCompiler(COMMAND, tmp_path).library("int x = nonsense;")
     assert not list(tmp_path.iterdir())
@@ -231,7 +218,7 @@ def test_what_the_compiler_refuses_is_said(tmp_path):
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path, caplog):
-    """The kernel layer as at the start of ComfyUI, with nothing compiled yet."""
+    """The kernel layer as when ComfyUI starts, with nothing compiled yet."""
     monkeypatch.setattr(kernel_layer, "_selectors", {})
     wait_for_kernels(monkeypatch)
     monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
@@ -243,7 +230,7 @@ def fresh(monkeypatch, tmp_path, caplog):
 
 @pytest.fixture
 def compiled_before(monkeypatch, tmp_path_factory):
-    """Other tests may have compiled the kernels."""
+    """Uses kernels that other tests may have compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared_cache(tmp_path_factory)))
 
 
@@ -259,12 +246,13 @@ def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_p
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize(("obstacle", "why"), [
-    ("no compiler", "there is no C++ compiler"), ("a compiler that fails", "false:"),
-    ("no place to write", "no folder can be written and run from; XDG_CACHE_HOME names another"
-                          " one")])
+@pytest.mark.parametrize(("obstacle", "reason"), [
+    ("no compiler", "there is no C++ compiler"),
+    ("a compiler that fails", "false:"),
+    ("no place to write",
+     "no folder can be written and run from; XDG_CACHE_HOME names another one")])
 def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why(
-        obstacle, why, monkeypatch, tmp_path, caplog):
+        obstacle, reason, monkeypatch, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     if obstacle == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -282,15 +270,15 @@ def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why
     assert line.levelno == logging.INFO and "\n" not in line.message
     assert line.message.startswith(
         "[Featherweight] Packed weights on cpu use torch, because no kernel works there (cpp: ")
-    assert why in line.message
+    assert reason in line.message
 
 
 @pytest.mark.usefixtures("fresh", "compiled_before")
-@pytest.mark.parametrize("asked", ["torch", "cpp"])
+@pytest.mark.parametrize("setting", ["torch", "cpp"])
 @pytest.mark.parametrize("name", ["Q4_K", "NF4"])
 def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece(
-        name, asked, monkeypatch):
-    monkeypatch.setenv(kernel_layer.VARIABLE, asked)
+        name, setting, monkeypatch):
+    monkeypatch.setenv(kernel_layer.VARIABLE, setting)
     fmt, (rows, columns) = FORMATS[name], (16, 512)
     whole = random_tensors(fmt, rows * columns // fmt.block_length, CPU, bounded=True)
     whole[0] = whole[0].view(rows, -1)
@@ -311,5 +299,5 @@ def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece
             yield product.linear(input, weight)
             yield int8.linear(input, weight)
 
-    for got, expected in zip(values(apart), values(whole), strict=True):
-        assert torch.equal(got, expected)
+    for result, expected in zip(values(apart), values(whole), strict=True):
+        assert torch.equal(result, expected)

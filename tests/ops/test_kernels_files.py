@@ -1,5 +1,4 @@
-"""Compiled kernels are loaded only from files that nobody but this user can have written, and that
-are whole."""
+"""Compiled kernels are loaded only from undamaged files that only this user can have written."""
 import hashlib
 import logging
 import os
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32",
 
 @pytest.fixture(autouse=True)
 def new_process(caplog):
-    """Nothing has been said yet, and no temporary folder made."""
+    """Forgets what was logged, and the temporary folders of other tests."""
     caches = (private_files.temporary_folder, private_files._temporary_substitute,
               private_files._warn_not_private)
     for cache in caches:
@@ -38,11 +37,11 @@ def new_process(caplog):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where kernels are kept, with one of this user's that the source does not say."""
-    elsewhere, path = tmp_path / "elsewhere" / "kernels", tmp_path / "featherweight" / "kernels"
-    assert answer(elsewhere) == 1  # another path, for a library is loaded from one path once
+    """Where kernels are kept, with one of this user's whose answer is not the source's."""
+    other_folder, path = tmp_path / "other" / "kernels", tmp_path / "featherweight" / "kernels"
+    assert answer(other_folder) == 1  # another path, because a path is loaded only once
     path.mkdir(parents=True, mode=0o700)
-    planted, (compiled,) = tmp_path / "planted.cpp", elsewhere.iterdir()
+    planted, (compiled,) = tmp_path / "planted.cpp", other_folder.iterdir()
     planted.write_text(SOURCE.replace("1", "2"))
     library = tmp_path / "planted.so"
     subprocess.run([COMMAND, "-shared", "-fPIC", str(planted), "-o", str(library)], check=True)
@@ -67,27 +66,20 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_have_written(folder, wh
     spoil(spoilt)
     assert answer(folder) == answer(folder) == 1
     (warning,) = caplog.records
-    assert (
-        warning.levelno == logging.WARNING
-        and str(spoilt) in warning.message
-        and "remove it" in warning.message
-    )
+    assert warning.levelno == logging.WARNING
+    assert str(spoilt) in warning.message and "remove it" in warning.message
     temporary = private_files.temporary_folder()
     assert temporary.stat().st_mode & 0o777 == 0o700 and list(temporary.glob("*.so"))
 
 
 @each_reason
-def test_a_file_that_others_may_have_written_is_compiled_anew(folder, spoil, caplog):
+def test_a_file_that_others_may_have_written_is_compiled_again(folder, spoil, caplog):
     (planted,) = folder.iterdir()
     spoil(planted)
     assert answer(folder) == answer(folder) == 1
     (compiled,) = folder.glob("*.so")
-    assert (
-        compiled != planted
-        and compiled.is_file()
-        and not compiled.is_symlink()
-        and compiled.stat().st_mode & 0o777 == 0o700
-    )
+    assert compiled != planted and compiled.is_file() and not compiled.is_symlink()
+    assert compiled.stat().st_mode & 0o777 == 0o700
     assert not caplog.records
 
 
@@ -97,8 +89,9 @@ def test_the_folder_is_made_for_this_user_alone(tmp_path):
         assert answer(tmp_path / "cache" / "featherweight" / "kernels") == 1
     finally:
         os.umask(before)
-    made = [tmp_path / "cache" / "featherweight", tmp_path / "cache" / "featherweight" / "kernels"]
-    assert [path.stat().st_mode & 0o777 for path in [*made, *made[1].iterdir()]] == [0o700] * 3
+    folder = tmp_path / "cache" / "featherweight"
+    paths = [folder, folder / "kernels", *(folder / "kernels").iterdir()]
+    assert [path.stat().st_mode & 0o777 for path in paths] == [0o700] * 3
 
 
 def cut_short(data: bytes) -> bytes:
@@ -142,7 +135,7 @@ for folder in sys.argv[4:]:
 
 
 def test_damaged_kernels_are_compiled_again_and_end_no_process(tmp_path):
-    """They are loaded by another process: the damage that this is for would end this one."""
+    """Another process loads them, because such damage might end this one."""
     whole = tmp_path / "whole" / "kernels"
     assert answer(whole) == 1
     (compiled,) = whole.iterdir()
@@ -151,8 +144,8 @@ def test_damaged_kernels_are_compiled_again_and_end_no_process(tmp_path):
         folder = tmp_path / damage.__name__ / "kernels"
         shutil.copytree(whole.parent, folder.parent)
         (folder / compiled.name).write_bytes(damage(compiled.read_bytes()))
-        line = (f"[Featherweight] The compiled kernel {folder / compiled.name} is damaged and is"
-                " compiled again.")
+        line = (f"[Featherweight] The compiled kernel {folder / compiled.name} is damaged and is "
+                "compiled again.")
         expected += [line, "answer 1", "answer 1"]
         folders.append(str(folder))
     command = [sys.executable, "-c", LOADS, str(PACK), COMMAND, SOURCE, *folders]
@@ -179,34 +172,31 @@ def test_a_kernel_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     folder = tmp_path / "featherweight" / "kernels"
     assert answer(folder) == 1
     built, renaming, synced_folder = done
-    assert (
-        built.endswith("kernel.so")
-        and renaming == "kernel.so is kernels"
-        and synced_folder == str(folder)
-    )
+    assert built.endswith("kernel.so") and renaming == "kernel.so is kernels"
+    assert synced_folder == str(folder)
 
 
-def test_what_a_compiler_that_was_killed_left_is_removed_later(tmp_path, monkeypatch):
-    """Its own files are where the source is."""
+def test_the_scratch_of_a_killed_compiler_is_removed_later(tmp_path, monkeypatch):
+    """The compiler's own temporary files are in the source's folder."""
     compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\necho "$TMPDIR" > {tmp_path}/told\nexec {COMMAND} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho "$TMPDIR" > {tmp_path}/tmpdir\nexec {COMMAND} "$@"\n')
     compiler.chmod(0o755)
     folder = tmp_path / "cache" / "kernels"
-    made = CppCompiler(str(compiler), folder)
-    made.library('extern "C" int one() { return 1; }')
+    cpp_compiler = CppCompiler(str(compiler), folder)
+    cpp_compiler.library('extern "C" int one() { return 1; }')
     (library,) = folder.iterdir()
-    assert (tmp_path / "told").read_text().startswith(str(folder / cpp_backend.SCRATCH_PREFIX))
-    left, now = folder / f"{cpp_backend.SCRATCH_PREFIX}left", time.time()
-    left.mkdir()
-    (left / "cc.s").write_text("")
-    made.library('extern "C" int two() { return 2; }')
-    assert left.is_dir()  # for it may be at work
-    os.utime(left, (now, now - cpp_backend.STALE_SECONDS - 60))
-    made.library('extern "C" int three() { return 3; }')
-    assert not left.exists() and library.is_file()
+    assert (tmp_path / "tmpdir").read_text().startswith(str(folder / cpp_backend.SCRATCH_PREFIX))
+    stale, now = folder / f"{cpp_backend.SCRATCH_PREFIX}stale", time.time()
+    stale.mkdir()
+    (stale / "cc.s").write_text("")
+    cpp_compiler.library('extern "C" int two() { return 2; }')
+    assert stale.is_dir()  # its compiler may still be running
+    os.utime(stale, (now, now - cpp_backend.STALE_SECONDS - 60))
+    cpp_compiler.library('extern "C" int three() { return 3; }')
+    assert not stale.exists() and library.is_file()
 
 
-# --- where there is no such folder ---
+# --- without a usable folder ---
 
 
 def no_home(monkeypatch, tmp_path):
@@ -233,17 +223,14 @@ def test_without_a_home_kernels_are_kept_until_the_process_ends(
         assert answer(folder) == 1
     assert len(list(private_files.temporary_folder().rglob("*.so"))) == 1
     (line,) = list(caplog.records)
-    assert (
-        line.levelno == logging.INFO
-        and "cannot be used" in line.message
-        and "XDG_CACHE_HOME" in line.message
-    )
+    assert line.levelno == logging.INFO
+    assert "cannot be used" in line.message and "XDG_CACHE_HOME" in line.message
 
 
 @pytest.fixture
 def refuses_to_run(monkeypatch):
-    """refuses_to_run(folder, ...): libraries there are not loaded, as from a drive that is mounted
-    noexec."""
+    """refuses_to_run(folder, ...): no library is loaded from these folders, as from a drive that is
+    mounted noexec."""
     real = cpp_backend.ctypes.CDLL
 
     def refuse(*folders):
@@ -255,9 +242,8 @@ def refuses_to_run(monkeypatch):
     return refuse
 
 
-def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(
-    tmp_path, monkeypatch, refuses_to_run
-):
+def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_in_another_folder(
+        tmp_path, monkeypatch, refuses_to_run):
     monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "other"),))
     (tmp_path / "temporary").mkdir()
@@ -270,7 +256,7 @@ def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_elsewhere(
     assert len(list((tmp_path / "cache").rglob("*.so"))) == 1  # nothing is compiled there any more
 
 
-def test_where_no_folder_can_run_a_kernel_it_is_said_why(tmp_path, monkeypatch, refuses_to_run):
+def test_where_no_folder_can_run_a_kernel_the_error_says_why(tmp_path, monkeypatch, refuses_to_run):
     monkeypatch.setattr(private_files.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "missing"),))
     refuses_to_run(tmp_path)

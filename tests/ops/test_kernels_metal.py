@@ -1,4 +1,4 @@
-"""What is Metal's own: subnormals, and pointers of different memories. The rest is in
+"""What only Metal has: flushed subnormals, and pointers with address spaces. The rest is in
 test_kernel_backends.py."""
 import os
 import shutil
@@ -36,7 +36,7 @@ def on_cpu(tmp_path_factory):
         yield
 
 
-def test_dequantize_of_blocks_that_are_no_whole_chunks():
+def test_dequantize_of_blocks_that_do_not_divide_into_chunks():
     fmt = FORMATS["NF4"].of_block_length(12)
     tensors = random_tensors(fmt, 8, CPU)
     out = torch.empty(96)
@@ -46,11 +46,11 @@ def test_dequantize_of_blocks_that_are_no_whole_chunks():
 
 @pytest.fixture
 def flushed():
-    """flushed(): from now on float32 subnormals are zero in torch and in the kernels, as on an
-    Apple GPU."""
+    """flushed(): makes torch and the kernels flush float32 subnormals to zero, as an Apple GPU
+    does."""
     def flush():
         if not torch.set_flush_denormal(True):
-            pytest.skip("this CPU cannot take subnormals for zero")
+            pytest.skip("this CPU cannot flush subnormals to zero")
 
     yield flush
     torch.set_flush_denormal(False)
@@ -81,15 +81,15 @@ def test_where_the_reference_has_zero_for_subnormals_the_kernel_has_too(flushed,
 
 @pytest.mark.skipif(CLANG is None, reason="needs clang, or its name in CLANG")
 @each_format
-def test_no_pointer_strays_from_the_memory_it_points_into(fmt):
-    """Of the compilers on every system only Clang keeps memories apart, as Metal's does."""
+def test_every_pointer_has_the_right_address_space(fmt):
+    """Of the usual compilers only Clang has address spaces, as Metal's compiler does."""
     for dtype in TYPES:
         source = kernel_source("metal", "dequantize", fmt, dtype, torch.float16,
                                LANES=metal_backend.CHUNK)
-        made = subprocess.run(
+        process = subprocess.run(
             [CLANG, "-x", "c++", "-std=c++14", "-w", "-fsyntax-only", f"-I{ON_CPU}", "-"],
             input=source, capture_output=True, text=True)
-        assert not made.returncode, made.stderr
+        assert not process.returncode, process.stderr
 
 
 def test_without_metal_the_backend_says_so(monkeypatch):

@@ -28,49 +28,22 @@ def compiler():
     return Compiler(libraries[0])
 
 
-@pytest.mark.skipif(
-    find_spec("nvidia") is None or find_spec("nvidia.cuda_nvrtc") is None,
-    reason="no nvidia-cuda-nvrtc-cu12",
-)
+@pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.cuda_nvrtc") is None,
+                    reason="no nvidia-cuda-nvrtc-cu12")
 def test_nvrtc_is_found_in_its_package():
     assert any("cuda_nvrtc" in library for library in nvrtc.nvrtc_libraries())
 
 
-@pytest.mark.parametrize(
-    ("on_windows", "files", "found"),
-    [
-        (
-            True,
-            [
-                "torch/lib/nvrtc64_120_0.dll",
-                "torch/lib/nvrtc64_120_0.alt.dll",
-                "torch/lib/nvrtc-builtins64_128.dll",
-            ],
-            [0],
-        ),
-        (
-            True,
-            [
-                "torch/c10.dll",
-                "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll",
-                "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll",
-            ],
-            [2, 1],
-        ),
-        (
-            False,
-            [
-                "nvidia/cu13/lib/libnvrtc.so.13",
-                "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
-                "nvidia/cu13/lib/libnvrtc.alt.so.13",
-                "nvidia/cuda_nvrtc/lib/libnvrtc-builtins.so.12.9",
-            ],
-            [1, 0],
-        ),
-    ],
-    ids=["Windows, in torch", "Windows, in packages", "Linux, in packages"],
-)
-def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("on_windows", "files", "order"), [
+    (True, ["torch/lib/nvrtc64_120_0.dll", "torch/lib/nvrtc64_120_0.alt.dll",
+            "torch/lib/nvrtc-builtins64_128.dll"], [0]),
+    (True, ["torch/c10.dll", "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll",
+            "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll"], [2, 1]),
+    (False, ["nvidia/cu13/lib/libnvrtc.so.13", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+             "nvidia/cu13/lib/libnvrtc.alt.so.13",
+             "nvidia/cuda_nvrtc/lib/libnvrtc-builtins.so.12.9"], [1, 0]),
+], ids=["Windows, in torch", "Windows, in packages", "Linux, in packages"])
+def test_nvrtc_of_torchs_version_comes_first(on_windows, files, order, tmp_path, monkeypatch):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -80,7 +53,7 @@ def test_nvrtc_of_torchs_version_comes_first(on_windows, files, found, tmp_path,
     packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
     monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: packages)
     system = [] if on_windows else ["libnvrtc.so.12"]
-    assert nvrtc.nvrtc_libraries() == [*(str(tmp_path / files[index]) for index in found), *system]
+    assert nvrtc.nvrtc_libraries() == [*(str(tmp_path / files[index]) for index in order), *system]
 
 
 def each_capability(name, values, some):
@@ -120,14 +93,14 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):
     assert f".target sm_{max(compiler.architectures)}".encode() in image
 
 
-def test_what_nvrtc_refuses_is_said(compiler):
+def test_nvrtcs_error_is_in_the_message(compiler):
     with pytest.raises(CudaError, match="no code for compute capability 1.0"):
         compiler.compile("", 10)
     with pytest.raises(CudaError, match='(?s)featherweight.cu.1.*"nonsense" is undefined'):
         compiler.compile("int x = nonsense;", 80)
 
 
-def test_blocks_that_are_no_whole_chunks_are_refused():
+def test_blocks_that_do_not_divide_into_chunks_are_refused():
     with pytest.raises(CudaError, match="blocks of 12 values"):
         Program("dequantize", FORMATS["NF4"].of_block_length(12), torch.float32).source()
 
@@ -139,7 +112,7 @@ def test_without_cuda_the_backend_says_so():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_driver_is_said():
+def test_a_missing_driver_is_named():
     with pytest.raises(OSError, match="no_such_driver"):
         Driver("no_such_driver.so")
 

@@ -1,8 +1,8 @@
-"""A GPU's kernels from the start of ComfyUI on: tried where there is room, used from the next
-start.
+"""A GPU's kernels are tried when ComfyUI starts with enough free memory, and used from its next
+start on.
 
-What is tried is C++ for the CPU, which can read what lies on a fake GPU; and what is for real ones,
-which cannot run here.
+One test tries C++ for the CPU, which can read a fake GPU's memory, the other the kernels for real
+GPUs, which cannot run here.
 """
 import asyncio
 import logging
@@ -28,16 +28,16 @@ needs_a_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "
 
 
 @pytest.fixture
-def restarted(monkeypatch, tmp_path, caplog):
-    """restarted(): the GPU, as ComfyUI finds it when it starts."""
+def restart(monkeypatch, tmp_path, caplog):
+    """restart(): returns the GPU, in the state of a new ComfyUI."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level(logging.INFO, kernels.__name__)
 
-    def restarted():
+    def restart():
         monkeypatch.setattr(kernels, "_selectors", {})
         return torch.device("cuda", 0)
-    return restarted
+    return restart
 
 
 def weight(device):
@@ -59,12 +59,12 @@ def wait_for(words: str, caplog, seconds=300):
 
 @needs_a_compiler
 @pytest.mark.usefixtures("small_models")
-def test_what_a_model_asks_for_is_tried_where_there_is_room_and_used_from_the_next_start(
-        restarted, monkeypatch, caplog):
+def test_what_a_model_asks_for_is_tried_where_memory_is_free_and_used_from_the_next_start(
+        restart, monkeypatch, caplog):
     import fakegpu
 
     monkeypatch.setitem(kernels.PRIORITY, "cuda", ("cpp",))
-    gpu = restarted()
+    gpu = restart()
     assert dequantize_backend_text(packed_flux("Q4_K")) == "dequantised by torch"
     assert "Kernels for Q4_K are not proven on cuda:0 (Fake GPU 0) yet" in caplog.text
     fakegpu.set_capacity(fakegpu.used() + trial.FREE_TO_BEGIN // 2)
@@ -75,12 +75,12 @@ def test_what_a_model_asks_for_is_tried_where_there_is_room_and_used_from_the_ne
         assert_dequantized(gpu)
     finally:
         fakegpu.set_capacity(4 << 30)
-    gpu = restarted()
+    gpu = restart()
     kernels.start_trials([gpu])
     assert_dequantized(gpu)
     wait_for(" kernels proven, dequantize", caplog)
     assert kernels.find("dequantize", gpu, FORMATS["Q4_K"], torch.float32) is None
-    gpu = restarted()
+    gpu = restart()
     caplog.clear()
     assert dequantize_backend_text(packed_flux("Q4_K")) == "dequantised by cpp"
     assert_dequantized(gpu)
@@ -88,8 +88,8 @@ def test_what_a_model_asks_for_is_tried_where_there_is_room_and_used_from_the_ne
 
 
 def test_comfyui_tries_kernels_as_it_starts_and_torch_works_where_none_does(
-        restarted, monkeypatch, caplog):
-    gpu = restarted()
+        restart, monkeypatch, caplog):
+    gpu = restart()
     monkeypatch.setattr(background, "raise_if_cancelled", background.raise_if_cancelled)  # put back
     may_end, run_trial = threading.Event(), trial_startup.run_trial
 

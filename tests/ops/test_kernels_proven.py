@@ -1,7 +1,7 @@
-"""What a device uses of the kernels that trials have proven, and when.
+"""Which of the kernels that trials have proven a device uses, and when.
 
-The device is a CPU whose kernels need a trial as a GPU's do; its backends are made for the tests,
-of plain torch, and so is what a trial says of them.
+The device is a CPU whose kernels need a trial as a GPU's do. Its backends are fakes that run plain
+torch, and so are their trials.
 """
 import logging
 import threading
@@ -24,8 +24,8 @@ DEQUANTIZE = Case("dequantize", "Q4_0", torch.float32, None)
 LINEAR = DEQUANTIZE._replace(capability="linear")
 
 
-class Made:
-    """A backend whose calls are counted: dequantises, and multiplies 1 and 2 to 16 rows."""
+class FakeBackend:
+    """Counts its calls. It dequantises, and multiplies 1 row and 2 to 16 rows."""
 
     def __init__(self, name: str):
         self.name, self.calls = name, {"dequantize": 0, "linear": 0}
@@ -53,36 +53,40 @@ class Made:
 
 
 class Trials:
-    """In the place of `run_trial`: appends what is proven once `go` is set."""
+    """Replaces `run_trial`: writes the verdicts once `go` is set."""
 
     def __init__(self):
-        self.go, self.proven, self.cases = threading.Event(), {}, []
+        self.go = threading.Event()
         self.go.set()
+        self.proven = {}
+        self.cases = []
 
     def __call__(self, device, backends, verdicts: Verdicts, cases) -> str:
         self.cases.append(cases)
         assert self.go.wait(60)
         for name in backends:
             verdicts.add(f"probe by {name}", "works")
-        for name, share in self.proven.items():
-            verdicts.add(name, "right" if share < 1 else "slower", seconds=[share, 1.0])
+        for name, relative_time in self.proven.items():
+            verdict = "right" if relative_time < 1 else "slower"
+            verdicts.add(name, verdict, seconds=[relative_time, 1.0])
         for case in cases:
             verdicts.add(str(case), "tried")
         return ""
 
-    def prove(self, made: Made, case: Case, share: float = 0.5, rows=None):
-        """share: of torch's time."""
-        self.proven[case.kernel_name(made.name, made.kernels[case][rows])] = share
+    def prove(self, backend: FakeBackend, case: Case, relative_time: float = 0.5,
+              rows=None):
+        """Makes a kernel right. relative_time: torch's is 1."""
+        self.proven[case.kernel_name(backend.name, backend.kernels[case][rows])] = relative_time
 
-    def prove_all(self, made: Made):
-        self.prove(made, DEQUANTIZE)
-        for rows in made.kernels[LINEAR]:
-            self.prove(made, LINEAR, 0.5, rows)
+    def prove_all(self, backend: FakeBackend):
+        self.prove(backend, DEQUANTIZE)
+        for rows in backend.kernels[LINEAR]:
+            self.prove(backend, LINEAR, 0.5, rows)
 
 
 @pytest.fixture
 def trials(monkeypatch, tmp_path):
-    """The trials of the processes that `restarted` begins."""
+    """The trials of the processes that `restart` starts."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "TRIALED", {"cpu"})
@@ -92,37 +96,38 @@ def trials(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def restarted(monkeypatch, trials):
-    """restarted(backend, ...): the kernel layer as a new process has it, with these backends."""
-    def restarted(*made):
+def restart(monkeypatch, trials):
+    """restart(backend, ...): sets the kernel layer up as in a new process, with these backends."""
+    def restart(*backends):
         monkeypatch.setattr(kernels, "_selectors", {})
-        monkeypatch.setitem(kernels.PRIORITY, "cpu", tuple(one.name for one in made))
-        for one in made:
-            monkeypatch.setitem(registry.IMPORTS, one.name, lambda one=one: one.backend)
-    return restarted
+        monkeypatch.setitem(kernels.PRIORITY, "cpu", tuple(backend.name for backend in backends))
+        for backend in backends:
+            monkeypatch.setitem(registry.IMPORTS, backend.name,
+                                lambda backend=backend: backend.backend)
+    return restart
 
 
 @pytest.fixture
 def log(caplog):
-    """log(words): the lines of the pack that have them."""
+    """log(words): returns the pack's log lines that contain these words."""
     caplog.set_level(logging.INFO, kernels.__name__)
     return lambda words: [record.message for record in caplog.records if words in record.message]
 
 
-def started(*cases):
-    """ComfyUI starts where models have asked for these cases, and the trial comes to its end."""
+def start_comfyui(*cases):
+    """Starts ComfyUI where models have needed these cases, and waits for the trial."""
     Notes().add(cases)
     kernels.start_trials([CPU])
-    ended()
+    wait_for_trial()
 
 
-def ended():
+def wait_for_trial():
     for thread in threading.enumerate():
         if thread.name == "featherweight-trials":
             thread.join(60)
 
 
-def dequantized(dtype=torch.float32):
+def check_dequantize(dtype=torch.float32):
     values = product.dequantize(weight(), dtype)
     assert torch.equal(values, weight().dequantize().to(dtype))
 
@@ -132,98 +137,96 @@ def weight(rows=16, columns=512):
     return packed_tensor(Q4_0, blocks, (rows, columns))
 
 
-def multiplied(tokens=3):
+def multiply(tokens=3):
     generator = torch.Generator().manual_seed(0)
     return product.linear(torch.randn((tokens, 512), generator=generator), weight())
 
 
-def test_what_a_trial_has_proven_is_used_without_another_check(trials, restarted):
-    made = Made("fine")
-    trials.prove_all(made)
-    restarted(made)
-    started(DEQUANTIZE, LINEAR)
-    dequantized()
-    multiplied()
-    assert made.calls == {"dequantize": 1, "linear": 1}
+def test_what_a_trial_has_proven_is_used_without_another_check(trials, restart):
+    backend = FakeBackend("fine")
+    trials.prove_all(backend)
+    restart(backend)
+    start_comfyui(DEQUANTIZE, LINEAR)
+    check_dequantize()
+    multiply()
+    assert backend.calls == {"dequantize": 1, "linear": 1}
     assert kernels.used(CPU) == "fine"
 
 
-def test_what_is_proven_after_the_first_call_is_for_the_next_start(trials, restarted, log):
+def test_what_is_proven_after_the_first_call_is_for_the_next_start(trials, restart, log):
     """So the same picture has the same bits in one process, whenever kernels come."""
-    made = Made("fine")
-    trials.prove_all(made)
+    backend = FakeBackend("fine")
+    trials.prove_all(backend)
     trials.go.clear()
-    restarted(made)
+    restart(backend)
     Notes().add([DEQUANTIZE, LINEAR])
     kernels.start_trials([CPU])
-    first = multiplied()
-    dequantized()
+    first = multiply()
+    check_dequantize()
     assert kernels.used(CPU) == "torch until kernels are proven"
     trials.go.set()
-    ended()
-    dequantized()
-    assert torch.equal(multiplied(), first) and made.calls == {"dequantize": 0, "linear": 0}
+    wait_for_trial()
+    check_dequantize()
+    assert torch.equal(multiply(), first) and backend.calls == {"dequantize": 0, "linear": 0}
     assert kernels.used(CPU) == "torch" and len(log("used when ComfyUI starts next")) == 1
-    restarted(made)
-    started()
-    second = multiplied()
-    assert made.calls["linear"] == 1 and len(trials.cases) == 1
-    assert torch.equal(multiplied(), second)
+    restart(backend)
+    start_comfyui()
+    second = multiply()
+    assert backend.calls["linear"] == 1 and len(trials.cases) == 1
+    assert torch.equal(multiply(), second)
     assert torch.allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
-def test_the_fastest_is_used_for_each_range_of_rows_and_torch_where_it_is(trials, restarted):
-    slow, fast = Made("slow"), Made("fast")
+def test_the_fastest_is_used_for_each_range_of_rows_and_torch_where_it_is(trials, restart):
+    slow, fast = FakeBackend("slow"), FakeBackend("fast")
     trials.prove(slow, DEQUANTIZE, 0.7)
     trials.prove(fast, DEQUANTIZE, 0.4)
     trials.prove(slow, LINEAR, 0.5, (1, 1))
     trials.prove(fast, LINEAR, 0.6, (1, 1))
     trials.prove(fast, LINEAR, 1.5, (2, 16))
-    restarted(slow, fast)
-    started(DEQUANTIZE, LINEAR)
-    assert (
-        kernels.find("dequantize", CPU, Q4_0, torch.float32) is fast.kernels[DEQUANTIZE][None].run
-    )
-    found = [
-        kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) for tokens in (1, 2, 17)
-    ]
-    assert found == [slow.kernels[LINEAR][1, 1].run, None, None]
+    restart(slow, fast)
+    start_comfyui(DEQUANTIZE, LINEAR)
+    run = kernels.find("dequantize", CPU, Q4_0, torch.float32)
+    assert run is fast.kernels[DEQUANTIZE][None].run
+    runs = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens)
+            for tokens in (1, 2, 17)]
+    assert runs == [slow.kernels[LINEAR][1, 1].run, None, None]
     kernels.prepare(CPU, [DEQUANTIZE])
     assert kernels.used(CPU) == "fast"
 
 
 @pytest.mark.parametrize("broken", ["backend", "driver"])
 def test_what_does_not_work_any_more_leaves_the_work_to_torch(
-        broken, trials, restarted, monkeypatch, log):
-    def gone(*_):
+        broken, trials, restart, monkeypatch, log):
+    def no_driver(*_):
         raise RuntimeError("no driver")
 
-    made = Made("fine")
-    trials.prove_all(made)
-    restarted(made)
-    started(DEQUANTIZE)
+    backend = FakeBackend("fine")
+    trials.prove_all(backend)
+    restart(backend)
+    start_comfyui(DEQUANTIZE)
     if broken == "backend":
-        monkeypatch.setitem(registry.IMPORTS, "fine", gone)
+        monkeypatch.setitem(registry.IMPORTS, "fine", no_driver)
     else:
-        monkeypatch.setattr(Verdicts, "of_device", gone)
-    started(LINEAR)
-    dequantized()
+        monkeypatch.setattr(Verdicts, "of_device", no_driver)
+    start_comfyui(LINEAR)
+    check_dequantize()
     assert kernels.used(CPU) == "torch" and log("torch does their work")
 
 
-@pytest.mark.parametrize(("asked", "trialed", "backend"), [
+@pytest.mark.parametrize(("setting", "trialed", "backend"), [
     ("torch", "cpu", "torch"), ("fine", "cpu", "fine"), ("auto", "cpu", None), (None, "cpu", None),
     (None, "cuda", "fine")], ids=str)
 def test_a_cpu_and_what_is_asked_for_by_name_need_no_trial(
-        asked, trialed, backend, trials, restarted, monkeypatch):
+        setting, trialed, backend, trials, restart, monkeypatch):
     """backend: what is used, None where trials say so."""
     monkeypatch.setattr(kernels, "TRIALED", {trialed})
-    restarted(Made("fine"))
-    if asked:
-        monkeypatch.setenv(kernels.VARIABLE, asked)
-    started()
+    restart(FakeBackend("fine"))
+    if setting:
+        monkeypatch.setenv(kernels.VARIABLE, setting)
+    start_comfyui()
     kernels.prepare(CPU, [DEQUANTIZE])
-    dequantized()
+    check_dequantize()
     assert bool(trials.cases) == bool(Notes().cases()) == (backend is None)
     assert kernels.used(CPU) == (backend or "torch")
 
@@ -231,12 +234,12 @@ def test_a_cpu_and_what_is_asked_for_by_name_need_no_trial(
 # --- what a load does, and the next start ---
 
 
-def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_not_proven(trials, restarted, log):
-    restarted(Made("fine"))
+def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_not_proven(trials, restart, log):
+    restart(FakeBackend("fine"))
     for _ in range(2):
         kernels.prepare(CPU, [DEQUANTIZE, LINEAR])
-    multiplied()
-    dequantized(torch.float16)
+    multiply()
+    check_dequantize(torch.float16)
     assert not trials.cases
     assert set(Notes().cases()) == {
         DEQUANTIZE,
@@ -248,35 +251,35 @@ def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_not_proven(trial
 
 
 def test_what_models_asked_for_is_tried_at_the_next_start_and_used_by_the_first_model(
-        trials, restarted, log):
-    made = Made("fine")
-    trials.prove_all(made)
-    restarted(made)
+        trials, restart, log):
+    backend = FakeBackend("fine")
+    trials.prove_all(backend)
+    restart(backend)
     kernels.prepare(CPU, [DEQUANTIZE, LINEAR])
-    restarted(made)
-    started()
+    restart(backend)
+    start_comfyui()
     assert trials.cases == [[DEQUANTIZE, LINEAR]]
     kernels.prepare(CPU, [DEQUANTIZE, LINEAR])
-    multiplied()
-    assert made.calls["linear"] and kernels.used(CPU) == "fine"
+    multiply()
+    assert backend.calls["linear"] and kernels.used(CPU) == "fine"
     assert len(trials.cases) == len(log("are not proven")) == 1
 
 
 def test_a_model_of_a_new_format_is_not_said_to_be_dequantized_by_what_was_proven_for_others(
-        trials, restarted):
-    made = Made("fine")
-    trials.prove(made, DEQUANTIZE)
-    restarted(made)
-    started(DEQUANTIZE)
+        trials, restart):
+    backend = FakeBackend("fine")
+    trials.prove(backend, DEQUANTIZE)
+    restart(backend)
+    start_comfyui(DEQUANTIZE)
     kernels.prepare(CPU, [Case("dequantize", "Q8_0", torch.float32, None)])
     assert kernels.used(CPU) == "torch"
     kernels.prepare(CPU, [DEQUANTIZE])
     assert kernels.used(CPU) == "fine"
 
 
-def test_the_formats_most_used_are_tried_where_no_model_was_loaded_yet(trials, restarted):
-    restarted(Made("fine"))
-    started()
+def test_the_formats_most_used_are_tried_where_no_model_was_loaded_yet(trials, restart):
+    restart(FakeBackend("fine"))
+    start_comfyui()
     (cases,) = trials.cases
     assert {case.format for case in cases} == set(trial_startup.MOST_USED) <= set(FORMATS)
     assert {(case.capability, case.dtype) for case in cases} == {
@@ -286,33 +289,33 @@ def test_the_formats_most_used_are_tried_where_no_model_was_loaded_yet(trials, r
 
 
 def test_who_meets_another_trial_begins_none_and_waits_for_nothing(
-        trials, restarted, tmp_path, log):
+        trials, restart, tmp_path, log):
     """The lock is in the user's own folder: nobody else can hold it."""
-    restarted(Made("fine"))
+    restart(FakeBackend("fine"))
     Notes().add([DEQUANTIZE])
     with FileLock(tmp_path / "featherweight" / "trials" / "lock"):
-        started()
+        start_comfyui()
     assert not trials.cases and log("Another trial of kernels is under way")
     assert (tmp_path / "featherweight" / "trials").stat().st_mode & 0o777 == 0o700
-    restarted(Made("fine"))
-    started()
+    restart(FakeBackend("fine"))
+    start_comfyui()
     assert trials.cases == [[DEQUANTIZE]]
 
 
 def test_the_log_says_what_a_trial_found_and_warns_of_wrong_values(
-        trials, restarted, monkeypatch, log, caplog):
-    made = Made("fine")
+        trials, restart, monkeypatch, log, caplog):
+    backend = FakeBackend("fine")
 
     def run(device, backends, verdicts, cases):
-        right = DEQUANTIZE.kernel_name("fine", made.kernels[DEQUANTIZE][None])
+        right = DEQUANTIZE.kernel_name("fine", backend.kernels[DEQUANTIZE][None])
         verdicts.add(right, "right", seconds=[1, 3])
         verdicts.add("a kernel", "crashed", why="its process ended")
         verdicts.add("another kernel", "wrong", why="2 of 3 values differ")
         return "4 kernels ended their process"
 
     monkeypatch.setattr(trial_startup, "run_trial", run)
-    restarted(made)
-    started(DEQUANTIZE)
+    restart(backend)
+    start_comfyui(DEQUANTIZE)
     (line,) = log("1 kernels proven")
     for words in ("dequantize 3.0 times as fast as torch", "1 wrong", "1 crashed",
                   "(a kernel: please", ISSUES,

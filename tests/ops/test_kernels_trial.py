@@ -1,4 +1,4 @@
-"""Kernels are tried in another process: what one does there costs nobody else anything."""
+"""Kernels are tried in another process, where a bad one harms nothing else."""
 import functools
 import os
 import shutil
@@ -32,15 +32,15 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes end otherw
 
 @pytest.fixture
 def verdicts(tmp_path, monkeypatch):
-    """Of a device of which nothing is known."""
+    """The empty file of a device."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "cache").mkdir(mode=0o700)
     return Verdicts(tmp_path / "cache" / "verdicts.jsonl")
 
 
 @pytest.fixture
-def log_of_each(tmp_path, monkeypatch, verdicts):
-    """A planted backend that is to dequantise Q4_0 writes a file of its name."""
+def backend_log(tmp_path, monkeypatch, verdicts):
+    """Makes each planted backend write a file of its name when it dequantises Q4_0."""
     monkeypatch.setenv(planted_backends.LOG, str(tmp_path))
 
 
@@ -55,13 +55,17 @@ EXPECTED = {"segfaults": "crashed", "leaves": "crashed", "is_killed": "killed", 
 HANGS = ("loops", "holds_on")
 ENDS_ITS_PROCESS = ("loses_the_device_at_once", *(name for name, verdict in EXPECTED.items()
                                                   if verdict in ("crashed", "killed")))
-BACKENDS = ("loses_the_device_at_once", "no_room", "no_probe",
+BACKENDS = ("loses_the_device_at_once", "out_of_memory", "no_probe",
             *(name for name in EXPECTED if name not in HANGS))
 
 
-class Zoo(NamedTuple):
-    """verdicts: by backend, `None` for all that are in one file. reasons: why each trial of that
-    left something."""
+class PlantedTrials(NamedTuple):
+    """The results of trials with planted backends.
+
+    Attributes:
+        verdicts: By backend; `None`: of all that share one file.
+        reasons: Why each trial with that file was incomplete.
+    """
     verdicts: dict[str | None, Verdicts]
     reasons: list[str]
 
@@ -71,17 +75,19 @@ class Zoo(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
-    """Of a device whose every backend misbehaves. Of two kernels something is known before:
-    `planted_backends` says what would happen if they were tried again."""
-    folder = tmp_path_factory.mktemp("zoo")
+def planted(tmp_path_factory):
+    """Trials of a device whose backends all misbehave.
+
+    Two kernels have verdicts already: `planted_backends` says what a second trial of them would do.
+    """
+    folder = tmp_path_factory.mktemp("planted")
     folder.chmod(0o700)
     verdicts = {name: Verdicts(folder / f"{name}.jsonl") for name in (None, *HANGS)}
     verdicts[None].add(name_of(Q4_0, "known"), "right", seconds=[1, 2])
     verdicts[None].add(name_of(Q4_0, "stopped_the_computer"), "begun")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        # Each of these beside the others, for it takes all the time that a kernel has.
+        # These run in parallel, because each takes all the time that a kernel has.
         threads = [threading.Thread(target=run_planted,
                                     args=(CPU, [name], verdicts[name], [Q4_0, Q8_0]))
                    for name in HANGS]
@@ -93,27 +99,26 @@ def zoo(tmp_path_factory):
             reasons.append(run_planted(CPU, BACKENDS, verdicts[None], [Q4_0, Q8_0]))
         for thread in threads:
             thread.join()
-    return Zoo(verdicts, reasons)
+    return PlantedTrials(verdicts, reasons)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_each_kernel_gets_its_verdict_and_takes_no_other_with_it(name, zoo):
-    assert zoo.verdict(Q4_0, name) == EXPECTED[name] and zoo.verdict(Q8_0, name) == "right"
+def test_each_kernel_gets_its_verdict_and_harms_no_other(name, planted):
+    assert planted.verdict(Q4_0, name) == EXPECTED[name] and planted.verdict(Q8_0, name) == "right"
 
 
-def test_a_trial_is_started_again_three_times_at_most(zoo):
+def test_a_trial_is_started_again_three_times_at_most(planted):
     trials, rest = divmod(len(ENDS_ITS_PROCESS), MAX_RESTARTS + 1)
-    assert rest and zoo.reasons == [f"{MAX_RESTARTS + 1} kernels ended their process"] * trials + [
-        ""
-    ]
+    reason = f"{MAX_RESTARTS + 1} kernels ended their process"
+    assert rest and planted.reasons == [reason] * trials + [""]
 
 
 @pytest.mark.parametrize(("name", "verdict", "why"), [
     ("no_probe", "refused", "no driver"),
     ("loses_the_device_at_once", "crashed", "its process ended with")])
 def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_tried(
-        name, verdict, why, zoo):
-    results = zoo.verdicts[None].results()
+        name, verdict, why, planted):
+    results = planted.verdicts[None].results()
     probe = results.lines[f"probe by {name}"]
     assert probe["verdict"] == verdict and why in probe["why"]
     assert not [line for line in results.lines if line.endswith(f"rows 1 to any by {name}")]
@@ -121,15 +126,16 @@ def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_trie
 
 
 @pytest.mark.parametrize(("days", "cases"), [(0, [Q4_0]), (8, [Q4_0, Q8_0])])
-def test_a_case_is_tried_again_where_something_of_it_may_mend_itself(days, cases, zoo, monkeypatch):
-    """A kernel without room at the next start, a backend that did not work after a week."""
-    assert zoo.verdict(Q4_0, "no_room") is None and zoo.verdict(Q8_0, "no_room") == "right"
+def test_a_case_is_tried_again_where_a_verdict_may_change(days, cases, planted, monkeypatch):
+    """A kernel that lacked memory at the next start, a backend that did not work after a week."""
+    assert planted.verdict(Q4_0, "out_of_memory") is None
+    assert planted.verdict(Q8_0, "out_of_memory") == "right"
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + days * 86400)
-    assert zoo.verdicts[None].results().untried([Q4_0, Q8_0]) == cases
+    assert planted.verdicts[None].results().untried([Q4_0, Q8_0]) == cases
 
 
-def test_where_memory_is_short_nothing_is_begun(verdicts, monkeypatch):
+def test_where_memory_is_short_nothing_is_tried(verdicts, monkeypatch):
     monkeypatch.setattr(trial, "free_bytes", lambda device: trial.FREE_TO_BEGIN - 1)
     reason = run_planted(CPU, ("fine",), verdicts, [Q4_0])
     assert reason == "less than 1.5 GB of its memory was free"
@@ -164,16 +170,17 @@ def test_a_signal_of_another_program_is_no_crash_of_the_kernel(sent, expected, v
     assert verdicts.results().verdict("a kernel") == expected
 
 
-def test_a_kernel_is_found_again_by_the_name_of_its_format():
-    made = [FORMATS["NF4"].of_block_length(128), FORMATS["NF4"], format_named("INT8_96"),
-            FORMATS["Q4_K"], FORMATS["Q4_0"], format_named("Q4_K_5120_8x2")]
-    assert [format_named(packed.__name__) for packed in made] == made and made[-1].outer == 8
+def test_a_format_has_a_name_that_leads_back_to_it():
+    expected = [FORMATS["NF4"].of_block_length(128), FORMATS["NF4"], format_named("INT8_96"),
+                FORMATS["Q4_K"], FORMATS["Q4_0"], format_named("Q4_K_5120_8x2")]
+    assert [format_named(packed.__name__) for packed in expected] == expected
+    assert expected[-1].outer == 8
     for unknown in ("Q9_9", "Q4_K_128", "Q9_9_5120_8x2"):
         with pytest.raises(KeyError):
             format_named(unknown)
 
 
-# --- the end of the process that asked for a trial ---
+# --- the end of the process that started a trial ---
 
 
 PROCESS = """
@@ -202,7 +209,7 @@ while not all((folder / name).exists() for name in names):
 
 
 def start(folder: Path, *names: str, more: str = "") -> subprocess.Popen:
-    """A process that has trials try these kernels, and does `more` once they do."""
+    """Starts a process whose trials try these kernels, and that runs `more` once they do."""
     arguments = [str(PACK), str(PACK / "tests" / "support"), str(folder), *names]
     return subprocess.Popen([sys.executable, "-c", PROCESS + more, *arguments],
                             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -224,20 +231,20 @@ def verdict_in(folder: Path, name: str) -> str | None:
     return Verdicts(folder / "cache" / name).results().verdict(name_of(Q4_0, name))
 
 
-@pytest.mark.usefixtures("log_of_each")
-def test_no_trial_outlives_the_process_that_asked_for_it(tmp_path):
-    """One whose kernel lets no Python run ends when the kernel's time is over."""
+@pytest.mark.usefixtures("backend_log")
+def test_no_trial_outlives_the_process_that_started_it(tmp_path):
+    """A trial whose kernel keeps Python from running ends when the kernel's time is up."""
     parent = start(tmp_path, *HANGS, more="print('tried', flush=True); time.sleep(600)")
     assert parent.stdout.readline() == "tried\n"
     parent.kill()
     parent.communicate()
     for name in HANGS:
         wait_for_end(int((tmp_path / name).read_text()))
-    assert verdict_in(tmp_path, "loops") is None  # it is no fault of the kernel
+    assert verdict_in(tmp_path, "loops") is None  # the kernel is not to blame
     assert verdict_in(tmp_path, "holds_on") == "begun"
 
 
-@pytest.mark.usefixtures("log_of_each")
+@pytest.mark.usefixtures("backend_log")
 def test_a_process_that_ends_ends_its_trial_without_error(tmp_path):
     parent = start(tmp_path, "loops")
     _, errors = parent.communicate(timeout=300)
@@ -246,7 +253,7 @@ def test_a_process_that_ends_ends_its_trial_without_error(tmp_path):
     assert verdict_in(tmp_path, "loops") is None
 
 
-def test_a_copy_of_the_process_that_ends_takes_no_trial_and_no_compiler_with_it():
+def test_a_forked_process_that_ends_ends_no_trial_and_no_compiler():
     script = ("import os, sys, time\n"
               "sys.path[:0] = [sys.argv[1]]\n"
               "import child_process\n"
@@ -260,8 +267,8 @@ def test_a_copy_of_the_process_that_ends_takes_no_trial_and_no_compiler_with_it(
     wait_for_end(int(pid))
 
 
-def test_a_process_whose_main_thread_has_ended_says_nothing_of_trials_it_cannot_start(tmp_path):
-    """From Python 3.12 on no thread and no process is started then, though others go on."""
+def test_a_process_whose_main_thread_has_ended_logs_no_trial_that_it_cannot_start(tmp_path):
+    """From Python 3.12 on neither threads nor processes can be started then."""
     script = ("import sys, threading, time, types\n"
               "pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]]\n"
               "sys.modules['featherweight'] = pack\n"
@@ -284,10 +291,17 @@ def test_a_process_whose_main_thread_has_ended_says_nothing_of_trials_it_cannot_
 # --- the real command, with real backends on this CPU ---
 
 
-def in_a_trial(verdicts: Verdicts, backends: tuple[str, ...], cases: list[Case], first: str = "",
-               before: str = "") -> dict:
-    """Name -> the last line. first, before: what the process does at its start, and before it tries
-    anything."""
+def run_real_trial(verdicts: Verdicts, backends: tuple[str, ...], cases: list[Case],
+                   first: str = "", before: str = "") -> dict:
+    """Runs a trial. Returns name -> the last line.
+
+    Args:
+        verdicts: Where the results go.
+        backends: Names.
+        cases: What to try.
+        first: Python that the process runs at its start.
+        before: Python that it runs before it tries anything.
+    """
     start = trial.START.replace("trial.main()",
                                 f"trial.ROWS, trial.COLUMNS = 16, 512;{before} trial.main()")
     assert run_trial(CPU, backends, verdicts, cases,
@@ -315,7 +329,7 @@ def test_the_kernels_of_a_cpu_are_right_in_a_trial_which_needs_neither_the_host_
              Case("dequantize", "NF4_128", torch.float32, None),
              Case("int8_rows", "Q8_0", torch.int8, None),
              Case("int8_tokens", None, torch.bfloat16, None)]
-    lines = in_a_trial(verdicts, ("absent", "cpp"), cases, REFUSES_THE_HOST)
+    lines = run_real_trial(verdicts, ("absent", "cpp"), cases, REFUSES_THE_HOST)
     assert "KeyError('absent')" in lines.pop("probe by absent")["why"]
     assert lines.pop("probe by cpp")["verdict"] == "works" and len(lines) == 6
     assert {line["verdict"] for line in lines.values()} <= {"right", "slower"}
@@ -327,9 +341,10 @@ def test_the_kernels_of_a_cpu_are_right_in_a_trial_which_needs_neither_the_host_
 def test_tritons_kernels_are_right_in_a_trial_in_its_interpreter(verdicts, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # A value takes ten thousand times as long.
-    lines = in_a_trial(verdicts, ("triton",), [Case("dequantize", "Q8_0", torch.float32, None)],
-                       before=" sys.modules['featherweight.ops.kernels.validation'].MANY = 6144;")
+    # The interpreter takes ten thousand times as long for a value.
+    case = Case("dequantize", "Q8_0", torch.float32, None)
+    smaller = " sys.modules['featherweight.ops.kernels.validation'].MANY = 6144;"
+    lines = run_real_trial(verdicts, ("triton",), [case], before=smaller)
     assert {name: line["verdict"] for name, line in lines.items()} == {
         "probe by triton": "works",
         "dequantize of Q8_0 to float32, rows 1 to any by triton": "slower"}

@@ -1,11 +1,9 @@
-"""What is Triton's own: addresses of bytes, and that the kernels compile for GPUs that are not
-here.
+"""What only Triton has: addresses of bytes, and that the kernels compile for every GPU.
 
-What they compute is in test_kernel_backends.py, whose cases of Triton this file runs in a process
-of its
-own: on a GPU, or in Triton's interpreter, which must be chosen before triton is imported. There,
-products and stores in bfloat16 are wrong: the interpreter truncates where a GPU rounds. So bfloat16
-runs on a GPU only, and is compiled everywhere.
+test_kernel_backends.py tests what they compute. This file runs its cases for Triton in a process of
+its own: on a GPU, or in Triton's interpreter, which must be chosen before triton is imported. The
+interpreter's products and stores in bfloat16 are wrong, because it truncates where a GPU rounds. So
+bfloat16 runs on a GPU only, and is compiled everywhere.
 """
 import os
 import re
@@ -29,7 +27,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from featherweight.ops.kernels import triton_backend  # noqa: E402
 
 DECODED = sorted(triton_backend.DECODERS)
-ONE_OF_A_KIND = ("Q6_K", "IQ4_XS", "NF4")  # plain blocks, with a codebook, with scales apart
+FORMAT_SAMPLE = ("Q6_K", "IQ4_XS", "NF4")  # plain blocks, with a codebook, with scales apart
 SUITE = Path(__file__).with_name("test_kernel_backends.py")
 
 
@@ -76,7 +74,7 @@ def test_dequantizes_bytes_at_any_address(offset, monkeypatch):
 
 
 @runs_kernels
-def test_blocks_that_are_no_groups_are_left_to_the_reference():
+def test_blocks_that_do_not_divide_into_groups_are_refused():
     fmt = FORMATS["NF4"].of_block_length(24)
     with pytest.raises(NotImplementedError, match="blocks of 24 values"):
         triton_backend.dequantize(fmt, random_tensors(fmt, 4, CPU), torch.empty(96), None, 0)
@@ -94,17 +92,21 @@ SHARED_MEMORY = 48 << 10  # that every GPU gives a program
 
 
 def cases():
-    """Each format for one of the main targets, a format of one kind for each other; the rest is
-    heavy."""
+    """Returns each format for one of the main targets, and one format for each other target. The
+    rest is heavy."""
     usual = {target: set(DECODED[index::2]) for index, target in enumerate(MAIN_TARGETS)}
     for index, target in enumerate(TARGETS):
-        usual.setdefault(target, {ONE_OF_A_KIND[index % 3]})
+        usual.setdefault(target, {FORMAT_SAMPLE[index % 3]})
     return [pytest.param(target, name, marks=() if name in usual[target] else pytest.mark.heavy)
             for target in TARGETS for name in DECODED]
 
 
+POINTERS = {torch.uint8: "*u8", torch.int8: "*i8", torch.float32: "*fp32",
+            torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
 class Compiled:
-    """In the place of a jitted kernel: what would be launched is compiled for a target instead."""
+    """Replaces a jitted kernel: compiles for a target instead of launching."""
 
     def __init__(self, kernel, target: tuple):
         self.kernel, self.target = kernel, GPUTarget(*target)
@@ -122,24 +124,11 @@ class Compiled:
         for index, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, values[parameter.name]
             if isinstance(value, torch.Tensor):
-                types[name] = (
-                    "*"
-                    + {
-                        torch.uint8: "u8",
-                        torch.int8: "i8",
-                        torch.float32: "fp32",
-                        torch.float16: "fp16",
-                        torch.bfloat16: "bf16",
-                    }[value.dtype]
-                )
+                types[name] = POINTERS[value.dtype]
             else:
-                special = (
-                    type(value) is not int
-                    or parameter.is_constexpr
-                    or (value == 1
-                    and not parameter.do_not_specialize)
-                )
-                types[name] = "constexpr" if special else "i32"
+                is_constant = (type(value) is not int or parameter.is_constexpr
+                               or (value == 1 and not parameter.do_not_specialize))
+                types[name] = "constexpr" if is_constant else "i32"
             if types[name] == "constexpr":
                 constants[name] = value
             elif types[name] != "i32" or (value % 16 == 0 and not parameter.do_not_specialize):
@@ -176,34 +165,27 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
         assert compiled.result.metadata.shared <= SHARED_MEMORY
         results[kernel] = compiled.result
 
-    launch(
-        triton_backend.dequantize,
-        "_dequantize",
-        torch.zeros(rows, columns, dtype=torch.bfloat16),
-        None,
-        0,
-    )
-    all_kinds = request.config.getoption("--heavy")
-    of_a_kind = name in {*ONE_OF_A_KIND, "FP4"}
-    dtypes = (torch.bfloat16,) if of_a_kind else (torch.float16,)
-    if of_a_kind and (all_kinds or target in MAIN_TARGETS):
+    values = torch.zeros(rows, columns, dtype=torch.bfloat16)
+    launch(triton_backend.dequantize, "_dequantize", values, None, 0)
+    is_heavy = request.config.getoption("--heavy")
+    is_in_sample = name in {*FORMAT_SAMPLE, "FP4"}
+    dtypes = (torch.bfloat16,) if is_in_sample else (torch.float16,)
+    if is_in_sample and (is_heavy or target in MAIN_TARGETS):
         dtypes += torch.float32,
     one_token = triton_backend.linear_one_token, "_linear_one_token", 1, torch.bfloat16
     few_tokens = [(triton_backend.linear_few_tokens, "_linear_few_tokens", 3, dtype)
                   for dtype in dtypes]
     for function, kernel, tokens, dtype in (one_token, *few_tokens):
-        input, out = (
-            torch.zeros(tokens, columns, dtype=dtype),
-            torch.zeros(tokens, rows, dtype=dtype),
-        )
-        launch(function, kernel, input,
-               torch.zeros(rows, dtype=dtype).expand(tokens, rows), out, None)
-    if of_a_kind or all_kinds:
+        input = torch.zeros(tokens, columns, dtype=dtype)
+        out = torch.zeros(tokens, rows, dtype=dtype)
+        bias = torch.zeros(rows, dtype=dtype).expand(tokens, rows)
+        launch(function, kernel, input, bias, out, None)
+    if is_in_sample or is_heavy:
         codes, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows)
         launch(triton_backend.int8_rows, "_int8_rows", codes, scales, None, 0)
         launch(triton_backend.int8_tokens, "_int8_tokens",
                torch.zeros(rows, columns, dtype=torch.bfloat16), codes, scales)
-    # a fused multiply-add in place of two roundings changes bits
+    # A fused multiply-add rounds once instead of twice, which changes bits.
     fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")
     assembly = "ptx" if target.startswith("sm_") else "amdgcn"
     assert not fused.search(results["_dequantize"].asm[assembly])

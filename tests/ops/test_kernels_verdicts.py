@@ -1,4 +1,4 @@
-"""What is kept about kernels, for whom, and that only what this user wrote is believed."""
+"""The files of verdicts and notes: what is stored, for whom, and that only this user's count."""
 import json
 import os
 import shutil
@@ -41,8 +41,8 @@ def known(verdicts) -> dict[str, str]:
     return {name: line["verdict"] for name, line in verdicts.results().lines.items()}
 
 
-def again() -> Verdicts:
-    """As another process has them."""
+def reopened() -> Verdicts:
+    """Returns them as another process reads them."""
     return Verdicts.of_device(CPU, ("triton",))
 
 
@@ -50,7 +50,7 @@ def test_a_verdict_is_known_to_the_next_process(verdicts):
     verdicts.add(NAME, "begun")
     verdicts.add(NAME, "right", seconds=[0.001, 0.002])
     verdicts.add(str(DEQUANTIZE), "tried")
-    results = again().results()
+    results = reopened().results()
     assert results.lines[NAME]["seconds"] == [0.001, 0.002] and results.unfinished is None
     assert results.untried([DEQUANTIZE, LINEAR]) == [LINEAR]
 
@@ -59,7 +59,7 @@ def test_a_begin_without_an_end_names_the_kernel(verdicts):
     verdicts.add("one", "begun")
     verdicts.add("one", "works")
     verdicts.add("two", "begun")
-    assert again().results().unfinished["name"] == "two"
+    assert reopened().results().unfinished["name"] == "two"
 
 
 @pytest.mark.parametrize("verdict", RETRY_AFTER_S)
@@ -76,12 +76,12 @@ def test_what_may_mend_itself_is_forgotten_after_its_time(verdict, verdicts, mon
             }
 
 
-def test_who_reads_while_others_write_finds_whole_lines(verdicts):
+def test_a_reader_sees_whole_lines_while_others_write(verdicts):
     counts, threads = [0], []
     for writer in range(2):
         def write(writer=writer):
             for number in range(30):
-                again().add(f"{writer} {number}", "wrong", why="x" * 300)
+                reopened().add(f"{writer} {number}", "wrong", why="x" * 300)
 
         threads.append(threading.Thread(target=write))
         threads[-1].start()
@@ -108,7 +108,7 @@ def test_a_damaged_verdict_counts_as_none(line, verdicts):
     assert known(verdicts) == {"before": "wrong", "after": "wrong"}
 
 
-def test_a_file_that_grew_too_large_is_begun_anew(verdicts):
+def test_a_file_that_grew_too_large_is_replaced(verdicts):
     verdicts.add("before", "wrong")
     with open(verdicts.path, "ab") as file:
         file.write(b" " * MAX_FILE_BYTES)
@@ -134,10 +134,10 @@ def test_a_cache_that_cannot_be_written_loses_nothing_in_this_process(tmp_path, 
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     Verdicts.of_device(CPU, ("triton",)).add(NAME, "wrong")
-    assert known(again()) == {NAME: "wrong"}
+    assert known(reopened()) == {NAME: "wrong"}
 
 
-# --- what models have asked for ---
+# --- the cases that models have needed ---
 
 
 def test_what_was_asked_for_is_read_again_and_written_once(verdicts):
@@ -198,8 +198,8 @@ def test_a_case_is_the_same_after_a_journey_as_json():
 # --- what verdicts depend on ---
 
 
-class Card:
-    """In the place of `torch.cuda`, a device of AMD."""
+class AmdCuda:
+    """Replaces `torch.cuda` by a device of AMD."""
 
     def __init__(self, architecture: str):
         self.architecture = architecture
@@ -215,12 +215,12 @@ class Card:
 
 
 def test_devices_of_amd_with_one_name_have_the_verdicts_of_their_architecture(monkeypatch):
-    def key(architecture, pretended=None):
+    def key(architecture, override=None):
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "cuda", Card(architecture))
+            patch.setattr(torch, "cuda", AmdCuda(architecture))
             patch.setattr(torch.version, "hip", "7.0")
-            if pretended:
-                patch.setenv("HSA_OVERRIDE_GFX_VERSION", pretended)
+            if override:
+                patch.setenv("HSA_OVERRIDE_GFX_VERSION", override)
             return str(device_key(torch.device("cuda", 0), ("triton",)))
 
     assert key("gfx1100") == key("gfx1100")
@@ -240,7 +240,7 @@ def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdic
     monkeypatch.setattr(metadata, "version", version)
     first, backends = Verdicts.of_device(CPU, ("triton",)), ("triton",)
     first.add(NAME, "wrong")
-    assert known(again()) == {NAME: "wrong"}
+    assert known(reopened()) == {NAME: "wrong"}
     if changed == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")
     elif changed == "driver":

@@ -1,5 +1,5 @@
-"""Every server of `tests/server` on fake GPUs, beside one on the CPU that runs the same workflows
-and must draw the same.
+"""Runs every server of `tests/server` on fake GPUs, next to one on the CPU that runs the same
+workflows and must draw the same pictures.
 
     pytest tests/server --fake-gpus 2x4-late-dynamic
 """
@@ -8,8 +8,8 @@ from typing import NamedTuple
 from devtools import ROOT, fakegpu
 from devtools.host.server import HOST, Run, Server
 
-# The same arithmetic on the CPU and on GPUs, which the host would run in other dtypes. The pack
-# says what no argument does.
+# The same arithmetic on the CPU and on GPUs, for which ComfyUI would choose other dtypes. A custom
+# node sets what no argument can.
 SAME = ("--fp32-unet", "--fp32-vae", "--fp32-text-enc", "--use-pytorch-cross-attention")
 SAME_ENV = {"FEATHERWEIGHT_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
 SAME_PACK = {
@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
 
 def pictures(server: Server, run: Run) -> dict[str, list[bytes]]:
-    """Node -> the pictures and videos it made, as files."""
+    """Returns node -> the pictures and videos it made, as files."""
     return {
         node: [server.image(entry) for entry in output["images"]]
         for node, output in run.outputs.items() if "images" in output
@@ -43,8 +43,8 @@ def pictures(server: Server, run: Run) -> dict[str, list[bytes]]:
 
 
 class FakeGpuServer(Server):
-    """A server on fake GPUs in place of one on the CPU. Each workflow that it runs, its twin on the
-    CPU runs too."""
+    """Replaces a server on the CPU by one on fake GPUs, whose twin on the CPU runs every workflow
+    too."""
 
     size: Size  # set by whoever puts this class in the place of `Server`
 
@@ -77,15 +77,10 @@ class FakeGpuServer(Server):
             for name in ("output", "temp", "user"):
                 (self.base / "cpu" / name).mkdir(parents=True)
             self.twin.__enter__()
-        expected, found = (
-            pictures(self.twin, self.twin.queue(prompt, timeout=timeout)),
-            pictures(self, run),
-        )
-        different = [
-            f"{node} ({prompt[node]['class_type']})" for node in expected
-            if found.get(node) != expected[node]
-        ]
-        assert found.keys() == expected.keys() and not different, (
-            f"not the pictures of the CPU: {', '.join(different)}"
-        )
+        expected = pictures(self.twin, self.twin.queue(prompt, timeout=timeout))
+        results = pictures(self, run)
+        different = [f"{node} ({prompt[node]['class_type']})" for node in expected
+                     if results.get(node) != expected[node]]
+        assert results.keys() == expected.keys() and not different, (
+            f"not the pictures of the CPU: {', '.join(different)}")
         return run

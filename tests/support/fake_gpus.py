@@ -1,12 +1,12 @@
-"""Tests that run on fake GPUs (`devtools/fakegpu`), in a process of their own, for torch must know
-them from its start.
+"""Runs tests on fake GPUs (`devtools/fakegpu`), in a separate process, because torch must see the
+GPUs from its start.
 
     pytestmark = pytest.mark.fake_gpus(devices=3, gib=4, late=True, dynamic=True)
 
-They are collected here and run there: all that run on the same GPUs at once, when the first is
-asked for. Each then has its outcome from there. dynamic: whether the host has dynamic VRAM on, with
-the real comfy-aimdo. Where there are no fake GPUs the tests are skipped. On them the host computes
-as it does on a CPU, in float32.
+The tests are collected in this process. When the first is due, a second process runs all tests of
+the same GPUs, and this one reports their outcomes. dynamic: whether ComfyUI's dynamic VRAM is on,
+with the real comfy-aimdo. Where there are no fake GPUs the tests are skipped. On fake GPUs ComfyUI
+computes as on a CPU, in float32.
 
 In such a process `import fakegpu` gives the counters.
 """
@@ -24,11 +24,11 @@ from devtools import ROOT, fakegpu
 
 ON_FAKE_GPUS = "FAKEGPU" in os.environ
 AS_ON_A_CPU = "--fp32-unet --fp32-vae --fp32-text-enc --use-pytorch-cross-attention"
-# environment variable: where a process on fake GPUs writes them
+# Environment variable: the file to which a process on fake GPUs writes its outcomes.
 OUTCOMES = "FEATHERWEIGHT_TEST_OUTCOMES"
 
 
-# --- in the process that was asked for the tests ---
+# --- in the process that collects the tests ---
 
 
 class TestGroup:
@@ -36,7 +36,7 @@ class TestGroup:
 
     Attributes:
         name: Of the GPUs, such as "3x4-late-dynamic".
-        nodes: The tests, as pytest found them here.
+        nodes: The tests, as this process collected them.
     """
 
     __test__ = False
@@ -44,7 +44,8 @@ class TestGroup:
     def __init__(self, devices: int = 3, gib: float = 4, late: bool = True, dynamic: bool = False):
         self.arguments = devices, gib, late
         self.dynamic = dynamic
-        self.name = f"{devices}x{gib}" + "-late" * late + "-dynamic" * dynamic
+        self.name = (f"{devices}x{gib}{'-late' if late else ''}"
+                     f"{'-dynamic' if dynamic else ''}")
         self.nodes = []
         self._outcomes = None
 
@@ -71,11 +72,11 @@ class TestGroup:
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 env={**os.environ, **fakegpu.environment(*self.arguments), **variables})
             lines = Path(outcomes.name).read_text(encoding="utf-8").splitlines()
-        found = {}
+        outcomes_by_name = {}
         for line in map(json.loads, lines):  # of a test's three phases the worst counts
-            if line["name"] not in found or line["outcome"] != "passed":
-                found[line["name"]] = line
-        return found, child.stdout
+            if line["name"] not in outcomes_by_name or line["outcome"] != "passed":
+                outcomes_by_name[line["name"]] = line
+        return outcomes_by_name, child.stdout
 
 
 class ForwardedTest(pytest.Item):
@@ -88,29 +89,27 @@ class ForwardedTest(pytest.Item):
         self.keywords.update(dict(node.keywords.items()))
 
     def runtest(self):
-        found = self.group.outcome(self.node.nodeid)
-        if found["outcome"] == "skipped":
-            pytest.skip(found["text"])
-        if found["outcome"] == "failed":
-            raise FailedThere(found["text"])
+        outcome = self.group.outcome(self.node.nodeid)
+        if outcome["outcome"] == "skipped":
+            pytest.skip(outcome["text"])
+        if outcome["outcome"] == "failed":
+            raise ForwardedFailure(outcome["text"])
 
     def repr_failure(self, excinfo):
-        return (
-            str(excinfo.value)
-            if isinstance(excinfo.value, FailedThere)
-            else super().repr_failure(excinfo)
-        )
+        if isinstance(excinfo.value, ForwardedFailure):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo)
 
     def reportinfo(self):
         return self.node.reportinfo()
 
 
-class FailedThere(Exception):
-    """What the test's own process says of its failure."""
+class ForwardedFailure(Exception):
+    """The failure that the process on fake GPUs reported."""
 
 
 def forward(items: list[pytest.Item]):
-    """Replace the marked tests by those that run on fake GPUs, or skip them where there are
+    """Replaces the marked tests by those that run on fake GPUs, or skips them where there are
     none."""
     groups = {}
     for index, item in enumerate(items):
@@ -123,11 +122,9 @@ def forward(items: list[pytest.Item]):
         group = TestGroup(**marker.kwargs)
         group = groups.setdefault(group.name, group)
         group.nodes.append(item)
-        name = (
-            processes.in_group(item.name, group.name)
-            if "PYTEST_XDIST_WORKER" in os.environ
-            else item.name
-        )
+        name = item.name
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            name = processes.in_group(name, group.name)
         items[index] = ForwardedTest.from_parent(item.parent, name=name, group=group, node=item)
 
 
@@ -135,13 +132,11 @@ def forward(items: list[pytest.Item]):
 
 
 def report(report: pytest.TestReport):
-    """Tell the process that asked for the tests."""
+    """Writes an outcome for the process that collected the tests."""
     if OUTCOMES in os.environ:
-        text = (
-            report.longrepr[2]
-            if report.skipped and isinstance(report.longrepr, tuple)
-            else report.longreprtext
-        )
+        text = report.longreprtext
+        if report.skipped and isinstance(report.longrepr, tuple):
+            text = report.longrepr[2]
         if report.failed:
             text = "\n".join([text, *(f"{title}\n{content}" for title, content in report.sections)])
         line = {
@@ -152,8 +147,8 @@ def report(report: pytest.TestReport):
 
 
 def start():
-    """Make the host's modules what its main.py makes of them where it finds a GPU, unless it is
-    told not to."""
+    """Sets up ComfyUI's modules as its main.py does on a machine with a GPU, with dynamic VRAM
+    unless an argument turns it off."""
     from comfy.cli_args import enables_dynamic_vram
 
     if enables_dynamic_vram():

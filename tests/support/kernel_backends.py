@@ -1,5 +1,6 @@
-"""The backends where there is no GPU: C++ as its platform compiles and starts it, by the same
-Python, on this CPU, and Triton in its interpreter; where there is a GPU, Triton on that."""
+"""Runs every backend without a GPU: the C++ ones on this CPU, compiled and launched by the same
+Python as on their platform, and Triton in its interpreter. Where there is a GPU, Triton runs on it.
+"""
 import contextlib
 import ctypes
 import hashlib
@@ -22,13 +23,13 @@ from featherweight.ops.kernels.kernel import Backend
 from featherweight.ops.kernels.nvrtc import CudaError, Driver
 from featherweight.ops.kernels.validation import probe
 
-HERE = Path(__file__).resolve().parents[1] / "ops"
+OPS_TESTS = Path(__file__).resolve().parents[1] / "ops"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-# A load from an address that a GPU refuses ends the process.
+# The sanitizers end the process at a load from an address that a GPU refuses.
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
          "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error", "-w", "-fPIC",
          "-shared"]
-# Of the CPU's backend: instructions to do without -> how many values are handled at once.
+# Variants of the CPU's backend: instructions that are turned off, and possible numbers of lanes.
 CPUS = {"cpp": ((), (16, 8)), "cpp with AVX2": (("-mno-avx512f",), (8,)),
         "cpp without AVX": (("-mno-avx",), (8,))}
 BACKENDS = (*CPUS, "nvrtc", "metal", "triton")
@@ -38,26 +39,27 @@ ON_A_GPU = torch.cuda.is_available() and not INTERPRETED
 
 
 def device_of(backend: Backend) -> torch.device:
-    """Where a backend of `backend_on_cpu` runs."""
+    """Returns where a backend of `backend_on_cpu` runs."""
     return torch.device("cuda", 0) if backend.name == "triton" and ON_A_GPU else CPU
 
 
 def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
-    """The path of a library. Raises RuntimeError with what the compiler says."""
+    """Compiles a text. Returns the library's path. Raises RuntimeError with the error's text."""
     name = hashlib.sha256(f"{include} {libraries} {text}".encode()).hexdigest()[:32]
     source, library = folder / f"{name}.cpp", folder / f"{name}.so"
     if library.is_file():
         return str(library)
     source.write_text(text, encoding="utf-8")
-    command = [COMPILER, *FLAGS, f"-I{HERE / include}", str(source), "-o", str(library), *libraries]
-    built = subprocess.run(command, capture_output=True, text=True)
-    if built.returncode:
-        raise RuntimeError(built.stderr)
+    command = [COMPILER, *FLAGS, f"-I{OPS_TESTS / include}", str(source), "-o", str(library),
+               *libraries]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(process.stderr)
     return str(library)
 
 
 class CudaCompiler:
-    """In the place of NVRTC: compiles CUDA C++ for the CPU; an image is the path of a library."""
+    """Replaces NVRTC: compiles CUDA C++ for the CPU. An image is the path of a library."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -76,8 +78,7 @@ class CudaCompiler:
 
 
 class MetalFunction:
-    """What `torch.mps` makes of a kernel. Takes only what torch takes, and what Metal's validation
-    lets pass."""
+    """Replaces torch's compiled Metal kernel. Accepts only what torch and Metal's validation do."""
 
     def __init__(self, library: ctypes.CDLL):
         sizes = (ctypes.c_int * 32)()
@@ -95,7 +96,7 @@ class MetalFunction:
 
 
 def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
-    """In the place of `torch.mps.compile_shader`; its result has the kernel as an attribute."""
+    """Replaces `torch.mps.compile_shader`: returns an object with the kernel as an attribute."""
     try:
         path = compiled(folder, f"{source}\nEXPORT(dequantize)\n", "metal_on_cpu")
     except RuntimeError as error:
@@ -106,24 +107,23 @@ def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def triton_backend_here() -> Iterator[Backend]:
+def triton_backend() -> Iterator[Backend]:
     pytest.importorskip("triton", reason="Triton is not installed")
     if not (INTERPRETED or ON_A_GPU):
         pytest.skip("runs in the process that test_kernels_triton.py starts")
-    from featherweight.ops.kernels import triton_backend
+    from featherweight.ops.kernels import triton_backend as module
 
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:  # a value takes ten thousand times as long
-            patch.setattr(sys.modules[probe.__module__], "MANY",
-                          3 * triton_backend.DEQUANTIZE_TILE // 2)
-        yield triton_backend.BACKEND
+            patch.setattr(sys.modules[probe.__module__], "MANY", 3 * module.DEQUANTIZE_TILE // 2)
+        yield module.BACKEND
 
 
 @contextlib.contextmanager
 def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
-    """One of `BACKENDS`. What it compiles lies in `cache`, as in the cache of a user."""
+    """Yields one of `BACKENDS`. It keeps what it compiles in `cache`, as in a user's cache."""
     if name == "triton":
-        with triton_backend_here() as backend:
+        with triton_backend() as backend:
             yield backend
         return
     if COMPILER is None or sys.platform == "win32":
@@ -151,7 +151,7 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
             metal_backend._shader.cache_clear()
         else:
             compiler = CudaCompiler(folder)
-            driver = (HERE / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")
+            driver = (OPS_TESTS / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")
             kernels = nvrtc_backend.CudaKernels(compiler, Driver(compiler.library(driver)))
             stream = types.SimpleNamespace(cuda_stream=0)
             patch.setattr(torch.cuda, "current_stream", lambda device: stream)

@@ -31,13 +31,13 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def wait_for_kernels(monkeypatch):
-    """The first call waits for every kernel, that of "dequantize" too."""
+    """Makes the first call wait for every kernel, that of "dequantize" too."""
     for name in ("WAIT_SECONDS", "EXACT_WAIT_SECONDS"):
         monkeypatch.setattr(selector, name, 120)
 
 
 def shared_cache(tmp_path_factory) -> Path:
-    """A user's cache folder for all tests of a process whose subject it is not."""
+    """Returns a cache folder for all tests of a process that do not test the cache."""
     folder = tmp_path_factory.getbasetemp() / "user_cache"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
@@ -45,7 +45,7 @@ def shared_cache(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def cpu_kernels(cache_folder):
-    """Kernels of this CPU, compiled into a cache folder, and waited for."""
+    """Uses kernels of this CPU, compiled into a cache folder; every call waits for them."""
     if sys.platform == "win32" or cpp_backend.cpp_compiler() is None:
         pytest.skip("needs a C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
@@ -59,25 +59,23 @@ def cpu_kernels(cache_folder):
 
 
 def assert_same_bits(values, expected):
-    """Equal bit patterns; any NaN equals any NaN. values: on any device."""
+    """Asserts equal bit patterns; any NaN equals any NaN. values: on any device."""
     values = values.cpu()
     assert values.dtype == expected.dtype and values.shape == expected.shape
     bits = BITS[values.dtype.itemsize]
     wrong = (values.view(bits) != expected.view(bits)) & ~(values.isnan() & expected.isnan())
-    assert not wrong.any(
-    ), f"{wrong.sum()} of {wrong.numel()} values differ, the first at {wrong.nonzero()[0].tolist()}"
+    assert not wrong.any(), (f"{wrong.sum()} of {wrong.numel()} values differ, the first at "
+                             f"{wrong.nonzero()[0].tolist()}")
 
 
 def reference(fmt, tensors) -> torch.Tensor:
-    """float32 values by gguf, or by bitsandbytes' definition."""
+    """Returns float32 values by gguf, or by bitsandbytes' definition."""
     if fmt.ggml_type is not None:
-        return torch.from_numpy(
-            gguf.quants.dequantize(tensors[0].numpy(),
-                                   GGMLQuantizationType(fmt.ggml_type))).flatten()
+        values = gguf.quants.dequantize(tensors[0].numpy(), GGMLQuantizationType(fmt.ggml_type))
+        return torch.from_numpy(values).flatten()
     if issubclass(fmt, INT8):
         values = tensors[0].view(torch.int8).float()
     else:
-        values = torch.tensor(fmt.codebook)[
-            torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()
-        ]
+        codes = torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()
+        values = torch.tensor(fmt.codebook)[codes]
     return values * tensors[1].repeat_interleave(fmt.block_length)

@@ -1,8 +1,8 @@
-"""Backends that misbehave, for the trial of kernels: of plain torch, on a CPU. Each dequantises
-Q8_0 rightly and does to Q4_0 what its name says.
+"""Backends that misbehave, for tests of trials. They run plain torch on a CPU. Each dequantises
+Q8_0 correctly and does to Q4_0 what its name says.
 
-A process that tries them is started with `COMMAND`; there the reference is slowed, so that what is
-right is faster too.
+`COMMAND` starts a process that tries them. There the reference is slowed down, so that a right
+kernel is faster than torch.
 """
 import ctypes
 import functools
@@ -20,9 +20,9 @@ START = (
     " sys.modules['featherweight'] = pack; sys.path.insert(0, sys.argv[2]); import"
     " planted_backends; planted_backends.main()")
 COMMAND = (sys.executable, "-c", START, str(PACK), str(PACK / "tests" / "support"))
-# environment variable: a folder, where each writes its process into a file of its name
+# Environment variable: a folder in which each backend writes its process id to a file of its name.
 LOG = "PLANTED_BACKENDS_LOG"
-SLOWER = 0.002  # seconds that the reference takes longer than it needs
+DELAY = 0.002  # seconds that the reference takes longer than it needs
 
 
 def loops(*_):
@@ -43,12 +43,12 @@ def wrong_at_odd_addresses(packed_format, tensors, out, value_dtype, first):
 
 
 def slow(*arguments):
-    time.sleep(5 * SLOWER)
+    time.sleep(5 * DELAY)
     right(*arguments)
 
 
-def no_room(*_):
-    raise torch.OutOfMemoryError("no room")
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("out of memory")
 
 
 def refuses(*_):
@@ -56,8 +56,7 @@ def refuses(*_):
 
 
 def loses_the_device(*_):
-    """As after a fault on a CUDA device: whatever is done there from now on fails in this
-    process."""
+    """Behaves as after a fault on a CUDA device: all later work on it fails in this process."""
     def lost(*arguments, **options):
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -73,7 +72,7 @@ def garbage(*arguments):
 
 
 def holds_on(*_):
-    """Waits in native code, and no other thread of Python runs meanwhile."""
+    """Waits in native code, and keeps all other threads of Python from running."""
     ctypes.PyDLL(None).pause()
 
 
@@ -85,7 +84,7 @@ MISBEHAVE = {
     "wrong_in_the_tail": wrong_in_the_tail,
     "wrong_at_odd_addresses": wrong_at_odd_addresses,
     "slow": slow,
-    "no_room": no_room,
+    "out_of_memory": out_of_memory,
     "loses_the_device": loses_the_device,
     "refuses": refuses,
     "known": refuses,
@@ -108,8 +107,9 @@ def backend(name: str):
 
     def misbehave(*arguments):
         if LOG in os.environ:
-            (Path(os.environ[LOG]) / f"{name}.part").write_text(str(os.getpid()))
-            (Path(os.environ[LOG]) / f"{name}.part").rename(Path(os.environ[LOG]) / name)
+            part = Path(os.environ[LOG], f"{name}.part")
+            part.write_text(str(os.getpid()))
+            part.rename(part.with_name(name))
         MISBEHAVE.get(name, right)(*arguments)
 
     def probe(device):
@@ -119,15 +119,13 @@ def backend(name: str):
             loses_the_device()
 
     runs = {"Q8_0": right, "Q4_0": misbehave}
-    return Backend(
-        name, probe,
-        tuple(
-            Kernel("dequantize", frozenset([packed]), frozenset([torch.float32]), run)
-            for packed, run in runs.items()))
+    kernels = tuple(Kernel("dequantize", frozenset([packed]), frozenset([torch.float32]), run)
+                    for packed, run in runs.items())
+    return Backend(name, probe, kernels)
 
 
-def plant():
-    """All of them are backends of this process from here on."""
+def plant() -> dict:
+    """Registers all of them as backends of this process. Returns the formats."""
     from featherweight.ops import formats  # noqa: F401
     from featherweight.ops.format import FORMATS
     from featherweight.ops.kernels.registry import IMPORTS
@@ -146,7 +144,7 @@ def main():
 
     def slowed(reference):
         def dequantize_into(*arguments):
-            time.sleep(SLOWER)
+            time.sleep(DELAY)
             return reference(*arguments)
         return dequantize_into
 
