@@ -32,7 +32,7 @@ TRITON_DTYPES = {
 
 
 @triton.jit
-def _rounded(values, DTYPE: tl.constexpr):
+def _round_to(values, DTYPE: tl.constexpr):
     if DTYPE is None:
         return values
     else:
@@ -48,7 +48,7 @@ def _dequantize(data, size, scales, table, out, values, first, DECODE: tl.conste
     lane = tl.arange(0, GROUP)[None, :]
     index = group * GROUP + lane
     weight_group = first + tl.minimum(group, (values - 1) // GROUP)
-    decoded = _rounded(DECODE(data, size, scales, table, weight_group, lane, BLOCK_LENGTH),
+    decoded = _round_to(DECODE(data, size, scales, table, weight_group, lane, BLOCK_LENGTH),
                        VALUE_DTYPE)
     tl.store(out + index, decoded.to(out.dtype.element_ty), mask=index < values)
 
@@ -69,7 +69,7 @@ def _linear_one_token(data, size, scales, table, input, addend, out, rows, colum
     for first in range(0, per_row, GROUPS):
         group = first + slot % GROUPS
         weight_group = start + tl.minimum(group, per_row - 1)
-        weight = _rounded(DECODE(data, size, scales, table, weight_group, lane, BLOCK_LENGTH),
+        weight = _round_to(DECODE(data, size, scales, table, weight_group, lane, BLOCK_LENGTH),
                           VALUE_DTYPE)
         x = tl.load(input + group * GROUP + lane, mask=group < per_row, other=0).to(tl.float32)
         total = tl.fma(x, weight, total)
@@ -96,7 +96,7 @@ def _linear_few_tokens(data, size, scales, table, input, addend, out, tokens, ro
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for first in range(0, per_row, GROUPS):
         weight_group = start + tl.minimum(first + slot % GROUPS, per_row - 1)
-        weight = _rounded(DECODE(data, size, scales, table, weight_group, lane, BLOCK_LENGTH),
+        weight = _round_to(DECODE(data, size, scales, table, weight_group, lane, BLOCK_LENGTH),
                           VALUE_DTYPE)
         weight = tl.reshape(weight.to(input.dtype.element_ty), (ROWS, GROUPS * GROUP))
         index = first * GROUP + column
@@ -112,7 +112,7 @@ def _linear_few_tokens(data, size, scales, table, input, addend, out, tokens, ro
 
 
 @triton.jit
-def _rotated(values, side, TILE: tl.constexpr, SIDE: tl.constexpr):
+def _rotate(values, side, TILE: tl.constexpr, SIDE: tl.constexpr):
     """Returns `int8_codes.rotate` of values, float32 (TILE,). side: float32 (SIDE, SIDE)."""
     half = tl.dot(tl.reshape(values, (TILE // SIDE, SIDE)), side, input_precision="ieee")
     half = tl.permute(tl.reshape(half, (TILE // SIDE // SIDE, SIDE, SIDE)), (0, 2, 1))
@@ -135,7 +135,7 @@ def _weight_tile(data, size, scales, table, row, first, columns, DECODE: tl.cons
     group = first // GROUP + tl.arange(0, TILE // GROUP)[:, None]
     weight_group = row * per_row + tl.minimum(group, per_row - 1)
     lane = tl.arange(0, GROUP)[None, :]
-    values = _rounded(DECODE(data, size, scales, table, weight_group, lane, BLOCK_LENGTH),
+    values = _round_to(DECODE(data, size, scales, table, weight_group, lane, BLOCK_LENGTH),
                       VALUE_DTYPE)
     return tl.reshape(tl.where(group < per_row, values, 0.0), (TILE,))
 
@@ -166,14 +166,14 @@ def _int8_rows(data, size, scales, table, matrix, codes, code_scales, first, col
     for start in range(0, columns, TILE):
         values = _weight_tile(data, size, scales, table, first + row, start, columns, DECODE, GROUP,
                               BLOCK_LENGTH, VALUE_DTYPE, TILE)
-        values = tl.abs(_rotated(values, side, TILE, SIDE))
+        values = tl.abs(_rotate(values, side, TILE, SIDE))
         largest = tl.maximum(largest, values)
         not_finite = tl.where(values < float("inf"), not_finite, 1)
     scale = _scale(tl.max(largest, 0), tl.max(not_finite, 0), TINY, LARGEST_CODE)
     for start in range(0, columns, TILE):
         values = _weight_tile(data, size, scales, table, first + row, start, columns, DECODE, GROUP,
                               BLOCK_LENGTH, VALUE_DTYPE, TILE)
-        _store_codes(codes + row * columns + start + lane, _rotated(values, side, TILE, SIDE),
+        _store_codes(codes + row * columns + start + lane, _rotate(values, side, TILE, SIDE),
                      scale, start + lane < columns)
     tl.store(code_scales + row, scale)
 
@@ -189,14 +189,14 @@ def _int8_tokens(input, matrix, codes, code_scales, columns, TILE: tl.constexpr,
     for start in range(0, columns, TILE):
         values = tl.load(input + row * columns + start + lane, mask=start + lane < columns,
                          other=0).to(tl.float32)
-        values = tl.abs(_rotated(values, side, TILE, SIDE))
+        values = tl.abs(_rotate(values, side, TILE, SIDE))
         largest = tl.maximum(largest, values)
         not_finite = tl.where(values < float("inf"), not_finite, 1)
     scale = _scale(tl.max(largest, 0), tl.max(not_finite, 0), TINY, LARGEST_CODE)
     for start in range(0, columns, TILE):
         values = tl.load(input + row * columns + start + lane, mask=start + lane < columns,
                          other=0).to(tl.float32)
-        _store_codes(codes + row * columns + start + lane, _rotated(values, side, TILE, SIDE),
+        _store_codes(codes + row * columns + start + lane, _rotate(values, side, TILE, SIDE),
                      scale, start + lane < columns)
     tl.store(code_scales + row, scale)
 

@@ -77,7 +77,7 @@ static FUNCTION void store_bytes(Ints values, signed char* to) {
 }
 
 // Encodes rotated values. largest: what `rotate` returned for all groups. Returns the scale.
-static FUNCTION float quantise(const float* values, int columns, Ints largest, signed char* codes) {
+static FUNCTION float quantize(const float* values, int columns, Ints largest, signed char* codes) {
     int bits = 0;
     for (int i = 0; i < LANES; i++) bits = largest[i] > bits ? largest[i] : bits;
     float peak = float_of_bits(bits < 0x7F800000 ? bits : 0x7FC00000);
@@ -104,7 +104,7 @@ static FUNCTION void encode(Values values_of, signed char* codes, float* code_sc
                 values_of(row, column, values + column);
                 largest = rotate(values + column, largest);
             }
-            code_scales[row] = quantise(values, columns, largest, codes + row * columns);
+            code_scales[row] = quantize(values, columns, largest, codes + row * columns);
         }
         free(values);
     }
