@@ -1,8 +1,8 @@
 """The driver: a process between ComfyUI and Ray, so that no failure of Ray ends ComfyUI.
 
 ComfyUI (`cluster/driver_pool.py`) imports no ray. It writes requests to the driver's standard input
-and reads events from its standard output, see `messages.py`. The driver ends when its input does,
-so neither it nor a Ray that it started outlives ComfyUI.
+and reads events from its standard output, see `driver_messages.py`. The driver ends when its input
+does, so neither it nor a Ray that it started outlives ComfyUI.
 """
 import contextlib
 import logging
@@ -17,8 +17,8 @@ from collections.abc import Callable
 from . import by_value
 from .actor_pool import ActorPool, Share, machine_resources, share_out
 from .comfyui_install import MachineError
+from .driver_messages import MessageError, read, write
 from .graph import GraphError, one_line
-from .messages import MessageError, read, write
 from .prompt_run import PromptRun
 from .ray_connection import connect, named_cluster
 from .worker import PromptWorker

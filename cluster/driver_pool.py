@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..child_process import end_process, start_process
 from .comfyui_install import MachineError
-from .messages import MessageError, read, write
+from .driver_messages import MessageError, read, write
 from .ray_connection import (
     ADDRESS_ENV,
     AUTO_CONNECT_ENV,

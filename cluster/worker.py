@@ -13,9 +13,10 @@ from .comfyui_install import (
     launch_arguments,
     version_difference,
 )
-from .embedded_comfyui import PREVIEW_WITH_METADATA, Cancelled, EmbeddedComfyUI
+from .embedded_comfyui import Cancelled, EmbeddedComfyUI
 from .graph import GraphError, apply_changes, one_line
 from .picture_store import RemoteStore, Store
+from .prompt_events import PREVIEW_WITH_METADATA
 
 CANCEL_SECONDS = 0.2  # between two attempts to cancel a prompt
 

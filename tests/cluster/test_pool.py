@@ -17,7 +17,7 @@ import pytest
 from process_tree import has
 
 from devtools import ROOT
-from featherweight.cluster import driver_pool, messages
+from featherweight.cluster import driver_messages, driver_pool
 from featherweight.cluster.comfyui_install import MachineError
 
 pytest.importorskip("ray")
@@ -26,7 +26,7 @@ TIMEOUT = 120  # seconds, on a busy machine
 # once.
 DEAF = """
 import sys; sys.path.insert(0, sys.argv.pop())
-from cluster.messages import read, write
+from cluster.driver_messages import read, write
 write(sys.stdout.buffer, {"number": None, "event": "joined"})
 while message := read(sys.stdin.buffer): pass
 """
@@ -101,13 +101,16 @@ def after(seconds: float):
 
 def test_a_message_is_json_and_bytes_and_one_that_is_cut_off_is_none():
     stream = io.BytesIO()
-    messages.write(stream, {"op": "run", "graph": {"ü": [1, 2.5, None]}}, memoryview(b"x" * 1000))
+    driver_messages.write(stream, {"op": "run", "graph": {"ü": [1, 2.5, None]}},
+                          memoryview(b"x" * 1000))
     data = stream.getvalue()
-    assert messages.read(io.BytesIO(data)) == (
+    assert driver_messages.read(io.BytesIO(data)) == (
         {"op": "run", "graph": {"ü": [1, 2.5, None]}},
         b"x" * 1000,
     )
-    assert [messages.read(io.BytesIO(data[:length])) for length in (0, 5, 12, 500)] == [None] * 4
+    assert [driver_messages.read(io.BytesIO(data[:length])) for length in (0, 5, 12, 500)] == [
+        None
+    ] * 4
 
 
 def test_a_pickle_is_not_a_message(tmp_path):
@@ -117,9 +120,9 @@ def test_a_pickle_is_not_a_message(tmp_path):
 
     data = pickle.dumps(Evil())
     for stream in (data, struct.pack(">Q", len(data)) + data,
-                   messages.LENGTHS.pack(len(data), 0) + data):
-        with contextlib.suppress(messages.MessageError):
-            assert messages.read(io.BytesIO(stream)) is None
+                   driver_messages.LENGTHS.pack(len(data), 0) + data):
+        with contextlib.suppress(driver_messages.MessageError):
+            assert driver_messages.read(io.BytesIO(stream)) is None
     assert not (tmp_path / "was here").exists()
 
 
@@ -138,14 +141,14 @@ def test_what_is_too_large_or_no_json_is_refused_before_it_is_read(head, message
             assert size <= 12
             return super().read(size)
 
-    with pytest.raises(messages.MessageError, match=message):
-        messages.read(Source(messages.LENGTHS.pack(*head) + b"[]xx"))
+    with pytest.raises(driver_messages.MessageError, match=message):
+        driver_messages.read(Source(driver_messages.LENGTHS.pack(*head) + b"[]xx"))
 
 
 def test_a_value_that_is_no_json_is_refused():
-    with pytest.raises(messages.MessageError,
+    with pytest.raises(driver_messages.MessageError,
                        match="a value cannot be sent as JSON: Object of type bytes"):
-        messages.write(io.BytesIO(), {"graph": b"x"})
+        driver_messages.write(io.BytesIO(), {"graph": b"x"})
 
 
 def refusal(drivers: driver_pool.DriverPool) -> str:

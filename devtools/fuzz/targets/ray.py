@@ -69,10 +69,10 @@ class RayRequest(Target):
     damaged = staticmethod(json_damaged)
 
     def prepare(self):
-        from featherweight.cluster import graph, messages, run_variants
+        from featherweight.cluster import driver_messages, graph, run_variants
         from featherweight.cluster.comfyui_install import MachineError
-        self.graph, self.items, self.messages = graph, run_variants, messages
-        self.own = (graph.GraphError, MachineError, messages.MessageError)
+        self.graph, self.items, self.messages = graph, run_variants, driver_messages
+        self.own = (graph.GraphError, MachineError, driver_messages.MessageError)
         nodes = {
             "1": ("Load", {"model_name": "a.gguf"}),
             "4": ("CLIPTextEncode", {"text": "a %text% house", "clip": ["1", 1]}),
@@ -120,14 +120,14 @@ class RayMessages(Target):
     name, reads = "ray_messages", "the stream between ComfyUI and the driver of Run on Ray"
 
     def prepare(self):
-        from featherweight.cluster import messages
-        self.messages, self.own = messages, (messages.MessageError,)
+        from featherweight.cluster import driver_messages
+        self.messages, self.own = driver_messages, (driver_messages.MessageError,)
         stream = io.BytesIO()
         for header, content in (
             ({"number": None, "event": "joined"}, b""),
             ({"number": 1, "event": "preview"}, b"\xff\xd8"),
         ):
-            messages.write(stream, header, content)
+            driver_messages.write(stream, header, content)
         return [stream.getvalue(), stream.getvalue()[:40]]
 
     def damaged(self, data, chance: random.Random):
