@@ -88,15 +88,17 @@ class MixedLinear(MixedLayer, PackedLinear):
 
     @autocast_input
     def forward(self, input, *args, **kwargs):
-        in_float = self._full_precision_mm or (self.lora is not None and self.lora.weight_patches)
-        if not self._has_host_format or (in_float and not self.weight_function):
+        in_float = self._full_precision_mm and not self.weight_function
+        if self.lora is not None and self.lora.weight_patches:
+            in_float = True
+        if in_float or not self._has_host_format:
             comfy.ops.run_every_op()
             return super().forward_comfy_cast_weights(input)
         out = self._host_super.forward(input, *args, **kwargs)
         if self.lora is None:
             return out
         low_rank = self.lora.branch(input)
-        assert low_rank is not None  # layers with other patches run in float, above
+        assert low_rank is not None  # layers with other patches run in float
         change = low_rank.product(input.reshape(-1, self.in_features), self.out_features)
         return stochastic_rounding.add_small(out, change.view(out.shape))
 

@@ -126,6 +126,18 @@ def test_a_wrapper_of_a_smoothed_weight_runs_as_in_the_host():
         assert torch.equal(ours(input), host(input))
 
 
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+@pytest.mark.parametrize("format_name", HOST_FORMATS)
+def test_a_wrapped_weight_takes_patches(format_name, kind):
+    ours, _, values = layers(format_name)
+    ours.lora, change = patches_of(kind)
+    input = torch.randn(3, COLUMNS)
+    expected = torch.nn.functional.linear(input, change(values), ours.bias)
+    ours.weight_function = [lambda weight: weight]
+    with torch.no_grad():
+        assert relative(ours(input), expected) < 1e-2
+
+
 def test_a_file_that_asks_for_the_float_product_of_int8_gets_it():
     ours, host, values = layers("int8_tensorwise", full_precision_matrix_mult=True)
     input = torch.randn(3, COLUMNS)
