@@ -1,5 +1,4 @@
 """Finds and names files in the model folders; only this module uses the host's `folder_paths`."""
-import contextlib
 import glob
 import os
 import re
@@ -10,8 +9,9 @@ from pathlib import Path
 import folder_paths
 
 from ..ops.bounded_json import read_json
-from .files.container import FileState, WeightFileError, display_name, map_file, safe_repr
+from .files.container import WeightFileError, display_name, map_file, safe_repr
 from .files.diffusers_folder import file_inside
+from .workflow_paths import is_inside, is_unsafe_name, use_slashes
 
 # Folder keys that other packs and shared workflows use -> the host's key that each one extends by
 # GGUF files.
@@ -23,9 +23,6 @@ GGUF_FOLDERS = {
 # Suffix of files with measurements of a model. With .safetensors the loaders would offer them as
 # models.
 SENSITIVITY = ".sensitivity"
-
-# file name of a shard
-PART = re.compile(r"(.*-)\d{5}(-of-\d{5}\.(?:gguf|safetensors))", re.I)
 
 # diffusers' classes of diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
 # UNet2DConditionModel ...
@@ -96,23 +93,24 @@ def _class_in(folder: str | None) -> str:
         return ""
 
 
-def _is_unsafe_name(name: str) -> bool:
-    """Returns whether a name begins with a Windows drive or share, or is not possible for a file.
-
-    Any other root at its beginning is dropped later.
-    """
-    try:
-        return bool(re.match(r"[A-Za-z]:|[\\/]{2}", name)) or b"\0" in os.fsencode(name)
-    except UnicodeEncodeError:
-        return True
-
-
 def _find_folder(name: str, key: str) -> str | None:
     # like the host's: the name cannot lead out of the model folders
     name = os.path.relpath(os.path.join("/", name), "/")
     candidates = [os.path.join(directory, name) for directory in folder_paths.get_folder_paths(key)]
     return next((candidate for candidate in candidates if name != "." and os.path.isdir(candidate)),
                 None)
+
+
+def find_paths(name: str) -> set[str]:
+    """Returns every file or folder in the model folders that a name of a workflow may mean."""
+    if is_unsafe_name(name):
+        return set()
+    path = use_slashes(name)
+    keys = {*GGUF_FOLDERS, *GGUF_FOLDERS.values(), "diffusers", "vae_approx"}
+    paths: set[str | None] = set()
+    for key in keys & folder_paths.folder_names_and_paths.keys():
+        paths |= {folder_paths.get_full_path(key, path), _find_folder(path, key)}
+    return {path for path in paths if path is not None}
 
 
 OUTPUT, MODELS = "output", "models"
@@ -137,26 +135,11 @@ def _model_folders() -> list[str]:
     return [folder for key in registered if is_for_models(key) for folder in registered[key][0]]
 
 
-def _is_inside(path: str, folder: str) -> bool:
-    """Returns whether a path without '..' lies in a folder, as written or with links resolved.
-
-    So links inside the folder may lead out of it: the owner of this machine has made them, since no
-    node of this pack makes links.
-    """
-    if ".." in re.split(r"[\\/]", path):
-        return False
-    for resolve in (os.path.abspath, os.path.realpath):
-        start = os.path.normcase(os.path.join(resolve(folder), ""))
-        if os.path.normcase(resolve(path)).startswith(start):
-            return True
-    return False
-
-
 def _is_in_program_folder(path: str) -> bool:
     """Returns whether a path lies in custom_nodes once its links are resolved."""
     registered = folder_paths.folder_names_and_paths
     programs = registered["custom_nodes"][0] if "custom_nodes" in registered else ()
-    return any(_is_inside(os.path.realpath(path), folder) for folder in programs)
+    return any(is_inside(os.path.realpath(path), folder) for folder in programs)
 
 
 def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT,
@@ -173,7 +156,7 @@ def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT,
     Raises:
         WeightFileError: if the name is not possible or leads out of the folder.
     """
-    name = name.replace("\\", "/")
+    name = use_slashes(name)
     base = folder_paths.get_output_directory()
     if where == MODELS:
         key, _, name = name.partition("/")
@@ -205,7 +188,7 @@ def _output_folder(name: str, base: str) -> tuple[str, str, int]:
     """
     text = display_name(name)
     *folders, file = name.split("/")
-    if os.path.isabs(name) or _is_unsafe_name(name) or ".." in folders:
+    if os.path.isabs(name) or is_unsafe_name(name) or ".." in folders:
         raise WeightFileError(
             f"{text} lies outside of {base}, where models are saved. Give a name inside it,"
             " without '..'.")
@@ -216,7 +199,7 @@ def _output_folder(name: str, base: str) -> tuple[str, str, int]:
     for folder in folders:
         rest.append(folder)
         path = os.path.join(start, *rest)
-        if not _is_inside(os.path.realpath(os.path.join(path, "x")), os.path.realpath(start)):
+        if not is_inside(os.path.realpath(os.path.join(path, "x")), os.path.realpath(start)):
             start, rest = path, []
     if _is_in_program_folder(os.path.join(start, *rest, "x")):
         raise WeightFileError(
@@ -227,74 +210,6 @@ def _output_folder(name: str, base: str) -> tuple[str, str, int]:
         raise WeightFileError(
             f"{text} cannot be a file in {base} ({error.strerror}). Give another name.") from error
     return folder, file, counter
-
-
-class FileVersions:
-    """Counts how often each model file changed on disk since first use.
-
-    A change of the other shards of a split file, or of the mmproj files next to it, counts too.
-    """
-
-    def __init__(self):
-        self._versions: dict[str, tuple[list, int]] = {}  # path -> (state, changes)
-
-    def update(self, values: Iterable) -> int:
-        """Looks at files on disk and returns how often they have changed, all together.
-
-        The number does not depend on this machine: the host writes it into the pictures that it
-        saves, and those are to be the same everywhere.
-
-        Args:
-            values: of a node's inputs; those that do not name a file or folder are ignored.
-        """
-        total = 0
-        for path in _named_files(values):
-            state = _state(path)
-            last_state, changes = self._versions.get(path, (state, 0))
-            if state != last_state:
-                changes += 1
-            self._versions[path] = state, changes
-            total += changes
-        return total
-
-
-def _named_files(values: Iterable) -> set[str]:
-    keys = [*(key for pair in GGUF_FOLDERS.items() for key in pair), "diffusers", "vae_approx"]
-    keys = [key for key in keys if key in folder_paths.folder_names_and_paths]
-    names = [value for value in values if isinstance(value, str) and value]
-    paths: set[str | None] = set()
-    for name in names:
-        for key in () if _is_unsafe_name(name) else keys:
-            path = name.replace("\\", "/")
-            paths |= {folder_paths.get_full_path(key, path), _find_folder(path, key)}
-        if name.endswith(SENSITIVITY):
-            with contextlib.suppress(WeightFileError):
-                paths.add(find_sensitivity(name))
-    return {path for path in paths if path is not None}
-
-
-def _state(path: str) -> list[tuple]:
-    states = []
-    # An unreadable file is reported when the node runs.
-    with contextlib.suppress(OSError):
-        for file in _paths_for(path):
-            states.append((file, *FileState.from_status(os.stat(file))))
-    return sorted(states)
-
-
-def _paths_for(path: str) -> Iterable[str]:
-    """Returns the files that may be read for a picked file or folder."""
-    if os.path.isdir(path):
-        return filter(os.path.isfile, (os.path.join(path, name) for pattern in ("*", "*/*")
-                                       for name in glob.iglob(pattern, root_dir=path)))
-    folder, name = os.path.split(path)
-    if part := PART.fullmatch(name):
-        return [os.path.join(folder, other) for other in os.listdir(folder)
-                if (match := PART.fullmatch(other)) and match.groups() == part.groups()]
-    if name.lower().endswith(".gguf"):
-        siblings = [other for other in os.listdir(folder) if "mmproj" in other.lower()]
-        return [path, *(os.path.join(folder, other) for other in siblings)]
-    return [path]
 
 
 def embedding_folders() -> list[str]:
@@ -311,12 +226,12 @@ def find_sensitivity(name: str) -> str:
     Raises:
         WeightFileError: if there is no such file.
     """
-    name = name.replace("\\", "/")
+    name = use_slashes(name)
     folders = _sensitivity_folders()
-    listed = (os.path.isabs(name) and not _is_unsafe_name(os.path.splitdrive(name)[1])
-              and any(_is_inside(name, folder) for folder in folders))
+    listed = (os.path.isabs(name) and not is_unsafe_name(os.path.splitdrive(name)[1])
+              and any(is_inside(name, folder) for folder in folders))
     candidates = [name] if listed else []
-    if not listed and not _is_unsafe_name(name):
+    if not listed and not is_unsafe_name(name):
         # like the host's: the name cannot lead out of the folders
         inside = os.path.relpath(os.path.join("/", name), "/")
         candidates = [os.path.join(directory, inside) for directory in folders]
@@ -339,7 +254,7 @@ def new_sensitivity_path(name: str) -> str:
     Raises:
         WeightFileError: if the name is not possible or leads out of the folder.
     """
-    name = name.replace("\\", "/").strip("/")
+    name = use_slashes(name).strip("/")
     if not os.path.basename(name):
         raise WeightFileError(f"{safe_repr(name)} is not a file name. Give one, such as %model%.")
     prefix = os.path.join("sensitivity", name)
@@ -371,8 +286,8 @@ def find_file(name: str, *keys: str) -> str:
     if not isinstance(name, str):  # a prompt in API format may hold any JSON
         raise WeightFileError(
             f"{safe_repr(name)} is not the name of a file. Pick one from the list.")
-    for key in () if _is_unsafe_name(name) else keys:
-        for spelling in (name, name.replace("\\", "/"), name.replace("/", "\\")):
+    for key in () if is_unsafe_name(name) else keys:
+        for spelling in (name, use_slashes(name), name.replace("/", "\\")):
             path = folder_paths.get_full_path(key, spelling) or _find_folder(spelling, key)
             if path is not None:
                 return path
@@ -421,8 +336,8 @@ def resolve_saved_path(path: str) -> str:
     """
     folders = [folder_paths.get_output_directory(), *_model_folders()]
     saved = (
-        not _is_unsafe_name(os.path.splitdrive(path)[1])
-        and any(_is_inside(path, folder) for folder in folders)
+        not is_unsafe_name(os.path.splitdrive(path)[1])
+        and any(is_inside(path, folder) for folder in folders)
         and not _is_in_program_folder(path)
         and (path.lower().endswith(SAVED) or os.path.isdir(path))
     )

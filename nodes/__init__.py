@@ -18,7 +18,8 @@ from comfy_api.latest import ComfyExtension, io
 import nodes as host_nodes
 
 from ..loaders.devices import gpus
-from ..loaders.folders import FileVersions, register_folders
+from ..loaders.file_versions import FileVersions
+from ..loaders.folders import register_folders
 from ..ops.kernels import background, start_trials
 from . import help_pages
 from .host_server import log_lack

@@ -257,7 +257,8 @@ def test_a_size_beyond_32_bits_is_not_one_of_its_lower_half(tmp_path):
     header = b'{"a":{"dtype":"U8","shape":[65536,65537],"data_offsets":[0,65536]}}'
     (tmp_path /
      "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(65536))
-    with pytest.raises(WeightFileError, match="takes 4295032832 bytes, but its data_offsets span 65536"):
+    with pytest.raises(WeightFileError,
+                       match="takes 4295032832 bytes, but its data_offsets span 65536"):
         open_weights(tmp_path / "a.safetensors")
 
 

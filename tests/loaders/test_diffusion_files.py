@@ -331,7 +331,8 @@ def test_diffusers_names_of_which_some_are_not_known_are_refused(family, path):
         **comfyui_gguf_style())
     with pytest.raises(
             WeightFileError,
-            match="'time_in.*would be zeros, and the model has no 'time_text_embed.clock.linear_1.bias'"):
+            match="'time_in.*would be zeros, and the model has no"
+                  " 'time_text_embed.clock.linear_1.bias'"):
         load_diffusion_model(path)
 
 

@@ -2,7 +2,7 @@
 import folder_paths
 import pytest
 
-from featherweight.loaders.folders import FileVersions
+from featherweight.loaders.file_versions import FileVersions
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""Versions of model files, by which ComfyUI knows that a file changed behind an unchanged name."""
+import contextlib
+import glob
+import os
+import re
+from collections.abc import Iterable
+
+from .files.container import FileState, WeightFileError
+from .folders import SENSITIVITY, find_paths, find_sensitivity
+
+# file name of a shard
+PART = re.compile(r"(.*-)\d{5}(-of-\d{5}\.(?:gguf|safetensors))", re.I)
+
+
+class FileVersions:
+    """Counts how often each model file changed on disk since first use.
+
+    A change of the other shards of a split file, or of the mmproj files next to it, counts too.
+    """
+
+    def __init__(self):
+        self._versions: dict[str, tuple[list, int]] = {}  # path -> (state, changes)
+
+    def update(self, values: Iterable) -> int:
+        """Looks at files on disk and returns how often they have changed, all together.
+
+        The number does not depend on this machine: the host writes it into the pictures that it
+        saves, and those are to be the same everywhere.
+
+        Args:
+            values: of a node's inputs; those that do not name a file or folder are ignored.
+        """
+        total = 0
+        for path in _named_files(values):
+            state = _state(path)
+            last_state, changes = self._versions.get(path, (state, 0))
+            if state != last_state:
+                changes += 1
+            self._versions[path] = state, changes
+            total += changes
+        return total
+
+
+def _named_files(values: Iterable) -> set[str]:
+    paths: set[str] = set()
+    for name in values:
+        if not isinstance(name, str) or not name:
+            continue
+        paths |= find_paths(name)
+        if name.endswith(SENSITIVITY):
+            with contextlib.suppress(WeightFileError):
+                paths.add(find_sensitivity(name))
+    return paths
+
+
+def _state(path: str) -> list[tuple]:
+    states = []
+    # An unreadable file is reported when the node runs.
+    with contextlib.suppress(OSError):
+        for file in _paths_for(path):
+            states.append((file, *FileState.from_status(os.stat(file))))
+    return sorted(states)
+
+
+def _paths_for(path: str) -> Iterable[str]:
+    """Returns the files that may be read for a picked file or folder."""
+    if os.path.isdir(path):
+        return filter(os.path.isfile, (os.path.join(path, name) for pattern in ("*", "*/*")
+                                       for name in glob.iglob(pattern, root_dir=path)))
+    folder, name = os.path.split(path)
+    if part := PART.fullmatch(name):
+        return [os.path.join(folder, other) for other in os.listdir(folder)
+                if (match := PART.fullmatch(other)) and match.groups() == part.groups()]
+    if name.lower().endswith(".gguf"):
+        siblings = [other for other in os.listdir(folder) if "mmproj" in other.lower()]
+        return [path, *(os.path.join(folder, other) for other in siblings)]
+    return [path]
