@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import int8_codes, kernels, product, registration, workspace
+from . import int8_codes, kernels, product, torch_registration, workspace
 from .format import FORMATS, Format
 from .low_rank import LowRank
 from .packed_tensor import PackedTensor
@@ -153,7 +153,8 @@ def _finish(sums: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
         torch.add(sums.mul_(scales), addend, out=out)
 
 
-registration.register(f"int8_linear{registration.LINEAR_SCHEMA}", _linear, registration.fake_linear)
+torch_registration.register(f"int8_linear{torch_registration.LINEAR_SCHEMA}", _linear,
+                            torch_registration.fake_linear)
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,

@@ -12,7 +12,7 @@ import torch
 from comfy_kitchen.tensor import register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from . import kernels, registration, stochastic_rounding, workspace
+from . import kernels, stochastic_rounding, torch_registration, workspace
 from .format import FORMATS, Format
 from .low_rank import LowRank, dense_linear
 from .packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
@@ -113,13 +113,14 @@ def _dequantize(packed: list[torch.Tensor], format: str, shape: list[int], dtype
     return kernels.dequantize_into(FORMATS[format], packed, out, value_dtype, first)
 
 
-registration.register(f"linear{registration.LINEAR_SCHEMA}", _linear, registration.fake_linear)
-registration.register(
+torch_registration.register(f"linear{torch_registration.LINEAR_SCHEMA}", _linear,
+                            torch_registration.fake_linear)
+torch_registration.register(
     "embedding(Tensor ids, Tensor[] packed, str format, int columns, ScalarType dtype) -> Tensor",
-    _embedding, registration.fake_embedding)
-registration.register(
+    _embedding, torch_registration.fake_embedding)
+torch_registration.register(
     "dequantize(Tensor[] packed, str format, int[] shape, ScalarType dtype, ScalarType?"
-    " value_dtype, int first=0) -> Tensor", _dequantize, registration.fake_dequantize)
+    " value_dtype, int first=0) -> Tensor", _dequantize, torch_registration.fake_dequantize)
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
@@ -150,7 +151,7 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
 
 def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,
              value_dtype: torch.dtype | None, low_rank: LowRank | None) -> tuple:
-    """Returns the arguments of `registration.LINEAR_SCHEMA`; see `linear`."""
+    """Returns the arguments of `torch_registration.LINEAR_SCHEMA`; see `linear`."""
     branch = (None, (), ()) if low_rank is None else low_rank.operands
     return (
         input,

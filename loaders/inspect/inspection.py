@@ -14,8 +14,8 @@ from ..comfy_keys import to_comfy_keys
 from ..detection import try_detect
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
-from ..lora.families import match_family
 from ..lora.lora_file import OTHER_FILES, PAIRS, layer_names, weight_shapes
+from ..lora.model_families import match_family
 from ..packing.planning.plan import Plan, PlanError
 from .contents import Contents, encoder_comfy_keys, shapes_only
 from .requirements import Card, fit_cards, fit_encoder_cards, required_models

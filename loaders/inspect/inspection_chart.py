@@ -3,7 +3,7 @@ import textwrap
 
 import torch
 
-from ..chart import (
+from ..block_chart import (
     BAD,
     BODY,
     FAINT,

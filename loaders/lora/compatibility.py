@@ -10,9 +10,9 @@ import comfy.lora_convert
 import torch
 
 from ...ops.adapters import adapter_fields, rank_of, shape_mismatch, shape_of
-from .families import match_family, metadata_hints
 from .lora_file import damaged_layers, layer_names, peft_dora_layers, weight_shapes
 from .model_blocks import MODEL_PREFIX, weight_key
+from .model_families import match_family, metadata_hints
 from .report import MISSING, LoraReport
 from .weight_change import block_changes, change_type
 

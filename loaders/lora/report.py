@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .families import FamilyMatch
+from .model_families import FamilyMatch
 
 MISSING = "missing in the model"
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..format import Format
-from ..registration import contiguous
+from ..torch_registration import contiguous
 from .background import start_thread
 from .kernel import Backend, Case, Kernel
 from .registry import PRIORITY

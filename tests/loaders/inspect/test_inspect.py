@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.chart import BACKGROUND
+from featherweight.loaders.block_chart import BACKGROUND
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.encoders.encoder_sets import TITLES
 from featherweight.loaders.inspect import inspect

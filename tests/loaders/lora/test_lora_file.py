@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
-from featherweight.loaders.lora.families import LAYOUTS, match_family
 from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.lora.model_families import LAYOUTS, match_family
 from featherweight.loaders.lora.report import report_text
 from featherweight.loaders.lora.report_chart import report_picture
 from featherweight.loaders.lora.weight_change import change_norm
