@@ -51,11 +51,9 @@ class Modulation(nn.Module):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.norm, self.proj = (
-            nn.Linear(HIDDEN, 3 * HIDDEN),
-            HeadNorms(),
-            nn.Linear(HIDDEN, HIDDEN),
-        )
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.norm = HeadNorms()
+        self.proj = nn.Linear(HIDDEN, HIDDEN)
 
 
 class Embedder(nn.Module):
@@ -138,11 +136,9 @@ class Flux(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.img_in, self.txt_in, self.time_in = (
-            nn.Linear(4 * CHANNELS, HIDDEN),
-            nn.Linear(CONTEXT, HIDDEN),
-            Embedder(),
-        )
+        self.img_in = nn.Linear(4 * CHANNELS, HIDDEN)
+        self.txt_in = nn.Linear(CONTEXT, HIDDEN)
+        self.time_in = Embedder()
         self.double_blocks = nn.ModuleList(DoubleBlock() for _ in range(DOUBLE))
         self.single_blocks = nn.ModuleList(SingleBlock() for _ in range(SINGLE))
         self.final_layer = FinalLayer()

@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
 def product_module(name: str):
-    """A module of the pack, as `ops.quantize`, for tools that also run where there is no host;
-    named as in a test."""
+    """Imports a module of the pack, such as `ops.quantize`, also where there is no host."""
     if "featherweight" not in sys.modules:
         sys.modules["featherweight"] = types.ModuleType("featherweight")
         sys.modules["featherweight"].__path__ = [str(ROOT)]

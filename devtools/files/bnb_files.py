@@ -83,9 +83,10 @@ def write_random_bnb(path, shapes: dict[str, tuple], quant_type: str = "nf4",
                      block_length: int = 64, largest: float = 0.05):
     """Write a safetensors file of any size with random 4-bit weights.
 
-    shapes: name -> logical shape. What is no matrix named `.weight` is float32: zeros, or ones for
-    the scale of a norm.
-    largest: no value of a matrix is above.
+    Args:
+        shapes: name -> logical shape. All but matrices named `.weight` are float32: zeros, or ones
+            for the scale of a norm.
+        largest: the largest magnitude in a matrix.
     """
     generator, code = (
         torch.Generator().manual_seed(0),

@@ -89,7 +89,7 @@ def text_damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 def json_damaged(data: bytes, chance: random.Random) -> bytes:
-    """A value, a key or an item of a JSON text changed; what is no JSON as bytes."""
+    """Changes a value, a key or an item of a JSON text; data that is not JSON, as bytes."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):

@@ -14,7 +14,7 @@ MENTIONED = re.compile(r"featherweight\.([\w.]+)(?: import ([\w, ]+))?")
 class TestMap:
     """The imports of a tree, from its tests on."""
 
-    __test__ = False  # it is no test, whatever pytest makes of its name
+    __test__ = False  # not a test, whatever pytest makes of its name
 
     def __init__(self, tree: Path):
         self.tree = tree

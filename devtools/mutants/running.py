@@ -33,7 +33,7 @@ def resolve_commit(root: Path, revision: str) -> str:
                          capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(
-            f"Failed: {revision} is no commit of {root}. Name one that `git log` shows.")
+            f"Failed: {revision} is not a commit of {root}. Name one that `git log` shows.")
     return run.stdout.strip()
 
 

@@ -161,7 +161,7 @@ def _silent_spans(source: str) -> list[tuple]:
 
 
 def mutate(source: str, operator: str, occurrence: int) -> str | None:
-    """Plant a fault; None where what comes out is no good Python, or the same."""
+    """Plants a fault; returns None if the result is not valid Python, or the same."""
     from cosmic_ray.mutating import mutate_code
 
     try:

@@ -183,8 +183,7 @@ class WeightPacker:
         return type_name, [weight]
 
     def report_lines(self) -> list[str]:
-        """Returns how much of the changes arrived, and the weights packed otherwise than planned.
-        """
+        """Returns sentences on what arrived of the changes, and on weights in unplanned types."""
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
         lines += map(str, self.retention.shares())
         lines += self.notes[:MAX_NOTES]

@@ -12,8 +12,10 @@ from featherweight.ops.low_rank import LowRank, Slice
 
 
 def bench_passes(options):
-    """Every format dequantised by torch on a device that is no CPU: launches of kernels for a
-    chunk, and bytes that they read and write for a value. Rows of int8 are 4096 wide."""
+    """Counts kernel launches for a chunk and bytes moved for a value, of every format.
+
+    By torch's dequantising on devices other than a CPU. Rows of int8 are 4096 wide.
+    """
     for packed_format in every_format():
         row = {}
         for dtype in (torch.bfloat16, torch.float32):
@@ -34,9 +36,11 @@ def every_format() -> list:
 
 
 def bench_layer_passes(options):
-    """A linear layer with a bias in bfloat16, on a device that is no CPU and by torch: launches of
-    kernels for a call, without LoRAs and with LoRAs, on the whole weight and on the three thirds of
-    its rows, as on a Flux's q, k and v in one weight."""
+    """Counts kernel launches for a call of a linear layer with a bias in bfloat16.
+
+    By torch on devices other than a CPU; without LoRAs and with LoRAs, on the whole weight and on
+    the three thirds of its rows, as on a Flux's q, k and v in one weight.
+    """
     rows, columns = options.sizes.weight
     for name in ("BF16", *options.formats):
         launches = {"no LoRA": of_linear(FORMATS[name], rows, columns).launches}
