@@ -15,10 +15,10 @@ MEDIA = ROOT / "media"
 SCREENSHOT = ROOT / ".dev" / "screenshots" / "picture.png"
 WORKFLOW = (404, 80, 1320, 752)  # left, top, right and bottom of the demo's workflow on it
 BACKGROUND, QUILL, TEXT, QUIET = "#14181f", "#e8edf2", "#f4f7fa", "#9fb0c0"
+# text, top and height in heights of the banner, colour
 LINES = (
     ("Featherweight", 0.3, 0.155, TEXT),
     ("GGUF, NF4, FP4 and int8 models in ComfyUI,", 0.53, 0.062, QUIET),
-    # text, top and height in heights of the banner, colour
     ("packed in memory, with exact LoRA", 0.62, 0.062, QUIET),
 )
 TIP, ROOT_COLOUR = np.array([126, 226, 208]), np.array([58, 110, 222])
