@@ -24,10 +24,10 @@ class CudaError(RuntimeError):
 
 
 def nvrtc_libraries() -> list[str]:
-    """Returns the paths of NVRTC in torch and in NVIDIA's wheels, that of torch's CUDA version
-    first, and last the name that the system may know it by.
+    """Returns where NVRTC may be: paths in torch and in NVIDIA's wheels, last the system's name.
 
-    (ctypes.util.find_library would start `ldconfig`, a compiler and `ld`.)
+    The path for torch's own CUDA version comes first. ctypes' search for libraries is not used: it
+    starts `ldconfig`, a compiler and `ld`.
     """
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(torch.__file__).parent / "lib"]
