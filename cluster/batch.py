@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from . import by_value
 from .actor_pool import ActorPool, machine_resources, share_out
-from .batch_progress import Progress
+from .batch_progress import BatchProgress
 from .batch_rows import RowIndex, RowScan, chunks, read_changes, read_lines, scan_rows
 from .comfyui_install import (
     MachineError,
@@ -225,7 +225,7 @@ class Batch:
         home = self.home if writer else ""
         arguments = (self.graph, self.out, home, writer, self.comfyui, expected)
         pool = ActorPool(self.worker, arguments, self.share)
-        progress = Progress(len(rows), self.say)
+        progress = BatchProgress(len(rows), self.say)
         try:
             RowRun(pool, rows, self.workers, progress).draw()
         finally:

@@ -8,7 +8,7 @@ RECENT = 200  # rows, for the rate
 LINE = 100  # characters, enough to cover a line of progress that is on a terminal
 
 
-class Progress:
+class BatchProgress:
     """Counts answers of `RowRenderer`, prints failures and now and then a line of progress.
 
     Args:

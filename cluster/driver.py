@@ -27,7 +27,7 @@ END_SECONDS = 5  # for Ray to end after ComfyUI
 THREADS = 64  # of a worker: for prompts that are being cancelled, one that runs and one that waits
 
 
-class Cancelled(Exception):
+class RequestCancelled(Exception):
     """ComfyUI has cancelled this run, or ended."""
 
 
@@ -97,7 +97,7 @@ class Driver:
         header = {"number": number, "event": "done"}
         try:
             self.run(number, **arguments)
-        except Cancelled:
+        except RequestCancelled:
             header["event"] = "cancelled"
         except (MachineError, GraphError, MessageError) as error:
             header |= {"event": "error", "message": str(error)}
@@ -139,7 +139,7 @@ class Driver:
 
         def check():
             if self.is_ending or number in self.cancelled:
-                raise Cancelled
+                raise RequestCancelled
 
         count, share = plan_workers(list(machine_resources().values()), workers, on_cpu)
         count = min(count, len(changes))

@@ -41,7 +41,7 @@ MEDIA_SUFFIXES = {
 FILE_NAME = re.compile(r"[^\n]*\.[A-Za-z][A-Za-z0-9_]{1,11}")
 
 
-class Cancelled(Exception):
+class PromptCancelled(Exception):
     """The prompt was cancelled by `EmbeddedComfyUI.cancel`."""
 
 
@@ -147,7 +147,7 @@ class EmbeddedComfyUI:
         Raises:
             GraphError: the workflow fails on any machine.
             MachineError: this machine cannot run it.
-            Cancelled: `cancel` was called.
+            PromptCancelled: `cancel` was called.
         """
         prompt_id = prompt_id or str(uuid.uuid4())
         if any(node["class_type"] == RESULT_NODE for node in graph.values()):
@@ -202,7 +202,7 @@ class EmbeddedComfyUI:
         outputs = self.validate(graph, prompt_id)
         with self.lock:
             if listener.cancelled:
-                raise Cancelled
+                raise PromptCancelled
             number = self.server.number  # the queue's priority: first come, first served
             self.server.number += 1
             queue.put((number, prompt_id, graph, extra, outputs, {}))
@@ -211,7 +211,7 @@ class EmbeddedComfyUI:
         entry = queue.get_history(prompt_id).get(prompt_id)
         queue.delete_history_item(prompt_id)
         if listener.cancelled:
-            raise Cancelled
+            raise PromptCancelled
         if entry["status"]["status_str"] != "success":
             self._raise_failed(graph, entry["status"]["messages"])
         return entry["outputs"]
@@ -226,7 +226,7 @@ class EmbeddedComfyUI:
             time.sleep(0.01)
 
     def cancel(self, prompt_id: str):
-        """Ends one prompt, whether it waits or runs; its `run` raises Cancelled."""
+        """Ends one prompt, whether it waits or runs; its `run` raises PromptCancelled."""
         queue = self.server.prompt_queue
         with self.lock:
             listener = self.listeners.get(prompt_id)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from .actor_pool import ActorPool, PoolWorker, Run
-from .batch_progress import Progress
+from .batch_progress import BatchProgress
 from .graph import one_line
 
 NO_NODE_SECONDS = 600.0  # to wait for a node when none is left
@@ -24,7 +24,7 @@ class RowRun(Run):
     FAILED_STARTS = 10
 
     def __init__(self, pool: ActorPool, rows: Sequence[dict], workers: tuple[int, int],
-                 progress: Progress):
+                 progress: BatchProgress):
         super().__init__(pool, rows, workers)
         self.progress = progress
         self.reason = "no machine is left that could draw it"

@@ -13,7 +13,7 @@ from .comfyui_install import (
     launch_arguments,
     version_difference,
 )
-from .embedded_comfyui import Cancelled, EmbeddedComfyUI
+from .embedded_comfyui import EmbeddedComfyUI, PromptCancelled
 from .graph import GraphError, apply_changes, one_line
 from .picture_store import RemoteStore, Store
 from .prompt_events import PREVIEW_WITH_METADATA
@@ -114,7 +114,7 @@ class PromptWorker(Worker):
             yield "failed", str(error)
         except MachineError as error:
             yield "unusable", f"{name}: {error}"
-        except Cancelled:
+        except PromptCancelled:
             pass
         except Exception as error:
             yield "failed", one_line(f"{type(error).__name__}: {error}")

@@ -28,7 +28,7 @@ import ray
 from devtools import ROOT
 from devtools.host.server import Server
 from featherweight.cluster import batch, by_value, graph, worker
-from featherweight.cluster.batch_progress import Progress
+from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.batch_rows import read_lines, scan_rows
 from featherweight.cluster.embedded_comfyui import PromptResult
 from featherweight.cluster.worker import RowRenderer
@@ -212,7 +212,7 @@ class Sleeper(RowRenderer):
     boot = Sleeping
 
 
-class NotingProgress(Progress):
+class NotingProgress(BatchProgress):
     """Notes each answer: (monotonic time, CPU seconds of this process, worker)."""
     notes: ClassVar[list[tuple[float, float, str]]] = []
 
@@ -272,7 +272,7 @@ def measure_scale(options) -> Iterator[tuple[str, dict]]:
         with many(options, folder):
             table = folder / "rows.jsonl"
             table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            with mock.patch.object(batch, "Progress", NotingProgress):
+            with mock.patch.object(batch, "BatchProgress", NotingProgress):
                 done = batch.Batch(asked, str(table), str(folder / "out"), cpus=1, gpus=0,
                                    worker=Sleeper).run()
             assert done == {"drawn": len(rows)}, done

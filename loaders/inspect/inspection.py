@@ -105,7 +105,7 @@ def identify(contents: Contents) -> Inspection:
         type_name = contents.formats[name]
         sizes[type_name] += tensor.nbytes
         counts[type_name] += 1
-        block_sizes = blocks.setdefault(block_name(name), {})
+        block_sizes = blocks.setdefault(weight_block(name), {})
         block_sizes[type_name] = block_sizes.get(type_name, 0) + tensor.nbytes
     inspection = Inspection(
         contents.name, declared_type=contents.declared_type, nbytes=contents.nbytes,
@@ -257,7 +257,7 @@ def _plan_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
-def block_name(name: str) -> str:
+def weight_block(name: str) -> str:
     """Returns the block that a tensor belongs to: `double_blocks.3`, `layers.7`, `img_in`."""
     match = NUMBERED_BLOCK.search(name)
     if match is None:

@@ -2,7 +2,7 @@
 import collections
 
 from ..sizes import size_text, type_lines
-from .inspection import ENCODER, Inspection, block_name
+from .inspection import ENCODER, Inspection, weight_block
 
 WORST_TENSORS = 5  # listed with their errors
 
@@ -110,5 +110,5 @@ def block_errors(inspection: Inspection) -> dict[str, float]:
     """Returns block -> mean relative error of its tensors."""
     errors_by_block = collections.defaultdict(list)
     for name, error in inspection.errors.items():
-        errors_by_block[block_name(name)].append(error)
+        errors_by_block[weight_block(name)].append(error)
     return {block: sum(errors) / len(errors) for block, errors in errors_by_block.items()}

@@ -12,7 +12,7 @@ from ...ops.patcher.patched_weights import Patch
 
 
 @dataclass(frozen=True)
-class Share:
+class LoraShare:
     """How much of one change arrived.
 
     title: of the change. layers: number of weights it changes. gain: the part of it that arrived.
@@ -85,13 +85,13 @@ class LoraRetention:
                 [dot(change, arrived), dot(base, base), float(is_first)], dtype=torch.float64)
         return sums
 
-    def shares(self) -> list[Share]:
+    def shares(self) -> list[LoraShare]:
         """Returns the share of each change, in the order of the model."""
         products, arrived, power, layers = self.sums.split_with_sizes([len(self.index), 1, 1, 1], 1)
         gains = torch.linalg.lstsq(products, arrived, driver="gelsd").solution
         sizes = (products.diag().unsqueeze(1) / power.clamp_min(1e-30)).sqrt()
         return [
-            Share(title, int(count), gain.item(), size.item())
+            LoraShare(title, int(count), gain.item(), size.item())
             for title, count, gain, size in zip(self.titles.values(), layers, gains, sizes) if count
         ]
 

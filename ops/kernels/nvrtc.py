@@ -121,7 +121,7 @@ class Compiler:
         return output.raw
 
 
-class Driver:
+class CudaDriver:
     """The CUDA driver. Its device indices are torch's: both number the visible devices alike.
 
     Args:
@@ -176,7 +176,7 @@ class Module:
         image: What `Compiler.compile` returned.
     """
 
-    def __init__(self, driver: Driver, index: int, image: bytes):
+    def __init__(self, driver: CudaDriver, index: int, image: bytes):
         self._driver, self._index = driver, index
         self._module = c_void_p()
         self._functions: dict[str, c_void_p] = {}

@@ -11,7 +11,7 @@ import torch
 from ..format import Format
 from .kernel import Backend, Kernel
 from .kernel_source import block_addresses, dequantize_and_linear, kernel_source
-from .nvrtc import Compiler, CudaError, Driver, Module, nvrtc_libraries
+from .nvrtc import Compiler, CudaDriver, CudaError, Module, nvrtc_libraries
 from .validation import probe
 
 CHUNK = 8  # values that a thread handles at a time, LANES in source/cuda
@@ -57,7 +57,7 @@ class Program:
 class CudaKernels:
     """Compiles a program when it is first used on a device, and starts it on torch's stream."""
 
-    def __init__(self, compiler: Compiler, driver: Driver):
+    def __init__(self, compiler: Compiler, driver: CudaDriver):
         self._compiler = compiler
         self._driver = driver
         self._modules: dict[tuple[int, Program], Module] = {}
@@ -122,7 +122,7 @@ def _aligned(packed_format: type[Format], tensors: list[torch.Tensor]) -> list[t
 def _kernels() -> CudaKernels:
     if torch.version.cuda is None:
         raise CudaError("this torch is not built for CUDA")
-    driver = Driver()
+    driver = CudaDriver()
     reasons = []
     for library in nvrtc_libraries():
         try:

@@ -35,7 +35,7 @@ CANARY = 7.0  # surrounds the memory that a kernel may write
 
 
 @dataclass(frozen=True)
-class Dequantize:
+class DequantizeCase:
     """A case of "dequantize".
 
     Attributes:
@@ -53,7 +53,7 @@ class Dequantize:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearCase:
     """A case of "linear".
 
     Attributes:
@@ -61,7 +61,7 @@ class Linear:
         values: Of the weight, at least.
         columns: Of the weight, at least.
         addend: "none", "bias" or "matrix", whose strides are odd.
-        packed_offset: As in `Dequantize`.
+        packed_offset: As in `DequantizeCase`.
         input_offset: How many elements behind an aligned address the input is.
     """
     tokens: int
@@ -73,14 +73,14 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Int8Rows:
+class Int8RowsCase:
     """A case of "int8_rows".
 
     Attributes:
         values: Of the weight, at least.
         columns: Of the weight, at least.
         first: The first row to encode.
-        packed_offset: As in `Dequantize`.
+        packed_offset: As in `DequantizeCase`.
     """
     values: int
     columns: int
@@ -89,8 +89,8 @@ class Int8Rows:
 
 
 @dataclass(frozen=True)
-class Int8Tokens:
-    """A case of "int8_tokens": the input's shape, and its offset as in `Linear`."""
+class Int8TokensCase:
+    """A case of "int8_tokens": the input's shape, and its offset as in `LinearCase`."""
     tokens: int
     columns: int
     input_offset: int = 0
@@ -100,34 +100,38 @@ def cases_of(kernel: Kernel, packed_format: type[Format] | None) -> list:
     """Returns the cases in which a kernel is checked, small ones first."""
     if kernel.capability == "int8_tokens":
         return [
-            Int8Tokens(1, NARROW),
-            Int8Tokens(7, 3 * int8_codes.GROUP, 1),
-            Int8Tokens(MANY // WIDE, WIDE),
+            Int8TokensCase(1, NARROW),
+            Int8TokensCase(7, 3 * int8_codes.GROUP, 1),
+            Int8TokensCase(MANY // WIDE, WIDE),
         ]
     assert packed_format is not None
     if kernel.capability == "dequantize":
         length = packed_format.block_length
         many = -(-MANY // length) + 3
         return [
-            Dequantize(5, 3, 0, 1, 1),
-            Dequantize(5, 1, 8 % length, 2),
-            Dequantize(5, 2, 16 % length, 4),
-            Dequantize(5, 0, 3 % length, 0, 1),
-            Dequantize(many),
-            Dequantize(many, 1, 8 % length, 1),
+            DequantizeCase(5, 3, 0, 1, 1),
+            DequantizeCase(5, 1, 8 % length, 2),
+            DequantizeCase(5, 2, 16 % length, 4),
+            DequantizeCase(5, 0, 3 % length, 0, 1),
+            DequantizeCase(many),
+            DequantizeCase(many, 1, 8 % length, 1),
         ]
     if kernel.capability == "linear":
         limits = sorted({kernel.min_tokens, kernel.max_tokens or MAX_TOKENS})
         few = itertools.product(limits, (("none", 0), ("matrix", 1)))
         many = itertools.product(limits, (("none", 0), ("bias", 0), ("matrix", 4)))
         return [
-            *(Linear(tokens, FEW, NARROW, addend, 1, input_offset)
+            *(LinearCase(tokens, FEW, NARROW, addend, 1, input_offset)
               for tokens, (addend, input_offset) in few),
-            *(Linear(tokens, MANY, WIDE, addend, packed_offset)
+            *(LinearCase(tokens, MANY, WIDE, addend, packed_offset)
               for tokens, (addend, packed_offset) in many),
         ]
     if kernel.capability == "int8_rows":
-        return [Int8Rows(FEW, NARROW, 1), Int8Rows(FEW, NARROW, 2, 1), Int8Rows(MANY, WIDE, 0, 4)]
+        return [
+            Int8RowsCase(FEW, NARROW, 1),
+            Int8RowsCase(FEW, NARROW, 2, 1),
+            Int8RowsCase(MANY, WIDE, 0, 4)
+        ]
     return quantize_validation.CASES[kernel.capability](packed_format)
 
 
@@ -183,7 +187,7 @@ def probe(dequantize: Callable[..., None], device: torch.device):
         raise WrongResult("a block of zeros was dequantised to other values")
 
 
-def _check_dequantize(run: Callable[..., None], case: Dequantize, packed_format: type[Format],
+def _check_dequantize(run: Callable[..., None], case: DequantizeCase, packed_format: type[Format],
                       dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
     tensors = random_tensors(packed_format, case.blocks, device)
     stop = case.blocks * packed_format.block_length - case.omitted
@@ -205,7 +209,7 @@ def _check_dequantize(run: Callable[..., None], case: Dequantize, packed_format:
         raise WrongResult("the kernel wrote outside its output")
 
 
-def _check_linear(run: Callable[..., None], case: Linear, packed_format: type[Format],
+def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: type[Format],
                   dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
     rows, columns = _shape(case, packed_format.block_length)
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
@@ -235,7 +239,7 @@ def _check_linear(run: Callable[..., None], case: Linear, packed_format: type[Fo
         raise WrongResult(f"the error of a product is {error:.3g} times what rounding allows")
 
 
-def _check_int8_rows(run: Callable[..., None], case: Int8Rows, packed_format: type[Format],
+def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format: type[Format],
                      dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
     rows, columns = _shape(case, math.lcm(packed_format.block_length, int8_codes.GROUP))
     first = case.first * columns // packed_format.block_length
@@ -247,7 +251,7 @@ def _check_int8_rows(run: Callable[..., None], case: Int8Rows, packed_format: ty
     _check_codes(values, lambda *out: run(packed_format, packed, *out, value_dtype, first))
 
 
-def _check_int8_tokens(run: Callable[..., None], case: Int8Tokens, packed_format: None,
+def _check_int8_tokens(run: Callable[..., None], case: Int8TokensCase, packed_format: None,
                        dtype: torch.dtype, value_dtype: None, device: torch.device):
     columns = -(-case.columns // int8_codes.GROUP) * int8_codes.GROUP
     generator = torch.Generator().manual_seed(case.tokens)
@@ -289,7 +293,7 @@ def _check_codes(values: torch.Tensor, encode: Callable[[torch.Tensor, torch.Ten
                           f"{0.5 + NEAR_TIE},")
 
 
-def _shape(case: Linear | Int8Rows, multiple: int) -> tuple[int, int]:
+def _shape(case: LinearCase | Int8RowsCase, multiple: int) -> tuple[int, int]:
     """Returns rows and columns of a weight, the columns a multiple of `multiple`."""
     columns = -(-case.columns // multiple) * multiple
     return max(ROWS, case.values // columns), columns

@@ -29,9 +29,9 @@ from .applied_patches import (
     AppliedPatches,
     build,
     factor_bytes,
+    find_packed_weight,
     layer_of,
     packed_keys,
-    packed_weight,
     runs_in_layer,
 )
 from .residency import UNLOAD_ALL, MemoryReport, Placement, Residency, buffer_bytes
@@ -87,7 +87,7 @@ class PackedPatcher(_HostPatcher):
     def effective_patches(self, key: str) -> list:
         """Returns a weight's patches without those that its packed layer cannot apply."""
         patches = self.all_patches.get(key, [])
-        weight = packed_weight(self, key)
+        weight = find_packed_weight(self, key)
         if weight is None or not runs_in_layer(self, key, patches):
             return patches
         return usable_patches(key, patches, weight.shape)
@@ -148,14 +148,14 @@ class PackedPatcher(_HostPatcher):
         if self.deferred_pins is not None:
             self.deferred_pins.append(key)
         elif make_pinnable(self, key):
-            weight = packed_weight(self, key)
+            weight = find_packed_weight(self, key)
             if weight is None:
                 super().pin_weight_to_device(key)
             elif comfy.model_management.pin_memory(weight._qdata):
                 self.pinned.add(key)
 
     def unpin_weight(self, key):
-        weight = packed_weight(self, key)
+        weight = find_packed_weight(self, key)
         if weight is None:
             super().unpin_weight(key)
         elif key in self.pinned:
@@ -371,7 +371,7 @@ class PackedPatcher(_HostPatcher):
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights,
                                     memory_counter):
-        if packed_weight(self, key) is None:
+        if find_packed_weight(self, key) is None:
             self._make_writable(key)
             return super().patch_hook_weight_to_device(hooks, combined_patches, key,
                                                        original_weights, memory_counter)
@@ -405,7 +405,7 @@ class PackedPatcher(_HostPatcher):
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False,
                                force_cast=False):
         patches = self.all_patches.get(key, [])
-        weight = packed_weight(self, key)
+        weight = find_packed_weight(self, key)
         if weight is None or not runs_in_layer(self, key, patches):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight,
                                                   force_cast)

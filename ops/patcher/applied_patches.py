@@ -17,7 +17,7 @@ def layer_of(patcher, key: str) -> Any:
     return comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
 
 
-def packed_weight(patcher, key: str) -> QuantizedTensor | None:
+def find_packed_weight(patcher, key: str) -> QuantizedTensor | None:
     """Returns the packed weight named `key`, or None where no packed layer has one of that name."""
     if not key.endswith(".weight"):
         return None
@@ -29,7 +29,7 @@ def packed_weight(patcher, key: str) -> QuantizedTensor | None:
 
 def runs_in_layer(patcher, key: str, patches: list) -> bool:
     """Whether these patches run in a packed layer; the host applies those that reshape a weight."""
-    weight = packed_weight(patcher, key)
+    weight = find_packed_weight(patcher, key)
     return weight is not None and comfy.lora.calculate_shape(patches, weight, key) == weight.shape
 
 

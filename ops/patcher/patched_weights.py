@@ -17,7 +17,7 @@ from ..packed_tensor import relabel
 from ..patched_state_dict import PatchedWeights
 from ..row_slicing import rows_are_whole_blocks, take_rows
 from ..stochastic_rounding import stochastic_round
-from .applied_patches import layer_of, packed_weight
+from .applied_patches import find_packed_weight, layer_of
 
 # names of tensors that the host's quantised layers keep next to their weight
 QUANT_SIDE_KEYS = ("input_scale", "pre_quant_scale")
@@ -42,7 +42,9 @@ def patched_state_dict(patcher, weights: dict) -> PatchedWeights:
         return patcher.patch_weight_to_device(key, weights[key].device, return_weight=True)
 
     unpatched = patcher.all_patches.keys() - patcher.backup.keys()  # those in `backup` are patched
-    lazy = [key for key in weights if packed_weight(patcher, key) is not None or key in unpatched]
+    lazy = [
+        key for key in weights if find_packed_weight(patcher, key) is not None or key in unpatched
+    ]
     return PatchedWeights(weights, lazy, patched)
 
 
@@ -50,7 +52,7 @@ def file_state_dict(patcher, state_dict: dict, prefix: str) -> dict:
     """Returns the host's state dict of the part below `prefix`, with patched weights for a file."""
     for name in list(state_dict):
         key = prefix + name
-        weight = packed_weight(patcher, key)
+        weight = find_packed_weight(patcher, key)
         if weight is None:
             if key in patcher.backup:  # patched already; the host would patch it once more
                 state_dict[name] = comfy.utils.get_attr(patcher.model, key)

@@ -19,7 +19,7 @@ import torch
 
 from ..packed_layout import QuantizedTensor
 from ..read_only_memory import is_read_only
-from .applied_patches import packed_weight
+from .applied_patches import find_packed_weight
 
 KEEP_FREE = 0.25  # fraction of the machine's memory that copies leave free
 
@@ -108,7 +108,7 @@ def _nbytes(value: torch.Tensor) -> int:
 
 def make_pinnable(patcher, key: str) -> bool:
     """Copies a weight out of a mapped file, if it is in one; returns whether it can be pinned."""
-    weight = packed_weight(patcher, key)
+    weight = find_packed_weight(patcher, key)
     data = comfy.utils.get_attr(patcher.model, key) if weight is None else weight._qdata
     if not is_read_only(data):
         return True

@@ -14,7 +14,7 @@ import pytest
 from devtools import ROOT
 from featherweight.cluster.actor_pool import Share, share_out
 from featherweight.cluster.batch import Batch
-from featherweight.cluster.batch_progress import Progress
+from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.batch_rows import RowIndex, RowScan, read_lines, scan_rows
 from featherweight.cluster.comfyui_install import (
     MachineError,
@@ -344,7 +344,7 @@ def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
 def test_the_progress_line_has_rows_rate_workers_failures_and_time_left(monkeypatch):
     clock, printed = [100.0], []
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    progress = Progress(100, lambda text, **_: printed.append(text.strip()))
+    progress = BatchProgress(100, lambda text, **_: printed.append(text.strip()))
     for index in range(5):
         clock[0] += 20
         status = "failed" if index == 2 else "drawn"

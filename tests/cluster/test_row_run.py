@@ -7,7 +7,7 @@ import pytest
 
 from featherweight.cluster import actor_pool, row_run
 from featherweight.cluster.actor_pool import ActorPool, PoolWorker
-from featherweight.cluster.batch_progress import Progress
+from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.row_run import RowRun
 
 ray = pytest.importorskip("ray")
@@ -71,7 +71,7 @@ class Cluster(ActorPool):
 
     def draw(self, names, workers=(1, 0)):
         """Returns how many rows ended with each status."""
-        progress = Progress(len(names), lambda text, **_: self.printed.append(text.strip()))
+        progress = BatchProgress(len(names), lambda text, **_: self.printed.append(text.strip()))
         try:
             RowRun(self, [{"id": name} for name in names], workers, progress).draw()
         finally:

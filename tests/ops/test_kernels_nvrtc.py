@@ -13,7 +13,7 @@ from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
-from featherweight.ops.kernels.nvrtc import Compiler, CudaError, Driver
+from featherweight.ops.kernels.nvrtc import Compiler, CudaDriver, CudaError
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
@@ -114,7 +114,7 @@ def test_without_cuda_the_backend_says_so():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_driver_is_named():
     with pytest.raises(OSError, match="no_such_driver"):
-        Driver("no_such_driver.so")
+        CudaDriver("no_such_driver.so")
 
 
 def test_every_source_is_used():

@@ -20,7 +20,7 @@ import torch
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import Backend
-from featherweight.ops.kernels.nvrtc import CudaError, Driver
+from featherweight.ops.kernels.nvrtc import CudaDriver, CudaError
 from featherweight.ops.kernels.validation import probe
 
 OPS_TESTS = Path(__file__).resolve().parents[1] / "ops"
@@ -152,7 +152,7 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
         else:
             compiler = CudaCompiler(folder)
             driver = (OPS_TESTS / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")
-            kernels = nvrtc_backend.CudaKernels(compiler, Driver(compiler.library(driver)))
+            kernels = nvrtc_backend.CudaKernels(compiler, CudaDriver(compiler.library(driver)))
             stream = types.SimpleNamespace(cuda_stream=0)
             patch.setattr(torch.cuda, "current_stream", lambda device: stream)
             yield Backend("nvrtc", partial(probe, kernels.dequantize),

@@ -60,10 +60,10 @@ def block_for(columns: Iterable[int], memory: int = MEMORY) -> int | None:
         Columns of a block, None for whole matrices.
     """
     columns = list(columns)
-    return next((block for block in BLOCKS if nbytes_of(columns, block) <= memory), BLOCKS[-1])
+    return next((block for block in BLOCKS if moment_bytes(columns, block) <= memory), BLOCKS[-1])
 
 
-def nbytes_of(columns: Iterable[int], block: int | None) -> int:
+def moment_bytes(columns: Iterable[int], block: int | None) -> int:
     """Returns the bytes of the moments and sketches of layers' inputs, float32.
 
     Args:
@@ -150,7 +150,7 @@ class Collector:
         """Reserves memory for the moments of these inputs and returns their device."""
         if self._remaining is None:
             self._remaining = min(self.memory, free_memory(inputs.device) / 2)
-        nbytes = nbytes_of([inputs.shape[-1]], self.block)
+        nbytes = moment_bytes([inputs.shape[-1]], self.block)
         if nbytes > self._remaining:
             return torch.device("cpu")
         self._remaining -= nbytes

@@ -25,9 +25,9 @@ from featherweight.loaders.inspect.inspection import (
     ENCODER,
     LORA,
     MODEL,
-    block_name,
     identify,
     sort_blocks,
+    weight_block,
 )
 from featherweight.loaders.inspect.inspection_chart import color_of, inspection_picture
 from featherweight.loaders.inspect.inspection_text import inspection_text
@@ -268,7 +268,7 @@ def test_a_file_made_here_says_how(tmp_path):
     ],
 )
 def test_tensors_belong_to_blocks(name, block):
-    assert block_name(name) == block
+    assert weight_block(name) == block
 
 
 def test_blocks_stand_in_the_order_of_their_numbers():

@@ -12,7 +12,7 @@ from featherweight.loaders.packing.calibration.moment_collector import (
     BLOCKS,
     MEMORY,
     Collector,
-    nbytes_of,
+    moment_bytes,
 )
 from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.ops.quantize.second_moments import SecondMoments
@@ -71,7 +71,7 @@ def test_the_moments_of_a_large_model_take_two_gigabytes_of_the_device(name, exp
     taken = sum(moments.blocks.nbytes + moments.sketch.nbytes for moments in on_device)
     assert (
         taken
-        == sum(nbytes_of([moments.columns], moment_collector.block) for moments in on_device)
+        == sum(moment_bytes([moments.columns], moment_collector.block) for moments in on_device)
         <= MEMORY
         == 2e9
     )
@@ -80,7 +80,7 @@ def test_the_moments_of_a_large_model_take_two_gigabytes_of_the_device(name, exp
         moments for moments in moment_collector.moments.values()
         if moments.blocks.device.type == "cpu"
     ]
-    assert all(nbytes_of([moments.columns], moment_collector.block) > left for moments in beyond)
+    assert all(moment_bytes([moments.columns], moment_collector.block) > left for moments in beyond)
     assert {layers[name].in_features for name in layers} == {
         moments.columns for moments in (*on_device, *beyond)
     }
@@ -101,7 +101,7 @@ def test_a_file_of_flux_takes_a_quarter_of_a_gigabyte():
 
 def test_no_more_than_half_of_what_is_free_is_taken(free):
     layers = {f"{number}.weight": torch.nn.Linear(512, 8, device="meta") for number in range(6)}
-    free(5 * nbytes_of([512], None))
+    free(5 * moment_bytes([512], None))
     with Collector(layers) as moment_collector:
         for layer in layers.values():
             layer(torch.empty(1000, 512, device="meta"))
@@ -113,7 +113,7 @@ def test_no_more_than_half_of_what_is_free_is_taken(free):
 @pytest.mark.fake_gpus
 def test_moments_that_lie_on_the_cpu_are_those_that_would_lie_on_the_device():
     layers = {f"{number}.weight": torch.nn.Linear(512, 8, device="cuda") for number in range(4)}
-    memory = 5 * nbytes_of([512], 256) // 2
+    memory = 5 * moment_bytes([512], 256) // 2
     inputs = torch.randn(20, 4, 3, 512, generator=torch.Generator().manual_seed(0)).cuda()
     collectors = Collector(layers, memory), Collector(layers)
     collectors[1].block = collectors[0].block
