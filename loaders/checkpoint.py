@@ -12,6 +12,7 @@ from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_clip, wrap_model
 from .comfy_keys import model_prefix
+from .compute_choice import product_of
 from .detection import explain_shape_errors, reject_non_diffusion, try_detect
 from .devices import device_options
 from .diffusion import build_model, load_diffusion_model, read_weights, to_comfy_quant_layout
@@ -65,7 +66,7 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         output_model, output_clip, output_vae: whether to load the part.
         disable_dynamic: keep model and CLIP out of dynamic VRAM; the host has no such choice for a
             VAE.
-        compute: how the model computes, see `PackedLayer`.
+        compute: one of `compute_choice.COMPUTE`.
         pack_to: see `load_diffusion_model`; text encoder and VAE stay as they are in the file.
         device: where model and VAE run; None: the host's choice.
         encoder_device: where the text encoder runs; None: the host's choice.
@@ -224,7 +225,7 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
     if any(map(is_packed, encoder_weights.values())):
         encoder_options["custom_operations"] = operations_for(encoder_weights, full_precision=True)
     model_options["custom_operations"] = operations_for(
-        [name for name in state_dict if name.startswith(prefix)], compute=compute)
+        [name for name in state_dict if name.startswith(prefix)], compute=product_of(compute))
     with explain_shape_errors(file), dequantize_plain_parameters():
         parts = comfy.sd.load_state_dict_guess_config(
             state_dict, embedding_directory=embedding_directory, metadata=file.text_metadata,

@@ -9,6 +9,7 @@ import torch
 from ..ops.int8 import multiplies_integers
 from ..ops.kernel_warmup import prepare_kernels
 from ..ops.patcher import adopt
+from .compute_choice import choose_compute
 from .files.container import FileChangeGuard, WeightFile
 from .model_summary import load_summary
 
@@ -21,9 +22,11 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     Args:
         patcher: the host's; it is changed in place.
         file: the file that the weights were read from.
-        compute: how the layers compute; a warning is logged if the device does not support "int8".
+        compute: one of `compute_choice.COMPUTE`; a warning is logged if the device does not support
+            "int8".
     """
     log.info("[Featherweight] %s", load_summary(file, adopt(patcher)))
+    choose_compute(patcher, compute)
     patcher.model.packed_patches.check_source = guard_of(patcher.model)
     prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):

@@ -14,6 +14,7 @@ from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_model
 from .comfy_keys import model_prefix, to_comfy_keys
 from .comfy_quant import as_tensors, reject_unread_layers
+from .compute_choice import product_of
 from .detection import explain_shape_errors, is_diffusion_model, reject_non_diffusion
 from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
@@ -39,7 +40,8 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
 
     Args:
         path: of a file or folder; of a whole checkpoint only the model is loaded.
-        value_dtype, patch_dtype, compute: see `PackedLayer`.
+        value_dtype, patch_dtype: see `PackedLayer`.
+        compute: one of `compute_choice.COMPUTE`.
         disable_dynamic: keep the model out of dynamic VRAM.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
         model_options: the host's, such as `load_device`; `dtype` affects only files that go to the
@@ -133,7 +135,8 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     Args:
         file: of the weights.
         state_dict: of `file`, with the host's names.
-        value_dtype, patch_dtype, compute: see `PackedLayer`.
+        value_dtype, patch_dtype: see `PackedLayer`.
+        compute: one of `compute_choice.COMPUTE`.
         disable_dynamic: keep the model out of dynamic VRAM.
         model_options: the host's.
 
@@ -141,7 +144,8 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
         WeightFileError: if the host detects no diffusion model.
     """
     state_dict = to_comfy_quant_layout(file, state_dict)
-    operations = operations_for(state_dict, value_dtype, patch_dtype, compute=compute)
+    operations = operations_for(state_dict, value_dtype, patch_dtype,
+                                compute=product_of(compute))
     options = {**(model_options or {}), "custom_operations": operations}
     patcher = None
     if is_diffusion_model(state_dict):

@@ -1,6 +1,7 @@
 """The node Load Diffusion Model (Featherweight)."""
 from comfy_api.latest import io
 
+from ..loaders.compute_choice import COMPUTE
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import find_file, list_files, list_model_folders, validate_files
 from ..loaders.pack_on_load import TYPES
@@ -14,12 +15,14 @@ def compute_input():
     """Returns the input that chooses the arithmetic of packed layers."""
     return io.Combo.Input(
         "compute",
-        options=["exact", "int8"],
+        options=list(COMPUTE),
         default="exact",
         optional=True,
         tooltip="exact: the float product with the dequantised weights. int8: a faster, less exact"
         " integer product for packed weights, on NVIDIA GPUs from Turing on and on CPUs with VNNI;"
-        " it adds an error of about 1.5 % to each layer. On other devices it is the same as exact.",
+        " it adds an error of about 1.5 % to each layer. On other devices it is the same as exact."
+        " float32: exact, with the whole model in float32; otherwise a CPU that multiplies bfloat16"
+        " natively computes in it.",
     )
 
 

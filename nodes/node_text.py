@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from comfy.model_patcher import ModelPatcher
 
+from ..loaders.compute_choice import compute_text
 from ..loaders.model_summary import dequantize_backend_text, memory_summary
 from ..loaders.placement import placed_text, planned_text
 from ..ops.patcher.residency import MemoryReport
@@ -63,7 +64,11 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         if patcher is None:
             continue
         title = f"{TITLES[key]}: " if len(parts) > 1 else ""
-        summaries = (memory_summary(patcher), dequantize_backend_text(patcher))
+        summaries = (
+            memory_summary(patcher),
+            dequantize_backend_text(patcher),
+            compute_text(patcher),
+        )
         summary = title + ", ".join(filter(None, summaries))
         texts[key] = summary
         if getattr(patcher, "placement", None) is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import int8_codes, kernels, product, torch_registration, workspace
+from . import cpu_features, int8_codes, kernels, product, torch_registration, workspace
 from .format import FORMATS, Format
 from .low_rank import LowRank
 from .packed_tensor import PackedTensor
@@ -38,7 +38,7 @@ def multiplies_integers(device: torch.device) -> bool:
             and torch.cuda.get_device_capability(device) >= CUDA_CAPABILITY
         )
     else:
-        capable = device.type == "cpu" and _has_vnni()
+        capable = device.type == "cpu" and cpu_features.has_vnni()
     if not capable:
         return False
     signs = torch.tensor((-1, 1), dtype=torch.int8, device=device).repeat(32, int8_codes.GROUP // 2)
@@ -50,15 +50,6 @@ def multiplies_integers(device: torch.device) -> bool:
         return False
     codes = codes.cpu().float()
     return torch.equal(sums.cpu().float(), codes @ codes.t())
-
-
-def _has_vnni() -> bool:
-    """Returns whether the CPU sums products of bytes in int32; int16 sums may overflow."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False)
-                   for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    return getattr(torch.cpu, "_is_vnni_supported", lambda: False)()  # in older versions of torch
 
 
 def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype: torch.dtype | None,

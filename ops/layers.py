@@ -273,8 +273,13 @@ class _PackedConv(PackedLayer):
         if is_patched or not is_packed(weight) or not product.fits_workspace(weight, input):
             return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias,
                                          *args, **kwargs)
-        with product.dequantize_into_workspace(weight, input.dtype, self.value_dtype) as dense:
-            return super()._conv_forward(input, dense, bias, *args, **kwargs)
+        convolve = super()._conv_forward
+        parts = [
+            convolve(input, dense, None if bias is None else bias[rows], *args, **kwargs)
+            for rows, dense in product.dequantized_slices(weight, input.dtype, self.value_dtype,
+                                                          whole=self.groups > 1)
+        ]
+        return torch.cat(parts, 1) if parts[1:] else parts[0]
 
 
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):

@@ -4,7 +4,6 @@ They run on every device, with a kernel of `kernels` where there is one and othe
 reference that the kernels are validated against. They are registered with torch, so that
 `torch.compile(fullgraph=True)` compiles packed layers.
 """
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +20,8 @@ from .packed_tensor import PackedTensor
 # On a CPU with few rows of input most of the time is spent on the weight, and a slice of it that
 # stays in the cache is read faster.
 FEW_TOKENS, CACHED_BYTES = 128, 16 << 20
+# A convolution also copies each slice, in the order that it needs: for this many channels at once.
+CHANNEL_BLOCK = 16
 
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
@@ -224,13 +225,31 @@ def fits_workspace(weight: PackedTensor, input: torch.Tensor) -> bool:
     )
 
 
-@contextlib.contextmanager
-def dequantize_into_workspace(weight: PackedTensor, dtype: torch.dtype,
-                              value_dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
-    """Yields the result of `dequantize` in the workspace; see `fits_workspace`."""
+def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
+                       value_dtype: torch.dtype | None = None,
+                       whole: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields a weight in slices of rows, each in the workspace; see `fits_workspace`.
+
+    Args:
+        weight: packed, of any shape; a row is all that has the same first index.
+        dtype: of the values.
+        value_dtype: dtype the dequantised values are first rounded to, or None.
+        whole: yield all rows at once.
+
+    Yields:
+        (rows, their dense values, valid until the next slice is taken).
+    """
+    packed_format, shape = weight.layout_cls.format, weight.shape
+    columns = shape[1:].numel()
+    step = shape[0] if whole else workspace.rows_within(
+        CACHED_BYTES, packed_format, columns, columns * dtype.itemsize, CHANNEL_BLOCK)
+    tensors = packed_tensors(weight)
     with workspace.workspace(weight.device) as take:
-        yield kernels.dequantize_into(weight.layout_cls.format, packed_tensors(weight),
-                                      take(weight.shape, dtype), value_dtype)
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            out = take((rows.stop - start, *shape[1:]), dtype)
+            first = start * columns // packed_format.block_length
+            yield rows, kernels.dequantize_into(packed_format, tensors, out, value_dtype, first)
 
 
 def dequantize_rows(weight: PackedTensor, dtype: torch.dtype,

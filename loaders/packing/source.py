@@ -15,6 +15,7 @@ import comfy.model_patcher
 import comfy.ops
 import torch
 
+from ...ops import cpu_attention
 from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.packed_tensor import relabel
 from ...ops.patcher import patched_weights as patched_values
@@ -459,7 +460,7 @@ def unsaved_parts(patcher) -> list[str]:
     for name, value in options.get("transformer_options", {}).items():
         if isinstance(value, dict):
             names += [f"{name}: {part}" for part in value if value[part]]
-        elif value:
+        elif value and value is not cpu_attention.attention:  # which is the pack's own
             names.append(name)
     names += [
         f"{wrapper_type}: {key}" for wrapper_type, wrappers in patcher.wrappers.items()

@@ -8,6 +8,8 @@ import torch
 
 from ..format import Format
 
+VALUES_AT_ONCE = 1 << 17  # half a megabyte of float32 stays in a core's cache
+
 
 class _Plain(Format):
     """One value of `plain_dtype` a block."""
@@ -25,7 +27,16 @@ class _Plain(Format):
 
     @classmethod
     def dequantize_into(cls, tensors, out, value_dtype=None, first=0):
-        out.view(-1).copy_(tensors[0].view(-1).view(cls.plain_dtype)[first:first + out.numel()])
+        values = tensors[0].view(-1).view(cls.plain_dtype)[first:first + out.numel()]
+        flat_out = out.view(-1)
+        if out.device.type != "cpu" or out.dtype in (torch.float32, values.dtype):
+            flat_out.copy_(values)
+            return out
+        # between two types of 16 bits a CPU converts one number at a time, by way of float32 many
+        buffer = torch.empty(min(len(values), VALUES_AT_ONCE), dtype=torch.float32)
+        for start in range(0, len(values), VALUES_AT_ONCE):
+            part = values[start:start + VALUES_AT_ONCE]
+            flat_out[start:start + len(part)].copy_(buffer[:len(part)].copy_(part))
         return out
 
 

@@ -6,6 +6,7 @@ from comfy.weight_adapter import LoRAAdapter
 from patched_layers import CONVOLUTIONS, KERNELS, PATCHES, RANK, input_for, layer_and_twin
 from patched_models import relative
 
+from featherweight.ops import product
 from featherweight.ops.layer_patches import build_patches
 
 CPU = torch.device("cpu")
@@ -50,3 +51,19 @@ def test_an_input_without_a_batch_is_one_of_a_batch(name, kind, dtype):
     with torch.no_grad():
         assert torch.equal(layer(input[1]), layer(input[1:])[0])
     assert layer(input[1]).ndim == 1 + len(KERNELS[name])
+
+
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q5_1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_weight_in_slices_gives_the_numbers_of_the_whole_weight(name, dtype, format_name,
+                                                                 monkeypatch):
+    layer, _ = layer_and_twin(name, format_name, None, dtype)
+    input = input_for(name).to(dtype)
+    with torch.no_grad():
+        whole = layer(input)
+        monkeypatch.setattr(product, "CACHED_BYTES", 1)
+        monkeypatch.setattr(product, "CHANNEL_BLOCK", 2)
+        slices = list(product.dequantized_slices(layer.weight, dtype))
+        assert len(slices) > 1
+        assert torch.equal(layer(input), whole)

@@ -16,6 +16,7 @@ from devtools.files.gguf_types import FORK_TYPES, NEWER_TYPES
 from featherweight.ops import bits, formats
 from featherweight.ops import format as base
 from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops.formats import plain
 
 DEVICES = ["cpu"] + [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
 each_format = pytest.mark.parametrize("fmt", GGML_FORMATS.values(), ids=lambda fmt: fmt.__name__)
@@ -246,3 +247,16 @@ def test_q2_0_reads_neighbouring_values_from_a_byte_lowest_bits_first(type_name)
     expected = torch.zeros(1, fmt.block_length)
     expected[0, :4] = torch.tensor([-0.5, 0, 0.5, 1])
     assert_same_bits(fmt.dequantize(block), expected)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize(("name", "dtype"), [("F16", torch.bfloat16), ("BF16", torch.float16)])
+def test_numbers_of_16_bits_are_rounded_once_to_other_16_bits(name, dtype, first, monkeypatch):
+    monkeypatch.setattr(plain, "VALUES_AT_ONCE", 1000)
+    packed_format = FORMATS[name]
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(packed_format.plain_dtype)
+    out = torch.empty(len(every) - first, dtype=dtype)
+    packed_format.dequantize_into([every.view(torch.uint8)], out, first=first)
+    expected = every[first:].float().to(dtype)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(0), expected.nan_to_num(0))

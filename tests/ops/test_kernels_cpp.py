@@ -288,9 +288,8 @@ def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece
     def values(tensors):
         weight = packed_tensor(fmt, tensors[0], (rows, columns),
                                scale=tensors[1] if fmt.scales_apart else None)
-        with product.dequantize_into_workspace(weight, torch.float32) as scratch:
-            dequantized = scratch.clone()
-        yield dequantized
+        yield torch.cat([part.clone() for _, part in
+                         product.dequantized_slices(weight, torch.float32)])
         yield product.dequantize(weight, torch.float32)
         yield product.embedding(torch.tensor([3, 0, 15]), weight, torch.float32)
         generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,77 @@
+"""Chooses what a diffusion model computes in.
+
+ComfyUI computes in float32 on every CPU. A CPU that multiplies bfloat16 natively is two to four
+times as fast in it, and models that the host would run in bfloat16 on a GPU lose no more there.
+"""
+import comfy.cli_args
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..ops import cpu_attention, cpu_features
+
+COMPUTE = ("exact", "int8", "float32")  # options of the loaders' input `compute`
+
+# The host's flags that choose a dtype for diffusion models, and those that choose an attention.
+DTYPE_FLAGS = ("force_fp32", "force_fp16", "fp32_unet", "fp64_unet", "bf16_unet", "fp16_unet",
+               "fp8_e4m3fn_unet", "fp8_e5m2_unet", "fp8_e8m0fnu_unet")
+ATTENTION_FLAGS = ("use_split_cross_attention", "use_quad_cross_attention",
+                   "use_pytorch_cross_attention", "use_sage_attention", "use_flash_attention",
+                   "force_upcast_attention")
+
+
+def choose_compute(patcher: ModelPatcher, compute: str):
+    """Makes a diffusion model compute in the dtype, and with the attention, that fit its device.
+
+    The host's flags go first.
+
+    Args:
+        patcher: the model's; model and patcher are changed in place.
+        compute: one of `COMPUTE`.
+    """
+    dtype = compute_dtype(patcher, compute)
+    if dtype is not None:
+        patcher.model.manual_cast_dtype = dtype
+    on_a_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
+    if on_a_cpu and compute != "float32" and not _has_flag(ATTENTION_FLAGS):
+        transformer_options = patcher.model_options["transformer_options"]
+        transformer_options.setdefault("optimized_attention_override", cpu_attention.attention)
+
+
+def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:
+    """Returns the dtype that a diffusion model is to compute in; None: the host's choice.
+
+    Args:
+        patcher: the model's.
+        compute: one of `COMPUTE`.
+    """
+    if _has_flag(DTYPE_FLAGS):
+        return None
+    if compute == "float32":
+        return torch.float32
+    if (
+        comfy.model_management.is_device_cpu(patcher.load_device)
+        and cpu_features.multiplies_bfloat16()
+        and patcher.model.get_dtype_inference() == torch.float32
+        and torch.bfloat16 in patcher.model.model_config.supported_inference_dtypes
+    ):
+        return torch.bfloat16
+    return None
+
+
+def product_of(compute: str) -> str:
+    """Returns the `compute` of a model's packed layers (see `PackedLayer`) for one of `COMPUTE`."""
+    return "int8" if compute == "int8" else "exact"
+
+
+def compute_text(patcher: ModelPatcher) -> str | None:
+    """Returns what a diffusion model on a CPU computes in: "computes in bfloat16"; else None."""
+    get_dtype = getattr(patcher.model, "get_dtype_inference", None)
+    if get_dtype is None or not comfy.model_management.is_device_cpu(patcher.load_device):
+        return None
+    return f"computes in {str(get_dtype()).removeprefix('torch.')}"
+
+
+def _has_flag(names: tuple[str, ...]) -> bool:
+    """Returns whether ComfyUI was started with one of these flags."""
+    return any(getattr(comfy.cli_args.args, name, False) for name in names)

@@ -1,0 +1,31 @@
+"""What the CPU multiplies natively, asked of torch."""
+import torch
+
+
+def multiplies_bfloat16() -> bool:
+    """Returns whether the CPU has products of bfloat16 that torch uses: AVX512-BF16, AMX or Arm's
+    BF16.
+
+    Other CPUs, on which torch converts every number to float32 first, are slower in bfloat16.
+    """
+    return torch.backends.mkldnn.is_available() and _has(
+        "avx512_bf16", "amx_bf16", "bf16",
+        older=("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def has_vnni() -> bool:
+    """Returns whether the CPU sums products of bytes in int32; int16 sums may overflow."""
+    return _has("avx512_vnni", "avx_vnni", "amx_int8", older=("_is_vnni_supported",))
+
+
+def _has(*capabilities: str, older: tuple[str, ...]) -> bool:
+    """Returns whether the CPU has one of the capabilities.
+
+    Args:
+        capabilities: keys of `torch.cpu.get_capabilities()`.
+        older: functions of `torch.cpu` to call instead where torch is too old for that.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in capabilities)
+    return any(getattr(torch.cpu, name, lambda: False)() for name in older)
