@@ -17,7 +17,7 @@ from featherweight.ops.kernels import selector
 # of "scale" is.
 CASES = [
     "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
-    "passes", "layer_passes", "header", "load", "scale",
+    "passes", "layer_passes", "header", "load", "scale", "cpu",
     pytest.param("memory", marks=pytest.mark.heavy)
 ]
 
