@@ -69,8 +69,9 @@ def test_attention_is_computed_by_the_library_that_is_picked_where_the_host_has_
     options["optimized_attention_override"](None, "q", "k", "v", heads=1)
     assert calls == [("q", "k", "v")]
     monkeypatch.delitem(registered, library)
+    expected = load("whole").model_options["transformer_options"]
     model = load("whole", attention_override=name)
-    assert "optimized_attention_override" not in model.model_options.get("transformer_options", {})
+    assert model.model_options["transformer_options"] == expected
     assert (
         f"This ComfyUI has no {name} installed, so attention_override has no effect." in texts[-1]
     )

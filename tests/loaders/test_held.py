@@ -125,7 +125,7 @@ def test_a_model_in_16_bits_gives_every_bit_of_the_dense_one(
         run(host_patcher(seen, family), family),
     )
     # give some layers inputs that lie in memory in another order, and so sum in another
-    if name in ("cosmos", "pixart-sigma"):
+    if name in ("ace-step", "cosmos", "pixart-sigma", "wan2.1-vace"):
         assert relative(packed, dense) < 1e-6
     else:
         assert torch.equal(packed, dense)

@@ -40,7 +40,9 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs):
     assert bar[0][0] == 0 and bar[-1][0] == bar[-1][1] > 0
     [text] = run.texts["1"]
     found = re.fullmatch(
-        r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB held, dequantised by (?:cpp|torch)", text)
+        r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB held, dequantised by (?:cpp|torch)"
+        r"(, computes in b?float(?:16|32))?", text)
+    assert bool(found[3]) == ("clip" not in loader.lower() and "TextEncoder" not in loader)
     held = [
         line for line in re.findall(r"Featherweight\] (.*) bytes held", server.log())
         if line.startswith((demo.MODEL_NAME, demo_files.ENCODER_NAME))
@@ -58,7 +60,8 @@ def test_a_checkpoint_shows_what_each_part_holds(server):
     ):
         [text] = load(server, loader, {key: path.name}).texts["1"]
         assert re.fullmatch(
-            r"Model: NF4[^\n]*, [\d.]+ MB held, dequantised by \w+\nVAE: F\w+, [\d.]+ MB held",
+            r"Model: NF4[^\n]*, [\d.]+ MB held, dequantised by \w+, computes in \w+"
+            r"\nVAE: F\w+, [\d.]+ MB held",
             text)
 
 
@@ -72,7 +75,8 @@ def test_a_model_in_bf16_is_packed_while_it_loads_and_draws_what_the_packed_file
     run = server.queue(prompt)
     [text] = (text for texts in run.texts.values() for text in texts if "packed from" in text)
     assert re.fullmatch(
-        r"Q4_K \+ [^,]*, [\d.]+ MB held, packed from BF16 in \d+ s, dequantised by \w+", text)
+        r"Q4_K \+ [^,]*, [\d.]+ MB held, packed from BF16 in \d+ s, dequantised by \w+,"
+        r" computes in \w+", text)
     assert float(text.split(", ")[1].split()[0]) < path.stat().st_size / 1e6 * 0.6
     assert np.abs(server.pixels(run) - expected).mean() < 0.5 * expected.std()
 
