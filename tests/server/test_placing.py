@@ -178,7 +178,7 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(server, graph):
     graph = place_model(before(graph, "KSampler", "model", "forget", "ForgetLoader"),
                         gpu_weights=0.04, store="gpu:1")
     text = server.queue(graph).texts["place"][-1]
-    assert ("its loader leaves no way" in text) == server.size.dynamic
+    assert ("which its loader does not support" in text) == server.size.dynamic
     assert (lies(text)[1] == 0) == server.size.dynamic
 
 
