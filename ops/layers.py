@@ -274,11 +274,13 @@ class _PackedConv(PackedLayer):
             return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias,
                                          *args, **kwargs)
         convolve = super()._conv_forward
-        parts = [
-            convolve(input, dense, None if bias is None else bias[rows], *args, **kwargs)
-            for rows, dense in product.dequantized_slices(weight, input.dtype, self.value_dtype,
-                                                          whole=self.groups > 1)
-        ]
+        slices = product.dequantized_slices(weight, input.dtype, self.value_dtype,
+                                            whole=self.groups > 1)
+        with contextlib.closing(slices):  # an error that is kept would keep the workspace too
+            parts = [
+                convolve(input, dense, None if bias is None else bias[rows], *args, **kwargs)
+                for rows, dense in slices
+            ]
         return torch.cat(parts, 1) if parts[1:] else parts[0]
 
 

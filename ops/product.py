@@ -4,7 +4,7 @@ They run on every device, with a kernel of `kernels` where there is one and othe
 reference that the kernels are validated against. They are registered with torch, so that
 `torch.compile(fullgraph=True)` compiles packed layers.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -227,7 +227,7 @@ def fits_workspace(weight: PackedTensor, input: torch.Tensor) -> bool:
 
 def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
                        value_dtype: torch.dtype | None = None,
-                       whole: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+                       whole: bool = False) -> Generator[tuple[slice, torch.Tensor], None, None]:
     """Yields a weight in slices of rows, each in the workspace; see `fits_workspace`.
 
     Args:

@@ -8,6 +8,7 @@ from patched_models import relative
 
 from featherweight.ops import product
 from featherweight.ops.layer_patches import build_patches
+from featherweight.ops.workspace import shared_workspace
 
 CPU = torch.device("cpu")
 
@@ -67,3 +68,12 @@ def test_a_weight_in_slices_gives_the_numbers_of_the_whole_weight(name, dtype, f
         slices = list(product.dequantized_slices(layer.weight, dtype))
         assert len(slices) > 1
         assert torch.equal(layer(input), whole)
+
+
+def test_an_error_in_a_convolution_leaves_the_workspace_free():
+    layer, _ = layer_and_twin("Conv2d", "Q8_0", None, torch.float32)
+    input = input_for("Conv2d")
+    with pytest.raises(RuntimeError) as kept:
+        layer(input[:, 1:])
+    assert not shared_workspace().lock.locked(), kept
+    layer(input)
