@@ -9,6 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..ops import cpu_attention, cpu_features
+from ..ops.kernels.kernel import dtype_name
 
 COMPUTE = ("exact", "int8", "float32")  # options of the loaders' input `compute`
 
@@ -69,7 +70,7 @@ def compute_text(patcher: ModelPatcher) -> str | None:
     get_dtype = getattr(patcher.model, "get_dtype_inference", None)
     if get_dtype is None or not comfy.model_management.is_device_cpu(patcher.load_device):
         return None
-    return f"computes in {str(get_dtype()).removeprefix('torch.')}"
+    return f"computes in {dtype_name(get_dtype())}"
 
 
 def _has_flag(names: tuple[str, ...]) -> bool:

@@ -26,6 +26,6 @@ def _has(*capabilities: str, older: tuple[str, ...]) -> bool:
         older: functions of `torch.cpu` to call instead where torch is too old for that.
     """
     if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in capabilities)
+        present = torch.cpu.get_capabilities()
+        return any(present.get(name, False) for name in capabilities)
     return any(getattr(torch.cpu, name, lambda: False)() for name in older)

@@ -120,11 +120,11 @@ def test_every_family_runs_in_what_its_model_computes_in(name, tmp_path, monkeyp
     assert (dtype == torch.bfloat16) == (
         torch.bfloat16 in model.model.model_config.supported_inference_dtypes)
     exact = step(dense, arguments) - arguments["x"]
-    found = relative_error(step(model, arguments) - arguments["x"], exact)
+    error = relative_error(step(model, arguments) - arguments["x"], exact)
     if dtype == torch.float32:
-        assert found < 1e-5
+        assert error < 1e-5
         return
     as_on_a_gpu = families.host_patcher(seen, family, custom_operations=comfy.ops.manual_cast)
     as_on_a_gpu.model.manual_cast_dtype = torch.bfloat16
     lost = relative_error(step(as_on_a_gpu, arguments) - arguments["x"], exact)
-    assert found < 1.5 * lost + 1e-3
+    assert error < 1.5 * lost + 1e-3

@@ -1,4 +1,4 @@
-"""The case of a step of Stable Diffusion 1.5 on a CPU, beside OpenVINO's."""
+"""The case of a step of Stable Diffusion 1.5 on a CPU, compared with OpenVINO's."""
 import contextlib
 import importlib.util
 
@@ -40,7 +40,7 @@ def bench_cpu(options):
     generator = torch.Generator().manual_seed(0)
     inputs = (torch.randn(1, 4, size, size, generator=generator), torch.tensor([5.0]),
               torch.randn(1, TEXT_TOKENS, CONTEXT, generator=generator))
-    threads, others = torch.get_num_threads(), {}
+    others = {}
     if all(map(importlib.util.find_spec, EXTRAS)):
         others = openvino_steps(channels, inputs)
     else:
@@ -50,8 +50,7 @@ def bench_cpu(options):
         for compute in ("exact", "float32"):
             model = packed_unet(channels, format_name, compute)
             variants[f"{compute}, {compute_text(model)}"] = step_of(model, inputs)
-        yield f"{format_name}, {threads} thread{'s' * (threads > 1)}", side_by_side(
-            variants, options.rounds)
+        yield format_name, side_by_side(variants, options.rounds)
 
 
 def packed_unet(channels: int, format_name: str, compute: str):

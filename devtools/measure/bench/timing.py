@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy.model_management
 import torch
 
-from featherweight.ops import kernels
+from featherweight.ops import cpu_features, kernels
 from featherweight.ops.kernels import selector, used
 from featherweight.ops.workspace import shared_workspace
 
@@ -132,4 +132,4 @@ def device() -> torch.device:
 
 def has_bfloat16() -> bool:
     """Whether the device multiplies in bfloat16; a CPU without it takes longer than in float32."""
-    return torch.accelerator.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.accelerator.is_available() or cpu_features.multiplies_bfloat16()
