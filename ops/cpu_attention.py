@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
+from . import kernels
+
 SLICE_BYTES = 4 << 20  # of scores; each core has its part of a slice in its cache
 
 
@@ -80,6 +82,7 @@ def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     keys = key.transpose(1, 2)
     rows = max(1, SLICE_BYTES // (key.shape[1] * query.itemsize))
     heads_at_once, rows = max(1, rows // tokens), min(rows, tokens)
+    softmax = kernels.find("softmax", query.device, None, query.dtype)
     scores = query.new_empty(heads_at_once * rows * key.shape[1])
     for first in range(0, len(query), heads_at_once):
         heads = slice(first, first + heads_at_once)
@@ -88,6 +91,9 @@ def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
             shape = *part.shape[:2], key.shape[1]
             slice_scores = scores[:shape[0] * shape[1] * shape[2]].view(shape)
             torch.baddbmm(slice_scores, part, keys[heads], beta=0, alpha=scale, out=slice_scores)
-            torch.softmax(slice_scores, -1, out=slice_scores)
+            if softmax is None:
+                torch.softmax(slice_scores, -1, out=slice_scores)
+            else:
+                softmax(slice_scores.view(-1, shape[-1]))
             torch.bmm(slice_scores, value[heads], out=flat_out[heads, start:start + rows])
     return out

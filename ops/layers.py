@@ -7,7 +7,7 @@ import comfy.float
 import comfy.ops
 import torch
 
-from . import int8, product, stochastic_rounding
+from . import cpu_convolution, int8, product, stochastic_rounding
 from .autocast import autocast_input
 from .layer_patches import LayerPatches
 from .low_rank import dense_linear
@@ -148,6 +148,10 @@ class PackedLayer(_HostLayer):
                                           bias_dtype=input.dtype, offloadable=True,
                                           compute_dtype=input.dtype)
 
+    def is_unpatched(self, weight) -> bool:
+        """Returns whether a weight is packed and no patch changes it."""
+        return is_packed(weight) and (self.lora is None or not self.lora.weight_patches)
+
     def dense_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
         """Returns the values of a packed weight in `dtype`."""
         return product.dequantize(weight, dtype, self.value_dtype)
@@ -204,7 +208,7 @@ class PackedLinear(PackedLayer):
     def forward_comfy_cast_weights(self, input):
         weight, bias, offload_stream = self.cast_weight_bias(input)
         low_rank = None if self.lora is None else self.lora.branch(input)
-        if is_packed(weight) and (self.lora is None or not self.lora.weight_patches):
+        if self.is_unpatched(weight):
             multiply = int8.linear if self.compute == "int8" else product.linear
             out = multiply(input, weight, bias, self.value_dtype, low_rank)
         else:
@@ -269,8 +273,7 @@ class _PackedConv(PackedLayer):
         return out
 
     def _without_branch(self, input, weight, bias, *args, **kwargs):
-        is_patched = self.lora is not None and self.lora.weight_patches
-        if is_patched or not is_packed(weight) or not product.fits_workspace(weight, input):
+        if not self.is_unpatched(weight) or not product.fits_workspace(weight, input):
             return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias,
                                          *args, **kwargs)
         convolve = super()._conv_forward
@@ -283,13 +286,26 @@ class _PackedConv(PackedLayer):
             ]
         return torch.cat(parts, 1) if parts[1:] else parts[0]
 
-
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
     """A 1-D convolution with a packed kernel."""
 
 
 class Conv2d(_PackedConv, comfy.ops.manual_cast.Conv2d):
     """A 2-D convolution with a packed kernel."""
+
+    def _without_branch(self, input, weight, bias, *args, **kwargs):
+        channels_last = (
+            not (args or kwargs)
+            and cpu_convolution.takes(self, input)
+            and self.is_unpatched(weight)
+            and product.fits_workspace(weight, input, reordered=True)
+        )
+        if not channels_last:
+            return super()._without_branch(input, weight, bias, *args, **kwargs)
+        slices = product.dequantized_slices(weight, input.dtype, self.value_dtype,
+                                            channels_last=True)
+        with contextlib.closing(slices):
+            return cpu_convolution.convolve(self, input, slices, bias)
 
 
 class Conv3d(_PackedConv, comfy.ops.manual_cast.Conv3d):

@@ -22,6 +22,7 @@ from .packed_tensor import PackedTensor
 FEW_TOKENS, CACHED_BYTES = 128, 16 << 20
 # A convolution also copies each slice, in the order that it needs: for this many channels at once.
 CHANNEL_BLOCK = 16
+CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
 
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
@@ -212,14 +213,19 @@ def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | 
     return packed_tensors(weight)[0].view(dtype).view(weight.shape)
 
 
-def fits_workspace(weight: PackedTensor, input: torch.Tensor) -> bool:
+def fits_workspace(weight: PackedTensor, input: torch.Tensor, reordered: bool = False) -> bool:
     """Returns whether to dequantise a weight into the workspace.
 
-    That is so on a CPU, where the weight must be dequantised and no gradient needs it later.
+    That is so on a CPU, where no gradient needs the values later.
+
+    Args:
+        weight: packed.
+        input: of the layer.
+        reordered: whether values that need no dequantising are copied there too.
     """
     return (
         input.device.type == "cpu"
-        and plain_values(weight, input.dtype) is None
+        and (reordered or plain_values(weight, input.dtype) is None)
         and not torch.compiler.is_compiling()
         and not (input.requires_grad and torch.is_grad_enabled())
     )
@@ -227,7 +233,8 @@ def fits_workspace(weight: PackedTensor, input: torch.Tensor) -> bool:
 
 def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
                        value_dtype: torch.dtype | None = None,
-                       whole: bool = False) -> Generator[tuple[slice, torch.Tensor], None, None]:
+                       whole: bool = False, channels_last: bool = False
+                       ) -> Generator[tuple[slice, torch.Tensor], None, None]:
     """Yields a weight in slices of rows, each in the workspace; see `fits_workspace`.
 
     Args:
@@ -235,6 +242,7 @@ def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
         dtype: of the values.
         value_dtype: dtype the dequantised values are first rounded to, or None.
         whole: yield all rows at once.
+        channels_last: yield the weight of a 2-D convolution in memory format `channels_last`.
 
     Yields:
         (rows, their dense values, valid until the next slice is taken).
@@ -247,9 +255,39 @@ def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
     with workspace.workspace(weight.device) as take:
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            out = take((rows.stop - start, *shape[1:]), dtype)
             first = start * columns // packed_format.block_length
-            yield rows, kernels.dequantize_into(packed_format, tensors, out, value_dtype, first)
+            if channels_last:
+                count, channels, height, width = rows.stop - start, *shape[1:]
+                out = take((count, height, width, channels), dtype)
+                _dequantize_channels_last(packed_format, tensors, out.view(count, -1, channels),
+                                          value_dtype, first)
+                yield rows, out.permute(0, 3, 1, 2)
+            else:
+                out = take((rows.stop - start, *shape[1:]), dtype)
+                yield rows, kernels.dequantize_into(packed_format, tensors, out, value_dtype, first)
+
+
+def _dequantize_channels_last(packed_format: type[Format], tensors: list[torch.Tensor],
+                              out: torch.Tensor, value_dtype: torch.dtype | None, first: int):
+    """Dequantises the weight of a convolution into (rows, taps, channels), from block `first` on.
+
+    Its blocks are in the order (rows, channels, taps).
+    """
+    rows, taps, channels = out.shape
+    columns = taps * channels
+    if packed_format.plain_dtype is not None:
+        values = tensors[0].view(-1).view(packed_format.plain_dtype)[first:first + out.numel()]
+        kernels.cast_channels_last(values.view(rows, channels, taps), out)
+        return
+    step = workspace.rows_within(CORE_CACHE_BYTES, packed_format, columns,
+                                 columns * out.itemsize)
+    scratch = out.new_empty(min(step, rows) * columns)
+    for start in range(0, rows, step):
+        part = out[start:start + step]
+        values = kernels.dequantize_into(packed_format, tensors, scratch[:part.numel()],
+                                         value_dtype,
+                                         first + start * columns // packed_format.block_length)
+        kernels.cast_channels_last(values.view(-1, channels, taps), part)
 
 
 def dequantize_rows(weight: PackedTensor, dtype: torch.dtype,

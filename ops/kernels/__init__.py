@@ -10,10 +10,11 @@ each format, and torch where that is faster. What was proven when a kernel was f
 used until the process ends; cases that no trial has tried are noted for the next start.
 
 A CPU's kernels, compiled by the machine's own compiler, and a backend that the user selects by name
-are compiled and checked in this process, in background threads. Kernels of "dequantize" have the
-reference's bits: nobody waits for them, torch works until one is ready, and the next call uses it.
-The others differ by rounding: the first call waits for one, for up to `WAIT_SECONDS` of `selector`
-or until the user cancels, and the decision then holds until the process ends.
+are compiled and checked in this process, in background threads. Kernels of "dequantize" and of
+"channels_last" have the reference's bits: nobody waits for them, torch works until one is ready,
+and the next call uses it. The others differ by rounding: the first call waits for one, for up to
+`WAIT_SECONDS` of `selector` or until the user cancels, and the decision then holds until the
+process ends.
 
 So a picture is reproducible bit for bit within a process, whenever the kernels become ready.
 """
@@ -38,6 +39,7 @@ __all__ = [
     "Backend",
     "Case",
     "Kernel",
+    "cast_channels_last",
     "dequantize_into",
     "find",
     "prepare",
@@ -103,7 +105,7 @@ def find(capability: str, device: torch.device, packed_format: type[Format] | No
     Args:
         capability: As in `Kernel`.
         device: That of the tensors.
-        packed_format: None for "int8_tokens".
+        packed_format: None for a capability without formats.
         dtype: As in `Kernel`.
         value_dtype: The one that `run` will get.
         tokens: Rows of the input, for "linear".
@@ -161,3 +163,20 @@ def dequantize_into(packed_format: type[Format], tensors: list[torch.Tensor], ou
         return packed_format.dequantize_into(tensors, out, value_dtype, first)
     run(packed_format, tensors, out, value_dtype, first)
     return out
+
+
+def cast_channels_last(values: torch.Tensor, out: torch.Tensor):
+    """Casts the weight of a convolution and writes it with its channels last.
+
+    Args:
+        values: (rows, channels, taps), contiguous, of any float dtype.
+        out: (rows, taps, channels), contiguous, of any float dtype.
+    """
+    run = find("channels_last", out.device, None, out.dtype, values.dtype)
+    if run is not None:
+        run(values, out)
+        return
+    if values.dtype != out.dtype:
+        # between two types of 16 bits a CPU converts one number at a time, by way of float32 many
+        values = values.float().to(out.dtype)
+    out.copy_(values.transpose(1, 2))

@@ -54,6 +54,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", 
 X86_FLAGS = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
 # Of the variants of "linear". With more tokens torch's product of the dequantised weight is faster.
 MAX_TOKENS = (1, 4)
+MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
 SCRATCH_PREFIX = "tmp"  # of folders in which a compiler works
@@ -219,6 +220,23 @@ class CpuKernels:
         run = self._function("int8_tokens", None, input.dtype, LANES=_max_lanes(), **CODES)
         run(c_void_p(input.data_ptr()), *_code_arguments(codes, scales))
 
+    def channels_last(self, values, out):
+        """See `Kernel.run`."""
+        rows, channels, taps = values.shape
+        if taps > MAX_TAPS:
+            out.copy_(values.transpose(1, 2))
+            return
+        run = self._function("channels_last", None, out.dtype, values.dtype, LANES=_max_lanes(),
+                             MAX_TAPS=MAX_TAPS)
+        run(_address(values), _address(out), c_longlong(rows), c_int(channels), c_int(taps),
+            c_int(_threads(out.numel())))
+
+    def softmax(self, scores):
+        """See `Kernel.run`."""
+        run = self._function("softmax", None, scores.dtype, LANES=_max_lanes())
+        rows, columns = scores.shape
+        run(_address(scores), c_longlong(rows), c_int(columns), c_int(_threads(scores.numel())))
+
     def pack_blocks(self, packed_format, values, weights, fit, tries, rounds, sweeps, emphasis):
         """See `Kernel.run`."""
         run = self._function("pack_blocks", None, torch.float32, LANES=_max_lanes(),
@@ -302,6 +320,10 @@ def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
                late_bound_method(kernels, "int8_rows")),
         Kernel("int8_tokens", frozenset(), frozenset(TYPES),
                late_bound_method(kernels, "int8_tokens")),
+        Kernel("channels_last", frozenset(), frozenset(TYPES),
+               late_bound_method(kernels, "channels_last")),
+        Kernel("softmax", frozenset(), frozenset([torch.bfloat16]),
+               late_bound_method(kernels, "softmax")),
         *(Kernel(name, FORMAT_NAMES, float32, late_bound_method(kernels, name))
           for name in ("pack_blocks", "pack_columns")),
     )

@@ -22,12 +22,13 @@ class Kernel:
     """One implementation of a capability, and its constraints.
 
     Attributes:
-        capability: "dequantize", "linear", "int8_rows", "int8_tokens", "pack_blocks" or
-            "pack_columns".
+        capability: "dequantize", "channels_last", "linear", "softmax", "int8_rows",
+            "int8_tokens", "pack_blocks" or "pack_columns".
         formats: Names of formats. A format derived from one of them (another block length) counts
-            as it. Empty for "int8_tokens".
+            as it. Empty for "channels_last", "softmax" and "int8_tokens".
         dtypes: Of the values for "dequantize", "pack_blocks" and "pack_columns", of input and
-            output for "linear", of the input for "int8_tokens"; int8 for "int8_rows".
+            output for "linear", of the output for "channels_last", of the scores for "softmax", of
+            the input for "int8_tokens"; int8 for "int8_rows".
         run: The function, with the arguments below.
         min_tokens: The fewest rows of the input that "linear" takes.
         max_tokens: The most rows of the input that "linear" takes; None: any number.
@@ -38,11 +39,16 @@ class Kernel:
     "dequantize": run(packed_format, tensors, out, value_dtype, first), see
         `Format.dequantize_into`: float32 arithmetic in the reference's order, without fused
         multiply-add, so that the values have the reference's bits.
+    "channels_last": run(values, out). Casts the weight of a convolution and writes it transposed.
+        values: (rows, channels, taps) of value_dtype, contiguous. out: (rows, taps, channels) of
+        another dtype or the same, contiguous. The values have the bits of `Tensor.to`.
     "linear": run(packed_format, tensors, input, addend, out, value_dtype). Computes
         out = input @ weight.T + addend, summed in float32 and rounded once. input: (M, K),
         contiguous, K a multiple of the block length. addend: (M, N) of any strides, or None. out:
         (M, N), contiguous. The weight's values are rounded to value_dtype where one is given, and
         may then be rounded to the input's dtype, as the reference does.
+    "softmax": run(scores). Replaces each row by its softmax, computed in float32 and rounded once.
+        scores: (rows, columns), contiguous.
     "int8_rows": run(packed_format, tensors, codes, scales, value_dtype, first), see
         `int8_codes.encode_rows`; K is a multiple of 256 and of the block length.
     "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may
@@ -69,7 +75,7 @@ class Kernel:
         """Returns whether the constraints on format, dtype and device are met.
 
         Args:
-            packed_format: Of the weight; None for "int8_tokens".
+            packed_format: Of the weight; None for a capability without formats.
             dtype: One of `dtypes`.
             capability: Of the device, as `compute_capability` returns it.
         """
@@ -108,7 +114,7 @@ class Case(NamedTuple):
 
     Attributes:
         capability: As in `Kernel`.
-        format: A format's name, None for "int8_tokens".
+        format: A format's name, None for a capability without formats.
         dtype: As in `Kernel`.
         value_dtype: As in `Kernel`.
     """

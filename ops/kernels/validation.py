@@ -96,6 +96,24 @@ class Int8TokensCase:
     input_offset: int = 0
 
 
+@dataclass(frozen=True)
+class ChannelsLastCase:
+    """A case of "channels_last": the weight's shape, and offsets as in `DequantizeCase`."""
+    rows: int
+    channels: int
+    taps: int
+    packed_offset: int = 0
+    out_offset: int = 0
+
+
+@dataclass(frozen=True)
+class SoftmaxCase:
+    """A case of "softmax": the shape of the scores, and an offset as in `LinearCase`."""
+    rows: int
+    columns: int
+    input_offset: int = 0
+
+
 def cases_of(kernel: Kernel, packed_format: type[Format] | None) -> list:
     """Returns the cases in which a kernel is checked, small ones first."""
     if kernel.capability == "int8_tokens":
@@ -103,6 +121,21 @@ def cases_of(kernel: Kernel, packed_format: type[Format] | None) -> list:
             Int8TokensCase(1, NARROW),
             Int8TokensCase(7, 3 * int8_codes.GROUP, 1),
             Int8TokensCase(MANY // WIDE, WIDE),
+        ]
+    if kernel.capability == "channels_last":
+        return [
+            ChannelsLastCase(3, 4, 9, 1, 1),
+            ChannelsLastCase(1, 67, 1, 1),
+            ChannelsLastCase(2, 45, 25),
+            ChannelsLastCase(2, 5, 100),
+            ChannelsLastCase(MANY // (NARROW * 9), NARROW, 9)
+        ]
+    if kernel.capability == "softmax":
+        return [
+            SoftmaxCase(1, 5, 1),
+            SoftmaxCase(4, 77, 1),
+            SoftmaxCase(3, NARROW),
+            SoftmaxCase(MANY // WIDE, WIDE)
         ]
     assert packed_format is not None
     if kernel.capability == "dequantize":
@@ -141,7 +174,7 @@ def check(kernel: Kernel, packed_format: type[Format] | None, dtype: torch.dtype
 
     Args:
         kernel: With a capability for `packed_format` and `dtype`.
-        packed_format: Of the weight; None for "int8_tokens".
+        packed_format: Of the weight; None for a capability without formats.
         dtype: As in `Kernel`.
         value_dtype: As in `Kernel`.
         device: That runs it.
@@ -150,7 +183,8 @@ def check(kernel: Kernel, packed_format: type[Format] | None, dtype: torch.dtype
         WrongResult: A result differs from the reference. The kernel may raise anything else.
     """
     check_case = {
-        "dequantize": _check_dequantize, "linear": _check_linear, "int8_rows": _check_int8_rows,
+        "dequantize": _check_dequantize, "channels_last": _check_channels_last,
+        "linear": _check_linear, "softmax": _check_softmax, "int8_rows": _check_int8_rows,
         "int8_tokens": _check_int8_tokens, "pack_blocks": quantize_validation.check_blocks,
         "pack_columns": quantize_validation.check_columns
     }[kernel.capability]
@@ -196,11 +230,31 @@ def _check_dequantize(run: Callable[..., None], case: DequantizeCase, packed_for
         tensors[0] = tensors[0][:-(-stop // 2)]  # the last block of these formats may be short
     expected = torch.empty(count, dtype=dtype, device=device)
     packed_format.dequantize_into(tensors, expected, value_dtype, case.first)
-    start = 16 + case.out_offset
-    padded = torch.full((start + count + 16,), CANARY, dtype=dtype, device=device)
-    result = padded[start:][:count]
-    run(packed_format, [misaligned_copy(tensor, case.packed_offset) for tensor in tensors], result,
-        value_dtype, case.first)
+    packed = [misaligned_copy(tensor, case.packed_offset) for tensor in tensors]
+    _check_bits(expected, case.out_offset,
+                lambda result: run(packed_format, packed, result, value_dtype, case.first))
+
+
+def _check_channels_last(run: Callable[..., None], case: ChannelsLastCase, packed_format: None,
+                         dtype: torch.dtype, value_dtype: torch.dtype | None,
+                         device: torch.device):
+    generator = torch.Generator().manual_seed(case.rows)
+    values = torch.randn((case.rows, case.channels, case.taps), generator=generator,
+                         dtype=torch.float32).to(device, value_dtype or torch.float32)
+    values[0, 0, 0], values[0, 1, -1] = torch.nan, torch.inf
+    expected = values.to(dtype).transpose(1, 2).contiguous()
+    values = misaligned_copy(values, case.packed_offset)
+    _check_bits(expected, case.out_offset, lambda result: run(values, result))
+
+
+def _check_bits(expected: torch.Tensor, out_offset: int,
+                write: Callable[[torch.Tensor], None]):
+    """Checks that `write(out)` writes the bits of `expected` and nothing outside of `out`."""
+    count, dtype = expected.numel(), expected.dtype
+    start = 16 + out_offset
+    padded = torch.full((start + count + 16,), CANARY, dtype=dtype, device=expected.device)
+    result = padded[start:][:count].view(expected.shape)
+    write(result)
     bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
     differs = (result.view(bits) != expected.view(bits)) & ~(result.isnan() & expected.isnan())
     if wrong := differs.sum().item():
@@ -237,6 +291,25 @@ def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: typ
         error = min(error, _product_error(input, weight.to(dtype), addend, result))
     if not error <= 1:
         raise WrongResult(f"the error of a product is {error:.3g} times what rounding allows")
+
+
+def _check_softmax(run: Callable[..., None], case: SoftmaxCase, packed_format: None,
+                   dtype: torch.dtype, value_dtype: None, device: torch.device):
+    generator = torch.Generator().manual_seed(case.rows)
+    scores = 4 * torch.randn((case.rows, case.columns), generator=generator, dtype=torch.float32)
+    scores[0] -= 300  # only the differences count
+    scores[0, :3], scores[-1, -1] = torch.tensor([-torch.inf, -500.0, -390.0]), -50
+    if case.rows > 3:
+        scores[1, 2], scores[2, -2] = torch.nan, torch.inf
+    scores = scores.to(device, dtype)
+    result = misaligned_copy(scores.clone(), case.input_offset)
+    run(result)
+    expected, result = scores.cpu().double().softmax(-1), result.cpu().double()
+    allowed = (torch.finfo(dtype).eps / 2 + 1e-5) * expected + SUBNORMAL
+    if wrong := (~((result - expected).abs() <= allowed) & ~expected.isnan()).sum().item():
+        raise WrongResult(f"{wrong} of {result.numel()} values differ by more than rounding allows")
+    if not result[expected.isnan()].isnan().all():
+        raise WrongResult("an undefined value became a number")
 
 
 def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format: type[Format],

@@ -213,6 +213,22 @@ def test_codes_of_the_inputs_rows_are_right(backend, threads, fmt, dtype, device
     check(*kernels_of(backend, "int8_tokens"), fmt, dtype, None, device)
 
 
+@parametrize_cases(["cpp"], [None], DTYPES, lambda *case: True)
+@pytest.mark.parametrize("value_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_channels_go_last_in_any_dtype(backend, threads, value_dtype, fmt, dtype, device,
+                                       monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
+    check(*kernels_of(backend, "channels_last"), fmt, dtype, value_dtype, device)
+
+
+@parametrize_cases(["cpp"], [None], [torch.bfloat16], lambda *case: True)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_softmax_is_rounded_once(backend, threads, fmt, dtype, device, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
+    check(*kernels_of(backend, "softmax"), fmt, dtype, None, device)
+
+
 # --- a device that uses it ---
 
 

@@ -63,8 +63,11 @@ def backend(*kernels, name="made_up", probe=lambda device: None):
     return Backend(name, probe, kernels)
 
 
+WITHOUT_FORMAT = {"int8_tokens", "channels_last", "softmax"}
+
+
 def kernel(capability: str, run, **constraints) -> Kernel:
-    names = [] if capability == "int8_tokens" else ["Q4_0"]
+    names = [] if capability in WITHOUT_FORMAT else ["Q4_0"]
     return Kernel(capability, frozenset(names), frozenset([dtype_of(capability)]), run,
                   **constraints)
 
@@ -74,9 +77,10 @@ def dtype_of(capability: str) -> torch.dtype:
 
 
 def find(capability: str):
-    packed_format = None if capability == "int8_tokens" else Q4_0
+    packed_format = None if capability in WITHOUT_FORMAT else Q4_0
     tokens = 3 if capability == "linear" else None
-    return kernels.find(capability, CPU, packed_format, dtype_of(capability), tokens=tokens)
+    value_dtype = torch.float16 if capability == "channels_last" else None
+    return kernels.find(capability, CPU, packed_format, dtype_of(capability), value_dtype, tokens)
 
 
 def packed(rows=6, columns=64):
@@ -109,6 +113,22 @@ def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_us
     assert "\n" not in reasons[0].message
 
 
+def transpose(values, out):
+    out.copy_(values.transpose(1, 2))
+
+
+def transpose_nothing(values, out):
+    out.view(-1).copy_(values.view(-1))
+
+
+def softmax(scores):
+    scores.copy_(scores.softmax(-1))
+
+
+def softmax_of_numbers(scores):
+    scores.copy_(scores.nan_to_num().softmax(-1))
+
+
 def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, first):
     encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
     codes.clamp_(-126, 126)
@@ -131,6 +151,10 @@ def encode_tokens_without_nan(input, codes, scales):
         ("dequantize", dequantize_rounded, False),
         ("linear", multiply, True),
         ("linear", multiply_without_addend, False),
+        ("channels_last", transpose, True),
+        ("channels_last", transpose_nothing, False),
+        ("softmax", softmax, True),
+        ("softmax", softmax_of_numbers, False),
         ("int8_rows", encode_rows, True),
         ("int8_rows", encode_rows_and_clip, False),
         ("int8_tokens", encode_tokens, True),
@@ -146,13 +170,15 @@ def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
 SEVERAL_THREADS = 2 * VALUES_PER_THREAD
 RIGHT = {
     "dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows,
-    "int8_tokens": encode_tokens
+    "int8_tokens": encode_tokens, "channels_last": transpose, "softmax": softmax
 }
 SPOIL = {  # changes the arguments of a right kernel after it has run
     "dequantize": lambda args: args.out[-1].add_(1),
     "linear": lambda args: args.out[-1, -1].add_(1),
     "int8_rows": lambda args: args.codes[-1, -1].bitwise_xor_(64),
-    "int8_tokens": lambda args: args.scales[-1].mul_(1.01)}
+    "int8_tokens": lambda args: args.scales[-1].mul_(1.01),
+    "channels_last": lambda args: args.out[-1, -1, -1].add_(1),
+    "softmax": lambda args: args.scores[-1, -1].add_(0.01)}
 WRONG = {
     "dequantize": {
         "in the tail": lambda args: args.out.numel() % Q4_0.block_length,
@@ -198,6 +224,21 @@ WRONG = {
         "with several threads": lambda args: args.input.numel() >= SEVERAL_THREADS,
         "with one row": lambda args: len(args.input) == 1,
         "from odd addresses": lambda args: args.input.data_ptr() % 16,
+    },
+    "channels_last": {
+        "with several threads": lambda args: args.out.numel() >= SEVERAL_THREADS,
+        "with one row": lambda args: len(args.values) == 1,
+        "with one tap": lambda args: args.values.shape[2] == 1,
+        "with many taps": lambda args: args.values.shape[2] > 64,
+        "with channels for no whole vector": lambda args: args.values.shape[1] % 16,
+        "from odd addresses": lambda args: args.values.data_ptr() % 16,
+        "to odd addresses": lambda args: args.out.data_ptr() % 8,
+    },
+    "softmax": {
+        "with several threads": lambda args: args.scores.numel() >= SEVERAL_THREADS,
+        "with one row": lambda args: len(args.scores) == 1,
+        "with columns for no whole vector": lambda args: args.scores.shape[1] % 16,
+        "from odd addresses": lambda args: args.scores.data_ptr() % 16,
     },
 }
 

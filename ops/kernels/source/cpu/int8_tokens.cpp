@@ -1,9 +1,3 @@
-static FUNCTION Floats load_values(const float* from) { return load<Floats>(from); }
-static FUNCTION Floats load_values(const Half* from) { return of_halves(load<Shorts>(from)); }
-static FUNCTION Floats load_values(const BFloat16* from) {
-    return (Floats)(__builtin_convertvector(load<Shorts>(from), Words) << 16);
-}
-
 // Encodes `rows` rows of the input. input, codes: (rows, columns). columns: a multiple of GROUP.
 extern "C" void int8_tokens(const TYPE* input, signed char* codes, float* code_scales,
                             long long rows, int columns, int threads) {

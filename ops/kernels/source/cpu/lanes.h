@@ -140,6 +140,12 @@ static FUNCTION Floats rounded_as(Floats values, const Half*) { return of_halves
 template <class T>
 static FUNCTION Floats rounded(Floats values) { return rounded_as(values, (const T*)0); }
 
+static FUNCTION Floats load_values(const float* from) { return load<Floats>(from); }
+static FUNCTION Floats load_values(const Half* from) { return of_halves(load<Shorts>(from)); }
+static FUNCTION Floats load_values(const BFloat16* from) {
+    return (Floats)(__builtin_convertvector(load<Shorts>(from), Words) << 16);
+}
+
 static FUNCTION Floats multiply_add(Floats a, Floats b, Floats c) {
 #if LANES == 16 && defined(__AVX512F__)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

@@ -1,0 +1,83 @@
+"""2-D convolutions on a CPU in bfloat16, with the channels of input, weight and output last.
+
+Torch's convolution copies each weight into an order of its own. With the channels last it copies
+less, and for small images a product of matrices copies nothing.
+"""
+from collections.abc import Iterable
+
+import torch
+
+# Up to so many pixels of output, a product of matrices is faster.
+FEW_PIXELS = 512
+
+
+def takes(layer: torch.nn.Conv2d, input: torch.Tensor) -> bool:
+    """Returns whether `convolve` computes a layer's convolution of an input."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype == torch.bfloat16
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and set(layer.dilation) == {1}
+    )
+
+
+def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
+             slices: Iterable[tuple[slice, torch.Tensor]],
+             bias: torch.Tensor | None) -> torch.Tensor:
+    """Computes the convolution of a layer that `takes` accepts.
+
+    Args:
+        layer: its weight and bias are not read.
+        input: (batch, channels, height, width).
+        slices: (rows, the weight of these output channels in memory format `channels_last`).
+        bias: (output channels,) in the dtype of `input`, or None.
+
+    Returns:
+        (batch, output channels, height, width) in memory format `channels_last`.
+    """
+    assert not isinstance(layer.padding, str)
+    input = input.contiguous(memory_format=torch.channels_last)
+    size = [(length + 2 * padding - taps) // stride + 1 for length, padding, taps, stride
+            in zip(input.shape[2:], layer.padding, layer.kernel_size, layer.stride)]
+    out = input.new_empty((len(input), *size, layer.out_channels))
+    has_few_pixels = out[..., 0].numel() <= FEW_PIXELS
+    patches = _patches(layer, input, layer.padding, size) if has_few_pixels else None
+    for rows, weight in slices:
+        part_bias = None if bias is None else bias[rows]
+        if patches is None:
+            part = torch.nn.functional.conv2d(input, weight, part_bias, layer.stride, layer.padding)
+            if len(weight) == layer.out_channels:
+                return part
+            out[..., rows] = part.permute(0, 2, 3, 1)
+            continue
+        matrix = weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
+        part = out.view(-1, layer.out_channels)[:, rows]
+        if part_bias is None:
+            torch.mm(patches, matrix, out=part)
+        else:
+            torch.addmm(part_bias, patches, matrix, out=part)
+    return out.permute(0, 3, 1, 2)
+
+
+def _patches(layer: torch.nn.Conv2d, input: torch.Tensor, padding: tuple[int, ...],
+             size: list[int]) -> torch.Tensor:
+    """Returns what each pixel of the output sees: (pixels, taps * channels).
+
+    Args:
+        layer: with its kernel and stride.
+        input: (batch, channels, height, width) in memory format `channels_last`.
+        padding: rows and columns of zeros around it.
+        size: height and width of the output.
+    """
+    rows, columns = padding
+    image = torch.nn.functional.pad(input.permute(0, 2, 3, 1),
+                                    (0, 0, columns, columns, rows, rows)).contiguous()
+    of_image, of_row, of_pixel, _ = image.stride()
+    height, width = layer.kernel_size
+    down, right = layer.stride
+    windows = image.as_strided(
+        (len(image), *size, height, width * image.shape[-1]),
+        (of_image, of_row * down, of_pixel * right, of_row, 1))
+    return windows.reshape(-1, height * width * image.shape[-1])

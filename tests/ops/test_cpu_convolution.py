@@ -1,0 +1,79 @@
+"""2-D convolutions in bfloat16, as a product of matrices and as torch's."""
+import pytest
+import torch
+from patched_models import packed_anyhow
+
+from featherweight.ops import cpu_convolution, product
+from featherweight.ops.operations import packed_operations
+
+CHANNELS, ROWS = 32, 48
+
+
+def layer_of(format_name, bias=True, **options):
+    torch.manual_seed(0)
+    layer = packed_operations().Conv2d(CHANNELS, ROWS, bias=bias, dtype=torch.float32, **options)
+    values = torch.randn(layer.weight.shape) / 8
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(format_name)
+    weight = packed_anyhow(values, format_name)[0] if dtype is None else values.to(dtype)
+    parts = {"weight": weight} | ({"bias": torch.randn(ROWS).bfloat16()} if bias else {})
+    layer.load_state_dict(parts)
+    return layer
+
+
+def exact_output(layer, input):
+    weight = product.dequantize(layer.weight, torch.float32).bfloat16().double()
+    bias = None if layer.bias is None else layer.bias.double()
+    return torch.nn.functional.conv2d(input.double(), weight, bias, layer.stride, layer.padding,
+                                      layer.dilation, layer.groups)
+
+
+def relative_error(out, exact):
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+GEOMETRIES = {
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "1x1": {"kernel_size": 1},
+    "of stride 2": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "without padding": {"kernel_size": 3},
+    "of two lengths": {"kernel_size": (5, 2), "padding": (2, 0), "stride": (1, 2)},
+    "dilated": {"kernel_size": 3, "padding": 2, "dilation": 2},
+    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("format_name", ["F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_convolution_is_rounded_once(geometry, bias, few_pixels, format_name, memory_format,
+                                       monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
+    monkeypatch.setattr(product, "CACHED_BYTES", 1 << 13)  # several slices of output channels
+    monkeypatch.setattr(product, "CORE_CACHE_BYTES", 1 << 11)
+    layer = layer_of(format_name, bias, **GEOMETRIES[geometry])
+    input = torch.randn(2, CHANNELS, 9, 8).bfloat16().contiguous(memory_format=memory_format)
+    if geometry == "circular":
+        padded = torch.nn.functional.pad(input, (1, 1, 1, 1), mode="circular")
+        exact = exact_output(layer_of(format_name, bias, kernel_size=3), padded)
+    else:
+        exact = exact_output(layer, input)
+    with torch.inference_mode():
+        out = layer(input)
+    assert out.dtype == torch.bfloat16 and out.shape == exact.shape
+    assert relative_error(out, exact) < 0.002  # 0.0017: half a step of bfloat16, on average
+
+
+@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+def test_the_channels_of_the_output_are_last(few_pixels, monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
+    with torch.inference_mode():
+        out = layer_of("F16", kernel_size=3)(torch.randn(2, CHANNELS, 9, 8).bfloat16())
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_float32_is_torchs_own_convolution():
+    layer = layer_of("F16", kernel_size=3)
+    assert not cpu_convolution.takes(layer, torch.zeros(1))
+    assert cpu_convolution.takes(layer, torch.zeros(1, dtype=torch.bfloat16))
