@@ -12,7 +12,6 @@ from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_clip, wrap_model
 from .comfy_keys import model_prefix
-from .compute_choice import product_of
 from .detection import explain_shape_errors, reject_non_diffusion, try_detect
 from .devices import device_options
 from .diffusion import build_model, load_diffusion_model, read_weights, to_comfy_quant_layout
@@ -225,7 +224,7 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
     if any(map(is_packed, encoder_weights.values())):
         encoder_options["custom_operations"] = operations_for(encoder_weights, full_precision=True)
     model_options["custom_operations"] = operations_for(
-        [name for name in state_dict if name.startswith(prefix)], compute=product_of(compute))
+        [name for name in state_dict if name.startswith(prefix)], compute=compute)
     with explain_shape_errors(file), dequantize_plain_parameters():
         parts = comfy.sd.load_state_dict_guess_config(
             state_dict, embedding_directory=embedding_directory, metadata=file.text_metadata,

@@ -60,11 +60,6 @@ def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:
     return None
 
 
-def product_of(compute: str) -> str:
-    """Returns the `compute` of a model's packed layers (see `PackedLayer`) for one of `COMPUTE`."""
-    return "int8" if compute == "int8" else "exact"
-
-
 def compute_text(patcher: ModelPatcher) -> str | None:
     """Returns what a diffusion model on a CPU computes in: "computes in bfloat16"; else None."""
     get_dtype = getattr(patcher.model, "get_dtype_inference", None)

@@ -14,7 +14,6 @@ from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_model
 from .comfy_keys import model_prefix, to_comfy_keys
 from .comfy_quant import as_tensors, reject_unread_layers
-from .compute_choice import product_of
 from .detection import explain_shape_errors, is_diffusion_model, reject_non_diffusion
 from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
@@ -145,7 +144,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     """
     state_dict = to_comfy_quant_layout(file, state_dict)
     operations = operations_for(state_dict, value_dtype, patch_dtype,
-                                compute=product_of(compute))
+                                compute=compute)
     options = {**(model_options or {}), "custom_operations": operations}
     patcher = None
     if is_diffusion_model(state_dict):

@@ -1,15 +1,15 @@
 """Attention on a CPU, through the host's own way to choose another: `optimized_attention_override`.
 
 The host's own on a CPU multiplies all queries with all keys, writes the scores to memory and reads
-them several times. In bfloat16 the slices below stay in the cache; in float32 torch's own attention
-is faster.
+them several times. The slices below stay in the cache. In float32 torch's own attention is faster
+than the host's, and the slices are where oneDNN multiplies faster than torch.
 """
 from collections.abc import Callable
 
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
-from . import kernels
+from . import cpu_linear, kernels
 
 SLICE_BYTES = 4 << 20  # of scores; each core has its part of a slice in its cache
 
@@ -45,7 +45,8 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
         query, key, value = (operand.reshape(shape).transpose(1, 2)
                              for operand in (query, key, value))
     scale = options.get("scale", query.shape[-1] ** -0.5)
-    out = attention_in_slices(query, key, value, scale)
+    in_slices = attention_in_slices if query.dtype == torch.bfloat16 else attention_by_onednn
+    out = in_slices(query, key, value, scale)
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
@@ -54,7 +55,8 @@ def _in_slices(query: torch.Tensor, mask: torch.Tensor | None,
     """Returns whether `attention_in_slices` computes an attention, with `attention`'s arguments."""
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and (query.dtype == torch.bfloat16
+             or (query.dtype == torch.float32 and cpu_linear.takes(query)))
         and mask is None
         and attn_precision != torch.float32
         and not options.get("enable_gqa")
@@ -96,4 +98,30 @@ def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
             else:
                 softmax(slice_scores.view(-1, shape[-1]))
             torch.bmm(slice_scores, value[heads], out=flat_out[heads, start:start + rows])
+    return out
+
+
+def attention_by_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                        scale: float) -> torch.Tensor:
+    """Computes what `attention_in_slices` does, one head at a time.
+
+    Args:
+        query: (batch, heads, N, width); `cpu_linear` takes its dtype.
+        key, value: as there.
+        scale: of the scores.
+
+    Returns:
+        As there.
+    """
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    tokens = query.shape[-2]
+    rows = max(1, SLICE_BYTES // (key.shape[-2] * query.itemsize))
+    heads = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (query, key, value, out))
+    for head_query, head_key, head_value, head_out in zip(*heads):
+        scaled_key, columns = (head_key * scale).contiguous(), head_value.t().contiguous()
+        for start in range(0, tokens, rows):
+            part = head_query[start:start + rows].contiguous()
+            scores = cpu_linear.linear(part, scaled_key)
+            torch.softmax(scores, -1, out=scores)
+            head_out[start:start + rows] = cpu_linear.linear(scores, columns)
     return out

@@ -1,4 +1,4 @@
-"""2-D convolutions on a CPU in bfloat16, with the channels of input, weight and output last.
+"""2-D convolutions on a CPU, with the channels of input, weight and output last.
 
 Torch's convolution copies each weight into an order of its own. With the channels last it copies
 less, and for small images a product of matrices copies nothing.
@@ -7,15 +7,16 @@ from collections.abc import Iterable
 
 import torch
 
-# Up to so many pixels of output, a product of matrices is faster.
+from . import cpu_linear
+
+# Up to so many pixels of output, a product of matrices is faster, and with one tap always.
 FEW_PIXELS = 512
 
 
 def takes(layer: torch.nn.Conv2d, input: torch.Tensor) -> bool:
     """Returns whether `convolve` computes a layer's convolution of an input."""
     return (
-        input.device.type == "cpu"
-        and input.dtype == torch.bfloat16
+        cpu_linear.takes(input)
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
@@ -42,8 +43,8 @@ def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
     size = [(length + 2 * padding - taps) // stride + 1 for length, padding, taps, stride
             in zip(input.shape[2:], layer.padding, layer.kernel_size, layer.stride)]
     out = input.new_empty((len(input), *size, layer.out_channels))
-    has_few_pixels = out[..., 0].numel() <= FEW_PIXELS
-    patches = _patches(layer, input, layer.padding, size) if has_few_pixels else None
+    is_product = layer.kernel_size == (1, 1) or out[..., 0].numel() <= FEW_PIXELS
+    patches = _patches(layer, input, layer.padding, size) if is_product else None
     for rows, weight in slices:
         part_bias = None if bias is None else bias[rows]
         if patches is None:
@@ -52,12 +53,8 @@ def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
                 return part
             out[..., rows] = part.permute(0, 2, 3, 1)
             continue
-        matrix = weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
-        part = out.view(-1, layer.out_channels)[:, rows]
-        if part_bias is None:
-            torch.mm(patches, matrix, out=part)
-        else:
-            torch.addmm(part_bias, patches, matrix, out=part)
+        matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+        out.view(-1, layer.out_channels)[:, rows] = cpu_linear.linear(patches, matrix, part_bias)
     return out.permute(0, 3, 1, 2)
 
 

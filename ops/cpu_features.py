@@ -1,5 +1,25 @@
-"""What the CPU multiplies natively, asked of torch."""
+"""What the CPU multiplies natively, asked of torch, and who made it."""
+import functools
+import platform
+from pathlib import Path
+
 import torch
+
+AMD = "AuthenticAMD"
+
+
+def is_x86() -> bool:
+    """Returns whether the CPU runs x86 instructions of 64 bits."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+@functools.cache
+def is_amd() -> bool:
+    """Returns whether AMD made the CPU. False where the system does not say."""
+    if AMD in platform.processor():  # on Windows
+        return True
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and AMD in cpuinfo.read_text(errors="replace")
 
 
 def multiplies_bfloat16() -> bool:

@@ -78,14 +78,14 @@ def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype:
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
             rows: int, value_dtype: torch.dtype | None, down: torch.Tensor | None,
-            ups: list[torch.Tensor], slices: list[int]) -> torch.Tensor:
+            ups: list[torch.Tensor], slices: list[int], blas: bool = False) -> torch.Tensor:
     packed_format, device = FORMATS[format], input.device
     flat = input.reshape(-1, input.shape[-1])
     tokens, columns = flat.shape
     encode = _row_encoder(device, packed_format, value_dtype, tokens, rows, columns)
     if encode is None:
         return torch.ops.featherweight.linear(input, packed, bias, format, rows, value_dtype, down,
-                                              ups, slices)
+                                              ups, slices, blas)
     low_rank = LowRank.from_operands(down, ups, slices)
     added = None if low_rank is None else low_rank.product(flat, rows)
     codes, scales = _encode_tokens(flat.contiguous())

@@ -48,7 +48,8 @@ class PackedLayer(_HostLayer):
             compute dtype; None: they are cast at once.
         patch_dtype: dtype in which the host adds patches to a dequantised weight; None: the host's
             choice.
-        compute: "exact", or "int8" for linear layers that multiply integers where they can.
+        compute: "exact", "int8" for linear layers that multiply integers where they can, or
+            "float32" for the numbers of version 0.2.0 on a CPU.
         new: (function, its arguments) that makes an uninitialised layer of this class.
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
         lora: the layer's patches, set and cleared by the patcher.
@@ -209,8 +210,11 @@ class PackedLinear(PackedLayer):
         weight, bias, offload_stream = self.cast_weight_bias(input)
         low_rank = None if self.lora is None else self.lora.branch(input)
         if self.is_unpatched(weight):
-            multiply = int8.linear if self.compute == "int8" else product.linear
-            out = multiply(input, weight, bias, self.value_dtype, low_rank)
+            if self.compute == "int8":
+                out = int8.linear(input, weight, bias, self.value_dtype, low_rank)
+            else:
+                out = product.linear(input, weight, bias, self.value_dtype, low_rank,
+                                     blas=self.compute == "float32")
         else:
             out = dense_linear(input, self.patched_weight(weight, input.dtype), bias, low_rank)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
@@ -296,6 +300,7 @@ class Conv2d(_PackedConv, comfy.ops.manual_cast.Conv2d):
     def _without_branch(self, input, weight, bias, *args, **kwargs):
         channels_last = (
             not (args or kwargs)
+            and self.compute != "float32"
             and cpu_convolution.takes(self, input)
             and self.is_unpatched(weight)
             and product.fits_workspace(weight, input, reordered=True)
@@ -362,7 +367,8 @@ class MoEExperts(PackedLayer, _Experts):
         if self.lora is not None and self.lora.acts_on_rows:
             weight = self._patched_expert(self.lora, weight, expert, input.dtype)
         if is_packed(weight):
-            return product.linear(input, weight, bias, self.value_dtype)
+            return product.linear(input, weight, bias, self.value_dtype,
+                                  blas=self.compute == "float32")
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
     def _patched_expert(self, lora: LayerPatches, weight: torch.Tensor, expert: int,

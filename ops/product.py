@@ -11,7 +11,7 @@ import torch
 from comfy_kitchen.tensor import register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from . import kernels, stochastic_rounding, torch_registration, workspace
+from . import cpu_linear, kernels, stochastic_rounding, torch_registration, workspace
 from .format import FORMATS, Format
 from .low_rank import LowRank, dense_linear
 from .packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
@@ -27,7 +27,7 @@ CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
             rows: int, value_dtype: torch.dtype | None, down: torch.Tensor | None,
-            ups: list[torch.Tensor], slices: list[int]) -> torch.Tensor:
+            ups: list[torch.Tensor], slices: list[int], blas: bool = False) -> torch.Tensor:
     flat = input.reshape(-1, input.shape[-1])
     low_rank = LowRank.from_operands(down, ups, slices)
     # The low-rank branch is part of the large product's sum, which is rounded once: added after the
@@ -36,7 +36,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     weight = FORMATS[format], packed, rows, value_dtype
     out = _by_kernel(flat, *weight, bias, added)
     if out is None:
-        out = _by_torch(flat, *weight, bias, added)
+        out = _by_torch(flat, *weight, bias, added, blas)
     if added is not None and bias is not None:
         out += bias
     return out.view(*input.shape[:-1], rows)
@@ -63,16 +63,20 @@ def _by_kernel(input: torch.Tensor, packed_format: type[Format], packed: list[to
 
 def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor],
               rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
-              added: torch.Tensor | None) -> torch.Tensor:
+              added: torch.Tensor | None, blas: bool) -> torch.Tensor:
     """Computes `input W^T + added` in torch, W dequantised in slices of rows.
 
     Where `added` is None, `bias` is added. Overwrites `added`.
     """
     tokens, columns = input.shape
+    by_onednn = not blas and cpu_linear.takes(input)
+    multiply = torch.nn.functional.linear
+    if by_onednn:
+        input, multiply = input.contiguous(), cpu_linear.linear
     if packed_format.plain_dtype == input.dtype:
         weight = packed[0].view(input.dtype).view(rows, columns)
         if added is None:
-            return torch.nn.functional.linear(input, weight, bias)
+            return multiply(input, weight, bias)
         return added.addmm_(input, weight.t())
     limit = workspace.workspace_bytes(input.device)
     if input.device.type == "cpu" and tokens < FEW_TOKENS:
@@ -87,12 +91,16 @@ def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[tor
             return kernels.dequantize_into(packed_format, packed, out, value_dtype, first)
 
         if added is None and step == rows:
-            return torch.nn.functional.linear(input, dequantize_slice(0, rows), bias)
+            return multiply(input, dequantize_slice(0, rows), bias)
         out = input.new_empty((tokens, rows)) if added is None else added
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             part = out[:, start:stop]
-            if added is not None:
+            if by_onednn and input.dtype == torch.float32:
+                part_bias = None if added is not None or bias is None else bias[start:stop]
+                values = multiply(input, dequantize_slice(start, stop), part_bias)
+                part.copy_(values if added is None else values.add_(part))
+            elif added is not None:
                 part.addmm_(input, dequantize_slice(start, stop).t())
             elif bias is None:
                 torch.mm(input, dequantize_slice(start, stop).t(), out=part)
@@ -126,7 +134,8 @@ torch_registration.register(
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None) -> torch.Tensor:
+           value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None,
+           blas: bool = False) -> torch.Tensor:
     """Computes `input @ weight.T + bias` plus a low-rank branch, the weight dequantised in slices.
 
     Args:
@@ -135,6 +144,7 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
         bias: (N,) in the dtype of `input`, or None.
         value_dtype: dtype the dequantised values are first rounded to; None: that of `input`.
         low_rank: in the dtype of `input`, or None.
+        blas: multiply by torch's BLAS only, as version 0.2.0 did.
 
     Returns:
         (..., N) in the dtype of `input`.
@@ -148,7 +158,8 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
             " and its input (often the text encoder's output) do not belong together.")
     if input.requires_grad and torch.is_grad_enabled():
         return dense_linear(input, dequantize(weight, input.dtype, value_dtype), bias, low_rank)
-    return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank))
+    return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank),
+                                          blas)
 
 
 def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,

@@ -13,10 +13,10 @@ from .format import FORMATS, Format
 
 # input: (..., K) float. packed: the bytes of a weight of logical shape (rows, K) and, in some
 # formats, its scales. bias: (rows,). value_dtype: see `Format.dequantize_into`. down, ups, slices:
-# `LowRank.operands`; without a branch None and empty.
+# `LowRank.operands`; without a branch None and empty. blas: multiply by torch's BLAS only.
 LINEAR_SCHEMA = (
     "(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, ScalarType? value_dtype,"
-    " Tensor? down, Tensor[] ups, int[] slices) -> Tensor")
+    " Tensor? down, Tensor[] ups, int[] slices, bool blas=False) -> Tensor")
 
 _library = torch.library.Library("featherweight", "DEF")
 _check = torch._check  # raises RuntimeError with the message, also where sizes are symbolic
@@ -48,7 +48,7 @@ def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def fake_linear(input, packed, bias, format, rows, value_dtype, down, ups, slices):
+def fake_linear(input, packed, bias, format, rows, value_dtype, down, ups, slices, blas=False):
     """Checks the operands of `linear` and returns its empty result."""
     _check(input.dtype.is_floating_point and input.ndim > 0,
            lambda: f"The input is {_describe(input)}; expected rows of floats.")

@@ -18,7 +18,7 @@ from featherweight.loaders.compute_choice import (
 )
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.packing.source import unsaved_parts
-from featherweight.ops import cpu_attention, cpu_features
+from featherweight.ops import cpu_attention, cpu_features, cpu_linear
 
 OVERRIDE = "optimized_attention_override"
 
@@ -65,10 +65,13 @@ def test_float32_gives_the_numbers_of_comfyuis_own_choice(monkeypatch):
     model = packed("float32")
     assert compute_text(model) == "computes in float32"
     assert OVERRIDE not in model.model_options["transformer_options"]
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
+    numbers = step(model)
     monkeypatch.setattr(cpu_features, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: False)
     before = packed()
     del before.model_options["transformer_options"][OVERRIDE]
-    assert torch.equal(step(model), step(before))
+    assert torch.equal(numbers, step(before))
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8", "float32"])

@@ -167,7 +167,7 @@ def test_the_hosts_compile_node_with_loras_that_change_and_a_model_unloaded_betw
         if name == "unload":
             comfy.model_management.unload_all_models()
             continue
-        assert torch.equal(sample(patched(compiled, *stacks[name])), expected[name])
+        assert relative(sample(patched(compiled, *stacks[name])), expected[name]) < 1e-5
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [1, 2, 2, 3, 3, 3, 3]  # a strength, and going back, compiles nothing
     assert not counters["graph_break"]

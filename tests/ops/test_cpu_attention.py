@@ -3,7 +3,7 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad
 
-from featherweight.ops import cpu_attention
+from featherweight.ops import cpu_attention, cpu_linear
 
 
 def operands(dtype, batch=2, heads=3, tokens=70, keys=50, width=24, reshaped=False):
@@ -42,7 +42,24 @@ def test_a_scale_of_the_models_own_is_used():
     assert error(cpu_attention.attention(None, *inputs, scale=0.7), exact) < 0.02
 
 
-def test_float32_is_torchs_own_attention():
+@pytest.mark.parametrize("slice_bytes", [1, 1000, 1 << 22])
+@pytest.mark.parametrize("skip_output_reshape", [False, True])
+@pytest.mark.parametrize("reshaped", [False, True])
+def test_slices_by_onednn_are_as_exact_as_torchs(slice_bytes, reshaped, skip_output_reshape,
+                                                 monkeypatch):
+    monkeypatch.setattr(cpu_attention, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
+    *inputs, heads = operands(torch.float32, reshaped=reshaped)
+    shapes = {"skip_reshape": reshaped, "skip_output_reshape": skip_output_reshape}
+    exact = attention_pytorch(*(value.double() for value in inputs), heads, **shapes)
+    own = attention_pytorch(*inputs, heads, **shapes)
+    out = cpu_attention.attention(None, *inputs, heads, **shapes)
+    assert out.dtype == torch.float32 and out.shape == exact.shape
+    assert error(out, exact) < 2 * error(own, exact)
+
+
+def test_float32_is_torchs_own_attention_elsewhere(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: False)
     inputs = operands(torch.float32)
     assert torch.equal(cpu_attention.attention(None, *inputs), attention_pytorch(*inputs))
 

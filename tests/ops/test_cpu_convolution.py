@@ -1,9 +1,9 @@
-"""2-D convolutions in bfloat16, as a product of matrices and as torch's."""
+"""2-D convolutions on a CPU, as a product of matrices and as torch's."""
 import pytest
 import torch
 from patched_models import packed_anyhow
 
-from featherweight.ops import cpu_convolution, product
+from featherweight.ops import cpu_convolution, cpu_linear, product
 from featherweight.ops.operations import packed_operations
 
 CHANNELS, ROWS = 32, 48
@@ -73,7 +73,27 @@ def test_the_channels_of_the_output_are_last(few_pixels, monkeypatch):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_float32_is_torchs_own_convolution():
+@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_convolution_in_float32_loses_nothing(geometry, few_pixels, monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
+    layer = layer_of("Q8_0", **GEOMETRIES[geometry])
+    input = torch.randn(2, CHANNELS, 9, 8)
+    weight = product.dequantize(layer.weight, torch.float32)
+    with torch.inference_mode():
+        expected = layer._conv_forward(input.double(), weight.double(), layer.bias.double())
+        assert relative_error(layer(input), expected) < 1e-6
+
+
+def test_compute_float32_is_torchs_own_convolution(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
     layer = layer_of("F16", kernel_size=3)
-    assert not cpu_convolution.takes(layer, torch.zeros(1))
-    assert cpu_convolution.takes(layer, torch.zeros(1, dtype=torch.bfloat16))
+    input = torch.randn(2, CHANNELS, 9, 8)
+    expected = torch.nn.functional.conv2d(
+        input, product.dequantize(layer.weight, torch.float32), layer.bias)
+    with torch.inference_mode():
+        layer.compute = "float32"
+        assert torch.equal(layer(input), expected)
+        layer.compute = "exact"
+        assert not torch.equal(layer(input), expected)

@@ -1,10 +1,12 @@
 """The case of a step of Stable Diffusion 1.5 on a CPU, compared with OpenVINO's."""
 import contextlib
 import importlib.util
+from unittest import mock
 
 from devtools.measure.bench.timing import device, side_by_side
 from devtools.measure.weights import random_weight
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
@@ -31,8 +33,9 @@ UNET = {
 
 def bench_cpu(options):
     """A step of Stable Diffusion 1.5 on a CPU, one picture of 512 by 512: packed linear layers and
-    convolutions in F16, in float32 and in what the CPU computes in by default; and OpenVINO's with
-    16-bit weights, in bfloat16 and in float32, where openvino and diffusers are installed."""
+    convolutions in F16, in what the CPU computes in by default, in float32 as on a CPU without
+    bfloat16, and in float32 as version 0.2.0; and OpenVINO's with 16-bit weights, in bfloat16 and
+    in float32, where openvino and diffusers are installed."""
     if device().type != "cpu":
         print("  the device is no CPU")
         return
@@ -47,8 +50,9 @@ def bench_cpu(options):
         print(f"  OpenVINO is not measured: pip install {' '.join(EXTRAS)}")
     for format_name in options.formats:
         variants = dict(others)
-        for compute in ("exact", "float32"):
-            model = packed_unet(channels, format_name, compute)
+        for compute, flag in (("exact", False), ("exact", True), ("float32", False)):
+            with mock.patch.object(comfy.cli_args.args, "fp32_unet", flag):
+                model = packed_unet(channels, format_name, compute)
             variants[f"{compute}, {compute_text(model)}"] = step_of(model, inputs)
         yield format_name, side_by_side(variants, options.rounds)
 

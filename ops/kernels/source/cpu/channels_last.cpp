@@ -1,3 +1,14 @@
+// Compilers unroll copies of integers.
+template <int BYTES>
+struct Integer {
+    typedef unsigned short Type;
+};
+template <>
+struct Integer<4> {
+    typedef unsigned Type;
+};
+typedef Integer<sizeof(TYPE)>::Type Bits;
+
 static const int CHANNELS = 32;  // handled together; a multiple of LANES
 
 // Casts `count` neighbouring values.
@@ -13,18 +24,14 @@ static FUNCTION void cast(const VALUE_TYPE* values, TYPE* out, int count) {
     }
 }
 
-// Casts values of shape (channels, taps) and writes them transposed. TAPS: taps, if it is constant.
-template <int TAPS>
-static FUNCTION void transpose(const VALUE_TYPE* values, TYPE* out, int channels, int taps) {
-    if (TAPS) taps = TAPS;
-    TYPE chunk[CHANNELS * MAX_TAPS];
-    for (int channel = 0; channel < channels; channel += CHANNELS) {
-        int count = channels - channel < CHANNELS ? channels - channel : CHANNELS;
-        cast(values + (Index)channel * taps, chunk, count * taps);
-        for (int tap = 0; tap < taps; tap++)
-            for (int i = 0; i < count; i++)
-                out[(Index)tap * channels + channel + i] = chunk[i * taps + tap];
-    }
+// Casts `count` channels of all taps and writes them transposed. Inlined, so that the loops are
+// unrolled where the numbers are constant.
+static FUNCTION void transpose(const VALUE_TYPE* values, Bits* out, int channels, int taps,
+                               int count) {
+    Bits chunk[CHANNELS * MAX_TAPS];
+    cast(values, (TYPE*)chunk, count * taps);
+    for (int tap = 0; tap < taps; tap++)
+        for (int i = 0; i < count; i++) out[(Index)tap * channels + i] = chunk[i * taps + tap];
 }
 
 // values: (rows, channels, taps). out: (rows, taps, channels). taps: at most MAX_TAPS.
@@ -33,12 +40,17 @@ extern "C" void channels_last(const VALUE_TYPE* values, TYPE* out, long long row
 #pragma omp parallel for num_threads(threads)
     for (Index row = 0; row < rows; row++) {
         const VALUE_TYPE* from = values + row * channels * taps;
-        TYPE* to = out + row * channels * taps;
-        if (taps == 1)
-            cast(from, to, channels);
-        else if (taps == 9)
-            transpose<9>(from, to, channels, taps);
-        else
-            transpose<0>(from, to, channels, taps);
+        Bits* to = (Bits*)out + row * channels * taps;
+        if (taps == 1) {
+            cast(from, (TYPE*)to, channels);
+            continue;
+        }
+        int channel = 0;
+        for (; taps == 9 && channel + CHANNELS <= channels; channel += CHANNELS)
+            transpose(from + channel * 9, to + channel, channels, 9, CHANNELS);
+        for (int count; channel < channels; channel += count) {
+            count = channels - channel < CHANNELS ? channels - channel : CHANNELS;
+            transpose(from + channel * taps, to + channel, channels, taps, count);
+        }
     }
 }

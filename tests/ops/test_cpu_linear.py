@@ -1,0 +1,95 @@
+"""Dense products on a CPU, by oneDNN and by torch's BLAS."""
+import platform
+
+from devtools.measure.weights import random_weight
+
+import pytest
+import torch
+
+from featherweight.ops import cpu_features, cpu_linear, product, workspace
+from featherweight.ops.low_rank import LowRank
+from featherweight.ops.operations import packed_operations
+
+ROWS, COLUMNS = 96, 256
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """A CPU whose products oneDNN makes."""
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
+
+
+@pytest.fixture
+def cpu_of(monkeypatch):
+    """cpu_of(maker, bfloat16): makes the CPU another one."""
+
+    def cpu_of(is_amd, bfloat16, machine="x86_64"):
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setattr(cpu_features, "is_amd", lambda: is_amd)
+        monkeypatch.setattr(cpu_features, "multiplies_bfloat16", lambda: bfloat16)
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+        cpu_linear._dtypes.cache_clear()
+        return {dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)
+                if cpu_linear.takes(torch.ones(1, 1, dtype=dtype))}
+
+    yield cpu_of
+    cpu_linear._dtypes.cache_clear()
+
+
+def test_the_cpu_decides_and_no_clock(cpu_of):
+    assert cpu_of(is_amd=True, bfloat16=True) == {torch.float32, torch.bfloat16}
+    assert cpu_of(is_amd=True, bfloat16=False) == {torch.float32}
+    assert cpu_of(is_amd=False, bfloat16=True) == {torch.bfloat16}
+    assert cpu_of(is_amd=False, bfloat16=False) == set()
+    assert cpu_of(is_amd=False, bfloat16=True, machine="aarch64") == set()
+
+
+def operands(dtype, tokens, format_name="Q8_0"):
+    generator = torch.Generator().manual_seed(0)
+    weight = random_weight(format_name, (ROWS, COLUMNS))
+    input, bias, down, up = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((tokens, COLUMNS), (ROWS,), (4, COLUMNS), (ROWS, 4)))
+    low_rank = LowRank.from_factors([(up.float(), down.float(), (0, ROWS))], ROWS, dtype)
+    return input, weight, bias, low_rank
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("slices", [False, True], ids=["whole", "in slices"])
+@pytest.mark.parametrize("branch", [False, True], ids=["no LoRA", "LoRA"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_a_product_by_onednn_is_as_exact_as_torchs(tokens, dtype, bias, branch, slices,
+                                                   monkeypatch):
+    if slices:
+        monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 20 * COLUMNS * dtype.itemsize)
+    input, weight, bias_values, low_rank = operands(dtype, tokens)
+    bias_values, low_rank = bias_values if bias else None, low_rank if branch else None
+    exact = input.double() @ product.dequantize(weight, dtype).double().t()
+    if branch:
+        exact += (input.double() @ low_rank.down.double().t()) @ low_rank.ups[0].double().t()
+    if bias:
+        exact += bias_values.double()
+    with torch.inference_mode():
+        errors = [(product.linear(input, weight, bias_values, None, low_rank, blas=blas) - exact)
+                  .norm() / exact.norm() for blas in (False, True)]
+    assert errors[0] < 1.1 * errors[1] + 1e-7
+
+
+@pytest.mark.usefixtures("onednn")
+def test_compute_float32_multiplies_by_torchs_blas():
+    input, weight, bias, _ = operands(torch.float32, 200)
+    layer = packed_operations(compute="float32").Linear(COLUMNS, ROWS, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    with torch.inference_mode():
+        expected = torch.nn.functional.linear(input, product.dequantize(weight, torch.float32),
+                                              bias)
+        assert torch.equal(layer(input), expected)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_an_input_without_rows_has_an_output_without_rows(monkeypatch):
+    monkeypatch.undo()
+    _, weight, bias, _ = operands(torch.float32, 1)
+    assert product.linear(torch.ones(0, COLUMNS), weight, bias).shape == (0, ROWS)
