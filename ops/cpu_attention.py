@@ -84,7 +84,6 @@ def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     keys = key.transpose(1, 2)
     rows = max(1, SLICE_BYTES // (key.shape[1] * query.itemsize))
     heads_at_once, rows = max(1, rows // tokens), min(rows, tokens)
-    softmax = kernels.find("softmax", query.device, None, query.dtype)
     scores = query.new_empty(heads_at_once * rows * key.shape[1])
     for first in range(0, len(query), heads_at_once):
         heads = slice(first, first + heads_at_once)
@@ -93,10 +92,7 @@ def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
             shape = *part.shape[:2], key.shape[1]
             slice_scores = scores[:shape[0] * shape[1] * shape[2]].view(shape)
             torch.baddbmm(slice_scores, part, keys[heads], beta=0, alpha=scale, out=slice_scores)
-            if softmax is None:
-                torch.softmax(slice_scores, -1, out=slice_scores)
-            else:
-                softmax(slice_scores.view(-1, shape[-1]))
+            _softmax(slice_scores.view(-1, shape[-1]))
             torch.bmm(slice_scores, value[heads], out=flat_out[heads, start:start + rows])
     return out
 
@@ -122,6 +118,15 @@ def attention_by_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
         for start in range(0, tokens, rows):
             part = head_query[start:start + rows].contiguous()
             scores = cpu_linear.linear(part, scaled_key)
-            torch.softmax(scores, -1, out=scores)
+            _softmax(scores)
             head_out[start:start + rows] = cpu_linear.linear(scores, columns)
     return out
+
+
+def _softmax(scores: torch.Tensor):
+    """Replaces each row of scores (rows, keys) by its softmax."""
+    run = kernels.find("softmax", scores.device, None, scores.dtype)
+    if run is None:
+        torch.softmax(scores, -1, out=scores)
+    else:
+        run(scores)

@@ -17,11 +17,10 @@ from .low_rank import LowRank, dense_linear
 from .packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 from .packed_tensor import PackedTensor
 
-# On a CPU with few rows of input most of the time is spent on the weight, and a slice of it that
-# stays in the cache is read faster.
-FEW_TOKENS, CACHED_BYTES = 128, 16 << 20
+# On a CPU a slice of the weight that stays in the cache is written and read faster.
+CACHED_BYTES = 6 << 20
 # A convolution also copies each slice, in the order that it needs: for this many channels at once.
-CHANNEL_BLOCK = 16
+CONVOLUTION_BYTES, CHANNEL_BLOCK = 16 << 20, 16
 CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
 
 
@@ -79,7 +78,7 @@ def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[tor
             return multiply(input, weight, bias)
         return added.addmm_(input, weight.t())
     limit = workspace.workspace_bytes(input.device)
-    if input.device.type == "cpu" and tokens < FEW_TOKENS:
+    if input.device.type == "cpu":
         limit = min(limit, CACHED_BYTES)
     step = min(rows,
                workspace.rows_within(limit, packed_format, columns, columns * input.dtype.itemsize))
@@ -261,7 +260,7 @@ def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
     packed_format, shape = weight.layout_cls.format, weight.shape
     columns = shape[1:].numel()
     step = shape[0] if whole else workspace.rows_within(
-        CACHED_BYTES, packed_format, columns, columns * dtype.itemsize, CHANNEL_BLOCK)
+        CONVOLUTION_BYTES, packed_format, columns, columns * dtype.itemsize, CHANNEL_BLOCK)
     tensors = packed_tensors(weight)
     with workspace.workspace(weight.device) as take:
         for start in range(0, shape[0], step):

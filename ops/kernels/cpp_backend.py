@@ -322,7 +322,7 @@ def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
                late_bound_method(kernels, "int8_tokens")),
         Kernel("channels_last", frozenset(), frozenset(TYPES),
                late_bound_method(kernels, "channels_last")),
-        Kernel("softmax", frozenset(), frozenset([torch.bfloat16]),
+        Kernel("softmax", frozenset(), frozenset([torch.float32, torch.bfloat16]),
                late_bound_method(kernels, "softmax")),
         *(Kernel(name, FORMAT_NAMES, float32, late_bound_method(kernels, name))
           for name in ("pack_blocks", "pack_columns")),

@@ -63,7 +63,7 @@ def test_a_weight_in_slices_gives_the_numbers_of_the_whole_weight(name, dtype, f
     input = input_for(name).to(dtype)
     with torch.no_grad():
         whole = layer(input)
-        monkeypatch.setattr(product, "CACHED_BYTES", 1)
+        monkeypatch.setattr(product, "CONVOLUTION_BYTES", 1)
         monkeypatch.setattr(product, "CHANNEL_BLOCK", 2)
         slices = list(product.dequantized_slices(layer.weight, dtype))
         assert len(slices) > 1

@@ -50,7 +50,7 @@ GEOMETRIES = {
 def test_a_convolution_is_rounded_once(geometry, bias, few_pixels, format_name, memory_format,
                                        monkeypatch):
     monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
-    monkeypatch.setattr(product, "CACHED_BYTES", 1 << 13)  # several slices of output channels
+    monkeypatch.setattr(product, "CONVOLUTION_BYTES", 1 << 13)  # several slices of output channels
     monkeypatch.setattr(product, "CORE_CACHE_BYTES", 1 << 11)
     layer = layer_of(format_name, bias, **GEOMETRIES[geometry])
     input = torch.randn(2, CHANNELS, 9, 8).bfloat16().contiguous(memory_format=memory_format)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from featherweight.ops import cpu_features, cpu_linear, product, workspace
+from featherweight.ops.cpu_features import is_amd
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.operations import packed_operations
 
@@ -42,6 +43,11 @@ def test_the_cpu_decides_and_no_clock(cpu_of):
     assert cpu_of(is_amd=False, bfloat16=True) == {torch.bfloat16}
     assert cpu_of(is_amd=False, bfloat16=False) == set()
     assert cpu_of(is_amd=False, bfloat16=True, machine="aarch64") == set()
+
+
+def test_the_maker_is_known_on_windows(monkeypatch):
+    monkeypatch.setattr(platform, "processor", lambda: "AMD64 Family 25 Model 97, AuthenticAMD")
+    assert is_amd.__wrapped__()
 
 
 def operands(dtype, tokens, format_name="Q8_0"):

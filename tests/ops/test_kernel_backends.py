@@ -222,7 +222,7 @@ def test_channels_go_last_in_any_dtype(backend, threads, value_dtype, fmt, dtype
     check(*kernels_of(backend, "channels_last"), fmt, dtype, value_dtype, device)
 
 
-@parametrize_cases(["cpp"], [None], [torch.bfloat16], lambda *case: True)
+@parametrize_cases(["cpp"], [None], [torch.float32, torch.bfloat16], lambda *case: True)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_softmax_is_rounded_once(backend, threads, fmt, dtype, device, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)

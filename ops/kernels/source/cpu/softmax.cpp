@@ -3,18 +3,27 @@
 
 static FUNCTION Floats broadcast(float value) { return Floats{} + value; }
 
-// Returns e^x for x <= 0, with a relative error of 3e-6, and 0 below 2^-126: 2^n * 2^f with n an
-// integer and |f| <= 1/2. The polynomial has the smallest largest error of its degree.
+// Polynomials for 2^f, |f| <= 1/2, with the smallest largest error of their degree: 2e-9 and 3e-6.
+static const float accurate[] = {1.53458119e-4f, 1.33999312e-3f, 9.61848896e-3f, 5.55032878e-2f,
+                                 0.240226469f,    0.693147206f,   1};
+static const float fast[] = {9.57010179e-3f, 5.59178603e-2f, 0.240247448f, 0.693121815f,
+                             0.999999261f};
+static FUNCTION const float (&coefficients_of(const float*))[7] { return accurate; }
+static FUNCTION const float (&coefficients_of(const BFloat16*))[5] { return fast; }
+
+// Returns e^x for x <= 0, and 0 below 2^-126: 2^n * 2^f with n an integer and |f| <= 1/2.
 static FUNCTION Floats exponential(Floats x) {
     const float to_integer = 12582912;  // 1.5 * 2^23: sums of this size are integers
-    const float coefficients[] = {5.591786e-2f, 0.24024744f, 0.6931218f, 0.9999993f};
-    Floats exponent = x * 1.44269504f;
-    Floats shifted = exponent + to_integer, f = exponent - (shifted - to_integer);
-    Floats power = broadcast(9.570101e-3f);
-#pragma GCC unroll 4
-    for (float coefficient : coefficients) power = multiply_add(power, f, broadcast(coefficient));
-    Words n = (Words)shifted << 23;  // in the bits of an exponent
-    return exponent < -126 ? broadcast(0) : (Floats)((Words)power + n);
+    const float log2e = 1.44269502f, log2e_rest = 1.92596299e-8f;
+    Floats exponent = x * log2e;
+    Floats shifted = exponent + to_integer, n = shifted - to_integer;
+    Floats f = multiply_add(x, broadcast(log2e_rest), multiply_add(x, broadcast(log2e), -n));
+    Floats power = {};
+#pragma GCC unroll 8
+    for (float coefficient : coefficients_of((const TYPE*)0))
+        power = multiply_add(power, f, broadcast(coefficient));
+    Words scale = (Words)shifted << 23;  // n in the bits of an exponent
+    return exponent < -126 ? broadcast(0) : (Floats)((Words)power + scale);
 }
 
 // Rounds in one instruction where there is one; it rounds subnormal numbers to zero.
@@ -26,6 +35,8 @@ static FUNCTION void store_rounded(Floats values, BFloat16* to) {
     store(values, to);
 #endif
 }
+
+static FUNCTION void store_rounded(Floats values, float* to) { store(values, to); }
 
 // Replaces each row of scores (rows, columns) by its softmax.
 extern "C" void softmax(TYPE* scores, long long rows, int columns, int threads) {
