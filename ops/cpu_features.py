@@ -1,5 +1,6 @@
 """What the CPU multiplies natively, asked of torch, and who made it."""
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def is_x86() -> bool:
 @functools.cache
 def is_amd() -> bool:
     """Returns whether AMD made the CPU. False where the system does not say."""
-    if AMD in platform.processor():  # on Windows
+    if AMD in os.environ.get("PROCESSOR_IDENTIFIER", ""):  # of Windows
         return True
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.is_file() and AMD in cpuinfo.read_text(errors="replace")

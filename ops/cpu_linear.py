@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from . import cpu_features
+from . import cpu_features, kernels
 
 
 def takes(input: torch.Tensor) -> bool:
@@ -22,7 +22,12 @@ def takes(input: torch.Tensor) -> bool:
 @functools.cache
 def _dtypes() -> frozenset[torch.dtype]:
     """Returns the dtypes that oneDNN multiplies faster here than what torch takes."""
-    if not (cpu_features.is_x86() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if kernels.is_off() or not cpu_features.is_x86():
+        return frozenset()
+    try:
+        one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        linear(one, one)
+    except (AttributeError, RuntimeError):  # a torch without oneDNN or without this function
         return frozenset()
     dtypes = set()
     if cpu_features.multiplies_bfloat16():

@@ -94,17 +94,18 @@ def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[tor
         out = input.new_empty((tokens, rows)) if added is None else added
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            part = out[:, start:stop]
-            if by_onednn and input.dtype == torch.float32:
-                part_bias = None if added is not None or bias is None else bias[start:stop]
-                values = multiply(input, dequantize_slice(start, stop), part_bias)
-                part.copy_(values if added is None else values.add_(part))
-            elif added is not None:
-                part.addmm_(input, dequantize_slice(start, stop).t())
+            part, weight = out[:, start:stop], dequantize_slice(start, stop)
+            if added is not None:
+                if by_onednn and input.dtype == torch.float32:
+                    part += multiply(input, weight)
+                else:
+                    part.addmm_(input, weight.t())
+            elif by_onednn:
+                part.copy_(multiply(input, weight, None if bias is None else bias[start:stop]))
             elif bias is None:
-                torch.mm(input, dequantize_slice(start, stop).t(), out=part)
+                torch.mm(input, weight.t(), out=part)
             else:
-                torch.addmm(bias[start:stop], input, dequantize_slice(start, stop).t(), out=part)
+                torch.addmm(bias[start:stop], input, weight.t(), out=part)
     return out
 
 

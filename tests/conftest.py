@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from devtools.host.environment import HOST_VERSION
-from featherweight.ops import cpu_features
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 1 << 30  # bytes
@@ -29,13 +28,6 @@ def pytest_configure():
     keep_freed_memory()
     # the reference; the tests of kernels ask for them
     os.environ.setdefault("FEATHERWEIGHT_KERNELS", "torch")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def torchs_own_products():
-    """Have float32 multiplied by torch's BLAS on every machine: tests compare with its products."""
-    with mock.patch.object(cpu_features, "is_amd", return_value=False):
-        yield
 
 
 def keep_freed_memory():

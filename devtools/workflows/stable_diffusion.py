@@ -144,9 +144,9 @@ def sd15_lcm_on_cpu() -> Workflow:
             },
         ],
         about="A picture without a graphics card: four steps, each run once, because cfg is 1."
-        " Start ComfyUI with `python main.py --cpu`. With a C++ compiler on the machine the packed"
-        " weights are dequantised by compiled code; without one it is slower and gives the same"
-        " picture.",
+        " Start ComfyUI with `python main.py --cpu`. A CPU that multiplies bfloat16 computes in it,"
+        " as the loader says. With a C++ compiler on the machine the packed weights are dequantised"
+        " by compiled code; without one it is slower.",
         memory="The model takes 1.5 GB of main memory, the text encoder 0.1 GB, the VAE 0.2 GB,"
         " the LoRA 0.1 GB. 4 GB that are free will do.",
         change="Steps from 4 to 8; cfg up to 2, which takes twice the time, with a real negative"

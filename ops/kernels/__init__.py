@@ -42,6 +42,7 @@ __all__ = [
     "cast_channels_last",
     "dequantize_into",
     "find",
+    "is_off",
     "prepare",
     "start_trials",
     "used"
@@ -86,12 +87,17 @@ def _setting() -> str:
     return os.environ.get(VARIABLE, "").lower()
 
 
+def is_off() -> bool:
+    """Returns whether the user has torch do all work as it would by itself."""
+    return _setting() == "torch"
+
+
 def _backends(device: torch.device) -> tuple[tuple[str, ...], bool]:
     """Returns the names of the backends that a device may use, and whether they need a trial."""
     names = PRIORITY.get(device.type, ())
-    setting = _setting()
-    if setting == "torch":
+    if is_off():
         return (), False
+    setting = _setting()
     if setting in names:
         return (setting,), False
     return names, device.type in TRIALED

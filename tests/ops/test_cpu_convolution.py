@@ -3,10 +3,18 @@ import pytest
 import torch
 from patched_models import packed_anyhow
 
-from featherweight.ops import cpu_convolution, cpu_linear, product
+from featherweight.ops import cpu_convolution, cpu_features, cpu_linear, product
 from featherweight.ops.operations import packed_operations
 
 CHANNELS, ROWS = 32, 48
+NEEDS_BFLOAT16 = pytest.mark.skipif(not cpu_features.multiplies_bfloat16(),
+                                    reason="oneDNN has no bfloat16 on this CPU")
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """A CPU whose products oneDNN makes."""
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
 
 
 def layer_of(format_name, bias=True, **options):
@@ -42,6 +50,7 @@ GEOMETRIES = {
 }
 
 
+@NEEDS_BFLOAT16
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("format_name", ["F16", "BF16", "Q8_0"])
 @pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
@@ -65,6 +74,7 @@ def test_a_convolution_is_rounded_once(geometry, bias, few_pixels, format_name, 
     assert relative_error(out, exact) < 0.002  # 0.0017: half a step of bfloat16, on average
 
 
+@NEEDS_BFLOAT16
 @pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
 def test_the_channels_of_the_output_are_last(few_pixels, monkeypatch):
     monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
@@ -77,7 +87,6 @@ def test_the_channels_of_the_output_are_last(few_pixels, monkeypatch):
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_a_convolution_in_float32_loses_nothing(geometry, few_pixels, monkeypatch):
     monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
-    monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
     layer = layer_of("Q8_0", **GEOMETRIES[geometry])
     input = torch.randn(2, CHANNELS, 9, 8)
     weight = product.dequantize(layer.weight, torch.float32)
@@ -86,8 +95,7 @@ def test_a_convolution_in_float32_loses_nothing(geometry, few_pixels, monkeypatc
         assert relative_error(layer(input), expected) < 1e-6
 
 
-def test_compute_float32_is_torchs_own_convolution(monkeypatch):
-    monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
+def test_compute_float32_is_torchs_own_convolution():
     layer = layer_of("F16", kernel_size=3)
     input = torch.randn(2, CHANNELS, 9, 8)
     expected = torch.nn.functional.conv2d(
