@@ -78,11 +78,11 @@ def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[tor
         if added is None:
             return multiply(input, weight, bias)
         return added.addmm_(input, weight.t())
-    limit, multiple = workspace.workspace_bytes(input.device), 1
+    limit, row_bytes = workspace.workspace_bytes(input.device), columns * input.dtype.itemsize
     if input.device.type == "cpu":
-        limit, multiple = min(limit, CACHED_BYTES), ROW_BLOCK
-    step = min(rows, workspace.rows_within(limit, packed_format, columns,
-                                           columns * input.dtype.itemsize, multiple))
+        limit = min(limit, CACHED_BYTES)
+    multiple = ROW_BLOCK if limit >= ROW_BLOCK * row_bytes else 1
+    step = min(rows, workspace.rows_within(limit, packed_format, columns, row_bytes, multiple))
     with workspace.workspace(input.device) as take:
 
         def dequantize_slice(start: int, stop: int) -> torch.Tensor:

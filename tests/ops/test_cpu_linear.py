@@ -6,7 +6,7 @@ from devtools.measure.weights import random_weight
 import pytest
 import torch
 
-from featherweight.ops import cpu_features, cpu_linear, product, workspace
+from featherweight.ops import cpu_features, cpu_linear, product
 from featherweight.ops.cpu_features import is_amd
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.operations import packed_operations
@@ -74,7 +74,7 @@ def operands(dtype, tokens, format_name="Q8_0"):
 def test_a_product_by_onednn_is_as_exact_as_torchs(tokens, dtype, bias, branch, slices,
                                                    monkeypatch):
     if slices:
-        monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 20 * COLUMNS * dtype.itemsize)
+        monkeypatch.setattr(product, "CACHED_BYTES", 20 * COLUMNS * dtype.itemsize)
     input, weight, bias_values, low_rank = operands(dtype, tokens)
     bias_values, low_rank = bias_values if bias else None, low_rank if branch else None
     exact = input.double() @ product.dequantize(weight, dtype).double().t()
