@@ -14,6 +14,7 @@ def takes(input: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and input.device.type == "cpu"
+        and not kernels.is_off()
         and input.dtype in _dtypes()
         and input.numel() > 0
     )
@@ -22,7 +23,7 @@ def takes(input: torch.Tensor) -> bool:
 @functools.cache
 def _dtypes() -> frozenset[torch.dtype]:
     """Returns the dtypes that oneDNN multiplies faster here than what torch takes."""
-    if kernels.is_off() or not cpu_features.is_x86():
+    if not cpu_features.is_x86():
         return frozenset()
     try:
         one = torch.ones(1, 1, dtype=torch.float32, device="cpu")

@@ -61,7 +61,7 @@ def packed_unet(channels: int, format_name: str, compute: str):
     """A U-Net of random weights; channels: 320 in Stable Diffusion 1.5, a multiple of 32."""
     config = comfy.supported_models.SD15({**UNET, "model_channels": channels})
     config.set_inference_dtype(torch.float32, None)
-    config.custom_operations = packed_operations()
+    config.custom_operations = packed_operations(compute=compute)
     model = config.get_model({}, "", device=None)
     weights = {name: random_values(tuple(parameter.shape), format_name)
                for name, parameter in model.diffusion_model.state_dict().items()}
