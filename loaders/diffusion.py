@@ -143,8 +143,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
         WeightFileError: if the host detects no diffusion model.
     """
     state_dict = to_comfy_quant_layout(file, state_dict)
-    operations = operations_for(state_dict, value_dtype, patch_dtype,
-                                compute=compute)
+    operations = operations_for(state_dict, value_dtype, patch_dtype, compute=compute)
     options = {**(model_options or {}), "custom_operations": operations}
     patcher = None
     if is_diffusion_model(state_dict):

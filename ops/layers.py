@@ -290,6 +290,7 @@ class _PackedConv(PackedLayer):
             ]
         return torch.cat(parts, 1) if parts[1:] else parts[0]
 
+
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
     """A 1-D convolution with a packed kernel."""
 

@@ -287,18 +287,18 @@ def _dequantize_channels_last(packed_format: type[Format], tensors: list[torch.T
     """
     rows, taps, channels = out.shape
     columns = taps * channels
-    if packed_format.plain_dtype is not None:
-        values = tensors[0].view(-1).view(packed_format.plain_dtype)[first:first + out.numel()]
-        kernels.cast_channels_last(values.view(rows, channels, taps), out)
-        return
-    step = workspace.rows_within(CORE_CACHE_BYTES, packed_format, columns,
-                                 columns * out.itemsize)
-    scratch = out.new_empty(min(step, rows) * columns)
+    step = min(rows, workspace.rows_within(CORE_CACHE_BYTES, packed_format, columns,
+                                           columns * out.itemsize))
+    plain_dtype = packed_format.plain_dtype
+    scratch = out.new_empty(step * columns if plain_dtype is None else 0)
     for start in range(0, rows, step):
         part = out[start:start + step]
-        values = kernels.dequantize_into(packed_format, tensors, scratch[:part.numel()],
-                                         value_dtype,
-                                         first + start * columns // packed_format.block_length)
+        block = first + start * columns // packed_format.block_length
+        if plain_dtype is None:
+            values = kernels.dequantize_into(packed_format, tensors, scratch[:part.numel()],
+                                             value_dtype, block)
+        else:
+            values = tensors[0].view(-1).view(plain_dtype)[block:block + part.numel()]
         kernels.cast_channels_last(values.view(-1, channels, taps), part)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ...child_process import run_process
+from .. import cpu_features
 from ..format import Format, Grid
 from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
@@ -84,8 +85,7 @@ class CppCompiler:
 
     def __init__(self, command: str, folder: Path):
         self.command = command
-        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-        self._flags = (*FLAGS, *X86_FLAGS) if is_x86 else FLAGS
+        self._flags = (*FLAGS, *X86_FLAGS) if cpu_features.is_x86() else FLAGS
         version = run_process(command, "--version", seconds=COMPILE_SECONDS).stdout
         self._machine = f"{version} {self._flags} {_cpu()}"
         # Of these the first that libraries can be loaded from: a drive may refuse to run what is

@@ -89,9 +89,10 @@ class Int8RowsCase:
 
 
 @dataclass(frozen=True)
-class Int8TokensCase:
-    """A case of "int8_tokens": the input's shape, and its offset as in `LinearCase`."""
-    tokens: int
+class MatrixCase:
+    """A case of "int8_tokens" or "softmax": the shape of the input or the scores, and an offset as
+    in `LinearCase`."""
+    rows: int
     columns: int
     input_offset: int = 0
 
@@ -106,21 +107,13 @@ class ChannelsLastCase:
     out_offset: int = 0
 
 
-@dataclass(frozen=True)
-class SoftmaxCase:
-    """A case of "softmax": the shape of the scores, and an offset as in `LinearCase`."""
-    rows: int
-    columns: int
-    input_offset: int = 0
-
-
 def cases_of(kernel: Kernel, packed_format: type[Format] | None) -> list:
     """Returns the cases in which a kernel is checked, small ones first."""
     if kernel.capability == "int8_tokens":
         return [
-            Int8TokensCase(1, NARROW),
-            Int8TokensCase(7, 3 * int8_codes.GROUP, 1),
-            Int8TokensCase(MANY // WIDE, WIDE),
+            MatrixCase(1, NARROW),
+            MatrixCase(7, 3 * int8_codes.GROUP, 1),
+            MatrixCase(MANY // WIDE, WIDE),
         ]
     if kernel.capability == "channels_last":
         return [
@@ -132,10 +125,10 @@ def cases_of(kernel: Kernel, packed_format: type[Format] | None) -> list:
         ]
     if kernel.capability == "softmax":
         return [
-            SoftmaxCase(1, 5, 1),
-            SoftmaxCase(4, 77, 1),
-            SoftmaxCase(3, NARROW),
-            SoftmaxCase(MANY // WIDE, WIDE)
+            MatrixCase(1, 5, 1),
+            MatrixCase(4, 77, 1),
+            MatrixCase(3, NARROW),
+            MatrixCase(MANY // WIDE, WIDE)
         ]
     assert packed_format is not None
     if kernel.capability == "dequantize":
@@ -293,7 +286,7 @@ def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: typ
         raise WrongResult(f"the error of a product is {error:.3g} times what rounding allows")
 
 
-def _check_softmax(run: Callable[..., None], case: SoftmaxCase, packed_format: None,
+def _check_softmax(run: Callable[..., None], case: MatrixCase, packed_format: None,
                    dtype: torch.dtype, value_dtype: None, device: torch.device):
     generator = torch.Generator().manual_seed(case.rows)
     scores = 4 * torch.randn((case.rows, case.columns), generator=generator, dtype=torch.float32)
@@ -325,14 +318,14 @@ def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format
     _check_codes(values, lambda *out: run(packed_format, packed, *out, value_dtype, first))
 
 
-def _check_int8_tokens(run: Callable[..., None], case: Int8TokensCase, packed_format: None,
+def _check_int8_tokens(run: Callable[..., None], case: MatrixCase, packed_format: None,
                        dtype: torch.dtype, value_dtype: None, device: torch.device):
     columns = -(-case.columns // int8_codes.GROUP) * int8_codes.GROUP
-    generator = torch.Generator().manual_seed(case.tokens)
-    input = torch.randn((case.tokens, columns), generator=generator,
+    generator = torch.Generator().manual_seed(case.rows)
+    input = torch.randn((case.rows, columns), generator=generator,
                         dtype=torch.float32).to(device, dtype)
     input[:, 5] *= 50
-    if case.tokens > 3:
+    if case.rows > 3:
         input[1], input[2, -3], input[3, -3] = 0, torch.nan, torch.inf
     input = misaligned_copy(input, case.input_offset)
     _check_codes(input.float(), lambda *out: run(input, *out))

@@ -20,6 +20,17 @@ def error(out, exact):
     return ((out.double() - exact).norm() / exact.norm()).item()
 
 
+def errors(dtype, other_attention, reshaped, skip_output_reshape) -> tuple[float, float]:
+    """The errors of our attention and of another one of the host's."""
+    *inputs, heads = operands(dtype, reshaped=reshaped)
+    shapes = {"skip_reshape": reshaped, "skip_output_reshape": skip_output_reshape}
+    exact = attention_pytorch(*(value.double() for value in inputs), heads, **shapes)
+    other = other_attention(*inputs, heads, **shapes)
+    out = cpu_attention.attention(None, *inputs, heads, **shapes)
+    assert out.dtype == dtype and out.shape == exact.shape
+    return error(out, exact), error(other, exact)
+
+
 # bytes of scores, so that a slice is a part of a head, one head, several, or all
 @pytest.mark.parametrize("slice_bytes", [1, 1000, 70 * 50 * 2, 2 * 70 * 50 * 2, 1 << 22])
 @pytest.mark.parametrize("skip_output_reshape", [False, True])
@@ -27,13 +38,8 @@ def error(out, exact):
 def test_slices_of_any_size_are_as_exact_as_the_hosts_own(slice_bytes, reshaped,
                                                           skip_output_reshape, monkeypatch):
     monkeypatch.setattr(cpu_attention, "SLICE_BYTES", slice_bytes)
-    *inputs, heads = operands(torch.bfloat16, reshaped=reshaped)
-    shapes = {"skip_reshape": reshaped, "skip_output_reshape": skip_output_reshape}
-    exact = attention_pytorch(*(value.double() for value in inputs), heads, **shapes)
-    own = attention_sub_quad(*inputs, heads, **shapes)
-    out = cpu_attention.attention(None, *inputs, heads, **shapes)
-    assert out.dtype == torch.bfloat16 and out.shape == exact.shape
-    assert error(out, exact) < 1.1 * error(own, exact)
+    ours, hosts = errors(torch.bfloat16, attention_sub_quad, reshaped, skip_output_reshape)
+    assert ours < 1.1 * hosts
 
 
 def test_a_scale_of_the_models_own_is_used():
@@ -49,13 +55,8 @@ def test_slices_by_onednn_are_as_exact_as_torchs(slice_bytes, reshaped, skip_out
                                                  monkeypatch):
     monkeypatch.setattr(cpu_attention, "SLICE_BYTES", slice_bytes)
     monkeypatch.setattr(cpu_linear, "takes", lambda input: True)
-    *inputs, heads = operands(torch.float32, reshaped=reshaped)
-    shapes = {"skip_reshape": reshaped, "skip_output_reshape": skip_output_reshape}
-    exact = attention_pytorch(*(value.double() for value in inputs), heads, **shapes)
-    own = attention_pytorch(*inputs, heads, **shapes)
-    out = cpu_attention.attention(None, *inputs, heads, **shapes)
-    assert out.dtype == torch.float32 and out.shape == exact.shape
-    assert error(out, exact) < 2 * error(own, exact)
+    ours, torchs = errors(torch.float32, attention_pytorch, reshaped, skip_output_reshape)
+    assert ours < 2 * torchs
 
 
 def test_float32_is_torchs_own_attention_elsewhere(monkeypatch):
