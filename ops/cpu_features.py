@@ -34,6 +34,13 @@ def multiplies_bfloat16() -> bool:
         older=("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
+def has_avx512_bfloat16() -> bool:
+    """Returns whether AVX512-BF16 is the fastest that the CPU multiplies bfloat16 by: it is not
+    where there is AMX."""
+    return (_has("avx512_bf16", older=("_is_avx512_bf16_supported",))
+            and not _has("amx_bf16", older=("_is_amx_tile_supported",)))
+
+
 def has_vnni() -> bool:
     """Returns whether the CPU sums products of bytes in int32; int16 sums may overflow."""
     return _has("avx512_vnni", "avx_vnni", "amx_int8", older=("_is_vnni_supported",))

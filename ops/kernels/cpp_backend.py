@@ -53,8 +53,9 @@ COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
          "-w")
 X86_FLAGS = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
-# Of the variants of "linear". With more tokens torch's product of the dequantised weight is faster.
+# Of the variants of "linear". With more tokens the product of a dequantised weight is faster.
 MAX_TOKENS = (1, 4)
+MAX_BFLOAT16_TOKENS = 512  # of the one for AVX512-BF16
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
@@ -208,6 +209,16 @@ class CpuKernels:
         if sums is not out:
             out.copy_(sums)
 
+    def linear_bfloat16(self, packed_format, tensors, input, addend, out, value_dtype):
+        """See `Kernel.run`."""
+        (tokens, columns), rows = input.shape, out.shape[1]
+        run = self._function("linear_bfloat16", packed_format, out.dtype, value_dtype,
+                             LANES=_lanes(packed_format))
+        strides = (0, 0) if addend is None else addend.stride()
+        run(_address(input), *map(c_void_p, block_addresses(packed_format, tensors)),
+            _address(addend), *map(c_longlong, strides), _address(out), c_int(tokens), c_int(rows),
+            c_int(columns), c_int(_threads(rows * columns)))
+
     def int8_rows(self, packed_format, tensors, codes, scales, value_dtype, first):
         """See `Kernel.run`."""
         run = self._function("int8_rows", packed_format, torch.float32, value_dtype,
@@ -311,10 +322,19 @@ def _kernels() -> CpuKernels:
     return CpuKernels(CppCompiler(command, cache_folder() / "kernels"))
 
 
-def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
-    """Returns the backend's kernels. kernels: called when one runs."""
+def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple[Kernel, ...]:
+    """Returns the backend's kernels.
+
+    Args:
+        kernels: Called when one runs.
+        has_bfloat16: Whether the CPU and what compiles the kernels have AVX512-BF16.
+    """
     float32 = frozenset([torch.float32])
+    by_avx512 = Kernel("linear", FORMAT_NAMES, frozenset([torch.bfloat16]),
+                       late_bound_method(kernels, "linear_bfloat16"),
+                       max_tokens=MAX_BFLOAT16_TOKENS)
     return (
+        *([by_avx512] if has_bfloat16 else []),
         *dequantize_and_linear(kernels, MAX_TOKENS),
         Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]),
                late_bound_method(kernels, "int8_rows")),
@@ -330,4 +350,4 @@ def kernel_table(kernels: Callable[[], CpuKernels]) -> tuple[Kernel, ...]:
 
 
 BACKEND = Backend("cpp", lambda device: probe(_kernels().dequantize, device),
-                  kernel_table(_kernels))
+                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()))

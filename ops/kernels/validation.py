@@ -28,6 +28,7 @@ FEW, MANY = 1, 3 << 16
 NARROW, WIDE = 96, 1280
 ROWS = 13  # of a weight, at least: no multiple of what a kernel handles together
 MAX_TOKENS = 33  # for a kernel that takes any number
+TILE_TOKENS = 6  # a kernel may have a way of its own for each number of tokens up to this one
 MAX_ABS = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # so close to the middle between two codes, another rounding may give the other one
 SUBNORMAL = 16 * torch.finfo(torch.float32).tiny
@@ -144,13 +145,15 @@ def cases_of(kernel: Kernel, packed_format: type[Format] | None) -> list:
         ]
     if kernel.capability == "linear":
         limits = sorted({kernel.min_tokens, kernel.max_tokens or MAX_TOKENS})
-        few = itertools.product(limits, (("none", 0), ("matrix", 1)))
+        last = min(kernel.min_tokens + TILE_TOKENS - 1, kernel.max_tokens or MAX_TOKENS)
+        few = itertools.product(range(kernel.min_tokens, last + 1), (("none", 0), ("matrix", 1)))
         many = itertools.product(limits, (("none", 0), ("bias", 0), ("matrix", 4)))
         return [
             *(LinearCase(tokens, FEW, NARROW, addend, 1, input_offset)
               for tokens, (addend, input_offset) in few),
             *(LinearCase(tokens, MANY, WIDE, addend, packed_offset)
               for tokens, (addend, packed_offset) in many),
+            *(LinearCase(tokens, 4 * MANY, 2 * WIDE, "none") for tokens in limits),
         ]
     if kernel.capability == "int8_rows":
         return [

@@ -83,12 +83,13 @@ def is_usual_dequantize(name, fmt, dtype):
 
 
 def is_usual_product(name, fmt, dtype):
-    return dtype == torch.float16 and fmt in ONE_OF_EACH_SOURCE
+    half = torch.bfloat16 if name == "cpp" else torch.float16
+    return dtype == half and fmt in ONE_OF_EACH_SOURCE
 
 
-def kernels_of(backend, capability, fmt=None):
+def kernels_of(backend, capability, fmt=None, dtype=None):
     kernels = [kernel for kernel in backend.kernels if kernel.capability == capability
-               and kernel.accepts(fmt, min(kernel.dtypes, key=str), None)]
+               and kernel.accepts(fmt, dtype or min(kernel.dtypes, key=str), None)]
     if not kernels:
         pytest.skip("left to torch")
     return kernels
@@ -153,7 +154,7 @@ def test_values_are_rounded_once(backend, fmt, dtype):
 
 @parametrize_cases(["cpp", "nvrtc", "triton"], ALL_FORMATS, DTYPES[1:], is_usual_product)
 def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
-    for kernel in kernels_of(backend, "linear", fmt):
+    for kernel in kernels_of(backend, "linear", fmt, dtype):
         check(kernel, fmt, dtype, None, device)
 
 
@@ -164,7 +165,8 @@ def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, devic
 def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, device):
     """With an odd number of rows, an addend of odd strides, and an input one value after an aligned
     address. A kernel may round the weight's values to `dtype` before it multiplies."""
-    kernels = [kernel for kernel in kernels_of(backend, "linear") if kernel.takes(tokens)]
+    kernels = [kernel for kernel in kernels_of(backend, "linear", fmt, dtype)
+               if kernel.takes(tokens)]
     if not kernels:
         pytest.skip("multiplies fewer rows")
     rows, columns = 13, 1280
@@ -191,11 +193,12 @@ def is_rounded_once(out, input, weight, added) -> bool:
 
 
 @of(WITH_PRODUCTS)
-def test_each_number_of_rows_has_one_product(backend):
-    kernels = kernels_of(backend, "linear")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_number_of_rows_up_to_a_limit_has_a_product(backend, dtype):
+    kernels = kernels_of(backend, "linear", dtype=dtype)
     limit = max(kernel.max_tokens for kernel in kernels)
     for tokens in range(1, limit + 2):
-        assert sum(kernel.takes(tokens) for kernel in kernels) == (tokens <= limit)
+        assert any(kernel.takes(tokens) for kernel in kernels) == (tokens <= limit)
 
 
 @parametrize_cases(
@@ -303,13 +306,15 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
     assert ("values differ from the reference" if wrong == "7" else wrong) in caplog.text
 
 
-@pytest.mark.parametrize(("backend", "tokens"), [
-    pytest.param(backend, tokens, marks=() if backend == "cpp" else pytest.mark.heavy)
-    for backend in MAIN[:3] for tokens in (1, 4, 40)], indirect=["backend"])
+@pytest.mark.parametrize(("backend", "tokens", "dtype"), [
+    *(("cpp", tokens, dtype) for tokens in (1, 4, 40) for dtype in DTYPES[1:]),
+    ("cpp", 513, torch.bfloat16),  # on the other side of what its kernel takes
+    *(pytest.param(backend, tokens, torch.float16, marks=pytest.mark.heavy)
+      for backend in MAIN[1:3] for tokens in (1, 4, 40))], indirect=["backend"])
 @pytest.mark.usefixtures("used_by_device")
-def test_a_weak_lora_arrives(tokens):
-    """Beside a bias, in a dtype whose step is larger than what the LoRA changes."""
-    rows, columns, norm, dtype = 1024, 64, 0.0005, torch.float16
+def test_a_weak_lora_arrives(tokens, dtype):
+    """With a bias, in a dtype whose step is larger than what the LoRA changes."""
+    rows, columns, norm = 1024, 64, 0.0005 if dtype == torch.float16 else 0.002
     weight = random_weight("Q8_0", (rows, columns))
     dense = product.dequantize(weight, torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -321,7 +326,7 @@ def test_a_weak_lora_arrives(tokens):
         return product.linear(input, weight, bias, None, low_rank)
 
     inputs = [torch.randn(tokens, columns, generator=generator).to(dtype)
-              for _ in range(96 // tokens)]
+              for _ in range(max(1, 96 // tokens))]
     change = up @ down
     base = (dense.norm() / change.norm()).item()
     assert_full_strength(run, inputs, lambda strength: strength * change, (norm,), base)

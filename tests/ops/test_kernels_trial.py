@@ -324,8 +324,8 @@ builtins.__import__ = refused
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no compiler")
 def test_the_kernels_of_a_cpu_are_right_in_a_trial_which_needs_neither_the_host_nor_its_packages(
         verdicts):
-    cases = [Case("linear", "Q4_K", torch.bfloat16, torch.float16),
-             Case("dequantize", "Q4_K", torch.bfloat16, torch.float16),
+    cases = [Case("linear", "Q4_K", torch.float16, torch.bfloat16),
+             Case("dequantize", "Q4_K", torch.float16, torch.bfloat16),
              Case("dequantize", "NF4_128", torch.float32, None),
              Case("int8_rows", "Q8_0", torch.int8, None),
              Case("int8_tokens", None, torch.bfloat16, None)]
@@ -334,7 +334,7 @@ def test_the_kernels_of_a_cpu_are_right_in_a_trial_which_needs_neither_the_host_
     assert lines.pop("probe by cpp")["verdict"] == "works" and len(lines) == 6
     assert {line["verdict"] for line in lines.values()} <= {"right", "slower"}
     assert next(iter(lines)).startswith("dequantize")
-    assert "linear of Q4_K to bfloat16 by way of float16, rows 2 to 4 by cpp" in lines
+    assert "linear of Q4_K to float16 by way of bfloat16, rows 2 to 4 by cpp" in lines
     assert lines["dequantize of NF4_128 to float32, rows 1 to any by cpp"]["verdict"] == "right"
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from featherweight.ops import cpu_features
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import Backend
@@ -136,8 +137,9 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
             patch.setattr(cpp_backend, "FLAGS", (*cpp_backend.FLAGS, *options))
             patch.setattr(torch.cpu, "_is_avx512_supported", partial(lambda: 16 in lanes))
             kernels = CpuKernels(CppCompiler(COMPILER, cache / "featherweight" / "kernels"))
+            has_bfloat16 = not options and cpu_features.has_avx512_bfloat16()
             yield Backend("cpp", partial(probe, kernels.dequantize),
-                          cpp_backend.kernel_table(lambda: kernels))
+                          cpp_backend.kernel_table(lambda: kernels, has_bfloat16))
         return
     if sys.platform != "linux":
         pytest.skip("needs Linux")
