@@ -105,7 +105,7 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         Recipe(CLIP, (str(path),), options).attach(clip.patcher)
     vae_patcher = getattr(vae, "patcher", None)
     if needs_recipe and vae_patcher is not None:
-        Recipe(VAE, (str(path),), options).attach(vae_patcher)
+        Recipe(VAE, (str(path),), {**options, "compute": compute}).attach(vae_patcher)
     return model, clip, vae
 
 
@@ -154,7 +154,7 @@ def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic:
     if outputs["output_vae"] and "vae" in folders:
         with dequantize_plain_parameters():
             weights = open_weights(folders["vae"]).state_dict()
-            vae = wrap_vae(comfy.sd.VAE(sd=weights, device=device))
+            vae = wrap_vae(comfy.sd.VAE(sd=weights, device=device), compute)
     elif outputs["output_vae"]:
         vae = _no_vae()
     return model, clip, vae
@@ -236,4 +236,4 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
         wrap_model(model, file, compute)
     if clip is not None:
         wrap_clip(clip)
-    return model, clip, vae and wrap_vae(vae)
+    return model, clip, vae and wrap_vae(vae, compute)

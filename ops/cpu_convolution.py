@@ -3,6 +3,7 @@
 Torch's convolution copies each weight into an order of its own. With the channels last it copies
 less, and for small images a product of matrices copies nothing.
 """
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -21,7 +22,29 @@ def takes(layer: torch.nn.Conv2d, input: torch.Tensor) -> bool:
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
         and set(layer.dilation) == {1}
+        and not (torch.is_grad_enabled() and input.requires_grad)
     )
+
+
+def convolve_dense_layers(model: torch.nn.Module):
+    """Has `convolve` compute the 2-D convolutions of a model with dense weights, where it can."""
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.__class__ = _with_channels_last(type(layer))
+
+
+@functools.cache
+def _with_channels_last(layer_class: type[torch.nn.Conv2d]) -> type:
+    return type(layer_class.__name__, (_DenseConv2d, layer_class), {})
+
+
+class _DenseConv2d(torch.nn.Conv2d):
+
+    def _conv_forward(self, input, weight, bias):
+        if not takes(self, input):
+            return super()._conv_forward(input, weight, bias)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return convolve(self, input, [(slice(0, len(weight)), weight)], bias)
 
 
 def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,

@@ -55,7 +55,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", 
 X86_FLAGS = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
 # Of the variants of "linear". With more tokens the product of a dequantised weight is faster.
 MAX_TOKENS = (1, 4)
-MAX_BFLOAT16_TOKENS = 512  # of the one for AVX512-BF16
+MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work

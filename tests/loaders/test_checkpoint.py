@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import CLIP_TYPES, load_checkpoint
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.ops import cpu_linear
 from featherweight.ops.patcher import PackedPatcher
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
@@ -59,6 +60,26 @@ def test_a_weight_of_another_size_is_named(path):
             WeightFileError,
             match=f"checkpoint.safetensors: .* those of Flux, their sizes are not: {name}"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("compute", ["exact", "float32"])
+def test_the_vae_decodes_with_its_channels_last_on_a_cpu_and_keeps_its_bits_with_float32(
+        compute, path, monkeypatch):
+    weights = {MODEL + name: value for name, value in flux().items()}
+    weights |= {f"vae.{name}": value for name, value in autoencoder().items()}
+    *_, expected = of_the_host(write_bnb(path, weights))
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: not torch.compiler.is_compiling())
+    *_, vae = load_checkpoint(path, compute=compute)
+    again = vae.patcher.cached_patcher_init[0]().model
+    latent = torch.randn(1, 16, 40, 40, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        exact = expected.first_stage_model.decode(latent)
+        for model in (vae.first_stage_model, again):
+            picture = model.decode(latent)
+            assert relative(picture, exact) < 1e-5
+            assert torch.equal(picture, exact) == (compute == "float32")
+            last = picture.is_contiguous(memory_format=torch.channels_last)
+            assert last == (compute == "exact")
 
 
 @pytest.mark.parametrize(("quant_type", "nested"), [("nf4", False), ("nf4", True), ("fp4", False)])

@@ -1,4 +1,5 @@
 """2-D convolutions on a CPU, as a product of matrices and as torch's."""
+import comfy.ops
 import pytest
 import torch
 from patched_models import packed_anyhow
@@ -93,6 +94,37 @@ def test_a_convolution_in_float32_loses_nothing(geometry, few_pixels, monkeypatc
     with torch.inference_mode():
         expected = layer._conv_forward(input.double(), weight.double(), layer.bias.double())
         assert relative_error(layer(input), expected) < 1e-6
+
+
+def dense_layer_of_the_host(**options):
+    layer = comfy.ops.manual_cast.Conv2d(CHANNELS, ROWS, **options)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return layer
+
+
+@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+@pytest.mark.parametrize("cast", [False, True], ids=["as stored", "cast by the host"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_dense_layers_of_the_host_lose_nothing(geometry, cast, few_pixels, monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
+    torch.manual_seed(0)
+    layer = dense_layer_of_the_host(**GEOMETRIES[geometry])
+    input = torch.randn(2, CHANNELS, 9, 8)
+    with torch.inference_mode():
+        if cast:
+            layer.half()
+        expected = layer(input)
+        cpu_convolution.convolve_dense_layers(layer)
+        torch.testing.assert_close(layer(input), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_layer_passes_a_gradient():
+    layer = dense_layer_of_the_host(kernel_size=1)
+    cpu_convolution.convolve_dense_layers(layer)
+    input = torch.randn(1, CHANNELS, 4, 4, requires_grad=True)
+    layer(input).sum().backward()
+    assert input.grad.abs().sum() > 0
 
 
 def test_compute_float32_is_torchs_own_convolution():

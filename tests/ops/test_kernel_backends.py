@@ -308,7 +308,7 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
 
 @pytest.mark.parametrize(("backend", "tokens", "dtype"), [
     *(("cpp", tokens, dtype) for tokens in (1, 4, 40) for dtype in DTYPES[1:]),
-    ("cpp", 513, torch.bfloat16),  # on the other side of what its kernel takes
+    ("cpp", 1025, torch.bfloat16),  # on the other side of what its kernel takes
     *(pytest.param(backend, tokens, torch.float16, marks=pytest.mark.heavy)
       for backend in MAIN[1:3] for tokens in (1, 4, 40))], indirect=["backend"])
 @pytest.mark.usefixtures("used_by_device")

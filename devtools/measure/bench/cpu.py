@@ -1,5 +1,6 @@
-"""The case of a step of Stable Diffusion 1.5 on a CPU, compared with OpenVINO's."""
+"""The case of Stable Diffusion 1.5 on a CPU: a step and the VAE, compared with OpenVINO's."""
 import contextlib
+import copy
 import importlib.util
 from unittest import mock
 
@@ -10,9 +11,13 @@ import comfy.cli_args
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
+import comfy.weight_adapter
 import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.taesd.taesd import TAESD
 
 from featherweight.loaders.compute_choice import choose_compute, compute_text
+from featherweight.ops.cpu_convolution import convolve_dense_layers
 from featherweight.ops.format import FORMATS
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.patcher import adopt
@@ -31,11 +36,19 @@ UNET = {
 }
 
 
+LORA_RANK = 64  # of LCM's LoRA, which changes the convolutions too
+VAE_CONFIG = {
+    "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+    "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0
+}
+
+
 def bench_cpu(options):
     """A step of Stable Diffusion 1.5 on a CPU, one picture of 512 by 512: packed linear layers and
-    convolutions in F16, in what the CPU computes in by default, in float32 as on a CPU without
-    bfloat16, and in float32 as version 0.2.0; and OpenVINO's with 16-bit weights, in bfloat16 and
-    in float32, where openvino and diffusers are installed."""
+    convolutions in F16, in what the CPU computes in by default, the same with a LoRA as LCM's, in
+    float32 as on a CPU without bfloat16, and in float32 as version 0.2.0; its VAE and a small one
+    (TAESD) by ComfyUI and with the convolutions of this pack; and OpenVINO's with 16-bit weights,
+    in bfloat16 and in float32, where openvino and diffusers are installed."""
     if device().type != "cpu":
         print("  the device is no CPU")
         return
@@ -55,6 +68,53 @@ def bench_cpu(options):
                 model = packed_unet(channels, format_name, compute)
             variants[f"{compute}, {compute_text(model)}"] = step_of(model, inputs)
         yield format_name, side_by_side(variants, options.rounds)
+    # by itself: before each run of a model that others share, its LoRAs would change
+    model = with_lora(packed_unet(channels, options.formats[0], "exact"))
+    variants = {**others, compute_text(model): step_of(model, inputs)}
+    yield f"{options.formats[0]} with LCM's LoRA", side_by_side(variants, options.rounds)
+    latent = inputs[0]
+    for name, vae in (("VAE", AutoencoderKL(ddconfig=VAE_CONFIG, embed_dim=4)),
+                      ("TAESD", TAESD(latent_channels=4))):
+        vae = with_random_values(vae)
+        variants = openvino_decoders(name, latent) if others else {}
+        variants["ComfyUI"] = decode_of(vae, latent)
+        vae = copy.deepcopy(vae)
+        convolve_dense_layers(vae)
+        variants["this pack"] = decode_of(vae, latent)
+        yield name, side_by_side(variants, options.rounds)
+
+
+def with_random_values(model: torch.nn.Module) -> torch.nn.Module:
+    """Fills a model of the host's, whose layers leave their values open."""
+    for parameter in model.requires_grad_(False).eval().parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+        else:
+            torch.nn.init.constant_(parameter, 0.5)
+    return model
+
+
+def decode_of(vae, latent):
+    def run():
+        with torch.inference_mode():
+            vae.decode(latent)
+
+    return run
+
+
+def with_lora(patcher):
+    """The U-Net with a LoRA on each of its matrices and convolutions."""
+    patches = {}
+    for name, weight in patcher.model.diffusion_model.state_dict().items():
+        if weight.ndim > 1 and "blocks" in name:
+            taps = (1,) * (weight.ndim - 2)
+            up = torch.randn(weight.shape[0], LORA_RANK, *taps) / 1000
+            down = torch.randn(LORA_RANK, *weight.shape[1:]) / 100
+            patches[f"diffusion_model.{name}"] = comfy.weight_adapter.LoRAAdapter(
+                set(), (up, down, float(LORA_RANK), None, None, None))
+    patcher = patcher.clone()
+    patcher.add_patches(patches)
+    return patcher
 
 
 def packed_unet(channels: int, format_name: str, compute: str):
@@ -73,9 +133,9 @@ def packed_unet(channels: int, format_name: str, compute: str):
 
 
 def random_values(shape: tuple[int, ...], format_name: str):
-    """Zeros for a bias or a norm, packed values for a matrix, F16 for a convolution."""
+    """Ones for a bias or a norm, packed values for a matrix, F16 for a convolution."""
     if len(shape) == 1:
-        return torch.zeros(shape)
+        return torch.ones(shape)
     block_length = FORMATS[format_name].block_length
     if len(shape) == 2 and shape[1] % block_length == 0:
         return random_weight(format_name, shape)
@@ -97,20 +157,41 @@ def step_of(patcher, inputs):
 
 
 def openvino_steps(channels: int, inputs) -> dict:
-    """The same U-Net of diffusers in OpenVINO, on as many threads as torch has."""
-    import openvino
+    """The same U-Net of diffusers in OpenVINO."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
         sample_size=inputs[0].shape[-1], cross_attention_dim=CONTEXT, attention_head_dim=HEADS,
         block_out_channels=tuple(channels * factor for factor in UNET["channel_mult"]))
-    names = "sample", "timestep", "encoder_hidden_states"
+    return compiled_by_openvino(unet, dict(zip(
+        ("sample", "timestep", "encoder_hidden_states"), inputs)))
+
+
+def openvino_decoders(name: str, latent: torch.Tensor) -> dict:
+    """The decoder of diffusers' VAE of that name in OpenVINO."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    vae = AutoencoderTiny() if name == "TAESD" else AutoencoderKL(
+        up_block_types=("UpDecoderBlock2D",) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        block_out_channels=tuple(VAE_CONFIG["ch"] * factor for factor in VAE_CONFIG["ch_mult"]),
+        layers_per_block=VAE_CONFIG["num_res_blocks"])
+    vae.forward = lambda sample: vae.decode(sample, return_dict=False)[0]
+    return compiled_by_openvino(vae, {"sample": latent})
+
+
+def compiled_by_openvino(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict:
+    """A model of diffusers with 16-bit weights in OpenVINO, on as many threads as torch has.
+
+    Args:
+        inputs: by the names of the arguments of `model`.
+    """
+    import openvino
+
     with torch.no_grad(), contextlib.redirect_stdout(None):
-        model = openvino.convert_model(unet.eval().half().float(),
-                                       example_input=dict(zip(names, inputs)))
-    model.reshape({number: list(value.shape) for number, value in enumerate(inputs)})
+        model = openvino.convert_model(model.eval().half().float(), example_input=inputs)
+    model.reshape({number: list(value.shape) for number, value in enumerate(inputs.values())})
     core, steps = openvino.Core(), {}
-    arrays = dict(enumerate(value.numpy() for value in inputs))
+    arrays = dict(enumerate(value.numpy() for value in inputs.values()))
     for name, precision in (("OpenVINO bfloat16", "bf16"), ("OpenVINO float32", "f32")):
         compiled = core.compile_model(model, "CPU", {
             "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1,
