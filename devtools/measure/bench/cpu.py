@@ -37,8 +37,8 @@ UNET = {
 
 
 LORA_RANK = 64  # of LCM's LoRA, which changes the convolutions too
-VAE_CONFIG = {
-    "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+VAE = {
+    "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3,
     "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0
 }
 
@@ -68,15 +68,14 @@ def bench_cpu(options):
                 model = packed_unet(channels, format_name, compute)
             variants[f"{compute}, {compute_text(model)}"] = step_of(model, inputs)
         yield format_name, side_by_side(variants, options.rounds)
-    # by itself: before each run of a model that others share, its LoRAs would change
-    model = with_lora(packed_unet(channels, options.formats[0], "exact"))
-    variants = {**others, compute_text(model): step_of(model, inputs)}
-    yield f"{options.formats[0]} with LCM's LoRA", side_by_side(variants, options.rounds)
-    latent = inputs[0]
-    for name, vae in (("VAE", AutoencoderKL(ddconfig=VAE_CONFIG, embed_dim=4)),
+    plain, changed = (packed_unet(channels, options.formats[0], "exact") for _ in range(2))
+    variants = {"no LoRA": step_of(plain, inputs), "LCM's": step_of(with_lora(changed), inputs)}
+    yield f"{options.formats[0]}, LoRA", side_by_side(variants, options.rounds)
+    latent, vae_channels = inputs[0], max(32, channels * 2 // 5)
+    for name, vae in (("VAE", AutoencoderKL(ddconfig={**VAE, "ch": vae_channels}, embed_dim=4)),
                       ("TAESD", TAESD(latent_channels=4))):
         vae = with_random_values(vae)
-        variants = openvino_decoders(name, latent) if others else {}
+        variants = openvino_decoders(name, vae_channels, latent) if others else {}
         variants["ComfyUI"] = decode_of(vae, latent)
         vae = copy.deepcopy(vae)
         convolve_dense_layers(vae)
@@ -167,14 +166,14 @@ def openvino_steps(channels: int, inputs) -> dict:
         ("sample", "timestep", "encoder_hidden_states"), inputs)))
 
 
-def openvino_decoders(name: str, latent: torch.Tensor) -> dict:
-    """The decoder of diffusers' VAE of that name in OpenVINO."""
+def openvino_decoders(name: str, channels: int, latent: torch.Tensor) -> dict:
+    """The decoder of diffusers' VAE of that name in OpenVINO; channels: of the VAE, 128."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     vae = AutoencoderTiny() if name == "TAESD" else AutoencoderKL(
         up_block_types=("UpDecoderBlock2D",) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-        block_out_channels=tuple(VAE_CONFIG["ch"] * factor for factor in VAE_CONFIG["ch_mult"]),
-        layers_per_block=VAE_CONFIG["num_res_blocks"])
+        block_out_channels=tuple(channels * factor for factor in VAE["ch_mult"]),
+        layers_per_block=VAE["num_res_blocks"])
     vae.forward = lambda sample: vae.decode(sample, return_dict=False)[0]
     return compiled_by_openvino(vae, {"sample": latent})
 
