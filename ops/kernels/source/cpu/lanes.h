@@ -131,6 +131,18 @@ static FUNCTION void store(Floats values, Half* to) {
     memcpy(to, &bits, sizeof bits);
 }
 
+// Rounds in one instruction where there is one; it rounds subnormal numbers to zero.
+static FUNCTION void store_rounded(Floats values, BFloat16* to) {
+#if LANES == 16 && defined(__AVX512BF16__)
+    __m256bh bits = _mm512_cvtneps_pbh((__m512)values);
+    memcpy(to, &bits, sizeof bits);
+#else
+    store(values, to);
+#endif
+}
+
+static FUNCTION void store_rounded(Floats values, float* to) { store(values, to); }
+
 static FUNCTION Floats rounded_as(Floats values, const float*) { return values; }
 static FUNCTION Floats rounded_as(Floats values, const BFloat16*) {
     return (Floats)(bfloat16_bits(values) & 0xFFFF0000);

@@ -56,15 +56,6 @@ typedef void (*Multiply)(const BFloat16*, const BFloat16*, int, float*, int);
 static const Multiply multiply_tokens[] = {0,           multiply<1>, multiply<2>, multiply<3>,
                                            multiply<4>, multiply<5>, multiply<6>};
 
-static FUNCTION void store_nearest(Floats values, BFloat16* to) {
-#if LANES == 16
-    __m256bh bits = _mm512_cvtneps_pbh((__m512)values);
-    memcpy(to, &bits, sizeof bits);
-#else
-    store(values, to);
-#endif
-}
-
 // Writes `count` rows of `width` columns of input (.., columns) as a tile.
 static void copy_tile(const BFloat16* input, int count, int columns, int width, BFloat16* to) {
     for (int first = 0; first < width; first += PAIRS)
@@ -91,7 +82,7 @@ static FUNCTION void dequantize_row(Packed packed, Scales scales, Index first,
             __builtin_prefetch(from + start * BLOCK_BYTES / BLOCK_LENGTH + byte + ahead);
 #pragma GCC unroll 32
         for (int place = 0; place < piece; place += LANES)
-            store_nearest(weight_values(from, start + place, scale),
+            store_rounded(weight_values(from, start + place, scale),
                           step + place / PAIRS * PAIRS * TILE_ROWS + place % PAIRS);
     }
 }
@@ -158,7 +149,7 @@ extern "C" void linear_bfloat16(const BFloat16* input, Packed packed, Scales sca
                     }
                 BFloat16 rounded[MAX_GROUP];
                 for (int row = 0; row < count; row += LANES)
-                    store_nearest(load<Floats>(of_token + row), rounded + row);
+                    store_rounded(load<Floats>(of_token + row), rounded + row);
                 memcpy(out + (Index)token * rows + start, rounded, count * sizeof(BFloat16));
             }
         }

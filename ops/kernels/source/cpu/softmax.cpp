@@ -26,18 +26,6 @@ static FUNCTION Floats exponential(Floats x) {
     return exponent < -126 ? broadcast(0) : (Floats)((Words)power + scale);
 }
 
-// Rounds in one instruction where there is one; it rounds subnormal numbers to zero.
-static FUNCTION void store_rounded(Floats values, BFloat16* to) {
-#if LANES == 16 && defined(__AVX512BF16__)
-    __m256bh bits = _mm512_cvtneps_pbh((__m512)values);
-    memcpy(to, &bits, sizeof bits);
-#else
-    store(values, to);
-#endif
-}
-
-static FUNCTION void store_rounded(Floats values, float* to) { store(values, to); }
-
 // Replaces each row of scores (rows, columns) by its softmax.
 extern "C" void softmax(TYPE* scores, long long rows, int columns, int threads) {
     int whole = columns / LANES, left = columns % LANES;
