@@ -1,4 +1,4 @@
-"""Loads VAEs as the host's own, and keeps 16-bit weights in 16 bits.
+"""Loads VAEs as the host's own, keeps 16-bit weights in 16 bits, and makes a CPU faster at them.
 
 A host that computes in float32 would keep every weight in float32. Its layers can cast at use.
 """
@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
@@ -19,6 +20,7 @@ from ..ops.cpu_convolution import convolve_dense_layers
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import guard_of
 from .comfy_quant import reject_unread_layers
+from .compute_choice import vae_dtype
 from .files import open_weights
 from .files.container import FileChangeGuard, WeightFileError
 from .reader_choice import needs_own_reader
@@ -42,31 +44,37 @@ class GuardedVAE(comfy.sd.VAE):
 
 
 def wrap_vae(vae: Any, compute: str = "exact") -> Any:
-    """Downcasts a VAE's weights where that is exact, guards the files that they are mapped from,
-    and speeds up its convolutions on a CPU; changes and returns `vae`.
+    """Guards the files that a VAE's weights are mapped from, downcasts the weights where that is
+    exact, and makes it compute as fits a CPU; changes and returns `vae`.
 
     Args:
         vae: the host's.
-        compute: one of `compute_choice.COMPUTE`; "float32" keeps the host's convolutions.
+        compute: one of `compute_choice.COMPUTE`; "float32" keeps the host's bits.
     """
-    vae = downcast_weights(vae)
-    if vae.first_stage_model is not None and compute != "float32":
-        convolve_dense_layers(vae.first_stage_model)
-    guard = guard_of(vae.first_stage_model) if vae.first_stage_model is not None else None
+    model = vae.first_stage_model
+    if model is None:
+        return vae
+    dtype = vae_dtype(model, vae.device, compute)
+    if dtype is not None:
+        vae.vae_dtype = dtype
+        comfy.model_management.archive_model_dtypes(model.to(dtype))
+    downcast_weights(vae)
+    vae.size, vae.patcher.size = None, 0  # the host computes them again
+    if compute != "float32":
+        convolve_dense_layers(model)
+    guard = guard_of(model)
     if guard is not None and guard.files:
         vae.__class__ = GuardedVAE
         vae.guard = guard
     return vae
 
 
-def downcast_weights(vae: comfy.sd.VAE) -> comfy.sd.VAE:
-    """Stores float32 weights of a loaded VAE in 16 bits if their values fit; returns `vae`.
-
-    It still computes in float32.
-    """
+def downcast_weights(vae: comfy.sd.VAE):
+    """Stores float32 weights of a loaded VAE in 16 bits if their values fit; it still computes in
+    float32."""
     model = vae.first_stage_model
     if not isinstance(model, DTYPE_AGNOSTIC_VAES) or vae.patcher.is_dynamic():
-        return vae
+        return
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if (
@@ -82,10 +90,6 @@ def downcast_weights(vae: comfy.sd.VAE) -> comfy.sd.VAE:
                 module.weight = torch.nn.Parameter(half, requires_grad=False)
                 module.comfy_cast_weights = True
                 break
-    # The host computes the sizes again.
-    vae.size = None
-    vae.patcher.size = 0
-    return vae
 
 
 def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:

@@ -7,7 +7,7 @@ import sys
 from unittest import mock
 
 # tests compare with float32; those of a CPU's bfloat16 take the flag away
-os.environ.setdefault("HOST_ARGUMENTS", "--cpu --fp32-unet")
+os.environ.setdefault("HOST_ARGUMENTS", "--cpu --fp32-unet --fp32-vae")
 import comfyui_and_pack  # noqa: F401  first: puts both where they can be imported
 
 import comfy.model_management

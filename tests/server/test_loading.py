@@ -61,7 +61,7 @@ def test_a_checkpoint_shows_what_each_part_holds(server):
         [text] = load(server, loader, {key: path.name}).texts["1"]
         assert re.fullmatch(
             r"Model: NF4[^\n]*, [\d.]+ MB held, dequantised by \w+, computes in \w+"
-            r"\nVAE: F\w+, [\d.]+ MB held",
+            r"\nVAE: B?F\w+, [\d.]+ MB held",
             text)
 
 

@@ -7,6 +7,7 @@ its folder's name.
 import hashlib
 import importlib.util
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def digest(patcher) -> list[str]:
 def import_pack(host: str, pack: str) -> str:
     """Returns the name that the pack is imported under."""
     sys.path.insert(0, host)
-    sys.argv[1:] = ["--cpu"]
+    sys.argv[1:] = os.environ["HOST_ARGUMENTS"].split()
     import comfy.options
 
     comfy.options.enable_args_parsing()

@@ -16,9 +16,10 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.taesd.taesd import TAESD
 
-from featherweight.loaders.compute_choice import choose_compute, compute_text
+from featherweight.loaders.compute_choice import choose_compute, compute_text, vae_dtype
 from featherweight.ops.cpu_convolution import convolve_dense_layers
 from featherweight.ops.format import FORMATS
+from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.patcher import adopt
 
@@ -47,7 +48,7 @@ def bench_cpu(options):
     """A step of Stable Diffusion 1.5 on a CPU, one picture of 512 by 512: packed linear layers and
     convolutions in F16, in what the CPU computes in by default, the same with a LoRA as LCM's, in
     float32 as on a CPU without bfloat16, and in float32 as version 0.2.0; its VAE and a small one
-    (TAESD) by ComfyUI and with the convolutions of this pack; and OpenVINO's with 16-bit weights,
+    (TAESD) by ComfyUI and as this pack loads them; and OpenVINO's with 16-bit weights,
     in bfloat16 and in float32, where openvino and diffusers are installed."""
     if device().type != "cpu":
         print("  the device is no CPU")
@@ -77,9 +78,10 @@ def bench_cpu(options):
         vae = with_random_values(vae)
         variants = openvino_decoders(name, vae_channels, latent) if others else {}
         variants["ComfyUI"] = decode_of(vae, latent)
-        vae = copy.deepcopy(vae)
+        dtype = vae_dtype(vae, latent.device, "exact") or latent.dtype
+        vae = copy.deepcopy(vae).to(dtype)
         convolve_dense_layers(vae)
-        variants["this pack"] = decode_of(vae, latent)
+        variants[f"this pack, {dtype_name(dtype)}"] = decode_of(vae, latent.to(dtype))
         yield name, side_by_side(variants, options.rounds)
 
 
