@@ -1,7 +1,9 @@
 """Loads checkpoints: diffusion model, text encoder and VAE of one file or diffusers folder."""
 import json
 import os
+from typing import NamedTuple
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import torch
@@ -12,11 +14,13 @@ from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_clip, wrap_model
 from .comfy_keys import model_prefix
+from .comfy_quant import as_tensors
 from .detection import explain_shape_errors, reject_non_diffusion, try_detect
 from .devices import device_options
 from .diffusion import build_model, load_diffusion_model, read_weights, to_comfy_quant_layout
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError, safe_repr
+from .host_formats import AUTOMATIC, packed_formats
 from .progress import Progress
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
@@ -54,7 +58,8 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
                     output_model: bool = True, output_clip: bool = True, output_vae: bool = True,
                     disable_dynamic: bool = False, compute: str = "exact",
                     pack_to: str | None = None, device: torch.device | None = None,
-                    encoder_device: torch.device | None = None) -> tuple:
+                    encoder_device: torch.device | None = None,
+                    host_formats: str = AUTOMATIC) -> tuple:
     """Loads a checkpoint and keeps its packed weights packed.
 
     A file without packed weights goes to the host's own loader, unless it is to be packed.
@@ -69,6 +74,7 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         pack_to: see `load_diffusion_model`; text encoder and VAE stay as they are in the file.
         device: where model and VAE run; None: the host's choice.
         encoder_device: where the text encoder runs; None: the host's choice.
+        host_formats: one of `host_formats.HOST_FORMATS`.
 
     Returns:
         (model patcher, CLIP, VAE); None for a part that is not requested. If the file lacks one,
@@ -78,7 +84,11 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         WeightFileError: if the file cannot be read or holds no known model.
     """
     outputs = {"output_model": output_model, "output_clip": output_clip, "output_vae": output_vae}
-    use_own_reader = needs_own_reader(path, pack_to)
+    formats = _Formats(
+        packed_formats(host_formats, device or comfy.model_management.get_torch_device()),
+        packed_formats(host_formats,
+                       encoder_device or comfy.model_management.text_encoder_device()))
+    use_own_reader = needs_own_reader(path, pack_to, formats.model | formats.encoder)
     devices = {}
     if device or encoder_device:
         devices = {"device": device, "encoder_device": encoder_device}
@@ -89,15 +99,15 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
             **outputs)
     elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         model, clip, vae = _load_folder(path, embedding_directory, outputs, disable_dynamic,
-                                        compute, pack_to, **devices)
+                                        compute, pack_to, host_formats, **devices)
     else:
         model, clip, vae = _load_file(path, embedding_directory, outputs, disable_dynamic,
-                                      compute, pack_to, **devices)
+                                      compute, pack_to, formats, **devices)
     # When the host reloads a part by itself, it forgets the devices.
     needs_recipe = use_own_reader or bool(devices)
     options = {
         "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
-        "pack_to": pack_to, **devices
+        "pack_to": pack_to, "host_formats": host_formats, **devices
     }
     if model is not None and (needs_recipe or disable_dynamic):
         Recipe(MODEL, (str(path),), {**options, "compute": compute}).attach(model)
@@ -107,6 +117,13 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
     if needs_recipe and vae_patcher is not None:
         Recipe(VAE, (str(path),), {**options, "compute": compute}).attach(vae_patcher)
     return model, clip, vae
+
+
+class _Formats(NamedTuple):
+    """Names of ComfyUI's own formats that this pack computes in a part of a checkpoint."""
+
+    model: frozenset[str]
+    encoder: frozenset[str]
 
 
 # The loaders that recipes call, one for each part.
@@ -132,8 +149,8 @@ def _no_vae() -> comfy.sd.VAE:
 
 
 def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic: bool,
-                 compute: str, pack_to: str | None, device: torch.device | None = None,
-                 encoder_device: torch.device | None = None):
+                 compute: str, pack_to: str | None, host_formats: str,
+                 device: torch.device | None = None, encoder_device: torch.device | None = None):
     folders = {name: os.path.join(path, name) for name in (*MODEL_FOLDERS, *ENCODER_FOLDERS, "vae")
                if os.path.isfile(os.path.join(path, name, "config.json"))}
     model_folder = next((folders[name] for name in MODEL_FOLDERS if name in folders), None)
@@ -145,12 +162,14 @@ def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic:
     if outputs["output_model"]:
         model = load_diffusion_model(model_folder, compute=compute,
                                      disable_dynamic=disable_dynamic, pack_to=pack_to,
-                                     model_options=device_options(device))
+                                     model_options=device_options(device),
+                                     host_formats=host_formats)
     encoders = [folders[name] for name in ENCODER_FOLDERS if name in folders]
     if outputs["output_clip"] and encoders:
         clip = load_text_encoder(encoders, _clip_type(path, len(encoders)), embedding_directory,
                                  disable_dynamic=disable_dynamic,
-                                 model_options=device_options(encoder_device))
+                                 model_options=device_options(encoder_device),
+                                 host_formats=host_formats)
     if outputs["output_vae"] and "vae" in folders:
         with dequantize_plain_parameters():
             weights = open_weights(folders["vae"]).state_dict()
@@ -185,17 +204,17 @@ def _clip_type(path: str, encoder_count: int) -> str:
 
 
 def _load_file(path: str, embedding_directory, outputs: dict, disable_dynamic: bool, compute: str,
-               pack_to: str | None, device: torch.device | None = None,
+               pack_to: str | None, formats: "_Formats", device: torch.device | None = None,
                encoder_device: torch.device | None = None):
     file = open_weights(path)
     reject_non_diffusion(file)
     pack_to = pack_to if outputs["output_model"] else None
     progress = Progress(stages=3 if pack_to else 2)
-    state_dict, packed = read_weights(file, pack_to, progress)
+    state_dict, packed = read_weights(file, pack_to, progress, formats.model)
     if model_prefix(state_dict):
         model, clip, vae = _build_parts(file, state_dict, embedding_directory, outputs,
                                         disable_dynamic, compute, device_options(device),
-                                        device_options(encoder_device))
+                                        device_options(encoder_device), formats.encoder)
     else:
         model = build_model(file, state_dict, disable_dynamic=disable_dynamic, compute=compute,
                             model_options=device_options(device))
@@ -208,7 +227,7 @@ def _load_file(path: str, embedding_directory, outputs: dict, disable_dynamic: b
 
 def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embedding_directory,
                  outputs: dict, disable_dynamic: bool, compute: str, model_options: dict,
-                 encoder_options: dict):
+                 encoder_options: dict, encoder_formats: frozenset[str]):
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_quant_layout(file, state_dict)
     if try_detect(model_config_from_unet, state_dict, prefix, metadata=file.text_metadata) is None:
@@ -221,6 +240,12 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
         name: tensor for name, tensor in state_dict.items()
         if not name.startswith((prefix, *VAE_PREFIXES))
     }
+    if encoder_formats:
+        state_dict = {
+            name: tensor for name, tensor in state_dict.items() if name not in encoder_weights
+        }
+        encoder_weights = as_tensors(file, encoder_weights, formats=encoder_formats)
+        state_dict |= encoder_weights
     if any(map(is_packed, encoder_weights.values())):
         encoder_options["custom_operations"] = operations_for(encoder_weights, full_precision=True)
     model_options["custom_operations"] = operations_for(

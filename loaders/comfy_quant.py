@@ -1,6 +1,6 @@
 """Reads weights in the host's own quantised formats (fp8 with scales, mxfp8, nvfp4, int8 ...).
 
-A layer `L` has several tensors in the file and becomes one tensor of the host's, `L.weight`:
+A layer `L` has several tensors in the file and becomes one tensor, `L.weight`:
 
 | format | tensors in the file |
 |---|---|
@@ -9,12 +9,12 @@ A layer `L` has several tensors in the file and becomes one tensor of the host's
 | `scaled_fp8` | `scaled_fp8` (marker), `L.weight` (fp8), `L.scale_weight`, |
 | | optional `L.scale_input` |
 
-The host's own code reads them: its `convert_old_quants` and the layers of its
-`mixed_precision_ops`. So a newer host adds its formats here too, and a format that the host lacks
-is reported before the host fails on it.
+`files.comfy_formats` makes packed tensors of those that it knows. The host's own code reads others:
+the layers of its `mixed_precision_ops`. So a newer host adds its formats here too, and a format
+that neither reads is reported before the host fails on it.
 """
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import comfy.ops
@@ -24,7 +24,9 @@ from comfy.quant_ops import QUANT_ALGOS
 from comfy_kitchen.tensor import get_layout_class
 
 from ..ops.bounded_json import read_json
-from ..ops.packed_layout import QuantizedTensor
+from ..ops.packed_layout import QuantizedTensor, is_packed
+from ..ops.packed_tensor import PackedTensor
+from .files.comfy_formats import READERS, PartError, format_of, pack_parts
 from .files.container import WeightFile, WeightFileError, first_line, safe_repr
 from .out_of_memory import is_out_of_memory
 
@@ -44,9 +46,9 @@ class UnreadFormatError(ValueError):
     """This host cannot read a quantised format; the message is part of a sentence."""
 
 
-def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor],
-               prefix: str = "") -> dict[str, torch.Tensor]:
-    """Joins the parts of each quantised weight into one tensor of the host's, without copying.
+def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: str = "",
+               formats: Container[str] | None = None) -> dict[str, torch.Tensor]:
+    """Joins the parts of each quantised weight into one tensor, without copying the codes.
 
     `L.pre_quant_scale` stays a tensor of its own. The parts of stacked experts stay apart: only
     the host's layer for experts reads them.
@@ -55,14 +57,16 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor],
         file: the file of the state dict.
         state_dict: of the file; it is not changed.
         prefix: of the names of the model; other weights stay as they are.
+        formats: names of those whose layers become packed tensors, without `L.pre_quant_scale`;
+            others stay in parts for the host. None: all become packed tensors or the host's own.
 
     Returns:
         A state dict whose quantised weights are `QuantizedTensor`s of dtype float32.
 
     Raises:
-        WeightFileError: if a layer is damaged or in a format that this host does not read.
+        WeightFileError: if a layer is damaged or in a format that is not read.
     """
-    state_dict, _ = comfy.utils.convert_old_quants(state_dict, model_prefix=prefix,
+    state_dict, _ = comfy.utils.convert_old_quants(dict(state_dict), model_prefix=prefix,
                                                    metadata=file.text_metadata)
     out = dict(state_dict)
     out.pop(f"{prefix}scaled_fp8", None)
@@ -71,14 +75,23 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor],
         codes = state_dict.get(f"{layer}.weight")
         if not layer.startswith(prefix):
             continue
-        if codes is None:  # the metadata lists a layer that the file lacks
+        if codes is None or is_packed(codes):  # the metadata lists layers that are not here
             del out[f"{layer}{MARK}"]
         elif codes.ndim == 2:
-            parts = {name: out.pop(name) for name in names}
+            parts = {name: state_dict[name] for name in names}
             try:
-                out[f"{layer}.weight"] = _weight(layer_class, layer, parts)
+                if formats is None:
+                    weight = _weight(layer_class, layer, parts)
+                elif f"{layer}{SMOOTHING}" in state_dict:
+                    continue
+                else:
+                    weight = _packed_weight(layer, parts, formats)
             except UnreadFormatError as error:
                 raise _unread_layer_error(file, layer, error) from error
+            if weight is not None:
+                for name in names:
+                    del out[name]
+                out[f"{layer}.weight"] = weight
     return out
 
 
@@ -87,6 +100,22 @@ def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor
     unread = find_unread_layer(state_dict, state_dict.__getitem__, file.metadata)
     if unread is not None:
         raise _unread_layer_error(file, *unread)
+
+
+def has_format(names: Iterable[str], read: Callable[[str], torch.Tensor],
+               metadata: Mapping[str, Any], formats: Container[str]) -> bool:
+    """Returns whether a layer of a file is in one of some formats; see `find_unread_layer`."""
+    names = dict.fromkeys(names)
+    if any(name.endswith("scaled_fp8") for name in names) and "float8_e4m3fn" in formats:
+        return True
+    settings = list(_settings(metadata).values())
+    for name in names:
+        if name.endswith(MARK):
+            try:
+                settings.append(_read_settings(read(name)))
+            except UnreadFormatError:
+                pass  # the reader says what is wrong
+    return any(isinstance(one, dict) and format_of(one) in formats for one in settings)
 
 
 def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
@@ -112,8 +141,10 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         if layer in settings:
             tensors[f"{layer}{MARK}"] = _as_bytes(settings[layer])
         try:
+            if is_packed(tensors[f"{layer}.weight"]):
+                continue
             if tensors[f"{layer}.weight"].ndim == 2:
-                _weight(layer_class, layer, tensors)
+                _host_weight(layer_class, layer, tensors)
             else:
                 _layer_settings(layer, tensors)
         except UnreadFormatError as error:
@@ -159,11 +190,8 @@ def _unread_layer_error(file: WeightFile, layer: str,
 
 def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
     """Returns the settings of one layer's format; raises UnreadFormatError if it is unknown."""
-    try:
-        settings = read_json(parts[f"{layer}{MARK}"].numpy().tobytes())
-        name = settings.get("format")
-    except (ValueError, AttributeError) as error:
-        raise UnreadFormatError("its comfy_quant is not a JSON object") from error
+    settings = _read_settings(parts[f"{layer}{MARK}"])
+    name = settings.get("format")
     if not isinstance(name, str):
         raise UnreadFormatError("its comfy_quant names no format")
     if name not in QUANT_ALGOS:
@@ -172,7 +200,44 @@ def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[st
     return settings
 
 
+def _read_settings(mark: torch.Tensor) -> dict[str, Any]:
+    """Returns the JSON of a layer's `comfy_quant`."""
+    try:
+        settings = read_json(mark.numpy().tobytes())
+    except ValueError as error:
+        raise UnreadFormatError("its comfy_quant is not a JSON object") from error
+    if not isinstance(settings, dict):
+        raise UnreadFormatError("its comfy_quant is not a JSON object")
+    return settings
+
+
 def _weight(layer_class: type, layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
+    """Builds a packed tensor of one weight, or where it is not read here the host's.
+
+    Raises:
+        UnreadFormatError: if neither reads the format, or a part is wrong.
+    """
+    packed = _packed_weight(layer, parts, READERS)
+    return _host_weight(layer_class, layer, dict(parts)) if packed is None else packed
+
+
+def _packed_weight(layer: str, parts: Mapping[str, torch.Tensor],
+                   formats: Container[str]) -> PackedTensor | None:
+    """Builds a packed tensor of one weight; None where it is in none of the formats."""
+    settings = _read_settings(parts[f"{layer}{MARK}"])
+    name = format_of(settings)
+    if name not in formats:
+        return None
+    try:
+        return pack_parts(settings, {
+            part.removeprefix(f"{layer}."): tensor for part, tensor in parts.items()
+        })
+    except PartError as error:
+        raise UnreadFormatError(f"{name}: {error}") from error
+
+
+def _host_weight(layer_class: type, layer: str,
+                 parts: dict[str, torch.Tensor]) -> QuantizedTensor:
     """Builds the host's tensor of one weight; the host's layer pops what it uses from `parts`.
 
     Raises:

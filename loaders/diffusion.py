@@ -3,6 +3,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
@@ -18,6 +19,7 @@ from .detection import explain_shape_errors, is_diffusion_model, reject_non_diff
 from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
+from .host_formats import AUTOMATIC, packed_formats
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
@@ -31,8 +33,8 @@ CHECKPOINT_PREFIX = "model.diffusion_model."
 def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
                          patch_dtype: torch.dtype | None = None, compute: str = "exact",
                          disable_dynamic: bool = False, pack_to: str | None = None,
-                         model_options: Mapping[str, Any] | None = None,
-                         extra: str | None = None) -> comfy.model_patcher.ModelPatcher:
+                         model_options: Mapping[str, Any] | None = None, extra: str | None = None,
+                         host_formats: str = AUTOMATIC) -> comfy.model_patcher.ModelPatcher:
     """Loads a diffusion model and keeps its packed weights packed.
 
     A file without packed weights goes to the host's own loader, unless it is to be packed.
@@ -46,6 +48,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
         model_options: the host's, such as `load_device`; `dtype` affects only files that go to the
             host's own loader.
         extra: path of a file with further layers of the model, such as VACE's.
+        host_formats: one of `host_formats.HOST_FORMATS`.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known diffusion model.
@@ -56,16 +59,18 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
             "value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute,
             "disable_dynamic": disable_dynamic, "pack_to": pack_to,
             **({"model_options": model_options} if model_options else {}),
-            **({"extra": extra} if extra else {})
+            **({"extra": extra} if extra else {}), "host_formats": host_formats
         })
-    if not needs_own_reader(path, pack_to) and not extra:
+    device = model_options.get("load_device", comfy.model_management.get_torch_device())
+    formats = packed_formats(host_formats, device)
+    if not needs_own_reader(path, pack_to, formats) and not extra:
         patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
                                                 disable_dynamic=disable_dynamic)
         return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
     reject_non_diffusion(file)
     progress = Progress(stages=3 if pack_to else 2)
-    state_dict, packed = read_weights(file, pack_to, progress)
+    state_dict, packed = read_weights(file, pack_to, progress, formats)
     if extra:
         state_dict |= _extra_layers(extra, model_prefix(state_dict))
     devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
@@ -88,14 +93,16 @@ def _extra_layers(path: str, prefix: str) -> dict[str, torch.Tensor]:
     return {prefix + name: weight for name, weight in (model_weights or weights).items()}
 
 
-def read_weights(file: WeightFile, pack_to: str | None,
-                 progress: Progress) -> tuple[dict[str, torch.Tensor], PackStats | None]:
+def read_weights(
+        file: WeightFile, pack_to: str | None, progress: Progress,
+        formats: frozenset[str]) -> tuple[dict[str, torch.Tensor], PackStats | None]:
     """Reads the weights of a diffusion model or of a whole checkpoint.
 
     Args:
         file: of the weights.
         pack_to: type that the model's plain weights are packed to; None: they stay as in the file.
         progress: advances by one stage, or by two with `pack_to`.
+        formats: ComfyUI's own whose layers become packed tensors.
 
     Returns:
         The state dict with the host's names, and what was packed, or None without `pack_to`.
@@ -105,6 +112,8 @@ def read_weights(file: WeightFile, pack_to: str | None,
     """
     state_dict = file.state_dict(progress.track)
     if pack_to is None:
+        if formats:
+            state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
         reject_unread_layers(file, state_dict)
         return to_comfy_keys(state_dict), None
     prefix = model_prefix(state_dict)

@@ -1,14 +1,16 @@
 """Chooses which files this pack reads and which go to the host's own loaders."""
 import os
+from collections.abc import Container
 
 from safetensors import SafetensorError, safe_open
 
-from .comfy_quant import find_unread_layer
+from .comfy_quant import find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
 from .files.safetensors import is_shard
 
 
-def needs_own_reader(path: str, pack_to: str | None = None) -> bool:
+def needs_own_reader(path: str, pack_to: str | None = None,
+                     host_formats: Container[str] = ()) -> bool:
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
     It reads GGUF, folders, safetensors split over several files (the host would take one file for a
@@ -18,6 +20,7 @@ def needs_own_reader(path: str, pack_to: str | None = None) -> bool:
     Args:
         path: of a file or folder.
         pack_to: type that weights are packed to as they are read, or None.
+        host_formats: ComfyUI's own formats that this pack computes.
     """
     name = str(path).lower()
     if pack_to or name.endswith(".gguf") or os.path.isdir(path):
@@ -30,6 +33,7 @@ def needs_own_reader(path: str, pack_to: str | None = None) -> bool:
         with safe_open(path, framework="pt") as file:
             keys, metadata = file.keys(), file.metadata() or {}
             return (has_packed_weights(keys)
+                    or has_format(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
     except (SafetensorError, OSError, RuntimeError):  # RuntimeError: from torch, mapping the file
         return True

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.lt
@@ -42,6 +43,7 @@ from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
 from .files import open_weights
 from .files.container import FileState, WeightFile, WeightFileError
+from .host_formats import AUTOMATIC, packed_formats
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
@@ -60,7 +62,8 @@ TOKENIZERS_KEPT = 4
 def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
                       embedding_directory: list[str] | None = None, mmproj: str | None = AUTO,
                       model_options: Mapping[str, Any] | None = None, disable_dynamic: bool = False,
-                      pack_to: str | None = None) -> comfy.sd.CLIP:
+                      pack_to: str | None = None,
+                      host_formats: str = AUTOMATIC) -> comfy.sd.CLIP:
     """Loads one to four files or folders as one CLIP and keeps packed weights packed.
 
     The files may have different formats. Files without packed weights go to the host's own loader,
@@ -75,6 +78,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         model_options: the host's, such as `load_device`.
         disable_dynamic: keep the encoder out of dynamic VRAM.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        host_formats: one of `host_formats.HOST_FORMATS`.
 
     Raises:
         WeightFileError: if a file cannot be read, or if they are not text encoders of this type.
@@ -84,10 +88,13 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         TEXT_ENCODER, tuple(map(str, paths)), {
             "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
             "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic,
-            "pack_to": pack_to
+            "pack_to": pack_to, "host_formats": host_formats
         })
     model_options = dict(model_options or {})
-    if not any(needs_own_reader(path, pack_to) for path in paths) and mmproj in (AUTO, None):
+    device = model_options.get("load_device", comfy.model_management.text_encoder_device())
+    formats = packed_formats(host_formats, device)
+    by_the_host = not any(needs_own_reader(path, pack_to, formats) for path in paths)
+    if by_the_host and mmproj in (AUTO, None):
         clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options,
                                   disable_dynamic)
         if disable_dynamic:
@@ -97,7 +104,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         mmproj = None
     # stages: read each file, convert all of them, pack each, build the CLIP
     progress = Progress(stages=len(paths) * (2 if pack_to else 1) + 2)
-    weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to)
+    weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to, formats)
     _check_encoders(paths, weights, clip_type)
     if clip_type == "ltxv":
         # The host looks for the tokenizer in the first file.
@@ -123,12 +130,13 @@ def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
 
 
 def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
-                  pack_to: str | None) -> tuple[list[Weights], PackStats | None]:
+                  pack_to: str | None,
+                  formats: frozenset[str]) -> tuple[list[Weights], PackStats | None]:
     """Reads the state dict of each file, with the host's names, and packs it if requested.
 
     The mmproj file goes to the first encoder that it fits.
     """
-    encoders = [_Encoder(path, progress, pack_to) for path in paths]
+    encoders = [_Encoder(path, progress, pack_to, formats) for path in paths]
     if mmproj == AUTO:
         for encoder in encoders:
             encoder.find_vision()
@@ -152,12 +160,13 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
 class _Encoder:
     """One file of a text encoder, which is read and converted to the host's names."""
 
-    def __init__(self, path: str, progress: Progress, pack_to: str | None):
+    def __init__(self, path: str, progress: Progress, pack_to: str | None,
+                 formats: frozenset[str]):
         self.path = Path(path)
         self.name = os.path.basename(path)
         self.arch: type[Arch] | None = None
         self.file: WeightFile | None = None  # None: the host has read it
-        if not needs_own_reader(path, pack_to):
+        if not needs_own_reader(path, pack_to, formats):
             weights, metadata = comfy.utils.load_torch_file(path, safe_load=True,
                                                             return_metadata=True)
             self.weights, self.metadata = comfy.utils.convert_old_quants(
@@ -167,6 +176,8 @@ class _Encoder:
         self.file = file = open_weights(path)
         weights, self.metadata = file.state_dict(progress.track), file.metadata
         if not pack_to:
+            if formats:
+                weights = as_tensors(file, weights, formats=formats)
             reject_unread_layers(file, weights)
         self.weights = _unwrap_encoder(weights)
         if self.path.is_dir():

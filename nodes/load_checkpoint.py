@@ -9,10 +9,12 @@ from ..loaders.folders import (
     list_pipeline_folders,
     validate_files,
 )
+from ..loaders.host_formats import AUTOMATIC
 from .load_diffusion_model import (
     AS_THE_FILE,
     compute_input,
     disable_dynamic_vram_input,
+    host_formats_input,
     pack_to_input,
     packed_type,
 )
@@ -58,6 +60,7 @@ class LoadCheckpoint(io.ComfyNode):
                 compute_input(),
                 disable_dynamic_vram_input(),
                 pack_to_input("the diffusion model"),
+                host_formats_input(),
             ],
             outputs=[
                 io.Model.Output(),
@@ -78,7 +81,12 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, checkpoint_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE
+        cls,
+        checkpoint_name,
+        compute="exact",
+        disable_dynamic_vram=False,
+        pack_to=AS_THE_FILE,
+        host_formats=AUTOMATIC,
     ) -> io.NodeOutput:
         path = find_file(checkpoint_name, *FOLDERS)
         model, clip, vae = load_checkpoint(
@@ -87,5 +95,6 @@ class LoadCheckpoint(io.ComfyNode):
             compute=compute,
             disable_dynamic=disable_dynamic_vram,
             pack_to=packed_type(pack_to),
+            host_formats=host_formats,
         )
         return io.NodeOutput(*loader_output(model=model, clip=clip, vae=vae))

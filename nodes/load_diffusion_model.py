@@ -4,6 +4,7 @@ from comfy_api.latest import io
 from ..loaders.compute_choice import COMPUTE
 from ..loaders.diffusion import load_diffusion_model
 from ..loaders.folders import find_file, list_files, list_model_folders, validate_files
+from ..loaders.host_formats import AUTOMATIC, HOST_FORMATS
 from ..loaders.pack_on_load import TYPES
 from .node_text import loader_output
 
@@ -38,6 +39,23 @@ def pack_to_input(what: str):
         " less memory. Works for safetensors files in bf16, fp16, fp32 or fp8, diffusers folders"
         " and GGUF files in F16. Weights that are already packed stay as they are. LoRAs keep"
         " their full effect.",
+    )
+
+
+def host_formats_input():
+    """Returns the input that chooses who computes layers in ComfyUI's own formats."""
+    return io.Combo.Input(
+        "host_formats",
+        options=list(HOST_FORMATS),
+        default=AUTOMATIC,
+        optional=True,
+        advanced=True,
+        display_name="host formats",
+        tooltip="Layers in ComfyUI's own quantised formats (fp8, mxfp8, nvfp4, int8, convrot)."
+        " exact, from the file's weights: multiplied by the values in the file, on any device,"
+        " with exact LoRAs. as ComfyUI computes them: by ComfyUI's kernels, which also quantise"
+        " the input of a layer. automatic: exact on CPUs, Macs and wherever ComfyUI has no kernel"
+        " for the format; as ComfyUI elsewhere.",
     )
 
 
@@ -96,6 +114,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 compute_input(),
                 disable_dynamic_vram_input(),
                 pack_to_input("the model"),
+                host_formats_input(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -106,7 +125,12 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model_name, compute="exact", disable_dynamic_vram=False, pack_to=AS_THE_FILE
+        cls,
+        model_name,
+        compute="exact",
+        disable_dynamic_vram=False,
+        pack_to=AS_THE_FILE,
+        host_formats=AUTOMATIC,
     ) -> io.NodeOutput:
         path = find_file(model_name, *FOLDERS)
         model = load_diffusion_model(
@@ -114,5 +138,6 @@ class LoadDiffusionModel(io.ComfyNode):
             compute=compute,
             disable_dynamic=disable_dynamic_vram,
             pack_to=packed_type(pack_to),
+            host_formats=host_formats,
         )
         return io.NodeOutput(*loader_output(model=model))

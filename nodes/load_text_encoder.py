@@ -10,11 +10,13 @@ from ..loaders.folders import (
     list_model_folders,
     validate_files,
 )
+from ..loaders.host_formats import AUTOMATIC
 from ..loaders.text_encoder import AUTO, load_text_encoder
 from .combo_options import encoder_types
 from .load_diffusion_model import (
     AS_THE_FILE,
     disable_dynamic_vram_input,
+    host_formats_input,
     pack_to_input,
     packed_type,
 )
@@ -108,6 +110,7 @@ class LoadTextEncoder(io.ComfyNode):
                 ),
                 disable_dynamic_vram_input(),
                 pack_to_input("the text encoders"),
+                host_formats_input(),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -138,6 +141,7 @@ class LoadTextEncoder(io.ComfyNode):
         device=DEFAULT,
         disable_dynamic_vram=False,
         pack_to=AS_THE_FILE,
+        host_formats=AUTOMATIC,
     ) -> io.NodeOutput:
         further = (name or NONE for name in (text_encoder_2, text_encoder_3, text_encoder_4))
         paths = [find_file(name, *FOLDERS) for name in (text_encoder_1, *further) if name != NONE]
@@ -156,5 +160,6 @@ class LoadTextEncoder(io.ComfyNode):
             device_options(device),
             disable_dynamic_vram,
             packed_type(pack_to),
+            host_formats,
         )
         return io.NodeOutput(*loader_output(note, clip=clip))

@@ -7,6 +7,7 @@ and `encode`, for the search of `ops.quantize`, or all three.
 """
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,18 @@ class FormatError(ValueError):
 
 class TooLargeError(FormatError):
     """A weight has values too large for the requested format."""
+
+
+class Side(NamedTuple):
+    """A tensor beside the packed bytes of a weight, flat.
+
+    Attributes:
+        dtype: float32, or uint8 for bytes that a format decodes.
+        count: numbers for each block.
+    """
+
+    dtype: torch.dtype
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +160,8 @@ class Format:
     block_length: int
     block_bytes: int
     ggml_type: int | None = None
-    scales_apart = False  # whether a second tensor, float32 (blocks,), holds the scales
+    sides: tuple[Side, ...] = ()  # tensors with the scales, where the blocks do not hold them
+    padding = 1  # files fill rows and columns up to multiples of it
     plain_dtype: torch.dtype | None = None  # for formats whose bytes are plain numbers
     grid: Grid | None = None  # for formats whose best blocks `ops.quantize` searches
     # for formats without a grid: the largest magnitude that every block can hold
@@ -266,7 +280,9 @@ class Format:
     @classmethod
     def blocks(cls, tensors: list[torch.Tensor], first: int, last: int) -> tuple[torch.Tensor, ...]:
         """Returns what `dequantize` takes for blocks `first` to `last` of a weight."""
-        return (tensors[0].view(-1, cls.block_bytes)[first:last],)
+        return tensors[0].view(-1, cls.block_bytes)[first:last], *(
+            tensor[first * side.count:last * side.count]
+            for tensor, side in zip(tensors[1:], cls.sides))
 
     @classmethod
     def rows(cls, tensors: list[torch.Tensor], columns: int, index) -> list[torch.Tensor]:
@@ -277,7 +293,10 @@ class Format:
             columns: values in a row.
             index: a slice, or ids of rows.
         """
-        return [tensors[0].view(-1, columns // cls.block_length * cls.block_bytes)[index]]
+        blocks = columns // cls.block_length
+        return [tensors[0].view(-1, columns * cls.block_bytes // cls.block_length)[index], *(
+            tensor.view(-1, blocks * side.count)[index].flatten()
+            for tensor, side in zip(tensors[1:], cls.sides))]
 
 
 def inverse(scales: torch.Tensor) -> torch.Tensor:

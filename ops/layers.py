@@ -22,6 +22,7 @@ from .packed_layout import (
     squeeze_to,
 )
 from .packed_tensor import relabel
+from .row_slicing import without_padding
 from .workspace import shared_workspace
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class PackedLayer(_HostLayer):
                 value = torch.zeros((), dtype=param.dtype).expand(param.shape)
                 self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
                 continue
-            value = squeeze_to(value, param.shape)
+            value = without_padding(squeeze_to(value, param.shape), param.shape)
             if value.shape != param.shape:
                 error_msgs.append(
                     f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}."

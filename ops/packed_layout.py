@@ -22,20 +22,27 @@ from .formats._names import format_named
 from .packed_tensor import PackedTensor, relabel
 from .pickle_names import stable_pickle_name
 
+SIDE_FIELDS = ("scale", "scale_2")
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedParams(BaseLayoutParams):
     """Logical dtype and shape of a packed tensor, and its scales.
 
     Attributes:
-        scale: float32, for formats that keep scales apart from the codes (NF4's absmax); None for
-            those whose blocks hold them.
+        scale, scale_2: the format's `sides`, such as NF4's absmax; None for those it lacks.
     """
 
     scale: torch.Tensor | None
+    scale_2: torch.Tensor | None = None
 
     def _tensor_fields(self) -> list[str]:
-        return [] if self.scale is None else ["scale"]
+        return [name for name in SIDE_FIELDS if getattr(self, name) is not None]
+
+    @property
+    def sides(self) -> list[torch.Tensor]:
+        """The tensors beside the packed bytes."""
+        return [getattr(self, name) for name in self._tensor_fields()]
 
 
 class PackedLayout(QuantizedLayout):
@@ -53,8 +60,7 @@ class PackedLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: PackedParams) -> torch.Tensor:
         out = torch.empty(params.orig_shape, dtype=params.orig_dtype, device=qdata.device)
-        return cls.format.dequantize_into(
-            [qdata] if params.scale is None else [qdata, params.scale], out)
+        return cls.format.dequantize_into([qdata, *params.sides], out)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -82,8 +88,8 @@ _layouts: dict[str, type[PackedLayout]] = {}
 
 
 def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterable[int],
-                  dtype: torch.dtype = torch.float32,
-                  scale: torch.Tensor | None = None) -> PackedTensor:
+                  dtype: torch.dtype = torch.float32, scale: torch.Tensor | None = None,
+                  scale_2: torch.Tensor | None = None) -> PackedTensor:
     """Wraps the bytes of a packed weight, without copying them.
 
     Args:
@@ -91,7 +97,8 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
         data: uint8, contiguous, the blocks of the weight in row order, in any shape.
         shape: logical shape.
         dtype: the float dtype the tensor shows and dequantises to.
-        scale: float32 (blocks,), for formats that keep scales apart from the codes.
+        scale, scale_2: the format's `sides`, each of (blocks * side.count,); None for those it
+            lacks.
 
     Raises:
         FormatError: the number of bytes does not match `shape`.
@@ -99,23 +106,19 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
     shape = tuple(shape)
     values = torch.Size(shape).numel()
     blocks = -(-values // packed_format.block_length)
-    if scale is None:
-        fits = (
-            values % packed_format.block_length == 0
-            and data.numel() == blocks * packed_format.block_bytes
-        )
-    else:
-        fits = (
-            data.numel() == -(-values * packed_format.block_bytes // packed_format.block_length)
-            and len(scale) == blocks
-        )
-    if not fits:
+    params = PackedParams(scale, dtype, shape, scale_2)
+    counts = [blocks * side.count for side in packed_format.sides]
+    if not (
+        data.numel() == -(-values * packed_format.block_bytes // packed_format.block_length)
+        and (counts or values % packed_format.block_length == 0)
+        and list(map(len, params.sides)) == counts
+    ):
         count = data.numel() // packed_format.block_bytes * packed_format.block_length
         raise FormatError(
             f"{data.numel()} bytes of {packed_format.__name__} hold {count} values, not a weight of"
             f" shape {shape}."
         )
-    return PackedTensor(data, layout_name(packed_format), PackedParams(scale, dtype, shape))
+    return PackedTensor(data, layout_name(packed_format), params)
 
 
 def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -138,9 +141,8 @@ def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:
-    """Returns the bytes of a packed tensor and, where the format keeps them apart, its scales."""
-    scale = tensor._params.scale
-    return [tensor._qdata] if scale is None else [tensor._qdata, scale]
+    """Returns the bytes of a packed tensor and the tensors beside them."""
+    return [tensor._qdata, *tensor._params.sides]
 
 
 def is_packed(tensor) -> TypeGuard[PackedTensor]:
@@ -151,9 +153,9 @@ def is_packed(tensor) -> TypeGuard[PackedTensor]:
 def select_packed(tensor: PackedTensor, index: int) -> PackedTensor:
     """Returns `tensor[index]`, which shares the bytes and must be whole blocks."""
     packed_format, shape = tensor.layout_cls.format, tensor.shape[1:]
-    data, *scale = packed_format.rows(packed_tensors(tensor), shape.numel(),
+    data, *sides = packed_format.rows(packed_tensors(tensor), shape.numel(),
                                       slice(index, index + 1))
-    return packed_tensor(packed_format, data, shape, tensor.dtype, *scale)
+    return packed_tensor(packed_format, data, shape, tensor.dtype, *sides)
 
 
 class PickledWeight:
@@ -188,9 +190,9 @@ def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @stable_pickle_name
 def packed_weight(format_name: str, shape: Iterable[int], dtype: torch.dtype, data: torch.Tensor,
-                  *scale: torch.Tensor) -> torch.nn.Parameter:
+                  *sides: torch.Tensor) -> torch.nn.Parameter:
     """Returns a packed weight from a pickle; see `packed_tensor`."""
-    tensor = packed_tensor(format_named(format_name), data, shape, dtype, *scale)
+    tensor = packed_tensor(format_named(format_name), data, shape, dtype, *sides)
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 

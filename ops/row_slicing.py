@@ -39,8 +39,27 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     if not rows_are_whole_blocks(tensor):
         return dense(tensor)[index]
     packed_format = tensor.layout_cls.format
-    data, *scale = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
-    return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *scale)
+    data, *sides = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
+    return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *sides)
+
+
+def without_padding(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Returns a weight without the rows and columns that its format's files are filled up with.
+
+    Padded columns make it dense: they are rare, and in small layers.
+
+    Args:
+        tensor: (N, K), packed or not.
+        shape: of the layer's weight. A tensor whose format does not pad to its own shape is
+            returned as it is.
+    """
+    if not is_packed(tensor) or tensor.shape == shape or len(shape) != 2:
+        return tensor
+    padding = tensor.layout_cls.format.padding
+    if any(size != -(-needed // padding) * padding for size, needed in zip(tensor.shape, shape)):
+        return tensor
+    rows = take_rows(tensor, slice(0, shape[0]))
+    return rows if rows.shape == shape else dense(rows)[:, :shape[1]].contiguous()
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
@@ -58,9 +77,9 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     if packed_format is None:
         return torch.cat([dense(part) for part in parts])
     columns = parts[0].shape[1:].numel()
-    data, *scale = (torch.cat(piece) for piece in zip(*(_rows(part, columns) for part in parts)))
+    data, *sides = (torch.cat(piece) for piece in zip(*(_rows(part, columns) for part in parts)))
     return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]),
-                         parts[0].dtype, *scale)
+                         parts[0].dtype, *sides)
 
 
 def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
@@ -79,10 +98,10 @@ def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack([dense(part) for part in parts], -2).reshape(shape)
     count = parts[0].shape[:-1].numel()
     pieces = zip(*(_rows(part, columns) for part in parts))
-    data, *scale = (torch.stack([piece.view(count, -1) for piece in same], 1).flatten(0, 1)
+    data, *sides = (torch.stack([piece.view(count, -1) for piece in same], 1).flatten(0, 1)
                     for same in pieces)
     return packed_tensor(packed_format, data, shape, parts[0].dtype,
-                         *(part.flatten() for part in scale))
+                         *(part.flatten() for part in sides))
 
 
 def _rows(tensor: Tensor, columns: int) -> list[Tensor]:

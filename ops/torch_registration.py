@@ -125,7 +125,7 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
         whole: whether the tensors must end with the block of the last value.
     """
     packed_format = _format(format)
-    expected = 2 if packed_format.scales_apart else 1
+    expected = 1 + len(packed_format.sides)
     _check(len(packed) == expected,
            lambda: f"A weight in {format} has {expected} tensors, not {len(packed)}.")
     data = packed[0]
@@ -135,12 +135,13 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
     count = data.numel() * length // size
     fits = data.numel() == -(-values * size // length) if whole else count >= values
     _check(fits, lambda: f"{data.numel()} bytes of {format} hold {count} values, not {what}.")
-    if packed_format.scales_apart:
-        scales, blocks = packed[1], -(-values // length)
-        _check(scales.dtype == torch.float32,
+    blocks = -(-values // length)
+    for scales, side in zip(packed[1:], packed_format.sides):
+        _check(scales.dtype == side.dtype,
                lambda: f"The scales of a weight in {format} are {_describe(scales)}; expected"
-                       " float32.")
-        _check(len(scales) == blocks if whole else len(scales) >= blocks,
+                       f" {str(side.dtype).removeprefix('torch.')}.")
+        needed = blocks * side.count
+        _check(len(scales) == needed if whole else len(scales) >= needed,
                lambda: f"{len(scales)} scales of {format} were given for {what}, which has"
                        f" {blocks} blocks.")
     return packed_format

@@ -69,7 +69,7 @@ def held(packed_format: type[Format], values: int) -> list[torch.Tensor]:
     """What a weight of so many values holds, without memory."""
     blocks = values // packed_format.block_length
     packed = torch.empty(blocks * packed_format.block_bytes, dtype=torch.uint8, device=META)
-    return [packed, torch.empty(blocks, device=META)] if packed_format.scales_apart else [packed]
+    return [packed, torch.empty(blocks, device=META)] if packed_format.sides else [packed]
 
 
 def of_dequantizing(packed_format: type[Format], dtype: torch.dtype = torch.bfloat16,

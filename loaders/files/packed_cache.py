@@ -91,7 +91,7 @@ def _last_use(entry: Path) -> Path:
 
 def _packed(file: SafetensorsFile, name: str, type_name: str,
             shape: tuple[int, ...]) -> torch.Tensor:
-    scale = file.tensor(f"{name}.scale") if FORMATS[type_name].scales_apart else None
+    scale = file.tensor(f"{name}.scale") if FORMATS[type_name].sides else None
     return packed_tensor(FORMATS[type_name], file.tensor(name), shape, scale=scale)
 
 
@@ -169,7 +169,7 @@ def _all_parts(types: PackedTypes) -> dict[str, tuple[tuple[int, ...], str]]:
     for name, (type_name, shape) in types.items():
         packed, values = FORMATS[type_name], math.prod(shape)
         parts[name] = (-(-values * packed.block_bytes // packed.block_length),), "U8"
-        if packed.scales_apart:
+        if packed.sides:
             parts[f"{name}.scale"] = (-(-values // packed.block_length),), "F32"
     return parts
 

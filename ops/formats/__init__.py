@@ -3,6 +3,7 @@ from . import (  # noqa: F401  each registers what it defines
     bnb_4bit,
     bnb_int8,
     column_groups,
+    comfy,
     iq1,
     iq2,
     iq3,

@@ -2,7 +2,8 @@
 import re
 
 from ..format import FORMATS, Format
-from . import bnb_4bit, bnb_int8, column_groups
+from . import bnb_4bit, column_groups
+from ._rows import FAMILIES
 
 
 def format_named(name: str) -> type[Format]:
@@ -16,10 +17,11 @@ def format_named(name: str) -> type[Format]:
     if match := re.fullmatch(r"(\w+)_(\d+)_(\d+)x(\d+)", name):
         columns, outer, inner = map(int, match.groups()[1:])
         return column_groups.ColumnGroups.of(FORMATS[match[1]], columns, outer, inner)
-    if match := re.fullmatch(r"(\w+)_(\d+)", name):
-        base, length = FORMATS.get(match[1]), int(match[2])
-        if match[1] == "INT8":
-            return bnb_int8.INT8.of_columns(length)
-        if base is not None and issubclass(base, bnb_4bit.Codebook4Bit):
-            return base.of_block_length(length)
+    if match := re.fullmatch(r"(\w+?)_(\d+)(?:_(\d+))?", name):
+        family, *numbers = match.groups()
+        base, lengths = FORMATS.get(family), [int(number) for number in numbers if number]
+        if family in FAMILIES:
+            return FAMILIES[family].of_columns(*lengths)
+        if base is not None and issubclass(base, bnb_4bit.Codebook4Bit) and len(lengths) == 1:
+            return base.of_block_length(*lengths)
     raise KeyError(name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..bits import select
-from ..format import FORMATS, Fit, Format, Grid, Terms
+from ..format import FORMATS, Fit, Format, Grid, Side, Terms
 
 
 class Codebook4Bit(Format):
@@ -23,7 +23,7 @@ class Codebook4Bit(Format):
     | absmax | float32 (blocks,)         | scale of each block of `block_length` values |
     """
 
-    scales_apart = True
+    sides = (Side(torch.float32),)
     grid: Grid
     codebook: tuple[float, ...]
 
@@ -50,14 +50,6 @@ class Codebook4Bit(Format):
         codes, absmax = tensors
         code_slice = slice(first * cls.block_bytes, last * cls.block_bytes)
         return codes.view(-1)[code_slice], absmax[first:last]
-
-    @classmethod
-    def rows(cls, tensors, columns, index):
-        codes, absmax = tensors
-        return [
-            codes.view(-1, columns // 2)[index],
-            absmax.view(-1, columns // cls.block_length)[index].reshape(-1)
-        ]
 
     @classmethod
     def terms(cls, codes: torch.Tensor, absmax: torch.Tensor) -> Terms:

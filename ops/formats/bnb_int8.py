@@ -1,44 +1,22 @@
-"""bitsandbytes' int8 format as in its files (LLM.int8, https://arxiv.org/abs/2208.07339).
+"""Int8 with one scale a row: bitsandbytes' (LLM.int8, https://arxiv.org/abs/2208.07339), ComfyUI's.
 
-Source: bitsandbytes 0.50 `nn/modules.py` (`SCB`), `backends/default/ops.py`
-(`int8_vectorwise_quant`).
+Sources: bitsandbytes 0.50 `nn/modules.py` (`SCB`), `backends/default/ops.py`
+(`int8_vectorwise_quant`); comfy-kitchen 0.2.26 `tensor/int8.py`.
 """
-from typing import Any
-
 import torch
 
-from ..format import FORMATS, Format, Terms
+from ..format import Terms
+from ._rows import RowFormat
 
 
-class INT8(Format):
-    """value = code * scale, one scale a row: a block is a row.
+class INT8(RowFormat):
+    """value = code * scale
 
-    | tensor | dtype, shape      | meaning                                       |
-    |--------|-------------------|-----------------------------------------------|
-    | packed | uint8 (rows * K,) | the bytes of int8 codes                       |
-    | scale  | float32 (rows,)   | largest magnitude of the row (`SCB`) over 127 |
+    | tensor | dtype, shape      | meaning                                                        |
+    |--------|-------------------|----------------------------------------------------------------|
+    | packed | uint8 (rows * K,) | the bytes of int8 codes                                        |
+    | scale  | float32 (rows,)   | of bitsandbytes: largest magnitude of the row (`SCB`) over 127 |
     """
-
-    scales_apart = True
-
-    @classmethod
-    def of_columns(cls, columns: int) -> type["INT8"]:
-        """Returns the format of weights of shape (N, columns)."""
-        name = f"INT8_{columns}"
-        sizes = {"block_length": columns, "block_bytes": columns}
-        packed_format: Any = FORMATS.get(name) or type(name, (INT8,), sizes)
-        return packed_format
-
-    @classmethod
-    def blocks(cls, tensors, first, last):
-        return tensors[0].view(-1, cls.block_bytes)[first:last], tensors[1][first:last]
-
-    @classmethod
-    def rows(cls, tensors, columns, index):
-        return [
-            tensors[0].view(-1, columns)[index],
-            tensors[1].view(-1, columns // cls.block_length)[index].view(-1)
-        ]
 
     @classmethod
     def terms(cls, codes: torch.Tensor, scale: torch.Tensor) -> Terms:

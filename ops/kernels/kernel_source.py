@@ -37,7 +37,7 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
                            if base.__name__ in FORMAT_NAMES),
             "BLOCK_LENGTH": packed_format.block_length,
             "BLOCK_BYTES": packed_format.block_bytes,
-            "SCALES_APART": int(packed_format.scales_apart),
+            "SCALES_APART": int(bool(packed_format.sides)),
         }
     codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
     if codebook:
@@ -77,7 +77,7 @@ def block_addresses(packed_format: type[Format], tensors: list[torch.Tensor],
     """Returns the address of block `first` and that of its scale, None where blocks hold their
     scales."""
     scales = None
-    if packed_format.scales_apart:
+    if packed_format.sides:
         scales = tensors[1].data_ptr() + first * tensors[1].itemsize
     return tensors[0].data_ptr() + first * packed_format.block_bytes, scales
 

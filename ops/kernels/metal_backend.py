@@ -32,7 +32,7 @@ def dequantize(packed_format, tensors, out, value_dtype, first):
         packed_format.dequantize_into(tensors, out, value_dtype, first)
         return
     packed = tensors[0].view(-1)[first * packed_format.block_bytes:]
-    scales = tensors[1][first:] if packed_format.scales_apart else packed
+    scales = tensors[1][first:] if packed_format.sides else packed
     _shader(packed_format, out.dtype, value_dtype)(out, packed, scales, threads=chunks,
                                                    group_size=GROUP)
 

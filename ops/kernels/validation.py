@@ -404,7 +404,7 @@ def random_tensors(packed_format: type[Format], blocks: int, device: torch.devic
         bounded: Whether all values are finite and at most `MAX_ABS`.
     """
     generator = torch.Generator().manual_seed(blocks)
-    if packed_format.scales_apart:
+    if packed_format.sides:
         data = torch.randint(0, 256, (blocks * packed_format.block_bytes,), generator=generator,
                              dtype=torch.uint8)
         scales = torch.rand(blocks, generator=generator, dtype=torch.float32)

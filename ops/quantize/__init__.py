@@ -72,7 +72,7 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format],
         raise FormatError(f"{packed_format.__name__} cannot be packed{by_reference}.")
     grid = None if reference else packed_format.grid  # None: plain arithmetic
     length = packed_format.block_length
-    if not packed_format.scales_apart:
+    if not packed_format.sides:
         packed_format.packed_shape(tuple(weight.shape))  # raises if blocks do not divide the rows
     quick = grid is not None and importance is None and len(grid.levels) > FINE_LEVELS
     most_levels = COARSE_LEVELS if importance is None else COARSEST_LEVELS
@@ -90,7 +90,7 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format],
         raise FormatError(f"A weight of shape {tuple(weight.shape)} has no values to pack.")
     nbytes, blocks = _output_sizes(packed_format, len(flat))
     outputs = [torch.empty(nbytes, dtype=torch.uint8, device=weight.device)]
-    if packed_format.scales_apart:
+    if packed_format.sides:
         outputs.append(torch.empty(blocks, dtype=torch.float32, device=weight.device))
     slice_values = CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES
     step = max(1, slice_values // length) * length

@@ -76,7 +76,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
                        device=weight.device)
     scale = (
         torch.empty(rows, blocks, dtype=torch.float32, device=weight.device)
-        if packed_format.scales_apart
+        if packed_format.sides
         else None
     )
     for index, span in enumerate(moments.spans()):

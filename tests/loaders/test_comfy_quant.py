@@ -101,23 +101,23 @@ def test_a_format_of_a_newer_host_says_which_reads_it(loader, tmp_path):
 
 
 def test_a_format_named_in_the_metadata_is_found_too(tmp_path):
-    layers = {LAYER: {"format": "int8_blockwise"}, "gone": {"format": "x"}}
+    layers = {LAYER: {"format": "int8_columnwise"}, "gone": {"format": "x"}}
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
     parts = {"weight": torch.zeros(256, 1280, dtype=torch.int8), "weight_scale": torch.ones(2, 10)}
     path = write_flux(tmp_path / "model.safetensors", parts, metadata=metadata)
-    assert "'int8_blockwise'" in error_of(load_diffusion_model, path)
+    assert "'int8_columnwise'" in error_of(load_diffusion_model, path)
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"convrot": True, "per_row": True}, "its comfy_quant names no format"),
+        ({"convrot": True, "rows": True}, "its comfy_quant names no format"),
         ({"format": None}, "its comfy_quant names no format"),
         ([1], "its comfy_quant is not a JSON object"),
         ({"format": "a" * 5000}, "'aaa"),
         (
             {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "many"},
-            "int8_tensorwise: invalid literal",
+            "int8_tensorwise: columns are rotated in groups of 0 of 1280",
         ),
     ],
 )

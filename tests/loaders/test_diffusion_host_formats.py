@@ -1,4 +1,4 @@
-"""Model files with layers in the host's own quantised formats beside NF4."""
+"""Model files with layers in the host's own quantised formats beside NF4, computed by the host."""
 import contextlib
 import functools
 
@@ -20,6 +20,7 @@ from patched_models import (
 )
 
 from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.host_formats import AS_COMFYUI
 from featherweight.ops.packed_layout import QuantizedTensor, is_packed
 from featherweight.ops.patcher import PackedPatcher
 
@@ -42,7 +43,7 @@ def mixed_models(format_name: str, folder) -> tuple:
     values, for_host = write_mixed(path, tiny_flux(), format_name)
     dense = {name: value.clone() for name, value in values.items()}
     host, dense = map(comfy.sd.load_diffusion_model_state_dict, (for_host, dense))
-    return load_diffusion_model(path), host, dense, values
+    return load_diffusion_model(path, host_formats=AS_COMFYUI), host, dense, values
 
 
 def codes(patcher) -> dict[str, torch.Tensor]:

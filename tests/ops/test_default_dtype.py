@@ -59,7 +59,7 @@ def assert_same(under, work):
 def weight_of(fmt):
     tensors = random_tensors(fmt, ROWS * COLUMNS // fmt.block_length, CPU, bounded=True)
     return packed_tensor(fmt, tensors[0], (ROWS, COLUMNS),
-                         scale=tensors[1] if fmt.scales_apart else None)
+                         scale=tensors[1] if fmt.sides else None)
 
 
 def input_of(dtype):

@@ -1,0 +1,253 @@
+"""ComfyUI's own quantised formats as packed weights, against comfy-kitchen, which writes them."""
+import json
+
+import pytest
+import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from safetensors.torch import save_file
+
+from featherweight.loaders.comfy_quant import as_tensors
+from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.comfy_formats import READERS, PartError, pack_parts
+from featherweight.ops import product
+from featherweight.ops.formats._names import format_named
+from featherweight.ops.operations import packed_operations
+from featherweight.ops.packed_layout import is_packed, packed_tensors
+from featherweight.ops.row_slicing import dense, join_rows, take_rows
+
+ROWS, COLUMNS = 160, 512
+FP8 = {"scale": "recalculate"}
+# name -> (format, settings, how the kitchen writes it)
+WRITTEN = {
+    "fp8 E4M3": ("float8_e4m3fn", {}, FP8),
+    "fp8 E5M2": ("float8_e5m2", {}, FP8),
+    "mxfp8": ("mxfp8", {}, {}),
+    "nvfp4": ("nvfp4", {}, {}),
+    "int8 of a tensor": ("int8_tensorwise", {}, {}),
+    "int8 of rows": ("int8_tensorwise", {}, {"per_channel": True}),
+    "int8, rotated": ("int8_tensorwise", {"convrot": True}, {"per_channel": True, "convrot": True}),
+    "int8, rotated by 64": (
+        "int8_tensorwise", {"params": {"convrot": True, "convrot_groupsize": 64}},
+        {"per_channel": True, "convrot": True, "convrot_groupsize": 64}),
+    "int4, rotated": ("convrot_w4a4", {}, {}),
+}
+ROTATED = ("int8, rotated", "int8, rotated by 64", "int4, rotated")
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def written(name, weight):
+    """The settings, the parts that a file holds, and the kitchen's own values in float32."""
+    format_name, settings, options = WRITTEN[name]
+    if format_name not in QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI has no format {format_name}")
+    layout = QUANT_ALGOS[format_name]["comfy_tensor_layout"]
+    quantised = QuantizedTensor.from_float(weight, layout, **options)
+    return ({"format": format_name} | settings, quantised.state_dict("weight"),
+            quantised.dequantize())
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_values_are_those_of_the_writer(name, weight):
+    settings, parts, expected = written(name, weight)
+    packed = pack_parts(settings, parts)
+    values = product.dequantize(packed, torch.float32)
+    if name in ROTATED:  # the kitchen rounds each product of its sum, this pack the sum alone
+        assert (values - expected).abs().max() < 1e-6 * expected.abs().max()
+    else:
+        assert torch.equal(values, expected)
+    half = product.dequantize(packed, torch.bfloat16)
+    assert torch.equal(half, values.bfloat16())
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_a_rotated_value_is_rounded_once(name, weight):
+    settings, parts, _ = written(name, weight)
+    packed = pack_parts(settings, parts)
+    codes = parts["weight"].view(torch.int8)
+    if name == "int4, rotated":
+        codes = torch.stack([codes << 4 >> 4, codes >> 4], -1).view(ROWS, COLUMNS)
+    group = 64 if "64" in name else 256
+    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]],
+                      dtype=torch.float64) / 2
+    rotation = torch.ones(1, 1, dtype=torch.float64)
+    while len(rotation) < group:
+        rotation = torch.kron(rotation, h4)
+    exact = (codes.double().view(-1, group) @ rotation).view(ROWS, COLUMNS)
+    exact *= parts["weight_scale"].double().view(-1, 1)
+    assert torch.equal(product.dequantize(packed, torch.float32), exact.float())
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_files_bytes_stay_packed(name, weight):
+    settings, parts, _ = written(name, weight)
+    packed = pack_parts(settings, parts)
+    assert packed._qdata.data_ptr() == parts["weight"].data_ptr()
+    held, stored = packed.nbytes, sum(part.nbytes for part in parts.values())
+    assert held < 1.05 * stored
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_rows_are_taken_and_joined_as_bytes(name, weight):
+    settings, parts, _ = written(name, weight)
+    packed = pack_parts(settings, parts)
+    values = packed.dequantize()
+    part = take_rows(packed, slice(5, 20))
+    assert is_packed(part) and torch.equal(part.dequantize(), values[5:20])
+    joined = join_rows([take_rows(packed, slice(20, 30)), part])
+    assert is_packed(joined)
+    assert torch.equal(joined.dequantize(), torch.cat([values[20:30], values[5:20]]))
+    ids = torch.tensor([[3, 100], [7, 3]])
+    assert torch.equal(product.embedding(ids, packed, torch.float32), values[ids])
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_product_is_that_of_the_values(name, tokens, weight):
+    settings, parts, _ = written(name, weight)
+    packed = pack_parts(settings, parts)
+    input = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(1))
+    expected = input.double() @ packed.dequantize().double().T
+    out = product.linear(input, packed)
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_another_process_finds_the_format_by_its_name(name, weight):
+    settings, parts, _ = written(name, weight)
+    packed_format = pack_parts(settings, parts).layout_cls.format
+    assert format_named(packed_format.__name__) is packed_format
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("shape", [(150, 512), (150, 500), (160, 500)])
+def test_a_layer_takes_a_weight_without_its_padding(name, shape, weight):
+    settings, parts, expected = written(name, weight[:shape[0], :shape[1]])
+    packed = pack_parts(settings, parts)
+    assert packed.shape != shape == expected.shape
+    layer = packed_operations().Linear(shape[1], shape[0], bias=False, dtype=torch.float32)
+    layer.load_state_dict({"weight": packed})
+    assert layer.weight.shape == shape
+    assert is_packed(layer.weight) == (shape[1] == COLUMNS)
+    assert torch.equal(dense(layer.weight), expected)
+    input = torch.randn(3, shape[1])
+    torch.testing.assert_close(layer(input), input @ expected.T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="the model expects"):
+        packed_operations().Linear(shape[1], 90, bias=False, dtype=torch.float32).load_state_dict(
+            {"weight": packed})
+
+
+def float8(weight):
+    return weight.clamp(-1, 1).mul(400).to(torch.float8_e4m3fn)
+
+
+def test_scales_of_rows_and_of_blocks(weight):
+    codes, rows = float8(weight), torch.rand(ROWS) + 0.5
+    expected = codes.float() * rows[:, None]
+    for shape in ((ROWS,), (ROWS, 1)):
+        parts = {"weight": codes, "weight_scale": rows.view(shape)}
+        for name in ("float8_e4m3fn_rowwise", "float8_e4m3fn"):
+            assert torch.equal(pack_parts({"format": name}, parts).dequantize(), expected)
+    blocks = torch.rand(ROWS // 16, COLUMNS // 64) + 0.5
+    expected = codes.float() * blocks.repeat_interleave(16, 0).repeat_interleave(64, 1)
+    parts = {"weight": codes, "weight_scale": blocks}
+    packed = pack_parts({"format": "float8_e4m3fn_blockwise"}, parts)
+    assert torch.equal(packed.dequantize(), expected)
+    columns = torch.rand(ROWS, COLUMNS // 64, 1) + 0.5
+    parts = {"weight": codes, "weight_scale": columns}
+    packed = pack_parts({"format": "float8_e4m3fn_block3d"}, parts)
+    assert torch.equal(packed.dequantize(),
+                       codes.float() * columns.squeeze(2).repeat_interleave(64, 1))
+    codes = (weight * 1000).round().clamp(-127, 127).to(torch.int8)
+    parts = {"weight": codes, "weight_scale": blocks[:, ::2]}
+    packed = pack_parts({"format": "int8_blockwise"}, parts)
+    assert torch.equal(packed.dequantize(), codes.float() * blocks[:, ::2].repeat_interleave(
+        16, 0).repeat_interleave(128, 1))
+
+
+def test_scales_of_a_square_weight_belong_to_its_rows():
+    """ComfyUI takes a scale of (N,) for one of the columns."""
+    codes = torch.randint(-127, 128, (32, 32), dtype=torch.int8)
+    scale = torch.rand(32)
+    packed = pack_parts({"format": "int8_tensorwise"}, {"weight": codes, "weight_scale": scale})
+    assert torch.equal(packed.dequantize(), codes.float() * scale[:, None])
+
+
+def test_the_marker_of_int8_fast_names_no_format(weight):
+    settings, parts, expected = written("int8, rotated", weight)
+    del settings["format"]
+    packed = pack_parts(settings | {"per_row": True, "convrot_groupsize": 256}, parts)
+    assert (packed.dequantize() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_every_byte_of_fp8_has_its_value():
+    for name, dtype in (("float8_e4m3fn", torch.float8_e4m3fn), ("float8_e5m2", torch.float8_e5m2)):
+        codes = torch.arange(256).to(torch.uint8).view(1, 256).view(dtype)
+        parts = {"weight": codes, "weight_scale": torch.tensor(0.75)}
+        packed = pack_parts({"format": name}, parts)
+        torch.testing.assert_close(packed.dequantize(), codes.float() * 0.75, rtol=0, atol=0,
+                                   equal_nan=True)
+
+
+def test_a_device_without_fp8_and_int8_products_computes_all_formats(weight, monkeypatch):
+    packed = {name: pack_parts(*written(name, weight)[:2]) for name in WRITTEN}
+    expected = {name: product.dequantize(one, torch.float32) for name, one in packed.items()}
+    for one in packed.values():  # as on a device that was not used before
+        one.layout_cls.format._constants.clear()
+        assert all(tensor.dtype in (torch.uint8, torch.float32) for tensor in packed_tensors(one))
+
+    def refused(*args, **kwargs):
+        raise NotImplementedError("this device has no such product")
+
+    monkeypatch.setattr(torch, "_int_mm", refused)
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    for name, one in packed.items():
+        assert torch.equal(product.dequantize(one, torch.float32), expected[name])
+
+
+@pytest.mark.parametrize(("settings", "changes", "reason"), [
+    ({"format": "float8_e4m3fn"}, {"weight_scale": None}, "weight_scale is missing"),
+    ({"format": "float8_e4m3fn"}, {"weight_scale": torch.ones(7)}, r"float32 \(7,\)"),
+    ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 100}, {}, "groups of 100"),
+    ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "x"}, {}, "groups of 0"),
+    ({"format": "nvfp4"}, {"weight_scale": torch.ones(7)}, r"float32 \(7,\)"),
+    ({"format": "mxfp8"}, {"weight_scale": None}, "weight_scale is missing"),
+    ({"format": "float8_e4m3fn_blockwise"}, {"weight_scale": torch.ones(3, 3)}, r"\(3, 3\)"),
+    ({"format": "int8_tensorwise"}, {"weight": torch.zeros(4, 4)}, r"codes are float32 \(4, 4\)"),
+])
+def test_parts_that_do_not_belong_together_are_a_sentence(settings, changes, reason):
+    parts = {"weight": torch.zeros(64, 64, dtype=torch.int8), "weight_scale": torch.ones(64)}
+    parts = {name: part for name, part in (parts | changes).items() if part is not None}
+    with pytest.raises(PartError, match=reason):
+        pack_parts(settings, parts)
+
+
+def test_a_part_that_would_be_left_out_is_left_to_the_host():
+    parts = {"weight": torch.zeros(64, 64, dtype=torch.int8), "weight_scale": torch.ones(64)}
+    assert pack_parts({"format": "int8_tensorwise"}, parts | {"weight_correction": parts["weight"]}
+                      ) is None
+    assert pack_parts({"format": "another"}, parts) is None
+
+
+def test_every_format_of_the_host_is_read():
+    assert not set(QUANT_ALGOS) - set(READERS) - {"asym_w4a8_int8"}
+
+
+def test_a_file_of_all_formats_becomes_packed_tensors(weight, tmp_path):
+    tensors, expected = {}, {}
+    for number, name in enumerate(WRITTEN):
+        settings, parts, expected[f"{number}.weight"] = written(name, weight)
+        tensors |= {f"{number}.{part}": value for part, value in parts.items()}
+        tensors[f"{number}.comfy_quant"] = torch.tensor(list(json.dumps(settings).encode()),
+                                                        dtype=torch.uint8)
+        tensors[f"{number}.input_scale"] = torch.tensor(2.0)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    file = open_weights(str(path))
+    found = as_tensors(file, file.state_dict())
+    assert set(found) == set(expected) and all(map(is_packed, found.values()))
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name].dequantize(), values, rtol=1e-5, atol=1e-7)

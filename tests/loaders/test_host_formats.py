@@ -1,0 +1,129 @@
+"""Whole models in ComfyUI's own quantised formats, computed by this pack."""
+import functools
+
+import comfy.sd
+import pytest
+import torch
+from host_formats import in_host_format
+from patched_models import (
+    LIMIT,
+    error_by_effect,
+    lora_for,
+    patched,
+    relative,
+    run,
+    tiny_flux,
+)
+from safetensors.torch import save_file
+
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.comfy_formats import READERS
+from featherweight.loaders.host_formats import (
+    AS_COMFYUI,
+    AUTOMATIC,
+    EXACT,
+    host_multiplies,
+    packed_formats,
+)
+from featherweight.ops.packed_layout import is_packed
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+CPU = torch.device("cpu")
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4")
+
+
+@functools.cache
+def written(format_name: str, folder) -> tuple[str, dict]:
+    """A Flux with its blocks in a format, and the dense values of all weights."""
+    stored, values = {}, {}
+    for name, tensor in tiny_flux().items():
+        parts, values[name] = {name: tensor}, tensor
+        if tensor.ndim == 2 and "_blocks." in name:
+            parts, values[name] = in_host_format(name, tensor, format_name)
+        stored |= parts
+    path = str(folder / f"{format_name}.safetensors")
+    save_file({name: value.contiguous() for name, value in stored.items()}, path)
+    return path, values
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield tmp_path_factory.mktemp("host_formats")
+    written.cache_clear()
+
+
+def dense_of(values):
+    return comfy.sd.load_diffusion_model_state_dict(
+        {name: value.clone() for name, value in values.items()})
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_model_draws_what_its_dense_values_draw(format_name, folder):
+    path, values = written(format_name, folder)
+    model = load_diffusion_model(path)
+    weights = dict(model.model.diffusion_model.named_parameters())
+    blocks = [name for name in values if "_blocks." in name and values[name].ndim == 2]
+    assert blocks and all(is_packed(weights[name]) for name in blocks)
+    assert relative(run(model), run(dense_of(values))) < 1e-5
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("kind", ["lora", "dora", "diff"])
+def test_patches_are_exact(kind, format_name, folder):
+    path, values = written(format_name, folder)
+    ours, dense = load_diffusion_model(path), dense_of(values)
+    before = {name: one._qdata.clone() for name, one in packed_weights(ours).items()}
+    first, second = lora_for(values, seed=1), lora_for(values, kind, seed=2)
+    for strength in (0.8, 0.3):  # a change of strength changes no weight
+        loras = (first, 1.0), (second, strength)
+        expected = run(patched(dense, *loras))
+        assert error_by_effect(run(patched(ours, *loras)), expected, run(dense)) < LIMIT
+    assert all(torch.equal(packed_weights(ours)[name]._qdata, before[name]) for name in before)
+
+
+def packed_weights(patcher) -> dict:
+    return {name: weight for name, weight in patcher.model.diffusion_model.named_parameters()
+            if is_packed(weight)}
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_the_user_leaves_them_to_comfyui(format_name, folder):
+    path, values = written(format_name, folder)
+    host = comfy.sd.load_diffusion_model(path)
+    ours = load_diffusion_model(path, host_formats=AS_COMFYUI)
+    assert not packed_weights(ours) and torch.equal(run(ours), run(host))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_recipe_loads_them_again_as_chosen(format_name, folder):
+    path, values = written(format_name, folder)
+    for choice in (EXACT, AUTOMATIC):
+        patcher = load_diffusion_model(path, host_formats=choice)
+        load, arguments = patcher.cached_patcher_init[:2]
+        assert packed_weights(load(*arguments)).keys() == packed_weights(patcher).keys() != set()
+
+
+def test_the_choice_is_the_users_and_automatic_follows_the_device(monkeypatch):
+    assert packed_formats(AS_COMFYUI, CPU) == frozenset()
+    assert packed_formats(EXACT, torch.device("cuda:0")) == set(READERS)
+    for device in ("cpu", "mps", "xpu"):
+        assert packed_formats(AUTOMATIC, torch.device(device)) == set(READERS)
+    capability = {"value": (8, 6)}
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["value"])
+    nvidia = torch.device("cuda:0")
+
+    def by_the_host():
+        return {name for name in FORMATS if host_multiplies(name, nvidia)}
+
+    assert by_the_host() == {"int8_tensorwise", "convrot_w4a4"}
+    capability["value"] = (8, 9)
+    assert by_the_host() == {"int8_tensorwise", "convrot_w4a4", "float8_e4m3fn", "float8_e5m2"}
+    capability["value"] = (12, 0)
+    assert by_the_host() == set(FORMATS)
+    capability["value"] = (7, 5)
+    assert by_the_host() == set()
+    capability["value"] = (12, 0)
+    monkeypatch.setattr(torch.version, "cuda", None)  # AMD's
+    assert by_the_host() == set()
