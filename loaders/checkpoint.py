@@ -107,7 +107,8 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
     needs_recipe = use_own_reader or bool(devices)
     options = {
         "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
-        "pack_to": pack_to, "host_formats": host_formats, **devices
+        "pack_to": pack_to, **devices,
+        **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
     }
     if model is not None and (needs_recipe or disable_dynamic):
         Recipe(MODEL, (str(path),), {**options, "compute": compute}).attach(model)

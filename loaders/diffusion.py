@@ -59,7 +59,8 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
             "value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute,
             "disable_dynamic": disable_dynamic, "pack_to": pack_to,
             **({"model_options": model_options} if model_options else {}),
-            **({"extra": extra} if extra else {}), "host_formats": host_formats
+            **({"extra": extra} if extra else {}),
+            **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
         })
     device = model_options.get("load_device", comfy.model_management.get_torch_device())
     formats = packed_formats(host_formats, device)

@@ -5,7 +5,8 @@ import os
 import torch
 
 from ..ops import kernels
-from ..ops.packed_layout import is_packed
+from ..ops.format import FORMATS
+from ..ops.packed_layout import QuantizedTensor, is_packed
 from .files.bitsandbytes import formats_in
 from .files.container import WeightFile
 from .files.safetensors import SafetensorsFile
@@ -26,7 +27,7 @@ def memory_summary(patcher) -> str:
     """
     sizes = collections.Counter()
     for tensor in patcher.model.parameters():
-        sizes[format_name(tensor)] += tensor.nbytes
+        sizes[title_of(format_name(tensor))] += tensor.nbytes
     smallest = MIN_SHOWN_SHARE * sizes.total()
     names = [name for name, size in sizes.most_common() if size >= smallest]
     pack_stats = patcher.get_attachment(PACK_STATS_KEY)
@@ -54,6 +55,19 @@ def dequantize_backend_text(patcher) -> str | None:
            for tensor in patcher.model.parameters()):
         return f"dequantised by {kernels.used(patcher.load_device)}"
     return None
+
+
+def host_product_text(patcher) -> str | None:
+    """Returns "multiplied by ComfyUI" for a model with layers in its formats that it computes."""
+    if any(isinstance(tensor, QuantizedTensor) and not is_packed(tensor)
+           for tensor in patcher.model.parameters()):
+        return "multiplied by ComfyUI"
+    return None
+
+
+def title_of(name: str) -> str:
+    """Returns a format's name for people, the same for rows of all lengths."""
+    return getattr(FORMATS.get(name), "family", name)
 
 
 def format_name(tensor: torch.Tensor) -> str:

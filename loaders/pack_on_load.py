@@ -10,18 +10,20 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
 from ..ops.format import FORMATS, FormatError, TooLargeError
 from ..ops.packed_layout import QuantizedTensor, is_packed
+from ..ops.packed_tensor import PackedTensor
 from ..ops.quantize import pack_tensor
 from ..ops.quantize.relative_error import holds
 from .comfy_quant import SMOOTHING
 from .diffusers_keys import JoinedRows
 from .files import packed_cache
 from .files.container import PLAIN_DTYPES, FileChangeGuard, WeightFile, safe_repr
-from .model_summary import PACK_STATS_KEY, format_name
+from .model_summary import PACK_STATS_KEY, format_name, title_of
 from .packing.planning.packing_rules import half_type, rules_for
 from .packing.planning.plan import plan_for_type
 from .progress import Progress
@@ -113,7 +115,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     }
     types = _types_for(weights, type_name, prefix)
     to_pack = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
-               if types[name] not in PLAIN_DTYPES and not is_packed(tensor)}
+               if types[name] not in PLAIN_DTYPES and not _stays(tensor)}
     entry = packed_cache.entry_path(file, to_pack)
     cached = packed_cache.read(entry, to_pack)
     guard = _guard_of(state_dict)
@@ -124,7 +126,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
         for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
             guard()
             tensor = weights.pop(name)
-            if is_packed(tensor):
+            if _stays(tensor):
                 unchanged[format_name(tensor)] += tensor.numel()
                 continue
             smoothing = state_dict.pop(name.removesuffix(".weight") + SMOOTHING, None)
@@ -158,6 +160,11 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     return stats
 
 
+def _stays(tensor: torch.Tensor | JoinedRows) -> TypeGuard[PackedTensor]:
+    """Returns whether a weight stays packed as it is in the file."""
+    return is_packed(tensor) and not tensor.layout_cls.format.of_host
+
+
 def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,
                prefix: str) -> dict[str, str]:
     """Returns name -> type of each weight, by the plan for `type_name`."""
@@ -170,7 +177,7 @@ def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,
 
 
 def _source_format(tensor: torch.Tensor | JoinedRows) -> str:
-    return format_name(tensor.tensors[0] if isinstance(tensor, JoinedRows) else tensor)
+    return title_of(format_name(tensor.tensors[0] if isinstance(tensor, JoinedRows) else tensor))
 
 
 def _guard_of(state_dict: Mapping[str, torch.Tensor | JoinedRows]) -> FileChangeGuard:

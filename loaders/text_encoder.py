@@ -88,7 +88,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         TEXT_ENCODER, tuple(map(str, paths)), {
             "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
             "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic,
-            "pack_to": pack_to, "host_formats": host_formats
+            "pack_to": pack_to,
+            **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
         })
     model_options = dict(model_options or {})
     device = model_options.get("load_device", comfy.model_management.text_encoder_device())

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from comfy.model_patcher import ModelPatcher
 
 from ..loaders.compute_choice import compute_text
-from ..loaders.model_summary import dequantize_backend_text, memory_summary
+from ..loaders.model_summary import (
+    dequantize_backend_text,
+    host_product_text,
+    memory_summary,
+)
 from ..loaders.placement import placed_text, planned_text
 from ..ops.patcher.residency import MemoryReport
 from .host_server import log_lack, running_server
@@ -67,6 +71,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         summaries = (
             memory_summary(patcher),
             dequantize_backend_text(patcher),
+            host_product_text(patcher),
             compute_text(patcher),
         )
         summary = title + ", ".join(filter(None, summaries))

@@ -161,6 +161,7 @@ class Format:
     block_bytes: int
     ggml_type: int | None = None
     sides: tuple[Side, ...] = ()  # tensors with the scales, where the blocks do not hold them
+    of_host = False  # whether it is one of ComfyUI's own, from which weights are packed
     padding = 1  # files fill rows and columns up to multiples of it
     plain_dtype: torch.dtype | None = None  # for formats whose bytes are plain numbers
     grid: Grid | None = None  # for formats whose best blocks `ops.quantize` searches
@@ -183,6 +184,11 @@ class Format:
             GGML_FORMATS[ggml_type] = cls
         cls.ggml_type = ggml_type
         FORMATS[cls.__name__] = cls
+
+    @classmethod
+    def side_bytes(cls) -> int:
+        """Returns the bytes of a block's numbers in `sides`."""
+        return sum(side.dtype.itemsize * side.count for side in cls.sides)
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:

@@ -63,8 +63,8 @@ def always_one_thread():
     torch.set_num_threads(threads)
 
 
-# a GGUF; NF4 beside a format of the host's
-@pytest.fixture(scope="module", params=["Q4_K", "float8_e4m3fn"])
+# a GGUF; NF4 beside a format of the host's, computed by the host and by us
+@pytest.fixture(scope="module", params=["Q4_K", "float8_e4m3fn", "mxfp8 exact"])
 def model(request, always_one_thread):
     """(packed model, a function that puts two LoRAs on, what the packed model gives with them)"""
     values = flux_file(request.param)[1]

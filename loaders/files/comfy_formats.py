@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from ...ops.formats._rows import RowFormat
-from ...ops.formats.bnb_int8 import INT8
 from ...ops.formats.comfy import (
     F8_E4M3,
     F8_E5M2,
@@ -33,6 +32,7 @@ from ...ops.formats.comfy import (
     INT4_ROTATED,
     INT8_GROUPS,
     INT8_ROTATED,
+    INT8_ROWS,
     MXFP8,
 )
 from ...ops.packed_layout import packed_tensor
@@ -92,7 +92,7 @@ def _rows_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> Packed
 def _int8(settings: Mapping, parts: Parts) -> PackedTensor:
     if _setting(settings, "convrot", False):
         return _rotated(INT8_ROTATED, settings, parts)
-    return _rows_of(INT8, settings, parts)
+    return _rows_of(INT8_ROWS, settings, parts)
 
 
 def _rotated(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:

@@ -378,7 +378,7 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
     if type_name in PLAIN_DTYPES:
         return values * PLAIN_DTYPES[type_name].itemsize
     packed = FORMATS[type_name]
-    scales = 4 * -(-values // packed.block_length) if packed.sides else 0
+    scales = -(-values // packed.block_length) * packed.side_bytes()
     return -(-values * packed.block_bytes // packed.block_length) + scales
 
 

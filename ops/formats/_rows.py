@@ -14,10 +14,12 @@ class RowFormat(Format):
     Attributes:
         bits: of a code.
         group: columns that share a scale, or that are rotated together; 0: a whole row.
+        family: name of the class that is the same for rows of all lengths.
     """
 
     bits = 8
     group = 0
+    family: str
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -34,7 +36,9 @@ class RowFormat(Format):
         """
         name = f"{cls.__name__}_{columns}"
         block_bytes = columns * cls.bits // 8
-        attributes: dict[str, Any] = {"block_length": columns, "block_bytes": block_bytes}
+        attributes: dict[str, Any] = {
+            "block_length": columns, "block_bytes": block_bytes, "family": cls.__name__
+        }
         if group not in (None, cls.group):
             name += f"_{group}"
             attributes["group"] = group

@@ -11,9 +11,16 @@ import torch
 from ..bits import select
 from ..format import Side, Terms
 from ._rows import RowFormat
+from .bnb_int8 import INT8
 from .micro_fp4 import E2M1_DOUBLED
 
 H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+
+
+class INT8_ROWS(INT8):
+    """ComfyUI's int8_tensorwise."""
+
+    of_host = True
 
 
 class GroupScaled(RowFormat):
@@ -24,6 +31,8 @@ class GroupScaled(RowFormat):
     | packed | uint8 (rows * K,)               | codes   |
     | scale  | float32 (rows * groups a row,)  |         |
     """
+
+    of_host = True
 
     @classmethod
     def sides_of(cls, columns: int, group: int) -> tuple[Side, ...]:
@@ -114,6 +123,7 @@ class FP4_E2M1(RowFormat):
     | scale_2 | float32 (rows,)        | the file's only one for each of rows              |
     """
 
+    of_host = True
     bits = 4
     group = padding = 16
 
@@ -154,6 +164,7 @@ class Rotated(RowFormat):
     | scale  | float32 (rows,)            | of a row                     |
     """
 
+    of_host = True
     group = 256
 
     @classmethod

@@ -33,8 +33,7 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
     definitions |= {"TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32]}
     if packed_format is not None:
         definitions |= {
-            "FORMAT": next(base.__name__ for base in packed_format.__mro__
-                           if base.__name__ in FORMAT_NAMES),
+            "FORMAT": _family_of(packed_format).__name__,
             "BLOCK_LENGTH": packed_format.block_length,
             "BLOCK_BYTES": packed_format.block_bytes,
             "SCALES_APART": int(bool(packed_format.sides)),
@@ -46,6 +45,11 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
     texts = [path.read_text(encoding="utf-8")
              for path in source_files(platform, packed_format, kernel)]
     return "\n".join([*defines, *texts])
+
+
+def _family_of(packed_format: type[Format]) -> type:
+    """Returns the class whose name the source has."""
+    return next(base for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES)
 
 
 def c_floats(numbers: Iterable[float]) -> str:
@@ -62,7 +66,7 @@ def source_files(platform: str, packed_format: type[Format] | None, kernel: str)
     """
     folder, weight_files = SOURCES / platform, []
     if packed_format is not None:
-        family = packed_format.__module__.rpartition(".")[2]
+        family = _family_of(packed_format).__module__.rpartition(".")[2]
         weight_files = [SOURCES / "formats" / f"{family}.h", SOURCES / "weight.h"]
     return [
         folder / "lanes.h",

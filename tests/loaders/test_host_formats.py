@@ -25,6 +25,7 @@ from featherweight.loaders.host_formats import (
     host_multiplies,
     packed_formats,
 )
+from featherweight.loaders.model_summary import dequantize_backend_text, host_product_text
 from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -93,6 +94,11 @@ def test_the_user_leaves_them_to_comfyui(format_name, folder):
     host = comfy.sd.load_diffusion_model(path)
     ours = load_diffusion_model(path, host_formats=AS_COMFYUI)
     assert not packed_weights(ours) and torch.equal(run(ours), run(host))
+    assert host_product_text(ours) == "multiplied by ComfyUI"
+    assert dequantize_backend_text(ours) is None
+    exact = load_diffusion_model(path, host_formats=EXACT)
+    assert host_product_text(exact) is None
+    assert dequantize_backend_text(exact).startswith("dequantised by ")
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

@@ -113,12 +113,13 @@ def no_model_outlives_its_tests():
     packed_flux.cache_clear()
 
 
-def assert_same_bytes(found, values: torch.Tensor, format_name: str):
-    """Whether a weight is what the packer makes of dense values."""
+def assert_same_bytes(found, values: torch.Tensor, format_name: str, differing: float = 0):
+    """Whether a weight is what the packer makes of dense values; differing: the share of bytes that
+    may differ."""
     assert is_packed(found) and found.layout_cls.format.__name__ == format_name
-    assert all(
-        map(torch.equal, packed_tensors(found),
-            packed_tensors(pack_tensor(values, FORMATS[format_name]))))
+    packed = packed_tensors(pack_tensor(values, FORMATS[format_name]))
+    for tensor, wanted in zip(packed_tensors(found), packed, strict=True):
+        assert (tensor != wanted).float().mean() <= differing
 
 
 def weights_of(patcher) -> dict[str, torch.Tensor]:
@@ -138,7 +139,9 @@ def test_every_source_is_held_as_the_packer_packs_its_values(source, type_name):
     assert len(blocks) == 13 and found.keys() == seen.keys()
     for name, values in seen.items():
         if name in blocks:
-            assert_same_bytes(found[name], values, type_name)
+            # of its rotated values the host rounds each product, this pack the sum alone
+            assert_same_bytes(found[name], values, type_name,
+                              differing=1e-3 if source == "convrot_w4a4" else 0)
         else:
             # In 16 bits, which a scaled weight in fp8 and one of float32 are rounded to.
             assert relative(found[name].float(), values) < (
@@ -187,7 +190,7 @@ def test_each_type_is_held_in_its_own_size():
 def test_the_node_says_what_was_packed_from_what():
     text = memory_summary(packed_flux("BF16", "Q4_K"))
     assert re.fullmatch(r"Q4_K \+ BF16 \+ F32, \d\.\d MB held, packed from BF16 in \d+ s", text)
-    assert "packed from FP8E4M3 in" in memory_summary(packed_flux(OLD, "Q8_0"))
+    assert "packed from F8_E4M3 in" in memory_summary(packed_flux(OLD, "Q8_0"))
     assert "packed from BF16 in" in memory_summary(
         patched(packed_flux("BF16", "Q4_K"), (lora_for(tiny_flux()), 1.0))
     )
@@ -432,7 +435,7 @@ def test_what_is_not_packed_stays_in_a_type_that_holds_it(tmp_path):
         tensors[name] = size * torch.linspace(-1, 1, tensors[name].numel()).view_as(tensors[name])
     save_file(tensors, tmp_path / "model.safetensors")
     file = open_weights(tmp_path / "model.safetensors")
-    state_dict, _ = read_weights(file, "Q4_K", Progress(1))
+    state_dict, _ = read_weights(file, "Q4_K", Progress(1), frozenset())
     for name, dtype in (("txt_in.weight", torch.bfloat16), ("img_in.weight", torch.float32),
                         (TIME, torch.float32)):
         assert (

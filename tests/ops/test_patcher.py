@@ -35,8 +35,9 @@ from featherweight.ops.patcher import PackedPatcher, applied_patches
 LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")
 
 
-COUNTS = {"Q4_K": 18, "float8_e4m3fn": 19}  # packed layers; rows of one are shorter than a block
-# a format of ours, and one of the host's beside NF4
+# packed layers; rows of one are shorter than a block
+COUNTS = {"Q4_K": 18, "float8_e4m3fn": 19, "int8_tensorwise exact": 19}
+# a format of ours, and one of the host's beside NF4, computed by the host and by us
 both_kinds = pytest.mark.parametrize("format_name", COUNTS)
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -43,8 +43,8 @@ def slots(patcher):
     return [module for module in patcher.model.modules() if hasattr(module, "_v")]
 
 
-# a format of ours, and one of the host's beside NF4
-@pytest.fixture(params=["Q4_K", "float8_e4m3fn"])
+# a format of ours, and one of the host's beside NF4, computed by the host and by us
+@pytest.fixture(params=["Q4_K", "float8_e4m3fn", "nvfp4 exact"])
 def models(request):
     """(dynamic packed patcher, dense patcher, dense output without patches, dense values)"""
     packed, dense = packed_flux(request.param), dense_flux(request.param)

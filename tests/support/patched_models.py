@@ -19,6 +19,7 @@ from host_formats import write_mixed
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import dequantize, pack, write_gguf
+from featherweight.loaders import host_formats
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.ops.format import FORMATS
@@ -30,6 +31,7 @@ from featherweight.ops.patcher import adopt
 FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # the last is bitsandbytes'
 LIMIT = 1e-5  # of the effect that the patches have, in float32
 RANK = 4
+EXACT = " exact"
 
 
 @functools.cache
@@ -46,7 +48,8 @@ def tiny_flux(seed: int = 0) -> dict[str, torch.Tensor]:
 def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Tensor]]:
     """A small Flux: path of the packed file, and its values as the file's writer knows them.
 
-    format_name: of GGUF, INT8 of bitsandbytes, or one of the host's, which is then beside NF4.
+    format_name: of GGUF, INT8 of bitsandbytes, or one of the host's, which is then beside NF4 and
+    computed by the host, or with EXACT behind its name by this pack.
     """
     return _flux_file(format_name, seed)
 
@@ -63,7 +66,7 @@ def _flux_file(format_name: str, seed: int) -> tuple[str, dict[str, torch.Tensor
         path = path.replace(".gguf", ".safetensors")
         if format_name == "INT8":
             return path, write_bnb_int8(path, tensors)
-        return path, write_mixed(path, tensors, format_name)[0]
+        return path, write_mixed(path, tensors, format_name.removesuffix(EXACT))[0]
     tensors = {name: values.numpy() for name, values in tensors.items()}
     seen = write_gguf(path, tensors, lambda name, values: format_name if values.ndim > 1 else "F32")
     return path, {name: torch.tensor(values) for name, values in seen.items()}
@@ -82,7 +85,8 @@ def dense_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None
 def packed_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
     path, _ = flux_file(format_name, seed)
     if dtype is None:
-        return load_diffusion_model(path)
+        by = host_formats.EXACT if format_name.endswith(EXACT) else host_formats.AS_COMFYUI
+        return load_diffusion_model(path, host_formats=by)
     state_dict = open_weights(path).state_dict()
     options = {"custom_operations": operations_for(state_dict), "dtype": dtype}
     return adopt(comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options))

@@ -243,5 +243,4 @@ def bits_per_value(type_name: str) -> float:
     packed = FORMATS.get(type_name)
     if packed is None:
         return 16.0
-    scales = 32 / packed.block_length if packed.sides else 0
-    return 8 * packed.block_bytes / packed.block_length + scales
+    return 8 * (packed.block_bytes + packed.side_bytes()) / packed.block_length
