@@ -198,8 +198,8 @@ class Format:
     @classmethod
     def dequantize(cls, *blocks: torch.Tensor) -> torch.Tensor:
         """Returns the values of some blocks, float32 (n, block_length); see `terms`."""
-        out = torch.empty((len(blocks[-1]), cls.block_length), dtype=torch.float32,
-                          device=blocks[-1].device)
+        count = len(blocks[-1]) // cls.sides[-1].count if cls.sides else len(blocks[0])
+        out = torch.empty((count, cls.block_length), dtype=torch.float32, device=blocks[0].device)
         cls.write(out, *blocks)
         return out
 

@@ -8,22 +8,46 @@ import numpy as np
 import torch
 
 from devtools.files.gguf_files import block_pool
-from featherweight.ops.format import FORMATS
+from featherweight.ops.format import FORMATS, Format
+from featherweight.ops.formats._rows import FAMILIES
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
+from featherweight.ops.kernels.cpp_backend import ROW_FAMILIES
+from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
 
-FORMAT_NAMES = [name for name, packed_format in FORMATS.items()
-                if packed_format.ggml_type is not None or issubclass(packed_format, Codebook4Bit)]
+# those of rows by the name of their family
+FORMAT_NAMES = [
+    *(name for name, packed_format in FORMATS.items()
+      if packed_format.ggml_type is not None or issubclass(packed_format, Codebook4Bit)),
+    *ROW_FAMILIES, "INT8"
+]
+
+
+def format_for(name: str, columns: int) -> type[Format]:
+    """The format of a name in FORMAT_NAMES, for rows of so many values."""
+    return FAMILIES[name].of_columns(columns) if name in FAMILIES else FORMATS[name]
+
+
+def divides_rows(name: str, columns: int) -> bool:
+    """Whether rows of so many values are whole blocks, and in groups whole groups."""
+    packed_format = format_for(name, columns)
+    return columns % (getattr(packed_format, "group", 0) or packed_format.block_length) == 0
 
 
 def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
     """A packed weight of random valid blocks."""
     packed_format, generator, values = (
-        FORMATS[format_name],
+        format_for(format_name, shape[1]),
         np.random.default_rng(0),
         math.prod(shape),
     )
     scale = None
+    if format_name in FAMILIES:
+        data, *sides = random_tensors(packed_format, shape[0], torch.device("cpu"))
+        if sides[-1].is_floating_point():
+            sides[-1] /= 100
+        data &= 0xB7  # no floats without a value
+        return packed_tensor(packed_format, data, shape, torch.float32, *sides)
     if packed_format.ggml_type is None:
         data = torch.from_numpy(generator.integers(0, 256, values // 2, dtype=np.uint8))
         blocks = -(-values // packed_format.block_length)

@@ -126,6 +126,7 @@ class FP4_E2M1(RowFormat):
     of_host = True
     bits = 4
     group = padding = 16
+    values = tuple(value / 2 for value in E2M1_DOUBLED)
 
     @classmethod
     def sides_of(cls, columns: int, group: int) -> tuple[Side, ...]:
@@ -134,7 +135,7 @@ class FP4_E2M1(RowFormat):
     @classmethod
     def code_pairs(cls) -> torch.Tensor:
         """Returns the two float32 values of each byte, packed in int64 (256,)."""
-        values = torch.tensor(E2M1_DOUBLED, dtype=torch.float32) / 2
+        values = torch.tensor(cls.values, dtype=torch.float32)
         codes = torch.arange(256)
         return torch.stack([values[codes >> 4], values[codes & 15]], -1).view(torch.int64).view(-1)
 

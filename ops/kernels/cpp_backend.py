@@ -56,6 +56,17 @@ X86_FLAGS = ("-mprefer-vector-width=512",)  # compilers for other machines refus
 # Of the variants of "linear". With more tokens the product of a dequantised weight is faster.
 MAX_TOKENS = (1, 4)
 MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
+# Family of formats whose block is a row -> the structures of source/cpu/dequantize_rows.cpp that
+# read its codes and its scales, and whether groups of columns are rotated.
+ROW_FAMILIES = {
+    "F8_E4M3": ("E4M3", "FloatScales", False),
+    "F8_E5M2": ("E5M2", "FloatScales", False),
+    "INT8_GROUPS": ("SignedBytes", "FloatScales", False),
+    "MXFP8": ("E4M3", "Exponents", False),
+    "FP4_E2M1": ("CodebookNibbles", "E4M3Scales", False),
+    "INT8_ROTATED": ("SignedBytes", "FloatScales", True),
+    "INT4_ROTATED": ("SignedNibbles", "FloatScales", True),
+}
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
@@ -192,6 +203,26 @@ class CpuKernels:
         packed, scales = map(c_void_p, block_addresses(packed_format, tensors, first))
         run(packed, scales, c_void_p(out.data_ptr()), c_longlong(out.numel()),
             c_int(_threads(out.numel())))
+
+    def dequantize_rows(self, packed_format, tensors, out, value_dtype, first):
+        """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
+        columns = packed_format.block_length
+        codes, scales, is_rotated = ROW_FAMILIES[packed_format.family]
+        group = packed_format.group or columns
+        if group % 8 or out.numel() % columns or not out.numel():
+            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            return
+        definitions = {
+            "CODES": codes, "SCALES": scales, "COLUMNS": columns, "GROUP": group,
+            "ROTATED": int(is_rotated), "ROOT": f"{group**0.5 if is_rotated else 1.0}f",
+            "LANES": 8 if group % 16 else _max_lanes()
+        }
+        if codes == "CodebookNibbles":
+            definitions["CODEBOOK"] = c_floats(packed_format.values)
+        run = self._function("dequantize_rows", None, out.dtype, value_dtype, **definitions)
+        packed, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)
+        run(_address(packed), *map(_address, (*sides, None)[:2]), _address(out),
+            c_longlong(len(packed)), c_int(_threads(out.numel())))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out, value_dtype):
         """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
@@ -336,6 +367,8 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
     return (
         *([by_avx512] if has_bfloat16 else []),
         *dequantize_and_linear(kernels, MAX_TOKENS),
+        Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(TYPES),
+               late_bound_method(kernels, "dequantize_rows")),
         Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]),
                late_bound_method(kernels, "int8_rows")),
         Kernel("int8_tokens", frozenset(), frozenset(TYPES),

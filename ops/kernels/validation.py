@@ -407,8 +407,15 @@ def random_tensors(packed_format: type[Format], blocks: int, device: torch.devic
     if packed_format.sides:
         data = torch.randint(0, 256, (blocks * packed_format.block_bytes,), generator=generator,
                              dtype=torch.uint8)
-        scales = torch.rand(blocks, generator=generator, dtype=torch.float32)
-        return [data.to(device), scales.to(device)]
+        sides = []
+        for side in packed_format.sides:
+            count = blocks * side.count
+            if side.dtype == torch.uint8:  # exponents, or floats, of which none is extreme
+                scales = torch.randint(64, 127, (count,), generator=generator, dtype=side.dtype)
+            else:
+                scales = torch.rand(count, generator=generator, dtype=side.dtype)
+            sides.append(scales.to(device))
+        return [data.to(device), *sides]
     pool = torch.randint(0, 256, (1024 if bounded else blocks + 16, packed_format.block_bytes),
                          generator=generator, dtype=torch.uint8)
     values = packed_format.dequantize(pool).abs()

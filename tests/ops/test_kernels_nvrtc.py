@@ -121,8 +121,8 @@ def test_every_source_is_used():
     basic = ("dequantize", "linear")
     kernels = {
         "cuda": basic, "metal": basic,
-        "cpu": (*basic, "linear_bfloat16", "channels_last", "softmax", "int8_rows", "int8_tokens",
-                "pack_blocks", "pack_columns")
+        "cpu": (*basic, "dequantize_rows", "linear_bfloat16", "channels_last", "softmax",
+                "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")
     }
     used = {path for platform in kernels for fmt in ALL_FORMATS for kernel in kernels[platform]
             for path in source_files(platform, fmt, kernel)}

@@ -5,7 +5,7 @@ import importlib.util
 from unittest import mock
 
 from devtools.measure.bench.timing import device, side_by_side
-from devtools.measure.weights import random_weight
+from devtools.measure.weights import divides_rows, random_weight
 
 import comfy.cli_args
 import comfy.model_management
@@ -18,7 +18,6 @@ from comfy.taesd.taesd import TAESD
 
 from featherweight.loaders.compute_choice import choose_compute, compute_text, vae_dtype
 from featherweight.ops.cpu_convolution import convolve_dense_layers
-from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.operations import packed_operations
 from featherweight.ops.patcher import adopt
@@ -137,8 +136,7 @@ def random_values(shape: tuple[int, ...], format_name: str):
     """Ones for a bias or a norm, packed values for a matrix, F16 for a convolution."""
     if len(shape) == 1:
         return torch.ones(shape)
-    block_length = FORMATS[format_name].block_length
-    if len(shape) == 2 and shape[1] % block_length == 0:
+    if len(shape) == 2 and divides_rows(format_name, shape[1]):
         return random_weight(format_name, shape)
     return (torch.randn(shape) / torch.Size(shape[1:]).numel() ** 0.5).half()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from devtools.measure.bench.products import LORA_CASES
 from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
-from devtools.measure.weights import packed_weight, random_weight, snr
+from devtools.measure.weights import divides_rows, packed_weight, random_weight, snr
 
 import comfy.model_management
 import comfy.sd
@@ -52,11 +52,11 @@ def bench_model(options):
 def random_weights(shapes: dict[str, tuple], format_name: str) -> dict:
     """A state dict of packed matrices, where blocks divide the rows. Other matrices are float32,
     scales one, biases zero."""
-    block_length, weights = FORMATS[format_name].block_length, {}
+    weights = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
             weights[name] = torch.full(shape, float(name.endswith(".scale")))
-        elif shape[1] % block_length:
+        elif not divides_rows(format_name, shape[1]):
             weights[name] = torch.randn(shape) / shape[1] ** 0.5
         else:
             weights[name] = random_weight(format_name, shape)

@@ -2,7 +2,7 @@
 import importlib.util
 
 from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
-from devtools.measure.weights import random_weight
+from devtools.measure.weights import format_for, random_weight
 
 import gguf
 import torch
@@ -57,7 +57,7 @@ def bench_dequantize(options):
     shape = options.sizes.weight
     out = torch.empty(shape, device=device())
     for name in options.formats:
-        packed_format = FORMATS[name]
+        packed_format = format_for(name, shape[1])
         tensors = packed_tensors(random_weight(name, shape).to(device()))
         count = out.numel() // packed_format.block_length
         variants = {

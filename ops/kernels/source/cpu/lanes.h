@@ -59,6 +59,15 @@ static FUNCTION Ints load_nibble_pairs(Packed from) {
     return ints(load<Bytes>(&pairs));
 }
 
+// Two lanes per byte, the low nibble first.
+static FUNCTION Ints load_low_nibble_pairs(Packed from) {
+    typedef unsigned char Half __attribute__((vector_size(LANES / 2)));
+    typedef unsigned short Pairs __attribute__((vector_size(LANES)));
+    Pairs pairs = __builtin_convertvector(load<Half>(from), Pairs);
+    pairs = (pairs & 15) | pairs >> 4 << 8;
+    return ints(load<Bytes>(&pairs));
+}
+
 // Eight lanes per byte, the lowest bit first.
 static FUNCTION Ints load_bits(Packed from) {
     Ints shifts;

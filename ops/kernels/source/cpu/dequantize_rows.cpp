@@ -1,0 +1,138 @@
+// Writes rows of a weight whose block is a row. ops/formats/comfy.py documents the formats.
+//
+// CODES names how LANES codes become numbers. A scale belongs to GROUP columns; SCALES names how it
+// is stored. Where ROTATED is 1, the numbers of GROUP columns are integers and are rotated, and the
+// scale belongs to the row.
+
+struct SignedBytes {
+    static const int BITS = 8;
+    static FUNCTION Floats numbers(Packed from) { return floats(load_signed_bytes(from)); }
+};
+
+struct SignedNibbles {  // the low nibble first
+    static const int BITS = 4;
+    static FUNCTION Floats numbers(Packed from) {
+        return floats(load_low_nibble_pairs(from) << 28 >> 28);
+    }
+};
+
+struct E4M3 {
+    static const int BITS = 8;
+    static FUNCTION Floats numbers(Packed from) {
+        Words bytes = (Words)load_bytes(from), magnitude = bytes & 0x7F;
+        // exponent and mantissa at their places in a float, whose exponent is 120 too small
+        Floats values = (Floats)(magnitude << 20) * 0x1p120f;
+        Words nan = magnitude == 0x7F ? Words{} + 0x7FC00000 : Words{};
+        return (Floats)((Words)values | nan | (bytes & 0x80) << 24);
+    }
+};
+
+struct E5M2 {  // the upper byte of a half
+    static const int BITS = 8;
+    static FUNCTION Floats numbers(Packed from) {
+        return of_halves(low_halves((Words)load_bytes(from) << 8));
+    }
+};
+
+#ifdef CODEBOOK
+struct CodebookNibbles {  // the high nibble first
+    static const int BITS = 4;
+    static FUNCTION Floats numbers(Packed from) { return look_up(load_nibble_pairs(from)); }
+};
+#endif
+
+struct FloatScales {
+    static FUNCTION float scale(Packed scales, Scales, Index group, Index) {
+        return load<float>(scales + group * sizeof(float));
+    }
+};
+
+struct Exponents {
+    static FUNCTION float scale(Packed scales, Scales, Index group, Index) {
+        return float_of_bits((unsigned)scales[group] << 23);
+    }
+};
+
+struct E4M3Scales {  // times the scale of their row
+    static FUNCTION float scale(Packed scales, Scales of_rows, Index group, Index row) {
+        unsigned byte = scales[group], magnitude = byte & 0x7F;
+        float value = float_of_bits(magnitude << 20) * 0x1p120f;
+        if (magnitude == 0x7F) value = float_of_bits(0x7FC00000);
+        return (byte & 0x80 ? -value : value) * of_rows[row];
+    }
+};
+
+// Returns lane i ^ mask of `values` as lane i.
+static FUNCTION Floats exchanged(Floats values, int mask) {
+#if LANES == 16 && defined(__AVX512F__)
+    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (Floats)_mm512_permutexvar_ps((__m512i)(lanes ^ mask), (__m512)values);
+#else
+    Floats result;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) result[i] = values[i ^ mask];
+    return result;
+#endif
+}
+
+// Multiplies four numbers, or vectors of them, by H4: their sum less twice the one at the other end.
+template <class Number>
+static FUNCTION void rotate_four(Number& a, Number& b, Number& c, Number& d) {
+    Number sum = a + b + (c + d), first = sum - (d + d), second = sum - (c + c);
+    c = sum - (b + b);
+    d = sum - (a + a);
+    a = first;
+    b = second;
+}
+
+// Multiplies GROUP integers by the power of H4; their sums are exact.
+static FUNCTION void rotate(Floats* values) {
+    const int count = GROUP / LANES;
+    int stride = 1;
+    for (; stride * 4 <= LANES; stride *= 4)
+        for (int i = 0; i < count; i++) {
+            Floats pair = values[i] + exchanged(values[i], stride);
+            Floats last = exchanged(values[i], 3 * stride);
+            values[i] = pair + exchanged(pair, 2 * stride) - (last + last);
+        }
+    if (stride < LANES) {  // eight lanes: each four is in two vectors
+        float* numbers = (float*)values;
+        for (int first = 0; first < GROUP; first += 4 * stride)
+            for (int i = first; i < first + stride; i++)
+                rotate_four(numbers[i], numbers[i + stride], numbers[i + 2 * stride],
+                            numbers[i + 3 * stride]);
+        stride *= 4;
+    }
+    for (stride /= LANES; stride < count; stride *= 4)
+        for (int first = 0; first < count; first += 4 * stride)
+            for (int i = first; i < first + stride; i++)
+                rotate_four(values[i], values[i + stride], values[i + 2 * stride],
+                            values[i + 3 * stride]);
+}
+
+// out: (rows, COLUMNS). row_scales: null where SCALES does not use them.
+extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales, TYPE* out,
+                                long long rows, int threads) {
+    const int groups = COLUMNS / GROUP;
+#pragma omp parallel for num_threads(threads)
+    for (Index row = 0; row < rows; row++)
+        for (int group = 0; group < groups; group++) {
+            Index place = row * COLUMNS + group * GROUP;
+            Packed codes = packed + place * CODES::BITS / 8;
+            float scale = SCALES::scale(scales, row_scales, ROTATED ? row : row * groups + group,
+                                        row) / ROOT;
+            if (ROTATED) {
+                Floats values[GROUP / LANES];
+                for (int i = 0; i < GROUP / LANES; i++)
+                    values[i] = CODES::numbers(codes + i * LANES * CODES::BITS / 8);
+                rotate(values);
+                for (int i = 0; i < GROUP / LANES; i++)
+                    store(rounded<VALUE_TYPE>(values[i] * scale), out + place + i * LANES);
+            } else {
+                for (int first = 0; first < GROUP; first += LANES)
+                    store(rounded<VALUE_TYPE>(
+                              CODES::numbers(codes + first * CODES::BITS / 8) * scale),
+                          out + place + first);
+            }
+        }
+}

@@ -1,0 +1,100 @@
+"""The kernel of a CPU for formats whose block is a row."""
+import shutil
+
+import pytest
+import torch
+from kernel_cases import CPU, cpu_kernels, shared_cache
+
+from featherweight.ops import formats  # noqa: F401
+from featherweight.ops.formats._rows import FAMILIES
+from featherweight.ops.kernels import cpp_backend
+from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, cpp_backend.COMPILERS)), reason="needs a C++ compiler")
+
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels(tmp_path_factory):
+    with cpu_kernels(shared_cache(tmp_path_factory)):
+        yield
+
+
+# columns and, where it is not the family's own, the columns of a group; 24 and 72 take eight lanes
+SIZES = {
+    "F8_E4M3": [(96,), (24,), (256, 64)], "F8_E5M2": [(96,), (24,), (256, 64)],
+    "INT8_GROUPS": [(256,), (192, 24)], "MXFP8": [(96,)], "FP4_E2M1": [(96,), (80,)],
+    "INT8_ROTATED": [(512,), (192, 64), (48, 16), (1024, 1024)],
+    "INT4_ROTATED": [(512,), (192, 64), (48, 16)],
+}
+CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes]
+
+
+def kernel_of(packed_format):
+    kernel, = (kernel for kernel in cpp_backend.BACKEND.kernels
+               if kernel.capability == "dequantize"
+               and kernel.accepts(packed_format, torch.float32, None))
+    return kernel
+
+
+def can_dequantize(family) -> bool:
+    """Whether it is no base of others."""
+    packed_format = family.of_columns(512)
+    try:
+        packed_format.dequantize(*packed_format.blocks(random_tensors(packed_format, 1, CPU), 0, 1))
+    except (NotImplementedError, AttributeError):
+        return False
+    return True
+
+
+def test_every_family_of_rows_has_a_kernel():
+    families = {name for name, family in FAMILIES.items() if can_dequantize(family)}
+    assert set(SIZES) == set(cpp_backend.ROW_FAMILIES)
+    assert families == {*cpp_backend.ROW_FAMILIES, "INT8", "INT8_ROWS"}
+    assert all(kernel_of(FAMILIES[name].of_columns(512)) for name in families)
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_a_row_has_the_bits_of_the_reference(name, size, lanes, monkeypatch):
+    if lanes > cpp_backend._max_lanes():
+        pytest.skip("needs AVX-512")
+    monkeypatch.setattr(cpp_backend, "_max_lanes", lambda: lanes)
+    packed_format = FAMILIES[name].of_columns(*size)
+    check(kernel_of(packed_format), packed_format, torch.bfloat16, None, CPU)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("dtype", "value_dtype"), [
+    (torch.float32, None), (torch.float16, None), (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16)], ids=str)
+def test_values_are_rounded_once_or_to_the_dtype_asked_for(name, dtype, value_dtype):
+    packed_format = FAMILIES[name].of_columns(*SIZES[name][0])
+    check(kernel_of(packed_format), packed_format, dtype, value_dtype, CPU)
+
+
+def test_every_byte_of_fp8_has_its_value():
+    codes = torch.arange(256).to(torch.uint8).repeat(3)
+    for name in ("F8_E4M3", "F8_E5M2"):
+        packed_format, scale = FAMILIES[name].of_columns(256), torch.tensor([1.0, 0.75, 1e-30])
+        out = torch.empty(3, 256)
+        kernel_of(packed_format).run(packed_format, [codes, scale], out, None, 0)
+        expected = packed_format.dequantize_into([codes, scale], torch.empty(3, 256))
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_wrong_rotation_is_seen(monkeypatch):
+    packed_format = FAMILIES["INT8_ROTATED"].of_columns(512)
+    kernel = kernel_of(packed_format)
+    wrong = dict(cpp_backend.ROW_FAMILIES, INT8_ROTATED=("SignedBytes", "FloatScales", False))
+    monkeypatch.setattr(cpp_backend, "ROW_FAMILIES", wrong)
+    with pytest.raises(WrongResult, match="differ from the reference"):
+        check(kernel, packed_format, torch.float32, None, CPU)
+
+
+def test_a_row_of_odd_length_is_left_to_the_reference():
+    packed_format = FAMILIES["F8_E4M3"].of_columns(20)
+    tensors, out = random_tensors(packed_format, 5, CPU), torch.empty(5, 20)
+    kernel_of(packed_format).run(packed_format, tensors, out, None, 0)
+    assert torch.equal(out, packed_format.dequantize_into(tensors, torch.empty(5, 20)))
