@@ -16,6 +16,7 @@ from .unsupported_quantizers import OTHER_FORM
 
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+QUANT_METHODS = ("bitsandbytes", "fp8")
 INDEX = ".index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
@@ -114,11 +115,12 @@ def _read_config(folder: Path) -> dict:
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = _quant_method(quantization)
-        if method != "bitsandbytes":
+        if method not in QUANT_METHODS:
             raise _error(
                 folder,
                 f"its config.json says that the weights are quantised by {safe_repr(method)};"
-                " only folders quantised by bitsandbytes are supported (4-bit NF4 and FP4, int8)."
+                " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8) or by"
+                " transformers in fp8 are supported."
                 f" {OTHER_FORM}")
     return config
 

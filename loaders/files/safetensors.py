@@ -19,6 +19,7 @@ import torch
 
 from ...ops.bounded_json import read_json
 from .bitsandbytes import join_parts
+from .block_fp8 import join_block_fp8
 from .container import (
     COUNTABLE,
     PLAIN_DTYPES,
@@ -93,7 +94,7 @@ class SafetensorsFile(WeightFile):
         return dtype.itemsize if dtype else 1
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
-        """Returns name -> tensor, with the parts of each bitsandbytes weight joined.
+        """Returns name -> tensor, with the parts of each packed weight joined.
 
         All other tensors are as in the file, also those of ComfyUI's own quantised formats. Mapped
         tensors are not copied. Packed tensors have the dtype float32 until a layer gives them the
@@ -105,7 +106,7 @@ class SafetensorsFile(WeightFile):
         Raises:
             WeightFileError: the file changed meanwhile, or its quantiser is not supported.
         """
-        tensors = join_parts(self, super().state_dict(), track)
+        tensors = join_block_fp8(self, join_parts(self, super().state_dict(), track))
         reject_unsupported_quantizers(self, tensors)
         return tensors
 
