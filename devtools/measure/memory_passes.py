@@ -68,8 +68,8 @@ def nbytes(tensors) -> int:
 def held(packed_format: type[Format], values: int) -> list[torch.Tensor]:
     """What a weight of so many values holds, without memory."""
     blocks = values // packed_format.block_length
-    packed = torch.empty(blocks * packed_format.block_bytes, dtype=torch.uint8, device=META)
-    return [packed, torch.empty(blocks, device=META)] if packed_format.sides else [packed]
+    return [torch.empty(blocks * count, dtype=dtype, device=META) for dtype, count in (
+        (torch.uint8, packed_format.block_bytes), *packed_format.sides)]
 
 
 def of_dequantizing(packed_format: type[Format], dtype: torch.dtype = torch.bfloat16,

@@ -2,11 +2,12 @@
 kernels."""
 from devtools.measure.bench.products import LORA_CASES
 from devtools.measure.memory_passes import META, of_dequantizing, of_linear
+from devtools.measure.weights import FORMAT_NAMES, format_for
 
 import torch
 
 from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
-from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.formats._rows import FAMILIES, RowFormat
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.low_rank import LowRank, Slice
 
@@ -14,7 +15,7 @@ from featherweight.ops.low_rank import LowRank, Slice
 def bench_passes(options):
     """Counts kernel launches for a chunk and bytes moved for a value, of every format.
 
-    By torch's dequantising on devices other than a CPU. Rows of int8 are 4096 wide.
+    By torch's dequantising on devices other than a CPU. Rows that are a block are 4096 wide.
     """
     for packed_format in every_format():
         row = {}
@@ -29,10 +30,12 @@ def bench_passes(options):
 
 def every_format() -> list:
     """All formats, and one of each kind that is made for a weight's shape."""
-    made = INT8.of_columns(4096), ColumnGroups.of(FORMATS["Q4_K"], 4096, 16, 2)
-    return list({
-        packed_format.__name__: packed_format for packed_format in (*FORMATS.values(), *made)
-    }.values())
+    return [
+        *(packed_format for packed_format in FORMATS.values()
+          if not issubclass(packed_format, (RowFormat, ColumnGroups))),
+        ColumnGroups.of(FORMATS["Q4_K"], 4096, 16, 2),
+        *(format_for(name, 4096) for name in FORMAT_NAMES if name in FAMILIES)
+    ]
 
 
 def bench_layer_passes(options):
@@ -43,11 +46,12 @@ def bench_layer_passes(options):
     """
     rows, columns = options.sizes.weight
     for name in ("BF16", *options.formats):
-        launches = {"no LoRA": of_linear(FORMATS[name], rows, columns).launches}
+        packed_format = format_for(name, columns)
+        launches = {"no LoRA": of_linear(packed_format, rows, columns).launches}
         for title, (count, rank) in LORA_CASES.items():
-            launches[title] = of_linear(FORMATS[name], rows, columns,
+            launches[title] = of_linear(packed_format, rows, columns,
                                         low_rank(rows, columns, count * rank, 1)).launches
-        launches["on thirds"] = of_linear(FORMATS[name], rows, columns,
+        launches["on thirds"] = of_linear(packed_format, rows, columns,
                                           low_rank(rows, columns, 16, 3)).launches
         yield f"{name}, {rows} x {columns}", {
             f"launches, {title}": number for title, number in launches.items()
