@@ -28,12 +28,12 @@ from ...ops.formats._rows import RowFormat
 from ...ops.formats.comfy import (
     F8_E4M3,
     F8_E5M2,
-    FP4_E2M1,
-    INT4_ROTATED,
+    INT4_CONVROT,
+    INT8_CONVROT,
     INT8_GROUPS,
-    INT8_ROTATED,
     INT8_ROWS,
     MXFP8,
+    NVFP4_ROWS,
 )
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
@@ -91,7 +91,7 @@ def _rows_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> Packed
 
 def _int8(settings: Mapping, parts: Parts) -> PackedTensor:
     if _setting(settings, "convrot", False):
-        return _rotated(INT8_ROTATED, settings, parts)
+        return _rotated(INT8_CONVROT, settings, parts)
     return _rows_of(INT8_ROWS, settings, parts)
 
 
@@ -124,7 +124,8 @@ def _mxfp8(settings: Mapping, parts: Parts) -> PackedTensor:
 
 
 def _nvfp4(settings: Mapping, parts: Parts) -> PackedTensor:
-    return _pack(FP4_E2M1, parts, _scales_in_order(FP4_E2M1, parts), _row_scales(parts, SCALE_2))
+    scales = _scales_in_order(NVFP4_ROWS, parts)
+    return _pack(NVFP4_ROWS, parts, scales, _row_scales(parts, SCALE_2))
 
 
 READERS: dict[str, Callable[[Mapping, Parts], PackedTensor]] = {
@@ -138,7 +139,7 @@ READERS: dict[str, Callable[[Mapping, Parts], PackedTensor]] = {
     "nvfp4": _nvfp4,
     "int8_tensorwise": _int8,
     "int8_blockwise": partial(_blocks_of, INT8_GROUPS),
-    "convrot_w4a4": partial(_rotated, INT4_ROTATED),
+    "convrot_w4a4": partial(_rotated, INT4_CONVROT),
 }
 
 

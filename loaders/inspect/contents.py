@@ -1,4 +1,5 @@
 """Reads the tensors of a file, a folder or a loaded model for an inspection."""
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,10 +10,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...ops.packed_layout import is_packed
+from ..comfy_keys import model_prefix
+from ..comfy_quant import as_tensors
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, strip_prefix
 from ..files import open_weights
-from ..files.container import WeightFile
+from ..files.comfy_formats import READERS
+from ..files.container import WeightFile, WeightFileError
 from ..model_summary import format_name
 from ..recipe import Recipe
 
@@ -58,6 +62,9 @@ def file_contents(path: str | os.PathLike) -> Contents:
     """Reads a file or folder that `open_weights` supports. Raises WeightFileError."""
     file = open_weights(path)
     tensors = file.state_dict()
+    # a damaged layer is for the loaders to report
+    with contextlib.suppress(WeightFileError):
+        tensors = as_tensors(file, tensors, model_prefix(tensors), READERS)
     formats = {
         name: file.entries[name].format
         if name in file.entries and not is_packed(tensor)

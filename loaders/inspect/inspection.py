@@ -16,6 +16,7 @@ from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
 from ..lora.lora_file import OTHER_FILES, PAIRS, layer_names, weight_shapes
 from ..lora.model_families import match_family
+from ..model_summary import title_of
 from ..packing.planning.plan import Plan, PlanError
 from .contents import Contents, encoder_comfy_keys, shapes_only
 from .requirements import Card, fit_cards, fit_encoder_cards, required_models
@@ -102,7 +103,7 @@ def identify(contents: Contents) -> Inspection:
     sizes, counts = collections.Counter(), collections.Counter()
     blocks: dict[str, dict[str, int]] = {}
     for name, tensor in contents.tensors.items():
-        type_name = contents.formats[name]
+        type_name = title_of(contents.formats[name])
         sizes[type_name] += tensor.nbytes
         counts[type_name] += 1
         block_sizes = blocks.setdefault(weight_block(name), {})

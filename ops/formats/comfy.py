@@ -113,7 +113,7 @@ class MXFP8(Float8):
         return super().terms(codes, select(cls.constant("scales", codes.device), scale))
 
 
-class FP4_E2M1(RowFormat):
+class NVFP4_ROWS(RowFormat):
     """value = float of a code * (scale_2 * scale), one scale for 16 columns: ComfyUI's nvfp4.
 
     | tensor  | dtype, shape           | meaning                                           |
@@ -188,7 +188,7 @@ class Rotated(RowFormat):
         return Terms(turned.view(values.shape), scale.unsqueeze(-1) / cls.group**0.5)
 
 
-class INT8_ROTATED(Rotated):
+class INT8_CONVROT(Rotated):
     """ComfyUI's int8_tensorwise with `convrot`."""
 
     @classmethod
@@ -196,7 +196,7 @@ class INT8_ROTATED(Rotated):
         return codes.view(torch.int8).float()
 
 
-class INT4_ROTATED(Rotated):
+class INT4_CONVROT(Rotated):
     """ComfyUI's convrot_w4a4: the low nibble of a byte comes first."""
 
     bits = 4

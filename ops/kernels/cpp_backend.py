@@ -63,9 +63,9 @@ ROW_FAMILIES = {
     "F8_E5M2": ("E5M2", "FloatScales", False),
     "INT8_GROUPS": ("SignedBytes", "FloatScales", False),
     "MXFP8": ("E4M3", "Exponents", False),
-    "FP4_E2M1": ("CodebookNibbles", "E4M3Scales", False),
-    "INT8_ROTATED": ("SignedBytes", "FloatScales", True),
-    "INT4_ROTATED": ("SignedNibbles", "FloatScales", True),
+    "NVFP4_ROWS": ("CodebookNibbles", "E4M3Scales", False),
+    "INT8_CONVROT": ("SignedBytes", "FloatScales", True),
+    "INT4_CONVROT": ("SignedNibbles", "FloatScales", True),
 }
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h

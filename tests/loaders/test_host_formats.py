@@ -25,7 +25,15 @@ from featherweight.loaders.host_formats import (
     host_multiplies,
     packed_formats,
 )
-from featherweight.loaders.model_summary import dequantize_backend_text, host_product_text
+from featherweight.loaders.inspect import inspect
+from featherweight.loaders.model_summary import (
+    dequantize_backend_text,
+    host_product_text,
+    memory_summary,
+)
+from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_file
+from featherweight.loaders.packing.save import save
+from featherweight.loaders.packing.source import source_of_file, source_of_model
 from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -99,6 +107,34 @@ def test_the_user_leaves_them_to_comfyui(format_name, folder):
     exact = load_diffusion_model(path, host_formats=EXACT)
     assert host_product_text(exact) is None
     assert dequantize_backend_text(exact).startswith("dequantised by ")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("source", ["model", "file"])
+def test_a_model_in_them_is_saved_packed(source, format_name, folder, tmp_path):
+    path, values = written(format_name, folder)
+    source = (source_of_model(load_diffusion_model(path)) if source == "model"
+              else source_of_file(path))
+    exact, errors = run(dense_of(values)), {}
+    for target in ("Q8_0", KEEP_TYPES):
+        made = tmp_path / f"{target}.gguf"
+        save(plan_file(source, made, target))
+        errors[target] = relative(run(load_diffusion_model(str(made))), exact)
+    assert errors["Q8_0"] < 0.02 and errors[KEEP_TYPES] < 0.01
+
+
+NAMES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "mxfp8": "MXFP8",
+         "nvfp4": "NVFP4_ROWS", "int8_tensorwise": "INT8_ROWS", "convrot_w4a4": "INT4_CONVROT"}
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_an_inspection_and_the_loader_name_the_format(format_name, folder):
+    path, values = written(format_name, folder)
+    found, = inspect(path)
+    assert found.title.startswith(f"{format_name}.safetensors is a diffusion model: Flux")
+    blocks = [name for name in values if "_blocks." in name and values[name].ndim == 2]
+    assert found.types[NAMES[format_name]][0] == len(blocks)
+    assert memory_summary(load_diffusion_model(path)).startswith(NAMES[format_name])
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

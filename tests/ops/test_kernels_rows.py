@@ -24,9 +24,9 @@ def kernels(tmp_path_factory):
 # columns and, where it is not the family's own, the columns of a group; 24 and 72 take eight lanes
 SIZES = {
     "F8_E4M3": [(96,), (24,), (256, 64)], "F8_E5M2": [(96,), (24,), (256, 64)],
-    "INT8_GROUPS": [(256,), (192, 24)], "MXFP8": [(96,)], "FP4_E2M1": [(96,), (80,)],
-    "INT8_ROTATED": [(512,), (192, 64), (48, 16), (1024, 1024)],
-    "INT4_ROTATED": [(512,), (192, 64), (48, 16)],
+    "INT8_GROUPS": [(256,), (192, 24)], "MXFP8": [(96,)], "NVFP4_ROWS": [(96,), (80,)],
+    "INT8_CONVROT": [(512,), (192, 64), (48, 16), (1024, 1024)],
+    "INT4_CONVROT": [(512,), (192, 64), (48, 16)],
 }
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes]
 
@@ -85,9 +85,9 @@ def test_every_byte_of_fp8_has_its_value():
 
 
 def test_a_wrong_rotation_is_seen(monkeypatch):
-    packed_format = FAMILIES["INT8_ROTATED"].of_columns(512)
+    packed_format = FAMILIES["INT8_CONVROT"].of_columns(512)
     kernel = kernel_of(packed_format)
-    wrong = dict(cpp_backend.ROW_FAMILIES, INT8_ROTATED=("SignedBytes", "FloatScales", False))
+    wrong = dict(cpp_backend.ROW_FAMILIES, INT8_CONVROT=("SignedBytes", "FloatScales", False))
     monkeypatch.setattr(cpp_backend, "ROW_FAMILIES", wrong)
     with pytest.raises(WrongResult, match="differ from the reference"):
         check(kernel, packed_format, torch.float32, None, CPU)
