@@ -34,7 +34,7 @@ class TooLargeError(FormatError):
 
 
 class Side(NamedTuple):
-    """A tensor beside the packed bytes of a weight, flat.
+    """A tensor of a weight next to its packed bytes, flat.
 
     Attributes:
         dtype: float32, or uint8 for bytes that a format decodes.

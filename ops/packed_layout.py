@@ -41,7 +41,7 @@ class PackedParams(BaseLayoutParams):
 
     @property
     def sides(self) -> list[torch.Tensor]:
-        """The tensors beside the packed bytes."""
+        """The tensors of the weight next to its packed bytes."""
         return [getattr(self, name) for name in self._tensor_fields()]
 
 
@@ -141,7 +141,7 @@ def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:
-    """Returns the bytes of a packed tensor and the tensors beside them."""
+    """Returns the bytes of a packed tensor, and its `sides`."""
     return [tensor._qdata, *tensor._params.sides]
 
 

@@ -50,10 +50,10 @@ def join_block_fp8(file: WeightFile, tensors: dict[str, torch.Tensor]) -> dict[s
         weight, scale = tensors.get(f"{layer}.weight"), tensors.pop(key)
         packed = None if weight is None else _packed(weight, scale)
         if packed is None:
-            found = "there is no such weight" if weight is None else (
+            actual = "there is no such weight" if weight is None else (
                 f"the weight is {_describe(weight)}")
             raise file.error_at(
-                key, f"{safe_repr(key)} is {_describe(scale)}, but {found}; expected a weight in"
+                key, f"{safe_repr(key)} is {_describe(scale)}, but {actual}; expected a weight in"
                 f" fp8 E4M3 of two dimensions, with one scale for each block of {BLOCK} x {BLOCK}",
                 AGAIN)
         tensors[f"{layer}.weight"] = packed

@@ -1,4 +1,4 @@
-"""ComfyUI's own quantised formats, whose scales are tensors beside the codes.
+"""ComfyUI's own quantised formats, whose scales are tensors of their own.
 
 Sources: comfy-kitchen 0.2.26 `tensor/*.py` and `backends/eager/*.py`; for MXFP8
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf.

@@ -54,41 +54,41 @@ def read(path, tensors):
 def test_values_are_those_of_transformers(shape, scale_dtype, tmp_path):
     codes, scale = written(torch.randn(shape) * 0.02)
     scale = scale.to(scale_dtype)
-    found = read(tmp_path / "a.safetensors", {
+    weights = read(tmp_path / "a.safetensors", {
         "L.weight": codes, "L.weight_scale_inv": scale, "L.activation_scale": torch.ones(1),
         "L.bias": torch.ones(3)
     })
-    assert set(found) == {"L.weight", "L.bias"} and is_packed(found["L.weight"])
+    assert set(weights) == {"L.weight", "L.bias"} and is_packed(weights["L.weight"])
     expected = by_transformers(codes, scale.float())
-    assert torch.equal(found["L.weight"].dequantize(), expected)
+    assert torch.equal(weights["L.weight"].dequantize(), expected)
     stored = codes.nbytes + scale.nbytes
-    assert found["L.weight"].nbytes < 1.05 * stored
+    assert weights["L.weight"].nbytes < 1.05 * stored
 
 
 @pytest.mark.parametrize("shape", [(200, 256), (256, 200), (130, 131)])
 def test_the_last_blocks_may_be_short(shape, tmp_path):
     codes, scale = written(torch.randn(shape) * 0.02)
-    found = read(tmp_path / "a.safetensors", {"L.weight": codes, "L.weight_scale_inv": scale})
+    weights = read(tmp_path / "a.safetensors", {"L.weight": codes, "L.weight_scale_inv": scale})
     of_values = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:shape[0], :shape[1]]
-    assert torch.equal(found["L.weight"].dequantize(), codes.float() * of_values)
+    assert torch.equal(weights["L.weight"].dequantize(), codes.float() * of_values)
 
 
 def test_other_blocks_are_told_by_their_number(tmp_path):
     codes, scale = written(torch.randn(96, 192) * 0.02, block=(32, 64))
-    found = read(tmp_path / "a.safetensors", {"L.weight": codes, "L.weight_scale_inv": scale})
+    weights = read(tmp_path / "a.safetensors", {"L.weight": codes, "L.weight_scale_inv": scale})
     of_values = scale.repeat_interleave(32, 0).repeat_interleave(64, 1)
-    assert torch.equal(found["L.weight"].dequantize(), codes.float() * of_values)
+    assert torch.equal(weights["L.weight"].dequantize(), codes.float() * of_values)
 
 
-@pytest.mark.parametrize(("weight", "scale", "found"), [
+@pytest.mark.parametrize(("weight", "scale", "problem"), [
     (None, torch.ones(1, 1), "there is no such weight"),
     (torch.ones(128, 128), torch.ones(1, 1), r"the weight is float32 \(128, 128\)"),
     (torch.ones(128, 128).to(torch.float8_e4m3fn), torch.ones(7, 3), r"float32 \(7, 3\)"),
     (torch.ones(2, 128, 128).to(torch.float8_e4m3fn), torch.ones(2, 1, 1), r"\(2, 128, 128\)"),
 ])
-def test_parts_that_do_not_belong_together_are_a_sentence(weight, scale, found, tmp_path):
+def test_parts_that_do_not_belong_together_are_a_sentence(weight, scale, problem, tmp_path):
     tensors = {"L.weight_scale_inv": scale} | ({} if weight is None else {"L.weight": weight})
-    with pytest.raises(WeightFileError, match=f"a.safetensors.*L.weight_scale_inv.*{found}"):
+    with pytest.raises(WeightFileError, match=f"a.safetensors.*L.weight_scale_inv.*{problem}"):
         read(tmp_path / "a.safetensors", tensors)
 
 

@@ -247,7 +247,7 @@ def test_a_file_of_all_formats_becomes_packed_tensors(weight, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     file = open_weights(str(path))
-    found = as_tensors(file, file.state_dict())
-    assert set(found) == set(expected) and all(map(is_packed, found.values()))
+    weights = as_tensors(file, file.state_dict())
+    assert set(weights) == set(expected) and all(map(is_packed, weights.values()))
     for name, values in expected.items():
-        torch.testing.assert_close(found[name].dequantize(), values, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(weights[name].dequantize(), values, rtol=1e-5, atol=1e-7)
