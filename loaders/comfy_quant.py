@@ -26,14 +26,11 @@ from comfy_kitchen.tensor import get_layout_class
 from ..ops.bounded_json import read_json
 from ..ops.packed_layout import QuantizedTensor, is_packed
 from ..ops.packed_tensor import PackedTensor
-from .files.comfy_formats import READERS, PartError, format_of, pack_parts
+from .files.comfy_formats import MARK, READERS, SETTINGS, PartError, format_of, pack_parts
 from .files.container import WeightFile, WeightFileError, first_line, safe_repr
 from .out_of_memory import is_out_of_memory
 
-MARK = ".comfy_quant"
 SMOOTHING = ".pre_quant_scale"  # a factor for the input of a layer
-# key of a file's metadata that has the `comfy_quant` settings of all layers
-SETTINGS = "_quantization_metadata"
 # formats with two codes in a byte; their layout does not know the shape of the weight
 HALF_STORED = ("convrot_w4a4",)
 # scales of asym_w4a8_int8, (rows, groups of columns); its layout does not know the shape either

@@ -1,13 +1,15 @@
 """Chooses which files this pack reads and which go to the host's own loaders."""
 import os
 from collections.abc import Container
+from functools import partial
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from .comfy_quant import find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
-from .files.block_fp8 import has_block_fp8
 from .files.safetensors import is_shard
+from .files.scaled_weights import has_scaled_weights
 
 
 def needs_own_reader(path: str, pack_to: str | None = None,
@@ -15,9 +17,9 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
     It reads GGUF, folders, safetensors split over several files (the host would take one file for a
-    whole model), and safetensors with weights that bitsandbytes packed, with fp8 in blocks, or with
-    some of the host's own formats. It also takes damaged safetensors and quantised formats that the
-    host does not read, to say what is wrong with them.
+    whole model), and safetensors with weights that bitsandbytes packed, with scales that the host
+    does not read, or with some of the host's own formats. It also takes damaged safetensors and
+    quantised formats that the host does not read, to say what is wrong with them.
 
     Args:
         path: of a file or folder.
@@ -34,8 +36,14 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     try:
         with safe_open(path, framework="pt") as file:
             keys, metadata = file.keys(), file.metadata() or {}
-            return (has_packed_weights(keys) or has_block_fp8(keys)
+            return (has_packed_weights(keys)
+                    or has_scaled_weights(keys, metadata, partial(_type_of, file))
                     or has_format(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
     except (SafetensorError, OSError, RuntimeError):  # RuntimeError: from torch, mapping the file
         return True
+
+
+def _type_of(file: Any, name: str) -> str:
+    """Returns the type of a tensor of an open safetensors file, such as "F8_E4M3"."""
+    return file.get_slice(name).get_dtype()

@@ -38,6 +38,9 @@ from ...ops.formats.comfy import (
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
 
+MARK = ".comfy_quant"
+# key of a file's metadata that has the `comfy_quant` settings of all layers
+SETTINGS = "_quantization_metadata"
 SCALE, SCALE_2 = "weight_scale", "weight_scale_2"
 # tensors of a layer that say nothing about the values of its weight
 IGNORED = ("comfy_quant", "input_scale", "weight_scalar")

@@ -19,7 +19,6 @@ import torch
 
 from ...ops.bounded_json import read_json
 from .bitsandbytes import join_parts
-from .block_fp8 import join_block_fp8
 from .container import (
     COUNTABLE,
     PLAIN_DTYPES,
@@ -31,6 +30,7 @@ from .container import (
     map_file,
     safe_repr,
 )
+from .scaled_weights import join_scaled_weights
 from .unsupported_quantizers import reject_unsupported_quantizers
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -106,7 +106,7 @@ class SafetensorsFile(WeightFile):
         Raises:
             WeightFileError: the file changed meanwhile, or its quantiser is not supported.
         """
-        tensors = join_block_fp8(self, join_parts(self, super().state_dict(), track))
+        tensors = join_scaled_weights(self, join_parts(self, super().state_dict(), track))
         reject_unsupported_quantizers(self, tensors)
         return tensors
 

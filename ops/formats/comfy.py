@@ -152,6 +152,15 @@ class NVFP4_ROWS(RowFormat):
         return Terms(values.view(len(codes), -1, cls.group), scales)
 
 
+class NVFP4_LOW(NVFP4_ROWS):
+    """The same with the low nibble first: nvfp4 of Black Forest Labs and ModelOpt."""
+
+    @classmethod
+    def code_pairs(cls) -> torch.Tensor:
+        codes = torch.arange(256)
+        return super().code_pairs()[codes << 4 & 255 | codes >> 4]
+
+
 class Rotated(RowFormat):
     """value = scale * (codes of a group of columns times a rotation), one scale a row.
 

@@ -64,6 +64,7 @@ ROW_FAMILIES = {
     "INT8_GROUPS": ("SignedBytes", "FloatScales", False),
     "MXFP8": ("E4M3", "Exponents", False),
     "NVFP4_ROWS": ("CodebookNibbles", "E4M3Scales", False),
+    "NVFP4_LOW": ("CodebookLowNibbles", "E4M3Scales", False),
     "INT8_CONVROT": ("SignedBytes", "FloatScales", True),
     "INT4_CONVROT": ("SignedNibbles", "FloatScales", True),
 }
@@ -217,7 +218,7 @@ class CpuKernels:
             "ROTATED": int(is_rotated), "ROOT": f"{group**0.5 if is_rotated else 1.0}f",
             "LANES": 8 if group % 16 else _max_lanes()
         }
-        if codes == "CodebookNibbles":
+        if hasattr(packed_format, "values"):
             definitions["CODEBOOK"] = c_floats(packed_format.values)
         run = self._function("dequantize_rows", None, out.dtype, value_dtype, **definitions)
         packed, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)

@@ -39,6 +39,11 @@ struct CodebookNibbles {  // the high nibble first
     static const int BITS = 4;
     static FUNCTION Floats numbers(Packed from) { return look_up(load_nibble_pairs(from)); }
 };
+
+struct CodebookLowNibbles {  // the low nibble first
+    static const int BITS = 4;
+    static FUNCTION Floats numbers(Packed from) { return look_up(load_low_nibble_pairs(from)); }
+};
 #endif
 
 struct FloatScales {

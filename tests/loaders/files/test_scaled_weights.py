@@ -1,4 +1,4 @@
-"""fp8 with a scale for each block, against transformers, which writes it."""
+"""Weights with scales without a marker, against transformers and diffusers, which write them."""
 import json
 
 import comfy.sd
@@ -80,16 +80,71 @@ def test_other_blocks_are_told_by_their_number(tmp_path):
     assert torch.equal(weights["L.weight"].dequantize(), codes.float() * of_values)
 
 
-@pytest.mark.parametrize(("weight", "scale", "problem"), [
-    (None, torch.ones(1, 1), "there is no such weight"),
-    (torch.ones(128, 128), torch.ones(1, 1), r"the weight is float32 \(128, 128\)"),
-    (torch.ones(128, 128).to(torch.float8_e4m3fn), torch.ones(7, 3), r"float32 \(7, 3\)"),
-    (torch.ones(2, 128, 128).to(torch.float8_e4m3fn), torch.ones(2, 1, 1), r"\(2, 128, 128\)"),
+FP8, INT8, NIBBLES = torch.float8_e4m3fn, torch.int8, torch.uint8
+
+
+@pytest.mark.parametrize(("weight", "parts"), [
+    (torch.ones(128, 128).to(FP8), {"weight_scale_inv": torch.ones(7, 3)}),
+    (torch.ones(2, 128, 128).to(FP8), {"weight_scale_inv": torch.ones(2, 1, 1)}),
+    (torch.ones(128, 128).to(FP8), {"weight_scale": torch.ones(64)}),
+    (torch.ones(128, 128).to(FP8), {"weight_scale": torch.ones(128),
+                                    "weight_scale_2": torch.ones(1)}),
+    (torch.ones(128, 128).to(INT8), {"weight_scale": torch.ones(64)}),
+    (torch.ones(128, 128).to(NIBBLES), {"weight_scale": torch.ones(128, 16).to(FP8)}),
+    (torch.ones(128, 128).to(NIBBLES), {"weight_scale": torch.ones(128, 8).to(FP8),
+                                        "weight_scale_2": torch.ones(1)}),
+    (torch.ones(128, 128).to(FP8), {"weight_scale": torch.ones(128),
+                                    "pre_quant_scale": torch.ones(128)}),
 ])
-def test_parts_that_do_not_belong_together_are_a_sentence(weight, scale, problem, tmp_path):
-    tensors = {"L.weight_scale_inv": scale} | ({} if weight is None else {"L.weight": weight})
-    with pytest.raises(WeightFileError, match=f"a.safetensors.*L.weight_scale_inv.*{problem}"):
+def test_parts_that_do_not_belong_together_are_a_sentence(weight, parts, tmp_path):
+    tensors = {"L.weight": weight} | {f"L.{part}": tensor for part, tensor in parts.items()}
+    with pytest.raises(WeightFileError, match="a.safetensors.*L.weight' is .* expected fp8 E4M3"):
         read(tmp_path / "a.safetensors", tensors)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.rand(96), torch.rand(96, 1).bfloat16()])
+@pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
+def test_scales_of_rows_and_of_a_tensor(dtype, scale, tmp_path):
+    codes = torch.randint(-100, 100, (96, 80)).float().to(dtype)
+    weights = read(tmp_path / "a.safetensors", {
+        "L.weight": codes, "L.weight_scale": scale, "L.input_scale": torch.ones(1)})
+    assert set(weights) == {"L.weight"}
+    of_rows = scale.float().view(-1, 1) if scale.numel() > 1 else scale.float()
+    assert torch.equal(weights["L.weight"].dequantize(), codes.float() * of_rows)
+
+
+def test_values_are_those_of_black_forest_labs(tmp_path):
+    bfl = pytest.importorskip("diffusers.quantizers.bfl.utils", reason="it is the oracle")
+    values = (torch.randn(96, 256) * 0.02).bfloat16()
+    codes, scale = bfl.quantize_fp8r(values)
+    weights = read(tmp_path / "a.safetensors", {"L.weight": codes, "L.weight_scale": scale})
+    assert torch.equal(weights["L.weight"].dequantize(), bfl.dequantize_fp8r(codes, scale))
+    codes, scale, of_tensor = bfl.quantize_nvfp4(values)
+    weights = read(tmp_path / "b.safetensors", {
+        "L.weight": codes, "L.weight_scale": scale, "L.weight_scale_2": of_tensor})
+    assert set(weights) == {"L.weight"} and is_packed(weights["L.weight"])
+    assert torch.equal(weights["L.weight"].dequantize(),
+                       bfl.dequantize_nvfp4(codes, scale, of_tensor))
+
+
+def test_nvfp4_without_a_marker_has_the_low_nibble_first(tmp_path):
+    codes = torch.tensor([[0x21] * 8, [0x9F] * 8], dtype=torch.uint8)
+    scale = torch.tensor([[2.0], [0.5]]).to(FP8)
+    weights = read(tmp_path / "a.safetensors", {
+        "L.weight": codes, "L.weight_scale": scale, "L.weight_scale_2": torch.tensor(3.0)})
+    expected = torch.tensor([[0.5, 1.0] * 8, [-6.0, -0.5] * 8]) * torch.tensor([[6.0], [1.5]])
+    assert torch.equal(weights["L.weight"].dequantize(), expected)
+
+
+def test_other_tensors_of_such_names_are_left_alone(tmp_path):
+    tensors = {"L.weight": torch.ones(4, 4), "L.weight_scale": torch.ones(4),
+               "M.weight_scale": torch.ones(1)}
+    weights = read(tmp_path / "a.safetensors", tensors)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in tensors.items())
+    assert not needs_own_reader(str(tmp_path / "a.safetensors"))
+    marker = {"L.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=NIBBLES)}
+    tensors = {"L.weight": torch.ones(4, 4).to(FP8), "L.weight_scale": torch.tensor(1.0)} | marker
+    assert set(read(tmp_path / "b.safetensors", tensors)) == set(tensors)
 
 
 @pytest.fixture(params=["file", "folder"])

@@ -1,0 +1,162 @@
+"""Reads weights of 8 and 4 bits with scales that have no marker of ComfyUI's.
+
+| in the file (layer `L`, weight (N, K)) | written by |
+|---|---|
+| `L.weight` fp8 E4M3, `L.weight_scale_inv` of each block of rows and columns | transformers |
+| `L.weight` fp8 E4M3, `L.weight_scale` (), (N,) or (N, 1) | Black Forest Labs (fp8r), |
+| | ModelOpt, compressed-tensors (float-quantized) |
+| `L.weight` int8, `L.weight_scale` (), (N,) or (N, 1) | ModelOpt |
+| `L.weight` uint8 (N, K / 2), the low nibble first, | Black Forest Labs, |
+| `L.weight_scale` fp8 E4M3 (N, K / 16), `L.weight_scale_2` () | ModelOpt (nvfp4) |
+
+Each becomes one packed tensor `L.weight`. `L.input_scale` and `L.activation_scale` say nothing
+about its values. A value is the number of its code times its scale, whatever the name says; the
+last blocks of rows and columns may be short.
+
+Sources: transformers 5.14 `integrations/finegrained_fp8.py`, diffusers 0.42 `quantizers/bfl`.
+"""
+import math
+from collections.abc import Callable, Container, Iterable, Mapping
+
+import torch
+
+from ...ops.formats._rows import RowFormat
+from ...ops.formats.comfy import F8_E4M3, INT8_ROWS, NVFP4_LOW
+from ...ops.packed_layout import packed_tensor
+from ...ops.packed_tensor import PackedTensor
+from .comfy_formats import MARK, SETTINGS
+from .container import WeightFile, safe_repr
+
+SCALES, OF_BLOCKS, OF_TENSOR = ".weight_scale", ".weight_scale_inv", ".weight_scale_2"
+OF_INPUT = (".input_scale", ".activation_scale")
+SMOOTHING = ".pre_quant_scale"
+TYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8")  # of weights
+BLOCK = 128  # rows and columns, unless the scales say otherwise
+AGAIN = "Download the file again, or get another conversion."
+EXPECTED = "fp8 E4M3, int8 or 4 bits of nvfp4 with scales of its rows, blocks or groups"
+
+
+def has_scaled_weights(names: Iterable[str], metadata: Mapping[str, object],
+                       type_of: Callable[[str], str]) -> bool:
+    """Returns whether a file has such weights.
+
+    Args:
+        names: of its tensors.
+        metadata: of the file.
+        type_of: returns the safetensors type of a tensor by its name.
+    """
+    names = dict.fromkeys(names)
+    layers = filter(None, (_layer_of(name, names, metadata) for name in names))
+    return any(type_of(f"{layer}.weight") in TYPES for layer in layers)
+
+
+def _layer_of(name: str, names: Container[str], metadata: Mapping[str, object]) -> str | None:
+    """Returns the layer that a tensor has the scales of, None for another tensor."""
+    for end in (OF_BLOCKS, SCALES):
+        layer = name.removesuffix(end)
+        if (layer != name and f"{layer}.weight" in names and f"{layer}{MARK}" not in names
+                and SETTINGS not in metadata):
+            return layer
+    return None
+
+
+def join_scaled_weights(file: WeightFile,
+                        tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replaces each weight and its scales in `tensors` with one packed tensor.
+
+    Args:
+        file: the file they come from.
+        tensors: name -> tensor as stored; changed in place.
+
+    Returns:
+        `tensors`.
+
+    Raises:
+        WeightFileError: a weight and its scales do not belong together.
+    """
+    for name in list(tensors):
+        layer = _layer_of(name, tensors, file.metadata)
+        if layer is None or tensors[f"{layer}.weight"].itemsize != 1:
+            continue
+        weight, scale = tensors[f"{layer}.weight"], tensors.pop(name)
+        packed = None
+        if f"{layer}{SMOOTHING}" not in tensors:
+            if name.endswith(OF_BLOCKS):
+                packed = _fp8_in_blocks(weight, scale)
+            else:
+                packed = _of_rows(weight, scale, tensors.pop(f"{layer}{OF_TENSOR}", None))
+        if packed is None:
+            raise file.error_at(
+                f"{layer}.weight",
+                f"{safe_repr(f'{layer}.weight')} is {_describe(weight)} and {safe_repr(name)} is"
+                f" {_describe(scale)}; expected {EXPECTED}", AGAIN)
+        tensors[f"{layer}.weight"] = packed
+        for end in OF_INPUT:
+            tensors.pop(f"{layer}{end}", None)
+    return tensors
+
+
+def _of_rows(weight: torch.Tensor, scale: torch.Tensor,
+             of_tensor: torch.Tensor | None) -> PackedTensor | None:
+    """Returns the packed weight for scales of rows or of one tensor, or for those of nvfp4, None
+    where the parts do not fit."""
+    if weight.ndim != 2:
+        return None
+    rows = len(weight)
+    if weight.dtype == torch.uint8:
+        columns = weight.shape[1] * 2
+        if (of_tensor is None or of_tensor.numel() != 1 or scale.dtype != torch.float8_e4m3fn
+                or tuple(scale.shape) != (rows, columns // NVFP4_LOW.group)
+                or columns % NVFP4_LOW.group):
+            return None
+        return _pack(NVFP4_LOW, weight, columns, scale.contiguous().view(torch.uint8).flatten(),
+                     of_tensor.float().flatten().expand(rows).contiguous())
+    family = {torch.float8_e4m3fn: F8_E4M3, torch.int8: INT8_ROWS}.get(weight.dtype)
+    if (family is None or of_tensor is not None or not scale.is_floating_point()
+            or scale.numel() not in (1, rows)):
+        return None
+    return _pack(family, weight, weight.shape[1],
+                 scale.float().flatten().expand(rows).contiguous())
+
+
+def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor | None:
+    """Returns the packed weight, or None where the scales do not fit it."""
+    if weight.ndim != 2 or weight.dtype != torch.float8_e4m3fn or not scale.is_floating_point():
+        return None
+    if scale.numel() == 1:
+        return _of_rows(weight, scale, None)
+    blocks = _block_lengths(weight.shape, scale)
+    if blocks is None:
+        return None
+    (rows, columns), (block_rows, block_columns) = weight.shape, blocks
+    # columns whose number is no multiple of a block's repeat its scale for smaller groups
+    group = math.gcd(block_columns, columns)
+    scales = scale.float().repeat_interleave(block_rows, 0)[:rows]
+    scales = scales.repeat_interleave(block_columns // group, 1)[:, :columns // group]
+    return _pack(F8_E4M3, weight, columns, scales.flatten(), group=group)
+
+
+def _pack(family: type[RowFormat], weight: torch.Tensor, columns: int, *sides: torch.Tensor,
+          group: int | None = None) -> PackedTensor:
+    return packed_tensor(family.of_columns(columns, group),
+                         weight.contiguous().view(torch.uint8).view(-1), (len(weight), columns),
+                         torch.float32, *sides)
+
+
+def _block_lengths(shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...] | None:
+    """Returns the rows and columns of a block, or None where scales fit no blocks."""
+    if scale.ndim != 2:
+        return None
+    lengths = []
+    for size, count in zip(shape, scale.shape):
+        if count == -(-size // BLOCK):
+            lengths.append(BLOCK)
+        elif count and size % count == 0:
+            lengths.append(size // count)
+        else:
+            return None
+    return tuple(lengths)
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
