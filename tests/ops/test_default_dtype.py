@@ -11,10 +11,10 @@ import torch
 
 from featherweight.ops import bits, formats, int8, int8_codes, product, quantize  # noqa: F401
 from featherweight.ops.format import FORMATS
-from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.formats._rows import FAMILIES, RowFormat
 from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.packed_layout import SIDE_FIELDS, packed_tensor, packed_tensors
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 CPU = torch.device("cpu")
@@ -22,7 +22,11 @@ PACK = Path(__file__).parents[2]
 MAKE = {"empty", "zeros", "ones", "full", "tensor", "linspace", "logspace", "rand", "randn", "eye"}
 ROWS, COLUMNS = 16, 512
 # other tests make others
-EACH = [*(fmt for fmt in FORMATS.values() if not issubclass(fmt, INT8)), INT8.of_columns(COLUMNS)]
+EACH = [
+    *(fmt for fmt in FORMATS.values() if not issubclass(fmt, RowFormat)),
+    *(FAMILIES[name].of_columns(COLUMNS)
+      for name in ["INT8", "INT8_ROWS", *cpp_backend.ROW_FAMILIES])
+]
 each_format = pytest.mark.parametrize("fmt", EACH, ids=lambda fmt: fmt.__name__)
 has_compiler = sys.platform != "win32" and (
     os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -59,7 +63,7 @@ def assert_same(under, work):
 def weight_of(fmt):
     tensors = random_tensors(fmt, ROWS * COLUMNS // fmt.block_length, CPU, bounded=True)
     return packed_tensor(fmt, tensors[0], (ROWS, COLUMNS),
-                         scale=tensors[1] if fmt.sides else None)
+                         **dict(zip(SIDE_FIELDS, tensors[1:])))
 
 
 def input_of(dtype):
@@ -83,7 +87,7 @@ def test_values_and_products_are_those_of_any_default_dtype(fmt, under):
     assert_same(under, work)
 
 
-@pytest.mark.parametrize("fmt", filter(quantize.can_pack, EACH), ids=lambda fmt: fmt.__name__)
+@pytest.mark.parametrize("fmt", list(filter(quantize.can_pack, EACH)), ids=lambda fmt: fmt.__name__)
 def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
     def work():
         dense = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1),
@@ -99,19 +103,17 @@ def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
-@pytest.mark.parametrize(
-    "op", dict.fromkeys(kernel.capability for kernel in cpp_backend.BACKEND.kernels)
-)
-def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(op, under):
+@pytest.mark.parametrize("kernel", cpp_backend.BACKEND.kernels,
+                         ids=lambda kernel: f"{kernel.capability}-{len(kernel.formats)}")
+def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(kernel, under):
     dtypes = {
         "dequantize": torch.bfloat16, "linear": torch.bfloat16, "int8_tokens": torch.bfloat16,
         "int8_rows": torch.int8
     }
-    packed_format = None if op == "int8_tokens" else FORMATS["Q4_K"]
-    for kernel in cpp_backend.BACKEND.kernels:
-        if kernel.capability == op:
-            under(torch.float16,
-                  lambda: check(kernel, packed_format, dtypes.get(op, torch.float32), None, CPU))
+    dtype = dtypes.get(kernel.capability, torch.float32)
+    accepted = [fmt for fmt in [FORMATS["Q4_K"], *EACH] if kernel.accepts(fmt, dtype, None)]
+    fmt = accepted[0] if kernel.formats else None
+    under(torch.float16, lambda: check(kernel, fmt, dtype, None, CPU))
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")

@@ -125,7 +125,7 @@ def test_dequantize_is_right_in_each_case_of_the_check(backend, fmt, dtype, devi
 @parametrize_cases(BACKENDS, TWO, DTYPES[1:],
                    lambda name, fmt, dtype: fmt == TWO[dtype == torch.float16])
 def test_dequantize_rounds_to_the_value_dtype_first(backend, fmt, dtype, device):
-    check(*kernels_of(backend, "dequantize"), fmt, torch.float32, dtype, device)
+    check(*kernels_of(backend, "dequantize", fmt), fmt, torch.float32, dtype, device)
 
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
