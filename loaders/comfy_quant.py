@@ -26,17 +26,25 @@ from comfy_kitchen.tensor import get_layout_class
 from ..ops.bounded_json import read_json
 from ..ops.packed_layout import QuantizedTensor, is_packed
 from ..ops.packed_tensor import PackedTensor
-from .files.comfy_formats import MARK, READERS, SETTINGS, PartError, format_of, pack_parts
+from .files.comfy_formats import (
+    MARK,
+    READERS,
+    SETTINGS,
+    SMOOTHING,
+    PartError,
+    format_of,
+    pack_parts,
+)
 from .files.container import WeightFile, WeightFileError, first_line, safe_repr
 from .out_of_memory import is_out_of_memory
 
-SMOOTHING = ".pre_quant_scale"  # a factor for the input of a layer
 # formats with two codes in a byte; their layout does not know the shape of the weight
 HALF_STORED = ("convrot_w4a4",)
 # scales of asym_w4a8_int8, (rows, groups of columns); its layout does not know the shape either
 GROUP_SCALES = "weight_s_rel"
 # format -> the first version of ComfyUI that reads it
 READ_BY = {"asym_w4a8_int8": "0.33"}
+OTHER_PARTS = (MARK[1:], "input_scale", SMOOTHING)  # whose names do not begin with "weight"
 
 
 class UnreadFormatError(ValueError):
@@ -47,15 +55,14 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                formats: Container[str] | None = None) -> dict[str, torch.Tensor]:
     """Joins the parts of each quantised weight into one tensor, without copying the codes.
 
-    `L.pre_quant_scale` stays a tensor of its own. The parts of stacked experts stay apart: only
-    the host's layer for experts reads them.
+    The parts of stacked experts stay apart: only the host's layer for experts reads them.
 
     Args:
         file: the file of the state dict.
         state_dict: of the file; it is not changed.
         prefix: of the names of the model; other weights stay as they are.
-        formats: names of those whose layers become packed tensors, without `L.pre_quant_scale`;
-            others stay in parts for the host. None: all become packed tensors or the host's own.
+        formats: names of those whose layers become packed tensors; others stay in parts for the
+            host. None: all become packed tensors or the host's own.
 
     Returns:
         A state dict whose quantised weights are `QuantizedTensor`s of dtype float32.
@@ -79,8 +86,6 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             try:
                 if formats is None:
                     weight = _weight(layer_class, layer, parts)
-                elif f"{layer}{SMOOTHING}" in state_dict:
-                    continue
                 else:
                     weight = _packed_weight(layer, parts, formats)
             except UnreadFormatError as error:
@@ -171,7 +176,7 @@ def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
     layers = {name.removesuffix(MARK): [] for name in names if name.endswith(MARK)}
     for name in names:
         layer, _, part = name.rpartition(".")
-        if layer in layers and (part.startswith("weight") or part in ("input_scale", MARK[1:])):
+        if layer in layers and (part.startswith("weight") or part in OTHER_PARTS):
             layers[layer].append(name)
     return layers
 
@@ -192,8 +197,11 @@ def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[st
     if not isinstance(name, str):
         raise UnreadFormatError("its comfy_quant names no format")
     if name not in QUANT_ALGOS:
-        version = f", which needs ComfyUI {READ_BY[name]}" if name in READ_BY else ""
-        raise UnreadFormatError(f"{safe_repr(name)}{version}")
+        needed = [f"ComfyUI {READ_BY[name]}"] if name in READ_BY else []
+        if name in READERS:
+            needed.append("`host formats` at automatic")
+        by = f", which needs {' or '.join(needed)}" if needed else ""
+        raise UnreadFormatError(f"{safe_repr(name)}{by}")
     return settings
 
 

@@ -19,7 +19,6 @@ from ..ops.packed_layout import QuantizedTensor, is_packed
 from ..ops.packed_tensor import PackedTensor
 from ..ops.quantize import pack_tensor
 from ..ops.quantize.relative_error import holds
-from .comfy_quant import SMOOTHING
 from .diffusers_keys import JoinedRows
 from .files import packed_cache
 from .files.container import PLAIN_DTYPES, FileChangeGuard, WeightFile, safe_repr
@@ -111,7 +110,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     started = time.perf_counter()
     weights = {
         name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)
-        and tensor.dtype.is_floating_point and tensor.numel() and not name.endswith(SMOOTHING)
+        and tensor.dtype.is_floating_point and tensor.numel()
     }
     types = _types_for(weights, type_name, prefix)
     to_pack = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
@@ -129,15 +128,14 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
             if _stays(tensor):
                 unchanged[format_name(tensor)] += tensor.numel()
                 continue
-            smoothing = state_dict.pop(name.removesuffix(".weight") + SMOOTHING, None)
             if name not in to_pack:
-                state_dict[name] = _downcast(_read_dense(tensor, smoothing), types[name])
+                state_dict[name] = _downcast(_read_dense(tensor), types[name])
             else:
                 sources[_source_format(tensor)] += tensor.numel()
                 if cached:
                     weight = cached[name]
                 else:
-                    weight = _pack(file, name, _read_dense(tensor, smoothing), types[name], guard)
+                    weight = _pack(file, name, _read_dense(tensor), types[name], guard)
                 state_dict[name] = weight
                 if is_packed(weight):
                     new_entry.write(name, weight)
@@ -187,12 +185,11 @@ def _guard_of(state_dict: Mapping[str, torch.Tensor | JoinedRows]) -> FileChange
         for part in (tensor.tensors if isinstance(tensor, JoinedRows) else (tensor,)))
 
 
-def _read_dense(tensor: torch.Tensor | JoinedRows, smoothing: torch.Tensor | None) -> torch.Tensor:
+def _read_dense(tensor: torch.Tensor | JoinedRows) -> torch.Tensor:
     """Returns a weight as one dense tensor in a dtype that represents its values exactly.
 
     Args:
         tensor: of any dtype or in a quantised format of the host.
-        smoothing: factors of the columns, or None.
     """
     if isinstance(tensor, JoinedRows):
         tensor = tensor.joined()
@@ -200,7 +197,7 @@ def _read_dense(tensor: torch.Tensor | JoinedRows, smoothing: torch.Tensor | Non
         tensor = tensor.dequantize()
     elif tensor.dtype.itemsize == 1:
         tensor = tensor.to(torch.bfloat16)  # which has every value of fp8
-    return tensor if smoothing is None else tensor.float() * smoothing.float()
+    return tensor
 
 
 def _pack(file: WeightFile, name: str, values: torch.Tensor, type_name: str,

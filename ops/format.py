@@ -39,10 +39,16 @@ class Side(NamedTuple):
     Attributes:
         dtype: float32, or uint8 for bytes that a format decodes.
         count: numbers for each block.
+        is_shared: whether all blocks have the same numbers, which are stored once.
     """
 
     dtype: torch.dtype
     count: int = 1
+    is_shared: bool = False
+
+    def length(self, blocks: int) -> int:
+        """Returns how many numbers a weight of some blocks has."""
+        return self.count if self.is_shared else blocks * self.count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +193,8 @@ class Format:
 
     @classmethod
     def side_bytes(cls) -> int:
-        """Returns the bytes of a block's numbers in `sides`."""
-        return sum(side.dtype.itemsize * side.count for side in cls.sides)
+        """Returns the bytes of a block's own numbers in `sides`."""
+        return sum(side.dtype.itemsize * side.count for side in cls.sides if not side.is_shared)
 
     @classmethod
     def terms(cls, blocks: torch.Tensor) -> Terms:
@@ -198,7 +204,7 @@ class Format:
     @classmethod
     def dequantize(cls, *blocks: torch.Tensor) -> torch.Tensor:
         """Returns the values of some blocks, float32 (n, block_length); see `terms`."""
-        count = len(blocks[-1]) // cls.sides[-1].count if cls.sides else len(blocks[0])
+        count = len(blocks[1]) // cls.sides[0].count if cls.sides else len(blocks[0])
         out = torch.empty((count, cls.block_length), dtype=torch.float32, device=blocks[0].device)
         cls.write(out, *blocks)
         return out
@@ -287,7 +293,7 @@ class Format:
     def blocks(cls, tensors: list[torch.Tensor], first: int, last: int) -> tuple[torch.Tensor, ...]:
         """Returns what `dequantize` takes for blocks `first` to `last` of a weight."""
         return tensors[0].view(-1, cls.block_bytes)[first:last], *(
-            tensor[first * side.count:last * side.count]
+            tensor if side.is_shared else tensor[first * side.count:last * side.count]
             for tensor, side in zip(tensors[1:], cls.sides))
 
     @classmethod
@@ -301,7 +307,7 @@ class Format:
         """
         blocks = columns // cls.block_length
         return [tensors[0].view(-1, columns * cls.block_bytes // cls.block_length)[index], *(
-            tensor.view(-1, blocks * side.count)[index].flatten()
+            tensor if side.is_shared else tensor.view(-1, blocks * side.count)[index].flatten()
             for tensor, side in zip(tensors[1:], cls.sides))]
 
 

@@ -22,7 +22,7 @@ from .formats._names import format_named
 from .packed_tensor import PackedTensor, relabel
 from .pickle_names import stable_pickle_name
 
-SIDE_FIELDS = ("scale", "scale_2")
+SIDE_FIELDS = ("scale", "scale_2", "scale_3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,13 @@ class PackedParams(BaseLayoutParams):
     """Logical dtype and shape of a packed tensor, and its scales.
 
     Attributes:
-        scale, scale_2: the format's `sides`, such as NF4's absmax; None for those it lacks.
+        scale, scale_2, scale_3: the format's `sides`, such as NF4's absmax; None for those it
+            lacks.
     """
 
     scale: torch.Tensor | None
     scale_2: torch.Tensor | None = None
+    scale_3: torch.Tensor | None = None
 
     def _tensor_fields(self) -> list[str]:
         return [name for name in SIDE_FIELDS if getattr(self, name) is not None]
@@ -89,7 +91,8 @@ _layouts: dict[str, type[PackedLayout]] = {}
 
 def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterable[int],
                   dtype: torch.dtype = torch.float32, scale: torch.Tensor | None = None,
-                  scale_2: torch.Tensor | None = None) -> PackedTensor:
+                  scale_2: torch.Tensor | None = None,
+                  scale_3: torch.Tensor | None = None) -> PackedTensor:
     """Wraps the bytes of a packed weight, without copying them.
 
     Args:
@@ -97,8 +100,8 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
         data: uint8, contiguous, the blocks of the weight in row order, in any shape.
         shape: logical shape.
         dtype: the float dtype the tensor shows and dequantises to.
-        scale, scale_2: the format's `sides`, each of (blocks * side.count,); None for those it
-            lacks.
+        scale, scale_2, scale_3: the format's `sides`, each of (side.length(blocks),); None for
+            those it lacks.
 
     Raises:
         FormatError: the number of bytes does not match `shape`.
@@ -106,8 +109,8 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
     shape = tuple(shape)
     values = torch.Size(shape).numel()
     blocks = -(-values // packed_format.block_length)
-    params = PackedParams(scale, dtype, shape, scale_2)
-    counts = [blocks * side.count for side in packed_format.sides]
+    params = PackedParams(scale, dtype, shape, scale_2, scale_3)
+    counts = [side.length(blocks) for side in packed_format.sides]
     if not (
         data.numel() == -(-values * packed_format.block_bytes // packed_format.block_length)
         and (counts or values % packed_format.block_length == 0)

@@ -3,7 +3,7 @@
 Where the blocks of a packed format cross rows, and where parts have different formats, the result
 is dense.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -77,7 +77,7 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     if packed_format is None:
         return torch.cat([dense(part) for part in parts])
     columns = parts[0].shape[1:].numel()
-    data, *sides = (torch.cat(piece) for piece in zip(*(_rows(part, columns) for part in parts)))
+    data, *sides = _joined(packed_format, torch.cat, [_rows(part, columns) for part in parts])
     return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]),
                          parts[0].dtype, *sides)
 
@@ -97,11 +97,19 @@ def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
     if packed_format is None:
         return torch.stack([dense(part) for part in parts], -2).reshape(shape)
     count = parts[0].shape[:-1].numel()
-    pieces = zip(*(_rows(part, columns) for part in parts))
-    data, *sides = (torch.stack([piece.view(count, -1) for piece in same], 1).flatten(0, 1)
-                    for same in pieces)
-    return packed_tensor(packed_format, data, shape, parts[0].dtype,
-                         *(part.flatten() for part in sides))
+
+    def interleave(pieces: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([piece.view(count, -1) for piece in pieces], 1).flatten()
+
+    data, *sides = _joined(packed_format, interleave, [_rows(part, columns) for part in parts])
+    return packed_tensor(packed_format, data, shape, parts[0].dtype, *sides)
+
+
+def _joined(packed_format: type[Format], join: Callable[[tuple[Tensor, ...]], Tensor],
+            parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Joins the tensors of several weights, of which shared ones are alike in all."""
+    shared = [False, *(side.is_shared for side in packed_format.sides)]
+    return [same[0] if is_shared else join(same) for is_shared, same in zip(shared, zip(*parts))]
 
 
 def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
@@ -113,12 +121,17 @@ def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
 def _common_format(parts: Sequence[Tensor], axis: int) -> type[Format] | None:
     """Returns the packed format of all parts.
 
-    None where they differ or their rows cannot be moved as bytes.
+    None where they differ, also in what all blocks share, or their rows cannot be moved as bytes.
     """
-    formats = {
-        part.layout_cls.format if rows_are_whole_blocks(part, axis) else None for part in parts
-    }
-    return formats.pop() if len(formats) == 1 else None
+    packed = [part for part in parts if rows_are_whole_blocks(part, axis)]
+    formats = {part.layout_cls.format for part in packed}
+    if len(packed) < len(parts) or len(formats) != 1:
+        return None
+    packed_format = formats.pop()
+    sides = zip(packed_format.sides, *(packed_tensors(part)[1:] for part in packed))
+    same = all(torch.equal(first, other) for side, first, *others in sides if side.is_shared
+               for other in others)
+    return packed_format if same else None
 
 
 def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> TypeGuard[PackedTensor]:

@@ -140,7 +140,7 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
         _check(scales.dtype == side.dtype,
                lambda: f"The scales of a weight in {format} are {_describe(scales)}; expected"
                        f" {str(side.dtype).removeprefix('torch.')}.")
-        needed = blocks * side.count
+        needed = side.length(blocks)
         _check(len(scales) == needed if whole else len(scales) >= needed,
                lambda: f"{len(scales)} scales of {format} were given for {what}, which has"
                        f" {blocks} blocks.")

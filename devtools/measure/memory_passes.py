@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from featherweight.ops import product
-from featherweight.ops.format import DEVICE_CHUNK_VALUES, Format
+from featherweight.ops.format import DEVICE_CHUNK_VALUES, Format, Side
 from featherweight.ops.low_rank import LowRank
 
 META = torch.device("meta")
@@ -68,8 +68,8 @@ def nbytes(tensors) -> int:
 def held(packed_format: type[Format], values: int) -> list[torch.Tensor]:
     """What a weight of so many values holds, without memory."""
     blocks = values // packed_format.block_length
-    return [torch.empty(blocks * count, dtype=dtype, device=META) for dtype, count in (
-        (torch.uint8, packed_format.block_bytes), *packed_format.sides)]
+    return [torch.empty(side.length(blocks), dtype=side.dtype, device=META)
+            for side in (Side(torch.uint8, packed_format.block_bytes), *packed_format.sides)]
 
 
 def of_dequantizing(packed_format: type[Format], dtype: torch.dtype = torch.bfloat16,

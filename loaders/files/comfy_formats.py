@@ -1,7 +1,7 @@
 """Reads weights in ComfyUI's own quantised formats: several tensors in the file, one packed tensor.
 
 The weights of layer `L` of (N, K) that `pack_parts` reads; each has `L.comfy_quant`, settings in
-JSON:
+JSON, and may have `pre_quant_scale` (K,), factors of its input:
 
 | `format` | `L.weight` | scales |
 |---|---|---|
@@ -13,9 +13,13 @@ JSON:
 | int8_tensorwise | int8 (N, K) | `weight_scale` () or (N, 1) |
 | int8_blockwise | int8 (N, K) | `weight_scale` (N / b, K / b) |
 | convrot_w4a4 | 4 bits (N, K / 2) | `weight_scale` (N,) |
+| asym_w4a8_int8 | 4 bits (N, K / 2) or | `weight_s_rel` fp8 (N, K / g), |
+| | 6 (N, K * 3 / 4) | `weight_s_channel` (N,), optional `weight_codebook` (16,) |
+| | | or `weight_correction` (K / g, N) |
 
 "In blocks" is the order of cuBLAS: pieces of 128 rows and 4 columns of scales.
-Sources: comfy-kitchen 0.2.26 `tensor/*.py`, ComfyUI 0.30 `comfy/ops.py`, convert_to_quant.
+Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `comfy/ops.py`,
+convert_to_quant.
 """
 import math
 from collections.abc import Callable, Mapping
@@ -24,7 +28,7 @@ from typing import Any
 
 import torch
 
-from ...ops.formats._rows import RowFormat
+from ...ops.formats._rows import FAMILIES, RowFormat
 from ...ops.formats.comfy import (
     F8_E4M3,
     F8_E5M2,
@@ -34,17 +38,29 @@ from ...ops.formats.comfy import (
     INT8_ROWS,
     MXFP8,
     NVFP4_ROWS,
+    SMOOTHED,
+    W4A8,
+    W4A8_INTEGERS,
+    W4A8_SHIFTED,
+    W4A8_SHIFTED_FLOAT,
+    W4A8_TABLE,
+    W6A8,
+    RotatedLevels,
 )
-from ...ops.packed_layout import packed_tensor
+from ...ops.packed_layout import packed_tensor, packed_tensors
 from ...ops.packed_tensor import PackedTensor
 
 MARK = ".comfy_quant"
 # key of a file's metadata that has the `comfy_quant` settings of all layers
 SETTINGS = "_quantization_metadata"
-SCALE, SCALE_2 = "weight_scale", "weight_scale_2"
+SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
+# of asym_w4a8_int8
+GROUP_SCALE, ROW_SCALE = "weight_s_rel", "weight_s_channel"
+CODEBOOK, CORRECTION = "weight_codebook", "weight_correction"
 # tensors of a layer that say nothing about the values of its weight
 IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
 ROTATION = 256  # columns, where the settings name no other number
+LEVEL_GROUP = 16  # columns, likewise
 PIECE_ROWS, PIECE_COLUMNS = 128, 4  # of scales in blocks
 
 Parts = dict[str, torch.Tensor]
@@ -62,8 +78,8 @@ def format_of(settings: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
-def pack_parts(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor]
-               ) -> PackedTensor | None:
+def pack_parts(settings: Mapping[str, Any],
+               parts: Mapping[str, torch.Tensor]) -> PackedTensor | None:
     """Makes one packed tensor of the parts of a weight.
 
     Args:
@@ -79,12 +95,35 @@ def pack_parts(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor]
     """
     read = READERS.get(format_of(settings))
     parts = {name: tensor for name, tensor in parts.items() if name not in IGNORED}
-    if read is None or set(parts) - {"weight", SCALE, SCALE_2}:
+    smoothing = parts.pop(SMOOTHING, None)
+    own = {SCALE, SCALE_2}
+    if read is _levels:
+        own = {GROUP_SCALE, ROW_SCALE, CODEBOOK, CORRECTION}
+    if read is None or set(parts) - {"weight", *own}:
         return None
     weight = parts["weight"]
     if weight.ndim != 2 or weight.itemsize != 1:
         raise PartError(f"its codes are {_describe(weight)}")
-    return read(settings, parts)
+    packed = read(settings, parts)
+    return packed if packed is None or smoothing is None else smooth(packed, smoothing)
+
+
+def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
+    """Returns a weight of rows with a factor for each column, which its layer has for its input.
+
+    Raises:
+        PartError: there is not one for each column, or the format takes none.
+    """
+    packed_format: Any = packed.layout_cls.format
+    columns = packed.shape[1]
+    family = SMOOTHED.get(FAMILIES[packed_format.family])
+    missing = columns - factors.numel()  # of the columns that fill a row up
+    if family is None or not 0 <= missing < packed_format.padding:
+        raise PartError(f"its {SMOOTHING} is {_describe(factors)}")
+    factors = torch.nn.functional.pad(factors.float().flatten(), (0, missing), value=1)
+    data, *sides = [*packed_tensors(packed), factors]
+    return packed_tensor(family.of_columns(columns, packed_format.group), data, packed.shape,
+                         packed.dtype, *sides)
 
 
 def _rows_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:
@@ -99,15 +138,60 @@ def _int8(settings: Mapping, parts: Parts) -> PackedTensor:
 
 
 def _rotated(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:
-    group = _setting(settings, "convrot_groupsize", ROTATION)
-    try:
-        group = int(group)
-    except (TypeError, ValueError):
-        group = 0
-    columns = parts["weight"].shape[1] * 8 // family.bits
+    group = _rotation(settings, parts["weight"].shape[1] * 8 // family.bits)
+    return _pack(family, parts, _row_scales(parts, SCALE), sizes=(group,))
+
+
+def _rotation(settings: Mapping, columns: int) -> int:
+    """Returns the number of columns that are rotated together."""
+    group = _size(settings, "convrot_groupsize", ROTATION)
     if group < 4 or math.log(group, 4) % 1 or columns % group:
         raise PartError(f"columns are rotated in groups of {group} of {columns}")
-    return _pack(family, parts, _row_scales(parts, SCALE), group=group)
+    return group
+
+
+def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
+    """Reads asym_w4a8_int8; None where the scales are no bytes."""
+    scale, stored = _part(parts, GROUP_SCALE), parts["weight"].shape[1] * 8
+    rows, level_group = len(parts["weight"]), _size(settings, "group_size", LEVEL_GROUP)
+    if scale.ndim != 2 or len(scale) != rows or level_group < 1:
+        raise PartError(f"its {GROUP_SCALE} is {_describe(scale)}")
+    columns = scale.shape[1] * level_group
+    if columns == 0 or stored / columns not in (4, 6):
+        raise PartError(f"it has {stored / max(1, columns):g} bits a value")
+    if scale.itemsize != 1:
+        return None
+    sizes = _rotation(settings, columns), level_group
+    sides = [scale.contiguous().view(torch.uint8).flatten(), _row_scales(parts, ROW_SCALE)]
+    codebook, correction = parts.get(CODEBOOK), parts.get(CORRECTION)
+    family: type[RotatedLevels] = W4A8_INTEGERS
+    if stored == columns * 6:
+        if codebook is not None or correction is not None or columns % 8:
+            return None
+        family, parts = W6A8, parts | {"weight": _six_bits(parts["weight"], columns)}
+    elif codebook is not None:
+        if correction is not None:
+            return None
+        if codebook.shape != (16,):
+            raise PartError(f"its {CODEBOOK} is {_describe(codebook)}")
+        family = W4A8
+        if not torch.equal(codebook.float(), torch.tensor(W4A8.values, dtype=torch.float32)):
+            family = W4A8_TABLE
+            sides.append(codebook.float())
+    elif correction is not None:
+        if correction.shape != scale.shape[::-1]:
+            raise PartError(f"its {CORRECTION} is {_describe(correction)}")
+        family = W4A8_SHIFTED if correction.dtype == torch.bfloat16 else W4A8_SHIFTED_FLOAT
+        shifts = correction.to(family.shift_dtype).t().contiguous()
+        sides.append(shifts.view(torch.uint8).flatten())
+    return _pack(family, parts, *sides, sizes=sizes)
+
+
+def _six_bits(codes: torch.Tensor, columns: int) -> torch.Tensor:
+    """Brings codes whose upper bits come after all low nibbles of a row into `W6A8`'s order."""
+    low, upper = codes.view(torch.uint8).split([columns // 2, columns // 4], 1)
+    groups = torch.cat([low.view(-1, columns // 8, 4), upper.view(-1, columns // 8, 2)], 2)
+    return groups.view(codes.shape)
 
 
 def _blocks_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:
@@ -119,7 +203,7 @@ def _blocks_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> Pack
     if scale.ndim != 2 or not all(scale.shape) or rows % len(scale) or columns % scale.shape[1]:
         raise PartError(f"its scales are {_describe(scale)}")
     scales = scale.repeat_interleave(rows // len(scale), 0)
-    return _pack(family, parts, scales.flatten(), group=columns // scale.shape[1])
+    return _pack(family, parts, scales.flatten(), sizes=(columns // scale.shape[1],))
 
 
 def _mxfp8(settings: Mapping, parts: Parts) -> PackedTensor:
@@ -131,7 +215,7 @@ def _nvfp4(settings: Mapping, parts: Parts) -> PackedTensor:
     return _pack(NVFP4_ROWS, parts, scales, _row_scales(parts, SCALE_2))
 
 
-READERS: dict[str, Callable[[Mapping, Parts], PackedTensor]] = {
+READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
     "float8_e4m3fn": partial(_rows_of, F8_E4M3),
     "float8_e5m2": partial(_rows_of, F8_E5M2),
     "float8_e4m3fn_rowwise": partial(_rows_of, F8_E4M3),
@@ -143,16 +227,18 @@ READERS: dict[str, Callable[[Mapping, Parts], PackedTensor]] = {
     "int8_tensorwise": _int8,
     "int8_blockwise": partial(_blocks_of, INT8_GROUPS),
     "convrot_w4a4": partial(_rotated, INT4_CONVROT),
+    "asym_w4a8_int8": _levels,
 }
 
 
 def _pack(family: type[RowFormat], parts: Parts, *sides: torch.Tensor,
-          group: int | None = None) -> PackedTensor:
+          sizes: tuple[int, ...] = ()) -> PackedTensor:
     codes = parts["weight"].contiguous().view(torch.uint8)
     rows, columns = len(codes), codes.shape[1] * 8 // family.bits
-    if columns % (group or family.group or 1):
+    group = sizes[0] if sizes else family.group
+    if columns % (group or 1):
         raise PartError(f"its rows have {columns} columns")
-    return packed_tensor(family.of_columns(columns, group), codes.view(-1), (rows, columns),
+    return packed_tensor(family.of_columns(columns, *sizes), codes.view(-1), (rows, columns),
                          torch.float32, *sides)
 
 
@@ -180,6 +266,14 @@ def _scales_in_order(family: type[RowFormat], parts: Parts) -> torch.Tensor:
         raise PartError(f"its {SCALE} is {_describe(scale)}")
     blocks = scale.contiguous().view(torch.uint8).view(*pieces, 32, 4, PIECE_COLUMNS)
     return blocks.permute(0, 3, 2, 1, 4).reshape(stored)[:rows, :columns].flatten()
+
+
+def _size(settings: Mapping, name: str, default: int) -> int:
+    """Returns a number of columns from the settings, 0 where it is no number."""
+    try:
+        return int(_setting(settings, name, default))
+    except (TypeError, ValueError):
+        return 0
 
 
 def _setting(settings: Mapping, name: str, default: Any) -> Any:

@@ -9,9 +9,10 @@
 | `L.weight` uint8 (N, K / 2), the low nibble first, | Black Forest Labs, |
 | `L.weight_scale` fp8 E4M3 (N, K / 16), `L.weight_scale_2` () | ModelOpt (nvfp4) |
 
-Each becomes one packed tensor `L.weight`. `L.input_scale` and `L.activation_scale` say nothing
-about its values. A value is the number of its code times its scale, whatever the name says; the
-last blocks of rows and columns may be short.
+Each becomes one packed tensor `L.weight`. A value is the number of its code times its scale,
+whatever the name says; the last blocks of rows and columns may be short. ModelOpt's layers may have
+`L.pre_quant_scale` (K,), factors of the input, which become those of the columns. `L.input_scale`
+and `L.activation_scale` say nothing about the values.
 
 Sources: transformers 5.14 `integrations/finegrained_fp8.py`, diffusers 0.42 `quantizers/bfl`.
 """
@@ -24,12 +25,11 @@ from ...ops.formats._rows import RowFormat
 from ...ops.formats.comfy import F8_E4M3, INT8_ROWS, NVFP4_LOW
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
-from .comfy_formats import MARK, SETTINGS
+from .comfy_formats import MARK, SETTINGS, SMOOTHING, PartError, smooth
 from .container import WeightFile, safe_repr
 
 SCALES, OF_BLOCKS, OF_TENSOR = ".weight_scale", ".weight_scale_inv", ".weight_scale_2"
 OF_INPUT = (".input_scale", ".activation_scale")
-SMOOTHING = ".pre_quant_scale"
 TYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8")  # of weights
 BLOCK = 128  # rows and columns, unless the scales say otherwise
 AGAIN = "Download the file again, or get another conversion."
@@ -79,12 +79,17 @@ def join_scaled_weights(file: WeightFile,
         if layer is None or tensors[f"{layer}.weight"].itemsize != 1:
             continue
         weight, scale = tensors[f"{layer}.weight"], tensors.pop(name)
-        packed = None
-        if f"{layer}{SMOOTHING}" not in tensors:
-            if name.endswith(OF_BLOCKS):
-                packed = _fp8_in_blocks(weight, scale)
-            else:
-                packed = _of_rows(weight, scale, tensors.pop(f"{layer}{OF_TENSOR}", None))
+        if name.endswith(OF_BLOCKS):
+            packed = _fp8_in_blocks(weight, scale)
+        else:
+            packed = _of_rows(weight, scale, tensors.pop(f"{layer}{OF_TENSOR}", None))
+        smoothing = tensors.pop(f"{layer}.{SMOOTHING}", None)
+        if packed is not None and smoothing is not None:
+            try:
+                packed = smooth(packed, smoothing)
+            except PartError as error:
+                raise file.error_at(f"{layer}.weight", f"{safe_repr(layer)}: {error}", AGAIN
+                                    ) from error
         if packed is None:
             raise file.error_at(
                 f"{layer}.weight",

@@ -22,7 +22,7 @@ from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
 from ...ops.row_slicing import take_rows
 from ..comfy_keys import model_prefix, to_comfy_keys
-from ..comfy_quant import SMOOTHING, as_tensors
+from ..comfy_quant import as_tensors
 from ..detection import reject_non_diffusion, try_detect
 from ..diffusers_keys import JoinedRows
 from ..files import open_weights
@@ -314,15 +314,10 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     tensors = to_comfy_keys(
         {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, lazy=True)
     tensors |= markers
-    smoothing = {
-        name.removesuffix(SMOOTHING): tensors.pop(name) for name in list(tensors)
-        if name.endswith(SMOOTHING)
-    }
     model = try_detect(_empty_model, tensors) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
     weights = {
-        name: _weight_of_file(name, tensor, smoothing.get(name.removesuffix(".weight")),
-                              patches.get(name, ()))
+        name: _weight_of_file(name, tensor, patches.get(name, ()))
         for name, tensor in tensors.items()
         if not name.endswith((".input_scale", ".scale_input"))
     }
@@ -336,19 +331,15 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
                   guard=guard, paths=paths)
 
 
-def _weight_of_file(name: str, tensor, smoothing: torch.Tensor | None,
-                    patches: Sequence[Patch]) -> Weight:
+def _weight_of_file(name: str, tensor, patches: Sequence[Patch]) -> Weight:
     is_joined = isinstance(tensor, JoinedRows)
     stored = tensor.parts[0][0] if is_joined else tensor
 
     def read(start: int, stop: int) -> torch.Tensor:
-        if is_joined:
-            return _read_joined_rows(tensor, start, stop)
-        values = _read_rows(tensor, start, stop)
-        return values if smoothing is None else values * smoothing.float()
+        return (_read_joined_rows if is_joined else _read_rows)(tensor, start, stop)
 
     return Weight(name, f"{DIFFUSION_MODEL}{name}", tuple(tensor.shape), stored, read,
-                  tuple(patches), is_whole=not is_joined and smoothing is None)
+                  tuple(patches), is_whole=not is_joined)
 
 
 def _read_rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -17,10 +17,10 @@ def format_named(name: str) -> type[Format]:
     if match := re.fullmatch(r"(\w+)_(\d+)_(\d+)x(\d+)", name):
         columns, outer, inner = map(int, match.groups()[1:])
         return column_groups.ColumnGroups.of(FORMATS[match[1]], columns, outer, inner)
-    if match := re.fullmatch(r"(\w+?)_(\d+)(?:_(\d+))?", name):
-        family, *numbers = match.groups()
-        base, lengths = FORMATS.get(family), [int(number) for number in numbers if number]
-        if family in FAMILIES:
+    if match := re.fullmatch(r"(\w+?)((?:_\d+)+)", name):
+        family, numbers = match.groups()
+        base, lengths = FORMATS.get(family), [int(number) for number in numbers[1:].split("_")]
+        if family in FAMILIES and len(lengths) <= 1 + len(FAMILIES[family].sizes):
             return FAMILIES[family].of_columns(*lengths)
         if base is not None and issubclass(base, bnb_4bit.Codebook4Bit) and len(lengths) == 1:
             return base.of_block_length(*lengths)

@@ -1,4 +1,5 @@
 """The base of formats whose block is a whole row of a weight."""
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ class RowFormat(Format):
         bits: of a code.
         group: columns that share a scale, or that are rotated together; 0: a whole row.
         family: name of the class that is the same for rows of all lengths.
+        sizes: names of attributes that may differ from those of the class, in the order in which
+            the name of a format has them.
     """
 
     bits = 8
     group = 0
+    sizes = ("group",)
     family: str
 
     def __init_subclass__(cls, **kwargs):
@@ -27,28 +31,25 @@ class RowFormat(Format):
             FAMILIES[cls.__name__] = cls
 
     @classmethod
-    def of_columns(cls, columns: int, group: int | None = None) -> type["RowFormat"]:
-        """Returns the format of rows of a length, a multiple of `group`.
+    def of_columns(cls, columns: int, *sizes: int | None) -> type["RowFormat"]:
+        """Returns the format of rows of a length.
 
         Args:
-            columns: values in a row.
-            group: where it is not that of the class.
+            columns: values in a row, a multiple of `group`.
+            sizes: values of the attributes `cls.sizes`; None, or left out: the class's.
         """
-        name = f"{cls.__name__}_{columns}"
-        block_bytes = columns * cls.bits // 8
-        attributes: dict[str, Any] = {
-            "block_length": columns, "block_bytes": block_bytes, "family": cls.__name__
-        }
-        if group not in (None, cls.group):
-            name += f"_{group}"
-            attributes["group"] = group
+        own: list[int] = [getattr(cls, name) for name in cls.sizes]
+        chosen = [default if size is None else size for size, default in zip_longest(sizes, own)]
+        name = "_".join([cls.__name__, str(columns), *map(str, chosen if chosen != own else ())])
         packed_format: Any = FORMATS.get(name)
         if packed_format is None:
-            attributes["sides"] = cls.sides_of(columns, cls.group if group is None else group)
+            attributes = dict(zip(cls.sizes, chosen), block_length=columns, family=cls.__name__,
+                              block_bytes=columns * cls.bits // 8,
+                              sides=cls.sides_of(columns, *chosen))
             packed_format = type(name, (cls,), attributes)
         return packed_format
 
     @classmethod
-    def sides_of(cls, columns: int, group: int) -> tuple[Side, ...]:
-        """Returns `sides` for rows of a length in groups: here a scale in float32 for each row."""
+    def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
+        """Returns `sides` of `of_columns`: here a scale in float32 for each row."""
         return (Side(torch.float32),)

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ..bits import select
+from ..bits import reinterpret, select, shifts
 from ..format import Side, Terms
 from ._rows import RowFormat
 from .bnb_int8 import INT8
@@ -161,6 +161,59 @@ class NVFP4_LOW(NVFP4_ROWS):
         return super().code_pairs()[codes << 4 & 255 | codes >> 4]
 
 
+class Smoothed(RowFormat):
+    """The values of another format times a number for each column, the last of `sides`.
+
+    Files have it as `pre_quant_scale` and mean it for the input of the layer, float32 (K,).
+
+    Attributes:
+        base: the other format.
+    """
+
+    of_host = True
+    base: type[RowFormat]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "base" in vars(cls):
+            cls.bits, cls.group, cls.padding = cls.base.bits, cls.base.group, cls.base.padding
+
+    @classmethod
+    def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
+        return (*cls.base.sides_of(columns, *sizes),
+                Side(torch.float32, columns, is_shared=True))
+
+    @classmethod
+    def terms(cls, *blocks: torch.Tensor) -> Terms:
+        terms = cls.base.of_columns(cls.block_length, cls.group).terms(*blocks[:-1])
+        values = terms.codes * terms.scales
+        return Terms(values.view(len(values), -1), blocks[-1])
+
+
+class INT8_SMOOTHED(Smoothed):
+    """ModelOpt's int8."""
+
+    base = INT8_ROWS
+
+
+class F8_SMOOTHED(Smoothed):
+    """ModelOpt's fp8."""
+
+    base = F8_E4M3
+
+
+class NVFP4_SMOOTHED(Smoothed):
+    """ComfyUI's nvfp4."""
+
+    base = NVFP4_ROWS
+
+
+class NVFP4_LOW_SMOOTHED(Smoothed):
+    """ModelOpt's nvfp4."""
+
+    base = NVFP4_LOW
+
+
 class Rotated(RowFormat):
     """value = scale * (codes of a group of columns times a rotation), one scale a row.
 
@@ -191,10 +244,14 @@ class Rotated(RowFormat):
         return power
 
     @classmethod
+    def rotate(cls, values: torch.Tensor) -> torch.Tensor:
+        """Returns rows times the rotation times the root of its size, float32, of their shape."""
+        signs = cls.constant("signs", values.device)
+        return (values.view(-1, cls.group) @ signs).view(values.shape)
+
+    @classmethod
     def terms(cls, codes: torch.Tensor, scale: torch.Tensor) -> Terms:
-        values = cls.integers(codes)
-        turned = values.view(-1, cls.group) @ cls.constant("signs", codes.device)
-        return Terms(turned.view(values.shape), scale.unsqueeze(-1) / cls.group**0.5)
+        return Terms(cls.rotate(cls.integers(codes)), scale.unsqueeze(-1) / cls.group**0.5)
 
 
 class INT8_CONVROT(Rotated):
@@ -221,3 +278,148 @@ class INT4_CONVROT(Rotated):
     def integers(cls, codes: torch.Tensor) -> torch.Tensor:
         values = select(cls.constant("code_pairs", codes.device), codes).view(torch.float32)
         return values.view(len(codes), -1)
+
+
+class RotatedLevels(Rotated):
+    """ComfyUI's asym_w4a8_int8: an integer is the level of a code times the scale of its columns.
+
+    The product is rounded to nearest, ties to even, and limited to 127 in magnitude (comfy-kitchen
+    0.2.40 `backends/eager/w4a8_int8.py`).
+
+    | tensor  | dtype, shape                    | meaning        |
+    |---------|---------------------------------|----------------|
+    | packed  | uint8 (rows * K * bits / 8,)    | codes          |
+    | scale   | uint8 (rows * K / level_group,) | bytes of E4M3  |
+    | scale_2 | float32 (rows,)                 | of a row       |
+
+    Attributes:
+        level_group: columns that share a scale.
+    """
+
+    level_group = 16
+    sizes = ("group", "level_group")
+
+    @classmethod
+    def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
+        return Side(torch.uint8, columns // sizes[1]), Side(torch.float32)
+
+    @classmethod
+    def scales(cls) -> torch.Tensor:
+        """Returns the value of each byte of E4M3, float32 (256,)."""
+        return F8_E4M3.floats()
+
+    @classmethod
+    def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
+        """Returns the level of each code, float32 (n, K).
+
+        Args:
+            codes: of n blocks.
+            sides: of the blocks, from the third on.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def terms(cls, codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor,
+              *sides: torch.Tensor) -> Terms:
+        scales = select(cls.constant("scales", codes.device), scale)
+        levels = cls.levels(codes, *sides).view(len(codes), -1, cls.level_group)
+        integers = (levels * scales.view(len(codes), -1, 1)).round_().clamp_(-127, 127)
+        return Terms(cls.rotate(integers.view(len(codes), -1)),
+                     scale_2.unsqueeze(-1) / cls.group**0.5)
+
+
+class FixedLevels(RotatedLevels):
+    """Codes of 4 bits, the low nibble of a byte first.
+
+    Attributes:
+        values: the level of each code.
+    """
+
+    bits = 4
+    values: tuple[float, ...]
+
+    @classmethod
+    def level_pairs(cls) -> torch.Tensor:
+        """Returns the two levels of each byte as float32, packed in int64 (256,)."""
+        values, codes = torch.tensor(cls.values, dtype=torch.float32), torch.arange(256)
+        return torch.stack([values[codes & 15], values[codes >> 4]], -1).view(torch.int64).view(-1)
+
+    @classmethod
+    def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
+        pairs = select(cls.constant("level_pairs", codes.device), codes)
+        return pairs.view(torch.float32).view(len(codes), -1)
+
+
+class W4A8(FixedLevels):
+    """The levels are those of a normal distribution, the largest of a group being 1."""
+
+    values = (
+        -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+        0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671)
+
+
+class W4A8_INTEGERS(FixedLevels):
+    """The levels are integers."""
+
+    values = tuple(range(-8, 8))
+
+
+class W4A8_TABLE(RotatedLevels):
+    """The levels are the weight's own: `scale_3`, float32 (16,)."""
+
+    bits = 4
+
+    @classmethod
+    def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
+        return *super().sides_of(columns, *sizes), Side(torch.float32, 16, is_shared=True)
+
+    @classmethod
+    def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
+        return select(sides[0], torch.stack([codes & 15, codes >> 4], -1))
+
+
+class W4A8_SHIFTED(FixedLevels):
+    """A number is added to all values of `level_group` columns before they are rotated.
+
+    `scale_3`, uint8, has the bytes of these numbers, rows * K / level_group of `shift_dtype`.
+    """
+
+    values = W4A8_INTEGERS.values
+    shift_dtype = torch.bfloat16
+
+    @classmethod
+    def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
+        shifts = Side(torch.uint8, columns // sizes[1] * cls.shift_dtype.itemsize)
+        return *super().sides_of(columns, *sizes), shifts
+
+    @classmethod
+    def terms(cls, codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor,
+              *sides: torch.Tensor) -> Terms:
+        terms = super().terms(codes, scale, scale_2)
+        added = reinterpret(sides[0], cls.shift_dtype).float().repeat_interleave(cls.level_group)
+        terms.minima = cls.rotate(added.view(len(codes), -1)) / -cls.group**0.5
+        return terms
+
+
+class W4A8_SHIFTED_FLOAT(W4A8_SHIFTED):
+    """The same with numbers in float32."""
+
+    shift_dtype = torch.float32
+
+
+class W6A8(RotatedLevels):
+    """Levels of 6 bits, integers: eight are four bytes of low nibbles and two of upper bits."""
+
+    bits = 6
+
+    @classmethod
+    def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
+        low, upper = codes.view(-1, 6).split([4, 2], 1)
+        low = torch.stack([low & 15, low >> 4], -1).view(-1, 8)
+        upper = (upper.unsqueeze(-1) >> shifts(2, 4, codes.device) & 3).view(-1, 8)
+        return (upper << 4 | low).sub_(32).float().view(len(codes), -1)
+
+
+# format -> the one of its values times a number for each column
+SMOOTHED = {family.base: family
+            for family in (INT8_SMOOTHED, F8_SMOOTHED, NVFP4_SMOOTHED, NVFP4_LOW_SMOOTHED)}

@@ -67,6 +67,9 @@ ROW_FAMILIES = {
     "NVFP4_LOW": ("CodebookLowNibbles", "E4M3Scales", False),
     "INT8_CONVROT": ("SignedBytes", "FloatScales", True),
     "INT4_CONVROT": ("SignedNibbles", "FloatScales", True),
+    "W4A8": ("CodebookLowNibbles", "RowScales", True),
+    "W4A8_INTEGERS": ("CodebookLowNibbles", "RowScales", True),
+    "W6A8": ("SixBits", "RowScales", True),
 }
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
@@ -210,13 +213,15 @@ class CpuKernels:
         columns = packed_format.block_length
         codes, scales, is_rotated = ROW_FAMILIES[packed_format.family]
         group = packed_format.group or columns
-        if group % 8 or out.numel() % columns or not out.numel():
+        level_group = getattr(packed_format, "level_group", 0)
+        if group % 8 or level_group % 8 or out.numel() % columns or not out.numel():
             packed_format.dequantize_into(tensors, out, value_dtype, first)
             return
         definitions = {
             "CODES": codes, "SCALES": scales, "COLUMNS": columns, "GROUP": group,
             "ROTATED": int(is_rotated), "ROOT": f"{group**0.5 if is_rotated else 1.0}f",
-            "LANES": 8 if group % 16 else _max_lanes()
+            "LEVEL_GROUP": level_group,
+            "LANES": 8 if group % 16 or level_group % 16 else _max_lanes()
         }
         if hasattr(packed_format, "values"):
             definitions["CODEBOOK"] = c_floats(packed_format.values)

@@ -409,7 +409,7 @@ def random_tensors(packed_format: type[Format], blocks: int, device: torch.devic
                              dtype=torch.uint8)
         sides = []
         for side in packed_format.sides:
-            count = blocks * side.count
+            count = side.length(blocks)
             if side.dtype == torch.uint8:  # exponents, or floats, of which none is extreme
                 scales = torch.randint(64, 127, (count,), generator=generator, dtype=side.dtype)
             else:

@@ -4,7 +4,8 @@ import functools
 import comfy.sd
 import pytest
 import torch
-from host_formats import in_host_format
+from comfy.quant_ops import QUANT_ALGOS
+from host_formats import ASYMMETRIC, in_host_format
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -39,7 +40,8 @@ from featherweight.ops.packed_layout import is_packed
 pytestmark = pytest.mark.usefixtures("small_models")
 
 CPU = torch.device("cpu")
-FORMATS = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4")
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4",
+           ASYMMETRIC)
 
 
 @functools.cache
@@ -96,7 +98,7 @@ def packed_weights(patcher) -> dict:
             if is_packed(weight)}
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", [name for name in FORMATS if name in QUANT_ALGOS])
 def test_the_user_leaves_them_to_comfyui(format_name, folder):
     path, values = written(format_name, folder)
     host = comfy.sd.load_diffusion_model(path)
@@ -124,7 +126,8 @@ def test_a_model_in_them_is_saved_packed(source, format_name, folder, tmp_path):
 
 
 NAMES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "mxfp8": "MXFP8",
-         "nvfp4": "NVFP4_ROWS", "int8_tensorwise": "INT8_ROWS", "convrot_w4a4": "INT4_CONVROT"}
+         "nvfp4": "NVFP4_ROWS", "int8_tensorwise": "INT8_ROWS", "convrot_w4a4": "INT4_CONVROT",
+         ASYMMETRIC: "W4A8"}
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -159,11 +162,12 @@ def test_the_choice_is_the_users_and_automatic_follows_the_device(monkeypatch):
     def by_the_host():
         return {name for name in FORMATS if host_multiplies(name, nvidia)}
 
-    assert by_the_host() == {"int8_tensorwise", "convrot_w4a4"}
+    integers = {"int8_tensorwise", "convrot_w4a4", ASYMMETRIC} & set(QUANT_ALGOS)
+    assert by_the_host() == integers
     capability["value"] = (8, 9)
-    assert by_the_host() == {"int8_tensorwise", "convrot_w4a4", "float8_e4m3fn", "float8_e5m2"}
+    assert by_the_host() == integers | {"float8_e4m3fn", "float8_e5m2"}
     capability["value"] = (12, 0)
-    assert by_the_host() == set(FORMATS)
+    assert by_the_host() == set(FORMATS) & set(QUANT_ALGOS)
     capability["value"] = (7, 5)
     assert by_the_host() == set()
     capability["value"] = (12, 0)

@@ -7,11 +7,14 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from safetensors.torch import save_file
 
+from featherweight.ops.formats.comfy import W4A8
+
 HOST_FORMATS = tuple(QUANT_ALGOS)
 # of which the host looks up rows
 TABLE_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 OPTIONS = {"float8_e4m3fn": {"scale": "recalculate"}, "float8_e5m2": {"scale": "recalculate"},
            "int8_tensorwise": {"per_channel": True}}
+ASYMMETRIC = "asym_w4a8_int8"  # of a newer ComfyUI than the oldest
 
 
 def in_host_format(name: str, values: torch.Tensor, format_name: str,
@@ -19,17 +22,65 @@ def in_host_format(name: str, values: torch.Tensor, format_name: str,
     """What a file holds of one weight (rows, columns), and its dense float32 values; config: goes
     into its `comfy_quant`.
 
-    Skips the test where the host lacks the format.
+    Skips the test where the host lacks the format, except for asym_w4a8_int8: then the values are
+    others.
     """
-    if format_name not in QUANT_ALGOS:
-        pytest.skip(f"this ComfyUI has no format {format_name}")
-    layout = QUANT_ALGOS[format_name]["comfy_tensor_layout"]
-    quantised = QuantizedTensor.from_float(values, layout, **OPTIONS.get(format_name, {}))
     marker = json.dumps({"format": format_name, **config}).encode()
     parts = {
         f"{name.removesuffix('weight')}comfy_quant": torch.tensor(list(marker), dtype=torch.uint8)
     }
+    if format_name == ASYMMETRIC and format_name not in QUANT_ALGOS:
+        stored = asymmetric_parts(*values.shape)
+        named = {f"{name}{part.removeprefix('weight')}": value for part, value in stored.items()}
+        return parts | named, asymmetric_values(stored)
+    if format_name not in QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI has no format {format_name}")
+    layout = QUANT_ALGOS[format_name]["comfy_tensor_layout"]
+    quantised = QuantizedTensor.from_float(values, layout, **OPTIONS.get(format_name, {}))
     return parts | quantised.state_dict(name), quantised.dequantize()
+
+
+def asymmetric_parts(rows: int, columns: int, bits: int = 4, level_group: int = 16,
+                     codebook: tuple[float, ...] | None = W4A8.values) -> dict[str, torch.Tensor]:
+    """A weight in the form of asym_w4a8_int8, as comfy-kitchen 0.2.31 to 0.2.40 write it: random
+    codes and scales. Of 6 bits there is no codebook."""
+    generator = torch.Generator().manual_seed(rows + columns + bits)
+    scales = torch.rand(rows, columns // level_group, generator=generator)
+    parts = {
+        "weight": torch.randint(-128, 128, (rows, columns * bits // 8), dtype=torch.int8,
+                                generator=generator),
+        "weight_s_rel": (scales * (130 if bits == 4 and codebook else 20)).to(
+            torch.float8_e4m3fn), "weight_s_channel": torch.rand(rows, generator=generator) * 1e-3
+    }
+    if bits == 4 and codebook:
+        parts["weight_codebook"] = torch.tensor(codebook)
+    return parts
+
+
+def asymmetric_values(parts: dict[str, torch.Tensor], level_group: int = 16,
+                      rotation: int = 256) -> torch.Tensor:
+    """The values of such a weight, float32, by the formula in float64."""
+    rows, columns = len(parts["weight"]), parts["weight_s_rel"].shape[1] * level_group
+    packed = parts["weight"].view(torch.uint8).long()
+    nibbles, upper = packed[:, :columns // 2], packed[:, columns // 2:]
+    codes = torch.stack([nibbles & 15, nibbles >> 4], -1).view(rows, columns)
+    if upper.numel():
+        codes += (torch.stack([upper >> shift & 3 for shift in (0, 2, 4, 6)], -1) << 4).view(
+            rows, columns)
+    levels = codes.float() - (32 if upper.numel() else 8)
+    if "weight_codebook" in parts:
+        levels = parts["weight_codebook"][codes]
+    scales = parts["weight_s_rel"].float().repeat_interleave(level_group, 1)
+    values = (levels * scales).round().clamp(-127, 127).double()
+    values *= parts["weight_s_channel"].double()[:, None]
+    if "weight_correction" in parts:
+        values += parts["weight_correction"].double().t().repeat_interleave(level_group, 1)
+    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]],
+                      dtype=torch.float64) / 2
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < rotation:
+        matrix = torch.kron(matrix, h4)
+    return (values.view(-1, rotation) @ matrix).view(rows, columns).float()
 
 
 def is_nf4(name: str) -> bool:

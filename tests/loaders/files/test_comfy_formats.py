@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from host_formats import asymmetric_parts, asymmetric_values
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfy_quant import as_tensors
@@ -140,6 +141,117 @@ def test_a_layer_takes_a_weight_without_its_padding(name, shape, weight):
             {"weight": packed})
 
 
+TABLE = tuple(index**3 / 512 for index in range(-8, 8))
+# how asym_w4a8_int8 can be stored: settings, what `asymmetric_parts` makes, the format
+ASYMMETRIC_CASES = {
+    "levels of kitchen's": ({}, {}, "W4A8_512"),
+    "levels of its own": ({}, {"codebook": TABLE}, "W4A8_TABLE_512"),
+    "integers": ({}, {"codebook": None}, "W4A8_INTEGERS_512"),
+    "added numbers": ({}, {"codebook": None}, "W4A8_SHIFTED_512"),
+    "added numbers of float32": ({}, {"codebook": None}, "W4A8_SHIFTED_FLOAT_512"),
+    "6 bits": ({}, {"bits": 6}, "W6A8_512"),
+    "6 bits of 32 columns": ({"group_size": 32, "convrot_groupsize": 64},
+                             {"bits": 6, "level_group": 32}, "W6A8_512_64_32"),
+    "8 columns": ({"params": {"group_size": 8}}, {"level_group": 8}, "W4A8_512_256_8"),
+}
+
+
+def asymmetric(case):
+    """The settings, the parts that a file holds, the values and the name of the format."""
+    settings, options, format_name = ASYMMETRIC_CASES[case]
+    parts = asymmetric_parts(ROWS, COLUMNS, **options)
+    if "SHIFTED" in format_name:
+        added = torch.rand(COLUMNS // 16, ROWS, generator=torch.Generator().manual_seed(0)) * 0.1
+        parts["weight_correction"] = added if "FLOAT" in format_name else added.bfloat16()
+    nested = settings.get("params", settings)
+    values = asymmetric_values(parts, nested.get("group_size", 16),
+                               nested.get("convrot_groupsize", 256))
+    return {"format": "asym_w4a8_int8"} | settings, parts, values, format_name
+
+
+@pytest.mark.parametrize("case", ASYMMETRIC_CASES)
+def test_asymmetric_values_are_those_of_the_formula(case):
+    settings, parts, expected, format_name = asymmetric(case)
+    packed = pack_parts(settings, parts)
+    assert packed.layout_cls.format.__name__ == format_name
+    assert format_named(format_name) is packed.layout_cls.format
+    values = product.dequantize(packed, torch.float32)
+    assert (values - expected).abs().max() < 4e-7 * expected.abs().max()
+    assert torch.equal(product.dequantize(packed, torch.bfloat16), values.bfloat16())
+    input = torch.randn(7, COLUMNS, generator=torch.Generator().manual_seed(1))
+    out = product.linear(input, packed)
+    assert (out - input @ expected.T).abs().max() < 1e-5 * out.abs().max()
+
+
+@pytest.mark.parametrize("case", ASYMMETRIC_CASES)
+def test_asymmetric_weights_stay_packed_and_move_by_rows(case):
+    settings, parts, _, _ = asymmetric(case)
+    packed = pack_parts(settings, parts)
+    assert packed.nbytes <= 1.05 * sum(part.nbytes for part in parts.values())
+    values = packed.dequantize()
+    joined = join_rows([take_rows(packed, slice(20, 30)), take_rows(packed, slice(5, 20))])
+    assert is_packed(joined)
+    assert torch.equal(joined.dequantize(), torch.cat([values[20:30], values[5:20]]))
+
+
+def test_weights_of_different_tables_are_joined_dense():
+    weights = [pack_parts({"format": "asym_w4a8_int8"},
+                          asymmetric_parts(8, COLUMNS, codebook=tuple(level * factor
+                                                                      for level in TABLE)))
+               for factor in (1, 0.5)]
+    joined = join_rows(weights)
+    assert not is_packed(joined)
+    assert torch.equal(joined, torch.cat([weight.dequantize() for weight in weights]))
+
+
+@pytest.mark.parametrize(("settings", "changes", "reason"), [
+    ({}, {"weight_s_rel": torch.ones(4, 4).to(torch.float8_e4m3fn)}, r"s_rel is float8_e4m3fn"),
+    ({}, {"weight_s_rel": None}, "weight_s_rel is missing"),
+    ({}, {"weight_s_channel": torch.ones(3)}, r"weight_s_channel is float32 \(3,\)"),
+    ({}, {"weight_codebook": torch.ones(8)}, r"weight_codebook is float32 \(8,\)"),
+    ({"group_size": 24}, {}, "bits a value"), ({"group_size": "x"}, {}, "weight_s_rel is"),
+    ({"convrot_groupsize": 8}, {}, "groups of 8"),
+])
+def test_asymmetric_parts_that_do_not_belong_together_are_a_sentence(settings, changes, reason):
+    parts = asymmetric_parts(ROWS, COLUMNS) | changes
+    parts = {name: part for name, part in parts.items() if part is not None}
+    with pytest.raises(PartError, match=reason):
+        pack_parts({"format": "asym_w4a8_int8"} | settings, parts)
+
+
+def test_scales_of_groups_in_float32_are_left_to_the_host():
+    parts = asymmetric_parts(ROWS, COLUMNS)
+    parts["weight_s_rel"] = parts["weight_s_rel"].float()
+    assert pack_parts({"format": "asym_w4a8_int8"}, parts) is None
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8 E4M3", "int8 of rows"])
+def test_factors_of_the_input_become_those_of_the_columns(name, weight):
+    settings, parts, expected = written(name, weight)
+    factors = torch.rand(COLUMNS) + 0.5
+    packed = pack_parts(settings, parts | {"pre_quant_scale": factors})
+    assert is_packed(packed) and torch.equal(packed.dequantize(), expected * factors)
+    assert format_named(packed.layout_cls.format.__name__) is packed.layout_cls.format
+    assert packed.nbytes < 1.05 * (sum(part.nbytes for part in parts.values()) + factors.nbytes)
+    joined = join_rows([take_rows(packed, slice(9, 30)), take_rows(packed, slice(0, 5))])
+    assert is_packed(joined)
+    assert torch.equal(joined.dequantize(), torch.cat([packed.dequantize()[9:30],
+                                                       packed.dequantize()[:5]]))
+    input = torch.randn(3, COLUMNS)
+    out = product.linear(input, packed)
+    assert (out - (input * factors) @ expected.T).abs().max() < 1e-5 * out.abs().max()
+    for wrong in (factors[:COLUMNS // 2], torch.ones(2 * COLUMNS)):
+        with pytest.raises(PartError, match="pre_quant_scale is float32"):
+            pack_parts(settings, parts | {"pre_quant_scale": wrong})
+
+
+def test_factors_leave_out_the_columns_of_the_padding(weight):
+    settings, parts, expected = written("nvfp4", weight[:, :500])
+    factors = torch.rand(500) + 0.5
+    packed = pack_parts(settings, parts | {"pre_quant_scale": factors})
+    assert torch.equal(packed.dequantize()[:, :500], expected * factors)
+
+
 def float8(weight):
     return weight.clamp(-1, 1).mul(400).to(torch.float8_e4m3fn)
 
@@ -233,7 +345,7 @@ def test_a_part_that_would_be_left_out_is_left_to_the_host():
 
 
 def test_every_format_of_the_host_is_read():
-    assert not set(QUANT_ALGOS) - set(READERS) - {"asym_w4a8_int8"}
+    assert not set(QUANT_ALGOS) - set(READERS)
 
 
 def test_a_file_of_all_formats_becomes_packed_tensors(weight, tmp_path):

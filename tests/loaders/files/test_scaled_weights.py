@@ -93,12 +93,18 @@ FP8, INT8, NIBBLES = torch.float8_e4m3fn, torch.int8, torch.uint8
     (torch.ones(128, 128).to(NIBBLES), {"weight_scale": torch.ones(128, 16).to(FP8)}),
     (torch.ones(128, 128).to(NIBBLES), {"weight_scale": torch.ones(128, 8).to(FP8),
                                         "weight_scale_2": torch.ones(1)}),
-    (torch.ones(128, 128).to(FP8), {"weight_scale": torch.ones(128),
-                                    "pre_quant_scale": torch.ones(128)}),
 ])
 def test_parts_that_do_not_belong_together_are_a_sentence(weight, parts, tmp_path):
     tensors = {"L.weight": weight} | {f"L.{part}": tensor for part, tensor in parts.items()}
     with pytest.raises(WeightFileError, match="a.safetensors.*L.weight' is .* expected fp8 E4M3"):
+        read(tmp_path / "a.safetensors", tensors)
+
+
+def test_factors_that_are_not_of_the_columns_are_a_sentence(tmp_path):
+    tensors = {"L.weight": torch.ones(128, 64).to(FP8), "L.weight_scale": torch.ones(128),
+               "L.pre_quant_scale": torch.ones(128)}
+    with pytest.raises(WeightFileError, match=r"a.safetensors.*'L': its pre_quant_scale is "
+                                              r"float32 \(128,\)"):
         read(tmp_path / "a.safetensors", tensors)
 
 

@@ -2,7 +2,8 @@
 //
 // CODES names how LANES codes become numbers. A scale belongs to GROUP columns; SCALES names how it
 // is stored. Where ROTATED is 1, the numbers of GROUP columns are integers and are rotated, and the
-// scale belongs to the row.
+// scale belongs to the row. Where LEVEL_GROUP is not 0, an integer is a number times the scale, a
+// byte of E4M3, of LEVEL_GROUP columns.
 
 struct SignedBytes {
     static const int BITS = 8;
@@ -46,6 +47,29 @@ struct CodebookLowNibbles {  // the low nibble first
 };
 #endif
 
+struct SixBits {  // of eight: four bytes of low nibbles, two of upper bits
+    static const int BITS = 6;
+    static FUNCTION Floats numbers(Packed from) {
+        typedef Vector<unsigned>::Lanes Lanes;
+        Lanes low, upper, shifts, pairs;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            low[i] = load<unsigned>(from + i / 8 * 6);
+            upper[i] = load<unsigned short>(from + i / 8 * 6 + 4);
+            shifts[i] = i % 8 * 4;
+            pairs[i] = i % 8 * 2;
+        }
+        return floats((Ints)((low >> shifts & 15) | (upper >> pairs & 3) << 4) - 32);
+    }
+};
+
+static FUNCTION float e4m3(unsigned byte) {
+    unsigned magnitude = byte & 0x7F;
+    float value = float_of_bits(magnitude << 20) * 0x1p120f;
+    if (magnitude == 0x7F) value = float_of_bits(0x7FC00000);
+    return byte & 0x80 ? -value : value;
+}
+
 struct FloatScales {
     static FUNCTION float scale(Packed scales, Scales, Index group, Index) {
         return load<float>(scales + group * sizeof(float));
@@ -60,12 +84,21 @@ struct Exponents {
 
 struct E4M3Scales {  // times the scale of their row
     static FUNCTION float scale(Packed scales, Scales of_rows, Index group, Index row) {
-        unsigned byte = scales[group], magnitude = byte & 0x7F;
-        float value = float_of_bits(magnitude << 20) * 0x1p120f;
-        if (magnitude == 0x7F) value = float_of_bits(0x7FC00000);
-        return (byte & 0x80 ? -value : value) * of_rows[row];
+        return e4m3(scales[group]) * of_rows[row];
     }
 };
+
+struct RowScales {
+    static FUNCTION float scale(Packed, Scales of_rows, Index, Index row) { return of_rows[row]; }
+};
+
+// Rounds numbers below 2^22 to integers of at most 127, ties to even.
+static FUNCTION Floats rounded_to_bytes(Floats values) {
+    const float ulp_is_one = 0x1.8p23f;
+    values = values + ulp_is_one - ulp_is_one;
+    values = values > 127.0f ? Floats{} + 127.0f : values;
+    return values < -127.0f ? Floats{} - 127.0f : values;
+}
 
 // Returns lane i ^ mask of `values` as lane i.
 static FUNCTION Floats exchanged(Floats values, int mask) {
@@ -128,8 +161,13 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
                                         row) / ROOT;
             if (ROTATED) {
                 Floats values[GROUP / LANES];
-                for (int i = 0; i < GROUP / LANES; i++)
+                for (int i = 0; i < GROUP / LANES; i++) {
                     values[i] = CODES::numbers(codes + i * LANES * CODES::BITS / 8);
+#if LEVEL_GROUP
+                    float of_level = e4m3(scales[(place + i * LANES) / LEVEL_GROUP]);
+                    values[i] = rounded_to_bytes(values[i] * of_level);
+#endif
+                }
                 rotate(values);
                 for (int i = 0; i < GROUP / LANES; i++)
                     store(rounded<VALUE_TYPE>(values[i] * scale), out + place + i * LANES);

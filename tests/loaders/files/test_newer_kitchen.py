@@ -1,0 +1,80 @@
+"""ComfyUI's formats as newer versions of comfy-kitchen write them than that of the host."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from comfy.quant_ops import QUANT_ALGOS
+from filelock import FileLock
+
+from featherweight.loaders.files.comfy_formats import pack_parts
+
+pytestmark = pytest.mark.heavy
+
+PACK = Path(__file__).parents[3]
+WRITER = PACK / "tests/support/kitchen_writer.py"
+VERSIONS = ("0.2.31", "0.2.40")  # of ComfyUI 0.33, and the newest that was read
+ASYMMETRIC = "AsymW4A8Int8Layout"
+CUBES = torch.linspace(-1, 1, 16)**3
+# name -> (format, settings, options of the writer); fp8 is written by ComfyUI itself
+CASES = {
+    "mxfp8": ("mxfp8", {}, {}),
+    "nvfp4": ("nvfp4", {}, {}),
+    "int8": ("int8_tensorwise", {}, {}),
+    "int8 of rows": ("int8_tensorwise", {}, {"per_channel": True}),
+    "int8, rotated": ("int8_tensorwise", {"convrot": True}, {"per_channel": True, "convrot": True}),
+    "int4, rotated": ("convrot_w4a4", {}, {}),
+    "levels": ("asym_w4a8_int8", {}, {}),
+    "levels, bfloat16": ("asym_w4a8_int8", {}, {}),
+    "levels of its own": ("asym_w4a8_int8", {}, {"codebook_tensor": CUBES}),
+    "integers": ("asym_w4a8_int8", {}, {"codebook": False}),
+    "added numbers": ("asym_w4a8_int8", {}, {"symmetric": False, "codebook": False}),
+    "added numbers, bfloat16": ("asym_w4a8_int8", {}, {"symmetric": False, "codebook": False}),
+    "8 columns": ("asym_w4a8_int8", {"group_size": 8, "convrot_groupsize": 64},
+                  {"group_size": 8, "convrot_groupsize": 64}),
+    "6 bits": ("asym_w4a8_int8", {}, {"bits": 6}),
+    "6 bits of 32 columns": ("asym_w4a8_int8", {"group_size": 32, "convrot_groupsize": 64},
+                             {"bits": 6, "group_size": 32, "convrot_groupsize": 64}),
+}
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def written(request, tmp_path_factory):
+    """(version, name -> parts and values)"""
+    folder = PACK / ".dev" / f"kitchen-{request.param}"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "comfy_kitchen").is_dir():
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target",
+                       str(folder), f"comfy-kitchen=={request.param}"]
+            if subprocess.run(command).returncode:
+                pytest.skip("the package index cannot be reached")
+    weight = torch.randn(160, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    cases = {}
+    for name, (format_name, _, options) in CASES.items():
+        layout = QUANT_ALGOS.get(format_name, {}).get("comfy_tensor_layout", ASYMMETRIC)
+        if "bits" not in options or request.param != VERSIONS[0]:
+            dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+            cases[name] = weight.to(dtype), layout, options
+    work = tmp_path_factory.mktemp("kitchen")
+    torch.save(cases, work / "cases")
+    subprocess.run([sys.executable, str(WRITER), str(work / "cases"), str(work / "written")],
+                   check=True, env=os.environ | {"PYTHONPATH": str(folder)})
+    return request.param, torch.load(work / "written")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_those_of_the_writer(name, written):
+    version, of_kitchen = written
+    format_name, settings, options = CASES[name]
+    if name not in of_kitchen:
+        pytest.skip(f"comfy-kitchen {version} does not write it")
+    parts, expected = of_kitchen[name]
+    packed = pack_parts({"format": format_name} | settings, parts)
+    values = packed.dequantize()
+    if "rotated" in name or format_name == "asym_w4a8_int8":  # it rounds each product of its sum
+        assert (values - expected).abs().max() < 1e-6 * expected.abs().max()
+    else:
+        assert torch.equal(values, expected)
+    assert packed.nbytes <= 1.05 * sum(part.nbytes for part in parts.values())
