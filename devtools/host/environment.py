@@ -49,10 +49,11 @@ EXTRAS = [
 ]
 # Compilers of GPU kernels: they need no GPU, and have no wheels for some systems. Ray: for the
 # tests of many machines. Atheris: a fuzzer guided by the lines it reaches. nodesafe: a scanner of
-# node packs, whose findings docs/registry-review.md counts.
+# node packs, whose findings docs/registry-review.md counts. Diffusers: reads the quantised files of
+# Black Forest Labs.
 OPTIONAL = [
-    "atheris", "bitsandbytes", "nodesafe==0.6.0", "triton>=3.6", "nvidia-cuda-nvrtc-cu12",
-    "ray>=2.55"
+    "atheris", "bitsandbytes", "diffusers==0.42.1", "nodesafe==0.6.0", "triton>=3.6",
+    "nvidia-cuda-nvrtc-cu12", "ray>=2.55"
 ]
 
 

@@ -16,6 +16,7 @@ JSON, and may have `pre_quant_scale` (K,), factors of its input:
 | asym_w4a8_int8 | 4 bits (N, K / 2) or | `weight_s_rel` fp8 (N, K / g), |
 | | 6 (N, K * 3 / 4) | `weight_s_channel` (N,), optional `weight_codebook` (16,) |
 | | | or `weight_correction` (K / g, N) |
+| awq_w4a16 | 4 bits (N, K / 2) | `weight_scale`, `weight_zeros` (K / 64, N) |
 
 "In blocks" is the order of cuBLAS: pieces of 128 rows and 4 columns of scales.
 Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `comfy/ops.py`,
@@ -44,6 +45,9 @@ from ...ops.formats.comfy import (
     W4A8_SHIFTED,
     W4A8_SHIFTED_FLOAT,
     W4A8_TABLE,
+    W4A16,
+    W4A16_FLOAT,
+    W4A16_HALF,
     W6A8,
     RotatedLevels,
 )
@@ -57,6 +61,7 @@ SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
 # of asym_w4a8_int8
 GROUP_SCALE, ROW_SCALE = "weight_s_rel", "weight_s_channel"
 CODEBOOK, CORRECTION = "weight_codebook", "weight_correction"
+ZEROS = ("weight_zeros", "weight_zero")  # of awq_w4a16, as comfy-kitchen and comfy-quants write
 # tensors of a layer that say nothing about the values of its weight
 IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
 ROTATION = 256  # columns, where the settings name no other number
@@ -96,10 +101,7 @@ def pack_parts(settings: Mapping[str, Any],
     read = READERS.get(format_of(settings))
     parts = {name: tensor for name, tensor in parts.items() if name not in IGNORED}
     smoothing = parts.pop(SMOOTHING, None)
-    own = {SCALE, SCALE_2}
-    if read is _levels:
-        own = {GROUP_SCALE, ROW_SCALE, CODEBOOK, CORRECTION}
-    if read is None or set(parts) - {"weight", *own}:
+    if read is None or set(parts) - {"weight", *PARTS.get(read, (SCALE, SCALE_2))}:
         return None
     weight = parts["weight"]
     if weight.ndim != 2 or weight.itemsize != 1:
@@ -215,6 +217,21 @@ def _nvfp4(settings: Mapping, parts: Parts) -> PackedTensor:
     return _pack(NVFP4_ROWS, parts, scales, _row_scales(parts, SCALE_2))
 
 
+def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
+    group = _size(settings, "group_size", W4A16.group)
+    zeros, scale = parts.get(ZEROS[1]), _part(parts, SCALE)
+    zeros = _part(parts, ZEROS[0]) if zeros is None else zeros
+    rows, columns = len(parts["weight"]), parts["weight"].shape[1] * 2
+    family = {torch.bfloat16: W4A16, torch.float16: W4A16_HALF}.get(scale.dtype, W4A16_FLOAT)
+    for side in (scale, zeros):
+        if group < 1 or side.shape != (columns // group, rows) or side.dtype != scale.dtype:
+            raise PartError(f"its {SCALE} and {ZEROS[0]} are {_describe(scale)} and"
+                            f" {_describe(zeros)}")
+    sides = [side.to(family.side_dtype).t().contiguous().view(torch.uint8).flatten()
+             for side in (scale, zeros)]
+    return _pack(family, parts, *sides, sizes=(group,))
+
+
 READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
     "float8_e4m3fn": partial(_rows_of, F8_E4M3),
     "float8_e5m2": partial(_rows_of, F8_E5M2),
@@ -228,7 +245,10 @@ READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
     "int8_blockwise": partial(_blocks_of, INT8_GROUPS),
     "convrot_w4a4": partial(_rotated, INT4_CONVROT),
     "asym_w4a8_int8": _levels,
+    "awq_w4a16": _awq,
 }
+# reader -> parts of a weight, where they are not the usual ones
+PARTS = {_levels: (GROUP_SCALE, ROW_SCALE, CODEBOOK, CORRECTION), _awq: (SCALE, *ZEROS)}
 
 
 def _pack(family: type[RowFormat], parts: Parts, *sides: torch.Tensor,

@@ -17,6 +17,33 @@ from .micro_fp4 import E2M1_DOUBLED
 H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
+class Nibbles(RowFormat):
+    """The base of formats with two codes in a byte, each of which stands for a number.
+
+    Attributes:
+        values: the number of each code.
+        is_high_first: whether the high nibble of a byte comes first.
+    """
+
+    of_host = True
+    bits = 4
+    values: tuple[float, ...]
+    is_high_first = False
+
+    @classmethod
+    def number_pairs(cls) -> torch.Tensor:
+        """Returns the two numbers of each byte as float32, packed in int64 (256,)."""
+        values, codes = torch.tensor(cls.values, dtype=torch.float32), torch.arange(256)
+        pairs = [values[codes & 15], values[codes >> 4]]
+        return torch.stack(pairs[::-1 if cls.is_high_first else 1], -1).view(torch.int64).view(-1)
+
+    @classmethod
+    def numbers(cls, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the numbers of some blocks, float32 (n, K)."""
+        pairs = select(cls.constant("number_pairs", codes.device), codes)
+        return pairs.view(torch.float32).view(len(codes), -1)
+
+
 class INT8_ROWS(INT8):
     """ComfyUI's int8_tensorwise."""
 
@@ -113,7 +140,7 @@ class MXFP8(Float8):
         return super().terms(codes, select(cls.constant("scales", codes.device), scale))
 
 
-class NVFP4_ROWS(RowFormat):
+class NVFP4_ROWS(Nibbles):
     """value = float of a code * (scale_2 * scale), one scale for 16 columns: ComfyUI's nvfp4.
 
     | tensor  | dtype, shape           | meaning                                           |
@@ -123,21 +150,13 @@ class NVFP4_ROWS(RowFormat):
     | scale_2 | float32 (rows,)        | the file's only one for each of rows              |
     """
 
-    of_host = True
-    bits = 4
     group = padding = 16
     values = tuple(value / 2 for value in E2M1_DOUBLED)
+    is_high_first = True
 
     @classmethod
     def sides_of(cls, columns: int, group: int) -> tuple[Side, ...]:
         return Side(torch.uint8, columns // group), Side(torch.float32)
-
-    @classmethod
-    def code_pairs(cls) -> torch.Tensor:
-        """Returns the two float32 values of each byte, packed in int64 (256,)."""
-        values = torch.tensor(cls.values, dtype=torch.float32)
-        codes = torch.arange(256)
-        return torch.stack([values[codes >> 4], values[codes & 15]], -1).view(torch.int64).view(-1)
 
     @classmethod
     def scales(cls) -> torch.Tensor:
@@ -146,19 +165,15 @@ class NVFP4_ROWS(RowFormat):
 
     @classmethod
     def terms(cls, codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) -> Terms:
-        values = select(cls.constant("code_pairs", codes.device), codes).view(torch.float32)
         scales = select(cls.constant("scales", codes.device), scale)
         scales = scales.view(len(codes), -1, 1) * scale_2.view(-1, 1, 1)
-        return Terms(values.view(len(codes), -1, cls.group), scales)
+        return Terms(cls.numbers(codes).view(len(codes), -1, cls.group), scales)
 
 
 class NVFP4_LOW(NVFP4_ROWS):
     """The same with the low nibble first: nvfp4 of Black Forest Labs and ModelOpt."""
 
-    @classmethod
-    def code_pairs(cls) -> torch.Tensor:
-        codes = torch.arange(256)
-        return super().code_pairs()[codes << 4 & 255 | codes >> 4]
+    is_high_first = False
 
 
 class Smoothed(RowFormat):
@@ -262,22 +277,14 @@ class INT8_CONVROT(Rotated):
         return codes.view(torch.int8).float()
 
 
-class INT4_CONVROT(Rotated):
-    """ComfyUI's convrot_w4a4: the low nibble of a byte comes first."""
+class INT4_CONVROT(Nibbles, Rotated):
+    """ComfyUI's convrot_w4a4."""
 
-    bits = 4
-
-    @classmethod
-    def code_pairs(cls) -> torch.Tensor:
-        """Returns the two integers of each byte as float32, packed in int64 (256,)."""
-        codes = torch.arange(256)
-        pairs = torch.stack([codes & 15, codes >> 4], -1)
-        return torch.where(pairs > 7, pairs - 16, pairs).float().view(torch.int64).view(-1)
+    values = (*range(8), *range(-8, 0))
 
     @classmethod
     def integers(cls, codes: torch.Tensor) -> torch.Tensor:
-        values = select(cls.constant("code_pairs", codes.device), codes).view(torch.float32)
-        return values.view(len(codes), -1)
+        return cls.numbers(codes)
 
 
 class RotatedLevels(Rotated):
@@ -328,26 +335,12 @@ class RotatedLevels(Rotated):
                      scale_2.unsqueeze(-1) / cls.group**0.5)
 
 
-class FixedLevels(RotatedLevels):
-    """Codes of 4 bits, the low nibble of a byte first.
-
-    Attributes:
-        values: the level of each code.
-    """
-
-    bits = 4
-    values: tuple[float, ...]
-
-    @classmethod
-    def level_pairs(cls) -> torch.Tensor:
-        """Returns the two levels of each byte as float32, packed in int64 (256,)."""
-        values, codes = torch.tensor(cls.values, dtype=torch.float32), torch.arange(256)
-        return torch.stack([values[codes & 15], values[codes >> 4]], -1).view(torch.int64).view(-1)
+class FixedLevels(Nibbles, RotatedLevels):
+    """Codes of 4 bits whose levels all weights have in common."""
 
     @classmethod
     def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
-        pairs = select(cls.constant("level_pairs", codes.device), codes)
-        return pairs.view(torch.float32).view(len(codes), -1)
+        return cls.numbers(codes)
 
 
 class W4A8(FixedLevels):
@@ -405,6 +398,43 @@ class W4A8_SHIFTED_FLOAT(W4A8_SHIFTED):
     """The same with numbers in float32."""
 
     shift_dtype = torch.float32
+
+
+class W4A16(Nibbles):
+    """ComfyUI's awq_w4a16: value = (code - 8) * scale + zero, both of 64 columns.
+
+    | tensor  | dtype, shape           | meaning                             |
+    |---------|------------------------|-------------------------------------|
+    | packed  | uint8 (rows * K / 2,)  | codes                               |
+    | scale   | uint8                  | bytes of rows * K / 64 `side_dtype` |
+    | scale_2 | uint8                  | zeros, likewise                     |
+    """
+
+    group = 64
+    values = W4A8_INTEGERS.values
+    side_dtype = torch.bfloat16
+
+    @classmethod
+    def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
+        return 2 * (Side(torch.uint8, columns // sizes[0] * cls.side_dtype.itemsize),)
+
+    @classmethod
+    def terms(cls, codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) -> Terms:
+        scales, zeros = (reinterpret(side, cls.side_dtype).float().view(len(codes), -1, 1)
+                         for side in (scale, scale_2))
+        return Terms(cls.numbers(codes).view(len(codes), -1, cls.group), scales, -zeros)
+
+
+class W4A16_HALF(W4A16):
+    """The same with scales and zeros in float16."""
+
+    side_dtype = torch.float16
+
+
+class W4A16_FLOAT(W4A16):
+    """The same with scales and zeros in float32."""
+
+    side_dtype = torch.float32
 
 
 class W6A8(RotatedLevels):

@@ -35,7 +35,7 @@ from featherweight.loaders.model_summary import (
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_file, source_of_model
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -91,6 +91,23 @@ def test_patches_are_exact(kind, format_name, folder):
         expected = run(patched(dense, *loras))
         assert error_by_effect(run(patched(ours, *loras)), expected, run(dense)) < LIMIT
     assert all(torch.equal(packed_weights(ours)[name]._qdata, before[name]) for name in before)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_device_without_int8_and_fp8_products_draws_the_same(format_name, folder, monkeypatch):
+    path, values = written(format_name, folder)
+    lora = lora_for(values, seed=1)
+    expected = run(patched(load_diffusion_model(path), (lora, 0.7)))
+
+    def refused(*args, **kwargs):
+        raise NotImplementedError("this device has no such product")
+
+    for product in ("_int_mm", "_scaled_mm"):
+        monkeypatch.setattr(torch, product, refused)
+    ours = load_diffusion_model(path)
+    assert torch.equal(run(patched(ours, (lora, 0.7))), expected)
+    assert {tensor.dtype for weight in packed_weights(ours).values()
+            for tensor in packed_tensors(weight)} <= {torch.uint8, torch.float32}
 
 
 def packed_weights(patcher) -> dict:

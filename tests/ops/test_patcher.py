@@ -36,7 +36,7 @@ LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")
 
 
 # packed layers; rows of one are shorter than a block
-COUNTS = {"Q4_K": 18, "float8_e4m3fn": 19, "int8_tensorwise exact": 19}
+COUNTS = {"Q4_K": 18, "float8_e4m3fn": 19, "asym_w4a8_int8 exact": 19}
 # a format of ours, and one of the host's beside NF4, computed by the host and by us
 both_kinds = pytest.mark.parametrize("format_name", COUNTS)
 

@@ -83,6 +83,19 @@ def asymmetric_values(parts: dict[str, torch.Tensor], level_group: int = 16,
     return (values.view(-1, rotation) @ matrix).view(rows, columns).float()
 
 
+def awq_weight(rows: int, columns: int,
+               dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A weight in the form of awq_w4a16, random codes and scales, and its values, float32."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    scale, zeros = (torch.rand(columns // 64, rows, generator=generator).to(dtype) * 0.01
+                    for _ in range(2))
+    parts = {"weight": (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int8),
+             "weight_scale": scale, "weight_zeros": zeros}
+    scale, zeros = (side.float().t().repeat_interleave(64, 1) for side in (scale, zeros))
+    return parts, (codes.float() - 8) * scale + zeros
+
+
 def is_nf4(name: str) -> bool:
     """Whether a matrix of Flux is NF4 in mixed files."""
     # the host reads some shapes of the model from layers outside of blocks

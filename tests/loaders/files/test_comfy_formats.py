@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-from host_formats import asymmetric_parts, asymmetric_values
+from host_formats import asymmetric_parts, asymmetric_values, awq_weight
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfy_quant import as_tensors
@@ -217,6 +217,21 @@ def test_asymmetric_parts_that_do_not_belong_together_are_a_sentence(settings, c
     parts = {name: part for name, part in parts.items() if part is not None}
     with pytest.raises(PartError, match=reason):
         pack_parts({"format": "asym_w4a8_int8"} | settings, parts)
+
+
+@pytest.mark.parametrize("zeros", ["weight_zeros", "weight_zero"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_awq_values_are_those_of_the_formula(dtype, zeros):
+    parts, expected = awq_weight(ROWS, COLUMNS, dtype)
+    parts[zeros] = parts.pop("weight_zeros")
+    packed = pack_parts({"format": "awq_w4a16"}, parts)
+    assert torch.equal(packed.dequantize(), expected)
+    assert packed.nbytes == sum(part.nbytes for part in parts.values())
+    assert format_named(packed.layout_cls.format.__name__) is packed.layout_cls.format
+    assert torch.equal(take_rows(packed, slice(3, 9)).dequantize(), expected[3:9])
+    for changes in ({"weight_scale": torch.ones(7, ROWS)}, {zeros: parts[zeros].double()}):
+        with pytest.raises(PartError, match="weight_scale and weight_zeros are"):
+            pack_parts({"format": "awq_w4a16"}, parts | changes)
 
 
 def test_scales_of_groups_in_float32_are_left_to_the_host():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from filelock import FileLock
+from host_formats import awq_weight
 
 from featherweight.loaders.files.comfy_formats import pack_parts
 
@@ -40,6 +41,10 @@ CASES = {
 }
 
 
+# formats that comfy-kitchen reads and does not write: name -> the dtype of the scales
+READ = {"awq": torch.bfloat16, "awq, float16": torch.float16}
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def written(request, tmp_path_factory):
     """(version, name -> parts and values)"""
@@ -57,6 +62,11 @@ def written(request, tmp_path_factory):
         if "bits" not in options or request.param != VERSIONS[0]:
             dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
             cases[name] = weight.to(dtype), layout, options
+    for name, dtype in READ.items():
+        parts, _ = awq_weight(160, 512, dtype)
+        cases[name] = weight, "TensorCoreAWQW4A16Layout", {
+            "qdata": parts["weight"], "scale": parts["weight_scale"],
+            "zeros": parts["weight_zeros"]}
     work = tmp_path_factory.mktemp("kitchen")
     torch.save(cases, work / "cases")
     subprocess.run([sys.executable, str(WRITER), str(work / "cases"), str(work / "written")],
@@ -78,3 +88,10 @@ def test_values_are_those_of_the_writer(name, written):
     else:
         assert torch.equal(values, expected)
     assert packed.nbytes <= 1.05 * sum(part.nbytes for part in parts.values())
+
+
+@pytest.mark.parametrize("name", READ)
+def test_values_are_those_of_the_reader(name, written):
+    parts, expected = written[1][name]
+    packed = pack_parts({"format": "awq_w4a16"}, parts)
+    assert torch.equal(packed.dequantize(), expected)
