@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
-from filelock import FileLock
 from host_formats import awq_weight
+from oracles import installed
 
 from featherweight.loaders.files.comfy_formats import pack_parts
 
 pytestmark = pytest.mark.heavy
 
-PACK = Path(__file__).parents[3]
-WRITER = PACK / "tests/support/kitchen_writer.py"
+WRITER = Path(__file__).parents[2] / "support/kitchen_writer.py"
 VERSIONS = ("0.2.31", "0.2.40")  # of ComfyUI 0.33, and the newest that was read
 ASYMMETRIC = "AsymW4A8Int8Layout"
 CUBES = torch.linspace(-1, 1, 16)**3
@@ -48,13 +47,7 @@ READ = {"awq": torch.bfloat16, "awq, float16": torch.float16}
 @pytest.fixture(scope="module", params=VERSIONS)
 def written(request, tmp_path_factory):
     """(version, name -> parts and values)"""
-    folder = PACK / ".dev" / f"kitchen-{request.param}"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "comfy_kitchen").is_dir():
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target",
-                       str(folder), f"comfy-kitchen=={request.param}"]
-            if subprocess.run(command).returncode:
-                pytest.skip("the package index cannot be reached")
+    folder = installed(f"comfy-kitchen=={request.param}")
     weight = torch.randn(160, 512, generator=torch.Generator().manual_seed(0)) * 0.02
     cases = {}
     for name, (format_name, _, options) in CASES.items():

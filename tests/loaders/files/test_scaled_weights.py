@@ -4,6 +4,7 @@ import json
 import comfy.sd
 import pytest
 import torch
+from oracles import installed
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -131,6 +132,23 @@ def test_values_are_those_of_black_forest_labs(tmp_path):
     assert set(weights) == {"L.weight"} and is_packed(weights["L.weight"])
     assert torch.equal(weights["L.weight"].dequantize(),
                        bfl.dequantize_nvfp4(codes, scale, of_tensor))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_values_are_those_of_compressed_tensors(strategy, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(installed("compressed-tensors==0.20.0", "loguru"))
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+
+    values = torch.randn(96, 256) * 0.02
+    scale = (values.abs().amax(1, keepdim=True) if strategy == "channel"
+             else values.abs().amax().view(1)) / 448
+    args = QuantizationArgs(num_bits=8, type="float", strategy=strategy)
+    codes = quantize(values, scale, torch.zeros_like(scale), args, dtype=FP8)
+    weights = read(tmp_path / "a.safetensors", {"L.weight": codes, "L.weight_scale": scale})
+    expected = dequantize(codes, scale, args=args, dtype=torch.float32)
+    assert torch.equal(weights["L.weight"].dequantize(), expected)
 
 
 def test_nvfp4_without_a_marker_has_the_low_nibble_first(tmp_path):
