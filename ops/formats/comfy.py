@@ -87,7 +87,11 @@ class INT8_GROUPS(GroupScaled):
 
 
 class Float8(GroupScaled):
-    """Codes are floats of a byte; they are looked up, so no device needs to know the dtype."""
+    """Codes are floats of a byte.
+
+    They are looked up, so that no device needs to know the dtype, except for those of CUDA and HIP,
+    which all convert it.
+    """
 
     dtype: torch.dtype
 
@@ -98,6 +102,8 @@ class Float8(GroupScaled):
 
     @classmethod
     def numbers(cls, codes: torch.Tensor) -> torch.Tensor:
+        if codes.device.type == "cuda":
+            return codes.view(cls.dtype).float()
         return select(cls.constant("floats", codes.device), codes)
 
 

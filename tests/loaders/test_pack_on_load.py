@@ -21,7 +21,7 @@ from encoders.encoder import (
 )
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
-from host_formats import HOST_FORMATS, in_host_format
+from host_formats import ASYMMETRIC, HOST_FORMATS, in_host_format
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -126,6 +126,7 @@ def weights_of(patcher) -> dict[str, torch.Tensor]:
     return {name: value.data for name, value in patcher.model.diffusion_model.named_parameters()}
 
 
+ROTATED = ("convrot_w4a4", ASYMMETRIC)
 PAIRS = [
     *((source, "Q8_0") for source in SOURCES), *(("BF16", type_name) for type_name in TYPES[1:])
 ]
@@ -141,7 +142,7 @@ def test_every_source_is_held_as_the_packer_packs_its_values(source, type_name):
         if name in blocks:
             # of its rotated values the host rounds each product, this pack the sum alone
             assert_same_bytes(found[name], values, type_name,
-                              differing=1e-3 if source == "convrot_w4a4" else 0)
+                              differing=1e-3 if source in ROTATED else 0)
         else:
             # In 16 bits, which a scaled weight in fp8 and one of float32 are rounded to.
             assert relative(found[name].float(), values) < (

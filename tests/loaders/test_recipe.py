@@ -183,9 +183,11 @@ def unpickled(other, tmp_path_factory):
     blocks = {name: blocks_of(name) for name in PICKLED}
     for name, modules in blocks.items():
         torch.save(modules, folder / f"{name}.blocks")
+    # of `dev.py matrix`: the packages of another ComfyUI
+    given = [path for path in [os.environ.get("PYTHONPATH")] if path]
     variables = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(PACK / "tests" / "support"),
-                                                     str(PACK)])
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(PACK / "tests" / "support"), str(PACK), *given])
     }
     done = subprocess.run([sys.executable, "-c", UNPICKLING, *map(str, (HOST, other, folder))],
                           capture_output=True, text=True, env=variables)
