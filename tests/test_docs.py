@@ -5,6 +5,7 @@ import re
 from devtools.measure import model_sizes
 
 import pytest
+from comfy.quant_ops import QUANT_ALGOS
 from pack_nodes import node_list
 
 from devtools import ROOT
@@ -12,6 +13,7 @@ from devtools.host import environment
 from devtools.workflows import WORKFLOWS
 from devtools.workflows.__main__ import index
 from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
+from featherweight.loaders.files.comfy_formats import READERS
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import GGML_FORMATS
 
@@ -25,6 +27,16 @@ HOST_NAMES = ("add_patches",)
 def test_the_readme_names_every_ggml_type():
     listed = set(re.split(r"[\s,·]+", README.split("Every GGUF type:")[1].split("beside")[0]))
     assert {packed.__name__ for packed in GGML_FORMATS.values()} <= listed
+
+
+def test_readme_and_compatibility_name_every_format_of_comfyui_that_is_read():
+    listed = README.split("Of ComfyUI's own formats:")[1].split(".")[0]
+    of_comfyui = set(re.split(r"[\s·]+", listed.strip()))
+    assert set(QUANT_ALGOS) <= of_comfyui <= set(READERS)
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    table = page.split("| format | written by |")[1].split("\n\n")[0]
+    assert [name for name in READERS
+            if name not in table and name.removeprefix("float8_e4m3fn") not in table] == []
 
 
 def test_the_readme_has_a_row_for_every_node_of_ours():
