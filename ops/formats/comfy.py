@@ -4,6 +4,7 @@ Sources: comfy-kitchen 0.2.26 `tensor/*.py` and `backends/eager/*.py`; for MXFP8
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf.
 `loaders/files/comfy_formats.py` brings scales into the order of the values.
 """
+import functools
 import math
 
 import torch
@@ -15,6 +16,11 @@ from .bnb_int8 import INT8
 from .micro_fp4 import E2M1_DOUBLED
 
 H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+
+
+def signed_bytes() -> torch.Tensor:
+    """Returns the integer of each byte, float32 (256,)."""
+    return torch.arange(256).to(torch.uint8).view(torch.int8).float()
 
 
 class Nibbles(RowFormat):
@@ -31,9 +37,14 @@ class Nibbles(RowFormat):
     is_high_first = False
 
     @classmethod
+    def code_numbers(cls) -> torch.Tensor:
+        """Returns the number of each code, float32 (16,)."""
+        return torch.tensor(cls.values, dtype=torch.float32)
+
+    @classmethod
     def number_pairs(cls) -> torch.Tensor:
         """Returns the two numbers of each byte as float32, packed in int64 (256,)."""
-        values, codes = torch.tensor(cls.values, dtype=torch.float32), torch.arange(256)
+        values, codes = cls.code_numbers(), torch.arange(256)
         pairs = [values[codes & 15], values[codes >> 4]]
         return torch.stack(pairs[::-1 if cls.is_high_first else 1], -1).view(torch.int64).view(-1)
 
@@ -66,8 +77,13 @@ class GroupScaled(RowFormat):
         return (Side(torch.float32, columns // (group or columns)),)
 
     @classmethod
+    def code_numbers(cls) -> torch.Tensor:
+        """Returns the number of each code, float32 (256,)."""
+        raise NotImplementedError
+
+    @classmethod
     def numbers(cls, codes: torch.Tensor) -> torch.Tensor:
-        """Returns the number of each code, in any shape."""
+        """Returns the numbers of some codes, in any shape."""
         raise NotImplementedError
 
     @classmethod
@@ -80,6 +96,10 @@ class INT8_GROUPS(GroupScaled):
     """ComfyUI's int8_blockwise."""
 
     group = 128
+
+    @classmethod
+    def code_numbers(cls) -> torch.Tensor:
+        return signed_bytes()
 
     @classmethod
     def numbers(cls, codes: torch.Tensor) -> torch.Tensor:
@@ -96,15 +116,14 @@ class Float8(GroupScaled):
     dtype: torch.dtype
 
     @classmethod
-    def floats(cls) -> torch.Tensor:
-        """Returns the value of each byte, float32 (256,)."""
+    def code_numbers(cls) -> torch.Tensor:
         return torch.arange(256).to(torch.uint8).view(cls.dtype).float()
 
     @classmethod
     def numbers(cls, codes: torch.Tensor) -> torch.Tensor:
         if codes.device.type == "cuda":
             return codes.view(cls.dtype).float()
-        return select(cls.constant("floats", codes.device), codes)
+        return select(cls.constant("code_numbers", codes.device), codes)
 
 
 class F8_E4M3(Float8):
@@ -167,7 +186,7 @@ class NVFP4_ROWS(Nibbles):
     @classmethod
     def scales(cls) -> torch.Tensor:
         """Returns the value of each byte of E4M3, float32 (256,)."""
-        return F8_E4M3.floats()
+        return F8_E4M3.code_numbers()
 
     @classmethod
     def terms(cls, codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) -> Terms:
@@ -235,6 +254,15 @@ class NVFP4_LOW_SMOOTHED(Smoothed):
     base = NVFP4_LOW
 
 
+@functools.cache
+def rotation_signs(size: int, device: torch.device) -> torch.Tensor:
+    """Returns a rotation times the root of its size, float32 (size, size), of +-1."""
+    power, h4 = torch.ones((1, 1), dtype=torch.float32), torch.tensor(H4, dtype=torch.float32)
+    while len(power) < size:
+        power = torch.kron(power, h4)
+    return power.to(device)
+
+
 class Rotated(RowFormat):
     """value = scale * (codes of a group of columns times a rotation), one scale a row.
 
@@ -257,17 +285,9 @@ class Rotated(RowFormat):
         raise NotImplementedError
 
     @classmethod
-    def signs(cls) -> torch.Tensor:
-        """Returns the rotation times the root of its size, float32 (group, group), of +-1."""
-        power, h4 = torch.ones((1, 1), dtype=torch.float32), torch.tensor(H4, dtype=torch.float32)
-        while len(power) < cls.group:
-            power = torch.kron(power, h4)
-        return power
-
-    @classmethod
     def rotate(cls, values: torch.Tensor) -> torch.Tensor:
         """Returns rows times the rotation times the root of its size, float32, of their shape."""
-        signs = cls.constant("signs", values.device)
+        signs = rotation_signs(cls.group, values.device)
         return (values.view(-1, cls.group) @ signs).view(values.shape)
 
     @classmethod
@@ -277,6 +297,11 @@ class Rotated(RowFormat):
 
 class INT8_CONVROT(Rotated):
     """ComfyUI's int8_tensorwise with `convrot`."""
+
+    @classmethod
+    def code_numbers(cls) -> torch.Tensor:
+        """Returns the integer of each code, float32 (256,)."""
+        return signed_bytes()
 
     @classmethod
     def integers(cls, codes: torch.Tensor) -> torch.Tensor:
@@ -319,7 +344,7 @@ class RotatedLevels(Rotated):
     @classmethod
     def scales(cls) -> torch.Tensor:
         """Returns the value of each byte of E4M3, float32 (256,)."""
-        return F8_E4M3.floats()
+        return F8_E4M3.code_numbers()
 
     @classmethod
     def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
@@ -447,6 +472,11 @@ class W6A8(RotatedLevels):
     """Levels of 6 bits, integers: eight are four bytes of low nibbles and two of upper bits."""
 
     bits = 6
+
+    @classmethod
+    def code_numbers(cls) -> torch.Tensor:
+        """Returns the level of each code, float32 (64,)."""
+        return torch.arange(-32, 32, dtype=torch.float32)
 
     @classmethod
     def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:

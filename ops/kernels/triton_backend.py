@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..format import Format
+from ..formats import comfy
 from ..int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
 from .kernel import Backend, Kernel, WrongResult
 from .triton_decode import DECODERS, Decoder
@@ -24,6 +25,9 @@ DEQUANTIZE_TILE = 4096  # values that a program dequantises
 ONE_TOKEN_TILE = (2, 1024)
 FEW_TOKENS_TILE = (16, 128)
 MAX_TOKENS = 16
+SIDES = {0: 1, 16: 16, 64: 64, 256: 16}  # columns that are rotated -> the side of a factor
+ROW_FAMILIES = frozenset(("F8_E4M3", "F8_E5M2", "INT8_GROUPS", "MXFP8", "NVFP4_ROWS", "NVFP4_LOW",
+                          "INT8_CONVROT", "INT4_CONVROT", "W4A8", "W4A8_INTEGERS", "W6A8"))
 CODES_TILE = 1024  # columns of a row that are rotated at a time, whole groups
 FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 TRITON_DTYPES = {
@@ -109,6 +113,51 @@ def _linear_few_tokens(data, size, scales, table, input, addend, out, tokens, ro
         total += tl.load(addend + token * addend_row + row * addend_column, mask=is_inside,
                          other=0).to(tl.float32)
     tl.store(out + token * rows + row, total.to(out.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit(do_not_specialize=["values"])
+def _dequantize_rows(data, scales, row_scales, numbers, scale_numbers, signs, out, values,
+                     COLUMNS: tl.constexpr, BITS: tl.constexpr, HIGH_FIRST: tl.constexpr,
+                     SCALE_GROUP: tl.constexpr, ROTATED: tl.constexpr, SIDE: tl.constexpr,
+                     ROOT: tl.constexpr, VALUE_DTYPE: tl.constexpr, TILE: tl.constexpr):
+    """Writes rows of a weight whose block is a row. A program takes TILE values.
+
+    numbers: that of each code. scale_numbers: that of each byte of `scales`; None: they are floats.
+    ROTATED: the columns that are rotated together, SIDE or SIDE * SIDE; 0: none.
+    """
+    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = index < values
+    place = tl.minimum(index, values - 1)
+    if BITS == 8:
+        code = tl.load(data + place).to(tl.int32)
+    elif BITS == 4:
+        shift = (1 - place % 2 if HIGH_FIRST else place % 2) * 4
+        code = tl.load(data + place // 2).to(tl.int32) >> shift.to(tl.int32) & 15
+    else:
+        eight, lane = data + place // 8 * 6, (place % 8).to(tl.int32)
+        code = tl.load(eight + lane // 2).to(tl.int32) >> lane % 2 * 4 & 15
+        code |= (tl.load(eight + 4 + lane // 4).to(tl.int32) >> lane % 4 * 2 & 3) << 4
+    number = tl.load(numbers + code)
+    row = place // COLUMNS
+    if SCALE_GROUP:
+        scale = tl.load(scales + place // SCALE_GROUP)
+        if scale_numbers is not None:
+            scale = tl.load(scale_numbers + scale.to(tl.int32))
+    if ROTATED:
+        if SCALE_GROUP:
+            number = number * scale + 12582912.0 - 12582912.0  # 1.5 * 2**23: ties to even
+            number = tl.minimum(tl.maximum(number, -127.0), 127.0)
+        side = _load_side(signs, SIDE)
+        if ROTATED == SIDE:
+            number = tl.reshape(tl.dot(tl.reshape(number, (TILE // SIDE, SIDE)), side,
+                                       input_precision="ieee"), (TILE,))
+        else:
+            number = _rotate(number, side, TILE, SIDE)
+        scale = tl.load(row_scales + row) / ROOT
+    elif row_scales is not None:
+        scale *= tl.load(row_scales + row)
+    value = _round_to(number * scale, VALUE_DTYPE)
+    tl.store(out + index, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -245,6 +294,32 @@ def dequantize(packed_format, tensors, out, value_dtype, first):
             GROUPS=DEQUANTIZE_TILE // group, **constants)
 
 
+def dequantize_rows(packed_format, tensors, out, value_dtype, first):
+    """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
+    columns, device = packed_format.block_length, out.device
+    rotated = packed_format.group if issubclass(packed_format, comfy.Rotated) else 0
+    if out.numel() % columns or not out.numel() or rotated not in SIDES:
+        packed_format.dequantize_into(tensors, out, value_dtype, first)
+        return
+    data, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)
+    scales, row_scales, scale_numbers, signs = sides[0], None, None, None
+    scale_group = getattr(packed_format, "level_group", packed_format.group or columns)
+    if rotated:
+        signs = comfy.rotation_signs(SIDES[rotated], device)
+    if len(sides) > 1:
+        row_scales = sides[1]
+    elif rotated:
+        row_scales, scale_group = sides[0], 0
+    if scales.dtype == torch.uint8:
+        scale_numbers = packed_format.constant("scales", device)
+    _launch(_dequantize_rows, triton.cdiv(out.numel(), DEQUANTIZE_TILE), device, data, scales,
+            row_scales, packed_format.constant("code_numbers", device), scale_numbers, signs, out,
+            out.numel(), COLUMNS=columns, BITS=packed_format.bits,
+            HIGH_FIRST=getattr(packed_format, "is_high_first", False), SCALE_GROUP=scale_group,
+            ROTATED=rotated, SIDE=SIDES[rotated], ROOT=float(rotated or 1)**0.5,
+            VALUE_DTYPE=TRITON_DTYPES[value_dtype], TILE=DEQUANTIZE_TILE, enable_fp_fusion=False)
+
+
 def linear_one_token(packed_format, tensors, input, addend, out, value_dtype):
     """See `Kernel.run`."""
     _linear(_linear_one_token, (), ONE_TOKEN_TILE, packed_format, tensors, input, addend, out,
@@ -304,6 +379,7 @@ def probe(device: torch.device):
 _formats = frozenset(DECODERS)
 BACKEND = Backend("triton", probe, (
     Kernel("dequantize", _formats, FLOATS, dequantize),
+    Kernel("dequantize", ROW_FAMILIES, FLOATS, dequantize_rows),
     Kernel("linear", _formats, FLOATS, linear_one_token, max_tokens=1),
     Kernel("linear", _formats, FLOATS, linear_few_tokens, min_tokens=2, max_tokens=MAX_TOKENS),
     Kernel("int8_rows", _formats, frozenset([torch.int8]), int8_rows),

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from kernel_cases import CPU, cpu_kernels, shared_cache
+from kernel_cases import CPU, ROW_SIZES, cpu_kernels, each_row_format, shared_cache
 
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats._rows import FAMILIES
@@ -21,21 +21,10 @@ def kernels(tmp_path_factory):
         yield
 
 
-# columns and, where it is not the family's own, the columns of a group; 24 and 72 take eight lanes
-SIZES = {
-    "F8_E4M3": [(96,), (24,), (256, 64)], "F8_E5M2": [(96,), (24,), (256, 64)],
-    "INT8_GROUPS": [(256,), (192, 24)], "MXFP8": [(96,)], "NVFP4_ROWS": [(96,), (80,)],
-    "NVFP4_LOW": [(96,), (80,)],
-    "INT8_CONVROT": [(512,), (192, 64), (48, 16), (1024, 1024)],
-    "INT4_CONVROT": [(512,), (192, 64), (48, 16)],
-    "W4A8": [(512,), (192, 64, 8), (512, 256, 32), (192, 64, 4)], "W4A8_INTEGERS": [(512,)],
-    "W6A8": [(512,), (192, 64, 32)],
-}
 # which are rare, or in small layers
 LEFT_TO_TORCH = {"W4A8_TABLE", "W4A8_SHIFTED", "W4A8_SHIFTED_FLOAT",
                  "W4A16", "W4A16_HALF", "W4A16_FLOAT",
                  "INT8_SMOOTHED", "F8_SMOOTHED", "NVFP4_SMOOTHED", "NVFP4_LOW_SMOOTHED"}
-CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes]
 
 
 def kernel_of(packed_format):
@@ -57,12 +46,12 @@ def can_dequantize(family) -> bool:
 
 def test_every_family_of_rows_has_a_kernel():
     families = {name for name, family in FAMILIES.items() if can_dequantize(family)}
-    assert set(SIZES) == set(cpp_backend.ROW_FAMILIES)
+    assert set(ROW_SIZES) == set(cpp_backend.ROW_FAMILIES)
     assert families == {*cpp_backend.ROW_FAMILIES, "INT8", "INT8_ROWS"} | LEFT_TO_TORCH
     assert all(kernel_of(FAMILIES[name].of_columns(512)) for name in families - LEFT_TO_TORCH)
 
 
-@pytest.mark.parametrize(("name", "size"), CASES, ids=str)
+@each_row_format
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_a_row_has_the_bits_of_the_reference(name, size, lanes, monkeypatch):
     if lanes > cpp_backend._max_lanes():
@@ -72,12 +61,12 @@ def test_a_row_has_the_bits_of_the_reference(name, size, lanes, monkeypatch):
     check(kernel_of(packed_format), packed_format, torch.bfloat16, None, CPU)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ROW_SIZES)
 @pytest.mark.parametrize(("dtype", "value_dtype"), [
     (torch.float32, None), (torch.float16, None), (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float16)], ids=str)
 def test_values_are_rounded_once_or_to_the_dtype_asked_for(name, dtype, value_dtype):
-    packed_format = FAMILIES[name].of_columns(*SIZES[name][0])
+    packed_format = FAMILIES[name].of_columns(*ROW_SIZES[name][0])
     check(kernel_of(packed_format), packed_format, dtype, value_dtype, CPU)
 
 

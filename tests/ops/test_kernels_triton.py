@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_backends import INTERPRETED, ON_A_GPU, device_of
-from kernel_cases import CPU, assert_same_bits, reference
+from kernel_cases import CPU, ROW_SIZES, assert_same_bits, each_row_format, reference
 
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.format import FORMATS
+from featherweight.ops.formats._rows import FAMILIES
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels.validation import misaligned_copy, random_tensors
+from featherweight.ops.formats.comfy import Rotated
+from featherweight.ops.kernels import validation
+from featherweight.ops.kernels.kernel import WrongResult
+from featherweight.ops.kernels.validation import check, misaligned_copy, random_tensors
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -78,6 +82,40 @@ def test_blocks_that_do_not_divide_into_groups_are_refused():
     fmt = FORMATS["NF4"].of_block_length(24)
     with pytest.raises(NotImplementedError, match="blocks of 24 values"):
         triton_backend.dequantize(fmt, random_tensors(fmt, 4, CPU), torch.empty(96), None, 0)
+
+
+def row_kernel(packed_format):
+    kernel, = (kernel for kernel in triton_backend.BACKEND.kernels
+               if kernel.capability == "dequantize"
+               and kernel.accepts(packed_format, torch.float32, None))
+    return kernel
+
+
+@runs_kernels
+@each_row_format
+def test_a_row_has_the_bits_of_the_reference(name, size):
+    packed_format, device = FAMILIES[name].of_columns(*size), device_of(triton_backend.BACKEND)
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            patch.setattr(validation, "MANY", 3 * triton_backend.DEQUANTIZE_TILE // 2)
+        for dtype, value_dtype in ((torch.float32, None), (torch.float16, None),
+                                   (torch.float32, torch.float16)):
+            check(row_kernel(packed_format), packed_format, dtype, value_dtype, device)
+
+
+@runs_kernels
+def test_a_wrong_number_of_a_code_is_seen(monkeypatch):
+    packed_format = FAMILIES["NVFP4_ROWS"].of_columns(96)
+    kernel, launch = row_kernel(packed_format), triton_backend._launch
+
+    def other_table(kernel, programs, device, *arguments, **constants):
+        numbers = arguments[3].clone()
+        numbers[3] += 0.5
+        launch(kernel, programs, device, *arguments[:3], numbers, *arguments[4:], **constants)
+
+    monkeypatch.setattr(triton_backend, "_launch", other_table)
+    with pytest.raises(WrongResult, match="differ from the reference"):
+        check(kernel, packed_format, torch.float32, None, device_of(triton_backend.BACKEND))
 
 
 # Without a GPU, compiled for all of them.
@@ -190,3 +228,24 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
     assembly = "ptx" if target.startswith("sm_") else "amdgcn"
     assert not fused.search(results["_dequantize"].asm[assembly])
     assert fused.search(results["_linear_one_token"].asm[assembly])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name", ROW_SIZES)
+@pytest.mark.parametrize("target", [
+    pytest.param(target, marks=() if target in MAIN_TARGETS else pytest.mark.heavy)
+    for target in TARGETS])
+def test_rows_compile_for(target, name, cache, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    packed_format = FAMILIES[name].of_columns(512)
+    compiled = Compiled(triton_backend._dequantize_rows, TARGETS[target])
+    monkeypatch.setattr(triton_backend, "_dequantize_rows", compiled)
+    tensors = random_tensors(packed_format, 8, CPU)
+    triton_backend.dequantize_rows(packed_format, tensors,
+                                   torch.empty(8, 512, dtype=torch.bfloat16), None, 0)
+    assert compiled.result.metadata.shared <= SHARED_MEMORY
+    # integers are summed exactly, so a rotation may fuse
+    fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")
+    assembly = compiled.result.asm["ptx" if target.startswith("sm_") else "amdgcn"]
+    if not issubclass(packed_format, Rotated):
+        assert not fused.search(assembly)

@@ -26,6 +26,20 @@ ONE_OF_EACH_SOURCE = {fmt.__module__: fmt for fmt in BASIC_FORMATS}.values()
 CPU = torch.device("cpu")
 BITS = {4: torch.int32, 2: torch.int16}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# family of formats by rows -> columns and, where they are not the family's own, its further sizes;
+# 24 and 72 columns take eight lanes
+ROW_SIZES = {
+    "F8_E4M3": [(96,), (24,), (256, 64)], "F8_E5M2": [(96,), (24,), (256, 64)],
+    "INT8_GROUPS": [(256,), (192, 24)], "MXFP8": [(96,)], "NVFP4_ROWS": [(96,), (80,)],
+    "NVFP4_LOW": [(96,), (80,)],
+    "INT8_CONVROT": [(512,), (192, 64), (48, 16), (1024, 1024)],
+    "INT4_CONVROT": [(512,), (192, 64), (48, 16)],
+    "W4A8": [(512,), (192, 64, 8), (512, 256, 32), (192, 64, 4)], "W4A8_INTEGERS": [(512,)],
+    "W6A8": [(512,), (192, 64, 32)],
+}
+each_row_format = pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name, sizes in ROW_SIZES.items() for size in sizes],
+    ids=str)
 each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.__name__)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
