@@ -11,7 +11,7 @@ from devtools.files.gguf_files import block_pool
 from featherweight.ops.format import FORMATS, Format
 from featherweight.ops.formats._rows import FAMILIES
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
-from featherweight.ops.kernels.cpp_backend import ROW_FAMILIES
+from featherweight.ops.kernels.kernel_source import ROW_FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
 

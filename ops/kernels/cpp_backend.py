@@ -30,12 +30,14 @@ from ..int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, Kernel
 from .kernel_source import (
     FORMAT_NAMES,
+    ROW_FAMILIES,
     TYPES,
     block_addresses,
     c_floats,
     dequantize_and_linear,
     kernel_source,
     late_bound_method,
+    row_definitions,
 )
 from .private_files import (
     cache_folder,
@@ -56,21 +58,6 @@ X86_FLAGS = ("-mprefer-vector-width=512",)  # compilers for other machines refus
 # Of the variants of "linear". With more tokens the product of a dequantised weight is faster.
 MAX_TOKENS = (1, 4)
 MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
-# Family of formats whose block is a row -> the structures of source/cpu/dequantize_rows.cpp that
-# read its codes and its scales, and whether groups of columns are rotated.
-ROW_FAMILIES = {
-    "F8_E4M3": ("E4M3", "FloatScales", False),
-    "F8_E5M2": ("E5M2", "FloatScales", False),
-    "INT8_GROUPS": ("SignedBytes", "FloatScales", False),
-    "MXFP8": ("E4M3", "Exponents", False),
-    "NVFP4_ROWS": ("CodebookNibbles", "E4M3Scales", False),
-    "NVFP4_LOW": ("CodebookLowNibbles", "E4M3Scales", False),
-    "INT8_CONVROT": ("SignedBytes", "FloatScales", True),
-    "INT4_CONVROT": ("SignedNibbles", "FloatScales", True),
-    "W4A8": ("CodebookLowNibbles", "RowScales", True),
-    "W4A8_INTEGERS": ("CodebookLowNibbles", "RowScales", True),
-    "W6A8": ("SixBits", "RowScales", True),
-}
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
@@ -211,21 +198,14 @@ class CpuKernels:
     def dequantize_rows(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
         columns = packed_format.block_length
-        codes, scales, is_rotated = ROW_FAMILIES[packed_format.family]
-        group = packed_format.group or columns
-        level_group = getattr(packed_format, "level_group", 0)
-        if group % 8 or level_group % 8 or out.numel() % columns or not out.numel():
+        definitions = row_definitions(packed_format)
+        lengths = definitions["GROUP"], definitions["LEVEL_GROUP"]
+        if any(length % 8 for length in lengths) or out.numel() % columns or not out.numel():
             packed_format.dequantize_into(tensors, out, value_dtype, first)
             return
-        definitions = {
-            "CODES": codes, "SCALES": scales, "COLUMNS": columns, "GROUP": group,
-            "ROTATED": int(is_rotated), "ROOT": f"{group**0.5 if is_rotated else 1.0}f",
-            "LEVEL_GROUP": level_group,
-            "LANES": 8 if group % 16 or level_group % 16 else _max_lanes()
-        }
-        if hasattr(packed_format, "values"):
-            definitions["CODEBOOK"] = c_floats(packed_format.values)
-        run = self._function("dequantize_rows", None, out.dtype, value_dtype, **definitions)
+        lanes = 8 if any(length % 16 for length in lengths) else _max_lanes()
+        run = self._function("dequantize_rows", None, out.dtype, value_dtype, LANES=lanes,
+                             **definitions)
         packed, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)
         run(_address(packed), *map(_address, (*sides, None)[:2]), _address(out),
             c_longlong(len(packed)), c_int(_threads(out.numel())))

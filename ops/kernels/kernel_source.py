@@ -10,12 +10,28 @@ from pathlib import Path
 import torch
 
 from ..format import Format
+from ..formats._rows import RowFormat
 from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")
 TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 FORMAT_NAMES = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
                           "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Codebook4Bit", "INT8"))
+# family of formats whose block is a row -> the structures of `dequantize_rows` that read its codes
+# and its scales, and whether groups of columns are rotated
+ROW_FAMILIES = {
+    "F8_E4M3": ("E4M3", "FloatScales", False),
+    "F8_E5M2": ("E5M2", "FloatScales", False),
+    "INT8_GROUPS": ("SignedBytes", "FloatScales", False),
+    "MXFP8": ("E4M3", "Exponents", False),
+    "NVFP4_ROWS": ("CodebookNibbles", "E4M3Scales", False),
+    "NVFP4_LOW": ("CodebookLowNibbles", "E4M3Scales", False),
+    "INT8_CONVROT": ("SignedBytes", "FloatScales", True),
+    "INT4_CONVROT": ("SignedNibbles", "FloatScales", True),
+    "W4A8": ("CodebookLowNibbles", "RowScales", True),
+    "W4A8_INTEGERS": ("CodebookLowNibbles", "RowScales", True),
+    "W6A8": ("SixBits", "RowScales", True),
+}
 
 
 def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None,
@@ -47,6 +63,29 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
     return "\n".join([*defines, *texts])
 
 
+def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
+    """Returns the constants of `dequantize_rows` for a format of `ROW_FAMILIES`."""
+    codes, scales, is_rotated = ROW_FAMILIES[packed_format.family]
+    group = packed_format.group or packed_format.block_length
+    definitions = {
+        "CODES": codes, "SCALES": scales, "BITS": packed_format.bits,
+        "COLUMNS": packed_format.block_length, "GROUP": group, "ROTATED": int(is_rotated),
+        "ROOT": f"{group**0.5 if is_rotated else 1.0}f",
+        "LEVEL_GROUP": getattr(packed_format, "level_group", 0)
+    }
+    values = getattr(packed_format, "values", None)
+    return definitions | ({"CODEBOOK": c_floats(values)} if values else {})
+
+
+def row_chunk(packed_format: type[RowFormat]) -> int:
+    """Returns how many values a thread of a GPU's `dequantize_rows` writes, or 0 where lengths are
+    no multiples of what it handles at a time."""
+    definitions = row_definitions(packed_format)
+    chunk = 16 if definitions["ROTATED"] else 8
+    lengths = definitions["GROUP"], definitions["LEVEL_GROUP"]
+    return 0 if lengths[0] % chunk or lengths[1] % 8 else chunk
+
+
 def _family_of(packed_format: type[Format]) -> type:
     """Returns the class whose name the source has."""
     return next(base for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES)
@@ -62,7 +101,7 @@ def source_files(platform: str, packed_format: type[Format] | None, kernel: str)
     """Returns the files of a kernel's source, in order.
 
     A family of formats has one file, named like the one in ops/formats. Kernels whose names have
-    the same first word may share a header.
+    the same first word may share a header, and those of GPUs one in `gpu`.
     """
     folder, weight_files = SOURCES / platform, []
     if packed_format is not None:
@@ -71,6 +110,7 @@ def source_files(platform: str, packed_format: type[Format] | None, kernel: str)
     return [
         folder / "lanes.h",
         *weight_files,
+        *(SOURCES / "gpu").glob(f"{kernel if platform != 'cpu' else ''}.h"),
         *folder.glob(f"{kernel.partition('_')[0]}.h"),
         *folder.glob(f"{kernel}.*"),
     ]

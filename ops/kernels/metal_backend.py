@@ -9,7 +9,14 @@ import functools
 import torch
 
 from .kernel import Backend, Kernel
-from .kernel_source import FORMAT_NAMES, TYPES, kernel_source
+from .kernel_source import (
+    FORMAT_NAMES,
+    ROW_FAMILIES,
+    TYPES,
+    kernel_source,
+    row_chunk,
+    row_definitions,
+)
 from .validation import probe
 
 CHUNK = 8  # values per thread, LANES in source/metal
@@ -37,5 +44,31 @@ def dequantize(packed_format, tensors, out, value_dtype, first):
                                                    group_size=GROUP)
 
 
+@functools.cache
+def _row_shader(packed_format, dtype, value_dtype):
+    """Returns the compiled function, which takes tensors."""
+    source = kernel_source("metal", "dequantize_rows", None, dtype, value_dtype, LANES=CHUNK,
+                           **row_definitions(packed_format))
+    return torch.mps.compile_shader(source).dequantize_rows
+
+
+def dequantize_rows(packed_format, tensors, out, value_dtype, first):
+    """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
+    chunk = row_chunk(packed_format)
+    rows, rest = divmod(out.numel(), packed_format.block_length)
+    if rest or not rows or not chunk or out.numel() // chunk >= MAX_CHUNKS:
+        packed_format.dequantize_into(tensors, out, value_dtype, first)
+        return
+    packed, *sides = packed_format.blocks(tensors, first, first + rows)
+    scales, row_scales = sides[0].view(torch.uint8), sides[-1]
+    if row_scales.dtype == torch.uint8:
+        row_scales = packed_format.constant("scales", out.device)
+    _row_shader(packed_format, out.dtype, value_dtype)(out, packed, scales, row_scales,
+                                                       threads=out.numel() // chunk,
+                                                       group_size=GROUP)
+
+
 BACKEND = Backend("metal", lambda device: probe(dequantize, device),
-                  (Kernel("dequantize", FORMAT_NAMES, frozenset(TYPES), dequantize),))
+                  (Kernel("dequantize", FORMAT_NAMES, frozenset(TYPES), dequantize),
+                   Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(TYPES),
+                          dequantize_rows)))

@@ -5,12 +5,22 @@ import math
 from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..format import Format
 from .kernel import Backend, Kernel
-from .kernel_source import block_addresses, dequantize_and_linear, kernel_source
+from .kernel_source import (
+    ROW_FAMILIES,
+    TYPES,
+    block_addresses,
+    dequantize_and_linear,
+    kernel_source,
+    late_bound_method,
+    row_chunk,
+    row_definitions,
+)
 from .nvrtc import Compiler, CudaDriver, CudaError, Module, nvrtc_libraries
 from .validation import probe
 
@@ -29,7 +39,7 @@ class Program:
     """One kernel of `source/cuda` for one format.
 
     Attributes:
-        kernel: "dequantize" or "linear".
+        kernel: "dequantize", "dequantize_rows" or "linear".
         packed_format: Of the weight.
         dtype: Of the values for "dequantize", of input and output for "linear".
         value_dtype: As in `Kernel`.
@@ -50,6 +60,10 @@ class Program:
         if self.packed_format.block_length % CHUNK:
             raise CudaError(f"blocks of {self.packed_format.block_length} values do not divide into"
                             f" chunks of {CHUNK}")
+        if self.kernel == "dequantize_rows":
+            of_rows: Any = self.packed_format
+            return kernel_source("cuda", self.kernel, None, self.dtype, self.value_dtype,
+                                 ALIGNMENT=self.alignment, **row_definitions(of_rows))
         return kernel_source("cuda", self.kernel, self.packed_format, self.dtype, self.value_dtype,
                              ALIGNMENT=self.alignment, TOKENS=self.tokens, ROWS=self.rows)
 
@@ -85,6 +99,22 @@ class CudaKernels:
         self._launch(program, -(-chunks // DEQUANTIZE_THREADS), DEQUANTIZE_THREADS, out.device,
                      c_void_p(packed), c_void_p(scales), c_void_p(out.data_ptr()),
                      c_longlong(chunks))
+
+    def dequantize_rows(self, packed_format, tensors, out, value_dtype, first):
+        """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
+        chunk = row_chunk(packed_format)
+        rows, rest = divmod(out.numel(), packed_format.block_length)
+        if rest or not rows or not chunk:
+            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            return
+        tensors = _aligned(packed_format, tensors)
+        packed, *sides = packed_format.blocks(tensors, first, first + rows)
+        program = Program("dequantize_rows", packed_format, out.dtype, value_dtype,
+                          alignment(packed_format))
+        chunks = out.numel() // chunk
+        self._launch(program, -(-chunks // DEQUANTIZE_THREADS), DEQUANTIZE_THREADS, out.device,
+                     c_void_p(packed.data_ptr()), c_void_p(sides[0].data_ptr()),
+                     c_void_p(sides[-1].data_ptr()), c_void_p(out.data_ptr()), c_longlong(chunks))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out, value_dtype):
         """See `Kernel.run`. max_tokens: the variant, a key of `LINEAR_ROWS`."""
@@ -135,7 +165,9 @@ def _kernels() -> CudaKernels:
 
 def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     """Returns the backend's kernels. kernels: called when one runs."""
-    return dequantize_and_linear(kernels, LINEAR_ROWS)
+    rows = Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(TYPES),
+                  late_bound_method(kernels, "dequantize_rows"))
+    return *dequantize_and_linear(kernels, LINEAR_ROWS), rows
 
 
 BACKEND = Backend("nvrtc", lambda device: probe(_kernels().dequantize, device),

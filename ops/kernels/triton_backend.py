@@ -17,6 +17,7 @@ from ..format import Format
 from ..formats import comfy
 from ..int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
 from .kernel import Backend, Kernel, WrongResult
+from .kernel_source import ROW_FAMILIES
 from .triton_decode import DECODERS, Decoder
 
 DEQUANTIZE_TILE = 4096  # values that a program dequantises
@@ -26,8 +27,6 @@ ONE_TOKEN_TILE = (2, 1024)
 FEW_TOKENS_TILE = (16, 128)
 MAX_TOKENS = 16
 SIDES = {0: 1, 16: 16, 64: 64, 256: 16}  # columns that are rotated -> the side of a factor
-ROW_FAMILIES = frozenset(("F8_E4M3", "F8_E5M2", "INT8_GROUPS", "MXFP8", "NVFP4_ROWS", "NVFP4_LOW",
-                          "INT8_CONVROT", "INT4_CONVROT", "W4A8", "W4A8_INTEGERS", "W6A8"))
 CODES_TILE = 1024  # columns of a row that are rotated at a time, whole groups
 FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 TRITON_DTYPES = {
@@ -379,7 +378,7 @@ def probe(device: torch.device):
 _formats = frozenset(DECODERS)
 BACKEND = Backend("triton", probe, (
     Kernel("dequantize", _formats, FLOATS, dequantize),
-    Kernel("dequantize", ROW_FAMILIES, FLOATS, dequantize_rows),
+    Kernel("dequantize", frozenset(ROW_FAMILIES), FLOATS, dequantize_rows),
     Kernel("linear", _formats, FLOATS, linear_one_token, max_tokens=1),
     Kernel("linear", _formats, FLOATS, linear_few_tokens, min_tokens=2, max_tokens=MAX_TOKENS),
     Kernel("int8_rows", _formats, frozenset([torch.int8]), int8_rows),

@@ -12,7 +12,7 @@ import torch
 from featherweight.ops import bits, formats, int8, int8_codes, product, quantize  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats._rows import FAMILIES, RowFormat
-from featherweight.ops.kernels import cpp_backend
+from featherweight.ops.kernels import cpp_backend, kernel_source
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.packed_layout import SIDE_FIELDS, packed_tensor, packed_tensors
 from featherweight.ops.quantize.second_moments import SecondMoments
@@ -25,7 +25,7 @@ ROWS, COLUMNS = 16, 512
 EACH = [
     *(fmt for fmt in FORMATS.values() if not issubclass(fmt, RowFormat)),
     *(FAMILIES[name].of_columns(COLUMNS)
-      for name in ["INT8", "INT8_ROWS", *cpp_backend.ROW_FAMILIES])
+      for name in ["INT8", "INT8_ROWS", *kernel_source.ROW_FAMILIES])
 ]
 each_format = pytest.mark.parametrize("fmt", EACH, ids=lambda fmt: fmt.__name__)
 has_compiler = sys.platform != "win32" and (

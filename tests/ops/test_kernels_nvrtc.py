@@ -7,10 +7,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE
+from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_SIZES
 
 from featherweight.ops import formats, product  # noqa: F401
 from featherweight.ops.format import FORMATS
+from featherweight.ops.formats._rows import FAMILIES
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
 from featherweight.ops.kernels.nvrtc import Compiler, CudaDriver, CudaError
@@ -80,6 +81,15 @@ def test_every_source_compiles_for_every_gpu(compile, fmt):
         assert compile(Program(kernel, fmt, torch.bfloat16, None, alignment(fmt))).startswith(ELF)
 
 
+ROW_FORMATS = [FAMILIES[name].of_columns(512) for name in ROW_SIZES]
+
+
+@each_capability("fmt", ROW_FORMATS, ROW_FORMATS)
+def test_rows_compile_for_every_gpu(compile, fmt):
+    program = Program("dequantize_rows", fmt, torch.bfloat16, None, alignment(fmt))
+    assert compile(program).startswith(ELF)
+
+
 @each_capability("dtype", DTYPES, DTYPES)
 def test_every_type_and_number_of_rows_compiles_for_every_gpu(compile, dtype):
     for tokens, rows in LINEAR_ROWS.items():
@@ -118,10 +128,10 @@ def test_a_missing_driver_is_named():
 
 
 def test_every_source_is_used():
-    basic = ("dequantize", "linear")
+    basic = ("dequantize", "dequantize_rows", "linear")
     kernels = {
         "cuda": basic, "metal": basic,
-        "cpu": (*basic, "dequantize_rows", "linear_bfloat16", "channels_last", "softmax",
+        "cpu": (*basic, "linear_bfloat16", "channels_last", "softmax",
                 "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")
     }
     used = {path for platform in kernels for fmt in ALL_FORMATS for kernel in kernels[platform]

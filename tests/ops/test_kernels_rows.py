@@ -3,11 +3,12 @@ import shutil
 
 import pytest
 import torch
+from kernel_backends import backend_on_cpu
 from kernel_cases import CPU, ROW_SIZES, cpu_kernels, each_row_format, shared_cache
 
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats._rows import FAMILIES
-from featherweight.ops.kernels import cpp_backend
+from featherweight.ops.kernels import cpp_backend, kernel_source
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 
 pytestmark = pytest.mark.skipif(
@@ -46,8 +47,8 @@ def can_dequantize(family) -> bool:
 
 def test_every_family_of_rows_has_a_kernel():
     families = {name for name, family in FAMILIES.items() if can_dequantize(family)}
-    assert set(ROW_SIZES) == set(cpp_backend.ROW_FAMILIES)
-    assert families == {*cpp_backend.ROW_FAMILIES, "INT8", "INT8_ROWS"} | LEFT_TO_TORCH
+    assert set(ROW_SIZES) == set(kernel_source.ROW_FAMILIES)
+    assert families == {*kernel_source.ROW_FAMILIES, "INT8", "INT8_ROWS"} | LEFT_TO_TORCH
     assert all(kernel_of(FAMILIES[name].of_columns(512)) for name in families - LEFT_TO_TORCH)
 
 
@@ -59,6 +60,22 @@ def test_a_row_has_the_bits_of_the_reference(name, size, lanes, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_max_lanes", lambda: lanes)
     packed_format = FAMILIES[name].of_columns(*size)
     check(kernel_of(packed_format), packed_format, torch.bfloat16, None, CPU)
+
+
+@pytest.fixture(scope="module", params=["nvrtc", "metal"])
+def gpu_backend(request, tmp_path_factory):
+    with backend_on_cpu(request.param, shared_cache(tmp_path_factory)) as backend:
+        yield backend
+
+
+@each_row_format
+def test_a_row_has_the_bits_of_the_reference_on_gpus(name, size, gpu_backend):
+    packed_format = FAMILIES[name].of_columns(*size)
+    kernel, = (kernel for kernel in gpu_backend.kernels
+               if kernel.capability == "dequantize"
+               and kernel.accepts(packed_format, torch.float32, None))
+    for dtype, value_dtype in ((torch.bfloat16, None), (torch.float32, torch.float16)):
+        check(kernel, packed_format, dtype, value_dtype, CPU)
 
 
 @pytest.mark.parametrize("name", ROW_SIZES)
@@ -83,8 +100,8 @@ def test_every_byte_of_fp8_has_its_value():
 def test_a_wrong_rotation_is_seen(monkeypatch):
     packed_format = FAMILIES["INT8_CONVROT"].of_columns(512)
     kernel = kernel_of(packed_format)
-    wrong = dict(cpp_backend.ROW_FAMILIES, INT8_CONVROT=("SignedBytes", "FloatScales", False))
-    monkeypatch.setattr(cpp_backend, "ROW_FAMILIES", wrong)
+    wrong = dict(kernel_source.ROW_FAMILIES, INT8_CONVROT=("SignedBytes", "FloatScales", False))
+    monkeypatch.setattr(kernel_source, "ROW_FAMILIES", wrong)
     with pytest.raises(WrongResult, match="differ from the reference"):
         check(kernel, packed_format, torch.float32, None, CPU)
 

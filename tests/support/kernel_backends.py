@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ class CudaCompiler:
 
     def compile(self, source: str, capability: int) -> bytes:
         assert capability == 86
-        kernel = "dequantize" if " dequantize(" in source else "linear"
+        kernel = re.search(r"__global__ void (\w+)\(", source)[1]
         text = f'#include "kernel.h"\n{source}\nEXPORT({kernel})'
         return self.library(text).encode()
 
@@ -98,12 +99,13 @@ class MetalFunction:
 
 def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
     """Replaces `torch.mps.compile_shader`: returns an object with the kernel as an attribute."""
+    kernel = re.search(r"^kernel void (\w+)\(", source, re.M)[1]
     try:
-        path = compiled(folder, f"{source}\nEXPORT(dequantize)\n", "metal_on_cpu")
+        path = compiled(folder, f"{source}\nEXPORT({kernel})\n", "metal_on_cpu")
     except RuntimeError as error:
         raise SyntaxError(str(error)) from None
     library = ctypes.CDLL(path)
-    library.dequantize = MetalFunction(library)
+    setattr(library, kernel, MetalFunction(library))
     return library
 
 
@@ -148,9 +150,11 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
     with pytest.MonkeyPatch.context() as patch:
         if name == "metal":
             patch.setattr(torch.mps, "compile_shader", partial(compile_shader, folder))
-            metal_backend._shader.cache_clear()
+            for shader in (metal_backend._shader, metal_backend._row_shader):
+                shader.cache_clear()
             yield metal_backend.BACKEND
-            metal_backend._shader.cache_clear()
+            for shader in (metal_backend._shader, metal_backend._row_shader):
+                shader.cache_clear()
         else:
             compiler = CudaCompiler(folder)
             driver = (OPS_TESTS / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")

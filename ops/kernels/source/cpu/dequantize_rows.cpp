@@ -6,19 +6,16 @@
 // byte of E4M3, of LEVEL_GROUP columns.
 
 struct SignedBytes {
-    static const int BITS = 8;
     static FUNCTION Floats numbers(Packed from) { return floats(load_signed_bytes(from)); }
 };
 
 struct SignedNibbles {  // the low nibble first
-    static const int BITS = 4;
     static FUNCTION Floats numbers(Packed from) {
         return floats(load_low_nibble_pairs(from) << 28 >> 28);
     }
 };
 
 struct E4M3 {
-    static const int BITS = 8;
     static FUNCTION Floats numbers(Packed from) {
         Words bytes = (Words)load_bytes(from), magnitude = bytes & 0x7F;
         // exponent and mantissa at their places in a float, whose exponent is 120 too small
@@ -29,7 +26,6 @@ struct E4M3 {
 };
 
 struct E5M2 {  // the upper byte of a half
-    static const int BITS = 8;
     static FUNCTION Floats numbers(Packed from) {
         return of_halves(low_halves((Words)load_bytes(from) << 8));
     }
@@ -37,18 +33,15 @@ struct E5M2 {  // the upper byte of a half
 
 #ifdef CODEBOOK
 struct CodebookNibbles {  // the high nibble first
-    static const int BITS = 4;
     static FUNCTION Floats numbers(Packed from) { return look_up(load_nibble_pairs(from)); }
 };
 
 struct CodebookLowNibbles {  // the low nibble first
-    static const int BITS = 4;
     static FUNCTION Floats numbers(Packed from) { return look_up(load_low_nibble_pairs(from)); }
 };
 #endif
 
 struct SixBits {  // of eight: four bytes of low nibbles, two of upper bits
-    static const int BITS = 6;
     static FUNCTION Floats numbers(Packed from) {
         typedef Vector<unsigned>::Lanes Lanes;
         Lanes low, upper, shifts, pairs;
@@ -156,13 +149,13 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
     for (Index row = 0; row < rows; row++)
         for (int group = 0; group < groups; group++) {
             Index place = row * COLUMNS + group * GROUP;
-            Packed codes = packed + place * CODES::BITS / 8;
+            Packed codes = packed + place * BITS / 8;
             float scale = SCALES::scale(scales, row_scales, ROTATED ? row : row * groups + group,
                                         row) / ROOT;
             if (ROTATED) {
                 Floats values[GROUP / LANES];
                 for (int i = 0; i < GROUP / LANES; i++) {
-                    values[i] = CODES::numbers(codes + i * LANES * CODES::BITS / 8);
+                    values[i] = CODES::numbers(codes + i * LANES * BITS / 8);
 #if LEVEL_GROUP
                     float of_level = e4m3(scales[(place + i * LANES) / LEVEL_GROUP]);
                     values[i] = rounded_to_bytes(values[i] * of_level);
@@ -174,7 +167,7 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
             } else {
                 for (int first = 0; first < GROUP; first += LANES)
                     store(rounded<VALUE_TYPE>(
-                              CODES::numbers(codes + first * CODES::BITS / 8) * scale),
+                              CODES::numbers(codes + first * BITS / 8) * scale),
                           out + place + first);
             }
         }

@@ -146,6 +146,14 @@ FUNCTION Ints load_nibble_pairs(Packed from) {
     return nibbles;
 }
 
+// Two lanes per byte, the low nibble first.
+FUNCTION Ints load_low_nibble_pairs(Packed from) {
+    unsigned word = load_word(from);
+    Ints nibbles;
+    for (int i = 0; i < LANES; i++) nibbles.lane[i] = word >> i * 4 & 15;
+    return nibbles;
+}
+
 // Eight lanes per byte, the lowest bit first.
 FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 

@@ -66,6 +66,14 @@ static FUNCTION Ints load_nibble_pairs(Packed from) {
     return nibbles;
 }
 
+// Two lanes per byte, the low nibble first.
+static FUNCTION Ints load_low_nibble_pairs(Packed from) {
+    packed_uchar4 pairs = *(const device packed_uchar4*)from;
+    Ints nibbles;
+    for (int i = 0; i < LANES; i++) nibbles.lane[i] = pairs[i / 2] >> (i % 2 ? 4 : 0) & 15;
+    return nibbles;
+}
+
 // Eight lanes per byte, the lowest bit first.
 static FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 
