@@ -14,6 +14,8 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
 
   demo [--prompt TEXT] [--gpu]   render a prompt with a small model in every packing, on the real
                                  ComfyUI server
+  serve [--gpu]                  open ComfyUI with that model and its workflows on 127.0.0.1, until
+                                 Ctrl-C
   test [--heavy] [pytest ...]    run the linters and every test
   lint                           check style (ruff) and types (pyright)
   bench [arguments]              measure speed and memory side by side

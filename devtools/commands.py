@@ -85,6 +85,11 @@ def demo(arguments: list[str]) -> int:
     return prepare().run("-m", "devtools.demo", *arguments)
 
 
+def serve(arguments: list[str]) -> int:
+    """Open ComfyUI with the demo's models and workflows."""
+    return prepare().run("-m", "devtools.serve", *arguments)
+
+
 def bench(arguments: list[str]) -> int:
     """Measure side by side."""
     return prepare().run("-m", "devtools.measure.bench", *arguments)
@@ -137,6 +142,7 @@ def gpu(arguments: list[str]) -> int:
 
 
 COMMANDS = {
-    "setup": setup, "test": test, "lint": lint, "demo": demo, "bench": bench, "quality": quality,
-    "sizes": sizes, "inspect": inspect, "matrix": matrix, "gpu": gpu, "fuzz": fuzz, "soak": soak
+    "setup": setup, "test": test, "lint": lint, "demo": demo, "serve": serve, "bench": bench,
+    "quality": quality, "sizes": sizes, "inspect": inspect, "matrix": matrix, "gpu": gpu,
+    "fuzz": fuzz, "soak": soak
 }
