@@ -28,7 +28,7 @@ class Sizes:
     hidden: int = 3072
     context: int = 4096
     lora_tokens: tuple[int, ...] = (256, 1024, 4096)
-    model_tokens: int = 1024
+    model_tokens: int = 1280
     model_blocks: tuple[int, int] = (1, 2)
     file_blocks: tuple[int, int] = (4, 4)
     scale_blocks: tuple[int, int] = (19, 38)

@@ -104,7 +104,7 @@ def wanted_of(model) -> list:
         flux_inputs() | {
             "x": torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(seed)),
             "c_crossattn": prompt(seed)[0][0]
-        } for seed in (100, 101)
+        } for seed in range(100, 110)  # single ones differ by up to a tenth
     ]
     return [(one, run(model, one)) for one in inputs]
 
