@@ -1,5 +1,4 @@
 """The base of formats whose block is a whole row of a weight."""
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -39,7 +38,8 @@ class RowFormat(Format):
             sizes: values of the attributes `cls.sizes`; None, or left out: the class's.
         """
         own: list[int] = [getattr(cls, name) for name in cls.sizes]
-        chosen = [default if size is None else size for size, default in zip_longest(sizes, own)]
+        given = [*sizes, *[None] * (len(own) - len(sizes))]
+        chosen = [default if size is None else size for size, default in zip(given, own)]
         name = "_".join([cls.__name__, str(columns), *map(str, chosen if chosen != own else ())])
         packed_format: Any = FORMATS.get(name)
         if packed_format is None:

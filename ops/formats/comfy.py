@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from ..bits import reinterpret, select, shifts
+from ..bits import reinterpret, select
 from ..format import Side, Terms
 from ._rows import RowFormat
 from .bnb_int8 import INT8
@@ -479,11 +479,16 @@ class W6A8(RotatedLevels):
         return torch.arange(-32, 32, dtype=torch.float32)
 
     @classmethod
+    def upper_shifts(cls) -> torch.Tensor:
+        """Returns by how many bits the upper bits of four codes lie in their byte, uint8 (4,)."""
+        return torch.arange(0, 8, 2, dtype=torch.uint8)
+
+    @classmethod
     def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
         low, upper = codes.view(-1, 6).split([4, 2], 1)
         low = torch.stack([low & 15, low >> 4], -1).view(-1, 8)
-        upper = (upper.unsqueeze(-1) >> shifts(2, 4, codes.device) & 3).view(-1, 8)
-        return (upper << 4 | low).sub_(32).float().view(len(codes), -1)
+        upper = upper.unsqueeze(-1) >> cls.constant("upper_shifts", codes.device) & 3
+        return (upper.view(-1, 8) << 4 | low).float().sub_(32).view(len(codes), -1)
 
 
 # format -> the one of its values times a number for each column

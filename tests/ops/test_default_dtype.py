@@ -12,6 +12,7 @@ import torch
 from featherweight.ops import bits, formats, int8, int8_codes, product, quantize  # noqa: F401
 from featherweight.ops.format import FORMATS
 from featherweight.ops.formats._rows import FAMILIES, RowFormat
+from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels import cpp_backend, kernel_source
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.packed_layout import SIDE_FIELDS, packed_tensor, packed_tensors
@@ -23,7 +24,7 @@ MAKE = {"empty", "zeros", "ones", "full", "tensor", "linspace", "logspace", "ran
 ROWS, COLUMNS = 16, 512
 # other tests make others
 EACH = [
-    *(fmt for fmt in FORMATS.values() if not issubclass(fmt, RowFormat)),
+    *(fmt for fmt in FORMATS.values() if not issubclass(fmt, (RowFormat, ColumnGroups))),
     *(FAMILIES[name].of_columns(COLUMNS)
       for name in ["INT8", "INT8_ROWS", *kernel_source.ROW_FAMILIES])
 ]

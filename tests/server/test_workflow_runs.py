@@ -177,6 +177,9 @@ def test_it_runs_with_small_models(path, server, object_info):
             assert " fits: all " in run.outputs[node]["text"][0]
 
 
+@pytest.mark.not_on_fake_gpus(
+    dynamic=True, reason="with --fp32-unet a bf16 file stays bf16 in dynamic VRAM, and float32 on"
+    " the CPU, so that what is not packed is saved as BF16 and F16")
 @pytest.mark.parametrize("path", SAVING, ids=lambda path: path.stem)
 def test_it_saves_a_model_that_loads_with_small_models(path, server, object_info):
     workflow = json.loads(path.read_text(encoding="utf-8"))
