@@ -1,5 +1,4 @@
 """Reads the tensors of a file, a folder or a loaded model for an inspection."""
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ class Contents:
         patches: number of weights of a MODEL that LoRAs or merges change.
         config: the host's configuration of a MODEL.
         file: the file they were read from.
+        problem: why a layer of the file cannot be loaded, "" if all can.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Contents:
     patches: int = 0
     config: Any = None
     file: WeightFile | None = None
+    problem: str = ""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,9 +63,11 @@ def file_contents(path: str | os.PathLike) -> Contents:
     """Reads a file or folder that `open_weights` supports. Raises WeightFileError."""
     file = open_weights(path)
     tensors = file.state_dict()
-    # a damaged layer is for the loaders to report
-    with contextlib.suppress(WeightFileError):
+    problem = ""
+    try:
         tensors = as_tensors(file, tensors, model_prefix(tensors), READERS)
+    except WeightFileError as error:
+        problem = str(error)
     formats = {
         name: file.entries[name].format
         if name in file.entries and not is_packed(tensor)
@@ -74,7 +77,7 @@ def file_contents(path: str | os.PathLike) -> Contents:
     return Contents(
         os.path.basename(os.path.normpath(path)), tensors, formats, file.metadata,
         file.declared_type, file.tensor_bytes,
-        sum(tensor.nbytes for tensor in tensors.values()), file=file)
+        sum(tensor.nbytes for tensor in tensors.values()), file=file, problem=problem)
 
 
 def model_contents(patcher: ModelPatcher) -> Contents:

@@ -19,6 +19,7 @@ from ..lora.model_families import match_family
 from ..model_summary import title_of
 from ..packing.planning.plan import Plan, PlanError
 from .contents import Contents, encoder_comfy_keys, shapes_only
+from .quality_warnings import shape_warnings, weight_warnings
 from .requirements import Card, fit_cards, fit_encoder_cards, required_models
 
 MODEL, CHECKPOINT, ENCODER, LORA = "diffusion model", "checkpoint", "text encoder", "LoRA"
@@ -61,6 +62,7 @@ class Inspection:
         needs: what goes with it, such as "VAE" -> which.
         cards: how it fits each size of graphics card.
         resolution: what the memory of a step is estimated for, such as "1024 × 1024".
+        warnings: sentences on why it draws badly, and what to take instead.
         plan: metadata that a file packed by Featherweight has about its packing.
         reference: name of the file that it was compared with.
         errors: name -> relative error against the reference.
@@ -83,6 +85,7 @@ class Inspection:
     needs: dict[str, str] = field(default_factory=dict)
     cards: list[Card] = field(default_factory=list)
     resolution: str = ""
+    warnings: list[str] = field(default_factory=list)
     plan: dict[str, str] = field(default_factory=dict)
     reference: str = ""
     errors: dict[str, float] = field(default_factory=dict)
@@ -119,6 +122,8 @@ def identify(contents: Contents) -> Inspection:
                         _identify_encoder, _identify_other):
         if identify_as(contents, inspection):
             break
+    if inspection.model_type != LORA:
+        inspection.warnings += weight_warnings(contents)
     return inspection
 
 
@@ -190,6 +195,7 @@ def _identify_diffusion_model(contents: Contents, inspection: Inspection) -> boo
     memory_bytes = sum(contents.tensors[name].nbytes for name in names)
     packed = any(contents.formats[name] not in ("F32", "F16", "BF16") for name in names)
     inspection.resolution, inspection.cards = fit_cards(config, shapes, memory_bytes, packed)
+    inspection.warnings += shape_warnings(config, shapes)
     return True
 
 

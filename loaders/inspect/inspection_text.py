@@ -11,7 +11,8 @@ def summary(inspection: Inspection) -> str:
     """Returns the text next to the chart, which has the types, cards and errors itself."""
     if inspection.problem:
         return inspection.problem
-    lines = [inspection.title, *_about_lines(inspection), *errors_lines(inspection)[:1]]
+    lines = [inspection.title, *_warning_lines(inspection), *_about_lines(inspection),
+             *errors_lines(inspection)[:1]]
     return "\n".join(lines)
 
 
@@ -19,7 +20,8 @@ def inspection_text(inspection: Inspection) -> str:
     """Returns the report: a sentence, then lines about types, cards and the largest errors."""
     if inspection.problem:
         return inspection.problem
-    lines = [inspection.title, "", *_about_lines(inspection), "", *type_lines(inspection.types)]
+    lines = [inspection.title, *_warning_lines(inspection), "", *_about_lines(inspection), "",
+             *type_lines(inspection.types)]
     if inspection.cards:
         lines += ["", cards_title(inspection)]
         lines += [f"  {note}" for _, note in cards_notes(inspection)]
@@ -28,6 +30,10 @@ def inspection_text(inspection: Inspection) -> str:
     if inspection.reference:
         lines += ["", *errors_lines(inspection)]
     return "\n".join(lines)
+
+
+def _warning_lines(inspection: Inspection) -> list[str]:
+    return [f"warning: {warning}" for warning in inspection.warnings]
 
 
 def _about_lines(inspection: Inspection) -> list[str]:

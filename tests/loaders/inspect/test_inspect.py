@@ -65,6 +65,7 @@ def test_a_diffusion_model_is_recognised_without_reading_a_matrix(name):
         contents_of(full_width_shapes(FAMILIES[name]), metadata=FAMILIES[name].metadata))
     assert found.model_type == MODEL and found.family and found.host
     assert sum(count for count, _ in found.types.values()) == len(full_width_shapes(FAMILIES[name]))
+    assert not found.warnings
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""Warns of files that draw badly or not at all, and says what to take instead."""
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ...ops.format import FORMATS
+from ..detection import try_detect
+from ..files.comfy_formats import MARK
+from ..files.container import safe_repr
+from ..model_summary import title_of
+from .contents import Contents
+
+EXACT_BITS = 8  # bits a value from which on a vector keeps what a model needs of it
+# Largest root mean square of fp8 codes that are weights themselves. Weights are far below 1; codes
+# that are meant for a scale use the whole range of up to 448.
+MAX_UNSCALED = 4.0
+SAMPLE_VALUES = 65_536  # of a weight, that are read for its root mean square
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+OTHER_CONVERSION = "Download the file again, or get another conversion of the model."
+
+
+def weight_warnings(contents: Contents) -> Iterator[str]:
+    """Yields a sentence for each fault of how a model's weights are packed."""
+    if contents.problem:
+        yield f"It does not load: {contents.problem}"
+    coarse = [
+        name for name, tensor in contents.tensors.items()
+        if tensor.numel() == max(tensor.shape, default=0)
+        and _bits(contents.formats[name]) < EXACT_BITS
+    ]
+    if coarse:
+        subject = _count(coarse, "norm, bias or other vector is",
+                         "norms, biases and other vectors are")
+        yield (
+            f"{subject} packed in less than {EXACT_BITS} bits, such as {safe_repr(coarse[0])} in"
+            f" {title_of(contents.formats[coarse[0]])}: that costs quality and saves hardly any"
+            " memory. Take a file that keeps them in F32, F16 or BF16, as those of ComfyUI-GGUF's"
+            " converter and of Save Packed Model (Featherweight) do.")
+    unscaled = [] if contents.problem else [
+        name for name, tensor in contents.tensors.items() if _lacks_scale(name, tensor, contents)
+    ]
+    if unscaled:
+        yield (
+            f"{_count(unscaled, 'weight has codes', 'weights have codes')} without their scales,"
+            f" such as {safe_repr(unscaled[0])} in {contents.formats[unscaled[0]]}: it draws noise."
+            f" {OTHER_CONVERSION}")
+
+
+def shape_warnings(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yields a sentence for weights of other sizes than the model's, and one for missing weights.
+
+    Args:
+        config: the host's configuration of a diffusion model.
+        shapes: name -> shape of its weights in the file, with the host's names without a prefix.
+    """
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    model = try_detect(config.get_model, empty, "", device="meta")
+    weights = try_detect(config.process_unet_state_dict, empty)
+    if model is None or weights is None:
+        return  # a model that is not built without values
+    expected = {
+        name: tuple(weight.shape) for name, weight in model.diffusion_model.state_dict().items()
+    }
+    wrong = [
+        name for name, weight in weights.items()
+        if _without_ones(expected.get(name, weight.shape)) != _without_ones(weight.shape)
+    ]
+    if wrong:
+        yield (
+            f"{_count(wrong, 'weight has', 'weights have')} other sizes than the model's, such as"
+            f" {safe_repr(wrong[0])} of {tuple(weights[wrong[0]].shape)}, expected"
+            f" {expected[wrong[0]]}. {OTHER_CONVERSION}")
+    missing = [name for name in expected if name not in weights]
+    if missing:
+        yield (
+            f"{_count(missing, 'weight of the model is', 'weights of the model are')} missing, such"
+            f" as {safe_repr(missing[0])}: it draws noise or black pictures. {OTHER_CONVERSION}")
+
+
+def _bits(type_name: str) -> float:
+    """Returns the bits a value of a type; plain ones have at least eight."""
+    packed_format = FORMATS.get(type_name)
+    if packed_format is None:
+        return EXACT_BITS
+    nbytes = packed_format.block_bytes + packed_format.side_bytes()
+    return 8 * nbytes / packed_format.block_length
+
+
+def _lacks_scale(name: str, tensor: torch.Tensor, contents: Contents) -> bool:
+    """Returns whether a plain tensor holds codes that are no weights without a scale."""
+    if (tensor.ndim < 2 or tensor.device.type == "meta" or contents.formats[name] in FORMATS
+            or f"{name.removesuffix('.weight')}{MARK}" in contents.tensors):
+        return False
+    if tensor.dtype in (torch.int8, torch.uint8):
+        return name.endswith(".weight")
+    if tensor.dtype not in FP8:
+        return False
+    sample = tensor.flatten()[:SAMPLE_VALUES].float()
+    return bool(sample.square().mean().sqrt() > MAX_UNSCALED)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _count(names: list[str], one: str, many: str) -> str:
+    return f"{len(names)} {many if names[1:] else one}"
