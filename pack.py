@@ -7,7 +7,6 @@ import math
 import os
 import re
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -130,23 +129,6 @@ def start_host(host: Path):
         sys.argv = arguments
 
 
-def progress(names: list, sizes: list[int]):
-    """Yields the names and prints how much of the total size is done."""
-    started = printed = time.monotonic()
-    on_terminal = sys.stdout.isatty()
-    done, total = 0, sum(sizes)
-    for name, size in zip(names, sizes):
-        yield name
-        done += size
-        now = time.monotonic()
-        if now - printed > (0.2 if on_terminal else 30):
-            printed = now
-            seconds = (now - started) * (total - done) / done
-            remaining = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-            print(f"{done / total:4.0%}, {remaining} left", end="\r" if on_terminal else "\n",
-                  flush=True)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Packs the file. Returns the exit code of the command."""
     start_host(find_host())
@@ -160,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     from featherweight.loaders.packing.save import save
     from featherweight.loaders.packing.source import source_of_file
+    from featherweight.loaders.progress import Progress
 
     if arguments.type and arguments.type not in (*TYPES, KEEP_TYPES):
         print(
@@ -186,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         plan = plan_file(source, arguments.out, arguments.type or arguments.size, options)
         print(plan.text, flush=True)
-        saved = save(plan, progress)
+        saved = save(plan, Progress("packing").track)
     print("\n".join([*saved.notes, f"Done: {saved}"]))
     return DONE
 

@@ -1,10 +1,12 @@
 """Collects the images that workers render, in the order of their items, and tracks progress."""
 import math
+import time
 from collections.abc import Collection
 
 import numpy
 import psutil
 
+from .batch_progress import duration
 from .comfyui_install import MachineError
 from .graph import GraphError, one_line
 
@@ -23,6 +25,7 @@ class ImageCollector:
         self.count = count
         self.nodes = nodes
         self.workers = 0
+        self.started = 0.0  # when the first item began
         self.machines: dict[int, str] = {}  # item -> name of the machine that renders it
         self.steps: dict[int, dict[str, tuple]] = {}  # item -> node -> (steps done, steps in all)
         self.images: numpy.ndarray | None = None  # of all items, `batch` each, (N, H, W, C)
@@ -54,6 +57,7 @@ class ImageCollector:
         index, value = header["item"], header.get("value")
         name = f"Item {index + 1} of {self.count}"
         if event == "begins":
+            self.started = self.started or time.monotonic()
             self.machines[index] = value
         elif event == "lost":
             self.machines.pop(index, None)
@@ -162,7 +166,12 @@ class ImageCollector:
             return f"Waiting for workers, {self.workers} at most"
         names = ", ".join(sorted(set(self.machines.values())))
         running = len(self.machines.keys() - self.done)
-        return f"{len(self.done)} of {self.count} done, {running} in work\non {names}"
+        text = f"{len(self.done)} of {self.count} done, {running} in work"
+        steps, total = self.progress()
+        if self.done and steps < total:
+            seconds = (time.monotonic() - self.started) * (total - steps) / steps
+            text += f", {duration(seconds)} left"
+        return f"{text}\non {names}"
 
 
 def _empty(shape: tuple[int, ...]) -> numpy.ndarray:

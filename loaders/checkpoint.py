@@ -210,7 +210,7 @@ def _load_file(path: str, embedding_directory, outputs: dict, disable_dynamic: b
     file = open_weights(path)
     reject_non_diffusion(file)
     pack_to = pack_to if outputs["output_model"] else None
-    progress = Progress(stages=3 if pack_to else 2)
+    progress = Progress("reading", *(["packing"] if pack_to else []), "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats.model)
     if model_prefix(state_dict):
         model, clip, vae = _build_parts(file, state_dict, embedding_directory, outputs,

@@ -70,7 +70,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
         return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
     reject_non_diffusion(file)
-    progress = Progress(stages=3 if pack_to else 2)
+    progress = Progress("reading", *(["packing"] if pack_to else []), "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats)
     if extra:
         state_dict |= _extra_layers(extra, model_prefix(state_dict))

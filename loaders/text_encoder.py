@@ -103,8 +103,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         return clip
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
-    # stages: read each file, convert all of them, pack each, build the CLIP
-    progress = Progress(stages=len(paths) * (2 if pack_to else 1) + 2)
+    packing = ["packing"] * len(paths) if pack_to else []
+    progress = Progress(*["reading"] * len(paths), "converting", *packing, "building the model")
     weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to, formats)
     _check_encoders(paths, weights, clip_type)
     if clip_type == "ltxv":

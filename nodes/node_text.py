@@ -12,6 +12,7 @@ from ..loaders.model_summary import (
     memory_summary,
 )
 from ..loaders.placement import placed_text, planned_text
+from ..loaders.progress import set_text_sender
 from ..ops.patcher.residency import MemoryReport
 from .host_server import log_lack, running_server
 
@@ -43,6 +44,9 @@ def text_sender() -> Callable[[str], None]:
     return lambda text: None
 
 
+set_text_sender(text_sender)
+
+
 def without_markup(text: str) -> str:
     """Escapes a text, whose names may come from files, for an editor that shows HTML and links."""
     return text.replace("<", "‹").replace(">", "›").replace("[[", "[ [")
@@ -59,6 +63,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         parts: the outputs in their order, by keys of `TITLES`; None for a missing part.
     """
     show = text_sender()
+    show("preparing the kernels")
     texts = {}
     notes = list(dict.fromkeys(filter(None, notes)))
     for note in notes:

@@ -195,7 +195,8 @@ class SavePackedModel(io.ComfyNode):
             jobs.append(new_job(source, prefix, label, type if type == KEEP_TYPES else label))
         for _, path, _ in jobs:
             reject_own_files(path, *(source for source, _, _ in jobs))
-        progress = Progress(stages=len(jobs) + (2 if positive else 0))
+        calibrating = ["drawing", "packing layer after layer"] if positive else []
+        progress = Progress(*calibrating, *["packing"] * len(jobs))
         metadata = cls._metadata()
         reports = []
         for source, path, target in jobs:
@@ -204,7 +205,7 @@ class SavePackedModel(io.ComfyNode):
                 measured if is_model else None, loras == WHOLE, metadata, overwrite
             )
             plan = plan_file(source, path, target, options)
-            show_text(plan.text)
+            progress.heading = plan.text
             calibration = None
             if is_model and positive:
                 prompts = [[entry] for entry in positive]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devtools import ROOT
+from devtools.host.setup_progress import SetupProgress
 
 DEV = ROOT / ".dev"
 SHIM = "featherweight_cpu_torch_shim"
@@ -103,19 +104,23 @@ def prepare() -> Environment:
         print(f"Environment: {python.parent.parent} (ready)")
         return Environment(host, python)
 
-    started = time.monotonic()
+    progress = SetupProgress()
     stamp.unlink(missing_ok=True)
+    progress.begin("venv", f"Making a virtual environment in {python.parent.parent}; all of {DEV}"
+                           f" takes {SIZE}")
     _make_venv(python)
+    progress.begin("ComfyUI", f"Fetching ComfyUI {HOST_VERSION}")
     if not own_host:
-        fetch_tree(host, python, f"ComfyUI {HOST_VERSION}", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
-    _install_packages(host, python)
+        fetch_tree(host, python, "", HOST_PACKAGE, HOST_SHA256, HOST_FOLDER)
+    _install_packages(host, python, progress)
+    progress.begin("checks", "Checking the environment")
     _install_shim(python)
     # as pip does with packages: else each server compiles it where PYTHONDONTWRITEBYTECODE is set
     if not own_host:
         subprocess.run([str(python), "-m", "compileall", "-q",
                         str(host)], stdout=subprocess.DEVNULL)
     stamp.write_text(_fingerprint(host))
-    print(f"Environment ready after {time.monotonic() - started:.0f} s")
+    print(f"Environment ready after {time.monotonic() - progress.started:.0f} s")
     return Environment(host, python)
 
 
@@ -149,7 +154,6 @@ def _make_venv(python: Path):
     if python.exists() and not _unfinished(python).exists() and _can_import(python, "pip"):
         return
     folder = python.parent.parent
-    print(f"Making a virtual environment in {folder}: all of {DEV} takes {SIZE}", flush=True)
     if subprocess.call([sys.executable, "-m", "venv", "--clear", str(folder)]):
         raise SetupError(
             "Python could not make a virtual environment (its message is above). "
@@ -163,14 +167,16 @@ def _unfinished(python: Path) -> Path:
 
 
 def pip(python: Path, *arguments: str, action: str = "install"):
-    # progress bars only where somebody watches them
-    quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    command = [str(python), "-m", "pip", action, "--disable-pip-version-check", *quiet, *arguments]
+    """Runs pip, whose messages are printed only if it fails."""
+    command = [str(python), "-m", "pip", action, "--disable-pip-version-check", "--quiet",
+               *arguments]
     if action == "install":
         _unfinished(python).touch()
-    failed = subprocess.call(command)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors="replace")
     _unfinished(python).unlink(missing_ok=True)
-    if failed:
+    if done.returncode:
+        print(done.stdout, flush=True)
         raise SetupError(
             "pip did not finish (its message is above). If it finds no matching torch, use another "
             "Python version; otherwise check the connection and run this again.")
@@ -181,23 +187,24 @@ def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str,
     """Put what a pinned source archive has in `folder`, and whose path there matches `wanted`, at
     `target`.
 
-    A mark inside says which archive it came from, and what was wanted of it.
+    A mark inside says which archive it came from, and what was wanted of it. what: printed where it
+    is not there yet; "": nothing is.
     """
     mark, written = ".archive-sha256", f"{sha256} {wanted}".strip()
     if read(target / mark) == written:
         return
+    if what:
+        print(f"Fetching {what}", flush=True)
     downloads = DEV / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     archive = _find_archive(downloads, sha256)
     if archive is None:
-        print(f"Downloading {what}", flush=True)
         pip(python, "--ignore-requires-python", "--no-deps", "--no-binary",
             package.partition("==")[0], "--dest", str(downloads), package, action="download")
         archive = _find_archive(downloads, sha256)
     if archive is None:
         raise SetupError(f"The downloaded {package} is not the pinned archive (sha256 {sha256}). "
                          f"Delete {downloads} and run this again.")
-    print(f"Unpacking {what} into {target}", flush=True)
     partial = target.with_name(f"{target.name}.partial")
     for old in (partial, target):
         shutil.rmtree(old, ignore_errors=True)
@@ -254,8 +261,8 @@ def fetch_chromium(python: Path):
             return
 
 
-def _install_packages(host: Path, python: Path):
-    print(f"Installing {TORCH}", flush=True)
+def _install_packages(host: Path, python: Path, progress: SetupProgress):
+    progress.begin("torch", f"Installing {TORCH}")
     pip(python, TORCH)
     ours = read(ROOT / "requirements.txt").split()
     theirs = [line.strip() for line in read(host / "requirements.txt").splitlines()]
@@ -264,11 +271,10 @@ def _install_packages(host: Path, python: Path):
     required = [line for line in theirs + ours if re.match(r"[\w.-]+", line)[0] not in apart]
     constraints = DEV / "constraints.txt"  # or pip replaces this torch by another build
     constraints.write_text(TORCH + "\n")
-    print(
-        f"Installing the requirements of ComfyUI and of this pack ({len(required + EXTRAS)}"
-        " packages)",
-        flush=True)
+    progress.begin("packages", "Installing the requirements of ComfyUI and of this pack"
+                               f" ({len(required + EXTRAS)} packages)")
     pip(python, "--constraint", str(constraints), *required, *EXTRAS)
+    progress.begin("optional", f"Installing {len(OPTIONAL)} optional packages")
     for package in OPTIONAL:
         command = [
             str(python), "-m", "pip", "install", "--quiet", "--constraint",

@@ -45,7 +45,7 @@ def relative_errors(contents: Contents, reference: Contents) -> dict[str, float]
         return {}
     guard = FileChangeGuard.of([*ours.values(), *theirs.values()])
     error_sums, sums = dict.fromkeys(shared, 0.0), dict.fromkeys(shared, 0.0)
-    for name, rows in Progress(stages=1).track(pieces):
+    for name, rows in Progress("comparing").track(pieces):
         guard()
         values, expected = _values(name, rows, ours), _values(name, rows, theirs)
         error_sums[name] += (values - expected).square_().sum(dtype=torch.float64).item()

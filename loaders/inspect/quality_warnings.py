@@ -56,15 +56,15 @@ def shape_warnings(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterat
     """
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     model = try_detect(config.get_model, empty, "", device="meta")
-    weights = try_detect(config.process_unet_state_dict, empty)
+    weights: dict[str, torch.Tensor] | None = try_detect(config.process_unet_state_dict, empty)
     if model is None or weights is None:
         return  # a model that is not built without values
-    expected = {
+    expected: dict[str, tuple[int, ...]] = {
         name: tuple(weight.shape) for name, weight in model.diffusion_model.state_dict().items()
     }
     wrong = [
         name for name, weight in weights.items()
-        if _without_ones(expected.get(name, weight.shape)) != _without_ones(weight.shape)
+        if name in expected and _without_ones(expected[name]) != _without_ones(tuple(weight.shape))
     ]
     if wrong:
         yield (

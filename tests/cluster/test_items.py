@@ -152,7 +152,11 @@ def test_the_bar_counts_the_steps_of_all_items():
     assert collector.progress() == (14, 30)
     receive(collector, 1, "lost")
     assert collector.progress() == (10, 30)
-    assert collector.status_text() == "1 of 3 done, 0 in work\non desk"
+    collector.started -= 60
+    assert collector.status_text() == "1 of 3 done, 0 in work, 2 min left\non desk"
+    receive_images(collector, 1, pictures())
+    receive_images(collector, 2, pictures())
+    assert collector.status_text() == "3 of 3 done, 0 in work\non desk"
 
 
 def test_pictures_lie_in_the_order_of_their_items_in_one_array():

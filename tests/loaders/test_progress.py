@@ -1,18 +1,22 @@
 """Loading shows how far it is, ends when the user cancels it, and then leaves nothing behind."""
 import gc
+import re
 from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
 import pytest
 import torch
+import tqdm.std
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf, write_random_gguf
+from featherweight.loaders import progress
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.nodes import node_text
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}
 
@@ -113,3 +117,49 @@ def test_a_cancelled_load_leaves_nothing_behind(load, shown, after):
     shown.cancel_after = None
     loaded = load()
     assert is_mapped(load.path) and loaded
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """What the node that runs shows, one after the other, with numbers from the first step on."""
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 0)
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
+    texts = []
+    monkeypatch.setattr(progress, "_text_sender", lambda: texts.append)
+    return texts
+
+
+def test_a_load_says_what_it_is_at_with_the_time_left(load, texts, capsys):
+    load()
+    packing = ["packing"] if "plain" in load.path.name else []
+    converting = ["converting"] if "encoder" in load.path.name else []
+    stages = ["reading", *converting, *packing, "building the model"]
+    assert list(dict.fromkeys(text.partition(":")[0] for text in texts)) == stages
+    assert [text for text in texts if text in stages] == stages
+    numbers = [text for text in texts if text not in stages]
+    assert len(numbers) > 10
+    assert all(re.fullmatch(r"[a-z]+: \d+%, \d\d:\d\d left", text) for text in numbers)
+    assert "[Featherweight] reading" in capsys.readouterr().err
+
+
+def test_a_short_load_shows_stages_without_numbers_and_nothing_in_the_terminal(
+        load, texts, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY_SECONDS", 1000)
+    load()
+    assert texts and not any(":" in text for text in texts)
+    assert "[Featherweight]" not in capsys.readouterr().err
+
+
+def test_the_time_left_is_that_of_the_work_not_of_the_steps(texts, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(tqdm.std, "time", lambda: now)
+    task = progress.Progress("packing")
+    task.heading = "a plan"
+    for seconds in task.track([10, 1000], sizes=[25, 75]):
+        now += seconds
+    assert texts[1] == "a plan\npacking: 25%, 00:30 left"
+
+
+def test_what_runs_a_node_sends_its_texts_there():
+    assert progress._text_sender is node_text.text_sender

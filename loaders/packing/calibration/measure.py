@@ -60,7 +60,7 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = DEFAULT,
     if not sampling.prompts:
         prompts = random_conditioning(patcher, sampling, sampling.samples)
         sampling = dataclasses.replace(sampling, prompts=prompts)
-    progress = Progress(2)
+    progress = Progress("drawing", "measuring the layers")
     ticks = iter(progress.track(range(sampling.total)))
     steps: list[SamplingStep] = []
     chosen = _choose_steps(sampling, count)
