@@ -11,7 +11,7 @@ HEAD = """# Example workflows
 In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each \
 workflow says which file goes into
 which folder and what memory it takes. `python -m devtools.workflows` writes them and this page, and
-`devtools/workflows/pictures.py` their pictures.
+`python -m devtools.workflows.covers` their covers.
 """
 
 

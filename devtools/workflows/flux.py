@@ -17,7 +17,7 @@ from devtools.workflows.parts import (
 PACKAGE = "flux.1-dev-nf4-pkg"
 LICENCE = "Flux.1 dev is for non-commercial use; see its licence."
 RESERVE = "ComfyUI sets 1.1 GB aside for the computation at 1024 × 1024"
-BITS = "12.6 GB as Q8_0, 9.8 GB as Q6_K, 8.2 GB as Q5_K, 6.7 GB as Q4_K, 5.1 GB as Q3_K"
+BITS = "12.7 GB as Q8_0, 9.8 GB as Q6_K, 8.3 GB as Q5_K, 6.8 GB as Q4_K, 5.2 GB as Q3_K"
 
 T5_FP8 = File(
     "text_encoders",
@@ -252,7 +252,7 @@ def budget_on_8_gb() -> Workflow:
         " (Featherweight)** keeps 5 GB of its weights there, spread over the model; each other"
         " layer is copied in whenever it runs, while the layers before it compute. The picture is"
         " the same to the bit. Nothing of the text encoders stays: they run once for each prompt.",
-        memory=f"On the card: 5.0 GB of the model's 12.6, two buffers of 0.1 GB for copies, and"
+        memory=f"On the card: 5.0 GB of the model's 12.7, two buffers of 0.1 GB for copies, and"
         f" {RESERVE}. In main memory: the rest, 16 GB or better 24 GB in all. After a run the node"
         " says what each step copied, and what it would copy with as much as the card has room"
         " for.",

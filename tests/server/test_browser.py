@@ -17,7 +17,7 @@ from devtools import ROOT, demo
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
 from devtools.host.environment import DEV
 from devtools.host.server import PACK, Server
-from devtools.workflows.pictures import stand_in_files
+from devtools.workflows.stand_ins import stand_in_files
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))

@@ -2,7 +2,6 @@
 import json
 
 import pytest
-from PIL import Image
 
 from devtools import ROOT
 from devtools.host.environment import HOST_VERSION
@@ -168,12 +167,6 @@ def test_the_note_says_where_each_file_belongs(path, server, object_info):
             assert model["url"].startswith(
                 SOURCE
             ) and f"[{model['name']}]({model['url']})" in note_of(workflow)
-
-
-@each(EXAMPLES)
-def test_the_thumbnail_is_a_small_picture(path):
-    thumbnail = path.with_suffix(".jpg")
-    assert thumbnail.stat().st_size < 60_000 and Image.open(thumbnail).format == "JPEG"
 
 
 def test_workflows_are_what_their_description_gives(server, object_info):
