@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from devtools import ROOT
 from devtools.files import demo_files
 from devtools.workflows import FOLDER, WORKFLOWS, covers
 from devtools.workflows.editor import Workflow
+from devtools.workflows.flux import BITS
 
 SHOWN = 256  # pixels, the height at which the template browser shows a cover
 MADE = {workflow.name: workflow for workflow in (make() for make in WORKFLOWS)}
@@ -96,6 +98,16 @@ def test_a_figure_that_is_not_in_the_note_is_noticed():
     workflow = MADE["Qwen-Image GGUF"]
     assert stated("13.1 GB", workflow) and not stated("3.1 GB", workflow)
     assert not stated("12.9 GB", workflow)
+
+
+def test_the_notes_of_flux_have_the_sizes_of_the_docs():
+    head, row = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(("| GB ", "| Flux.1 dev, schnell, Kontext | 11.9")))
+    sizes = dict(zip(head, row))
+    assert {type_name: size for size, type_name in re.findall(r"([\d.]+) GB as (\w+)", BITS)} == {
+        name: sizes[name] for name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K")}
 
 
 @each

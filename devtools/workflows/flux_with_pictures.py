@@ -149,7 +149,7 @@ def controlnet() -> Workflow:
         memory="The text encoders (3.1 GB) run first and make room. The model takes 6.8 GB and the"
         " ControlNet, which is not packed, 4.3 GB beside it; ComfyUI sets 1.1 GB aside for the"
         " computation at 1024 × 1024. On a card of 8 GB much of the model stays in main memory, by"
-        " itself: Q3_K (5.1 GB) leaves more of it on the card.",
+        " itself: Q3_K (5.2 GB) leaves more of it on the card.",
         change="Strength and end of the control: the makers name 0.7 and 0.8 for outlines, 0.8 and"
         " 0.8 for depth, 0.9 and 0.65 for poses. The two thresholds say how many outlines are"
         " found. Keep cfg at 1.",
