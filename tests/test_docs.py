@@ -6,6 +6,7 @@ from devtools.measure import model_sizes
 
 import pytest
 from comfy.quant_ops import QUANT_ALGOS
+from languages import HELP_LANGUAGES, LOCALES, help_page
 from pack_nodes import node_list
 
 from devtools import ROOT
@@ -93,10 +94,9 @@ def test_what_the_environment_takes_is_said_alike():
         assert size in (ROOT / name).read_text(encoding="utf-8"), name
 
 
-@pytest.mark.parametrize("language", ["", "/ja", "/ko", "/de"])
+@pytest.mark.parametrize("language", HELP_LANGUAGES)
 def test_the_list_of_text_encoders_has_types_that_there_are(language):
-    page = (ROOT / "nodes" / "web" / "docs" /
-            f"FeatherweightLoadTextEncoder{language}.md").read_text(encoding="utf-8")
+    page = help_page("FeatherweightLoadTextEncoder", language).read_text(encoding="utf-8")
     types = re.findall(r"^- \*\*[^*]+\*\* ?[(（](\w+)[)）][:：]", page, re.M)
     assert len(types) > 10
     assert set(types) <= SINGLE_ENCODERS.keys() | ENCODER_SETS[2].keys()

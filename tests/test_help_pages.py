@@ -5,20 +5,19 @@ import itertools
 import re
 
 import pytest
+from languages import DOCS, HELP_LANGUAGES, help_page
 from pack_nodes import node_list
 
 from devtools import ROOT
 from featherweight.nodes import help_pages
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
-DOCS = ROOT / "nodes" / "web" / "docs"
-# What the frontend asks for first is the page of its own language; the first of these it takes for
-# all others.
-LANGUAGES = {"en": "{}.md", "ja": "{}/ja.md", "ko": "{}/ko.md", "de": "{}/de.md"}
 # Those of other packs share one.
-PAGES = {f"{node_id}-{language}": (node_id, DOCS / path.format(getattr(node, "HELP_PAGE", node_id)))
-         for node_id, node in NODES.items() for language, path in LANGUAGES.items()}
-MESSAGE = ("message", "メッセージ", "메시지", "Meldung")
+PAGES = {
+    f"{node_id}-{language}": (node_id, help_page(getattr(node, "HELP_PAGE", node_id), language))
+    for node_id, node in NODES.items() for language in HELP_LANGUAGES
+}
+MESSAGE = ("message", "メッセージ", "메시지", "Meldung", "消息")
 each_page = pytest.mark.parametrize("page", PAGES)
 each_file = pytest.mark.parametrize(
     "path", sorted({path for _, path in PAGES.values()}),
@@ -105,6 +104,13 @@ def missing_in_code(text: str) -> list[str]:
 @each_file
 def test_messages_a_page_quotes_are_in_the_code(path):
     assert not missing_in_code(path.read_text(encoding="utf-8"))
+
+
+@each_page
+def test_translations_quote_the_same_messages(page):
+    node_id, path = PAGES[page]
+    english = PAGES[f"{node_id}-en"][1].read_text(encoding="utf-8")
+    assert quoted_messages(path.read_text(encoding="utf-8")) == quoted_messages(english)
 
 
 def test_messages_that_the_troubleshooting_page_calls_ours_are_in_the_code():

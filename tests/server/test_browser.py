@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from languages import DOCS, HELP_LANGUAGES
 
 from devtools import ROOT, demo
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
@@ -23,7 +24,6 @@ EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
 SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage')"
-DOCS = ROOT / "nodes" / "web" / "docs"
 # Has the editor show the help pages of a language, which it need not have itself, each with a mark
 # at its end.
 IN_LANGUAGE = """(language => {
@@ -213,7 +213,7 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
     cut = {}
     # the last: one that is shown is not fetched again
     shown.sort(key=lambda node_id: node_id == first)
-    for language in ("en", "ja", "ko", "de"):
+    for language in HELP_LANGUAGES:
         editor.evaluate(f"{IN_LANGUAGE}('{language}')")
         cut |= {f"{node_id} {language}": parts
                 for node_id, parts in editor.evaluate(f"{CUT_PAGES}({json.dumps(shown)})").items()}

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 from aged_host import OLDEST, host_of_version
+from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 
 from devtools import ROOT
 from devtools.host.package import packed_files
@@ -34,7 +35,8 @@ def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_an
             and node["category"].startswith("Featherweight")
         }
         for node in nodes:
-            for page in (f"{node}.md", f"{node}/ja.md"):
+            for language in HELP_LANGUAGES:
+                page = help_page(node, language).relative_to(DOCS).as_posix()
                 assert packed.get(f"/extensions/{FOLDER}/docs/{page}").startswith(b"# ")
         assert {f"/extensions/{FOLDER}/{name}.js" for name in ("model_names", "templates")} <= {
             *packed.get_json("/extensions")
@@ -44,4 +46,4 @@ def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_an
         assert {
             language: texts["nodeDefs"].keys()
             for language, texts in packed.get_json("/i18n").items()
-        } == {"ja": own, "ko": own}
+        } == dict.fromkeys(LOCALES, own)
