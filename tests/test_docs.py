@@ -23,6 +23,13 @@ RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", (ROOT / name).read_text(encodi
                                 flags=re.S) for name in ("CONTRIBUTING.md", "docs/architecture.md"))
 ROOMS = ("nodes", "cluster", "loaders", "ops")
 HOST_NAMES = ("add_patches",)
+LANGUAGES = {
+    "en": "English",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "zh": "Simplified Chinese",
+    "de": "German"
+}
 
 
 def test_the_readme_names_every_ggml_type():
@@ -48,6 +55,21 @@ def test_the_readme_has_a_row_for_every_node_of_ours():
         for schema in schemas
         if schema.node_id.startswith("Featherweight") and f"\n| {schema.display_name} |" not in rows
     ] == []
+
+
+@pytest.mark.parametrize(("page", "start"), [("README.md", "its help page, in "),
+                                             ("docs/compatibility.md", "Help pages are in ")])
+def test_the_languages_of_the_help_pages_are_named(page, start):
+    sentence = " ".join((ROOT / page).read_text(encoding="utf-8").split(start)[1].split())
+    named = {code for code, name in LANGUAGES.items() if name in sentence.partition(".")[0]}
+    assert named == set(HELP_LANGUAGES)
+
+
+def test_the_languages_of_the_tooltips_are_as_many_as_compatibility_says():
+    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    first = re.findall("|".join(LANGUAGES.values()), " ".join(page.split()))[:1 + len(LOCALES)]
+    assert {LANGUAGES[code] for code in ("en", *LOCALES)} == set(first)
+    assert f"the first {('one', 'two', 'three', 'four', 'five')[len(LOCALES)]} languages" in page
 
 
 def test_architecture_names_every_folder_and_nothing_that_is_gone():
