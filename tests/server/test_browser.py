@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from languages import DOCS, HELP_LANGUAGES
+from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 
 from devtools import ROOT, demo
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
@@ -219,6 +219,24 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
                 for node_id, parts in editor.evaluate(f"{CUT_PAGES}({json.dumps(shown)})").items()}
         keep(editor, f"help_{language}")
     assert not cut
+
+
+@pytest.mark.parametrize("language", LOCALES)
+def test_help_pages_follow_the_language_that_the_editor_is_set_to(editor, fresh, language):
+    node = "FeatherweightLoadDiffusionModel"
+    fresh.post("/settings", {"Comfy.Locale": language})
+    try:
+        editor.open_editor(fresh)
+        editor.evaluate("app.graph.clear()")
+        editor.evaluate(f"void app.graph.add(LiteGraph.createNode('{node}'))")
+        open_help(editor, node)
+        written = help_page(node, language).read_text(encoding="utf-8").split("\n\n")
+        shown = editor.evaluate("document.querySelector('.node-help-content p').innerText")
+        keep(editor, f"help_in_editor_{language}")
+        assert shown == written[1].replace("*", "")
+    finally:
+        fresh.post("/settings", {"Comfy.Locale": "en"})
+        editor.open_editor(fresh)
 
 
 def test_every_workflow_opens_without_a_red_node(editor):
