@@ -30,13 +30,10 @@ class Progress:
 
     Args:
         stages: what is done in each, such as "reading".
-
-    Attributes:
-        heading: a text that stays above the stage on the node.
     """
 
     def __init__(self, *stages: str):
-        self.heading = ""
+        self._heading = ""
         self._stages = stages
         self._bar = ProgressBar(len(stages) * STEPS)
         self._send_text = _text_sender() if _text_sender else lambda text: None
@@ -47,8 +44,13 @@ class Progress:
     def _show(self, part: float):
         self._bar.update_absolute(round((self._finished + part) * STEPS))
 
+    def set_heading(self, text: str):
+        """Shows a text above the stage from now on."""
+        self._heading = text
+        self._show_text(self._stages[self._finished])
+
     def _show_text(self, text: str):
-        self._send_text("\n".join(filter(None, [self.heading, text])))
+        self._send_text("\n".join(filter(None, [self._heading, text])))
 
     def track(self, items: Collection, sizes: Sequence[int] | None = None) -> Iterator:
         """Yields the items and advances the bar after each; all of them are one stage.

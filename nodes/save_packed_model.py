@@ -205,7 +205,7 @@ class SavePackedModel(io.ComfyNode):
                 measured if is_model else None, loras == WHOLE, metadata, overwrite
             )
             plan = plan_file(source, path, target, options)
-            progress.heading = plan.text
+            progress.set_heading(plan.text)
             calibration = None
             if is_model and positive:
                 prompts = [[entry] for entry in positive]

@@ -155,10 +155,11 @@ def test_the_time_left_is_that_of_the_work_not_of_the_steps(texts, monkeypatch):
     now = 0.0
     monkeypatch.setattr(tqdm.std, "time", lambda: now)
     task = progress.Progress("packing")
-    task.heading = "a plan"
+    task.set_heading("a plan")
     for seconds in task.track([10, 1000], sizes=[25, 75]):
         now += seconds
-    assert texts[1] == "a plan\npacking: 25%, 00:30 left"
+    assert texts[:2] == ["packing", "a plan\npacking"]
+    assert texts[2] == "a plan\npacking: 25%, 00:30 left"
 
 
 def test_what_runs_a_node_sends_its_texts_there():

@@ -37,8 +37,9 @@ def test_a_model_with_a_lora_is_saved_listed_and_loaded_again(server):
         (node, value, maximum)))
     [name] = files_in(server)
     assert name.endswith("_Q4_K_00001_.gguf") and name[:4].isdigit()
-    plan, report = run.texts["3"]
+    *_, plan, report = run.texts["3"]
     assert plan.splitlines()[0] == name and "Q4_K: " in plan and "  " not in plan
+    assert plan.endswith("\npacking")
     assert "LoRA 1 (strength 0.5): " in report and run.outputs["3"]["text"][0] == report
     bar = [(value, maximum) for node, value, maximum in seen if node == "3" and maximum]
     assert bar[0][0] == 0 and bar[-1][0] == bar[-1][1] > 0
@@ -49,7 +50,7 @@ def test_a_model_with_a_lora_is_saved_listed_and_loaded_again(server):
         "1": {"class_type": demo.LOADER, "inputs": {"model_name": f"made/{name}"}},
         "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
     })
-    assert "Q4_K" in loaded.texts["1"][0]
+    assert "Q4_K" in loaded.texts["1"][-1]
 
 
 def test_a_cancel_leaves_nothing_and_a_refusal_comes_before_the_work(server):
