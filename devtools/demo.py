@@ -25,6 +25,7 @@ WORKFLOW = FOLDER / "Featherweight demo.json"
 SIDE_BY_SIDE = FOLDER / "Featherweight demo side by side.json"
 LORA_WORKFLOW = FOLDER / "Featherweight demo two LoRAs.json"
 NF4_WORKFLOW = FOLDER / "Featherweight demo NF4 checkpoint.json"
+TRAINING = FOLDER / "Featherweight demo train a LoRA.json"
 MIX_WORKFLOW = FOLDER / "Featherweight demo packed to a size.json"
 LOADER = "FeatherweightLoadDiffusionModel"
 MODEL_NAME = demo_files.MODELS["Q8_0"]

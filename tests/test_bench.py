@@ -13,19 +13,20 @@ from PIL import Image
 from featherweight.ops import int8
 from featherweight.ops.kernels import selector
 
-# Named here, so that a case that gets lost is missed. "memory" is a process of its own, as a part
-# of "scale" is.
+# Named here, so that a case that gets lost is missed. "memory" and "train" are processes of their
+# own, as a part of "scale" is.
+PROCESSES = ["memory", "train"]
 CASES = [
     "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
     "passes", "layer_passes", "header", "load", "scale", "cpu",
-    pytest.param("memory", marks=pytest.mark.heavy)
+    *(pytest.param(case, marks=pytest.mark.heavy) for case in PROCESSES)
 ]
 
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    left_out = {"peer"} if request.config.getoption("--heavy") else {"peer", "memory"}
+    left_out = {"peer"} if request.config.getoption("--heavy") else {"peer", *PROCESSES}
     arguments = [
         "--quick", "--rounds", "1", "--out",
         str(folder), "--only", *(bench.CASES.keys() - left_out)
@@ -47,7 +48,7 @@ def test_a_case_gives_figures_and_a_table(results, case):
         pytest.importorskip("bitsandbytes")
     if case == "int8_error" and not int8.multiplies_integers(torch.device("cpu")):
         pytest.skip("the CPU has no units for int8")
-    if case == "memory" and sys.platform != "linux":
+    if case in PROCESSES and sys.platform != "linux":
         pytest.skip("reads /proc")
     rows = json.loads((results / "bench.json").read_text())[case]["rows"]
     assert rows and all(len(row) > 1 for row in rows.values())

@@ -2,6 +2,7 @@
 dense one."""
 import asyncio
 import functools
+import re
 
 import comfy.clip_vision
 import comfy.ldm.lumina.controlnet
@@ -31,6 +32,7 @@ from patched_models import relative
 from safetensors.torch import save_file
 
 import nodes
+from devtools import ROOT
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -305,3 +307,17 @@ def test_a_node_does_to_a_packed_model_what_it_does_to_a_dense_one(name, files):
 def test_every_node_of_the_host_that_takes_a_model_is_run_or_excused():
     assert set(host_nodes()) <= CASES.keys() | EXCEPTIONS.keys()
     assert not CASES.keys() & EXCEPTIONS.keys()
+
+
+def test_nodes_that_the_compatibility_page_names_are_run():
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    table = page.split("## ComfyUI's own nodes")[1].split("\n## ")[0]
+    names = ", ".join(re.findall(r"^\| ([^|-][^|]*) \|", table, re.M)[1:]).split(", ")
+    host_nodes()  # loads all
+    ids = {display: node_id for node_id, display in nodes.NODE_DISPLAY_NAME_MAPPINGS.items()}
+    # writes text, on the real server
+    in_other_files = {"TextGenerate": ROOT / "tests/server/test_text_encoder.py"}
+    assert len(names) > 3
+    for name in names:
+        node_id = ids[name]
+        assert node_id in CASES or node_id in in_other_files[node_id].read_text(encoding="utf-8")

@@ -200,9 +200,11 @@ class Server:
         """The file behind one {"filename", "subfolder", "type"} entry of `Run.outputs`."""
         return self.get("/view?" + urllib.parse.urlencode(entry))
 
-    def pixels(self, run: Run) -> np.ndarray:
-        """The first of the run's pictures: (height, width, 3) float32 from 0 to 255."""
-        return np.asarray(Image.open(io.BytesIO(self.image(run.pictures[0]))), dtype=np.float32)
+    def pixels(self, run: Run, node: str | None = None) -> np.ndarray:
+        """The first of the run's pictures, or of a node's: (height, width, 3) float32 from 0 to
+        255."""
+        entry = run.pictures[0] if node is None else run.outputs[node]["images"][0]
+        return np.asarray(Image.open(io.BytesIO(self.image(entry))), dtype=np.float32)
 
     def forget(self):
         """Have the host drop what it keeps of earlier prompts, so that each node of the next one

@@ -1,7 +1,8 @@
 """Loads a file, runs the model and prints as JSON what memory that took: python memory_probe.py
 KIND FILE
 
-model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a
+model: a GGUF Flux, one step at a few tokens. training: a Flux, some steps of ComfyUI's node Train
+LoRA. picture: one step at the size of a picture. encoder: a
 T5-XXL in GGUF. packing-TYPE: any diffusion model, packed to that type while it is loaded.
 Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
 """
@@ -17,6 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["HOST_ARGUMENTS"] = "--cpu"
 import devtools.measure  # noqa: F401  puts the host and the pack on the path
+
+TRAINED_STEPS = 3  # that are timed
 
 
 def status(field: str) -> int:
@@ -107,6 +110,36 @@ def probe_picture(path: str) -> dict:
     }
 
 
+def probe_training(path: str) -> dict:
+    """A latent of 256 x 256 pixels and 64 tokens of text, rank 16, in bfloat16."""
+    import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
+    import torch
+    from comfy_extras.nodes_train import TrainLoraNode
+
+    from featherweight.loaders.diffusion import load_diffusion_model
+
+    before = status("VmRSS")
+    patcher = load_diffusion_model(path)
+    context = patcher.model.diffusion_model.txt_in.in_features
+    inputs = {
+        name: options[1]["default"]
+        for group in TrainLoraNode.INPUT_TYPES().values() for name, options in group.items()
+        if len(options) > 1 and "default" in options[1]
+    }
+    text = [torch.randn(1, 64, context), {"pooled_output": torch.randn(1, 768)}]
+    seconds = {}
+    for steps in (1, TRAINED_STEPS + 1):  # the first loads the model
+        values = {**inputs, "model": patcher, "positive": [text], "steps": steps, "rank": 16}
+        values["latents"] = {"samples": torch.randn(1, 16, 32, 32)}
+        started = time.perf_counter()
+        TrainLoraNode.execute(**{name: [value] for name, value in values.items()})
+        seconds[steps] = time.perf_counter() - started
+    return {
+        "model_size": patcher.model_size(), "peak_growth": status("VmHWM") - before,
+        "step_seconds": (seconds[TRAINED_STEPS + 1] - seconds[1]) / TRAINED_STEPS
+    }
+
+
 def probe_encoder(path: str) -> dict:
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
     import torch
@@ -160,7 +193,8 @@ def probe_packing(path: str, type_name: str) -> dict:
 
 
 if __name__ == "__main__":
-    probes = {"model": probe_model, "picture": probe_picture, "encoder": probe_encoder}
+    probes = {"model": probe_model, "picture": probe_picture, "encoder": probe_encoder,
+              "training": probe_training}
     kind, _, type_name = sys.argv[1].partition("-")
     print(
         json.dumps(

@@ -281,4 +281,72 @@ FEATHERWEIGHT_RAY_ADDRESS; each needs the files in its own folders. {KNOWS}""",
     )
 
 
-WORKFLOWS = (demo, side_by_side, nf4_checkpoint, two_loras, packed_to_a_size, on_ray)
+def trained_lora() -> Workflow:
+    parts, model = Parts(), load("Q4_K")
+    inked = stock_lora(model, "ink")
+    examples = Node("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 16},
+                    "How many examples")
+    drawn = Node(
+        "KSampler",
+        {
+            "model": inked,
+            "positive": parts.prompt,
+            "negative": parts.prompt,
+            "latent_image": examples,
+            "seed": 100,
+            "steps": STEPS,
+            "cfg": 1.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+        },
+        "Draw the examples",
+    )
+    train = Node(
+        "TrainLoraNode",
+        {
+            "model": model,
+            "latents": drawn,
+            "positive": parts.prompt,
+            "batch_size": 2,
+            "steps": 100,
+            "learning_rate": 0.01,
+            "rank": 8,
+            "seed": 1,
+            "training_dtype": "fp32",
+            "lora_dtype": "fp32",
+        },
+    )
+    save = Node("SaveLoRA",
+                {"lora": train, "prefix": "loras/featherweight_demo", "steps": (train, 2)})
+    loss = Node("LossGraphNode", {"loss": (train, 1), "filename_prefix": "featherweight_demo_loss"})
+    trained = Node("LoraModelLoader", {"model": model, "lora": train, "strength_model": 1.0})
+    other = Node("CLIPTextEncode", {"text": MEASURED[0], "clip": parts.encoder}, "Another prompt")
+    after = Parts(vae=parts.vae)
+    after.prompt, after.size = other, parts.size
+    columns = [
+        {"Load": [model, parts.encoder, parts.vae, inked]},
+        {"Examples": [parts.prompt, examples, drawn]},
+        {"Train": [train, save, loss]},
+        {"Another picture": [other, parts.size, *after.picture(model, "without", save=False)],
+         "With the LoRA": [trained, *after.picture(trained, "featherweight_demo_trained")]},
+    ]
+    return Workflow(
+        "Featherweight demo train a LoRA",
+        columns,
+        f"""
+ComfyUI's own **Train LoRA** on a model in Q4_K, whose weights stay packed: gradients go through \
+them to the LoRA, exactly as through dense ones. Here it learns from sixteen pictures drawn with \
+the LoRA that outlines everything in ink, and its own LoRA then outlines another picture. The file \
+lies in ComfyUI's output, in `loras`.
+
+{SOURCE}
+""",
+        "as to draw, and for each step what the pictures of a batch pass through; the weights stay"
+        " packed.",
+        f"""In place of *Draw the examples*, **Load Image Dataset from Folder** and **VAE Encode** \
+take pictures of yours. With a larger model: `batch_size` 1, and `training_dtype` bf16. Leave \
+`gradient_checkpointing` on: ComfyUI's Flux does not train without it, packed or not. {KNOWS}""",
+    )
+
+
+WORKFLOWS = (demo, side_by_side, nf4_checkpoint, two_loras, packed_to_a_size, trained_lora, on_ray)

@@ -213,7 +213,7 @@ def _node(
         given = node.inputs.get(name)
         linked = isinstance(given, (Node, tuple))
         if widget:
-            values.append(options["default"] if given is None or linked else given)
+            values.append(options.get("default", 0) if given is None or linked else given)
             if options.get("control_after_generate"):
                 values.append("randomize" if given is None else "fixed")
             if options.get("image_upload"):

@@ -91,3 +91,19 @@ def test_the_demo_goes_without_a_model_that_could_not_be_written(server):
         if isinstance(value, list)
     ]
     assert set(links) <= fewer.keys()
+
+
+@of_the_mix
+def test_a_lora_trained_on_a_packed_model_draws_what_it_learned(server):
+    demo_files.make_models(server.base, ["Q4_K"])
+    workflow = json.loads(demo.TRAINING.read_text(encoding="utf-8"))
+    prompt = to_api(workflow, server.object_info())
+    train = next(node for node in prompt.values() if node["class_type"] == "TrainLoraNode")
+    train["inputs"] |= {"steps": 40}
+    run = server.queue(prompt)
+    nodes = {spec["class_type"]: node for node, spec in prompt.items()}
+    without, trained = (judge.outlines(server.pixels(run, nodes[shown]))
+                        for shown in ("PreviewImage", "SaveImage"))
+    assert trained > 1.15 * without
+    saved, = (server.base / "output" / "loras").glob("featherweight_demo*.safetensors")
+    assert saved.stat().st_size > 1000

@@ -25,11 +25,11 @@ CASES = {
     "int8_error": models.bench_int8_error, "pack": packing.bench_pack,
     "passes": memory_passes.bench_passes, "layer_passes": memory_passes.bench_layer_passes,
     "header": files.bench_header, "load": files.bench_load, "memory": files.bench_memory,
-    "scale": files.bench_scale, "cpu": cpu.bench_cpu
+    "train": files.bench_train, "scale": files.bench_scale, "cpu": cpu.bench_cpu
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
 if sys.platform != "linux":
-    del CASES["memory"]
+    del CASES["memory"], CASES["train"]
 
 
 def main():

@@ -1,5 +1,6 @@
 """Cases on files: opening them, loading them, what that takes in memory, and a whole Flux.1-dev."""
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import comfy.model_management
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from devtools.files.gguf_files import gguf_writer, write_all, write_random_gguf
 from devtools.files.tiny_models import flux_shapes
@@ -96,6 +98,20 @@ def bench_memory(options):
         write_random_gguf(path, flux_shapes(sizes.hidden, *sizes.file_blocks, sizes.context),
                           "Q8_0")
         yield "Q8_0", probed("model", path)
+
+
+def bench_train(options):
+    """Training a LoRA with ComfyUI's node on a Flux of real layer sizes, dense and in Q4_K, each in
+    a process of its own: bytes of the model, growth of the process, seconds of a step."""
+    sizes = options.sizes
+    shapes = flux_shapes(sizes.hidden, *sizes.model_blocks, sizes.context)
+    with tempfile.TemporaryDirectory() as folder:
+        packed, dense = Path(folder) / "flux-q4_k.gguf", Path(folder) / "flux.safetensors"
+        write_random_gguf(packed, shapes, "Q4_K")
+        save_file({name: torch.randn(shape, dtype=torch.bfloat16) / math.sqrt(shape[-1])
+                   for name, shape in shapes.items()}, dense)
+        yield "dense", probed("training", dense)
+        yield "Q4_K", probed("training", packed)
 
 
 def bench_scale(options):
