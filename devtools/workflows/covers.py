@@ -51,6 +51,7 @@ WEIGHTS = {
     "Featherweight demo two LoRAs": ("8.2 MB", HELD),
     "Featherweight demo packed to a size": ("5 MB", "in the file"),
     "Featherweight demo on Ray": ("8.2 MB", "on each worker"),
+    "Featherweight demo train a LoRA": ("4.8 MB", HELD),
     "Flux.1 dev NF4 all-in-one": ("6.7 GB", HELD),
     "Flux.1 dev NF4 with two LoRAs": ("6.7 GB", HELD),
     "Flux.1 dev 4-bit package on 8 GB": ("6.7 GB", HELD),
@@ -136,6 +137,8 @@ def _outputs(workflow: Workflow) -> tuple[str, ...]:
         return ("video", "sound") if "audio" in nodes["CreateVideo"].inputs else ("video",)
     if "FeatherweightSavePackedModel" in nodes:
         return ("file",)
+    if "SaveLoRA" in nodes:
+        return ("LoRA", "picture")
     if "FeatherweightRunOnRay" in nodes or "SaveImage" not in nodes:
         return ("pictures",)
     return ("picture",)

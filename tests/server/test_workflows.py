@@ -156,7 +156,7 @@ def test_the_note_says_where_each_file_belongs(path, server, object_info):
     workflow, folders = read(path), set(server.get_json("/models"))
     named = {value for node in workflow["nodes"] if node["type"] not in NOTES
              for name, value in widget_values(node, object_info[node["type"]]).items()
-             if is_file(value) and name != "filename_prefix"}
+             if is_file(value) and name not in ("filename_prefix", "prefix")}
     assert named and set(files_of(workflow).values()) <= folders
     for name in named:
         assert where(name, workflow), name
