@@ -1,6 +1,7 @@
 """Texts that the editor shows on nodes."""
 import functools
 import logging
+import re
 from collections.abc import Callable
 
 from comfy.model_patcher import ModelPatcher
@@ -17,6 +18,9 @@ from ..ops.patcher.residency import MemoryReport
 from .host_server import log_lack, running_server
 
 log = logging.getLogger(__name__)
+
+JOINER = "\u2060"  # between two letters, no line is broken there
+LONG_WORD = 24  # characters that are kept in one line
 
 TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE"}
 
@@ -38,7 +42,7 @@ def text_sender() -> Callable[[str], None]:
         context, server = get_executing_context(), running_server()
         if context is not None and server is not None:
             send = server.send_progress_text
-            return lambda text: send(without_markup(text), context.node_id)
+            return lambda text: send(keep_words(without_markup(text)), context.node_id)
     except (ImportError, AttributeError) as error:
         log_lack(str(error), "nodes show no text on themselves")
     return lambda text: None
@@ -50,6 +54,20 @@ set_text_sender(text_sender)
 def without_markup(text: str) -> str:
     """Escapes a text, whose names may come from files, for an editor that shows HTML and links."""
     return text.replace("<", "‹").replace(">", "›").replace("[[", "[ [")
+
+
+def keep_words(text: str) -> str:
+    """Joins the letters of words, because the editor breaks the lines of such a text anywhere.
+
+    In a longer word, such as the name of a tensor, lines are broken after dots, underscores and
+    slashes; in a part that is longer still, anywhere.
+    """
+    def joined(word: re.Match) -> str:
+        is_long = len(word[0]) > LONG_WORD
+        parts = re.split(r"(?<=[._/\\])", word[0]) if is_long else [word[0]]
+        return "".join(part if len(part) > LONG_WORD else JOINER.join(part) for part in parts)
+
+    return re.sub(r"\S+", joined, text)
 
 
 def loader_output(*notes: str | None, **parts) -> tuple:

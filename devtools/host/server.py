@@ -26,6 +26,7 @@ from devtools import ROOT
 
 PACK = "ComfyUI-Featherweight"
 HOST = Path(os.environ.get("COMFYUI_PATH", ROOT / ".dev" / "host"))
+JOINER = "\u2060"  # which the pack's nodes put between the letters of a word
 ATTEMPTS = 3  # to start, where another program takes the port that was free
 
 
@@ -39,7 +40,7 @@ class Run:
 
     outputs: node id -> its entry in the history, such as {"images": [{"filename", "subfolder",
     "type"}]}.
-    texts: node id -> progress texts the node sent. steps: node id -> monotonic time of each
+    texts: node id -> progress texts the node sent, as people read them. steps: node id -> monotonic time of each
     progress step. previews: files of the pictures that nodes showed while they ran.
     """
     prompt_id: str
@@ -264,7 +265,8 @@ class Server:
                 kind, length = struct.unpack(">II", message[:8])
                 if kind == 3:  # BinaryEventTypes.TEXT: length of the node id, node id, text
                     node = message[8:8 + length].decode()
-                    run.texts.setdefault(node, []).append(message[8 + length:].decode())
+                    text = message[8 + length:].decode().replace(JOINER, "")
+                    run.texts.setdefault(node, []).append(text)
                 elif kind == 1:  # BinaryEventTypes.PREVIEW_IMAGE: the kind of file, the file
                     run.previews.append(message[8:])
                 continue

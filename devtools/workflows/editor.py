@@ -16,7 +16,15 @@ OWN_VERSION = "0.1.0"  # which the workflows are written for
 # Pixels of the editor
 WIDTH, NOTE_WIDTH = 380, 460
 TITLE, GAP, MARGIN, HEADING = 30, 30, 20, 50  # of a node; between nodes; around a group; its title
-HELD = 60  # by which a loader of this pack grows when it says what it holds
+LINE, AROUND_TEXT = 16, 40  # of the text that a node shows when it has run; above and below it
+# Lines of that text.
+TEXT_LINES = {
+    "FeatherweightLoadDiffusionModel": 3,
+    "FeatherweightLoadTextEncoder": 3,
+    "FeatherweightLoadCheckpoint": 6,
+    "FeatherweightPlaceModel": 3,
+    "FeatherweightPlaceTextEncoder": 3,
+}
 TALL = {
     "CLIPTextEncode": 160,
     "SaveImage": 420,
@@ -26,10 +34,10 @@ TALL = {
     "PreviewImage": 300,
     "TextEncodeQwenImageEditPlus": 200,
     "SaveVideo": 380,
-    "FeatherweightCheckLora": 420,
+    "FeatherweightCheckLora": 640,
     "FeatherweightMeasureSensitivity": 450,
     "FeatherweightSavePackedModel": 470,
-    "FeatherweightInspectModelFile": 640,
+    "FeatherweightInspectModelFile": 720,
     "FeatherweightRunOnRay": 360,
 }
 
@@ -142,12 +150,7 @@ def as_ui(workflow: Workflow, object_info: dict) -> dict:
             start, top = top, top + HEADING
             for node in group:
                 nodes.append(_node(node, number, links, object_info, [left, top + TITLE]))
-                top += (
-                    TITLE
-                    + nodes[-1]["size"][1]
-                    + GAP
-                    + HELD * node.type.startswith("FeatherweightLoad")
-                )
+                top += TITLE + nodes[-1]["size"][1] + GAP
             top += MARGIN - GAP
             bounds = [left - MARGIN, start, WIDTH + 2 * MARGIN, top - start]
             groups.append(
@@ -243,6 +246,8 @@ def _node(
         for name, kind in zip(info["output_name"], info["output"])
     ]
     height = 6 + 20 * max(len(slots), len(outputs)) + (8 + 24 * len(values) if values else 0)
+    if lines := TEXT_LINES.get(node.type):
+        height += LINE * lines + AROUND_TEXT
     own = node.type.startswith("Featherweight")
     properties = {
         "Node name for S&R": node.type,

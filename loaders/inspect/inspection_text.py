@@ -5,14 +5,15 @@ from ..sizes import size_text, type_lines
 from .inspection import ENCODER, Inspection, weight_block
 
 WORST_TENSORS = 5  # listed with their errors
+NAMES = ("file says: ", "ComfyUI's name: ")  # lines that a node has no room for
 
 
 def summary(inspection: Inspection) -> str:
     """Returns the text next to the chart, which has the types, cards and errors itself."""
     if inspection.problem:
         return inspection.problem
-    lines = [inspection.title, *_warning_lines(inspection), *_about_lines(inspection),
-             *errors_lines(inspection)[:1]]
+    about = [line for line in _about_lines(inspection) if not line.startswith(NAMES)]
+    lines = [inspection.title, *_warning_lines(inspection), *about, *errors_lines(inspection)[:1]]
     return "\n".join(lines)
 
 
