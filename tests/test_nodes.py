@@ -1,5 +1,6 @@
 """Nodes: what they are called, what they take, and how they stand beside other packs."""
 import inspect
+import json
 import logging
 import re
 import sys
@@ -15,6 +16,7 @@ from pack_nodes import ids_in_source, node_list
 
 import featherweight.nodes
 import nodes as host_nodes
+from devtools import ROOT
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import folders
@@ -68,6 +70,12 @@ def test_every_input_has_a_tooltip(node_id):
 
 def test_every_id_is_found_in_the_source_by_comfyui_manager():
     assert sorted(ids_in_source()) == sorted(NODES)
+
+
+def test_comfyui_managers_list_has_every_id_with_its_name():
+    listed = json.loads((ROOT / "node_list.json").read_text(encoding="utf-8"))
+    names = {node_id: node.GET_SCHEMA().display_name for node_id, node in NODES.items()}
+    assert listed == names, "run `python -m devtools.node_list`"
 
 
 # Inputs of our own loaders in the order in which workflows that people saved have their values. A

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
 from devtools import ROOT
 from devtools.host.package import packed_files
@@ -20,7 +21,7 @@ in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.wh
 FOLDERS = {"nodes", "cluster", "loaders", "ops", "locales", "example_workflows"}
 FILES = {
     "__init__.py", "child_process.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt",
-    "LICENSE", "README.md", "CHANGELOG.md"
+    "LICENSE", "README.md", "CHANGELOG.md", "node_list.json"
 }
 
 
@@ -63,6 +64,13 @@ def test_readme_project_file_and_pack_name_the_same_oldest_comfyui():
     oldest = PROJECT["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
     assert re.findall(r"ComfyUI (\d+\.\d+\.\d+)\s+or\s+newer", README) == [oldest]
     assert f'\nOLDEST_HOST = "{oldest}"' in (ROOT / "__init__.py").read_text(encoding="utf-8")
+
+
+def test_icon_and_banner_have_the_shapes_that_the_registry_shows():
+    with Image.open(ROOT / "media" / "icon.png") as icon:
+        assert icon.format == "PNG" and icon.width == icon.height <= 400
+    with Image.open(ROOT / "media" / "banner.png") as banner:
+        assert banner.format == "PNG" and banner.width * 9 == banner.height * 21
 
 
 def test_addresses_are_those_of_one_repository():

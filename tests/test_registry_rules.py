@@ -1,9 +1,13 @@
 """What scanners of ComfyUI's Registry find in the package: nothing that docs/registry-review.md
 does not explain."""
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
+from oracles import installed
 
 from devtools import ROOT
 from devtools.host.package import packed_files
@@ -84,6 +88,30 @@ def test_the_page_says_how_much_nodesafe_finds(severe):
         f"| HIGH, all else | 17 | {sum(not is_the_word_compile(finding) for finding in severe)} |"
         in PAGE
     )
+
+
+def validated(folder) -> str:
+    """What `comfy node validate` prints in a folder, with its telemetry off."""
+    cli = installed("comfy-cli==1.23.0", complete=True)
+    environment = {
+        **os.environ, "PYTHONPATH": str(cli), "DO_NOT_TRACK": "1", "HOME": str(folder.parent),
+        "XDG_CONFIG_HOME": str(folder.parent), "CI": "1"
+    }
+    command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "node", "validate"]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True,
+                         timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+@pytest.mark.heavy
+def test_comfy_node_validate_passes(tmp_path):
+    for path in packed_files():
+        (tmp_path / "pack" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / "pack" / path)
+    assert "All validation checks passed" in validated(tmp_path / "pack")
+    (tmp_path / "pack" / "evaluated.py").write_text("print(eval('1 + 1'))\n")
+    assert "Security warnings found" in validated(tmp_path / "pack")
 
 
 def test_nothing_has_the_words_of_the_registrys_rules_that_is_not_explained():

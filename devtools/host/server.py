@@ -40,8 +40,8 @@ class Run:
 
     outputs: node id -> its entry in the history, such as {"images": [{"filename", "subfolder",
     "type"}]}.
-    texts: node id -> progress texts the node sent, as people read them. steps: node id -> monotonic time of each
-    progress step. previews: files of the pictures that nodes showed while they ran.
+    texts: node id -> progress texts the node sent, as people read them. steps: node id -> monotonic
+    time of each progress step. previews: files of the pictures that nodes showed while they ran.
     """
     prompt_id: str
     outputs: dict = field(default_factory=dict)

@@ -15,14 +15,20 @@ import pytest
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 
 from devtools import ROOT, demo
+from devtools.files import demo_files
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
-from devtools.host.environment import DEV
+from devtools.host.environment import DEV, HOST_VERSION
 from devtools.host.server import PACK, Server
 from devtools.workflows.stand_ins import stand_in_files
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
+SHOWS_TEXT = (
+    "FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder",
+    "FeatherweightLoadCheckpoint", "FeatherweightCheckLora", "FeatherweightMeasureSensitivity",
+    "FeatherweightSavePackedModel", "FeatherweightInspectModelFile"
+)
 SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage')"
 # Has the editor show the help pages of a language, which it need not have itself, each with a mark
 # at its end.
@@ -39,6 +45,27 @@ IN_LANGUAGE = """(language => {
     return new Response(`${await reply.text()}\\n\\n${marks[page[2]]}\\n`, reply)
   }
 })"""
+# Of each text that a node shows: the node's type, the text, whether a part of it is out of sight,
+# and by how many pixels it leaves the node. Parts of the page that are out of sight have no size.
+TEXTS = """(async () => {
+  const shown = []
+  for (const node of app.graph.nodes) {
+    const text = node.widgets?.find(widget => widget.name === '$$node-text-preview')?.value
+    if (!text) continue
+    app.canvas.ds.scale = 1
+    app.canvas.centerOnNode(node)
+    app.canvas.setDirty(true, true)
+    await new Promise(done => setTimeout(done, 500))
+    const box = [...document.querySelectorAll('.dom-widget .overflow-y-auto')].find(
+      box => box.checkVisibility() && box.textContent.trim() === text.replaceAll('\\n', '').trim())
+    const floor = app.canvas.canvas.getBoundingClientRect().top
+      + node.pos[1] + node.size[1] + app.canvas.ds.offset[1]
+    shown.push([node.type, text.replaceAll('\u2060', ''),
+                !box || box.scrollHeight > box.clientHeight || box.scrollWidth > box.clientWidth,
+                box && Math.max(0, box.getBoundingClientRect().bottom - floor)])
+  }
+  return shown
+})()"""
 SELECT = """(type => {
   const node = app.graph.nodes.find(node => node.type === type)
   app.canvas.deselectAll()
@@ -167,10 +194,40 @@ def test_a_template_opens_from_the_template_browser(page):
     keep(page, "template")
 
 
-def becomes(editor, question, expected):
+@pytest.mark.parametrize("path", [
+    demo.WORKFLOW, demo.NF4_WORKFLOW, demo.LORA_WORKFLOW, demo.MIX_WORKFLOW
+], ids=lambda path: path.stem)
+def test_nodes_of_the_examples_have_the_size_that_their_texts_need(path, page, server):
+    if server.system_stats()["system"]["comfyui_version"] != HOST_VERSION:
+        pytest.skip(f"the sizes are those that texts need in the editor of ComfyUI {HOST_VERSION}")
+    if path == demo.NF4_WORKFLOW:
+        pytest.importorskip("bitsandbytes", reason="it writes the file")
+        demo_files.make_checkpoint(server.base)
+        page.open_editor(server)  # which lists the file now
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    for node in workflow["nodes"]:
+        if node["type"] == "FeatherweightMeasureSensitivity":
+            node["widgets_values"][:2] = 1, 2  # samples and steps
+            node["widgets_values"][4] = "no runs"
+    server.post("/free", {"free_memory": True})  # else a loader that has run says nothing
+    page.open_workflow(path.name, json.dumps(workflow))
+    types = sorted(node["type"] for node in workflow["nodes"])
+    becomes(page, lambda: sorted(page.types()), types)
+    before = len(server.get_json("/history"))
+    page.click_on("document.querySelector('[data-testid=queue-button]')")
+    becomes(page, lambda: len(server.get_json("/history")) > before, True, 300)
+    expected = sorted(node["type"] for node in workflow["nodes"] if node["type"] in SHOWS_TEXT)
+    becomes(page, lambda: sorted(page.types(
+        "node.widgets?.some(widget => widget.name === '$$node-text-preview')")), expected)
+    texts = page.evaluate(TEXTS)
+    keep(page, f"texts_{path.stem.replace(' ', '_')}")
+    assert [type for type, *_ in texts] and not [text for text in texts if text[2] or text[3] > 0]
+
+
+def becomes(editor, question, expected, seconds=60):
     """Wait until the editor, which marks nodes a moment after it has opened a workflow, gives this
     answer."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + seconds
     while (answer := question()) != expected:
         assert time.monotonic() < deadline, f"{answer} is not {expected}"
         time.sleep(0.1)

@@ -1,0 +1,118 @@
+"""Texts on nodes: the editor sets them in a proportional font, takes runs of spaces for one, and
+breaks lines anywhere."""
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy_execution.utils
+import folder_paths
+import pytest
+from lora_models import pairs, weight_shapes
+from patched_models import packed_flux
+from safetensors.torch import save_file
+
+from featherweight.cluster.image_collector import ImageCollector
+from featherweight.loaders import folders
+from featherweight.nodes import node_text
+from featherweight.nodes.check_lora import CheckLora
+from featherweight.nodes.inspect_model_file import NONE, InspectModelFile
+from featherweight.nodes.measure_sensitivity import MeasureSensitivity
+from featherweight.nodes.node_text import JOINER, LONG_WORD, keep_words, loader_output, text_sender
+from featherweight.nodes.place_model import PlaceModel
+from featherweight.nodes.save_packed_model import SavePackedModel
+
+pytestmark = pytest.mark.usefixtures("small_models")
+NODES = Path(node_text.__file__).parent
+
+
+def check_a_lora(model, folder):
+    names = {f"lora_unet_{name.removeprefix('diffusion_model.').replace('.', '_')}": shape
+             for name, shape in weight_shapes(model.model, "blocks.").items()}
+    names |= {f"lora_unet_no_such_layer_{number}": (8, 8) for number in range(12)}
+    save_file(pairs(names, rank=2), folder / "lora.safetensors")
+    CheckLora.execute(model, "lora.safetensors")
+
+
+def load(model, folder):
+    clip = SimpleNamespace(patcher=model)
+    loader_output("There is no second GPU.", model=model, clip=clip, vae=None)
+
+
+def run_on_ray(model, folder):
+    collector, show = ImageCollector(3, ()), text_sender()
+    show(collector.status_text())
+    collector.machines, collector.done = {0: "one", 1: "two"}, {0}
+    show(collector.status_text())
+
+
+# What shows a text, by the source that asks for it: `loader_output` is every loader's.
+TEXTS = {
+    "node_text": load,
+    "check_lora": check_a_lora,
+    "inspect_model_file": lambda model, folder: InspectModelFile.execute(NONE, model),
+    "measure_sensitivity": lambda model, folder: MeasureSensitivity.execute(
+        [model], [1], [1], [1.0], [0], ["no runs"], ["measured"]),
+    "place_model": lambda model, folder: PlaceModel.execute(model, 0.002),
+    "run_on_ray": run_on_ray,
+    "save_packed_model": lambda model, folder: SavePackedModel.execute(model, "Q8_0"),
+}
+
+
+@pytest.fixture
+def sent(tmp_path, monkeypatch):
+    """The texts that the editor gets."""
+    texts = []
+    server = SimpleNamespace(send_progress_text=lambda text, node: texts.append(text))
+    monkeypatch.setattr(node_text, "running_server", lambda: server)
+    monkeypatch.setattr(comfy_execution.utils, "get_executing_context",
+                        lambda: SimpleNamespace(node_id="1"))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras",
+                        ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    folders.register_folders()
+    return texts
+
+
+def imported_from_node_text(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {alias.name for part in ast.walk(tree) if isinstance(part, ast.ImportFrom)
+            and part.module == "node_text" for alias in part.names}
+
+
+def test_every_node_that_shows_a_text_is_checked_below():
+    showing = {path.stem for path in NODES.rglob("*.py")
+               if imported_from_node_text(path) & {"show_text", "text_sender"}}
+    assert showing | {"node_text"} == TEXTS.keys()
+
+
+@pytest.mark.parametrize("source", TEXTS)
+def test_a_text_has_no_columns_of_spaces_and_no_word_that_is_broken(source, sent, tmp_path):
+    TEXTS[source](packed_flux("Q4_K"), tmp_path)
+    assert sent
+    for text in sent:
+        for line in text.splitlines():
+            assert not re.search(r"\S(\s{2,}|\t)", line), line
+        for word in text.replace(JOINER, "").split():
+            if len(word) <= LONG_WORD:
+                assert JOINER.join(word) in text, word
+
+
+def test_texts_are_the_same_without_the_marks_between_their_letters():
+    text = "Q4_K, 6.8 GB held\n  double_blocks.1.img_attn.proj.weight: 47.3 dB, über 3 %"
+    assert keep_words(text) != text and keep_words(text).replace(JOINER, "") == text
+
+
+@pytest.mark.parametrize(("word", "pieces"), [
+    ("dequantised", ["dequantised"]),
+    ("47.3", ["47.3"]),
+    ("double_blocks.1.img_attn.proj.weight",
+     ["double_", "blocks.", "1.", "img_", "attn.", "proj.", "weight"]),
+    ("a" * 30, list("a" * 30)),
+])
+def test_long_names_break_after_dots_and_underscores_alone(word, pieces):
+    """A piece is what no line break may come into."""
+    found = re.findall(f"[^{JOINER}](?:{JOINER}.)*", keep_words(word))
+    assert [piece.replace(JOINER, "") for piece in found] == pieces
