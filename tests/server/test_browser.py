@@ -113,6 +113,15 @@ def page(browser, server):
 
 
 @pytest.fixture(scope="module")
+def more_models(server):
+    """Of the demo: what its other workflows load."""
+    models = server.base / "models" / "diffusion_models"
+    demo_files.write_model(models / demo_files.MODELS["F16"], "F16")
+    if demo_files.has_bitsandbytes():
+        demo_files.make_checkpoint(server.base)
+
+
+@pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
     """A ComfyUI with only this pack, and with an empty file of every name that the workflows
     use."""
@@ -197,13 +206,12 @@ def test_a_template_opens_from_the_template_browser(page):
 @pytest.mark.parametrize("path", [
     demo.WORKFLOW, demo.NF4_WORKFLOW, demo.LORA_WORKFLOW, demo.MIX_WORKFLOW
 ], ids=lambda path: path.stem)
-def test_nodes_of_the_examples_have_the_size_that_their_texts_need(path, page, server):
+def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
+        path, more_models, page, server):
     if server.system_stats()["system"]["comfyui_version"] != HOST_VERSION:
         pytest.skip(f"the sizes are those that texts need in the editor of ComfyUI {HOST_VERSION}")
     if path == demo.NF4_WORKFLOW:
         pytest.importorskip("bitsandbytes", reason="it writes the file")
-        demo_files.make_checkpoint(server.base)
-        page.open_editor(server)  # which lists the file now
     workflow = json.loads(path.read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
         if node["type"] == "FeatherweightMeasureSensitivity":
