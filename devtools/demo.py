@@ -3,6 +3,7 @@ server."""
 import argparse
 import io
 import json
+import logging
 import re
 import sys
 import time
@@ -132,7 +133,8 @@ def difference(picture: np.ndarray, dense: np.ndarray) -> float | None:
 
 
 def as_text(results: dict[str, dict]) -> str:
-    lines = ["                     held      seconds   from dense   as asked"]
+    width = max(map(len, results))
+    lines = [f"  {'':<{width}} {'held':>8}   {'seconds':>8}   {'from dense':>10}   as asked"]
     for title, result in results.items():
         off = (
             "-"
@@ -142,8 +144,8 @@ def as_text(results: dict[str, dict]) -> str:
             else f"{result['dense']:.1f} dB"
         )
         lines.append(
-            f"  {title:<16} {result['bytes'] / 1e6:5.1f} MB   {result['seconds']:8.2f}   {off:>10}"
-            f"   {sum(result['right'].values())} of {len(result['right'])}")
+            f"  {title:<{width}} {result['bytes'] / 1e6:5.1f} MB   {result['seconds']:8.2f}"
+            f"   {off:>10}   {sum(result['right'].values())} of {len(result['right'])}")
     return "\n".join(lines)
 
 
@@ -167,6 +169,8 @@ def main(arguments: list[str]) -> int:
             f" {', '.join(scenes.WORDS)}."
         )
     options.output.mkdir(parents=True, exist_ok=True)
+    # bitsandbytes tells of faster kernels that it has not, which nothing here needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     print("Packing the model", flush=True)
     types = demo_files.recipes()
     demo_files.make_models(base, types)
@@ -180,10 +184,13 @@ def main(arguments: list[str]) -> int:
 
     nodes = json.loads(SIDE_BY_SIDE.read_text(encoding="utf-8"))["nodes"]
     samplers = {str(node["id"]) for node in nodes if node["type"] == "KSampler"}
+    drawn = 0
 
     def show(node_id, value, maximum):
+        nonlocal drawn
         if maximum and value == maximum and node_id in samplers:
-            print(f"  {value} steps", flush=True)
+            drawn += 1
+            print(f"  picture {drawn}", flush=True)
 
     print("Starting ComfyUI" + ("" if options.gpu else " on the CPU"), flush=True)
     try:
@@ -207,7 +214,7 @@ def main(arguments: list[str]) -> int:
     (options.output / "report.json").write_text(
         json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (options.output / "report.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\nDone: {path} ({time.monotonic() - started:.0f} s, report beside it)")
+    print(f"{text}\nDone: {path} ({time.monotonic() - started:.0f} s, report in the same folder)")
     return 0
 
 
