@@ -37,7 +37,7 @@ def test_a_model_with_a_lora_is_saved_listed_and_loaded_again(server):
         (node, value, maximum)))
     [name] = files_in(server)
     assert name.endswith("_Q4_K_00001_.gguf") and name[:4].isdigit()
-    *_, plan, report = run.texts["3"]
+    _, plan, *_, report = run.texts["3"]
     assert plan.splitlines()[0] == name and "Q4_K: " in plan and "  " not in plan
     assert plan.endswith("\npacking")
     assert "LoRA 1 (strength 0.5): " in report and run.outputs["3"]["text"][0] == report
