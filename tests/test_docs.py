@@ -11,8 +11,8 @@ from pack_nodes import node_list
 
 from devtools import ROOT
 from devtools.host import environment
-from devtools.workflows import WORKFLOWS
-from devtools.workflows.__main__ import index
+from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS, WORKFLOWS
+from devtools.workflows.__main__ import blueprint_index, index
 from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
 from featherweight.loaders.files.comfy_formats import READERS
 from featherweight.ops import formats  # noqa: F401
@@ -137,6 +137,7 @@ def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "example_workflows" / "README.md",
+        ROOT / "subgraphs" / "README.md",
         *(ROOT / "docs").glob("*.md"),
     ],
     ids=lambda path: path.relative_to(ROOT).as_posix(),
@@ -157,3 +158,8 @@ def test_links_within_the_repository_lead_somewhere(path):
 def test_the_page_of_the_example_workflows_is_the_one_that_is_written():
     page = (ROOT / "example_workflows" / "README.md").read_text(encoding="utf-8")
     assert page == index([make() for make in WORKFLOWS])
+
+
+def test_the_page_of_the_blueprints_is_the_one_that_is_written():
+    page = (BLUEPRINT_FOLDER / "README.md").read_text(encoding="utf-8")
+    assert page == blueprint_index([make() for make in BLUEPRINTS])

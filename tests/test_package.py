@@ -18,7 +18,7 @@ in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.wh
                                    reason="needs git and its checkout")
 
 
-FOLDERS = {"nodes", "cluster", "loaders", "ops", "locales", "example_workflows"}
+FOLDERS = {"nodes", "cluster", "loaders", "ops", "locales", "example_workflows", "subgraphs"}
 FILES = {
     "__init__.py", "child_process.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt",
     "LICENSE", "README.md", "CHANGELOG.md", "node_list.json"
@@ -48,7 +48,7 @@ def test_the_package_holds_nothing_of_the_developers():
     assert {path.partition("/")[0] for path in packed_files()} == FOLDERS | {"docs"} | FILES
     suffixes = (".gguf", ".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
     assert not [path for path in packed_files() if path.endswith(suffixes)]
-    assert sum((ROOT / path).stat().st_size for path in packed_files()) < 3_500_000
+    assert sum((ROOT / path).stat().st_size for path in packed_files()) < 4_000_000
 
 
 def test_the_version_is_semantic_and_heads_the_changelog():

@@ -70,12 +70,13 @@ def load(name: str) -> Node:
 
 def stock_lora(model: Node, name: str) -> Node:
     inputs = {"model": model, "lora_name": LORAS[name], "strength_model": 1.0}
-    return Node("LoraLoaderModelOnly", inputs, files=made("loras", LORAS[name]))
+    return Node("LoraLoaderModelOnly", inputs, f"Load LoRA: {name}",
+                files=made("loras", LORAS[name]))
 
 
 def own_lora(model: Node, name: str, **inputs) -> Node:
     return Node("FeatherweightApplyLora", {"model": model, "lora_name": LORAS[name], **inputs},
-                files=made("loras", LORAS[name]))
+                f"Apply LoRA: {name}", files=made("loras", LORAS[name]))
 
 
 def demo() -> Workflow:

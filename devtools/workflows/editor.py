@@ -4,13 +4,13 @@ The slots and widgets of each node, and the values that are not stated, come fro
 """
 import itertools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from devtools.host.environment import HOST_VERSION
 from devtools.host.server import PACK
-from devtools.workflows.api_format import WIDGET_TYPES
+from devtools.workflows.api_format import is_widget
 
 OWN_VERSION = "0.1.0"  # which the workflows are written for
 # Pixels of the editor
@@ -39,7 +39,48 @@ TALL = {
     "FeatherweightSavePackedModel": 470,
     "FeatherweightInspectModelFile": 720,
     "FeatherweightRunOnRay": 360,
+    "StringConcatenate": 200,
 }
+PICTURE_SIZE = ("width", "height")
+VIDEO_SIZE = (*PICTURE_SIZE, "length")
+LORA = ("lora_name", "strength_model", "strength_clip")
+# The widgets that people set from run to run, by the type of their node, in the order of a form.
+CONTROLS = {
+    "CLIPTextEncode": ("text",),
+    "TextEncodeQwenImageEditPlus": ("prompt",),
+    "FeatherweightRunOnRay": ("count", "texts"),
+    "LoadImage": ("image",),
+    "EmptyLatentImage": PICTURE_SIZE,
+    "EmptySD3LatentImage": PICTURE_SIZE,
+    "EmptyHunyuanLatentVideo": VIDEO_SIZE,
+    "EmptyLTXVLatentVideo": VIDEO_SIZE,
+    "Wan22ImageToVideoLatent": VIDEO_SIZE,
+    "LTXVEmptyLatentAudio": ("frames_number",),
+    "RandomNoise": ("noise_seed",),
+    "KSampler": ("seed", "steps", "cfg"),
+    "KSamplerAdvanced": ("noise_seed", "steps", "end_at_step", "start_at_step", "cfg"),
+    "FluxGuidance": ("guidance",),
+    "LoraLoader": LORA,
+    "LoraLoaderModelOnly": LORA,
+    "FeatherweightApplyLora": LORA,
+    "FeatherweightSavePackedModel": ("type", "size_gb", "filename_prefix", "folder"),
+}
+# What people read in place of the names of widgets and outputs, where spaces would not do.
+WORDS = {
+    "lora_name": "LoRA",
+    "strength_model": "LoRA strength",
+    "strength_clip": "LoRA strength",
+    "noise_seed": "seed",
+    "end_at_step": "switch at step",
+    "start_at_step": "switch at step",
+    "model_name": "diffusion model",
+    "text_encoder_1": "text encoder",
+    "checkpoint_name": "checkpoint",
+    "vae_name": "VAE",
+    "size_gb": "size in GB",
+    "STRING": "report",
+}
+SAVERS = ("SaveImage", "SaveVideo")
 
 
 class File(NamedTuple):
@@ -92,6 +133,19 @@ class Workflow:
         return [node for column in self.columns for group in column.values() for node in group]
 
     @property
+    def numbers(self) -> dict[Node, int]:
+        """Node -> its id in the editor. The first is the note's."""
+        return {node: index for index, node in enumerate(self.nodes, start=2)}
+
+    @property
+    def saves(self) -> list[Node]:
+        """The nodes whose pictures app mode shows. None if there are several samplers, whose
+        settings no form could tell apart."""
+        types = [node.type for node in self.nodes]
+        return [node for node in self.nodes
+                if node.type in SAVERS and types.count("KSampler") < 2]
+
+    @property
     def files(self) -> list[File]:
         return list(dict.fromkeys(file for node in self.nodes for file in node.files))
 
@@ -108,6 +162,47 @@ class Workflow:
             links and f"**Download**\n\n{links}",
         )
         return "\n\n".join(part.strip() for part in parts if part)
+
+
+def settings(nodes: list[Node]) -> Iterator[tuple[Node, str]]:
+    """The widgets that people set from run to run, in the order of a form."""
+    for type, widgets in CONTROLS.items():
+        for node in (node for node in nodes if node.type == type):
+            yield from ((node, widget) for widget in widgets if _is_set(node, widget))
+
+
+def form(widgets: Iterable[tuple[Node, str]]) -> dict[str, list[tuple[Node, str]]]:
+    """Label -> its widgets: more than one if they are the same setting of several nodes.
+
+    Raises ValueError if two different values have the same label; a title "…: …" of the node tells
+    them apart.
+    """
+    fields = {}
+    for node, widget in widgets:
+        same = fields.setdefault(label(node, widget), [])
+        same.append((node, widget))
+        first, first_widget = same[0]
+        if node.inputs.get(widget) != first.inputs.get(first_widget):
+            raise ValueError(f"Two widgets are called {label(node, widget)}.")
+    return fields
+
+
+def _is_set(node: Node, widget: str) -> bool:
+    """Whether people set it: not what is linked, nor a cfg of 1, which stays, nor what is left as
+    it comes, but for seeds and strengths."""
+    value = node.inputs.get(widget)
+    if value is None:
+        return widget in ("seed", "noise_seed", "strength_model")
+    return not isinstance(value, (Node, tuple)) and (widget, value) != ("cfg", 1.0)
+
+
+def label(node: Node, widget: str) -> str:
+    """What a form calls a widget: a text by the title of its node, others with what follows the
+    title's colon."""
+    if widget in ("text", "prompt"):
+        return node.title.lower()
+    _, colon, detail = node.title.partition(": ")
+    return WORDS.get(widget, widget.replace("_", " ")) + colon + detail
 
 
 def _download(file: File) -> str:
@@ -142,14 +237,15 @@ def _branches(entries: dict, indent: str) -> Iterator[str]:
 
 def as_ui(workflow: Workflow, object_info: dict) -> dict:
     """The workflow as the editor saves it, format 0.4."""
-    nodes, links, groups = [_note(workflow)], [], []
-    number = {node: index for index, node in enumerate(workflow.nodes, start=2)}
+    nodes, links, groups = [note_node(workflow)], [], []
+    number = workflow.numbers
+    fields = form(settings(workflow.nodes)) if workflow.saves else {}
     for column, left in zip(workflow.columns, itertools.count(0, WIDTH + 3 * MARGIN)):
         top = 0
         for title, group in column.items():
             start, top = top, top + HEADING
             for node in group:
-                nodes.append(_node(node, number, links, object_info, [left, top + TITLE]))
+                nodes.append(_node(node, number, links, object_info, [left, top + TITLE], fields))
                 top += TITLE + nodes[-1]["size"][1] + GAP
             top += MARGIN - GAP
             bounds = [left - MARGIN, start, WIDTH + 2 * MARGIN, top - start]
@@ -175,12 +271,23 @@ def as_ui(workflow: Workflow, object_info: dict) -> dict:
         "links": links,
         "groups": groups,
         "config": {},
-        "extra": {"ds": {"scale": 0.7, "offset": [NOTE_WIDTH + 140, 120]}},
+        "extra": {"ds": {"scale": 0.7, "offset": [NOTE_WIDTH + 140, 120]}}
+        | ({"linearData": _app(workflow, fields)} if workflow.saves else {}),
         "version": 0.4,
     }
 
 
-def _note(workflow: Workflow) -> dict:
+def _app(workflow: Workflow, fields: dict[str, list[tuple[Node, str]]]) -> dict:
+    """What the editor's app mode shows: settings of one node each, and what is saved."""
+    number = workflow.numbers
+    return {
+        "inputs": [[number[node], widget] for (node, widget), *others in fields.values()
+                   if not others],
+        "outputs": [number[node] for node in workflow.saves],
+    }
+
+
+def note_node(workflow: Workflow) -> dict:
     lines = sum(1 + len(line) // 75 for line in workflow.note.splitlines())
     return {
         "id": 1,
@@ -200,10 +307,24 @@ def _note(workflow: Workflow) -> dict:
     }
 
 
+def widget_slot(name: str, kind: str | list) -> dict:
+    """The input that a widget has besides. kind: its type, or the choices of a combo."""
+    kind = "COMBO" if isinstance(kind, list) else kind
+    return {"name": name, "type": kind, "widget": {"name": name}, "link": None}
+
+
 def _node(
-    node: Node, number: dict[Node, int], links: list, object_info: dict, position: list[int]
+    node: Node,
+    number: dict[Node, int],
+    links: list,
+    object_info: dict,
+    position: list[int],
+    fields: dict[str, list[tuple[Node, str]]],
 ) -> dict:
-    """The node as the editor saves it; its links are added to `links`."""
+    """The node as the editor saves it, with the labels of a form's fields; its links are added to
+    `links`."""
+    labels = {widget: text for text, widgets in fields.items() for owner, widget in widgets
+              if owner is node and text != widget}
     info = object_info[node.type]
     inputs = info["input"]["required"] | info["input"].get("optional", {})
     unknown = node.inputs.keys() - inputs.keys()
@@ -212,11 +333,12 @@ def _node(
     slots, values = [], []
     for name, (kind, *options) in inputs.items():
         options = options[0] if options else {}
-        widget = (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+        widget = is_widget(kind, options)
         given = node.inputs.get(name)
         linked = isinstance(given, (Node, tuple))
         if widget:
-            values.append(options.get("default", 0) if given is None or linked else given)
+            unset = options.get("default", "" if kind == "STRING" else 0)
+            values.append(unset if given is None or linked else given)
             if options.get("control_after_generate"):
                 values.append("randomize" if given is None else "fixed")
             if options.get("image_upload"):
@@ -248,6 +370,9 @@ def _node(
     height = 6 + 20 * max(len(slots), len(outputs)) + (8 + 24 * len(values) if values else 0)
     if lines := TEXT_LINES.get(node.type):
         height += LINE * lines + AROUND_TEXT
+    slots += [
+        widget_slot(name, inputs[name][0]) | {"label": text} for name, text in labels.items()
+    ]
     own = node.type.startswith("Featherweight")
     properties = {
         "Node name for S&R": node.type,

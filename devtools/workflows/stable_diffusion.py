@@ -71,29 +71,34 @@ MEDIUM = File(
 )
 
 
+def text_to_picture(model, clip, decoder, side: int) -> list[dict[str, list[Node]]]:
+    """The columns of a workflow after its loaders. model, clip, decoder: a Node or (Node,
+    output)."""
+    positive, negative = prompt(clip), prompt(clip, NEGATIVE, "Negative prompt")
+    latent = size(side, "EmptyLatentImage")
+    return [
+        {"Prompt and size": [positive, negative, latent]},
+        {
+            "Picture": sampled(
+                model,
+                positive,
+                negative,
+                latent,
+                decoder,
+                steps=25,
+                cfg=7.0,
+                sampler_name="dpmpp_2m",
+                scheduler="karras",
+            )
+        },
+    ]
+
+
 def sd15_gguf() -> Workflow:
     load = checkpoint(SD15_GGUF)
-    positive, negative = prompt((load, 1)), prompt((load, 1), NEGATIVE, "Negative prompt")
-    latent = size(512, "EmptyLatentImage")
     return Workflow(
         "Stable Diffusion GGUF all-in-one",
-        [
-            {"Load": [load]},
-            {"Prompt and size": [positive, negative, latent]},
-            {
-                "Picture": sampled(
-                    (load, 0),
-                    positive,
-                    negative,
-                    latent,
-                    (load, 2),
-                    steps=25,
-                    cfg=7.0,
-                    sampler_name="dpmpp_2m",
-                    scheduler="karras",
-                )
-            },
-        ],
+        [{"Load": [load]}, *text_to_picture((load, 0), (load, 1), (load, 2), 512)],
         about="A whole checkpoint (model, text encoder, VAE) as one GGUF, as stable-diffusion.cpp"
         " writes it.",
         memory="The model takes 1.5 GB, the text encoder 0.1 GB, the VAE 0.2 GB: it runs on a card"

@@ -133,15 +133,14 @@ def wan_5b() -> Workflow:
 
 def wan_14b() -> Workflow:
     encoder, decoder = text_encoder("wan", UMT5), vae(WAN_VAE_21)
-    models = {
-        file: diffusion_model(file, title)
-        for file, title in (
-            (WAN_HIGH, "Load Diffusion Model: first half of the steps"),
-            (WAN_LOW, "Load Diffusion Model: second half"),
-        )
-    }
-    loras = {WAN_HIGH: lora(models[WAN_HIGH], HIGH_LORA), WAN_LOW: lora(models[WAN_LOW], LOW_LORA)}
-    shifts = [Node("ModelSamplingSD3", {"model": loras[file], "shift": 5.0}) for file in models]
+    models, loras = [], []
+    for file, lora_file, part in (
+        (WAN_HIGH, HIGH_LORA, "first steps"),
+        (WAN_LOW, LOW_LORA, "last steps"),
+    ):
+        models.append(diffusion_model(file, f"Load Diffusion Model: {part}"))
+        loras.append(lora(models[-1], lora_file, title=f"Load LoRA: {part}"))
+    shifts = [Node("ModelSamplingSD3", {"model": model, "shift": 5.0}) for model in loras]
     positive = prompt(encoder, MOVING)
     negative = prompt(encoder, NEGATIVE, "Negative prompt")
     latent = Node(
@@ -166,8 +165,8 @@ def wan_14b() -> Workflow:
     return Workflow(
         "Wan 2.2 14B GGUF video in 4 steps",
         [
-            {"Load": [*models.values(), encoder, decoder]},
-            {"LoRAs and shift": [*loras.values(), *shifts]},
+            {"Load": [*models, encoder, decoder]},
+            {"LoRAs and shift": [*loras, *shifts]},
             {"Prompt and size": [positive, negative, latent]},
             {"Sample": [first, second]},
             {"Video": film(Node("VAEDecode", {"samples": second, "vae": decoder}), 16.0)},

@@ -19,7 +19,10 @@ from devtools.files import demo_files
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
 from devtools.host.environment import DEV, HOST_VERSION
 from devtools.host.server import PACK, Server
+from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS
+from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
+from devtools.workflows.subgraphs import CATEGORY, as_workflow
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
@@ -104,6 +107,17 @@ ARROW = """((type, name) => {
           box.y + (node.pos[1] + widget.last_y + 10 + offset[1]) * scale]
 })"""
 
+# The field of the node library in which one types a name.
+SEARCH = "document.querySelector('.side-bar-panel input[placeholder^=Search]')"
+# Its entries: folders, and the names in them.
+ENTRIES = "[...document.querySelectorAll('[role=treeitem]')].map(entry => entry.innerText.trim())"
+# Titles, as they are written: shown, those of the library have capitals alone.
+TITLES = "[...document.querySelectorAll('h3')].map(title => title.textContent.trim())"
+SECTION = "Subgraph Blueprints"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FORM = "[...document.querySelectorAll('[data-testid=app-mode-widget-item]')]"
+TOGGLE_APP_MODE = "app.extensionManager.command.execute('Comfy.ToggleLinear')"
+
 
 @pytest.fixture
 def page(browser, server):
@@ -177,6 +191,25 @@ def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(pag
     assert width == latent["widgets_values"][0] and "filename=featherweight_demo" in source
     ran = list(server.get_json("/history").values())[-1]["prompt"][2]
     assert ran[str(sampler["id"])]["inputs"]["steps"] == sampler["widgets_values"][2] + 1
+
+
+def test_a_workflow_runs_in_app_mode_and_shows_its_picture(page, server):
+    workflow = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
+    sampler = next(node for node in workflow["nodes"] if node["type"] == "KSampler")
+    sampler["widgets_values"][2] = steps = 5
+    page.open_workflow("form.json", json.dumps(workflow))
+    page.click_on(
+        "[...document.querySelectorAll('button')].find(button => "
+        "button.ariaLabel === 'Enter app mode')")
+    assert "*Enter app mode*" in README
+    page.click_on(
+        "[...document.querySelectorAll('[data-testid=linear-run-button] button')]"
+        ".find(button => button.innerText.trim() === 'Run')")
+    page.wait_for("[...document.querySelectorAll('img')].some(picture => picture.naturalWidth"
+                  " && picture.clientWidth > 400 && /featherweight_demo/.test(picture.src))", 600)
+    keep(page, "app_picture")
+    ran = list(server.get_json("/history").values())[-1]["prompt"][2]
+    assert ran[str(sampler["id"])]["inputs"]["steps"] == steps
 
 
 def test_a_template_opens_from_the_template_browser(page):
@@ -312,6 +345,77 @@ def test_every_workflow_opens_without_a_red_node(editor):
         if found := [*editor.types(UNKNOWN), *editor.types(RED), *editor.evaluate(COMPLAINTS)]:
             wrong[path.name] = found
     assert not wrong
+
+
+def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor):
+    """With its description while the mouse is on its name."""
+    assert f"*{SECTION}*, in *{CATEGORY}*" in README
+    editor.evaluate("app.graph.clear()")
+    if not editor.evaluate(f"!!{SEARCH}"):
+        editor.click_on(
+            "[...document.querySelectorAll('button')].find(button => /^Node Library/.test("
+            "button.ariaLabel))")
+    for path in sorted(BLUEPRINT_FOLDER.glob("*.json")):
+        blueprint = json.loads(path.read_text(encoding="utf-8"))
+        editor.wait_for(f"!!{SEARCH}")
+        editor.evaluate(f"{SEARCH}.select()")
+        editor.call("Input.insertText", text=path.stem)
+        *folders, name = editor.wait_for(
+            f"(names => names.at(-1) === {json.dumps(path.stem)} && names)({ENTRIES})")
+        assert folders[-1] == CATEGORY and name == path.stem
+        assert SECTION in editor.evaluate(TITLES)
+        entry = "[...document.querySelectorAll('[role=treeitem]')].at(-1)"
+        editor.click_on(entry)
+        shown = "document.querySelector('[data-testid=node-preview-card]')?.innerText"
+        description = blueprint["extra"]["BlueprintDescription"]
+        editor.wait_for(f"{shown}?.includes({json.dumps(description)})")
+        editor.click(1200, 300)  # on the canvas, where the node goes
+        node = "app.graph.nodes[0]"
+        title, widgets = editor.wait_for(
+            f"{node} && [{node}.title, {node}.widgets.map(widget => [widget.name, widget.value])]")
+        described, = blueprint["nodes"]
+        names = [slot["name"] for slot in described["inputs"] if "widget" in slot]
+        assert title == path.stem
+        assert widgets == [[*pair] for pair in zip(names, described["widgets_values"])]
+        keep(editor, f"blueprint_{path.stem}")
+        wrong = [*editor.types(UNKNOWN), *editor.types(RED), *editor.evaluate(COMPLAINTS)]
+        assert not wrong, path.stem
+        editor.evaluate("app.graph.clear()")
+
+
+def test_the_editor_sends_what_is_inside_a_blueprint(editor, fresh):
+    """What the tests run that draw with blueprints."""
+    object_info = fresh.object_info()
+    for blueprint in (make() for make in BLUEPRINTS):
+        workflow = as_workflow(blueprint, object_info)
+        editor.open_workflow("blueprint.json", json.dumps(workflow))
+        sent = editor.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+        for node in sent.values():
+            del node["_meta"]
+        assert sent == to_api(workflow, object_info)
+        assert not editor.types(RED) and not editor.evaluate(COMPLAINTS)
+
+
+def test_app_mode_shows_what_is_marked_as_a_form(editor):
+    forms = {}
+    for path in EXAMPLES:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        if "linearData" not in workflow["extra"]:
+            continue
+        nodes = {node["id"]: node for node in workflow["nodes"]}
+        labels = []
+        for number, name in workflow["extra"]["linearData"]["inputs"]:
+            slots = {slot["name"]: slot for slot in nodes[number]["inputs"]}
+            labels.append(slots.get(name, {}).get("label", name))
+        editor.open_workflow(path.name, path.read_text(encoding="utf-8"))
+        editor.evaluate(TOGGLE_APP_MODE)
+        forms[path.stem] = editor.wait_for(
+            f"(labels => labels.length && labels)"
+            f"({FORM}.map(item => item.innerText.split('\\n')[0].trim()))")
+        keep(editor, f"app_{path.stem}")
+        editor.evaluate(TOGGLE_APP_MODE)
+        assert forms[path.stem] == labels, path.stem
+    assert forms
 
 
 def test_a_node_that_nobody_has_and_one_whose_file_is_missing_are_red(editor):

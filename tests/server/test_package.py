@@ -14,7 +14,7 @@ if not (ROOT / ".git").exists() or not shutil.which("git"):
 FOLDER = "featherweight"  # the project's name
 
 
-def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_and_the_templates(
+def test_the_unpacked_package_gives_nodes_their_help_the_editor_scripts_templates_and_blueprints(
         tmp_path, server):
     """On the oldest ComfyUI that it is for, by the number."""
     for path in packed_files():
@@ -42,6 +42,11 @@ def test_the_unpacked_package_gives_every_node_its_help_the_editor_its_script_an
             *packed.get_json("/extensions")
         }
         assert "Flux.1 dev GGUF with GGUF T5" in packed.get_json("/workflow_templates")[FOLDER]
+        blueprints = {
+            entry["name"] for entry in packed.get_json("/global_subgraphs").values()
+            if entry["info"]["node_pack"] == f"custom_nodes.{FOLDER}"
+        }
+        assert "Text to Image (Flux.1 dev GGUF)" in blueprints
         own = {node for node in nodes if node.startswith("Featherweight")}
         assert {
             language: texts["nodeDefs"].keys()

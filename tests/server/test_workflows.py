@@ -6,7 +6,7 @@ import pytest
 from devtools import ROOT
 from devtools.host.environment import HOST_VERSION
 from devtools.workflows import WORKFLOWS
-from devtools.workflows.api_format import AFTER_GENERATE, NOTES, WIDGET_TYPES
+from devtools.workflows.api_format import AFTER_GENERATE, NOTES, is_widget
 from devtools.workflows.editor import as_ui
 from devtools.workflows.parts import PICTURE
 
@@ -35,10 +35,6 @@ def schema_inputs(info) -> dict[str, tuple]:
     return {
         name: (kind, options[0] if options else {}) for name, (kind, *options) in inputs.items()
     }
-
-
-def is_widget(kind, options) -> bool:
-    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
 
 
 def widget_values(node, info) -> dict[str, object]:
@@ -167,6 +163,29 @@ def test_the_note_says_where_each_file_belongs(path, server, object_info):
             assert model["url"].startswith(
                 SOURCE
             ) and f"[{model['name']}]({model['url']})" in note_of(workflow)
+
+
+MOST_USED = ("Featherweight demo", "Flux.1 dev GGUF with GGUF T5", "Qwen-Image GGUF",
+             "Z-Image Turbo GGUF", "SDXL GGUF with LCM and style LoRAs")
+
+
+@each(EXAMPLES)
+def test_app_mode_has_widgets_that_are_no_links_and_all_that_one_sampler_saves(path, object_info):
+    workflow = read(path)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    samplers = [node for node in nodes.values() if node["type"] == "KSampler"]
+    saves = [number for number, node in nodes.items()
+             if node["type"] in ("SaveImage", "SaveVideo") and len(samplers) < 2]
+    marked = workflow["extra"].get("linearData", {"inputs": [], "outputs": []})
+    assert marked["outputs"] == saves and bool(marked["inputs"]) == bool(saves)
+    for number, name in marked["inputs"]:
+        node = nodes[number]
+        assert name in widget_values(node, object_info[node["type"]])
+        assert not [slot for slot in node["inputs"] if slot["name"] == name and slot["link"]]
+    if path.stem in MOST_USED:
+        assert {"text", "width", "height", "seed", "steps"} <= {
+            name for _, name in marked["inputs"]
+        }
 
 
 def test_workflows_are_what_their_description_gives(server, object_info):

@@ -1,0 +1,184 @@
+"""Blueprints for the editor's node library, most of them example workflows as one node."""
+from dataclasses import replace
+
+from devtools.workflows import flux, flux_with_pictures, qwen_image, stable_diffusion, video
+from devtools.workflows.editor import Node, Workflow
+from devtools.workflows.packing import FLUX_BF16
+from devtools.workflows.parts import checkpoint, diffusion_model
+from devtools.workflows.subgraphs import Blueprint
+
+PICTURE = ("text to image", "txt2img", "t2i", "gguf")
+EDIT = ("image edit", "image to image", "img2img", "instruct", "gguf")
+
+
+def flux_from_text() -> Blueprint:
+    workflow = replace(
+        flux.gguf_with_gguf_t5(),
+        name="Text to Image (Flux.1 dev GGUF)",
+        about="Draws a picture from a prompt with Flux.1 dev. Model and T5 are GGUF files whose"
+        " weights stay packed in memory. Connect IMAGE to Save Image.",
+    )
+    return Blueprint(workflow, (*PICTURE, "flux"))
+
+
+def qwen_image_from_text() -> Blueprint:
+    workflow = replace(
+        qwen_image.qwen_image(),
+        name="Text to Image (Qwen-Image GGUF)",
+        about="Draws a picture from a prompt with Qwen-Image, writing in the picture included."
+        " Model and text encoder are GGUF files whose weights stay packed in memory. Connect IMAGE"
+        " to Save Image.",
+    )
+    return Blueprint(workflow, (*PICTURE, "qwen"))
+
+
+def z_image_from_text() -> Blueprint:
+    workflow = replace(
+        qwen_image.z_image_turbo(),
+        name="Text to Image (Z-Image Turbo GGUF)",
+        about="Draws a picture from a prompt in eight steps with Z-Image Turbo. Model and text"
+        " encoder are GGUF files whose weights stay packed in memory. Connect IMAGE to Save Image.",
+    )
+    return Blueprint(workflow, (*PICTURE, "z-image"))
+
+
+def sdxl_from_text() -> Blueprint:
+    load = checkpoint(stable_diffusion.SDXL_GGUF)
+    columns = stable_diffusion.text_to_picture((load, 0), (load, 1), (load, 2), 1024)
+    workflow = Workflow(
+        "Text to Image (SDXL GGUF)",
+        [{"Load": [load]}, *columns],
+        about="Draws a picture from a prompt with Stable Diffusion XL: model, text encoders and"
+        " VAE come from one GGUF file, whose weights stay packed in memory. Connect IMAGE to Save"
+        " Image.",
+        memory="The text encoders (0.9 GB) run first and make room. The model takes 3.2 GB, the"
+        " VAE 0.2 GB, and ComfyUI sets 0.3 to 0.5 GB aside for the computation at 1024 × 1024.",
+        change="The checkpoint: any SDXL, also as safetensors. Steps from 20 to 40; cfg from 4 to"
+        " 8.",
+    )
+    return Blueprint(workflow, (*PICTURE, "sdxl", "stable diffusion xl"))
+
+
+def kontext() -> Blueprint:
+    workflow = replace(
+        flux_with_pictures.kontext(),
+        name="Image Edit (Flux.1 Kontext GGUF)",
+        about="Changes a picture as a sentence says, and leaves the rest of it alone, with Flux.1"
+        " Kontext. Model and T5 are GGUF files whose weights stay packed in memory. Connect Load"
+        " Image to image, and IMAGE to Save Image.",
+    )
+    return Blueprint(workflow, (*EDIT, "kontext", "flux"))
+
+
+def qwen_image_edit() -> Blueprint:
+    workflow = replace(
+        qwen_image.qwen_image_edit(),
+        name="Image Edit (Qwen-Image-Edit GGUF)",
+        about="Changes a picture as a sentence says, with Qwen-Image-Edit. The text encoder sees"
+        " the picture through its mmproj file, which lies beside it. The weights of the GGUF files"
+        " stay packed in memory. Connect Load Image to image, and IMAGE to Save Image.",
+    )
+    return Blueprint(workflow, (*EDIT, "qwen", "mmproj"))
+
+
+def wan_from_text() -> Blueprint:
+    workflow = replace(
+        video.wan_14b(),
+        name="Text to Video (Wan 2.2 14B GGUF)",
+        about="Makes a video from a prompt in four steps with the two models of Wan 2.2: one"
+        " begins, one finishes, and each has its LoRA. Models and text encoder are GGUF files"
+        " whose weights stay packed in memory. Connect VIDEO to Save Video.",
+    )
+    return Blueprint(workflow, ("text to video", "txt2vid", "t2v", "video", "gguf", "wan"))
+
+
+def lora_stack() -> Blueprint:
+    load = checkpoint(stable_diffusion.SDXL_GGUF)
+    stack, reports, above = [], [], {"model": (load, 0), "clip": (load, 1)}
+    for name, file, strength in (
+        ("first", stable_diffusion.SDXL_LCM, 1.0),
+        ("second", stable_diffusion.PIXEL_ART, 1.2),
+        ("third", stable_diffusion.PIXEL_ART, 0.0),
+    ):
+        apply = Node(
+            "FeatherweightApplyLora",
+            above | {
+                "lora_name": file.name,
+                "strength_model": strength,
+                "strength_clip": strength,
+            },
+            f"Apply LoRA: {name}",
+            files=(file,),
+        )
+        stack.append(apply)
+        above = {"model": (apply, 0), "clip": (apply, 1)}
+    text = (stack[0], 2)
+    for apply in stack[1:]:
+        joined = {"string_a": text, "string_b": (apply, 2), "delimiter": "\n\n"}
+        text = Node("StringConcatenate", joined)
+        reports.append(text)
+    workflow = Workflow(
+        "LoRA Stack with Check (Featherweight)",
+        [
+            {"Load": [load]},
+            {"LoRAs": stack},
+            {"Reports": reports},
+            *stable_diffusion.text_to_picture(*above.values(), (load, 2), 1024),
+            {"Report": [Node("PreviewAny", {"source": text}, "Whether the LoRAs fit")]},
+        ],
+        about="Applies up to three LoRAs to a model, packed or not, and to its text encoder, and"
+        " says of each whether it fits and how much of it. A strength of 0 leaves a LoRA out; for"
+        " more than three, put a second stack behind the first. Connect model, and clip for LoRAs"
+        " with layers for the text encoder; report goes to Preview as Text.",
+        memory="The model stays packed; a LoRA takes the size of its file.",
+        change="The LoRAs and their strengths. A strength holds for the model and the text encoder;"
+        " the nodes inside have one for each, and one for each block of the model.",
+    )
+    outside = [node for node in workflow.nodes if node not in (*stack, *reports)]
+    return Blueprint(workflow, ("lora", "lora stack", "lora check", "gguf"), tuple(outside))
+
+
+def packed_and_saved() -> Blueprint:
+    model = diffusion_model(FLUX_BF16)
+    save = Node(
+        "FeatherweightSavePackedModel",
+        {
+            "model": model,
+            "type": "Q4_K",
+            "size_gb": 6.0,
+            "filename_prefix": "diffusion_models/packed-model",
+            "folder": "output",
+        },
+    )
+    workflow = Workflow(
+        "Pack and Save Model (Featherweight)",
+        [
+            {"Load": [model], "Save": [save]},
+            {"Result": [
+                Node("PreviewAny", {"source": (save, 1)}, "What the file holds"),
+                Node("FeatherweightInspectModelFile", {"file_name": "none", "path": (save, 0)}),
+            ]},
+        ],
+        about="Packs a diffusion model into a GGUF or NF4 file: in one type, or in the best types"
+        " for a size. The file lies in ComfyUI's output, in diffusion_models, where the loaders"
+        " find it. Connect report to Preview as Text, path to Inspect Model File (Featherweight);"
+        " both may stay open.",
+        memory="The file takes 6.8 GB as Q4_K for a model of 23.8 GB. Weights are read and packed"
+        " one at a time.",
+        change="The model: any in bf16, fp16, fp32 or fp8. LoRAs and merges between the two nodes"
+        " inside are packed with it.",
+    )
+    return Blueprint(workflow, ("quantize", "convert", "save model", "gguf", "nf4"))
+
+
+BLUEPRINTS = (
+    flux_from_text,
+    qwen_image_from_text,
+    z_image_from_text,
+    sdxl_from_text,
+    kontext,
+    qwen_image_edit,
+    wan_from_text,
+    lora_stack,
+    packed_and_saved,
+)
