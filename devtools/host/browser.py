@@ -21,7 +21,8 @@ WINDOW = (1700, 1400)
 # No first-run dialog, and nothing of the last visit.
 SETTINGS = {
     "Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False,
-    "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False
+    "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False,
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"]
 }
 # Opens a workflow as a file that is dropped on the page. The editor asks for the folders before it
 # frames a node whose file is missing, and so does this.
