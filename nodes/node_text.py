@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 JOINER = "\u2060"  # between two letters, no line is broken there
 LONG_WORD = 24  # characters that are kept in one line
+LINE_BREAK = "  \n"  # as Markdown has it, for an editor that takes texts on nodes for that
 
 TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE"}
 
@@ -42,13 +43,18 @@ def text_sender() -> Callable[[str], None]:
         context, server = get_executing_context(), running_server()
         if context is not None and server is not None:
             send = server.send_progress_text
-            return lambda text: send(keep_words(without_markup(text)), context.node_id)
+            return lambda text: send(editor_text(text), context.node_id)
     except (ImportError, AttributeError) as error:
         log_lack(str(error), "nodes show no text on themselves")
     return lambda text: None
 
 
 set_text_sender(text_sender)
+
+
+def editor_text(text: str) -> str:
+    """Returns a text as the editor gets it: its words are kept whole, and its lines apart."""
+    return keep_words(without_markup(text)).replace("\n", LINE_BREAK)
 
 
 def without_markup(text: str) -> str:

@@ -18,7 +18,14 @@ from featherweight.nodes import node_text
 from featherweight.nodes.check_lora import CheckLora
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
-from featherweight.nodes.node_text import JOINER, LONG_WORD, keep_words, loader_output, text_sender
+from featherweight.nodes.node_text import (
+    JOINER,
+    LONG_WORD,
+    editor_text,
+    keep_words,
+    loader_output,
+    text_sender,
+)
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.save_packed_model import SavePackedModel
 
@@ -94,7 +101,7 @@ def test_a_text_has_no_columns_of_spaces_and_no_word_that_is_broken(source, sent
     assert sent
     for text in sent:
         for line in text.splitlines():
-            assert not re.search(r"\S(\s{2,}|\t)", line), line
+            assert not re.search(r"\S(\s{2,}|\t)\S", line), line
         for word in text.replace(JOINER, "").split():
             if len(word) <= LONG_WORD:
                 assert JOINER.join(word) in text, word
@@ -103,6 +110,11 @@ def test_a_text_has_no_columns_of_spaces_and_no_word_that_is_broken(source, sent
 def test_texts_are_the_same_without_the_marks_between_their_letters():
     text = "Q4_K, 6.8 GB held\n  double_blocks.1.img_attn.proj.weight: 47.3 dB, über 3 %"
     assert keep_words(text) != text and keep_words(text).replace(JOINER, "") == text
+
+
+def test_lines_are_lines_of_markdown_too():
+    assert editor_text("Model: NF4\n\nVAE: <BF16>").replace(JOINER, "") == (
+        "Model: NF4  \n  \nVAE: ‹BF16›")
 
 
 @pytest.mark.parametrize(("word", "pieces"), [

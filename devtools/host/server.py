@@ -26,7 +26,8 @@ from devtools import ROOT
 
 PACK = "ComfyUI-Featherweight"
 HOST = Path(os.environ.get("COMFYUI_PATH", ROOT / ".dev" / "host"))
-JOINER = "\u2060"  # which the pack's nodes put between the letters of a word
+# What the pack's nodes put between the letters of a word, and what they end a line with.
+JOINER, LINE_BREAK = "\u2060", "  \n"
 ATTEMPTS = 3  # to start, where another program takes the port that was free
 
 
@@ -266,7 +267,7 @@ class Server:
                 if kind == 3:  # BinaryEventTypes.TEXT: length of the node id, node id, text
                     node = message[8:8 + length].decode()
                     text = message[8 + length:].decode().replace(JOINER, "")
-                    run.texts.setdefault(node, []).append(text)
+                    run.texts.setdefault(node, []).append(text.replace(LINE_BREAK, "\n"))
                 elif kind == 1:  # BinaryEventTypes.PREVIEW_IMAGE: the kind of file, the file
                     run.previews.append(message[8:])
                 continue

@@ -13,7 +13,8 @@ HEAD = """# Example workflows
 In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each \
 workflow says which file goes into
 which folder and what memory it takes. `python -m devtools.workflows` writes them and this page, and
-`python -m devtools.workflows.covers` their covers.
+`python -m devtools.workflows.covers` their covers: the model, its type, what its weights take, \
+and what goes in and comes out.
 """
 BLUEPRINT_HEAD = """# Blueprints
 

@@ -28,7 +28,7 @@ TEXT_LINES = {
 TALL = {
     "CLIPTextEncode": 160,
     "SaveImage": 420,
-    "PreviewAny": 200,
+    "PreviewAny": 280,
     "FeatherweightApplyLora": 290,
     "LoadImage": 330,
     "PreviewImage": 300,

@@ -18,7 +18,7 @@ from devtools import ROOT, demo
 from devtools.files import demo_files
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
 from devtools.host.environment import DEV, HOST_VERSION
-from devtools.host.server import PACK, Server
+from devtools.host.server import JOINER, PACK, Server
 from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
@@ -27,6 +27,7 @@ from devtools.workflows.subgraphs import CATEGORY, as_workflow
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
+MODERN = "Comfy.VueNodes.Enabled"
 SHOWS_TEXT = (
     "FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder",
     "FeatherweightLoadCheckpoint", "FeatherweightCheckLora", "FeatherweightMeasureSensitivity",
@@ -263,6 +264,26 @@ def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
     texts = page.evaluate(TEXTS)
     keep(page, f"texts_{path.stem.replace(' ', '_')}")
     assert [type for type, *_ in texts] and not [text for text in texts if text[2] or text[3] > 0]
+
+
+def test_texts_keep_their_lines_where_nodes_have_the_modern_design(page, server):
+    """The editor takes them for Markdown there."""
+    server.post("/settings", {MODERN: True})
+    try:
+        page.open_editor(server)
+        server.post("/free", {"free_memory": True})
+        page.open_workflow("loras.json", demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
+        becomes(page, lambda: "FeatherweightCheckLora" in page.types(), True)
+        page.click_on("document.querySelector('[data-testid=queue-button]')")
+        shown = ("[...document.querySelectorAll('.comfy-markdown-content')]"
+                 ".find(box => box.textContent.replaceAll('\u2060', '').includes('all 20 layers'))")
+        lines = page.wait_for(f"{shown}?.innerText.split('\\n')", 300)
+        keep(page, "modern")
+        assert page.evaluate(f"(box => box.scrollHeight <= box.clientHeight)({shown})")
+    finally:
+        server.post("/settings", {MODERN: False})
+    starts = {line.replace(JOINER, "").split(":")[0] for line in lines}
+    assert {"file", "layers", "kind", "made for", "model", "strongest"} <= starts
 
 
 def becomes(editor, question, expected, seconds=60):
