@@ -75,7 +75,7 @@ def qwen_image_edit() -> Blueprint:
         qwen_image.qwen_image_edit(),
         name="Image Edit (Qwen-Image-Edit GGUF)",
         about="Changes a picture as a sentence says, with Qwen-Image-Edit. The text encoder sees"
-        " the picture through its mmproj file, which lies beside it. The weights of the GGUF files"
+        " the picture through its mmproj file, in the same folder. The weights of the GGUF files"
         " stay packed in memory. Connect Load Image to image, and IMAGE to Save Image.",
     )
     return Blueprint(workflow, (*EDIT, "qwen", "mmproj"))

@@ -187,7 +187,7 @@ def _input(node: dict, name: str) -> dict:
 
 
 def _connect(nodes: dict[int, dict], ends: Iterable[tuple]) -> list[dict]:
-    """Link nodes anew. ends: (source, output, target, name of its input).
+    """Replace the links of nodes. ends: (source, output, target, name of its input).
 
     Returns:
         list[dict]: The links, in the form of a subgraph; their values are the form of a workflow.

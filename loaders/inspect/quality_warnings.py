@@ -54,7 +54,10 @@ def shape_warnings(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterat
         config: the host's configuration of a diffusion model.
         shapes: name -> shape of its weights in the file, with the host's names without a prefix.
     """
-    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    empty = {
+        name: torch.empty(shape, dtype=torch.float32, device="meta")
+        for name, shape in shapes.items()
+    }
     model = try_detect(config.get_model, empty, "", device="meta")
     weights: dict[str, torch.Tensor] | None = try_detect(config.process_unet_state_dict, empty)
     if model is None or weights is None:

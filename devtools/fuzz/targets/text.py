@@ -22,7 +22,8 @@ class Tokenizer(WeightTarget):
         honest = super().prepare()
         import comfy.text_encoders.spiece_tokenizer
         self.kept, self.pieces = TOKENIZERS, comfy.text_encoders.spiece_tokenizer.SPieceTokenizer
-        self.encoder = lambda path: _Encoder(str(path), Progress(stages=2), None, frozenset())
+        stages = ("reading", "converting")
+        self.encoder = lambda path: _Encoder(str(path), Progress(*stages), None, frozenset())
         return honest
 
     def honest(self):
