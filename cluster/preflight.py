@@ -1,8 +1,11 @@
 """Checks before a batch whether each machine's ComfyUI can run the workflow."""
 import collections
 import contextlib
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from tqdm import tqdm
 
 from .comfyui_install import MachineError, launch_arguments
 from .embedded_comfyui import FILE_NAME, EmbeddedComfyUI
@@ -163,8 +166,7 @@ def check_machines(machines: dict[str, MachineReport], graph: dict, changes: lis
               for node, machine in machines.items() if not machine.excluded}
     try:
         answers = {node: actor.check.remote(graph, changes) for node, actor in actors.items()}
-        if answers:
-            ray.wait(list(answers.values()), num_returns=len(answers), timeout=CHECK_SECONDS)
+        _wait_for(list(answers.values()))
         for node, answer in answers.items():
             machine = machines[node]
             try:
@@ -176,6 +178,17 @@ def check_machines(machines: dict[str, MachineReport], graph: dict, changes: lis
     finally:
         for actor in actors.values():
             ray.kill(actor)
+
+
+def _wait_for(answers: list):
+    """Waits for references of Ray, at most CHECK_SECONDS, and shows how many have come."""
+    import ray
+
+    deadline = time.monotonic() + CHECK_SECONDS
+    with tqdm(total=len(answers), desc="Machines checked", leave=False) as bar:
+        while answers and (seconds := deadline - time.monotonic()) > 0:
+            done, answers = ray.wait(answers, timeout=seconds)
+            bar.update(len(done))
 
 
 def report(machines: Iterable[MachineReport]) -> str:

@@ -80,7 +80,7 @@ def test_the_table_says_what_each_machine_is(checked):
 
 
 @pytest.mark.heavy
-def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch):
+def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch, capsys):
     """Rays hide GPUs from a process that reserves none: older ones, and all by this variable."""
     class VisibleDevices(Checker):
         def __init__(self, *_):
@@ -99,6 +99,7 @@ def test_a_machine_is_asked_with_its_gpus_in_sight(cluster, bases, monkeypatch):
             check_machines({cluster.nodes["cellar"].node_id: machine}, {}, [], "", has_gpus)
             visible += machine.problems
         assert visible == ["all", ""]
+        assert re.search(r"Machines checked: 100%\|.*\| 1/1 \[", capsys.readouterr().err)
     finally:
         cluster.remove("cellar")
         del cluster.bases["cellar"]
