@@ -14,6 +14,11 @@ def is_widget(kind, options: dict) -> bool:
     return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
 
 
+def has_control(name: str, options: dict) -> bool:
+    """Whether the editor adds a widget that changes the value after each run, as to all seeds."""
+    return options.get("control_after_generate", name in ("seed", "noise_seed"))
+
+
 def to_api(workflow: dict, object_info: dict) -> dict:
     """API-format prompt of a UI-format workflow; muted nodes are left out. Nodes in a subgraph have
     the editor's ids, such as 12:3.
@@ -109,7 +114,7 @@ def widget_values(node: dict, info: dict) -> dict:
                 continue
             result[name] = values.pop(0)
             # The editor adds a widget of its own after a seed, and one after a picture.
-            if options.get("control_after_generate") and values and values[0] in AFTER_GENERATE:
+            if has_control(name, options) and values and values[0] in AFTER_GENERATE:
                 values.pop(0)
             if options.get("image_upload") and values[:1] == ["image"]:
                 values.pop(0)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from devtools.host.environment import HOST_VERSION
 from devtools.host.server import PACK
-from devtools.workflows.api_format import is_widget
+from devtools.workflows.api_format import has_control, is_widget
 
 OWN_VERSION = "0.1.0"  # which the workflows are written for
 # Pixels of the editor
@@ -339,7 +339,7 @@ def _node(
         if widget:
             unset = options.get("default", "" if kind == "STRING" else 0)
             values.append(unset if given is None or linked else given)
-            if options.get("control_after_generate"):
+            if has_control(name, options):
                 values.append("randomize" if given is None else "fixed")
             if options.get("image_upload"):
                 values.append("image")  # the button that uploads one

@@ -363,6 +363,14 @@ def test_help_pages_follow_the_language_that_the_editor_is_set_to(editor, fresh,
         editor.open_editor(fresh)
 
 
+def sent_by(editor) -> dict:
+    """Returns what the editor sends to the server when it runs the open workflow."""
+    prompt = editor.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+    for node in prompt.values():
+        del node["_meta"]
+    return prompt
+
+
 def test_every_workflow_opens_without_a_red_node(editor):
     wrong = {}
     for path in (*EXAMPLES, *LEGACY):
@@ -370,6 +378,18 @@ def test_every_workflow_opens_without_a_red_node(editor):
         assert editor.types(), path.name
         if found := [*editor.types(UNKNOWN), *editor.types(RED), *editor.evaluate(COMPLAINTS)]:
             wrong[path.name] = found
+    assert not wrong
+
+
+def test_the_editor_sends_the_values_of_the_examples(editor, fresh):
+    object_info, wrong = fresh.object_info(), {}
+    for path in EXAMPLES:
+        text = path.read_text(encoding="utf-8")
+        editor.open_workflow(path.name, text)
+        sent, expected = sent_by(editor), to_api(json.loads(text), object_info)
+        for node in expected.keys() | sent.keys():
+            if sent.get(node) != expected.get(node):
+                wrong[path.name, node] = sent.get(node), expected.get(node)
     assert not wrong
 
 
@@ -415,10 +435,7 @@ def test_the_editor_sends_what_is_inside_a_blueprint(editor, fresh):
     for blueprint in (make() for make in BLUEPRINTS):
         workflow = as_workflow(blueprint, object_info)
         editor.open_workflow("blueprint.json", json.dumps(workflow))
-        sent = editor.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
-        for node in sent.values():
-            del node["_meta"]
-        assert sent == to_api(workflow, object_info)
+        assert sent_by(editor) == to_api(workflow, object_info)
         assert not editor.types(RED) and not editor.evaluate(COMPLAINTS)
 
 

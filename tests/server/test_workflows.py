@@ -6,7 +6,7 @@ import pytest
 from devtools import ROOT
 from devtools.host.environment import HOST_VERSION
 from devtools.workflows import WORKFLOWS
-from devtools.workflows.api_format import AFTER_GENERATE, NOTES, is_widget
+from devtools.workflows.api_format import AFTER_GENERATE, NOTES, has_control, is_widget
 from devtools.workflows.editor import as_ui
 from devtools.workflows.parts import PICTURE
 
@@ -45,7 +45,7 @@ def widget_values(node, info) -> dict[str, object]:
         if is_widget(kind, options):
             assert values, f"{node['type']} has no value for {name}"
             found[name] = values.pop(0)
-            if options.get("control_after_generate"):
+            if has_control(name, options):
                 assert values.pop(0) in AFTER_GENERATE
             if options.get("image_upload"):
                 assert values.pop(0) == "image"
