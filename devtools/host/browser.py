@@ -174,6 +174,10 @@ class Browser:
         """Open a workflow in the UI or the API format, as the file `name` dropped on the page."""
         self.evaluate(f"{OPEN}({json.dumps(name)}, {json.dumps(text)})")
 
+    def prompt(self) -> dict:
+        """What the editor sends to the server when it runs the open workflow."""
+        return self.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+
     def types(self, condition: str = "true") -> list[str]:
         """Types of the open workflow's nodes for which an expression in JavaScript about `node` is
         true."""

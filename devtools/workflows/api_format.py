@@ -9,9 +9,10 @@ AFTER_GENERATE = {"fixed", "increment", "decrement", "randomize"}
 SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20
 
 
-def is_widget(kind, options: dict) -> bool:
+def is_widget(input_type, options: dict) -> bool:
     """Whether the editor has a widget for an input of a node, by the server's description."""
-    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+    has_values = isinstance(input_type, list) or input_type in WIDGET_TYPES
+    return has_values and not options.get("forceInput")
 
 
 def has_control(name: str, options: dict) -> bool:

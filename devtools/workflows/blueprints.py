@@ -11,35 +11,41 @@ PICTURE = ("text to image", "txt2img", "t2i", "gguf")
 EDIT = ("image edit", "image to image", "img2img", "instruct", "gguf")
 
 
+def _from_example(
+    workflow: Workflow, name: str, about: str, aliases: tuple[str, ...]
+) -> Blueprint:
+    return Blueprint(replace(workflow, name=name, about=about), aliases)
+
+
 def flux_from_text() -> Blueprint:
-    workflow = replace(
+    return _from_example(
         flux.gguf_with_gguf_t5(),
-        name="Text to Image (Flux.1 dev GGUF)",
-        about="Draws a picture from a prompt with Flux.1 dev. Model and T5 are GGUF files whose"
+        "Text to Image (Flux.1 dev GGUF)",
+        "Draws a picture from a prompt with Flux.1 dev. Model and T5 are GGUF files whose"
         " weights stay packed in memory. Connect IMAGE to Save Image.",
+        (*PICTURE, "flux"),
     )
-    return Blueprint(workflow, (*PICTURE, "flux"))
 
 
 def qwen_image_from_text() -> Blueprint:
-    workflow = replace(
+    return _from_example(
         qwen_image.qwen_image(),
-        name="Text to Image (Qwen-Image GGUF)",
-        about="Draws a picture from a prompt with Qwen-Image, writing in the picture included."
+        "Text to Image (Qwen-Image GGUF)",
+        "Draws a picture from a prompt with Qwen-Image, writing in the picture included."
         " Model and text encoder are GGUF files whose weights stay packed in memory. Connect IMAGE"
         " to Save Image.",
+        (*PICTURE, "qwen"),
     )
-    return Blueprint(workflow, (*PICTURE, "qwen"))
 
 
 def z_image_from_text() -> Blueprint:
-    workflow = replace(
+    return _from_example(
         qwen_image.z_image_turbo(),
-        name="Text to Image (Z-Image Turbo GGUF)",
-        about="Draws a picture from a prompt in eight steps with Z-Image Turbo. Model and text"
+        "Text to Image (Z-Image Turbo GGUF)",
+        "Draws a picture from a prompt in eight steps with Z-Image Turbo. Model and text"
         " encoder are GGUF files whose weights stay packed in memory. Connect IMAGE to Save Image.",
+        (*PICTURE, "z-image"),
     )
-    return Blueprint(workflow, (*PICTURE, "z-image"))
 
 
 def sdxl_from_text() -> Blueprint:
@@ -60,36 +66,36 @@ def sdxl_from_text() -> Blueprint:
 
 
 def kontext() -> Blueprint:
-    workflow = replace(
+    return _from_example(
         flux_with_pictures.kontext(),
-        name="Image Edit (Flux.1 Kontext GGUF)",
-        about="Changes a picture as a sentence says, and leaves the rest of it alone, with Flux.1"
+        "Image Edit (Flux.1 Kontext GGUF)",
+        "Changes a picture as a sentence says, and leaves the rest of it alone, with Flux.1"
         " Kontext. Model and T5 are GGUF files whose weights stay packed in memory. Connect Load"
         " Image to image, and IMAGE to Save Image.",
+        (*EDIT, "kontext", "flux"),
     )
-    return Blueprint(workflow, (*EDIT, "kontext", "flux"))
 
 
 def qwen_image_edit() -> Blueprint:
-    workflow = replace(
+    return _from_example(
         qwen_image.qwen_image_edit(),
-        name="Image Edit (Qwen-Image-Edit GGUF)",
-        about="Changes a picture as a sentence says, with Qwen-Image-Edit. The text encoder sees"
+        "Image Edit (Qwen-Image-Edit GGUF)",
+        "Changes a picture as a sentence says, with Qwen-Image-Edit. The text encoder sees"
         " the picture through its mmproj file, in the same folder. The weights of the GGUF files"
         " stay packed in memory. Connect Load Image to image, and IMAGE to Save Image.",
+        (*EDIT, "qwen", "mmproj"),
     )
-    return Blueprint(workflow, (*EDIT, "qwen", "mmproj"))
 
 
 def wan_from_text() -> Blueprint:
-    workflow = replace(
+    return _from_example(
         video.wan_14b(),
-        name="Text to Video (Wan 2.2 14B GGUF)",
-        about="Makes a video from a prompt in four steps with the two models of Wan 2.2: one"
+        "Text to Video (Wan 2.2 14B GGUF)",
+        "Makes a video from a prompt in four steps with the two models of Wan 2.2: one"
         " begins, one finishes, and each has its LoRA. Models and text encoder are GGUF files"
         " whose weights stay packed in memory. Connect VIDEO to Save Video.",
+        ("text to video", "txt2vid", "t2v", "video", "gguf", "wan"),
     )
-    return Blueprint(workflow, ("text to video", "txt2vid", "t2v", "video", "gguf", "wan"))
 
 
 def lora_stack() -> Blueprint:

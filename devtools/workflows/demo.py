@@ -38,21 +38,26 @@ class Parts:
             "EmptySD3LatentImage", {"width": 128, "height": 128}, "Size of the picture"
         )
 
-    def picture(self, model, name: str, save: bool = True) -> list[Node]:
-        sampler = Node(
+    def sampler(self, model, title: str = "", prompt=None, latent=None, seed: int = 1) -> Node:
+        """prompt, latent: other nodes than those that are shared."""
+        return Node(
             "KSampler",
             {
                 "model": model,
-                "positive": self.prompt,
-                "negative": self.prompt,
-                "latent_image": self.size,
-                "seed": 1,
+                "positive": prompt or self.prompt,
+                "negative": prompt or self.prompt,
+                "latent_image": latent or self.size,
+                "seed": seed,
                 "steps": STEPS,
                 "cfg": 1.0,
                 "sampler_name": "euler",
                 "scheduler": "simple",
             },
+            title,
         )
+
+    def picture(self, model, name: str, save: bool = True, prompt=None) -> list[Node]:
+        sampler = self.sampler(model, prompt=prompt)
         decode = Node("VAEDecode", {"samples": sampler, "vae": self.vae})
         show = Node("SaveImage", {"images": decode, "filename_prefix": name}) if save else \
             Node("PreviewImage", {"images": decode}, name)
@@ -287,21 +292,7 @@ def trained_lora() -> Workflow:
     inked = stock_lora(model, "ink")
     examples = Node("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 16},
                     "How many examples")
-    drawn = Node(
-        "KSampler",
-        {
-            "model": inked,
-            "positive": parts.prompt,
-            "negative": parts.prompt,
-            "latent_image": examples,
-            "seed": 100,
-            "steps": STEPS,
-            "cfg": 1.0,
-            "sampler_name": "euler",
-            "scheduler": "simple",
-        },
-        "Draw the examples",
-    )
+    drawn = parts.sampler(inked, "Draw the examples", latent=examples, seed=100)
     train = Node(
         "TrainLoraNode",
         {
@@ -322,14 +313,14 @@ def trained_lora() -> Workflow:
     loss = Node("LossGraphNode", {"loss": (train, 1), "filename_prefix": "featherweight_demo_loss"})
     trained = Node("LoraModelLoader", {"model": model, "lora": train, "strength_model": 1.0})
     other = Node("CLIPTextEncode", {"text": MEASURED[0], "clip": parts.encoder}, "Another prompt")
-    after = Parts(vae=parts.vae)
-    after.prompt, after.size = other, parts.size
     columns = [
         {"Load": [model, parts.encoder, parts.vae, inked]},
         {"Examples": [parts.prompt, examples, drawn]},
         {"Train": [train, save, loss]},
-        {"Another picture": [other, parts.size, *after.picture(model, "without", save=False)],
-         "With the LoRA": [trained, *after.picture(trained, "featherweight_demo_trained")]},
+        {"Another picture": [other, parts.size,
+                             *parts.picture(model, "without", save=False, prompt=other)],
+         "With the LoRA": [trained, *parts.picture(trained, "featherweight_demo_trained",
+                                                   prompt=other)]},
     ]
     return Workflow(
         "Featherweight demo train a LoRA",

@@ -307,10 +307,10 @@ def note_node(workflow: Workflow) -> dict:
     }
 
 
-def widget_slot(name: str, kind: str | list) -> dict:
-    """The input that a widget has besides. kind: its type, or the choices of a combo."""
-    kind = "COMBO" if isinstance(kind, list) else kind
-    return {"name": name, "type": kind, "widget": {"name": name}, "link": None}
+def widget_slot(name: str, input_type: str | list) -> dict:
+    """The input slot of a widget. input_type: its type, or the choices of a combo."""
+    input_type = "COMBO" if isinstance(input_type, list) else input_type
+    return {"name": name, "type": input_type, "widget": {"name": name}, "link": None}
 
 
 def _node(

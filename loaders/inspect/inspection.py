@@ -195,7 +195,7 @@ def _identify_diffusion_model(contents: Contents, inspection: Inspection) -> boo
     memory_bytes = sum(contents.tensors[name].nbytes for name in names)
     packed = any(contents.formats[name] not in ("F32", "F16", "BF16") for name in names)
     inspection.resolution, inspection.cards = fit_cards(config, shapes, memory_bytes, packed)
-    inspection.warnings += shape_warnings(config, shapes)
+    inspection.warnings += shape_warnings(config, empty_tensors)
     return True
 
 

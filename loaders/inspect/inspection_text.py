@@ -5,15 +5,15 @@ from ..sizes import size_text, type_lines
 from .inspection import ENCODER, Inspection, weight_block
 
 WORST_TENSORS = 5  # listed with their errors
-NAMES = ("file says: ", "ComfyUI's name: ")  # lines that a node has no room for
+NAMES = ("file says", "ComfyUI's name")  # properties that a node has no room for
 
 
 def summary(inspection: Inspection) -> str:
     """Returns the text next to the chart, which has the types, cards and errors itself."""
     if inspection.problem:
         return inspection.problem
-    about = [line for line in _about_lines(inspection) if not line.startswith(NAMES)]
-    lines = [inspection.title, *_warning_lines(inspection), *about, *errors_lines(inspection)[:1]]
+    lines = [inspection.title, *_warning_lines(inspection), *_about_lines(inspection, NAMES),
+             *errors_lines(inspection)[:1]]
     return "\n".join(lines)
 
 
@@ -37,7 +37,7 @@ def _warning_lines(inspection: Inspection) -> list[str]:
     return [f"warning: {warning}" for warning in inspection.warnings]
 
 
-def _about_lines(inspection: Inspection) -> list[str]:
+def _about_lines(inspection: Inspection, omitted: tuple[str, ...] = ()) -> list[str]:
     """Returns a line `name: value` for each known property of the whole model."""
     rows = {
         "file says": inspection.declared_type,
@@ -55,7 +55,7 @@ def _about_lines(inspection: Inspection) -> list[str]:
             " counted")
     for what, which in inspection.needs.items():
         rows["use" if what == "use" else f"needs {what}"] = which
-    return [f"{name}: {value}" for name, value in rows.items() if value]
+    return [f"{name}: {value}" for name, value in rows.items() if value and name not in omitted]
 
 
 def _parameters_text(inspection: Inspection) -> str:

@@ -47,19 +47,16 @@ def weight_warnings(contents: Contents) -> Iterator[str]:
             f" {OTHER_CONVERSION}")
 
 
-def shape_warnings(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def shape_warnings(config: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Yields a sentence for weights of other sizes than the model's, and one for missing weights.
 
     Args:
         config: the host's configuration of a diffusion model.
-        shapes: name -> shape of its weights in the file, with the host's names without a prefix.
+        tensors: its weights in the file on the meta device, with the host's names without a prefix.
     """
-    empty = {
-        name: torch.empty(shape, dtype=torch.float32, device="meta")
-        for name, shape in shapes.items()
-    }
-    model = try_detect(config.get_model, empty, "", device="meta")
-    weights: dict[str, torch.Tensor] | None = try_detect(config.process_unet_state_dict, empty)
+    model = try_detect(config.get_model, tensors, "", device="meta")
+    weights: dict[str, torch.Tensor] | None = try_detect(
+        config.process_unet_state_dict, dict(tensors))
     if model is None or weights is None:
         return  # a model that is not built without values
     expected: dict[str, tuple[int, ...]] = {

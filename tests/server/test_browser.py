@@ -364,8 +364,8 @@ def test_help_pages_follow_the_language_that_the_editor_is_set_to(editor, fresh,
 
 
 def sent_by(editor) -> dict:
-    """Returns what the editor sends to the server when it runs the open workflow."""
-    prompt = editor.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+    """Returns the prompt of the open workflow without the titles of its nodes."""
+    prompt = editor.prompt()
     for node in prompt.values():
         del node["_meta"]
     return prompt

@@ -34,11 +34,6 @@ def editor(browser, server, files):
     browser.close_editor()
 
 
-def prompt_of_the_editor(editor) -> dict:
-    """What the editor sends to the server when it runs the open workflow."""
-    return editor.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
-
-
 def assert_makes_a_picture(server, prompt):
     picture = server.pixels(server.queue(prompt))
     assert picture.shape == (128, 128, 3) and picture.std(axis=(0, 1)).max() > 5
@@ -57,7 +52,7 @@ def test_the_editor_knows_every_node_finds_every_file_and_it_runs(path, server, 
     editor.open_workflow(path.name, path.read_text(encoding="utf-8"))
     assert LOADERS & set(editor.types())
     assert editor.types(UNKNOWN) == editor.types(RED) == editor.evaluate(COMPLAINTS) == []
-    assert_makes_a_picture(server, prompt_of_the_editor(editor))
+    assert_makes_a_picture(server, editor.prompt())
 
 
 @pytest.mark.parametrize(
@@ -78,6 +73,6 @@ def test_a_node_is_known_by_its_id_whatever_pack_the_file_names(pack, editor):
             node["properties"] = {"Node name for S&R": node["type"], **pack}
     editor.open_workflow("pack.json", json.dumps(workflow))
     assert not editor.types(UNKNOWN)
-    loader = next(node for node in prompt_of_the_editor(editor).values()
+    loader = next(node for node in editor.prompt().values()
                   if node["class_type"] == "UnetLoaderGGUF")
     assert loader["inputs"] == {"unet_name": os.path.join("legacy", "flux-Q8_0.gguf")}
