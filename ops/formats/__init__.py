@@ -14,5 +14,6 @@ from . import (  # noqa: F401  each registers what it defines
     plain,
     q1_0,
     q2_0,
+    svdquant,
     ternary,
 )
