@@ -314,9 +314,9 @@ def run_real_trial(verdicts: Verdicts, backends: tuple[str, ...], cases: list[Ca
 REFUSES_THE_HOST = """
 import builtins; real = builtins.__import__
 HOST = ('comfy', 'comfy_kitchen', 'comfy_aimdo', 'folder_paths', 'nodes')
-def refused(name, *rest, **more):
-    assert name.split('.')[0] not in HOST, name
-    return real(name, *rest, **more)
+def refused(name, globals=None, locals=None, fromlist=(), level=0):
+    assert level or name.split('.')[0] not in HOST, name
+    return real(name, globals, locals, fromlist, level)
 builtins.__import__ = refused
 """
 
