@@ -169,6 +169,7 @@ class Format:
     sides: tuple[Side, ...] = ()  # tensors with the scales, where the blocks do not hold them
     of_host = False  # whether it is one of ComfyUI's own, from which weights are packed
     padding = 1  # files fill rows and columns up to multiples of it
+    is_sliceable = True  # whether rows that are whole blocks can be taken without dequantising
     plain_dtype: torch.dtype | None = None  # for formats whose bytes are plain numbers
     grid: Grid | None = None  # for formats whose best blocks `ops.quantize` searches
     # for formats without a grid: the largest magnitude that every block can hold
@@ -295,6 +296,14 @@ class Format:
         return tensors[0].view(-1, cls.block_bytes)[first:last], *(
             tensor if side.is_shared else tensor[first * side.count:last * side.count]
             for tensor, side in zip(tensors[1:], cls.sides))
+
+    @classmethod
+    def unrotated(cls, rows: torch.Tensor) -> torch.Tensor:
+        """Brings rows (n, K) from the basis of the codes into that of the values.
+
+        Only formats whose codes are rotated change them. The result may have another float dtype.
+        """
+        return rows
 
     @classmethod
     def rows(cls, tensors: list[torch.Tensor], columns: int, index) -> list[torch.Tensor]:

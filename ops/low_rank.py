@@ -48,9 +48,23 @@ class LowRank:
             dtype: of the result. The factors are balanced first, since the range of `dtype` may be
                 too small for them as they are.
         """
+        balanced = ((*_balance(up, down), row_range) for up, down, row_range in loras)
+        return LowRank._concatenated(balanced, rows, dtype)
+
+    def and_also(self, other: "LowRank | None", rows: int) -> "LowRank":
+        """Returns the sum of two branches of a layer of N `rows`, in this one's dtype."""
+        if other is None:
+            return self
+        factors = ((up, branch.down[part.rank:part.rank_end], (part.row, part.row_end))
+                   for branch in (self, other) for part, up in branch.parts())
+        return LowRank._concatenated(factors, rows, self.down.dtype)
+
+    @staticmethod
+    def _concatenated(factors: Iterable[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]],
+                      rows: int, dtype: torch.dtype) -> "LowRank":
+        """Concatenates the factors of several branches; see `from_factors`."""
         groups = {}
-        for up, down, row_range in loras:
-            up, down = _balance(up, down)
+        for up, down, row_range in factors:
             downs, ups = groups.setdefault(row_range, ([], []))
             downs.append(down)
             ups.append(up)

@@ -5,7 +5,7 @@ holds the bytes of the file. The host's model detection, memory accounting, offl
 buffers and state dicts work on it as on any tensor.
 """
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 import torch
@@ -17,12 +17,12 @@ from comfy_kitchen.tensor import (
 )
 
 from .format import Format, FormatError
-from .formats import plain  # the package registers every format
+from .formats import composite, plain  # the package registers every format
 from .formats._names import format_named
 from .packed_tensor import PackedTensor, relabel
 from .pickle_names import stable_pickle_name
 
-SIDE_FIELDS = ("scale", "scale_2", "scale_3")
+SIDE_FIELDS = ("scale", *(f"scale_{number}" for number in range(2, 9)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,17 @@ class PackedParams(BaseLayoutParams):
     """Logical dtype and shape of a packed tensor, and its scales.
 
     Attributes:
-        scale, scale_2, scale_3: the format's `sides`, such as NF4's absmax; None for those it
-            lacks.
+        scale, scale_2, ...: the format's `sides`, such as NF4's absmax; None for those it lacks.
     """
 
     scale: torch.Tensor | None
     scale_2: torch.Tensor | None = None
     scale_3: torch.Tensor | None = None
+    scale_4: torch.Tensor | None = None
+    scale_5: torch.Tensor | None = None
+    scale_6: torch.Tensor | None = None
+    scale_7: torch.Tensor | None = None
+    scale_8: torch.Tensor | None = None
 
     def _tensor_fields(self) -> list[str]:
         return [name for name in SIDE_FIELDS if getattr(self, name) is not None]
@@ -91,8 +95,7 @@ _layouts: dict[str, type[PackedLayout]] = {}
 
 def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterable[int],
                   dtype: torch.dtype = torch.float32, scale: torch.Tensor | None = None,
-                  scale_2: torch.Tensor | None = None,
-                  scale_3: torch.Tensor | None = None) -> PackedTensor:
+                  *sides: torch.Tensor) -> PackedTensor:
     """Wraps the bytes of a packed weight, without copying them.
 
     Args:
@@ -100,8 +103,7 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
         data: uint8, contiguous, the blocks of the weight in row order, in any shape.
         shape: logical shape.
         dtype: the float dtype the tensor shows and dequantises to.
-        scale, scale_2, scale_3: the format's `sides`, each of (side.length(blocks),); None for
-            those it lacks.
+        scale, sides: the format's `sides`, each of (side.length(blocks),); None where it has none.
 
     Raises:
         FormatError: the number of bytes does not match `shape`.
@@ -109,7 +111,7 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
     shape = tuple(shape)
     values = torch.Size(shape).numel()
     blocks = -(-values // packed_format.block_length)
-    params = PackedParams(scale, dtype, shape, scale_2, scale_3)
+    params = PackedParams(scale, dtype, shape, *sides)
     counts = [side.length(blocks) for side in packed_format.sides]
     if not (
         data.numel() == -(-values * packed_format.block_bytes // packed_format.block_length)
@@ -122,6 +124,27 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
             f" shape {shape}."
         )
     return PackedTensor(data, layout_name(packed_format), params)
+
+
+def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor) -> PackedTensor:
+    """Returns a packed weight plus the product of two factors; see `composite.add_low_rank`."""
+    packed_format, (data, *sides) = composite.add_low_rank(
+        tensor.layout_cls.format, packed_tensors(tensor), up, down)
+    return packed_tensor(packed_format, data, tensor.shape, tensor.dtype, *sides)
+
+
+def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:
+    """Joins packed weights of any formats, whose rows are whole blocks, into one; see `Joined`.
+
+    Args:
+        parts: (N_i, K) for rows, (N, K_i) for columns.
+        axis: 0 to join rows, 1 to join columns.
+    """
+    packed_format, data = composite.Joined.join(axis, [
+        (part.layout_cls.format, *part.shape, packed_tensors(part)) for part in parts])
+    size = sum(part.shape[axis] for part in parts)
+    shape = (size, parts[0].shape[1]) if axis == 0 else (len(parts[0]), size)
+    return packed_tensor(packed_format, data, shape, parts[0].dtype)
 
 
 def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,7 @@ from comfy_kitchen.tensor.base import dequantize_args
 
 from . import cpu_linear, kernels, stochastic_rounding, torch_registration, workspace
 from .format import FORMATS, Format
+from .formats.composite import without_low_rank
 from .low_rank import LowRank, dense_linear
 from .packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 from .packed_tensor import PackedTensor
@@ -30,10 +31,13 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             ups: list[torch.Tensor], slices: list[int], blas: bool = False) -> torch.Tensor:
     flat = input.reshape(-1, input.shape[-1])
     low_rank = LowRank.from_operands(down, ups, slices)
+    packed_format, packed, own = without_low_rank(FORMATS[format], packed)
+    if own is not None:
+        low_rank = own.to(flat).and_also(low_rank, rows)
     # The low-rank branch is part of the large product's sum, which is rounded once: added after the
     # rounding, a weak LoRA would be lost. Adding the bias rounds too, so the bias comes last.
     added = None if low_rank is None else low_rank.product(flat, rows)
-    weight = FORMATS[format], packed, rows, value_dtype
+    weight = packed_format, packed, rows, value_dtype
     out = _by_kernel(flat, *weight, bias, added)
     if out is None:
         out = _by_torch(flat, *weight, bias, added, blas)
@@ -204,10 +208,17 @@ def embedding(ids: torch.Tensor, weight: PackedTensor, dtype: torch.dtype) -> to
         (*ids.shape, K).
     """
     packed_format = weight.layout_cls.format
-    if weight.shape[1] % packed_format.block_length:  # blocks cross rows
+    if not rows_are_whole_blocks(weight):
         return torch.nn.functional.embedding(ids, dequantize(weight, dtype))
     return torch.ops.featherweight.embedding(ids, packed_tensors(weight), packed_format.__name__,
                                              weight.shape[1], dtype)
+
+
+def rows_are_whole_blocks(weight: PackedTensor, axis: int = 1) -> bool:
+    """Returns whether the dimensions of a weight from `axis` on are blocks that can be moved."""
+    packed_format = weight.layout_cls.format
+    return (packed_format.is_sliceable
+            and weight.shape[axis:].numel() % packed_format.block_length == 0)
 
 
 def dequantize(weight: PackedTensor, dtype: torch.dtype,

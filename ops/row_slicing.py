@@ -1,7 +1,7 @@
 """Slices and joins rows of weights, packed or not, without dequantising them.
 
-Where the blocks of a packed format cross rows, and where parts have different formats, the result
-is dense.
+Where the blocks of a packed format cross rows, and where a part to join is dense, the result is
+dense.
 """
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
@@ -9,8 +9,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from . import product
 from .format import Format
-from .packed_layout import is_packed, packed_tensor, packed_tensors
+from .packed_layout import is_packed, join_packed, pack_16bit, packed_tensor, packed_tensors
 from .packed_tensor import PackedTensor
 from .product import dequantize
 
@@ -65,6 +66,8 @@ def without_padding(tensor: Tensor, shape: torch.Size) -> Tensor:
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
     """Concatenates the rows of all parts.
 
+    Packed parts in several formats become one packed weight, with others of 16 bits too.
+
     Args:
         parts: each (R_i, ...), with the same other dimensions.
 
@@ -75,6 +78,10 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     packed_format = _common_format(parts, 1)
     if packed_format is None:
+        packed = [pack_16bit(part, part.dtype) for part in parts]
+        if any(map(is_packed, parts)) and all(
+                part.ndim == 2 and rows_are_whole_blocks(part) for part in packed):
+            return join_packed(packed, 0)
         return torch.cat([dense(part) for part in parts])
     columns = parts[0].shape[1:].numel()
     data, *sides = _joined(packed_format, torch.cat, [_rows(part, columns) for part in parts])
@@ -136,7 +143,4 @@ def _common_format(parts: Sequence[Tensor], axis: int) -> type[Format] | None:
 
 def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> TypeGuard[PackedTensor]:
     """Returns whether a tensor is packed and its dimensions from `axis` on are whole blocks."""
-    return (
-        is_packed(tensor)
-        and tensor.shape[axis:].numel() % tensor.layout_cls.format.block_length == 0
-    )
+    return is_packed(tensor) and product.rows_are_whole_blocks(tensor, axis)

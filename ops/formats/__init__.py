@@ -4,6 +4,7 @@ from . import (  # noqa: F401  each registers what it defines
     bnb_int8,
     column_groups,
     comfy,
+    composite,
     iq1,
     iq2,
     iq3,

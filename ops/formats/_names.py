@@ -2,7 +2,7 @@
 import re
 
 from ..format import FORMATS, Format
-from . import bnb_4bit, column_groups
+from . import bnb_4bit, column_groups, composite
 from ._rows import FAMILIES
 
 
@@ -14,6 +14,8 @@ def format_named(name: str) -> type[Format]:
     """
     if name in FORMATS:
         return FORMATS[name]
+    if (made := composite.composite_named(name, format_named)) is not None:
+        return made
     if match := re.fullmatch(r"(\w+)_(\d+)_(\d+)x(\d+)", name):
         columns, outer, inner = map(int, match.groups()[1:])
         return column_groups.ColumnGroups.of(FORMATS[match[1]], columns, outer, inner)

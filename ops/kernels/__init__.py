@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..format import Format
+from ..formats.composite import Composite
 from ..torch_registration import contiguous
 from .background import start_thread
 from .kernel import Backend, Case, Kernel
@@ -164,6 +165,8 @@ def dequantize_into(packed_format: type[Format], tensors: list[torch.Tensor], ou
     if value_dtype == out.dtype:
         value_dtype = None
     tensors = contiguous(tensors)
+    if issubclass(packed_format, Composite):
+        return packed_format.dequantize_parts(tensors, out, value_dtype, first, dequantize_into)
     run = find("dequantize", out.device, packed_format, out.dtype, value_dtype)
     if run is None:
         return packed_format.dequantize_into(tensors, out, value_dtype, first)

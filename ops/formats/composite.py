@@ -1,0 +1,381 @@
+"""Formats of weights that are made of weights in other formats.
+
+`AddedLowRank` is a weight plus the product of two factors, as SVDQuant and SDNQ store it. `Joined`
+is a weight whose rows or columns come from several weights, such as the q, k and v of a fused
+layer. Both are dequantised by the kernels of the formats within, and a product may take the low
+rank as a branch (`without_low_rank`).
+"""
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from ..bits import reinterpret
+from ..format import CPU_CHUNK_VALUES, DEVICE_CHUNK_VALUES, FORMATS, Format, FormatError, Side
+from ..low_rank import LowRank, Slice
+
+# dequantises as `Format.dequantize_into` does, the format being the first argument
+DequantizeInto = Callable[..., torch.Tensor]
+FACTOR_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+ALIGNED = 64  # bytes, for the tensors of a part
+
+_LOW_RANK_NAME = re.compile(r"LOWRANK_(\d+)_(BF16|F16|F32)_(BF16|F16|F32)_(.+)")
+_JOINED_NAME = re.compile(r"JOINED_(ROWS|COLUMNS)_(.+)")
+_PART_NAME = re.compile(r"(\d+)x(\d+)x(.+)")
+
+
+class Composite(Format):
+    """The base of formats that are made of others."""
+
+    @classmethod
+    def formats_within(cls) -> Iterable[type[Format]]:
+        """Yields the formats that are dequantised, none of them a composite."""
+        raise NotImplementedError
+
+    @classmethod
+    def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+                         value_dtype: torch.dtype | None, first: int,
+                         dequantize_into: DequantizeInto) -> torch.Tensor:
+        """Dequantises blocks as `Format.dequantize_into` does, each part by a given function."""
+        raise NotImplementedError
+
+    @classmethod
+    def without_low_rank(cls, tensors: list[torch.Tensor]
+                         ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
+        """Splits a weight into what has to be dequantised and what a product takes as a branch.
+
+        Args:
+            tensors: of the whole weight.
+
+        Returns:
+            The format and the tensors of the rest, and the low rank in the dtypes of its factors,
+            or None.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def dequantize_into(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+                        value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
+        return cls.dequantize_parts(tensors, out, value_dtype, first, _by_reference)
+
+    @classmethod
+    def dequantize(cls, *blocks: torch.Tensor) -> torch.Tensor:
+        rows = blocks[0].numel() // cls.block_bytes
+        out = torch.empty((rows, cls.block_length), dtype=torch.float32, device=blocks[0].device)
+        return cls.dequantize_into(list(blocks), out)
+
+
+def _by_reference(packed_format: type[Format], tensors: list[torch.Tensor], out: torch.Tensor,
+                  value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
+    return packed_format.dequantize_into(tensors, out, value_dtype, first)
+
+
+class AddedLowRank(Composite):
+    """value = value of `base` + (up down), in float32, rounded once.
+
+    The tensors are those of `base`, then
+
+    | tensor | dtype, shape       | meaning                                                     |
+    |--------|--------------------|-------------------------------------------------------------|
+    | up     | uint8              | bytes of (rows, rank) of the dtype in the format's name     |
+    | down   | uint8              | bytes of (rank, K), in the basis of the codes if these are  |
+    |        |                    | rotated                                                     |
+
+    Attributes:
+        base: whose block is a row.
+        rank: of the product.
+        up_dtype, down_dtype: of the factors.
+    """
+
+    base: type[Format]
+    rank: int
+    up_dtype: torch.dtype
+    down_dtype: torch.dtype
+
+    @classmethod
+    def over(cls, base: type[Format], rank: int, up_dtype: torch.dtype,
+             down_dtype: torch.dtype) -> type["AddedLowRank"]:
+        """Returns the format of a weight in `base` with a low rank."""
+        names = {dtype: name for name, dtype in FACTOR_DTYPES.items()}
+        name = f"LOWRANK_{rank}_{names[up_dtype]}_{names[down_dtype]}_{base.__name__}"
+        packed_format: Any = FORMATS.get(name)
+        if packed_format is None:
+            sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize),
+                     Side(torch.uint8, rank * base.block_length * down_dtype.itemsize, True))
+            packed_format = type(name, (cls,), {
+                "base": base, "rank": rank, "up_dtype": up_dtype, "down_dtype": down_dtype,
+                "block_length": base.block_length, "block_bytes": base.block_bytes,
+                "sides": sides, "padding": base.padding, "of_host": base.of_host})
+        return packed_format
+
+    @classmethod
+    def formats_within(cls) -> Iterable[type[Format]]:
+        yield cls.base
+
+    @classmethod
+    def factors(cls, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns up (rows, rank) and down (rank, K), the latter in the basis of the input."""
+        up = reinterpret(tensors[-2], cls.up_dtype).view(-1, cls.rank)
+        down = reinterpret(tensors[-1], cls.down_dtype).view(cls.rank, -1)
+        return up, cls.base.unrotated(down)
+
+    @classmethod
+    def without_low_rank(cls, tensors: list[torch.Tensor]
+                         ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
+        up, down = cls.factors(tensors)
+        low_rank = LowRank(down, (up,), (Slice(0, len(up), 0, cls.rank),))
+        return cls.base, tensors[:-2], low_rank
+
+    @classmethod
+    def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+                         value_dtype: torch.dtype | None, first: int,
+                         dequantize_into: DequantizeInto) -> torch.Tensor:
+        up, down = (factor.float() for factor in cls.factors(tensors))
+        rows = out.view(-1, cls.block_length)
+        is_cpu = out.device.type == "cpu"
+        step = max(1, (CPU_CHUNK_VALUES if is_cpu else DEVICE_CHUNK_VALUES) // cls.block_length)
+        for start in range(0, len(rows), step):
+            part = rows[start:start + step]
+            values = part if part.dtype == torch.float32 else torch.empty(
+                part.shape, dtype=torch.float32, device=part.device)
+            row = first + start
+            dequantize_into(cls.base, tensors[:-2], values, None, row)
+            values.addmm_(up[row:row + len(part)], down)
+            if value_dtype not in (None, torch.float32):
+                values = values.to(value_dtype)
+            if values is not part:
+                part.copy_(values)
+        return out
+
+
+def add_low_rank(base: type[Format], tensors: Sequence[torch.Tensor], up: torch.Tensor,
+                 down: torch.Tensor) -> tuple[type[AddedLowRank], list[torch.Tensor]]:
+    """Adds a low rank to a weight whose blocks are rows.
+
+    Args:
+        base: format of the weight.
+        tensors: of the weight.
+        up: (N, R) of one of `FACTOR_DTYPES`.
+        down: (R, K), likewise, in the basis of the codes if `base` rotates them.
+
+    Returns:
+        The format and the tensors of the sum.
+
+    Raises:
+        FormatError: the factors do not fit the weight.
+    """
+    rows = tensors[0].numel() // base.block_bytes
+    if (up.ndim, down.ndim) != (2, 2) or (len(up), down.shape[1]) != (rows, base.block_length) or (
+            up.shape[1] != len(down)):
+        raise FormatError(f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a"
+                          f" weight of {rows} x {base.block_length}")
+    packed_format = AddedLowRank.over(base, len(down), up.dtype, down.dtype)
+    factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
+    return packed_format, [*tensors, *factors]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the weights that a `Joined` weight is made of.
+
+    Attributes:
+        format: of its tensors.
+        rows, columns: of its values.
+        row, column: where these begin in the whole weight.
+        offsets: where its tensors begin in the bytes of the whole weight, in bytes.
+    """
+
+    format: type[Format]
+    rows: int
+    columns: int
+    row: int
+    column: int
+    offsets: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all rows."""
+        return self.rows * self.columns // self.format.block_length
+
+    def sizes(self) -> list[tuple[torch.dtype, int]]:
+        """Returns the dtype and the length of each tensor."""
+        return [(torch.uint8, self.blocks * self.format.block_bytes),
+                *((side.dtype, side.length(self.blocks)) for side in self.format.sides)]
+
+    def tensors(self, data: torch.Tensor) -> list[torch.Tensor]:
+        """Returns its tensors, which share the bytes of the whole weight, flat uint8."""
+        return [reinterpret(data[offset:offset + dtype.itemsize * length], dtype)
+                for offset, (dtype, length) in zip(self.offsets, self.sizes())]
+
+
+class Joined(Composite):
+    """A weight of several parts below each other, or of several side by side.
+
+    The bytes of all tensors of all parts follow each other, each at a multiple of `ALIGNED`. A
+    block is a row.
+
+    Attributes:
+        axis: 0: the parts are rows; 1: columns.
+        parts: in order.
+    """
+
+    is_sliceable = False
+    axis: int
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, axis: int, parts: Sequence[tuple[type[Format], int, int]]) -> type["Joined"]:
+        """Returns the format of joined weights.
+
+        Args:
+            axis: 0 to join rows, 1 to join columns.
+            parts: (format, rows, columns) of each; its rows are whole blocks.
+        """
+        pieces = "+".join(f"{rows}x{columns}x{packed_format.__name__}"
+                          for packed_format, rows, columns in parts)
+        name = f"JOINED_{('ROWS', 'COLUMNS')[axis]}_{pieces}"
+        packed_format: Any = FORMATS.get(name)
+        if packed_format is None:
+            placed, offset, start = [], 0, 0
+            for part_format, rows, columns in parts:
+                place = (start, 0) if axis == 0 else (0, start)
+                part = Part(part_format, rows, columns, *place, ())
+                offsets = []
+                for dtype, length in part.sizes():
+                    offsets.append(offset)
+                    offset += -(-dtype.itemsize * length // ALIGNED) * ALIGNED
+                placed.append(Part(part_format, rows, columns, *place, tuple(offsets)))
+                start += (rows, columns)[axis]
+            rows = start if axis == 0 else parts[0][1]
+            columns = start if axis == 1 else parts[0][2]
+            packed_format = type(name, (cls,), {
+                "axis": axis, "parts": tuple(placed), "block_length": columns,
+                "block_bytes": -(-offset // rows),
+                "of_host": all(part_format.of_host for part_format, *_ in parts)})
+        return packed_format
+
+    @classmethod
+    def join(cls, axis: int, parts: Sequence[tuple[type[Format], int, int, Sequence[torch.Tensor]]]
+             ) -> tuple[type["Joined"], torch.Tensor]:
+        """Joins weights.
+
+        Args:
+            axis: 0 to join rows, 1 to join columns.
+            parts: (format, rows, columns, tensors) of each.
+
+        Returns:
+            The format and the bytes of the whole weight, flat.
+        """
+        packed_format = cls.of(axis, [part[:3] for part in parts])
+        rows = sum(part[1] for part in parts) if axis == 0 else parts[0][1]
+        data = torch.zeros(rows * packed_format.block_bytes, dtype=torch.uint8,
+                           device=parts[0][3][0].device)
+        for part, (*_, tensors) in zip(packed_format.parts, parts):
+            for target, tensor in zip(part.tensors(data), tensors):
+                target.copy_(tensor.reshape(-1))
+        return packed_format, data
+
+    @classmethod
+    def formats_within(cls) -> Iterable[type[Format]]:
+        for part in cls.parts:
+            yield from formats_within(part.format)
+
+    @classmethod
+    def without_low_rank(cls, tensors: list[torch.Tensor]
+                         ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
+        data = tensors[0].view(-1)
+        rest, low_ranks = [], []
+        for part in cls.parts:
+            packed_format, part_tensors, low_rank = without_low_rank(
+                part.format, part.tensors(data))
+            # the tensors of a low rank are the last ones
+            rest.append(Part(packed_format, part.rows, part.columns, part.row, part.column,
+                             part.offsets[:len(part_tensors)]))
+            if low_rank is not None:
+                low_ranks.append((part, low_rank))
+        if not low_ranks:
+            return cls, tensors, None
+        name = f"{cls.__name__}_WITHOUT_LOW_RANK"
+        packed_format: Any = FORMATS.get(name) or type(name, (Joined,), {
+            "axis": cls.axis, "parts": tuple(rest), "block_length": cls.block_length,
+            "block_bytes": cls.block_bytes, "of_host": cls.of_host})
+        return packed_format, tensors, cls._joined_low_rank(low_ranks)
+
+    @classmethod
+    def _joined_low_rank(cls, low_ranks: list[tuple[Part, LowRank]]) -> LowRank:
+        downs, ups, slices, rank = [], [], [], 0
+        for part, low_rank in low_ranks:
+            down, up = low_rank.down, low_rank.ups[0]
+            if cls.axis == 1:
+                after = cls.block_length - part.column - part.columns
+                down = torch.nn.functional.pad(down, (part.column, after))
+            downs.append(down)
+            ups.append(up)
+            slices.append(Slice(part.row, part.row + part.rows, rank, rank + len(down)))
+            rank += len(down)
+        dtype = max((factor.dtype for factor in (*downs, *ups)), key=lambda dtype: dtype.itemsize)
+        down = torch.cat([down.to(dtype) for down in downs])
+        ups = [up.to(dtype) for up in ups]
+        if cls.axis == 1:
+            return LowRank(down, (torch.cat(ups, 1),), (Slice(0, len(ups[0]), 0, rank),))
+        return LowRank(down, tuple(ups), tuple(slices))
+
+    @classmethod
+    def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+                         value_dtype: torch.dtype | None, first: int,
+                         dequantize_into: DequantizeInto) -> torch.Tensor:
+        data, rows = tensors[0].view(-1), out.view(-1, cls.block_length)
+        for part in cls.parts:
+            start, stop = max(first, part.row), min(first + len(rows), part.row + part.rows)
+            if start >= stop:
+                continue
+            target = rows[start - first:stop - first, part.column:part.column + part.columns]
+            values = target if target.is_contiguous() else torch.empty_like(
+                target, memory_format=torch.contiguous_format)
+            block = (start - part.row) * part.columns // part.format.block_length
+            dequantize_into(part.format, part.tensors(data), values, value_dtype, block)
+            if values is not target:
+                target.copy_(values)
+        return out
+
+
+def formats_within(packed_format: type[Format]) -> Iterable[type[Format]]:
+    """Yields the formats that a weight is dequantised from; by itself for all but composites."""
+    if issubclass(packed_format, Composite):
+        yield from packed_format.formats_within()
+    else:
+        yield packed_format
+
+
+def without_low_rank(packed_format: type[Format], tensors: list[torch.Tensor]
+                     ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
+    """Returns `Composite.without_low_rank`, of other formats the weight itself and None."""
+    if issubclass(packed_format, Composite):
+        return packed_format.without_low_rank(tensors)
+    return packed_format, tensors, None
+
+
+def composite_named(name: str, format_named: Callable[[str], type[Format]]
+                    ) -> type[Format] | None:
+    """Returns a composite by its name, None where the name is of another format.
+
+    Args:
+        name: of a format.
+        format_named: returns a format by its name; raises KeyError.
+    """
+    if match := _LOW_RANK_NAME.fullmatch(name):
+        rank, up, down, base = match.groups()
+        return AddedLowRank.over(format_named(base), int(rank), FACTOR_DTYPES[up],
+                                 FACTOR_DTYPES[down])
+    if match := _JOINED_NAME.fullmatch(name):
+        axis, pieces = match.groups()
+        parts = [_PART_NAME.fullmatch(piece) for piece in pieces.split("+")]
+        if not all(parts) or prod(int(size) for part in parts if part
+                                  for size in part.groups()[:2]) == 0:
+            raise KeyError(name)
+        return Joined.of(("ROWS", "COLUMNS").index(axis), [
+            (format_named(part[3]), int(part[1]), int(part[2])) for part in parts if part])
+    return None

@@ -1,0 +1,188 @@
+"""Weights that are made of weights in other formats: a low rank added, parts joined."""
+import pickle
+
+import pytest
+import torch
+
+from featherweight.ops import formats  # noqa: F401
+from featherweight.ops import int8, kernels, product
+from featherweight.ops.format import FORMATS, FormatError
+from featherweight.ops.formats._names import format_named
+from featherweight.ops.formats.comfy import INT8_GROUPS, INT8_ROWS, NVFP4_SMOOTHED
+from featherweight.ops.formats.composite import formats_within
+from featherweight.ops.kernels.validation import random_tensors
+from featherweight.ops.low_rank import LowRank
+from featherweight.ops.packed_layout import (
+    PickledWeight,
+    is_packed,
+    join_packed,
+    packed_tensor,
+    packed_tensors,
+    with_low_rank,
+)
+from featherweight.ops.row_slicing import join_rows, take_rows
+
+CPU = torch.device("cpu")
+COLUMNS = 512
+
+
+def random_weight(packed_format, rows=24, columns=COLUMNS):
+    blocks = rows * columns // packed_format.block_length
+    data, *sides = random_tensors(packed_format, blocks, CPU, bounded=True)
+    return packed_tensor(packed_format, data, (rows, columns), torch.float32, *sides)
+
+
+def factors(rows, rank=5, columns=COLUMNS, dtype=torch.bfloat16):
+    return torch.randn(rows, rank).to(dtype), torch.randn(rank, columns).to(dtype) / 30
+
+
+def ranked(packed_format, rows=24, columns=COLUMNS, rank=5, dtype=torch.bfloat16):
+    return with_low_rank(random_weight(packed_format, rows, columns),
+                         *factors(rows, rank, columns, dtype))
+
+
+def parts_of_rows():
+    """Weights of formats whose sides differ, two with a low rank."""
+    return [ranked(INT8_ROWS.of_columns(COLUMNS), 24), random_weight(FORMATS["Q4_K"], 8),
+            ranked(NVFP4_SMOOTHED.of_columns(COLUMNS), 16, rank=3, dtype=torch.float32),
+            random_weight(FORMATS["F16"], 8)]
+
+
+def joined(axis):
+    if axis == 0:
+        return join_packed(parts_of_rows(), 0)
+    return join_packed([ranked(INT8_GROUPS.of_columns(256), 24, 256),
+                        ranked(INT8_ROWS.of_columns(128), 24, 128),
+                        random_weight(FORMATS["Q8_0"], 24, 64)], 1)
+
+
+def assert_same(values, expected, relative=1e-6):
+    """A sum over ranks depends in its last bit on how many rows are multiplied at once."""
+    torch.testing.assert_close(values, expected, rtol=relative, atol=1e-5)
+
+
+WEIGHTS = {"low rank": lambda: ranked(INT8_ROWS.of_columns(COLUMNS)),
+           "rows": lambda: joined(0), "columns": lambda: joined(1)}
+every_weight = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_low_rank_is_part_of_the_values(dtype):
+    base, (up, down) = random_weight(INT8_ROWS.of_columns(COLUMNS)), factors(24)
+    weight = with_low_rank(base, up, down)
+    expected = base.dequantize() + up.float() @ down.float()
+    torch.testing.assert_close(weight.dequantize(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(product.dequantize(weight, dtype), weight.dequantize().to(dtype))
+    halves = product.dequantize(weight, torch.float32, torch.bfloat16)
+    assert torch.equal(halves, weight.dequantize().bfloat16().float())
+    assert weight.nbytes == base.nbytes + up.nbytes + down.nbytes
+
+
+def test_factors_that_do_not_fit_are_refused():
+    base, (up, down) = random_weight(INT8_ROWS.of_columns(COLUMNS)), factors(24)
+    for wrong in ((up[1:], down), (up, down[1:]), (up, down[:, 1:]), (up[0], down)):
+        with pytest.raises(FormatError, match="factors of"):
+            with_low_rank(base, *wrong)
+
+
+def test_joined_rows_have_the_values_of_their_parts():
+    parts = parts_of_rows()
+    weight = join_rows(parts)
+    assert is_packed(weight) and weight.nbytes <= sum(part.nbytes for part in parts) + 1000
+    assert torch.equal(weight.dequantize(), torch.cat([part.dequantize() for part in parts]))
+
+
+def test_joined_columns_have_the_values_of_their_parts():
+    parts = [ranked(INT8_ROWS.of_columns(128), 24, 128), ranked(INT8_GROUPS.of_columns(256), 24, 256)]
+    weight = join_packed(parts, 1)
+    assert_same(weight.dequantize(), torch.cat([part.dequantize() for part in parts], 1))
+
+
+@every_weight
+@pytest.mark.parametrize(("first", "count"), [(0, 5), (7, 1), (20, 4), (3, 21)])
+def test_any_rows_are_dequantised_by_themselves(make, first, count):
+    weight = make()
+    out = torch.empty(count, weight.shape[1], dtype=torch.bfloat16)
+    kernels.dequantize_into(weight.layout_cls.format, packed_tensors(weight), out, None, first)
+    assert_same(out, weight.dequantize()[first:first + count].bfloat16(), 2**-8)
+
+
+@every_weight
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_product_is_that_of_the_values(make, dtype, has_lora, tokens):
+    weight, input = make(), torch.randn(tokens, make().shape[1], dtype=torch.float64)
+    rows = weight.shape[0]
+    up, down = factors(rows - 4, 2, weight.shape[1], torch.float32)
+    lora = LowRank.from_factors([(up, down, (4, rows))], rows, dtype) if has_lora else None
+    values, bias = weight.dequantize().double(), torch.randn(rows)
+    if has_lora:
+        values[4:] += up.double() @ down.double()
+    expected = input @ values.t() + bias.double()
+    out = product.linear(input.to(dtype), weight, bias.to(dtype), None, lora)
+    error = ((out.double() - expected).norm() / expected.norm()).item()
+    assert error < (2e-6 if dtype == torch.float32 else 8e-3)
+
+
+@every_weight
+def test_a_weak_lora_keeps_its_gain_beside_the_weights_own_low_rank(make):
+    weight = make()
+    rows, columns = weight.shape
+    input = torch.randn(512, columns).bfloat16()
+    up, down = (factor.float() for factor in factors(rows, 4, columns))
+    without = product.linear(input, weight).double()
+    up *= 0.005 * without.norm() / (input.double() @ (up @ down).double().t()).norm()
+    lora = LowRank.from_factors([(up, down, (0, rows))], rows, torch.bfloat16)
+    change = product.linear(input, weight, None, None, lora).double() - without
+    wanted = input.double() @ (up @ down).double().t()
+    assert 0.98 < ((change * wanted).sum() / wanted.square().sum()).item() < 1.02
+
+
+@every_weight
+def test_integer_products_take_the_low_rank_as_a_branch(make):
+    weight = make()
+    input = torch.randn(64, weight.shape[1])
+    expected = input @ weight.dequantize().t()
+    out = int8.linear(input, weight)
+    assert ((out - expected).norm() / expected.norm()).item() < 2e-2
+
+
+@every_weight
+def test_a_weight_is_found_by_the_name_of_its_format(make):
+    packed_format = make().layout_cls.format
+    name = packed_format.__name__
+    del FORMATS[name]
+    again = format_named(name)
+    assert (again.block_length, again.block_bytes, again.sides) == (
+        packed_format.block_length, packed_format.block_bytes, packed_format.sides)
+    assert list(map(str, formats_within(again))) == list(map(str, formats_within(packed_format)))
+
+
+@every_weight
+def test_a_weight_survives_pickling(make):
+    weight = make()
+    again = pickle.loads(pickle.dumps(PickledWeight.of(torch.nn.Parameter(
+        weight, requires_grad=False))))
+    assert is_packed(again) and torch.equal(again.dequantize(), weight.dequantize())
+
+
+def test_rows_of_a_weight_with_a_low_rank_stay_packed_and_those_of_a_joined_one_do_not():
+    weight = ranked(INT8_ROWS.of_columns(COLUMNS))
+    for part in (take_rows(weight, slice(3, 9)), take_rows(weight, torch.tensor([5, 1]))):
+        assert is_packed(part)
+    assert_same(take_rows(weight, slice(3, 9)).dequantize(), weight.dequantize()[3:9])
+    whole = joined(0)
+    assert torch.equal(take_rows(whole, slice(3, 30)), whole.dequantize()[3:30])
+
+
+@every_weight
+def test_rows_of_an_embedding_are_looked_up(make):
+    weight, ids = make(), torch.tensor([[3, 0], [20, 3]])
+    rows = product.embedding(ids, weight, torch.bfloat16)
+    assert_same(rows, weight.dequantize()[ids].bfloat16(), 2**-8)
