@@ -30,7 +30,7 @@ from ..int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, Kernel
 from .kernel_source import (
     FORMAT_NAMES,
-    ROW_FAMILIES,
+    CPU_ROW_FAMILIES,
     TYPES,
     block_addresses,
     c_floats,
@@ -196,7 +196,7 @@ class CpuKernels:
             c_int(_threads(out.numel())))
 
     def dequantize_rows(self, packed_format, tensors, out, value_dtype, first):
-        """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
+        """See `Kernel.run`; for the families of `CPU_ROW_FAMILIES`."""
         columns = packed_format.block_length
         definitions = row_definitions(packed_format)
         lengths = definitions["GROUP"], definitions["LEVEL_GROUP"]
@@ -207,8 +207,11 @@ class CpuKernels:
         run = self._function("dequantize_rows", None, out.dtype, value_dtype, LANES=lanes,
                              **definitions)
         packed, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)
-        run(_address(packed), *map(_address, (*sides, None)[:2]), _address(out),
-            c_longlong(len(packed)), c_int(_threads(out.numel())))
+        column_scales = sides.pop() if definitions["SCALED_COLUMNS"] else None
+        minima = sides.pop() if definitions["HAS_MINIMA"] else None
+        scales, row_scales = (*sides, None)[:2]
+        addresses = map(_address, (packed, scales, row_scales, minima, column_scales, out))
+        run(*addresses, c_longlong(len(packed)), c_int(_threads(out.numel())))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out, value_dtype):
         """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
@@ -353,7 +356,7 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
     return (
         *([by_avx512] if has_bfloat16 else []),
         *dequantize_and_linear(kernels, MAX_TOKENS),
-        Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(TYPES),
+        Kernel("dequantize", frozenset(CPU_ROW_FAMILIES), frozenset(TYPES),
                late_bound_method(kernels, "dequantize_rows")),
         Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]),
                late_bound_method(kernels, "int8_rows")),

@@ -6,6 +6,7 @@ together, and each of its kernels has a file. The folder `formats` is shared.
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,20 +18,51 @@ SOURCES = Path(__file__).with_name("source")
 TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 FORMAT_NAMES = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
                           "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Codebook4Bit", "INT8"))
-# family of formats whose block is a row -> the structures of `dequantize_rows` that read its codes
-# and its scales, and whether groups of columns are rotated
+
+
+class RowKernel(NamedTuple):
+    """How `dequantize_rows` reads a family of formats whose block is a row.
+
+    Attributes:
+        codes, scales: names of the structures of the source that read them.
+        is_rotated: whether groups of columns are rotated.
+        minima: name of the structure that reads numbers which are added to groups of columns.
+        has_column_scales: whether each column has a factor, the last of the sides.
+    """
+    codes: str
+    scales: str
+    is_rotated: bool = False
+    minima: str = "None"
+    has_column_scales: bool = False
+
+
 ROW_FAMILIES = {
-    "F8_E4M3": ("E4M3", "FloatScales", False),
-    "F8_E5M2": ("E5M2", "FloatScales", False),
-    "INT8_GROUPS": ("SignedBytes", "FloatScales", False),
-    "MXFP8": ("E4M3", "Exponents", False),
-    "NVFP4_ROWS": ("CodebookNibbles", "E4M3Scales", False),
-    "NVFP4_LOW": ("CodebookLowNibbles", "E4M3Scales", False),
-    "INT8_CONVROT": ("SignedBytes", "FloatScales", True),
-    "INT4_CONVROT": ("SignedNibbles", "FloatScales", True),
-    "W4A8": ("CodebookLowNibbles", "RowScales", True),
-    "W4A8_INTEGERS": ("CodebookLowNibbles", "RowScales", True),
-    "W6A8": ("SixBits", "RowScales", True),
+    "F8_E4M3": RowKernel("E4M3", "FloatScales"),
+    "F8_E5M2": RowKernel("E5M2", "FloatScales"),
+    "INT8_GROUPS": RowKernel("SignedBytes", "FloatScales"),
+    "MXFP8": RowKernel("E4M3", "Exponents"),
+    "NVFP4_ROWS": RowKernel("CodebookNibbles", "E4M3Scales"),
+    "NVFP4_LOW": RowKernel("CodebookLowNibbles", "E4M3Scales"),
+    "INT8_CONVROT": RowKernel("SignedBytes", "FloatScales", True),
+    "INT4_CONVROT": RowKernel("SignedNibbles", "FloatScales", True),
+    "W4A8": RowKernel("CodebookLowNibbles", "RowScales", True),
+    "W4A8_INTEGERS": RowKernel("CodebookLowNibbles", "RowScales", True),
+    "W6A8": RowKernel("SixBits", "RowScales", True),
+}
+# and those that only a CPU has a kernel for
+CPU_ROW_FAMILIES = ROW_FAMILIES | {
+    "INT8_SMOOTHED": RowKernel("SignedBytes", "FloatScales", has_column_scales=True),
+    "F8_SMOOTHED": RowKernel("E4M3", "FloatScales", has_column_scales=True),
+    "NVFP4_SMOOTHED": RowKernel("CodebookNibbles", "E4M3Scales", has_column_scales=True),
+    "NVFP4_LOW_SMOOTHED": RowKernel("CodebookLowNibbles", "E4M3Scales", has_column_scales=True),
+    "SVDQUANT_NVFP4": RowKernel("CodebookLowNibbles", "E4M3Scales", has_column_scales=True),
+    "SVDQUANT_INT4": RowKernel("SignedNibbles", "BFloatRowScales", has_column_scales=True),
+    "SVDQUANT_INT4_HALF": RowKernel("SignedNibbles", "HalfRowScales", has_column_scales=True),
+    "W4A16": RowKernel("CodebookLowNibbles", "BFloatScales", minima="BFloat"),
+    "W4A16_HALF": RowKernel("CodebookLowNibbles", "HalfScales", minima="HalfFloat"),
+    "W4A16_FLOAT": RowKernel("CodebookLowNibbles", "FloatScales", minima="Float"),
+    "AWQ_INT4": RowKernel("CodebookLowNibbles", "BFloatScales", minima="BFloat"),
+    "AWQ_INT4_HALF": RowKernel("CodebookLowNibbles", "HalfScales", minima="HalfFloat"),
 }
 
 
@@ -64,16 +96,18 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
 
 
 def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
-    """Returns the constants of `dequantize_rows` for a format of `ROW_FAMILIES`."""
-    codes, scales, is_rotated = ROW_FAMILIES[packed_format.family]
+    """Returns the constants of `dequantize_rows` for a format of `CPU_ROW_FAMILIES`."""
+    kernel = CPU_ROW_FAMILIES[packed_format.family]
     group = packed_format.group or packed_format.block_length
     definitions = {
-        "CODES": codes, "SCALES": scales, "BITS": packed_format.bits,
-        "COLUMNS": packed_format.block_length, "GROUP": group, "ROTATED": int(is_rotated),
-        "ROOT": f"{group**0.5 if is_rotated else 1.0}f",
-        "LEVEL_GROUP": getattr(packed_format, "level_group", 0)
+        "CODES": kernel.codes, "SCALES": kernel.scales, "BITS": packed_format.bits,
+        "COLUMNS": packed_format.block_length, "GROUP": group, "ROTATED": int(kernel.is_rotated),
+        "ROOT": f"{group**0.5 if kernel.is_rotated else 1.0}f",
+        "LEVEL_GROUP": getattr(packed_format, "level_group", 0), "MINIMA": kernel.minima,
+        "HAS_MINIMA": int(kernel.minima != "None"),
+        "SCALED_COLUMNS": int(kernel.has_column_scales)
     }
-    values = getattr(packed_format, "values", None)
+    values = getattr(getattr(packed_format, "base", packed_format), "values", None)
     return definitions | ({"CODEBOOK": c_floats(values)} if values else {})
 
 

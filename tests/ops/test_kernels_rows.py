@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from kernel_backends import backend_on_cpu
-from kernel_cases import CPU, ROW_SIZES, cpu_kernels, each_row_format, shared_cache
+from kernel_cases import CPU, CPU_ROW_SIZES, ROW_SIZES, cpu_kernels, each_row_format, shared_cache
 
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats._rows import FAMILIES
@@ -23,11 +23,7 @@ def kernels(tmp_path_factory):
 
 
 # which are rare, or in small layers
-LEFT_TO_TORCH = {"W4A8_TABLE", "W4A8_SHIFTED", "W4A8_SHIFTED_FLOAT",
-                 "W4A16", "W4A16_HALF", "W4A16_FLOAT",
-                 "SVDQUANT_INT4", "SVDQUANT_INT4_HALF", "SVDQUANT_NVFP4", "AWQ_INT4",
-                 "AWQ_INT4_HALF",
-                 "INT8_SMOOTHED", "F8_SMOOTHED", "NVFP4_SMOOTHED", "NVFP4_LOW_SMOOTHED"}
+LEFT_TO_TORCH = {"W4A8_TABLE", "W4A8_SHIFTED", "W4A8_SHIFTED_FLOAT"}
 
 
 def kernel_of(packed_format):
@@ -50,11 +46,13 @@ def can_dequantize(family) -> bool:
 def test_every_family_of_rows_has_a_kernel():
     families = {name for name, family in FAMILIES.items() if can_dequantize(family)}
     assert set(ROW_SIZES) == set(kernel_source.ROW_FAMILIES)
-    assert families == {*kernel_source.ROW_FAMILIES, "INT8", "INT8_ROWS"} | LEFT_TO_TORCH
+    assert set(CPU_ROW_SIZES) == set(kernel_source.CPU_ROW_FAMILIES)
+    assert families == {*kernel_source.CPU_ROW_FAMILIES, "INT8", "INT8_ROWS"} | LEFT_TO_TORCH
     assert all(kernel_of(FAMILIES[name].of_columns(512)) for name in families - LEFT_TO_TORCH)
 
 
-@each_row_format
+@pytest.mark.parametrize(("name", "size"), [
+    (name, size) for name, sizes in CPU_ROW_SIZES.items() for size in sizes], ids=str)
 @pytest.mark.parametrize("lanes", [8, 16])
 def test_a_row_has_the_bits_of_the_reference(name, size, lanes, monkeypatch):
     if lanes > cpp_backend._max_lanes():
@@ -80,12 +78,12 @@ def test_a_row_has_the_bits_of_the_reference_on_gpus(name, size, gpu_backend):
         check(kernel, packed_format, dtype, value_dtype, CPU)
 
 
-@pytest.mark.parametrize("name", ROW_SIZES)
+@pytest.mark.parametrize("name", CPU_ROW_SIZES)
 @pytest.mark.parametrize(("dtype", "value_dtype"), [
     (torch.float32, None), (torch.float16, None), (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float16)], ids=str)
 def test_values_are_rounded_once_or_to_the_dtype_asked_for(name, dtype, value_dtype):
-    packed_format = FAMILIES[name].of_columns(*ROW_SIZES[name][0])
+    packed_format = FAMILIES[name].of_columns(*CPU_ROW_SIZES[name][0])
     check(kernel_of(packed_format), packed_format, dtype, value_dtype, CPU)
 
 
@@ -102,8 +100,9 @@ def test_every_byte_of_fp8_has_its_value():
 def test_a_wrong_rotation_is_seen(monkeypatch):
     packed_format = FAMILIES["INT8_CONVROT"].of_columns(512)
     kernel = kernel_of(packed_format)
-    wrong = dict(kernel_source.ROW_FAMILIES, INT8_CONVROT=("SignedBytes", "FloatScales", False))
-    monkeypatch.setattr(kernel_source, "ROW_FAMILIES", wrong)
+    wrong = kernel_source.CPU_ROW_FAMILIES | {
+        "INT8_CONVROT": kernel_source.RowKernel("SignedBytes", "FloatScales")}
+    monkeypatch.setattr(kernel_source, "CPU_ROW_FAMILIES", wrong)
     with pytest.raises(WrongResult, match="differ from the reference"):
         check(kernel, packed_format, torch.float32, None, CPU)
 

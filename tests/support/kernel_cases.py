@@ -37,6 +37,12 @@ ROW_SIZES = {
     "W4A8": [(512,), (192, 64, 8), (512, 256, 32), (192, 64, 4)], "W4A8_INTEGERS": [(512,)],
     "W6A8": [(512,), (192, 64, 32)],
 }
+CPU_ROW_SIZES = ROW_SIZES | {
+    "INT8_SMOOTHED": [(96,)], "F8_SMOOTHED": [(96,), (256, 64)], "NVFP4_SMOOTHED": [(96,)],
+    "NVFP4_LOW_SMOOTHED": [(80,)], "SVDQUANT_NVFP4": [(96,)], "SVDQUANT_INT4": [(192,)],
+    "SVDQUANT_INT4_HALF": [(192,)], "W4A16": [(192,), (256, 128)], "W4A16_HALF": [(192,)],
+    "W4A16_FLOAT": [(192,)], "AWQ_INT4": [(192,), (256, 128)], "AWQ_INT4_HALF": [(192,)],
+}
 each_row_format = pytest.mark.parametrize(
     ("name", "size"), [(name, size) for name, sizes in ROW_SIZES.items() for size in sizes],
     ids=str)

@@ -3,10 +3,15 @@
 // CODES names how LANES codes become numbers. A scale belongs to GROUP columns; SCALES names how it
 // is stored. Where ROTATED is 1, the numbers of GROUP columns are integers and are rotated, and the
 // scale belongs to the row. Where LEVEL_GROUP is not 0, an integer is a number times the scale, a
-// byte of E4M3, of LEVEL_GROUP columns.
+// byte of E4M3, of LEVEL_GROUP columns. MINIMA names the numbers added to the values of GROUP
+// columns. Where SCALED_COLUMNS is 1, each column has a factor too.
 
 struct SignedBytes {
     static FUNCTION Floats numbers(Packed from) { return floats(load_signed_bytes(from)); }
+};
+
+struct UnsignedBytes {
+    static FUNCTION Floats numbers(Packed from) { return floats(load_bytes(from)); }
 };
 
 struct SignedNibbles {  // the low nibble first
@@ -63,11 +68,44 @@ static FUNCTION float e4m3(unsigned byte) {
     return byte & 0x80 ? -value : value;
 }
 
-struct FloatScales {
-    static FUNCTION float scale(Packed scales, Scales, Index group, Index) {
-        return load<float>(scales + group * sizeof(float));
+struct Float {
+    static FUNCTION float number(Packed from, Index index) {
+        return load<float>(from + index * sizeof(float));
     }
 };
+
+struct BFloat {
+    static FUNCTION float number(Packed from, Index index) {
+        return float_of_bits((unsigned)load<unsigned short>(from + index * 2) << 16);
+    }
+};
+
+struct HalfFloat {
+    static FUNCTION float number(Packed from, Index index) { return load_half(from + index * 2); }
+};
+
+struct None {
+    static FUNCTION float number(Packed, Index) { return 0; }
+};
+
+template <class Type>
+struct NumberScales {
+    static FUNCTION float scale(Packed scales, Scales, Index group, Index) {
+        return Type::number(scales, group);
+    }
+};
+typedef NumberScales<Float> FloatScales;
+typedef NumberScales<BFloat> BFloatScales;
+typedef NumberScales<HalfFloat> HalfScales;
+
+template <class Type>
+struct ScalesOfGroupsAndRows {
+    static FUNCTION float scale(Packed scales, Scales of_rows, Index group, Index row) {
+        return Type::number(scales, group) * of_rows[row];
+    }
+};
+typedef ScalesOfGroupsAndRows<BFloat> BFloatRowScales;
+typedef ScalesOfGroupsAndRows<HalfFloat> HalfRowScales;
 
 struct Exponents {
     static FUNCTION float scale(Packed scales, Scales, Index group, Index) {
@@ -141,9 +179,9 @@ static FUNCTION void rotate(Floats* values) {
                             values[i + 3 * stride]);
 }
 
-// out: (rows, COLUMNS). row_scales: null where SCALES does not use them.
-extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales, TYPE* out,
-                                long long rows, int threads) {
+// out: (rows, COLUMNS). row_scales, minima, column_scales: null where they are not used.
+extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales, Packed minima,
+                                Scales column_scales, TYPE* out, long long rows, int threads) {
     const int groups = COLUMNS / GROUP;
 #pragma omp parallel for num_threads(threads)
     for (Index row = 0; row < rows; row++)
@@ -165,10 +203,17 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
                 for (int i = 0; i < GROUP / LANES; i++)
                     store(rounded<VALUE_TYPE>(values[i] * scale), out + place + i * LANES);
             } else {
-                for (int first = 0; first < GROUP; first += LANES)
-                    store(rounded<VALUE_TYPE>(
-                              CODES::numbers(codes + first * BITS / 8) * scale),
-                          out + place + first);
+                const float minimum = MINIMA::number(minima, row * groups + group);
+                for (int first = 0; first < GROUP; first += LANES) {
+                    Floats values = CODES::numbers(codes + first * BITS / 8) * scale;
+#if HAS_MINIMA
+                    values = values + minimum;
+#endif
+#if SCALED_COLUMNS
+                    values = values * load<Floats>(column_scales + group * GROUP + first);
+#endif
+                    store(rounded<VALUE_TYPE>(values), out + place + first);
+                }
             }
         }
 }
