@@ -9,22 +9,25 @@ import torch
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops.format import FORMATS, Format
-from featherweight.ops.formats._rows import FAMILIES
+from featherweight.ops.formats._rows import FAMILIES, RowFormat
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
-from featherweight.ops.kernels.kernel_source import ROW_FAMILIES
+from featherweight.ops.kernels.kernel_source import CPU_ROW_FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
+from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor, with_low_rank
 
 # those of rows by the name of their family
 FORMAT_NAMES = [
     *(name for name, packed_format in FORMATS.items()
       if packed_format.ggml_type is not None or issubclass(packed_format, Codebook4Bit)),
-    *ROW_FAMILIES, "INT8"
+    *CPU_ROW_FAMILIES, "INT8"
 ]
+RANK = "+32"  # after the name of a family of rows: a low rank of 32 is part of the weight
+RANKED_NAMES = [f"{name}{RANK}" for name in CPU_ROW_FAMILIES]
 
 
 def format_for(name: str, columns: int) -> type[Format]:
-    """The format of a name in FORMAT_NAMES, for rows of so many values."""
+    """The format of a name in FORMAT_NAMES, for rows of so many values, without a low rank."""
+    name = name.removesuffix(RANK)
     return FAMILIES[name].of_columns(columns) if name in FAMILIES else FORMATS[name]
 
 
@@ -43,11 +46,11 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
     )
     scale = None
     if format_name in FAMILIES:
-        data, *sides = random_tensors(packed_format, shape[0], torch.device("cpu"))
-        if sides[-1].is_floating_point():
-            sides[-1] /= 100
-        data &= 0xB7  # no floats without a value
-        return packed_tensor(packed_format, data, shape, torch.float32, *sides)
+        return _random_rows(packed_format, shape)
+    if format_name.endswith(RANK):
+        weight = _random_rows(packed_format, shape)
+        up, down = torch.randn(shape[0], 32) / 100, torch.randn(32, shape[1]) / 100
+        return with_low_rank(weight, up.bfloat16(), down.bfloat16())
     if packed_format.ggml_type is None:
         data = torch.from_numpy(generator.integers(0, 256, values // 2, dtype=np.uint8))
         blocks = -(-values // packed_format.block_length)
@@ -57,6 +60,20 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
         picks = generator.integers(0, len(pool), values // packed_format.block_length)
         data = torch.from_numpy(pool[picks]).view(packed_format.packed_shape(shape))
     return packed_tensor(packed_format, data, shape, torch.float32, scale)
+
+
+def _random_rows(packed_format: type[RowFormat], shape: tuple[int, int]) -> QuantizedTensor:
+    """A packed weight of a format whose block is a row."""
+    data, *sides = random_tensors(packed_format, shape[0], torch.device("cpu"))
+    side_dtype = getattr(packed_format, "side_dtype", None)
+    for index, side in enumerate(sides):
+        if side.is_floating_point():
+            side /= 100
+        elif side_dtype is not None:
+            numbers = torch.rand(side.numel() // side_dtype.itemsize) / 100
+            sides[index] = numbers.to(side_dtype).view(torch.uint8)
+    data &= 0xB7  # no floats without a value
+    return packed_tensor(packed_format, data, shape, torch.float32, *sides)
 
 
 def packed_weight(format_name: str, values: torch.Tensor) -> QuantizedTensor | None:

@@ -29,8 +29,8 @@ from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, Kernel
 from .kernel_source import (
-    FORMAT_NAMES,
     CPU_ROW_FAMILIES,
+    FORMAT_NAMES,
     TYPES,
     block_addresses,
     c_floats,

@@ -12,7 +12,7 @@ from devtools.measure.bench import cpu, files, memory_passes, models, packing, p
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
-from devtools.measure.weights import FORMAT_NAMES
+from devtools.measure.weights import FORMAT_NAMES, RANKED_NAMES
 
 import torch
 
@@ -36,7 +36,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python3 dev.py bench", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=CASES,
                         help=f"cases to run; by default all but {', '.join(LARGE)}, peer")
-    parser.add_argument("--formats", nargs="+", choices=FORMAT_NAMES,
+    parser.add_argument("--formats", nargs="+", choices=[*FORMAT_NAMES, *RANKED_NAMES],
                         default=["Q8_0", "Q4_K", "NF4"], metavar="FORMAT")
     parser.add_argument("--blocks", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"),
                         help="size of the model in `model`")
