@@ -67,7 +67,7 @@ def host_product_text(patcher) -> str | None:
 
 def title_of(name: str) -> str:
     """Returns a format's name for people, the same for rows of all lengths."""
-    return getattr(FORMATS.get(name), "family", name)
+    return FORMATS[name].title() if name in FORMATS else name
 
 
 def format_name(tensor: torch.Tensor) -> str:

@@ -193,6 +193,11 @@ class Format:
         FORMATS[cls.__name__] = cls
 
     @classmethod
+    def title(cls) -> str:
+        """Returns the name that people see, the same for rows of all lengths."""
+        return cls.__name__
+
+    @classmethod
     def side_bytes(cls) -> int:
         """Returns the bytes of a block's own numbers in `sides`."""
         return sum(side.dtype.itemsize * side.count for side in cls.sides if not side.is_shared)

@@ -15,6 +15,7 @@ class RowFormat(Format):
         bits: of a code.
         group: columns that share a scale, or that are rotated together; 0: a whole row.
         family: name of the class that is the same for rows of all lengths.
+        label: its name for people, where that is another.
         sizes: names of attributes that may differ from those of the class, in the order in which
             the name of a format has them.
     """
@@ -23,6 +24,7 @@ class RowFormat(Format):
     group = 0
     sizes = ("group",)
     family: str
+    label: str | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -48,6 +50,10 @@ class RowFormat(Format):
                               sides=cls.sides_of(columns, *chosen))
             packed_format = type(name, (cls,), attributes)
         return packed_format
+
+    @classmethod
+    def title(cls) -> str:
+        return cls.label or cls.family
 
     @classmethod
     def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:

@@ -112,6 +112,10 @@ class AddedLowRank(Composite):
         return packed_format
 
     @classmethod
+    def title(cls) -> str:
+        return f"{cls.base.title()} with rank {cls.rank}"
+
+    @classmethod
     def formats_within(cls) -> Iterable[type[Format]]:
         yield cls.base
 
@@ -277,6 +281,10 @@ class Joined(Composite):
             for target, tensor in zip(part.tensors(data), tensors):
                 target.copy_(tensor.reshape(-1))
         return packed_format, data
+
+    @classmethod
+    def title(cls) -> str:
+        return ", ".join(dict.fromkeys(part.format.title() for part in cls.parts))
 
     @classmethod
     def formats_within(cls) -> Iterable[type[Format]]:

@@ -1,6 +1,6 @@
 """Formats of SVDQuant (https://arxiv.org/abs/2411.05007) and of the AWQ that goes with it.
 
-A weight of SVDQuant is a low rank (`ops.pieces`) plus codes of 4 bits, whose columns are divided by
+A weight of SVDQuant is a low rank (`composite.AddedLowRank`) plus codes of 4 bits, whose columns are divided by
 the factors that its layer's input is divided by. Sources of the formulas: deepcompressor-toolkit
 0.1.0 `backend/nunchaku/utils.py`, `backend/tinychat/utils.py`. `loaders/files/nunchaku_tiles.py`
 brings codes and scales into the order of the values.
