@@ -16,7 +16,7 @@ from .unsupported_quantizers import OTHER_FORM
 
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-QUANT_METHODS = ("bitsandbytes", "fp8")
+QUANT_METHODS = ("bitsandbytes", "fp8", "gptq", "auto-round", "intel/auto-round", "awq")
 INDEX = ".index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
@@ -58,6 +58,11 @@ class ModelFolder(SafetensorsFile):
         architectures = self.config.get("architectures")
         architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
         return str(self.config.get("_class_name", architecture))
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        settings = self.config.get("quantization_config")
+        return settings if isinstance(settings, dict) else {}
 
 
 def _error(folder: Path, problem: str) -> WeightFileError:
@@ -119,8 +124,8 @@ def _read_config(folder: Path) -> dict:
             raise _error(
                 folder,
                 f"its config.json says that the weights are quantised by {safe_repr(method)};"
-                " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8) or by"
-                " transformers in fp8 are supported."
+                " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8), by"
+                " transformers in fp8, or by GPTQ, AutoRound or AWQ are supported."
                 f" {OTHER_FORM}")
     return config
 

@@ -30,6 +30,7 @@ from .container import (
     map_file,
     safe_repr,
 )
+from .quantizers import join_quantized_weights
 from .scaled_weights import join_scaled_weights
 from .unsupported_quantizers import reject_unsupported_quantizers
 
@@ -106,7 +107,8 @@ class SafetensorsFile(WeightFile):
         Raises:
             WeightFileError: the file changed meanwhile, or its quantiser is not supported.
         """
-        tensors = join_scaled_weights(self, join_parts(self, super().state_dict(), track))
+        tensors = join_quantized_weights(self, super().state_dict())
+        tensors = join_scaled_weights(self, join_parts(self, tensors, track))
         reject_unsupported_quantizers(self, tensors)
         return tensors
 

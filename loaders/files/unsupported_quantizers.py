@@ -16,7 +16,7 @@ UNSUPPORTED_QUANTIZERS = (
     ),
     (
         r"\.(qweight|qzeros|g_idx)$",
-        "part of a weight quantised by GPTQ or AWQ, which are not supported",
+        "part of a weight of GPTQ or AWQ whose other parts (qweight, qzeros, scales) are missing",
         OTHER_FORM,
     ),
     (

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..format import Format
+from ..formats import integers
 from ..formats._rows import RowFormat
 from .kernel import Kernel
 
@@ -28,12 +29,14 @@ class RowKernel(NamedTuple):
         is_rotated: whether groups of columns are rotated.
         minima: name of the structure that reads numbers which are added to groups of columns.
         has_column_scales: whether each column has a factor, the last of the sides.
+        has_zeros: whether groups have numbers that are subtracted from the codes, the last side.
     """
     codes: str
     scales: str
     is_rotated: bool = False
     minima: str = "None"
     has_column_scales: bool = False
+    has_zeros: bool = False
 
 
 ROW_FAMILIES = {
@@ -63,7 +66,17 @@ CPU_ROW_FAMILIES = ROW_FAMILIES | {
     "W4A16_FLOAT": RowKernel("CodebookLowNibbles", "FloatScales", minima="Float"),
     "AWQ_INT4": RowKernel("CodebookLowNibbles", "BFloatScales", minima="BFloat"),
     "AWQ_INT4_HALF": RowKernel("CodebookLowNibbles", "HalfScales", minima="HalfFloat"),
+    "NVFP4_QUOTIENT": RowKernel("CodebookLowNibbles", "E4M3Quotients"),
 }
+for _ending, _number in (("", "BFloat"), ("_HALF", "HalfFloat"), ("_FLOAT", "Float")):
+    _scales = f"{_number.replace('HalfFloat', 'Half')}Scales"
+    for _bits in integers.BITS:
+        CPU_ROW_FAMILIES |= {
+            f"INT{_bits}_GROUPED{_ending}": RowKernel("Integers", _scales),
+            f"UINT{_bits}_GROUPED{_ending}": RowKernel("Integers", _scales, has_zeros=True)}
+    for _bits in (2, 4):
+        CPU_ROW_FAMILIES[f"QUANTO_INT{_bits}{_ending}"] = RowKernel(
+            "Integers", _scales, minima=_number)
 
 
 def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None,
@@ -104,9 +117,11 @@ def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
         "COLUMNS": packed_format.block_length, "GROUP": group, "ROTATED": int(kernel.is_rotated),
         "ROOT": f"{group**0.5 if kernel.is_rotated else 1.0}f",
         "LEVEL_GROUP": getattr(packed_format, "level_group", 0), "MINIMA": kernel.minima,
-        "HAS_MINIMA": int(kernel.minima != "None"),
+        "HAS_MINIMA": int(kernel.minima != "None"), "HAS_ZEROS": int(kernel.has_zeros),
         "SCALED_COLUMNS": int(kernel.has_column_scales)
     }
+    if issubclass(packed_format, integers.Integers):
+        definitions["OFFSET"] = packed_format.offset()
     values = getattr(getattr(packed_format, "base", packed_format), "values", None)
     return definitions | ({"CODEBOOK": c_floats(values)} if values else {})
 
