@@ -79,11 +79,11 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
         zeros = None
     family = integer_family(bits, scales.dtype, zeros is not None, groups is not None)
     size = count if groups is not None else columns // count
-    sides = [scales.contiguous().view(torch.uint8).flatten()]
+    sides = [scales.flatten().view(torch.uint8)]
     if zeros is not None:
-        sides.append(zeros.contiguous().flatten())
+        sides.append(zeros.flatten())
     if groups is not None:
-        sides.append(groups.to(torch.int16).contiguous().view(torch.uint8))
+        sides.append(groups.flatten().to(torch.int16).view(torch.uint8))
     return packed_tensor(family.of_columns(columns, size), codes.view(-1), (rows, columns),
                          torch.float32, *sides)
 
