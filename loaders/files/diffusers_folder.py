@@ -16,7 +16,8 @@ from .unsupported_quantizers import OTHER_FORM
 
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-QUANT_METHODS = ("bitsandbytes", "fp8", "gptq", "auto-round", "intel/auto-round", "awq")
+QUANT_METHODS = ("bitsandbytes", "fp8", "gptq", "auto-round", "intel/auto-round", "awq",
+                 "compressed-tensors", "quanto", "torchao")
 INDEX = ".index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
@@ -125,7 +126,8 @@ def _read_config(folder: Path) -> dict:
                 folder,
                 f"its config.json says that the weights are quantised by {safe_repr(method)};"
                 " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8), by"
-                " transformers in fp8, or by GPTQ, AutoRound or AWQ are supported."
+                " transformers in fp8, or by GPTQ, AutoRound, AWQ, compressed-tensors, quanto or"
+                " torchao are supported."
                 f" {OTHER_FORM}")
     return config
 

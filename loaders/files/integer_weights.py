@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection
 import torch
 
 from ...ops.bits import split_bits, split_stream
+from ...ops.formats._rows import RowFormat
+from ...ops.formats.comfy import F8_E4M3, F8_E5M2, INT8_ROWS
 from ...ops.formats.integers import BITS, SIDE_DTYPES, integer_family
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
@@ -12,6 +14,8 @@ from .container import WeightFile, safe_repr
 
 AGAIN = "Download the file again, or get another conversion."
 CHUNK_VALUES = 1 << 22  # codes unpacked at a time while a weight is repacked
+BYTES: dict[torch.dtype, type[RowFormat]] = {
+    torch.int8: INT8_ROWS, torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
 
 Parts = dict[str, torch.Tensor]
 
@@ -86,6 +90,27 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
         sides.append(groups.flatten().to(torch.int16).view(torch.uint8))
     return packed_tensor(family.of_columns(columns, size), codes.view(-1), (rows, columns),
                          torch.float32, *sides)
+
+
+def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
+    """Makes a packed tensor of bytes with a scale for each row, or with one.
+
+    Args:
+        codes: int8 or fp8 (N, ...).
+        scale: float of N numbers, or of one.
+
+    Raises:
+        PartError: the scales do not fit the rows.
+    """
+    family = BYTES.get(codes.dtype)
+    if family is None or codes.ndim < 2 or not codes.numel() or (
+            scale.numel() not in (1, len(codes)) or not scale.is_floating_point()):
+        raise PartError(f"it has {describe(codes)} codes and {describe(scale)} scales, expected int8"
+                        " or fp8 with a scale for each row")
+    scales = scale.float().flatten().expand(len(codes)).contiguous()
+    return packed_tensor(family.of_columns(codes.shape[1:].numel()),
+                         codes.contiguous().view(torch.uint8).view(-1), codes.shape, torch.float32,
+                         scales)
 
 
 def split_words(words: torch.Tensor, bits: int) -> torch.Tensor:

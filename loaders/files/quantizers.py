@@ -7,10 +7,10 @@ from collections.abc import Collection
 
 import torch
 
-from . import gptq
+from . import compressed_tensors, gptq, quanto, torchao
 from .container import WeightFile
 
-MODULES = (gptq,)
+MODULES = (gptq, compressed_tensors, quanto, torchao)
 
 
 def has_quantized_weights(names: Collection[str]) -> bool:

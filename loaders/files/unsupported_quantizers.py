@@ -21,12 +21,17 @@ UNSUPPORTED_QUANTIZERS = (
     ),
     (
         r"\._weight_(qdata|scale|zero_point)$",
-        "part of a weight quantised by torchao, which is not supported",
+        "part of a weight quantised by torchao whose _weight_qdata is missing",
         OTHER_FORM,
     ),
     (
         r"\.weight\._(data|scale|shift|packed)$",
-        "part of a weight quantised by quanto, which is not supported",
+        "part of a weight quantised by quanto whose weight._data is missing",
+        OTHER_FORM,
+    ),
+    (
+        r"\.experts\.\w+_(blocks|scales)$",
+        "part of experts quantised in MXFP4, which is not supported",
         OTHER_FORM,
     ),
     (r"\.W_q$", "part of a weight quantised by HQQ, which is not supported", OTHER_FORM),
