@@ -5,7 +5,7 @@
 | `L.weight_packed` int32 (N, K * bits / 32), `L.weight_scale` (N, G), | pack-quantized |
 | `L.weight_shape` (2,), optional `L.weight_zero_point` int32 (N * bits / 32, G) or int8 (N, G), | |
 | `L.weight_g_idx` int32 (K,) | |
-| `L.weight` int8 (N, K), `L.weight_scale` (N, G), `L.weight_zero_point` int8 (N, G) | int-quantized |
+| `L.weight` int8 (N, K), `L.weight_scale` (N, G), optional `L.weight_zero_point` | int-quantized |
 | `L.weight_packed` uint8 (N, K / 2), `L.weight_scale` fp8 E4M3 (N, K / 16), | nvfp4-pack- |
 | `L.weight_global_scale` (1,) | quantized |
 
@@ -111,9 +111,9 @@ def _pack_quantized(parts: Parts) -> torch.Tensor:
         raise PartError(f"its {SHAPE} is {shape} and its {PACKED} {describe(codes)}")
     rows, columns = shape
     widths = [bits for bits in BITS if -(-columns * bits // 32) == codes.shape[1]]
-    if len(widths) != 1 or columns * widths[0] % 8 or columns % 8 and widths[0] == 3:
-        raise PartError(f"its {PACKED} is {describe(codes)} for {columns} columns, expected words of"
-                        f" {', '.join(map(str, BITS))} bits a value without gaps")
+    if len(widths) != 1 or columns * widths[0] % 8 or (columns % 8 and widths[0] == 3):
+        raise PartError(f"its {PACKED} is {describe(codes)} for {columns} columns, expected words"
+                        f" of {', '.join(map(str, BITS))} bits a value without gaps")
     bits = widths[0]
     scales = _scales(parts, rows)
     zeros, groups = parts.get(ZEROS), parts.get(GROUPS)

@@ -133,7 +133,7 @@ class WeightFile:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """The settings of the quantiser that the config of a folder has, {} where there are none."""
+        """The settings of a quantiser in the config of a folder, {} where there are none."""
         return {}
 
     @property

@@ -71,7 +71,7 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
     if groups is None and columns % max(1, count):
         raise PartError(f"its {count} groups do not divide its {columns} columns")
     if groups is not None:
-        is_inside = groups.numel() == columns and 0 <= groups.min() and groups.max() < count
+        is_inside = groups.numel() == columns and groups.min() >= 0 and groups.max() < count
         if not is_inside or count > torch.iinfo(torch.int16).max:
             raise PartError(f"its columns do not name one of its {count} groups each")
         if columns % count == 0 and torch.equal(
@@ -105,8 +105,8 @@ def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
     family = BYTES.get(codes.dtype)
     if family is None or codes.ndim < 2 or not codes.numel() or (
             scale.numel() not in (1, len(codes)) or not scale.is_floating_point()):
-        raise PartError(f"it has {describe(codes)} codes and {describe(scale)} scales, expected int8"
-                        " or fp8 with a scale for each row")
+        raise PartError(f"it has {describe(codes)} codes and {describe(scale)} scales, expected"
+                        " int8 or fp8 with a scale for each row")
     scales = scale.float().flatten().expand(len(codes)).contiguous()
     return packed_tensor(family.of_columns(codes.shape[1:].numel()),
                          codes.contiguous().view(torch.uint8).view(-1), codes.shape, torch.float32,

@@ -69,8 +69,8 @@ def _weight(parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
     rows, group = len(bias), codes.shape[1]
     columns = groups * group // max(1, rows)
     if bias.ndim != 1 or not rows or rows * columns != groups * group or columns % group:
-        raise PartError(f"its {groups} groups of {group} values are no whole rows of the {rows} that"
-                        " its bias has")
+        raise PartError(f"its {groups} groups of {group} values are no whole rows of the {rows}"
+                        " that its bias has")
     sides = [side.flatten().view(torch.uint8) for side in (scale, -shift)]
     packed = join_codes(_codes(codes, groups, bits), bits)
     return packed_tensor(quanto_family(bits, scale.dtype).of_columns(columns, group),

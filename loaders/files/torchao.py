@@ -6,9 +6,9 @@ The header has, under the name of a weight `L.weight`, JSON with its type, and t
 |---|---|---|---|
 | Int8Tensor | int8 (N, K) | (N, 1) | int8 (N, 1) |
 | Float8Tensor | fp8 (N, K) | (N, 1) or (1, 1) | |
-| IntxUnpackedToInt8Tensor | int8 (N, K), integers of `target_dtype` | (N, K / g) | int8 (N, K / g) |
+| IntxUnpackedToInt8Tensor | int8 (N, K) of `target_dtype` | (N, K / g) | int8 (N, K / g) |
 
-Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. Integers of 4 bits or fewer
+Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. Integers of up to 4 bits
 are packed. The other types have layouts of one GPU's kernels.
 
 Source: torchao 0.18.0 `prototype/safetensors`, `quantization/quantize_`.

@@ -61,7 +61,9 @@ def gptq(values, bits=4, group=32, stored_less=1, symmetric=False, order=None, d
 def awq_words(matrix):
     """int32 words of a matrix (R, N), of which each holds eight neighbouring columns."""
     nibbles = matrix.long().view(len(matrix), -1, 8)
-    words = sum(nibbles[..., i] << 4 * AWQ_NIBBLES[i] for i in range(8))
+    words = torch.zeros_like(nibbles[..., 0])
+    for i, nibble in enumerate(AWQ_NIBBLES):
+        words |= nibbles[..., i] << 4 * nibble
     return torch.from_numpy(words.numpy().astype(numpy.uint32).view(numpy.int32))
 
 
@@ -155,7 +157,9 @@ def quanto_bits(values, bits=4, group=128, dtype=torch.bfloat16):
     codes = ((blocks + shift.float()) / scale.float()).round().clamp(0, (1 << bits) - 1).int()
     count = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % count))
-    stored = sum(piece << bits * i for i, piece in enumerate(padded.chunk(count)))
+    stored = torch.zeros_like(padded[:len(padded) // count])
+    for i, piece in enumerate(padded.chunk(count)):
+        stored |= piece << bits * i
     parts = {"weight._data._data": stored.to(torch.uint8), "weight._scale": scale,
              "weight._shift": shift}
     return parts, (codes.float() * scale.float() - shift.float()).view(values.shape)

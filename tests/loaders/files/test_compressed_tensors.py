@@ -2,7 +2,7 @@
 import pytest
 import torch
 from oracles import installed
-from quantizer_writers import int_quantized, nvfp4, pack_quantized
+from quantizer_writers import int_quantized, nvfp4, pack_quantized, quantize
 from safetensors.torch import save_file
 
 from featherweight.loaders.files import open_weights
@@ -139,7 +139,7 @@ def test_values_are_those_of_the_package(bits, symmetric, group, tmp_path, monke
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     values = weight()
-    _, scales, zeros = quantized(values, bits, group, symmetric)
+    _, scales, zeros = quantize(values, bits, group, torch.float32, symmetric)
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
         num_bits=bits, type="int", symmetric=symmetric, group_size=group,
         strategy="group" if group else "channel"))
@@ -149,12 +149,6 @@ def test_values_are_those_of_the_package(bits, symmetric, group, tmp_path, monke
     expected = PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
     packed = read_weight(tmp_path, stored)
     assert torch.equal(packed.dequantize().to(expected.dtype), expected)
-
-
-def quantized(values, bits, group, symmetric):
-    from quantizer_writers import quantize
-
-    return quantize(values, bits, group, torch.float32, symmetric)
 
 
 @pytest.mark.heavy

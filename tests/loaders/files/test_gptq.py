@@ -1,9 +1,13 @@
 """Weights of GPTQ, AutoRound and AWQ, against small writers and against their packages."""
+import importlib.util
+import logging
+import re
+import types
 
 import pytest
 import torch
 from oracles import installed
-from quantizer_writers import awq, gptq, save_config
+from quantizer_writers import awq, gptq, quantize, save_config
 from safetensors.torch import save_file
 
 from featherweight.loaders.files import open_weights
@@ -172,7 +176,7 @@ def test_values_are_those_of_auto_round(bits, module_name, symmetric, tmp_path, 
     monkeypatch.syspath_prepend(installed("auto-round==0.16.1", "loguru"))
     module = load_module(monkeypatch, f"auto_round_extension/torch/{module_name}.py")
     layer = module.QuantLinear(bits, 64, 128, 96, False)
-    values, scales, zeros = weight(), None, None
+    values = weight()
     parts, dense = gptq(values, bits, 64, symmetric=symmetric)
     scales = parts["scales"].t().float()
     zeros = quantize_zeros(values, bits, symmetric)
@@ -191,18 +195,11 @@ def test_values_are_those_of_auto_round(bits, module_name, symmetric, tmp_path, 
 
 
 def quantize_zeros(values, bits, symmetric):
-    from quantizer_writers import quantize
-
     return quantize(values, bits, 64, symmetric=symmetric)[2].float().clamp(min=1)
 
 
 def load_module(monkeypatch, path):
     """A module of auto-round without the package, which imports much more than it needs."""
-    import importlib.util
-    import logging
-    import re
-    import types
-
     folder = installed("auto-round==0.16.1", "loguru")
     source = (folder / path).read_text()
     source = re.sub(r"^from auto_round[^\n(]*\([^)]*\)|^from auto_round.*$", "", source, flags=re.M)
@@ -210,17 +207,16 @@ def load_module(monkeypatch, path):
     other = {} if path.endswith("qlinear_torch.py") else vars(
         load_module(monkeypatch, "auto_round_extension/torch/qlinear_torch.py"))
     module.__dict__.update(
-        other, GenericBitPackingMixin=type("Mixin", (), {}), requires_generic_bit_packing=lambda bits: False,
+        other, GenericBitPackingMixin=type("Mixin", (), {}),
+        requires_generic_bit_packing=lambda bits: False,
         SUPPORTED_BITS=[2, 3, 4, 8], logger=logging.getLogger(),
         get_packing_device=lambda device: torch.device("cpu"))
-    exec(compile(source, path, "exec"), module.__dict__)
+    exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102  a package's own source
     return module
 
 
 @pytest.mark.heavy
 def test_values_are_those_of_autoawq(tmp_path):
-    import importlib.util
-
     path = installed("autoawq==0.2.9") / "awq" / "utils" / "packing_utils.py"
     spec = importlib.util.spec_from_file_location("awq_packing", path)
     module = importlib.util.module_from_spec(spec)
