@@ -35,6 +35,7 @@ from .integer_weights import (
     take_parts,
 )
 
+NAME = "compressed-tensors"
 PACKED, WEIGHT, SHAPE = "weight_packed", "weight", "weight_shape"
 SCALE, ZEROS, GROUPS = "weight_scale", "weight_zero_point", "weight_g_idx"
 GLOBAL = "weight_global_scale"
@@ -64,7 +65,7 @@ def join(file: WeightFile, tensors: Parts):
     for layer in dict.fromkeys([*layers(tensors.keys()), *_layers_of_int8(tensors)]):
         if f"{layer}{MARK}" not in tensors:
             parts = take_parts(tensors, layer, PARTS)
-            tensors[f"{layer}.weight"] = read_layer(file, layer, "compressed-tensors",
+            tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
                                                     lambda: _weight(parts))
 
 

@@ -36,6 +36,7 @@ from .integer_weights import (
     take_parts,
 )
 
+NAME = "GPTQ, AutoRound or AWQ"
 CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
 AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]  # of the nibbles of a word, the lowest first
 AWQ_BITS, AWQ_CODES = 4, 8
@@ -58,7 +59,7 @@ def join(file: WeightFile, tensors: Parts):
     """
     for layer in list(layers(tensors.keys())):
         parts = take_parts(tensors, layer, (CODES, ZEROS, SCALES, GROUPS))
-        tensors[f"{layer}.weight"] = read_layer(file, layer, "GPTQ, AutoRound or AWQ",
+        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
                                                 lambda: _weight(file, parts))
 
 
@@ -108,7 +109,8 @@ def _zero_offset(file: WeightFile, stored: torch.Tensor, bits: int) -> int:
         packing = str(settings.get("packing_format", "auto_gptq"))
         return int("auto_gptq" in packing)
     if settings:
-        return int("v2" not in str(settings.get("checkpoint_format")))
+        version = settings.get("checkpoint_format", settings.get("format"))
+        return int("v2" not in str(version))
     if bool((stored == half).all()):
         return 0
     if bool((stored == half - 1).all()):

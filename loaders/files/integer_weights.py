@@ -85,7 +85,9 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
     size = count if groups is not None else columns // count
     sides = [scales.flatten().view(torch.uint8)]
     if zeros is not None:
-        sides.append(zeros.flatten())
+        width = family.zero_bits()
+        padded = torch.nn.functional.pad(zeros, (0, -count % (8 // width)))
+        sides.append(join_codes(padded.contiguous(), width).flatten())
     if groups is not None:
         sides.append(groups.flatten().to(torch.int16).view(torch.uint8))
     return packed_tensor(family.of_columns(columns, size), codes.view(-1), (rows, columns),

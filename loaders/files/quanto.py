@@ -22,6 +22,7 @@ from .comfy_formats import PartError
 from .container import WeightFile
 from .integer_weights import Parts, describe, join_codes, pack_rows, part, read_layer, take_parts
 
+NAME = "quanto"
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
 OF_LAYER = ("input_scale", "output_scale")
 
@@ -44,7 +45,7 @@ def join(file: WeightFile, tensors: Parts):
     for layer in list(layers(tensors.keys())):
         parts = take_parts(tensors, layer, (CODES, PACKED, SCALE, SHIFT, *OF_LAYER))
         bias = tensors.get(f"{layer}.bias")
-        tensors[f"{layer}.weight"] = read_layer(file, layer, "quanto",
+        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
                                                 lambda: _weight(parts, bias))
 
 

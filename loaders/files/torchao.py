@@ -33,6 +33,7 @@ from .integer_weights import (
     take_parts,
 )
 
+NAME = "torchao"
 CODES, SCALE, ZEROS = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 ROWS, INTEGERS = ("Int8Tensor", "Float8Tensor"), "IntxUnpackedToInt8Tensor"
 
@@ -54,7 +55,7 @@ def join(file: WeightFile, tensors: Parts):
     for layer in list(layers(tensors.keys())):
         parts = take_parts(tensors, layer, (CODES, SCALE, ZEROS))
         text = file.metadata.get(f"{layer}.weight")
-        tensors[f"{layer}.weight"] = read_layer(file, layer, "torchao",
+        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
                                                 lambda: _weight(parts, _settings(text)))
 
 

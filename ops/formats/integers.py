@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..bits import reinterpret, select, split_stream
+from ..bits import reinterpret, select, split_bits, split_stream
 from ..format import Side, Terms
 from ._rows import FAMILIES, RowFormat
 from .comfy import NVFP4_LOW
@@ -30,7 +30,8 @@ class Integers(RowFormat):
     |---------|-------------------------------|-----------------------------------------------|
     | packed  | uint8 (rows * K * bits / 8,)  | codes, a stream of bits, the lowest bit first |
     | scale   | uint8                         | bytes of rows * groups `side_dtype`           |
-    | scale_2 | uint8 (rows * groups,)        | zeros, where `has_zeros`                      |
+    | scale_2 | uint8                         | zeros, where `has_zeros`: `zero_bits` each, a |
+    |         |                               | row filled up to whole bytes                  |
 
     Attributes:
         side_dtype: of the scales.
@@ -47,8 +48,21 @@ class Integers(RowFormat):
     @classmethod
     def sides_of_groups(cls, groups: int) -> tuple[Side, ...]:
         """Returns the sides of rows with a number of groups."""
-        zeros = (Side(torch.uint8, groups),) if cls.has_zeros else ()
+        zeros = (Side(torch.uint8, -(-groups * cls.zero_bits() // 8)),) if cls.has_zeros else ()
         return Side(torch.uint8, groups * cls.side_dtype.itemsize), *zeros
+
+    @classmethod
+    def zero_bits(cls) -> int:
+        """Returns the bits of a stored zero: those of a code, of 3 bits a byte."""
+        return 8 if cls.bits == 3 else cls.bits
+
+    @classmethod
+    def zeros(cls, stored: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+        """Returns the zeros of some rows, integers (rows, groups)."""
+        stored, width = stored.view(rows, -1), cls.zero_bits()
+        if width == 8:
+            return stored
+        return split_bits(stored, width, 8 // width).view(rows, -1)[:, :groups]
 
     @classmethod
     def offset(cls) -> int:
@@ -77,7 +91,7 @@ class Integers(RowFormat):
         scales = reinterpret(scale, cls.side_dtype).float().view(count, -1, 1)
         numbers = cls.numbers(codes).view(count, scales.shape[1], -1)
         if cls.has_zeros:
-            numbers -= sides[0].view(count, -1, 1)
+            numbers -= cls.zeros(sides[0], count, scales.shape[1]).unsqueeze(-1)
         return Terms(numbers, scales)
 
 
@@ -101,7 +115,8 @@ class OrderedIntegers(Integers):
         scales = reinterpret(scale, cls.side_dtype).float().view(count, -1)
         numbers = cls.numbers(codes)
         if cls.has_zeros:
-            numbers -= sides[0].view(count, -1).index_select(1, group_of_column)
+            zeros = cls.zeros(sides[0], count, scales.shape[1])
+            numbers -= zeros.index_select(1, group_of_column)
         return Terms(numbers, scales.index_select(1, group_of_column))
 
 

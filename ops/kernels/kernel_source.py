@@ -122,6 +122,7 @@ def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
     }
     if issubclass(packed_format, integers.Integers):
         definitions["OFFSET"] = packed_format.offset()
+        definitions["ZERO_BITS"] = packed_format.zero_bits()
     values = getattr(getattr(packed_format, "base", packed_format), "values", None)
     return definitions | ({"CODEBOOK": c_floats(values)} if values else {})
 

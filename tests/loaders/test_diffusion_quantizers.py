@@ -27,6 +27,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
+from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.reader_choice import needs_own_reader
 from featherweight.ops.packed_layout import is_packed
 
@@ -102,6 +103,7 @@ def test_a_model_takes_no_more_memory_than_its_file(model):
     tensors = file.state_dict()
     packed = {name: tensor for name, tensor in tensors.items() if is_packed(tensor)}
     plain = sum(tensor.nbytes for name, tensor in tensors.items() if name not in packed)
+    plain += sum(entry.nbytes for name, entry in file.entries.items() if name.endswith(".g_idx"))
     size = sum(tensor.nbytes for tensor in packed.values())
     assert size <= 1.05 * (file.tensor_bytes - plain)
 
@@ -115,8 +117,18 @@ def test_two_loras_are_exact(model):
     assert error_by_effect(run(patched(ours, *loras)), expected, run(dense)) < LIMIT
 
 
-@pytest.mark.parametrize(("model", "title"), [
-    ("gptq", "int4 in groups"), ("auto-round 3 bits", "int3 in groups"), ("quanto", "quanto int4"),
-    ("compressed-tensors nvfp4", "nvfp4")], indirect=["model"])
-def test_an_inspection_names_the_format(model, title):
-    assert title in identify(file_contents(model[0])).types
+@pytest.mark.parametrize(("model", "title", "quantizer"), [
+    ("gptq", "int4 in groups", "GPTQ"), ("auto-round 3 bits", "int3 in groups", "AutoRound"),
+    ("awq", "int4 in groups", "AWQ"), ("quanto", "quanto int4", "quanto"),
+    ("compressed-tensors nvfp4", "nvfp4", "compressed-tensors")], indirect=["model"])
+def test_an_inspection_names_the_format_and_the_quantiser(model, title, quantizer):
+    inspection = identify(file_contents(model[0]))
+    assert title in inspection.types and inspection.family == "Flux.1"
+    assert f"packed by: {quantizer}" in inspection_text(inspection).splitlines()
+
+
+def test_an_inspection_of_a_single_file_names_the_quantiser(tmp_path):
+    parts, _ = gptq(torch.randn(64, 64), symmetric=True)
+    save_file({f"L.{name}": value for name, value in parts.items()}, tmp_path / "a.safetensors")
+    assert identify(file_contents(tmp_path / "a.safetensors")).quantizer == (
+        "GPTQ, AutoRound or AWQ")

@@ -45,7 +45,7 @@ CPU_ROW_SIZES = ROW_SIZES | {
     "W4A16_FLOAT": [(192,)], "AWQ_INT4": [(192,), (256, 128)], "AWQ_INT4_HALF": [(192,)],
     "NVFP4_QUOTIENT": [(96,), (80,)],
 } | {
-    f"{name}{bits}_GROUPED{ending}": [(96, 32), (48, 24)] if bits == 3 else [(96,)]
+    f"{name}{bits}_GROUPED{ending}": [(96, 32), (48, 24)] if bits == 3 else [(96, 32)]
     for name in ("INT", "UINT") for bits in integers.BITS for ending in ("", "_HALF", "_FLOAT")
 } | {f"QUANTO_INT{bits}{ending}": [(256, 64)]
      for bits in (2, 4) for ending in ("", "_HALF", "_FLOAT")}

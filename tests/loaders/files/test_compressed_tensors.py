@@ -39,7 +39,7 @@ def test_values_of_pack_quantized(bits, symmetric, group, tmp_path):
     parts, expected = pack_quantized(weight(), bits, group, symmetric)
     packed = read_weight(tmp_path, parts)
     assert torch.equal(packed.dequantize(), expected)
-    assert held(packed, parts) <= (1.05 if bits > 2 or symmetric else 1.08)
+    assert held(packed, parts) <= 1.05
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

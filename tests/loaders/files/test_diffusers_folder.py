@@ -124,11 +124,9 @@ def refused(path, message):
 @pytest.mark.parametrize(
     ("quantiser", "named"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
-        ({"quant_method": "awq"}, "'awq'"),
-        ("gptq", "'gptq'"),
-        ({"quant_method": "torchao"}, "'torchao'"),
-        ({"quant_method": "quanto"}, "'quanto'"),
+        ({"quant_method": "hqq", "bits": 4}, "'hqq'"),
+        ({"quant_method": "mxfp4"}, "'mxfp4'"),
+        ("hqq", "'hqq'"),
         ({"quant_method": ["x"]}, r"\['x'\]"),
         ({"bits": 4}, "'bits'"),
     ],
@@ -139,7 +137,7 @@ def test_another_quantiser_is_named(folder, quantiser, named):
     refused(
         folder,
         rf"transformer: its config.json says .* quantised by .*{named}.* only folders quantised by"
-        r" bitsandbytes .* or by transformers in fp8 are supported"
+        r" bitsandbytes .* transformers in fp8, or by GPTQ, .* quanto or torchao are supported"
     )
 
 

@@ -53,6 +53,7 @@ def test_values_of_gptq(bits, symmetric, dtype, tmp_path):
 
 @pytest.mark.parametrize(("stored_less", "settings"), [
     (1, V1), (0, V1 | {"checkpoint_format": "gptq_v2"}), (1, V1 | {"checkpoint_format": "gptq"}),
+    (0, V1 | {"format": "gptq_v2"}),
     (1, AUTO_ROUND), (1, {"quant_method": "auto-round"}),
     (0, {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}),
     (0, {"quant_method": "intel/auto-round", "packing_format": "auto_round"})], ids=str)

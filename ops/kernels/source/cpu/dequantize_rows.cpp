@@ -4,9 +4,9 @@
 // is stored. Where ROTATED is 1, the numbers of GROUP columns are integers and are rotated, and the
 // scale belongs to the row. Where LEVEL_GROUP is not 0, an integer is a number times the scale, a
 // byte of E4M3, of LEVEL_GROUP columns. MINIMA names the numbers added to the values of GROUP
-// columns. Where HAS_ZEROS is 1, minima are bytes that are subtracted from the numbers of GROUP
-// columns, and OFFSET is a number subtracted from all. Where SCALED_COLUMNS is 1, each column has a
-// factor too.
+// columns. Where HAS_ZEROS is 1, minima are integers of ZERO_BITS that are subtracted from the
+// numbers of GROUP columns, each row filled up to whole bytes; OFFSET is subtracted from all numbers.
+// Where SCALED_COLUMNS is 1, each column has a factor too.
 
 #ifndef OFFSET
 #define OFFSET 0
@@ -237,7 +237,9 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
                     store(rounded<VALUE_TYPE>(values[i] * scale), out + place + i * LANES);
             } else {
 #if HAS_ZEROS
-                const float zero = minima[row * groups + group];
+                const int zero_bytes = (groups * ZERO_BITS + 7) / 8, bit = group * ZERO_BITS;
+                const float zero = minima[row * zero_bytes + bit / 8] >> bit % 8
+                                   & ((1 << ZERO_BITS) - 1);
 #else
                 const float minimum = MINIMA::number(minima, row * groups + group);
 #endif
