@@ -50,7 +50,7 @@ def layers(names: Collection[str]) -> Iterator[str]:
         if layer != name:
             yield layer
         layer = name.removesuffix(f".{ZEROS}")
-        if layer != name and {f"{layer}.{WEIGHT}", f"{layer}.{SCALE}"}.issubset(names):
+        if layer != name and f"{layer}.{WEIGHT}" in names and f"{layer}.{SCALE}" in names:
             yield layer
 
 
@@ -107,7 +107,10 @@ def _nvfp4(parts: Parts) -> torch.Tensor:
 
 
 def _pack_quantized(parts: Parts) -> torch.Tensor:
-    codes, shape = parts[PACKED], part(parts, SHAPE).flatten().tolist()
+    codes, stored = parts[PACKED], part(parts, SHAPE)
+    shape = stored.flatten().tolist()
+    if stored.is_floating_point():
+        raise PartError(f"its {SHAPE} is {describe(stored)}")
     if len(shape) != 2 or shape[0] != len(codes) or min(shape) < 1:
         raise PartError(f"its {SHAPE} is {shape} and its {PACKED} {describe(codes)}")
     rows, columns = shape

@@ -47,7 +47,7 @@ def layers(names: Collection[str]) -> Iterator[str]:
     """Yields the layers of a file that such quantisers packed, by the names of its tensors."""
     for name in names:
         layer = name.removesuffix(f".{CODES}")
-        if layer != name and {f"{layer}.{SCALES}", f"{layer}.{ZEROS}"}.issubset(names):
+        if layer != name and f"{layer}.{SCALES}" in names and f"{layer}.{ZEROS}" in names:
             yield layer
 
 

@@ -68,10 +68,11 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
         PartError: the scales do not fit the columns.
     """
     rows, count = scales.shape
-    if groups is None and columns % max(1, count):
+    if count < 1 or (groups is None and columns % count):
         raise PartError(f"its {count} groups do not divide its {columns} columns")
     if groups is not None:
-        is_inside = groups.numel() == columns and groups.min() >= 0 and groups.max() < count
+        is_inside = not groups.is_floating_point() and groups.numel() == columns and (
+            groups.min() >= 0 and groups.max() < count)
         if not is_inside or count > torch.iinfo(torch.int16).max:
             raise PartError(f"its columns do not name one of its {count} groups each")
         if columns % count == 0 and torch.equal(

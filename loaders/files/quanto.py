@@ -61,13 +61,13 @@ def _weight(parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
                         f" {describe(shift)} shifts, expected uint8 codes with a scale and a shift"
                         " for each group")
     bits = next((bits for bits in (4, 2) if len(codes) == -(-groups * bits // 8)), None)
-    if bits is None:
+    if bits is None or codes.shape[1] * bits % 8:
         raise PartError(f"it has {describe(codes)} codes for {groups} groups, expected 2 or 4 bits"
-                        " a value")
+                        " a value, and whole bytes for each group")
     if bias is None:
         raise PartError("it has no bias, without which its file does not say how many rows it has;"
                         " qint8 and qfloat8 need none")
-    rows, group = len(bias), codes.shape[1]
+    rows, group = bias.numel(), codes.shape[1]
     columns = groups * group // max(1, rows)
     if bias.ndim != 1 or not rows or rows * columns != groups * group or columns % group:
         raise PartError(f"its {groups} groups of {group} values are no whole rows of the {rows}"

@@ -6,14 +6,13 @@ The header has, under the name of a weight `L.weight`, JSON with its type, and t
 |---|---|---|---|
 | Int8Tensor | int8 (N, K) | (N, 1) | int8 (N, 1) |
 | Float8Tensor | fp8 (N, K) | (N, 1) or (1, 1) | |
-| IntxUnpackedToInt8Tensor | int8 (N, K) of `target_dtype` | (N, K / g) | int8 (N, K / g) |
+| IntxUnpackedToInt8Tensor | int8 (N, K) | (N, K / g) | int8 (N, K / g) |
 
-Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. Integers of up to 4 bits
-are packed. The other types have layouts of one GPU's kernels.
+Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. Integers of the last type
+are packed into as few bits as hold them. Other types have layouts of one GPU's kernels.
 
 Source: torchao 0.18.0 `prototype/safetensors`, `quantization/quantize_`.
 """
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -73,7 +72,7 @@ def _settings(text: Any) -> Mapping[str, Any]:
 def _weight(parts: Parts, settings: Mapping[str, Any]) -> torch.Tensor:
     type_name, codes, scale = settings.get("_type"), parts[CODES], part(parts, SCALE)
     zeros = parts.get(ZEROS)
-    if type_name in ROWS and (zeros is None or not zeros.any()):
+    if type_name == ROWS[1]:
         return pack_rows(codes, scale)
     if type_name != INTEGERS and type_name != ROWS[0]:
         raise PartError(f"it is a {safe_repr(type_name)}, expected {', '.join(ROWS)} or {INTEGERS}")
@@ -84,17 +83,17 @@ def _weight(parts: Parts, settings: Mapping[str, Any]) -> torch.Tensor:
         raise PartError(f"it has {describe(codes)} codes, {describe(scale)} scales and"
                         f" {describe(zeros)} zeros, expected int8 (N, K) codes with a scale and a"
                         " zero for each group")
-    bits = _bits(settings, codes, zeros)
+    if type_name == ROWS[0] and scale.shape[1] == 1 and not zeros.any():
+        return pack_rows(codes, scale)
+    bits = _bits(codes, zeros)
     half = 1 << bits - 1
     unsigned = (codes.view(torch.uint8) + half) & (1 << bits) - 1
     return pack_integers(join_codes(unsigned, bits), codes.shape[1], bits, scale,
                          (zeros.short() + half).to(torch.uint8))
 
 
-def _bits(settings: Mapping[str, Any], codes: torch.Tensor, zeros: torch.Tensor) -> int:
-    """Returns the fewest bits that hold all codes and zeros, not fewer than the header says."""
-    match = re.search(r"\bint([1-8])\b", str(settings.get("_data")))
-    named = int(match[1]) if match else 8
+def _bits(codes: torch.Tensor, zeros: torch.Tensor) -> int:
+    """Returns the fewest bits that hold all codes and zeros."""
     largest = max(int(-codes.min()), int(codes.max()) + 1, int(-zeros.min()), int(zeros.max()) + 1)
     return next(bits for bits in (2, 4, 8)
-                if bits >= named and largest <= 1 << bits - 1 and codes.shape[1] * bits % 8 == 0)
+                if largest <= 1 << bits - 1 and codes.shape[1] * bits % 8 == 0)

@@ -43,8 +43,9 @@ def test_values_of_pack_quantized(bits, symmetric, group, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_rows_may_end_within_a_word(bits, tmp_path):
-    parts, expected = pack_quantized(weight(90, 136), bits, 8, symmetric=False)
+@pytest.mark.parametrize("rows", [90, 40])
+def test_rows_may_end_within_a_word(rows, bits, tmp_path):
+    parts, expected = pack_quantized(weight(rows, 136), bits, 8, symmetric=False)
     assert torch.equal(read_weight(tmp_path, parts).dequantize(), expected)
 
 
@@ -106,6 +107,12 @@ BAD = {
         "expected 4-bit integers"),
     "groups of other columns": (lambda parts: parts | {"weight_g_idx": torch.zeros(9).int()},
                                 "its columns do not name one of its 4 groups each"),
+    "a shape of floats": (lambda parts: parts | {"weight_shape": parts["weight_shape"].float()},
+                          "its weight_shape is float32"),
+    "no groups": (lambda parts: parts | {"weight_scale": torch.ones(96, 0).bfloat16()},
+                  "its 0 groups do not divide its 128 columns"),
+    "groups of floats": (lambda parts: parts | {"weight_g_idx": torch.ones(128)},
+                         "its columns do not name one of its 4 groups each"),
     "scales of doubles": (lambda parts: parts | {"weight_scale": parts["weight_scale"].double()},
                           "its scales are float64"),
     "codes of floats": (lambda parts: parts | {"weight_packed": torch.ones(96, 16)},

@@ -52,9 +52,12 @@ def test_values_of_bits(bits, dtype, shape, group, tmp_path):
 BAD = {
     "no bias": ({}, "it has no bias, without which .* qint8 and qfloat8 need none"),
     "a bias of other rows": ({"bias": torch.ones(7)}, "are no whole rows of the 7 that its bias"),
+    "a bias of one number": ({"bias": torch.ones(())}, "are no whole rows of the 1 that its bias"),
     "shifts missing": ({"weight._shift": torch.ones(5).bfloat16()}, "expected uint8 codes with a"),
     "codes missing": ({"weight._data._data": torch.zeros(5, 128, dtype=torch.uint8)},
                       "expected 2 or 4 bits a value"),
+    "a group of no whole bytes": ({"weight._data._data": torch.zeros(96, 129).to(torch.uint8)},
+                                  "and whole bytes for each group"),
     "codes of floats": ({"weight._data._data": torch.zeros(5, 128)}, "expected uint8 codes"),
     "bytes of other rows": ({"weight._data": torch.zeros(9, 8, dtype=torch.int8)},
                             "expected int8 or fp8 with a scale for each row"),

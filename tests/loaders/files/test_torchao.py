@@ -79,9 +79,11 @@ BAD = {
     "codes of floats": (torchao_header(INTEGERS), {"_weight_qdata": torch.ones(96, 128)},
                         r"expected int8 \(N, K\) codes"),
     "rows of groups": (torchao_header("Float8Tensor"), {
-        "_weight_qdata": torch.ones(96, 128).to(torch.float8_e4m3fn),
-        "_weight_zero_point": torch.zeros(96, 4, dtype=torch.int8)},
+        "_weight_qdata": torch.ones(96, 128).to(torch.float8_e4m3fn)},
         "expected int8 or fp8 with a scale for each row"),
+    "zeros of fp8": (torchao_header("Int8Tensor"), {
+        "_weight_zero_point": torch.zeros(96, 4).to(torch.float8_e4m3fn)},
+        r"expected int8 \(N, K\) codes"),
 }
 
 
