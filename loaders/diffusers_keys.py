@@ -26,6 +26,36 @@ UNKNOWN_TO_COMFYUI = (
     (r"^((double|single)_stream_modulation\w*)\.linear\.", r"\1.lin."),
 )
 
+# Wan, of which the host has no table (diffusers 0.42 `transformer_wan.py`): a tensor that only its
+# models have, and the names of diffusers, which are the first that match, and those of the host.
+WAN = "condition_embedder.time_embedder.linear_1.weight"
+WAN_NAMES = tuple((re.compile(pattern), replacement) for pattern, replacement in (
+    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    (r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"^proj_out\.", "head.head."),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.to_([qkv])\.", r".self_attn.\1."),
+    (r"\.attn2\.to_([qkv])\.", r".cross_attn.\1."),
+    (r"\.attn1\.to_out\.0\.", ".self_attn.o."),
+    (r"\.attn2\.to_out\.0\.", ".cross_attn.o."),
+    (r"\.attn2\.add_([kv])_proj\.", r".cross_attn.\1_img."),
+    (r"\.attn2\.norm_added_k\.", ".cross_attn.norm_k_img."),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.norm2\.", ".norm3."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+))
+
 
 def from_diffusers(state_dict: dict[str, torch.Tensor],
                    lazy: bool = False) -> dict[str, torch.Tensor]:
@@ -41,6 +71,8 @@ def from_diffusers(state_dict: dict[str, torch.Tensor],
     """
     if try_detect(comfy.model_detection.detect_unet_config, state_dict, "") is not None:
         return state_dict
+    if WAN in state_dict:
+        return {_convert_wan(name): tensor for name, tensor in state_dict.items()}
     tensors = {_convert_by_tables(name): tensor for name, tensor in state_dict.items()}
     names = [name for name, tensor in tensors.items() if tensor.ndim and tensor.numel()]
     starts = []
@@ -81,6 +113,15 @@ def _consecutive_runs(numbers: torch.Tensor) -> Sequence[torch.Tensor]:
     if not len(numbers):
         return ()
     return numbers.tensor_split((numbers.diff() != 1).nonzero().flatten() + 1)
+
+
+def _convert_wan(name: str) -> str:
+    """Returns the host's name of a tensor of Wan."""
+    for pattern, replacement in WAN_NAMES:
+        converted, count = pattern.subn(replacement, name)
+        if count:
+            return converted
+    return name
 
 
 def _convert_by_tables(name: str) -> str:

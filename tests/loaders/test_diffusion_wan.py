@@ -1,0 +1,61 @@
+"""Wan in diffusers' names, as AutoRound writes it, against diffusers' own class."""
+import functools
+import json
+
+import pytest
+import torch
+from families import FAMILIES, host_patcher, random_weights, relative_error, run
+from quantizer_writers import gptq, quantized_state_dict
+from safetensors.torch import save_file
+
+from featherweight.loaders.diffusers_keys import from_diffusers
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.ops.packed_layout import is_packed
+
+diffusers = pytest.importorskip("diffusers", reason="it has the names")
+
+OF_IMAGES = {"image_dim": 1280, "added_kv_proj_dim": 256}
+WIDTH = 4096  # of the text
+
+
+def diffusers_shapes(columns=36, **kwargs):
+    """Name -> shape in diffusers' class, of the size of the small models of `families`."""
+    with torch.device("meta"):
+        model = diffusers.WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=128, in_channels=columns, out_channels=16,
+            text_dim=WIDTH, freq_dim=256, ffn_dim=512, num_layers=1, **kwargs)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def names_of(shapes):
+    """Host's name -> diffusers' name."""
+    numbers = {name: torch.tensor(number) for number, name in enumerate(shapes)}
+    names = list(shapes)
+    return {name: names[number] for name, number in from_diffusers(numbers).items()}
+
+
+@pytest.mark.parametrize(("family_name", "kwargs"), [
+    ("wan2.1-t2v", {"columns": 16}), ("wan2.1-i2v", OF_IMAGES)])
+def test_names_and_shapes_are_those_of_the_host(family_name, kwargs):
+    shapes, weights = diffusers_shapes(**kwargs), random_weights(FAMILIES[family_name])
+    names = names_of(shapes)
+    assert {host_name: shapes[name] for host_name, name in names.items()} == {
+        host_name: tensor.shape for host_name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(("family_name", "kwargs"), [
+    ("wan2.1-t2v", {"columns": 16}), ("wan2.1-i2v", OF_IMAGES)])
+def test_a_model_of_auto_round_draws_what_its_dense_values_draw(family_name, kwargs, tmp_path):
+    family = FAMILIES[family_name]
+    names = names_of(diffusers_shapes(**kwargs))
+    weights = {names[name]: tensor for name, tensor in random_weights(family).items()}
+    stored, values = quantized_state_dict(
+        weights, functools.partial(gptq, symmetric=True), lambda name: ".attn" not in name)
+    save_file(stored, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({
+        "_class_name": "WanTransformer3DModel",
+        "quantization_config": {"quant_method": "auto-round"}}))
+    ours = load_diffusion_model(str(tmp_path))
+    assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= 8
+    expected = host_patcher({name: values[names[name]] for name in names}, family)
+    assert relative_error(run(ours, family), run(expected, family)) < 1e-5
