@@ -25,7 +25,8 @@ def quantizer_of(file: WeightFile) -> str:
     """Returns which of them packed weights of a file, "" if none did."""
     for module in MODULES:
         if next(module.layers(file.entries), None) is not None:
-            return NAMES.get(str(file.quantization.get("quant_method")), module.NAME)
+            method = str(file.quantization.get("quant_method"))
+            return NAMES[method] if method in NAMES else module.NAME
     return ""
 
 
