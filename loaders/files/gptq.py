@@ -8,7 +8,8 @@
 
 Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. GPTQ's words are a stream
 of bits along the rows of the matrix (along the columns for zeros), so that transposing them brings
-the codes into the order of the values. In AWQ's words, the nibbles have an order of their own.
+the codes into the order of the values. In AWQ's words, the four lower nibbles are the rows of even
+numbers of eight, the upper ones those of odd numbers.
 
 GPTQ's first version stores each zero less 1, modulo 2**b, its second as it is. The `config.json` of
 the folder says which: `checkpoint_format` of GPTQ, `packing_format` of AutoRound. Without it, only
@@ -27,7 +28,6 @@ from .integer_weights import (
     CHUNK_VALUES,
     Parts,
     describe,
-    join_codes,
     known_bits,
     pack_integers,
     part,
@@ -38,8 +38,7 @@ from .integer_weights import (
 
 NAME = "GPTQ, AutoRound or AWQ"
 CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
-AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]  # of the nibbles of a word, the lowest first
-AWQ_BITS, AWQ_CODES = 4, 8
+AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
 CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
 
 
@@ -126,14 +125,12 @@ def _awq(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torc
     step = max(1, CHUNK_VALUES // columns // AWQ_CODES)
     for first in range(0, words, step):
         fields = _awq_fields(codes[:, first:first + step])
-        packed[first * AWQ_CODES:(first + step) * AWQ_CODES] = join_codes(
-            fields.t().contiguous(), AWQ_BITS)
+        pairs = fields[::2] | fields[1::2] << AWQ_BITS  # of neighbouring columns of the weight
+        packed[first * AWQ_CODES:(first + step) * AWQ_CODES] = pairs.t()
     return pack_integers(packed, columns, AWQ_BITS, scales.t(), _awq_fields(zeros).t())
 
 
 def _awq_fields(words: torch.Tensor) -> torch.Tensor:
     """Returns the fields of words (R, W) in the order of the matrix' rows, uint8 (R, W * 8)."""
-    fields = split_words(words, AWQ_BITS).view(len(words), -1, AWQ_CODES)
-    ordered = torch.empty_like(fields)
-    ordered[..., AWQ_COLUMNS] = fields
-    return ordered.view(len(words), -1)
+    fields = split_words(words, AWQ_BITS).view(len(words), -1, 2, AWQ_CODES // 2)
+    return fields.transpose(2, 3).reshape(len(words), -1)

@@ -3,7 +3,7 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from ...ops.bits import split_bits, split_stream
+from ...ops.bits import split_stream
 from ...ops.formats._rows import RowFormat
 from ...ops.formats.comfy import F8_E4M3, F8_E5M2, INT8_ROWS
 from ...ops.formats.integers import BITS, SIDE_DTYPES, integer_family
@@ -13,7 +13,7 @@ from .comfy_formats import PartError
 from .container import WeightFile, safe_repr
 
 AGAIN = "Download the file again, or get another conversion."
-CHUNK_VALUES = 1 << 22  # codes unpacked at a time while a weight is repacked
+CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
 BYTES: dict[torch.dtype, type[RowFormat]] = {
     torch.int8: INT8_ROWS, torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
 
@@ -130,7 +130,7 @@ def split_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return data
     if bits == 4:
-        return split_bits(data, 4, 2).view(len(data), -1).to(torch.uint8)
+        return torch.stack([data & 15, data >> 4], -1).view(len(data), -1)
     return split_stream(data, bits).to(torch.uint8)
 
 

@@ -26,7 +26,7 @@ def quantizer_of(file: WeightFile) -> str:
     for module in MODULES:
         if next(module.layers(file.entries), None) is not None:
             method = str(file.quantization.get("quant_method"))
-            return NAMES[method] if method in NAMES else module.NAME
+            return NAMES.get(method) or module.NAME
     return ""
 
 
