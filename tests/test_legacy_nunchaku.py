@@ -1,5 +1,6 @@
 """The nodes of ComfyUI-nunchaku: what they load, LoRAs with their full strength, inputs without
 effect, and what a value of a workflow cannot name."""
+import comfy.text_encoders.flux
 import folder_paths
 import pytest
 import torch
@@ -30,6 +31,7 @@ CHOICES = {
     "data_type": ["bfloat16", "float16"], "i2f_mode": ["enabled", "always"],
     "use_pin_memory": ["enable", "disable"], "use_4bit_t5": ["disable", "enable"]
 }
+MODEL_TYPES = {"NunchakuTextEncoderLoader": "flux", "NunchakuTextEncoderLoaderV2": "flux.1"}
 LIMITS = {
     "cache_threshold": (0, 1), "num_blocks_on_gpu": (1, 60), "t5_min_length": (256, 1024),
     "lora_count": (1, 10), **dict.fromkeys(
@@ -66,9 +68,16 @@ def test_inputs_have_the_options_and_limits_of_the_original(node_id):
             assert input.options == CHOICES[input.id]
         if input.id in LIMITS:
             assert (input.min, input.max) == LIMITS[input.id]
-    if "model_type" in INPUTS[node_id]:
-        model_type = input_of(node_id, "model_type")
-        assert model_type.options == [INPUTS[node_id]["model_type"]]
+        if input.id == "model_type":
+            assert input.options == [MODEL_TYPES[node_id]]
+
+
+@pytest.mark.parametrize("node_id", NUNCHAKU)
+def test_the_editor_has_the_inputs_in_the_order_of_the_original(node_id):
+    """It shows the required ones first, and a workflow has its values in that order."""
+    sections = NODES[node_id].INPUT_TYPES()
+    shown = [name for section in ("required", "optional") for name in sections.get(section, {})]
+    assert shown == list(INPUTS[node_id])
 
 
 @pytest.mark.parametrize("node_id", LOADERS)
@@ -138,8 +147,9 @@ def encoders(base, monkeypatch):
 @pytest.mark.parametrize("node_id", ENCODER_LOADERS)
 @pytest.mark.parametrize("length", [256, 512, 640])
 def test_the_prompt_is_filled_up_to_the_tokens_that_the_workflow_names(node_id, length, encoders):
-    given = {"model_type": INPUTS[node_id]["model_type"], **encoders, "t5_min_length": length}
+    given = {"model_type": MODEL_TYPES[node_id], **encoders, "t5_min_length": length}
     clip, = NODES[node_id].execute(**given)
+    assert isinstance(clip.cond_stage_model, comfy.text_encoders.flux.FluxClipModel)
     tokens = clip.tokenize("a feather")
     assert [len(batch) for batch in tokens["t5xxl"]] == [length]
     assert any(map(is_packed, clip.patcher.model.parameters()))
@@ -265,7 +275,7 @@ OUTSIDE = ["../secret.safetensors", "..\\secret.safetensors", "/etc/passwd", "C:
 
 @pytest.mark.parametrize("value", OUTSIDE)
 @pytest.mark.parametrize("node_id", NUNCHAKU)
-def test_no_value_names_a_file_outside_of_the_model_folders(node_id, value, base, monkeypatch):
+def test_no_value_names_a_file_outside_of_the_model_folders(node_id, value, base):
     (base / "secret.safetensors").touch()
     node, packed = NODES[node_id], object()
     names = [name for name in INPUTS[node_id] if name.startswith(("model_path", "model_name",

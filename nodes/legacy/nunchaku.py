@@ -156,6 +156,8 @@ class NamedModelLoader(Loader):
 def encoder_inputs(model_type: str) -> list:
     """Returns the inputs that both loaders for text encoders have.
 
+    All that come before a file are required, because the editor shows required inputs first.
+
     model_type: the only option of the input of that name.
     """
     files = [*list_files(*CLIP_FOLDERS), *list_model_folders(*CLIP_FOLDERS, model_class=ENCODER)]
@@ -163,8 +165,6 @@ def encoder_inputs(model_type: str) -> list:
         io.Combo.Input(
             "model_type",
             options=[model_type],
-            default=model_type,
-            optional=True,
             tooltip="The kind of model the text is encoded for: Flux.1.",
         ),
         *(

@@ -69,10 +69,10 @@ NUNCHAKU = {
     }, MODEL, "load_model"),
     "NunchakuZImageDiTLoader": ({"model_name": NAME}, MODEL, "load_model"),
     "NunchakuTextEncoderLoaderV2": (
-        {"model_type": "flux.1", **_flux_encoders}, CLIP, "load_text_encoder"
+        {"model_type": NAME, **_flux_encoders}, CLIP, "load_text_encoder"
     ),
     "NunchakuTextEncoderLoader": ({
-        "model_type": "flux", **_flux_encoders, "use_4bit_t5": "disable", "int4_model": "none"
+        "model_type": NAME, **_flux_encoders, "use_4bit_t5": "disable", "int4_model": "none"
     }, CLIP, "load_text_encoder"),
     "NunchakuFluxLoraLoader": (_lora, MODEL, "load_lora"),
     "NunchakuFluxLoraStack": ({"model": NAME, **_slots(15)}, MODEL, "load_lora_stack"),
