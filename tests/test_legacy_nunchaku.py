@@ -27,7 +27,8 @@ LORA_NODES = [node_id for node_id in NUNCHAKU if "Lora" in node_id]
 STACKS = [node_id for node_id in LORA_NODES if "Stack" in node_id]
 # Options and limits of the original.
 CHOICES = {
-    "attention": ["nunchaku-fp16", "flash-attention2"], "cpu_offload": ["auto", "enable", "disable"],
+    "attention": ["nunchaku-fp16", "flash-attention2"],
+    "cpu_offload": ["auto", "enable", "disable"],
     "data_type": ["bfloat16", "float16"], "i2f_mode": ["enabled", "always"],
     "use_pin_memory": ["enable", "disable"], "use_4bit_t5": ["disable", "enable"]
 }
@@ -269,8 +270,8 @@ def test_a_lora_that_does_not_fit_or_a_strength_that_is_no_number_is_told(node_i
             NODES[node_id].execute(packed, **slots(node_id, ("other.safetensors", strength)))
 
 
-OUTSIDE = ["../secret.safetensors", "..\\secret.safetensors", "/etc/passwd", "C:\\secret.safetensors",
-           "\\\\host\\share\\secret.safetensors"]
+OUTSIDE = ["../secret.safetensors", "..\\secret.safetensors", "/etc/passwd",
+           "C:\\secret.safetensors", "\\\\host\\share\\secret.safetensors"]
 
 
 @pytest.mark.parametrize("value", OUTSIDE)

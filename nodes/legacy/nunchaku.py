@@ -264,6 +264,11 @@ def strength_input(name: str):
     )
 
 
+def stack_model_input():
+    """Returns the input for the model of a stack."""
+    return io.Model.Input("model", tooltip="The diffusion model the LoRAs are applied to.")
+
+
 def slot_inputs(count: int, with_switches: bool = False) -> list:
     """Returns the inputs for the LoRAs of a stack.
 
@@ -272,7 +277,7 @@ def slot_inputs(count: int, with_switches: bool = False) -> list:
         with_switches: whether each slot has a switch.
     """
     files = [NONE, *list_files(*LORA_FOLDERS)]
-    inputs = []
+    inputs: list = []
     for slot in range(1, count + 1):
         if with_switches:
             inputs.append(
@@ -300,7 +305,7 @@ def stack_inputs(
     with_clip: bool = False, with_offload: bool = True, with_switches: bool = False
 ) -> list:
     """Returns the inputs of a stack of ComfyUI-QwenImageLoraLoader."""
-    inputs = [io.Model.Input("model", tooltip="The diffusion model the LoRAs are applied to.")]
+    inputs: list = [stack_model_input()]
     if with_clip:
         inputs.append(io.Clip.Input("clip", tooltip="A text encoder, which is not changed."))
     inputs.append(
@@ -460,10 +465,7 @@ NODE_CONFIG = {
     "NunchakuFluxLoraStack": (
         LoraStack,
         "Nunchaku FLUX LoRA Stack",
-        lambda: [
-            io.Model.Input("model", tooltip="The diffusion model the LoRAs are applied to."),
-            *slot_inputs(FLUX_SLOTS),
-        ],
+        lambda: [stack_model_input(), *slot_inputs(FLUX_SLOTS)],
         "The node for several LoRAs of ComfyUI-nunchaku workflows. Applies them to any model.",
     ),
     "NunchakuQwenImageLoraLoader": (
