@@ -105,8 +105,9 @@ def describe(workflow: Workflow) -> Cover:
     loader = next(node for node in workflow.nodes if node.type in LOADERS)
     form = FORMATS.get(name) or _format(loader, workflow)
     weights = WEIGHTS.get(name) or (loader.files[0].size and (loader.files[0].size, HELD)) or None
-    return Cover(model, re.sub(r"^(GGUF|NF4|SVDQuant|SDNQ)\s*", "", about), form, weights, _inputs(workflow),
-                 _outputs(workflow), FAMILIES[model], PICTURES.get(name, ()))
+    about = re.sub(r"^(GGUF|NF4|SVDQuant|SDNQ)\s*", "", about)
+    return Cover(model, about, form, weights, _inputs(workflow), _outputs(workflow),
+                 FAMILIES[model], PICTURES.get(name, ()))
 
 
 def _format(loader: Node, workflow: Workflow) -> str:

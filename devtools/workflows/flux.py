@@ -230,9 +230,9 @@ def svdquant_with_a_lora() -> Workflow:
     return Workflow(
         "Flux.1 dev SVDQuant with a LoRA",
         text_to_picture({"Load": [load, model, encoders, decoder]}, model, encoders, decoder),
-        about="A model of Nunchaku: weights of 4 bits, and a low rank next to them that makes up for"
-        " most of what they lose. It runs on any device, without Nunchaku's kernels, and with"
-        " ComfyUI's own nodes, such as **Load LoRA** here: the LoRA is added exactly.",
+        about="A model of Nunchaku: weights of 4 bits, and a low rank next to them that makes up"
+        " for most of what they lose. It runs on any device, without Nunchaku's kernels, and with"
+        " ComfyUI's own nodes, such as its LoRA loader here: the LoRA is added exactly.",
         memory=f"The text encoders (3.1 GB) run first and make room. The model takes 6.8 GB, the"
         f" LoRA the size of its file, and {RESERVE}. What does not fit on the card stays in main"
         " memory, by itself.",

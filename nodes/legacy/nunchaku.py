@@ -227,8 +227,8 @@ class TextEncoderLoader(LegacyNode):
     def load_text_encoder(
         cls,
         model_type=None,
-        text_encoder1=None,
-        text_encoder2=None,
+        text_encoder1="",
+        text_encoder2="",
         t5_min_length=512,
         use_4bit_t5=None,
         int4_model=None,

@@ -182,7 +182,8 @@ def test_it_runs_with_small_models(path, server, object_info):
         frame.std(axis=(0, 1)).max() for frame in frames
     ) > 2
 
-    packed = {name.rpartition("/")[2] for name in files if "nf4" in name or name.startswith("svdq") or name.endswith(".gguf")}
+    packed = {name.rpartition("/")[2] for name in files
+              if "nf4" in name or name.startswith("svdq") or name.endswith(".gguf")}
     packed |= {
         spec["inputs"]["model_name"] for spec in prompt.values()
         if spec["inputs"].get("pack_to", DEQUANTIZED) != DEQUANTIZED

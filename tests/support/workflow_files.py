@@ -301,6 +301,6 @@ FIXED = {family.config["image_model"]: {name: family.config[name] for name in fa
 # this width and with this many pooled values. The one of SD1.5 runs.
 TEXT = {
     "flux1": (1024, 0), "flux.1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
-    "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0), "Qwen-Image": (256, 0),
-    "z-image": (256, 0), "Wan2.2": (4096, 0), "ltx-2": (512, 0)
+    "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
+    "Qwen-Image": (256, 0), "z-image": (256, 0), "Wan2.2": (4096, 0), "ltx-2": (512, 0)
 }
