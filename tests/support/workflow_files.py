@@ -56,6 +56,8 @@ def flux_in_diffusers_names(flux: dict[str, torch.Tensor]) -> dict[str, torch.Te
     source = {name.replace("_norm.scale", "_norm.weight"): value for name, value in flux.items()}
     weights, done = {}, set()
     for name, target in names.items():
+        if "to_qkv_mlp_proj" in name:  # Flux 2's name of all rows
+            continue
         layer, part, swap = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
         if layer in source and (layer, part) not in done:  # the host knows two names of some layers
             done.add((layer, part))
@@ -142,7 +144,7 @@ def controlnet(path):
     weights = {
         name: value.clone()
         for name, value in flux_in_diffusers_names(flux(pooled_text=True)).items()
-        if not name.startswith(("norm_out", "proj_out")) and "to_qkv" not in name
+        if not name.startswith(("norm_out", "proj_out"))
     }
     hidden = FLUX_SIZES["hidden"]
     layers = {
