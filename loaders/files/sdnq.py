@@ -39,6 +39,7 @@ from ...ops.formats.sdnq import (
     SDNQ,
     SDNQ_TYPES,
     SIDE_TYPES,
+    SDNQFloat,
 )
 from ...ops.packed_layout import packed_tensor, with_low_rank
 from ...ops.packed_tensor import PackedTensor
@@ -56,8 +57,9 @@ SCALE_PARTS, ZERO_PARTS = (".scale_2", ".scale_zero_point"), (".zero_point_scale
 LEFTOVERS = (ZERO, UP, DOWN, *SCALE_PARTS, *ZERO_PARTS)
 TYPES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "I64", "I16", "U16")  # of codes
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-# version of SDNQ from which powers of four are rotated by powers of H4
-H4_VERSION = (0, 2)
+# versions of SDNQ from which powers of four are rotated by powers of H4, and from which small floats
+# have subnormals
+H4_VERSION, SUBNORMALS_VERSION = (0, 2, 0), (0, 2, 2)
 ROTATION, EARLIER_ROTATION = 256, 128  # values, where the config names no number
 SMALLEST_ROTATION = 4
 AGAIN = "Download the file again, or get another conversion."
@@ -177,14 +179,14 @@ class LayerSettings:
         type_name: of its codes, a key of `CODE_TYPES`.
         has_codebook: whether the codes select levels.
         rotation: largest number of values that are rotated together, 0 for none.
-        rotation_base: of the powers of four; None where the config does not say.
+        version: of SDNQ, None where the config does not say.
         is_transposed: whether the weight was written for a product of quantised numbers.
     """
 
     type_name: str
     has_codebook: bool
     rotation: int
-    rotation_base: int | None
+    version: tuple[int, ...] | None
     is_transposed: bool
 
 
@@ -221,8 +223,7 @@ def layer_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
         if type(rotation) is not int or rotation < 1 or rotation & rotation - 1:
             raise PartError(f"it is rotated in groups of {safe_repr(rotation)} values; expected a"
                             " power of two")
-    base = None if version is None else 4 if version >= H4_VERSION else 2
-    return LayerSettings(type_name, bool(settings.get("use_codebook")), rotation, base,
+    return LayerSettings(type_name, bool(settings.get("use_codebook")), rotation, version,
                          bool(settings.get("use_quantized_matmul")))
 
 
@@ -246,9 +247,9 @@ def _listed_type(key: str, type_name: Any) -> Any:
     return f"int{match[1]}" if bits is None or int(bits[0]) < int(match[1]) else type_name
 
 
-def _version(text: Any) -> tuple[int, int] | None:
-    match = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
-    return (int(match[1]), int(match[2])) if match else None
+def _version(text: Any) -> tuple[int, ...] | None:
+    match = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", text) if isinstance(text, str) else None
+    return tuple(map(int, match.groups())) if match else None
 
 
 def matches(pattern: Any, name: str) -> bool:
@@ -339,8 +340,10 @@ class _Layer:
         if self.zero is not None:
             zero_type, zeros = _numbers(self.of_rows(self.zero), "zero_point", *self.zero_parts)
             sides += zeros
-        packed_format = family.of_columns(self.columns, group, taps, *self.rotation(channels),
-                                          scale_type, zero_type)
+        sizes = [group, taps, *self.rotation(channels), scale_type, zero_type]
+        if issubclass(family, SDNQFloat) and family.exponent:
+            sizes.append(int(self.version_from(SUBNORMALS_VERSION, "its codes are small floats")))
+        packed_format = family.of_columns(self.columns, *sizes)
         shape = (self.rows, self.columns)
         if self.kernel:
             shape = (self.rows, channels, *self.kernel)
@@ -494,11 +497,20 @@ class _Layer:
             return 0, SDNQ.rotation_base
         if size.bit_length() % 2 == 0:  # only powers of four have two rotations
             return size, 2
-        assert self.settings is not None
-        if self.settings.rotation_base is None:
-            raise PartError("it is rotated, and the config does not say by which version of SDNQ;"
+        return size, 4 if self.version_from(H4_VERSION, "it is rotated") else 2
+
+    def version_from(self, version: tuple[int, ...], reason: str) -> bool:
+        """Returns whether a version of SDNQ or a later one wrote the weight.
+
+        Args:
+            version: of SDNQ.
+            reason: why it matters, for a message.
+        """
+        written = None if self.settings is None else self.settings.version
+        if written is None:
+            raise PartError(f"{reason}, and the config does not say by which version of SDNQ;"
                             " expected sdnq_version in it", CONFIG)
-        return size, self.settings.rotation_base
+        return written >= version
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the factors of the low rank, (rows, R) and (R, columns)."""

@@ -117,14 +117,12 @@ class SDNQ(RowFormat):
     Attributes:
         values: the number of each code.
         has_zeros: whether there are zero points.
-        is_integer: whether codes of 0 to 2**bits - 1 are integers, from `values[0]` on.
         label: the name of the type for people.
     """
 
     sizes = ("group", "taps", "rotation", "rotation_base", "scale_type", "zero_type")
     values: tuple[float, ...]
     has_zeros = False
-    is_integer = True
     label = "SDNQ"
     taps = 1
     rotation = 0
@@ -146,25 +144,12 @@ class SDNQ(RowFormat):
         return torch.tensor(cls.values, dtype=torch.float32)
 
     @classmethod
-    def number_pairs(cls) -> torch.Tensor:
-        """Returns the two numbers of each byte of codes of 4 bits, packed in int64 (256,)."""
-        values, codes = cls.code_numbers(), torch.arange(256)
-        pairs = torch.stack([values[codes & 15], values[codes >> 4]], -1)
-        return pairs.view(torch.int64).view(-1)
-
-    @classmethod
     def numbers(cls, packed: torch.Tensor) -> torch.Tensor:
-        """Returns the numbers of some rows (n, B), (n, K) of uint8, int8 or float32."""
-        if cls.is_integer:
-            codes = split_codes(packed, cls.bits)
-            if cls.values[0] == 0:
-                return codes
-            return (codes if cls.bits == 8 else codes + round(cls.values[0]) % 256).view(torch.int8)
-        if cls.bits == 4:
-            pairs = select(cls.constant("number_pairs", packed.device), packed)
-            return pairs.view(torch.float32).view(len(packed), -1)
+        """Returns the numbers of some rows (n, B), uint8, int8 or float32 of (n, K)."""
         codes = split_codes(packed, cls.bits)
-        return select(cls.constant("code_numbers", packed.device), codes).view(codes.shape)
+        if cls.has_zeros:
+            return codes
+        return (codes if cls.bits == 8 else codes + 256 - 2**(cls.bits - 1)).view(torch.int8)
 
     @classmethod
     def shape_of(cls, rows: int) -> tuple[int, ...]:
@@ -207,6 +192,48 @@ class SDNQ(RowFormat):
         return cls.rotate(rows.float()).mul_(cls.rotation**-0.5)
 
 
+class SDNQFloat(SDNQ):
+    """Codes are small floats, or floats of 8 bits of torch.
+
+    Up to version 0.2.1 SDNQ read floats of an exponent of 0 as all others.
+
+    Attributes:
+        exponent, mantissa: bits of each; 0 for floats of torch.
+        subnormals: 0 where the floats of an exponent of 0 are read as all others, except 0 itself.
+    """
+
+    sizes = (*SDNQ.sizes, "subnormals")
+    exponent: int
+    mantissa: int
+    subnormals = 1
+
+    @classmethod
+    def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
+        return super().sides_of(columns, *sizes[:-1])
+
+    @classmethod
+    def code_numbers(cls) -> torch.Tensor:
+        values = cls.values
+        if not cls.subnormals and cls.exponent:
+            values = float_values(cls.exponent, cls.mantissa, not cls.has_zeros, False)
+        return torch.tensor(values, dtype=torch.float32)
+
+    @classmethod
+    def number_pairs(cls) -> torch.Tensor:
+        """Returns the two numbers of each byte of codes of 4 bits, packed in int64 (256,)."""
+        values, codes = cls.code_numbers(), torch.arange(256)
+        pairs = torch.stack([values[codes & 15], values[codes >> 4]], -1)
+        return pairs.view(torch.int64).view(-1)
+
+    @classmethod
+    def numbers(cls, packed: torch.Tensor) -> torch.Tensor:
+        if cls.bits == 4:
+            pairs = select(cls.constant("number_pairs", packed.device), packed)
+            return pairs.view(torch.float32).view(len(packed), -1)
+        codes = split_codes(packed, cls.bits)
+        return select(cls.constant("code_numbers", packed.device), codes).view(codes.shape)
+
+
 class SDNQCodebook(SDNQ):
     """value = the level that a code selects, then rotated.
 
@@ -230,39 +257,61 @@ class CodeType(NamedTuple):
         bits: of a code.
         values: the number of each code.
         has_zeros: whether its groups have zero points.
-        is_integer: whether the numbers are integers.
+        exponent, mantissa: bits of each, of small floats only.
     """
 
     bits: int
     values: tuple[float, ...]
     has_zeros: bool
-    is_integer: bool
+    exponent: int | None = None
+    mantissa: int = 0
+
+    def family(self, name: str) -> type[SDNQ]:
+        """Returns a new family of formats.
+
+        Args:
+            name: of the type.
+        """
+        attributes = {"bits": self.bits, "values": self.values, "has_zeros": self.has_zeros,
+                      "label": f"SDNQ {name}", "__doc__": f"SDNQ's {name}.",
+                      "__module__": __name__}
+        if self.exponent is None:
+            return type(f"SDNQ_{name.upper()}", (SDNQ,), attributes)
+        attributes |= {"exponent": self.exponent, "mantissa": self.mantissa}
+        return type(f"SDNQ_{name.upper()}", (SDNQFloat,), attributes)
 
 
-def float_values(exponent: int, mantissa: int, is_signed: bool) -> tuple[float, ...]:
+def float_values(exponent: int, mantissa: int, is_signed: bool,
+                 has_subnormals: bool = True) -> tuple[float, ...]:
     """Returns the number of each code of a small float without infinities and NaN.
 
     Args:
         exponent, mantissa: bits of each.
         is_signed: whether a sign is above them.
+        has_subnormals: whether floats of an exponent of 0 have no implicit bit.
     """
-    bias = 2**(exponent - 1) - 1
-    values = [(code % 2**mantissa + (2**mantissa if code >> mantissa else 0))
-              * 2.0**(max(code >> mantissa, 1) - bias - mantissa)
-              for code in range(2**(exponent + mantissa))]
+    bias, one = 2**(exponent - 1) - 1, 2**mantissa
+    values = []
+    for code in range(2**(exponent + mantissa)):
+        power, fraction = code >> mantissa, code % one
+        if has_subnormals and power == 0:
+            power = 1
+        elif code or exponent == 1:
+            fraction += one
+        values.append(fraction * 2.0**(power - bias - mantissa))
     return (*values, *(-value for value in values)) if is_signed else tuple(values)
 
 
 def _code_types() -> dict[str, CodeType]:
     """Returns the types of at most 8 bits by the names that SDNQ's files have for them."""
-    types = {f"int{bits}": CodeType(bits, tuple(range(-2**(bits - 1), 2**(bits - 1))), False, True)
+    types = {f"int{bits}": CodeType(bits, tuple(range(-2**(bits - 1), 2**(bits - 1))), False)
              for bits in range(2, 8)}
-    types["int8"] = CodeType(8, tuple(map(int, signed_bytes().tolist())), False, True)
-    types |= {f"uint{bits}": CodeType(bits, tuple(range(2**bits)), True, True)
+    types["int8"] = CodeType(8, tuple(map(int, signed_bytes().tolist())), False)
+    types |= {f"uint{bits}": CodeType(bits, tuple(range(2**bits)), True)
               for bits in range(1, 9)}
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         numbers = torch.arange(256).to(torch.uint8).view(dtype).float().tolist()
-        types[str(dtype).removeprefix("torch.")] = CodeType(8, tuple(numbers), False, False)
+        types[str(dtype).removeprefix("torch.")] = CodeType(8, tuple(numbers), False, 0)
     for bits in range(1, 9):
         for is_signed in (True, False):
             for exponent in range(1, min(5, bits - is_signed) + 1):
@@ -271,7 +320,7 @@ def _code_types() -> dict[str, CodeType]:
                 # which are torch's, with NaN
                 name += "_sdnq" if name == "float8_e4m3fn" else ""
                 values = float_values(exponent, mantissa, is_signed)
-                types[name] = CodeType(bits, values, not is_signed, False)
+                types[name] = CodeType(bits, values, not is_signed, exponent, mantissa)
     return types
 
 
@@ -286,12 +335,7 @@ ALIASES = {
     "ufp8": "float8_e4m4fnu",
 }
 # name of a type -> family of its formats
-SDNQ_TYPES: dict[str, type[SDNQ]] = {
-    name: type(f"SDNQ_{name.upper()}", (SDNQ,), {
-        **code_type._asdict(), "label": f"SDNQ {name}",
-        "__doc__": f"SDNQ's {name}.", "__module__": __name__})
-    for name, code_type in CODE_TYPES.items()
-}
+SDNQ_TYPES = {name: code_type.family(name) for name, code_type in CODE_TYPES.items()}
 # bits -> family of formats with levels
 CODEBOOKS: dict[int, type[SDNQCodebook]] = {
     bits: type(f"SDNQ_CODEBOOK{bits}", (SDNQCodebook,), {
