@@ -406,16 +406,16 @@ class _Layer:
         Args:
             stored: possible numbers by the shape of the codes.
         """
-        candidates = []
+        columns = {}  # bits -> columns, where the scales make whole rows of them
         for bits in stored:
             try:
                 self.groups, self.kernel = self.scale_layout(bits)
-                columns = self.count_columns(bits)
             except PartError:
                 continue
-            channels = self.channels(columns)
-            if channels is not None and (len(stored) == 1 or self.fits(bits, columns, channels)):
-                candidates.append(bits)
+            if self.channels(count := self.count_columns(bits)) is not None:
+                columns[bits] = count
+        candidates = [bits for bits, count in columns.items()
+                      if len(columns) == 1 or self.fits(bits, count)]
         if len(candidates) != 1:
             sizes = " or ".join(map(str, sorted(stored)))
             raise PartError(
@@ -423,14 +423,15 @@ class _Layer:
                 f" other tensors do not tell which; expected a config that says so", CONFIG)
         return candidates[0]
 
-    def fits(self, bits: int, columns: int, channels: int) -> bool:
+    def fits(self, bits: int, columns: int) -> bool:
         """Returns whether something besides the number of codes speaks for their bits."""
+        self.groups, self.kernel = self.scale_layout(bits)
         if self.has_codebook:
             return True  # the levels are as many
         if self.down is not None and self.down.ndim == 2:
             return columns in self.down.shape
-        group = 2**(bits + (1 if self.kernel else 2))
-        return self.groups > 1 and channels // self.groups == group
+        group = columns // math.prod(self.kernel) // self.groups
+        return self.groups > 1 and group == 2**(bits + (1 if self.kernel else 2))
 
     def scale_layout(self, bits: int) -> tuple[int, tuple[int, ...]]:
         """Returns the groups of a row and the kernel by the shape of the scales."""
