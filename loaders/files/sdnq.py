@@ -321,7 +321,7 @@ class _Layer:
         self.bits = self.bits_by_config(stored) if self.settings else self.bits_by_sizes(stored)
         self.groups, self.kernel = self.scale_layout(self.bits)
         self.columns = self.count_columns(self.bits)
-        channels = self.channels(self.columns)
+        channels = self.channels(self.bits, self.columns)
         family = self.family()
         if channels is None:
             raise PartError(f"its weight is {_describe(self.weight)} and its scale"
@@ -412,7 +412,7 @@ class _Layer:
                 self.groups, self.kernel = self.scale_layout(bits)
             except PartError:
                 continue
-            if self.channels(count := self.count_columns(bits)) is not None:
+            if self.channels(bits, count := self.count_columns(bits)) is not None:
                 columns[bits] = count
         candidates = [bits for bits, count in columns.items()
                       if len(columns) == 1 or self.fits(bits, count)]
@@ -455,13 +455,13 @@ class _Layer:
         codes = self.weight.numel() * 8 // bits
         return 0 if self.weight.numel() * 8 % bits or codes % self.rows else codes // self.rows
 
-    def channels(self, columns: int) -> int | None:
+    def channels(self, bits: int, columns: int) -> int | None:
         """Returns the input channels of rows of some columns, None where these do not divide."""
         taps = math.prod(self.kernel)
         if not columns or not taps or not self.groups or columns % (taps * self.groups):
             return None
         shape = self.weight.shape
-        if _stored_bits(self.weight) == {8} and (
+        if bits == 8 and (
                 shape[0] != self.rows or len(shape) - len(self.kernel) not in (2, 3)):
             return None
         return columns // taps
