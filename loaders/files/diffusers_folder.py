@@ -12,11 +12,13 @@ from typing import Any
 from ...ops.bounded_json import read_json
 from .container import WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
+from .sdnq import sdnq_config
 from .unsupported_quantizers import OTHER_FORM
 
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-QUANT_METHODS = ("bitsandbytes", "fp8")
+QUANT_METHODS = ("bitsandbytes", "fp8", "sdnq")
+SDNQ_CONFIG = "quantization_config.json"  # which SDNQ may write beside config.json
 INDEX = ".index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
@@ -51,6 +53,9 @@ class ModelFolder(SafetensorsFile):
                     folder,
                     f"its index lists {safe_repr(name)} in {file}, which does not contain it."
                     " Download all files of the folder again from one place.")
+
+    def sdnq_config(self) -> Mapping[str, Any] | None:
+        return sdnq_config(self.config)
 
     @property
     def declared_type(self) -> str:
@@ -112,6 +117,8 @@ def _read_config(folder: Path) -> dict:
         )
         raise WeightFileError(f"{folder} is a folder without the config.json of a model. {advice}")
     config = _read_json(folder, "config.json")
+    if config.get("quantization_config") is None and (folder / SDNQ_CONFIG).is_file():
+        config["quantization_config"] = _read_json(folder, SDNQ_CONFIG)
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = _quant_method(quantization)
@@ -119,7 +126,7 @@ def _read_config(folder: Path) -> dict:
             raise _error(
                 folder,
                 f"its config.json says that the weights are quantised by {safe_repr(method)};"
-                " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8) or by"
+                " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8), by SDNQ or by"
                 " transformers in fp8 are supported."
                 f" {OTHER_FORM}")
     return config
