@@ -51,8 +51,9 @@ from ...ops.formats.comfy import (
     W6A8,
     RotatedLevels,
 )
-from ...ops.packed_layout import packed_tensor, packed_tensors
+from ...ops.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.packed_tensor import PackedTensor
+from ...ops.product import dequantized_slices
 
 MARK = ".comfy_quant"
 # key of a file's metadata that has the `comfy_quant` settings of all layers
@@ -67,6 +68,9 @@ IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
 ROTATION = 256  # columns, where the settings name no other number
 LEVEL_GROUP = 16  # columns, likewise
 PIECE_ROWS, PIECE_COLUMNS = 128, 4  # of scales in blocks
+
+# added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
+SHIFT = 0.171875
 
 Parts = dict[str, torch.Tensor]
 
@@ -230,6 +234,16 @@ def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
     sides = [side.to(family.side_dtype).t().contiguous().view(torch.uint8).flatten()
              for side in (scale, zeros)]
     return _pack(family, parts, *sides, sizes=(group,))
+
+
+def bias_of_shift(main: PackedTensor) -> torch.Tensor:
+    """Returns what `SHIFT`, added to the input of a weight, adds to the bias, float32 (N,).
+
+    Args:
+        main: the weight (N, K), without the low rank, which sees the input without it.
+    """
+    sums = [values.sum(1) for _, values in dequantized_slices(main, torch.float32)]
+    return torch.cat(sums) * SHIFT
 
 
 READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
