@@ -6,6 +6,7 @@ import torch
 
 from ..ops import kernels
 from ..ops.format import FORMATS
+from ..ops.formats.composite import AddedLowRank, Joined
 from ..ops.packed_layout import QuantizedTensor, is_packed
 from .files.bitsandbytes import formats_in
 from .files.container import WeightFile
@@ -66,8 +67,19 @@ def host_product_text(patcher) -> str | None:
 
 
 def title_of(name: str) -> str:
-    """Returns a format's name for people, the same for rows of all lengths."""
-    return getattr(FORMATS.get(name), "family", name)
+    """Returns a format's name for people, the same for rows of all lengths.
+
+    Such as "Q4_K", "SVDQuant int4, rank 32"; of joined weights, those of their parts.
+    """
+    packed_format = FORMATS.get(name)
+    if packed_format is None:
+        return name
+    if issubclass(packed_format, Joined):
+        titles = dict.fromkeys(title_of(part.format.__name__) for part in packed_format.parts)
+        return " + ".join(titles)
+    if issubclass(packed_format, AddedLowRank):
+        return f"{title_of(packed_format.base.__name__)}, rank {packed_format.rank}"
+    return getattr(packed_format, "label", getattr(packed_format, "family", name))
 
 
 def format_name(tensor: torch.Tensor) -> str:

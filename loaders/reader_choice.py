@@ -19,8 +19,8 @@ def needs_own_reader(path: str, pack_to: str | None = None,
 
     It reads GGUF, folders, safetensors split over several files (the host would take one file for a
     whole model), and safetensors with weights that bitsandbytes or Nunchaku packed, with scales
-    that the host does not read, or with some of the host's own formats. It also takes damaged safetensors and
-    quantised formats that the host does not read, to say what is wrong with them.
+    that the host does not read, or with some of the host's own formats. It also takes damaged
+    safetensors and quantised formats that the host does not read, to say what is wrong with them.
 
     Args:
         path: of a file or folder.

@@ -79,9 +79,9 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     packed_format = _common_format(parts, 1)
     if packed_format is None:
         packed = [pack_16bit(part, part.dtype) for part in parts]
-        if any(map(is_packed, parts)) and all(
-                part.ndim == 2 and rows_are_whole_blocks(part) for part in packed):
-            runs = [join_rows(run) for run in _runs_of_one_format(packed)]
+        whole = [part for part in packed if part.ndim == 2 and rows_are_whole_blocks(part)]
+        if any(map(is_packed, parts)) and len(whole) == len(parts):
+            runs = _joined_runs(whole)
             return join_packed(runs, 0) if len(runs) > 1 else runs[0]
         return torch.cat([dense(part) for part in parts])
     columns = parts[0].shape[1:].numel()
@@ -90,15 +90,15 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
                          parts[0].dtype, *sides)
 
 
-def _runs_of_one_format(parts: Sequence[PackedTensor]) -> list[list[PackedTensor]]:
-    """Splits parts into runs that become one weight of the format that they have."""
+def _joined_runs(parts: Sequence[PackedTensor]) -> list[PackedTensor]:
+    """Joins neighbouring parts that become one weight of the format that they have."""
     runs = [[parts[0]]]
     for part in parts[1:]:
         if _common_format([runs[-1][0], part], 1) is None:
             runs.append([part])
         else:
             runs[-1].append(part)
-    return runs
+    return [joined for joined in map(join_rows, runs) if is_packed(joined)]
 
 
 def _concatenate(pieces: tuple[Tensor, ...]) -> Tensor:

@@ -16,7 +16,9 @@ from .unsupported_quantizers import OTHER_FORM
 
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-QUANT_METHODS = ("bitsandbytes", "fp8")
+QUANT_METHODS = ("bitsandbytes", "fp8", "nunchaku_lite", "svdquant")
+# Nunchaku's first folders have the model in two files, without an index.
+NUNCHAKU_NAMES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 INDEX = ".index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
@@ -119,8 +121,8 @@ def _read_config(folder: Path) -> dict:
             raise _error(
                 folder,
                 f"its config.json says that the weights are quantised by {safe_repr(method)};"
-                " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8) or by"
-                " transformers in fp8 are supported."
+                " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8), by"
+                " transformers in fp8 or by Nunchaku are supported."
                 f" {OTHER_FORM}")
     return config
 
@@ -129,8 +131,9 @@ def _quant_method(quantization: Any) -> Any:
     """Returns the quantiser that a `quantization_config` names; older bitsandbytes name none."""
     if not isinstance(quantization, dict):
         return quantization
-    if "quant_method" in quantization:
-        return quantization["quant_method"]
+    for key in ("quant_method", "method"):  # Nunchaku's own files have the latter
+        if key in quantization:
+            return quantization[key]
     is_bitsandbytes = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     return "bitsandbytes" if is_bitsandbytes else quantization
 
@@ -146,6 +149,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             return [file_inside(folder, name)], {}
         if name + INDEX in indices:
             return _indexed_files(folder, name + INDEX)
+    if set(NUNCHAKU_NAMES) & set(files):
+        return _nunchaku_files(folder, files), {}
     if len(indices) == 1:
         return _indexed_files(folder, indices[0])
     if indices:
@@ -166,6 +171,16 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     ]
     present = f", only {other_files[0]}" if other_files else ""
     raise _error(folder, f"it has no *.safetensors weights{present}. Download them into it.")
+
+
+def _nunchaku_files(folder: Path, files: list[str]) -> list[Path]:
+    missing = [name for name in NUNCHAKU_NAMES if name not in files]
+    if missing:
+        raise _error(
+            folder,
+            f"missing in it: {missing[0]}, one of the two files in which Nunchaku keeps a model."
+            " Download it into the folder.")
+    return [file_inside(folder, name) for name in NUNCHAKU_NAMES]
 
 
 def _indexed_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:

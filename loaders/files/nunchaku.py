@@ -37,7 +37,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ...ops.formats._rows import FAMILIES as FORMAT_FAMILIES
+from ...ops.formats.svdquant import (
+    AWQ_INT4,
+    AWQ_INT4_HALF,
+    SVDQUANT_INT4,
+    SVDQUANT_INT4_HALF,
+    SVDQUANT_NVFP4,
+)
 from ...ops.packed_layout import join_packed, packed_tensor, with_low_rank
 from ...ops.packed_tensor import PackedTensor
 from ...ops.row_slicing import take_rows
@@ -57,7 +63,9 @@ FIRST_PARTS = {"lora_down": "proj_down", "lora_up": "proj_up", "smooth": "smooth
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
 AGAIN = "Download the file again, or get another conversion."
-GROUP, AWQ_GROUP, T5_GROUP = 64, 64, 128  # columns that share a scale
+INT4_FAMILIES = {torch.bfloat16: SVDQUANT_INT4, torch.float16: SVDQUANT_INT4_HALF}
+AWQ_FAMILIES = {torch.bfloat16: AWQ_INT4, torch.float16: AWQ_INT4_HALF}
+AWQ_GROUP, T5_GROUP = 64, 128  # columns that share a scale
 AWQ_PADDING = 16  # rows of scales, at most
 DROPPED_BYTES = 1 << 28  # of the file, after which its pages leave the memory
 
@@ -173,18 +181,18 @@ class _Weight:
             return self.main
         return with_low_rank(self.main, self.up, self.down)
 
-    def rows(self, start: int, stop: int, is_exact: bool) -> PackedTensor:
+    def rows(self, rows: slice, is_exact: bool) -> PackedTensor:
         """Returns some rows, which share the bytes.
 
         Args:
-            start, stop: of the rows.
+            rows: without a step.
             is_exact: whether `up` keeps its dtype; otherwise it gets that of `down`.
         """
-        main = take_rows(self.main, slice(start, stop))
+        main = take_rows(self.main, rows)
         assert isinstance(main, PackedTensor)
         if self.up is None or self.down is None:
             return main
-        up = self.up[start:stop]
+        up = self.up[rows]
         return with_low_rank(main, up if is_exact else up.to(self.down.dtype), self.down)
 
 
@@ -251,16 +259,17 @@ class _Reader:
                 blocks.setdefault(block, {})[layer] = after
         for block, pairs in blocks.items():
             numbers = [self.fused_factor(after) for after in pairs.values()]
-            if all(one is None for one in numbers):
+            known = [one for one in numbers if one is not None]
+            if not known:
                 continue
             # attention mixes the V of all of them, so their numbers are the same
-            if any(one is None or not torch.equal(one, numbers[0]) for one in numbers):
+            if len(known) < len(numbers) or not all(torch.equal(one, known[0]) for one in known):
                 log.warning(
                     "[Featherweight] %s: the layers after the attention of %s are smoothed in"
                     " different ways, so LoRAs on them are not exact.", self.file.path.name, block)
                 continue
             for layer, after in pairs.items():
-                factors[layer] = factors[after] = numbers[0]
+                factors[layer] = factors[after] = known[0]
         return factors
 
     def fused_factor(self, layer: str) -> torch.Tensor | None:
@@ -305,8 +314,8 @@ class _Reader:
             return self.svdquant(layer, parts)
         if codes.dtype in (torch.int16, torch.int32):
             return self.awq(layer, parts)
-        raise self.error(layer, f"has a qweight of {_describe(codes)}; expected int8 of SVDQuant, or"
-                         " int32 or int16 of AWQ")
+        raise self.error(layer, f"has a qweight of {_describe(codes)}; expected int8 of SVDQuant,"
+                         " or int32 or int16 of AWQ")
 
     def check(self, layer: str, parts: Mapping[str, torch.Tensor],
               expected: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
@@ -342,74 +351,82 @@ class _Reader:
         return tiles.vector_in_order(stored)
 
     def svdquant(self, layer: str, parts: dict[str, torch.Tensor]) -> _Weight:
-        codes = parts["qweight"]
-        rows, columns = len(codes), codes.shape[1] * 2
-        if rows % tiles.TILE or columns % tiles.TILE:
-            raise self.error(layer, f"has a qweight of {_describe(codes)}; expected rows and columns"
-                             f" in multiples of {tiles.TILE}")
-        scales = parts.get("wscales")
-        is_nvfp4 = scales is not None and scales.dtype == torch.float8_e4m3fn
-        group = 16 if is_nvfp4 else GROUP
-        down = parts.get("proj_down")
-        rank = down.shape[-1] if down is not None and down.ndim == 2 else tiles.RANKS
-        rank = -(-rank // tiles.RANKS) * tiles.RANKS
-        dtypes = (torch.float8_e4m3fn,) if is_nvfp4 else HALVES
-        expected = {"qweight": ((rows, columns // 2), (torch.int8,)),
-                    "wscales": ((columns // group, rows), dtypes)}
-        if is_nvfp4:
-            expected |= {"wcscales": ((rows,), HALVES), "wtscale": ((1,), FLOATS)}
-        expected |= {"smooth_factor": ((columns,), HALVES),
-                     "smooth_factor_orig": ((columns,), HALVES), "bias": ((rows,), HALVES)}
-        optional = ["wcscales", "wtscale", "smooth_factor_orig", "bias"]
-        if down is not None or "proj_up" in parts:
-            expected |= {"proj_down": ((columns, rank), HALVES), "proj_up": ((rows, rank), HALVES)}
-        if "wtscale" in parts and parts["wtscale"].ndim == 0:
-            parts["wtscale"] = parts["wtscale"].view(1)
-        self.check(layer, parts, expected, optional)
-
-        divisors = tiles.vector_in_order(parts["smooth_factor"]).float()
-        if not bool((divisors.isfinite() & (divisors != 0)).all()):
-            raise self.error(layer, "has a smooth_factor with 0 or without a finite number")
+        """Returns a layer of SVDQuant."""
+        is_nvfp4 = self.check_svdquant(layer, parts)
+        rows, columns = len(parts["qweight"]), parts["qweight"].shape[1] * 2
         of_rows = torch.ones(rows, dtype=torch.float32)
         if "wtscale" in parts:
             of_rows *= parts["wtscale"].float()
         if "wcscales" in parts:
             of_rows *= tiles.vector_in_order(parts["wcscales"]).float()
+        divisors = tiles.vector_in_order(parts["smooth_factor"]).float()
+        if not bool((divisors.isfinite() & (divisors != 0)).all()):
+            raise self.error(layer, "has a smooth_factor with 0 or without a finite number")
         up = tiles.up_in_rows(parts["proj_up"]) if "proj_up" in parts else None
         down = tiles.down_in_rows(parts["proj_down"]) if "proj_down" in parts else None
         bias = tiles.vector_in_order(parts["bias"]) if "bias" in parts else None
 
         factors = self.factors.get(layer)
         if factors is not None and _local_name(layer) in AFTER_VALUES:
-            count = rows // len(ROWS_OF[_local_name(layer)])
-            if len(factors) != count:
-                raise self.error(layer, f"has {count} rows of V, but the layer after it has"
-                                 f" {len(factors)} columns")
-            of_rows[-count:] *= factors
+            values = slice(self.first_row_of_values(layer, rows, factors), None)
+            of_rows[values] *= factors
             if up is not None:
                 up = up.float()
-                up[-count:] *= factors.unsqueeze(1)
+                up[values] *= factors.unsqueeze(1)
             if bias is not None:
                 bias = bias.float()
-                bias[-count:] *= factors
+                bias[values] *= factors
         elif factors is not None:
             divisors = divisors * factors
             down = None if down is None else down.float() / factors
 
         if is_nvfp4:
-            family, sides = FORMAT_FAMILIES["SVDQUANT_NVFP4"], tiles.scale_bytes_in_rows
+            family, sides = SVDQUANT_NVFP4, tiles.scale_bytes_in_rows
         else:
-            name = "SVDQUANT_INT4" if parts["wscales"].dtype == torch.bfloat16 else (
-                "SVDQUANT_INT4_HALF")
-            family, sides = FORMAT_FAMILIES[name], tiles.numbers_in_rows
+            family, sides = INT4_FAMILIES[parts["wscales"].dtype], tiles.numbers_in_rows
         main = packed_tensor(
-            family.of_columns(columns), tiles.codes_in_rows(codes).view(-1), (rows, columns),
-            torch.float32, _bytes(sides(parts["wscales"])), of_rows, 1 / divisors)
+            family.of_columns(columns), tiles.codes_in_rows(parts["qweight"]).view(-1),
+            (rows, columns), torch.float32, _bytes(sides(parts["wscales"])), of_rows, 1 / divisors)
         if bias is not None and not is_nvfp4 and self.family.shifted.fullmatch(_local_name(layer)):
             bias = bias.float() + bias_of_shift(main)
         return _Weight(main, up, down, bias)
 
+    def check_svdquant(self, layer: str, parts: dict[str, torch.Tensor]) -> bool:
+        """Checks the parts of a layer of SVDQuant; returns whether it is nvfp4, otherwise int4."""
+        codes, scales = parts["qweight"], parts.get("wscales")
+        rows, columns = len(codes), codes.shape[1] * 2
+        if rows % tiles.TILE or columns % tiles.TILE:
+            raise self.error(layer, f"has a qweight of {_describe(codes)}; expected rows and"
+                             f" columns in multiples of {tiles.TILE}")
+        is_nvfp4 = scales is not None and scales.dtype == torch.float8_e4m3fn
+        if "wtscale" in parts:
+            parts["wtscale"] = parts["wtscale"].view(-1)
+        scale_dtypes = (torch.float8_e4m3fn,) if is_nvfp4 else HALVES
+        group = SVDQUANT_NVFP4.group if is_nvfp4 else SVDQUANT_INT4.group
+        expected = {"qweight": ((rows, columns // 2), (torch.int8,)),
+                    "wscales": ((columns // group, rows), scale_dtypes),
+                    "smooth_factor": ((columns,), HALVES),
+                    "smooth_factor_orig": ((columns,), HALVES), "bias": ((rows,), HALVES)}
+        if is_nvfp4:
+            expected |= {"wcscales": ((rows,), HALVES), "wtscale": ((1,), FLOATS)}
+        if "proj_down" in parts or "proj_up" in parts:
+            down = parts.get("proj_down")
+            rank = down.shape[-1] if down is not None and down.ndim == 2 else 0
+            rank = max(1, -(-rank // tiles.RANKS)) * tiles.RANKS
+            expected |= {"proj_down": ((columns, rank), HALVES), "proj_up": ((rows, rank), HALVES)}
+        self.check(layer, parts, expected, ["wcscales", "wtscale", "smooth_factor_orig", "bias"])
+        return is_nvfp4
+
+    def first_row_of_values(self, layer: str, rows: int, factors: torch.Tensor) -> int:
+        """Returns the row at which V begins in a layer of Q, K and V."""
+        first = rows - rows // 3
+        if rows - first != len(factors):
+            raise self.error(layer, f"has {rows - first} rows of V, but the layer after it has"
+                             f" {len(factors)} columns")
+        return first
+
     def awq(self, layer: str, parts: dict[str, torch.Tensor]) -> _Weight:
+        """Returns a layer of AWQ, the rows of its parts in order."""
         codes = parts["qweight"]
         rows, columns = len(codes) * 4, codes.nbytes // len(codes) // 2
         is_t5 = "scaled_zeros" in parts
@@ -443,9 +460,8 @@ class _Reader:
                 for part in {1, count - 2}:  # ComfyUI adds 1 to the scales itself
                     bias[part] -= 1
                 bias = bias.view(-1)
-        name = "AWQ_INT4" if parts[scale].dtype == torch.bfloat16 else "AWQ_INT4_HALF"
         main = packed_tensor(
-            FORMAT_FAMILIES[name].of_columns(columns, group), in_rows[0].reshape(-1),
+            AWQ_FAMILIES[parts[scale].dtype].of_columns(columns, group), in_rows[0].reshape(-1),
             (rows, columns), torch.float32, *map(_bytes, in_rows[1:]))
         return _Weight(main, bias=None if bias is None else bias.clone())
 
@@ -454,30 +470,25 @@ class _Reader:
         block, local = _split(layer)
         if self.family is FLUX and self.partner(layer) is not None:
             return self.place_joined(layer, weight)
-        names = ROWS_OF.get(local, ()) if self.family is not SEPARATE else ()
         if weight.bias is not None and not self.family.has_biases and not weight.bias.any():
             weight.bias = None
+        names = ROWS_OF.get(local, ()) if self.family is not SEPARATE else ()
         if not names:
-            self.put(layer, weight.packed(), weight.bias)
-            return None
-        count = len(weight.main) // len(names)
+            return self.put(layer, weight.packed(), weight.bias)
+        rows = len(weight.main) // len(names)
         if len(weight.main) % len(names):
             raise self.error(layer, f"has {len(weight.main)} rows; expected those of"
                              f" {len(names)} layers")
+        pieces = [slice(start, start + rows) for start in range(0, len(weight.main), rows)]
         if self.family.fuses:
-            whole = weight.packed()
-            pieces = [take_rows(whole, slice(start, start + count))
-                      for start in range(0, len(whole), count)]
+            whole = weight.packed()  # ComfyUI's layer has all rows again
+            packed = [take_rows(whole, piece) for piece in pieces]
         else:
             # only V has numbers of the next layer in it: Q and K keep the dtype of the file
-            starts = range(0, len(weight.main), count)
-            pieces = [weight.rows(start, start + count, is_exact=start == starts[-1])
-                      for start in starts]
-        for number, (name, piece) in enumerate(zip(names, pieces)):
-            bias = None
-            if weight.bias is not None:
-                bias = weight.bias[number * count:(number + 1) * count]
-            self.put(f"{block}.{name}", piece, bias)
+            packed = [weight.rows(piece, is_exact=piece == pieces[-1]) for piece in pieces]
+        for name, piece, part in zip(names, pieces, packed):
+            bias = None if weight.bias is None else weight.bias[piece]
+            self.put(f"{block}.{name}", part, bias)
         return None
 
     def partner(self, layer: str) -> str | None:
@@ -507,16 +518,17 @@ class _Reader:
                              f" number of {('columns', 'rows')[axis]}")
         joined = join_packed([weight.packed() for weight in weights], axis)
         self.put(f"{block}.{name}", joined, None)
-        biases = [weight.bias for weight in weights if weight.bias is not None]
-        if axis == 1 and biases:
-            total = sum(bias.float() for bias in biases)
-            self.tensors[f"{block}.{names[0]}.bias"] = total
-        elif axis == 0 and len(biases) == 2:
-            thirds = biases[0].chunk(3)
-            for target, bias in zip(names, (*thirds, biases[1])):
-                self.tensors[f"{block}.{target}.bias"] = bias
+        biases = [torch.zeros(len(weight.main), dtype=torch.float32)
+                  if weight.bias is None else weight.bias for weight in weights]
+        if axis == 1:
+            biases = [biases[0].float() + biases[1].float()]
+        else:
+            biases = [*biases[0].chunk(len(names) - 1), biases[1]]
+        for target, bias in zip(names, biases):
+            self.put(f"{block}.{target}", None, bias)
 
-    def put(self, layer: str, weight: PackedTensor | torch.Tensor, bias: torch.Tensor | None):
+    def put(self, layer: str, weight: torch.Tensor | None, bias: torch.Tensor | None):
+        """Puts a weight and a bias into `tensors`; None where there is none."""
         for part, tensor in (("weight", weight), ("bias", bias)):
             name = f"{layer}.{part}"
             if tensor is None:

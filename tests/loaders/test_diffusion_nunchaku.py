@@ -1,7 +1,6 @@
 """Diffusion models that Nunchaku quantised run as the host runs their values, and stay packed."""
 import nunchaku_writer as writer
 import pytest
-import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
 from families import run as run_family

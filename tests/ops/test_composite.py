@@ -4,8 +4,12 @@ import pickle
 import pytest
 import torch
 
-from featherweight.ops import formats  # noqa: F401
-from featherweight.ops import int8, kernels, product
+from featherweight.ops import (
+    formats,  # noqa: F401
+    int8,
+    kernels,
+    product,
+)
 from featherweight.ops.format import FORMATS, FormatError
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.comfy import INT8_GROUPS, INT8_ROWS, NVFP4_SMOOTHED
