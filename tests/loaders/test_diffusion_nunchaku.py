@@ -159,7 +159,8 @@ def test_two_loras_and_a_dora_are_exact(model):
     name, patcher, dense, weights, _ = model
     family = FAMILIES[name]
     without = run_family(dense, family)
-    loras = [(lora_for(weights, seed=1, size=0.1), 0.8), (lora_for(weights, seed=2, size=0.1), -0.5)]
+    loras = [(lora_for(weights, seed=seed, size=0.1), strength)
+             for seed, strength in ((1, 0.8), (2, -0.5))]
     stacks = [loras, [*loras, (lora_for(weights, "dora", seed=3, size=0.1), 0.6)]]
     for stack in stacks:
         expected = run_family(patched(dense, *stack), family)

@@ -102,7 +102,8 @@ def test_joined_rows_have_the_values_of_their_parts():
 
 
 def test_joined_columns_have_the_values_of_their_parts():
-    parts = [ranked(INT8_ROWS.of_columns(128), 24, 128), ranked(INT8_GROUPS.of_columns(256), 24, 256)]
+    parts = [ranked(INT8_ROWS.of_columns(128), 24, 128),
+             ranked(INT8_GROUPS.of_columns(256), 24, 256)]
     weight = join_packed(parts, 1)
     assert_same(weight.dequantize(), torch.cat([part.dequantize() for part in parts], 1))
 
