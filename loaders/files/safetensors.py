@@ -30,6 +30,7 @@ from .container import (
     map_file,
     safe_repr,
 )
+from .nunchaku import has_nunchaku_weights, join_nunchaku_weights
 from .scaled_weights import join_scaled_weights
 from .sdnq import config_beside, join_sdnq_weights, sdnq_config
 from .unsupported_quantizers import reject_unsupported_quantizers
@@ -115,7 +116,12 @@ class SafetensorsFile(WeightFile):
         Raises:
             WeightFileError: the file changed meanwhile, or its quantiser is not supported.
         """
-        tensors = join_scaled_weights(self, join_parts(self, super().state_dict(), track))
+        tensors = super().state_dict()
+        if has_nunchaku_weights(tensors):
+            tensors = join_nunchaku_weights(self, tensors, track)
+        else:
+            tensors = join_parts(self, tensors, track)
+        tensors = join_scaled_weights(self, tensors)
         tensors = join_sdnq_weights(self, tensors, self.sdnq_config)
         reject_unsupported_quantizers(self, tensors)
         return tensors

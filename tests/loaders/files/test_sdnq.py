@@ -389,7 +389,7 @@ def test_weights_take_as_many_bytes_as_in_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "title"), [
-    ({"name": "uint4", "rank": 32}, "SDNQ uint4, svd 32"), ({"name": "int8"}, "SDNQ int8"),
+    ({"name": "uint4", "rank": 32}, "SDNQ uint4, rank 32"), ({"name": "int8"}, "SDNQ int8"),
     ({"name": "uint4", "codebook": True}, "SDNQ uint4 codebook")])
 def test_an_inspection_names_the_type_and_the_rank(options, title, tmp_path):
     name = options.pop("name")
