@@ -36,6 +36,7 @@ from .kernel_source import (
     c_floats,
     dequantize_and_linear,
     kernel_source,
+    is_plain_row,
     late_bound_method,
     row_definitions,
 )
@@ -197,6 +198,9 @@ class CpuKernels:
 
     def dequantize_rows(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`; for the families of `CPU_ROW_FAMILIES`."""
+        if not is_plain_row(packed_format):
+            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            return
         columns = packed_format.block_length
         definitions = row_definitions(packed_format)
         lengths = definitions["GROUP"], definitions["LEVEL_GROUP"]
