@@ -1,14 +1,25 @@
 """The nodes of ComfyUI-nunchaku: what they load, LoRAs with their full strength, inputs without
 effect, and what a value of a workflow cannot name."""
+import comfy.sd
 import comfy.text_encoders.flux
 import folder_paths
+import nunchaku_writer
 import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import random_weights, write_encoder
 from legacy_ids import INPUTS, NUNCHAKU
 from pack_nodes import node_list
-from patched_models import LIMIT, error_by_effect, flux_file, flux_pair, lora_for, patched, run
+from patched_models import (
+    LIMIT,
+    error_by_effect,
+    flux_file,
+    flux_inputs,
+    flux_pair,
+    lora_for,
+    patched,
+    run,
+)
 from safetensors.torch import save_file
 from workflow_files import FLUX_SIZES, flux, flux_in_diffusers_names, nf4, nf4_folder
 
@@ -99,19 +110,36 @@ def test_a_loader_offers_files_and_folders_of_models_and_loads_each(node_id, bas
         assert is_packed(model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight)
 
 
-def test_a_file_of_nunchaku_loads_with_its_values(base):
+@pytest.fixture
+def svdquant_flux(base):
+    """(a Flux of Nunchaku as its loader gives it, the values in its file)."""
     pytest.importorskip("featherweight.loaders.files.nunchaku", reason="reads such files")
-    import nunchaku_writer
-
-    sizes = {"hidden": 256, "double_blocks": 1, "single_blocks": 1, "context": 1024}
-    assert sizes == FLUX_SIZES
     path = base / "diffusion_models" / "svdq-int4_r32-flux.1-dev.safetensors"
     seen = nunchaku_writer.write(path, nunchaku_writer.flux(flux_in_diffusers_names(flux())))
     model, = NODES["NunchakuFluxDiTLoader"].execute(path.name, cpu_offload="enable")
+    return model, seen
+
+
+def test_a_file_of_nunchaku_loads_with_its_values(svdquant_flux):
+    model, seen = svdquant_flux
     weight = model.model.diffusion_model.double_blocks[0].txt_mlp[0].weight
     expected = seen["transformer_blocks.0.ff_context.net.0.proj.weight"]
     assert is_packed(weight)
     assert (weight.dequantize().float() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_lora_has_its_full_effect_on_a_file_of_nunchaku(svdquant_flux, base):
+    model, _ = svdquant_flux
+    values = {name: getattr(value, "dequantize", lambda value=value: value)().float().clone()
+              for name, value in model.model.diffusion_model.named_parameters()}
+    lora = lora_for(values)
+    save_file(lora, base / "loras" / "style.safetensors")
+    inputs = flux_inputs() | {"c_crossattn": torch.randn(1, 5, FLUX_SIZES["context"])}
+    dense = comfy.sd.load_diffusion_model_state_dict(values)
+    expected = run(patched(dense, (lora, 0.7)), inputs)
+    without = run(model, inputs)
+    changed, = NODES["NunchakuFluxLoraLoader"].execute(model, "style.safetensors", 0.7)
+    assert error_by_effect(run(changed, inputs), expected, without) < LIMIT
 
 
 @pytest.mark.parametrize("node_id", LOADERS)
