@@ -1,14 +1,25 @@
 """The nodes of ComfyUI-nunchaku: what they load, LoRAs with their full strength, inputs without
 effect, and what a value of a workflow cannot name."""
+import comfy.sd
 import comfy.text_encoders.flux
 import folder_paths
+import nunchaku_writer
 import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import random_weights, write_encoder
 from legacy_ids import INPUTS, NUNCHAKU
 from pack_nodes import node_list
-from patched_models import LIMIT, error_by_effect, flux_file, flux_pair, lora_for, patched, run
+from patched_models import (
+    LIMIT,
+    error_by_effect,
+    flux_file,
+    flux_inputs,
+    flux_pair,
+    lora_for,
+    patched,
+    run,
+)
 from safetensors.torch import save_file
 from workflow_files import FLUX_SIZES, flux, flux_in_diffusers_names, nf4, nf4_folder
 
@@ -99,36 +110,56 @@ def test_a_loader_offers_files_and_folders_of_models_and_loads_each(node_id, bas
         assert is_packed(model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight)
 
 
-def test_a_file_of_nunchaku_loads_with_its_values(base):
+@pytest.fixture
+def svdquant_flux(base):
+    """(a Flux of Nunchaku as its loader gives it, the values in its file)."""
     pytest.importorskip("featherweight.loaders.files.nunchaku", reason="reads such files")
-    import nunchaku_writer
-
-    sizes = {"hidden": 256, "double_blocks": 1, "single_blocks": 1, "context": 1024}
-    assert sizes == FLUX_SIZES
     path = base / "diffusion_models" / "svdq-int4_r32-flux.1-dev.safetensors"
     seen = nunchaku_writer.write(path, nunchaku_writer.flux(flux_in_diffusers_names(flux())))
     model, = NODES["NunchakuFluxDiTLoader"].execute(path.name, cpu_offload="enable")
+    return model, seen
+
+
+def test_a_file_of_nunchaku_loads_with_its_values(svdquant_flux):
+    model, seen = svdquant_flux
     weight = model.model.diffusion_model.double_blocks[0].txt_mlp[0].weight
     expected = seen["transformer_blocks.0.ff_context.net.0.proj.weight"]
     assert is_packed(weight)
     assert (weight.dequantize().float() - expected).norm() < 0.01 * expected.norm()
 
 
+def test_a_lora_has_its_full_effect_on_a_file_of_nunchaku(svdquant_flux, base):
+    model, _ = svdquant_flux
+    values = {name: getattr(value, "dequantize", lambda value=value: value)().float().clone()
+              for name, value in model.model.diffusion_model.named_parameters()}
+    lora = lora_for(values)
+    save_file(lora, base / "loras" / "style.safetensors")
+    inputs = flux_inputs() | {"c_crossattn": torch.randn(1, 5, FLUX_SIZES["context"])}
+    dense = comfy.sd.load_diffusion_model_state_dict(values)
+    expected = run(patched(dense, (lora, 0.7)), inputs)
+    without = run(model, inputs)
+    changed, = NODES["NunchakuFluxLoraLoader"].execute(model, "style.safetensors", 0.7)
+    assert error_by_effect(run(changed, inputs), expected, without) < LIMIT
+
+
+OTHER_VALUES = {
+    "cache_threshold": 0.12, "attention": "flash-attention2", "cpu_offload": "enable",
+    "device_id": 3, "data_type": "float16", "i2f_mode": "always", "num_blocks_on_gpu": 20,
+    "use_pin_memory": "enable"
+}
+
+
 @pytest.mark.parametrize("node_id", LOADERS)
-def test_inputs_without_effect_take_any_value_and_change_nothing(node_id, base):
+def test_inputs_without_effect_change_nothing(node_id, base):
     write_gguf(base / "diffusion_models" / "flux.gguf", tiny_models.flux(**FLUX_SIZES),
                lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
     file = {file_input(node_id): "flux.gguf"}
-    odd = {
-        name: 7 if isinstance(default, int) else "../elsewhere"
-        for name, default in INPUTS[node_id].items() if name not in file
-    }
-    assert NODES[node_id].validate_inputs(**file, **odd) is True
-    plain, model = (NODES[node_id].execute(**file, **more)[0] for more in ({}, odd))
-    for patcher in (plain, model):
-        assert patcher.load_device == plain.load_device and not patcher.patches
-        assert patcher.model_dtype() == plain.model_dtype()
-        assert patcher.model_options == plain.model_options
+    other = {name: OTHER_VALUES[name] for name in INPUTS[node_id] if name not in file}
+    assert all("Kept for old workflows" in input_of(node_id, name).tooltip for name in other)
+    plain, model = (NODES[node_id].execute(**file, **more)[0] for more in ({}, other))
+    assert model.load_device == plain.load_device and not model.patches
+    assert model.model_dtype() == plain.model_dtype()
+    assert model.model_options == plain.model_options
 
 
 @pytest.fixture
@@ -162,7 +193,7 @@ def test_the_prompt_is_filled_up_to_the_tokens_that_the_workflow_names(node_id, 
 def test_the_older_loader_of_text_encoders_takes_a_t5_that_is_not_there(encoders):
     asked = {"use_4bit_t5": "enable", "int4_model": "../svdq-flux.1-t5"}
     node = NODES["NunchakuTextEncoderLoader"]
-    assert node.validate_inputs(**encoders, **asked) is True
+    assert node.validate_inputs(**encoders, int4_model=asked["int4_model"]) is True
     clip, = node.execute(model_type="flux", **encoders, t5_min_length=256, **asked)
     assert clip.tokenize("a")["t5xxl"]
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ...loaders.files.container import safe_repr
 from ...loaders.folders import ENCODER, find_file, list_files, list_model_folders, validate_files
 from ...loaders.lora.apply import apply_lora
 from ...loaders.lora.compatibility import check_lora
@@ -22,6 +23,7 @@ from .gguf import CLIP_FOLDERS, FOLDERS, load_clip, load_model, model_input
 NONE = "None"  # a slot without a LoRA
 NO_MODEL = "none"
 SWITCH = ("enable", "disable")
+OFFLOAD = ("auto", *SWITCH)
 MIN_STRENGTH = 1e-5  # a LoRA with less is left out, as in the original
 MAX_GPUS = 64
 FLUX_SLOTS, SLOTS = 15, 10
@@ -43,7 +45,7 @@ def ignored_combo(name: str, options: tuple[str, ...], default: str, tooltip: st
 def cpu_offload_input(default: str = "auto"):
     """Returns an input that old workflows have and that has no effect."""
     return ignored_combo(
-        "cpu_offload", ("auto", *SWITCH), default, "ComfyUI moves weights to main memory by itself."
+        "cpu_offload", OFFLOAD, default, "ComfyUI moves weights to main memory by itself."
     )
 
 
@@ -121,9 +123,8 @@ class Loader(LegacyNode):
     search_aliases = SEARCH_ALIASES
 
     @classmethod
-    def validate_inputs(cls, **inputs):
-        """Checks the file; the host then checks no value of the inputs without effect."""
-        return validate_files(inputs.get("model_path"), inputs.get("model_name"), keys=cls.folders)
+    def validate_inputs(cls, model_path=None, model_name=None):
+        return validate_files(model_path, model_name, keys=cls.folders)
 
 
 class FluxLoader(Loader):
@@ -213,14 +214,10 @@ class TextEncoderLoader(LegacyNode):
     search_aliases = (*SEARCH_ALIASES, "clip", "t5")
 
     @classmethod
-    def validate_inputs(
-        cls,
-        text_encoder1=None,
-        text_encoder2=None,
-        model_type=None,
-        use_4bit_t5=None,
-        int4_model=None,
-    ):
+    def validate_inputs(cls, text_encoder1=None, text_encoder2=None, int4_model=None):
+        """Checks the files. `int4_model` need not exist, because it is not read."""
+        if not isinstance(int4_model, (str, type(None))):
+            return f"int4_model is {safe_repr(int4_model)}, expected a name such as {NO_MODEL}."
         return validate_files(text_encoder1, text_encoder2, keys=cls.folders)
 
     @classmethod
@@ -397,10 +394,20 @@ class LoraStack(LegacyNode):
 
     @classmethod
     def validate_inputs(cls, **inputs):
-        """Checks the files of the slots that are used."""
-        loras = chosen_loras(inputs, inputs.get("lora_count"))
-        return validate_files(*(name for name, strength in loras if strength != 0),
-                              keys=cls.folders)
+        """Checks the files of the slots that are used, and that other slots hold names.
+
+        The host itself checks only the types of numbers of a node with `**inputs` here.
+        """
+        offload, count = inputs.get("cpu_offload"), inputs.get("lora_count")
+        if offload not in (None, *OFFLOAD):
+            return f"cpu_offload is {safe_repr(offload)}, expected one of: {', '.join(OFFLOAD)}."
+        loras = chosen_loras(inputs, count if isinstance(count, int) else None)
+        names = [name for name, strength in loras if strength != 0]
+        names += [
+            value for name, value in inputs.items()
+            if name.startswith("lora_name_") and not isinstance(value, str)
+        ]
+        return validate_files(*names, keys=cls.folders)
 
     @classmethod
     def load_lora_stack(
