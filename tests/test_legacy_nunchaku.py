@@ -113,7 +113,6 @@ def test_a_loader_offers_files_and_folders_of_models_and_loads_each(node_id, bas
 @pytest.fixture
 def svdquant_flux(base):
     """(a Flux of Nunchaku as its loader gives it, the values in its file)."""
-    pytest.importorskip("featherweight.loaders.files.nunchaku", reason="reads such files")
     path = base / "diffusion_models" / "svdq-int4_r32-flux.1-dev.safetensors"
     seen = nunchaku_writer.write(path, nunchaku_writer.flux(flux_in_diffusers_names(flux())))
     model, = NODES["NunchakuFluxDiTLoader"].execute(path.name, cpu_offload="enable")

@@ -163,8 +163,6 @@ LAST_BITS = pytest.mark.not_on_fake_gpus(
 def test_it_runs_with_small_models(path, server, object_info):
     if any(word in path.stem for word in ("NF4", "4-bit", "SDNQ")):
         pytest.importorskip("bitsandbytes", reason="it writes the files")
-    if "SVDQuant" in path.stem:
-        pytest.importorskip("featherweight.loaders.files.nunchaku", reason="reads the file")
     workflow = read(path, object_info)
     files = write_files(workflow, server.base / "models")
     prompt = small(workflow, object_info, files)
