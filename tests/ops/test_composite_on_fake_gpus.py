@@ -1,4 +1,4 @@
-"""Weights with a low rank of their own and joined ones travel to a GPU as any packed weight does."""
+"""Weights with a low rank of their own, and joined ones, travel to a GPU like any packed weight."""
 import comfy.model_management
 import comfy.sd
 import pytest
