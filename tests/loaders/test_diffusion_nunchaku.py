@@ -53,10 +53,10 @@ def dense_of(name, values):
         return host_patcher(weights, family), weights
 
 
-def load(name, path):
+def load(name, path, **options):
     with pytest.MonkeyPatch.context() as patch:
         shrunken_detection(FAMILIES[name], patch)
-        return load_diffusion_model(str(path))
+        return load_diffusion_model(str(path), **options)
 
 
 @functools.cache
@@ -153,6 +153,14 @@ def test_folders_of_nunchaku_lite_are_read(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {
         "quant_method": "nunchaku_lite", "svdq_w4a4": {"precision": "int4", "targets": targets}}}))
     assert_same(name, tmp_path, model.values)
+
+
+def test_weights_stay_as_they_are_when_others_are_packed(path):
+    model = quantized(FLUX, "int4")
+    writer.write(path, model)
+    dense, _ = dense_of(FLUX, model.values)
+    patcher, family = load(FLUX, path, pack_to="Q8_0"), FAMILIES[FLUX]
+    assert relative_error(run_family(patcher, family), run_family(dense, family)) < 1e-5
 
 
 def test_two_loras_and_a_dora_are_exact(model):

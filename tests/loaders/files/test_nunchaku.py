@@ -141,6 +141,15 @@ def test_models_of_which_nothing_is_known_are_a_sentence(tmp_path):
              | named(layer_of(384).parts, "transformer_blocks.0.attn.to_qkv") | parts)
 
 
+def test_layers_that_are_not_fused_keep_their_names(tmp_path):
+    layers = ("layers.0.feed_forward.net.0.proj", "layers.0.feed_forward.net.2", "proj_out")
+    tensors = {}
+    for layer in layers:
+        tensors |= named(layer_of().parts, layer)
+    weights = read(tmp_path / "a.safetensors", tensors)
+    assert {name.rpartition(".")[0] for name in weights} == set(layers)
+
+
 def test_half_of_a_joined_layer_is_a_sentence(tmp_path):
     block = "single_transformer_blocks.0"
     tensors = named(layer_of(384).parts, f"{block}.qkv_proj") | {
