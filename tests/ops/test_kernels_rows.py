@@ -27,7 +27,8 @@ LEFT_TO_TORCH = {"W4A8_TABLE", "W4A8_SHIFTED", "W4A8_SHIFTED_FLOAT",
                  "W4A16", "W4A16_HALF", "W4A16_FLOAT",
                  "SVDQUANT_INT4", "SVDQUANT_INT4_HALF", "SVDQUANT_NVFP4", "AWQ_INT4",
                  "AWQ_INT4_HALF",
-                 "INT8_SMOOTHED", "F8_SMOOTHED", "NVFP4_SMOOTHED", "NVFP4_LOW_SMOOTHED"}
+                 "INT8_SMOOTHED", "F8_SMOOTHED", "NVFP4_SMOOTHED", "NVFP4_LOW_SMOOTHED",
+                 *(name for name in FAMILIES if name.startswith("SDNQ_"))}
 
 
 def kernel_of(packed_format):
