@@ -122,7 +122,7 @@ class SDNQ(RowFormat):
 
     sizes = ("group", "taps", "rotation", "rotation_base", "scale_type", "zero_type")
     values: tuple[float, ...]
-    has_zeros = False
+    has_zeros: bool
     label = "SDNQ"
     taps = 1
     rotation = 0
@@ -251,6 +251,7 @@ class SDNQCodebook(SDNQ):
         levels: of a group.
     """
 
+    has_zeros = False
     levels: int
 
     @classmethod
