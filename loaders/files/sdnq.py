@@ -371,8 +371,8 @@ class _Layer:
         if _stored_bits(self.weight) == {8} and self.weight.ndim > 1:
             return len(self.weight)
         rows = self.bias_length
-        if rows is None and self.up is not None:
-            rows = self.up.shape[0 if self.up.ndim and not self.is_transposed else -1]
+        if rows is None and self.up is not None and self.up.ndim == 2:
+            rows = self.up.shape[1 if self.is_transposed else 0]
         if self.scale.numel() > 1 and rows not in (None, 1):
             raise PartError(f"its scale is {_describe(self.scale)}, of a transposed convolution;"
                             " expected one of a linear layer, a convolution or an embedding",
@@ -453,7 +453,8 @@ class _Layer:
     def count_columns(self, bits: int) -> int:
         """Returns the columns of the weight, 0 where its codes do not make whole rows."""
         codes = self.weight.numel() * 8 // bits
-        return 0 if self.weight.numel() * 8 % bits or codes % self.rows else codes // self.rows
+        is_whole = self.rows and self.weight.numel() * 8 % bits == codes % self.rows == 0
+        return codes // self.rows if is_whole else 0
 
     def channels(self, bits: int, columns: int) -> int | None:
         """Returns the input channels of rows of some columns, None where these do not divide."""
@@ -517,7 +518,7 @@ class _Layer:
         """Returns the factors of the low rank, (rows, R) and (R, columns)."""
         assert self.up is not None and self.down is not None
         up, down = self.up, self.down
-        if up.ndim == down.ndim == 2:
+        if up.ndim == down.ndim == 2 and up.numel():
             expected = (self.rows, self.columns)
             plain = (len(up), down.shape[1]) == expected and up.shape[1] == len(down)
             turned = (up.shape[1], len(down)) == expected and len(up) == down.shape[1]
