@@ -2,7 +2,7 @@
 
 | in the file (layer `L`, weight (N, K)) | shape | dtype |
 |---|---|---|
-| `L.weight`, codes of 8 bits | (N, K), (N, groups, group) or (N, C, *kernel) | int8, uint8, float8 |
+| `L.weight`, codes of 8 bits | (N, K), (N, groups, group), (N, C, *kernel) | int8, uint8, float8 |
 | codes of 1, 2 or 4 bits | flat | uint8; of 1 bit also int64 |
 | codes of 3, 5, 6 or 7 bits | (packs, bytes of a pack) | uint8 |
 | `L.scale`, `L.zero_point` | (N, 1) or (N, groups, 1), then *kernel | float, or codes |
@@ -57,8 +57,8 @@ SCALE_PARTS, ZERO_PARTS = (".scale_2", ".scale_zero_point"), (".zero_point_scale
 LEFTOVERS = (ZERO, UP, DOWN, *SCALE_PARTS, *ZERO_PARTS)
 TYPES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "I64", "I16", "U16")  # of codes
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-# versions of SDNQ from which powers of four are rotated by powers of H4, and from which small floats
-# have subnormals
+# versions of SDNQ from which powers of four are rotated by powers of H4, and from which small
+# floats have subnormals
 H4_VERSION, SUBNORMALS_VERSION = (0, 2, 0), (0, 2, 2)
 ROTATION, EARLIER_ROTATION = 256, 128  # values, where the config names no number
 SMALLEST_ROTATION = 4
@@ -356,7 +356,8 @@ class _Layer:
             return
         rows, columns = self.weight.shape
         is_row = self.scale.shape[0] == 1 and self.scale.shape[1] == columns and rows > 1
-        if is_row and columns > 1 or self.scale.numel() == 1 and self.is_transposed:
+        is_single = self.scale.numel() == 1 and self.is_transposed
+        if is_single or (is_row and columns > 1):
             self.weight, self.scale = self.weight.t(), self.scale.t()
             self.zero = None if self.zero is None else self.zero.t()
 
@@ -370,8 +371,8 @@ class _Layer:
         if _stored_bits(self.weight) == {8} and self.weight.ndim > 1:
             return len(self.weight)
         rows = self.bias_length
-        if rows is None and self.up is not None:
-            rows = self.up.shape[0 if self.up.ndim and not self.is_transposed else -1]
+        if rows is None and self.up is not None and self.up.ndim == 2:
+            rows = self.up.shape[1 if self.is_transposed else 0]
         if self.scale.numel() > 1 and rows not in (None, 1):
             raise PartError(f"its scale is {_describe(self.scale)}, of a transposed convolution;"
                             " expected one of a linear layer, a convolution or an embedding",
@@ -435,17 +436,16 @@ class _Layer:
 
     def scale_layout(self, bits: int) -> tuple[int, tuple[int, ...]]:
         """Returns the groups of a row and the kernel by the shape of the scales."""
-        shape = tuple(self.scale.shape[1:])
-        is_8bit = bits == 8
+        shape: list[int] = list(self.scale.shape)[1:]
         if self.scale.numel() == 1:
-            return 1, tuple(self.weight.shape[2:]) if is_8bit else ()
+            return 1, tuple(self.weight.shape[2:]) if bits == 8 else ()
         levels = 2**bits if self.has_codebook else 1
         if levels > 1 and len(shape) > 1 and shape[1] == levels:
-            return shape[0], shape[2:]
+            return shape[0], tuple(shape[2:])
         if shape[0] == levels:
-            return 1, shape[1:]
+            return 1, tuple(shape[1:])
         if len(shape) > 1 and shape[1] == levels:
-            return shape[0], shape[2:]
+            return shape[0], tuple(shape[2:])
         expected = f"{levels} levels" if self.has_codebook else "scales"
         raise PartError(f"its scale is {_describe(self.scale)}; expected {expected} of rows, of"
                         " groups or of a kernel")
@@ -453,7 +453,8 @@ class _Layer:
     def count_columns(self, bits: int) -> int:
         """Returns the columns of the weight, 0 where its codes do not make whole rows."""
         codes = self.weight.numel() * 8 // bits
-        return 0 if self.weight.numel() * 8 % bits or codes % self.rows else codes // self.rows
+        is_whole = self.rows and self.weight.numel() * 8 % bits == codes % self.rows == 0
+        return codes // self.rows if is_whole else 0
 
     def channels(self, bits: int, columns: int) -> int | None:
         """Returns the input channels of rows of some columns, None where these do not divide."""
@@ -517,7 +518,7 @@ class _Layer:
         """Returns the factors of the low rank, (rows, R) and (R, columns)."""
         assert self.up is not None and self.down is not None
         up, down = self.up, self.down
-        if up.ndim == down.ndim == 2:
+        if up.ndim == down.ndim == 2 and up.numel():
             expected = (self.rows, self.columns)
             plain = (len(up), down.shape[1]) == expected and up.shape[1] == len(down)
             turned = (up.shape[1], len(down)) == expected and len(up) == down.shape[1]
@@ -577,11 +578,11 @@ def _numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
     """
     count = 1 if factor is None else factor.numel()
     is_table = stored.dtype == torch.uint8 and count == 256 and offset is None
-    if not (count == 1 or is_table) or offset is not None and offset.numel() != 1 or (
-            factor is None and stored.dtype in BYTES):
+    is_single = count == 1 and (offset is None or offset.numel() == 1)
+    if not (is_single or is_table) or (factor is None and stored.dtype in BYTES):
         raise PartError(f"its {name} is {_describe(stored)} without the numbers that it is read"
                         " by; expected floats, or codes with scale_2 or zero_point_scale")
-    factor = torch.ones(1) if factor is None else factor.float().view(-1)
+    factor = torch.ones(1, dtype=torch.float32) if factor is None else factor.float().view(-1)
     if stored.dtype in BYTES:
         codes = stored.contiguous().view(-1).view(torch.uint8)
         table = factor

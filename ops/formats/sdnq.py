@@ -106,13 +106,13 @@ def read_numbers(index: int, sides: tuple[torch.Tensor, ...]) -> torch.Tensor:
 class SDNQ(RowFormat):
     """value = number of a code * scale + zero point, then rotated.
 
-    | tensors        | dtype                      | meaning                                         |
-    |----------------|----------------------------|-------------------------------------------------|
-    | packed         | uint8                      | codes, see `split_codes`                        |
-    | scale          | float32, or uint8: bytes   | (rows, groups, taps); then, unless these are    |
-    |                |                            | float32, a shared float32 (1,), their factor,   |
-    |                |                            | or (256,), the scale of each byte               |
-    | zero point     | likewise                   | only of families with `has_zeros`               |
+    | tensors    | dtype                    | meaning                                       |
+    |------------|--------------------------|-----------------------------------------------|
+    | packed     | uint8                    | codes, see `split_codes`                      |
+    | scale      | float32, or uint8: bytes | (rows, groups, taps); then, unless these are  |
+    |            |                          | float32, a shared float32 (1,), their factor, |
+    |            |                          | or (256,), the scale of each byte             |
+    | zero point | likewise                 | only of families with `has_zeros`             |
 
     Attributes:
         values: the number of each code.
@@ -122,20 +122,19 @@ class SDNQ(RowFormat):
 
     sizes = ("group", "taps", "rotation", "rotation_base", "scale_type", "zero_type")
     values: tuple[float, ...]
-    has_zeros = False
+    has_zeros: bool
     label = "SDNQ"
     taps = 1
     rotation = 0
     rotation_base = 2
     scale_type = 0
     zero_type = 0
-    levels = 1  # scales of a group, one of which a code selects
 
     @classmethod
     def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
         group, taps, _, _, scale_type, zero_type = sizes
         scales = columns // (group or columns // taps)
-        sides = stored_numbers(scale_type, scales * cls.levels)
+        sides = stored_numbers(scale_type, scales)
         return sides + stored_numbers(zero_type, scales) if cls.has_zeros else sides
 
     @classmethod
@@ -146,10 +145,7 @@ class SDNQ(RowFormat):
     @classmethod
     def numbers(cls, packed: torch.Tensor) -> torch.Tensor:
         """Returns the numbers of some rows (n, B), uint8, int8 or float32 of (n, K)."""
-        codes = split_codes(packed, cls.bits)
-        if cls.has_zeros:
-            return codes
-        return (codes if cls.bits == 8 else codes + 256 - 2**(cls.bits - 1)).view(torch.int8)
+        raise NotImplementedError
 
     @classmethod
     def shape_of(cls, rows: int) -> tuple[int, ...]:
@@ -190,6 +186,17 @@ class SDNQ(RowFormat):
         if not cls.rotation:
             return rows
         return cls.rotate(rows.float()).mul_(cls.rotation**-0.5)
+
+
+class SDNQInteger(SDNQ):
+    """Codes are integers from 0 on with zero points, or signed ones from -2**(bits - 1) on."""
+
+    @classmethod
+    def numbers(cls, packed: torch.Tensor) -> torch.Tensor:
+        codes = split_codes(packed, cls.bits)
+        if cls.has_zeros:
+            return codes
+        return (codes if cls.bits == 8 else codes + 256 - 2**(cls.bits - 1)).view(torch.int8)
 
 
 class SDNQFloat(SDNQ):
@@ -239,7 +246,18 @@ class SDNQCodebook(SDNQ):
 
     The tensors are those of `SDNQ`, with the levels of each group, (rows, groups, levels, taps), in
     place of its scales.
+
+    Attributes:
+        levels: of a group.
     """
+
+    has_zeros = False
+    levels: int
+
+    @classmethod
+    def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
+        return tuple(side if side.is_shared else side._replace(count=side.count * cls.levels)
+                     for side in super().sides_of(columns, *sizes))
 
     @classmethod
     def scaled(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
@@ -276,7 +294,7 @@ class CodeType(NamedTuple):
                       "label": f"SDNQ {name}", "__doc__": f"SDNQ's {name}.",
                       "__module__": __name__}
         if self.exponent is None:
-            return type(f"SDNQ_{name.upper()}", (SDNQ,), attributes)
+            return type(f"SDNQ_{name.upper()}", (SDNQInteger,), attributes)
         attributes |= {"exponent": self.exponent, "mantissa": self.mantissa}
         return type(f"SDNQ_{name.upper()}", (SDNQFloat,), attributes)
 

@@ -35,8 +35,8 @@ from .kernel_source import (
     block_addresses,
     c_floats,
     dequantize_and_linear,
-    kernel_source,
     is_plain_row,
+    kernel_source,
     late_bound_method,
     row_definitions,
 )

@@ -20,8 +20,8 @@ def values_of(layer) -> torch.Tensor:
     """Returns the weight of a layer as SDNQ dequantises it, in the shape of the dense layer."""
     dequantizer = layer.sdnq_dequantizer
     # by place in the first versions, whose parts are fewer
-    names = [name for name in ("weight", "scale", "zero_point", "svd_up", "svd_down")]
-    parts = {name: getattr(layer, name, None) for name in names}
+    parts = {name: getattr(layer, name, None)
+             for name in ("weight", "scale", "zero_point", "svd_up", "svd_down")}
     for name in ("scale_2", "scale_zero_point", "zero_point_scale", "zero_point_2"):
         if getattr(layer, name, None) is not None:
             parts[name] = getattr(layer, name)

@@ -187,6 +187,42 @@ def test_the_rotation_is_as_large_as_divides_the_channels(columns, default, vers
     assert_read(tmp_path, expected)
 
 
+@pytest.mark.parametrize("columns", [8, 96])
+def test_taps_are_no_channels_to_rotate(columns, tmp_path):
+    size = columns & -columns
+    expected = write_folder(
+        tmp_path, {"L.weight": values(8, columns, 4, 4)}, "uint4", lambda *_: True,
+        {"use_hadamard": True}, rotated=(size, H2))
+    assert_read(tmp_path, expected)
+
+
+@pytest.mark.parametrize("name", ["uint4", "int8"])
+@pytest.mark.parametrize("said_by", ["bias", "svd_up"])
+def test_one_scale_of_a_whole_weight_is_that_of_all_rows(said_by, name, tmp_path):
+    tensors, _ = write_weight(values(1, 24 * 64), name)
+    other = {"bias": torch.zeros(24)}
+    low_rank = torch.zeros(24, 64)
+    if said_by == "svd_up":
+        other = {"svd_up": values(24, 4), "svd_down": values(4, 64)}
+        low_rank = other["svd_up"] @ other["svd_down"]
+    codes = tensors["weight"].view(24, 64) if name == "int8" else torch.stack(
+        [tensors["weight"] & 15, tensors["weight"] >> 4], -1).view(24, 64)
+    save_layer(tmp_path / "model.safetensors",
+               tensors | other | ({"weight": codes} if name == "int8" else {}))
+    (tmp_path / "config.json").write_text(json.dumps(config_of(name)))
+    expected = codes.float() * tensors["scale"] + tensors.get("zero_point", 0) + low_rank
+    weight = open_weights(tmp_path).state_dict()["L.weight"]
+    assert is_packed(weight) and relative(weight.dequantize(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_may_have_a_factor(dtype, tmp_path):
+    tensors, expected = write_weight(values(24, 64), "int4", scale_dtype=dtype)
+    save_layer(tmp_path / "model.safetensors", tensors | {"scale_2": torch.tensor([0.75])})
+    (tmp_path / "config.json").write_text(json.dumps(config_of("int4")))
+    assert_read(tmp_path, {"L.weight": expected * 0.75})
+
+
 @pytest.mark.parametrize("shape", [(24, 64), (32, 32)], ids=str)
 @pytest.mark.parametrize("rank", [0, 4, 32])
 @pytest.mark.parametrize("name", ["int8", "uint8", "uint4"])
@@ -197,14 +233,15 @@ def test_transposed_weights_are_put_in_the_order_of_their_rows(name, rank, shape
     assert_read(tmp_path, expected)
 
 
-def test_the_floats_of_early_versions_have_no_subnormals(tmp_path):
-    tensors, _ = write_weight(values(8, 32), "float4_e2m1fn")
-    tensors |= {"weight": torch.arange(16, dtype=torch.uint8).repeat(8),
-                "scale": torch.ones(8, 1)}
-    (tmp_path / "config.json").write_text(json.dumps(
-        config_of("float4_e2m1fn", sdnq_version="0.2.1")))
+@pytest.mark.parametrize(("name", "expected"), [
+    ("float4_e2m1fn", [0, 0.75, 1, 1.5, 2, 3, 4, 6]),
+    ("float4_e1m2fn", [1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5])])
+def test_the_floats_of_early_versions_have_no_subnormals(name, expected, tmp_path):
+    """The numbers are those that SDNQ 0.1.9 and 0.2.1 read."""
+    tensors = {"weight": torch.arange(16, dtype=torch.uint8).repeat(8), "scale": torch.ones(8, 1)}
+    (tmp_path / "config.json").write_text(json.dumps(config_of(name, sdnq_version="0.2.1")))
     save_layer(tmp_path / "model.safetensors", tensors)
-    expected = torch.tensor([0, 0.75, 1, 1.5, 2, 3, 4, 6])  # as SDNQ 0.2.1 reads these codes
+    expected = torch.tensor(expected)
     row = open_weights(tmp_path).state_dict()["L.weight"].dequantize()[0]
     assert torch.equal(row[::2], torch.cat([expected, -expected]))
 
@@ -321,14 +358,20 @@ CODES = torch.zeros(24 * 32, dtype=torch.uint8)
     ({"weight": torch.zeros(24, 64).to(torch.float8_e5m2)}, {"weights_dtype": "int8"},
      "its codes are float8_e5m2 .24, 64.; expected int8"),
     ({"weight": CODES.view(torch.int8).view(12, 64)}, {"weights_dtype": "int8"}, "of 24 rows"),
+    ({"svd_up": torch.ones(24, 0), "svd_down": torch.ones(0, 64)}, {}, "expected floats that make"),
+    ({"svd_up": torch.ones(()), "svd_down": torch.ones(()), "scale": torch.ones(1, 1)}, {},
+     "which do not say how many"),
+    ({"scale": torch.ones(0, 1)}, {}, "of 0 rows"),
+    ({"weight": CODES[:0]}, {}, "make no SDNQ int4 weight"),
     ({"svd_up": torch.ones(24, 4)}, {}, "only one of svd_up and svd_down"),
     ({"svd_up": torch.ones(24, 4), "svd_down": torch.ones(3, 64)}, {}, "expected floats that make"),
-    ({"svd_up": torch.ones(24, 4).int(), "svd_down": torch.ones(4, 64).int()}, {}, "expected floats"),
+    ({"svd_up": torch.ones(24, 4).int(), "svd_down": torch.ones(4, 64).int()}, {},
+     "expected floats"),
     ({"scale": torch.ones(24, 1).to(torch.float8_e5m2)}, {}, "without the numbers that it is read"),
     ({"scale": torch.ones(24, 1), "scale_2": torch.ones(3)}, {}, "without the numbers"),
     ({"scale": torch.ones(24, 1).int()}, {}, "its scale is int32 .24, 1.; expected floats"),
     ({"scale": torch.ones(1, 1)}, {}, "one scale for all rows, which do not say how many"),
-    ({}, {"use_hadamard": True, "hadamard_group_size": 48}, "groups of 48 values; expected a power"),
+    ({}, {"use_hadamard": True, "hadamard_group_size": 48}, "groups of 48 values; expected a"),
     ({}, {"use_hadamard": True, "hadamard_group_size": "a"}, "groups of 'a' values"),
     ({}, {"use_hadamard": True, "sdnq_version": None, "hadamard_group_size": 16}, "sdnq_version"),
     ({"scale": torch.ones(24, 16), "zero_point": torch.ones(24, 16)}, {"use_codebook": True},
@@ -352,16 +395,17 @@ def test_codes_across_the_ends_of_rows_are_a_sentence(tmp_path):
         open_weights(tmp_path).state_dict()
 
 
-@pytest.mark.parametrize("part", ["scale", "weight"])
-def test_a_missing_part_is_a_sentence(part, tmp_path):
-    tensors, _ = write_weight(values(24, 64), "uint4", rank=4)
+@pytest.mark.parametrize(("name", "part"), [
+    ("uint4", "scale"), ("uint4", "weight"), ("int8", "scale")])
+def test_a_missing_part_is_a_sentence(name, part, tmp_path):
+    tensors, _ = write_weight(values(24, 64), name)
     other, _ = write_weight(values(24, 64), "int8")
     stored = {f"M.{name}": tensor for name, tensor in other.items()}
     stored |= {f"L.{name}": tensor for name, tensor in tensors.items() if name != part}
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config_of("uint4", modules_dtype_dict={
         "int8": ["M"]})))
-    with pytest.raises(WeightFileError, match="'L.* not in the file"):
+    with pytest.raises(WeightFileError, match="model.safetensors: 'L.* not in the file"):
         open_weights(tmp_path).state_dict()
 
 
