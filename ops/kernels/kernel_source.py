@@ -71,8 +71,8 @@ CPU_ROW_FAMILIES = ROW_FAMILIES | {
     "W4A16_FLOAT": RowKernel("CodebookLowNibbles", "FloatScales", minima="Float"),
     "AWQ_INT4": RowKernel("CodebookLowNibbles", "BFloatScales", minima="BFloat"),
     "AWQ_INT4_HALF": RowKernel("CodebookLowNibbles", "HalfScales", minima="HalfFloat"),
-    "SDNQ_INT4": RowKernel("CodebookLowNibbles", "FloatScales"),
-    "SDNQ_UINT4": RowKernel("CodebookLowNibbles", "FloatScales", minima="Float"),
+    "SDNQ_INT4": RowKernel("NibblesLessEight", "FloatScales"),
+    "SDNQ_UINT4": RowKernel("UnsignedNibbles", "FloatScales", minima="Float"),
     "SDNQ_FLOAT4_E2M1FN": RowKernel("CodebookLowNibbles", "FloatScales"),
     "SDNQ_INT8": RowKernel("SignedBytes", "FloatScales"),
     "SDNQ_UINT8": RowKernel("UnsignedBytes", "FloatScales", minima="Float"),
@@ -122,8 +122,8 @@ def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
         "SCALED_COLUMNS": int(kernel.has_column_scales)
     }
     if kernel.codes.startswith("Codebook"):
-        values = getattr(packed_format, "base", packed_format).values
-        definitions["CODEBOOK"] = c_floats(values)
+        numbers = getattr(packed_format, "base", packed_format).code_numbers()
+        definitions["CODEBOOK"] = c_floats(numbers.tolist())
     return definitions
 
 
