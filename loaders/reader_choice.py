@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from .comfy_quant import find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
 from .files.nunchaku import has_nunchaku_weights
+from .files.quantizers import has_quantized_weights
 from .files.safetensors import is_shard
 from .files.scaled_weights import has_scaled_weights
 from .files.sdnq import has_sdnq_weights
@@ -41,6 +42,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
             keys, metadata = file.keys(), file.metadata() or {}
             return (has_packed_weights(keys)
                     or has_nunchaku_weights(keys)
+                    or has_quantized_weights(keys)
                     or has_scaled_weights(keys, metadata, partial(_type_of, file))
                     or has_sdnq_weights(keys, partial(_type_of, file))
                     or has_format(keys, file.get_tensor, metadata, host_formats)

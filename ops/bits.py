@@ -146,3 +146,20 @@ def select(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     # same part as the operations before and after do.
     pieces = index.long().reshape(-1, math.gcd(index.numel(), LOOKUP_PIECE))
     return table.expand(len(pieces), -1).gather(1, pieces).view(-1)
+
+
+def split_stream(data: torch.Tensor, width: int) -> torch.Tensor:
+    """Returns the fields of `width` bits of a stream of bytes, the lowest bit first.
+
+    Args:
+        data: uint8 (..., B), B a multiple of `width`.
+        width: bits of a field, below 4.
+
+    Returns:
+        int32 (..., B * 8 / width).
+    """
+    pieces = data.reshape(*data.shape[:-1], -1, width).int()
+    words = pieces[..., 0]
+    for index in range(1, width):
+        words = words | pieces[..., index] << 8 * index
+    return split_bits(words, width, 8).view(*data.shape[:-1], -1)

@@ -132,6 +132,11 @@ class WeightFile:
         return ""
 
     @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The settings of a quantiser in the config of a folder, {} where there are none."""
+        return {}
+
+    @property
     def text_metadata(self) -> dict[str, str]:
         """The metadata whose values are strings, which is what ComfyUI reads."""
         return {key: value for key, value in self.metadata.items() if isinstance(value, str)}

@@ -20,7 +20,9 @@ DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # `quant_method` of a config -> what the weights are quantised by
 QUANT_METHODS = {
     "bitsandbytes": "bitsandbytes (4-bit NF4 and FP4, int8)", "fp8": "transformers in fp8",
-    "sdnq": "SDNQ", "nunchaku_lite": "Nunchaku", "svdquant": "Nunchaku",
+    "sdnq": "SDNQ", "nunchaku_lite": "Nunchaku", "svdquant": "Nunchaku", "gptq": "GPTQ",
+    "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "awq": "AWQ",
+    "compressed-tensors": "compressed-tensors", "quanto": "quanto", "torchao": "torchao",
 }
 SDNQ_CONFIG = "quantization_config.json"  # which SDNQ may write beside config.json
 # Nunchaku's first folders have the model in two files, without an index.
@@ -69,6 +71,11 @@ class ModelFolder(SafetensorsFile):
         architectures = self.config.get("architectures")
         architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
         return str(self.config.get("_class_name", architecture))
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        settings = self.config.get("quantization_config")
+        return settings if isinstance(settings, dict) else {}
 
 
 def _error(folder: Path, problem: str) -> WeightFileError:

@@ -31,6 +31,7 @@ from .container import (
     safe_repr,
 )
 from .nunchaku import has_nunchaku_weights, join_nunchaku_weights
+from .quantizers import join_quantized_weights
 from .scaled_weights import join_scaled_weights
 from .sdnq import config_beside, join_sdnq_weights, sdnq_config
 from .unsupported_quantizers import reject_unsupported_quantizers
@@ -120,7 +121,7 @@ class SafetensorsFile(WeightFile):
         if has_nunchaku_weights(tensors):
             tensors = join_nunchaku_weights(self, tensors, track)
         else:
-            tensors = join_parts(self, tensors, track)
+            tensors = join_parts(self, join_quantized_weights(self, tensors), track)
         tensors = join_scaled_weights(self, tensors)
         tensors = join_sdnq_weights(self, tensors, self.sdnq_config)
         reject_unsupported_quantizers(self, tensors)

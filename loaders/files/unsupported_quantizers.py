@@ -11,17 +11,22 @@ OTHER_FORM = "Get the model as GGUF, bitsandbytes NF4 or int8, or in one of Comf
 UNSUPPORTED_QUANTIZERS = (
     (
         r"\.(qweight|qzeros|g_idx)$",
-        "part of a weight quantised by GPTQ or AWQ, which are not supported",
+        "part of a weight of GPTQ or AWQ whose other parts (qweight, qzeros, scales) are missing",
         OTHER_FORM,
     ),
     (
         r"\._weight_(qdata|scale|zero_point)$",
-        "part of a weight quantised by torchao, which is not supported",
+        "part of a weight quantised by torchao whose _weight_qdata is missing",
         OTHER_FORM,
     ),
     (
         r"\.weight\._(data|scale|shift|packed)$",
-        "part of a weight quantised by quanto, which is not supported",
+        "part of a weight quantised by quanto whose weight._data is missing",
+        OTHER_FORM,
+    ),
+    (
+        r"\.experts\.\w+_(blocks|scales)$",
+        "part of experts quantised in MXFP4, which is not supported",
         OTHER_FORM,
     ),
     (r"\.W_q$", "part of a weight quantised by HQQ, which is not supported", OTHER_FORM),

@@ -14,6 +14,7 @@ from ..comfy_keys import to_comfy_keys
 from ..detection import try_detect
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
+from ..files.quantizers import quantizer_of
 from ..lora.lora_file import OTHER_FILES, PAIRS, layer_names, weight_shapes
 from ..lora.model_families import match_family
 from ..model_summary import title_of
@@ -52,6 +53,7 @@ class Inspection:
         host: ComfyUI's class name of the model.
         problem: why it cannot be read.
         declared_type: the type of model that the file declares.
+        quantizer: the library that packed its weights, "" for none that `quantizers` knows.
         parameters: number of values.
         nbytes: bytes on disk.
         memory_bytes: bytes of the weights in memory.
@@ -75,6 +77,7 @@ class Inspection:
     host: str = ""
     problem: str = ""
     declared_type: str = ""
+    quantizer: str = ""
     parameters: int = 0
     nbytes: int = 0
     memory_bytes: int = 0
@@ -113,6 +116,7 @@ def identify(contents: Contents) -> Inspection:
         block_sizes[type_name] = block_sizes.get(type_name, 0) + tensor.nbytes
     inspection = Inspection(
         contents.name, declared_type=contents.declared_type, nbytes=contents.nbytes,
+        quantizer=quantizer_of(contents.file) if contents.file else "",
         memory_bytes=contents.memory_bytes, patches=contents.patches,
         parameters=sum(map(math.prod, contents.shapes.values())),
         types={name: (counts[name], size) for name, size in sizes.most_common()},

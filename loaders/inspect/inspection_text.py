@@ -42,6 +42,7 @@ def _about_lines(inspection: Inspection, omitted: tuple[str, ...] = ()) -> list[
     rows = {
         "file says": inspection.declared_type,
         "ComfyUI's name": inspection.host,
+        "packed by": inspection.quantizer,
         "parameters": _parameters_text(inspection),
         "size": size_text(inspection.nbytes) if inspection.nbytes else "",
         "held in memory": size_text(inspection.memory_bytes),

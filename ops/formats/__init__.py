@@ -5,6 +5,7 @@ from . import (  # noqa: F401  each registers what it defines
     column_groups,
     comfy,
     composite,
+    integers,
     iq1,
     iq2,
     iq3,

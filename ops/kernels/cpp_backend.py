@@ -212,7 +212,8 @@ class CpuKernels:
                              **definitions)
         packed, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)
         column_scales = sides.pop() if definitions["SCALED_COLUMNS"] else None
-        minima = sides.pop() if definitions["HAS_MINIMA"] else None
+        has_addend = definitions["HAS_MINIMA"] or definitions["HAS_ZEROS"]
+        minima = sides.pop() if has_addend else None
         scales, row_scales = (*sides, None)[:2]
         addresses = map(_address, (packed, scales, row_scales, minima, column_scales, out))
         run(*addresses, c_longlong(len(packed)), c_int(_threads(out.numel())))

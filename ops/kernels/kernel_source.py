@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..format import Format
+from ..formats import integers
 from ..formats._rows import RowFormat
 from .kernel import Kernel
 
@@ -28,6 +29,7 @@ class RowKernel(NamedTuple):
         is_rotated: whether groups of columns are rotated.
         minima: name of the structure that reads numbers which are added to groups of columns.
         has_column_scales: whether each column has a factor, the last of the sides.
+        has_zeros: whether groups have numbers that are subtracted from the codes, the last side.
 
     A format with other sides, such as SDNQ's of scales in 16 bits, has no kernel.
     """
@@ -36,12 +38,14 @@ class RowKernel(NamedTuple):
     is_rotated: bool = False
     minima: str = "None"
     has_column_scales: bool = False
+    has_zeros: bool = False
 
     @property
     def sides(self) -> int:
         """How many tensors a weight has beside its codes."""
-        has_row_scales = "Row" in self.scales or self.scales == "E4M3Scales"
-        return 1 + has_row_scales + (self.minima != "None") + self.has_column_scales
+        has_row_scales = "Row" in self.scales or self.scales.startswith("E4M3")
+        return (1 + has_row_scales + (self.minima != "None") + self.has_zeros
+                + self.has_column_scales)
 
 
 ROW_FAMILIES = {
@@ -77,7 +81,17 @@ CPU_ROW_FAMILIES = ROW_FAMILIES | {
     "SDNQ_INT8": RowKernel("SignedBytes", "FloatScales"),
     "SDNQ_UINT8": RowKernel("UnsignedBytes", "FloatScales", minima="Float"),
     "SDNQ_FLOAT8_E4M3FN": RowKernel("E4M3", "FloatScales"),
+    "NVFP4_QUOTIENT": RowKernel("CodebookLowNibbles", "E4M3Quotients"),
 }
+for _ending, _number in (("", "BFloat"), ("_HALF", "HalfFloat"), ("_FLOAT", "Float")):
+    _scales = f"{_number.replace('HalfFloat', 'Half')}Scales"
+    for _bits in integers.BITS:
+        CPU_ROW_FAMILIES |= {
+            f"INT{_bits}_GROUPED{_ending}": RowKernel("Integers", _scales),
+            f"UINT{_bits}_GROUPED{_ending}": RowKernel("Integers", _scales, has_zeros=True)}
+    for _bits in (2, 4):
+        CPU_ROW_FAMILIES[f"QUANTO_INT{_bits}{_ending}"] = RowKernel(
+            "Integers", _scales, minima=_number)
 
 
 def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None,
@@ -118,12 +132,15 @@ def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
         "COLUMNS": packed_format.block_length, "GROUP": group, "ROTATED": int(kernel.is_rotated),
         "ROOT": f"{group**0.5 if kernel.is_rotated else 1.0}f",
         "LEVEL_GROUP": getattr(packed_format, "level_group", 0), "MINIMA": kernel.minima,
-        "HAS_MINIMA": int(kernel.minima != "None"),
+        "HAS_MINIMA": int(kernel.minima != "None"), "HAS_ZEROS": int(kernel.has_zeros),
         "SCALED_COLUMNS": int(kernel.has_column_scales)
     }
     if kernel.codes.startswith("Codebook"):
         numbers = getattr(packed_format, "base", packed_format).code_numbers()
         definitions["CODEBOOK"] = c_floats(numbers.tolist())
+    if issubclass(packed_format, integers.Integers):
+        definitions["OFFSET"] = packed_format.offset()
+        definitions["ZERO_BITS"] = packed_format.zero_bits()
     return definitions
 
 

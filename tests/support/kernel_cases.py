@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 
 from featherweight.ops import formats, kernels, product  # noqa: F401
 from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops.formats import integers
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, selector
 from featherweight.ops.kernels.kernel_source import FORMAT_NAMES
@@ -45,7 +46,12 @@ CPU_ROW_SIZES = ROW_SIZES | {
     "SDNQ_FLOAT4_E2M1FN": [(192, 64)], "SDNQ_INT8": [(96, 0), (192, 64)],
     "SDNQ_UINT8": [(96, 0)], "SDNQ_FLOAT8_E4M3FN": [(96, 0)],
     "W4A16_FLOAT": [(192,)], "AWQ_INT4": [(192,), (256, 128)], "AWQ_INT4_HALF": [(192,)],
-}
+    "NVFP4_QUOTIENT": [(96,), (80,)],
+} | {
+    f"{name}{bits}_GROUPED{ending}": [(96, 32), (48, 24)] if bits == 3 else [(96, 32)]
+    for name in ("INT", "UINT") for bits in integers.BITS for ending in ("", "_HALF", "_FLOAT")
+} | {f"QUANTO_INT{bits}{ending}": [(256, 64)]
+     for bits in (2, 4) for ending in ("", "_HALF", "_FLOAT")}
 each_row_format = pytest.mark.parametrize(
     ("name", "size"), [(name, size) for name, sizes in ROW_SIZES.items() for size in sizes],
     ids=str)

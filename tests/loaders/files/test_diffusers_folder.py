@@ -124,11 +124,9 @@ def refused(path, message):
 @pytest.mark.parametrize(
     ("quantiser", "named"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
-        ({"quant_method": "awq"}, "'awq'"),
-        ("gptq", "'gptq'"),
-        ({"quant_method": "torchao"}, "'torchao'"),
-        ({"quant_method": "quanto"}, "'quanto'"),
+        ({"quant_method": "hqq", "bits": 4}, "'hqq'"),
+        ({"quant_method": "mxfp4"}, "'mxfp4'"),
+        ("hqq", "'hqq'"),
         ({"quant_method": ["x"]}, r"\['x'\]"),
         ({"bits": 4}, "'bits'"),
     ],

@@ -421,7 +421,7 @@ BAD_WEIGHTS = {
     ),
     "GPTQ": (
         {"a.qweight": torch.zeros(2, 2, dtype=torch.int32), "a.g_idx": torch.arange(2)},
-        "GPTQ or AWQ, which are not",
+        "GPTQ or AWQ whose other parts",
     ),
     "AWQ": ({"a.qzeros": torch.zeros(2, 2, dtype=torch.int32)}, "GPTQ or AWQ"),
     "nunchaku": (
@@ -430,6 +430,9 @@ BAD_WEIGHTS = {
     ),
     "quanto": ({"a.weight._data": torch.zeros(2, 2, dtype=torch.int8)}, "quanto"),
     "torchao": ({"a._weight_qdata": torch.zeros(2, 2, dtype=torch.int8)}, "torchao"),
+    "torchao without codes": ({"a._weight_scale": random(2)}, "torchao whose _weight_qdata"),
+    "MXFP4": ({"a.mlp.experts.gate_up_proj_blocks": torch.zeros(2, 2, dtype=torch.uint8)},
+              "experts quantised in MXFP4, which is not supported"),
     "HQQ": ({"a.W_q": torch.zeros(2, 2, dtype=torch.uint8)}, "HQQ"),
 }
 

@@ -4,7 +4,13 @@
 // is stored. Where ROTATED is 1, the numbers of GROUP columns are integers and are rotated, and the
 // scale belongs to the row. Where LEVEL_GROUP is not 0, an integer is a number times the scale, a
 // byte of E4M3, of LEVEL_GROUP columns. MINIMA names the numbers added to the values of GROUP
-// columns. Where SCALED_COLUMNS is 1, each column has a factor too.
+// columns. Where HAS_ZEROS is 1, minima are integers of ZERO_BITS that are subtracted from the
+// numbers of GROUP columns, each row filled up to whole bytes; OFFSET is subtracted from all numbers.
+// Where SCALED_COLUMNS is 1, each column has a factor too.
+
+#ifndef OFFSET
+#define OFFSET 0
+#endif
 
 struct SignedBytes {
     static FUNCTION Floats numbers(Packed from) { return floats(load_signed_bytes(from)); }
@@ -69,6 +75,27 @@ struct SixBits {  // of eight: four bytes of low nibbles, two of upper bits
     }
 };
 
+struct Integers {  // BITS each, the lowest bit first
+    static FUNCTION Floats numbers(Packed from) {
+#if BITS == 8
+        return floats(load_bytes(from) - OFFSET);
+#elif BITS == 4
+        return floats(load_low_nibble_pairs(from) - OFFSET);
+#else
+        Ints codes;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            const int shift = i * BITS % 8;
+            Packed byte = from + i * BITS / 8;
+            int bits = byte[0] >> shift;
+            if (shift + BITS > 8) bits |= byte[1] << (8 - shift);
+            codes[i] = bits & ((1 << BITS) - 1);
+        }
+        return floats(codes - OFFSET);
+#endif
+    }
+};
+
 static FUNCTION float e4m3(unsigned byte) {
     unsigned magnitude = byte & 0x7F;
     float value = float_of_bits(magnitude << 20) * 0x1p120f;
@@ -124,6 +151,12 @@ struct Exponents {
 struct E4M3Scales {  // times the scale of their row
     static FUNCTION float scale(Packed scales, Scales of_rows, Index group, Index row) {
         return e4m3(scales[group]) * of_rows[row];
+    }
+};
+
+struct E4M3Quotients {  // over the scale of their row
+    static FUNCTION float scale(Packed scales, Scales of_rows, Index group, Index row) {
+        return e4m3(scales[group]) / of_rows[row];
     }
 };
 
@@ -211,9 +244,19 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
                 for (int i = 0; i < GROUP / LANES; i++)
                     store(rounded<VALUE_TYPE>(values[i] * scale), out + place + i * LANES);
             } else {
+#if HAS_ZEROS
+                const int zero_bytes = (groups * ZERO_BITS + 7) / 8, bit = group * ZERO_BITS;
+                const float zero = minima[row * zero_bytes + bit / 8] >> bit % 8
+                                   & ((1 << ZERO_BITS) - 1);
+#else
                 const float minimum = MINIMA::number(minima, row * groups + group);
+#endif
                 for (int first = 0; first < GROUP; first += LANES) {
-                    Floats values = CODES::numbers(codes + first * BITS / 8) * scale;
+                    Floats values = CODES::numbers(codes + first * BITS / 8);
+#if HAS_ZEROS
+                    values = values - zero;
+#endif
+                    values = values * scale;
 #if HAS_MINIMA
                     values = values + minimum;
 #endif

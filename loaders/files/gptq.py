@@ -1,0 +1,139 @@
+"""Reads weights that GPTQ, AutoRound or AWQ packed into 32-bit words.
+
+| in the file (layer `L`, weight (N, K), b bits, G groups) | written by |
+|---|---|
+| `L.qweight` int32 (K * b / 32, N), `L.qzeros` int32 (G, N * b / 32), `L.scales` (G, N), | GPTQ, |
+| optional `L.g_idx` int32 (K,), the group of each column | AutoRound |
+| `L.qweight` int32 (K, N / 8), `L.qzeros` int32 (G, N / 8), `L.scales` (G, N) | AWQ (gemm) |
+
+Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. GPTQ's words are a stream
+of bits along the rows of the matrix (along the columns for zeros), so that transposing them brings
+the codes into the order of the values. In AWQ's words, the nibbles have an order of their own.
+
+GPTQ's first version stores each zero less 1, modulo 2**b, its second as it is. The `config.json` of
+the folder says which: `checkpoint_format` of GPTQ, `packing_format` of AutoRound. Without it, only
+zeros that are all half the range of the codes say so.
+
+Sources: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, `qlinear_torch_zp.py` and
+`auto_round/inference/backend.py`, autoawq 0.2.9 `awq/utils/packing_utils.py`.
+"""
+from collections.abc import Collection, Iterator
+
+import torch
+
+from .comfy_formats import PartError
+from .container import WeightFile
+from .integer_weights import (
+    CHUNK_VALUES,
+    Parts,
+    describe,
+    join_codes,
+    known_bits,
+    pack_integers,
+    part,
+    read_layer,
+    split_words,
+    take_parts,
+)
+
+NAME = "GPTQ, AutoRound or AWQ"
+CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
+AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]  # of the nibbles of a word, the lowest first
+AWQ_BITS, AWQ_CODES = 4, 8
+CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
+
+
+def layers(names: Collection[str]) -> Iterator[str]:
+    """Yields the layers of a file that such quantisers packed, by the names of its tensors."""
+    for name in names:
+        layer = name.removesuffix(f".{CODES}")
+        if layer != name and {f"{layer}.{SCALES}", f"{layer}.{ZEROS}"}.issubset(names):
+            yield layer
+
+
+def join(file: WeightFile, tensors: Parts):
+    """Replaces the parts of each such weight in `tensors` with one packed tensor.
+
+    Raises:
+        WeightFileError: the parts of a weight do not belong together.
+    """
+    for layer in list(layers(tensors.keys())):
+        parts = take_parts(tensors, layer, (CODES, ZEROS, SCALES, GROUPS))
+        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
+                                                lambda: _weight(file, parts))
+
+
+def _weight(file: WeightFile, parts: Parts) -> torch.Tensor:
+    codes, zeros, scales = (part(parts, name) for name in (CODES, ZEROS, SCALES))
+    if (codes.dtype, zeros.dtype) != (torch.int32, torch.int32) or any(
+            tensor.ndim != 2 or not tensor.numel() for tensor in (codes, zeros, scales)):
+        raise PartError(_mismatch(parts))
+    groups, rows = scales.shape
+    if len(zeros) != groups or not scales.is_floating_point():
+        raise PartError(_mismatch(parts))
+    if codes.shape[1] == rows:
+        return _gptq(file, parts)
+    if codes.shape[1] * AWQ_CODES == rows and zeros.shape[1] == codes.shape[1]:
+        return _awq(codes, zeros, scales)
+    raise PartError(_mismatch(parts))
+
+
+def _mismatch(parts: Parts) -> str:
+    shapes = ", ".join(f"{name} {describe(tensor)}" for name, tensor in parts.items())
+    return (f"it has {shapes}, expected int32 words of GPTQ (K * bits / 32, N) or AWQ (K, N / 8)"
+            " with a scale and a zero for each group and row")
+
+
+def _gptq(file: WeightFile, parts: Parts) -> torch.Tensor:
+    codes, zeros, scales = (parts[name] for name in (CODES, ZEROS, SCALES))
+    (groups, rows), group_of_column = scales.shape, parts.get(GROUPS)
+    bits = known_bits(zeros.shape[1] * 32 / rows)
+    columns = len(codes) * 32 // bits
+    if len(codes) * 32 % bits or columns % 8:
+        raise PartError(_mismatch(parts))
+    stored = split_words(zeros, bits)
+    zeros = stored + _zero_offset(file, stored, bits) & (1 << bits) - 1
+    if group_of_column is None and columns % groups:
+        length = file.quantization.get("group_size")
+        if type(length) is not int or length < 1 or -(-columns // length) != groups:
+            raise PartError(f"its {groups} groups do not divide its {columns} columns")
+        group_of_column = torch.arange(columns) // length
+    return pack_integers(codes.t().contiguous().view(torch.uint8), columns, bits, scales.t(),
+                         zeros.t(), group_of_column)
+
+
+def _zero_offset(file: WeightFile, stored: torch.Tensor, bits: int) -> int:
+    """Returns what has to be added to the zeros of GPTQ, uint8 (G, N)."""
+    settings, half = file.quantization, 1 << bits - 1
+    if "auto" in str(settings.get("quant_method")):  # auto-round, also intel/auto-round
+        packing = str(settings.get("packing_format", "auto_gptq"))
+        return int("auto_gptq" in packing)
+    if settings:
+        version = settings.get("checkpoint_format", settings.get("format"))
+        return int("v2" not in str(version))
+    if bool((stored == half).all()):
+        return 0
+    if bool((stored == half - 1).all()):
+        return 1
+    raise PartError(f"its file does not say whether zeros are stored less 1; {CONFIG_ADVICE}")
+
+
+def _awq(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    columns, words = codes.shape
+    if columns % 2:
+        raise PartError(f"it has an odd number of columns, {columns}")
+    packed = torch.empty((words * AWQ_CODES, columns // 2), dtype=torch.uint8)
+    step = max(1, CHUNK_VALUES // columns // AWQ_CODES)
+    for first in range(0, words, step):
+        fields = _awq_fields(codes[:, first:first + step])
+        packed[first * AWQ_CODES:(first + step) * AWQ_CODES] = join_codes(
+            fields.t().contiguous(), AWQ_BITS)
+    return pack_integers(packed, columns, AWQ_BITS, scales.t(), _awq_fields(zeros).t())
+
+
+def _awq_fields(words: torch.Tensor) -> torch.Tensor:
+    """Returns the fields of words (R, W) in the order of the matrix' rows, uint8 (R, W * 8)."""
+    fields = split_words(words, AWQ_BITS).view(len(words), -1, AWQ_CODES)
+    ordered = torch.empty_like(fields)
+    ordered[..., AWQ_COLUMNS] = fields
+    return ordered.view(len(words), -1)

@@ -1,0 +1,85 @@
+"""Reads weights that optimum-quanto packed.
+
+| in the file (layer `L`, weight (N, K)) | type |
+|---|---|
+| `L.weight._data` int8 or fp8 (N, ...), `L.weight._scale` (N, 1, ...) or () | qint8, qfloat8 |
+| `L.weight._data._data` uint8, `L.weight._scale`, `L.weight._shift` (N * K / g, 1) | qint4, qint2 |
+
+Each becomes one packed tensor `L.weight`. value = code * scale, or code * scale - shift. qint4 and
+qint2 are matrices of (N * K / g, g) codes, which are cut into 2 or 4 parts below each other, whose
+codes share bytes, the first part in the lowest bits. The file does not say N, so the layer needs a
+bias. `L.input_scale` and `L.output_scale` say nothing about the weight.
+
+Source: optimum-quanto 0.2.7 `tensor/packed.py`, `tensor/weights/qbits.py`.
+"""
+from collections.abc import Collection, Iterator
+
+import torch
+
+from ...ops.formats.integers import SIDE_DTYPES, quanto_family
+from ...ops.packed_layout import packed_tensor
+from .comfy_formats import PartError
+from .container import WeightFile
+from .integer_weights import Parts, describe, join_codes, pack_rows, part, read_layer, take_parts
+
+NAME = "quanto"
+CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
+OF_LAYER = ("input_scale", "output_scale")
+
+
+def layers(names: Collection[str]) -> Iterator[str]:
+    """Yields the layers of a file that it packed, by the names of its tensors."""
+    for name in names:
+        for ending in (CODES, PACKED):
+            layer = name.removesuffix(f".{ending}")
+            if layer != name:
+                yield layer
+
+
+def join(file: WeightFile, tensors: Parts):
+    """Replaces the parts of each such weight in `tensors` with one packed tensor.
+
+    Raises:
+        WeightFileError: the parts of a weight do not belong together.
+    """
+    for layer in list(layers(tensors.keys())):
+        parts = take_parts(tensors, layer, (CODES, PACKED, SCALE, SHIFT, *OF_LAYER))
+        bias = tensors.get(f"{layer}.bias")
+        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
+                                                lambda: _weight(parts, bias))
+
+
+def _weight(parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
+    if CODES in parts:
+        return pack_rows(parts[CODES], part(parts, SCALE))
+    codes, scale, shift = (part(parts, name) for name in (PACKED, SCALE, SHIFT))
+    groups = scale.numel()
+    if (codes.ndim, codes.dtype) != (2, torch.uint8) or not codes.numel() or (
+            shift.numel() != groups or shift.dtype != scale.dtype
+            or scale.dtype not in SIDE_DTYPES):
+        raise PartError(f"it has {describe(codes)} codes, {describe(scale)} scales and"
+                        f" {describe(shift)} shifts, expected uint8 codes with a scale and a shift"
+                        " for each group")
+    bits = next((bits for bits in (4, 2) if len(codes) == -(-groups * bits // 8)), None)
+    if bits is None:
+        raise PartError(f"it has {describe(codes)} codes for {groups} groups, expected 2 or 4 bits"
+                        " a value")
+    if bias is None:
+        raise PartError("it has no bias, without which its file does not say how many rows it has;"
+                        " qint8 and qfloat8 need none")
+    rows, group = len(bias), codes.shape[1]
+    columns = groups * group // max(1, rows)
+    if bias.ndim != 1 or not rows or rows * columns != groups * group or columns % group:
+        raise PartError(f"its {groups} groups of {group} values are no whole rows of the {rows}"
+                        " that its bias has")
+    sides = [side.flatten().view(torch.uint8) for side in (scale, -shift)]
+    packed = join_codes(_codes(codes, groups, bits), bits)
+    return packed_tensor(quanto_family(bits, scale.dtype).of_columns(columns, group),
+                         packed.view(-1), (rows, columns), torch.float32, *sides)
+
+
+def _codes(stored: torch.Tensor, groups: int, bits: int) -> torch.Tensor:
+    """Returns the codes (groups, g), uint8, of bytes whose parts lie below each other."""
+    mask = (1 << bits) - 1
+    parts = [stored >> shift & mask for shift in range(0, 8, bits)]
+    return torch.cat(parts)[:groups]

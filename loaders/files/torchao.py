@@ -1,0 +1,100 @@
+"""Reads weights that torchao packed and wrote to safetensors.
+
+The header has, under the name of a weight `L.weight`, JSON with its type, and the file its parts:
+
+| type | `L._weight_qdata` | `L._weight_scale` | `L._weight_zero_point` |
+|---|---|---|---|
+| Int8Tensor | int8 (N, K) | (N, 1) | int8 (N, 1) |
+| Float8Tensor | fp8 (N, K) | (N, 1) or (1, 1) | |
+| IntxUnpackedToInt8Tensor | int8 (N, K) of `target_dtype` | (N, K / g) | int8 (N, K / g) |
+
+Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. Integers of up to 4 bits
+are packed. The other types have layouts of one GPU's kernels.
+
+Source: torchao 0.18.0 `prototype/safetensors`, `quantization/quantize_`.
+"""
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ...ops.bounded_json import read_json
+from .comfy_formats import PartError
+from .container import WeightFile, safe_repr
+from .integer_weights import (
+    Parts,
+    describe,
+    join_codes,
+    pack_integers,
+    pack_rows,
+    part,
+    read_layer,
+    take_parts,
+)
+
+NAME = "torchao"
+CODES, SCALE, ZEROS = "_weight_qdata", "_weight_scale", "_weight_zero_point"
+ROWS, INTEGERS = ("Int8Tensor", "Float8Tensor"), "IntxUnpackedToInt8Tensor"
+
+
+def layers(names: Collection[str]) -> Iterator[str]:
+    """Yields the layers of a file that it packed, by the names of its tensors."""
+    for name in names:
+        layer = name.removesuffix(f".{CODES}")
+        if layer != name:
+            yield layer
+
+
+def join(file: WeightFile, tensors: Parts):
+    """Replaces the parts of each such weight in `tensors` with one packed tensor.
+
+    Raises:
+        WeightFileError: the parts of a weight do not belong together, or are of an unknown type.
+    """
+    for layer in list(layers(tensors.keys())):
+        parts = take_parts(tensors, layer, (CODES, SCALE, ZEROS))
+        text = file.metadata.get(f"{layer}.weight")
+        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
+                                                lambda: _weight(parts, _settings(text)))
+
+
+def _settings(text: Any) -> Mapping[str, Any]:
+    """Returns what the header says about a weight."""
+    try:
+        settings = read_json(text.encode())
+    except (AttributeError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise PartError("the header of its file does not say its type")
+    return settings
+
+
+def _weight(parts: Parts, settings: Mapping[str, Any]) -> torch.Tensor:
+    type_name, codes, scale = settings.get("_type"), parts[CODES], part(parts, SCALE)
+    zeros = parts.get(ZEROS)
+    if type_name in ROWS and (zeros is None or not zeros.any()):
+        return pack_rows(codes, scale)
+    if type_name != INTEGERS and type_name != ROWS[0]:
+        raise PartError(f"it is a {safe_repr(type_name)}, expected {', '.join(ROWS)} or {INTEGERS}")
+    if zeros is None:
+        zeros = torch.zeros(scale.shape, dtype=torch.int8)
+    if (codes.dtype, codes.ndim, scale.ndim, zeros.dtype) != (torch.int8, 2, 2, torch.int8) or (
+            zeros.shape != scale.shape or len(scale) != len(codes) or not codes.numel()):
+        raise PartError(f"it has {describe(codes)} codes, {describe(scale)} scales and"
+                        f" {describe(zeros)} zeros, expected int8 (N, K) codes with a scale and a"
+                        " zero for each group")
+    bits = _bits(settings, codes, zeros)
+    half = 1 << bits - 1
+    unsigned = (codes.view(torch.uint8) + half) & (1 << bits) - 1
+    return pack_integers(join_codes(unsigned, bits), codes.shape[1], bits, scale,
+                         (zeros.short() + half).to(torch.uint8))
+
+
+def _bits(settings: Mapping[str, Any], codes: torch.Tensor, zeros: torch.Tensor) -> int:
+    """Returns the fewest bits that hold all codes and zeros, not fewer than the header says."""
+    match = re.search(r"\bint([1-8])\b", str(settings.get("_data")))
+    named = int(match[1]) if match else 8
+    largest = max(int(-codes.min()), int(codes.max()) + 1, int(-zeros.min()), int(zeros.max()) + 1)
+    return next(bits for bits in (2, 4, 8)
+                if bits >= named and largest <= 1 << bits - 1 and codes.shape[1] * bits % 8 == 0)

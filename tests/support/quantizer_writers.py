@@ -1,0 +1,188 @@
+"""Small writers of the quantisers that transformers and diffusers know, by the layouts they have.
+
+Each takes a weight, float32 (N, K), and returns the parts of the layer and the values that they
+mean, float32. Codes and scales are simple: what counts is where they lie.
+"""
+import json
+
+import numpy
+import torch
+
+AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]  # nibble of each of eight neighbouring rows
+
+
+def quantize(values, bits, group, dtype=torch.float16, symmetric=False):
+    """Codes int32 (N, G, group), scales (N, G) of `dtype` and zeros int32 (N, G)."""
+    blocks = values.view(len(values), -1, group or values.shape[1])
+    half, largest = 1 << bits - 1, (1 << bits) - 1
+    if symmetric:
+        scales = (blocks.abs().amax(-1) / max(1, half - 1) + 1e-8).to(dtype)
+        zeros = torch.full(scales.shape, half)
+    else:
+        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+        scales = ((high - low) / largest + 1e-8).to(dtype)
+        zeros = (-low / scales.float()).round().clamp(0, largest)
+    zeros = zeros.int()
+    codes = (blocks / scales.float()[..., None]).round() + zeros[..., None]
+    return codes.clamp(0, largest).int(), scales, zeros
+
+
+def meant(codes, scales, zeros):
+    values = (codes - zeros[..., None]).float() * scales.float()[..., None]
+    return values.view(len(values), -1)
+
+
+def bit_stream(codes, bits):
+    """Rows of codes, the lowest bit of the first one first, as int32 words, the last filled up."""
+    fields = numpy.asarray(codes, dtype=numpy.uint32)[..., None] >> numpy.arange(bits) & 1
+    fields = fields.reshape(len(fields), -1).astype(numpy.uint8)
+    fields = numpy.pad(fields, ((0, 0), (0, -fields.shape[1] % 32)))
+    words = numpy.ascontiguousarray(numpy.packbits(fields, axis=1, bitorder="little"))
+    return torch.from_numpy(words.view(numpy.int32).copy())
+
+
+def gptq(values, bits=4, group=32, stored_less=1, symmetric=False, order=None, dtype=torch.float16):
+    """`order`: of the columns, whose groups are those of their places in it."""
+    columns = values.shape[1]
+    order = torch.arange(columns) if order is None else order
+    codes, scales, zeros = quantize(values[:, order], bits, group, dtype, symmetric)
+    expected = torch.empty_like(values)
+    expected[:, order] = meant(codes, scales, zeros)
+    in_place = torch.empty(values.shape, dtype=torch.int32)
+    in_place[:, order] = codes.view(values.shape)
+    stored = (zeros.t() - stored_less) % (1 << bits)
+    parts = {"qweight": bit_stream(in_place, bits).t().contiguous(),
+             "qzeros": bit_stream(stored, bits), "scales": scales.t().contiguous()}
+    group_of_column = torch.empty(columns, dtype=torch.int32)
+    group_of_column[order] = torch.arange(columns, dtype=torch.int32) // (group or columns)
+    return parts | {"g_idx": group_of_column}, expected
+
+
+def awq_words(matrix):
+    """int32 words of a matrix (R, N), of which each holds eight neighbouring columns."""
+    nibbles = matrix.long().view(len(matrix), -1, 8)
+    words = torch.zeros_like(nibbles[..., 0])
+    for i, nibble in enumerate(AWQ_NIBBLES):
+        words |= nibbles[..., i] << 4 * nibble
+    return torch.from_numpy(words.numpy().astype(numpy.uint32).view(numpy.int32))
+
+
+def awq(values, group=32, symmetric=False):
+    codes, scales, zeros = quantize(values, 4, group, torch.float16, symmetric)
+    parts = {"qweight": awq_words(codes.view(values.shape).t()), "qzeros": awq_words(zeros.t()),
+             "scales": scales.t().contiguous()}
+    return parts, meant(codes, scales, zeros)
+
+
+def quantized_state_dict(weights, write, keep=lambda name: False):
+    """What a file holds of a model whose matrices `write` quantises, and its values."""
+    stored, values = {}, {}
+    for name, tensor in weights.items():
+        if tensor.ndim != 2 or keep(name):
+            stored[name] = values[name] = tensor.contiguous()
+            continue
+        parts, values[name] = write(tensor.contiguous())
+        layer = name.removesuffix(".weight")
+        stored |= {f"{layer}.{part}": value.contiguous() for part, value in parts.items()}
+    return stored, values
+
+
+def save_config(folder, **settings):
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+
+
+# --- compressed-tensors
+# ------------------------------------------------------------------------------------------------
+
+def pack_quantized(values, bits=4, group=32, symmetric=True, order=None, dtype=torch.bfloat16):
+    rows, columns = values.shape
+    order = torch.arange(columns) if order is None else order
+    codes, scales, zeros = quantize(values[:, order], bits, group, dtype, symmetric)
+    expected, in_place = torch.empty_like(values), torch.empty(values.shape, dtype=torch.int32)
+    expected[:, order] = meant(codes, scales, zeros)
+    in_place[:, order] = codes.view(values.shape)
+    parts = {"weight_packed": bit_stream(in_place, bits), "weight_scale": scales,
+             "weight_shape": torch.tensor([rows, columns])}
+    if not symmetric:
+        parts["weight_zero_point"] = bit_stream(zeros.t(), bits).t().contiguous()
+    if not torch.equal(order, torch.arange(columns)):
+        parts["weight_g_idx"] = torch.empty(columns, dtype=torch.int32)
+        parts["weight_g_idx"][order] = torch.arange(columns, dtype=torch.int32) // group
+    return parts, expected
+
+
+def int_quantized(values, group=32, symmetric=False, dtype=torch.bfloat16):
+    codes, scales, zeros = quantize(values, 8, group, dtype, symmetric)
+    parts = {"weight": (codes - 128).view(values.shape).to(torch.int8), "weight_scale": scales}
+    if not symmetric:
+        parts["weight_zero_point"] = (zeros - 128).to(torch.int8)
+    return parts, meant(codes, scales, zeros)
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def nvfp4(values):
+    blocks = values.view(len(values), -1, 16)
+    of_tensor = (448 * 6 / values.abs().max()).view(1)
+    scale = (blocks.abs().amax(-1) / 6 * of_tensor).to(torch.float8_e4m3fn)
+    scales = scale.float() / of_tensor
+    codes = (blocks / scales.clamp(min=1e-12)[..., None]).unsqueeze(-1).sub(E2M1).abs().argmin(-1)
+    codes = codes.view(values.shape)
+    parts = {"weight_packed": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8),
+             "weight_scale": scale, "weight_global_scale": of_tensor,
+             "input_global_scale": torch.ones(1)}
+    return parts, (E2M1[codes].view(blocks.shape) * scales[..., None]).view(values.shape)
+
+
+# --- optimum-quanto
+# ------------------------------------------------------------------------------------------------
+
+def quanto_bytes(values, dtype=torch.int8, scale_dtype=torch.bfloat16):
+    largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = (values.flatten(1).abs().amax(1) / largest).to(scale_dtype)
+    scale = scale.view(-1, *[1] * (values.ndim - 1))
+    codes = values / scale.float()
+    codes = (codes.round() if dtype == torch.int8 else codes).to(dtype)
+    parts = {"weight._data": codes, "weight._scale": scale, "input_scale": torch.ones(()),
+             "output_scale": torch.ones(())}
+    return parts, codes.float() * scale.float()
+
+
+def quanto_bits(values, bits=4, group=128, dtype=torch.bfloat16):
+    """A layer of these parts needs a bias in the file."""
+    blocks = values.view(-1, group)
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    scale, shift = ((high - low) / ((1 << bits) - 1)).to(dtype), (-low).to(dtype)
+    codes = ((blocks + shift.float()) / scale.float()).round().clamp(0, (1 << bits) - 1).int()
+    count = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % count))
+    stored = torch.zeros_like(padded[:len(padded) // count])
+    for i, piece in enumerate(padded.chunk(count)):
+        stored |= piece << bits * i
+    parts = {"weight._data._data": stored.to(torch.uint8), "weight._scale": scale,
+             "weight._shift": shift}
+    return parts, (codes.float() * scale.float() - shift.float()).view(values.shape)
+
+
+# --- torchao
+# ------------------------------------------------------------------------------------------------
+
+def torchao_header(type_name, **data):
+    return json.dumps({"_type": type_name, "_data": data, "_tensor_data_names": ["qdata", "scale"]})
+
+
+def torchao_bytes(values, dtype=torch.int8):
+    parts, expected = quanto_bytes(values, dtype, torch.float32)
+    named = {"_weight_qdata": parts["weight._data"], "_weight_scale": parts["weight._scale"]}
+    if dtype == torch.int8:
+        named["_weight_zero_point"] = torch.zeros(len(values), 1, dtype=torch.int8)
+    return named, expected
+
+
+def torchao_integers(values, bits=4, group=32, symmetric=False, dtype=torch.bfloat16):
+    codes, scales, zeros = quantize(values, bits, group, dtype, symmetric)
+    half = 1 << bits - 1
+    return {"_weight_qdata": (codes - half).view(values.shape).to(torch.int8),
+            "_weight_scale": scales, "_weight_zero_point": (zeros - half).to(torch.int8)
+            }, meant(codes, scales, zeros)
