@@ -204,7 +204,7 @@ class _Reader:
         self.tensors = tensors
         self.layers: dict[str, dict[str, torch.Tensor]] = {}
         self.stored_names: dict[str, str] = {}  # layer -> its name in the file
-        self.waiting: dict[str, _Weight] = {}  # layers that will be joined with another one
+        self.unpaired: dict[str, _Weight] = {}  # layers that are joined with another one
         self.sort_parts()
         self.family = self.find_family()
         self.factors = self.fused_factors()
@@ -259,17 +259,18 @@ class _Reader:
                 blocks.setdefault(block, {})[layer] = after
         for block, pairs in blocks.items():
             numbers = [self.fused_factor(after) for after in pairs.values()]
-            known = [one for one in numbers if one is not None]
-            if not known:
+            present = [one for one in numbers if one is not None]
+            if not present:
                 continue
             # attention mixes the V of all of them, so their numbers are the same
-            if len(known) < len(numbers) or not all(torch.equal(one, known[0]) for one in known):
+            first = present[0]
+            if len(present) < len(numbers) or not all(torch.equal(one, first) for one in present):
                 log.warning(
                     "[Featherweight] %s: the layers after the attention of %s are smoothed in"
                     " different ways, so LoRAs on them are not exact.", self.file.path.name, block)
                 continue
             for layer, after in pairs.items():
-                factors[layer] = factors[after] = known[0]
+                factors[layer] = factors[after] = first
         return factors
 
     def fused_factor(self, layer: str) -> torch.Tensor | None:
@@ -295,8 +296,8 @@ class _Reader:
             if read_bytes > DROPPED_BYTES:
                 self.file.drop_pages()
                 read_bytes = 0
-        if self.waiting:
-            layer = next(iter(self.waiting))
+        if self.unpaired:
+            layer = next(iter(self.unpaired))
             other = self.partner(layer)
             raise self.error(layer, f"belongs to {safe_repr(other)}, which is not quantised or is"
                              " missing; expected both")
@@ -504,11 +505,11 @@ class _Reader:
     def place_joined(self, layer: str, weight: _Weight):
         """Puts the two layers that ComfyUI has as one into `tensors`, when both are read."""
         other = self.partner(layer)
-        if other not in self.waiting:
-            self.waiting[layer] = weight
+        if other not in self.unpaired:
+            self.unpaired[layer] = weight
             return
         block, local = _split(layer)
-        both = {local: weight, _split(other)[1]: self.waiting.pop(other)}
+        both = {local: weight, _split(other)[1]: self.unpaired.pop(other)}
         (first, second), (name, axis, names) = next(
             (pair, target) for pair, target in JOINED.items() if local in pair)
         weights = both[first], both[second]

@@ -1,6 +1,7 @@
 """Diffusion models that Nunchaku quantised run as the host runs their values, and stay packed."""
 import functools
 import json
+import logging
 
 import comfy.hooks
 import comfy.model_management
@@ -293,9 +294,11 @@ def test_a_weak_lora_keeps_its_strength_in_bfloat16(layer, precision, path):
     assert 0.98 < gain.value < 1.02
 
 
-def test_an_inspection_names_family_and_rank(path):
+def test_an_inspection_and_the_log_name_family_and_rank(path, caplog):
     writer.write(path, quantized(FLUX, "int4"))
     inspection = identify(file_contents(path))
     assert inspection.host == "Flux" and not inspection.problem
     assert {"SVDQuant int4, rank 16", "AWQ int4"} <= set(inspection.types)
-    assert "SVDQuant int4, rank 16" in memory_summary(load_diffusion_model(path))
+    with caplog.at_level(logging.INFO):
+        assert "SVDQuant int4, rank 16" in memory_summary(load_diffusion_model(path))
+    assert "SVDQuant int4, rank 16 10," in caplog.text

@@ -67,7 +67,12 @@ def interleave(numbers: torch.Tensor, parts: int) -> torch.Tensor:
 
 
 class Layer:
-    """One layer of SVDQuant. `weight`, `bias`: the values that its parts stand for, in float32."""
+    """One layer of SVDQuant.
+
+    Attributes:
+        parts: tensors of the file.
+        weight, bias: the values that they stand for, float32.
+    """
 
     def __init__(self, weight, bias, precision="int4", rank=16, divisors=None, is_shifted=False,
                  dtype=torch.bfloat16, seed=0):
