@@ -68,6 +68,22 @@ def test_a_model_computes_what_its_dense_values_compute(name, layout, tmp_path, 
     assert relative_error(run(ours, family), run(host_patcher(values, family), family)) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["uint4 svd", "int8", "uint4 rotated"])
+def test_a_unet_computes_with_packed_convolutions(layout, tmp_path):
+    family, options = FAMILIES["sd1.5"], {**LAYOUTS[layout]}
+    if "rotated" in options:  # groups are of channels, all of which 32 divides
+        options |= {"settings": {"use_hadamard": True, "hadamard_group_size": 16},
+                    "rotated": (16, H4)}
+    options.pop("group", None)
+    values = write_folder(
+        tmp_path, random_weights(family), is_chosen=lambda name, tensor: tensor.ndim in (2, 4)
+        and tensor.shape[1] % 32 == 0, **options)
+    ours = load_diffusion_model(str(tmp_path))
+    assert sum(is_packed(parameter) and parameter.ndim == 4
+               for parameter in ours.model.diffusion_model.parameters()) >= 5
+    assert relative_error(run(ours, family), run(host_patcher(values, family), family)) < 1e-5
+
+
 @pytest.fixture(params=["uint4 svd", "uint4 rotated", "int5 svd rotated"])
 def flux(request, tmp_path):
     """A Flux of SDNQ, the host's dense model of its values, and these."""
