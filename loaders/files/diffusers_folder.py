@@ -12,7 +12,7 @@ from typing import Any
 from ...ops.bounded_json import read_json
 from .container import WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
-from .sdnq import sdnq_config
+from .sdnq import extract_config
 from .unsupported_quantizers import OTHER_FORM
 
 # The names that diffusers and transformers use; a file of another name must be the only one.
@@ -62,8 +62,8 @@ class ModelFolder(SafetensorsFile):
                     f"its index lists {safe_repr(name)} in {file}, which does not contain it."
                     " Download all files of the folder again from one place.")
 
-    def sdnq_config(self) -> Mapping[str, Any] | None:
-        return sdnq_config(self.config)
+    def read_sdnq_config(self) -> Mapping[str, Any] | None:
+        return extract_config(self.config)
 
     @property
     def declared_type(self) -> str:

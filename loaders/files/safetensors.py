@@ -33,7 +33,7 @@ from .container import (
 from .nunchaku import has_nunchaku_weights, join_nunchaku_weights
 from .quantizers import join_quantized_weights
 from .scaled_weights import join_scaled_weights
-from .sdnq import config_beside, join_sdnq_weights, sdnq_config
+from .sdnq import CONFIG_KEY, extract_config, join_sdnq_weights, read_config
 from .unsupported_quantizers import reject_unsupported_quantizers
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -96,13 +96,13 @@ class SafetensorsFile(WeightFile):
         # much memory as the model.
         return dtype.itemsize if dtype else 1
 
-    def sdnq_config(self) -> Mapping[str, Any] | None:
+    def read_sdnq_config(self) -> Mapping[str, Any] | None:
         """Returns the SDNQ config in the metadata or in the file's folder, None without one."""
         try:
-            config = sdnq_config(read_json(self.metadata.get("quantization_config", "").encode()))
+            config = extract_config(read_json(self.metadata.get(CONFIG_KEY, "")))
         except ValueError:
             config = None
-        return config_beside(self.path) if config is None else config
+        return read_config(self.path) if config is None else config
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
         """Returns name -> tensor, with the parts of each packed weight joined.
@@ -123,7 +123,7 @@ class SafetensorsFile(WeightFile):
         else:
             tensors = join_parts(self, join_quantized_weights(self, tensors), track)
         tensors = join_scaled_weights(self, tensors)
-        tensors = join_sdnq_weights(self, tensors, self.sdnq_config)
+        tensors = join_sdnq_weights(self, tensors, self.read_sdnq_config)
         reject_unsupported_quantizers(self, tensors)
         return tensors
 

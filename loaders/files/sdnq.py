@@ -14,7 +14,7 @@ Codebooks have 2**bits levels, before the kernel, in place of a group's scale. T
 codes and the rotation are only in the config (`quantization_config`). With `use_quantized_matmul`
 codes of 8 bits that have one scale a row, and the factors, are transposed. A file without a config
 is read as integers that are not rotated, which all published files of that sort are, with the bits
-that its sizes leave; see `_Layer.bits_by_sizes`.
+that its sizes leave; see `_Layer.choose_bits_by_sizes`.
 
 The layouts are those that sdnq 0.1.0 to 0.2.8 write.
 """
@@ -99,20 +99,20 @@ def _layer_of(name: str, names: Container[str]) -> str | None:
     return layer
 
 
-def config_beside(path: Path) -> Mapping[str, Any] | None:
+def read_config(path: Path) -> Mapping[str, Any] | None:
     """Returns the SDNQ config in the folder of a weight file, None where there is none."""
     for name in CONFIG_FILES:
         try:
             content = read_json(bytes(map_file(path.parent / name)))
         except ValueError:  # also a WeightFileError
             continue
-        config = sdnq_config(content)
+        config = extract_config(content)
         if config is not None:
             return config
     return None
 
 
-def sdnq_config(content: Any) -> Mapping[str, Any] | None:
+def extract_config(content: Any) -> Mapping[str, Any] | None:
     """Returns the SDNQ config in the content of a JSON file or of metadata, None without one."""
     if isinstance(content, dict) and isinstance(content.get(CONFIG_KEY), dict):
         content = content[CONFIG_KEY]
@@ -121,15 +121,15 @@ def sdnq_config(content: Any) -> Mapping[str, Any] | None:
 
 
 def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
-                      read_config: Callable[[], Mapping[str, Any] | None]
+                      config_reader: Callable[[], Mapping[str, Any] | None]
                       ) -> dict[str, torch.Tensor]:
     """Replaces each weight and its parts in `tensors` with one packed tensor.
 
     Args:
         file: the file they come from.
         tensors: name -> tensor as stored; changed in place.
-        read_config: returns the SDNQ config of the file, or None; called if the file has weights of
-            SDNQ.
+        config_reader: returns the SDNQ config of the file, or None; called only if the file has
+            weights of SDNQ.
 
     Returns:
         `tensors`.
@@ -141,13 +141,13 @@ def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
               and tensors[f"{layer}.weight"].dtype in (*BYTES, *_WIDE)]
     if not layers:
         return tensors
-    config = read_config()
+    config = config_reader()
     if config is None:
         log.info("[Featherweight] %s has no config of SDNQ: read as integers, not rotated.",
                  file.path.name)
     for layer in layers:
         try:
-            settings = None if config is None else layer_settings(config, f"{layer}.weight")
+            settings = None if config is None else read_settings(config, f"{layer}.weight")
             tensors[f"{layer}.weight"] = _Layer(layer, tensors, settings).join()
         except (PartError, FormatError) as error:
             advice = error.advice if isinstance(error, PartError) else AGAIN
@@ -190,7 +190,7 @@ class LayerSettings:
     is_transposed: bool
 
 
-def layer_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
+def read_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
     """Returns the settings of a weight.
 
     Args:
@@ -201,15 +201,15 @@ def layer_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
         PartError: they are not those of a weight that can be read.
     """
     settings = dict(config)
-    own = _entry(config.get("modules_quant_config"),
+    own = _find_entry(config.get("modules_quant_config"),
                  lambda pattern, _: matches(pattern, name))
     if own is not None and isinstance(own[1], dict):
         settings |= own[1]
     type_name = settings.get("weights_dtype", "int8")
-    listed = _entry(config.get("modules_dtype_dict"), lambda _, patterns: isinstance(
+    entry = _find_entry(config.get("modules_dtype_dict"), lambda _, patterns: isinstance(
         patterns, list) and any(matches(pattern, name) for pattern in patterns))
-    if listed is not None:
-        type_name = _listed_type(listed[0], type_name)
+    if entry is not None:
+        type_name = _listed_type(entry[0], type_name)
     type_name = ALIASES.get(type_name, type_name) if isinstance(type_name, str) else type_name
     if not isinstance(type_name, str) or type_name not in CODE_TYPES:
         raise PartError(
@@ -227,7 +227,7 @@ def layer_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
                          bool(settings.get("use_quantized_matmul")))
 
 
-def _entry(entries: Any, accepts: Callable[[str, Any], bool]) -> tuple[str, Any] | None:
+def _find_entry(entries: Any, accepts: Callable[[str, Any], bool]) -> tuple[str, Any] | None:
     """Returns the first accepted (key, value) of a config's dict, None without one."""
     entries = entries if isinstance(entries, dict) else {}
     return next(((key, value) for key, value in entries.items() if accepts(key, value)), None)
@@ -318,11 +318,12 @@ class _Layer:
             self.zero is None and self.scale.ndim == 2 and self.scale.shape[1] > 1)
         stored = _stored_bits(self.weight)
         self.rows = self.count_rows()
-        self.bits = self.bits_by_config(stored) if self.settings else self.bits_by_sizes(stored)
-        self.groups, self.kernel = self.scale_layout(self.bits)
+        by_config, by_sizes = self.choose_bits_by_config, self.choose_bits_by_sizes
+        self.bits = (by_config if self.settings else by_sizes)(stored)
+        self.groups, self.kernel = self.read_scale_layout(self.bits)
         self.columns = self.count_columns(self.bits)
-        channels = self.channels(self.bits, self.columns)
-        family = self.family()
+        channels = self.count_channels(self.bits, self.columns)
+        family = self.choose_family()
         if channels is None:
             raise PartError(f"its weight is {_describe(self.weight)} and its scale"
                             f" {_describe(self.scale)}, which make no {family.label} weight of"
@@ -335,20 +336,23 @@ class _Layer:
                 "Get a conversion that leaves this layer as it is, or has it in 8 bits.")
         group = channels // self.groups if self.groups > 1 else 0
         taps = math.prod(self.kernel) if self.scale.numel() > 1 else 1
-        scale_type, sides = _numbers(self.of_rows(self.scale), "scale", *self.scale_parts)
+        scale = self.expand_to_rows(self.scale)
+        scale_type, sides = _read_numbers(scale, "scale", *self.scale_parts)
         zero_type = 0
         if self.zero is not None:
-            zero_type, zeros = _numbers(self.of_rows(self.zero), "zero_point", *self.zero_parts)
+            zero = self.expand_to_rows(self.zero)
+            zero_type, zeros = _read_numbers(zero, "zero_point", *self.zero_parts)
             sides += zeros
-        sizes = [group, taps, *self.rotation(channels), scale_type, zero_type]
+        sizes = [group, taps, *self.choose_rotation(channels), scale_type, zero_type]
         if issubclass(family, SDNQFloat) and family.exponent:
-            sizes.append(int(self.version_from(SUBNORMALS_VERSION, "its codes are small floats")))
+            has_subnormals = self.is_from_version(SUBNORMALS_VERSION, "its codes are small floats")
+            sizes.append(int(has_subnormals))
         packed_format = family.of_columns(self.columns, *sizes)
         shape = (self.rows, self.columns)
         if self.kernel:
             shape = (self.rows, channels, *self.kernel)
         weight = packed_tensor(packed_format, _as_bytes(self.weight), shape, torch.float32, *sides)
-        return weight if self.up is None else with_low_rank(weight, *self.factors())
+        return weight if self.up is None else with_low_rank(weight, *self.read_factors())
 
     def order_rows(self):
         """Brings transposed tensors into the order of the rows."""
@@ -383,7 +387,7 @@ class _Layer:
                             "Get a conversion with scales of rows or groups.")
         return rows
 
-    def bits_by_config(self, stored: set[int]) -> int:
+    def choose_bits_by_config(self, stored: set[int]) -> int:
         """Returns the bits of a code by the config.
 
         Args:
@@ -398,7 +402,7 @@ class _Layer:
                 "Download the config.json and the weights again, from one place.")
         return bits
 
-    def bits_by_sizes(self, stored: set[int]) -> int:
+    def choose_bits_by_sizes(self, stored: set[int]) -> int:
         """Returns the bits of a code of a file without a config.
 
         The shape of the codes leaves one number, or two. Of these the columns of `svd_down`, the
@@ -410,10 +414,10 @@ class _Layer:
         columns = {}  # bits -> columns, where the scales make whole rows of them
         for bits in stored:
             try:
-                self.groups, self.kernel = self.scale_layout(bits)
+                self.groups, self.kernel = self.read_scale_layout(bits)
             except PartError:
                 continue
-            if self.channels(bits, count := self.count_columns(bits)) is not None:
+            if self.count_channels(bits, count := self.count_columns(bits)) is not None:
                 columns[bits] = count
         candidates = [bits for bits, count in columns.items()
                       if len(columns) == 1 or self.fits(bits, count)]
@@ -426,7 +430,7 @@ class _Layer:
 
     def fits(self, bits: int, columns: int) -> bool:
         """Returns whether something besides the number of codes speaks for their bits."""
-        self.groups, self.kernel = self.scale_layout(bits)
+        self.groups, self.kernel = self.read_scale_layout(bits)
         if self.has_codebook:
             return True  # the levels are as many
         if self.down is not None and self.down.ndim == 2:
@@ -434,7 +438,7 @@ class _Layer:
         group = columns // math.prod(self.kernel) // self.groups
         return self.groups > 1 and group == 2**(bits + (1 if self.kernel else 2))
 
-    def scale_layout(self, bits: int) -> tuple[int, tuple[int, ...]]:
+    def read_scale_layout(self, bits: int) -> tuple[int, tuple[int, ...]]:
         """Returns the groups of a row and the kernel by the shape of the scales."""
         shape: list[int] = list(self.scale.shape)[1:]
         if self.scale.numel() == 1:
@@ -456,7 +460,7 @@ class _Layer:
         is_whole = self.rows and self.weight.numel() * 8 % bits == codes % self.rows == 0
         return codes // self.rows if is_whole else 0
 
-    def channels(self, bits: int, columns: int) -> int | None:
+    def count_channels(self, bits: int, columns: int) -> int | None:
         """Returns the input channels of rows of some columns, None where these do not divide."""
         taps = math.prod(self.kernel)
         if not columns or not taps or not self.groups or columns % (taps * self.groups):
@@ -467,7 +471,7 @@ class _Layer:
             return None
         return columns // taps
 
-    def family(self) -> type[SDNQ]:
+    def choose_family(self) -> type[SDNQ]:
         """Returns the family of formats for the codes."""
         if self.has_codebook:
             if self.zero is not None:
@@ -490,7 +494,7 @@ class _Layer:
                             f" {str(dtype).removeprefix('torch.')} for {family.label}")
         return family
 
-    def rotation(self, channels: int) -> tuple[int, int]:
+    def choose_rotation(self, channels: int) -> tuple[int, int]:
         """Returns how many values are rotated together, and the base of the rotation."""
         size = self.settings.rotation if self.settings else 0
         while size and channels % size:
@@ -499,38 +503,38 @@ class _Layer:
             return 0, SDNQ.rotation_base
         if size.bit_length() % 2 == 0:  # only powers of four have two rotations
             return size, 2
-        return size, 4 if self.version_from(H4_VERSION, "it is rotated") else 2
+        return size, 4 if self.is_from_version(H4_VERSION, "it is rotated") else 2
 
-    def version_from(self, version: tuple[int, ...], reason: str) -> bool:
+    def is_from_version(self, version: tuple[int, ...], reason: str) -> bool:
         """Returns whether a version of SDNQ or a later one wrote the weight.
 
         Args:
             version: of SDNQ.
             reason: why it matters, for a message.
         """
-        written = None if self.settings is None else self.settings.version
-        if written is None:
+        writer = None if self.settings is None else self.settings.version
+        if writer is None:
             raise PartError(f"{reason}, and the config does not say by which version of SDNQ;"
                             " expected sdnq_version in it", CONFIG)
-        return written >= version
+        return writer >= version
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the factors of the low rank, (rows, R) and (R, columns)."""
         assert self.up is not None and self.down is not None
         up, down = self.up, self.down
         if up.ndim == down.ndim == 2 and up.numel():
             expected = (self.rows, self.columns)
-            plain = (len(up), down.shape[1]) == expected and up.shape[1] == len(down)
-            turned = (up.shape[1], len(down)) == expected and len(up) == down.shape[1]
-            if turned and (self.is_transposed or not plain):
+            is_plain = (len(up), down.shape[1]) == expected and up.shape[1] == len(down)
+            is_turned = (up.shape[1], len(down)) == expected and len(up) == down.shape[1]
+            if is_turned and (self.is_transposed or not is_plain):
                 return up.t(), down.t()
-            if plain and up.dtype in FACTOR_DTYPES.values() and down.dtype in (
+            if is_plain and up.dtype in FACTOR_DTYPES.values() and down.dtype in (
                     FACTOR_DTYPES.values()):
                 return up, down
         raise PartError(f"its svd_up is {_describe(up)} and its svd_down {_describe(down)};"
                         f" expected floats that make a weight of ({self.rows}, {self.columns})")
 
-    def of_rows(self, numbers: torch.Tensor) -> torch.Tensor:
+    def expand_to_rows(self, numbers: torch.Tensor) -> torch.Tensor:
         """Returns one number for each row where a file has one for the whole weight."""
         return numbers.flatten().expand(self.rows) if numbers.numel() == 1 else numbers
 
@@ -565,7 +569,7 @@ def _as_bytes(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous().view(-1).view(torch.uint8)
 
 
-def _numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
+def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
              offset: torch.Tensor | None) -> tuple[int, list[torch.Tensor]]:
     """Returns scales or zero points as a format holds them: an index in `SIDE_TYPES`, the tensors.
 

@@ -84,7 +84,7 @@ def split_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack(low, -1).view(len(packed), -1)
 
 
-def stored_numbers(index: int, count: int) -> tuple[Side, ...]:
+def number_sides(index: int, count: int) -> tuple[Side, ...]:
     """Returns the sides that hold `count` numbers of a block in the type `SIDE_TYPES[index]`."""
     dtype = SIDE_TYPES[index]
     if dtype == torch.float32:
@@ -94,7 +94,7 @@ def stored_numbers(index: int, count: int) -> tuple[Side, ...]:
 
 
 def read_numbers(index: int, sides: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Returns the numbers of the sides of `stored_numbers`, float32, flat."""
+    """Returns the numbers of the sides of `number_sides`, float32, flat."""
     dtype = SIDE_TYPES[index]
     if dtype == torch.float32:
         return sides[0]
@@ -134,8 +134,8 @@ class SDNQ(RowFormat):
     def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
         group, taps, _, _, scale_type, zero_type = sizes
         scales = columns // (group or columns // taps)
-        sides = stored_numbers(scale_type, scales)
-        return sides + stored_numbers(zero_type, scales) if cls.has_zeros else sides
+        sides = number_sides(scale_type, scales)
+        return sides + number_sides(zero_type, scales) if cls.has_zeros else sides
 
     @classmethod
     def code_numbers(cls) -> torch.Tensor:
@@ -154,10 +154,10 @@ class SDNQ(RowFormat):
         return rows, -1, group, cls.taps
 
     @classmethod
-    def scaled(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
+    def scaled_terms(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
         """Returns the terms of some rows before they are rotated."""
         shape = cls.shape_of(len(packed))
-        split = len(stored_numbers(cls.scale_type, 1))
+        split = len(number_sides(cls.scale_type, 1))
         scales = read_numbers(cls.scale_type, sides[:split]).view(len(packed), -1, 1, cls.taps)
         minima = None
         if cls.has_zeros:
@@ -167,7 +167,7 @@ class SDNQ(RowFormat):
 
     @classmethod
     def terms(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
-        terms = cls.scaled(packed, *sides)
+        terms = cls.scaled_terms(packed, *sides)
         if not cls.rotation:
             return terms
         values = torch.empty((len(packed), cls.block_length), dtype=torch.float32,
@@ -260,7 +260,7 @@ class SDNQCodebook(SDNQ):
                      for side in super().sides_of(columns, *sizes))
 
     @classmethod
-    def scaled(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
+    def scaled_terms(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
         shape = (len(packed), -1, cls.levels, cls.taps)
         levels = read_numbers(cls.scale_type, sides).view(shape)
         codes = split_codes(packed, cls.bits).view(cls.shape_of(len(packed))).long()

@@ -1,5 +1,6 @@
 """Weights of SDNQ: values by SDNQ itself, and by plain arithmetic on codes chosen at random."""
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from sdnq_writer import H2, H4, config_of, write_folder, write_weight
 
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.files.sdnq import layer_settings, matches
+from featherweight.loaders.files.sdnq import matches, read_settings
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.reader_choice import needs_own_reader
 from featherweight.ops.formats._names import format_named
@@ -98,18 +99,19 @@ def cases(version: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
-def written(request, tmp_path_factory):
+def folders(request, tmp_path_factory):
     """Folders that a version of SDNQ wrote, and the cases."""
     package = oracles.installed(f"sdnq=={request.param}", *VERSIONS[request.param])
     folder = tmp_path_factory.mktemp("sdnq")
     subprocess.run([sys.executable, sdnq_oracle.__file__, folder], check=True, text=True,
-                   input=json.dumps(cases(request.param)), env={"PYTHONPATH": str(package)})
+                   input=json.dumps(cases(request.param)),
+                   env={**os.environ, "PYTHONPATH": str(package)})
     return [(folder / str(number), case) for number, case in enumerate(cases(request.param))]
 
 
 @pytest.mark.heavy
-def test_values_are_those_of_sdnq(written):
-    for folder, case in written:
+def test_values_are_those_of_sdnq(folders):
+    for folder, case in folders:
         expected = load_file(folder / "expected.safetensors")
         (folder / "expected.safetensors").unlink()
         weights = open_weights(folder).state_dict()
@@ -197,12 +199,12 @@ def test_taps_are_no_channels_to_rotate(columns, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["uint4", "int8"])
-@pytest.mark.parametrize("said_by", ["bias", "svd_up"])
-def test_one_scale_of_a_whole_weight_is_that_of_all_rows(said_by, name, tmp_path):
+@pytest.mark.parametrize("evidence", ["bias", "svd_up"])
+def test_one_scale_of_a_whole_weight_is_that_of_all_rows(evidence, name, tmp_path):
     tensors, _ = write_weight(values(1, 24 * 64), name)
     other = {"bias": torch.zeros(24)}
     low_rank = torch.zeros(24, 64)
-    if said_by == "svd_up":
+    if evidence == "svd_up":
         other = {"svd_up": values(24, 4), "svd_down": values(4, 64)}
         low_rank = other["svd_up"] @ other["svd_down"]
     codes = tensors["weight"].view(24, 64) if name == "int8" else torch.stack(
@@ -336,7 +338,7 @@ def test_patterns_are_those_of_sdnq(pattern, name, expected):
     ({"modules_dtype_dict": 3, "modules_quant_config": ["b"]}, "uint4")])
 def test_a_layer_may_have_a_type_of_its_own(settings, type_name):
     config = config_of("uint4", **settings)["quantization_config"]
-    assert layer_settings(config, "a.b.c.weight").type_name == type_name
+    assert read_settings(config, "a.b.c.weight").type_name == type_name
 
 
 CODES = torch.zeros(24 * 32, dtype=torch.uint8)
