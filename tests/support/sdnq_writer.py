@@ -34,7 +34,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Packs codes (n,) of fewer than 8 bits."""
     c = codes.reshape(-1, {1: 8, 2: 4, 4: 2, 6: 4}.get(bits, 8)).int()
     if bits in (1, 2, 4):
-        return sum(c[:, i] << i * bits for i in range(c.shape[1])).to(torch.uint8)
+        fields = [c[:, i] << i * bits for i in range(c.shape[1])]
+        return torch.stack(fields).sum(0).to(torch.uint8)
     if bits == 3:
         packed = [c[:, i] | c[:, i + 3] << 3 for i in range(3)]
         packed[0] = packed[0] | (c[:, 6] & 3) << 6
