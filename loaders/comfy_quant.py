@@ -27,13 +27,17 @@ from ..ops.bounded_json import read_json
 from ..ops.packed_layout import QuantizedTensor, is_packed
 from ..ops.packed_tensor import PackedTensor
 from .files.comfy_formats import (
+    DOWN,
     MARK,
     READERS,
     SETTINGS,
+    SMOOTH,
     SMOOTHING,
+    UP,
     PartError,
     format_of,
     pack_parts,
+    shifted_bias,
 )
 from .files.container import WeightFile, WeightFileError, first_line, safe_repr
 from .out_of_memory import is_out_of_memory
@@ -44,7 +48,8 @@ HALF_STORED = ("convrot_w4a4",)
 GROUP_SCALES = "weight_s_rel"
 # format -> the first version of ComfyUI that reads it
 READ_BY = {"asym_w4a8_int8": "0.33"}
-OTHER_PARTS = (MARK[1:], "input_scale", SMOOTHING)  # whose names do not begin with "weight"
+# whose names do not begin with "weight"
+OTHER_PARTS = (MARK[1:], "input_scale", SMOOTHING, SMOOTH, DOWN, UP)
 
 
 class UnreadFormatError(ValueError):
@@ -81,19 +86,24 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             continue
         if codes is None or is_packed(codes):  # the metadata lists layers that are not here
             del out[f"{layer}{MARK}"]
-        elif codes.ndim == 2:
+        elif codes.ndim in (2, 4):  # 4: in tiles
             parts = {name: state_dict[name] for name in names}
+            bias = state_dict.get(f"{layer}.bias")
             try:
                 if formats is None:
                     weight = _weight(layer_class, layer, parts)
                 else:
                     weight = _packed_weight(layer, parts, formats)
+                if is_packed(weight):
+                    bias = _packed_bias(layer, parts, bias)
             except UnreadFormatError as error:
                 raise _unread_layer_error(file, layer, error) from error
             if weight is not None:
                 for name in names:
                     del out[name]
                 out[f"{layer}.weight"] = weight
+                if bias is not None:
+                    out[f"{layer}.bias"] = bias
     return out
 
 
@@ -234,11 +244,24 @@ def _packed_weight(layer: str, parts: Mapping[str, torch.Tensor],
     if name not in formats:
         return None
     try:
-        return pack_parts(settings, {
-            part.removeprefix(f"{layer}."): tensor for part, tensor in parts.items()
-        })
+        return pack_parts(settings, _by_part(layer, parts))
     except PartError as error:
         raise UnreadFormatError(f"{name}: {error}") from error
+
+
+def _packed_bias(layer: str, parts: Mapping[str, torch.Tensor],
+                 bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns the bias of a layer whose weight is packed; see `shifted_bias`."""
+    settings = _read_settings(parts[f"{layer}{MARK}"])
+    try:
+        return shifted_bias(settings, _by_part(layer, parts), bias)
+    except PartError as error:
+        raise UnreadFormatError(f"{format_of(settings)}: {error}") from error
+
+
+def _by_part(layer: str, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the last part of its name -> tensor of a layer."""
+    return {name.removeprefix(f"{layer}."): tensor for name, tensor in parts.items()}
 
 
 def _host_weight(layer_class: type, layer: str,

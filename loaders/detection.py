@@ -10,6 +10,7 @@ import comfy.model_detection
 import torch
 
 from .files.container import WeightFile, WeightFileError, first_line
+from .files.nunchaku import has_nunchaku_weights
 from .out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,11 @@ NOT_DIFFUSION = (
 
 def reject_non_diffusion(file: WeightFile):
     """Raises WeightFileError for a text encoder, mmproj or LoRA picked as a diffusion model."""
+    names = list(file.entries)
+    if has_nunchaku_weights(names):  # its first files call the low rank of a weight a LoRA
+        names = [name for name in names if not name.endswith((".lora_down", ".lora_up"))]
     for pattern, title, advice in NOT_DIFFUSION:
-        name = next((name for name in file.entries if re.search(pattern, name)), None)
+        name = next((name for name in names if re.search(pattern, name)), None)
         if name is not None:
             raise WeightFileError(f"{os.path.basename(file.path)} is {title} (it has {name!r}),"
                                   f" expected a diffusion model. {advice}")

@@ -9,6 +9,7 @@ from ..ops.format import FORMATS
 from ..ops.packed_layout import QuantizedTensor, is_packed
 from .files.bitsandbytes import formats_in
 from .files.container import WeightFile
+from .files.nunchaku import has_nunchaku_weights
 from .files.safetensors import SafetensorsFile
 from .sizes import size_text
 
@@ -44,6 +45,9 @@ def load_summary(file: WeightFile, patcher) -> str:
         patcher: the host's ModelPatcher of the model.
     """
     formats = collections.Counter(formats_in(file).values())
+    if has_nunchaku_weights(file.entries):  # the types of its parts say little
+        formats = collections.Counter(
+            title_of(format_name(tensor)) for tensor in patcher.model.parameters())
     counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
     return (f"{os.path.basename(file.path)}: {formats.total()} tensors ({counts}),"
             f" {file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes held")

@@ -8,9 +8,11 @@ from safetensors import SafetensorError, safe_open
 
 from .comfy_quant import find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
+from .files.nunchaku import has_nunchaku_weights
 from .files.quantizers import has_quantized_weights
 from .files.safetensors import is_shard
 from .files.scaled_weights import has_scaled_weights
+from .files.sdnq import has_sdnq_weights
 
 
 def needs_own_reader(path: str, pack_to: str | None = None,
@@ -18,9 +20,10 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
     It reads GGUF, folders, safetensors split over several files (the host would take one file for a
-    whole model), and safetensors with weights that bitsandbytes packed, with scales that the host
-    does not read, or with some of the host's own formats. It also takes damaged safetensors and
-    quantised formats that the host does not read, to say what is wrong with them.
+    whole model), and safetensors with weights that bitsandbytes, Nunchaku or SDNQ packed, with
+    scales that the host does not read, or with some of the host's own formats. It also takes
+    damaged safetensors and quantised formats that the host does not read, to say what is wrong with
+    them.
 
     Args:
         path: of a file or folder.
@@ -38,8 +41,10 @@ def needs_own_reader(path: str, pack_to: str | None = None,
         with safe_open(path, framework="pt") as file:
             keys, metadata = file.keys(), file.metadata() or {}
             return (has_packed_weights(keys)
+                    or has_nunchaku_weights(keys)
                     or has_quantized_weights(keys)
                     or has_scaled_weights(keys, metadata, partial(_type_of, file))
+                    or has_sdnq_weights(keys, partial(_type_of, file))
                     or has_format(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
     except (SafetensorError, OSError, RuntimeError):  # RuntimeError: from torch, mapping the file

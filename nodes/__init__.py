@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 OWN_PREFIX = "Featherweight"
 # ids of inputs that name a file or a folder
-FILE_INPUTS = re.compile(r".*_name\d?|text_encoder_\d|mmproj|sensitivity")
+FILE_INPUTS = re.compile(r".*_name(_?\d+)?|model_path|text_encoder_?\d|mmproj|sensitivity")
 FILE_VERSIONS = FileVersions()  # lives as long as ComfyUI's cache of node outputs
 
 
@@ -95,6 +95,8 @@ def import_file(name: str) -> ModuleType | None:
             from .legacy import multigpu as module
         case "legacy.nf4":
             from .legacy import nf4 as module
+        case "legacy.nunchaku":
+            from .legacy import nunchaku as module
         case "load_checkpoint":
             from . import load_checkpoint as module
         case "load_diffusion_model":

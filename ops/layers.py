@@ -101,6 +101,9 @@ class PackedLayer(_HostLayer):
                 self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
                 continue
             value = without_padding(squeeze_to(value, param.shape), param.shape)
+            weight = state_dict.get(f"{prefix}weight")
+            if name == "bias" and is_packed(weight) and len(weight) == value.numel():
+                value = value[:len(param)]  # rows that the weight is filled up with have one too
             if value.shape != param.shape:
                 error_msgs.append(
                     f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}."

@@ -79,14 +79,39 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     packed_format = _common_format(parts, 1)
     if packed_format is None:
         packed = [pack_16bit(part, part.dtype) for part in parts]
-        if any(map(is_packed, parts)) and all(
-                part.ndim == 2 and rows_are_whole_blocks(part) for part in packed):
-            return join_packed(packed, 0)
+        whole = [part for part in packed if part.ndim == 2 and rows_are_whole_blocks(part)]
+        if any(map(is_packed, parts)) and len(whole) == len(parts):
+            runs = _joined_runs(whole)
+            return join_packed(runs, 0) if len(runs) > 1 else runs[0]
         return torch.cat([dense(part) for part in parts])
     columns = parts[0].shape[1:].numel()
-    data, *sides = _joined(packed_format, torch.cat, [_rows(part, columns) for part in parts])
+    data, *sides = _joined(packed_format, _concatenate, [_rows(part, columns) for part in parts])
     return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]),
                          parts[0].dtype, *sides)
+
+
+def _joined_runs(parts: Sequence[PackedTensor]) -> list[PackedTensor]:
+    """Joins neighbouring parts that become one weight of the format that they have."""
+    runs = [[parts[0]]]
+    for part in parts[1:]:
+        if _common_format([runs[-1][0], part], 1) is None:
+            runs.append([part])
+        else:
+            runs[-1].append(part)
+    return [joined for joined in map(join_rows, runs) if is_packed(joined)]
+
+
+def _concatenate(pieces: tuple[Tensor, ...]) -> Tensor:
+    """Concatenates tensors; those that follow each other in memory are not copied."""
+    first = pieces[0]
+    end = first.storage_offset()
+    for piece in pieces:
+        if (not piece.is_contiguous() or piece.storage_offset() != end
+                or piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()):
+            return torch.cat(pieces)
+        end += piece.numel()
+    shape = (sum(map(len, pieces)), *first.shape[1:])
+    return first.as_strided(shape, first.stride())
 
 
 def interleave_rows(parts: Sequence[Tensor]) -> Tensor:

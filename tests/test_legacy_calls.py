@@ -13,7 +13,7 @@ import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
-from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, OUTPUTS, VAE
+from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, NUNCHAKU, OUTPUTS, VAE
 from pack_nodes import node_list
 
 from devtools.files import tiny_models
@@ -25,7 +25,8 @@ from featherweight.ops.packed_layout import is_packed
 pytestmark = pytest.mark.usefixtures("small_models")
 
 NODE_CLASS_MAPPINGS = {node.GET_SCHEMA().node_id: node for node in node_list()}
-LEGACY = [node_id for node_id in NODE_CLASS_MAPPINGS if not node_id.startswith("Featherweight")]
+LEGACY = [node_id for node_id in NODE_CLASS_MAPPINGS if not node_id.startswith("Featherweight")
+          and "model" not in INPUTS[node_id]]  # those: test_legacy_nunchaku.py
 
 # Small encoders of the kinds that the host takes together; file name -> its key in ENCODERS.
 FILES = {
@@ -35,8 +36,11 @@ FILES = {
 VALUES = {
     **{
         f"clip_name{number}": name for number, name in enumerate(FILES, 1)
-    }, "clip_name": "clip_l.gguf", "vae_name": "vae.gguf"
+    }, "clip_name": "clip_l.gguf", "vae_name": "vae.gguf", "text_encoder1": "t5.gguf",
+    "text_encoder2": "clip_l.gguf"
 }
+# Called by exported scripts only, with names.
+BY_NAME = {**MULTIGPU, **KJ, **NUNCHAKU}
 
 
 def inputs_of(node_id: str) -> dict:
@@ -135,10 +139,9 @@ def wrapped(node_id, node, inputs):
     return clip[0]
 
 
-# ComfyUI-MultiGPU's and KJNodes' classes are called by exported scripts only, with names.
 CALLS = [(call, node_id, inference) for node_id in LEGACY for inference in (True, False)
          for call in (exported, exported_from_here, by_position, as_a_new_node, wrapped)
-         if node_id not in {**MULTIGPU, **KJ} or (call is exported and inference)]
+         if node_id not in BY_NAME or (call is exported and inference)]
 
 
 @pytest.mark.parametrize(("call", "node_id", "inference"), [

@@ -17,6 +17,7 @@ from featherweight.loaders import folders
 from featherweight.nodes import node_text
 from featherweight.nodes.check_lora import CheckLora
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile
+from featherweight.nodes.legacy import nunchaku
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.node_text import (
     JOINER,
@@ -41,6 +42,13 @@ def check_a_lora(model, folder):
     CheckLora.execute(model, "lora.safetensors")
 
 
+def apply_loras_of_nunchaku(model, folder):
+    names = {f"diffusion_model.{name.removeprefix('diffusion_model.')}": shape
+             for name, shape in weight_shapes(model.model, "blocks.").items()}
+    save_file(pairs(names, rank=2), folder / "a lora with a name of some length.safetensors")
+    nunchaku.apply_loras(model, iter([("a lora with a name of some length.safetensors", 1.0)]))
+
+
 def load(model, folder):
     clip = SimpleNamespace(patcher=model)
     loader_output("There is no second GPU.", model=model, clip=clip, vae=None)
@@ -60,6 +68,7 @@ TEXTS = {
     "inspect_model_file": lambda model, folder: InspectModelFile.execute(NONE, model),
     "measure_sensitivity": lambda model, folder: MeasureSensitivity.execute(
         [model], [1], [1], [1.0], [0], ["no runs"], ["measured"]),
+    "nunchaku": apply_loras_of_nunchaku,
     "place_model": lambda model, folder: PlaceModel.execute(model, 0.002),
     "run_on_ray": run_on_ray,
     "save_packed_model": lambda model, folder: SavePackedModel.execute(model, "Q8_0"),

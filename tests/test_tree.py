@@ -63,8 +63,8 @@ def test_imports_point_down():
         allowed = LAYERS[LAYERS.index(layer):] if layer in LAYERS else LAYERS
         assert {name.split(".")[0] for name in own} <= set(allowed), path
         if where.startswith("ops/formats/"):
-            assert all(name in ("ops.bits", "ops.format") or name.startswith("ops.formats")
-                       for name in own), path
+            assert all(name in ("ops.bits", "ops.format", "ops.low_rank")
+                       or name.startswith("ops.formats") for name in own), path
             assert {name.split(".")[0] for name in absolute} <= {
                 "torch",
                 "gguf",

@@ -11,6 +11,7 @@ from devtools.files.gguf_files import block_pool
 from featherweight.ops.format import FORMATS, Format
 from featherweight.ops.formats._rows import FAMILIES, RowFormat
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
+from featherweight.ops.formats.sdnq import SDNQ
 from featherweight.ops.kernels.kernel_source import CPU_ROW_FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor, with_low_rank
@@ -28,7 +29,11 @@ RANKED_NAMES = [f"{name}{RANK}" for name in CPU_ROW_FAMILIES]
 def format_for(name: str, columns: int) -> type[Format]:
     """The format of a name in FORMAT_NAMES, for rows of so many values, without a low rank."""
     name = name.removesuffix(RANK)
-    return FAMILIES[name].of_columns(columns) if name in FAMILIES else FORMATS[name]
+    if name not in FAMILIES:
+        return FORMATS[name]
+    # SDNQ's files have scales of 128 columns for 4 bits with a low rank
+    sizes = (128,) if issubclass(FAMILIES[name], SDNQ) and FAMILIES[name].bits == 4 else ()
+    return FAMILIES[name].of_columns(columns, *sizes)
 
 
 def divides_rows(name: str, columns: int) -> bool:

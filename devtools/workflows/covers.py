@@ -58,6 +58,7 @@ WEIGHTS = {
     "Flux.1 dev GGUF with a budget on 8 GB": ("5.0 GB", "on the GPU"),
     "Flux.1 dev packed while it loads": ("6.8 GB", HELD),
     "Flux.1 dev two LoRAs into a GGUF": ("6.8 GB", "in the file"),
+    "Qwen-Image SDNQ": ("12 GB", HELD),
     "Stable Diffusion GGUF all-in-one": ("1.5 GB", HELD),
     "Stable Diffusion LCM on a CPU": ("1.5 GB", HELD),
     "SDXL GGUF with LCM and style LoRAs": ("3.2 GB", HELD),
@@ -68,6 +69,8 @@ FORMATS = {
     "Featherweight demo packed to a size": "GGUF mix",
     "Featherweight demo side by side": "six packings",
     "Flux.1 dev 4-bit package on 8 GB": "NF4",
+    "Flux.1 dev SVDQuant with a LoRA": "SVDQuant int4",
+    "Qwen-Image SDNQ": "SDNQ uint4",
 }
 # Which pictures of the demo's sheet a workflow draws.
 PICTURES = {
@@ -102,8 +105,9 @@ def describe(workflow: Workflow) -> Cover:
     loader = next(node for node in workflow.nodes if node.type in LOADERS)
     form = FORMATS.get(name) or _format(loader, workflow)
     weights = WEIGHTS.get(name) or (loader.files[0].size and (loader.files[0].size, HELD)) or None
-    return Cover(model, re.sub(r"^(GGUF|NF4)\s*", "", about), form, weights, _inputs(workflow),
-                 _outputs(workflow), FAMILIES[model], PICTURES.get(name, ()))
+    about = re.sub(r"^(GGUF|NF4|SVDQuant|SDNQ)\s*", "", about)
+    return Cover(model, about, form, weights, _inputs(workflow), _outputs(workflow),
+                 FAMILIES[model], PICTURES.get(name, ()))
 
 
 def _format(loader: Node, workflow: Workflow) -> str:

@@ -6,6 +6,7 @@ from devtools.workflows.parts import (
     T5_GGUF,
     checkpoint,
     diffusion_model,
+    lora,
     no_negative,
     prompt,
     sampled,
@@ -36,6 +37,12 @@ FLUX_NF4_MODEL = File(
 )
 FLUX_GGUF = File("diffusion_models", "city96/FLUX.1-dev-gguf", "flux1-dev-Q4_K_S.gguf", "6.8 GB")
 FLUX_Q8 = File("diffusion_models", "city96/FLUX.1-dev-gguf", "flux1-dev-Q8_0.gguf", "12.7 GB")
+FLUX_SVDQUANT = File(
+    "diffusion_models",
+    "nunchaku-tech/nunchaku-flux.1-dev",
+    "svdq-int4_r32-flux.1-dev.safetensors",
+    "6.8 GB",
+)
 SCHNELL_GGUF = File(
     "diffusion_models", "city96/FLUX.1-schnell-gguf", "flux1-schnell-Q4_K_S.gguf", "6.8 GB"
 )
@@ -213,6 +220,29 @@ def gguf_with_gguf_t5() -> Workflow:
     )
 
 
+def svdquant_with_a_lora() -> Workflow:
+    load, encoders, decoder = (
+        diffusion_model(FLUX_SVDQUANT),
+        text_encoder("flux", CLIP_L, T5_GGUF),
+        vae(FLUX_VAE),
+    )
+    model = lora(load, DETAIL_LORA)
+    return Workflow(
+        "Flux.1 dev SVDQuant with a LoRA",
+        text_to_picture({"Load": [load, model, encoders, decoder]}, model, encoders, decoder),
+        about="A model of Nunchaku: weights of 4 bits, and a low rank next to them that makes up"
+        " for most of what they lose. It runs on any device, without Nunchaku's kernels, and with"
+        " ComfyUI's own nodes, such as its LoRA loader here: the LoRA is added exactly.",
+        memory=f"The text encoders (3.1 GB) run first and make room. The model takes 6.8 GB, the"
+        f" LoRA the size of its file, and {RESERVE}. What does not fit on the card stays in main"
+        " memory, by itself.",
+        change="The LoRA and its strength; any LoRA for Flux.1 works. The files with fp4 in their"
+        " name and those of rank 128 load too, and so do Nunchaku's other models with the text"
+        " encoder and VAE that belong to them. Keep cfg at 1.",
+        licence=LICENCE,
+    )
+
+
 def second_gpu() -> Workflow:
     model, decoder = diffusion_model(FLUX_GGUF), vae(FLUX_VAE)
     encoders = text_encoder("flux", CLIP_L, T5_GGUF)
@@ -291,6 +321,7 @@ WORKFLOWS = (
     nf4_unet_only,
     nf4_package,
     gguf_with_gguf_t5,
+    svdquant_with_a_lora,
     budget_on_8_gb,
     second_gpu,
     schnell_gguf,

@@ -15,6 +15,9 @@ from devtools.workflows.parts import (
 )
 
 QWEN_GGUF = File("diffusion_models", "city96/Qwen-Image-gguf", "qwen-image-Q4_K_M.gguf", "13.1 GB")
+SDNQ_REPOSITORY = "Disty0/Qwen-Image-SDNQ-uint4-svd-r32"
+SDNQ_FOLDER = SDNQ_REPOSITORY.partition("/")[2]
+QWEN_SDNQ = File("diffusion_models", "", "", saved_as=f"{SDNQ_FOLDER}/transformer")
 EDIT_GGUF = File(
     "diffusion_models",
     "unsloth/Qwen-Image-Edit-2511-GGUF",
@@ -35,6 +38,12 @@ Z_GGUF = File(
     "diffusion_models", "unsloth/Z-Image-Turbo-GGUF", "z-image-turbo-Q4_K_M.gguf", "5.0 GB"
 )
 
+CHANGE = (
+    "Steps up to 50, as the makers use; cfg from 2.5 to 4. A Lightning LoRA of 4 or 8 steps goes"
+    " between model and shift, with cfg at 1. Other sizes: 1664 × 928, 1472 × 1104, and the same"
+    " upright."
+)
+LICENCE = "Qwen-Image is under the Apache-2.0 licence."
 OFFLOADED = (
     "On smaller cards part of the model stays in main memory, by itself: have 16 GB of it free on"
     " a card of 8 GB. Q2_K (about 7 GB) fits where Q4_K_M does not, and is visibly coarser."
@@ -45,12 +54,9 @@ def shifted(model, shift: float) -> Node:
     return Node("ModelSamplingAuraFlow", {"model": model, "shift": shift})
 
 
-def qwen_image() -> Workflow:
-    model, encoder, decoder = (
-        diffusion_model(QWEN_GGUF),
-        text_encoder("qwen_image", QWEN_VL),
-        vae(QWEN_VAE),
-    )
+def text_to_picture(model: Node) -> list[dict[str, list[Node]]]:
+    """The columns of a workflow. model: its loader."""
+    encoder, decoder = text_encoder("qwen_image", QWEN_VL), vae(QWEN_VAE)
     shift = shifted(model, 3.1)
     positive = prompt(
         encoder,
@@ -58,34 +64,61 @@ def qwen_image() -> Workflow:
         ' photograph',
     )
     negative, latent = prompt(encoder, "", "Negative prompt"), size(1328)
+    return [
+        {"Load": [model, shift, encoder, decoder]},
+        {"Prompt and size": [positive, negative, latent]},
+        {
+            "Picture": sampled(
+                shift,
+                positive,
+                negative,
+                latent,
+                decoder,
+                steps=20,
+                cfg=4.0,
+                sampler_name="euler",
+                scheduler="simple",
+            )
+        },
+    ]
+
+
+def qwen_image() -> Workflow:
     return Workflow(
         "Qwen-Image GGUF",
-        [
-            {"Load": [model, shift, encoder, decoder]},
-            {"Prompt and size": [positive, negative, latent]},
-            {
-                "Picture": sampled(
-                    shift,
-                    positive,
-                    negative,
-                    latent,
-                    decoder,
-                    steps=20,
-                    cfg=4.0,
-                    sampler_name="euler",
-                    scheduler="simple",
-                )
-            },
-        ],
+        text_to_picture(diffusion_model(QWEN_GGUF)),
         about="Qwen-Image and its text encoder as GGUF, both kept packed while they run. It is"
               " good at writing in pictures.",
         memory="The text encoder (4.7 GB) runs first and makes room. The model takes 13.1 GB, and"
         f" ComfyUI sets 1.0 to 2.1 GB aside for the computation at 1328 × 1328: it fits on a card"
         f" of 16 GB. {OFFLOADED}",
-        change="Steps up to 50, as the makers use; cfg from 2.5 to 4. A Lightning LoRA of 4 or 8"
-        " steps goes between model and shift, with cfg at 1. Other sizes: 1664 × 928, 1472 × 1104,"
-        " and the same upright.",
-        licence="Qwen-Image is under the Apache-2.0 licence.",
+        change=CHANGE,
+        licence=LICENCE,
+    )
+
+
+def qwen_image_sdnq() -> Workflow:
+    return Workflow(
+        "Qwen-Image SDNQ",
+        text_to_picture(diffusion_model(QWEN_SDNQ)),
+        about=f"""
+Qwen-Image as SDNQ saves it: weights of 4 bits, and a low rank next to them that makes up for most \
+of what they lose. It is a folder, not a file, and stays packed while it runs; the text encoder is \
+a GGUF.
+
+Get the folder, from inside `ComfyUI/models`:
+
+```
+hf download {SDNQ_REPOSITORY} --include "transformer/*" --local-dir diffusion_models/{SDNQ_FOLDER}
+```
+""",
+        memory="The text encoder (4.7 GB) runs first and makes room. The model takes about 12 GB,"
+        " and ComfyUI sets 1.0 to 2.1 GB aside for the computation at 1328 × 1328: it fits on a"
+        " card of 16 GB. On smaller cards part of the model stays in main memory, by itself: have"
+        " 16 GB of it free on a card of 8 GB.",
+        change=f"The folder: any model that SDNQ saved and ComfyUI knows, with the text encoder and"
+        f" VAE that belong to it. {CHANGE}",
+        licence=LICENCE,
     )
 
 
@@ -186,4 +219,4 @@ def z_image_turbo() -> Workflow:
     )
 
 
-WORKFLOWS = (qwen_image, qwen_image_edit, z_image_turbo)
+WORKFLOWS = (qwen_image, qwen_image_sdnq, qwen_image_edit, z_image_turbo)

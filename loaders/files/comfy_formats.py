@@ -17,6 +17,10 @@ JSON, and may have `pre_quant_scale` (K,), factors of its input:
 | | 6 (N, K * 3 / 4) | `weight_s_channel` (N,), optional `weight_codebook` (16,) |
 | | | or `weight_correction` (K / g, N) |
 | awq_w4a16 | 4 bits (N, K / 2) | `weight_scale`, `weight_zeros` (K / 64, N) |
+| svdquant_w4a4 | 4 bits (N, K / 2) | `weight_scale` (K / 64, N), `smooth_factor` (K,), |
+| | | `proj_down` (K, R), `proj_up` (N, R), which may begin with `weight_` |
+| | in tiles (N / 128, K / 64, 32, 128) | `weight_scale` (N / 128, K / 64, 128), `proj_up` |
+| | | (N / 128, R, 128) |
 
 "In blocks" is the order of cuBLAS: pieces of 128 rows and 4 columns of scales.
 Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `comfy/ops.py`,
@@ -51,8 +55,10 @@ from ...ops.formats.comfy import (
     W6A8,
     RotatedLevels,
 )
-from ...ops.packed_layout import packed_tensor, packed_tensors
+from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
+from ...ops.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.packed_tensor import PackedTensor
+from ...ops.product import dequantized_slices
 
 MARK = ".comfy_quant"
 # key of a file's metadata that has the `comfy_quant` settings of all layers
@@ -64,9 +70,16 @@ CODEBOOK, CORRECTION = "weight_codebook", "weight_correction"
 ZEROS = ("weight_zeros", "weight_zero")  # of awq_w4a16, as comfy-kitchen and comfy-quants write
 # tensors of a layer that say nothing about the values of its weight
 IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
+HALVES = (torch.bfloat16, torch.float16)
 ROTATION = 256  # columns, where the settings name no other number
 LEVEL_GROUP = 16  # columns, likewise
 PIECE_ROWS, PIECE_COLUMNS = 128, 4  # of scales in blocks
+
+# of svdquant_w4a4, whose names may begin with "weight_"
+SMOOTH, DOWN, UP = "smooth_factor", "proj_down", "proj_up"
+TILE = 128  # rows of svdquant_w4a4
+# added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
+SHIFT = 0.171875
 
 Parts = dict[str, torch.Tensor]
 
@@ -101,10 +114,12 @@ def pack_parts(settings: Mapping[str, Any],
     read = READERS.get(format_of(settings))
     parts = {name: tensor for name, tensor in parts.items() if name not in IGNORED}
     smoothing = parts.pop(SMOOTHING, None)
+    if read is _svdquant:
+        parts = {_svdquant_part(name): tensor for name, tensor in parts.items()}
     if read is None or set(parts) - {"weight", *PARTS.get(read, (SCALE, SCALE_2))}:
         return None
     weight = parts["weight"]
-    if weight.ndim != 2 or weight.itemsize != 1:
+    if weight.ndim not in ((2, 4) if read is _svdquant else (2,)) or weight.itemsize != 1:
         raise PartError(f"its codes are {_describe(weight)}")
     packed = read(settings, parts)
     return packed if packed is None or smoothing is None else smooth(packed, smoothing)
@@ -232,6 +247,82 @@ def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
     return _pack(family, parts, *sides, sizes=(group,))
 
 
+def _svdquant_part(name: str) -> str:
+    """Returns the name of a part without "weight_" where others leave it out."""
+    short = name.removeprefix("weight_")
+    return short if short in (SMOOTH, DOWN, UP) else name
+
+
+def _svdquant(settings: Mapping, parts: Parts) -> PackedTensor:
+    main = _svdquant_main(settings, parts)
+    if DOWN not in parts and UP not in parts:
+        return main
+    down, up = _part(parts, DOWN), _part(parts, UP)
+    if up.ndim == 3:
+        up = up.transpose(1, 2).flatten(0, 1)
+    if (down.ndim != 2 or tuple(up.shape) != (len(main), down.shape[1])
+            or len(down) != main.shape[1] or not {down.dtype, up.dtype} <= {*HALVES, torch.float32}
+            or _setting(settings, "lowrank_branch_input_basis", "raw") != "raw"):
+        raise PartError(f"its {DOWN} and {UP} are {_describe(down)} and {_describe(up)}, of a"
+                        f" weight of {tuple(main.shape)}")
+    return with_low_rank(main, up, down.t())
+
+
+def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
+    """Returns the weight without its low rank."""
+    codes, scale = parts["weight"].contiguous().view(torch.uint8), _part(parts, SCALE)
+    if codes.ndim == 4:
+        if tuple(codes.shape[2:]) != (TILE // 4, TILE) or scale.ndim != 3:
+            raise PartError(f"its codes are {_describe(codes)} and its scales {_describe(scale)}")
+        tiles, groups = codes.shape[:2]
+        codes = codes.view(tiles, groups, TILE // 4, 4, TILE // 4).permute(0, 2, 3, 1, 4)
+        codes = codes.reshape(tiles * TILE, groups * TILE // 4)
+        scale = scale.transpose(1, 2).flatten(0, 1)
+    else:
+        scale = scale.t()
+    rows, columns = len(codes), codes.shape[1] * 2
+    smooth_factor = _part(parts, SMOOTH)
+    if (columns % SVDQUANT_INT4.group or scale.dtype not in HALVES
+            or tuple(scale.shape) != (rows, columns // SVDQUANT_INT4.group)):
+        raise PartError(f"its {SCALE} is {_describe(scale)} of {rows} rows and {columns} columns")
+    if smooth_factor.numel() != columns:
+        raise PartError(f"its {SMOOTH} is {_describe(smooth_factor)}")
+    family = SVDQUANT_INT4 if scale.dtype == torch.bfloat16 else SVDQUANT_INT4_HALF
+    return _pack(family, {"weight": codes}, scale.contiguous().view(-1).view(torch.uint8),
+                 torch.ones(rows, dtype=torch.float32), 1 / smooth_factor.float().flatten())
+
+
+def shifted_bias(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor],
+                 bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns the bias of a layer with what a shift of its input adds.
+
+    Without such a shift it returns `bias`.
+
+    Args:
+        settings, parts: see `pack_parts`, which has read them.
+        bias: (N,), or None.
+
+    Raises:
+        PartError: the layer has no bias.
+    """
+    if format_of(settings) != "svdquant_w4a4" or not _setting(settings, "act_unsigned", False):
+        return bias
+    if bias is None:
+        raise PartError("act_unsigned needs a bias")
+    main = _svdquant_main(settings, {_svdquant_part(name): part for name, part in parts.items()})
+    return bias.float() + bias_of_shift(main)
+
+
+def bias_of_shift(main: PackedTensor) -> torch.Tensor:
+    """Returns what `SHIFT`, added to the input of a weight, adds to the bias, float32 (N,).
+
+    Args:
+        main: the weight (N, K), without the low rank, which sees the input without it.
+    """
+    sums = [values.sum(1) for _, values in dequantized_slices(main, torch.float32)]
+    return torch.cat(sums) * SHIFT
+
+
 READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
     "float8_e4m3fn": partial(_rows_of, F8_E4M3),
     "float8_e5m2": partial(_rows_of, F8_E5M2),
@@ -246,9 +337,11 @@ READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
     "convrot_w4a4": partial(_rotated, INT4_CONVROT),
     "asym_w4a8_int8": _levels,
     "awq_w4a16": _awq,
+    "svdquant_w4a4": _svdquant,
 }
 # reader -> parts of a weight, where they are not the usual ones
-PARTS = {_levels: (GROUP_SCALE, ROW_SCALE, CODEBOOK, CORRECTION), _awq: (SCALE, *ZEROS)}
+PARTS = {_levels: (GROUP_SCALE, ROW_SCALE, CODEBOOK, CORRECTION), _awq: (SCALE, *ZEROS),
+         _svdquant: (SCALE, SMOOTH, DOWN, UP)}
 
 
 def _pack(family: type[RowFormat], parts: Parts, *sides: torch.Tensor,

@@ -12,12 +12,21 @@ from typing import Any
 from ...ops.bounded_json import read_json
 from .container import WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
+from .sdnq import extract_config
 from .unsupported_quantizers import OTHER_FORM
 
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-QUANT_METHODS = ("bitsandbytes", "fp8", "gptq", "auto-round", "intel/auto-round", "awq",
-                 "compressed-tensors", "quanto", "torchao")
+# `quant_method` of a config -> what the weights are quantised by
+QUANT_METHODS = {
+    "bitsandbytes": "bitsandbytes (4-bit NF4 and FP4, int8)", "fp8": "transformers in fp8",
+    "sdnq": "SDNQ", "nunchaku_lite": "Nunchaku", "svdquant": "Nunchaku", "gptq": "GPTQ",
+    "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "awq": "AWQ",
+    "compressed-tensors": "compressed-tensors", "quanto": "quanto", "torchao": "torchao",
+}
+SDNQ_CONFIG = "quantization_config.json"  # which SDNQ may write beside config.json
+# Nunchaku's first folders have the model in two files, without an index.
+NUNCHAKU_NAMES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 INDEX = ".index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
@@ -52,6 +61,9 @@ class ModelFolder(SafetensorsFile):
                     folder,
                     f"its index lists {safe_repr(name)} in {file}, which does not contain it."
                     " Download all files of the folder again from one place.")
+
+    def read_sdnq_config(self) -> Mapping[str, Any] | None:
+        return extract_config(self.config)
 
     @property
     def declared_type(self) -> str:
@@ -118,16 +130,17 @@ def _read_config(folder: Path) -> dict:
         )
         raise WeightFileError(f"{folder} is a folder without the config.json of a model. {advice}")
     config = _read_json(folder, "config.json")
+    if config.get("quantization_config") is None and (folder / SDNQ_CONFIG).is_file():
+        config["quantization_config"] = _read_json(folder, SDNQ_CONFIG)
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = _quant_method(quantization)
-        if method not in QUANT_METHODS:
+        if not isinstance(method, str) or method not in QUANT_METHODS:
+            *names, last = dict.fromkeys(QUANT_METHODS.values())
             raise _error(
                 folder,
                 f"its config.json says that the weights are quantised by {safe_repr(method)};"
-                " only folders quantised by bitsandbytes (4-bit NF4 and FP4, int8), by"
-                " transformers in fp8, or by GPTQ, AutoRound, AWQ, compressed-tensors, quanto or"
-                " torchao are supported."
+                f" only folders quantised by {', '.join(names)} or {last} are supported."
                 f" {OTHER_FORM}")
     return config
 
@@ -136,8 +149,9 @@ def _quant_method(quantization: Any) -> Any:
     """Returns the quantiser that a `quantization_config` names; older bitsandbytes name none."""
     if not isinstance(quantization, dict):
         return quantization
-    if "quant_method" in quantization:
-        return quantization["quant_method"]
+    for key in ("quant_method", "method"):  # Nunchaku's own files have the latter
+        if key in quantization:
+            return quantization[key]
     is_bitsandbytes = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     return "bitsandbytes" if is_bitsandbytes else quantization
 
@@ -153,6 +167,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             return [file_inside(folder, name)], {}
         if name + INDEX in indices:
             return _indexed_files(folder, name + INDEX)
+    if set(NUNCHAKU_NAMES) & set(files):
+        return _nunchaku_files(folder, files), {}
     if len(indices) == 1:
         return _indexed_files(folder, indices[0])
     if indices:
@@ -173,6 +189,16 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     ]
     present = f", only {other_files[0]}" if other_files else ""
     raise _error(folder, f"it has no *.safetensors weights{present}. Download them into it.")
+
+
+def _nunchaku_files(folder: Path, files: list[str]) -> list[Path]:
+    missing = [name for name in NUNCHAKU_NAMES if name not in files]
+    if missing:
+        raise _error(
+            folder,
+            f"missing in it: {missing[0]}, one of the two files in which Nunchaku keeps a model."
+            " Download it into the folder.")
+    return [file_inside(folder, name) for name in NUNCHAKU_NAMES]
 
 
 def _indexed_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:

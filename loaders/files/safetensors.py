@@ -30,8 +30,10 @@ from .container import (
     map_file,
     safe_repr,
 )
+from .nunchaku import has_nunchaku_weights, join_nunchaku_weights
 from .quantizers import join_quantized_weights
 from .scaled_weights import join_scaled_weights
+from .sdnq import CONFIG_KEY, extract_config, join_sdnq_weights, read_config
 from .unsupported_quantizers import reject_unsupported_quantizers
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -94,6 +96,14 @@ class SafetensorsFile(WeightFile):
         # much memory as the model.
         return dtype.itemsize if dtype else 1
 
+    def read_sdnq_config(self) -> Mapping[str, Any] | None:
+        """Returns the SDNQ config in the metadata or in the file's folder, None without one."""
+        try:
+            config = extract_config(read_json(self.metadata.get(CONFIG_KEY, "")))
+        except ValueError:
+            config = None
+        return read_config(self.path) if config is None else config
+
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
         """Returns name -> tensor, with the parts of each packed weight joined.
 
@@ -107,8 +117,13 @@ class SafetensorsFile(WeightFile):
         Raises:
             WeightFileError: the file changed meanwhile, or its quantiser is not supported.
         """
-        tensors = join_quantized_weights(self, super().state_dict())
-        tensors = join_scaled_weights(self, join_parts(self, tensors, track))
+        tensors = super().state_dict()
+        if has_nunchaku_weights(tensors):
+            tensors = join_nunchaku_weights(self, tensors, track)
+        else:
+            tensors = join_parts(self, join_quantized_weights(self, tensors), track)
+        tensors = join_scaled_weights(self, tensors)
+        tensors = join_sdnq_weights(self, tensors, self.read_sdnq_config)
         reject_unsupported_quantizers(self, tensors)
         return tensors
 

@@ -10,11 +10,6 @@ OTHER_FORM = "Get the model as GGUF, bitsandbytes NF4 or int8, or in one of Comf
 # End of a tensor's name, what the tensor is, what to do.
 UNSUPPORTED_QUANTIZERS = (
     (
-        r"\.(wscales|smooth_factor|smooth_factor_orig)$",
-        "part of a weight quantised by nunchaku (SVDQuant)",
-        f"Use nunchaku's own nodes for it. {OTHER_FORM}",
-    ),
-    (
         r"\.(qweight|qzeros|g_idx)$",
         "part of a weight of GPTQ or AWQ whose other parts (qweight, qzeros, scales) are missing",
         OTHER_FORM,

@@ -16,6 +16,7 @@ from . import (  # noqa: F401  each registers what it defines
     plain,
     q1_0,
     q2_0,
+    sdnq,
     svdquant,
     ternary,
 )

@@ -113,7 +113,7 @@ class AddedLowRank(Composite):
 
     @classmethod
     def title(cls) -> str:
-        return f"{cls.base.title()} with rank {cls.rank}"
+        return f"{cls.base.title()}, rank {cls.rank}"
 
     @classmethod
     def formats_within(cls) -> Iterable[type[Format]]:
@@ -284,7 +284,7 @@ class Joined(Composite):
 
     @classmethod
     def title(cls) -> str:
-        return ", ".join(dict.fromkeys(part.format.title() for part in cls.parts))
+        return " + ".join(dict.fromkeys(part.format.title() for part in cls.parts))
 
     @classmethod
     def formats_within(cls) -> Iterable[type[Format]]:

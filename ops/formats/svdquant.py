@@ -1,6 +1,6 @@
 """Formats of SVDQuant (https://arxiv.org/abs/2411.05007) and of the AWQ that goes with it.
 
-A weight of SVDQuant is a low rank (`composite.AddedLowRank`) plus codes of 4 bits, whose columns are divided by
+A weight of SVDQuant is a low rank (`composite`) plus codes of 4 bits, whose columns are divided by
 the factors that its layer's input is divided by. Sources of the formulas: deepcompressor-toolkit
 0.1.0 `backend/nunchaku/utils.py`, `backend/tinychat/utils.py`. `loaders/files/nunchaku_tiles.py`
 brings codes and scales into the order of the values.
@@ -26,6 +26,7 @@ class SVDQUANT_INT4(Nibbles):
     of_host = False
     label = "SVDQuant int4"
     group = 64
+    padding = 128
     values = INT4_CONVROT.values
     side_dtype = torch.bfloat16
 
@@ -54,6 +55,7 @@ class SVDQUANT_NVFP4(NVFP4_LOW_SMOOTHED):
 
     of_host = False
     label = "SVDQuant nvfp4"
+    padding = 128
 
 
 class AWQ_INT4(W4A16):

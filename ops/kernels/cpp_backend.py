@@ -35,6 +35,7 @@ from .kernel_source import (
     block_addresses,
     c_floats,
     dequantize_and_linear,
+    is_plain_row,
     kernel_source,
     late_bound_method,
     row_definitions,
@@ -197,6 +198,9 @@ class CpuKernels:
 
     def dequantize_rows(self, packed_format, tensors, out, value_dtype, first):
         """See `Kernel.run`; for the families of `CPU_ROW_FAMILIES`."""
+        if not is_plain_row(packed_format):
+            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            return
         columns = packed_format.block_length
         definitions = row_definitions(packed_format)
         lengths = definitions["GROUP"], definitions["LEVEL_GROUP"]

@@ -30,6 +30,8 @@ class RowKernel(NamedTuple):
         minima: name of the structure that reads numbers which are added to groups of columns.
         has_column_scales: whether each column has a factor, the last of the sides.
         has_zeros: whether groups have numbers that are subtracted from the codes, the last side.
+
+    A format with other sides, such as SDNQ's of scales in 16 bits, has no kernel.
     """
     codes: str
     scales: str
@@ -37,6 +39,13 @@ class RowKernel(NamedTuple):
     minima: str = "None"
     has_column_scales: bool = False
     has_zeros: bool = False
+
+    @property
+    def sides(self) -> int:
+        """How many tensors a weight has beside its codes."""
+        has_row_scales = "Row" in self.scales or self.scales.startswith("E4M3")
+        return (1 + has_row_scales + (self.minima != "None") + self.has_zeros
+                + self.has_column_scales)
 
 
 ROW_FAMILIES = {
@@ -66,6 +75,12 @@ CPU_ROW_FAMILIES = ROW_FAMILIES | {
     "W4A16_FLOAT": RowKernel("CodebookLowNibbles", "FloatScales", minima="Float"),
     "AWQ_INT4": RowKernel("CodebookLowNibbles", "BFloatScales", minima="BFloat"),
     "AWQ_INT4_HALF": RowKernel("CodebookLowNibbles", "HalfScales", minima="HalfFloat"),
+    "SDNQ_INT4": RowKernel("NibblesLessEight", "FloatScales"),
+    "SDNQ_UINT4": RowKernel("UnsignedNibbles", "FloatScales", minima="Float"),
+    "SDNQ_FLOAT4_E2M1FN": RowKernel("CodebookLowNibbles", "FloatScales"),
+    "SDNQ_INT8": RowKernel("SignedBytes", "FloatScales"),
+    "SDNQ_UINT8": RowKernel("UnsignedBytes", "FloatScales", minima="Float"),
+    "SDNQ_FLOAT8_E4M3FN": RowKernel("E4M3", "FloatScales"),
     "NVFP4_QUOTIENT": RowKernel("CodebookLowNibbles", "E4M3Quotients"),
 }
 for _ending, _number in (("", "BFloat"), ("_HALF", "HalfFloat"), ("_FLOAT", "Float")):
@@ -109,7 +124,7 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
 
 
 def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
-    """Returns the constants of `dequantize_rows` for a format of `CPU_ROW_FAMILIES`."""
+    """Returns the constants of `dequantize_rows` for a format that `is_plain_row`."""
     kernel = CPU_ROW_FAMILIES[packed_format.family]
     group = packed_format.group or packed_format.block_length
     definitions = {
@@ -120,11 +135,20 @@ def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
         "HAS_MINIMA": int(kernel.minima != "None"), "HAS_ZEROS": int(kernel.has_zeros),
         "SCALED_COLUMNS": int(kernel.has_column_scales)
     }
+    if kernel.codes.startswith("Codebook"):
+        numbers = getattr(packed_format, "base", packed_format).code_numbers()
+        definitions["CODEBOOK"] = c_floats(numbers.tolist())
     if issubclass(packed_format, integers.Integers):
         definitions["OFFSET"] = packed_format.offset()
         definitions["ZERO_BITS"] = packed_format.zero_bits()
-    values = getattr(getattr(packed_format, "base", packed_format), "values", None)
-    return definitions | ({"CODEBOOK": c_floats(values)} if values else {})
+    return definitions
+
+
+def is_plain_row(packed_format: type[RowFormat]) -> bool:
+    """Returns whether the kernel of a format's family reads all that the format has."""
+    return (len(packed_format.sides) == CPU_ROW_FAMILIES[packed_format.family].sides
+            and getattr(packed_format, "taps", 1) == 1
+            and not getattr(packed_format, "rotation", 0))
 
 
 def row_chunk(packed_format: type[RowFormat]) -> int:

@@ -101,6 +101,23 @@ def test_joined_rows_have_the_values_of_their_parts():
     assert torch.equal(weight.dequantize(), torch.cat([part.dequantize() for part in parts]))
 
 
+def test_rows_that_follow_each_other_in_memory_are_joined_without_a_copy():
+    weight = ranked(INT8_ROWS.of_columns(COLUMNS))
+    joined = join_rows([take_rows(weight, rows) for rows in (slice(0, 8), slice(8, 24))])
+    assert is_packed(joined) and joined.layout_cls is weight.layout_cls
+    assert joined._qdata.data_ptr() == weight._qdata.data_ptr()
+    assert torch.equal(joined.dequantize(), weight.dequantize())
+    turned = join_rows([take_rows(weight, rows) for rows in (slice(8, 24), slice(0, 8))])
+    assert torch.equal(turned.dequantize(), weight.dequantize().roll(-8, 0))
+
+
+def test_neighbours_of_one_format_are_one_part_of_joined_rows():
+    weight, other = ranked(INT8_ROWS.of_columns(COLUMNS)), random_weight(FORMATS["Q4_K"], 8)
+    joined = join_rows([*(take_rows(weight, slice(row, row + 8)) for row in (0, 8, 16)), other])
+    assert [part.rows for part in joined.layout_cls.format.parts] == [24, 8]
+    assert torch.equal(joined.dequantize(), torch.cat([weight.dequantize(), other.dequantize()]))
+
+
 def test_joined_columns_have_the_values_of_their_parts():
     parts = [ranked(INT8_ROWS.of_columns(128), 24, 128),
              ranked(INT8_GROUPS.of_columns(256), 24, 256)]

@@ -15,7 +15,7 @@ from featherweight.ops.formats._rows import FAMILIES, RowFormat
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels import cpp_backend, kernel_source
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.packed_layout import SIDE_FIELDS, packed_tensor, packed_tensors
+from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 CPU = torch.device("cpu")
@@ -63,8 +63,7 @@ def assert_same(under, work):
 
 def weight_of(fmt):
     tensors = random_tensors(fmt, ROWS * COLUMNS // fmt.block_length, CPU, bounded=True)
-    return packed_tensor(fmt, tensors[0], (ROWS, COLUMNS),
-                         **dict(zip(SIDE_FIELDS, tensors[1:])))
+    return packed_tensor(fmt, tensors[0], (ROWS, COLUMNS), torch.float32, *tensors[1:])
 
 
 def input_of(dtype):

@@ -8,6 +8,7 @@ import pytest
 from legacy_files import WORKFLOWS, write_files
 
 from devtools.host.browser import COMPLAINTS, RED, UNKNOWN
+from devtools.workflows.api_format import to_api, widget_values
 
 FOR_THE_SERVER = [path for path in WORKFLOWS if path.stem.startswith("api ")]
 FOR_THE_EDITOR = [path for path in WORKFLOWS if path.stem.startswith("ui ")]
@@ -45,6 +46,19 @@ def test_an_api_workflow_runs(path, server, files):
     assert LOADERS & {node["class_type"] for node in prompt.values()}
     assert_makes_a_picture(server, prompt)
     assert "lora key not loaded" not in server.log()
+
+
+@each([path for path in FOR_THE_EDITOR if "nunchaku" in path.stem])
+def test_a_workflow_of_the_editor_has_its_values_in_order_and_runs(path, server, files):
+    """Where there is no browser too."""
+    object_info, workflow = server.object_info(), read(path)
+    for node in workflow["nodes"]:
+        values = widget_values(node, object_info[node["type"]])
+        if node["type"] in LOADERS:
+            names = [name for name in legacy_ids.INPUTS[node["type"]]
+                     if name not in ("model", "clip")]
+            assert list(values.items()) == list(zip(names, node["widgets_values"]))
+    assert_makes_a_picture(server, to_api(workflow, object_info))
 
 
 @each(FOR_THE_EDITOR)

@@ -161,7 +161,7 @@ LAST_BITS = pytest.mark.not_on_fake_gpus(
     ids=lambda path: path.stem,
 )
 def test_it_runs_with_small_models(path, server, object_info):
-    if "NF4" in path.stem or "4-bit" in path.stem:
+    if any(word in path.stem for word in ("NF4", "4-bit", "SDNQ")):
         pytest.importorskip("bitsandbytes", reason="it writes the files")
     workflow = read(path, object_info)
     files = write_files(workflow, server.base / "models")
@@ -180,7 +180,8 @@ def test_it_runs_with_small_models(path, server, object_info):
         frame.std(axis=(0, 1)).max() for frame in frames
     ) > 2
 
-    packed = {name.rpartition("/")[2] for name in files if "nf4" in name or name.endswith(".gguf")}
+    packed = {name.rpartition("/")[2] for name in files
+              if "nf4" in name or name.startswith("svdq") or name.endswith(".gguf")}
     packed |= {
         spec["inputs"]["model_name"] for spec in prompt.values()
         if spec["inputs"].get("pack_to", DEQUANTIZED) != DEQUANTIZED

@@ -42,6 +42,9 @@ CPU_ROW_SIZES = ROW_SIZES | {
     "INT8_SMOOTHED": [(96,)], "F8_SMOOTHED": [(96,), (256, 64)], "NVFP4_SMOOTHED": [(96,)],
     "NVFP4_LOW_SMOOTHED": [(80,)], "SVDQUANT_NVFP4": [(96,)], "SVDQUANT_INT4": [(192,)],
     "SVDQUANT_INT4_HALF": [(192,)], "W4A16": [(192,), (256, 128)], "W4A16_HALF": [(192,)],
+    "SDNQ_INT4": [(192, 64)], "SDNQ_UINT4": [(192, 64), (512, 0)],
+    "SDNQ_FLOAT4_E2M1FN": [(192, 64)], "SDNQ_INT8": [(96, 0), (192, 64)],
+    "SDNQ_UINT8": [(96, 0)], "SDNQ_FLOAT8_E4M3FN": [(96, 0)],
     "W4A16_FLOAT": [(192,)], "AWQ_INT4": [(192,), (256, 128)], "AWQ_INT4_HALF": [(192,)],
     "NVFP4_QUOTIENT": [(96,), (80,)],
 } | {

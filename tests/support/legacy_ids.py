@@ -43,6 +43,52 @@ KJ = {
     }, MODEL, "EXECUTE_NORMALIZED")
 }
 
+
+def _slots(count: int, switches: bool = False) -> dict:
+    """Inputs for the LoRAs of a stack of nunchaku's packs."""
+    slots = {}
+    for slot in range(1, count + 1):
+        slots |= {f"enabled_{slot}": True} if switches else {}
+        slots |= {f"lora_name_{slot}": "None", f"lora_strength_{slot}": 1.0}
+    return slots
+
+
+_lora = {"model": NAME, "lora_name": NAME, "lora_strength": 1.0}
+_stack = {"model": NAME, "lora_count": 3, "cpu_offload": "disable", **_slots(10)}
+_flux_encoders = {
+    "text_encoder1": NAME, "text_encoder2": NAME, "t5_min_length": 512
+}
+NUNCHAKU = {
+    "NunchakuFluxDiTLoader": ({
+        "model_path": NAME, "cache_threshold": 0, "attention": "nunchaku-fp16",
+        "cpu_offload": "auto", "device_id": 0, "data_type": "bfloat16", "i2f_mode": "enabled"
+    }, MODEL, "load_model"),
+    "NunchakuQwenImageDiTLoader": ({
+        "model_name": NAME, "cpu_offload": "auto", "num_blocks_on_gpu": 1,
+        "use_pin_memory": "disable"
+    }, MODEL, "load_model"),
+    "NunchakuZImageDiTLoader": ({"model_name": NAME}, MODEL, "load_model"),
+    "NunchakuTextEncoderLoaderV2": (
+        {"model_type": NAME, **_flux_encoders}, CLIP, "load_text_encoder"
+    ),
+    "NunchakuTextEncoderLoader": ({
+        "model_type": NAME, **_flux_encoders, "use_4bit_t5": "disable", "int4_model": "none"
+    }, CLIP, "load_text_encoder"),
+    "NunchakuFluxLoraLoader": (_lora, MODEL, "load_lora"),
+    "NunchakuFluxLoraStack": ({"model": NAME, **_slots(15)}, MODEL, "load_lora_stack"),
+    "NunchakuQwenImageLoraLoader": (_lora, MODEL, "load_lora"),
+    "NunchakuQwenImageLoraStack": (_stack, MODEL, "load_lora_stack"),
+    "NunchakuQwenImageLoraStackV2": (_stack, MODEL, "load_lora_stack"),
+    "NunchakuQwenImageLoraStackV3": ({
+        "model": NAME, "lora_count": 3, "cpu_offload": "disable", "toggle_all": True,
+        **_slots(10, switches=True)
+    }, MODEL, "load_lora_stack"),
+    "NunchakuZImageTurboLoraStackV4": ({
+        "model": NAME, "clip": NAME, "lora_count": 3, "toggle_all": True,
+        **_slots(10, switches=True)
+    }, ["MODEL", "CLIP"], "load_lora_stack"),
+}
+
 # What ComfyUI-MultiGPU wraps, beside the loaders of GGUF files.
 _PLAIN = {
     "UNETLoader": ({"unet_name": NAME, "weight_dtype": "default"}, MODEL),
@@ -110,7 +156,7 @@ MULTIGPU = {
 }
 assert len(MULTIGPU) == 36
 
-LEGACY = GGUF | NF4 | CALCUIS | KJ | MULTIGPU
+LEGACY = GGUF | NF4 | CALCUIS | KJ | NUNCHAKU | MULTIGPU
 INPUTS = {node_id: inputs for node_id, (inputs, *_) in LEGACY.items()}
 OUTPUTS = {node_id: outputs for node_id, (_, outputs, _) in LEGACY.items()}
 METHODS = {node_id: method for node_id, (*_, method) in LEGACY.items()}

@@ -1,4 +1,4 @@
-"""Models as Nunchaku's files have them, and the values that a reader should see.
+"""Writes small models as Nunchaku's files have them, with the values that a reader must get.
 
 Orders of tiles and names are those of deepcompressor-toolkit 0.1.0, with which the heavy tests
 compare.
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 SHIFT = 0.171875
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 FIRST_PARTS = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth",
                "smooth_factor_orig": "smooth_orig"}
 
@@ -62,12 +62,17 @@ def tile_awq(codes: torch.Tensor) -> torch.Tensor:
     return tiles.reshape(rows // 4, columns).to(torch.int16)
 
 
-def interleaved(numbers: torch.Tensor, parts: int) -> torch.Tensor:
+def interleave(numbers: torch.Tensor, parts: int) -> torch.Tensor:
     return numbers.view(parts, -1, *numbers.shape[1:]).transpose(0, 1).reshape(numbers.shape)
 
 
 class Layer:
-    """One layer of SVDQuant. `weight`, `bias`: the values that its parts stand for, in float32."""
+    """One layer of SVDQuant.
+
+    Attributes:
+        parts: tensors of the file.
+        weight, bias: the values that they stand for, float32.
+    """
 
     def __init__(self, weight, bias, precision="int4", rank=16, divisors=None, is_shifted=False,
                  dtype=torch.bfloat16, seed=0):
@@ -82,8 +87,8 @@ class Layer:
         smoothed = (weight.double() - low_rank) * divisors.double()
         self.parts = {"smooth_factor": tile_vector(divisors),
                       "proj_down": tile_low_rank(down, True), "proj_up": tile_low_rank(up, False)}
-        quantise = self.int4 if precision == "int4" else self.nvfp4
-        main = quantise(smoothed, dtype) / divisors.double()
+        quantize = self.int4 if precision == "int4" else self.nvfp4
+        main = quantize(smoothed, dtype) / divisors.double()
         self.weight = (main + low_rank).float()
         shift = SHIFT * main.sum(1) if is_shifted and precision == "int4" else 0
         self.bias = None
@@ -114,8 +119,19 @@ class Layer:
         return (E2M1.double()[codes] * steps * outer.view(-1, 1, 1)).view(values.shape)
 
 
-def awq(weight, bias, group=64, parts=0, is_t5=False, dtype=torch.bfloat16):
-    """(parts of a layer of AWQ, the weight and the bias that they stand for)."""
+def awq(weight, bias, group=64, parts=1, is_t5=False, dtype=torch.bfloat16):
+    """Quantises a layer by AWQ.
+
+    Args:
+        weight, bias: (N, K) and (N,) or None.
+        group: columns that share a scale.
+        parts: of a modulation, whose rows are interleaved.
+        is_t5: whether names and types are those of the text encoder.
+        dtype: of the scales.
+
+    Returns:
+        (tensors of the file, the weight and the bias that they stand for).
+    """
     rows, columns = weight.shape
     groups = weight.double().view(rows, -1, group)
     scales = (groups.abs().amax(-1) / 7).to(dtype)
@@ -123,21 +139,20 @@ def awq(weight, bias, group=64, parts=0, is_t5=False, dtype=torch.bfloat16):
     steps, offsets = scales.double().unsqueeze(-1), zeros.double().unsqueeze(-1)
     codes = ((groups - offsets) / steps).round().clamp(0, 15)
     values = (codes * steps + offsets).view(rows, columns).float()
-    tensors = [codes.view(rows, columns).to(torch.uint8), scales, zeros]
-    if parts:
-        tensors = [interleaved(tensor, parts) for tensor in tensors]
-    padded = torch.zeros(-(-columns // group // 8) * 8 - columns // group, rows, dtype=dtype)
-    sides = [torch.cat([side.t(), padded]).contiguous() for side in tensors[1:]]
+    codes, scales, zeros = (interleave(tensor, parts) for tensor in (
+        codes.view(rows, columns).to(torch.uint8), scales, zeros))
+    padding = torch.zeros(-(columns // group) % 8, rows, dtype=dtype)
+    sides = [torch.cat([side.t(), padding]).contiguous() for side in (scales, zeros)]
     names = ("scales", "scaled_zeros") if is_t5 else ("wscales", "wzeros")
-    stored = {"qweight": tile_awq(tensors[0]), **dict(zip(names, sides))}
+    stored = {"qweight": tile_awq(codes), **dict(zip(names, sides))}
     if not is_t5:
         stored["qweight"] = stored["qweight"].view(torch.int32)
     if bias is not None:
-        ones = torch.zeros(max(parts, 1), 1)
-        for part in ((1, parts - 2) if parts else ()):
-            ones[part] = 1
-        added = (bias.view(max(parts, 1), -1) + ones).to(dtype)
-        stored["bias"] = interleaved(added.view(-1), parts) if parts else added.view(-1)
+        ones = torch.zeros(parts, 1)
+        if parts > 1:
+            ones[[1, parts - 2]] = 1
+        added = (bias.view(parts, -1) + ones).to(dtype)
+        stored["bias"] = interleave(added.view(-1), parts)
         bias = (added.float() - ones).view(-1)
     return stored, values, bias
 
@@ -145,34 +160,44 @@ def awq(weight, bias, group=64, parts=0, is_t5=False, dtype=torch.bfloat16):
 class Model:
     """A model whose layers are quantised one after another.
 
-    tensors: of the file. seen: name in diffusers -> the value that a reader should see.
+    Args:
+        weights: name in diffusers -> tensor.
+        options: of `Layer`, for all layers.
+
+    Attributes:
+        tensors: of the file.
+        values: name in diffusers -> the value that a reader must get.
     """
 
-    def __init__(self, weights, **how):
-        self.weights = {name: values.float() for name, values in weights.items()}
-        self.how = how
-        self.dtype = how.get("dtype", torch.bfloat16)
+    def __init__(self, weights, **options):
+        self.weights = {name: tensor.float() for name, tensor in weights.items()}
+        self.options = options
+        self.dtype = options.get("dtype", torch.bfloat16)
         self.tensors: dict[str, torch.Tensor] = {}
-        self.seen: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] = {}
 
-    def take(self, layer):
+    def pop(self, layer):
         return self.weights.pop(f"{layer}.weight"), self.weights.pop(f"{layer}.bias", None)
 
-    def put(self, layer, parts):
+    def add_tensors(self, layer, parts):
         self.tensors |= {f"{layer}.{part}": tensor.contiguous() for part, tensor in parts.items()}
 
-    def see(self, layer, weight, bias):
-        self.seen[f"{layer}.weight"] = weight.contiguous()
+    def set_values(self, layer, weight, bias):
+        self.values[f"{layer}.weight"] = weight.contiguous()
         if bias is not None:
-            self.seen[f"{layer}.bias"] = bias.contiguous()
+            self.values[f"{layer}.bias"] = bias.contiguous()
 
     def linear(self, name, sources, is_shifted=False, factors=None, value_factors=None):
         """Quantises the rows of some layers as one.
 
-        name: in the file. sources: names in diffusers. factors: what the columns are multiplied by.
-        value_factors: what the last rows are divided by.
+        Args:
+            name: in the file.
+            sources: names in diffusers.
+            is_shifted: whether the input has `SHIFT` added to it.
+            factors: numbers that the columns are multiplied by.
+            value_factors: numbers that the last rows are divided by.
         """
-        weights, biases = zip(*map(self.take, sources))
+        weights, biases = zip(*map(self.pop, sources))
         rows = [len(weight) for weight in weights]
         weight = torch.cat(weights).double()
         bias = None if biases[0] is None else torch.cat(biases).double()
@@ -185,24 +210,25 @@ class Model:
             columns_by, divisors = factors.double(), torch.ones(len(factors), dtype=self.dtype)
         layer = Layer(weight / rows_by.unsqueeze(1) * columns_by,
                       None if bias is None else bias / rows_by, divisors=divisors,
-                      is_shifted=is_shifted, seed=len(self.tensors), **self.how)
-        self.put(name, layer.parts)
+                      is_shifted=is_shifted, seed=len(self.tensors), **self.options)
+        self.add_tensors(name, layer.parts)
         original = layer.parts["smooth_factor"] if factors is None else tile_vector(factors)
         self.tensors[f"{name}.smooth_factor_orig"] = original.clone()
-        seen = layer.weight.double() * rows_by.unsqueeze(1) / columns_by
-        seen_bias = None if layer.bias is None else layer.bias.double() * rows_by
-        for source, part, own in zip(sources, seen.float().split(rows), [None] * len(rows)
-                                     if seen_bias is None else seen_bias.float().split(rows)):
-            self.see(source, part, own)
+        values = layer.weight.double() * rows_by.unsqueeze(1) / columns_by
+        biases = [None] * len(rows)
+        if layer.bias is not None:
+            biases = (layer.bias.double() * rows_by).float().split(rows)
+        for source, part, part_bias in zip(sources, values.float().split(rows), biases):
+            self.set_values(source, part, part_bias)
 
-    def factors(self, columns):
+    def random_factors(self, columns):
         generator = torch.Generator().manual_seed(columns + len(self.tensors))
         return (torch.rand(columns, generator=generator) * 2 + 0.25).to(self.dtype)
 
-    def modulation(self, name, parts):
-        stored, weight, bias = awq(*self.take(name), parts=parts, dtype=self.dtype)
-        self.put(name, stored)
-        self.see(name, weight, bias)
+    def modulation(self, name, parts=1):
+        stored, weight, bias = awq(*self.pop(name), parts=parts, dtype=self.dtype)
+        self.add_tensors(name, stored)
+        self.set_values(name, weight, bias)
 
     def blocks(self, pattern):
         count = 0
@@ -210,10 +236,10 @@ class Model:
             yield pattern.format(count)
             count += 1
 
-    def finish(self):
-        for name, values in self.weights.items():
-            self.tensors[name] = values.to(self.dtype)
-            self.seen[name] = self.tensors[name].float()
+    def add_plain_tensors(self):
+        for name, tensor in self.weights.items():
+            self.tensors[name] = tensor.to(self.dtype)
+            self.values[name] = self.tensors[name].float()
         self.weights = {}
 
 
@@ -221,39 +247,48 @@ def projections(block, prefix="", end="to_{}"):
     return [f"{block}.{prefix}{end.format(part)}" for part in "qkv"]
 
 
-def flux(weights, is_first=False, **how) -> Model:
-    """Flux by its names in diffusers."""
-    model = Model(weights, **how)
+def add_joint_attention(model, block):
+    """Q, K and V of both streams, and the layers after them, into which the V's are smoothed."""
+    factors = model.random_factors(model.weights[f"{block}.attn.to_v.weight"].shape[0])
+    model.linear(f"{block}.attn.to_qkv", projections(block, "attn."), value_factors=factors)
+    model.linear(f"{block}.attn.add_qkv_proj", projections(block, "attn.", "add_{}_proj"),
+                 value_factors=factors)
+    for name in ("attn.to_out.0", "attn.to_add_out"):
+        model.linear(f"{block}.{name}", [f"{block}.{name}"], factors=factors)
+
+
+def add_mlps(model, block, *names):
+    for name in names:
+        model.linear(f"{block}.{name}.net.0.proj", [f"{block}.{name}.net.0.proj"])
+        model.linear(f"{block}.{name}.net.2", [f"{block}.{name}.net.2"], is_shifted=True)
+
+
+def flux(weights, is_first_version=False, **options) -> Model:
+    """Flux by its names in diffusers; is_first_version: the names of Nunchaku's first files."""
+    model = Model(weights, **options)
     for block in model.blocks("transformer_blocks.{}"):
         model.modulation(f"{block}.norm1.linear", 6)
         model.modulation(f"{block}.norm1_context.linear", 6)
-        factors = model.factors(model.weights[f"{block}.attn.to_v.weight"].shape[0])
-        model.linear(f"{block}.attn.to_qkv", projections(block, "attn."), value_factors=factors)
-        model.linear(f"{block}.attn.add_qkv_proj", projections(block, "attn.", "add_{}_proj"),
-                     value_factors=factors)
-        for name in ("attn.to_out.0", "attn.to_add_out"):
-            model.linear(f"{block}.{name}", [f"{block}.{name}"], factors=factors)
-        for name in ("ff", "ff_context"):
-            model.linear(f"{block}.{name}.net.0.proj", [f"{block}.{name}.net.0.proj"])
-            model.linear(f"{block}.{name}.net.2", [f"{block}.{name}.net.2"], is_shifted=True)
+        add_joint_attention(model, block)
+        add_mlps(model, block, "ff", "ff_context")
     for block in model.blocks("single_transformer_blocks.{}"):
         model.modulation(f"{block}.norm.linear", 3)
-        weight, bias = model.take(f"{block}.proj_out")
+        weight, bias = model.pop(f"{block}.proj_out")
         hidden = len(weight)
         model.weights |= {f"{block}.attn.to_out.weight": weight[:, :hidden],
                           f"{block}.attn.to_out.bias": bias / 2,
                           f"{block}.mlp_fc2.weight": weight[:, hidden:],
                           f"{block}.mlp_fc2.bias": bias / 2}
-        factors = model.factors(hidden)
+        factors = model.random_factors(hidden)
         model.linear(f"{block}.attn.to_qkv", projections(block, "attn."), value_factors=factors)
         model.linear(f"{block}.attn.to_out", [f"{block}.attn.to_out"], factors=factors)
         model.linear(f"{block}.mlp_fc1", [f"{block}.proj_mlp"])
         model.linear(f"{block}.mlp_fc2", [f"{block}.mlp_fc2"], is_shifted=True)
-        parts = [[model.seen.pop(f"{block}.{name}.{end}") for name in ("attn.to_out", "mlp_fc2")]
+        parts = [[model.values.pop(f"{block}.{name}.{end}") for name in ("attn.to_out", "mlp_fc2")]
                  for end in ("weight", "bias")]
-        model.see(f"{block}.proj_out", torch.cat(parts[0], 1), parts[1][0] + parts[1][1])
-    model.finish()
-    if is_first:
+        model.set_values(f"{block}.proj_out", torch.cat(parts[0], 1), parts[1][0] + parts[1][1])
+    model.add_plain_tensors()
+    if is_first_version:
         model.tensors = {_first_name(name): tensor for name, tensor in model.tensors.items()}
     return model
 
@@ -275,29 +310,22 @@ def _first_name(name: str) -> str:
     return f"{layer}.{FIRST_PARTS.get(part, part)}" if layer else name
 
 
-def qwen_image(weights, **how) -> Model:
-    model = Model(weights, **how)
+def qwen_image(weights, **options) -> Model:
+    model = Model(weights, **options)
     for block in model.blocks("transformer_blocks.{}"):
         model.modulation(f"{block}.img_mod.1", 6)
         model.modulation(f"{block}.txt_mod.1", 6)
-        factors = model.factors(model.weights[f"{block}.attn.to_v.weight"].shape[0])
-        model.linear(f"{block}.attn.to_qkv", projections(block, "attn."), value_factors=factors)
-        model.linear(f"{block}.attn.add_qkv_proj", projections(block, "attn.", "add_{}_proj"),
-                     value_factors=factors)
-        for name in ("attn.to_out.0", "attn.to_add_out"):
-            model.linear(f"{block}.{name}", [f"{block}.{name}"], factors=factors)
-        for name in ("img_mlp", "txt_mlp"):
-            model.linear(f"{block}.{name}.net.0.proj", [f"{block}.{name}.net.0.proj"])
-            model.linear(f"{block}.{name}.net.2", [f"{block}.{name}.net.2"], is_shifted=True)
-    model.finish()
+        add_joint_attention(model, block)
+        add_mlps(model, block, "img_mlp", "txt_mlp")
+    model.add_plain_tensors()
     return model
 
 
-def z_image(weights, skip_refiners=False, **how) -> Model:
-    model = Model(weights, **how)
-    kinds = ("layers",) if skip_refiners else ("layers", "noise_refiner", "context_refiner")
-    for block in [block for kind in kinds for block in model.blocks(f"{kind}.{{}}")]:
-        factors = model.factors(model.weights[f"{block}.attention.to_v.weight"].shape[0])
+def z_image(weights, skip_refiners=False, **options) -> Model:
+    model = Model(weights, **options)
+    groups = ("layers",) if skip_refiners else ("layers", "noise_refiner", "context_refiner")
+    for block in [block for group in groups for block in model.blocks(f"{group}.{{}}")]:
+        factors = model.random_factors(model.weights[f"{block}.attention.to_v.weight"].shape[0])
         model.linear(f"{block}.attention.to_qkv", projections(block, "attention."),
                      value_factors=factors)
         model.linear(f"{block}.attention.to_out.0", [f"{block}.attention.to_out.0"],
@@ -305,7 +333,7 @@ def z_image(weights, skip_refiners=False, **how) -> Model:
         model.linear(f"{block}.feed_forward.net.0.proj",
                      [f"{block}.feed_forward.{name}" for name in ("w3", "w1")])
         model.linear(f"{block}.feed_forward.net.2", [f"{block}.feed_forward.w2"])
-    model.finish()
+    model.add_plain_tensors()
     for name in [name for name in model.tensors if ".feed_forward.w3.weight" in name]:
         block = name.removesuffix(".feed_forward.w3.weight")
         parts = [model.tensors.pop(f"{block}.feed_forward.{part}.weight") for part in
@@ -315,17 +343,17 @@ def z_image(weights, skip_refiners=False, **how) -> Model:
     return model
 
 
-def lite(weights, targets, modulations, **how) -> Model:
-    """As diffusers' nunchaku_lite: layers of their own names, modulations in order."""
-    model = Model(weights, **how)
+def lite(weights, targets, modulations, **options) -> Model:
+    """A model of diffusers' nunchaku_lite: layers of their own names, modulations in order."""
+    model = Model(weights, **options)
     for name in targets:
         model.linear(name, [name])
     for name in modulations:
-        model.modulation(name, 0)
+        model.modulation(name)
     for name in list(model.tensors):
         if name.endswith("smooth_factor_orig"):
             del model.tensors[name]
-    model.finish()
+    model.add_plain_tensors()
     return model
 
 
@@ -337,6 +365,7 @@ METADATA = {
 WRITERS = {"flux-dev": flux, "qwen-image": qwen_image, "z-image": z_image}
 
 
-def write(path, model: Model, metadata=METADATA):
+def write(path, model: Model, metadata=METADATA) -> dict[str, torch.Tensor]:
+    """Writes a file; returns the values that a reader must get."""
     save_file(model.tensors, str(path), metadata)
-    return model.seen
+    return model.values

@@ -8,6 +8,7 @@ import comfy.ldm.models.autoencoder
 import comfy.ldm.wan.vae
 import comfy.taesd.taehv
 import comfy.utils
+import nunchaku_writer
 import torch
 from families import FAMILIES, random_weights
 from safetensors.torch import save_file
@@ -55,6 +56,8 @@ def flux_in_diffusers_names(flux: dict[str, torch.Tensor]) -> dict[str, torch.Te
     source = {name.replace("_norm.scale", "_norm.weight"): value for name, value in flux.items()}
     weights, done = {}, set()
     for name, target in names.items():
+        if "to_qkv_mlp_proj" in name:  # Flux 2's name of all rows
+            continue
         layer, part, swap = (target, None, None) if isinstance(target, str) else (*target, None)[:3]
         if layer in source and (layer, part) not in done:  # the host knows two names of some layers
             done.add((layer, part))
@@ -84,6 +87,22 @@ def nf4_folder(path):
             }
         }))
     nf4(path / "diffusion_pytorch_model.safetensors", flux_in_diffusers_names(flux()))
+
+
+def svdquant(path):
+    """As Nunchaku's tools write a model."""
+    nunchaku_writer.write(path, nunchaku_writer.flux(flux_in_diffusers_names(flux())))
+
+
+def qwen_image_folder(path):
+    """As diffusers saves a model that is packed, which has the host's names."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({
+        "_class_name": "QwenImageTransformer2DModel", "quantization_config": {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"
+        }
+    }))
+    nf4(path / "diffusion_pytorch_model.safetensors", random_weights(FAMILIES["qwen-image"]))
 
 
 def flux_bf16(path):
@@ -125,7 +144,7 @@ def controlnet(path):
     weights = {
         name: value.clone()
         for name, value in flux_in_diffusers_names(flux(pooled_text=True)).items()
-        if not name.startswith(("norm_out", "proj_out")) and "to_qkv" not in name
+        if not name.startswith(("norm_out", "proj_out"))
     }
     hidden = FLUX_SIZES["hidden"]
     layers = {
@@ -243,6 +262,8 @@ def of(write, *arguments, **named):
 FILES = {
     "flux1-dev-bnb-nf4-v2.safetensors": nf4_checkpoint, "flux1-dev-bnb_nf4.safetensors": nf4,
     "flux.1-dev-nf4-pkg/transformer": nf4_folder, "flux1-dev.safetensors": flux_bf16,
+    "svdq-int4_r32-flux.1-dev.safetensors": svdquant,
+    "Qwen-Image-SDNQ-uint4-svd-r32/transformer": qwen_image_folder,
     "flux1-dev-Q4_K_S.gguf": flux_gguf, "flux1-dev-Q8_0.gguf": flux_gguf,
     "flux1-schnell-Q4_K_S.gguf": flux_gguf, "flux1-kontext-dev-Q4_K_S.gguf": flux_gguf,
     "ae.safetensors": lambda path: save_file(autoencoder(), path),
@@ -281,7 +302,7 @@ FIXED = {family.config["image_model"]: {name: family.config[name] for name in fa
 # Encoders of billions of weights exist in one size: a node of the test gives what they would, of
 # this width and with this many pooled values. The one of SD1.5 runs.
 TEXT = {
-    "flux1": (1024, 0), "flux.1": (1024, 0), "flux-2": (256, 0),
+    "flux1": (1024, 0), "flux.1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
     "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
-    "z-image": (256, 0), "Wan2.2": (4096, 0), "ltx-2": (512, 0)
+    "Qwen-Image": (256, 0), "z-image": (256, 0), "Wan2.2": (4096, 0), "ltx-2": (512, 0)
 }

@@ -194,14 +194,14 @@ def test_asymmetric_weights_stay_packed_and_move_by_rows(case):
     assert torch.equal(joined.dequantize(), torch.cat([values[20:30], values[5:20]]))
 
 
-def test_weights_of_different_tables_are_joined_dense():
+def test_weights_of_different_tables_are_joined_packed():
     weights = [pack_parts({"format": "asym_w4a8_int8"},
                           asymmetric_parts(8, COLUMNS, codebook=tuple(level * factor
                                                                       for level in TABLE)))
                for factor in (1, 0.5)]
     joined = join_rows(weights)
-    assert not is_packed(joined)
-    assert torch.equal(joined, torch.cat([weight.dequantize() for weight in weights]))
+    assert is_packed(joined)
+    assert torch.equal(joined.dequantize(), torch.cat([weight.dequantize() for weight in weights]))
 
 
 @pytest.mark.parametrize(("settings", "changes", "reason"), [
@@ -378,3 +378,97 @@ def test_a_file_of_all_formats_becomes_packed_tensors(weight, tmp_path):
     assert set(weights) == set(expected) and all(map(is_packed, weights.values()))
     for name, values in expected.items():
         torch.testing.assert_close(weights[name].dequantize(), values, rtol=1e-5, atol=1e-7)
+
+
+# --- svdquant_w4a4
+
+SHIFT = 0.171875
+
+
+def svdquant_parts(dtype=torch.bfloat16, rank=8):
+    """The parts of a natural svdquant_w4a4, and the values of its weight with and without the low
+    rank, float32."""
+    rows, columns = 256, 128
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-7, 8, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(columns // 64, rows, generator=generator) * 0.01).to(dtype)
+    smooth = (torch.rand(columns, generator=generator) + 0.5).to(dtype)
+    down = (torch.randn(columns, rank, generator=generator) * 0.05).to(dtype)
+    up = (torch.randn(rows, rank, generator=generator) * 0.05).to(dtype)
+    parts = {"weight": codes[:, ::2] & 15 | codes[:, 1::2] << 4, "weight_scale": scale,
+             "smooth_factor": smooth, "proj_down": down, "proj_up": up}
+    main = codes.float() * scale.t().repeat_interleave(64, 1).float() / smooth.float()
+    return parts, main + up.float() @ down.float().t(), main
+
+
+def in_tiles(parts):
+    """The same in the kitchen's tiles."""
+    rows, half = parts["weight"].shape
+    codes = parts["weight"].view(rows // 128, 32, 4, half // 32, 32).permute(0, 3, 1, 2, 4)
+    return parts | {
+        "weight": codes.reshape(rows // 128, half // 32, 32, 128),
+        "weight_scale": parts["weight_scale"].view(half // 32, rows // 128, 128).transpose(
+            0, 1).contiguous(),
+        "proj_up": parts["proj_up"].view(rows // 128, 128, -1).transpose(1, 2).contiguous()}
+
+
+SVDQUANT = {"format": "svdquant_w4a4"}
+FORMS = {"natural": dict, "tiles": in_tiles, "long names": lambda parts: {
+    name if name.startswith("weight") else f"weight_{name}": part for name, part in parts.items()}}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_svdquant_has_its_values_in_every_form(form, dtype):
+    parts, expected, _ = svdquant_parts(dtype)
+    packed = pack_parts(SVDQUANT, FORMS[form](parts))
+    assert is_packed(packed) and packed.shape == (256, 128)
+    assert (packed.dequantize() - expected).abs().max() < 1e-6
+    without = {name: part for name, part in parts.items() if "proj" not in name}
+    assert pack_parts(SVDQUANT, without).layout_cls.format.__name__.startswith("SVDQUANT_INT4")
+
+
+def test_tiles_of_svdquant_are_those_of_the_kitchen():
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.svdquant")
+    if not hasattr(kitchen, "_tile_packed_weight_to_row_major"):
+        pytest.skip("this comfy-kitchen has no tiles")
+    parts, _, _ = svdquant_parts()
+    tiles = in_tiles(parts)
+    assert torch.equal(kitchen._tile_packed_weight_to_row_major(tiles["weight"]), parts["weight"])
+    assert torch.equal(kitchen._tile_packed_scales_to_natural(tiles["weight_scale"]),
+                       parts["weight_scale"])
+    assert torch.equal(kitchen._tile_packed_lora_up_to_natural(tiles["proj_up"]), parts["proj_up"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("is_unsigned", [False, True])
+def test_a_shift_of_svdquant_goes_into_the_bias(form, is_unsigned, tmp_path):
+    parts, expected, main = svdquant_parts()
+    settings, bias = SVDQUANT | {"act_unsigned": is_unsigned}, torch.randn(256)
+    tensors = {f"a.{name}": part.contiguous() for name, part in FORMS[form](parts).items()}
+    tensors["a.comfy_quant"] = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors | {"a.bias": bias}, path)
+    file = open_weights(path)
+    out = as_tensors(file, file.state_dict(), formats=READERS)
+    assert set(out) == {"a.weight", "a.bias"}
+    assert (out["a.weight"].dequantize() - expected).abs().max() < 1e-6
+    shifted = bias + main.sum(1) * SHIFT if is_unsigned else bias
+    assert (out["a.bias"] - shifted).abs().max() < 1e-6
+    if is_unsigned:
+        save_file(tensors, path)
+        file = open_weights(path)
+        with pytest.raises(ValueError, match="svdquant_w4a4: act_unsigned needs a bias"):
+            as_tensors(file, file.state_dict(), formats=READERS)
+
+
+@pytest.mark.parametrize(("part", "tensor"), [
+    ("smooth_factor", torch.ones(64).bfloat16()), ("weight_scale", torch.ones(2, 128).bfloat16()),
+    ("weight_scale", torch.ones(2, 256)), ("proj_up", torch.ones(256, 3).bfloat16()),
+    ("proj_down", torch.ones(64, 8).bfloat16()), ("weight", torch.ones(2, 2, 3, 4).char())])
+def test_parts_of_svdquant_that_do_not_fit_are_named(part, tensor):
+    parts, _, _ = svdquant_parts()
+    with pytest.raises(PartError, match="its"):
+        pack_parts(SVDQUANT, parts | {part: tensor})
+    with pytest.raises(PartError, match="its smooth_factor is missing"):
+        pack_parts(SVDQUANT, {"weight": parts["weight"], "weight_scale": parts["weight_scale"]})

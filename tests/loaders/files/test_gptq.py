@@ -10,6 +10,7 @@ from oracles import installed
 from quantizer_writers import awq, gptq, quantize, save_config
 from safetensors.torch import save_file
 
+from featherweight.loaders.files import gptq as gptq_reader
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.reader_choice import needs_own_reader
@@ -151,12 +152,10 @@ def test_parts_that_do_not_belong_together_are_a_sentence(case, tmp_path):
     assert "\n" not in str(error.value) and "'L" in str(error.value)
 
 
-def test_nunchakus_words_are_left_alone(tmp_path):
-    parts = {"qweight": torch.zeros(24, 128, dtype=torch.int16), "scales": torch.ones(4, 96),
-             "scaled_zeros": torch.ones(4, 96)}
-    with pytest.raises(WeightFileError, match="qweight"):
-        read(tmp_path, parts)
-    assert not needs_own_reader(str(tmp_path / "model.safetensors"))
+@pytest.mark.parametrize("sides", [("scales", "scaled_zeros"), ("wscales", "smooth_factor")])
+def test_nunchakus_words_are_left_to_its_reader(sides):
+    assert list(gptq_reader.layers(dict.fromkeys([f"L.{name}" for name in ("qweight", *sides)]))
+                ) == []
 
 
 def test_such_files_are_read_by_this_pack(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from nunchaku_writer import (
     E2M1,
-    interleaved,
+    interleave,
     tile_awq,
     tile_bytes,
     tile_codes,
@@ -58,7 +58,7 @@ def test_low_ranks_come_in_rows(rows, columns, rank):
 @pytest.mark.parametrize("parts", [3, 6])
 def test_rows_of_modulations_come_part_by_part(parts):
     for rows in (torch.randn(128 * parts), torch.randn(128 * parts, 5)):
-        assert torch.equal(tiles.parts_in_order(interleaved(rows, parts), parts), rows)
+        assert torch.equal(tiles.parts_in_order(interleave(rows, parts), parts), rows)
 
 
 def scale_bytes(scales: torch.Tensor) -> torch.Tensor:

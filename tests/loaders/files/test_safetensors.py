@@ -426,7 +426,7 @@ BAD_WEIGHTS = {
     "AWQ": ({"a.qzeros": torch.zeros(2, 2, dtype=torch.int32)}, "GPTQ or AWQ"),
     "nunchaku": (
         {"a.qweight": torch.zeros(2, 2, dtype=torch.int8), "a.wscales": random(2)},
-        "nunchaku",
+        "'a', quantised by Nunchaku, has a qweight of .* multiples of 128",
     ),
     "quanto": ({"a.weight._data": torch.zeros(2, 2, dtype=torch.int8)}, "quanto"),
     "torchao": ({"a._weight_qdata": torch.zeros(2, 2, dtype=torch.int8)}, "torchao"),

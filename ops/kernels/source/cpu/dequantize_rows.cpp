@@ -26,6 +26,14 @@ struct SignedNibbles {  // the low nibble first
     }
 };
 
+struct UnsignedNibbles {
+    static FUNCTION Floats numbers(Packed from) { return floats(load_low_nibble_pairs(from)); }
+};
+
+struct NibblesLessEight {
+    static FUNCTION Floats numbers(Packed from) { return floats(load_low_nibble_pairs(from) - 8); }
+};
+
 struct E4M3 {
     static FUNCTION Floats numbers(Packed from) {
         Words bytes = (Words)load_bytes(from), magnitude = bytes & 0x7F;
