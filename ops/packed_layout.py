@@ -141,7 +141,8 @@ def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:
         axis: 0 to join rows, 1 to join columns.
     """
     packed_format, data = composite.Joined.join(axis, [
-        (part.layout_cls.format, *part.shape, packed_tensors(part)) for part in parts])
+        (part.layout_cls.format, len(part), part.shape[1], packed_tensors(part))
+        for part in parts])
     size = sum(part.shape[axis] for part in parts)
     shape = (size, parts[0].shape[1]) if axis == 0 else (len(parts[0]), size)
     return packed_tensor(packed_format, data, shape, parts[0].dtype)

@@ -556,7 +556,7 @@ def _stored_bits(weight: torch.Tensor) -> set[int]:
 
 def _stored_dtype(family: type[SDNQ]) -> torch.dtype:
     """Returns the dtype in which files have codes of 8 bits."""
-    name = family.label.split()[-1]
+    name = family.title().split()[-1]
     return getattr(torch, name, torch.uint8) if name in CODE_TYPES else torch.uint8
 
 

@@ -6,7 +6,7 @@ together, and each of its kernels has a file. The folder `formats` is shared.
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -136,7 +136,8 @@ def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
         "SCALED_COLUMNS": int(kernel.has_column_scales)
     }
     if kernel.codes.startswith("Codebook"):
-        numbers = getattr(packed_format, "base", packed_format).code_numbers()
+        base: Any = getattr(packed_format, "base", packed_format)
+        numbers = base.code_numbers()
         definitions["CODEBOOK"] = c_floats(numbers.tolist())
     if issubclass(packed_format, integers.Integers):
         definitions["OFFSET"] = packed_format.offset()
