@@ -9,6 +9,7 @@ import comfy.ldm.wan.vae
 import comfy.taesd.taehv
 import comfy.utils
 import nunchaku_writer
+import sdnq_writer
 import torch
 from families import FAMILIES, random_weights
 from safetensors.torch import save_file
@@ -95,14 +96,11 @@ def svdquant(path):
 
 
 def qwen_image_folder(path):
-    """As diffusers saves a model that is packed, which has the host's names."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({
-        "_class_name": "QwenImageTransformer2DModel", "quantization_config": {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"
-        }
-    }))
-    nf4(path / "diffusion_pytorch_model.safetensors", random_weights(FAMILIES["qwen-image"]))
+    """As diffusers saves a model of SDNQ."""
+    sdnq_writer.write_folder(path, random_weights(FAMILIES["qwen-image"]), rank=16, group=64,
+                             config={"_class_name": "QwenImageTransformer2DModel"},
+                             is_chosen=lambda name, values: values.ndim == 2 and all(
+                                 size % 64 == 0 for size in values.shape))
 
 
 def flux_bf16(path):
