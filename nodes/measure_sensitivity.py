@@ -103,9 +103,9 @@ class MeasureSensitivity(io.ComfyNode):
                     "imatrix",
                     default=False,
                     optional=True,
-                    tooltip="Writes a second file next to it, NAME.imatrix.gguf: an imatrix for"
-                    " llama.cpp's quantizers, with the names of the GGUF files that Save Packed"
-                    " Model (Featherweight) writes.",
+                    tooltip="Also writes an imatrix for llama.cpp's quantizers next to the file,"
+                    " with the ending .imatrix.gguf and the names of the GGUF files that Save"
+                    " Packed Model (Featherweight) writes.",
                 ),
             ],
             outputs=[

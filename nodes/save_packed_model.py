@@ -121,8 +121,9 @@ class SavePackedModel(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="A measurement of this model by Measure Sensitivity (Featherweight):"
-                    " its output, or the name of a file in output/sensitivity. The model is packed"
-                    " much better with it. Empty: none.",
+                    " its output, or the name of a file in output/sensitivity, which may be an"
+                    " imatrix (.gguf, .dat) too. The model is packed much better with it. Empty:"
+                    " none.",
                 ),
                 io.Conditioning.Input(
                     "positive",
