@@ -12,11 +12,13 @@ GGUF (llama.cpp since 2025, `general.type` is "imatrix"), for each weight W two 
 
 `.dat` (earlier llama.cpp, stable-diffusion.cpp), little endian, without a magic number:
 
-| part    | content                                                                  |
-|---------|--------------------------------------------------------------------------|
-| start   | i32 entries                                                              |
-| entries | each: i32 length and name, i32 calls, i32 count and f32 values           |
-| end     | i32 last chunk, i32 length and name of the dataset; older files lack both |
+| part    | content                                                                        |
+|---------|--------------------------------------------------------------------------------|
+| start   | i32 entries                                                                    |
+| entries | each: i32 length and name, i32 calls, i32 count and f32 values                 |
+| end     | i32 last chunk; i32 length and name of the dataset, not of stable-diffusion.cpp |
+
+Old files have no end.
 
 A value over its calls is the mean square; without calls the values are taken as they are.
 """
@@ -280,7 +282,8 @@ def _read_dat(path: Path, data: bytes) -> dict[str, torch.Tensor]:
         values[name] = _check(path, what, importance)
     if position < len(data):
         read_number("the number of its last chunk", -(1 << 31), (1 << 31) - 1)
-        read_text("the name of its dataset")
+        if position < len(data):
+            read_text("the name of its dataset")
         if position < len(data):
             raise _error(path, f"{len(data) - position} bytes follow its end")
     return values

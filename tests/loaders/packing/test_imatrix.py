@@ -55,8 +55,8 @@ def entry(name: str, calls: int, values) -> bytes:
 
 
 def write_dat(path, entries: list[bytes], tail: bytes | None = None):
-    """As stable-diffusion.cpp's --imat-out writes it."""
-    tail = struct.pack("<ii", 4, 3) + b"set" if tail is None else tail
+    """As stable-diffusion.cpp's --imat-out writes it. tail: what follows the entries."""
+    tail = struct.pack("<i", 4) if tail is None else tail
     path.write_bytes(struct.pack("<i", len(entries)) + b"".join(entries) + tail)
 
 
@@ -76,7 +76,9 @@ def test_both_forms_give_the_importance_that_llama_cpp_computes_to_the_bit(tmp_p
                           (sums["b.weight"] / counts["b.weight"]).reshape(-1))
     assert np.array_equal(read.importance("c.weight"), np.ones(32))
     values = {"a.weight": (3, random_sums(64)[0]), "b.weight": (0, random_sums(96)[0])}
-    for name, tail in (("i.dat", None), ("old.dat", b""), ("legacy.gguf", None)):
+    tails = {"i.dat": None, "llama.dat": struct.pack("<ii", 4, 3) + b"set", "old.dat": b"",
+             "legacy.gguf": None}
+    for name, tail in tails.items():
         write_dat(tmp_path / name, [entry(key, *value) for key, value in values.items()], tail)
         read = load_measurement(tmp_path / name)
         assert np.array_equal(read.importance("a.weight"), values["a.weight"][1] / np.float32(3))
@@ -271,12 +273,15 @@ def test_a_file_that_is_cut_anywhere_is_refused(form, tmp_path):
     if form == "gguf":
         write_gguf(path, ONE, COUNT)
     else:
-        write_dat(path, [entry("a.weight", 2, random_sums(64)[0])])
+        write_dat(path, [entry("a.weight", 2, random_sums(64)[0])],
+                  struct.pack("<ii", 4, 3) + b"set")
     whole = path.read_bytes()
-    allowed = {len(whole) - 11} if form == "dat" else {*range(len(whole) - 28, len(whole))}
+    allowed = {len(whole) - 11, len(whole) - 7}
+    if form == "gguf":
+        allowed = {*range(len(whole) - 28, len(whole))}
     for length in range(1, len(whole)):
         path.write_bytes(whole[:length])
-        if length in allowed:  # without the end, as older files; without the padding
+        if length in allowed:  # with a shorter end, as of other tools; without the padding
             assert len(read_imatrix(path).values) == 1
         else:
             with pytest.raises((SensitivityError, WeightFileError)):
