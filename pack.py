@@ -84,7 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sensitivity",
         metavar="FILE",
-        help="a file that Measure Sensitivity (Featherweight) saved for this model",
+        help="a file that Measure Sensitivity (Featherweight) saved for this model, or an imatrix"
+             " (.gguf, .dat)",
     )
     parser.add_argument(
         "--loras-as-asked",
@@ -159,9 +160,9 @@ def run(arguments: argparse.Namespace) -> int:
         return USAGE
     sensitivity = None
     if arguments.sensitivity:
-        from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
+        from featherweight.loaders.packing.calibration.imatrix import load_measurement
 
-        sensitivity = Sensitivity.load(arguments.sensitivity)
+        sensitivity = load_measurement(arguments.sensitivity)
     with torch.inference_mode():
         source = source_of_file(arguments.source, arguments.lora)
         options = SaveOptions(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from .files.container import FileState, WeightFileError
-from .folders import SENSITIVITY, find_paths, find_sensitivity
+from .folders import MEASUREMENTS, find_paths, find_sensitivity
 
 # file name of a shard
 PART = re.compile(r"(.*-)\d{5}(-of-\d{5}\.(?:gguf|safetensors))", re.I)
@@ -47,7 +47,7 @@ def _named_files(values: Iterable) -> set[str]:
         if not isinstance(name, str) or not name:
             continue
         paths |= find_paths(name)
-        if name.endswith(SENSITIVITY):
+        if name.lower().endswith(MEASUREMENTS):
             with contextlib.suppress(WeightFileError):
                 paths.add(find_sensitivity(name))
     return paths

@@ -23,6 +23,9 @@ GGUF_FOLDERS = {
 # Suffix of files with measurements of a model. With .safetensors the loaders would offer them as
 # models.
 SENSITIVITY = ".sensitivity"
+# Suffixes of files that are read as measurements: imatrix files end in the last two.
+MEASUREMENTS = (SENSITIVITY, ".gguf", ".dat")
+IMATRIX = ".imatrix.gguf"  # suffix of the imatrix next to a measurement
 
 # diffusers' classes of diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
 # UNet2DConditionModel ...
@@ -236,7 +239,8 @@ def find_sensitivity(name: str) -> str:
         inside = os.path.relpath(os.path.join("/", name), "/")
         candidates = [os.path.join(directory, inside) for directory in folders]
     path = next(
-        (path for path in candidates if path.endswith(SENSITIVITY) and os.path.isfile(path)), None)
+        (path for path in candidates
+         if path.lower().endswith(MEASUREMENTS) and os.path.isfile(path)), None)
     if path is None:
         raise WeightFileError(
             f"{display_name(name)} is in none of the folders of measurements"

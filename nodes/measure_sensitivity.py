@@ -4,7 +4,8 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import new_sensitivity_path
+from ..loaders.folders import IMATRIX, SENSITIVITY, new_sensitivity_path
+from ..loaders.packing.calibration.imatrix import write_imatrix
 from ..loaders.packing.calibration.measure import DEFAULT, THOROUGHNESS, measure
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import report, summary
@@ -98,6 +99,14 @@ class MeasureSensitivity(io.ComfyNode):
                     tooltip="The file's name in output/sensitivity. %model% stands for the name of"
                     " the model.",
                 ),
+                io.Boolean.Input(
+                    "imatrix",
+                    default=False,
+                    optional=True,
+                    tooltip="Also writes an imatrix for llama.cpp's quantizers next to the file,"
+                    " with the ending .imatrix.gguf and the names of the GGUF files that Save"
+                    " Packed Model (Featherweight) writes.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -113,7 +122,7 @@ class MeasureSensitivity(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples, steps, cfg, seed, thoroughness, name, positive=(), negative=(),
-                latent=()) -> io.NodeOutput:
+                latent=(), imatrix=()) -> io.NodeOutput:
         reject_infinite(cfg=cfg[0])
         model = model[0]
         name = (name[0].strip() or "%model%").replace("%model%", _model_name(model))
@@ -129,6 +138,10 @@ class MeasureSensitivity(io.ComfyNode):
         with contextlib.suppress(OSError):
             os.unlink(partial)
         heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
+        if next(iter(imatrix or ()), False):
+            imatrix_path = f"{path.removesuffix(SENSITIVITY)}{IMATRIX}"
+            write_imatrix(sensitivity, imatrix_path)
+            heading = f"{os.path.basename(imatrix_path)}\n{heading}"
         show_text(heading + summary(sensitivity))
         text = heading + report(sensitivity)
         return io.NodeOutput(path, text, ui=ui.PreviewText(text))

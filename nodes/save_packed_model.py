@@ -7,8 +7,8 @@ from comfy_api.latest import io, ui
 
 from ..loaders.files.container import WeightFileError
 from ..loaders.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
+from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
-from ..loaders.packing.calibration.sensitivity import Sensitivity
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.planning.file_plan import (
     KEEP_TYPES,
@@ -121,8 +121,9 @@ class SavePackedModel(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="A measurement of this model by Measure Sensitivity (Featherweight):"
-                    " its output, or the name of a file in output/sensitivity. The model is packed"
-                    " much better with it. Empty: none.",
+                    " its output, or the name of a file in output/sensitivity, which may be an"
+                    " imatrix (.gguf, .dat) too. The model is packed much better with it. Empty:"
+                    " none.",
                 ),
                 io.Conditioning.Input(
                     "positive",
@@ -165,7 +166,7 @@ class SavePackedModel(io.ComfyNode):
         latent=None,
         **hidden,
     ) -> io.NodeOutput:
-        measured = Sensitivity.load(find_sensitivity(sensitivity)) if sensitivity else None
+        measured = load_measurement(find_sensitivity(sensitivity)) if sensitivity else None
         for patcher in (model, *([] if clip is None else [clip.patcher])):
             check_saveable(patcher)
         model_source = source_of_model(model)

@@ -35,7 +35,7 @@ TALL = {
     "TextEncodeQwenImageEditPlus": 200,
     "SaveVideo": 380,
     "FeatherweightCheckLora": 640,
-    "FeatherweightMeasureSensitivity": 450,
+    "FeatherweightMeasureSensitivity": 475,
     "FeatherweightSavePackedModel": 470,
     "FeatherweightInspectModelFile": 720,
     "FeatherweightRunOnRay": 360,

@@ -34,7 +34,7 @@ FILE_TYPES = {
 }
 
 Tensors = Mapping[str, tuple[Sequence[int], str]]  # name -> (logical shape, type)
-Value = str | bool | int | float | Sequence[int]
+Value = str | bool | int | float | Sequence[int] | Sequence[str]
 
 
 def type_number(type_name: str) -> int:
@@ -189,6 +189,9 @@ def _value(value: Value) -> bytes:
         return struct.pack("<II", 4, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
+    texts = [item for item in value if isinstance(item, str)]
+    if texts:
+        return struct.pack("<IIQ", 9, 8, len(texts)) + b"".join(map(_string, texts))
     # ComfyUI-GGUF reads shapes as INT32.
     return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
 

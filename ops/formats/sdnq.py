@@ -268,7 +268,7 @@ class SDNQCodebook(SDNQ):
         return Terms(values, values.new_ones(()))
 
 
-class CodeType(NamedTuple):
+class WeightsDtype(NamedTuple):
     """A type of code.
 
     Attributes:
@@ -320,16 +320,16 @@ def float_values(exponent: int, mantissa: int, is_signed: bool,
     return (*values, *(-value for value in values)) if is_signed else tuple(values)
 
 
-def _code_types() -> dict[str, CodeType]:
+def _code_types() -> dict[str, WeightsDtype]:
     """Returns the types of at most 8 bits by the names that SDNQ's files have for them."""
-    types = {f"int{bits}": CodeType(bits, tuple(range(-2**(bits - 1), 2**(bits - 1))), False)
+    types = {f"int{bits}": WeightsDtype(bits, tuple(range(-2**(bits - 1), 2**(bits - 1))), False)
              for bits in range(2, 8)}
-    types["int8"] = CodeType(8, tuple(map(int, signed_bytes().tolist())), False)
-    types |= {f"uint{bits}": CodeType(bits, tuple(range(2**bits)), True)
+    types["int8"] = WeightsDtype(8, tuple(map(int, signed_bytes().tolist())), False)
+    types |= {f"uint{bits}": WeightsDtype(bits, tuple(range(2**bits)), True)
               for bits in range(1, 9)}
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         numbers = torch.arange(256).to(torch.uint8).view(dtype).float().tolist()
-        types[str(dtype).removeprefix("torch.")] = CodeType(8, tuple(numbers), False, 0)
+        types[str(dtype).removeprefix("torch.")] = WeightsDtype(8, tuple(numbers), False, 0)
     for bits in range(1, 9):
         for is_signed in (True, False):
             for exponent in range(1, min(5, bits - is_signed) + 1):
@@ -338,7 +338,7 @@ def _code_types() -> dict[str, CodeType]:
                 # which are torch's, with NaN
                 name += "_sdnq" if name == "float8_e4m3fn" else ""
                 values = float_values(exponent, mantissa, is_signed)
-                types[name] = CodeType(bits, values, not is_signed, exponent, mantissa)
+                types[name] = WeightsDtype(bits, values, not is_signed, exponent, mantissa)
     return types
 
 

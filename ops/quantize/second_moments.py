@@ -96,10 +96,14 @@ class SecondMoments:
         ]
 
     @property
+    def diagonal(self) -> torch.Tensor:
+        """Sum of squares of each column, float32 (K,)."""
+        return self.blocks.diagonal(dim1=-2, dim2=-1).reshape(-1)[:self.columns]
+
+    @property
     def importance(self) -> torch.Tensor:
         """Mean square of each column, float32 (K,)."""
-        squares = self.blocks.diagonal(dim1=-2, dim2=-1).reshape(-1)[:self.columns]
-        return squares / max(1, self.count)
+        return self.diagonal / max(1, self.count)
 
     @torch.no_grad()
     def add(self, inputs: torch.Tensor, dense: torch.Tensor | None = None,

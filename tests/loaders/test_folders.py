@@ -70,8 +70,9 @@ def test_a_part_of_a_package_counts(models, monkeypatch):
     assert replacements.update(["flux"]) == 1
 
 
-def test_a_measurement_counts(models):
-    file = models / "flux.sensitivity"
+@pytest.mark.parametrize("name", ["flux.sensitivity", "flux.dat", "flux.imatrix.gguf"])
+def test_a_measurement_counts(models, name):
+    file = models / name
     file.write_bytes(b"1")
     replacements = FileVersions()
     assert [replacements.update([name]) for name in (file.name, str(file))] == [0, 0]

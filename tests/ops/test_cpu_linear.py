@@ -85,7 +85,8 @@ def test_a_product_by_onednn_is_as_exact_as_torchs(tokens, dtype, bias, branch, 
     with torch.inference_mode():
         errors = [(product.linear(input, weight, bias_values, None, low_rank, blas=blas) - exact)
                   .norm() / exact.norm() for blas in (False, True)]
-    assert errors[0] < 1.1 * errors[1] + 1e-7
+    # of few rows oneDNN may sum in another order, which is some units in the last place of float32
+    assert errors[0] < 1.1 * errors[1] + 3e-7
 
 
 @pytest.mark.usefixtures("onednn")

@@ -8,8 +8,9 @@ from devtools.files import demo_files
 from devtools.host.server import PACK, Server
 
 OWN_LOADER = "FeatherweightLoadDiffusionModel"
-LORA_NODES = {"FeatherweightApplyLora", "FeatherweightCheckLora"}
 NODES = {node.GET_SCHEMA().node_id for node in node_list()}
+LORA_NODES = {"FeatherweightApplyLora", "FeatherweightCheckLora",
+              *(name for name in NODES if name.startswith("Nunchaku"))}
 # What another pack, loaded before this one, does to the host; what is said of it; the nodes that
 # go; whether texts on nodes do.
 CHANGES = {
@@ -18,7 +19,7 @@ import sys, comfy_execution.utils
 sys.modules['comfy.lora_convert'] = None
 del comfy_execution.utils.get_executing_context""", [
         "relies on (import of comfy.lora_convert halted; None in sys.modules). So these nodes are"
-        " left out: apply lora, check lora. Update both, with the packages in their"
+        " left out: apply lora, check lora, legacy nunchaku. Update both, with the packages in their"
         " requirements.txt.",
         "relies on (cannot import name 'get_executing_context' from 'comfy_execution.utils'"
     ], LORA_NODES), "everything": ("""

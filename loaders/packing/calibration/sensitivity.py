@@ -57,6 +57,27 @@ class Sensitivity:
         layers = sorted((name, *shape) for name, shape in self.shapes.items())
         return hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
 
+    def match(self, shapes: Mapping[str, tuple[int, ...]]) -> "Sensitivity":
+        """Returns the measurement for a model.
+
+        Args:
+            shapes: as for `check_is_for`.
+
+        Raises:
+            SensitivityError: where another model was measured.
+        """
+        self.check_is_for(shapes)
+        return self
+
+    def notes(self, packed: list[str], is_for_size: bool) -> list[str]:
+        """Returns sentences on what it lacks for a file: none, as it has all that was measured.
+
+        Args:
+            packed: names of the matrices that are packed.
+            is_for_size: whether types are chosen for a size.
+        """
+        return []
+
     def check_is_for(self, shapes: Mapping[str, tuple[int, ...]]):
         """Raises SensitivityError where another model was measured.
 

@@ -3,7 +3,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ....ops.format import FORMATS
@@ -88,8 +88,16 @@ class FilePlan:
 
     @property
     def notes(self) -> list[str]:
-        """Notes for people on what the file will lack."""
-        return [*self.source.notes, *_warnings(self.source)]
+        """Notes for people on what the file will lack, and on its measurement."""
+        notes = [*self.source.notes, *_warnings(self.source)]
+        if self.options.sensitivity is not None:
+            rules = rules_for(self.source.shapes)
+            packed = [
+                name for name, type_name in self.types.items() if type_name not in PLAIN_BYTES
+                and rules.may_be_packed(name, self.source.shapes[name])
+            ]
+            notes += self.options.sensitivity.notes(packed, self.max_bytes is not None)
+        return notes
 
     @property
     def text(self) -> str:
@@ -136,7 +144,8 @@ def plan_file(source: Source, path: str | os.PathLike, target: str | int,
     path, options = Path(path), options or SaveOptions()
     reject_own_files(path, source)
     if options.sensitivity is not None:
-        options.sensitivity.check_is_for(source.shapes)
+        sensitivity = options.sensitivity.match(source.shapes)
+        options = replace(options, sensitivity=sensitivity)
     if isinstance(target, int):
         plan = _plan_within(source, path, target, options)
     else:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -98,6 +99,28 @@ def test_a_file_with_loras_is_packed_and_the_last_line_says_what_came_out(source
     expected = pack_tensor(tiny_flux()[BLOCK].bfloat16().float() + change,
                            FORMATS["Q8_0"]).dequantize()
     assert relative(values_in(tmp_path / "a.gguf")[BLOCK], expected) < 1e-4
+
+
+def test_an_imatrix_is_taken_as_a_measurement_is(source, tmp_path, pack):
+    model, names = source / "model.safetensors", [BLOCK.encode(), b"x.weight"]
+    columns = tiny_flux()[BLOCK].shape[1]
+    importance = [float(1 + index % 7) for index in range(columns)]
+    (tmp_path / "i.dat").write_bytes(struct.pack("<i", 2) + b"".join(
+        struct.pack("<i", len(name)) + name + struct.pack(f"<ii{columns}f", 1, columns, *importance)
+        for name in names))
+    assert pack(model, tmp_path / "a.gguf", "--type", "Q3_K")[0] == 0
+    code, said = pack(model, tmp_path / "b.gguf", "--type", "Q3_K", "--sensitivity",
+                      tmp_path / "i.dat")
+    assert code == 0 and re.search(
+        r"i.dat covers 1 of \d+ packed matrices, not .*; of its own names, no matrix has 'x.weig",
+        said)
+    files = [values_in(tmp_path / name) for name in ("a.gguf", "b.gguf")]
+    changed = [name for name, values in files[0].items() if not torch.equal(values, files[1][name])]
+    assert changed == [BLOCK]
+    (tmp_path / "i.dat").write_bytes(b"no imatrix at all")
+    code, said = pack(model, tmp_path / "c.gguf", "--type", "Q3_K", "--sensitivity",
+                      tmp_path / "i.dat")
+    assert code == 1 and said.startswith("Failed: i.dat cannot be used as an imatrix: the number")
 
 
 def test_scaled_fp8_in_a_checkpoint_is_packed_by_its_values(source, tmp_path, pack):
