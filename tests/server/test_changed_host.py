@@ -19,8 +19,8 @@ import sys, comfy_execution.utils
 sys.modules['comfy.lora_convert'] = None
 del comfy_execution.utils.get_executing_context""", [
         "relies on (import of comfy.lora_convert halted; None in sys.modules). So these nodes are"
-        " left out: apply lora, check lora, legacy nunchaku. Update both, with the packages in their"
-        " requirements.txt.",
+        " left out: apply lora, check lora, legacy nunchaku. Update both, with the packages in"
+        " their requirements.txt.",
         "relies on (cannot import name 'get_executing_context' from 'comfy_execution.utils'"
     ], LORA_NODES), "everything": ("""
 import comfy_kitchen.tensor
