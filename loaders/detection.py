@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.model_detection
+import comfy.supported_models
 import torch
 
 from .files.container import WeightFile, WeightFileError, first_line
@@ -58,6 +59,26 @@ def is_diffusion_model(state_dict: dict[str, torch.Tensor]) -> bool:
         return True
     config = try_detect(comfy.model_detection.unet_config_from_diffusers_unet, weights)
     return config is not None
+
+
+def missing_keys_text(state_dict: dict[str, torch.Tensor], prefix: str) -> str | None:
+    """Returns a sentence about names that the host requires of a model that it knows.
+
+    Args:
+        state_dict: in which the host detects no model.
+        prefix: of the model's names.
+
+    Returns:
+        What follows the file's name; None if no name is missing or the model is unknown.
+    """
+    config = try_detect(comfy.model_detection.detect_unet_config, state_dict, prefix)
+    for model in comfy.supported_models.models if config is not None else ():
+        keys = sorted(key.format(prefix) for key in model.required_keys)
+        missing = [key for key in keys if key not in state_dict]
+        if missing and model.matches(config):
+            return (f"lacks {' and '.join(map(repr, missing))}, which ComfyUI expects in a file of"
+                    f" {model.__name__}. Get a conversion of a file that was made for ComfyUI.")
+    return None
 
 
 @contextlib.contextmanager
