@@ -163,7 +163,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     patcher = None
     if is_diffusion_model(state_dict):
         with (
-            explain_shape_errors(file),
+            explain_shape_errors(file.path.name),
             dequantize_plain_parameters(),
             reject_partial_conversion(file, state_dict),
         ):
