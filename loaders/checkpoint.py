@@ -251,7 +251,7 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
         encoder_options["custom_operations"] = operations_for(encoder_weights, full_precision=True)
     model_options["custom_operations"] = operations_for(
         [name for name in state_dict if name.startswith(prefix)], compute=compute)
-    with explain_shape_errors(file), dequantize_plain_parameters():
+    with explain_shape_errors(file.path.name), dequantize_plain_parameters():
         parts = comfy.sd.load_state_dict_guess_config(
             state_dict, embedding_directory=embedding_directory, metadata=file.text_metadata,
             model_options=model_options, te_model_options=encoder_options,

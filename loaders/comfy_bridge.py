@@ -25,7 +25,7 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
         compute: one of `compute_choice.COMPUTE`; a warning is logged if the device does not support
             "int8".
     """
-    log.info("[Featherweight] %s", load_summary(file, adopt(patcher)))
+    log_load_summary(file, adopt(patcher))
     choose_compute(patcher, compute)
     patcher.model.packed_patches.check_source = guard_of(patcher.model)
     prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
@@ -34,6 +34,11 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
             "[Featherweight] compute is int8, for which %s has no units that this pack uses"
             " (NVIDIA from Turing on, and CPUs with VNNI or AMX, have them). The model computes"
             " as with exact.", patcher.load_device)
+
+
+def log_load_summary(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher):
+    """Logs the formats in a file and the bytes that its model holds."""
+    log.info("[Featherweight] %s", load_summary(file, patcher))
 
 
 class PackedCLIP(comfy.sd.CLIP):

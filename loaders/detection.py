@@ -3,10 +3,11 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import comfy.model_detection
+import comfy.supported_models
 import torch
 
 from .files.container import WeightFile, WeightFileError, first_line
@@ -60,9 +61,32 @@ def is_diffusion_model(state_dict: dict[str, torch.Tensor]) -> bool:
     return config is not None
 
 
+def missing_keys_text(state_dict: dict[str, torch.Tensor], prefix: str) -> str | None:
+    """Returns a sentence about names that the host requires of a model that it knows.
+
+    Args:
+        state_dict: in which the host detects no model.
+        prefix: of the model's names.
+
+    Returns:
+        What follows the file's name; None if no name is missing or the model is unknown.
+    """
+    config = try_detect(comfy.model_detection.detect_unet_config, state_dict, prefix)
+    for model in comfy.supported_models.models if config is not None else ():
+        keys = sorted(key.format(prefix) for key in model.required_keys)
+        missing = [key for key in keys if key not in state_dict]
+        if missing and model.matches(config):
+            return (f"lacks {' and '.join(map(repr, missing))}, which ComfyUI expects in a file of"
+                    f" {model.__name__}. Get a conversion of a file that was made for ComfyUI.")
+    return None
+
+
 @contextlib.contextmanager
-def explain_shape_errors(file: WeightFile):
+def explain_shape_errors(name: str):
     """Raises WeightFileError if the host cannot build a model with the shapes of a file's weights.
+
+    Args:
+        name: of the file.
     """
     advice = (
         "Download it again where a part of it may be missing, or get another conversion of the"
@@ -74,13 +98,13 @@ def explain_shape_errors(file: WeightFile):
         raise
     except (ArithmeticError, ValueError) as error:
         raise WeightFileError(
-            f"{file.path.name}: ComfyUI knows the names of the weights, but cannot build a model"
+            f"{name}: ComfyUI knows the names of the weights, but cannot build a model"
             f" of their sizes ({first_line(error)}). {advice}") from error
     except RuntimeError as error:
         mismatch = shape_mismatch_text(error)
         if mismatch is None:
             raise
-        raise WeightFileError(f"{file.path.name}: {mismatch} {advice}") from error
+        raise WeightFileError(f"{name}: {mismatch} {advice}") from error
 
 
 def shape_mismatch_text(error: RuntimeError) -> str | None:
@@ -114,13 +138,32 @@ NOT_DIFFUSION = (
 )
 
 
+def describe_other_kind(names: Iterable[str]) -> str | None:
+    """Returns what a file is by the names of its tensors: "a LoRA (it has 'x.lora_A')".
+
+    Returns:
+        The kind, one of `NOT_DIFFUSION`; None if the names are those of none.
+    """
+    match = _find_other_kind(names)
+    return match and f"{match[0]} (it has {match[1]!r})"
+
+
+def _find_other_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Returns (title, name that shows it, advice) of the first match in `NOT_DIFFUSION`."""
+    names = list(names)
+    for pattern, title, advice in NOT_DIFFUSION:
+        name = next((name for name in names if re.search(pattern, name)), None)
+        if name is not None:
+            return title, name, advice
+    return None
+
+
 def reject_non_diffusion(file: WeightFile):
     """Raises WeightFileError for a text encoder, mmproj or LoRA picked as a diffusion model."""
     names = list(file.entries)
     if has_nunchaku_weights(names):  # its first files call the low rank of a weight a LoRA
         names = [name for name in names if not name.endswith((".lora_down", ".lora_up"))]
-    for pattern, title, advice in NOT_DIFFUSION:
-        name = next((name for name in names if re.search(pattern, name)), None)
-        if name is not None:
-            raise WeightFileError(f"{os.path.basename(file.path)} is {title} (it has {name!r}),"
-                                  f" expected a diffusion model. {advice}")
+    if match := _find_other_kind(names):
+        title, name, advice = match
+        raise WeightFileError(f"{os.path.basename(file.path)} is {title} (it has {name!r}),"
+                              f" expected a diffusion model. {advice}")

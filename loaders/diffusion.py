@@ -15,7 +15,12 @@ from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_model
 from .comfy_keys import model_prefix, to_comfy_keys
 from .comfy_quant import as_tensors, reject_unread_layers
-from .detection import explain_shape_errors, is_diffusion_model, reject_non_diffusion
+from .detection import (
+    explain_shape_errors,
+    is_diffusion_model,
+    missing_keys_text,
+    reject_non_diffusion,
+)
 from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
@@ -158,7 +163,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     patcher = None
     if is_diffusion_model(state_dict):
         with (
-            explain_shape_errors(file),
+            explain_shape_errors(file.path.name),
             dequantize_plain_parameters(),
             reject_partial_conversion(file, state_dict),
         ):
@@ -166,6 +171,8 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
                 state_dict, model_options=options, metadata=file.text_metadata,
                 disable_dynamic=disable_dynamic)
     if patcher is None:
+        if missing := missing_keys_text(state_dict, model_prefix(state_dict)):
+            raise WeightFileError(f"{os.path.basename(file.path)} {missing}")
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"
             f" (architecture {file.metadata.get('general.architecture', 'not named')!r},"

@@ -17,7 +17,7 @@ from .workflow_paths import is_inside, is_unsafe_name, use_slashes
 # GGUF files.
 GGUF_FOLDERS = {
     "unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
-    "checkpoints_gguf": "checkpoints", "vae_gguf": "vae"
+    "checkpoints_gguf": "checkpoints", "vae_gguf": "vae", "controlnet_gguf": "controlnet"
 }
 
 # Suffix of files with measurements of a model. With .safetensors the loaders would offer them as
@@ -30,6 +30,7 @@ IMATRIX = ".imatrix.gguf"  # suffix of the imatrix next to a measurement
 # diffusers' classes of diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
 # UNet2DConditionModel ...
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
+CONTROLNET = re.compile("ControlNet")  # ControlNetModel, FluxControlNetModel ...
 # transformers' classes of text encoders: T5EncoderModel, CLIPTextModelWithProjection,
 # Qwen3ForCausalLM ...
 ENCODER = re.compile(

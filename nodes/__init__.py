@@ -99,6 +99,8 @@ def import_file(name: str) -> ModuleType | None:
             from .legacy import nunchaku as module
         case "load_checkpoint":
             from . import load_checkpoint as module
+        case "load_controlnet":
+            from . import load_controlnet as module
         case "load_diffusion_model":
             from . import load_diffusion_model as module
         case "load_text_encoder":

@@ -23,7 +23,7 @@ JOINER = "\u2060"  # between two letters, no line is broken there
 LONG_WORD = 24  # characters that are kept in one line
 LINE_BREAK = "  \n"  # as Markdown has it, for an editor that takes texts on nodes for that
 
-TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE"}
+TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE", "control_net": "ControlNet"}
 
 
 def show_text(text: str):
@@ -94,6 +94,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         log.warning("[Featherweight] %s", note)
     for key, part in parts.items():
         patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
+        patcher = patcher or getattr(part, "control_model_wrapped", None)  # of a ControlNet
         if patcher is None:
             continue
         title = f"{TITLES[key]}: " if len(parts) > 1 else ""

@@ -887,6 +887,43 @@ FAMILIES = {
         latent=(1, 128, 4, 4),
         context=(1, 7, 512),
     ),
+    "seedvr2-3b": Family(  # the host counts no layers: it looks for the name of the last
+        "comfy.model_base.SeedVR2",
+        "SeedVR2",
+        {
+            "image_model": "seedvr2",
+            "vid_dim": 128,
+            "heads": 1,
+            "num_layers": 32,
+            "norm_eps": 1e-5,
+            "mlp_type": "swiglu",
+            "vid_out_norm": True,
+        },
+        latent=(1, 16, 2, 8, 8),
+        context=None,  # so that it runs with the texts that are in the file
+        extra={
+            "condition": (1, 17, 2, 8, 8),
+            "transformer_options": {"cond_or_uncond": [0]},
+        },
+        fixed={"vid_dim": 2560, "heads": 20},
+    ),
+    "seedvr2-7b": Family(
+        "comfy.model_base.SeedVR2",
+        "SeedVR2",
+        {
+            "image_model": "seedvr2",
+            "vid_dim": 3072,
+            "heads": 24,
+            "num_layers": 36,
+            "mm_layers": 36,
+            "norm_eps": 1e-5,
+            "rope_type": "rope3d",
+            "rope_dim": 64,
+            "mlp_type": "normal",
+        },
+        latent=None,
+        context=None,
+    ),
     "ideogram4": Family(
         "comfy.model_base.Ideogram4",
         "Ideogram4",

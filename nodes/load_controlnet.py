@@ -1,0 +1,62 @@
+"""The node Load ControlNet (Featherweight)."""
+from comfy_api.latest import io
+
+from ..loaders.controlnet import load_controlnet
+from ..loaders.folders import (
+    CONTROLNET,
+    find_file,
+    list_files,
+    list_model_folders,
+    validate_files,
+)
+from .node_text import loader_output
+
+FOLDERS = ("controlnet_gguf", "controlnet")
+
+
+class LoadControlNet(io.ComfyNode):
+    """Loads a ControlNet and keeps its packed weights packed."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightLoadControlNet",
+            display_name="Load ControlNet (Featherweight)",
+            category="Featherweight",
+            description="Loads a ControlNet from GGUF or any other packed file that this pack"
+            " reads (NF4, int8, fp8, SDNQ …) and keeps its weights packed in memory, for ComfyUI's"
+            " Apply ControlNet. Other files load as with ComfyUI's own loader.",
+            search_aliases=[
+                "gguf",
+                "controlnet",
+                "control net",
+                "controlnet loader",
+                "t2i adapter",
+                "nf4",
+                "int8",
+                "fp8",
+                "quantized",
+                "quantised",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "control_net_name",
+                    options=[
+                        *list_files(*FOLDERS),
+                        *list_model_folders(*FOLDERS, model_class=CONTROLNET),
+                    ],
+                    display_name="ControlNet",
+                    tooltip="A file in models/controlnet, or a folder that diffusers saved there.",
+                ),
+            ],
+            outputs=[io.ControlNet.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, control_net_name=None):
+        return validate_files(control_net_name, keys=FOLDERS)
+
+    @classmethod
+    def execute(cls, control_net_name) -> io.NodeOutput:
+        control_net = load_controlnet(find_file(control_net_name, *FOLDERS))
+        return io.NodeOutput(*loader_output(control_net=control_net))

@@ -1,0 +1,222 @@
+"""ControlNets with packed weights guide a model as the host's dense ones of the same values do."""
+import logging
+import os
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.t2i_adapter.adapter
+import comfy.utils
+import pytest
+import torch
+from controlnets import (
+    KINDS,
+    OTHER_WRITERS,
+    WRITERS,
+    flux_bfl,
+    ldm,
+    ldm_with_prefix,
+    packed_layers,
+    random_values,
+    sample,
+    write_q8_0,
+)
+from families import FAMILIES, random_weights, relative_error, shrunken_detection
+from host_nodes import UNET, seeded
+from safetensors.torch import save_file
+
+from devtools.files.gguf_files import write_zeros_gguf
+from featherweight.loaders.controlnet import load_controlnet
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.patcher import PackedPatcher
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+@pytest.fixture(params=WRITERS)
+def write(request, tmp_path):
+    """(weights) -> path of a file with packed weights, and of a dense one of the same values."""
+    writer, name = WRITERS[request.param]
+
+    def written(weights):
+        seen = writer(tmp_path / name, dict(weights))
+        dense = {key: value.clone().contiguous() for key, value in seen.items()}
+        save_file(dense, tmp_path / "dense.safetensors")
+        return str(tmp_path / name), str(tmp_path / "dense.safetensors")
+
+    return written
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_packed_controlnet_guides_as_its_dense_self_does(kind, write, monkeypatch):
+    shrunken_detection(FAMILIES.get(kind.base, UNET), monkeypatch)
+    path, dense = write(kind.weights())
+    packed, of_the_host = load_controlnet(path), comfy.controlnet.load_controlnet(dense)
+    expected = sample(kind, of_the_host)
+    assert relative_error(sample(kind), expected) > 1e-3
+    assert relative_error(sample(kind, packed), expected) < 1e-5
+    assert isinstance(packed.control_model_wrapped, PackedPatcher)
+    assert packed.control_model_wrapped.model_size() <= 1.05 * os.path.getsize(path)
+    matrices = [name for name, value in of_the_host.control_model.state_dict().items()
+                if value.ndim == 2 and name.endswith(".weight")]
+    assert sorted(packed_layers(packed)) == sorted(
+        name.removesuffix(".weight") for name in matrices)
+
+
+@pytest.mark.parametrize("written", OTHER_WRITERS)
+def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, tmp_path):
+    kind, (write_format, name) = KINDS["flux of diffusers"], OTHER_WRITERS[written]
+    values = write_format(tmp_path / name, dict(kind.weights()))
+    save_file({key: value.float().contiguous() for key, value in values.items()},
+              tmp_path / "dense.safetensors")
+    packed = load_controlnet(str(tmp_path / name))
+    dense = comfy.controlnet.load_controlnet(str(tmp_path / "dense.safetensors"))
+    assert len(packed_layers(packed)) >= 20
+    expected = sample(kind, dense)
+    assert relative_error(sample(kind), expected) > 1e-3
+    assert relative_error(sample(kind, packed), expected) < 1e-5
+
+
+def full_size_sd15() -> dict[str, torch.Size]:
+    """Names of diffusers' ControlNetModel for SD 1.5 -> shapes."""
+    config = {**FAMILIES["sd1.5"].config, "num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4],
+              "transformer_depth": [1] * 6 + [0] * 2,
+              "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1}
+    names = {target: name for name, target in comfy.utils.unet_to_diffusers(config).items()}
+    hint = ["conv_in", *(f"blocks.{index}" for index in range(6)), "conv_out"]
+    config.pop("out_channels")
+    net = comfy.cldm.cldm.ControlNet(hint_channels=3, num_heads=8, device="meta", **config)
+    shapes = {}
+    for name, value in net.state_dict().items():
+        part, number, *rest = name.split(".")
+        if part == "input_hint_block":
+            name = f"controlnet_cond_embedding.{hint[int(number) // 2]}.{rest[-1]}"
+        elif part == "zero_convs":
+            name = f"controlnet_down_blocks.{number}.{rest[-1]}"
+        elif part == "middle_block_out":
+            name = f"controlnet_mid_block.{rest[-1]}"
+        else:
+            name = names[name]
+        shapes[name] = value.shape
+    return shapes
+
+
+def test_every_name_of_diffusers_sd15_finds_its_place(tmp_path, caplog):
+    shapes = full_size_sd15()
+    write_zeros_gguf(tmp_path / "net.gguf", shapes, "Q4_0", "F16")
+    with caplog.at_level(logging.DEBUG):
+        control_net = load_controlnet(str(tmp_path / "net.gguf"))
+    assert not [record.getMessage() for record in caplog.records
+                if record.getMessage().startswith(("missing", "unexpected", "leftover"))]
+    assert len(packed_layers(control_net)) == sum(len(shape) == 2 for shape in shapes.values())
+
+
+def test_run_that_follows_a_change_of_the_file_is_refused(tmp_path):
+    path = tmp_path / "net.gguf"
+    write_q8_0(path, flux_bfl())
+    control_net = load_controlnet(str(path))
+    with open(path, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"abcd")
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(WeightFileError, match="net.gguf was written to after it was loaded"):
+        sample(KINDS["flux"], control_net)
+
+
+def test_clone_for_another_gpu_stays_packed_and_gives_the_same(tmp_path):
+    write_q8_0(tmp_path / "net.gguf", flux_bfl())
+    control_net = load_controlnet(str(tmp_path / "net.gguf"))
+    if not hasattr(comfy.controlnet.ControlBase, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI has no ControlNets for several GPUs")
+    clone = control_net.deepclone_multigpu(torch.device("cpu"))
+    assert packed_layers(clone) == packed_layers(control_net)
+    assert isinstance(clone.control_model_wrapped, PackedPatcher)
+    assert clone.control_model.packed_patches is not control_net.control_model.packed_patches
+    kind = KINDS["flux"]
+    assert torch.equal(sample(kind, clone), sample(kind, control_net))
+
+
+def test_t2i_adapter_is_dequantised(tmp_path):
+    adapter = comfy.t2i_adapter.adapter.Adapter(
+        cin=64, channels=[32, 64, 128, 128], nums_rb=2, ksize=1, sk=True, use_conv=False)
+    weights = {name: value.flatten(1) if name.endswith(".in_conv.weight") else value
+               for name, value in random_values(adapter).items()}  # 1x1: as matrices
+    seen = write_q8_0(tmp_path / "net.gguf", weights)
+    assert any(not torch.equal(seen[name], value) for name, value in weights.items())
+    loaded = load_controlnet(str(tmp_path / "net.gguf"))
+    for name, value in loaded.t2i_model.state_dict().items():
+        assert not is_packed(value)
+        assert torch.equal(value, seen[name].reshape(value.shape))
+
+
+def test_control_lora_is_dequantised(tmp_path):
+    weights = {
+        "lora_controlnet": torch.ones(1), "input_hint_block.0.weight": torch.ones(16, 3, 3, 3),
+        "time_embed.0.up": seeded(64, 32), "time_embed.0.down": seeded(32, 320, seed=2)
+    }
+    seen = write_q8_0(tmp_path / "net.gguf", weights)
+    loaded = load_controlnet(str(tmp_path / "net.gguf"))
+    assert type(loaded) is comfy.controlnet.ControlLora
+    assert loaded.control_weights.keys() == seen.keys()
+    for name, value in loaded.control_weights.items():
+        assert not is_packed(value) and torch.equal(value, seen[name])
+
+
+@pytest.mark.parametrize(("name", "averages"), [
+    ("control_v11e_sd15_shuffle-Q8_0.gguf", True), ("net_shuffle_fp16.gguf", True),
+    ("control_shuffled.gguf", False), ("net.gguf", False)
+])
+def test_name_says_whether_hints_are_averaged_over_the_picture(name, averages, tmp_path):
+    write_q8_0(tmp_path / name, ldm())
+    assert load_controlnet(str(tmp_path / name)).global_average_pooling == averages
+
+
+def lora():
+    return {"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 256)}
+
+
+def without_sizes_that_fit():
+    return flux_bfl() | {"txt_in.weight": torch.ones(32, 32)}
+
+
+WRONG = {
+    "diffusion model": (lambda: random_weights(FAMILIES["flux-dev"]),
+                        "is a diffusion model, expected a ControlNet. Pick a ControlNet here."),
+    "unet": (lambda: random_weights(FAMILIES["sd1.5"]),
+             "is a diffusion model, expected a ControlNet. Pick a ControlNet here."),
+    "LoRA": (lora, r"is a LoRA \(it has 'double_blocks.0.img_attn.qkv.lora_A.weight'\), expected"
+             " a ControlNet. Pick a ControlNet here."),
+    "nothing known": (lambda: {"a.weight": torch.ones(4, 32)},
+                      r"holds no ControlNet that this ComfyUI knows \(1 tensors, first 'a.weight'"
+                      r"\). Pick another file, or update ComfyUI if the ControlNet is new."),
+    "part": (lambda: {"controlnet_cond_embedding.conv_in.weight": torch.ones(16, 3, 3, 3)},
+             "holds no ControlNet that this ComfyUI knows"),
+    "other sizes": (without_sizes_that_fit, ".*sizes"),
+    "difference": (lambda: ldm_with_prefix() | {"difference": torch.ones(1)},
+                   r"holds the difference between a ControlNet and a model \(it has 'difference'\),"
+                   " expected a whole ControlNet. Get one with all its weights, or load an unpacked"
+                   r" one with ComfyUI's Load ControlNet Model \(diff\)."),
+}
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_file_is_refused_in_a_sentence(wrong, suffix, tmp_path):
+    weights, message = WRONG[wrong]
+    path = tmp_path / f"net.{suffix}"
+    if suffix == "gguf":
+        write_q8_0(path, weights())
+    else:
+        save_file({name: value.contiguous() for name, value in weights().items()}, path)
+    with pytest.raises(WeightFileError, match=f"^net.{suffix}:? {message}") as error:
+        load_controlnet(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["net.gguf", "net.safetensors"])
+def test_damaged_file_is_refused(name, tmp_path):
+    path = tmp_path / name
+    WRITERS["Q8_0" if name.endswith("gguf") else "NF4"][0](path, flux_bfl())
+    path.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(WeightFileError, match="^net"):
+        load_controlnet(str(path))

@@ -1,0 +1,225 @@
+"""Small ControlNets of the host's classes, written packed, in the hands of the host's nodes."""
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest import mock
+
+import comfy.cldm.cldm
+import comfy.cldm.mmdit
+import comfy.ldm.flux.controlnet
+import comfy.ldm.qwen_image.controlnet
+import comfy.memory_management
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from diffusers_names import DIFFUSERS, in_diffusers_names
+from families import FAMILIES, comfyui_gguf_style
+from host_formats import in_host_format
+from host_nodes import UNET, models, seeded
+from safetensors.torch import save_file
+from sdnq_writer import write_folder
+
+import nodes as host_nodes
+from devtools.files.gguf_files import write_gguf
+from featherweight.ops.layers import PackedLayer
+from featherweight.ops.packed_layout import is_packed
+
+FLUX = FAMILIES["flux-dev"]
+
+
+def random_values(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> float32 values, small enough for any depth."""
+    weights = {}
+    for index, (name, value) in enumerate(module.state_dict().items()):
+        values = seeded(*value.shape, seed=index) * (0.05 if value.ndim > 1 else 0.02)
+        weights[name] = values + ("norm" in name and value.ndim == 1 and "bias" not in name)
+    return weights
+
+
+def build_weights(controlnet: Callable[..., torch.nn.Module], **options) -> dict[str, torch.Tensor]:
+    """Random values for one of the host's ControlNets."""
+    # with it, layers have no weights until they load
+    with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):
+        return random_values(controlnet(
+            operations=comfy.ops.disable_weight_init, dtype=torch.float32, device="cpu", **options))
+
+
+def unet_controlnet(family) -> dict[str, torch.Tensor]:
+    config = {name: value for name, value in family.config.items() if name != "out_channels"}
+    return build_weights(comfy.cldm.cldm.ControlNet, hint_channels=3, num_heads=-1,
+                         num_head_channels=64, **config)
+
+
+@functools.cache
+def ldm() -> dict[str, torch.Tensor]:
+    return unet_controlnet(UNET)
+
+
+@functools.cache
+def sdxl() -> dict[str, torch.Tensor]:
+    return unet_controlnet(FAMILIES["sdxl"])
+
+
+def in_names_of_diffusers(weights, name: str) -> dict[str, torch.Tensor]:
+    """Weights of a ControlNet that is a shortened model of a family; other layers stay."""
+    table = DIFFUSERS[name](FAMILIES[name].config)
+    converted = {target if isinstance(target, str) else target[0] for target in table.values()}
+    stored = in_diffusers_names(weights, table) | {
+        key: value for key, value in weights.items() if key not in converted
+    }
+    return {key: value.contiguous() for key, value in stored.items()}
+
+
+@functools.cache
+def sd3_diffusers() -> dict[str, torch.Tensor]:
+    """As InstantX writes them for SD3: diffusers' names, with a hint of latents."""
+    values = build_weights(comfy.cldm.mmdit.ControlNet, num_blocks=2, control_latent_channels=16,
+                   **FAMILIES["sd3.5"].config)
+    return in_names_of_diffusers(values, "sd3.5")
+
+
+@functools.cache
+def qwen() -> dict[str, torch.Tensor]:
+    return build_weights(comfy.ldm.qwen_image.controlnet.QwenImageControlNetModel,
+                         **FAMILIES["qwen-image"].config)
+
+
+@functools.cache
+def ldm_with_prefix() -> dict[str, torch.Tensor]:
+    return {f"control_model.{name}": value for name, value in ldm().items()}
+
+
+@functools.cache
+def flux_bfl() -> dict[str, torch.Tensor]:
+    """As XLabs writes them: a shortened Flux in its own names, with a hint of pixels."""
+    return {name.replace("_norm.weight", "_norm.scale"): value
+            for name, value in build_weights(comfy.ldm.flux.controlnet.ControlNetFlux,
+                                     **FLUX.config).items()}
+
+
+@functools.cache
+def flux_diffusers(**options) -> dict[str, torch.Tensor]:
+    """As InstantX and Shakker write them: diffusers' names, with a hint of latents."""
+    values = build_weights(comfy.ldm.flux.controlnet.ControlNetFlux, latent_input=True,
+                   control_latent_channels=16, **options, **FLUX.config)
+    return in_names_of_diffusers(values, "flux-dev")
+
+
+def flux_union() -> dict[str, torch.Tensor]:
+    return flux_diffusers(num_union_modes=8)
+
+
+class Latents:
+    """A VAE without weights: 16 channels of an eighth of a picture's size."""
+
+    def encode(self, pictures):
+        small = torch.nn.functional.avg_pool2d(pictures.movedim(-1, 1), 8)
+        return small.repeat(1, 6, 1, 1)[:, :16]
+
+    def spacial_compression_encode(self):
+        return 8
+
+
+class FrameLatents(Latents):
+    """The same for a model of videos: with a dimension of time."""
+
+    def encode(self, pictures):
+        return super().encode(pictures).unsqueeze(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """weights: of the file. base: the model it guides, one of `host_nodes.MODELS`. vae: of its
+    hint. union: whether it takes a type of hint."""
+
+    weights: Callable[[], Mapping[str, torch.Tensor]]
+    base: str
+    conditioning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    vae: Any = None
+    union: bool = False
+
+
+FLUX_TEXT = {"pooled_output": seeded(1, 256, seed=7), "guidance": 3.5}
+KINDS = {
+    "sd1.5": Kind(ldm, "unet"),
+    "sd1.5 with a prefix": Kind(ldm_with_prefix, "unet"),
+    "sdxl": Kind(sdxl, "sdxl", {"pooled_output": seeded(1, 1280, seed=7)}),
+    "sd3 of diffusers": Kind(
+        sd3_diffusers, "sd3.5", {"pooled_output": seeded(1, 256, seed=7)}, Latents()),
+    "qwen-image": Kind(qwen, "qwen-image", vae=FrameLatents()),
+    "flux": Kind(flux_bfl, "flux-dev", FLUX_TEXT),
+    "flux of diffusers": Kind(flux_diffusers, "flux-dev", FLUX_TEXT, Latents()),
+    "flux union": Kind(flux_union, "flux-dev", FLUX_TEXT, Latents(), union=True),
+}
+
+
+def write_q8_0(path, weights):
+    """Matrices in Q8_0 and the rest in F32."""
+    seen = write_gguf(path, weights, **comfyui_gguf_style())
+    return {name: torch.as_tensor(values).reshape(weights[name].shape)
+            for name, values in seen.items()}
+
+
+def write_nf4(path, weights):
+    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
+    return bnb_files.write_bnb(path, weights)
+
+
+def write_int8(path, weights):
+    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
+    return bnb_files.write_bnb_int8(path, weights)
+
+
+def write_host_format(format_name: str, path, weights):
+    """Matrices in one of ComfyUI's own formats."""
+    stored, values = {}, {}
+    for name, value in weights.items():
+        stored[name] = values[name] = value
+        if value.ndim == 2:
+            parts, values[name] = in_host_format(name, value, format_name)
+            stored |= parts
+    save_file({name: value.contiguous() for name, value in stored.items()}, path)
+    return values
+
+
+def write_sdnq(path, weights):
+    """A folder as diffusers saves it."""
+    return write_folder(path, weights, group=64, rank=4, config={
+        "_class_name": "FluxControlNetModel"})
+
+
+WRITERS = {"Q8_0": (write_q8_0, "net.gguf"), "NF4": (write_nf4, "net.safetensors")}
+OTHER_WRITERS = {
+    "int8": (write_int8, "net.safetensors"),
+    "SDNQ": (write_sdnq, "net"),
+    **{name: (functools.partial(write_host_format, name), "net.safetensors")
+       for name in ("float8_e4m3fn", "int8_tensorwise")},
+}
+
+
+def sample(kind: Kind, control_net=None) -> torch.Tensor:
+    """Two steps of the host's sampler on its own dense model, through its Apply ControlNet."""
+    family, model = FAMILIES.get(kind.base, UNET), models(kind.base)[1]
+    positive, negative = (
+        [[seeded(*family.context, seed=seed), dict(kind.conditioning)]] for seed in (2, 3))
+    if control_net is not None:
+        if kind.union:
+            control_net = control_net.copy()
+            control_net.set_extra_arg("control_type", [3])
+        positive, negative = host_nodes.ControlNetApplyAdvanced().apply_controlnet(
+            positive, negative, control_net, seeded(1, 128, 128, 3, seed=9).abs() % 1, 0.8, 0.0,
+            1.0, vae=kind.vae)
+    latent = seeded(*family.latent, seed=4) / 2
+    sampler = comfy.samplers.sampler_object("euler")
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    return comfy.sample.sample_custom(model, seeded(*family.latent), 3.0, sampler, sigmas,
+                                      positive, negative, latent, disable_pbar=True, seed=1)
+
+
+def packed_layers(control_net) -> list[str]:
+    return [name for name, layer in control_net.control_model.named_modules()
+            if isinstance(layer, PackedLayer) and is_packed(layer.weight)
+            and layer.weight.layout_cls.format.plain_dtype is None]
