@@ -173,13 +173,13 @@ def _averages_over_picture(name: str) -> bool:
 
 def _unknown_error(name: str, state_dict: Mapping[str, torch.Tensor]) -> WeightFileError:
     """Returns the error for a file that holds no ControlNet that the host knows."""
-    kind = describe_other_kind(state_dict)
+    other = describe_other_kind(state_dict)
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    if kind is None and is_diffusion_model(to_comfy_keys(tensors)):
-        kind = "a diffusion model"
-    if kind is not None:
+    if other is None and is_diffusion_model(to_comfy_keys(tensors)):
+        other = "a diffusion model"
+    if other is not None:
         return WeightFileError(
-            f"{name} is {kind}, expected a ControlNet. Pick a ControlNet here.")
+            f"{name} is {other}, expected a ControlNet. Pick a ControlNet here.")
     return WeightFileError(
         f"{name} holds no ControlNet that this ComfyUI knows ({len(state_dict)} tensors, first"
         f" {next(iter(state_dict), 'none')!r}). Pick another file, or update ComfyUI if the"

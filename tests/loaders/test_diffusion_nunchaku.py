@@ -3,15 +3,13 @@ import functools
 import json
 import logging
 
-import comfy.hooks
-import comfy.model_management
-import comfy.utils
 import nunchaku_writer as writer
 import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
 from families import run as run_family
+from hooked import run_hooked
 from lora_gain import Gain
 from patched_models import LIMIT, adapter, error_by_effect, lora_for, patched
 from safetensors.torch import save_file
@@ -243,30 +241,10 @@ def test_loras_of_several_trainers_are_exact(style, path):
 def test_a_lora_hook_is_exact(model):
     name, patcher, dense, weights, _ = model
     family, lora = FAMILIES[name], lora_for(weights, seed=4, size=0.1)
-    outputs = []
-    for one in (patcher, dense):
-        clone = one.clone()
-        hooks = comfy.hooks.create_hook_lora(lora, 0.8, 0.0)
-        clone.register_all_hook_patches(
-            hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), {})
-        without = run_family(clone, family)
-        clone.patch_hooks(hooks)
-        try:
-            with_hook = run_without_loading(clone, family)
-        finally:
-            clone.patch_hooks(None)
-        outputs.append((without, with_hook, run_without_loading(clone, family)))
-    (plain, hooked, after), (dense_plain, dense_hooked, _) = outputs
+    (plain, hooked, after), (dense_plain, dense_hooked, _) = (
+        run_hooked(one, family, lora, 0.8) for one in (patcher, dense))
     assert error_by_effect(hooked, dense_hooked, dense_plain) < LIMIT
     assert torch.equal(after, plain)
-
-
-def run_without_loading(patcher, family):
-    from families import inputs
-
-    arguments = inputs(family)
-    with torch.inference_mode():
-        return patcher.model.apply_model(**arguments) - arguments["x"]
 
 
 @pytest.mark.parametrize("layer", [
