@@ -126,10 +126,11 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
     return PackedTensor(data, layout_name(packed_format), params)
 
 
-def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor) -> PackedTensor:
+def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
+                  scales: tuple[torch.Tensor, torch.Tensor] | None = None) -> PackedTensor:
     """Returns a packed weight plus the product of two factors; see `composite.add_low_rank`."""
     packed_format, (data, *sides) = composite.add_low_rank(
-        tensor.layout_cls.format, packed_tensors(tensor), up, down)
+        tensor.layout_cls.format, packed_tensors(tensor), up, down, scales)
     return packed_tensor(packed_format, data, tensor.shape, tensor.dtype, *sides)
 
 

@@ -168,32 +168,30 @@ class _Weight:
         main: packed (N, K).
         up, down: factors of the low rank, (N, R) and (R, K), or None.
         bias: (N,) or None.
+        scales: what the rows and the columns of the low rank are multiplied by, float32 (N,) and
+            (K,), or None.
     """
 
     main: PackedTensor
     up: torch.Tensor | None = None
     down: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def packed(self) -> PackedTensor:
         """Returns the whole weight."""
         if self.up is None or self.down is None:
             return self.main
-        return with_low_rank(self.main, self.up, self.down)
+        return with_low_rank(self.main, self.up, self.down, self.scales)
 
-    def rows(self, rows: slice, is_exact: bool) -> PackedTensor:
-        """Returns some rows, which share the bytes.
-
-        Args:
-            rows: without a step.
-            is_exact: whether `up` keeps its dtype; otherwise it gets that of `down`.
-        """
+    def rows(self, rows: slice) -> PackedTensor:
+        """Returns some rows, which share the bytes."""
         main = take_rows(self.main, rows)
         assert isinstance(main, PackedTensor)
         if self.up is None or self.down is None:
             return main
-        up = self.up[rows]
-        return with_low_rank(main, up if is_exact else up.to(self.down.dtype), self.down)
+        scales = None if self.scales is None else (self.scales[0][rows], self.scales[1])
+        return with_low_rank(main, self.up[rows], self.down, scales)
 
 
 class _Reader:
@@ -367,19 +365,20 @@ class _Reader:
         down = tiles.down_in_rows(parts["proj_down"]) if "proj_down" in parts else None
         bias = tiles.vector_in_order(parts["bias"]) if "bias" in parts else None
 
-        factors = self.factors.get(layer)
-        if factors is not None and _local_name(layer) in AFTER_VALUES:
+        factors, scales = self.factors.get(layer), None
+        if factors is not None:
+            scales = (torch.ones(rows, dtype=torch.float32),
+                      torch.ones(columns, dtype=torch.float32))
+        if factors is not None and scales is not None and _local_name(layer) in AFTER_VALUES:
             values = slice(self.first_row_of_values(layer, rows, factors), None)
             of_rows[values] *= factors
-            if up is not None:
-                up = up.float()
-                up[values] *= factors.unsqueeze(1)
+            scales[0][values] = factors
             if bias is not None:
                 bias = bias.float()
                 bias[values] *= factors
-        elif factors is not None:
+        elif factors is not None and scales is not None:
             divisors = divisors * factors
-            down = None if down is None else down.float() / factors
+            scales[1].div_(factors)
 
         if is_nvfp4:
             family, sides = SVDQUANT_NVFP4, tiles.scale_bytes_in_rows
@@ -390,7 +389,7 @@ class _Reader:
             (rows, columns), torch.float32, _bytes(sides(parts["wscales"])), of_rows, 1 / divisors)
         if bias is not None and not is_nvfp4 and self.family.shifted.fullmatch(_local_name(layer)):
             bias = bias.float() + bias_of_shift(main)
-        return _Weight(main, up, down, bias)
+        return _Weight(main, up, down, bias, scales)
 
     def check_svdquant(self, layer: str, parts: dict[str, torch.Tensor]) -> bool:
         """Checks the parts of a layer of SVDQuant; returns whether it is nvfp4, otherwise int4."""
@@ -485,8 +484,7 @@ class _Reader:
             whole = weight.packed()  # ComfyUI's layer has all rows again
             packed = [take_rows(whole, piece) for piece in pieces]
         else:
-            # only V has numbers of the next layer in it: Q and K keep the dtype of the file
-            packed = [weight.rows(piece, is_exact=piece == pieces[-1]) for piece in pieces]
+            packed = [weight.rows(piece) for piece in pieces]
         for name, piece, part in zip(names, pieces, packed):
             bias = None if weight.bias is None else weight.bias[piece]
             self.put(f"{block}.{name}", part, bias)

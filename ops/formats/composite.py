@@ -22,7 +22,7 @@ DequantizeInto = Callable[..., torch.Tensor]
 FACTOR_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 ALIGNED = 64  # bytes, for the tensors of a part
 
-_LOW_RANK_NAME = re.compile(r"LOWRANK_(\d+)_(BF16|F16|F32)_(BF16|F16|F32)_(.+)")
+_LOW_RANK_NAME = re.compile(r"LOWRANK_(\d+)(S?)_(BF16|F16|F32)_(BF16|F16|F32)_(.+)")
 _JOINED_NAME = re.compile(r"JOINED_(ROWS|COLUMNS)_(.+)")
 _PART_NAME = re.compile(r"(\d+)x(\d+)x(.+)")
 
@@ -74,39 +74,47 @@ def _by_reference(packed_format: type[Format], tensors: list[torch.Tensor], out:
 
 
 class AddedLowRank(Composite):
-    """value = value of `base` + (up down), in float32, rounded once.
+    """value = value of `base` + (up down) * of_row * of_column, in float32, rounded once.
 
     The tensors are those of `base`, then
 
-    | tensor | dtype, shape       | meaning                                                     |
-    |--------|--------------------|-------------------------------------------------------------|
-    | up     | uint8              | bytes of (rows, rank) of the dtype in the format's name     |
-    | down   | uint8              | bytes of (rank, K), in the basis of the codes if these are  |
-    |        |                    | rotated                                                     |
+    | tensor    | dtype, shape    | meaning                                                     |
+    |-----------|-----------------|-------------------------------------------------------------|
+    | up        | uint8           | bytes of (rows, rank) of the dtype in the format's name     |
+    | down      | uint8           | bytes of (rank, K), in the basis of the codes if these are  |
+    |           |                 | rotated                                                     |
+    | of_row    | float32 (rows,) | only with `is_scaled`: a factor of each row                 |
+    | of_column | float32 (K,)    | likewise, of each column                                    |
 
     Attributes:
         base: whose block is a row.
         rank: of the product.
+        is_scaled: whether rows and columns have factors.
         up_dtype, down_dtype: of the factors.
     """
 
     base: type[Format]
     rank: int
+    is_scaled: bool
     up_dtype: torch.dtype
     down_dtype: torch.dtype
 
     @classmethod
     def over(cls, base: type[Format], rank: int, up_dtype: torch.dtype,
-             down_dtype: torch.dtype) -> type["AddedLowRank"]:
+             down_dtype: torch.dtype, is_scaled: bool = False) -> type["AddedLowRank"]:
         """Returns the format of a weight in `base` with a low rank."""
         names = {dtype: name for name, dtype in FACTOR_DTYPES.items()}
-        name = f"LOWRANK_{rank}_{names[up_dtype]}_{names[down_dtype]}_{base.__name__}"
+        mark = "S" if is_scaled else ""
+        name = f"LOWRANK_{rank}{mark}_{names[up_dtype]}_{names[down_dtype]}_{base.__name__}"
         packed_format: Any = FORMATS.get(name)
         if packed_format is None:
             sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize),
                      Side(torch.uint8, rank * base.block_length * down_dtype.itemsize, True))
+            if is_scaled:
+                sides += Side(torch.float32), Side(torch.float32, base.block_length, True)
             packed_format = type(name, (cls,), {
-                "base": base, "rank": rank, "up_dtype": up_dtype, "down_dtype": down_dtype,
+                "base": base, "rank": rank, "is_scaled": is_scaled,
+                "up_dtype": up_dtype, "down_dtype": down_dtype,
                 "block_length": base.block_length, "block_bytes": base.block_bytes,
                 "sides": sides, "padding": base.padding, "of_host": base.of_host})
         return packed_format
@@ -122,16 +130,19 @@ class AddedLowRank(Composite):
     @classmethod
     def factors(cls, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns up (rows, rank) and down (rank, K), the latter in the basis of the input."""
-        up = reinterpret(tensors[-2], cls.up_dtype).view(-1, cls.rank)
-        down = reinterpret(tensors[-1], cls.down_dtype).view(cls.rank, -1)
-        return up, cls.base.unrotated(down)
+        up, down, *scales = tensors[1 + len(cls.base.sides):]
+        up = reinterpret(up, cls.up_dtype).view(-1, cls.rank)
+        down = cls.base.unrotated(reinterpret(down, cls.down_dtype).view(cls.rank, -1))
+        if scales:
+            return up * scales[0].unsqueeze(1), down * scales[1]
+        return up, down
 
     @classmethod
     def without_low_rank(cls, tensors: list[torch.Tensor]
                          ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
         up, down = cls.factors(tensors)
         low_rank = LowRank(down, (up,), (Slice(0, len(up), 0, cls.rank),))
-        return cls.base, tensors[:-2], low_rank
+        return cls.base, tensors[:1 + len(cls.base.sides)], low_rank
 
     @classmethod
     def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
@@ -146,7 +157,7 @@ class AddedLowRank(Composite):
             values = part if part.dtype == torch.float32 else torch.empty(
                 part.shape, dtype=torch.float32, device=part.device)
             row = first + start
-            dequantize_into(cls.base, tensors[:-2], values, None, row)
+            dequantize_into(cls.base, tensors[:1 + len(cls.base.sides)], values, None, row)
             values.addmm_(up[row:row + len(part)], down)
             if value_dtype not in (None, torch.float32):
                 values = values.to(value_dtype)
@@ -156,7 +167,8 @@ class AddedLowRank(Composite):
 
 
 def add_low_rank(base: type[Format], tensors: Sequence[torch.Tensor], up: torch.Tensor,
-                 down: torch.Tensor) -> tuple[type[AddedLowRank], list[torch.Tensor]]:
+                 down: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor] | None = None
+                 ) -> tuple[type[AddedLowRank], list[torch.Tensor]]:
     """Adds a low rank to a weight whose blocks are rows.
 
     Args:
@@ -164,6 +176,7 @@ def add_low_rank(base: type[Format], tensors: Sequence[torch.Tensor], up: torch.
         tensors: of the weight.
         up: (N, R) of one of `FACTOR_DTYPES`.
         down: (R, K), likewise, in the basis of the codes if `base` rotates them.
+        scales: factors of the rows (N,) and of the columns (K,) of the low rank, float32.
 
     Returns:
         The format and the tensors of the sum.
@@ -176,9 +189,9 @@ def add_low_rank(base: type[Format], tensors: Sequence[torch.Tensor], up: torch.
             up.shape[1] != len(down)):
         raise FormatError(f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a"
                           f" weight of {rows} x {base.block_length}")
-    packed_format = AddedLowRank.over(base, len(down), up.dtype, down.dtype)
+    packed_format = AddedLowRank.over(base, len(down), up.dtype, down.dtype, scales is not None)
     factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
-    return packed_format, [*tensors, *factors]
+    return packed_format, [*tensors, *factors, *(scales or ())]
 
 
 @dataclass(frozen=True)
@@ -375,9 +388,9 @@ def composite_named(name: str, format_named: Callable[[str], type[Format]]
         format_named: returns a format by its name; raises KeyError.
     """
     if match := _LOW_RANK_NAME.fullmatch(name):
-        rank, up, down, base = match.groups()
+        rank, mark, up, down, base = match.groups()
         return AddedLowRank.over(format_named(base), int(rank), FACTOR_DTYPES[up],
-                                 FACTOR_DTYPES[down])
+                                 FACTOR_DTYPES[down], bool(mark))
     if match := _JOINED_NAME.fullmatch(name):
         axis, pieces = match.groups()
         parts = [_PART_NAME.fullmatch(piece) for piece in pieces.split("+")]

@@ -65,7 +65,12 @@ def assert_same(values, expected, relative=1e-6):
     torch.testing.assert_close(values, expected, rtol=relative, atol=1e-5)
 
 
-WEIGHTS = {"low rank": lambda: ranked(INT8_ROWS.of_columns(COLUMNS)),
+def scaled():
+    weight = random_weight(INT8_ROWS.of_columns(COLUMNS))
+    return with_low_rank(weight, *factors(24), (torch.rand(24), torch.rand(COLUMNS)))
+
+
+WEIGHTS = {"scaled low rank": scaled, "low rank": lambda: ranked(INT8_ROWS.of_columns(COLUMNS)),
            "rows": lambda: joined(0), "columns": lambda: joined(1)}
 every_weight = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
 
@@ -85,6 +90,14 @@ def test_a_low_rank_is_part_of_the_values(dtype):
     halves = product.dequantize(weight, torch.float32, torch.bfloat16)
     assert torch.equal(halves, weight.dequantize().bfloat16().float())
     assert weight.nbytes == base.nbytes + up.nbytes + down.nbytes
+
+
+def test_factors_of_rows_and_columns_are_those_of_the_low_rank():
+    base, (up, down) = random_weight(INT8_ROWS.of_columns(COLUMNS)), factors(24)
+    of_rows, of_columns = torch.rand(24), torch.rand(COLUMNS)
+    weight = with_low_rank(base, up, down, (of_rows, of_columns))
+    expected = base.dequantize() + up.float() @ down.float() * of_rows[:, None] * of_columns
+    torch.testing.assert_close(weight.dequantize(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_factors_that_do_not_fit_are_refused():
