@@ -221,3 +221,24 @@ def test_rows_of_an_embedding_are_looked_up(make):
     weight, ids = make(), torch.tensor([[3, 0], [20, 3]])
     rows = product.embedding(ids, weight, torch.bfloat16)
     assert_same(rows, weight.dequantize()[ids].bfloat16(), 2**-8)
+
+
+@every_weight
+def test_an_input_gets_the_gradient_of_the_values(make):
+    weight = make()
+    input = torch.randn(7, weight.shape[1], requires_grad=True)
+    (product.linear(input, weight) * torch.linspace(-1, 1, weight.shape[0])).sum().backward()
+    expected = torch.linspace(-1, 1, weight.shape[0]).expand(7, -1) @ weight.dequantize()
+    torch.testing.assert_close(input.grad, expected, rtol=1e-5, atol=1e-4)
+
+
+@every_weight
+def test_a_compiled_product_has_no_graph_break(make):
+    weight, input = make(), torch.randn(3, make().shape[1])
+
+    def run(input):
+        return product.linear(input, weight) * 2
+
+    with torch.inference_mode():
+        compiled = torch.compile(run, backend="eager", fullgraph=True)(input)
+        assert_same(compiled, run(input))
