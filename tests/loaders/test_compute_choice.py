@@ -32,8 +32,9 @@ def no_flags(monkeypatch):
 
 def step(patcher, arguments=None):
     """Returns what a step predicts, with the attention that sampling would use."""
-    arguments = arguments or flux_inputs()
-    options = dict(patcher.model_options["transformer_options"])
+    arguments = dict(arguments or flux_inputs())
+    options = (patcher.model_options["transformer_options"]
+               | arguments.pop("transformer_options", {}))
     with torch.inference_mode():
         return patcher.model.apply_model(**arguments, transformer_options=options).float()
 

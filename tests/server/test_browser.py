@@ -322,7 +322,8 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
     pages = {path.stem for path in DOCS.glob("*.md")}
     # which share theirs
     shown = [
-        *sorted(pages & set(nodes)), "LoaderGGUF", "GGUFLoaderKJ", "UnetLoaderGGUFDisTorch2MultiGPU"
+        *sorted(pages & set(nodes)), "LoaderGGUF", "GGUFLoaderKJ",
+        "UnetLoaderGGUFDisTorch2MultiGPU", "NunchakuFluxLoraStack"
     ]
     assert len(shown) == len(pages)
     editor.evaluate("app.graph.clear()")

@@ -290,7 +290,8 @@ def _read_dat(path: Path, data: bytes) -> dict[str, torch.Tensor]:
 
 
 def _floats(path: Path, what: str, data: bytes) -> torch.Tensor:
-    values = torch.frombuffer(bytearray(data), dtype=torch.float32) if data else torch.empty(0)
+    values = (torch.frombuffer(bytearray(data), dtype=torch.float32) if data
+              else torch.empty(0, dtype=torch.float32))
     return _check(path, what, values)
 
 
@@ -348,7 +349,8 @@ def write_imatrix(sensitivity: Sensitivity, path: str | os.PathLike):
         for name in names:
             moments, weight = _moments_of(sensitivity, name), written_name(name)
             writer.write(f"{weight}{SUMS}", "F32", [moments.diagonal.cpu()])
-            writer.write(f"{weight}{COUNTS}", "F32", [torch.tensor([float(moments.count)])])
+            counts = torch.tensor([moments.count], dtype=torch.float32)
+            writer.write(f"{weight}{COUNTS}", "F32", [counts])
 
 
 def _moments_of(sensitivity: Sensitivity, name: str) -> SecondMoments:
