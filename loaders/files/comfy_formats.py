@@ -59,6 +59,7 @@ from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.packed_tensor import PackedTensor
 from ...ops.product import dequantized_slices
+from .container import describe
 
 MARK = ".comfy_quant"
 # key of a file's metadata that has the `comfy_quant` settings of all layers
@@ -120,7 +121,7 @@ def pack_parts(settings: Mapping[str, Any],
         return None
     weight = parts["weight"]
     if weight.ndim not in ((2, 4) if read is _svdquant else (2,)) or weight.itemsize != 1:
-        raise PartError(f"its codes are {_describe(weight)}")
+        raise PartError(f"its codes are {describe(weight)}")
     packed = read(settings, parts)
     return packed if packed is None or smoothing is None else smooth(packed, smoothing)
 
@@ -136,7 +137,7 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
     family = SMOOTHED.get(FAMILIES[packed_format.family])
     missing = columns - factors.numel()  # of the columns that fill a row up
     if family is None or not 0 <= missing < packed_format.padding:
-        raise PartError(f"its {SMOOTHING} is {_describe(factors)}")
+        raise PartError(f"its {SMOOTHING} is {describe(factors)}")
     factors = torch.nn.functional.pad(factors.float().flatten(), (0, missing), value=1)
     data, *sides = [*packed_tensors(packed), factors]
     return packed_tensor(family.of_columns(columns, packed_format.group), data, packed.shape,
@@ -172,7 +173,7 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
     scale, stored = _part(parts, GROUP_SCALE), parts["weight"].shape[1] * 8
     rows, level_group = len(parts["weight"]), _size(settings, "group_size", LEVEL_GROUP)
     if scale.ndim != 2 or len(scale) != rows or level_group < 1:
-        raise PartError(f"its {GROUP_SCALE} is {_describe(scale)}")
+        raise PartError(f"its {GROUP_SCALE} is {describe(scale)}")
     columns = scale.shape[1] * level_group
     if columns == 0 or stored / columns not in (4, 6):
         raise PartError(f"it has {stored / max(1, columns):g} bits a value")
@@ -190,14 +191,14 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
         if correction is not None:
             return None
         if codebook.shape != (16,):
-            raise PartError(f"its {CODEBOOK} is {_describe(codebook)}")
+            raise PartError(f"its {CODEBOOK} is {describe(codebook)}")
         family = W4A8
         if not torch.equal(codebook.float(), torch.tensor(W4A8.values, dtype=torch.float32)):
             family = W4A8_TABLE
             sides.append(codebook.float())
     elif correction is not None:
         if correction.shape != scale.shape[::-1]:
-            raise PartError(f"its {CORRECTION} is {_describe(correction)}")
+            raise PartError(f"its {CORRECTION} is {describe(correction)}")
         family = W4A8_SHIFTED if correction.dtype == torch.bfloat16 else W4A8_SHIFTED_FLOAT
         shifts = correction.to(family.shift_dtype).t().contiguous()
         sides.append(shifts.view(torch.uint8).flatten())
@@ -218,7 +219,7 @@ def _blocks_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> Pack
     if scale.ndim == 3:
         scale = scale.squeeze(2)
     if scale.ndim != 2 or not all(scale.shape) or rows % len(scale) or columns % scale.shape[1]:
-        raise PartError(f"its scales are {_describe(scale)}")
+        raise PartError(f"its scales are {describe(scale)}")
     scales = scale.repeat_interleave(rows // len(scale), 0)
     return _pack(family, parts, scales.flatten(), sizes=(columns // scale.shape[1],))
 
@@ -240,8 +241,8 @@ def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
     family = {torch.bfloat16: W4A16, torch.float16: W4A16_HALF}.get(scale.dtype, W4A16_FLOAT)
     for side in (scale, zeros):
         if group < 1 or side.shape != (columns // group, rows) or side.dtype != scale.dtype:
-            raise PartError(f"its {SCALE} and {ZEROS[0]} are {_describe(scale)} and"
-                            f" {_describe(zeros)}")
+            raise PartError(f"its {SCALE} and {ZEROS[0]} are {describe(scale)} and"
+                            f" {describe(zeros)}")
     sides = [side.to(family.side_dtype).t().contiguous().view(torch.uint8).flatten()
              for side in (scale, zeros)]
     return _pack(family, parts, *sides, sizes=(group,))
@@ -263,7 +264,7 @@ def _svdquant(settings: Mapping, parts: Parts) -> PackedTensor:
     if (down.ndim != 2 or tuple(up.shape) != (len(main), down.shape[1])
             or len(down) != main.shape[1] or not {down.dtype, up.dtype} <= {*HALVES, torch.float32}
             or _setting(settings, "lowrank_branch_input_basis", "raw") != "raw"):
-        raise PartError(f"its {DOWN} and {UP} are {_describe(down)} and {_describe(up)}, of a"
+        raise PartError(f"its {DOWN} and {UP} are {describe(down)} and {describe(up)}, of a"
                         f" weight of {tuple(main.shape)}")
     return with_low_rank(main, up, down.t())
 
@@ -273,7 +274,7 @@ def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
     codes, scale = parts["weight"].contiguous().view(torch.uint8), _part(parts, SCALE)
     if codes.ndim == 4:
         if tuple(codes.shape[2:]) != (TILE // 4, TILE) or scale.ndim != 3:
-            raise PartError(f"its codes are {_describe(codes)} and its scales {_describe(scale)}")
+            raise PartError(f"its codes are {describe(codes)} and its scales {describe(scale)}")
         tiles, groups = codes.shape[:2]
         codes = codes.view(tiles, groups, TILE // 4, 4, TILE // 4).permute(0, 2, 3, 1, 4)
         codes = codes.reshape(tiles * TILE, groups * TILE // 4)
@@ -284,9 +285,9 @@ def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
     smooth_factor = _part(parts, SMOOTH)
     if (columns % SVDQUANT_INT4.group or scale.dtype not in HALVES
             or tuple(scale.shape) != (rows, columns // SVDQUANT_INT4.group)):
-        raise PartError(f"its {SCALE} is {_describe(scale)} of {rows} rows and {columns} columns")
+        raise PartError(f"its {SCALE} is {describe(scale)} of {rows} rows and {columns} columns")
     if smooth_factor.numel() != columns:
-        raise PartError(f"its {SMOOTH} is {_describe(smooth_factor)}")
+        raise PartError(f"its {SMOOTH} is {describe(smooth_factor)}")
     family = SVDQUANT_INT4 if scale.dtype == torch.bfloat16 else SVDQUANT_INT4_HALF
     return _pack(family, {"weight": codes}, scale.contiguous().view(-1).view(torch.uint8),
                  torch.ones(rows, dtype=torch.float32), 1 / smooth_factor.float().flatten())
@@ -365,7 +366,7 @@ def _row_scales(parts: Parts, name: str) -> torch.Tensor:
     """Returns a scale for each row, float32 (N,), of one for each, (N,) or (N, 1), or of one."""
     scale, rows = _part(parts, name), len(parts["weight"])
     if scale.numel() not in (1, rows):
-        raise PartError(f"its {name} is {_describe(scale)}")
+        raise PartError(f"its {name} is {describe(scale)}")
     return scale.float().flatten().expand(rows).contiguous()
 
 
@@ -376,7 +377,7 @@ def _scales_in_order(family: type[RowFormat], parts: Parts) -> torch.Tensor:
     pieces = -(-rows // PIECE_ROWS), -(-columns // PIECE_COLUMNS)
     stored = pieces[0] * PIECE_ROWS, pieces[1] * PIECE_COLUMNS
     if scale.itemsize != 1 or scale.numel() != stored[0] * stored[1]:
-        raise PartError(f"its {SCALE} is {_describe(scale)}")
+        raise PartError(f"its {SCALE} is {describe(scale)}")
     blocks = scale.contiguous().view(torch.uint8).view(*pieces, 32, 4, PIECE_COLUMNS)
     return blocks.permute(0, 3, 2, 1, 4).reshape(stored)[:rows, :columns].flatten()
 
@@ -393,7 +394,3 @@ def _setting(settings: Mapping, name: str, default: Any) -> Any:
     """Returns a setting; old writers nest them in `params`."""
     nested = settings.get("params")
     return settings.get(name, nested.get(name, default) if isinstance(nested, dict) else default)
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

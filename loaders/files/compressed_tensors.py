@@ -24,10 +24,9 @@ import torch
 from ...ops.formats.integers import BITS, NVFP4_QUOTIENT
 from ...ops.packed_layout import packed_tensor
 from .comfy_formats import MARK, SETTINGS, PartError
-from .container import WeightFile
+from .container import WeightFile, describe
 from .integer_weights import (
     Parts,
-    describe,
     pack_integers,
     part,
     read_layer,

@@ -392,6 +392,11 @@ def display_name(text: str) -> str:
     return text if len(text) <= 200 and text.isprintable() else safe_repr(text)
 
 
+def describe(tensor: torch.Tensor) -> str:
+    """Returns a tensor's dtype and shape for use in a message: 'float16 (4, 8)'."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
 def safe_repr(value) -> str:
     """Returns a name or value from a file for use in a message: escaped and shortened."""
     return _shortened(repr(value), 120)

@@ -23,11 +23,10 @@ from collections.abc import Collection, Iterator
 import torch
 
 from .comfy_formats import PartError
-from .container import WeightFile
+from .container import WeightFile, describe
 from .integer_weights import (
     CHUNK_VALUES,
     Parts,
-    describe,
     known_bits,
     pack_integers,
     part,

@@ -10,7 +10,7 @@ from ...ops.formats.integers import BITS, SIDE_DTYPES, integer_family
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
 from .comfy_formats import PartError
-from .container import WeightFile, safe_repr
+from .container import WeightFile, describe, safe_repr
 
 AGAIN = "Download the file again, or get another conversion."
 CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
@@ -158,8 +158,3 @@ def known_bits(bits: float) -> int:
     if bits not in BITS:
         raise PartError(f"it has {bits:g} bits a value, expected {', '.join(map(str, BITS))}")
     return int(bits)
-
-
-def describe(tensor: torch.Tensor) -> str:
-    """Returns a tensor's dtype and shape."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -49,7 +49,7 @@ from ...ops.packed_tensor import PackedTensor
 from ...ops.row_slicing import take_rows
 from . import nunchaku_tiles as tiles
 from .comfy_formats import bias_of_shift
-from .container import ProgressIter, WeightFile, WeightFileError, safe_repr
+from .container import ProgressIter, WeightFile, WeightFileError, describe, safe_repr
 from .unsupported_quantizers import OTHER_FORM
 
 log = logging.getLogger(__name__)
@@ -308,12 +308,12 @@ class _Reader:
         if codes is None:
             raise self.error(layer, f"has {', '.join(sorted(parts))}, but no qweight")
         if codes.ndim != 2 or not codes.numel():
-            raise self.error(layer, f"has a qweight of {_describe(codes)}; expected two dimensions")
+            raise self.error(layer, f"has a qweight of {describe(codes)}; expected two dimensions")
         if codes.dtype == torch.int8:
             return self.svdquant(layer, parts)
         if codes.dtype in (torch.int16, torch.int32):
             return self.awq(layer, parts)
-        raise self.error(layer, f"has a qweight of {_describe(codes)}; expected int8 of SVDQuant,"
+        raise self.error(layer, f"has a qweight of {describe(codes)}; expected int8 of SVDQuant,"
                          " or int32 or int16 of AWQ")
 
     def check(self, layer: str, parts: Mapping[str, torch.Tensor],
@@ -339,13 +339,13 @@ class _Reader:
             elif tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
                 names = " or ".join(map(_dtype_name, dtypes))
                 raise self.error(
-                    layer, f"has {part} of {_describe(tensor)}; expected {names} {shape}, since its"
-                    f" qweight is {_describe(parts['qweight'])}")
+                    layer, f"has {part} of {describe(tensor)}; expected {names} {shape}, since its"
+                    f" qweight is {describe(parts['qweight'])}")
 
     def vector(self, layer: str, part: str, stored: torch.Tensor) -> torch.Tensor:
         """Returns numbers of rows or columns in their order."""
         if stored.ndim != 1 or len(stored) % tiles.TILE or stored.dtype not in HALVES:
-            raise self.error(layer, f"has {part} of {_describe(stored)}; expected 16 bits of a"
+            raise self.error(layer, f"has {part} of {describe(stored)}; expected 16 bits of a"
                              f" multiple of {tiles.TILE}")
         return tiles.vector_in_order(stored)
 
@@ -396,7 +396,7 @@ class _Reader:
         codes, scales = parts["qweight"], parts.get("wscales")
         rows, columns = len(codes), codes.shape[1] * 2
         if rows % tiles.TILE or columns % tiles.TILE:
-            raise self.error(layer, f"has a qweight of {_describe(codes)}; expected rows and"
+            raise self.error(layer, f"has a qweight of {describe(codes)}; expected rows and"
                              f" columns in multiples of {tiles.TILE}")
         is_nvfp4 = scales is not None and scales.dtype == torch.float8_e4m3fn
         if "wtscale" in parts:
@@ -433,7 +433,7 @@ class _Reader:
         scale, zero = ("scales", "scaled_zeros") if is_t5 else ("wscales", "wzeros")
         group = T5_GROUP if is_t5 else AWQ_GROUP
         if columns % max(group, 64):
-            raise self.error(layer, f"has a qweight of {_describe(codes)}; expected columns in"
+            raise self.error(layer, f"has a qweight of {describe(codes)}; expected columns in"
                              f" multiples of {group}")
         groups = columns // group
         stored = parts.get(scale)
@@ -445,8 +445,8 @@ class _Reader:
                     "bias": ((rows,), FLOATS)}
         self.check(layer, parts, expected, ["bias"])
         if parts[scale].dtype != parts[zero].dtype:
-            raise self.error(layer, f"has {scale} of {_describe(parts[scale])}, but {zero} of"
-                             f" {_describe(parts[zero])}")
+            raise self.error(layer, f"has {scale} of {describe(parts[scale])}, but {zero} of"
+                             f" {describe(parts[zero])}")
         in_rows = [tiles.awq_codes_in_rows(codes), *(
             parts[part][:groups].t().contiguous() for part in (scale, zero))]
         bias = parts.get("bias")
@@ -576,7 +576,3 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{_dtype_name(tensor.dtype)} {tuple(tensor.shape)}"

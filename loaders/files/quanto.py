@@ -19,8 +19,8 @@ import torch
 from ...ops.formats.integers import SIDE_DTYPES, quanto_family
 from ...ops.packed_layout import packed_tensor
 from .comfy_formats import PartError
-from .container import WeightFile
-from .integer_weights import Parts, describe, join_codes, pack_rows, part, read_layer, take_parts
+from .container import WeightFile, describe
+from .integer_weights import Parts, join_codes, pack_rows, part, read_layer, take_parts
 
 NAME = "quanto"
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"

@@ -26,7 +26,7 @@ from ...ops.formats.comfy import F8_E4M3, INT8_ROWS, NVFP4_LOW
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
 from .comfy_formats import MARK, SETTINGS, SMOOTHING, PartError, smooth
-from .container import WeightFile, safe_repr
+from .container import WeightFile, describe, safe_repr
 
 SCALES, OF_BLOCKS, OF_TENSOR = ".weight_scale", ".weight_scale_inv", ".weight_scale_2"
 OF_INPUT = (".input_scale", ".activation_scale")
@@ -93,8 +93,8 @@ def join_scaled_weights(file: WeightFile,
         if packed is None:
             raise file.error_at(
                 f"{layer}.weight",
-                f"{safe_repr(f'{layer}.weight')} is {_describe(weight)} and {safe_repr(name)} is"
-                f" {_describe(scale)}; expected {EXPECTED}", AGAIN)
+                f"{safe_repr(f'{layer}.weight')} is {describe(weight)} and {safe_repr(name)} is"
+                f" {describe(scale)}; expected {EXPECTED}", AGAIN)
         tensors[f"{layer}.weight"] = packed
         for end in OF_INPUT:
             tensors.pop(f"{layer}{end}", None)
@@ -161,7 +161,3 @@ def _block_lengths(shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...] | 
         else:
             return None
     return tuple(lengths)
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

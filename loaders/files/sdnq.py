@@ -44,7 +44,7 @@ from ...ops.formats.sdnq import (
 from ...ops.packed_layout import packed_tensor, with_low_rank
 from ...ops.packed_tensor import PackedTensor
 from .comfy_formats import MARK
-from .container import WeightFile, map_file, safe_repr
+from .container import WeightFile, describe, map_file, safe_repr
 
 log = logging.getLogger(__name__)
 
@@ -311,8 +311,8 @@ class _Layer:
         if (self.up is None) != (self.down is None):
             raise LayerError("it has only one of svd_up and svd_down")
         if self.zero is not None and self.zero.shape != self.scale.shape:
-            raise LayerError(f"its zero_point is {_describe(self.zero)} and its scale"
-                            f" {_describe(self.scale)}; expected the same shape")
+            raise LayerError(f"its zero_point is {describe(self.zero)} and its scale"
+                            f" {describe(self.scale)}; expected the same shape")
         self.order_rows()
         self.has_codebook = self.settings.has_codebook if self.settings else (
             self.zero is None and self.scale.ndim == 2 and self.scale.shape[1] > 1)
@@ -325,8 +325,8 @@ class _Layer:
         channels = self.count_channels(self.bits, self.columns)
         family = self.choose_family()
         if channels is None:
-            raise LayerError(f"its weight is {_describe(self.weight)} and its scale"
-                            f" {_describe(self.scale)}, which make no {family.label} weight of"
+            raise LayerError(f"its weight is {describe(self.weight)} and its scale"
+                            f" {describe(self.scale)}, which make no {family.label} weight of"
                             f" {self.rows} rows")
         if self.columns % PACK_CODES[self.bits]:
             raise LayerError(
@@ -368,7 +368,7 @@ class _Layer:
     def count_rows(self) -> int:
         """Returns the rows of the weight."""
         if self.scale.ndim < 2:
-            raise LayerError(f"its scale is {_describe(self.scale)}; expected (rows, 1) or"
+            raise LayerError(f"its scale is {describe(self.scale)}; expected (rows, 1) or"
                             " (rows, groups, 1)", "Get a conversion with scales in float.")
         if len(self.scale) != 1:
             return len(self.scale)
@@ -378,7 +378,7 @@ class _Layer:
         if rows is None and self.up is not None and self.up.ndim == 2:
             rows = self.up.shape[1 if self.is_transposed else 0]
         if self.scale.numel() > 1 and rows not in (None, 1):
-            raise LayerError(f"its scale is {_describe(self.scale)}, of a transposed convolution;"
+            raise LayerError(f"its scale is {describe(self.scale)}, of a transposed convolution;"
                             " expected one of a linear layer, a convolution or an embedding",
                             "Get a conversion that leaves this layer as it is.")
         if rows is None:
@@ -397,7 +397,7 @@ class _Layer:
         bits = CODE_TYPES[self.settings.type_name].bits
         if bits not in stored:
             raise LayerError(
-                f"its codes are {_describe(self.weight)}; expected those of"
+                f"its codes are {describe(self.weight)}; expected those of"
                 f" {self.settings.type_name}, which the config names",
                 "Download the config.json and the weights again, from one place.")
         return bits
@@ -424,7 +424,7 @@ class _Layer:
         if len(candidates) != 1:
             sizes = " or ".join(map(str, sorted(stored)))
             raise LayerError(
-                f"its codes, {_describe(self.weight)}, may have {sizes} bits, and its"
+                f"its codes, {describe(self.weight)}, may have {sizes} bits, and its"
                 f" other tensors do not tell which; expected a config that says so", CONFIG)
         return candidates[0]
 
@@ -451,7 +451,7 @@ class _Layer:
         if len(shape) > 1 and shape[1] == levels:
             return shape[0], tuple(shape[2:])
         expected = f"{levels} levels" if self.has_codebook else "scales"
-        raise LayerError(f"its scale is {_describe(self.scale)}; expected {expected} of rows, of"
+        raise LayerError(f"its scale is {describe(self.scale)}; expected {expected} of rows, of"
                         " groups or of a kernel")
 
     def count_columns(self, bits: int) -> int:
@@ -490,7 +490,7 @@ class _Layer:
                             f" {expected} beside codes of {family.label}")
         dtype = _stored_dtype(family)
         if self.bits == 8 and self.weight.dtype != dtype:
-            raise LayerError(f"its codes are {_describe(self.weight)}; expected"
+            raise LayerError(f"its codes are {describe(self.weight)}; expected"
                             f" {str(dtype).removeprefix('torch.')} for {family.label}")
         return family
 
@@ -531,7 +531,7 @@ class _Layer:
             if is_plain and up.dtype in FACTOR_DTYPES.values() and down.dtype in (
                     FACTOR_DTYPES.values()):
                 return up, down
-        raise LayerError(f"its svd_up is {_describe(up)} and its svd_down {_describe(down)};"
+        raise LayerError(f"its svd_up is {describe(up)} and its svd_down {describe(down)};"
                         f" expected floats that make a weight of ({self.rows}, {self.columns})")
 
     def expand_to_rows(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -542,7 +542,7 @@ class _Layer:
 def _stored_bits(weight: torch.Tensor) -> set[int]:
     """Returns the numbers of bits that codes of this shape and dtype may have."""
     if weight.dtype in (torch.int16, *_WIDE[2:]):
-        raise LayerError(f"its codes are {_describe(weight)}, of more than 8 bits; expected at most"
+        raise LayerError(f"its codes are {describe(weight)}, of more than 8 bits; expected at most"
                         " 8", "Get another conversion.")
     if weight.dtype == torch.int64:
         return {1} if weight.ndim == 1 else set()
@@ -584,7 +584,7 @@ def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
     is_table = stored.dtype == torch.uint8 and count == 256 and offset is None
     is_single = count == 1 and (offset is None or offset.numel() == 1)
     if not (is_single or is_table) or (factor is None and stored.dtype in BYTES):
-        raise LayerError(f"its {name} is {_describe(stored)} without the numbers that it is read"
+        raise LayerError(f"its {name} is {describe(stored)} without the numbers that it is read"
                         " by; expected floats, or codes with scale_2 or zero_point_scale")
     factor = torch.ones(1, dtype=torch.float32) if factor is None else factor.float().view(-1)
     if stored.dtype in BYTES:
@@ -595,7 +595,7 @@ def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
             table = table if offset is None else table + offset.float()
         return SIDE_TYPES.index(torch.uint8), [codes, table]
     if not stored.is_floating_point():
-        raise LayerError(f"its {name} is {_describe(stored)}; expected floats or codes of 8 bits")
+        raise LayerError(f"its {name} is {describe(stored)}; expected floats or codes of 8 bits")
     if stored.dtype in SIDE_TYPES[1:3] and offset is None:
         codes = stored.contiguous().view(-1).view(torch.uint8)
         return SIDE_TYPES.index(stored.dtype), [codes, factor]
@@ -603,7 +603,3 @@ def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
     if count == 1 and factor.item() != 1:
         numbers = numbers * factor
     return 0, [numbers if offset is None else numbers + offset.float()]
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

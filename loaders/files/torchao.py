@@ -20,10 +20,9 @@ import torch
 
 from ...ops.bounded_json import read_json
 from .comfy_formats import PartError
-from .container import WeightFile, safe_repr
+from .container import WeightFile, describe, safe_repr
 from .integer_weights import (
     Parts,
-    describe,
     join_codes,
     pack_integers,
     pack_rows,
