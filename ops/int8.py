@@ -80,17 +80,18 @@ def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype:
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
             rows: int, value_dtype: torch.dtype | None, down: torch.Tensor | None,
             ups: list[torch.Tensor], slices: list[int], blas: bool = False) -> torch.Tensor:
-    packed_format, main, own = without_low_rank(FORMATS[format], packed)
+    packed_format, packed, own = without_low_rank(FORMATS[format], packed)
     device = input.device
     flat = input.reshape(-1, input.shape[-1])
     tokens, columns = flat.shape
-    encode = _row_encoder(device, packed_format, value_dtype, tokens, rows, columns)
-    if encode is None:
-        return torch.ops.featherweight.linear(input, packed, bias, format, rows, value_dtype, down,
-                                              ups, slices, blas)
     low_rank = LowRank.from_operands(down, ups, slices)
     if own is not None:
         low_rank = own.to(flat).and_also(low_rank, rows)
+    encode = _row_encoder(device, packed_format, value_dtype, tokens, rows, columns)
+    if encode is None:
+        branch = (None, (), ()) if low_rank is None else low_rank.operands
+        return torch.ops.featherweight.linear(input, packed, bias, packed_format.__name__, rows,
+                                              value_dtype, *branch, blas)
     added = None if low_rank is None else low_rank.product(flat, rows)
     codes, scales = _encode_tokens(flat.contiguous())
     out = input.new_empty((tokens, rows))
@@ -103,7 +104,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             stop = min(rows, start + step)
             weight = take((stop - start, columns), torch.int8)
             weight_scales = torch.empty(len(weight), dtype=torch.float32, device=device)
-            encode(packed_format, main, weight, weight_scales, value_dtype,
+            encode(packed_format, packed, weight, weight_scales, value_dtype,
                    start * columns // packed_format.block_length)
             sums = _int_mm(codes, weight.t()) * weight_scales
             _finish(sums, scales, None if bias is None else bias[start:stop],
