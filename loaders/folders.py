@@ -25,7 +25,7 @@ GGUF_FOLDERS = {
 SENSITIVITY = ".sensitivity"
 # Suffixes of files that are read as measurements: imatrix files end in the last two.
 MEASUREMENTS = (SENSITIVITY, ".gguf", ".dat")
-IMATRIX = ".imatrix.gguf"  # suffix of the imatrix next to a measurement
+IMATRIX_SUFFIXES = (".imatrix.gguf", ".imatrix.dat")  # of the imatrices next to a measurement
 
 # diffusers' classes of diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
 # UNet2DConditionModel ...

@@ -4,7 +4,7 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import IMATRIX, SENSITIVITY, new_sensitivity_path
+from ..loaders.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
 from ..loaders.packing.calibration.imatrix import write_imatrix
 from ..loaders.packing.calibration.measure import DEFAULT, THOROUGHNESS, measure
 from ..loaders.packing.calibration.sampling import SamplingRun
@@ -103,9 +103,9 @@ class MeasureSensitivity(io.ComfyNode):
                     "imatrix",
                     default=False,
                     optional=True,
-                    tooltip="Also writes an imatrix for llama.cpp's quantizers next to the file,"
-                    " with the ending .imatrix.gguf and the names of the GGUF files that Save"
-                    " Packed Model (Featherweight) writes.",
+                    tooltip="Also writes an imatrix next to the file, with the names of the GGUF"
+                    " files that Save Packed Model (Featherweight) writes: .imatrix.gguf for"
+                    " llama.cpp's quantizers, .imatrix.dat for stable-diffusion.cpp.",
                 ),
             ],
             outputs=[
@@ -139,9 +139,10 @@ class MeasureSensitivity(io.ComfyNode):
             os.unlink(partial)
         heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
         if next(iter(imatrix or ()), False):
-            imatrix_path = f"{path.removesuffix(SENSITIVITY)}{IMATRIX}"
-            write_imatrix(sensitivity, imatrix_path)
-            heading = f"{os.path.basename(imatrix_path)}\n{heading}"
+            for suffix in IMATRIX_SUFFIXES:
+                imatrix_path = f"{path.removesuffix(SENSITIVITY)}{suffix}"
+                write_imatrix(sensitivity, imatrix_path)
+                heading = f"{os.path.basename(imatrix_path)}\n{heading}"
         show_text(heading + summary(sensitivity))
         text = heading + report(sensitivity)
         return io.NodeOutput(path, text, ui=ui.PreviewText(text))

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 
 from ....ops.quantize.second_moments import BLOCK, SecondMoments
+from ...files.atomic_file import atomic_writer
 from ...files.container import map_file, safe_repr
 from ...files.gguf_header import MAGIC, Header
 from ...files.gguf_writer import gguf_writer
@@ -51,6 +52,10 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "m
 MAX_BYTES, MAX_ENTRIES, MAX_NAME_BYTES = 256 << 20, 1 << 15, 1 << 10
 TOKENS = 1 << 16  # that the moments of an imatrix count as, since `.dat` does not hold their number
 DATASET = "pictures drawn with the model"
+DAT_PREFIX = "model.diffusion_model."
+
+# Of each weight: the sums of squares of its columns, float32 (K,), and the tokens they are of.
+Measured = dict[str, tuple[torch.Tensor, int]]
 
 
 @dataclass
@@ -322,9 +327,10 @@ def _find_matrix(name: str, matrices: list[str]) -> str | None:
 
 
 def write_imatrix(sensitivity: Sensitivity, path: str | os.PathLike):
-    """Writes the importance of columns as a GGUF imatrix, for llama.cpp and its relatives.
+    """Writes the importance of columns as an imatrix, whose form the suffix of its file says.
 
-    Names are those of the GGUF files that are saved here.
+    `.gguf` is for llama.cpp and its relatives, with the names of the GGUF files that are saved
+    here. `.dat` is for stable-diffusion.cpp, which puts DAT_PREFIX before them.
 
     Args:
         sensitivity: a measurement, whose `about` tells what was run.
@@ -333,27 +339,48 @@ def write_imatrix(sensitivity: Sensitivity, path: str | os.PathLike):
     Raises:
         WriteError: where it cannot be written.
     """
-    names = [name for name in sensitivity.shapes if sensitivity.moments(name) is not None]
-    tensors, tokens = {}, 1
-    for name in names:
-        weight = written_name(name)
-        tensors[f"{weight}{SUMS}"] = ((1, sensitivity.shapes[name][1]), "F32")
+    measured: Measured = {}
+    for name in sensitivity.shapes:
+        moments = sensitivity.moments(name)
+        if moments is not None:
+            measured[written_name(name)] = moments.diagonal.cpu(), max(1, moments.count)
+    about = sensitivity.about
+    chunks = max(1, about.get("samples", 1) * about.get("steps", 1))
+    if str(path).lower().endswith(".dat"):
+        _write_dat(measured, chunks, path)
+    else:
+        _write_gguf(measured, chunks, path)
+
+
+def _write_gguf(measured: Measured, chunks: int, path: str | os.PathLike):
+    """Writes the GGUF form. chunks: runs of the model that the sums are of."""
+    tensors = {}
+    for weight, (sums, _) in measured.items():
+        tensors[f"{weight}{SUMS}"] = ((1, len(sums)), "F32")
         tensors[f"{weight}{COUNTS}"] = ((1, 1), "F32")
-        tokens = max(tokens, _moments_of(sensitivity, name).count)
-    chunks = max(1, sensitivity.about.get("samples", 1) * sensitivity.about.get("steps", 1))
+    tokens = max((count for _, count in measured.values()), default=1)
     metadata = {
         "general.type": "imatrix", "imatrix.datasets": [DATASET], "imatrix.chunk_count": chunks,
         "imatrix.chunk_size": max(1, tokens // chunks)
     }
     with gguf_writer(path, tensors, metadata, overwrite=True) as writer:
-        for name in names:
-            moments, weight = _moments_of(sensitivity, name), written_name(name)
-            writer.write(f"{weight}{SUMS}", "F32", [moments.diagonal.cpu()])
-            counts = torch.tensor([moments.count], dtype=torch.float32)
-            writer.write(f"{weight}{COUNTS}", "F32", [counts])
+        for weight, (sums, count) in measured.items():
+            writer.write(f"{weight}{SUMS}", "F32", [sums])
+            writer.write(f"{weight}{COUNTS}", "F32", [torch.tensor([count], dtype=torch.float32)])
 
 
-def _moments_of(sensitivity: Sensitivity, name: str) -> SecondMoments:
-    moments = sensitivity.moments(name)
-    assert moments is not None
-    return moments
+def _write_dat(measured: Measured, chunks: int, path: str | os.PathLike):
+    """Writes the `.dat` form. chunks: runs of the model that the sums are of."""
+
+    def text(value: str) -> bytes:
+        data = value.encode()
+        return struct.pack("<i", len(data)) + data
+
+    parts = [struct.pack("<i", len(measured))]
+    for weight, (sums, count) in measured.items():
+        values = (sums / count * chunks).numpy().astype("<f4")
+        parts += [text(f"{DAT_PREFIX}{weight}"), struct.pack("<ii", chunks, len(values)),
+                  values.tobytes()]
+    data = b"".join([*parts, struct.pack("<i", chunks), text(DATASET)])
+    with atomic_writer(path, len(data), overwrite=True) as file:
+        file.write(data)

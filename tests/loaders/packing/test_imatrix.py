@@ -350,6 +350,23 @@ def test_the_written_file_is_read_by_the_package_of_llama_cpp(tmp_path):
     assert torch.equal(read.importance(QKV), inputs[QKV].importance)
 
 
+def test_the_dat_has_the_layout_and_the_names_of_stable_diffusion_cpp(tmp_path):
+    """As its `IMatrixCollector::load_imatrix` steps through the file: value / calls is the mean
+    square."""
+    moments = SecondMoments.zeros(512, 256)
+    moments.add(torch.randn(37, 512))
+    write_imatrix(Sensitivity({}, {QKV: (768, 512)}, {"samples": 2, "steps": 2},
+                              _moments={QKV: moments}.get), tmp_path / "i.dat")
+    data, name = (tmp_path / "i.dat").read_bytes(), f"{PREFIX}{QKV}".encode()
+    assert struct.unpack_from(f"<ii{len(name)}sii", data) == (1, len(name), name, 4, 512)
+    start = 16 + len(name)
+    values = np.frombuffer(data, "<f4", 512, start)
+    assert np.array_equal(values / np.float32(4), moments.importance)
+    assert data[start + 4 * 512:] == struct.pack("<ii", 4, 29) + b"pictures drawn with the model"
+    matched = read_imatrix(tmp_path / "i.dat").match({QKV: (768, 512)})
+    assert torch.equal(matched.importance(QKV), moments.importance)
+
+
 @pytest.fixture
 def output(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
@@ -363,11 +380,11 @@ def test_the_node_writes_an_imatrix_that_saving_takes(output):
     assert path.endswith("measured_00001_.sensitivity") and "imatrix" not in text
     path, text = MeasureSensitivity.execute(*arguments, imatrix=[True]).result
     assert path.endswith("measured_00002_.sensitivity")
-    assert text.startswith("measured_00002_.imatrix.gguf\nmeasured_00002_.sensitivity\n")
+    files = [f"measured_00002_.{kind}" for kind in ("imatrix.dat", "imatrix.gguf", "sensitivity")]
+    assert text.splitlines()[:3] == files
     assert sorted(file.name for file in (output / "sensitivity").iterdir()) == [
         "measured_00001_.sensitivity",
-        "measured_00002_.imatrix.gguf",
-        "measured_00002_.sensitivity",
+        *files,
     ]
     path, text = SavePackedModel.execute(packed_flux("Q8_0"), "Q4_K",
                                          sensitivity="measured_00002_.imatrix.gguf").result
