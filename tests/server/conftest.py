@@ -6,12 +6,12 @@ import contextlib
 
 import pytest
 from fake_gpu_server import FakeGpuServer, Size
+from user_kernels import kernels_of_this_machine
 
 from devtools import ROOT, fakegpu
 from devtools.files import demo_files
 from devtools.host import server as servers
 from devtools.host.browser import Browser, find_chromium
-from featherweight.ops import kernels
 
 PLANTED = ROOT / "tests" / "support" / "planted_packs"  # other people's packs, beside this one
 
@@ -35,16 +35,6 @@ def pytest_collection_modifyitems(config, items):
         # one with `dynamic` is of dynamic VRAM alone
         if marker and (FakeGpuServer.size.dynamic or not marker.kwargs.get("dynamic")):
             item.add_marker(pytest.mark.skip(reason=marker.kwargs["reason"]))
-
-
-@contextlib.contextmanager
-def kernels_of_this_machine():
-    """Inside this block servers that start have them, and so has what is packed here for their
-    models."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(kernels.VARIABLE, raising=False)
-        patch.setattr(kernels, "_selectors", {})
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,15 @@
+"""Runs tests with the kernels that a user has, where all others take torch."""
+import contextlib
+
+import pytest
+
+from featherweight.ops import kernels
+
+
+@contextlib.contextmanager
+def kernels_of_this_machine():
+    """Inside this block servers that start have them, and so has what is packed here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(kernels.VARIABLE, raising=False)
+        patch.setattr(kernels, "_selectors", {})
+        yield
