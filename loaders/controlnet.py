@@ -9,6 +9,7 @@ import torch
 
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import keep_packed, log_load_summary
+from .detection import CONTROLNET
 from .diffusers_keys import from_diffusers
 from .files.container import WeightFileError
 from .side_model import load_side_model
@@ -44,7 +45,7 @@ def load_controlnet(path: str) -> comfy.controlnet.ControlBase:
         WeightFileError: if the file cannot be read, or holds no known ControlNet or one whose
             weights are to be added to those of a model.
     """
-    control, file = load_side_model(path, "ControlNet", _build)
+    control, file = load_side_model(path, CONTROLNET, _build)
     if file and hasattr(control, "control_model_wrapped"):
         _keep_packed(control)
         log_load_summary(file, control.control_model_wrapped)

@@ -139,7 +139,7 @@ NOT_DIFFUSION = (
 
 
 # Names of tensors that only these models beside a diffusion model have, the kind and the family.
-MODEL_PATCH, CLIP_VISION = "model patch", "CLIP vision model"
+MODEL_PATCH, CLIP_VISION, CONTROLNET = "model patch", "CLIP vision model", "ControlNet"
 SIDE_MODELS = (
     (r"^control_all_x_embedder\.", MODEL_PATCH, "Z-Image Fun ControlNet"),
     (r"^controlnet_blocks\.\d+\.y_rms\.", MODEL_PATCH, "Qwen-Image DiffSynth ControlNet"),
@@ -157,9 +157,11 @@ SIDE_MODELS = (
      "CLIP L"),
     (r"^encoder\.layer\.\d+\.layer_scale\d\.", CLIP_VISION, "DINOv2"),
     (r"^layer\.\d+\.mlp\.(gate|up)_proj\.", CLIP_VISION, "DINOv3"),
+    (r"^(control_model\.|controlnet_|input_hint_block\.|zero_convs\.)", CONTROLNET, ""),
 )
 SIDE_LOADERS = {MODEL_PATCH: "Load Model Patch (Featherweight)",
-                CLIP_VISION: "Load CLIP Vision (Featherweight)"}
+                CLIP_VISION: "Load CLIP Vision (Featherweight)",
+                CONTROLNET: "Load ControlNet (Featherweight)"}
 
 
 def find_side_model(names: Iterable[str]) -> tuple[str, str, str] | None:
@@ -215,7 +217,7 @@ def reject_non_diffusion(file: WeightFile):
 
 
 def reject_side_model(file: WeightFile):
-    """Raises WeightFileError for a model patch or CLIP vision model picked as a diffusion model."""
+    """Raises WeightFileError for one of `SIDE_MODELS` picked as a diffusion model."""
     if match := find_side_model(file.entries):
         kind, _, name = match
         raise WeightFileError(
