@@ -294,7 +294,3 @@ def packed_layers(patch) -> list[str]:
     return [name for name, layer in patch.model.named_modules()
             if isinstance(layer, PackedLayer) and is_packed(layer.weight)
             and layer.weight.layout_cls.format.plain_dtype is None]
-
-
-__all__ = ["KINDS", "Kind", "load_dense", "packed_layers", "sample", "shrink", "write_q4_k",
-           "write_q8_0"]
