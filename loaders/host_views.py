@@ -46,9 +46,9 @@ def names_with_layers(module: types.ModuleType, operations: type | None,
         first, *path = dotted.split(".")
         names[first] = _replace(names.get(first), path, value)
     for name, value in vars(module).items():
-        if isinstance(value, types.FunctionType) and names[name] is value:
-            if value.__globals__ is vars(module):
-                names[name] = rebind(value, names)
+        is_own = isinstance(value, types.FunctionType) and value.__globals__ is vars(module)
+        if is_own and names[name] is value:
+            names[name] = rebind(value, names)
     return names
 
 
@@ -68,6 +68,6 @@ def _replace(target: Any, path: Sequence[str], value: Any) -> Any:
     return _View(target, {path[0]: _replace(getattr(target, path[0], None), path[1:], value)})
 
 
-def _join(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+def _join(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
     """Returns what torch.cat does; packed weights stay packed if their rows are joined."""
     return join_rows(tensors) if dim == 0 else torch.cat(tensors, dim)

@@ -11,7 +11,7 @@ import torch
 
 from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
-from .comfy_keys import model_prefix, to_comfy_keys
+from .comfy_keys import to_comfy_keys
 from .comfy_quant import as_tensors, reject_unread_layers
 from .detection import describe_other_kind, explain_shape_errors, is_diffusion_model
 from .files import open_weights
@@ -50,12 +50,13 @@ def load_side_model(path: str, kind: str, build: Build) -> tuple[Any, WeightFile
     formats = packed_formats(EXACT, comfy.model_management.get_torch_device())
     name = os.path.basename(path)
     if not needs_own_reader(path, None, formats):
-        weights: Any = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        return _build(name, kind, build, *weights, None), None
+        weights: Any
+        weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        return _build(name, kind, build, weights, metadata, None), None
     file = open_weights(path)
     progress = Progress("reading", f"building the {kind}")
     state_dict = file.state_dict(progress.track)
-    state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
+    state_dict = as_tensors(file, state_dict, formats=formats)
     reject_unread_layers(file, state_dict)
     with dequantize_plain_parameters():
         model = _build(name, kind, build, state_dict, file.text_metadata,

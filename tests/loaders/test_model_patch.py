@@ -12,9 +12,9 @@ from host_nodes import MODELS
 from model_patches import KINDS, load_dense, packed_layers, qwen, sample, shrink, write_q4_k
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.controlnet import load_controlnet
 from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.model_patch import load_model_patch
 from featherweight.ops.packed_layout import is_packed
 from featherweight.ops.patcher import PackedPatcher

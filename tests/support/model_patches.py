@@ -15,7 +15,7 @@ import comfy.samplers
 import folder_paths
 import torch
 from comfy_extras import nodes_model_patch, nodes_wan
-from controlnets import FLUX_TEXT, FrameLatents, Latents, build_weights, write_q8_0
+from controlnets import FLUX_TEXT, FrameLatents, Latents, build_weights
 from families import FAMILIES, comfyui_gguf_style
 from host_nodes import MODELS, models, seeded
 
