@@ -1,4 +1,6 @@
 """Load Model Patch (Featherweight), from a file in the model folders to the host's own nodes."""
+import os
+
 import comfy.model_management
 import comfy.model_patcher
 import folder_paths
@@ -70,6 +72,13 @@ def test_on_a_gpu_its_bytes_are_counted_and_freed(folder, small_models):
     assert lies_on(patch.model) == patch.loaded_size() < patch.model_size()
     assert torch.equal(sample(KIND, patch), expected)
     comfy.model_management.unload_all_models()
+    assert lies_on(patch.model) == 0
+    sample(KIND, patch)
+    with open(folder / "net.gguf", "r+b") as file:
+        file.write(b"GGUF")
+    os.utime(folder / "net.gguf", ns=(0, 0))
+    with pytest.raises(WeightFileError, match="net.gguf was written to after it was loaded"):
+        sample(KIND, patch)
     assert lies_on(patch.model) == 0
 
 
