@@ -28,7 +28,8 @@ def load_clip_vision(path: str) -> comfy.clip_vision.ClipVisionModel:
     """
     clip_vision, file = load_side_model(path, CLIP_VISION, _build)
     if file:
-        keep_packed(clip_vision.patcher, torch.float32)  # pictures are float32
+        for patcher in filter(None, (clip_vision.patcher, getattr(clip_vision, "naf", None))):
+            keep_packed(patcher, torch.float32)  # pictures are float32
         log_load_summary(file, clip_vision.patcher)
     return clip_vision
 

@@ -41,7 +41,7 @@ class LoadModelPatch(io.ComfyNode):
             ],
             inputs=[
                 io.Combo.Input(
-                    "name",
+                    "model_patch_name",
                     options=[
                         *list_files(*FOLDERS),
                         *list_model_folders(*FOLDERS, model_class=MODEL_PATCH),
@@ -55,10 +55,10 @@ class LoadModelPatch(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name=None):
-        return validate_files(name, keys=FOLDERS)
+    def validate_inputs(cls, model_patch_name=None):
+        return validate_files(model_patch_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, name) -> io.NodeOutput:
-        model_patch = load_model_patch(find_file(name, *FOLDERS))
+    def execute(cls, model_patch_name) -> io.NodeOutput:
+        model_patch = load_model_patch(find_file(model_patch_name, *FOLDERS))
         return io.NodeOutput(*loader_output(model_patch=model_patch))
