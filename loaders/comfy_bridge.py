@@ -27,8 +27,7 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     """
     log_load_summary(file, adopt(patcher))
     choose_compute(patcher, compute)
-    patcher.model.packed_patches.check_source = guard_of(patcher.model)
-    prepare_kernels(patcher.model, patcher.load_device, patcher.model.get_dtype_inference())
+    keep_packed(patcher, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning(
             "[Featherweight] compute is int8, for which %s has no units that this pack uses"
@@ -56,10 +55,6 @@ class PackedCLIP(comfy.sd.CLIP):
     def cond_stage_model(self, model):
         """Ignores the model: the host sets the patcher too, which has it."""
 
-    def load_model(self, *args, **kwargs):
-        self.patcher.model.packed_patches.check_source()  # the host calls this before it encodes
-        return super().load_model(*args, **kwargs)
-
     def clone(self, *args, **kwargs):
         return _as_packed_clip(super().clone(*args, **kwargs))
 
@@ -72,9 +67,20 @@ def _as_packed_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 
 def wrap_clip(clip: comfy.sd.CLIP):
     """Makes a text encoder's patcher keep packed weights packed, on every device."""
-    adopt(clip.patcher).model.packed_patches.check_source = guard_of(clip.patcher.model)
-    prepare_kernels(clip.patcher.model, clip.patcher.load_device, None)
+    keep_packed(clip.patcher, None)
     _as_packed_clip(clip)
+
+
+def keep_packed(patcher: comfy.model_patcher.ModelPatcher, dtype: torch.dtype | None):
+    """Makes a patcher of the host keep packed weights packed, and check that their file stays as
+    it is whenever it loads.
+
+    Args:
+        patcher: is changed in place.
+        dtype: that the model computes in; None where that is not known yet.
+    """
+    adopt(patcher).model.packed_patches.check_source = guard_of(patcher.model)
+    prepare_kernels(patcher.model, patcher.load_device, dtype)
 
 
 def guard_of(model: torch.nn.Module) -> FileChangeGuard:

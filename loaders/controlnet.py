@@ -1,53 +1,28 @@
 """Loads ControlNets and T2I-Adapters; packed weights of a ControlNet stay packed."""
 import functools
-import logging
-import os
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import comfy.controlnet
 import comfy.model_management
-import comfy.utils
 import torch
 
-from ..ops.kernel_warmup import prepare_kernels
-from ..ops.load_hooks import dequantize_plain_parameters
-from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
-from ..ops.patcher import adopt
-from .comfy_bridge import guard_of, log_load_summary
-from .comfy_keys import model_prefix, to_comfy_keys
-from .comfy_quant import as_tensors, reject_unread_layers
-from .detection import describe_other_kind, explain_shape_errors, is_diffusion_model
+from .comfy_bridge import keep_packed, log_load_summary
+from .detection import CONTROLNET
 from .diffusers_keys import from_diffusers
-from .files import open_weights
 from .files.container import WeightFileError
-from .host_formats import EXACT, packed_formats
-from .progress import Progress
-from .reader_choice import needs_own_reader
-
-log = logging.getLogger(__name__)
-
-# What the host raises for a file that only begins like a ControlNet: it looks up and builds from
-# what such a file lacks.
-UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError)
+from .side_model import load_side_model
 
 # Type checkers see a subclass of the host's; `_packed_class` makes the real one.
 _HostControl = comfy.controlnet.ControlNet if TYPE_CHECKING else object
 
 
 class PackedControlNet(_HostControl):
-    """Mixin over the host's ControlNets: copies keep packed weights packed, and a run checks that
-    the file has not changed."""
+    """Mixin over the host's ControlNets: copies keep packed weights packed."""
 
     def copy(self, *args, **kwargs):
         return _as_packed(super().copy(*args, **kwargs))
-
-    def pre_run(self, *args, **kwargs):
-        model: Any = self.control_model_wrapped.model
-        model.packed_patches.check_source()
-        super().pre_run(*args, **kwargs)
 
     def deepclone_multigpu(self, *args, **kwargs):
         clone = super().deepclone_multigpu(*args, **kwargs)
@@ -67,67 +42,37 @@ def load_controlnet(path: str) -> comfy.controlnet.ControlBase:
         path: of a file or a folder of diffusers.
 
     Raises:
-        WeightFileError: if the file cannot be read or holds no known ControlNet.
+        WeightFileError: if the file cannot be read, or holds no known ControlNet or one whose
+            weights are to be added to those of a model.
     """
-    formats = packed_formats(EXACT, comfy.model_management.get_torch_device())
-    name = os.path.basename(path)
-    if not needs_own_reader(path, None, formats):
-        weights: Any = comfy.utils.load_torch_file(path, safe_load=True)
-        return build_controlnet(name, weights)
-    file = open_weights(path)
-    progress = Progress("reading", "building the ControlNet")
-    state_dict = file.state_dict(progress.track)
-    state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
-    reject_unread_layers(file, state_dict)
-    if "lora_controlnet" in state_dict:  # the host copies its weights into a model's
-        state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
-                      for key, tensor in state_dict.items()}
-    options = {"custom_operations": operations_for(state_dict)}
-    with dequantize_plain_parameters():
-        control: Any = build_controlnet(name, state_dict, options)
-    if hasattr(control, "control_model_wrapped"):
+    control, file = load_side_model(path, CONTROLNET, _build)
+    if file and hasattr(control, "control_model_wrapped"):
         _keep_packed(control)
         log_load_summary(file, control.control_model_wrapped)
-    progress.stage()
     return control
 
 
-def build_controlnet(name: str, state_dict: Mapping[str, torch.Tensor],
-                     model_options: Mapping[str, Any] | None = None) -> Any:
-    """Builds the host's ControlNet from the weights of a file.
-
-    Args:
-        name: of the file.
-        state_dict: of the file; it is not changed.
-        model_options: the host's.
-
-    Raises:
-        WeightFileError: if the host knows no such ControlNet, the sizes of the weights do not fit,
-            or they are to be added to those of a model.
-    """
+def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
+           operations: type | None) -> Any:
+    """Builds the host's ControlNet from the weights of a file, as `side_model.Build`."""
     if "difference" in state_dict:
         raise WeightFileError(
             f"{name} holds the difference between a ControlNet and a model (it has 'difference'),"
             " expected a whole ControlNet. Get one with all its weights, or load an unpacked one"
             " with ComfyUI's Load ControlNet Model (diff).")
-    options = dict(model_options or {})
+    options: dict[str, Any] = {}
     if _averages_over_picture(name):
         options["global_average_pooling"] = True
-    weights = dict(state_dict)
-    if "custom_operations" in options:
-        weights = _convert_fused(weights)
-        if "control_img_in.weight" in weights:  # the host would take the dtype of a packed weight
+    if operations is not None:
+        options["custom_operations"] = operations
+        if "lora_controlnet" in state_dict:  # the host copies its weights into a model's
+            state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
+                          for key, tensor in state_dict.items()}
+        state_dict = _convert_fused(state_dict)
+        if "control_img_in.weight" in state_dict:  # or the host takes the dtype of a packed weight
             options["dtype"] = comfy.model_management.unet_dtype(
                 model_params=-1, supported_dtypes=[torch.bfloat16, torch.float32])
-    try:
-        with explain_shape_errors(name):
-            control = comfy.controlnet.load_controlnet_state_dict(weights, model_options=options)
-    except UNKNOWN_ERRORS as error:
-        log.debug("[Featherweight] The host knows no such ControlNet", exc_info=True)
-        raise _unknown_error(name, state_dict) from error
-    if control is None:
-        raise _unknown_error(name, state_dict)
-    return control
+    return comfy.controlnet.load_controlnet_state_dict(state_dict, model_options=options)
 
 
 def _convert_fused(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -147,10 +92,8 @@ def _convert_fused(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def _keep_packed(control: Any):
     """Makes the patcher of a ControlNet, which the host has built, keep packed weights packed."""
-    patcher = adopt(control.control_model_wrapped)
-    model = patcher.model
-    model.packed_patches.check_source = guard_of(model)
-    prepare_kernels(model, patcher.load_device, control.manual_cast_dtype or model.dtype)
+    patcher = control.control_model_wrapped
+    keep_packed(patcher, control.manual_cast_dtype or patcher.model.dtype)
     _as_packed(control)
 
 
@@ -169,18 +112,3 @@ def _packed_class(cls: type) -> type:
 def _averages_over_picture(name: str) -> bool:
     """Returns whether a file is a "shuffle" ControlNet, which the host knows by its name only."""
     return re.search(r"_shuffle(?![a-zA-Z])", name) is not None
-
-
-def _unknown_error(name: str, state_dict: Mapping[str, torch.Tensor]) -> WeightFileError:
-    """Returns the error for a file that holds no ControlNet that the host knows."""
-    other = describe_other_kind(state_dict)
-    tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    if other is None and is_diffusion_model(to_comfy_keys(tensors)):
-        other = "a diffusion model"
-    if other is not None:
-        return WeightFileError(
-            f"{name} is {other}, expected a ControlNet. Pick a ControlNet here.")
-    return WeightFileError(
-        f"{name} holds no ControlNet that this ComfyUI knows ({len(state_dict)} tensors, first"
-        f" {next(iter(state_dict), 'none')!r}). Pick another file, or update ComfyUI if the"
-        " ControlNet is new.")

@@ -138,14 +138,61 @@ NOT_DIFFUSION = (
 )
 
 
-def describe_other_kind(names: Iterable[str]) -> str | None:
-    """Returns what a file is by the names of its tensors: "a LoRA (it has 'x.lora_A')".
+# Names of tensors that only these models beside a diffusion model have, the kind and the family.
+MODEL_PATCH, CLIP_VISION, CONTROLNET = "model patch", "CLIP vision model", "ControlNet"
+SIDE_MODELS = (
+    (r"^control_all_x_embedder\.", MODEL_PATCH, "Z-Image Fun ControlNet"),
+    (r"^controlnet_blocks\.\d+\.y_rms\.", MODEL_PATCH, "Qwen-Image DiffSynth ControlNet"),
+    (r"^controlnet_patch_embedding\.", MODEL_PATCH, "Uni3C ControlNet for Wan"),
+    (r"^audio_proj\.proj1\.", MODEL_PATCH, "MultiTalk or InfiniteTalk for Wan"),
+    (r"^feature_embedder\.", MODEL_PATCH, "USO style projector for Flux"),
+    (r"^lllite_", MODEL_PATCH, "LLLite for Anima"),
+    (r"(^|\.)project_modules\.", MODEL_PATCH, "SUPIR for SDXL"),
+    (r"^vision_model\.encoder\.layers\.47\.|^visual\.transformer\.resblocks\.47\.", CLIP_VISION,
+     "CLIP bigG"),
+    (r"^vision_model\.encoder\.layers\.30\.|^visual\.transformer\.resblocks\.30\.", CLIP_VISION,
+     "CLIP H"),
+    (r"^vision_model\.encoder\.layers\.26\.", CLIP_VISION, "SigLIP"),
+    (r"^vision_model\.encoder\.layers\.22\.|^visual\.transformer\.resblocks\.22\.", CLIP_VISION,
+     "CLIP L"),
+    (r"^encoder\.layer\.\d+\.layer_scale\d\.", CLIP_VISION, "DINOv2"),
+    (r"^layer\.\d+\.mlp\.(gate|up)_proj\.", CLIP_VISION, "DINOv3"),
+    (r"^(control_model\.|controlnet_|input_hint_block\.|zero_convs\.)", CONTROLNET, ""),
+)
+SIDE_LOADERS = {MODEL_PATCH: "Load Model Patch (Featherweight)",
+                CLIP_VISION: "Load CLIP Vision (Featherweight)",
+                CONTROLNET: "Load ControlNet (Featherweight)"}
+
+
+def find_side_model(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Returns (kind, family, name that shows it) of a model beside a diffusion model.
 
     Returns:
-        The kind, one of `NOT_DIFFUSION`; None if the names are those of none.
+        Of the first match in `SIDE_MODELS`; None for other names.
     """
-    match = _find_other_kind(names)
-    return match and f"{match[0]} (it has {match[1]!r})"
+    names = list(names)
+    for pattern, kind, family in SIDE_MODELS:
+        name = next((name for name in names if re.search(pattern, name)), None)
+        if name is not None:
+            return kind, family, name
+    return None
+
+
+def describe_other_kind(names: Iterable[str], kind: str) -> str | None:
+    """Returns what a file is by the names of its tensors: "a LoRA (it has 'x.lora_A')".
+
+    Args:
+        names: of the tensors.
+        kind: that was expected.
+
+    Returns:
+        Another kind, one of `NOT_DIFFUSION` or `SIDE_MODELS`; None if the names are those of none.
+    """
+    names = list(names)
+    if match := _find_other_kind(names):
+        return f"{match[0]} (it has {match[1]!r})"
+    match = find_side_model(names)
+    return f"a {match[0]} (it has {match[2]!r})" if match and match[0] != kind else None
 
 
 def _find_other_kind(names: Iterable[str]) -> tuple[str, str, str] | None:
@@ -167,3 +214,12 @@ def reject_non_diffusion(file: WeightFile):
         title, name, advice = match
         raise WeightFileError(f"{os.path.basename(file.path)} is {title} (it has {name!r}),"
                               f" expected a diffusion model. {advice}")
+
+
+def reject_side_model(file: WeightFile):
+    """Raises WeightFileError for one of `SIDE_MODELS` picked as a diffusion model."""
+    if match := find_side_model(file.entries):
+        kind, _, name = match
+        raise WeightFileError(
+            f"{os.path.basename(file.path)} is a {kind} (it has {name!r}), expected a diffusion"
+            f" model. Pick it in {SIDE_LOADERS[kind]}.")

@@ -20,6 +20,7 @@ from .detection import (
     is_diffusion_model,
     missing_keys_text,
     reject_non_diffusion,
+    reject_side_model,
 )
 from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
@@ -173,6 +174,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     if patcher is None:
         if missing := missing_keys_text(state_dict, model_prefix(state_dict)):
             raise WeightFileError(f"{os.path.basename(file.path)} {missing}")
+        reject_side_model(file)
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"
             f" (architecture {file.metadata.get('general.architecture', 'not named')!r},"

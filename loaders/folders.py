@@ -17,7 +17,8 @@ from .workflow_paths import is_inside, is_unsafe_name, use_slashes
 # GGUF files.
 GGUF_FOLDERS = {
     "unet_gguf": "diffusion_models", "clip_gguf": "text_encoders", "loras_gguf": "loras",
-    "checkpoints_gguf": "checkpoints", "vae_gguf": "vae", "controlnet_gguf": "controlnet"
+    "checkpoints_gguf": "checkpoints", "vae_gguf": "vae", "controlnet_gguf": "controlnet",
+    "model_patches_gguf": "model_patches", "clip_vision_gguf": "clip_vision"
 }
 
 # Suffix of files with measurements of a model. With .safetensors the loaders would offer them as
@@ -31,6 +32,9 @@ IMATRIX_SUFFIXES = (".imatrix.gguf", ".imatrix.dat")  # of the imatrices next to
 # UNet2DConditionModel ...
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
 CONTROLNET = re.compile("ControlNet")  # ControlNetModel, FluxControlNetModel ...
+MODEL_PATCH = re.compile("Control")  # ZImageControlNetModel, ZImageControlTransformer2DModel ...
+# transformers' classes of vision models: CLIPVisionModel, CLIPModel, SiglipVisionModel, Dinov2Model
+CLIP_VISION = re.compile("Vision|^CLIPModel|^Siglip|^D(ino|INO)v")
 # transformers' classes of text encoders: T5EncoderModel, CLIPTextModelWithProjection,
 # Qwen3ForCausalLM ...
 ENCODER = re.compile(

@@ -24,6 +24,12 @@ FOLDERS = (
     "loras_gguf",
     "loras",
     "vae",
+    "controlnet_gguf",
+    "controlnet",
+    "model_patches_gguf",
+    "model_patches",
+    "clip_vision_gguf",
+    "clip_vision",
 )
 PACKAGES = ("diffusion_models", "checkpoints", "diffusers")
 NONE = "none"
@@ -69,8 +75,8 @@ class InspectModelFile(io.ComfyNode):
                     options=[NONE, *files],
                     display_name="file",
                     tooltip="Any file in the folders of diffusion models, checkpoints, text"
-                    " encoders, LoRAs and VAEs, or a folder that diffusers saved. Not used while a"
-                    " model is connected.",
+                    " encoders, LoRAs, VAEs, ControlNets, model patches and CLIP vision, or a"
+                    " folder that diffusers saved. Not used while a model is connected.",
                 ),
                 io.Model.Input(
                     "model",

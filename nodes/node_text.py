@@ -23,7 +23,8 @@ JOINER = "\u2060"  # between two letters, no line is broken there
 LONG_WORD = 24  # characters that are kept in one line
 LINE_BREAK = "  \n"  # as Markdown has it, for an editor that takes texts on nodes for that
 
-TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE", "control_net": "ControlNet"}
+TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE", "control_net": "ControlNet",
+          "model_patch": "Model patch", "clip_vision": "CLIP vision"}
 
 
 def show_text(text: str):

@@ -11,7 +11,7 @@ import comfy.sd
 import torch
 
 from ..comfy_keys import to_comfy_keys
-from ..detection import try_detect
+from ..detection import SIDE_LOADERS, find_side_model, try_detect
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
 from ..files.quantizers import quantizer_of
@@ -122,8 +122,8 @@ def identify(contents: Contents) -> Inspection:
         types={name: (counts[name], size) for name, size in sizes.most_common()},
         blocks=sort_blocks(blocks), plan=_plan_texts(contents.metadata))
     # Each one returns whether the model is of its type, and fills in the inspection if it is.
-    for identify_as in (_identify_lora, _identify_mmproj, _identify_diffusion_model,
-                        _identify_encoder, _identify_other):
+    for identify_as in (_identify_lora, _identify_mmproj, _identify_side_model,
+                        _identify_diffusion_model, _identify_encoder, _identify_other):
         if identify_as(contents, inspection):
             break
     if inspection.model_type != LORA:
@@ -165,6 +165,15 @@ def _identify_mmproj(contents: Contents, inspection: Inspection) -> bool:
     inspection.needs = {
         "text encoder": "the one it was published with, in Load Text Encoder (Featherweight)"
     }
+    return True
+
+
+def _identify_side_model(contents: Contents, inspection: Inspection) -> bool:
+    match = find_side_model(contents.tensors)
+    if match is None or any(map(ENCODER_NAMES.search, contents.tensors)):  # of a whole CLIP
+        return False
+    inspection.model_type, inspection.family, _ = match
+    inspection.needs = {"use": f"Load it with {SIDE_LOADERS[match[0]]}."}
     return True
 
 

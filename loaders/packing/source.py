@@ -23,7 +23,7 @@ from ...ops.patcher.patched_weights import Patch
 from ...ops.row_slicing import take_rows
 from ..comfy_keys import model_prefix, to_comfy_keys
 from ..comfy_quant import as_tensors
-from ..detection import reject_non_diffusion, try_detect
+from ..detection import find_side_model, reject_non_diffusion, try_detect
 from ..diffusers_keys import JoinedRows
 from ..files import open_weights
 from ..files.container import FileChangeGuard, WeightFileError, map_file
@@ -42,6 +42,8 @@ NAMES_IN_FILES = {
 # Tensors in a whole checkpoint, next to the model's weights, that tell variants of an architecture
 # apart; the host reads them in a model's file as well.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Metadata of a file that says how that file is packed.
+NOT_KEPT = ("general.", "featherweight.", "quantization", "_quantization")
 ADVICE = "Remove it, or put it after the loader of the new file instead."
 
 
@@ -146,6 +148,7 @@ class Source:
         drop_pages: releases mapped pages of files after a weight was read.
         guard: raises WeightFileError where a file of the weights was changed.
         paths: of the files they were loaded from, which a new file may not replace.
+        metadata: texts that the host reads beside the weights.
     """
 
     title: str
@@ -155,6 +158,7 @@ class Source:
     drop_pages: Callable[[], None] = lambda: None
     guard: Callable[[], None] = lambda: None
     paths: Collection[Path] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -295,7 +299,8 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     """Returns the source of the diffusion model in a file or folder.
 
     Args:
-        path: of a model, or of a checkpoint, whose other parts are left out.
+        path: of a model, or of a checkpoint, whose other parts are left out; or of a ControlNet,
+            model patch or CLIP vision model, whose names stay as they are.
         loras: (path, strength), in order.
 
     Raises:
@@ -306,13 +311,14 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     reject_non_diffusion(file)
     guard = file.guard + FileChangeGuard.over(map_file(lora) for lora, _ in loras)
     state_dict = file.state_dict()
-    prefix = model_prefix(state_dict)
+    is_side_model = find_side_model(state_dict) is not None
+    prefix = "" if is_side_model else model_prefix(state_dict)
     markers = {name: state_dict[name] for name in MARKERS if name in state_dict}
     state_dict = as_tensors(
         file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)},
         prefix)
-    tensors = to_comfy_keys(
-        {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}, lazy=True)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    tensors = tensors if is_side_model else to_comfy_keys(tensors, lazy=True)
     tensors |= markers
     model = try_detect(_empty_model, tensors) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
@@ -327,8 +333,12 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
             f"{os.path.basename(path)} has no {min(missing)}, which a LoRA changes. Get another"
             " conversion of the model.")
     paths = (*file.paths, *(Path(lora) for lora, _ in loras))
+    metadata = {
+        key: text for key, text in file.text_metadata.items()
+        if is_side_model and not key.startswith(NOT_KEPT)
+    }
     return Source(os.path.basename(path), weights, notes=notes, drop_pages=file.drop_pages,
-                  guard=guard, paths=paths)
+                  guard=guard, paths=paths, metadata=metadata)
 
 
 def _weight_of_file(name: str, tensor, patches: Sequence[Patch]) -> Weight:

@@ -165,6 +165,11 @@ class PackedPatcher(_HostPatcher):
     # --- loading ---
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        try:
+            self._applied.check_source()
+        except Exception:
+            super().detach()  # the host has forgotten it already
+            raise
         available_bytes = self.loaded_size() + extra_memory
         if self._residency.limit(self) is not None:
             excess = self.loaded_size() - self.model_size()

@@ -101,7 +101,8 @@ class AppliedPatches:
         nbytes: Bytes of the factors in `layers`.
         counted: Those of `nbytes` that the host's `model_loaded_weight_memory` includes.
         evicted: Whether the host took the model off the device in the middle of a run.
-        check_source: Raises if the file behind the weights has changed; called before each step.
+        check_source: Raises if the file behind the weights has changed; called before each load
+            and each step.
     """
 
     def __init__(self):

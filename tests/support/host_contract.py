@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "__init__.py", *(path for layer in ("nodes", "cluster", "loaders", "ops")
                                    for path in sorted((ROOT / layer).rglob("*.py")))]
 HOST_MODULES = {
-    "comfy", "comfy_api", "comfy_execution", "comfy_kitchen", "comfyui_version", "execution",
-    "folder_paths", "nodes", "server"
+    "comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_kitchen", "comfyui_version",
+    "execution", "folder_paths", "nodes", "server"
 }
 PATCHER = "comfy.model_patcher.ModelPatcherDynamic"
 
@@ -117,14 +117,18 @@ MEMBERS = {
     }
 }
 
-# Module of the host -> words in its source: attributes that it sets on models, modules and layers.
+# Module of the host -> words in its source: attributes that it sets on models, modules and layers,
+# and names that `loaders.host_views` gives its functions another value of.
 MARKS = {
+    "comfy.clip_vision": "ClipVisionModel load_torch_file manual_cast",
     "comfy.model_patcher": "_v _v_signature bias_function comfy_cast_weights"
     " comfy_force_cast_weights comfy_patched_weights current_weight_patches_uuid device"
     " dynamic_vbars model_loaded_weight_memory model_offload_buffer_memory move_to"
     " prev_comfy_cast_weights weight_function",
     "comfy.ops": "_full_precision_mm _lowvram_function _v_bias _v_weight comfy_cast_weights"
-                 " factory_kwargs quant_config"
+                 " factory_kwargs quant_config",
+    "comfy_extras.nodes_model_patch": "cat denoise_encoder_sd get_full_path_or_raise"
+                                      " load_torch_file manual_cast"
 }
 
 

@@ -291,7 +291,7 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
         written_name(name): (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
         for name, weight in source.weights.items()
     }
-    metadata = {**options.metadata, "featherweight.plan": plan.json()}
+    metadata = {**source.metadata, **options.metadata, "featherweight.plan": plan.json()}
     if not safetensors:
         metadata = _gguf_metadata(source.shapes, path, plan) | metadata
     nbytes = (safetensors_writer if safetensors else gguf_writer).file_size(tensors, metadata)

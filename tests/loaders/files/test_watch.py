@@ -4,6 +4,7 @@ import os
 import types
 from unittest import mock
 
+import comfy.model_management
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import pack_on_load
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import network_drives, open_weights, packed_cache
-from featherweight.loaders.files.container import FileChangeGuard, WeightFileError, map_file
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.packing.source import source_of_file, source_of_model
@@ -107,14 +108,13 @@ def test_a_step_asks_the_system_once_for_each_file(path):
     assert stat.call_count == 1
 
 
-def test_a_text_encoder_is_watched_where_it_encodes(path):
-    from featherweight.loaders.comfy_bridge import PackedCLIP
-
-    clip = mock.Mock(patcher=mock.Mock())
-    clip.patcher.model.packed_patches.check_source = FileChangeGuard.over([map_file(path)])
+def test_a_model_is_watched_where_the_host_loads_it(path):
+    patcher = load_diffusion_model(str(path))
+    comfy.model_management.load_models_gpu([patcher])
     overwritten(path)
     with pytest.raises(WeightFileError, match="was written to"):
-        PackedCLIP.load_model(clip)
+        comfy.model_management.load_models_gpu([patcher])
+    assert patcher not in [loaded.model for loaded in comfy.model_management.current_loaded_models]
 
 
 # --- every file that a model lies in ---

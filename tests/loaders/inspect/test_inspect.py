@@ -12,6 +12,7 @@ from encoders import ENCODERS
 from encoders.encoder import host_clip, random_weights, small_towers, text_model, write_encoder
 from families import FAMILIES, full_width_shapes
 from safetensors.torch import save_file
+from vision_models import VISION_MODELS
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
@@ -162,6 +163,35 @@ def test_other_files_are_called_what_they_are(kind):
     found = identify(contents_of(OTHERS[kind]))
     assert found.model_type == kind and f"is a {kind}" in inspection_text(found)
     assert inspection_picture(found).shape[2] == 960
+
+
+SIDE_MODELS = {
+    "control_all_x_embedder.2-1.weight": ("model patch", "Z-Image Fun ControlNet"),
+    "controlnet_blocks.0.y_rms.weight": ("model patch", "Qwen-Image DiffSynth ControlNet"),
+    "controlnet_patch_embedding.weight": ("model patch", "Uni3C ControlNet for Wan"),
+    "audio_proj.proj1.weight": ("model patch", "MultiTalk or InfiniteTalk for Wan"),
+    "feature_embedder.mid_layer_norm.bias": ("model patch", "USO style projector for Flux"),
+    "lllite_conditioning1.conv1.weight": ("model patch", "LLLite for Anima"),
+    "model.diffusion_model.project_modules.0.zero_conv.bias": ("model patch", "SUPIR for SDXL"),
+}
+VISION = {"CLIP L": "CLIP L", "LLaVA": "CLIP L", "CLIP H": "CLIP H", "CLIP bigG": "CLIP bigG",
+          "CLIP H of open_clip": "CLIP H", "SigLIP": "SigLIP", "DINOv2 giant": "DINOv2",
+          "DINOv3": "DINOv3"}
+
+
+@pytest.mark.parametrize("name", SIDE_MODELS)
+def test_a_model_patch_is_called_what_it_is(name):
+    found = identify(contents_of({"first.weight": (32, 32), name: (32, 32)}))
+    assert (found.model_type, found.family) == SIDE_MODELS[name]
+    assert "Load it with Load Model Patch (Featherweight)." in inspection_text(found)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_clip_vision_model_is_called_what_it_is(name):
+    shapes = {key: tuple(value.shape) for key, value in VISION_MODELS[name]().items()}
+    found = identify(contents_of(shapes))
+    assert (found.model_type, found.family) == ("CLIP vision model", VISION[name])
+    assert "Load it with Load CLIP Vision (Featherweight)." in inspection_text(found)
 
 
 def test_a_lora_says_what_it_is_for():

@@ -1,0 +1,64 @@
+"""The node Load CLIP Vision (Featherweight)."""
+from comfy_api.latest import io
+
+from ..loaders.clip_vision import load_clip_vision
+from ..loaders.folders import (
+    CLIP_VISION,
+    find_file,
+    list_files,
+    list_model_folders,
+    validate_files,
+)
+from .node_text import loader_output
+
+FOLDERS = ("clip_vision_gguf", "clip_vision")
+
+
+class LoadCLIPVision(io.ComfyNode):
+    """Loads a CLIP vision model and keeps its packed weights packed."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightLoadCLIPVision",
+            display_name="Load CLIP Vision (Featherweight)",
+            category="Featherweight",
+            description="Loads a CLIP vision model (CLIP, SigLIP, DINO) from GGUF or any other"
+            " packed file that this pack reads (NF4, int8, fp8, SDNQ …) and keeps its weights"
+            " packed in memory, for ComfyUI's CLIP Vision Encode. Other files load as with"
+            " ComfyUI's own loader.",
+            search_aliases=[
+                "gguf",
+                "clip vision",
+                "clip vision loader",
+                "siglip",
+                "dinov2",
+                "image encoder",
+                "nf4",
+                "fp8",
+                "quantized",
+                "quantised",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "clip_name",
+                    options=[
+                        *list_files(*FOLDERS),
+                        *list_model_folders(*FOLDERS, model_class=CLIP_VISION),
+                    ],
+                    display_name="CLIP vision",
+                    tooltip="A file in models/clip_vision, or a folder that transformers saved"
+                    " there.",
+                ),
+            ],
+            outputs=[io.ClipVision.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, clip_name=None):
+        return validate_files(clip_name, keys=FOLDERS)
+
+    @classmethod
+    def execute(cls, clip_name) -> io.NodeOutput:
+        clip_vision = load_clip_vision(find_file(clip_name, *FOLDERS))
+        return io.NodeOutput(*loader_output(clip_vision=clip_vision))

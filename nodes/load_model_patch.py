@@ -1,0 +1,64 @@
+"""The node Load Model Patch (Featherweight)."""
+from comfy_api.latest import io
+
+from ..loaders.folders import (
+    MODEL_PATCH,
+    find_file,
+    list_files,
+    list_model_folders,
+    validate_files,
+)
+from ..loaders.model_patch import load_model_patch
+from .node_text import loader_output
+
+FOLDERS = ("model_patches_gguf", "model_patches")
+
+
+class LoadModelPatch(io.ComfyNode):
+    """Loads a model patch and keeps its packed weights packed."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FeatherweightLoadModelPatch",
+            display_name="Load Model Patch (Featherweight)",
+            category="Featherweight",
+            description="Loads a model patch (Z-Image Fun or Qwen-Image DiffSynth ControlNet,"
+            " Uni3C, InfiniteTalk, USO, SUPIR, LLLite) from GGUF or any other packed file that"
+            " this pack reads (NF4, int8, fp8, SDNQ …) and keeps its weights packed in memory."
+            " Other files load as with ComfyUI's own loader.",
+            search_aliases=[
+                "gguf",
+                "model patch",
+                "modelpatchloader",
+                "z-image controlnet",
+                "diffsynth",
+                "uni3c",
+                "infinitetalk",
+                "supir",
+                "quantized",
+                "quantised",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "model_patch_name",
+                    options=[
+                        *list_files(*FOLDERS),
+                        *list_model_folders(*FOLDERS, model_class=MODEL_PATCH),
+                    ],
+                    display_name="model patch",
+                    tooltip="A file in models/model_patches, or a folder that diffusers saved"
+                    " there.",
+                ),
+            ],
+            outputs=[io.ModelPatch.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_patch_name=None):
+        return validate_files(model_patch_name, keys=FOLDERS)
+
+    @classmethod
+    def execute(cls, model_patch_name) -> io.NodeOutput:
+        model_patch = load_model_patch(find_file(model_patch_name, *FOLDERS))
+        return io.NodeOutput(*loader_output(model_patch=model_patch))

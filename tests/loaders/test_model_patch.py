@@ -1,0 +1,163 @@
+"""Model patches with packed weights change a picture as the host's dense ones of the same values
+do."""
+import os
+
+import comfy.ops
+import pytest
+import torch
+from comfy_extras import nodes_model_patch
+from controlnets import OTHER_WRITERS, WRITERS, ldm, write_q8_0
+from families import FAMILIES, random_weights, relative_error, shrunken_detection
+from host_nodes import MODELS
+from model_patches import KINDS, load_dense, packed_layers, qwen, sample, shrink, write_q4_k
+from safetensors.torch import save_file
+
+from featherweight.loaders.controlnet import load_controlnet
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.model_patch import load_model_patch
+from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.patcher import PackedPatcher
+
+pytestmark = pytest.mark.usefixtures("small_models", "small_patches")
+
+
+@pytest.fixture
+def small_patches(monkeypatch):
+    shrink(monkeypatch)
+
+
+def written(writer, path, weights):
+    """Writes a packed file and dense.safetensors beside it, and returns the path of that."""
+    seen = writer(path, dict(weights))
+    dense = {key: torch.as_tensor(value).float().contiguous() for key, value in seen.items()}
+    save_file(dense, path.parent / "dense.safetensors")
+    return str(path.parent / "dense.safetensors")
+
+
+@pytest.mark.parametrize("format_name", WRITERS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_packed_model_patch_acts_as_its_dense_self_does(kind, format_name, tmp_path, monkeypatch):
+    if kind.base:
+        shrunken_detection(MODELS[kind.base], monkeypatch)
+    writer, name = WRITERS[format_name]
+    dense = written(writer, tmp_path / name, kind.weights())
+    packed, of_the_host = load_model_patch(str(tmp_path / name)), load_dense(dense, monkeypatch)
+    expected = sample(kind, of_the_host)
+    assert expected.shape != sample(kind).shape or relative_error(sample(kind), expected) > 1e-3
+    assert relative_error(sample(kind, packed), expected) < 1e-5
+    assert isinstance(packed, PackedPatcher)
+    assert packed.model_size() <= 1.05 * os.path.getsize(tmp_path / name)
+    whole_blocks = {name.removesuffix(".weight")
+                    for name, value in of_the_host.model.state_dict().items()
+                    if value.ndim == 2 and value.shape[1] % 32 == 0}
+    assert whole_blocks <= set(packed_layers(packed))
+
+
+MORE_WRITERS = {**OTHER_WRITERS, "Q4_K": (write_q4_k, "net.gguf")}
+
+
+@pytest.mark.parametrize("format_name", MORE_WRITERS)
+def test_model_patch_of_any_packed_format_acts_as_its_dense_self(format_name, tmp_path,
+                                                                 monkeypatch):
+    kind = KINDS["Z-Image Fun"]
+    shrunken_detection(FAMILIES["z-image"], monkeypatch)
+    writer, name = MORE_WRITERS[format_name]
+    dense = written(writer, tmp_path / name, kind.weights())
+    packed = load_model_patch(str(tmp_path / name))
+    assert len([name for name in packed_layers(packed) if name.endswith(".qkv")]) == 8
+    assert relative_error(sample(kind, packed), sample(kind, load_dense(dense, monkeypatch))) < 1e-5
+
+
+def test_file_without_packed_weights_loads_as_in_the_hosts_node(tmp_path, monkeypatch):
+    save_file(dict(qwen()), tmp_path / "dense.safetensors")
+    path = str(tmp_path / "dense.safetensors")
+    loaded, of_the_host = load_model_patch(path), load_dense(path, monkeypatch)
+    assert type(loaded) is type(of_the_host) and type(loaded.model) is type(of_the_host.model)
+    kind = KINDS["Qwen DiffSynth"]
+    shrunken_detection(FAMILIES["qwen-image"], monkeypatch)
+    assert torch.equal(sample(kind, loaded), sample(kind, of_the_host))
+
+
+def test_a_load_leaves_the_hosts_module_as_it_is(tmp_path):
+    before = dict(vars(nodes_model_patch))
+    operations = comfy.ops.manual_cast
+    write_q8_0(tmp_path / "net.gguf", qwen())
+    assert packed_layers(load_model_patch(str(tmp_path / "net.gguf")))
+    assert vars(nodes_model_patch) == before and comfy.ops.manual_cast is operations
+    assert nodes_model_patch.comfy.ops.manual_cast is operations
+
+
+def test_encoder_in_a_supir_file_is_dequantised(tmp_path):
+    seen = write_q8_0(tmp_path / "net.gguf", KINDS["SUPIR"].weights())
+    encoder = load_model_patch(str(tmp_path / "net.gguf")).model.denoise_encoder_sd
+    name, value = next(iter(encoder.items()))
+    assert not is_packed(value)
+    assert torch.equal(value, seen[f"first_stage_model.denoise_encoder.{name}"])
+
+
+def test_run_that_follows_a_change_of_the_file_is_refused(tmp_path, monkeypatch):
+    path, kind = tmp_path / "net.gguf", KINDS["Qwen DiffSynth"]
+    shrunken_detection(FAMILIES["qwen-image"], monkeypatch)
+    write_q8_0(path, qwen())
+    patch = load_model_patch(str(path))
+    sample(kind, patch)
+    with open(path, "r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"abcd")
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(WeightFileError, match="net.gguf was written to after it was loaded"):
+        sample(kind, patch)
+
+
+WRONG = {
+    "diffusion model": (lambda: random_weights(FAMILIES["flux-dev"]),
+                        "is a diffusion model, expected a model patch. Pick a model patch here."),
+    "LoRA": (lambda: {"blocks.0.qkv.lora_A.weight": torch.ones(4, 256)},
+             r"is a LoRA \(it has 'blocks.0.qkv.lora_A.weight'\), expected a model patch. Pick a"
+             " model patch here."),
+    "CLIP vision": (lambda: {"vision_model.encoder.layers.30.mlp.fc1.weight": torch.ones(4, 32)},
+                    r"is a CLIP vision model \(it has '.*'\), expected a model patch."),
+    "ControlNet": (ldm, r"is a ControlNet \(it has '.*'\), expected a model patch."),
+    "nothing known": (lambda: {"a.weight": torch.ones(4, 32)},
+                      r"holds no model patch that this ComfyUI knows \(1 tensors, first 'a.weight'"
+                      r"\). Pick another file, or update ComfyUI if the model patch is new."),
+    "part": (lambda: {"controlnet_blocks.0.y_rms.weight": torch.ones(256)},
+             "holds no model patch that this ComfyUI knows"),
+    "other sizes": (lambda: qwen() | {"img_in.weight": torch.ones(32, 64)}, ".*sizes are not"),
+    "missing layers": (lambda: {name: value for name, value in qwen().items()
+                                if "output_proj" not in name}, ".*issing"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_file_is_refused_in_a_sentence(wrong, suffix, tmp_path):
+    weights, message = WRONG[wrong]
+    path = tmp_path / f"net.{suffix}"
+    if suffix == "gguf":
+        write_q8_0(path, weights())
+    else:
+        save_file({name: value.contiguous() for name, value in weights().items()}, path)
+    with pytest.raises(WeightFileError, match=f"^net.{suffix}:? {message}") as error:
+        load_model_patch(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["net.gguf", "net.safetensors"])
+def test_damaged_file_is_refused(name, tmp_path):
+    path = tmp_path / name
+    WRITERS["Q8_0" if name.endswith("gguf") else "NF4"][0](path, qwen())
+    path.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(WeightFileError, match="^net"):
+        load_model_patch(str(path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_loaders_say_that_it_is_a_model_patch(kind, tmp_path):
+    write_q8_0(tmp_path / "net.gguf", KINDS[kind].weights())
+    with pytest.raises(WeightFileError, match="net.gguf is a model patch .*, expected a diffusion"
+                                              " model. Pick it in Load Model Patch"):
+        load_diffusion_model(str(tmp_path / "net.gguf"))
+    with pytest.raises(WeightFileError, match="is a model patch .*, expected a ControlNet"):
+        load_controlnet(str(tmp_path / "net.gguf"))
