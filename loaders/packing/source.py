@@ -4,6 +4,7 @@ Names are the host's without prefix. A weight is read, dequantized and patched o
 are requested. For a LoRA on a file, the host's model is built on the meta device, which tells the
 LoRA's layers.
 """
+import contextlib
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -42,6 +43,8 @@ NAMES_IN_FILES = {
 # Tensors in a whole checkpoint, next to the model's weights, that tell variants of an architecture
 # apart; the host reads them in a model's file as well.
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+# Metadata from which the host takes sizes of a diffusion model (LTX-2, Wan).
+CONFIG = "config"
 # Metadata of a file that says how that file is packed.
 NOT_KEPT = ("general.", "featherweight.", "quantization", "_quantization")
 ADVICE = "Remove it, or put it after the loader of the new file instead."
@@ -181,7 +184,14 @@ def source_of_model(patcher, title: str = "model") -> Source:
     weights = _weights_of(patcher, DIFFUSION_MODEL)
     for name, tensor in _markers(patcher).items():
         weights.setdefault(name, _extra_tensor(name, tensor))
-    return _source(title, weights, patcher)
+    source = _source(title, weights, patcher)
+    for path in _paths_loaded_of(patcher):
+        with contextlib.suppress(WeightFileError):  # it may hold no weights
+            metadata = open_weights(path).text_metadata
+            if CONFIG in metadata:
+                source.metadata = {CONFIG: metadata[CONFIG]}
+                break
+    return source
 
 
 def source_of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
@@ -335,7 +345,7 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     paths = (*file.paths, *(Path(lora) for lora, _ in loras))
     metadata = {
         key: text for key, text in file.text_metadata.items()
-        if is_side_model and not key.startswith(NOT_KEPT)
+        if key == CONFIG or (is_side_model and not key.startswith(NOT_KEPT))
     }
     return Source(os.path.basename(path), weights, notes=notes, drop_pages=file.drop_pages,
                   guard=guard, paths=paths, metadata=metadata)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from families import FAMILIES, host_patcher, random_weights, relative_error
+from families import run as run_family
 from patched_models import (
     KINDS,
     dense_flux,
@@ -22,6 +24,7 @@ from patched_models import (
     run,
     tiny_flux,
 )
+from safetensors.torch import save_file
 from saving import save
 
 from featherweight.loaders.diffusion import load_diffusion_model
@@ -35,6 +38,7 @@ from featherweight.loaders.packing.source import (
     SaveError,
     Source,
     check_saveable,
+    source_of_file,
     source_of_model,
     unsaved_parts,
 )
@@ -543,3 +547,16 @@ def test_the_hosts_quantised_layers_are_saved_by_their_values(tmp_path, format_n
     assert values.keys() == exact.keys()
     for name, weight in exact.items():
         assert relative(values[name], weight) < 0.01, name
+
+
+@pytest.mark.parametrize("source_of", [source_of_file, lambda path: source_of_model(
+    load_diffusion_model(path))], ids=["file", "model"])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.metadata])
+def test_sizes_that_only_the_metadata_says_are_saved(name, source_of, tmp_path):
+    family, path = FAMILIES[name], str(tmp_path / "a.gguf")
+    weights = {key: torch.as_tensor(value) for key, value in random_weights(family).items()}
+    save_file(weights, tmp_path / "a.safetensors", metadata=dict(family.metadata))
+    save(source_of(str(tmp_path / "a.safetensors")), path, "Q8_0")
+    dense = host_patcher(values_in(path), family)
+    assert relative_error(run_family(load_diffusion_model(path), family),
+                          run_family(dense, family)) < 1e-5
