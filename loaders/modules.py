@@ -1,4 +1,4 @@
-"""Joins a diffusion model with a module: a file of further layers for it, such as VACE's for Wan."""
+"""Joins a diffusion model with a module: a file of further layers for it, such as VACE for Wan."""
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,6 @@ from .files.container import WeightFile, WeightFileError, safe_repr
 from .files.integer_weights import BYTES, pack_rows
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
-EXPECTED = "expected a module: a file with further layers for a model, such as VACE's for Wan"
 
 
 def module_layers(file: WeightFile, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -32,7 +31,9 @@ def module_layers(file: WeightFile, state_dict: dict[str, torch.Tensor]) -> dict
     if other is None and is_diffusion_model(layers):
         other = "a whole diffusion model"
     if other is not None:
-        raise WeightFileError(f"{os.path.basename(file.path)} is {other}, {EXPECTED}.")
+        raise WeightFileError(
+            f"{os.path.basename(file.path)} is {other}, expected a module: a file with further"
+            " layers for a model, such as VACE's for Wan.")
     return layers
 
 

@@ -12,7 +12,7 @@ from .detection import try_detect
 from .files import open_weights
 from .files.container import WeightFileError
 from .folders import find_companion
-from .lora.torch_file import is_plain, load_torch_file
+from .lora.torch_file import is_plain, read_torch_object
 
 # ComfyUI's name in the model's file -> name of the text's own file, without its suffix
 FILES = {"positive_conditioning": "pos_emb", "negative_conditioning": "neg_emb"}
@@ -49,7 +49,7 @@ def read_text(path: str) -> torch.Tensor:
         WeightFileError: if the file cannot be read or holds something else.
     """
     if path.endswith(".pt"):
-        content = load_torch_file(path, "a text of SeedVR2")
+        content = read_torch_object(path, "a text of SeedVR2")
     else:
         content = open_weights(path).state_dict()
     if isinstance(content, dict):

@@ -1,5 +1,5 @@
-"""Loads VAEs as the host's own, keeps packed weights packed and 16-bit weights in 16 bits, and makes
-a CPU faster at them.
+"""Loads VAEs as the host's own, keeps packed weights packed and 16-bit weights in 16 bits, and
+makes a CPU faster at them.
 
 A host that computes in float32 would keep every weight in float32. Its layers can cast at use.
 """

@@ -65,9 +65,9 @@ def packed_type(pack_to: str) -> str | None:
     return None if pack_to == AS_THE_FILE else pack_to
 
 
-def module_name(module: str | None) -> str | None:
-    """Returns the name of the file for an option of the input "module", None for none."""
-    return None if module in (NO_MODULE, None) else module
+def picked_module(name: str | None) -> str | None:
+    """Returns the file for an option of the input for modules, None for none."""
+    return None if name == NO_MODULE else name
 
 
 def disable_dynamic_vram_input():
@@ -123,11 +123,12 @@ class LoadDiffusionModel(io.ComfyNode):
                 pack_to_input("the model"),
                 host_formats_input(),
                 io.Combo.Input(
-                    "module",
+                    "module_name",
                     options=[NO_MODULE, *files],
                     default=NO_MODULE,
                     optional=True,
                     advanced=True,
+                    display_name="module",
                     tooltip="A file in models/diffusion_models or models/unet with further layers"
                     " for the model, such as the VACE module for Wan. Both are loaded as one model,"
                     " and each may be packed in its own way.",
@@ -137,8 +138,8 @@ class LoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name=None, module=NO_MODULE):
-        return validate_files(model_name, module_name(module), keys=FOLDERS)
+    def validate_inputs(cls, model_name=None, module_name=NO_MODULE):
+        return validate_files(model_name, picked_module(module_name), keys=FOLDERS)
 
     @classmethod
     def execute(
@@ -148,9 +149,9 @@ class LoadDiffusionModel(io.ComfyNode):
         disable_dynamic_vram=False,
         pack_to=AS_THE_FILE,
         host_formats=AUTOMATIC,
-        module=NO_MODULE,
+        module_name=NO_MODULE,
     ) -> io.NodeOutput:
-        extra = module_name(module)
+        extra = picked_module(module_name)
         model = load_diffusion_model(
             find_file(model_name, *FOLDERS),
             compute=compute,

@@ -300,13 +300,12 @@ class _PackedConv(PackedLayer):
 class _PackedConv2d(_PackedConv):
     """The convolution of `Conv2d`, which has the channels last where that is faster."""
 
-    padding: Any
-
     def _without_branch(self, input, weight, bias, *args, **kwargs):
+        conv: Any = self
         channels_last = (
             not (args or kwargs)
             and self.compute != "float32"
-            and cpu_convolution.takes(self, input)
+            and cpu_convolution.takes(conv, input)
             and self.is_unpatched(weight)
             and product.fits_workspace(weight, input, reordered=True)
         )
@@ -315,7 +314,7 @@ class _PackedConv2d(_PackedConv):
         slices = product.dequantized_slices(weight, input.dtype, self.value_dtype,
                                             channels_last=True)
         with contextlib.closing(slices):
-            return cpu_convolution.convolve(self, input, slices, bias)
+            return cpu_convolution.convolve(conv, input, slices, bias)
 
 
 class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
@@ -419,15 +418,16 @@ def make_packed(layer: Any):
     Modules that are no linear layer or convolution of the host's, and packed layers, stay as they
     are.
     """
-    mixin = next((mixin for base, mixin in _MIXINS.items() if isinstance(layer, base)), None)
-    if mixin is None or not isinstance(layer, comfy.ops.CastWeightBiasOp) or isinstance(
-            layer, PackedLayer):
+    layer_class = type(layer)
+    mixin = next((mixin for base, mixin in _MIXINS.items() if issubclass(layer_class, base)), None)
+    is_host_layer = issubclass(layer_class, comfy.ops.CastWeightBiasOp)
+    if mixin is None or not is_host_layer or issubclass(layer_class, PackedLayer):
         return
     if layer.weight is None:  # with dynamic VRAM the host makes the weights while it loads them
         sizes = layer.in_features, layer.out_features
         torch.nn.Linear.__init__(layer, *sizes, layer.comfy_need_lazy_init_bias,
                                  dtype=layer.weight_comfy_model_dtype)
-    layer.__class__ = _packed_class(mixin, type(layer))
+    layer.__class__ = _packed_class(mixin, layer_class)
     layer.comfy_cast_weights = True
     layer._workspace = shared_workspace()
     layer.lora = None

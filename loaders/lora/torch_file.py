@@ -19,7 +19,7 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
     Raises:
         WeightFileError: if the file is damaged or holds more than tensors.
     """
-    loaded = load_torch_file(path, "a LoRA")
+    loaded = read_torch_object(path, "a LoRA")
     if not isinstance(loaded, dict):
         return {}
     only_value = next(iter(loaded.values())) if len(loaded) == 1 else None
@@ -37,7 +37,7 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_torch_file(path: str, what: str) -> Any:
+def read_torch_object(path: str, what: str) -> Any:
     """Returns the object in a file that torch saved, of tensors on the CPU and plain containers.
 
     torch reads from memory here: from a file it would allocate as much as a damaged length says.

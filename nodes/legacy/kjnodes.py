@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ...loaders.folders import find_file, list_files, validate_files
 from ..load_diffusion_model import NO_MODULE as NONE
-from ..load_diffusion_model import module_name
+from ..load_diffusion_model import picked_module
 from ..node_text import loader_output
 from .gguf import CLIP_FOLDERS, FOLDERS, dtype_inputs, load_model, model_input
 
@@ -58,7 +58,7 @@ class GGUFLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None, extra_model_name=NONE):
-        extra = module_name(extra_model_name)
+        extra = picked_module(extra_model_name)
         return validate_files(model_name, extra, keys=(*FOLDERS, *CLIP_FOLDERS))
 
     @classmethod
@@ -72,7 +72,7 @@ class GGUFLoader(io.ComfyNode):
         enable_fp16_accumulation=False,
         attention_override=NONE,
     ) -> io.NodeOutput:
-        extra = module_name(extra_model_name)
+        extra = picked_module(extra_model_name)
         extra = extra and find_file(extra, *FOLDERS, *CLIP_FOLDERS)
         model = load_model(model_name, dequant_dtype, patch_dtype, extra=extra)
         notes = [
