@@ -133,7 +133,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
 
 
 def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
-              metadata: Mapping | None) -> comfy.sd.VAE:
+              metadata: Mapping | None = None) -> comfy.sd.VAE:
     """Builds the host's VAE for a device; on the CPU it stays there between runs too.
 
     Args:

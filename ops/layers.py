@@ -415,13 +415,15 @@ _MIXINS = {
 def make_packed(layer: Any):
     """Makes a layer that the host has built, before it loads its weights, a packed one in place.
 
-    Modules that are no linear layer or convolution of the host's, and packed layers, stay as they
-    are.
+    Modules that are no linear layer or convolution of the host's, layers whose weight is computed
+    from other parameters, and packed layers stay as they are.
     """
     layer_class = type(layer)
     mixin = next((mixin for base, mixin in _MIXINS.items() if issubclass(layer_class, base)), None)
     is_host_layer = issubclass(layer_class, comfy.ops.CastWeightBiasOp)
     if mixin is None or not is_host_layer or issubclass(layer_class, PackedLayer):
+        return
+    if hasattr(layer, "parametrizations") or hasattr(layer, "weight_g"):  # a normed weight
         return
     if layer.weight is None:  # with dynamic VRAM the host makes the weights while it loads them
         sizes = layer.in_features, layer.out_features
