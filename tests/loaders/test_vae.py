@@ -14,21 +14,18 @@ from checkpoint_parts import with_prefixes
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taesd import TAESD
+from packed_files import pack_int8, pack_q8_0, packed_weights, write_packed
 from safetensors.torch import save_file
 
 from demo_model import scenes
 from devtools.files import demo_files
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.compute_choice import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
-from featherweight.loaders.files.gguf_writer import gguf_writer
-from featherweight.loaders.files.integer_weights import pack_rows
 from featherweight.loaders.vae import build_vae, load_vae, wrap_vae
 from featherweight.ops import cpu_features
 from featherweight.ops.format import FORMATS
 from featherweight.ops.layers import make_packed
 from featherweight.ops.packed_layout import is_packed, packed_tensor
-from featherweight.ops.packed_tensor import relabel
-from featherweight.ops.quantize import pack_tensor
 
 CPU = torch.device("cpu")
 PICTURES = 8
@@ -124,24 +121,6 @@ def test_a_vae_that_was_not_measured_keeps_the_hosts_choice():
     assert vae_dtype(model, CPU, "exact") is None
 
 
-def pack_q8_0(matrix):
-    return pack_tensor(matrix, FORMATS["Q8_0"])
-
-
-def pack_int8(matrix):
-    scale = matrix.abs().amax(1, keepdim=True) / 127
-    return pack_rows((matrix / scale).round().to(torch.int8), scale)
-
-
-def packed_weights(weights, pack=pack_q8_0):
-    """The same weights, all matrices and kernels packed whose rows take it."""
-    return {
-        name: relabel(pack(value.float().flatten(1)), shape=value.shape)
-        if value.ndim > 1 and value[0].numel() % 32 == 0 else value
-        for name, value in weights.items()
-    }
-
-
 def dense_weights(weights):
     return {name: value.dequantize() if is_packed(value) else value
             for name, value in weights.items()}
@@ -199,10 +178,10 @@ def test_a_packed_vae_draws_what_its_dequantised_self_draws(name, pack, compute)
 def test_a_vae_of_a_packed_file_is_held_as_the_file_has_it_wherever_it_is_loaded_from(tmp_path):
     """Of all that has nodes here: a file of its own, and a checkpoint."""
     packed = packed_weights(demo_files.vae())
-    write_file(tmp_path / "vae.gguf", packed)
+    write_packed(tmp_path / "vae.gguf", packed)
     checkpoint = with_prefixes(model=tiny_flux()) | {
         f"vae.{name}": value for name, value in packed.items()}
-    write_file(tmp_path / "checkpoint.gguf", checkpoint)
+    write_packed(tmp_path / "checkpoint.gguf", checkpoint)
     latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = wrap_vae(build_vae(dense_weights(packed), None)).decode(latent)
     for vae in (load_vae(str(tmp_path / "vae.gguf")),
@@ -215,15 +194,6 @@ def test_a_vae_of_a_packed_file_is_held_as_the_file_has_it_wherever_it_is_loaded
         assert torch.allclose(vae.decode(latent), expected, atol=1e-5)
         again = vae.patcher.cached_patcher_init[0]().model
         assert sum(map(is_packed, again.parameters())) == sum(map(is_packed, weights.values()))
-
-
-def write_file(path, tensors):
-    """A GGUF file of packed and other tensors, as Save Packed Model writes it."""
-    types = {name: (tuple(value.shape), "Q8_0" if is_packed(value) else "F32")
-             for name, value in tensors.items()}
-    with gguf_writer(path, types, {}, False) as writer:
-        for name, value in tensors.items():
-            writer.write(name, types[name][1], [value if is_packed(value) else value.float()])
 
 
 def test_layers_of_a_packed_vae_can_be_pickled():
