@@ -1,7 +1,8 @@
 """Loads checkpoints: diffusion model, text encoder and VAE of one file or diffusers folder."""
 import json
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
@@ -9,7 +10,7 @@ import comfy.sd
 import torch
 from comfy.model_detection import model_config_from_unet
 
-from ..ops.load_hooks import dequantize_plain_parameters
+from ..ops.load_hooks import dequantize_plain_parameters, pack_layers
 from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_clip, wrap_model
@@ -25,7 +26,7 @@ from .progress import Progress
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
 from .text_encoder import load_text_encoder
-from .vae import wrap_vae
+from .vae import build_vae, wrap_vae
 
 # names of the loaders in recipes
 MODEL = "diffusion model of a checkpoint"
@@ -172,9 +173,8 @@ def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic:
                                  model_options=device_options(encoder_device),
                                  host_formats=host_formats)
     if outputs["output_vae"] and "vae" in folders:
-        with dequantize_plain_parameters():
-            weights = open_weights(folders["vae"]).state_dict()
-            vae = wrap_vae(comfy.sd.VAE(sd=weights, device=device), compute)
+        weights = open_weights(folders["vae"]).state_dict()
+        vae = wrap_vae(build_vae(weights, device), compute)
     elif outputs["output_vae"]:
         vae = _no_vae()
     return model, clip, vae
@@ -251,13 +251,24 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
         encoder_options["custom_operations"] = operations_for(encoder_weights, full_precision=True)
     model_options["custom_operations"] = operations_for(
         [name for name in state_dict if name.startswith(prefix)], compute=compute)
-    with explain_shape_errors(file.path.name), dequantize_plain_parameters():
-        parts = comfy.sd.load_state_dict_guess_config(
-            state_dict, embedding_directory=embedding_directory, metadata=file.text_metadata,
-            model_options=model_options, te_model_options=encoder_options,
-            disable_dynamic=disable_dynamic, **outputs)
-    # None only for a model that the host does not detect
-    model, clip, vae, _ = parts  # pyright: ignore[reportGeneralTypeIssues]
+    is_vae_packed = any(is_packed(tensor) for name, tensor in state_dict.items()
+                        if name.startswith(VAE_PREFIXES))
+
+    def build(state_dict, **outputs) -> Sequence[Any]:
+        with explain_shape_errors(file.path.name), dequantize_plain_parameters():
+            parts = comfy.sd.load_state_dict_guess_config(
+                state_dict, embedding_directory=embedding_directory,
+                metadata=file.text_metadata, model_options=model_options,
+                te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)
+        assert parts is not None  # as for a model that the host does not detect
+        return parts
+
+    if is_vae_packed and outputs["output_vae"]:
+        model, clip, *_ = build(dict(state_dict), **outputs | {"output_vae": False})
+        with pack_layers():
+            vae = build(state_dict, output_model=False, output_clip=False)[2]
+    else:
+        model, clip, vae, *_ = build(state_dict, **outputs)
     if model is not None:
         wrap_model(model, file, compute)
     if clip is not None:

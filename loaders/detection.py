@@ -27,6 +27,9 @@ DETECTION_ERRORS = (
     RuntimeError,
 )
 
+# The host's class of a model -> how the advice begins where its file lacks weights.
+MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it, or get"}
+
 
 def try_detect(function: Callable, *arguments, **options) -> Any:
     """Calls one of the host's detection or conversion functions.
@@ -76,8 +79,9 @@ def missing_keys_text(state_dict: dict[str, torch.Tensor], prefix: str) -> str |
         keys = sorted(key.format(prefix) for key in model.required_keys)
         missing = [key for key in keys if key not in state_dict]
         if missing and model.matches(config):
+            hint = MISSING_HINTS.get(model.__name__, "Get")
             return (f"lacks {' and '.join(map(repr, missing))}, which ComfyUI expects in a file of"
-                    f" {model.__name__}. Get a conversion of a file that was made for ComfyUI.")
+                    f" {model.__name__}. {hint} a conversion of a file that was made for ComfyUI.")
     return None
 
 

@@ -1,4 +1,5 @@
 """Loads diffusion models from weight files and folders as the host's own, with packed weights."""
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -25,14 +26,15 @@ from .detection import (
 from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
-from .host_formats import AUTOMATIC, packed_formats
+from .host_formats import AUTOMATIC, EXACT, packed_formats
+from .modules import explain_module_errors, join_module, module_layers, reject_unused_module
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
+from .seedvr2 import add_texts
 
 DIFFUSION_MODEL = "diffusion model"
-CHECKPOINT_PREFIX = "model.diffusion_model."
 
 
 @register_loader(DIFFUSION_MODEL)
@@ -53,7 +55,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
         model_options: the host's, such as `load_device`; `dtype` affects only files that go to the
             host's own loader.
-        extra: path of a file with further layers of the model, such as VACE's.
+        extra: path of a module: a file with further layers of the model, such as VACE's.
         host_formats: one of `host_formats.HOST_FORMATS`.
 
     Raises:
@@ -76,28 +78,29 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
         return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
     reject_non_diffusion(file)
-    progress = Progress("reading", *(["packing"] if pack_to else []), "building the model")
+    stages = ["reading", *(["packing"] if pack_to else [])]
+    progress = Progress(*stages, *(stages if extra else []), "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats)
+    prefix = model_prefix(state_dict)
+    module = {}
     if extra:
-        state_dict |= _extra_layers(extra, model_prefix(state_dict))
+        module_file = open_weights(extra)
+        module, packed_module = read_weights(module_file, pack_to, progress,
+                                             packed_formats(EXACT, device))
+        module = module_layers(module_file, module)
+        state_dict = join_module(to_comfy_quant_layout(file, state_dict), prefix, module)
+        packed = packed and packed_module and PackStats.merge([packed, packed_module])
+    add_texts(state_dict, prefix, path)
     devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
-    patcher = build_model(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic,
-                          devices)
+    with explain_module_errors(path, extra) if extra else contextlib.nullcontext():
+        patcher = build_model(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic,
+                              devices)
+    if extra:
+        reject_unused_module(patcher, module, path, extra)
     if packed:
         packed.attach(patcher)
     progress.stage()
     return recipe.attach(patcher)
-
-
-def _extra_layers(path: str, prefix: str) -> dict[str, torch.Tensor]:
-    """Returns a file's weights with `prefix` before their names; of a checkpoint, only the model's.
-    """
-    weights = to_comfy_keys(open_weights(path).state_dict())
-    model_weights = {
-        name.removeprefix(CHECKPOINT_PREFIX): weight for name, weight in weights.items()
-        if name.startswith(CHECKPOINT_PREFIX)
-    }
-    return {prefix + name: weight for name, weight in (model_weights or weights).items()}
 
 
 def read_weights(

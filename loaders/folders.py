@@ -307,6 +307,21 @@ def find_file(name: str, *keys: str) -> str:
         " file there, or pick another one; press R in ComfyUI to refresh the list.")
 
 
+def find_companion(path: str, names: Iterable[str]) -> str | None:
+    """Returns the first of some files that is in the folder of a model, or in a folder of diffusion
+    models or text encoders; None if none is.
+
+    Args:
+        path: of the model.
+        names: of the files, without folders.
+    """
+    folders = [os.path.dirname(path)]
+    for key in ("diffusion_models", "text_encoders"):
+        folders += folder_paths.get_folder_paths(key)
+    paths = (os.path.join(folder, name) for folder in folders for name in names)
+    return next(filter(os.path.isfile, paths), None)
+
+
 # whether the prompt that is being validated runs on other machines
 FILES_MAY_BE_REMOTE = ContextVar("FILES_MAY_BE_REMOTE", default=False)
 

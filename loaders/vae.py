@@ -1,7 +1,9 @@
-"""Loads VAEs as the host's own, keeps 16-bit weights in 16 bits, and makes a CPU faster at them.
+"""Loads VAEs as the host's own, keeps packed weights packed and 16-bit weights in 16 bits, and
+makes a CPU faster at them.
 
 A host that computes in float32 would keep every weight in float32. Its layers can cast at use.
 """
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +19,10 @@ from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
 
 from ..ops.cpu_convolution import convolve_dense_layers
+from ..ops.layers import PackedLayer
+from ..ops.load_hooks import dequantize_plain_parameters, pack_layers
 from ..ops.packed_layout import is_packed
+from ..ops.patcher import adopt
 from .comfy_bridge import guard_of
 from .comfy_quant import reject_unread_layers
 from .compute_choice import vae_dtype
@@ -60,7 +65,13 @@ def wrap_vae(vae: Any, compute: str = "exact") -> Any:
         comfy.model_management.archive_model_dtypes(model.to(dtype))
     downcast_weights(vae)
     vae.size, vae.patcher.size = None, 0  # the host computes them again
-    if compute != "float32":
+    packed_layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+    if packed_layers:
+        adopt(vae.patcher)
+    if compute == "float32":
+        for layer in packed_layers:
+            layer.compute = compute
+    elif not packed_layers:  # which have their channels last by themselves
         convolve_dense_layers(model)
     guard = guard_of(model)
     if guard is not None and guard.files:
@@ -82,6 +93,7 @@ def downcast_weights(vae: comfy.sd.VAE):
             or weight is None
             or weight.ndim < 2
             or weight.dtype != torch.float32
+            or is_packed(weight)
         ):
             continue
         for dtype in HALF_DTYPES:
@@ -93,7 +105,7 @@ def downcast_weights(vae: comfy.sd.VAE):
 
 
 def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
-    """Loads a VAE from a file or folder; packed weights are dequantised.
+    """Loads a VAE from a file or folder and keeps its packed weights packed.
 
     Args:
         path: of a file or folder.
@@ -106,10 +118,6 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
         file = open_weights(path)
         weights = file.state_dict()
         reject_unread_layers(file, weights)
-        weights = {
-            name: value.dequantize() if is_packed(value) else value
-            for name, value in weights.items()
-        }
         metadata = file.text_metadata
     else:
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
@@ -125,15 +133,18 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
 
 
 def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
-              metadata: Mapping | None) -> comfy.sd.VAE:
+              metadata: Mapping | None = None) -> comfy.sd.VAE:
     """Builds the host's VAE for a device; on the CPU it stays there between runs too.
 
     Args:
-        weights: of a file.
+        weights: of a file, packed ones and others.
         device: where the VAE runs; None: the host's choice.
         metadata: of the file.
     """
-    vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
+    is_any_packed = any(map(is_packed, weights.values()))
+    with pack_layers() if is_any_packed else contextlib.nullcontext():
+        with dequantize_plain_parameters():
+            vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
     if device is not None and device.type == "cpu" and vae.first_stage_model is not None:
         vae.patcher.offload_device = device
     return vae

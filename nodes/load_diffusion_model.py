@@ -10,6 +10,7 @@ from .node_text import loader_output
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 AS_THE_FILE = "as the file"
+NO_MODULE = "none"
 
 
 def compute_input():
@@ -64,6 +65,11 @@ def packed_type(pack_to: str) -> str | None:
     return None if pack_to == AS_THE_FILE else pack_to
 
 
+def picked_module(name: str | None) -> str | None:
+    """Returns the file for an option of the input for modules, None for none."""
+    return None if name == NO_MODULE else name
+
+
 def disable_dynamic_vram_input():
     """Returns the input that keeps one model out of dynamic VRAM."""
     return io.Boolean.Input(
@@ -83,6 +89,7 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
+        files = list_files(*FOLDERS)
         return io.Schema(
             node_id="FeatherweightLoadDiffusionModel",
             display_name="Load Diffusion Model (Featherweight)",
@@ -106,7 +113,7 @@ class LoadDiffusionModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[*list_files(*FOLDERS), *list_model_folders(*FOLDERS)],
+                    options=[*files, *list_model_folders(*FOLDERS)],
                     display_name="model",
                     tooltip="A file in models/diffusion_models or models/unet, or a folder that"
                     " diffusers saved there (…/transformer).",
@@ -115,13 +122,24 @@ class LoadDiffusionModel(io.ComfyNode):
                 disable_dynamic_vram_input(),
                 pack_to_input("the model"),
                 host_formats_input(),
+                io.Combo.Input(
+                    "module_name",
+                    options=[NO_MODULE, *files],
+                    default=NO_MODULE,
+                    optional=True,
+                    advanced=True,
+                    display_name="module",
+                    tooltip="A file in models/diffusion_models or models/unet with further layers"
+                    " for the model, such as the VACE module for Wan. Both are loaded as one model,"
+                    " and each may be packed in its own way.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def validate_inputs(cls, model_name=None):
-        return validate_files(model_name, keys=FOLDERS)
+    def validate_inputs(cls, model_name=None, module_name=NO_MODULE):
+        return validate_files(model_name, picked_module(module_name), keys=FOLDERS)
 
     @classmethod
     def execute(
@@ -131,13 +149,15 @@ class LoadDiffusionModel(io.ComfyNode):
         disable_dynamic_vram=False,
         pack_to=AS_THE_FILE,
         host_formats=AUTOMATIC,
+        module_name=NO_MODULE,
     ) -> io.NodeOutput:
-        path = find_file(model_name, *FOLDERS)
+        extra = picked_module(module_name)
         model = load_diffusion_model(
-            path,
+            find_file(model_name, *FOLDERS),
             compute=compute,
             disable_dynamic=disable_dynamic_vram,
             pack_to=packed_type(pack_to),
             host_formats=host_formats,
+            extra=extra and find_file(extra, *FOLDERS),
         )
         return io.NodeOutput(*loader_output(model=model))

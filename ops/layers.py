@@ -1,6 +1,7 @@
 """The layers that hold packed weights: Linear, Embedding, convolutions and experts."""
 import contextlib
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 import comfy.float
@@ -22,6 +23,7 @@ from .packed_layout import (
     squeeze_to,
 )
 from .packed_tensor import relabel
+from .pickle_names import stable_pickle_name
 from .row_slicing import without_padding
 from .workspace import shared_workspace
 
@@ -295,18 +297,15 @@ class _PackedConv(PackedLayer):
         return torch.cat(parts, 1) if parts[1:] else parts[0]
 
 
-class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
-    """A 1-D convolution with a packed kernel."""
-
-
-class Conv2d(_PackedConv, comfy.ops.manual_cast.Conv2d):
-    """A 2-D convolution with a packed kernel."""
+class _PackedConv2d(_PackedConv):
+    """The convolution of `Conv2d`, which has the channels last where that is faster."""
 
     def _without_branch(self, input, weight, bias, *args, **kwargs):
+        conv: Any = self
         channels_last = (
             not (args or kwargs)
             and self.compute != "float32"
-            and cpu_convolution.takes(self, input)
+            and cpu_convolution.takes(conv, input)
             and self.is_unpatched(weight)
             and product.fits_workspace(weight, input, reordered=True)
         )
@@ -315,7 +314,15 @@ class Conv2d(_PackedConv, comfy.ops.manual_cast.Conv2d):
         slices = product.dequantized_slices(weight, input.dtype, self.value_dtype,
                                             channels_last=True)
         with contextlib.closing(slices):
-            return cpu_convolution.convolve(self, input, slices, bias)
+            return cpu_convolution.convolve(conv, input, slices, bias)
+
+
+class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
+    """A 1-D convolution with a packed kernel."""
+
+
+class Conv2d(_PackedConv2d, comfy.ops.manual_cast.Conv2d):
+    """A 2-D convolution with a packed kernel."""
 
 
 class Conv3d(_PackedConv, comfy.ops.manual_cast.Conv3d):
@@ -396,3 +403,47 @@ class MoEExperts(PackedLayer, _Experts):
 
 
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)
+
+
+# torch's layer -> what makes a layer of the host that derives from it a packed one
+_MIXINS = {
+    torch.nn.Linear: PackedLinear, torch.nn.Conv1d: _PackedConv, torch.nn.Conv2d: _PackedConv2d,
+    torch.nn.Conv3d: _PackedConv,
+}
+
+
+def make_packed(layer: Any):
+    """Makes a layer that the host has built, before it loads its weights, a packed one in place.
+
+    Modules that are no linear layer or convolution of the host's, layers whose weight is computed
+    from other parameters, and packed layers stay as they are.
+    """
+    layer_class = type(layer)
+    mixin = next((mixin for base, mixin in _MIXINS.items() if issubclass(layer_class, base)), None)
+    is_host_layer = issubclass(layer_class, comfy.ops.CastWeightBiasOp)
+    if mixin is None or not is_host_layer or issubclass(layer_class, PackedLayer):
+        return
+    if hasattr(layer, "parametrizations") or hasattr(layer, "weight_g"):  # a normed weight
+        return
+    if layer.weight is None:  # with dynamic VRAM the host makes the weights while it loads them
+        sizes = layer.in_features, layer.out_features
+        torch.nn.Linear.__init__(layer, *sizes, layer.comfy_need_lazy_init_bias,
+                                 dtype=layer.weight_comfy_model_dtype)
+    layer.__class__ = _packed_class(mixin, layer_class)
+    layer.comfy_cast_weights = True
+    layer._workspace = shared_workspace()
+    layer.lora = None
+
+
+@functools.cache
+def _packed_class(mixin: type[PackedLayer], layer_class: type) -> type[PackedLayer]:
+    return type(layer_class.__name__, (mixin, layer_class),
+                {"new": (new_packed, (mixin.__name__, layer_class))})
+
+
+@stable_pickle_name
+def new_packed(mixin_name: str, layer_class: type) -> PackedLayer:
+    """Returns an uninitialised layer of a class of `make_packed`."""
+    mixin = next(mixin for mixin in _MIXINS.values() if mixin.__name__ == mixin_name)
+    cls = _packed_class(mixin, layer_class)
+    return cls.__new__(cls)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import product
-from .layers import PackedLayer
+from .layers import PackedLayer, make_packed
 from .packed_layout import is_packed, squeeze_to
 
 ModuleFilter = Callable[[str, torch.nn.Module], bool]  # (name in its parent, module)
@@ -21,6 +21,17 @@ def dequantize_plain_parameters() -> contextlib.AbstractContextManager:
     """
     return before_each_load(lambda name, module: not isinstance(module, PackedLayer),
                             _dequantize_own_parameters)
+
+
+@contextlib.contextmanager
+def pack_layers() -> Iterator[None]:
+    """While the host builds a model from its own layers, such as a VAE, makes these packed ones."""
+    handle = torch.nn.modules.module.register_module_module_registration_hook(
+        lambda parent, name, module: make_packed(module))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def before_each_load(is_chosen: ModuleFilter,

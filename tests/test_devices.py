@@ -5,10 +5,12 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
+from checkpoint_parts import autoencoder
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from families import FAMILIES
 from families import random_weights as family_weights
+from packed_files import packed_weights, write_packed
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
@@ -17,6 +19,7 @@ from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.vae import load_vae
 from featherweight.nodes import load_text_encoder, node_text
+from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.fake_gpus
 
@@ -95,16 +98,18 @@ def test_models_and_vaes_are_loaded_for_a_device_and_loaded_again_for_it(device,
         for name, value in tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1).items()
     }
     write_random_gguf(tmp_path / "flux.gguf", shapes, "Q8_0")
-    write_random_gguf(tmp_path / "vae.gguf",
-                      {name: value.shape for name, value in tiny_models.autoencoder().items()},
-                      "Q8_0")
+    write_packed(tmp_path / "vae.gguf", packed_weights(autoencoder()))
+    vae, on_the_cpu = (load_vae(str(tmp_path / "vae.gguf"), where) for where in (device, CPU))
     found = [
         load_diffusion_model(tmp_path / "flux.gguf", model_options=devices.device_options(device)),
-        load_vae(str(tmp_path / "vae.gguf"), device).patcher
+        vae.patcher
     ]
     found += [patcher.cached_patcher_init[0]() for patcher in found]
     assert {patcher.load_device for patcher in found} == {device or FIRST}
     assert {patcher.offload_device for patcher in found} == {CPU}
+    latent = torch.linspace(-1, 1, 16 * 16).reshape(1, 16, 4, 4)
+    assert torch.equal(vae.decode(latent).cpu(), on_the_cpu.decode(latent))
+    assert sum(map(is_packed, vae.first_stage_model.parameters())) > 30
 
 
 @pytest.mark.parametrize("suffix", ["gguf", "safetensors"])

@@ -1,8 +1,9 @@
-"""Reads LoRAs that torch saved (.pt, .ckpt, .bin): pickles, read without running anything."""
+"""Reads files that torch saved (.pt, .ckpt, .bin): pickles, read without running anything."""
 import io
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,9 +11,7 @@ from ..files.container import WeightFileError, first_line, map_file
 
 
 def read_torch_file(path: str) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a dict, of its `state_dict` or of the only dict in it.
-
-    torch reads from memory here: from a file it would allocate as much as a damaged length says.
+    """Reads the tensors of a LoRA: those of a dict, of its `state_dict` or of the only dict in it.
 
     Returns:
         Name -> tensor on the CPU.
@@ -20,19 +19,7 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
     Raises:
         WeightFileError: if the file is damaged or holds more than tensors.
     """
-    name = Path(path).name
-    content = io.BytesIO(map_file(path))
-    try:
-        _reject_compressed(content)
-        loaded = torch.load(content, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightFileError(
-            f"{name} cannot be read as a LoRA: it is damaged, or holds more than tensors, which"
-            " could be a program and is not run. Get it as safetensors.") from error
-    except Exception as error:  # torch's readers raise anything for damaged files
-        raise WeightFileError(
-            f"{name} cannot be read as a LoRA: the file is damaged or incomplete"
-            f" ({first_line(error)}). Download it again.") from error
+    loaded = read_torch_object(path, "a LoRA")
     if not isinstance(loaded, dict):
         return {}
     only_value = next(iter(loaded.values())) if len(loaded) == 1 else None
@@ -43,11 +30,38 @@ def read_torch_file(path: str) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor) and isinstance(key, str)
     }
     for key, tensor in tensors.items():
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             raise WeightFileError(
-                f"{name} cannot be read as a LoRA: its {key!a:.100} is not a plain tensor, or is"
-                " larger than its data in the file. Get it as safetensors.")
+                f"{Path(path).name} cannot be read as a LoRA: its {key!a:.100} is not a plain"
+                " tensor, or is larger than its data in the file. Get it as safetensors.")
     return tensors
+
+
+def read_torch_object(path: str, what: str) -> Any:
+    """Returns the object in a file that torch saved, of tensors on the CPU and plain containers.
+
+    torch reads from memory here: from a file it would allocate as much as a damaged length says.
+
+    Args:
+        path: of the file.
+        what: it should hold, such as "a LoRA", for messages.
+
+    Raises:
+        WeightFileError: if the file is damaged or holds more than tensors.
+    """
+    name = Path(path).name
+    content = io.BytesIO(map_file(path))
+    try:
+        _reject_compressed(content)
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightFileError(
+            f"{name} cannot be read as {what}: it is damaged, or holds more than tensors, which"
+            " could be a program and is not run. Get it as safetensors.") from error
+    except Exception as error:  # torch's readers raise anything for damaged files
+        raise WeightFileError(
+            f"{name} cannot be read as {what}: the file is damaged or incomplete"
+            f" ({first_line(error)}). Download it again.") from error
 
 
 def _reject_compressed(content: io.BytesIO):
@@ -62,7 +76,7 @@ def _reject_compressed(content: io.BytesIO):
         content.seek(0)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     """Returns whether a tensor is dense, on the CPU, and has memory for all of its values."""
     return (
         tensor.layout == torch.strided

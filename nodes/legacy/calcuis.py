@@ -105,8 +105,7 @@ NODE_CONFIG = {
         VaeLoader,
         "GGUF VAE Loader",
         lambda: [vae_files.vae_name_input()],
-        "The VAE loader of workflows made with calcuis' gguf pack. It dequantises the weights of a"
-        " GGUF file.",
+        "The VAE loader of workflows made with calcuis' gguf pack. Packed weights stay packed.",
     ),
 }
 NODE_CLASS_MAPPINGS = {

@@ -5,10 +5,11 @@ import torch
 from comfy_api.latest import io
 
 from ...loaders.folders import find_file, list_files, validate_files
+from ..load_diffusion_model import NO_MODULE as NONE
+from ..load_diffusion_model import picked_module
 from ..node_text import loader_output
 from .gguf import CLIP_FOLDERS, FOLDERS, dtype_inputs, load_model, model_input
 
-NONE = "none"
 # option: the host's name of the attention function
 ATTENTION = {"sdpa": "pytorch", "sageattn": "sage", "xformers": "xformers", "flashattn": "flash"}
 
@@ -57,7 +58,7 @@ class GGUFLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name=None, extra_model_name=NONE):
-        extra = None if extra_model_name == NONE else extra_model_name
+        extra = picked_module(extra_model_name)
         return validate_files(model_name, extra, keys=(*FOLDERS, *CLIP_FOLDERS))
 
     @classmethod
@@ -71,11 +72,8 @@ class GGUFLoader(io.ComfyNode):
         enable_fp16_accumulation=False,
         attention_override=NONE,
     ) -> io.NodeOutput:
-        extra = (
-            None
-            if extra_model_name in (NONE, None)
-            else find_file(extra_model_name, *FOLDERS, *CLIP_FOLDERS)
-        )
+        extra = picked_module(extra_model_name)
+        extra = extra and find_file(extra, *FOLDERS, *CLIP_FOLDERS)
         model = load_model(model_name, dequant_dtype, patch_dtype, extra=extra)
         notes = [
             accumulate_in_fp16(enable_fp16_accumulation),

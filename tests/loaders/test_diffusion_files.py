@@ -242,18 +242,6 @@ def test_registers_of_ltx_2_reach_the_text_connector(path, monkeypatch, caplog):
     assert relative_error(out, expected) < 1e-5
 
 
-@families("seedvr2-3b")
-def test_seedvr2_without_the_texts_that_it_runs_with_is_refused(family, path):
-    texts = ("negative_conditioning", "positive_conditioning")
-    weights = {key: value for key, value in random_weights(family).items() if key not in texts}
-    write_gguf(path, weights, **comfyui_gguf_style())
-    with pytest.raises(WeightFileError, match=(
-            "^model.gguf lacks 'negative_conditioning' and 'positive_conditioning', which ComfyUI"
-            " expects in a file of SeedVR2. Get a conversion of a file that was made for ComfyUI."
-            "$")):
-        load_diffusion_model(str(path))
-
-
 @families("sd1.5", "flux-dev")
 def test_whole_checkpoint_gives_its_diffusion_model(family, path, caplog):
     weights = {PREFIX + name: values for name, values in random_weights(family).items()}

@@ -1,21 +1,31 @@
-"""What a VAE on a CPU computes in."""
+"""What a VAE on a CPU computes in, and packed weights of VAEs."""
+import pickle
 import random
 
 import comfy.cli_args
+import comfy.memory_management
+import comfy.ops
 import comfy.sd
 import numpy as np
 import pytest
 import torch
+from checkpoint_parts import flux as tiny_flux
+from checkpoint_parts import with_prefixes
 from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taesd import TAESD
+from packed_files import pack_int8, pack_q8_0, packed_weights, write_packed
 from safetensors.torch import save_file
 
 from demo_model import scenes
 from devtools.files import demo_files
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.compute_choice import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
-from featherweight.loaders.vae import load_vae
+from featherweight.loaders.vae import build_vae, load_vae, wrap_vae
 from featherweight.ops import cpu_features
+from featherweight.ops.format import FORMATS
+from featherweight.ops.layers import make_packed
+from featherweight.ops.packed_layout import is_packed, packed_tensor
 
 CPU = torch.device("cpu")
 PICTURES = 8
@@ -109,3 +119,135 @@ def test_a_cpu_without_bfloat16_and_another_device_keep_the_hosts_choice(monkeyp
 def test_a_vae_that_was_not_measured_keeps_the_hosts_choice():
     model = AutoencoderKL(ddconfig=AUTOENCODER, embed_dim=4)
     assert vae_dtype(model, CPU, "exact") is None
+
+
+def dense_weights(weights):
+    return {name: value.dequantize() if is_packed(value) else value
+            for name, value in weights.items()}
+
+
+def random_values(model):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
+        if value.ndim > 1 else torch.full(value.shape, 0.5) for name, value in
+        model.state_dict().items()
+    }
+
+
+def decoder_of_stable_diffusion():
+    """Of its names and shapes, an eighth as wide; the host leaves the encoder's values open."""
+    with torch.device("meta"):
+        model = AutoencoderKL(embed_dim=4, ddconfig={
+            **AUTOENCODER, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "ch": 32})
+    return {name: value for name, value in random_values(model).items() if "encoder" not in name}
+
+
+def video():
+    """Of Wan's names and shapes, a third as wide."""
+    with torch.device("meta"):
+        model = WanVAE(dim=32, z_dim=16, dim_mult=[1, 2, 4, 4], attn_scales=[],
+                       temperal_downsample=[False, True, True])
+    return random_values(model)
+
+
+VAES = {
+    "pictures": (decoder_of_stable_diffusion, (1, 4, 8, 8), "AutoencoderKL"),
+    "small": (demo_files.vae, (1, 16, 8, 8), "TAESD"),
+    "video": (video, (1, 16, 3, 4, 4), "WanVAE"),
+    "frame": (video, (1, 16, 1, 4, 4), "WanVAE")  # the host takes the last of each kernel
+}
+
+
+@pytest.mark.parametrize(("pack", "compute"), [(pack_q8_0, "exact"), (pack_int8, "float32")])
+@pytest.mark.parametrize("name", VAES)
+def test_a_packed_vae_draws_what_its_dequantised_self_draws(name, pack, compute):
+    weights, shape, class_name = VAES[name]
+    packed = packed_weights(weights(), pack)
+    vae = wrap_vae(build_vae(packed, None), compute)
+    plain = wrap_vae(build_vae(dense_weights(packed), None), compute)
+    assert type(vae.first_stage_model).__name__ == class_name and vae.vae_dtype == plain.vae_dtype
+    latent = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    picture, expected = vae.decode(latent), plain.decode(latent)
+    assert expected.std() > 0.01 and torch.allclose(picture, expected, atol=1e-5)
+    if name != "pictures":
+        frames = expected.flatten(0, -4)
+        assert torch.allclose(vae.encode(frames), plain.encode(frames), rtol=1e-4, atol=1e-4)
+
+
+def test_a_vae_of_a_packed_file_is_held_as_the_file_has_it_wherever_it_is_loaded_from(tmp_path):
+    """Of all that has nodes here: a file of its own, and a checkpoint."""
+    packed = packed_weights(demo_files.vae())
+    write_packed(tmp_path / "vae.gguf", packed)
+    checkpoint = with_prefixes(model=tiny_flux()) | {
+        f"vae.{name}": value for name, value in packed.items()}
+    write_packed(tmp_path / "checkpoint.gguf", checkpoint)
+    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = wrap_vae(build_vae(dense_weights(packed), None)).decode(latent)
+    for vae in (load_vae(str(tmp_path / "vae.gguf")),
+                load_checkpoint(str(tmp_path / "checkpoint.gguf"))[2]):
+        weights = dict(vae.first_stage_model.named_parameters())
+        assert {name for name, weight in weights.items() if is_packed(weight)} >= {
+            name for name, weight in packed.items() if is_packed(weight)}
+        count = sum(weight.numel() for weight in weights.values())
+        assert vae.model_size() == vae.patcher.model_size() < 1.1 * count
+        assert torch.allclose(vae.decode(latent), expected, atol=1e-5)
+        again = vae.patcher.cached_patcher_init[0]().model
+        assert sum(map(is_packed, again.parameters())) == sum(map(is_packed, weights.values()))
+
+
+def test_layers_of_a_packed_vae_can_be_pickled():
+    vae = build_vae(packed_weights(video()), None)
+    layer = vae.first_stage_model.decoder.middle[0].residual[2]
+    again = pickle.loads(pickle.dumps(layer))
+    assert type(again) is type(layer) and is_packed(again.weight)
+    input = torch.randn(1, 128, 2, 4, 4)
+    assert torch.equal(again(input), layer(input))
+
+
+def test_a_linear_layer_without_weights_yet_is_packed_too(monkeypatch):
+    """As the host builds it with dynamic VRAM."""
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    layer = comfy.ops.disable_weight_init.Linear(64, 8)
+    make_packed(layer)
+    weight, bias = pack_q8_0(torch.randn(8, 64)), torch.randn(8)
+    layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
+    assert is_packed(layer.weight)
+    input = torch.randn(3, 64)
+    expected = torch.nn.functional.linear(input, weight.dequantize(), bias)
+    assert torch.allclose(layer(input), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packing_the_demos_vae_to_8_bits_costs_more_than_a_vae_may_lose():
+    """So no node packs one; see docs/packing.md."""
+    weights, pictures = demo_files.vae(), drawings()
+    exact = wrap_vae(build_vae(weights, None), "float32")
+    latent = exact.encode(pictures)
+    expected = exact.decode(latent)
+    for pack in (pack_q8_0, pack_int8):
+        vae = wrap_vae(build_vae(packed_weights(weights, pack), None), "float32")
+        assert 40 < decibels(vae.decode(latent), expected) < LEAST_DECIBELS
+        assert 30 < decibels(vae.decode(vae.encode(pictures)), expected) < 40
+
+
+STABLE_DIFFUSION = {**AUTOENCODER, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+
+
+@pytest.mark.parametrize(("model", "arguments", "megabytes", "in_16_bits"), [
+    (AutoencoderKL, {"embed_dim": 4, "ddconfig": STABLE_DIFFUSION}, 89, 167),
+    (WanVAE, {"dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "attn_scales": [],
+              "temperal_downsample": [False, True, True]}, 135, 254)])
+def test_the_vaes_of_stable_diffusion_and_wan_hold_what_the_documentation_says(
+        model, arguments, megabytes, in_16_bits):
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in model(**arguments).state_dict().items()}
+    q8_0 = FORMATS["Q8_0"]
+    weights = {
+        name: packed_tensor(q8_0, torch.zeros(shape.numel() // 32 * 34, dtype=torch.uint8), shape)
+        if len(shape) > 1 and shape[1:].numel() % 32 == 0 else torch.zeros(shape)
+        for name, shape in shapes.items()
+    }
+    assert round(build_vae(weights, None).model_size() / 1e6) == megabytes
+    count = sum(shape.numel() for shape in shapes.values())
+    assert round(count * 2 / 1e6) in (in_16_bits, in_16_bits + 1)

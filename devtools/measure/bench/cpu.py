@@ -18,9 +18,13 @@ from comfy.taesd.taesd import TAESD
 
 from featherweight.loaders.compute_choice import choose_compute, compute_text, vae_dtype
 from featherweight.ops.cpu_convolution import convolve_dense_layers
+from featherweight.ops.format import FORMATS
 from featherweight.ops.kernels.kernel import dtype_name
+from featherweight.ops.load_hooks import pack_layers
 from featherweight.ops.operations import packed_operations
+from featherweight.ops.packed_tensor import relabel
 from featherweight.ops.patcher import adopt
+from featherweight.ops.quantize import pack_tensor
 
 EXTRAS = ("openvino", "diffusers")  # the group "bench" of pyproject.toml
 CONTEXT = 768  # width of the text conditioning
@@ -47,8 +51,8 @@ def bench_cpu(options):
     """A step of Stable Diffusion 1.5 on a CPU, one picture of 512 by 512: packed linear layers and
     convolutions in F16, in what the CPU computes in by default, the same with a LoRA as LCM's, in
     float32 as on a CPU without bfloat16, and in float32 as version 0.2.0; its VAE and a small one
-    (TAESD) by ComfyUI and as this pack loads them; and OpenVINO's with 16-bit weights,
-    in bfloat16 and in float32, where openvino and diffusers are installed."""
+    (TAESD) by ComfyUI and as this pack loads them, dense and in Q8_0; and OpenVINO's with 16-bit
+    weights, in bfloat16 and in float32, where openvino and diffusers are installed."""
     if device().type != "cpu":
         print("  the device is no CPU")
         return
@@ -72,15 +76,21 @@ def bench_cpu(options):
     variants = {"no LoRA": step_of(plain, inputs), "LCM's": step_of(with_lora(changed), inputs)}
     yield f"{options.formats[0]}, LoRA", side_by_side(variants, options.rounds)
     latent, vae_channels = inputs[0], max(32, channels * 2 // 5)
-    for name, vae in (("VAE", AutoencoderKL(ddconfig={**VAE, "ch": vae_channels}, embed_dim=4)),
-                      ("TAESD", TAESD(latent_channels=4))):
-        vae = with_random_values(vae)
+    config = {**VAE, "ch": vae_channels}
+    for name, make in (("VAE", lambda: AutoencoderKL(ddconfig=config, embed_dim=4)),
+                       ("TAESD", lambda: TAESD(latent_channels=4))):
+        vae = with_random_values(make())
         variants = openvino_decoders(name, vae_channels, latent) if others else {}
         variants["ComfyUI"] = decode_of(vae, latent)
         dtype = vae_dtype(vae, latent.device, "exact") or latent.dtype
         vae = copy.deepcopy(vae).to(dtype)
+        with pack_layers():
+            packed = make()
+        packed.load_state_dict(
+            {key: packed_kernel(weight) for key, weight in vae.state_dict().items()})
         convolve_dense_layers(vae)
-        variants[f"this pack, {dtype_name(dtype)}"] = decode_of(vae, latent.to(dtype))
+        for title, model in (("this pack", vae), ("Q8_0", packed.eval().to(dtype))):
+            variants[f"{title}, {dtype_name(dtype)}"] = decode_of(model, latent.to(dtype))
         yield name, side_by_side(variants, options.rounds)
 
 
@@ -92,6 +102,14 @@ def with_random_values(model: torch.nn.Module) -> torch.nn.Module:
         else:
             torch.nn.init.constant_(parameter, 0.5)
     return model
+
+
+def packed_kernel(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in Q8_0, or as it is where blocks of 32 values do not divide its rows."""
+    if weight.ndim < 2 or weight[0].numel() % FORMATS["Q8_0"].block_length:
+        return weight
+    packed = pack_tensor(weight.float().flatten(1), FORMATS["Q8_0"])
+    return relabel(packed, shape=weight.shape)
 
 
 def decode_of(vae, latent):
