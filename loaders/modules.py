@@ -27,7 +27,7 @@ def module_layers(file: WeightFile, state_dict: dict[str, torch.Tensor]) -> dict
     of_model = {name.removeprefix(CHECKPOINT_PREFIX): weight for name, weight in state_dict.items()
                 if name.startswith(CHECKPOINT_PREFIX)}
     layers = of_model or state_dict
-    other = describe_other_kind(layers)
+    other = describe_other_kind(layers, "module")
     if other is None and is_diffusion_model(layers):
         other = "a whole diffusion model"
     if other is not None:

@@ -1,6 +1,7 @@
 """Hooks that run in each module while the host builds a model and loads its state dict."""
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,9 +26,17 @@ def dequantize_plain_parameters() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def pack_layers() -> Iterator[None]:
-    """While the host builds a model from its own layers, such as a VAE, makes these packed ones."""
-    handle = torch.nn.modules.module.register_module_module_registration_hook(
-        lambda parent, name, module: make_packed(module))
+    """While the host builds a model from its own layers, such as a VAE, makes these packed ones.
+
+    What other threads build meanwhile stays as it is.
+    """
+    thread = threading.get_ident()
+
+    def on_submodule(parent, name, module):
+        if module is not None and threading.get_ident() == thread:
+            make_packed(module)
+
+    handle = torch.nn.modules.module.register_module_module_registration_hook(on_submodule)
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
 """What a VAE on a CPU computes in, and packed weights of VAEs."""
+import concurrent.futures
 import pickle
 import random
 
@@ -24,7 +25,8 @@ from featherweight.loaders.compute_choice import BFLOAT16_VAES, VAE_DTYPE_FLAGS,
 from featherweight.loaders.vae import build_vae, load_vae, wrap_vae
 from featherweight.ops import cpu_features
 from featherweight.ops.format import FORMATS
-from featherweight.ops.layers import make_packed
+from featherweight.ops.layers import PackedLayer, make_packed
+from featherweight.ops.load_hooks import pack_layers
 from featherweight.ops.packed_layout import is_packed, packed_tensor
 
 CPU = torch.device("cpu")
@@ -194,6 +196,16 @@ def test_a_vae_of_a_packed_file_is_held_as_the_file_has_it_wherever_it_is_loaded
         assert torch.allclose(vae.decode(latent), expected, atol=1e-5)
         again = vae.patcher.cached_patcher_init[0]().model
         assert sum(map(is_packed, again.parameters())) == sum(map(is_packed, weights.values()))
+
+
+def test_what_another_thread_builds_meanwhile_is_the_hosts():
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(comfy.ops.manual_cast.Linear(4, 4))[0]
+
+    with pack_layers(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert isinstance(build(), PackedLayer)
+        assert type(pool.submit(build).result()) is comfy.ops.manual_cast.Linear
+    assert type(build()) is comfy.ops.manual_cast.Linear
 
 
 def test_layers_of_a_packed_vae_can_be_pickled():
