@@ -4,8 +4,9 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from controlnets import KINDS, flux_bfl, packed_layers, sample, write_q8_0
+from controlnets import KINDS, flux_bfl, packed_layers, sample
 from gpu_memory import lies_on
+from packed_files import write_q8_0
 
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError

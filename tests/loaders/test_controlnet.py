@@ -18,10 +18,10 @@ from controlnets import (
     packed_layers,
     random_values,
     sample,
-    write_q8_0,
 )
 from families import FAMILIES, random_weights, relative_error, shrunken_detection
 from host_nodes import UNET, seeded
+from packed_files import write_q8_0
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_zeros_gguf

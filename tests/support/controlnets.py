@@ -13,17 +13,13 @@ import comfy.memory_management
 import comfy.ops
 import comfy.sample
 import comfy.samplers
-import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names
-from families import FAMILIES, comfyui_gguf_style
-from host_formats import in_host_format
+from families import FAMILIES
 from host_nodes import UNET, models, seeded
-from safetensors.torch import save_file
-from sdnq_writer import write_folder
+from packed_files import PACKED_FILES, write_sdnq
 
 import nodes as host_nodes
-from devtools.files.gguf_files import write_gguf
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.packed_layout import is_packed
 
@@ -156,47 +152,10 @@ KINDS = {
 }
 
 
-def write_q8_0(path, weights):
-    """Matrices in Q8_0 and the rest in F32."""
-    seen = write_gguf(path, weights, **comfyui_gguf_style())
-    return {name: torch.as_tensor(values).reshape(weights[name].shape)
-            for name, values in seen.items()}
-
-
-def write_nf4(path, weights):
-    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
-    return bnb_files.write_bnb(path, weights)
-
-
-def write_int8(path, weights):
-    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
-    return bnb_files.write_bnb_int8(path, weights)
-
-
-def write_host_format(format_name: str, path, weights):
-    """Matrices in one of ComfyUI's own formats."""
-    stored, values = {}, {}
-    for name, value in weights.items():
-        stored[name] = values[name] = value
-        if value.ndim == 2:
-            parts, values[name] = in_host_format(name, value, format_name)
-            stored |= parts
-    save_file({name: value.contiguous() for name, value in stored.items()}, path)
-    return values
-
-
-def write_sdnq(path, weights):
-    """A folder as diffusers saves it."""
-    return write_folder(path, weights, group=64, rank=4, config={
-        "_class_name": "FluxControlNetModel"})
-
-
-WRITERS = {"Q8_0": (write_q8_0, "net.gguf"), "NF4": (write_nf4, "net.safetensors")}
+WRITERS = {name: PACKED_FILES[name] for name in ("Q8_0", "NF4")}
 OTHER_WRITERS = {
-    "int8": (write_int8, "net.safetensors"),
-    "SDNQ": (write_sdnq, "net"),
-    **{name: (functools.partial(write_host_format, name), "net.safetensors")
-       for name in ("float8_e4m3fn", "int8_tensorwise")},
+    **{name: PACKED_FILES[name] for name in ("int8", "float8_e4m3fn", "int8_tensorwise")},
+    "SDNQ": (functools.partial(write_sdnq, config={"_class_name": "FluxControlNetModel"}), "net"),
 }
 
 

@@ -1,0 +1,60 @@
+"""Writers of whole models in each family of packed formats, in the names that the weights have.
+
+Each takes a path and name -> float32 tensor, writes its file or folder there, and returns the values
+that a reader must get.
+"""
+import functools
+
+import numpy
+import pytest
+import torch
+from families import comfyui_gguf_style
+from host_formats import in_host_format
+from safetensors.torch import save_file
+from sdnq_writer import write_folder
+
+from devtools.files.gguf_files import write_gguf
+
+
+def write_ggml(packed_type: str, path, weights, **options):
+    """Matrices in a type of ggml and the rest in F32."""
+    seen = write_gguf(path, weights, **comfyui_gguf_style(packed_type), **options)
+    return {name: torch.from_numpy(numpy.array(values)).reshape(weights[name].shape)
+            for name, values in seen.items()}
+
+
+def write_bitsandbytes(writer: str, path, weights):
+    """Matrices by a writer of `bnb_files`."""
+    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
+    return getattr(bnb_files, writer)(path, weights)
+
+
+def write_host_format(format_name: str, path, weights):
+    """Matrices in one of ComfyUI's own formats."""
+    stored, values = {}, {}
+    for name, value in weights.items():
+        stored[name] = values[name] = value
+        if value.ndim == 2:
+            parts, values[name] = in_host_format(name, value, format_name)
+            stored |= parts
+    save_file({name: value.contiguous() for name, value in stored.items()}, path)
+    return values
+
+
+def write_sdnq(path, weights, **options):
+    """Matrices in uint4 with a low rank, in a folder as diffusers saves it."""
+    return write_folder(path, weights, group=64, rank=4, **options)
+
+
+write_q8_0 = functools.partial(write_ggml, "Q8_0")
+
+# format -> (writer, name of the file or folder)
+PACKED_FILES = {
+    "Q8_0": (write_q8_0, "net.gguf"),
+    "Q4_K": (functools.partial(write_ggml, "Q4_K"), "net.gguf"),
+    "NF4": (functools.partial(write_bitsandbytes, "write_bnb"), "net.safetensors"),
+    "int8": (functools.partial(write_bitsandbytes, "write_bnb_int8"), "net.safetensors"),
+    **{name: (functools.partial(write_host_format, name), "net.safetensors")
+       for name in ("float8_e4m3fn", "int8_tensorwise")},
+    "SDNQ": (write_sdnq, "net"),
+}
