@@ -40,15 +40,15 @@ EXTRAS = {
     "sd3.5": {"pooled_output": (1, 256)},
     "ltxv": {"attention_mask": torch.ones(1, 7, dtype=torch.long)},
     "mochi": {"attention_mask": torch.ones(1, 8, dtype=torch.long)},
-    **dict.fromkeys(("hunyuan-video", "hunyuan-video-1.5", "kandinsky5"),
-                    {"pooled_output": (1, 768)}),
+    **{name: {"pooled_output": (1, 768)}
+       for name in ("hunyuan-video", "hunyuan-video-1.5", "kandinsky5")},
     "hidream": {"pooled_output": (1, 256), "conditioning_llama3": (1, 2, 7, 256)},
     "hunyuan-dit": {
         "attention_mask": torch.ones(1, 77), "conditioning_mt5xl": (1, 256, 256),
         "attention_mask_mt5xl": torch.ones(1, 256)
     },
-    **dict.fromkeys(("omnigen2", "boogu"),
-                    {"attention_mask": torch.ones(1, 7, dtype=torch.long)}),
+    **{name: {"attention_mask": torch.ones(1, 7, dtype=torch.long)}
+       for name in ("omnigen2", "boogu")},
     "ace-step": {"conditioning_lyrics": torch.arange(9)[None]},
     "ace-step-1.5": {"conditioning_lyrics": (1, 5, 1024)},
 }

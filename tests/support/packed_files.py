@@ -1,7 +1,7 @@
 """Writers of whole models in each family of packed formats, in the names that the weights have.
 
-Each takes a path and name -> float32 tensor, writes its file or folder there, and returns the values
-that a reader must get.
+Each takes a path and name -> float32 tensor, writes its file or folder there, and returns the
+values that a reader must get.
 """
 import functools
 
