@@ -3,7 +3,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import comfy.controlnet
@@ -24,11 +24,16 @@ from .diffusers_keys import from_diffusers
 from .files import open_weights
 from .files.container import WeightFileError
 from .host_formats import EXACT, packed_formats
+from .pack_on_load import pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
 
 log = logging.getLogger(__name__)
 
+PREFIX = "control_model."  # before the names in files of LDM's ControlNets
+# What the tensors of ControlNets begin with, and those of T2I-Adapters do not.
+CONTROLNET_NAMES = re.compile(
+    r"(control_model\.)?(control|single_controlnet_|zero_convs\.|after_proj_list\.)")
 # What the host raises for a file that only begins like a ControlNet: it looks up and builds from
 # what such a file lacks.
 UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError)
@@ -57,39 +62,61 @@ class PackedControlNet(_HostControl):
         return clone
 
 
-def load_controlnet(path: str) -> comfy.controlnet.ControlBase:
+def load_controlnet(path: str, pack_to: str | None = None) -> comfy.controlnet.ControlBase:
     """Loads a ControlNet and keeps its packed weights packed.
 
     The small parts that ComfyUI computes with as plain tensors, T2I-Adapters and Control-LoRAs are
-    dequantised. A file without packed weights goes to the host's own loader.
+    dequantised. A file without packed weights goes to the host's own loader, unless it is to be
+    packed.
 
     Args:
         path: of a file or a folder of diffusers.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read, but
+            not those of T2I-Adapters and Control-LoRAs.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known ControlNet.
     """
     formats = packed_formats(EXACT, comfy.model_management.get_torch_device())
     name = os.path.basename(path)
-    if not needs_own_reader(path, None, formats):
+    if not needs_own_reader(path, pack_to, formats):
         weights: Any = comfy.utils.load_torch_file(path, safe_load=True)
         return build_controlnet(name, weights)
     file = open_weights(path)
-    progress = Progress("reading", "building the ControlNet")
+    if not _may_be_packed(file.entries):
+        pack_to = None
+    stages = ("packing", "building the ControlNet") if pack_to else ("building the ControlNet",)
+    progress = Progress("reading", *stages)
     state_dict = file.state_dict(progress.track)
-    state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
+    state_dict = as_tensors(file, state_dict, model_prefix(state_dict),
+                            None if pack_to else formats)
     reject_unread_layers(file, state_dict)
     if "lora_controlnet" in state_dict:  # the host copies its weights into a model's
         state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
                       for key, tensor in state_dict.items()}
+    sources, state_dict = _convert_fused(state_dict, lazy=pack_to is not None)
+    packed = None
+    if pack_to:
+        prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
+        packed = pack_weights(file, state_dict, pack_to, progress, prefix)
+    state_dict = sources | state_dict
     options = {"custom_operations": operations_for(state_dict)}
     with dequantize_plain_parameters():
         control: Any = build_controlnet(name, state_dict, options)
     if hasattr(control, "control_model_wrapped"):
         _keep_packed(control)
+        if packed:
+            packed.attach(control.control_model_wrapped)
         log_load_summary(file, control.control_model_wrapped)
     progress.stage()
     return control
+
+
+def _may_be_packed(names: Iterable[str]) -> bool:
+    """Returns whether a file with these names holds a ControlNet with weights of its own."""
+    names = set(names)
+    return (any(CONTROLNET_NAMES.match(name) for name in names)
+            and not names & {"lora_controlnet", "difference"})
 
 
 def build_controlnet(name: str, state_dict: Mapping[str, torch.Tensor],
@@ -113,15 +140,13 @@ def build_controlnet(name: str, state_dict: Mapping[str, torch.Tensor],
     options = dict(model_options or {})
     if _averages_over_picture(name):
         options["global_average_pooling"] = True
-    weights = dict(state_dict)
-    if "custom_operations" in options:
-        weights = _convert_fused(weights)
-        if "control_img_in.weight" in weights:  # the host would take the dtype of a packed weight
-            options["dtype"] = comfy.model_management.unet_dtype(
-                model_params=-1, supported_dtypes=[torch.bfloat16, torch.float32])
+    # the host would take the dtype of a packed weight
+    if "custom_operations" in options and "control_img_in.weight" in state_dict:
+        options["dtype"] = comfy.model_management.unet_dtype(
+            model_params=-1, supported_dtypes=[torch.bfloat16, torch.float32])
     try:
         with explain_shape_errors(name):
-            control = comfy.controlnet.load_controlnet_state_dict(weights, model_options=options)
+            control = comfy.controlnet.load_controlnet_state_dict(dict(state_dict), model_options=options)
     except UNKNOWN_ERRORS as error:
         log.debug("[Featherweight] The host knows no such ControlNet", exc_info=True)
         raise _unknown_error(name, state_dict) from error
@@ -130,19 +155,28 @@ def build_controlnet(name: str, state_dict: Mapping[str, torch.Tensor],
     return control
 
 
-def _convert_fused(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adds the weights that the host makes of several of diffusers' (q, k and v), already made.
+def _convert_fused(state_dict: Mapping[str, torch.Tensor],
+                   lazy: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Makes the weights that the host makes of several of diffusers' (q, k and v).
 
     The host detects a ControlNet by diffusers' names and joins the weights itself, which would
     dequantise packed ones. So its names get what needs no memory, and the joined weights that are
     here under their own names replace what the host makes of that.
+
+    Args:
+        state_dict: of the file.
+        lazy: see `from_diffusers`.
+
+    Returns:
+        Stand-ins without memory for the weights that were converted, and the other weights beside
+        what was made of them.
     """
-    converted = from_diffusers(dict(state_dict))
-    used = {
+    converted = from_diffusers(dict(state_dict), lazy)
+    sources = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in state_dict.items() if name not in converted
     }
-    return used | converted
+    return sources, converted
 
 
 def _keep_packed(control: Any):

@@ -26,7 +26,9 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_zeros_gguf
 from featherweight.loaders.controlnet import load_controlnet
+from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.model_summary import memory_summary
 from featherweight.ops.packed_layout import is_packed
 from featherweight.ops.patcher import PackedPatcher
 
@@ -75,6 +77,52 @@ def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, 
     expected = sample(kind, dense)
     assert relative_error(sample(kind), expected) > 1e-3
     assert relative_error(sample(kind, packed), expected) < 1e-5
+
+
+def dense_self(packed, path: str):
+    """The host's ControlNet of a file, with the values that a packed one holds."""
+    dense = comfy.controlnet.load_controlnet(path)
+    values = {name: value.dequantize() if is_packed(value) else value
+              for name, value in packed.control_model.state_dict().items()}
+    dense.control_model.load_state_dict(values)
+    return dense
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_controlnet_that_is_packed_as_it_is_read_guides_as_its_dense_self_does(
+        kind, tmp_path, monkeypatch):
+    shrunken_detection(FAMILIES.get(kind.base, UNET), monkeypatch)
+    path = str(tmp_path / "net.safetensors")
+    save_file({name: value.bfloat16().contiguous() for name, value in kind.weights().items()},
+              path)
+    packed = load_controlnet(path, pack_to="Q8_0")
+    expected = sample(kind, dense_self(packed, path))
+    assert relative_error(sample(kind), expected) > 1e-3
+    assert relative_error(sample(kind, packed), expected) < 1e-5
+    layers = dict(packed.control_model.named_modules())
+    formats = {layers[name].weight.layout_cls.format.__name__ for name in packed_layers(packed)}
+    assert formats == {"Q8_0"} and len(packed_layers(packed)) >= 8
+    assert packed.control_model_wrapped.model_size() < os.path.getsize(path)
+    assert "held, packed from BF16 in" in memory_summary(packed.control_model_wrapped)
+
+
+def test_a_prefix_of_names_changes_no_type(tmp_path):
+    sizes = []
+    for weights in (ldm(), ldm_with_prefix()):
+        save_file(dict(weights), tmp_path / "net.safetensors")
+        packed = load_controlnet(str(tmp_path / "net.safetensors"), pack_to="Q4_K")
+        sizes.append((packed_layers(packed), packed.control_model_wrapped.model_size()))
+    assert sizes[0] == sizes[1]
+
+
+def test_packed_weights_are_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
+    path, kind = str(tmp_path / "net.safetensors"), KINDS["flux of diffusers"]
+    save_file(dict(kind.weights()), path)
+    first, second = (load_controlnet(path, pack_to="Q4_K") for _ in range(2))
+    assert "kept for the next time" in memory_summary(first.control_model_wrapped)
+    assert "packed from F32 in an earlier load" in memory_summary(second.control_model_wrapped)
+    assert torch.equal(sample(kind, first), sample(kind, second))
 
 
 def full_size_sd15() -> dict[str, torch.Size]:
@@ -136,11 +184,20 @@ def test_clone_for_another_gpu_stays_packed_and_gives_the_same(tmp_path):
     assert torch.equal(sample(kind, clone), sample(kind, control_net))
 
 
+def control_lora() -> dict[str, torch.Tensor]:
+    return {"lora_controlnet": torch.ones(1), "input_hint_block.0.weight": seeded(16, 3, 3, 3),
+            "zero_convs.0.0.weight": seeded(320, 320, 1, 1, seed=3),
+            "time_embed.0.up": seeded(64, 32), "time_embed.0.down": seeded(32, 320, seed=2)}
+
+
+def t2i_adapter() -> dict[str, torch.Tensor]:
+    return random_values(comfy.t2i_adapter.adapter.Adapter(
+        cin=64, channels=[32, 64, 128, 128], nums_rb=2, ksize=1, sk=True, use_conv=False))
+
+
 def test_t2i_adapter_is_dequantised(tmp_path):
-    adapter = comfy.t2i_adapter.adapter.Adapter(
-        cin=64, channels=[32, 64, 128, 128], nums_rb=2, ksize=1, sk=True, use_conv=False)
     weights = {name: value.flatten(1) if name.endswith(".in_conv.weight") else value
-               for name, value in random_values(adapter).items()}  # 1x1: as matrices
+               for name, value in t2i_adapter().items()}  # 1x1: as matrices
     seen = write_q8_0(tmp_path / "net.gguf", weights)
     assert any(not torch.equal(seen[name], value) for name, value in weights.items())
     loaded = load_controlnet(str(tmp_path / "net.gguf"))
@@ -150,16 +207,22 @@ def test_t2i_adapter_is_dequantised(tmp_path):
 
 
 def test_control_lora_is_dequantised(tmp_path):
-    weights = {
-        "lora_controlnet": torch.ones(1), "input_hint_block.0.weight": torch.ones(16, 3, 3, 3),
-        "time_embed.0.up": seeded(64, 32), "time_embed.0.down": seeded(32, 320, seed=2)
-    }
-    seen = write_q8_0(tmp_path / "net.gguf", weights)
+    seen = write_q8_0(tmp_path / "net.gguf", control_lora())
     loaded = load_controlnet(str(tmp_path / "net.gguf"))
     assert type(loaded) is comfy.controlnet.ControlLora
     assert loaded.control_weights.keys() == seen.keys()
     for name, value in loaded.control_weights.items():
         assert not is_packed(value) and torch.equal(value, seen[name])
+
+
+@pytest.mark.parametrize("weights", [control_lora, t2i_adapter])
+def test_what_is_never_packed_stays_as_in_the_file(weights, tmp_path):
+    save_file(weights(), tmp_path / "net.safetensors")
+    loaded = load_controlnet(str(tmp_path / "net.safetensors"), pack_to="Q4_K")
+    held = (loaded.t2i_model.state_dict() if hasattr(loaded, "t2i_model")
+            else loaded.control_weights)
+    for name, value in weights().items():
+        assert torch.equal(held[name], value)
 
 
 @pytest.mark.parametrize(("name", "averages"), [
@@ -203,13 +266,13 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_file_is_refused_in_a_sentence(wrong, suffix, tmp_path):
     weights, message = WRONG[wrong]
-    path = tmp_path / f"net.{suffix}"
+    path, pack_to = tmp_path / f"net.{suffix}", "Q4_K" if suffix == "safetensors" else None
     if suffix == "gguf":
         write_q8_0(path, weights())
     else:
         save_file({name: value.contiguous() for name, value in weights().items()}, path)
     with pytest.raises(WeightFileError, match=f"^net.{suffix}:? {message}") as error:
-        load_controlnet(str(path))
+        load_controlnet(str(path), pack_to)
     assert "\n" not in str(error.value)
 
 

@@ -102,10 +102,10 @@ def bench_memory(options):
 
 def bench_train(options):
     """Training a LoRA with ComfyUI's node on a Flux of real layer sizes, dense and in each format,
-    each in a process of its own: bytes of the model, growth of the process, seconds of a step. The
-    dense model and the first format train in the node's bypass mode too."""
+    each in a process of its own: bytes of the model, growth of the process, seconds that one thread
+    spends on a step. The dense model and the first format train in the node's bypass mode too."""
     sizes = options.sizes
-    shapes = flux_shapes(sizes.hidden, *sizes.model_blocks, sizes.context)
+    shapes = flux_shapes(sizes.hidden, *(options.blocks or sizes.model_blocks), sizes.context)
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "flux.safetensors"
         save_file({name: torch.randn(shape, dtype=torch.bfloat16) / math.sqrt(shape[-1])
