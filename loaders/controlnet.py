@@ -19,6 +19,7 @@ from ..ops.patcher import adopt
 from .comfy_bridge import guard_of, log_load_summary
 from .comfy_keys import model_prefix, to_comfy_keys
 from .comfy_quant import as_tensors, reject_unread_layers
+from .compute_choice import follows_model
 from .detection import describe_other_kind, explain_shape_errors, is_diffusion_model
 from .diffusers_keys import from_diffusers
 from .files import open_weights
@@ -44,15 +45,18 @@ _HostControl = comfy.controlnet.ControlNet if TYPE_CHECKING else object
 
 class PackedControlNet(_HostControl):
     """Mixin over the host's ControlNets: copies keep packed weights packed, and a run checks that
-    the file has not changed."""
+    the file has not changed. On a CPU it computes in what the guided model computes in."""
 
     def copy(self, *args, **kwargs):
         return _as_packed(super().copy(*args, **kwargs))
 
-    def pre_run(self, *args, **kwargs):
-        model: Any = self.control_model_wrapped.model
-        model.packed_patches.check_source()
-        super().pre_run(*args, **kwargs)
+    def pre_run(self, model, *args, **kwargs):
+        packed_model: Any = self.control_model_wrapped.model
+        packed_model.packed_patches.check_source()
+        if follows_model(self):
+            dtype = model.get_dtype_inference()
+            self.manual_cast_dtype = dtype if dtype == torch.bfloat16 else None
+        super().pre_run(model, *args, **kwargs)
 
     def deepclone_multigpu(self, *args, **kwargs):
         clone = super().deepclone_multigpu(*args, **kwargs)
@@ -146,7 +150,8 @@ def build_controlnet(name: str, state_dict: Mapping[str, torch.Tensor],
             model_params=-1, supported_dtypes=[torch.bfloat16, torch.float32])
     try:
         with explain_shape_errors(name):
-            control = comfy.controlnet.load_controlnet_state_dict(dict(state_dict), model_options=options)
+            control = comfy.controlnet.load_controlnet_state_dict(
+                dict(state_dict), model_options=options)
     except UNKNOWN_ERRORS as error:
         log.debug("[Featherweight] The host knows no such ControlNet", exc_info=True)
         raise _unknown_error(name, state_dict) from error

@@ -8,6 +8,7 @@ import comfy.t2i_adapter.adapter
 import comfy.utils
 import pytest
 import torch
+from comfy.ops import manual_cast
 from controlnets import (
     KINDS,
     OTHER_WRITERS,
@@ -20,7 +21,7 @@ from controlnets import (
     sample,
 )
 from families import FAMILIES, random_weights, relative_error, shrunken_detection
-from host_nodes import UNET, seeded
+from host_nodes import UNET, models, seeded
 from packed_files import write_q8_0
 from safetensors.torch import save_file
 
@@ -123,6 +124,33 @@ def test_packed_weights_are_cached(tmp_path, monkeypatch):
     assert "kept for the next time" in memory_summary(first.control_model_wrapped)
     assert "packed from F32 in an earlier load" in memory_summary(second.control_model_wrapped)
     assert torch.equal(sample(kind, first), sample(kind, second))
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_on_a_cpu_it_computes_in_what_the_guided_model_computes_in(kind, tmp_path, monkeypatch):
+    """In bfloat16 it loses no more than ComfyUI's own ControlNet with the same values does."""
+    shrunken_detection(FAMILIES.get(kind.base, UNET), monkeypatch)
+    values = write_q8_0(tmp_path / "net.gguf", kind.weights())
+    save_file(values, tmp_path / "dense.safetensors")
+    control_net = load_controlnet(str(tmp_path / "net.gguf"))
+    layers, dtypes = dict(control_net.control_model.named_modules()), set()
+    for name in packed_layers(control_net):
+        if not isinstance(layers[name], torch.nn.Embedding):
+            layers[name].register_forward_pre_hook(lambda _, inputs: dtypes.add(inputs[0].dtype))
+    exact = sample(kind, control_net, packed_base=True)
+    assert dtypes == {torch.float32}
+    base = models(kind.base)[0].model
+    monkeypatch.setattr(base, "manual_cast_dtype", torch.bfloat16)
+    dtypes.clear()
+    error = relative_error(sample(kind, control_net, packed_base=True), exact)
+    assert torch.bfloat16 in dtypes
+    as_on_a_gpu = comfy.controlnet.load_controlnet(
+        str(tmp_path / "dense.safetensors"), model_options={"custom_operations": manual_cast})
+    as_on_a_gpu.manual_cast_dtype = torch.bfloat16
+    lost = relative_error(sample(kind, as_on_a_gpu, packed_base=True), exact)
+    assert error < 1.5 * lost + 1e-3
+    monkeypatch.setattr(base, "manual_cast_dtype", None)
+    assert torch.equal(sample(kind, control_net, packed_base=True), exact)
 
 
 def full_size_sd15() -> dict[str, torch.Size]:

@@ -159,9 +159,10 @@ OTHER_WRITERS = {
 }
 
 
-def sample(kind: Kind, control_net=None) -> torch.Tensor:
-    """Two steps of the host's sampler on its own dense model, through its Apply ControlNet."""
-    family, model = FAMILIES.get(kind.base, UNET), models(kind.base)[1]
+def sample(kind: Kind, control_net=None, packed_base: bool = False) -> torch.Tensor:
+    """Two steps of the host's sampler on its own dense model, or on a packed one, through its Apply
+    ControlNet."""
+    family, model = FAMILIES.get(kind.base, UNET), models(kind.base)[not packed_base]
     positive, negative = (
         [[seeded(*family.context, seed=seed), dict(kind.conditioning)]] for seed in (2, 3))
     if control_net is not None:
