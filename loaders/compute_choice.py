@@ -1,12 +1,16 @@
-"""Chooses what a diffusion model or a VAE computes in.
+"""Chooses what a diffusion model, its ControlNets or a VAE compute in.
 
 ComfyUI computes in float32 on every CPU. A CPU that multiplies bfloat16 natively is two to four
 times as fast in it, and models that the host would run in bfloat16 on a GPU lose no more there.
 """
+from typing import Any
+
 import comfy.cli_args
 import comfy.model_management
 import torch
+from comfy.controlnet import ControlNet
 from comfy.model_patcher import ModelPatcher
+from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
 
 from ..ops import cpu_attention, cpu_features
@@ -62,6 +66,21 @@ def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:
     ):
         return torch.bfloat16
     return None
+
+
+def follows_model(control_net: ControlNet) -> bool:
+    """Returns whether a ControlNet is to compute in the dtype of the model that it guides.
+
+    That is so on a CPU, unless the host has chosen a dtype for it, or it has layers that compute in
+    the dtype of their weights only.
+    """
+    model: Any = control_net.control_model
+    return (
+        comfy.model_management.is_device_cpu(control_net.load_device)
+        and model.dtype == torch.float32
+        and all(isinstance(layer, CastWeightBiasOp) for layer in model.modules()
+                if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)))
+    )
 
 
 def vae_dtype(model: torch.nn.Module, device: torch.device, compute: str) -> torch.dtype | None:

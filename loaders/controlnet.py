@@ -1,6 +1,7 @@
 """Loads ControlNets and T2I-Adapters; packed weights of a ControlNet stay packed."""
 import functools
 import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import comfy.controlnet
@@ -9,20 +10,36 @@ import torch
 
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import keep_packed, log_load_summary
+from .compute_choice import follows_model
 from .detection import CONTROLNET
 from .diffusers_keys import from_diffusers
-from .files.container import WeightFileError
+from .files import open_weights
+from .files.container import WeightFile, WeightFileError
+from .pack_on_load import pack_weights
+from .progress import Progress
 from .side_model import load_side_model
+
+PREFIX = "control_model."  # before the names in files of LDM's ControlNets
+# What the tensors of ControlNets begin with, and those of T2I-Adapters do not.
+CONTROLNET_NAMES = re.compile(
+    r"(control_model\.)?(control|single_controlnet_|zero_convs\.|after_proj_list\.)")
 
 # Type checkers see a subclass of the host's; `_packed_class` makes the real one.
 _HostControl = comfy.controlnet.ControlNet if TYPE_CHECKING else object
 
 
 class PackedControlNet(_HostControl):
-    """Mixin over the host's ControlNets: copies keep packed weights packed."""
+    """Mixin over the host's ControlNets: copies keep packed weights packed. On a CPU it computes in
+    what the guided model computes in."""
 
     def copy(self, *args, **kwargs):
         return _as_packed(super().copy(*args, **kwargs))
+
+    def pre_run(self, model, *args, **kwargs):
+        if follows_model(self):
+            dtype = model.get_dtype_inference()
+            self.manual_cast_dtype = dtype if dtype == torch.bfloat16 else None
+        super().pre_run(model, *args, **kwargs)
 
     def deepclone_multigpu(self, *args, **kwargs):
         clone = super().deepclone_multigpu(*args, **kwargs)
@@ -32,24 +49,52 @@ class PackedControlNet(_HostControl):
         return clone
 
 
-def load_controlnet(path: str) -> comfy.controlnet.ControlBase:
+def load_controlnet(path: str, pack_to: str | None = None) -> comfy.controlnet.ControlBase:
     """Loads a ControlNet and keeps its packed weights packed.
 
     The small parts that ComfyUI computes with as plain tensors, T2I-Adapters and Control-LoRAs are
-    dequantised. A file without packed weights goes to the host's own loader.
+    dequantised. A file without packed weights goes to the host's own loader, unless it is to be
+    packed.
 
     Args:
         path: of a file or a folder of diffusers.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read, but
+            not those of T2I-Adapters and Control-LoRAs.
 
     Raises:
         WeightFileError: if the file cannot be read, or holds no known ControlNet or one whose
             weights are to be added to those of a model.
     """
-    control, file = load_side_model(path, CONTROLNET, _build)
+    if pack_to and not _may_be_packed(open_weights(path).entries):
+        pack_to = None
+    packed = None
+
+    def prepare(file: WeightFile, state_dict: dict[str, torch.Tensor],
+                progress: Progress) -> dict[str, torch.Tensor]:
+        nonlocal packed
+        if "lora_controlnet" in state_dict:  # the host copies its weights into a model's
+            state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
+                          for key, tensor in state_dict.items()}
+        sources, state_dict = _convert_fused(state_dict, lazy=pack_to is not None)
+        if pack_to:
+            prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
+            packed = pack_weights(file, state_dict, pack_to, progress, prefix)
+        return sources | state_dict
+
+    control, file = load_side_model(path, CONTROLNET, _build, pack_to, prepare)
     if file and hasattr(control, "control_model_wrapped"):
         _keep_packed(control)
+        if packed:
+            packed.attach(control.control_model_wrapped)
         log_load_summary(file, control.control_model_wrapped)
     return control
+
+
+def _may_be_packed(names: Iterable[str]) -> bool:
+    """Returns whether a file with these names holds a ControlNet with weights of its own."""
+    names = set(names)
+    return (any(CONTROLNET_NAMES.match(name) for name in names)
+            and not names & {"lora_controlnet", "difference"})
 
 
 def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
@@ -65,29 +110,34 @@ def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, s
         options["global_average_pooling"] = True
     if operations is not None:
         options["custom_operations"] = operations
-        if "lora_controlnet" in state_dict:  # the host copies its weights into a model's
-            state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
-                          for key, tensor in state_dict.items()}
-        state_dict = _convert_fused(state_dict)
         if "control_img_in.weight" in state_dict:  # or the host takes the dtype of a packed weight
             options["dtype"] = comfy.model_management.unet_dtype(
                 model_params=-1, supported_dtypes=[torch.bfloat16, torch.float32])
     return comfy.controlnet.load_controlnet_state_dict(state_dict, model_options=options)
 
 
-def _convert_fused(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adds the weights that the host makes of several of diffusers' (q, k and v), already made.
+def _convert_fused(state_dict: Mapping[str, torch.Tensor],
+                   lazy: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Makes the weights that the host makes of several of diffusers' (q, k and v).
 
     The host detects a ControlNet by diffusers' names and joins the weights itself, which would
     dequantise packed ones. So its names get what needs no memory, and the joined weights that are
     here under their own names replace what the host makes of that.
+
+    Args:
+        state_dict: of the file.
+        lazy: see `from_diffusers`.
+
+    Returns:
+        Stand-ins without memory for the weights that were converted, and the other weights beside
+        what was made of them.
     """
-    converted = from_diffusers(dict(state_dict))
-    used = {
+    converted = from_diffusers(dict(state_dict), lazy)
+    sources = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in state_dict.items() if name not in converted
     }
-    return used | converted
+    return sources, converted
 
 
 def _keep_packed(control: Any):

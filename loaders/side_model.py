@@ -28,9 +28,12 @@ UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, Unboun
 
 # (name of the file, state dict, metadata, layer classes or None for the host's) -> the host's model
 Build = Callable[[str, dict[str, torch.Tensor], dict[str, str], type | None], Any]
+# (file, state dict, progress) -> the weights to build the model with
+Prepare = Callable[[WeightFile, dict[str, torch.Tensor], Progress], dict[str, torch.Tensor]]
 
 
-def load_side_model(path: str, kind: str, build: Build) -> tuple[Any, WeightFile | None]:
+def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = None,
+                    prepare: Prepare | None = None) -> tuple[Any, WeightFile | None]:
     """Loads a model by a function of the host.
 
     A file without packed weights is read as the host reads it. Small parts that the host computes
@@ -40,6 +43,8 @@ def load_side_model(path: str, kind: str, build: Build) -> tuple[Any, WeightFile
         path: of a file or folder.
         kind: of the model, for people, such as "ControlNet".
         build: calls the function of the host; returns None if the host knows no such model.
+        pack_to: type that `prepare` packs weights to; None where it packs none.
+        prepare: is called with the weights of a file that the host does not read.
 
     Returns:
         (what `build` returns, the file if its weights may be packed).
@@ -49,15 +54,17 @@ def load_side_model(path: str, kind: str, build: Build) -> tuple[Any, WeightFile
     """
     formats = packed_formats(EXACT, comfy.model_management.get_torch_device())
     name = os.path.basename(path)
-    if not needs_own_reader(path, None, formats):
+    if not needs_own_reader(path, pack_to, formats):
         weights: Any
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
         return _build(name, kind, build, weights, metadata, None), None
     file = open_weights(path)
-    progress = Progress("reading", f"building the {kind}")
+    progress = Progress("reading", *(["packing"] if pack_to else []), f"building the {kind}")
     state_dict = file.state_dict(progress.track)
-    state_dict = as_tensors(file, state_dict, formats=formats)
+    state_dict = as_tensors(file, state_dict, formats=None if pack_to else formats)
     reject_unread_layers(file, state_dict)
+    if prepare is not None:
+        state_dict = prepare(file, state_dict, progress)
     with dequantize_plain_parameters():
         model = _build(name, kind, build, state_dict, file.text_metadata,
                        operations_for(state_dict))

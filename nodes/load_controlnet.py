@@ -9,6 +9,7 @@ from ..loaders.folders import (
     list_model_folders,
     validate_files,
 )
+from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
 from .node_text import loader_output
 
 FOLDERS = ("controlnet_gguf", "controlnet")
@@ -48,6 +49,7 @@ class LoadControlNet(io.ComfyNode):
                     display_name="ControlNet",
                     tooltip="A file in models/controlnet, or a folder that diffusers saved there.",
                 ),
+                pack_to_input("the ControlNet"),
             ],
             outputs=[io.ControlNet.Output()],
         )
@@ -57,6 +59,6 @@ class LoadControlNet(io.ComfyNode):
         return validate_files(control_net_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, control_net_name) -> io.NodeOutput:
-        control_net = load_controlnet(find_file(control_net_name, *FOLDERS))
+    def execute(cls, control_net_name, pack_to=AS_THE_FILE) -> io.NodeOutput:
+        control_net = load_controlnet(find_file(control_net_name, *FOLDERS), packed_type(pack_to))
         return io.NodeOutput(*loader_output(control_net=control_net))

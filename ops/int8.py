@@ -160,7 +160,7 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
     It needs K to be a multiple of 256, N of 8, and no gradient. A row of the input or of the weight
     that is not finite gives NaN.
     """
-    if input.shape[-1] != weight.shape[1] or (input.requires_grad and torch.is_grad_enabled()):
+    if input.shape[-1] != weight.shape[1] or product.needs_gradient(input, bias):
         return product.linear(input, weight, bias, value_dtype, low_rank)
     return torch.ops.featherweight.int8_linear(
         *product.operands(input, weight, bias, value_dtype, low_rank))

@@ -137,6 +137,21 @@ class LowRank:
                 torch.mm(ranks, up.t(), out=change)  # `out` supports no gradient
         return out
 
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
+        """Computes `(grad B) A`, the gradient of the input of `product`.
+
+        Args:
+            grad: (M, N).
+
+        Returns:
+            (M, K).
+        """
+        hidden = grad.new_empty((grad.shape[0], self.down.shape[0]))
+        for part, up in self.parts():
+            torch.mm(grad[:, part.row:part.row_end], up,
+                     out=hidden[:, part.rank:part.rank_end])
+        return hidden @ self.down
+
     def add_to(self, weight: torch.Tensor):
         """Adds `B A` to a dense weight of N rows, in place."""
         for part, up in self.parts():

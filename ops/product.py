@@ -161,10 +161,48 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
         raise RuntimeError(
             f"A layer of {weight.shape[1]} input features was given {input.shape[-1]}: the model"
             " and its input (often the text encoder's output) do not belong together.")
-    if input.requires_grad and torch.is_grad_enabled():
+    if needs_gradient(input, bias):
+        # a copy may be overwritten before the gradient is computed
+        if isinstance(weight, torch.nn.Parameter) and not torch.compiler.is_compiling():
+            return _Linear.apply(input, bias, weight, value_dtype, low_rank, blas)
         return dense_linear(input, dequantize(weight, input.dtype, value_dtype), bias, low_rank)
     return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank),
                                           blas)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Returns whether autograd is to compute a gradient of any of these tensors."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _Linear(torch.autograd.Function):
+    """The product of `linear` with the gradients of input and bias, for which the weight is
+    dequantised again: no dense weight is kept for them."""
+
+    @staticmethod
+    def forward(ctx, input: torch.Tensor, bias: torch.Tensor | None, weight: PackedTensor,
+                value_dtype: torch.dtype | None, low_rank: LowRank | None,
+                blas: bool) -> torch.Tensor:
+        ctx.weight, ctx.value_dtype, ctx.low_rank = weight, value_dtype, low_rank
+        return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank),
+                                              blas)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        flat = grad.reshape(-1, grad.shape[-1])
+        input_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            dense = dequantize(ctx.weight, flat.dtype, ctx.value_dtype)
+            if ctx.low_rank is None:
+                input_grad = flat @ dense
+            else:
+                input_grad = ctx.low_rank.transposed_product(flat).addmm_(flat, dense)
+            input_grad = input_grad.view(*grad.shape[:-1], dense.shape[1])
+        if ctx.needs_input_grad[1]:
+            bias_grad = flat.sum(0)
+        return input_grad, bias_grad, None, None, None, None
 
 
 def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,
@@ -250,7 +288,7 @@ def fits_workspace(weight: PackedTensor, input: torch.Tensor, reordered: bool = 
         input.device.type == "cpu"
         and (reordered or plain_values(weight, input.dtype) is None)
         and not torch.compiler.is_compiling()
-        and not (input.requires_grad and torch.is_grad_enabled())
+        and not needs_gradient(input)
     )
 
 

@@ -4,10 +4,10 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from controlnets import write_q8_0
 from families import relative_error
 from gpu_memory import lies_on
 from host_nodes import seeded
+from packed_files import write_q8_0
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS, packed_layers, shrink
 

@@ -4,8 +4,10 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from controlnets import KINDS, flux_bfl, packed_layers, sample, write_q8_0
+from controlnets import KINDS, flux_bfl, packed_layers, sample
 from gpu_memory import lies_on
+from packed_files import write_q8_0
+from safetensors.torch import save_file
 
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
@@ -30,8 +32,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def options() -> list[str]:
-    inputs, = LoadControlNet.define_schema().inputs
-    return inputs.options
+    return LoadControlNet.define_schema().inputs[0].options
 
 
 def test_files_and_folders_of_controlnets_are_listed(folder):
@@ -51,6 +52,16 @@ def test_node_gives_a_packed_controlnet_and_says_what_it_holds(folder, monkeypat
     control_net, = LoadControlNet.execute("net.gguf").result
     assert isinstance(control_net, comfy.controlnet.ControlNet) and packed_layers(control_net)
     assert texts[-1].startswith("Q8_0 + F32, ") and "held, dequantised by" in texts[-1]
+
+
+def test_node_packs_a_controlnet_as_it_reads_it(folder, monkeypatch, small_models):
+    texts = []
+    monkeypatch.setattr(node_text, "show_text", texts.append)
+    save_file({name: value.contiguous() for name, value in flux_bfl().items()},
+              folder / "net.safetensors")
+    control_net, = LoadControlNet.execute("net.safetensors", "Q8_0").result
+    assert packed_layers(control_net)
+    assert texts[-1].startswith("Q8_0 + ") and "held, packed from F32 in" in texts[-1]
 
 
 def test_node_refuses_a_missing_file(folder):

@@ -10,7 +10,7 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from families import FAMILIES
 from families import random_weights as family_weights
-from packed_files import packed_weights, write_packed
+from packed_weights import packed_weights, write_packed
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf

@@ -6,10 +6,10 @@ import comfy.model_patcher
 import folder_paths
 import pytest
 import torch
-from controlnets import write_q8_0
 from families import FAMILIES, shrunken_detection
 from gpu_memory import lies_on
 from model_patches import KINDS, packed_layers, sample, shrink, z_image_fun_3
+from packed_files import write_q8_0
 
 from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError

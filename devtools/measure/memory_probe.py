@@ -1,9 +1,10 @@
 """Loads a file, runs the model and prints as JSON what memory that took: python memory_probe.py
 KIND FILE
 
-model: a GGUF Flux, one step at a few tokens. training: a Flux, some steps of ComfyUI's node Train
-LoRA. picture: one step at the size of a picture. encoder: a
+model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a
 T5-XXL in GGUF. packing-TYPE: any diffusion model, packed to that type while it is loaded.
+training-FORMAT: a dense Flux, or its shapes with random weights of that format, some steps of
+ComfyUI's node Train LoRA; training-dense: as the file. bypass-FORMAT: the same in its bypass mode.
 Runs in a process of its own, so that what else a test or a bench holds does not count. Linux only.
 """
 import json
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["HOST_ARGUMENTS"] = "--cpu"
 import devtools.measure  # noqa: F401  puts the host and the pack on the path
 
-TRAINED_STEPS = 3  # that are timed
+TRAINED_STEPS = 2  # that are timed
 
 
 def status(field: str) -> int:
@@ -110,16 +111,32 @@ def probe_picture(path: str) -> dict:
     }
 
 
-def probe_training(path: str) -> dict:
-    """A latent of 256 x 256 pixels and 64 tokens of text, rank 16, in bfloat16."""
-    import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
+def probe_training(path: str, format_name: str, bypass: bool = False) -> dict:
+    """A latent of 256 x 256 pixels and 64 tokens of text, rank 16, in bfloat16. Seconds are those
+    that one thread spends computing, so that other processes do not count."""
+    from devtools.measure.bench.models import packed_model, random_weights
+    from devtools.measure.bench.timing import as_in_use
+
     import torch
     from comfy_extras.nodes_train import TrainLoraNode
 
     from featherweight.loaders.diffusion import load_diffusion_model
+    from featherweight.loaders.files import open_weights
 
+    torch.set_num_threads(1)
+    workspace = as_in_use()  # noqa: F841  held, as by a model
     before = status("VmRSS")
-    patcher = load_diffusion_model(path)
+    if format_name == "dense":
+        patcher = load_diffusion_model(path)
+    else:
+        shapes = {name: tuple(entry.shape) for name, entry in open_weights(path).entries.items()}
+        weights = random_weights(shapes, format_name)
+
+        def load(disable_dynamic=False):
+            return packed_model(dict(weights))
+
+        patcher = load()
+        patcher.cached_patcher_init = load, ()
     context = patcher.model.diffusion_model.txt_in.in_features
     inputs = {
         name: options[1]["default"]
@@ -129,15 +146,20 @@ def probe_training(path: str) -> dict:
     text = [torch.randn(1, 64, context), {"pooled_output": torch.randn(1, 768)}]
     seconds = {}
     for steps in (1, TRAINED_STEPS + 1):  # the first loads the model
-        values = {**inputs, "model": patcher, "positive": [text], "steps": steps, "rank": 16}
+        values = {**inputs, "model": patcher, "positive": [text], "steps": steps, "rank": 16,
+                  "bypass_mode": bypass}
         values["latents"] = {"samples": torch.randn(1, 16, 32, 32)}
-        started = time.perf_counter()
+        started = time.process_time()
         TrainLoraNode.execute(**{name: [value] for name, value in values.items()})
-        seconds[steps] = time.perf_counter() - started
+        seconds[steps] = time.process_time() - started
     return {
         "model_size": patcher.model_size(), "peak_growth": status("VmHWM") - before,
         "step_seconds": (seconds[TRAINED_STEPS + 1] - seconds[1]) / TRAINED_STEPS
     }
+
+
+def probe_bypass(path: str, format_name: str) -> dict:
+    return probe_training(path, format_name, bypass=True)
 
 
 def probe_encoder(path: str) -> dict:
@@ -193,9 +215,9 @@ def probe_packing(path: str, type_name: str) -> dict:
 
 
 if __name__ == "__main__":
-    probes = {"model": probe_model, "picture": probe_picture, "encoder": probe_encoder,
-              "training": probe_training}
-    kind, _, type_name = sys.argv[1].partition("-")
-    print(
-        json.dumps(
-            probe_packing(sys.argv[2], type_name) if type_name else probes[kind](sys.argv[2])))
+    probes = {
+        "model": probe_model, "picture": probe_picture, "encoder": probe_encoder,
+        "packing": probe_packing, "training": probe_training, "bypass": probe_bypass
+    }
+    kind, *arguments = sys.argv[1].split("-", 1)
+    print(json.dumps(probes[kind](sys.argv[2], *arguments)))

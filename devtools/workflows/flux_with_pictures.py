@@ -88,13 +88,19 @@ def kontext() -> Workflow:
     )
 
 
-def controlnet() -> Workflow:
+def guided_by_outlines(name: str, control: Node, about: str, memory: str) -> Workflow:
+    """A workflow in which the outlines of a picture guide another.
+
+    Args:
+        name, about: of the workflow.
+        control: the loader of the ControlNet.
+        memory: sentences on what model and ControlNet take.
+    """
     model, encoders, decoder = (
         diffusion_model(FLUX_GGUF),
         text_encoder("flux", CLIP_L, T5_GGUF),
         vae(FLUX_VAE),
     )
-    control = Node("ControlNetLoader", {"control_net_name": CONTROLNET.name}, files=(CONTROLNET,))
     source = picture("The picture whose outlines are kept")
     scaled = Node(
         "ImageScale",
@@ -124,7 +130,7 @@ def controlnet() -> Workflow:
     )
     latent = size()
     return Workflow(
-        "Flux.1 dev GGUF with ControlNet",
+        name,
         [
             {"Load": [model, encoders, decoder, control]},
             {"Outlines": [source, scaled, edges, shown]},
@@ -143,17 +149,43 @@ def controlnet() -> Workflow:
                 )
             },
         ],
-        about="The outlines of one picture guide another. ComfyUI's own ControlNet nodes work on"
-        " the packed model as on any other. This ControlNet also takes soft edges, depth, poses"
-        " and grey pictures: put such a picture in place of the outlines.",
-        memory="The text encoders (3.1 GB) run first and make room. The model takes 6.8 GB and the"
-        " ControlNet, which is not packed, 4.3 GB beside it; ComfyUI sets 1.1 GB aside for the"
-        " computation at 1024 × 1024. On a card of 8 GB much of the model stays in main memory, by"
-        " itself: Q3_K (5.2 GB) leaves more of it on the card.",
+        about=f"The outlines of one picture guide another. {about} This ControlNet also takes soft"
+        " edges, depth, poses and grey pictures: put such a picture in place of the outlines.",
+        memory=f"The text encoders (3.1 GB) run first and make room. {memory}",
         change="Strength and end of the control: the makers name 0.7 and 0.8 for outlines, 0.8 and"
         " 0.8 for depth, 0.9 and 0.65 for poses. The two thresholds say how many outlines are"
         " found. Keep cfg at 1.",
         licence=LICENCE,
+    )
+
+
+def controlnet() -> Workflow:
+    return guided_by_outlines(
+        "Flux.1 dev GGUF with ControlNet",
+        Node("ControlNetLoader", {"control_net_name": CONTROLNET.name}, files=(CONTROLNET,)),
+        about="ComfyUI's own ControlNet nodes work on the packed model as on any other.",
+        memory="The model takes 6.8 GB and the ControlNet, which is not packed, 4.3 GB beside it;"
+        " ComfyUI sets 1.1 GB aside for the computation at 1024 × 1024. On a card of 8 GB much of"
+        " the model stays in main memory, by itself: Q3_K (5.2 GB) leaves more of it on the card.",
+    )
+
+
+def packed_controlnet() -> Workflow:
+    control = Node(
+        "FeatherweightLoadControlNet",
+        {"control_net_name": CONTROLNET.name, "pack_to": "Q8_0"},
+        "Load ControlNet: packed while it is read",
+        files=(CONTROLNET,),
+    )
+    return guided_by_outlines(
+        "Flux.1 dev GGUF with a packed ControlNet",
+        control,
+        about="The ControlNet is packed too: *pack to* packs each weight as it is read from the"
+        " bf16 file. Set it to `as the file` for a ControlNet that is a GGUF, NF4, int8, fp8 or"
+        " SDNQ already.",
+        memory="The model takes 6.8 GB and the ControlNet 2.3 GB in place of 4.3 beside it (1.3 GB"
+        " as `Q4_K`); ComfyUI sets 1.1 GB aside for the computation at 1024 × 1024. What does not"
+        " fit on the card stays in main memory, by itself.",
     )
 
 
@@ -220,4 +252,4 @@ def klein() -> Workflow:
     )
 
 
-WORKFLOWS = (kontext, controlnet, klein)
+WORKFLOWS = (kontext, controlnet, packed_controlnet, klein)

@@ -4,9 +4,8 @@ import os
 import comfy.clip_vision
 import pytest
 import torch
-from controlnets import OTHER_WRITERS, WRITERS, write_q8_0
 from families import FAMILIES, random_weights, relative_error
-from model_patches import write_q4_k
+from packed_files import PACKED_FILES, write_q8_0
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS, encoded, packed_layers, shrink
 
@@ -55,12 +54,12 @@ def test_packed_vision_model_sees_what_its_dense_self_does(name, tmp_path):
     assert unpacked == ({"visual_projection"} if name == "CLIP H of open_clip" else set())
 
 
-MORE_WRITERS = {"NF4": WRITERS["NF4"], **OTHER_WRITERS, "Q4_K": (write_q4_k, "net.gguf")}
+OTHER_FORMATS = sorted(PACKED_FILES.keys() - {"Q8_0"})
 
 
-@pytest.mark.parametrize("format_name", MORE_WRITERS)
+@pytest.mark.parametrize("format_name", OTHER_FORMATS)
 def test_vision_model_of_any_packed_format_sees_what_its_dense_self_does(format_name, tmp_path):
-    writer, name = MORE_WRITERS[format_name]
+    writer, name = PACKED_FILES[format_name]
     weights = VISION_MODELS["SigLIP 2" if format_name == "Q4_K" else "CLIP H"]()
     dense = written(writer, tmp_path / name, weights)
     assert packed_layers(load_clip_vision(str(tmp_path / name)))

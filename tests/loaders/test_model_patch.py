@@ -6,10 +6,11 @@ import comfy.ops
 import pytest
 import torch
 from comfy_extras import nodes_model_patch
-from controlnets import OTHER_WRITERS, WRITERS, ldm, write_q8_0
+from controlnets import WRITERS, ldm
 from families import FAMILIES, random_weights, relative_error, shrunken_detection
 from host_nodes import MODELS
-from model_patches import KINDS, load_dense, packed_layers, qwen, sample, shrink, write_q4_k
+from model_patches import KINDS, load_dense, packed_layers, qwen, sample, shrink
+from packed_files import PACKED_FILES, write_q8_0
 from safetensors.torch import save_file
 
 from featherweight.loaders.controlnet import load_controlnet
@@ -54,15 +55,15 @@ def test_packed_model_patch_acts_as_its_dense_self_does(kind, format_name, tmp_p
     assert whole_blocks <= set(packed_layers(packed))
 
 
-MORE_WRITERS = {**OTHER_WRITERS, "Q4_K": (write_q4_k, "net.gguf")}
+OTHER_FORMATS = sorted(PACKED_FILES.keys() - WRITERS.keys())
 
 
-@pytest.mark.parametrize("format_name", MORE_WRITERS)
+@pytest.mark.parametrize("format_name", OTHER_FORMATS)
 def test_model_patch_of_any_packed_format_acts_as_its_dense_self(format_name, tmp_path,
                                                                  monkeypatch):
     kind = KINDS["Z-Image Fun"]
     shrunken_detection(FAMILIES["z-image"], monkeypatch)
-    writer, name = MORE_WRITERS[format_name]
+    writer, name = PACKED_FILES[format_name]
     dense = written(writer, tmp_path / name, kind.weights())
     packed = load_model_patch(str(tmp_path / name))
     assert len([name for name in packed_layers(packed) if name.endswith(".qkv")]) == 8

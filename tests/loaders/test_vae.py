@@ -15,7 +15,7 @@ from checkpoint_parts import with_prefixes
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.wan.vae import WanVAE
 from comfy.taesd.taesd import TAESD
-from packed_files import pack_int8, pack_q8_0, packed_weights, write_packed
+from packed_weights import pack_int8, pack_q8_0, packed_weights, write_packed
 from safetensors.torch import save_file
 
 from demo_model import scenes

@@ -63,3 +63,26 @@ def test_patches_of_a_model_loaded_in_inference_mode_have_their_gradient(
             layer.lora.offload(torch.device("cpu"))
         layer(input)
     assert torch.equal(gradient(layer, input), expected)
+
+
+@pytest.mark.parametrize("kind", [None, "lora"])
+def test_no_dense_weight_is_kept_for_the_gradient(kind):
+    """Of a model in training only the packed weights are in memory, and one dense at a time."""
+    layer, twin = layer_and_twin("Linear", "Q8_0", kind, torch.float32)
+    input, kept = input_for("Linear").requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        layer(input)
+    assert all(tensor.numel() < layer.weight.numel() for tensor in kept)
+    with torch.no_grad():
+        expected = layer(input)
+    assert torch.equal(layer(input), expected)
+    assert relative(gradient(layer, input), gradient(twin, input)) < 1e-5
+
+
+@pytest.mark.filterwarnings("error")  # torch's about an operator without a gradient
+def test_a_bias_has_its_gradient_where_the_input_has_none():
+    layer, _ = layer_and_twin("Linear", "Q8_0", None, torch.float32)
+    change = torch.zeros(len(layer.bias), dtype=torch.float32, requires_grad=True)
+    layer.bias_function = [lambda bias: bias + change]
+    layer(input_for("Linear")).sum().backward()
+    assert torch.equal(change.grad, torch.full_like(change, 3.0))  # rows of the input

@@ -6,24 +6,24 @@ from typing import Any
 from unittest import mock
 
 import comfy.cldm.cldm
+import comfy.cldm.dit_embedder
 import comfy.cldm.mmdit
 import comfy.ldm.flux.controlnet
+import comfy.ldm.hydit.controlnet
 import comfy.ldm.qwen_image.controlnet
 import comfy.memory_management
 import comfy.ops
 import comfy.sample
 import comfy.samplers
+import nunchaku_writer
 import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names
-from families import FAMILIES, comfyui_gguf_style
-from host_formats import in_host_format
-from host_nodes import UNET, models, seeded
-from safetensors.torch import save_file
-from sdnq_writer import write_folder
+from families import FAMILIES, shrunken_detection
+from host_nodes import MODELS, UNET, conditioning, models, seeded
+from packed_files import PACKED_FILES, write_sdnq
 
 import nodes as host_nodes
-from devtools.files.gguf_files import write_gguf
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.packed_layout import is_packed
 
@@ -74,10 +74,11 @@ def in_names_of_diffusers(weights, name: str) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def sd3_diffusers() -> dict[str, torch.Tensor]:
-    """As InstantX writes them for SD3: diffusers' names, with a hint of latents."""
-    values = build_weights(comfy.cldm.mmdit.ControlNet, num_blocks=2, control_latent_channels=16,
-                   **FAMILIES["sd3.5"].config)
+def sd3_diffusers(channels: int = 16) -> dict[str, torch.Tensor]:
+    """As InstantX writes them for SD3 and SD 3.5: diffusers' names, with a hint of latents and, of
+    17 channels, of a mask."""
+    values = build_weights(comfy.cldm.mmdit.ControlNet, num_blocks=2,
+                           control_latent_channels=channels, **FAMILIES["sd3.5"].config)
     return in_names_of_diffusers(values, "sd3.5")
 
 
@@ -112,12 +113,52 @@ def flux_union() -> dict[str, torch.Tensor]:
     return flux_diffusers(num_union_modes=8)
 
 
+def flux_mistoline() -> dict[str, torch.Tensor]:
+    """As TheMistoAI writes it: in a Flux's own names, with a hint of pixels."""
+    values = build_weights(comfy.ldm.flux.controlnet.ControlNetFlux, mistoline=True, **FLUX.config)
+    return {name.replace("_norm.weight", "_norm.scale").replace(
+        "controlnet_single_blocks.", "single_controlnet_blocks."): value
+        for name, value in values.items()}
+
+
+@functools.cache
+def sd35_stability(is_large: bool) -> dict[str, torch.Tensor]:
+    """As Stability writes them for SD 3.5; is_large: with pooled text as the model embeds it."""
+    values = build_weights(comfy.cldm.dit_embedder.ControlNetEmbedder, img_size=None, patch_size=2,
+                           in_chans=16, num_layers=2, main_model_double=4, double_y_emb=is_large,
+                           attention_head_dim=64, num_attention_heads=4, adm_in_channels=2048)
+    # the host takes these of the model that is guided
+    of_model = "orig_y_embedder." if is_large else "x_embedder."
+    return {name: value for name, value in values.items() if not name.startswith(of_model)}
+
+
+@functools.cache
+def qwen_fun() -> dict[str, torch.Tensor]:
+    if not hasattr(comfy.ldm.qwen_image.controlnet, "QwenImageFunControlNetModel"):
+        pytest.skip("this ComfyUI has no ControlNets of Qwen-Image Fun")
+    return build_weights(comfy.ldm.qwen_image.controlnet.QwenImageFunControlNetModel,
+                         inner_dim=256, num_attention_heads=2, attention_head_dim=128)
+
+
+HUNYUAN_DIT = {
+    "hidden_size": 256, "num_heads": 2, "text_states_dim": 256, "text_states_dim_t5": 256
+}
+
+
+@functools.cache
+def hunyuan_dit() -> dict[str, torch.Tensor]:
+    return build_weights(comfy.ldm.hydit.controlnet.HunYuanControlNet, **HUNYUAN_DIT)
+
+
 class Latents:
-    """A VAE without weights: 16 channels of an eighth of a picture's size."""
+    """A VAE without weights: latents of an eighth of a picture's size."""
+
+    def __init__(self, channels: int = 16):
+        self.channels = channels
 
     def encode(self, pictures):
         small = torch.nn.functional.avg_pool2d(pictures.movedim(-1, 1), 8)
-        return small.repeat(1, 6, 1, 1)[:, :16]
+        return small.repeat(1, 6, 1, 1)[:, :self.channels]
 
     def spacial_compression_encode(self):
         return 8
@@ -137,74 +178,56 @@ class Kind:
 
     weights: Callable[[], Mapping[str, torch.Tensor]]
     base: str
-    conditioning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     vae: Any = None
     union: bool = False
 
 
-FLUX_TEXT = {"pooled_output": seeded(1, 256, seed=7), "guidance": 3.5}
 KINDS = {
     "sd1.5": Kind(ldm, "unet"),
     "sd1.5 with a prefix": Kind(ldm_with_prefix, "unet"),
-    "sdxl": Kind(sdxl, "sdxl", {"pooled_output": seeded(1, 1280, seed=7)}),
-    "sd3 of diffusers": Kind(
-        sd3_diffusers, "sd3.5", {"pooled_output": seeded(1, 256, seed=7)}, Latents()),
-    "qwen-image": Kind(qwen, "qwen-image", vae=FrameLatents()),
-    "flux": Kind(flux_bfl, "flux-dev", FLUX_TEXT),
-    "flux of diffusers": Kind(flux_diffusers, "flux-dev", FLUX_TEXT, Latents()),
-    "flux union": Kind(flux_union, "flux-dev", FLUX_TEXT, Latents(), union=True),
+    "sdxl": Kind(sdxl, "sdxl"),
+    "sd3 of diffusers": Kind(sd3_diffusers, "sd3.5", Latents()),
+    "sd3 inpainting of diffusers": Kind(
+        functools.partial(sd3_diffusers, 17), "sd3.5", Latents()),
+    "sd3.5 medium of Stability": Kind(
+        functools.partial(sd35_stability, False), "sd3.5-wide", Latents()),
+    "sd3.5 large of Stability": Kind(
+        functools.partial(sd35_stability, True), "sd3.5-wide", Latents()),
+    "qwen-image": Kind(qwen, "qwen-image", FrameLatents()),
+    "qwen-image fun": Kind(qwen_fun, "qwen-image", FrameLatents()),
+    "hunyuan-dit": Kind(hunyuan_dit, "hunyuan-dit-40", Latents(4)),
+    "flux": Kind(flux_bfl, "flux-dev"),
+    "flux mistoline": Kind(flux_mistoline, "flux-dev"),
+    "flux of diffusers": Kind(flux_diffusers, "flux-dev", Latents()),
+    "flux union": Kind(flux_union, "flux-dev", Latents(), union=True),
 }
 
 
-def write_q8_0(path, weights):
-    """Matrices in Q8_0 and the rest in F32."""
-    seen = write_gguf(path, weights, **comfyui_gguf_style())
-    return {name: torch.as_tensor(values).reshape(weights[name].shape)
-            for name, values in seen.items()}
+def shrunken_controlnet(kind: Kind, monkeypatch):
+    """Let the host build model and ControlNet of a kind in the sizes of these tests."""
+    shrunken_detection(MODELS[kind.base], monkeypatch)
+    build = comfy.ldm.hydit.controlnet.HunYuanControlNet
+    monkeypatch.setattr(comfy.ldm.hydit.controlnet, "HunYuanControlNet",
+                        functools.partial(build, **HUNYUAN_DIT))
 
 
-def write_nf4(path, weights):
-    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
-    return bnb_files.write_bnb(path, weights)
+def write_svdquant(path, weights):
+    return nunchaku_writer.write(path, nunchaku_writer.flux(weights))
 
 
-def write_int8(path, weights):
-    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
-    return bnb_files.write_bnb_int8(path, weights)
-
-
-def write_host_format(format_name: str, path, weights):
-    """Matrices in one of ComfyUI's own formats."""
-    stored, values = {}, {}
-    for name, value in weights.items():
-        stored[name] = values[name] = value
-        if value.ndim == 2:
-            parts, values[name] = in_host_format(name, value, format_name)
-            stored |= parts
-    save_file({name: value.contiguous() for name, value in stored.items()}, path)
-    return values
-
-
-def write_sdnq(path, weights):
-    """A folder as diffusers saves it."""
-    return write_folder(path, weights, group=64, rank=4, config={
-        "_class_name": "FluxControlNetModel"})
-
-
-WRITERS = {"Q8_0": (write_q8_0, "net.gguf"), "NF4": (write_nf4, "net.safetensors")}
+WRITERS = {name: PACKED_FILES[name] for name in ("Q8_0", "NF4")}
 OTHER_WRITERS = {
-    "int8": (write_int8, "net.safetensors"),
-    "SDNQ": (write_sdnq, "net"),
-    **{name: (functools.partial(write_host_format, name), "net.safetensors")
-       for name in ("float8_e4m3fn", "int8_tensorwise")},
+    **{name: PACKED_FILES[name] for name in ("int8", "float8_e4m3fn", "int8_tensorwise")},
+    "SVDQuant": (write_svdquant, "net.safetensors"),
+    "SDNQ": (functools.partial(write_sdnq, config={"_class_name": "FluxControlNetModel"}), "net"),
 }
 
 
-def sample(kind: Kind, control_net=None) -> torch.Tensor:
-    """Two steps of the host's sampler on its own dense model, through its Apply ControlNet."""
-    family, model = FAMILIES.get(kind.base, UNET), models(kind.base)[1]
-    positive, negative = (
-        [[seeded(*family.context, seed=seed), dict(kind.conditioning)]] for seed in (2, 3))
+def sample(kind: Kind, control_net=None, packed_base: bool = False) -> torch.Tensor:
+    """Two steps of the host's sampler on its own dense model, or on a packed one, through its Apply
+    ControlNet."""
+    family, model = MODELS[kind.base], models(kind.base)[not packed_base]
+    positive, negative = (conditioning(kind.base, seed) for seed in (2, 3))
     if control_net is not None:
         if kind.union:
             control_net = control_net.copy()

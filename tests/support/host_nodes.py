@@ -33,14 +33,50 @@ UNET = dataclasses.replace(
         "transformer_depth_middle": 1,
     },
 )
-MODELS = {**FAMILIES, "unet": UNET}
+# With the width of pooled text that the host takes ControlNets of Stability to have.
+SD35 = dataclasses.replace(
+    FAMILIES["sd3.5"],
+    config={**FAMILIES["sd3.5"].config, "adm_in_channels": 2048},
+    extra={"y": (1, 2048)},
+)
+# With as many blocks as the host takes the model of its ControlNets to have.
+HUNYUAN_DIT = dataclasses.replace(
+    FAMILIES["hunyuan-dit"], config={**FAMILIES["hunyuan-dit"].config, "depth": 40})
+MODELS = {**FAMILIES, "unet": UNET, "sd3.5-wide": SD35, "hunyuan-dit-40": HUNYUAN_DIT}
 # What conditioning holds beside the text, by family; a tuple is the shape of random values.
 EXTRAS = {
     "sdxl": {"pooled_output": (1, 1280)},
     "sd3.5": {"pooled_output": (1, 256)},
+    "sd3.5-wide": {"pooled_output": (1, 2048)},
+    "flux-dev": {"pooled_output": (1, 256), "guidance": 3.5},
     "ltxv": {"attention_mask": torch.ones(1, 7, dtype=torch.long)},
     "mochi": {"attention_mask": torch.ones(1, 8, dtype=torch.long)},
+    **{name: {"pooled_output": (1, 768)}
+       for name in ("hunyuan-video", "hunyuan-video-1.5", "kandinsky5")},
+    "hidream": {"pooled_output": (1, 256), "conditioning_llama3": (1, 2, 7, 256)},
+    **{
+        name: {
+            "attention_mask": torch.ones(1, 77), "conditioning_mt5xl": (1, 256, 256),
+            "attention_mask_mt5xl": torch.ones(1, 256)
+        }
+        for name in ("hunyuan-dit", "hunyuan-dit-40")
+    },
+    **{name: {"attention_mask": torch.ones(1, 7, dtype=torch.long)}
+       for name in ("omnigen2", "boogu")},
+    "ace-step": {"conditioning_lyrics": torch.arange(9)[None]},
+    "ace-step-1.5": {"conditioning_lyrics": (1, 5, 1024)},
 }
+
+
+def conditioning(name: str, seed: int) -> list:
+    """Random conditioning for a model, with what it needs beside the text."""
+    extra = EXTRAS.get(name, {}).items()
+    return [[
+        seeded(*MODELS[name].context, seed=seed), {
+            name: seeded(*value, seed=seed) if isinstance(value, tuple) else value
+            for name, value in extra
+        }
+    ]]
 
 
 def seeded(*shape, seed: int = 1) -> torch.Tensor:
@@ -108,13 +144,7 @@ class Setting:
         return seeded(*(self.case.latent or MODELS[self.case.family].latent), seed=4) / 2
 
     def conditioning(self, seed: int) -> list:
-        extra = EXTRAS.get(self.case.family, {}).items()
-        return [[
-            seeded(*MODELS[self.case.family].context, seed=seed), {
-                name: seeded(*value, seed=seed) if isinstance(value, tuple) else value
-                for name, value in extra
-            }
-        ]]
+        return conditioning(self.case.family, seed)
 
     def sigmas(self, model=None) -> torch.Tensor:
         sampling = (model or self.model).get_model_object("model_sampling")

@@ -15,11 +15,10 @@ import comfy.samplers
 import folder_paths
 import torch
 from comfy_extras import nodes_model_patch, nodes_wan
-from controlnets import FLUX_TEXT, FrameLatents, Latents, build_weights
-from families import FAMILIES, comfyui_gguf_style
-from host_nodes import MODELS, models, seeded
+from controlnets import FrameLatents, Latents, build_weights
+from families import FAMILIES
+from host_nodes import MODELS, conditioning, models, seeded
 
-from devtools.files.gguf_files import write_gguf
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.packed_layout import is_packed
 
@@ -226,7 +225,6 @@ class Kind:
     weights: Callable[[], Mapping[str, torch.Tensor]]
     base: str | None
     apply: Callable[[Any, Any], Any] | None = None
-    conditioning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     cfg: float = 3.0
 
 
@@ -237,19 +235,12 @@ KINDS = {
     "Z-Image Fun 2.1": Kind(z_image_fun_15, "z-image", apply_z_image),
     "Qwen DiffSynth": Kind(qwen, "qwen-image", apply_qwen),
     "Qwen DiffSynth inpaint": Kind(functools.partial(qwen, 4), "qwen-image", apply_qwen),
-    "USO": Kind(uso, "flux-dev", apply_uso, FLUX_TEXT, cfg=1.0),
+    "USO": Kind(uso, "flux-dev", apply_uso, cfg=1.0),
     "Uni3C": Kind(uni3c, "wan2.1-t2v", apply_uni3c),
     "InfiniteTalk": Kind(multitalk, "wan of 640", apply_multitalk, cfg=1.0),
     "LLLite": Kind(lllite, "anima", apply_lllite),
     "SUPIR": Kind(supir, None),
 }
-
-
-def write_q4_k(path, weights):
-    """Matrices whose rows are whole blocks in Q4_K and the rest in F32."""
-    seen = write_gguf(path, weights, **comfyui_gguf_style("Q4_K"))
-    return {name: torch.as_tensor(values).reshape(weights[name].shape)
-            for name, values in seen.items()}
 
 
 def load_dense(path: str, monkeypatch):
@@ -268,8 +259,7 @@ def sample(kind: Kind, patch=None) -> torch.Tensor:
     family, model = MODELS[kind.base], models(kind.base)[1]
     if patch is not None:
         model = kind.apply(model, patch)
-    positive, negative = ([[seeded(*family.context, seed=seed), dict(kind.conditioning)]]
-                          for seed in (2, 3))
+    positive, negative = (conditioning(kind.base, seed) for seed in (2, 3))
     latent = seeded(*family.latent, seed=4) / 2
     sampler = comfy.samplers.sampler_object("euler")
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)

@@ -1,36 +1,60 @@
-"""Weights packed in 8 bits, convolutions too, and GGUF files of them."""
+"""Writers of whole models in each family of packed formats, in the names that the weights have.
+
+Each takes a path and name -> float32 tensor, writes its file or folder there, and returns the
+values that a reader must get.
+"""
+import functools
+
+import numpy
+import pytest
 import torch
+from families import comfyui_gguf_style
+from host_formats import in_host_format
+from safetensors.torch import save_file
+from sdnq_writer import write_folder
 
-from featherweight.loaders.files.gguf_writer import gguf_writer
-from featherweight.loaders.files.integer_weights import pack_rows
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import is_packed
-from featherweight.ops.packed_tensor import relabel
-from featherweight.ops.quantize import pack_tensor
-
-
-def pack_q8_0(matrix):
-    return pack_tensor(matrix, FORMATS["Q8_0"])
+from devtools.files.gguf_files import write_gguf
 
 
-def pack_int8(matrix):
-    scale = matrix.abs().amax(1, keepdim=True) / 127
-    return pack_rows((matrix / scale).round().to(torch.int8), scale)
+def write_ggml(packed_type: str, path, weights, **options):
+    """Matrices in a type of ggml and the rest in F32."""
+    seen = write_gguf(path, weights, **comfyui_gguf_style(packed_type), **options)
+    return {name: torch.from_numpy(numpy.array(values)).reshape(weights[name].shape)
+            for name, values in seen.items()}
 
 
-def packed_weights(weights, pack=pack_q8_0):
-    """The same weights, all matrices and kernels packed whose rows take it."""
-    return {
-        name: relabel(pack(value.float().flatten(1)), shape=value.shape)
-        if value.ndim > 1 and value[0].numel() % 32 == 0 else value
-        for name, value in weights.items()
-    }
+def write_bitsandbytes(writer: str, path, weights):
+    """Matrices by a writer of `bnb_files`."""
+    bnb_files = pytest.importorskip("devtools.files.bnb_files", reason="bitsandbytes writes them")
+    return getattr(bnb_files, writer)(path, weights)
 
 
-def write_packed(path, tensors):
-    """A GGUF file of packed and other tensors, as Save Packed Model writes it."""
-    types = {name: (tuple(value.shape), "Q8_0" if is_packed(value) else "F32")
-             for name, value in tensors.items()}
-    with gguf_writer(path, types, {}, False) as writer:
-        for name, value in tensors.items():
-            writer.write(name, types[name][1], [value if is_packed(value) else value.float()])
+def write_host_format(format_name: str, path, weights):
+    """Matrices in one of ComfyUI's own formats."""
+    stored, values = {}, {}
+    for name, value in weights.items():
+        stored[name] = values[name] = value
+        if value.ndim == 2:
+            parts, values[name] = in_host_format(name, value, format_name)
+            stored |= parts
+    save_file({name: value.contiguous() for name, value in stored.items()}, path)
+    return values
+
+
+def write_sdnq(path, weights, **options):
+    """Matrices in uint4 with a low rank, in a folder as diffusers saves it."""
+    return write_folder(path, weights, group=64, rank=4, **options)
+
+
+write_q8_0 = functools.partial(write_ggml, "Q8_0")
+
+# format -> (writer, name of the file or folder)
+PACKED_FILES = {
+    "Q8_0": (write_q8_0, "net.gguf"),
+    "Q4_K": (functools.partial(write_ggml, "Q4_K"), "net.gguf"),
+    "NF4": (functools.partial(write_bitsandbytes, "write_bnb"), "net.safetensors"),
+    "int8": (functools.partial(write_bitsandbytes, "write_bnb_int8"), "net.safetensors"),
+    **{name: (functools.partial(write_host_format, name), "net.safetensors")
+       for name in ("float8_e4m3fn", "int8_tensorwise")},
+    "SDNQ": (write_sdnq, "net"),
+}

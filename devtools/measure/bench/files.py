@@ -101,17 +101,19 @@ def bench_memory(options):
 
 
 def bench_train(options):
-    """Training a LoRA with ComfyUI's node on a Flux of real layer sizes, dense and in Q4_K, each in
-    a process of its own: bytes of the model, growth of the process, seconds of a step."""
+    """Training a LoRA with ComfyUI's node on a Flux of real layer sizes, dense and in each format,
+    each in a process of its own: bytes of the model, growth of the process, seconds that one thread
+    spends on a step. The dense model and the first format train in the node's bypass mode too."""
     sizes = options.sizes
-    shapes = flux_shapes(sizes.hidden, *sizes.model_blocks, sizes.context)
+    shapes = flux_shapes(sizes.hidden, *(options.blocks or sizes.model_blocks), sizes.context)
     with tempfile.TemporaryDirectory() as folder:
-        packed, dense = Path(folder) / "flux-q4_k.gguf", Path(folder) / "flux.safetensors"
-        write_random_gguf(packed, shapes, "Q4_K")
+        dense = Path(folder) / "flux.safetensors"
         save_file({name: torch.randn(shape, dtype=torch.bfloat16) / math.sqrt(shape[-1])
                    for name, shape in shapes.items()}, dense)
-        yield "dense", probed("training", dense)
-        yield "Q4_K", probed("training", packed)
+        for name in ("dense", *options.formats):
+            yield name, probed(f"training-{name}", dense)
+        for name in ("dense", options.formats[0]):
+            yield f"{name}, bypass mode", probed(f"bypass-{name}", dense)
 
 
 def bench_scale(options):
