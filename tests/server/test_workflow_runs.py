@@ -183,8 +183,9 @@ def test_it_runs_with_small_models(path, server, object_info):
     packed = {name.rpartition("/")[2] for name in files
               if "nf4" in name or name.startswith("svdq") or name.endswith(".gguf")}
     packed |= {
-        spec["inputs"]["model_name"] for spec in prompt.values()
+        name for spec in prompt.values()
         if spec["inputs"].get("pack_to", DEQUANTIZED) != DEQUANTIZED
+        for name in map(spec["inputs"].get, ("model_name", "control_net_name")) if name
     }
     # another workflow may have loaded it
     assert packed <= {line["file"] for line in demo.LOADED.finditer(server.log())}
