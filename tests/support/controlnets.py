@@ -242,6 +242,12 @@ def sample(kind: Kind, control_net=None, packed_base: bool = False) -> torch.Ten
                                       positive, negative, latent, disable_pbar=True, seed=1)
 
 
+@functools.cache
+def unguided(base: str) -> torch.Tensor:
+    """What `sample` gives on the dense model without a ControlNet."""
+    return sample(next(kind for kind in KINDS.values() if kind.base == base))
+
+
 def packed_layers(control_net) -> list[str]:
     return [name for name, layer in control_net.control_model.named_modules()
             if isinstance(layer, PackedLayer) and is_packed(layer.weight)

@@ -490,9 +490,9 @@ FAMILIES = {
         "PixArtSigma",
         {
             "image_model": "pixart_sigma",
-            "num_heads": 2,
+            "num_heads": 16,
             "patch_size": 2,
-            "hidden_size": 256,
+            "hidden_size": 1152,
             "in_channels": 4,
             "depth": 1,
             "model_max_length": 300,
@@ -500,7 +500,6 @@ FAMILIES = {
         },
         latent=(1, 4, 40, 40),
         context=(1, 7, 4096),
-        fixed={"num_heads": 16, "hidden_size": 1152},
     ),
     "hunyuan-dit": Family(
         "comfy.model_base.HunyuanDiT",
