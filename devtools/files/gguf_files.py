@@ -20,8 +20,8 @@ from devtools.files import gguf_types  # noqa: F401  gguf takes the types that a
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
-# Values of a row: gguf's reference goes by 16 rows, which takes several times as long for short ones
-# and twice as long for what no cache holds.
+# Values of a row: gguf's reference goes by 16 rows, which takes several times as long for short
+# ones and twice as long for what no cache holds.
 LEAST_ROW, MOST_ROW = 1024, 8192
 
 

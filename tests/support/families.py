@@ -90,10 +90,12 @@ def shrink_parts(family: Family, monkeypatch):
         module_name, _, class_name = name.rpartition(".")
         module = importlib.import_module(module_name)
 
-        def build(*args, original=getattr(module, class_name), sizes=sizes, **options):
-            return original(*args, **{**options, **sizes})
+        original = getattr(module, class_name)
+        monkeypatch.setattr(module, class_name, functools.partial(_with_sizes, original, sizes))
 
-        monkeypatch.setattr(module, class_name, build)
+
+def _with_sizes(original, sizes: Mapping[str, Any], *args, **options):
+    return original(*args, **{**options, **sizes})
 
 
 def shrunken_detection(family: Family, monkeypatch):
@@ -734,7 +736,7 @@ FAMILIES = {
         "Anima",
         {**_COSMOS2, "image_model": "anima", "crossattn_emb_channels": 256},
         latent=(1, 16, 1, 8, 8),
-        context=(1, 7, 1024),
+        context=(1, 7, 256),
         extra={"t5xxl_ids": torch.arange(7)[None], "t5xxl_weights": torch.ones(1, 7, 1)},
         fixed={
             "model_channels": 2048, "num_blocks": 28, "num_heads": 16,
@@ -742,7 +744,8 @@ FAMILIES = {
         },
         parts={
             "comfy.ldm.anima.model.LLMAdapter": {
-                "target_dim": 256, "model_dim": 256, "num_layers": 2, "num_heads": 4
+                "source_dim": 256, "target_dim": 256, "model_dim": 256, "num_layers": 2,
+                "num_heads": 4
             }
         },
     ),
