@@ -7,20 +7,21 @@ from safetensors.torch import save_file
 
 def write_bnb(path, tensors: dict[str, torch.Tensor], quant_type: str = "nf4",
               block_length: int = 64, nested: bool = False, storage: torch.dtype = torch.uint8,
-              prefix: str = "", keep=None) -> dict[str, torch.Tensor]:
+              prefix: str = "", keep=None, quantise=None) -> dict[str, torch.Tensor]:
     """Write float tensors as a safetensors file with 4-bit weights and return the values a reader
     should see.
 
     keep(name, tensor): whether to leave one as it is; by default everything but matrices named
     `.weight`. storage: the dtype that the codes are stored as. prefix: put before each name in the
-    file. Returns name, without prefix -> float32.
+    file. quantise: as `quantised`. Returns name, without prefix -> float32.
     """
     stored, seen = {}, {}
     for name, tensor in tensors.items():
         if (keep or _not_a_matrix)(name, tensor):
             parts, seen[name] = {"": tensor}, tensor.float()
         else:
-            parts, seen[name] = quantised(tensor, quant_type, block_length, nested, storage)
+            parts, seen[name] = (quantise or quantised)(tensor, quant_type, block_length, nested,
+                                                        storage)
         stored |= {f"{prefix}{name}{part}": value.contiguous() for part, value in parts.items()}
     save_file(stored, str(path), {"format": "pt"})
     return seen
@@ -40,14 +41,14 @@ def quantised(tensor: torch.Tensor, quant_type: str, block_length: int = 64, nes
     if nested:
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
     packed = codes.view(-1).view(torch.uint8).int()
-    nibbles = torch.stack([packed >> 4, packed & 15], -1).view(-1)[:tensor.numel()]
-    values = (
-        state.code[nibbles.long()]
-        * absmax.float().repeat_interleave(block_length)[: tensor.numel()]
-    )
+    # of both nibbles of a byte, the upper first
+    pairs = torch.stack([state.code.repeat_interleave(16), state.code.repeat(16)], -1)
+    values = torch.nn.functional.pad(pairs[packed].view(-1)[:tensor.numel()],
+                                     (0, -tensor.numel() % block_length))
+    values = values.view(-1, block_length) * absmax.float().view(-1, 1)
     return {"": codes} | {
         f".{part}": value for part, value in state.as_dict(packed=True).items()
-    }, values.view(tensor.shape)
+    }, values.view(-1)[:tensor.numel()].view(tensor.shape)
 
 
 def write_bnb_int8(path, tensors: dict[str, torch.Tensor], prefix: str = "",

@@ -4,6 +4,7 @@
 other types, weights are drawn from random blocks whose values (by gguf's own reference) are of a
 usual size, so no per-format knowledge is needed here.
 """
+import collections.abc
 import functools
 import math
 
@@ -19,22 +20,36 @@ from devtools.files import gguf_types  # noqa: F401  gguf takes the types that a
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
-# values; gguf's reference goes by 16 rows, which takes ten times as long for short ones
-AT_ONCE = 2**22
+# Values of a row: gguf's reference goes by 16 rows, which takes several times as long for short
+# ones and twice as long for what no cache holds.
+LEAST_ROW, MOST_ROW = 1024, 8192
+
+
+def _in_rows(blocks: np.ndarray, block_length: int) -> np.ndarray:
+    """Blocks (n, m) in rows of a size that suits gguf's reference; in one where they do not divide
+    so."""
+    count = math.gcd(len(blocks), MOST_ROW // block_length)
+    if count * block_length < LEAST_ROW:
+        count = len(blocks)
+    return blocks.reshape(-1, count * blocks.shape[1])
 
 
 def quantize(values: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
     """Rows packed by gguf's reference, uint8."""
-    if not 0 < values.size <= AT_ONCE:
+    block_length = GGML_QUANT_SIZES[ggml_type][0]
+    if not values.size or values.shape[-1] % block_length:
         return gguf.quants.quantize(values, ggml_type)
-    return gguf.quants.quantize(values.reshape(1, -1), ggml_type).reshape(*values.shape[:-1], -1)
+    rows = _in_rows(values.reshape(-1, block_length), block_length)
+    return gguf.quants.quantize(rows, ggml_type).reshape(*values.shape[:-1], -1)
 
 
 def dequantize(packed: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
     """The values of packed rows by gguf's reference, float32."""
-    if not 0 < packed.size <= AT_ONCE:
+    block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    if not packed.size or packed.dtype != np.uint8 or packed.shape[-1] % block_bytes:
         return gguf.quants.dequantize(packed, ggml_type)
-    return gguf.quants.dequantize(packed.reshape(1, -1), ggml_type).reshape(*packed.shape[:-1], -1)
+    rows = _in_rows(packed.reshape(-1, block_bytes), block_length)
+    return gguf.quants.dequantize(rows, ggml_type).reshape(*packed.shape[:-1], -1)
 
 
 @functools.cache
@@ -100,13 +115,29 @@ def write_all(writer: gguf.GGUFWriter):
     writer.close()
 
 
+class Values(collections.abc.Mapping):
+    """Name -> float32 array of a file's tensors, dequantised when it is asked for."""
+
+    def __init__(self):
+        self.readers = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.readers[name]()
+
+    def __iter__(self):
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
 def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux",
-               metadata: dict | None = None, pack=pack) -> dict:
+               metadata: dict | None = None, pack=pack) -> Values:
     """Write float tensors as a GGUF file and return the values a reader should see.
 
     tensors: name -> torch tensor or array. type_of(name, array) -> ggml type name; a type whose
-    blocks do not divide the rows is replaced by F32. pack: as the function of this name. Returns
-    name -> float32 array dequantised by gguf's reference.
+    blocks do not divide the rows is replaced by F32. pack: as the function of this name. The
+    values are dequantised by gguf's reference.
     """
     writer = gguf_writer(path, architecture)
     for key, value in (metadata or {}).items():
@@ -116,7 +147,7 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux",
             writer.add_uint32(key, value)
         else:
             writer.add_array(key, value)
-    seen = {}
+    seen = Values()
     for seed, (name, tensor) in enumerate(tensors.items()):
         values = np.asarray(tensor, dtype=np.float32)
         type_name = type_of(name, values)
@@ -132,16 +163,21 @@ def write_gguf(path, tensors: dict, type_of, architecture: str | None = "flux",
             )
         if type_name == "F32":
             writer.add_tensor(name, values)
-            seen[name] = values.reshape(np.shape(tensor))
+            seen.readers[name] = functools.partial(values.reshape, np.shape(tensor))
         else:
             ggml_type = GGMLQuantizationType[type_name]
             packed = (
                 values.astype(np.float16) if type_name == "F16" else pack(values, type_name, seed)
             )
             writer.add_tensor(name, packed, raw_dtype=ggml_type)
-            seen[name] = dequantize(packed, ggml_type).reshape(np.shape(tensor))
+            seen.readers[name] = functools.lru_cache(functools.partial(
+                _values_of, packed, ggml_type, np.shape(tensor)))
     write_all(writer)
     return seen
+
+
+def _values_of(packed: np.ndarray, ggml_type: GGMLQuantizationType, shape) -> np.ndarray:
+    return dequantize(packed, ggml_type).reshape(shape)
 
 
 def write_random_gguf(path, shapes: dict[str, tuple], type_name: str,

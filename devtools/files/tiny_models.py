@@ -2,6 +2,8 @@
 
 They are not trained: their pictures are patterns. Names and shapes are those of the official files.
 """
+import functools
+
 import numpy as np
 
 LATENT_CHANNELS = 16
@@ -79,6 +81,11 @@ def clip_l_shapes() -> dict[str, tuple]:
 
 def flux(seed: int = 0, **sizes) -> dict[str, np.ndarray]:
     """Float32 tensors of a Flux of the given `flux_shapes`."""
+    return {name: values.copy() for name, values in _flux(seed, **sizes).items()}
+
+
+@functools.lru_cache(maxsize=2)
+def _flux(seed: int, **sizes) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, shape in flux_shapes(**sizes).items():

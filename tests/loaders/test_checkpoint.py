@@ -1,12 +1,23 @@
 """Checkpoints with packed weights: model, text encoder and VAE are the host's, run as in the host,
 and stay packed."""
+import functools
 import json
 
 import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from checkpoint_parts import ENCODER, MODEL, SD15, VAE, autoencoder, clip_l, flux, stable_diffusion
+from checkpoint_parts import (
+    ENCODER,
+    MODEL,
+    SD15,
+    VAE,
+    autoencoder,
+    clip_l,
+    flux,
+    quantise_once,
+    stable_diffusion,
+)
 from families import FAMILIES, random_weights, relative_error
 from families import run as run_family
 from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, relative, run
@@ -19,8 +30,9 @@ from featherweight.ops import cpu_linear
 from featherweight.ops.patcher import PackedPatcher
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
-from devtools.files.bnb_files import write_bnb
+from devtools.files import bnb_files
 
+write_bnb = functools.partial(bnb_files.write_bnb, quantise=quantise_once)
 NO_VAE = "your checkpoint does not contain a valid VAE"
 
 

@@ -20,11 +20,13 @@ from controlnets import (
     random_values,
     sample,
     shrunken_controlnet,
+    unguided,
 )
 from families import FAMILIES, random_weights, relative_error
 from host_nodes import models, seeded
 from packed_files import write_q8_0
 from safetensors.torch import save_file
+from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_zeros_gguf
 from featherweight.loaders.compute_choice import follows_model
@@ -73,7 +75,7 @@ def check_guides_as_dense(kind, format_name, write, monkeypatch):
     path, dense = write(kind.weights(), format_name)
     packed, of_the_host = load_controlnet(path), comfy.controlnet.load_controlnet(dense)
     expected = sample(kind, of_the_host)
-    assert relative_error(sample(kind), expected) > 1e-3
+    assert relative_error(unguided(kind.base), expected) > 1e-3
     assert relative_error(sample(kind, packed), expected) < 1e-5
     assert isinstance(packed.control_model_wrapped, PackedPatcher)
     layers = {name: layer for name, layer in of_the_host.control_model.named_modules()
@@ -100,7 +102,7 @@ def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, 
     dense = comfy.controlnet.load_controlnet(str(tmp_path / "dense.safetensors"))
     assert len(packed_layers(packed)) >= 13
     expected = sample(kind, dense)
-    assert relative_error(sample(kind), expected) > 1e-3
+    assert relative_error(unguided(kind.base), expected) > 1e-3
     assert relative_error(sample(kind, packed), expected) < 1e-5
 
 
@@ -113,7 +115,7 @@ def dense_self(packed, path: str):
     return dense
 
 
-@some(*(name for name in KINDS if not name.startswith("sd1.5 with")))
+@some(*(name for name in KINDS if not name.startswith("sd1.5")))
 def test_controlnet_that_is_packed_as_it_is_read_guides_as_its_dense_self_does(
         kind, tmp_path, monkeypatch):
     shrunken_controlnet(kind, monkeypatch)
@@ -123,7 +125,7 @@ def test_controlnet_that_is_packed_as_it_is_read_guides_as_its_dense_self_does(
     packed = load_controlnet(path, pack_to="Q8_0")
     save_file(dict(kind.weights()), tmp_path / "dense.safetensors")
     expected = sample(kind, dense_self(packed, str(tmp_path / "dense.safetensors")))
-    assert relative_error(sample(kind), expected) > 1e-3
+    assert relative_error(unguided(kind.base), expected) > 1e-3
     assert relative_error(sample(kind, packed), expected) < 1e-5
     layers = dict(packed.control_model.named_modules())
     formats = {layers[name].weight.layout_cls.format.__name__ for name in packed_layers(packed)}
@@ -135,7 +137,8 @@ def test_a_prefix_of_names_changes_no_type(tmp_path):
     sizes = []
     for weights in (ldm(), ldm_with_prefix()):
         save_file(dict(weights), tmp_path / "net.safetensors")
-        packed = load_controlnet(str(tmp_path / "net.safetensors"), pack_to="Q4_K")
+        with kernels_of_this_machine():  # which pack three times as fast
+            packed = load_controlnet(str(tmp_path / "net.safetensors"), pack_to="Q4_K")
         sizes.append((packed_layers(packed), packed.control_model_wrapped.model_size()))
     assert sizes[0] == sizes[1]
 

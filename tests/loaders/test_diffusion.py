@@ -92,8 +92,11 @@ def check_same_as_host(path, seen, family, caplog):
     return patcher
 
 
-@pytest.mark.parametrize("style", [comfyui_gguf_style, stable_diffusion_cpp_style])
-@pytest.mark.parametrize("name", RUN)
+# in the style of ComfyUI-GGUF all run in test_compute_choice.py
+@pytest.mark.parametrize(("name", "style"), [
+    *((name, stable_diffusion_cpp_style) for name in RUN),
+    *((name, comfyui_gguf_style) for name in RUN[::5]),
+])
 def test_packed_file_runs_as_in_the_host(name, style, tmp_path, monkeypatch, caplog):
     family = FAMILIES[name]
     shrunken_detection(family, monkeypatch)

@@ -19,7 +19,7 @@ from families import (
     stable_diffusion_cpp_style,
 )
 
-from devtools.files.gguf_files import write_gguf
+from devtools.files.gguf_files import random_rows, write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.ops.packed_layout import is_packed
@@ -85,7 +85,8 @@ def rearranged(weights):
 def test_weights_stored_in_rows_of_256_keep_their_shape(family, path, caplog):
     weights = random_weights(family)
     stored, shapes = rearranged(weights)
-    seen = write_gguf(path, stored, **comfyui_gguf_style("Q4_K"), metadata=shapes)
+    seen = write_gguf(path, stored, **comfyui_gguf_style("Q4_K"), metadata=shapes,
+                      pack=random_rows)
     patcher = load_without_complaint(path, caplog)
     layers = patcher.model.diffusion_model
     reshaped = [

@@ -36,6 +36,7 @@ from patched_models import (
 from recipe_process import digest
 from safetensors.torch import load_file, save_file
 from saving import save
+from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import load_checkpoint
@@ -108,8 +109,10 @@ def packed_flux(source: str, type_name: str):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
+def as_a_user():
+    """With the kernels of this machine; no model outlives its tests."""
+    with kernels_of_this_machine():
+        yield
     packed_flux.cache_clear()
 
 

@@ -1,5 +1,6 @@
 """Parts of checkpoints, small where the host lets them be, and a whole one of the SD1.5 kind."""
 import functools
+import hashlib
 
 import comfy.sd1_clip
 import torch
@@ -34,6 +35,25 @@ def clip_l() -> dict[str, torch.Tensor]:
                 values[shape, norm] = (torch.randn(shape, generator=generator) * 0.03 + norm).half()
             weights[name] = values[shape, norm].clone()  # a safetensors file shares nothing
     return weights
+
+
+@functools.cache
+def quantised_parts() -> dict:
+    """What `quantise_once` has quantised."""
+    return {}
+
+
+def quantise_once(tensor: torch.Tensor, *options):
+    """`quantised` of bitsandbytes' files, which takes seconds for a CLIP-L, once for all layers and
+    files of the same values."""
+    from devtools.files.bnb_files import quantised
+
+    digest = hashlib.sha1(tensor.contiguous().view(torch.uint8).numpy()).digest()
+    key = (digest, tensor.shape, tensor.dtype, options)
+    if key not in quantised_parts():
+        quantised_parts()[key] = quantised(tensor, *options)
+    parts, values = quantised_parts()[key]
+    return {name: value.clone() for name, value in parts.items()}, values
 
 
 def with_prefixes(**parts):

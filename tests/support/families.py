@@ -5,6 +5,7 @@ rows divide by 32 and mostly by 256, so that every format of ggml can pack them.
 """
 import dataclasses
 import functools
+import importlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ class Family:
     config: the shrunken configuration. latent, context: shapes of the model's main inputs; no
     latent: the model is not run. extra: further arguments of `apply_model`, a tuple being a shape
     for random values. fixed: the host's own values of what it does not read from a file; such a
-    model runs shrunken only with the host's answer corrected.
+    model runs shrunken only with the host's answer corrected. parts: classes of the host whose
+    sizes no configuration says -> what they are built with in place of the host's numbers.
     metadata: what the file has to say beside its tensors.
     """
 
@@ -42,6 +44,7 @@ class Family:
     context: tuple[int, ...] | None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -62,7 +65,9 @@ def host_model(family: Family, config: Mapping[str, Any], device: str = "cpu") -
 def random_weights(family: Family) -> dict[str, torch.Tensor]:
     """Name -> float32 tensor of the shrunken model."""
     generator = torch.Generator().manual_seed(0)
-    weights = host_model(family, family.config).state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_parts(family, patch)
+        weights = host_model(family, family.config).state_dict()
     for name, param in weights.items():
         values = torch.randn(param.shape, generator=generator)
         if param.ndim > 1:
@@ -79,9 +84,24 @@ def full_width_shapes(family: Family) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
+def shrink_parts(family: Family, monkeypatch):
+    """Let the host build the family's parts in the sizes of these tests."""
+    for name, sizes in family.parts.items():
+        module_name, _, class_name = name.rpartition(".")
+        module = importlib.import_module(module_name)
+
+        original = getattr(module, class_name)
+        monkeypatch.setattr(module, class_name, functools.partial(_with_sizes, original, sizes))
+
+
+def _with_sizes(original, sizes: Mapping[str, Any], *args, **options):
+    return original(*args, **{**options, **sizes})
+
+
 def shrunken_detection(family: Family, monkeypatch):
     """Let the host's detection answer with the family's size where it would answer with a size it
     holds fixed."""
+    shrink_parts(family, monkeypatch)
     detect = comfy.model_detection.detect_unet_config
 
     def detect_shrunken(*args, **kwargs):
@@ -272,8 +292,8 @@ FAMILIES = {
             "out_channels": 3,
             "patch_size": 16,
             "nerf_hidden_size": 64,
-            "nerf_mlp_ratio": 4,
-            "nerf_depth": 4,
+            "nerf_mlp_ratio": 1,
+            "nerf_depth": 2,
             "nerf_max_freqs": 8,
             "nerf_tile_size": 512,
             "nerf_final_head_type": "conv",
@@ -284,7 +304,9 @@ FAMILIES = {
         latent=(1, 3, 32, 32),
         context=(1, 7, 256),
         extra={"guidance": torch.tensor([0.0])},
-        fixed={"out_dim": 3072, "hidden_dim": 5120, "n_layers": 5},
+        fixed={
+            "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5, "nerf_mlp_ratio": 4, "nerf_depth": 4
+        },
     ),
     "sd3.5": Family(
         "comfy.model_base.SD3",
@@ -478,7 +500,7 @@ FAMILIES = {
             "model_max_length": 300,
             "micro_condition": False,
         },
-        latent=(1, 4, 64, 64),
+        latent=(1, 4, 40, 40),
         context=(1, 7, 4096),
     ),
     "hunyuan-dit": Family(
@@ -712,11 +734,20 @@ FAMILIES = {
     "anima": Family(
         "comfy.model_base.Anima",
         "Anima",
-        {**_COSMOS2, "image_model": "anima"},
+        {**_COSMOS2, "image_model": "anima", "crossattn_emb_channels": 256},
         latent=(1, 16, 1, 8, 8),
-        context=(1, 7, 1024),
+        context=(1, 7, 256),
         extra={"t5xxl_ids": torch.arange(7)[None], "t5xxl_weights": torch.ones(1, 7, 1)},
-        fixed={"model_channels": 2048, "num_blocks": 28, "num_heads": 16},
+        fixed={
+            "model_channels": 2048, "num_blocks": 28, "num_heads": 16,
+            "crossattn_emb_channels": 1024
+        },
+        parts={
+            "comfy.ldm.anima.model.LLMAdapter": {
+                "source_dim": 256, "target_dim": 256, "model_dim": 256, "num_layers": 2,
+                "num_heads": 4
+            }
+        },
     ),
     "cosmos": Family(
         "comfy.model_base.CosmosVideo",
@@ -774,7 +805,7 @@ FAMILIES = {
             "ssl_latent_dims": [256, 256],
             "ssl_names": ["mert", "m-hubert"],
             "lyric_encoder_vocab_size": 64,
-            "lyric_hidden_size": 1024,
+            "lyric_hidden_size": 256,
         },
         latent=(1, 8, 16, 8),
         context=(1, 7, 256),
@@ -791,6 +822,12 @@ FAMILIES = {
             "text_embedding_dim": 768,
             "ssl_latent_dims": [1024, 768],
             "lyric_encoder_vocab_size": 6693,
+            "lyric_hidden_size": 1024,
+        },
+        parts={
+            "comfy.ldm.ace.model.LyricEncoder": {
+                "output_size": 256, "attention_heads": 4, "linear_units": 512, "num_blocks": 2
+            }
         },
     ),
     "ace-step-1.5": Family(

@@ -78,7 +78,7 @@ class Layer:
                  dtype=torch.bfloat16, seed=0):
         rows, columns = weight.shape
         generator = torch.Generator().manual_seed(seed)
-        factors = torch.linalg.svd(weight.double(), full_matrices=False)
+        factors = torch.linalg.svd(weight.float(), full_matrices=False)
         up = (factors[0][:, :rank] * factors[1][:rank]).to(dtype)
         down = factors[2][:rank].to(dtype)
         low_rank = up.double() @ down.double()
@@ -112,7 +112,10 @@ class Layer:
         groups = values.view(len(values), -1, 16) / outer.view(-1, 1, 1)
         scales = (groups.abs().amax(-1) / 6).clamp(max=448).to(torch.float8_e4m3fn)
         steps = scales.double().unsqueeze(-1)
-        codes = ((groups / steps).unsqueeze(-1) - E2M1.double()).abs().argmin(-1)
+        wanted = groups / steps
+        between = (E2M1[1:8] + E2M1[:7]).double() / 2
+        codes = torch.bucketize(wanted.abs(), between)
+        codes += 8 * ((wanted < 0) & (codes > 0))
         self.parts |= {"qweight": tile_codes(codes.view(values.shape)),
                        "wscales": tile_bytes(scales), "wcscales": tile_vector(of_rows),
                        "wtscale": of_tensor}

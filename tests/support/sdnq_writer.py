@@ -115,7 +115,8 @@ def write_weight(values: torch.Tensor, name: str, group: int = 0, rank: int = 0,
         scale = span.to(scale_dtype).float()
         zero = least.to(scale_dtype).float() if is_unsigned else torch.zeros_like(least)
         wanted = (parts - zero) / scale
-        codes = torch.stack([(row.unsqueeze(-1) - numbers).abs().argmin(-1) for row in wanted])
+        ordered, order = numbers.sort()
+        codes = order[torch.bucketize(wanted, (ordered[1:] + ordered[:-1]) / 2)]
         result = numbers[codes] * scale + zero
         of_groups = (1,) if group == channels else (channels // group, 1)
         tensors["scale"] = scale.to(scale_dtype).reshape(rows, *of_groups, *kernel)

@@ -163,6 +163,10 @@ def rounded(values: torch.Tensor, packed_type: str = "Q8_0") -> torch.Tensor:
     change."""
     if values.shape[-1] % 32:
         return values
+    if packed_type == "Q8_0":  # which the package of gguf takes six times as long for
+        blocks = values.reshape(-1, 32)
+        steps = (blocks.abs().amax(1, keepdim=True) / 127).half().float()
+        return (blocks / steps).round_().mul_(steps).nan_to_num_(0).view(values.shape)
     ggml_type = gguf.GGMLQuantizationType[packed_type]
     return torch.from_numpy(dequantize(quantize(values.numpy(), ggml_type), ggml_type))
 

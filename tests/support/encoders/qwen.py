@@ -4,7 +4,7 @@ import gguf
 from .encoder import Encoder
 
 SMALL = {
-    "num_hidden_layers": 3, "vocab_size": 256, "intermediate_size": 512, "num_attention_heads": 2,
+    "num_hidden_layers": 3, "vocab_size": 256, "intermediate_size": 256, "num_attention_heads": 2,
     "num_key_value_heads": 1
 }
 KEYS = "model.layers.0.self_attn.k_proj.bias"

@@ -13,7 +13,7 @@ KEY_HEADS = 2
 SMALL = {
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "linear_attention",
-                    "full_attention"], "vocab_size": 256, "intermediate_size": 512,
+                    "full_attention"], "vocab_size": 256, "intermediate_size": 256,
     "num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": KEY_HEADS
 }
 
