@@ -126,8 +126,10 @@ def prepare() -> Environment:
 
 def _fingerprint(host: Path) -> str:
     """Hash of everything that decides what the environment contains."""
-    parts = [TORCH, *EXTRAS, *OPTIONAL, HOST_SHA256, str(host), read(host / "requirements.txt"),
-             read(ROOT / "requirements.txt"), read(Path(__file__).with_name("cpu_torch_shim.py"))]
+    # working trees may share an environment by a link
+    parts = [TORCH, *EXTRAS, *OPTIONAL, HOST_SHA256, str(host.resolve()),
+             read(host / "requirements.txt"), read(ROOT / "requirements.txt"),
+             read(Path(__file__).with_name("cpu_torch_shim.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
