@@ -67,7 +67,7 @@ def test_node_refuses_a_missing_file(folder):
         LoadCLIPVision.execute("gone.gguf")
 
 
-@pytest.mark.fake_gpus(devices=1)
+@pytest.mark.fake_gpus
 def test_on_a_gpu_its_bytes_are_counted_and_freed(folder, small_models):
     clip_vision, = LoadCLIPVision.execute("net.gguf").result
     expected, patcher = see(clip_vision), clip_vision.patcher
@@ -81,7 +81,7 @@ def test_on_a_gpu_its_bytes_are_counted_and_freed(folder, small_models):
     assert lies_on(patcher.model) == 0
 
 
-@pytest.mark.fake_gpus(devices=1, dynamic=True)
+@pytest.mark.fake_gpus(dynamic=True)
 def test_in_dynamic_vram_it_sees_what_its_dense_self_does(folder, small_models):
     clip_vision, = LoadCLIPVision.execute("net.gguf").result
     assert clip_vision.patcher.is_dynamic()

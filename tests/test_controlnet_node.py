@@ -69,7 +69,7 @@ def test_node_refuses_a_missing_file(folder):
         LoadControlNet.execute("gone.gguf")
 
 
-@pytest.mark.fake_gpus(devices=1)
+@pytest.mark.fake_gpus
 def test_on_a_gpu_its_bytes_are_counted_and_freed(folder, small_models):
     control_net, = LoadControlNet.execute("net.gguf").result
     expected, patcher = sample(KIND, control_net), control_net.control_model_wrapped
@@ -83,7 +83,7 @@ def test_on_a_gpu_its_bytes_are_counted_and_freed(folder, small_models):
     assert lies_on(patcher.model) == 0
 
 
-@pytest.mark.fake_gpus(devices=1, dynamic=True)
+@pytest.mark.fake_gpus(dynamic=True)
 def test_in_dynamic_vram_it_guides_as_on_a_cpu(folder, small_models):
     control_net, = LoadControlNet.execute("net.gguf").result
     assert control_net.control_model_wrapped.is_dynamic()

@@ -61,7 +61,7 @@ def test_node_refuses_a_missing_file(folder):
         LoadModelPatch.execute("gone.gguf")
 
 
-@pytest.mark.fake_gpus(devices=1)
+@pytest.mark.fake_gpus
 def test_on_a_gpu_its_bytes_are_counted_and_freed(folder, small_models):
     patch, = LoadModelPatch.execute("net.gguf").result
     expected = sample(KIND, patch)
@@ -82,7 +82,7 @@ def test_on_a_gpu_its_bytes_are_counted_and_freed(folder, small_models):
     assert lies_on(patch.model) == 0
 
 
-@pytest.mark.fake_gpus(devices=1, dynamic=True)
+@pytest.mark.fake_gpus(dynamic=True)
 def test_in_dynamic_vram_it_acts_as_on_a_cpu(folder, small_models):
     patch, = LoadModelPatch.execute("net.gguf").result
     assert patch.is_dynamic()
