@@ -26,7 +26,7 @@ class Gain:
     def add(self, change: torch.Tensor, exact: torch.Tensor):
         """Add what changed and what should have: a difference of two outputs, exact in float32, and
         its like."""
-        # rows in their own precision: a sum in float64 of as many values takes several times as long
+        # a row in its own precision: a sum in float64 takes several times as long
         self.along += torch.linalg.vecdot(change.to(exact.dtype), exact).double().sum().item()
         self.whole += torch.linalg.vecdot(exact, exact).double().sum().item()
 
