@@ -68,7 +68,9 @@ def always_one_thread():
 def model(request, always_one_thread):
     """(packed model, a function that puts two LoRAs on, what the packed model gives with them)"""
     values = flux_file(request.param)[1]
-    loras = [(lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5)]
+    # a DoRA takes long, since it changes the weight itself
+    few = {name: value for name, value in values.items() if "linear1" in name or "img_mod" in name}
+    loras = [(lora_for(values, seed=1), 0.8), (lora_for(few, "dora", seed=2), 0.5)]
     packed, dense = packed_flux(request.param), dense_flux(request.param)
     reference = sample(patched(packed, *loras))
     assert error_by_effect(reference, sample(patched(dense, *loras)), sample(dense)) < LIMIT

@@ -86,8 +86,9 @@ def test_a_row_has_the_bits_of_the_reference_on_gpus(name, size, gpu_backend):
     kernel, = (kernel for kernel in gpu_backend.kernels
                if kernel.capability == "dequantize"
                and kernel.accepts(packed_format, torch.float32, None))
-    for dtype, value_dtype in ((torch.bfloat16, None), (torch.float32, torch.float16)):
-        check(kernel, packed_format, dtype, value_dtype, CPU)
+    check(kernel, packed_format, torch.bfloat16, None, CPU)
+    if size == ROW_SIZES[name][0]:  # a value dtype does not depend on the size
+        check(kernel, packed_format, torch.float32, torch.float16, CPU)
 
 
 @pytest.mark.parametrize("name", ["F8_E4M3", "INT8_CONVROT", "W6A8", "SVDQUANT_INT4",

@@ -1,5 +1,6 @@
 """Packing with error feedback: what it gains, and that it is safe with any moments."""
 import contextlib
+import functools
 
 import gguf
 import numpy as np
@@ -20,6 +21,9 @@ from featherweight.ops.quantize.second_moments import SecondMoments
 WITH_GRID = {name: fmt for name, fmt in FORMATS.items() if fmt.grid and fmt.block_length <= 256}
 each_format = pytest.mark.parametrize("fmt", WITH_GRID.values(), ids=WITH_GRID)
 Q4_K = FORMATS["Q4_K"]
+# integers with scales and without, plain and with minima, and a codebook
+FORMAT_SAMPLE = [FORMATS[name] for name in ("Q3_K", "Q4_K", "Q8_0", "NF4")]
+some_formats = pytest.mark.parametrize("fmt", FORMAT_SAMPLE, ids=lambda fmt: fmt.__name__)
 pytestmark = pytest.mark.usefixtures("small_models")
 
 
@@ -38,15 +42,22 @@ def by(request, tmp_path_factory):
         yield request.param
 
 
+@functools.cache
+def mix_of(columns: int) -> torch.Tensor:
+    """An orthogonal matrix."""
+    return torch.linalg.qr(torch.randn(columns, columns,
+                                       generator=torch.Generator().manual_seed(99)))[0]
+
+
+@functools.cache
 def inputs(tokens: int, columns: int, seed: int = 0, power: float = 1.0) -> torch.Tensor:
-    """Inputs whose spectrum falls as that of trained layers does."""
-    mix = torch.linalg.qr(torch.randn(columns, columns,
-                                      generator=torch.Generator().manual_seed(99)))[0]
+    """Inputs whose spectrum falls as that of trained layers does. Shared by tests: change copies
+    only."""
     generator = torch.Generator().manual_seed(seed)
     return (
         torch.randn(tokens, columns, generator=generator)
         * torch.arange(1, columns + 1) ** -power
-        @ mix
+        @ mix_of(columns)
     )
 
 
@@ -79,9 +90,10 @@ def assert_alike(weight, packed, other, tokens):
     assert (differences < 3 * (values - weight).square().sum(1)).all()
 
 
-@each_format
-@pytest.mark.parametrize("block", [None, 256], ids=["all columns", "blocks of 256"])
-def test_the_output_is_nearer_than_with_the_same_importance_per_column(fmt, block):
+@pytest.mark.parametrize(("block", "fmt"), [
+    *(pytest.param(None, fmt, id=f"all columns-{name}") for name, fmt in WITH_GRID.items()),
+    *(pytest.param(256, fmt, id=f"blocks of 256-{fmt.__name__}") for fmt in FORMAT_SAMPLE)])
+def test_the_output_is_nearer_than_with_the_same_importance_per_column(block, fmt):
     weight, tokens = weight_of(40, 512), inputs(2000, 512)
     moments = moments_of(tokens, block)
     plain = pack_tensor(weight, fmt, importance=moments.importance)
@@ -218,7 +230,7 @@ def test_in_q3_k_tokens_count_beside_many_that_are_alike():
     assert output_error(weight, packed, words) < 0.8 * output_error(weight, more_damped, words)
 
 
-@each_format
+@some_formats
 def test_the_guard_keeps_what_has_less_error_for_tokens_held_out(fmt):
     weight, seen, others = (
         weight_of(32, 512),
@@ -262,7 +274,7 @@ def test_packing_by_moments_is_never_worse_than_by_importance(fmt):
         assert errors[0] <= errors[1]
 
 
-@each_format
+@some_formats
 def test_blocks_are_as_good_as_all_where_columns_of_different_blocks_do_not_go_together(fmt):
     weight, part = weight_of(24, 512), inputs(900, 256)
     whole, blocks = SecondMoments.zeros(512), SecondMoments.zeros(512, 256)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import precompiled
 import pytest
 import torch
 
@@ -65,11 +66,13 @@ class CudaCompiler:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        header = (OPS_TESTS / "cuda_on_cpu" / "kernel.h").read_text(encoding="utf-8")
+        self.header = precompiled.precompile(header, tuple(FLAGS))
 
     def compile(self, source: str, capability: int) -> bytes:
         assert capability == 86
         kernel = re.search(r"__global__ void (\w+)\(", source)[1]
-        text = f'#include "kernel.h"\n{source}\nEXPORT({kernel})'
+        text = f'#include "{self.header}"\n{source}\nEXPORT({kernel})'
         return self.library(text).encode()
 
     def library(self, text: str) -> str:
@@ -136,7 +139,7 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
         if options and platform.machine().lower() not in ("x86_64", "amd64"):
             pytest.skip("instructions of x86")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpp_backend, "FLAGS", (*cpp_backend.FLAGS, *options))
+            patch.setattr(cpp_backend, "FLAGS", precompiled.cpu_flags(*options))
             patch.setattr(torch.cpu, "_is_avx512_supported", partial(lambda: 16 in lanes))
             kernels = CpuKernels(CppCompiler(COMPILER, cache / "featherweight" / "kernels"))
             has_bfloat16 = not options and cpu_features.has_avx512_bfloat16()

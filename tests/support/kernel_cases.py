@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import precompiled
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -82,6 +83,7 @@ def cpu_kernels(cache_folder):
         patch.setenv("XDG_CACHE_HOME", str(cache_folder))
         patch.setattr(kernels, "_selectors", {})
         wait_for_kernels(patch)
+        patch.setattr(cpp_backend, "FLAGS", precompiled.cpu_flags())
         cpp_backend._kernels.cache_clear()
         yield patch
     cpp_backend._kernels.cache_clear()

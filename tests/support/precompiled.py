@@ -1,0 +1,38 @@
+"""Headers parsed once for all sources that include them: of a small kernel's time a compiler takes
+most for its headers."""
+import functools
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+
+from featherweight.ops import cpu_features
+from featherweight.ops.kernels import cpp_backend
+
+# What source/cpu/lanes.h includes, with which every kernel of a CPU begins.
+CPU_HEADERS = "#include <string.h>\n#ifdef __AVX2__\n#include <immintrin.h>\n#endif\n"
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="featherweight")
+
+
+def precompile(text: str, flags: tuple[str, ...]) -> str:
+    """Returns the path of a header, which GCC reads in its parsed form where it compiles with these
+    flags. Other compilers and flags read the text."""
+    name = hashlib.sha256(f"{flags} {text}".encode()).hexdigest()[:32]
+    header = Path(_folder().name, f"{name}.h")
+    if not header.is_file():
+        header.write_text(text, encoding="utf-8")
+        command = [cpp_backend.cpp_compiler(), *flags, "-x", "c++-header", str(header), "-o",
+                   f"{header}.gch"]
+        subprocess.run(command, capture_output=True)
+    return str(header)
+
+
+def cpu_flags(*options: str) -> tuple[str, ...]:
+    """Returns the flags for kernels of a CPU, their headers precompiled."""
+    flags = (*cpp_backend.FLAGS, *options)
+    x86_flags = cpp_backend.X86_FLAGS if cpu_features.is_x86() else ()
+    return *flags, "-include", precompile(CPU_HEADERS, (*flags, *x86_flags))
