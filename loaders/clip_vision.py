@@ -6,7 +6,7 @@ import comfy.clip_vision
 import torch
 
 from ..ops.row_slicing import take_rows
-from .comfy_bridge import keep_packed, log_load_summary
+from .comfy_bridge import keep_packed
 from .detection import CLIP_VISION
 from .host_views import names_with_layers, rebind
 from .side_model import load_side_model
@@ -14,23 +14,24 @@ from .side_model import load_side_model
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
 
 
-def load_clip_vision(path: str) -> comfy.clip_vision.ClipVisionModel:
+def load_clip_vision(path: str, pack_to: str | None = None) -> comfy.clip_vision.ClipVisionModel:
     """Loads a CLIP vision model and keeps its packed weights packed.
 
     The host's own function detects and builds it, so every model works that this ComfyUI knows.
-    A file without packed weights loads as with that.
+    A file without packed weights loads as with that, unless it is to be packed.
 
     Args:
         path: of a file or a folder of transformers.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known CLIP vision model.
     """
-    clip_vision, file = load_side_model(path, CLIP_VISION, _build)
-    if file:
-        for patcher in filter(None, (clip_vision.patcher, getattr(clip_vision, "naf", None))):
-            keep_packed(patcher, torch.float32)  # pictures are float32
-        log_load_summary(file, clip_vision.patcher)
+    clip_vision, packed_file = load_side_model(path, CLIP_VISION, _build, pack_to)
+    if packed_file:
+        packed_file.adopt(clip_vision.patcher, torch.float32)  # pictures are float32
+        if getattr(clip_vision, "naf", None) is not None:
+            keep_packed(clip_vision.naf, torch.float32)
     return clip_vision
 
 

@@ -9,17 +9,14 @@ import comfy.model_management
 import torch
 
 from ..ops.packed_layout import is_packed
-from .comfy_bridge import keep_packed, log_load_summary
+from .comfy_bridge import keep_packed
 from .compute_choice import follows_model
 from .detection import CONTROLNET
 from .diffusers_keys import from_diffusers
 from .files import open_weights
-from .files.container import WeightFile, WeightFileError
-from .pack_on_load import pack_weights
-from .progress import Progress
+from .files.container import WeightFileError
 from .side_model import load_side_model
 
-PREFIX = "control_model."  # before the names in files of LDM's ControlNets
 # What the tensors of ControlNets begin with, and those of T2I-Adapters do not.
 CONTROLNET_NAMES = re.compile(
     r"(control_model\.)?(control|single_controlnet_|zero_convs\.|after_proj_list\.)")
@@ -45,8 +42,8 @@ class PackedControlNet(_HostControl):
         clone = super().deepclone_multigpu(*args, **kwargs)
         model: Any = clone.control_model
         del model.packed_patches, model.packed_residency  # a copy has its own
-        _keep_packed(clone)
-        return clone
+        keep_packed(clone.control_model_wrapped, _dtype_of(clone))
+        return _as_packed(clone)
 
 
 def load_controlnet(path: str, pack_to: str | None = None) -> comfy.controlnet.ControlBase:
@@ -67,26 +64,17 @@ def load_controlnet(path: str, pack_to: str | None = None) -> comfy.controlnet.C
     """
     if pack_to and not _may_be_packed(open_weights(path).entries):
         pack_to = None
-    packed = None
 
-    def prepare(file: WeightFile, state_dict: dict[str, torch.Tensor],
-                progress: Progress) -> dict[str, torch.Tensor]:
-        nonlocal packed
+    def convert(state_dict):
         if "lora_controlnet" in state_dict:  # the host copies its weights into a model's
             state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
                           for key, tensor in state_dict.items()}
-        sources, state_dict = _convert_fused(state_dict, lazy=pack_to is not None)
-        if pack_to:
-            prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
-            packed = pack_weights(file, state_dict, pack_to, progress, prefix)
-        return sources | state_dict
+        return _convert_fused(state_dict, lazy=pack_to is not None)
 
-    control, file = load_side_model(path, CONTROLNET, _build, pack_to, prepare)
-    if file and hasattr(control, "control_model_wrapped"):
-        _keep_packed(control)
-        if packed:
-            packed.attach(control.control_model_wrapped)
-        log_load_summary(file, control.control_model_wrapped)
+    control, packed_file = load_side_model(path, CONTROLNET, _build, pack_to, convert)
+    if packed_file and hasattr(control, "control_model_wrapped"):
+        packed_file.adopt(control.control_model_wrapped, _dtype_of(control))
+        _as_packed(control)
     return control
 
 
@@ -140,11 +128,9 @@ def _convert_fused(state_dict: Mapping[str, torch.Tensor],
     return sources, converted
 
 
-def _keep_packed(control: Any):
-    """Makes the patcher of a ControlNet, which the host has built, keep packed weights packed."""
-    patcher = control.control_model_wrapped
-    keep_packed(patcher, control.manual_cast_dtype or patcher.model.dtype)
-    _as_packed(control)
+def _dtype_of(control: Any) -> torch.dtype:
+    """Returns what a ControlNet computes in."""
+    return control.manual_cast_dtype or control.control_model_wrapped.model.dtype
 
 
 def _as_packed(control: Any) -> Any:

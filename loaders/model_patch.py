@@ -7,28 +7,27 @@ import torch
 from comfy_extras import nodes_model_patch
 
 from ..ops.row_slicing import dense
-from .comfy_bridge import keep_packed, log_load_summary
 from .detection import MODEL_PATCH
 from .host_views import names_with_layers, rebind
 from .side_model import load_side_model
 
 
-def load_model_patch(path: str) -> comfy.model_patcher.ModelPatcher:
+def load_model_patch(path: str, pack_to: str | None = None) -> comfy.model_patcher.ModelPatcher:
     """Loads a model patch and keeps its packed weights packed.
 
     The host's own node detects and builds it, so every model patch works that this ComfyUI knows.
-    A file without packed weights loads as in that node.
+    A file without packed weights loads as in that node, unless it is to be packed.
 
     Args:
         path: of a file or a folder of diffusers.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known model patch.
     """
-    patcher, file = load_side_model(path, MODEL_PATCH, _build)
-    if file:
-        keep_packed(patcher, None)
-        log_load_summary(file, patcher)
+    patcher, packed_file = load_side_model(path, MODEL_PATCH, _build, pack_to)
+    if packed_file:
+        packed_file.adopt(patcher, None)
     return patcher
 
 

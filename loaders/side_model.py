@@ -3,20 +3,24 @@ the host's functions, with this pack's layers for packed weights."""
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import torch
 
 from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
+from .comfy_bridge import keep_packed, log_load_summary
 from .comfy_keys import to_comfy_keys
 from .comfy_quant import as_tensors, reject_unread_layers
-from .detection import describe_other_kind, explain_shape_errors, is_diffusion_model
+from .detection import CONTROLNET, describe_other_kind, explain_shape_errors, is_diffusion_model
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .host_formats import EXACT, packed_formats
+from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
 
@@ -28,23 +32,45 @@ UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, Unboun
 
 # (name of the file, state dict, metadata, layer classes or None for the host's) -> the host's model
 Build = Callable[[str, dict[str, torch.Tensor], dict[str, str], type | None], Any]
-# (file, state dict, progress) -> the weights to build the model with
-Prepare = Callable[[WeightFile, dict[str, torch.Tensor], Progress], dict[str, torch.Tensor]]
+# state dict -> (stand-ins that the host detects the model by, the weights themselves)
+Convert = Callable[[dict[str, torch.Tensor]],
+                   tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
+CONTROL_PREFIX = "control_model."  # before the names in files of LDM's ControlNets
+
+
+@dataclass
+class PackedFile:
+    """The file of a model that this pack has read, and what was packed of it while it was read."""
+
+    file: WeightFile
+    packed: PackStats | None
+
+    def adopt(self, patcher: comfy.model_patcher.ModelPatcher, dtype: torch.dtype | None):
+        """Makes the host's patcher of the model keep packed weights packed, and logs what it holds.
+
+        Args:
+            patcher: is changed in place.
+            dtype: that the model computes in; None where that is not known yet.
+        """
+        keep_packed(patcher, dtype)
+        if self.packed:
+            self.packed.attach(patcher)
+        log_load_summary(self.file, patcher)
 
 
 def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = None,
-                    prepare: Prepare | None = None) -> tuple[Any, WeightFile | None]:
+                    convert: Convert | None = None) -> tuple[Any, PackedFile | None]:
     """Loads a model by a function of the host.
 
-    A file without packed weights is read as the host reads it. Small parts that the host computes
-    with as plain tensors are dequantised.
+    A file without packed weights is read as the host reads it, unless they are to be packed. Small
+    parts that the host computes with as plain tensors are dequantised.
 
     Args:
         path: of a file or folder.
         kind: of the model, for people, such as "ControlNet".
         build: calls the function of the host; returns None if the host knows no such model.
-        pack_to: type that `prepare` packs weights to; None where it packs none.
-        prepare: is called with the weights of a file that the host does not read.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        convert: is called with the weights of a file that the host does not read.
 
     Returns:
         (what `build` returns, the file if its weights may be packed).
@@ -63,13 +89,19 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
     state_dict = file.state_dict(progress.track)
     state_dict = as_tensors(file, state_dict, formats=None if pack_to else formats)
     reject_unread_layers(file, state_dict)
-    if prepare is not None:
-        state_dict = prepare(file, state_dict, progress)
+    stand_ins, state_dict = convert(state_dict) if convert else ({}, state_dict)
+    packed = None
+    if pack_to:
+        is_prefixed = kind == CONTROLNET and any(
+            name.startswith(CONTROL_PREFIX) for name in state_dict)
+        packed = pack_weights(file, state_dict, pack_to, progress,
+                              CONTROL_PREFIX if is_prefixed else "")
+    state_dict = stand_ins | state_dict
     with dequantize_plain_parameters():
         model = _build(name, kind, build, state_dict, file.text_metadata,
                        operations_for(state_dict))
     progress.stage()
-    return model, file
+    return model, PackedFile(file, packed)
 
 
 def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Tensor],

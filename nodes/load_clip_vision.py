@@ -9,6 +9,7 @@ from ..loaders.folders import (
     list_model_folders,
     validate_files,
 )
+from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
 from .node_text import loader_output
 
 FOLDERS = ("clip_vision_gguf", "clip_vision")
@@ -50,6 +51,7 @@ class LoadCLIPVision(io.ComfyNode):
                     tooltip="A file in models/clip_vision, or a folder that transformers saved"
                     " there.",
                 ),
+                pack_to_input("the CLIP vision model"),
             ],
             outputs=[io.ClipVision.Output()],
         )
@@ -59,6 +61,6 @@ class LoadCLIPVision(io.ComfyNode):
         return validate_files(clip_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, clip_name) -> io.NodeOutput:
-        clip_vision = load_clip_vision(find_file(clip_name, *FOLDERS))
+    def execute(cls, clip_name, pack_to=AS_THE_FILE) -> io.NodeOutput:
+        clip_vision = load_clip_vision(find_file(clip_name, *FOLDERS), packed_type(pack_to))
         return io.NodeOutput(*loader_output(clip_vision=clip_vision))

@@ -9,6 +9,7 @@ from ..loaders.folders import (
     validate_files,
 )
 from ..loaders.model_patch import load_model_patch
+from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
 from .node_text import loader_output
 
 FOLDERS = ("model_patches_gguf", "model_patches")
@@ -50,6 +51,7 @@ class LoadModelPatch(io.ComfyNode):
                     tooltip="A file in models/model_patches, or a folder that diffusers saved"
                     " there.",
                 ),
+                pack_to_input("the model patch"),
             ],
             outputs=[io.ModelPatch.Output()],
         )
@@ -59,6 +61,7 @@ class LoadModelPatch(io.ComfyNode):
         return validate_files(model_patch_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, model_patch_name) -> io.NodeOutput:
-        model_patch = load_model_patch(find_file(model_patch_name, *FOLDERS))
+    def execute(cls, model_patch_name, pack_to=AS_THE_FILE) -> io.NodeOutput:
+        path = find_file(model_patch_name, *FOLDERS)
+        model_patch = load_model_patch(path, packed_type(pack_to))
         return io.NodeOutput(*loader_output(model_patch=model_patch))

@@ -47,7 +47,7 @@ def test_files_and_folders_of_vision_models_are_listed(folder):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(f'{{"architectures": ["{model_class}"]}}')
         (folder / name / "model.safetensors").touch()
-    inputs, = LoadCLIPVision.define_schema().inputs
+    inputs = LoadCLIPVision.define_schema().inputs[0]
     assert inputs.options == ["net.gguf", "clip/model.safetensors", "h/model.safetensors", "h"]
     assert LoadCLIPVision.validate_inputs("net.gguf") is True
     assert "gone.gguf is in none of the model folders" in LoadCLIPVision.validate_inputs(

@@ -40,7 +40,7 @@ def test_files_and_folders_of_model_patches_are_listed(folder):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(f'{{"_class_name": "{model_class}"}}')
         (folder / name / "weights.safetensors").touch()
-    inputs, = LoadModelPatch.define_schema().inputs
+    inputs = LoadModelPatch.define_schema().inputs[0]
     assert inputs.options == ["net.gguf", "fun/weights.safetensors", "vae/weights.safetensors",
                               "fun"]
     assert LoadModelPatch.validate_inputs("net.gguf") is True

@@ -12,6 +12,9 @@ from vision_models import VISION_MODELS, encoded, packed_layers, shrink
 from featherweight.loaders.clip_vision import load_clip_vision
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.model_summary import memory_summary
+from featherweight.ops import product
+from featherweight.ops.packed_layout import is_packed
 from featherweight.ops.patcher import PackedPatcher
 
 pytestmark = pytest.mark.usefixtures("small_models", "small_vision")
@@ -64,6 +67,22 @@ def test_vision_model_of_any_packed_format_sees_what_its_dense_self_does(format_
     dense = written(writer, tmp_path / name, weights)
     assert packed_layers(load_clip_vision(str(tmp_path / name)))
     assert_alike(tmp_path / name, dense)
+
+
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_vision_model_that_is_packed_as_it_is_read_sees_what_its_dense_self_does(name, tmp_path):
+    path = tmp_path / "dense.safetensors"
+    save_file({key: value.float().contiguous() for key, value in VISION_MODELS[name]().items()},
+              path)
+    packed, dense = load_clip_vision(str(path), "Q8_0"), comfy.clip_vision.load(str(path))
+    dense.model.load_state_dict({
+        key: product.dequantize(value, torch.float32) if is_packed(value) else value
+        for key, value in packed.model.state_dict().items()
+    })
+    assert packed_layers(packed) and "packed from F32" in memory_summary(packed.patcher)
+    expected = encoded(dense)
+    for key, value in encoded(packed).items():
+        assert relative_error(value, expected[key]) < 1e-5, key
 
 
 def test_file_without_packed_weights_loads_as_the_host_loads_it(tmp_path):

@@ -17,6 +17,7 @@ from featherweight.loaders.controlnet import load_controlnet
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.model_patch import load_model_patch
+from featherweight.ops import product
 from featherweight.ops.packed_layout import is_packed
 from featherweight.ops.patcher import PackedPatcher
 
@@ -68,6 +69,23 @@ def test_model_patch_of_any_packed_format_acts_as_its_dense_self(format_name, tm
     packed = load_model_patch(str(tmp_path / name))
     assert len([name for name in packed_layers(packed) if name.endswith(".qkv")]) == 8
     assert relative_error(sample(kind, packed), sample(kind, load_dense(dense, monkeypatch))) < 1e-5
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_model_patch_that_is_packed_as_it_is_read_acts_as_its_dense_self(name, tmp_path,
+                                                                         monkeypatch):
+    kind, path = KINDS[name], tmp_path / "dense.safetensors"
+    if kind.base:
+        shrunken_detection(MODELS[kind.base], monkeypatch)
+    save_file({key: value.float().contiguous() for key, value in kind.weights().items()}, path)
+    packed, dense = load_model_patch(str(path), "Q8_0"), load_dense(str(path), monkeypatch)
+    dense.model.load_state_dict({
+        key: product.dequantize(value, torch.float32) if is_packed(value) else value
+        for key, value in packed.model.state_dict().items()
+    })
+    # those have no blocks by which a plan knows their layers, and stay in 16 bits
+    assert bool(packed_layers(packed)) == (name not in ("USO", "LLLite"))
+    assert relative_error(sample(kind, packed), sample(kind, dense)) < 1e-5
 
 
 def test_file_without_packed_weights_loads_as_in_the_hosts_node(tmp_path, monkeypatch):
