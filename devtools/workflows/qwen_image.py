@@ -105,8 +105,8 @@ def qwen_image_awq() -> Workflow:
         "Qwen-Image GGUF with an AWQ text encoder",
         text_to_picture(diffusion_model(QWEN_GGUF), QWEN_VL_AWQ),
         about=f"""
-Qwen-Image as a GGUF, and its text encoder as the folder that transformers saved in AWQ: weights of \
-4 bits that stay packed while they run, with the values that they have in AWQ. A folder has its \
+Qwen-Image as a GGUF, and its text encoder as the folder that transformers saved in AWQ: weights \
+of 4 bits that stay packed while they run, with the values that they have in AWQ. A folder has its \
 vision part in it and needs no mmproj.
 
 Get the folder, from inside `ComfyUI/models`:

@@ -101,8 +101,8 @@ def wan_vace() -> Workflow:
     shown = picture("Who or what the video shows")
     positive = prompt(
         encoder,
-        "a girl in a pink dress waves both arms on a green hill, clouds drift past behind her, fixed"
-        " camera",
+        "a girl in a pink dress waves both arms on a green hill, clouds drift past behind her,"
+        " fixed camera",
     )
     negative = prompt(encoder, NEGATIVE, "Negative prompt")
     reference = Node(
