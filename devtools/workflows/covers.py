@@ -36,6 +36,7 @@ FAMILIES = {
     "Qwen-Image": "#2c5fae",
     "Qwen-Image-Edit": "#2c5fae",
     "Z-Image Turbo": "#2f7d46",
+    "Wan 2.1 14B": "#a32d55",
     "Wan 2.2 5B": "#a32d55",
     "Wan 2.2 14B": "#a32d55",
     "LTX-2": "#6d6f1d",
@@ -62,6 +63,7 @@ WEIGHTS = {
     "Stable Diffusion GGUF all-in-one": ("1.5 GB", HELD),
     "Stable Diffusion LCM on a CPU": ("1.5 GB", HELD),
     "SDXL GGUF with LCM and style LoRAs": ("3.2 GB", HELD),
+    "Wan 2.1 14B VACE module": ("13.2 GB", HELD),
     "Wan 2.2 14B GGUF video in 4 steps": ("9.8 GB", "each of two"),
 }
 # Formats that the names of files do not tell.
@@ -71,6 +73,7 @@ FORMATS = {
     "Flux.1 dev 4-bit package on 8 GB": "NF4",
     "Flux.1 dev SVDQuant with a LoRA": "SVDQuant int4",
     "Qwen-Image SDNQ": "SDNQ uint4",
+    "Wan 2.1 14B VACE module": "GGUF Q4_K_M + fp8",
 }
 # Which pictures of the demo's sheet a workflow draws.
 PICTURES = {

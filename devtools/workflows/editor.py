@@ -55,6 +55,7 @@ CONTROLS = {
     "EmptyHunyuanLatentVideo": VIDEO_SIZE,
     "EmptyLTXVLatentVideo": VIDEO_SIZE,
     "Wan22ImageToVideoLatent": VIDEO_SIZE,
+    "WanVaceToVideo": (*VIDEO_SIZE, "strength"),
     "LTXVEmptyLatentAudio": ("frames_number",),
     "RandomNoise": ("noise_seed",),
     "KSampler": ("seed", "steps", "cfg"),

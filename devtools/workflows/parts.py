@@ -20,8 +20,11 @@ def checkpoint(file: File) -> Node:
     return Node("FeatherweightLoadCheckpoint", {"checkpoint_name": file.name}, files=(file,))
 
 
-def diffusion_model(file: File, title: str = "") -> Node:
-    return Node("FeatherweightLoadDiffusionModel", {"model_name": file.name}, title, files=(file,))
+def diffusion_model(file: File, title: str = "", module: File | None = None) -> Node:
+    inputs, files = {"model_name": file.name}, (file,)
+    if module:
+        inputs, files = inputs | {"module_name": module.name}, (file, module)
+    return Node("FeatherweightLoadDiffusionModel", inputs, title, files=files)
 
 
 def text_encoder(kind: str, *files: File, mmproj: File | None = None) -> Node:

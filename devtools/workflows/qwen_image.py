@@ -30,6 +30,9 @@ QWEN_VL = File(
     "Qwen2.5-VL-7B-Instruct-Q4_K_M.gguf",
     "4.7 GB",
 )
+AWQ_REPOSITORY = "Qwen/Qwen2.5-VL-7B-Instruct-AWQ"
+AWQ_FOLDER = AWQ_REPOSITORY.partition("/")[2]
+QWEN_VL_AWQ = File("text_encoders", "", "", saved_as=AWQ_FOLDER)
 MMPROJ = File("text_encoders", "unsloth/Qwen2.5-VL-7B-Instruct-GGUF", "mmproj-BF16.gguf", "1.4 GB")
 QWEN_VAE = File(
     "vae", "Comfy-Org/Qwen-Image_ComfyUI", "split_files/vae/qwen_image_vae.safetensors", "0.3 GB"
@@ -54,9 +57,9 @@ def shifted(model, shift: float) -> Node:
     return Node("ModelSamplingAuraFlow", {"model": model, "shift": shift})
 
 
-def text_to_picture(model: Node) -> list[dict[str, list[Node]]]:
+def text_to_picture(model: Node, encoder_file: File = QWEN_VL) -> list[dict[str, list[Node]]]:
     """The columns of a workflow. model: its loader."""
-    encoder, decoder = text_encoder("qwen_image", QWEN_VL), vae(QWEN_VAE)
+    encoder, decoder = text_encoder("qwen_image", encoder_file), vae(QWEN_VAE)
     shift = shifted(model, 3.1)
     positive = prompt(
         encoder,
@@ -93,6 +96,31 @@ def qwen_image() -> Workflow:
         f" ComfyUI sets 1.0 to 2.1 GB aside for the computation at 1328 × 1328: it fits on a card"
         f" of 16 GB. {OFFLOADED}",
         change=CHANGE,
+        licence=LICENCE,
+    )
+
+
+def qwen_image_awq() -> Workflow:
+    return Workflow(
+        "Qwen-Image GGUF with an AWQ text encoder",
+        text_to_picture(diffusion_model(QWEN_GGUF), QWEN_VL_AWQ),
+        about=f"""
+Qwen-Image as a GGUF, and its text encoder as the folder that transformers saved in AWQ: weights \
+of 4 bits that stay packed while they run, with the values that they have in AWQ. A folder has its \
+vision part in it and needs no mmproj.
+
+Get the folder, from inside `ComfyUI/models`:
+
+```
+hf download {AWQ_REPOSITORY} --local-dir text_encoders/{AWQ_FOLDER}
+```
+""",
+        memory="The text encoder runs first and makes room. It takes 5.8 GB: 3.4 GB are packed,"
+        " the token table and the vision part are in 16 bits. The model takes 13.1 GB, and ComfyUI"
+        " sets 1.0 to 2.1 GB aside for the computation at 1328 × 1328: it fits on a card of 16 GB."
+        f" {OFFLOADED}",
+        change=f"The folder: any Qwen2.5-VL 7B in AWQ, GPTQ, AutoRound or compressed-tensors."
+        f" {CHANGE}",
         licence=LICENCE,
     )
 
@@ -219,4 +247,4 @@ def z_image_turbo() -> Workflow:
     )
 
 
-WORKFLOWS = (qwen_image, qwen_image_sdnq, qwen_image_edit, z_image_turbo)
+WORKFLOWS = (qwen_image, qwen_image_awq, qwen_image_sdnq, qwen_image_edit, z_image_turbo)

@@ -1,8 +1,9 @@
-"""Video: Wan 2.2 and LTX-2."""
+"""Video: Wan 2.1, Wan 2.2 and LTX-2."""
 from devtools.workflows.editor import File, Node, Workflow
 from devtools.workflows.parts import (
     diffusion_model,
     lora,
+    picture,
     prompt,
     sampled_step_by_step,
     text_encoder,
@@ -18,6 +19,15 @@ WAN_LORAS = "Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
 
 UMT5 = File(
     "text_encoders", "city96/umt5-xxl-encoder-gguf", "umt5-xxl-encoder-Q5_K_M.gguf", "4.1 GB"
+)
+WAN_21 = File(
+    "diffusion_models", "city96/Wan2.1-T2V-14B-gguf", "wan2.1-t2v-14b-Q4_K_M.gguf", "10.1 GB"
+)
+VACE = File(
+    "diffusion_models",
+    "Kijai/WanVideo_comfy",
+    "Wan2_1-VACE_module_14B_fp8_e4m3fn.safetensors",
+    "3.1 GB",
 )
 WAN_5B = File(
     "diffusion_models", "QuantStack/Wan2.2-TI2V-5B-GGUF", "Wan2.2-TI2V-5B-Q4_K_M.gguf", "3.4 GB"
@@ -82,6 +92,79 @@ def film(images: Node, fps: float, **audio) -> list[Node]:
         video,
         Node("SaveVideo", {"video": video, "filename_prefix": "featherweight", "codec": "auto"}),
     ]
+
+
+def wan_vace() -> Workflow:
+    model, encoder = diffusion_model(WAN_21, module=VACE), text_encoder("wan", UMT5)
+    decoder = vae(WAN_VAE_21)
+    shift = Node("ModelSamplingSD3", {"model": model, "shift": 8.0})
+    shown = picture("Who or what the video shows")
+    positive = prompt(
+        encoder,
+        "a girl in a pink dress waves both arms on a green hill, clouds drift past behind her,"
+        " fixed camera",
+    )
+    negative = prompt(encoder, NEGATIVE, "Negative prompt")
+    reference = Node(
+        "WanVaceToVideo",
+        {
+            "positive": positive,
+            "negative": negative,
+            "vae": decoder,
+            "width": 832,
+            "height": 480,
+            "length": 81,
+            "strength": 1.0,
+            "reference_image": shown,
+        },
+        "Size and length of the video",
+    )
+    sampler = Node(
+        "KSampler",
+        {
+            "model": shift,
+            "positive": (reference, 0),
+            "negative": (reference, 1),
+            "latent_image": (reference, 2),
+            "steps": 20,
+            "cfg": 6.0,
+            "sampler_name": "uni_pc",
+            "scheduler": "simple",
+        },
+    )
+    trimmed = Node(
+        "TrimVideoLatent",
+        {"samples": sampler, "trim_amount": (reference, 3)},
+        "Without the picture itself",
+    )
+    return Workflow(
+        "Wan 2.1 14B VACE module",
+        [
+            {"Load": [model, shift, encoder, decoder]},
+            {"Picture": [shown]},
+            {"Prompt and size": [positive, negative, reference]},
+            {
+                "Video": [
+                    sampler,
+                    trimmed,
+                    *film(Node("VAEDecode", {"samples": trimmed, "vae": decoder}), 16.0),
+                ]
+            },
+        ],
+        about="Five seconds of video with what a picture shows. Wan 2.1 for text is a GGUF, and"
+        " *module* (among the advanced inputs of its loader) joins it with the layers of VACE, a"
+        " file in fp8: both stay packed in one model. `example.png` comes with ComfyUI; take a"
+        " picture of your own.",
+        memory="The text encoder (4.1 GB) runs first and makes room. Model and module take 13.2 GB,"
+        " and ComfyUI sets 8.0 to 15.9 GB aside for the computation at 832 × 480 and 81 frames, 2.9"
+        " to 5.8 GB at 25 frames. What of the model does not fit beside it stays in main memory, by"
+        " itself: have 24 GB of it free.",
+        change="The sentence: say what happens to what the picture shows. Strength: how closely the"
+        " video keeps to the picture. Length: 16 frames are a second, in steps of 4 and one more"
+        " (49, 81). A video of outlines, depth or poses goes into `control_video` of the size node."
+        " Any Wan 2.1 14B for text goes with the module, packed in any way.",
+        licence="Wan 2.1 and VACE are under the Apache-2.0 licence.",
+    )
 
 
 def wan_5b() -> Workflow:
@@ -249,4 +332,4 @@ def ltx_2() -> Workflow:
     )
 
 
-WORKFLOWS = (wan_5b, wan_14b, ltx_2)
+WORKFLOWS = (wan_vace, wan_5b, wan_14b, ltx_2)

@@ -188,7 +188,17 @@ def test_it_runs_with_small_models(path, server, object_info):
         for name in map(spec["inputs"].get, ("model_name", "control_net_name")) if name
     }
     # another workflow may have loaded it
-    assert packed <= {line["file"] for line in demo.LOADED.finditer(server.log())}
+    added = {
+        line["file"]: int(line["held"]) - int(line["disk"])
+        for line in demo.LOADED.finditer(server.log())
+    }
+    assert packed <= added.keys()
+    if "module" in path.stem:
+        module, = (name for name in files if "module" in name)
+        model, = (spec["inputs"]["model_name"] for spec in prompt.values()
+                  if spec["inputs"].get("module_name") == module)
+        size = (server.base / "models" / "diffusion_models" / module).stat().st_size
+        assert added[model] > size / 2
     assert "lora key not loaded" not in server.log()[before:]
     for node, spec in prompt.items():
         if spec["class_type"] in ("PreviewAny", "FeatherweightCheckLora"):

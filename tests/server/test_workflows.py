@@ -53,7 +53,9 @@ def widget_values(node, info) -> dict[str, object]:
 
 
 def is_file(value) -> bool:
-    return isinstance(value, str) and (value.endswith((".safetensors", ".gguf")) or "/" in value)
+    """Whether a value names a model's file or folder."""
+    return isinstance(value, str) and (
+        value.endswith((".safetensors", ".gguf", "-AWQ")) or "/" in value)
 
 
 def choices(kind, options) -> list:

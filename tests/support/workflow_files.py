@@ -117,6 +117,13 @@ def family_gguf(path, family: str, packed_type: str = "Q4_K"):
                if values.ndim == 2 else "F32", metadata=FAMILIES[family].metadata)
 
 
+def vace_module(path):
+    """The layers of VACE for Wan, matrices in fp8."""
+    save_file({name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
+               for name, value in random_weights(FAMILIES["wan2.1-vace"]).items()
+               if name.startswith("vace_")}, path)
+
+
 def stable_diffusion_gguf(path, family: str = "sd1.5", with_text_encoder: bool = True):
     """As stable-diffusion.cpp: matrices packed, everything else in F16, nothing said about the
     architecture."""
@@ -284,6 +291,8 @@ FILES = {
         family_gguf,
         "qwen-image"), "qwen_image_vae.safetensors": wan_vae, "z-image-turbo-Q4_K_M.gguf": of(
             family_gguf, "z-image"), "Wan2.2-TI2V-5B-Q4_K_M.gguf": of(family_gguf, "wan2.2-ti2v"),
+    "wan2.1-t2v-14b-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
+    "Wan2_1-VACE_module_14B_fp8_e4m3fn.safetensors": vace_module,
     "wan2.2_vae.safetensors": wan22_vae, "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": of(
         family_gguf, "wan2.1-t2v"), "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": of(
             family_gguf,
@@ -302,5 +311,6 @@ FIXED = {family.config["image_model"]: {name: family.config[name] for name in fa
 TEXT = {
     "flux1": (1024, 0), "flux.1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
     "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
-    "Qwen-Image": (256, 0), "z-image": (256, 0), "Wan2.2": (4096, 0), "ltx-2": (512, 0)
+    "Qwen-Image": (256, 0), "z-image": (256, 0), "wan2.1": (4096, 0),
+    "Wan2.2": (4096, 0), "ltx-2": (512, 0)
 }
