@@ -48,7 +48,7 @@ def test_the_package_holds_nothing_of_the_developers():
     assert {path.partition("/")[0] for path in packed_files()} == FOLDERS | {"docs"} | FILES
     suffixes = (".gguf", ".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
     assert not [path for path in packed_files() if path.endswith(suffixes)]
-    assert sum((ROOT / path).stat().st_size for path in packed_files()) < 4_000_000
+    assert sum((ROOT / path).stat().st_size for path in packed_files()) < 4_500_000
 
 
 def test_the_version_is_semantic_and_heads_the_changelog():

@@ -65,6 +65,7 @@ def test_its_texts_are_read_from_their_own_files(folder, save, model, texts, tmp
     path, values = model
     for name, value in texts.items():
         save(value, tmp_path / folder / FILES[name])
+    values = dict(values)
     expected = run(host_patcher(values | texts, FAMILY), FAMILY)
     ours = load_diffusion_model(str(path))
     assert relative_error(run(ours, FAMILY), expected) < 1e-5

@@ -24,7 +24,7 @@ from featherweight.ops.kernels.verdicts import Verdicts
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]
 Q4_0, Q8_0 = (Case("dequantize", name, torch.float32, None) for name in ("Q4_0", "Q8_0"))
-CASE_SECONDS = 15  # on a machine that others use too
+CASE_SECONDS = 9  # on a machine that others use too
 run_planted = functools.partial(run_trial, command=planted_backends.COMMAND,
                                 case_seconds=CASE_SECONDS)
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes end otherwise on Windows")

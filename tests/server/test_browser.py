@@ -245,7 +245,8 @@ def test_a_template_opens_from_the_template_browser(page):
 
 
 @pytest.mark.parametrize("path", [
-    demo.WORKFLOW, demo.NF4_WORKFLOW, demo.LORA_WORKFLOW, demo.MIX_WORKFLOW
+    demo.WORKFLOW, pytest.param(demo.NF4_WORKFLOW, marks=pytest.mark.heavy),
+    pytest.param(demo.LORA_WORKFLOW, marks=pytest.mark.heavy), demo.MIX_WORKFLOW
 ], ids=lambda path: path.stem)
 def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
         path, newest, more_models, page, server):
@@ -346,7 +347,9 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
     assert not cut
 
 
-@pytest.mark.parametrize("language", LOCALES)
+@pytest.mark.parametrize("language", [
+    LOCALES[0], *(pytest.param(name, marks=pytest.mark.heavy) for name in LOCALES[1:])
+])
 def test_help_pages_follow_the_language_that_the_editor_is_set_to(editor, fresh, language):
     node = "FeatherweightLoadDiffusionModel"
     fresh.post("/settings", {"Comfy.Locale": language})
