@@ -16,6 +16,7 @@ import pytest
 import torch
 from fake_gpus import ON_FAKE_GPUS
 from host_formats import write_mixed
+from user_kernels import without_kernels
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import dequantize, pack, write_gguf
@@ -56,6 +57,7 @@ def flux_file(format_name: str, seed: int = 0) -> tuple[str, dict[str, torch.Ten
 
 # which takes a seed that is left out for another one: the file would be written while it is mapped
 @functools.cache
+@without_kernels()
 def _flux_file(format_name: str, seed: int) -> tuple[str, dict[str, torch.Tensor]]:
     path = f"{folder().name}/flux-{format_name}-{seed}.gguf"
     tensors = tiny_flux(seed)
