@@ -139,9 +139,9 @@ class MeasureSensitivity(io.ComfyNode):
             os.unlink(partial)
         heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
         if next(iter(imatrix or ()), False):
-            for suffix in IMATRIX_SUFFIXES:
-                imatrix_path = f"{path.removesuffix(SENSITIVITY)}{suffix}"
-                write_imatrix(sensitivity, imatrix_path)
+            imatrices = [f"{path.removesuffix(SENSITIVITY)}{suffix}" for suffix in IMATRIX_SUFFIXES]
+            write_imatrix(sensitivity, *imatrices)
+            for imatrix_path in imatrices:
                 heading = f"{os.path.basename(imatrix_path)}\n{heading}"
         show_text(heading + summary(sensitivity))
         text = heading + report(sensitivity)

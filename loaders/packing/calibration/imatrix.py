@@ -326,18 +326,18 @@ def _find_matrix(name: str, matrices: list[str]) -> str | None:
     return None
 
 
-def write_imatrix(sensitivity: Sensitivity, path: str | os.PathLike):
-    """Writes the importance of columns as an imatrix, whose form the suffix of its file says.
+def write_imatrix(sensitivity: Sensitivity, *paths: str | os.PathLike):
+    """Writes the importance of columns as imatrices, whose forms the suffixes of their files say.
 
     `.gguf` is for llama.cpp and its relatives, with the names of the GGUF files that are saved
     here. `.dat` is for stable-diffusion.cpp, which puts DAT_PREFIX before them.
 
     Args:
         sensitivity: a measurement, whose `about` tells what was run.
-        path: of the file, which is replaced if it exists.
+        paths: of the files, which are replaced if they exist.
 
     Raises:
-        WriteError: where it cannot be written.
+        WriteError: where one cannot be written.
     """
     measured: Measured = {}
     for name in sensitivity.shapes:
@@ -346,10 +346,9 @@ def write_imatrix(sensitivity: Sensitivity, path: str | os.PathLike):
             measured[written_name(name)] = moments.diagonal.cpu(), max(1, moments.count)
     about = sensitivity.about
     chunks = max(1, about.get("samples", 1) * about.get("steps", 1))
-    if str(path).lower().endswith(".dat"):
-        _write_dat(measured, chunks, path)
-    else:
-        _write_gguf(measured, chunks, path)
+    for path in paths:
+        write = _write_dat if str(path).lower().endswith(".dat") else _write_gguf
+        write(measured, chunks, path)
 
 
 def _write_gguf(measured: Measured, chunks: int, path: str | os.PathLike):
