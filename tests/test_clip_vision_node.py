@@ -1,18 +1,17 @@
 """Load CLIP Vision (Featherweight), from a file in the model folders to the host's own nodes."""
 import comfy.clip_vision
 import comfy.model_management
-import folder_paths
 import pytest
 import torch
 from families import relative_error
 from gpu_memory import lies_on
 from host_nodes import seeded
+from model_folders import use_empty_folders
 from packed_files import write_q8_0
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS, packed_layers, shrink
 
 import nodes as host_nodes
-from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes import node_text
 from featherweight.nodes.load_clip_vision import LoadCLIPVision
@@ -21,13 +20,7 @@ from featherweight.nodes.load_clip_vision import LoadCLIPVision
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The host's folder of CLIP vision models, with net.gguf in it."""
-    keys = {*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings"}
-    for key in keys:
-        (tmp_path / key).mkdir()
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
-                        {key: ([str(tmp_path / key)], {".safetensors"}) for key in keys})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_empty_folders(tmp_path, monkeypatch)
     shrink(monkeypatch)
     seen = write_q8_0(tmp_path / "clip_vision" / "net.gguf", VISION_MODELS["CLIP H"]())
     save_file({name: value.contiguous() for name, value in seen.items()},

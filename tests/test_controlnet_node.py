@@ -1,15 +1,14 @@
 """Load ControlNet (Featherweight), from a file in the model folders to the host's own nodes."""
 import comfy.controlnet
 import comfy.model_management
-import folder_paths
 import pytest
 import torch
 from controlnets import KINDS, flux_bfl, packed_layers, sample
 from gpu_memory import lies_on
+from model_folders import use_empty_folders
 from packed_files import write_q8_0
 from safetensors.torch import save_file
 
-from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes import node_text
 from featherweight.nodes.load_controlnet import LoadControlNet
@@ -20,13 +19,7 @@ KIND = KINDS["flux"]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The host's folder of ControlNets, with net.gguf in it."""
-    keys = {*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings"}
-    for key in keys:
-        (tmp_path / key).mkdir()
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
-                        {key: ([str(tmp_path / key)], {".safetensors"}) for key in keys})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_empty_folders(tmp_path, monkeypatch)
     write_q8_0(tmp_path / "controlnet" / "net.gguf", flux_bfl())
     return tmp_path / "controlnet"
 

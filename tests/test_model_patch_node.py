@@ -3,15 +3,14 @@ import os
 
 import comfy.model_management
 import comfy.model_patcher
-import folder_paths
 import pytest
 import torch
 from families import FAMILIES, shrunken_detection
 from gpu_memory import lies_on
+from model_folders import use_empty_folders
 from model_patches import KINDS, packed_layers, sample, shrink, z_image_fun_3
 from packed_files import write_q8_0
 
-from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes import node_text
 from featherweight.nodes.load_model_patch import LoadModelPatch
@@ -22,13 +21,7 @@ KIND = KINDS["Z-Image Fun 2.0 lite"]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The host's folder of model patches, with net.gguf in it."""
-    keys = {*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings"}
-    for key in keys:
-        (tmp_path / key).mkdir()
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
-                        {key: ([str(tmp_path / key)], {".safetensors"}) for key in keys})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_empty_folders(tmp_path, monkeypatch)
     shrink(monkeypatch)
     shrunken_detection(FAMILIES["z-image"], monkeypatch)
     write_q8_0(tmp_path / "model_patches" / "net.gguf", z_image_fun_3())

@@ -5,7 +5,13 @@ import comfy.clip_vision
 import pytest
 import torch
 from families import FAMILIES, random_weights, relative_error
-from packed_files import PACKED_FILES, write_q8_0
+from packed_files import (
+    PACKED_FILES,
+    load_values_of,
+    write_for_a_loader,
+    write_q8_0,
+    write_with_dense,
+)
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS, encoded, packed_layers, shrink
 
@@ -13,8 +19,6 @@ from featherweight.loaders.clip_vision import load_clip_vision
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.model_summary import memory_summary
-from featherweight.ops import product
-from featherweight.ops.packed_layout import is_packed
 from featherweight.ops.patcher import PackedPatcher
 
 pytestmark = pytest.mark.usefixtures("small_models", "small_vision")
@@ -41,17 +45,9 @@ def assert_alike(path, dense):
     return whole_blocks - set(packed_layers(packed))
 
 
-def written(writer, path, weights):
-    """Writes a packed file and dense.safetensors beside it, and returns the path of that."""
-    seen = writer(path, dict(weights))
-    dense = {key: torch.as_tensor(value).float().contiguous() for key, value in seen.items()}
-    save_file(dense, path.parent / "dense.safetensors")
-    return path.parent / "dense.safetensors"
-
-
 @pytest.mark.parametrize("name", VISION_MODELS)
 def test_packed_vision_model_sees_what_its_dense_self_does(name, tmp_path):
-    dense = written(write_q8_0, tmp_path / "net.gguf", VISION_MODELS[name]())
+    dense = write_with_dense(write_q8_0, tmp_path / "net.gguf", VISION_MODELS[name]())
     unpacked = assert_alike(tmp_path / "net.gguf", dense)
     # open_clip's is transposed
     assert unpacked == ({"visual_projection"} if name == "CLIP H of open_clip" else set())
@@ -64,7 +60,7 @@ OTHER_FORMATS = sorted(PACKED_FILES.keys() - {"Q8_0"})
 def test_vision_model_of_any_packed_format_sees_what_its_dense_self_does(format_name, tmp_path):
     writer, name = PACKED_FILES[format_name]
     weights = VISION_MODELS["SigLIP 2" if format_name == "Q4_K" else "CLIP H"]()
-    dense = written(writer, tmp_path / name, weights)
+    dense = write_with_dense(writer, tmp_path / name, weights)
     assert packed_layers(load_clip_vision(str(tmp_path / name)))
     assert_alike(tmp_path / name, dense)
 
@@ -75,10 +71,7 @@ def test_vision_model_that_is_packed_as_it_is_read_sees_what_its_dense_self_does
     save_file({key: value.float().contiguous() for key, value in VISION_MODELS[name]().items()},
               path)
     packed, dense = load_clip_vision(str(path), "Q8_0"), comfy.clip_vision.load(str(path))
-    dense.model.load_state_dict({
-        key: product.dequantize(value, torch.float32) if is_packed(value) else value
-        for key, value in packed.model.state_dict().items()
-    })
+    load_values_of(dense.model, packed.model)
     assert packed_layers(packed) and "packed from F32" in memory_summary(packed.patcher)
     expected = encoded(dense)
     for key, value in encoded(packed).items():
@@ -135,10 +128,7 @@ WRONG = {
 def test_wrong_file_is_refused_in_a_sentence(wrong, suffix, tmp_path):
     weights, message = WRONG[wrong]
     path = tmp_path / f"net.{suffix}"
-    if suffix == "gguf":
-        write_q8_0(path, weights())
-    else:
-        save_file({name: value.contiguous() for name, value in weights().items()}, path)
+    write_for_a_loader(path, weights())
     with pytest.raises(WeightFileError, match=f"^net.{suffix}:? {message}") as error:
         load_clip_vision(str(path))
     assert "\n" not in str(error.value)

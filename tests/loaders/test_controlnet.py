@@ -24,7 +24,7 @@ from controlnets import (
 )
 from families import FAMILIES, random_weights, relative_error
 from host_nodes import models, seeded
-from packed_files import write_q8_0
+from packed_files import load_values_of, write_for_a_loader, write_q8_0, write_with_dense
 from safetensors.torch import save_file
 from user_kernels import kernels_of_this_machine
 
@@ -45,34 +45,20 @@ def some(*names: str):
     return pytest.mark.parametrize("kind", [KINDS[name] for name in names], ids=names)
 
 
-@pytest.fixture
-def write(tmp_path):
-    """(weights, format) -> path of a file with packed weights, and of a dense one of the same
-    values."""
-
-    def written(weights, format_name):
-        writer, name = WRITERS[format_name]
-        seen = writer(tmp_path / name, dict(weights))
-        dense = {key: value.clone().contiguous() for key, value in seen.items()}
-        save_file(dense, tmp_path / "dense.safetensors")
-        return str(tmp_path / name), str(tmp_path / "dense.safetensors")
-
-    return written
-
-
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_packed_controlnet_guides_as_its_dense_self_does(kind, write, monkeypatch):
-    check_guides_as_dense(kind, "Q8_0", write, monkeypatch)
+def test_packed_controlnet_guides_as_its_dense_self_does(kind, tmp_path, monkeypatch):
+    check_guides_as_dense(kind, "Q8_0", tmp_path, monkeypatch)
 
 
 @some("sdxl", "sd3 of diffusers", "flux", "qwen-image fun")
-def test_controlnet_of_bitsandbytes_guides_as_its_dense_self_does(kind, write, monkeypatch):
-    check_guides_as_dense(kind, "NF4", write, monkeypatch)
+def test_controlnet_of_bitsandbytes_guides_as_its_dense_self_does(kind, tmp_path, monkeypatch):
+    check_guides_as_dense(kind, "NF4", tmp_path, monkeypatch)
 
 
-def check_guides_as_dense(kind, format_name, write, monkeypatch):
+def check_guides_as_dense(kind, format_name, tmp_path, monkeypatch):
     shrunken_controlnet(kind, monkeypatch)
-    path, dense = write(kind.weights(), format_name)
+    writer, name = WRITERS[format_name]
+    path, dense = str(tmp_path / name), write_with_dense(writer, tmp_path / name, kind.weights())
     packed, of_the_host = load_controlnet(path), comfy.controlnet.load_controlnet(dense)
     expected = sample(kind, of_the_host)
     assert relative_error(unguided(kind.base), expected) > 1e-3
@@ -95,11 +81,9 @@ def check_guides_as_dense(kind, format_name, write, monkeypatch):
 @pytest.mark.parametrize("written", OTHER_WRITERS)
 def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, tmp_path):
     kind, (write_format, name) = KINDS["flux of diffusers"], OTHER_WRITERS[written]
-    values = write_format(tmp_path / name, dict(kind.weights()))
-    save_file({key: value.float().contiguous() for key, value in values.items()},
-              tmp_path / "dense.safetensors")
+    dense_path = write_with_dense(write_format, tmp_path / name, kind.weights())
     packed = load_controlnet(str(tmp_path / name))
-    dense = comfy.controlnet.load_controlnet(str(tmp_path / "dense.safetensors"))
+    dense = comfy.controlnet.load_controlnet(dense_path)
     assert len(packed_layers(packed)) >= 13
     expected = sample(kind, dense)
     assert relative_error(unguided(kind.base), expected) > 1e-3
@@ -109,9 +93,7 @@ def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, 
 def dense_self(packed, path: str):
     """The host's ControlNet of a file, with the values that a packed one holds."""
     dense = comfy.controlnet.load_controlnet(path)
-    values = {name: value.dequantize() if is_packed(value) else value
-              for name, value in packed.control_model.state_dict().items()}
-    dense.control_model.load_state_dict(values)
+    load_values_of(dense.control_model, packed.control_model)
     return dense
 
 
@@ -336,10 +318,7 @@ WRONG = {
 def test_wrong_file_is_refused_in_a_sentence(wrong, suffix, tmp_path):
     weights, message = WRONG[wrong]
     path, pack_to = tmp_path / f"net.{suffix}", "Q4_K" if suffix == "safetensors" else None
-    if suffix == "gguf":
-        write_q8_0(path, weights())
-    else:
-        save_file({name: value.contiguous() for name, value in weights().items()}, path)
+    write_for_a_loader(path, weights())
     with pytest.raises(WeightFileError, match=f"^net.{suffix}:? {message}") as error:
         load_controlnet(str(path), pack_to)
     assert "\n" not in str(error.value)

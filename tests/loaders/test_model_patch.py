@@ -10,14 +10,19 @@ from controlnets import WRITERS, ldm
 from families import FAMILIES, random_weights, relative_error, shrunken_detection
 from host_nodes import MODELS
 from model_patches import KINDS, load_dense, packed_layers, qwen, sample, shrink
-from packed_files import PACKED_FILES, write_q8_0
+from packed_files import (
+    PACKED_FILES,
+    load_values_of,
+    write_for_a_loader,
+    write_q8_0,
+    write_with_dense,
+)
 from safetensors.torch import save_file
 
 from featherweight.loaders.controlnet import load_controlnet
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.model_patch import load_model_patch
-from featherweight.ops import product
 from featherweight.ops.packed_layout import is_packed
 from featherweight.ops.patcher import PackedPatcher
 
@@ -29,21 +34,13 @@ def small_patches(monkeypatch):
     shrink(monkeypatch)
 
 
-def written(writer, path, weights):
-    """Writes a packed file and dense.safetensors beside it, and returns the path of that."""
-    seen = writer(path, dict(weights))
-    dense = {key: torch.as_tensor(value).float().contiguous() for key, value in seen.items()}
-    save_file(dense, path.parent / "dense.safetensors")
-    return str(path.parent / "dense.safetensors")
-
-
 @pytest.mark.parametrize("format_name", WRITERS)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_packed_model_patch_acts_as_its_dense_self_does(kind, format_name, tmp_path, monkeypatch):
     if kind.base:
         shrunken_detection(MODELS[kind.base], monkeypatch)
     writer, name = WRITERS[format_name]
-    dense = written(writer, tmp_path / name, kind.weights())
+    dense = write_with_dense(writer, tmp_path / name, kind.weights())
     packed, of_the_host = load_model_patch(str(tmp_path / name)), load_dense(dense, monkeypatch)
     expected = sample(kind, of_the_host)
     assert expected.shape != sample(kind).shape or relative_error(sample(kind), expected) > 1e-3
@@ -65,7 +62,7 @@ def test_model_patch_of_any_packed_format_acts_as_its_dense_self(format_name, tm
     kind = KINDS["Z-Image Fun"]
     shrunken_detection(FAMILIES["z-image"], monkeypatch)
     writer, name = PACKED_FILES[format_name]
-    dense = written(writer, tmp_path / name, kind.weights())
+    dense = write_with_dense(writer, tmp_path / name, kind.weights())
     packed = load_model_patch(str(tmp_path / name))
     assert len([name for name in packed_layers(packed) if name.endswith(".qkv")]) == 8
     assert relative_error(sample(kind, packed), sample(kind, load_dense(dense, monkeypatch))) < 1e-5
@@ -79,10 +76,7 @@ def test_model_patch_that_is_packed_as_it_is_read_acts_as_its_dense_self(name, t
         shrunken_detection(MODELS[kind.base], monkeypatch)
     save_file({key: value.float().contiguous() for key, value in kind.weights().items()}, path)
     packed, dense = load_model_patch(str(path), "Q8_0"), load_dense(str(path), monkeypatch)
-    dense.model.load_state_dict({
-        key: product.dequantize(value, torch.float32) if is_packed(value) else value
-        for key, value in packed.model.state_dict().items()
-    })
+    load_values_of(dense.model, packed.model)
     # those have no blocks by which a plan knows their layers, and stay in 16 bits
     assert bool(packed_layers(packed)) == (name not in ("USO", "LLLite"))
     assert relative_error(sample(kind, packed), sample(kind, dense)) < 1e-5
@@ -154,10 +148,7 @@ WRONG = {
 def test_wrong_file_is_refused_in_a_sentence(wrong, suffix, tmp_path):
     weights, message = WRONG[wrong]
     path = tmp_path / f"net.{suffix}"
-    if suffix == "gguf":
-        write_q8_0(path, weights())
-    else:
-        save_file({name: value.contiguous() for name, value in weights().items()}, path)
+    write_for_a_loader(path, weights())
     with pytest.raises(WeightFileError, match=f"^net.{suffix}:? {message}") as error:
         load_model_patch(str(path))
     assert "\n" not in str(error.value)

@@ -4,6 +4,8 @@ Each takes a path and name -> float32 tensor, writes its file or folder there, a
 values that a reader must get.
 """
 import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy
 import pytest
@@ -14,6 +16,8 @@ from safetensors.torch import save_file
 from sdnq_writer import write_folder
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.ops import product
+from featherweight.ops.packed_layout import is_packed
 
 
 def write_ggml(packed_type: str, path, weights, **options):
@@ -58,3 +62,29 @@ PACKED_FILES = {
        for name in ("float8_e4m3fn", "int8_tensorwise")},
     "SDNQ": (write_sdnq, "net"),
 }
+
+
+def write_with_dense(writer: Callable, path: Path, weights) -> str:
+    """Writes a packed file or folder and dense.safetensors of its values beside it, and returns the
+    path of that. writer: as in PACKED_FILES."""
+    seen = writer(path, dict(weights))
+    dense = {name: torch.as_tensor(value).float().clone().contiguous()
+             for name, value in seen.items()}
+    save_file(dense, path.parent / "dense.safetensors")
+    return str(path.parent / "dense.safetensors")
+
+
+def write_for_a_loader(path: Path, weights):
+    """Writes weights for a loader that is to refuse them: packed where the file is GGUF."""
+    if path.suffix == ".gguf":
+        write_q8_0(path, weights)
+    else:
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+
+
+def load_values_of(dense: torch.nn.Module, packed: torch.nn.Module):
+    """Gives a dense model the values that a packed one computes with."""
+    dense.load_state_dict({
+        name: product.dequantize(value, torch.float32) if is_packed(value) else value
+        for name, value in packed.state_dict().items()
+    })
