@@ -19,7 +19,7 @@ from ...ops.bounded_json import read_json
 from ...ops.formats.bnb_4bit import FP4, NF4, Codebook4Bit
 from ...ops.formats.bnb_int8 import INT8
 from ...ops.packed_layout import packed_tensor
-from .container import COUNTABLE, ProgressIter, WeightFile, WeightFileError, safe_repr
+from .container import AGAIN, COUNTABLE, ProgressIter, WeightFile, WeightFileError, safe_repr
 from .unsupported_quantizers import OTHER_FORM
 
 QUANT_TYPES: dict[str, type[Codebook4Bit]] = {"nf4": NF4, "fp4": FP4}
@@ -38,7 +38,6 @@ MARK = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
 # End of the name of a tensor that belongs to a 4-bit weight.
 PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
 
-AGAIN = "Download the file again, or get another conversion."
 # Tensors that remain if other parts of a weight are missing: end of the name, what the tensor is,
 # what to do.
 LEFTOVERS = (

@@ -23,16 +23,9 @@ import torch
 
 from ...ops.formats.integers import BITS, NVFP4_QUOTIENT
 from ...ops.packed_layout import packed_tensor
-from .comfy_formats import MARK, SETTINGS, PartError
+from .comfy_formats import PartError
 from .container import WeightFile, describe
-from .integer_weights import (
-    Parts,
-    pack_integers,
-    part,
-    read_layer,
-    split_words,
-    take_parts,
-)
+from .integer_weights import Parts, pack_integers, part, split_words
 
 NAME = "compressed-tensors"
 PACKED, WEIGHT, SHAPE = "weight_packed", "weight", "weight_shape"
@@ -53,22 +46,7 @@ def layers(names: Collection[str]) -> Iterator[str]:
             yield layer
 
 
-def join(file: WeightFile, tensors: Parts):
-    """Replaces the parts of each such weight in `tensors` with one packed tensor.
-
-    Raises:
-        WeightFileError: the parts of a weight do not belong together.
-    """
-    if SETTINGS in file.metadata:
-        return
-    for layer in dict.fromkeys([*layers(tensors.keys()), *_layers_of_int8(tensors)]):
-        if f"{layer}{MARK}" not in tensors:
-            parts = take_parts(tensors, layer, PARTS)
-            tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
-                                                    lambda: _weight(parts))
-
-
-def _layers_of_int8(tensors: Parts) -> Iterator[str]:
+def layers_of_int8(tensors: Parts) -> Iterator[str]:
     """Yields the layers of int8 codes with scales of groups."""
     for name, scale in tensors.items():
         layer = name.removesuffix(f".{SCALE}")
@@ -79,7 +57,8 @@ def _layers_of_int8(tensors: Parts) -> Iterator[str]:
             yield layer
 
 
-def _weight(parts: Parts) -> torch.Tensor:
+def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
+    """Returns the weight of a layer, packed, from its parts."""
     if PACKED not in parts:
         return _int_quantized(parts)
     codes = parts[PACKED]

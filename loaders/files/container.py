@@ -37,6 +37,8 @@ PLAIN_DTYPES: dict[str, torch.dtype] = {
 # torch and the dequantising code expect elements of up to 8 bytes at multiples of their size.
 ALIGNED = 8
 
+AGAIN = "Download the file again, or get another conversion."
+
 COUNTABLE = (1 << 60) - 1  # largest number of elements whose bytes torch can count
 
 CONTAINERS: dict[bytes, type["WeightFile"]] = {}

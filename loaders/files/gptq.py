@@ -30,13 +30,11 @@ from .integer_weights import (
     known_bits,
     pack_integers,
     part,
-    read_layer,
     split_words,
-    take_parts,
 )
 
 NAME = "GPTQ, AutoRound or AWQ"
-CODES, ZEROS, SCALES, GROUPS = "qweight", "qzeros", "scales", "g_idx"
+CODES, ZEROS, SCALES, GROUPS = PARTS = "qweight", "qzeros", "scales", "g_idx"
 AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
 CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
 
@@ -49,19 +47,8 @@ def layers(names: Collection[str]) -> Iterator[str]:
             yield layer
 
 
-def join(file: WeightFile, tensors: Parts):
-    """Replaces the parts of each such weight in `tensors` with one packed tensor.
-
-    Raises:
-        WeightFileError: the parts of a weight do not belong together.
-    """
-    for layer in list(layers(tensors.keys())):
-        parts = take_parts(tensors, layer, (CODES, ZEROS, SCALES, GROUPS))
-        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
-                                                lambda: _weight(file, parts))
-
-
-def _weight(file: WeightFile, parts: Parts) -> torch.Tensor:
+def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
+    """Returns the weight of a layer, packed, from its parts."""
     codes, zeros, scales = (part(parts, name) for name in (CODES, ZEROS, SCALES))
     if (codes.dtype, zeros.dtype) != (torch.int32, torch.int32) or any(
             tensor.ndim != 2 or not tensor.numel() for tensor in (codes, zeros, scales)):

@@ -1,6 +1,4 @@
 """Makes packed tensors of integers, scales and zeros, in whatever way a quantiser stored them."""
-from collections.abc import Callable, Collection
-
 import torch
 
 from ...ops.bits import split_stream
@@ -10,37 +8,13 @@ from ...ops.formats.integers import BITS, SIDE_DTYPES, integer_family
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
 from .comfy_formats import PartError
-from .container import WeightFile, describe, safe_repr
+from .container import describe
 
-AGAIN = "Download the file again, or get another conversion."
 CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
 BYTES: dict[torch.dtype, type[RowFormat]] = {
     torch.int8: INT8_ROWS, torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
 
 Parts = dict[str, torch.Tensor]
-
-
-def take_parts(tensors: Parts, layer: str, names: Collection[str]) -> Parts:
-    """Removes the parts of a layer from a file's tensors; returns those that it has, by name."""
-    return {name: tensors.pop(f"{layer}.{name}") for name in names if f"{layer}.{name}" in tensors}
-
-
-def read_layer(file: WeightFile, layer: str, quantizer: str,
-               read: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Returns `read()`; a PartError of it becomes a WeightFileError about a layer.
-
-    Args:
-        file: in which the layer is.
-        layer: its name.
-        quantizer: that packed it, for the message.
-        read: returns the layer's weight.
-    """
-    try:
-        return read()
-    except PartError as error:
-        name = next((name for name in file.entries if name.startswith(f"{layer}.")), layer)
-        raise file.error_at(name, f"{safe_repr(layer)}, packed by {quantizer}: {error}", AGAIN
-                            ) from error
 
 
 def part(parts: Parts, name: str) -> torch.Tensor:

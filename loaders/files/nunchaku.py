@@ -49,7 +49,7 @@ from ...ops.packed_tensor import PackedTensor
 from ...ops.row_slicing import take_rows
 from . import nunchaku_tiles as tiles
 from .comfy_formats import bias_of_shift
-from .container import ProgressIter, WeightFile, WeightFileError, describe, safe_repr
+from .container import AGAIN, ProgressIter, WeightFile, WeightFileError, describe, safe_repr
 from .unsupported_quantizers import OTHER_FORM
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,6 @@ FIRST_PARTS = {"lora_down": "proj_down", "lora_up": "proj_up", "smooth": "smooth
                "smooth_orig": "smooth_factor_orig"}
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
-AGAIN = "Download the file again, or get another conversion."
 INT4_FAMILIES = {torch.bfloat16: SVDQUANT_INT4, torch.float16: SVDQUANT_INT4_HALF}
 AWQ_FAMILIES = {torch.bfloat16: AWQ_INT4, torch.float16: AWQ_INT4_HALF}
 AWQ_GROUP, T5_GROUP = 64, 128  # columns that share a scale

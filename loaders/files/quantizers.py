@@ -1,14 +1,18 @@
 """Quantisers of the Hugging Face libraries whose weights become packed tensors while they are read.
 
-Each is a module with `NAME`, `layers`, which yields the layers that it packed by names of
-tensors, and `join`, which replaces the parts of each weight with a packed tensor `L.weight`.
+Each is a module with `NAME`, the `PARTS` of a weight behind the name of its layer, `layers`, which
+yields the layers that it packed by names of tensors, and `read_weight`, which makes one packed
+tensor of a layer's parts.
 """
 from collections.abc import Collection
+from types import ModuleType
 
 import torch
 
 from . import compressed_tensors, gptq, quanto, torchao
-from .container import WeightFile
+from .comfy_formats import MARK, SETTINGS, PartError
+from .container import AGAIN, WeightFile, safe_repr
+from .integer_weights import Parts
 
 MODULES = (gptq, compressed_tensors, quanto, torchao)
 # the name of a quantiser in the config of a folder -> for people, where that is not the module's
@@ -32,10 +36,10 @@ def quantizer_of(file: WeightFile) -> str:
 
 def join_quantized_weights(file: WeightFile,
                            tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Replaces the parts of each weight that one of them packed with one packed tensor.
+    """Replaces the parts of each weight that one of them packed with one packed tensor `L.weight`.
 
     Args:
-        file: the file they come from.
+        file: the file they come from. What it marks as ComfyUI's stays as it is.
         tensors: name -> tensor as stored; changed in place.
 
     Returns:
@@ -44,6 +48,24 @@ def join_quantized_weights(file: WeightFile,
     Raises:
         WeightFileError: the parts of a weight do not belong together.
     """
+    if SETTINGS in file.metadata:
+        return tensors
     for module in MODULES:
-        module.join(file, tensors)
+        layers = [*module.layers(tensors.keys())]
+        if module is compressed_tensors:
+            layers += module.layers_of_int8(tensors)
+        for layer in dict.fromkeys(layers):
+            if f"{layer}{MARK}" not in tensors:
+                parts = {name: tensors.pop(f"{layer}.{name}") for name in module.PARTS
+                         if f"{layer}.{name}" in tensors}
+                tensors[f"{layer}.weight"] = _read_weight(module, file, layer, parts)
     return tensors
+
+
+def _read_weight(module: ModuleType, file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
+    try:
+        return module.read_weight(file, layer, parts)
+    except PartError as error:
+        name = next((name for name in file.entries if name.startswith(f"{layer}.")), layer)
+        raise file.error_at(name, f"{safe_repr(layer)}, packed by {module.NAME}: {error}",
+                            AGAIN) from error

@@ -12,6 +12,7 @@ bias. `L.input_scale` and `L.output_scale` say nothing about the weight.
 
 Source: optimum-quanto 0.2.7 `tensor/packed.py`, `tensor/weights/qbits.py`.
 """
+import math
 from collections.abc import Collection, Iterator
 
 import torch
@@ -20,11 +21,11 @@ from ...ops.formats.integers import SIDE_DTYPES, quanto_family
 from ...ops.packed_layout import packed_tensor
 from .comfy_formats import PartError
 from .container import WeightFile, describe
-from .integer_weights import Parts, join_codes, pack_rows, part, read_layer, take_parts
+from .integer_weights import Parts, join_codes, pack_rows, part
 
 NAME = "quanto"
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
-OF_LAYER = ("input_scale", "output_scale")
+PARTS = (CODES, PACKED, SCALE, SHIFT, "input_scale", "output_scale")
 
 
 def layers(names: Collection[str]) -> Iterator[str]:
@@ -36,20 +37,8 @@ def layers(names: Collection[str]) -> Iterator[str]:
                 yield layer
 
 
-def join(file: WeightFile, tensors: Parts):
-    """Replaces the parts of each such weight in `tensors` with one packed tensor.
-
-    Raises:
-        WeightFileError: the parts of a weight do not belong together.
-    """
-    for layer in list(layers(tensors.keys())):
-        parts = take_parts(tensors, layer, (CODES, PACKED, SCALE, SHIFT, *OF_LAYER))
-        bias = tensors.get(f"{layer}.bias")
-        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
-                                                lambda: _weight(parts, bias))
-
-
-def _weight(parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
+def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
+    """Returns the weight of a layer, packed, from its parts."""
     if CODES in parts:
         return pack_rows(parts[CODES], part(parts, SCALE))
     codes, scale, shift = (part(parts, name) for name in (PACKED, SCALE, SHIFT))
@@ -64,12 +53,13 @@ def _weight(parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
     if bits is None or codes.shape[1] * bits % 8:
         raise PartError(f"it has {describe(codes)} codes for {groups} groups, expected 2 or 4 bits"
                         " a value, and whole bytes for each group")
+    bias = file.entries.get(f"{layer}.bias")
     if bias is None:
         raise PartError("it has no bias, without which its file does not say how many rows it has;"
                         " qint8 and qfloat8 need none")
-    rows, group = bias.numel(), codes.shape[1]
+    rows, group = math.prod(bias.shape), codes.shape[1]
     columns = groups * group // max(1, rows)
-    if bias.ndim != 1 or not rows or rows * columns != groups * group or columns % group:
+    if len(bias.shape) != 1 or not rows or rows * columns != groups * group or columns % group:
         raise PartError(f"its {groups} groups of {group} values are no whole rows of the {rows}"
                         " that its bias has")
     sides = [side.flatten().view(torch.uint8) for side in (scale, -shift)]

@@ -26,13 +26,12 @@ from ...ops.formats.comfy import F8_E4M3, INT8_ROWS, NVFP4_LOW
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
 from .comfy_formats import MARK, SETTINGS, SMOOTHING, PartError, smooth
-from .container import WeightFile, describe, safe_repr
+from .container import AGAIN, WeightFile, describe, safe_repr
 
 SCALES, OF_BLOCKS, OF_TENSOR = ".weight_scale", ".weight_scale_inv", ".weight_scale_2"
 OF_INPUT = (".input_scale", ".activation_scale")
 TYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8")  # of weights
 BLOCK = 128  # rows and columns, unless the scales say otherwise
-AGAIN = "Download the file again, or get another conversion."
 EXPECTED = "fp8 E4M3, int8 or 4 bits of nvfp4 with scales of its rows, blocks or groups"
 
 

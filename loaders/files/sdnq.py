@@ -44,7 +44,7 @@ from ...ops.formats.sdnq import (
 from ...ops.packed_layout import packed_tensor, with_low_rank
 from ...ops.packed_tensor import PackedTensor
 from .comfy_formats import MARK
-from .container import WeightFile, describe, map_file, safe_repr
+from .container import AGAIN, WeightFile, describe, map_file, safe_repr
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,6 @@ BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 H4_VERSION, SUBNORMALS_VERSION = (0, 2, 0), (0, 2, 2)
 ROTATION, EARLIER_ROTATION = 256, 128  # values, where the config names no number
 SMALLEST_ROTATION = 4
-AGAIN = "Download the file again, or get another conversion."
 CONFIG = "Put the config.json of the model beside it, or load the model's folder."
 
 

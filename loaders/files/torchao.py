@@ -21,18 +21,10 @@ import torch
 from ...ops.bounded_json import read_json
 from .comfy_formats import PartError
 from .container import WeightFile, describe, safe_repr
-from .integer_weights import (
-    Parts,
-    join_codes,
-    pack_integers,
-    pack_rows,
-    part,
-    read_layer,
-    take_parts,
-)
+from .integer_weights import Parts, join_codes, pack_integers, pack_rows, part
 
 NAME = "torchao"
-CODES, SCALE, ZEROS = "_weight_qdata", "_weight_scale", "_weight_zero_point"
+CODES, SCALE, ZEROS = PARTS = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 ROWS, INTEGERS = ("Int8Tensor", "Float8Tensor"), "IntxUnpackedToInt8Tensor"
 
 
@@ -42,19 +34,6 @@ def layers(names: Collection[str]) -> Iterator[str]:
         layer = name.removesuffix(f".{CODES}")
         if layer != name:
             yield layer
-
-
-def join(file: WeightFile, tensors: Parts):
-    """Replaces the parts of each such weight in `tensors` with one packed tensor.
-
-    Raises:
-        WeightFileError: the parts of a weight do not belong together, or are of an unknown type.
-    """
-    for layer in list(layers(tensors.keys())):
-        parts = take_parts(tensors, layer, (CODES, SCALE, ZEROS))
-        text = file.metadata.get(f"{layer}.weight")
-        tensors[f"{layer}.weight"] = read_layer(file, layer, NAME,
-                                                lambda: _weight(parts, _settings(text)))
 
 
 def _settings(text: Any) -> Mapping[str, Any]:
@@ -68,7 +47,9 @@ def _settings(text: Any) -> Mapping[str, Any]:
     return settings
 
 
-def _weight(parts: Parts, settings: Mapping[str, Any]) -> torch.Tensor:
+def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
+    """Returns the weight of a layer, packed, from its parts."""
+    settings = _settings(file.metadata.get(f"{layer}.weight"))
     type_name, codes, scale = settings.get("_type"), parts[CODES], part(parts, SCALE)
     zeros = parts.get(ZEROS)
     if type_name == ROWS[1]:
