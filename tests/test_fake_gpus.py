@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.fake_gpus(devices=2, gib=1, late=True, dynamic=True)
-MIB = 1 << 20
+pytestmark = pytest.mark.fake_gpus(dynamic=True)
+MIB, CAPACITY = 1 << 20, 4 << 30
 READ_ONLY = 8  # cudaHostRegisterReadOnly
 
 
@@ -23,7 +23,7 @@ def counters():
     fakegpu.reset()
     yield fakegpu
     fakegpu.set_late(True)
-    fakegpu.set_capacity(1 << 30)
+    fakegpu.set_capacity(CAPACITY)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,7 +65,7 @@ def test_what_is_used_is_counted(counters):
     before = counters.used(0), counters.used(1)
     held = megabytes(3, "cuda:1")
     assert (counters.used(0), counters.used(1)) == (before[0], before[1] + 3 * MIB)
-    assert torch.cuda.mem_get_info(1)[0] == (1 << 30) - counters.used(1)
+    assert torch.cuda.mem_get_info(1)[0] == CAPACITY - counters.used(1)
     del held
     assert counters.used(1) == before[1] and counters.peak(1) >= before[1] + 3 * MIB
 

@@ -155,7 +155,8 @@ def test_a_time_says_which_backend_worked(monkeypatch):
 
 
 @pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())
-@pytest.mark.parametrize("stage", ["dynamic VRAM", "static"])
+@pytest.mark.parametrize("stage", [
+    "dynamic VRAM", pytest.param("static", marks=pytest.mark.heavy)])
 def test_a_model_larger_than_its_device_gives_the_same_bits_on_a_fake_gpu(stage):
     variables = {
         "HOST_ARGUMENTS": f"--fp32-unet {STAGES[stage].arguments}", "FEATHERWEIGHT_KERNELS": "torch"

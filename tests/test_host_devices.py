@@ -64,7 +64,20 @@ def always_one_thread():
 
 
 # a GGUF; NF4 beside a format of the host's, computed by the host and by us
-@pytest.fixture(scope="module", params=["Q4_K", "float8_e4m3fn", "mxfp8 exact"])
+FORMATS = ("Q4_K", "float8_e4m3fn", "mxfp8 exact")
+
+
+def cases(*choices: tuple[str, str]):
+    """Parametrizes a test by a format and by (device, where LoRAs are put on: before the node or
+    after it). Choosing devices does not depend on the format: all are usual for the first format,
+    the last choice for the others."""
+    return pytest.mark.parametrize(("model", "device", "loras"), [
+        pytest.param(name, *choice, marks=() if name == FORMATS[0] or choice == choices[-1] else
+                     pytest.mark.heavy) for name in FORMATS for choice in choices
+    ], indirect=["model"])
+
+
+@pytest.fixture(scope="module")
 def model(request, always_one_thread):
     """(packed model, a function that puts two LoRAs on, what the packed model gives with them)"""
     values = flux_file(request.param)[1]
@@ -77,10 +90,7 @@ def model(request, always_one_thread):
     return packed, lambda patcher: patched(patcher, *loras), reference
 
 
-@pytest.mark.parametrize(
-    ("device", "loras"),
-    [("gpu:1", "before"), ("gpu:1", "after"), ("cpu", "after"), ("gpu:7", "before")],
-)
+@cases(("gpu:1", "after"), ("cpu", "after"), ("gpu:7", "before"), ("gpu:1", "before"))
 def test_a_model_computes_where_it_is_told_with_its_loras(model, host, vram, device, loras):
     packed, with_loras, reference = model
     before = used()
@@ -94,12 +104,11 @@ def test_a_model_computes_where_it_is_told_with_its_loras(model, host, vram, dev
     assert taken(before) == ([] if device == "cpu" else [GPU_OF[device]])
 
 
-# where LoRAs are put on: before the node
-@pytest.mark.parametrize(("first", "loras"), [("default", "before"), ("gpu:1", "after")])
-def test_two_gpus_share_a_model_with_loras(model, host, vram, first, loras):
+@cases(("default", "before"), ("gpu:1", "after"))
+def test_two_gpus_share_a_model_with_loras(model, host, vram, device, loras):
     packed, with_loras, reference = model
     before = used()
-    shared = host.SelectModelDeviceNode.execute(packed, first)[0]
+    shared = host.SelectModelDeviceNode.execute(packed, device)[0]
     shared = shared if loras == "after" else with_loras(shared)
     shared = host.MultiGPUCFGSplitNode.execute(shared, 2)[0]
     shared = with_loras(shared) if loras == "after" else shared

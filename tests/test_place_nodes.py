@@ -57,16 +57,16 @@ def test_the_node_says_what_stays_and_what_each_step_costs(shown):
 
 @DYNAMIC
 def test_the_node_says_in_dynamic_vram_what_is_copied(shown):
-    with larger_flux("Q8_0") as (model, _):
-        placed, = PlaceModel.execute(model, 0.036).args
-        run(placed)
-        assert (
-            shown[0] == "at most 36.0 of 46.6 MB on cuda:0"
-            and " of 46.6 MB on cuda:0\n" in shown[-1]
-        )
-        assert shown[-1].endswith("copied per step; with 0.1 GB here nothing") and not shown[
-            -1
-        ].startswith(("0.0", "46"))
+    model, _ = larger_flux("Q8_0")
+    placed, = PlaceModel.execute(model, 0.036).args
+    run(placed)
+    assert (
+        shown[0] == "at most 36.0 of 46.6 MB on cuda:0"
+        and " of 46.6 MB on cuda:0\n" in shown[-1]
+    )
+    assert shown[-1].endswith("copied per step; with 0.1 GB here nothing") and not shown[
+        -1
+    ].startswith(("0.0", "46"))
 
 
 @STATIC
@@ -104,38 +104,38 @@ def share():
     "vram", [pytest.param("static", marks=STATIC), pytest.param("dynamic", marks=DYNAMIC)]
 )
 def test_of_two_gpus_that_share_a_model_each_has_the_budget_and_is_shown(vram, shown, share):
-    with larger_flux("Q8_0") as (model, _):
-        expected = sample(model)
-        placed, = PlaceModel.execute(model, 0.036).args
-        shared = share(placed)
-        assert torch.equal(sample(shared), expected)
-        on_each = [
-            placed_text(patcher)
-            for patcher in (shared, *shared.get_additional_models_with_key("multigpu"))
-        ]
-        assert all(float(text.split()[0]) > 30 for text in on_each) and shown[-1] == "\n".join(
-            on_each
-        )
-        assert " on cuda:0\n" in on_each[0] and " on cuda:1\n" in on_each[1]
-        assert torch.equal(sample(placed), expected) and shown[-1] == on_each[0]
+    model, _ = larger_flux("Q8_0")
+    expected = sample(model)
+    placed, = PlaceModel.execute(model, 0.036).args
+    shared = share(placed)
+    assert torch.equal(sample(shared), expected)
+    on_each = [
+        placed_text(patcher)
+        for patcher in (shared, *shared.get_additional_models_with_key("multigpu"))
+    ]
+    assert all(float(text.split()[0]) > 30 for text in on_each) and shown[-1] == "\n".join(
+        on_each
+    )
+    assert " on cuda:0\n" in on_each[0] and " on cuda:1\n" in on_each[1]
+    assert torch.equal(sample(placed), expected) and shown[-1] == on_each[0]
 
 
 @DYNAMIC
 @pytest.mark.parametrize("order", ["shared first", "stored first"])
 def test_a_model_that_two_gpus_share_gets_a_store(order, shown, share):
-    with larger_flux("Q8_0") as (model, _):
-        shared = share(PlaceModel.execute(model, 0.036).args[0])
-        expected = sample(shared)  # by which it has its places in dynamic VRAM
-        stored, = PlaceModel.execute(shared if order == "shared first" else model, 0.036,
-                                     "gpu:1").args
-        stored = stored if order == "shared first" else share(stored)
-        assert torch.equal(sample(stored), expected)
-        there = [
-            patcher.memory_report()
-            for patcher in (stored, *stored.get_additional_models_with_key("multigpu"))
-        ]
-        assert [lies.on_device // 1e6 for lies in there] == [35, 35]
-        assert [sum(lies.stored.values()) // 1e6 for lies in there] == [10, 0]
+    model, _ = larger_flux("Q8_0")
+    shared = share(PlaceModel.execute(model, 0.036).args[0])
+    expected = sample(shared)  # by which it has its places in dynamic VRAM
+    stored, = PlaceModel.execute(shared if order == "shared first" else model, 0.036,
+                                 "gpu:1").args
+    stored = stored if order == "shared first" else share(stored)
+    assert torch.equal(sample(stored), expected)
+    there = [
+        patcher.memory_report()
+        for patcher in (stored, *stored.get_additional_models_with_key("multigpu"))
+    ]
+    assert [lies.on_device // 1e6 for lies in there] == [35, 35]
+    assert [sum(lies.stored.values()) // 1e6 for lies in there] == [10, 0]
 
 
 @STATIC

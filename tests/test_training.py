@@ -40,7 +40,7 @@ UNTRAINABLE = {
     "pixart-sigma": "its layer of captions asks for CUDA where it trains",
     "seedvr2-3b": "the node wants a text, the model takes none",
 }
-SLOW = ("ace-step", "chroma-radiance")
+SLOW = ("ace-step", "ace-step-1.5", "boogu", "chroma-radiance", "sdxl")
 SETTINGS = {"steps": 2, "training_dtype": "fp32", "lora_dtype": "fp32", "optimizer": "SGD",
             "learning_rate": 0.1}
 EFFECT = 0.1  # of a trained LoRA on what the model adds to its input

@@ -1,6 +1,5 @@
 """Chromium without a window, driven by its debugging protocol, with ComfyUI's editor open in it."""
 import base64
-import io
 import itertools
 import json
 import os
@@ -12,12 +11,11 @@ import urllib.request
 from pathlib import Path
 
 import websocket
-from PIL import Image
 
 from devtools.host.environment import BROWSERS
 from devtools.host.server import Server
 
-WINDOW = (1700, 1400)
+WINDOW = (1700, 1400)  # pixels
 # No first-run dialog, and nothing of the last visit.
 SETTINGS = {
     "Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False,
@@ -57,16 +55,13 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """A browser with one page, alive inside a `with` block. window: width and height in pixels."""
-
-    def __init__(self, window: tuple[int, int] = WINDOW):
-        self.window = window
+    """A browser with one page, alive inside a `with` block."""
 
     def __enter__(self) -> "Browser":
         program = find_chromium()
         if program is None:
             raise BrowserError("There is no Chromium on the PATH.")
-        width, height = self.window
+        width, height = WINDOW
         self.profile, self.numbers = (
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True),
             itertools.count(1),
@@ -114,7 +109,7 @@ class Browser:
         """Send what follows to a tab."""
         self.tab = tab["id"]
         self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=120)
-        width, height = self.window
+        width, height = WINDOW
         self.call("Page.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=False)
@@ -148,7 +143,7 @@ class Browser:
         while time.monotonic() < deadline:
             if value := self.evaluate(expression):
                 return value
-            time.sleep(0.2)
+            time.sleep(0.05)
         raise BrowserError(f"The page never came to {expression}.")
 
     def open_editor(self, server: Server):
@@ -183,13 +178,10 @@ class Browser:
         true."""
         return self.evaluate(f"{NODES}.filter(node => {condition}).map(node => node.type)")
 
-    def screenshot(self, left: float = 0, top: float = 0, width: float = WINDOW[0],
-                   height: float = WINDOW[1]) -> Image.Image:
-        clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
-        return Image.open(
-            io.BytesIO(
-                base64.b64decode(
-                    self.call("Page.captureScreenshot", format="png", clip=clip)["data"])))
+    def screenshot(self) -> bytes:
+        """The page as a PNG."""
+        shot = self.call("Page.captureScreenshot", format="png", optimizeForSpeed=True)
+        return base64.b64decode(shot["data"])
 
     def click(self, x: float, y: float):
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):

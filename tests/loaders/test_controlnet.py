@@ -50,7 +50,7 @@ def test_packed_controlnet_guides_as_its_dense_self_does(kind, tmp_path, monkeyp
     check_guides_as_dense(kind, "Q8_0", tmp_path, monkeypatch)
 
 
-@some("sdxl", "sd3 of diffusers", "flux", "qwen-image fun")
+@some("sd3 of diffusers", "flux", "qwen-image fun")
 def test_controlnet_of_bitsandbytes_guides_as_its_dense_self_does(kind, tmp_path, monkeypatch):
     check_guides_as_dense(kind, "NF4", tmp_path, monkeypatch)
 

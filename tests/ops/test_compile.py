@@ -80,7 +80,7 @@ def outputs(part, inputs) -> list[torch.Tensor]:
     return list(found) if isinstance(found, tuple) else [found]
 
 
-USUAL = {("Q8_0", None), ("Q4_K", None), ("NF4", None), ("Q4_K", "lora"), ("NF4", "dora")}
+USUAL = {("Q4_K", None), ("NF4", None), ("Q4_K", "lora"), ("NF4", "dora")}
 
 
 @pytest.mark.parametrize(("model", "kind"), [

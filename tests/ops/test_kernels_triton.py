@@ -126,17 +126,18 @@ TARGETS |= {
     "gfx942": ("hip", "gfx942", 64)
 }
 MAIN_TARGETS = "sm_80", "gfx942"
+OTHER_TARGETS = "sm_75", "sm_120", "gfx1100"  # the oldest, the newest, AMD's with 32 threads
 INT8_TARGETS = *MAIN_TARGETS, "sm_75", "gfx1100"  # the oldest, and one of AMD's with 32 threads
 SHARED_MEMORY = 48 << 10  # that every GPU gives a program
 
 
 def cases():
-    """Returns each format for one of the main targets, and one format for each other target. The
-    rest is heavy."""
-    usual = {target: set(DECODED[index::2]) for index, target in enumerate(MAIN_TARGETS)}
-    for index, target in enumerate(TARGETS):
-        usual.setdefault(target, {FORMAT_SAMPLE[index % 3]})
-    return [pytest.param(target, name, marks=() if name in usual[target] else pytest.mark.heavy)
+    """Returns each format for one of the main targets, and one format for each of `OTHER_TARGETS`.
+    The rest is heavy."""
+    usual = {(target, name) for index, target in enumerate(MAIN_TARGETS)
+             for name in DECODED[index::2]}
+    usual |= {*zip(OTHER_TARGETS, FORMAT_SAMPLE)}
+    return [pytest.param(target, name, marks=() if (target, name) in usual else pytest.mark.heavy)
             for target in TARGETS for name in DECODED]
 
 

@@ -62,7 +62,11 @@ def lcm_lora(patcher, values, kind="lora", layers=None, **options):
     return lora
 
 
-@pytest.mark.parametrize("kind", ["lora", "locon", "loha", "lokr", "dora"])
+@pytest.mark.parametrize(("unets", "kind"), [
+    pytest.param(name, kind, marks=pytest.mark.heavy
+                 if name == "sdxl" and kind in ("loha", "lokr", "dora") else ())
+    for name in ("sd1.5", "sdxl") for kind in ("lora", "locon", "loha", "lokr", "dora")
+], indirect=["unets"])
 def test_loras_of_a_unet_with_packed_convolutions(unets, kind):
     packed, dense, values, arguments = unets
     lora = lcm_lora(packed, values, kind, size=0.15)

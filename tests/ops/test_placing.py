@@ -118,17 +118,17 @@ def test_a_text_encoder_has_one_too(gpu):
 
 @STATIC
 def test_layers_that_are_copied_lie_between_those_that_stay(gpu):
-    with larger_flux("Q8_0", hidden=128, double_blocks=4, single_blocks=8) as (packed, _):
-        placed = place(packed, 0.5 * packed.model_size())
-        load(placed)
-        layers = [
-            module.weight.device.type == "cuda" for *_, size, _, module, _ in placed._load_list()
-            if size > 1 << 16
-        ]
-        in_a_row = [
-            len(copied) for copied in "".join(" " if here else "x" for here in layers).split()
-        ]
-        assert len(layers) > 30 and max(in_a_row) <= 4 and len(in_a_row) > 8
+    packed, _ = larger_flux("Q8_0", hidden=128, double_blocks=4, single_blocks=8)
+    placed = place(packed, 0.5 * packed.model_size())
+    load(placed)
+    layers = [
+        module.weight.device.type == "cuda" for *_, size, _, module, _ in placed._load_list()
+        if size > 1 << 16
+    ]
+    in_a_row = [
+        len(copied) for copied in "".join(" " if here else "x" for here in layers).split()
+    ]
+    assert len(layers) > 30 and max(in_a_row) <= 4 and len(in_a_row) > 8
 
 
 @STATIC
@@ -194,29 +194,29 @@ def test_what_a_store_has_no_room_for_lies_in_the_next(gpu):
 
 @DYNAMIC
 def test_in_dynamic_vram_no_more_pages_lie_on_the_gpu_than_the_budget_has(gpu):
-    with larger_flux("Q8_0") as (packed, values):
-        lora = lora_for(values, rank=8)
-        model, weaker = (patched(packed, (lora, strength)) for strength in (1.0, 0.5))
-        load(model)
-        expected, size = step(model), packed.full_size()
-        assert size > PAGE
-        for pages in (1, 0, 2):
-            budget = pages * PAGE + model.model.model_loaded_weight_memory
-            placed = place(model, budget)
-            load(placed)
-            assert torch.equal(step(placed), expected)
-            gpu.reset()
-            assert torch.equal(step(placed), expected)
-            assert (
-                placed._vbar_get().loaded_size() <= pages * PAGE and placed.loaded_size() <= budget
-            )
-            assert gpu.copied().up <= max(0, size - pages * PAGE) + 2 * largest(placed)
-            lies = placed.memory_report()
-            assert lies.copied + lies.on_device == size
-            assert abs(gpu.copied().up - lies.copied) < 1e5
-            assert copied_by(gpu, load, placed) <= 1e5
-        weaker = place(weaker, budget)
-        assert copied_by(gpu, load, weaker) <= sum(tensor.nbytes for tensor in lora.values()) + 1e5
+    packed, values = larger_flux("Q8_0")
+    lora = lora_for(values, rank=8)
+    model, weaker = (patched(packed, (lora, strength)) for strength in (1.0, 0.5))
+    load(model)
+    expected, size = step(model), packed.full_size()
+    assert size > PAGE
+    for pages in (1, 0, 2):
+        budget = pages * PAGE + model.model.model_loaded_weight_memory
+        placed = place(model, budget)
+        load(placed)
+        assert torch.equal(step(placed), expected)
+        gpu.reset()
+        assert torch.equal(step(placed), expected)
+        assert (
+            placed._vbar_get().loaded_size() <= pages * PAGE and placed.loaded_size() <= budget
+        )
+        assert gpu.copied().up <= max(0, size - pages * PAGE) + 2 * largest(placed)
+        lies = placed.memory_report()
+        assert lies.copied + lies.on_device == size
+        assert abs(gpu.copied().up - lies.copied) < 1e5
+        assert copied_by(gpu, load, placed) <= 1e5
+    weaker = place(weaker, budget)
+    assert copied_by(gpu, load, weaker) <= sum(tensor.nbytes for tensor in lora.values()) + 1e5
 
 
 @DYNAMIC
@@ -241,8 +241,8 @@ def test_stores_take_a_model_out_of_dynamic_vram(gpu):
 
 @STATIC
 def test_a_model_larger_than_the_device_runs_with_two_loras(gpu):
-    with larger_flux("Q8_0") as (packed, values):
-        check_larger_than_the_device(packed, values, 0.7 * packed.full_size(), gpu)
+    packed, values = larger_flux("Q8_0")
+    check_larger_than_the_device(packed, values, 0.7 * packed.full_size(), gpu)
 
 
 @pytest.mark.heavy
@@ -253,9 +253,8 @@ def test_a_model_larger_than_the_device_runs_with_two_loras(gpu):
 def test_much_larger_models_run_too(format_name, is_dynamic, gpu):
     if format_name == "NF4":
         pytest.importorskip("bitsandbytes", reason="it writes the file")
-    with larger_flux(format_name, hidden=1024, double_blocks=6,
-                     single_blocks=8) as (packed, values):
-        check_larger_than_the_device(packed, values, 0.35 * packed.full_size() + 2 * PAGE, gpu)
+    packed, values = larger_flux(format_name, hidden=1024, double_blocks=6, single_blocks=8)
+    check_larger_than_the_device(packed, values, 0.35 * packed.full_size() + 2 * PAGE, gpu)
 
 
 def check_larger_than_the_device(packed, values, room: float, gpu):
@@ -289,8 +288,8 @@ class Subject(NamedTuple):
 @pytest.fixture(params=["model", "text encoder"])
 def subject(request):
     if request.param == "model":
-        with larger_flux("Q8_0") as (packed, values):
-            yield Subject(packed, lora_for(values, rank=8), patched, place, step)
+        packed, values = larger_flux("Q8_0")
+        yield Subject(packed, lora_for(values, rank=8), patched, place, step)
     else:
         clip, values = small_t5("Q8_0", 10)
         packed = {

@@ -35,14 +35,14 @@ def model(request):
     sizes = {
         "hidden": 512 if request.param == "larger" else 256, "double_blocks": 3, "single_blocks": 6
     }
-    with larger_flux("Q8_0", **sizes) as (packed, values):
-        if request.param == "host":
-            packed = comfy.sd.load_diffusion_model_state_dict(dict(values))
-        yield packed, values
-        comfy.model_management.unload_all_models()
+    packed, values = larger_flux("Q8_0", **sizes)
+    if request.param == "host":
+        packed = comfy.sd.load_diffusion_model_state_dict(dict(values))
+    yield packed, values
+    comfy.model_management.unload_all_models()
 
 
-def sample(patcher, steps: int = 3, hooks=None, callback=None) -> torch.Tensor:
+def sample(patcher, steps: int = 2, hooks=None, callback=None) -> torch.Tensor:
     """Steps that run the model twice each: the conditions differ in length, so that the host never
     puts them together."""
     inputs = flux_inputs()
@@ -63,8 +63,8 @@ def copied_by(gpu, function, *arguments) -> int:
 
 def per_step(gpu, patcher) -> int:
     """Bytes copied to the device in each step of a run."""
-    shorter = copied_by(gpu, sample, patcher, 2)
-    return copied_by(gpu, sample, patcher, 3) - shorter
+    shorter = copied_by(gpu, sample, patcher, 1)
+    return copied_by(gpu, sample, patcher, 2) - shorter
 
 
 def load(patcher):

@@ -1,11 +1,10 @@
 """What of a model lies on a fake GPU, models loaded in part, and steps of small Fluxes there."""
-import contextlib
-import tempfile
+import functools
 
 import comfy.model_management
 import comfy.sample
 import torch
-from patched_models import flux_inputs, parts
+from patched_models import flux_inputs, folder, parts
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
@@ -60,24 +59,28 @@ def sample(patcher) -> torch.Tensor:
                                    torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True)
 
 
-@contextlib.contextmanager
 def larger_flux(format_name: str, hidden: int = 512, double_blocks: int = 2,
                 single_blocks: int = 6):
     """(packed model, its dense values); without other sizes one of 45 million weights, more than a
     page of dynamic VRAM."""
-    with tempfile.TemporaryDirectory() as folder:
-        values = tiny_models.flux(0, hidden=hidden, double_blocks=double_blocks,
-                                  single_blocks=single_blocks, context=256)
-        if format_name == "NF4":
-            from devtools.files.bnb_files import write_bnb  # takes the bitsandbytes package
+    path, values = write_flux(format_name, hidden, double_blocks, single_blocks)
+    return load_diffusion_model(path), dict(values)
 
-            path = f"{folder}/flux.safetensors"
-            seen = write_bnb(path,
-                             {name: torch.from_numpy(value) for name, value in values.items()})
-        else:
-            path = f"{folder}/flux.gguf"
-            seen = write_gguf(path, values, lambda name, value: format_name
-                              if value.ndim > 1 else "F32")
-        yield load_diffusion_model(path), {
-            name: torch.as_tensor(value) for name, value in seen.items()
-        }
+
+@functools.cache
+def write_flux(format_name: str, hidden: int, double_blocks: int,
+               single_blocks: int) -> tuple[str, dict[str, torch.Tensor]]:
+    """(path of a packed Flux, its dense values), written once."""
+    values = tiny_models.flux(0, hidden=hidden, double_blocks=double_blocks,
+                              single_blocks=single_blocks, context=256)
+    path = f"{folder().name}/{format_name} {hidden} {double_blocks} {single_blocks}"
+    if format_name == "NF4":
+        from devtools.files.bnb_files import write_bnb  # takes the bitsandbytes package
+
+        path += ".safetensors"
+        seen = write_bnb(path, {name: torch.from_numpy(value) for name, value in values.items()})
+    else:
+        path += ".gguf"
+        seen = write_gguf(path, values, lambda name, value: format_name
+                          if value.ndim > 1 else "F32")
+    return path, {name: torch.as_tensor(value) for name, value in seen.items()}

@@ -23,7 +23,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 # Two levels of 320 and 640 channels, for nodes that look at the levels of a UNet.
 UNET = dataclasses.replace(
     FAMILIES["sd1.5"],
-    latent=(1, 4, 16, 16),
+    latent=(1, 4, 8, 8),
     config={
         **FAMILIES["sd1.5"].config,
         "num_res_blocks": [1, 1],

@@ -8,6 +8,11 @@ import pytest
 REAL = ("server", "cluster")
 # Of those, files of which each runs by itself: none shares its server with others.
 ALONE = ("server/test_hostile_workflows.py", "server/test_placing.py", "server/test_soak.py")
+# Files that begin early, for each takes longer than the others that are left for the end.
+LONG = ("test_training.py", "test_host_nodes.py", "test_gpu_run.py", "test_bench.py", *ALONE)
+# Files whose tests compile the same kernels, which a process keeps.
+COMPILING = tuple(f"ops/test_{name}.py" for name in (
+    "kernel_backends", "kernels_cpp", "kernels_rows", "packing_feedback", "packing_magnitudes"))
 # Files of tests that start nothing.
 COMPUTING = tuple(f"cluster/test_{name}.py" for name in (
     "address", "batch_rows", "items", "page", "prompt_run", "row_run"))
@@ -31,6 +36,8 @@ def group_of(name: str) -> str:
     if sign:
         return group
     file = file_of(name)
+    if file in COMPILING:
+        return "compiled kernels"
     folder = file.partition("/")[0]
     return folder if folder in REAL and file not in ALONE else file
 
@@ -46,10 +53,16 @@ def scheduler(config, log):
     return Groups(config, log)
 
 
+def _turn(item: pytest.Item) -> int:
+    group = group_of(item.nodeid)
+    turns = (group in REAL, GROUP in item.nodeid, group in (*LONG, "compiled kernels"))
+    return (*turns, True).index(True)
+
+
 def arrange(items: list[pytest.Item]):
     """Put the groups that take longest first, and have each test of a real server run once more
     where it fails."""
-    items.sort(key=lambda item: (group_of(item.nodeid) not in REAL, GROUP not in item.nodeid))
+    items.sort(key=_turn)
     for item in items:
         file = file_of(item.nodeid)
         if file.partition("/")[0] in REAL and file not in COMPUTING:

@@ -166,9 +166,9 @@ def fuzz(folder, cases: int, seed: int) -> int:
 
 
 def test_mutated_headers_are_refused_or_read_right(tmp_path):
-    accepted = fuzz(tmp_path, 2000, seed=1)
+    accepted = fuzz(tmp_path, 800, seed=1)
     # neither are all mutations harmless nor do all hit the first field
-    assert 100 < accepted < 1500
+    assert 40 < accepted < 600
 
 
 @pytest.mark.parametrize(("width", "value"), [(8, 2**64 - 1), (8, 2**40), (4, 2**32 - 1), (4, 0)])

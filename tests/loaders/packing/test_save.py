@@ -316,7 +316,8 @@ def test_a_lora_on_a_dense_or_packed_base_keeps_at_least_99_percent_of_itself(tm
     assert saved.types[BLOCK] == ("Q6_K" if base in ("Q4_K", "Q2_K") and kind != "Q8_0" else kind)
 
 
-@pytest.mark.parametrize("size", [0.02, 0.005, 0.002, 0.0005])
+@pytest.mark.parametrize("size", [
+    0.02, *(pytest.param(size, marks=pytest.mark.heavy) for size in (0.005, 0.002)), 0.0005])
 @pytest.mark.parametrize(
     ("base", "kind"),
     [
