@@ -16,11 +16,9 @@ from ..encoders.arch import arch_of, strip_prefix
 from ..files import open_weights
 from ..files.comfy_formats import READERS
 from ..files.container import WeightFile, WeightFileError
+from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
 from ..model_summary import format_name
 from ..recipe import Recipe
-
-# Folders in a diffusers folder that each hold a model.
-PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
 
 @dataclass
@@ -106,7 +104,8 @@ def package_parts(path: str | os.PathLike) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return []
-    return [folder / part for part in PARTS if (folder / part / "config.json").is_file()]
+    parts = (*MODEL_FOLDERS, *ENCODER_FOLDERS, VAE_FOLDER)
+    return [folder / part for part in parts if (folder / part / "config.json").is_file()]
 
 
 def shapes_only(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
