@@ -217,3 +217,20 @@ def test_a_model_that_the_host_quantises_is_measured_by_its_values(tmp_path, for
     assert found.errors == pytest.approx(expected, rel=1e-3, abs=1e-6) and not found.no_errors
     held = model.model.diffusion_model.state_dict().values()
     assert sum(nbytes for _, nbytes in found.types.values()) == sum(part.nbytes for part in held)
+
+
+def test_each_model_in_a_package_is_compared_with_the_file_or_the_same_part_of_a_package(tmp_path):
+    for package, factor in (("a", 1.0), ("b", 1.1)):
+        for part, shape in (("transformer", (8, 8)), ("vae", (8, 4, 3, 3))):
+            folder = tmp_path / package / part
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            save_file({f"{part}_in.weight": torch.full(shape, factor)},
+                      folder / "model.safetensors")
+    error = pytest.approx(0.1, rel=1e-5)
+    model, vae = inspect(tmp_path / "b", tmp_path / "a")
+    assert (model.errors, vae.errors) == (
+        {"transformer_in.weight": error}, {"vae_in.weight": error})
+    model, vae = inspect(tmp_path / "b", tmp_path / "a" / "transformer" / "model.safetensors")
+    assert model.errors == {"transformer_in.weight": error}
+    assert vae.no_errors.startswith("model.safetensors has no tensor of the same name and shape;")
