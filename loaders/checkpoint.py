@@ -1,7 +1,7 @@
 """Loads checkpoints: diffusion model, text encoder and VAE of one file or diffusers folder."""
-import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -10,6 +10,7 @@ import comfy.sd
 import torch
 from comfy.model_detection import model_config_from_unet
 
+from ..ops.bounded_json import read_json
 from ..ops.load_hooks import dequantize_plain_parameters, pack_layers
 from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
@@ -20,8 +21,8 @@ from .detection import explain_shape_errors, reject_non_diffusion, try_detect
 from .devices import device_options
 from .diffusion import build_model, load_diffusion_model, read_weights, to_comfy_quant_layout
 from .files import open_weights
-from .files.container import WeightFile, WeightFileError, safe_repr
-from .files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
+from .files.container import WeightFile, WeightFileError, map_file, safe_repr
+from .files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
 from .host_formats import AUTOMATIC, packed_formats
 from .progress import Progress
 from .reader_choice import needs_own_reader
@@ -187,8 +188,8 @@ def _clip_type(path: str, encoder_count: int) -> str:
     """
     has_unet = os.path.isdir(os.path.join(path, "unet"))
     try:
-        with open(os.path.join(path, "model_index.json"), encoding="utf-8") as file:
-            pipeline = str(json.load(file).get("_class_name", ""))
+        index = read_json(bytes(map_file(file_inside(Path(path), "model_index.json"))))
+        pipeline = str(index.get("_class_name", ""))
     except (OSError, ValueError, AttributeError):
         pipeline = "" if has_unet else "Flux"
     clip_type = next((clip_type for start, clip_type in CLIP_TYPES.items()
