@@ -1,7 +1,7 @@
 """Loads checkpoints: diffusion model, text encoder and VAE of one file or diffusers folder."""
-import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -10,6 +10,7 @@ import comfy.sd
 import torch
 from comfy.model_detection import model_config_from_unet
 
+from ..ops.bounded_json import read_json
 from ..ops.load_hooks import dequantize_plain_parameters, pack_layers
 from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
@@ -20,7 +21,8 @@ from .detection import explain_shape_errors, reject_non_diffusion, try_detect
 from .devices import device_options
 from .diffusion import build_model, load_diffusion_model, read_weights, to_comfy_quant_layout
 from .files import open_weights
-from .files.container import WeightFile, WeightFileError, safe_repr
+from .files.container import WeightFile, WeightFileError, map_file, safe_repr
+from .files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
 from .host_formats import AUTOMATIC, packed_formats
 from .progress import Progress
 from .reader_choice import needs_own_reader
@@ -35,9 +37,6 @@ VAE = "VAE of a checkpoint"
 
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
-# Folders inside a diffusers folder.
-MODEL_FOLDERS = ("transformer", "unet")
-ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 # How the name of a diffusers pipeline begins -> the host's `CLIPType` of its text encoders. The
 # first match counts.
 CLIP_TYPES = {
@@ -153,7 +152,8 @@ def _no_vae() -> comfy.sd.VAE:
 def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic: bool,
                  compute: str, pack_to: str | None, host_formats: str,
                  device: torch.device | None = None, encoder_device: torch.device | None = None):
-    folders = {name: os.path.join(path, name) for name in (*MODEL_FOLDERS, *ENCODER_FOLDERS, "vae")
+    names = (*MODEL_FOLDERS, *ENCODER_FOLDERS, VAE_FOLDER)
+    folders = {name: os.path.join(path, name) for name in names
                if os.path.isfile(os.path.join(path, name, "config.json"))}
     model_folder = next((folders[name] for name in MODEL_FOLDERS if name in folders), None)
     if model_folder is None:
@@ -172,8 +172,8 @@ def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic:
                                  disable_dynamic=disable_dynamic,
                                  model_options=device_options(encoder_device),
                                  host_formats=host_formats)
-    if outputs["output_vae"] and "vae" in folders:
-        weights = open_weights(folders["vae"]).state_dict()
+    if outputs["output_vae"] and VAE_FOLDER in folders:
+        weights = open_weights(folders[VAE_FOLDER]).state_dict()
         vae = wrap_vae(build_vae(weights, device), compute)
     elif outputs["output_vae"]:
         vae = _no_vae()
@@ -188,8 +188,8 @@ def _clip_type(path: str, encoder_count: int) -> str:
     """
     has_unet = os.path.isdir(os.path.join(path, "unet"))
     try:
-        with open(os.path.join(path, "model_index.json"), encoding="utf-8") as file:
-            pipeline = str(json.load(file).get("_class_name", ""))
+        index = read_json(bytes(map_file(file_inside(Path(path), "model_index.json"))))
+        pipeline = str(index.get("_class_name", ""))
     except (OSError, ValueError, AttributeError):
         pipeline = "" if has_unet else "Flux"
     clip_type = next((clip_type for start, clip_type in CLIP_TYPES.items()

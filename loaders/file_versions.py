@@ -4,8 +4,11 @@ import glob
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
+from .encoders.saved_tokenizer import sibling_of
 from .files.container import FileState, WeightFileError
+from .files.sdnq import CONFIG_FILES
 from .folders import MEASUREMENTS, find_paths, find_sensitivity
 
 # file name of a shard
@@ -15,7 +18,8 @@ PART = re.compile(r"(.*-)\d{5}(-of-\d{5}\.(?:gguf|safetensors))", re.I)
 class FileVersions:
     """Counts how often each model file changed on disk since first use.
 
-    A change of the other shards of a split file, or of the mmproj files next to it, counts too.
+    A change of what is read with it counts too: the other shards of a split file, mmproj and config
+    files next to it, the tokenizer next to the folder of a text encoder.
     """
 
     def __init__(self):
@@ -65,13 +69,19 @@ def _state(path: str) -> list[tuple]:
 def _paths_for(path: str) -> Iterable[str]:
     """Returns the files that may be read for a picked file or folder."""
     if os.path.isdir(path):
-        return filter(os.path.isfile, (os.path.join(path, name) for pattern in ("*", "*/*")
-                                       for name in glob.iglob(pattern, root_dir=path)))
+        tokenizer = str(sibling_of(Path(path)))
+        return filter(os.path.isfile, {
+            os.path.join(parent, name)
+            for parent, pattern in ((path, "*"), (path, "*/*"), (tokenizer, "*"))
+            for name in glob.iglob(pattern, root_dir=parent)
+        })
     folder, name = os.path.split(path)
+    names = [name]
     if part := PART.fullmatch(name):
-        return [os.path.join(folder, other) for other in os.listdir(folder)
-                if (match := PART.fullmatch(other)) and match.groups() == part.groups()]
+        names = [other for other in os.listdir(folder)
+                 if (match := PART.fullmatch(other)) and match.groups() == part.groups()]
     if name.lower().endswith(".gguf"):
-        siblings = [other for other in os.listdir(folder) if "mmproj" in other.lower()]
-        return [path, *(os.path.join(folder, other) for other in siblings)]
-    return [path]
+        names += [other for other in os.listdir(folder) if "mmproj" in other.lower()]
+    elif name.lower().endswith((".safetensors", ".sft")):
+        names += CONFIG_FILES
+    return filter(os.path.isfile, (os.path.join(folder, name) for name in names))

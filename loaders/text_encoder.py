@@ -42,7 +42,7 @@ from .encoders.missing_towers import omit_missing_towers
 from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
 from .files import open_weights
-from .files.container import FileState, WeightFile, WeightFileError
+from .files.container import WeightFile, WeightFileError
 from .host_formats import AUTOMATIC, packed_formats
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 TEXT_ENCODER = "text encoder"  # name of the loader in recipes
 AUTO = "auto"  # use the mmproj file next to the encoder
 
-# cache of `Arch.tokenizer`: state of an encoder's files -> its tokenizer
+# cache of `Arch.tokenizer`: state of the files of a GGUF -> its tokenizer
 TOKENIZERS: dict[tuple, Weights] = {}
 TOKENIZERS_KEPT = 4
 
@@ -271,16 +271,22 @@ class _Encoder:
         return self.arch.convert(self.weights, self.metadata) | tokenizer
 
     def _tokenizer(self, arch: type[Arch]) -> Weights:
-        """Returns `Arch.tokenizer` of the file, cached; raises KeyError for missing metadata."""
-        # The state of a folder covers its other files, `states` those of the weights.
-        state = self.path, FileState.of(self.path), self.file and self.file.states
-        if state not in TOKENIZERS:
-            tokenizer = arch.tokenizer(self.weights, self.metadata)
-            # A tensor of the file would keep the whole file mapped.
-            TOKENIZERS[state] = {name: tensor.clone() for name, tensor in tokenizer.items()}
+        """Returns `Arch.tokenizer` of the file; raises KeyError for missing metadata.
+
+        That of a GGUF, which takes seconds to make, is cached.
+        """
+        is_cached = self.path.suffix.lower() == ".gguf"
+        state = self.path, self.file and self.file.states
+        if is_cached and state in TOKENIZERS:
+            return TOKENIZERS[state]
+        tokenizer = arch.tokenizer(self.weights, self.metadata)
+        # A tensor of the file would keep the whole file mapped.
+        tokenizer = {name: tensor.clone() for name, tensor in tokenizer.items()}
+        if is_cached:
+            TOKENIZERS[state] = tokenizer
             if len(TOKENIZERS) > TOKENIZERS_KEPT:
                 del TOKENIZERS[next(iter(TOKENIZERS))]
-        return TOKENIZERS[state]
+        return tokenizer
 
 
 def _unwrap_encoder(weights: Weights) -> Weights:

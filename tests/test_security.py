@@ -14,6 +14,7 @@ from safetensors.torch import save, save_file
 
 from devtools import ROOT
 from featherweight.loaders import folders
+from featherweight.loaders.checkpoint import _clip_type
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
@@ -337,6 +338,13 @@ def test_a_tokenizer_beside_an_encoder_is_no_link_to_elsewhere(tmp_path):
 def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     assert folders._class_in(str(tmp_path)) == ""
+    os.mkfifo(tmp_path / "model_index.json")
+    assert _clip_type(str(tmp_path), 1) == "flux"
+
+
+def test_a_package_with_a_list_that_is_nested_too_deep_is_read_as_one_without_it(tmp_path):
+    (tmp_path / "model_index.json").write_text("[" * 100_000)
+    assert _clip_type(str(tmp_path), 1) == "flux"
 
 
 @pytest.fixture

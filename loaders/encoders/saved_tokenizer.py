@@ -30,8 +30,9 @@ def saved_tokenizer(folder: Path, key: str = SENTENCEPIECE) -> Weights:
     Raises:
         WeightFileError: for a file that cannot be read or converted.
     """
-    folders = folder, folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-    paths = [parent / name for name in TOKENIZER_FILES[key] for parent in folders]
+    paths = [
+        parent / name for name in TOKENIZER_FILES[key] for parent in (folder, sibling_of(folder))
+    ]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return {}
@@ -46,3 +47,8 @@ def saved_tokenizer(folder: Path, key: str = SENTENCEPIECE) -> Weights:
                 f" tekken.json: {problem}. Put the tekken.json that was published with the model"
                 " next to its weights.") from error
     return {key: torch.frombuffer(data, dtype=torch.uint8)}
+
+
+def sibling_of(folder: Path) -> Path:
+    """Returns the folder where a pipeline has the tokenizer of the encoder in a folder."""
+    return folder.with_name(folder.name.replace("text_encoder", "tokenizer"))

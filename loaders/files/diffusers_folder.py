@@ -15,6 +15,10 @@ from .safetensors import SafetensorsFile
 from .sdnq import extract_config
 from .unsupported_quantizers import OTHER_FORM
 
+# The folders of the models in a pipeline's folder.
+MODEL_FOLDERS = ("transformer", "unet")
+ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+VAE_FOLDER = "vae"
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # `quant_method` of a config -> what the weights are quantised by

@@ -23,13 +23,16 @@ def inspect(source: str | os.PathLike | comfy.model_patcher.ModelPatcher,
 
     Args:
         source: a file, a folder, or a loaded MODEL.
-        reference: a file of the same model, to measure each tensor's error against.
+        reference: a file or folder of the same model, to measure each tensor's error against.
     """
     if isinstance(source, comfy.model_patcher.ModelPatcher):
         return [_compare(model_contents(source), reference)]
     parts = package_parts(source)
     if parts:
-        return [_inspect_file(part, None) for part in parts]
+        references = {} if reference is None else {
+            part.name: part for part in package_parts(reference)
+        }
+        return [_inspect_file(part, references.get(part.name, reference)) for part in parts]
     return [_inspect_file(source, reference)]
 
 

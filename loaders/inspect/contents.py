@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...ops.packed_layout import is_packed
+from ...ops.packed_layout import QuantizedTensor, is_packed, safe_detach
 from ..comfy_keys import model_prefix
 from ..comfy_quant import as_tensors
 from ..encoders import archs  # noqa: F401  registers the families
@@ -16,11 +16,9 @@ from ..encoders.arch import arch_of, strip_prefix
 from ..files import open_weights
 from ..files.comfy_formats import READERS
 from ..files.container import WeightFile, WeightFileError
+from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
 from ..model_summary import format_name
 from ..recipe import Recipe
-
-# Folders in a diffusers folder that each hold a model.
-PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
 
 @dataclass
@@ -84,15 +82,21 @@ def model_contents(patcher: ModelPatcher) -> Contents:
     """Returns the contents of a loaded diffusion model."""
     cached_init = getattr(patcher, "cached_patcher_init", None)
     recipe = cached_init[0] if cached_init else None
-    tensors = dict(patcher.model.diffusion_model.state_dict())
+    network = patcher.model.diffusion_model
+    tensors = dict(network.state_dict())
+    formats = {key: format_name(tensor) for key, tensor in tensors.items()}
+    # The host's layers give the codes and scales of such weights as separate tensors.
+    tensors |= {
+        key: safe_detach(weight) for key, weight in network.named_parameters()
+        if isinstance(weight, QuantizedTensor) and not is_packed(weight)
+    }
     name = (
         os.path.basename(recipe.paths[0])
         if isinstance(recipe, Recipe) and recipe.paths
         else "MODEL"
     )
-    return Contents(name, tensors, {key: format_name(tensor) for key, tensor in tensors.items()},
-                    memory_bytes=patcher.model_size(), patches=len(patcher.patches),
-                    config=patcher.model.model_config)
+    return Contents(name, tensors, formats, memory_bytes=patcher.model_size(),
+                    patches=len(patcher.patches), config=patcher.model.model_config)
 
 
 def package_parts(path: str | os.PathLike) -> list[Path]:
@@ -100,7 +104,8 @@ def package_parts(path: str | os.PathLike) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return []
-    return [folder / part for part in PARTS if (folder / part / "config.json").is_file()]
+    parts = (*MODEL_FOLDERS, *ENCODER_FOLDERS, VAE_FOLDER)
+    return [folder / part for part in parts if (folder / part / "config.json").is_file()]
 
 
 def shapes_only(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

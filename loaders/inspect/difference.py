@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from ...ops.packed_layout import is_packed
+from ...ops.packed_tensor import relabel
 from ...ops.row_slicing import dense, take_rows
 from ..comfy_keys import to_comfy_keys
 from ..comfy_quant import MARK, as_tensors
 from ..encoders.arch import arch_of, strip_prefix
+from ..files.comfy_formats import SMOOTHING
 from ..files.container import FileChangeGuard
 from ..progress import Progress
 from .contents import Contents
@@ -24,7 +26,8 @@ def relative_errors(contents: Contents, reference: Contents) -> dict[str, float]
     """Returns name -> relative error of each tensor with two or more dimensions in both models.
 
     The error is the root of the sum of squares of the difference, over that of the reference,
-    computed in float32, some rows at a time. The host's exception for a cancelled prompt is raised.
+    computed in float32 on the CPU, some rows at a time. The host's exception for a cancelled prompt
+    is raised.
 
     Raises:
         WeightFileError: a weight is in a quantised format that this ComfyUI does not read, or a
@@ -47,7 +50,7 @@ def relative_errors(contents: Contents, reference: Contents) -> dict[str, float]
     error_sums, sums = dict.fromkeys(shared, 0.0), dict.fromkeys(shared, 0.0)
     for name, rows in Progress("comparing").track(pieces):
         guard()
-        values, expected = _values(name, rows, ours), _values(name, rows, theirs)
+        values, expected = _values(name, rows, ours).cpu(), _values(name, rows, theirs).cpu()
         error_sums[name] += (values - expected).square_().sum(dtype=torch.float64).item()
         sums[name] += expected.square().sum(dtype=torch.float64).item()
     return {name: _relative_error(error_sums[name], sums[name]) for name in shared}
@@ -109,11 +112,12 @@ def _is_comfy_quantized(tensor: torch.Tensor) -> bool:
 
 def _values(name: str, rows: slice, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Returns some rows of a weight in float32."""
-    tensor = weights[name]
+    tensor, layer = weights[name], name.removesuffix(".weight")
     if _is_comfy_quantized(tensor):
-        return tensor.dequantize()[rows].float()
+        values = relabel(tensor, dtype=torch.float32).dequantize()[rows]
+        smoothing = weights.get(f"{layer}.{SMOOTHING}")
+        return values if smoothing is None else values * smoothing.to(values)
     values = dense(take_rows(tensor, rows)).float() if is_packed(tensor) else tensor[rows].float()
-    layer = name.removesuffix(".weight")
     scale_names = (name + SCALES[0], layer + SCALES[1])
     scale = next((weights[key] for key in scale_names if key in weights), None)
     if scale is None or tensor.dtype.itemsize != 1:

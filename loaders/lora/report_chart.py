@@ -1,4 +1,5 @@
 """Draws the report on a LoRA: a bar chart of how much it changes each block of the model."""
+import math
 import textwrap
 
 import torch
@@ -46,13 +47,17 @@ def report_picture(report: LoraReport, title: str = "") -> torch.Tensor:
 
 
 def _shares(report: LoraReport) -> tuple[dict[str, float], bool]:
-    """Returns (block -> its change, whether all changes are relative to the blocks' weights)."""
+    """Returns (block -> its change, whether all changes are relative to the blocks' weights).
+
+    Changes beyond the range of numbers are left out, as in the text.
+    """
     known = {
         block: (change, norm) for block, (change, norm) in report.blocks.items()
         if change is not None
     }
     shares = {block: change / norm if norm else change for block, (change, norm) in known.items()}
-    return shares, all(norm is not None for _, norm in known.values())
+    finite = {block: share for block, share in shares.items() if math.isfinite(share)}
+    return finite, all(norm is not None for _, norm in known.values())
 
 
 def _bars(shares: dict[str, float], relative: bool) -> list[Bar]:

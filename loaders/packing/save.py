@@ -286,13 +286,13 @@ class WeightPacker:
     def _patched(
             self, weight: Weight, start: int, stop: int
     ) -> tuple[torch.Tensor, Sequence[tuple[int, torch.Tensor]], torch.Tensor]:
-        """Returns some rows of a weight with and without its patches, float32.
+        """Returns some rows of a weight with and without its patches, float32, on the CPU.
 
         Returns:
             The rows without patches, (number of a change, what it adds), the rows with patches. No
             changes where patches replace the rows by ones of another shape.
         """
-        base = weight.read(start, stop)
+        base = weight.read(start, stop).cpu()
         if not weight.patches:
             return base, [], base
         values, changes = base.clone(), []

@@ -42,7 +42,10 @@ def test_a_file_added_to_a_folder_counts(models):
 @pytest.mark.parametrize(("picked", "beside"), [
     ("Encoder-Q4_K.gguf", "mmproj-Encoder-F16.gguf"), ("Encoder-Q4_K.gguf", "Encoder.MMPROJ.gguf"),
     ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf"),
-    ("m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors")
+    ("model-00001-of-00002.gguf", "mmproj-model-F16.gguf"),
+    ("m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors"),
+    ("sdnq.safetensors", "config.json"), ("sdnq.safetensors", "quantization_config.json"),
+    ("m-00002-of-00002.safetensors", "config.json"),
 ])
 def test_what_is_read_beside_a_file_counts_and_no_other_does(picked, beside, models):
     (models / picked).write_bytes(b"1")
@@ -68,6 +71,18 @@ def test_a_part_of_a_package_counts(models, monkeypatch):
     assert replacements.update(["flux"]) == 0
     file.write_bytes(b"12")
     assert replacements.update(["flux"]) == 1
+
+
+def test_the_tokenizer_beside_the_folder_of_a_text_encoder_counts(models):
+    for folder in ("text_encoder_2", "tokenizer_2", "tokenizer"):
+        (models / folder).mkdir()
+        (models / folder / "spiece.model").write_bytes(b"1")
+    replacements = FileVersions()
+    assert replacements.update(["text_encoder_2"]) == 0
+    (models / "tokenizer" / "spiece.model").write_bytes(b"12")
+    assert replacements.update(["text_encoder_2"]) == 0
+    (models / "tokenizer_2" / "spiece.model").write_bytes(b"12")
+    assert replacements.update(["text_encoder_2"]) == 1
 
 
 @pytest.mark.parametrize("name", ["flux.sensitivity", "flux.dat", "flux.imatrix.gguf"])

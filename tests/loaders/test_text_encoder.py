@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import text_encoder
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.progress import Progress
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.ops.layers import PackedLayer
 from featherweight.ops.packed_layout import is_packed
@@ -131,21 +131,24 @@ def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monke
     assert len(made) == 1
 
 
-def test_few_tokenizers_are_kept_and_none_keeps_its_file_mapped(tmp_path, monkeypatch):
-    files = []
-    monkeypatch.setattr(text_encoder, "open_weights",
-                        lambda path: files.append(open_weights(path)) or files[-1])
+def test_few_tokenizers_are_kept(tmp_path):
+    encoder = ENCODERS["umt5-xxl"]
+    path = tmp_path / "encoder.gguf"
+    write_encoder(path, encoder, random_weights(encoder))
+    for time in range(text_encoder.TOKENIZERS_KEPT + 1):
+        os.utime(path, (time, time))
+        load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
+    assert len(text_encoder.TOKENIZERS) == text_encoder.TOKENIZERS_KEPT
+
+
+def test_a_tokenizer_does_not_keep_its_file_mapped(tmp_path):
     encoder = ENCODERS["umt5-xxl of transformers"]
     markers = {name: torch.zeros(shape) for name, shape in encoder.markers.items()}
     save_file(
         random_weights(encoder) | markers | dict(encoder.extra), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    for time in range(text_encoder.TOKENIZERS_KEPT + 1):
-        os.utime(tmp_path, (time, time))
-        load_text_encoder([str(tmp_path)], encoder.clip_type, model_options=encoder.model_options)
-    *others, (kept,) = (tokenizer.values() for tokenizer in text_encoder.TOKENIZERS.values())
-    assert len(others) == text_encoder.TOKENIZERS_KEPT - 1
-    mapped = files[-1].state_dict()["spiece_model"]
+    read = text_encoder._Encoder(str(tmp_path), Progress("reading"), None, frozenset())
+    mapped, kept = read.weights["spiece_model"], read.convert()["spiece_model"]
     assert torch.equal(kept, mapped) and kept.data_ptr() != mapped.data_ptr()
 
 

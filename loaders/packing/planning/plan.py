@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ....ops.bounded_json import read_json
 from ...files.container import nbytes_of
 from ...sizes import size_text, type_lines, unit_of
 from .knapsack import choose_types
@@ -86,7 +87,7 @@ class Plan:
         """Reads what `json` returns. Raises PlanError for any other text."""
         try:
             return cls({
-                str(name): str(type_name) for type_name, names in json.loads(text)["types"].items()
+                str(name): str(type_name) for type_name, names in read_json(text)["types"].items()
                 for name in names
             })
         except (ValueError, KeyError, TypeError, AttributeError) as error:

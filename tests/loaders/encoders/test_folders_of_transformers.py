@@ -155,3 +155,14 @@ def test_the_tokenizer_in_a_folder_is_that_of_a_file(name, tmp_path):
         assert load(tmp_path / "encoder", encoder).tokenize("ab ba") == host_clip(
             encoder, weights
         ).tokenize("ab ba")
+
+
+def test_a_tokenizer_that_is_overwritten_beside_an_encoder_is_read_again(tmp_path):
+    encoder = ENCODERS["umt5-xxl of transformers"]
+    write_folder(tmp_path / "text_encoder", encoder, encoder.published(all_weights(encoder)),
+                 tokenizer=False)
+    (tmp_path / "tokenizer").mkdir()
+    for model in (encoder.extra["spiece_model"], GEMMA.extra["spiece_model"]):
+        (tmp_path / "tokenizer" / "spiece.model").write_bytes(model.numpy().tobytes())
+        kept = load(tmp_path / "text_encoder", encoder).tokenizer.state_dict()["spiece_model"]
+        assert bytes(kept) == model.numpy().tobytes()

@@ -1,6 +1,7 @@
 """The error of each tensor against a reference file: right, in slices, whatever holds the tensors,
 and cancellable."""
 import comfy.model_management
+import comfy.sd
 import gguf
 import pytest
 import torch
@@ -189,3 +190,47 @@ def test_a_file_in_a_format_of_the_host_is_measured_by_the_hosts_values(tmp_path
     save_file(stored, tmp_path / "quantised.safetensors")
     found, = inspect(tmp_path / "quantised.safetensors", tmp_path / "dense.safetensors")
     assert found.errors == pytest.approx(expected, rel=1e-3) and not found.no_errors
+
+
+@pytest.mark.parametrize("format_name", [
+    *HOST_FORMATS, pytest.param("mxfp8", marks=pytest.mark.fake_gpus, id="mxfp8 on a GPU")
+])
+def test_a_model_that_the_host_quantises_is_measured_by_its_values(tmp_path, format_name):
+    weights = {name: torch.as_tensor(values).clone()
+               for name, values in tiny_models.flux(**SIZES | {"hidden": 256}).items()}
+    stored, expected = {}, {}
+    for name, tensor in weights.items():
+        parts, values = {name: tensor}, tensor
+        if "_blocks." in name and tensor.ndim == 2:
+            parts, values = in_host_format(name, tensor, format_name)
+        if format_name == "nvfp4" and name == WEIGHT:
+            smoothing = torch.linspace(0.5, 2, tensor.shape[1])
+            stored[name.replace("weight", "pre_quant_scale")] = smoothing
+            values = values * smoothing
+        stored |= parts
+        if tensor.ndim > 1:
+            expected[name] = relative(values.float(), tensor)
+    save_file(weights, tmp_path / "dense.safetensors")
+    model = comfy.sd.load_diffusion_model_state_dict(stored)
+    comfy.model_management.load_models_gpu([model])
+    found, = inspect(model, tmp_path / "dense.safetensors")
+    assert found.errors == pytest.approx(expected, rel=1e-3, abs=1e-6) and not found.no_errors
+    held = model.model.diffusion_model.state_dict().values()
+    assert sum(nbytes for _, nbytes in found.types.values()) == sum(part.nbytes for part in held)
+
+
+def test_each_model_in_a_package_is_compared_with_the_file_or_the_same_part_of_a_package(tmp_path):
+    for package, factor in (("a", 1.0), ("b", 1.1)):
+        for part, shape in (("transformer", (8, 8)), ("vae", (8, 4, 3, 3))):
+            folder = tmp_path / package / part
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            save_file({f"{part}_in.weight": torch.full(shape, factor)},
+                      folder / "model.safetensors")
+    error = pytest.approx(0.1, rel=1e-5)
+    model, vae = inspect(tmp_path / "b", tmp_path / "a")
+    assert (model.errors, vae.errors) == (
+        {"transformer_in.weight": error}, {"vae_in.weight": error})
+    model, vae = inspect(tmp_path / "b", tmp_path / "a" / "transformer" / "model.safetensors")
+    assert model.errors == {"transformer_in.weight": error}
+    assert vae.no_errors.startswith("model.safetensors has no tensor of the same name and shape;")

@@ -264,13 +264,15 @@ def test_what_cannot_be_read_says_why_in_a_sentence(name, tmp_path, flux_file):
 
 def test_a_package_of_diffusers_is_inspected_part_by_part(tmp_path):
     for part, shapes in (("transformer", {"img_in.weight": (8, 8)}),
+                         ("text_encoder_4", {"shared.weight": (8, 8)}),
                          ("vae", {"decoder.conv_in.weight": (8, 4, 3, 3)})):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
         save_file({name: torch.zeros(shape) for name, shape in shapes.items()},
                   tmp_path / part / "model.safetensors")
-    assert [found.name for found in inspect(tmp_path)] == ["transformer", "vae"]
-    assert inspect(tmp_path)[1].model_type == "VAE"
+    found = inspect(tmp_path)
+    assert [part.name for part in found] == ["transformer", "text_encoder_4", "vae"]
+    assert found[-1].model_type == "VAE"
 
 
 def test_a_file_made_here_says_how(tmp_path):

@@ -1,5 +1,8 @@
 """LoRA files: what they are recognised as, what fits a model, and what is refused in plain
 words."""
+import dataclasses
+import math
+
 import comfy.lora
 import comfy.utils
 import gguf
@@ -195,6 +198,19 @@ def test_the_sentence_names_families_and_widths(models):
     )
     assert "it is made for a weight of 9216 x 3072, not of 18432 x 6144" in report_text(report)
     assert report_picture(report).std() > 0
+
+
+def test_a_lora_whose_change_of_a_block_overflows_is_drawn_without_that_block(small_flux):
+    shapes = kohya(block_shapes(small_flux, "double_blocks."))
+    lora = {
+        name: (tensor.bfloat16() * 1e30 if "blocks_1" in name else tensor)
+        for name, tensor in pairs(shapes).items()
+    }
+    report = check_lora(small_flux, None, lora)
+    assert not math.isfinite(report.blocks["double_blocks.1"][0])
+    finite = dataclasses.replace(
+        report, blocks={"double_blocks.0": report.blocks["double_blocks.0"]})
+    assert torch.equal(report_picture(report), report_picture(finite))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -216,6 +216,7 @@ def test_a_plan_comes_back_from_metadata():
     plan = Plan({"a": "Q8_0", "b": "Q8_0", "c": "F32"})
     assert Plan.from_json(plan.json()) == plan
     assert json.loads(plan.json())["types"]["Q8_0"] == ["a", "b"]
-    for text in ("{", "[]", "{}", '{"types": 3}', '{"types": {"Q8_0": 3}}'):
+    nested = '{"types": ' + "[" * 100_000
+    for text in ("{", "[]", "{}", '{"types": 3}', '{"types": {"Q8_0": 3}}', nested):
         with pytest.raises(PlanError, match="not a plan of types"):
             Plan.from_json(text)

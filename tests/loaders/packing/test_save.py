@@ -213,6 +213,28 @@ def test_a_size_is_not_exceeded_for_values_that_no_packed_type_holds(tmp_path):
     assert one_type.types[BLOCK] == "BF16" and small.nbytes <= 2_000_000
 
 
+@pytest.mark.fake_gpus
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("base", [None, "Q4_K"])
+def test_a_model_on_a_gpu_gives_the_file_that_it_gives_on_the_cpu(tmp_path, base, with_lora):
+    cpu = torch.device("cpu")
+    values = []
+    for options in ({"load_device": cpu, "offload_device": cpu}, {}):
+        model = (
+            comfy.sd.load_diffusion_model_state_dict(dict(weights()), model_options=options)
+            if base is None
+            else load_diffusion_model(flux_file(base)[0], model_options=options)
+        )
+        if with_lora:
+            model = patched(model, (lora_for(weights(), size=0.02), 1.0))
+        run(model)
+        saved = save(source_of_model(model), tmp_path / f"{len(values)}.gguf", "Q8_0")
+        values.append(values_in(saved.path))
+    assert model.model.diffusion_model.img_in.weight.device == model.load_device != cpu
+    on_cpu, on_gpu = values
+    assert all(torch.equal(on_gpu[name], on_cpu[name]) for name in on_cpu)
+
+
 # --- patches ---
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -203,10 +203,12 @@ def test_a_mix_for_a_size_is_packed_in_turn_too(tmp_path):
     assert error_of(turned, wanted := wanted_of(model)) < error_of(apart, wanted)
 
 
-def test_a_change_that_is_to_arrive_whole_does(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.fake_gpus)])
+def test_a_change_that_is_to_arrive_whole_does(tmp_path, device):
     model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
     saved = save(source_of_model(model), tmp_path / "a.gguf", "Q4_K",
                  calibrate=calibration_of(model))
+    assert model.model.diffusion_model.img_in.weight.device.type == device
     share = next(
         float(line.split("(strength 1): ")[1].split("%")[0]) for line in saved.notes
         if "strength 1" in line)
