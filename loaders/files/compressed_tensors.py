@@ -17,7 +17,7 @@ with a scale for each row have no zeros, and `scaled_weights.py` reads them.
 Source: compressed-tensors 0.20.0 `compressors/pack_quantized/helpers.py`,
 `quantization/lifecycle/forward.py`.
 """
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -33,17 +33,7 @@ SCALE, ZEROS, GROUPS = "weight_scale", "weight_zero_point", "weight_g_idx"
 GLOBAL = "weight_global_scale"
 OF_INPUT = ("input_global_scale", "input_scale", "input_zero_point")
 PARTS = (PACKED, WEIGHT, SHAPE, SCALE, ZEROS, GROUPS, GLOBAL, *OF_INPUT)
-
-
-def layers(names: Collection[str]) -> Iterator[str]:
-    """Yields the layers of a file that it packed, by the names of its tensors."""
-    for name in names:
-        layer = name.removesuffix(f".{PACKED}")
-        if layer != name:
-            yield layer
-        layer = name.removesuffix(f".{ZEROS}")
-        if layer != name and f"{layer}.{WEIGHT}" in names and f"{layer}.{SCALE}" in names:
-            yield layer
+LAYERS = {PACKED: (), ZEROS: (WEIGHT, SCALE)}
 
 
 def layers_of_int8(tensors: Parts) -> Iterator[str]:

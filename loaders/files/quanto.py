@@ -13,7 +13,6 @@ bias. `L.input_scale` and `L.output_scale` say nothing about the weight.
 Source: optimum-quanto 0.2.7 `tensor/packed.py`, `tensor/weights/qbits.py`.
 """
 import math
-from collections.abc import Collection, Iterator
 
 import torch
 
@@ -26,15 +25,7 @@ from .integer_weights import Parts, join_codes, pack_rows, part
 NAME = "quanto"
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
 PARTS = (CODES, PACKED, SCALE, SHIFT, "input_scale", "output_scale")
-
-
-def layers(names: Collection[str]) -> Iterator[str]:
-    """Yields the layers of a file that it packed, by the names of its tensors."""
-    for name in names:
-        for ending in (CODES, PACKED):
-            layer = name.removesuffix(f".{ending}")
-            if layer != name:
-                yield layer
+LAYERS = {CODES: (), PACKED: ()}
 
 
 def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
