@@ -90,7 +90,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
         names = [name for name in calibration.order if plan.types[name] in FORMATS]
         for name in track(names, [source.weights[name].values for name in names]):
             source.guard()
-            packed[name] = packer.pack_in_sequence(name, calibration)
+            packed[name] = packer.pack_in_sequence(name)
             source.drop_pages()
     open_writer = safetensors_writer if plan.is_safetensors else gguf_writer
     with open_writer(plan.path, plan.tensors, plan.metadata, plan.options.overwrite) as writer:
@@ -170,16 +170,14 @@ class WeightPacker:
         self.types[weight.name] = type_name
         return type_name, packed.pieces
 
-    def pack_in_sequence(
-            self, name: str, calibration: SequentialCalibration
-    ) -> tuple[str, list[torch.Tensor]]:
+    def pack_in_sequence(self, name: str) -> tuple[str, list[torch.Tensor]]:
         """Packs the weight of a linear layer and passes it to the calibration of later layers."""
         type_name, pieces = self.pack(self.source.weights[name])
         weight = join_rows(pieces)
-        if is_packed(weight):
+        if self.calibration is not None and is_packed(weight):
             bias = self.source.weights.get(f"{name.removesuffix('weight')}bias")
             values = None if bias is None else bias.patched(0, bias.shape[0])
-            calibration.set_packed(name, weight, values)
+            self.calibration.set_packed(name, weight, values)
         return type_name, [weight]
 
     def report_lines(self) -> list[str]:
