@@ -20,14 +20,12 @@ Sources: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, `qline
 """
 import torch
 
-from .comfy_formats import PartError
+from .comfy_formats import PartError, Parts, part
 from .container import WeightFile, describe
 from .integer_weights import (
     CHUNK_VALUES,
-    Parts,
     known_bits,
     pack_integers,
-    part,
     split_words,
 )
 

@@ -10,9 +10,8 @@ from types import ModuleType
 import torch
 
 from . import compressed_tensors, gptq, quanto, torchao
-from .comfy_formats import MARK, SETTINGS, PartError
-from .container import AGAIN, WeightFile, safe_repr
-from .integer_weights import Parts
+from .comfy_formats import MARK, SETTINGS, PartError, Parts
+from .container import WeightFile, safe_repr
 
 MODULES = (gptq, compressed_tensors, quanto, torchao)
 # the name of a quantiser in the config of a folder -> for people, where that is not the module's
@@ -77,4 +76,4 @@ def _read_weight(module: ModuleType, file: WeightFile, layer: str, parts: Parts)
     except PartError as error:
         name = next((name for name in file.entries if name.startswith(f"{layer}.")), layer)
         raise file.error_at(name, f"{safe_repr(layer)}, packed by {module.NAME}: {error}",
-                            AGAIN) from error
+                            error.advice) from error

@@ -18,9 +18,9 @@ import torch
 
 from ...ops.formats.integers import SIDE_DTYPES, quanto_family
 from ...ops.packed_layout import packed_tensor
-from .comfy_formats import PartError
+from .comfy_formats import PartError, Parts, part
 from .container import WeightFile, describe
-from .integer_weights import Parts, join_codes, pack_rows, part
+from .integer_weights import join_codes, pack_rows
 
 NAME = "quanto"
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"

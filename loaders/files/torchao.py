@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ...ops.bounded_json import read_json
-from .comfy_formats import PartError
+from .comfy_formats import PartError, Parts, part
 from .container import WeightFile, describe, safe_repr
-from .integer_weights import Parts, join_codes, pack_integers, pack_rows, part
+from .integer_weights import join_codes, pack_integers, pack_rows
 
 NAME = "torchao"
 CODES, SCALE, ZEROS = PARTS = "_weight_qdata", "_weight_scale", "_weight_zero_point"
