@@ -22,6 +22,7 @@ from ...ops.quantize.second_moments import SecondMoments
 from ...ops.row_slicing import join_rows
 from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ..files.container import PLAIN_DTYPES, nbytes_of, safe_repr
+from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from ..sizes import size_text
@@ -33,7 +34,6 @@ from .planning.plan import DIGITS, Plan
 from .source import SaveError, Weight
 
 SLICE_VALUES = 1 << 24  # values of a weight in float32 at a time
-ALIGNMENT = 32  # the bytes of padding that a tensor may take in a file
 # How a change is enlarged until it arrives whole: the share of it that arrives may differ from 1 by
 # WHOLE, the factor is at most MAX_ENLARGED, and it is corrected ATTEMPTS times.
 WHOLE = 0.005
@@ -234,7 +234,7 @@ class WeightPacker:
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """Returns the bytes of the file, at most, with a weight in another type than planned."""
         more = nbytes_of(other, weight.shape) - nbytes_of(type_name, weight.shape)
-        padding = ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
+        padding = DEFAULT_ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
         return self.nbytes + more + padding
 
     def _moments(self, weight: Weight, type_name: str) -> SecondMoments | None:
