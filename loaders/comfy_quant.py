@@ -28,6 +28,7 @@ from ..ops.packed_layout import QuantizedTensor, is_packed
 from ..ops.packed_tensor import PackedTensor
 from .files.comfy_formats import (
     DOWN,
+    GROUP_SCALE,
     MARK,
     READERS,
     SETTINGS,
@@ -44,8 +45,6 @@ from .out_of_memory import is_out_of_memory
 
 # formats with two codes in a byte; their layout does not know the shape of the weight
 HALF_STORED = ("convrot_w4a4",)
-# scales of asym_w4a8_int8, (rows, groups of columns); its layout does not know the shape either
-GROUP_SCALES = "weight_s_rel"
 # format -> the first version of ComfyUI that reads it
 READ_BY = {"asym_w4a8_int8": "0.33"}
 # whose names do not begin with "weight"
@@ -90,12 +89,9 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             parts = {name: state_dict[name] for name in names}
             bias = state_dict.get(f"{layer}.bias")
             try:
-                if formats is None:
-                    weight = _weight(layer_class, layer, parts)
-                else:
-                    weight = _packed_weight(layer, parts, formats)
-                if is_packed(weight):
-                    bias = _packed_bias(layer, parts, bias)
+                weight, bias = _packed(layer, parts, bias, READERS if formats is None else formats)
+                if weight is None and formats is None:
+                    weight = _host_weight(layer_class, layer, parts)
             except UnreadFormatError as error:
                 raise _unread_layer_error(file, layer, error) from error
             if weight is not None:
@@ -226,42 +222,23 @@ def _read_settings(mark: torch.Tensor) -> dict[str, Any]:
     return settings
 
 
-def _weight(layer_class: type, layer: str, parts: dict[str, torch.Tensor]) -> QuantizedTensor:
-    """Builds a packed tensor of one weight, or where it is not read here the host's.
+def _packed(layer: str, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None,
+            formats: Container[str]) -> tuple[PackedTensor | None, torch.Tensor | None]:
+    """Returns a packed tensor of one weight, None where it is in none of the formats, and the bias.
 
     Raises:
-        UnreadFormatError: if neither reads the format, or a part is wrong.
+        UnreadFormatError: if a part is wrong.
     """
-    packed = _packed_weight(layer, parts, READERS)
-    return _host_weight(layer_class, layer, dict(parts)) if packed is None else packed
-
-
-def _packed_weight(layer: str, parts: Mapping[str, torch.Tensor],
-                   formats: Container[str]) -> PackedTensor | None:
-    """Builds a packed tensor of one weight; None where it is in none of the formats."""
     settings = _read_settings(parts[f"{layer}{MARK}"])
-    name = format_of(settings)
-    if name not in formats:
-        return None
+    format_name = format_of(settings)
+    if format_name not in formats:
+        return None, bias
+    tensors = {name.removeprefix(f"{layer}."): tensor for name, tensor in parts.items()}
     try:
-        return pack_parts(settings, _by_part(layer, parts))
+        weight = pack_parts(settings, tensors)
+        return weight, bias if weight is None else shifted_bias(settings, tensors, bias)
     except PartError as error:
-        raise UnreadFormatError(f"{name}: {error}") from error
-
-
-def _packed_bias(layer: str, parts: Mapping[str, torch.Tensor],
-                 bias: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns the bias of a layer whose weight is packed; see `shifted_bias`."""
-    settings = _read_settings(parts[f"{layer}{MARK}"])
-    try:
-        return shifted_bias(settings, _by_part(layer, parts), bias)
-    except PartError as error:
-        raise UnreadFormatError(f"{format_of(settings)}: {error}") from error
-
-
-def _by_part(layer: str, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the last part of its name -> tensor of a layer."""
-    return {name.removeprefix(f"{layer}."): tensor for name, tensor in parts.items()}
+        raise UnreadFormatError(f"{format_name}: {error}") from error
 
 
 def _host_weight(layer_class: type, layer: str,
@@ -294,12 +271,12 @@ def _shape(name: str, settings: Mapping, layer: str,
     layout = get_layout_class(QUANT_ALGOS[name]["comfy_tensor_layout"])
     if hasattr(layout, "get_logical_shape_from_storage"):
         return layout.get_logical_shape_from_storage((rows, stored))
-    if f"{layer}.{GROUP_SCALES}" not in parts:
+    if f"{layer}.{GROUP_SCALE}" not in parts:  # of asym_w4a8_int8, (rows, groups of columns)
         return rows, stored * (2 if name in HALF_STORED else 1)
     params = settings.get("params", {})
     default = params.get("group_size", 16) if isinstance(params, dict) else 16
     group_size = settings.get("group_size", default)
-    columns = parts[f"{layer}.{GROUP_SCALES}"].shape[1] * int(group_size)
+    columns = parts[f"{layer}.{GROUP_SCALE}"].shape[1] * int(group_size)
     if stored * 2 != columns and not (hasattr(layout, "bits") and stored * 4 == columns * 3):
         # The host would take it for 4 bits.
         raise ValueError(f"it has {stored * 8 / columns:g} bits a value")

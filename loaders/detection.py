@@ -174,7 +174,7 @@ def find_side_model(names: Iterable[str]) -> tuple[str, str, str] | None:
     Returns:
         Of the first match in `SIDE_MODELS`; None for other names.
     """
-    return _first_match(names, SIDE_MODELS)
+    return first_match(names, SIDE_MODELS)
 
 
 def describe_other_kind(names: Iterable[str], kind: str) -> str | None:
@@ -188,14 +188,14 @@ def describe_other_kind(names: Iterable[str], kind: str) -> str | None:
         Another kind, one of `NOT_DIFFUSION` or `SIDE_MODELS`; None if the names are those of none.
     """
     names = list(names)
-    if match := _first_match(names, NOT_DIFFUSION):
+    if match := first_match(names, NOT_DIFFUSION):
         title, _, name = match
         return f"{title} (it has {name!r})"
     match = find_side_model(names)
     return f"a {match[0]} (it has {match[2]!r})" if match and match[0] != kind else None
 
 
-def _first_match(names: Iterable[str],
+def first_match(names: Iterable[str],
                  table: Iterable[tuple[str, str, str]]) -> tuple[str, str, str] | None:
     """Returns the two texts of the first row whose pattern is in one of some names, and that name.
 
@@ -216,7 +216,7 @@ def reject_non_diffusion(file: WeightFile):
     names = list(file.entries)
     if has_nunchaku_weights(names):  # its first files call the low rank of a weight a LoRA
         names = [name for name in names if not name.endswith((".lora_down", ".lora_up"))]
-    if match := _first_match(names, NOT_DIFFUSION):
+    if match := first_match(names, NOT_DIFFUSION):
         title, advice, name = match
         raise WeightFileError(f"{os.path.basename(file.path)} is {title} (it has {name!r}),"
                               f" expected a diffusion model. {advice}")

@@ -53,9 +53,8 @@ class PackStats:
     unfit: tuple[str, ...] = ()
 
     def attach(self, patcher):
-        """Attaches the stats to the host's ModelPatcher, whose clones keep them, and returns it."""
+        """Attaches the stats to the host's ModelPatcher, whose clones keep them."""
         patcher.set_attachments(PACK_STATS_KEY, self)
-        return patcher
 
     def __str__(self) -> str:
         """Returns a text for people: 'packed from BF16 in 41 s'."""

@@ -20,10 +20,10 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
     It reads GGUF, folders, safetensors split over several files (the host would take one file for a
-    whole model), and safetensors with weights that bitsandbytes, Nunchaku or SDNQ packed, with
-    scales that the host does not read, or with some of the host's own formats. It also takes
-    damaged safetensors and quantised formats that the host does not read, to say what is wrong with
-    them.
+    whole model), and safetensors with weights that a quantiser packed (bitsandbytes, Nunchaku,
+    SDNQ, those of `quantizers`), with scales that the host does not read, or with some of the
+    host's own formats. It also takes damaged safetensors and quantised formats that the host does
+    not read, to say what is wrong with them.
 
     Args:
         path: of a file or folder.

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .files.container import safe_repr
-
 # The host names the modules of a node pack after the pack's folder, which differs between machines.
 # So a recipe is pickled under this module name, which every process with this pack has.
 PICKLED_IN = "_featherweight_recipe"
@@ -44,12 +42,6 @@ class Recipe:
         """Loads the model as before, or outside dynamic VRAM; the host passes `disable_dynamic`."""
         options = {**self.options, "disable_dynamic": True} if disable_dynamic else self.options
         return LOADERS[self.loader](*self.paths, **options)
-
-    def __str__(self) -> str:
-        paths = " and ".join(map(safe_repr, self.paths))
-        options = "".join(f", {name} {safe_repr(value)}" for name, value in self.options.items()
-                          if value)
-        return f"{self.loader} from {paths}{options}"
 
     def attach(self, patcher):
         """Attaches the recipe to the host's ModelPatcher that it loads, and returns the patcher."""

@@ -161,3 +161,19 @@ def rename_keys(weights: Mapping[str, torch.Tensor], names: Mapping[str, str | N
         if new is not None:
             renamed[new.format(*numbers) + dot + ending] = tensor
     return renamed
+
+
+def unswap_ffn(weights: Weights) -> Weights:
+    """Swaps `ffn_up` and `ffn_down` of a vision tower where an old converter swapped their names.
+
+    As llama.cpp 0.5.0 does (tools/mtmd/clip.cpp, is_ffn_swapped).
+    """
+    down = weights.get("v.blk.0.ffn_down.weight")
+    if down is None or down.shape[1] != len(weights["v.blk.0.ln1.weight"]):
+        return weights
+    swapped = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    return {
+        ".".join(swapped.get(part, part) for part in name.split("."))
+        if name.startswith("v.") else name: tensor
+        for name, tensor in weights.items()
+    }

@@ -184,7 +184,7 @@ def reject_wrong_encoders(names: Sequence[str], families: Sequence[str | None],
     for name, family in zip(names, families):
         if not any(family in group for group in groups):
             raise WeightFileError(
-                f"{name} is {_title(family)}; {clip_type} wants {_set_text(groups)}."
+                f"{name} is {_title(family)}; {clip_type} wants {set_text(groups)}."
                 f" {_advice(family)}")
     return ""
 
@@ -222,7 +222,8 @@ def _title(family: str | None) -> str:
     return "not a text encoder" if family is None else TITLES.get(family, family)
 
 
-def _set_text(groups: list[set[str]]) -> str:
+def set_text(groups: list[set[str]]) -> str:
+    """Returns the titles of encoders that go together, one of each group."""
     titles = [" or ".join(sorted(map(_title, group))) for group in groups]
     return titles[0] if len(set(titles)) == 1 else " and ".join(titles)
 

@@ -20,7 +20,7 @@ from ...ops.formats.bnb_4bit import FP4, NF4, Codebook4Bit
 from ...ops.formats.bnb_int8 import INT8
 from ...ops.packed_layout import packed_tensor
 from .container import AGAIN, COUNTABLE, ProgressIter, WeightFile, WeightFileError, safe_repr
-from .unsupported_quantizers import OTHER_FORM
+from .unsupported_quantizers import OTHER_FORM, reject_names
 
 QUANT_TYPES: dict[str, type[Codebook4Bit]] = {"nf4": NF4, "fp4": FP4}
 # bitsandbytes' `quant_storage`
@@ -38,20 +38,13 @@ MARK = re.compile(r"\.(quant_state\.bitsandbytes__\w+|SCB)$")
 # End of the name of a tensor that belongs to a 4-bit weight.
 PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
 
-# Tensors that remain if other parts of a weight are missing: end of the name, what the tensor is,
-# what to do.
-LEFTOVERS = (
-    (
-        r"\.(nested_)?absmax$|\.(nested_)?quant_map$|\.quant_state(\..*)?$",
+# Tensors that remain if other parts of a weight are missing: end of the name -> what the tensor is.
+LEFTOVERS = {
+    r"\.(nested_)?absmax$|\.(nested_)?quant_map$|\.quant_state(\..*)?$":
         "part of a bitsandbytes 4-bit weight whose other parts are not in the file",
-        AGAIN,
-    ),
-    (
-        r"\.SCB$|\.weight_format$",
+    r"\.SCB$|\.weight_format$":
         "part of a bitsandbytes int8 weight whose other parts are not in the file",
-        AGAIN,
-    ),
-)
+}
 
 
 def has_packed_weights(names: Iterable[str]) -> bool:
@@ -287,10 +280,7 @@ class _PartJoiner:
                                              scale=scales.float() / 127)
 
     def reject_leftovers(self):
-        for pattern, what, advice in LEFTOVERS:
-            name = next((name for name in self.tensors if re.search(pattern, name)), None)
-            if name is not None:
-                raise self.error(name, f"{safe_repr(name)} is {what}", advice)
+        reject_names(self.file, self.tensors, LEFTOVERS, AGAIN)
         for name, tensor in self.tensors.items():
             if (
                 tensor.dtype == torch.uint8

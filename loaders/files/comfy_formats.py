@@ -27,7 +27,7 @@ Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `c
 convert_to_quant.
 """
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.packed_tensor import PackedTensor
 from ...ops.product import dequantized_slices
-from .container import describe
+from .container import AGAIN, describe
 
 MARK = ".comfy_quant"
 # key of a file's metadata that has the `comfy_quant` settings of all layers
@@ -86,7 +86,50 @@ Parts = dict[str, torch.Tensor]
 
 
 class PartError(ValueError):
-    """The parts of a weight do not belong together; the message is part of a sentence."""
+    """The parts of a weight do not belong together; the message is part of a sentence.
+
+    Args:
+        problem: what is wrong with them.
+        advice: what to do.
+    """
+
+    def __init__(self, problem: str, advice: str = AGAIN):
+        super().__init__(problem)
+        self.advice = advice
+
+
+def part(parts: Parts, name: str) -> torch.Tensor:
+    """Returns a part of a weight. Raises PartError if the file lacks it."""
+    if name not in parts:
+        raise PartError(f"its {name} is missing")
+    return parts[name]
+
+
+def has_scaled_layers(names: Iterable[str], ends: Collection[str], types: Container[str],
+                      type_of: Callable[[str], str]) -> bool:
+    """Returns whether a file has weights of some types with scales.
+
+    Args:
+        names: of its tensors.
+        ends: of the names of scales behind the layer's.
+        types: safetensors types of the weights.
+        type_of: returns the safetensors type of a tensor by its name.
+    """
+    names = dict.fromkeys(names)
+    layers = filter(None, (layer_scaled_by(name, ends, names) for name in names))
+    return any(type_of(f"{layer}.weight") in types for layer in layers)
+
+
+def layer_scaled_by(name: str, ends: Iterable[str], names: Container[str]) -> str | None:
+    """Returns the layer, not in one of ComfyUI's formats, that a tensor has the scales of.
+
+    None for another tensor.
+    """
+    for end in ends:
+        layer = name.removesuffix(end)
+        if layer != name and f"{layer}.weight" in names and f"{layer}{MARK}" not in names:
+            return layer
+    return None
 
 
 def format_of(settings: Mapping[str, Any]) -> str:
@@ -170,7 +213,7 @@ def _rotation(settings: Mapping, columns: int) -> int:
 
 def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
     """Reads asym_w4a8_int8; None where the scales are no bytes."""
-    scale, stored = _part(parts, GROUP_SCALE), parts["weight"].shape[1] * 8
+    scale, stored = part(parts, GROUP_SCALE), parts["weight"].shape[1] * 8
     rows, level_group = len(parts["weight"]), _size(settings, "group_size", LEVEL_GROUP)
     if scale.ndim != 2 or len(scale) != rows or level_group < 1:
         raise PartError(f"its {GROUP_SCALE} is {describe(scale)}")
@@ -215,7 +258,7 @@ def _six_bits(codes: torch.Tensor, columns: int) -> torch.Tensor:
 def _blocks_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:
     """Reads a format whose scales belong to blocks of rows and columns, or of columns."""
     rows, columns = parts["weight"].shape
-    scale = _part(parts, SCALE).float()
+    scale = part(parts, SCALE).float()
     if scale.ndim == 3:
         scale = scale.squeeze(2)
     if scale.ndim != 2 or not all(scale.shape) or rows % len(scale) or columns % scale.shape[1]:
@@ -235,8 +278,8 @@ def _nvfp4(settings: Mapping, parts: Parts) -> PackedTensor:
 
 def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
     group = _size(settings, "group_size", W4A16.group)
-    zeros, scale = parts.get(ZEROS[1]), _part(parts, SCALE)
-    zeros = _part(parts, ZEROS[0]) if zeros is None else zeros
+    zeros, scale = parts.get(ZEROS[1]), part(parts, SCALE)
+    zeros = part(parts, ZEROS[0]) if zeros is None else zeros
     rows, columns = len(parts["weight"]), parts["weight"].shape[1] * 2
     family = {torch.bfloat16: W4A16, torch.float16: W4A16_HALF}.get(scale.dtype, W4A16_FLOAT)
     for side in (scale, zeros):
@@ -258,7 +301,7 @@ def _svdquant(settings: Mapping, parts: Parts) -> PackedTensor:
     main = _svdquant_main(settings, parts)
     if DOWN not in parts and UP not in parts:
         return main
-    down, up = _part(parts, DOWN), _part(parts, UP)
+    down, up = part(parts, DOWN), part(parts, UP)
     if up.ndim == 3:
         up = up.transpose(1, 2).flatten(0, 1)
     if (down.ndim != 2 or tuple(up.shape) != (len(main), down.shape[1])
@@ -271,7 +314,7 @@ def _svdquant(settings: Mapping, parts: Parts) -> PackedTensor:
 
 def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
     """Returns the weight without its low rank."""
-    codes, scale = parts["weight"].contiguous().view(torch.uint8), _part(parts, SCALE)
+    codes, scale = parts["weight"].contiguous().view(torch.uint8), part(parts, SCALE)
     if codes.ndim == 4:
         if tuple(codes.shape[2:]) != (TILE // 4, TILE) or scale.ndim != 3:
             raise PartError(f"its codes are {describe(codes)} and its scales {describe(scale)}")
@@ -282,7 +325,7 @@ def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
     else:
         scale = scale.t()
     rows, columns = len(codes), codes.shape[1] * 2
-    smooth_factor = _part(parts, SMOOTH)
+    smooth_factor = part(parts, SMOOTH)
     if (columns % SVDQUANT_INT4.group or scale.dtype not in HALVES
             or tuple(scale.shape) != (rows, columns // SVDQUANT_INT4.group)):
         raise PartError(f"its {SCALE} is {describe(scale)} of {rows} rows and {columns} columns")
@@ -310,7 +353,8 @@ def shifted_bias(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor],
         return bias
     if bias is None:
         raise PartError("act_unsigned needs a bias")
-    main = _svdquant_main(settings, {_svdquant_part(name): part for name, part in parts.items()})
+    main = _svdquant_main(
+        settings, {_svdquant_part(name): tensor for name, tensor in parts.items()})
     return bias.float() + bias_of_shift(main)
 
 
@@ -356,15 +400,9 @@ def _pack(family: type[RowFormat], parts: Parts, *sides: torch.Tensor,
                          torch.float32, *sides)
 
 
-def _part(parts: Parts, name: str) -> torch.Tensor:
-    if name not in parts:
-        raise PartError(f"its {name} is missing")
-    return parts[name]
-
-
 def _row_scales(parts: Parts, name: str) -> torch.Tensor:
     """Returns a scale for each row, float32 (N,), of one for each, (N,) or (N, 1), or of one."""
-    scale, rows = _part(parts, name), len(parts["weight"])
+    scale, rows = part(parts, name), len(parts["weight"])
     if scale.numel() not in (1, rows):
         raise PartError(f"its {name} is {describe(scale)}")
     return scale.float().flatten().expand(rows).contiguous()
@@ -372,7 +410,7 @@ def _row_scales(parts: Parts, name: str) -> torch.Tensor:
 
 def _scales_in_order(family: type[RowFormat], parts: Parts) -> torch.Tensor:
     """Returns scales that are stored in blocks as bytes in the order of the values, flat."""
-    scale, weight = _part(parts, SCALE), parts["weight"]
+    scale, weight = part(parts, SCALE), parts["weight"]
     rows, columns = len(weight), weight.shape[1] * 8 // family.bits // family.group
     pieces = -(-rows // PIECE_ROWS), -(-columns // PIECE_COLUMNS)
     stored = pieces[0] * PIECE_ROWS, pieces[1] * PIECE_COLUMNS

@@ -17,15 +17,14 @@ with a scale for each row have no zeros, and `scaled_weights.py` reads them.
 Source: compressed-tensors 0.20.0 `compressors/pack_quantized/helpers.py`,
 `quantization/lifecycle/forward.py`.
 """
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from ...ops.formats.integers import BITS, NVFP4_QUOTIENT
-from ...ops.packed_layout import packed_tensor
-from .comfy_formats import PartError
+from .comfy_formats import PartError, Parts, part
 from .container import WeightFile, describe
-from .integer_weights import Parts, pack_integers, part, split_words
+from .integer_weights import pack_integers, pack_nvfp4, split_words
 
 NAME = "compressed-tensors"
 PACKED, WEIGHT, SHAPE = "weight_packed", "weight", "weight_shape"
@@ -33,17 +32,7 @@ SCALE, ZEROS, GROUPS = "weight_scale", "weight_zero_point", "weight_g_idx"
 GLOBAL = "weight_global_scale"
 OF_INPUT = ("input_global_scale", "input_scale", "input_zero_point")
 PARTS = (PACKED, WEIGHT, SHAPE, SCALE, ZEROS, GROUPS, GLOBAL, *OF_INPUT)
-
-
-def layers(names: Collection[str]) -> Iterator[str]:
-    """Yields the layers of a file that it packed, by the names of its tensors."""
-    for name in names:
-        layer = name.removesuffix(f".{PACKED}")
-        if layer != name:
-            yield layer
-        layer = name.removesuffix(f".{ZEROS}")
-        if layer != name and f"{layer}.{WEIGHT}" in names and f"{layer}.{SCALE}" in names:
-            yield layer
+LAYERS = {PACKED: (), ZEROS: (WEIGHT, SCALE)}
 
 
 def layers_of_int8(tensors: Parts) -> Iterator[str]:
@@ -72,16 +61,12 @@ def _nvfp4(parts: Parts) -> torch.Tensor:
     if GLOBAL not in parts:
         raise PartError(f"it has {describe(codes)} codes without a {GLOBAL}; of 4-bit floats, only"
                         " nvfp4 is read")
-    rows, columns = len(codes), codes.shape[1] * 2
-    of_tensor, group = parts[GLOBAL], NVFP4_QUOTIENT.group
-    if (scale.dtype != torch.float8_e4m3fn or tuple(scale.shape) != (rows, columns // group)
-            or columns % group or of_tensor.numel() != 1):
-        raise PartError(f"its {SCALE} is {describe(scale)} and its {GLOBAL} {describe(of_tensor)},"
-                        f" expected fp8 E4M3 {(rows, columns // group)} and one number")
-    return packed_tensor(
-        NVFP4_QUOTIENT.of_columns(columns), codes.contiguous().view(-1), (rows, columns),
-        torch.float32, scale.contiguous().view(torch.uint8).flatten(),
-        of_tensor.float().flatten().expand(rows).contiguous())
+    packed = pack_nvfp4(NVFP4_QUOTIENT, codes, scale, parts[GLOBAL])
+    if packed is None:
+        expected = len(codes), codes.shape[1] * 2 // NVFP4_QUOTIENT.group
+        raise PartError(f"its {SCALE} is {describe(scale)} and its {GLOBAL}"
+                        f" {describe(parts[GLOBAL])}, expected fp8 E4M3 {expected} and one number")
+    return packed
 
 
 def _pack_quantized(parts: Parts) -> torch.Tensor:

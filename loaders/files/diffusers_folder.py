@@ -10,6 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ...ops.bounded_json import read_json
+from ..wording import join_some
 from .container import WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
 from .sdnq import extract_config
@@ -221,11 +222,10 @@ def _indexed_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]
     files = sorted(set(index.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise _error(
             folder,
-            f"missing in it: {display_name(missing[0])}{others}, of the {len(files)} files that its"
-            f" {name} lists. Download all of them into it.")
+            f"missing in it: {join_some(map(display_name, missing), 1)}, of the {len(files)} files"
+            f" that its {name} lists. Download all of them into it.")
     return [file_inside(folder, file) for file in files], index
 
 

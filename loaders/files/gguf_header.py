@@ -122,8 +122,8 @@ class Header:
         self.position = 0
         self.item_count = 0
         self._read_version()
-        tensor_count = self._read_count("tensors", 24, "the header")
-        metadata_count = self._read_count("metadata entries", 13, "the header")
+        tensor_count = self._read_count("tensors", 24)
+        metadata_count = self._read_count("metadata entries", 13)
         self.metadata = _Metadata(self.buffer, self._read_metadata(metadata_count))
         self.tensors = [self._read_tensor(index) for index in range(tensor_count)]
         self.alignment = self._read_alignment()
@@ -150,16 +150,15 @@ class Header:
     def _read(self, layout: struct.Struct, what: str):
         return layout.unpack_from(self.buffer, self._skip(layout.size, what))
 
-    def _read_count(self, items: str, min_bytes: int, what: str) -> int:
-        """Reads a number of items and checks it.
+    def _read_count(self, items: str, min_bytes: int) -> int:
+        """Reads a number of items from the header and checks it.
 
         Args:
             items: name of the items, for messages.
             min_bytes: least size of one item.
-            what: the part of the file that states the number, for messages.
         """
-        (count,) = self._read(U64, what)
-        self._check_count(count, items, min_bytes, what)
+        (count,) = self._read(U64, "the header")
+        self._check_count(count, items, min_bytes, "the header")
         return count
 
     def _check_count(self, count: int, items: str, min_bytes: int, what: str):

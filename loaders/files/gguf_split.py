@@ -2,6 +2,7 @@
 import os
 import re
 
+from ..wording import join_some
 from .container import safe_repr
 from .gguf_header import Header
 
@@ -30,10 +31,9 @@ def split_headers(header: Header) -> list[Header]:
     ]
     missing = [sibling.name for sibling in paths if not os.path.exists(sibling)]
     if missing:
-        others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise header.error(
             f"it is one file of a model split into {count}; missing in its folder:"
-            f" {missing[0]}{others}. Download all {count} into one folder."
+            f" {join_some(missing, 1)}. Download all {count} into one folder."
         )
     headers = [header if sibling == path else Header(sibling) for sibling in paths]
     for number, part in enumerate(headers):

@@ -18,33 +18,22 @@ zeros that are all half the range of the codes say so.
 Sources: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, `qlinear_torch_zp.py` and
 `auto_round/inference/backend.py`, autoawq 0.2.9 `awq/utils/packing_utils.py`.
 """
-from collections.abc import Collection, Iterator
-
 import torch
 
-from .comfy_formats import PartError
+from .comfy_formats import PartError, Parts, part
 from .container import WeightFile, describe
 from .integer_weights import (
     CHUNK_VALUES,
-    Parts,
     known_bits,
     pack_integers,
-    part,
     split_words,
 )
 
 NAME = "GPTQ, AutoRound or AWQ"
 CODES, ZEROS, SCALES, GROUPS = PARTS = "qweight", "qzeros", "scales", "g_idx"
+LAYERS = {CODES: (SCALES, ZEROS)}
 AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
 CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
-
-
-def layers(names: Collection[str]) -> Iterator[str]:
-    """Yields the layers of a file that such quantisers packed, by the names of its tensors."""
-    for name in names:
-        layer = name.removesuffix(f".{CODES}")
-        if layer != name and f"{layer}.{SCALES}" in names and f"{layer}.{ZEROS}" in names:
-            yield layer
 
 
 def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:

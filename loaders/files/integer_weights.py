@@ -14,15 +14,6 @@ CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
 BYTES: dict[torch.dtype, type[RowFormat]] = {
     torch.int8: INT8_ROWS, torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
 
-Parts = dict[str, torch.Tensor]
-
-
-def part(parts: Parts, name: str) -> torch.Tensor:
-    """Returns a part of a weight. Raises PartError if the file lacks it."""
-    if name not in parts:
-        raise PartError(f"its {name} is missing")
-    return parts[name]
-
 
 def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Tensor,
                   zeros: torch.Tensor | None = None,
@@ -88,6 +79,26 @@ def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
     return packed_tensor(family.of_columns(codes.shape[1:].numel()),
                          codes.contiguous().view(torch.uint8).view(-1), codes.shape, torch.float32,
                          scales)
+
+
+def pack_nvfp4(family: type[RowFormat], codes: torch.Tensor, scale: torch.Tensor,
+               of_tensor: torch.Tensor) -> PackedTensor | None:
+    """Makes a packed tensor of 4-bit floats; None where the parts do not fit one another.
+
+    Args:
+        family: of nvfp4.
+        codes: uint8 (N, K / 2).
+        scale: fp8 E4M3 (N, K / 16).
+        of_tensor: one number, for all scales.
+    """
+    rows, columns = len(codes), codes.shape[1] * 2
+    if (scale.dtype != torch.float8_e4m3fn or columns % family.group or of_tensor.numel() != 1
+            or tuple(scale.shape) != (rows, columns // family.group)):
+        return None
+    return packed_tensor(
+        family.of_columns(columns), codes.contiguous().view(-1), (rows, columns), torch.float32,
+        scale.contiguous().view(torch.uint8).flatten(),
+        of_tensor.float().flatten().expand(rows).contiguous())
 
 
 def split_words(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ from ...ops.packed_layout import join_packed, packed_tensor, with_low_rank
 from ...ops.packed_tensor import PackedTensor
 from ...ops.row_slicing import take_rows
 from . import nunchaku_tiles as tiles
-from .comfy_formats import bias_of_shift
+from .comfy_formats import HALVES, bias_of_shift
 from .container import AGAIN, ProgressIter, WeightFile, WeightFileError, describe, safe_repr
 from .unsupported_quantizers import OTHER_FORM
 
@@ -60,7 +60,6 @@ PART = re.compile(r"\.(qweight|w\w?scales?|wzeros|scaled_zeros|(smooth_factor|sm
                   r"|(proj|lora)_(down|up))$")
 FIRST_PARTS = {"lora_down": "proj_down", "lora_up": "proj_up", "smooth": "smooth_factor",
                "smooth_orig": "smooth_factor_orig"}
-HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
 INT4_FAMILIES = {torch.bfloat16: SVDQUANT_INT4, torch.float16: SVDQUANT_INT4_HALF}
 AWQ_FAMILIES = {torch.bfloat16: AWQ_INT4, torch.float16: AWQ_INT4_HALF}
@@ -154,8 +153,7 @@ def join_nunchaku_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
         WeightFileError: parts of a weight are missing, unknown or do not belong together, or the
             model is of none of the known families.
     """
-    if has_nunchaku_weights(tensors):
-        _Reader(file, tensors).join(track)
+    _Reader(file, tensors).join(track)
     return tensors
 
 
@@ -368,16 +366,16 @@ class _Reader:
         if factors is not None:
             scales = (torch.ones(rows, dtype=torch.float32),
                       torch.ones(columns, dtype=torch.float32))
-        if factors is not None and scales is not None and _local_name(layer) in AFTER_VALUES:
-            values = slice(self.first_row_of_values(layer, rows, factors), None)
-            of_rows[values] *= factors
-            scales[0][values] = factors
-            if bias is not None:
-                bias = bias.float()
-                bias[values] *= factors
-        elif factors is not None and scales is not None:
-            divisors = divisors * factors
-            scales[1].div_(factors)
+            if _local_name(layer) in AFTER_VALUES:
+                values = slice(self.first_row_of_values(layer, rows, factors), None)
+                of_rows[values] *= factors
+                scales[0][values] = factors
+                if bias is not None:
+                    bias = bias.float()
+                    bias[values] *= factors
+            else:
+                divisors = divisors * factors
+                scales[1].div_(factors)
 
         if is_nvfp4:
             family, sides = SVDQUANT_NVFP4, tiles.scale_bytes_in_rows

@@ -1,34 +1,42 @@
 """Quantisers of the Hugging Face libraries whose weights become packed tensors while they are read.
 
-Each is a module with `NAME`, the `PARTS` of a weight behind the name of its layer, `layers`, which
-yields the layers that it packed by names of tensors, and `read_weight`, which makes one packed
+Each is a module with `NAME`, the `PARTS` of a weight behind the name of its layer, `LAYERS`, a part
+that tells a layer -> the parts that it must have besides, and `read_weight`, which makes one packed
 tensor of a layer's parts.
 """
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from types import ModuleType
 
 import torch
 
 from . import compressed_tensors, gptq, quanto, torchao
-from .comfy_formats import MARK, SETTINGS, PartError
-from .container import AGAIN, WeightFile, safe_repr
-from .integer_weights import Parts
+from .comfy_formats import MARK, SETTINGS, PartError, Parts
+from .container import WeightFile, safe_repr
 
 MODULES = (gptq, compressed_tensors, quanto, torchao)
 # the name of a quantiser in the config of a folder -> for people, where that is not the module's
 NAMES = {"gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound", "intel/auto-round": "AutoRound"}
 
 
-def has_quantized_weights(names: Collection[str]) -> bool:
+def has_quantized_weights(names: Iterable[str]) -> bool:
     """Returns whether a file with tensors of these names has weights that one of them packed."""
     names = dict.fromkeys(names)
-    return any(next(module.layers(names), None) is not None for module in MODULES)
+    return any(next(layers_of(module, names), None) is not None for module in MODULES)
+
+
+def layers_of(module: ModuleType, names: Collection[str]) -> Iterator[str]:
+    """Yields the layers of a file that one of them packed, by the names of its tensors."""
+    for name in names:
+        for ending, others in module.LAYERS.items():
+            layer = name.removesuffix(f".{ending}")
+            if layer != name and all(f"{layer}.{other}" in names for other in others):
+                yield layer
 
 
 def quantizer_of(file: WeightFile) -> str:
     """Returns which of them packed weights of a file, "" if none did."""
     for module in MODULES:
-        if next(module.layers(file.entries), None) is not None:
+        if next(layers_of(module, file.entries), None) is not None:
             method = str(file.quantization.get("quant_method"))
             return NAMES.get(method) or module.NAME
     return ""
@@ -51,7 +59,7 @@ def join_quantized_weights(file: WeightFile,
     if SETTINGS in file.metadata:
         return tensors
     for module in MODULES:
-        layers = [*module.layers(tensors.keys())]
+        layers = [*layers_of(module, tensors.keys())]
         if module is compressed_tensors:
             layers += module.layers_of_int8(tensors)
         for layer in dict.fromkeys(layers):
@@ -68,4 +76,4 @@ def _read_weight(module: ModuleType, file: WeightFile, layer: str, parts: Parts)
     except PartError as error:
         name = next((name for name in file.entries if name.startswith(f"{layer}.")), layer)
         raise file.error_at(name, f"{safe_repr(layer)}, packed by {module.NAME}: {error}",
-                            AGAIN) from error
+                            error.advice) from error

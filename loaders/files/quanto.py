@@ -13,28 +13,19 @@ bias. `L.input_scale` and `L.output_scale` say nothing about the weight.
 Source: optimum-quanto 0.2.7 `tensor/packed.py`, `tensor/weights/qbits.py`.
 """
 import math
-from collections.abc import Collection, Iterator
 
 import torch
 
 from ...ops.formats.integers import SIDE_DTYPES, quanto_family
 from ...ops.packed_layout import packed_tensor
-from .comfy_formats import PartError
+from .comfy_formats import PartError, Parts, part
 from .container import WeightFile, describe
-from .integer_weights import Parts, join_codes, pack_rows, part
+from .integer_weights import join_codes, pack_rows
 
 NAME = "quanto"
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
 PARTS = (CODES, PACKED, SCALE, SHIFT, "input_scale", "output_scale")
-
-
-def layers(names: Collection[str]) -> Iterator[str]:
-    """Yields the layers of a file that it packed, by the names of its tensors."""
-    for name in names:
-        for ending in (CODES, PACKED):
-            layer = name.removesuffix(f".{ending}")
-            if layer != name:
-                yield layer
+LAYERS = {CODES: (), PACKED: ()}
 
 
 def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:

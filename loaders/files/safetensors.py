@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ...ops.bounded_json import read_json
+from ..wording import join_some
 from .bitsandbytes import join_parts
 from .container import (
     COUNTABLE,
@@ -145,10 +146,9 @@ def _shards(path: Path) -> list[Path]:
     ]
     missing = [shard.name for shard in paths if not shard.exists()]
     if missing and path.name not in missing:
-        others = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise WeightFileError(
             f"{path.name} is one file of a model split into {len(paths)}; missing in its folder:"
-            f" {missing[0]}{others}. Download all {len(paths)} into one folder."
+            f" {join_some(missing, 1)}. Download all {len(paths)} into one folder."
         )
     return [path] if missing else paths
 

@@ -17,7 +17,6 @@ from ...ops.format import FORMATS
 from ...ops.packed_layout import is_packed, packed_tensors
 from .atomic_file import WeightsWriter, WriteError, new_weights
 from .bitsandbytes import QUANT_TYPES
-from .container import PLAIN_DTYPES
 from .safetensors import SafetensorsFile
 
 QUANT_NAMES = {packed.__name__: quant_type for quant_type, packed in QUANT_TYPES.items()}
@@ -35,7 +34,7 @@ def parts_of(name: str, shape: Sequence[int], type_name: str) -> Parts:
     Raises:
         WriteError: safetensors files cannot hold weights of this type.
     """
-    if type_name in PLAIN_DTYPES or type_name in SafetensorsFile.dtypes:
+    if type_name in SafetensorsFile.dtypes:
         return {name: (type_name, tuple(shape))}
     if type_name not in QUANT_NAMES:
         raise WriteError(

@@ -17,7 +17,7 @@ and `L.activation_scale` say nothing about the values.
 Sources: transformers 5.14 `integrations/finegrained_fp8.py`, diffusers 0.42 `quantizers/bfl`.
 """
 import math
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -25,10 +25,19 @@ from ...ops.formats._rows import RowFormat
 from ...ops.formats.comfy import F8_E4M3, INT8_ROWS, NVFP4_LOW
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
-from .comfy_formats import MARK, SETTINGS, SMOOTHING, PartError, smooth
+from .comfy_formats import (
+    SETTINGS,
+    SMOOTHING,
+    PartError,
+    has_scaled_layers,
+    layer_scaled_by,
+    smooth,
+)
 from .container import AGAIN, WeightFile, describe, safe_repr
+from .integer_weights import pack_nvfp4
 
 SCALES, OF_BLOCKS, OF_TENSOR = ".weight_scale", ".weight_scale_inv", ".weight_scale_2"
+ENDS = (OF_BLOCKS, SCALES)
 OF_INPUT = (".input_scale", ".activation_scale")
 TYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8")  # of weights
 BLOCK = 128  # rows and columns, unless the scales say otherwise
@@ -44,19 +53,7 @@ def has_scaled_weights(names: Iterable[str], metadata: Mapping[str, object],
         metadata: of the file.
         type_of: returns the safetensors type of a tensor by its name.
     """
-    names = dict.fromkeys(names)
-    layers = filter(None, (_layer_of(name, names, metadata) for name in names))
-    return any(type_of(f"{layer}.weight") in TYPES for layer in layers)
-
-
-def _layer_of(name: str, names: Container[str], metadata: Mapping[str, object]) -> str | None:
-    """Returns the layer that a tensor has the scales of, None for another tensor."""
-    for end in (OF_BLOCKS, SCALES):
-        layer = name.removesuffix(end)
-        if (layer != name and f"{layer}.weight" in names and f"{layer}{MARK}" not in names
-                and SETTINGS not in metadata):
-            return layer
-    return None
+    return SETTINGS not in metadata and has_scaled_layers(names, ENDS, TYPES, type_of)
 
 
 def join_scaled_weights(file: WeightFile,
@@ -73,8 +70,10 @@ def join_scaled_weights(file: WeightFile,
     Raises:
         WeightFileError: a weight and its scales do not belong together.
     """
+    if SETTINGS in file.metadata:
+        return tensors
     for name in list(tensors):
-        layer = _layer_of(name, tensors, file.metadata)
+        layer = layer_scaled_by(name, ENDS, tensors)
         if layer is None or tensors[f"{layer}.weight"].itemsize != 1:
             continue
         weight, scale = tensors[f"{layer}.weight"], tensors.pop(name)
@@ -87,8 +86,8 @@ def join_scaled_weights(file: WeightFile,
             try:
                 packed = smooth(packed, smoothing)
             except PartError as error:
-                raise file.error_at(f"{layer}.weight", f"{safe_repr(layer)}: {error}", AGAIN
-                                    ) from error
+                raise file.error_at(f"{layer}.weight", f"{safe_repr(layer)}: {error}",
+                                    error.advice) from error
         if packed is None:
             raise file.error_at(
                 f"{layer}.weight",
@@ -108,13 +107,7 @@ def _of_rows(weight: torch.Tensor, scale: torch.Tensor,
         return None
     rows = len(weight)
     if weight.dtype == torch.uint8:
-        columns = weight.shape[1] * 2
-        if (of_tensor is None or of_tensor.numel() != 1 or scale.dtype != torch.float8_e4m3fn
-                or tuple(scale.shape) != (rows, columns // NVFP4_LOW.group)
-                or columns % NVFP4_LOW.group):
-            return None
-        return _pack(NVFP4_LOW, weight, columns, scale.contiguous().view(torch.uint8).flatten(),
-                     of_tensor.float().flatten().expand(rows).contiguous())
+        return None if of_tensor is None else pack_nvfp4(NVFP4_LOW, weight, scale, of_tensor)
     family = {torch.float8_e4m3fn: F8_E4M3, torch.int8: INT8_ROWS}.get(weight.dtype)
     if (family is None or of_tensor is not None or not scale.is_floating_point()
             or scale.numel() not in (1, rows)):

@@ -21,7 +21,7 @@ The layouts are those that sdnq 0.1.0 to 0.2.8 write.
 import logging
 import math
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from ...ops.formats.sdnq import (
 )
 from ...ops.packed_layout import packed_tensor, with_low_rank
 from ...ops.packed_tensor import PackedTensor
-from .comfy_formats import MARK
+from .comfy_formats import MARK, PartError, has_scaled_layers, layer_scaled_by
 from .container import AGAIN, WeightFile, describe, map_file, safe_repr
 
 log = logging.getLogger(__name__)
@@ -65,19 +65,6 @@ SMALLEST_ROTATION = 4
 CONFIG = "Put the config.json of the model beside it, or load the model's folder."
 
 
-class LayerError(ValueError):
-    """The parts of a weight do not belong together; the message is part of a sentence.
-
-    Args:
-        problem: what is wrong with them.
-        advice: what to do.
-    """
-
-    def __init__(self, problem: str, advice: str = AGAIN):
-        super().__init__(problem)
-        self.advice = advice
-
-
 def has_sdnq_weights(names: Iterable[str], type_of: Callable[[str], str]) -> bool:
     """Returns whether a file has weights that SDNQ quantised.
 
@@ -85,17 +72,7 @@ def has_sdnq_weights(names: Iterable[str], type_of: Callable[[str], str]) -> boo
         names: of its tensors.
         type_of: returns the safetensors type of a tensor by its name.
     """
-    names = dict.fromkeys(names)
-    layers = filter(None, (_layer_of(name, names) for name in names))
-    return any(type_of(f"{layer}.weight") in TYPES for layer in layers)
-
-
-def _layer_of(name: str, names: Container[str]) -> str | None:
-    """Returns the layer that a tensor has the scales of, None for another tensor."""
-    layer = name.removesuffix(SCALE)
-    if layer == name or f"{layer}.weight" not in names or f"{layer}{MARK}" in names:
-        return None
-    return layer
+    return has_scaled_layers(names, (SCALE,), TYPES, type_of)
 
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
@@ -136,7 +113,8 @@ def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
     Raises:
         WeightFileError: a weight and its parts do not belong together.
     """
-    layers = [layer for name in tensors if (layer := _layer_of(name, tensors)) is not None
+    layers = [layer for name in tensors
+              if (layer := layer_scaled_by(name, (SCALE,), tensors)) is not None
               and tensors[f"{layer}.weight"].dtype in (*BYTES, *_WIDE)]
     if not layers:
         return tensors
@@ -148,8 +126,8 @@ def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
         try:
             settings = None if config is None else read_settings(config, f"{layer}.weight")
             tensors[f"{layer}.weight"] = _Layer(layer, tensors, settings).join()
-        except (LayerError, FormatError) as error:
-            advice = error.advice if isinstance(error, LayerError) else AGAIN
+        except (PartError, FormatError) as error:
+            advice = error.advice if isinstance(error, PartError) else AGAIN
             raise file.error_at(f"{layer}.weight", f"{safe_repr(layer)}: {error}", advice
                                 ) from error
     for name, tensor in tensors.items():
@@ -166,8 +144,7 @@ def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
     return tensors
 
 
-_WIDE = tuple(getattr(torch, name) for name in ("int64", "int16", "uint16")
-              if hasattr(torch, name))
+_WIDE = (torch.int64, torch.int16, torch.uint16)
 
 
 @dataclass(frozen=True)
@@ -197,7 +174,7 @@ def read_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
         name: of the weight.
 
     Raises:
-        LayerError: they are not those of a weight that can be read.
+        PartError: they are not those of a weight that can be read.
     """
     settings = dict(config)
     own = _find_entry(config.get("modules_quant_config"),
@@ -211,7 +188,7 @@ def read_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
         type_name = _listed_type(entry[0], type_name)
     type_name = ALIASES.get(type_name, type_name) if isinstance(type_name, str) else type_name
     if not isinstance(type_name, str) or type_name not in CODE_TYPES:
-        raise LayerError(
+        raise PartError(
             f"its codes are of the type {safe_repr(type_name)}; expected one of at most 8 bits,"
             " such as uint4 or int8", "Update this pack, or get another conversion.")
     version = _version(settings.get("sdnq_version"))
@@ -220,7 +197,7 @@ def read_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
         default = EARLIER_ROTATION if version and version < H4_VERSION else ROTATION
         rotation = settings.get("hadamard_group_size", default)
         if type(rotation) is not int or rotation < 1 or rotation & rotation - 1:
-            raise LayerError(f"it is rotated in groups of {safe_repr(rotation)} values; expected a"
+            raise PartError(f"it is rotated in groups of {safe_repr(rotation)} values; expected a"
                             " power of two")
     return LayerSettings(type_name, bool(settings.get("use_codebook")), rotation, version,
                          bool(settings.get("use_quantized_matmul")))
@@ -306,11 +283,11 @@ class _Layer:
         self.up, self.down = tensors.pop(name + UP, None), tensors.pop(name + DOWN, None)
 
     def join(self) -> PackedTensor:
-        """Returns the packed weight. Raises LayerError and FormatError."""
+        """Returns the packed weight. Raises PartError and FormatError."""
         if (self.up is None) != (self.down is None):
-            raise LayerError("it has only one of svd_up and svd_down")
+            raise PartError("it has only one of svd_up and svd_down")
         if self.zero is not None and self.zero.shape != self.scale.shape:
-            raise LayerError(f"its zero_point is {describe(self.zero)} and its scale"
+            raise PartError(f"its zero_point is {describe(self.zero)} and its scale"
                             f" {describe(self.scale)}; expected the same shape")
         self.order_rows()
         self.has_codebook = self.settings.has_codebook if self.settings else (
@@ -324,11 +301,11 @@ class _Layer:
         channels = self.count_channels(self.bits, self.columns)
         family = self.choose_family()
         if channels is None:
-            raise LayerError(f"its weight is {describe(self.weight)} and its scale"
+            raise PartError(f"its weight is {describe(self.weight)} and its scale"
                             f" {describe(self.scale)}, which make no {family.label} weight of"
                             f" {self.rows} rows")
         if self.columns % PACK_CODES[self.bits]:
-            raise LayerError(
+            raise PartError(
                 f"its rows have {self.columns} codes of {self.bits} bits, of which"
                 f" {PACK_CODES[self.bits]} are packed together across the ends of rows; expected"
                 " a multiple of them in a row",
@@ -367,7 +344,7 @@ class _Layer:
     def count_rows(self) -> int:
         """Returns the rows of the weight."""
         if self.scale.ndim < 2:
-            raise LayerError(f"its scale is {describe(self.scale)}; expected (rows, 1) or"
+            raise PartError(f"its scale is {describe(self.scale)}; expected (rows, 1) or"
                             " (rows, groups, 1)", "Get a conversion with scales in float.")
         if len(self.scale) != 1:
             return len(self.scale)
@@ -377,11 +354,11 @@ class _Layer:
         if rows is None and self.up is not None and self.up.ndim == 2:
             rows = self.up.shape[1 if self.is_transposed else 0]
         if self.scale.numel() > 1 and rows not in (None, 1):
-            raise LayerError(f"its scale is {describe(self.scale)}, of a transposed convolution;"
+            raise PartError(f"its scale is {describe(self.scale)}, of a transposed convolution;"
                             " expected one of a linear layer, a convolution or an embedding",
                             "Get a conversion that leaves this layer as it is.")
         if rows is None:
-            raise LayerError("it has one scale for all rows, which do not say how many they are;"
+            raise PartError("it has one scale for all rows, which do not say how many they are;"
                             " expected a bias or svd_up beside it",
                             "Get a conversion with scales of rows or groups.")
         return rows
@@ -395,7 +372,7 @@ class _Layer:
         assert self.settings is not None
         bits = CODE_TYPES[self.settings.type_name].bits
         if bits not in stored:
-            raise LayerError(
+            raise PartError(
                 f"its codes are {describe(self.weight)}; expected those of"
                 f" {self.settings.type_name}, which the config names",
                 "Download the config.json and the weights again, from one place.")
@@ -414,7 +391,7 @@ class _Layer:
         for bits in stored:
             try:
                 self.groups, self.kernel = self.read_scale_layout(bits)
-            except LayerError:
+            except PartError:
                 continue
             if self.count_channels(bits, count := self.count_columns(bits)) is not None:
                 columns[bits] = count
@@ -422,7 +399,7 @@ class _Layer:
                       if len(columns) == 1 or self.fits(bits, count)]
         if len(candidates) != 1:
             sizes = " or ".join(map(str, sorted(stored)))
-            raise LayerError(
+            raise PartError(
                 f"its codes, {describe(self.weight)}, may have {sizes} bits, and its"
                 f" other tensors do not tell which; expected a config that says so", CONFIG)
         return candidates[0]
@@ -450,7 +427,7 @@ class _Layer:
         if len(shape) > 1 and shape[1] == levels:
             return shape[0], tuple(shape[2:])
         expected = f"{levels} levels" if self.has_codebook else "scales"
-        raise LayerError(f"its scale is {describe(self.scale)}; expected {expected} of rows, of"
+        raise PartError(f"its scale is {describe(self.scale)}; expected {expected} of rows, of"
                         " groups or of a kernel")
 
     def count_columns(self, bits: int) -> int:
@@ -474,7 +451,7 @@ class _Layer:
         """Returns the family of formats for the codes."""
         if self.has_codebook:
             if self.zero is not None:
-                raise LayerError("it has both a codebook and a zero_point")
+                raise PartError("it has both a codebook and a zero_point")
             return CODEBOOKS[self.bits]
         if self.settings is not None:
             family = SDNQ_TYPES[self.settings.type_name]
@@ -485,11 +462,11 @@ class _Layer:
                                     SDNQ_TYPES["uint1"])
         expected = "a zero_point" if family.has_zeros else "no zero_point"
         if family.has_zeros != (self.zero is not None):
-            raise LayerError(f"it has {'a' if self.zero is not None else 'no'} zero_point; expected"
+            raise PartError(f"it has {'a' if self.zero is not None else 'no'} zero_point; expected"
                             f" {expected} beside codes of {family.label}")
         dtype = _stored_dtype(family)
         if self.bits == 8 and self.weight.dtype != dtype:
-            raise LayerError(f"its codes are {describe(self.weight)}; expected"
+            raise PartError(f"its codes are {describe(self.weight)}; expected"
                             f" {str(dtype).removeprefix('torch.')} for {family.label}")
         return family
 
@@ -513,7 +490,7 @@ class _Layer:
         """
         writer = None if self.settings is None else self.settings.version
         if writer is None:
-            raise LayerError(f"{reason}, and the config does not say by which version of SDNQ;"
+            raise PartError(f"{reason}, and the config does not say by which version of SDNQ;"
                             " expected sdnq_version in it", CONFIG)
         return writer >= version
 
@@ -530,7 +507,7 @@ class _Layer:
             if is_plain and up.dtype in FACTOR_DTYPES.values() and down.dtype in (
                     FACTOR_DTYPES.values()):
                 return up, down
-        raise LayerError(f"its svd_up is {describe(up)} and its svd_down {describe(down)};"
+        raise PartError(f"its svd_up is {describe(up)} and its svd_down {describe(down)};"
                         f" expected floats that make a weight of ({self.rows}, {self.columns})")
 
     def expand_to_rows(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -540,8 +517,8 @@ class _Layer:
 
 def _stored_bits(weight: torch.Tensor) -> set[int]:
     """Returns the numbers of bits that codes of this shape and dtype may have."""
-    if weight.dtype in (torch.int16, *_WIDE[2:]):
-        raise LayerError(f"its codes are {describe(weight)}, of more than 8 bits; expected at most"
+    if weight.dtype in _WIDE[1:]:
+        raise PartError(f"its codes are {describe(weight)}, of more than 8 bits; expected at most"
                         " 8", "Get another conversion.")
     if weight.dtype == torch.int64:
         return {1} if weight.ndim == 1 else set()
@@ -563,7 +540,7 @@ def _as_bytes(weight: torch.Tensor) -> torch.Tensor:
     """Returns codes as uint8, flat, in the order of the rows."""
     if weight.dtype == torch.int64:
         if weight.numel() and not 0 <= weight.min() <= weight.max() < 256:
-            raise LayerError("its codes of 1 bit are no bytes")
+            raise PartError("its codes of 1 bit are no bytes")
         return weight.to(torch.uint8)
     return weight.contiguous().view(-1).view(torch.uint8)
 
@@ -583,7 +560,7 @@ def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
     is_table = stored.dtype == torch.uint8 and count == 256 and offset is None
     is_single = count == 1 and (offset is None or offset.numel() == 1)
     if not (is_single or is_table) or (factor is None and stored.dtype in BYTES):
-        raise LayerError(f"its {name} is {describe(stored)} without the numbers that it is read"
+        raise PartError(f"its {name} is {describe(stored)} without the numbers that it is read"
                         " by; expected floats, or codes with scale_2 or zero_point_scale")
     factor = torch.ones(1, dtype=torch.float32) if factor is None else factor.float().view(-1)
     if stored.dtype in BYTES:
@@ -594,7 +571,7 @@ def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
             table = table if offset is None else table + offset.float()
         return SIDE_TYPES.index(torch.uint8), [codes, table]
     if not stored.is_floating_point():
-        raise LayerError(f"its {name} is {describe(stored)}; expected floats or codes of 8 bits")
+        raise PartError(f"its {name} is {describe(stored)}; expected floats or codes of 8 bits")
     if stored.dtype in SIDE_TYPES[1:3] and offset is None:
         codes = stored.contiguous().view(-1).view(torch.uint8)
         return SIDE_TYPES.index(stored.dtype), [codes, factor]

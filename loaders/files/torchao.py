@@ -13,27 +13,20 @@ are packed into as few bits as hold them. Other types have layouts of one GPU's 
 
 Source: torchao 0.18.0 `prototype/safetensors`, `quantization/quantize_`.
 """
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...ops.bounded_json import read_json
-from .comfy_formats import PartError
+from .comfy_formats import PartError, Parts, part
 from .container import WeightFile, describe, safe_repr
-from .integer_weights import Parts, join_codes, pack_integers, pack_rows, part
+from .integer_weights import join_codes, pack_integers, pack_rows
 
 NAME = "torchao"
 CODES, SCALE, ZEROS = PARTS = "_weight_qdata", "_weight_scale", "_weight_zero_point"
+LAYERS = {CODES: ()}
 ROWS, INTEGERS = ("Int8Tensor", "Float8Tensor"), "IntxUnpackedToInt8Tensor"
-
-
-def layers(names: Collection[str]) -> Iterator[str]:
-    """Yields the layers of a file that it packed, by the names of its tensors."""
-    for name in names:
-        layer = name.removesuffix(f".{CODES}")
-        if layer != name:
-            yield layer
 
 
 def _settings(text: Any) -> Mapping[str, Any]:

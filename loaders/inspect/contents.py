@@ -51,11 +51,6 @@ class Contents:
     file: WeightFile | None = None
     problem: str = ""
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of each tensor."""
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
 
 def file_contents(path: str | os.PathLike) -> Contents:
     """Reads a file or folder that `open_weights` supports. Raises WeightFileError."""

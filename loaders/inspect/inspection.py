@@ -1,6 +1,5 @@
 """Identifies a model by names, shapes and metadata: type, family, what it needs, which GPUs fit."""
 import collections
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +9,8 @@ import comfy.model_detection
 import comfy.sd
 import torch
 
-from ..comfy_keys import to_comfy_keys
-from ..detection import SIDE_LOADERS, find_side_model, try_detect
+from ..comfy_keys import model_prefix, to_comfy_keys
+from ..detection import SIDE_LOADERS, find_side_model, first_match, try_detect
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
 from ..files.quantizers import quantizer_of
@@ -24,11 +23,11 @@ from .quality_warnings import shape_warnings, weight_warnings
 from .requirements import Card, fit_cards, fit_encoder_cards, required_models
 
 MODEL, CHECKPOINT, ENCODER, LORA = "diffusion model", "checkpoint", "text encoder", "LoRA"
-PLAN_KEYS = ("featherweight.plan", "featherweight.recipe", "featherweight.sensitivity")
+PLAN_KEY = "featherweight.plan"
 MMPROJ = re.compile(r"^(v\.blk|mm|a\.blk)\.")
 ENCODER_NAMES = re.compile(
     r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|(^|\.)embed_tokens\.|text_model\.encoder\.")
-VAE = re.compile(
+VAE = (
     r"^(first_stage_model\.|vae\.)?("
     r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)"
 )
@@ -118,7 +117,7 @@ def identify(contents: Contents) -> Inspection:
         contents.name, declared_type=contents.declared_type, nbytes=contents.nbytes,
         quantizer=quantizer_of(contents.file) if contents.file else "",
         memory_bytes=contents.memory_bytes, patches=contents.patches,
-        parameters=sum(map(math.prod, contents.shapes.values())),
+        parameters=sum(tensor.numel() for tensor in contents.tensors.values()),
         types={name: (counts[name], size) for name, size in sizes.most_common()},
         blocks=sort_blocks(blocks), plan=_plan_texts(contents.metadata))
     # Each one returns whether the model is of its type, and fills in the inspection if it is.
@@ -179,10 +178,10 @@ def _identify_side_model(contents: Contents, inspection: Inspection) -> bool:
 
 def _identify_diffusion_model(contents: Contents, inspection: Inspection) -> bool:
     tensors = to_comfy_keys(shapes_only(contents.tensors))
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    if sum(name.startswith(prefix) for name in tensors) <= 5:
-        prefix = ""
-    config = contents.config or _detect_config(tensors, prefix, contents.metadata)
+    prefix = model_prefix(tensors)
+    texts = {key: value for key, value in contents.metadata.items() if isinstance(value, str)}
+    config = contents.config or try_detect(comfy.model_detection.model_config_from_unet, tensors,
+                                           prefix, metadata=texts)
     if config is None:
         return False
     names = [name for name in contents.tensors if name.startswith(prefix)]
@@ -210,13 +209,6 @@ def _identify_diffusion_model(contents: Contents, inspection: Inspection) -> boo
     inspection.resolution, inspection.cards = fit_cards(config, shapes, memory_bytes, packed)
     inspection.warnings += shape_warnings(config, empty_tensors)
     return True
-
-
-def _detect_config(tensors: dict[str, torch.Tensor], prefix: str,
-                   metadata: Mapping[str, Any]) -> Any:
-    """Returns the host's configuration of a diffusion model, None if it does not know the model."""
-    texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
-    return try_detect(comfy.model_detection.model_config_from_unet, tensors, prefix, metadata=texts)
 
 
 def _part_sizes(contents: Contents, prefix: str) -> dict[str, int]:
@@ -252,11 +244,11 @@ def _identify_encoder(contents: Contents, inspection: Inspection) -> bool:
 
 
 def _identify_other(contents: Contents, inspection: Inspection) -> bool:
-    for pattern, title, advice in (*OTHER_FILES, (VAE, "a VAE", "Load it with Load VAE.")):
-        if any(re.search(pattern, name) for name in contents.tensors):
-            inspection.model_type = title.removeprefix("an ").removeprefix("a ")
-            inspection.needs = {"use": advice}
-            return True
+    table = (*OTHER_FILES, (VAE, "a VAE", "Load it with Load VAE."))
+    if match := first_match(contents.tensors, table):
+        inspection.model_type = match[0].removeprefix("an ").removeprefix("a ")
+        inspection.needs = {"use": match[1]}
+        return True
     inspection.model_type = "weight file of an unknown type"
     inspection.family = f"first tensor {safe_repr(next(iter(contents.tensors), 'none'))}"
     return True
@@ -267,7 +259,7 @@ def _plan_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
     texts = {}
     for key in (key for key in metadata if str(key).startswith("featherweight.")):
         text = str(metadata[key])
-        if key == PLAN_KEYS[0]:
+        if key == PLAN_KEY:
             try:
                 counts = collections.Counter(Plan.from_json(text).types.values())
                 text = ", ".join(f"{name} {count}" for name, count in counts.most_common())

@@ -9,6 +9,7 @@ from ..detection import try_detect
 from ..files.comfy_formats import MARK
 from ..files.container import safe_repr
 from ..model_summary import title_of
+from ..packing.planning.packing_rules import bits_per_value
 from .contents import Contents
 
 EXACT_BITS = 8  # bits a value from which on a vector keeps what a model needs of it
@@ -27,7 +28,7 @@ def weight_warnings(contents: Contents) -> Iterator[str]:
     coarse = [
         name for name, tensor in contents.tensors.items()
         if tensor.numel() == max(tensor.shape, default=0)
-        and _bits(contents.formats[name]) < EXACT_BITS
+        and bits_per_value(contents.formats[name]) < EXACT_BITS
     ]
     if coarse:
         subject = _count(coarse, "norm, bias or other vector is",
@@ -76,15 +77,6 @@ def shape_warnings(config: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator
         yield (
             f"{_count(missing, 'weight of the model is', 'weights of the model are')} missing, such"
             f" as {safe_repr(missing[0])}: it draws noise or black pictures. {OTHER_CONVERSION}")
-
-
-def _bits(type_name: str) -> float:
-    """Returns the bits a value of a type; plain ones have at least eight."""
-    packed_format = FORMATS.get(type_name)
-    if packed_format is None:
-        return EXACT_BITS
-    nbytes = packed_format.block_bytes + packed_format.side_bytes()
-    return 8 * nbytes / packed_format.block_length
 
 
 def _lacks_scale(name: str, tensor: torch.Tensor, contents: Contents) -> bool:

@@ -3,7 +3,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS, TITLES
+from ..encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS, TITLES, set_text
 from ..packing.planning.packing_rules import Shapes, rules_for
 from ..packing.planning.plan import plan_for_type
 
@@ -103,14 +103,10 @@ def _encoder_names(class_names: list[str]) -> str:
         if name in EXACT_ENCODERS:
             return EXACT_ENCODERS[name]
         if name in ENCODER_TYPES:
-            return _encoder_titles(*ENCODER_TYPES[name])
+            clip_type, count = ENCODER_TYPES[name]
+            single = [SINGLE_ENCODERS.get(clip_type, set())]
+            return set_text(ENCODER_SETS.get(count, {}).get(clip_type) or single)
     return ""
-
-
-def _encoder_titles(clip_type: str, count: int) -> str:
-    groups = ENCODER_SETS.get(count, {}).get(clip_type) or [SINGLE_ENCODERS.get(clip_type, set())]
-    titles = [" or ".join(sorted(TITLES.get(name, name) for name in group)) for group in groups]
-    return " and ".join(filter(None, titles))
 
 
 def step_memory(config: Any) -> tuple[float, str] | None:

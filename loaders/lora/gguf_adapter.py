@@ -55,8 +55,7 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
         state_dict[f"{layer}.lora_{match['half'].upper()}.weight"] = value
         if alpha:  # llama.cpp 0.5.0 (src/llama-adapter.h, get_scale) takes 0 for none
             state_dict[f"{layer}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)
-    metadata = {key: value for key, value in file.metadata.items() if isinstance(value, str)}
-    return state_dict, metadata
+    return state_dict, file.text_metadata
 
 
 def _text_encoder_names(file: WeightFile, layers: set[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ Labs' `flux2` repository states them.
 """
 import collections
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,21 +68,18 @@ class FamilyMatch:
         return FamilyMatch(names, self.width, self.measure) if names else None
 
 
-def _diffusers(block: str, mlp: int = 4) -> dict[str, tuple]:
-    """Returns the pieces of joint attention blocks with diffusers' names."""
-    return {
-        rf"{block}_attn_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out)": (1, 1),
-        rf"{block}_ff(_context)?_net_0_proj": (mlp, 1),
-        rf"{block}_ff(_context)?_net_2": (1, mlp),
-    }
-
-
+# joint attention blocks with diffusers' names
+_DIFFUSERS = {
+    rf"transformer_blocks_{DOUBLE}_attn_(to_[qkv]|to_out_0|add_[qkv]_proj|to_add_out)": (1, 1),
+    rf"transformer_blocks_{DOUBLE}_ff(_context)?_net_0_proj": (4, 1),
+    rf"transformer_blocks_{DOUBLE}_ff(_context)?_net_2": (1, 4),
+}
 _STREAMS = {
     rf"double_blocks_{DOUBLE}_(img|txt)_attn_qkv": (3, 1),
     rf"double_blocks_{DOUBLE}_(img|txt)_attn_proj": (1, 1),
     r"img_in|txt_in": (1, None),
 }
-_CHROMA = _STREAMS | _diffusers(f"transformer_blocks_{DOUBLE}") | {
+_CHROMA = _STREAMS | _DIFFUSERS | {
     rf"double_blocks_{DOUBLE}_(img|txt)_mlp_0": (4, 1),
     rf"double_blocks_{DOUBLE}_(img|txt)_mlp_2": (1, 4),
     rf"single_blocks_{SINGLE}_linear1": (7, 1),
@@ -124,7 +121,7 @@ _HUNYUAN_VIDEO = {
     r"txt_in_individual_token_refiner_blocks_\d+_self_attn_qkv": (3, 1),
     r"txt_in_individual_token_refiner_blocks_\d+_.*": (None, None),
 }
-_SD3 = _diffusers(f"transformer_blocks_{DOUBLE}") | {
+_SD3 = _DIFFUSERS | {
     rf"joint_blocks_{DOUBLE}_(x|context)_block_attn2?_qkv": (3, 1),
     rf"joint_blocks_{DOUBLE}_(x|context)_block_attn2?_proj": (1, 1),
     rf"joint_blocks_{DOUBLE}_(x|context)_block_mlp_fc1": (4, 1),
@@ -400,6 +397,6 @@ def _is_within(counts: tuple[int, int], depth: tuple[int, int]) -> bool:
     return all(not limit or count <= limit for count, limit in zip(counts, depth))
 
 
-def metadata_hints(metadata: Mapping[str, str], keys: Iterable[str] = HINT_KEYS) -> str:
+def metadata_hints(metadata: Mapping[str, str]) -> str:
     """Returns what a file's metadata says about its model; "" if it says nothing."""
-    return ", ".join(dict.fromkeys(str(metadata[key]) for key in keys if metadata.get(key)))
+    return ", ".join(dict.fromkeys(str(metadata[key]) for key in HINT_KEYS if metadata.get(key)))

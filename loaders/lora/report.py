@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from .model_families import FamilyMatch
 
 MISSING = "missing in the model"
+EXAMPLES = 10  # layers and tensors that a report lists at most
 
 
 @dataclass
@@ -88,15 +89,13 @@ class LoraReport:
             f" ({self.model_family or 'unknown'}): {layer}: {reason}.")
 
 
-def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | None = None,
-                examples: int = 10) -> str:
+def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | None = None) -> str:
     """Returns the report as a short table, the verdict first.
 
     Args:
         report: of `check_lora`.
         name: of the file.
         settings: further rows, such as the strengths.
-        examples: number of layers that are listed at most.
     """
     change_types = ", ".join(
         f"{change_type} ({count})" if len(report.change_types) > 1 else change_type
@@ -129,18 +128,17 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
     lines += _list_lines(
         f"{len(report.mismatches)} layers do not fit"
         f"{f' ({missing} of them {MISSING})' if missing else ''}:",
-        [f"{layer}: {reason}" for layer, reason in report.mismatches.items()], examples)
-    lines += _list_lines(f"{len(report.unread)} tensors are of an unknown kind:", report.unread,
-                         examples)
+        [f"{layer}: {reason}" for layer, reason in report.mismatches.items()])
+    lines += _list_lines(f"{len(report.unread)} tensors are of an unknown kind:", report.unread)
     return "\n".join(lines)
 
 
-def _list_lines(title: str, entries: Sequence[str], limit: int) -> list[str]:
+def _list_lines(title: str, entries: Sequence[str]) -> list[str]:
     if not entries:
         return []
-    lines = ["", title, *(f"  {entry}" for entry in entries[:limit])]
-    if entries[limit:]:
-        lines.append(f"  … and {len(entries) - limit} more")
+    lines = ["", title, *(f"  {entry}" for entry in entries[:EXAMPLES])]
+    if entries[EXAMPLES:]:
+        lines.append(f"  … and {len(entries) - EXAMPLES} more")
     return lines
 
 

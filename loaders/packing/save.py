@@ -22,6 +22,7 @@ from ...ops.quantize.second_moments import SecondMoments
 from ...ops.row_slicing import join_rows
 from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ..files.container import PLAIN_DTYPES, nbytes_of, safe_repr
+from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from ..sizes import size_text
@@ -33,7 +34,6 @@ from .planning.plan import DIGITS, Plan
 from .source import SaveError, Weight
 
 SLICE_VALUES = 1 << 24  # values of a weight in float32 at a time
-ALIGNMENT = 32  # the bytes of padding that a tensor may take in a file
 # How a change is enlarged until it arrives whole: the share of it that arrives may differ from 1 by
 # WHOLE, the factor is at most MAX_ENLARGED, and it is corrected ATTEMPTS times.
 WHOLE = 0.005
@@ -90,7 +90,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
         names = [name for name in calibration.order if plan.types[name] in FORMATS]
         for name in track(names, [source.weights[name].values for name in names]):
             source.guard()
-            packed[name] = packer.pack_in_sequence(name, calibration)
+            packed[name] = packer.pack_in_sequence(name)
             source.drop_pages()
     open_writer = safetensors_writer if plan.is_safetensors else gguf_writer
     with open_writer(plan.path, plan.tensors, plan.metadata, plan.options.overwrite) as writer:
@@ -170,16 +170,14 @@ class WeightPacker:
         self.types[weight.name] = type_name
         return type_name, packed.pieces
 
-    def pack_in_sequence(
-            self, name: str, calibration: SequentialCalibration
-    ) -> tuple[str, list[torch.Tensor]]:
+    def pack_in_sequence(self, name: str) -> tuple[str, list[torch.Tensor]]:
         """Packs the weight of a linear layer and passes it to the calibration of later layers."""
         type_name, pieces = self.pack(self.source.weights[name])
         weight = join_rows(pieces)
-        if is_packed(weight):
+        if self.calibration is not None and is_packed(weight):
             bias = self.source.weights.get(f"{name.removesuffix('weight')}bias")
             values = None if bias is None else bias.patched(0, bias.shape[0])
-            calibration.set_packed(name, weight, values)
+            self.calibration.set_packed(name, weight, values)
         return type_name, [weight]
 
     def report_lines(self) -> list[str]:
@@ -236,7 +234,7 @@ class WeightPacker:
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """Returns the bytes of the file, at most, with a weight in another type than planned."""
         more = nbytes_of(other, weight.shape) - nbytes_of(type_name, weight.shape)
-        padding = ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
+        padding = DEFAULT_ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
         return self.nbytes + more + padding
 
     def _moments(self, weight: Weight, type_name: str) -> SecondMoments | None:

@@ -144,7 +144,6 @@ class Source:
     """A model to be saved.
 
     Attributes:
-        title: of the model, for people.
         weights: name -> weight.
         device: where weights are packed.
         notes: for people, on what the file will lack.
@@ -154,7 +153,6 @@ class Source:
         metadata: texts that the host reads beside the weights.
     """
 
-    title: str
     weights: dict[str, Weight]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: list[str] = field(default_factory=list)
@@ -179,12 +177,12 @@ class Source:
         return [name for name, weight in self.weights.items() if weight.patches]
 
 
-def source_of_model(patcher, title: str = "model") -> Source:
+def source_of_model(patcher) -> Source:
     """Returns the source of a MODEL, the host's ModelPatcher, packed or not, with its patches."""
     weights = _weights_of(patcher, DIFFUSION_MODEL)
     for name, tensor in _markers(patcher).items():
         weights.setdefault(name, _extra_tensor(name, tensor))
-    source = _source(title, weights, patcher)
+    source = _source(weights, patcher)
     for path in _paths_loaded_of(patcher):
         with contextlib.suppress(WeightFileError):  # it may hold no weights
             metadata = open_weights(path).text_metadata
@@ -194,7 +192,7 @@ def source_of_model(patcher, title: str = "model") -> Source:
     return source
 
 
-def source_of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
+def source_of_encoders(clip) -> dict[str, Source]:
     """Returns the sources of the encoders in a CLIP by their host's names ("clip_l", "t5xxl").
 
     They are divided as the host's CLIPSave does. A source holds what the host builds the tokenizer
@@ -217,14 +215,14 @@ def source_of_encoders(clip, title: str = "text encoder") -> dict[str, Source]:
         part_weights = _rename_for_file(part, part_weights)
         for name, tensor in _tokenizer_tensors(tokenizer).items():
             part_weights[name] = _extra_tensor(name, tensor)
-        sources[part] = _source(f"{title} {part}", part_weights, clip.patcher)
+        sources[part] = _source(part_weights, clip.patcher)
     return sources
 
 
-def _source(title: str, weights: dict[str, Weight], patcher) -> Source:
+def _source(weights: dict[str, Weight], patcher) -> Source:
     guard = FileChangeGuard.of(weight.tensor for weight in weights.values())
     paths = {path for path, _ in guard.files}.union(*map(_files_at, _paths_loaded_of(patcher)))
-    return Source(title, weights, patcher.load_device, guard=guard, paths=paths)
+    return Source(weights, patcher.load_device, guard=guard, paths=paths)
 
 
 def _paths_loaded_of(patcher) -> list[str]:
@@ -347,8 +345,8 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
         key: text for key, text in file.text_metadata.items()
         if key == CONFIG or (is_side_model and not key.startswith(NOT_KEPT))
     }
-    return Source(os.path.basename(path), weights, notes=notes, drop_pages=file.drop_pages,
-                  guard=guard, paths=paths, metadata=metadata)
+    return Source(weights, notes=notes, drop_pages=file.drop_pages, guard=guard, paths=paths,
+                  metadata=metadata)
 
 
 def _weight_of_file(name: str, tensor, patches: Sequence[Patch]) -> Weight:

@@ -378,7 +378,7 @@ def test_formats_that_the_metadata_of_a_file_name_are_read(tmp_path):
 def test_the_recipe_packs_again_to_the_same_bytes():
     ours = packed_flux("BF16", "Q4_K")
     recipe, _ = ours.cached_patcher_init
-    assert recipe.options["pack_to"] == "Q4_K" and "pack_to 'Q4_K'" in str(recipe)
+    assert recipe.options["pack_to"] == "Q4_K"
     assert digest(recipe()) == digest(ours)
 
 

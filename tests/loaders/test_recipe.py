@@ -96,16 +96,6 @@ def test_a_recipe_loads_the_same_model_again(kind, models):
         assert recipe_of(again).paths == recipe.paths
 
 
-def test_a_recipe_says_itself_in_one_line(models):
-    path = str(models / "flux.gguf")
-    patcher = load_diffusion_model(path, compute="int8", disable_dynamic=True)
-    assert (
-        str(recipe_of(patcher))
-        == f"diffusion model from {path!r}, compute 'int8', disable_dynamic True"
-    )
-    assert "\n" not in str(Recipe("text encoder", ("a\nb.gguf",), {"clip_type": "flux\n"}))
-
-
 def test_a_recipe_cannot_be_changed(models):
     with pytest.raises(AttributeError):
         recipe_of(LOADS["diffusion model"](models)).loader = "text encoder"

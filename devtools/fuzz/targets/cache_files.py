@@ -103,4 +103,4 @@ class SensitivityFile(Target):
             text(found)
         for name in found.shapes:
             found.moments(name)
-        found.check_is_for(found.shapes)
+        found.match(found.shapes)

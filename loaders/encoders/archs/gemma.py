@@ -1,6 +1,6 @@
 """Gemma 2 2B, Gemma 3 4B and 12B. The vision tower of Gemma 3 is SigLIP."""
 from ....ops.row_slicing import dense
-from ..arch import SENTENCEPIECE, Arch, rename_keys
+from ..arch import SENTENCEPIECE, Arch, rename_keys, unswap_ffn
 from ..tokenizer import sentencepiece_model
 from ._decoder import DECODER_NAMES, with_attention_split
 
@@ -62,13 +62,6 @@ class Gemma3(Gemma2):
         "mm.soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
         "mm.input_projection": "multi_modal_projector.mm_input_projection_weight",
     }
-    # The first mmproj files have these two swapped (llama.cpp 0.5.0, tools/mtmd/clip.cpp,
-    # is_ffn_swapped).
-    names_of_first_towers = {
-        **names,
-        "v.blk.{}.ffn_up": names["v.blk.{}.ffn_down"],
-        "v.blk.{}.ffn_down": names["v.blk.{}.ffn_up"],
-    }
     sees = True
 
     @classmethod
@@ -83,9 +76,7 @@ class Gemma3(Gemma2):
         weights = _with_host_norms(weights)
         if PROJECTION in weights:  # a bare parameter in the host, without `.weight`
             weights[PROJECTION.removesuffix(".weight")] = weights.pop(PROJECTION)
-        down = weights.get("v.blk.0.ffn_down.weight")
-        swapped = down is not None and down.shape[1] == len(weights["v.blk.0.ln1.weight"])
-        return rename_keys(weights, cls.names_of_first_towers if swapped else cls.names)
+        return rename_keys(unswap_ffn(weights), cls.names)
 
     @classmethod
     def vision_width(cls, weights, vision):

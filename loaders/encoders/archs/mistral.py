@@ -2,25 +2,16 @@
 
 llama.cpp calls them `llama` or, in newer versions, `mistral3`; the weights are the same.
 """
-from ..arch import TEKKEN, Arch
+from ..arch import TEKKEN
 from ..tokenizer import tekken_model
-from ._decoder import is_plain_decoder, with_rotary_halves
-
-SMALL_3, MINISTRAL_3 = 5120, 3072  # widths
+from .llama import Llama
 
 
-class Mistral(Arch):
+class Mistral(Llama):
     """Mistral Small 3 24B and Ministral 3 3B."""
 
     follows = "llama.cpp 0.5.0, conversion/mistral.py and mistral3.py"
-
-    @classmethod
-    def recognises(cls, weights):
-        return is_plain_decoder(weights, {SMALL_3, MINISTRAL_3})
-
-    @classmethod
-    def convert(cls, weights, metadata):
-        return with_rotary_halves(weights)
+    widths = (5120, 3072)
 
     @classmethod
     def tokenizer(cls, weights, metadata):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ....ops.row_slicing import dense, join_rows
-from ..arch import Weights, rename_keys
+from ..arch import Weights, rename_keys, unswap_ffn
 
 BLOCK = "visual.blocks.{}"
 
@@ -114,20 +114,7 @@ def convert_tower(vision: Weights, names: Mapping[str, str | None]) -> Weights:
     for name in _queries(vision):
         parts = [vision.pop(name.replace(".attn_q.", f".attn_{part}.")) for part in "qkv"]
         vision[name.replace(".attn_q.", ".attn_qkv.")] = join_rows(parts)
-    return rename_keys(_renumber_deepstack(_unswap_ffn(vision)), names)
-
-
-def _unswap_ffn(vision: Weights) -> Weights:
-    """Swaps `ffn_up` and `ffn_down` where an old converter swapped their names, as `clip.cpp` does.
-    """
-    width = vision["v.blk.0.ln1.weight"].shape[0]
-    if vision["v.blk.0.ffn_down.weight"].shape[1] != width:
-        return vision
-    swapped = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-    return {
-        ".".join(swapped.get(part, part) for part in name.split(".")): tensor
-        for name, tensor in vision.items()
-    }
+    return rename_keys(_renumber_deepstack(unswap_ffn(vision)), names)
 
 
 def _renumber_deepstack(vision: Weights) -> Weights:

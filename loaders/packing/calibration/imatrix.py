@@ -34,7 +34,7 @@ import torch
 
 from ....ops.quantize.second_moments import BLOCK, SecondMoments
 from ...files.atomic_file import atomic_writer
-from ...files.container import map_file, safe_repr
+from ...files.container import MappedFile, map_file, safe_repr
 from ...files.gguf_header import MAGIC, Header
 from ...files.gguf_writer import gguf_writer
 from ...sizes import size_text
@@ -179,7 +179,7 @@ def read_imatrix(path: str | os.PathLike) -> Imatrix:
             path, f"it takes {size_text(len(buffer), 1)}, more than the {size_text(MAX_BYTES, 1)}"
             " that an imatrix may")
     is_gguf = buffer[:len(MAGIC)] == MAGIC
-    values = _read_gguf(path) if is_gguf else _read_dat(path, buffer[:])
+    values = _read_gguf(path, buffer) if is_gguf else _read_dat(path, buffer[:])
     buffer.guard()
     if not values:
         raise _error(path, "it holds no weight")
@@ -192,9 +192,9 @@ def _error(path: Path, problem: str) -> SensitivityError:
         " stable-diffusion.cpp wrote; copy it again, make it again, or pick another file.")
 
 
-def _read_gguf(path: Path) -> dict[str, torch.Tensor]:
+def _read_gguf(path: Path, buffer: MappedFile) -> dict[str, torch.Tensor]:
     """Returns name in the file -> importance, float32 (nmat * K,)."""
-    counts = struct.unpack_from("<QQ", map_file(path)[8:24].ljust(16, b"\0"))
+    counts = struct.unpack_from("<QQ", buffer[8:24].ljust(16, b"\0"))
     if max(counts) > 3 * MAX_ENTRIES:
         raise _error(path, f"it announces {counts[0]} tensors and {counts[1]} entries of metadata,"
                            f" more than {3 * MAX_ENTRIES}")

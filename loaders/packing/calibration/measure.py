@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ....ops.format import FORMATS
 from ....ops.packed_tensor import PackedTensor
@@ -20,8 +21,7 @@ from ....ops.quantize import pack_tensor
 from ....ops.quantize.method_choice import output_errors
 from ....ops.quantize.second_moments import SecondMoments
 from ...progress import Progress
-from ..planning.packing_rules import HALVES
-from ..planning.plan import candidates
+from ..planning.plan import types_for
 from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
 from .sampling import SamplingRun, SamplingStep, load, random_conditioning, stop_where_cancelled
 from .sensitivity import Sensitivity
@@ -165,11 +165,6 @@ class _PartialCosts:
                     json.dumps({"key": self.key, "power": self.power, "costs": self.costs}))
 
 
-def types_for(shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Returns the packed types among which a plan for a size chooses, smallest first."""
-    return tuple(type_name for type_name in candidates(shape) if type_name not in HALVES)
-
-
 def run_type(types: Sequence[str]) -> str:
     """Returns the type for one run per layer among those of a matrix (`types_for`, not empty)."""
     return next(type_name for type_name in RUN_TYPES if type_name in types)
@@ -214,22 +209,18 @@ def sample_rows(weight: torch.Tensor) -> torch.Tensor:
     return weight[::-(-len(weight) // SAMPLE_ROWS)].contiguous()
 
 
-class AddedDelta:
-    """Adds `change`, (N, K), to the weight of a linear layer while entered, by a forward hook."""
+def add_delta(layer: torch.nn.Linear, change: torch.Tensor) -> RemovableHandle:
+    """Adds `change`, (N, K), to the weight of a linear layer, by a forward hook.
 
-    def __init__(self, layer: torch.nn.Linear, change: torch.Tensor):
-        self.layer = layer
-        self.change = change
+    Returns:
+        The handle of the hook, a context manager that removes it at the end.
+    """
 
-    def __enter__(self):
-        self.handle = self.layer.register_forward_hook(self._add)
+    def add(layer, inputs, output):
+        delta = change.to(inputs[0].device, inputs[0].dtype)
+        return output + torch.nn.functional.linear(inputs[0], delta).to(output.dtype)
 
-    def __exit__(self, *_):
-        self.handle.remove()
-
-    def _add(self, layer, inputs, output):
-        change = self.change.to(inputs[0].device, inputs[0].dtype)
-        return output + torch.nn.functional.linear(inputs[0], change).to(output.dtype)
+    return layer.register_forward_hook(add)
 
 
 class Costs:
@@ -260,7 +251,7 @@ class Costs:
             weight: the layer's own, float32 (N, K).
             packed_weight: the same, packed.
         """
-        with AddedDelta(layer, packed_weight.dequantize() - weight):
+        with add_delta(layer, packed_weight.dequantize() - weight):
             outputs = self._outputs()
         return sum(
             float((output - dense).square().sum()) / power

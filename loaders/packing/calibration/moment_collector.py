@@ -36,14 +36,9 @@ def linear_layers(model) -> dict[str, torch.nn.Linear]:
     }
 
 
-def dense_weight(layer: torch.nn.Linear, device: torch.device | None = None) -> torch.Tensor:
-    """Returns the weight of a layer, packed or not, as float32 (N, K), without LoRA branches.
-
-    Args:
-        layer: of the model.
-        device: None for where the weight is.
-    """
-    weight = layer.weight.detach() if device is None else layer.weight.detach().to(device)
+def dense_weight(layer: torch.nn.Linear, device: torch.device) -> torch.Tensor:
+    """Returns the weight of a layer, packed or not, as float32 (N, K), without LoRA branches."""
+    weight = layer.weight.detach().to(device)
     if is_packed(weight):
         return dequantize(weight, torch.float32)
     return (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).float()
@@ -128,7 +123,7 @@ class Collector:
         if name not in self.moments:
             if inputs.shape in self._latest:
                 latest, owner = self._latest[inputs.shape]
-                if _is_same(latest(), inputs):
+                if is_same(latest(), inputs):
                     self.same_as[name] = owner
                     return
             self.same_as.pop(name, None)
@@ -157,7 +152,8 @@ class Collector:
         return inputs.device
 
 
-def _is_same(latest: torch.Tensor | None, inputs: torch.Tensor) -> bool:
+def is_same(latest: torch.Tensor | None, inputs: torch.Tensor) -> bool:
+    """Returns whether an input is the latest one, or one of a few values that equals it."""
     return latest is inputs or (
         latest is not None and inputs.numel() <= SMALL and torch.equal(latest, inputs)
     )

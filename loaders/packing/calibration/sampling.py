@@ -1,4 +1,5 @@
 """Draws pictures with the host's sampler to measure a model; captured steps can run again."""
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -181,7 +182,10 @@ def _probe_widths(patcher, sampling: SamplingRun, masked: bool) -> dict[str, int
     widths = dict(WIDTHS)
     for _ in range(4):
         try:
-            with _WidthProbe(patcher.model.diffusion_model):
+            with contextlib.ExitStack() as hooks:
+                for layer in patcher.model.diffusion_model.modules():
+                    if isinstance(layer, torch.nn.Linear) or hasattr(layer, "normalized_shape"):
+                        hooks.enter_context(layer.register_forward_pre_hook(_check_width))
                 prompts = [_noise(widths, 0, masked)]
                 probe = dataclasses.replace(sampling, prompts=prompts, samples=1, steps=1)
                 probe.run(patcher, lambda *_: None)
@@ -214,25 +218,8 @@ def _noise(widths: dict[str, int], seed: int, masked: bool, pictures: int = 1) -
     return [[texts, options]]
 
 
-class _WidthProbe:
-    """Makes the layers of a module raise `_StopProbe` for inputs of a wrong width while entered."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.module = module
-
-    def __enter__(self):
-        self.handles = [
-            layer.register_forward_pre_hook(self.check) for layer in self.module.modules()
-            if isinstance(layer, torch.nn.Linear) or hasattr(layer, "normalized_shape")
-        ]
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
-
-    @staticmethod
-    def check(layer, inputs):
-        is_linear = isinstance(layer, torch.nn.Linear)
-        expected = layer.in_features if is_linear else layer.normalized_shape[-1]
-        if inputs and inputs[0].shape[-1] != expected:
-            raise _StopProbe(inputs[0].shape[-1], expected)
+def _check_width(layer, inputs):
+    is_linear = isinstance(layer, torch.nn.Linear)
+    expected = layer.in_features if is_linear else layer.normalized_shape[-1]
+    if inputs and inputs[0].shape[-1] != expected:
+        raise _StopProbe(inputs[0].shape[-1], expected)

@@ -61,13 +61,25 @@ class Sensitivity:
         """Returns the measurement for a model.
 
         Args:
-            shapes: as for `check_is_for`.
+            shapes: name -> logical shape of this model, in the host's names without prefix.
 
         Raises:
             SensitivityError: where another model was measured.
         """
-        self.check_is_for(shapes)
-        return self
+        missing = [name for name in self.shapes if name not in shapes]
+        reshaped = [
+            name for name, shape in self.shapes.items()
+            if name in shapes and tuple(shapes[name]) != tuple(shape)
+        ]
+        if not missing and not reshaped:
+            return self
+        name = (reshaped or missing)[0]
+        difference = f"is {tuple(shapes[name])} here" if reshaped else "is missing here"
+        raise SensitivityError(
+            f"{self.file} was measured on another model: its {name} of {tuple(self.shapes[name])}"
+            f" {difference}, and {len(missing) + len(reshaped)} of {len(self.shapes)} layers do not"
+            " fit. Measure this model, or pick its file."
+        )
 
     def notes(self, packed: list[str], is_for_size: bool) -> list[str]:
         """Returns sentences on what it lacks for a file: none, as it has all that was measured.
@@ -77,27 +89,6 @@ class Sensitivity:
             is_for_size: whether types are chosen for a size.
         """
         return []
-
-    def check_is_for(self, shapes: Mapping[str, tuple[int, ...]]):
-        """Raises SensitivityError where another model was measured.
-
-        Args:
-            shapes: name -> logical shape of this model, in the host's names without prefix.
-        """
-        missing = [name for name in self.shapes if name not in shapes]
-        reshaped = [
-            name for name, shape in self.shapes.items()
-            if name in shapes and tuple(shapes[name]) != tuple(shape)
-        ]
-        if not missing and not reshaped:
-            return
-        name = (reshaped or missing)[0]
-        difference = f"is {tuple(shapes[name])} here" if reshaped else "is missing here"
-        raise SensitivityError(
-            f"{self.file} was measured on another model: its {name} of {tuple(self.shapes[name])}"
-            f" {difference}, and {len(missing) + len(reshaped)} of {len(self.shapes)} layers do not"
-            " fit. Measure this model, or pick its file."
-        )
 
     def save(self, path: str | os.PathLike):
         """Writes the file, whole under its name or not at all.
@@ -203,13 +194,13 @@ def _begins_as_sensitivity(path: str | os.PathLike) -> bool:
         return KEY.encode() in file.read(1 << 10)
 
 
-def report(sensitivity: Sensitivity, count: int = 12) -> str:
-    """Returns what packing one layer costs, by type, for the `count` layers that matter most."""
+def report(sensitivity: Sensitivity) -> str:
+    """Returns what packing one layer costs, by type, for the 12 layers that matter most."""
     lines = [
         f"{len(sensitivity.costs)} layers; signal to error of the output in dB with one layer"
         " packed, the worst first:"
     ]
-    for name, costs in _ranked(sensitivity)[:count]:
+    for name, costs in _ranked(sensitivity)[:12]:
         values = ", ".join(
             f"{type_name} {_decibels(costs[type_name])}" for type_name in SHOWN
             if type_name in costs)
@@ -217,7 +208,7 @@ def report(sensitivity: Sensitivity, count: int = 12) -> str:
     return "\n".join(lines)
 
 
-def summary(sensitivity: Sensitivity, count: int = 7) -> str:
+def summary(sensitivity: Sensitivity) -> str:
     """Returns the report in lines short enough for a node: for the smallest type measured."""
     lines = [f"{len(sensitivity.costs)} layers measured"]
     measured = {type_name for costs in sensitivity.costs.values() for type_name in costs}
@@ -227,7 +218,7 @@ def summary(sensitivity: Sensitivity, count: int = 7) -> str:
         lines.append("signal to error of the output in dB")
         lines += [
             f"{name.removesuffix('.weight')}: {_decibels(costs[smallest])}"
-            for name, costs in _ranked(sensitivity)[:count] if smallest in costs
+            for name, costs in _ranked(sensitivity)[:7] if smallest in costs
         ]
     return "\n".join(lines)
 

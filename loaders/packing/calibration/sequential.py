@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ....ops import product
 from ....ops.packed_tensor import PackedTensor
 from ....ops.quantize.second_moments import SecondMoments
-from .moment_collector import SMALL, block_for, linear_layers
+from .moment_collector import block_for, is_same, linear_layers
 from .sampling import SamplingRun, load, stop_where_cancelled
 
 # Calls that are recorded, spread over pictures and noise levels: a few MB each in main memory.
@@ -56,11 +57,8 @@ def record_calls(module: torch.nn.Module,
                 kwargs = kwargs | {"transformer_options": kept}
             calls.append(Call(_copy_to(args, "cpu"), _copy_to(kwargs, "cpu"), device))
 
-    handle = module.register_forward_pre_hook(record, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(record, with_kwargs=True):
         yield calls
-    finally:
-        handle.remove()
 
 
 class SequentialCalibration:
@@ -170,9 +168,7 @@ def _find_stages(module, layers: Mapping[str, torch.nn.Linear], call: Call) -> l
         stage = None
         if tensor.shape in latest:
             before, stage_before = latest[tensor.shape]
-            is_same = before is tensor or (
-                tensor.numel() <= SMALL and torch.equal(before, tensor))
-            if is_same:
+            if is_same(before, tensor):
                 stage = stage_before
         if stage is None:
             stage = []
@@ -204,22 +200,16 @@ def _run_with_inputs(module, layers: Iterable[torch.nn.Linear], call: Call,
 
     `on_input` may raise `_StopForward` to end the run.
     """
-    handles = [
-        layer.register_forward_pre_hook(lambda layer, args: on_input(layer, args[0]))
-        for layer in layers
-    ]
-    try:
+    with contextlib.ExitStack() as hooks, contextlib.suppress(_StopForward):
+        for layer in layers:
+            hooks.enter_context(
+                layer.register_forward_pre_hook(lambda layer, args: on_input(layer, args[0])))
         module(*_copy_to(call.args, call.device), **_copy_to(call.kwargs, call.device))
-    except _StopForward:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-@contextlib.contextmanager
-def _replace_output(layer: torch.nn.Linear, weight: PackedTensor, bias: torch.Tensor | None):
-    """Inside this block a layer's output is that of a packed weight.
+def _replace_output(layer: torch.nn.Linear, weight: PackedTensor,
+                    bias: torch.Tensor | None) -> RemovableHandle:
+    """Makes a layer's output that of a packed weight, until the hook whose handle it returns ends.
 
     weight: (N, K), bias: (N,); they are on the layer's device only while it runs.
     """
@@ -229,11 +219,7 @@ def _replace_output(layer: torch.nn.Linear, weight: PackedTensor, bias: torch.Te
         packed = cast(PackedTensor, weight.to(input.device))
         return product.linear(input, packed, None if bias is None else bias.to(input))
 
-    handle = layer.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return layer.register_forward_hook(replace)
 
 
 def _copy_to(value: Any, device: torch.device | str) -> Any:

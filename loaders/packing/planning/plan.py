@@ -95,12 +95,12 @@ class Plan:
                 'The text is not a plan of types, expected {"types": {type: [names]}}.') from error
 
 
-def candidates(shape: tuple[int, ...], half: str = "BF16") -> tuple[str, ...]:
-    """Returns the types a matrix may take in a plan for a size, smallest first, `half` last."""
+def types_for(shape: tuple[int, ...]) -> list[str]:
+    """Returns the packed types among which a plan for a size chooses, smallest first."""
     packed = [type_name for type_name in TYPES if divides_rows(type_name, shape)]
     if len(packed) < len(TYPES):
         packed = [type_name for type_name in IN_BLOCKS_OF_32 if divides_rows(type_name, shape)]
-    return (*packed, half)
+    return packed
 
 
 def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,
@@ -145,7 +145,7 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
     for name, shape in shapes.items():
         half = halves.get(name, "BF16")
         if family.may_be_packed(name, shape):
-            options[name] = candidates(shape, half)
+            options[name] = (*types_for(shape), half)
         else:
             exact[name] = family.exact_type(name, shape, half)
     budget = nbytes - Plan(exact).nbytes(shapes)

@@ -20,7 +20,6 @@ from saving import save
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.calibration import sequential
-from featherweight.loaders.packing.calibration.measure import types_for
 from featherweight.loaders.packing.calibration.moment_collector import (
     Collector,
     linear_layers,
@@ -29,7 +28,7 @@ from featherweight.loaders.packing.calibration.moment_collector import (
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
 from featherweight.loaders.packing.planning.packing_rules import bits_per_value
-from featherweight.loaders.packing.planning.plan import PlanError
+from featherweight.loaders.packing.planning.plan import PlanError, types_for
 from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.packed_layout import is_packed
 
