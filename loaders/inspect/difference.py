@@ -1,10 +1,11 @@
 """Measures the relative error of each tensor of a model against the same tensor of a reference."""
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import TypeGuard
 
 import torch
 
-from ...ops.packed_layout import is_packed
+from ...ops.packed_layout import QuantizedTensor, is_packed
 from ...ops.packed_tensor import relabel
 from ...ops.row_slicing import dense, take_rows
 from ..comfy_keys import to_comfy_keys
@@ -105,9 +106,9 @@ def _has_row_access(tensor: torch.Tensor) -> bool:
     return not _is_comfy_quantized(tensor)
 
 
-def _is_comfy_quantized(tensor: torch.Tensor) -> bool:
+def _is_comfy_quantized(tensor: torch.Tensor) -> TypeGuard[QuantizedTensor]:
     """Returns whether a tensor is in one of ComfyUI's own quantised formats."""
-    return not is_packed(tensor) and getattr(tensor, "_layout_cls", None) is not None
+    return isinstance(tensor, QuantizedTensor) and not is_packed(tensor)
 
 
 def _values(name: str, rows: slice, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
