@@ -219,7 +219,7 @@ def _load_file(path: str, embedding_directory, outputs: dict, disable_dynamic: b
     else:
         model = build_model(file, state_dict, disable_dynamic=disable_dynamic, compute=compute,
                             model_options=device_options(device))
-        clip, vae = None, _no_vae()
+        clip, vae = None, _no_vae() if outputs["output_vae"] else None
     if packed and model is not None:
         packed.attach(model)
     progress.stage()

@@ -108,7 +108,7 @@ def _has_row_access(tensor: torch.Tensor) -> bool:
 
 def _is_comfy_quantized(tensor: torch.Tensor) -> TypeGuard[QuantizedTensor]:
     """Returns whether a tensor is in one of ComfyUI's own quantised formats."""
-    return not is_packed(tensor) and getattr(tensor, "_layout_cls", None) is not None
+    return isinstance(tensor, QuantizedTensor) and not is_packed(tensor)
 
 
 def _values(name: str, rows: slice, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -296,6 +296,7 @@ def test_a_file_with_only_a_model(prefix, path):
     assert clip is None
     with pytest.raises(RuntimeError, match=NO_VAE):
         decode(vae, 16)
+    assert load_checkpoint(path, output_vae=False)[2] is None
 
 
 def test_a_checkpoint_without_packed_weights_is_the_hosts(path):
