@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from ..bits import select
+from ..bits import byte_pairs, select
 from ..format import Fit, Format, Grid, Side, Terms, define
 
 
@@ -39,9 +39,7 @@ class Codebook4Bit(Format):
     @classmethod
     def code_pairs(cls) -> torch.Tensor:
         """Returns the two float32 values of each byte, packed in int64 (256,)."""
-        values = torch.tensor(cls.codebook, dtype=torch.float32)
-        codes = torch.arange(256)
-        return torch.stack([values[codes >> 4], values[codes & 15]], -1).view(torch.int64).view(-1)
+        return byte_pairs(torch.tensor(cls.codebook, dtype=torch.float32), high_first=True)
 
     @classmethod
     def blocks(cls, tensors, first, last):
