@@ -201,7 +201,7 @@ def test_a_weight_is_found_by_the_name_of_its_format(make):
 @every_weight
 def test_a_weight_survives_pickling(make):
     weight = make()
-    again = pickle.loads(pickle.dumps(PickledWeight.of(torch.nn.Parameter(
+    again = pickle.loads(pickle.dumps(PickledWeight(torch.nn.Parameter(
         weight, requires_grad=False))))
     assert is_packed(again) and torch.equal(again.dequantize(), weight.dequantize())
 
