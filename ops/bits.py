@@ -118,6 +118,18 @@ def bit_table(clear: int, raised: int) -> torch.Tensor:
     return torch.where(bits, raised, clear).to(torch.int8).view(torch.int64).view(-1)
 
 
+def byte_pairs(numbers: torch.Tensor, high_first: bool = False) -> torch.Tensor:
+    """Returns a table for `select`, int64 (256,): the two numbers of every byte side by side.
+
+    Args:
+        numbers: float32 (16,), of the codes of 4 bits.
+        high_first: whether the high nibble's comes first.
+    """
+    codes = torch.arange(256)
+    pairs = [numbers[codes & 15], numbers[codes >> 4]]
+    return torch.stack(pairs[::-1] if high_first else pairs, -1).view(torch.int64).view(-1)
+
+
 def lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Returns entries of a codebook of small integers.
 

@@ -37,8 +37,8 @@ class MixedLayer(PackedLayer):
         dtype = self.weight.dtype
         self._host_super._load_from_state_dict(state_dict, prefix, *args)
         # the host's embedding takes the dtype from the operations class, which has none
-        weight = self.weight
-        if isinstance(weight, QuantizedTensor) and not is_packed(weight):
+        weight: Any = self.weight
+        if self._has_host_format:
             self.weight = torch.nn.Parameter(relabel(weight, dtype=dtype), requires_grad=False)
 
     def state_dict(self, *args, **kwargs):

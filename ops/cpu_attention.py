@@ -10,6 +10,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 
 from . import cpu_linear, kernels
+from .product import needs_gradient
 
 SLICE_BYTES = 4 << 20  # of scores; each core has its part of a slice in its cache
 
@@ -33,7 +34,7 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
     Returns:
         (batch, tokens, heads * width) in the dtype of `query`, or see `skip_output_reshape`.
     """
-    if not _in_slices(query, mask, attn_precision, options):
+    if not _in_slices(query, key, value, mask, attn_precision, options):
         is_float32 = query.device.type == "cpu" and query.dtype == torch.float32
         compute = attention_pytorch if is_float32 else host_attention
         return compute(query, key, value, heads, mask=mask, attn_precision=attn_precision,
@@ -50,9 +51,13 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
-def _in_slices(query: torch.Tensor, mask: torch.Tensor | None,
-               attn_precision: torch.dtype | None, options: dict) -> bool:
-    """Returns whether `attention_in_slices` computes an attention, with `attention`'s arguments."""
+def _in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               mask: torch.Tensor | None, attn_precision: torch.dtype | None,
+               options: dict) -> bool:
+    """Returns whether `attention_in_slices` or `attention_by_onednn` computes an attention.
+
+    The arguments are those of `attention`.
+    """
     return (
         query.device.type == "cpu"
         and (query.dtype == torch.bfloat16
@@ -61,7 +66,7 @@ def _in_slices(query: torch.Tensor, mask: torch.Tensor | None,
         and attn_precision != torch.float32
         and not options.get("enable_gqa")
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and query.requires_grad)
+        and not needs_gradient(query, key, value)
     )
 
 

@@ -67,7 +67,7 @@ def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
             in zip(input.shape[2:], layer.padding, layer.kernel_size, layer.stride)]
     out = input.new_empty((len(input), *size, layer.out_channels))
     is_product = layer.kernel_size == (1, 1) or out[..., 0].numel() <= FEW_PIXELS
-    patches = _patches(layer, input, layer.padding, size) if is_product else None
+    patches = _patches(layer, input, size) if is_product else None
     for rows, weight in slices:
         part_bias = None if bias is None else bias[rows]
         if patches is None:
@@ -81,17 +81,16 @@ def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
     return out.permute(0, 3, 1, 2)
 
 
-def _patches(layer: torch.nn.Conv2d, input: torch.Tensor, padding: tuple[int, ...],
-             size: list[int]) -> torch.Tensor:
+def _patches(layer: torch.nn.Conv2d, input: torch.Tensor, size: list[int]) -> torch.Tensor:
     """Returns what each pixel of the output sees: (pixels, taps * channels).
 
     Args:
-        layer: with its kernel and stride.
+        layer: with its kernel, stride and padding.
         input: (batch, channels, height, width) in memory format `channels_last`.
-        padding: rows and columns of zeros around it.
         size: height and width of the output.
     """
-    rows, columns = padding
+    assert not isinstance(layer.padding, str)
+    rows, columns = layer.padding
     image = torch.nn.functional.pad(input.permute(0, 2, 3, 1),
                                     (0, 0, columns, columns, rows, rows)).contiguous()
     of_image, of_row, of_pixel, _ = image.stride()

@@ -3,11 +3,13 @@
 A packed format stores a weight as equal blocks of bytes. Each block holds `block_length`
 consecutive values of one row. A format is one class in `ops/formats`; it registers by being
 defined. A format that can be written has `pack`, the plain arithmetic of its reference, or a `Grid`
-and `encode`, for the search of `ops.quantize`, or all three.
+and `encode`, for the search of `ops.grid_search`, or all three.
 """
 import dataclasses
 import functools
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -171,7 +173,7 @@ class Format:
     padding = 1  # files fill rows and columns up to multiples of it
     is_sliceable = True  # whether rows that are whole blocks can be taken without dequantising
     plain_dtype: torch.dtype | None = None  # for formats whose bytes are plain numbers
-    grid: Grid | None = None  # for formats whose best blocks `ops.quantize` searches
+    grid: Grid | None = None  # for formats whose best blocks `ops.grid_search` finds
     # for formats without a grid: the largest magnitude that every block can hold
     largest = torch.finfo(torch.float16).max
 
@@ -196,6 +198,11 @@ class Format:
     def title(cls) -> str:
         """Returns the name that people see, the same for rows of all lengths."""
         return cls.__name__
+
+    @classmethod
+    def formats_within(cls) -> Iterable[type["Format"]]:
+        """Yields the formats that are dequantised; more or others than itself for composites."""
+        yield cls
 
     @classmethod
     def side_bytes(cls) -> int:
@@ -279,8 +286,7 @@ class Format:
             `out`.
         """
         values = out.view(-1)
-        chunk_values = CPU_CHUNK_VALUES if out.device.type == "cpu" else DEVICE_CHUNK_VALUES
-        step = max(1, chunk_values // cls.block_length)
+        step = max(1, chunk_values(out.device) // cls.block_length)
         count = -(-len(values) // cls.block_length)
         for block in range(0, count, step):
             stop = min(count, block + step)
@@ -323,6 +329,33 @@ class Format:
         return [tensors[0].view(-1, columns * cls.block_bytes // cls.block_length)[index], *(
             tensor if side.is_shared else tensor.view(-1, blocks * side.count)[index].flatten()
             for tensor, side in zip(tensors[1:], cls.sides))]
+
+
+def define(name: str, base: type[Format], attributes: Callable[[], dict[str, Any]]) -> Any:
+    """Returns the format of a name, which is defined by the first call, in whichever thread.
+
+    Args:
+        name: Of the format.
+        base: Of its class.
+        attributes: Returns those of its class.
+    """
+    with _defining:
+        return FORMATS.get(name) or type(name, (base,), attributes())
+
+
+_defining = threading.RLock()  # held while a format is looked up or defined
+
+
+def chunk_values(device: torch.device) -> int:
+    """Returns how many values are dequantised at a time on a device."""
+    return CPU_CHUNK_VALUES if device.type == "cpu" else DEVICE_CHUNK_VALUES
+
+
+def dequantize_by_reference(packed_format: type[Format], tensors: list[torch.Tensor],
+                            out: torch.Tensor, value_dtype: torch.dtype | None = None,
+                            first: int = 0) -> torch.Tensor:
+    """Runs `Format.dequantize_into` of a format; a kernel's function has the same arguments."""
+    return packed_format.dequantize_into(tensors, out, value_dtype, first)
 
 
 def inverse(scales: torch.Tensor) -> torch.Tensor:

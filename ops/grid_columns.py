@@ -3,6 +3,8 @@
 Columns lie along the first dimension, (columns, rows), so that each step is one operation on
 contiguous memory.
 """
+import dataclasses
+
 import torch
 
 from .format import Fit, Grid, inverse
@@ -19,10 +21,11 @@ def columns_at_a_time(grid: Grid) -> int:
     return max(1, CHUNK // grid.length) * grid.length
 
 
+@dataclasses.dataclass
 class Columns:
     """The numbers chosen so far for n rows of k columns; see `Fit`.
 
-    Args:
+    Attributes:
         grid: of the format.
         levels: float32 (k, n).
         d: float32 (k / length, n).
@@ -31,14 +34,12 @@ class Columns:
         minima: like `scales`; None for grids without a minimum.
     """
 
-    def __init__(self, grid: Grid, levels: torch.Tensor, d: torch.Tensor, scales: torch.Tensor,
-                 dmin: torch.Tensor | None = None, minima: torch.Tensor | None = None):
-        self.grid = grid
-        self.levels = levels
-        self.d = d
-        self.scales = scales
-        self.dmin = dmin
-        self.minima = minima
+    grid: Grid
+    levels: torch.Tensor
+    d: torch.Tensor
+    scales: torch.Tensor
+    dmin: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
 
     @classmethod
     def like(cls, grid: Grid, target: torch.Tensor) -> "Columns":

@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import format as base
-from .format import Format
+from .format import Format, chunk_values, dequantize_by_reference
 
 GROUP = 256  # columns that are rotated together
 SIDE = 16
@@ -61,11 +60,6 @@ def quantize_into(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tenso
     scales.masked_fill_(~largest.isfinite(), torch.nan)
 
 
-def _rows_at_once(columns: int, device: torch.device) -> int:
-    values = base.CPU_CHUNK_VALUES if device.type == "cpu" else base.DEVICE_CHUNK_VALUES
-    return max(1, values // columns)
-
-
 def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor):
     """Writes the codes of the rows of `input @ R`.
 
@@ -74,7 +68,7 @@ def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
         codes: output, int8 (M, K).
         scales: output, float32 (M,).
     """
-    step = _rows_at_once(input.shape[1], input.device)
+    step = max(1, chunk_values(input.device) // input.shape[1])
     for start in range(0, len(input), step):
         part = slice(start, start + step)
         quantize_into(rotate(input[part].float()), codes[part], scales[part])
@@ -82,7 +76,7 @@ def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 
 def encode_rows(packed_format: type[Format], tensors: list[torch.Tensor], codes: torch.Tensor,
                 scales: torch.Tensor, value_dtype: torch.dtype | None, first: int,
-                dequantize_into: Callable | None = None):
+                dequantize_into: Callable = dequantize_by_reference):
     """Writes the codes of n rows of `W R`, W a packed weight.
 
     Args:
@@ -92,14 +86,12 @@ def encode_rows(packed_format: type[Format], tensors: list[torch.Tensor], codes:
         scales: output, float32 (n,).
         value_dtype: see `Format.dequantize_into`.
         first: block of the weight that begins the first row.
-        dequantize_into: (packed_format, tensors, out, value_dtype, first), what dequantises; None:
-            the reference.
+        dequantize_into: what dequantises, with the arguments of `dequantize_by_reference`.
     """
     rows, columns = codes.shape
-    dequantize_into = dequantize_into or _dequantize_into
     # fewest rows that are whole blocks
     group = packed_format.block_length // math.gcd(packed_format.block_length, columns)
-    step = -(-_rows_at_once(columns, codes.device) // group) * group
+    step = -(-max(1, chunk_values(codes.device) // columns) // group) * group
     values = torch.empty((min(step, rows), columns), dtype=torch.float32, device=codes.device)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -107,7 +99,3 @@ def encode_rows(packed_format: type[Format], tensors: list[torch.Tensor], codes:
         dequantize_into(packed_format, tensors, chunk, value_dtype,
                         first + start * columns // packed_format.block_length)
         quantize_into(rotate(chunk), codes[part], scales[part])
-
-
-def _dequantize_into(packed_format, tensors, out, value_dtype, first):
-    packed_format.dequantize_into(tensors, out, value_dtype, first)

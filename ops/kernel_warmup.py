@@ -2,7 +2,6 @@
 import torch
 
 from . import kernels
-from .formats.composite import formats_within
 from .kernels import Case
 from .layers import PackedLinear
 from .packed_layout import is_packed
@@ -22,7 +21,7 @@ def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.d
     if dtype is not None:
         for layer in model.modules():
             if isinstance(layer, PackedLinear) and is_packed(layer.weight):
-                for packed_format in formats_within(layer.weight.layout_cls.format):
+                for packed_format in layer.weight.layout_cls.format.formats_within():
                     cases.update(dict.fromkeys(_cases(packed_format.__name__, dtype,
                                                       layer.value_dtype, layer.compute)))
     kernels.prepare(device, cases)

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import comfy.float
@@ -19,12 +20,11 @@ from .packed_layout import (
     is_packed,
     pack_16bit,
     safe_detach,
-    select_packed,
     squeeze_to,
 )
 from .packed_tensor import relabel
 from .pickle_names import stable_pickle_name
-from .row_slicing import without_padding
+from .row_slicing import take_rows, without_padding
 from .workspace import shared_workspace
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class PackedLayer(_HostLayer):
         return copied
 
     def __reduce_ex__(self, protocol):
-        parameters = {name: PickledWeight.of(param) for name, param in self._parameters.items()}
+        parameters = {name: None if param is None else PickledWeight(param)
+                      for name, param in self._parameters.items()}
         return *self.new, self.__dict__ | {"_parameters": parameters, "_workspace": None}
 
     def __setstate__(self, state):
@@ -176,14 +177,19 @@ class PackedLayer(_HostLayer):
                 return weight
             plain = product.plain_values(weight, dtype)
             return self.dense_weight(weight, dtype) if plain is None else plain
-        patch_dtype = self.patch_dtype or torch.float32
-        if not isinstance(weight, QuantizedTensor):
-            dense = weight.to(patch_dtype, copy=True)
-        elif is_packed(weight) and lora.acts_on_rows and self.patch_dtype is None:
+        if is_packed(weight) and lora.acts_on_rows and self.patch_dtype is None:
             return product.dequantize_rows(weight, dtype, lora.patch_rows, self.value_dtype)
-        else:
+        return self._with_patches(weight, dtype, lora.patch_weight)
+
+    def _with_patches(self, weight, dtype: torch.dtype,
+                      patch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Returns the dense weight in `dtype` with what `patch` adds in `patch_dtype`."""
+        patch_dtype = self.patch_dtype or torch.float32
+        if isinstance(weight, QuantizedTensor):
             dense = self.dense_weight(weight, patch_dtype)
-        return stochastic_rounding.stochastic_round(lora.patch_weight(dense), dtype)
+        else:
+            dense = weight.to(patch_dtype, copy=True)
+        return stochastic_rounding.stochastic_round(patch(dense), dtype)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """Returns the dense weight the host adds patches to."""
@@ -375,31 +381,15 @@ class MoEExperts(PackedLayer, _Experts):
                 return self.expert_linear(input, expert)
         weight, bias = self._resident
         bias = None if bias is None else bias[expert].to(input.dtype)
-        weight = select_packed(weight, expert) if is_packed(weight) else weight[expert]
-        if self.lora is not None and self.lora.acts_on_rows:
-            weight = self._patched_expert(self.lora, weight, expert, input.dtype)
+        weight = squeeze_to(take_rows(weight, slice(expert, expert + 1)), weight.shape[1:])
+        lora = self.lora
+        if lora is not None and lora.acts_on_rows:
+            weight = self._with_patches(
+                weight, input.dtype, lambda dense: lora.patch_rows(dense[None], expert)[0])
         if is_packed(weight):
             return product.linear(input, weight, bias, self.value_dtype,
                                   blas=self.compute == "float32")
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
-
-    def _patched_expert(self, lora: LayerPatches, weight: torch.Tensor, expert: int,
-                        dtype: torch.dtype) -> torch.Tensor:
-        """Returns the dense weight of one expert in `dtype` with its part of the patches.
-
-        Args:
-            lora: patches that act on rows.
-            weight: (N, K), packed or not.
-            expert: its index.
-            dtype: of the result.
-        """
-        patch_dtype = self.patch_dtype or torch.float32
-        if is_packed(weight):
-            dense = self.dense_weight(weight, patch_dtype)
-        else:
-            dense = weight.to(patch_dtype, copy=True)
-        patched = lora.patch_rows(dense[None], expert)[0]
-        return stochastic_rounding.stochastic_round(patched, dtype)
 
 
 PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)

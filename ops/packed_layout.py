@@ -178,24 +178,11 @@ def is_packed(tensor) -> TypeGuard[PackedTensor]:
     return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
 
 
-def select_packed(tensor: PackedTensor, index: int) -> PackedTensor:
-    """Returns `tensor[index]`, which shares the bytes and must be whole blocks."""
-    packed_format, shape = tensor.layout_cls.format, tensor.shape[1:]
-    data, *sides = packed_format.rows(packed_tensors(tensor), shape.numel(),
-                                      slice(index, index + 1))
-    return packed_tensor(packed_format, data, shape, tensor.dtype, *sides)
-
-
 class PickledWeight:
     """Pickles a parameter of a layer: a packed one as bytes; by itself a tensor goes dense."""
 
     def __init__(self, param: torch.nn.Parameter):
         self._param = param
-
-    @classmethod
-    def of(cls, param: torch.nn.Parameter | None) -> "PickledWeight | None":
-        """Returns None for a parameter that the layer does not have."""
-        return None if param is None else cls(param)
 
     def __reduce__(self):
         weight = self._param

@@ -100,13 +100,7 @@ class PackedTensor(QuantizedTensor):
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and of the scales. The host counts memory by it."""
-        return sum(tensor.nbytes for tensor in self._inner)
-
-    @property
-    def _inner(self) -> list[torch.Tensor]:
-        return [
-            self._qdata, *(getattr(self._params, field) for field in self._params._tensor_fields())
-        ]
+        return sum(tensor.nbytes for tensor in inner_tensors(self))
 
     # --- reading ---
 
@@ -121,10 +115,10 @@ class PackedTensor(QuantizedTensor):
         return self._qdata.is_pinned()
 
     def is_shared(self) -> bool:
-        return all(tensor.is_shared() for tensor in self._inner)
+        return all(tensor.is_shared() for tensor in inner_tensors(self))
 
     def record_stream(self, stream):
-        for tensor in self._inner:
+        for tensor in inner_tensors(self):
             tensor.record_stream(stream)
 
     # --- copies ---
@@ -278,6 +272,12 @@ def _read_only_array(values: torch.Tensor, kwargs: dict):
     return array
 
 
+def inner_tensors(tensor: QuantizedTensor) -> list[torch.Tensor]:
+    """Returns the plain tensors of a quantised one, ours or the host's: codes, then scales."""
+    params = tensor._params
+    return [tensor._qdata, *(getattr(params, name) for name in params._tensor_fields())]
+
+
 def relabel(tensor: _Quantized, dtype: torch.dtype | None = None, shape=None) -> _Quantized:
     """Returns the same bytes with another logical dtype or shape; `to(dtype)` would copy them."""
     params = tensor._params
@@ -321,7 +321,7 @@ def _check_copy(target: QuantizedTensor, source):
         or source.shape != target.shape
     ):
         raise _refusal("copy_ from a tensor of another format or shape would write to", _TO_WRITE)
-    if isinstance(target, PackedTensor) and not all(map(_is_writable, target._inner)):
+    if isinstance(target, PackedTensor) and not all(map(_is_writable, inner_tensors(target))):
         raise _refusal("copy_ would write to the file itself, not to", _TO_WRITE)
 
 

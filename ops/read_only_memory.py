@@ -2,11 +2,11 @@
 
 torch itself does not record this.
 """
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 
-from .packed_tensor import QuantizedTensor
+from .packed_tensor import QuantizedTensor, inner_tensors
 
 MARK = "_featherweight_read_only"  # attribute of the storage, which all views of a tensor share
 
@@ -29,19 +29,11 @@ def is_read_only(tensor: torch.Tensor) -> bool:
 
 def guards_of(tensors: Iterable[torch.Tensor]) -> list[MemoryGuard]:
     """Returns the guards of all memory that tensors use, quantised ones too, without repeats."""
-    guards = dict.fromkeys(_guard(part) for tensor in tensors for part in _plain_tensors(tensor))
+    guards = dict.fromkeys(
+        _guard(part) for tensor in tensors
+        for part in (inner_tensors(tensor) if isinstance(tensor, QuantizedTensor) else [tensor]))
     return [guard for guard in guards if guard is not None]
 
 
 def _guard(tensor: torch.Tensor) -> MemoryGuard | None:
     return getattr(tensor.untyped_storage(), MARK, None) if tensor.device.type == "cpu" else None
-
-
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yields the plain tensors that a tensor is made of."""
-    if isinstance(tensor, QuantizedTensor):
-        yield tensor._qdata
-        for field in tensor._params._tensor_fields():
-            yield getattr(tensor._params, field)
-    else:
-        yield tensor

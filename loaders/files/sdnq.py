@@ -33,7 +33,6 @@ from ...ops.format import FormatError
 from ...ops.formats.composite import FACTOR_DTYPES
 from ...ops.formats.sdnq import (
     ALIASES,
-    CODE_TYPES,
     CODEBOOKS,
     PACK_CODES,
     SDNQ,
@@ -152,7 +151,7 @@ class LayerSettings:
     """What a config says about a layer.
 
     Attributes:
-        type_name: of its codes, a key of `CODE_TYPES`.
+        type_name: of its codes, a key of `SDNQ_TYPES`.
         has_codebook: whether the codes select levels.
         rotation: largest number of values that are rotated together, 0 for none.
         version: of SDNQ, None where the config does not say.
@@ -187,7 +186,7 @@ def read_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
     if entry is not None:
         type_name = _listed_type(entry[0], type_name)
     type_name = ALIASES.get(type_name, type_name) if isinstance(type_name, str) else type_name
-    if not isinstance(type_name, str) or type_name not in CODE_TYPES:
+    if not isinstance(type_name, str) or type_name not in SDNQ_TYPES:
         raise PartError(
             f"its codes are of the type {safe_repr(type_name)}; expected one of at most 8 bits,"
             " such as uint4 or int8", "Update this pack, or get another conversion.")
@@ -370,7 +369,7 @@ class _Layer:
             stored: possible numbers by the shape of the codes.
         """
         assert self.settings is not None
-        bits = CODE_TYPES[self.settings.type_name].bits
+        bits = SDNQ_TYPES[self.settings.type_name].bits
         if bits not in stored:
             raise PartError(
                 f"its codes are {describe(self.weight)}; expected those of"
@@ -533,7 +532,7 @@ def _stored_bits(weight: torch.Tensor) -> set[int]:
 def _stored_dtype(family: type[SDNQ]) -> torch.dtype:
     """Returns the dtype in which files have codes of 8 bits."""
     name = family.title().split()[-1]
-    return getattr(torch, name, torch.uint8) if name in CODE_TYPES else torch.uint8
+    return getattr(torch, name, torch.uint8) if name in SDNQ_TYPES else torch.uint8
 
 
 def _as_bytes(weight: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,9 @@
 import re
 
 from ..format import FORMATS, Format
-from . import bnb_4bit, column_groups, composite
+from . import bnb_4bit, column_groups
 from ._rows import FAMILIES
+from .composite import FACTOR_DTYPES, AddedLowRank, Joined
 
 
 def format_named(name: str) -> type[Format]:
@@ -14,8 +15,17 @@ def format_named(name: str) -> type[Format]:
     """
     if name in FORMATS:
         return FORMATS[name]
-    if (made := composite.composite_named(name, format_named)) is not None:
-        return made
+    if match := re.fullmatch(r"LOWRANK_(\d+)(S?)_(BF16|F16|F32)_(BF16|F16|F32)_(.+)", name):
+        rank, mark, up, down, base = match.groups()
+        return AddedLowRank.over(format_named(base), int(rank), FACTOR_DTYPES[up],
+                                 FACTOR_DTYPES[down], bool(mark))
+    if match := re.fullmatch(r"JOINED_(ROWS|COLUMNS)_(.+)", name):
+        pieces = [re.fullmatch(r"(\d+)x(\d+)x(.+)", piece) for piece in match[2].split("+")]
+        parts = [(format_named(piece[3]), int(piece[1]), int(piece[2]))
+                 for piece in pieces if piece]
+        if len(parts) < len(pieces) or not all(rows * columns for _, rows, columns in parts):
+            raise KeyError(name)
+        return Joined.of(("ROWS", "COLUMNS").index(match[1]), parts)
     if match := re.fullmatch(r"(\w+)_(\d+)_(\d+)x(\d+)", name):
         columns, outer, inner = map(int, match.groups()[1:])
         return column_groups.ColumnGroups.of(FORMATS[match[1]], columns, outer, inner)

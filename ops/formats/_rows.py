@@ -1,9 +1,7 @@
 """The base of formats whose block is a whole row of a weight."""
-from typing import Any
-
 import torch
 
-from ..format import FORMATS, Format, Side
+from ..format import Format, Side, define
 
 FAMILIES: dict[str, type["RowFormat"]] = {}
 
@@ -43,13 +41,9 @@ class RowFormat(Format):
         given = [*sizes, *[None] * (len(own) - len(sizes))]
         chosen = [default if size is None else size for size, default in zip(given, own)]
         name = "_".join([cls.__name__, str(columns), *map(str, chosen if chosen != own else ())])
-        packed_format: Any = FORMATS.get(name)
-        if packed_format is None:
-            attributes = dict(zip(cls.sizes, chosen), block_length=columns, family=cls.__name__,
-                              block_bytes=columns * cls.bits // 8,
-                              sides=cls.sides_of(columns, *chosen))
-            packed_format = type(name, (cls,), attributes)
-        return packed_format
+        return define(name, cls, lambda: dict(
+            zip(cls.sizes, chosen), block_length=columns, family=cls.__name__,
+            block_bytes=columns * cls.bits // 8, sides=cls.sides_of(columns, *chosen)))
 
     @classmethod
     def title(cls) -> str:

@@ -4,12 +4,11 @@ Sources: bitsandbytes 0.50 `functional.get_4bit_type`, `backends/default/ops.py`
 is from QLoRA (https://arxiv.org/abs/2305.14314).
 """
 import dataclasses
-from typing import Any
 
 import torch
 
-from ..bits import select
-from ..format import FORMATS, Fit, Format, Grid, Side, Terms
+from ..bits import byte_pairs, select
+from ..format import Fit, Format, Grid, Side, Terms, define
 
 
 class Codebook4Bit(Format):
@@ -33,17 +32,14 @@ class Codebook4Bit(Format):
         if block_length == cls.block_length:
             return cls
         name = f"{cls.__name__}_{block_length}"
-        grid = dataclasses.replace(cls.grid, length=block_length, group=block_length)
-        sizes = {"block_length": block_length, "block_bytes": block_length // 2, "grid": grid}
-        packed_format: Any = FORMATS.get(name) or type(name, (cls,), sizes)
-        return packed_format
+        return define(name, cls, lambda: {
+            "block_length": block_length, "block_bytes": block_length // 2,
+            "grid": dataclasses.replace(cls.grid, length=block_length, group=block_length)})
 
     @classmethod
     def code_pairs(cls) -> torch.Tensor:
         """Returns the two float32 values of each byte, packed in int64 (256,)."""
-        values = torch.tensor(cls.codebook, dtype=torch.float32)
-        codes = torch.arange(256)
-        return torch.stack([values[codes >> 4], values[codes & 15]], -1).view(torch.int64).view(-1)
+        return byte_pairs(torch.tensor(cls.codebook, dtype=torch.float32), high_first=True)
 
     @classmethod
     def blocks(cls, tensors, first, last):

@@ -3,11 +3,9 @@
 A block of a K-quant holds 256 columns of a row, so smaller groups of columns cannot be moved within
 the bytes. The bytes stay as they are, and each row is reordered when it is dequantised.
 """
-from typing import Any
-
 import torch
 
-from ..format import FORMATS, Format
+from ..format import Format, define
 
 
 class ColumnGroups(Format):
@@ -31,11 +29,9 @@ class ColumnGroups(Format):
             inner: Groups within each of these.
         """
         name = f"{base.__name__}_{columns}_{outer}x{inner}"
-        block_bytes = columns // base.block_length * base.block_bytes
-        attributes = {"base": base, "outer": outer, "inner": inner, "block_length": columns,
-                      "block_bytes": block_bytes}
-        packed_format: Any = FORMATS.get(name) or type(name, (cls,), attributes)
-        return packed_format
+        return define(name, cls, lambda: {
+            "base": base, "outer": outer, "inner": inner, "block_length": columns,
+            "block_bytes": columns // base.block_length * base.block_bytes})
 
     @classmethod
     def write(cls, out: torch.Tensor, blocks: torch.Tensor):

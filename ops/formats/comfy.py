@@ -9,13 +9,14 @@ import math
 
 import torch
 
-from ..bits import reinterpret, select
+from ..bits import byte_pairs, reinterpret, select
 from ..format import Side, Terms
 from ._rows import RowFormat
 from .bnb_int8 import INT8
 from .micro_fp4 import E2M1_DOUBLED
 
-H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+# size -> the matrix whose Kronecker powers, over their roots, are rotations
+HADAMARD = {2: ((1, 1), (1, -1)), 4: ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))}
 
 
 def signed_bytes() -> torch.Tensor:
@@ -44,9 +45,7 @@ class Nibbles(RowFormat):
     @classmethod
     def number_pairs(cls) -> torch.Tensor:
         """Returns the two numbers of each byte as float32, packed in int64 (256,)."""
-        values, codes = cls.code_numbers(), torch.arange(256)
-        pairs = [values[codes & 15], values[codes >> 4]]
-        return torch.stack(pairs[::-1 if cls.is_high_first else 1], -1).view(torch.int64).view(-1)
+        return byte_pairs(cls.code_numbers(), cls.is_high_first)
 
     @classmethod
     def numbers(cls, codes: torch.Tensor) -> torch.Tensor:
@@ -178,15 +177,11 @@ class NVFP4_ROWS(Nibbles):
     group = padding = 16
     values = tuple(value / 2 for value in E2M1_DOUBLED)
     is_high_first = True
+    scales = F8_E4M3.code_numbers  # of the bytes of `scale`
 
     @classmethod
     def sides_of(cls, columns: int, group: int) -> tuple[Side, ...]:
         return Side(torch.uint8, columns // group), Side(torch.float32)
-
-    @classmethod
-    def scales(cls) -> torch.Tensor:
-        """Returns the value of each byte of E4M3, float32 (256,)."""
-        return F8_E4M3.code_numbers()
 
     @classmethod
     def terms(cls, codes: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor) -> Terms:
@@ -255,20 +250,28 @@ class NVFP4_LOW_SMOOTHED(Smoothed):
 
 
 @functools.cache
-def rotation_signs(size: int, device: torch.device) -> torch.Tensor:
-    """Returns a rotation times the root of its size, float32 (size, size), of +-1."""
-    power, h4 = torch.ones((1, 1), dtype=torch.float32), torch.tensor(H4, dtype=torch.float32)
+def rotation_signs(size: int, device: torch.device, base: int = 4) -> torch.Tensor:
+    """Returns a rotation times the root of its size, float32 (size, size), symmetric, of +-1.
+
+    Args:
+        size: of the rotation, a power of `base`.
+        device: of the result.
+        base: a key of `HADAMARD`.
+    """
+    power = torch.ones((1, 1), dtype=torch.float32)
+    matrix = torch.tensor(HADAMARD[base], dtype=torch.float32)
     while len(power) < size:
-        power = torch.kron(power, h4)
+        power = torch.kron(power, matrix)
     return power.to(device)
 
 
 class Rotated(RowFormat):
     """value = scale * (codes of a group of columns times a rotation), one scale a row.
 
-    The rotation is symmetric, orthogonal and the Kronecker power of H4 / 2, whose elements are +-1
-    over a power of two. It turns integers into sums that float32 holds exactly, so that a value is
-    rounded once, whatever the order of the sum (ConvRot, https://arxiv.org/abs/2512.03673).
+    The rotation is symmetric, orthogonal and the Kronecker power of `HADAMARD[4] / 2`, whose
+    elements are +-1 over a power of two. It turns integers into sums that float32 holds exactly, so
+    that a value is rounded once, whatever the order of the sum (ConvRot,
+    https://arxiv.org/abs/2512.03673).
 
     | tensor | dtype, shape               | meaning                      |
     |--------|----------------------------|------------------------------|
@@ -336,15 +339,11 @@ class RotatedLevels(Rotated):
 
     level_group = 16
     sizes = ("group", "level_group")
+    scales = F8_E4M3.code_numbers  # of the bytes of `scale`
 
     @classmethod
     def sides_of(cls, columns: int, *sizes: int) -> tuple[Side, ...]:
         return Side(torch.uint8, columns // sizes[1]), Side(torch.float32)
-
-    @classmethod
-    def scales(cls) -> torch.Tensor:
-        """Returns the value of each byte of E4M3, float32 (256,)."""
-        return F8_E4M3.code_numbers()
 
     @classmethod
     def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,13 @@ is a weight whose rows or columns come from several weights, such as the q, k an
 layer. Both are dequantised by the kernels of the formats within, and a product may take the low
 rank as a branch (`without_low_rank`).
 """
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any
 
 import torch
 
 from ..bits import reinterpret
-from ..format import CPU_CHUNK_VALUES, DEVICE_CHUNK_VALUES, FORMATS, Format, FormatError, Side
+from ..format import Format, FormatError, Side, chunk_values, define, dequantize_by_reference
 from ..low_rank import LowRank, Slice
 
 # dequantises as `Format.dequantize_into` does, the format being the first argument
@@ -22,18 +19,9 @@ DequantizeInto = Callable[..., torch.Tensor]
 FACTOR_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 ALIGNED = 64  # bytes, for the tensors of a part
 
-_LOW_RANK_NAME = re.compile(r"LOWRANK_(\d+)(S?)_(BF16|F16|F32)_(BF16|F16|F32)_(.+)")
-_JOINED_NAME = re.compile(r"JOINED_(ROWS|COLUMNS)_(.+)")
-_PART_NAME = re.compile(r"(\d+)x(\d+)x(.+)")
-
 
 class Composite(Format):
     """The base of formats that are made of others."""
-
-    @classmethod
-    def formats_within(cls) -> Iterable[type[Format]]:
-        """Yields the formats that are dequantised, none of them a composite."""
-        raise NotImplementedError
 
     @classmethod
     def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
@@ -59,18 +47,7 @@ class Composite(Format):
     @classmethod
     def dequantize_into(cls, tensors: list[torch.Tensor], out: torch.Tensor,
                         value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
-        return cls.dequantize_parts(tensors, out, value_dtype, first, _by_reference)
-
-    @classmethod
-    def dequantize(cls, *blocks: torch.Tensor) -> torch.Tensor:
-        rows = blocks[0].numel() // cls.block_bytes
-        out = torch.empty((rows, cls.block_length), dtype=torch.float32, device=blocks[0].device)
-        return cls.dequantize_into(list(blocks), out)
-
-
-def _by_reference(packed_format: type[Format], tensors: list[torch.Tensor], out: torch.Tensor,
-                  value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
-    return packed_format.dequantize_into(tensors, out, value_dtype, first)
+        return cls.dequantize_parts(tensors, out, value_dtype, first, dequantize_by_reference)
 
 
 class AddedLowRank(Composite):
@@ -83,41 +60,42 @@ class AddedLowRank(Composite):
     | up        | uint8           | bytes of (rows, rank) of the dtype in the format's name     |
     | down      | uint8           | bytes of (rank, K), in the basis of the codes if these are  |
     |           |                 | rotated                                                     |
-    | of_row    | float32 (rows,) | only with `is_scaled`: a factor of each row                 |
+    | of_row    | float32 (rows,) | only where `over` has `is_scaled`: a factor of each row     |
     | of_column | float32 (K,)    | likewise, of each column                                    |
 
     Attributes:
         base: whose block is a row.
         rank: of the product.
-        is_scaled: whether rows and columns have factors.
         up_dtype, down_dtype: of the factors.
     """
 
     base: type[Format]
     rank: int
-    is_scaled: bool
     up_dtype: torch.dtype
     down_dtype: torch.dtype
 
     @classmethod
     def over(cls, base: type[Format], rank: int, up_dtype: torch.dtype,
              down_dtype: torch.dtype, is_scaled: bool = False) -> type["AddedLowRank"]:
-        """Returns the format of a weight in `base` with a low rank."""
+        """Returns the format of a weight in `base` with a low rank.
+
+        Args:
+            base: whose block is a row.
+            rank: of the product.
+            up_dtype, down_dtype: of the factors.
+            is_scaled: whether rows and columns have factors.
+        """
         names = {dtype: name for name, dtype in FACTOR_DTYPES.items()}
         mark = "S" if is_scaled else ""
         name = f"LOWRANK_{rank}{mark}_{names[up_dtype]}_{names[down_dtype]}_{base.__name__}"
-        packed_format: Any = FORMATS.get(name)
-        if packed_format is None:
-            sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize),
-                     Side(torch.uint8, rank * base.block_length * down_dtype.itemsize, True))
-            if is_scaled:
-                sides += Side(torch.float32), Side(torch.float32, base.block_length, True)
-            packed_format = type(name, (cls,), {
-                "base": base, "rank": rank, "is_scaled": is_scaled,
-                "up_dtype": up_dtype, "down_dtype": down_dtype,
-                "block_length": base.block_length, "block_bytes": base.block_bytes,
-                "sides": sides, "padding": base.padding, "of_host": base.of_host})
-        return packed_format
+        sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize),
+                 Side(torch.uint8, rank * base.block_length * down_dtype.itemsize, True))
+        if is_scaled:
+            sides += Side(torch.float32), Side(torch.float32, base.block_length, True)
+        return define(name, cls, lambda: {
+            "base": base, "rank": rank, "up_dtype": up_dtype, "down_dtype": down_dtype,
+            "block_length": base.block_length, "block_bytes": base.block_bytes,
+            "sides": sides, "padding": base.padding, "of_host": base.of_host})
 
     @classmethod
     def title(cls) -> str:
@@ -150,8 +128,7 @@ class AddedLowRank(Composite):
                          dequantize_into: DequantizeInto) -> torch.Tensor:
         up, down = (factor.float() for factor in cls.factors(tensors))
         rows = out.view(-1, cls.block_length)
-        is_cpu = out.device.type == "cpu"
-        step = max(1, (CPU_CHUNK_VALUES if is_cpu else DEVICE_CHUNK_VALUES) // cls.block_length)
+        step = max(1, chunk_values(out.device) // cls.block_length)
         for start in range(0, len(rows), step):
             part = rows[start:start + step]
             values = part if part.dtype == torch.float32 else torch.empty(
@@ -254,25 +231,25 @@ class Joined(Composite):
         pieces = "+".join(f"{rows}x{columns}x{packed_format.__name__}"
                           for packed_format, rows, columns in parts)
         name = f"JOINED_{('ROWS', 'COLUMNS')[axis]}_{pieces}"
-        packed_format: Any = FORMATS.get(name)
-        if packed_format is None:
-            placed, offset, start = [], 0, 0
-            for part_format, rows, columns in parts:
-                place = (start, 0) if axis == 0 else (0, start)
-                part = Part(part_format, rows, columns, *place, ())
-                offsets = []
-                for dtype, length in part.sizes():
-                    offsets.append(offset)
-                    offset += -(-dtype.itemsize * length // ALIGNED) * ALIGNED
-                placed.append(Part(part_format, rows, columns, *place, tuple(offsets)))
-                start += (rows, columns)[axis]
-            rows = start if axis == 0 else parts[0][1]
-            columns = start if axis == 1 else parts[0][2]
-            packed_format = type(name, (cls,), {
-                "axis": axis, "parts": tuple(placed), "block_length": columns,
+        return define(name, cls, lambda: cls._attributes(axis, parts))
+
+    @classmethod
+    def _attributes(cls, axis: int, parts: Sequence[tuple[type[Format], int, int]]) -> dict:
+        placed, offset, start = [], 0, 0
+        for part_format, rows, columns in parts:
+            place = (start, 0) if axis == 0 else (0, start)
+            part = Part(part_format, rows, columns, *place, ())
+            offsets = []
+            for dtype, length in part.sizes():
+                offsets.append(offset)
+                offset += -(-dtype.itemsize * length // ALIGNED) * ALIGNED
+            placed.append(Part(part_format, rows, columns, *place, tuple(offsets)))
+            start += (rows, columns)[axis]
+        rows = start if axis == 0 else parts[0][1]
+        columns = start if axis == 1 else parts[0][2]
+        return {"axis": axis, "parts": tuple(placed), "block_length": columns,
                 "block_bytes": -(-offset // rows),
-                "of_host": all(part_format.of_host for part_format, *_ in parts)})
-        return packed_format
+                "of_host": all(part_format.of_host for part_format, *_ in parts)}
 
     @classmethod
     def join(cls, axis: int, parts: Sequence[tuple[type[Format], int, int, Sequence[torch.Tensor]]]
@@ -302,7 +279,7 @@ class Joined(Composite):
     @classmethod
     def formats_within(cls) -> Iterable[type[Format]]:
         for part in cls.parts:
-            yield from formats_within(part.format)
+            yield from part.format.formats_within()
 
     @classmethod
     def without_low_rank(cls, tensors: list[torch.Tensor]
@@ -320,7 +297,7 @@ class Joined(Composite):
         if not low_ranks:
             return cls, tensors, None
         name = f"{cls.__name__}_WITHOUT_LOW_RANK"
-        packed_format: Any = FORMATS.get(name) or type(name, (Joined,), {
+        packed_format = define(name, Joined, lambda: {
             "axis": cls.axis, "parts": tuple(rest), "block_length": cls.block_length,
             "block_bytes": cls.block_bytes, "of_host": cls.of_host})
         return packed_format, tensors, cls._joined_low_rank(low_ranks)
@@ -363,40 +340,9 @@ class Joined(Composite):
         return out
 
 
-def formats_within(packed_format: type[Format]) -> Iterable[type[Format]]:
-    """Yields the formats that a weight is dequantised from; by itself for all but composites."""
-    if issubclass(packed_format, Composite):
-        yield from packed_format.formats_within()
-    else:
-        yield packed_format
-
-
 def without_low_rank(packed_format: type[Format], tensors: list[torch.Tensor]
                      ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
     """Returns `Composite.without_low_rank`, of other formats the weight itself and None."""
     if issubclass(packed_format, Composite):
         return packed_format.without_low_rank(tensors)
     return packed_format, tensors, None
-
-
-def composite_named(name: str, format_named: Callable[[str], type[Format]]
-                    ) -> type[Format] | None:
-    """Returns a composite by its name, None where the name is of another format.
-
-    Args:
-        name: of a format.
-        format_named: returns a format by its name; raises KeyError.
-    """
-    if match := _LOW_RANK_NAME.fullmatch(name):
-        rank, mark, up, down, base = match.groups()
-        return AddedLowRank.over(format_named(base), int(rank), FACTOR_DTYPES[up],
-                                 FACTOR_DTYPES[down], bool(mark))
-    if match := _JOINED_NAME.fullmatch(name):
-        axis, pieces = match.groups()
-        parts = [_PART_NAME.fullmatch(piece) for piece in pieces.split("+")]
-        if not all(parts) or prod(int(size) for part in parts if part
-                                  for size in part.groups()[:2]) == 0:
-            raise KeyError(name)
-        return Joined.of(("ROWS", "COLUMNS").index(axis), [
-            (format_named(part[3]), int(part[1]), int(part[2])) for part in parts if part])
-    return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..bits import reinterpret, select, split_bits, split_stream
+from ..bits import byte_pairs, reinterpret, select, split_bits, split_stream
 from ..format import Side, Terms
 from ._rows import FAMILIES, RowFormat
 from .comfy import NVFP4_LOW
@@ -72,9 +72,7 @@ class Integers(RowFormat):
     @classmethod
     def number_pairs(cls) -> torch.Tensor:
         """Returns the two numbers of each byte of 4-bit codes, float32 in int64 (256,)."""
-        codes = torch.arange(256)
-        pairs = torch.stack([codes & 15, codes >> 4], -1).float() - cls.offset()
-        return pairs.view(torch.int64).view(-1)
+        return byte_pairs(torch.arange(16, dtype=torch.float32) - cls.offset())
 
     @classmethod
     def numbers(cls, codes: torch.Tensor) -> torch.Tensor:

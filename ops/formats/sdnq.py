@@ -14,37 +14,17 @@ for each number of bits. The layouts are those of its files; the sizes of a form
 
 A row is the values of one output channel: input channels, and for each its taps.
 """
-import functools
-from typing import NamedTuple
-
 import torch
 
-from ..bits import reinterpret, select
+from ..bits import byte_pairs, reinterpret, select
 from ..format import Side, Terms
 from ._rows import RowFormat
-from .comfy import H4, signed_bytes
+from .comfy import rotation_signs
 
 # how numbers are stored: as they are, in 16 bits times one factor, or in a byte with a table
 SIDE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # bits of a code -> codes that are packed together
 PACK_CODES = {1: 8, 2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 7: 8, 8: 1}
-BASES = {2: ((1, 1), (1, -1)), 4: H4}
-
-
-@functools.cache
-def rotation_signs(base: int, size: int, device: torch.device) -> torch.Tensor:
-    """Returns a rotation times the root of its size, float32 (size, size), symmetric, of +-1.
-
-    Args:
-        base: 2 or 4; `size` is a power of it.
-        size: of the rotation.
-        device: of the result.
-    """
-    power = torch.ones((1, 1), dtype=torch.float32)
-    matrix = torch.tensor(BASES[base], dtype=torch.float32)
-    while len(power) < size:
-        power = torch.kron(power, matrix)
-    return power.to(device)
 
 
 def split_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -115,13 +95,11 @@ class SDNQ(RowFormat):
     | zero point | likewise                 | only of families with `has_zeros`             |
 
     Attributes:
-        values: the number of each code.
         has_zeros: whether there are zero points.
         label: the name of the type for people.
     """
 
     sizes = ("group", "taps", "rotation", "rotation_base", "scale_type", "zero_type")
-    values: tuple[float, ...]
     has_zeros: bool
     label = "SDNQ"
     taps = 1
@@ -136,11 +114,6 @@ class SDNQ(RowFormat):
         scales = columns // (group or columns // taps)
         sides = number_sides(scale_type, scales)
         return sides + number_sides(zero_type, scales) if cls.has_zeros else sides
-
-    @classmethod
-    def code_numbers(cls) -> torch.Tensor:
-        """Returns the number of each code, float32 (2**bits,)."""
-        return torch.tensor(cls.values, dtype=torch.float32)
 
     @classmethod
     def numbers(cls, packed: torch.Tensor) -> torch.Tensor:
@@ -178,7 +151,7 @@ class SDNQ(RowFormat):
     @classmethod
     def rotate(cls, rows: torch.Tensor) -> torch.Tensor:
         """Returns rows (n, K) times the rotation times the root of its size, float32."""
-        signs = rotation_signs(cls.rotation_base, cls.rotation, rows.device)
+        signs = rotation_signs(cls.rotation, rows.device, cls.rotation_base)
         return (rows.reshape(-1, cls.rotation) @ signs).view(rows.shape)
 
     @classmethod
@@ -206,12 +179,14 @@ class SDNQFloat(SDNQ):
 
     Attributes:
         exponent, mantissa: bits of each; 0 for floats of torch.
+        dtype: of these.
         subnormals: 0 where the floats of an exponent of 0 are read as all others, except 0 itself.
     """
 
     sizes = (*SDNQ.sizes, "subnormals")
-    exponent: int
-    mantissa: int
+    exponent = 0
+    mantissa = 0
+    dtype: torch.dtype
     subnormals = 1
 
     @classmethod
@@ -220,17 +195,16 @@ class SDNQFloat(SDNQ):
 
     @classmethod
     def code_numbers(cls) -> torch.Tensor:
-        values = cls.values
-        if not cls.subnormals and cls.exponent:
-            values = float_values(cls.exponent, cls.mantissa, not cls.has_zeros, False)
-        return torch.tensor(values, dtype=torch.float32)
+        """Returns the number of each code, float32 (2**bits,)."""
+        if not cls.exponent:
+            return torch.arange(256).to(torch.uint8).view(cls.dtype).float()
+        return torch.tensor(float_values(cls.exponent, cls.mantissa, not cls.has_zeros,
+                                         bool(cls.subnormals)), dtype=torch.float32)
 
     @classmethod
     def number_pairs(cls) -> torch.Tensor:
         """Returns the two numbers of each byte of codes of 4 bits, packed in int64 (256,)."""
-        values, codes = cls.code_numbers(), torch.arange(256)
-        pairs = torch.stack([values[codes & 15], values[codes >> 4]], -1)
-        return pairs.view(torch.int64).view(-1)
+        return byte_pairs(cls.code_numbers())
 
     @classmethod
     def numbers(cls, packed: torch.Tensor) -> torch.Tensor:
@@ -268,39 +242,8 @@ class SDNQCodebook(SDNQ):
         return Terms(values, values.new_ones(()))
 
 
-class WeightsDtype(NamedTuple):
-    """A type of code.
-
-    Attributes:
-        bits: of a code.
-        values: the number of each code.
-        has_zeros: whether its groups have zero points.
-        exponent, mantissa: bits of each, of small floats only.
-    """
-
-    bits: int
-    values: tuple[float, ...]
-    has_zeros: bool
-    exponent: int | None = None
-    mantissa: int = 0
-
-    def family(self, name: str) -> type[SDNQ]:
-        """Returns a new family of formats.
-
-        Args:
-            name: of the type.
-        """
-        attributes = {"bits": self.bits, "values": self.values, "has_zeros": self.has_zeros,
-                      "label": f"SDNQ {name}", "__doc__": f"SDNQ's {name}.",
-                      "__module__": __name__}
-        if self.exponent is None:
-            return type(f"SDNQ_{name.upper()}", (SDNQInteger,), attributes)
-        attributes |= {"exponent": self.exponent, "mantissa": self.mantissa}
-        return type(f"SDNQ_{name.upper()}", (SDNQFloat,), attributes)
-
-
 def float_values(exponent: int, mantissa: int, is_signed: bool,
-                 has_subnormals: bool = True) -> tuple[float, ...]:
+                 has_subnormals: bool) -> tuple[float, ...]:
     """Returns the number of each code of a small float without infinities and NaN.
 
     Args:
@@ -320,16 +263,21 @@ def float_values(exponent: int, mantissa: int, is_signed: bool,
     return (*values, *(-value for value in values)) if is_signed else tuple(values)
 
 
-def _code_types() -> dict[str, WeightsDtype]:
-    """Returns the types of at most 8 bits by the names that SDNQ's files have for them."""
-    types = {f"int{bits}": WeightsDtype(bits, tuple(range(-2**(bits - 1), 2**(bits - 1))), False)
-             for bits in range(2, 8)}
-    types["int8"] = WeightsDtype(8, tuple(map(int, signed_bytes().tolist())), False)
-    types |= {f"uint{bits}": WeightsDtype(bits, tuple(range(2**bits)), True)
-              for bits in range(1, 9)}
+def _types() -> dict[str, type[SDNQ]]:
+    """Returns the families of types of at most 8 bits, by the names that SDNQ's files have."""
+    families = {}
+
+    def add(name: str, base: type[SDNQ], bits: int, has_zeros: bool, **more):
+        families[name] = type(f"SDNQ_{name.upper()}", (base,), {
+            "bits": bits, "has_zeros": has_zeros, "label": f"SDNQ {name}",
+            "__doc__": f"SDNQ's {name}.", "__module__": __name__, **more})
+
+    for bits in range(2, 9):
+        add(f"int{bits}", SDNQInteger, bits, False)
+    for bits in range(1, 9):
+        add(f"uint{bits}", SDNQInteger, bits, True)
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        numbers = torch.arange(256).to(torch.uint8).view(dtype).float().tolist()
-        types[str(dtype).removeprefix("torch.")] = WeightsDtype(8, tuple(numbers), False, 0)
+        add(str(dtype).removeprefix("torch."), SDNQFloat, 8, False, dtype=dtype)
     for bits in range(1, 9):
         for is_signed in (True, False):
             for exponent in range(1, min(5, bits - is_signed) + 1):
@@ -337,12 +285,12 @@ def _code_types() -> dict[str, WeightsDtype]:
                 name = f"float{bits}_e{exponent}m{mantissa}fn{'' if is_signed else 'u'}"
                 # which are torch's, with NaN
                 name += "_sdnq" if name == "float8_e4m3fn" else ""
-                values = float_values(exponent, mantissa, is_signed)
-                types[name] = WeightsDtype(bits, values, not is_signed, exponent, mantissa)
-    return types
+                add(name, SDNQFloat, bits, not is_signed, exponent=exponent, mantissa=mantissa)
+    return families
 
 
-CODE_TYPES = _code_types()
+# name of a type -> family of its formats
+SDNQ_TYPES = _types()
 # other names of types
 ALIASES = {
     "int1": "uint1", "bool": "uint1", "fp1": "float1_e1m0fnu", "ufp1": "float1_e1m0fnu",
@@ -352,8 +300,6 @@ ALIASES = {
     "ufp5": "float5_e2m3fnu", "ufp6": "float6_e3m3fnu", "ufp7": "float7_e3m4fnu",
     "ufp8": "float8_e4m4fnu",
 }
-# name of a type -> family of its formats
-SDNQ_TYPES = {name: code_type.family(name) for name, code_type in CODE_TYPES.items()}
 # bits -> family of formats with levels
 CODEBOOKS: dict[int, type[SDNQCodebook]] = {
     bits: type(f"SDNQ_CODEBOOK{bits}", (SDNQCodebook,), {

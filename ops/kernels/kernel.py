@@ -32,7 +32,6 @@ class Kernel:
         run: The function, with the arguments below.
         min_tokens: The fewest rows of the input that "linear" takes.
         max_tokens: The most rows of the input that "linear" takes; None: any number.
-        min_compute_capability: Of CUDA; ROCm and other devices ignore it.
 
     The arguments of `run`, by capability:
 
@@ -68,20 +67,16 @@ class Kernel:
     run: Callable[..., None]
     min_tokens: int = 1
     max_tokens: int | None = None
-    min_compute_capability: tuple[int, int] = (0, 0)
 
-    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype,
-                capability: tuple[int, int] | None) -> bool:
-        """Returns whether the constraints on format, dtype and device are met.
+    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype) -> bool:
+        """Returns whether the constraints on format and dtype are met.
 
         Args:
             packed_format: Of the weight; None for a capability without formats.
             dtype: One of `dtypes`.
-            capability: Of the device, as `compute_capability` returns it.
         """
         return (
             dtype in self.dtypes
-            and (capability is None or capability >= self.min_compute_capability)
             and (
                 packed_format is None
                 or any(base.__name__ in self.formats for base in packed_format.__mro__)
@@ -142,7 +137,11 @@ class Case(NamedTuple):
 
     @classmethod
     def of_json(cls, parts: Any) -> "Case | None":
-        """Returns the case that `as_json` was called on, None for anything else."""
+        """Returns the case that `as_json` was called on.
+
+        None for anything else, also for a case that no trial tries: another capability or dtype, or
+        a format whose name is made of others or too long.
+        """
         dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
         match parts:
             case ["int8_tokens", None, str(dtype), None] if dtype in dtypes:
@@ -159,12 +158,6 @@ class Case(NamedTuple):
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns "float16" for torch.float16."""
     return str(dtype).removeprefix("torch.")
-
-
-def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Returns a device's CUDA compute capability, None for any device but CUDA's."""
-    is_cuda = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device) if is_cuda else None
 
 
 def device_name(device: torch.device) -> str:

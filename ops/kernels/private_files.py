@@ -25,9 +25,9 @@ def cache_folder() -> Path:
 def is_private(path: Path, is_type: Callable[[int], bool]) -> bool:
     """Returns whether only this user can have written a file or folder.
 
-    It must exist, be no symlink, belong to this user and be writable by nobody else. A file counts
-    only in a folder that is private too. On Windows, where a user's folder is private anyway, only
-    the first two are checked.
+    It must exist, be no symlink, belong to this user and be writable by nobody else. It does not
+    look at a file's folder: callers check that as well. On Windows, where a user's folder is
+    private anyway, only the first two are checked.
 
     Args:
         path: The file or folder.
@@ -57,14 +57,14 @@ def private_folder(folder: Path) -> Path:
             part.mkdir(mode=0o700, exist_ok=True)
             if not is_private(part, stat.S_ISDIR):
                 _warn_not_private(part)
-                return temporary_folder()
+                return temporary_folder(None)
     except OSError as error:
         return _temporary_substitute(str(folder), str(error))
     return folder
 
 
 @functools.cache
-def temporary_folder(parent: str | None = None) -> Path:
+def temporary_folder(parent: str | None) -> Path:
     """Returns a folder of this process, which is removed when it ends.
 
     Args:
@@ -83,7 +83,7 @@ def _temporary_substitute(folder: str, reason: str) -> Path:
     log.info(
         "[Featherweight] %s cannot be used (%s), so kernels are kept only until ComfyUI ends. The"
         " environment variable XDG_CACHE_HOME names another folder.", folder, reason)
-    return temporary_folder()
+    return temporary_folder(None)
 
 
 @functools.cache

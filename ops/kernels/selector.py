@@ -9,7 +9,7 @@ import torch
 
 from ..format import Format
 from .background import Future, compute_in_background, set_result, wait
-from .kernel import Backend, Case, Kernel, WrongResult, compute_capability, device_name
+from .kernel import Backend, Case, Kernel, WrongResult, device_name
 from .registry import import_backend
 from .trial_startup import is_on_trial, log_failure
 from .validation import check, report_wrong
@@ -39,7 +39,6 @@ class InProcessSelector:
         self._checks: dict[tuple, Future] = {}
         self._starting = threading.Lock()  # held for no longer than a thread takes to start
         self._waits = True
-        self._compute_capability = compute_capability(device)
         self._backend = self._compute(self._find_backend)
 
     def find(self, capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
@@ -50,7 +49,7 @@ class InProcessSelector:
             return None
         for kernel in backend.kernels:
             if (kernel.capability == capability and kernel.takes(tokens)
-                    and kernel.accepts(packed_format, dtype, self._compute_capability)):
+                    and kernel.accepts(packed_format, dtype)):
                 is_right = self._check(backend.name, kernel, packed_format, dtype, value_dtype)
                 if self._value(is_right, capability):
                     return kernel
@@ -186,6 +185,7 @@ class TrialedSelector:
 
     def note(self, cases: list[Case]):
         """Has the cases that no trial has tried yet tried at ComfyUI's next start."""
+        cases = [case for case in cases if Case.of_json(case.as_json())]
         new = self._results.untried(case for case in cases if case not in self._requested)
         known_formats = {case.format for case in self._results.untried(self._requested)}
         self._requested.update(dict.fromkeys(cases))

@@ -29,9 +29,9 @@ import torch
 
 from ...child_process import end_all, end_process, is_ending, start_process
 from .. import int8_codes
-from ..format import Format
+from ..format import Format, dequantize_by_reference
 from ..formats._names import format_named
-from .kernel import Backend, Case, Kernel, WrongResult, compute_capability
+from .kernel import Backend, Case, Kernel, WrongResult
 from .registry import import_backend
 from .validation import check, random_tensors
 from .verdicts import RETRY_AFTER_S, Verdicts
@@ -163,7 +163,6 @@ class Trial:
         self.cases = sorted(cases, key=lambda case: ORDER.index(case.capability))
         self.names: list[str] = job["backends"]
         self.backends: list[Backend] = []
-        self.compute_capability = compute_capability(self.device)
         self.kernel_name: str | None = None  # of the kernel or probe that is being tried
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -245,7 +244,7 @@ class Trial:
         return [(backend, kernel, packed_format)
                 for backend in self.backends for kernel in backend.kernels
                 if kernel.capability == case.capability
-                and kernel.accepts(packed_format, case.dtype, self.compute_capability)]
+                and kernel.accepts(packed_format, case.dtype)]
 
     def _calls(self, kernel: Kernel, packed_format: type[Format] | None,
                case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -273,11 +272,11 @@ class Trial:
                                                    case.value_dtype, 0))
         if case.capability == "dequantize":
             return (lambda: kernel.run(packed_format, tensors, values, value_dtype, 0),
-                    lambda: _dequantize_by_torch(packed_format, tensors, values, value_dtype, 0))
+                    lambda: dequantize_by_reference(packed_format, tensors, values, value_dtype, 0))
         # Where no kernel multiplies, torch does, by the values that the fastest kernel dequantises.
         dequantize_case = case._replace(capability="dequantize", value_dtype=value_dtype)
         kernels = self.verdicts.results().kernels(dequantize_case, self.backends)
-        dequantize = kernels[0].run if kernels else _dequantize_by_torch
+        dequantize = kernels[0].run if kernels else dequantize_by_reference
         out = empty(tokens, rows)
         return (lambda: kernel.run(packed_format, tensors, input, None, out, case.value_dtype),
                 lambda: (dequantize(packed_format, tensors, values, value_dtype, 0),
@@ -318,10 +317,6 @@ class Trial:
 
     def _touch_device(self):
         torch.zeros(1, dtype=torch.float32, device=self.device).item()
-
-
-def _dequantize_by_torch(packed_format, tensors, out, value_dtype, first):
-    packed_format.dequantize_into(tensors, out, value_dtype, first)
 
 
 def _end_with_input(trial: Trial):

@@ -274,13 +274,9 @@ def _weight_arguments(packed_format: type[Format], tensors: list[torch.Tensor],
     }
 
 
-def _current(device: torch.device):
-    """Makes a tensors' device the current one, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _launch(kernel, programs: int, device: torch.device, *arguments, **constants):
-    with _current(device):
+    # Triton launches on the current device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **constants)
 
 

@@ -5,7 +5,6 @@ Both are append-only files of JSON lines in the user's cache.
 import ctypes
 import hashlib
 import json
-import logging
 import math
 import os
 import platform
@@ -23,8 +22,6 @@ import torch
 from ..bounded_json import read_json
 from .kernel import Backend, Case, Kernel
 from .private_files import cache_folder, is_private, private_folder
-
-log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 4 << 20
 MAX_NOTES = 200  # cases; the latest count
@@ -185,10 +182,10 @@ class Notes(JsonLines):
         return list(dict.fromkeys(cases))[-MAX_NOTES:]
 
     def add(self, cases: Iterable[Case]):
-        """Notes the new ones among the cases that a trial can try. Raises OSError."""
+        """Notes the new ones among cases that a trial can try. Raises OSError."""
         noted = self.cases()
         for case in cases:
-            if case not in noted and Case.of_json(case.as_json()):
+            if case not in noted:
                 self.append(case=case.as_json())
 
 

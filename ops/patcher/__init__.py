@@ -249,7 +249,7 @@ class PackedPatcher(_HostPatcher):
             budget = min(limit + factor_bytes(self), available_bytes)
             full_load = False
             self.model.model_offload_buffer_memory = 0
-        built = self._applied.cache.get(self.patches_uuid, device_to)
+        built = self._applied.reusable(self.patches_uuid, device_to)
         with self._packed_patches_hidden():
             if full_load:
                 super().load(device_to, budget, force_patch_weights=force_patch_weights,
@@ -279,7 +279,7 @@ class PackedPatcher(_HostPatcher):
         # and weights with a new slot, need that.
         self._residency.drop_slots_out_of_order(self, device_to)
         before = self._slots()
-        built = self._applied.cache.get(self.patches_uuid, device_to)
+        built = self._applied.reusable(self.patches_uuid, device_to)
         resident_weights = self._residency.resident_weights(self, device_to)
         self._remove_patches()
         with self._packed_patches_hidden(), self.set_temporarily(resident_weights=resident_weights):

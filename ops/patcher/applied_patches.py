@@ -67,27 +67,6 @@ def factor_bytes(patcher) -> int:
                for value in values for tensor in adapter_tensors(value))
 
 
-class FactorCache:
-    """Keeps the patches last built for all packed layers, so that the next load can reuse them."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        self._built: dict[str, LayerPatches] = {}
-        self._built_for: tuple | None = None  # (patches_uuid, device)
-
-    def put(self, built: dict[str, LayerPatches], patches_uuid, device):
-        self._built = dict(built)
-        self._built_for = patches_uuid, device
-
-    def get(self, patches_uuid, device) -> dict[str, LayerPatches]:
-        """Returns the patches built from this set that are on this device, by weight name."""
-        if self._built_for != (patches_uuid, device):
-            return {}
-        return {key: patches for key, patches in self._built.items() if not patches.offloaded}
-
-
 def _accept_source():
     """Checks nothing: weights that are not in a mapped file cannot change."""
 
@@ -112,7 +91,13 @@ class AppliedPatches:
         self.counted = 0
         self.evicted = False
         self.check_source: Callable[[], None] = _accept_source
-        self.cache = FactorCache()
+        self._built_for: tuple | None = None  # (patches_uuid, device) of all `layers`, where alike
+
+    def reusable(self, patches_uuid, device) -> dict[str, LayerPatches]:
+        """Returns those of `layers` that a load of the same patches can use again on a device."""
+        if self._built_for != (patches_uuid, device):
+            return {}
+        return {key: patches for key, patches in self.layers.items() if not patches.offloaded}
 
     def apply_all(self, patcher, device, built: dict[str, LayerPatches] | None = None):
         """Gives every packed layer its patches, and counts their factors as loaded.
@@ -120,16 +105,16 @@ class AppliedPatches:
         Args:
             patcher: The patcher whose patches are applied.
             device: Where the factors go.
-            built: Patches to reuse, by weight name, as `FactorCache.get` returns them.
+            built: Patches to reuse, by weight name, as `reusable` returns them.
         """
         self.clear(patcher)
         for key in packed_keys(patcher):
             self.apply_one(patcher, key, device, (built or {}).get(key))
-        self.cache.put(self.layers, patcher.patches_uuid, device)
+        self._built_for = patcher.patches_uuid, device
 
     def apply_one(self, patcher, key: str, device, built: LayerPatches | None = None):
         """Gives one packed layer its patches, and counts their factors as loaded."""
-        self.cache.clear()
+        self._built_for = None
         before = self.layers.pop(key, None)
         built = built or build(patcher, key, patcher.all_patches[key], device)
         self._assign(patcher, key, built)
@@ -148,7 +133,7 @@ class AppliedPatches:
         self.saved_by_hooks = {}
         self.nbytes = 0
         self.counted = 0
-        self.cache.clear()
+        self._built_for = None
 
     def offload(self, patcher):
         """Moves the patches off the device; layers copy them in at each run until the next load."""

@@ -17,7 +17,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ..packed_layout import QuantizedTensor
+from ..packed_tensor import QuantizedTensor, inner_tensors
 from ..read_only_memory import is_read_only
 from .applied_patches import find_packed_weight
 
@@ -103,7 +103,7 @@ def bytes_on(model, device) -> int:
 def _nbytes(value: torch.Tensor) -> int:
     if not isinstance(value, QuantizedTensor):
         return value.nbytes
-    return sum(getattr(value, name).nbytes for name in value.__tensor_flatten__()[0])
+    return sum(tensor.nbytes for tensor in inner_tensors(value))
 
 
 def make_pinnable(patcher, key: str) -> bool:

@@ -26,12 +26,11 @@ from .second_moments import SecondMoments
 
 # Scales tried for a block and then for each of its groups, and how often the best one is refined.
 TRIES, ROUNDS = 7, 1
-SWEEPS = 2  # of coordinate descent
+SWEEPS = 2  # of coordinate descent over the columns
 
 
-def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moments: SecondMoments,
-                       sweeps: int = SWEEPS,
-                       damping: tuple[float, float] | None = None) -> PackedTensor:
+def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format],
+                       moments: SecondMoments) -> PackedTensor:
     """Packs a weight so that the error of its layer's output is about the least for some inputs.
 
     Takes temporaries of `damped_hessian.SLICE_BYTES` and six times one block of the moments.
@@ -41,8 +40,6 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
         packed_format: A format with a grid.
         moments: Of the inputs, which match the weight's other dimensions, flattened to (K,). For a
             pair, the values of `DampedHessian.target` are packed.
-        sweeps: How often coordinate descent goes over the columns.
-        damping: None: `damping_for` the format.
 
     Returns:
         The packed weight, which shows as float32.
@@ -70,7 +67,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
         choose = functools.partial(choose_columns, search)
     else:
         choose = functools.partial(kernel, packed_format)
-    damping = damping or damping_for(packed_format, moments)
+    damping = damping_for(packed_format, moments)
     blocks = columns // grid.length
     data = torch.empty(rows, blocks, packed_format.block_bytes, dtype=torch.uint8,
                        device=weight.device)
@@ -81,7 +78,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
     )
     for index, span in enumerate(moments.spans()):
         damped = DampedHessian(moments, index, weight.device, damping)
-        feedback = _Feedback(search, choose, damped, sweeps)
+        feedback = _Feedback(search, choose, damped)
         span_blocks = slice(span.start // grid.length, span.stop // grid.length)
         for row_slice in slice_rows(rows, span.stop - span.start, weight.device):
             count = row_slice.stop - row_slice.start
@@ -97,12 +94,10 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format], moment
 class _Feedback:
     """Packs slices of rows of the k columns that share one block of moments."""
 
-    def __init__(self, search: Search, choose: Callable[..., None], damped: DampedHessian,
-                 sweeps: int):
+    def __init__(self, search: Search, choose: Callable[..., None], damped: DampedHessian):
         self.search = search
         self.choose = choose
         self.damped = damped
-        self.sweeps = sweeps
         diagonal = damped.triangle.diagonal()
         # weight of a column's squared error once all later columns have compensated it
         self.weights = diagonal.square().reciprocal()
@@ -125,7 +120,7 @@ class _Feedback:
             raise FormatError("The weight holds NaN or infinite values.")
         chosen = Columns.like(self.search.grid, target)
         self._choose(target.clone(), self.shares, self.weights, chosen)
-        for _ in range(self.sweeps):
+        for _ in range(SWEEPS):
             # half the slope of the loss along each column, divided by its curvature
             slopes = self.steps.T @ chosen.values().sub_(target)
             self._choose(slopes, self.steps, None, chosen)

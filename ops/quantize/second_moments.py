@@ -193,12 +193,6 @@ class SecondMoments:
         self.count += other.count
         self.held_out_count += other.held_out_count
 
-    def to(self, device) -> "SecondMoments":
-        cross = None if self.cross is None else self.cross.to(device)
-        dense_sketch = None if self.dense_sketch is None else self.dense_sketch.to(device)
-        return SecondMoments(self.columns, self.blocks.to(device), self.sketch.to(device), cross,
-                             dense_sketch, self.count, self.held_out_count, self._calls)
-
     # --- files ---
 
     def to_tensors(self) -> dict[str, torch.Tensor]:

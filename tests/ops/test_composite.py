@@ -13,7 +13,6 @@ from featherweight.ops import (
 from featherweight.ops.format import FORMATS, FormatError
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.comfy import INT8_GROUPS, INT8_ROWS, NVFP4_SMOOTHED
-from featherweight.ops.formats.composite import formats_within
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.packed_layout import (
@@ -196,13 +195,13 @@ def test_a_weight_is_found_by_the_name_of_its_format(make):
     again = format_named(name)
     assert (again.block_length, again.block_bytes, again.sides) == (
         packed_format.block_length, packed_format.block_bytes, packed_format.sides)
-    assert list(map(str, formats_within(again))) == list(map(str, formats_within(packed_format)))
+    assert list(map(str, again.formats_within())) == list(map(str, packed_format.formats_within()))
 
 
 @every_weight
 def test_a_weight_survives_pickling(make):
     weight = make()
-    again = pickle.loads(pickle.dumps(PickledWeight.of(torch.nn.Parameter(
+    again = pickle.loads(pickle.dumps(PickledWeight(torch.nn.Parameter(
         weight, requires_grad=False))))
     assert is_packed(again) and torch.equal(again.dequantize(), weight.dequantize())
 

@@ -83,3 +83,11 @@ def test_no_more_scores_than_a_slice_are_held(monkeypatch):
         cpu_attention.attention(None, *inputs)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest <= 4 * inputs[0].nbytes  # the operands and the result; all scores are 42 000
+
+
+@pytest.mark.parametrize("needs_gradient", [0, 1, 2], ids=["query", "key", "value"])
+def test_a_gradient_of_any_input_is_computed(needs_gradient):
+    inputs = operands(torch.bfloat16)
+    inputs[needs_gradient].requires_grad_()
+    cpu_attention.attention(attention_pytorch, *inputs).sum().backward()
+    assert inputs[needs_gradient].grad.isfinite().all()

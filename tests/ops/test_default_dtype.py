@@ -111,7 +111,7 @@ def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(kernel, under):
         "int8_rows": torch.int8
     }
     dtype = dtypes.get(kernel.capability, torch.float32)
-    accepted = [fmt for fmt in [FORMATS["Q4_K"], *EACH] if kernel.accepts(fmt, dtype, None)]
+    accepted = [fmt for fmt in [FORMATS["Q4_K"], *EACH] if kernel.accepts(fmt, dtype)]
     fmt = accepted[0] if kernel.formats else None
     under(torch.float16, lambda: check(kernel, fmt, dtype, None, CPU))
 

@@ -1,11 +1,19 @@
 """The base of packed formats: registration and shape algebra."""
-import pytest
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+import torch
+
+from featherweight.ops import format, formats  # noqa: F401
 from featherweight.ops.format import FORMATS, Format, FormatError
+from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.formats.comfy import INT8_ROWS
+from featherweight.ops.formats.composite import AddedLowRank, Joined
 
 
 def test_second_claim_on_a_ggml_type_is_refused():
-    import featherweight.ops.formats  # noqa: F401
     with pytest.raises(TypeError, match="ggml type 8 is claimed by Q8_0 and Impostor"):
         class Impostor(Format, ggml_type=8):
             block_length, block_bytes = 32, 34
@@ -13,6 +21,44 @@ def test_second_claim_on_a_ggml_type_is_refused():
 
 
 def test_rows_that_do_not_divide_into_blocks_are_refused():
-    import featherweight.ops.formats  # noqa: F401
     with pytest.raises(FormatError, match="blocks of 32"):
         FORMATS["Q8_0"].packed_shape((4, 33))
+
+
+class SlowLookup(dict):
+    """Gives other threads time after each lookup."""
+
+    def get(self, *key):
+        value = super().get(*key)
+        time.sleep(0.01)
+        return value
+
+
+def low_rank():
+    return AddedLowRank.over(INT8_ROWS.of_columns(64), 3, torch.float16, torch.float16)
+
+
+def without_low_rank():
+    joined = Joined.of(0, [(low_rank(), 2, 64), (FORMATS["Q8_0"], 2, 64)])
+    data = torch.zeros(4 * joined.block_bytes, dtype=torch.uint8)
+    return joined.without_low_rank([data])[0]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: FORMATS["NF4"].of_block_length(4096 * 3),
+    lambda: INT8_ROWS.of_columns(77),
+    lambda: ColumnGroups.of(FORMATS["Q8_0"], 96, 3, 1),
+    low_rank,
+    lambda: Joined.of(0, [(FORMATS["Q8_0"], 3, 96), (FORMATS["Q4_0"], 5, 96)]),
+    without_low_rank], ids=["NF4", "rows", "column groups", "low rank", "joined", "rest"])
+def test_threads_that_need_a_new_format_at_once_get_the_same_one(make, monkeypatch):
+    monkeypatch.setattr(format, "FORMATS", SlowLookup(FORMATS))
+    barrier = threading.Barrier(4, timeout=60)
+
+    def make_together():
+        barrier.wait()
+        return make()
+
+    with ThreadPoolExecutor(4) as threads:
+        made = [threads.submit(make_together) for _ in range(4)]
+    assert len({future.result() for future in made}) == 1

@@ -207,6 +207,7 @@ def test_formats_import_only_torch_and_never_use_numpy(path):
                 "torch",
                 "math",
                 "re",
+                "threading",
                 "dataclasses",
                 "functools",
             }

@@ -89,7 +89,7 @@ def is_usual_product(name, fmt, dtype):
 
 def kernels_of(backend, capability, fmt=None, dtype=None):
     kernels = [kernel for kernel in backend.kernels if kernel.capability == capability
-               and kernel.accepts(fmt, dtype or min(kernel.dtypes, key=str), None)]
+               and kernel.accepts(fmt, dtype or min(kernel.dtypes, key=str))]
     if not kernels:
         pytest.skip("left to torch")
     return kernels

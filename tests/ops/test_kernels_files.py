@@ -68,7 +68,7 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_have_written(folder, wh
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
     assert str(spoilt) in warning.message and "remove it" in warning.message
-    temporary = private_files.temporary_folder()
+    temporary = private_files.temporary_folder(None)
     assert temporary.stat().st_mode & 0o777 == 0o700 and list(temporary.glob("*.so"))
 
 
@@ -221,7 +221,7 @@ def test_without_a_home_kernels_are_kept_until_the_process_ends(
     for _ in range(2):
         folder = private_files.cache_folder() / "kernels"
         assert answer(folder) == 1
-    assert len(list(private_files.temporary_folder().rglob("*.so"))) == 1
+    assert len(list(private_files.temporary_folder(None).rglob("*.so"))) == 1
     (line,) = list(caplog.records)
     assert line.levelno == logging.INFO
     assert "cannot be used" in line.message and "XDG_CACHE_HOME" in line.message

@@ -250,6 +250,18 @@ def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_not_proven(trial
     assert "Q4_0" in line and "until ComfyUI starts again" in line
 
 
+@pytest.mark.parametrize("case", [
+    Case("pack_blocks", "Q4_0", torch.float32, None),
+    Case("dequantize", "JOINED_ROWS_1x32xQ4_0+1x32xQ8_0", torch.float32, None),
+    Case("dequantize", f"SDNQ_{'9' * 40}", torch.float32, None),
+    Case("dequantize", "Q4_0", torch.float64, None)], ids=str)
+def test_a_case_that_no_trial_can_try_is_neither_noted_nor_said_to_be_proven_later(
+        case, trials, restart, log):
+    restart(FakeBackend("fine"))
+    kernels.prepare(CPU, [case])
+    assert not log("not proven") and not Notes().path.exists()
+
+
 def test_what_models_asked_for_is_tried_at_the_next_start_and_used_by_the_first_model(
         trials, restart, log):
     backend = FakeBackend("fine")

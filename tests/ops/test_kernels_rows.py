@@ -30,7 +30,7 @@ LEFT_TO_TORCH = {"W4A8_TABLE", "W4A8_SHIFTED", "W4A8_SHIFTED_FLOAT"}
 def kernel_of(packed_format):
     kernel, = (kernel for kernel in cpp_backend.BACKEND.kernels
                if kernel.capability == "dequantize"
-               and kernel.accepts(packed_format, torch.float32, None))
+               and kernel.accepts(packed_format, torch.float32))
     return kernel
 
 
@@ -86,7 +86,7 @@ def test_a_row_has_the_bits_of_the_reference_on_gpus(name, size, gpu_backend):
     packed_format = FAMILIES[name].of_columns(*size)
     kernel, = (kernel for kernel in gpu_backend.kernels
                if kernel.capability == "dequantize"
-               and kernel.accepts(packed_format, torch.float32, None))
+               and kernel.accepts(packed_format, torch.float32))
     check(kernel, packed_format, torch.bfloat16, None, CPU)
     if size == ROW_SIZES[name][0]:  # a value dtype does not depend on the size
         check(kernel, packed_format, torch.float32, torch.float16, CPU)

@@ -87,7 +87,7 @@ def test_blocks_that_do_not_divide_into_groups_are_refused():
 def row_kernel(packed_format):
     kernel, = (kernel for kernel in triton_backend.BACKEND.kernels
                if kernel.capability == "dequantize"
-               and kernel.accepts(packed_format, torch.float32, None))
+               and kernel.accepts(packed_format, torch.float32))
     return kernel
 
 

@@ -155,11 +155,6 @@ def test_the_latest_notes_count(verdicts):
     assert len(cases) == MAX_NOTES and cases[-1].format == f"Q{MAX_NOTES + 19}"
 
 
-def test_a_capability_that_no_trial_knows_is_not_noted(verdicts):
-    Notes().add([Case("pack_blocks", "Q4_K", torch.float32, None)])
-    assert Notes().cases() == []
-
-
 CASE = ["dequantize", "Q4_K", "bfloat16", None]
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops import kernels
 from featherweight.ops.format import FORMATS, FormatError
-from featherweight.ops.quantize import damped_hessian, pack_tensor
+from featherweight.ops.quantize import damped_hessian, error_feedback, pack_tensor
 from featherweight.ops.quantize.error_feedback import pack_with_feedback
 from featherweight.ops.quantize.method_choice import output_errors, pick_lower_error
 from featherweight.ops.quantize.second_moments import SecondMoments
@@ -109,14 +109,15 @@ def test_the_output_is_nearer_than_with_the_same_importance_per_column(block, fm
 
 @pytest.mark.parametrize("period", [32, 256], ids=["groups", "blocks"])
 @pytest.mark.parametrize("sweeps", [0, 1])
-def test_errors_are_taken_up_by_columns_of_later_groups_and_blocks(period, sweeps):
+def test_errors_are_taken_up_by_columns_of_later_groups_and_blocks(period, sweeps, monkeypatch):
     """Inputs that repeat: nearly all of an error can be taken up by the columns that go along with
     its own."""
+    monkeypatch.setattr(error_feedback, "SWEEPS", sweeps)
     weight, tokens = weight_of(32, 512), inputs(900, period).repeat(1, 512 // period)
     moments = moments_of(tokens)
     plain = output_error(weight, pack_tensor(weight, Q4_K, importance=moments.importance), tokens)
     assert (
-        output_error(weight, pack_with_feedback(weight, Q4_K, moments, sweeps), tokens)
+        output_error(weight, pack_with_feedback(weight, Q4_K, moments), tokens)
         < 0.1 * plain
     )
 
@@ -219,14 +220,14 @@ def test_moments_that_no_inputs_could_have_are_damped_until_they_can_be_factored
     assert off < 8 * (pack_tensor(weight, Q4_K).dequantize() - weight).square().sum()
 
 
-def test_in_q3_k_tokens_count_beside_many_that_are_alike():
+def test_in_q3_k_tokens_count_beside_many_that_are_alike(monkeypatch):
     """As the words of a prompt do beside its padding."""
     weight, words, moments = weight_of(32, 256), inputs(4000, 256), SecondMoments.zeros(256)
     moments.add(words, hold_out=False)
     moments.add(3 * words[:1].expand(36000, 256), hold_out=False)
     packed = pack_with_feedback(weight, FORMATS["Q3_K"], moments)
-    more_damped = pack_with_feedback(weight, FORMATS["Q3_K"], moments,
-                                     damping=damped_hessian.DAMPING)
+    monkeypatch.setattr(damped_hessian, "DAMPING_BY_FORMAT", {})
+    more_damped = pack_with_feedback(weight, FORMATS["Q3_K"], moments)
     assert output_error(weight, packed, words) < 0.8 * output_error(weight, more_damped, words)
 
 
@@ -275,14 +276,16 @@ def test_packing_by_moments_is_never_worse_than_by_importance(fmt):
 
 
 @some_formats
-def test_blocks_are_as_good_as_all_where_columns_of_different_blocks_do_not_go_together(fmt):
+def test_blocks_are_as_good_as_all_where_columns_of_different_blocks_do_not_go_together(
+        fmt, monkeypatch):
+    monkeypatch.setattr(error_feedback, "damping_for", lambda *_: (0.03, 0))
     weight, part = weight_of(24, 512), inputs(900, 256)
     whole, blocks = SecondMoments.zeros(512), SecondMoments.zeros(512, 256)
     for tokens in (torch.cat([part, torch.zeros_like(part)],
                              1), torch.cat([torch.zeros_like(part), part], 1)):
         whole.add(tokens, hold_out=False)
         blocks.add(tokens, hold_out=False)
-    by_whole, by_blocks = (pack_with_feedback(weight, fmt, moments, damping=(0.03, 0))
+    by_whole, by_blocks = (pack_with_feedback(weight, fmt, moments)
                            for moments in (whole, blocks))
     assert_alike(weight, by_whole, by_blocks, torch.cat([part, part], 1))
 

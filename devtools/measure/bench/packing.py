@@ -49,7 +49,7 @@ def bench_pack(options):
     with one_thread():
         for name in TYPES[::5] if options.quick else TYPES:
             packed_format, row = FORMATS[name], {}
-            if quantize.kernel_for(packed_format, weight.device) is not None:
+            if kernels.find("pack_blocks", weight.device, packed_format, torch.float32) is not None:
                 row["kernel seconds"] = seconds(lambda: quantize.pack_tensor(weight, packed_format),
                                                 weight, options.rounds)
             with mock.patch.object(kernels, "find", return_value=None):
