@@ -11,7 +11,7 @@ from devtools import ROOT
 from devtools.gpu import offline_bundle
 from devtools.host.environment import Environment, fetch_chromium, fetch_llama_cpp, prepare
 
-PROCESS_GIB = 6  # memory of a process that runs tests, and of what it starts
+PROCESS_GIB = 8  # memory of a process that runs tests, and of what it starts
 # Each runs whole files, and those that share a server together: see tests/support/processes.py.
 WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder",
                # else what a process held that dies is waited for without end
@@ -48,7 +48,7 @@ def _lint(environment: Environment) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Lint, then run pytest with `arguments`: the whole suite in several processes."""
+    """Lint, then run pytest with `arguments`: the whole suite in a process for each core."""
     environment = prepare()
     fetch_llama_cpp(environment.python)
     fetch_chromium(environment.python)
@@ -72,13 +72,12 @@ def test(arguments: list[str]) -> int:
 
 
 def processes() -> int:
-    """One more than there are cores, where the memory is enough for them: the one that has real
-    servers and clusters mostly waits for them."""
-    most = (os.cpu_count() or 1) + 1
+    """As many processes as there are cores, where the memory is enough for them."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sysconf"):
         gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        most = min(most, int(gib / PROCESS_GIB))
-    return max(1, most)
+        cores = min(cores, int(gib / PROCESS_GIB))
+    return max(1, cores)
 
 
 def demo(arguments: list[str]) -> int:

@@ -26,6 +26,11 @@ class Workspace:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self.lock = threading.Lock()  # held while a weight in the buffer is in use
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffer in bytes."""
+        return self._buffer.nbytes
+
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Returns an uninitialised CPU tensor, valid until the next call."""
         nbytes = math.prod(shape) * dtype.itemsize

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.fake_gpus(dynamic=True)
-MIB, CAPACITY = 1 << 20, 4 << 30
+pytestmark = pytest.mark.fake_gpus(devices=2, gib=1, late=True, dynamic=True)
+MIB, CAPACITY = 1 << 20, 1 << 30
 READ_ONLY = 8  # cudaHostRegisterReadOnly
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 # the stages alone use the GPU: nothing of this process lies there
-os.environ["HOST_ARGUMENTS"] = "--cpu"
+os.environ.setdefault("HOST_ARGUMENTS", "--cpu")
 
 from devtools.measure.bench.table import line
 
