@@ -2,6 +2,7 @@
 words."""
 import dataclasses
 import math
+import re
 
 import comfy.lora
 import comfy.utils
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from families import FAMILIES, full_width_shapes
 from lora_models import MODELS, empty_clip, empty_model, pairs, peft, weight_shapes
 from safetensors.torch import save_file
 
@@ -223,6 +225,30 @@ def test_a_lora_of_every_layer_is_told_apart_from_all_other_families(models, nam
     assert match_family(
         {key: (shape[0], shape[1:].numel()) for key, shape in shapes.items()}
     ).names == (name,)
+
+
+# Ovis-Image has Flux's names and other sizes; ACE-Step 1.5 is not built without its weights.
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"ovis-image", "ace-step-1.5"}))
+def test_layers_of_the_hosts_models_show_one_width(name):
+    shapes = {layer.replace(".", "_").removesuffix("_weight"): shape
+              for layer, shape in full_width_shapes(FAMILIES[name]).items() if len(shape) > 1}
+
+    def widths(layout) -> dict[str, set[float]]:
+        """Each layer that the layout names and what it shows of the model's width."""
+        shown = {}
+        for layer, shape in shapes.items():
+            multiples = next((multiples for pattern, multiples in layout.pieces.items()
+                              if re.fullmatch(pattern, layer)), None)
+            if multiples is not None:
+                sizes = shape[0], shape[1:].numel()
+                shown[layer] = {size / multiple for size, multiple in zip(sizes, multiples)
+                                if multiple}
+        return shown
+
+    most = max(map(widths, LAYOUTS), key=len)
+    if len(most) * 4 < len(shapes):
+        pytest.skip("no layout is for it")
+    assert len(set().union(*most.values())) == 1, most
 
 
 def test_names_of_families_are_unique():
