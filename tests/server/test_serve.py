@@ -1,4 +1,5 @@
 """`dev.py serve`: one command, and the editor has models and workflows."""
+import functools
 import json
 import re
 import signal
@@ -25,7 +26,10 @@ def test_it_says_its_address_has_what_the_demo_has_and_ends_with_ctrl_c(tmp_path
     mix.parent.mkdir(parents=True)
     mix.touch()  # which takes a run of the server to make
     process = subprocess.Popen([sys.executable, "-m", "devtools.serve", "--base", str(tmp_path)],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               # of tests in a shell's background, Ctrl-C is ignored
+                               preexec_fn=functools.partial(
+                                   signal.signal, signal.SIGINT, signal.default_int_handler))
     try:
         address = next(found[0] for line in process.stdout
                        if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
