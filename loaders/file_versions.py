@@ -69,12 +69,10 @@ def _state(path: str) -> list[tuple]:
 def _paths_for(path: str) -> Iterable[str]:
     """Returns the files that may be read for a picked file or folder."""
     if os.path.isdir(path):
-        tokenizer = str(sibling_of(Path(path)))
-        return filter(os.path.isfile, {
-            os.path.join(parent, name)
-            for parent, pattern in ((path, "*"), (path, "*/*"), (tokenizer, "*"))
-            for name in glob.iglob(pattern, root_dir=parent)
-        })
+        # the tokenizer's is the same folder, but for that of a text encoder
+        patterns = {(path, "*"), (path, "*/*"), (str(sibling_of(Path(path))), "*")}
+        return filter(os.path.isfile, (os.path.join(parent, name) for parent, pattern in patterns
+                                       for name in glob.iglob(pattern, root_dir=parent)))
     folder, name = os.path.split(path)
     names = [name]
     if part := PART.fullmatch(name):

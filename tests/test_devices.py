@@ -2,7 +2,6 @@
 sentence on the node."""
 
 import comfy.sd
-import folder_paths
 import pytest
 import torch
 from checkpoint_parts import autoencoder
@@ -10,11 +9,12 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from families import FAMILIES
 from families import random_weights as family_weights
+from model_folders import use_folder
 from packed_weights import packed_weights, write_packed
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders import devices, folders
+from featherweight.loaders import devices
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.vae import load_vae
@@ -37,11 +37,7 @@ def texts(monkeypatch):
 @pytest.fixture
 def encoder(tmp_path, monkeypatch):
     """Name of a small text encoder in the host's folders, and small sizes for the host's own."""
-    keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers"]
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
-                        {key: ([str(tmp_path)], {".safetensors"}) for key in keys})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_folder(tmp_path, monkeypatch)
     case = ENCODERS["clip-l"]
     write_encoder(tmp_path / "clip_l.gguf", case, random_weights(case))
     load = load_text_encoder.load_text_encoder

@@ -307,6 +307,7 @@ def test_a_node_does_to_a_packed_model_what_it_does_to_a_dense_one(name, files):
 
 def test_every_node_of_the_host_that_takes_a_model_is_run_or_excused():
     assert set(host_nodes()) <= CASES.keys() | EXCEPTIONS.keys()
+    assert host_nodes()["ModelMergeSD2"] is host_nodes()["ModelMergeSD1"]
     assert not CASES.keys() & EXCEPTIONS.keys()
 
 

@@ -1,14 +1,13 @@
 """Inspect Model File, the node and the command: every folder is listed, what is picked is told,
 nothing is a traceback."""
-import folder_paths
 import pytest
 import torch
+from model_folders import use_empty_folders
 from safetensors.torch import save_file
 
 from devtools import inspect_file
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import folders
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, list_all_files
@@ -19,13 +18,7 @@ SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}
 @pytest.fixture
 def model_folders(tmp_path, monkeypatch):
     """One folder for each kind of model, with a file in it."""
-    table = {}
-    for key in (*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings"):
-        (tmp_path / key).mkdir()
-        table[key] = ([str(tmp_path / key)], set(folder_paths.supported_pt_extensions))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_empty_folders(tmp_path, monkeypatch)
     save_file({"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)},
               tmp_path / "vae" / "vae.safetensors")
     (tmp_path / "diffusion_models" / "flux").mkdir()

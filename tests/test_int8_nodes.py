@@ -3,16 +3,16 @@ import logging
 
 from devtools.measure.weights import snr
 
-import folder_paths
 import pytest
 import torch
 from families import deep_clone
+from model_folders import use_folder
 from patched_models import flux_file, lora_for, packed_layers, patched
 from patched_models import run as run_with
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import comfy_bridge, folders
+from featherweight.loaders import comfy_bridge
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
@@ -39,11 +39,7 @@ def values(request):
 @pytest.fixture
 def name(request, values, tmp_path, monkeypatch):
     """Of a small Flux that lies where both nodes look."""
-    keys = {*folders.GGUF_FOLDERS.values(), "checkpoints", "diffusers", "embeddings"}
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
-                        {key: ([str(tmp_path)], {".gguf"}) for key in keys})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_folder(tmp_path, monkeypatch, "checkpoints")
     path = flux_file(request.node.callspec.params["values"])[0]
     (tmp_path / "flux.gguf").symlink_to(path)
     return "flux.gguf"

@@ -14,11 +14,11 @@ import torch
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, NUNCHAKU, OUTPUTS, VAE
+from model_folders import use_empty_folders
 from pack_nodes import node_list
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import folders
 from featherweight.nodes.legacy import gguf
 from featherweight.ops.packed_layout import is_packed
 
@@ -65,13 +65,7 @@ def models(tmp_path_factory):
     encoders."""
     base = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
-        keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers", "vae_approx"]
-        for key in keys:
-            (base / key).mkdir()
-        patch.setattr(folder_paths, "folder_names_and_paths",
-                      {key: ([str(base / key)], {".safetensors"}) for key in keys})
-        patch.setattr(folder_paths, "filename_list_cache", {})
-        folders.register_folders()
+        use_empty_folders(base, patch, "vae_approx")
         flux = tiny_models.flux(hidden=128, double_blocks=1, single_blocks=1)
         for key in ("diffusion_models", "checkpoints"):
             write_gguf(base / key / "flux.gguf", flux, lambda name, values: "Q8_0")

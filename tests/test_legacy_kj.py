@@ -1,13 +1,12 @@
 """The GGUF loader of KJNodes: further layers from a second file, attention, and the switch for
 fp16."""
 import comfy.ldm.modules.attention
-import folder_paths
 import pytest
 import torch
+from model_folders import use_folder
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import folders
 from featherweight.nodes import node_text
 from featherweight.nodes.legacy.kjnodes import GGUFLoader
 
@@ -17,11 +16,7 @@ pytestmark = pytest.mark.usefixtures("small_models")
 @pytest.fixture(autouse=True)
 def files(tmp_path, monkeypatch):
     """A Flux as one file, and the same in two, the second with the names of a checkpoint."""
-    keys = [*folders.GGUF_FOLDERS.values(), "diffusers"]
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths",
-                        {key: ([str(tmp_path)], {".safetensors"}) for key in keys})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_folder(tmp_path, monkeypatch)
     whole = tiny_models.flux(hidden=128, double_blocks=1, single_blocks=2)
     further = {name: value for name, value in whole.items() if name.startswith("single_blocks.1.")}
     files = {

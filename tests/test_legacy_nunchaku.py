@@ -2,13 +2,13 @@
 effect, and what a value of a workflow cannot name."""
 import comfy.sd
 import comfy.text_encoders.flux
-import folder_paths
 import nunchaku_writer
 import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import random_weights, write_encoder
 from legacy_ids import INPUTS, NUNCHAKU
+from model_folders import use_empty_folders
 from pack_nodes import node_list
 from patched_models import (
     LIMIT,
@@ -25,7 +25,6 @@ from workflow_files import FLUX_SIZES, flux, flux_in_diffusers_names, nf4, nf4_f
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import folders
 from featherweight.nodes.legacy import gguf
 from featherweight.ops.packed_layout import is_packed
 
@@ -58,14 +57,7 @@ def file_input(node_id: str) -> str:
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     """The host's folders, each with a directory of its own."""
-    keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers"]
-    for key in keys:
-        (tmp_path / key).mkdir()
-    monkeypatch.setattr(
-        folder_paths, "folder_names_and_paths",
-        {key: ([str(tmp_path / key)], {".safetensors"}) for key in keys})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_empty_folders(tmp_path, monkeypatch)
     return tmp_path
 
 

@@ -3,6 +3,7 @@ import folder_paths
 import pytest
 import torch
 from lora_models import empty_clip, empty_model, pairs, weight_shapes
+from model_folders import use_folder
 from safetensors.torch import load_file, save_file
 
 from devtools.files import tiny_models
@@ -29,13 +30,7 @@ def packed_flux(tmp_path_factory):
 @pytest.fixture
 def loras(tmp_path, monkeypatch):
     """The folder of the host's LoRAs."""
-    monkeypatch.setattr(
-        folder_paths, "folder_names_and_paths", {
-            key: ([str(tmp_path)], set(folder_paths.supported_pt_extensions))
-            for key in folders.GGUF_FOLDERS.values()
-        })
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_folder(tmp_path, monkeypatch)
     return tmp_path
 
 

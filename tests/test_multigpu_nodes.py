@@ -3,11 +3,11 @@ cannot."""
 import re
 
 import comfy.model_management
-import folder_paths
 import pytest
 import torch
 from families import FAMILIES, random_weights
 from gpu_memory import lies_on
+from model_folders import use_folder
 from pack_nodes import node_list
 from patched_models import flux_file, flux_inputs
 from safetensors.torch import save_file
@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 import nodes as host_nodes
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf, write_random_gguf
-from featherweight.loaders import folders
 from featherweight.nodes import node_text
 from featherweight.nodes.legacy.distorch import GIB
 
@@ -30,11 +29,7 @@ def models(tmp_path_factory):
     """A model, VAE and checkpoint in the host's folders."""
     base = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
-        keys = [*folders.GGUF_FOLDERS.values(), "embeddings", "diffusers", "vae_approx"]
-        patch.setattr(folder_paths, "folder_names_and_paths",
-                      {key: ([str(base)], {".safetensors"}) for key in keys})
-        patch.setattr(folder_paths, "filename_list_cache", {})
-        folders.register_folders()
+        use_folder(base, patch, "vae_approx")
         (base / "flux.gguf").symlink_to(flux_file("Q8_0")[0])
         write_gguf(base / "vae.gguf", tiny_models.autoencoder(), lambda name, values: "F16")
         for half in ("encoder", "decoder"):

@@ -7,7 +7,6 @@ from typing import Any
 
 import comfy.sd
 import comfy.utils
-import folder_paths
 import nunchaku_writer
 import pytest
 import torch
@@ -21,11 +20,11 @@ from families import (
     shrunken_detection,
 )
 from host_nodes import Case, Setting, execute
+from model_folders import use_folder
 from packed_files import PACKED_FILES, write_q8_0
 from quantizer_writers import gptq, quantized_state_dict, save_config
 from safetensors.torch import save_file
 
-from featherweight.loaders import folders
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.ops.packed_layout import is_packed, packed_tensors
@@ -125,10 +124,7 @@ def assert_same_steps(name: str, packed, dense, record, **inputs):
 @pytest.fixture
 def lora_folder(tmp_path, monkeypatch):
     """The host's folder of LoRAs."""
-    keys = folders.GGUF_FOLDERS.values()
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {
-        key: ([str(tmp_path)], set(folder_paths.supported_pt_extensions)) for key in keys})
-    folders.register_folders()
+    use_folder(tmp_path, monkeypatch)
     return tmp_path
 
 

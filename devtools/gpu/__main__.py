@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 # the stages alone use the GPU: nothing of this process lies there
-os.environ.setdefault("HOST_ARGUMENTS", "--cpu")
+if __name__ == "__main__":
+    os.environ["HOST_ARGUMENTS"] = "--cpu"
 
 from devtools.measure.bench.table import line
 

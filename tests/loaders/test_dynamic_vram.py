@@ -1,14 +1,13 @@
 """The loaders' switch that keeps a model out of dynamic VRAM, on a host that has it on."""
-import folder_paths
 import pytest
 import torch
 from families import FAMILIES, random_weights
+from model_folders import use_folder
 from patched_models import flux_file, packed_layers, run
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders import folders
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
 from featherweight.nodes.load_text_encoder import LoadTextEncoder
@@ -59,11 +58,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def in_folder(models, monkeypatch):
-    table = {key: ([str(models)], set(folder_paths.supported_pt_extensions))
-             for key in (*folders.GGUF_FOLDERS.values(), "checkpoints", "diffusers", "embeddings")}
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", table)
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    use_folder(models, monkeypatch, "checkpoints")
 
 
 def loaded(load: str, **options):

@@ -274,22 +274,21 @@ def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
 
 def test_texts_keep_their_lines_where_nodes_have_the_modern_design(newest, browser, server):
     """The editor takes them for Markdown there."""
-    page = browser
     server.post("/settings", {MODERN: True})
     try:
-        page.open_editor(server)
+        browser.open_editor(server)
         server.post("/free", {"free_memory": True})
-        page.open_workflow("loras.json", demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
-        becomes(page, lambda: "FeatherweightCheckLora" in page.types(), True)
-        page.click_on("document.querySelector('[data-testid=queue-button]')")
+        browser.open_workflow("loras.json", demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
+        becomes(browser, lambda: "FeatherweightCheckLora" in browser.types(), True)
+        browser.click_on("document.querySelector('[data-testid=queue-button]')")
         shown = ("[...document.querySelectorAll('.comfy-markdown-content')]"
                  ".find(box => box.textContent.replaceAll('\u2060', '').includes('all 20 layers'))")
-        lines = page.wait_for(f"{shown}?.innerText.split('\\n')", 300)
-        keep(page, "modern")
-        assert page.evaluate(f"(box => box.scrollHeight <= box.clientHeight)({shown})")
+        lines = browser.wait_for(f"{shown}?.innerText.split('\\n')", 300)
+        keep(browser, "modern")
+        assert browser.evaluate(f"(box => box.scrollHeight <= box.clientHeight)({shown})")
     finally:
         server.post("/settings", {MODERN: False})
-        page.close_editor()
+        browser.close_editor()
     starts = {line.replace(JOINER, "").split(":")[0] for line in lines}
     assert {"file", "layers", "kind", "made for", "model", "strongest"} <= starts
 
