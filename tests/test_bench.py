@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from featherweight.ops import int8
-from featherweight.ops.kernels import selector
 
 # Named here, so that a case that gets lost is missed. "memory" and "train" are processes of their
 # own, as a part of "scale" is.
@@ -35,7 +34,6 @@ def results(request, tmp_path_factory):
         # threads that wait for each other slow a busy machine down
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(sys, "argv", ["bench", *arguments])
-        patch.setattr(selector, "EXACT_WAIT_SECONDS", 0)
         bench.main()
     torch.set_num_threads(threads)
     comfy.model_management.unload_all_models()

@@ -31,8 +31,9 @@ class Stage:
         options = argparse.Namespace(sizes=QUICK if quick else ON_A_GPU, quick=quick,
                                      rounds=1 if quick else self.rounds, formats=FORMATS,
                                      blocks=None if quick else self.blocks,
-                                     peer=Path(peer) if peer else None, scratch=as_in_use())
-        yield from function(options)
+                                     peer=Path(peer) if peer else None)
+        with as_in_use():
+            yield from function(options)
 
 
 BENCH = "devtools.measure.bench"

@@ -124,38 +124,39 @@ def probe_training(path: str, format_name: str, bypass: bool = False) -> dict:
     from featherweight.loaders.files import open_weights
 
     torch.set_num_threads(1)
-    workspace = as_in_use()  # noqa: F841  held, as by a model
-    before = status("VmRSS")
-    if format_name == "dense":
-        patcher = load_diffusion_model(path)
-    else:
-        shapes = {name: tuple(entry.shape) for name, entry in open_weights(path).entries.items()}
-        weights = random_weights(shapes, format_name)
+    with as_in_use():
+        before = status("VmRSS")
+        if format_name == "dense":
+            patcher = load_diffusion_model(path)
+        else:
+            entries = open_weights(path).entries
+            shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
+            weights = random_weights(shapes, format_name)
 
-        def load(disable_dynamic=False):
-            return packed_model(dict(weights))
+            def load(disable_dynamic=False):
+                return packed_model(dict(weights))
 
-        patcher = load()
-        patcher.cached_patcher_init = load, ()
-    context = patcher.model.diffusion_model.txt_in.in_features
-    inputs = {
-        name: options[1]["default"]
-        for group in TrainLoraNode.INPUT_TYPES().values() for name, options in group.items()
-        if len(options) > 1 and "default" in options[1]
-    }
-    text = [torch.randn(1, 64, context), {"pooled_output": torch.randn(1, 768)}]
-    seconds = {}
-    for steps in (1, TRAINED_STEPS + 1):  # the first loads the model
-        values = {**inputs, "model": patcher, "positive": [text], "steps": steps, "rank": 16,
-                  "bypass_mode": bypass}
-        values["latents"] = {"samples": torch.randn(1, 16, 32, 32)}
-        started = time.process_time()
-        TrainLoraNode.execute(**{name: [value] for name, value in values.items()})
-        seconds[steps] = time.process_time() - started
-    return {
-        "model_size": patcher.model_size(), "peak_growth": status("VmHWM") - before,
-        "step_seconds": (seconds[TRAINED_STEPS + 1] - seconds[1]) / TRAINED_STEPS
-    }
+            patcher = load()
+            patcher.cached_patcher_init = load, ()
+        context = patcher.model.diffusion_model.txt_in.in_features
+        inputs = {
+            name: options[1]["default"]
+            for group in TrainLoraNode.INPUT_TYPES().values() for name, options in group.items()
+            if len(options) > 1 and "default" in options[1]
+        }
+        text = [torch.randn(1, 64, context), {"pooled_output": torch.randn(1, 768)}]
+        seconds = {}
+        for steps in (1, TRAINED_STEPS + 1):  # the first loads the model
+            values = {**inputs, "model": patcher, "positive": [text], "steps": steps, "rank": 16,
+                      "bypass_mode": bypass}
+            values["latents"] = {"samples": torch.randn(1, 16, 32, 32)}
+            started = time.process_time()
+            TrainLoraNode.execute(**{name: [value] for name, value in values.items()})
+            seconds[steps] = time.process_time() - started
+        return {
+            "model_size": patcher.model_size(), "peak_growth": status("VmHWM") - before,
+            "step_seconds": (seconds[TRAINED_STEPS + 1] - seconds[1]) / TRAINED_STEPS
+        }
 
 
 def probe_bypass(path: str, format_name: str) -> dict:

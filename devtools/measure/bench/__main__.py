@@ -56,11 +56,11 @@ def main():
         name for name in CASES if name not in left_out and (options.peer or name != "peer")
     ]
 
-    scratch = as_in_use()
-    figures = {"machine": machine()}
-    print(figures["machine"])
-    figures |= gathered(CASES, cases, options)
-    figures["scratch_bytes"] = scratch.nbytes
+    with as_in_use() as scratch:
+        figures = {"machine": machine()}
+        print(figures["machine"])
+        figures |= gathered(CASES, cases, options)
+        figures["scratch_bytes"] = scratch.nbytes
     write(figures, options.out)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from featherweight.ops import cpu_features, kernels
 from featherweight.ops.kernels import selector, used
-from featherweight.ops.workspace import shared_workspace
+from featherweight.ops.workspace import Workspace, shared_workspace
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,16 @@ def _backend_with(run: Callable | None) -> str:
     )
 
 
-def as_in_use():
-    """Make this process as it is when a model has run for a while: the buffer of its layers, which
-    is returned to be held, and the kernels, for which what is timed waits."""
+@contextlib.contextmanager
+def as_in_use() -> Iterator[Workspace]:
+    """Meanwhile this process is as when a model has run for a while: it holds the buffer of its
+    layers, which is given, and what is timed waits for its kernels."""
+    held, seconds = shared_workspace(), selector.EXACT_WAIT_SECONDS
     selector.EXACT_WAIT_SECONDS = 60
-    return shared_workspace()
+    try:
+        yield held
+    finally:
+        selector.EXACT_WAIT_SECONDS = seconds
 
 
 def wait():
