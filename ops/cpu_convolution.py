@@ -9,20 +9,28 @@ from collections.abc import Iterable
 import torch
 
 from . import cpu_linear
+from .product import needs_gradient
 
 # Up to so many pixels of output, a product of matrices is faster, and with one tap always.
 FEW_PIXELS = 512
 
 
-def takes(layer: torch.nn.Conv2d, input: torch.Tensor) -> bool:
-    """Returns whether `convolve` computes a layer's convolution of an input."""
+def takes(layer: torch.nn.Conv2d, input: torch.Tensor,
+          *parameters: torch.Tensor | None) -> bool:
+    """Returns whether `convolve` computes a layer's convolution of an input.
+
+    Args:
+        layer: its weight and bias are not read.
+        input: (batch, channels, height, width).
+        parameters: what else of the convolution may need a gradient.
+    """
     return (
         cpu_linear.takes(input)
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
         and set(layer.dilation) == {1}
-        and not (torch.is_grad_enabled() and input.requires_grad)
+        and not needs_gradient(input, *parameters)
     )
 
 
@@ -41,7 +49,7 @@ def _with_channels_last(layer_class: type[torch.nn.Conv2d]) -> type:
 class _DenseConv2d(torch.nn.Conv2d):
 
     def _conv_forward(self, input, weight, bias):
-        if not takes(self, input):
+        if not takes(self, input, weight, bias):
             return super()._conv_forward(input, weight, bias)
         weight = weight.contiguous(memory_format=torch.channels_last)
         return convolve(self, input, [(slice(0, len(weight)), weight)], bias)

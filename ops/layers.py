@@ -311,7 +311,7 @@ class _PackedConv2d(_PackedConv):
         channels_last = (
             not (args or kwargs)
             and self.compute != "float32"
-            and cpu_convolution.takes(conv, input)
+            and cpu_convolution.takes(conv, input, bias)
             and self.is_unpatched(weight)
             and product.fits_workspace(weight, input, reordered=True)
         )

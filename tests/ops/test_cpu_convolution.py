@@ -119,12 +119,14 @@ def test_dense_layers_of_the_host_lose_nothing(geometry, cast, few_pixels, monke
         torch.testing.assert_close(layer(input), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_dense_layer_passes_a_gradient():
-    layer = dense_layer_of_the_host(kernel_size=1)
+@pytest.mark.parametrize("needed", ["input", "weight", "bias"])
+def test_a_dense_layer_passes_a_gradient(needed):
+    layer = dense_layer_of_the_host(kernel_size=1).requires_grad_(False)
     cpu_convolution.convolve_dense_layers(layer)
-    input = torch.randn(1, CHANNELS, 4, 4, requires_grad=True)
-    layer(input).sum().backward()
-    assert input.grad.abs().sum() > 0
+    tensors = {"input": torch.randn(1, CHANNELS, 4, 4), "weight": layer.weight, "bias": layer.bias}
+    tensors[needed].requires_grad_()
+    layer(tensors["input"]).square().sum().backward()
+    assert tensors[needed].grad.abs().sum() > 0
 
 
 def test_compute_float32_is_torchs_own_convolution():
