@@ -74,6 +74,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     Raises:
         WeightFileError: if a layer is damaged or in a format that is not read.
     """
+    _reject_damaged_settings(file)
     state_dict, _ = comfy.utils.convert_old_quants(dict(state_dict), model_prefix=prefix,
                                                    metadata=file.text_metadata)
     out = dict(state_dict)
@@ -105,6 +106,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
 
 def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
     """Raises WeightFileError if a layer is damaged or in a format that this host does not read."""
+    _reject_damaged_settings(file)
     unread = find_unread_layer(state_dict, state_dict.__getitem__, file.metadata)
     if unread is not None:
         raise _unread_layer_error(file, *unread)
@@ -112,7 +114,11 @@ def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor
 
 def has_format(names: Iterable[str], read: Callable[[str], torch.Tensor],
                metadata: Mapping[str, Any], formats: Container[str]) -> bool:
-    """Returns whether a layer of a file is in one of some formats; see `find_unread_layer`."""
+    """Returns whether a layer of a file is in one of some formats; see `find_unread_layer`.
+
+    Raises:
+        UnreadFormatError: if the settings in the metadata are damaged.
+    """
     names = dict.fromkeys(names)
     if any(name.endswith("scaled_fp8") for name in names) and "float8_e4m3fn" in formats:
         return True
@@ -137,6 +143,9 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
 
     Returns:
         (layer, error), or None if the host reads all layers.
+
+    Raises:
+        UnreadFormatError: if the settings in the metadata are damaged.
     """
     settings = _settings(metadata)
     names = dict.fromkeys(names)
@@ -160,12 +169,29 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
     return None
 
 
-def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns layer -> settings of its format, from the metadata of a file."""
+def _reject_damaged_settings(file: WeightFile):
     try:
-        return dict(read_json(metadata[SETTINGS])["layers"]) if SETTINGS in metadata else {}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}  # the host reports it
+        _settings(file.metadata)
+    except UnreadFormatError as error:
+        raise WeightFileError(
+            f"{file.path.name}: {error}. Download the file again, or get another conversion."
+        ) from error
+
+
+def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns layer -> settings of its format, from the metadata of a file.
+
+    Raises:
+        UnreadFormatError: if they are damaged.
+    """
+    if SETTINGS not in metadata:
+        return {}
+    try:
+        return dict(read_json(metadata[SETTINGS])["layers"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnreadFormatError(
+            f'its metadata {SETTINGS} is no JSON object with the formats of its "layers"'
+        ) from error
 
 
 def _as_bytes(settings: Any) -> torch.Tensor:

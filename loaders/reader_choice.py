@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .comfy_quant import find_unread_layer, has_format
+from .comfy_quant import UnreadFormatError, find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
 from .files.nunchaku import has_nunchaku_weights
 from .files.quantizers import has_quantized_weights
@@ -47,7 +47,8 @@ def needs_own_reader(path: str, pack_to: str | None = None,
                     or has_sdnq_weights(keys, partial(_type_of, file))
                     or has_format(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
-    except (SafetensorError, OSError, RuntimeError):  # RuntimeError: from torch, mapping the file
+    except (SafetensorError, OSError, RuntimeError,  # RuntimeError: from torch, mapping the file
+            UnreadFormatError):
         return True
 
 

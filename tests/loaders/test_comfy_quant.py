@@ -88,6 +88,15 @@ def test_a_format_named_in_the_metadata_is_found_too(tmp_path):
     assert "'int8_columnwise'" in error_of(load_diffusion_model, path)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", '{"layers": []}'])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_damaged_metadata_is_a_sentence_of_every_loader(loader, text, tmp_path):
+    path = write_flux(tmp_path / "model.safetensors", {"weight": torch.zeros(256, 1280)},
+                      metadata={"_quantization_metadata": text})
+    with pytest.raises(WeightFileError, match="model.safetensors: its metadata _quantization_met"):
+        LOADERS[loader](path)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
