@@ -9,6 +9,8 @@ from ..row_slicing import dense, take_rows
 from .damped_hessian import DampedHessian, slice_rows
 from .second_moments import SecondMoments
 
+SQUARE_EXPONENT = 32  # 2**±32: squares of values up to there, and of their errors, fit float32
+
 
 def pick_lower_error(weight: torch.Tensor, candidates: list[PackedTensor],
                      moments: SecondMoments) -> PackedTensor:
@@ -38,14 +40,16 @@ def _row_slices(weight: torch.Tensor,
                 candidates: list[PackedTensor]) -> Iterator[list[torch.Tensor]]:
     """Yields slices of rows of the weight and of each candidate, float32 (n, K).
 
-    All are multiplied by one power of two, so that their squares are in range.
+    Where their squares could leave the range, all are multiplied by one power of two.
     """
     columns = weight.shape[1:].numel()
-    factor, _ = powers_of_two(torch.stack(weight.detach().aminmax()).float().abs().amax())
+    largest = torch.stack(weight.detach().aminmax()).float().abs().amax()
+    scaled = not -SQUARE_EXPONENT < float(largest.log2()) < SQUARE_EXPONENT
+    factor, _ = powers_of_two(largest)
     for row_slice in slice_rows(len(weight), columns, weight.device):
         rows = [dense(take_rows(candidate, row_slice)) for candidate in candidates]
-        yield [part.reshape(-1, columns).float() * factor
-               for part in (weight.detach()[row_slice], *rows)]
+        parts = [part.reshape(-1, columns).float() for part in (weight.detach()[row_slice], *rows)]
+        yield [part * factor for part in parts] if scaled else parts
 
 
 def _errors_by_sketch(weight: torch.Tensor, candidates: list[PackedTensor],

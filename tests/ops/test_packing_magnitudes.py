@@ -250,7 +250,7 @@ def test_references_pack_the_bytes_of_gguf_at_magnitudes_where_it_divides_by_num
         packed._qdata.view(packed_format.packed_shape(values.shape)).numpy(), expected)
 
 
-@pytest.mark.parametrize("size", [1e-38, 1e-24, 1e19, 3e37])
+@pytest.mark.parametrize("size", [1e-38, 1e-24, 1e-10, 1e-9, 1e9, 1e10, 1e19, 3e37])
 def test_the_output_error_of_a_weight_does_not_depend_on_its_magnitude(size):
     packed, usual = ([pack_tensor(values, FORMATS[name]) for name in ("NF4", "FP4")]
                      for values in (normal() * size, normal()))
