@@ -4,6 +4,7 @@ Standard library only: dev.py imports it before anything is installed.
 """
 import argparse
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -137,8 +138,9 @@ def gpu(arguments: list[str]) -> int:
         return 0
     if not own.packed:
         return prepare().run("-m", "devtools.gpu", *arguments)
-    environment, site = offline_bundle.environment(own.packed)
-    return environment.run("-m", "devtools.gpu", *arguments, PYTHONPATH=site)
+    with tempfile.TemporaryDirectory(prefix="featherweight-gpu-") as place:
+        environment, site = offline_bundle.environment(own.packed, Path(place))
+        return environment.run("-m", "devtools.gpu", *arguments, PYTHONPATH=site)
 
 
 COMMANDS = {

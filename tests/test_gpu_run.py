@@ -191,7 +191,7 @@ def test_a_bare_machine_gets_what_it_lacks_and_the_versions_that_comfyui_asks_fo
     wheel(packed / offline_bundle.WHEELS, "not_installed_here", "1.0")
     wheel(packed / offline_bundle.WHEELS, "pytest", "0.0.1")
     wheel(packed / offline_bundle.WHEELS, "numpy", "0.0.1")
-    environment, site = offline_bundle.environment(packed)
+    environment, site = offline_bundle.environment(packed, tmp_path)
     assert (environment.host / "requirements.txt").is_file()
     assert sorted(os.listdir(site)) == ["not_installed_here", "pytest"]
     assert importlib.metadata.version("numpy") != "0.0.1"
@@ -199,7 +199,7 @@ def test_a_bare_machine_gets_what_it_lacks_and_the_versions_that_comfyui_asks_fo
 
 def test_a_folder_that_was_not_packed_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(SetupError, match="dev.py gpu --pack"):
-        offline_bundle.environment(tmp_path)
+        offline_bundle.environment(tmp_path, tmp_path)
 
 
 @pytest.mark.heavy

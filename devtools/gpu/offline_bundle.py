@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -94,9 +93,9 @@ def _download(python: Path, requirement: str, folder: Path):
         )
 
 
-def environment(folder: Path) -> tuple[Environment, str]:
-    """What `pack` gathered and this machine lacks, unpacked into a temporary folder, and that
-    folder's name for PYTHONPATH.
+def environment(folder: Path, place: Path) -> tuple[Environment, str]:
+    """What `pack` gathered and this machine lacks, unpacked into `place`, and the folder in it for
+    PYTHONPATH.
 
     Raises SetupError. A wheel of which the machine has another version is used where ComfyUI asks
     for that version alone.
@@ -104,7 +103,6 @@ def environment(folder: Path) -> tuple[Environment, str]:
     if not (folder / HOST).is_file():
         raise SetupError(f"{folder} has no {HOST}. Fill it on a machine with a package index: "
                          f"python3 dev.py gpu --pack {folder.name}")
-    place = Path(tempfile.mkdtemp(prefix="featherweight-gpu-"))
     with tarfile.open(folder / HOST) as archive:
         archive.extractall(place / "host", filter="data")
     pinned = {_name(line) for line in _requirements(place / "host") if "==" in line}

@@ -71,7 +71,8 @@ class Browser:
             "--hide-scrollbars", "--remote-debugging-port=0",
             f"--user-data-dir={self.profile.name}", "--remote-allow-origins=*",
             f"--window-size={width},{height}", "about:blank"
-        ], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": self.profile.name})
         try:
             self._attach(self._first_tab())
         except BaseException:

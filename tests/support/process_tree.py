@@ -1,5 +1,6 @@
-"""Processes that something has started, any of which may end while it is asked."""
+"""Processes that something has started, any of which may end while it is asked or waited for."""
 import contextlib
+from pathlib import Path
 
 import psutil
 
@@ -29,3 +30,13 @@ def listening(process: psutil.Process) -> set[str]:
                 if connection.status == psutil.CONN_LISTEN
             }
     return {address.removeprefix("::ffff:") for address in found}
+
+
+def wait_for_users_of(folder: Path, seconds: float = 30):
+    """Wait until no process has a folder's path in its environment or its command line."""
+    path, users = str(folder), []
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if path in " ".join([*each.cmdline(), *each.environ().values()]):
+                users.append(each)
+    psutil.wait_procs(users, seconds)
