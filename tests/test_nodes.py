@@ -64,6 +64,15 @@ def test_a_word_finds_the_nodes_for_it(word):
 
 
 @pytest.mark.parametrize("node_id", NODES)
+def test_no_input_changes_by_itself_when_a_workflow_has_run(node_id):
+    inputs = NODES[node_id].INPUT_TYPES()
+    for name, (_, options) in (inputs["required"] | inputs.get("optional", {})).items():
+        # where nothing is said, the editor changes a number of this name after each run
+        default = name in ("seed", "noise_seed")
+        assert not options.get("control_after_generate", default)
+
+
+@pytest.mark.parametrize("node_id", NODES)
 def test_every_input_has_a_tooltip(node_id):
     assert all(input.tooltip for input in NODES[node_id].GET_SCHEMA().inputs)
 

@@ -177,6 +177,28 @@ def test_a_packed_vae_draws_what_its_dequantised_self_draws(name, pack, compute)
         assert torch.allclose(vae.encode(frames), plain.encode(frames), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kept", "expected"), [
+    (torch.float16, {torch.float16}), (torch.bfloat16, {torch.float16, torch.bfloat16}),
+    (torch.float32, {torch.float32})
+])
+@pytest.mark.parametrize("name", VAES)
+def test_a_float32_vae_is_kept_in_16_bits_where_its_values_fit_and_has_the_hosts_bits(
+        name, kept, expected):
+    weights, shape, _ = VAES[name]
+    values = {key: (0.7 * value.float()).to(kept).float() for key, value in weights().items()}
+    vae = wrap_vae(build_vae(dict(values), None), "float32")
+    of_the_host = comfy.sd.VAE(sd=dict(values))
+    assert vae.vae_dtype == of_the_host.vae_dtype == torch.float32
+    dtypes = {
+        layer.weight.dtype for path, layer in vae.first_stage_model.named_modules()
+        if isinstance(layer, comfy.ops.CastWeightBiasOp) and layer.weight.ndim > 1
+        and "encoder" not in path
+    }
+    assert dtypes <= expected and kept in dtypes
+    latent = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(vae.decode(latent), of_the_host.decode(latent))
+
+
 def test_a_vae_of_a_packed_file_is_held_as_the_file_has_it_wherever_it_is_loaded_from(tmp_path):
     """Of all that has nodes here: a file of its own, and a checkpoint."""
     packed = packed_weights(demo_files.vae())

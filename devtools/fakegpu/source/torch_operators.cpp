@@ -1,9 +1,9 @@
 // Operators on tensors of fake GPUs: making and viewing them, copying, and the CPU's own operators for everything else.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/native/CPUFallback.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
@@ -114,29 +114,75 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
   return copy_from(from, to, false);
 }
 
-// --- everything else: the CPU's own operators, on copies ---
+// --- everything else: the CPU's own operators, in the devices' memory ---
 
-// The device of an operator: that of its first tensor on one.
-int device_of(const torch::jit::Stack& arguments) {
-  auto index = [](const at::Tensor& tensor) { return tensor.defined() && tensor.is_cuda() ? tensor.device().index() : -1; };
-  for (auto& argument : arguments) {
-    if (argument.isTensor() && index(argument.toTensor()) >= 0) return index(argument.toTensor());
-    if (argument.isTensorList())
-      for (const at::Tensor& tensor : argument.toTensorVector())
-        if (index(tensor) >= 0) return index(tensor);
+// Arguments of one call of an operator of the CPU that share the memory of tensors on devices.
+class Shared {
+  std::vector<std::pair<at::Tensor, at::Tensor>> pairs;  // of the CPU, of a device
+
+ public:
+  std::optional<at::Device> device;  // of the first tensor on one, or the one that is asked for
+
+  at::Tensor on_cpu(const at::Tensor& tensor) {
+    if (!tensor.defined() || !tensor.is_cuda()) return tensor;
+    if (!device) device = tensor.device();
+    finish(current_stream(tensor.device().index()));
+    // an empty one may be an output, which becomes as large as it has to
+    at::Tensor shared = tensor.numel() ? on_host(tensor) : at::empty(tensor.sizes(), tensor.options().device(at::kCPU));
+    pairs.emplace_back(shared, tensor);
+    return shared;
   }
-  return fake_current();
+
+  at::Tensor on_device(const at::Tensor& tensor) {
+    if (!tensor.defined() || !device) return tensor;
+    for (auto& [shared, own] : pairs)
+      if (shared.is_same(tensor)) {
+        if (own.sizes() != shared.sizes()) copy_from_and_resize(shared, own);
+        return own;
+      }
+    return tensor.to(*device);
+  }
+};
+
+// Calls a function for each tensor of some arguments or results, and puts what it gives in the place.
+template <class Function>
+void replace_tensors(c10::ArrayRef<c10::IValue> values, Function function) {
+  for (auto& constant : values) {
+    auto& value = const_cast<c10::IValue&>(constant);
+    if (value.isTensor()) {
+      value = function(value.toTensor());
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> tensors;
+      for (const at::Tensor& tensor : value.toTensorVector()) tensors.push_back(function(tensor));
+      value = tensors;
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> tensors;
+      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector())
+        tensors.push_back(tensor ? std::optional(function(*tensor)) : std::nullopt);
+      value = tensors;
+    }
+  }
 }
 
-void compute_on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* arguments) {
-  finish(current_stream(device_of(*arguments)));
+void compute_on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   struct Computing {
     bool outer = std::exchange(computing, true);
     ~Computing() { computing = outer; }
   } for_now;
-  for (auto& argument : *arguments)
+  Shared shared;
+  auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  replace_tensors(arguments, [&](const at::Tensor& tensor) { return shared.on_cpu(tensor); });
+  for (auto& constant : arguments) {
+    auto& argument = const_cast<c10::IValue&>(constant);
     if (argument.isGenerator()) argument = generator_of_the_cpu(argument.toGenerator());
-  at::native::cpu_fallback(op, arguments);
+    if (argument.isDevice()) {
+      shared.device = argument.toDevice();
+      argument = c10::Device(at::kCPU);
+    }
+  }
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  replace_tensors(torch::jit::last(*stack, op.schema().returns().size()),
+                  [&](const at::Tensor& tensor) { return shared.on_device(tensor); });
 }
 
 void record_stream(at::Tensor&, at::Stream) {}  // tensors are never reused here
