@@ -28,11 +28,13 @@ def gpu(one_thread):
     """The counters of the devices, on which nothing lies before and after."""
     import fakegpu
 
-    yield fakegpu
-    for device in range(torch.cuda.device_count()):
-        fakegpu.set_capacity(4 << 30, device)
-    comfy.model_management.unload_all_models()
-    gc.collect()
+    for is_before in (True, False):
+        for device in range(torch.cuda.device_count()):
+            fakegpu.set_capacity(4 << 30, device)
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        if is_before:
+            yield fakegpu
 
 
 def beside(patcher) -> int:
