@@ -25,6 +25,7 @@ LARGEST_KEPT = 1 << 30  # bytes
 
 
 def pytest_configure():
+    gc.disable()  # until the tests are collected: what is imported stays
     keep_freed_memory()
     # the reference; the tests of kernels ask for them
     os.environ.setdefault("FEATHERWEIGHT_KERNELS", "torch")
@@ -64,6 +65,7 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # or each of the tests' many collections looks at all modules again
+    gc.enable()
 
 
 def pytest_sessionfinish():

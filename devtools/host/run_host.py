@@ -3,6 +3,7 @@ PID MAIN [arguments]
 
 A server must not outlive a killed test run, whatever killed it, so the child watches the parent.
 """
+import gc
 import os
 import runpy
 import sys
@@ -28,4 +29,6 @@ if __name__ == "__main__":
     sys.argv = [str(main), *sys.argv[3:]]
     sys.path[0] = str(main.parent)
     os.chdir(main.parent)
+    # A tenth of the start goes into collections that find nothing. ComfyUI collects after prompts.
+    gc.set_threshold(10_000)
     runpy.run_path(str(main), run_name="__main__")
