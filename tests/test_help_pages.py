@@ -1,6 +1,7 @@
 """Help pages: there in each language, about the inputs there are, quoting messages that the code
 has."""
 import ast
+import functools
 import itertools
 import re
 
@@ -65,6 +66,7 @@ def test_every_page_belongs_to_a_node():
     assert set(DOCS.rglob("*.md")) == {path for _, path in PAGES.values()}
 
 
+@functools.cache  # reading the whole pack takes a second
 def messages_in_code() -> list[str]:
     """Every string of the pack, with a mark where a value is put in."""
     texts = []
@@ -77,9 +79,6 @@ def messages_in_code() -> list[str]:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
     return texts
-
-
-MESSAGES = messages_in_code()
 
 
 def quoted_messages(text: str) -> list[str]:
@@ -98,7 +97,7 @@ def missing_in_code(text: str) -> list[str]:
     patterns = {message: ".*".join(re.escape(part.strip()) for part in message.split("…"))
                 for message in quoted_messages(text)}
     return [message for message, pattern in patterns.items()
-            if not any(re.search(pattern, known, re.S) for known in MESSAGES)]
+            if not any(re.search(pattern, known, re.S) for known in messages_in_code())]
 
 
 @each_file
