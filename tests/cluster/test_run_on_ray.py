@@ -89,7 +89,9 @@ def editor(bases, ray_folder):
     """Yields a server with the desk's models, through a relative path."""
     base = bases["desk"].parent / "editor"
     with server.Server(
-            base, env={**QUIET, "RAY_TMPDIR": str(ray_folder)}, arguments=[
+            # its workers leave what they have written to the next ones
+            base, env={**QUIET, "RAY_TMPDIR": str(ray_folder), "TMPDIR": str(base.parent)},
+            arguments=[
                 "--preview-method", "latent2rgb", "--extra-model-paths-config",
                 os.path.relpath(model_paths(bases["desk"]), server.HOST)
             ], extra_custom_nodes={"address": ADDRESS}) as running:

@@ -59,9 +59,10 @@ def seen() -> tuple[dict, dict]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    ("kind", "block"), [("Q3_K", 256), ("Q4_K", 256), ("Q5_K", 256), ("Q4_K", None)]
-)
+@pytest.mark.parametrize(("kind", "block"), [
+    pytest.param("Q3_K", 256, marks=pytest.mark.heavy), ("Q4_K", 256),
+    pytest.param("Q5_K", 256, marks=pytest.mark.heavy), ("Q4_K", None)
+])
 def test_moments_from_a_file_pack_as_well_as_those_measured(kind, block):
     (weights, sums), off = seen(), []
     for name, exact in list(sums.items())[1::3]:  # four of nine are wider than a block

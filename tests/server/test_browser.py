@@ -245,8 +245,8 @@ def test_a_template_opens_from_the_template_browser(page):
 
 
 @pytest.mark.parametrize("path", [
-    demo.WORKFLOW, pytest.param(demo.NF4_WORKFLOW, marks=pytest.mark.heavy),
-    pytest.param(demo.LORA_WORKFLOW, marks=pytest.mark.heavy), demo.MIX_WORKFLOW
+    demo.WORKFLOW, *(pytest.param(path, marks=pytest.mark.heavy) for path in (
+        demo.NF4_WORKFLOW, demo.LORA_WORKFLOW, demo.MIX_WORKFLOW))
 ], ids=lambda path: path.stem)
 def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
         path, newest, more_models, page, server):
