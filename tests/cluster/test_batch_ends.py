@@ -1,4 +1,5 @@
 """A batch survives the end or failure of its driver, a worker, a machine or a disk."""
+import functools
 import json
 import os
 import signal
@@ -35,7 +36,11 @@ class Command:
 
     def start(self):
         with open(self.log, "wb") as log:
-            return subprocess.Popen(self.command, stdout=log, stderr=log)
+            return subprocess.Popen(
+                self.command, stdout=log, stderr=log,
+                # of tests in a shell's background, Ctrl-C is ignored
+                preexec_fn=functools.partial(
+                    signal.signal, signal.SIGINT, signal.default_int_handler))
 
     def wait_for(self, count, process=None):
         while len(self.records()) < count and (process is None or process.poll() is None):
