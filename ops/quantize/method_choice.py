@@ -9,7 +9,8 @@ from ..row_slicing import dense, take_rows
 from .damped_hessian import DampedHessian, slice_rows
 from .second_moments import SecondMoments
 
-SQUARE_EXPONENT = 32  # 2**±32: squares of values up to there, and of their errors, fit float32
+# between them, squares of values and of their rounding errors are normal float32 numbers
+SMALLEST, LARGEST = 2.0**-32, 2.0**32
 
 
 def pick_lower_error(weight: torch.Tensor, candidates: list[PackedTensor],
@@ -44,12 +45,11 @@ def _row_slices(weight: torch.Tensor,
     """
     columns = weight.shape[1:].numel()
     largest = torch.stack(weight.detach().aminmax()).float().abs().amax()
-    scaled = not -SQUARE_EXPONENT < float(largest.log2()) < SQUARE_EXPONENT
-    factor, _ = powers_of_two(largest)
+    factor = None if SMALLEST < float(largest) < LARGEST else powers_of_two(largest)[0]
     for row_slice in slice_rows(len(weight), columns, weight.device):
         rows = [dense(take_rows(candidate, row_slice)) for candidate in candidates]
         parts = [part.reshape(-1, columns).float() for part in (weight.detach()[row_slice], *rows)]
-        yield [part * factor for part in parts] if scaled else parts
+        yield parts if factor is None else [part * factor for part in parts]
 
 
 def _errors_by_sketch(weight: torch.Tensor, candidates: list[PackedTensor],

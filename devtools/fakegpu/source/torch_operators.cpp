@@ -144,11 +144,11 @@ class Shared {
   }
 };
 
-// Calls a function for each tensor of some arguments or results, and puts what it gives in the place.
+// Replaces each tensor among the last `count` values of the stack by the function's result for it.
 template <class Function>
-void replace_tensors(c10::ArrayRef<c10::IValue> values, Function function) {
-  for (auto& constant : values) {
-    auto& value = const_cast<c10::IValue&>(constant);
+void replace_tensors(torch::jit::Stack& stack, size_t count, Function function) {
+  for (size_t index = 0; index < count; index++) {
+    c10::IValue& value = torch::jit::peek(stack, index, count);
     if (value.isTensor()) {
       value = function(value.toTensor());
     } else if (value.isTensorList()) {
@@ -170,10 +170,10 @@ void compute_on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack)
     ~Computing() { computing = outer; }
   } for_now;
   Shared shared;
-  auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-  replace_tensors(arguments, [&](const at::Tensor& tensor) { return shared.on_cpu(tensor); });
-  for (auto& constant : arguments) {
-    auto& argument = const_cast<c10::IValue&>(constant);
+  size_t arguments = op.schema().arguments().size(), results = op.schema().returns().size();
+  replace_tensors(*stack, arguments, [&](const at::Tensor& tensor) { return shared.on_cpu(tensor); });
+  for (size_t index = 0; index < arguments; index++) {
+    c10::IValue& argument = torch::jit::peek(*stack, index, arguments);
     if (argument.isGenerator()) argument = generator_of_the_cpu(argument.toGenerator());
     if (argument.isDevice()) {
       shared.device = argument.toDevice();
@@ -181,8 +181,7 @@ void compute_on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack)
     }
   }
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
-  replace_tensors(torch::jit::last(*stack, op.schema().returns().size()),
-                  [&](const at::Tensor& tensor) { return shared.on_device(tensor); });
+  replace_tensors(*stack, results, [&](const at::Tensor& tensor) { return shared.on_device(tensor); });
 }
 
 void record_stream(at::Tensor&, at::Stream) {}  // tensors are never reused here
