@@ -71,8 +71,8 @@ def several_results(device):
     change_every_second_column, write_into_outputs, index_with_tensors, several_results
 ])
 def test_an_operator_reads_and_writes_the_memory_of_the_device(function):
-    found = function("cuda:1")
-    assert found.device == torch.device("cuda:1") and torch.equal(found.cpu(), function("cpu"))
+    result = function("cuda:1")
+    assert result.device == torch.device("cuda:1") and torch.equal(result.cpu(), function("cpu"))
 
 
 def test_random_numbers_are_those_of_the_cpu():

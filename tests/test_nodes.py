@@ -67,7 +67,7 @@ def test_a_word_finds_the_nodes_for_it(word):
 def test_no_input_changes_by_itself_when_a_workflow_has_run(node_id):
     inputs = NODES[node_id].INPUT_TYPES()
     for name, (_, options) in (inputs["required"] | inputs.get("optional", {})).items():
-        # where nothing is said, the editor changes a number of this name after each run
+        # without the option, the editor changes a number of this name after each run
         default = name in ("seed", "noise_seed")
         assert not options.get("control_after_generate", default)
 

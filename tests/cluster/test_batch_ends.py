@@ -1,5 +1,4 @@
 """A batch survives the end or failure of its driver, a worker, a machine or a disk."""
-import functools
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import time
 from devtools.cluster import changes, make_base, running, workflow
 
 import pytest
+from process_tree import start_interruptible
 
 from devtools import ROOT
 
@@ -36,11 +36,7 @@ class Command:
 
     def start(self):
         with open(self.log, "wb") as log:
-            return subprocess.Popen(
-                self.command, stdout=log, stderr=log,
-                # of tests in a shell's background, Ctrl-C is ignored
-                preexec_fn=functools.partial(
-                    signal.signal, signal.SIGINT, signal.default_int_handler))
+            return start_interruptible(self.command, stdout=log, stderr=log)
 
     def wait_for(self, count, process=None):
         while len(self.records()) < count and (process is None or process.poll() is None):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import comfy.model_management
 import pytest
 import torch
+from gpu_memory import empty_gpus
 from lora_models import pairs
 from patched_models import patched
 from small_encoders import encode, patched_clip
@@ -44,15 +45,10 @@ class Subject(NamedTuple):
 
 @pytest.fixture
 def gpu(one_thread, monkeypatch):
-    """The counters of the device, on which nothing lies before and after."""
-    import fakegpu
-
     monkeypatch.setattr(workspace, "DEVICE_WORKSPACE_BYTES", SLICE)
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", SLICE)
-    yield fakegpu
-    fakegpu.set_capacity(GIB)
-    comfy.model_management.unload_all_models()
-    gc.collect()
+    with empty_gpus(GIB) as counters:
+        yield counters
     # which are as large as the largest layer that travelled
     comfy.model_management.reset_cast_buffers()
 

@@ -1,12 +1,11 @@
 """On a GPU: what the host counts as loaded lies there and nothing more, what it pins it can, and
 LoRAs are sent once."""
-import gc
 import logging
 
 import comfy.model_management
 import pytest
 import torch
-from gpu_memory import lies_on, load, step
+from gpu_memory import empty_gpus, lies_on, load, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 from small_encoders import encode, small_t5
 
@@ -15,17 +14,9 @@ MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def gpu():
-    """The counters of the device, on which nothing lies before and after."""
-    import fakegpu
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield fakegpu
-    torch.set_num_threads(threads)
-    comfy.model_management.unload_all_models()
-    fakegpu.set_capacity(4 << 30)
-    gc.collect()
+def gpu(one_thread):
+    with empty_gpus() as counters:
+        yield counters
 
 
 FEW = 200_000  # factors and buffers, which stay on the device whatever the room

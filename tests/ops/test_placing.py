@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from gpu_memory import larger_flux, lies_on, step
+from gpu_memory import empty_gpus, larger_flux, lies_on, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 
@@ -25,16 +25,8 @@ UNIT = 512  # bytes, in which a device counts what is used
 
 @pytest.fixture
 def gpu(one_thread):
-    """The counters of the devices, on which nothing lies before and after."""
-    import fakegpu
-
-    for is_before in (True, False):
-        for device in range(torch.cuda.device_count()):
-            fakegpu.set_capacity(4 << 30, device)
-        comfy.model_management.unload_all_models()
-        gc.collect()
-        if is_before:
-            yield fakegpu
+    with empty_gpus() as counters:
+        yield counters
 
 
 def beside(patcher) -> int:

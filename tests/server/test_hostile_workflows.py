@@ -18,7 +18,7 @@ import uuid
 
 import pytest
 from audit import Audit, Listener, Untouched
-from process_tree import wait_for_users_of
+from process_tree import wait_for_processes_using
 
 from devtools.files import demo_files, tiny_models
 from devtools.files.gguf_files import write_gguf
@@ -255,7 +255,7 @@ def contents(folder) -> dict:
 def stranger(tmp_path_factory, as_a_user):
     found = Stranger(tmp_path_factory.mktemp("stranger"))
     yield found
-    wait_for_users_of(found.audit.ray)  # Ray's processes write in it until they end
+    wait_for_processes_using(found.audit.ray)  # Ray's write to it until they exit
     shutil.rmtree(found.audit.ray, ignore_errors=True)
 
 

@@ -1,5 +1,4 @@
 """`dev.py serve`: one command, and the editor has models and workflows."""
-import functools
 import json
 import re
 import signal
@@ -9,6 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from process_tree import start_interruptible
 
 from devtools import ROOT
 from devtools.files import demo_files
@@ -25,11 +25,8 @@ def test_it_says_its_address_has_what_the_demo_has_and_ends_with_ctrl_c(tmp_path
     mix = tmp_path / "models" / "diffusion_models" / demo_files.MODELS[demo_files.MIX]
     mix.parent.mkdir(parents=True)
     mix.touch()  # which takes a run of the server to make
-    process = subprocess.Popen([sys.executable, "-m", "devtools.serve", "--base", str(tmp_path)],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               # of tests in a shell's background, Ctrl-C is ignored
-                               preexec_fn=functools.partial(
-                                   signal.signal, signal.SIGINT, signal.default_int_handler))
+    process = start_interruptible([sys.executable, "-m", "devtools.serve", "--base", str(tmp_path)],
+                                  cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         address = next(found[0] for line in process.stdout
                        if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))

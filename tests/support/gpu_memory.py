@@ -1,5 +1,8 @@
-"""What of a model lies on a fake GPU, models loaded in part, and steps of small Fluxes there."""
+"""Memory of fake GPUs: emptying it, the bytes of a model in it, models loaded in part, and steps of
+small Fluxes there."""
+import contextlib
 import functools
+import gc
 
 import comfy.model_management
 import comfy.sample
@@ -10,6 +13,26 @@ from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.ops.adapters import adapter_tensors
+
+
+@contextlib.contextmanager
+def empty_gpus(capacity: int = 4 << 30):
+    """Yields the counters of the fake GPUs, which hold no model before and after.
+
+    Args:
+        capacity: bytes of each GPU.
+    """
+    import fakegpu
+
+    def clear():
+        for device in range(torch.cuda.device_count()):
+            fakegpu.set_capacity(capacity, device)
+        comfy.model_management.unload_all_models()
+        gc.collect()
+
+    clear()
+    yield fakegpu
+    clear()
 
 
 def lies_on(model, device="cuda:0") -> int:

@@ -1,5 +1,9 @@
-"""Processes that something has started, any of which may end while it is asked or waited for."""
+"""Processes of tests: starts one, and looks at those that it started, which may end meanwhile."""
 import contextlib
+import functools
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -32,11 +36,22 @@ def listening(process: psutil.Process) -> set[str]:
     return {address.removeprefix("::ffff:") for address in found}
 
 
-def wait_for_users_of(folder: Path, seconds: float = 30):
+def wait_for_processes_using(folder: Path, seconds: float = 30):
     """Wait until no process has a folder's path in its environment or its command line."""
-    path, users = str(folder), []
-    for each in psutil.process_iter():
+    path, processes = str(folder), []
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if path in " ".join([*each.cmdline(), *each.environ().values()]):
-                users.append(each)
-    psutil.wait_procs(users, seconds)
+            if path in " ".join([*process.cmdline(), *process.environ().values()]):
+                processes.append(process)
+    psutil.wait_procs(processes, seconds)
+
+
+def start_interruptible(command: list[str], **options) -> subprocess.Popen:
+    """Start a process that handles SIGINT, also where the tests run in a shell's background.
+
+    Such a shell has its processes ignore the signal, and they pass that on to their children.
+    """
+    if os.name == "posix":
+        options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT,
+                                                  signal.default_int_handler)
+    return subprocess.Popen(command, **options)
