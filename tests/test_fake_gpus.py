@@ -5,9 +5,10 @@ import mmap
 import numpy as np
 import pytest
 import torch
+from fake_gpus import CAPACITY
 
-pytestmark = pytest.mark.fake_gpus(devices=2, gib=1, late=True, dynamic=True)
-MIB, CAPACITY = 1 << 20, 1 << 30
+pytestmark = pytest.mark.fake_gpus(dynamic=True)
+MIB = 1 << 20
 READ_ONLY = 8  # cudaHostRegisterReadOnly
 
 

@@ -5,6 +5,7 @@ import re
 import comfy.model_management
 import pytest
 import torch
+from fake_gpus import CAPACITY
 from families import FAMILIES, random_weights
 from gpu_memory import lies_on
 from model_folders import use_folder
@@ -202,7 +203,7 @@ def test_more_than_the_gpu_has_is_told_by_what_was_written_on_the_node(
 
     fakegpu.set_capacity(1 << 20)
     run(DISTORCH2, unet_name="flux.gguf", **inputs)
-    fakegpu.set_capacity(4 << 30)
+    fakegpu.set_capacity(CAPACITY)
     sentence = (
         rf"{asked} leaves 3\.\d MB on the device that computes, but cuda:0 has 1\.0 MB in total;"
         r" ComfyUI keeps as much there as fits\."

@@ -27,6 +27,17 @@ def ray_folder(tmp_path_factory):
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="package", autouse=True)
+def temporary_folder(ray_folder):
+    """Lets the processes that the tests start write their temporary files where Ray has its.
+
+    A killed worker cannot remove its scratch folder.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(ray_folder))
+        yield
+
+
 @pytest.fixture(scope="package")
 def cluster(bases, ray_folder):
     """Yields two nodes, "desk" and "attic", with one CPU each; this process is the driver."""

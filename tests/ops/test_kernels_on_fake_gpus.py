@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from fake_gpus import CAPACITY
 from patched_models import packed_flux
 
 from featherweight.loaders.model_summary import dequantize_backend_text
@@ -22,7 +23,7 @@ from featherweight.ops.kernels import background, trial, trial_startup
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.packed_layout import packed_tensor
 
-pytestmark = pytest.mark.fake_gpus(devices=1, gib=4, late=False)
+pytestmark = pytest.mark.fake_gpus(devices=1, late=False)
 needs_a_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))),
                                       reason="needs a C++ compiler")
 
@@ -74,7 +75,7 @@ def test_what_a_model_asks_for_is_tried_where_memory_is_free_and_used_from_the_n
                  caplog)
         assert_dequantized(gpu)
     finally:
-        fakegpu.set_capacity(4 << 30)
+        fakegpu.set_capacity(CAPACITY)
     gpu = restart()
     kernels.start_trials([gpu])
     assert_dequantized(gpu)

@@ -25,8 +25,8 @@ from featherweight.ops import workspace
 from featherweight.ops.patcher.residency import PAGE
 
 GIB, MIB = 1 << 30, 1 << 20
-BOTH = [pytest.param(False, marks=pytest.mark.fake_gpus(gib=1), id="static"),
-        pytest.param(True, marks=pytest.mark.fake_gpus(gib=1, dynamic=True), id="dynamic")]
+BOTH = [pytest.param(False, marks=pytest.mark.fake_gpus, id="static"),
+        pytest.param(True, marks=pytest.mark.fake_gpus(dynamic=True), id="dynamic")]
 # of a layer that is dequantised at a time, on the CPU too: other slices give other last bits
 SLICE = MIB
 COMPUTING = 32 * MIB  # bytes that a step takes beside weights and the buffers they travel through

@@ -1,7 +1,7 @@
 """Runs tests on fake GPUs (`devtools/fakegpu`), in a separate process, because torch must see the
 GPUs from its start.
 
-    pytestmark = pytest.mark.fake_gpus(devices=3, gib=4, late=True, dynamic=True)
+    pytestmark = pytest.mark.fake_gpus(devices=3, late=True, dynamic=True)
 
 The tests are collected in this process. When the first is due, a second process runs all tests of
 the same GPUs, and this one reports their outcomes. dynamic: whether ComfyUI's dynamic VRAM is on,
@@ -22,6 +22,7 @@ import pytest
 
 from devtools import ROOT, fakegpu
 
+CAPACITY = 4 << 30  # bytes of each GPU, until a test sets another
 ON_FAKE_GPUS = "FAKEGPU" in os.environ
 AS_ON_A_CPU = "--fp32-unet --fp32-vae --fp32-text-enc --use-pytorch-cross-attention"
 # Environment variable: the file to which a process on fake GPUs writes its outcomes.
@@ -35,17 +36,16 @@ class TestGroup:
     """The tests that run on the same GPUs, and their outcomes once they have run.
 
     Attributes:
-        name: Of the GPUs, such as "3x4-late-dynamic".
+        name: Of the GPUs, such as "3-late-dynamic".
         nodes: The tests, as this process collected them.
     """
 
     __test__ = False
 
-    def __init__(self, devices: int = 3, gib: float = 4, late: bool = True, dynamic: bool = False):
-        self.arguments = devices, gib, late
+    def __init__(self, devices: int = 3, late: bool = True, dynamic: bool = False):
+        self.arguments = devices, CAPACITY >> 30, late
         self.dynamic = dynamic
-        self.name = (f"{devices}x{gib}{'-late' if late else ''}"
-                     f"{'-dynamic' if dynamic else ''}")
+        self.name = f"{devices}{'-late' if late else ''}{'-dynamic' if dynamic else ''}"
         self.nodes = []
         self._outcomes = None
 

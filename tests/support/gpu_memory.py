@@ -7,6 +7,7 @@ import gc
 import comfy.model_management
 import comfy.sample
 import torch
+from fake_gpus import CAPACITY
 from patched_models import flux_inputs, folder, parts
 
 from devtools.files import tiny_models
@@ -16,23 +17,23 @@ from featherweight.ops.adapters import adapter_tensors
 
 
 @contextlib.contextmanager
-def empty_gpus(capacity: int = 4 << 30):
+def empty_gpus(capacity: int = CAPACITY):
     """Yields the counters of the fake GPUs, which hold no model before and after.
 
     Args:
-        capacity: bytes of each GPU.
+        capacity: bytes of each GPU until then.
     """
     import fakegpu
 
-    def clear():
+    def clear(capacity: int):
         for device in range(torch.cuda.device_count()):
             fakegpu.set_capacity(capacity, device)
         comfy.model_management.unload_all_models()
         gc.collect()
 
-    clear()
+    clear(capacity)
     yield fakegpu
-    clear()
+    clear(CAPACITY)
 
 
 def lies_on(model, device="cuda:0") -> int:
