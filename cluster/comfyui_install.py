@@ -9,41 +9,21 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-# arguments of the server alone, and those a worker sets itself: name -> argparse's `nargs`
+# arguments of the server alone, and those a worker sets itself: argparse's `nargs` -> names
 NOT_FOR_WORKERS = {
-    "--listen": "?",
-    "--port": 1,
-    "--tls-keyfile": 1,
-    "--tls-certfile": 1,
-    "--enable-cors-header": "?",
-    "--max-upload-size": 1,
-    "--output-directory": 1,
-    "--temp-directory": 1,
-    "--database-url": 1,
-    "--cuda-device": 1,
-    "--default-device": 1,
-    "--front-end-version": 1,
-    "--front-end-root": 1,
-    "--verbose": "*",
-    "--preview-method": 1,
-    **dict.fromkeys(
-        (
-            "--auto-launch",
-            "--disable-auto-launch",
-            "--windows-standalone-build",
-            "--enable-manager",
-            "--disable-manager-ui",
-            "--enable-manager-legacy-ui",
-            "--enable-compress-response-body",
-            "--log-stdout",
-            "--dont-print-server",
-            "--quick-test-for-ci",
-            "--multi-user",
-            "--enable-assets",
-            "--disable-api-nodes",
-        ),
-        0,
+    0: (
+        "--auto-launch", "--disable-auto-launch", "--windows-standalone-build", "--enable-manager",
+        "--disable-manager-ui", "--enable-manager-legacy-ui", "--enable-compress-response-body",
+        "--log-stdout", "--dont-print-server", "--quick-test-for-ci", "--multi-user",
+        "--enable-assets", "--disable-api-nodes",
     ),
+    1: (
+        "--port", "--tls-keyfile", "--tls-certfile", "--max-upload-size", "--output-directory",
+        "--temp-directory", "--database-url", "--cuda-device", "--default-device",
+        "--front-end-version", "--front-end-root", "--preview-method",
+    ),
+    "?": ("--listen", "--enable-cors-header"),
+    "*": ("--verbose",),
 }
 FOLDERS = ("--base-directory", "--input-directory", "--user-directory", "--models-directory")
 PATHS = "--extra-model-paths-config"
@@ -240,11 +220,9 @@ def worker_environment(comfyui: str, arguments: Sequence[str]) -> dict[str, str]
 def worker_arguments(arguments: Sequence[str]) -> list[str]:
     """Returns ComfyUI's arguments without those of its server, and with absolute paths."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, nargs in NOT_FOR_WORKERS.items():
-        if nargs == 0:
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, nargs=nargs)
+    for nargs, names in NOT_FOR_WORKERS.items():
+        for name in names:
+            parser.add_argument(name, **({"nargs": nargs} if nargs else {"action": "store_true"}))
     for name in FOLDERS:
         parser.add_argument(name, dest=name)
     parser.add_argument(PATHS, dest=PATHS, nargs="+", action="append", default=[])

@@ -93,6 +93,11 @@ def loader_output(*notes: str | None, **parts) -> tuple:
     notes = list(dict.fromkeys(filter(None, notes)))
     for note in notes:
         log.warning("[Featherweight] %s", note)
+
+    def show_placement(key: str, summary: str, patcher: ModelPatcher, report: MemoryReport):
+        texts[key] = f"{summary}\n{placed_text(patcher, report)}"
+        show("\n".join([*texts.values(), *notes]))
+
     for key, part in parts.items():
         patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
         patcher = patcher or getattr(part, "control_model_wrapped", None)  # of a ControlNet
@@ -109,20 +114,6 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         texts[key] = summary
         if getattr(patcher, "placement", None) is not None:
             texts[key] += f"\n{planned_text(patcher)}"
-            update = functools.partial(_on_placement, show, texts, notes, key, summary)
-            patcher.on_placement = update
+            patcher.on_placement = functools.partial(show_placement, key, summary)
     show_text("\n".join([*texts.values(), *notes]))
     return tuple(parts.values())
-
-
-def _on_placement(
-    show: Callable[[str], None],
-    texts: dict[str, str],
-    notes: list[str],
-    key: str,
-    summary: str,
-    patcher: ModelPatcher,
-    report: MemoryReport,
-):
-    texts[key] = f"{summary}\n{placed_text(patcher, report)}"
-    show("\n".join([*texts.values(), *notes]))

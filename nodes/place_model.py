@@ -1,5 +1,4 @@
 """The node Place Model (Featherweight)."""
-import functools
 import logging
 from collections.abc import Callable
 
@@ -86,12 +85,22 @@ def place_and_report(
     placed = place_part(part, gpu_weights * GB, stores, remarks.append)
     for remark in remarks:
         log.warning("[Featherweight] %s", remark)
+    texts = {}  # device -> text, of the GPUs that share the model's work
+
+    def show_placement(patcher, report: MemoryReport):
+        texts[patcher.load_device] = placed_text(patcher, report)
+        if not patcher.is_multigpu_base_clone:
+            clones = patcher.get_additional_models_with_key(SHARING)
+            devices = {patcher.load_device, *(clone.load_device for clone in clones)}
+            for device in texts.keys() - devices:
+                del texts[device]
+        show("\n".join([*(texts[device] for device in sorted(texts, key=str)), *remarks]))
+
     patcher = getattr(placed, "patcher", placed)
     if hasattr(patcher, "placement"):
-        patcher.on_placement = functools.partial(_report_placement, show, remarks, {})
-    if getattr(patcher, "placement", None) is not None:
-        remarks = [planned_text(patcher), *remarks]
-    show("\n".join(remarks))
+        patcher.on_placement = show_placement
+    planned = [planned_text(patcher)] if getattr(patcher, "placement", None) is not None else []
+    show("\n".join([*planned, *remarks]))
     return placed
 
 
@@ -116,23 +125,6 @@ def _check_store(compute: torch.device, store: str, store_gb: float) -> str | No
     if store_gb < 0 and device != CPU:
         return f"store_gb is {store_gb:g} GB, which is below 0; it is treated as 0."
     return None
-
-
-def _report_placement(
-    show: Callable[[str], None],
-    remarks: list[str],
-    texts: dict[torch.device, str],
-    patcher,
-    report: MemoryReport,
-):
-    """Shows the placement. texts: one for each of the GPUs that share the model's work."""
-    texts[patcher.load_device] = placed_text(patcher, report)
-    if not patcher.is_multigpu_base_clone:
-        clones = patcher.get_additional_models_with_key(SHARING)
-        devices = {patcher.load_device, *(clone.load_device for clone in clones)}
-        for device in texts.keys() - devices:
-            del texts[device]
-    show("\n".join([*(texts[device] for device in sorted(texts, key=str)), *remarks]))
 
 
 class PlaceModel(io.ComfyNode):

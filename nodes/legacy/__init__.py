@@ -1,13 +1,13 @@
 """Node ids of other packs, with the same inputs in the same order, so that shared workflows run.
 
 Each file is a pack. Its `NODE_CONFIG` is a table of the pack's ids and of what differs between
-them. ComfyUI Manager reads the ids there, and `make_node` makes the classes.
+them. ComfyUI Manager reads the ids there, and `make_nodes` makes the classes.
 
 Scripts and other packs call these classes as Python:
 `NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(...)`. So the method that runs has the original
 name and parameters, returns a tuple, and is the `FUNCTION`.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from comfy_api.latest import io
 
@@ -90,3 +90,15 @@ def make_node(
     """Makes the class of one id, as if it were written in the module of that name."""
     attributes |= {"__module__": module, "node_id": node_id, "display_name": display_name}
     return type(node_id, (base, io.ComfyNode), attributes)
+
+
+def make_nodes(
+    module: str, config: Mapping[str, tuple], **attributes
+) -> dict[str, type[io.ComfyNode]]:
+    """Makes the classes of a table with id: (base class, title, inputs, description)."""
+    return {
+        node_id: make_node(
+            module, node_id, base, title, inputs=inputs, description=description, **attributes
+        )
+        for node_id, (base, title, inputs, description) in config.items()
+    }

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ...loaders.devices import DEFAULT
 from ..node_text import loader_output
-from . import LegacyNode, make_node, vae_files
+from . import LegacyNode, make_nodes, vae_files
 from .gguf import (
     FOLDERS,
     ClipLoader,
@@ -108,15 +108,4 @@ NODE_CONFIG = {
         "The VAE loader of workflows made with calcuis' gguf pack. Packed weights stay packed.",
     ),
 }
-NODE_CLASS_MAPPINGS = {
-    node_id: make_node(
-        __name__,
-        node_id,
-        base,
-        display_name,
-        inputs=inputs,
-        description=description,
-        HELP_PAGE="LegacyCalcuis",
-    )
-    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()
-}
+NODE_CLASS_MAPPINGS = make_nodes(__name__, NODE_CONFIG, HELP_PAGE="LegacyCalcuis")

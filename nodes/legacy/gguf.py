@@ -17,7 +17,7 @@ from ..combo_options import encoder_types
 from ..load_diffusion_model import FOLDERS
 from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
 from ..node_text import loader_output
-from . import LegacyNode, make_node
+from . import LegacyNode, make_nodes
 
 # "default" and "target" both mean the dtype that the model computes in: values are dequantised in
 # float32 and rounded once.
@@ -243,9 +243,4 @@ NODE_CONFIG = {
         "The loader for the four text encoders of HiDream in ComfyUI-GGUF workflows.",
     ),
 }
-NODE_CLASS_MAPPINGS = {
-    node_id: make_node(
-        __name__, node_id, base, display_name, inputs=inputs, description=description
-    )
-    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()
-}
+NODE_CLASS_MAPPINGS = make_nodes(__name__, NODE_CONFIG)

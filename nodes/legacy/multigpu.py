@@ -6,7 +6,7 @@ packs' models are not provided here.
 """
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 import torch
@@ -50,6 +50,7 @@ class WrappedLoader:
     """A loader that the pack wraps.
 
     Attributes:
+        title: of its node; {} stands for the family.
         inputs: as in `LegacyNode`.
         load: takes a device or None, and the inputs by name; returns the loaded parts by the keys
             of `node_text.TITLES`.
@@ -58,6 +59,7 @@ class WrappedLoader:
         device: DisTorch2's name of its device input.
     """
 
+    title: str
     inputs: Callable[[], list]
     load: Callable[..., dict]
     validate: Callable[..., bool | str]
@@ -99,8 +101,9 @@ def _weight_dtype_input():
     )
 
 
-def _clip_loader(count: int, host_node: str | None = None) -> WrappedLoader:
+def _clip_loader(title: str, count: int, host_node: str | None = None) -> WrappedLoader:
     return WrappedLoader(
+        title,
         functools.partial(clip_inputs, count, host_node),
         _load_clip,
         functools.partial(validate_files, keys=CLIP_FOLDERS),
@@ -109,28 +112,51 @@ def _clip_loader(count: int, host_node: str | None = None) -> WrappedLoader:
     )
 
 
+def _titled(loader: WrappedLoader, title: str) -> WrappedLoader:
+    return replace(loader, title=title)
+
+
 _validate_models = functools.partial(validate_files, keys=FOLDERS)
-UNET_GGUF = WrappedLoader(lambda: [model_input()], _load_gguf, _validate_models)
-UNET_GGUF_ADVANCED = WrappedLoader(
-    lambda: [model_input(), *dtype_inputs()], _load_gguf, _validate_models
+UNET_GGUF = WrappedLoader(
+    "Unet Loader (GGUF, {})", lambda: [model_input()], _load_gguf, _validate_models
 )
-UNET = WrappedLoader(lambda: [model_input(), _weight_dtype_input()], _load_unet, _validate_models)
-CLIP = _clip_loader(1, "CLIPLoader")
-DUAL_CLIP = _clip_loader(2, "DualCLIPLoader")
-TRIPLE_CLIP = _clip_loader(3)
-QUADRUPLE_CLIP = _clip_loader(4)
+UNET_GGUF_ADVANCED = WrappedLoader(
+    "Unet Loader (GGUF/Advanced, {})",
+    lambda: [model_input(), *dtype_inputs()],
+    _load_gguf,
+    _validate_models,
+)
+UNET_LP = _titled(UNET_GGUF, "UNet Loader ({})")
+UNET = WrappedLoader(
+    "Load Diffusion Model ({})",
+    lambda: [model_input(), _weight_dtype_input()],
+    _load_unet,
+    _validate_models,
+)
+CLIP = _clip_loader("Load CLIP ({})", 1, "CLIPLoader")
+DUAL_CLIP = _clip_loader("DualCLIPLoader ({})", 2, "DualCLIPLoader")
+TRIPLE_CLIP = _clip_loader("TripleCLIPLoader ({})", 3)
+QUADRUPLE_CLIP = _clip_loader("QuadrupleCLIPLoader ({})", 4)
+CLIP_GGUF = _titled(CLIP, "CLIPLoader (GGUF, {})")
+DUAL_CLIP_GGUF = _titled(DUAL_CLIP, "DualCLIPLoader (GGUF, {})")
+TRIPLE_CLIP_GGUF = _titled(TRIPLE_CLIP, "TripleCLIPLoader (GGUF, {})")
+QUADRUPLE_CLIP_GGUF = _titled(QUADRUPLE_CLIP, "QuadrupleCLIPLoader (GGUF, {})")
 VAE = WrappedLoader(
+    "Load VAE ({})",
     lambda: [vae_files.vae_name_input()],
     lambda device, vae_name: {"vae": vae_files.load(vae_name, device)},
     vae_files.validate,
     (io.Vae.Output,),
 )
 CHECKPOINT = WrappedLoader(
+    "Load Checkpoint ({})",
     lambda: [checkpoint_input()],
     lambda device, ckpt_name: load_parts(ckpt_name, device=device),
     functools.partial(validate_files, keys=CHECKPOINT_FOLDERS),
     CheckpointLoader.outputs,
 )
+CHECKPOINT_NF4 = _titled(CHECKPOINT, "Load NF4 Checkpoint ({})")
+CHECKPOINT_ADVANCED = _titled(CHECKPOINT, "Checkpoint Loader Advanced ({})")
 
 
 # --- the inputs of the families ---
@@ -203,7 +229,10 @@ def eject_input(default: bool = True):
 # --- the families ---
 
 class MultiGPULoader(LegacyNode):
-    """Base of the pack's loaders. `wrapped` is the loader that a class wraps."""
+    """Base of the pack's loaders.
+
+    wrapped: the loader that a class wraps. family: the word for it in titles.
+    """
 
     HELP_PAGE = "LegacyMultiGPU"
     category = "Featherweight/legacy/MultiGPU"
@@ -213,6 +242,7 @@ class MultiGPULoader(LegacyNode):
     )
     is_deprecated = True  # not offered for new workflows
     wrapped: WrappedLoader
+    family = "MultiGPU"
 
     @classmethod
     def inputs(cls) -> list:
@@ -278,6 +308,7 @@ class DeviceLoader(MultiGPULoader):
 class DisTorchLoader(DeviceLoader):
     """A loader with virtual VRAM in its first form."""
 
+    family = "DisTorch"
     virtual_vram_gb = 0.0
 
     @classmethod
@@ -299,6 +330,7 @@ class DisTorchLoader(DeviceLoader):
 class DisTorch2Loader(DeviceLoader):
     """A loader with virtual VRAM in its second form."""
 
+    family = "DisTorch2"
     virtual_vram_gb = 4.0
 
     @classmethod
@@ -428,6 +460,7 @@ class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
     """Loads a checkpoint, with a device for each part and virtual VRAM for two of them."""
 
     FUNCTION = "load_checkpoint"
+    family = "DisTorch2"
 
     @classmethod
     def further_inputs(cls) -> list:
@@ -480,122 +513,57 @@ class UnetLoaderLP(MultiGPULoader):
     """Loads a diffusion model, without further inputs."""
 
     FUNCTION = "load_unet"
+    family = "LP"
 
     @classmethod
     def load_unet(cls, unet_name) -> tuple:
         return loader_output(model=load_model(unet_name))
 
 
-# id: (base class, the loader that is wrapped, title)
+# id: (base class, the loader that is wrapped)
 NODE_CONFIG = {
-    "UnetLoaderGGUFMultiGPU": (DeviceLoader, UNET_GGUF, "Unet Loader (GGUF, MultiGPU)"),
-    "UnetLoaderGGUFAdvancedMultiGPU": (
-        DeviceLoader,
-        UNET_GGUF_ADVANCED,
-        "Unet Loader (GGUF/Advanced, MultiGPU)",
-    ),
-    "CLIPLoaderGGUFMultiGPU": (DeviceLoader, CLIP, "CLIPLoader (GGUF, MultiGPU)"),
-    "DualCLIPLoaderGGUFMultiGPU": (DeviceLoader, DUAL_CLIP, "DualCLIPLoader (GGUF, MultiGPU)"),
-    "TripleCLIPLoaderGGUFMultiGPU": (
-        DeviceLoader,
-        TRIPLE_CLIP,
-        "TripleCLIPLoader (GGUF, MultiGPU)",
-    ),
-    "QuadrupleCLIPLoaderGGUFMultiGPU": (
-        DeviceLoader,
-        QUADRUPLE_CLIP,
-        "QuadrupleCLIPLoader (GGUF, MultiGPU)",
-    ),
-    "UNETLoaderMultiGPU": (DeviceLoader, UNET, "Load Diffusion Model (MultiGPU)"),
-    "CLIPLoaderMultiGPU": (DeviceLoader, CLIP, "Load CLIP (MultiGPU)"),
-    "DualCLIPLoaderMultiGPU": (DeviceLoader, DUAL_CLIP, "DualCLIPLoader (MultiGPU)"),
-    "TripleCLIPLoaderMultiGPU": (DeviceLoader, TRIPLE_CLIP, "TripleCLIPLoader (MultiGPU)"),
-    "QuadrupleCLIPLoaderMultiGPU": (DeviceLoader, QUADRUPLE_CLIP, "QuadrupleCLIPLoader (MultiGPU)"),
-    "VAELoaderMultiGPU": (DeviceLoader, VAE, "Load VAE (MultiGPU)"),
-    "CheckpointLoaderSimpleMultiGPU": (DeviceLoader, CHECKPOINT, "Load Checkpoint (MultiGPU)"),
-    "CheckpointLoaderNF4MultiGPU": (DeviceLoader, CHECKPOINT, "Load NF4 Checkpoint (MultiGPU)"),
-    "CheckpointLoaderAdvancedMultiGPU": (
-        CheckpointLoaderAdvanced,
-        CHECKPOINT,
-        "Checkpoint Loader Advanced (MultiGPU)",
-    ),
+    "UnetLoaderGGUFMultiGPU": (DeviceLoader, UNET_GGUF),
+    "UnetLoaderGGUFAdvancedMultiGPU": (DeviceLoader, UNET_GGUF_ADVANCED),
+    "CLIPLoaderGGUFMultiGPU": (DeviceLoader, CLIP_GGUF),
+    "DualCLIPLoaderGGUFMultiGPU": (DeviceLoader, DUAL_CLIP_GGUF),
+    "TripleCLIPLoaderGGUFMultiGPU": (DeviceLoader, TRIPLE_CLIP_GGUF),
+    "QuadrupleCLIPLoaderGGUFMultiGPU": (DeviceLoader, QUADRUPLE_CLIP_GGUF),
+    "UNETLoaderMultiGPU": (DeviceLoader, UNET),
+    "CLIPLoaderMultiGPU": (DeviceLoader, CLIP),
+    "DualCLIPLoaderMultiGPU": (DeviceLoader, DUAL_CLIP),
+    "TripleCLIPLoaderMultiGPU": (DeviceLoader, TRIPLE_CLIP),
+    "QuadrupleCLIPLoaderMultiGPU": (DeviceLoader, QUADRUPLE_CLIP),
+    "VAELoaderMultiGPU": (DeviceLoader, VAE),
+    "CheckpointLoaderSimpleMultiGPU": (DeviceLoader, CHECKPOINT),
+    "CheckpointLoaderNF4MultiGPU": (DeviceLoader, CHECKPOINT_NF4),
+    "CheckpointLoaderAdvancedMultiGPU": (CheckpointLoaderAdvanced, CHECKPOINT_ADVANCED),
     "CheckpointLoaderAdvancedDisTorch2MultiGPU": (
         CheckpointLoaderAdvancedDisTorch2,
-        CHECKPOINT,
-        "Checkpoint Loader Advanced (DisTorch2)",
+        CHECKPOINT_ADVANCED,
     ),
-    "UNetLoaderLP": (UnetLoaderLP, UNET_GGUF, "UNet Loader (LP)"),
-    "UnetLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, UNET_GGUF, "Unet Loader (GGUF, DisTorch)"),
-    "UnetLoaderGGUFAdvancedDisTorchMultiGPU": (
-        DisTorchLoader,
-        UNET_GGUF_ADVANCED,
-        "Unet Loader (GGUF/Advanced, DisTorch)",
-    ),
-    "CLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, CLIP, "CLIPLoader (GGUF, DisTorch)"),
-    "DualCLIPLoaderGGUFDisTorchMultiGPU": (
-        DisTorchLoader,
-        DUAL_CLIP,
-        "DualCLIPLoader (GGUF, DisTorch)",
-    ),
-    "TripleCLIPLoaderGGUFDisTorchMultiGPU": (
-        DisTorchLoader,
-        TRIPLE_CLIP,
-        "TripleCLIPLoader (GGUF, DisTorch)",
-    ),
-    "QuadrupleCLIPLoaderGGUFDisTorchMultiGPU": (
-        DisTorchLoader,
-        QUADRUPLE_CLIP,
-        "QuadrupleCLIPLoader (GGUF, DisTorch)",
-    ),
-    "UnetLoaderGGUFDisTorch2MultiGPU": (
-        DisTorch2Loader,
-        UNET_GGUF,
-        "Unet Loader (GGUF, DisTorch2)",
-    ),
-    "UnetLoaderGGUFAdvancedDisTorch2MultiGPU": (
-        DisTorch2Loader,
-        UNET_GGUF_ADVANCED,
-        "Unet Loader (GGUF/Advanced, DisTorch2)",
-    ),
-    "CLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, CLIP, "CLIPLoader (GGUF, DisTorch2)"),
-    "DualCLIPLoaderGGUFDisTorch2MultiGPU": (
-        DisTorch2Loader,
-        DUAL_CLIP,
-        "DualCLIPLoader (GGUF, DisTorch2)",
-    ),
-    "TripleCLIPLoaderGGUFDisTorch2MultiGPU": (
-        DisTorch2Loader,
-        TRIPLE_CLIP,
-        "TripleCLIPLoader (GGUF, DisTorch2)",
-    ),
-    "QuadrupleCLIPLoaderGGUFDisTorch2MultiGPU": (
-        DisTorch2Loader,
-        QUADRUPLE_CLIP,
-        "QuadrupleCLIPLoader (GGUF, DisTorch2)",
-    ),
-    "UNETLoaderDisTorch2MultiGPU": (DisTorch2Loader, UNET, "Load Diffusion Model (DisTorch2)"),
-    "CLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, CLIP, "Load CLIP (DisTorch2)"),
-    "DualCLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, DUAL_CLIP, "DualCLIPLoader (DisTorch2)"),
-    "TripleCLIPLoaderDisTorch2MultiGPU": (
-        DisTorch2Loader,
-        TRIPLE_CLIP,
-        "TripleCLIPLoader (DisTorch2)",
-    ),
-    "QuadrupleCLIPLoaderDisTorch2MultiGPU": (
-        DisTorch2Loader,
-        QUADRUPLE_CLIP,
-        "QuadrupleCLIPLoader (DisTorch2)",
-    ),
-    "VAELoaderDisTorch2MultiGPU": (DisTorch2Loader, VAE, "Load VAE (DisTorch2)"),
-    "CheckpointLoaderSimpleDisTorch2MultiGPU": (
-        DisTorch2Loader,
-        CHECKPOINT,
-        "Load Checkpoint (DisTorch2)",
-    ),
+    "UNetLoaderLP": (UnetLoaderLP, UNET_LP),
+    "UnetLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, UNET_GGUF),
+    "UnetLoaderGGUFAdvancedDisTorchMultiGPU": (DisTorchLoader, UNET_GGUF_ADVANCED),
+    "CLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, CLIP_GGUF),
+    "DualCLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, DUAL_CLIP_GGUF),
+    "TripleCLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, TRIPLE_CLIP_GGUF),
+    "QuadrupleCLIPLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, QUADRUPLE_CLIP_GGUF),
+    "UnetLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, UNET_GGUF),
+    "UnetLoaderGGUFAdvancedDisTorch2MultiGPU": (DisTorch2Loader, UNET_GGUF_ADVANCED),
+    "CLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, CLIP_GGUF),
+    "DualCLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, DUAL_CLIP_GGUF),
+    "TripleCLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, TRIPLE_CLIP_GGUF),
+    "QuadrupleCLIPLoaderGGUFDisTorch2MultiGPU": (DisTorch2Loader, QUADRUPLE_CLIP_GGUF),
+    "UNETLoaderDisTorch2MultiGPU": (DisTorch2Loader, UNET),
+    "CLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, CLIP),
+    "DualCLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, DUAL_CLIP),
+    "TripleCLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, TRIPLE_CLIP),
+    "QuadrupleCLIPLoaderDisTorch2MultiGPU": (DisTorch2Loader, QUADRUPLE_CLIP),
+    "VAELoaderDisTorch2MultiGPU": (DisTorch2Loader, VAE),
+    "CheckpointLoaderSimpleDisTorch2MultiGPU": (DisTorch2Loader, CHECKPOINT),
 }
 NODE_CLASS_MAPPINGS = {
-    node_id: make_node(
-        __name__, node_id, base, display_name, wrapped=wrapped, outputs=wrapped.outputs
-    )
-    for node_id, (base, wrapped, display_name) in NODE_CONFIG.items()
+    node_id: make_node(__name__, node_id, base, wrapped.title.format(base.family), wrapped=wrapped,
+                       outputs=wrapped.outputs)
+    for node_id, (base, wrapped) in NODE_CONFIG.items()
 }

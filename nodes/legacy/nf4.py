@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ...loaders.checkpoint import load_checkpoint
 from ...loaders.folders import embedding_folders, find_file, list_files, list_model_folders
 from ..node_text import loader_output
-from . import LegacyNode, make_node
+from . import LegacyNode, make_nodes
 from .gguf import FOLDERS, load_model, model_input
 
 CHECKPOINT_FOLDERS = ("checkpoints_gguf", "checkpoints")
@@ -133,9 +133,4 @@ NODE_CONFIG = {
         " set to NF4.",
     ),
 }
-NODE_CLASS_MAPPINGS = {
-    node_id: make_node(
-        __name__, node_id, base, display_name, inputs=inputs, description=description
-    )
-    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()
-}
+NODE_CLASS_MAPPINGS = make_nodes(__name__, NODE_CONFIG)

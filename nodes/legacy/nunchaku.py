@@ -17,7 +17,7 @@ from ...loaders.lora.lora_file import load_lora_file
 from ..apply_lora import FOLDERS as LORA_FOLDERS
 from ..node_text import loader_output, show_text
 from ..number_checks import reject_infinite
-from . import LegacyNode, make_node
+from . import LegacyNode, make_nodes
 from .gguf import CLIP_FOLDERS, FOLDERS, load_clip, load_model, model_input
 
 NONE = "None"  # a slot without a LoRA
@@ -510,15 +510,4 @@ NODE_CONFIG = {
         " them to any model.",
     ),
 }
-NODE_CLASS_MAPPINGS = {
-    node_id: make_node(
-        __name__,
-        node_id,
-        base,
-        display_name,
-        inputs=inputs,
-        description=description,
-        HELP_PAGE="LegacyNunchaku",
-    )
-    for node_id, (base, display_name, inputs, description) in NODE_CONFIG.items()
-}
+NODE_CLASS_MAPPINGS = make_nodes(__name__, NODE_CONFIG, HELP_PAGE="LegacyNunchaku")
