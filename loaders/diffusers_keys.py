@@ -9,7 +9,7 @@ import comfy.model_detection
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..ops.load_hooks import after_each_load
+from ..ops.load_hooks import on_each_module
 from ..ops.packed_layout import is_packed
 from ..ops.row_slicing import join_rows, take_rows
 from .detection import try_detect
@@ -161,7 +161,8 @@ def reject_partial_conversion(
 
     if state_dict.keys() <= file.entries.keys():
         return contextlib.nullcontext()
-    return after_each_load(lambda name, module: name == "diffusion_model", check)
+    return on_each_module(lambda name, module: name == "diffusion_model",
+                          lambda module: module.register_load_state_dict_post_hook(check))
 
 
 class JoinedRows:

@@ -17,6 +17,7 @@ from comfy.weight_adapter import (
     OFTAdapter,
     WeightAdapterBase,
 )
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class LoRA(NamedTuple):
@@ -100,11 +101,7 @@ def adapter_tensors(value) -> list[torch.Tensor]:
     """Returns the factors of an adapter; other patches, which stay where they are, have none."""
     if not isinstance(value, WeightAdapterBase):
         return []
-    items = [
-        item for part in value.weights
-        for item in (part if isinstance(part, (tuple, list)) else (part,))
-    ]
-    return [item for item in items if isinstance(item, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(value.weights) if isinstance(leaf, torch.Tensor)]
 
 
 def to_device(value, device: torch.device):
@@ -114,20 +111,13 @@ def to_device(value, device: torch.device):
     """
     if not isinstance(value, WeightAdapterBase):
         return value
-    return _like(value, _tensors_to(value.weights, device))
+    weights = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value.weights)
+    return _like(value, weights)
 
 
 def _like(adapter: WeightAdapterBase, weights) -> WeightAdapterBase:
     """Returns an adapter of the same type with other weights."""
     return type(adapter)(adapter.loaded_keys, weights)  # pyright: ignore[reportCallIssue]
-
-
-def _tensors_to(value, device):
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_tensors_to(item, device) for item in value)
-    return value
 
 
 # --- what a patch does ---

@@ -20,8 +20,9 @@ def dequantize_plain_parameters() -> contextlib.AbstractContextManager:
     The model uses such parameters (position embeddings, registers, pad tokens, custom norms) as
     plain tensors.
     """
-    return before_each_load(lambda name, module: not isinstance(module, PackedLayer),
-                            _dequantize_own_parameters)
+    return on_each_module(
+        lambda name, module: not isinstance(module, PackedLayer),
+        lambda module: module.register_load_state_dict_pre_hook(_dequantize_own_parameters))
 
 
 @contextlib.contextmanager
@@ -43,34 +44,16 @@ def pack_layers() -> Iterator[None]:
         handle.remove()
 
 
-def before_each_load(is_chosen: ModuleFilter,
-                     hook: Callable[..., None]) -> contextlib.AbstractContextManager:
-    """While the host builds and loads a model, calls `hook` before a chosen module loads.
-
-    Args:
-        is_chosen: whether to hook a module.
-        hook: (module, state_dict, prefix, ...), as `register_load_state_dict_pre_hook` takes it.
-    """
-    return _on_each_module(is_chosen,
-                           lambda module: module.register_load_state_dict_pre_hook(hook))
-
-
-def after_each_load(is_chosen: ModuleFilter,
-                    hook: Callable[..., None]) -> contextlib.AbstractContextManager:
-    """While the host builds and loads a model, calls `hook` after a chosen module has loaded.
-
-    Args:
-        is_chosen: whether to hook a module.
-        hook: (module, keys), as `register_load_state_dict_post_hook` takes it; `keys` has the
-            `missing_keys` and `unexpected_keys` of the whole load.
-    """
-    return _on_each_module(is_chosen,
-                           lambda module: module.register_load_state_dict_post_hook(hook))
-
-
 @contextlib.contextmanager
-def _on_each_module(is_chosen: ModuleFilter,
-                    register: Callable[[torch.nn.Module], Any]) -> Iterator[None]:
+def on_each_module(is_chosen: ModuleFilter,
+                   register: Callable[[torch.nn.Module], Any]) -> Iterator[None]:
+    """While the host builds and loads a model, registers a hook of loading on chosen modules.
+
+    Args:
+        is_chosen: whether to hook a module.
+        register: takes a module and returns the handle of its hook, as
+            `register_load_state_dict_pre_hook` does.
+    """
     handles = []
 
     def on_submodule(parent, name, module):

@@ -17,8 +17,9 @@ from comfy_kitchen.tensor import (
 )
 
 from .format import Format, FormatError
-from .formats import composite, plain  # the package registers every format
+from .formats import plain  # the package registers every format
 from .formats._names import format_named
+from .formats.composite import AddedLowRank, Joined
 from .packed_tensor import PackedTensor, relabel
 from .pickle_names import stable_pickle_name
 
@@ -128,10 +129,28 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
 
 def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
                   scales: tuple[torch.Tensor, torch.Tensor] | None = None) -> PackedTensor:
-    """Returns a packed weight plus the product of two factors; see `composite.add_low_rank`."""
-    packed_format, (data, *sides) = composite.add_low_rank(
-        tensor.layout_cls.format, packed_tensors(tensor), up, down, scales)
-    return packed_tensor(packed_format, data, tensor.shape, tensor.dtype, *sides)
+    """Returns a packed weight plus the product of two factors; see `AddedLowRank`.
+
+    Args:
+        tensor: (N, K), whose blocks are rows.
+        up: (N, R) of one of `FACTOR_DTYPES`.
+        down: (R, K), likewise, in the basis of the codes if the format rotates them.
+        scales: factors of the rows (N,) and of the columns (K,) of the product, float32.
+
+    Raises:
+        FormatError: the factors do not fit the weight.
+    """
+    base = tensor.layout_cls.format
+    data, *sides = packed_tensors(tensor)
+    rows = data.numel() // base.block_bytes
+    if (up.ndim, down.ndim) != (2, 2) or (len(up), down.shape[1]) != (rows, base.block_length) or (
+            up.shape[1] != len(down)):
+        raise FormatError(f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a"
+                          f" weight of {rows} x {base.block_length}")
+    packed_format = AddedLowRank.over(base, len(down), up.dtype, down.dtype, scales is not None)
+    factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
+    return packed_tensor(
+        packed_format, data, tensor.shape, tensor.dtype, *sides, *factors, *(scales or ()))
 
 
 def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:
@@ -141,11 +160,14 @@ def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:
         parts: (N_i, K) for rows, (N, K_i) for columns.
         axis: 0 to join rows, 1 to join columns.
     """
-    packed_format, data = composite.Joined.join(axis, [
-        (part.layout_cls.format, len(part), part.shape[1], packed_tensors(part))
-        for part in parts])
+    packed_format = Joined.of(axis, [(part.layout_cls.format, *part.shape) for part in parts])
     size = sum(part.shape[axis] for part in parts)
     shape = (size, parts[0].shape[1]) if axis == 0 else (len(parts[0]), size)
+    data = torch.zeros(
+        shape[0] * packed_format.block_bytes, dtype=torch.uint8, device=parts[0].device)
+    for place, part in zip(packed_format.parts, parts):
+        for target, tensor in zip(place.tensors(data), packed_tensors(part)):
+            target.copy_(tensor.reshape(-1))
     return packed_tensor(packed_format, data, shape, parts[0].dtype)
 
 

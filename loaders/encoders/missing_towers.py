@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...ops.load_hooks import before_each_load
+from ...ops.load_hooks import on_each_module
 from ..files.container import WeightFileError
 
 # the host's names
@@ -62,4 +62,5 @@ def omit_missing_towers(paths: Sequence[str]) -> contextlib.AbstractContextManag
                 for key in parts:
                     del state_dict[key]
 
-    return before_each_load(lambda name, module: name == "transformer", leave_out)
+    return on_each_module(lambda name, module: name == "transformer",
+                          lambda module: module.register_load_state_dict_pre_hook(leave_out))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..bits import reinterpret
-from ..format import Format, FormatError, Side, chunk_values, define, dequantize_by_reference
+from ..format import Format, Side, chunk_values, define, dequantize_by_reference
 from ..low_rank import LowRank, Slice
 
 # dequantises as `Format.dequantize_into` does, the format being the first argument
@@ -143,34 +143,6 @@ class AddedLowRank(Composite):
         return out
 
 
-def add_low_rank(base: type[Format], tensors: Sequence[torch.Tensor], up: torch.Tensor,
-                 down: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor] | None = None
-                 ) -> tuple[type[AddedLowRank], list[torch.Tensor]]:
-    """Adds a low rank to a weight whose blocks are rows.
-
-    Args:
-        base: format of the weight.
-        tensors: of the weight.
-        up: (N, R) of one of `FACTOR_DTYPES`.
-        down: (R, K), likewise, in the basis of the codes if `base` rotates them.
-        scales: factors of the rows (N,) and of the columns (K,) of the low rank, float32.
-
-    Returns:
-        The format and the tensors of the sum.
-
-    Raises:
-        FormatError: the factors do not fit the weight.
-    """
-    rows = tensors[0].numel() // base.block_bytes
-    if (up.ndim, down.ndim) != (2, 2) or (len(up), down.shape[1]) != (rows, base.block_length) or (
-            up.shape[1] != len(down)):
-        raise FormatError(f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a"
-                          f" weight of {rows} x {base.block_length}")
-    packed_format = AddedLowRank.over(base, len(down), up.dtype, down.dtype, scales is not None)
-    factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
-    return packed_format, [*tensors, *factors, *(scales or ())]
-
-
 @dataclass(frozen=True)
 class Part:
     """One of the weights that a `Joined` weight is made of.
@@ -252,27 +224,6 @@ class Joined(Composite):
                 "of_host": all(part_format.of_host for part_format, *_ in parts)}
 
     @classmethod
-    def join(cls, axis: int, parts: Sequence[tuple[type[Format], int, int, Sequence[torch.Tensor]]]
-             ) -> tuple[type["Joined"], torch.Tensor]:
-        """Joins weights.
-
-        Args:
-            axis: 0 to join rows, 1 to join columns.
-            parts: (format, rows, columns, tensors) of each.
-
-        Returns:
-            The format and the bytes of the whole weight, flat.
-        """
-        packed_format = cls.of(axis, [part[:3] for part in parts])
-        rows = sum(part[1] for part in parts) if axis == 0 else parts[0][1]
-        data = torch.zeros(rows * packed_format.block_bytes, dtype=torch.uint8,
-                           device=parts[0][3][0].device)
-        for part, (*_, tensors) in zip(packed_format.parts, parts):
-            for target, tensor in zip(part.tensors(data), tensors):
-                target.copy_(tensor.reshape(-1))
-        return packed_format, data
-
-    @classmethod
     def title(cls) -> str:
         return " + ".join(dict.fromkeys(part.format.title() for part in cls.parts))
 
@@ -304,22 +255,17 @@ class Joined(Composite):
 
     @classmethod
     def _joined_low_rank(cls, low_ranks: list[tuple[Part, LowRank]]) -> LowRank:
-        downs, ups, slices, rank = [], [], [], 0
+        factors = []
         for part, low_rank in low_ranks:
-            down, up = low_rank.down, low_rank.ups[0]
+            down = low_rank.down
             if cls.axis == 1:
                 after = cls.block_length - part.column - part.columns
                 down = torch.nn.functional.pad(down, (part.column, after))
-            downs.append(down)
-            ups.append(up)
-            slices.append(Slice(part.row, part.row + part.rows, rank, rank + len(down)))
-            rank += len(down)
-        dtype = max((factor.dtype for factor in (*downs, *ups)), key=lambda dtype: dtype.itemsize)
-        down = torch.cat([down.to(dtype) for down in downs])
-        ups = [up.to(dtype) for up in ups]
-        if cls.axis == 1:
-            return LowRank(down, (torch.cat(ups, 1),), (Slice(0, len(ups[0]), 0, rank),))
-        return LowRank(down, tuple(ups), tuple(slices))
+            factors.append((low_rank.ups[0], down, (part.row, part.row + part.rows)))
+        dtype = max((factor.dtype for up, down, _ in factors for factor in (up, down)),
+                    key=lambda dtype: dtype.itemsize)
+        rows = max(part.row + part.rows for part in cls.parts)
+        return LowRank.concatenated(factors, rows, dtype)
 
     @classmethod
     def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
