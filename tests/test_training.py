@@ -40,6 +40,10 @@ UNTRAINABLE = {
     "seedvr2-3b": "the node wants a text, the model takes none",
 }
 SLOW = ("ace-step", "ace-step-1.5", "boogu", "chroma-radiance", "sdxl")
+# Families of the same classes as another one here: Flux, Wan, Hunyuan Video, and Z-Image, which is
+# trained in every format.
+SIBLINGS = ("flux-schnell", "ovis-image", "longcat-image", "wan2.1-i2v", "wan2.1-camera",
+            "wan2.2-ti2v", "hunyuan-image", "hunyuan-video", "z-image")
 SETTINGS = {"steps": 2, "training_dtype": "fp32", "lora_dtype": "fp32", "optimizer": "SGD",
             "learning_rate": 0.1}
 EFFECT = 0.1  # of a trained LoRA on what the model adds to its input
@@ -164,7 +168,7 @@ def load_pair(path, dense) -> tuple:
 def marks(name: str) -> list:
     if name in UNTRAINABLE:
         return [pytest.mark.skip(reason=f"ComfyUI cannot train {name}: {UNTRAINABLE[name]}")]
-    return [pytest.mark.heavy] if name in SLOW else []
+    return [pytest.mark.heavy] if name in (*SLOW, *SIBLINGS) else []
 
 
 @pytest.mark.parametrize("name", [

@@ -187,7 +187,7 @@ def test_cancel_works_while_a_driver_joins_and_ends_it():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
-@pytest.mark.parametrize("is_local", [False, True])
+@pytest.mark.parametrize("is_local", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_a_driver_ends_with_a_comfyui_that_is_killed(is_local, ray_folder, tmp_path):
     """It also ends while it connects."""
     with listener() as address:

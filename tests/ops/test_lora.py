@@ -41,6 +41,17 @@ OPERATIONS = packed_operations()
 
 
 pytestmark = pytest.mark.usefixtures("small_models")
+# One format with all numbers in the blocks, one with scales apart.
+ALL_KINDS = ("Q4_K", "INT8")
+
+
+def with_formats(cases, in_all: tuple) -> list:
+    """(format, case): every case in some formats, those of `in_all` in all, the others heavy."""
+    return [
+        pytest.param(
+            name, case, marks=() if name in ALL_KINDS or case in in_all else pytest.mark.heavy)
+        for name in FORMAT_NAMES for case in cases
+    ]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,29 +73,19 @@ def assert_same_effect(format_name, *loras, inputs=None):
 # --- kinds, stacks, key styles ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+@pytest.mark.parametrize(("format_name", "kind"), with_formats(KINDS, ("lora", "dora")))
 def test_every_kind_of_lora_has_its_exact_effect(format_name, kind):
     assert_same_effect(format_name, (lora_for(flux_file(format_name)[1], kind), 0.9))
 
 
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        ("lora", "lora"),
-        ("lora", "lora", "lora", "lora"),
-        ("lora", "dora", "lora"),
-        ("loha", "lora"),
-        ("lora", "set", "lora"),
-        ("oft", "lora", "glora"),
-        ("lora", "diff", "lokr"),
-    ],
-    ids="-".join,
-)
-@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+STACKS = ("lora-lora", "lora-lora-lora-lora", "lora-dora-lora", "loha-lora", "lora-set-lora",
+          "oft-lora-glora", "lora-diff-lokr")
+
+
+@pytest.mark.parametrize(("format_name", "kinds"), with_formats(STACKS, ("lora-dora-lora",)))
 def test_stacked_loras_have_their_exact_effect_in_their_order(format_name, kinds):
     values = flux_file(format_name)[1]
-    loras = [lora_for(values, kind, seed) for seed, kind in enumerate(kinds)]
+    loras = [lora_for(values, kind, seed) for seed, kind in enumerate(kinds.split("-"))]
     assert_same_effect(format_name, *zip(loras, (1.0, -0.7, 0.5, 0.3)))
 
 
@@ -122,8 +123,8 @@ STYLES = {
 }
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+@pytest.mark.parametrize(
+    ("format_name", "style"), with_formats(STYLES, ("diffusers, PEFT",)))
 def test_loras_on_slices_of_fused_weights(format_name, style):
     lora = lora_by_diffusers_names(flux_file(format_name)[1], *STYLES[style])
     names = [name for name in lora if "to_q" in name or "proj_mlp" in name]

@@ -15,7 +15,17 @@ from featherweight.loaders.text_encoder import load_text_encoder
 pytestmark = pytest.mark.usefixtures("small_models")
 
 TEXT = "ab ba, the red fox über 12 dogs"
-LOADED_AGAIN = [(name, "Q8_0") for name in ENCODERS] + [
+# Encoders that differ from another one here only in their sizes.
+SIBLINGS = (
+    "clip-g", "clip-h", "gemma-3-12b", "gemma-4-12b", "gemma-4-31b", "gemma-4-e2b",
+    "mistral-3-24b-flux2", "ministral-3-3b", "qwen3-2b", "qwen3-4b", "qwen3-8b", "qwen3-vl-4b",
+    "qwen3-vl-8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b", "t5-xl", "umt5-base",
+    "umt5-base of transformers",
+)
+LOADED_AGAIN = [
+    pytest.param(name, "Q8_0", marks=pytest.mark.heavy if name in SIBLINGS else ())
+    for name in ENCODERS
+] + [
     ("gemma-2-2b", "NF4"),
     ("gpt-oss-20b", "NF4"),
     ("mistral-3-24b", "NF4"),
