@@ -257,7 +257,7 @@ def exact_effect(layer, change: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.conv2d(input, change, None, layer.stride, layer.padding)
 
 
-@pytest.mark.parametrize("norm", [0.0005, 0.001, 0.01])
+@pytest.mark.parametrize("norm", [0.0005, 0.01])
 @pytest.mark.parametrize("type_name", WIDTHS)
 def test_a_lora_has_its_full_strength_on_16_bit_layers(type_name, norm, tmp_path):
     path = tmp_path / "unet.gguf"

@@ -44,13 +44,19 @@ CHILD = {
 }
 
 
-def test_whatever_is_done_to_a_packed_tensor_works_as_on_a_dense_one_or_says_why_not():
+HALF = len(ATTEMPTS) // 2  # one format without scales apart, and one with them
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, HALF), pytest.param(HALF, len(ATTEMPTS), marks=pytest.mark.heavy)])
+def test_whatever_is_done_to_a_packed_tensor_works_as_on_a_dense_one_or_says_why_not(start, stop):
     """Each attribute of torch.Tensor, files, copies, writes of all kinds. The child is started
     again past one that ends it."""
-    faults, start = {}, 0
-    while start < len(ATTEMPTS):
-        child = subprocess.run([sys.executable, "-m", "tensor_attempts", str(start)], env=CHILD,
-                               capture_output=True, text=True)
+    faults = {}
+    while start < stop:
+        child = subprocess.run(
+            [sys.executable, "-m", "tensor_attempts", str(start), str(stop)], env=CHILD,
+            capture_output=True, text=True)
         lines = [json.loads(line) for line in child.stdout.splitlines()]
         faults |= {ATTEMPTS[line["done"]]: line["faults"] for line in lines if line.get("faults")}
         if child.returncode:

@@ -290,7 +290,7 @@ ELSEWHERE = {
 }
 
 MODES = {"normal": contextlib.nullcontext, "inference": torch.inference_mode}
-TRIED = [("Q8_0", "normal"), ("Q4_K", "inference"), ("NF4", "inference"), ("INT8", "normal")]
+TRIED = [("Q8_0", "normal"), ("NF4", "inference"), ("Q4_K", "inference"), ("INT8", "normal")]
 ATTEMPTS = [(*tried, name) for tried in TRIED for name in (*dir(torch.Tensor), *ELSEWHERE)]
 
 
@@ -371,11 +371,12 @@ def fault(format_name: str, name: str, attempt) -> str | None:
     )
 
 
-def main(start: int):
+def main(start: int, stop: int):
+    """Makes these of the `ATTEMPTS` and prints what is wrong, as JSON lines."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.stdout, lines = io.StringIO(), sys.stdout
-    for number, (format_name, mode, name) in enumerate(ATTEMPTS[start:], start):
+    for number, (format_name, mode, name) in enumerate(ATTEMPTS[start:stop], start):
         print(json.dumps({"begun": number}), file=lines, flush=True)
         with MODES[mode]():
             attempts = [ELSEWHERE[name]] if name in ELSEWHERE else attribute_attempts(name)
@@ -384,4 +385,4 @@ def main(start: int):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

@@ -173,9 +173,8 @@ def test_without_its_tower_an_encoder_reads_and_says_why_it_cannot_see(name, tmp
         hidden_states(blind, [*TOKENS, picture()])
 
 
-@pytest.mark.parametrize("name", ["qwen3-vl-4b", "qwen3-vl-8b", "qwen3-vl-32b"])
-def test_qwen3_vl_without_its_tower_reads_as_it_does_with_one(name, tmp_path):
-    encoder, path = ALL[name], tmp_path / "encoder.gguf"
+def test_qwen3_vl_without_its_tower_reads_as_it_does_with_one(tmp_path):
+    encoder, path = ALL["qwen3-vl-4b"], tmp_path / "encoder.gguf"
     with small_towers(encoder):
         weights = random_weights(encoder)
         write_encoder(path, encoder, weights, metadata={"qwen3vl.n_deepstack_layers": 3})
