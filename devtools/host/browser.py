@@ -28,7 +28,7 @@ OPEN = """(async (name, text) => {
   app.graph.clear()
   await app.handleFile(new File([text], name, {type: 'application/json'}))
   await comfyAPI.api.api.getFolderPaths()
-  await new Promise(done => setTimeout(done, 200))
+  await new Promise(done => setTimeout(done, 100))
 })"""
 # also inside subgraphs
 NODES = "[app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap(graph => graph.nodes)"

@@ -30,5 +30,5 @@ if __name__ == "__main__":
     sys.path[0] = str(main.parent)
     os.chdir(main.parent)
     # A tenth of the start goes into collections that find nothing. ComfyUI collects after prompts.
-    gc.set_threshold(10_000)
+    gc.set_threshold(50_000)
     runpy.run_path(str(main), run_name="__main__")
