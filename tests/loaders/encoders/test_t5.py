@@ -256,23 +256,6 @@ def test_an_encoder_that_loads_beside_another_gives_the_hidden_states_of_the_den
     assert all(is_packed(value) for value in matrices if value.shape[-1] % 32 == 0)
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if "t5" in name])
-def test_one_family_knows_them(name):
-    encoder = ENCODERS[name]
-    names = (
-        [*encoder.markers, "encoder.block.0.layer.0.SelfAttention.q.weight"]
-        if name != "t5-gemma"
-        else encoder.markers
-    )
-    weights = {name: torch.zeros(1, 1) for name in names}
-    stored = (
-        weights if encoder.architecture is None else in_gguf_names(weights, encoder.architecture)
-    )
-    assert [arch.__name__ for arch in ARCHS if arch.recognises(stored)] == [
-        "T5Gemma" if name == "t5-gemma" else "T5"
-    ]
-
-
 @pytest.mark.parametrize("name", ["umt5-xxl", "umt5-xxl of transformers"])
 def test_a_umt5_without_its_tokenizer_is_refused(name, tmp_path):
     encoder = dataclasses.replace(ENCODERS[name], metadata={}, extra={})
