@@ -64,7 +64,7 @@ def formats_in(file: WeightFile) -> dict[str, str]:
 
 
 def join_parts(file: WeightFile, tensors: dict[str, torch.Tensor],
-               track: ProgressIter = iter) -> dict[str, torch.Tensor]:
+               track: ProgressIter = iter):
     """Replaces the parts of each weight in `tensors` with one packed tensor.
 
     Args:
@@ -72,13 +72,10 @@ def join_parts(file: WeightFile, tensors: dict[str, torch.Tensor],
         tensors: name -> tensor as stored; changed in place.
         track: iterates over the names and shows progress.
 
-    Returns:
-        `tensors`.
-
     Raises:
         WeightFileError: parts of a weight are missing or do not belong together.
     """
-    return _PartJoiner(file, tensors).join(track)
+    _PartJoiner(file, tensors).join(track)
 
 
 class _PartJoiner:
@@ -93,7 +90,7 @@ class _PartJoiner:
         """Returns an error about the tensor `key` that names its file."""
         return self.file.error_at(key, problem, advice)
 
-    def join(self, track: ProgressIter) -> dict[str, torch.Tensor]:
+    def join(self, track: ProgressIter):
         for key in track(list(self.entries)):
             if match := QUANT_STATE.fullmatch(key):
                 weight = match["weight"]
@@ -101,7 +98,6 @@ class _PartJoiner:
             elif match := INT8_SCALES.fullmatch(key):
                 self.join_int8(key, match["layer"])
         self.reject_leftovers()
-        return self.tensors
 
     def take(self, key: str, weight: str, what: str) -> torch.Tensor:
         """Removes one part of a weight from the tensors and returns it."""

@@ -109,27 +109,25 @@ class Family:
         mark: matches the name of a tensor of each such model.
         modulations: pattern of a layer of a block -> parts whose rows are interleaved in it.
         shifted: matches the layers of a block that come after a GELU.
-        fuses: whether ComfyUI has Q, K and V as one layer.
         has_biases: whether its layers have biases; files have zeros in place of missing ones.
     """
 
     mark: re.Pattern
     modulations: Mapping[str, int]
     shifted: re.Pattern
-    fuses: bool
     has_biases: bool = True
 
 
 NOTHING = re.compile(r"(?!)")
 FLUX = Family(re.compile(r"transformer_blocks\.\d+\.norm1\.linear\."),
               {"norm1.linear": 6, "norm1_context.linear": 6, "norm.linear": 3},
-              re.compile(r"ff(_context)?\.net\.2|mlp_fc2"), True)
+              re.compile(r"ff(_context)?\.net\.2|mlp_fc2"))
 QWEN_IMAGE = Family(re.compile(r"transformer_blocks\.\d+\.img_mod\.1\."),
-                    {"img_mod.1": 6, "txt_mod.1": 6}, re.compile(r"(img|txt)_mlp\.net\.2"), False)
-Z_IMAGE = Family(re.compile(r"layers\.\d+\.attention\.to_qkv\."), {}, NOTHING, True, False)
+                    {"img_mod.1": 6, "txt_mod.1": 6}, re.compile(r"(img|txt)_mlp\.net\.2"))
+Z_IMAGE = Family(re.compile(r"layers\.\d+\.attention\.to_qkv\."), {}, NOTHING, has_biases=False)
 MODELS = {"Flux": FLUX, "Qwen-Image": QWEN_IMAGE, "Z-Image": Z_IMAGE}
 # layers that are quantised one by one, as diffusers' nunchaku_lite and encoders have them
-SEPARATE = Family(NOTHING, {}, NOTHING, False)
+SEPARATE = Family(NOTHING, {}, NOTHING)
 
 
 def has_nunchaku_weights(names: Iterable[str]) -> bool:
@@ -138,7 +136,7 @@ def has_nunchaku_weights(names: Iterable[str]) -> bool:
 
 
 def join_nunchaku_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
-                          track: ProgressIter = iter) -> dict[str, torch.Tensor]:
+                          track: ProgressIter = iter):
     """Replaces the parts of each weight in `tensors` with one packed tensor in diffusers' names.
 
     Args:
@@ -146,15 +144,11 @@ def join_nunchaku_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
         tensors: name -> tensor as stored; changed in place.
         track: iterates over the layers and shows progress.
 
-    Returns:
-        `tensors`.
-
     Raises:
         WeightFileError: parts of a weight are missing, unknown or do not belong together, or the
             model is of none of the known families.
     """
     _Reader(file, tensors).join(track)
-    return tensors
 
 
 @dataclass
@@ -180,15 +174,6 @@ class _Weight:
         if self.up is None or self.down is None:
             return self.main
         return with_low_rank(self.main, self.up, self.down, self.scales)
-
-    def rows(self, rows: slice) -> PackedTensor:
-        """Returns some rows, which share the bytes."""
-        main = take_rows(self.main, rows)
-        assert isinstance(main, PackedTensor)
-        if self.up is None or self.down is None:
-            return main
-        scales = None if self.scales is None else (self.scales[0][rows], self.scales[1])
-        return with_low_rank(main, self.up[rows], self.down, scales)
 
 
 class _Reader:
@@ -476,15 +461,11 @@ class _Reader:
         if len(weight.main) % len(names):
             raise self.error(layer, f"has {len(weight.main)} rows; expected those of"
                              f" {len(names)} layers")
-        pieces = [slice(start, start + rows) for start in range(0, len(weight.main), rows)]
-        if self.family.fuses:
-            whole = weight.packed()  # ComfyUI's layer has all rows again
-            packed = [take_rows(whole, piece) for piece in pieces]
-        else:
-            packed = [weight.rows(piece) for piece in pieces]
-        for name, piece, part in zip(names, pieces, packed):
+        packed = weight.packed()
+        for index, name in enumerate(names):
+            piece = slice(index * rows, (index + 1) * rows)
             bias = None if weight.bias is None else weight.bias[piece]
-            self.put(f"{block}.{name}", part, bias)
+            self.put(f"{block}.{name}", take_rows(packed, piece), bias)
         return None
 
     def partner(self, layer: str) -> str | None:

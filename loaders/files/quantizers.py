@@ -42,22 +42,18 @@ def quantizer_of(file: WeightFile) -> str:
     return ""
 
 
-def join_quantized_weights(file: WeightFile,
-                           tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor]):
     """Replaces the parts of each weight that one of them packed with one packed tensor `L.weight`.
 
     Args:
         file: the file they come from. What it marks as ComfyUI's stays as it is.
         tensors: name -> tensor as stored; changed in place.
 
-    Returns:
-        `tensors`.
-
     Raises:
         WeightFileError: the parts of a weight do not belong together.
     """
     if SETTINGS in file.metadata:
-        return tensors
+        return
     for module in MODULES:
         layers = [*layers_of(module, tensors.keys())]
         if module is compressed_tensors:
@@ -67,7 +63,6 @@ def join_quantized_weights(file: WeightFile,
                 parts = {name: tensors.pop(f"{layer}.{name}") for name in module.PARTS
                          if f"{layer}.{name}" in tensors}
                 tensors[f"{layer}.weight"] = _read_weight(module, file, layer, parts)
-    return tensors
 
 
 def _read_weight(module: ModuleType, file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:

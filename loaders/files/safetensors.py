@@ -120,11 +120,12 @@ class SafetensorsFile(WeightFile):
         """
         tensors = super().state_dict()
         if has_nunchaku_weights(tensors):
-            tensors = join_nunchaku_weights(self, tensors, track)
+            join_nunchaku_weights(self, tensors, track)
         else:
-            tensors = join_parts(self, join_quantized_weights(self, tensors), track)
-        tensors = join_scaled_weights(self, tensors)
-        tensors = join_sdnq_weights(self, tensors, self.read_sdnq_config)
+            join_quantized_weights(self, tensors)
+            join_parts(self, tensors, track)
+        join_scaled_weights(self, tensors)
+        join_sdnq_weights(self, tensors, self.read_sdnq_config)
         reject_unsupported_quantizers(self, tensors)
         return tensors
 

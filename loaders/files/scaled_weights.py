@@ -56,22 +56,18 @@ def has_scaled_weights(names: Iterable[str], metadata: Mapping[str, object],
     return SETTINGS not in metadata and has_scaled_layers(names, ENDS, TYPES, type_of)
 
 
-def join_scaled_weights(file: WeightFile,
-                        tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def join_scaled_weights(file: WeightFile, tensors: dict[str, torch.Tensor]):
     """Replaces each weight and its scales in `tensors` with one packed tensor.
 
     Args:
         file: the file they come from.
         tensors: name -> tensor as stored; changed in place.
 
-    Returns:
-        `tensors`.
-
     Raises:
         WeightFileError: a weight and its scales do not belong together.
     """
     if SETTINGS in file.metadata:
-        return tensors
+        return
     for name in list(tensors):
         layer = layer_scaled_by(name, ENDS, tensors)
         if layer is None or tensors[f"{layer}.weight"].itemsize != 1:
@@ -96,7 +92,6 @@ def join_scaled_weights(file: WeightFile,
         tensors[f"{layer}.weight"] = packed
         for end in OF_INPUT:
             tensors.pop(f"{layer}{end}", None)
-    return tensors
 
 
 def _of_rows(weight: torch.Tensor, scale: torch.Tensor,

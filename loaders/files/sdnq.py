@@ -96,8 +96,7 @@ def extract_config(content: Any) -> Mapping[str, Any] | None:
 
 
 def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
-                      config_reader: Callable[[], Mapping[str, Any] | None]
-                      ) -> dict[str, torch.Tensor]:
+                      config_reader: Callable[[], Mapping[str, Any] | None]):
     """Replaces each weight and its parts in `tensors` with one packed tensor.
 
     Args:
@@ -106,9 +105,6 @@ def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
         config_reader: returns the SDNQ config of the file, or None; called only if the file has
             weights of SDNQ.
 
-    Returns:
-        `tensors`.
-
     Raises:
         WeightFileError: a weight and its parts do not belong together.
     """
@@ -116,7 +112,7 @@ def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
               if (layer := layer_scaled_by(name, (SCALE,), tensors)) is not None
               and tensors[f"{layer}.weight"].dtype in (*BYTES, *_WIDE)]
     if not layers:
-        return tensors
+        return
     config = config_reader()
     if config is None:
         log.info("[Featherweight] %s has no config of SDNQ: read as integers, not rotated.",
@@ -140,7 +136,6 @@ def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
             raise file.error_at(
                 name, f"{safe_repr(name)} has codes of SDNQ, but {safe_repr(layer + SCALE)}, their"
                 " scales, is not in the file", AGAIN)
-    return tensors
 
 
 _WIDE = (torch.int64, torch.int16, torch.uint16)
