@@ -160,7 +160,8 @@ def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:
         parts: (N_i, K) for rows, (N, K_i) for columns.
         axis: 0 to join rows, 1 to join columns.
     """
-    packed_format = Joined.of(axis, [(part.layout_cls.format, *part.shape) for part in parts])
+    packed_format = Joined.of(axis, [(part.layout_cls.format, part.shape[0], part.shape[1])
+                                     for part in parts])
     size = sum(part.shape[axis] for part in parts)
     shape = (size, parts[0].shape[1]) if axis == 0 else (len(parts[0]), size)
     data = torch.zeros(
