@@ -62,10 +62,11 @@ def judged(folder: Path, source: Path, content: int):
 
 
 def digests(folder: Path) -> frozenset:
-    """What is in the files of a folder; of parts of files nothing."""
+    """What is in the files of a folder; of parts of files nothing, and nothing of the file whose
+    time is that of a cached file's last use."""
     return frozenset(
         hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
-        if is_whole(path))
+        if is_whole(path) and path.suffix != ".used")
 
 
 def known(folder: Path) -> bool:
