@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sd
+import dynamic_vram
 import pytest
 import torch
 from gpu_memory import empty_gpus, larger_flux, lies_on, step
@@ -188,6 +189,7 @@ def test_what_a_store_has_no_room_for_lies_in_the_next(gpu):
 
 @DYNAMIC
 def test_in_dynamic_vram_no_more_pages_lie_on_the_gpu_than_the_budget_has(gpu):
+    dynamic_vram.wait_until_free()
     packed, values = larger_flux("Q8_0")
     lora = lora_for(values, rank=8)
     model, weaker = (patched(packed, (lora, strength)) for strength in (1.0, 0.5))
