@@ -49,7 +49,7 @@ class LowRank:
                 too small for them as they are.
         """
         balanced = ((*_balance(up, down), row_range) for up, down, row_range in loras)
-        return LowRank.concatenated(balanced, rows, dtype)
+        return LowRank._concatenated(balanced, rows, dtype)
 
     def and_also(self, other: "LowRank | None", rows: int) -> "LowRank":
         """Returns the sum of two branches of a layer of N `rows`, in this one's dtype."""
@@ -57,10 +57,10 @@ class LowRank:
             return self
         factors = ((up, branch.down[part.rank:part.rank_end], (part.row, part.row_end))
                    for branch in (self, other) for part, up in branch.parts())
-        return LowRank.concatenated(factors, rows, self.down.dtype)
+        return LowRank._concatenated(factors, rows, self.down.dtype)
 
     @staticmethod
-    def concatenated(factors: Iterable[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]],
+    def _concatenated(factors: Iterable[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]],
                       rows: int, dtype: torch.dtype) -> "LowRank":
         """Concatenates the factors of several branches; see `from_factors`."""
         groups = {}

@@ -255,17 +255,22 @@ class Joined(Composite):
 
     @classmethod
     def _joined_low_rank(cls, low_ranks: list[tuple[Part, LowRank]]) -> LowRank:
-        factors = []
+        downs, ups, slices, rank = [], [], [], 0
         for part, low_rank in low_ranks:
-            down = low_rank.down
+            down, up = low_rank.down, low_rank.ups[0]
             if cls.axis == 1:
                 after = cls.block_length - part.column - part.columns
                 down = torch.nn.functional.pad(down, (part.column, after))
-            factors.append((low_rank.ups[0], down, (part.row, part.row + part.rows)))
-        dtype = max((factor.dtype for up, down, _ in factors for factor in (up, down)),
-                    key=lambda dtype: dtype.itemsize)
-        rows = max(part.row + part.rows for part in cls.parts)
-        return LowRank.concatenated(factors, rows, dtype)
+            downs.append(down)
+            ups.append(up)
+            slices.append(Slice(part.row, part.row + part.rows, rank, rank + len(down)))
+            rank += len(down)
+        dtype = max((factor.dtype for factor in (*downs, *ups)), key=lambda dtype: dtype.itemsize)
+        down = torch.cat([down.to(dtype) for down in downs])
+        ups = [up.to(dtype) for up in ups]
+        if cls.axis == 1:
+            return LowRank(down, (torch.cat(ups, 1),), (Slice(0, len(ups[0]), 0, rank),))
+        return LowRank(down, tuple(ups), tuple(slices))
 
     @classmethod
     def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
