@@ -99,8 +99,8 @@ def loader(request, monkeypatch) -> Loader:
 
 @pytest.fixture
 def folder(loader, tmp_path, monkeypatch) -> Path:
-    """The host's folder of such models, with net.gguf in it and its values in dense.safetensors
-    beside it."""
+    """The host's folder of such models, with net.gguf in it; the parent folder has its values in
+    dense.safetensors."""
     use_empty_folders(tmp_path, monkeypatch)
     values = write_q8_0(tmp_path / loader.folder / "net.gguf", loader.weights())
     save_file({name: value.contiguous() for name, value in values.items()},

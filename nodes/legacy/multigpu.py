@@ -112,10 +112,6 @@ def _clip_loader(title: str, count: int, host_node: str | None = None) -> Wrappe
     )
 
 
-def _titled(loader: WrappedLoader, title: str) -> WrappedLoader:
-    return replace(loader, title=title)
-
-
 _validate_models = functools.partial(validate_files, keys=FOLDERS)
 UNET_GGUF = WrappedLoader(
     "Unet Loader (GGUF, {})", lambda: [model_input()], _load_gguf, _validate_models
@@ -126,7 +122,7 @@ UNET_GGUF_ADVANCED = WrappedLoader(
     _load_gguf,
     _validate_models,
 )
-UNET_LP = _titled(UNET_GGUF, "UNet Loader ({})")
+UNET_LP = replace(UNET_GGUF, title="UNet Loader ({})")
 UNET = WrappedLoader(
     "Load Diffusion Model ({})",
     lambda: [model_input(), _weight_dtype_input()],
@@ -137,10 +133,10 @@ CLIP = _clip_loader("Load CLIP ({})", 1, "CLIPLoader")
 DUAL_CLIP = _clip_loader("DualCLIPLoader ({})", 2, "DualCLIPLoader")
 TRIPLE_CLIP = _clip_loader("TripleCLIPLoader ({})", 3)
 QUADRUPLE_CLIP = _clip_loader("QuadrupleCLIPLoader ({})", 4)
-CLIP_GGUF = _titled(CLIP, "CLIPLoader (GGUF, {})")
-DUAL_CLIP_GGUF = _titled(DUAL_CLIP, "DualCLIPLoader (GGUF, {})")
-TRIPLE_CLIP_GGUF = _titled(TRIPLE_CLIP, "TripleCLIPLoader (GGUF, {})")
-QUADRUPLE_CLIP_GGUF = _titled(QUADRUPLE_CLIP, "QuadrupleCLIPLoader (GGUF, {})")
+CLIP_GGUF = replace(CLIP, title="CLIPLoader (GGUF, {})")
+DUAL_CLIP_GGUF = replace(DUAL_CLIP, title="DualCLIPLoader (GGUF, {})")
+TRIPLE_CLIP_GGUF = replace(TRIPLE_CLIP, title="TripleCLIPLoader (GGUF, {})")
+QUADRUPLE_CLIP_GGUF = replace(QUADRUPLE_CLIP, title="QuadrupleCLIPLoader (GGUF, {})")
 VAE = WrappedLoader(
     "Load VAE ({})",
     lambda: [vae_files.vae_name_input()],
@@ -155,8 +151,8 @@ CHECKPOINT = WrappedLoader(
     functools.partial(validate_files, keys=CHECKPOINT_FOLDERS),
     CheckpointLoader.outputs,
 )
-CHECKPOINT_NF4 = _titled(CHECKPOINT, "Load NF4 Checkpoint ({})")
-CHECKPOINT_ADVANCED = _titled(CHECKPOINT, "Checkpoint Loader Advanced ({})")
+CHECKPOINT_NF4 = replace(CHECKPOINT, title="Load NF4 Checkpoint ({})")
+CHECKPOINT_ADVANCED = replace(CHECKPOINT, title="Checkpoint Loader Advanced ({})")
 
 
 # --- the inputs of the families ---

@@ -23,7 +23,7 @@ def wait_until_free():
         while vbar_fault(page) is None:
             assert time.monotonic() < end, f"cuda:{device} has no room"
             time.sleep(0.05)
-            pages.prioritize()  # a page that found no room lowers the limit
+            pages.prioritize()  # a page fault that fails lowers the watermark
         vbar_unpin(page)
 
 

@@ -39,7 +39,7 @@ def test_one_family_knows_an_encoder_whatever_architecture_the_file_names(name, 
     encoder, path = ENCODERS[name], tmp_path / "encoder.gguf"
     with small_towers(encoder):
         weights = {name: torch.zeros(shape) for name, shape in shapes_of(encoder).items()}
-    write_encoder(path, encoder, weights, "F32", architecture="t5")
+    write_encoder(path, encoder, weights, "F32", architecture="pig" if "t5" in name else "t5")
     assert sum(arch.recognises(open_weights(path).state_dict()) for arch in ARCHS) == 1
     assert comfy.sd.detect_te_model(load_names(path)).name == encoder.te_model
 
