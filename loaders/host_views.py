@@ -8,10 +8,6 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from ..ops.row_slicing import join_rows
-
 
 class _View:
     """An object of which some attributes have another value."""
@@ -32,15 +28,14 @@ def names_with_layers(module: types.ModuleType, operations: type | None,
 
     Args:
         module: of the host.
-        operations: classes of the layers; None for the host's. With them, weights that the host
-            joins stay packed.
+        operations: classes of the layers; None for the host's.
         values: dotted name, as the module's functions write it -> another value.
     """
     if operations is not None:
         # newer ones choose their layer classes
         choices = dict.fromkeys(("comfy.ops.pick_operations", "comfy.ops.mixed_precision_ops"),
                                 lambda *args, **kwargs: operations)
-        values = {"comfy.ops.manual_cast": operations, "torch.cat": _join, **choices, **values}
+        values = {"comfy.ops.manual_cast": operations, **choices, **values}
     names = dict(vars(module))
     for dotted, value in values.items():
         first, *path = dotted.split(".")
@@ -66,8 +61,3 @@ def _replace(target: Any, path: Sequence[str], value: Any) -> Any:
     if not path:
         return value
     return _View(target, {path[0]: _replace(getattr(target, path[0], None), path[1:], value)})
-
-
-def _join(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """Returns what torch.cat does; packed weights stay packed if their rows are joined."""
-    return join_rows(tensors) if dim == 0 else torch.cat(tensors, dim)

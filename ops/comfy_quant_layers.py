@@ -6,6 +6,7 @@ import torch
 
 from . import stochastic_rounding
 from .autocast import autocast_input
+from .fused_calls import FusedCall, fuses_in_forward
 from .layers import Embedding, PackedLayer, PackedLinear
 from .packed_layout import QuantizedTensor, is_packed
 from .packed_tensor import relabel
@@ -77,6 +78,7 @@ class MixedLinear(MixedLayer, PackedLinear):
     in_features: int
     out_features: int
     _full_precision_mm: bool
+    _forced = False
 
     def __init__(self, *args, dtype=None, **kwargs):
         super().__init__(*args, dtype=dtype, **kwargs)
@@ -86,15 +88,43 @@ class MixedLinear(MixedLayer, PackedLinear):
         self.weight = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=dtype),
                                          requires_grad=False)
 
-    @autocast_input
     def forward(self, input, *args, **kwargs):
+        if not args and not kwargs:
+            return self._product(input)
+        host_forward = self._host_super.forward
+        if not self.comfy_force_forward and fuses_in_forward(host_forward.__func__):
+            return host_forward(input, *args, **kwargs)
+        return FusedCall.of(args, kwargs).around(self._product, input)
+
+    @property
+    def comfy_force_forward(self) -> bool:
+        """Whether the host, which reads the weight in fused calls, must call `forward` instead.
+
+        The host's bypass of LoRAs sets it too.
+        """
+        return self._forced or self.lora is not None or not self._runs_in_host
+
+    @comfy_force_forward.setter
+    def comfy_force_forward(self, value: bool):
+        self._forced = value
+
+    @comfy_force_forward.deleter
+    def comfy_force_forward(self):
+        self._forced = False
+
+    @property
+    def _runs_in_host(self) -> bool:
+        """Whether the product, without a branch, is the host's."""
         in_float = self._full_precision_mm and not self.weight_function
-        if self.lora is not None and self.lora.weight_patches:
-            in_float = True
-        if in_float or not self._has_host_format:
+        is_patched = self.lora is not None and self.lora.weight_patches
+        return self._has_host_format and not (in_float or is_patched)
+
+    @autocast_input
+    def _product(self, input):
+        if not self._runs_in_host:
             comfy.ops.run_every_op()
-            return super().forward_comfy_cast_weights(input)
-        out = self._host_super.forward(input, *args, **kwargs)
+            return super()._product(input)
+        out = self._host_super.forward(input)
         if self.lora is None:
             return out
         low_rank = self.lora.branch(input)

@@ -11,6 +11,7 @@ import torch
 
 from . import cpu_convolution, int8, product, stochastic_rounding
 from .autocast import autocast_input
+from .fused_calls import FusedCall, keep_forward, known_arguments
 from .layer_patches import LayerPatches
 from .low_rank import dense_linear
 from .packed_layout import (
@@ -213,12 +214,26 @@ class PackedLayer(_HostLayer):
 
 
 class PackedLinear(PackedLayer):
-    """The product of a linear layer with a packed weight."""
+    """The product of a linear layer with a packed weight.
+
+    Attributes:
+        comfy_force_forward: has the host call `forward`, and not read the weight past it.
+    """
 
     has_branch = True
+    comfy_force_forward = True
+
+    def forward(self, input, *args, **kwargs):
+        comfy.ops.run_every_op()
+        return self.forward_comfy_cast_weights(input, *args, **kwargs)
+
+    def forward_comfy_cast_weights(self, input, *args, **kwargs):
+        if not args and not kwargs:
+            return self._product(input)
+        return FusedCall.of(args, kwargs).around(self._product, input)
 
     @autocast_input
-    def forward_comfy_cast_weights(self, input):
+    def _product(self, input):
         weight, bias, offload_stream = self.cast_weight_bias(input)
         low_rank = None if self.lora is None else self.lora.branch(input)
         if self.is_unpatched(weight):
@@ -248,16 +263,29 @@ class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
             self.weight = torch.nn.Parameter(self.weight[:self.num_embeddings], requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward_comfy_cast_weights(self, input, out_dtype=None):
-        if self.weight_function or not (is_packed(self.weight) or self.lora is not None):
+    def forward_comfy_cast_weights(self, input, out_dtype=None, **kwargs):
+        known_arguments("an embedding", kwargs)
+        if not self._looks_up_here:
             return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
-        ids, dtype = input.to(self.weight.device), out_dtype or self.weight.dtype
+        # the rows go to the device of the input, the table does not
+        return self._rows(input, out_dtype or self.weight.dtype).to(input.device)
+
+    def host_rows(self, ids):
+        """Returns the rows of a table that stays in memory, where the host reads these alone."""
+        if not self._looks_up_here:
+            return super().host_rows(ids)
+        return self._rows(ids, self.weight.dtype)
+
+    @property
+    def _looks_up_here(self) -> bool:
+        return not self.weight_function and (is_packed(self.weight) or self.lora is not None)
+
+    def _rows(self, ids, dtype):
+        """Returns the rows of `ids` on the table's device."""
+        ids = ids.to(self.weight.device)
         if is_packed(self.weight) and self.lora is None:
-            # the rows go to the device of the input, the table does not
-            rows = product.embedding(ids, self.weight, dtype)
-        else:
-            rows = torch.nn.functional.embedding(ids, self.patched_weight(self.weight, dtype))
-        return rows.to(input.device)
+            return product.embedding(ids, self.weight, dtype)
+        return torch.nn.functional.embedding(ids, self.patched_weight(self.weight, dtype))
 
 
 class _PackedConv(PackedLayer):
@@ -269,6 +297,7 @@ class _PackedConv(PackedLayer):
 
     @autocast_input
     def forward_comfy_cast_weights(self, input, *args, **kwargs):
+        kwargs = known_arguments("a convolution", kwargs, "autopad")
         weight, bias, offload_stream = self.cast_weight_bias(input)
         out = self._conv_forward(input, weight, bias, *args, **kwargs)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
@@ -373,12 +402,21 @@ class MoEExperts(PackedLayer, _Experts):
             self._resident = None
             comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
 
+    def expert_linear(self, input: torch.Tensor, expert: int, *args, **kwargs) -> torch.Tensor:
+        """Runs the layer of one expert on an input (..., K). Returns (..., N).
+
+        Args:
+            input: of the expert.
+            expert: index.
+            args, kwargs: of a fused call.
+        """
+        return FusedCall.of(args, kwargs).around(lambda x: self._expert_product(x, expert), input)
+
     @autocast_input
-    def expert_linear(self, input: torch.Tensor, expert: int) -> torch.Tensor:
-        """Runs the layer of one expert on an input (..., K). Returns (..., N)."""
+    def _expert_product(self, input: torch.Tensor, expert: int) -> torch.Tensor:
         if self._resident is None:
             with self.bank_resident(input):
-                return self.expert_linear(input, expert)
+                return self._expert_product(input, expert)
         weight, bias = self._resident
         bias = None if bias is None else bias[expert].to(input.dtype)
         weight = squeeze_to(take_rows(weight, slice(expert, expert + 1)), weight.shape[1:])
@@ -419,6 +457,7 @@ def make_packed(layer: Any):
         sizes = layer.in_features, layer.out_features
         torch.nn.Linear.__init__(layer, *sizes, layer.comfy_need_lazy_init_bias,
                                  dtype=layer.weight_comfy_model_dtype)
+    keep_forward()
     layer.__class__ = _packed_class(mixin, layer_class)
     layer.comfy_cast_weights = True
     layer._workspace = shared_workspace()

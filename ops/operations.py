@@ -11,6 +11,7 @@ import comfy.ops
 import torch
 
 from .comfy_quant_layers import MixedEmbedding, MixedLinear
+from .fused_calls import keep_forward
 from .layers import PACKED_LAYERS, MoEExperts, PackedLayer
 from .pickle_names import stable_pickle_name
 
@@ -28,6 +29,7 @@ def packed_operations(value_dtype: torch.dtype | None = None,
         full_precision: those layers do not quantise their inputs, as in the host's text encoders.
         compute: see `PackedLayer`.
     """
+    keep_forward()
     options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute}
     base: Any = comfy.ops.manual_cast
     layer_classes = list(PACKED_LAYERS)

@@ -3,16 +3,28 @@
 Where the blocks of a packed format cross rows, and where a part to join is dense, the result is
 dense.
 """
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 import torch
+from comfy_kitchen.tensor import register_layout_op
+from comfy_kitchen.tensor.base import dequantize_args
 from torch import Tensor
 
 from . import product
 from .format import Format
-from .packed_layout import is_packed, join_packed, pack_16bit, packed_tensor, packed_tensors
-from .packed_tensor import PackedTensor
+from .formats.composite import Joined
+from .packed_layout import (
+    PackedLayout,
+    QuantizedTensor,
+    is_packed,
+    join_packed,
+    pack_16bit,
+    packed_tensor,
+    packed_tensors,
+)
+from .packed_tensor import PackedTensor, relabel
 from .product import dequantize
 
 
@@ -38,10 +50,40 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     if isinstance(index, slice) and count == len(tensor):
         return tensor
     if not rows_are_whole_blocks(tensor):
-        return dense(tensor)[index]
+        joined = _rows_of_joined(tensor, index) if isinstance(index, slice) else None
+        return dense(tensor)[index] if joined is None else joined
     packed_format = tensor.layout_cls.format
     data, *sides = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
     return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *sides)
+
+
+def _joined_parts(tensor: Tensor) -> list[PackedTensor]:
+    """Returns the weights that a packed one was joined from, which share its bytes; else []."""
+    if not is_packed(tensor) or not issubclass(tensor.layout_cls.format, Joined):
+        return []
+    found, (data,) = [], packed_tensors(tensor)
+    for part in tensor.layout_cls.format.parts:
+        part_data, *sides = part.tensors(data.view(-1))
+        found.append(packed_tensor(part.format, part_data, (part.rows, part.columns), tensor.dtype,
+                                   *sides))
+    return found
+
+
+def _rows_of_joined(tensor: Tensor, index: slice) -> Tensor | None:
+    """Returns rows of a weight that was joined from several, packed; None for any other."""
+    parts = _joined_parts(tensor)
+    if not parts:
+        return None
+    joined = tensor.layout_cls.format
+    start, stop, _ = index.indices(len(tensor))
+    taken = []
+    for place, part in zip(joined.parts, parts):
+        first, last = max(start - place.row, 0), min(stop - place.row, place.rows)
+        if first < last:
+            taken.append(take_rows(part, slice(first, last)))
+    if not taken or not all(map(is_packed, taken)):
+        return None
+    return join_packed(taken, joined.axis) if len(taken) > 1 else taken[0]
 
 
 def without_padding(tensor: Tensor, shape: torch.Size) -> Tensor:
@@ -74,6 +116,7 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     Returns:
         (sum of R_i, ...) in the dtype of the first part.
     """
+    parts = [piece for part in parts for piece in _joined_rows(part)]
     if len(parts) == 1:
         return parts[0]
     packed_format = _common_format(parts, 1)
@@ -88,6 +131,12 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     data, *sides = _joined(packed_format, _concatenate, [_rows(part, columns) for part in parts])
     return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]),
                          parts[0].dtype, *sides)
+
+
+def _joined_rows(tensor: Tensor) -> Sequence[Tensor]:
+    """Returns the weights whose rows were joined to a weight; another is one by itself."""
+    parts = _joined_parts(tensor)
+    return parts if parts and tensor.layout_cls.format.axis == 0 else [tensor]
 
 
 def _joined_runs(parts: Sequence[PackedTensor]) -> list[PackedTensor]:
@@ -169,3 +218,65 @@ def _common_format(parts: Sequence[Tensor], axis: int) -> type[Format] | None:
 def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> TypeGuard[PackedTensor]:
     """Returns whether a tensor is packed and its dimensions from `axis` on are whole blocks."""
     return is_packed(tensor) and product.rows_are_whole_blocks(tensor, axis)
+
+
+# --- torch's own functions ---
+
+_aten = torch.ops.aten
+
+
+@register_layout_op(_aten.cat.default, PackedLayout)
+def _cat(_, args, kwargs):
+    """Runs `torch.cat`: joined rows stay packed, everything else is dense."""
+    def cat(parts, dim=0):
+        first, *others = parts
+        ours = [part for part in parts if is_packed(part) or not isinstance(part, QuantizedTensor)]
+        if dim in (0, -first.ndim) and first.ndim > 1 and len(ours) == len(parts) and all(
+                (part.shape[1:], part.dtype, part.device)
+                == (first.shape[1:], first.dtype, first.device) for part in others):
+            return join_rows(parts)
+        return torch.cat(dequantize_args(parts), dim)
+
+    return cat(*args, **kwargs)
+
+
+def _split_rows(weight: PackedTensor, dim: int, sizes: Sequence[int]) -> list[Tensor] | None:
+    """Returns the rows of a weight in parts that share its bytes; None where it must be dense."""
+    is_movable = rows_are_whole_blocks(weight) or bool(_joined_parts(weight))
+    if dim not in (0, -weight.ndim) or weight.ndim < 2 or not is_movable:
+        return None
+    ends = list(itertools.accumulate(sizes))
+    if not ends or ends[-1] != len(weight) or min(sizes) < 0:
+        return None
+    parts = [take_rows(weight, slice(end - size, end)) for size, end in zip(sizes, ends)]
+    return [relabel(part) if part is weight else part for part in parts]  # torch wants another one
+
+
+@register_layout_op(_aten.split_with_sizes.default, PackedLayout)
+def _split_with_sizes(_, args, kwargs):
+    """Runs `torch.split` with sizes: parts of rows stay packed, all others are dense."""
+    def split(weight, split_sizes, dim=0):
+        parts = _split_rows(weight, dim, split_sizes)
+        return parts or _aten.split_with_sizes.default(dequantize_args(weight), split_sizes, dim)
+
+    return split(*args, **kwargs)
+
+
+@register_layout_op(_aten.split.Tensor, PackedLayout)
+def _split(_, args, kwargs):
+    """Runs `torch.split` with one size."""
+    def split(weight, split_size, dim=0):
+        count, size = len(weight), max(1, split_size)
+        parts = _split_rows(weight, dim, [min(size, count - row) for row in range(0, count, size)])
+        return parts or _aten.split.Tensor(dequantize_args(weight), split_size, dim)
+
+    return split(*args, **kwargs)
+
+
+@register_layout_op(_aten.chunk.default, PackedLayout)
+def _chunk(_, args, kwargs):
+    """Runs `torch.chunk`, which is a split of its own in inference mode only."""
+    def chunk(weight, chunks, dim=0):
+        return torch.split(weight, max(1, -(-weight.shape[dim] // max(1, chunks))), dim)
+
+    return chunk(*args, **kwargs)

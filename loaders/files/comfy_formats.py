@@ -381,6 +381,7 @@ READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
     "int8_blockwise": partial(_blocks_of, INT8_GROUPS),
     "convrot_w4a4": partial(_rotated, INT4_CONVROT),
     "asym_w4a8_int8": _levels,
+    "w6a8_int8": _levels,
     "awq_w4a16": _awq,
     "svdquant_w4a4": _svdquant,
 }

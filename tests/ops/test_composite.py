@@ -1,8 +1,11 @@
 """Weights that are made of weights in other formats: a low rank added, parts joined."""
 import pickle
+import random
 
+import comfy.lora
 import pytest
 import torch
+from comfy.weight_adapter import LoRAAdapter
 
 from featherweight.ops import (
     formats,  # noqa: F401
@@ -14,7 +17,9 @@ from featherweight.ops.format import FORMATS, FormatError
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.comfy import INT8_GROUPS, INT8_ROWS, NVFP4_SMOOTHED
 from featherweight.ops.kernels.validation import random_tensors
+from featherweight.ops.layer_patches import build_patches
 from featherweight.ops.low_rank import LowRank
+from featherweight.ops.operations import packed_operations
 from featherweight.ops.packed_layout import (
     PickledWeight,
     is_packed,
@@ -23,6 +28,7 @@ from featherweight.ops.packed_layout import (
     packed_tensors,
     with_low_rank,
 )
+from featherweight.ops.packed_tensor import relabel
 from featherweight.ops.row_slicing import join_rows, take_rows
 
 CPU = torch.device("cpu")
@@ -241,3 +247,87 @@ def test_a_compiled_product_has_no_graph_break(make):
     with torch.inference_mode():
         compiled = torch.compile(run, backend="eager", fullgraph=True)(input)
         assert_same(compiled, run(input))
+
+
+# --- torch's cat and split, by which the host joins and parts weights ---
+
+def random_part(rng, columns=COLUMNS):
+    """A weight of random rows, in a random format, perhaps of several."""
+    rows = rng.randint(1, 24)
+    make = rng.choice([
+        lambda: random_weight(FORMATS[rng.choice(["Q4_K", "Q8_0", "F16", "BF16"])], rows, columns),
+        lambda: random_weight(INT8_ROWS.of_columns(columns), rows, columns),
+        lambda: ranked(NVFP4_SMOOTHED.of_columns(columns), rows, columns, rng.randint(1, 6)),
+        lambda: join_packed([random_weight(FORMATS["Q8_0"], rows, columns),
+                             ranked(INT8_ROWS.of_columns(columns), 3, columns)], 0),
+        lambda: relabel(random_weight(FORMATS["Q6_K"], rows, columns), dtype=torch.float32)])
+    return make()
+
+
+def random_sizes(rng, count):
+    ends = sorted({count, *(rng.randint(1, count) for _ in range(3))})
+    return [end - start for start, end in zip([0, *ends], ends)]
+
+
+MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+
+
+@MODES
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_joined_and_parted_by_torch_stay_packed(seed, mode):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    with mode():
+        parts = [random_part(rng) for _ in range(rng.randint(2, 4))]
+        expected = torch.cat([part.dequantize() for part in parts])
+        weight = torch.cat(parts, rng.choice([0, -2]))
+        assert is_packed(weight) and weight.nbytes < expected.nbytes
+        assert_same(weight.dequantize(), expected)
+        sizes, size = random_sizes(rng, len(weight)), rng.randint(1, len(weight))
+        for ours, theirs in [(weight.split(sizes), expected.split(sizes)),
+                             (weight.split(size), expected.split(size)),
+                             (torch.split(weight, size, -2), expected.split(size)),
+                             (weight.chunk(3), expected.chunk(3))]:
+            assert len(ours) == len(theirs) and all(map(is_packed, ours))
+            for part, values in zip(ours, theirs):
+                assert_same(part.dequantize(), values)
+            assert_same(torch.cat(ours).dequantize(), expected)
+
+
+@MODES
+def test_what_is_not_joined_by_rows_is_dense(mode):
+    with mode():
+        weight = random_weight(FORMATS["Q8_0"])
+        values = weight.dequantize()
+        for given in ([weight, weight.half()], [weight, torch.ones(2, COLUMNS)],
+                      [weight, weight.t()[:, :COLUMNS].t()]):
+            dense = torch.cat(given)
+            assert not is_packed(dense)
+            assert torch.equal(dense, torch.cat([
+                part.dequantize() if is_packed(part) else part for part in given]))
+        assert torch.equal(torch.cat([weight, weight], 1), torch.cat([values, values], 1))
+        assert all(map(torch.equal, weight.chunk(2, 1), values.chunk(2, 1)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_loras_on_the_parts_and_on_the_whole_of_a_joined_weight_are_exact(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    parts = [random_part(rng) for _ in range(3)]
+    weight = torch.cat(parts)
+    layer = packed_operations().Linear(COLUMNS, len(weight), bias=False, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight})
+    patches, start = [], 0
+    for part in [*parts, weight]:
+        up, down = torch.randn(len(part), 3), torch.randn(3, COLUMNS) / 8
+        offset = None if part is weight else (0, start, len(part))
+        adapter = LoRAAdapter(set(), (up, down, None, None, None, None))
+        patches.append((0.5, adapter, 1.0, offset, None))
+        start += len(part)
+    layer.lora = build_patches("weight", patches, weight.shape, CPU, torch.float32)
+    assert layer.lora.low_rank is not None and not layer.lora.weight_patches
+    values = comfy.lora.calculate_weight(patches, weight.dequantize(), "weight")
+    input = torch.randn(5, COLUMNS)
+    with torch.no_grad():
+        out, expected = layer(input), torch.nn.functional.linear(input, values)
+    assert (out - expected).norm() < 2e-6 * expected.norm()

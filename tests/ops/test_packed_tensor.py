@@ -162,7 +162,7 @@ def test_weights_loaded_into_another_module_are_the_values(format_name):
 
 PARTS = {
     "[:4]": lambda w: w[:4], "[0]": lambda w: w[0], "[:, 3]": lambda w: w[:, 3],
-    "[None]": lambda w: w[None], "chunk": lambda w: w.chunk(2)[0], "split": lambda w: w.split(4)[1],
+    "[None]": lambda w: w[None], "split in columns": lambda w: w.split(4, 1)[1],
     "tensor_split": lambda w: w.tensor_split(3)[0], "unbind": lambda w: w.unbind()[2],
     "the first of an iteration": lambda w: next(iter(w)), "select": lambda w: w.select(1, 2),
     "narrow": lambda w: w.narrow(0, 1, 3), "diagonal": lambda w: w.diagonal(),

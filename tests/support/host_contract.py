@@ -127,8 +127,8 @@ MARKS = {
     " prev_comfy_cast_weights weight_function",
     "comfy.ops": "_full_precision_mm _lowvram_function _v_bias _v_weight comfy_cast_weights"
                  " factory_kwargs quant_config",
-    "comfy_extras.nodes_model_patch": "cat denoise_encoder_sd get_full_path_or_raise"
-                                      " load_torch_file manual_cast"
+    "comfy_extras.nodes_model_patch": "denoise_encoder_sd get_full_path_or_raise load_torch_file"
+                                      " manual_cast"
 }
 
 
