@@ -4,10 +4,11 @@ A CPU makes many small passes over a chunk that stays in its cache. On other dev
 kernel launch and goes through memory. So a step may be one operation on one kind of device and
 several on the other. Both give the same bits.
 """
-import functools
 import math
 
 import torch
+
+from .lasting_memory import cached_on_device
 
 # The threads of a CPU share a table lookup in pieces of this many entries.
 LOOKUP_PIECE = 4096
@@ -97,7 +98,7 @@ def split_bits(words: torch.Tensor, width: int, count: int) -> torch.Tensor:
     return fields.bitwise_and_((1 << width) - 1)
 
 
-@functools.cache
+@cached_on_device
 def shifts(width: int, count: int, device: torch.device) -> torch.Tensor:
     """Returns int32 (count,): 0, width, 2 width and so on.
 

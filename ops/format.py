@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import bits
+from .lasting_memory import lasting_memory
 
 # Values dequantised at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache,
 # which makes dequantising a large weight about ten times faster than dequantising it whole. With
@@ -252,7 +253,8 @@ class Format:
         """Returns a lookup table on `device`, which the classmethod `name` builds on first use."""
         key = (name, device)
         if key not in cls._constants:
-            cls._constants[key] = getattr(cls, name)().to(device)
+            with lasting_memory():
+                cls._constants[key] = getattr(cls, name)().to(device)
         return cls._constants[key]
 
     @classmethod

@@ -9,8 +9,10 @@ OLDEST_HOST, NEWEST_HOST = "0.24.0", "0.33.0"  # the ends of what `dev.py matrix
 UPDATES = "https://github.com/featherweight/ComfyUI-Featherweight/releases"
 
 try:
-    from comfyui_version import __version__ as HOST_VERSION
-except ImportError:  # the oldest versions do not have it
+    import comfyui_version
+
+    HOST_VERSION = comfyui_version.__version__
+except (ImportError, AttributeError):  # the oldest versions do not have it
     HOST_VERSION = "of an unknown version"
 
 

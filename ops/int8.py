@@ -13,6 +13,7 @@ import torch
 from . import cpu_features, int8_codes, kernels, product, torch_registration, workspace
 from .format import FORMATS, Format
 from .formats.composite import without_low_rank
+from .lasting_memory import cached_on_device
 from .low_rank import LowRank
 from .packed_tensor import PackedTensor
 
@@ -27,7 +28,7 @@ MAX_COLUMNS = (1 << 31) // (int8_codes.LARGEST_CODE ** 2)
 CUDA_CAPABILITY = (7, 5)  # Turing, the first with matrix units for int8
 
 
-@functools.cache
+@cached_on_device
 def multiplies_integers(device: torch.device) -> bool:
     """Returns whether a device has int8 units that torch multiplies correctly with.
 

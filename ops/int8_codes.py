@@ -6,13 +6,13 @@ orthogonal, so (x R) (W R)^T = x W^T. A single large value, which would take the
 row's codes, is spread evenly over its group (QuaRot, https://arxiv.org/abs/2404.00456). So is a
 group's mean, because of s: without s it would all go into one value.
 """
-import functools
 import math
 from collections.abc import Callable
 
 import torch
 
 from .format import Format, chunk_values, dequantize_by_reference
+from .lasting_memory import cached_on_device
 
 GROUP = 256  # columns that are rotated together
 SIDE = 16
@@ -21,7 +21,7 @@ LARGEST_CODE = 127
 TINY = 1e-30
 
 
-@functools.cache
+@cached_on_device
 def side_matrix(device: torch.device) -> torch.Tensor:
     """Returns r, float32 (16, 16): entries +-1/4.
 

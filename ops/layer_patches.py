@@ -25,6 +25,7 @@ from .adapters import (
     slice_patch,
     to_device,
 )
+from .lasting_memory import lasting_memory
 from .low_rank import LowRank
 from .pickle_names import stable_pickle_name
 
@@ -75,7 +76,8 @@ class LayerPatches:
         if self.offloaded:
             low_rank = low_rank.to(input)
         elif (low_rank.down.dtype, low_rank.down.device) != (input.dtype, input.device):
-            self.low_rank = low_rank = low_rank.to(input)
+            with lasting_memory():
+                self.low_rank = low_rank = low_rank.to(input)
         if input.requires_grad and torch.is_grad_enabled() and low_rank.down.is_inference():
             # torch saves no tensor of inference mode for a gradient
             low_rank = low_rank.clone()

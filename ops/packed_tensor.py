@@ -23,6 +23,9 @@ _TO_WRITE = (
 _TO_SAVE = (
     "save the model with a node that saves models (ComfyUI's or KJNodes'), or use the dense tensor"
     " that its `dequantize()` returns")
+# Attribute of a storage by which newer hosts find the file that it is mapped from: on a fast disk
+# they stream such weights and pin none.
+SOURCE_PATH = "_comfy_source_path"
 _Quantized = TypeVar("_Quantized", bound=QuantizedTensor)
 
 
@@ -165,6 +168,9 @@ class PackedTensor(QuantizedTensor):
     def untyped_storage(self):
         if self._storage is None:
             self._storage = _NoMemory(self.numel() * self.element_size(), device="meta")
+            path = getattr(self._qdata.untyped_storage(), SOURCE_PATH, None)
+            if path is not None:
+                setattr(self._storage, SOURCE_PATH, path)
         return self._storage
 
 

@@ -5,7 +5,7 @@ dense.
 """
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from comfy_kitchen.tensor import register_layout_op
@@ -57,27 +57,29 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *sides)
 
 
-def _joined_parts(tensor: Tensor) -> list[PackedTensor]:
-    """Returns the weights that a packed one was joined from, which share its bytes; else []."""
-    if not is_packed(tensor) or not issubclass(tensor.layout_cls.format, Joined):
-        return []
+def _joined_parts(tensor: PackedTensor, joined: type[Joined]) -> list[PackedTensor]:
+    """Returns the weights that a weight in the format `joined` was joined from."""
     found, (data,) = [], packed_tensors(tensor)
-    for part in tensor.layout_cls.format.parts:
-        part_data, *sides = part.tensors(data.view(-1))
+    for part in joined.parts:
+        part_data, *sides = part.tensors(data.view(-1))  # which share its bytes
         found.append(packed_tensor(part.format, part_data, (part.rows, part.columns), tensor.dtype,
                                    *sides))
     return found
 
 
+def _joined_format(tensor: Tensor) -> type[Joined] | None:
+    packed_format = tensor.layout_cls.format if is_packed(tensor) else Format
+    return packed_format if issubclass(packed_format, Joined) else None
+
+
 def _rows_of_joined(tensor: Tensor, index: slice) -> Tensor | None:
     """Returns rows of a weight that was joined from several, packed; None for any other."""
-    parts = _joined_parts(tensor)
-    if not parts:
+    joined = _joined_format(tensor)
+    if joined is None or not is_packed(tensor):
         return None
-    joined = tensor.layout_cls.format
     start, stop, _ = index.indices(len(tensor))
     taken = []
-    for place, part in zip(joined.parts, parts):
+    for place, part in zip(joined.parts, _joined_parts(tensor, joined)):
         first, last = max(start - place.row, 0), min(stop - place.row, place.rows)
         if first < last:
             taken.append(take_rows(part, slice(first, last)))
@@ -135,8 +137,10 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
 
 def _joined_rows(tensor: Tensor) -> Sequence[Tensor]:
     """Returns the weights whose rows were joined to a weight; another is one by itself."""
-    parts = _joined_parts(tensor)
-    return parts if parts and tensor.layout_cls.format.axis == 0 else [tensor]
+    joined = _joined_format(tensor)
+    if joined is None or joined.axis != 0 or not is_packed(tensor):
+        return [tensor]
+    return _joined_parts(tensor, joined)
 
 
 def _joined_runs(parts: Sequence[PackedTensor]) -> list[PackedTensor]:
@@ -235,21 +239,22 @@ def _cat(_, args, kwargs):
                 (part.shape[1:], part.dtype, part.device)
                 == (first.shape[1:], first.dtype, first.device) for part in others):
             return join_rows(parts)
-        return torch.cat(dequantize_args(parts), dim)
+        dense_parts: Any = dequantize_args(parts)
+        return torch.cat(dense_parts, dim)
 
     return cat(*args, **kwargs)
 
 
 def _split_rows(weight: PackedTensor, dim: int, sizes: Sequence[int]) -> list[Tensor] | None:
     """Returns the rows of a weight in parts that share its bytes; None where it must be dense."""
-    is_movable = rows_are_whole_blocks(weight) or bool(_joined_parts(weight))
+    is_movable = rows_are_whole_blocks(weight) or _joined_format(weight) is not None
     if dim not in (0, -weight.ndim) or weight.ndim < 2 or not is_movable:
         return None
     ends = list(itertools.accumulate(sizes))
     if not ends or ends[-1] != len(weight) or min(sizes) < 0:
         return None
     parts = [take_rows(weight, slice(end - size, end)) for size, end in zip(sizes, ends)]
-    return [relabel(part) if part is weight else part for part in parts]  # torch wants another one
+    return [relabel(weight) if part is weight else part for part in parts]  # torch wants another
 
 
 @register_layout_op(_aten.split_with_sizes.default, PackedLayout)

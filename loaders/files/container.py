@@ -19,6 +19,7 @@ import torch
 
 from ...ops.format import FORMATS
 from ...ops.packed_layout import packed_tensor
+from ...ops.packed_tensor import SOURCE_PATH
 from ...ops.read_only_memory import guards_of, mark_read_only
 from .network_drives import should_read_into_memory
 
@@ -119,6 +120,7 @@ class WeightFile:
         self.entries = entries
         self._buffers = tuple(buffers)
         self._is_read = tuple(map(should_read_into_memory, self.paths))
+        self._real_paths = tuple(map(os.path.realpath, self.paths))
         self.states = tuple(buffer.state for buffer in self._buffers)
         self.guard = FileChangeGuard.over(
             buffer for buffer, is_read in zip(self._buffers, self._is_read) if not is_read)
@@ -184,6 +186,7 @@ class WeightFile:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             tensor = torch.frombuffer(data, dtype=torch.uint8)
         mark_read_only(tensor, self._buffers[entry.part].guard)
+        setattr(tensor.untyped_storage(), SOURCE_PATH, self._real_paths[entry.part])
         return tensor
 
     def _read(self, entry: Entry) -> torch.Tensor:

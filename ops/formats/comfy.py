@@ -4,13 +4,13 @@ Sources: comfy-kitchen 0.2.26 `tensor/*.py` and `backends/eager/*.py`; for MXFP8
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf.
 `loaders/files/comfy_formats.py` brings scales into the order of the values.
 """
-import functools
 import math
 
 import torch
 
 from ..bits import byte_pairs, reinterpret, select
 from ..format import Side, Terms
+from ..lasting_memory import cached_on_device
 from ._rows import RowFormat
 from .bnb_int8 import INT8
 from .micro_fp4 import E2M1_DOUBLED
@@ -249,7 +249,7 @@ class NVFP4_LOW_SMOOTHED(Smoothed):
     base = NVFP4_LOW
 
 
-@functools.cache
+@cached_on_device
 def rotation_signs(size: int, device: torch.device, base: int = 4) -> torch.Tensor:
     """Returns a rotation times the root of its size, float32 (size, size), symmetric, of +-1.
 

@@ -1,6 +1,5 @@
 """Kernels for CUDA where Triton is missing, as in portable ComfyUI on Windows: CUDA C++ in
 `source/`, compiled at run time."""
-import functools
 import math
 from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from ..format import Format
+from ..lasting_memory import cached_on_device, lasting_memory
 from .kernel import Backend, Kernel
 from .kernel_source import (
     ROW_FAMILIES,
@@ -82,7 +82,8 @@ class CudaKernels:
         key = index, program
         if key not in self._modules:
             image = self._compiler.compile(program.source(), self._driver.capability(index))
-            self._modules[key] = Module(self._driver, index, image)
+            with lasting_memory():
+                self._modules[key] = Module(self._driver, index, image)
         self._modules[key].launch(program.kernel, blocks, threads,
                                   torch.cuda.current_stream(device).cuda_stream, *arguments)
 
@@ -148,7 +149,7 @@ def _aligned(packed_format: type[Format], tensors: list[torch.Tensor]) -> list[t
     return [tensors[0].clone(), *tensors[1:]]
 
 
-@functools.cache
+@cached_on_device
 def _kernels() -> CudaKernels:
     if torch.version.cuda is None:
         raise CudaError("this torch is not built for CUDA")

@@ -1,7 +1,9 @@
 """What converters do to names, shapes and types, and what people pick by mistake."""
 import logging
+from pathlib import Path
 
 import comfy.model_management
+import comfy.sd
 import comfy.utils
 import gguf
 import numpy as np
@@ -18,9 +20,14 @@ from families import (
     shrunken_detection,
     stable_diffusion_cpp_style,
 )
+from packed_files import PACKED_FILES
+from patched_models import tiny_flux
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from devtools.files.gguf_files import random_rows, write_gguf
+from devtools.files.gguf_files import random_rows, write_all, write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files import container
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.ops.packed_layout import is_packed
 
@@ -389,3 +396,73 @@ def test_lora_is_refused(path):
 def test_unknown_model_is_refused(path):
     refused(path, {"layer.weight": (32, 32), "layer.scale": ()}, "no diffusion model",
             "'layer.weight'", "Update ComfyUI")
+
+
+# --- what newer hosts look for in a file ---
+
+CONFIG_NAME = "double_blocks.0.img_attn.config"
+CONFIG = torch.tensor(list(b'{"backend": "sage"}'), dtype=torch.uint8)
+
+
+def add_config(path: Path):
+    """Puts the settings of an attention into a file: a tensor of JSON, as newer hosts read them.
+
+    GGUF has no unsigned bytes, so it has them signed.
+    """
+    if path.suffix == ".gguf":
+        reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(f"{path}.new", "flux")
+        for tensor in reader.tensors:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.add_tensor(CONFIG_NAME, CONFIG.view(torch.int8).numpy())
+        write_all(writer)
+        Path(f"{path}.new").replace(path)
+        return
+    file = path if path.is_file() else next(path.glob("*.safetensors"))
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file) | {CONFIG_NAME: CONFIG}, str(file), metadata=metadata)
+
+
+@pytest.fixture
+def given_to_the_host(monkeypatch):
+    """The state dicts that the host gets of diffusion models."""
+    given, load = [], comfy.sd.load_diffusion_model_state_dict
+
+    def load_and_keep(state_dict, **options):
+        given.append(dict(state_dict))
+        return load(state_dict, **options)
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", load_and_keep)
+    return given
+
+
+@pytest.mark.parametrize("format_name", PACKED_FILES)
+def test_settings_of_an_attention_in_a_file_reach_the_host(format_name, tmp_path,
+                                                           given_to_the_host):
+    writer, name = PACKED_FILES[format_name]
+    writer(tmp_path / name, tiny_flux())
+    add_config(tmp_path / name)
+    load_diffusion_model(str(tmp_path / name))
+    assert torch.equal(given_to_the_host[0][CONFIG_NAME].view(torch.uint8), CONFIG)
+
+
+@pytest.mark.parametrize("format_name", PACKED_FILES)
+def test_the_host_finds_the_file_that_a_weight_is_mapped_from(format_name, tmp_path,
+                                                              given_to_the_host, monkeypatch):
+    writer, name = PACKED_FILES[format_name]
+    writer(tmp_path / name, tiny_flux())
+    link = tmp_path / "links" / name
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / name)
+    patcher = load_diffusion_model(str(link))
+    for tensors in (given_to_the_host[0], dict(patcher.model.diffusion_model.named_parameters())):
+        packed = [tensor for tensor in tensors.values() if is_packed(tensor)]
+        sources = {getattr(tensor.untyped_storage(), "_comfy_source_path", None)
+                   for tensor in packed} - {None}
+        assert packed and {Path(source).is_file() for source in sources} == {True}
+        assert all(Path(source).is_relative_to(tmp_path / name) for source in sources)
+    given_to_the_host.clear()
+    monkeypatch.setattr(container, "should_read_into_memory", lambda path: True)
+    load_diffusion_model(str(tmp_path / name))
+    assert not [tensor for tensor in given_to_the_host[0].values()
+                if hasattr(tensor.untyped_storage(), "_comfy_source_path")]

@@ -263,5 +263,5 @@ def test_a_fused_call_compiles_as_one_graph(act):
                                  fullgraph=True)
         with torch.no_grad():
             torch.testing.assert_close(compiled(input, given), layer(input, **given))
-            plain = compiled(input[..., :COLUMNS], {name: None for name in FUSED})
+            plain = compiled(input[..., :COLUMNS], dict.fromkeys(FUSED))
             assert plain.shape == (2, 3, ROWS)

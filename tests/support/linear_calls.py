@@ -1,13 +1,13 @@
-"""The shapes that calls of ComfyUI's linear layers have in its versions, put on the one under test.
+"""The shapes that calls of linear layers have in later ComfyUIs, put on the one under test.
 
-| shape  | whose it is                                                                              |
-|--------|------------------------------------------------------------------------------------------|
-| stock  | that of the ComfyUI under test                                                           |
-| 0.33   | `comfy.ops.linear_input_act` reads an int8 weight past `forward`                         |
-| kwargs | 0.40's, reconstructed from what other packs say of it: `forward` hands the arguments of a |
-|        | fused call on to `forward_comfy_cast_weights`, in every call; a norm gives its weight    |
-|        | itself                                                                                   |
-| helper | October's: the helper calls `forward` where a layer has `comfy_force_forward`            |
+| shape  | whose it is                                                                      |
+|--------|----------------------------------------------------------------------------------|
+| stock  | that of the ComfyUI under test                                                   |
+| 0.33   | `comfy.ops.linear_input_act` reads an int8 weight past `forward`                 |
+| kwargs | 0.40's, reconstructed from what other packs say of it: `forward` hands the       |
+|        | arguments of a fused call on to `forward_comfy_cast_weights` in every call, and  |
+|        | the weight of a norm is the norm itself                                          |
+| helper | October's: the helper calls `forward` where a layer has `comfy_force_forward`    |
 
 `pytest --linear-calls kwargs` runs any test on a shape.
 """
