@@ -1,29 +1,27 @@
 """Featherweight: quantised diffusion models in ComfyUI, weights kept packed in memory."""
 import logging
-import re
 import sys
 from pathlib import Path
 
-try:
-    from comfyui_version import __version__ as host_version
-except ImportError:  # the oldest versions do not have it
-    host_version = "of an unknown version"
+from .ops.host_versions import (
+    HOST_VERSION,
+    OLDEST_HOST,
+    is_older,
+    is_untested,
+    tested_range,
+    where_to_update,
+)
 
 WEB_DIRECTORY = "./nodes/web"
-OLDEST_HOST = "0.24.0"  # the oldest that `dev.py matrix` runs
 # the name in sys.modules of the copy of this pack whose nodes ComfyUI uses
 IN_USE = "_featherweight_in_use"
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
-
-
 def _obstacle() -> str | None:
     """Returns why ComfyUI gets no nodes from this copy, as a message, or None."""
-    if _numbers(host_version) < _numbers(OLDEST_HOST):
+    if is_older(HOST_VERSION, OLDEST_HOST):
         return (
-            f"This is ComfyUI {host_version} and Featherweight needs {OLDEST_HOST} or newer:"
+            f"This is ComfyUI {HOST_VERSION} and Featherweight needs {OLDEST_HOST} or newer:"
             " update ComfyUI. Until then none of its nodes are available.")
     other = sys.modules.get(IN_USE)
     if other is not None and other.__name__ != __name__:
@@ -38,6 +36,9 @@ _message = _obstacle()
 if _message:
     logging.error("[Featherweight] %s", _message)
     NODE_CLASS_MAPPINGS = {}  # ComfyUI then does not call comfy_entrypoint
+elif is_untested(HOST_VERSION):
+    logging.info("[Featherweight] This is ComfyUI %s. %s. If something fails here: %s",
+                 HOST_VERSION, tested_range(), where_to_update())
 
 
 async def comfy_entrypoint():
@@ -46,7 +47,7 @@ async def comfy_entrypoint():
         from .nodes import FeatherweightExtension
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(
-            f"ComfyUI {host_version} lacks what all nodes of Featherweight need ({error}). Update"
+            f"ComfyUI {HOST_VERSION} lacks what all nodes of Featherweight need ({error}). Update"
             " both, with the packages in their requirements.txt.") from error
     sys.modules[IN_USE] = sys.modules[__name__]
     return FeatherweightExtension()

@@ -17,7 +17,7 @@ except (ImportError, AttributeError):  # the oldest versions do not have it
 
 
 def is_older(version: str, other: str) -> bool:
-    """Returns whether one version of ComfyUI came before another, such as "0.9.12" and "0.24"."""
+    """Returns whether one version of ComfyUI came before another, as "0.9.12" before "0.24.0"."""
     return _numbers(version) < _numbers(other)
 
 

@@ -1,4 +1,5 @@
 """The LoRA nodes: block weights, what is applied how strongly, and what is said about it."""
+import comfy.lora
 import folder_paths
 import pytest
 import torch
@@ -149,6 +150,30 @@ def test_presets_of_unets_name_the_blocks_the_extension_does(name):
     )
     assert {"style", "layout"} <= presets(keys).keys() or name == "SD1.5"
     assert "clip_l" in describe_blocks(keys) and "input_blocks.0-" in describe_blocks(keys)
+
+
+def test_settings_that_the_host_takes_from_a_lora_are_handed_to_it(packed_flux, loras, monkeypatch):
+    """Newer hosts read the settings of an attention in files of LoRAs."""
+    name = "diffusion_model.double_blocks.0.img_attn.config"
+    lora = pairs(kohya(weight_shapes(packed_flux.model, "blocks.")), rank=2)
+    settings = torch.tensor(list(b"{}"), dtype=torch.uint8)
+    save_file(lora | {name: settings}, loras / "lora.safetensors")
+    read, given = comfy.lora.load_lora, []
+    text = ApplyLora.execute(packed_flux, "lora.safetensors", 0.7).args[2]
+    assert name in text  # of a kind that this host does not know
+
+    def load_lora(lora, to_load, log_missing=True):
+        return read(lora, to_load, log_missing) | {name: lora[name]}
+
+    def add_patches(self, patches, *strengths):
+        given.append((patches, *strengths))
+
+    monkeypatch.setattr(comfy.lora, "load_lora", load_lora)
+    monkeypatch.setattr(type(packed_flux), "add_patches", add_patches)
+    text = ApplyLora.execute(packed_flux, "lora.safetensors", 0.7).args[2]
+    (patches, strength), = given
+    assert torch.equal(patches[name], settings) and strength == 0.7
+    assert len(patches) == 1 + len(lora) // 2 and "fits: all" in text and name not in text
 
 
 def test_text_encoder_layers_take_their_own_strength(loras):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from devtools import ROOT
 from devtools.host.package import packed_files
+from featherweight.ops import host_versions
 
 tomllib = pytest.importorskip("tomllib")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -48,6 +49,9 @@ def test_the_package_holds_nothing_of_the_developers():
     assert {path.partition("/")[0] for path in packed_files()} == FOLDERS | {"docs"} | FILES
     suffixes = (".gguf", ".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
     assert not [path for path in packed_files() if path.endswith(suffixes)]
+    # which a host with a list of allowed packs refuses
+    assert not [path for path in packed_files()
+                if path.endswith((".pyc", ".pyo")) or (ROOT / path).is_symlink()]
     assert sum((ROOT / path).stat().st_size for path in packed_files()) < 4_500_000
 
 
@@ -57,13 +61,14 @@ def test_the_version_is_semantic_and_heads_the_changelog():
     assert (
         re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
         == version
+        == host_versions.VERSION
     )
 
 
 def test_readme_project_file_and_pack_name_the_same_oldest_comfyui():
     oldest = PROJECT["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
     assert re.findall(r"ComfyUI (\d+\.\d+\.\d+)\s+or\s+newer", README) == [oldest]
-    assert f'\nOLDEST_HOST = "{oldest}"' in (ROOT / "__init__.py").read_text(encoding="utf-8")
+    assert host_versions.OLDEST_HOST == oldest
 
 
 def test_icon_and_banner_have_the_shapes_that_the_registry_shows():

@@ -63,14 +63,14 @@ def test_imports_point_down():
         allowed = LAYERS[LAYERS.index(layer):] if layer in LAYERS else LAYERS
         assert {name.split(".")[0] for name in own} <= set(allowed), path
         if where.startswith("ops/formats/"):
-            assert all(name in ("ops.bits", "ops.format", "ops.low_rank")
+            assert all(name in ("ops.bits", "ops.format", "ops.lasting_memory", "ops.low_rank")
                        or name.startswith("ops.formats") for name in own), path
             assert {name.split(".")[0] for name in absolute} <= {
                 "torch",
                 "gguf",
             } | sys.stdlib_module_names, path
         if where in ("ops/bits.py", "ops/format.py"):
-            assert own <= {"ops.bits"}, path
+            assert own <= {"ops.bits", "ops.lasting_memory"}, path
             assert {name.split(".")[0] for name in absolute} <= {
                 "torch"
             } | sys.stdlib_module_names, path

@@ -18,6 +18,7 @@ from .weight_change import block_changes, change_type
 
 TEXT_STEM = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|lycoris_te)")
 PEFT = re.compile(r"^base_model\.model\.(?!text_)((?:diffusion_model|transformer|unet)\.)?")
+SETTING = ".config"  # of an attention, as newer hosts take it from files
 XLABS = re.compile(r"\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight$")
 
 
@@ -56,6 +57,8 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
     loaded = comfy.lora.load_lora(sound, key_map, log_missing=False)
     reasons = {target: _mismatch(target, value, weights) for target, value in loaded.items()}
     patches = {target: value for target, value in loaded.items() if reasons[target] is None}
+    if any(map(is_setting, loaded)):
+        unread = [name for name in unread if not name.endswith(SETTING)]
 
     matched = unconnected = 0
     for stem in stems:
@@ -101,7 +104,8 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         metadata=metadata,
     )
     if measure:
-        report.blocks = block_changes(patches, weights)
+        report.blocks = block_changes(
+            {target: value for target, value in patches.items() if not is_setting(target)}, weights)
     return report
 
 
@@ -123,6 +127,11 @@ def _replace_peft_prefix(key: str) -> str:
     return (match[1] or default) + layer
 
 
+def is_setting(target) -> bool:
+    """Returns whether a patch of the host's changes a setting of a layer, and no weight."""
+    return weight_key(target).endswith(SETTING)
+
+
 def _bias_key(target) -> str:
     return weight_key(target).removesuffix(".weight") + ".bias"
 
@@ -131,7 +140,7 @@ def _mismatch(target, value, weights: dict[str, torch.Tensor]) -> str | None:
     """Returns why a value cannot be applied to its target; None if it can."""
     weight = weights.get(weight_key(target))
     if weight is None:
-        return MISSING
+        return None if is_setting(target) else MISSING
     reshape = None if isinstance(value, tuple) else getattr(adapter_fields(value), "reshape", None)
     if reshape is not None:
         return shape_mismatch(value, reshape)

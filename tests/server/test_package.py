@@ -2,12 +2,13 @@
 import shutil
 
 import pytest
-from aged_host import OLDEST, host_of_version
+from aged_host import host_of_version
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 
 from devtools import ROOT
 from devtools.host.package import packed_files
 from devtools.host.server import Server
+from featherweight.ops.host_versions import OLDEST_HOST
 
 if not (ROOT / ".git").exists() or not shutil.which("git"):
     pytest.skip("needs git and its checkout", allow_module_level=True)
@@ -21,7 +22,7 @@ def test_the_unpacked_package_gives_nodes_their_help_the_editor_scripts_template
         target = tmp_path / "base" / "custom_nodes" / FOLDER / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, target)
-    with Server(tmp_path / "base", host_of_version(tmp_path / "host", OLDEST),
+    with Server(tmp_path / "base", host_of_version(tmp_path / "host", OLDEST_HOST),
                 with_pack=False) as packed:
         assert "IMPORT FAILED" not in packed.log()
         info = packed.object_info()

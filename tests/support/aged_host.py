@@ -1,12 +1,7 @@
 """The ComfyUI under test, saying that it is of another version."""
-import re
 from pathlib import Path
 
-from devtools import ROOT
 from devtools.host.server import HOST
-
-OLDEST = re.search(r'^OLDEST_HOST = "(.*?)"', (ROOT / "__init__.py").read_text(encoding="utf-8"),
-                   re.M)[1]
 
 
 def host_of_version(folder: Path, version: str) -> Path:
