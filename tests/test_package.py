@@ -68,7 +68,7 @@ def test_the_version_is_semantic_and_heads_the_changelog():
 def test_readme_project_file_and_pack_name_the_same_oldest_comfyui():
     oldest = PROJECT["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
     assert re.findall(r"ComfyUI (\d+\.\d+\.\d+)\s+or\s+newer", README) == [oldest]
-    assert host_versions.OLDEST_HOST == oldest
+    assert oldest == host_versions.OLDEST_HOST
 
 
 def test_icon_and_banner_have_the_shapes_that_the_registry_shows():

@@ -35,6 +35,7 @@ CASES = {
     "8 columns": ("asym_w4a8_int8", {"group_size": 8, "convrot_groupsize": 64},
                   {"group_size": 8, "convrot_groupsize": 64}),
     "6 bits": ("asym_w4a8_int8", {}, {"bits": 6}),
+    "6 bits, by its own name": ("w6a8_int8", {}, {"bits": 6}),
     "6 bits of 32 columns": ("asym_w4a8_int8", {"group_size": 32, "convrot_groupsize": 64},
                              {"bits": 6, "group_size": 32, "convrot_groupsize": 64}),
 }
