@@ -102,9 +102,14 @@ def is_nf4(name: str) -> bool:
     return "txt" in name or "_blocks." not in name
 
 
-def write_mixed(path: str, tensors: dict[str, torch.Tensor], format_name: str) -> tuple[dict, dict]:
+def write_mixed(path: str, tensors: dict[str, torch.Tensor], format_name: str,
+                exact: bool = False) -> tuple[dict, dict]:
     """Write a Flux of NF4 and of layers in a format of the host. Returns (its dense values, what
-    the host itself can load)."""
+    the host itself can load).
+
+    exact: the values are those that the file holds; otherwise the host's own, which rotates
+    asym_w4a8_int8 with a rounding of each sum.
+    """
     from devtools.files.bnb_files import quantised  # needs bitsandbytes
 
     stored, values, for_host = {}, {}, {}
@@ -121,6 +126,10 @@ def write_mixed(path: str, tensors: dict[str, torch.Tensor], format_name: str) -
         else:
             parts, values[name] = in_host_format(name, tensor, format_name)
             for_host |= parts
+            if exact and format_name == ASYMMETRIC:
+                start = name.removesuffix("weight")
+                values[name] = asymmetric_values(
+                    {part.removeprefix(start): value for part, value in parts.items()})
         stored |= parts
     save_file({name: value.contiguous() for name, value in stored.items()}, path)
     return values, {name: value.clone() for name, value in for_host.items()}

@@ -68,7 +68,8 @@ def _flux_file(format_name: str, seed: int) -> tuple[str, dict[str, torch.Tensor
         path = path.replace(".gguf", ".safetensors")
         if format_name == "INT8":
             return path, write_bnb_int8(path, tensors)
-        return path, write_mixed(path, tensors, format_name.removesuffix(EXACT))[0]
+        return path, write_mixed(path, tensors, format_name.removesuffix(EXACT),
+                                 exact=format_name.endswith(EXACT))[0]
     tensors = {name: values.numpy() for name, values in tensors.items()}
     seen = write_gguf(path, tensors, lambda name, values: format_name if values.ndim > 1 else "F32")
     return path, {name: torch.tensor(values) for name, values in seen.items()}
