@@ -14,6 +14,7 @@ import comfy.model_management
 import comfyui_version
 import fake_gpus
 import folder_paths
+import linear_calls
 import processes
 import pytest
 import torch
@@ -24,11 +25,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 1 << 30  # bytes
 
 
-def pytest_configure():
+def pytest_configure(config):
     gc.disable()  # until the tests are collected: what is imported stays
     keep_freed_memory()
     # the reference; the tests of kernels ask for them
     os.environ.setdefault("FEATHERWEIGHT_KERNELS", "torch")
+    calls = linear_calls.linear_calls(config.getoption("--linear-calls"))
+    calls.__enter__()
+    config.add_cleanup(lambda: calls.__exit__(None, None, None))
 
 
 def keep_freed_memory():
@@ -41,6 +45,8 @@ def keep_freed_memory():
 def pytest_addoption(parser):
     parser.addoption("--heavy", action="store_true",
                      help="also run tests that need minutes or gigabytes")
+    parser.addoption("--linear-calls", choices=linear_calls.SHAPES, default="stock",
+                     help="give ComfyUI's linear layers the calls of a later version")
     parser.addoption(
         "--fake-gpus", metavar="2x4-late-dynamic",
         help="the servers of tests/server run on fake GPUs and draw what the CPU draws")

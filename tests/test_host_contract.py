@@ -6,9 +6,11 @@ The first test is the one to run on a new ComfyUI: it names what that has change
 """
 import ast
 import inspect
+import operator
 
 import comfy.lora
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import host_contract
 import pytest
@@ -90,6 +92,51 @@ def test_what_the_patcher_overrides_takes_all_that_the_hosts_takes(host):
                 or (ours[-1] in ("dynamic", "kwargs")
                 and ours[:-1] == shared[: len(ours) - 1])
             )
+
+
+def linear_with_one_more(self, input, output_gate=None):
+    raise NotImplementedError
+
+
+def linear_in_another_order(self, input, residual=None, residual_scale=None, input_act=None):
+    raise NotImplementedError
+
+
+def cast_with_one_more(s, input=None, dtype=None, device=None, bias_dtype=None, offloadable=False,
+                       compute_dtype=None, want_requant=False, stream=None):
+    raise NotImplementedError
+
+
+def helper_with_one_more(linear, x, input_act, out_scale=None):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "other"),
+    [
+        (comfy.ops.disable_weight_init.Linear, "forward", linear_with_one_more),
+        (comfy.ops.disable_weight_init.Linear, "forward_comfy_cast_weights", linear_with_one_more),
+        (comfy.ops.disable_weight_init.Linear, "forward", linear_in_another_order),
+        (comfy.ops.disable_weight_init.Embedding, "forward_comfy_cast_weights",
+         linear_with_one_more),
+        (comfy.ops.disable_weight_init.Conv2d, "forward_comfy_cast_weights", linear_with_one_more),
+        (comfy.ops, "cast_bias_weight", cast_with_one_more),
+        (comfy.ops, "linear_input_act", helper_with_one_more),
+    ],
+)
+def test_a_call_of_layers_that_has_more_than_is_known_is_noticed(owner, name, other, monkeypatch):
+    monkeypatch.setattr(owner, name, other, raising=False)
+    prefix = owner.__name__ if inspect.ismodule(owner) else f"comfy.ops.{owner.__qualname__}"
+    assert f"{prefix}.{name}" in changes()
+
+
+def test_the_lists_of_known_parameters_name_what_this_host_has():
+    older = {name for name in host_contract.KNOWN if "MoEExperts" in name or "input_act" in name}
+    for name in host_contract.KNOWN.keys() - older:
+        path = name.removeprefix(host_contract.MIXED)
+        owner = comfy.ops.mixed_precision_ops() if path != name else comfy
+        path = path.removeprefix("comfy.").removeprefix(".")
+        assert operator.attrgetter(path)(owner)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from featherweight.ops.fused_calls import BY_POSITION, FusedCall
 from featherweight.ops.patcher import PackedPatcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,32 @@ MEMBERS = {
         "send_progress_text": "text node_id", "sockets": None, "sockets_metadata": None,
         "trigger_on_prompt": "json_data"
     }
+}
+
+FUSED = " ".join(FusedCall._fields)
+EXPERTS = "num_experts in_features out_features bias device dtype"
+# What this pack stands in for, calls with settings of its own or is called by -> the parameters of
+# it that are known here. Layers of files in the host's own formats are of `MIXED`.
+MIXED = "comfy.ops.mixed_precision_ops()"
+KNOWN = {
+    "comfy.ops.cast_bias_weight": "s input dtype device bias_dtype offloadable compute_dtype"
+                                  " want_requant",
+    "comfy.ops.disable_weight_init.Conv1d.forward_comfy_cast_weights": "input",
+    "comfy.ops.disable_weight_init.Conv2d.forward_comfy_cast_weights": "input",
+    "comfy.ops.disable_weight_init.Conv3d.forward_comfy_cast_weights": "input autopad",
+    "comfy.ops.disable_weight_init.Embedding.forward": "input out_dtype",
+    "comfy.ops.disable_weight_init.Embedding.forward_comfy_cast_weights": "input out_dtype",
+    "comfy.ops.disable_weight_init.Linear.forward": f"input {FUSED}",
+    "comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights": f"input {FUSED}",
+    "comfy.ops.linear_input_act": f"linear x {FUSED}",
+    f"{MIXED}.Linear.convert_weight": "weight inplace",
+    f"{MIXED}.Linear.forward": f"input {FUSED}",
+    f"{MIXED}.Linear.forward_comfy_cast_weights": f"input compute_dtype want_requant"
+                                                  f" weight_only_quant {FUSED}",
+    f"{MIXED}.Linear.set_weight": "weight inplace_update seed return_weight",
+    f"{MIXED}.MoEExperts.__init__": EXPERTS,
+    f"{MIXED}.MoEExperts.bank_resident": "input",
+    f"{MIXED}.MoEExperts.expert_linear": f"input i {FUSED}",
 }
 
 # Module of the host -> words in its source: attributes that it sets on models, modules and layers,
@@ -235,6 +262,7 @@ def changes() -> dict[str, str]:
     found |= {
         name: problem for name, given in members.items() if (problem := _problem(name, given))
     }
+    found |= {name: problem for name in KNOWN if (problem := _unknown_parameters(name))}
     for module, words in MARKS.items():
         pkgutil.resolve_name(module)
         found |= {
@@ -276,6 +304,28 @@ def _problem(name: str, parameters: str | None) -> str:
     same = all(ours in (theirs, "self") or ours.startswith("_")
                for ours, theirs in zip(by_position, known))
     return "" if same else f"takes other parameters ({', '.join(known)})"
+
+
+def _unknown_parameters(name: str) -> str:
+    """What a function in `KNOWN` takes that this pack neither takes in its place nor hands on."""
+    owner, call, rest = name.partition("()")
+    try:
+        function = pkgutil.resolve_name(owner if call else name)
+        for part in filter(None, rest.split(".")):
+            function = getattr(function() if inspect.isfunction(function) else function, part)
+    except AttributeError:
+        return ""  # an older host lacks it; names that are used are in the other lists
+    parameters = [parameter for parameter in inspect.signature(function).parameters.values()
+                  if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)]
+    given = [parameter.name for parameter in parameters if parameter.name != "self"]
+    unknown = sorted(set(given) - set(KNOWN[name].split()))
+    if unknown:
+        return f"takes other parameters ({', '.join(unknown)} is unknown here)"
+    fused = [parameter for parameter in given if parameter in FusedCall._fields]
+    order = FusedCall._fields if name.endswith("linear_input_act") else BY_POSITION
+    if fused != [parameter for parameter in order if parameter in fused]:
+        return f"takes its parameters in another order ({', '.join(fused)})"
+    return ""
 
 
 def _is_set_on_objects(parent: str, word: str) -> bool:
