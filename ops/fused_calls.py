@@ -63,10 +63,10 @@ class FusedCall(NamedTuple):
         """Returns the activation of `input`, by the host's own function."""
         if self.input_act is None:
             return input
-        activate = getattr(comfy.ops, "_eager_input_act", None)  # from 0.36 on
+        activate = vars(comfy.ops).get("_eager_input_act")  # from 0.36 on
         try:
             if activate is None:
-                return getattr(comfy.ops, "INPUT_ACT_EAGER", {})[self.input_act](input)
+                return vars(comfy.ops).get("INPUT_ACT_EAGER", {})[self.input_act](input)
             eps = (self.act_eps,) if self.act_eps else ()  # a norm itself knows its own
             return activate(input, self.input_act, self.act_weight, *eps)
         except KeyError as error:

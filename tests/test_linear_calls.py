@@ -14,7 +14,8 @@ CONFORMANCE = (
     "tests/ops/test_patcher_dynamic.py", "tests/ops/test_patcher_other_models.py",
     "tests/ops/test_patched_weights.py", "tests/test_side_model_nodes.py",
     "tests/loaders/test_controlnet.py", "tests/loaders/test_model_patch.py",
-    "tests/loaders/test_clip_vision.py", "tests/loaders/test_vae.py", "tests/loaders/test_modules.py",
+    "tests/loaders/test_clip_vision.py", "tests/loaders/test_vae.py",
+    "tests/loaders/test_modules.py",
 )
 
 
