@@ -30,7 +30,8 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  on one version, or on the ComfyUI in a folder; --newest: with the
                                  newest versions of ComfyUI's own packages
   gpu [--device cpu]             measure what only a GPU can show, in nine minutes; --pack FOLDER:
-                                 prepare it for a machine without a package index
+                                 prepare it for a machine without a package index; --kitchen
+                                 FOLDER: ComfyUI's own CUDA kernels for it
   fuzz [--minutes N] [--executions N] [--target NAME]
                                  read bad files and hostile workflows until something breaks
   soak [--minutes N] [--prompts N]

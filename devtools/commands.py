@@ -131,15 +131,19 @@ def gpu(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 dev.py gpu", add_help=False)
     parser.add_argument("--pack", type=Path, metavar="FOLDER")
     parser.add_argument("--packed", type=Path, metavar="FOLDER")
+    parser.add_argument("--kitchen", type=Path, metavar="FOLDER")
     parser.add_argument("--peer", type=Path)
     own, _ = parser.parse_known_args(arguments)
     if own.pack:
         offline_bundle.pack(own.pack, own.peer)
         return 0
+    if own.kitchen and not own.packed:
+        offline_bundle.pack_kitchen(own.kitchen)
+        return 0
     if not own.packed:
         return prepare().run("-m", "devtools.gpu", *arguments)
     with tempfile.TemporaryDirectory(prefix="featherweight-gpu-") as place:
-        environment, site = offline_bundle.environment(own.packed, Path(place))
+        environment, site = offline_bundle.environment(own.packed, Path(place), own.kitchen)
         return environment.run("-m", "devtools.gpu", *arguments, PYTHONPATH=site)
 
 

@@ -2,8 +2,10 @@
 the device is new."""
 import importlib
 import importlib.metadata
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -185,15 +187,15 @@ def wheel(folder, name: str, version: str):
 def test_a_bare_machine_gets_what_it_lacks_and_the_versions_that_comfyui_asks_for(tmp_path):
     packed = tmp_path / "packed"
     (packed / offline_bundle.WHEELS).mkdir(parents=True)
-    (tmp_path / "requirements.txt").write_text("pytest==0.0.1\n")
+    (tmp_path / "requirements.txt").write_text("gguf==0.0.1\n")
     with tarfile.open(packed / offline_bundle.HOST, "w:xz") as archive:
         archive.add(tmp_path / "requirements.txt", "requirements.txt")
     wheel(packed / offline_bundle.WHEELS, "not_installed_here", "1.0")
-    wheel(packed / offline_bundle.WHEELS, "pytest", "0.0.1")
+    wheel(packed / offline_bundle.WHEELS, "gguf", "0.0.1")
     wheel(packed / offline_bundle.WHEELS, "numpy", "0.0.1")
     environment, site = offline_bundle.environment(packed, tmp_path)
     assert (environment.host / "requirements.txt").is_file()
-    assert sorted(os.listdir(site)) == ["not_installed_here", "pytest"]
+    assert sorted(os.listdir(site)) == ["gguf", "not_installed_here"]
     assert importlib.metadata.version("numpy") != "0.0.1"
 
 
@@ -202,10 +204,47 @@ def test_a_folder_that_was_not_packed_is_refused_with_what_to_do(tmp_path):
         offline_bundle.environment(tmp_path, tmp_path)
 
 
+def test_comfyui_imports_a_stand_in_for_what_nothing_on_a_bare_machine_runs(tmp_path):
+    (tmp_path / "av").mkdir()
+    shutil.copyfile(offline_bundle.STAND_IN, tmp_path / "av" / "__init__.py")
+    code = ("import av; from av.container import InputContainer; import av.video.frame;"
+            " from av.subtitles.stream import SubtitleStream; av.VideoFrame, av.video.Reformatter;"
+            " print(hasattr(av, '__version__'), InputContainer.__name__)")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert found.stdout.split() == ["False", "InputContainer"]
+
+
+def test_kernels_in_parts_are_joined_and_a_part_that_is_missing_is_named(tmp_path):
+    data = os.urandom(100)
+    for number, part in enumerate((data[:60], data[60:]), 1):
+        with pytest.raises(SetupError, match="lacks the part"):
+            offline_bundle._joined(tmp_path)
+        (tmp_path / str(number)).mkdir()
+        name = f"{offline_bundle.KITCHEN}.{number}-of-2"
+        (tmp_path / str(number) / name).write_bytes(part)
+    assert offline_bundle._joined(tmp_path) == data
+
+
 @pytest.mark.heavy
 def test_what_a_bare_machine_lacks_is_small(tmp_path):
-    offline_bundle.pack(tmp_path / "packed")
-    names = {
-        file.name.split("-")[0] for file in (tmp_path / "packed" / offline_bundle.WHEELS).iterdir()
-    }
-    assert {"gguf", "comfy_kitchen", "comfy_aimdo"} <= names
+    packed, kitchen = tmp_path / "packed", tmp_path / "kitchen"
+    offline_bundle.pack(packed)
+    names = {file.name.split("-")[0] for file in (packed / offline_bundle.WHEELS).iterdir()}
+    assert {"gguf", "comfy_kitchen", "comfy_aimdo"} <= names and "av" not in names
+    size = sum(file.stat().st_size for file in packed.rglob("*") if file.is_file())
+    assert size < 12_000_000
+    offline_bundle.pack_kitchen(kitchen)
+    parts = list(kitchen.glob("*/*"))
+    assert len(parts) == 2 and all(part.stat().st_size <= 20_000_000 for part in parts)
+    with tarfile.open(fileobj=io.BytesIO(offline_bundle._joined(kitchen))) as archive:
+        names = archive.getnames()
+    assert any("backends/cuda/_C" in name for name in names)
+    assert not any("backends/hip/_C" in name for name in names)
+
+
+@pytest.mark.heavy
+def test_a_bundle_that_cannot_be_carried_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(offline_bundle, "CARRIED", offline_bundle._tracked_bytes() + 1_000_000)
+    with pytest.raises(SetupError, match="1.0 MB can be carried"):
+        offline_bundle.pack(tmp_path / "packed")

@@ -37,7 +37,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=STAGES)
     parser.add_argument("--peer", type=Path,
                         help="folder of another pack with the node UnetLoaderGGUF")
-    parser.add_argument("--packed", help=argparse.SUPPRESS)  # which `dev.py` has used
+    for used in ("--packed", "--kitchen"):  # by `dev.py`
+        parser.add_argument(used, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "gpu",
                         help="folder for gpu.json, gpu.md and gpu.png")
     options = parser.parse_args()

@@ -56,6 +56,9 @@ STAGES = {
         60, f"{BENCH}.models:bench_model", rounds=5, blocks=(2, 4)),
     "step": Stage("A step of a Flux in Q4_K with and without LoRAs, and another pack's.", 40,
                   f"{BENCH}.models:bench_step"),
+    "host": Stage("ComfyUI's own int8, fp8 and nvfp4 layers by its kernels, with and without LoRAs,"
+                  " beside dense ones and ours.", 40,
+                  "devtools.gpu.host_kernels:bench_host_layers"),
     "peer": Stage("One layer in each pack.", 30, f"{BENCH}.models:bench_peer"), "LoRA": Stage(
         "LoRAs beside the product, and added to the dequantised weight: where one overtakes the"
         " other.",
