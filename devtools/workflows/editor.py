@@ -339,6 +339,8 @@ def _node(
         linked = isinstance(given, (Node, tuple))
         if widget:
             unset = options.get("default", "" if kind == "STRING" else 0)
+            if kind == "COMFY_DYNAMICCOMBO_V3":
+                unset = options["options"][0]["key"]
             values.append(unset if given is None or linked else given)
             if has_control(name, options):
                 values.append("randomize" if given is None else "fixed")

@@ -88,7 +88,8 @@ class Audit:
         """Variables for the server."""
         home, cache, temporary = map(str, self.own)
         return {
-            "PYTHONPATH": str(CHILD), "AUDIT_LOG": str(self.log), "HOME": home,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(CHILD), os.environ.get("PYTHONPATH")))),
+            "AUDIT_LOG": str(self.log), "HOME": home,
             "XDG_CACHE_HOME": cache, "TMPDIR": temporary, "RAY_TMPDIR": str(self.ray),
             "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "PYTHONDONTWRITEBYTECODE": "1"
         }
