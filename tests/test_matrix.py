@@ -5,6 +5,7 @@ import subprocess
 import oracles
 import pytest
 
+from devtools import ROOT
 from devtools.host import matrix
 from devtools.host.environment import HOST_VERSION, SetupError
 from featherweight.ops import host_versions
@@ -128,3 +129,12 @@ def test_the_packs_sources_are_held_against_a_host(tmp_path, capfd):
     (host / "comfy" / "ops.py").write_text("def cast_bias_weight(s):\n    pass\n")
     assert not matrix.import_guard.check_imports(host, packages)
     assert "comfy.ops.uncast_bias_weight" in capfd.readouterr().out
+
+
+def test_compatibility_names_the_versions_of_the_matrix():
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    table = page.split("## ComfyUI\n")[1].split("\n\n")[1]
+    tested = {version for version in matrix.VERSIONS if version not in matrix.TOO_OLD}
+    assert set(re.findall(r"\b\d+\.\d+\.\d+\b", table)) - {"0.2.40", "0.6.0"} == tested
+    for requirement in matrix.IN_PLACE_OF_PINS["0.33.0"]:
+        assert requirement.replace("==", " ") in table
