@@ -122,7 +122,7 @@ def keep_forward():
     That is what the helper does by itself in later versions; that of ComfyUI 0.33 reads an
     int8 weight past a layer's LoRA.
     """
-    helper = getattr(comfy.ops, "linear_input_act", None)
+    helper = vars(comfy.ops).get("linear_input_act")
     if helper is None or hasattr(comfy.ops.CastWeightBiasOp, "comfy_force_forward"):
         return
     @functools.wraps(helper)

@@ -351,10 +351,14 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
 
 
 def sent_by(editor) -> dict:
-    """Returns the prompt of the open workflow without the titles of its nodes."""
+    """Returns the prompt of the open workflow without the titles of its nodes.
+
+    Inputs within an input, which newer versions of ComfyUI's nodes have, are left out too.
+    """
     prompt = editor.prompt()
     for node in prompt.values():
         del node["_meta"]
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if "." not in name}
     return prompt
 
 
