@@ -95,7 +95,7 @@ def pack_kitchen(folder: Path):
         with zipfile.ZipFile(wheel) as archive, tarfile.open(fileobj=packed, mode="w:xz",
                                                              preset=9) as out:
             for name in archive.namelist():
-                if "/backends/hip/_C" not in name:
+                if "/backends/hip/_C" not in name and not name.endswith("/"):
                     member = tarfile.TarInfo(name)
                     data = archive.read(name)
                     member.size = len(data)
