@@ -10,6 +10,10 @@ from .fused_calls import FusedCall, fuses_in_forward
 from .layers import Embedding, PackedLayer, PackedLinear
 from .packed_layout import QuantizedTensor, is_packed
 from .packed_tensor import relabel
+from .product import needs_gradient
+
+# comfy_kitchen multiplies by the transposed weight only, and the gradient needs it as it is
+WITHOUT_GRADIENT = ("AsymW4A8Int8Layout",)
 
 
 class MixedLayer(PackedLayer):
@@ -119,9 +123,14 @@ class MixedLinear(MixedLayer, PackedLinear):
         is_patched = self.lora is not None and self.lora.weight_patches
         return self._has_host_format and not (in_float or is_patched)
 
+    def _lacks_gradient(self, input) -> bool:
+        """Returns whether a gradient is wanted of an input for which the host has none."""
+        layout = getattr(self.weight, "_layout_cls", None)
+        return needs_gradient(input) and layout in WITHOUT_GRADIENT
+
     @autocast_input
     def _product(self, input):
-        if not self._runs_in_host:
+        if not self._runs_in_host or self._lacks_gradient(input):
             comfy.ops.run_every_op()
             return super()._product(input)
         out = self._host_super.forward(input)

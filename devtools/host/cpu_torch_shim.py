@@ -1,4 +1,5 @@
-"""Lets torchvision and torchaudio wheels built for CUDA be imported beside a CPU build of torch.
+"""Lets torchvision and torchaudio wheels built for CUDA be imported beside a CPU build of torch,
+and torchaudio beside a newer torch, of which there is none.
 
 Copied into the virtual environment's site-packages and imported by a `.pth` file at every start of
 its Python, so it must cost nothing until one of the two is imported.
@@ -22,7 +23,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             for operator in ("nms", "qnms"):
                 self.library.define(
                     f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        elif name == "torchaudio._extension" and _torch_is_cpu():
+        elif name == "torchaudio._extension" and (_torch_is_cpu() or _torch_is_newer()):
             return importlib.machinery.ModuleSpec(name, self)
         return None
 
@@ -40,6 +41,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def _torch_is_cpu() -> bool:
     import torch
     return torch.version.cuda is None and getattr(torch.version, "hip", None) is None
+
+
+def _torch_is_newer() -> bool:
+    import importlib.metadata
+
+    import torch
+    return (importlib.metadata.version("torchaudio").split(".")[:2]
+            != torch.__version__.split(".")[:2])
 
 
 sys.meta_path.insert(0, _Finder())

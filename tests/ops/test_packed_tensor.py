@@ -39,7 +39,8 @@ pytestmark = pytest.mark.usefixtures("small_models")
 # the last is the host's, in a file with NF4
 FORMAT_NAMES = ("Q8_0", "Q4_K", "INT8", "float8_e4m3fn")
 CHILD = {
-    **os.environ, "PYTHONPATH": os.path.dirname(comfyui_and_pack.__file__),
+    **os.environ, "PYTHONPATH": os.pathsep.join(
+        [os.path.dirname(comfyui_and_pack.__file__), os.environ.get("PYTHONPATH", "")]),
     "PYTHONWARNINGS": "ignore"
 }
 
