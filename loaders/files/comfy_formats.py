@@ -72,6 +72,9 @@ ZEROS = ("weight_zeros", "weight_zero")  # of awq_w4a16, as comfy-kitchen and co
 # tensors of a layer that say nothing about the values of its weight
 IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
 HALVES = (torch.bfloat16, torch.float16)
+FP8: dict[torch.dtype, type[RowFormat]] = {torch.float8_e4m3fn: F8_E4M3,
+                                           torch.float8_e5m2: F8_E5M2}
+OTHER_MARK = "Its comfy_quant names a format that its weights are not in: get another conversion."
 ROTATION = 256  # columns, where the settings name no other number
 LEVEL_GROUP = 16  # columns, likewise
 PIECE_ROWS, PIECE_COLUMNS = 128, 4  # of scales in blocks
@@ -223,7 +226,7 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
     if scale.itemsize != 1:
         return None
     sizes = _rotation(settings, columns), level_group
-    sides = [scale.contiguous().view(torch.uint8).flatten(), _row_scales(parts, ROW_SCALE)]
+    sides = [scale.flatten().view(torch.uint8), _row_scales(parts, ROW_SCALE)]
     codebook, correction = parts.get(CODEBOOK), parts.get(CORRECTION)
     family: type[RotatedLevels] = W4A8_INTEGERS
     if stored == columns * 6:
@@ -243,8 +246,8 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
         if correction.shape != scale.shape[::-1]:
             raise PartError(f"its {CORRECTION} is {describe(correction)}")
         family = W4A8_SHIFTED if correction.dtype == torch.bfloat16 else W4A8_SHIFTED_FLOAT
-        shifts = correction.to(family.shift_dtype).t().contiguous()
-        sides.append(shifts.view(torch.uint8).flatten())
+        shifts = correction.to(family.shift_dtype).t().flatten()
+        sides.append(shifts.view(torch.uint8))
     return _pack(family, parts, *sides, sizes=sizes)
 
 
@@ -286,8 +289,7 @@ def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
         if group < 1 or side.shape != (columns // group, rows) or side.dtype != scale.dtype:
             raise PartError(f"its {SCALE} and {ZEROS[0]} are {describe(scale)} and"
                             f" {describe(zeros)}")
-    sides = [side.to(family.side_dtype).t().contiguous().view(torch.uint8).flatten()
-             for side in (scale, zeros)]
+    sides = [side.to(family.side_dtype).t().flatten().view(torch.uint8) for side in (scale, zeros)]
     return _pack(family, parts, *sides, sizes=(group,))
 
 
@@ -390,8 +392,26 @@ PARTS = {_levels: (GROUP_SCALE, ROW_SCALE, CODEBOOK, CORRECTION), _awq: (SCALE, 
          _svdquant: (SCALE, SMOOTH, DOWN, UP)}
 
 
+def _of_dtype(family: type[RowFormat], codes: torch.Tensor) -> type[RowFormat]:
+    """Returns the family that codes are of: their dtype says which of two kinds of fp8 it is.
+
+    Older files have the bytes of fp8 as uint8, which leaves it to the mark.
+
+    Raises:
+        PartError: they are codes of another kind.
+    """
+    if family in FP8.values() and codes.dtype in FP8:
+        return FP8[codes.dtype]
+    expected = getattr(family, "dtype", torch.int8)  # of Float8
+    if codes.dtype not in (expected, torch.uint8):
+        raise PartError(f"its codes are {describe(codes)}, expected"
+                        f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
+    return family
+
+
 def _pack(family: type[RowFormat], parts: Parts, *sides: torch.Tensor,
           sizes: tuple[int, ...] = ()) -> PackedTensor:
+    family = _of_dtype(family, parts["weight"])
     codes = parts["weight"].contiguous().view(torch.uint8)
     rows, columns = len(codes), codes.shape[1] * 8 // family.bits
     group = sizes[0] if sizes else family.group

@@ -111,7 +111,7 @@ def _scales(parts: Parts, rows: int) -> torch.Tensor:
     """Returns scales (N, G) of one number, of one for each row or of one for each group."""
     scales = part(parts, SCALE)
     if scales.numel() == 1:
-        return scales.view(1, 1).expand(rows, 1)
+        return scales.view(1, 1).expand(rows, 1).contiguous()
     if scales.ndim == 1:
         scales = scales.unsqueeze(-1)
     if scales.ndim != 2 or len(scales) != rows:

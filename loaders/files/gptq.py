@@ -33,6 +33,7 @@ NAME = "GPTQ, AutoRound or AWQ"
 CODES, ZEROS, SCALES, GROUPS = PARTS = "qweight", "qzeros", "scales", "g_idx"
 LAYERS = {CODES: (SCALES, ZEROS)}
 AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
+GROUP_LENGTHS = (128, 64, 32, 256, 512, 1024, 16)  # those that people choose first come first
 CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
 
 
@@ -67,13 +68,27 @@ def _gptq(file: WeightFile, parts: Parts) -> torch.Tensor:
         raise PartError(_mismatch(parts))
     stored = split_words(zeros, bits)
     zeros = stored + _zero_offset(file, stored, bits) & (1 << bits) - 1
-    if group_of_column is None and columns % groups:
-        length = file.quantization.get("group_size")
-        if type(length) is not int or length < 1 or -(-columns // length) != groups:
-            raise PartError(f"its {groups} groups do not divide its {columns} columns")
-        group_of_column = torch.arange(columns) // length
+    if group_of_column is None and groups > 1:
+        group_of_column = torch.arange(columns) // _group_length(file, columns, groups)
     return pack_integers(codes.t().contiguous().view(torch.uint8), columns, bits, scales.t(),
                          zeros.t(), group_of_column)
+
+
+def _group_length(file: WeightFile, columns: int, groups: int) -> int:
+    """Returns how many columns share a scale; the last group may be shorter.
+
+    Where no config says so, it is the length that the writers offer which makes so many groups.
+    """
+    settled = file.quantization.get("group_size")
+    lengths = [settled] if type(settled) is int and settled > 0 else []
+    lengths += [length for length in GROUP_LENGTHS if length * groups == columns]
+    lengths += GROUP_LENGTHS
+    fitting = [length for length in lengths if -(-columns // length) == groups]
+    if fitting:
+        return fitting[0]
+    if columns % groups:
+        raise PartError(f"its {groups} groups do not divide its {columns} columns")
+    return columns // groups
 
 
 def _zero_offset(file: WeightFile, stored: torch.Tensor, bits: int) -> int:

@@ -97,7 +97,7 @@ def pack_nvfp4(family: type[RowFormat], codes: torch.Tensor, scale: torch.Tensor
         return None
     return packed_tensor(
         family.of_columns(columns), codes.contiguous().view(-1), (rows, columns), torch.float32,
-        scale.contiguous().view(torch.uint8).flatten(),
+        scale.flatten().view(torch.uint8),
         of_tensor.float().flatten().expand(rows).contiguous())
 
 

@@ -67,6 +67,7 @@ def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
 
 def _bits(codes: torch.Tensor, zeros: torch.Tensor) -> int:
     """Returns the fewest bits that hold all codes and zeros."""
-    largest = max(int(-codes.min()), int(codes.max()) + 1, int(-zeros.min()), int(zeros.max()) + 1)
+    # int8 has no 128, the negative of -128
+    largest = max(-int(codes.min()), int(codes.max()) + 1, -int(zeros.min()), int(zeros.max()) + 1)
     return next(bits for bits in (2, 4, 8)
                 if largest <= 1 << bits - 1 and codes.shape[1] * bits % 8 == 0)

@@ -12,8 +12,11 @@ AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]  # nibble of each of eight neighbouring r
 
 
 def quantize(values, bits, group, dtype=torch.float16, symmetric=False):
-    """Codes int32 (N, G, group), scales (N, G) of `dtype` and zeros int32 (N, G)."""
-    blocks = values.view(len(values), -1, group or values.shape[1])
+    """Codes int32 (N, G, group), scales (N, G) of `dtype` and zeros int32 (N, G). The last group may
+    be short: its codes are filled up."""
+    group = group or values.shape[1]
+    values = torch.nn.functional.pad(values, (0, -values.shape[1] % group))
+    blocks = values.view(len(values), -1, group)
     half, largest = 1 << bits - 1, (1 << bits) - 1
     if symmetric:
         scales = (blocks.abs().amax(-1) / max(1, half - 1) + 1e-8).to(dtype)
@@ -22,9 +25,12 @@ def quantize(values, bits, group, dtype=torch.float16, symmetric=False):
         low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
         scales = ((high - low) / largest + 1e-8).to(dtype)
         zeros = (-low / scales.float()).round().clamp(0, largest)
+        zeros[0, 0], zeros[-1, -1] = 0, largest
     zeros = zeros.int()
     codes = (blocks / scales.float()[..., None]).round() + zeros[..., None]
-    return codes.clamp(0, largest).int(), scales, zeros
+    codes = codes.clamp(0, largest).int()
+    codes[:, 0, 0], codes[:, -1, 0] = 0, largest  # the lowest and the highest in each row
+    return codes, scales, zeros
 
 
 def meant(codes, scales, zeros):
@@ -47,9 +53,9 @@ def gptq(values, bits=4, group=32, stored_less=1, symmetric=False, order=None, d
     order = torch.arange(columns) if order is None else order
     codes, scales, zeros = quantize(values[:, order], bits, group, dtype, symmetric)
     expected = torch.empty_like(values)
-    expected[:, order] = meant(codes, scales, zeros)
+    expected[:, order] = meant(codes, scales, zeros)[:, :columns]
     in_place = torch.empty(values.shape, dtype=torch.int32)
-    in_place[:, order] = codes.view(values.shape)
+    in_place[:, order] = codes.flatten(1)[:, :columns]
     stored = (zeros.t() - stored_less) % (1 << bits)
     parts = {"qweight": bit_stream(in_place, bits).t().contiguous(),
              "qzeros": bit_stream(stored, bits), "scales": scales.t().contiguous()}
@@ -142,8 +148,10 @@ def quanto_bytes(values, dtype=torch.int8, scale_dtype=torch.bfloat16):
     largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
     scale = (values.flatten(1).abs().amax(1) / largest).to(scale_dtype)
     scale = scale.view(-1, *[1] * (values.ndim - 1))
-    codes = values / scale.float()
+    codes = (values / scale.float()).clamp(-largest, largest)
     codes = (codes.round() if dtype == torch.int8 else codes).to(dtype)
+    lowest = -128 if dtype == torch.int8 else torch.finfo(dtype).min
+    codes.view(len(codes), -1)[0, 0] = torch.tensor(lowest).to(dtype)
     parts = {"weight._data": codes, "weight._scale": scale, "input_scale": torch.ones(()),
              "output_scale": torch.ones(())}
     return parts, codes.float() * scale.float()

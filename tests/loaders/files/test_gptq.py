@@ -1,6 +1,7 @@
 """Weights of GPTQ, AutoRound and AWQ, against small writers and against their packages."""
 import importlib.util
 import logging
+import random
 import re
 import types
 
@@ -50,6 +51,28 @@ def test_values_of_gptq(bits, symmetric, dtype, tmp_path):
     assert torch.equal(packed.dequantize(), expected)
     del parts["g_idx"]
     assert packed.nbytes <= 1.05 * sum(value.nbytes for value in parts.values())
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_values_of_gptq_of_any_width(seed, tmp_path):
+    """Groups that do not divide the columns, and of which the last is short."""
+    rng = random.Random(seed)
+    group = rng.choice([32, 64, 128])
+    columns = rng.choice([96, 192, 960, 32 * rng.randint(1, 32)])
+    bits, symmetric = rng.choice([2, 3, 4, 8]), rng.random() < 0.5
+    parts, expected = gptq(weight(32, columns, seed), bits, group, symmetric=symmetric)
+    if rng.random() < 0.7:
+        del parts["g_idx"]
+    packed = read_weight(tmp_path, parts, **V1, group_size=group)
+    assert torch.equal(packed.dequantize(), expected)
+
+
+@pytest.mark.parametrize(("columns", "group"), [(96, 64), (192, 128), (960, 128), (384, 128),
+                                                (128, 64), (256, 32), (48, 32), (96, 0)])
+def test_groups_without_a_config_are_of_a_length_that_writers_offer(columns, group, tmp_path):
+    parts, expected = gptq(weight(32, columns), 4, group, symmetric=True)
+    del parts["g_idx"]
+    assert torch.equal(read_weight(tmp_path, parts).dequantize(), expected)
 
 
 @pytest.mark.parametrize(("stored_less", "settings"), [
@@ -103,9 +126,15 @@ def test_the_last_group_may_be_short(tmp_path):
     parts["g_idx"] = parts["g_idx"][:160]
     assert torch.equal(read_weight(tmp_path, parts, **V1).dequantize(), expected)
     del parts["g_idx"]
-    settings = AUTO_ROUND | {"group_size": 64}
-    assert torch.equal(read_weight(tmp_path, parts, **settings).dequantize(), expected)
-    with pytest.raises(WeightFileError, match="its 3 groups do not divide its 160 columns"):
+    for settings in (AUTO_ROUND, AUTO_ROUND | {"group_size": 64}):
+        assert torch.equal(read_weight(tmp_path, parts, **settings).dequantize(), expected)
+
+
+def test_groups_of_no_length_that_writers_offer_are_refused(tmp_path):
+    parts, _ = gptq(weight(columns=160), group=16)
+    parts = {"qweight": parts["qweight"], "scales": parts["scales"][:7],
+             "qzeros": parts["qzeros"][:7]}
+    with pytest.raises(WeightFileError, match="its 7 groups do not divide its 160 columns"):
         read(tmp_path, parts, **AUTO_ROUND)
 
 
@@ -171,30 +200,30 @@ def test_such_files_are_read_by_this_pack(tmp_path):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("module_name", ["qlinear_torch", "qlinear_torch_zp"])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_values_are_those_of_auto_round(bits, module_name, symmetric, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("columns", "group"), [(128, 64), (96, 64), (960, 128), (320, 128)])
+def test_values_are_those_of_auto_round(columns, group, bits, module_name, symmetric, tmp_path,
+                                        monkeypatch):
     monkeypatch.syspath_prepend(installed("auto-round==0.16.1", "loguru"))
     module = load_module(monkeypatch, f"auto_round_extension/torch/{module_name}.py")
-    layer = module.QuantLinear(bits, 64, 128, 96, False)
-    values = weight()
-    parts, dense = gptq(values, bits, 64, symmetric=symmetric)
+    layer = module.QuantLinear(bits, group, columns, 96, False)
+    values = weight(96, columns)
+    parts, dense = gptq(values, bits, group, symmetric=symmetric)
     scales = parts["scales"].t().float()
-    zeros = quantize_zeros(values, bits, symmetric)
-    linear = torch.nn.Linear(128, 96, bias=False)
+    zeros = quantize(values, bits, group, symmetric=symmetric)[2].float().clamp(min=1)
+    linear = torch.nn.Linear(columns, 96, bias=False)
     linear.weight.data = dense
     layer.device = None
     layer.pack(linear, scales, zeros, device="cpu")
     stored = {name: value for name, value in layer.state_dict().items() if name != "bias"}
     less = module_name.endswith("zp")
     packing = "auto_round:auto_gptq" if less else "auto_round"
-    packed = read_weight(tmp_path, stored, quant_method="auto-round", packing_format=packing)
-    identity = torch.eye(128)
-    # the layer multiplies in float16
-    assert torch.equal(packed.dequantize().half(), layer(identity).t().half())
+    stored.pop("g_idx", None)
+    packed = read_weight(tmp_path, stored, quant_method="auto-round", packing_format=packing,
+                         group_size=group)
+    if columns % group == 0:  # its own layer does not run otherwise; it multiplies in float16
+        identity = torch.eye(columns)
+        assert torch.equal(packed.dequantize().half(), layer(identity).t().half())
     assert torch.allclose(packed.dequantize(), dense, atol=1e-6)
-
-
-def quantize_zeros(values, bits, symmetric):
-    return quantize(values, bits, 64, symmetric=symmetric)[2].float().clamp(min=1)
 
 
 def load_module(monkeypatch, path):
