@@ -48,7 +48,7 @@ class LowRank:
             dtype: of the result. The factors are balanced first, since the range of `dtype` may be
                 too small for them as they are.
         """
-        balanced = ((*_balance(up, down), row_range) for up, down, row_range in loras)
+        balanced = ((*balance(up, down), row_range) for up, down, row_range in loras)
         return LowRank._concatenated(balanced, rows, dtype)
 
     def and_also(self, other: "LowRank | None", rows: int) -> "LowRank":
@@ -159,21 +159,28 @@ class LowRank:
                 up.to(weight), self.down[part.rank:part.rank_end].to(weight))
 
 
-def _balance(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def balance(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales the factors so that the largest numbers of both are alike in each rank.
-
-    The scales are powers of two, so that the product stays the same bit for bit.
 
     Args:
         up: float32 (rows, r).
         down: float32 (r, columns).
+    """
+    power, inverse = balancing_powers(up, down)
+    return up * inverse, down * power[:, None]
+
+
+def balancing_powers(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the factors of `balance` for each rank of down and of up, float32 (r,) each.
+
+    They are powers of two, so that the product stays the same bit for bit.
     """
     up_exponent, down_exponent = (peak.view(torch.int32) >> 23
                                   for peak in (up.abs().amax(0), down.abs().amax(1)))
     half = (up_exponent - down_exponent >> 1).clamp(-126, 126)
     # two to the power of `half`, and its inverse
     power, inverse = ((127 + exponent << 23).view(torch.float32) for exponent in (half, -half))
-    return up * inverse, down * power[:, None]
+    return power, inverse
 
 
 def dense_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,

@@ -20,8 +20,12 @@ from .format import Format, FormatError
 from .formats import plain  # the package registers every format
 from .formats._names import format_named
 from .formats.composite import AddedLowRank, Joined
+from .low_rank import balancing_powers
 from .packed_tensor import PackedTensor, relabel
 from .pickle_names import stable_pickle_name
+
+# of the largest number of a factor that float16 holds with room for a sum
+LEAST, MOST = 2.0**-10, 2.0**12
 
 SIDE_FIELDS = ("scale", *(f"scale_{number}" for number in range(2, 9)))
 
@@ -147,10 +151,26 @@ def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
             up.shape[1] != len(down)):
         raise FormatError(f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a"
                           f" weight of {rows} x {base.block_length}")
+    up, down = _within_float16(up, down, scales)
     packed_format = AddedLowRank.over(base, len(down), up.dtype, down.dtype, scales is not None)
     factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
     return packed_tensor(
         packed_format, data, tensor.shape, tensor.dtype, *sides, *factors, *(scales or ()))
+
+
+def _within_float16(up: torch.Tensor, down: torch.Tensor,
+                    scales: tuple[torch.Tensor, torch.Tensor] | None
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balances the factors of a product where a model in float16 could not hold one of them.
+
+    They keep their dtypes, and the product its values.
+    """
+    row, column = scales or (torch.ones(1), torch.ones(1))
+    effective = up.float() * row.unsqueeze(1), down.float() * column
+    if all(LEAST <= factor.abs().amax() <= MOST for factor in effective if factor.numel()):
+        return up, down
+    power, inverse = balancing_powers(*effective)
+    return (up * inverse).to(up.dtype), (down * power[:, None]).to(down.dtype)
 
 
 def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:

@@ -5,6 +5,7 @@ is a weight whose rows or columns come from several weights, such as the q, k an
 layer. Both are dequantised by the kernels of the formats within, and a product may take the low
 rank as a branch (`without_low_rank`).
 """
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -265,7 +266,8 @@ class Joined(Composite):
             ups.append(up)
             slices.append(Slice(part.row, part.row + part.rows, rank, rank + len(down)))
             rank += len(down)
-        dtype = max((factor.dtype for factor in (*downs, *ups)), key=lambda dtype: dtype.itemsize)
+        # float32 where some are bfloat16 and some float16: neither holds the numbers of the other
+        dtype = functools.reduce(torch.promote_types, (factor.dtype for factor in (*downs, *ups)))
         down = torch.cat([down.to(dtype) for down in downs])
         ups = [up.to(dtype) for up in ups]
         if cls.axis == 1:

@@ -331,3 +331,35 @@ def test_loras_on_the_parts_and_on_the_whole_of_a_joined_weight_are_exact(seed):
     with torch.no_grad():
         out, expected = layer(input), torch.nn.functional.linear(input, values)
     assert (out - expected).norm() < 2e-6 * expected.norm()
+
+
+# --- factors whose numbers lie far apart ---
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16),
+                                    (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("magnitude", [1e-6, 1, 1e6])
+def test_low_ranks_of_two_dtypes_are_joined_without_a_loss(dtypes, magnitude):
+    parts = []
+    for dtype in dtypes:
+        up, down = factors(24, dtype=torch.float32)
+        scale = magnitude if dtype == torch.bfloat16 else 1  # float16 cannot hold it
+        parts.append(with_low_rank(random_weight(INT8_ROWS.of_columns(COLUMNS)),
+                                   (up * scale).to(dtype), (down / scale).to(dtype)))
+    expected = torch.cat([part.dequantize() for part in parts])
+    weight, input = join_packed(parts, 0), torch.randn(3, COLUMNS)
+    torch.testing.assert_close(weight.dequantize(), expected, rtol=1e-6, atol=1e-6)
+    out = product.linear(input, weight)
+    assert (out - input @ expected.t()).norm() < 1e-5 * out.norm()
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("magnitude", [1e-5, 1e5])
+def test_a_low_rank_runs_in_float16_whatever_its_factors_share_out(magnitude, is_scaled):
+    up, down = factors(24, dtype=torch.float32)
+    scales = (torch.rand(24) + 0.5, torch.rand(COLUMNS) + 0.5) if is_scaled else None
+    weight = with_low_rank(random_weight(INT8_ROWS.of_columns(COLUMNS)), up * magnitude,
+                           down / magnitude, scales)
+    input = torch.randn(3, COLUMNS) / 8
+    expected = input @ weight.dequantize().t()
+    out = product.linear(input.half(), weight).float()
+    assert out.isfinite().all() and (out - expected).norm() < 3e-3 * expected.norm()

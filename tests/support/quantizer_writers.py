@@ -12,8 +12,8 @@ AWQ_NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]  # nibble of each of eight neighbouring r
 
 
 def quantize(values, bits, group, dtype=torch.float16, symmetric=False):
-    """Codes int32 (N, G, group), scales (N, G) of `dtype` and zeros int32 (N, G). The last group may
-    be short: its codes are filled up."""
+    """Codes int32 (N, G, group), scales (N, G) of `dtype` and zeros int32 (N, G); the last group is
+    filled up where it is short."""
     group = group or values.shape[1]
     values = torch.nn.functional.pad(values, (0, -values.shape[1] % group))
     blocks = values.view(len(values), -1, group)
