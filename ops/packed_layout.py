@@ -19,7 +19,7 @@ from comfy_kitchen.tensor import (
 from .format import Format, FormatError
 from .formats import plain  # the package registers every format
 from .formats._names import format_named
-from .formats.composite import AddedLowRank, Joined
+from .formats.composite import AddedLowRank, Joined, Scaled
 from .low_rank import balancing_powers
 from .packed_tensor import PackedTensor, relabel
 from .pickle_names import stable_pickle_name
@@ -171,6 +171,32 @@ def _within_float16(up: torch.Tensor, down: torch.Tensor,
         return up, down
     power, inverse = balancing_powers(*effective)
     return (up * inverse).to(up.dtype), (down * power[:, None]).to(down.dtype)
+
+
+def scale_packed(tensor: PackedTensor, of_rows: torch.Tensor,
+                 of_columns: torch.Tensor | None = None) -> PackedTensor:
+    """Returns a packed weight times numbers that stand beside it in its file; see `Scaled`.
+
+    Args:
+        tensor: (N, ...) in blocks that divide a row.
+        of_rows: a factor of each row (N,), or one.
+        of_columns: a factor of each column (K,), or None.
+
+    Raises:
+        FormatError: the factors do not fit the weight, or its blocks do not divide its rows.
+    """
+    base, columns = tensor.layout_cls.format, tensor.shape[1:].numel()
+    if columns % base.block_length:
+        raise FormatError(f"its rows of {columns} values are no whole blocks")
+    if of_rows.numel() not in (1, len(tensor)) or (
+            of_columns is not None and of_columns.numel() != columns):
+        raise FormatError(f"factors of {tuple(of_rows.shape)} do not scale {tuple(tensor.shape)}")
+    packed_format = Scaled.over(base, columns, of_columns is not None)
+    sides = [of_rows.float().flatten().expand(len(tensor)).contiguous()]
+    if of_columns is not None:
+        sides.append(of_columns.float().flatten().contiguous())
+    data, *own = packed_tensors(tensor)
+    return packed_tensor(packed_format, data, tensor.shape, tensor.dtype, *own, *sides)
 
 
 def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:

@@ -4,7 +4,7 @@ import re
 from ..format import FORMATS, Format
 from . import bnb_4bit, column_groups
 from ._rows import FAMILIES
-from .composite import FACTOR_DTYPES, AddedLowRank, Joined
+from .composite import FACTOR_DTYPES, AddedLowRank, Joined, Scaled
 
 
 def format_named(name: str) -> type[Format]:
@@ -19,6 +19,9 @@ def format_named(name: str) -> type[Format]:
         rank, mark, up, down, base = match.groups()
         return AddedLowRank.over(format_named(base), int(rank), FACTOR_DTYPES[up],
                                  FACTOR_DTYPES[down], bool(mark))
+    if match := re.fullmatch(r"SCALED(C?)_(\d+)_(.+)", name):
+        mark, columns, base = match.groups()
+        return Scaled.over(format_named(base), int(columns), bool(mark))
     if match := re.fullmatch(r"JOINED_(ROWS|COLUMNS)_(.+)", name):
         pieces = [re.fullmatch(r"(\d+)x(\d+)x(.+)", piece) for piece in match[2].split("+")]
         parts = [(format_named(piece[3]), int(piece[1]), int(piece[2]))

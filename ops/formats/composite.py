@@ -2,7 +2,7 @@
 
 `AddedLowRank` is a weight plus the product of two factors, as SVDQuant and SDNQ store it. `Joined`
 is a weight whose rows or columns come from several weights, such as the q, k and v of a fused
-layer. Both are dequantised by the kernels of the formats within, and a product may take the low
+layer. `Scaled` is a weight times numbers that its file has beside it. All are dequantised by the kernels of the formats within, and a product may take the low
 rank as a branch (`without_low_rank`).
 """
 import functools
@@ -128,20 +128,103 @@ class AddedLowRank(Composite):
                          value_dtype: torch.dtype | None, first: int,
                          dequantize_into: DequantizeInto) -> torch.Tensor:
         up, down = (factor.float() for factor in cls.factors(tensors))
-        rows = out.view(-1, cls.block_length)
-        step = max(1, chunk_values(out.device) // cls.block_length)
-        for start in range(0, len(rows), step):
-            part = rows[start:start + step]
-            values = part if part.dtype == torch.float32 else torch.empty(
-                part.shape, dtype=torch.float32, device=part.device)
-            row = first + start
+
+        def dequantize(values: torch.Tensor, row: int):
             dequantize_into(cls.base, tensors[:1 + len(cls.base.sides)], values, None, row)
-            values.addmm_(up[row:row + len(part)], down)
-            if value_dtype not in (None, torch.float32):
-                values = values.to(value_dtype)
-            if values is not part:
-                part.copy_(values)
-        return out
+            values.addmm_(up[row:row + len(values)], down)
+
+        return _in_float(out.view(-1, cls.block_length), value_dtype, first, dequantize, out)
+
+
+class Scaled(Composite):
+    """value = value of `base` * of_row * of_column, in float32, rounded once.
+
+    A block is a row. The tensors are those of `base`, then
+
+    | tensor    | dtype, shape    | meaning                                       |
+    |-----------|-----------------|-----------------------------------------------|
+    | of_row    | float32 (rows,) | a factor of each row                          |
+    | of_column | float32 (K,)    | of each column, only where `over` has columns |
+
+    Attributes:
+        base: whose blocks divide a row.
+        by_column: whether columns have factors.
+    """
+
+    base: type[Format]
+    by_column: bool
+
+    @classmethod
+    def over(cls, base: type[Format], columns: int, by_column: bool) -> type["Scaled"]:
+        """Returns the format of a weight in `base` with factors.
+
+        Args:
+            base: whose blocks divide a row.
+            columns: K.
+            by_column: whether columns have factors.
+        """
+        blocks = columns // base.block_length
+        sides = *(side if side.is_shared else side._replace(count=side.count * blocks)
+                  for side in base.sides), Side(torch.float32)
+        if by_column:
+            sides += (Side(torch.float32, columns, True),)
+        name = f"SCALED{'C' if by_column else ''}_{columns}_{base.__name__}"
+        return define(name, cls, lambda: {
+            "base": base, "by_column": by_column, "block_length": columns,
+            "block_bytes": blocks * base.block_bytes, "sides": sides, "of_host": base.of_host})
+
+    @classmethod
+    def title(cls) -> str:
+        return f"{cls.base.title()}, scaled"
+
+    @classmethod
+    def formats_within(cls) -> Iterable[type[Format]]:
+        yield cls.base
+
+    @classmethod
+    def without_low_rank(cls, tensors: list[torch.Tensor]
+                         ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
+        return cls, tensors, None
+
+    @classmethod
+    def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+                         value_dtype: torch.dtype | None, first: int,
+                         dequantize_into: DequantizeInto) -> torch.Tensor:
+        count = 1 + len(cls.base.sides)
+        of_row, *of_column = tensors[count:]
+
+        def dequantize(values: torch.Tensor, row: int):
+            block = row * cls.block_length // cls.base.block_length
+            dequantize_into(cls.base, tensors[:count], values, None, block)
+            values *= of_row[row:row + len(values)].unsqueeze(1)
+            if of_column:
+                values *= of_column[0]
+
+        return _in_float(out.view(-1, cls.block_length), value_dtype, first, dequantize, out)
+
+
+def _in_float(rows: torch.Tensor, value_dtype: torch.dtype | None, first: int,
+              compute: Callable[[torch.Tensor, int], None], out: torch.Tensor) -> torch.Tensor:
+    """Fills rows with values that are computed in float32, some rows at a time.
+
+    Args:
+        rows: of the result.
+        value_dtype: dtype the values are first rounded to, or None.
+        first: index of the first row in the weight.
+        compute: fills float32 rows; the second argument is the index of the first of them.
+        out: what is returned.
+    """
+    step = max(1, chunk_values(rows.device) // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start:start + step]
+        values = part if part.dtype == torch.float32 else torch.empty(
+            part.shape, dtype=torch.float32, device=part.device)
+        compute(values, first + start)
+        if value_dtype not in (None, torch.float32):
+            values = values.to(value_dtype)
+        if values is not part:
+            part.copy_(values)
+    return out
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from featherweight.ops.packed_layout import (
     join_packed,
     packed_tensor,
     packed_tensors,
+    scale_packed,
     with_low_rank,
 )
 from featherweight.ops.packed_tensor import relabel
@@ -75,7 +76,15 @@ def scaled():
     return with_low_rank(weight, *factors(24), (torch.rand(24), torch.rand(COLUMNS)))
 
 
-WEIGHTS = {"scaled low rank": scaled, "low rank": lambda: ranked(INT8_ROWS.of_columns(COLUMNS)),
+def times(base="Q4_K", by_column=False):
+    packed_format = FORMATS[base] if base in FORMATS else INT8_GROUPS.of_columns(COLUMNS, 64)
+    return scale_packed(random_weight(packed_format), torch.randn(24),
+                        torch.rand(COLUMNS) + 0.5 if by_column else None)
+
+
+WEIGHTS = {"times": times, "times columns": lambda: times("NF4", True),
+           "times of rows": lambda: times("int8"), "times halves": lambda: times("F16"),
+           "scaled low rank": scaled, "low rank": lambda: ranked(INT8_ROWS.of_columns(COLUMNS)),
            "rows": lambda: joined(0), "columns": lambda: joined(1)}
 every_weight = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
 
@@ -363,3 +372,28 @@ def test_a_low_rank_runs_in_float16_whatever_its_factors_share_out(magnitude, is
     expected = input @ weight.dequantize().t()
     out = product.linear(input.half(), weight).float()
     assert out.isfinite().all() and (out - expected).norm() < 3e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_rows", [(), (1,), (24,), (24, 1)])
+@pytest.mark.parametrize("base", ["Q4_K", "Q8_0", "NF4", "F16", "BF16"])
+def test_factors_beside_a_weight_are_part_of_its_values(base, of_rows, dtype):
+    weight, rows, columns = random_weight(FORMATS[base]), torch.randn(of_rows), torch.rand(COLUMNS)
+    expected = weight.dequantize() * rows.view(-1, 1)
+    assert torch.equal(product.dequantize(scale_packed(weight, rows), dtype), expected.to(dtype))
+    both = scale_packed(weight, rows, columns).dequantize()
+    assert torch.equal(both, expected * columns)
+    part = take_rows(scale_packed(weight, rows), slice(5, 9))
+    assert is_packed(part) and torch.equal(part.dequantize(), expected[5:9])
+
+
+def test_factors_that_do_not_fit_are_refused():
+    weight = random_weight(FORMATS["Q4_K"])
+    with pytest.raises(FormatError, match="do not scale"):
+        scale_packed(weight, torch.ones(23))
+    with pytest.raises(FormatError, match="do not scale"):
+        scale_packed(weight, torch.ones(()), torch.ones(3))
+    blocks = packed_tensor(FORMATS["Q4_K"], weight._qdata, (48, COLUMNS // 2 - 128 + 128),
+                           torch.float32)
+    with pytest.raises(FormatError, match="no whole blocks"):
+        scale_packed(relabel(blocks, shape=(96, 128)), torch.ones(()))
