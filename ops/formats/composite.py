@@ -1,9 +1,9 @@
 """Formats of weights that are made of weights in other formats.
 
-`AddedLowRank` is a weight plus the product of two factors, as SVDQuant and SDNQ store it. `Joined`
-is a weight whose rows or columns come from several weights, such as the q, k and v of a fused
-layer. `Scaled` is a weight times numbers that its file has beside it. All are dequantised by the kernels of the formats within, and a product may take the low
-rank as a branch (`without_low_rank`).
+`AddedLowRank` is a weight plus the product of two factors, as SVDQuant and SDNQ store it. `Scaled`
+is a weight times numbers that its file has beside it. `Joined` is a weight whose rows or columns
+come from several weights, such as the q, k and v of a fused layer. All are dequantised by the
+kernels of the formats within, and a product may take the low rank as a branch (`without_low_rank`).
 """
 import functools
 from collections.abc import Callable, Iterable, Sequence

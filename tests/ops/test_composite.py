@@ -344,8 +344,9 @@ def test_loras_on_the_parts_and_on_the_whole_of_a_joined_weight_are_exact(seed):
 
 # --- factors whose numbers lie far apart ---
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16),
-                                    (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("dtypes", [
+    (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("magnitude", [1e-6, 1, 1e6])
 def test_low_ranks_of_two_dtypes_are_joined_without_a_loss(dtypes, magnitude):
     parts = []
@@ -387,7 +388,7 @@ def test_factors_beside_a_weight_are_part_of_its_values(base, of_rows, dtype):
     assert is_packed(part) and torch.equal(part.dequantize(), expected[5:9])
 
 
-def test_factors_that_do_not_fit_are_refused():
+def test_numbers_that_do_not_scale_a_weight_are_refused():
     weight = random_weight(FORMATS["Q4_K"])
     with pytest.raises(FormatError, match="do not scale"):
         scale_packed(weight, torch.ones(23))
