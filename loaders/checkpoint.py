@@ -16,10 +16,10 @@ from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_clip, wrap_model
 from .comfy_keys import model_prefix
-from .comfy_quant import as_tensors
+from .comfy_quant import as_tensors, host_metadata, read_marked
 from .detection import explain_shape_errors, reject_non_diffusion, try_detect
 from .devices import device_options
-from .diffusion import build_model, load_diffusion_model, read_weights, to_comfy_quant_layout
+from .diffusion import build_model, load_diffusion_model, read_weights
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError, map_file, safe_repr
 from .files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
@@ -173,7 +173,7 @@ def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic:
                                  model_options=device_options(encoder_device),
                                  host_formats=host_formats)
     if outputs["output_vae"] and VAE_FOLDER in folders:
-        weights = open_weights(folders[VAE_FOLDER]).state_dict()
+        weights = read_marked(open_weights(folders[VAE_FOLDER]))
         vae = wrap_vae(build_vae(weights, device), compute)
     elif outputs["output_vae"]:
         vae = _no_vae()
@@ -230,8 +230,7 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
                  outputs: dict, disable_dynamic: bool, compute: str, model_options: dict,
                  encoder_options: dict, encoder_formats: frozenset[str]):
     prefix = model_prefix(state_dict)
-    state_dict = to_comfy_quant_layout(file, state_dict)
-    if try_detect(model_config_from_unet, state_dict, prefix, metadata=file.text_metadata) is None:
+    if try_detect(model_config_from_unet, state_dict, prefix, metadata=host_metadata(file)) is None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows"
             f" ({len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
@@ -258,7 +257,7 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
         with explain_shape_errors(file.path.name), dequantize_plain_parameters():
             parts = comfy.sd.load_state_dict_guess_config(
                 state_dict, embedding_directory=embedding_directory,
-                metadata=file.text_metadata, model_options=model_options,
+                metadata=host_metadata(file), model_options=model_options,
                 te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)
         assert parts is not None  # as for a model that the host does not detect
         return parts

@@ -23,15 +23,14 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy_kitchen.tensor import get_layout_class
 
-from ..ops.bounded_json import read_json
 from ..ops.packed_layout import QuantizedTensor, is_packed
 from ..ops.packed_tensor import PackedTensor
 from .files.comfy_formats import (
     DOWN,
+    FP8,
     GROUP_SCALE,
-    MARK,
+    OTHER_MARK,
     READERS,
-    SETTINGS,
     SMOOTH,
     SMOOTHING,
     UP,
@@ -40,8 +39,26 @@ from .files.comfy_formats import (
     pack_parts,
     shifted_bias,
 )
-from .files.container import WeightFile, WeightFileError, first_line, safe_repr
+from .files.comfy_marks import (
+    MARK,
+    OLD_MARKER,
+    SETTINGS,
+    MarkError,
+    listed_layers,
+    old_markers,
+    read_mark,
+)
+from .files.container import (
+    AGAIN,
+    ProgressIter,
+    WeightFile,
+    WeightFileError,
+    describe,
+    first_line,
+    safe_repr,
+)
 from .out_of_memory import is_out_of_memory
+from .wording import join_some
 
 # formats with two codes in a byte; their layout does not know the shape of the weight
 HALF_STORED = ("convrot_w4a4",)
@@ -49,10 +66,21 @@ HALF_STORED = ("convrot_w4a4",)
 READ_BY = {"asym_w4a8_int8": "0.33"}
 # whose names do not begin with "weight"
 OTHER_PARTS = (MARK[1:], "input_scale", SMOOTHING, SMOOTH, DOWN, UP)
+OLD_INPUT_SCALE = ".scale_input"
+UPDATE = "Update ComfyUI, or get another conversion."
 
 
 class UnreadFormatError(ValueError):
-    """This host cannot read a quantised format; the message is part of a sentence."""
+    """A layer in a quantised format cannot be read; the message is part of a sentence.
+
+    Args:
+        problem: what is wrong with it.
+        advice: what to do.
+    """
+
+    def __init__(self, problem: str, advice: str = AGAIN):
+        super().__init__(problem)
+        self.advice = advice
 
 
 def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: str = "",
@@ -63,7 +91,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
 
     Args:
         file: the file of the state dict.
-        state_dict: of the file; it is not changed.
+        state_dict: of `read_marked`; it is not changed.
         prefix: of the names of the model; other weights stay as they are.
         formats: names of those whose layers become packed tensors; others stay in parts for the
             host. None: all become packed tensors or the host's own.
@@ -74,19 +102,13 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     Raises:
         WeightFileError: if a layer is damaged or in a format that is not read.
     """
-    _reject_damaged_settings(file)
-    state_dict, _ = comfy.utils.convert_old_quants(dict(state_dict), model_prefix=prefix,
-                                                   metadata=file.text_metadata)
     out = dict(state_dict)
-    out.pop(f"{prefix}scaled_fp8", None)
     layer_class = _layer_class()
     for layer, names in _parts_of_layers(state_dict).items():
         codes = state_dict.get(f"{layer}.weight")
         if not layer.startswith(prefix):
             continue
-        if codes is None or is_packed(codes):  # the metadata lists layers that are not here
-            del out[f"{layer}{MARK}"]
-        elif codes.ndim in (2, 4):  # 4: in tiles
+        if codes is not None and codes.ndim in (2, 4):  # 4: in tiles
             parts = {name: state_dict[name] for name in names}
             bias = state_dict.get(f"{layer}.bias")
             try:
@@ -104,10 +126,114 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     return out
 
 
+def read_marked(file: WeightFile, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
+    """Returns `with_marks` of `WeightFile.state_dict`, and raises as both do."""
+    return with_marks(file, file.state_dict(track))
+
+
+def with_marks(file: WeightFile,
+               state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gives each layer in a format of the host its `comfy_quant` tensor, as newer files have them.
+
+    The host adds them to files with `scaled_fp8` or settings in the metadata, where these name the
+    layers as the tensors do. Marks that say nothing (`null`, or beside weights that are packed in
+    other ways) are dropped, and one that names the other of two kinds of fp8 than its codes are of
+    is mended.
+
+    Args:
+        file: the file of the state dict.
+        state_dict: as stored; it is not changed.
+
+    Raises:
+        WeightFileError: the marks are damaged, or contradict each other.
+    """
+    state_dict, metadata = dict(state_dict), file.metadata
+    try:
+        listed = listed_layers(metadata, state_dict)
+    except MarkError as error:
+        raise WeightFileError(f"{file.path.name}: {error}. {AGAIN}") from error
+    _tell_of_absent_layers(file)
+    for layer, settings in listed.items():
+        if f"{layer}.weight" in state_dict:
+            _reject_contradiction(file, layer, settings, state_dict)
+            state_dict[f"{layer}{MARK}"] = _as_bytes(settings)
+    for marker in [] if SETTINGS in metadata else old_markers(state_dict):
+        _reject_scales_of_inputs(file, state_dict)
+        state_dict, _ = comfy.utils.convert_old_quants(
+            state_dict, model_prefix=marker.removesuffix(OLD_MARKER))
+    for name in [name for name in state_dict if name.endswith(MARK)]:
+        weight = state_dict.get(f"{name.removesuffix(MARK)}.weight")
+        mark = state_dict.pop(name)
+        mended = None if weight is None else _mended_mark(mark, weight)
+        if mended is not None:
+            state_dict[name] = mended
+    return state_dict
+
+
+def _tell_of_absent_layers(file: WeightFile):
+    absent = [layer for layer in listed_layers(file.metadata, file.entries)
+              if f"{layer}.weight" not in file.entries]
+    if absent:
+        file.note(f"{file.path.name}: its metadata {SETTINGS} names layers that it has not:"
+                  f" {join_some(map(safe_repr, absent))}.")
+
+
+def host_metadata(file: WeightFile) -> dict[str, str]:
+    """Returns a file's metadata for the host, without the settings that `read_marked` has put
+    into the state dict."""
+    return {key: text for key, text in file.text_metadata.items() if key != SETTINGS}
+
+
+def _reject_contradiction(file: WeightFile, layer: str, settings: Any,
+                          state_dict: Mapping[str, torch.Tensor]):
+    """Raises WeightFileError if metadata and tensor name two formats for a layer."""
+    if f"{layer}{MARK}" not in state_dict:
+        return
+    try:
+        beside = _read_settings(state_dict[f"{layer}{MARK}"])
+    except UnreadFormatError:
+        return  # what reads the layer says what is wrong
+    names = [format_of(given) if isinstance(given, dict) else "" for given in (settings, beside)]
+    if names[0] != names[1]:
+        raise file.error_at(
+            f"{layer}.weight",
+            f"{safe_repr(f'{layer}.weight')} is in {safe_repr(names[0])} by its metadata and in"
+            f" {safe_repr(names[1])} by its comfy_quant", "Get another conversion.")
+
+
+def _reject_scales_of_inputs(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
+    """Raises WeightFileError for a scale of an input that is not one number, as the host reads."""
+    for name, tensor in state_dict.items():
+        if name.endswith(OLD_INPUT_SCALE) and tensor.numel() != 1:
+            raise file.error_at(name, f"{safe_repr(name)} is {describe(tensor)}, expected one"
+                                " number", AGAIN)
+
+
+def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """Returns a layer's `comfy_quant` as its codes need it, None where it has no meaning."""
+    if is_packed(weight):
+        return None
+    is_byte = mark.itemsize == 1 and not mark.is_floating_point()
+    if is_byte and weight.itemsize > 1 and _bytes_of(mark).rstrip(b"\0") == b"null":
+        return None
+    try:
+        settings = _read_settings(mark)
+    except UnreadFormatError:
+        return mark
+    kinds = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
+    if weight.dtype in FP8 and kinds.get(format_of(settings), weight.dtype) != weight.dtype:
+        return _as_bytes(settings | {"format": str(weight.dtype).removeprefix("torch.")})
+    return _as_bytes(settings) if _bytes_of(mark).endswith(b"\0") else mark
+
+
 def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
-    """Raises WeightFileError if a layer is damaged or in a format that this host does not read."""
-    _reject_damaged_settings(file)
-    unread = find_unread_layer(state_dict, state_dict.__getitem__, file.metadata)
+    """Raises WeightFileError if a layer is damaged or in a format that this host does not read.
+
+    Args:
+        file: the file of the state dict.
+        state_dict: of `read_marked`.
+    """
+    unread = find_unread_layer(state_dict, state_dict.__getitem__, {})
     if unread is not None:
         raise _unread_layer_error(file, *unread)
 
@@ -117,12 +243,12 @@ def has_format(names: Iterable[str], read: Callable[[str], torch.Tensor],
     """Returns whether a layer of a file is in one of some formats; see `find_unread_layer`.
 
     Raises:
-        UnreadFormatError: if the settings in the metadata are damaged.
+        MarkError: if the settings in the metadata are damaged.
     """
     names = dict.fromkeys(names)
-    if any(name.endswith("scaled_fp8") for name in names) and "float8_e4m3fn" in formats:
+    if old_markers(names) and "float8_e4m3fn" in formats:
         return True
-    settings = list(_settings(metadata).values())
+    settings = list(listed_layers(metadata, names).values())
     for name in names:
         if name.endswith(MARK):
             try:
@@ -145,10 +271,13 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         (layer, error), or None if the host reads all layers.
 
     Raises:
-        UnreadFormatError: if the settings in the metadata are damaged.
+        MarkError: if the settings in the metadata are damaged.
     """
-    settings = _settings(metadata)
     names = dict.fromkeys(names)
+    settings = listed_layers(metadata, names)
+    for name in names:
+        if name.endswith(OLD_INPUT_SCALE) and read(name).numel() != 1:
+            return name.removesuffix(OLD_INPUT_SCALE), UnreadFormatError("its scale is no number")
     layer_class = _layer_class()
     marks = [f"{layer}{MARK}" for layer in settings]
     for layer, parts in _parts_of_layers([*names, *marks]).items():
@@ -157,10 +286,12 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         tensors = {name: read(name) for name in parts if name in names}
         if layer in settings:
             tensors[f"{layer}{MARK}"] = _as_bytes(settings[layer])
+        weight = tensors[f"{layer}.weight"]
+        mark = _mended_mark(tensors[f"{layer}{MARK}"], weight)
+        if mark is not tensors[f"{layer}{MARK}"]:
+            return layer, UnreadFormatError("its comfy_quant does not say what its weight is")
         try:
-            if is_packed(tensors[f"{layer}.weight"]):
-                continue
-            if tensors[f"{layer}.weight"].ndim == 2:
+            if weight.ndim == 2:
                 _host_weight(layer_class, layer, tensors)
             else:
                 _layer_settings(layer, tensors)
@@ -169,33 +300,12 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
     return None
 
 
-def _reject_damaged_settings(file: WeightFile):
-    try:
-        _settings(file.metadata)
-    except UnreadFormatError as error:
-        raise WeightFileError(
-            f"{file.path.name}: {error}. Download the file again, or get another conversion."
-        ) from error
-
-
-def _settings(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns layer -> settings of its format, from the metadata of a file.
-
-    Raises:
-        UnreadFormatError: if they are damaged.
-    """
-    if SETTINGS not in metadata:
-        return {}
-    try:
-        return dict(read_json(metadata[SETTINGS])["layers"].items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnreadFormatError(
-            f'its metadata {SETTINGS} is no JSON object with the formats of its "layers"'
-        ) from error
-
-
 def _as_bytes(settings: Any) -> torch.Tensor:
     return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+def _bytes_of(mark: torch.Tensor) -> bytes:
+    return mark.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _layer_class() -> type:
@@ -216,10 +326,11 @@ def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
 def _unread_layer_error(file: WeightFile, layer: str,
                         error: UnreadFormatError) -> WeightFileError:
     name = f"{layer}.weight"
-    return file.error_at(
-        name,
-        f"{safe_repr(name)} is in a quantised format that this ComfyUI does not read ({error})",
-        "Update ComfyUI, or get another conversion.")
+    problem = f"{safe_repr(name)}: {error}"
+    if error.advice == UPDATE:
+        problem = (f"{safe_repr(name)} is in a quantised format that this ComfyUI does not read"
+                   f" ({error})")
+    return file.error_at(name, problem, error.advice)
 
 
 def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
@@ -233,19 +344,18 @@ def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[st
         if name in READERS:
             needed.append("`host formats` at automatic")
         by = f", which needs {' or '.join(needed)}" if needed else ""
-        raise UnreadFormatError(f"{safe_repr(name)}{by}")
+        raise UnreadFormatError(f"{safe_repr(name)}{by}", UPDATE)
     return settings
 
 
 def _read_settings(mark: torch.Tensor) -> dict[str, Any]:
     """Returns the JSON of a layer's `comfy_quant`."""
+    if mark.itemsize != 1 or mark.is_floating_point():
+        raise UnreadFormatError(f"its comfy_quant is {describe(mark)}, expected uint8")
     try:
-        settings = read_json(mark.numpy().tobytes())
-    except ValueError as error:
-        raise UnreadFormatError("its comfy_quant is not a JSON object") from error
-    if not isinstance(settings, dict):
-        raise UnreadFormatError("its comfy_quant is not a JSON object")
-    return settings
+        return read_mark(_bytes_of(mark))
+    except MarkError as error:
+        raise UnreadFormatError(str(error)) from error
 
 
 def _packed(layer: str, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None,
@@ -264,7 +374,7 @@ def _packed(layer: str, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | 
         weight = pack_parts(settings, tensors)
         return weight, bias if weight is None else shifted_bias(settings, tensors, bias)
     except PartError as error:
-        raise UnreadFormatError(f"{format_name}: {error}") from error
+        raise UnreadFormatError(f"{format_name}: {error}", error.advice) from error
 
 
 def _host_weight(layer_class: type, layer: str,
@@ -276,17 +386,25 @@ def _host_weight(layer_class: type, layer: str,
     """
     settings = _layer_settings(layer, parts)
     name = settings["format"]
+    codes, expected = parts[f"{layer}.weight"], QUANT_ALGOS[name]["storage_t"]
+    allowed = {expected, torch.uint8} | ({torch.int8} if expected == torch.uint8 else set())
+    if codes.dtype not in allowed:
+        raise UnreadFormatError(
+            f"{name}: its codes are {describe(codes)}, expected"
+            f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
     try:
         rows, columns = _shape(name, settings, layer, parts)
         module = layer_class(columns, rows, bias=False)
         module._load_from_state_dict(parts, f"{layer}.", {}, False, [], [], [])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+            OverflowError) as error:
         if is_out_of_memory(error):
             raise
         raise UnreadFormatError(f"{name}: {first_line(error)}") from error
     ignored = next((part for part in parts if part.startswith(f"{layer}.weight")), None)
     if ignored is not None:  # without it the host would compute with wrong values
-        raise UnreadFormatError(f"{name} with {safe_repr(ignored.removeprefix(f'{layer}.'))}")
+        raise UnreadFormatError(f"{name} with {safe_repr(ignored.removeprefix(f'{layer}.'))}",
+                                UPDATE)
     return module.weight.detach()
 
 

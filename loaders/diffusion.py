@@ -15,7 +15,7 @@ from ..ops.operations import operations_for
 from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_model
 from .comfy_keys import model_prefix, to_comfy_keys
-from .comfy_quant import as_tensors, reject_unread_layers
+from .comfy_quant import as_tensors, host_metadata, read_marked, reject_unread_layers
 from .detection import (
     explain_shape_errors,
     is_diffusion_model,
@@ -88,7 +88,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
         module, packed_module = read_weights(module_file, pack_to, progress,
                                              packed_formats(EXACT, device))
         module = module_layers(module_file, module)
-        state_dict = join_module(to_comfy_quant_layout(file, state_dict), prefix, module)
+        state_dict = join_module(state_dict, prefix, module)
         packed = packed and packed_module and PackStats.merge([packed, packed_module])
     add_texts(state_dict, prefix, path)
     devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
@@ -120,7 +120,7 @@ def read_weights(
     Raises:
         WeightFileError: if a layer is damaged or in a format that this host does not read.
     """
-    state_dict = file.state_dict(progress.track)
+    state_dict = read_marked(file, progress.track)
     if pack_to is None:
         if formats:
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
@@ -129,19 +129,6 @@ def read_weights(
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
     return state_dict, pack_weights(file, state_dict, pack_to, progress, prefix)
-
-
-def to_comfy_quant_layout(file: WeightFile,
-                          state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gives each layer in a quantised format of the host its `comfy_quant` tensor.
-
-    The host does the same to files with `scaled_fp8` or settings in the metadata that it reads
-    itself. A state dict with packed weights is returned as it is.
-    """
-    if any(map(is_packed, state_dict.values())):
-        return state_dict
-    return comfy.utils.convert_old_quants(state_dict, model_prefix=model_prefix(state_dict),
-                                          metadata=file.text_metadata)[0]
 
 
 def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
@@ -161,7 +148,6 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     Raises:
         WeightFileError: if the host detects no diffusion model.
     """
-    state_dict = to_comfy_quant_layout(file, state_dict)
     operations = operations_for(state_dict, value_dtype, patch_dtype, compute=compute)
     options = {**(model_options or {}), "custom_operations": operations}
     patcher = None
@@ -172,7 +158,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
             reject_partial_conversion(file, state_dict),
         ):
             patcher = comfy.sd.load_diffusion_model_state_dict(
-                state_dict, model_options=options, metadata=file.text_metadata,
+                state_dict, model_options=options, metadata=host_metadata(file),
                 disable_dynamic=disable_dynamic)
     if patcher is None:
         if missing := missing_keys_text(state_dict, model_prefix(state_dict)):

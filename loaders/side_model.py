@@ -15,7 +15,7 @@ from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
 from .comfy_bridge import keep_packed, log_load_summary
 from .comfy_keys import to_comfy_keys
-from .comfy_quant import as_tensors, reject_unread_layers
+from .comfy_quant import as_tensors, host_metadata, read_marked, reject_unread_layers
 from .detection import CONTROLNET, describe_other_kind, explain_shape_errors, is_diffusion_model
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
@@ -86,7 +86,7 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
         return _build(name, kind, build, weights, metadata, None), None
     file = open_weights(path)
     progress = Progress("reading", *(["packing"] if pack_to else []), f"building the {kind}")
-    state_dict = file.state_dict(progress.track)
+    state_dict = read_marked(file, progress.track)
     state_dict = as_tensors(file, state_dict, formats=None if pack_to else formats)
     reject_unread_layers(file, state_dict)
     stand_ins, state_dict = convert(state_dict) if convert else ({}, state_dict)
@@ -98,7 +98,7 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
                               CONTROL_PREFIX if is_prefixed else "")
     state_dict = stand_ins | state_dict
     with dequantize_plain_parameters():
-        model = _build(name, kind, build, state_dict, file.text_metadata,
+        model = _build(name, kind, build, state_dict, host_metadata(file),
                        operations_for(state_dict))
     progress.stage()
     return model, PackedFile(file, packed)

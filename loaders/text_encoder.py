@@ -18,7 +18,7 @@ import torch
 from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
 from .comfy_bridge import wrap_clip
-from .comfy_quant import as_tensors, reject_unread_layers
+from .comfy_quant import as_tensors, read_marked, reject_unread_layers
 from .detection import is_diffusion_model, shape_mismatch_text
 from .encoders import archs  # noqa: F401  registers the families
 from .encoders.arch import (
@@ -175,7 +175,7 @@ class _Encoder:
             progress.stage()
             return
         self.file = file = open_weights(path)
-        weights, self.metadata = file.state_dict(progress.track), file.metadata
+        weights, self.metadata = read_marked(file, progress.track), file.metadata
         if not pack_to:
             if formats:
                 weights = as_tensors(file, weights, formats=formats)
@@ -202,7 +202,7 @@ class _Encoder:
         """
         if self.arch is None:
             return False
-        tower = strip_prefix(vision.state_dict())
+        tower = strip_prefix(read_marked(vision))
         try:
             widths = self.arch.vision_width(self.weights, tower)
         except (KeyError, IndexError):  # a tensor is missing or has another shape

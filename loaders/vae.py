@@ -24,7 +24,7 @@ from ..ops.load_hooks import dequantize_plain_parameters, pack_layers
 from ..ops.packed_layout import is_packed
 from ..ops.patcher import adopt
 from .comfy_bridge import guard_of
-from .comfy_quant import reject_unread_layers
+from .comfy_quant import host_metadata, read_marked, reject_unread_layers
 from .compute_choice import vae_dtype
 from .files import open_weights
 from .files.container import FileChangeGuard, WeightFileError
@@ -116,9 +116,9 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
     """
     if needs_own_reader(path):
         file = open_weights(path)
-        weights = file.state_dict()
+        weights = read_marked(file)
         reject_unread_layers(file, weights)
-        metadata = file.text_metadata
+        metadata = host_metadata(file)
     else:
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     vae = build_vae(weights, device, metadata)

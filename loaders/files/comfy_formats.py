@@ -59,11 +59,9 @@ from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.packed_tensor import PackedTensor
 from ...ops.product import dequantized_slices
+from .comfy_marks import MARK
 from .container import AGAIN, describe
 
-MARK = ".comfy_quant"
-# key of a file's metadata that has the `comfy_quant` settings of all layers
-SETTINGS = "_quantization_metadata"
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
 # of asym_w4a8_int8
 GROUP_SCALE, ROW_SCALE = "weight_s_rel", "weight_s_channel"
@@ -445,7 +443,7 @@ def _size(settings: Mapping, name: str, default: int) -> int:
     """Returns a number of columns from the settings, 0 where it is no number."""
     try:
         return int(_setting(settings, name, default))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0
 
 

@@ -90,6 +90,7 @@ class WeightFile:
         states: their states when they were opened.
         metadata: key -> value.
         entries: name -> Entry, in the order of the file.
+        notes: sentences about what of the file is not used, for the node.
         guard: raises WeightFileError if one of the mapped files was written to.
     """
 
@@ -121,9 +122,15 @@ class WeightFile:
         self._buffers = tuple(buffers)
         self._is_read = tuple(map(should_read_into_memory, self.paths))
         self._real_paths = tuple(map(os.path.realpath, self.paths))
+        self.notes: list[str] = []
         self.states = tuple(buffer.state for buffer in self._buffers)
         self.guard = FileChangeGuard.over(
             buffer for buffer, is_read in zip(self._buffers, self._is_read) if not is_read)
+
+    def note(self, sentence: str):
+        """Adds a sentence to `notes`, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
     @classmethod
     def recognises(cls, head: bytes) -> bool:

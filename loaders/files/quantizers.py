@@ -10,7 +10,8 @@ from types import ModuleType
 import torch
 
 from . import compressed_tensors, gptq, quanto, torchao
-from .comfy_formats import MARK, SETTINGS, PartError, Parts
+from .comfy_formats import PartError, Parts
+from .comfy_marks import marked_layers
 from .container import WeightFile, safe_repr
 
 MODULES = (gptq, compressed_tensors, quanto, torchao)
@@ -52,14 +53,13 @@ def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor]):
     Raises:
         WeightFileError: the parts of a weight do not belong together.
     """
-    if SETTINGS in file.metadata:
-        return
+    marked = marked_layers(file.metadata, tensors)
     for module in MODULES:
         layers = [*layers_of(module, tensors.keys())]
         if module is compressed_tensors:
             layers += module.layers_of_int8(tensors)
         for layer in dict.fromkeys(layers):
-            if f"{layer}{MARK}" not in tensors:
+            if layer not in marked:
                 parts = {name: tensors.pop(f"{layer}.{name}") for name in module.PARTS
                          if f"{layer}.{name}" in tensors}
                 tensors[f"{layer}.weight"] = _read_weight(module, file, layer, parts)

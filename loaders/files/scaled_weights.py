@@ -2,9 +2,10 @@
 
 | in the file (layer `L`, weight (N, K)) | written by |
 |---|---|
-| `L.weight` fp8 E4M3, `L.weight_scale_inv` of each block of rows and columns | transformers |
-| `L.weight` fp8 E4M3, `L.weight_scale` (), (N,) or (N, 1) | Black Forest Labs (fp8r), |
+| `L.weight` fp8, `L.weight_scale_inv` of each block of rows and columns | transformers |
+| `L.weight` fp8, `L.weight_scale` (), (N,) or (N, 1) | Black Forest Labs (fp8r), |
 | | ModelOpt, compressed-tensors (float-quantized) |
+| `L.weight` fp8, `L.scale_weight` (), (N,) or (N, 1) | scaled fp8 whose marker is lost |
 | `L.weight` int8, `L.weight_scale` (), (N,) or (N, 1) | ModelOpt |
 | `L.weight` uint8 (N, K / 2), the low nibble first, | Black Forest Labs, |
 | `L.weight_scale` fp8 E4M3 (N, K / 16), `L.weight_scale_2` () | ModelOpt (nvfp4) |
@@ -22,26 +23,27 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from ...ops.formats._rows import RowFormat
-from ...ops.formats.comfy import F8_E4M3, INT8_ROWS, NVFP4_LOW
-from ...ops.packed_layout import packed_tensor
+from ...ops.formats.comfy import INT8_ROWS, NVFP4_LOW
+from ...ops.packed_layout import is_packed, packed_tensor
 from ...ops.packed_tensor import PackedTensor
 from .comfy_formats import (
-    SETTINGS,
+    FP8,
     SMOOTHING,
     PartError,
     has_scaled_layers,
     layer_scaled_by,
     smooth,
 )
+from .comfy_marks import OLD_SCALE, marked_layers, old_markers
 from .container import AGAIN, WeightFile, describe, safe_repr
 from .integer_weights import pack_nvfp4
 
 SCALES, OF_BLOCKS, OF_TENSOR = ".weight_scale", ".weight_scale_inv", ".weight_scale_2"
-ENDS = (OF_BLOCKS, SCALES)
-OF_INPUT = (".input_scale", ".activation_scale")
+ENDS = (OF_BLOCKS, SCALES, OLD_SCALE)
+OF_INPUT = (".input_scale", ".activation_scale", ".scale_input")
 TYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8")  # of weights
 BLOCK = 128  # rows and columns, unless the scales say otherwise
-EXPECTED = "fp8 E4M3, int8 or 4 bits of nvfp4 with scales of its rows, blocks or groups"
+EXPECTED = "fp8, int8 or 4 bits of nvfp4 with scales of its rows, blocks or groups"
 
 
 def has_scaled_weights(names: Iterable[str], metadata: Mapping[str, object],
@@ -53,7 +55,10 @@ def has_scaled_weights(names: Iterable[str], metadata: Mapping[str, object],
         metadata: of the file.
         type_of: returns the safetensors type of a tensor by its name.
     """
-    return SETTINGS not in metadata and has_scaled_layers(names, ENDS, TYPES, type_of)
+    names = dict.fromkeys(names)
+    marked = marked_layers(metadata, names)
+    return has_scaled_layers((name for name in names if name.rpartition(".")[0] not in marked),
+                             ENDS, TYPES, type_of)
 
 
 def join_scaled_weights(file: WeightFile, tensors: dict[str, torch.Tensor]):
@@ -66,13 +71,13 @@ def join_scaled_weights(file: WeightFile, tensors: dict[str, torch.Tensor]):
     Raises:
         WeightFileError: a weight and its scales do not belong together.
     """
-    if SETTINGS in file.metadata:
-        return
+    marked = marked_layers(file.metadata, tensors)
     for name in list(tensors):
         layer = layer_scaled_by(name, ENDS, tensors)
-        if layer is None or tensors[f"{layer}.weight"].itemsize != 1:
+        weight = tensors.get(f"{layer}.weight")
+        if layer in marked or weight is None or is_packed(weight) or weight.itemsize != 1:
             continue
-        weight, scale = tensors[f"{layer}.weight"], tensors.pop(name)
+        scale = tensors.pop(name)
         if name.endswith(OF_BLOCKS):
             packed = _fp8_in_blocks(weight, scale)
         else:
@@ -103,7 +108,7 @@ def _of_rows(weight: torch.Tensor, scale: torch.Tensor,
     rows = len(weight)
     if weight.dtype == torch.uint8:
         return None if of_tensor is None else pack_nvfp4(NVFP4_LOW, weight, scale, of_tensor)
-    family = {torch.float8_e4m3fn: F8_E4M3, torch.int8: INT8_ROWS}.get(weight.dtype)
+    family = (FP8 | {torch.int8: INT8_ROWS}).get(weight.dtype)
     if (family is None or of_tensor is not None or not scale.is_floating_point()
             or scale.numel() not in (1, rows)):
         return None
@@ -113,7 +118,7 @@ def _of_rows(weight: torch.Tensor, scale: torch.Tensor,
 
 def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor | None:
     """Returns the packed weight, or None where the scales do not fit it."""
-    if weight.ndim != 2 or weight.dtype != torch.float8_e4m3fn or not scale.is_floating_point():
+    if weight.ndim != 2 or weight.dtype not in FP8 or not scale.is_floating_point():
         return None
     if scale.numel() == 1:
         return _of_rows(weight, scale, None)
@@ -125,7 +130,7 @@ def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor | 
     group = math.gcd(block_columns, columns)
     scales = scale.float().repeat_interleave(block_rows, 0)[:rows]
     scales = scales.repeat_interleave(block_columns // group, 1)[:, :columns // group]
-    return _pack(F8_E4M3, weight, columns, scales.flatten(), group=group)
+    return _pack(FP8[weight.dtype], weight, columns, scales.flatten(), group=group)
 
 
 def _pack(family: type[RowFormat], weight: torch.Tensor, columns: int, *sides: torch.Tensor,

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...ops.packed_layout import QuantizedTensor, is_packed, safe_detach
 from ..comfy_keys import model_prefix
-from ..comfy_quant import as_tensors
+from ..comfy_quant import as_tensors, with_marks
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, strip_prefix
 from ..files import open_weights
@@ -58,6 +58,7 @@ def file_contents(path: str | os.PathLike) -> Contents:
     tensors = file.state_dict()
     problem = ""
     try:
+        tensors = with_marks(file, tensors)
         tensors = as_tensors(file, tensors, model_prefix(tensors), READERS)
     except WeightFileError as error:
         problem = str(error)

@@ -9,7 +9,8 @@ from ...ops.packed_layout import QuantizedTensor, is_packed
 from ...ops.packed_tensor import relabel
 from ...ops.row_slicing import dense, take_rows
 from ..comfy_keys import to_comfy_keys
-from ..comfy_quant import MARK, as_tensors
+from ..comfy_quant import as_tensors
+from ..files.comfy_marks import MARK
 from ..encoders.arch import arch_of, strip_prefix
 from ..files.comfy_formats import SMOOTHING
 from ..files.container import FileChangeGuard

@@ -6,7 +6,7 @@ import torch
 
 from ...ops.format import FORMATS
 from ..detection import try_detect
-from ..files.comfy_formats import MARK
+from ..files.comfy_marks import MARK
 from ..files.container import safe_repr
 from ..model_summary import title_of
 from ..packing.planning.packing_rules import bits_per_value

@@ -23,7 +23,7 @@ from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
 from ...ops.row_slicing import take_rows
 from ..comfy_keys import model_prefix, to_comfy_keys
-from ..comfy_quant import as_tensors
+from ..comfy_quant import as_tensors, read_marked
 from ..detection import find_side_model, reject_non_diffusion, try_detect
 from ..diffusers_keys import JoinedRows
 from ..files import open_weights
@@ -318,7 +318,7 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     file = open_weights(path)
     reject_non_diffusion(file)
     guard = file.guard + FileChangeGuard.over(map_file(lora) for lora, _ in loras)
-    state_dict = file.state_dict()
+    state_dict = read_marked(file)
     is_side_model = find_side_model(state_dict) is not None
     prefix = "" if is_side_model else model_prefix(state_dict)
     markers = {name: state_dict[name] for name in MARKERS if name in state_dict}

@@ -97,7 +97,7 @@ FP8, INT8, NIBBLES = torch.float8_e4m3fn, torch.int8, torch.uint8
 ])
 def test_parts_that_do_not_belong_together_are_a_sentence(weight, parts, tmp_path):
     tensors = {"L.weight": weight} | {f"L.{part}": tensor for part, tensor in parts.items()}
-    with pytest.raises(WeightFileError, match="a.safetensors.*L.weight' is .* expected fp8 E4M3"):
+    with pytest.raises(WeightFileError, match="a.safetensors.*L.weight' is .* expected fp8"):
         read(tmp_path / "a.safetensors", tensors)
 
 

@@ -1,0 +1,198 @@
+"""ComfyUI's own formats as tools leave their marks: by tensors, by metadata or by a marker, under
+other names than the weights', of another kind than the codes."""
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from host_formats import HOST_FORMATS, in_host_format
+from patched_models import relative, tiny_flux
+from safetensors.torch import save_file
+
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.host_formats import AS_COMFYUI
+from featherweight.ops.packed_layout import QuantizedTensor
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+CHECKPOINT = "model.diffusion_model."
+FORMATS = [name for name in ("float8_e4m3fn", "int8_tensorwise", "nvfp4") if name in HOST_FORMATS]
+LOADS: dict[str, tuple[Callable, float]] = {  # and the error that packing adds
+    "exact": (load_diffusion_model, 1e-6),
+    "by ComfyUI": (lambda path: load_diffusion_model(path, host_formats=AS_COMFYUI), 1e-6),
+    "packed": (lambda path: load_diffusion_model(path, pack_to="Q8_0"), 0.02),
+}
+loads = pytest.mark.parametrize("load", LOADS)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def flux_in(format_name: str) -> tuple[Tensors, dict[str, dict], Tensors]:
+    """A Flux whose large weights are in a format: what a file holds of it without marks, layer ->
+    settings, and its values."""
+    stored, settings, values = {}, {}, {}
+    for name, value in tiny_flux().items():
+        if value.ndim != 2 or "_blocks." not in name:
+            stored[name] = values[name] = value.bfloat16().float()
+            continue
+        parts, values[name] = in_host_format(name, value, format_name)
+        layer = name.removesuffix(".weight")
+        settings[layer] = json.loads(bytes(parts.pop(f"{layer}.comfy_quant").tolist()))
+        stored |= parts
+    return stored, settings, values
+
+
+def old_scaled(kind: torch.dtype, marker: str | None = "scaled_fp8") -> tuple[Tensors, Tensors]:
+    """The same in scaled fp8 as it was before `comfy_quant`, and its values."""
+    stored, values = {}, {}
+    for number, (name, value) in enumerate(tiny_flux().items()):
+        stored[name] = values[name] = value.bfloat16().float()
+        if value.ndim == 2 and "_blocks." in name:
+            layer, scale = name.removesuffix(".weight"), value.abs().amax() / 400
+            scale = scale.reshape(()) if number % 2 else scale.reshape(1)
+            stored[name] = (value / scale).to(kind)
+            stored[f"{layer}.scale_weight"] = scale
+            values[name] = stored[name].float() * scale
+    if marker is not None:
+        stored[marker] = torch.empty(0, dtype=kind)
+    return stored, values
+
+
+def write(path, tensors: Tensors, layers: dict | None = None, marks: dict | None = None,
+          prefix: str = "") -> str:
+    """Writes a file. layers: of the metadata; marks: layer -> settings, or bytes, beside weights"""
+    metadata = None if layers is None else {"_quantization_metadata": json.dumps({"layers": layers})}
+    tensors = dict(tensors)
+    for layer, given in (marks or {}).items():
+        data = given if isinstance(given, bytes) else json.dumps(given).encode()
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(data), dtype=torch.uint8)
+    save_file({prefix + name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    return str(path)
+
+
+def weight_error(patcher, values: Tensors) -> float:
+    """The largest error of a weight in a loaded model, relative to its largest value."""
+    weights = dict(patcher.model.diffusion_model.named_parameters())
+    values = {name.replace("norm.scale", "norm.weight"): value for name, value in values.items()}
+    return max(relative(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight,
+                        values[name.replace("norm.scale", "norm.weight")])
+               for name, weight in weights.items())
+
+
+def checked(path: str, load: str, values: Tensors):
+    function, limit = LOADS[load]
+    patcher = function(path)
+    assert weight_error(patcher, values) < limit
+    return patcher
+
+
+@loads
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("marker", ["scaled_fp8", None])
+@pytest.mark.parametrize("prefix", ["", CHECKPOINT])
+def test_old_scaled_fp8_is_of_the_kind_of_its_codes(prefix, marker, kind, load, tmp_path):
+    stored, values = old_scaled(kind, marker)
+    checked(write(tmp_path / "flux.safetensors", stored, prefix=prefix), load, values)
+
+
+@loads
+def test_a_bare_marker_marks_weights_with_a_prefix_too(load, tmp_path):
+    stored, values = old_scaled(torch.float8_e4m3fn, None)
+    stored = {CHECKPOINT + name: value for name, value in stored.items()}
+    stored["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    checked(write(tmp_path / "flux.safetensors", stored), load, values)
+
+
+@loads
+@pytest.mark.parametrize(("stored_kind", "marked"), [("float8_e4m3fn", "float8_e5m2"),
+                                                     ("float8_e5m2", "float8_e4m3fn")])
+@pytest.mark.parametrize("place", ["tensors", "metadata"])
+def test_the_codes_say_which_kind_of_fp8_they_are(place, stored_kind, marked, load, tmp_path):
+    stored, settings, values = flux_in(stored_kind)
+    marks = dict.fromkeys(settings, {"format": marked})
+    path = write(tmp_path / "flux.safetensors", stored, marks if place == "metadata" else None,
+                 marks if place == "tensors" else None)
+    checked(path, load, values)
+
+
+@loads
+@pytest.mark.parametrize(("stored_format", "marked"), [
+    ("float8_e4m3fn", "int8_tensorwise"), ("int8_tensorwise", "float8_e4m3fn"),
+    ("int8_tensorwise", "nvfp4"), ("nvfp4", "int8_tensorwise")])
+def test_codes_under_the_mark_of_other_ones_are_a_sentence(stored_format, marked, load, tmp_path):
+    stored, settings, _ = flux_in(stored_format)
+    path = write(tmp_path / "flux.safetensors", stored,
+                 marks=dict.fromkeys(settings, {"format": marked}))
+    with pytest.raises(WeightFileError, match=f"flux.safetensors: .*weight'.*{marked}"):
+        LOADS[load][0](path)
+
+
+@loads
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize(("of_tensors", "of_metadata"), [
+    (CHECKPOINT, ""), ("", CHECKPOINT), ("", "diffusion_model."), ("", "transformer."),
+    (CHECKPOINT, "transformer."), ("", "_orig_mod."), (CHECKPOINT, CHECKPOINT)])
+def test_metadata_means_the_layers_whatever_stands_before_their_names(
+        of_tensors, of_metadata, format_name, load, tmp_path):
+    stored, settings, values = flux_in(format_name)
+    layers = {of_metadata + layer: given for layer, given in settings.items()}
+    checked(write(tmp_path / "flux.safetensors", stored, layers, prefix=of_tensors), load, values)
+
+
+@loads
+def test_metadata_may_name_weights_instead_of_layers(load, tmp_path):
+    stored, settings, values = flux_in("int8_tensorwise")
+    layers = {f"{layer}.weight": given for layer, given in settings.items()}
+    checked(write(tmp_path / "flux.safetensors", stored, layers), load, values)
+
+
+@loads
+@pytest.mark.parametrize("format_name", ["float8_e4m3fn", "int8_tensorwise"])
+def test_layers_that_the_metadata_lacks_are_read_by_their_scales(format_name, load, tmp_path):
+    stored, settings, values = flux_in(format_name)
+    some = dict(list(settings.items())[::2])
+    checked(write(tmp_path / "some.safetensors", stored, some), load, values)
+    checked(write(tmp_path / "none.safetensors", stored, {}), load, values)
+
+
+@loads
+def test_metadata_and_tensors_that_say_different_things_are_a_sentence(load, tmp_path):
+    stored, settings, _ = flux_in("int8_tensorwise")
+    path = write(tmp_path / "flux.safetensors", stored,
+                 dict.fromkeys(settings, {"format": "float8_e4m3fn"}), settings)
+    with pytest.raises(WeightFileError, match="'float8_e4m3fn' by its metadata and in"
+                                              " 'int8_tensorwise' by its comfy_quant"):
+        LOADS[load][0](path)
+
+
+@loads
+@pytest.mark.parametrize("data", [b"null", b"null\0\0"])
+def test_a_mark_that_says_nothing_of_a_dense_layer_is_left_out(data, load, tmp_path):
+    values = {name: value.bfloat16().float() for name, value in tiny_flux().items()}
+    layers = [name.removesuffix(".weight") for name, value in values.items() if value.ndim == 2]
+    checked(write(tmp_path / "flux.safetensors", values, marks=dict.fromkeys(layers, data)), load,
+            values)
+
+
+@loads
+def test_a_mark_that_ends_in_zeros_is_read(load, tmp_path):
+    stored, settings, values = flux_in("int8_tensorwise")
+    marks = {layer: json.dumps(given).encode() + bytes(7) for layer, given in settings.items()}
+    checked(write(tmp_path / "flux.safetensors", stored, marks=marks), load, values)
+
+
+@loads
+def test_scales_of_inputs_that_are_no_number_are_a_sentence(load, tmp_path):
+    stored, _ = old_scaled(torch.float8_e4m3fn)
+    name = next(name for name in stored if name.endswith(".scale_weight"))
+    name = name.replace("scale_weight", "scale_input")
+    path = write(tmp_path / "flux.safetensors", stored | {name: torch.ones(4)})
+    with pytest.raises(WeightFileError, match=r"scale_input' is float32 \(4,\), expected one numbe"):
+        LOADS[load][0](path)
+
+
+def test_metadata_of_layers_that_are_not_there_is_told(tmp_path):
+    stored, settings, values = flux_in("int8_tensorwise")
+    path = write(tmp_path / "flux.safetensors", stored, settings | {"gone": {"format": "x"}})
+    checked(path, "exact", values)
