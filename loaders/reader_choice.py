@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from .comfy_quant import find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
 from .files.comfy_marks import MarkError, has_other_names
+from .files.leftover_scales import has_leftover_scales
 from .files.nunchaku import has_nunchaku_weights
 from .files.quantizers import has_quantized_weights
 from .files.safetensors import is_shard
@@ -45,6 +46,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
                     or has_nunchaku_weights(keys)
                     or has_quantized_weights(keys)
                     or has_scaled_weights(keys, metadata, partial(_type_of, file))
+                    or has_leftover_scales(keys, partial(_type_of, file))
                     or has_sdnq_weights(keys, partial(_type_of, file))
                     or has_other_names(metadata, keys)
                     or has_format(keys, file.get_tensor, metadata, host_formats)

@@ -10,11 +10,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...ops import formats  # noqa: F401  registers the packed formats
 from ...ops.format import FORMATS, GGML_FORMATS, Format
-from .container import PLAIN_DTYPES, Entry, WeightFile, WeightFileError, safe_repr
+from .container import PLAIN_DTYPES, Entry, ProgressIter, WeightFile, WeightFileError, safe_repr
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
 from .gguf_split import split_headers
+from .leftover_scales import multiply_leftover_scales
+from .scaled_weights import join_scaled_weights
 
 PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 
@@ -62,6 +66,13 @@ class GGUFFile(WeightFile):
         paths = [header.path for header in headers]
         buffers = [header.buffer for header in headers]
         super().__init__(path, paths, buffers, metadata, entries)
+
+    def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
+        """Returns `WeightFile.state_dict`, with the scales that stand beside weights taken in."""
+        tensors = super().state_dict(track)
+        join_scaled_weights(self, tensors)
+        multiply_leftover_scales(self, tensors)
+        return tensors
 
     @property
     def declared_type(self) -> str:

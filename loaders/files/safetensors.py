@@ -31,6 +31,7 @@ from .container import (
     map_file,
     safe_repr,
 )
+from .leftover_scales import multiply_leftover_scales
 from .nunchaku import has_nunchaku_weights, join_nunchaku_weights
 from .quantizers import join_quantized_weights
 from .scaled_weights import join_scaled_weights
@@ -126,6 +127,7 @@ class SafetensorsFile(WeightFile):
             join_parts(self, tensors, track)
         join_scaled_weights(self, tensors)
         join_sdnq_weights(self, tensors, self.read_sdnq_config)
+        multiply_leftover_scales(self, tensors)
         reject_unsupported_quantizers(self, tensors)
         return tensors
 

@@ -8,15 +8,12 @@ from ...ops.format import FORMATS
 from ..detection import try_detect
 from ..files.comfy_marks import MARK
 from ..files.container import safe_repr
+from ..files.leftover_scales import MAX_UNSCALED, root_mean_square
 from ..model_summary import title_of
 from ..packing.planning.packing_rules import bits_per_value
 from .contents import Contents
 
 EXACT_BITS = 8  # bits a value from which on a vector keeps what a model needs of it
-# Largest root mean square of fp8 codes that are weights themselves. Weights are far below 1; codes
-# that are meant for a scale use the whole range of up to 448.
-MAX_UNSCALED = 4.0
-SAMPLE_VALUES = 65_536  # of a weight, that are read for its root mean square
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OTHER_CONVERSION = "Download the file again, or get another conversion of the model."
 
@@ -88,8 +85,7 @@ def _lacks_scale(name: str, tensor: torch.Tensor, contents: Contents) -> bool:
         return name.endswith(".weight")
     if tensor.dtype not in FP8:
         return False
-    sample = tensor.flatten()[:SAMPLE_VALUES].float()
-    return bool(sample.square().mean().sqrt() > MAX_UNSCALED)
+    return root_mean_square(tensor) > MAX_UNSCALED
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
