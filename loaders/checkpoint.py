@@ -24,6 +24,7 @@ from .files import open_weights
 from .files.container import WeightFile, WeightFileError, map_file, safe_repr
 from .files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
 from .host_formats import AUTOMATIC, packed_formats
+from .load_check import check_load
 from .progress import Progress
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
@@ -93,10 +94,12 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
     if device or encoder_device:
         devices = {"device": device, "encoder_device": encoder_device}
     if not use_own_reader:
-        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic,
-            model_options=device_options(device), te_model_options=device_options(encoder_device),
-            **outputs)
+        with check_load(os.path.basename(path)) as check:
+            model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+                path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic,
+                model_options=device_options(device),
+                te_model_options=device_options(encoder_device), **outputs)
+            check.attach(model, clip, vae)
     elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
         model, clip, vae = _load_folder(path, embedding_directory, outputs, disable_dynamic,
                                         compute, pack_to, host_formats, **devices)
@@ -173,8 +176,10 @@ def _load_folder(path: str, embedding_directory, outputs: dict, disable_dynamic:
                                  model_options=device_options(encoder_device),
                                  host_formats=host_formats)
     if outputs["output_vae"] and VAE_FOLDER in folders:
-        weights = read_marked(open_weights(folders[VAE_FOLDER]))
-        vae = wrap_vae(build_vae(weights, device), compute)
+        file = open_weights(folders[VAE_FOLDER])
+        weights = read_marked(file)
+        name = f"{os.path.basename(path)}/{VAE_FOLDER}"
+        vae = wrap_vae(build_vae(weights, device, name=name, notes=file.notes), compute)
     elif outputs["output_vae"]:
         vae = _no_vae()
     return model, clip, vae
@@ -254,12 +259,17 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
                         if name.startswith(VAE_PREFIXES))
 
     def build(state_dict, **outputs) -> Sequence[Any]:
-        with explain_shape_errors(file.path.name), dequantize_plain_parameters():
+        with (
+            explain_shape_errors(file.path.name),
+            dequantize_plain_parameters(),
+            check_load(file.path.name, file.notes) as check,
+        ):
             parts = comfy.sd.load_state_dict_guess_config(
                 state_dict, embedding_directory=embedding_directory,
                 metadata=host_metadata(file), model_options=model_options,
                 te_model_options=encoder_options, disable_dynamic=disable_dynamic, **outputs)
-        assert parts is not None  # as for a model that the host does not detect
+            assert parts is not None  # as for a model that the host does not detect
+            check.attach(*parts[:3])
         return parts
 
     if is_vae_packed and outputs["output_vae"]:

@@ -1,6 +1,5 @@
 """Converts models with diffusers' names by the host's conversion, packed weights included."""
 import bisect
-import contextlib
 import logging
 import re
 from collections.abc import Sequence
@@ -9,12 +8,9 @@ import comfy.model_detection
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..ops.load_hooks import on_each_module
 from ..ops.packed_layout import is_packed
 from ..ops.row_slicing import join_rows, take_rows
 from .detection import try_detect
-from .files.container import WeightFile, WeightFileError, safe_repr
-from .wording import join_some
 
 log = logging.getLogger(__name__)
 
@@ -137,32 +133,6 @@ class _ZeroFilledEmpty(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         return out.zero_() if func in (torch.empty, torch.empty_like) else out
-
-
-def reject_partial_conversion(
-        file: WeightFile, state_dict: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager:
-    """Raises WeightFileError in its context if the host loads a model whose names were converted
-    only in part.
-
-    Such a model lacks weights, which the host would leave as zeros, while others are unexpected.
-
-    Args:
-        file: the file of the weights.
-        state_dict: with the converted names.
-    """
-    def check(model, names):
-        unexpected, missing = sorted(names.unexpected_keys), names.missing_keys
-        if unexpected and missing:
-            raise WeightFileError(
-                f"{file.path.name} makes only a part of a model in ComfyUI's names:"
-                f" {join_some(map(safe_repr, missing))} would be zeros, and the model has no"
-                f" {join_some(map(safe_repr, unexpected))}. Download it again where a part of it"
-                " may be missing; otherwise update ComfyUI, or get the model in ComfyUI's names.")
-
-    if state_dict.keys() <= file.entries.keys():
-        return contextlib.nullcontext()
-    return on_each_module(lambda name, module: name == "diffusion_model",
-                          lambda module: module.register_load_state_dict_post_hook(check))
 
 
 class JoinedRows:

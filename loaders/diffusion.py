@@ -12,7 +12,6 @@ import torch
 
 from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
-from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_model
 from .comfy_keys import model_prefix, to_comfy_keys
 from .comfy_quant import as_tensors, host_metadata, read_marked, reject_unread_layers
@@ -23,10 +22,10 @@ from .detection import (
     reject_non_diffusion,
     reject_side_model,
 )
-from .diffusers_keys import reject_partial_conversion
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .host_formats import AUTOMATIC, EXACT, packed_formats
+from .load_check import check_load
 from .modules import explain_module_errors, join_module, module_layers, reject_unused_module
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
@@ -73,8 +72,10 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
     device = model_options.get("load_device", comfy.model_management.get_torch_device())
     formats = packed_formats(host_formats, device)
     if not needs_own_reader(path, pack_to, formats) and not extra:
-        patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
-                                                disable_dynamic=disable_dynamic)
+        with check_load(os.path.basename(path)) as check:
+            patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
+                                                    disable_dynamic=disable_dynamic)
+            check.attach(patcher)
         return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
     reject_non_diffusion(file)
@@ -155,11 +156,12 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
         with (
             explain_shape_errors(file.path.name),
             dequantize_plain_parameters(),
-            reject_partial_conversion(file, state_dict),
+            check_load(file.path.name, file.notes) as check,
         ):
             patcher = comfy.sd.load_diffusion_model_state_dict(
                 state_dict, model_options=options, metadata=host_metadata(file),
                 disable_dynamic=disable_dynamic)
+            check.attach(patcher)
     if patcher is None:
         if missing := missing_keys_text(state_dict, model_prefix(state_dict)):
             raise WeightFileError(f"{os.path.basename(file.path)} {missing}")

@@ -2,7 +2,7 @@
 the host's functions, with this pack's layers for packed weights."""
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from .detection import CONTROLNET, describe_other_kind, explain_shape_errors, is
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .host_formats import EXACT, packed_formats
+from .load_check import check_load
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
@@ -83,7 +84,7 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
     if not needs_own_reader(path, pack_to, formats):
         weights: Any
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        return _build(name, kind, build, weights, metadata, None), None
+        return _build(name, kind, build, weights, metadata, None, []), None
     file = open_weights(path)
     progress = Progress("reading", *(["packing"] if pack_to else []), f"building the {kind}")
     state_dict = read_marked(file, progress.track)
@@ -99,16 +100,18 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
     state_dict = stand_ins | state_dict
     with dequantize_plain_parameters():
         model = _build(name, kind, build, state_dict, host_metadata(file),
-                       operations_for(state_dict))
+                       operations_for(state_dict), file.notes)
     progress.stage()
     return model, PackedFile(file, packed)
 
 
 def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Tensor],
-           metadata: Mapping[str, str] | None, operations: type | None) -> Any:
+           metadata: Mapping[str, str] | None, operations: type | None,
+           notes: Iterable[str]) -> Any:
     try:
-        with explain_shape_errors(name):
+        with explain_shape_errors(name), check_load(name, notes) as check:
             model = build(name, dict(state_dict), dict(metadata or {}), operations)
+            check.attach(model)
     except UNKNOWN_ERRORS as error:
         log.debug("[Featherweight] The host knows no such %s", kind, exc_info=True)
         raise _unknown_error(name, kind, state_dict) from error

@@ -44,6 +44,7 @@ from .encoders.tokenizer import TokenizerError
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .host_formats import AUTOMATIC, packed_formats
+from .load_check import check_load
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
@@ -96,8 +97,10 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     formats = packed_formats(host_formats, device)
     by_the_host = not any(needs_own_reader(path, pack_to, formats) for path in paths)
     if by_the_host and mmproj in (AUTO, None):
-        clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options,
-                                  disable_dynamic)
+        with check_load(_names(paths)) as check:
+            clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options,
+                                      disable_dynamic)
+            check.attach(clip)
         if disable_dynamic:
             recipe.attach(clip.patcher)
         return clip
@@ -105,17 +108,24 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         mmproj = None
     packing = ["packing"] * len(paths) if pack_to else []
     progress = Progress(*["reading"] * len(paths), "converting", *packing, "building the model")
-    weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to, formats)
+    notes: list[str] = []
+    weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to, formats, notes)
     _check_encoders(paths, weights, clip_type)
     if clip_type == "ltxv":
         # The host looks for the tokenizer in the first file.
         weights.sort(key=lambda part: SENTENCEPIECE not in part)
     model_options["custom_operations"] = operations_for(
         itertools.chain(*weights), full_precision=True)
-    with dequantize_plain_parameters(), omit_missing_towers(paths), _explain_shapes(paths):
+    with (
+        dequantize_plain_parameters(),
+        omit_missing_towers(paths),
+        _explain_shapes(paths),
+        check_load(_names(paths), notes) as check,
+    ):
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type,
             model_options=model_options, disable_dynamic=disable_dynamic)
+        check.attach(clip)
     progress.stage()
     wrap_clip(clip)
     if pack_stats:
@@ -130,14 +140,20 @@ def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
     return load_text_encoder(list(paths), **options).patcher
 
 
+def _names(paths: list[str]) -> str:
+    return " and ".join(map(os.path.basename, paths))
+
+
 def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
-                  pack_to: str | None,
-                  formats: frozenset[str]) -> tuple[list[Weights], PackStats | None]:
+                  pack_to: str | None, formats: frozenset[str],
+                  notes: list[str]) -> tuple[list[Weights], PackStats | None]:
     """Reads the state dict of each file, with the host's names, and packs it if requested.
 
-    The mmproj file goes to the first encoder that it fits.
+    The mmproj file goes to the first encoder that it fits. `notes` gets those of the files.
     """
     encoders = [_Encoder(path, progress, pack_to, formats) for path in paths]
+    for encoder in encoders:
+        notes += encoder.file.notes if encoder.file else []
     if mmproj == AUTO:
         for encoder in encoders:
             encoder.find_vision()
@@ -335,6 +351,6 @@ def _explain_shapes(paths: list[str]):
         mismatch = shape_mismatch_text(error)
         if mismatch is None:
             raise
-        names = " and ".join(map(os.path.basename, paths))
         raise WeightFileError(
-            f"{names}: {mismatch} Get the size of the model that the workflow is for.") from error
+            f"{_names(paths)}: {mismatch} Get the size of the model that the workflow is for."
+        ) from error

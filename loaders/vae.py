@@ -5,7 +5,7 @@ A host that computes in float32 would keep every weight in float32. Its layers c
 """
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -28,6 +28,7 @@ from .comfy_quant import host_metadata, read_marked, reject_unread_layers
 from .compute_choice import vae_dtype
 from .files import open_weights
 from .files.container import FileChangeGuard, WeightFileError
+from .load_check import check_load
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
 
@@ -118,10 +119,11 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
         file = open_weights(path)
         weights = read_marked(file)
         reject_unread_layers(file, weights)
-        metadata = host_metadata(file)
+        metadata, notes = host_metadata(file), file.notes
     else:
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    vae = build_vae(weights, device, metadata)
+        notes = []
+    vae = build_vae(weights, device, metadata, os.path.basename(path), notes)
     if vae.first_stage_model is None:
         raise WeightFileError(
             f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)}"
@@ -133,18 +135,26 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
 
 
 def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
-              metadata: Mapping | None = None) -> comfy.sd.VAE:
+              metadata: Mapping | None = None, name: str = "The VAE's file",
+              notes: Iterable[str] = ()) -> comfy.sd.VAE:
     """Builds the host's VAE for a device; on the CPU it stays there between runs too.
 
     Args:
         weights: of a file, packed ones and others.
         device: where the VAE runs; None: the host's choice.
         metadata: of the file.
+        name: of the file.
+        notes: on what of the file is not used.
     """
     is_any_packed = any(map(is_packed, weights.values()))
-    with pack_layers() if is_any_packed else contextlib.nullcontext():
-        with dequantize_plain_parameters():
-            vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
+    with (
+        pack_layers() if is_any_packed else contextlib.nullcontext(),
+        dequantize_plain_parameters(),
+        check_load(name, notes) as check,
+    ):
+        vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
+        if vae.first_stage_model is not None:
+            check.attach(vae)
     if device is not None and device.type == "cpu" and vae.first_stage_model is not None:
         vae.patcher.offload_device = device
     return vae

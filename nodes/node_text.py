@@ -7,6 +7,7 @@ from collections.abc import Callable
 from comfy.model_patcher import ModelPatcher
 
 from ..loaders.compute_choice import compute_text
+from ..loaders.load_check import load_notes, patcher_of
 from ..loaders.model_summary import (
     dequantize_backend_text,
     host_product_text,
@@ -90,7 +91,10 @@ def loader_output(*notes: str | None, **parts) -> tuple:
     show = text_sender()
     show("preparing the kernels")
     texts = {}
-    notes = list(dict.fromkeys(filter(None, notes)))
+    patchers = {key: patcher for key, part in parts.items()
+                if (patcher := patcher_of(part)) is not None}
+    of_files = [note for patcher in patchers.values() for note in load_notes(patcher)]
+    notes = list(dict.fromkeys(filter(None, [*notes, *of_files])))
     for note in notes:
         log.warning("[Featherweight] %s", note)
 
@@ -98,11 +102,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         texts[key] = f"{summary}\n{placed_text(patcher, report)}"
         show("\n".join([*texts.values(), *notes]))
 
-    for key, part in parts.items():
-        patcher = part if isinstance(part, ModelPatcher) else getattr(part, "patcher", None)
-        patcher = patcher or getattr(part, "control_model_wrapped", None)  # of a ControlNet
-        if patcher is None:
-            continue
+    for key, patcher in patchers.items():
         title = f"{TITLES[key]}: " if len(parts) > 1 else ""
         summaries = (
             memory_summary(patcher),

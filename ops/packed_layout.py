@@ -165,7 +165,7 @@ def _within_float16(up: torch.Tensor, down: torch.Tensor,
 
     They keep their dtypes, and the product its values.
     """
-    row, column = scales or (torch.ones(1), torch.ones(1))
+    row, column = scales or (torch.ones(1, dtype=torch.float32),) * 2
     effective = up.float() * row.unsqueeze(1), down.float() * column
     if all(LEAST <= factor.abs().amax() <= MOST for factor in effective if factor.numel()):
         return up, down

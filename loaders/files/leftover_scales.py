@@ -62,8 +62,9 @@ def multiply_leftover_scales(file: WeightFile, tensors: dict[str, torch.Tensor])
     left_out = []
     for layer, names in _scaled_layers(tensors).items():
         weight = tensors[f"{layer}.weight"]
-        if not weight.ndim or not is_packed(weight) and (
-                weight.dtype not in (torch.float32, *plain.BY_DTYPE) or f"{layer}{MARK}" in tensors):
+        is_codes = not is_packed(weight) and (
+            f"{layer}{MARK}" in tensors or weight.dtype not in (torch.float32, *plain.BY_DTYPE))
+        if not weight.ndim or is_codes:
             continue  # what reads the codes reads their scales too
         parts = {name: tensors.pop(f"{layer}.{name}") for name in names}
         parts = {name: part for name, part in parts.items() if not _is_one(part)}
@@ -104,7 +105,7 @@ def _multiplied(file: WeightFile, layer: str, weight: torch.Tensor,
                 scales: Mapping[str, torch.Tensor], smoothing: Any) -> torch.Tensor:
     """Returns a weight times its scales; 16 bits and codes stay as they are beneath them."""
     rows, columns = len(weight), weight.shape[1:]
-    of_rows = torch.ones(1)
+    of_rows = torch.ones(1, dtype=torch.float32)
     for name, scale in scales.items():
         if scale.numel() != 1 and (scale.shape[:1] != (rows,) or scale.numel() != rows):
             raise _unfit_error(file, layer, weight, name, scale)

@@ -34,7 +34,7 @@ from .comfy_formats import (
     layer_scaled_by,
     smooth,
 )
-from .comfy_marks import OLD_SCALE, marked_layers, old_markers
+from .comfy_marks import OLD_SCALE, marked_layers
 from .container import AGAIN, WeightFile, describe, safe_repr
 from .integer_weights import pack_nvfp4
 

@@ -10,9 +10,9 @@ from ...ops.packed_tensor import relabel
 from ...ops.row_slicing import dense, take_rows
 from ..comfy_keys import to_comfy_keys
 from ..comfy_quant import as_tensors
-from ..files.comfy_marks import MARK
 from ..encoders.arch import arch_of, strip_prefix
 from ..files.comfy_formats import SMOOTHING
+from ..files.comfy_marks import MARK
 from ..files.container import FileChangeGuard
 from ..progress import Progress
 from .contents import Contents

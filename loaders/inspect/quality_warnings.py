@@ -4,17 +4,14 @@ from typing import Any
 
 import torch
 
-from ...ops.format import FORMATS
 from ..detection import try_detect
-from ..files.comfy_marks import MARK
 from ..files.container import safe_repr
-from ..files.leftover_scales import MAX_UNSCALED, root_mean_square
+from ..load_check import is_zeros, lacks_scale
 from ..model_summary import title_of
 from ..packing.planning.packing_rules import bits_per_value
 from .contents import Contents
 
 EXACT_BITS = 8  # bits a value from which on a vector keeps what a model needs of it
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OTHER_CONVERSION = "Download the file again, or get another conversion of the model."
 
 
@@ -36,13 +33,21 @@ def weight_warnings(contents: Contents) -> Iterator[str]:
             " memory. Take a file that keeps them in F32, F16 or BF16, as those of ComfyUI-GGUF's"
             " converter and of Save Packed Model (Featherweight) do.")
     unscaled = [] if contents.problem else [
-        name for name, tensor in contents.tensors.items() if _lacks_scale(name, tensor, contents)
+        name for name, tensor in contents.tensors.items()
+        if lacks_scale(name, tensor, contents.tensors)
     ]
     if unscaled:
         yield (
             f"{_count(unscaled, 'weight has codes', 'weights have codes')} without their scales,"
             f" such as {safe_repr(unscaled[0])} in {contents.formats[unscaled[0]]}: it draws noise."
             f" {OTHER_CONVERSION}")
+    zeros = [name for name, tensor in contents.tensors.items() if is_zeros(tensor)]
+    if zeros:
+        yield (
+            f"{_count(zeros, 'weight holds', 'weights hold')} nothing but zeros, such as"
+            f" {safe_repr(zeros[0])}, as after a broken download. {OTHER_CONVERSION}")
+    if contents.file is not None:
+        yield from contents.file.notes
 
 
 def shape_warnings(config: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -74,18 +79,6 @@ def shape_warnings(config: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator
         yield (
             f"{_count(missing, 'weight of the model is', 'weights of the model are')} missing, such"
             f" as {safe_repr(missing[0])}: it draws noise or black pictures. {OTHER_CONVERSION}")
-
-
-def _lacks_scale(name: str, tensor: torch.Tensor, contents: Contents) -> bool:
-    """Returns whether a plain tensor holds codes that are no weights without a scale."""
-    if (tensor.ndim < 2 or tensor.device.type == "meta" or contents.formats[name] in FORMATS
-            or f"{name.removesuffix('.weight')}{MARK}" in contents.tensors):
-        return False
-    if tensor.dtype in (torch.int8, torch.uint8):
-        return name.endswith(".weight")
-    if tensor.dtype not in FP8:
-        return False
-    return root_mean_square(tensor) > MAX_UNSCALED
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -62,12 +62,15 @@ def old_scaled(kind: torch.dtype, marker: str | None = "scaled_fp8") -> tuple[Te
 def write(path, tensors: Tensors, layers: dict | None = None, marks: dict | None = None,
           prefix: str = "") -> str:
     """Writes a file. layers: of the metadata; marks: layer -> settings, or bytes, beside weights"""
-    metadata = None if layers is None else {"_quantization_metadata": json.dumps({"layers": layers})}
+    metadata = None
+    if layers is not None:
+        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
     tensors = dict(tensors)
     for layer, given in (marks or {}).items():
         data = given if isinstance(given, bytes) else json.dumps(given).encode()
         tensors[f"{layer}.comfy_quant"] = torch.tensor(list(data), dtype=torch.uint8)
-    save_file({prefix + name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    tensors = {prefix + name: value.contiguous() for name, value in tensors.items()}
+    save_file(tensors, path, metadata)
     return str(path)
 
 
@@ -110,7 +113,7 @@ def test_a_bare_marker_marks_weights_with_a_prefix_too(load, tmp_path):
 @pytest.mark.parametrize("place", ["tensors", "metadata"])
 def test_the_codes_say_which_kind_of_fp8_they_are(place, stored_kind, marked, load, tmp_path):
     stored, settings, values = flux_in(stored_kind)
-    marks = dict.fromkeys(settings, {"format": marked})
+    marks = {key: {"format": marked} for key in settings}
     path = write(tmp_path / "flux.safetensors", stored, marks if place == "metadata" else None,
                  marks if place == "tensors" else None)
     checked(path, load, values)
@@ -123,7 +126,7 @@ def test_the_codes_say_which_kind_of_fp8_they_are(place, stored_kind, marked, lo
 def test_codes_under_the_mark_of_other_ones_are_a_sentence(stored_format, marked, load, tmp_path):
     stored, settings, _ = flux_in(stored_format)
     path = write(tmp_path / "flux.safetensors", stored,
-                 marks=dict.fromkeys(settings, {"format": marked}))
+                 marks={key: {"format": marked} for key in settings})
     with pytest.raises(WeightFileError, match=f"flux.safetensors: .*weight'.*{marked}"):
         LOADS[load][0](path)
 
@@ -160,7 +163,7 @@ def test_layers_that_the_metadata_lacks_are_read_by_their_scales(format_name, lo
 def test_metadata_and_tensors_that_say_different_things_are_a_sentence(load, tmp_path):
     stored, settings, _ = flux_in("int8_tensorwise")
     path = write(tmp_path / "flux.safetensors", stored,
-                 dict.fromkeys(settings, {"format": "float8_e4m3fn"}), settings)
+                 {key: {"format": "float8_e4m3fn"} for key in settings}, settings)
     with pytest.raises(WeightFileError, match="'float8_e4m3fn' by its metadata and in"
                                               " 'int8_tensorwise' by its comfy_quant"):
         LOADS[load][0](path)
@@ -188,7 +191,7 @@ def test_scales_of_inputs_that_are_no_number_are_a_sentence(load, tmp_path):
     name = next(name for name in stored if name.endswith(".scale_weight"))
     name = name.replace("scale_weight", "scale_input")
     path = write(tmp_path / "flux.safetensors", stored | {name: torch.ones(4)})
-    with pytest.raises(WeightFileError, match=r"scale_input' is float32 \(4,\), expected one numbe"):
+    with pytest.raises(WeightFileError, match=r"scale_input' is float32 \(4,\), expected one"):
         LOADS[load][0](path)
 
 

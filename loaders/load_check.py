@@ -1,0 +1,260 @@
+"""Checks that a model's weights come from its file and that what the file has is used, while the
+host builds the model.
+
+The host logs both and goes on: with zeros, or with whatever was in the memory of a weight.
+"""
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch.overrides import TorchFunctionMode
+
+from ..ops.layers import PackedLayer
+from ..ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
+from .encoders.arch import TOKENIZER_NAMES
+from .files.container import AGAIN, WeightFileError, safe_repr
+from .files.leftover_scales import MAX_UNSCALED, root_mean_square
+from .wording import join_some
+
+log = logging.getLogger(__name__)
+
+NOTES_KEY = "featherweight_load_notes"  # of a patcher's attachments
+FIRST_BYTES = 4096  # of a weight, that are read to see whether it is all zeros
+MARKED_VALUES = 8  # of memory that is not initialised, which become NaN
+CODES = (torch.int8, torch.uint8)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+# Names of tensors of a file that need no use, and why.
+UNUSED = tuple((re.compile(pattern), reason) for pattern, reason in (
+    (r"(^|\.)(input_scale|scale_input|activation_scale)$",
+     "of a layer's input, which is not quantised where this pack computes"),
+    (f"^({'|'.join(TOKENIZER_NAMES)})$", "the tokenizer is made of it"),
+))
+# Names of weights that a model works without, the host's class of it, and why.
+NOT_NEEDED = tuple((re.compile(pattern), model, reason) for pattern, model, reason in (
+    (r"^(clip_l\.transformer\.)?text_projection\.weight$", "",
+     "CLIP L is used without its projection"),
+    (r"^orig_y_embedder\.", "ControlNetEmbedder", "the model that it guides gives it"),
+    (r"^x_embedder\.proj\.", "ControlNetEmbedder", "the model that it guides gives it"),
+))
+CLIP_L_WIDTH = 768
+SHORTEST_CUT = 20  # characters of a name that may be the beginning of a longer one
+
+
+class LoadCheck:
+    """What the host found missing and superfluous while it loaded a model.
+
+    Attributes:
+        name: of the file, or of several.
+        notes: sentences for the node.
+    """
+
+    def __init__(self, name: str, notes: Iterable[str] = ()):
+        self.name = name
+        self.notes = list(notes)
+        self._loads: list[tuple[torch.nn.Module, list[str], list[str]]] = []
+        self._parts: tuple[Any, ...] = ()
+
+    def attach(self, *parts: Any):
+        """Tells of which parts the first that has a patcher gets the notes."""
+        self._parts = parts
+
+    def before_load(self, module: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
+                    local_metadata, strict, missing: list[str], unexpected: list[str], errors):
+        """Is called as torch calls a hook before a module takes its part of a state dict."""
+        if prefix or any(lists is missing for _, lists, _ in self._loads):
+            return
+        self._loads.append((module, missing, unexpected))
+        _complete_cut_names(module, state_dict)
+        _reject_codes(self.name, state_dict)
+        zeros = [name for name, tensor in state_dict.items() if is_zeros(tensor)]
+        if zeros:
+            self.notes.append(
+                f"{join_some(map(safe_repr, zeros))} of {self.name}"
+                f" {'hold' if zeros[1:] else 'holds'} nothing but zeros, as after a broken"
+                " download. Download the file again if pictures are wrong.")
+
+    def finish(self):
+        """Gives what no file has its value, and writes the notes, also to the model's patcher.
+
+        Raises:
+            WeightFileError: the model lacks weights, and the file has others.
+        """
+        made, unused = [], []
+        for module, missing, unexpected in self._loads:
+            made += [name for name in missing
+                     if not _is_not_needed(module, name) and _make(module, name)]
+            unused += [name for name in unexpected
+                       if not any(pattern.search(name) for pattern, _ in UNUSED)]
+        if made and unused:
+            raise WeightFileError(
+                f"{self.name} makes only a part of the model: it has no"
+                f" {join_some(map(safe_repr, made))}, and the model has no"
+                f" {join_some(map(safe_repr, unused))}. {AGAIN}")
+        if made:
+            self.notes.append(
+                f"{self.name} has not all weights of the model:"
+                f" {join_some(map(safe_repr, made))} {'are' if made[1:] else 'is'} zeros, or ones"
+                " where it scales. Pictures may be wrong: download the file again, or get another"
+                " conversion.")
+        if unused:
+            self.notes.append(f"The model does not use {join_some(map(safe_repr, unused))} of"
+                              f" {self.name}.")
+        patcher = next(filter(None, map(patcher_of, self._parts)), None)
+        if patcher is not None:
+            patcher.set_attachments(NOTES_KEY, tuple(self.notes))
+        elif self.notes:
+            log.warning("[Featherweight] %s", " ".join(self.notes))
+
+
+def patcher_of(part: Any) -> ModelPatcher | None:
+    """Returns the host's patcher of a model, or of what has one, None without one."""
+    if isinstance(part, ModelPatcher):
+        return part
+    return getattr(part, "patcher", None) or getattr(part, "control_model_wrapped", None)
+
+
+def load_notes(patcher: ModelPatcher) -> tuple[str, ...]:
+    """Returns what a patcher's load has to say of its file."""
+    return patcher.get_attachment(NOTES_KEY) or ()
+
+
+@contextlib.contextmanager
+def check_load(name: str, notes: Iterable[str] = ()) -> Iterator[LoadCheck]:
+    """While the host builds and loads a model, watches what it does not find in the file.
+
+    Args:
+        name: of the file, or of several.
+        notes: what the reader of the file says.
+
+    Raises:
+        WeightFileError: at the end, see `LoadCheck.finish`.
+    """
+    check, thread, hooked, handles = LoadCheck(name, notes), threading.get_ident(), set(), []
+
+    def hook(module: torch.nn.Module | None):
+        if module is not None and id(module) not in hooked:
+            hooked.add(id(module))
+            handles.append(module.register_load_state_dict_pre_hook(check.before_load))
+
+    def on_submodule(parent, _, module):
+        if threading.get_ident() == thread:
+            hook(parent)
+            hook(module)
+
+    handles.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
+    try:
+        with _MarkedEmpty():
+            yield check
+    finally:
+        for handle in handles:
+            handle.remove()
+    check.finish()
+
+
+class _MarkedEmpty(TorchFunctionMode):
+    """Makes the first values of `torch.empty` NaN, which what initialises it overwrites."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like) and isinstance(out, torch.Tensor):
+            _first_values(out, lambda values: values.fill_(float("nan")))
+        return out
+
+
+def _first_values(tensor: torch.Tensor, use: Any) -> Any:
+    """Calls a function with the first values of a tensor in memory, None where it has none."""
+    if tensor.device.type != "cpu" or not tensor.is_floating_point() or not tensor.numel():
+        return None
+    count = min(MARKED_VALUES, tensor.untyped_storage().nbytes() // tensor.itemsize
+                - tensor.storage_offset())
+    return use(tensor.as_strided((count,), (1,))) if count else None
+
+
+def _make(root: torch.nn.Module, name: str) -> bool:
+    """Gives a weight that no file has its value; returns whether the host has not."""
+    owner_name, _, last = name.rpartition(".")
+    try:
+        owner = root.get_submodule(owner_name)
+    except AttributeError:
+        return False
+    tensor = owner._parameters.get(last, owner._buffers.get(last))
+    if tensor is None or is_packed(tensor):
+        return False
+    is_ours = isinstance(owner, PackedLayer)
+    is_empty = not is_ours and _first_values(
+        tensor.detach(), lambda values: bool(values.float().isnan().all()))
+    if is_ours or is_empty:
+        is_scale = tensor.ndim == 1 and last != "bias" and "norm" in type(owner).__name__.lower()
+        owner._parameters[last] = torch.nn.Parameter(
+            torch.full((), float(is_scale), dtype=tensor.dtype, device=tensor.device).expand(
+                tensor.shape).clone() if is_empty else tensor.detach(), requires_grad=False)
+    return is_ours or bool(is_empty)
+
+
+def _is_not_needed(root: torch.nn.Module, name: str) -> bool:
+    """Returns whether a model works without a weight, by `NOT_NEEDED`."""
+    if not any(pattern.search(name) and model in type(root).__name__
+               for pattern, model, _ in NOT_NEEDED):
+        return False
+    return not name.endswith("text_projection.weight") or (
+        len(root.get_parameter(name)) == CLIP_L_WIDTH)
+
+
+def _complete_cut_names(module: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
+    """Gives names that were cut, as by stable-diffusion.cpp to 63 characters, their ends again.
+
+    A name is completed where one weight of the model begins with it that the file does not have,
+    and has its shape.
+    """
+    shapes = {name: tensor.shape for name, tensor in (
+        *module.named_parameters(), *module.named_buffers())}
+    for name in [name for name in state_dict if name not in shapes]:
+        tensor = state_dict[name]
+        fitting = [] if len(name) < SHORTEST_CUT else [
+            full for full, shape in shapes.items()
+            if full.startswith(name) and full not in state_dict and shape == tensor.shape]
+        if len(fitting) == 1:
+            state_dict[fitting[0]] = state_dict.pop(name)
+
+
+def is_zeros(tensor: Any) -> bool:
+    """Returns whether a matrix or kernel, packed or not, has no byte but zeros."""
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2 or tensor.device.type != "cpu":
+        return False
+    data = packed_tensors(tensor)[0] if is_packed(tensor) else tensor
+    if isinstance(data, QuantizedTensor) or not data.is_contiguous() or not data.numel():
+        return False
+    data = data.view(-1).view(torch.uint8)
+    return not data[:FIRST_BYTES].any() and not data.any()
+
+
+def _reject_codes(name: str, state_dict: dict[str, torch.Tensor]):
+    """Raises WeightFileError for codes without their scales, from which a model draws noise."""
+    codes = [key for key, tensor in state_dict.items() if lacks_scale(key, tensor, state_dict)]
+    if codes:
+        raise WeightFileError(
+            f"{name}: {safe_repr(codes[0])} holds codes without their scales"
+            f"{f', and so do {len(codes) - 1} more' if codes[1:] else ''}. {AGAIN}")
+
+
+def lacks_scale(name: str, tensor: torch.Tensor, names: Iterable[str]) -> bool:
+    """Returns whether a plain tensor holds codes that are no weights without a scale.
+
+    Args:
+        name: of the tensor.
+        tensor: of the file, or of a model.
+        names: of all tensors beside it.
+    """
+    if (not isinstance(tensor, torch.Tensor) or tensor.ndim < 2 or tensor.device.type == "meta"
+            or not name.endswith("weight") or is_packed(tensor)
+            or f"{name.removesuffix('.weight')}.comfy_quant" in names):
+        return False
+    if tensor.dtype in CODES:
+        return True
+    return tensor.dtype in FP8 and root_mean_square(tensor) > MAX_UNSCALED
