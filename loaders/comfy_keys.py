@@ -1,11 +1,18 @@
 """Converts names and shapes of a model's weights from a file's to the host's."""
 import re
+from collections.abc import Iterable
 
 import torch
-from comfy.model_detection import unet_prefix_from_state_dict
+from comfy.model_detection import (
+    detect_unet_config,
+    model_config_from_unet,
+    unet_prefix_from_state_dict,
+)
 
 from ..ops.packed_layout import is_packed, relabel
+from .detection import try_detect
 from .diffusers_keys import from_diffusers
+from .files.comfy_marks import WRAPPERS
 
 
 def to_comfy_keys(state_dict: dict[str, torch.Tensor],
@@ -16,7 +23,14 @@ def to_comfy_keys(state_dict: dict[str, torch.Tensor],
         state_dict: is changed. Names that no known converter has changed stay.
         lazy: see `from_diffusers`.
     """
-    return from_diffusers(_undo_converters(state_dict), lazy)
+    state_dict = unmerge_kernels(_undo_converters(_without_wrappers(state_dict)))
+    return _with_leading_ones(from_diffusers(state_dict, lazy))
+
+
+def is_wrapped(names: Iterable[str]) -> bool:
+    """Returns whether all names of a file have a prefix in common that its trainer, not the model,
+    has put there."""
+    return bool(_wrapper(names))
 
 
 def model_prefix(state_dict: dict[str, torch.Tensor]) -> str:
@@ -26,6 +40,81 @@ def model_prefix(state_dict: dict[str, torch.Tensor]) -> str:
     """
     prefix = unet_prefix_from_state_dict(state_dict)
     return prefix if sum(name.startswith(prefix) for name in state_dict) > 5 else ""
+
+
+def _wrapper(names: Iterable[str]) -> str:
+    names = [name for name in names if "." in name]  # without markers
+    match = WRAPPERS.match(names[0]) if names else None
+    return match[0] if match and all(name.startswith(match[0]) for name in names) else ""
+
+
+def _without_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Strips prefixes that all names have, until the host knows the rest or none is left."""
+    while ((prefix := _wrapper(state_dict)) and prefix != model_prefix(state_dict)
+           and try_detect(detect_unet_config, state_dict, "") is None):
+        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    return state_dict
+
+
+def unmerge_kernels(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Splits rows and input channels of kernels of five dimensions, which C programs merge.
+
+    The kernel has as many rows as its bias has values; a layer with another kernel, such as a
+    transposed one, merges them again.
+
+    Args:
+        state_dict: is changed.
+    """
+    for name, tensor in list(state_dict.items()):
+        bias = state_dict.get(name.removesuffix("weight") + "bias")
+        if name.endswith(".weight") and tensor.ndim == 4 and bias is not None and bias.ndim == 1:
+            rows, rest = divmod(len(tensor), max(1, len(bias)))
+            if rows > 1 and not rest:
+                state_dict[name] = _reshaped(tensor, (len(bias), rows, *tensor.shape[1:]))
+    return state_dict
+
+
+def _with_leading_ones(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gives weights such as position embeddings the leading one that C programs drop, where the
+    host detects the right model only so."""
+    prefix = model_prefix(state_dict)
+    config = try_detect(detect_unet_config, state_dict, prefix)
+    restored = _LastRead(state_dict | {
+        name: _reshaped(tensor, (1, *tensor.shape)) for name, tensor in state_dict.items()
+        if tensor.ndim == 2 and not name.endswith((".weight", ".bias"))})
+    detected = try_detect(detect_unet_config, restored, prefix)
+    while detected is None and (tensor := restored.get(restored.last)) is not None:
+        if tensor.ndim != 1:  # the host does not fail for its missing dimension
+            return state_dict
+        restored[restored.last] = _reshaped(tensor, (1, *tensor.shape))
+        detected = try_detect(detect_unet_config, restored, prefix)
+    if detected in (config, None):
+        return state_dict
+    if config is None or _unfit(restored, prefix) < _unfit(state_dict, prefix):
+        return dict(restored)
+    return state_dict
+
+
+class _LastRead(dict):
+    """A state dict that remembers the name that was read last."""
+
+    last = ""
+
+    def __getitem__(self, name):
+        self.last = name
+        return super().__getitem__(name)
+
+
+def _unfit(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
+    """Returns how many weights of the model that the host detects are of other sizes."""
+    config = try_detect(model_config_from_unet, state_dict, prefix)
+    model = config and try_detect(config.get_model, state_dict, prefix, device="meta")
+    if not model:
+        return len(state_dict)
+    sizes = {f"{prefix}{name}": weight.numel()
+             for name, weight in model.diffusion_model.state_dict().items()}
+    return sum(sizes.get(name, tensor.shape.numel()) != tensor.shape.numel()
+               for name, tensor in state_dict.items())
 
 
 def _undo_converters(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,16 +130,6 @@ def _undo_converters(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
                 re.sub(r"proj_(in|out)\.weight$", "transformer_blocks.0.attn2.to_k.weight", name))
             if context is not None and context.shape[1] != 768:
                 state_dict[name] = _reshaped(tensor, tensor.shape[:2])
-        # It also merges the first two of the five dimensions of a video model's first convolution.
-        elif re.search(r"(patch_embedding\w*|img_in(\.proj)?)\.weight$", name) and tensor.ndim == 4:
-            bias = state_dict.get(name.removesuffix("weight") + "bias")
-            if (
-                bias is not None
-                and tensor.shape[0] > bias.shape[0]
-                and tensor.shape[0] % bias.shape[0] == 0
-            ):
-                state_dict[name] = _reshaped(
-                    tensor, (bias.shape[0], tensor.shape[0] // bias.shape[0], *tensor.shape[1:]))
     return state_dict
 
 

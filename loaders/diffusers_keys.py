@@ -59,7 +59,7 @@ def from_diffusers(state_dict: dict[str, torch.Tensor],
 
     The host's conversion handles plain tensors only. So it gets row numbers in place of rows, and
     its output shows which row of which tensor each row of a weight is. If a part of a weight is
-    missing, its other parts keep their names.
+    missing, of another width or of whole numbers, its other parts keep their names.
 
     Args:
         state_dict: of a model, without a prefix.
@@ -96,7 +96,8 @@ def from_diffusers(state_dict: dict[str, torch.Tensor],
             first = run[0].item() - starts[source]
             sources.append(names[source])
             parts.append((tensors[names[source]], first, first + len(run)))
-        if len(written) < len(rows):
+        if len(written) < len(rows) or len({
+                (part.shape[1:], part.is_floating_point()) for part, _, _ in parts}) > 1:
             out |= {name: tensors[name] for name in sources}
         else:
             dense = len(parts) > 1 and not any(is_packed(tensor) for tensor, _, _ in parts)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.layers import PackedLayer
 from ..ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from .encoders.arch import TOKENIZER_NAMES
-from .files.container import AGAIN, WeightFileError, safe_repr
+from .files.container import AGAIN, WeightFileError, describe, safe_repr
 from .files.leftover_scales import MAX_UNSCALED, root_mean_square
 from .wording import join_some
 
@@ -35,14 +35,32 @@ UNUSED = tuple((re.compile(pattern), reason) for pattern, reason in (
      "of a layer's input, which is not quantised where this pack computes"),
     (f"^({'|'.join(TOKENIZER_NAMES)})$", "the tokenizer is made of it"),
 ))
-# Names of weights that a model works without, the host's class of it, and why.
-NOT_NEEDED = tuple((re.compile(pattern), model, reason) for pattern, model, reason in (
-    (r"^(clip_l\.transformer\.)?text_projection\.weight$", "",
-     "CLIP L is used without its projection"),
-    (r"^orig_y_embedder\.", "ControlNetEmbedder", "the model that it guides gives it"),
-    (r"^x_embedder\.proj\.", "ControlNetEmbedder", "the model that it guides gives it"),
-))
 CLIP_L_WIDTH = 768
+
+
+def _is_clip_l(root: torch.nn.Module, match: re.Match) -> bool:
+    return len(root.get_parameter(match.string)) == CLIP_L_WIDTH
+
+
+def _is_controlnet_embedder(root: torch.nn.Module, match: re.Match) -> bool:
+    return type(root).__name__ == "ControlNetEmbedder"
+
+
+def _shares_keys(root: torch.nn.Module, match: re.Match) -> bool:
+    config: Any = getattr(getattr(root, "model", None), "config", None)
+    shared = getattr(config, "num_kv_shared_layers", 0)
+    return bool(shared) and int(match[1]) >= config.num_hidden_layers - shared
+
+
+# Names of weights that a model works without, of which models, and why.
+NOT_NEEDED = tuple((re.compile(pattern), is_such, reason) for pattern, is_such, reason in (
+    (r"^(?:clip_l\.transformer\.)?text_projection\.weight$", _is_clip_l,
+     "CLIP L is used without its projection"),
+    (r"^(?:orig_y_embedder|x_embedder\.proj)\.", _is_controlnet_embedder,
+     "the model that it guides gives it"),
+    (r"^model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm)\.weight$", _shares_keys,
+     "the last layers of Gemma 4 take keys and values of earlier ones"),
+))
 SHORTEST_CUT = 20  # characters of a name that may be the beginning of a longer one
 
 
@@ -72,6 +90,7 @@ class LoadCheck:
         self._loads.append((module, missing, unexpected))
         _complete_cut_names(module, state_dict)
         _reject_codes(self.name, state_dict)
+        _reject_whole_numbers(self.name, module, state_dict)
         zeros = [name for name, tensor in state_dict.items() if is_zeros(tensor)]
         if zeros:
             self.notes.append(
@@ -199,11 +218,8 @@ def _make(root: torch.nn.Module, name: str) -> bool:
 
 def _is_not_needed(root: torch.nn.Module, name: str) -> bool:
     """Returns whether a model works without a weight, by `NOT_NEEDED`."""
-    if not any(pattern.search(name) and model in type(root).__name__
-               for pattern, model, _ in NOT_NEEDED):
-        return False
-    return not name.endswith("text_projection.weight") or (
-        len(root.get_parameter(name)) == CLIP_L_WIDTH)
+    return any((match := pattern.search(name)) is not None and is_such(root, match)
+               for pattern, is_such, _ in NOT_NEEDED)
 
 
 def _complete_cut_names(module: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
@@ -241,6 +257,16 @@ def _reject_codes(name: str, state_dict: dict[str, torch.Tensor]):
         raise WeightFileError(
             f"{name}: {safe_repr(codes[0])} holds codes without their scales"
             f"{f', and so do {len(codes) - 1} more' if codes[1:] else ''}. {AGAIN}")
+
+
+def _reject_whole_numbers(name: str, module: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
+    """Raises WeightFileError for integers where the model has floats, which the host would cast."""
+    for key, weight in (*module.named_parameters(), *module.named_buffers()):
+        tensor = state_dict.get(key)
+        if (weight.is_floating_point() and isinstance(tensor, torch.Tensor)
+                and not is_packed(tensor) and not tensor.is_floating_point()):
+            raise WeightFileError(
+                f"{name}: {safe_repr(key)} is {describe(tensor)}, expected floats. {AGAIN}")
 
 
 def lacks_scale(name: str, tensor: torch.Tensor, names: Iterable[str]) -> bool:

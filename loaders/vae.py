@@ -24,8 +24,10 @@ from ..ops.load_hooks import dequantize_plain_parameters, pack_layers
 from ..ops.packed_layout import is_packed
 from ..ops.patcher import adopt
 from .comfy_bridge import guard_of
+from .comfy_keys import unmerge_kernels
 from .comfy_quant import host_metadata, read_marked, reject_unread_layers
 from .compute_choice import vae_dtype
+from .detection import explain_shape_errors
 from .files import open_weights
 from .files.container import FileChangeGuard, WeightFileError
 from .load_check import check_load
@@ -146,10 +148,12 @@ def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
         name: of the file.
         notes: on what of the file is not used.
     """
+    weights = unmerge_kernels(dict(weights))
     is_any_packed = any(map(is_packed, weights.values()))
     with (
         pack_layers() if is_any_packed else contextlib.nullcontext(),
         dequantize_plain_parameters(),
+        explain_shape_errors(name),
         check_load(name, notes) as check,
     ):
         vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)

@@ -20,8 +20,8 @@ from .packed_layout import (
     for_state_dict,
     is_packed,
     pack_16bit,
+    reshape_to,
     safe_detach,
-    squeeze_to,
 )
 from .packed_tensor import relabel
 from .pickle_names import stable_pickle_name
@@ -106,7 +106,7 @@ class PackedLayer(_HostLayer):
                 value = torch.zeros((), dtype=param.dtype).expand(param.shape)
                 self._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
                 continue
-            value = without_padding(squeeze_to(value, param.shape), param.shape)
+            value = without_padding(reshape_to(value, param.shape), param.shape)
             weight = state_dict.get(f"{prefix}weight")
             if name == "bias" and is_packed(weight) and len(weight) == value.numel():
                 value = value[:len(param)]  # rows that the weight is filled up with have one too
@@ -421,7 +421,7 @@ class MoEExperts(PackedLayer, _Experts):
                 return self._expert_product(input, expert)
         weight, bias = self._resident
         bias = None if bias is None else bias[expert].to(input.dtype)
-        weight = squeeze_to(take_rows(weight, slice(expert, expert + 1)), weight.shape[1:])
+        weight = reshape_to(take_rows(weight, slice(expert, expert + 1)), weight.shape[1:])
         lora = self.lora
         if lora is not None and lora.acts_on_rows:
             weight = self._with_patches(

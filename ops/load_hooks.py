@@ -9,7 +9,7 @@ import torch
 
 from . import product
 from .layers import PackedLayer, make_packed
-from .packed_layout import is_packed, squeeze_to
+from .packed_layout import is_packed, reshape_to
 
 ModuleFilter = Callable[[str, torch.nn.Module], bool]  # (name in its parent, module)
 
@@ -75,4 +75,4 @@ def _dequantize_own_parameters(module, state_dict, prefix, *args):
             continue
         if is_packed(value):
             value = product.dequantize(value, param.dtype)
-        state_dict[prefix + name] = squeeze_to(value, param.shape)
+        state_dict[prefix + name] = reshape_to(value, param.shape)

@@ -301,13 +301,30 @@ def for_state_dict(tensor: torch.Tensor) -> torch.Tensor:
     return PackedTensor(tensor._qdata, tensor._layout_cls, dataclasses.replace(tensor._params))
 
 
-def squeeze_to(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Adds or drops dimensions of size 1 so that `value` has `shape`, where that is enough.
+def reshape_to(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Gives `value` a shape that has its dimensions merged or split, or others of size 1.
 
-    Files differ in them for pad tokens and 1x1 convolutions.
+    C programs drop leading ones and merge the dimensions of kernels that have more than four.
+
+    Returns:
+        `value` itself where its shape is not such a one.
     """
-    if value.shape == shape or [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
+    if value.shape == shape or not _is_same_but_merged(value.shape, shape):
         return value
     if is_packed(value):
         return relabel(value, shape=shape)
     return value.reshape(shape)
+
+
+def _is_same_but_merged(first: Sequence[int], second: Sequence[int]) -> bool:
+    short, long = sorted(([n for n in shape if n != 1] for shape in (first, second)), key=len)
+    if len(short) == len(long) or len(short) < 2 or 0 in long:
+        return short == long
+    sizes = iter(long)
+    for size in short:
+        merged = 1
+        while merged < size:
+            merged *= next(sizes, size + 1)
+        if merged != size:
+            return False
+    return next(sizes, None) is None

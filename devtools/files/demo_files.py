@@ -88,8 +88,10 @@ def write_encoder(path: Path):
         elif name in given:
             writer.add_tensor(name, pack(given[name].numpy(), "Q8_0"), raw_dtype=q8_0)
         else:
-            writer.add_tensor(name, np.zeros(gguf.quant_shape_to_byte_shape(shape, q8_0), np.uint8),
-                              raw_dtype=q8_0)
+            blocks = np.zeros((*shape[:-1], shape[-1] // 32, 34), np.uint8)
+            blocks[..., :2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
+            # a scale of one: nothing but zeros would be told as a broken download
+            writer.add_tensor(name, blocks.reshape(*shape[:-1], -1), raw_dtype=q8_0)
     write_all(writer)
 
 

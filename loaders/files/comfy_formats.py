@@ -259,11 +259,14 @@ def _six_bits(codes: torch.Tensor, columns: int) -> torch.Tensor:
 def _blocks_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:
     """Reads a format whose scales belong to blocks of rows and columns, or of columns."""
     rows, columns = parts["weight"].shape
-    scale = part(parts, SCALE).float()
+    given = part(parts, SCALE)
+    scale = given.float()
     if scale.ndim == 3:
         scale = scale.squeeze(2)
-    if scale.ndim != 2 or not all(scale.shape) or rows % len(scale) or columns % scale.shape[1]:
-        raise PartError(f"its scales are {describe(scale)}")
+    is_fitting = scale.ndim == 2 and all(scale.shape) and (
+        rows % len(scale) == columns % scale.shape[1] == 0)
+    if not is_fitting or not given.is_floating_point():
+        raise PartError(f"its scales are {describe(given)}")
     scales = scale.repeat_interleave(rows // len(scale), 0)
     return _pack(family, parts, scales.flatten(), sizes=(columns // scale.shape[1],))
 
@@ -422,7 +425,7 @@ def _pack(family: type[RowFormat], parts: Parts, *sides: torch.Tensor,
 def _row_scales(parts: Parts, name: str) -> torch.Tensor:
     """Returns a scale for each row, float32 (N,), of one for each, (N,) or (N, 1), or of one."""
     scale, rows = part(parts, name), len(parts["weight"])
-    if scale.numel() not in (1, rows):
+    if scale.numel() not in (1, rows) or not scale.is_floating_point():
         raise PartError(f"its {name} is {describe(scale)}")
     return scale.float().flatten().expand(rows).contiguous()
 
@@ -433,7 +436,8 @@ def _scales_in_order(family: type[RowFormat], parts: Parts) -> torch.Tensor:
     rows, columns = len(weight), weight.shape[1] * 8 // family.bits // family.group
     pieces = -(-rows // PIECE_ROWS), -(-columns // PIECE_COLUMNS)
     stored = pieces[0] * PIECE_ROWS, pieces[1] * PIECE_COLUMNS
-    if scale.itemsize != 1 or scale.numel() != stored[0] * stored[1]:
+    if scale.itemsize != 1 or scale.dtype == torch.bool or scale.numel() != math.prod(stored) or (
+            scale.ndim == 2 and tuple(scale.shape) != stored):
         raise PartError(f"its {SCALE} is {describe(scale)}")
     blocks = scale.contiguous().view(torch.uint8).view(*pieces, 32, 4, PIECE_COLUMNS)
     return blocks.permute(0, 3, 2, 1, 4).reshape(stored)[:rows, :columns].flatten()

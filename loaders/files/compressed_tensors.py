@@ -48,12 +48,23 @@ def layers_of_int8(tensors: Parts) -> Iterator[str]:
 
 def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
     """Returns the weight of a layer, packed, from its parts."""
+    if ZEROS not in parts and _is_asymmetric(file):
+        raise PartError(f"it has no {ZEROS}, and its config says that it is not symmetric")
     if PACKED not in parts:
         return _int_quantized(parts)
     codes = parts[PACKED]
     if codes.ndim != 2 or not codes.numel() or codes.dtype not in (torch.int32, torch.uint8):
         raise PartError(f"its {PACKED} is {describe(codes)}, expected rows of int32 or uint8")
     return _nvfp4(parts) if codes.dtype == torch.uint8 else _pack_quantized(parts)
+
+
+def _is_asymmetric(file: WeightFile) -> bool:
+    """Returns whether the config says so of all groups of layers."""
+    groups = file.quantization.get("config_groups")
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)
+               ] if isinstance(groups, dict) else []
+    return bool(weights) and all(isinstance(given, dict) and given.get("symmetric") is False
+                                 for given in weights)
 
 
 def _nvfp4(parts: Parts) -> torch.Tensor:
@@ -110,6 +121,8 @@ def _int_quantized(parts: Parts) -> torch.Tensor:
 def _scales(parts: Parts, rows: int) -> torch.Tensor:
     """Returns scales (N, G) of one number, of one for each row or of one for each group."""
     scales = part(parts, SCALE)
+    if not scales.is_floating_point():
+        raise PartError(f"its {SCALE} is {describe(scales)}")
     if scales.numel() == 1:
         return scales.view(1, 1).expand(rows, 1).contiguous()
     if scales.ndim == 1:
@@ -124,7 +137,7 @@ def _plus_half(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Te
     if zeros.numel() == 1:
         zeros = zeros.view(1, 1).expand(scales.shape)
     half = 1 << bits - 1
-    if (zeros.dtype != torch.int8 or zeros.numel() != scales.numel()
+    if (zeros.dtype != torch.int8 or zeros.numel() != scales.numel() or len(zeros) != len(scales)
             or not -half <= int(zeros.min()) <= int(zeros.max()) < half):
         raise PartError(f"its {ZEROS} is {describe(zeros)}, expected {bits}-bit integers of"
                         f" {tuple(scales.shape)}")

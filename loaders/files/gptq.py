@@ -46,9 +46,11 @@ def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
     groups, rows = scales.shape
     if len(zeros) != groups or not scales.is_floating_point():
         raise PartError(_mismatch(parts))
-    if codes.shape[1] == rows:
+    is_awq = "awq" in str(file.quantization) if file.quantization else None
+    if codes.shape[1] == rows and not is_awq:
         return _gptq(file, parts)
-    if codes.shape[1] * AWQ_CODES == rows and zeros.shape[1] == codes.shape[1]:
+    if (codes.shape[1] * AWQ_CODES == rows and zeros.shape[1] == codes.shape[1]
+            and is_awq is not False):
         return _awq(codes, zeros, scales)
     raise PartError(_mismatch(parts))
 
@@ -68,6 +70,9 @@ def _gptq(file: WeightFile, parts: Parts) -> torch.Tensor:
         raise PartError(_mismatch(parts))
     stored = split_words(zeros, bits)
     zeros = stored + _zero_offset(file, stored, bits) & (1 << bits) - 1
+    if group_of_column is None and file.quantization.get("desc_act") is True:
+        raise PartError(f"it has no {GROUPS}, and its config says that its columns are in another"
+                        " order")
     if group_of_column is None and groups > 1:
         group_of_column = torch.arange(columns) // _group_length(file, columns, groups)
     return pack_integers(codes.t().contiguous().view(torch.uint8), columns, bits, scales.t(),

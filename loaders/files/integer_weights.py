@@ -36,7 +36,8 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
     if count < 1 or (groups is None and columns % count):
         raise PartError(f"its {count} groups do not divide its {columns} columns")
     if groups is not None:
-        is_inside = not groups.is_floating_point() and groups.numel() == columns and (
+        is_whole = not groups.is_floating_point() and groups.dtype != torch.bool
+        is_inside = is_whole and groups.numel() == columns and (
             groups.min() >= 0 and groups.max() < count)
         if not is_inside or count > torch.iinfo(torch.int16).max:
             raise PartError(f"its columns do not name one of its {count} groups each")
@@ -93,6 +94,7 @@ def pack_nvfp4(family: type[RowFormat], codes: torch.Tensor, scale: torch.Tensor
     """
     rows, columns = len(codes), codes.shape[1] * 2
     if (scale.dtype != torch.float8_e4m3fn or columns % family.group or of_tensor.numel() != 1
+            or not of_tensor.is_floating_point()
             or tuple(scale.shape) != (rows, columns // family.group)):
         return None
     return packed_tensor(

@@ -4,11 +4,13 @@ Each is a module with `NAME`, the `PARTS` of a weight behind the name of its lay
 that tells a layer -> the parts that it must have besides, and `read_weight`, which makes one packed
 tensor of a layer's parts.
 """
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import ModuleType
 
 import torch
 
+from ..wording import join_some
 from . import compressed_tensors, gptq, quanto, torchao
 from .comfy_formats import PartError, Parts
 from .comfy_marks import marked_layers
@@ -58,11 +60,26 @@ def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor]):
         layers = [*layers_of(module, tensors.keys())]
         if module is compressed_tensors:
             layers += module.layers_of_int8(tensors)
+        parts_of = {}
         for layer in dict.fromkeys(layers):
             if layer not in marked:
                 parts = {name: tensors.pop(f"{layer}.{name}") for name in module.PARTS
                          if f"{layer}.{name}" in tensors}
+                parts_of[layer] = parts.keys()
                 tensors[f"{layer}.weight"] = _read_weight(module, file, layer, parts)
+        _tell_of_missing_parts(file, module.NAME, parts_of)
+
+
+def _tell_of_missing_parts(file: WeightFile, quantizer: str,
+                           parts_of: Mapping[str, Collection[str]]):
+    """Notes layers without a part that most others have, and that their quantiser may leave out."""
+    counts = Counter(part for parts in parts_of.values() for part in parts)
+    for part, count in counts.items():
+        layers = [layer for layer, parts in parts_of.items() if part not in parts]
+        if layers and 2 * count > len(parts_of):
+            file.note(f"{file.path.name}: {join_some(map(safe_repr, layers))}, packed by"
+                      f" {quantizer}, {'have' if layers[1:] else 'has'} no {part}, as other layers"
+                      " have.")
 
 
 def _read_weight(module: ModuleType, file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:

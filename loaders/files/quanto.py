@@ -30,7 +30,10 @@ LAYERS = {CODES: (), PACKED: ()}
 
 def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
     """Returns the weight of a layer, packed, from its parts."""
+    settled = str(file.quantization.get("weights_dtype", file.quantization.get("weights", "")))
     if CODES in parts:
+        if settled == "int8" and parts[CODES].dtype != torch.int8:
+            raise PartError(f"its codes are {describe(parts[CODES])}, expected int8 by its config")
         return pack_rows(parts[CODES], part(parts, SCALE))
     codes, scale, shift = (part(parts, name) for name in (PACKED, SCALE, SHIFT))
     groups = scale.numel()
@@ -41,7 +44,8 @@ def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
                         f" {describe(shift)} shifts, expected uint8 codes with a scale and a shift"
                         " for each group")
     bits = next((bits for bits in (4, 2) if len(codes) == -(-groups * bits // 8)), None)
-    if bits is None or codes.shape[1] * bits % 8:
+    if bits is None or codes.shape[1] * bits % 8 or (
+            settled in ("int2", "int4") and settled != f"int{bits}"):
         raise PartError(f"it has {describe(codes)} codes for {groups} groups, expected 2 or 4 bits"
                         " a value, and whole bytes for each group")
     bias = file.entries.get(f"{layer}.bias")

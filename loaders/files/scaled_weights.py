@@ -77,6 +77,9 @@ def join_scaled_weights(file: WeightFile, tensors: dict[str, torch.Tensor]):
         weight = tensors.get(f"{layer}.weight")
         if layer in marked or weight is None or is_packed(weight) or weight.itemsize != 1:
             continue
+        if marked and weight.dtype == torch.uint8:
+            raise file.error_at(f"{layer}.weight", f"{safe_repr(layer)} has no comfy_quant, as"
+                                " other layers have", AGAIN)
         scale = tensors.pop(name)
         if name.endswith(OF_BLOCKS):
             packed = _fp8_in_blocks(weight, scale)

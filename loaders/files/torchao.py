@@ -49,6 +49,8 @@ def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
         return pack_rows(codes, scale)
     if type_name != INTEGERS and type_name != ROWS[0]:
         raise PartError(f"it is a {safe_repr(type_name)}, expected {', '.join(ROWS)} or {INTEGERS}")
+    if zeros is None and type_name == INTEGERS:
+        raise PartError(f"it has no {ZEROS}")
     if zeros is None:
         zeros = torch.zeros(scale.shape, dtype=torch.int8)
     if (codes.dtype, codes.ndim, scale.ndim, zeros.dtype) != (torch.int8, 2, 2, torch.int8) or (

@@ -92,6 +92,14 @@ def check_same_as_host(path, seen, family, caplog):
     return patcher
 
 
+def as_in_ggml(values):
+    """The shape in which a C program keeps a tensor: four dimensions, without leading ones."""
+    values = values.flatten(0, 1) if values.ndim == 5 else values
+    while values.ndim > 1 and len(values) == 1:
+        values = values[0]
+    return values
+
+
 # in the style of ComfyUI-GGUF all run in test_compute_choice.py
 @pytest.mark.parametrize(("name", "style"), [
     *((name, stable_diffusion_cpp_style) for name in RUN),
@@ -104,10 +112,7 @@ def test_packed_file_runs_as_in_the_host(name, style, tmp_path, monkeypatch, cap
     weights = random_weights(family)
     stored = weights
     if style is stable_diffusion_cpp_style:
-        stored = {
-            PREFIX + key: values.flatten(0, 1) if values.ndim == 5 else values
-            for key, values in weights.items()
-        }
+        stored = {PREFIX + key: as_in_ggml(values) for key, values in weights.items()}
     seen = write_gguf(path, stored, **style(), metadata=family.metadata)
     seen = {
         key.removeprefix(PREFIX): values.reshape(weights[key.removeprefix(PREFIX)].shape)

@@ -1,26 +1,11 @@
 """Diffusion models in diffusers' names of each quantiser of the Hugging Face libraries, beside the
 host's dense model of the same values."""
-import functools
-import json
-
 import comfy.sd
 import pytest
 import torch
-from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
-from patched_models import LIMIT, error_by_effect, lora_for, patched, relative, run, tiny_flux
-from quantizer_writers import (
-    awq,
-    gptq,
-    int_quantized,
-    nvfp4,
-    pack_quantized,
-    quantized_state_dict,
-    quanto_bits,
-    quanto_bytes,
-    torchao_bytes,
-    torchao_header,
-    torchao_integers,
-)
+from patched_models import LIMIT, error_by_effect, lora_for, patched, relative, run
+from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
+from quantizer_writers import gptq
 from safetensors.torch import save_file
 
 from featherweight.loaders.diffusion import load_diffusion_model
@@ -33,54 +18,11 @@ from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-CONFIG = {"depth": 1, "depth_single_blocks": 1, "hidden_size": 256}
-
-
-def out_of_order(values):
-    return gptq(values, order=torch.randperm(values.shape[1],
-                                             generator=torch.Generator().manual_seed(3)))
-
-
-# family -> (writer of a weight, quantization_config, header of a weight or None)
-FAMILIES = {
-    "gptq": (gptq, {"quant_method": "gptq"}, None),
-    "gptq act-order": (out_of_order, {"quant_method": "gptq", "desc_act": True}, None),
-    "auto-round": (functools.partial(gptq, symmetric=True), {"quant_method": "auto-round"}, None),
-    "auto-round 2 bits": (functools.partial(gptq, bits=2, stored_less=0), {
-        "quant_method": "auto-round", "packing_format": "auto_round"}, None),
-    "auto-round 3 bits": (functools.partial(gptq, bits=3), {"quant_method": "auto-round"}, None),
-    "awq": (awq, {"quant_method": "awq"}, None),
-    "compressed-tensors": (functools.partial(pack_quantized, symmetric=False),
-                           {"quant_method": "compressed-tensors"}, None),
-    "compressed-tensors int8": (int_quantized, {"quant_method": "compressed-tensors"}, None),
-    "compressed-tensors nvfp4": (nvfp4, {"quant_method": "compressed-tensors"}, None),
-    "quanto": (quanto_bits, {"quant_method": "quanto"}, None),
-    "quanto int8": (quanto_bytes, {"quant_method": "quanto"}, None),
-    "torchao int8": (torchao_bytes, {"quant_method": "torchao"}, torchao_header("Int8Tensor")),
-    "torchao int4": (torchao_integers, {"quant_method": "torchao"},
-                     torchao_header("IntxUnpackedToInt8Tensor", target_dtype="int4")),
-}
-
-
-def keeps(name):
-    return "transformer_blocks." not in name
-
 
 @pytest.fixture
 def model(request, tmp_path):
     """A folder with a Flux whose blocks are quantised, and its dense values in the host's names."""
-    write, config, header = FAMILIES[request.param]
-    # the table's spelling
-    weights = {name.replace("_norm.scale", "_norm.weight"): value
-               for name, value in tiny_flux().items()}
-    table = DIFFUSERS["flux-dev"](CONFIG)
-    stored, values = quantized_state_dict(in_diffusers_names(weights, table), write, keeps)
-    metadata = {name: header for name, tensor in values.items()
-                if tensor.ndim == 2 and not keeps(name)} if header else None
-    save_file(stored, tmp_path / "diffusion_pytorch_model.safetensors", metadata)
-    (tmp_path / "config.json").write_text(json.dumps({
-        "_class_name": "FluxTransformer2DModel", "quantization_config": config}))
-    return str(tmp_path), in_the_hosts_names(values, weights, table)
+    return str(tmp_path), write_quantized_flux(tmp_path, request.param)
 
 
 def dense_model(values):
@@ -88,7 +30,7 @@ def dense_model(values):
         {name: value.clone() for name, value in values.items()})
 
 
-@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+@pytest.mark.parametrize("model", QUANTIZED_MODELS, indirect=True)
 def test_a_model_draws_what_its_dense_values_draw(model):
     path, values = model
     assert needs_own_reader(path)
@@ -97,7 +39,7 @@ def test_a_model_draws_what_its_dense_values_draw(model):
     assert relative(run(ours), run(dense_model(values))) < 1e-5
 
 
-@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+@pytest.mark.parametrize("model", QUANTIZED_MODELS, indirect=True)
 def test_a_model_takes_no_more_memory_than_its_file(model):
     file = open_weights(model[0])
     tensors = file.state_dict()

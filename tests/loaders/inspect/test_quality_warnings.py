@@ -95,7 +95,7 @@ def test_missing_weights_are_named(model, tmp_path):
 
 def test_a_checkpoint_is_warned_of_too(model, tmp_path):
     del model[NORM]
-    parts = {"first_stage_model.decoder.conv_in.weight": torch.zeros(64, 16, 3, 3)}
+    parts = {"first_stage_model.decoder.conv_in.weight": torch.ones(64, 16, 3, 3)}
     parts |= {f"model.diffusion_model.{name}": weight for name, weight in model.items()}
     assert STEM in the_warning(safetensors(tmp_path, parts))
 
@@ -125,11 +125,17 @@ def test_fp8_of_the_weights_themselves_and_fp8_with_scales_are_no_warning(model,
 
 
 def test_a_damaged_layer_of_comfyuis_formats_is_named(model, tmp_path):
-    damaged = {**model, WEIGHT: model[WEIGHT].to(torch.int8),
+    damaged = {**model, WEIGHT: (1 + model[WEIGHT]).to(torch.int8),
                WEIGHT.replace(".weight", ".comfy_quant"): mark("int8_tensorwise")}
     warning = the_warning(safetensors(tmp_path, damaged))
     assert warning.startswith("It does not load: model.safetensors")
     assert "double_blocks.0.img_mlp.0" in warning
+
+
+def test_a_weight_of_zeros_is_named(model, tmp_path):
+    warning = the_warning(safetensors(tmp_path, model | {WEIGHT: torch.zeros_like(model[WEIGHT])}))
+    assert warning.startswith(f"1 weight holds nothing but zeros, such as {WEIGHT!r}")
+    assert "Download the file again" in warning
 
 
 def mark(quantised_format: str) -> torch.Tensor:

@@ -1,0 +1,197 @@
+"""A file with one tensor, mark or setting dropped, doubled, renamed, of another type, cut or added:
+what loads has the right values, or the node says what is amiss, or the load stops."""
+import copy
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from host_formats import HOST_FORMATS
+from packed_files import PACKED_FILES, write_host_format
+from patched_models import relative, tiny_flux
+from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.load_check import load_notes
+from featherweight.ops.packed_layout import QuantizedTensor
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+Tensors = dict[str, torch.Tensor]
+Writer = Callable[[Path], Any]
+WHOLE = 400  # faults of a heavy test
+FEW = 24
+DEFAULTS = ("packing_format",)  # settings whose absence means something
+# cut, they are those of a model with fewer channels or a narrower encoder
+SETS_A_SIZE = re.compile(r"^(img_in|txt_in|x_embedder|context_embedder)\.")
+
+
+def _written_by(writer: Callable) -> Writer:
+    return lambda path: writer(path, tiny_flux())
+
+
+# family -> (writer, name of the file or folder); all but GGUF, whose tensors are of one part each
+FILES: dict[str, tuple[Writer, str]] = {
+    **{name: (_written_by(writer), file) for name, (writer, file) in PACKED_FILES.items()
+       if not file.endswith(".gguf")},
+    **{name: (_written_by(lambda path, values, name=name: write_host_format(name, path, values)),
+              "net.safetensors") for name in HOST_FORMATS},
+    **{name: (lambda path, name=name: (path.mkdir(), write_quantized_flux(path, name)), "net")
+       for name in QUANTIZED_MODELS},
+}
+
+
+class Stored:
+    """What a safetensors file, or a folder with one, has: tensors, metadata and settings."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = next(path.glob("*.safetensors")) if path.is_dir() else path
+        self.config = path / "config.json"
+        with safe_open(self.file, "pt") as file:
+            self.tensors: Tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            self.metadata = dict(file.metadata() or {})
+        self.settings = json.loads(self.config.read_text()) if self.config.exists() else {}
+
+    def write(self, tensors: Tensors, metadata: dict, settings: dict):
+        for file in self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]:
+            file.unlink()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.file,
+                  metadata or None)
+        if settings:
+            self.config.write_text(json.dumps(settings))
+
+
+def retyped(tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return tensor.float().to(chance.choice([torch.int32, torch.bool]))
+    if tensor.itemsize == 1:
+        return tensor.view(chance.choice([torch.int8, torch.uint8, torch.bool,
+                                          torch.float8_e4m3fn]))
+    return tensor.to(chance.choice([torch.float32, torch.uint8, torch.int64, torch.bool]))
+
+
+def faults_of(stored: Stored, chance: random.Random, count: int) -> Iterator[tuple]:
+    """Yields (what was done, tensors, metadata, settings)."""
+    names = list(stored.tensors)
+    kinds: dict[str, list[str]] = {}
+    for name in names:  # so that each kind of part is drawn
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    for _ in range(count):
+        name = chance.choice(kinds[chance.choice(list(kinds))])
+        tensors, tensor = dict(stored.tensors), stored.tensors[name]
+        metadata, settings = dict(stored.metadata), copy.deepcopy(stored.settings)
+        kind = chance.choice(["drop", "double", "rename", "retype", "cut", "transpose", "add",
+                              "setting"])
+        if kind == "drop":
+            del tensors[name]
+        elif kind == "double":
+            tensors[f"{name}.1"] = tensor.clone()
+        elif kind == "rename":
+            tensors[name[:-1] + "x"] = tensors.pop(name)
+        elif kind == "retype":
+            tensors[name] = retyped(tensor, chance)
+        elif kind == "cut" and tensor.ndim and not SETS_A_SIZE.search(name):
+            dim = chance.randrange(tensor.ndim)
+            tensors[name] = tensor.narrow(dim, 0, tensor.shape[dim] // 2)
+        elif kind == "transpose" and len(set(tensor.shape)) == 2:
+            tensors[name] = tensor.t()
+        elif kind == "add":
+            layer = name.rpartition(".")[0]
+            part = chance.choice(["mystery", "weight_scale_3", "lora.up.weight"])
+            tensors[f"{layer}.{part}"] = torch.ones(3)
+        elif kind == "setting":
+            name = change_a_setting(tensors, metadata, settings, chance)
+        yield f"{kind} {name}", tensors, metadata, settings
+
+
+def change_a_setting(tensors: Tensors, metadata: dict, settings: dict,
+                     chance: random.Random) -> str:
+    """Changes one number or text of the JSON in a mark, in the metadata or in config.json."""
+    marks = [name for name in tensors
+             if tensors[name].dtype == torch.uint8 and bytes(tensors[name].flatten().tolist()
+                                                             ).startswith(b"{")]
+    if marks:
+        name = chance.choice(marks)
+        text = json.loads(bytes(tensors[name].tolist()))
+        done = change_one(text, chance)
+        tensors[name] = torch.tensor(list(json.dumps(text).encode()), dtype=torch.uint8)
+        return f"{name}: {done}"
+    if metadata:
+        name = chance.choice(list(metadata))
+        try:
+            text = json.loads(metadata[name])
+        except ValueError:
+            text = None
+        if isinstance(text, dict) and text:
+            done = change_one(text, chance)
+            metadata[name] = json.dumps(text)
+            return f"metadata {name}: {done}"
+    if "quantization_config" in settings:
+        return f"config.json: {change_one(settings['quantization_config'], chance)}"
+    return "none"
+
+
+def change_one(settings: dict, chance: random.Random) -> str:
+    key = chance.choice(list(settings))
+    value = settings[key]
+    if isinstance(value, dict) and value:
+        return f"{key}.{change_one(value, chance)}"
+    if chance.random() < 0.3 and key not in DEFAULTS:
+        del settings[key]
+        return f"{key} dropped"
+    settings[key] = (not value if isinstance(value, bool) else 2 * value + 1
+                     if isinstance(value, int | float) else "other")
+    return f"{key} = {settings[key]}"
+
+
+def weights_of(patcher) -> Tensors:
+    return {name: (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).float()
+            for name, weight in patcher.model.diffusion_model.named_parameters()}
+
+
+def check_faults(name: str, seed: int, count: int, tmp_path: Path):
+    write, file = FILES[name]
+    path = tmp_path / file
+    try:
+        write(path)
+    except ValueError as error:
+        pytest.skip(f"its writer does not take widths of this model: {error}")
+    stored, chance = Stored(path), random.Random(seed)
+    right = load_diffusion_model(str(path))
+    assert load_notes(right) == ()
+    values = weights_of(right)
+    silent = []
+    for done, *parts in faults_of(stored, chance, count):
+        stored.write(*parts)
+        try:
+            patcher = load_diffusion_model(str(path))
+        except WeightFileError:
+            continue
+        except Exception as error:
+            silent.append(f"{done}: {type(error).__name__}: {error}")
+            continue
+        if not load_notes(patcher):
+            found = weights_of(patcher)
+            silent += [f"{done}: {key}" for key, value in values.items()
+                       if found[key].shape != value.shape
+                       or not relative(found[key], value) < 1e-6][:1]
+    assert not silent, "\n".join(silent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_fault_is_never_silent(name, tmp_path):
+    check_faults(name, random.randrange(1 << 30), FEW, tmp_path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", FILES)
+def test_many_faults_are_never_silent(name, tmp_path):
+    check_faults(name, random.randrange(1 << 30), WHOLE, tmp_path)
