@@ -27,12 +27,6 @@ def to_comfy_keys(state_dict: dict[str, torch.Tensor],
     return _with_leading_ones(from_diffusers(state_dict, lazy))
 
 
-def is_wrapped(names: Iterable[str]) -> bool:
-    """Returns whether all names of a file have a prefix in common that its trainer, not the model,
-    has put there."""
-    return bool(_wrapper(names))
-
-
 def model_prefix(state_dict: dict[str, torch.Tensor]) -> str:
     """Returns the prefix of the model's names in a checkpoint, "" in a file of a model alone.
 

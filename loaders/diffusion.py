@@ -1,5 +1,6 @@
 """Loads diffusion models from weight files and folders as the host's own, with packed weights."""
 import contextlib
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from .detection import (
     missing_keys_text,
     reject_non_diffusion,
     reject_side_model,
+    shape_mismatch_text,
 )
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
@@ -32,6 +34,8 @@ from .progress import Progress
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
 from .seedvr2 import add_texts
+
+log = logging.getLogger(__name__)
 
 DIFFUSION_MODEL = "diffusion model"
 
@@ -72,11 +76,9 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
     device = model_options.get("load_device", comfy.model_management.get_torch_device())
     formats = packed_formats(host_formats, device)
     if not needs_own_reader(path, pack_to, formats) and not extra:
-        with check_load(os.path.basename(path)) as check:
-            patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
-                                                    disable_dynamic=disable_dynamic)
-            check.attach(patcher)
-        return recipe.attach(patcher) if disable_dynamic else patcher
+        patcher = _load_by_the_host(path, model_options, disable_dynamic)
+        if patcher is not None:
+            return recipe.attach(patcher) if disable_dynamic else patcher
     file = open_weights(path)
     reject_non_diffusion(file)
     stages = ["reading", *(["packing"] if pack_to else [])]
@@ -102,6 +104,23 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
         packed.attach(patcher)
     progress.stage()
     return recipe.attach(patcher)
+
+
+def _load_by_the_host(path: str, model_options: dict[str, Any],
+                      disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher | None:
+    """Returns the model, None where the host does not know it as it is in the file."""
+    try:
+        with check_load(os.path.basename(path)) as check:
+            patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
+                                                    disable_dynamic=disable_dynamic)
+            check.attach(patcher)
+        return patcher
+    except RuntimeError as error:
+        if not str(error).startswith("ERROR: Could not detect") and (
+                shape_mismatch_text(error) is None):
+            raise
+        log.debug("[Featherweight] ComfyUI does not load %s", path, exc_info=True)
+        return None
 
 
 def read_weights(

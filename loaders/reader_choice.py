@@ -6,7 +6,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .comfy_keys import is_wrapped
 from .comfy_quant import find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
 from .files.comfy_marks import MarkError, has_other_names
@@ -50,7 +49,6 @@ def needs_own_reader(path: str, pack_to: str | None = None,
                     or has_leftover_scales(keys, partial(_type_of, file))
                     or has_sdnq_weights(keys, partial(_type_of, file))
                     or has_other_names(metadata, keys)
-                    or is_wrapped(keys)
                     or has_format(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
     except (SafetensorError, OSError, RuntimeError,  # RuntimeError: from torch, mapping the file

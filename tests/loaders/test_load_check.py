@@ -1,0 +1,189 @@
+"""What a model misses of its file, and what of the file it does not use, is told or refused."""
+import concurrent.futures
+
+import comfy.sd
+import pytest
+import torch
+from checkpoint_parts import autoencoder, clip_l, stable_diffusion
+from families import FAMILIES, random_weights
+from host_formats import in_host_format
+from patched_models import relative, run, tiny_flux
+from safetensors.torch import save_file
+
+from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.load_check import NOT_NEEDED, UNUSED, check_load, load_notes, patcher_of
+from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.vae import load_vae
+from featherweight.ops import product
+from featherweight.ops.packed_layout import is_packed
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+WEIGHT = "double_blocks.0.img_mlp.0.weight"
+BIAS = "double_blocks.0.img_mlp.0.bias"
+NORM = "single_blocks.0.norm.query_norm.scale"
+
+
+def safetensors(path, weights):
+    save_file({name: value.contiguous().clone() for name, value in weights.items()}, path)
+    return str(path)
+
+
+def gguf(path, weights):
+    path = path.with_suffix(".gguf")
+    write_gguf(path, weights, lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
+    return str(path)
+
+
+WRITERS = [safetensors, gguf]
+writers = pytest.mark.parametrize("write", WRITERS)
+
+
+def value(patcher, name: str) -> torch.Tensor:
+    weight = patcher.model.diffusion_model.state_dict()[name]
+    return product.dequantize(weight, torch.float32) if is_packed(weight) else weight
+
+
+@writers
+def test_a_whole_file_has_no_notes(write, tmp_path):
+    assert load_notes(load_diffusion_model(write(tmp_path / "a.safetensors", tiny_flux()))) == ()
+
+
+@writers
+@pytest.mark.parametrize("name", [WEIGHT, BIAS])
+def test_a_missing_weight_is_zeros_and_told(name, write, tmp_path):
+    weights = dict(tiny_flux())
+    del weights[name]
+    patcher = load_diffusion_model(write(tmp_path / "a.safetensors", weights))
+    assert not value(patcher, name).any() and run(patcher).isfinite().all()
+    assert load_notes(patcher)[0].startswith(
+        f"a.{'gguf' if write is gguf else 'safetensors'} has not all weights of the model: {name!r}"
+        " is zeros")
+
+
+@writers
+def test_a_missing_scale_of_a_norm_is_ones_and_told(write, tmp_path):
+    weights = {name: tensor for name, tensor in tiny_flux().items() if name != NORM}
+    patcher = load_diffusion_model(write(tmp_path / "a.safetensors", weights))
+    loaded = dict(patcher.model.diffusion_model.single_blocks[0].norm.query_norm.named_parameters())
+    assert all((tensor == 1).all() for tensor in loaded.values())
+    assert "query_norm" in load_notes(patcher)[0] and "ones where it scales" in load_notes(patcher)[0]
+
+
+@writers
+def test_a_tensor_that_the_model_has_not_is_told(write, tmp_path):
+    weights = tiny_flux() | {"double_blocks.0.mystery": torch.ones(3)}
+    patcher = load_diffusion_model(write(tmp_path / "a.safetensors", weights))
+    assert load_notes(patcher) == (
+        "The model does not use 'double_blocks.0.mystery' of"
+        f" a.{'gguf' if write is gguf else 'safetensors'}.",)
+
+
+@writers
+def test_missing_and_unused_together_stop_the_load(write, tmp_path):
+    weights = dict(tiny_flux())
+    weights["double_blocks.0.img_mlp_0_weight"] = weights.pop(WEIGHT)
+    with pytest.raises(WeightFileError, match="makes only a part of the model: it has no"
+                                              f" {WEIGHT!r}, and the model has no 'double_blocks.0."
+                                              "img_mlp_0_weight'"):
+        load_diffusion_model(write(tmp_path / "a.safetensors", weights))
+
+
+@writers
+def test_weights_of_zeros_are_told(write, tmp_path):
+    weights = tiny_flux() | {WEIGHT: torch.zeros_like(tiny_flux()[WEIGHT])}
+    notes = load_notes(load_diffusion_model(write(tmp_path / "a.safetensors", weights)))
+    assert len(notes) == 1 and f"{WEIGHT!r} of a." in notes[0] and "nothing but zeros" in notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_codes_without_their_scales_stop_the_load(dtype, tmp_path):
+    weights = dict(tiny_flux())
+    for name, tensor in weights.items():
+        if tensor.ndim == 2 and "blocks" in name:
+            weights[name] = (tensor / tensor.abs().max() * 100).to(dtype)
+    with pytest.raises(WeightFileError, match="holds codes without their scales, and so do"):
+        load_diffusion_model(safetensors(tmp_path / "a.safetensors", weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.int64])
+@pytest.mark.parametrize("name", [BIAS, NORM, "img_in.weight"])
+def test_whole_numbers_as_weights_stop_the_load(name, dtype, tmp_path):
+    weights = tiny_flux() | {name: tiny_flux()[name].to(dtype)}
+    with pytest.raises(WeightFileError, match="expected floats"):
+        load_diffusion_model(safetensors(tmp_path / "a.safetensors", weights))
+
+
+def test_plain_fp8_without_scales_is_a_model(tmp_path):
+    weights = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor
+               for name, tensor in tiny_flux().items()}
+    patcher = load_diffusion_model(safetensors(tmp_path / "a.safetensors", weights))
+    assert load_notes(patcher) == ()
+    assert relative(value(patcher, WEIGHT), weights[WEIGHT].float()) < 1e-6
+
+
+def test_a_scale_of_inputs_needs_no_use(tmp_path):
+    weights = dict(tiny_flux())
+    parts, _ = in_host_format(WEIGHT, weights.pop(WEIGHT), "float8_e4m3fn")
+    weights |= parts | {WEIGHT.replace("weight", "input_scale"): torch.ones(())}
+    assert load_notes(load_diffusion_model(safetensors(tmp_path / "a.safetensors", weights))) == ()
+
+
+@writers
+@pytest.mark.parametrize("part", ["model.diffusion_model.", "first_stage_model."])
+def test_parts_of_a_checkpoint_are_checked(part, write, tmp_path):
+    weights = dict(stable_diffusion())
+    name = next(name for name in weights if name.startswith(part) and name.endswith(".bias"))
+    del weights[name]
+    parts = load_checkpoint(write(tmp_path / "a.safetensors", weights))
+    notes = [note for each in parts for note in load_notes(patcher_of(each))]
+    assert len(notes) == 1 and name.removeprefix(part) in notes[0]
+
+
+@writers
+def test_a_vae_is_checked(write, tmp_path):
+    vae = dict(autoencoder())
+    name = next(name for name in vae if name.endswith(".bias"))
+    del vae[name]
+    vae["mystery"] = torch.ones(2)
+    with pytest.raises(WeightFileError, match=f"it has no .*{name}.*the model has no 'mystery'"):
+        load_vae(write(tmp_path / "a.safetensors", vae))
+    del vae["mystery"]
+    assert name in load_notes(load_vae(write(tmp_path / "a.safetensors", vae)).patcher)[0]
+
+
+@writers
+def test_an_encoder_is_checked(write, tmp_path):
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in clip_l().items()}
+    assert load_notes(load_text_encoder([write(tmp_path / "a.safetensors", weights)]).patcher) == ()
+    del weights["text_model.encoder.layers.3.mlp.fc1.bias"]
+    notes = load_notes(load_text_encoder([write(tmp_path / "a.safetensors", weights)]).patcher)
+    assert "'text_model.encoder.layers.3.mlp.fc1.bias' is zeros" in notes[0]
+
+
+def test_memory_that_nothing_initialises_is_never_a_weight(tmp_path):
+    """By the host, whose layers leave what they do not find as it was in memory."""
+    weights = random_weights(FAMILIES["sd1.5"])
+    for name in ("time_embed.0.bias", "input_blocks.1.0.in_layers.0.bias", "out.2.weight"):
+        stored = {key: tensor for key, tensor in weights.items() if key != name}
+        patcher = load_diffusion_model(safetensors(tmp_path / f"{name}.safetensors", stored))
+        assert len(value(patcher, name).unique()) == 1 and name in load_notes(patcher)[0]
+
+
+def test_a_load_sees_what_its_thread_builds():
+    def build():
+        return comfy.sd.load_diffusion_model_state_dict(dict(tiny_flux()))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, check_load("a") as check:
+        weights = dict(tiny_flux())
+        del weights[BIAS]
+        pool.submit(build).result()
+        check.attach(patcher := comfy.sd.load_diffusion_model_state_dict(weights))
+    assert BIAS in load_notes(patcher)[0] and len(load_notes(patcher)) == 1
+
+
+def test_every_exception_has_a_reason():
+    assert all(reason for _, reason in UNUSED) and all(reason for *_, reason in NOT_NEEDED)
