@@ -75,10 +75,10 @@ def _with_leading_ones(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     config = try_detect(detect_unet_config, state_dict, prefix)
     restored = _LastRead(state_dict | {
         name: _reshaped(tensor, (1, *tensor.shape)) for name, tensor in state_dict.items()
-        if tensor.ndim == 2 and not name.endswith((".weight", ".bias"))})
+        if len(tensor.shape) == 2 and not name.endswith((".weight", ".bias"))})
     detected = try_detect(detect_unet_config, restored, prefix)
     while detected is None and (tensor := restored.get(restored.last)) is not None:
-        if tensor.ndim != 1:  # the host does not fail for its missing dimension
+        if len(tensor.shape) != 1:  # the host does not fail for its missing dimension
             return state_dict
         restored[restored.last] = _reshaped(tensor, (1, *tensor.shape))
         detected = try_detect(detect_unet_config, restored, prefix)

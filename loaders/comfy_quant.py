@@ -167,6 +167,10 @@ def with_marks(file: WeightFile,
         mended = None if weight is None else _mended_mark(mark, weight)
         if mended is not None:
             state_dict[name] = mended
+    for names in _parts_of_layers(state_dict).values():
+        for name in names:  # ComfyUI's products take no float64
+            if state_dict[name].dtype == torch.float64:
+                state_dict[name] = state_dict[name].float()
     return state_dict
 
 
@@ -287,6 +291,9 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         if layer in settings:
             tensors[f"{layer}{MARK}"] = _as_bytes(settings[layer])
         weight = tensors[f"{layer}.weight"]
+        wide = next((name for name, part in tensors.items() if part.dtype == torch.float64), None)
+        if wide is not None:
+            return layer, UnreadFormatError(f"{safe_repr(wide)} is float64")
         mark = _mended_mark(tensors[f"{layer}{MARK}"], weight)
         if mark is not tensors[f"{layer}{MARK}"]:
             return layer, UnreadFormatError("its comfy_quant does not say what its weight is")

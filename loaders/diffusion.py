@@ -27,6 +27,7 @@ from .detection import (
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .host_formats import AUTOMATIC, EXACT, packed_formats
+from .host_patcher import keep_weights_whole
 from .load_check import check_load
 from .modules import explain_module_errors, join_module, module_layers, reject_unused_module
 from .pack_on_load import PackStats, pack_weights
@@ -114,6 +115,7 @@ def _load_by_the_host(path: str, model_options: dict[str, Any],
             patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
                                                     disable_dynamic=disable_dynamic)
             check.attach(patcher)
+        keep_weights_whole(patcher)
         return patcher
     except RuntimeError as error:
         if not str(error).startswith("ERROR: Could not detect") and (

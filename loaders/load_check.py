@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.layers import PackedLayer
 from ..ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from .encoders.arch import TOKENIZER_NAMES
+from .files.comfy_marks import MARK
 from .files.container import AGAIN, WeightFileError, describe, safe_repr
 from .files.leftover_scales import MAX_UNSCALED, root_mean_square
 from .wording import join_some
@@ -264,7 +265,8 @@ def _reject_whole_numbers(name: str, module: torch.nn.Module, state_dict: dict[s
     for key, weight in (*module.named_parameters(), *module.named_buffers()):
         tensor = state_dict.get(key)
         if (weight.is_floating_point() and isinstance(tensor, torch.Tensor)
-                and not is_packed(tensor) and not tensor.is_floating_point()):
+                and not is_packed(tensor) and not tensor.is_floating_point()
+                and f"{key.removesuffix('.weight')}{MARK}" not in state_dict):
             raise WeightFileError(
                 f"{name}: {safe_repr(key)} is {describe(tensor)}, expected floats. {AGAIN}")
 
@@ -279,7 +281,7 @@ def lacks_scale(name: str, tensor: torch.Tensor, names: Iterable[str]) -> bool:
     """
     if (not isinstance(tensor, torch.Tensor) or tensor.ndim < 2 or tensor.device.type == "meta"
             or not name.endswith("weight") or is_packed(tensor)
-            or f"{name.removesuffix('.weight')}.comfy_quant" in names):
+            or f"{name.removesuffix('.weight')}{MARK}" in names):
         return False
     if tensor.dtype in CODES:
         return True

@@ -1,11 +1,17 @@
 """Whole models in ComfyUI's own quantised formats, computed by this pack."""
+import contextlib
 import functools
 
+import comfy.hooks
+import comfy.lora
+import comfy.model_management
 import comfy.sd
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
+from comfy_extras.nodes_model_merging import ModelMergeSimple
 from host_formats import ASYMMETRIC, in_host_format
+from packed_files import write_host_format
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -19,6 +25,7 @@ from safetensors.torch import save_file
 
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.comfy_formats import READERS
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.host_formats import (
     AS_COMFYUI,
     AUTOMATIC,
@@ -126,6 +133,54 @@ def test_the_user_leaves_them_to_comfyui(format_name, folder):
     exact = load_diffusion_model(path, host_formats=EXACT)
     assert host_product_text(exact) is None
     assert dequantize_backend_text(exact).startswith("dequantised by ")
+
+
+@pytest.mark.parametrize("format_name", ["float8_e4m3fn", "int8_tensorwise"])
+@pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
+def test_models_in_them_merge_twice_whoever_computes_them(ours, format_name, tmp_path):
+    values = [write_host_format(format_name, tmp_path / f"{seed}.safetensors", tiny_flux(seed))
+              for seed in (0, 1)]
+    merged, other = (load_diffusion_model(str(tmp_path / f"{seed}.safetensors"), host_formats=ours)
+                     for seed in (0, 1))
+    expected = values[0]
+    for _ in range(2):
+        merged, = ModelMergeSimple().merge(merged, other, 0.5)
+        expected = {name: (value + values[1][name]) / 2 for name, value in expected.items()}
+    dense = comfy.sd.load_diffusion_model_state_dict(expected)
+    # ComfyUI quantises what it has merged
+    assert relative(run(merged), run(dense)) < (1e-5 if ours == EXACT else 0.05)
+
+
+@pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
+def test_a_scheduled_lora_works_or_is_a_sentence(ours, tmp_path):
+    values = write_host_format("float8_e4m3fn", tmp_path / "a.safetensors", tiny_flux())
+    model = load_diffusion_model(str(tmp_path / "a.safetensors"), host_formats=ours).clone()
+    hooks = comfy.hooks.create_hook_lora(lora_for(values), 1.0, 1.0)
+    patches = comfy.lora.load_lora(hooks.hooks[0].weights,
+                                   comfy.lora.model_lora_keys_unet(model.model, {}))
+    hooks.hooks[0].hook_ref = comfy.hooks._HookRef()
+    assert model.add_hook_patches(hooks.hooks[0], patches, 1.0)
+    comfy.model_management.load_models_gpu([model])
+    refused = pytest.raises(WeightFileError, match="Choose exact, from the file's weights")
+    with contextlib.nullcontext() if ours == EXACT else refused:
+        model.patch_hooks(hooks)
+    model.unpatch_hooks()
+
+
+@pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
+def test_scales_in_float64_are_read(ours, tmp_path):
+    stored, values = {}, {}
+    for name, value in tiny_flux().items():
+        stored[name] = values[name] = value
+        if value.ndim == 2:
+            parts, values[name] = in_host_format(name, value, "int8_tensorwise")
+            stored |= {key: part.double() if "scale" in key else part
+                       for key, part in parts.items()}
+    save_file({name: value.contiguous() for name, value in stored.items()},
+              tmp_path / "a.safetensors")
+    model = load_diffusion_model(str(tmp_path / "a.safetensors"), host_formats=ours)
+    dense = comfy.sd.load_diffusion_model_state_dict(values)
+    assert relative(run(model), run(dense)) < (1e-5 if ours == EXACT else 0.02)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

@@ -70,7 +70,8 @@ def test_a_missing_scale_of_a_norm_is_ones_and_told(write, tmp_path):
     patcher = load_diffusion_model(write(tmp_path / "a.safetensors", weights))
     loaded = dict(patcher.model.diffusion_model.single_blocks[0].norm.query_norm.named_parameters())
     assert all((tensor == 1).all() for tensor in loaded.values())
-    assert "query_norm" in load_notes(patcher)[0] and "ones where it scales" in load_notes(patcher)[0]
+    note, = load_notes(patcher)
+    assert "query_norm" in note and "ones where it scales" in note
 
 
 @writers
