@@ -27,6 +27,12 @@ def to_comfy_keys(state_dict: dict[str, torch.Tensor],
     return _with_leading_ones(from_diffusers(state_dict, lazy))
 
 
+def has_foreign_names(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Returns whether the names are not the host's own, such as diffusers'."""
+    return try_detect(detect_unet_config, _without_wrappers(state_dict),
+                      model_prefix(state_dict)) is None
+
+
 def model_prefix(state_dict: dict[str, torch.Tensor]) -> str:
     """Returns the prefix of the model's names in a checkpoint, "" in a file of a model alone.
 

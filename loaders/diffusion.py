@@ -2,7 +2,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -13,8 +13,9 @@ import torch
 
 from ..ops.load_hooks import dequantize_plain_parameters
 from ..ops.operations import operations_for
+from ..ops.packed_layout import is_packed
 from .comfy_bridge import wrap_model
-from .comfy_keys import model_prefix, to_comfy_keys
+from .comfy_keys import has_foreign_names, model_prefix, to_comfy_keys
 from .comfy_quant import as_tensors, host_metadata, read_marked, reject_unread_layers
 from .detection import (
     explain_shape_errors,
@@ -25,14 +26,17 @@ from .detection import (
     shape_mismatch_text,
 )
 from .files import open_weights
+from .files.comfy_formats import FP8
+from .files.comfy_marks import MARK
 from .files.container import WeightFile, WeightFileError
+from .files.integer_weights import pack_rows
 from .host_formats import AUTOMATIC, EXACT, packed_formats
 from .host_patcher import keep_weights_whole
 from .load_check import check_load
 from .modules import explain_module_errors, join_module, module_layers, reject_unused_module
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
-from .reader_choice import needs_own_reader
+from .reader_choice import has_plain_fp8, needs_own_reader
 from .recipe import Recipe, register_loader
 from .seedvr2 import add_texts
 
@@ -76,7 +80,8 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
         })
     device = model_options.get("load_device", comfy.model_management.get_torch_device())
     formats = packed_formats(host_formats, device)
-    if not needs_own_reader(path, pack_to, formats) and not extra:
+    keeps_fp8 = device.type == "cpu" and pack_to is None and has_plain_fp8(path)
+    if not (needs_own_reader(path, pack_to, formats) or extra or keeps_fp8):
         patcher = _load_by_the_host(path, model_options, disable_dynamic)
         if patcher is not None:
             return recipe.attach(patcher) if disable_dynamic else patcher
@@ -85,6 +90,8 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
     stages = ["reading", *(["packing"] if pack_to else [])]
     progress = Progress(*stages, *(stages if extra else []), "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats)
+    if keeps_fp8:
+        state_dict = pack_plain_fp8(state_dict)
     prefix = model_prefix(state_dict)
     module = {}
     if extra:
@@ -144,13 +151,38 @@ def read_weights(
     """
     state_dict = read_marked(file, progress.track)
     if pack_to is None:
-        if formats:
+        if has_foreign_names(state_dict) and any(name.endswith(MARK) for name in state_dict):
+            # weights of several layers become one, of one format and scale for each row
+            if formats != packed_formats(EXACT, torch.device("cpu")):
+                file.note(f"{file.path.name} has diffusers' names: this pack computes its quantised"
+                          " layers, exactly, not ComfyUI.")
+            state_dict = as_tensors(file, state_dict, model_prefix(state_dict))
+        elif formats:
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
         reject_unread_layers(file, state_dict)
         return to_comfy_keys(state_dict), None
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
     return state_dict, pack_weights(file, state_dict, pack_to, progress, prefix)
+
+
+def pack_plain_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Packs fp8 weights without scales, which the host keeps in float32 on a CPU.
+
+    Args:
+        state_dict: with the host's names; it is not changed.
+    """
+    one = torch.ones(1, dtype=torch.float32)
+    return {
+        name: pack_rows(tensor, one) if is_fp8_matrix(name, tensor, state_dict) else tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def is_fp8_matrix(name: str, tensor: torch.Tensor, names: Container[str]) -> bool:
+    """Returns whether a tensor is the weight of a linear layer or a kernel in plain fp8."""
+    return (name.endswith(".weight") and tensor.dtype in FP8 and tensor.ndim > 1
+            and not is_packed(tensor) and f"{name.removesuffix('.weight')}{MARK}" not in names)
 
 
 def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],

@@ -109,7 +109,7 @@ class LoadCheck:
         for module, missing, unexpected in self._loads:
             made += [name for name in missing
                      if not _is_not_needed(module, name) and _make(module, name)]
-            unused += [name for name in unexpected
+            unused += [name for name in sorted(unexpected)
                        if not any(pattern.search(name) for pattern, _ in UNUSED)]
         if made and unused:
             raise WeightFileError(

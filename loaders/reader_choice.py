@@ -1,6 +1,6 @@
 """Chooses which files this pack reads and which go to the host's own loaders."""
 import os
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from functools import partial
 from typing import Any
 
@@ -8,13 +8,15 @@ from safetensors import SafetensorError, safe_open
 
 from .comfy_quant import find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
-from .files.comfy_marks import MarkError, has_other_names
+from .files.comfy_marks import MARK, MarkError, has_other_names, marked_layers
 from .files.leftover_scales import has_leftover_scales
 from .files.nunchaku import has_nunchaku_weights
 from .files.quantizers import has_quantized_weights
 from .files.safetensors import is_shard
 from .files.scaled_weights import has_scaled_weights
 from .files.sdnq import has_sdnq_weights
+
+FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 
 
 def needs_own_reader(path: str, pack_to: str | None = None,
@@ -49,11 +51,32 @@ def needs_own_reader(path: str, pack_to: str | None = None,
                     or has_leftover_scales(keys, partial(_type_of, file))
                     or has_sdnq_weights(keys, partial(_type_of, file))
                     or has_other_names(metadata, keys)
+                    or _may_be_joined(marked_layers(metadata, keys))
                     or has_format(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
     except (SafetensorError, OSError, RuntimeError,  # RuntimeError: from torch, mapping the file
             MarkError):
         return True
+
+
+def has_plain_fp8(path: str) -> bool:
+    """Returns whether a safetensors file has weights in fp8 without a mark or a scale."""
+    if not str(path).lower().endswith((".safetensors", ".sft")):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = dict.fromkeys(file.keys())
+            return any(
+                _type_of(file, name) in FP8_TYPES for name in names if name.endswith(".weight")
+                and f"{name.removesuffix('.weight')}{MARK}" not in names)
+    except (SafetensorError, OSError, RuntimeError):
+        return False
+
+
+def _may_be_joined(layers: Iterable[str]) -> bool:
+    """Returns whether layers in ComfyUI's formats have a name of diffusers', whose q, k and v
+    ComfyUI joins in some models, without their scales."""
+    return any(layer.endswith((".to_q", ".to_k", ".to_v")) for layer in layers)
 
 
 def _type_of(file: Any, name: str) -> str:

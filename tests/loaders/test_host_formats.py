@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from host_formats import ASYMMETRIC, in_host_format
 from packed_files import write_host_format
 from patched_models import (
@@ -34,6 +35,7 @@ from featherweight.loaders.host_formats import (
     packed_formats,
 )
 from featherweight.loaders.inspect import inspect
+from featherweight.loaders.load_check import load_notes
 from featherweight.loaders.model_summary import (
     dequantize_backend_text,
     host_product_text,
@@ -165,6 +167,27 @@ def test_a_scheduled_lora_works_or_is_a_sentence(ours, tmp_path):
     with contextlib.nullcontext() if ours == EXACT else refused:
         model.patch_hooks(hooks)
     model.unpatch_hooks()
+
+
+@pytest.mark.parametrize("format_name", [name for name in FORMATS if name in QUANT_ALGOS])
+@pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])
+def test_q_k_and_v_of_diffusers_keep_their_scales(ours, format_name, tmp_path):
+    table = DIFFUSERS["flux-dev"]({"depth": 1, "depth_single_blocks": 1, "hidden_size": 256})
+    weights = {name.replace("_norm.scale", "_norm.weight"): value
+               for name, value in tiny_flux().items()}
+    stored, values = {}, {}
+    for name, value in in_diffusers_names(weights, table).items():
+        stored[name] = values[name] = value
+        if value.ndim == 2 and "transformer_blocks" in name:
+            parts, values[name] = in_host_format(name, value, format_name)
+            stored |= parts
+    path = str(tmp_path / "a.safetensors")
+    save_file({name: value.contiguous() for name, value in stored.items()}, path)
+    model = load_diffusion_model(path, host_formats=ours)
+    dense = comfy.sd.load_diffusion_model_state_dict(in_the_hosts_names(values, weights, table))
+    assert relative(run(model), run(dense)) < 1e-5
+    assert [("diffusers' names" in note) for note in load_notes(model)] == [True] * (
+        ours == AS_COMFYUI)
 
 
 @pytest.mark.parametrize("ours", [EXACT, AS_COMFYUI])

@@ -122,8 +122,12 @@ def test_plain_fp8_without_scales_is_a_model(tmp_path):
     weights = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor
                for name, tensor in tiny_flux().items()}
     patcher = load_diffusion_model(safetensors(tmp_path / "a.safetensors", weights))
-    assert load_notes(patcher) == ()
+    assert load_notes(patcher) == () and is_packed(
+        patcher.model.diffusion_model.get_parameter(WEIGHT))
     assert relative(value(patcher, WEIGHT), weights[WEIGHT].float()) < 1e-6
+    dense = comfy.sd.load_diffusion_model_state_dict(
+        {name: tensor.float() for name, tensor in weights.items()})
+    assert relative(run(patcher), run(dense)) < 1e-5
 
 
 def test_a_scale_of_inputs_needs_no_use(tmp_path):
