@@ -97,13 +97,18 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     formats = packed_formats(host_formats, device)
     by_the_host = not any(needs_own_reader(path, pack_to, formats) for path in paths)
     if by_the_host and mmproj in (AUTO, None):
-        with check_load(_names(paths)) as check:
-            clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type, model_options,
-                                      disable_dynamic)
-            check.attach(clip)
-        if disable_dynamic:
-            recipe.attach(clip.patcher)
-        return clip
+        try:
+            with check_load(_names(paths)) as check:
+                clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type,
+                                          model_options, disable_dynamic)
+                check.attach(clip)
+            if disable_dynamic:
+                recipe.attach(clip.patcher)
+            return clip
+        except RuntimeError as error:
+            if shape_mismatch_text(error) is None:
+                raise
+            log.debug("[Featherweight] ComfyUI does not load %s", paths, exc_info=True)
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
     packing = ["packing"] * len(paths) if pack_to else []
@@ -352,5 +357,5 @@ def _explain_shapes(paths: list[str]):
         if mismatch is None:
             raise
         raise WeightFileError(
-            f"{_names(paths)}: {mismatch} Get the size of the model that the workflow is for."
-        ) from error
+            f"{_names(paths)}: {mismatch} Choose the type of model that it is for at `type`, or get"
+            " the size that the workflow is for.") from error

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from .packed_tensor import relabel
 from .pickle_names import stable_pickle_name
 from .row_slicing import take_rows, without_padding
 from .workspace import shared_workspace
+
+TOKENS = re.compile(r"(^|\.)(token_embedding|embed_tokens|shared|word_embeddings|tok_embeddings)\.$")
 
 if TYPE_CHECKING:
 
@@ -257,16 +260,34 @@ class Linear(PackedLinear, comfy.ops.manual_cast.Linear):
 class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
     """An embedding with a packed table, of which only the rows looked up are dequantised."""
 
+    is_short = False  # has fewer rows than the model's
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # a converter may leave out the last rows, which belong to no token (Gemma 3)
         table = state_dict.get(f"{prefix}weight")
-        if table is not None and table.ndim == 2 and table.shape[0] < self.num_embeddings:
-            self.num_embeddings = table.shape[0]
-            self.weight = torch.nn.Parameter(self.weight[:self.num_embeddings], requires_grad=False)
+        rows = None if table is None or table.ndim != 2 else len(table)
+        # a converter may leave out the last rows, which belong to no token (Gemma 3)
+        if rows is not None and rows < self.num_embeddings:
+            self.is_short = True
+            self.num_embeddings = rows
+            self.weight = torch.nn.Parameter(self.weight[:rows], requires_grad=False)
+        # or have more, of tokens that the host's tokenizer does not know (LLaVA-Llama 3)
+        elif rows is not None and rows > self.num_embeddings and TOKENS.search(prefix):
+            assert table is not None  # it has rows
+            state_dict = {**state_dict,
+                          f"{prefix}weight": take_rows(table, slice(0, self.num_embeddings))}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _reject_unknown_tokens(self, ids):
+        """Raises ValueError for a token that a short table has no row of, an assertion on a GPU."""
+        if self.is_short and ids.numel() and int(ids.max()) >= self.num_embeddings:
+            raise ValueError(
+                f"The text encoder's file has the vectors of {self.num_embeddings} tokens, and the"
+                f" text has token {int(ids.max())}: it was made for another vocabulary. Get another"
+                " conversion of the text encoder.")
 
     def forward_comfy_cast_weights(self, input, out_dtype=None, **kwargs):
         known_arguments("an embedding", kwargs)
+        self._reject_unknown_tokens(input)
         if not self._looks_up_here:
             return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
         # the rows go to the device of the input, the table does not
@@ -274,6 +295,7 @@ class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
 
     def host_rows(self, ids):
         """Returns the rows of a table that stays in memory, where the host reads these alone."""
+        self._reject_unknown_tokens(ids)
         if not self._looks_up_here:
             return super().host_rows(ids)
         return self._rows(ids, self.weight.dtype)

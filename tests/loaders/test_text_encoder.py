@@ -50,6 +50,47 @@ def packed_and_dense(name, tmp_path):
         yield packed, host_clip(encoder, weights)
 
 
+TABLES = ("token_embedding.weight", "embed_tokens.weight", "shared.weight")
+
+
+def with_other_tables(encoder, weights, rows):
+    """rows: of a table, by the number that the model has."""
+    return {name: rows(values) if name.endswith(TABLES) else values
+            for name, values in weights.items()}
+
+
+@pytest.mark.parametrize(("name", "suffix"), [
+    ("clip-l", "gguf"), ("t5-xxl", "gguf"), ("qwen3-0.6b", "gguf"), ("clip-l", "safetensors"),
+    ("qwen3-0.6b", "safetensors")])
+def test_rows_of_a_table_that_belong_to_no_token_of_the_model_are_cut(name, suffix, tmp_path):
+    encoder = ENCODERS[name]
+    with small_towers(encoder):
+        weights = random_weights(encoder)
+        longer = with_other_tables(encoder, weights, lambda table: torch.cat(
+            [table, torch.full((64, table.shape[1]), float("nan"))]))
+        assert any(longer[key].shape != weights[key].shape for key in weights)
+        path = tmp_path / f"encoder.{suffix}"
+        if suffix == "gguf":
+            write_encoder(path, encoder, longer)
+        else:
+            save_file({key: value.contiguous().clone() for key, value in longer.items()}, path)
+        clip = load_text_encoder([str(path)], encoder.clip_type,
+                                 model_options=encoder.model_options)
+        host = host_clip(encoder, weights)
+        assert relative_error(hidden_states(clip), hidden_states(host)) < 1e-4
+
+
+def test_a_token_that_a_short_table_lacks_is_a_sentence(tmp_path):
+    encoder = ENCODERS["clip-l"]
+    with small_towers(encoder):
+        weights = with_other_tables(encoder, random_weights(encoder), lambda table: table[:3])
+        write_encoder(tmp_path / "encoder.gguf", encoder, weights)
+        clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
+                                 model_options=encoder.model_options)
+        with pytest.raises(ValueError, match=r"vectors of 3 tokens, and the text has token \d+"):
+            hidden_states(clip)
+
+
 def packed_layers(clip):
     """Name in the state dict -> layer."""
     return {
@@ -196,5 +237,5 @@ def test_an_encoder_of_another_size_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(
             WeightFileError,
             match=r"t5.gguf: the names .*, their sizes are not: .*SelfAttention.q.weight.*"
-            r" Get the size of the model that the workflow is for\.$"):
+            r" get the size that the workflow is for\.$"):
         load_text_encoder([str(path)], encoder.clip_type)
