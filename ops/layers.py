@@ -29,7 +29,8 @@ from .pickle_names import stable_pickle_name
 from .row_slicing import take_rows, without_padding
 from .workspace import shared_workspace
 
-TOKENS = re.compile(r"(^|\.)(token_embedding|embed_tokens|shared|word_embeddings|tok_embeddings)\.$")
+# a module of them
+TOKENS = re.compile(r"(^|\.)(token_embedding|embed_tokens|shared|(word|tok)_embeddings)\.$")
 
 if TYPE_CHECKING:
 
