@@ -108,6 +108,9 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
         codes = state_dict.get(f"{layer}.weight")
         if not layer.startswith(prefix):
             continue
+        if codes is not None and codes.ndim < 2:
+            raise _unread_layer_error(file, layer, UnreadFormatError(
+                f"it is {describe(codes)}, expected rows of codes"))
         if codes is not None and codes.ndim in (2, 4):  # 4: in tiles
             parts = {name: state_dict[name] for name in names}
             bias = state_dict.get(f"{layer}.bias")
@@ -297,6 +300,8 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         mark = _mended_mark(tensors[f"{layer}{MARK}"], weight)
         if mark is not tensors[f"{layer}{MARK}"]:
             return layer, UnreadFormatError("its comfy_quant does not say what its weight is")
+        if weight.ndim < 2:
+            return layer, UnreadFormatError(f"it is {describe(weight)}, expected rows of codes")
         try:
             if weight.ndim == 2:
                 _host_weight(layer_class, layer, tensors)

@@ -3,7 +3,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import comfy.model_detection
@@ -82,6 +82,48 @@ def missing_keys_text(state_dict: dict[str, torch.Tensor], prefix: str) -> str |
             hint = MISSING_HINTS.get(model.__name__, "Get")
             return (f"lacks {' and '.join(map(repr, missing))}, which ComfyUI expects in a file of"
                     f" {model.__name__}. {hint} a conversion of a file that was made for ComfyUI.")
+    return None
+
+
+# Names of models whose sizes the host reads from `config` in the metadata, where there is one.
+SIZED_BY_CONFIG = ("adaln_single.emb.timestep_embedder.linear_1.bias",)  # LTX
+# What is in a file, the tensor of five dimensions that ComfyUI-GGUF's converter leaves out of a
+# GGUF and writes beside it, and the model.
+FIVE_DIMENSIONS = (
+    ("head.modulation", "patch_embedding.weight", "Wan"),
+    ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "img_in.proj.weight",
+     "HunyuanVideo"),
+)
+
+
+@contextlib.contextmanager
+def explain_missing_config(file: WeightFile):
+    """Raises WeightFileError with the reason if a model does not load because its file has lost
+    the metadata with its sizes."""
+    try:
+        yield
+    except WeightFileError as error:
+        has_sizes = not any(name.endswith(SIZED_BY_CONFIG) for name in file.entries)
+        if has_sizes or "config" in file.text_metadata:
+            raise
+        raise WeightFileError(
+            f"{file.path.name} has no `config` in its metadata, from which ComfyUI takes the sizes"
+            " of an LTX model. Get a conversion that keeps it, or the original file.") from error
+
+
+def left_out_text(names: Container[str], prefix: str) -> str | None:
+    """Returns a sentence about a tensor that a converter wrote beside the file; None without one.
+
+    Args:
+        names: of a file in which the host detects no model.
+        prefix: of the model's names.
+    """
+    for present, left_out, model in FIVE_DIMENSIONS:
+        if f"{prefix}{present}" in names and f"{prefix}{left_out}" not in names:
+            return (f"has no {left_out!r}: ComfyUI-GGUF's converter leaves this tensor of five"
+                    f" dimensions of {model} out and writes it beside, in a file named"
+                    " fix_5d_tensors_…, which its fix_5d_tensors.py puts in. Do that, or get"
+                    " another conversion.")
     return None
 
 

@@ -18,8 +18,10 @@ from .comfy_bridge import wrap_model
 from .comfy_keys import has_foreign_names, model_prefix, to_comfy_keys
 from .comfy_quant import as_tensors, host_metadata, read_marked, reject_unread_layers
 from .detection import (
+    explain_missing_config,
     explain_shape_errors,
     is_diffusion_model,
+    left_out_text,
     missing_keys_text,
     reject_non_diffusion,
     reject_side_model,
@@ -207,6 +209,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     patcher = None
     if is_diffusion_model(state_dict):
         with (
+            explain_missing_config(file),
             explain_shape_errors(file.path.name),
             dequantize_plain_parameters(),
             check_load(file.path.name, file.notes) as check,
@@ -216,7 +219,8 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
                 disable_dynamic=disable_dynamic)
             check.attach(patcher)
     if patcher is None:
-        if missing := missing_keys_text(state_dict, model_prefix(state_dict)):
+        prefix = model_prefix(state_dict)
+        if missing := missing_keys_text(state_dict, prefix) or left_out_text(state_dict, prefix):
             raise WeightFileError(f"{os.path.basename(file.path)} {missing}")
         reject_side_model(file)
         raise WeightFileError(

@@ -39,6 +39,7 @@ from ...ops.formats.sdnq import (
     SDNQ_TYPES,
     SIDE_TYPES,
     SDNQFloat,
+    SDNQInteger,
 )
 from ...ops.packed_layout import packed_tensor, with_low_rank
 from ...ops.packed_tensor import PackedTensor
@@ -526,8 +527,10 @@ def _stored_bits(weight: torch.Tensor) -> set[int]:
 
 def _stored_dtype(family: type[SDNQ]) -> torch.dtype:
     """Returns the dtype in which files have codes of 8 bits."""
-    name = family.title().split()[-1]
-    return getattr(torch, name, torch.uint8) if name in SDNQ_TYPES else torch.uint8
+    if hasattr(family, "dtype"):  # of torch's floats
+        return family.dtype
+    is_signed = issubclass(family, SDNQInteger) and not family.has_zeros
+    return torch.int8 if is_signed else torch.uint8
 
 
 def _as_bytes(weight: torch.Tensor) -> torch.Tensor:

@@ -90,3 +90,21 @@ def test_a_checkpoint_in_such_a_shape_loads(tmp_path):
     write_gguf(path, stored, lambda name, values: "F32")
     model, *_ = load_checkpoint(str(path), output_clip=False, output_vae=False)
     assert relative(model.model.diffusion_model.pos_embed, weights["pos_embed"]) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "left_out", "model"), [
+    ("wan2.1-t2v", "patch_embedding.weight", "Wan"),
+    ("hunyuan-video", "img_in.proj.weight", "HunyuanVideo")])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_tensor_that_comfyui_ggufs_converter_left_out_is_named(
+        prefix, name, left_out, model, tmp_path):
+    weights = {prefix + key: value for key, value in random_weights(FAMILIES[name]).items()
+               if key != left_out}
+    with pytest.raises(WeightFileError, match=f"has no '{left_out}'.*{model}.*fix_5d_tensors"):
+        load_diffusion_model(write(tmp_path / "a.gguf", weights))
+
+
+def test_an_ltx_without_the_metadata_with_its_sizes_is_told(tmp_path):
+    family = next(family for family in FAMILIES.values() if "config" in family.metadata)
+    with pytest.raises(WeightFileError, match="a.gguf has no `config` in its metadata"):
+        load_diffusion_model(write(tmp_path / "a.gguf", random_weights(family)))

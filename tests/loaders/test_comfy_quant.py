@@ -186,3 +186,13 @@ def test_what_the_host_reads_is_left_to_it(format_name, in_metadata, tmp_path):
     path = write_flux(tmp_path / "model.safetensors", parts, None if in_metadata else settings,
                       metadata=metadata)
     assert not needs_own_reader(path)
+
+
+@pytest.mark.parametrize("shape", [(), (64,)])
+def test_codes_that_are_no_matrix_are_a_sentence(shape, tmp_path):
+    parts, _ = in_host_format("weight", tiny_flux()[f"{LAYER}.weight"], "int8_tensorwise")
+    parts["weight"] = torch.zeros(shape, dtype=torch.int8)
+    del parts["comfy_quant"]
+    path = write_flux(tmp_path / "model.safetensors", parts, {"format": "int8_tensorwise"})
+    with pytest.raises(WeightFileError, match="expected rows of codes"):
+        load_diffusion_model(path)

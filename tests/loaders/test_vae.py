@@ -20,8 +20,11 @@ from safetensors.torch import save_file
 
 from demo_model import scenes
 from devtools.files import demo_files
+from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.compute_choice import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.load_check import load_notes
 from featherweight.loaders.vae import build_vae, load_vae, wrap_vae
 from featherweight.ops import cpu_features
 from featherweight.ops.format import FORMATS
@@ -159,6 +162,29 @@ VAES = {
     "video": (video, (1, 16, 3, 4, 4), "WanVAE"),
     "frame": (video, (1, 16, 1, 4, 4), "WanVAE")  # the host takes the last of each kernel
 }
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_video_vae_in_gguf_is_the_same_whether_its_kernels_are_merged(merged, tmp_path):
+    weights = {name: value.half().float() for name, value in video().items()}
+    write_gguf(tmp_path / "vae.gguf", {
+        name: value.flatten(0, 1) if merged and value.ndim == 5 else value
+        for name, value in weights.items()
+    }, lambda name, values: "F16" if values.ndim > 1 else "F32")
+    ours = load_vae(str(tmp_path / "vae.gguf"), None)
+    latent = torch.randn((1, 16, 2, 4, 4), generator=torch.Generator().manual_seed(1))
+    expected = comfy.sd.VAE(sd=weights).decode(latent)
+    assert load_notes(ours.patcher) == () and torch.allclose(
+        ours.decode(latent), expected, atol=1e-3)
+
+
+def test_a_vae_of_other_sizes_is_a_sentence(tmp_path):
+    weights = dict(demo_files.vae())
+    name = next(name for name, value in weights.items() if value.ndim == 4)
+    weights[name] = torch.zeros(7, *weights[name].shape[1:])
+    save_file(weights, tmp_path / "vae.safetensors")
+    with pytest.raises(WeightFileError, match="vae.safetensors: the names of the weights are"):
+        load_vae(str(tmp_path / "vae.safetensors"))
 
 
 @pytest.mark.parametrize(("pack", "compute"), [(pack_q8_0, "exact"), (pack_int8, "float32")])
