@@ -43,6 +43,10 @@ def _is_clip_l(root: torch.nn.Module, match: re.Match) -> bool:
     return len(root.get_parameter(match.string)) == CLIP_L_WIDTH
 
 
+def _is_any(root: torch.nn.Module, match: re.Match) -> bool:
+    return True
+
+
 def _is_controlnet_embedder(root: torch.nn.Module, match: re.Match) -> bool:
     return type(root).__name__ == "ControlNetEmbedder"
 
@@ -59,6 +63,7 @@ NOT_NEEDED = tuple((re.compile(pattern), is_such, reason) for pattern, is_such, 
      "CLIP L is used without its projection"),
     (r"^(?:orig_y_embedder|x_embedder\.proj)\.", _is_controlnet_embedder,
      "the model that it guides gives it"),
+    (r"^vae_(?:scale|shift)$", _is_any, "TAESD's are 1 and 0"),
     (r"^model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm)\.weight$", _shares_keys,
      "the last layers of Gemma 4 take keys and values of earlier ones"),
 ))
@@ -105,10 +110,11 @@ class LoadCheck:
         Raises:
             WeightFileError: the model lacks weights, and the file has others.
         """
-        made, unused = [], []
+        made, initialised, unused = [], [], []
         for module, missing, unexpected in self._loads:
-            made += [name for name in missing
-                     if not _is_not_needed(module, name) and _make(module, name)]
+            for name in missing:
+                if not _is_not_needed(module, name):
+                    (made if _make(module, name) else initialised).append(name)
             unused += [name for name in sorted(unexpected)
                        if not any(pattern.search(name) for pattern, _ in UNUSED)]
         if made and unused:
@@ -122,6 +128,9 @@ class LoadCheck:
                 f" {join_some(map(safe_repr, made))} {'are' if made[1:] else 'is'} zeros, or ones"
                 " where it scales. Pictures may be wrong: download the file again, or get another"
                 " conversion.")
+        if initialised:
+            self.notes.append(f"{self.name} has no {join_some(map(safe_repr, initialised))}:"
+                              f" {'they are' if initialised[1:] else 'it is'} as ComfyUI begins.")
         if unused:
             self.notes.append(f"The model does not use {join_some(map(safe_repr, unused))} of"
                               f" {self.name}.")

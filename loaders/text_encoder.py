@@ -42,7 +42,7 @@ from .encoders.missing_towers import omit_missing_towers
 from .encoders.saved_tokenizer import saved_tokenizer
 from .encoders.tokenizer import TokenizerError
 from .files import open_weights
-from .files.container import WeightFile, WeightFileError
+from .files.container import AGAIN, WeightFile, WeightFileError, first_line
 from .host_formats import AUTOMATIC, packed_formats
 from .load_check import check_load
 from .pack_on_load import PackStats, pack_weights
@@ -105,8 +105,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
             if disable_dynamic:
                 recipe.attach(clip.patcher)
             return clip
-        except RuntimeError as error:
-            if shape_mismatch_text(error) is None:
+        except (RuntimeError, LookupError, NameError) as error:
+            if isinstance(error, RuntimeError) and shape_mismatch_text(error) is None:
                 raise
             log.debug("[Featherweight] ComfyUI does not load %s", paths, exc_info=True)
     if mmproj == AUTO and clip_type in TEXT_ALONE:
@@ -352,6 +352,10 @@ def _explain_shapes(paths: list[str]):
     """Raises WeightFileError if the host takes the weights for a model of another size."""
     try:
         yield
+    except (LookupError, NameError) as error:  # names that the host counts on
+        raise WeightFileError(
+            f"{_names(paths)}: ComfyUI cannot build a text encoder of the weights"
+            f" ({first_line(error)}). {AGAIN}") from error
     except RuntimeError as error:
         mismatch = shape_mismatch_text(error)
         if mismatch is None:

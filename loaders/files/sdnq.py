@@ -527,7 +527,7 @@ def _stored_bits(weight: torch.Tensor) -> set[int]:
 
 def _stored_dtype(family: type[SDNQ]) -> torch.dtype:
     """Returns the dtype in which files have codes of 8 bits."""
-    if hasattr(family, "dtype"):  # of torch's floats
+    if issubclass(family, SDNQFloat) and hasattr(family, "dtype"):  # of torch's floats
         return family.dtype
     is_signed = issubclass(family, SDNQInteger) and not family.has_zeros
     return torch.int8 if is_signed else torch.uint8

@@ -5,7 +5,10 @@ import comfy.sd
 import pytest
 import torch
 from checkpoint_parts import autoencoder, clip_l, stable_diffusion
-from families import FAMILIES, random_weights
+from encoders import ENCODERS
+from encoders.encoder import random_weights as encoder_weights
+from encoders.encoder import small_towers, write_encoder
+from families import FAMILIES, random_weights, shrunken_detection
 from host_formats import in_host_format
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
@@ -188,6 +191,27 @@ def test_a_load_sees_what_its_thread_builds():
         pool.submit(build).result()
         check.attach(patcher := comfy.sd.load_diffusion_model_state_dict(weights))
     assert BIAS in load_notes(patcher)[0] and len(load_notes(patcher)) == 1
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.latent])
+def test_a_whole_model_of_a_family_has_no_notes(name, tmp_path, monkeypatch):
+    family = FAMILIES[name]
+    shrunken_detection(family, monkeypatch)
+    path = tmp_path / "a.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in random_weights(family).items()}, path,
+              dict(family.metadata) or None)
+    assert load_notes(load_diffusion_model(str(path))) == ()
+
+
+@pytest.mark.parametrize("name", [name for name, one in ENCODERS.items() if not one.unusable])
+def test_a_whole_encoder_has_no_notes(name, tmp_path):
+    encoder = ENCODERS[name]
+    with small_towers(encoder):
+        write_encoder(tmp_path / "a.gguf", encoder, encoder_weights(encoder))
+        clip = load_text_encoder([str(tmp_path / "a.gguf")], encoder.clip_type,
+                                 model_options=encoder.model_options)
+    assert all(any(marker in note for marker in encoder.markers)
+               for note in load_notes(clip.patcher))
 
 
 def test_every_exception_has_a_reason():
