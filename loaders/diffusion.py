@@ -34,7 +34,7 @@ from .files.container import WeightFile, WeightFileError
 from .files.integer_weights import pack_rows
 from .host_formats import AUTOMATIC, EXACT, packed_formats
 from .host_patcher import keep_weights_whole
-from .load_check import check_load
+from .load_check import check_load, reject_codes
 from .modules import explain_module_errors, join_module, module_layers, reject_unused_module
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
@@ -93,6 +93,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
     progress = Progress(*stages, *(stages if extra else []), "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats)
     if keeps_fp8:
+        reject_codes(os.path.basename(path), state_dict)
         state_dict = pack_plain_fp8(state_dict)
     prefix = model_prefix(state_dict)
     module = {}

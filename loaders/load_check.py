@@ -35,6 +35,12 @@ UNUSED = tuple((re.compile(pattern), reason) for pattern, reason in (
     (r"(^|\.)(input_scale|scale_input|activation_scale)$",
      "of a layer's input, which is not quantised where this pack computes"),
     (f"^({'|'.join(TOKENIZER_NAMES)})$", "the tokenizer is made of it"),
+    (r"(^|\.)position_ids$", "the model counts positions itself"),
+    (r"(^|\.)lm_head\.weight$", "it predicts the next token, and the states before it are used"),
+    (r"^(vision_model\.|visual_projection\.|logit_bias$)", "only the text part of a CLIP is used"),
+    (r"^(encoder\.embed_tokens\.weight$|decoder\.block\.)",
+     "only the encoder of a T5 is used, whose table is `shared`"),
+    (r"^(loss|model_ema)\.|(^|\.)num_batches_tracked$", "of training"),
 ))
 CLIP_L_WIDTH = 768
 
@@ -63,6 +69,7 @@ NOT_NEEDED = tuple((re.compile(pattern), is_such, reason) for pattern, is_such, 
      "CLIP L is used without its projection"),
     (r"^(?:orig_y_embedder|x_embedder\.proj)\.", _is_controlnet_embedder,
      "the model that it guides gives it"),
+    (r"(?:^|\.)logit_scale$", _is_any, "of the training of a CLIP"),
     (r"^vae_(?:scale|shift)$", _is_any, "TAESD's are 1 and 0"),
     (r"^model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm)\.weight$", _shares_keys,
      "the last layers of Gemma 4 take keys and values of earlier ones"),
@@ -95,7 +102,7 @@ class LoadCheck:
             return
         self._loads.append((module, missing, unexpected))
         _complete_cut_names(module, state_dict)
-        _reject_codes(self.name, state_dict)
+        reject_codes(self.name, state_dict)
         _reject_whole_numbers(self.name, module, state_dict)
         zeros = [name for name, tensor in state_dict.items() if is_zeros(tensor)]
         if zeros:
@@ -260,8 +267,13 @@ def is_zeros(tensor: Any) -> bool:
     return not data[:FIRST_BYTES].any() and not data.any()
 
 
-def _reject_codes(name: str, state_dict: dict[str, torch.Tensor]):
-    """Raises WeightFileError for codes without their scales, from which a model draws noise."""
+def reject_codes(name: str, state_dict: dict[str, torch.Tensor]):
+    """Raises WeightFileError for codes without their scales, from which a model draws noise.
+
+    Args:
+        name: of the file.
+        state_dict: its tensors.
+    """
     codes = [key for key, tensor in state_dict.items() if lacks_scale(key, tensor, state_dict)]
     if codes:
         raise WeightFileError(
