@@ -73,6 +73,7 @@ HALVES = (torch.bfloat16, torch.float16)
 FP8: dict[torch.dtype, type[RowFormat]] = {torch.float8_e4m3fn: F8_E4M3,
                                            torch.float8_e5m2: F8_E5M2}
 OTHER_MARK = "Its comfy_quant names a format that its weights are not in: get another conversion."
+MAX_ROTATION = 4096  # columns; a rotation takes memory of their square
 ROTATION = 256  # columns, where the settings name no other number
 LEVEL_GROUP = 16  # columns, likewise
 PIECE_ROWS, PIECE_COLUMNS = 128, 4  # of scales in blocks
@@ -207,7 +208,7 @@ def _rotated(family: type[RowFormat], settings: Mapping, parts: Parts) -> Packed
 def _rotation(settings: Mapping, columns: int) -> int:
     """Returns the number of columns that are rotated together."""
     group = _size(settings, "convrot_groupsize", ROTATION)
-    if group < 4 or math.log(group, 4) % 1 or columns % group:
+    if not 4 <= group <= MAX_ROTATION or math.log(group, 4) % 1 or columns % group:
         raise PartError(f"columns are rotated in groups of {group} of {columns}")
     return group
 

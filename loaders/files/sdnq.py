@@ -43,7 +43,13 @@ from ...ops.formats.sdnq import (
 )
 from ...ops.packed_layout import packed_tensor, with_low_rank
 from ...ops.packed_tensor import PackedTensor
-from .comfy_formats import MARK, PartError, has_scaled_layers, layer_scaled_by
+from .comfy_formats import (
+    MARK,
+    MAX_ROTATION,
+    PartError,
+    has_scaled_layers,
+    layer_scaled_by,
+)
 from .container import AGAIN, WeightFile, describe, map_file, safe_repr
 
 log = logging.getLogger(__name__)
@@ -470,6 +476,9 @@ class _Layer:
         size = self.settings.rotation if self.settings else 0
         while size and channels % size:
             size //= 2
+        if size > MAX_ROTATION:
+            raise PartError(f"it is rotated in groups of {size} values; expected at most"
+                            f" {MAX_ROTATION}")
         if size < SMALLEST_ROTATION:
             return 0, SDNQ.rotation_base
         if size.bit_length() % 2 == 0:  # only powers of four have two rotations

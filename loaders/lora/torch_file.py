@@ -1,6 +1,9 @@
 """Reads files that torch saved (.pt, .ckpt, .bin): pickles, read without running anything."""
 import io
 import pickle
+import pickletools
+import re
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,14 @@ from typing import Any
 import torch
 
 from ..files.container import WeightFileError, first_line, map_file
+
+# What the pickle of a file of tensors names. torch allows more, such as `bytearray`, of which a
+# file of 179 bytes makes any number of bytes.
+GLOBALS = re.compile(
+    r"collections OrderedDict"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter)"
+    r"|torch(\.storage)? (\w+Storage|Size|(b?float|u?int|complex)\d+\w*|bool)")
+LEGACY_PICKLES = 5  # one after the other, in files from before 2020
 
 
 def read_torch_file(path: str) -> dict[str, torch.Tensor]:
@@ -53,6 +64,7 @@ def read_torch_object(path: str, what: str) -> Any:
     content = io.BytesIO(map_file(path))
     try:
         _reject_compressed(content)
+        _reject_other_globals(content)
         return torch.load(content, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightFileError(
@@ -74,6 +86,39 @@ def _reject_compressed(content: io.BytesIO):
         if any(file.compress_type for file in files) or size > len(content.getbuffer()):
             raise ValueError("it is compressed, which torch never does")
         content.seek(0)
+
+
+def _reject_other_globals(content: io.BytesIO):
+    """Raises UnpicklingError for a pickle that names anything but `GLOBALS`."""
+    if content.getbuffer()[:2] == b"PK":
+        with zipfile.ZipFile(content) as archive:
+            pickles = [archive.read(file) for file in archive.infolist()
+                       if file.filename.endswith(".pkl")]
+        for data in pickles:
+            _check_pickle(io.BytesIO(data))
+    elif tarfile.is_tarfile(content):
+        raise pickle.UnpicklingError("it is of torch before 0.4")
+    else:
+        content.seek(0)
+        for _ in range(LEGACY_PICKLES):
+            _check_pickle(content)
+    content.seek(0)
+
+
+def _check_pickle(content: io.BytesIO):
+    texts = ["", ""]
+    for opcode, argument, _ in pickletools.genops(content):
+        name = None
+        if opcode.name in ("GLOBAL", "INST"):
+            name = str(argument)
+        elif opcode.name == "STACK_GLOBAL":
+            name = " ".join(texts)
+        elif opcode.name.startswith("EXT"):
+            name = opcode.name
+        elif isinstance(argument, str) and "PUT" not in opcode.name:
+            texts = [texts[1], argument]
+        if name is not None and not GLOBALS.fullmatch(name):
+            raise pickle.UnpicklingError(f"it names {name!a:.100}")
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -196,3 +196,15 @@ def test_codes_that_are_no_matrix_are_a_sentence(shape, tmp_path):
     path = write_flux(tmp_path / "model.safetensors", parts, {"format": "int8_tensorwise"})
     with pytest.raises(WeightFileError, match="expected rows of codes"):
         load_diffusion_model(path)
+
+
+@pytest.mark.parametrize(("settings", "columns"), [
+    ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 1 << 16}, 1 << 16),
+    ({"format": "convrot_w4a4", "convrot_groupsize": 1 << 16}, 1 << 16),
+    ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 1 << 14}, 1 << 14)])
+def test_a_rotation_that_would_take_gigabytes_is_a_sentence(settings, columns, tmp_path):
+    stored = columns // 2 if "w4a4" in settings["format"] else columns
+    parts = {"weight": torch.zeros(1, stored, dtype=torch.int8), "weight_scale": torch.ones(1)}
+    path = write_flux(tmp_path / "model.safetensors", parts, settings)
+    with pytest.raises(WeightFileError, match="columns are rotated in groups of"):
+        load_diffusion_model(path)
