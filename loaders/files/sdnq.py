@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 METHOD = "sdnq"  # `quant_method` of a config
 CONFIG_KEY = "quantization_config"
+MAX_PATTERNS = 4096  # of a config; each is tried for each layer
 CONFIG_FILES = ("config.json", "quantization_config.json")
 SCALE, ZERO, UP, DOWN = ".scale", ".zero_point", ".svd_up", ".svd_down"
 # names of a number's factor, or table, and of what is added
@@ -177,6 +178,8 @@ def read_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
     Raises:
         PartError: they are not those of a weight that can be read.
     """
+    if _count_patterns(config) > MAX_PATTERNS:
+        raise PartError(f"its config has more than {MAX_PATTERNS} patterns of layers")
     settings = dict(config)
     own = _find_entry(config.get("modules_quant_config"),
                  lambda pattern, _: matches(pattern, name))
@@ -202,6 +205,13 @@ def read_settings(config: Mapping[str, Any], name: str) -> LayerSettings:
                             " power of two")
     return LayerSettings(type_name, bool(settings.get("use_codebook")), rotation, version,
                          bool(settings.get("use_quantized_matmul")))
+
+
+def _count_patterns(config: Mapping[str, Any]) -> int:
+    own, listed = config.get("modules_quant_config"), config.get("modules_dtype_dict")
+    lists = listed.values() if isinstance(listed, dict) else ()
+    return (len(own) if isinstance(own, dict) else 0) + sum(
+        1 + (len(patterns) if isinstance(patterns, list) else 0) for patterns in lists)
 
 
 def _find_entry(entries: Any, accepts: Callable[[str, Any], bool]) -> tuple[str, Any] | None:

@@ -52,6 +52,13 @@ def test_lines_go_to_the_prompt_and_never_to_the_negative_one():
     assert make_variants(shared, 1, "a tree")[0]["good.text"] == "a tree"
 
 
+def test_texts_that_lines_multiply_are_bounded_before_they_are_made():
+    marked = SAMPLED | part(bad=("CLIPTextEncode", {"text": "%text%" * 10_000}))
+    with pytest.raises(GraphError, match="texts of 6000.. million characters, expected at most 10"):
+        make_variants(marked, 1000, "x" * 60_000)
+    make_variants(marked, 10, "x" * 90)
+
+
 def test_lines_go_where_the_mark_is_if_it_is_anywhere():
     marked = SAMPLED | part(bad=("CLIPTextEncode", {"text": "no %text%, no %text%"}))
     assert make_variants(marked, 1, "tree") == [{"sampler.seed": 7, "bad.text": "no tree, no tree"}]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sdnq_writer import H2, H4, config_of, write_folder, write_weight
 
 from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.comfy_formats import PartError
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.sdnq import matches, read_settings
 from featherweight.loaders.inspect import inspect
@@ -339,6 +340,22 @@ def test_patterns_are_those_of_sdnq(pattern, name, expected):
 def test_a_layer_may_have_a_type_of_its_own(settings, type_name):
     config = config_of("uint4", **settings)["quantization_config"]
     assert read_settings(config, "a.b.c.weight").type_name == type_name
+
+
+@pytest.mark.parametrize("settings", [
+    {"modules_dtype_dict": {"int6": [f"x{number}" for number in range(5000)]}},
+    {"modules_quant_config": {f"x{number}": {} for number in range(5000)}}])
+def test_more_patterns_than_a_model_has_layers_are_a_sentence(settings):
+    config = config_of("uint4", **settings)["quantization_config"]
+    with pytest.raises(PartError, match="more than 4096 patterns"):
+        read_settings(config, "a.weight")
+
+
+def test_a_rotation_that_would_take_gigabytes_is_a_sentence(tmp_path):
+    write_folder(tmp_path, {"L.weight": values(2, 1 << 14)}, "uint4", settings={
+        "use_hadamard": True, "hadamard_group_size": 1 << 14, "sdnq_version": "0.2.8"})
+    with pytest.raises(WeightFileError, match="rotated in groups of 16384 values; expected at mos"):
+        open_weights(tmp_path).state_dict()
 
 
 CODES = torch.zeros(24 * 32, dtype=torch.uint8)
