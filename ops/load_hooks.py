@@ -49,15 +49,17 @@ def on_each_module(is_chosen: ModuleFilter,
                    register: Callable[[torch.nn.Module], Any]) -> Iterator[None]:
     """While the host builds and loads a model, registers a hook of loading on chosen modules.
 
+    What other threads build meanwhile stays as it is.
+
     Args:
         is_chosen: whether to hook a module.
         register: takes a module and returns the handle of its hook, as
             `register_load_state_dict_pre_hook` does.
     """
-    handles = []
+    thread, handles = threading.get_ident(), []
 
     def on_submodule(parent, name, module):
-        if module is not None and is_chosen(name, module):
+        if module is not None and threading.get_ident() == thread and is_chosen(name, module):
             handles.append(register(module))
 
     handles.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))

@@ -1,6 +1,8 @@
 """The operations class: layers with packed weights compute what dense layers compute, and never
 keep a dense weight."""
+import concurrent.futures
 import gc
+import math
 import weakref
 
 import gguf
@@ -15,7 +17,7 @@ from featherweight.ops import product, workspace
 from featherweight.ops.format import FORMATS, GGML_FORMATS
 from featherweight.ops.load_hooks import dequantize_plain_parameters
 from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import is_packed, packed_tensor
+from featherweight.ops.packed_layout import is_packed, packed_tensor, reshape_to
 
 OPERATIONS = packed_operations()
 FORMAT_NAMES = [
@@ -373,3 +375,28 @@ def test_an_empty_batch_gives_an_empty_output(name, kind, gradient):
     input = input_for(name)[:0]
     for empty in (input, input.expand(2, *input.shape)) if name == "Linear" else (input,):
         assert layer(empty.detach().requires_grad_(gradient)).shape == twin(empty).shape
+
+
+def test_what_another_thread_builds_meanwhile_takes_no_other_shapes():
+    def load_elsewhere():
+        torch.nn.Sequential(torch.nn.Linear(4, 1)).load_state_dict(
+            {"0.weight": torch.ones(4), "0.bias": torch.ones(1)})
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, dequantize_plain_parameters():
+        with pytest.raises(RuntimeError, match="size mismatch for 0.weight"):
+            pool.submit(load_elsewhere).result()
+
+
+@pytest.mark.parametrize(("stored", "shape"), [
+    ((6, 2, 2), (3, 2, 2, 2)), ((3, 2, 2, 2), (6, 2, 2)), ((4, 8), (1, 4, 8)), ((1, 4, 8), (4, 8)),
+    ((4, 1, 8), (4, 8, 1)), ((12, 4, 5), (3, 4, 2, 2, 5)), ((24, 5), (2, 3, 4, 5))])
+def test_merged_and_split_dimensions_are_the_models(stored, shape):
+    values = torch.arange(math.prod(stored)).view(stored)
+    assert torch.equal(reshape_to(values, torch.Size(shape)), values.view(shape))
+
+
+@pytest.mark.parametrize(("stored", "shape"), [
+    ((8, 4), (4, 8)), ((32,), (4, 8)), ((4, 8), (32,)), ((2, 6), (3, 4)), ((4, 9), (2, 2, 8)),
+    ((0, 4), (2, 0, 4)), ((4, 4), (2, 2, 2, 3))])
+def test_other_shapes_stay_what_they_are(stored, shape):
+    assert reshape_to(torch.zeros(stored), torch.Size(shape)).shape == stored
