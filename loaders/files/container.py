@@ -249,7 +249,9 @@ class WeightFile:
             advice: what to do, as a sentence.
         """
         path = self.paths[self.entries[name].part] if name in self.entries else self.path
-        return WeightFileError(f"{path.name}: {problem}. {advice}")
+        # files of folders have the same name in each
+        folder = f"{self.path.name}/" if path.parent == self.path else ""
+        return WeightFileError(f"{folder}{path.name}: {problem}. {advice}")
 
     def _as_tensor(self, entry: Entry) -> torch.Tensor:
         data = self.tensor(entry.name)
