@@ -1,5 +1,4 @@
 """The DoRA of PEFT, which the host computes in another way."""
-import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
@@ -19,16 +18,16 @@ class PeftDora(LoRAAdapter):
     @classmethod
     def of(cls, adapter: LoRAAdapter, magnitudes: torch.Tensor) -> "PeftDora":
         """Returns a plain LoRA with a magnitude vector, of any shape."""
-        up, down, alpha, mid, _, reshape = adapter.weights
-        return cls(adapter.loaded_keys, (up, down, alpha, mid, magnitudes.reshape(-1, 1), reshape))
+        up, down, alpha, _, _, reshape = adapter.weights
+        return cls(adapter.loaded_keys, (up, down, alpha, None, magnitudes.reshape(-1, 1), reshape))
 
     def calculate_weight(self, weight, key, strength, strength_model, offset, function,
                          intermediate_dtype=torch.float32, original_weight=None):
         """Returns the weight, moved in place towards the one that PEFT merges by `strength`."""
         lora = adapter_fields(self)
-        assert isinstance(lora, LoRA)
+        assert isinstance(lora, LoRA) and lora.dora_scale is not None
         up, down, norms = (
-            comfy.model_management.cast_to_device(tensor, weight.device, intermediate_dtype)
+            tensor.to(weight.device, intermediate_dtype)
             for tensor in (lora.up, lora.down, lora.dora_scale)
         )
         change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)

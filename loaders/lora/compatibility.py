@@ -10,9 +10,8 @@ from collections.abc import Iterable
 import comfy.lora
 import comfy.lora_convert
 import torch
-from comfy.weight_adapter import LoRAAdapter
 
-from ...ops.adapters import adapter_fields, rank_of, shape_mismatch, shape_of
+from ...ops.adapters import adapter_fields, is_plain_lora, rank_of, shape_mismatch, shape_of
 from ...ops.patch_trial import trial_error
 from ...ops.peft_dora import PeftDora
 from ..files.container import safe_repr
@@ -175,7 +174,7 @@ def _load_layers(tensors: dict[str, torch.Tensor], names: dict) -> dict:
         if bias is not None:
             values[_bias_target(target)] = ("diff", (bias,))
         value = values.get(target)
-        if f"{stem}{MAGNITUDE}" in tensors and type(value) is LoRAAdapter:
+        if f"{stem}{MAGNITUDE}" in tensors and is_plain_lora(value):
             values[target] = PeftDora.of(value, tensors[f"{stem}{MAGNITUDE}"])
     return values
 
