@@ -121,13 +121,12 @@ class ApplyLora(io.ComfyNode):
             settings["blocks"] = " ".join(block_weights.split())
         if report.fits == "no":
             raise ValueError(f"{lora_name} is not applied. {report.verdict}")
-        if report.mismatches and misfits == FAIL:
-            count = len(report.mismatches)
-            examples = [f"{layer}: {reason}" for layer, reason in report.mismatches.items()][:3]
-            ellipsis = " …" if count > len(examples) else ""
+        if report.misfits and misfits == FAIL:
+            count = len(report.misfits)
+            ellipsis = " …" if count > 3 else ""
             raise ValueError(
                 f"{lora_name} is not applied, because misfits is set to fail. {report.verdict}"
-                f" {count} do not fit: {'; '.join(examples)}{ellipsis}"
+                f" {count} do not fit: {'; '.join(report.misfits[:3])}{ellipsis}"
             )
         model, clip = apply_lora(model, clip, report, strength_model, strength_clip, factor)
         return io.NodeOutput(

@@ -7,6 +7,7 @@ during a step, or logs an error at every step.
 from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
+import comfy.lora
 import torch
 from comfy.weight_adapter import (
     BOFTAdapter,
@@ -112,10 +113,10 @@ def to_device(value, device: torch.device):
     if not isinstance(value, WeightAdapterBase):
         return value
     weights = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value.weights)
-    return _like(value, weights)
+    return like(value, weights)
 
 
-def _like(adapter: WeightAdapterBase, weights) -> WeightAdapterBase:
+def like(adapter: WeightAdapterBase, weights) -> WeightAdapterBase:
     """Returns an adapter of the same type with other weights."""
     return type(adapter)(adapter.loaded_keys, weights)  # pyright: ignore[reportCallIssue]
 
@@ -170,9 +171,9 @@ def slice_patch(patch: tuple, start: int, stop: int) -> tuple | None:
         return None
     fields = adapter_fields(value) if type(value) in SUMS else None
     if isinstance(fields, LoRA) and fields[3:] == (None, None, None):
-        part = _like(value, tuple(fields._replace(up=fields.up[start:stop])))
+        part = like(value, tuple(fields._replace(up=fields.up[start:stop])))
     elif isinstance(fields, LoHa) and fields[5:] == (None, None, None):
-        part = _like(value, tuple(fields._replace(a1=fields.a1[start:stop],
+        part = like(value, tuple(fields._replace(a1=fields.a1[start:stop],
                                                   a2=fields.a2[start:stop])))
     elif isinstance(value, tuple) and len(value) == 1:
         part = value if value[0] is None else (value[0][start:stop],)
@@ -248,9 +249,14 @@ def shape_mismatch(value, shape: Sequence[int],
             return "its factors do not fit each other"
     else:
         tensor = _whole_tensor(value)
-        if tensor is None:
+        if tensor is not None:
+            made_for = tensor.shape
+        elif isinstance(value, list):  # another model's weight and its patches
+            made_for = comfy.lora.calculate_shape(value[1:], value[0][0], "")
+        elif value[0] == "model_as_lora":
+            made_for = value[1][0].shape
+        else:
             return None
-        made_for = tensor.shape
     if len(made_for) != len(target) or any(
         size not in (None, expected) for size, expected in zip(made_for, target)
     ):

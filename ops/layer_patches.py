@@ -27,6 +27,7 @@ from .adapters import (
 )
 from .lasting_memory import lasting_memory
 from .low_rank import LowRank
+from .patch_trial import trial_error
 from .pickle_names import stable_pickle_name
 
 log = logging.getLogger(__name__)
@@ -175,8 +176,12 @@ def _fits(key: str, patch: tuple, shape: torch.Size) -> bool:
 
     The host would log an error at every step instead.
     """
-    _, value, _, offset, _ = patch
-    reason = shape_mismatch(value, shape, offset) or corruption(value)
+    _, value, _, offset, function = patch
+    reason = (
+        shape_mismatch(value, shape, offset)
+        or corruption(value)
+        or trial_error(value, shape, offset, function)
+    )
     if reason is None:
         return True
     log.warning("[Featherweight] A LoRA is left out of %s, which is %s: %s.", key,

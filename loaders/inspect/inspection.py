@@ -14,8 +14,9 @@ from ..detection import SIDE_LOADERS, find_side_model, first_match, try_detect
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
 from ..files.quantizers import quantizer_of
-from ..lora.lora_file import OTHER_FILES, PAIRS, layer_names, weight_shapes
+from ..lora.lora_file import OTHER_FILES, weight_shapes
 from ..lora.model_families import match_family
+from ..lora.tensor_names import PAIRS, layer_names
 from ..model_summary import title_of
 from ..packing.planning.plan import Plan, PlanError
 from .contents import Contents, encoder_comfy_keys, shapes_only

@@ -1,25 +1,48 @@
 """Compares a LoRA with a model: which of its layers match, and why the others do not.
 
-The host maps the names (`comfy.lora`), so this reads exactly what the host can read.
+The host maps most names and reads the tensors (`comfy.lora`). What it does not read is added here:
+other spellings of names, the biases of factors and of slices, and PEFT's DoRA.
 """
 import collections
 import re
+from collections.abc import Iterable
 
 import comfy.lora
 import comfy.lora_convert
 import torch
 
-from ...ops.adapters import adapter_fields, rank_of, shape_mismatch, shape_of
-from .lora_file import damaged_layers, layer_names, peft_dora_layers, weight_shapes
-from .model_blocks import MODEL_PREFIX, weight_key
+from ...ops.adapters import adapter_fields, is_plain_lora, rank_of, shape_mismatch, shape_of
+from ...ops.patch_trial import trial_error
+from ...ops.peft_dora import PeftDora
+from ..files.container import safe_repr
+from .lora_file import damaged_layers, weight_shapes
+from .model_blocks import MODEL_PREFIX, WRAPPERS, weight_key
 from .model_families import match_family, metadata_hints
 from .report import MISSING, LoraReport
+from .tensor_names import MAGNITUDE, PRODUCTS, layer_names
 from .weight_change import block_changes, change_type
 
 TEXT_STEM = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|lycoris_te)")
-PEFT = re.compile(r"^base_model\.model\.(?!text_)((?:diffusion_model|transformer|unet)\.)?")
+NO_BIAS = "it changes a bias, which this layer of the model does not have"
 SETTING = ".config"  # of an attention, as newer hosts take it from files
 XLABS = re.compile(r"\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight$")
+PEFT_MAGNITUDE = re.compile(re.escape(MAGNITUDE) + r"(\.default)?(\.weight)?$")
+
+
+class _ReadTracker(dict[str, torch.Tensor]):
+    """The tensors of a file, and the names of those that somebody took."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default=None):
+        self.read.add(name)
+        return super().get(name, default)
 
 
 def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
@@ -34,16 +57,14 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
             of each weight.
     """
     metadata = metadata or {}
-    lora = _rename_layers(state_dict)
+    lora = _rename_tensors(state_dict)
     stems = layer_names(lora)
-    known = {stem + end for stem, ends in stems.items() for end in ends}
-    unread = sorted(lora.keys() - known)
-    mismatches = peft_dora_layers(stems, unread) | damaged_layers(stems, lora)
+    mismatches = damaged_layers(stems, lora)
     damaged = {stem + end for stem in mismatches for end in stems[stem]}
-    sound = {key: value for key, value in lora.items() if key not in damaged}
-    # With names mapped to themselves, the host's reader returns all layers, whatever the model.
-    identity = {stem: f"{stem}.weight" for stem in stems}
-    layers = comfy.lora.load_lora(sound, identity, log_missing=False)
+    sound = _ReadTracker({key: value for key, value in lora.items() if key not in damaged})
+    # With names mapped to themselves, all layers are returned, whatever the model.
+    layers = _load_layers(sound, {stem: f"{stem}.weight" for stem in stems})
+    unread = sorted(sound.keys() - sound.read)
     values = {
         key: layers[key] for stem in stems for key in (f"{stem}.weight", f"{stem}.bias")
         if key in layers
@@ -51,14 +72,18 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
 
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     weights = dict(model.model.named_parameters())
+    other_names, name_mismatches = _resolve_names(stems, key_map, weights)
+    key_map |= other_names
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
         weights |= dict(clip.cond_stage_model.named_parameters())
-    loaded = comfy.lora.load_lora(sound, key_map, log_missing=False)
+    loaded = _load_layers(sound, key_map)
     reasons = {target: _mismatch(target, value, weights) for target, value in loaded.items()}
     patches = {target: value for target, value in loaded.items() if reasons[target] is None}
     if any(map(is_setting, loaded)):
         unread = [name for name in unread if not name.endswith(SETTING)]
+    if clip is None:
+        unread = [name for name in unread if not TEXT_STEM.match(name)]
 
     matched = unconnected = 0
     for stem in stems:
@@ -67,10 +92,12 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         target = key_map.get(stem)
         if target is None and clip is None and TEXT_STEM.match(stem):
             unconnected += 1
+        elif target is None and TEXT_STEM.match(stem):
+            mismatches[stem] = "missing in the text encoder"
         elif target is None:
-            mismatches[stem] = "missing in the text encoder" if TEXT_STEM.match(stem) else MISSING
+            mismatches[stem] = name_mismatches[stem]
         else:
-            read_keys = [key for key in (target, _bias_key(target)) if key in loaded]
+            read_keys = [key for key in (target, _bias_target(target)) if key in loaded]
             reason = "written in a way that this ComfyUI does not read"
             if read_keys:
                 reason = next(filter(None, (reasons[key] for key in read_keys)), None)
@@ -109,22 +136,97 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
     return report
 
 
-def _rename_layers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames layers by the host's own conversions, and those of PEFT, which the host lacks."""
-    state_dict = {_replace_peft_prefix(key): value for key, value in state_dict.items()}
+def _rename_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames tensors by the host's own conversions, and those of PEFT, which the host lacks."""
     # By itself the host converts these only if every block is in the file.
     if any(XLABS.search(key) for key in state_dict):
         return comfy.lora_convert.convert_uso_lora(state_dict)
-    return comfy.lora_convert.convert_lora(state_dict)
+    lora = {
+        PEFT_MAGNITUDE.sub(MAGNITUDE, key): value
+        for key, value in comfy.lora_convert.convert_lora(state_dict).items()
+    }
+    for up, down in PRODUCTS:
+        bias = up.removesuffix(".weight") + ".bias"
+        for stem in [key.removesuffix(bias) for key in lora if key.endswith(bias)]:
+            if stem + down in lora and f"{stem}.diff_b" not in lora:
+                lora[f"{stem}.diff_b"] = lora.pop(stem + bias) * _scale(lora, stem, down)
+    return lora
 
 
-def _replace_peft_prefix(key: str) -> str:
-    match = PEFT.match(key)
-    if match is None:
-        return key
-    layer = key[match.end():]
-    default = "transformer." if "transformer_blocks." in layer else "diffusion_model."
-    return (match[1] or default) + layer
+def _scale(lora: dict[str, torch.Tensor], stem: str, down: str) -> torch.Tensor | float:
+    """Returns what alpha multiplies a product with, and the bias of its second factor."""
+    alpha, rank = lora.get(f"{stem}.alpha"), lora[stem + down].shape[:1].numel()
+    return 1.0 if alpha is None or alpha.numel() != 1 or not rank else alpha.float() / rank
+
+
+def _load_layers(tensors: dict[str, torch.Tensor], names: dict) -> dict:
+    """Returns target -> value of a patch for each layer that can be read.
+
+    Args:
+        tensors: of the LoRA.
+        names: name of a layer -> target, as the host's `model_lora_keys_unet` returns it.
+    """
+    values = comfy.lora.load_lora(tensors, names, log_missing=False)
+    # what the host makes of a slice's bias
+    values = {target: value for target, value in values.items() if target != "().bias"}
+    for stem, target in names.items():
+        bias = tensors.get(f"{stem}.diff_b")
+        if bias is not None:
+            values[_bias_target(target)] = ("diff", (bias,))
+        value = values.get(target)
+        if f"{stem}{MAGNITUDE}" in tensors and is_plain_lora(value):
+            values[target] = PeftDora.of(value, tensors[f"{stem}{MAGNITUDE}"])
+    return values
+
+
+def _resolve_names(stems: Iterable[str], key_map: dict,
+                   weights: dict[str, torch.Tensor]) -> tuple[dict, dict[str, str]]:
+    """Finds the weights of layers whose names the host does not have in this spelling.
+
+    Args:
+        stems: from `layer_names`.
+        key_map: the host's names of the model's weights -> targets.
+        weights: key -> weight of the model.
+
+    Returns:
+        (layer -> target, for a name that means one weight whatever is before it and stands for its
+        dots; layer -> why it has no target, for the others).
+    """
+    targets = collections.defaultdict(set)
+    for name, target in key_map.items():
+        if weight_key(target) in weights:
+            targets[_bare_name(name)].add(target)
+    unique = {name: next(iter(group)) for name, group in targets.items() if len(group) == 1}
+    taken = {key_map[stem] for stem in stems if stem in key_map}
+    found, reasons = {}, {}
+    for stem in stems:
+        if stem in key_map or TEXT_STEM.match(stem):
+            continue
+        target = unique.get(_bare_name(stem))
+        if target is None:
+            reasons[stem] = _unknown_prefix(stem, unique) or MISSING
+        elif target in taken:
+            reasons[stem] = "for a weight that another layer of the file changes"
+        else:
+            found[stem] = target
+            taken.add(target)
+    return found, reasons
+
+
+def _bare_name(name: str) -> str:
+    """Returns the name of a weight without what trainers put before it, dots as underscores."""
+    return WRAPPERS.sub("", name).replace(".", "_")
+
+
+def _unknown_prefix(stem: str, names: dict) -> str | None:
+    """Returns why a name that ends like that of a weight in a block has no target, or None."""
+    words = stem.replace(".", "_").split("_")
+    for index in range(1, len(words)):
+        name = "_".join(words[index:])
+        if name in names and any(word.isdigit() for word in words[index:]):
+            prefix, key = stem[:-len(name)], weight_key(names[name])
+            return f"its name is that of {key} after the unknown prefix {safe_repr(prefix)}"
+    return None
 
 
 def is_setting(target) -> bool:
@@ -132,17 +234,25 @@ def is_setting(target) -> bool:
     return weight_key(target).endswith(SETTING)
 
 
-def _bias_key(target) -> str:
-    return weight_key(target).removesuffix(".weight") + ".bias"
+def _bias_target(target):
+    """Returns the target of the bias beside a weight, or beside a slice of it."""
+    bias = weight_key(target).removesuffix(".weight") + ".bias"
+    return bias if isinstance(target, str) else (bias, *target[1:])
 
 
 def _mismatch(target, value, weights: dict[str, torch.Tensor]) -> str | None:
     """Returns why a value cannot be applied to its target; None if it can."""
-    weight = weights.get(weight_key(target))
+    parts: tuple = (target,) if isinstance(target, str) else target
+    offset, function = (*parts[1:], None, None)[:2]
+    key = weight_key(target)
+    weight = weights.get(key)
     if weight is None:
-        return None if is_setting(target) else MISSING
+        if is_setting(target):
+            return None
+        return NO_BIAS if key.removesuffix(".bias") + ".weight" in weights else MISSING
     reshape = None if isinstance(value, tuple) else getattr(adapter_fields(value), "reshape", None)
     if reshape is not None:
-        return shape_mismatch(value, reshape)
-    offset = target[1] if not isinstance(target, str) and len(target) > 1 else None
-    return shape_mismatch(value, weight.shape, offset)
+        reason = shape_mismatch(value, reshape)
+    else:
+        reason = shape_mismatch(value, weight.shape, offset)
+    return reason or trial_error(value, weight.shape, offset, function)

@@ -1,6 +1,7 @@
-"""Reads GGUF adapters (`general.type = adapter`) as llama.cpp writes them: `<tensor>.lora_a`,
-`.lora_b` and one alpha for all."""
+"""Reads LoRAs in GGUF files: llama.cpp's adapters (`<tensor>.lora_a`, `.lora_b` and one alpha for
+all), and tensors under the names of any safetensors LoRA."""
 import re
+from collections.abc import Iterable
 
 import gguf
 import torch
@@ -9,23 +10,25 @@ from ...ops import product
 from ...ops.packed_layout import is_packed
 from ..files import open_weights
 from ..files.container import WeightFile, WeightFileError, safe_repr
+from .tensor_names import layer_names
 
-PAIR = re.compile(r"^(?P<layer>.+?)(\.weight)?\.lora_(?P<half>[aAbB])(\.weight)?$")
-KNOWN_PREFIX = re.compile(r"^(diffusion_model|transformer|unet|lora_|text_encoder|base_model)")
+HALF = re.compile(r"(?:\.weight)?\.lora_([aAbB])(?:\.weight)?$")
 
 
 def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads a GGUF adapter.
+    """Reads every tensor of a LoRA in GGUF.
 
     Returns:
-        (name -> float32 tensor, metadata), with names that the host reads.
+        (name -> tensor, float32 where it was packed or of floats; metadata), with names as in
+        safetensors.
 
     Raises:
-        WeightFileError: if the file is not such an adapter or is damaged.
+        WeightFileError: if the file holds no LoRA or is damaged.
     """
     file = open_weights(path)
-    pairs = {name: match for name in file.entries if (match := PAIR.match(name))}
-    if not pairs:
+    names = {name: HALF.sub(_safetensors_half, name) for name in file.entries}
+    stems = layer_names(names.values())
+    if not stems:
         declared = file.declared_type
         what = f"a GGUF file of type {safe_repr(declared)}" if declared else "a GGUF model"
         raise WeightFileError(
@@ -38,27 +41,34 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
         raise WeightFileError(
             f"{file.path.name} has the alpha {safe_repr(alpha)}, expected a number."
             " Download it again, or report it where you got it.")
-    layers = {match["layer"] for match in pairs.values()}
-    encoder_names = _text_encoder_names(file, layers)
-    tensors = file.state_dict()
-    state_dict = {}
-    for name, match in pairs.items():
-        layer = encoder_names.get(match["layer"], match["layer"])
-        if not KNOWN_PREFIX.match(layer):
-            layer = f"diffusion_model.{layer.removeprefix('model.diffusion_model.')}"
-        tensor = tensors[name]
-        value = (
-            product.dequantize(tensor, torch.float32)
-            if is_packed(tensor)
-            else tensor.to(torch.float32, copy=True)  # a patch must not keep the file mapped
-        )
-        state_dict[f"{layer}.lora_{match['half'].upper()}.weight"] = value
-        if alpha:  # llama.cpp 0.5.0 (src/llama-adapter.h, get_scale) takes 0 for none
-            state_dict[f"{layer}.alpha"] = torch.tensor(float(alpha), dtype=torch.float32)
+    encoder_names = _text_encoder_names(file, stems)
+    renamed = {
+        stem + end: encoder_names.get(stem, stem) + end
+        for stem, ends in stems.items() for end in ends
+    }
+    state_dict = {
+        renamed.get(names[name], names[name]): _dense(tensor)
+        for name, tensor in file.state_dict().items()
+    }
+    if alpha:  # llama.cpp 0.5.0 (src/llama-adapter.h, get_scale) takes 0 for none
+        for name in [name for name in state_dict if name.endswith(".lora_B.weight")]:
+            state_dict.setdefault(f"{name.removesuffix('.lora_B.weight')}.alpha",
+                                  torch.tensor(float(alpha), dtype=torch.float32))
     return state_dict, file.text_metadata
 
 
-def _text_encoder_names(file: WeightFile, layers: set[str]) -> dict[str, str]:
+def _safetensors_half(match: re.Match) -> str:
+    return f".lora_{match[1].upper()}.weight"
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy of a tensor, since a patch must not keep the file mapped."""
+    if is_packed(tensor):
+        return product.dequantize(tensor, torch.float32)
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _text_encoder_names(file: WeightFile, layers: Iterable[str]) -> dict[str, str]:
     """Returns llama.cpp's layer name -> name in transformers, by the table of the `gguf` package.
     """
     matches = (re.match(r"(?:enc\.)?blk\.(\d+)\.", layer) for layer in layers)

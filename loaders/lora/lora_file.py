@@ -1,7 +1,5 @@
-"""Reads LoRA files, groups their tensors into layers, and finds damaged layers."""
-import collections
+"""Reads LoRA files and finds damaged layers."""
 import re
-from collections.abc import Iterable
 
 import comfy.utils
 import torch
@@ -12,41 +10,8 @@ from ..files.wrong_format import LFS_POINTER
 from ..out_of_memory import is_out_of_memory
 from .gguf_adapter import read_gguf_adapter
 from .model_families import match_family
+from .tensor_names import PARTNER, PRODUCTS, SIDES, layer_names
 from .torch_file import read_torch_file
-
-# Name endings of two tensors of which a layer needs both, in all spellings that the host reads.
-PAIRS = (
-    (".lora_up.weight", ".lora_down.weight"),
-    (".lora_B.weight", ".lora_A.weight"),
-    ("_lora.up.weight", "_lora.down.weight"),
-    (".lora.up.weight", ".lora.down.weight"),
-    (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
-    (".lora_B.default.weight", ".lora_A.default.weight"),
-    (".lora_B", ".lora_A"),
-    (".hada_w1_a", ".hada_w1_b"),
-    (".hada_w2_a", ".hada_w2_b"),
-    (".hada_t1", ".hada_t2"),
-    (".lokr_w1_a", ".lokr_w1_b"),
-    (".lokr_w2_a", ".lokr_w2_b"),
-    (".a1.weight", ".a2.weight"),
-    (".b1.weight", ".b2.weight"),
-)
-# Name endings of two pairs of which a layer needs both.
-SIDES = ((".hada_w1_a", ".hada_w2_a"), (".a1.weight", ".b1.weight"))
-PARTNER = {name: other for pair in PAIRS for name, other in (pair, pair[::-1])}
-WHOLE = (
-    ".lokr_w1",
-    ".lokr_w2",
-    ".oft_blocks",
-    ".diff",
-    ".diff_b",
-    ".set_weight",
-    ".w_norm",
-    ".b_norm",
-)
-OPTIONAL = (".alpha", ".dora_scale", ".lora_mid.weight", ".lokr_t2", ".rescale", ".reshape_weight")
-MAGNITUDE = ".lora_magnitude_vector"
-ENDS = sorted((*PARTNER, *WHOLE, *OPTIONAL), key=len, reverse=True)
 
 # Tensor names of other files that people pick by mistake, what such a file is, and how to load it.
 OTHER_FILES = (
@@ -87,7 +52,7 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     A file with some damaged layers is returned as it is; `check_lora` names them.
 
     Returns:
-        (name -> tensor, metadata); the weights of GGUF adapters are dequantised to float32.
+        (name -> tensor, metadata); GGUF's tensors are dequantised to float32.
 
     Raises:
         WeightFileError: if the file is not a LoRA or has no undamaged layer.
@@ -121,16 +86,6 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             f"{name} has no layer that can be used: {safe_repr(stem)} has {reason}{others}."
             " Download it again, or report it where you got it.")
     return state_dict, dict(metadata or {})
-
-
-def layer_names(state_dict: dict[str, torch.Tensor]) -> dict[str, set[str]]:
-    """Returns layer name -> name endings of its tensors, for layers that change a weight."""
-    stems = collections.defaultdict(set)
-    for key in state_dict:
-        end = next((end for end in ENDS if key.endswith(end)), None)
-        if end is not None:
-            stems[key.removesuffix(end)].add(end)
-    return {stem: ends for stem, ends in stems.items() if not ends <= set(OPTIONAL)}
 
 
 def damaged_layers(stems: dict[str, set[str]],
@@ -170,7 +125,7 @@ def _damage(stem: str, tensors: dict[str, torch.Tensor]) -> str | None:
     if not all(torch.isfinite(tensor.float()).all() for tensor in values
                if tensor.is_floating_point()):
         return "NaN or infinite values"
-    for up_end, down_end in PAIRS[:7]:
+    for up_end, down_end in PRODUCTS:
         if up_end in tensors:
             up, down = tensors[up_end], tensors[down_end]
             if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
@@ -178,23 +133,6 @@ def _damage(stem: str, tensors: dict[str, torch.Tensor]) -> str | None:
                         f" {list(down.shape)})")
             return None
     return None
-
-
-def peft_dora_layers(stems: dict[str, set[str]], unread: Iterable[str]) -> dict[str, str]:
-    """Returns layer -> why the host cannot use it, for layers of a DoRA saved by PEFT.
-
-    PEFT divides by the norm of each row of the changed weight, the host
-    (comfy/weight_adapter/base.py, weight_decompose) by that of the old one.
-
-    Args:
-        stems: from `layer_names`.
-        unread: names of tensors of unknown types.
-    """
-    layers = (key.partition(MAGNITUDE)[0] for key in unread if MAGNITUDE in key)
-    return {
-        layer: "DoRA as PEFT computes it, which this ComfyUI does in another way"
-        for layer in layers if layer in stems
-    }
 
 
 def weight_shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, int]]:

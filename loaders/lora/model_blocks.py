@@ -3,6 +3,10 @@ import re
 from collections.abc import Iterable
 
 MODEL_PREFIX = "diffusion_model."
+# what trainers and libraries put before the name of a weight
+WRAPPERS = re.compile(
+    r"^((lora|lycoris|loha|lokr|glora|b?oft|dora|prior|base_model|model|diffusion_model|unet|dit"
+    r"|transformer(?![._]blocks))[._]+)+")
 # names of the module lists that hold numbered blocks
 BLOCK_LIST = re.compile(r"(blocks?|layers?|refiner)$")
 

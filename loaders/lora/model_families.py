@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .model_blocks import WRAPPERS
+
 DOUBLE, SINGLE = r"(?P<block>\d+)", r"(?P<single>\d+)"
 
 
@@ -310,9 +312,6 @@ HINT_KEYS = (
     "general.architecture",
 )
 # prefixes of layer names in LoRA files and in the host's models
-PREFIX = re.compile(
-    r"^(model\.diffusion_model\.|diffusion_model\.|base_model\.model\.|transformer\.|unet\."
-    r"|lora_unet_+|lora_transformer_|lycoris_)+")
 
 
 def match_family(shapes: Mapping[str, tuple[int | None, int | None]],
@@ -326,7 +325,7 @@ def match_family(shapes: Mapping[str, tuple[int | None, int | None]],
     Returns:
         The families of the best layout, or None if no layout explains the layers.
     """
-    names = {PREFIX.sub("", name).replace(".", "_"): shape for name, shape in shapes.items()}
+    names = {WRAPPERS.sub("", name).replace(".", "_"): shape for name, shape in shapes.items()}
     fits = [_fit(layout, names) for layout in LAYOUTS]
     best = max(fit.explained for fit in fits)
     # A few matching names prove nothing about a file of hundreds.

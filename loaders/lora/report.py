@@ -20,7 +20,7 @@ class LoraReport:
         matched: number of them that match.
         mismatches: layer -> why it does not match.
         unconnected: number of text encoder layers without a text encoder.
-        unread: names of tensors of unknown types.
+        unread: names of tensors, for what is connected, that nobody reads.
         change_types: `change_type` -> number of layers.
         ranks: of all layers, sorted.
         family, model_family: families that the LoRA and the model belong to.
@@ -55,11 +55,19 @@ class LoraReport:
 
     @property
     def fits(self) -> str:
-        """"yes": all layers match; "partly": some do; "no": none, or less than half of the layers
-        of a LoRA for another family."""
+        """"yes": all layers match, and every tensor is read; "partly": some do; "no": none, or
+        less than half of the layers of a LoRA for another family."""
         if not self.patches or (not self.related and self.matched * 2 < self.layers):
             return "no"
-        return "partly" if self.mismatches else "yes"
+        return "partly" if self.misfits else "yes"
+
+    @property
+    def misfits(self) -> list[str]:
+        """What is left out: `name: why` of layers, then of tensors."""
+        return [
+            *(f"{layer}: {reason}" for layer, reason in self.mismatches.items()),
+            *(f"{name}: of an unknown kind" for name in self.unread),
+        ]
 
     @property
     def verdict(self) -> str:
@@ -80,9 +88,13 @@ class LoraReport:
         if self.fits == "yes":
             return f"This LoRA{families} fits: all {self.layers} layers match the model."
         if self.fits == "partly":
+            matched = f"{self.matched} of" if self.mismatches else "all"
+            unread = (
+                f", and tensors of an unknown kind ({len(self.unread)}) are left out"
+                if self.unread else "")
             return (
-                f"This LoRA{families} fits in part: {self.matched} of {self.layers} layers match"
-                " the model.")
+                f"This LoRA{families} fits in part: {matched} {self.layers} layers match the"
+                f" model{unread}.")
         layer, reason = next(iter(self.mismatches.items()))
         return (
             f"None of the {self.layers} layers of this LoRA{families} matches the model"
@@ -119,8 +131,10 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
     if strongest:
         rows["strongest"] = ", ".join(
             f"{block} {percent_text(share)}" for share, block in strongest[:3])
-    elif report.blocks and all(change in (0, None) for change, _ in report.blocks.values()):
+    elif report.blocks and all(change == 0 for change, _ in report.blocks.values()):
         rows["strongest"] = "nothing: all its values are zero, it has no effect"
+    elif report.blocks:
+        rows["strongest"] = "not known: it depends on all values of the model"
     if report.unconnected:
         rows["not used"] = f"{report.unconnected} text encoder layers (no CLIP connected)"
     lines = [report.verdict, "", *(f"{name}: {value}" for name, value in rows.items())]

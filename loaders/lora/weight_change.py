@@ -43,7 +43,7 @@ def change_type(value: Any) -> str:
 def change_norm(value: Any, weight_norm: float | None) -> float | None:
     """Returns the Frobenius norm of what a value adds to a weight at strength 1.
 
-    DoRA scales are ignored; LoHa is estimated from some rows.
+    DoRA scales are ignored where the product is not zero; LoHa is estimated from some rows.
 
     Args:
         value: of a patch.
@@ -54,6 +54,13 @@ def change_norm(value: Any, weight_norm: float | None) -> float | None:
     """
     if isinstance(value, tuple):
         return value[1][0].float().norm().item() if value[0] == "diff" else None
+    norm = _adapter_norm(value, weight_norm)
+    has_scale = getattr(adapter_fields(value), "dora_scale", None) is not None
+    return None if norm == 0 and has_scale else norm
+
+
+def _adapter_norm(value: Any, weight_norm: float | None) -> float | None:
+    """Returns `change_norm` of an adapter without its DoRA scale."""
     parts = adapter_fields(value)
     if isinstance(parts, LoRA):
         down = parts.down
@@ -129,8 +136,9 @@ def _product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def _combined_norm(norms: list[float | None]) -> float | None:
-    known = [norm for norm in norms if norm is not None]
-    return math.sqrt(sum(norm * norm for norm in known)) if known else None
+    """Returns the norm of all parts that are known; None if that says nothing."""
+    norm = math.sqrt(sum(norm * norm for norm in norms if norm is not None))
+    return norm if norm or None not in norms else None
 
 
 def _sampled_rows(weight: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,12 @@ MODELS = {
 def empty_model(name: str, **changes) -> comfy.model_patcher.ModelPatcher:
     """A model of `MODELS` on the meta device; changes: to its configuration, to shrink it."""
     supported, config = MODELS[name]
-    model_config = getattr(comfy.supported_models, supported)({**config, **changes})
+    return empty_model_of(supported, {**config, **changes})
+
+
+def empty_model_of(supported: str, config: dict) -> comfy.model_patcher.ModelPatcher:
+    """A model on the meta device: class in comfy.supported_models, and its configuration."""
+    model_config = getattr(comfy.supported_models, supported)(dict(config))
     model_config.set_inference_dtype(torch.float32, None)
     model_config.custom_operations = comfy.ops.disable_weight_init
     model = model_config.get_model({}, "", device="meta")

@@ -1,0 +1,103 @@
+"""Names of LoRA layers that the host does not know: each spelling of a weight's name finds it."""
+import comfy.utils
+import pytest
+from diffusers_names import OF_FLUX, flux
+from families import FAMILIES
+from lora_models import empty_model, empty_model_of, pairs, weight_shapes
+
+from featherweight.loaders.lora.compatibility import check_lora
+from featherweight.loaders.lora.report import report_text
+
+PREFIX = "diffusion_model."
+SMALL = {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2,
+         "context_in_dim": 64}
+MODELS = {
+    "Flux.1": lambda: empty_model("Flux.1", **SMALL, vec_in_dim=None, guidance_embed=False),
+    "Flux.2": lambda: empty_model("Flux.2 dev", **SMALL, guidance_embed=False),
+    "Z-Image": lambda: empty_model_of("ZImage", FAMILIES["z-image"].config)
+}
+
+
+def flux2_blocks(config):
+    """The names of diffusers' Flux.2 that the host's table has."""
+    return {
+        name: target for name, target in comfy.utils.flux_to_diffusers(config).items()
+        if "blocks" in name and not OF_FLUX.search(name)
+    }
+
+
+DIFFUSERS = {"Flux.1": flux, "Flux.2": flux2_blocks, "Z-Image": comfy.utils.z_image_to_diffusers}
+SPELLINGS = {
+    "bare": "{}".format, "transformer": "transformer.{}".format, "model": "model.{}".format,
+    "lycoris": lambda name: "lycoris_" + name.replace(".", "_"),
+    "oft_unet": lambda name: "oft_unet_" + name.replace(".", "_"),
+    "lora_unet": lambda name: "lora_unet_" + name.replace(".", "_"),
+    "saved by PEFT": "base_model.model.{}".format,
+    "PEFT in a checkpoint": "model.diffusion_model.base_model.model.{}".format
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    built = {}
+    return lambda name: built.setdefault(name, MODELS[name]()) if name in MODELS else None
+
+
+def own_targets(model):
+    return {name.removeprefix(PREFIX): (f"{name}.weight", shape)
+            for name, shape in weight_shapes(model.model).items() if ".norm" not in name}
+
+
+def diffusers_targets(model, table):
+    weights = dict(model.model.named_parameters())
+    targets = {}
+    for name, target in table(model.model.model_config.unet_config).items():
+        key, *rest = (target,) if isinstance(target, str) else target
+        weight = weights.get(PREFIX + key)
+        if name.endswith(".weight") and weight is not None and weight.ndim > 1:
+            part = rest[0] if rest else None
+            rows = weight.shape[0] if part is None else part[2]
+            targets[name.removesuffix(".weight")] = (
+                (PREFIX + key, *rest) if rest else PREFIX + key, (rows, weight.shape[1]))
+    return targets
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("whose", ["own", "diffusers"])
+@pytest.mark.parametrize("name", MODELS)
+def test_each_spelling_of_a_weights_name_is_that_weight(models, name, whose, spelling):
+    model = models(name)
+    targets = own_targets(model) if whose == "own" else diffusers_targets(model, DIFFUSERS[name])
+    lora = pairs({SPELLINGS[spelling](key): shape for key, (_, shape) in targets.items()})
+    report = check_lora(model, None, lora, measure=False)
+    assert report.mismatches == {} and report.fits == "yes"
+    assert report.patches.keys() == {target for target, _ in targets.values()}
+    for key, (target, _) in targets.items():
+        factors = report.patches[target].weights
+        assert factors[0] is lora[f"{SPELLINGS[spelling](key)}.lora_up.weight"]
+
+
+def test_an_unknown_prefix_is_named(models):
+    layer = "double_blocks.0.img_attn.proj"
+    report = check_lora(models("Flux.1"), None, pairs({f"mine.{layer}": (128, 128)}))
+    assert report.mismatches == {
+        f"mine.{layer}":
+        f"its name is that of diffusion_model.{layer}.weight after the unknown prefix 'mine.'"
+    }
+    assert "the unknown prefix 'mine.'" in report_text(report)
+
+
+def test_a_name_that_no_weight_has_is_missing_in_the_model(models):
+    report = check_lora(models("Flux.1"), None, pairs({"transformer.blocks.0.to_q": (128, 128)}))
+    assert list(report.mismatches.values()) == ["missing in the model"]
+
+
+def test_a_second_layer_for_the_same_weight_is_not_applied(models):
+    layer = "double_blocks.0.img_attn.proj"
+    lora = pairs({PREFIX + layer: (128, 128), f"transformer.{layer}": (128, 128)})
+    report = check_lora(models("Flux.1"), None, lora)
+    assert report.mismatches == {
+        f"transformer.{layer}": "for a weight that another layer of the file changes"
+    }
+    (patch,) = report.patches.values()
+    assert patch.weights[0] is lora[f"{PREFIX}{layer}.lora_up.weight"]
