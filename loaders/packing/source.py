@@ -33,7 +33,7 @@ from ..files.container import FileChangeGuard, WeightFile, WeightFileError, firs
 from ..files.diffusers_folder import MODEL_FOLDERS
 from ..model_summary import format_name
 from ..modules import module_layers
-from ..recipe import Recipe
+from ..recipe import Recipe, model_paths
 from ..seedvr2 import add_texts
 from ..wording import join_some
 from .planning.packing_rules import half_type
@@ -226,15 +226,8 @@ def _open_again(patcher, notes: list[str]) -> list[WeightFile]:
 
     notes: takes a clause for each file that cannot be opened; no file is returned then.
     """
-    load, arguments, *_ = patcher.cached_patcher_init or (None, ())
-    if isinstance(load, Recipe):
-        paths = [load.paths[0], load.options.get("extra")]
-    else:
-        paths = [next((value for value in arguments if isinstance(value, str)), None)]
     files = []
-    for path in paths:
-        if not path or not (os.path.isabs(path) or os.path.exists(path)):
-            continue  # or it is a name of another node pack's
+    for path in model_paths(patcher):
         name = os.path.basename(os.path.normpath(path))
         try:
             files.append(open_weights(_model_folder(path)))

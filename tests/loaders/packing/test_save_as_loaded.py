@@ -1,4 +1,4 @@
-"""What is saved of a model is what its file holds, whatever dtype a flag of ComfyUI chose for it."""
+"""What is saved of a model is what its file holds, whatever dtype ComfyUI loaded it in."""
 import comfy.cli_args
 import comfy.sd
 import pytest
