@@ -4,6 +4,7 @@ another process.
 The host keeps a function and its arguments for that (`ModelPatcher.cached_patcher_init`); the
 function is a `Recipe`.
 """
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,20 @@ class Recipe:
         """Attaches the recipe to the host's ModelPatcher that it loads, and returns the patcher."""
         patcher.cached_patcher_init = (self, ())
         return patcher
+
+
+def model_paths(patcher) -> list[str]:
+    """Returns the paths that a diffusion model was loaded from: the model's, then its module's.
+
+    They may be gone. Empty where neither the host nor a recipe has loaded the model.
+    """
+    load, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
+    if isinstance(load, Recipe):
+        paths = [load.paths[0], load.options.get("extra")]
+    else:
+        paths = [next((value for value in arguments if isinstance(value, str)), None)]
+    # other node packs give a name in place of a path
+    return [path for path in paths if path and (os.path.isabs(path) or os.path.exists(path))]
 
 
 Recipe.__module__ = PICKLED_IN

@@ -20,6 +20,7 @@ from .model_blocks import MODEL_PREFIX, WRAPPERS, weight_key
 from .model_families import match_family, metadata_hints
 from .report import MISSING, LoraReport
 from .tensor_names import MAGNITUDE, PRODUCTS, layer_names
+from .training_base import words_of_model
 from .weight_change import block_changes, change_type
 
 TEXT_STEM = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|lycoris_te)")
@@ -129,6 +130,7 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         model_family=match_family(weight_shapes(model_weights)),
         hints=metadata_hints(metadata),
         metadata=metadata,
+        model_words=words_of_model(model),
     )
     if measure:
         report.blocks = block_changes(

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .model_blocks import weight_key
 from .model_families import FamilyMatch
+from .training_base import Said, training_line
 
 MISSING = "missing in the model"
 EXAMPLES = 10  # layers and tensors that a report lists at most
@@ -28,6 +30,7 @@ class LoraReport:
         metadata: of the file.
         blocks: block -> (norm of its change at strength 1, or None if it is not known cheaply;
             norm of its weights, or None if the model has no values).
+        model_words: whether the model is a base or a distilled one, None if nothing says it.
     """
 
     patches: dict
@@ -43,6 +46,7 @@ class LoraReport:
     hints: str
     metadata: dict[str, str]
     blocks: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    model_words: Said | None = None
 
     @property
     def related(self) -> bool:
@@ -124,6 +128,9 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
         **(settings or {}),
         "made for": f"{family or 'unknown'}{hints}",
         "model": f"{report.model_family or 'unknown'}",
+        "training": training_line(report.metadata, name,
+                                  [*map(weight_key, report.patches), *report.mismatches],
+                                  report.model_words),
     }
     shares = ((change / norm, block) for block, (change, norm) in report.blocks.items()
               if change and norm and math.isfinite(change / norm))

@@ -4,20 +4,22 @@ Names are the host's without prefix. A weight is read, dequantized and patched o
 are requested. For a LoRA on a file, the host's model is built on the meta device, which tells the
 LoRA's layers.
 """
-import contextlib
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import comfy.model_detection
 import comfy.model_patcher
 import comfy.ops
+import comfy.utils
 import torch
 
 from ...ops import cpu_attention
-from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
+from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors, reshape_to
 from ...ops.packed_tensor import relabel
 from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
@@ -27,9 +29,12 @@ from ..comfy_quant import as_tensors, read_marked
 from ..detection import find_side_model, reject_non_diffusion, try_detect
 from ..diffusers_keys import JoinedRows
 from ..files import open_weights
-from ..files.container import FileChangeGuard, WeightFileError, map_file
+from ..files.container import FileChangeGuard, WeightFile, WeightFileError, first_line, map_file
+from ..files.diffusers_folder import MODEL_FOLDERS
 from ..model_summary import format_name
-from ..recipe import Recipe
+from ..modules import module_layers
+from ..recipe import Recipe, model_paths
+from ..seedvr2 import add_texts
 from ..wording import join_some
 from .planning.packing_rules import half_type
 
@@ -48,6 +53,7 @@ CONFIG = "config"
 # Metadata of a file that says how that file is packed.
 NOT_KEPT = ("general.", "featherweight.", "quantization", "_quantization")
 ADVICE = "Remove it, or put it after the loader of the new file instead."
+COMPARED = 1 << 14  # values of a weight by which a file is known to be the one it was loaded from
 
 
 class SaveError(ValueError):
@@ -96,6 +102,13 @@ class Weight:
     def is_number(self) -> bool:
         """Whether it may be written in another type, unlike integers and markers without values."""
         return self.tensor.dtype.is_floating_point and self.values > 0
+
+    @property
+    def plain_dtype(self) -> torch.dtype | None:
+        """The dtype of its values, packed 16 bits as plain ones; None for a quantised weight."""
+        if is_packed(self.tensor):
+            return self.tensor.layout_cls.format.plain_dtype
+        return None if isinstance(self.tensor, QuantizedTensor) else self.tensor.dtype
 
     def stored_tensor(self) -> torch.Tensor:
         """Returns the tensor on the CPU, to be copied bit for bit; packed 16 bits as plain ones."""
@@ -178,18 +191,164 @@ class Source:
 
 
 def source_of_model(patcher) -> Source:
-    """Returns the source of a MODEL, the host's ModelPatcher, packed or not, with its patches."""
+    """Returns the source of a MODEL, the host's ModelPatcher, packed or not, with its patches.
+
+    Plain weights are those of the file that it was loaded from, whatever dtype the host has chosen
+    for them. Where that file is no longer there, they are as the model holds them, and a note says
+    so.
+    """
     weights = _weights_of(patcher, DIFFUSION_MODEL)
+    notes = []
+    files = _open_again(patcher, notes)
+    if files:
+        notes += _take_from_files(weights, patcher, files)
+    elif notes:
+        notes = [_as_held(weights, _plain_names(weights), "; ".join(notes))]
     for name, tensor in _markers(patcher).items():
         weights.setdefault(name, _extra_tensor(name, tensor))
     source = _source(weights, patcher)
-    for path in _paths_loaded_of(patcher):
-        with contextlib.suppress(WeightFileError):  # it may hold no weights
-            metadata = open_weights(path).text_metadata
-            if CONFIG in metadata:
-                source.metadata = {CONFIG: metadata[CONFIG]}
-                break
+    source.notes += [*notes, *_notes_on_merges(weights)]
+
+    def drop_pages():
+        for file in files:
+            file.drop_pages()
+
+    source.drop_pages = drop_pages
+    for file in files:
+        if CONFIG in file.text_metadata:
+            source.metadata = {CONFIG: file.text_metadata[CONFIG]}
+            break
     return source
+
+
+def _open_again(patcher, notes: list[str]) -> list[WeightFile]:
+    """Opens the files that the host or a recipe loads a model from, a module behind its model.
+
+    notes: takes a clause for each file that cannot be opened; no file is returned then.
+    """
+    files = []
+    for path in model_paths(patcher):
+        name = os.path.basename(os.path.normpath(path))
+        try:
+            files.append(open_weights(_model_folder(path)))
+        except WeightFileError as error:
+            notes.append(f"{name} cannot be read again ({first_line(error)})"
+                         if os.path.exists(path) else f"{name} is no longer there")
+    return [] if notes else files
+
+
+def _model_folder(path: str) -> str:
+    """Returns the folder of the model in a diffusers pipeline; else the path itself."""
+    folders = (os.path.join(path, name) for name in MODEL_FOLDERS)
+    is_pipeline = not os.path.exists(os.path.join(path, "config.json"))
+    return next((folder for folder in folders if is_pipeline and os.path.isdir(folder)), path)
+
+
+def _plain_names(weights: Mapping[str, Weight]) -> list[str]:
+    """Returns the names of the weights that a model does not hold in a quantised format."""
+    return [name for name, weight in weights.items()
+            if weight.is_number and weight.plain_dtype is not None]
+
+
+def _as_held(weights: Mapping[str, Weight], names: Sequence[str], reason: str) -> str:
+    """Returns a note on weights that are saved as the model holds them.
+
+    reason: a clause.
+    """
+    types = dict.fromkeys(weights[name].stored_type for name in names)
+    return (f"{len(names)} weights are saved as ComfyUI holds them ({', '.join(types)}), not as"
+            f" they were loaded: {reason} ({join_some(names)}).")
+
+
+def _take_from_files(weights: dict[str, Weight], patcher, files: Sequence[WeightFile]) -> list[str]:
+    """Makes the plain weights of a model those of its files, patches apart.
+
+    Args:
+        weights: of the model; is changed.
+        patcher: of the model.
+        files: of `_open_again`.
+
+    Returns:
+        Notes on weights that stay as the model holds them.
+    """
+    file, names = files[0], _plain_names(weights)
+    file_types = {entry.format for file in files for entry in file.entries.values()}
+    if len(file_types) == 1 and {weights[name].stored_type for name in names} <= file_types:
+        return []  # nothing was rounded
+    try:
+        tensors = _in_the_hosts_names(file, read_marked(file))
+        for module in files[1:]:
+            layers = _in_the_hosts_names(module, read_marked(module))
+            tensors |= module_layers(module, layers)
+        add_texts(tensors, "", file.path)
+    except WeightFileError as error:
+        reason = f"{file.path.name} cannot be read again ({first_line(error)})"
+        return [_as_held(weights, names, reason)]
+    tensors = _in_the_model(tensors, patcher)
+    missing, other = [], []
+    for name in names:
+        weight, tensor = weights[name], tensors.get(name)
+        held = weight.tensor.shape
+        if tensor is None:
+            missing.append(name)
+            continue
+        if tensor.shape != held and tensor.shape.numel() == held.numel() and not isinstance(
+                tensor, JoinedRows):
+            tensor = reshape_to(tensor, held)
+        if tensor.shape != held or not _is_rounded_to(tensor, weight):
+            other.append(name)
+            continue
+        weights[name] = replace(weight, **_stored(tensor))
+    reasons = {
+        f"{file.path.name} has no tensors of their names": missing,
+        f"{file.path.name} was changed since, or ComfyUI computes them anew": other,
+    }
+    return [_as_held(weights, some, reason) for reason, some in reasons.items() if some]
+
+
+def _in_the_model(tensors: dict[str, torch.Tensor], patcher) -> dict[str, torch.Tensor]:
+    """Returns a file's tensors by the names in the model, where the host's loader renames them."""
+    config = patcher.model.model_config
+    if "num_res_blocks" in config.unet_config:
+        names = comfy.utils.unet_to_diffusers(config.unet_config)
+        tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    return try_detect(config.process_unet_state_dict, dict(tensors)) or tensors
+
+
+def _is_rounded_to(tensor: torch.Tensor | JoinedRows, weight: Weight) -> bool:
+    """Returns whether a plain weight of a model may be a file's tensor, by its first rows."""
+    rows = weight.slices(COMPARED)[0][1]
+    start = 0
+    if isinstance(tensor, JoinedRows):
+        tensor, start, stop = tensor.parts[0]
+        rows = min(rows, stop - start)
+    held, dtype = weight.read(0, rows).cpu(), weight.plain_dtype
+    if dtype is None:
+        return False
+    if isinstance(tensor, QuantizedTensor):
+        # dequantised in another dtype, perhaps, before it was rounded to the model's
+        values, limit = _read_rows(tensor, start, start + rows), torch.finfo(dtype).eps
+        return bool(((values - held).abs() <= limit * (values.abs() + 1)).all())
+    rounded = (tensor[start:start + rows] if tensor.ndim else tensor).to(dtype).float()
+    return torch.equal(rounded.nan_to_num(), held.nan_to_num())
+
+
+def _notes_on_merges(weights: Mapping[str, Weight]) -> list[str]:
+    """Returns a note on weights of other models that were rounded to 8 bits before the merge."""
+    merged = [
+        name for name, weight in weights.items()
+        if any(isinstance(value, list) and _is_eight_bits(value[0][0])
+               for _, value, *_ in weight.patches)
+    ]
+    if not merged:
+        return []
+    return [f"{len(merged)} weights are merged with another model's as ComfyUI holds them, in 8"
+            f" bits: {join_some(merged)}. Start ComfyUI without a flag for fp8 to merge its file's"
+            " values."]
+
+
+def _is_eight_bits(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, QuantizedTensor) and tensor.dtype.itemsize == 1
 
 
 def source_of_encoders(clip) -> dict[str, Source]:
@@ -320,14 +479,7 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     guard = file.guard + FileChangeGuard.over(map_file(lora) for lora, _ in loras)
     state_dict = read_marked(file)
     is_side_model = find_side_model(state_dict) is not None
-    prefix = "" if is_side_model else model_prefix(state_dict)
-    markers = {name: state_dict[name] for name in MARKERS if name in state_dict}
-    state_dict = as_tensors(
-        file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)},
-        prefix)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    tensors = tensors if is_side_model else to_comfy_keys(tensors, lazy=True)
-    tensors |= markers
+    tensors = _in_the_hosts_names(file, state_dict, is_side_model)
     model = try_detect(_empty_model, tensors) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
     weights = {
@@ -349,15 +501,37 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
                   metadata=metadata)
 
 
+def _in_the_hosts_names(file: WeightFile, state_dict: dict[str, torch.Tensor],
+                        is_side_model: bool = False) -> dict:
+    """Returns the tensors of a diffusion model by the host's names, or of a side model by its own.
+
+    A weight of several tensors is `JoinedRows`.
+
+    Args:
+        file: of the tensors.
+        state_dict: of `read_marked`.
+        is_side_model: whether it is one of `SIDE_MODELS`.
+    """
+    prefix = "" if is_side_model else model_prefix(state_dict)
+    markers = {name: state_dict[name] for name in MARKERS if name in state_dict}
+    state_dict = as_tensors(
+        file, {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)},
+        prefix)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    return (tensors if is_side_model else to_comfy_keys(tensors, lazy=True)) | markers
+
+
 def _weight_of_file(name: str, tensor, patches: Sequence[Patch]) -> Weight:
-    is_joined = isinstance(tensor, JoinedRows)
-    stored = tensor.parts[0][0] if is_joined else tensor
+    return Weight(name, f"{DIFFUSION_MODEL}{name}", tuple(tensor.shape), patches=tuple(patches),
+                  **_stored(tensor))
 
-    def read(start: int, stop: int) -> torch.Tensor:
-        return (_read_joined_rows if is_joined else _read_rows)(tensor, start, stop)
 
-    return Weight(name, f"{DIFFUSION_MODEL}{name}", tuple(tensor.shape), stored, read,
-                  tuple(patches), is_whole=not is_joined)
+def _stored(tensor: torch.Tensor | JoinedRows) -> dict[str, Any]:
+    """Returns what of a `Weight` says how its tensor is stored in a file."""
+    if isinstance(tensor, JoinedRows):
+        return {"tensor": tensor.parts[0][0], "read": partial(_read_joined_rows, tensor),
+                "is_whole": False}
+    return {"tensor": tensor, "read": partial(_read_rows, tensor)}
 
 
 def _read_rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
