@@ -18,6 +18,7 @@ from .comfy_bridge import wrap_model
 from .comfy_keys import has_foreign_names, model_prefix, to_comfy_keys
 from .comfy_quant import as_tensors, host_metadata, read_marked, reject_unread_layers
 from .detection import (
+    DETECTION_ERRORS,
     explain_missing_config,
     explain_shape_errors,
     is_diffusion_model,
@@ -127,9 +128,12 @@ def _load_by_the_host(path: str, model_options: dict[str, Any],
             check.attach(patcher)
         keep_weights_whole(patcher)
         return patcher
-    except RuntimeError as error:
-        if not str(error).startswith("ERROR: Could not detect") and (
-                shape_mismatch_text(error) is None):
+    except WeightFileError:
+        raise
+    except DETECTION_ERRORS as error:
+        if isinstance(error, RuntimeError) and (
+                not str(error).startswith("ERROR: Could not detect")
+                and shape_mismatch_text(error) is None):
             raise
         log.debug("[Featherweight] ComfyUI does not load %s", path, exc_info=True)
         return None

@@ -88,6 +88,9 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return state_dict, dict(metadata or {})
 
 
+WHOLE_NUMBERS = (".alpha", ".reshape_weight")  # parts of a layer that may be integers
+
+
 def damaged_layers(stems: dict[str, set[str]],
                    state_dict: dict[str, torch.Tensor]) -> dict[str, str]:
     """Returns layer -> damage, for layers that no model could use.
@@ -122,6 +125,10 @@ def _damage(stem: str, tensors: dict[str, torch.Tensor]) -> str | None:
         return "rank 0"
     if ".alpha" in tensors and tensors[".alpha"].numel() != 1:
         return f"an alpha of {tensors['.alpha'].numel()} numbers"
+    whole = next((end for end, tensor in tensors.items() if (end not in WHOLE_NUMBERS and not (
+        tensor.is_floating_point())) or tensor.dtype == torch.bool), None)
+    if whole is not None:
+        return f"whole numbers in {safe_repr(stem + whole)}, where floats are expected"
     if not all(torch.isfinite(tensor.float()).all() for tensor in values
                if tensor.is_floating_point()):
         return "NaN or infinite values"

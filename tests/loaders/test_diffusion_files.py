@@ -29,6 +29,7 @@ from devtools.files.gguf_files import random_rows, write_all, write_gguf
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import container
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.load_check import load_notes
 from featherweight.ops.packed_layout import is_packed
 
 PREFIX = "model.diffusion_model."
@@ -467,3 +468,14 @@ def test_the_host_finds_the_file_that_a_weight_is_mapped_from(format_name, tmp_p
     load_diffusion_model(str(tmp_path / name))
     assert not [tensor for tensor in given_to_the_host[0].values()
                 if hasattr(tensor.untyped_storage(), "_comfy_source_path")]
+
+
+@families("flux2", "chroma")
+def test_a_plain_file_in_names_that_comfyui_stumbles_over_loads(family, tmp_path):
+    stored, _ = as_in_diffusers(family)
+    save_file({name: value.contiguous() for name, value in stored.items()},
+              tmp_path / "a.safetensors")
+    patcher = load_diffusion_model(str(tmp_path / "a.safetensors"))
+    assert load_notes(patcher) == ()
+    assert relative_error(run(patcher, family),
+                          run(host_patcher(random_weights(family), family), family)) < 1e-5
