@@ -47,9 +47,9 @@ def trial_error(value, shape: Sequence[int], offset: tuple[int, int, int] | None
     if isinstance(fields, OrthogonalAdapter) and fields.limit is not None:
         # The bound depends on values, which a tensor on "meta" does not have.
         value = like(value, fields._replace(limit=0.0))
-    error = _error(value, torch.empty(shape, device="meta"), offset, function)
+    error = _error(value, torch.empty(shape, device="meta", dtype=torch.float32), offset, function)
     if error is not None:  # perhaps another one that depends on values
-        error = _error(value, torch.zeros(shape), offset, function)
+        error = _error(value, torch.zeros(shape, dtype=torch.float32), offset, function)
     return error and f"this ComfyUI cannot compute it ({error})"
 
 
