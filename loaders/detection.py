@@ -3,7 +3,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import comfy.model_detection
@@ -87,6 +87,7 @@ def missing_keys_text(state_dict: dict[str, torch.Tensor], prefix: str) -> str |
 
 # Names of models whose sizes the host reads from `config` in the metadata, where there is one.
 SIZED_BY_CONFIG = ("adaln_single.emb.timestep_embedder.linear_1.bias",)  # LTX
+SMALLEST_MODEL = 16  # tensors of a file that is more than a part of a model
 # What is in a file, the tensor of five dimensions that ComfyUI-GGUF's converter leaves out of a
 # GGUF and writes beside it, and the model.
 FIVE_DIMENSIONS = (
@@ -111,7 +112,7 @@ def explain_missing_config(file: WeightFile):
             " of an LTX model. Get a conversion that keeps it, or the original file.") from error
 
 
-def left_out_text(names: Container[str], prefix: str) -> str | None:
+def left_out_text(names: Collection[str], prefix: str) -> str | None:
     """Returns a sentence about a tensor that a converter wrote beside the file; None without one.
 
     Args:
@@ -119,7 +120,8 @@ def left_out_text(names: Container[str], prefix: str) -> str | None:
         prefix: of the model's names.
     """
     for present, left_out, model in FIVE_DIMENSIONS:
-        if f"{prefix}{present}" in names and f"{prefix}{left_out}" not in names:
+        if (f"{prefix}{present}" in names and f"{prefix}{left_out}" not in names
+                and len(names) >= SMALLEST_MODEL):
             return (f"has no {left_out!r}: ComfyUI-GGUF's converter leaves this tensor of five"
                     f" dimensions of {model} out and writes it beside, in a file named"
                     " fix_5d_tensors_…, which its fix_5d_tensors.py puts in. Do that, or get"

@@ -56,10 +56,10 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
     check_writable(path, nbytes, overwrite)
     remove_stale_parts(path.parent)
     part = path.with_name(f"{path.name}.{os.getpid()}.featherweight.part")
-    with _explain_oserror(path):
-        file = _open_locked(part)
+    file = None
     try:
         with _explain_oserror(path):
+            file = _open_locked(part)
             _preallocate(file, nbytes)
         yield _FriendlyFile(file, path)
         with _explain_oserror(path):
@@ -73,9 +73,12 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
             if fcntl is None:
                 file.close()
             os.replace(part, path)
-    except BaseException:
-        file.close()
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        if file is not None:
+            file.close()
+        # Ctrl-C may come between the creation of the file and its name here
+        if file is not None or isinstance(error, KeyboardInterrupt):
+            part.unlink(missing_ok=True)
         raise
     file.close()  # releases the lock
     _sync_folder(path.parent)

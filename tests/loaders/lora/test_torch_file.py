@@ -43,7 +43,7 @@ def test_parameters_are_read(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("call", [
-    Call(bytearray, 1 << 40), Call(print, "x"), Call(eval, "1"), Call(bytes, 1 << 40),
+    Call(bytearray, 1 << 40), Call(sorted, [2, 1]), Call(eval, "1"), Call(bytes, 1 << 40),
     Call(torch.zeros, 1 << 40), Call(list, range(1 << 40))])
 def test_what_calls_anything_else_is_refused_before_it_is_called(call, protocol, zipped, tmp_path):
     path = tmp_path / "a.pt"
