@@ -39,7 +39,7 @@ Tensors = dict[str, torch.Tensor]
 Writer = Callable[[Path], Any]
 Load = Callable[[str], tuple[torch.nn.Module, ModelPatcher]]
 WHOLE = 400
-FEW = 24
+FEW = 12
 DEFAULTS = ("packing_format",)  # settings whose absence means something
 # TAESD's of later models, which earlier ones are without
 OPTIONAL = ("vae_scale", "vae_shift")

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("small_models")
 # Without them a layer is that of another LoRA, which is as good: of full strength, without a bias.
 OPTIONAL = (".alpha", ".dora_scale", ".diff_b")
 WHOLE = (".diff", ".set_weight", ".oft_blocks")  # the only tensor of a layer
-FEW, MANY = 16, 200
+FEW, MANY = 6, 200
 
 
 @pytest.fixture(autouse=True, scope="module")
