@@ -54,6 +54,8 @@ def faults_of(lora: dict, chance: random.Random, count: int) -> Iterator[tuple[s
             tensors[name] = tensor.to(chance.choice([torch.int32, torch.bool]))
         elif kind == "cut" and tensor.ndim:
             dim = chance.randrange(tensor.ndim)
+            if tensor.ndim == 4 and dim == 0:
+                continue  # a BOFT of fewer stages is one too
             tensors[name] = tensor.narrow(dim, 0, tensor.shape[dim] // 2)
         elif (kind == "transpose" and not name.endswith(".dora_scale")
               and tensor.ndim == len(set(tensor.shape)) == 2):
