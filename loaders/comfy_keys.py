@@ -79,9 +79,11 @@ def _with_leading_ones(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     host detects the right model only so."""
     prefix = model_prefix(state_dict)
     config = try_detect(detect_unet_config, state_dict, prefix)
-    restored = _LastRead(state_dict | {
-        name: _reshaped(tensor, (1, *tensor.shape)) for name, tensor in state_dict.items()
-        if len(tensor.shape) == 2 and not name.endswith((".weight", ".bias"))})
+    loose = {name: _reshaped(tensor, (1, *tensor.shape)) for name, tensor in state_dict.items()
+             if len(tensor.shape) == 2 and not name.endswith((".weight", ".bias"))}
+    if config is not None and not loose:
+        return state_dict
+    restored = _LastRead(state_dict | loose)
     detected = try_detect(detect_unet_config, restored, prefix)
     while detected is None and (tensor := restored.get(restored.last)) is not None:
         if len(tensor.shape) != 1:  # the host does not fail for its missing dimension

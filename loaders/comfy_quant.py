@@ -70,17 +70,8 @@ OLD_INPUT_SCALE = ".scale_input"
 UPDATE = "Update ComfyUI, or get another conversion."
 
 
-class UnreadFormatError(ValueError):
-    """A layer in a quantised format cannot be read; the message is part of a sentence.
-
-    Args:
-        problem: what is wrong with it.
-        advice: what to do.
-    """
-
-    def __init__(self, problem: str, advice: str = AGAIN):
-        super().__init__(problem)
-        self.advice = advice
+class UnreadFormatError(PartError):
+    """A layer in a quantised format cannot be read; the message is part of a sentence."""
 
 
 def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: str = "",

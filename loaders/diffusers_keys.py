@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import comfy.model_detection
 import torch
-from torch.overrides import TorchFunctionMode
 
+from ..ops.load_hooks import FillEmpty
 from ..ops.packed_layout import is_packed
 from ..ops.row_slicing import join_rows, take_rows
 from .detection import try_detect
@@ -81,7 +81,8 @@ def from_diffusers(state_dict: dict[str, torch.Tensor],
     # The host reads the width of a Flux from this bias, which Flux.2 lacks.
     if "x_embedder.weight" in numbers:
         numbers.setdefault("x_embedder.bias", torch.zeros_like(numbers["x_embedder.weight"]))
-    with _ZeroFilledEmpty():
+    # zeros number no row: the host leaves memory as it is where a part is missing
+    with FillEmpty(torch.Tensor.zero_):
         converted = try_detect(comfy.model_detection.convert_diffusers_mmdit, numbers, "")
     if converted is None:
         return state_dict
@@ -125,15 +126,6 @@ def _convert_by_tables(name: str) -> str:
     for pattern, replacement in UNKNOWN_TO_COMFYUI:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-class _ZeroFilledEmpty(TorchFunctionMode):
-    """Makes `torch.empty` return zeros, which number no row: the host leaves them where a part is
-    missing."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        return out.zero_() if func in (torch.empty, torch.empty_like) else out
 
 
 class JoinedRows:

@@ -158,7 +158,7 @@ def read_weights(
     """
     state_dict = read_marked(file, progress.track)
     if pack_to is None:
-        if has_foreign_names(state_dict) and any(name.endswith(MARK) for name in state_dict):
+        if any(name.endswith(MARK) for name in state_dict) and has_foreign_names(state_dict):
             # weights of several layers become one, of one format and scale for each row
             if formats != packed_formats(EXACT, torch.device("cpu")):
                 file.note(f"{file.path.name} has diffusers' names: this pack computes its quantised"

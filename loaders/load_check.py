@@ -6,17 +6,17 @@ The host logs both and goes on: with zeros, or with whatever was in the memory o
 import contextlib
 import logging
 import re
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch.overrides import TorchFunctionMode
 
 from ..ops.layers import PackedLayer
+from ..ops.load_hooks import FillEmpty, on_each_registration
 from ..ops.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from .encoders.arch import TOKENIZER_NAMES
+from .files.comfy_formats import FP8
 from .files.comfy_marks import MARK
 from .files.container import AGAIN, WeightFileError, describe, safe_repr
 from .files.leftover_scales import MAX_UNSCALED, root_mean_square
@@ -28,7 +28,6 @@ NOTES_KEY = "featherweight_load_notes"  # of a patcher's attachments
 FIRST_BYTES = 4096  # of a weight, that are read to see whether it is all zeros
 MARKED_VALUES = 8  # of memory that is not initialised, which become NaN
 CODES = (torch.int8, torch.uint8)
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 # Names of tensors of a file that need no use, and why.
 UNUSED = tuple((re.compile(pattern), reason) for pattern, reason in (
@@ -171,36 +170,24 @@ def check_load(name: str, notes: Iterable[str] = ()) -> Iterator[LoadCheck]:
     Raises:
         WeightFileError: at the end, see `LoadCheck.finish`.
     """
-    check, thread, hooked, handles = LoadCheck(name, notes), threading.get_ident(), set(), []
+    check, hooked = LoadCheck(name, notes), set()
+    with contextlib.ExitStack() as handles:
 
-    def hook(module: torch.nn.Module | None):
-        if module is not None and id(module) not in hooked:
-            hooked.add(id(module))
-            handles.append(module.register_load_state_dict_pre_hook(check.before_load))
+        def hook(parent, _, module):
+            for each in (parent, module):
+                if id(each) not in hooked:
+                    hooked.add(id(each))
+                    handle = each.register_load_state_dict_pre_hook(check.before_load)
+                    handles.callback(handle.remove)
 
-    def on_submodule(parent, _, module):
-        if threading.get_ident() == thread:
-            hook(parent)
-            hook(module)
-
-    handles.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
-    try:
-        with _MarkedEmpty():
+        # what initialises memory overwrites its mark
+        with on_each_registration(hook), FillEmpty(_mark):
             yield check
-    finally:
-        for handle in handles:
-            handle.remove()
     check.finish()
 
 
-class _MarkedEmpty(TorchFunctionMode):
-    """Makes the first values of `torch.empty` NaN, which what initialises it overwrites."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.empty, torch.empty_like) and isinstance(out, torch.Tensor):
-            _first_values(out, lambda values: values.fill_(float("nan")))
-        return out
+def _mark(tensor: torch.Tensor):
+    _first_values(tensor, lambda values: values.fill_(float("nan")))
 
 
 def _first_values(tensor: torch.Tensor, use: Any) -> Any:
@@ -222,15 +209,13 @@ def _make(root: torch.nn.Module, name: str) -> bool:
     tensor = owner._parameters.get(last, owner._buffers.get(last))
     if tensor is None or is_packed(tensor):
         return False
-    is_ours = isinstance(owner, PackedLayer)
-    is_empty = not is_ours and _first_values(
-        tensor.detach(), lambda values: bool(values.float().isnan().all()))
-    if is_ours or is_empty:
+    if isinstance(owner, PackedLayer):
+        return True  # which makes zeros
+    is_empty = _first_values(tensor.detach(), lambda values: bool(values.float().isnan().all()))
+    if is_empty:
         is_scale = tensor.ndim == 1 and last != "bias" and "norm" in type(owner).__name__.lower()
-        owner._parameters[last] = torch.nn.Parameter(
-            torch.full((), float(is_scale), dtype=tensor.dtype, device=tensor.device).expand(
-                tensor.shape).clone() if is_empty else tensor.detach(), requires_grad=False)
-    return is_ours or bool(is_empty)
+        tensor.detach().fill_(float(is_scale))
+    return bool(is_empty)
 
 
 def _is_not_needed(root: torch.nn.Module, name: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from . import product
 from .layers import PackedLayer, make_packed
@@ -25,17 +26,46 @@ def dequantize_plain_parameters() -> contextlib.AbstractContextManager:
         lambda module: module.register_load_state_dict_pre_hook(_dequantize_own_parameters))
 
 
+def pack_layers() -> contextlib.AbstractContextManager:
+    """While the host builds a model from its own layers, such as a VAE, makes these packed ones."""
+    return on_each_registration(lambda parent, name, module: make_packed(module))
+
+
 @contextlib.contextmanager
-def pack_layers() -> Iterator[None]:
-    """While the host builds a model from its own layers, such as a VAE, makes these packed ones.
+def on_each_module(is_chosen: ModuleFilter,
+                   register: Callable[[torch.nn.Module], Any]) -> Iterator[None]:
+    """While the host builds and loads a model, registers a hook of loading on chosen modules.
+
+    Args:
+        is_chosen: whether to hook a module.
+        register: takes a module and returns the handle of its hook, as
+            `register_load_state_dict_pre_hook` does.
+    """
+    with contextlib.ExitStack() as handles:
+
+        def hook(parent, name, module):
+            if is_chosen(name, module):
+                handles.callback(register(module).remove)
+
+        with on_each_registration(hook):
+            yield
+
+
+@contextlib.contextmanager
+def on_each_registration(
+        use: Callable[[torch.nn.Module, str, torch.nn.Module], Any]) -> Iterator[None]:
+    """Calls a function for each module that becomes a part of another one.
 
     What other threads build meanwhile stays as it is.
+
+    Args:
+        use: takes the other module, the name there and the module.
     """
     thread = threading.get_ident()
 
     def on_submodule(parent, name, module):
         if module is not None and threading.get_ident() == thread:
-            make_packed(module)
+            use(parent, name, module)
 
     handle = torch.nn.modules.module.register_module_module_registration_hook(on_submodule)
     try:
@@ -44,30 +74,22 @@ def pack_layers() -> Iterator[None]:
         handle.remove()
 
 
-@contextlib.contextmanager
-def on_each_module(is_chosen: ModuleFilter,
-                   register: Callable[[torch.nn.Module], Any]) -> Iterator[None]:
-    """While the host builds and loads a model, registers a hook of loading on chosen modules.
-
-    What other threads build meanwhile stays as it is.
+class FillEmpty(TorchFunctionMode):
+    """Calls a function with each tensor of memory that `torch.empty` does not initialise.
 
     Args:
-        is_chosen: whether to hook a module.
-        register: takes a module and returns the handle of its hook, as
-            `register_load_state_dict_pre_hook` does.
+        fill: takes the tensor and writes into it.
     """
-    thread, handles = threading.get_ident(), []
 
-    def on_submodule(parent, name, module):
-        if module is not None and threading.get_ident() == thread and is_chosen(name, module):
-            handles.append(register(module))
+    def __init__(self, fill: Callable[[torch.Tensor], Any]):
+        super().__init__()
+        self.fill = fill
 
-    handles.append(torch.nn.modules.module.register_module_module_registration_hook(on_submodule))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like):
+            self.fill(out)
+        return out
 
 
 def _dequantize_own_parameters(module, state_dict, prefix, *args):

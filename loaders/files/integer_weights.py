@@ -3,16 +3,15 @@ import torch
 
 from ...ops.bits import split_stream
 from ...ops.formats._rows import RowFormat
-from ...ops.formats.comfy import F8_E4M3, F8_E5M2, INT8_ROWS
+from ...ops.formats.comfy import INT8_ROWS
 from ...ops.formats.integers import BITS, SIDE_DTYPES, integer_family
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import PackedTensor
-from .comfy_formats import PartError
+from .comfy_formats import FP8, PartError
 from .container import describe
 
 CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
-BYTES: dict[torch.dtype, type[RowFormat]] = {
-    torch.int8: INT8_ROWS, torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
+BYTES: dict[torch.dtype, type[RowFormat]] = {torch.int8: INT8_ROWS, **FP8}
 
 
 def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Tensor,

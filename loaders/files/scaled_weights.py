@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from ...ops.formats._rows import RowFormat
-from ...ops.formats.comfy import INT8_ROWS, NVFP4_LOW
+from ...ops.formats.comfy import NVFP4_LOW
 from ...ops.packed_layout import is_packed, packed_tensor
 from ...ops.packed_tensor import PackedTensor
 from .comfy_formats import (
@@ -36,7 +36,7 @@ from .comfy_formats import (
 )
 from .comfy_marks import OLD_SCALE, marked_layers
 from .container import AGAIN, WeightFile, describe, safe_repr
-from .integer_weights import pack_nvfp4
+from .integer_weights import BYTES, pack_nvfp4
 
 SCALES, OF_BLOCKS, OF_TENSOR = ".weight_scale", ".weight_scale_inv", ".weight_scale_2"
 ENDS = (OF_BLOCKS, SCALES, OLD_SCALE)
@@ -111,7 +111,7 @@ def _of_rows(weight: torch.Tensor, scale: torch.Tensor,
     rows = len(weight)
     if weight.dtype == torch.uint8:
         return None if of_tensor is None else pack_nvfp4(NVFP4_LOW, weight, scale, of_tensor)
-    family = (FP8 | {torch.int8: INT8_ROWS}).get(weight.dtype)
+    family = BYTES.get(weight.dtype)
     if (family is None or of_tensor is not None or not scale.is_floating_point()
             or scale.numel() not in (1, rows)):
         return None
