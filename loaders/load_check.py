@@ -6,6 +6,7 @@ The host logs both and goes on: with zeros, or with whatever was in the memory o
 import contextlib
 import logging
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -170,13 +171,14 @@ def check_load(name: str, notes: Iterable[str] = ()) -> Iterator[LoadCheck]:
     Raises:
         WeightFileError: at the end, see `LoadCheck.finish`.
     """
-    check, hooked = LoadCheck(name, notes), set()
+    check = LoadCheck(name, notes)
+    hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # not by id: of a dead one again
     with contextlib.ExitStack() as handles:
 
         def hook(parent, _, module):
             for each in (parent, module):
-                if id(each) not in hooked:
-                    hooked.add(id(each))
+                if each not in hooked:
+                    hooked.add(each)
                     handle = each.register_load_state_dict_pre_hook(check.before_load)
                     handles.callback(handle.remove)
 

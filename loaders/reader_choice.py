@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from .comfy_quant import find_unread_layer, has_format
 from .files.bitsandbytes import has_packed_weights
-from .files.comfy_marks import MARK, MarkError, has_other_names, marked_layers
+from .files.comfy_marks import MarkError, has_other_names, marked_layers
 from .files.leftover_scales import has_leftover_scales
 from .files.nunchaku import has_nunchaku_weights
 from .files.quantizers import has_quantized_weights
@@ -65,10 +65,11 @@ def has_plain_fp8(path: str) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            names = dict.fromkeys(file.keys())
+            names = file.keys()
+            marked = marked_layers(file.metadata() or {}, names)
             return any(
                 _type_of(file, name) in FP8_TYPES for name in names if name.endswith(".weight")
-                and f"{name.removesuffix('.weight')}{MARK}" not in names)
+                and name.removesuffix(".weight") not in marked)
     except (SafetensorError, OSError, RuntimeError):
         return False
 

@@ -14,7 +14,7 @@ from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.host_formats import AS_COMFYUI
 from featherweight.loaders.packing.source import source_of_file
-from featherweight.loaders.reader_choice import needs_own_reader
+from featherweight.loaders.reader_choice import has_plain_fp8, needs_own_reader
 from featherweight.loaders.text_encoder import load_text_encoder
 from featherweight.loaders.vae import load_vae
 
@@ -90,6 +90,15 @@ def test_a_format_named_in_the_metadata_is_found_too(tmp_path):
     parts = {"weight": torch.zeros(256, 1280, dtype=torch.int8), "weight_scale": torch.ones(2, 10)}
     path = write_flux(tmp_path / "model.safetensors", parts, metadata=metadata)
     assert "'int8_columnwise'" in error_of(load_diffusion_model, path)
+
+
+@pytest.mark.parametrize("metadata", [
+    {}, {"_quantization_metadata": json.dumps({"layers": {LAYER: {"format": "float8_e4m3fn"}}})}])
+def test_fp8_that_metadata_marks_is_not_plain(metadata, tmp_path):
+    parts = {"weight": torch.zeros(256, 1280, dtype=torch.float8_e4m3fn),
+             "weight_scale": torch.ones(())}
+    path = write_flux(tmp_path / "model.safetensors", parts, metadata=metadata)
+    assert has_plain_fp8(path) is not bool(metadata)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", '{"layers": []}'])

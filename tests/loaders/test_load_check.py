@@ -193,6 +193,14 @@ def test_a_load_sees_what_its_thread_builds():
     assert BIAS in load_notes(patcher)[0] and len(load_notes(patcher)) == 1
 
 
+def test_a_module_at_the_address_of_a_dead_one_is_watched():
+    with check_load("a"):
+        for _ in range(50):
+            built = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity())
+            assert built._load_state_dict_pre_hooks and built[1]._load_state_dict_pre_hooks
+            del built
+
+
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.latent])
 def test_a_whole_model_of_a_family_has_no_notes(name, tmp_path, monkeypatch):
     family = FAMILIES[name]

@@ -96,13 +96,14 @@ class Sensitivity:
         Raises:
             WriteError: where it cannot be written.
         """
-        tensors, same_as, owners = {}, {}, {}
+        tensors, same_as = {}, {}
+        owners: dict[int, tuple[str, SecondMoments]] = {}  # which live, so that no id is used again
         for name in self.shapes:
             moments = self.moments(name)
             if moments is None:
                 continue
             # Layers with the same inputs share their moments.
-            owner = owners.setdefault(id(moments), name)
+            owner, _ = owners.setdefault(id(moments), (name, moments))
             if owner != name:
                 same_as[name] = owner
                 continue

@@ -285,6 +285,10 @@ def test_a_file_holds_the_measurement_and_is_for_its_model_only(monkeypatch, tmp
     for name in found.shapes:
         torch.testing.assert_close(loaded.moments(name).importance, found.moments(name).importance)
     assert loaded.moments("patch_embedding.weight") is None
+    loaded.save(again := tmp_path / "again.sensitivity")
+    for name in found.shapes:
+        torch.testing.assert_close(Sensitivity.load(again).moments(name).importance,
+                                   found.moments(name).importance)
     loaded.match(shapes)
     with pytest.raises(
             SensitivityError,
