@@ -79,7 +79,7 @@ def join_planes(fields: torch.Tensor, width: int, run: int) -> torch.Tensor:
     runs = fields.view(len(fields), -1, 8 // width, run)
     packed = runs[:, :, 0].clone()
     for index in range(1, 8 // width):
-        packed |= runs[:, :, index] << index * width
+        packed.add_(runs[:, :, index], alpha=1 << index * width)  # a shift of bytes
     return packed.view(len(fields), -1)
 
 

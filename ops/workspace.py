@@ -56,13 +56,19 @@ def shared_workspace() -> Workspace:
 @contextlib.contextmanager
 def workspace(
         device: torch.device) -> Iterator[Callable[[tuple[int, ...], torch.dtype], torch.Tensor]]:
-    """Yields take(shape, dtype): returns an uninitialised tensor, valid until the next call."""
-    if device.type != "cpu":
+    """Yields take(shape, dtype): returns an uninitialised tensor, valid until the next call.
+
+    While a weight in the shared one is in use, as by another thread, or around the layer whose
+    product a hook runs meanwhile, it takes memory of its own and does not wait.
+    """
+    shared = shared_workspace()
+    if device.type != "cpu" or not shared.lock.acquire(blocking=False):
         yield lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
         return
-    shared = shared_workspace()
-    with shared.lock:
+    try:
         yield shared.take
+    finally:
+        shared.lock.release()
 
 
 def workspace_bytes(device: torch.device) -> int:

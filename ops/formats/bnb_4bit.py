@@ -77,7 +77,7 @@ class Codebook4Bit(Format):
     @classmethod
     def encode(cls, fit: Fit) -> tuple[torch.Tensor, torch.Tensor]:
         codes = select(cls.constant("order", fit.codes.device), fit.codes.view(-1)).view(-1, 2)
-        return codes[:, 0] << 4 | codes[:, 1], fit.d.view(-1)
+        return codes[:, 0] * 16 + codes[:, 1], fit.d.view(-1)
 
 
 class NF4(Codebook4Bit):

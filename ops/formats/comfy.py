@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ..bits import byte_pairs, reinterpret, select
+from ..bits import byte_pairs, reinterpret, select, split_bits
 from ..format import Side, Terms
 from ..lasting_memory import cached_on_device
 from ._rows import RowFormat
@@ -398,7 +398,7 @@ class W4A8_TABLE(RotatedLevels):
 
     @classmethod
     def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
-        return select(sides[0], torch.stack([codes & 15, codes >> 4], -1))
+        return select(sides[0], split_bits(codes, 4, 2))
 
 
 class W4A8_SHIFTED(FixedLevels):
@@ -478,16 +478,10 @@ class W6A8(RotatedLevels):
         return torch.arange(-32, 32, dtype=torch.float32)
 
     @classmethod
-    def upper_shifts(cls) -> torch.Tensor:
-        """Returns by how many bits the upper bits of four codes lie in their byte, uint8 (4,)."""
-        return torch.arange(0, 8, 2, dtype=torch.uint8)
-
-    @classmethod
     def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
         low, upper = codes.view(-1, 6).split([4, 2], 1)
-        low = torch.stack([low & 15, low >> 4], -1).view(-1, 8)
-        upper = upper.unsqueeze(-1) >> cls.constant("upper_shifts", codes.device) & 3
-        return (upper.view(-1, 8) << 4 | low).float().sub_(32).view(len(codes), -1)
+        levels = split_bits(upper, 2, 4).view(-1, 8) << 4 | split_bits(low, 4, 2).view(-1, 8)
+        return levels.float().sub_(32).view(len(codes), -1)
 
 
 # format -> the one of its values times a number for each column

@@ -59,5 +59,5 @@ class IQ4_XS(NibbleCodebook, ggml_type=23):
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = (fit.scales + 32).to(torch.uint8)
-        scale_bytes = [join_planes(scales >> 4, 2, 1), join_planes(scales & 15, 4, 1)]
+        scale_bytes = [join_planes(scales // 16, 2, 1), join_planes(scales & 15, 4, 1)]
         return torch.cat([half_bytes(fit.d), *scale_bytes, join_planes(fit.codes, 4, 16)], 1)

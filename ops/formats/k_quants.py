@@ -36,7 +36,7 @@ class Q2_K(Format, ggml_type=10):
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         assert fit.minima is not None and fit.dmin is not None
-        scales = fit.scales.to(torch.uint8) | fit.minima.to(torch.uint8) << 4
+        scales = fit.scales.to(torch.uint8).add_(fit.minima.to(torch.uint8), alpha=16)
         codes = join_planes(fit.codes, 2, 32)
         return torch.cat([scales, codes, half_bytes(fit.d), half_bytes(fit.dmin)], 1)
 
@@ -68,8 +68,8 @@ class Q3_K(Format, ggml_type=11):
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = (fit.scales + 32).to(torch.uint8)
-        codes = [join_planes(fit.codes >> 2, 1, 32), join_planes(fit.codes & 3, 2, 32)]
-        scale_bytes = [join_planes(scales & 15, 4, 8), join_planes(scales >> 4, 2, 4)]
+        codes = [join_planes(fit.codes // 4, 1, 32), join_planes(fit.codes & 3, 2, 32)]
+        scale_bytes = [join_planes(scales & 15, 4, 8), join_planes(scales // 16, 2, 4)]
         return torch.cat([*codes, *scale_bytes, half_bytes(fit.d)], 1)
 
 
@@ -94,8 +94,8 @@ def _super_scales(fit: Fit) -> torch.Tensor:
     """Returns the first 16 bytes of a block of Q4_K or Q5_K: d, dmin, scales and mins."""
     assert fit.minima is not None and fit.dmin is not None
     scales, mins = fit.scales.to(torch.uint8), fit.minima.to(torch.uint8)
-    first = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, mins)]
-    last = scales[:, 4:] & 15 | mins[:, 4:] << 4
+    first = [part[:, :4] + part[:, 4:] // 16 * 64 for part in (scales, mins)]
+    last = (scales[:, 4:] & 15) + mins[:, 4:] * 16
     return torch.cat([half_bytes(fit.d), half_bytes(fit.dmin), *first, last], 1)
 
 
@@ -150,7 +150,7 @@ class Q5_K(Format, ggml_type=13):
 
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
-        codes = [join_planes(fit.codes >> 4, 1, 32), join_planes(fit.codes & 15, 4, 32)]
+        codes = [join_planes(fit.codes // 16, 1, 32), join_planes(fit.codes & 15, 4, 32)]
         return torch.cat([_super_scales(fit), *codes], 1)
 
 
@@ -178,7 +178,7 @@ class Q6_K(Format, ggml_type=14):
     @classmethod
     def encode(cls, fit: Fit) -> torch.Tensor:
         scales = fit.scales.to(torch.int8).view(torch.uint8)
-        codes = [join_planes(fit.codes & 15, 4, 64), join_planes(fit.codes >> 4, 2, 32)]
+        codes = [join_planes(fit.codes & 15, 4, 64), join_planes(fit.codes // 16, 2, 32)]
         return torch.cat([*codes, scales, half_bytes(fit.d)], 1)
 
 

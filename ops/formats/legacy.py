@@ -112,7 +112,7 @@ class FiveBitCodes(Format):
     @staticmethod
     def code_bytes(codes: torch.Tensor) -> torch.Tensor:
         """Returns `qh` and `qs`, uint8 (n, 20), of codes, uint8 (n, 32)."""
-        high = join_planes((codes >> 4).view(-1, 4, 8).transpose(1, 2).reshape(-1, 32), 1, 4)
+        high = join_planes((codes // 16).view(-1, 4, 8).transpose(1, 2).reshape(-1, 32), 1, 4)
         return torch.cat([high, join_planes(codes & 15, 4, 16)], 1)
 
 

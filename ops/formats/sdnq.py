@@ -16,7 +16,7 @@ A row is the values of one output channel: input channels, and for each its taps
 """
 import torch
 
-from ..bits import byte_pairs, reinterpret, select
+from ..bits import byte_pairs, passes_are_cheap, reinterpret, select
 from ..format import Side, Terms
 from ._rows import RowFormat
 from .comfy import rotation_signs
@@ -42,9 +42,11 @@ def split_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         words = packed.to(torch.int16)  # one pass over words is cheaper than two over bytes
         return (words | words << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+    if not passes_are_cheap(packed.device):
+        packed = packed.int()  # some Intel GPUs crash on shifts of bytes
     if bits in (1, 2):
         fields = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
-        return torch.stack(fields, -1).view(len(packed), -1)
+        return torch.stack(fields, -1).view(len(packed), -1).to(torch.uint8)
     columns = packed.reshape(len(packed), -1, PACK_CODES[bits] * bits // 8).unbind(-1)
     low, high = [byte & (1 << bits) - 1 for byte in columns], [byte >> bits for byte in columns]
     if bits == 3:  # `high` has a second code, and above it two or three bits of the last two codes
@@ -61,7 +63,7 @@ def split_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
         for shift, byte in zip(range(5, -1, -1), high[1:]):
             last |= byte << shift
         low.append(last)
-    return torch.stack(low, -1).view(len(packed), -1)
+    return torch.stack(low, -1).view(len(packed), -1).to(torch.uint8)
 
 
 def number_sides(index: int, count: int) -> tuple[Side, ...]:

@@ -77,3 +77,22 @@ def test_an_error_in_a_convolution_leaves_the_workspace_free():
         layer(input[:, 1:])
     assert not shared_workspace().lock.locked(), kept
     layer(input)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_packed_layer_inside_a_convolution_has_a_workspace_of_its_own(name, monkeypatch):
+    layer, _ = layer_and_twin(name, "Q8_0", None, torch.float32)
+    inner, _ = layer_and_twin("Linear", "Q8_0", None, torch.float32)
+    input, inside = input_for(name), torch.randn(130, inner.in_features)
+    with torch.no_grad():
+        expected, expected_inside, seen = layer(input), inner(inside), []
+        convolution = getattr(torch.nn, name)
+        convolve = convolution._conv_forward
+
+        def hooked(self, *args, **kwargs):  # as packs wrap it
+            seen.append(inner(inside))
+            return convolve(self, *args, **kwargs)
+
+        monkeypatch.setattr(convolution, "_conv_forward", hooked)
+        assert torch.equal(layer(input), expected)
+    assert seen and all(torch.equal(each, expected_inside) for each in seen)
