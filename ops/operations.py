@@ -19,7 +19,7 @@ from .pickle_names import stable_pickle_name
 def packed_operations(value_dtype: torch.dtype | None = None,
                       patch_dtype: torch.dtype | None = None, mixed: bool = False,
                       full_precision: bool = False, compute: str = "exact") -> type:
-    """Returns a class for the host's `custom_operations`.
+    """Returns a class for the host's `custom_operations`, the same one for the same arguments.
 
     Args:
         value_dtype: see `PackedLayer`.
@@ -30,6 +30,12 @@ def packed_operations(value_dtype: torch.dtype | None = None,
         compute: see `PackedLayer`.
     """
     keep_forward()
+    return _operations(value_dtype, patch_dtype, mixed, full_precision, compute)
+
+
+@functools.cache
+def _operations(value_dtype: torch.dtype | None, patch_dtype: torch.dtype | None, mixed: bool,
+                full_precision: bool, compute: str) -> type:
     options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute}
     base: Any = comfy.ops.manual_cast
     layer_classes = list(PACKED_LAYERS)
@@ -66,11 +72,8 @@ def operations_for(keys: Iterable[str], *dtypes: torch.dtype | None, full_precis
     return packed_operations(*dtypes, mixed=mixed, full_precision=full_precision, compute=compute)
 
 
-_operations = functools.cache(packed_operations)  # the same classes for all layers of a pickle
-
-
 @stable_pickle_name
 def new_layer(name: str, *arguments) -> PackedLayer:
     """Returns an uninitialised layer of the class `name` of `packed_operations(*arguments)`."""
-    layer_class = getattr(_operations(*arguments), name)
+    layer_class = getattr(packed_operations(*arguments), name)
     return layer_class.__new__(layer_class)

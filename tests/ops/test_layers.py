@@ -400,3 +400,10 @@ def test_merged_and_split_dimensions_are_the_models(stored, shape):
     ((0, 4), (2, 0, 4)), ((4, 4), (2, 2, 2, 3))])
 def test_other_shapes_stay_what_they_are(stored, shape):
     assert reshape_to(torch.zeros(stored), torch.Size(shape)).shape == stored
+
+
+@pytest.mark.parametrize("options", [{}, {"mixed": True}, {"compute": "float32"}], ids=str)
+def test_models_loaded_alike_have_layers_of_the_same_classes(options):
+    first, second = packed_operations(**options), packed_operations(**options)
+    assert first.Linear is second.Linear and first.Conv2d is second.Conv2d
+    assert first.Linear is not packed_operations(value_dtype=torch.float16, **options).Linear
