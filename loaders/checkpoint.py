@@ -24,7 +24,7 @@ from .files import open_weights
 from .files.container import WeightFile, WeightFileError, map_file, safe_repr
 from .files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
 from .host_formats import AUTOMATIC, packed_formats
-from .load_check import check_load
+from .load_check import bytes_of, check_load
 from .progress import Progress
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
@@ -94,7 +94,7 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
     if device or encoder_device:
         devices = {"device": device, "encoder_device": encoder_device}
     if not use_own_reader:
-        with check_load(os.path.basename(path)) as check:
+        with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
             model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
                 path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic,
                 model_options=device_options(device),
@@ -262,7 +262,7 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
         with (
             explain_shape_errors(file.path.name),
             dequantize_plain_parameters(),
-            check_load(file.path.name, file.notes) as check,
+            check_load(file.path.name, file.notes, bytes_of(state_dict)) as check,
         ):
             parts = comfy.sd.load_state_dict_guess_config(
                 state_dict, embedding_directory=embedding_directory,

@@ -10,7 +10,7 @@ import comfy.model_detection
 import comfy.supported_models
 import torch
 
-from .files.container import WeightFile, WeightFileError, first_line
+from .files.container import AGAIN, WeightFile, WeightFileError, first_line
 from .files.nunchaku import has_nunchaku_weights
 from .out_of_memory import is_out_of_memory
 
@@ -29,6 +29,20 @@ DETECTION_ERRORS = (
 
 # The host's class of a model -> how the advice begins where its file lacks weights.
 MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it, or get"}
+
+
+# The host counts blocks in a time that grows with blocks times tensors.
+MAX_BLOCKS = 1000
+BLOCK = re.compile(r"\.(\d+)\.")
+
+
+def reject_endless_blocks(file: WeightFile):
+    """Raises WeightFileError where the names of a file number more blocks than any model has."""
+    numbers = {number[1] for number in map(BLOCK.search, file.entries) if number}
+    if len(numbers) > MAX_BLOCKS:
+        raise WeightFileError(
+            f"{file.path.name} numbers {len(numbers):,} blocks in its names, expected at most"
+            f" {MAX_BLOCKS:,}. {AGAIN}")
 
 
 def try_detect(function: Callable, *arguments, **options) -> Any:

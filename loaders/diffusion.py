@@ -24,6 +24,7 @@ from .detection import (
     is_diffusion_model,
     left_out_text,
     missing_keys_text,
+    reject_endless_blocks,
     reject_non_diffusion,
     reject_side_model,
     shape_mismatch_text,
@@ -35,7 +36,7 @@ from .files.container import WeightFile, WeightFileError
 from .files.integer_weights import pack_rows
 from .host_formats import AUTOMATIC, EXACT, packed_formats
 from .host_patcher import keep_weights_whole
-from .load_check import check_load, reject_codes
+from .load_check import bytes_of, check_load, reject_codes
 from .modules import explain_module_errors, join_module, module_layers, reject_unused_module
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
@@ -122,7 +123,7 @@ def _load_by_the_host(path: str, model_options: dict[str, Any],
                       disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher | None:
     """Returns the model, None where the host does not know it as it is in the file."""
     try:
-        with check_load(os.path.basename(path)) as check:
+        with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
             patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
                                                     disable_dynamic=disable_dynamic)
             check.attach(patcher)
@@ -156,6 +157,7 @@ def read_weights(
     Raises:
         WeightFileError: if a layer is damaged or in a format that this host does not read.
     """
+    reject_endless_blocks(file)
     state_dict = read_marked(file, progress.track)
     if pack_to is None:
         if any(name.endswith(MARK) for name in state_dict) and has_foreign_names(state_dict):
@@ -217,7 +219,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
             explain_missing_config(file),
             explain_shape_errors(file.path.name),
             dequantize_plain_parameters(),
-            check_load(file.path.name, file.notes) as check,
+            check_load(file.path.name, file.notes, bytes_of(state_dict)) as check,
         ):
             patcher = comfy.sd.load_diffusion_model_state_dict(
                 state_dict, model_options=options, metadata=host_metadata(file),

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ NOTES_KEY = "featherweight_load_notes"  # of a patcher's attachments
 FIRST_BYTES = 4096  # of a weight, that are read to see whether it is all zeros
 MARKED_VALUES = 8  # of memory that is not initialised, which become NaN
 CODES = (torch.int8, torch.uint8)
+
+# A model has at most as many values as its file may have codes, and layers as it may name.
+CODES_OF_A_BYTE, BYTES_OF_A_LAYER = 8, 24
+SPARE_VALUES, SPARE_LAYERS = 16 << 20, 1000  # that no file needs to have
 
 # Names of tensors of a file that need no use, and why.
 UNUSED = tuple((re.compile(pattern), reason) for pattern, reason in (
@@ -85,15 +89,34 @@ class LoadCheck:
         notes: sentences for the node.
     """
 
-    def __init__(self, name: str, notes: Iterable[str] = ()):
+    def __init__(self, name: str, notes: Iterable[str] = (), nbytes: int | None = None):
         self.name = name
         self.notes = list(notes)
+        self._nbytes = nbytes
+        self._values = self._layers = 0
         self._loads: list[tuple[torch.nn.Module, list[str], list[str]]] = []
         self._parts: tuple[Any, ...] = ()
 
     def attach(self, *parts: Any):
         """Tells of which parts the first that has a patcher gets the notes."""
         self._parts = parts
+
+    def count(self, module: torch.nn.Module):
+        """Counts a module that is built.
+
+        Raises:
+            WeightFileError: the model becomes larger than its file can be, as where names alone
+                make it so.
+        """
+        if self._nbytes is None:
+            return
+        self._values += sum(tensor.numel() for tensor in module._parameters.values()
+                            if tensor is not None)
+        self._layers += bool(module._parameters)
+        if (self._values > SPARE_VALUES + CODES_OF_A_BYTE * self._nbytes
+                or self._layers > SPARE_LAYERS + self._nbytes // BYTES_OF_A_LAYER):
+            raise WeightFileError(
+                f"{self.name} names more layers than its {self._nbytes:,} bytes can hold. {AGAIN}")
 
     def before_load(self, module: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
                     local_metadata, strict, missing: list[str], unexpected: list[str], errors):
@@ -148,6 +171,11 @@ class LoadCheck:
             log.warning("[Featherweight] %s", " ".join(self.notes))
 
 
+def bytes_of(weights: Mapping[str, torch.Tensor]) -> int:
+    """Returns the bytes of weights, of packed ones as they are."""
+    return sum(tensor.nbytes for tensor in weights.values() if isinstance(tensor, torch.Tensor))
+
+
 def patcher_of(part: Any) -> ModelPatcher | None:
     """Returns the host's patcher of a model, or of what has one, None without one."""
     if isinstance(part, ModelPatcher):
@@ -161,17 +189,19 @@ def load_notes(patcher: ModelPatcher) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def check_load(name: str, notes: Iterable[str] = ()) -> Iterator[LoadCheck]:
+def check_load(name: str, notes: Iterable[str] = (),
+               nbytes: int | None = None) -> Iterator[LoadCheck]:
     """While the host builds and loads a model, watches what it does not find in the file.
 
     Args:
         name: of the file, or of several.
         notes: what the reader of the file says.
+        nbytes: of the weights, where their names say how large the model is; otherwise None.
 
     Raises:
-        WeightFileError: at the end, see `LoadCheck.finish`.
+        WeightFileError: see `LoadCheck.count` and `LoadCheck.finish`.
     """
-    check = LoadCheck(name, notes)
+    check = LoadCheck(name, notes, nbytes)
     hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # not by id: of a dead one again
     with contextlib.ExitStack() as handles:
 
@@ -181,6 +211,7 @@ def check_load(name: str, notes: Iterable[str] = ()) -> Iterator[LoadCheck]:
                     hooked.add(each)
                     handle = each.register_load_state_dict_pre_hook(check.before_load)
                     handles.callback(handle.remove)
+                    check.count(each)
 
         # what initialises memory overwrites its mark
         with on_each_registration(hook), FillEmpty(_mark):

@@ -20,7 +20,7 @@ from .detection import CONTROLNET, describe_other_kind, explain_shape_errors, is
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .host_formats import EXACT, packed_formats
-from .load_check import check_load
+from .load_check import bytes_of, check_load
 from .pack_on_load import PackStats, pack_weights
 from .progress import Progress
 from .reader_choice import needs_own_reader
@@ -109,7 +109,7 @@ def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Te
            metadata: Mapping[str, str] | None, operations: type | None,
            notes: Iterable[str]) -> Any:
     try:
-        with explain_shape_errors(name), check_load(name, notes) as check:
+        with explain_shape_errors(name), check_load(name, notes, bytes_of(state_dict)) as check:
             model = build(name, dict(state_dict), dict(metadata or {}), operations)
             check.attach(model)
     except UNKNOWN_ERRORS as error:
