@@ -67,8 +67,9 @@ def unmerge_kernels(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     """
     for name, tensor in list(state_dict.items()):
         bias = state_dict.get(name.removesuffix("weight") + "bias")
-        if name.endswith(".weight") and tensor.ndim == 4 and bias is not None and bias.ndim == 1:
-            rows, rest = divmod(len(tensor), max(1, len(bias)))
+        if (name.endswith(".weight") and tensor.ndim == 4
+                and bias is not None and bias.ndim == 1 and len(bias)):
+            rows, rest = divmod(len(tensor), len(bias))
             if rows > 1 and not rest:
                 state_dict[name] = _reshaped(tensor, (len(bias), rows, *tensor.shape[1:]))
     return state_dict

@@ -1,6 +1,7 @@
 """Tries adapters once, because the host would find out at every run of a layer that it cannot apply
 one."""
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -44,6 +45,9 @@ def trial_error(value, shape: Sequence[int], offset: tuple[int, int, int] | None
     fields = adapter_fields(value)
     if isinstance(fields, LoRA) and fields[3:] == (None, None, None):
         return None
+    scale, most = getattr(fields, "dora_scale", None), max(shape[0], math.prod(shape[1:]))
+    if scale is not None and scale.numel() > most:  # which the host would spread over the weight
+        return f"its dora_scale has {scale.numel():,} values, expected at most {most:,}"
     if isinstance(fields, OrthogonalAdapter) and fields.limit is not None:
         # The bound depends on values, which a tensor on "meta" does not have.
         value = like(value, fields._replace(limit=0.0))

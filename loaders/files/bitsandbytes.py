@@ -265,7 +265,7 @@ class _PartJoiner:
             self.tensors.pop(name, None)
             for name in (f"{layer}.weight_format", f"{weight}.weight_format")
         ]
-        if any(tensor is not None and tensor.tolist() not in (0, [0]) for tensor in layouts):
+        if any(tensor is not None and (tensor.numel() != 1 or tensor.any()) for tensor in layouts):
             raise self.error(
                 key,
                 f"{safe_repr(weight)} is stored in tiles for one GPU generation (its weight_format"

@@ -82,10 +82,10 @@ def _nvfp4(parts: Parts) -> torch.Tensor:
 
 def _pack_quantized(parts: Parts) -> torch.Tensor:
     codes, stored = parts[PACKED], part(parts, SHAPE)
+    if stored.is_floating_point() or stored.numel() != 2:
+        raise PartError(f"its {SHAPE} is {describe(stored)}, expected two whole numbers")
     shape = stored.flatten().tolist()
-    if stored.is_floating_point():
-        raise PartError(f"its {SHAPE} is {describe(stored)}")
-    if len(shape) != 2 or shape[0] != len(codes) or min(shape) < 1:
+    if shape[0] != len(codes) or min(shape) < 1:
         raise PartError(f"its {SHAPE} is {shape} and its {PACKED} {describe(codes)}")
     rows, columns = shape
     widths = [bits for bits in BITS if -(-columns * bits // 32) == codes.shape[1]]

@@ -39,6 +39,7 @@ from .sdnq import CONFIG_KEY, extract_config, join_sdnq_weights, read_config
 from .unsupported_quantizers import reject_unsupported_quantizers
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_EMPTY = 1 << 20  # product of the other sizes of a tensor of which one size is 0
 
 SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.safetensors)", re.IGNORECASE)
 
@@ -230,7 +231,8 @@ def _tensor_fields(info: Any) -> tuple[Any, list[int], int, int] | None:
         dtype, shape, (first, last) = info["dtype"], info["shape"], info["data_offsets"]
         is_valid = all(
             type(number) is int and 0 <= number <= COUNTABLE for number in [*shape, first, last])
-        is_valid = is_valid and math.prod(max(size, 1) for size in shape) <= COUNTABLE
+        most = MAX_EMPTY if 0 in shape else COUNTABLE
+        is_valid = is_valid and math.prod(max(size, 1) for size in shape) <= most
     except (TypeError, KeyError, ValueError):
         return None
     return (dtype, shape, first, last) if is_valid else None

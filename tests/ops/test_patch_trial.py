@@ -50,7 +50,10 @@ BROKEN = {
                               "NoneType"),
     "LoKr with a core of one dimension": (LOKR_1D, (32, 32, 3), "einsum"),
     "DoRA of another length": ({"lora_up.weight": rand(32, 2), "lora_down.weight": rand(2, 32),
-                                "dora_scale": rand(31, 1)}, (32, 32), "31")
+                                "dora_scale": rand(31, 1)}, (32, 32), "31"),
+    "DoRA of more values than rows": (
+        {"lora_up.weight": rand(32, 2), "lora_down.weight": rand(2, 32),
+         "dora_scale": rand(4096, 1)}, (32, 32), "its dora_scale has 4,096 values"),
 }
 
 
