@@ -47,7 +47,8 @@ def trial_error(value, shape: Sequence[int], offset: tuple[int, int, int] | None
         return None
     scale, most = getattr(fields, "dora_scale", None), max(shape[0], math.prod(shape[1:]))
     if scale is not None and scale.numel() > most:  # which the host would spread over the weight
-        return f"its dora_scale has {scale.numel():,} values, expected at most {most:,}"
+        return (f"this ComfyUI cannot compute it (its dora_scale has {scale.numel():,} values,"
+                f" expected at most {most:,})")
     if isinstance(fields, OrthogonalAdapter) and fields.limit is not None:
         # The bound depends on values, which a tensor on "meta" does not have.
         value = like(value, fields._replace(limit=0.0))
