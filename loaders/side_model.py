@@ -16,7 +16,13 @@ from ..ops.operations import operations_for
 from .comfy_bridge import keep_packed, log_load_summary
 from .comfy_keys import to_comfy_keys
 from .comfy_quant import as_tensors, host_metadata, read_marked, reject_unread_layers
-from .detection import CONTROLNET, describe_other_kind, explain_shape_errors, is_diffusion_model
+from .detection import (
+    CONTROLNET,
+    UNKNOWN_ERRORS,
+    describe_other_kind,
+    explain_shape_errors,
+    is_diffusion_model,
+)
 from .files import open_weights
 from .files.container import WeightFile, WeightFileError
 from .host_formats import EXACT, packed_formats
@@ -26,10 +32,6 @@ from .progress import Progress
 from .reader_choice import needs_own_reader
 
 log = logging.getLogger(__name__)
-
-# What the host raises for a file that only begins like a model: it looks up and builds from what
-# such a file lacks, and goes on without a model where it knows none.
-UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, UnboundLocalError)
 
 # (name of the file, state dict, metadata, layer classes or None for the host's) -> the host's model
 Build = Callable[[str, dict[str, torch.Tensor], dict[str, str], type | None], Any]

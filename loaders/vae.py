@@ -27,9 +27,9 @@ from .comfy_bridge import guard_of
 from .comfy_keys import unmerge_kernels
 from .comfy_quant import host_metadata, read_marked, reject_unread_layers
 from .compute_choice import vae_dtype
-from .detection import explain_shape_errors
+from .detection import UNKNOWN_ERRORS, explain_shape_errors
 from .files import open_weights
-from .files.container import FileChangeGuard, WeightFileError
+from .files.container import FileChangeGuard, WeightFileError, safe_repr
 from .load_check import check_load
 from .reader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
@@ -125,15 +125,22 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
     else:
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
         notes = []
-    vae = build_vae(weights, device, metadata, os.path.basename(path), notes)
+    try:
+        vae = build_vae(weights, device, metadata, os.path.basename(path), notes)
+    except UNKNOWN_ERRORS as error:
+        raise _unknown_error(path, weights) from error
     if vae.first_stage_model is None:
-        raise WeightFileError(
-            f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)}"
-            f" tensors, first {next(iter(weights), 'none')!r}). Pick another file, or update"
-            " ComfyUI if the VAE is new."
-        )
+        raise _unknown_error(path, weights)
     Recipe(VAE, (str(path),), {"device": device}).attach(vae.patcher)
     return wrap_vae(vae)
+
+
+def _unknown_error(path: str, weights: Mapping[str, torch.Tensor]) -> WeightFileError:
+    """Returns the error for a file that holds no VAE that the host knows."""
+    return WeightFileError(
+        f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors,"
+        f" first {safe_repr(next(iter(weights), 'none'))}). Pick another file, or update ComfyUI if"
+        " the VAE is new.")
 
 
 def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
