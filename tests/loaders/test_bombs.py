@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.usefixtures("small_models"),
     pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux counts it")]
 
-FEW, MANY = 8, 150
+FEW, MANY = 4, 150
 SECONDS = 10
 SPARE = 64 << 20  # bytes
 # a byte may be eight codes, which are computed in float32
