@@ -24,6 +24,7 @@ from .training_base import words_of_model
 from .weight_change import block_changes, change_type
 
 TEXT_STEM = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|lycoris_te)")
+TAKEN = "for a weight that another layer of the file changes"
 NO_BIAS = "it changes a bias, which this layer of the model does not have"
 SETTING = ".config"  # of an attention, as newer hosts take it from files
 XLABS = re.compile(r"\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight$")
@@ -78,7 +79,10 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
         weights |= dict(clip.cond_stage_model.named_parameters())
-    loaded = _load_layers(sound, key_map)
+    twice = _named_twice(stems, key_map)
+    mismatches |= dict.fromkeys(twice, TAKEN)
+    loaded = _load_layers(sound, {name: target for name, target in key_map.items()
+                                  if name not in twice})
     reasons = {target: _mismatch(target, value, weights) for target, value in loaded.items()}
     patches = {target: value for target, value in loaded.items() if reasons[target] is None}
     if any(map(is_setting, loaded)):
@@ -208,11 +212,23 @@ def _resolve_names(stems: Iterable[str], key_map: dict,
         if target is None:
             reasons[stem] = _unknown_prefix(stem, unique) or MISSING
         elif target in taken:
-            reasons[stem] = "for a weight that another layer of the file changes"
+            reasons[stem] = TAKEN
         else:
             found[stem] = target
             taken.add(target)
     return found, reasons
+
+
+def _named_twice(stems: Iterable[str], key_map: dict) -> set[str]:
+    """Returns the layers whose target, by another of the host's names, an earlier layer has."""
+    taken, twice = set(), set()
+    for stem in stems:
+        target = key_map.get(stem)
+        if target in taken:
+            twice.add(stem)
+        elif target is not None:
+            taken.add(target)
+    return twice
 
 
 def _bare_name(name: str) -> str:
