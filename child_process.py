@@ -7,15 +7,16 @@ import os
 import signal
 import subprocess
 import threading
+from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
 
 _imported_by = os.getpid()
-_running: set[subprocess.Popen] = set()
+_running: set[Popen] = set()
 _lock = threading.Lock()
 _ending = False
 
 
 def run_process(*command: str, seconds: float,
-                env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+                env: dict[str, str] | None = None) -> CompletedProcess[str]:
     """Runs a program to its end and returns its output. POSIX only.
 
     Args:
@@ -27,21 +28,21 @@ def run_process(*command: str, seconds: float,
     Raises:
         subprocess.TimeoutExpired, OSError
     """
-    process = start_process(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=env)
+    process = start_process(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, text=True,
+                            env=env)
     try:
         output, errors = process.communicate(timeout=seconds)
     finally:
         end_process(process)
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    return CompletedProcess(command, process.returncode, output, errors)
 
 
-def start_process(*command: str, **options) -> subprocess.Popen:
+def start_process(*command: str, **options) -> Popen:
     """Starts a program, which is killed at the latest when this process ends.
 
     Args:
         command: the program and its arguments.
-        options: those of `subprocess.Popen`.
+        options: those of `Popen`, of Python's module `subprocess`.
 
     Raises:
         OSError
@@ -54,14 +55,14 @@ def start_process(*command: str, **options) -> subprocess.Popen:
     return process
 
 
-def end_process(process: subprocess.Popen):
+def end_process(process: Popen):
     """Kills a program with all that it has started (on Windows it alone), and waits for its end."""
     _kill(process)
     process.wait()
     _running.discard(process)
 
 
-def _kill(process: subprocess.Popen):
+def _kill(process: Popen):
     if process.returncode is None:  # not reaped yet, so its process id cannot be another program's
         if not hasattr(os, "killpg"):
             process.kill()

@@ -39,9 +39,14 @@ class Share:
         return {node: count for node, count in counts.items() if count}
 
     def free(self) -> dict[str, int]:
-        """Returns Ray's node id -> number of workers that fit into what is not in use now."""
-        from ray._private.state import available_resources_per_node
+        """Returns Ray's node id -> number of workers that fit into what is not in use now.
 
+        {} where Ray does not say it: all nodes count as equally busy then.
+        """
+        try:  # no public function of Ray has it by node
+            from ray._private.state import available_resources_per_node
+        except ImportError:
+            return {}
         nodes = available_resources_per_node()
         return {node: self.worker_count(resources) for node, resources in nodes.items()}
 

@@ -116,6 +116,9 @@ class EmbeddedComfyUI:
         import main
 
         self.loop, self.server, _ = main.start_comfyui()
+        # Python names a thread after its function
+        self.prompt_thread = next((thread for thread in threading.enumerate()
+                                   if thread.name.endswith("(prompt_worker)")), None)
         # the progress hook reads them outside of a prompt too
         self.server.last_prompt_id = self.server.last_node_id = None
         import execution
@@ -207,7 +210,7 @@ class EmbeddedComfyUI:
             self.server.number += 1
             queue.put((number, prompt_id, graph, extra, outputs, {}))
         while not (listener.ended.wait(1) or queue.get_history(prompt_id)):
-            pass
+            self._check_runs_prompts()
         entry = queue.get_history(prompt_id).get(prompt_id)
         queue.delete_history_item(prompt_id)
         if listener.cancelled:
@@ -223,7 +226,18 @@ class EmbeddedComfyUI:
             queue.set_flag("unload_models", False)
             queue.set_flag("free_memory", True)
         while queue.get_flags(reset=False):
+            self._check_runs_prompts()
             time.sleep(0.01)
+
+    def runs_prompts(self) -> bool:
+        """Returns whether ComfyUI's thread that runs prompts is alive."""
+        return self.prompt_thread is None or self.prompt_thread.is_alive()
+
+    def _check_runs_prompts(self):
+        if not self.runs_prompts():
+            raise MachineError(
+                "cannot finish it: ComfyUI's thread that runs prompts has ended, as when a node"
+                " calls sys.exit(). Another worker takes the next prompt.")
 
     def cancel(self, prompt_id: str):
         """Ends one prompt, whether it waits or runs; its `run` raises PromptCancelled."""

@@ -181,11 +181,14 @@ def _refusal_message(address: str, error: Exception) -> str:
 def _check_answers(address: str):
     """Raises MachineError if no Ray answers at an address.
 
-    It does so within `CONNECT_SECONDS` + `ANSWER_SECONDS`; `ray.init` would try for minutes.
+    It does so within `CONNECT_SECONDS` + `ANSWER_SECONDS`; `ray.init` would try for minutes. Ray
+    has no public functions for it: where it has other own ones, less is checked.
     """
     if address == "auto":  # Ray's note of the address, which may be out of date
-        from ray._private.services import canonicalize_bootstrap_address
-
+        try:
+            from ray._private.services import canonicalize_bootstrap_address
+        except ImportError:
+            return
         try:
             address = canonicalize_bootstrap_address("auto")
         except ConnectionError as error:
@@ -197,8 +200,10 @@ def _check_answers(address: str):
     except OSError as error:
         raise MachineError(_no_answer_message(address, error)) from error
     import ray
-    from ray._raylet import GcsClient
-
+    try:
+        from ray._raylet import GcsClient
+    except ImportError:
+        return
     try:
         _within(ANSWER_SECONDS, lambda: GcsClient(address=address))
     except TimeoutError as error:

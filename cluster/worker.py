@@ -61,6 +61,14 @@ class Worker:
 
         return EmbeddedComfyUI(comfyui, launch_arguments(bool(ray.get_gpu_ids())))
 
+    def running_host(self) -> EmbeddedComfyUI:
+        """Returns the ComfyUI, or ends this process if that runs no prompts any more: its pool
+        then starts another worker."""
+        assert self.host is not None  # else `problem` is set
+        if not self.host.runs_prompts():
+            os._exit(1)
+        return self.host
+
     def ready(self) -> tuple[dict, str]:
         """Returns ({"name", "node", "pid"}, `problem`)."""
         return {**self.info, "pid": os.getpid()}, self.problem
@@ -98,7 +106,7 @@ class PromptWorker(Worker):
         self.running.add(prompt_id)
         try:
             result = loop.run_in_executor(
-                self.threads, self.host.run, graph, on_event, prompt_id, extra)
+                self.threads, self.running_host().run, graph, on_event, prompt_id, extra)
             result.add_done_callback(lambda _: on_event("end", None))
             event = ""
             while event != "end":
@@ -177,7 +185,7 @@ class RowRenderer(Worker):
             if self.store.is_done(row["id"], row["stamp"]):
                 return
             changes = json.loads(row["changes"])
-            result = self.host.run(apply_changes(self.graph, changes))
+            result = self.running_host().run(apply_changes(self.graph, changes))
             if not result.files:
                 raise GraphError("the workflow saved no file: it needs a node such as Save Image.")
             self.store.save(row["id"], result.files, {

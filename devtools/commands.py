@@ -10,7 +10,15 @@ from pathlib import Path
 
 from devtools import ROOT
 from devtools.gpu import offline_bundle
-from devtools.host.environment import Environment, fetch_chromium, fetch_llama_cpp, prepare
+from devtools.host.environment import (
+    LINTING,
+    SERVING,
+    TESTING,
+    Environment,
+    fetch_chromium,
+    fetch_llama_cpp,
+    prepare,
+)
 
 PROCESS_GIB = 8  # memory of a process that runs tests, and of what it starts
 # Each runs whole files, and those that share a server together: see tests/support/processes.py.
@@ -25,14 +33,14 @@ CHECKED_PYTHONS = ["3.10", "3.13"]
 
 def setup(arguments: list[str]) -> int:
     """Only make the environment."""
-    environment = prepare()
+    environment = prepare(TESTING | LINTING)
     print(f"Done: run ComfyUI's own code with {environment.python}")
     return 0
 
 
 def lint(arguments: list[str]) -> int:
     """Check style and types."""
-    return _lint(prepare())
+    return _lint(prepare(LINTING))
 
 
 def _lint(environment: Environment) -> int:
@@ -50,7 +58,7 @@ def _lint(environment: Environment) -> int:
 
 def test(arguments: list[str]) -> int:
     """Lint, then run pytest with `arguments`: the whole suite in a process for each core."""
-    environment = prepare()
+    environment = prepare(TESTING | LINTING)
     fetch_llama_cpp(environment.python)
     fetch_chromium(environment.python)
     started = time.monotonic()
@@ -83,12 +91,12 @@ def processes() -> int:
 
 def demo(arguments: list[str]) -> int:
     """Draw side by side on the real server."""
-    return prepare().run("-m", "devtools.demo", *arguments)
+    return prepare(SERVING).run("-m", "devtools.demo", *arguments)
 
 
 def serve(arguments: list[str]) -> int:
     """Open ComfyUI with the demo's models and workflows."""
-    return prepare().run("-m", "devtools.serve", *arguments)
+    return prepare(SERVING).become("-m", "devtools.serve", *arguments)
 
 
 def bench(arguments: list[str]) -> int:

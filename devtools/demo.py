@@ -3,7 +3,6 @@ server."""
 import argparse
 import io
 import json
-import logging
 import re
 import sys
 import time
@@ -169,8 +168,6 @@ def main(arguments: list[str]) -> int:
             f" {', '.join(scenes.WORDS)}."
         )
     options.output.mkdir(parents=True, exist_ok=True)
-    # bitsandbytes tells of faster kernels that it has not, which nothing here needs
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     print("Packing the model", flush=True)
     types = demo_files.recipes()
     demo_files.make_models(base, types)

@@ -17,6 +17,8 @@ from .files.scaled_weights import has_scaled_weights
 from .files.sdnq import has_sdnq_weights
 
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")
+# What opening a safetensors file raises. The last two: it cannot be mapped, by torch or at all.
+UNREADABLE = (SafetensorError, OSError, RuntimeError, MemoryError)
 
 
 def needs_own_reader(path: str, pack_to: str | None = None,
@@ -42,8 +44,12 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     if is_shard(path):
         return True
     try:
-        with safe_open(path, framework="pt") as file:
-            keys, metadata = file.keys(), file.metadata() or {}
+        file = safe_open(path, framework="pt")
+    except UNREADABLE:
+        return True
+    with file:
+        keys, metadata = file.keys(), file.metadata() or {}
+        try:
             return (has_packed_weights(keys)
                     or has_nunchaku_weights(keys)
                     or has_quantized_weights(keys)
@@ -54,9 +60,8 @@ def needs_own_reader(path: str, pack_to: str | None = None,
                     or _may_be_joined(marked_layers(metadata, keys))
                     or has_format(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
-    except (SafetensorError, OSError, RuntimeError,  # RuntimeError: from torch, mapping the file
-            MarkError):
-        return True
+        except (SafetensorError, MarkError):
+            return True
 
 
 def has_plain_fp8(path: str) -> bool:
@@ -70,7 +75,7 @@ def has_plain_fp8(path: str) -> bool:
             return any(
                 _type_of(file, name) in FP8_TYPES for name in names if name.endswith(".weight")
                 and name.removesuffix(".weight") not in marked)
-    except (SafetensorError, OSError, RuntimeError):
+    except UNREADABLE:
         return False
 
 

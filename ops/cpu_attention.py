@@ -62,6 +62,8 @@ def _in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         query.device.type == "cpu"
         and (query.dtype == torch.bfloat16
              or (query.dtype == torch.float32 and cpu_linear.takes(query)))
+        and query.numel() > 0
+        and key.numel() > 0
         and mask is None
         and attn_precision != torch.float32
         and not options.get("enable_gqa")

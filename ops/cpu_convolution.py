@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from . import cpu_linear
+from .pickle_names import stable_pickle_name
 from .product import needs_gradient
 
 # Up to so many pixels of output, a product of matrices is faster, and with one tap always.
@@ -19,9 +20,11 @@ def takes(layer: torch.nn.Conv2d, input: torch.Tensor,
           *parameters: torch.Tensor | None) -> bool:
     """Returns whether `convolve` computes a layer's convolution of an input.
 
+    Torch computes the others, and says what is wrong with an input that does not fit the layer.
+
     Args:
         layer: its weight and bias are not read.
-        input: (batch, channels, height, width).
+        input: (batch, channels, height, width), or any other.
         parameters: what else of the convolution may need a gradient.
     """
     return (
@@ -30,6 +33,9 @@ def takes(layer: torch.nn.Conv2d, input: torch.Tensor,
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
         and set(layer.dilation) == {1}
+        and input.ndim == 4
+        and input.shape[1] == layer.in_channels
+        and min(_output_size(layer, input)) > 0
         and not needs_gradient(input, *parameters)
     )
 
@@ -42,11 +48,21 @@ def convolve_dense_layers(model: torch.nn.Module):
 
 
 @functools.cache
-def _with_channels_last(layer_class: type[torch.nn.Conv2d]) -> type:
-    return type(layer_class.__name__, (_DenseConv2d, layer_class), {})
+def _with_channels_last(layer_class: type[torch.nn.Conv2d]) -> type[torch.nn.Conv2d]:
+    return type(layer_class.__name__, (_DenseConv2d, layer_class), {"layer_class": layer_class})
+
+
+@stable_pickle_name
+def new_dense_convolution(layer_class: type[torch.nn.Conv2d]) -> torch.nn.Conv2d:
+    """Returns an uninitialised layer of a class of `convolve_dense_layers`."""
+    return torch.nn.Conv2d.__new__(_with_channels_last(layer_class))
 
 
 class _DenseConv2d(torch.nn.Conv2d):
+    layer_class: type[torch.nn.Conv2d]  # which the layer had before
+
+    def __reduce_ex__(self, protocol):
+        return new_dense_convolution, (self.layer_class,), self.__dict__
 
     def _conv_forward(self, input, weight, bias):
         if not takes(self, input, weight, bias):
@@ -69,10 +85,8 @@ def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
     Returns:
         (batch, output channels, height, width) in memory format `channels_last`.
     """
-    assert not isinstance(layer.padding, str)
     input = input.contiguous(memory_format=torch.channels_last)
-    size = [(length + 2 * padding - taps) // stride + 1 for length, padding, taps, stride
-            in zip(input.shape[2:], layer.padding, layer.kernel_size, layer.stride)]
+    size = _output_size(layer, input)
     out = input.new_empty((len(input), *size, layer.out_channels))
     is_product = layer.kernel_size == (1, 1) or out[..., 0].numel() <= FEW_PIXELS
     patches = _patches(layer, input, size) if is_product else None
@@ -87,6 +101,13 @@ def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
         matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
         out.view(-1, layer.out_channels)[:, rows] = cpu_linear.linear(patches, matrix, part_bias)
     return out.permute(0, 3, 1, 2)
+
+
+def _output_size(layer: torch.nn.Conv2d, input: torch.Tensor) -> list[int]:
+    """Returns height and width of the output, less than 1 where the kernel is too large."""
+    assert not isinstance(layer.padding, str)
+    return [(length + 2 * padding - taps) // stride + 1 for length, padding, taps, stride
+            in zip(input.shape[2:], layer.padding, layer.kernel_size, layer.stride)]
 
 
 def _patches(layer: torch.nn.Conv2d, input: torch.Tensor, size: list[int]) -> torch.Tensor:

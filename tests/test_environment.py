@@ -1,11 +1,21 @@
-"""The first set-up: a line for each step with the time left; of pip nothing unless it fails."""
+"""The first set-up: a line for each step with the time left; of pip nothing unless it fails. A
+Python of the user's own needs no more than a command uses. What is run ends with dev.py."""
+import os
 import re
+import signal
+import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
+import psutil
 import pytest
+from process_tree import start_interruptible
 
+from devtools import ROOT
 from devtools.host import environment, setup_progress
+from devtools.host.server import HOST
 
 STEPS = list(setup_progress.SECONDS)
 
@@ -66,3 +76,43 @@ def test_pips_message_is_printed_where_it_fails(own_python, capfd):
     with pytest.raises(environment.SetupError, match="its message is above"):
         environment.pip(own_python, "--no-index", "featherweight-not-a-package")
     assert "No matching distribution" in capfd.readouterr().out
+
+
+def test_serve_needs_no_linter_in_a_python_of_the_users_own(tmp_path):
+    if sys.platform == "win32":
+        pytest.skip("makes a link")
+    venv.create(tmp_path, with_pip=False)
+    python, packages = (sysconfig.get_path(name, vars={"base": str(tmp_path)})
+                        for name in ("scripts", "purelib"))
+    tools = environment.LINTING.keys() | environment.TESTING.keys() - environment.SERVING.keys()
+    Path(packages, "tools.pth").write_text(f"{sysconfig.get_path('purelib')}\nimport no_tools\n")
+    Path(packages, "no_tools.py").write_text(
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(tools)}))\n")  # importing them is an error
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([f"{python}/python", "dev.py", *arguments], cwd=ROOT, text=True,
+                              capture_output=True, env={**os.environ, "COMFYUI_PATH": str(HOST)})
+
+    served, linted = run("serve", "--help"), run("lint")
+    assert served.returncode == 0 and "--base" in served.stdout, served.stdout + served.stderr
+    assert re.search(r"Failed: .* lacks ruff, 'pyright\[nodejs\]'\. ", linted.stdout)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_a_command_runs_gets_its_signals(name, tmp_path):
+    command = ("import sys; from pathlib import Path; from devtools.host.environment import *; "
+               f"print(Environment(Path('.'), Path({sys.executable!r})).run('-c', "
+               "'import time; print(1, flush=True); time.sleep(600)'))")
+    process = start_interruptible([sys.executable, "-c", command], cwd=ROOT, text=True,
+                                  stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == "1\n"
+        children = psutil.Process(process.pid).children()
+        process.send_signal(getattr(signal, name))
+        assert process.wait(30) == 0 and not any(child.is_running() for child in children)
+        assert process.stdout.read() == f"{-getattr(signal, name)}\n"
+    finally:
+        process.kill()
+        process.wait()

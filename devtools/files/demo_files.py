@@ -1,6 +1,9 @@
 """The model files of the demo, from the weights in `demo_model/weights`: ComfyUI's own names, every
 packing."""
+import functools
 import importlib.util
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import gguf
@@ -62,15 +65,21 @@ def write_model(path: Path, type_name: str,
         save_file(tensors, path)
         return tensors
     if type_name in ("NF4", "FP4", "int8"):
-        from devtools.files.bnb_files import write_bnb, write_bnb_int8
-
         return (
-            write_bnb_int8(path, tensors)
+            _bnb_files().write_bnb_int8(path, tensors)
             if type_name == "int8"
-            else write_bnb(path, tensors, type_name.lower())
+            else _bnb_files().write_bnb(path, tensors, type_name.lower())
         )
     return write_gguf(path, tensors, lambda name, values: "F32" if values.ndim < 2 else
                       type_name if "blocks." in name else "F16")
+
+
+def _bnb_files():
+    # bitsandbytes tells of faster kernels that it has not, which nothing here needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from devtools.files import bnb_files
+
+    return bnb_files
 
 
 def write_encoder(path: Path):
@@ -99,28 +108,41 @@ def vae() -> dict[str, torch.Tensor]:
     return widened(load_file(WEIGHTS / "autoencoder.safetensors"))
 
 
-def make_models(base: Path, types=("Q8_0",)):
-    """Write the demo's files into `base`/models: text encoder, VAE, LoRAs, and the Flux in each of
-    the types."""
-    models = base / "models"
-    write_encoder(models / "text_encoders" / ENCODER_NAME)
-    (models / "vae").mkdir(parents=True, exist_ok=True)
-    save_file(vae(), models / "vae" / VAE_NAME)
-    (models / "loras").mkdir(parents=True, exist_ok=True)
-    for name, file_name in LORAS.items():
-        save_file(load_file(WEIGHTS / f"lora_{name}.safetensors"), models / "loras" / file_name)
-    for name in types:
-        write_model(models / "diffusion_models" / MODELS[name], name)
+def writers(types: Iterable[str]) -> dict[str, Callable[[Path], object]]:
+    """Returns file below `models` -> what writes it: text encoder, VAE, LoRAs, and the Flux in each
+    of the types."""
+    return {
+        f"text_encoders/{ENCODER_NAME}": write_encoder,
+        f"vae/{VAE_NAME}": lambda path: save_file(vae(), path),
+        **{f"loras/{file_name}": functools.partial(_write_lora, name)
+           for name, file_name in LORAS.items()},
+        **{f"diffusion_models/{MODELS[name]}": functools.partial(write_model, type_name=name)
+           for name in types}
+    }
+
+
+def _write_lora(name: str, path: Path):
+    save_file(load_file(WEIGHTS / f"lora_{name}.safetensors"), path)
+
+
+def make_models(base: Path, types: Iterable[str] = ("Q8_0",)):
+    """Write the files of `writers` into `base`/models."""
+    for name, write in writers(types).items():
+        path = base / "models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
 
 
 def make_checkpoint(base: Path, name: str = CHECKPOINT_NAME, with_vae: bool = True) -> Path:
     """Write an NF4 checkpoint of Flux and VAE, which takes the `bitsandbytes` package. Returns its
     path."""
-    from devtools.files.bnb_files import write_bnb
-
     path = base / "models" / "checkpoints" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bnb(path, flux(), prefix="model.diffusion_model.")
+    write_checkpoint(path, with_vae)
+    return path
+
+
+def write_checkpoint(path: Path, with_vae: bool = True):
+    _bnb_files().write_bnb(path, flux(), prefix="model.diffusion_model.")
     if with_vae:
         save_file(load_file(path) | {f"vae.{name}": value for name, value in vae().items()}, path)
-    return path

@@ -2,14 +2,17 @@
 
 Standard library only: it runs before anything is installed.
 """
+import contextlib
 import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +60,14 @@ OPTIONAL = [
     "nvidia-cuda-nvrtc-cu12", "ray>=2.55"
 ]
 
+# What a Python that already has ComfyUI's packages needs besides, module -> package: for a server
+# with the demo, for what uses the tests' files, and for the linters.
+SERVING = {"gguf": "gguf", "websocket": "websocket-client"}
+TESTING = SERVING | {"pytest": "pytest", "pytest_rerunfailures": "pytest-rerunfailures",
+                     "xdist": "pytest-xdist"}
+LINTING = {"ruff": "ruff", "pyright": "'pyright[nodejs]'"}
+END_SECONDS = 30  # for a program to end after Ctrl-C, which the terminal sent to it too
+
 
 class SetupError(Exception):
     """What went wrong and what to do, in one sentence for the user."""
@@ -70,18 +81,46 @@ class Environment:
 
     def run(self, *arguments: str, **variables: str) -> int:
         """Run this environment's Python from the repository root, output passed through; return its
-        exit code.
+        exit code. It ends when this process is told to.
 
         variables: environment variables to set.
         """
-        variables = {
-            **os.environ, "COMFYUI_PATH": str(self.host), "PYTHONUNBUFFERED": "1", **variables
-        }
-        return subprocess.call([str(self.python), *arguments], cwd=ROOT, env=variables)
+        process = subprocess.Popen([str(self.python), *arguments], cwd=ROOT,
+                                   env=self._variables(variables))
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in numbers}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as `nohup` has it
+                signal.signal(number, lambda number, _: process.send_signal(number))
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+            process.terminate()
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def become(self, *arguments: str) -> int:
+        """Put this environment's Python in the place of this process, so that it gets its signals;
+        on Windows, which cannot, `run` it."""
+        if os.name != "posix":
+            return self.run(*arguments)
+        sys.stdout.flush()
+        os.chdir(ROOT)
+        os.execve(self.python, [str(self.python), *arguments], self._variables({}))
+
+    def _variables(self, further: Mapping[str, str]) -> dict[str, str]:
+        return {**os.environ, "COMFYUI_PATH": str(self.host), "PYTHONUNBUFFERED": "1", **further}
 
 
-def prepare() -> Environment:
-    """Make what is missing, reuse what is there."""
+def prepare(needed: Mapping[str, str] = TESTING) -> Environment:
+    """Make what is missing, reuse what is there.
+
+    needed: what a Python of the user's own must have, module -> package.
+    """
     own_host = os.environ.get("COMFYUI_PATH")
     host = Path(own_host).expanduser().resolve() if own_host else DEV / "host"
     if own_host and not (host / "main.py").is_file():
@@ -90,7 +129,7 @@ def prepare() -> Environment:
             " it."
         )
     if own_host and _can_import(sys.executable, "torch"):
-        _require_tools(sys.executable)
+        _require(needed, sys.executable)
         print(f"Using ComfyUI in {host} with {sys.executable}")
         return Environment(host, Path(sys.executable))
 
@@ -142,10 +181,7 @@ def _can_import(python, *modules: str) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _require_tools(python: str):
-    needed = {"gguf": "gguf", "pytest": "pytest", "pytest_rerunfailures": "pytest-rerunfailures",
-              "xdist": "pytest-xdist", "websocket": "websocket-client", "ruff": "ruff",
-              "pyright": "'pyright[nodejs]'"}
+def _require(needed: Mapping[str, str], python: str):
     missing = [package for module, package in needed.items() if not _can_import(python, module)]
     if missing:
         raise SetupError(f"{python} lacks {', '.join(missing)}. "

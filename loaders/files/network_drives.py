@@ -4,6 +4,7 @@ Other machines can write to a file on a network share, and a mapped file that be
 the process.
 """
 import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -23,11 +24,19 @@ LOCAL_FUSE = {"fuseblk", "fuse.ext2", "fuse.ntfs", "fuse.ntfs-3g", "fusectl"}
 def should_read_into_memory(path: Path) -> bool:
     """Returns whether the weights of a file are read into memory; otherwise they are mapped.
 
-    The environment variable FEATHERWEIGHT_FILES, `map` or `copy`, decides for all files. By
-    default those on a network share are read.
+    The environment variable FEATHERWEIGHT_FILES, `map` or `copy`, decides for all files, and next
+    ComfyUI's `--disable-mmap`. By default those on a network share are read.
     """
     mode = os.environ.get(FILES_ENV)
-    return mode == COPY if mode in (MAP, COPY) else is_on_network_share(path)
+    if mode in (MAP, COPY):
+        return mode == COPY
+    return host_maps_no_files() or is_on_network_share(path)
+
+
+def host_maps_no_files() -> bool:
+    """Returns whether ComfyUI was started with `--disable-mmap`."""
+    flags = sys.modules.get("comfy.cli_args")  # files are read without the host too
+    return getattr(getattr(flags, "args", None), "disable_mmap", False)
 
 
 def is_on_network_share(path: Path) -> bool:

@@ -10,6 +10,10 @@ are not touched. If an entry cannot be used, the model loads without it.
 |---|---|
 | `X` | U8, the blocks of the weight X |
 | `X.scale` | F32, its scales, if the format stores them separately |
+| `featherweight.sums` | U8, the sums of all other tensors (`_sum_of`), int64, sorted by name |
+
+A load adds the bytes up again, which takes less time than reading them, and finds what a drive has
+changed. Entries of 0.2.1 and before have no sums and are not checked.
 """
 import contextlib
 import hashlib
@@ -17,8 +21,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -27,7 +32,7 @@ from ...ops.packed_layout import packed_tensor, packed_tensors
 from ...ops.packed_tensor import PackedTensor
 from ..sizes import size_text
 from .atomic_file import WriteError, remove_stale_parts
-from .container import FileState, WeightFile, WeightFileError
+from .container import FileState, WeightFile, WeightFileError, safe_repr
 from .safetensors import SafetensorsFile
 from .safetensors_writer import file_size, safetensors_writer
 
@@ -37,6 +42,7 @@ FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
 LIMIT_GB = 50.0  # default
 PACKER_VERSION = 3  # raised when the packers make other bytes of the same weights
 NAMES = "featherweight-*.safetensors"
+SUMS = "featherweight.sums"
 
 # Name of a weight -> (packed format, logical shape).
 PackedTypes = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -62,25 +68,33 @@ def read(entry: Path | None, types: PackedTypes) -> dict[str, torch.Tensor] | No
     if entry is None or not entry.is_file():
         return None
     try:
-        file = SafetensorsFile(entry, [entry])
-        for part, expected in _all_parts(types).items():
-            stored = file.entries[part]
-            if (stored.shape, stored.format) != expected:
-                raise ValueError(f"{part} is {stored.format} {stored.shape}, expected {expected}")
-        weights = {
-            name: _packed(file, name, type_name, shape)
-            for name, (type_name, shape) in types.items()
-        }
+        weights = _read(entry, types)
         # The entry itself stays untouched: other processes map it and check its time.
         with contextlib.suppress(OSError):  # another user's entry, or a read-only drive
             _last_use(entry).touch()
+        return weights
     except (WeightFileError, KeyError, ValueError, OSError) as error:
         log.warning(
             "[Featherweight] The packed weights in %s cannot be used (%s), so they are packed"
             " again.", entry, error)
-        with contextlib.suppress(OSError):
-            entry.unlink()
-        return None
+    with contextlib.suppress(OSError):  # Windows: after the error, which keeps the file mapped
+        entry.unlink()
+    return None
+
+
+def _read(entry: Path, types: PackedTypes) -> dict[str, torch.Tensor]:
+    file = SafetensorsFile(entry, [entry])
+    has_sums = SUMS in file.entries
+    for part, expected in _all_parts(types, has_sums).items():
+        stored = file.entries[part]
+        if (stored.shape, stored.format) != expected:
+            raise ValueError(f"{part} is {stored.format} {stored.shape}, expected {expected}")
+    weights = {
+        name: _packed(file, name, type_name, shape) for name, (type_name, shape) in types.items()
+    }
+    if has_sums:
+        _check_sums(weights, file.tensor(SUMS))
+        file.drop_pages()
     return weights
 
 
@@ -95,6 +109,32 @@ def _packed(file: SafetensorsFile, name: str, type_name: str,
     return packed_tensor(FORMATS[type_name], file.tensor(name), shape, scale=scale)
 
 
+def _check_sums(weights: Mapping[str, torch.Tensor], stored: torch.Tensor):
+    """Raises ValueError if the bytes of a weight are not those that were written.
+
+    Args:
+        weights: name -> packed weight, all of an entry.
+        stored: the bytes of `featherweight.sums`.
+    """
+    sums = {part: _sum_of(tensor) for name, weight in weights.items()
+            for part, tensor in _parts_of(name, weight)}
+    for part, expected in zip(sorted(sums), stored.clone().view(torch.int64).tolist()):
+        if sums[part] != expected:
+            raise ValueError(f"the bytes of {safe_repr(part)} have changed on the drive")
+
+
+def _parts_of(name: str, weight: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
+    """Returns the tensors of a packed weight by their names in an entry."""
+    return zip((name, f"{name}.scale"), packed_tensors(cast(PackedTensor, weight)))
+
+
+def _sum_of(tensor: torch.Tensor) -> int:
+    """Returns the sum of a tensor's bytes as int64 words, modulo 2^64, and of the bytes left."""
+    data = tensor.reshape(-1).view(torch.uint8)
+    whole = len(data) // 8 * 8
+    return int(data[:whole].view(torch.int64).sum() + data[whole:].sum())
+
+
 @contextlib.contextmanager
 def entry_writer(entry: Path | None, types: PackedTypes) -> Iterator["EntryWriter"]:
     """Opens an entry for writing; it exists after the block only if all weights were written.
@@ -107,6 +147,7 @@ def entry_writer(entry: Path | None, types: PackedTypes) -> Iterator["EntryWrite
     try:
         with writer.stack:
             yield writer
+            writer.write_sums()
     except WriteError as error:  # for example, another process wrote the same entry meanwhile
         writer.is_written = False
         log.warning("[Featherweight] The packed weights are not cached: %s", error)
@@ -125,9 +166,10 @@ class EntryWriter:
     def __init__(self, entry: Path | None, types: PackedTypes):
         self.stack = contextlib.ExitStack()
         self.is_written = False
+        self.sums: dict[str, int] = {}
         if entry is None:
             return
-        tensors = _all_parts(types)
+        tensors = _all_parts(types, with_sums=True)
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             size = file_size(tensors, {})
@@ -146,11 +188,19 @@ class EntryWriter:
         if not self.is_written:
             return
         try:
-            for part, tensor in zip((name, f"{name}.scale"), packed_tensors(weight)):
-                self.writer.write(part, "U8" if tensor.dtype == torch.uint8 else "F32",
-                                  [tensor.cpu()])
+            for part, tensor in _parts_of(name, weight):
+                tensor = tensor.cpu()
+                self.writer.write(part, "U8" if tensor.dtype == torch.uint8 else "F32", [tensor])
+                self.sums[part] = _sum_of(tensor)
         except WriteError as error:
             self.give_up(error)
+
+    def write_sums(self):
+        """Writes the sums of all tensors, when these are written."""
+        if self.is_written:
+            sums = torch.tensor([self.sums[part] for part in sorted(self.sums)],
+                                dtype=torch.int64)
+            self.writer.write(SUMS, "U8", [sums.view(torch.uint8)])
 
     def give_up(self, reason: str | WriteError):
         """Removes what was written so far, and logs the reason."""
@@ -163,7 +213,8 @@ class EntryWriter:
             self.stack.__exit__(WriteError, error, error.__traceback__)
 
 
-def _all_parts(types: PackedTypes) -> dict[str, tuple[tuple[int, ...], str]]:
+def _all_parts(types: PackedTypes,
+               with_sums: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns the tensors of an entry: name -> (shape, type)."""
     parts = {}
     for name, (type_name, shape) in types.items():
@@ -171,6 +222,8 @@ def _all_parts(types: PackedTypes) -> dict[str, tuple[tuple[int, ...], str]]:
         parts[name] = (-(-values * packed.block_bytes // packed.block_length),), "U8"
         if packed.sides:
             parts[f"{name}.scale"] = (-(-values // packed.block_length),), "F32"
+    if with_sums:
+        parts[SUMS] = (8 * len(parts),), "U8"
     return parts
 
 

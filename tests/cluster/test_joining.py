@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +156,17 @@ def test_a_machine_without_a_cluster_gets_a_ray_of_its_own(monkeypatch):
 def test_an_address_where_no_cluster_is_says_so(address, message):
     with pytest.raises(MachineError, match=message):
         connect(address)
+
+
+def test_a_ray_of_other_own_functions_is_checked_by_what_is_left(monkeypatch):
+    monkeypatch.delattr("ray._raylet.GcsClient")
+    monkeypatch.delattr("ray._private.services.canonicalize_bootstrap_address")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        for one in (address, "auto"):
+            ray_connection._check_answers(one)
+    with pytest.raises(MachineError, match=f"No Ray cluster answers at {address} "):
+        ray_connection._check_answers(address)
 
 
 @pytest.mark.parametrize(("error", "message"), [

@@ -13,6 +13,7 @@ import pytest
 
 from devtools import ROOT
 from featherweight.cluster import embedded_comfyui
+from featherweight.cluster.actor_pool import Share
 from featherweight.cluster.comfyui_install import MachineError
 from featherweight.cluster.graph import GraphError, with_result
 from featherweight.cluster.worker import PromptWorker
@@ -122,6 +123,12 @@ def test_a_worker_says_where_it_is(worker, cluster):
     assert (info["name"], info["node"], problem) == ("attic", cluster.nodes["attic"].node_id, "")
 
 
+def test_machines_of_a_ray_that_does_not_say_what_is_free_count_as_busy(cluster, monkeypatch):
+    assert sum(Share(1).free().values()) > 0
+    monkeypatch.delattr("ray._private.state.available_resources_per_node")
+    assert Share(1).free() == {}
+
+
 def test_pictures_come_back_as_a_tensor(worker):
     graph = workflow(save=False)
     files, images = drawn(worker, with_result(graph, ["8", 0]))
@@ -205,3 +212,38 @@ def test_progress_and_previews_come_while_it_draws(worker):
     assert names.count("progress") == 6
     previews = [data for event, data in events if event == "preview"]
     assert previews and all(data.startswith((b"\xff\xd8", b"\x89PNG")) for data in previews)
+
+
+def exiting_worker() -> type[PromptWorker]:
+    """Returns a worker class whose ComfyUI has a node that ends the thread which runs it."""
+    class Exit:
+        RETURN_TYPES = ("IMAGE",)
+        FUNCTION = "exit"
+        CATEGORY = ""
+
+        @classmethod
+        def INPUT_TYPES(cls):
+            return {"required": {}}
+
+        def exit(self):
+            raise SystemExit
+
+    class ExitingWorker(PromptWorker):
+        def boot(self, comfyui):
+            host = super().boot(comfyui)
+            host.node_classes["Exit"] = Exit
+            return host
+
+    return ExitingWorker
+
+
+def test_a_node_that_ends_comfyuis_thread_is_an_error_and_the_next_prompt_has_another_worker(
+        cluster):
+    actor = ray.remote(exiting_worker()).options(num_cpus=1).remote()
+    try:
+        event, reason = events_left(begin(actor, {"8": {"class_type": "Exit", "inputs": {}}}))[-1]
+        assert event == "unusable" and "ComfyUI's thread that runs prompts has ended" in reason
+        with pytest.raises(ray.exceptions.ActorDiedError):  # for which a pool starts another
+            events_left(begin(actor, workflow(save=False)))
+    finally:
+        ray.kill(actor)

@@ -2,6 +2,7 @@
 in every loader."""
 import json
 
+import psutil
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
@@ -9,6 +10,7 @@ from host_formats import ASYMMETRIC, HOST_FORMATS, asymmetric_parts, in_host_for
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 
+from featherweight.loaders import reader_choice
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
@@ -195,6 +197,39 @@ def test_what_the_host_reads_is_left_to_it(format_name, in_metadata, tmp_path):
     path = write_flux(tmp_path / "model.safetensors", parts, None if in_metadata else settings,
                       metadata=metadata)
     assert not needs_own_reader(path)
+
+
+def test_a_fault_while_a_file_is_looked_at_is_not_taken_for_a_format(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a fault of this pack")
+
+    path = write_flux(tmp_path / "model.safetensors", {}, None)
+    assert not needs_own_reader(path)
+    monkeypatch.setattr(reader_choice, "has_quantized_weights", fail)
+    with pytest.raises(RuntimeError, match="a fault of this pack"):
+        needs_own_reader(path)
+
+
+# it is mapped twice: by the package safetensors, then by torch
+@pytest.mark.parametrize("maps", [0, 1], ids=["not at all", "not by torch"])
+def test_a_file_that_cannot_be_mapped_is_a_sentence(maps, tmp_path):
+    resource = pytest.importorskip("resource")  # a limit of POSIX
+    path, nbytes = tmp_path / "model.safetensors", 4 << 30
+    header = json.dumps({"a": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}})
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(file.tell() + nbytes)  # sparse
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = psutil.Process().memory_info().vms + (1 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (used + maps * nbytes, limits[1]))
+    try:
+        assert needs_own_reader(str(path)) and not has_plain_fp8(str(path))
+        with pytest.raises(WeightFileError, match="model.safetensors cannot be read"):
+            if maps:
+                resource.setrlimit(resource.RLIMIT_AS, (used, limits[1]))
+            load_diffusion_model(str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.parametrize("shape", [(), (64,)])

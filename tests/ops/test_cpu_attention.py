@@ -76,6 +76,18 @@ def test_what_is_not_for_slices_is_the_hosts(options):
     assert given.items() >= options.items()
 
 
+@pytest.mark.parametrize("reshaped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "keys"), [(70, 0), (0, 50), (0, 0)])
+def test_attention_without_keys_or_queries_is_the_hosts(tokens, keys, dtype, reshaped,
+                                                        monkeypatch):
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: input.numel() > 0)
+    inputs = operands(dtype, tokens=tokens, keys=keys, reshaped=reshaped)
+    expected = attention_pytorch(*inputs, skip_reshape=reshaped)
+    out = cpu_attention.attention(attention_pytorch, *inputs, skip_reshape=reshaped)
+    assert torch.equal(out, expected) and not out.any()
+
+
 def test_no_more_scores_than_a_slice_are_held(monkeypatch):
     monkeypatch.setattr(cpu_attention, "SLICE_BYTES", 1000)
     inputs = operands(torch.bfloat16)

@@ -1,4 +1,8 @@
 """2-D convolutions on a CPU, as a product of matrices and as torch's."""
+import copy
+import io
+import pickle
+
 import comfy.ops
 import pytest
 import torch
@@ -127,6 +131,71 @@ def test_a_dense_layer_passes_a_gradient(needed):
     tensors[needed].requires_grad_()
     layer(tensors["input"]).square().sum().backward()
     assert tensors[needed].grad.abs().sum() > 0
+
+
+UNUSUAL_INPUTS = {  # kernel size, shape of the input
+    "no batch": (3, (CHANNELS, 9, 8)),
+    "smaller than the kernel": (3, (1, CHANNELS, 2, 8)),
+    "much smaller than the kernel": (3, (1, CHANNELS, 1, 1)),
+    "more channels": (3, (1, CHANNELS + 1, 9, 8)),
+    "more channels for one tap": (1, (1, CHANNELS + 1, 9, 8)),
+    "too many dimensions": (3, (1, 1, CHANNELS, 9, 8)),
+}
+
+
+def result(layer, input):
+    """The output of a layer, or what torch says about its input."""
+    try:
+        return layer(input)
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+@pytest.mark.parametrize(("kernel_size", "shape"), UNUSUAL_INPUTS.values(), ids=UNUSUAL_INPUTS)
+def test_an_unusual_input_gives_what_torch_gives(kernel_size, shape, few_pixels, monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
+    torch.manual_seed(0)
+    input, dense = torch.randn(shape), dense_layer_of_the_host(kernel_size=kernel_size)
+    packed = layer_of("F16", kernel_size=kernel_size)
+    plain = dense_layer_of_the_host(kernel_size=kernel_size)
+    with torch.inference_mode():
+        plain.load_state_dict({"weight": product.dequantize(packed.weight, torch.float32),
+                               "bias": packed.bias})
+        expected = result(dense, input), result(plain, input)
+        cpu_convolution.convolve_dense_layers(dense)
+        for out, of_torch in zip((result(dense, input), result(packed, input)), expected):
+            if isinstance(of_torch, str):
+                assert out == of_torch
+            else:
+                torch.testing.assert_close(out, of_torch)
+
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy} | {
+    f"pickle {protocol}": lambda layer, protocol=protocol: pickle.loads(
+        pickle.dumps(layer, protocol)) for protocol in (2, pickle.HIGHEST_PROTOCOL)
+}
+
+
+@pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
+def test_a_dense_layer_is_copied_and_pickled_as_the_hosts_are(way):
+    layer = dense_layer_of_the_host(kernel_size=3, padding=1)
+    cpu_convolution.convolve_dense_layers(layer)
+    again = way(layer)
+    assert type(again) is type(layer)
+    input = torch.randn(2, CHANNELS, 9, 8)
+    with torch.inference_mode():
+        assert torch.equal(again(input), layer(input))
+
+
+def test_a_vae_is_saved_whole_and_loaded_again():
+    vae = torch.nn.Sequential(dense_layer_of_the_host(kernel_size=3), torch.nn.SiLU())
+    cpu_convolution.convolve_dense_layers(vae)
+    torch.save(vae, file := io.BytesIO())
+    again = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    input = torch.randn(2, CHANNELS, 9, 8)
+    with torch.inference_mode():
+        assert torch.equal(again(input), vae(input))
 
 
 def test_compute_float32_is_torchs_own_convolution():

@@ -1,5 +1,7 @@
 """What only the real server can show: the pack imports, nodes and help pages are there, the demo
 makes a picture."""
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,18 @@ def test_a_model_unloaded_by_hand_is_used_again(server):
     sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")
     sampler["inputs"]["seed"] += 1
     assert any(output.get("images") for output in server.queue(prompt).outputs.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what is mapped where Linux shows it")
+def test_free_memory_lets_go_of_the_mapped_files(server):
+    def is_mapped() -> bool:
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text(encoding="utf-8")
+        return demo.MODEL_NAME in maps
+
+    demo.run_workflow(server)
+    assert is_mapped()
+    server.forget()
+    assert not is_mapped()
 
 
 def test_a_refused_workflow_says_why(server):

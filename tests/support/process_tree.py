@@ -1,6 +1,5 @@
 """Processes of tests: starts one, and looks at those that it started, which may end meanwhile."""
 import contextlib
-import functools
 import os
 import signal
 import subprocess
@@ -47,11 +46,15 @@ def wait_for_processes_using(folder: Path, seconds: float = 30):
 
 
 def start_interruptible(command: list[str], **options) -> subprocess.Popen:
-    """Start a process that handles SIGINT, also where the tests run in a shell's background.
+    """Start a process that handles SIGINT and SIGHUP, also where the tests run in a shell's
+    background or under `nohup`.
 
-    Such a shell has its processes ignore the signal, and they pass that on to their children.
+    Such a process ignores one of the signals, and passes that on to its children.
     """
     if os.name == "posix":
-        options["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT,
-                                                  signal.default_int_handler)
+        def handle_signals():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+        options["preexec_fn"] = handle_signals
     return subprocess.Popen(command, **options)

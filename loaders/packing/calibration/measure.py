@@ -20,6 +20,7 @@ from ....ops.packed_tensor import PackedTensor
 from ....ops.quantize import pack_tensor
 from ....ops.quantize.method_choice import output_errors
 from ....ops.quantize.second_moments import SecondMoments
+from ...files.atomic_file import WriteError, atomic_writer
 from ...progress import Progress
 from ..planning.plan import types_for
 from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
@@ -91,7 +92,7 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = DEFAULT,
                 measured.costs[name] = estimate_costs(weight, moments)
             else:
                 measured.costs[name] = costs.measure_layer(layer, weight, moments, every_type)
-        measured.write()
+            measured.write()
     shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
     about = {
         "model": type(patcher.model).__name__, "samples": sampling.samples, "steps": sampling.steps,
@@ -157,12 +158,13 @@ class _PartialCosts:
             pass  # there is nothing to continue
 
     def write(self):
-        """Writes the file. One that cannot be written does not end the measurement."""
+        """Replaces the file. One that cannot be written does not end the measurement."""
         if self.path:
-            with contextlib.suppress(OSError):
+            text = json.dumps({"key": self.key, "power": self.power, "costs": self.costs}).encode()
+            with contextlib.suppress(OSError, WriteError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(
-                    json.dumps({"key": self.key, "power": self.power, "costs": self.costs}))
+                with atomic_writer(self.path, len(text), overwrite=True) as file:
+                    file.write(text)
 
 
 def run_type(types: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from patched_models import tiny_flux
 from recipe_process import digest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from featherweight.loaders import pack_on_load
 from featherweight.loaders.diffusion import load_diffusion_model
@@ -132,7 +132,8 @@ def test_an_entry_is_watched_while_its_model_is_in_use_and_others_may_read_it(so
         model.prepare_state(torch.ones(1), {})
 
 
-@pytest.mark.parametrize("damage", ["cut short", "zeros", "empty", "of another model"])
+@pytest.mark.parametrize("damage", ["cut short", "zeros", "empty", "of another model",
+                                    "one bit", "a page of zeros"])
 def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, source, folder, packings, caplog):
     expected = digest(load(source))
     [entry] = folder.iterdir()
@@ -140,10 +141,24 @@ def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, source, folder, pac
     if damage == "of another model":
         save_file({"a": torch.zeros(1)}, entry)
     else:
-        entry.write_bytes({"cut short": content[:-1000], "zeros": bytes(4096),
-                           "empty": b""}[damage])
+        middle = len(content) // 2
+        entry.write_bytes({
+            "cut short": content[:-1000], "zeros": bytes(4096), "empty": b"",
+            "one bit": content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1:],
+            "a page of zeros": content[:middle] + bytes(4096) + content[middle + 4096:]
+        }[damage])
     assert digest(load(source)) == expected and len(packings) == 26
     assert entry.name in caplog.text and entry.read_bytes() == content
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", "NF4"])
+def test_an_entry_of_an_earlier_version_is_used_without_sums(type_name, source, folder, packings):
+    expected = digest(load(source, type_name))
+    [entry] = folder.iterdir()
+    tensors = load_file(entry)
+    del tensors[packed_cache.SUMS]
+    save_file(tensors, entry)
+    assert digest(load(source, type_name)) == expected and len(packings) == 13
 
 
 def test_the_least_recently_used_goes_first_and_nothing_else(source, folder, monkeypatch):

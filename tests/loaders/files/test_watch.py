@@ -1,9 +1,12 @@
 """A mapped file that others write to is noticed before it is read again; what lies on a network
 share is read, not mapped."""
+import gc
 import os
 import types
+from pathlib import Path
 from unittest import mock
 
+import comfy.cli_args
 import comfy.model_management
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from checkpoint_parts import autoencoder
 from encoders import ENCODERS
 from encoders.encoder import random_weights, small_towers, write_encoder
+from packed_files import PACKED_FILES
 from patched_models import lora_for, tiny_flux
 from safetensors.torch import save_file
 from saving import save
@@ -314,6 +318,25 @@ def test_the_environment_decides_before_the_drive(path, monkeypatch, switch, cop
     mounts(monkeypatch, (str(path.parent), "nfs", "rw"))
     monkeypatch.setenv(network_drives.FILES_ENV, switch)
     assert network_drives.should_read_into_memory(path) == copied
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(),
+                    reason="reads what is mapped where Linux shows it")
+@pytest.mark.parametrize("switch", [None, "map"])
+@pytest.mark.parametrize("format_name", ["Q8_0", "NF4", "int8"])
+def test_comfyuis_disable_mmap_maps_no_packed_file(tmp_path, monkeypatch, format_name, switch):
+    flags = comfy.cli_args.parser.parse_args(["--disable-mmap"])
+    monkeypatch.setattr(comfy.cli_args.args, "disable_mmap", flags.disable_mmap)
+    if switch:
+        monkeypatch.setenv(network_drives.FILES_ENV, switch)
+    write_file, name = PACKED_FILES[format_name]
+    path = tmp_path / name
+    write_file(path, tiny_flux())
+    patcher = load_diffusion_model(str(path))
+    gc.collect()
+    assert any(map(is_packed, patcher.model.state_dict().values()))
+    is_mapped = str(path) in Path("/proc/self/maps").read_text()
+    assert is_mapped == (switch == "map")
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])

@@ -238,6 +238,22 @@ def test_a_cancel_leaves_no_hook_and_the_next_run_goes_on(at, monkeypatch, tmp_p
     assert count[0] - 4 == len(found.costs) - max(0, before - 1)
 
 
+def test_a_drive_that_gets_full_keeps_what_was_measured_before(monkeypatch, tmp_path):
+    resource = pytest.importorskip("resource")  # a limit of POSIX
+    patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
+    costs = {f"type {number}": 0.5 for number in range(20_000)}  # about 350 KB as text
+    monkeypatch.setattr(measuring, "estimate_costs", lambda *_: costs)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        found = measure(patcher, small_drawing("wan2.1-t2v"), "no runs", partial)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    known = json.loads(partial.read_text())["costs"]
+    assert 0 < len(known) < len(found.costs)
+    assert list(tmp_path.iterdir()) == [partial]
+
+
 def test_another_measurement_does_not_go_on_from_a_partial_one(monkeypatch, tmp_path):
     patcher, partial = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.part"
     measure(patcher, small_drawing("wan2.1-t2v"), partial=partial)
