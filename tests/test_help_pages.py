@@ -18,7 +18,7 @@ PAGES = {
     f"{node_id}-{language}": (node_id, help_page(getattr(node, "HELP_PAGE", node_id), language))
     for node_id, node in NODES.items() for language in HELP_LANGUAGES
 }
-MESSAGE = ("message", "メッセージ", "메시지", "Meldung", "消息")
+MESSAGE = ("message", "メッセージ", "메시지", "消息")
 each_page = pytest.mark.parametrize("page", PAGES)
 each_file = pytest.mark.parametrize(
     "path", sorted({path for _, path in PAGES.values()}),
