@@ -17,7 +17,8 @@ from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 from devtools import ROOT, demo
 from devtools.files import demo_files
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
-from devtools.host.environment import DEV, HOST_VERSION
+from devtools.host.environment import DEV, HOST_VERSION, SetupError
+from devtools.host.frontends import newest_frontend
 from devtools.host.server import JOINER, PACK, Server
 from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS
 from devtools.workflows.api_format import to_api
@@ -99,6 +100,14 @@ CUT_PAGES = f"""(async types => {{
   }}
   return cut
 }})"""
+# What the editor itself knows, by its names.
+STORES = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s"
+# The titles of the nodes that the editor's search finds by each of these words, in their order.
+FOUND = f"""(words => {{
+  const search = {STORES}.get('nodeDef').nodeSearchService
+  return Object.fromEntries(words.map(word => [
+    word, search.searchNode(word, [], {{limit: 64}}).map(node => node.display_name)]))
+}})"""
 # Where on the page the right arrow of a number is.
 ARROW = """((type, name) => {
   const node = app.graph.nodes.find(node => node.type === type), {scale, offset} = app.canvas.ds
@@ -128,9 +137,37 @@ def page(browser, server):
 
 
 @pytest.fixture(scope="module")
-def newest(server):
+def newest_server(tmp_path_factory):
+    """With the models of the demo, and with the newest editor of the package index."""
+    try:
+        frontend = newest_frontend()
+    except SetupError as error:
+        pytest.skip(f"The newest editor cannot be had: {error}")
+    if frontend is None:
+        pytest.skip("ComfyUI has the newest editor")
+    base = tmp_path_factory.mktemp("newest")
+    demo_files.make_models(base)
+    with Server(base, arguments=["--front-end-root", str(frontend)]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["own", "newest"])
+def any_server(request):
+    """For tests that hold for the editor that ComfyUI is installed with, and for the newest."""
+    return request.getfixturevalue("server" if request.param == "own" else "newest_server")
+
+
+@pytest.fixture
+def any_page(browser, any_server):
+    browser.open_editor(any_server)
+    yield browser
+    browser.close_editor()
+
+
+@pytest.fixture(scope="module")
+def current(server):
     version = server.system_stats()["system"]["comfyui_version"]
-    if version != HOST_VERSION:
+    if [*map(int, version.split("."))] < [*map(int, HOST_VERSION.split("."))]:
         pytest.skip(f"ComfyUI {version} has an older editor, which shows texts in another way")
 
 
@@ -249,7 +286,7 @@ def test_a_template_opens_from_the_template_browser(page):
         demo.NF4_WORKFLOW, demo.LORA_WORKFLOW, demo.MIX_WORKFLOW))
 ], ids=lambda path: path.stem)
 def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
-        path, newest, more_models, page, server):
+        path, current, more_models, page, server):
     if path == demo.NF4_WORKFLOW:
         pytest.importorskip("bitsandbytes", reason="it writes the file")
     workflow = json.loads(path.read_text(encoding="utf-8"))
@@ -272,25 +309,114 @@ def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
     assert [type for type, *_ in texts] and not [text for text in texts if text[2] or text[3] > 0]
 
 
-def test_texts_keep_their_lines_where_nodes_have_the_modern_design(newest, browser, server):
-    """The editor takes them for Markdown there."""
-    server.post("/settings", {MODERN: True})
+@contextlib.contextmanager
+def opened(browser, server, path: Path, modern: bool):
+    """The editor with an example in it, whose nodes have the modern design or the classic one."""
+    server.post("/settings", {MODERN: modern})
     try:
         browser.open_editor(server)
-        server.post("/free", {"free_memory": True})
-        browser.open_workflow("loras.json", demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
-        becomes(browser, lambda: "FeatherweightCheckLora" in browser.types(), True)
+        server.post("/free", {"free_memory": True})  # else a loader that has run says nothing
+        workflow = path.read_text(encoding="utf-8")
+        browser.open_workflow(path.name, workflow)
+        types = sorted(node["type"] for node in json.loads(workflow)["nodes"])
+        becomes(browser, lambda: sorted(browser.types()), types)
+        yield browser
+    finally:
+        server.post("/settings", {MODERN: False})
+        browser.close_editor()
+
+
+def run(page, server):
+    """Runs the open workflow to its end, whatever that is."""
+    before = len(server.get_json("/history"))
+    page.click_on("document.querySelector('[data-testid=queue-button]')")
+    becomes(page, lambda: len(server.get_json("/history")) > before, True, 300)
+
+
+def with_texts(page) -> list[str]:
+    """The types of the nodes that show a text, once the editor has had time to take it away."""
+    time.sleep(1)
+    return sorted(page.types(
+        "node.widgets?.some(widget => widget.name === '$$node-text-preview' && widget.value)"))
+
+
+@pytest.mark.parametrize(("any_server", "modern"), [
+    ("own", False), ("newest", False), ("newest", True)
+], indirect=["any_server"])
+def test_texts_stay_after_a_run_and_go_from_a_node_that_fails_or_is_refused(
+        any_server, modern, current, browser):
+    loaders = ["FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder"]
+    model, text_encoder = (
+        any_server.base / "models" / folder / name for folder, name in (
+            ("diffusion_models", demo.MODEL_NAME), ("text_encoders", demo_files.ENCODER_NAME)))
+    kept = {path: path.read_bytes() for path in (model, text_encoder)}
+    with opened(browser, any_server, demo.WORKFLOW, modern) as page:
+        try:
+            for _ in ("both load", "both are cached"):
+                run(page, any_server)
+                assert with_texts(page) == loaders
+            keep(page, f"texts_stay_{'modern' if modern else 'classic'}")
+            model.write_bytes(kept[model][:1000])
+            run(page, any_server)
+            assert with_texts(page) == loaders[1:]
+            text_encoder.unlink()
+            page.click_on("document.querySelector('[data-testid=queue-button]')")
+            becomes(page, lambda: with_texts(page), [])
+        finally:
+            for path, contents in kept.items():
+                path.write_bytes(contents)
+
+
+def test_the_text_of_a_node_that_is_cancelled_goes(current, more_models, browser, server):
+    measure = "FeatherweightMeasureSensitivity"
+    with opened(browser, server, demo.MIX_WORKFLOW, modern=False) as page:
+        page.evaluate(
+            f"app.graph.nodes.find(node => node.type === '{measure}').widgets"
+            ".find(widget => widget.name === 'samples').value = 64")
+        before = len(server.get_json("/history"))
+        page.click_on("document.querySelector('[data-testid=queue-button]')")
+        becomes(page, lambda: measure in with_texts(page), True, 300)
+        server.post("/interrupt", {})
+        becomes(page, lambda: len(server.get_json("/history")) > before, True)
+        assert with_texts(page) == ["FeatherweightLoadTextEncoder"]
+
+
+def test_texts_keep_their_lines_where_nodes_have_the_modern_design(current, browser, any_server):
+    """The editor takes them for Markdown there."""
+    with opened(browser, any_server, demo.LORA_WORKFLOW, modern=True):
         browser.click_on("document.querySelector('[data-testid=queue-button]')")
         shown = ("[...document.querySelectorAll('.comfy-markdown-content')]"
                  ".find(box => box.textContent.replaceAll('\u2060', '').includes('all 20 layers'))")
         lines = browser.wait_for(f"{shown}?.innerText.split('\\n')", 300)
         keep(browser, "modern")
         assert browser.evaluate(f"(box => box.scrollHeight <= box.clientHeight)({shown})")
-    finally:
-        server.post("/settings", {MODERN: False})
-        browser.close_editor()
     starts = {line.replace(JOINER, "").split(":")[0] for line in lines}
     assert {"file", "layers", "kind", "made for", "model", "strongest"} <= starts
+
+
+def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page, any_server):
+    """And none at all that is there for old workflows alone."""
+    model, text_encoder, save, apply = (
+        f"{title} (Featherweight)" for title in (
+            "Load Diffusion Model", "Load Text Encoder", "Save Packed Model", "Apply LoRA"))
+    wanted = dict.fromkeys(
+        ["nf4", "fp8", "gptq", "awq", "sdnq", "svdquant", "nunchaku"], model)
+    # ComfyUI's own nodes come first whose titles have the word, or one like it and are used more
+    behind_others = {
+        "gguf": model, "int8": model, "unet": model, "clip loader": text_encoder, "quantize": save, "lora": apply,
+        "controlnet": "Load ControlNet (Featherweight)"
+    }
+    own = {path.stem for path in BLUEPRINT_FOLDER.glob("*.json")} | {
+        node["display_name"] for node in any_server.object_info().values()
+        if node["python_module"].endswith(PACK)
+    }
+    found = any_page.evaluate(f"{FOUND}({json.dumps([*wanted, *behind_others])})")
+    assert {word: titles[:1] for word, titles in found.items() if word in wanted} == {
+        word: [title] for word, title in wanted.items()}
+    for word, titles in found.items():
+        ours = [title for title in titles if title in own]
+        assert ours[0] == (wanted | behind_others)[word], word
+        assert all("(Featherweight)" in title for title in ours), word
 
 
 def becomes(editor, question, expected, seconds=60):
@@ -348,6 +474,12 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
                 for node_id, parts in editor.evaluate(f"{CUT_PAGES}({json.dumps(shown)})").items()}
         keep(editor, f"help_{language}")
     assert not cut
+
+
+def test_the_editor_offers_every_language_that_help_pages_are_in(editor):
+    options = f"{STORES}.get('setting').settingsById['Comfy.Locale'].options"
+    offered = editor.evaluate(f"[...{options}].map(language => language.value)")
+    assert set(offered) >= set(HELP_LANGUAGES)
 
 
 def sent_by(editor) -> dict:
