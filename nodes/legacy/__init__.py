@@ -48,23 +48,6 @@ class LegacyNode:
         )
 
     @classmethod
-    def GET_NODE_INFO_V1(cls) -> dict:
-        """Returns what the host answers at /object_info.
-
-        The type of an input with options is the list of its options, as in the original packs,
-        because scripts read the names of files there. The host itself reads `INPUT_TYPES`, in which
-        it stays "COMBO": an output of that type can be connected to it.
-        """
-        info = super().GET_NODE_INFO_V1()  # pyright: ignore[reportAttributeAccessIssue]
-        for inputs in info["input"].values():
-            for name, (kind, *settings) in inputs.items():
-                if kind == io.Combo.io_type:
-                    options = settings[0].pop("options")
-                    settings[0].pop("multiselect", None)
-                    inputs[name] = (options, *settings)
-        return info
-
-    @classmethod
     def validate_inputs(
         cls,
         unet_name=None,
@@ -97,6 +80,23 @@ class LegacyNode:
     @classmethod
     def execute(cls, *args, **inputs) -> tuple:
         return getattr(cls, cls.FUNCTION)(*args, **inputs)
+
+    @classmethod
+    def GET_NODE_INFO_V1(cls) -> dict:
+        """Returns what the host answers at /object_info.
+
+        The type of an input with options is the list of its options, as in the original packs,
+        because scripts read the names of files there. The host itself reads `INPUT_TYPES`, in which
+        it stays "COMBO": an output of that type can be connected to it.
+        """
+        info = super().GET_NODE_INFO_V1()
+        for inputs in info["input"].values():
+            for name, (kind, *settings) in inputs.items():
+                if kind == io.Combo.io_type:
+                    options = settings[0].pop("options")
+                    settings[0].pop("multiselect", None)
+                    inputs[name] = (options, *settings)
+        return info
 
 
 def make_node(
