@@ -123,7 +123,7 @@ SEARCH = "document.querySelector('.side-bar-panel input[placeholder^=Search]')"
 ENTRIES = "[...document.querySelectorAll('[role=treeitem]')].map(entry => entry.innerText.trim())"
 # Titles, as they are written: shown, those of the library have capitals alone.
 TITLES = "[...document.querySelectorAll('h3')].map(title => title.textContent.trim())"
-SECTION = "Subgraph Blueprints"
+SECTION, SHARED = "Subgraph Blueprints", "Comfy Blueprints"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FORM = "[...document.querySelectorAll('[data-testid=app-mode-widget-item]')]"
 TOGGLE_APP_MODE = "app.extensionManager.command.execute('Comfy.ToggleLinear')"
@@ -399,12 +399,11 @@ def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page
     model, text_encoder, save, apply = (
         f"{title} (Featherweight)" for title in (
             "Load Diffusion Model", "Load Text Encoder", "Save Packed Model", "Apply LoRA"))
-    wanted = dict.fromkeys(
-        ["nf4", "fp8", "gptq", "awq", "sdnq", "svdquant", "nunchaku"], model)
+    wanted = dict.fromkeys(["nf4", "fp8", "gptq", "awq", "sdnq", "svdquant", "nunchaku"], model)
     # ComfyUI's own nodes come first whose titles have the word, or one like it and are used more
     behind_others = {
-        "gguf": model, "int8": model, "unet": model, "clip loader": text_encoder, "quantize": save, "lora": apply,
-        "controlnet": "Load ControlNet (Featherweight)"
+        "gguf": model, "int8": model, "unet": model, "clip loader": text_encoder,
+        "quantize": save, "lora": apply, "controlnet": "Load ControlNet (Featherweight)"
     }
     own = {path.stem for path in BLUEPRINT_FOLDER.glob("*.json")} | {
         node["display_name"] for node in any_server.object_info().values()
@@ -513,7 +512,7 @@ def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_th
 
 def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor):
     """With its description while the mouse is on its name."""
-    assert f"*{SECTION}*, in *{CATEGORY}*" in README
+    assert f"*{SECTION}*, in *{SHARED}*, *{CATEGORY}*" in " ".join(README.split())
     editor.evaluate("app.graph.clear()")
     if not editor.evaluate(f"!!{SEARCH}"):
         editor.click_on(
@@ -524,12 +523,13 @@ def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor
         editor.wait_for(f"!!{SEARCH}")
         editor.evaluate(f"{SEARCH}.select()")
         editor.call("Input.insertText", text=path.stem)
-        *folders, name = editor.wait_for(
-            f"(names => names.at(-1) === {json.dumps(path.stem)} && names)({ENTRIES})")
-        assert folders[-1] == CATEGORY and name == path.stem
+        names = editor.wait_for(
+            f"(names => names.includes({json.dumps(path.stem)}) && names)({ENTRIES})")
+        folder = names.index(SHARED)
+        assert names[folder + 1] == CATEGORY and path.stem in names[folder + 2:]
         assert SECTION in editor.evaluate(TITLES)
-        entry = "[...document.querySelectorAll('[role=treeitem]')].at(-1)"
-        editor.click_on(entry)
+        editor.click_on("[...document.querySelectorAll('[role=treeitem]')].find("
+                        f"entry => entry.innerText.trim() === {json.dumps(path.stem)})")
         shown = "document.querySelector('[data-testid=node-preview-card]')?.innerText"
         description = blueprint["extra"]["BlueprintDescription"]
         editor.wait_for(f"{shown}?.includes({json.dumps(description)})")
