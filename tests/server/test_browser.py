@@ -138,7 +138,8 @@ def page(browser, server):
 
 @pytest.fixture(scope="module")
 def newest_server(tmp_path_factory):
-    """With the models of the demo, and with the newest editor of the package index."""
+    """With the newest editor of the package index, and only this pack: it has the models of the
+    demo, and an empty file of every other name that the workflows use."""
     try:
         frontend = newest_frontend()
     except SetupError as error:
@@ -146,6 +147,7 @@ def newest_server(tmp_path_factory):
     if frontend is None:
         pytest.skip("ComfyUI has the newest editor")
     base = tmp_path_factory.mktemp("newest")
+    touch_all(base)
     demo_files.make_models(base)
     with Server(base, arguments=["--front-end-root", str(frontend)]) as server:
         yield server
@@ -185,14 +187,15 @@ def fresh(tmp_path_factory):
     """A ComfyUI with only this pack, and with an empty file of every name that the workflows
     use."""
     base = tmp_path_factory.mktemp("fresh")
-    stand_in_files(base)
-    for path in LEGACY:
-        written = path.read_text(encoding="utf-8").replace(r"\\", "/")
-        for name, folder in itertools.product(
-                re.findall(r'"([^"]+\.(?:gguf|safetensors))"', written), FOLDERS):
-            touch(base, folder, name)
+    touch_all(base)
     with Server(base) as server:
         yield server
+
+
+@pytest.fixture(scope="module", params=["own", "newest"])
+def fresh_server(request):
+    """Like `any_server`, for tests with the names of files alone."""
+    return request.getfixturevalue("fresh" if request.param == "own" else "newest_server")
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,16 @@ def editor(browser, fresh):
     browser.open_editor(fresh)
     yield browser
     browser.close_editor()
+
+
+def touch_all(base: Path):
+    """Makes an empty file of every name that the workflows use."""
+    stand_in_files(base)
+    for path in LEGACY:
+        written = path.read_text(encoding="utf-8").replace(r"\\", "/")
+        for name, folder in itertools.product(
+                re.findall(r'"([^"]+\.(?:gguf|safetensors))"', written), FOLDERS):
+            touch(base, folder, name)
 
 
 def touch(base: Path, folder: str, name: str):
@@ -427,6 +440,37 @@ def becomes(editor, question, expected, seconds=60):
         time.sleep(0.1)
 
 
+def sent_by(editor) -> dict:
+    """Returns the prompt of the open workflow without the titles of its nodes.
+
+    Inputs within an input, which newer versions of ComfyUI's nodes have, are left out too.
+    """
+    prompt = editor.prompt()
+    for node in prompt.values():
+        del node["_meta"]
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if "." not in name}
+    return prompt
+
+
+def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_they_are(
+        fresh_server, browser):
+    browser.open_editor(fresh_server)
+    object_info, wrong, changed = fresh_server.object_info(), {}, {}
+    for path in (*EXAMPLES, *LEGACY):
+        text = path.read_text(encoding="utf-8")
+        browser.open_workflow(path.name, text)
+        assert browser.types(), path.name
+        if found := [*browser.types(UNKNOWN), *browser.types(RED), *browser.evaluate(COMPLAINTS)]:
+            wrong[path.name] = found
+        if path in EXAMPLES:
+            sent, expected = sent_by(browser), to_api(json.loads(text), object_info)
+            for node in expected.keys() | sent.keys():
+                if sent.get(node) != expected.get(node):
+                    changed[path.name, node] = sent.get(node), expected.get(node)
+    browser.close_editor()
+    assert not wrong and not changed
+
+
 def open_help(editor, type: str):
     """Press the button above a node that opens its help page. The buttons move with the node, so a
     click may miss."""
@@ -479,35 +523,6 @@ def test_the_editor_offers_every_language_that_help_pages_are_in(editor):
     options = f"{STORES}.get('setting').settingsById['Comfy.Locale'].options"
     offered = editor.evaluate(f"[...{options}].map(language => language.value)")
     assert set(offered) >= set(HELP_LANGUAGES)
-
-
-def sent_by(editor) -> dict:
-    """Returns the prompt of the open workflow without the titles of its nodes.
-
-    Inputs within an input, which newer versions of ComfyUI's nodes have, are left out too.
-    """
-    prompt = editor.prompt()
-    for node in prompt.values():
-        del node["_meta"]
-        node["inputs"] = {name: value for name, value in node["inputs"].items() if "." not in name}
-    return prompt
-
-
-def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_they_are(
-        editor, fresh):
-    object_info, wrong, changed = fresh.object_info(), {}, {}
-    for path in (*EXAMPLES, *LEGACY):
-        text = path.read_text(encoding="utf-8")
-        editor.open_workflow(path.name, text)
-        assert editor.types(), path.name
-        if found := [*editor.types(UNKNOWN), *editor.types(RED), *editor.evaluate(COMPLAINTS)]:
-            wrong[path.name] = found
-        if path in EXAMPLES:
-            sent, expected = sent_by(editor), to_api(json.loads(text), object_info)
-            for node in expected.keys() | sent.keys():
-                if sent.get(node) != expected.get(node):
-                    changed[path.name, node] = sent.get(node), expected.get(node)
-    assert not wrong and not changed
 
 
 def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor):
