@@ -13,6 +13,7 @@ from ..loaders.lora.report import report_text
 from .number_checks import reject_infinite
 
 FOLDERS = ("loras", "loras_gguf")
+NONE = "none"  # no LoRA
 APPLY, FAIL = "apply the rest", "fail"
 
 
@@ -36,15 +37,16 @@ class ApplyLora(io.ComfyNode):
                 "apply lora",
                 "lora block weight",
                 "lbw",
-                "gguf lora",
+                "lora gguf",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model the LoRA is applied to."),
                 io.Combo.Input(
                     "lora_name",
-                    options=list_files(*FOLDERS),
+                    options=[*list_files(*FOLDERS), NONE],
                     display_name="lora",
-                    tooltip="A file in models/loras; GGUF adapters work too.",
+                    tooltip="A file in models/loras; GGUF adapters work too. none: nothing is"
+                    " applied.",
                 ),
                 io.Float.Input(
                     "strength_model",
@@ -90,6 +92,8 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None, strength_model=1.0, strength_clip=1.0):
+        if lora_name == NONE:
+            return True
         strengths = (strength_model, strength_clip)
         if None in strengths or strengths == (0, 0):  # None: a link, its value is not known yet
             return True
@@ -107,6 +111,8 @@ class ApplyLora(io.ComfyNode):
         clip=None,
     ) -> io.NodeOutput:
         reject_infinite(strength_model=strength_model, strength_clip=strength_clip)
+        if lora_name == NONE:
+            return io.NodeOutput(model, clip, "No LoRA is chosen, so none is applied.")
         if strength_model == 0 and strength_clip == 0:
             return io.NodeOutput(model, clip, f"{lora_name} is not applied: both strengths are 0.")
         factor = parse_block_weights(block_weights, weight_keys(model, clip))

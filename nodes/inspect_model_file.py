@@ -61,10 +61,9 @@ class InspectModelFile(io.ComfyNode):
             search_aliases=[
                 "inspect",
                 "model info",
-                "gguf info",
                 "file info",
-                "gguf",
-                "nf4",
+                "inspect gguf",
+                "inspect nf4",
                 "what is this file",
                 "compare",
             ],

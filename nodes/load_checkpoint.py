@@ -19,6 +19,7 @@ from .load_diffusion_model import (
     packed_type,
 )
 from .node_text import loader_output
+from .search_words import family_aliases
 
 FOLDERS = ("checkpoints_gguf", "checkpoints", "diffusers")
 
@@ -32,22 +33,15 @@ class LoadCheckpoint(io.ComfyNode):
             node_id="FeatherweightLoadCheckpoint",
             display_name="Load Checkpoint (Featherweight)",
             category="Featherweight",
-            description="Loads a model, its text encoder and its VAE from one bitsandbytes (NF4,"
-            " FP4, int8) or GGUF file and keeps packed weights packed in memory. Other checkpoints"
-            " load as with ComfyUI's own loader.",
+            description="Loads a model, its text encoder and its VAE from one packed file (GGUF,"
+            " NF4, FP4, int8, fp8, SDNQ, SVDQuant …) and keeps packed weights packed in memory."
+            " Other checkpoints load as with ComfyUI's own loader.",
             search_aliases=[
                 "checkpoint",
                 "load checkpoint",
                 "checkpoint loader",
                 "ckpt",
-                "nf4",
-                "fp4",
-                "int8",
-                "bitsandbytes",
-                "bnb",
-                "gguf",
-                "quantized",
-                "quantised",
+                *family_aliases("checkpoint"),
             ],
             inputs=[
                 io.Combo.Input(

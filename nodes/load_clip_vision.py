@@ -11,6 +11,7 @@ from ..loaders.folders import (
 )
 from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
 from .node_text import loader_output
+from .search_words import family_aliases
 
 FOLDERS = ("clip_vision_gguf", "clip_vision")
 
@@ -29,16 +30,12 @@ class LoadCLIPVision(io.ComfyNode):
             " packed in memory, for ComfyUI's CLIP Vision Encode. Other files load as with"
             " ComfyUI's own loader.",
             search_aliases=[
-                "gguf",
                 "clip vision",
                 "clip vision loader",
                 "siglip",
                 "dinov2",
                 "image encoder",
-                "nf4",
-                "fp8",
-                "quantized",
-                "quantised",
+                *family_aliases("clip vision"),
             ],
             inputs=[
                 io.Combo.Input(

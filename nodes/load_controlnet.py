@@ -11,6 +11,7 @@ from ..loaders.folders import (
 )
 from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
 from .node_text import loader_output
+from .search_words import family_aliases
 
 FOLDERS = ("controlnet_gguf", "controlnet")
 
@@ -28,16 +29,11 @@ class LoadControlNet(io.ComfyNode):
             " reads (NF4, int8, fp8, SDNQ …) and keeps its weights packed in memory, for ComfyUI's"
             " Apply ControlNet. Other files load as with ComfyUI's own loader.",
             search_aliases=[
-                "gguf",
                 "controlnet",
                 "control net",
                 "controlnet loader",
                 "t2i adapter",
-                "nf4",
-                "int8",
-                "fp8",
-                "quantized",
-                "quantised",
+                *family_aliases("controlnet"),
             ],
             inputs=[
                 io.Combo.Input(

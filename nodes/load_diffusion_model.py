@@ -7,6 +7,7 @@ from ..loaders.folders import find_file, list_files, list_model_folders, validat
 from ..loaders.host_formats import AUTOMATIC, HOST_FORMATS
 from ..loaders.pack_on_load import TYPES
 from .node_text import loader_output
+from .search_words import family_aliases
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 AS_THE_FILE = "as the file"
@@ -94,21 +95,15 @@ class LoadDiffusionModel(io.ComfyNode):
             node_id="FeatherweightLoadDiffusionModel",
             display_name="Load Diffusion Model (Featherweight)",
             category="Featherweight",
-            description="Loads a GGUF or bitsandbytes (NF4, FP4, int8) diffusion model of any"
-            " kind that ComfyUI knows and keeps its weights packed in memory. Other files load as"
-            " with ComfyUI's own loader.",
+            description="Loads a diffusion model of any kind that ComfyUI knows from a packed file"
+            " (GGUF, NF4, FP4, int8, fp8, SDNQ, SVDQuant, GPTQ, AWQ …) and keeps its weights packed"
+            " in memory. Other files load as with ComfyUI's own loader.",
             search_aliases=[
-                "gguf",
                 "unet",
                 "unet loader",
                 "load gguf",
-                "nf4",
-                "fp4",
-                "int8",
-                "bitsandbytes",
-                "bnb",
-                "quantized",
-                "quantised",
+                "load nf4",
+                *family_aliases(),
             ],
             inputs=[
                 io.Combo.Input(

@@ -11,6 +11,7 @@ from ..loaders.folders import (
 from ..loaders.model_patch import load_model_patch
 from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
 from .node_text import loader_output
+from .search_words import family_aliases
 
 FOLDERS = ("model_patches_gguf", "model_patches")
 
@@ -29,7 +30,6 @@ class LoadModelPatch(io.ComfyNode):
             " this pack reads (NF4, int8, fp8, SDNQ …) and keeps its weights packed in memory."
             " Other files load as with ComfyUI's own loader.",
             search_aliases=[
-                "gguf",
                 "model patch",
                 "modelpatchloader",
                 "z-image controlnet",
@@ -37,8 +37,7 @@ class LoadModelPatch(io.ComfyNode):
                 "uni3c",
                 "infinitetalk",
                 "supir",
-                "quantized",
-                "quantised",
+                *family_aliases("model patch"),
             ],
             inputs=[
                 io.Combo.Input(

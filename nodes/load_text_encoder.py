@@ -21,6 +21,7 @@ from .load_diffusion_model import (
     packed_type,
 )
 from .node_text import loader_output
+from .search_words import family_aliases
 
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
@@ -54,25 +55,18 @@ class LoadTextEncoder(io.ComfyNode):
             node_id="FeatherweightLoadTextEncoder",
             display_name="Load Text Encoder (Featherweight)",
             category="Featherweight",
-            description="Loads one to four text encoders from GGUF, bitsandbytes (NF4, FP4, int8)"
-            " and safetensors files in any mix, and keeps packed weights packed in memory.",
+            description="Loads one to four text encoders from packed files (GGUF, NF4, FP4, int8,"
+            " fp8, SDNQ, SVDQuant, GPTQ, AWQ …) and plain ones in any mix, and keeps packed weights"
+            " packed in memory.",
             search_aliases=[
                 "clip",
                 "clip loader",
                 "load clip",
                 "dual clip loader",
-                "gguf",
-                "clip gguf",
                 "t5",
                 "text encoder",
-                "nf4",
-                "fp4",
-                "int8",
-                "bitsandbytes",
-                "bnb",
                 "mmproj",
-                "quantized",
-                "quantised",
+                *family_aliases("clip"),
             ],
             inputs=[
                 io.Combo.Input(

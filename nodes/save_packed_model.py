@@ -48,11 +48,11 @@ class SavePackedModel(io.ComfyNode):
             search_aliases=[
                 "save model",
                 "export model",
-                "gguf",
                 "convert",
                 "quantize",
                 "quantise",
-                "nf4",
+                "save gguf",
+                "save nf4",
                 "merge save",
                 "bake lora",
                 "lora merge",
@@ -85,6 +85,7 @@ class SavePackedModel(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/ComfyUI",
+                    display_name="file name",
                     tooltip="Folder and name. The type, a number and .gguf are added."
                     " %date:yyyy-MM-dd% and the like work as in Save Image.",
                 ),

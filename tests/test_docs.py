@@ -28,7 +28,6 @@ LANGUAGES = {
     "ja": "Japanese",
     "ko": "Korean",
     "zh": "Simplified Chinese",
-    "de": "German"
 }
 
 
@@ -65,11 +64,9 @@ def test_the_languages_of_the_help_pages_are_named(page, start):
     assert named == set(HELP_LANGUAGES)
 
 
-def test_the_languages_of_the_tooltips_are_as_many_as_compatibility_says():
-    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
-    first = re.findall("|".join(LANGUAGES.values()), " ".join(page.split()))[:1 + len(LOCALES)]
-    assert {LANGUAGES[code] for code in ("en", *LOCALES)} == set(first)
-    assert f"the first {('one', 'two', 'three', 'four', 'five')[len(LOCALES)]} languages" in page
+def test_the_languages_of_the_tooltips_are_those_of_the_help_pages_as_compatibility_says():
+    assert "So are the tooltips" in (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    assert {"en", *LOCALES} == set(HELP_LANGUAGES)
 
 
 def test_architecture_names_every_folder_and_nothing_that_is_gone():

@@ -11,6 +11,8 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
+from comfy_api.latest import io
+from comfy_execution.validation import validate_node_input
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
 from legacy_ids import CLIP, INPUTS, KJ, METHODS, MULTIGPU, NAME, NUNCHAKU, OUTPUTS, VAE
@@ -168,6 +170,12 @@ def test_the_method_of_a_legacy_id_gives_a_tuple_and_its_class_says_what_it_is(n
         **KJ,
     }
     assert "hidden" not in types  # what exporters would pass
+
+
+def test_an_output_with_options_can_be_connected_to_an_input_with_options():
+    """Also where /object_info describes them in the older way."""
+    kind, _ = NODE_CLASS_MAPPINGS["UnetLoaderGGUF"].INPUT_TYPES()["required"]["unet_name"]
+    assert validate_node_input(io.Combo.Output().io_type, kind)
 
 
 @pytest.mark.parametrize("node_id", ["UnetLoaderGGUF", "UnetLoaderGGUFAdvanced"])

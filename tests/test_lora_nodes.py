@@ -199,6 +199,12 @@ def test_no_strength_passes_everything_through(packed_flux):
     assert model is packed_flux and clip == "clip" and "both strengths are 0" in text
 
 
+def test_none_passes_everything_through(packed_flux):
+    assert ApplyLora.validate_inputs("none") is True
+    model, clip, text = ApplyLora.execute(packed_flux, "none", clip="clip").args
+    assert model is packed_flux and clip == "clip" and "none is applied" in text
+
+
 def test_misfits_are_left_out_or_refused_as_asked(loras, packed_flux):
     lora = pairs(
         kohya(weight_shapes(packed_flux.model, "double_blocks.")) | {"lora_unet_nowhere": (4, 4)})
@@ -275,4 +281,6 @@ def test_shares_of_a_packed_model_are_those_of_its_weights(packed_flux, flux_lor
 def test_gguf_adapters_are_listed_beside_other_loras(loras):
     for name in ("a.safetensors", "b.gguf"):
         (loras / name).touch()
-    assert ApplyLora.define_schema().inputs[1].options == ["b.gguf", "a.safetensors"]
+    assert ApplyLora.define_schema().inputs[1].options == [
+        "b.gguf", "a.safetensors", "none"
+    ]

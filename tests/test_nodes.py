@@ -63,6 +63,12 @@ def test_a_word_finds_the_nodes_for_it(word):
     assert found >= set(FOUND_BY[word])
 
 
+def test_ids_of_other_packs_are_deprecated_nodes_and_no_others():
+    assert {
+        node_id for node_id, node in NODES.items() if node.GET_SCHEMA().is_deprecated
+    } == INPUTS.keys()
+
+
 @pytest.mark.parametrize("node_id", NODES)
 def test_no_input_changes_by_itself_when_a_workflow_has_run(node_id):
     inputs = NODES[node_id].INPUT_TYPES()

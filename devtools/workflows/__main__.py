@@ -19,9 +19,9 @@ and what goes in and comes out.
 BLUEPRINT_HEAD = """# Blueprints
 
 Each is a whole workflow as one node, in ComfyUI's node library under *Subgraph Blueprints*, in
-*Featherweight*. The library shows the same text when the mouse is on a name. A note inside each has
-the links to its files and says what memory it takes. `python -m devtools.workflows` writes the
-blueprints and this page.
+*Comfy Blueprints*, *Featherweight*. The library shows the same text when the mouse is on a name. A
+note inside each has the links to its files and says what memory it takes.
+`python -m devtools.workflows` writes the blueprints and this page.
 """
 
 

@@ -7,8 +7,8 @@ from devtools.workflows.packing import FLUX_BF16
 from devtools.workflows.parts import checkpoint, diffusion_model
 from devtools.workflows.subgraphs import Blueprint
 
-PICTURE = ("text to image", "txt2img", "t2i", "gguf")
-EDIT = ("image edit", "image to image", "img2img", "instruct", "gguf")
+PICTURE = ("text to image", "txt2img", "t2i", "text to image gguf")
+EDIT = ("image edit", "image to image", "img2img", "instruct", "image edit gguf")
 
 
 def _from_example(
@@ -20,7 +20,7 @@ def _from_example(
 def flux_from_text() -> Blueprint:
     return _from_example(
         flux.gguf_with_gguf_t5(),
-        "Text to Image (Flux.1 dev GGUF)",
+        "Flux.1 dev Text to Image (Featherweight)",
         "Draws a picture from a prompt with Flux.1 dev. Model and T5 are GGUF files whose"
         " weights stay packed in memory. Connect IMAGE to Save Image.",
         (*PICTURE, "flux"),
@@ -30,7 +30,7 @@ def flux_from_text() -> Blueprint:
 def qwen_image_from_text() -> Blueprint:
     return _from_example(
         qwen_image.qwen_image(),
-        "Text to Image (Qwen-Image GGUF)",
+        "Qwen-Image Text to Image (Featherweight)",
         "Draws a picture from a prompt with Qwen-Image, writing in the picture included."
         " Model and text encoder are GGUF files whose weights stay packed in memory. Connect IMAGE"
         " to Save Image.",
@@ -41,7 +41,7 @@ def qwen_image_from_text() -> Blueprint:
 def z_image_from_text() -> Blueprint:
     return _from_example(
         qwen_image.z_image_turbo(),
-        "Text to Image (Z-Image Turbo GGUF)",
+        "Z-Image Turbo Text to Image (Featherweight)",
         "Draws a picture from a prompt in eight steps with Z-Image Turbo. Model and text"
         " encoder are GGUF files whose weights stay packed in memory. Connect IMAGE to Save Image.",
         (*PICTURE, "z-image"),
@@ -52,7 +52,7 @@ def sdxl_from_text() -> Blueprint:
     load = checkpoint(stable_diffusion.SDXL_GGUF)
     columns = stable_diffusion.text_to_picture((load, 0), (load, 1), (load, 2), 1024)
     workflow = Workflow(
-        "Text to Image (SDXL GGUF)",
+        "SDXL Text to Image (Featherweight)",
         [{"Load": [load]}, *columns],
         about="Draws a picture from a prompt with Stable Diffusion XL: model, text encoders and"
         " VAE come from one GGUF file, whose weights stay packed in memory. Connect IMAGE to Save"
@@ -68,7 +68,7 @@ def sdxl_from_text() -> Blueprint:
 def kontext() -> Blueprint:
     return _from_example(
         flux_with_pictures.kontext(),
-        "Image Edit (Flux.1 Kontext GGUF)",
+        "Flux.1 Kontext Image Edit (Featherweight)",
         "Changes a picture as a sentence says, and leaves the rest of it alone, with Flux.1"
         " Kontext. Model and T5 are GGUF files whose weights stay packed in memory. Connect Load"
         " Image to image, and IMAGE to Save Image.",
@@ -79,7 +79,7 @@ def kontext() -> Blueprint:
 def qwen_image_edit() -> Blueprint:
     return _from_example(
         qwen_image.qwen_image_edit(),
-        "Image Edit (Qwen-Image-Edit GGUF)",
+        "Qwen-Image-Edit (Featherweight)",
         "Changes a picture as a sentence says, with Qwen-Image-Edit. The text encoder sees"
         " the picture through its mmproj file, in the same folder. The weights of the GGUF files"
         " stay packed in memory. Connect Load Image to image, and IMAGE to Save Image.",
@@ -90,11 +90,11 @@ def qwen_image_edit() -> Blueprint:
 def wan_from_text() -> Blueprint:
     return _from_example(
         video.wan_14b(),
-        "Text to Video (Wan 2.2 14B GGUF)",
+        "Wan 2.2 14B Text to Video (Featherweight)",
         "Makes a video from a prompt in four steps with the two models of Wan 2.2: one"
         " begins, one finishes, and each has its LoRA. Models and text encoder are GGUF files"
         " whose weights stay packed in memory. Connect VIDEO to Save Video.",
-        ("text to video", "txt2vid", "t2v", "video", "gguf", "wan"),
+        ("text to video", "txt2vid", "t2v", "video", "text to video gguf", "wan"),
     )
 
 
@@ -104,17 +104,17 @@ def lora_stack() -> Blueprint:
     for name, file, strength in (
         ("first", stable_diffusion.SDXL_LCM, 1.0),
         ("second", stable_diffusion.PIXEL_ART, 1.2),
-        ("third", stable_diffusion.PIXEL_ART, 0.0),
+        ("third", None, 1.0),
     ):
         apply = Node(
             "FeatherweightApplyLora",
             above | {
-                "lora_name": file.name,
+                "lora_name": file.name if file else "none",
                 "strength_model": strength,
                 "strength_clip": strength,
             },
             f"Apply LoRA: {name}",
-            files=(file,),
+            files=(file,) if file else (),
         )
         stack.append(apply)
         above = {"model": (apply, 0), "clip": (apply, 1)}
@@ -124,7 +124,7 @@ def lora_stack() -> Blueprint:
         text = Node("StringConcatenate", joined)
         reports.append(text)
     workflow = Workflow(
-        "LoRA Stack with Check (Featherweight)",
+        "Apply LoRA Stack with Check (Featherweight)",
         [
             {"Load": [load]},
             {"LoRAs": stack},
@@ -133,15 +133,15 @@ def lora_stack() -> Blueprint:
             {"Report": [Node("PreviewAny", {"source": text}, "Whether the LoRAs fit")]},
         ],
         about="Applies up to three LoRAs to a model, packed or not, and to its text encoder, and"
-        " says of each whether it fits and how much of it. A strength of 0 leaves a LoRA out; for"
-        " more than three, put a second stack behind the first. Connect model, and clip for LoRAs"
+        " says of each whether it fits and how much of it. none leaves a LoRA out; for more than"
+        " three, put a second stack behind the first. Connect model, and clip for LoRAs"
         " with layers for the text encoder; report goes to Preview as Text.",
         memory="The model stays packed; a LoRA takes the size of its file.",
         change="The LoRAs and their strengths. A strength holds for the model and the text encoder;"
         " the nodes inside have one for each, and one for each block of the model.",
     )
     outside = [node for node in workflow.nodes if node not in (*stack, *reports)]
-    return Blueprint(workflow, ("lora", "lora stack", "lora check", "gguf"), tuple(outside))
+    return Blueprint(workflow, ("lora", "lora stack", "lora check", "lora gguf"), tuple(outside))
 
 
 def packed_and_saved() -> Blueprint:
@@ -174,7 +174,7 @@ def packed_and_saved() -> Blueprint:
         change="The model: any in bf16, fp16, fp32 or fp8. LoRAs and merges between the two nodes"
         " inside are packed with it.",
     )
-    return Blueprint(workflow, ("quantize", "convert", "save model", "gguf", "nf4"))
+    return Blueprint(workflow, ("quantize", "convert", "save model", "save gguf", "save nf4"))
 
 
 BLUEPRINTS = (

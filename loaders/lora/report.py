@@ -77,6 +77,7 @@ class LoraReport:
     def verdict(self) -> str:
         """One sentence on whether this LoRA can be used with this model."""
         match = f"{self.matched} of its {self.layers} layers"
+        is_one = self.matched == 1
         if not self.layers:
             return (
                 f"This LoRA changes only a text encoder ({self.unconnected} layers), and none is"
@@ -84,9 +85,12 @@ class LoraReport:
         if not self.related:
             start = f"This LoRA is made for {self.family}; the model is {self.model_family}"
             if self.fits == "no":
-                same = f", though {match} have the same shape" if self.matched else ""
+                have = "has" if is_one else "have"
+                same = f", though {match} {have} the same shape" if self.matched else ""
                 return f"{start}: it cannot be used{same}."
-            return f"{start}: only {match} match, which is not what it was trained for."
+            return (
+                f"{start}: only {match} {'matches' if is_one else 'match'}, which is not what it"
+                " was trained for.")
         shared = self.family.shared(self.model_family) if self.family else None
         families = f" for {' or '.join(shared.names)}" if shared else ""
         if self.fits == "yes":

@@ -1,7 +1,8 @@
 """Node ids of other packs, with the same inputs in the same order, so that shared workflows run.
 
 Each file is a pack. Its `NODE_CONFIG` is a table of the pack's ids and of what differs between
-them. ComfyUI Manager reads the ids there, and `make_nodes` makes the classes.
+them. ComfyUI Manager reads the ids there, and `make_nodes` makes the classes. All are deprecated
+nodes, which the editor's search leaves out.
 
 Scripts and other packs call these classes as Python:
 `NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(...)`. So the method that runs has the original
@@ -33,8 +34,6 @@ class LegacyNode:
     outputs: tuple = (io.Model.Output,)
     folders: tuple[str, ...]
     category = "Featherweight/legacy"
-    search_aliases: tuple[str, ...] = ()
-    is_deprecated = False
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -43,8 +42,7 @@ class LegacyNode:
             display_name=cls.display_name,
             category=cls.category,
             description=cls.description,
-            search_aliases=list(cls.search_aliases),
-            is_deprecated=cls.is_deprecated,
+            is_deprecated=True,
             inputs=cls.inputs(),
             outputs=[output() for output in cls.outputs],
         )
@@ -82,6 +80,23 @@ class LegacyNode:
     @classmethod
     def execute(cls, *args, **inputs) -> tuple:
         return getattr(cls, cls.FUNCTION)(*args, **inputs)
+
+    @classmethod
+    def GET_NODE_INFO_V1(cls) -> dict:
+        """Returns what the host answers at /object_info.
+
+        The type of an input with options is the list of its options, as in the original packs,
+        because scripts read the names of files there. The host itself reads `INPUT_TYPES`, in which
+        it stays "COMBO": an output of that type can be connected to it.
+        """
+        info = super().GET_NODE_INFO_V1()
+        for inputs in info["input"].values():
+            for name, (kind, *settings) in inputs.items():
+                if kind == io.Combo.io_type:
+                    options = settings[0].pop("options")
+                    settings[0].pop("multiselect", None)
+                    inputs[name] = (options, *settings)
+        return info
 
 
 def make_node(

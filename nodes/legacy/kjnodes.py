@@ -27,6 +27,7 @@ class GGUFLoader(io.ComfyNode):
             display_name="GGUF Loader KJ",
             category="Featherweight/legacy",
             description="The GGUF loader of KJNodes workflows, which needs no ComfyUI-GGUF here.",
+            is_deprecated=True,
             inputs=[
                 model_input("model_name"),
                 io.Combo.Input(

@@ -236,7 +236,6 @@ class MultiGPULoader(LegacyNode):
         "A loader of workflows made with ComfyUI-MultiGPU, which is archived. In new workflows use"
         " the loaders and Place Model (Featherweight)."
     )
-    is_deprecated = True  # not offered for new workflows
     wrapped: WrappedLoader
     family = "MultiGPU"
 

@@ -61,7 +61,6 @@ class CheckpointLoader(LegacyNode):
     FUNCTION = "load_checkpoint"
     folders = CHECKPOINT_FOLDERS
     outputs = (io.Model.Output, io.Clip.Output, io.Vae.Output)
-    search_aliases = ("nf4", "fp4", "bitsandbytes", "bnb")
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, bnb_dtype="default") -> tuple:
@@ -73,7 +72,6 @@ class UnetLoader(LegacyNode):
 
     FUNCTION = "load_unet"
     folders = FOLDERS
-    search_aliases = CheckpointLoader.search_aliases
 
     @classmethod
     def load_unet(cls, unet_name, bnb_dtype="default") -> tuple:
@@ -84,7 +82,6 @@ class PackingCheckpointLoader(CheckpointLoader):
     """Loads a checkpoint and packs its diffusion model to NF4."""
 
     HELP_PAGE = "LegacyLoaders"
-    search_aliases = ("nf4", "bitsandbytes", "bnb")
 
     @classmethod
     def load_checkpoint(cls, ckpt_name, load_dtype="default") -> tuple:
@@ -97,7 +94,6 @@ class PackingUnetLoader(LegacyNode):
     HELP_PAGE = "LegacyLoaders"
     FUNCTION = "load_checkpoint"  # the name in the original pack
     folders = FOLDERS
-    search_aliases = PackingCheckpointLoader.search_aliases
 
     @classmethod
     def load_checkpoint(cls, unet_name, load_dtype="default") -> tuple:

@@ -27,7 +27,6 @@ OFFLOAD = ("auto", *SWITCH)
 MIN_STRENGTH = 1e-5  # a LoRA with less is left out, as in the original
 MAX_GPUS = 64
 FLUX_SLOTS, SLOTS = 15, 10
-SEARCH_ALIASES = ("nunchaku", "svdquant", "svdq")
 
 
 def ignored_combo(name: str, options: tuple[str, ...], default: str, tooltip: str):
@@ -120,7 +119,6 @@ class Loader(LegacyNode):
 
     FUNCTION = "load_model"
     folders = FOLDERS
-    search_aliases = SEARCH_ALIASES
 
     @classmethod
     def validate_inputs(cls, model_path=None, model_name=None):
@@ -211,7 +209,6 @@ class TextEncoderLoader(LegacyNode):
     FUNCTION = "load_text_encoder"
     folders = CLIP_FOLDERS
     outputs = (io.Clip.Output,)
-    search_aliases = (*SEARCH_ALIASES, "clip", "t5")
 
     @classmethod
     def validate_inputs(cls, text_encoder1=None, text_encoder2=None, int4_model=None):
@@ -374,7 +371,6 @@ class LoraLoader(LegacyNode):
 
     FUNCTION = "load_lora"
     folders = LORA_FOLDERS
-    search_aliases = (*SEARCH_ALIASES, "lora")
 
     @classmethod
     def validate_inputs(cls, lora_name=None, lora_strength=1.0):
@@ -390,7 +386,6 @@ class LoraStack(LegacyNode):
 
     FUNCTION = "load_lora_stack"
     folders = LORA_FOLDERS
-    search_aliases = (*SEARCH_ALIASES, "lora", "lora stack")
 
     @classmethod
     def validate_inputs(cls, **inputs):

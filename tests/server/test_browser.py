@@ -17,7 +17,8 @@ from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 from devtools import ROOT, demo
 from devtools.files import demo_files
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
-from devtools.host.environment import DEV, HOST_VERSION
+from devtools.host.environment import DEV, HOST_VERSION, SetupError
+from devtools.host.frontends import newest_frontend
 from devtools.host.server import JOINER, PACK, Server
 from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS
 from devtools.workflows.api_format import to_api
@@ -99,6 +100,14 @@ CUT_PAGES = f"""(async types => {{
   }}
   return cut
 }})"""
+# What the editor itself knows, by its names.
+STORES = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s"
+# The titles of the nodes that the editor's search finds by each of these words, in their order.
+FOUND = f"""(words => {{
+  const search = {STORES}.get('nodeDef').nodeSearchService
+  return Object.fromEntries(words.map(word => [
+    word, search.searchNode(word, [], {{limit: 64}}).map(node => node.display_name)]))
+}})"""
 # Where on the page the right arrow of a number is.
 ARROW = """((type, name) => {
   const node = app.graph.nodes.find(node => node.type === type), {scale, offset} = app.canvas.ds
@@ -114,7 +123,7 @@ SEARCH = "document.querySelector('.side-bar-panel input[placeholder^=Search]')"
 ENTRIES = "[...document.querySelectorAll('[role=treeitem]')].map(entry => entry.innerText.trim())"
 # Titles, as they are written: shown, those of the library have capitals alone.
 TITLES = "[...document.querySelectorAll('h3')].map(title => title.textContent.trim())"
-SECTION = "Subgraph Blueprints"
+SECTION, SHARED = "Subgraph Blueprints", "Comfy Blueprints"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FORM = "[...document.querySelectorAll('[data-testid=app-mode-widget-item]')]"
 TOGGLE_APP_MODE = "app.extensionManager.command.execute('Comfy.ToggleLinear')"
@@ -128,9 +137,39 @@ def page(browser, server):
 
 
 @pytest.fixture(scope="module")
-def newest(server):
+def newest_server(tmp_path_factory):
+    """With the newest editor of the package index, and only this pack: it has the models of the
+    demo, and an empty file of every other name that the workflows use."""
+    try:
+        frontend = newest_frontend()
+    except SetupError as error:
+        pytest.skip(f"The newest editor cannot be had: {error}")
+    if frontend is None:
+        pytest.skip("ComfyUI has the newest editor")
+    base = tmp_path_factory.mktemp("newest")
+    touch_all(base)
+    demo_files.make_models(base)
+    with Server(base, arguments=["--front-end-root", str(frontend)]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["own", "newest"])
+def any_server(request):
+    """For tests that hold for the editor that ComfyUI is installed with, and for the newest."""
+    return request.getfixturevalue("server" if request.param == "own" else "newest_server")
+
+
+@pytest.fixture
+def any_page(browser, any_server):
+    browser.open_editor(any_server)
+    yield browser
+    browser.close_editor()
+
+
+@pytest.fixture(scope="module")
+def current(server):
     version = server.system_stats()["system"]["comfyui_version"]
-    if version != HOST_VERSION:
+    if [*map(int, version.split("."))] < [*map(int, HOST_VERSION.split("."))]:
         pytest.skip(f"ComfyUI {version} has an older editor, which shows texts in another way")
 
 
@@ -148,14 +187,15 @@ def fresh(tmp_path_factory):
     """A ComfyUI with only this pack, and with an empty file of every name that the workflows
     use."""
     base = tmp_path_factory.mktemp("fresh")
-    stand_in_files(base)
-    for path in LEGACY:
-        written = path.read_text(encoding="utf-8").replace(r"\\", "/")
-        for name, folder in itertools.product(
-                re.findall(r'"([^"]+\.(?:gguf|safetensors))"', written), FOLDERS):
-            touch(base, folder, name)
+    touch_all(base)
     with Server(base) as server:
         yield server
+
+
+@pytest.fixture(scope="module", params=["own", "newest"])
+def fresh_server(request):
+    """Like `any_server`, for tests with the names of files alone."""
+    return request.getfixturevalue("fresh" if request.param == "own" else "newest_server")
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +204,16 @@ def editor(browser, fresh):
     browser.open_editor(fresh)
     yield browser
     browser.close_editor()
+
+
+def touch_all(base: Path):
+    """Makes an empty file of every name that the workflows use."""
+    stand_in_files(base)
+    for path in LEGACY:
+        written = path.read_text(encoding="utf-8").replace(r"\\", "/")
+        for name, folder in itertools.product(
+                re.findall(r'"([^"]+\.(?:gguf|safetensors))"', written), FOLDERS):
+            touch(base, folder, name)
 
 
 def touch(base: Path, folder: str, name: str):
@@ -175,7 +225,7 @@ def touch(base: Path, folder: str, name: str):
 def keep(page, name: str):
     """A screenshot for whoever wants to look."""
     folder = DEV / "screenshots"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.png").write_bytes(page.screenshot())
 
 
@@ -249,7 +299,7 @@ def test_a_template_opens_from_the_template_browser(page):
         demo.NF4_WORKFLOW, demo.LORA_WORKFLOW, demo.MIX_WORKFLOW))
 ], ids=lambda path: path.stem)
 def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
-        path, newest, more_models, page, server):
+        path, current, more_models, page, server):
     if path == demo.NF4_WORKFLOW:
         pytest.importorskip("bitsandbytes", reason="it writes the file")
     workflow = json.loads(path.read_text(encoding="utf-8"))
@@ -272,25 +322,113 @@ def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
     assert [type for type, *_ in texts] and not [text for text in texts if text[2] or text[3] > 0]
 
 
-def test_texts_keep_their_lines_where_nodes_have_the_modern_design(newest, browser, server):
-    """The editor takes them for Markdown there."""
-    server.post("/settings", {MODERN: True})
+@contextlib.contextmanager
+def opened(browser, server, path: Path, modern: bool):
+    """The editor with an example in it, whose nodes have the modern design or the classic one."""
+    server.post("/settings", {MODERN: modern})
     try:
         browser.open_editor(server)
-        server.post("/free", {"free_memory": True})
-        browser.open_workflow("loras.json", demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
-        becomes(browser, lambda: "FeatherweightCheckLora" in browser.types(), True)
+        server.post("/free", {"free_memory": True})  # else a loader that has run says nothing
+        workflow = path.read_text(encoding="utf-8")
+        browser.open_workflow(path.name, workflow)
+        types = sorted(node["type"] for node in json.loads(workflow)["nodes"])
+        becomes(browser, lambda: sorted(browser.types()), types)
+        yield browser
+    finally:
+        server.post("/settings", {MODERN: False})
+        browser.close_editor()
+
+
+def run(page, server):
+    """Runs the open workflow to its end, whatever that is."""
+    before = len(server.get_json("/history"))
+    page.click_on("document.querySelector('[data-testid=queue-button]')")
+    becomes(page, lambda: len(server.get_json("/history")) > before, True, 300)
+
+
+def with_texts(page) -> list[str]:
+    """The types of the nodes that show a text, once the editor has had time to take it away."""
+    time.sleep(1)
+    return sorted(page.types(
+        "node.widgets?.some(widget => widget.name === '$$node-text-preview' && widget.value)"))
+
+
+@pytest.mark.parametrize(("any_server", "modern"), [
+    ("own", False), ("newest", False), ("newest", True)
+], indirect=["any_server"])
+def test_texts_stay_after_a_run_and_go_from_a_node_that_fails_or_is_refused(
+        any_server, modern, current, browser):
+    loaders = ["FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder"]
+    model, text_encoder = (
+        any_server.base / "models" / folder / name for folder, name in (
+            ("diffusion_models", demo.MODEL_NAME), ("text_encoders", demo_files.ENCODER_NAME)))
+    kept = {path: path.read_bytes() for path in (model, text_encoder)}
+    with opened(browser, any_server, demo.WORKFLOW, modern) as page:
+        try:
+            for _ in ("both load", "both are cached"):
+                run(page, any_server)
+                assert with_texts(page) == loaders
+            keep(page, f"texts_stay_{'modern' if modern else 'classic'}")
+            model.write_bytes(kept[model][:1000])
+            run(page, any_server)
+            assert with_texts(page) == loaders[1:]
+            text_encoder.unlink()
+            page.click_on("document.querySelector('[data-testid=queue-button]')")
+            becomes(page, lambda: with_texts(page), [])
+        finally:
+            for path, contents in kept.items():
+                path.write_bytes(contents)
+
+
+def test_the_text_of_a_node_that_is_cancelled_goes(current, more_models, browser, server):
+    measure = "FeatherweightMeasureSensitivity"
+    with opened(browser, server, demo.MIX_WORKFLOW, modern=False) as page:
+        page.evaluate(
+            f"app.graph.nodes.find(node => node.type === '{measure}').widgets"
+            ".find(widget => widget.name === 'samples').value = 64")
+        before = len(server.get_json("/history"))
+        page.click_on("document.querySelector('[data-testid=queue-button]')")
+        becomes(page, lambda: measure in with_texts(page), True, 300)
+        server.post("/interrupt", {})
+        becomes(page, lambda: len(server.get_json("/history")) > before, True)
+        assert with_texts(page) == ["FeatherweightLoadTextEncoder"]
+
+
+def test_texts_keep_their_lines_where_nodes_have_the_modern_design(current, browser, any_server):
+    """The editor takes them for Markdown there."""
+    with opened(browser, any_server, demo.LORA_WORKFLOW, modern=True):
         browser.click_on("document.querySelector('[data-testid=queue-button]')")
         shown = ("[...document.querySelectorAll('.comfy-markdown-content')]"
                  ".find(box => box.textContent.replaceAll('\u2060', '').includes('all 20 layers'))")
         lines = browser.wait_for(f"{shown}?.innerText.split('\\n')", 300)
         keep(browser, "modern")
         assert browser.evaluate(f"(box => box.scrollHeight <= box.clientHeight)({shown})")
-    finally:
-        server.post("/settings", {MODERN: False})
-        browser.close_editor()
     starts = {line.replace(JOINER, "").split(":")[0] for line in lines}
     assert {"file", "layers", "kind", "made for", "model", "strongest"} <= starts
+
+
+def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page, any_server):
+    """And none at all that is there for old workflows alone."""
+    model, text_encoder, save, apply = (
+        f"{title} (Featherweight)" for title in (
+            "Load Diffusion Model", "Load Text Encoder", "Save Packed Model", "Apply LoRA"))
+    wanted = dict.fromkeys(["nf4", "fp8", "gptq", "awq", "sdnq", "svdquant", "nunchaku"], model)
+    # ComfyUI's own nodes come first whose titles have the word, or one like it and are used more
+    behind_others = {
+        "gguf": model, "int8": model, "unet": model, "clip loader": text_encoder,
+        "quantize": save, "lora": apply, "controlnet": "Load ControlNet (Featherweight)"
+    }
+    own = {path.stem for path in BLUEPRINT_FOLDER.glob("*.json")} | {
+        node["display_name"] for node in any_server.object_info().values()
+        if node["python_module"].endswith(PACK)
+    }
+    found = any_page.evaluate(f"{FOUND}({json.dumps([*wanted, *behind_others])})")
+    assert {word: titles[:1] for word, titles in found.items() if word in wanted} == {
+        word: [title] for word, title in wanted.items()}
+    for word, titles in found.items():
+        ours = [title for title in titles if title in own]
+        assert ours[0] == (wanted | behind_others)[word], word
+        assert all("(Featherweight)" in title for title in ours), word
 
 
 def becomes(editor, question, expected, seconds=60):
@@ -300,6 +438,37 @@ def becomes(editor, question, expected, seconds=60):
     while (answer := question()) != expected:
         assert time.monotonic() < deadline, f"{answer} is not {expected}"
         time.sleep(0.1)
+
+
+def sent_by(editor) -> dict:
+    """Returns the prompt of the open workflow without the titles of its nodes.
+
+    Inputs within an input, which newer versions of ComfyUI's nodes have, are left out too.
+    """
+    prompt = editor.prompt()
+    for node in prompt.values():
+        del node["_meta"]
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if "." not in name}
+    return prompt
+
+
+def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_they_are(
+        fresh_server, browser):
+    browser.open_editor(fresh_server)
+    object_info, wrong, changed = fresh_server.object_info(), {}, {}
+    for path in (*EXAMPLES, *LEGACY):
+        text = path.read_text(encoding="utf-8")
+        browser.open_workflow(path.name, text)
+        assert browser.types(), path.name
+        if found := [*browser.types(UNKNOWN), *browser.types(RED), *browser.evaluate(COMPLAINTS)]:
+            wrong[path.name] = found
+        if path in EXAMPLES:
+            sent, expected = sent_by(browser), to_api(json.loads(text), object_info)
+            for node in expected.keys() | sent.keys():
+                if sent.get(node) != expected.get(node):
+                    changed[path.name, node] = sent.get(node), expected.get(node)
+    browser.close_editor()
+    assert not wrong and not changed
 
 
 def open_help(editor, type: str):
@@ -316,8 +485,8 @@ def open_help(editor, type: str):
 
 def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_of_its_panel(
         editor, fresh, request):
-    """At the width that the panel has when it opens. Of the translations, German has the longest
-    words; the others are heavy."""
+    """At the width that the panel has when it opens. Translations, whose words are shorter, are
+    heavy."""
     is_heavy = request.config.getoption("--heavy")
     nodes = [
         node_id for node_id, node in fresh.object_info().items()
@@ -342,7 +511,7 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
     cut = {}
     # the last: one that is shown is not fetched again
     shown.sort(key=lambda node_id: node_id == first)
-    for language in HELP_LANGUAGES if is_heavy else ("en", "de"):
+    for language in HELP_LANGUAGES if is_heavy else ("en",):
         editor.evaluate(f"{IN_LANGUAGE}('{language}')")
         cut |= {f"{node_id} {language}": parts
                 for node_id, parts in editor.evaluate(f"{CUT_PAGES}({json.dumps(shown)})").items()}
@@ -350,38 +519,15 @@ def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_o
     assert not cut
 
 
-def sent_by(editor) -> dict:
-    """Returns the prompt of the open workflow without the titles of its nodes.
-
-    Inputs within an input, which newer versions of ComfyUI's nodes have, are left out too.
-    """
-    prompt = editor.prompt()
-    for node in prompt.values():
-        del node["_meta"]
-        node["inputs"] = {name: value for name, value in node["inputs"].items() if "." not in name}
-    return prompt
-
-
-def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_they_are(
-        editor, fresh):
-    object_info, wrong, changed = fresh.object_info(), {}, {}
-    for path in (*EXAMPLES, *LEGACY):
-        text = path.read_text(encoding="utf-8")
-        editor.open_workflow(path.name, text)
-        assert editor.types(), path.name
-        if found := [*editor.types(UNKNOWN), *editor.types(RED), *editor.evaluate(COMPLAINTS)]:
-            wrong[path.name] = found
-        if path in EXAMPLES:
-            sent, expected = sent_by(editor), to_api(json.loads(text), object_info)
-            for node in expected.keys() | sent.keys():
-                if sent.get(node) != expected.get(node):
-                    changed[path.name, node] = sent.get(node), expected.get(node)
-    assert not wrong and not changed
+def test_the_editor_offers_every_language_that_help_pages_are_in(editor):
+    options = f"{STORES}.get('setting').settingsById['Comfy.Locale'].options"
+    offered = editor.evaluate(f"[...{options}].map(language => language.value)")
+    assert set(offered) >= set(HELP_LANGUAGES)
 
 
 def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor):
     """With its description while the mouse is on its name."""
-    assert f"*{SECTION}*, in *{CATEGORY}*" in README
+    assert f"*{SECTION}*, in *{SHARED}*, *{CATEGORY}*" in " ".join(README.split())
     editor.evaluate("app.graph.clear()")
     if not editor.evaluate(f"!!{SEARCH}"):
         editor.click_on(
@@ -392,12 +538,13 @@ def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor
         editor.wait_for(f"!!{SEARCH}")
         editor.evaluate(f"{SEARCH}.select()")
         editor.call("Input.insertText", text=path.stem)
-        *folders, name = editor.wait_for(
-            f"(names => names.at(-1) === {json.dumps(path.stem)} && names)({ENTRIES})")
-        assert folders[-1] == CATEGORY and name == path.stem
+        names = editor.wait_for(
+            f"(names => names.includes({json.dumps(path.stem)}) && names)({ENTRIES})")
+        folder = names.index(SHARED)
+        assert names[folder + 1] == CATEGORY and path.stem in names[folder + 2:]
         assert SECTION in editor.evaluate(TITLES)
-        entry = "[...document.querySelectorAll('[role=treeitem]')].at(-1)"
-        editor.click_on(entry)
+        editor.click_on("[...document.querySelectorAll('[role=treeitem]')].find("
+                        f"entry => entry.innerText.trim() === {json.dumps(path.stem)})")
         shown = "document.querySelector('[data-testid=node-preview-card]')?.innerText"
         description = blueprint["extra"]["BlueprintDescription"]
         editor.wait_for(f"{shown}?.includes({json.dumps(description)})")

@@ -1,10 +1,11 @@
-"""Legacy ids called as Python in the real host: by a script that somebody exported, and by the
-nodes of another pack."""
+"""Legacy ids called as Python in the real host, by a script that somebody exported and by the nodes
+of another pack, and asked about by scripts that talk to its server."""
 import os
 import subprocess
 import sys
 
 import numpy as np
+from legacy_ids import INPUTS, KJ
 from PIL import Image
 
 from devtools import demo
@@ -116,3 +117,18 @@ def test_wrappers_and_an_exported_workflow_draw_what_the_loaders_draw(server):
         env={**env, "PYTHONPATH": os.pathsep.join([str(HOST), env.get("PYTHONPATH", "")])})
     path, = (server.base / "output").glob("exported*.png")
     assert np.array_equal(picture(path), expected)
+
+
+def test_scripts_find_the_options_of_an_input_in_place_of_its_type_as_in_the_original_packs(server):
+    """KJNodes' loader is of the newer kind there too, and has them elsewhere."""
+    object_info = server.object_info()
+    loader = object_info["UnetLoaderGGUF"]["input"]["required"]["unet_name"]
+    assert demo.MODEL_NAME in loader[0]
+    assert object_info["CLIPLoaderGGUF"]["input"]["required"]["type"][0][0] == "stable_diffusion"
+    dtype = object_info["UnetLoaderGGUFAdvanced"]["input"]["optional"]["dequant_dtype"]
+    assert dtype[0][0] == dtype[1]["default"] == "default"
+    for node_id in INPUTS.keys() - KJ:
+        sections = object_info[node_id]["input"]
+        inputs = sections["required"] | sections.get("optional", {})
+        for name, (kind, *settings) in inputs.items():
+            assert kind != "COMBO" and "options" not in settings[0], (node_id, name)

@@ -39,7 +39,8 @@ def test_the_unpacked_package_gives_nodes_their_help_the_editor_scripts_template
             for language in HELP_LANGUAGES:
                 page = help_page(node, language).relative_to(DOCS).as_posix()
                 assert packed.get(f"/extensions/{FOLDER}/docs/{page}").startswith(b"# ")
-        assert {f"/extensions/{FOLDER}/{name}.js" for name in ("model_names", "templates")} <= {
+        scripts = ("model_names", "node_texts", "templates")
+        assert {f"/extensions/{FOLDER}/{name}.js" for name in scripts} <= {
             *packed.get_json("/extensions")
         }
         assert "Flux.1 dev GGUF with GGUF T5" in packed.get_json("/workflow_templates")[FOLDER]
@@ -47,7 +48,7 @@ def test_the_unpacked_package_gives_nodes_their_help_the_editor_scripts_template
             entry["name"] for entry in packed.get_json("/global_subgraphs").values()
             if entry["info"]["node_pack"] == f"custom_nodes.{FOLDER}"
         }
-        assert "Text to Image (Flux.1 dev GGUF)" in blueprints
+        assert "Flux.1 dev Text to Image (Featherweight)" in blueprints
         own = {node for node in nodes if node.startswith("Featherweight")}
         assert {
             language: texts["nodeDefs"].keys()

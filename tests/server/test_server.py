@@ -30,7 +30,9 @@ def test_every_node_is_registered(server):
 
 @pytest.mark.parametrize("node_id", ids_in_source())
 def test_every_node_has_a_help_page(server, node_id):
-    assert server.get(f"/extensions/{PACK}/docs/{node_id}.md").strip()
+    """In English also under its language, which the editor asks for first."""
+    page = server.get(f"/extensions/{PACK}/docs/{node_id}.md")
+    assert page.strip() and page == server.get(f"/extensions/{PACK}/docs/{node_id}/en.md")
 
 
 def test_demo_workflow_makes_a_picture(server):

@@ -201,6 +201,19 @@ def test_the_sentence_names_families_and_widths(models):
     assert report_picture(report).std() > 0
 
 
+@pytest.mark.parametrize(("matched", "layers", "words"), [
+    (1, 7, "though 1 of its 7 layers has the same shape"),
+    (2, 7, "though 2 of its 7 layers have the same shape"),
+    (1, 2, "only 1 of its 2 layers matches,"), (2, 3, "only 2 of its 3 layers match,")
+])
+def test_one_layer_matches_and_several_match(models, matched, layers, words):
+    report = check_lora(
+        models("Flux.2 dev"), None, lora_of(models, "Flux.2 Klein 4B"), measure=False)
+    counted = dataclasses.replace(
+        report, matched=matched, layers=layers, patches={"layer": matched})
+    assert words in counted.verdict
+
+
 def test_a_lora_whose_change_of_a_block_overflows_is_drawn_without_that_block(small_flux):
     shapes = kohya(block_shapes(small_flux, "double_blocks."))
     lora = {
