@@ -19,10 +19,11 @@ PROMPT: ContextVar[Any] = ContextVar("PROMPT", default=None)
 class Options(list):
     """Options of an input that accepts more values than it offers.
 
-    The host asks with `in` whether it accepts a value.
+    The host asks with `in` whether it accepts a value. For its description of a node it copies the
+    options with one argument, as dataclasses do.
     """
 
-    def __init__(self, options: Iterable[str], accepts: Callable[[Any], bool]):
+    def __init__(self, options: Iterable[str], accepts: Callable[[Any], bool] = lambda value: False):
         super().__init__(options)
         self.accepts = accepts
 

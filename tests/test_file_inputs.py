@@ -1,6 +1,7 @@
 """Inputs that name a file, of all nodes: when a file is missing, and when it has become another
 one."""
 import contextvars
+import json
 
 import folder_paths
 import pytest
@@ -141,6 +142,20 @@ def test_inputs_that_offer_files_are_known_as_such_and_no_others(node_id, tmp_pa
         if any("planted" in str(option) for option in getattr(input, "options", None) or ())
     }
     assert offering == set(pickers(NODES[node_id]))
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_the_host_describes_each_node(node_id):
+    """It copies a node's description, with the options, and writes it as JSON."""
+    inputs = NODES[node_id].GET_NODE_INFO_V1()["input"]
+    described = json.loads(json.dumps(inputs))
+    for input in NODES[node_id].GET_SCHEMA().inputs:
+        if isinstance(input, io.Combo.Input):
+            section = "optional" if input.optional else "required"
+            kind, settings = described[section][input.id]
+            # as newer nodes have it, or as older ones
+            offered = settings["options"] if kind == "COMBO" else kind
+            assert offered == list(input.options)
 
 
 def test_a_choice_named_like_a_folder_of_models_runs_nothing_again(tmp_path, monkeypatch):

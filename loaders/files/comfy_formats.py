@@ -58,6 +58,7 @@ from ...ops.formats.comfy import (
 from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.packed_tensor import PackedTensor
+from ...ops.pickle_names import short_error_name
 from ...ops.product import dequantized_slices
 from .comfy_marks import MARK
 from .container import AGAIN, describe
@@ -87,6 +88,7 @@ SHIFT = 0.171875
 Parts = dict[str, torch.Tensor]
 
 
+@short_error_name
 class PartError(ValueError):
     """The parts of a weight do not belong together; the message is part of a sentence.
 

@@ -1,5 +1,7 @@
 """Files that cannot be loaded: the node says why in plain words, nothing else changes, and the
 server goes on serving."""
+import json
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,16 @@ def test_a_damaged_file_is_one_plain_error(server, case, loader, key):
         load(server, path.name, loader, key)
     assert path.name in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_details_of_an_error_begin_with_a_short_name(server):
+    """ComfyUI shows the exception's full name, twice, before its message."""
+    (models(server) / "nothing.gguf").write_bytes(b"")
+    with pytest.raises(ServerError):
+        load(server, "nothing.gguf")
+    latest, = json.loads(server.get("/history?max_items=1")).values()
+    error, = (data for event, data in latest["status"]["messages"] if event == "execution_error")
+    assert error["exception_type"] == "featherweight_errors.WeightFileError"
 
 
 @pytest.mark.parametrize("case", OTHER_KINDS)
