@@ -23,12 +23,12 @@ class Options(list):
     options with one argument, as dataclasses do.
     """
 
-    def __init__(self, options: Iterable[str], accepts: Callable[[Any], bool] = lambda value: False):
+    def __init__(self, options: Iterable[str], accepts: Callable[[Any], bool] | None = None):
         super().__init__(options)
-        self.accepts = accepts
+        self._accepts = accepts
 
     def __contains__(self, value) -> bool:
-        return super().__contains__(value) or self.accepts(value)
+        return super().__contains__(value) or bool(self._accepts and self._accepts(value))
 
 
 def open_options(options: Iterable[str]) -> Options:
