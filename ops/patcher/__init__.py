@@ -84,7 +84,7 @@ class PackedPatcher(_HostPatcher):
 
     def add_patches(self, patches, *args, **kwargs):
         added = super().add_patches(patches, *args, **kwargs)
-        self.on_patches(self, patches)
+        type(self).on_patches(self, patches)
         return added
 
     @property
