@@ -25,6 +25,7 @@ from comfy_kitchen.tensor import get_layout_class
 
 from ..ops.packed_layout import QuantizedTensor, is_packed
 from ..ops.packed_tensor import PackedTensor
+from ..ops.pickle_names import short_error_name
 from .files.comfy_formats import (
     DOWN,
     FP8,
@@ -70,6 +71,7 @@ OLD_INPUT_SCALE = ".scale_input"
 UPDATE = "Update ComfyUI, or get another conversion."
 
 
+@short_error_name
 class UnreadFormatError(PartError):
     """A layer in a quantised format cannot be read; the message is part of a sentence."""
 
@@ -99,7 +101,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
         codes = state_dict.get(f"{layer}.weight")
         if not layer.startswith(prefix):
             continue
-        if codes is not None and codes.ndim < 2:
+        if codes is not None and (codes.ndim < 2 or not codes.numel()):
             raise _unread_layer_error(file, layer, UnreadFormatError(
                 f"it is {describe(codes)}, expected rows of codes"))
         if codes is not None and codes.ndim in (2, 4):  # 4: in tiles
@@ -291,7 +293,7 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         mark = _mended_mark(tensors[f"{layer}{MARK}"], weight)
         if mark is not tensors[f"{layer}{MARK}"]:
             return layer, UnreadFormatError("its comfy_quant does not say what its weight is")
-        if weight.ndim < 2:
+        if weight.ndim < 2 or not weight.numel():
             return layer, UnreadFormatError(f"it is {describe(weight)}, expected rows of codes")
         try:
             if weight.ndim == 2:

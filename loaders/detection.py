@@ -3,7 +3,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import comfy.model_detection
@@ -144,6 +144,23 @@ def left_out_text(names: Collection[str], prefix: str) -> str | None:
                     f" dimensions of {model} out and writes it beside, in a file named"
                     " fix_5d_tensors_…, which its fix_5d_tensors.py puts in. Do that, or get"
                     " another conversion.")
+    return None
+
+
+def uneven_bias_text(state_dict: Mapping[str, torch.Tensor]) -> str | None:
+    """Returns a sentence about a bias of another length than its weight has rows; None without one.
+
+    The host's conversion of names joins them, and stops at such a bias.
+
+    Args:
+        state_dict: in which the host detects no model.
+    """
+    for name, bias in state_dict.items():
+        weight_name = f"{name.removesuffix('bias')}weight"
+        weight = state_dict.get(weight_name) if name.endswith(".bias") else None
+        if weight is not None and len(weight.shape) == 2 and bias.shape != weight.shape[:1]:
+            return (f"is damaged: {name!r} has the shape {tuple(bias.shape)}, expected"
+                    f" {weight.shape[0]} numbers, one for each row of {weight_name!r}. {AGAIN}")
     return None
 
 

@@ -28,6 +28,7 @@ from .detection import (
     reject_non_diffusion,
     reject_side_model,
     shape_mismatch_text,
+    uneven_bias_text,
 )
 from .files import open_weights
 from .files.comfy_formats import FP8
@@ -227,8 +228,10 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
             check.attach(patcher)
     if patcher is None:
         prefix = model_prefix(state_dict)
-        if missing := missing_keys_text(state_dict, prefix) or left_out_text(state_dict, prefix):
-            raise WeightFileError(f"{os.path.basename(file.path)} {missing}")
+        problem = (missing_keys_text(state_dict, prefix) or left_out_text(state_dict, prefix)
+                   or uneven_bias_text(state_dict))
+        if problem:
+            raise WeightFileError(f"{os.path.basename(file.path)} {problem}")
         reject_side_model(file)
         raise WeightFileError(
             f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"

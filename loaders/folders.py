@@ -1,7 +1,9 @@
 """Finds and names files in the model folders; only this module uses the host's `folder_paths`."""
+import functools
 import glob
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from contextvars import ContextVar
 from pathlib import Path
@@ -58,10 +60,27 @@ def register_folders():
 
 
 def list_files(*keys: str) -> list[str]:
-    """Returns the model files in the folders of all `keys`, GGUF first, without duplicates."""
+    """Returns the model files in the folders of all `keys`, GGUF first, without duplicates.
+
+    Links that lead to no file are left out.
+    """
     register_folders()  # another pack may have added directories since
-    names = {name for key in keys for name in folder_paths.get_filename_list(key)}
+    names = set()
+    for key in keys:
+        listed = folder_paths.get_filename_list(key)
+        dangling = _missing_files(key, tuple(listed))
+        names.update(name for name in listed if name not in dangling or _exists(key, name))
     return sorted(names, key=lambda name: (not name.lower().endswith(".gguf"), name.lower()))
+
+
+@functools.lru_cache(maxsize=64)  # so that the files of a list are looked at once
+def _missing_files(key: str, names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(name for name in names if not _exists(key, name))
+
+
+def _exists(key: str, name: str) -> bool:
+    return any(os.path.exists(os.path.join(directory, name))
+               for directory in folder_paths.get_folder_paths(key))
 
 
 def list_model_folders(*keys: str, model_class: re.Pattern = DIFFUSION_MODEL) -> list[str]:
@@ -113,11 +132,11 @@ def find_paths(name: str) -> set[str]:
     """Returns every file or folder in the model folders that a name of a workflow may mean."""
     if is_unsafe_name(name):
         return set()
-    path = use_slashes(name)
     keys = {*GGUF_FOLDERS, *GGUF_FOLDERS.values(), "diffusers", "vae_approx"}
     paths: set[str | None] = set()
     for key in keys & folder_paths.folder_names_and_paths.keys():
-        paths |= {folder_paths.get_full_path(key, path), _find_folder(path, key)}
+        for path in _spellings(use_slashes(name)):
+            paths |= {folder_paths.get_full_path(key, path), _find_folder(path, key)}
     return {path for path in paths if path is not None}
 
 
@@ -283,12 +302,21 @@ def find_file(name: str, *keys: str) -> str:
     """Returns the full path of a listed file or folder.
 
     Args:
-        name: as listed, with the path separator of any system: a workflow may come from another.
+        name: as listed, with the path separator of any system and accents in any form of Unicode: a
+            workflow may come from another.
         keys: of the folders to look in.
 
     Raises:
         WeightFileError: if no folder of the keys holds it.
     """
+    path = _find_path(name, keys)
+    if path is None:
+        raise WeightFileError(_missing_text([name], keys))
+    return path
+
+
+def _find_path(name: str, keys: Iterable[str]) -> str | None:
+    """Returns what `find_file` does, or None if no folder holds it; raises if it is not a name."""
     if not name:
         raise WeightFileError(
             "No file is picked. Pick one; press R in ComfyUI to refresh the list.")
@@ -296,15 +324,29 @@ def find_file(name: str, *keys: str) -> str:
         raise WeightFileError(
             f"{safe_repr(name)} is not the name of a file. Pick one from the list.")
     for key in () if is_unsafe_name(name) else keys:
-        for spelling in (name, use_slashes(name), name.replace("/", "\\")):
+        for spelling in _spellings(name):
             path = folder_paths.get_full_path(key, spelling) or _find_folder(spelling, key)
             if path is not None:
                 return path
-    folders = sorted(
-        {directory for key in keys for directory in folder_paths.get_folder_paths(key)})
-    raise WeightFileError(
-        f"{display_name(name)} is in none of the model folders ({', '.join(folders)}). Put the"
-        " file there, or pick another one; press R in ComfyUI to refresh the list.")
+    return None
+
+
+def _spellings(name: str) -> list[str]:
+    separators = (name, use_slashes(name), name.replace("/", "\\"))
+    forms = (unicodedata.normalize(form, name) for name in separators for form in ("NFC", "NFD"))
+    return list(dict.fromkeys([*separators, *forms]))
+
+
+def _missing_text(names: list[str], keys: Iterable[str]) -> str:
+    """Returns the message about files that no folder of the keys holds."""
+    folders = ", ".join(sorted(
+        {directory for key in keys for directory in folder_paths.get_folder_paths(key)}))
+    *others, last = map(display_name, names)
+    if not others:
+        return (f"{last} is in none of the model folders ({folders}). Put the file there, or pick"
+                " another one; press R in ComfyUI to refresh the list.")
+    return (f"{', '.join(others)} and {last} are in none of the model folders ({folders}). Put the"
+            " files there, or pick others; press R in ComfyUI to refresh the lists.")
 
 
 def find_companion(path: str, names: Iterable[str]) -> str | None:
@@ -336,17 +378,16 @@ def validate_files(*names: str | None, keys: Iterable[str]) -> bool | str:
         keys: of the folders to look in.
 
     Returns:
-        True, or the message of `find_file` for the first missing file.
+        True, or a message that names all missing files.
     """
     if FILES_MAY_BE_REMOTE.get():
         return True
     try:
-        for name in names:
-            if name is not None:
-                find_file(name, *keys)
+        missing = [name for name in names
+                   if name is not None and _find_path(name, keys) is None]
     except WeightFileError as error:
         return str(error)
-    return True
+    return _missing_text(list(dict.fromkeys(missing)), keys) if missing else True
 
 
 def resolve_saved_path(path: str) -> str:

@@ -21,9 +21,11 @@ from ..loaders.devices import gpus
 from ..loaders.file_versions import FileVersions
 from ..loaders.folders import register_folders
 from ..ops.kernels import background, start_trials
+from ..ops.patcher import PackedPatcher
 from . import help_pages
 from .host_server import log_lack
 from .remote_prompts import watch_prompts
+from .unused_patches import show_unused_patches
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class FeatherweightExtension(ComfyExtension):
     async def on_load(self):
         register_folders()
         watch_prompts()
+        PackedPatcher.on_patches = staticmethod(show_unused_patches)
         background.raise_if_cancelled = (
             comfy.model_management.throw_exception_if_processing_interrupted
         )

@@ -3,6 +3,7 @@ import os
 
 from comfy_api.latest import io
 
+from ..cluster.graph import is_link
 from ..loaders.folders import find_file, list_files, validate_files
 from ..loaders.lora.apply import apply_lora
 from ..loaders.lora.block_weights import parse_block_weights
@@ -10,6 +11,7 @@ from ..loaders.lora.compatibility import check_lora
 from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.model_blocks import weight_keys
 from ..loaders.lora.report import report_text
+from .file_inputs import validated_inputs
 from .number_checks import reject_infinite
 
 FOLDERS = ("loras", "loras_gguf")
@@ -91,12 +93,13 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name=None, strength_model=1.0, strength_clip=1.0):
-        if lora_name == NONE:
+    def validate_inputs(cls, lora_name=None):
+        inputs = validated_inputs()
+        if inputs is None or lora_name == NONE:
             return True
-        strengths = (strength_model, strength_clip)
-        if None in strengths or strengths == (0, 0):  # None: a link, its value is not known yet
-            return True
+        strengths = [inputs.get(name, 1.0) for name in ("strength_model", "strength_clip")]
+        if strengths == [0, 0] or any(map(is_link, strengths)):
+            return True  # not applied, or a link, whose value is not known yet
         return validate_files(lora_name, keys=FOLDERS)
 
     @classmethod

@@ -3,9 +3,10 @@ from comfy_api.latest import io
 
 from ..loaders.compute_choice import COMPUTE
 from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import find_file, list_files, list_model_folders, validate_files
+from ..loaders.folders import find_file, list_files, list_model_folders
 from ..loaders.host_formats import AUTOMATIC, HOST_FORMATS
 from ..loaders.pack_on_load import TYPES
+from .file_inputs import file_options, validate_main
 from .node_text import loader_output
 from .search_words import family_aliases
 
@@ -119,7 +120,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 host_formats_input(),
                 io.Combo.Input(
                     "module_name",
-                    options=[NO_MODULE, *files],
+                    options=file_options([NO_MODULE, *files], FOLDERS, "model_name"),
                     default=NO_MODULE,
                     optional=True,
                     advanced=True,
@@ -133,8 +134,8 @@ class LoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name=None, module_name=NO_MODULE):
-        return validate_files(model_name, picked_module(module_name), keys=FOLDERS)
+    def validate_inputs(cls, model_name=None):
+        return validate_main(model_name, ["module_name"], FOLDERS, [NO_MODULE])
 
     @classmethod
     def execute(

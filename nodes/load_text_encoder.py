@@ -8,11 +8,11 @@ from ..loaders.folders import (
     find_file,
     list_files,
     list_model_folders,
-    validate_files,
 )
 from ..loaders.host_formats import AUTOMATIC
 from ..loaders.text_encoder import AUTO, load_text_encoder
 from .combo_options import encoder_types
+from .file_inputs import file_options, open_options, validate_main
 from .load_diffusion_model import (
     AS_THE_FILE,
     disable_dynamic_vram_input,
@@ -26,6 +26,7 @@ from .search_words import family_aliases
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
 ORDINALS = {2: "second", 3: "third", 4: "fourth"}
+OTHER_FILES = ("text_encoder_2", "text_encoder_3", "text_encoder_4", "mmproj")
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -39,10 +40,12 @@ class LoadTextEncoder(io.ComfyNode):
             *list_model_folders(*FOLDERS, model_class=ENCODER),
         ]
 
+        vision = [AUTO, NONE, *[name for name in files if "mmproj" in name.lower()]]
+
         def further_input(number: int):
             return io.Combo.Input(
                 f"text_encoder_{number}",
-                options=[NONE, *encoders],
+                options=file_options([NONE, *encoders], FOLDERS, "text_encoder_1"),
                 default=NONE,
                 optional=True,
                 display_name=f"text encoder {number}",
@@ -89,13 +92,13 @@ class LoadTextEncoder(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     default=AUTO,
-                    options=[AUTO, NONE, *[name for name in files if "mmproj" in name.lower()]],
+                    options=file_options(vision, FOLDERS, "text_encoder_1"),
                     tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3"
                     " …). auto: the matching file in the encoder's folder.",
                 ),
                 io.Combo.Input(
                     "device",
-                    options=device_choices(),
+                    options=open_options(device_choices()),
                     default=DEFAULT,
                     optional=True,
                     advanced=True,
@@ -110,18 +113,8 @@ class LoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        text_encoder_1=None,
-        text_encoder_2=NONE,
-        text_encoder_3=NONE,
-        text_encoder_4=NONE,
-        mmproj=AUTO,
-        device=DEFAULT,
-    ):
-        names = [text_encoder_1, text_encoder_2, text_encoder_3, text_encoder_4]
-        names = [name for name in names if name != NONE]
-        return validate_files(*names, None if mmproj in (AUTO, NONE) else mmproj, keys=FOLDERS)
+    def validate_inputs(cls, text_encoder_1=None):
+        return validate_main(text_encoder_1, OTHER_FILES, FOLDERS, (NONE, AUTO))
 
     @classmethod
     def execute(

@@ -1,5 +1,9 @@
-"""Prompts that run on other machines, where model files may exist that are missing here."""
+"""Looks at each prompt before the host validates it.
+
+A prompt may run on other machines, where model files may exist that are missing here.
+"""
 from ..loaders.folders import FILES_MAY_BE_REMOTE
+from .file_inputs import PROMPT
 from .host_server import log_lack, running_server
 
 RUN_ON_RAY = "FeatherweightRunOnRay"
@@ -16,11 +20,12 @@ def watch_prompts():
 
 
 def on_prompt(request: dict) -> dict:
-    """Notes whether a prompt has a Run on Ray node; returns the request unchanged.
+    """Notes a prompt, and whether it has a Run on Ray node; returns the request unchanged.
 
     The host calls this in the task in which it then validates the inputs of the prompt's nodes.
     """
     graph = request.get("prompt")
+    PROMPT.set(graph)
     nodes = graph.values() if isinstance(graph, dict) else ()
     FILES_MAY_BE_REMOTE.set(
         any(isinstance(node, dict) and node.get("class_type") == RUN_ON_RAY for node in nodes)

@@ -17,10 +17,16 @@ from ..cluster.graph import GraphError, classes, upstream, with_result
 from ..cluster.image_collector import ImageCollector
 from ..cluster.ray_connection import THIS_COMPUTER, address_options, is_cluster, named_cluster
 from ..cluster.run_variants import make_variants, nodes_affected
+from ..ops.pickle_names import short_error_name
 from .node_text import text_sender
 
 # lives until ComfyUI ends, with the Ray that it started and the models of the workers
 POOL = DriverPool(named_cluster())
+
+
+@short_error_name
+class RayRunError(RuntimeError):
+    """The workers did not draw the pictures; the message says why."""
 
 
 class RunOnRay(io.ComfyNode):
@@ -122,6 +128,13 @@ class RunOnRay(io.ComfyNode):
     def execute(
         cls, images, count, texts="", address=THIS_COMPUTER, workers=0, idle_minutes=10.0
     ) -> io.NodeOutput:
+        try:
+            return cls._run(images, count, texts, address, workers, idle_minutes)
+        except (MachineError, GraphError) as error:  # with long names, by which Ray finds them
+            raise RayRunError(str(error)) from error
+
+    @classmethod
+    def _run(cls, images, count, texts, address, workers, idle_minutes) -> io.NodeOutput:
         on_cluster = is_cluster(address, POOL.cluster)
         graph = upstream(cls.hidden.dynprompt, images)
         if "FeatherweightRunOnRay" in classes(graph):

@@ -15,6 +15,7 @@ import torch
 
 from . import bits
 from .lasting_memory import lasting_memory
+from .pickle_names import short_error_name
 
 # Values dequantised at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache,
 # which makes dequantising a large weight about ten times faster than dequantising it whole. With
@@ -28,10 +29,12 @@ FORMATS: dict[str, type["Format"]] = {}
 GGML_FORMATS: dict[int, type["Format"]] = {}
 
 
+@short_error_name
 class FormatError(ValueError):
     """A weight cannot be held in the requested format; the message says why."""
 
 
+@short_error_name
 class TooLargeError(FormatError):
     """A weight has values too large for the requested format."""
 

@@ -17,10 +17,12 @@ import comfy.ops
 import torch
 
 from .host_versions import HOST_VERSION, VERSION, tested_range, where_to_update
+from .pickle_names import short_error_name
 
 BY_POSITION = ("input_act", "act_weight", "residual", "residual_scale")  # of `forward`
 
 
+@short_error_name
 class UnknownArgumentError(TypeError):
     """The host calls a layer in a way that this version does not know."""
 

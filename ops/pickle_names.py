@@ -1,8 +1,8 @@
-"""Module name under which pickles look up our functions and classes.
+"""Module names under which pickles look up our functions and classes.
 
 The host names the modules of a node pack after the pack's folder, which is another one on another
-machine. So what is pickled belongs to one module name, which every process that has imported this
-pack knows.
+machine. So what is pickled belongs to one of two module names, which every process that has
+imported this pack knows.
 """
 import sys
 import types
@@ -11,11 +11,23 @@ from typing import TypeVar
 _Item = TypeVar("_Item")
 
 _PICKLE_MODULE = types.ModuleType("_featherweight_layers", __doc__)
-sys.modules[_PICKLE_MODULE.__name__] = _PICKLE_MODULE
+_ERROR_MODULE = types.ModuleType("featherweight_errors", __doc__)
+sys.modules |= {module.__name__: module for module in (_PICKLE_MODULE, _ERROR_MODULE)}
 
 
 def stable_pickle_name(item: _Item) -> _Item:
     """Decorator: pickles find the function or class in whichever folder the pack is installed."""
-    item.__module__ = _PICKLE_MODULE.__name__
-    setattr(_PICKLE_MODULE, item.__qualname__, item)  # pyright: ignore[reportAttributeAccessIssue]
+    return _put(_PICKLE_MODULE, item)
+
+
+def short_error_name(error: _Item) -> _Item:
+    """Decorator: ComfyUI, which shows an exception's full name before its message, shows a short
+    one without the pack's folder.
+    """
+    return _put(_ERROR_MODULE, error)
+
+
+def _put(module: types.ModuleType, item: _Item) -> _Item:
+    item.__module__ = module.__name__
+    setattr(module, item.__qualname__, item)  # pyright: ignore[reportAttributeAccessIssue]
     return item

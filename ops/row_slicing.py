@@ -128,11 +128,19 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
         if any(map(is_packed, parts)) and len(whole) == len(parts):
             runs = _joined_runs(whole)
             return join_packed(runs, 0) if len(runs) > 1 else runs[0]
-        return torch.cat([dense(part) for part in parts])
+        return torch.cat(_promotable([dense(part) for part in parts]))
     columns = parts[0].shape[1:].numel()
     data, *sides = _joined(packed_format, _concatenate, [_rows(part, columns) for part in parts])
     return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]),
                          parts[0].dtype, *sides)
+
+
+def _promotable(parts: list[Tensor]) -> list[Tensor]:
+    """Returns tensors that torch joins: it does not promote fp8 to other dtypes."""
+    if len({part.dtype for part in parts}) == 1:
+        return parts
+    return [part.float() if part.itemsize == 1 and part.is_floating_point() else part
+            for part in parts]
 
 
 def _joined_rows(tensor: Tensor) -> Sequence[Tensor]:

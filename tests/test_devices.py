@@ -11,6 +11,7 @@ from families import FAMILIES
 from families import random_weights as family_weights
 from model_folders import use_folder
 from packed_weights import packed_weights, write_packed
+from prompt_errors import input_errors
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
@@ -84,7 +85,8 @@ def test_a_node_offers_the_devices_there_are_and_takes_a_workflow_that_names_ano
     schema = load_text_encoder.LoadTextEncoder.GET_SCHEMA()
     device = next(input for input in schema.inputs if input.id == "device")
     assert device.options == ["default", "cpu", "gpu:0", "gpu:1", "gpu:2"]
-    assert load_text_encoder.LoadTextEncoder.validate_inputs(encoder, device="gpu:5") is True
+    given = {"text_encoder_1": encoder, "device": "gpu:5"}
+    assert input_errors("FeatherweightLoadTextEncoder", **given) == {}
 
 
 @pytest.mark.parametrize("device", [None, CPU, SECOND])

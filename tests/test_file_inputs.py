@@ -1,17 +1,16 @@
 """Inputs that name a file, of all nodes: when a file is missing, and when it has become another
 one."""
 import contextvars
-import inspect
+import json
 
 import folder_paths
 import pytest
 from comfy_api.latest import io
-from pack_nodes import node_list
+from prompt_errors import LINK, NODES, errors_by_node, input_errors, prompt_errors
 
 from featherweight.loaders import folders
-from featherweight.nodes import FILE_INPUTS, apply_lora, load_text_encoder, remote_prompts
+from featherweight.nodes import FILE_INPUTS, load_diffusion_model, remote_prompts
 
-NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 NOT_LOOKED_AT = {"FeatherweightInspectModelFile"}  # where a model is connected it needs no file
 MISSING = "wan\\\\low noise.gguf"
 
@@ -26,29 +25,50 @@ def pickers(node) -> list[str]:
 WITH_FILES = [node_id for node_id, node in NODES.items() if pickers(node)]
 
 
-def at_queue(node, **inputs):
-    """What the host gets from a node before anything runs: it gives what the node's method names,
-    all where it takes all."""
-    taken = inspect.signature(node.validate_inputs).parameters
-    if "inputs" not in taken:
-        inputs = {name: inputs.get(name) for name, parameter in taken.items()
-                  if name in inputs or parameter.default is parameter.empty}
-    return node.validate_inputs(**inputs)
-
-
 @pytest.mark.parametrize(
     "node_id", [node_id for node_id in WITH_FILES if node_id not in NOT_LOOKED_AT]
 )
-def test_a_file_that_is_missing_is_told_before_anything_runs(node_id):
-    node = NODES[node_id]
-    for name in pickers(node):
-        others = dict.fromkeys(pickers(node))  # of links, whose values are not known yet
-        assert at_queue(node, **others) is True
-        said = at_queue(node, **{**others, name: MISSING})
-        assert (
-            "low noise.gguf is in none of the model folders" in said
-            and "Put the file there, or pick another one" in said
-        )
+def test_a_file_that_is_missing_is_told_at_its_own_input_before_anything_runs(node_id):
+    for name in pickers(NODES[node_id]):
+        others = dict.fromkeys(pickers(NODES[node_id]))
+        assert input_errors(node_id, **others) == {}
+        errors = input_errors(node_id, **{**others, name: MISSING})
+        if "Stack" in node_id:  # whether a slot is used depends on other inputs
+            assert errors.keys() == {"lora_name_1"}
+        else:
+            assert errors.keys() == {name}
+        assert all("low noise.gguf" in message for message in errors.values())
+
+
+@pytest.mark.parametrize(("node_id", "names"), [
+    ("FeatherweightLoadDiffusionModel", ["model_name", "module_name"]),
+    ("FeatherweightLoadTextEncoder", ["text_encoder_1", "text_encoder_2", "text_encoder_3",
+                                      "mmproj"]),
+    ("QuadrupleCLIPLoaderGGUF", ["clip_name1", "clip_name2", "clip_name4"]),
+    ("DualCLIPLoaderGGUFDisTorch2MultiGPU", ["clip_name1", "clip_name2"]),
+    ("GGUFLoaderKJ", ["model_name", "extra_model_name"]),
+    ("NunchakuTextEncoderLoaderV2", ["text_encoder1", "text_encoder2"]),
+    ("NunchakuFluxLoraStack", ["lora_name_1", "lora_name_3"]),
+])
+def test_all_missing_files_of_a_node_are_in_one_sentence_at_one_input(node_id, names):
+    given = {name: f"gone {number}.gguf" for number, name in enumerate(names)}
+    rest = dict.fromkeys(input.id for input in NODES[node_id].GET_SCHEMA().inputs)
+    errors = input_errors(node_id, **{**rest, **given})
+    assert errors.keys() == {names[0]}
+    message = errors[names[0]]
+    assert message.count("are in none of the model folders") == 1
+    assert "Put the files there, or pick others; press R" in message
+    assert all(name in message for name in given.values())
+
+
+def test_files_that_two_nodes_miss_are_told_at_each_of_them():
+    """Where the first file is a link, the second one is told at its own input."""
+    def loader(first):
+        return {"class_type": "DualCLIPLoaderGGUF",
+                "inputs": {"clip_name1": first, "clip_name2": "gone.gguf", "type": "flux"}}
+    errors = errors_by_node({"1": loader("lost.gguf"), "2": loader(LINK)})
+    assert any("lost.gguf and gone.gguf" in error["details"] for error in errors["1"])
+    assert [error["extra_info"]["input_name"] for error in errors["2"]] == ["clip_name2"]
 
 
 @pytest.mark.parametrize(
@@ -65,32 +85,37 @@ def test_files_of_a_prompt_that_runs_on_other_machines_need_not_be_here(graph, i
     def asked():
         request = {"prompt": graph}
         assert remote_prompts.on_prompt(request) is request
-        return at_queue(NODES["UnetLoaderGGUF"], unet_name=MISSING)
+        loader = load_diffusion_model.LoadDiffusionModel
+        options = next(input.options for input in loader.define_schema().inputs
+                       if input.id == "module_name")
+        return loader.validate_inputs(model_name=MISSING) is True, MISSING in options
 
     assert remote_prompts.RUN_ON_RAY in NODES
-    assert (contextvars.copy_context().run(asked) is not True) is is_told
+    assert contextvars.copy_context().run(asked) == (not is_told, not is_told)
 
 
 def test_a_lora_that_is_not_applied_need_not_be_there():
-    assert (
-        at_queue(apply_lora.ApplyLora, lora_name=MISSING, strength_model=0.0, strength_clip=0.0)
-        is True
-    )
-    assert "low noise" in at_queue(
-        apply_lora.ApplyLora, lora_name=MISSING, strength_model=0.0, strength_clip=1.0
-    )
-    assert (
-        at_queue(apply_lora.ApplyLora, lora_name=MISSING, strength_model=None, strength_clip=0.0)
-        is True
-    )
+    def errors(**strengths):
+        return input_errors("FeatherweightApplyLora", lora_name=MISSING, **strengths)
+    assert errors(strength_model=0.0, strength_clip=0.0) == {}
+    assert errors(strength_model=0.0, strength_clip=1.0).keys() == {"lora_name"}
+    assert errors(strength_model=None, strength_clip=0.0) == {}
 
 
 def test_none_and_auto_are_no_files():
     names = {
-        "text_encoder_1": "none", "text_encoder_2": "none", "text_encoder_3": None, "mmproj": "auto"
+        "text_encoder_1": None, "text_encoder_2": "none", "text_encoder_3": "none", "mmproj": "auto"
     }
-    assert at_queue(load_text_encoder.LoadTextEncoder, **names) is True
-    assert "low noise" in at_queue(load_text_encoder.LoadTextEncoder, **names | {"mmproj": MISSING})
+    assert input_errors("FeatherweightLoadTextEncoder", **names) == {}
+    assert prompt_errors("FeatherweightLoadTextEncoder", {
+        "text_encoder_1": LINK, "type": "flux", "text_encoder_2": None}) == []
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_a_device_of_another_machine_is_accepted_before_a_node_runs(node_id):
+    devices = [input.id for input in NODES[node_id].GET_SCHEMA().inputs if "device" in input.id
+               and isinstance(input, io.Combo.Input)]
+    assert input_errors(node_id, **dict.fromkeys(devices, "cuda:7")) == {}
 
 
 @pytest.mark.parametrize(("node_id", "input", "value"), [
@@ -99,11 +124,9 @@ def test_none_and_auto_are_no_files():
     ("UnetLoaderGGUFAdvancedDisTorch2MultiGPU", "patch_dtype", "x"),
 ])
 def test_a_choice_that_a_node_does_not_offer_is_told_before_anything_runs(node_id, input, value):
-    message = at_queue(NODES[node_id], **{input: value})
-    assert message.startswith(f"{input} is '{value}', expected one of: ")
-    assert (
-        at_queue(NODES[node_id], **{input: None, "device": "cuda:7", "compute_device": 3}) is True
-    )
+    assert input_errors(node_id, **{input: value}).keys() == {input}
+    assert not any(error["extra_info"]["input_name"] == input
+                   for error in prompt_errors(node_id, {input: None}))
 
 
 @pytest.mark.parametrize("node_id", NODES)
@@ -119,6 +142,20 @@ def test_inputs_that_offer_files_are_known_as_such_and_no_others(node_id, tmp_pa
         if any("planted" in str(option) for option in getattr(input, "options", None) or ())
     }
     assert offering == set(pickers(NODES[node_id]))
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_the_host_describes_each_node(node_id):
+    """It copies a node's description, with the options, and writes it as JSON."""
+    inputs = NODES[node_id].GET_NODE_INFO_V1()["input"]
+    described = json.loads(json.dumps(inputs))
+    for input in NODES[node_id].GET_SCHEMA().inputs:
+        if isinstance(input, io.Combo.Input):
+            section = "optional" if input.optional else "required"
+            kind, settings = described[section][input.id]
+            # as newer nodes have it, or as older ones
+            offered = settings["options"] if kind == "COMBO" else kind
+            assert offered == list(input.options)
 
 
 def test_a_choice_named_like_a_folder_of_models_runs_nothing_again(tmp_path, monkeypatch):

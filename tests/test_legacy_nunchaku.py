@@ -9,7 +9,6 @@ from encoders import ENCODERS
 from encoders.encoder import random_weights, write_encoder
 from legacy_ids import INPUTS, NUNCHAKU
 from model_folders import use_empty_folders
-from pack_nodes import node_list
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -20,6 +19,7 @@ from patched_models import (
     patched,
     run,
 )
+from prompt_errors import NODES, input_errors
 from safetensors.torch import save_file
 from workflow_files import FLUX_SIZES, flux, flux_in_diffusers_names, nf4, nf4_folder
 
@@ -30,7 +30,6 @@ from featherweight.ops.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 LOADERS = [node_id for node_id in NUNCHAKU if "DiTLoader" in node_id]
 ENCODER_LOADERS = [node_id for node_id in NUNCHAKU if "TextEncoder" in node_id]
 LORA_NODES = [node_id for node_id in NUNCHAKU if "Lora" in node_id]
@@ -183,9 +182,9 @@ def test_the_prompt_is_filled_up_to_the_tokens_that_the_workflow_names(node_id, 
 
 def test_the_older_loader_of_text_encoders_takes_a_t5_that_is_not_there(encoders):
     asked = {"use_4bit_t5": "enable", "int4_model": "../svdq-flux.1-t5"}
-    node = NODES["NunchakuTextEncoderLoader"]
-    assert node.validate_inputs(**encoders, int4_model=asked["int4_model"]) is True
-    clip, = node.execute(model_type="flux", **encoders, t5_min_length=256, **asked)
+    assert input_errors("NunchakuTextEncoderLoader", **encoders, **asked) == {}
+    clip, = NODES["NunchakuTextEncoderLoader"].execute(
+        model_type="flux", **encoders, t5_min_length=256, **asked)
     assert clip.tokenize("a")["t5xxl"]
 
 
@@ -245,8 +244,8 @@ def test_a_stack_adds_its_loras_to_those_there_are_and_skips_empty_slots(node_id
 def test_a_stack_applies_as_many_slots_as_it_is_told(node_id, loras):
     packed, _ = flux_pair("Q8_0")
     named = slots(node_id, ("style.safetensors", 0.5), ("gone.safetensors", 1.0))
-    assert NODES[node_id].validate_inputs(**named, lora_count=1) is True
-    assert "gone" in NODES[node_id].validate_inputs(**named, lora_count=2)
+    assert input_errors(node_id, **named, lora_count=1) == {}
+    assert "gone" in input_errors(node_id, **named, lora_count=2)["lora_name_1"]
     model = NODES[node_id].execute(packed, **named, lora_count=1)[0]
     assert_patched_as_the_host_patches_a_dense_model(model, (loras["style.safetensors"], 0.5))
 
@@ -258,7 +257,7 @@ def test_the_switch_of_each_lora_decides(node_id, toggle_all, loras):
     packed, _ = flux_pair("Q8_0")
     named = slots(node_id, ("gone.safetensors", 1.0), ("style.safetensors", 0.5))
     switches = {"enabled_1": False, "enabled_2": True, "toggle_all": toggle_all}
-    assert NODES[node_id].validate_inputs(**named, **switches) is True
+    assert input_errors(node_id, **named, **switches) == {}
     model = NODES[node_id].execute(packed, **named, **switches)[0]
     assert_patched_as_the_host_patches_a_dense_model(model, (loras["style.safetensors"], 0.5))
 
@@ -267,7 +266,7 @@ def test_the_switch_of_each_lora_decides(node_id, toggle_all, loras):
 def test_without_a_lora_the_model_passes_as_it_is(node_id, base):
     packed, _ = flux_pair("Q8_0")
     named = slots(node_id, ("gone.safetensors", 0.0))
-    assert NODES[node_id].validate_inputs(**named) is True
+    assert input_errors(node_id, **named) == {}
     assert NODES[node_id].execute(packed, **named)[0] is packed
 
 
@@ -307,7 +306,9 @@ def test_no_value_names_a_file_outside_of_the_model_folders(node_id, value, base
     for name in names:
         given = {other: value for other in names if other.startswith("text_encoder")}
         given |= {name: value}
-        assert "is in none of the model folders" in node.validate_inputs(**given)
+        first = {"lora_name_1": "None"} if node_id in STACKS else {}
+        message, = input_errors(node_id, **first | given).values()
+        assert "in none of the model folders" in message or f"{name}: {value!r} not in" in message
         model = {"model": packed} if "model" in INPUTS[node_id] else {}
         clip = {"clip": None} if "clip" in INPUTS[node_id] else {}
         with pytest.raises(ValueError, match="is in none of the model folders"):

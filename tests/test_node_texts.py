@@ -9,11 +9,12 @@ import comfy_execution.utils
 import folder_paths
 import pytest
 from lora_models import pairs, weight_shapes
+from pack_nodes import node_list
 from patched_models import packed_flux
 from safetensors.torch import save_file
 
+import nodes as host_nodes
 from featherweight.cluster.image_collector import ImageCollector
-from featherweight.loaders import folders
 from featherweight.nodes import node_text
 from featherweight.nodes.check_lora import CheckLora
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile
@@ -32,6 +33,7 @@ from featherweight.nodes.save_packed_model import SavePackedModel
 
 pytestmark = pytest.mark.usefixtures("small_models")
 NODES = Path(node_text.__file__).parent
+HOST_LORA_LOADER = host_nodes.LoraLoaderModelOnly
 
 
 def check_a_lora(model, folder):
@@ -54,6 +56,21 @@ def load(model, folder):
     loader_output("There is no second GPU.", model=model, clip=clip, vae=None)
 
 
+def lora_for_blocks(model, path, factor: int = 1) -> dict:
+    """Writes a LoRA for layers that are `factor` times as large, and returns their shapes."""
+    shapes = {f"diffusion_model.{name.removeprefix('diffusion_model.')}":
+              tuple(factor * size for size in shape)
+              for name, shape in weight_shapes(model.model, "blocks.").items()}
+    save_file(pairs(shapes, rank=2), path)
+    return shapes
+
+
+def load_lora_of_another_width(model, folder):
+    """By ComfyUI's own node."""
+    lora_for_blocks(model, folder / "other.safetensors", factor=2)
+    HOST_LORA_LOADER().load_lora_model_only(model, "other.safetensors", 1.0)
+
+
 def run_on_ray(model, folder):
     collector, show = ImageCollector(3, ()), text_sender()
     show(collector.status_text())
@@ -72,6 +89,7 @@ TEXTS = {
     "place_model": lambda model, folder: PlaceModel.execute(model, 0.002),
     "run_on_ray": run_on_ray,
     "save_packed_model": lambda model, folder: SavePackedModel.execute(model, "Q8_0"),
+    "unused_patches": load_lora_of_another_width,
 }
 
 
@@ -88,7 +106,7 @@ def sent(tmp_path, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras",
                         ([str(tmp_path)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    folders.register_folders()
+    node_list()  # as ComfyUI loads the pack
     return texts
 
 
@@ -114,6 +132,32 @@ def test_a_text_has_no_columns_of_spaces_and_no_word_that_is_broken(source, sent
         for word in text.replace(JOINER, "").split():
             if len(word) <= LONG_WORD:
                 assert JOINER.join(word) in text, word
+
+
+def test_a_lora_of_another_width_is_told_on_comfyuis_own_lora_loader(sent, tmp_path):
+    load_lora_of_another_width(packed_flux("Q4_K"), tmp_path)
+    text = sent[-1].replace(JOINER, "")
+    assert re.match(r"(\d+) of the \1 layers of this LoRA do not fit the model and are left out,"
+                    r" such as diffusion_model\.\S+: it is made for a weight of", text)
+
+
+def test_a_lora_of_another_family_is_told_on_comfyuis_own_lora_loader(sent, tmp_path):
+    save_file(pairs({"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (640, 640)}),
+              tmp_path / "other.safetensors")
+    model = packed_flux("Q4_K")
+    HOST_LORA_LOADER().load_lora_model_only(model, "other.safetensors", 1.0)
+    text = sent[-1].replace(JOINER, "")
+    assert text.startswith("ComfyUI finds no layer of this LoRA in the model")
+
+
+def test_a_lora_that_fits_and_one_for_a_text_encoder_say_nothing(sent, tmp_path):
+    model = packed_flux("Q4_K")
+    shapes = lora_for_blocks(model, tmp_path / "own.safetensors")
+    sent.clear()  # what loading the model has shown
+    patched, = HOST_LORA_LOADER().load_lora_model_only(model, "own.safetensors", 1.0)
+    assert len(patched.patches) == len(shapes)
+    patched.add_patches({"clip_l.transformer.text_model.final_layer_norm.weight": None}, 1.0)
+    assert sent == []
 
 
 def test_texts_are_the_same_without_the_marks_between_their_letters():

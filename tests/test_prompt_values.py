@@ -1,15 +1,12 @@
 """What a prompt in API format may hold in place of an input of any node: each answer is a sentence,
 none is Python's."""
-import asyncio
 import math
 import re
 
-import execution
 import pytest
 from comfy_api.latest import io
-from pack_nodes import node_list
+from prompt_errors import NODES, prompt_errors
 
-import nodes as host_nodes
 from featherweight.loaders.devices import find_device
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes.apply_lora import ApplyLora
@@ -19,7 +16,6 @@ from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.place_text_encoder import PlaceTextEncoder
 
-NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 MISSING = object()
 VALUES = (MISSING, None, 5, ["a", "b", "c"], {"__value__": ["a"]}, {"a": 1})
 # What Python says where a signature or a type does not fit.
@@ -28,32 +24,6 @@ PYTHONS = re.compile(
     r" be str"
     r"|not supported between|argument of type|TypeError|AttributeError|KeyError")
 DEVICES = re.compile(r".*device|store")  # those of other machines are answered when the node runs
-
-
-class Give:
-    """Gives whatever a link asks for."""
-
-    RETURN_TYPES, FUNCTION, CATEGORY = ("*",), "give", ""
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {}}
-
-
-class Show:
-    """An output node, for the host looks at nothing that leads to none."""
-
-    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "show", "", True
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"value": ("*",)}}
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    for node_id, node in (*NODES.items(), ("Give", Give), ("Show", Show)):
-        monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, node_id, node)
 
 
 def inputs_of(node_id: str) -> dict:
@@ -67,17 +37,6 @@ def inputs_of(node_id: str) -> dict:
     return {input.id: value(input) for input in NODES[node_id].GET_SCHEMA().inputs}
 
 
-def errors_of(node_id: str, inputs: dict) -> list[dict]:
-    """What the host finds wrong with this node in a prompt."""
-    prompt = {
-        "node": {"class_type": node_id,
-                 "inputs": inputs}, "give": {"class_type": "Give", "inputs": {}},
-        "show": {"class_type": "Show", "inputs": {"value": ["node", 0]}}
-    }
-    _, _, _, errors = asyncio.run(execution.validate_prompt("prompt", prompt, None))
-    return [error for entry in errors.values() for error in entry["errors"]]
-
-
 CASES = [(node_id, name) for node_id in NODES for name in inputs_of(node_id)]
 
 
@@ -88,7 +47,7 @@ def test_any_value_of_an_input_is_taken_or_answered_in_a_sentence(node_id, name)
         inputs = {**inputs_of(node_id), name: value}
         if value is MISSING:
             del inputs[name]
-        errors = errors_of(node_id, inputs)
+        errors = prompt_errors(node_id, inputs)
         for error in errors:
             text = f"{error['message']}: {error['details']}"
             assert "exception" not in error["type"] and not PYTHONS.search(

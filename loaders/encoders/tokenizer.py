@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...ops.pickle_names import short_error_name
 from ..files.container import safe_repr
 
 MODEL, TOKENS, SCORES, TYPES, MERGES = (
@@ -89,6 +90,7 @@ CHARACTER_LEVEL = {
 }
 
 
+@short_error_name
 class TokenizerError(ValueError):
     """Raised for wrong metadata. The message names the key, its value and what was expected."""
 

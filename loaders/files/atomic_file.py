@@ -17,6 +17,7 @@ from typing import BinaryIO, TypeVar
 import psutil
 import torch
 
+from ...ops.pickle_names import short_error_name
 from ..sizes import size_text
 
 try:
@@ -29,6 +30,7 @@ PART = re.compile(r".+\.(\d+)\.featherweight\.part")  # group 1: the writer's pr
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
+@short_error_name
 class WriteError(ValueError):
     """A file cannot be written. The message names the file, the reason and what to do."""
 

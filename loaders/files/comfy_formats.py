@@ -58,6 +58,7 @@ from ...ops.formats.comfy import (
 from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.packed_tensor import PackedTensor
+from ...ops.pickle_names import short_error_name
 from ...ops.product import dequantized_slices
 from .comfy_marks import MARK
 from .container import AGAIN, describe
@@ -87,6 +88,7 @@ SHIFT = 0.171875
 Parts = dict[str, torch.Tensor]
 
 
+@short_error_name
 class PartError(ValueError):
     """The parts of a weight do not belong together; the message is part of a sentence.
 
@@ -326,7 +328,7 @@ def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
         codes = codes.view(tiles, groups, TILE // 4, 4, TILE // 4).permute(0, 2, 3, 1, 4)
         codes = codes.reshape(tiles * TILE, groups * TILE // 4)
         scale = scale.transpose(1, 2).flatten(0, 1)
-    else:
+    elif scale.ndim == 2:
         scale = scale.t()
     rows, columns = len(codes), codes.shape[1] * 2
     smooth_factor = part(parts, SMOOTH)
@@ -351,7 +353,7 @@ def shifted_bias(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor],
         bias: (N,), or None.
 
     Raises:
-        PartError: the layer has no bias.
+        PartError: the layer has no bias, or one of another length.
     """
     if format_of(settings) != "svdquant_w4a4" or not _setting(settings, "act_unsigned", False):
         return bias
@@ -359,6 +361,8 @@ def shifted_bias(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor],
         raise PartError("act_unsigned needs a bias")
     main = _svdquant_main(
         settings, {_svdquant_part(name): tensor for name, tensor in parts.items()})
+    if bias.shape != main.shape[:1] or not bias.is_floating_point():
+        raise PartError(f"its bias is {describe(bias)}, expected {len(main)} numbers")
     return bias.float() + bias_of_shift(main)
 
 

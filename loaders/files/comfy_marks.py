@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ...ops.bounded_json import read_json
+from ...ops.pickle_names import short_error_name
 
 MARK = ".comfy_quant"
 # key of a file's metadata that has the `comfy_quant` settings of all layers
@@ -24,6 +25,7 @@ WRAPPERS = re.compile(
     r"^(?:(?:model\.)?diffusion_model|model|transformer|module|unet|net|dit|_orig_mod)\.")
 
 
+@short_error_name
 class MarkError(ValueError):
     """The marks of a file are damaged or contradict each other; part of a sentence."""
 

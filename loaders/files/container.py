@@ -20,6 +20,7 @@ import torch
 from ...ops.format import FORMATS
 from ...ops.packed_layout import packed_tensor
 from ...ops.packed_tensor import SOURCE_PATH
+from ...ops.pickle_names import short_error_name
 from ...ops.read_only_memory import guards_of, mark_read_only
 from .network_drives import should_read_into_memory
 
@@ -48,6 +49,7 @@ CONTAINERS: dict[bytes, type["WeightFile"]] = {}
 ProgressIter = Callable[[Collection], Iterable]
 
 
+@short_error_name
 class WeightFileError(ValueError):
     """A file cannot be read. The message names the file, what is wrong with it and what to do."""
 

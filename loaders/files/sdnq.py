@@ -512,17 +512,18 @@ class _Layer:
         """Returns the factors of the low rank, (rows, R) and (R, columns)."""
         assert self.up is not None and self.down is not None
         up, down = self.up, self.down
-        if up.ndim == down.ndim == 2 and up.numel():
+        dtypes = FACTOR_DTYPES.values()
+        if up.ndim == down.ndim == 2 and up.numel() and up.dtype in dtypes and down.dtype in dtypes:
             expected = (self.rows, self.columns)
             is_plain = (len(up), down.shape[1]) == expected and up.shape[1] == len(down)
             is_turned = (up.shape[1], len(down)) == expected and len(up) == down.shape[1]
             if is_turned and (self.is_transposed or not is_plain):
                 return up.t(), down.t()
-            if is_plain and up.dtype in FACTOR_DTYPES.values() and down.dtype in (
-                    FACTOR_DTYPES.values()):
+            if is_plain:
                 return up, down
         raise PartError(f"its svd_up is {describe(up)} and its svd_down {describe(down)};"
-                        f" expected floats that make a weight of ({self.rows}, {self.columns})")
+                        " expected floats that make a weight of"
+                        f" ({self.rows}, {self.columns}), in 16 or 32 bits")
 
     def expand_to_rows(self, numbers: torch.Tensor) -> torch.Tensor:
         """Returns one number for each row where a file has one for the whole weight."""

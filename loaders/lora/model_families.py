@@ -181,6 +181,22 @@ _KANDINSKY = {
     rf"visual_transformer_blocks_{DOUBLE}_(self|cross)_attention_(to_query|out_layer)": (1, 1),
     rf"visual_transformer_blocks_{DOUBLE}_.*": (None, None),
 }
+# own names, and diffusers'
+_KREA2 = {
+    rf"blocks_{DOUBLE}_attn_(w[qo]|gate)": (1, 1),
+    rf"blocks_{DOUBLE}_attn_w[kv]": (None, 1),
+    rf"blocks_{DOUBLE}_mlp_(gate|up)": (None, 1),
+    rf"blocks_{DOUBLE}_mlp_down": (1, None),
+    rf"transformer_blocks_{DOUBLE}_attn_to_(q|gate|out(_0)?)": (1, 1),
+    rf"transformer_blocks_{DOUBLE}_attn_to_[kv]": (None, 1),
+    rf"transformer_blocks_{DOUBLE}_ff_(gate|up)": (None, 1),
+    rf"transformer_blocks_{DOUBLE}_ff_down": (1, None),
+    r"(txtfusion|text_fusion)_.*": (None, None),
+    r"first|img_in|tmlp_0|time_embed_linear_1|txtmlp_1|txt_in_linear_1": (1, None),
+    r"tmlp_2|time_embed_linear_2|txtmlp_3|txt_in_linear_2": (1, 1),
+    r"tproj_1|time_mod_proj": (6, 1),
+    r"last_linear|final_layer_linear": (None, 1),
+}
 # The width of a UNet is that of its text input, which differs between generations. _UNET has the
 # layers that all of them share.
 _UNET = {
@@ -241,7 +257,7 @@ LAYOUTS = (
         (ModelFamily("Qwen-Image", 3072, (60, 0), r"qwen[._ -]?image"),),
     ),
     Layout(
-        "Lumina 2",
+        "Z-Image or Lumina 2",
         _LUMINA2,
         (
             ModelFamily("Z-Image", 3840, (30, 0), r"z[._ -]?image"),
@@ -277,6 +293,7 @@ LAYOUTS = (
             ModelFamily("Cosmos-Predict2 14B", 5120, (36, 0), r"cosmos"),
         ),
     ),
+    Layout("Krea 2", _KREA2, (ModelFamily("Krea 2", 6144, (28, 0), r"krea[._ -]?2"),)),
     Layout("OmniGen2", _OMNIGEN2, (ModelFamily("OmniGen2", 2520, (32, 0), r"omnigen"),)),
     Layout(
         "Kandinsky 5",

@@ -23,6 +23,7 @@ from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors, res
 from ...ops.packed_tensor import relabel
 from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
+from ...ops.pickle_names import short_error_name
 from ...ops.row_slicing import take_rows
 from ..comfy_keys import model_prefix, to_comfy_keys
 from ..comfy_quant import as_tensors, read_marked
@@ -56,6 +57,7 @@ ADVICE = "Remove it, or put it after the loader of the new file instead."
 COMPARED = 1 << 14  # values of a weight by which a file is known to be the one it was loaded from
 
 
+@short_error_name
 class SaveError(ValueError):
     """Raised for a model that cannot be saved; the message says why and what to do."""
 

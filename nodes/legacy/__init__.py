@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 
 from comfy_api.latest import io
 
-from ...loaders.folders import validate_files
+from ..file_inputs import validate_main
+
+FURTHER_CLIPS = ("clip_name2", "clip_name3", "clip_name4")
 
 
 class LegacyNode:
@@ -49,33 +51,12 @@ class LegacyNode:
 
     @classmethod
     def validate_inputs(
-        cls,
-        unet_name=None,
-        gguf_name=None,
-        ckpt_name=None,
-        clip_name=None,
-        clip_name1=None,
-        clip_name2=None,
-        clip_name3=None,
-        clip_name4=None,
-        device=None,
+        cls, unet_name=None, gguf_name=None, ckpt_name=None, clip_name=None, clip_name1=None
     ):
-        """Checks the files that are named.
-
-        The host does not check inputs that are parameters here. `device` is one of them, because a
-        workflow may name a device of another machine.
-        """
-        return validate_files(
-            unet_name,
-            gguf_name,
-            ckpt_name,
-            clip_name,
-            clip_name1,
-            clip_name2,
-            clip_name3,
-            clip_name4,
-            keys=cls.folders,
-        )
+        """Checks the main file, which has one of these names."""
+        names = (unet_name, gguf_name, ckpt_name, clip_name, clip_name1)
+        name = next((name for name in names if name is not None), None)
+        return validate_main(name, FURTHER_CLIPS, cls.folders)
 
     @classmethod
     def execute(cls, *args, **inputs) -> tuple:

@@ -5,6 +5,7 @@ Four of them differ from ids of ComfyUI-GGUF only in capital letters.
 from comfy_api.latest import io
 
 from ...loaders.devices import DEFAULT
+from ..file_inputs import open_options
 from ..node_text import loader_output
 from . import LegacyNode, make_nodes, vae_files
 from .gguf import (
@@ -24,7 +25,7 @@ def device_input():
     """Returns the input that chooses where a text encoder runs."""
     return io.Combo.Input(
         "device",
-        options=[DEFAULT, "cpu"],
+        options=open_options([DEFAULT, "cpu"]),
         default=DEFAULT,
         optional=True,
         advanced=True,

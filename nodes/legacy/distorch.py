@@ -12,6 +12,7 @@ import torch
 
 from ...loaders.devices import CPU, find_device
 from ...loaders.files.container import safe_repr
+from ...ops.pickle_names import short_error_name
 
 GIB = 1 << 30
 MAX_AMOUNT = 1e18  # in any unit; an infinite number could not be divided
@@ -21,6 +22,7 @@ AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*([gmk]i?b?|b|%|)|\*", re.I)
 Allocation = dict[torch.device, int]
 
 
+@short_error_name
 class UnreadableError(ValueError):
     """An expert-mode string that cannot be read; names the part and what was expected."""
 

@@ -14,6 +14,7 @@ from ...loaders.folders import embedding_folders, find_file, list_files
 from ...loaders.reader_choice import needs_own_reader
 from ...loaders.text_encoder import load_text_encoder
 from ..combo_options import encoder_types
+from ..file_inputs import file_options
 from ..load_diffusion_model import FOLDERS
 from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
 from ..node_text import loader_output
@@ -105,8 +106,11 @@ def clip_inputs(count: int, host_node: str | None = None) -> list:
     """
     names = [f"clip_name{number}" for number in range(1, count + 1)] if count > 1 else ["clip_name"]
     tooltip = "A file in models/text_encoders or models/clip: GGUF, NF4 or any other, in any order."
+    files = list_files(*CLIP_FOLDERS)
+    further = file_options(files, CLIP_FOLDERS, names[0])
     inputs = [
-        io.Combo.Input(name, options=list_files(*CLIP_FOLDERS), tooltip=tooltip) for name in names
+        io.Combo.Input(name, options=further if name != names[0] else files, tooltip=tooltip)
+        for name in names
     ]
     if host_node:
         type_input = io.Combo.Input(

@@ -4,12 +4,14 @@ import comfy.ldm.modules.attention
 import torch
 from comfy_api.latest import io
 
-from ...loaders.folders import find_file, list_files, validate_files
+from ...loaders.folders import find_file, list_files
+from ..file_inputs import file_options, validate_main
 from ..load_diffusion_model import NO_MODULE as NONE
 from ..load_diffusion_model import picked_module
 from ..node_text import loader_output
 from .gguf import CLIP_FOLDERS, FOLDERS, dtype_inputs, load_model, model_input
 
+ALL_FOLDERS = (*FOLDERS, *CLIP_FOLDERS)
 # option: the host's name of the attention function
 ATTENTION = {"sdpa": "pytorch", "sageattn": "sage", "xformers": "xformers", "flashattn": "flash"}
 
@@ -21,6 +23,7 @@ class GGUFLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
+        files = list_files(*FOLDERS)
         connectors = [name for name in list_files(*CLIP_FOLDERS) if "connector" in name.lower()]
         return io.Schema(
             node_id="GGUFLoaderKJ",
@@ -34,7 +37,7 @@ class GGUFLoader(io.ComfyNode):
                     "extra_model_name",
                     default=NONE,
                     optional=True,
-                    options=[*list_files(*FOLDERS), *connectors, NONE],
+                    options=file_options([*files, *connectors, NONE], ALL_FOLDERS, "model_name"),
                     tooltip="A file with further layers of the model, such as VACE's, or LTX-2's"
                     " connector.",
                 ),
@@ -58,9 +61,8 @@ class GGUFLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name=None, extra_model_name=NONE):
-        extra = picked_module(extra_model_name)
-        return validate_files(model_name, extra, keys=(*FOLDERS, *CLIP_FOLDERS))
+    def validate_inputs(cls, model_name=None):
+        return validate_main(model_name, ["extra_model_name"], ALL_FOLDERS, [NONE])
 
     @classmethod
     def execute(
@@ -74,7 +76,7 @@ class GGUFLoader(io.ComfyNode):
         attention_override=NONE,
     ) -> io.NodeOutput:
         extra = picked_module(extra_model_name)
-        extra = extra and find_file(extra, *FOLDERS, *CLIP_FOLDERS)
+        extra = extra and find_file(extra, *ALL_FOLDERS)
         model = load_model(model_name, dequant_dtype, patch_dtype, extra=extra)
         notes = [
             accumulate_in_fp16(enable_fp16_accumulation),

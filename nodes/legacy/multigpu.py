@@ -15,14 +15,14 @@ from comfy_api.latest import io
 import nodes as host_nodes
 
 from ...loaders.devices import CPU, device_options, find_device, gpus
-from ...loaders.files.container import safe_repr
 from ...loaders.folders import validate_files
 from ...loaders.placement import place, place_clip
 from ...loaders.sizes import size_text
 from ..combo_options import combo_options
+from ..file_inputs import Options, nullable_options, open_options, validate_main
 from ..node_text import loader_output
 from ..number_checks import reject_nan
-from . import LegacyNode, make_node, vae_files
+from . import FURTHER_CLIPS, LegacyNode, make_node, vae_files
 from .distorch import UnreadableError, allocate_virtual_vram, parse_allocation_string
 from .gguf import (
     CLIP_FOLDERS,
@@ -54,7 +54,7 @@ class WrappedLoader:
         inputs: as in `LegacyNode`.
         load: takes a device or None, and the inputs by name; returns the loaded parts by the keys
             of `node_text.TITLES`.
-        validate: takes names of files; returns True, or a sentence about a missing one.
+        validate: takes the name of the main file; returns True, or a sentence about missing ones.
         outputs: as in `LegacyNode`.
         device: DisTorch2's name of its device input.
     """
@@ -106,7 +106,7 @@ def _clip_loader(title: str, count: int, host_node: str | None = None) -> Wrappe
         title,
         functools.partial(clip_inputs, count, host_node),
         _load_clip,
-        functools.partial(validate_files, keys=CLIP_FOLDERS),
+        functools.partial(validate_main, others=FURTHER_CLIPS, keys=CLIP_FOLDERS),
         (io.Clip.Output,),
         device="device",
     )
@@ -162,7 +162,7 @@ def device_input(name: str, default: str | None = None, optional: bool = True):
     names = ["cpu", *map(str, gpus())]
     return io.Combo.Input(
         name,
-        options=names,
+        options=open_options(names),
         default=default or names[min(1, len(gpus()))],
         optional=optional,
         tooltip="The device that computes. If this machine does not have it, ComfyUI's default"
@@ -193,7 +193,7 @@ def donor_input(name: str = "donor_device", optional: bool = True):
     """Returns the input for the device that keeps the weights of the virtual VRAM."""
     return io.Combo.Input(
         name,
-        options=["cpu", *map(str, gpus())],
+        options=open_options(["cpu", *map(str, gpus())]),
         default="cpu",
         optional=optional,
         tooltip="The device that keeps the weights of the virtual VRAM.",
@@ -241,7 +241,11 @@ class MultiGPULoader(LegacyNode):
 
     @classmethod
     def inputs(cls) -> list:
-        return [*cls.wrapped.inputs(), *cls.further_inputs()]
+        own = cls.wrapped.inputs()
+        for choice in own:
+            if isinstance(choice, io.Combo.Input) and not isinstance(choice.options, Options):
+                choice.options = nullable_options(choice.options)
+        return [*own, *cls.further_inputs()]
 
     @classmethod
     def further_inputs(cls) -> list:
@@ -249,18 +253,11 @@ class MultiGPULoader(LegacyNode):
         return []
 
     @classmethod
-    def validate_inputs(cls, **inputs):
-        """Checks the inputs of the wrapped loader.
-
-        The host itself checks no input of a node with `**inputs` here, so a workflow may name
-        devices of another machine; they are resolved when the node runs.
-        """
-        for own in cls.wrapped.inputs():
-            value = inputs.get(own.id)
-            options = getattr(own, "options", None)
-            if options and "_name" not in own.id and value not in (None, *options):
-                return f"{own.id} is {safe_repr(value)}, expected one of: {', '.join(options)}."
-        return cls.wrapped.validate(*(value for name, value in inputs.items() if "_name" in name))
+    def validate_inputs(
+        cls, unet_name=None, ckpt_name=None, vae_name=None, clip_name=None, clip_name1=None
+    ):
+        names = (unet_name, ckpt_name, vae_name, clip_name, clip_name1)
+        return cls.wrapped.validate(next((name for name in names if name is not None), None))
 
 
 class DeviceLoader(MultiGPULoader):

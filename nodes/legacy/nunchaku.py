@@ -4,17 +4,25 @@ Inputs that place or speed up the original's own model are accepted and have no 
 places these models, and LoRAs are patches of the host.
 """
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ...loaders.files.container import safe_repr
+from ...cluster.graph import is_link
 from ...loaders.folders import ENCODER, find_file, list_files, list_model_folders, validate_files
 from ...loaders.lora.apply import apply_lora
 from ...loaders.lora.compatibility import check_lora
 from ...loaders.lora.lora_file import load_lora_file
 from ..apply_lora import FOLDERS as LORA_FOLDERS
+from ..file_inputs import (
+    Options,
+    file_options,
+    is_name,
+    nullable_options,
+    validate_main,
+    validated_inputs,
+)
 from ..node_text import loader_output, show_text
 from ..number_checks import reject_infinite
 from . import LegacyNode, make_nodes
@@ -29,11 +37,11 @@ MAX_GPUS = 64
 FLUX_SLOTS, SLOTS = 15, 10
 
 
-def ignored_combo(name: str, options: tuple[str, ...], default: str, tooltip: str):
+def ignored_combo(name: str, options: Sequence[str], default: str, tooltip: str):
     """Returns an input with options that old workflows have and that has no effect."""
     return io.Combo.Input(
         name,
-        options=list(options),
+        options=options if isinstance(options, list) else list(options),
         default=default,
         optional=True,
         advanced=True,
@@ -44,7 +52,10 @@ def ignored_combo(name: str, options: tuple[str, ...], default: str, tooltip: st
 def cpu_offload_input(default: str = "auto"):
     """Returns an input that old workflows have and that has no effect."""
     return ignored_combo(
-        "cpu_offload", OFFLOAD, default, "ComfyUI moves weights to main memory by itself."
+        "cpu_offload",
+        nullable_options(OFFLOAD),
+        default,
+        "ComfyUI moves weights to main memory by itself.",
     )
 
 
@@ -122,7 +133,7 @@ class Loader(LegacyNode):
 
     @classmethod
     def validate_inputs(cls, model_path=None, model_name=None):
-        return validate_files(model_path, model_name, keys=cls.folders)
+        return validate_files(model_path if model_name is None else model_name, keys=cls.folders)
 
 
 class FluxLoader(Loader):
@@ -160,6 +171,7 @@ def encoder_inputs(model_type: str) -> list:
     model_type: the only option of the input of that name.
     """
     files = [*list_files(*CLIP_FOLDERS), *list_model_folders(*CLIP_FOLDERS, model_class=ENCODER)]
+    further = file_options(files, CLIP_FOLDERS, "text_encoder1")
     return [
         io.Combo.Input(
             "model_type",
@@ -169,11 +181,11 @@ def encoder_inputs(model_type: str) -> list:
         *(
             io.Combo.Input(
                 name,
-                options=files,
+                options=options,
                 tooltip="CLIP-L or T5, in any order: a file in models/text_encoders or"
                 " models/clip, GGUF, NF4 or any other.",
             )
-            for name in ("text_encoder1", "text_encoder2")
+            for name, options in (("text_encoder1", files), ("text_encoder2", further))
         ),
         io.Int.Input(
             "t5_min_length",
@@ -196,7 +208,7 @@ def quantized_t5_inputs() -> list:
         ),
         ignored_combo(
             "int4_model",
-            (NO_MODEL, *folders),
+            Options([NO_MODEL, *folders], is_name),  # it need not exist, because it is not read
             NO_MODEL,
             "Pick a 4-bit T5 as one of the two text encoders.",
         ),
@@ -211,11 +223,8 @@ class TextEncoderLoader(LegacyNode):
     outputs = (io.Clip.Output,)
 
     @classmethod
-    def validate_inputs(cls, text_encoder1=None, text_encoder2=None, int4_model=None):
-        """Checks the files. `int4_model` need not exist, because it is not read."""
-        if not isinstance(int4_model, (str, type(None))):
-            return f"int4_model is {safe_repr(int4_model)}, expected a name such as {NO_MODEL}."
-        return validate_files(text_encoder1, text_encoder2, keys=cls.folders)
+    def validate_inputs(cls, text_encoder1=None):
+        return validate_main(text_encoder1, ["text_encoder2"], cls.folders)
 
     @classmethod
     def load_text_encoder(
@@ -270,7 +279,7 @@ def slot_inputs(count: int, with_switches: bool = False) -> list:
         count: number of slots.
         with_switches: whether each slot has a switch.
     """
-    files = [NONE, *list_files(*LORA_FOLDERS)]
+    files = Options([NONE, *list_files(*LORA_FOLDERS)], is_name)  # a slot may not be used
     inputs: list = []
     for slot in range(1, count + 1):
         if with_switches:
@@ -373,8 +382,11 @@ class LoraLoader(LegacyNode):
     folders = LORA_FOLDERS
 
     @classmethod
-    def validate_inputs(cls, lora_name=None, lora_strength=1.0):
-        return lora_strength == 0 or validate_files(lora_name, keys=cls.folders)
+    def validate_inputs(cls, lora_name=None):
+        inputs = validated_inputs()
+        if inputs is None or inputs.get("lora_strength", 1.0) == 0:
+            return True
+        return validate_files(lora_name, keys=cls.folders)
 
     @classmethod
     def load_lora(cls, model, lora_name, lora_strength=1.0) -> tuple:
@@ -388,20 +400,12 @@ class LoraStack(LegacyNode):
     folders = LORA_FOLDERS
 
     @classmethod
-    def validate_inputs(cls, **inputs):
-        """Checks the files of the slots that are used, and that other slots hold names.
-
-        The host itself checks only the types of numbers of a node with `**inputs` here.
-        """
-        offload, count = inputs.get("cpu_offload"), inputs.get("lora_count")
-        if offload not in (None, *OFFLOAD):
-            return f"cpu_offload is {safe_repr(offload)}, expected one of: {', '.join(OFFLOAD)}."
+    def validate_inputs(cls, lora_name_1=None):
+        """Checks the files of the slots that are used."""
+        inputs = validated_inputs() or {}
+        count = inputs.get("lora_count")
         loras = chosen_loras(inputs, count if isinstance(count, int) else None)
-        names = [name for name, strength in loras if strength != 0]
-        names += [
-            value for name, value in inputs.items()
-            if name.startswith("lora_name_") and not isinstance(value, str)
-        ]
+        names = [name for name, strength in loras if strength != 0 and not is_link(name)]
         return validate_files(*names, keys=cls.folders)
 
     @classmethod

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ..bits import byte_pairs, reinterpret, select, split_bits
+from ..bits import bit_planes, byte_pairs, reinterpret, select, split_bits
 from ..format import Side, Terms
 from ..lasting_memory import cached_on_device
 from ._rows import RowFormat
@@ -480,8 +480,9 @@ class W6A8(RotatedLevels):
     @classmethod
     def levels(cls, codes: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
         low, upper = codes.view(-1, 6).split([4, 2], 1)
-        levels = split_bits(upper, 2, 4).view(-1, 8) << 4 | split_bits(low, 4, 2).view(-1, 8)
-        return levels.float().sub_(32).view(len(codes), -1)
+        levels = bit_planes(low, 4).transpose(1, 2).reshape(-1, 4, 4)
+        levels.add_(bit_planes(upper.reshape(-1, 4), 2).transpose(1, 2), alpha=16)
+        return levels.view(torch.int8).sub_(32).float().view(len(codes), -1)
 
 
 # format -> the one of its values times a number for each column

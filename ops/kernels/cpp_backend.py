@@ -27,6 +27,7 @@ from .. import cpu_features
 from ..format import Format, Grid
 from ..grid_columns import columns_at_a_time
 from ..int8_codes import LARGEST_CODE, TINY
+from ..pickle_names import short_error_name
 from .kernel import Backend, Kernel
 from .kernel_source import (
     CPU_ROW_FAMILIES,
@@ -74,6 +75,7 @@ def cpp_compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+@short_error_name
 class CppError(RuntimeError):
     """There is no compiler, it refused a kernel, or no folder can hold one. The message says
     which."""

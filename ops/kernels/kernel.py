@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..format import Format
+from ..pickle_names import short_error_name
 
 FORMAT_NAME = re.compile(r"\w{1,40}")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
+@short_error_name
 class WrongResult(ArithmeticError):
     """A kernel's result differs from the reference. The message says in which case and by how
     much."""

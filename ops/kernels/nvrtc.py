@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ..pickle_names import short_error_name
+
 ON_WINDOWS = sys.platform == "win32"
 DRIVER = "nvcuda.dll" if ON_WINDOWS else "libcuda.so.1"
 # CUdevice_attribute
@@ -19,6 +21,7 @@ COMPUTE_CAPABILITY_MAJOR = 75
 COMPUTE_CAPABILITY_MINOR = 76
 
 
+@short_error_name
 class CudaError(RuntimeError):
     """An error of NVRTC or of the driver, with their message."""
 

@@ -13,8 +13,8 @@ import collections
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import comfy.hooks
 import comfy.model_management
@@ -50,10 +50,13 @@ class PackedPatcher(_HostPatcher):
         placement: How much of the model stays on its device; None leaves that to the host.
         on_placement: Called with the patcher and its `MemoryReport` after each load and at the end
             of each run.
+        on_patches: Called with the patcher and the patches that are added to it, such as a LoRA's.
     """
 
     placement: Placement | None = None
     on_placement: Callable[["PackedPatcher", MemoryReport], None] | None = None
+    on_patches: ClassVar[Callable[["PackedPatcher", Mapping], None]] = staticmethod(
+        lambda patcher, patches: None)
     _unfiltered_patches: dict | None = None  # set while `patches` holds only what the host may see
 
     # Set while the host loads or unloads:
@@ -78,6 +81,11 @@ class PackedPatcher(_HostPatcher):
         return clone
 
     # --- patches ---
+
+    def add_patches(self, patches, *args, **kwargs):
+        added = super().add_patches(patches, *args, **kwargs)
+        type(self).on_patches(self, patches)
+        return added
 
     @property
     def all_patches(self) -> dict:

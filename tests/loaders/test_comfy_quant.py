@@ -14,7 +14,7 @@ from featherweight.loaders import reader_choice
 from featherweight.loaders.checkpoint import load_checkpoint
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.host_formats import AS_COMFYUI
+from featherweight.loaders.host_formats import AS_COMFYUI, EXACT
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.reader_choice import has_plain_fp8, needs_own_reader
 from featherweight.loaders.text_encoder import load_text_encoder
@@ -232,14 +232,17 @@ def test_a_file_that_cannot_be_mapped_is_a_sentence(maps, tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.parametrize("shape", [(), (64,)])
-def test_codes_that_are_no_matrix_are_a_sentence(shape, tmp_path):
-    parts, _ = in_host_format("weight", tiny_flux()[f"{LAYER}.weight"], "int8_tensorwise")
-    parts["weight"] = torch.zeros(shape, dtype=torch.int8)
+@pytest.mark.parametrize("host_formats", [EXACT, AS_COMFYUI])
+@pytest.mark.parametrize("shape", [(), (64,), (64, 0), (0, 64)])
+@pytest.mark.parametrize("format_name", ["int8_tensorwise", "nvfp4", "float8_e4m3fn"])
+def test_codes_that_are_no_matrix_are_a_sentence(format_name, shape, host_formats, tmp_path):
+    parts, _ = in_host_format("weight", tiny_flux()[f"{LAYER}.weight"], format_name)
+    parts["weight"] = torch.zeros(shape, dtype=torch.uint8).view(parts["weight"].dtype)
     del parts["comfy_quant"]
-    path = write_flux(tmp_path / "model.safetensors", parts, {"format": "int8_tensorwise"})
-    with pytest.raises(WeightFileError, match="expected rows of codes"):
-        load_diffusion_model(path)
+    path = write_flux(tmp_path / "model.safetensors", parts, {"format": format_name})
+    with pytest.raises(WeightFileError, match="expected rows of codes") as error:
+        load_diffusion_model(path, host_formats=host_formats)
+    assert LAYER in str(error.value) and "Update" not in str(error.value)
 
 
 @pytest.mark.parametrize(("settings", "columns"), [

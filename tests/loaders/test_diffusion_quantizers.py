@@ -1,15 +1,18 @@
 """Diffusion models in diffusers' names of each quantiser of the Hugging Face libraries, beside the
 host's dense model of the same values."""
+from pathlib import Path
+
 import comfy.sd
 import pytest
 import torch
 from patched_models import LIMIT, error_by_effect, lora_for, patched, relative, run
 from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
 from quantizer_writers import gptq
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.inspect.inspection_text import inspection_text
@@ -74,3 +77,31 @@ def test_an_inspection_of_a_single_file_names_the_quantiser(tmp_path):
     save_file({f"L.{name}": value for name, value in parts.items()}, tmp_path / "a.safetensors")
     assert identify(file_contents(tmp_path / "a.safetensors")).quantizer == (
         "GPTQ, AutoRound or AWQ")
+
+
+def change_bias(folder, change):
+    """Changes a bias that is joined with others, and returns its name."""
+    path = next(Path(folder).glob("*.safetensors"))
+    tensors = load_file(path)
+    name = "single_transformer_blocks.0.attn.to_k.bias"
+    tensors[name] = change(tensors[name])
+    save_file(tensors, path)
+    return name
+
+
+@pytest.mark.parametrize("model", ["gptq", "compressed-tensors int8"], indirect=True)
+def test_a_bias_of_another_length_than_its_weight_is_a_sentence_about_it(model):
+    path, _ = model
+    name = change_bias(path, lambda bias: bias[:-1].clone())
+    with pytest.raises(WeightFileError, match=f" is damaged: '{name}' has the shape") as error:
+        load_diffusion_model(path)
+    assert "Update ComfyUI" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", ["gptq", "compressed-tensors int8"], indirect=True)
+def test_a_bias_in_fp8_is_joined_with_others(model):
+    path, _ = model
+    change_bias(path, lambda bias: torch.full_like(bias, 0.5).to(torch.float8_e4m3fn))
+    bias = load_diffusion_model(path).model.diffusion_model.single_blocks[0].linear1.bias
+    width = len(bias) // 7
+    assert torch.equal(bias[width:2 * width].float(), torch.full((width,), 0.5))

@@ -1,8 +1,12 @@
-"""Model files that have become others of their names."""
+"""Names of model files: what is offered, what a name finds, and files that have become others of
+their names."""
+import unicodedata
+
 import folder_paths
 import pytest
 
 from featherweight.loaders.file_versions import FileVersions
+from featherweight.loaders.folders import find_file, list_files, validate_files
 
 
 @pytest.fixture
@@ -100,3 +104,31 @@ def test_the_number_is_that_of_every_machine(models):
     first = FileVersions().update(["a.gguf"])
     (models / "a.gguf").write_bytes(b"22")
     assert FileVersions().update(["a.gguf"]) == first == 0
+
+
+def test_a_link_that_leads_to_no_file_is_not_offered_until_there_is_one(models):
+    (models / "there.gguf").touch()
+    (models / "link.gguf").symlink_to(models / "elsewhere")
+    assert list_files("diffusion_models") == ["there.gguf"]
+    (models / "elsewhere").touch()  # a drive that is connected later
+    assert list_files("diffusion_models") == ["link.gguf", "there.gguf"]
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("named", ["NFC", "NFD"])
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_a_name_with_accents_finds_its_file_in_either_form_of_unicode(
+    models, stored, named, separator
+):
+    """macOS and Linux write the accents of a file's name in different ways."""
+    folder = models / unicodedata.normalize(stored, "modèles")
+    folder.mkdir()
+    path = folder / unicodedata.normalize(stored, "flux größer.gguf")
+    path.write_bytes(b"1")
+    name = unicodedata.normalize(named, f"modèles{separator}flux größer.gguf")
+    assert find_file(name, "diffusion_models") == str(path)
+    assert validate_files(name, keys=["diffusion_models"]) is True
+    replacements = FileVersions()
+    assert replacements.update([name]) == 0
+    path.write_bytes(b"12")
+    assert replacements.update([name]) == 1

@@ -1,5 +1,8 @@
 """Files that cannot be loaded: the node says why in plain words, nothing else changes, and the
 server goes on serving."""
+import json
+import urllib.error
+
 import numpy as np
 import pytest
 
@@ -73,6 +76,37 @@ def test_a_damaged_file_is_one_plain_error(server, case, loader, key):
         load(server, path.name, loader, key)
     assert path.name in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_missing_files_are_told_once_each_at_inputs_that_are_wrong(server):
+    """All of a node's in one sentence; nothing stands at its other inputs."""
+    loaders = {
+        "1": {"class_type": demo.LOADER, "inputs": {
+            "model_name": demo.MODEL_NAME, "module_name": "no module.gguf"}},
+        "2": {"class_type": "DualCLIPLoaderGGUF", "inputs": {
+            "clip_name1": "no clip.gguf", "clip_name2": "no t5.gguf", "type": "flux"}},
+    }
+    shown = {f"{node} shown": {"class_type": "PreviewAny", "inputs": {"source": [node, 0]}}
+             for node in loaders}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post("/prompt", {"prompt": loaders | shown})
+    errors = {
+        node: [(error["extra_info"]["input_name"], error["details"]) for error in entry["errors"]]
+        for node, entry in json.loads(refused.value.read())["node_errors"].items()}
+    (module, message), = errors["1"]
+    assert module == "module_name" and "no module.gguf" in message
+    (clip, message), = errors["2"]
+    assert clip == "clip_name1" and "no clip.gguf and no t5.gguf are in none of the" in message
+
+
+def test_the_details_of_an_error_begin_with_a_short_name(server):
+    """ComfyUI shows the exception's full name, twice, before its message."""
+    (models(server) / "nothing.gguf").write_bytes(b"")
+    with pytest.raises(ServerError):
+        load(server, "nothing.gguf")
+    latest, = json.loads(server.get("/history?max_items=1")).values()
+    error, = (data for event, data in latest["status"]["messages"] if event == "execution_error")
+    assert error["exception_type"] == "featherweight_errors.WeightFileError"
 
 
 @pytest.mark.parametrize("case", OTHER_KINDS)

@@ -16,6 +16,7 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
+from ....ops.pickle_names import short_error_name
 from ....ops.quantize.second_moments import SecondMoments
 from ...files.atomic_file import atomic_writer
 from ...files.container import FileState, first_line
@@ -26,6 +27,7 @@ FORMAT = 2
 SHOWN = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
 
 
+@short_error_name
 class SensitivityError(ValueError):
     """Raised for a sensitivity file that cannot be used; the message says what to do."""
 

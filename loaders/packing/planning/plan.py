@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ....ops.bounded_json import read_json
+from ....ops.pickle_names import short_error_name
 from ...files.container import nbytes_of
 from ...sizes import size_text, type_lines, unit_of
 from .knapsack import choose_types
@@ -28,6 +29,7 @@ MODULATION = re.compile(
 )
 
 
+@short_error_name
 class PlanError(ValueError):
     """Raised where a plan cannot be made. The message names the least size, or the choices.
 

@@ -9,7 +9,12 @@ from safetensors.torch import save_file
 
 from featherweight.loaders.comfy_quant import as_tensors
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.files.comfy_formats import READERS, PartError, pack_parts
+from featherweight.loaders.files.comfy_formats import (
+    READERS,
+    PartError,
+    pack_parts,
+    shifted_bias,
+)
 from featherweight.ops import product
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.operations import packed_operations
@@ -462,9 +467,19 @@ def test_a_shift_of_svdquant_goes_into_the_bias(form, is_unsigned, tmp_path):
             as_tensors(file, file.state_dict(), formats=READERS)
 
 
+@pytest.mark.parametrize("bias", [
+    torch.ones(0), torch.ones(1), torch.ones(()), torch.ones(128), torch.ones(256, 1),
+    torch.ones(256).int()], ids=lambda bias: f"{tuple(bias.shape)} {bias.dtype}")
+def test_another_bias_than_a_shift_needs_is_a_sentence(bias):
+    parts, _, _ = svdquant_parts()
+    with pytest.raises(PartError, match="its bias is .*, expected 256 numbers"):
+        shifted_bias(SVDQUANT | {"act_unsigned": True}, parts, bias)
+
+
 @pytest.mark.parametrize(("part", "tensor"), [
     ("smooth_factor", torch.ones(64).bfloat16()), ("weight_scale", torch.ones(2, 128).bfloat16()),
-    ("weight_scale", torch.ones(2, 256)), ("proj_up", torch.ones(256, 3).bfloat16()),
+    ("weight_scale", torch.ones(2, 256)), ("weight_scale", torch.ones(1, 2, 256).bfloat16()),
+    ("weight_scale", torch.ones(()).bfloat16()), ("proj_up", torch.ones(256, 3).bfloat16()),
     ("proj_down", torch.ones(64, 8).bfloat16()), ("weight", torch.ones(2, 2, 3, 4).char())])
 def test_parts_of_svdquant_that_do_not_fit_are_named(part, tensor):
     parts, _, _ = svdquant_parts()

@@ -408,6 +408,20 @@ def test_parts_that_do_not_belong_together_are_a_sentence(tensors, settings, mes
         open_weights(tmp_path).state_dict()
 
 
+@pytest.mark.parametrize("part", ["svd_up", "svd_down"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_of_a_dtype_that_no_writer_has_are_a_sentence(part, dtype, transposed, tmp_path):
+    tensors, _ = write_weight(values(128, 64), "int8", rank=4, transposed=transposed)
+    tensors[part] = tensors[part].to(dtype)
+    save_layer(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(
+        "int8", use_svd=True, use_quantized_matmul=transposed)))
+    with pytest.raises(WeightFileError, match=r"'L': its svd_up is .* expected floats that make a"
+                                              r" weight of \(128, 64\), in 16 or 32 bits"):
+        open_weights(tmp_path).state_dict()
+
+
 def test_codes_across_the_ends_of_rows_are_a_sentence(tmp_path):
     tensors, _ = write_weight(values(24, 9, 3, 3), "uint4")
     save_layer(tmp_path / "model.safetensors", tensors)

@@ -263,6 +263,30 @@ def test_layers_of_the_hosts_models_show_one_width(name):
     assert len(set().union(*most.values())) == 1, most
 
 
+KREA2_BLOCK = {"q": 6144, "k": 1536, "v": 1536}  # layer -> rows
+
+
+@pytest.mark.parametrize("layers", [
+    {f"blocks.{block}.attn.w{name}": (rows, 6144) for block in range(28)
+     for name, rows in KREA2_BLOCK.items()},
+    {f"transformer.transformer_blocks.{block}.attn.to_{name}": (rows, 6144) for block in range(28)
+     for name, rows in KREA2_BLOCK.items()},
+    {f"lora_unet_blocks_{block}_mlp_{name}": shape for block in range(28)
+     for name, shape in {"up": (16384, 6144), "down": (6144, 16384)}.items()},
+], ids=["own names", "diffusers", "kohya"])
+def test_a_lora_for_krea_2_is_known_as_such(layers):
+    assert str(match_family(layers)) == "Krea 2 (6144 wide)"
+
+
+@pytest.mark.parametrize(("width", "name"), [
+    (3840, "Z-Image"), (2304, "Lumina 2"), (480, "Z-Image or Lumina 2")])
+def test_a_lora_for_z_image_is_not_called_one_for_lumina(width, name):
+    """Their layers have the same names; the width of a small model is of neither."""
+    shapes = {f"diffusion_model.layers.{block}.attention.to_{part}": (width, width)
+              for block in range(4) for part in "qkv"}
+    assert str(match_family(shapes)) == f"{name} ({width} wide)"
+
+
 def test_names_of_families_are_unique():
     names = [family.name for layout in LAYOUTS for family in layout.families]
     assert len(names) == len(set(names))

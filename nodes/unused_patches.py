@@ -1,0 +1,54 @@
+"""Says on the node that runs that a LoRA does not fit the model.
+
+ComfyUI's own LoRA loader, and those of other packs, leave this to the log.
+"""
+import logging
+from collections.abc import Mapping
+
+from comfy.weight_adapter import WeightAdapterBase
+
+from ..loaders.lora.model_blocks import MODEL_PREFIX, weight_key
+from ..ops.adapters import shape_mismatch
+from ..ops.patcher import PackedPatcher
+from .node_text import show_text
+
+log = logging.getLogger(__name__)
+
+ADVICE = "Check LoRA (Featherweight) says what it is made for."
+
+
+def show_unused_patches(patcher: PackedPatcher, patches: Mapping):
+    """Shows on the node that runs which of the patches do not fit a diffusion model."""
+    text = unused_patches_text(patcher, patches)
+    if text is not None:
+        log.warning("[Featherweight] %s", text)
+        show_text(text)
+
+
+def unused_patches_text(patcher: PackedPatcher, patches: Mapping) -> str | None:
+    """Returns a sentence about patches that do not fit a diffusion model, None where all fit.
+
+    Args:
+        patcher: of any model; the text is None if it is not a diffusion model.
+        patches: target -> value, as in the host's `add_patches`. The host gives a model those of a
+            text encoder too.
+    """
+    shapes = {name: weight.shape for name, weight in patcher.model.named_parameters()}
+    if not any(name.startswith(MODEL_PREFIX) for name in shapes):
+        return None
+    if not patches:
+        return ("ComfyUI finds no layer of this LoRA in the model, so the model is not changed."
+                f" {ADVICE}")
+    adapters = {target: value for target, value in patches.items()
+                if isinstance(value, WeightAdapterBase) and weight_key(target) in shapes}
+    reasons = {}
+    for target, value in adapters.items():
+        key, offset = weight_key(target), None if isinstance(target, str) else target[1]
+        reason = shape_mismatch(value, shapes[key], offset)
+        if reason is not None:
+            reasons[key] = reason
+    if not reasons:
+        return None
+    key, reason = next(iter(reasons.items()))
+    return (f"{len(reasons)} of the {len(adapters)} layers of this LoRA do not fit the model and"
+            f" are left out, such as {key}: {reason}. {ADVICE}")
