@@ -1,4 +1,4 @@
-// The texts that this pack's nodes show on themselves stay after a run, which newer editors end by taking every text away. They go
+// The texts that this pack shows on nodes stay after a run, which newer editors end by taking every text away. They go
 // where they are not true any more: from a node that was cancelled, failed or refused its inputs.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -6,30 +6,40 @@ import { api } from "../../scripts/api.js";
 const CATEGORY = "Featherweight";
 const WIDGET = "$$node-text-preview"; // the editor's name for it
 
+const JOINER = "\u2060"; // between all letters of a text that the editor might take for Markdown
+
 const texts = new WeakMap(); // node -> its text
 
 const textWidget = (node) => node.widgets?.find((widget) => widget.name === WIDGET);
 
-/** This pack's nodes on the canvas: of the workflow, or of the subgraph that is open. */
-const ownNodes = () => (app.canvas?.graph?.nodes ?? []).filter((node) => node.constructor.nodeData?.category?.startsWith(CATEGORY));
+/** The nodes on the canvas: of the workflow, or of the subgraph that is open. */
+const nodes = () => app.canvas?.graph?.nodes ?? [];
+
+const isOwn = (node) => node.constructor.nodeData?.category?.startsWith(CATEGORY);
 
 function remember() {
-  for (const node of ownNodes()) {
+  for (const node of nodes()) {
     const widget = textWidget(node);
-    if (widget) texts.set(node, widget.value);
+    // on a LoRA loader of ComfyUI's, what this pack says of its LoRA
+    if (widget && (isOwn(node) || String(widget.value).replaceAll(JOINER, "").includes(`(${CATEGORY})`))) texts.set(node, widget.value);
   }
 }
 
 function showAgain() {
-  for (const node of ownNodes()) {
+  for (const node of nodes()) {
     if (texts.has(node) && !textWidget(node)) api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text: texts.get(node) });
   }
 }
 
-/** Takes the text off the node that the server calls 3, or 12:3 if it is in the subgraph of node 12. */
-function remove(executionId, type) {
+/** The node that the server calls 3, or 12:3 if it is in the subgraph of node 12. */
+function find(executionId) {
   let node;
   for (const id of String(executionId).split(":")) node = (node ? node.subgraph : app.rootGraph ?? app.graph)?.getNodeById(id);
+  return node;
+}
+
+function remove(executionId, type) {
+  const node = find(executionId);
   if (!node || node.type !== type) return; // of a workflow in another tab
   texts.delete(node);
   const widget = textWidget(node);
@@ -42,6 +52,10 @@ const on = (event, callback) => api.addEventListener(event, ({ detail }) => queu
 
 on("progress_text", remember);
 on("execution_success", showAgain);
+on("executing", (id) => {
+  const node = id ? find(id) : null;
+  if (node && texts.has(node) && !isOwn(node)) remove(id, node.type); // which says nothing where all is well
+});
 for (const event of ["execution_error", "execution_interrupted"]) {
   on(event, (detail) => {
     remove(detail.node_id, detail.node_type);

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
+from safetensors.torch import save_file
 
 from devtools import ROOT, demo
 from devtools.files import demo_files
@@ -378,6 +380,35 @@ def test_texts_stay_after_a_run_and_go_from_a_node_that_fails_or_is_refused(
         finally:
             for path, contents in kept.items():
                 path.write_bytes(contents)
+
+
+@pytest.mark.parametrize("any_server", ["own", "newest"], indirect=True)
+def test_comfyuis_lora_loader_says_of_a_lora_that_it_does_not_fit_and_then_that_no_more(
+        any_server, current, browser):
+    loader, loras = "LoraLoaderModelOnly", any_server.base / "models/loras"
+    layer = "diffusion_model.double_blocks.0.img_attn.proj.lora_"
+    loras.mkdir(exist_ok=True)
+    save_file({f"{layer}A.weight": torch.ones(2, 7), f"{layer}B.weight": torch.ones(7, 2)},
+              loras / "misfit.safetensors")
+    with opened(browser, any_server, demo.WORKFLOW, modern=False) as page:
+        page.evaluate(f"""(() => {{
+            const graph = app.graph, lora = LiteGraph.createNode('{loader}');
+            graph.add(lora);
+            const of = (type) => graph.nodes.find((node) => node.type === type);
+            const model = of('FeatherweightLoadDiffusionModel');
+            for (const id of [...model.outputs[0].links]) {{
+              const {{target_id, target_slot}} = graph.links[id] ?? graph.links.get(id);
+              lora.connect(0, graph.getNodeById(target_id), target_slot);
+            }}
+            model.connect(0, lora, 0);
+            lora.widgets[0].value = 'misfit.safetensors';
+        }})()""")
+        run(page, any_server)
+        assert loader in with_texts(page)
+        page.evaluate(f"app.graph.nodes.find((node) => node.type === '{loader}').widgets[1].value"
+                      " = 0")
+        run(page, any_server)
+        assert loader not in with_texts(page)
 
 
 def test_the_text_of_a_node_that_is_cancelled_goes(current, more_models, browser, server):
