@@ -32,6 +32,9 @@ def painted(graph: dict) -> bytes:
 
 
 class Painter:
+    def runs_prompts(self) -> bool:
+        return True
+
     def run(self, graph: dict) -> PromptResult:
         inputs = graph["1"]["inputs"]
         if inputs["text"] == "crash":
@@ -45,6 +48,7 @@ class LoggingHost:
 
     def __init__(self, host, log: str):
         self.host, self.log = host, log
+        self.runs_prompts = host.runs_prompts
 
     def run(self, graph: dict) -> PromptResult:
         self.write("begins", graph)
