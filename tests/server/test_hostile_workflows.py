@@ -196,7 +196,7 @@ def inputs_of(info: dict) -> dict:
                        **info["input"].get("optional", {})}.items():
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
         choices = kind if isinstance(kind, list) else options.get("options", [])
-        if kind in LINKS:
+        if not isinstance(kind, list) and kind in LINKS:
             found[name] = [LINKS[kind], 0]
         else:
             honest = [choice for choice in choices if MARK not in str(choice)]
@@ -211,7 +211,8 @@ def inputs_of(info: dict) -> dict:
 
 def plain_inputs(info: dict) -> dict:
     """`inputs_of` without those that a node may lack and is slower with."""
-    slow = {name for name, spec in info["input"].get("optional", {}).items() if spec[0] in SLOW}
+    slow = {name for name, spec in info["input"].get("optional", {}).items()
+            if str(spec[0]) in SLOW}
     return {name: value for name, value in inputs_of(info).items() if name not in slow}
 
 
