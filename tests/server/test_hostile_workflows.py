@@ -309,12 +309,20 @@ def nodes(watch):
 
 
 @pytest.fixture(scope="module")
-def accepted(stranger, watch, nodes):
+def gate(stranger, watch):
+    """A file for which the server waits before it runs what is posted from now on."""
+    path = stranger.audit.base / "gate"
+    watch.server.post("/prompt",
+                      {"prompt": {"gate": node("Faulty", {"fault": "wait", "value": str(path)})}})
+    yield path
+    path.touch()  # after an error too
+
+
+@pytest.fixture(scope="module")
+def accepted(stranger, watch, nodes, gate):
     """(id of a node, its inputs), each with one hostile value that the host's checks let through:
     for each input some of them, other ones for each input. What they refuse is refused here."""
-    gate, found, turn = stranger.audit.base / "gate", [], 0
-    watch.server.post("/prompt",
-                      {"prompt": {"gate": node("Faulty", {"fault": "wait", "value": str(gate)})}})
+    found, turn = [], 0
     for kind, each in nodes.items():
         honest, group, cases = plain_inputs(each), {}, {}
         if kind == MEASURE:
