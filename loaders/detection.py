@@ -34,7 +34,6 @@ UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, Unboun
 # The host's class of a model -> how the advice begins where its file lacks weights.
 MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it, or get"}
 
-
 # The host counts blocks in a time that grows with blocks times tensors.
 MAX_BLOCKS = 1000
 BLOCK = re.compile(r"\.(\d+)\.")

@@ -61,8 +61,8 @@ def workspace(
     While a weight in the shared one is in use, as by another thread, or around the layer whose
     product a hook runs meanwhile, it takes memory of its own and does not wait.
     """
-    shared = shared_workspace()
-    if device.type != "cpu" or not shared.lock.acquire(blocking=False):
+    shared = shared_workspace() if device.type == "cpu" else None
+    if shared is None or not shared.lock.acquire(blocking=False):
         yield lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
         return
     try:

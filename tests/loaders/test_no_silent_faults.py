@@ -11,7 +11,7 @@ import pytest
 import torch
 from encoders.encoder import small_towers
 from patched_models import relative
-from stored_files import CLIP, FILES, Stored, StoredGGUF, Tensors, stored_in
+from stored_files import CLIP, FILES, Stored, StoredGGUF, Tensors, written
 
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.load_check import load_notes
@@ -121,14 +121,8 @@ def weights_of(model: torch.nn.Module) -> Tensors:
 
 
 def check_faults(name: str, seed: int, count: int, tmp_path: Path):
-    load, write, file = FILES[name]
-    path = tmp_path / file
-    try:
-        write(path)
-    except ValueError as error:
-        pytest.skip(f"its writer does not take widths of this model: {error}")
-    stored = stored_in(path)
-    chance = random.Random(seed)
+    load, stored = written(name, tmp_path)
+    path, chance = stored.path, random.Random(seed)
     model, patcher = load(str(path))
     assert load_notes(patcher) == ()
     values = weights_of(model)
