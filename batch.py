@@ -99,10 +99,10 @@ def run(options: argparse.Namespace) -> int:
     pack = types.ModuleType("featherweight")
     pack.__path__ = [str(ROOT)]
     sys.modules.setdefault("featherweight", pack)
-    from featherweight.cluster.batch import Batch
     from featherweight.cluster.batch_progress import duration
+    from featherweight.cluster.batch_run import Batch
     from featherweight.cluster.comfyui_install import MachineError, own_comfyui
-    from featherweight.cluster.graph import read
+    from featherweight.cluster.workflow_graph import read
 
     if options.fetch_models:
         print(

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .graph import GraphError, apply_changes, canonical, digest
 from .picture_store import Store
+from .workflow_graph import GraphError, apply_changes, canonical, digest
 
 NAME = re.compile(
     r'[^./\\:*?"<>|\x00-\x1f\ud800-\udfff][^/\\:*?"<>|\x00-\x1f\ud800-\udfff]{0,149}(?<![. ])')

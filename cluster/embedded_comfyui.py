@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import filelock
 
 from .comfyui_install import MachineError, is_pack
-from .graph import RESULT_NODE, GraphError, classes, one_line, texts
 from .prompt_events import OnEvent, PromptListener
+from .workflow_graph import RESULT_NODE, GraphError, classes, one_line, texts
 
 SCRATCH = "featherweight-worker-"
 # a file in a scratch folder, locked while its process lives; a process id would not do, as it is
@@ -51,7 +51,7 @@ class PromptResult:
 
     Args:
         files: `<node>_<n>.<ext>` -> bytes of the files it saved, or else previewed.
-        images: of the node of `graph.with_result`, float32 (N, H, W, C), or None.
+        images: of the node of `workflow_graph.with_result`, float32 (N, H, W, C), or None.
     """
     files: dict[str, bytes] = field(default_factory=dict)
     images: object = None

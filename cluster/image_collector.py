@@ -8,7 +8,7 @@ import psutil
 
 from .batch_progress import duration
 from .comfyui_install import MachineError
-from .graph import GraphError, one_line
+from .workflow_graph import GraphError, one_line
 
 MAX_STEPS = 1 << 40  # of a node; more are not an event
 

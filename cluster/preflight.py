@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from .comfyui_install import MachineError, launch_arguments
 from .embedded_comfyui import FILE_NAME, EmbeddedComfyUI
-from .graph import GraphError, apply_changes, one_line
 from .ray_connection import on_node
 from .worker import Worker
+from .workflow_graph import GraphError, apply_changes, one_line
 
 CHECK_SECONDS = 600  # for a machine to start its ComfyUI and answer
 MAX_PROBLEMS = 10  # that are printed for a machine

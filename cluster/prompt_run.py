@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from .actor_pool import ActorPool, PoolWorker, Run
 from .comfyui_install import MachineError
-from .graph import apply_changes, one_line
+from .workflow_graph import apply_changes, one_line
 
 
 class PromptRun(Run):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import psutil
 
 from .comfyui_install import MachineError
-from .graph import one_line
+from .workflow_graph import one_line
 
 ADDRESS_ENV = "FEATHERWEIGHT_RAY_ADDRESS"
 RAY_ADDRESS_ENV = "RAY_ADDRESS"  # which Ray's own commands read

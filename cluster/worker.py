@@ -14,9 +14,9 @@ from .comfyui_install import (
     version_difference,
 )
 from .embedded_comfyui import EmbeddedComfyUI, PromptCancelled
-from .graph import GraphError, apply_changes, one_line
 from .picture_store import RemoteStore, Store
 from .prompt_events import PREVIEW_WITH_METADATA
+from .workflow_graph import GraphError, apply_changes, one_line
 
 CANCEL_SECONDS = 0.2  # between two attempts to cancel a prompt
 

@@ -18,12 +18,12 @@ from comfy_api.latest import ComfyExtension, io
 import nodes as host_nodes
 
 from ..loaders.devices import gpus
-from ..loaders.file_versions import FileVersions
-from ..loaders.folders import register_folders
+from ..loaders.paths.file_versions import FileVersions
+from ..loaders.paths.folders import register_folders
 from ..ops.kernels import background, start_trials
 from ..ops.patcher import PackedPatcher
 from . import help_pages
-from .host_server import log_lack
+from .comfyui_server import log_lack
 from .remote_prompts import watch_prompts
 from .unused_patches import show_unused_patches
 

@@ -3,14 +3,14 @@ import os
 
 from comfy_api.latest import io
 
-from ..cluster.graph import is_link
-from ..loaders.folders import find_file, list_files, validate_files
+from ..cluster.workflow_graph import is_link
 from ..loaders.lora.apply import apply_lora
 from ..loaders.lora.block_weights import parse_block_weights
 from ..loaders.lora.compatibility import check_lora
 from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.model_blocks import weight_keys
 from ..loaders.lora.report import report_text
+from ..loaders.paths.folders import find_file, list_files, validate_files
 from .file_inputs import validated_inputs
 from .number_checks import reject_infinite
 

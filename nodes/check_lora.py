@@ -3,11 +3,11 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import find_file, list_files, validate_files
 from ..loaders.lora.compatibility import check_lora
 from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.report import report_text
 from ..loaders.lora.report_chart import report_picture
+from ..loaders.paths.folders import find_file, list_files, validate_files
 from .node_text import show_text
 
 FOLDERS = ("loras", "loras_gguf")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from ..cluster.graph import is_link
-from ..loaders.folders import validate_files
-from .host_server import log_lack
+from ..cluster.workflow_graph import is_link
+from ..loaders.paths.folders import validate_files
+from .comfyui_server import log_lack
 
 # the prompt that is being validated, in API format
 PROMPT: ContextVar[Any] = ContextVar("PROMPT", default=None)

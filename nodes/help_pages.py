@@ -10,7 +10,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from .host_server import log_lack, running_server
+from .comfyui_server import log_lack, running_server
 
 PACK = Path(__file__).parent.parent
 DOCS = Path(__file__).parent / "web" / "docs"

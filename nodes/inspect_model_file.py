@@ -1,7 +1,10 @@
 """The node Inspect Model File (Featherweight)."""
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import (
+from ..loaders.inspect import inspect
+from ..loaders.inspect.inspection_chart import inspection_picture
+from ..loaders.inspect.inspection_text import inspection_text, summary
+from ..loaders.paths.folders import (
     ENCODER,
     find_file,
     list_files,
@@ -9,9 +12,6 @@ from ..loaders.folders import (
     list_pipeline_folders,
     resolve_saved_path,
 )
-from ..loaders.inspect import inspect
-from ..loaders.inspect.inspection_chart import inspection_picture
-from ..loaders.inspect.inspection_text import inspection_text, summary
 from .node_text import show_text
 
 FOLDERS = (

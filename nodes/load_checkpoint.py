@@ -1,15 +1,15 @@
 """The node Load Checkpoint (Featherweight)."""
 from comfy_api.latest import io
 
-from ..loaders.checkpoint import load_checkpoint
-from ..loaders.folders import (
+from ..loaders.comfyui.who_computes import AUTOMATIC
+from ..loaders.models.checkpoint import load_checkpoint
+from ..loaders.paths.folders import (
     embedding_folders,
     find_file,
     list_files,
     list_pipeline_folders,
     validate_files,
 )
-from ..loaders.host_formats import AUTOMATIC
 from .load_diffusion_model import (
     AS_THE_FILE,
     compute_input,

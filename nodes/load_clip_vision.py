@@ -1,8 +1,8 @@
 """The node Load CLIP Vision (Featherweight)."""
 from comfy_api.latest import io
 
-from ..loaders.clip_vision import load_clip_vision
-from ..loaders.folders import (
+from ..loaders.models.clip_vision import load_clip_vision
+from ..loaders.paths.folders import (
     CLIP_VISION,
     find_file,
     list_files,

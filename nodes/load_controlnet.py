@@ -1,8 +1,8 @@
 """The node Load ControlNet (Featherweight)."""
 from comfy_api.latest import io
 
-from ..loaders.controlnet import load_controlnet
-from ..loaders.folders import (
+from ..loaders.models.controlnet import load_controlnet
+from ..loaders.paths.folders import (
     CONTROLNET,
     find_file,
     list_files,

@@ -1,11 +1,11 @@
 """The node Load Diffusion Model (Featherweight)."""
 from comfy_api.latest import io
 
-from ..loaders.compute_choice import COMPUTE
-from ..loaders.diffusion import load_diffusion_model
-from ..loaders.folders import find_file, list_files, list_model_folders
-from ..loaders.host_formats import AUTOMATIC, HOST_FORMATS
-from ..loaders.pack_on_load import TYPES
+from ..loaders.comfyui.who_computes import AUTOMATIC, HOST_FORMATS
+from ..loaders.models.compute_dtype import COMPUTE
+from ..loaders.models.diffusion import load_diffusion_model
+from ..loaders.models.pack_on_load import TYPES
+from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from .file_inputs import file_options, validate_main
 from .node_text import loader_output
 from .search_words import family_aliases

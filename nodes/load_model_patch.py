@@ -1,14 +1,14 @@
 """The node Load Model Patch (Featherweight)."""
 from comfy_api.latest import io
 
-from ..loaders.folders import (
+from ..loaders.models.model_patch import load_model_patch
+from ..loaders.paths.folders import (
     MODEL_PATCH,
     find_file,
     list_files,
     list_model_folders,
     validate_files,
 )
-from ..loaders.model_patch import load_model_patch
 from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
 from .node_text import loader_output
 from .search_words import family_aliases

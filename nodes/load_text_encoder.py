@@ -1,16 +1,16 @@
 """The node Load Text Encoder (Featherweight)."""
 from comfy_api.latest import io
 
+from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
-from ..loaders.folders import (
+from ..loaders.models.text_encoder import AUTO, load_text_encoder
+from ..loaders.paths.folders import (
     ENCODER,
     embedding_folders,
     find_file,
     list_files,
     list_model_folders,
 )
-from ..loaders.host_formats import AUTOMATIC
-from ..loaders.text_encoder import AUTO, load_text_encoder
 from .combo_options import encoder_types
 from .file_inputs import file_options, open_options, validate_main
 from .load_diffusion_model import (

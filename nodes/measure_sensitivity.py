@@ -4,13 +4,13 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..loaders.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
+from ..loaders.byte_sizes import size_text
+from ..loaders.models.recipe import Recipe
 from ..loaders.packing.calibration.imatrix import write_imatrix
 from ..loaders.packing.calibration.measure import DEFAULT, THOROUGHNESS, measure
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import report, summary
-from ..loaders.recipe import Recipe
-from ..loaders.sizes import size_text
+from ..loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
 from .node_text import show_text
 from .number_checks import reject_infinite
 

@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 from comfy.model_patcher import ModelPatcher
 
-from ..loaders.compute_choice import compute_text
-from ..loaders.load_check import load_notes, patcher_of
-from ..loaders.model_summary import (
+from ..loaders.inspect.model_summary import (
     dequantize_backend_text,
     host_product_text,
     memory_summary,
 )
-from ..loaders.placement import placed_text, planned_text
+from ..loaders.models.compute_dtype import compute_text
+from ..loaders.models.load_check import load_notes, patcher_of
+from ..loaders.models.placement import placed_text, planned_text
 from ..loaders.progress import set_text_sender
 from ..ops.patcher.residency import MemoryReport
-from .host_server import log_lack, running_server
+from .comfyui_server import log_lack, running_server
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
+from ..loaders.byte_sizes import size_text
 from ..loaders.devices import CPU, DEFAULT, device_choices, find_device
-from ..loaders.placement import SHARING, place, placed_text, planned_text
-from ..loaders.sizes import size_text
+from ..loaders.models.placement import SHARING, place, placed_text, planned_text
 from ..ops.patcher.residency import MemoryReport
 from .node_text import text_sender
 from .number_checks import reject_nan

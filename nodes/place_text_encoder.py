@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..loaders.devices import CPU
-from ..loaders.placement import place_clip
+from ..loaders.models.placement import place_clip
 from .place_model import ALL, place_and_report, placing_inputs
 
 

@@ -2,9 +2,9 @@
 
 A prompt may run on other machines, where model files may exist that are missing here.
 """
-from ..loaders.folders import FILES_MAY_BE_REMOTE
+from ..loaders.paths.folders import FILES_MAY_BE_REMOTE
+from .comfyui_server import log_lack, running_server
 from .file_inputs import PROMPT
-from .host_server import log_lack, running_server
 
 RUN_ON_RAY = "FeatherweightRunOnRay"
 

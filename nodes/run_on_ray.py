@@ -12,11 +12,11 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..cluster.comfyui_install import MachineError, worker_environment
-from ..cluster.driver_pool import DriverPool
-from ..cluster.graph import GraphError, classes, upstream, with_result
 from ..cluster.image_collector import ImageCollector
 from ..cluster.ray_connection import THIS_COMPUTER, address_options, is_cluster, named_cluster
-from ..cluster.run_variants import make_variants, nodes_affected
+from ..cluster.ray_driver_pool import DriverPool
+from ..cluster.workflow_graph import GraphError, classes, upstream, with_result
+from ..cluster.workflow_variants import make_variants, nodes_affected
 from ..ops.pickle_names import short_error_name
 from .node_text import text_sender
 

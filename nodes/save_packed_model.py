@@ -6,7 +6,6 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..loaders.files.container import WeightFileError
-from ..loaders.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
 from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
@@ -25,6 +24,7 @@ from ..loaders.packing.source import (
     source_of_model,
     unsaved_parts,
 )
+from ..loaders.paths.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
 from ..loaders.progress import Progress
 from .node_text import show_text
 

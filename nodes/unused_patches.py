@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from comfy.weight_adapter import WeightAdapterBase
 
 from ..loaders.lora.model_blocks import MODEL_PREFIX, weight_key
-from ..ops.adapters import shape_mismatch
 from ..ops.patcher import PackedPatcher
+from ..ops.patches.adapters import shape_mismatch
 from .node_text import show_text
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featherweight.ops import int8
+from featherweight.ops.layers import int8
 
 # Named here, so that a case that gets lost is missed. "memory" and "train" are processes of their
 # own, as a part of "scale" is.

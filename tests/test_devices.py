@@ -16,11 +16,11 @@ from prompt_errors import input_errors
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
 from featherweight.loaders import devices
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.vae import load_vae
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.vae import load_vae
 from featherweight.nodes import load_text_encoder, node_text
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.fake_gpus
 

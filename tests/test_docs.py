@@ -14,9 +14,9 @@ from devtools.host import environment
 from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS, WORKFLOWS
 from devtools.workflows.__main__ import blueprint_index, index
 from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
-from featherweight.loaders.files.comfy_formats import READERS
+from featherweight.loaders.quantizers.comfyui import READERS
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.format import GGML_FORMATS
+from featherweight.ops.formats.base import GGML_FORMATS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"),

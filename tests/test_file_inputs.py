@@ -8,7 +8,7 @@ import pytest
 from comfy_api.latest import io
 from prompt_errors import LINK, NODES, errors_by_node, input_errors, prompt_errors
 
-from featherweight.loaders import folders
+from featherweight.loaders.paths import folders
 from featherweight.nodes import FILE_INPUTS, load_diffusion_model, remote_prompts
 
 NOT_LOOKED_AT = {"FeatherweightInspectModelFile"}  # where a model is connected it needs no file

@@ -18,8 +18,8 @@ from patched_models import (
     patched,
 )
 
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.layers import PackedLayer
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher
 
 ON_GPUS = [pytest.param(kind, marks=pytest.mark.fake_gpus(dynamic=kind == "dynamic"))

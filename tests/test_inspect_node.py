@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from devtools import inspect_file
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, list_all_files
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1}

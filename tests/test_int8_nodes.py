@@ -12,11 +12,11 @@ from patched_models import run as run_with
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import comfy_bridge
-from featherweight.loaders.checkpoint import load_checkpoint
+from featherweight.loaders.comfyui import packed_patcher
+from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
-from featherweight.ops import int8
+from featherweight.ops.layers import int8
 
 NODES = [LoadDiffusionModel, LoadCheckpoint]
 
@@ -107,7 +107,7 @@ def test_the_model_of_a_whole_checkpoint_computes_so(tmp_path):
 @pytest.mark.parametrize("node", NODES)
 def test_a_device_without_int8_units_is_named_once_and_computes_exactly(
         name, node, monkeypatch, caplog):
-    for module in (comfy_bridge, int8):
+    for module in (packed_patcher, int8):
         monkeypatch.setattr(module, "multiplies_integers", lambda device: False)
     patcher = node.execute(name, compute="int8")[0]
     lines = [record.message for record in caplog.records if "compute is int8" in record.message]

@@ -15,8 +15,8 @@ from patched_models import tiny_flux
 from safetensors.torch import save_file
 from saving import save
 
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import packed_cache
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts

@@ -22,7 +22,7 @@ from pack_nodes import node_list
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.nodes.legacy import gguf
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -26,7 +26,7 @@ from workflow_files import FLUX_SIZES, flux, flux_in_diffusers_names, nf4, nf4_f
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.nodes.legacy import gguf
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

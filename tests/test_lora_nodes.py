@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import folders
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.lora.block_weights import parse_block_weights, presets
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.lora.model_blocks import block_name, describe_blocks, weight_keys
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.paths import folders
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora
 

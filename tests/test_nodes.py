@@ -19,9 +19,9 @@ import nodes as host_nodes
 from devtools import ROOT
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.pack_on_load import TYPES
+from featherweight.loaders.models.pack_on_load import TYPES
+from featherweight.loaders.paths import folders
 from featherweight.nodes import help_pages
 from featherweight.nodes.remote_prompts import watch_prompts
 

@@ -8,7 +8,7 @@ from devtools.measure.memory_passes import META, Passes, of_dequantizing, of_lin
 import pytest
 import torch
 
-from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
+from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, FORMATS
 
 # Launches a chunk, and bytes a value of bfloat16. NF4: a lookup takes its index in int32 and gives
 # float32, and the value is rounded only when it is scaled, so no table of two values a byte needs

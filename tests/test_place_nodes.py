@@ -9,8 +9,8 @@ from patched_models import packed_flux
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders.placement import place, placed_text
-from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.models.placement import place, placed_text
+from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.nodes import place_model
 from featherweight.nodes.legacy import multigpu
 from featherweight.nodes.place_model import PlaceModel

@@ -7,10 +7,10 @@ import folder_paths
 import pytest
 from patched_models import lora_for, packed_flux, patched, run, tiny_flux
 
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import network_drives, open_weights
 from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.source import SaveError
 from featherweight.nodes.save_packed_model import AS_ASKED, SIZE, SavePackedModel
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save, save_file
 
 from devtools import ROOT
-from featherweight.loaders import folders
-from featherweight.loaders.checkpoint import _clip_type
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import is_bare
 from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.models.checkpoint import _clip_type
+from featherweight.loaders.paths import folders
 from featherweight.nodes.inspect_model_file import InspectModelFile
 from featherweight.nodes.node_text import without_markup
 from featherweight.ops.bounded_json import read_json
@@ -42,8 +42,8 @@ CALLS = (r"pickle\.(loads?|Unpickler)|(\w+\.)*(import_module|exec_module)"
 # What a source imports all the same, and why.
 MAY_IMPORT = {
     ("child_process.py", "subprocess"): "starts all that this pack starts",
-    ("ops/kernels/trial.py", "subprocess"): "constants, and the name of an error",
-    ("cluster/driver_pool.py", "subprocess"): "constants",
+    ("ops/kernels/trial_process.py", "subprocess"): "constants, and the name of an error",
+    ("cluster/ray_driver_pool.py", "subprocess"): "constants",
     ("nodes/help_pages.py", "aiohttp"): "answers the editor through ComfyUI's server",
     ("cluster/ray_connection.py", "socket"): "asks whether anything listens at the address that"
                                              " the owner named",
@@ -51,7 +51,7 @@ MAY_IMPORT = {
 }
 # The owner's commands, whose processes are no ComfyUI: Ray reads its settings from the environment
 # when it is imported.
-MAY_SET_VARIABLES = {"batch.py", "cluster/batch.py"}
+MAY_SET_VARIABLES = {"batch.py", "cluster/batch_run.py"}
 
 links = pytest.mark.skipif(os.name == "nt", reason="links take rights there")
 

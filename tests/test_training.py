@@ -25,9 +25,9 @@ from packed_files import PACKED_FILES, write_q8_0
 from quantizer_writers import gptq, quantized_state_dict, save_config
 from safetensors.torch import save_file
 
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.nodes.apply_lora import ApplyLora
-from featherweight.ops.packed_layout import is_packed, packed_tensors
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

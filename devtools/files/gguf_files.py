@@ -77,7 +77,7 @@ def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
     if type_name in K_QUANTS:
         packing, packed_format = (
             product_module("ops.quantize"),
-            product_module("ops.format").FORMATS[type_name],
+            product_module("ops.formats.base").FORMATS[type_name],
         )
         packed = packing.pack_tensor(torch.from_numpy(np.ascontiguousarray(values, np.float32)),
                                      packed_format)

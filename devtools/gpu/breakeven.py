@@ -6,8 +6,8 @@ from devtools.measure.weights import random_weight
 
 import torch
 
-from featherweight.ops import int8, product
-from featherweight.ops.low_rank import LowRank, Slice, dense_linear
+from featherweight.ops.layers import int8, product
+from featherweight.ops.layers.low_rank import LowRank, Slice, dense_linear
 
 RANKS = (16, 64, 256)
 TOKENS = (256, 1024, 2048, 4608)
@@ -43,7 +43,7 @@ def bench_lora_ways(options):
 
 def bench_int8_rows(options):
     """The exact product and that in whole numbers, by rows of the input; only the latter's first
-    number of rows is a rule of ours, `MIN_TOKENS` in ops/int8.py."""
+    number of rows is a rule of ours, `MIN_TOKENS` in ops/layers/int8.py."""
     if not int8.multiplies_integers(device()):
         yield "int8", {"units for it": False}
         return

@@ -7,11 +7,11 @@ from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
-from featherweight.loaders.files.comfy_formats import pack_parts
-from featherweight.ops import product
-from featherweight.ops.layer_patches import LayerPatches
-from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.operations import packed_operations
+from featherweight.loaders.quantizers.comfyui import pack_parts
+from featherweight.ops.layers import product
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.low_rank import LowRank, Slice
+from featherweight.ops.patches.layer_patches import LayerPatches
 
 # title -> (format, what its quantiser gets, what its `comfy_quant` says)
 LAYERS = {

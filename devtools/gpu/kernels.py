@@ -17,7 +17,7 @@ import torch
 
 from devtools import ROOT
 from featherweight.ops.kernels import PRIORITY, Case
-from featherweight.ops.kernels.trial import run_trial
+from featherweight.ops.kernels.trial_process import run_trial
 from featherweight.ops.kernels.verdicts import Verdicts
 
 TESTS = [

@@ -35,8 +35,8 @@ import torch
 
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.placement import place, placed_text
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.placement import place, placed_text
 
 BLOCKS, TOKENS = (4, 8), 1024
 PART = 0.6  # of the model's bytes that the device is left for weights

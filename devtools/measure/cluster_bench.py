@@ -27,7 +27,7 @@ import ray
 
 from devtools import ROOT
 from devtools.host.server import Server
-from featherweight.cluster import batch, by_value, graph, worker
+from featherweight.cluster import batch_run, by_value, worker, workflow_graph
 from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.batch_rows import read_lines, scan_rows
 from featherweight.cluster.embedded_comfyui import PromptResult
@@ -92,8 +92,8 @@ def measure_memory(options) -> Iterator[tuple[str, dict]]:
 
         def drawn(some, numbers):
             for number in numbers:
-                asked = graph.with_result(workflow(changes(number)["4.text"], number, steps=2),
-                                          ["8", 0])
+                asked = workflow_graph.with_result(
+                    workflow(changes(number)["4.text"], number, steps=2), ["8", 0])
                 streams = [
                     each.draw.options(num_returns="streaming").remote(asked, {}, f"{number}")
                     for each in some
@@ -124,7 +124,8 @@ def plain_times(folder: Path, base: Path, count: int, servers: int) -> list[list
                                   str(model_paths(base))])) for index in range(servers)
         ]
         asked = [
-            graph.apply_changes(workflow(steps=STEPS), changes(index)) for index in range(count)
+            workflow_graph.apply_changes(workflow(steps=STEPS), changes(index))
+            for index in range(count)
         ]
         names = [[
             json.loads(server.post("/prompt", {"prompt": each}))["prompt_id"] for each in asked
@@ -154,7 +155,7 @@ def batch_seconds(folder: Path, nodes: int, count: int, asked: dict,
     rows.write_text("".join(
         json.dumps({"id": f"{index:04}", **changes(index)}) + "\n" for index in range(count)))
     with machines(nodes, folder / "cluster") as cluster:
-        done = batch.Batch(asked, str(rows), str(out), address=cluster.address, cpus=1, gpus=0,
+        done = batch_run.Batch(asked, str(rows), str(out), address=cluster.address, cpus=1, gpus=0,
                            worker=worker).run()
         assert done["drawn"] == count, done
     ended: dict[str, list[float]] = {}
@@ -272,8 +273,8 @@ def measure_scale(options) -> Iterator[tuple[str, dict]]:
         with many(options, folder):
             table = folder / "rows.jsonl"
             table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            with mock.patch.object(batch, "BatchProgress", NotingProgress):
-                done = batch.Batch(asked, str(table), str(folder / "out"), cpus=1, gpus=0,
+            with mock.patch.object(batch_run, "BatchProgress", NotingProgress):
+                done = batch_run.Batch(asked, str(table), str(folder / "out"), cpus=1, gpus=0,
                                    worker=Sleeper).run()
             assert done == {"drawn": len(rows)}, done
             yield "batch.py", figures_of(NotingProgress.notes, options)
@@ -300,7 +301,7 @@ def measure_resume(options) -> Iterator[tuple[str, dict]]:
                 }))
         with many(options, folder):
             started, own = time.monotonic(), cpu_seconds()
-            done = batch.Batch(asked, str(table), str(out), cpus=1, gpus=0).run()
+            done = batch_run.Batch(asked, str(table), str(out), cpus=1, gpus=0).run()
             assert done == {"done": len(rows)}, done
             yield f"{len(rows)} rows", {
                 "seconds": time.monotonic() - started, "driver's CPU seconds": cpu_seconds() - own

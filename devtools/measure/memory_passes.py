@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featherweight.ops import product
-from featherweight.ops.format import DEVICE_CHUNK_VALUES, Format, Side
-from featherweight.ops.low_rank import LowRank
+from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, Format, Side
+from featherweight.ops.layers import product
+from featherweight.ops.layers.low_rank import LowRank
 
 META = torch.device("meta")
 

@@ -56,8 +56,8 @@ def probe_model(path: str) -> dict:
     import comfy.sd
     import torch
 
-    from featherweight.loaders.diffusion import load_diffusion_model
     from featherweight.loaders.files import open_weights
+    from featherweight.loaders.models.diffusion import load_diffusion_model
 
     before = status("VmRSS")
     with PeakAnonymous() as loading:
@@ -87,7 +87,7 @@ def probe_picture(path: str) -> dict:
     import comfy.model_management
     import torch
 
-    from featherweight.loaders.diffusion import load_diffusion_model
+    from featherweight.loaders.models.diffusion import load_diffusion_model
 
     started = time.perf_counter()
     patcher = load_diffusion_model(path)
@@ -120,8 +120,8 @@ def probe_training(path: str, format_name: str, bypass: bool = False) -> dict:
     import torch
     from comfy_extras.nodes_train import TrainLoraNode
 
-    from featherweight.loaders.diffusion import load_diffusion_model
     from featherweight.loaders.files import open_weights
+    from featherweight.loaders.models.diffusion import load_diffusion_model
 
     torch.set_num_threads(1)
     with as_in_use():
@@ -167,7 +167,7 @@ def probe_encoder(path: str) -> dict:
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
     import torch
 
-    from featherweight.loaders.text_encoder import load_text_encoder
+    from featherweight.loaders.models.text_encoder import load_text_encoder
 
     before = status("VmRSS")
     started = time.perf_counter()
@@ -199,8 +199,8 @@ def probe_encoder(path: str) -> dict:
 def probe_packing(path: str, type_name: str) -> dict:
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
 
-    from featherweight.loaders.diffusion import load_diffusion_model
     from featherweight.loaders.files import open_weights
+    from featherweight.loaders.models.diffusion import load_diffusion_model
 
     file = open_weights(path)
     largest = max(entry.nbytes for entry in file.entries.values())

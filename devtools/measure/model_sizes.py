@@ -26,7 +26,7 @@ import torch
 from devtools.files import gguf_files
 from featherweight.loaders.packing.planning.packing_rules import Shapes, rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_type
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")

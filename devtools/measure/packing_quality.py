@@ -18,18 +18,18 @@ import torch
 from demo_model import scenes
 from devtools.files import demo_files, ggml_quantiser
 from devtools.workflows.demo import STEPS
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.files.safetensors_writer import safetensors_writer
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
 from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES, rules_for
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
 IN_TURN = ("Q4_K", "Q3_K")

@@ -25,8 +25,8 @@ from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
 from devtools import ROOT
 from devtools.files import demo_files
 from devtools.workflows.demo import STEPS
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.text_encoder import load_text_encoder
 
 FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "NF4", "FP4", "int8")
 BITSANDBYTES = {"NF4", "FP4", "int8"}

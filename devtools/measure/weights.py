@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from devtools.files.gguf_files import block_pool
-from featherweight.ops.format import FORMATS, Format
 from featherweight.ops.formats._rows import FAMILIES, RowFormat
+from featherweight.ops.formats.base import FORMATS, Format
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
 from featherweight.ops.formats.sdnq import SDNQ
 from featherweight.ops.kernels.kernel_source import CPU_ROW_FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor, with_low_rank
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor, with_low_rank
 
 # those of rows by the name of their family
 FORMAT_NAMES = [

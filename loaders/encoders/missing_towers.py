@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...ops.load_hooks import on_each_module
+from ...ops.layers.load_hooks import on_each_module
 from ..files.container import WeightFileError
 
 # the host's names

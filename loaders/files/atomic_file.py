@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from ...ops.pickle_names import short_error_name
-from ..sizes import size_text
+from ..byte_sizes import size_text
 
 try:
     import fcntl

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
-from ...ops.format import FORMATS
-from ...ops.packed_layout import packed_tensor
-from ...ops.packed_tensor import SOURCE_PATH
+from ...ops.formats.base import FORMATS
 from ...ops.pickle_names import short_error_name
-from ...ops.read_only_memory import guards_of, mark_read_only
+from ...ops.tensor.packed_layout import packed_tensor
+from ...ops.tensor.packed_tensor import SOURCE_PATH
+from ...ops.tensor.read_only_memory import guards_of, mark_read_only
 from .network_drives import should_read_into_memory
 
 # Types of plain tensors, under the names that ggml and safetensors share.

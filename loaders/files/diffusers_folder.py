@@ -10,11 +10,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ...ops.bounded_json import read_json
-from ..wording import join_some
+from ..name_lists import join_some
+from ..quantizers.sdnq import extract_config
+from ..quantizers.unsupported_quantizers import OTHER_FORM
 from .container import WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
-from .sdnq import extract_config
-from .unsupported_quantizers import OTHER_FORM
 
 # The folders of the models in a pipeline's folder.
 MODEL_FOLDERS = ("transformer", "unet")

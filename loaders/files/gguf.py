@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from ...ops import formats  # noqa: F401  registers the packed formats
-from ...ops.format import FORMATS, GGML_FORMATS, Format
+from ...ops.formats.base import FORMATS, GGML_FORMATS, Format
+from ..quantizers.leftover_scales import multiply_leftover_scales
+from ..quantizers.scaled_weights import join_scaled_weights
 from .container import PLAIN_DTYPES, Entry, ProgressIter, WeightFile, WeightFileError, safe_repr
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
 from .gguf_split import split_headers
-from .leftover_scales import multiply_leftover_scales
-from .scaled_weights import join_scaled_weights
 
 PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 

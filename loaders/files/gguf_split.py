@@ -2,7 +2,7 @@
 import os
 import re
 
-from ..wording import join_some
+from ..name_lists import join_some
 from .container import safe_repr
 from .gguf_header import Header
 

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ...ops.format import FORMATS
-from ...ops.packed_layout import is_packed
+from ...ops.formats.base import FORMATS
+from ...ops.tensor.packed_layout import is_packed
 from .atomic_file import WeightsWriter, WriteError, new_weights
 from .container import nbytes_of, safe_repr
 from .gguf import PLAIN_TYPES

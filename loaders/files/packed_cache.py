@@ -27,10 +27,10 @@ from typing import cast
 
 import torch
 
-from ...ops.format import FORMATS
-from ...ops.packed_layout import packed_tensor, packed_tensors
-from ...ops.packed_tensor import PackedTensor
-from ..sizes import size_text
+from ...ops.formats.base import FORMATS
+from ...ops.tensor.packed_layout import packed_tensor, packed_tensors
+from ...ops.tensor.packed_tensor import PackedTensor
+from ..byte_sizes import size_text
 from .atomic_file import WriteError, remove_stale_parts
 from .container import FileState, WeightFile, WeightFileError, safe_repr
 from .safetensors import SafetensorsFile

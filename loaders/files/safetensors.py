@@ -18,8 +18,14 @@ from typing import Any
 import torch
 
 from ...ops.bounded_json import read_json
-from ..wording import join_some
-from .bitsandbytes import join_parts
+from ..name_lists import join_some
+from ..quantizers.bitsandbytes import join_parts
+from ..quantizers.leftover_scales import multiply_leftover_scales
+from ..quantizers.nunchaku import has_nunchaku_weights, join_nunchaku_weights
+from ..quantizers.registry import join_quantized_weights
+from ..quantizers.scaled_weights import join_scaled_weights
+from ..quantizers.sdnq import CONFIG_KEY, extract_config, join_sdnq_weights, read_config
+from ..quantizers.unsupported_quantizers import reject_unsupported_quantizers
 from .container import (
     COUNTABLE,
     PLAIN_DTYPES,
@@ -31,12 +37,6 @@ from .container import (
     map_file,
     safe_repr,
 )
-from .leftover_scales import multiply_leftover_scales
-from .nunchaku import has_nunchaku_weights, join_nunchaku_weights
-from .quantizers import join_quantized_weights
-from .scaled_weights import join_scaled_weights
-from .sdnq import CONFIG_KEY, extract_config, join_sdnq_weights, read_config
-from .unsupported_quantizers import reject_unsupported_quantizers
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_EMPTY = 1 << 20  # product of the other sizes of a tensor of which one size is 0

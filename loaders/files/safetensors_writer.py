@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ...ops.format import FORMATS
-from ...ops.packed_layout import is_packed, packed_tensors
+from ...ops.formats.base import FORMATS
+from ...ops.tensor.packed_layout import is_packed, packed_tensors
+from ..quantizers.bitsandbytes import QUANT_TYPES
 from .atomic_file import WeightsWriter, WriteError, new_weights
-from .bitsandbytes import QUANT_TYPES
 from .safetensors import SafetensorsFile
 
 QUANT_NAMES = {packed.__name__: quant_type for quant_type, packed in QUANT_TYPES.items()}

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...ops.packed_layout import QuantizedTensor, is_packed, safe_detach
-from ..comfy_keys import model_prefix
-from ..comfy_quant import as_tensors, with_marks
+from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, safe_detach
+from ..comfyui.quantized_weights import as_tensors, with_marks
+from ..comfyui.weight_keys import model_prefix
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, strip_prefix
 from ..files import open_weights
-from ..files.comfy_formats import READERS
 from ..files.container import WeightFile, WeightFileError
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
-from ..model_summary import format_name
-from ..recipe import Recipe
+from ..models.recipe import Recipe
+from ..quantizers.comfyui import READERS
+from .model_summary import format_name
 
 
 @dataclass

@@ -5,16 +5,16 @@ from typing import TypeGuard
 
 import torch
 
-from ...ops.packed_layout import QuantizedTensor, is_packed
-from ...ops.packed_tensor import relabel
-from ...ops.row_slicing import dense, take_rows
-from ..comfy_keys import to_comfy_keys
-from ..comfy_quant import as_tensors
+from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_tensor import relabel
+from ...ops.tensor.row_slicing import dense, take_rows
+from ..comfyui.quantized_weights import as_tensors
+from ..comfyui.weight_keys import to_comfy_keys
 from ..encoders.arch import arch_of, strip_prefix
-from ..files.comfy_formats import SMOOTHING
-from ..files.comfy_marks import MARK
 from ..files.container import FileChangeGuard
 from ..progress import Progress
+from ..quantizers.comfyui import SMOOTHING
+from ..quantizers.comfyui_marks import MARK
 from .contents import Contents
 
 SLICE_VALUES = 1 << 22  # values dequantised at a time: 16 MB as float32

@@ -9,17 +9,17 @@ import comfy.model_detection
 import comfy.sd
 import torch
 
-from ..comfy_keys import model_prefix, to_comfy_keys
-from ..detection import SIDE_LOADERS, find_side_model, first_match, try_detect
+from ..comfyui.detection import SIDE_LOADERS, find_side_model, first_match, try_detect
+from ..comfyui.weight_keys import model_prefix, to_comfy_keys
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
-from ..files.quantizers import quantizer_of
 from ..lora.lora_file import OTHER_FILES, weight_shapes
 from ..lora.model_families import match_family
 from ..lora.tensor_names import PAIRS, layer_names
-from ..model_summary import title_of
 from ..packing.planning.plan import Plan, PlanError
+from ..quantizers.registry import quantizer_of
 from .contents import Contents, encoder_comfy_keys, shapes_only
+from .model_summary import title_of
 from .quality_warnings import shape_warnings, weight_warnings
 from .requirements import Card, fit_cards, fit_encoder_cards, required_models
 
@@ -53,7 +53,8 @@ class Inspection:
         host: ComfyUI's class name of the model.
         problem: why it cannot be read.
         declared_type: the type of model that the file declares.
-        quantizer: the library that packed its weights, "" for none that `quantizers` knows.
+        quantizer: the library that packed its weights, "" for none that `quantizers.registry`
+            knows.
         parameters: number of values.
         nbytes: bytes on disk.
         memory_bytes: bytes of the weights in memory.

@@ -3,7 +3,8 @@ import textwrap
 
 import torch
 
-from ..block_chart import (
+from ..byte_sizes import size_text
+from .block_chart import (
     BAD,
     BODY,
     FAINT,
@@ -19,7 +20,6 @@ from ..block_chart import (
     Color,
     font,
 )
-from ..sizes import size_text
 from .inspection import Inspection
 from .inspection_text import block_errors, cards_notes, cards_title, error_text
 

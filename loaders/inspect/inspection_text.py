@@ -1,7 +1,7 @@
 """Formats an inspection as text."""
 import collections
 
-from ..sizes import size_text, type_lines
+from ..byte_sizes import size_text, type_lines
 from .inspection import ENCODER, Inspection, weight_block
 
 WORST_TENSORS = 5  # listed with their errors

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from ..detection import try_detect
+from ..comfyui.detection import try_detect
 from ..files.container import safe_repr
-from ..load_check import is_zeros, lacks_scale
-from ..model_summary import title_of
+from ..models.load_check import is_zeros, lacks_scale
 from ..packing.planning.packing_rules import bits_per_value
 from .contents import Contents
+from .model_summary import title_of
 
 EXACT_BITS = 8  # bits a value from which on a vector keeps what a model needs of it
 OTHER_CONVERSION = "Download the file again, or get another conversion of the model."

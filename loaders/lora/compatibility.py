@@ -11,9 +11,9 @@ import comfy.lora
 import comfy.lora_convert
 import torch
 
-from ...ops.adapters import adapter_fields, is_plain_lora, rank_of, shape_mismatch, shape_of
-from ...ops.patch_trial import trial_error
-from ...ops.peft_dora import PeftDora
+from ...ops.patches.adapters import adapter_fields, is_plain_lora, rank_of, shape_mismatch, shape_of
+from ...ops.patches.patch_trial import trial_error
+from ...ops.patches.peft_dora import PeftDora
 from ..files.container import safe_repr
 from .lora_file import damaged_layers, weight_shapes
 from .model_blocks import MODEL_PREFIX, WRAPPERS, weight_key

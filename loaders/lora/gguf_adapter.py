@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import gguf
 import torch
 
-from ...ops import product
-from ...ops.packed_layout import is_packed
+from ...ops.layers import product
+from ...ops.tensor.packed_layout import is_packed
 from ..files import open_weights
 from ..files.container import WeightFile, WeightFileError, safe_repr
 from .tensor_names import layer_names

@@ -14,7 +14,7 @@ from typing import Any
 from ..files import open_weights
 from ..files.container import WeightFileError, safe_repr
 from ..files.diffusers_folder import MODEL_FOLDERS
-from ..recipe import model_paths
+from ..models.recipe import model_paths
 
 TURBO = "turbo"
 DISTILLED = ("distilled", "distill", "schnell", TURBO, "lightning", "lcm", "hyper", "dmd", "dmd2")

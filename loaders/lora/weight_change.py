@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ...ops import product
-from ...ops.adapters import (
+from ...ops.layers import product
+from ...ops.patches.adapters import (
     LoHa,
     LoKr,
     LoRA,
@@ -18,7 +18,7 @@ from ...ops.adapters import (
     alpha_scale,
     rank_of,
 )
-from ...ops.packed_layout import is_packed
+from ...ops.tensor.packed_layout import is_packed
 from .model_blocks import block_name, weight_key
 
 SAMPLED_ROWS = 64

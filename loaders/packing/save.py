@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from ...ops.format import FORMATS, FormatError, TooLargeError
-from ...ops.packed_layout import is_packed
+from ...ops.formats.base import FORMATS, FormatError, TooLargeError
+from ...ops.layers.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ...ops.quantize import pack_tensor
 from ...ops.quantize.relative_error import RelativeError, float_values
 from ...ops.quantize.second_moments import SecondMoments
-from ...ops.row_slicing import join_rows
-from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
+from ...ops.tensor.packed_layout import is_packed
+from ...ops.tensor.row_slicing import join_rows
+from ..byte_sizes import size_text
 from ..files.container import PLAIN_DTYPES, nbytes_of, safe_repr
 from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
-from ..sizes import size_text
 from .calibration.sequential import SequentialCalibration
 from .lora_retention import LoraRetention, dot
 from .planning.file_plan import FilePlan, plain_type, written_name

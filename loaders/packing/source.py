@@ -18,25 +18,25 @@ import comfy.ops
 import comfy.utils
 import torch
 
-from ...ops import cpu_attention
-from ...ops.packed_layout import QuantizedTensor, is_packed, packed_tensors, reshape_to
-from ...ops.packed_tensor import relabel
+from ...ops.cpu import attention as cpu_attention
 from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
 from ...ops.pickle_names import short_error_name
-from ...ops.row_slicing import take_rows
-from ..comfy_keys import model_prefix, to_comfy_keys
-from ..comfy_quant import as_tensors, read_marked
-from ..detection import find_side_model, reject_non_diffusion, try_detect
-from ..diffusers_keys import JoinedRows
+from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors, reshape_to
+from ...ops.tensor.packed_tensor import relabel
+from ...ops.tensor.row_slicing import take_rows
+from ..comfyui.detection import find_side_model, reject_non_diffusion, try_detect
+from ..comfyui.diffusers_keys import JoinedRows
+from ..comfyui.quantized_weights import as_tensors, read_marked
+from ..comfyui.weight_keys import model_prefix, to_comfy_keys
 from ..files import open_weights
 from ..files.container import FileChangeGuard, WeightFile, WeightFileError, first_line, map_file
 from ..files.diffusers_folder import MODEL_FOLDERS
-from ..model_summary import format_name
-from ..modules import module_layers
-from ..recipe import Recipe, model_paths
-from ..seedvr2 import add_texts
-from ..wording import join_some
+from ..inspect.model_summary import format_name
+from ..models.module_files import module_layers
+from ..models.recipe import Recipe, model_paths
+from ..models.seedvr2 import add_texts
+from ..name_lists import join_some
 from .planning.packing_rules import half_type
 
 DIFFUSION_MODEL = "diffusion_model."

@@ -8,11 +8,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ...loaders.devices import DEFAULT, device_options, find_device
-from ...loaders.diffusion import load_diffusion_model
 from ...loaders.files import open_weights
-from ...loaders.folders import embedding_folders, find_file, list_files
-from ...loaders.reader_choice import needs_own_reader
-from ...loaders.text_encoder import load_text_encoder
+from ...loaders.models.diffusion import load_diffusion_model
+from ...loaders.models.loader_choice import needs_own_reader
+from ...loaders.models.text_encoder import load_text_encoder
+from ...loaders.paths.folders import embedding_folders, find_file, list_files
 from ..combo_options import encoder_types
 from ..file_inputs import file_options
 from ..load_diffusion_model import FOLDERS

@@ -4,7 +4,7 @@ import comfy.ldm.modules.attention
 import torch
 from comfy_api.latest import io
 
-from ...loaders.folders import find_file, list_files
+from ...loaders.paths.folders import find_file, list_files
 from ..file_inputs import file_options, validate_main
 from ..load_diffusion_model import NO_MODULE as NONE
 from ..load_diffusion_model import picked_module

@@ -14,10 +14,10 @@ from comfy_api.latest import io
 
 import nodes as host_nodes
 
+from ...loaders.byte_sizes import size_text
 from ...loaders.devices import CPU, device_options, find_device, gpus
-from ...loaders.folders import validate_files
-from ...loaders.placement import place, place_clip
-from ...loaders.sizes import size_text
+from ...loaders.models.placement import place, place_clip
+from ...loaders.paths.folders import validate_files
 from ..combo_options import combo_options
 from ..file_inputs import Options, nullable_options, open_options, validate_main
 from ..node_text import loader_output

@@ -4,8 +4,8 @@ Those of bananasss00's pack, SP_..., pack the weights of files that are not pack
 """
 from comfy_api.latest import io
 
-from ...loaders.checkpoint import load_checkpoint
-from ...loaders.folders import embedding_folders, find_file, list_files, list_model_folders
+from ...loaders.models.checkpoint import load_checkpoint
+from ...loaders.paths.folders import embedding_folders, find_file, list_files, list_model_folders
 from ..node_text import loader_output
 from . import LegacyNode, make_nodes
 from .gguf import FOLDERS, load_model, model_input

@@ -9,11 +9,17 @@ from collections.abc import Iterator, Sequence
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ...cluster.graph import is_link
-from ...loaders.folders import ENCODER, find_file, list_files, list_model_folders, validate_files
+from ...cluster.workflow_graph import is_link
 from ...loaders.lora.apply import apply_lora
 from ...loaders.lora.compatibility import check_lora
 from ...loaders.lora.lora_file import load_lora_file
+from ...loaders.paths.folders import (
+    ENCODER,
+    find_file,
+    list_files,
+    list_model_folders,
+    validate_files,
+)
 from ..apply_lora import FOLDERS as LORA_FOLDERS
 from ..file_inputs import (
     Options,

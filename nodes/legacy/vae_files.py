@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 import nodes as host_nodes
 
-from ...loaders.folders import find_file, list_files, validate_files
-from ...loaders.vae import build_vae, load_vae
+from ...loaders.models.vae import build_vae, load_vae
+from ...loaders.paths.folders import find_file, list_files, validate_files
 from ..combo_options import combo_options
 
 FOLDERS = ("vae_gguf", "vae", "vae_approx")

@@ -1,17 +1,17 @@
-"""All packed formats; importing this package registers them in `ops.format`."""
+"""All packed formats; importing this package registers them in `ops.formats.base`."""
 from . import (  # noqa: F401  each registers what it defines
     bnb_4bit,
     bnb_int8,
     column_groups,
-    comfy,
-    composite,
+    comfyui,
     integers,
     iq1,
     iq2,
     iq3,
     iq4,
     k_quants,
-    legacy,
+    legacy_quants,
+    low_rank_and_joined,
     micro_fp4,
     plain,
     q1_0,

@@ -4,8 +4,8 @@ The grids are gguf's own tables.
 """
 import torch
 
-from ..bits import bit_table
-from ..format import Format
+from .base import Format
+from .bits import bit_table
 
 
 def grid_values(name: str) -> torch.Tensor:

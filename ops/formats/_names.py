@@ -1,10 +1,10 @@
 """Finds formats by name, including those that are made for a block length or a row length."""
 import re
 
-from ..format import FORMATS, Format
 from . import bnb_4bit, column_groups
 from ._rows import FAMILIES
-from .composite import FACTOR_DTYPES, AddedLowRank, Joined, Scaled
+from .base import FORMATS, Format
+from .low_rank_and_joined import FACTOR_DTYPES, AddedLowRank, Joined, Scaled
 
 
 def format_named(name: str) -> type[Format]:

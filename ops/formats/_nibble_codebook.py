@@ -1,8 +1,8 @@
 """Base of formats whose 4-bit codes select one of 16 values."""
 import torch
 
-from ..bits import bit_planes, lookup
-from ..format import Format
+from .base import Format
+from .bits import bit_planes, lookup
 
 
 class NibbleCodebook(Format):

@@ -1,7 +1,7 @@
 """The base of formats whose block is a whole row of a weight."""
 import torch
 
-from ..format import Format, Side, define
+from .base import Format, Side, define
 
 FAMILIES: dict[str, type["RowFormat"]] = {}
 

@@ -7,8 +7,8 @@ import dataclasses
 
 import torch
 
-from ..bits import byte_pairs, select
-from ..format import Fit, Format, Grid, Side, Terms, define
+from .base import Fit, Format, Grid, Side, Terms, define
+from .bits import byte_pairs, select
 
 
 class Codebook4Bit(Format):

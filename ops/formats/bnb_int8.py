@@ -5,8 +5,8 @@ Sources: bitsandbytes 0.50 `nn/modules.py` (`SCB`), `backends/default/ops.py`
 """
 import torch
 
-from ..format import Terms
 from ._rows import RowFormat
+from .base import Terms
 
 
 class INT8(RowFormat):

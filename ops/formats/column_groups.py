@@ -5,7 +5,7 @@ the bytes. The bytes stay as they are, and each row is reordered when it is dequ
 """
 import torch
 
-from ..format import Format, define
+from .base import Format, define
 
 
 class ColumnGroups(Format):

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..bits import byte_pairs, reinterpret, select, split_bits, split_stream
-from ..format import Side, Terms
 from ._rows import FAMILIES, RowFormat
-from .comfy import NVFP4_LOW
+from .base import Side, Terms
+from .bits import byte_pairs, reinterpret, select, split_bits, split_stream
+from .comfyui import NVFP4_LOW
 from .svdquant import AWQ_INT4
 
 SIDE_DTYPES = {torch.bfloat16: "", torch.float16: "_HALF", torch.float32: "_FLOAT"}

@@ -5,9 +5,9 @@ gguf-py 0.19.
 """
 import torch
 
-from ..bits import half, lookup, reinterpret, shifts, split_bits
-from ..format import Format, Terms
 from ._grid_codebook import grid_values
+from .base import Format, Terms
+from .bits import half, lookup, reinterpret, shifts, split_bits
 
 
 def _shifted_grid() -> torch.Tensor:

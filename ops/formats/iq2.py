@@ -7,9 +7,9 @@ ggml-quants.c, gguf-py 0.19 `quants.py`.
 """
 import torch
 
-from ..bits import half, lookup, reinterpret, split_bits
-from ..format import Terms
 from ._grid_codebook import GridCodebook
+from .base import Terms
+from .bits import half, lookup, reinterpret, split_bits
 
 
 class IQ2_XXS(GridCodebook, ggml_type=16):

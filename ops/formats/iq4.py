@@ -5,9 +5,9 @@ gguf-py 0.19.
 """
 import torch
 
-from ..bits import half, half_bytes, join_planes, split_bits
-from ..format import Fit, Grid, Terms
 from ._nibble_codebook import NibbleCodebook
+from .base import Fit, Grid, Terms
+from .bits import half, half_bytes, join_planes, split_bits
 
 KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 

@@ -8,8 +8,8 @@ Sources: `block_q*_K` in ggml-common.h, `dequantize_row_q*_K` in ggml-quants.c, 
 """
 import torch
 
-from ..bits import bit_planes, half, half_bytes, join_planes, reinterpret
-from ..format import Fit, Format, Grid, Terms
+from .base import Fit, Format, Grid, Terms
+from .bits import bit_planes, half, half_bytes, join_planes, reinterpret
 
 
 class Q2_K(Format, ggml_type=10):

@@ -9,9 +9,9 @@ import math
 
 import torch
 
-from ..bits import join_planes, select
-from ..format import Terms
 from ._nibble_codebook import NibbleCodebook
+from .base import Terms
+from .bits import join_planes, select
 
 # Code 8 is minus zero, which becomes plus zero.
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)

@@ -6,7 +6,7 @@ not round them.
 """
 import torch
 
-from ..format import Format
+from .base import Format
 
 VALUES_AT_ONCE = 1 << 17  # half a megabyte of float32 stays in a core's cache
 

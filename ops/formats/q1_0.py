@@ -1,8 +1,8 @@
 """One bit a value: the sign of a float16 scale."""
 import torch
 
-from ..bits import bit_table, half, lookup
-from ..format import Format, Terms
+from .base import Format, Terms
+from .bits import bit_table, half, lookup
 
 
 class Q1_0(Format, ggml_type=41):

@@ -5,8 +5,8 @@ b11192.
 """
 import torch
 
-from ..bits import bit_planes, half
-from ..format import Format, Terms
+from .base import Format, Terms
+from .bits import bit_planes, half
 
 
 class TwoBitCodes(Format):

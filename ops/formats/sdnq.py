@@ -16,10 +16,10 @@ A row is the values of one output channel: input channels, and for each its taps
 """
 import torch
 
-from ..bits import byte_pairs, passes_are_cheap, reinterpret, select
-from ..format import Side, Terms
 from ._rows import RowFormat
-from .comfy import rotation_signs
+from .base import Side, Terms
+from .bits import byte_pairs, passes_are_cheap, reinterpret, select
+from .comfyui import rotation_signs
 
 # how numbers are stored: as they are, in 16 bits times one factor, or in a byte with a table
 SIDE_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)

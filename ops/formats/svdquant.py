@@ -1,15 +1,15 @@
 """Formats of SVDQuant (https://arxiv.org/abs/2411.05007) and of the AWQ that goes with it.
 
-A weight of SVDQuant is a low rank (`composite`) plus codes of 4 bits, whose columns are divided by
-the factors that its layer's input is divided by. Sources of the formulas: deepcompressor-toolkit
-0.1.0 `backend/nunchaku/utils.py`, `backend/tinychat/utils.py`. `loaders/files/nunchaku_tiles.py`
-brings codes and scales into the order of the values.
+A weight of SVDQuant is a low rank (`low_rank_and_joined`) plus codes of 4 bits, whose columns are
+divided by the factors that its layer's input is divided by. Sources of the formulas:
+deepcompressor-toolkit 0.1.0 `backend/nunchaku/utils.py`, `backend/tinychat/utils.py`.
+`loaders/quantizers/nunchaku_tiles.py` brings codes and scales into the order of the values.
 """
 import torch
 
-from ..bits import reinterpret
-from ..format import Side, Terms
-from .comfy import INT4_CONVROT, NVFP4_LOW_SMOOTHED, W4A16, Nibbles
+from .base import Side, Terms
+from .bits import reinterpret
+from .comfyui import INT4_CONVROT, NVFP4_LOW_SMOOTHED, W4A16, Nibbles
 
 
 class SVDQUANT_INT4(Nibbles):

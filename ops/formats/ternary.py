@@ -5,8 +5,8 @@ Sources: `block_tq*_0` in ggml-common.h, `dequantize_row_tq*_0` in ggml-quants.c
 """
 import torch
 
-from ..bits import bit_planes, half, half_bytes, join_planes
-from ..format import Format, Terms, inverse, round_half_away
+from .base import Format, Terms, inverse, round_half_away
+from .bits import bit_planes, half, half_bytes, join_planes
 
 
 def _digits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

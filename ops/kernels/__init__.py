@@ -1,13 +1,14 @@
 """Faster kernels for packed weights, and their selection for each device.
 
-The torch code of `ops.format` and `ops.product` runs everywhere and is the reference. A backend is
-the module `ops/kernels/<name>_backend.py` with a constant `BACKEND` (see `kernel`), listed in
-`registry`.
+The torch code of `ops.formats` and `ops.layers.product` runs everywhere and is the reference. A
+backend is the module `ops/kernels/<name>_backend.py` with a constant `BACKEND` (see `kernel`),
+listed in `registry`.
 
 A GPU's kernels are tried in another process when ComfyUI starts (`start_trials`), once for each
-driver, torch and version of the kernels (`trial`). Of those that are right, the fastest is used for
-each format, and torch where that is faster. What was proven when a kernel was first requested is
-used until the process ends; cases that no trial has tried are noted for the next start.
+driver, torch and version of the kernels (`trial_process`). Of those that are right, the fastest is
+used for each format, and torch where that is faster. What was proven when a kernel was first
+requested is used until the process ends; cases that no trial has tried are noted for the next
+start.
 
 A CPU's kernels, compiled by the machine's own compiler, and a backend that the user selects by name
 are compiled and checked in this process, in background threads. Kernels of "dequantize" and of
@@ -25,9 +26,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..format import Format
-from ..formats.composite import Composite
-from ..torch_registration import contiguous
+from ..formats.base import Format
+from ..formats.low_rank_and_joined import Composite
+from ..layers.torch_registration import contiguous
 from .background import start_thread
 from .kernel import Backend, Case, Kernel
 from .registry import PRIORITY

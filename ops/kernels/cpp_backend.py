@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from ...child_process import run_process
-from .. import cpu_features
-from ..format import Format, Grid
-from ..grid_columns import columns_at_a_time
-from ..int8_codes import LARGEST_CODE, TINY
+from ..cpu import features as cpu_features
+from ..formats.base import Format, Grid
+from ..layers.int8_codes import LARGEST_CODE, TINY
 from ..pickle_names import short_error_name
+from ..quantize.grid_error_feedback import columns_at_a_time
 from .kernel import Backend, Kernel
 from .kernel_source import (
     CPU_ROW_FAMILIES,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..format import Format
+from ..formats.base import Format
 from ..pickle_names import short_error_name
 
 FORMAT_NAME = re.compile(r"\w{1,40}")
@@ -60,7 +60,7 @@ class Kernel:
         may be None. fit: a `Fit` that the kernel fills. Its blocks may differ from the
         reference's, with an error that is no larger on average.
     "pack_columns": run(packed_format, values, shares, weights, chosen, tries, rounds), see
-        `grid_columns.choose_columns`. All are contiguous. The choices may differ from the
+        `grid_error_feedback.choose_columns`. All are contiguous. The choices may differ from the
         reference's, with a loss that is no larger on average.
     """
     capability: str

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..format import Format
 from ..formats import integers
 from ..formats._rows import RowFormat
+from ..formats.base import Format
 from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")

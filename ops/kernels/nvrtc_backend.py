@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..format import Format
+from ..formats.base import Format
 from ..lasting_memory import cached_on_device, lasting_memory
 from .kernel import Backend, Kernel
 from .kernel_source import (

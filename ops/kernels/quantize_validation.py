@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..format import Fit, Format, Grid
-from ..grid_columns import Columns, choose_columns, columns_at_a_time
-from ..grid_search import Search
+from ..formats.base import Fit, Format, Grid
+from ..quantize.grid_error_feedback import Columns, choose_columns, columns_at_a_time
+from ..quantize.grid_search import Search
 from .kernel import WrongResult
 
 SEVERAL_THREADS = 1 << 17  # values that keep several threads busy, and torch for 0.1 seconds

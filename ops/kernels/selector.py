@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..format import Format
+from ..formats.base import Format
 from .background import Future, compute_in_background, set_result, wait
 from .kernel import Backend, Case, Kernel, WrongResult, device_name
 from .registry import import_backend

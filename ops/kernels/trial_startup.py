@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from ...child_process import is_ending
 from .kernel import Case, device_name
 from .private_files import cache_folder, private_folder
-from .trial import run_trial
+from .trial_process import run_trial
 from .validation import ISSUES, report_wrong
 from .verdicts import Notes, Verdicts
 

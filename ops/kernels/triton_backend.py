@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..format import Format
-from ..formats import comfy
-from ..int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
+from ..formats import comfyui
+from ..formats.base import Format
+from ..layers.int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
 from .kernel import Backend, Kernel, WrongResult
 from .kernel_source import ROW_FAMILIES
 from .triton_decode import DECODERS, Decoder
@@ -292,7 +292,7 @@ def dequantize(packed_format, tensors, out, value_dtype, first):
 def dequantize_rows(packed_format, tensors, out, value_dtype, first):
     """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
     columns, device = packed_format.block_length, out.device
-    rotated = packed_format.group if issubclass(packed_format, comfy.Rotated) else 0
+    rotated = packed_format.group if issubclass(packed_format, comfyui.Rotated) else 0
     if out.numel() % columns or not out.numel() or rotated not in SIDES:
         packed_format.dequantize_into(tensors, out, value_dtype, first)
         return
@@ -300,7 +300,7 @@ def dequantize_rows(packed_format, tensors, out, value_dtype, first):
     scales, row_scales, scale_numbers, signs = sides[0], None, None, None
     scale_group = getattr(packed_format, "level_group", packed_format.group or columns)
     if rotated:
-        signs = comfy.rotation_signs(SIDES[rotated], device)
+        signs = comfyui.rotation_signs(SIDES[rotated], device)
     if len(sides) > 1:
         row_scales = sides[1]
     elif rotated:

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..format import Format
+from ..formats.base import Format
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import int8_codes
-from ..format import FORMATS, Format
+from ..formats.base import FORMATS, Format
+from ..layers import int8_codes
 from . import quantize_validation
 from .kernel import Kernel, WrongResult, device_name
 

@@ -36,7 +36,7 @@ RETRY_AFTER_S = {"works": math.inf, "right": math.inf, "slower": math.inf, "wron
                  "stopped": 0, "tried": math.inf, "tried in part": WEEK}
 # Of the files that make the kernels, and of the trial that they pass.
 SOURCES = ("*_backend.py", "triton_*.py", "nvrtc.py", "kernel_source.py", "*validation.py",
-           "trial.py", "source/**/*")
+           "trial_process.py", "source/**/*")
 COMPILER_PACKAGES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm",
                      "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12")
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"

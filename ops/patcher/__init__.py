@@ -23,7 +23,7 @@ import comfy.utils
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
-from ..layer_patches import LayerPatches, usable_patches
+from ..patches.layer_patches import LayerPatches, usable_patches
 from . import patched_weights
 from .applied_patches import (
     AppliedPatches,

@@ -6,10 +6,10 @@ import comfy.lora
 import comfy.utils
 import torch
 
-from ..adapters import adapter_tensors, is_plain_lora
-from ..layer_patches import LayerPatches, build_patches
-from ..layers import PackedLayer
-from ..packed_layout import QuantizedTensor
+from ..layers.packed_layers import PackedLayer
+from ..patches.adapters import adapter_tensors, is_plain_lora
+from ..patches.layer_patches import LayerPatches, build_patches
+from ..tensor.packed_layout import QuantizedTensor
 
 
 def layer_of(patcher, key: str) -> Any:

@@ -10,14 +10,14 @@ import comfy.utils
 import torch
 from comfy.model_patcher import LazyCastingParam
 
-from ..adapters import slice_patch
-from ..layers import PackedLayer
-from ..packed_layout import QuantizedTensor, is_packed
-from ..packed_tensor import relabel
-from ..patched_state_dict import PatchedWeights
-from ..row_slicing import rows_are_whole_blocks, take_rows
-from ..stochastic_rounding import stochastic_round
+from ..layers.packed_layers import PackedLayer
+from ..layers.stochastic_rounding import stochastic_round
+from ..patches.adapters import slice_patch
+from ..tensor.packed_layout import QuantizedTensor, is_packed
+from ..tensor.packed_tensor import relabel
+from ..tensor.row_slicing import rows_are_whole_blocks, take_rows
 from .applied_patches import find_packed_weight, layer_of
+from .patched_state_dict import PatchedWeights
 
 # names of tensors that the host's quantised layers keep next to their weight
 QUANT_SIDE_KEYS = ("input_scale", "pre_quant_scale")

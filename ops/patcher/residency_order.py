@@ -28,8 +28,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..layers import Embedding
-from ..packed_layout import is_packed
+from ..layers.packed_layers import Embedding
+from ..tensor.packed_layout import is_packed
 
 SMALL = 64 << 10  # bytes of a layer; the host puts smaller ones first in dynamic VRAM too
 GOLDEN = (5 ** 0.5 - 1) / 2

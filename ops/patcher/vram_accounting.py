@@ -17,8 +17,8 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ..packed_tensor import QuantizedTensor, inner_tensors
-from ..read_only_memory import is_read_only
+from ..tensor.packed_tensor import QuantizedTensor, inner_tensors
+from ..tensor.read_only_memory import is_read_only
 from .applied_patches import find_packed_weight
 
 KEEP_FREE = 0.25  # fraction of the machine's memory that copies leave free

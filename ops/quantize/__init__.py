@@ -1,6 +1,6 @@
 """Packs a weight into the bytes of a format.
 
-For formats with a `Grid`, `ops.grid_search` searches the codes and scales of least error. Formats
+For formats with a `Grid`, `grid_search` searches the codes and scales of least error. Formats
 without one are packed by the plain arithmetic of their reference, and so is every other format that
 has such arithmetic, on request.
 """
@@ -9,11 +9,11 @@ import math
 import torch
 
 from .. import kernels
-from ..format import Fit, Format, FormatError, TooLargeError
-from ..grid_search import Search
-from ..packed_layout import packed_tensor
-from ..packed_tensor import PackedTensor
+from ..formats.base import Fit, Format, FormatError, TooLargeError
+from ..tensor.packed_layout import packed_tensor
+from ..tensor.packed_tensor import PackedTensor
 from .error_feedback import pack_with_feedback
+from .grid_search import Search
 from .method_choice import pick_lower_error
 from .parallel_slices import parallel_slices
 from .second_moments import SecondMoments

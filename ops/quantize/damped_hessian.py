@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..format import Format, FormatError
+from ..formats.base import Format, FormatError
 from .second_moments import SecondMoments
 
 # Added to the diagonal, as fractions of its mean, for inputs that were not measured. The second

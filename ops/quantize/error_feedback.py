@@ -8,7 +8,7 @@ searched when its first column is reached, from the compensated values. Then the
 and every code in turn is set to the best one given all others (coordinate descent).
 
 Slices of rows are transposed to (columns, rows) and processed in chunks of columns, by
-`ops.grid_columns` or a kernel.
+`grid_error_feedback` or a kernel.
 """
 import functools
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 
 from .. import kernels
-from ..format import Fit, Format, FormatError, powers_of_two
-from ..grid_columns import Columns, choose_columns, columns_at_a_time
-from ..grid_search import LARGEST_FLOAT, Search
-from ..packed_layout import packed_tensor
-from ..packed_tensor import PackedTensor
+from ..formats.base import Fit, Format, FormatError, powers_of_two
+from ..tensor.packed_layout import packed_tensor
+from ..tensor.packed_tensor import PackedTensor
 from .damped_hessian import DampedHessian, damping_for, slice_rows
+from .grid_error_feedback import Columns, choose_columns, columns_at_a_time
+from .grid_search import LARGEST_FLOAT, Search
 from .second_moments import SecondMoments
 
 # Scales tried for a block and then for each of its groups, and how often the best one is refined.

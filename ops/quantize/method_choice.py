@@ -3,9 +3,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ..format import powers_of_two
-from ..packed_tensor import PackedTensor
-from ..row_slicing import dense, take_rows
+from ..formats.base import powers_of_two
+from ..tensor.packed_tensor import PackedTensor
+from ..tensor.row_slicing import dense, take_rows
 from .damped_hessian import DampedHessian, slice_rows
 from .second_moments import SecondMoments
 

@@ -4,9 +4,9 @@ A type with float16 scales turns values below their range into zeros, without an
 """
 import torch
 
-from ..packed_layout import is_packed
-from ..product import dequantize
-from ..row_slicing import take_rows
+from ..layers.product import dequantize
+from ..tensor.packed_layout import is_packed
+from ..tensor.row_slicing import take_rows
 
 SAMPLE_VALUES = 1 << 20  # of each piece
 # error power over signal power: above what Q2_K ever loses, a type does not hold the values

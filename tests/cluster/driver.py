@@ -20,10 +20,10 @@ import devtools.cluster  # noqa: F401  it sets the environment that ray reads
 
 from devtools import product_module
 
-Batch = product_module("cluster.batch").Batch
+Batch = product_module("cluster.batch_run").Batch
 PromptResult = product_module("cluster.embedded_comfyui").PromptResult
 RowRenderer = product_module("cluster.worker").RowRenderer
-digest = product_module("cluster.graph").digest
+digest = product_module("cluster.workflow_graph").digest
 
 
 def painted(graph: dict) -> bytes:

@@ -9,8 +9,8 @@ from devtools.cluster import changes, workflow
 
 import pytest
 
-from featherweight.cluster.batch import Batch
 from featherweight.cluster.batch_rows import scan_rows
+from featherweight.cluster.batch_run import Batch
 from featherweight.cluster.picture_store import Store
 from featherweight.cluster.worker import RowRenderer
 

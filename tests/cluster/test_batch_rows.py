@@ -13,9 +13,9 @@ import pytest
 
 from devtools import ROOT
 from featherweight.cluster.actor_pool import Share, share_out
-from featherweight.cluster.batch import Batch
 from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.batch_rows import RowIndex, RowScan, read_lines, scan_rows
+from featherweight.cluster.batch_run import Batch
 from featherweight.cluster.comfyui_install import (
     MachineError,
     find_comfyui,
@@ -24,9 +24,9 @@ from featherweight.cluster.comfyui_install import (
     launch_arguments,
     own_comfyui,
 )
-from featherweight.cluster.graph import GraphError, apply_changes, digest, read, upstream
 from featherweight.cluster.picture_store import Store
 from featherweight.cluster.worker import RowRenderer
+from featherweight.cluster.workflow_graph import GraphError, apply_changes, digest, read, upstream
 
 
 def command(*arguments, **options):

@@ -8,7 +8,7 @@ import pytest
 
 from devtools.files import demo_files
 from featherweight.cluster import preflight
-from featherweight.cluster.batch import Batch
+from featherweight.cluster.batch_run import Batch
 from featherweight.cluster.comfyui_install import majority_versions, version_difference
 from featherweight.cluster.preflight import (
     Checker,

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from devtools.host import server
-from featherweight.cluster.graph import apply_changes
+from featherweight.cluster.workflow_graph import apply_changes
 
 from .driver import painted
 

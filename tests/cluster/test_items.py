@@ -8,10 +8,10 @@ import pytest
 from devtools.files import demo_files
 from featherweight.cluster.actor_pool import Share
 from featherweight.cluster.comfyui_install import MachineError, worker_arguments
-from featherweight.cluster.driver import plan_workers
-from featherweight.cluster.graph import GraphError, with_result
 from featherweight.cluster.image_collector import ImageCollector
-from featherweight.cluster.run_variants import make_variants, nodes_affected
+from featherweight.cluster.ray_driver import plan_workers
+from featherweight.cluster.workflow_graph import GraphError, with_result
+from featherweight.cluster.workflow_variants import make_variants, nodes_affected
 
 
 def part(**nodes) -> dict:

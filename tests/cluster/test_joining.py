@@ -17,7 +17,7 @@ import pytest
 from process_tree import has, listening
 
 from devtools import ROOT
-from featherweight.cluster import batch, ray_connection
+from featherweight.cluster import batch_run, ray_connection
 from featherweight.cluster.comfyui_install import MachineError
 from featherweight.cluster.ray_connection import (
     MULTI_NODE_ENV,
@@ -174,11 +174,11 @@ def test_a_ray_of_other_own_functions_is_checked_by_what_is_left(monkeypatch):
      "Version mismatch: the cluster has Ray: 2.59.0"),
     (ConnectionError(), "ConnectionError"), (ray.exceptions.RayError("no token."), "no token")])
 def test_what_ray_says_against_joining_is_one_sentence_of_a_batch(error, message, monkeypatch):
-    monkeypatch.setattr(batch, "is_joined", lambda: False)
-    monkeypatch.setattr(batch, "resolve_address", lambda address: "auto")
+    monkeypatch.setattr(batch_run, "is_joined", lambda: False)
+    monkeypatch.setattr(batch_run, "resolve_address", lambda address: "auto")
     monkeypatch.setattr(ray_connection, "_check_answers", lambda address: None)
     monkeypatch.setattr(ray, "init", Mock(side_effect=error))
     with pytest.raises(
             MachineError,
             match=f"The Ray cluster at auto cannot be used from here: {message}. If its first"):
-        batch.Batch({}, "", "").connect()
+        batch_run.Batch({}, "", "").connect()

@@ -17,7 +17,10 @@ import pytest
 from process_tree import has
 
 from devtools import ROOT
-from featherweight.cluster import driver_messages, driver_pool
+from featherweight.cluster import (
+    ray_driver_messages,
+    ray_driver_pool,
+)
 from featherweight.cluster.comfyui_install import MachineError
 
 pytest.importorskip("ray")
@@ -26,7 +29,7 @@ TIMEOUT = 120  # seconds, on a busy machine
 # once.
 DEAF = """
 import sys; sys.path.insert(0, sys.argv.pop())
-from cluster.driver_messages import read, write
+from cluster.ray_driver_messages import read, write
 write(sys.stdout.buffer, {"number": None, "event": "joined"})
 while message := read(sys.stdin.buffer): pass
 """
@@ -45,7 +48,7 @@ import sys, types
 pack = types.ModuleType("featherweight")
 pack.__path__ = [sys.argv[1]]
 sys.modules["featherweight"] = pack
-from featherweight.cluster.driver_pool import DriverPool
+from featherweight.cluster.ray_driver_pool import DriverPool
 DriverPool(sys.argv[2]).run(bool(sys.argv[2]), {}, print, lambda: print("waits", flush=True))
 """
 
@@ -101,14 +104,14 @@ def after(seconds: float):
 
 def test_a_message_is_json_and_bytes_and_one_that_is_cut_off_is_none():
     stream = io.BytesIO()
-    driver_messages.write(stream, {"op": "run", "graph": {"ü": [1, 2.5, None]}},
+    ray_driver_messages.write(stream, {"op": "run", "graph": {"ü": [1, 2.5, None]}},
                           memoryview(b"x" * 1000))
     data = stream.getvalue()
-    assert driver_messages.read(io.BytesIO(data)) == (
+    assert ray_driver_messages.read(io.BytesIO(data)) == (
         {"op": "run", "graph": {"ü": [1, 2.5, None]}},
         b"x" * 1000,
     )
-    assert [driver_messages.read(io.BytesIO(data[:length])) for length in (0, 5, 12, 500)] == [
+    assert [ray_driver_messages.read(io.BytesIO(data[:length])) for length in (0, 5, 12, 500)] == [
         None
     ] * 4
 
@@ -120,9 +123,9 @@ def test_a_pickle_is_not_a_message(tmp_path):
 
     data = pickle.dumps(Evil())
     for stream in (data, struct.pack(">Q", len(data)) + data,
-                   driver_messages.LENGTHS.pack(len(data), 0) + data):
-        with contextlib.suppress(driver_messages.MessageError):
-            assert driver_messages.read(io.BytesIO(stream)) is None
+                   ray_driver_messages.LENGTHS.pack(len(data), 0) + data):
+        with contextlib.suppress(ray_driver_messages.MessageError):
+            assert ray_driver_messages.read(io.BytesIO(stream)) is None
     assert not (tmp_path / "was here").exists()
 
 
@@ -141,17 +144,17 @@ def test_what_is_too_large_or_no_json_is_refused_before_it_is_read(head, message
             assert size <= 12
             return super().read(size)
 
-    with pytest.raises(driver_messages.MessageError, match=message):
-        driver_messages.read(Source(driver_messages.LENGTHS.pack(*head) + b"[]xx"))
+    with pytest.raises(ray_driver_messages.MessageError, match=message):
+        ray_driver_messages.read(Source(ray_driver_messages.LENGTHS.pack(*head) + b"[]xx"))
 
 
 def test_a_value_that_is_no_json_is_refused():
-    with pytest.raises(driver_messages.MessageError,
+    with pytest.raises(ray_driver_messages.MessageError,
                        match="a value cannot be sent as JSON: Object of type bytes"):
-        driver_messages.write(io.BytesIO(), {"graph": b"x"})
+        ray_driver_messages.write(io.BytesIO(), {"graph": b"x"})
 
 
-def refusal(drivers: driver_pool.DriverPool) -> str:
+def refusal(drivers: ray_driver_pool.DriverPool) -> str:
     """Returns the message of a run on a cluster that does not answer."""
     with pytest.raises(MachineError) as error:
         drivers.run(True, {}, print, lambda: None)
@@ -163,7 +166,7 @@ def test_where_no_ray_answers_is_one_sentence_and_nothing_is_left():
     with listener() as silent, listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as web:
         before, started = children(), time.monotonic()
         addresses = ["127.0.0.1:1", "192.0.2.1:6379", silent, web]
-        pools = [driver_pool.DriverPool(address) for address in addresses]
+        pools = [ray_driver_pool.DriverPool(address) for address in addresses]
         with ThreadPoolExecutor() as threads:
             errors = list(threads.map(refusal, pools))
         errors.append(refusal(pools[0]))  # from a second driver
@@ -177,7 +180,7 @@ def test_where_no_ray_answers_is_one_sentence_and_nothing_is_left():
 
 def test_cancel_works_while_a_driver_joins_and_ends_it():
     with listener() as address:
-        before, drivers = children(), driver_pool.DriverPool(address)
+        before, drivers = children(), ray_driver_pool.DriverPool(address)
         with pytest.raises(Interrupted):
             # more than fits into a pipe
             drivers.run(True, {"graph": "x" * (1 << 20)}, print, after(0.5))
@@ -208,8 +211,8 @@ def test_a_driver_ends_with_a_comfyui_that_is_killed(is_local, ray_folder, tmp_p
 
 def test_a_driver_that_ends_is_reported_and_the_next_run_has_another(monkeypatch):
     """When the head of a cluster ends, so does the driver, but not ComfyUI's process."""
-    monkeypatch.setattr(driver_pool, "START", DEAF)
-    drivers, ended = driver_pool.DriverPool("auto"), []
+    monkeypatch.setattr(ray_driver_pool, "START", DEAF)
+    drivers, ended = ray_driver_pool.DriverPool("auto"), []
 
     def end():
         ended.append(drivers.drivers[True].process)
@@ -222,8 +225,8 @@ def test_a_driver_that_ends_is_reported_and_the_next_run_has_another(monkeypatch
 
 
 def test_a_cancelled_run_leaves_its_driver_for_the_next(monkeypatch):
-    monkeypatch.setattr(driver_pool, "START", OBEDIENT)
-    drivers, events = driver_pool.DriverPool("auto"), []
+    monkeypatch.setattr(ray_driver_pool, "START", OBEDIENT)
+    drivers, events = ray_driver_pool.DriverPool("auto"), []
 
     def stop(header, data):
         events.append(header["event"])
@@ -239,9 +242,9 @@ def test_a_cancelled_run_leaves_its_driver_for_the_next(monkeypatch):
 
 
 def test_a_run_that_ends_while_it_is_cancelled_leaves_its_driver_for_the_next(monkeypatch):
-    monkeypatch.setattr(driver_pool, "START", HASTY)
-    monkeypatch.setattr(driver_pool, "CANCEL_SECONDS", 0)
-    drivers, processes = driver_pool.DriverPool("auto"), set()
+    monkeypatch.setattr(ray_driver_pool, "START", HASTY)
+    monkeypatch.setattr(ray_driver_pool, "CANCEL_SECONDS", 0)
+    drivers, processes = ray_driver_pool.DriverPool("auto"), set()
 
     def stop(header, data):
         wait_until(lambda: not drivers.drivers[True].running)
@@ -256,9 +259,9 @@ def test_a_run_that_ends_while_it_is_cancelled_leaves_its_driver_for_the_next(mo
 
 
 def test_a_driver_that_does_not_cancel_is_ended_and_the_next_run_has_another(monkeypatch):
-    monkeypatch.setattr(driver_pool, "START", DEAF)
-    monkeypatch.setattr(driver_pool, "CANCEL_SECONDS", 0.2)
-    drivers, processes = driver_pool.DriverPool("auto"), []
+    monkeypatch.setattr(ray_driver_pool, "START", DEAF)
+    monkeypatch.setattr(ray_driver_pool, "CANCEL_SECONDS", 0.2)
+    drivers, processes = ray_driver_pool.DriverPool("auto"), []
     for _ in range(2):
         with pytest.raises(Interrupted):
             drivers.run(True, {}, print, lambda: drivers.drivers[True].has_joined and after(-1)())
@@ -272,8 +275,8 @@ def test_a_driver_of_this_computer_gets_no_address_and_one_of_the_cluster_the_ow
     monkeypatch.setenv("RAY_ADDRESS", "head:1")
     monkeypatch.setenv("FEATHERWEIGHT_RAY_ADDRESS", "head:6379")
     before = dict(os.environ)
-    local = driver_pool.driver_environment("", {"COMFYUI_PATH": "x"})
-    cluster = driver_pool.driver_environment("head:6379", {})
+    local = ray_driver_pool.driver_environment("", {"COMFYUI_PATH": "x"})
+    cluster = ray_driver_pool.driver_environment("head:6379", {})
     assert "RAY_ADDRESS" not in local
     assert local["FEATHERWEIGHT_RAY_ADDRESS"] == "" and local["COMFYUI_PATH"] == "x"
     assert local["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0" and len(local["RAY_AUTH_TOKEN"]) == 64

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from featherweight.cluster import actor_pool, row_run
+from featherweight.cluster import actor_pool, batch_row_rendering
 from featherweight.cluster.actor_pool import ActorPool, PoolWorker
 from featherweight.cluster.batch_progress import BatchProgress
-from featherweight.cluster.row_run import RowRun
+from featherweight.cluster.batch_row_rendering import RowRun
 
 ray = pytest.importorskip("ray")
 
@@ -95,8 +95,8 @@ def cluster(monkeypatch):
 
     monkeypatch.setattr(actor_pool, "NODE_POLL_SECONDS", 0.01)
     monkeypatch.setattr(RowRun, "WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(row_run, "MAX_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(row_run, "NO_NODE_SECONDS", 0.1)
+    monkeypatch.setattr(batch_row_rendering, "MAX_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(batch_row_rendering, "NO_NODE_SECONDS", 0.1)
     return make
 
 
@@ -144,7 +144,7 @@ def test_without_a_machine_the_rest_fails_after_a_while_with_a_sentence(cluster)
 
 
 def test_a_machine_that_comes_back_in_time_draws_the_rest(cluster, monkeypatch):
-    monkeypatch.setattr(row_run, "NO_NODE_SECONDS", 60)
+    monkeypatch.setattr(batch_row_rendering, "NO_NODE_SECONDS", 60)
     pool = cluster(lambda name, node: "drawn", ())
     monkeypatch.setattr(time, "sleep", lambda seconds: pool.nodes.update(one=1))
     assert pool.draw("ab") == {"drawn": 2}

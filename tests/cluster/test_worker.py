@@ -15,8 +15,8 @@ from devtools import ROOT
 from featherweight.cluster import embedded_comfyui
 from featherweight.cluster.actor_pool import Share
 from featherweight.cluster.comfyui_install import MachineError
-from featherweight.cluster.graph import GraphError, with_result
 from featherweight.cluster.worker import PromptWorker
+from featherweight.cluster.workflow_graph import GraphError, with_result
 
 ray = pytest.importorskip("ray")
 LOADER = """

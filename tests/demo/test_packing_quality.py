@@ -13,10 +13,10 @@ from demo_model import scenes
 from devtools import ROOT
 from devtools.files import demo_files
 from featherweight.loaders.files import open_weights
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize.error_feedback import pack_with_feedback
 from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.tensor.packed_layout import is_packed
 
 RECORDED = json.loads(
     (ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8")).get("packing")

@@ -10,7 +10,7 @@ from demo_model.autoencoder import Autoencoder, widened
 from demo_model.flux import Flux, initialise
 from demo_model.lora import RANK, add_lora, file_tensors
 from devtools.files.demo_files import ENCODER_NAME, write_encoder
-from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.models.text_encoder import load_text_encoder
 
 PROMPTS = [
     "a red house left of a pine tree on grass at noon under a sun", "a blue house under a moon",

@@ -23,7 +23,7 @@ from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = [
     pytest.mark.usefixtures("small_models"),

@@ -24,9 +24,9 @@ from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, rela
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.checkpoint import CLIP_TYPES, load_checkpoint
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.ops import cpu_linear
+from featherweight.loaders.models.checkpoint import CLIP_TYPES, load_checkpoint
+from featherweight.ops.cpu import linear as cpu_linear
 from featherweight.ops.patcher import PackedPatcher
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")

@@ -15,10 +15,10 @@ from packed_files import (
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS, encoded, packed_layers, shrink
 
-from featherweight.loaders.clip_vision import load_clip_vision
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.model_summary import memory_summary
+from featherweight.loaders.inspect.model_summary import memory_summary
+from featherweight.loaders.models.clip_vision import load_clip_vision
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
 
 pytestmark = pytest.mark.usefixtures("small_models", "small_vision")

@@ -9,10 +9,10 @@ from host_formats import HOST_FORMATS, in_host_format
 from patched_models import relative, tiny_flux
 from safetensors.torch import save_file
 
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.host_formats import AS_COMFYUI
-from featherweight.ops.packed_layout import QuantizedTensor
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

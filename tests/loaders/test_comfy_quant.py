@@ -10,15 +10,15 @@ from host_formats import ASYMMETRIC, HOST_FORMATS, asymmetric_parts, in_host_for
 from patched_models import tiny_flux
 from safetensors.torch import save_file
 
-from featherweight.loaders import reader_choice
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, EXACT
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.host_formats import AS_COMFYUI, EXACT
+from featherweight.loaders.models import loader_choice
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.loader_choice import has_plain_fp8, needs_own_reader
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.models.vae import load_vae
 from featherweight.loaders.packing.source import source_of_file
-from featherweight.loaders.reader_choice import has_plain_fp8, needs_own_reader
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.loaders.vae import load_vae
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -205,7 +205,7 @@ def test_a_fault_while_a_file_is_looked_at_is_not_taken_for_a_format(tmp_path, m
 
     path = write_flux(tmp_path / "model.safetensors", {}, None)
     assert not needs_own_reader(path)
-    monkeypatch.setattr(reader_choice, "has_quantized_weights", fail)
+    monkeypatch.setattr(loader_choice, "has_quantized_weights", fail)
     with pytest.raises(RuntimeError, match="a fault of this pack"):
         needs_own_reader(path)
 

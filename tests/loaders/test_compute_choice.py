@@ -10,15 +10,23 @@ from families import FAMILIES, comfyui_gguf_style, random_weights, relative_erro
 from patched_models import dense_flux, flux_file, flux_inputs, relative
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.compute_choice import (
+from featherweight.loaders.models.compute_dtype import (
     ATTENTION_FLAGS,
     DTYPE_FLAGS,
     compute_dtype,
     compute_text,
 )
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.source import unsaved_parts
-from featherweight.ops import cpu_attention, cpu_features, cpu_linear
+from featherweight.ops.cpu import (
+    attention as cpu_attention,
+)
+from featherweight.ops.cpu import (
+    features as cpu_features,
+)
+from featherweight.ops.cpu import (
+    linear as cpu_linear,
+)
 
 OVERRIDE = "optimized_attention_override"
 

@@ -29,13 +29,13 @@ from safetensors.torch import save_file
 from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_zeros_gguf
-from featherweight.loaders.compute_choice import follows_model
-from featherweight.loaders.controlnet import load_controlnet
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.model_summary import memory_summary
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.inspect.model_summary import memory_summary
+from featherweight.loaders.models.compute_dtype import follows_model
+from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

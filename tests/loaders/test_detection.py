@@ -7,11 +7,11 @@ import torch
 from host_formats import in_host_format
 from safetensors.torch import save_file
 
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.source import SaveError, source_of_file
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -21,11 +21,11 @@ from families import (
 )
 
 from devtools.files.gguf_files import write_gguf, write_zeros_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
-from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
+from featherweight.ops.layers.packed_layers import PackedLayer
+from featherweight.ops.tensor.packed_layout import is_packed
 
 PREFIX = "model.diffusion_model."
 # The types gguf's reference can dequantise.

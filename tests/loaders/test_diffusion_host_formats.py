@@ -19,10 +19,10 @@ from patched_models import (
     tiny_flux,
 )
 
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.host_formats import AS_COMFYUI
-from featherweight.ops.packed_layout import QuantizedTensor, is_packed
+from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 

@@ -20,11 +20,11 @@ from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patc
 from safetensors.torch import load_file, save_file
 
 from devtools.files import tiny_models
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.reader_choice import needs_own_reader
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 from devtools.files.bnb_files import write_bnb, write_bnb_int8
@@ -110,7 +110,7 @@ sys.modules["bitsandbytes"] = None  # an import of it fails
 sys.path[:0] = {folders!r}
 import comfyui_and_pack
 import torch
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from patched_models import run
 for path in {paths!r}:
     torch.save(run(load_diffusion_model(path)), path + ".pt")

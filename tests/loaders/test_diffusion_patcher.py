@@ -16,8 +16,8 @@ from families import (
 )
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.tensor.packed_layout import is_packed
 
 FAMILY = FAMILIES["flux-schnell"]
 

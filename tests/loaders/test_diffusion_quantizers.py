@@ -10,14 +10,14 @@ from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
 from quantizer_writers import gptq
 from safetensors.torch import load_file, save_file
 
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.reader_choice import needs_own_reader
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -18,10 +18,10 @@ from hooked import run_hooked
 from patched_models import LIMIT, error_by_effect, lora_for, patched
 from sdnq_writer import H4, write_folder
 
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.model_summary import memory_summary
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.inspect.model_summary import memory_summary
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

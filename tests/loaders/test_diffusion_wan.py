@@ -8,9 +8,9 @@ from families import FAMILIES, host_patcher, random_weights, relative_error, run
 from quantizer_writers import gptq, quantized_state_dict
 from safetensors.torch import save_file
 
-from featherweight.loaders.diffusers_keys import from_diffusers
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.comfyui.diffusers_keys import from_diffusers
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.tensor.packed_layout import is_packed
 
 diffusers = pytest.importorskip("diffusers", reason="it has the names")
 

@@ -5,8 +5,8 @@ import unicodedata
 import folder_paths
 import pytest
 
-from featherweight.loaders.file_versions import FileVersions
-from featherweight.loaders.folders import find_file, list_files, validate_files
+from featherweight.loaders.paths.file_versions import FileVersions
+from featherweight.loaders.paths.folders import find_file, list_files, validate_files
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf, write_zeros_gguf
 from devtools.files.tiny_models import clip_l_shapes, flux_shapes
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.model_summary import load_summary, memory_summary
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.format import GGML_FORMATS
-from featherweight.ops.layers import PackedLayer
+from featherweight.loaders.inspect.model_summary import load_summary, memory_summary
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.formats.base import GGML_FORMATS
+from featherweight.ops.layers.packed_layers import PackedLayer
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -24,27 +24,27 @@ from patched_models import (
 )
 from safetensors.torch import save_file
 
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.files.comfy_formats import READERS
-from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.host_formats import (
+from featherweight.loaders.comfyui.who_computes import (
     AS_COMFYUI,
     AUTOMATIC,
     EXACT,
     host_multiplies,
     packed_formats,
 )
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.load_check import load_notes
-from featherweight.loaders.model_summary import (
+from featherweight.loaders.inspect.model_summary import (
     dequantize_backend_text,
     host_product_text,
     memory_summary,
 )
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.load_check import load_notes
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_file, source_of_model
-from featherweight.ops.packed_layout import is_packed, packed_tensors
+from featherweight.loaders.quantizers.comfyui import READERS
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

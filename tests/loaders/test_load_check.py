@@ -14,14 +14,20 @@ from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.load_check import NOT_NEEDED, UNUSED, check_load, load_notes, patcher_of
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.loaders.vae import load_vae
-from featherweight.ops import product
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.load_check import (
+    NOT_NEEDED,
+    UNUSED,
+    check_load,
+    load_notes,
+    patcher_of,
+)
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.models.vae import load_vae
+from featherweight.ops.layers import product
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

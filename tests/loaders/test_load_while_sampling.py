@@ -6,7 +6,7 @@ import pytest
 import torch
 from patched_models import flux_file, flux_inputs, forward, lora_for, packed_flux, patched, run
 
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.models.diffusion import load_diffusion_model
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -19,12 +19,12 @@ from packed_files import (
 )
 from safetensors.torch import save_file
 
-from featherweight.loaders.controlnet import load_controlnet
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.model_patch import load_model_patch
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.controlnet import load_controlnet
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.model_patch import load_model_patch
 from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models", "small_patches")
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from devtools.files.bnb_files import write_bnb
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.host_formats import AS_COMFYUI, AUTOMATIC
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.tensor.packed_layout import is_packed
 
 VACE = FAMILIES["wan2.1-vace"]
 

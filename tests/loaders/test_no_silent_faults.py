@@ -14,8 +14,8 @@ from patched_models import relative
 from stored_files import CLIP, FILES, Stored, StoredGGUF, Tensors, written
 
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.load_check import load_notes
-from featherweight.ops.packed_layout import QuantizedTensor
+from featherweight.loaders.models.load_check import load_notes
+from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

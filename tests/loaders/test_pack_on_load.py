@@ -39,18 +39,18 @@ from saving import save
 from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model, read_weights
 from featherweight.loaders.files import open_weights, packed_cache
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.model_summary import format_name, memory_summary
-from featherweight.loaders.pack_on_load import TYPES
+from featherweight.loaders.inspect.model_summary import format_name, memory_summary
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model, read_weights
+from featherweight.loaders.models.pack_on_load import TYPES
+from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.progress import Progress
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import is_packed, packed_tensors
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -20,16 +20,16 @@ from recipe_process import digest
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.recipe import LOADERS, Recipe
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.loaders.vae import load_vae
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.recipe import LOADERS, Recipe
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.models.vae import load_vae
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -14,9 +14,9 @@ from families import (
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.seedvr2 import FILES
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.seedvr2 import FILES
 
 FAMILY = FAMILIES["seedvr2-3b"]
 LACKS = ("^model.gguf lacks 'negative_conditioning' and 'positive_conditioning', which ComfyUI"

@@ -9,10 +9,10 @@ from families import run as run_family
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.text_encoder import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

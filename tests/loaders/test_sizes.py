@@ -1,7 +1,7 @@
 """Sizes as people read them: in GB, MB or KB, never as nothing where there is something."""
 import pytest
 
-from featherweight.loaders.sizes import part_text, size_text, type_lines
+from featherweight.loaders.byte_sizes import part_text, size_text, type_lines
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from families import relative_error
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import text_encoder
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.models import text_encoder
+from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.progress import Progress
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.layers.packed_layers import PackedLayer
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

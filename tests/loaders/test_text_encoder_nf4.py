@@ -13,9 +13,9 @@ from families import relative_error
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.host_formats import AS_COMFYUI
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")
 from devtools.files.bnb_files import write_bnb, write_bnb_int8

@@ -10,9 +10,9 @@ from families import relative_error
 from quantizer_writers import awq, gptq, pack_quantized, quantized_state_dict
 from safetensors.torch import save_file
 
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.layers.packed_layers import PackedLayer
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -21,16 +21,16 @@ from safetensors.torch import save_file
 from demo_model import scenes
 from devtools.files import demo_files
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.compute_choice import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.load_check import load_notes
-from featherweight.loaders.vae import build_vae, load_vae, wrap_vae
-from featherweight.ops import cpu_features
-from featherweight.ops.format import FORMATS
-from featherweight.ops.layers import PackedLayer, make_packed
-from featherweight.ops.load_hooks import pack_layers
-from featherweight.ops.packed_layout import is_packed, packed_tensor
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.compute_dtype import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
+from featherweight.loaders.models.load_check import load_notes
+from featherweight.loaders.models.vae import build_vae, load_vae, wrap_vae
+from featherweight.ops.cpu import features as cpu_features
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.layers.load_hooks import pack_layers
+from featherweight.ops.layers.packed_layers import PackedLayer, make_packed
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor
 
 CPU = torch.device("cpu")
 PICTURES = 8

@@ -4,8 +4,8 @@ import torch
 from patched_layers import LAYERS, PATCHES, input_for, layer_and_twin
 from patched_models import packed_anyhow
 
-from featherweight.ops import workspace
-from featherweight.ops.operations import packed_operations
+from featherweight.ops.layers import workspace
+from featherweight.ops.layers.comfyui_operations import packed_operations
 
 DTYPES = (torch.bfloat16, torch.float16)
 

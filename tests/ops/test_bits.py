@@ -5,12 +5,9 @@ import pytest
 import torch
 
 from devtools.files.gguf_files import block_pool
-from featherweight.ops import (
-    bits,
-    formats,  # noqa: F401  registers them
-)
-from featherweight.ops.bits import bit_planes, half, reinterpret, select, split_bits
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats import bits
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.bits import bit_planes, half, reinterpret, select, split_bits
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels.validation import random_tensors
@@ -65,7 +62,7 @@ def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_values_are_the_same_by_few_passes_as_by_cheap_ones(
     fmt, dtype, value_dtype, as_elsewhere, monkeypatch
 ):
-    monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 24 * fmt.block_length)
+    monkeypatch.setattr("featherweight.ops.formats.base.CPU_CHUNK_VALUES", 24 * fmt.block_length)
     tensors = usual_and_random(fmt)
     first, blocks = 3, tensors[0].numel() // fmt.block_bytes
     left_out = 5 if fmt.block_length > 5 else 0

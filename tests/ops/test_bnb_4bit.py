@@ -3,10 +3,10 @@ bit."""
 import pytest
 import torch
 
-from featherweight.ops import formats, product, workspace  # noqa: F401
-from featherweight.ops.format import FORMATS, FormatError
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.formats.base import FORMATS, FormatError
+from featherweight.ops.layers import product, workspace
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
@@ -39,7 +39,7 @@ def packed_by_bitsandbytes(shape, quant_type="nf4", block_length=64):
 def test_dequantizes_to_bitsandbytes_values(shape, quant_type, block_length, monkeypatch):
     packed, expected, _ = packed_by_bitsandbytes(shape, quant_type, block_length)
     assert torch.equal(packed.dequantize(), expected)
-    monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 2 * block_length)
+    monkeypatch.setattr("featherweight.ops.formats.base.CPU_CHUNK_VALUES", 2 * block_length)
     assert torch.equal(packed.dequantize(), expected)
 
 

@@ -3,10 +3,10 @@ bit."""
 import pytest
 import torch
 
-from featherweight.ops import product, workspace
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.layers import product, workspace
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -33,7 +33,7 @@ def test_dequantizes_to_bitsandbytes_values(shape, monkeypatch):
     assert torch.equal(packed.dequantize(), expected) and torch.allclose(
         expected, theirs, rtol=1e-6, atol=0
     )
-    monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 2 * shape[1])
+    monkeypatch.setattr("featherweight.ops.formats.base.CPU_CHUNK_VALUES", 2 * shape[1])
     assert torch.equal(packed.dequantize(), expected)
 
 

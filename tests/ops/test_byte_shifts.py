@@ -3,10 +3,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from featherweight.ops import bits
-from featherweight.ops.format import FORMATS, GGML_FORMATS, Format
-from featherweight.ops.formats import sdnq
+from featherweight.ops.formats import bits, sdnq
 from featherweight.ops.formats._rows import FAMILIES
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS, Format
 from featherweight.ops.quantize import can_pack, pack_tensor
 
 COLUMNS = 512

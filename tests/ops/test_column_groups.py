@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from devtools.files.gguf_files import pack
-from featherweight.ops import product
-from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers import product
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 ROWS, OUTER, INNER, WIDTH = 300, 3, 2, 128
 COLUMNS = OUTER * INNER * WIDTH

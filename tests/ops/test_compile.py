@@ -26,7 +26,7 @@ from patched_models import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.models.diffusion import load_diffusion_model
 
 HIDDEN, TOKENS, TEXT = 256, 16, 5
 

@@ -7,20 +7,16 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from featherweight.ops import (
-    formats,  # noqa: F401
-    int8,
-    kernels,
-    product,
-)
-from featherweight.ops.format import FORMATS, FormatError
+from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.formats.comfy import INT8_GROUPS, INT8_ROWS, NVFP4_SMOOTHED
+from featherweight.ops.formats.base import FORMATS, FormatError
+from featherweight.ops.formats.comfyui import INT8_GROUPS, INT8_ROWS, NVFP4_SMOOTHED
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.low_rank import LowRank
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import (
+from featherweight.ops.layers import int8, product
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.low_rank import LowRank
+from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.tensor.packed_layout import (
     PickledWeight,
     is_packed,
     join_packed,
@@ -29,8 +25,8 @@ from featherweight.ops.packed_layout import (
     scale_packed,
     with_low_rank,
 )
-from featherweight.ops.packed_tensor import relabel
-from featherweight.ops.row_slicing import join_rows, take_rows
+from featherweight.ops.tensor.packed_tensor import relabel
+from featherweight.ops.tensor.row_slicing import join_rows, take_rows
 
 CPU = torch.device("cpu")
 COLUMNS = 512

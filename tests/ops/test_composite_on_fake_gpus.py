@@ -16,11 +16,16 @@ from patched_models import (
     tiny_flux,
 )
 
-from featherweight.ops.formats.comfy import INT8_ROWS
-from featherweight.ops.formats.composite import Composite
-from featherweight.ops.operations import operations_for
-from featherweight.ops.packed_layout import is_packed, join_packed, packed_tensor, with_low_rank
+from featherweight.ops.formats.comfyui import INT8_ROWS
+from featherweight.ops.formats.low_rank_and_joined import Composite
+from featherweight.ops.layers.comfyui_operations import operations_for
 from featherweight.ops.patcher import adopt
+from featherweight.ops.tensor.packed_layout import (
+    is_packed,
+    join_packed,
+    packed_tensor,
+    with_low_rank,
+)
 
 BOTH = [pytest.param(False, marks=pytest.mark.fake_gpus, id="static"),
         pytest.param(True, marks=pytest.mark.fake_gpus(dynamic=True), id="dynamic")]

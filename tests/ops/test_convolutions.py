@@ -6,9 +6,9 @@ from comfy.weight_adapter import LoRAAdapter
 from patched_layers import CONVOLUTIONS, KERNELS, PATCHES, RANK, input_for, layer_and_twin
 from patched_models import relative
 
-from featherweight.ops import product
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.workspace import shared_workspace
+from featherweight.ops.layers import product
+from featherweight.ops.layers.workspace import shared_workspace
+from featherweight.ops.patches.layer_patches import build_patches
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad
 
-from featherweight.ops import cpu_attention, cpu_linear
+from featherweight.ops.cpu import attention as cpu_attention
+from featherweight.ops.cpu import linear as cpu_linear
 
 
 def operands(dtype, batch=2, heads=3, tokens=70, keys=50, width=24, reshaped=False):

@@ -8,8 +8,17 @@ import pytest
 import torch
 from patched_models import packed_anyhow
 
-from featherweight.ops import cpu_convolution, cpu_features, cpu_linear, product
-from featherweight.ops.operations import packed_operations
+from featherweight.ops.cpu import (
+    convolution as cpu_convolution,
+)
+from featherweight.ops.cpu import (
+    features as cpu_features,
+)
+from featherweight.ops.cpu import (
+    linear as cpu_linear,
+)
+from featherweight.ops.layers import product
+from featherweight.ops.layers.comfyui_operations import packed_operations
 
 CHANNELS, ROWS = 32, 48
 NEEDS_BFLOAT16 = pytest.mark.skipif(not cpu_features.multiplies_bfloat16(),

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from featherweight.ops import cpu_features
+from featherweight.ops.cpu import features as cpu_features
 
 ZEN5, SAPPHIRE_RAPIDS, GRAVITON3, HASWELL = (
     {"avx512_bf16": True, "avx512_vnni": True, "amx_bf16": False},

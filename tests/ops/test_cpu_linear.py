@@ -6,10 +6,12 @@ from devtools.measure.weights import random_weight
 import pytest
 import torch
 
-from featherweight.ops import cpu_features, cpu_linear, product
-from featherweight.ops.cpu_features import is_amd
-from featherweight.ops.low_rank import LowRank
-from featherweight.ops.operations import packed_operations
+from featherweight.ops.cpu import features as cpu_features
+from featherweight.ops.cpu import linear as cpu_linear
+from featherweight.ops.cpu.features import is_amd
+from featherweight.ops.layers import product
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.low_rank import LowRank
 
 ROWS, COLUMNS = 96, 256
 NEEDS_BFLOAT16 = pytest.mark.skipif(not cpu_features.multiplies_bfloat16(),

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from featherweight.ops import bits, formats, int8, int8_codes, product, quantize  # noqa: F401
-from featherweight.ops.format import FORMATS
+from featherweight.ops import quantize
+from featherweight.ops.formats import bits
 from featherweight.ops.formats._rows import FAMILIES, RowFormat
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels import cpp_backend, kernel_source
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.layers import int8, int8_codes, product
 from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
 CPU = torch.device("cpu")
 PACK = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 from families import relative_error
 
 from devtools.files.gguf_files import pack
-from featherweight.ops.format import FORMATS
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SHAPE = EXPERTS, ROWS, COLUMNS = 5, 48, 512
 

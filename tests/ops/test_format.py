@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from featherweight.ops import format, formats  # noqa: F401
-from featherweight.ops.format import FORMATS, Format, FormatError
+from featherweight.ops import formats  # noqa: F401
+from featherweight.ops.formats import base
+from featherweight.ops.formats.base import FORMATS, Format, FormatError
 from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.formats.comfy import INT8_ROWS
-from featherweight.ops.formats.composite import AddedLowRank, Joined
+from featherweight.ops.formats.comfyui import INT8_ROWS
+from featherweight.ops.formats.low_rank_and_joined import AddedLowRank, Joined
 
 
 def test_second_claim_on_a_ggml_type_is_refused():
@@ -52,7 +53,7 @@ def without_low_rank():
     lambda: Joined.of(0, [(FORMATS["Q8_0"], 3, 96), (FORMATS["Q4_0"], 5, 96)]),
     without_low_rank], ids=["NF4", "rows", "column groups", "low rank", "joined", "rest"])
 def test_threads_that_need_a_new_format_at_once_get_the_same_one(make, monkeypatch):
-    monkeypatch.setattr(format, "FORMATS", SlowLookup(FORMATS))
+    monkeypatch.setattr(base, "FORMATS", SlowLookup(FORMATS))
     barrier = threading.Barrier(4, timeout=60)
 
     def make_together():

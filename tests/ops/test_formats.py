@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from devtools.files import ggml_quantiser
 from devtools.files.gguf_files import block_pool
 from devtools.files.gguf_types import FORK_TYPES, NEWER_TYPES
-from featherweight.ops import bits, formats
-from featherweight.ops import format as base
-from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.formats import plain
+from featherweight.ops import formats
+from featherweight.ops.formats import base, bits, plain
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 
 DEVICES = ["cpu"] + [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
 each_format = pytest.mark.parametrize("fmt", GGML_FORMATS.values(), ids=lambda fmt: fmt.__name__)

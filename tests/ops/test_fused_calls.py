@@ -13,10 +13,10 @@ from patched_layers import COLUMNS, ROWS, layer_and_twin, patches_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops import host_versions
-from featherweight.ops.fused_calls import UnknownArgumentError
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.layers import make_packed
-from featherweight.ops.operations import packed_operations
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.fused_calls import UnknownArgumentError
+from featherweight.ops.layers.packed_layers import make_packed
+from featherweight.ops.patches.layer_patches import build_patches
 
 # kind of layer -> the format of its weight: of this pack, of the host, or none
 KINDS = {

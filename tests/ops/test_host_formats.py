@@ -8,9 +8,9 @@ from comfy.quant_ops import QUANT_ALGOS
 from comfy.weight_adapter import LoRAAdapter
 from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
 
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.operations import packed_operations
+from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patcher import adopt
+from featherweight.ops.patches.layer_patches import build_patches
 
 OPERATIONS = packed_operations(mixed=True)
 ROWS, COLUMNS, RANK = 128, 256, 4

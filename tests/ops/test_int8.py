@@ -6,14 +6,15 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from featherweight.ops import int8, int8_codes, kernels, product, workspace
-from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import packed_tensor, packed_tensors
+from featherweight.ops.layers import int8, int8_codes, product, workspace
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
 CPU = torch.device("cpu")
 TOKENS, COLUMNS, ROWS = 80, 1024, 48
@@ -120,7 +121,7 @@ def test_rows_of_a_weight_are_coded_to_half_a_step(name):
 def test_rows_are_coded_from_any_block_on_and_in_chunks(monkeypatch):
     weight = weight_of("Q4_K")
     (codes, _), part = encoded_rows(weight), torch.empty(ROWS - 5, COLUMNS, dtype=torch.int8)
-    monkeypatch.setattr("featherweight.ops.format.CPU_CHUNK_VALUES", 3 * COLUMNS)
+    monkeypatch.setattr("featherweight.ops.formats.base.CPU_CHUNK_VALUES", 3 * COLUMNS)
     int8_codes.encode_rows(PACKED["Q4_K"], packed_tensors(weight), part, torch.empty(ROWS - 5),
                            None, 5 * COLUMNS // 256)
     assert torch.equal(part, codes[5:])

@@ -25,13 +25,13 @@ from kernel_cases import (
 from lora_gain import assert_full_strength
 
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops import product
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend, registry
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers import product
+from featherweight.ops.layers.low_rank import LowRank, Slice
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 MAIN = ("cpp", "nvrtc", "metal", "triton")  # the others are cpp with fewer instructions
 WITH_PRODUCTS = [name for name in BACKENDS if name != "metal"]

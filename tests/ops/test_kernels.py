@@ -10,14 +10,15 @@ import torch
 from kernel_cases import wait_for_kernels
 
 from devtools.files.gguf_files import block_pool
-from featherweight.ops import formats, int8, int8_codes, kernels, product  # noqa: F401
-from featherweight.ops.format import FORMATS
-from featherweight.ops.int8_codes import encode_rows, encode_tokens
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import Backend, Kernel, registry
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.kernels.validation import ISSUES, probe
-from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers import int8, int8_codes, product
+from featherweight.ops.layers.int8_codes import encode_rows, encode_tokens
+from featherweight.ops.layers.low_rank import LowRank, Slice
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]

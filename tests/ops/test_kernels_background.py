@@ -15,11 +15,13 @@ import torch
 from patched_models import flux_file, packed_flux, run
 
 from featherweight.nodes import FeatherweightExtension
-from featherweight.ops import cpu_linear, formats, int8, kernels, product  # noqa: F401
-from featherweight.ops.format import FORMATS
+from featherweight.ops import kernels
+from featherweight.ops.cpu import linear as cpu_linear
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import background, cpp_backend, selector
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers import int8, product  # noqa: F401
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -220,7 +222,7 @@ pack.__path__ = [{str(PACK)!r}]
 sys.modules["featherweight"] = pack
 import torch
 from featherweight.ops import formats, kernels
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.background import compute_in_background
 def products():
     end = time.monotonic() + 1

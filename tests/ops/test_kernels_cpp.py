@@ -13,13 +13,14 @@ import torch
 from kernel_backends import CPUS, backend_on_cpu
 from kernel_cases import ALL_FORMATS, assert_same_bits, reference, shared_cache, wait_for_kernels
 
-from featherweight.ops import int8, product, quantize
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.format import FORMATS
+from featherweight.ops import quantize
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, quantize_validation
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers import int8, product
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

@@ -18,7 +18,7 @@ from kernel_cases import (
     shared_cache,
 )
 
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import metal_backend
 from featherweight.ops.kernels.kernel_source import TYPES, kernel_source
 from featherweight.ops.kernels.metal_backend import BACKEND, dequantize

@@ -9,13 +9,13 @@ import pytest
 import torch
 from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_SIZES
 
-from featherweight.ops import formats, product  # noqa: F401
-from featherweight.ops.format import FORMATS
 from featherweight.ops.formats._rows import FAMILIES
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
 from featherweight.ops.kernels.nvrtc import Compiler, CudaDriver, CudaError
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
+from featherweight.ops.layers import product  # noqa: F401
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 ELF = b"\x7fELF"

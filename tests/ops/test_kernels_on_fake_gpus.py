@@ -15,13 +15,14 @@ import torch
 from fake_gpus import CAPACITY
 from patched_models import packed_flux
 
-from featherweight.loaders.model_summary import dequantize_backend_text
+from featherweight.loaders.inspect.model_summary import dequantize_backend_text
 from featherweight.nodes import FeatherweightExtension
-from featherweight.ops import formats, kernels, product  # noqa: F401
-from featherweight.ops.format import FORMATS
-from featherweight.ops.kernels import background, trial, trial_startup
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.kernels import background, trial_process, trial_startup
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers import product
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 pytestmark = pytest.mark.fake_gpus(devices=1, late=False)
 needs_a_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))),
@@ -68,7 +69,7 @@ def test_what_a_model_asks_for_is_tried_where_memory_is_free_and_used_from_the_n
     gpu = restart()
     assert dequantize_backend_text(packed_flux("Q4_K")) == "dequantised by torch"
     assert "Kernels for Q4_K are not proven on cuda:0 (Fake GPU 0) yet" in caplog.text
-    fakegpu.set_capacity(fakegpu.used() + trial.FREE_TO_BEGIN // 2)
+    fakegpu.set_capacity(fakegpu.used() + trial_process.FREE_TO_BEGIN // 2)
     try:
         kernels.start_trials([gpu])
         wait_for("cuda:0 (Fake GPU 0): no kernel is proven, torch does the work; less than 1.5 GB",

@@ -10,12 +10,13 @@ import pytest
 import torch
 from filelock import FileLock
 
-from featherweight.ops import formats, kernels, product  # noqa: F401
-from featherweight.ops.format import FORMATS
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import Backend, Case, Kernel, registry, trial_startup
 from featherweight.ops.kernels.validation import ISSUES, random_tensors
 from featherweight.ops.kernels.verdicts import Notes, Verdicts
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers import product
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]

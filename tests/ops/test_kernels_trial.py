@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.format import FORMATS
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.kernels import trial
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.kernels import trial_process
 from featherweight.ops.kernels.kernel import Case
-from featherweight.ops.kernels.trial import MAX_RESTARTS, run_trial
+from featherweight.ops.kernels.trial_process import MAX_RESTARTS, run_trial
 from featherweight.ops.kernels.verdicts import Verdicts
 
 CPU = torch.device("cpu")
@@ -138,20 +138,20 @@ def test_a_case_is_tried_again_where_a_verdict_may_change(days, cases, planted, 
 
 
 def test_where_memory_is_short_nothing_is_tried(verdicts, monkeypatch):
-    monkeypatch.setattr(trial, "free_bytes", lambda device: trial.FREE_TO_BEGIN - 1)
+    monkeypatch.setattr(trial_process, "free_bytes", lambda device: trial_process.FREE_TO_BEGIN - 1)
     reason = run_planted(CPU, ("fine",), verdicts, [Q4_0])
     assert reason == "less than 1.5 GB of its memory was free"
-    monkeypatch.setattr(trial, "free_bytes", lambda device: trial.FREE_TO_GO_ON - 1)
+    monkeypatch.setattr(trial_process, "free_bytes", lambda device: trial_process.FREE_TO_GO_ON - 1)
     monkeypatch.setattr(os, "_exit", sys.exit)
     job = {"device": "cpu", "backends": ["cpp"], "file": str(verdicts.path), "case_seconds": 9,
            "cases": [Q4_0.as_json()]}
     with pytest.raises(SystemExit) as ended:
-        trial.Trial(job).run()
-    assert ended.value.code == trial.WITHOUT_MEMORY and verdicts.read() == []
+        trial_process.Trial(job).run()
+    assert ended.value.code == trial_process.WITHOUT_MEMORY and verdicts.read() == []
 
 
 @pytest.mark.parametrize(("status", "reason"), [
-    (trial.WITHOUT_MEMORY, "less than 1.0 GB of its memory was free"),
+    (trial_process.WITHOUT_MEMORY, "less than 1.0 GB of its memory was free"),
     (9, "its process ended with 9")])
 def test_a_process_that_ends_between_two_kernels_blames_none(status, reason, verdicts):
     verdicts.add("a kernel", "begun")  # by an earlier process
@@ -196,7 +196,7 @@ import planted_backends, time, torch
 from featherweight.ops import formats
 from featherweight.ops.kernels.background import start_thread
 from featherweight.ops.kernels.kernel import Case
-from featherweight.ops.kernels.trial import run_trial
+from featherweight.ops.kernels.trial_process import run_trial
 from featherweight.ops.kernels.verdicts import Verdicts
 folder, names = Path(sys.argv[3]), sys.argv[4:]
 for name in names:
@@ -304,7 +304,7 @@ def run_real_trial(verdicts: Verdicts, backends: tuple[str, ...], cases: list[Ca
         first: Python that the process runs at its start.
         before: Python that it runs before it tries anything.
     """
-    start = trial.START.replace("trial.main()",
+    start = trial_process.START.replace("trial.main()",
                                 f"trial.ROWS, trial.COLUMNS = 16, 512;{before} trial.main()")
     assert run_trial(CPU, backends, verdicts, cases,
                      (sys.executable, "-c", first + start, str(PACK)), 240) == ""

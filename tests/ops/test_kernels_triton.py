@@ -17,10 +17,10 @@ from kernel_backends import INTERPRETED, ON_A_GPU, device_of
 from kernel_cases import CPU, ROW_SIZES, assert_same_bits, each_row_format, reference
 
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.format import FORMATS
 from featherweight.ops.formats._rows import FAMILIES
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.formats.comfy import Rotated
+from featherweight.ops.formats.comfyui import Rotated
 from featherweight.ops.kernels import validation
 from featherweight.ops.kernels.kernel import WrongResult
 from featherweight.ops.kernels.validation import check, misaligned_copy, random_tensors

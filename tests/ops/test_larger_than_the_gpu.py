@@ -18,10 +18,10 @@ from small_encoders import encode, patched_clip
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.placement import place, place_clip
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops import workspace
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.placement import place, place_clip
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.layers import workspace
 from featherweight.ops.patcher.residency import PAGE
 
 GIB, MIB = 1 << 30, 1 << 20

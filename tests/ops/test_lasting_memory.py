@@ -9,12 +9,13 @@ import torch
 from patched_layers import COLUMNS, patches_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from featherweight.ops import bits, int8_codes, product
-from featherweight.ops.format import FORMATS
-from featherweight.ops.formats.comfy import rotation_signs
+from featherweight.ops.formats import bits
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.comfyui import rotation_signs
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.packed_layout import packed_tensor
+from featherweight.ops.layers import int8_codes, product
+from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 

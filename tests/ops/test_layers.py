@@ -13,11 +13,11 @@ from comfy.ops import manual_cast
 from patched_layers import KERNELS, PATCHES, input_for, layer_and_twin
 
 from devtools.files.gguf_files import pack
-from featherweight.ops import product, workspace
-from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.load_hooks import dequantize_plain_parameters
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import is_packed, packed_tensor, reshape_to
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
+from featherweight.ops.layers import product, workspace
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.load_hooks import dequantize_plain_parameters
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor, reshape_to
 
 OPERATIONS = packed_operations()
 FORMAT_NAMES = [

@@ -31,11 +31,11 @@ from patched_models import (
     run,
 )
 
-from featherweight.ops import product, workspace
-from featherweight.ops.adapters import shape_mismatch
-from featherweight.ops.layer_patches import LayerPatches, build_patches
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.layers import product, workspace
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.patches.adapters import shape_mismatch
+from featherweight.ops.patches.layer_patches import LayerPatches, build_patches
+from featherweight.ops.tensor.packed_layout import is_packed
 
 OPERATIONS = packed_operations()
 

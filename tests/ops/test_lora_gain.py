@@ -26,16 +26,16 @@ from patched_models import (
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.files import open_weights
-from featherweight.ops import formats, int8  # noqa: F401
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.low_rank import LowRank
-from featherweight.ops.operations import operations_for, packed_operations
-from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor, relabel
+from featherweight.ops.layers import int8
+from featherweight.ops.layers.comfyui_operations import operations_for, packed_operations
+from featherweight.ops.layers.low_rank import LowRank
+from featherweight.ops.layers.stochastic_rounding import add_small, stochastic_round
 from featherweight.ops.patcher import adopt
-from featherweight.ops.stochastic_rounding import add_small, stochastic_round
+from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor, relabel
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -29,10 +29,10 @@ from patched_models import (
 from safetensors.torch import load_file
 from tensor_attempts import ATTEMPTS
 
-from featherweight.ops.format import FORMATS
-from featherweight.ops.layers import PACKED_LAYERS
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import is_packed, packed_tensor
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.packed_layers import PACKED_LAYERS
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -8,10 +8,10 @@ from gguf import GGMLQuantizationType
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import quantize
-from featherweight.ops.format import FORMATS, FormatError
-from featherweight.ops.grid_search import Search
-from featherweight.ops.packed_layout import packed_tensors
+from featherweight.ops.formats.base import FORMATS, FormatError
 from featherweight.ops.quantize import can_pack, pack_tensor
+from featherweight.ops.quantize.grid_search import Search
+from featherweight.ops.tensor.packed_layout import packed_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from kernel_cases import cpu_kernels, shared_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops import kernels
-from featherweight.ops.format import FORMATS, FormatError
+from featherweight.ops.formats.base import FORMATS, FormatError
 from featherweight.ops.quantize import damped_hessian, error_feedback, pack_tensor
 from featherweight.ops.quantize.error_feedback import pack_with_feedback
 from featherweight.ops.quantize.method_choice import output_errors, pick_lower_error

@@ -11,12 +11,12 @@ import torch
 from kernel_cases import cpu_kernels, shared_cache
 
 from featherweight.ops import kernels
-from featherweight.ops.format import FORMATS, FormatError, powers_of_two
+from featherweight.ops.formats.base import FORMATS, FormatError, powers_of_two
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.packed_layout import packed_tensor, packed_tensors
 from featherweight.ops.quantize import _has_reference, can_pack, pack_tensor
 from featherweight.ops.quantize.method_choice import output_errors
 from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

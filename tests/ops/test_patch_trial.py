@@ -17,8 +17,8 @@ from patched_models import (
 )
 
 from featherweight.loaders.lora.compatibility import check_lora
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.patch_trial import trial_error
+from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.patches.patch_trial import trial_error
 
 LAYER = "lora_unet_double_blocks_0_img_attn_proj"
 

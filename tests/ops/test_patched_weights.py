@@ -24,8 +24,8 @@ from patched_models import (
 from safetensors.torch import load_file, save_file
 
 from featherweight.loaders.packing.source import source_of_model
-from featherweight.ops.packed_layout import QuantizedTensor
 from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -27,9 +27,9 @@ from patched_models import (
     run,
 )
 
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.packed_layout import QuantizedTensor
+from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.patcher import PackedPatcher, applied_patches
+from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 # Two devices to the host, though tensors on both say "cpu": loading in part without a GPU.
 LOAD, OFFLOAD = torch.device("cpu:0"), torch.device("cpu")

@@ -18,8 +18,8 @@ from patched_models import (
     run,
 )
 
-from featherweight.ops.packed_layout import QuantizedTensor
 from featherweight.ops.patcher import PackedPatcher
+from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.fake_gpus(dynamic=True)
 

@@ -19,7 +19,7 @@ from patched_models import (
     run,
 )
 
-from featherweight.ops.operations import packed_operations
+from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patcher import PackedPatcher, adopt
 
 pytestmark = pytest.mark.usefixtures("small_models")

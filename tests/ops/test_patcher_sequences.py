@@ -37,7 +37,7 @@ from patched_models import (
 )
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 
-from featherweight.loaders.placement import place, place_clip
+from featherweight.loaders.models.placement import place, place_clip
 
 if fake_gpus.ON_FAKE_GPUS:
     import fakegpu

@@ -14,7 +14,7 @@ from patched_models import flux_file, lora_for, packed_flux, patched
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 
 from devtools.files import tiny_models
-from featherweight.loaders.placement import place, place_clip
+from featherweight.loaders.models.placement import place, place_clip
 from featherweight.ops.patcher.residency import PAGE
 
 STATIC = pytest.mark.fake_gpus

@@ -11,7 +11,7 @@ import torch
 from gpu_memory import larger_flux, lies_on
 from patched_models import flux_inputs, lora_for, patched
 
-from featherweight.loaders.placement import place, placed_text
+from featherweight.loaders.models.placement import place, placed_text
 from featherweight.ops.patcher.residency import PAGE, slots_are_in_order
 from featherweight.ops.patcher.residency_order import layers_that_fit, residency_order
 

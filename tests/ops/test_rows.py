@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from devtools.files.gguf_files import pack
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import is_packed, packed_tensor
-from featherweight.ops.row_slicing import dense, interleave_rows, join_rows, take_rows
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor
+from featherweight.ops.tensor.row_slicing import dense, interleave_rows, join_rows, take_rows
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -9,8 +9,8 @@ import torch
 
 from devtools.files.gguf_files import pack
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.format import FORMATS, GGML_FORMATS, FormatError
-from featherweight.ops.packed_layout import is_packed, packed_tensor, relabel
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS, FormatError
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor, relabel
 
 SHAPE = (6, 512)
 

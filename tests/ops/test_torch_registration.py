@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from featherweight.ops import formats, int8, product  # noqa: F401
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.validation import random_tensors
+from featherweight.ops.layers import int8, product  # noqa: F401
 
 ROWS, COLUMNS = 12, 512
 LINEAR = ("input", "packed", "bias", "format", "rows", "value_dtype", "down", "ups", "slices")

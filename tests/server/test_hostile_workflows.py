@@ -409,7 +409,7 @@ def test_nor_does_one_on_ray_in_the_driver_and_its_workers(stranger, watch, node
         wait(watch.server)
     watch.assert_nothing()
     programs = " ".join(stranger.audit.programs().values())
-    assert "cluster.driver" in programs and "default_worker.py" in programs
+    assert "cluster.ray_driver" in programs and "default_worker.py" in programs
 
 
 @pytest.mark.parametrize(

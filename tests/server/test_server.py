@@ -12,7 +12,7 @@ from devtools import demo
 from devtools.files import demo_files
 from devtools.host.server import PACK, ServerError
 from devtools.workflows.demo import STEPS
-from featherweight.ops import int8
+from featherweight.ops.layers import int8
 
 
 def test_every_pack_imports(server):

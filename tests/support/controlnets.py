@@ -24,8 +24,8 @@ from host_nodes import MODELS, UNET, conditioning, models, seeded
 from packed_files import PACKED_FILES, write_sdnq
 
 import nodes as host_nodes
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.layers.packed_layers import PackedLayer
+from featherweight.ops.tensor.packed_layout import is_packed
 
 FLUX = FAMILIES["flux-dev"]
 

@@ -12,8 +12,8 @@ from patched_models import flux_inputs, folder, parts
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops.adapters import adapter_tensors
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.patches.adapters import adapter_tensors
 
 
 @contextlib.contextmanager

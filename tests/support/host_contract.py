@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from featherweight.ops.fused_calls import BY_POSITION, FusedCall
+from featherweight.ops.layers.fused_calls import BY_POSITION, FusedCall
 from featherweight.ops.patcher import PackedPatcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +145,7 @@ KNOWN = {
 }
 
 # Module of the host -> words in its source: attributes that it sets on models, modules and layers,
-# and names that `loaders.host_views` gives its functions another value of.
+# and names that `loaders.comfyui.layer_classes` gives its functions another value of.
 MARKS = {
     "comfy.clip_vision": "ClipVisionModel load_torch_file manual_cast",
     "comfy.model_patcher": "_v _v_signature bias_function comfy_cast_weights"

@@ -7,7 +7,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from safetensors.torch import save_file
 
-from featherweight.ops.formats.comfy import W4A8
+from featherweight.ops.formats.comfyui import W4A8
 
 HOST_FORMATS = tuple(QUANT_ALGOS)
 # of which the host looks up rows

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.models.diffusion import load_diffusion_model
 
 # Two levels of 320 and 640 channels, for nodes that look at the levels of a UNet.
 UNET = dataclasses.replace(

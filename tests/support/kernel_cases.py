@@ -9,12 +9,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from featherweight.ops import formats, kernels, product  # noqa: F401
-from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops import kernels
 from featherweight.ops.formats import integers
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, selector
 from featherweight.ops.kernels.kernel_source import FORMAT_NAMES
+from featherweight.ops.layers import product  # noqa: F401
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 BASIC_FORMATS = [

@@ -18,7 +18,7 @@ from unittest import mock
 import comfy.ops
 import torch
 
-from featherweight.ops import fused_calls
+from featherweight.ops.layers import fused_calls
 
 SHAPES = ("stock", "0.33", "kwargs", "helper")
 FUSED = fused_calls.BY_POSITION

@@ -1,7 +1,7 @@
 """The host's table of model folders, of which a test has its own."""
 import folder_paths
 
-from featherweight.loaders import folders
+from featherweight.loaders.paths import folders
 
 KEYS = {*folders.GGUF_FOLDERS.values(), "diffusers", "embeddings"}
 

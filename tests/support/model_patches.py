@@ -19,8 +19,8 @@ from controlnets import FrameLatents, Latents, build_weights
 from families import FAMILIES
 from host_nodes import MODELS, conditioning, models, seeded
 
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.layers.packed_layers import PackedLayer
+from featherweight.ops.tensor.packed_layout import is_packed
 
 WAN = dataclasses.replace(  # whose width 40 heads divide
     FAMILIES["wan2.1-t2v"],

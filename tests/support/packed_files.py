@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from sdnq_writer import write_folder
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.ops import product
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.layers import product
+from featherweight.ops.tensor.packed_layout import is_packed
 
 
 def write_ggml(packed_type: str, path, weights, **options):

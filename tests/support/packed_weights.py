@@ -2,11 +2,11 @@
 import torch
 
 from featherweight.loaders.files.gguf_writer import gguf_writer
-from featherweight.loaders.files.integer_weights import pack_rows
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import is_packed
-from featherweight.ops.packed_tensor import relabel
+from featherweight.loaders.quantizers.integers import pack_rows
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.ops.tensor.packed_tensor import relabel
 
 
 def pack_q8_0(matrix):

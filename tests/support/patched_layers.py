@@ -6,8 +6,8 @@ from comfy.weight_adapter import LoRAAdapter
 from host_formats import HOST_FORMATS, in_host_format
 from patched_models import packed_anyhow
 
-from featherweight.ops.layer_patches import build_patches
-from featherweight.ops.operations import packed_operations
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.patches.layer_patches import build_patches
 
 ROWS, COLUMNS, RANK = 48, 256, 4
 KERNELS = {"Linear": (), "Conv1d": (3,), "Conv2d": (3, 3), "Conv3d": (1, 2, 2)}

@@ -20,14 +20,14 @@ from user_kernels import without_kernels
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import dequantize, pack, write_gguf
-from featherweight.loaders import host_formats
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.comfyui import who_computes
 from featherweight.loaders.files import open_weights
-from featherweight.ops.format import FORMATS
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.operations import operations_for
-from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.layers.comfyui_operations import operations_for
+from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.patcher import adopt
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor
 
 FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # the last is bitsandbytes'
 LIMIT = 1e-5  # of the effect that the patches have, in float32
@@ -88,7 +88,7 @@ def dense_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None
 def packed_flux(format_name: str, seed: int = 0, dtype: torch.dtype | None = None):
     path, _ = flux_file(format_name, seed)
     if dtype is None:
-        by = host_formats.EXACT if format_name.endswith(EXACT) else host_formats.AS_COMFYUI
+        by = who_computes.EXACT if format_name.endswith(EXACT) else who_computes.AS_COMFYUI
         return load_diffusion_model(path, host_formats=by)
     state_dict = open_weights(path).state_dict()
     options = {"custom_operations": operations_for(state_dict), "dtype": dtype}

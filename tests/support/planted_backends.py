@@ -128,7 +128,7 @@ def backend(name: str):
 def plant() -> dict:
     """Registers all of them as backends of this process. Returns the formats."""
     from featherweight.ops import formats  # noqa: F401
-    from featherweight.ops.format import FORMATS
+    from featherweight.ops.formats.base import FORMATS
     from featherweight.ops.kernels.registry import IMPORTS
 
     for name in (*MISBEHAVE, "no_probe", "loses_the_device_at_once"):
@@ -139,9 +139,9 @@ def plant() -> dict:
 
 def main():
     formats = plant()
-    from featherweight.ops.kernels import trial
+    from featherweight.ops.kernels import trial_process
 
-    trial.ROWS, trial.COLUMNS = 16, 256
+    trial_process.ROWS, trial_process.COLUMNS = 16, 256
 
     def slowed(reference):
         def dequantize_into(*arguments):
@@ -152,4 +152,4 @@ def main():
     for name in ("Q4_0", "Q8_0"):
         _references[name] = formats[name].dequantize_into
         formats[name].dequantize_into = slowed(_references[name])
-    trial.main()
+    trial_process.main()

@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from featherweight.ops import cpu_features
+from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.kernels import cpp_backend
 
 # What source/cpu/lanes.h includes, with which every kernel of a CPU begins.

@@ -9,7 +9,7 @@ from encoders import ENCODERS
 from encoders.encoder import TOKENS, random_weights, write_encoder
 from patched_models import folder, lora_for
 
-from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.models.text_encoder import load_text_encoder
 
 
 @functools.cache

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 
 from devtools.files import demo_files
 from devtools.files.gguf_files import write_all
-from featherweight.loaders.controlnet import load_controlnet
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.loaders.vae import load_vae
+from featherweight.loaders.models.controlnet import load_controlnet
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.models.vae import load_vae
 
 Tensors = dict[str, torch.Tensor]
 Writer = Callable[[Path], Any]

@@ -22,10 +22,10 @@ import safetensors.torch
 import torch
 
 from devtools.files.gguf_files import pack
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import QuantizedTensor, packed_tensor
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor
 
 SHAPE = (16, 16)
 VALUES = np.random.default_rng(0).standard_normal(256, dtype=np.float32)

@@ -14,8 +14,8 @@ import torch
 from controlnets import build_weights
 from host_nodes import seeded
 
-from featherweight.ops.layers import PackedLayer
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.layers.packed_layers import PackedLayer
+from featherweight.ops.tensor.packed_layout import is_packed
 
 FOLDER = Path(comfy.clip_vision.__file__).parent
 

@@ -69,10 +69,11 @@ class RayRequest(Target):
     damaged = staticmethod(json_damaged)
 
     def prepare(self):
-        from featherweight.cluster import driver_messages, graph, run_variants
+        from featherweight.cluster import ray_driver_messages, workflow_graph, workflow_variants
         from featherweight.cluster.comfyui_install import MachineError
-        self.graph, self.items, self.messages = graph, run_variants, driver_messages
-        self.own = (graph.GraphError, MachineError, driver_messages.MessageError)
+        self.graph, self.items = workflow_graph, workflow_variants
+        self.messages = ray_driver_messages
+        self.own = (workflow_graph.GraphError, MachineError, ray_driver_messages.MessageError)
         nodes = {
             "1": ("Load", {"model_name": "a.gguf"}),
             "4": ("CLIPTextEncode", {"text": "a %text% house", "clip": ["1", 1]}),
@@ -120,14 +121,14 @@ class RayMessages(Target):
     name, reads = "ray_messages", "the stream between ComfyUI and the driver of Run on Ray"
 
     def prepare(self):
-        from featherweight.cluster import driver_messages
-        self.messages, self.own = driver_messages, (driver_messages.MessageError,)
+        from featherweight.cluster import ray_driver_messages
+        self.messages, self.own = ray_driver_messages, (ray_driver_messages.MessageError,)
         stream = io.BytesIO()
         for header, content in (
             ({"number": None, "event": "joined"}, b""),
             ({"number": 1, "event": "preview"}, b"\xff\xd8"),
         ):
-            driver_messages.write(stream, header, content)
+            ray_driver_messages.write(stream, header, content)
         return [stream.getvalue(), stream.getvalue()[:40]]
 
     def damaged(self, data, chance: random.Random):
@@ -156,8 +157,8 @@ class RayPictures(Target):
 
     def prepare(self):
         from featherweight.cluster.comfyui_install import MachineError
-        from featherweight.cluster.graph import GraphError
         from featherweight.cluster.image_collector import ImageCollector
+        from featherweight.cluster.workflow_graph import GraphError
         self.collector, self.own = ImageCollector, (GraphError, MachineError)
         events = [[{"event": "workers", "value": 2}, 0]]
         for item in range(2):

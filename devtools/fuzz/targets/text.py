@@ -17,8 +17,8 @@ class Tokenizer(WeightTarget):
     damaged = staticmethod(gguf_damaged)
 
     def prepare(self):
+        from featherweight.loaders.models.text_encoder import TOKENIZERS, _Encoder
         from featherweight.loaders.progress import Progress
-        from featherweight.loaders.text_encoder import TOKENIZERS, _Encoder
         honest = super().prepare()
         import comfy.text_encoders.spiece_tokenizer
         self.kept, self.pieces = TOKENIZERS, comfy.text_encoders.spiece_tokenizer.SPieceTokenizer

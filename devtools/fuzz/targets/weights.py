@@ -161,7 +161,7 @@ class Bitsandbytes(Safetensors):
         import torch
         from safetensors.torch import save
 
-        from featherweight.ops.format import FORMATS
+        from featherweight.ops.formats.base import FORMATS
 
         def four_bit(kind: str, nested: bool, rows: int, columns: int) -> dict[str, torch.Tensor]:
             blocks = rows * columns // 64
@@ -197,7 +197,7 @@ class Folder(FilesTarget):
 
     def prepare(self):
         from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
-        from featherweight.loaders.folders import _class_in
+        from featherweight.loaders.paths.folders import _class_in
         self.saved_tokenizer, self.class_in = saved_tokenizer, _class_in
         return super().prepare()
 

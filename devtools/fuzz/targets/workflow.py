@@ -83,8 +83,8 @@ class Names(TextTarget):
     def prepare(self):
         import folder_paths
 
-        from featherweight.loaders import folders
         from featherweight.loaders.files.container import WeightFileError
+        from featherweight.loaders.paths import folders
 
         self.own, models, self.output = (
             (WeightFileError,),
@@ -164,8 +164,8 @@ class Numbers(TextTarget):
     damaged = staticmethod(json_damaged)
 
     def prepare(self):
+        from featherweight.loaders.byte_sizes import size_text
         from featherweight.loaders.devices import find_device
-        from featherweight.loaders.sizes import size_text
         from featherweight.nodes.legacy.distorch import allocate_virtual_vram
         self.own, self.device = (), torch.device("cuda", 0)
         self.find_device, self.by_virtual_vram, self.size_text = (

@@ -16,15 +16,15 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.taesd.taesd import TAESD
 
-from featherweight.loaders.compute_choice import choose_compute, compute_text, vae_dtype
-from featherweight.ops.cpu_convolution import convolve_dense_layers
-from featherweight.ops.format import FORMATS
+from featherweight.loaders.models.compute_dtype import choose_compute, compute_text, vae_dtype
+from featherweight.ops.cpu.convolution import convolve_dense_layers
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.kernel import dtype_name
-from featherweight.ops.load_hooks import pack_layers
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_tensor import relabel
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.load_hooks import pack_layers
 from featherweight.ops.patcher import adopt
 from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.tensor.packed_tensor import relabel
 
 EXTRAS = ("openvino", "diffusers")  # the group "bench" of pyproject.toml
 CONTEXT = 768  # width of the text conditioning

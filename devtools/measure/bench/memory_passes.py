@@ -6,10 +6,10 @@ from devtools.measure.weights import FORMAT_NAMES, format_for
 
 import torch
 
-from featherweight.ops.format import DEVICE_CHUNK_VALUES, FORMATS
 from featherweight.ops.formats._rows import FAMILIES, RowFormat
+from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.low_rank import LowRank, Slice
+from featherweight.ops.layers.low_rank import LowRank, Slice
 
 
 def bench_passes(options):

@@ -12,12 +12,13 @@ import torch
 
 from devtools.files.gguf_files import write_gguf, write_random_gguf
 from devtools.files.tiny_models import flux, flux_shapes
-from featherweight.loaders.diffusion import load_diffusion_model
-from featherweight.ops import int8, kernels, product
-from featherweight.ops.format import FORMATS
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import is_packed, packed_tensors
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.layers import int8, product
+from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patcher import adopt
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 
 def bench_model(options):

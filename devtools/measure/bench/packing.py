@@ -12,7 +12,7 @@ import gguf
 import torch
 
 from featherweight.ops import kernels, quantize
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 TYPES = (

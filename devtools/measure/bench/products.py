@@ -7,10 +7,11 @@ from devtools.measure.weights import format_for, random_weight
 import gguf
 import torch
 
-from featherweight.ops import int8, kernels, product
-from featherweight.ops.format import FORMATS
-from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.packed_layout import packed_tensors
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.layers import int8, product
+from featherweight.ops.layers.low_rank import LowRank, Slice
+from featherweight.ops.tensor.packed_layout import packed_tensors
 
 LORA_CASES = {"2 of rank 16": (2, 16), "4 of rank 32": (4, 32)}
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import comfy.model_management
 import torch
 
-from featherweight.ops import cpu_features, kernels
+from featherweight.ops import kernels
+from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.kernels import selector, used
-from featherweight.ops.workspace import Workspace, shared_workspace
+from featherweight.ops.layers.workspace import Workspace, shared_workspace
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ....ops.row_slicing import take_rows
+from ....ops.tensor.row_slicing import take_rows
 from ..arch import Weights, rename_keys
 
 # A family adds its own names or replaces some of these.

@@ -1,6 +1,6 @@
 """The text part of CLIP L, H and bigG, with the names of open_clip or of transformers and the host.
 """
-from ....ops.row_slicing import dense, take_rows
+from ....ops.tensor.row_slicing import dense, take_rows
 from ..arch import Arch, rename_keys
 
 LAYER = "text_model.encoder.layers.{}"

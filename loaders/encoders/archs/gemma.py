@@ -1,5 +1,5 @@
 """Gemma 2 2B, Gemma 3 4B and 12B. The vision tower of Gemma 3 is SigLIP."""
-from ....ops.row_slicing import dense
+from ....ops.tensor.row_slicing import dense
 from ..arch import SENTENCEPIECE, Arch, rename_keys, unswap_ffn
 from ..tokenizer import sentencepiece_model
 from ._decoder import DECODER_NAMES, with_attention_split

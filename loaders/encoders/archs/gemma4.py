@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from ....ops.row_slicing import dense
+from ....ops.tensor.row_slicing import dense
 from ..arch import TOKENIZER_JSON, Arch, rename_keys
 from ..tokenizer import tokenizer_json
 from ._decoder import with_attention_split

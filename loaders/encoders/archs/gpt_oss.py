@@ -1,7 +1,7 @@
 """GPT-OSS 20B, the text encoder of Lens. Its experts stay in MXFP4."""
 import torch
 
-from ....ops.row_slicing import dense, interleave_rows
+from ....ops.tensor.row_slicing import dense, interleave_rows
 from ..arch import TOKENIZER_JSON, Arch, rename_keys
 from ..tokenizer import tokenizer_json
 from ._decoder import DECODER_NAMES

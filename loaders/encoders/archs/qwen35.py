@@ -5,8 +5,8 @@ Three of four layers are linear attention (a gated delta rule).
 import torch
 
 from ....ops.formats.column_groups import ColumnGroups
-from ....ops.packed_layout import is_packed, packed_tensor, packed_tensors
-from ....ops.row_slicing import dense, take_rows
+from ....ops.tensor.packed_layout import is_packed, packed_tensor, packed_tensors
+from ....ops.tensor.row_slicing import dense, take_rows
 from ..arch import Arch, Weights, rename_keys
 from . import qwen_vl
 from ._decoder import DECODER_NAMES

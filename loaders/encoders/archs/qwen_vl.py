@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ....ops.row_slicing import dense, join_rows
+from ....ops.tensor.row_slicing import dense, join_rows
 from ..arch import Weights, rename_keys, unswap_ffn
 
 BLOCK = "visual.blocks.{}"

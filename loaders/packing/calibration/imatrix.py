@@ -33,12 +33,12 @@ from pathlib import Path
 import torch
 
 from ....ops.quantize.second_moments import BLOCK, SecondMoments
+from ...byte_sizes import size_text
 from ...files.atomic_file import atomic_writer
 from ...files.container import MappedFile, map_file, safe_repr
 from ...files.gguf_header import MAGIC, Header
 from ...files.gguf_writer import gguf_writer
-from ...sizes import size_text
-from ...wording import join_some
+from ...name_lists import join_some
 from ..planning.file_plan import written_name
 from .sensitivity import Sensitivity, SensitivityError
 

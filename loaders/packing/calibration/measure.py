@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ....ops.format import FORMATS
-from ....ops.packed_tensor import PackedTensor
+from ....ops.formats.base import FORMATS
 from ....ops.quantize import pack_tensor
 from ....ops.quantize.method_choice import output_errors
 from ....ops.quantize.second_moments import SecondMoments
+from ....ops.tensor.packed_tensor import PackedTensor
 from ...files.atomic_file import WriteError, atomic_writer
 from ...progress import Progress
 from ..planning.plan import types_for

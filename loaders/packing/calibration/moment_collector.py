@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from ....ops.packed_layout import QuantizedTensor, is_packed
-from ....ops.product import dequantize
+from ....ops.layers.product import dequantize
 from ....ops.quantize.second_moments import HELD_OUT, SKETCH_ROWS, STEP, SecondMoments
+from ....ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ..planning.packing_rules import rules_for
 from .sampling import free_memory
 

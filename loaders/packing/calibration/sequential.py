@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ....ops import product
-from ....ops.packed_tensor import PackedTensor
+from ....ops.layers import product
 from ....ops.quantize.second_moments import SecondMoments
+from ....ops.tensor.packed_tensor import PackedTensor
 from .moment_collector import block_for, is_same, linear_layers
 from .sampling import SamplingRun, load, stop_where_cancelled
 

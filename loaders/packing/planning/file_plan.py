@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ....ops.format import FORMATS
+from ....ops.formats.base import FORMATS
+from ...byte_sizes import size_text
 from ...files import gguf_writer, safetensors_writer
 from ...files.atomic_file import WriteError, check_writable
 from ...files.container import PLAIN_DTYPES, nbytes_of
-from ...sizes import size_text
 from ..calibration.sensitivity import Sensitivity
 from ..source import Source, Weight
 from .packing_rules import (

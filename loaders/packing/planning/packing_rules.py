@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ....ops import formats  # noqa: F401  registers the packed formats
-from ....ops.format import FORMATS
+from ....ops.formats.base import FORMATS
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ....ops.bounded_json import read_json
 from ....ops.pickle_names import short_error_name
+from ...byte_sizes import size_text, type_lines, unit_of
 from ...files.container import nbytes_of
-from ...sizes import size_text, type_lines, unit_of
 from .knapsack import choose_types
 from .packing_rules import PackingRules, Shapes, divides_rows, with_fallback
 

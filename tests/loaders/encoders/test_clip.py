@@ -12,8 +12,8 @@ from families import relative_error
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import ARCHS, strip_prefix
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from devtools.files.bnb_files import write_bnb
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.text_encoder import load_text_encoder
+from featherweight.loaders.models.text_encoder import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

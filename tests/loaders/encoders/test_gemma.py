@@ -30,11 +30,11 @@ from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import arch_of
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops import workspace
-from featherweight.ops.format import Format
-from featherweight.ops.packed_layout import is_packed
-from featherweight.ops.row_slicing import dense, join_rows
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.formats.base import Format
+from featherweight.ops.layers import workspace
+from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.ops.tensor.row_slicing import dense, join_rows
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -22,8 +22,8 @@ from featherweight.loaders.encoders.archs.qwen import Qwen3VL, Qwen3VL32B, Qwen2
 from featherweight.loaders.encoders.archs.qwen35 import Qwen35
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

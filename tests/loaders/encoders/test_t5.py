@@ -28,8 +28,8 @@ from featherweight.loaders.encoders.arch import ARCHS, arch_of, strip_prefix
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -7,19 +7,19 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from host_formats import asymmetric_parts, asymmetric_values, awq_weight
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfy_quant import as_tensors
+from featherweight.loaders.comfyui.quantized_weights import as_tensors
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.files.comfy_formats import (
+from featherweight.loaders.quantizers.comfyui import (
     READERS,
     PartError,
     pack_parts,
     shifted_bias,
 )
-from featherweight.ops import product
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import is_packed, packed_tensors
-from featherweight.ops.row_slicing import dense, join_rows, take_rows
+from featherweight.ops.layers import product
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
+from featherweight.ops.tensor.row_slicing import dense, join_rows, take_rows
 
 ROWS, COLUMNS = 160, 512
 FP8 = {"scale": "recalculate"}

@@ -9,7 +9,7 @@ from devtools.files.bnb_files import write_bnb
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import ModelFolder
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "quantization_config": {
     "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}

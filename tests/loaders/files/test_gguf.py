@@ -27,7 +27,7 @@ from featherweight.loaders.files.container import (
     WeightFileError,
 )
 from featherweight.loaders.files.gguf import PLAIN_TYPES, UNSTORED_TYPES, GGUFFile
-from featherweight.ops.format import GGML_FORMATS
+from featherweight.ops.formats.base import GGML_FORMATS
 
 PACKED = [packed.__name__ for packed in GGML_FORMATS.values()]
 

@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.ops.format import GGML_FORMATS
+from featherweight.ops.formats.base import GGML_FORMATS
 
 # Peak of Python's own allocations over the file size, and what a handful of objects cost anyway.
 MEMORY_FACTOR, MEMORY_CONSTANT = 10, 100_000

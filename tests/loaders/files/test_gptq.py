@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.files.quantizers import has_quantized_weights
-from featherweight.loaders.reader_choice import needs_own_reader
-from featherweight.ops.packed_layout import is_packed
-from featherweight.ops.row_slicing import take_rows
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.loaders.quantizers.registry import has_quantized_weights
+from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.ops.tensor.row_slicing import take_rows
 
 V1 = {"quant_method": "gptq", "bits": 4}
 AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}

@@ -7,11 +7,11 @@ from patched_models import relative, tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.files.leftover_scales import OF_WEIGHT
-from featherweight.ops.packed_layout import QuantizedTensor, is_packed
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.quantizers.leftover_scales import OF_WEIGHT
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 TYPES = ["Q8_0", "Q4_0", "Q6_K", "F16", "BF16", "F32"]
 ROWS, COLUMNS = 48, 256

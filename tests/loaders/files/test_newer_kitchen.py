@@ -10,7 +10,7 @@ from comfy.quant_ops import QUANT_ALGOS
 from host_formats import awq_weight
 from oracles import installed
 
-from featherweight.loaders.files.comfy_formats import pack_parts
+from featherweight.loaders.quantizers.comfyui import pack_parts
 
 pytestmark = pytest.mark.heavy
 

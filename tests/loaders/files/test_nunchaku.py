@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.reader_choice import needs_own_reader
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.ops.operations import packed_operations
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.tensor.packed_layout import is_packed
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 PRECISIONS = pytest.mark.parametrize("precision", ["int4", "nvfp4"])

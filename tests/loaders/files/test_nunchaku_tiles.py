@@ -12,7 +12,7 @@ from nunchaku_writer import (
     tile_vector,
 )
 
-from featherweight.loaders.files import nunchaku_tiles as tiles
+from featherweight.loaders.quantizers import nunchaku_tiles as tiles
 from featherweight.ops.formats._rows import FAMILIES
 
 SIZES = pytest.mark.parametrize(("rows", "columns"), [(128, 128), (256, 384), (640, 256)])

@@ -12,12 +12,12 @@ from patched_models import tiny_flux
 from recipe_process import digest
 from safetensors.torch import load_file, save_file
 
-from featherweight.loaders import pack_on_load
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights, packed_cache
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.model_summary import memory_summary
-from featherweight.ops.format import FORMATS
+from featherweight.loaders.inspect.model_summary import memory_summary
+from featherweight.loaders.models import pack_on_load
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize import pack_tensor
 
 pytestmark = pytest.mark.usefixtures("small_models")

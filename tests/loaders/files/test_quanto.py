@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.reader_choice import needs_own_reader
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.ops.tensor.packed_layout import is_packed
 
 BYTES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -22,8 +22,8 @@ from quantizer_writers import (
 from safetensors.torch import save_file
 
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.files.comfy_formats import pack_parts
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.quantizers.comfyui import pack_parts
+from featherweight.ops.tensor.packed_layout import is_packed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -15,8 +15,8 @@ from devtools.files.bnb_files import quantised, write_bnb, write_bnb_int8
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import CONTAINERS, WeightFileError
 from featherweight.loaders.files.safetensors import SafetensorsFile
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import is_packed, packed_tensors
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 functional = pytest.importorskip("bitsandbytes.functional")
 

@@ -16,11 +16,11 @@ from patched_models import (
 )
 from safetensors.torch import save_file
 
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.reader_choice import needs_own_reader
-from featherweight.ops.packed_layout import is_packed
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.ops.tensor.packed_layout import is_packed
 
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8", reason="it is the oracle")
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from sdnq_writer import H2, H4, config_of, write_folder, write_weight
 
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.files.comfy_formats import PartError
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.files.sdnq import matches, read_settings
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.reader_choice import needs_own_reader
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.loaders.quantizers.comfyui import PartError
+from featherweight.loaders.quantizers.sdnq import matches, read_settings
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.packed_layout import is_packed
-from featherweight.ops.read_only_memory import is_read_only
+from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.ops.tensor.read_only_memory import is_read_only
 
 # versions -> a package that they need beside torch, diffusers and transformers
 VERSIONS = {"0.1.0": ("accelerate==1.2.0",), "0.1.9": ("accelerate==1.2.0",),

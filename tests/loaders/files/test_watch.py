@@ -21,17 +21,17 @@ from saving import save
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders import pack_on_load
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import network_drives, open_weights, packed_cache
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.models import pack_on_load
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.models.vae import load_vae
 from featherweight.loaders.packing.source import source_of_file, source_of_model
-from featherweight.loaders.text_encoder import load_text_encoder
-from featherweight.loaders.vae import load_vae
-from featherweight.ops.packed_layout import is_packed, packed_tensors
-from featherweight.ops.read_only_memory import guards_of, is_read_only
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
+from featherweight.ops.tensor.read_only_memory import guards_of, is_read_only
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -13,8 +13,8 @@ from featherweight.loaders.files.container import PLAIN_DTYPES
 from featherweight.loaders.files.gguf_writer import FILE_TYPES, file_size, gguf_writer
 from featherweight.loaders.files.safetensors_writer import file_size as safetensors_size
 from featherweight.loaders.files.safetensors_writer import safetensors_writer
-from featherweight.ops.format import FORMATS, GGML_FORMATS
-from featherweight.ops.packed_layout import is_packed, packed_tensor
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor
 
 METADATA = {
     "general.architecture": "flux", "general.quantization_version": 2, "general.file_type": 14,

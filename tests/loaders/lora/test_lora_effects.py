@@ -11,8 +11,8 @@ from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.lora.report import report_text
-from featherweight.ops.adapters import adapter_tensors
-from featherweight.ops.peft_dora import PeftDora
+from featherweight.ops.patches.adapters import adapter_tensors
+from featherweight.ops.patches.peft_dora import PeftDora
 
 PREFIX = "diffusion_model."
 LAYER = "double_blocks.0.img_attn.proj"

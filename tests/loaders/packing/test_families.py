@@ -18,7 +18,7 @@ from featherweight.loaders.packing.planning.packing_rules import (
     rules_for,
     with_fallback,
 )
-from featherweight.ops.format import FORMATS, GGML_FORMATS
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 
 # The family of these rules that each of the host's models is of; "general" for those that nobody
 # writes as GGUF yet.

@@ -11,7 +11,6 @@ from gguf import GGUFReader, GGUFWriter
 from patched_models import dense_flux, packed_flux
 from saving import save
 
-from featherweight.loaders import folders
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.packing.calibration import imatrix as imatrices
 from featherweight.loaders.packing.calibration.imatrix import (
@@ -22,6 +21,7 @@ from featherweight.loaders.packing.calibration.imatrix import (
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError
 from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES
 from featherweight.loaders.packing.source import source_of_model
+from featherweight.loaders.paths import folders
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.save_packed_model import SavePackedModel
 from featherweight.ops.quantize.second_moments import SecondMoments

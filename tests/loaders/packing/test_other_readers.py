@@ -19,7 +19,7 @@ from saving import save
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.planning.file_plan import TYPES
 from featherweight.loaders.packing.source import source_of_model
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 PEER = os.environ.get("COMFYUI_GGUF_PATH")

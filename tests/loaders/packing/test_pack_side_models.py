@@ -9,10 +9,10 @@ import vision_models
 from families import relative_error
 from safetensors.torch import save_file
 
-from featherweight.loaders.clip_vision import load_clip_vision
-from featherweight.loaders.controlnet import load_controlnet
 from featherweight.loaders.files import open_weights
-from featherweight.loaders.model_patch import load_model_patch
+from featherweight.loaders.models.clip_vision import load_clip_vision
+from featherweight.loaders.models.controlnet import load_controlnet
+from featherweight.loaders.models.model_patch import load_model_patch
 from featherweight.loaders.packing.planning.file_plan import plan_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_file

@@ -27,9 +27,10 @@ from patched_models import (
 from safetensors.torch import save_file
 from saving import save
 
-from featherweight.loaders.diffusion import load_diffusion_model
+from featherweight.loaders.byte_sizes import size_text
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.atomic_file import WriteError
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, TYPES, plan_file
 from featherweight.loaders.packing.planning.plan import DIGITS, PlanError
@@ -42,10 +43,9 @@ from featherweight.loaders.packing.source import (
     source_of_model,
     unsaved_parts,
 )
-from featherweight.loaders.sizes import size_text
-from featherweight.ops.format import FORMATS
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 BLOCK = "double_blocks.0.img_mlp.0.weight"  # a matrix that is packed

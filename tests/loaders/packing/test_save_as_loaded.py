@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from saving import save
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.checkpoint import load_checkpoint
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import source_of_model
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 FLAGS = ("fp8_e4m3fn_unet", "fp8_e5m2_unet", "bf16_unet", "fp16_unet", "fp32_unet")

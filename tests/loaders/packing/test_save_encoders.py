@@ -9,8 +9,8 @@ from encoders.t5 import spiece_model
 from families import relative_error
 from saving import save
 
+from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.source import Weight, source_of_encoders
-from featherweight.loaders.text_encoder import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

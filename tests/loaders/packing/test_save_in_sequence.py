@@ -17,8 +17,8 @@ from patched_models import (
 )
 from saving import save
 
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration import sequential
 from featherweight.loaders.packing.calibration.moment_collector import (
     Collector,
@@ -30,7 +30,7 @@ from featherweight.loaders.packing.calibration.sequential import record_calibrat
 from featherweight.loaders.packing.planning.packing_rules import bits_per_value
 from featherweight.loaders.packing.planning.plan import PlanError, types_for
 from featherweight.loaders.packing.source import source_of_model
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

@@ -8,11 +8,11 @@ from families import FAMILIES, random_weights, relative_error
 from saving import save
 from sdnq_writer import write_folder
 
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import open_weights
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import source_of_model
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 FAMILY = FAMILIES["flux-dev"]

@@ -10,7 +10,7 @@ from devtools.files.gguf_files import pack
 from featherweight.loaders.files import open_weights
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import source_of_file
-from featherweight.ops.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import is_packed
 
 CONVOLUTION, LINEAR = (
     "input_blocks.1.0.in_layers.2.weight",

@@ -7,7 +7,7 @@ from featherweight.loaders.packing.calibration.sequential import (
     SequentialCalibration,
     record_calls,
 )
-from featherweight.ops.format import FORMATS
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize import pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
 

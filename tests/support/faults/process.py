@@ -24,16 +24,16 @@ from devtools.files import tiny_models
 from devtools.files.bnb_files import write_bnb
 from devtools.files.gguf_files import write_gguf
 from faults import ERRORS
-from featherweight.loaders.diffusion import load_diffusion_model
 from featherweight.loaders.files import (
     network_drives,
     packed_cache,
 )
 from featherweight.loaders.lora.lora_file import load_lora_file
+from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts
-from featherweight.ops.packed_layout import is_packed, packed_tensors
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1, "context": 128}
 NUMBERS = itertools.count()

@@ -1,4 +1,4 @@
-// Writes rows of a weight whose block is a row. ops/formats/comfy.py documents the formats.
+// Writes rows of a weight whose block is a row. ops/formats/comfyui.py documents the formats.
 //
 // CODES names how LANES codes become numbers. A scale belongs to GROUP columns; SCALES names how it
 // is stored. Where ROTATED is 1, the numbers of GROUP columns are integers and are rotated, and the

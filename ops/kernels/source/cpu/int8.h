@@ -1,4 +1,4 @@
-// Encodes rows of floats as int8 codes of the rotated values, see ops/int8_codes.py. All functions
+// Encodes rows of floats as int8 codes of the rotated values, see ops/layers/int8_codes.py. All functions
 // but `encode` work on one row.
 
 #include <stdlib.h>

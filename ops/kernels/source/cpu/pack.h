@@ -1,4 +1,4 @@
-// The search of ops/grid_search.py, over the same scales in the same order; its docstrings document
+// The search of ops/quantize/grid_search.py, over the same scales in the same order; its docstrings document
 // the steps. A lane holds a block, so that no step works across lanes. Sums are added in another
 // order than torch's.
 //

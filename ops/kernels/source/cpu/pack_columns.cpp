@@ -1,4 +1,4 @@
-// `choose_columns` of ops/grid_columns.py, which documents the steps. A lane holds a row. Several
+// `choose_columns` of ops/quantize/grid_error_feedback.py, which documents the steps. A lane holds a row. Several
 // vectors of rows are processed together, so that each loaded share serves all of them, and so few
 // that all their columns stay in the cache.
 //

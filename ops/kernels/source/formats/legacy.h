@@ -1,4 +1,4 @@
-// ggml's first formats. ops/formats/legacy.py documents the layouts of the blocks.
+// ggml's first formats. ops/formats/legacy_quants.py documents the layouts of the blocks.
 
 struct Q4_0 {
     static FUNCTION Floats values(Packed block, int first) {

@@ -1,4 +1,4 @@
-// Rows of a weight whose block is a row, on GPUs. ops/formats/comfy.py documents the formats; the
+// Rows of a weight whose block is a row, on GPUs. ops/formats/comfyui.py documents the formats; the
 // definitions are those of cpu/dequantize_rows.cpp. A thread writes CHUNKS * LANES neighbouring
 // values of a row, LANES = 8.
 

@@ -1,0 +1,164 @@
+"""Converts models with diffusers' names by the host's conversion, packed weights included."""
+import bisect
+import logging
+import re
+from collections.abc import Sequence
+
+import comfy.model_detection
+import torch
+
+from ...ops.layers.load_hooks import FillEmpty
+from ...ops.tensor.packed_layout import is_packed
+from ...ops.tensor.row_slicing import join_rows, take_rows
+from .detection import try_detect
+
+log = logging.getLogger(__name__)
+
+# diffusers' names that the host's tables lack, and the names that the tables or its models have.
+UNKNOWN_TO_COMFYUI = (
+    (r"^(distilled_guidance_layer\.layers\.\d+)\.linear_1\.", r"\1.in_layer."),  # Chroma
+    (r"^(distilled_guidance_layer\.layers\.\d+)\.linear_2\.", r"\1.out_layer."),
+    (r"^time_guidance_embed\.", "time_text_embed."),  # Flux.2
+    (r"^((double|single)_stream_modulation\w*)\.linear\.", r"\1.lin."),
+)
+
+# Wan, of which the host has no table (diffusers 0.42 `transformer_wan.py`): a tensor that only its
+# models have, and the names of diffusers, which are the first that match, and those of the host.
+WAN = "condition_embedder.time_embedder.linear_1.weight"
+WAN_NAMES = tuple((re.compile(pattern), replacement) for pattern, replacement in (
+    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    (r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"^proj_out\.", "head.head."),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.to_([qkv])\.", r".self_attn.\1."),
+    (r"\.attn2\.to_([qkv])\.", r".cross_attn.\1."),
+    (r"\.attn1\.to_out\.0\.", ".self_attn.o."),
+    (r"\.attn2\.to_out\.0\.", ".cross_attn.o."),
+    (r"\.attn2\.add_([kv])_proj\.", r".cross_attn.\1_img."),
+    (r"\.attn2\.norm_added_k\.", ".cross_attn.norm_k_img."),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.norm2\.", ".norm3."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+))
+
+
+def from_diffusers(state_dict: dict[str, torch.Tensor],
+                   lazy: bool = False) -> dict[str, torch.Tensor]:
+    """Converts weights from diffusers' names and parts (q, k and v apart) to the host's.
+
+    The host's conversion handles plain tensors only. So it gets row numbers in place of rows, and
+    its output shows which row of which tensor each row of a weight is. If a part of a weight is
+    missing, of another width or of whole numbers, its other parts keep their names.
+
+    Args:
+        state_dict: of a model, without a prefix.
+        lazy: return a weight of several dense tensors as `JoinedRows`, which takes no memory yet.
+    """
+    if try_detect(comfy.model_detection.detect_unet_config, state_dict, "") is not None:
+        return state_dict
+    if WAN in state_dict:
+        return {_convert_wan(name): tensor for name, tensor in state_dict.items()}
+    tensors = {_convert_by_tables(name): tensor for name, tensor in state_dict.items()}
+    names = [name for name, tensor in tensors.items() if tensor.ndim and tensor.numel()]
+    starts = []
+    numbers = {}
+    next_number = 1
+    for name in names:
+        starts.append(next_number)
+        numbers[name] = torch.arange(next_number, next_number + len(tensors[name]))
+        next_number += len(tensors[name]) + 1  # the gap keeps two tensors from forming one run
+    # The host reads the width of a Flux from this bias, which Flux.2 lacks.
+    if "x_embedder.weight" in numbers:
+        numbers.setdefault("x_embedder.bias", torch.zeros_like(numbers["x_embedder.weight"]))
+    # zeros number no row: the host leaves memory as it is where a part is missing
+    with FillEmpty(torch.Tensor.zero_):
+        converted = try_detect(comfy.model_detection.convert_diffusers_mmdit, numbers, "")
+    if converted is None:
+        return state_dict
+    used = set(names).difference(numbers)  # the conversion pops what it uses
+    out: dict = {name: tensor for name, tensor in tensors.items() if name not in used}
+    for target, rows in converted.items():
+        written = rows[rows > 0]
+        sources = []
+        parts = []
+        for run in _consecutive_runs(written):
+            source = bisect.bisect(starts, run[0].item()) - 1
+            first = run[0].item() - starts[source]
+            sources.append(names[source])
+            parts.append((tensors[names[source]], first, first + len(run)))
+        if len(written) < len(rows) or len({
+                (part.shape[1:], part.is_floating_point()) for part, _, _ in parts}) > 1:
+            out |= {name: tensors[name] for name in sources}
+        else:
+            dense = len(parts) > 1 and not any(is_packed(tensor) for tensor, _, _ in parts)
+            out[target] = JoinedRows(parts) if lazy and dense else _join_rows(target, parts)
+    return out
+
+
+def _consecutive_runs(numbers: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Splits (n,) numbers into runs of consecutive ones."""
+    if not len(numbers):
+        return ()
+    return numbers.tensor_split((numbers.diff() != 1).nonzero().flatten() + 1)
+
+
+def _convert_wan(name: str) -> str:
+    """Returns the host's name of a tensor of Wan."""
+    for pattern, replacement in WAN_NAMES:
+        converted, count = pattern.subn(replacement, name)
+        if count:
+            return converted
+    return name
+
+
+def _convert_by_tables(name: str) -> str:
+    for pattern, replacement in UNKNOWN_TO_COMFYUI:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+class JoinedRows:
+    """A weight made of rows of several tensors, which are concatenated on demand.
+
+    Args:
+        parts: (tensor, first row, end) of each.
+    """
+
+    def __init__(self, parts: list[tuple[torch.Tensor, int, int]]):
+        self.parts = parts
+        tensor = parts[0][0]
+        rows = sum(end - first for _, first, end in parts)
+        self.dtype = tensor.dtype
+        self.shape = torch.Size([rows, *tensor.shape[1:]])
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor, _, _ in self.parts]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def joined(self) -> torch.Tensor:
+        return join_rows(
+            [take_rows(tensor, slice(first, end)) for tensor, first, end in self.parts])
+
+
+def _join_rows(name: str, parts: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
+    """Concatenates parts as `JoinedRows` has them; packed if all have the same packed format."""
+    joined = join_rows([take_rows(tensor, slice(first, end)) for tensor, first, end in parts])
+    if not is_packed(joined) and any(is_packed(tensor) for tensor, _, _ in parts):
+        log.info(
+            "[Featherweight] %s is dequantised: its parts have different formats, or blocks across"
+            " their borders.", name)
+    return joined

@@ -1,0 +1,88 @@
+"""Keeps the weights of models and text encoders packed that the host has built from a file."""
+import itertools
+import logging
+
+import comfy.model_patcher
+import comfy.sd
+import torch
+
+from ...ops.kernels.kernel_requests import prepare_kernels
+from ...ops.layers.int8 import multiplies_integers
+from ...ops.patcher import adopt
+from ..files.container import FileChangeGuard, WeightFile
+from ..inspect.model_summary import load_summary
+from ..models.compute_dtype import choose_compute
+
+log = logging.getLogger(__name__)
+
+
+def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compute: str):
+    """Makes a diffusion model's patcher keep packed weights packed and logs the model's formats.
+
+    Args:
+        patcher: the host's; it is changed in place.
+        file: the file that the weights were read from.
+        compute: one of `compute_dtype.COMPUTE`; a warning is logged if the device does not support
+            "int8".
+    """
+    log_load_summary(file, adopt(patcher))
+    choose_compute(patcher, compute)
+    keep_packed(patcher, patcher.model.get_dtype_inference())
+    if compute == "int8" and not multiplies_integers(patcher.load_device):
+        log.warning(
+            "[Featherweight] compute is int8, for which %s has no units that this pack uses"
+            " (NVIDIA from Turing on, and CPUs with VNNI or AMX, have them). The model computes"
+            " as with exact.", patcher.load_device)
+
+
+def log_load_summary(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher):
+    """Logs the formats in a file and the bytes that its model holds."""
+    log.info("[Featherweight] %s", load_summary(file, patcher))
+
+
+class PackedCLIP(comfy.sd.CLIP):
+    """The host's CLIP, always computing with the model of its patcher.
+
+    The host's node that chooses a device gives a CLIP another patcher with another model. It loads
+    that model and takes the LoRAs off the old one, but would go on computing with the old one.
+    """
+
+    @property
+    def cond_stage_model(self):
+        return self.patcher.model
+
+    @cond_stage_model.setter
+    def cond_stage_model(self, model):
+        """Ignores the model: the host sets the patcher too, which has it."""
+
+    def clone(self, *args, **kwargs):
+        return _as_packed_clip(super().clone(*args, **kwargs))
+
+
+def _as_packed_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    clip.__dict__.pop("cond_stage_model", None)
+    clip.__class__ = PackedCLIP
+    return clip
+
+
+def wrap_clip(clip: comfy.sd.CLIP):
+    """Makes a text encoder's patcher keep packed weights packed, on every device."""
+    keep_packed(clip.patcher, None)
+    _as_packed_clip(clip)
+
+
+def keep_packed(patcher: comfy.model_patcher.ModelPatcher, dtype: torch.dtype | None):
+    """Makes a patcher of the host keep packed weights packed, and check that their file stays as
+    it is whenever it loads.
+
+    Args:
+        patcher: is changed in place.
+        dtype: that the model computes in; None where that is not known yet.
+    """
+    adopt(patcher).model.packed_patches.check_source = guard_of(patcher.model)
+    prepare_kernels(patcher.model, patcher.load_device, dtype)
+
+
+def guard_of(model: torch.nn.Module) -> FileChangeGuard:
+    """Returns a guard that raises once a file that holds a model's weights has changed."""
+    return FileChangeGuard.of(itertools.chain(model.parameters(), model.buffers()))

@@ -1,0 +1,432 @@
+"""Reads weights in the host's own quantised formats (fp8 with scales, mxfp8, nvfp4, int8 ...).
+
+A layer `L` has several tensors in the file and becomes one tensor, `L.weight`:
+
+| format | tensors in the file |
+|---|---|
+| `comfy_quant` | `L.weight` (codes), `L.weight_scale` and other scales, `L.comfy_quant`, |
+| | optional `L.input_scale` |
+| `scaled_fp8` | `scaled_fp8` (marker), `L.weight` (fp8), `L.scale_weight`, |
+| | optional `L.scale_input` |
+
+`files.comfy_formats` makes packed tensors of those that it knows. The host's own code reads others:
+the layers of its `mixed_precision_ops`. So a newer host adds its formats here too, and a format
+that neither reads is reported before the host fails on it.
+"""
+import json
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
+
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.quant_ops import QUANT_ALGOS
+from comfy_kitchen.tensor import get_layout_class
+
+from ...ops.pickle_names import short_error_name
+from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_tensor import PackedTensor
+from ..files.container import (
+    AGAIN,
+    ProgressIter,
+    WeightFile,
+    WeightFileError,
+    describe,
+    first_line,
+    safe_repr,
+)
+from ..name_lists import join_some
+from ..out_of_memory import is_out_of_memory
+from ..quantizers.comfyui import (
+    DOWN,
+    FP8,
+    GROUP_SCALE,
+    OTHER_MARK,
+    READERS,
+    SMOOTH,
+    SMOOTHING,
+    UP,
+    PartError,
+    format_of,
+    pack_parts,
+    shifted_bias,
+)
+from ..quantizers.comfyui_marks import (
+    MARK,
+    OLD_MARKER,
+    SETTINGS,
+    MarkError,
+    listed_layers,
+    old_markers,
+    read_mark,
+)
+
+# formats with two codes in a byte; their layout does not know the shape of the weight
+HALF_STORED = ("convrot_w4a4",)
+# format -> the first version of ComfyUI that reads it
+READ_BY = {"asym_w4a8_int8": "0.33"}
+# whose names do not begin with "weight"
+OTHER_PARTS = (MARK[1:], "input_scale", SMOOTHING, SMOOTH, DOWN, UP)
+OLD_INPUT_SCALE = ".scale_input"
+UPDATE = "Update ComfyUI, or get another conversion."
+
+
+@short_error_name
+class UnreadFormatError(PartError):
+    """A layer in a quantised format cannot be read; the message is part of a sentence."""
+
+
+def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: str = "",
+               formats: Container[str] | None = None) -> dict[str, torch.Tensor]:
+    """Joins the parts of each quantised weight into one tensor, without copying the codes.
+
+    The parts of stacked experts stay apart: only the host's layer for experts reads them.
+
+    Args:
+        file: the file of the state dict.
+        state_dict: of `read_marked`; it is not changed.
+        prefix: of the names of the model; other weights stay as they are.
+        formats: names of those whose layers become packed tensors; others stay in parts for the
+            host. None: all become packed tensors or the host's own.
+
+    Returns:
+        A state dict whose quantised weights are `QuantizedTensor`s of dtype float32.
+
+    Raises:
+        WeightFileError: if a layer is damaged or in a format that is not read.
+    """
+    out = dict(state_dict)
+    layer_class = _layer_class()
+    for layer, names in _parts_of_layers(state_dict).items():
+        codes = state_dict.get(f"{layer}.weight")
+        if not layer.startswith(prefix):
+            continue
+        if codes is not None and (codes.ndim < 2 or not codes.numel()):
+            raise _unread_layer_error(file, layer, UnreadFormatError(
+                f"it is {describe(codes)}, expected rows of codes"))
+        if codes is not None and codes.ndim in (2, 4):  # 4: in tiles
+            parts = {name: state_dict[name] for name in names}
+            bias = state_dict.get(f"{layer}.bias")
+            try:
+                weight, bias = _packed(layer, parts, bias, READERS if formats is None else formats)
+                if weight is None and formats is None:
+                    weight = _host_weight(layer_class, layer, parts)
+            except UnreadFormatError as error:
+                raise _unread_layer_error(file, layer, error) from error
+            if weight is not None:
+                for name in names:
+                    del out[name]
+                out[f"{layer}.weight"] = weight
+                if bias is not None:
+                    out[f"{layer}.bias"] = bias
+    return out
+
+
+def read_marked(file: WeightFile, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
+    """Returns `with_marks` of `WeightFile.state_dict`, and raises as both do."""
+    return with_marks(file, file.state_dict(track))
+
+
+def with_marks(file: WeightFile,
+               state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gives each layer in a format of the host its `comfy_quant` tensor, as newer files have them.
+
+    The host adds them to files with `scaled_fp8` or settings in the metadata, where these name the
+    layers as the tensors do. Marks that say nothing (`null`, or beside weights that are packed in
+    other ways) are dropped, and one that names the other of two kinds of fp8 than its codes are of
+    is mended.
+
+    Args:
+        file: the file of the state dict.
+        state_dict: as stored; it is not changed.
+
+    Raises:
+        WeightFileError: the marks are damaged, or contradict each other.
+    """
+    state_dict, metadata = dict(state_dict), file.metadata
+    try:
+        listed = listed_layers(metadata, state_dict)
+    except MarkError as error:
+        raise WeightFileError(f"{file.path.name}: {error}. {AGAIN}") from error
+    _tell_of_absent_layers(file)
+    for layer, settings in listed.items():
+        if f"{layer}.weight" in state_dict:
+            _reject_contradiction(file, layer, settings, state_dict)
+            state_dict[f"{layer}{MARK}"] = _as_bytes(settings)
+    for marker in [] if SETTINGS in metadata else old_markers(state_dict):
+        _reject_scales_of_inputs(file, state_dict)
+        state_dict, _ = comfy.utils.convert_old_quants(
+            state_dict, model_prefix=marker.removesuffix(OLD_MARKER))
+    for name in [name for name in state_dict if name.endswith(MARK)]:
+        weight = state_dict.get(f"{name.removesuffix(MARK)}.weight")
+        mark = state_dict.pop(name)
+        mended = None if weight is None else _mended_mark(mark, weight)
+        if mended is not None:
+            state_dict[name] = mended
+    for names in _parts_of_layers(state_dict).values():
+        for name in names:  # ComfyUI's products take no float64
+            if state_dict[name].dtype == torch.float64:
+                state_dict[name] = state_dict[name].float()
+    return state_dict
+
+
+def _tell_of_absent_layers(file: WeightFile):
+    absent = [layer for layer in listed_layers(file.metadata, file.entries)
+              if f"{layer}.weight" not in file.entries]
+    if absent:
+        file.note(f"{file.path.name}: its metadata {SETTINGS} names layers that it has not:"
+                  f" {join_some(map(safe_repr, absent))}.")
+
+
+def host_metadata(file: WeightFile) -> dict[str, str]:
+    """Returns a file's metadata for the host, without the settings that `read_marked` has put
+    into the state dict."""
+    return {key: text for key, text in file.text_metadata.items() if key != SETTINGS}
+
+
+def _reject_contradiction(file: WeightFile, layer: str, settings: Any,
+                          state_dict: Mapping[str, torch.Tensor]):
+    """Raises WeightFileError if metadata and tensor name two formats for a layer."""
+    if f"{layer}{MARK}" not in state_dict:
+        return
+    try:
+        beside = _read_settings(state_dict[f"{layer}{MARK}"])
+    except UnreadFormatError:
+        return  # what reads the layer says what is wrong
+    names = [format_of(given) if isinstance(given, dict) else "" for given in (settings, beside)]
+    if names[0] != names[1]:
+        raise file.error_at(
+            f"{layer}.weight",
+            f"{safe_repr(f'{layer}.weight')} is in {safe_repr(names[0])} by its metadata and in"
+            f" {safe_repr(names[1])} by its comfy_quant", "Get another conversion.")
+
+
+def _reject_scales_of_inputs(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
+    """Raises WeightFileError for a scale of an input that is not one number, as the host reads."""
+    for name, tensor in state_dict.items():
+        if name.endswith(OLD_INPUT_SCALE) and tensor.numel() != 1:
+            raise file.error_at(name, f"{safe_repr(name)} is {describe(tensor)}, expected one"
+                                " number", AGAIN)
+
+
+def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """Returns a layer's `comfy_quant` as its codes need it, None where it has no meaning."""
+    if is_packed(weight):
+        return None
+    is_byte = mark.itemsize == 1 and not mark.is_floating_point()
+    if is_byte and weight.itemsize > 1 and _bytes_of(mark).rstrip(b"\0") == b"null":
+        return None
+    try:
+        settings = _read_settings(mark)
+    except UnreadFormatError:
+        return mark
+    kinds = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
+    if weight.dtype in FP8 and kinds.get(format_of(settings), weight.dtype) != weight.dtype:
+        return _as_bytes(settings | {"format": str(weight.dtype).removeprefix("torch.")})
+    return _as_bytes(settings) if _bytes_of(mark).endswith(b"\0") else mark
+
+
+def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
+    """Raises WeightFileError if a layer is damaged or in a format that this host does not read.
+
+    Args:
+        file: the file of the state dict.
+        state_dict: of `read_marked`.
+    """
+    unread = find_unread_layer(state_dict, state_dict.__getitem__, {})
+    if unread is not None:
+        raise _unread_layer_error(file, *unread)
+
+
+def has_format(names: Iterable[str], read: Callable[[str], torch.Tensor],
+               metadata: Mapping[str, Any], formats: Container[str]) -> bool:
+    """Returns whether a layer of a file is in one of some formats; see `find_unread_layer`.
+
+    Raises:
+        MarkError: if the settings in the metadata are damaged.
+    """
+    names = dict.fromkeys(names)
+    if old_markers(names) and "float8_e4m3fn" in formats:
+        return True
+    settings = list(listed_layers(metadata, names).values())
+    for name in names:
+        if name.endswith(MARK):
+            try:
+                settings.append(_read_settings(read(name)))
+            except UnreadFormatError:
+                pass  # the reader says what is wrong
+    return any(isinstance(one, dict) and format_of(one) in formats for one in settings)
+
+
+def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
+                      metadata: Mapping[str, Any]) -> tuple[str, UnreadFormatError] | None:
+    """Finds the first quantised layer that this host does not read.
+
+    Args:
+        names: of the tensors of a file.
+        read: returns a tensor by its name.
+        metadata: of the file.
+
+    Returns:
+        (layer, error), or None if the host reads all layers.
+
+    Raises:
+        MarkError: if the settings in the metadata are damaged.
+    """
+    names = dict.fromkeys(names)
+    settings = listed_layers(metadata, names)
+    for name in names:
+        if name.endswith(OLD_INPUT_SCALE) and read(name).numel() != 1:
+            return name.removesuffix(OLD_INPUT_SCALE), UnreadFormatError("its scale is no number")
+    layer_class = _layer_class()
+    marks = [f"{layer}{MARK}" for layer in settings]
+    for layer, parts in _parts_of_layers([*names, *marks]).items():
+        if f"{layer}.weight" not in names:
+            continue
+        tensors = {name: read(name) for name in parts if name in names}
+        if layer in settings:
+            tensors[f"{layer}{MARK}"] = _as_bytes(settings[layer])
+        weight = tensors[f"{layer}.weight"]
+        wide = next((name for name, part in tensors.items() if part.dtype == torch.float64), None)
+        if wide is not None:
+            return layer, UnreadFormatError(f"{safe_repr(wide)} is float64")
+        mark = _mended_mark(tensors[f"{layer}{MARK}"], weight)
+        if mark is not tensors[f"{layer}{MARK}"]:
+            return layer, UnreadFormatError("its comfy_quant does not say what its weight is")
+        if weight.ndim < 2 or not weight.numel():
+            return layer, UnreadFormatError(f"it is {describe(weight)}, expected rows of codes")
+        try:
+            if weight.ndim == 2:
+                _host_weight(layer_class, layer, tensors)
+            else:
+                _layer_settings(layer, tensors)
+        except UnreadFormatError as error:
+            return layer, error
+    return None
+
+
+def _as_bytes(settings: Any) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+def _bytes_of(mark: torch.Tensor) -> bytes:
+    return mark.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _layer_class() -> type:
+    return comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).Linear
+
+
+def _parts_of_layers(names: Iterable[str]) -> dict[str, list[str]]:
+    """Returns layer -> names of the tensors of its quantised weight, in the order of `names`."""
+    names = dict.fromkeys(names)
+    layers = {name.removesuffix(MARK): [] for name in names if name.endswith(MARK)}
+    for name in names:
+        layer, _, part = name.rpartition(".")
+        if layer in layers and (part.startswith("weight") or part in OTHER_PARTS):
+            layers[layer].append(name)
+    return layers
+
+
+def _unread_layer_error(file: WeightFile, layer: str,
+                        error: UnreadFormatError) -> WeightFileError:
+    name = f"{layer}.weight"
+    problem = f"{safe_repr(name)}: {error}"
+    if error.advice == UPDATE:
+        problem = (f"{safe_repr(name)} is in a quantised format that this ComfyUI does not read"
+                   f" ({error})")
+    return file.error_at(name, problem, error.advice)
+
+
+def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+    """Returns the settings of one layer's format; raises UnreadFormatError if it is unknown."""
+    settings = _read_settings(parts[f"{layer}{MARK}"])
+    name = settings.get("format")
+    if not isinstance(name, str):
+        raise UnreadFormatError("its comfy_quant names no format")
+    if name not in QUANT_ALGOS:
+        needed = [f"ComfyUI {READ_BY[name]}"] if name in READ_BY else []
+        if name in READERS:
+            needed.append("`host formats` at automatic")
+        by = f", which needs {' or '.join(needed)}" if needed else ""
+        raise UnreadFormatError(f"{safe_repr(name)}{by}", UPDATE)
+    return settings
+
+
+def _read_settings(mark: torch.Tensor) -> dict[str, Any]:
+    """Returns the JSON of a layer's `comfy_quant`."""
+    if mark.itemsize != 1 or mark.is_floating_point():
+        raise UnreadFormatError(f"its comfy_quant is {describe(mark)}, expected uint8")
+    try:
+        return read_mark(_bytes_of(mark))
+    except MarkError as error:
+        raise UnreadFormatError(str(error)) from error
+
+
+def _packed(layer: str, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None,
+            formats: Container[str]) -> tuple[PackedTensor | None, torch.Tensor | None]:
+    """Returns a packed tensor of one weight, None where it is in none of the formats, and the bias.
+
+    Raises:
+        UnreadFormatError: if a part is wrong.
+    """
+    settings = _read_settings(parts[f"{layer}{MARK}"])
+    format_name = format_of(settings)
+    if format_name not in formats:
+        return None, bias
+    tensors = {name.removeprefix(f"{layer}."): tensor for name, tensor in parts.items()}
+    try:
+        weight = pack_parts(settings, tensors)
+        return weight, bias if weight is None else shifted_bias(settings, tensors, bias)
+    except PartError as error:
+        raise UnreadFormatError(f"{format_name}: {error}", error.advice) from error
+
+
+def _host_weight(layer_class: type, layer: str,
+                 parts: dict[str, torch.Tensor]) -> QuantizedTensor:
+    """Builds the host's tensor of one weight; the host's layer pops what it uses from `parts`.
+
+    Raises:
+        UnreadFormatError: if the host does not read the format or a part is wrong.
+    """
+    settings = _layer_settings(layer, parts)
+    name = settings["format"]
+    codes, expected = parts[f"{layer}.weight"], QUANT_ALGOS[name]["storage_t"]
+    allowed = {expected, torch.uint8} | ({torch.int8} if expected == torch.uint8 else set())
+    if codes.dtype not in allowed:
+        raise UnreadFormatError(
+            f"{name}: its codes are {describe(codes)}, expected"
+            f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
+    try:
+        rows, columns = _shape(name, settings, layer, parts)
+        module = layer_class(columns, rows, bias=False)
+        module._load_from_state_dict(parts, f"{layer}.", {}, False, [], [], [])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+            OverflowError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnreadFormatError(f"{name}: {first_line(error)}") from error
+    ignored = next((part for part in parts if part.startswith(f"{layer}.weight")), None)
+    if ignored is not None:  # without it the host would compute with wrong values
+        raise UnreadFormatError(f"{name} with {safe_repr(ignored.removeprefix(f'{layer}.'))}",
+                                UPDATE)
+    return module.weight.detach()
+
+
+def _shape(name: str, settings: Mapping, layer: str,
+           parts: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Returns a weight's shape, including the padding to whole blocks that some formats have."""
+    rows, stored = parts[f"{layer}.weight"].shape
+    layout = get_layout_class(QUANT_ALGOS[name]["comfy_tensor_layout"])
+    if hasattr(layout, "get_logical_shape_from_storage"):
+        return layout.get_logical_shape_from_storage((rows, stored))
+    if f"{layer}.{GROUP_SCALE}" not in parts:  # of asym_w4a8_int8, (rows, groups of columns)
+        return rows, stored * (2 if name in HALF_STORED else 1)
+    params = settings.get("params", {})
+    default = params.get("group_size", 16) if isinstance(params, dict) else 16
+    group_size = settings.get("group_size", default)
+    columns = parts[f"{layer}.{GROUP_SCALE}"].shape[1] * int(group_size)
+    if stored * 2 != columns and not (hasattr(layout, "bits") and stored * 4 == columns * 3):
+        # The host would take it for 4 bits.
+        raise ValueError(f"it has {stored * 8 / columns:g} bits a value")
+    return rows, columns

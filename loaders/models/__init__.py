@@ -1,0 +1,1 @@
+"""Loads files as ComfyUI's models, and reloads them."""

@@ -1,0 +1,61 @@
+"""Loads CLIP vision models (CLIP, SigLIP, LLaVA's, DINO); packed weights stay packed."""
+import re
+from typing import Any
+
+import comfy.clip_vision
+import torch
+
+from ...ops.tensor.row_slicing import take_rows
+from ..comfyui.detection import CLIP_VISION
+from ..comfyui.layer_classes import names_with_layers, rebind
+from ..comfyui.packed_patcher import keep_packed
+from .models_beside import load_side_model
+
+FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
+
+
+def load_clip_vision(path: str, pack_to: str | None = None) -> comfy.clip_vision.ClipVisionModel:
+    """Loads a CLIP vision model and keeps its packed weights packed.
+
+    The host's own function detects and builds it, so every model works that this ComfyUI knows.
+    A file without packed weights loads as with that, unless it is to be packed.
+
+    Args:
+        path: of a file or a folder of transformers.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+
+    Raises:
+        WeightFileError: if the file cannot be read or holds no known CLIP vision model.
+    """
+    clip_vision, packed_file = load_side_model(path, CLIP_VISION, _build, pack_to)
+    if packed_file:
+        packed_file.adopt(clip_vision.patcher, torch.float32)  # pictures are float32
+        if getattr(clip_vision, "naf", None) is not None:
+            keep_packed(clip_vision.naf, torch.float32)
+    return clip_vision
+
+
+def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
+           operations: type | None) -> Any:
+    """Builds the host's CLIP vision model from the weights of a file, as `models_beside.Build`."""
+    weights: dict[str, Any] = {
+        key: _Rows(tensor) if operations and FUSED.search(key) else tensor
+        for key, tensor in state_dict.items()
+    }
+    names = names_with_layers(comfy.clip_vision, operations,
+                              {"load_torch_file": lambda path: weights})
+    model_class = comfy.clip_vision.ClipVisionModel
+    names["ClipVisionModel"] = type(model_class.__name__, (model_class,), {
+        "__init__": rebind(model_class.__init__, names)})
+    return rebind(comfy.clip_vision.load, names)(name)
+
+
+class _Rows:
+    """A weight of which the host takes slices of rows; they stay packed."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+        self.shape = tensor.shape
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return take_rows(self.tensor, rows)

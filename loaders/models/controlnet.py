@@ -1,0 +1,150 @@
+"""Loads ControlNets and T2I-Adapters; packed weights of a ControlNet stay packed."""
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import comfy.controlnet
+import comfy.model_management
+import torch
+
+from ...ops.tensor.packed_layout import is_packed
+from ..comfyui.detection import CONTROLNET
+from ..comfyui.diffusers_keys import from_diffusers
+from ..comfyui.packed_patcher import keep_packed
+from ..files import open_weights
+from ..files.container import WeightFileError
+from .compute_dtype import follows_model
+from .models_beside import load_side_model
+
+# What the tensors of ControlNets begin with, and those of T2I-Adapters do not.
+CONTROLNET_NAMES = re.compile(
+    r"(control_model\.)?(control|single_controlnet_|zero_convs\.|after_proj_list\.)")
+
+# Type checkers see a subclass of the host's; `_packed_class` makes the real one.
+_HostControl = comfy.controlnet.ControlNet if TYPE_CHECKING else object
+
+
+class PackedControlNet(_HostControl):
+    """Mixin over the host's ControlNets: copies keep packed weights packed. On a CPU it computes in
+    what the guided model computes in."""
+
+    def copy(self, *args, **kwargs):
+        return _as_packed(super().copy(*args, **kwargs))
+
+    def pre_run(self, model, *args, **kwargs):
+        if follows_model(self):
+            dtype = model.get_dtype_inference()
+            self.manual_cast_dtype = dtype if dtype == torch.bfloat16 else None
+        super().pre_run(model, *args, **kwargs)
+
+    def deepclone_multigpu(self, *args, **kwargs):
+        clone = super().deepclone_multigpu(*args, **kwargs)
+        model: Any = clone.control_model
+        del model.packed_patches, model.packed_residency  # a copy has its own
+        keep_packed(clone.control_model_wrapped, _dtype_of(clone))
+        return _as_packed(clone)
+
+
+def load_controlnet(path: str, pack_to: str | None = None) -> comfy.controlnet.ControlBase:
+    """Loads a ControlNet and keeps its packed weights packed.
+
+    The small parts that ComfyUI computes with as plain tensors, T2I-Adapters and Control-LoRAs are
+    dequantised. A file without packed weights goes to the host's own loader, unless it is to be
+    packed.
+
+    Args:
+        path: of a file or a folder of diffusers.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read, but
+            not those of T2I-Adapters and Control-LoRAs.
+
+    Raises:
+        WeightFileError: if the file cannot be read, or holds no known ControlNet or one whose
+            weights are to be added to those of a model.
+    """
+    if pack_to and not _may_be_packed(open_weights(path).entries):
+        pack_to = None
+
+    def convert(state_dict):
+        if "lora_controlnet" in state_dict:  # the host copies its weights into a model's
+            state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
+                          for key, tensor in state_dict.items()}
+        return _convert_fused(state_dict, lazy=pack_to is not None)
+
+    control, packed_file = load_side_model(path, CONTROLNET, _build, pack_to, convert)
+    if packed_file and hasattr(control, "control_model_wrapped"):
+        packed_file.adopt(control.control_model_wrapped, _dtype_of(control))
+        _as_packed(control)
+    return control
+
+
+def _may_be_packed(names: Iterable[str]) -> bool:
+    """Returns whether a file with these names holds a ControlNet with weights of its own."""
+    names = set(names)
+    return (any(CONTROLNET_NAMES.match(name) for name in names)
+            and not names & {"lora_controlnet", "difference"})
+
+
+def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
+           operations: type | None) -> Any:
+    """Builds the host's ControlNet from the weights of a file, as `models_beside.Build`."""
+    if "difference" in state_dict:
+        raise WeightFileError(
+            f"{name} holds the difference between a ControlNet and a model (it has 'difference'),"
+            " expected a whole ControlNet. Get one with all its weights, or load an unpacked one"
+            " with ComfyUI's Load ControlNet Model (diff).")
+    options: dict[str, Any] = {}
+    if _averages_over_picture(name):
+        options["global_average_pooling"] = True
+    if operations is not None:
+        options["custom_operations"] = operations
+        if "control_img_in.weight" in state_dict:  # or the host takes the dtype of a packed weight
+            options["dtype"] = comfy.model_management.unet_dtype(
+                model_params=-1, supported_dtypes=[torch.bfloat16, torch.float32])
+    return comfy.controlnet.load_controlnet_state_dict(state_dict, model_options=options)
+
+
+def _convert_fused(state_dict: Mapping[str, torch.Tensor],
+                   lazy: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Makes the weights that the host makes of several of diffusers' (q, k and v).
+
+    The host detects a ControlNet by diffusers' names and joins the weights itself, which would
+    dequantise packed ones. So its names get what needs no memory, and the joined weights that are
+    here under their own names replace what the host makes of that.
+
+    Args:
+        state_dict: of the file.
+        lazy: see `from_diffusers`.
+
+    Returns:
+        Stand-ins without memory for the weights that were converted, and the other weights beside
+        what was made of them.
+    """
+    converted = from_diffusers(dict(state_dict), lazy)
+    sources = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in state_dict.items() if name not in converted
+    }
+    return sources, converted
+
+
+def _dtype_of(control: Any) -> torch.dtype:
+    """Returns what a ControlNet computes in."""
+    return control.manual_cast_dtype or control.control_model_wrapped.model.dtype
+
+
+def _as_packed(control: Any) -> Any:
+    """Changes the class of a ControlNet to its `PackedControlNet`, and returns it."""
+    if not isinstance(control, PackedControlNet):
+        control.__class__ = _packed_class(type(control))
+    return control
+
+
+@functools.cache
+def _packed_class(cls: type) -> type:
+    return type(f"Packed{cls.__name__}", (PackedControlNet, cls), {})
+
+
+def _averages_over_picture(name: str) -> bool:
+    """Returns whether a file is a "shuffle" ControlNet, which the host knows by its name only."""
+    return re.search(r"_shuffle(?![a-zA-Z])", name) is not None

@@ -1,0 +1,243 @@
+"""Loads diffusion models from weight files and folders as the host's own, with packed weights."""
+import contextlib
+import logging
+import os
+from collections.abc import Container, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+
+from ...ops.layers.comfyui_operations import operations_for
+from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ...ops.tensor.packed_layout import is_packed
+from ..comfyui.detection import (
+    DETECTION_ERRORS,
+    explain_missing_config,
+    explain_shape_errors,
+    is_diffusion_model,
+    left_out_text,
+    missing_keys_text,
+    reject_endless_blocks,
+    reject_non_diffusion,
+    reject_side_model,
+    shape_mismatch_text,
+    uneven_bias_text,
+)
+from ..comfyui.host_patcher import keep_weights_whole
+from ..comfyui.packed_patcher import wrap_model
+from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked, reject_unread_layers
+from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
+from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
+from ..files import open_weights
+from ..files.container import WeightFile, WeightFileError
+from ..progress import Progress
+from ..quantizers.comfyui import FP8
+from ..quantizers.comfyui_marks import MARK
+from ..quantizers.integers import pack_rows
+from .load_check import bytes_of, check_load, reject_codes
+from .loader_choice import has_plain_fp8, needs_own_reader
+from .module_files import explain_module_errors, join_module, module_layers, reject_unused_module
+from .pack_on_load import PackStats, pack_weights
+from .recipe import Recipe, register_loader
+from .seedvr2 import add_texts
+
+log = logging.getLogger(__name__)
+
+DIFFUSION_MODEL = "diffusion model"
+
+
+@register_loader(DIFFUSION_MODEL)
+def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
+                         patch_dtype: torch.dtype | None = None, compute: str = "exact",
+                         disable_dynamic: bool = False, pack_to: str | None = None,
+                         model_options: Mapping[str, Any] | None = None, extra: str | None = None,
+                         host_formats: str = AUTOMATIC) -> comfy.model_patcher.ModelPatcher:
+    """Loads a diffusion model and keeps its packed weights packed.
+
+    A file without packed weights goes to the host's own loader, unless it is to be packed.
+
+    Args:
+        path: of a file or folder; of a whole checkpoint only the model is loaded.
+        value_dtype, patch_dtype: see `PackedLayer`.
+        compute: one of `compute_dtype.COMPUTE`.
+        disable_dynamic: keep the model out of dynamic VRAM.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        model_options: the host's, such as `load_device`; `dtype` affects only files that go to the
+            host's own loader.
+        extra: path of a module: a file with further layers of the model, such as VACE's.
+        host_formats: one of `who_computes.HOST_FORMATS`.
+
+    Raises:
+        WeightFileError: if the file cannot be read or holds no known diffusion model.
+    """
+    model_options = dict(model_options or {})
+    recipe = Recipe(
+        DIFFUSION_MODEL, (str(path),), {
+            "value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute,
+            "disable_dynamic": disable_dynamic, "pack_to": pack_to,
+            **({"model_options": model_options} if model_options else {}),
+            **({"extra": extra} if extra else {}),
+            **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
+        })
+    device = model_options.get("load_device", comfy.model_management.get_torch_device())
+    formats = packed_formats(host_formats, device)
+    keeps_fp8 = device.type == "cpu" and pack_to is None and has_plain_fp8(path)
+    if not (needs_own_reader(path, pack_to, formats) or extra or keeps_fp8):
+        patcher = _load_by_the_host(path, model_options, disable_dynamic)
+        if patcher is not None:
+            return recipe.attach(patcher) if disable_dynamic else patcher
+    file = open_weights(path)
+    reject_non_diffusion(file)
+    stages = ["reading", *(["packing"] if pack_to else [])]
+    progress = Progress(*stages, *(stages if extra else []), "building the model")
+    state_dict, packed = read_weights(file, pack_to, progress, formats)
+    if keeps_fp8:
+        reject_codes(os.path.basename(path), state_dict)
+        state_dict = pack_plain_fp8(state_dict)
+    prefix = model_prefix(state_dict)
+    module = {}
+    if extra:
+        module_file = open_weights(extra)
+        module, packed_module = read_weights(module_file, pack_to, progress,
+                                             packed_formats(EXACT, device))
+        module = module_layers(module_file, module)
+        state_dict = join_module(state_dict, prefix, module)
+        packed = packed and packed_module and PackStats.merge([packed, packed_module])
+    add_texts(state_dict, prefix, path)
+    devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
+    with explain_module_errors(path, extra) if extra else contextlib.nullcontext():
+        patcher = build_model(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic,
+                              devices)
+    if extra:
+        reject_unused_module(patcher, module, path, extra)
+    if packed:
+        packed.attach(patcher)
+    progress.stage()
+    return recipe.attach(patcher)
+
+
+def _load_by_the_host(path: str, model_options: dict[str, Any],
+                      disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher | None:
+    """Returns the model, None where the host does not know it as it is in the file."""
+    try:
+        with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
+            patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
+                                                    disable_dynamic=disable_dynamic)
+            check.attach(patcher)
+        keep_weights_whole(patcher)
+        return patcher
+    except WeightFileError:
+        raise
+    except DETECTION_ERRORS as error:
+        if isinstance(error, RuntimeError) and (
+                not str(error).startswith("ERROR: Could not detect")
+                and shape_mismatch_text(error) is None):
+            raise
+        log.debug("[Featherweight] ComfyUI does not load %s", path, exc_info=True)
+        return None
+
+
+def read_weights(
+        file: WeightFile, pack_to: str | None, progress: Progress,
+        formats: frozenset[str]) -> tuple[dict[str, torch.Tensor], PackStats | None]:
+    """Reads the weights of a diffusion model or of a whole checkpoint.
+
+    Args:
+        file: of the weights.
+        pack_to: type that the model's plain weights are packed to; None: they stay as in the file.
+        progress: advances by one stage, or by two with `pack_to`.
+        formats: ComfyUI's own whose layers become packed tensors.
+
+    Returns:
+        The state dict with the host's names, and what was packed, or None without `pack_to`.
+
+    Raises:
+        WeightFileError: if a layer is damaged or in a format that this host does not read.
+    """
+    reject_endless_blocks(file)
+    state_dict = read_marked(file, progress.track)
+    if pack_to is None:
+        if any(name.endswith(MARK) for name in state_dict) and has_foreign_names(state_dict):
+            # weights of several layers become one, of one format and scale for each row
+            if formats != packed_formats(EXACT, torch.device("cpu")):
+                file.note(f"{file.path.name} has diffusers' names: this pack computes its quantised"
+                          " layers, exactly, not ComfyUI.")
+            state_dict = as_tensors(file, state_dict, model_prefix(state_dict))
+        elif formats:
+            state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
+        reject_unread_layers(file, state_dict)
+        return to_comfy_keys(state_dict), None
+    prefix = model_prefix(state_dict)
+    state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
+    return state_dict, pack_weights(file, state_dict, pack_to, progress, prefix)
+
+
+def pack_plain_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Packs fp8 weights without scales, which the host keeps in float32 on a CPU.
+
+    Args:
+        state_dict: with the host's names; it is not changed.
+    """
+    one = torch.ones(1, dtype=torch.float32)
+    return {
+        name: pack_rows(tensor, one) if is_fp8_matrix(name, tensor, state_dict) else tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def is_fp8_matrix(name: str, tensor: torch.Tensor, names: Container[str]) -> bool:
+    """Returns whether a tensor is the weight of a linear layer or a kernel in plain fp8."""
+    return (name.endswith(".weight") and tensor.dtype in FP8 and tensor.ndim > 1
+            and not is_packed(tensor) and f"{name.removesuffix('.weight')}{MARK}" not in names)
+
+
+def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
+                value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
+                compute: str = "exact", disable_dynamic: bool = False,
+                model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
+    """Builds the host's diffusion model from the weights of a file.
+
+    Args:
+        file: of the weights.
+        state_dict: of `file`, with the host's names.
+        value_dtype, patch_dtype: see `PackedLayer`.
+        compute: one of `compute_dtype.COMPUTE`.
+        disable_dynamic: keep the model out of dynamic VRAM.
+        model_options: the host's.
+
+    Raises:
+        WeightFileError: if the host detects no diffusion model.
+    """
+    operations = operations_for(state_dict, value_dtype, patch_dtype, compute=compute)
+    options = {**(model_options or {}), "custom_operations": operations}
+    patcher = None
+    if is_diffusion_model(state_dict):
+        with (
+            explain_missing_config(file),
+            explain_shape_errors(file.path.name),
+            dequantize_plain_parameters(),
+            check_load(file.path.name, file.notes, bytes_of(state_dict)) as check,
+        ):
+            patcher = comfy.sd.load_diffusion_model_state_dict(
+                state_dict, model_options=options, metadata=host_metadata(file),
+                disable_dynamic=disable_dynamic)
+            check.attach(patcher)
+    if patcher is None:
+        prefix = model_prefix(state_dict)
+        problem = (missing_keys_text(state_dict, prefix) or left_out_text(state_dict, prefix)
+                   or uneven_bias_text(state_dict))
+        if problem:
+            raise WeightFileError(f"{os.path.basename(file.path)} {problem}")
+        reject_side_model(file)
+        raise WeightFileError(
+            f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"
+            f" (architecture {file.metadata.get('general.architecture', 'not named')!r},"
+            f" {len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
+            " ComfyUI if the model is new, or pick another file."
+        )
+    wrap_model(patcher, file, compute)
+    return patcher

@@ -1,0 +1,90 @@
+"""Chooses which files this pack reads and which go to the host's own loaders."""
+import os
+from collections.abc import Container, Iterable
+from functools import partial
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..comfyui.quantized_weights import find_unread_layer, has_format
+from ..files.safetensors import is_shard
+from ..quantizers.bitsandbytes import has_packed_weights
+from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
+from ..quantizers.leftover_scales import has_leftover_scales
+from ..quantizers.nunchaku import has_nunchaku_weights
+from ..quantizers.registry import has_quantized_weights
+from ..quantizers.scaled_weights import has_scaled_weights
+from ..quantizers.sdnq import has_sdnq_weights
+
+FP8_TYPES = ("F8_E4M3", "F8_E5M2")
+# What opening a safetensors file raises. The last two: it cannot be mapped, by torch or at all.
+UNREADABLE = (SafetensorError, OSError, RuntimeError, MemoryError)
+
+
+def needs_own_reader(path: str, pack_to: str | None = None,
+                     host_formats: Container[str] = ()) -> bool:
+    """Returns whether `open_weights` reads a file; the host's own loaders read all others.
+
+    It reads GGUF, folders, safetensors split over several files (the host would take one file for a
+    whole model), and safetensors with weights that a quantiser packed (bitsandbytes, Nunchaku,
+    SDNQ, those of `quantizers.registry`), with scales that the host does not read, or with some of
+    the host's own formats. It also takes damaged safetensors and quantised formats that the host
+    does not read, to say what is wrong with them.
+
+    Args:
+        path: of a file or folder.
+        pack_to: type that weights are packed to as they are read, or None.
+        host_formats: ComfyUI's own formats that this pack computes.
+    """
+    name = str(path).lower()
+    if pack_to or name.endswith(".gguf") or os.path.isdir(path):
+        return True
+    if not name.endswith((".safetensors", ".sft")):
+        return False
+    if is_shard(path):
+        return True
+    try:
+        file = safe_open(path, framework="pt")
+    except UNREADABLE:
+        return True
+    with file:
+        keys, metadata = file.keys(), file.metadata() or {}
+        try:
+            return (has_packed_weights(keys)
+                    or has_nunchaku_weights(keys)
+                    or has_quantized_weights(keys)
+                    or has_scaled_weights(keys, metadata, partial(_type_of, file))
+                    or has_leftover_scales(keys, partial(_type_of, file))
+                    or has_sdnq_weights(keys, partial(_type_of, file))
+                    or has_other_names(metadata, keys)
+                    or _may_be_joined(marked_layers(metadata, keys))
+                    or has_format(keys, file.get_tensor, metadata, host_formats)
+                    or find_unread_layer(keys, file.get_tensor, metadata) is not None)
+        except (SafetensorError, MarkError):
+            return True
+
+
+def has_plain_fp8(path: str) -> bool:
+    """Returns whether a safetensors file has weights in fp8 without a mark or a scale."""
+    if not str(path).lower().endswith((".safetensors", ".sft")):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            marked = marked_layers(file.metadata() or {}, names)
+            return any(
+                _type_of(file, name) in FP8_TYPES for name in names if name.endswith(".weight")
+                and name.removesuffix(".weight") not in marked)
+    except UNREADABLE:
+        return False
+
+
+def _may_be_joined(layers: Iterable[str]) -> bool:
+    """Returns whether layers in ComfyUI's formats have a name of diffusers', whose q, k and v
+    ComfyUI joins in some models, without their scales."""
+    return any(layer.endswith((".to_q", ".to_k", ".to_v")) for layer in layers)
+
+
+def _type_of(file: Any, name: str) -> str:
+    """Returns the type of a tensor of an open safetensors file, such as "F8_E4M3"."""
+    return file.get_slice(name).get_dtype()

@@ -1,0 +1,48 @@
+"""Loads model patches (Z-Image Fun and Qwen-Image DiffSynth ControlNets, Uni3C, InfiniteTalk, USO,
+SUPIR, LLLite); packed weights stay packed."""
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from comfy_extras import nodes_model_patch
+
+from ...ops.tensor.row_slicing import dense
+from ..comfyui.detection import MODEL_PATCH
+from ..comfyui.layer_classes import names_with_layers, rebind
+from .models_beside import load_side_model
+
+
+def load_model_patch(path: str, pack_to: str | None = None) -> comfy.model_patcher.ModelPatcher:
+    """Loads a model patch and keeps its packed weights packed.
+
+    The host's own node detects and builds it, so every model patch works that this ComfyUI knows.
+    A file without packed weights loads as in that node, unless it is to be packed.
+
+    Args:
+        path: of a file or a folder of diffusers.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+
+    Raises:
+        WeightFileError: if the file cannot be read or holds no known model patch.
+    """
+    patcher, packed_file = load_side_model(path, MODEL_PATCH, _build, pack_to)
+    if packed_file:
+        packed_file.adopt(patcher, None)
+    return patcher
+
+
+def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
+           operations: type | None) -> Any:
+    """Builds the host's model patch from the weights of a file, as `models_beside.Build`."""
+    def read(path, *args, return_metadata=False, **kwargs):
+        return (state_dict, metadata) if return_metadata else state_dict
+
+    names = names_with_layers(nodes_model_patch, operations, {
+        "comfy.utils.load_torch_file": read,
+        "folder_paths.get_full_path_or_raise": lambda folder, name: name,
+    })
+    load = rebind(nodes_model_patch.ModelPatchLoader.load_model_patch, names)
+    patcher, = load(None, name)
+    encoder = getattr(patcher.model, "denoise_encoder_sd", {})  # SUPIR's, patches for a VAE
+    encoder.update({key: dense(tensor) for key, tensor in encoder.items()})
+    return patcher

@@ -1,0 +1,137 @@
+"""Loads the models that stand beside a diffusion model (ControlNets, model patches, CLIP vision) by
+the host's functions, with this pack's layers for packed weights."""
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+
+from ...ops.layers.comfyui_operations import operations_for
+from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ..comfyui.detection import (
+    CONTROLNET,
+    UNKNOWN_ERRORS,
+    describe_other_kind,
+    explain_shape_errors,
+    is_diffusion_model,
+)
+from ..comfyui.packed_patcher import keep_packed, log_load_summary
+from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked, reject_unread_layers
+from ..comfyui.weight_keys import to_comfy_keys
+from ..comfyui.who_computes import EXACT, packed_formats
+from ..files import open_weights
+from ..files.container import WeightFile, WeightFileError
+from ..progress import Progress
+from .load_check import bytes_of, check_load
+from .loader_choice import needs_own_reader
+from .pack_on_load import PackStats, pack_weights
+
+log = logging.getLogger(__name__)
+
+# (name of the file, state dict, metadata, layer classes or None for the host's) -> the host's model
+Build = Callable[[str, dict[str, torch.Tensor], dict[str, str], type | None], Any]
+# state dict -> (stand-ins that the host detects the model by, the weights themselves)
+Convert = Callable[[dict[str, torch.Tensor]],
+                   tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
+CONTROL_PREFIX = "control_model."  # before the names in files of LDM's ControlNets
+
+
+@dataclass
+class PackedFile:
+    """The file of a model that this pack has read, and what was packed of it while it was read."""
+
+    file: WeightFile
+    packed: PackStats | None
+
+    def adopt(self, patcher: comfy.model_patcher.ModelPatcher, dtype: torch.dtype | None):
+        """Makes the host's patcher of the model keep packed weights packed, and logs what it holds.
+
+        Args:
+            patcher: is changed in place.
+            dtype: that the model computes in; None where that is not known yet.
+        """
+        keep_packed(patcher, dtype)
+        if self.packed:
+            self.packed.attach(patcher)
+        log_load_summary(self.file, patcher)
+
+
+def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = None,
+                    convert: Convert | None = None) -> tuple[Any, PackedFile | None]:
+    """Loads a model by a function of the host.
+
+    A file without packed weights is read as the host reads it, unless they are to be packed. Small
+    parts that the host computes with as plain tensors are dequantised.
+
+    Args:
+        path: of a file or folder.
+        kind: of the model, for people, such as "ControlNet".
+        build: calls the function of the host; returns None if the host knows no such model.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        convert: is called with the weights of a file that the host does not read.
+
+    Returns:
+        (what `build` returns, the file if its weights may be packed).
+
+    Raises:
+        WeightFileError: if the file cannot be read, is of another kind or of sizes that do not fit.
+    """
+    formats = packed_formats(EXACT, comfy.model_management.get_torch_device())
+    name = os.path.basename(path)
+    if not needs_own_reader(path, pack_to, formats):
+        weights: Any
+        weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        return _build(name, kind, build, weights, metadata, None, []), None
+    file = open_weights(path)
+    progress = Progress("reading", *(["packing"] if pack_to else []), f"building the {kind}")
+    state_dict = read_marked(file, progress.track)
+    state_dict = as_tensors(file, state_dict, formats=None if pack_to else formats)
+    reject_unread_layers(file, state_dict)
+    stand_ins, state_dict = convert(state_dict) if convert else ({}, state_dict)
+    packed = None
+    if pack_to:
+        is_prefixed = kind == CONTROLNET and any(
+            name.startswith(CONTROL_PREFIX) for name in state_dict)
+        packed = pack_weights(file, state_dict, pack_to, progress,
+                              CONTROL_PREFIX if is_prefixed else "")
+    state_dict = stand_ins | state_dict
+    with dequantize_plain_parameters():
+        model = _build(name, kind, build, state_dict, host_metadata(file),
+                       operations_for(state_dict), file.notes)
+    progress.stage()
+    return model, PackedFile(file, packed)
+
+
+def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Tensor],
+           metadata: Mapping[str, str] | None, operations: type | None,
+           notes: Iterable[str]) -> Any:
+    try:
+        with explain_shape_errors(name), check_load(name, notes, bytes_of(state_dict)) as check:
+            model = build(name, dict(state_dict), dict(metadata or {}), operations)
+            check.attach(model)
+    except UNKNOWN_ERRORS as error:
+        log.debug("[Featherweight] The host knows no such %s", kind, exc_info=True)
+        raise _unknown_error(name, kind, state_dict) from error
+    if model is None:
+        raise _unknown_error(name, kind, state_dict)
+    return model
+
+
+def _unknown_error(name: str, kind: str,
+                   state_dict: Mapping[str, torch.Tensor]) -> WeightFileError:
+    """Returns the error for a file that holds no model of a kind that the host knows."""
+    other = describe_other_kind(state_dict, kind)
+    tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    if other is None and is_diffusion_model(to_comfy_keys(tensors)):
+        other = "a diffusion model"
+    if other is not None:
+        return WeightFileError(f"{name} is {other}, expected a {kind}. Pick a {kind} here.")
+    return WeightFileError(
+        f"{name} holds no {kind} that this ComfyUI knows ({len(state_dict)} tensors, first"
+        f" {next(iter(state_dict), 'none')!r}). Pick another file, or update ComfyUI if the"
+        f" {kind} is new.")

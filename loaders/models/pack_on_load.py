@@ -1,0 +1,235 @@
+"""Packs weights while they are loaded: one is read, packed and released before the next is read.
+
+Only plain weights (F32, F16, BF16, fp8) and those in the host's own quantised formats are packed.
+Packed weights stay as they are, bit for bit: packing them again would lose precision twice. A
+weight stays plain if the type cannot represent its values.
+"""
+import collections
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+
+from ...ops.formats.base import FORMATS, FormatError, TooLargeError
+from ...ops.quantize import pack_tensor
+from ...ops.quantize.relative_error import holds
+from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_tensor import PackedTensor
+from ..comfyui.diffusers_keys import JoinedRows
+from ..files import packed_cache
+from ..files.container import PLAIN_DTYPES, FileChangeGuard, WeightFile, safe_repr
+from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
+from ..packing.planning.packing_rules import half_type, rules_for
+from ..packing.planning.plan import plan_for_type
+from ..progress import Progress
+
+log = logging.getLogger(__name__)
+
+# types that weights can be packed to, from the finest to the coarsest
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4")
+CACHE_HINT_S = 20  # after so many seconds of packing, the node mentions the cache
+
+
+@dataclass(frozen=True)
+class PackStats:
+    """What was packed while a model was loaded.
+
+    Attributes:
+        sources: types that weights were packed from, those with the most values first.
+        unchanged: formats of the weights that were packed already, in the same order.
+        seconds: of the whole load, reading included.
+        cache: "kept" if the weights were written to the cache, "read" if they came from it, or "".
+        unfit: a message for each weight that its type cannot represent.
+    """
+
+    sources: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
+    seconds: float = 0.0
+    cache: str = ""
+    unfit: tuple[str, ...] = ()
+
+    def attach(self, patcher):
+        """Attaches the stats to the host's ModelPatcher, whose clones keep them."""
+        patcher.set_attachments(PACK_STATS_KEY, self)
+
+    def __str__(self) -> str:
+        """Returns a text for people: 'packed from BF16 in 41 s'."""
+        sources = " + ".join(self.sources)
+        if self.cache == "read":
+            text = f"packed from {sources} in an earlier load"
+        elif self.sources:
+            text = f"packed from {sources} in {self.seconds:.0f} s"
+        else:
+            text = "nothing was packed"
+        if self.cache == "kept":
+            text += ", kept for the next time"
+        elif not self.cache and self.seconds >= CACHE_HINT_S and not packed_cache.is_enabled():
+            text += f" (to keep it, name a folder in {packed_cache.FOLDER})"
+        if self.unfit:
+            text += f"; {self.unfit[0]}"
+        if len(self.unfit) > 1:
+            text += f"; {len(self.unfit) - 1} more as well"
+        if self.unchanged:
+            text += f"; {' + '.join(self.unchanged)} stays as in the file"
+        return text
+
+    @classmethod
+    def merge(cls, parts: Iterable["PackStats"]) -> "PackStats":
+        """Returns the stats of a model of several files."""
+        parts = list(parts)
+        sources, unchanged, unfit = (
+            tuple(dict.fromkeys(name for part in parts for name in getattr(part, field)))
+            for field in ("sources", "unchanged", "unfit"))
+        caches = {part.cache for part in parts if part.sources}
+        seconds = sum(part.seconds for part in parts)
+        return cls(sources, unchanged, seconds, caches.pop() if len(caches) == 1 else "", unfit)
+
+
+def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_name: str,
+                 progress: Progress, prefix: str = "") -> PackStats:
+    """Packs the weights of a model in place, by the plan for a type.
+
+    Besides the packed weights, at most two dense ones are in memory: after each weight the pages of
+    the file are released.
+
+    Args:
+        file: of the weights.
+        state_dict: of `file`, with the host's names, after `comfy_quant.as_tensors`.
+        type_name: one of `TYPES`.
+        progress: advances by one stage.
+        prefix: of the names of the model; other weights stay as they are.
+
+    Raises:
+        WeightFileError: if a value is not finite, or if a file of the weights changes meanwhile.
+    """
+    started = time.perf_counter()
+    weights = {
+        name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)
+        and tensor.dtype.is_floating_point and tensor.numel()
+    }
+    types = _types_for(weights, type_name, prefix)
+    to_pack = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
+               if types[name] not in PLAIN_DTYPES and not _stays(tensor)}
+    entry = packed_cache.entry_path(file, to_pack)
+    cached = packed_cache.read(entry, to_pack)
+    guard = _guard_of(state_dict)
+    sources = collections.Counter()
+    unchanged = collections.Counter()
+    unfit = []
+    with packed_cache.entry_writer(None if cached else entry, to_pack) as new_entry:
+        for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
+            guard()
+            tensor = weights.pop(name)
+            if _stays(tensor):
+                unchanged[format_name(tensor)] += tensor.numel()
+                continue
+            if name not in to_pack:
+                state_dict[name] = _downcast(_read_dense(tensor), types[name])
+            else:
+                sources[_source_format(tensor)] += tensor.numel()
+                if cached:
+                    weight = cached[name]
+                else:
+                    weight = _pack(file, name, _read_dense(tensor), types[name], guard)
+                state_dict[name] = weight
+                if is_packed(weight):
+                    new_entry.write(name, weight)
+                else:
+                    unfit.append(
+                        f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
+                        f" {types[name]}"
+                    )
+                    log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
+                    new_entry.give_up("not every weight fits into its type")
+            del tensor
+            file.drop_pages()
+        guard()
+    cache = "read" if cached else "kept" if new_entry.is_written else ""
+    stats = PackStats(tuple(name for name, _ in sources.most_common()),
+                      tuple(name for name, _ in unchanged.most_common()),
+                      time.perf_counter() - started, cache, tuple(unfit))
+    log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path),
+             len(to_pack), len(types), type_name, stats)
+    return stats
+
+
+def _stays(tensor: torch.Tensor | JoinedRows) -> TypeGuard[PackedTensor]:
+    """Returns whether a weight stays packed as it is in the file."""
+    return is_packed(tensor) and not tensor.layout_cls.format.of_host
+
+
+def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,
+               prefix: str) -> dict[str, str]:
+    """Returns name -> type of each weight, by the plan for `type_name`."""
+    shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in weights.items()}
+    halves = {
+        name.removeprefix(prefix): half_type(tensor.dtype) for name, tensor in weights.items()
+    }
+    planned = plan_for_type(shapes, type_name, rules_for(shapes), halves).types
+    return {name: planned[name.removeprefix(prefix)] for name in weights}
+
+
+def _source_format(tensor: torch.Tensor | JoinedRows) -> str:
+    return title_of(format_name(tensor.tensors[0] if isinstance(tensor, JoinedRows) else tensor))
+
+
+def _guard_of(state_dict: Mapping[str, torch.Tensor | JoinedRows]) -> FileChangeGuard:
+    """Returns a guard that raises once a file has changed that a weight is still read from."""
+    return FileChangeGuard.of(
+        part for tensor in state_dict.values()
+        for part in (tensor.tensors if isinstance(tensor, JoinedRows) else (tensor,)))
+
+
+def _read_dense(tensor: torch.Tensor | JoinedRows) -> torch.Tensor:
+    """Returns a weight as one dense tensor in a dtype that represents its values exactly.
+
+    Args:
+        tensor: of any dtype or in a quantised format of the host.
+    """
+    if isinstance(tensor, JoinedRows):
+        tensor = tensor.joined()
+    if isinstance(tensor, QuantizedTensor):
+        tensor = tensor.dequantize()
+    elif tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.bfloat16)  # which has every value of fp8
+    return tensor
+
+
+def _pack(file: WeightFile, name: str, values: torch.Tensor, type_name: str,
+          guard: FileChangeGuard) -> torch.Tensor:
+    """Returns a weight in a packed type, or plain if the type cannot represent its values.
+
+    Args:
+        file, name: for messages.
+        values: the dense weight.
+        type_name: one of `FORMATS`.
+        guard: of the file, which is read twice.
+    """
+    try:
+        packed = pack_tensor(values, FORMATS[type_name])
+        guard()
+        if holds(packed, values):
+            return packed
+    except FormatError as error:
+        if not isinstance(error, TooLargeError):
+            raise file.error_at(
+                name,
+                f"{safe_repr(name)} cannot be packed to {type_name}: {str(error).rstrip('.')}",
+                "Get another copy of the model, or load it with 'pack to' as the file.") from error
+    return _downcast(values, half_type(values.dtype))
+
+
+def _downcast(tensor: torch.Tensor, type_name: str) -> torch.Tensor:
+    """Returns a plain weight in 16 bits: the file's type, else the plan's, else BF16; or float32 if
+    none of them represents its values."""
+    if tensor.dtype in (torch.float16, torch.bfloat16) or type_name == "F32":
+        return tensor
+    for name in (type_name, "BF16"):
+        half = tensor.to(PLAIN_DTYPES[name])
+        if half.isfinite().all() and holds(half, tensor):
+            return half
+    return tensor.float()

@@ -1,0 +1,365 @@
+"""Loads text encoders from weight files and folders as the host's own CLIP, with packed weights."""
+import contextlib
+import difflib
+import itertools
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.text_encoders.lt
+import comfy.utils
+import torch
+
+from ...ops.layers.comfyui_operations import operations_for
+from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ..comfyui.detection import is_diffusion_model, shape_mismatch_text
+from ..comfyui.packed_patcher import wrap_clip
+from ..comfyui.quantized_weights import as_tensors, read_marked, reject_unread_layers
+from ..comfyui.who_computes import AUTOMATIC, packed_formats
+from ..encoders import archs  # noqa: F401  registers the families
+from ..encoders.arch import (
+    SENTENCEPIECE,
+    TOKENIZER_NAMES,
+    Arch,
+    Weights,
+    arch_of,
+    strip_prefix,
+    unwrap_language_model,
+)
+from ..encoders.encoder_sets import (
+    TEXT_ALONE,
+    TITLES,
+    TOKENIZER_OF,
+    encoder_family,
+    reject_missing_tokenizers,
+    reject_wrong_encoders,
+)
+from ..encoders.missing_towers import omit_missing_towers
+from ..encoders.saved_tokenizer import saved_tokenizer
+from ..encoders.tokenizer import TokenizerError
+from ..files import open_weights
+from ..files.container import AGAIN, WeightFile, WeightFileError, first_line
+from ..progress import Progress
+from .load_check import check_load
+from .loader_choice import needs_own_reader
+from .pack_on_load import PackStats, pack_weights
+from .recipe import Recipe, register_loader
+
+log = logging.getLogger(__name__)
+
+TEXT_ENCODER = "text encoder"  # name of the loader in recipes
+AUTO = "auto"  # use the mmproj file next to the encoder
+
+# cache of `Arch.tokenizer`: state of the files of a GGUF -> its tokenizer
+TOKENIZERS: dict[tuple, Weights] = {}
+TOKENIZERS_KEPT = 4
+
+
+def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
+                      embedding_directory: list[str] | None = None, mmproj: str | None = AUTO,
+                      model_options: Mapping[str, Any] | None = None, disable_dynamic: bool = False,
+                      pack_to: str | None = None,
+                      host_formats: str = AUTOMATIC) -> comfy.sd.CLIP:
+    """Loads one to four files or folders as one CLIP and keeps packed weights packed.
+
+    The files may have different formats. Files without packed weights go to the host's own loader,
+    unless they are to be packed.
+
+    Args:
+        paths: of the files or folders.
+        clip_type: lower-case name of the host's `CLIPType`.
+        embedding_directory: folders of textual inversions.
+        mmproj: path of the file with the vision tower; AUTO: the file next to the encoder that
+            fits; None: no vision tower.
+        model_options: the host's, such as `load_device`.
+        disable_dynamic: keep the encoder out of dynamic VRAM.
+        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        host_formats: one of `who_computes.HOST_FORMATS`.
+
+    Raises:
+        WeightFileError: if a file cannot be read, or if they are not text encoders of this type.
+    """
+    host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
+    recipe = Recipe(
+        TEXT_ENCODER, tuple(map(str, paths)), {
+            "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
+            "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic,
+            "pack_to": pack_to,
+            **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
+        })
+    model_options = dict(model_options or {})
+    device = model_options.get("load_device", comfy.model_management.text_encoder_device())
+    formats = packed_formats(host_formats, device)
+    by_the_host = not any(needs_own_reader(path, pack_to, formats) for path in paths)
+    if by_the_host and mmproj in (AUTO, None):
+        try:
+            with check_load(_names(paths)) as check:
+                clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type,
+                                          model_options, disable_dynamic)
+                check.attach(clip)
+            if disable_dynamic:
+                recipe.attach(clip.patcher)
+            return clip
+        except (RuntimeError, LookupError, NameError) as error:
+            if isinstance(error, RuntimeError) and shape_mismatch_text(error) is None:
+                raise
+            log.debug("[Featherweight] ComfyUI does not load %s", paths, exc_info=True)
+    if mmproj == AUTO and clip_type in TEXT_ALONE:
+        mmproj = None
+    packing = ["packing"] * len(paths) if pack_to else []
+    progress = Progress(*["reading"] * len(paths), "converting", *packing, "building the model")
+    notes: list[str] = []
+    weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to, formats, notes)
+    _check_encoders(paths, weights, clip_type)
+    if clip_type == "ltxv":
+        # The host looks for the tokenizer in the first file.
+        weights.sort(key=lambda part: SENTENCEPIECE not in part)
+    model_options["custom_operations"] = operations_for(
+        itertools.chain(*weights), full_precision=True)
+    with (
+        dequantize_plain_parameters(),
+        omit_missing_towers(paths),
+        _explain_shapes(paths),
+        check_load(_names(paths), notes) as check,
+    ):
+        clip = comfy.sd.load_text_encoder_state_dicts(
+            weights, embedding_directory=embedding_directory, clip_type=host_type,
+            model_options=model_options, disable_dynamic=disable_dynamic)
+        check.attach(clip)
+    progress.stage()
+    wrap_clip(clip)
+    if pack_stats:
+        pack_stats.attach(clip.patcher)
+    recipe.attach(clip.patcher)
+    return clip
+
+
+@register_loader(TEXT_ENCODER)
+def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
+    """Loads the encoder for a recipe."""
+    return load_text_encoder(list(paths), **options).patcher
+
+
+def _names(paths: list[str]) -> str:
+    return " and ".join(map(os.path.basename, paths))
+
+
+def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
+                  pack_to: str | None, formats: frozenset[str],
+                  notes: list[str]) -> tuple[list[Weights], PackStats | None]:
+    """Reads the state dict of each file, with the host's names, and packs it if requested.
+
+    The mmproj file goes to the first encoder that it fits. `notes` gets those of the files.
+    """
+    encoders = [_Encoder(path, progress, pack_to, formats) for path in paths]
+    for encoder in encoders:
+        notes += encoder.file.notes if encoder.file else []
+    if mmproj == AUTO:
+        for encoder in encoders:
+            encoder.find_vision()
+    elif mmproj is not None:
+        vision = open_weights(mmproj)
+        if not any(encoder.add_vision(vision, required=len(encoders) == 1)
+                   for encoder in encoders):
+            raise WeightFileError(
+                f"{vision.path.name} fits none of {', '.join(file.name for file in encoders)}:"
+                " none is an encoder with that kind of vision tower. Pick another mmproj file, or"
+                " none.")
+    weights = [encoder.convert() for encoder in progress.track(encoders)]
+    if not pack_to:
+        return weights, None
+    return weights, PackStats.merge([
+        pack_weights(encoder.file, part, pack_to, progress)
+        for encoder, part in zip(encoders, weights) if encoder.file
+    ])
+
+
+class _Encoder:
+    """One file of a text encoder, which is read and converted to the host's names."""
+
+    def __init__(self, path: str, progress: Progress, pack_to: str | None,
+                 formats: frozenset[str]):
+        self.path = Path(path)
+        self.name = os.path.basename(path)
+        self.arch: type[Arch] | None = None
+        self.file: WeightFile | None = None  # None: the host has read it
+        if not needs_own_reader(path, pack_to, formats):
+            weights, metadata = comfy.utils.load_torch_file(path, safe_load=True,
+                                                            return_metadata=True)
+            self.weights, self.metadata = comfy.utils.convert_old_quants(
+                weights, model_prefix="", metadata=metadata)
+            progress.stage()
+            return
+        self.file = file = open_weights(path)
+        weights, self.metadata = read_marked(file, progress.track), file.metadata
+        if not pack_to:
+            if formats:
+                weights = as_tensors(file, weights, formats=formats)
+            reject_unread_layers(file, weights)
+        self.weights = _unwrap_encoder(weights)
+        if self.path.is_dir():
+            te_model = comfy.sd.detect_te_model(self.weights)
+            tokenizer = TOKENIZER_OF.get(te_model.name if te_model else "", SENTENCEPIECE)
+            self.weights |= saved_tokenizer(self.path, tokenizer)
+        if pack_to:
+            self.weights = as_tensors(file, self.weights)
+        self.arch = arch_of(self.weights)
+        if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
+            raise WeightFileError(
+                f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder."
+                " Pick that here, and this file in the mmproj input of Load Text Encoder"
+                " (Featherweight).")
+
+    def add_vision(self, vision: WeightFile, required: bool) -> bool:
+        """Adds the tensors of an mmproj file if it fits; returns whether it does.
+
+        Raises:
+            WeightFileError: if it has another width and is `required` to fit.
+        """
+        if self.arch is None:
+            return False
+        tower = strip_prefix(read_marked(vision))
+        try:
+            widths = self.arch.vision_width(self.weights, tower)
+        except (KeyError, IndexError):  # a tensor is missing or has another shape
+            widths = None
+        if widths and widths[0] == widths[1]:
+            self.weights |= tower
+            log.info("[Featherweight] %s sees through %s", self.name, vision.path.name)
+            return True
+        if required and widths:
+            raise WeightFileError(
+                f"{vision.path.name} gives pictures a width of {widths[1]}, {self.name} has"
+                f" {widths[0]}: they are not of one model. Pick the mmproj file that was published"
+                f" with {self.name}.")
+        return False
+
+    def find_vision(self):
+        """Adds the mmproj file next to this one that fits and has the most similar name."""
+        if (
+            self.arch is None
+            or not self.arch.wants_vision(self.metadata)
+            or self.path.suffix.lower() != ".gguf"
+        ):
+            return
+        siblings = [
+            path for path in self.path.parent.glob("*mmproj*") if path.suffix.lower() == ".gguf"
+        ]
+        siblings.sort(key=self._similarity, reverse=True)
+        if not any(self._try_vision(path) for path in siblings):
+            log.info(
+                "[Featherweight] %s has no mmproj file next to it that fits: a workflow that shows"
+                " it pictures will not work. Put it there, or pick it in Load Text Encoder"
+                " (Featherweight).", self.name)
+
+    def _similarity(self, path: Path) -> float:
+        """Returns how similar the names of a file and of this one are, 0 to 1."""
+        return difflib.SequenceMatcher(None, path.stem.lower(), self.path.stem.lower()).ratio()
+
+    def _try_vision(self, path: Path) -> bool:
+        """Adds the tensors of an mmproj file that the user has not picked, if it is readable and
+        fits."""
+        try:
+            return self.add_vision(open_weights(path), required=False)
+        except WeightFileError as error:
+            log.warning("[Featherweight] %s", error)
+            return False
+
+    def convert(self) -> Weights:
+        """Returns the weights with the host's names, and tensors for the host's tokenizer."""
+        if self.arch is None:
+            # GGUF has no uint8.
+            return self.weights | {name: self.weights[name].to(torch.uint8, copy=True)
+                                   for name in TOKENIZER_NAMES if name in self.weights}
+        try:
+            tokenizer = self._tokenizer(self.arch)
+        except KeyError as error:
+            # `reject_missing_tokenizers` names what is missing in other formats.
+            if self.path.suffix.lower() != ".gguf":
+                return self.arch.convert(self.weights, self.metadata)
+            raise WeightFileError(
+                f"{self.name} has no {error.args[0]} in its metadata, from which its tokenizer is"
+                " made. Get another conversion of the model.") from error
+        except TokenizerError as error:
+            raise WeightFileError(
+                f"{self.name}: in its metadata {error}. Get another conversion of the model."
+            ) from error
+        return self.arch.convert(self.weights, self.metadata) | tokenizer
+
+    def _tokenizer(self, arch: type[Arch]) -> Weights:
+        """Returns `Arch.tokenizer` of the file; raises KeyError for missing metadata.
+
+        That of a GGUF, which takes seconds to make, is cached.
+        """
+        is_cached = self.path.suffix.lower() == ".gguf"
+        state = self.path, self.file and self.file.states
+        if is_cached and state in TOKENIZERS:
+            return TOKENIZERS[state]
+        tokenizer = arch.tokenizer(self.weights, self.metadata)
+        # A tensor of the file would keep the whole file mapped.
+        tokenizer = {name: tensor.clone() for name, tensor in tokenizer.items()}
+        if is_cached:
+            TOKENIZERS[state] = tokenizer
+            if len(TOKENIZERS) > TOKENIZERS_KEPT:
+                del TOKENIZERS[next(iter(TOKENIZERS))]
+        return tokenizer
+
+
+def _unwrap_encoder(weights: Weights) -> Weights:
+    """Returns an encoder's weights without those of a model around it and without its prefix."""
+    weights = strip_prefix(weights)
+    return unwrap_language_model(weights) if comfy.sd.detect_te_model(weights) is None else weights
+
+
+def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):
+    """Raises WeightFileError for files that are not text encoders or do not match the type."""
+    names = [os.path.basename(path) for path in paths]
+    families = []
+    for name, part in zip(names, weights):
+        te_model = comfy.sd.detect_te_model(part)
+        families.append(te_model and encoder_family(te_model.name, part))
+        # LTX-2 reads a projection from a file of its own or from its whole checkpoint.
+        if (
+            te_model is None
+            and not comfy.text_encoders.lt.sd_detect([part])
+            and is_diffusion_model(part)
+        ):
+            raise WeightFileError(
+                f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion"
+                " Model (Featherweight).")
+    if not any(families):
+        raise WeightFileError(
+            f"{' and '.join(names)} hold{'' if names[1:] else 's'} no text encoder that this"
+            f" ComfyUI knows ({len(weights[0])} tensors, first"
+            f" {next(iter(weights[0]), 'none')!r}). Update ComfyUI if the model is new, or pick"
+            " another file.")
+    warning = reject_wrong_encoders(names, families, clip_type)
+    if warning:
+        log.warning("[Featherweight] %s", warning)
+    reject_missing_tokenizers(names, families, weights)
+    for name, family, part in zip(names, families, weights):
+        log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(family, family),
+                 sum(tensor.nbytes for tensor in part.values()))
+
+
+@contextlib.contextmanager
+def _explain_shapes(paths: list[str]):
+    """Raises WeightFileError if the host takes the weights for a model of another size."""
+    try:
+        yield
+    except (LookupError, NameError) as error:  # names that the host counts on
+        raise WeightFileError(
+            f"{_names(paths)}: ComfyUI cannot build a text encoder of the weights"
+            f" ({first_line(error)}). {AGAIN}") from error
+    except RuntimeError as error:
+        mismatch = shape_mismatch_text(error)
+        if mismatch is None:
+            raise
+        raise WeightFileError(
+            f"{_names(paths)}: {mismatch} Choose the type of model that it is for at `type`, or get"
+            " the size that the workflow is for.") from error

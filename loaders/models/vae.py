@@ -1,0 +1,178 @@
+"""Loads VAEs as the host's own, keeps packed weights packed and 16-bit weights in 16 bits, and
+makes a CPU faster at them.
+
+A host that computes in float32 would keep every weight in float32. Its layers can cast at use.
+"""
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.ldm.models.autoencoder import AutoencodingEngine
+from comfy.ldm.wan.vae import WanVAE
+from comfy.ops import CastWeightBiasOp
+from comfy.taesd.taesd import TAESD
+
+from ...ops.cpu.convolution import convolve_dense_layers
+from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
+from ...ops.layers.packed_layers import PackedLayer
+from ...ops.patcher import adopt
+from ...ops.tensor.packed_layout import is_packed
+from ..comfyui.detection import UNKNOWN_ERRORS, explain_shape_errors
+from ..comfyui.packed_patcher import guard_of
+from ..comfyui.quantized_weights import host_metadata, read_marked, reject_unread_layers
+from ..comfyui.weight_keys import unmerge_kernels
+from ..files import open_weights
+from ..files.container import FileChangeGuard, WeightFileError, safe_repr
+from .compute_dtype import vae_dtype
+from .load_check import check_load
+from .loader_choice import needs_own_reader
+from .recipe import Recipe, register_loader
+
+VAE = "VAE"  # name of the loader in recipes
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+# VAEs that compute in the dtype of their input; others use the dtype of a weight.
+DTYPE_AGNOSTIC_VAES = (AutoencodingEngine, TAESD, WanVAE)
+
+
+class GuardedVAE(comfy.sd.VAE):
+    """The host's VAE with weights in mapped files; `guard` raises once such a file has changed."""
+
+    guard: FileChangeGuard
+
+    def throw_exception_if_invalid(self):
+        super().throw_exception_if_invalid()
+        self.guard()  # the host calls this before it encodes or decodes
+
+
+def wrap_vae(vae: Any, compute: str = "exact") -> Any:
+    """Guards the files that a VAE's weights are mapped from, downcasts the weights where that is
+    exact, and makes it compute as fits a CPU; changes and returns `vae`.
+
+    Args:
+        vae: the host's.
+        compute: one of `compute_dtype.COMPUTE`; "float32" keeps the host's bits.
+    """
+    model = vae.first_stage_model
+    if model is None:
+        return vae
+    dtype = vae_dtype(model, vae.device, compute)
+    if dtype is not None:
+        vae.vae_dtype = dtype
+        comfy.model_management.archive_model_dtypes(model.to(dtype))
+    downcast_weights(vae)
+    vae.size, vae.patcher.size = None, 0  # the host computes them again
+    packed_layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+    if packed_layers:
+        adopt(vae.patcher)
+    if compute == "float32":
+        for layer in packed_layers:
+            layer.compute = compute
+    elif not packed_layers:  # which have their channels last by themselves
+        convolve_dense_layers(model)
+    guard = guard_of(model)
+    if guard is not None and guard.files:
+        vae.__class__ = GuardedVAE
+        vae.guard = guard
+    return vae
+
+
+def downcast_weights(vae: comfy.sd.VAE):
+    """Stores float32 weights of a loaded VAE in 16 bits if their values fit; it still computes in
+    float32."""
+    model = vae.first_stage_model
+    if not isinstance(model, DTYPE_AGNOSTIC_VAES) or vae.patcher.is_dynamic():
+        return
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if (
+            not isinstance(module, CastWeightBiasOp)
+            or weight is None
+            or weight.ndim < 2
+            or weight.dtype != torch.float32
+            or is_packed(weight)
+        ):
+            continue
+        for dtype in HALF_DTYPES:
+            half = weight.to(dtype)
+            if torch.equal(half.float(), weight):
+                module.weight = torch.nn.Parameter(half, requires_grad=False)
+                module.comfy_cast_weights = True
+                break
+
+
+def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
+    """Loads a VAE from a file or folder and keeps its packed weights packed.
+
+    Args:
+        path: of a file or folder.
+        device: where the VAE runs; None: the host's choice.
+
+    Raises:
+        WeightFileError: if the file cannot be read or holds no known VAE.
+    """
+    if needs_own_reader(path):
+        file = open_weights(path)
+        weights = read_marked(file)
+        reject_unread_layers(file, weights)
+        metadata, notes = host_metadata(file), file.notes
+    else:
+        weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        notes = []
+    try:
+        vae = build_vae(weights, device, metadata, os.path.basename(path), notes)
+    except UNKNOWN_ERRORS as error:
+        raise _unknown_error(path, weights) from error
+    if vae.first_stage_model is None:
+        raise _unknown_error(path, weights)
+    Recipe(VAE, (str(path),), {"device": device}).attach(vae.patcher)
+    return wrap_vae(vae)
+
+
+def _unknown_error(path: str, weights: Mapping[str, torch.Tensor]) -> WeightFileError:
+    """Returns the error for a file that holds no VAE that the host knows."""
+    return WeightFileError(
+        f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors,"
+        f" first {safe_repr(next(iter(weights), 'none'))}). Pick another file, or update ComfyUI if"
+        " the VAE is new.")
+
+
+def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
+              metadata: Mapping | None = None, name: str = "The VAE's file",
+              notes: Iterable[str] = ()) -> comfy.sd.VAE:
+    """Builds the host's VAE for a device; on the CPU it stays there between runs too.
+
+    Args:
+        weights: of a file, packed ones and others.
+        device: where the VAE runs; None: the host's choice.
+        metadata: of the file.
+        name: of the file.
+        notes: on what of the file is not used.
+    """
+    weights = unmerge_kernels(dict(weights))
+    is_any_packed = any(map(is_packed, weights.values()))
+    with (
+        pack_layers() if is_any_packed else contextlib.nullcontext(),
+        dequantize_plain_parameters(),
+        explain_shape_errors(name),
+        check_load(name, notes) as check,
+    ):
+        vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
+        if vae.first_stage_model is not None:
+            check.attach(vae)
+    if device is not None and device.type == "cpu" and vae.first_stage_model is not None:
+        vae.patcher.offload_device = device
+    return vae
+
+
+@register_loader(VAE)
+def _patcher(path: str, device: torch.device | None = None,
+             disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Loads the VAE for a recipe; the host has no `disable_dynamic` for VAEs."""
+    return load_vae(path, device).patcher

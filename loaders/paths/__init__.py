@@ -1,0 +1,1 @@
+"""Which folders and files a workflow may name."""

@@ -1,0 +1,1 @@
+"""How quantisers store weights: their names, settings and layouts."""

@@ -1,0 +1,126 @@
+"""Reads weights that GPTQ, AutoRound or AWQ packed into 32-bit words.
+
+| in the file (layer `L`, weight (N, K), b bits, G groups) | written by |
+|---|---|
+| `L.qweight` int32 (K * b / 32, N), `L.qzeros` int32 (G, N * b / 32), `L.scales` (G, N), | GPTQ, |
+| optional `L.g_idx` int32 (K,), the group of each column | AutoRound |
+| `L.qweight` int32 (K, N / 8), `L.qzeros` int32 (G, N / 8), `L.scales` (G, N) | AWQ (gemm) |
+
+Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. GPTQ's words are a stream
+of bits along the rows of the matrix (along the columns for zeros), so that transposing them brings
+the codes into the order of the values. In AWQ's words, the four lower nibbles are the rows of even
+numbers of eight, the upper ones those of odd numbers.
+
+GPTQ's first version stores each zero less 1, modulo 2**b, its second as it is. The `config.json` of
+the folder says which: `checkpoint_format` of GPTQ, `packing_format` of AutoRound. Without it, only
+zeros that are all half the range of the codes say so.
+
+Sources: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, `qlinear_torch_zp.py` and
+`auto_round/inference/backend.py`, autoawq 0.2.9 `awq/utils/packing_utils.py`.
+"""
+import torch
+
+from ..files.container import WeightFile, describe
+from .comfyui import PartError, Parts, part
+from .integers import CHUNK_VALUES, known_bits, pack_integers, split_words
+
+NAME = "GPTQ, AutoRound or AWQ"
+CODES, ZEROS, SCALES, GROUPS = PARTS = "qweight", "qzeros", "scales", "g_idx"
+LAYERS = {CODES: (SCALES, ZEROS)}
+AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
+GROUP_LENGTHS = (128, 64, 32, 256, 512, 1024, 16)  # those that people choose first come first
+CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
+
+
+def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
+    """Returns the weight of a layer, packed, from its parts."""
+    codes, zeros, scales = (part(parts, name) for name in (CODES, ZEROS, SCALES))
+    if (codes.dtype, zeros.dtype) != (torch.int32, torch.int32) or any(
+            tensor.ndim != 2 or not tensor.numel() for tensor in (codes, zeros, scales)):
+        raise PartError(_mismatch(parts))
+    groups, rows = scales.shape
+    if len(zeros) != groups or not scales.is_floating_point():
+        raise PartError(_mismatch(parts))
+    is_awq = "awq" in str(file.quantization) if file.quantization else None
+    if codes.shape[1] == rows and not is_awq:
+        return _gptq(file, parts)
+    if (codes.shape[1] * AWQ_CODES == rows and zeros.shape[1] == codes.shape[1]
+            and is_awq is not False):
+        return _awq(codes, zeros, scales)
+    raise PartError(_mismatch(parts))
+
+
+def _mismatch(parts: Parts) -> str:
+    shapes = ", ".join(f"{name} {describe(tensor)}" for name, tensor in parts.items())
+    return (f"it has {shapes}, expected int32 words of GPTQ (K * bits / 32, N) or AWQ (K, N / 8)"
+            " with a scale and a zero for each group and row")
+
+
+def _gptq(file: WeightFile, parts: Parts) -> torch.Tensor:
+    codes, zeros, scales = (parts[name] for name in (CODES, ZEROS, SCALES))
+    (groups, rows), group_of_column = scales.shape, parts.get(GROUPS)
+    bits = known_bits(zeros.shape[1] * 32 / rows)
+    columns = len(codes) * 32 // bits
+    if len(codes) * 32 % bits or columns % 8:
+        raise PartError(_mismatch(parts))
+    stored = split_words(zeros, bits)
+    zeros = stored + _zero_offset(file, stored, bits) & (1 << bits) - 1
+    if group_of_column is None and file.quantization.get("desc_act") is True:
+        raise PartError(f"it has no {GROUPS}, and its config says that its columns are in another"
+                        " order")
+    if group_of_column is None and groups > 1:
+        group_of_column = torch.arange(columns) // _group_length(file, columns, groups)
+    return pack_integers(codes.t().contiguous().view(torch.uint8), columns, bits, scales.t(),
+                         zeros.t(), group_of_column)
+
+
+def _group_length(file: WeightFile, columns: int, groups: int) -> int:
+    """Returns how many columns share a scale; the last group may be shorter.
+
+    Where no config says so, it is the length that the writers offer which makes so many groups.
+    """
+    settled = file.quantization.get("group_size")
+    lengths = [settled] if type(settled) is int and settled > 0 else []
+    lengths += [length for length in GROUP_LENGTHS if length * groups == columns]
+    lengths += GROUP_LENGTHS
+    fitting = [length for length in lengths if -(-columns // length) == groups]
+    if fitting:
+        return fitting[0]
+    if columns % groups:
+        raise PartError(f"its {groups} groups do not divide its {columns} columns")
+    return columns // groups
+
+
+def _zero_offset(file: WeightFile, stored: torch.Tensor, bits: int) -> int:
+    """Returns what has to be added to the zeros of GPTQ, uint8 (G, N)."""
+    settings, half = file.quantization, 1 << bits - 1
+    if "auto" in str(settings.get("quant_method")):  # auto-round, also intel/auto-round
+        packing = str(settings.get("packing_format", "auto_gptq"))
+        return int("auto_gptq" in packing)
+    if settings:
+        version = settings.get("checkpoint_format", settings.get("format"))
+        return int("v2" not in str(version))
+    if bool((stored == half).all()):
+        return 0
+    if bool((stored == half - 1).all()):
+        return 1
+    raise PartError(f"its file does not say whether zeros are stored less 1; {CONFIG_ADVICE}")
+
+
+def _awq(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    columns, words = codes.shape
+    if columns % 2:
+        raise PartError(f"it has an odd number of columns, {columns}")
+    packed = torch.empty((words * AWQ_CODES, columns // 2), dtype=torch.uint8)
+    step = max(1, CHUNK_VALUES // columns // AWQ_CODES)
+    for first in range(0, words, step):
+        fields = _awq_fields(codes[:, first:first + step])
+        pairs = fields[::2] | fields[1::2] << AWQ_BITS  # of neighbouring columns of the weight
+        packed[first * AWQ_CODES:(first + step) * AWQ_CODES] = pairs.t()
+    return pack_integers(packed, columns, AWQ_BITS, scales.t(), _awq_fields(zeros).t())
+
+
+def _awq_fields(words: torch.Tensor) -> torch.Tensor:
+    """Returns the fields of words (R, W) in the order of the matrix' rows, uint8 (R, W * 8)."""
+    fields = split_words(words, AWQ_BITS).view(len(words), -1, 2, AWQ_CODES // 2)
+    return fields.transpose(2, 3).reshape(len(words), -1)

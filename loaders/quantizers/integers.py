@@ -1,0 +1,146 @@
+"""Makes packed tensors of integers, scales and zeros, in whatever way a quantiser stored them."""
+import torch
+
+from ...ops.formats._rows import RowFormat
+from ...ops.formats.bits import split_stream
+from ...ops.formats.comfyui import INT8_ROWS
+from ...ops.formats.integers import BITS, SIDE_DTYPES, integer_family
+from ...ops.tensor.packed_layout import packed_tensor
+from ...ops.tensor.packed_tensor import PackedTensor
+from ..files.container import describe
+from .comfyui import FP8, PartError
+
+CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
+BYTES: dict[torch.dtype, type[RowFormat]] = {torch.int8: INT8_ROWS, **FP8}
+
+
+def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Tensor,
+                  zeros: torch.Tensor | None = None,
+                  groups: torch.Tensor | None = None) -> PackedTensor:
+    """Makes a packed tensor of (N, K).
+
+    Args:
+        codes: uint8 (N, K * bits / 8), contiguous, rows of a stream, the lowest bit first.
+        columns: K.
+        bits: of a code.
+        scales: float (N, G).
+        zeros: uint8 (N, G); None where all are half the range of the codes. They are left out
+            where they are.
+        groups: the group of each column, integers (K,); None where each group is K / G columns.
+
+    Raises:
+        PartError: the scales do not fit the columns.
+    """
+    rows, count = scales.shape
+    if count < 1 or (groups is None and columns % count):
+        raise PartError(f"its {count} groups do not divide its {columns} columns")
+    if groups is not None:
+        is_whole = not groups.is_floating_point() and groups.dtype != torch.bool
+        is_inside = is_whole and groups.numel() == columns and (
+            groups.min() >= 0 and groups.max() < count)
+        if not is_inside or count > torch.iinfo(torch.int16).max:
+            raise PartError(f"its columns do not name one of its {count} groups each")
+        if columns % count == 0 and torch.equal(
+                groups.long(), torch.arange(columns) // (columns // count)):
+            groups = None
+    if scales.dtype not in SIDE_DTYPES:
+        raise PartError(f"its scales are {describe(scales)}")
+    if zeros is not None and bool((zeros == 1 << bits - 1).all()):
+        zeros = None
+    family = integer_family(bits, scales.dtype, zeros is not None, groups is not None)
+    size = count if groups is not None else columns // count
+    sides = [scales.flatten().view(torch.uint8)]
+    if zeros is not None:
+        width = family.zero_bits()
+        padded = torch.nn.functional.pad(zeros, (0, -count % (8 // width)))
+        sides.append(join_codes(padded.contiguous(), width).flatten())
+    if groups is not None:
+        sides.append(groups.flatten().to(torch.int16).view(torch.uint8))
+    return packed_tensor(family.of_columns(columns, size), codes.view(-1), (rows, columns),
+                         torch.float32, *sides)
+
+
+def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
+    """Makes a packed tensor of bytes with a scale for each row, or with one.
+
+    Args:
+        codes: int8 or fp8 (N, ...).
+        scale: float of N numbers, or of one.
+
+    Raises:
+        PartError: the scales do not fit the rows.
+    """
+    family = BYTES.get(codes.dtype)
+    if family is None or codes.ndim < 2 or not codes.numel() or (
+            scale.numel() not in (1, len(codes)) or not scale.is_floating_point()):
+        raise PartError(f"it has {describe(codes)} codes and {describe(scale)} scales, expected"
+                        " int8 or fp8 with a scale for each row")
+    scales = scale.float().flatten().expand(len(codes)).contiguous()
+    return packed_tensor(family.of_columns(codes.shape[1:].numel()),
+                         codes.contiguous().view(torch.uint8).view(-1), codes.shape, torch.float32,
+                         scales)
+
+
+def pack_nvfp4(family: type[RowFormat], codes: torch.Tensor, scale: torch.Tensor,
+               of_tensor: torch.Tensor) -> PackedTensor | None:
+    """Makes a packed tensor of 4-bit floats; None where the parts do not fit one another.
+
+    Args:
+        family: of nvfp4.
+        codes: uint8 (N, K / 2).
+        scale: fp8 E4M3 (N, K / 16).
+        of_tensor: one number, for all scales.
+    """
+    rows, columns = len(codes), codes.shape[1] * 2
+    if (scale.dtype != torch.float8_e4m3fn or columns % family.group or of_tensor.numel() != 1
+            or not of_tensor.is_floating_point()
+            or tuple(scale.shape) != (rows, columns // family.group)):
+        return None
+    return packed_tensor(
+        family.of_columns(columns), codes.contiguous().view(-1), (rows, columns), torch.float32,
+        scale.flatten().view(torch.uint8),
+        of_tensor.float().flatten().expand(rows).contiguous())
+
+
+def split_words(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns the fields of rows of int32 words as uint8, the lowest bit first.
+
+    Args:
+        words: int32 (R, W).
+        bits: of a field, one of `BITS`.
+
+    Returns:
+        (R, W * 32 // bits).
+    """
+    data = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return data
+    if bits == 4:
+        return torch.stack([data & 15, data >> 4], -1).view(len(data), -1)
+    return split_stream(data, bits).to(torch.uint8)
+
+
+def join_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns rows of codes as a stream, the lowest bit first; inverts `split_words` on bytes.
+
+    Args:
+        codes: uint8 (R, K), K * bits a multiple of 8.
+        bits: 2, 4 or 8.
+
+    Returns:
+        uint8 (R, K * bits / 8).
+    """
+    if bits == 8:
+        return codes.contiguous()
+    fields = codes.view(len(codes), -1, 8 // bits)
+    packed = fields[..., 0].clone()
+    for index in range(1, 8 // bits):
+        packed |= fields[..., index] << index * bits
+    return packed
+
+
+def known_bits(bits: float) -> int:
+    """Returns the bits of a code. Raises PartError if no weights of so many bits are read."""
+    if bits not in BITS:
+        raise PartError(f"it has {bits:g} bits a value, expected {', '.join(map(str, BITS))}")
+    return int(bits)

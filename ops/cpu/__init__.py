@@ -1,0 +1,1 @@
+"""What a CPU computes faster another way: attention, convolutions, linear layers."""

@@ -1,0 +1,1 @@
+"""The layers that hold packed weights, and the products that they compute."""

@@ -1,0 +1,79 @@
+"""Builds the `operations` class from which the host makes a model's layers.
+
+Those of `layers` hold packed weights. All other layers are the host's own.
+"""
+import functools
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import comfy.ops
+import torch
+
+from ..pickle_names import stable_pickle_name
+from .comfyui_quantized import MixedEmbedding, MixedLinear
+from .fused_calls import keep_forward
+from .packed_layers import PACKED_LAYERS, MoEExperts, PackedLayer
+
+
+def packed_operations(value_dtype: torch.dtype | None = None,
+                      patch_dtype: torch.dtype | None = None, mixed: bool = False,
+                      full_precision: bool = False, compute: str = "exact") -> type:
+    """Returns a class for the host's `custom_operations`, the same one for the same arguments.
+
+    Args:
+        value_dtype: see `PackedLayer`.
+        patch_dtype: see `PackedLayer`.
+        mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose
+            products are the host's.
+        full_precision: those layers do not quantise their inputs, as in the host's text encoders.
+        compute: see `PackedLayer`.
+    """
+    keep_forward()
+    return _operations(value_dtype, patch_dtype, mixed, full_precision, compute)
+
+
+@functools.cache
+def _operations(value_dtype: torch.dtype | None, patch_dtype: torch.dtype | None, mixed: bool,
+                full_precision: bool, compute: str) -> type:
+    options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute}
+    base: Any = comfy.ops.manual_cast
+    layer_classes = list(PACKED_LAYERS)
+    if mixed:
+        quantized = types.SimpleNamespace(quant_config={"mixed_ops": True})
+        # chooses by what the device can compute in
+        base = comfy.ops.pick_operations(None, None, model_config=quantized)
+        base._full_precision_mm = full_precision
+        layer_classes[:2] = (
+            type("Linear", (MixedLinear, base.Linear), {}),
+            type("Embedding", (MixedEmbedding, base.Embedding), {}),
+        )
+        layer_classes.remove(MoEExperts)  # such a file has its experts in the host's format too
+    arguments = value_dtype, patch_dtype, mixed, full_precision, compute
+    layers = {
+        layer.__name__: type(layer.__name__, (layer,),
+                             options | {"new": (new_layer, (layer.__name__, *arguments))})
+        for layer in layer_classes
+    }
+    return type("PackedOperations", (base,), layers)
+
+
+def operations_for(keys: Iterable[str], *dtypes: torch.dtype | None, full_precision: bool = False,
+                   compute: str = "exact") -> type:
+    """Returns `packed_operations` for a state dict.
+
+    Args:
+        keys: the state dict's keys.
+        dtypes: value_dtype and patch_dtype.
+        full_precision: see `packed_operations`.
+        compute: see `PackedLayer`.
+    """
+    mixed = any(key.endswith(".comfy_quant") for key in keys)
+    return packed_operations(*dtypes, mixed=mixed, full_precision=full_precision, compute=compute)
+
+
+@stable_pickle_name
+def new_layer(name: str, *arguments) -> PackedLayer:
+    """Returns an uninitialised layer of the class `name` of `packed_operations(*arguments)`."""
+    layer_class = getattr(packed_operations(*arguments), name)
+    return layer_class.__new__(layer_class)

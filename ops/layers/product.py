@@ -1,0 +1,382 @@
+"""Products with packed weights, as torch operators: `linear`, `embedding`, `dequantize`.
+
+They run on every device, with a kernel of `kernels` where there is one and otherwise in torch, the
+reference that the kernels are validated against. They are registered with torch, so that
+`torch.compile(fullgraph=True)` compiles packed layers.
+"""
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from comfy_kitchen.tensor import register_layout_op
+from comfy_kitchen.tensor.base import dequantize_args
+
+from .. import kernels
+from ..cpu import linear as cpu_linear
+from ..formats.base import FORMATS, Format
+from ..formats.low_rank_and_joined import without_low_rank
+from ..tensor.packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
+from ..tensor.packed_tensor import PackedTensor
+from . import stochastic_rounding, torch_registration, workspace
+from .low_rank import LowRank, dense_linear
+
+# On a CPU a slice of the weight that stays in the cache is written and read faster, and a product
+# takes up to half as long again where its rows are no multiple of what it handles together.
+CACHED_BYTES, ROW_BLOCK = 6 << 20, 64
+# A convolution also copies each slice, in the order that it needs: for this many channels at once.
+CONVOLUTION_BYTES, CHANNEL_BLOCK = 16 << 20, 16
+CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
+
+
+def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
+            rows: int, value_dtype: torch.dtype | None, down: torch.Tensor | None,
+            ups: list[torch.Tensor], slices: list[int], blas: bool = False) -> torch.Tensor:
+    flat = input.reshape(-1, input.shape[-1])
+    low_rank = LowRank.from_operands(down, ups, slices)
+    packed_format, packed, own = without_low_rank(FORMATS[format], packed)
+    if own is not None:
+        low_rank = own.to(flat).and_also(low_rank, rows)
+    # The low-rank branch is part of the large product's sum, which is rounded once: added after the
+    # rounding, a weak LoRA would be lost. Adding the bias rounds too, so the bias comes last.
+    added = None if low_rank is None else low_rank.product(flat, rows)
+    weight = packed_format, packed, rows, value_dtype
+    out = _by_kernel(flat, *weight, bias, added)
+    if out is None:
+        out = _by_torch(flat, *weight, bias, added, blas)
+    if added is not None and bias is not None:
+        out += bias
+    return out.view(*input.shape[:-1], rows)
+
+
+def _by_kernel(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor],
+               rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
+               added: torch.Tensor | None) -> torch.Tensor | None:
+    """Computes `input W^T + added` with a kernel that dequantises as it multiplies.
+
+    Where `added` is None, `bias` is added. Returns None where there is no such kernel.
+    """
+    tokens, columns = input.shape
+    if columns % packed_format.block_length:
+        return None
+    run = kernels.find("linear", input.device, packed_format, input.dtype, value_dtype, tokens)
+    if run is None:
+        return None
+    addend = bias.expand(tokens, rows) if added is None and bias is not None else added
+    out = input.new_empty((tokens, rows))
+    run(packed_format, packed, input.contiguous(), addend, out, value_dtype)
+    return out
+
+
+def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor],
+              rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
+              added: torch.Tensor | None, blas: bool) -> torch.Tensor:
+    """Computes `input W^T + added` in torch, W dequantised in slices of rows.
+
+    Where `added` is None, `bias` is added. Overwrites `added`.
+    """
+    tokens, columns = input.shape
+    by_onednn = not blas and cpu_linear.takes(input)
+    multiply = torch.nn.functional.linear
+    if by_onednn:
+        input, multiply = input.contiguous(), cpu_linear.linear
+    if packed_format.plain_dtype == input.dtype:
+        weight = packed[0].view(input.dtype).view(rows, columns)
+        if added is None:
+            return multiply(input, weight, bias)
+        return added.addmm_(input, weight.t())
+    limit, row_bytes = workspace.workspace_bytes(input.device), columns * input.dtype.itemsize
+    if input.device.type == "cpu":
+        limit = min(limit, CACHED_BYTES)
+    multiple = ROW_BLOCK if limit >= ROW_BLOCK * row_bytes else 1
+    step = min(rows, workspace.rows_within(limit, packed_format, columns, row_bytes, multiple))
+    with workspace.workspace(input.device) as take:
+
+        def dequantize_slice(start: int, stop: int) -> torch.Tensor:
+            out = take((stop - start, columns), input.dtype)
+            first = start * columns // packed_format.block_length
+            return kernels.dequantize_into(packed_format, packed, out, value_dtype, first)
+
+        if added is None and step == rows:
+            return multiply(input, dequantize_slice(0, rows), bias)
+        out = input.new_empty((tokens, rows)) if added is None else added
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            part, weight = out[:, start:stop], dequantize_slice(start, stop)
+            if added is not None:
+                if by_onednn and input.dtype == torch.float32:
+                    part += multiply(input, weight)
+                else:
+                    part.addmm_(input, weight.t())
+            elif by_onednn:
+                part.copy_(multiply(input, weight, None if bias is None else bias[start:stop]))
+            elif bias is None:
+                torch.mm(input, weight.t(), out=part)
+            else:
+                torch.addmm(bias[start:stop], input, weight.t(), out=part)
+    return out
+
+
+def _embedding(ids: torch.Tensor, packed: list[torch.Tensor], format: str, columns: int,
+               dtype: torch.dtype) -> torch.Tensor:
+    packed_format = FORMATS[format]
+    out = torch.empty((*ids.shape, columns), dtype=dtype, device=packed[0].device)
+    rows = packed_format.rows(packed, columns, ids.flatten())
+    return kernels.dequantize_into(packed_format, rows, out)
+
+
+def _dequantize(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
+                value_dtype: torch.dtype | None, first: int = 0) -> torch.Tensor:
+    out = torch.empty(shape, dtype=dtype, device=packed[0].device)
+    return kernels.dequantize_into(FORMATS[format], packed, out, value_dtype, first)
+
+
+torch_registration.register(f"linear{torch_registration.LINEAR_SCHEMA}", _linear,
+                            torch_registration.fake_linear)
+torch_registration.register(
+    "embedding(Tensor ids, Tensor[] packed, str format, int columns, ScalarType dtype) -> Tensor",
+    _embedding, torch_registration.fake_embedding)
+torch_registration.register(
+    "dequantize(Tensor[] packed, str format, int[] shape, ScalarType dtype, ScalarType?"
+    " value_dtype, int first=0) -> Tensor", _dequantize, torch_registration.fake_dequantize)
+
+
+def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
+           value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None,
+           blas: bool = False) -> torch.Tensor:
+    """Computes `input @ weight.T + bias` plus a low-rank branch, the weight dequantised in slices.
+
+    Args:
+        input: (..., K) float.
+        weight: packed, logical shape (N, K), on the same device.
+        bias: (N,) in the dtype of `input`, or None.
+        value_dtype: dtype the dequantised values are first rounded to; None: that of `input`.
+        low_rank: in the dtype of `input`, or None.
+        blas: multiply by torch's BLAS only, as version 0.2.0 did.
+
+    Returns:
+        (..., N) in the dtype of `input`.
+
+    Raises:
+        RuntimeError: the last dimension of `input` is not K.
+    """
+    if input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"A layer of {weight.shape[1]} input features was given {input.shape[-1]}: the model"
+            " and its input (often the text encoder's output) do not belong together.")
+    if needs_gradient(input, bias):
+        # a copy may be overwritten before the gradient is computed
+        if isinstance(weight, torch.nn.Parameter) and not torch.compiler.is_compiling():
+            return _Linear.apply(input, bias, weight, value_dtype, low_rank, blas)
+        return dense_linear(input, dequantize(weight, input.dtype, value_dtype), bias, low_rank)
+    return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank),
+                                          blas)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Returns whether autograd is to compute a gradient of any of these tensors."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _Linear(torch.autograd.Function):
+    """The product of `linear` with the gradients of input and bias, for which the weight is
+    dequantised again: no dense weight is kept for them."""
+
+    @staticmethod
+    def forward(ctx, input: torch.Tensor, bias: torch.Tensor | None, weight: PackedTensor,
+                value_dtype: torch.dtype | None, low_rank: LowRank | None,
+                blas: bool) -> torch.Tensor:
+        ctx.weight, ctx.value_dtype, ctx.low_rank = weight, value_dtype, low_rank
+        return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank),
+                                              blas)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        flat = grad.reshape(-1, grad.shape[-1])
+        input_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            dense = dequantize(ctx.weight, flat.dtype, ctx.value_dtype)
+            if ctx.low_rank is None:
+                input_grad = flat @ dense
+            else:
+                input_grad = ctx.low_rank.transposed_product(flat).addmm_(flat, dense)
+            input_grad = input_grad.view(*grad.shape[:-1], dense.shape[1])
+        if ctx.needs_input_grad[1]:
+            bias_grad = flat.sum(0)
+        return input_grad, bias_grad, None, None, None, None
+
+
+def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,
+             value_dtype: torch.dtype | None, low_rank: LowRank | None) -> tuple:
+    """Returns the arguments of `torch_registration.LINEAR_SCHEMA`; see `linear`."""
+    branch = (None, (), ()) if low_rank is None else low_rank.operands
+    return (
+        input,
+        packed_tensors(weight),
+        bias,
+        weight.layout_cls.format.__name__,
+        weight.shape[0],
+        value_dtype,
+        *branch,
+    )
+
+
+@register_layout_op(torch.ops.aten.linear.default, PackedLayout)
+def _comfy_linear(_, args, kwargs):
+    """Runs `torch.nn.functional.linear` in inference mode.
+
+    The host calls it with an embedding table to generate text.
+    """
+    input, weight = args[:2]
+    bias = args[2] if len(args) > 2 else None
+    if isinstance(input, QuantizedTensor) or isinstance(bias, QuantizedTensor):
+        dense: Any = dequantize_args((input, weight, bias))
+        return torch.nn.functional.linear(*dense)
+    return linear(input, weight, bias)
+
+
+def embedding(ids: torch.Tensor, weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Looks up rows of a packed table; only these rows are dequantised.
+
+    Args:
+        ids: integers of any shape, on the table's device.
+        weight: packed, logical shape (rows, K).
+        dtype: of the result.
+
+    Returns:
+        (*ids.shape, K).
+    """
+    packed_format = weight.layout_cls.format
+    if not rows_are_whole_blocks(weight):
+        return torch.nn.functional.embedding(ids, dequantize(weight, dtype))
+    return torch.ops.featherweight.embedding(ids, packed_tensors(weight), packed_format.__name__,
+                                             weight.shape[1], dtype)
+
+
+def rows_are_whole_blocks(weight: PackedTensor, axis: int = 1) -> bool:
+    """Returns whether the dimensions of a weight from `axis` on are blocks that can be moved."""
+    packed_format = weight.layout_cls.format
+    return (packed_format.is_sliceable
+            and weight.shape[axis:].numel() % packed_format.block_length == 0)
+
+
+def dequantize(weight: PackedTensor, dtype: torch.dtype,
+               value_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns the dense weight in `dtype`, rounded once from float32 or first to `value_dtype`."""
+    name = weight.layout_cls.format.__name__
+    return torch.ops.featherweight.dequantize(packed_tensors(weight), name, list(weight.shape),
+                                              dtype, value_dtype)
+
+
+def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Returns a read-only view of a weight whose bytes are numbers of `dtype`, else None."""
+    if not is_packed(weight) or weight.layout_cls.format.plain_dtype != dtype:
+        return None
+    return packed_tensors(weight)[0].view(dtype).view(weight.shape)
+
+
+def fits_workspace(weight: PackedTensor, input: torch.Tensor, reordered: bool = False) -> bool:
+    """Returns whether to dequantise a weight into the workspace.
+
+    That is so on a CPU, where no gradient needs the values later.
+
+    Args:
+        weight: packed.
+        input: of the layer.
+        reordered: whether values that need no dequantising are copied there too.
+    """
+    return (
+        input.device.type == "cpu"
+        and (reordered or plain_values(weight, input.dtype) is None)
+        and not torch.compiler.is_compiling()
+        and not needs_gradient(input)
+    )
+
+
+def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
+                       value_dtype: torch.dtype | None = None,
+                       whole: bool = False, channels_last: bool = False
+                       ) -> Generator[tuple[slice, torch.Tensor], None, None]:
+    """Yields a weight in slices of rows, each in the workspace; see `fits_workspace`.
+
+    Args:
+        weight: packed, of any shape; a row is all that has the same first index.
+        dtype: of the values.
+        value_dtype: dtype the dequantised values are first rounded to, or None.
+        whole: yield all rows at once.
+        channels_last: yield the weight of a 2-D convolution in memory format `channels_last`.
+
+    Yields:
+        (rows, their dense values, valid until the next slice is taken).
+    """
+    packed_format, shape = weight.layout_cls.format, weight.shape
+    columns = shape[1:].numel()
+    step = shape[0] if whole else workspace.rows_within(
+        CONVOLUTION_BYTES, packed_format, columns, columns * dtype.itemsize, CHANNEL_BLOCK)
+    tensors = packed_tensors(weight)
+    with workspace.workspace(weight.device) as take:
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            first = start * columns // packed_format.block_length
+            if channels_last:
+                count, channels, height, width = rows.stop - start, *shape[1:]
+                out = take((count, height, width, channels), dtype)
+                _dequantize_channels_last(packed_format, tensors, out.view(count, -1, channels),
+                                          value_dtype, first)
+                yield rows, out.permute(0, 3, 1, 2)
+            else:
+                out = take((rows.stop - start, *shape[1:]), dtype)
+                yield rows, kernels.dequantize_into(packed_format, tensors, out, value_dtype, first)
+
+
+def _dequantize_channels_last(packed_format: type[Format], tensors: list[torch.Tensor],
+                              out: torch.Tensor, value_dtype: torch.dtype | None, first: int):
+    """Dequantises the weight of a convolution into (rows, taps, channels), from block `first` on.
+
+    Its blocks are in the order (rows, channels, taps).
+    """
+    rows, taps, channels = out.shape
+    columns = taps * channels
+    step = min(rows, workspace.rows_within(CORE_CACHE_BYTES, packed_format, columns,
+                                           columns * out.itemsize))
+    plain_dtype = packed_format.plain_dtype
+    scratch = out.new_empty(step * columns if plain_dtype is None else 0)
+    for start in range(0, rows, step):
+        part = out[start:start + step]
+        block = first + start * columns // packed_format.block_length
+        if plain_dtype is None:
+            values = kernels.dequantize_into(packed_format, tensors, scratch[:part.numel()],
+                                             value_dtype, block)
+        else:
+            values = tensors[0].view(-1).view(plain_dtype)[block:block + part.numel()]
+        kernels.cast_channels_last(values.view(-1, channels, taps), part)
+
+
+def dequantize_rows(weight: PackedTensor, dtype: torch.dtype,
+                    change: Callable[[torch.Tensor, int], torch.Tensor],
+                    value_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns the dense weight, changed in slices of float32 rows before stochastic rounding.
+
+    Args:
+        weight: packed.
+        dtype: of the result.
+        change: (float32 rows, index of the first) -> the changed rows.
+        value_dtype: dtype the dequantised values are first rounded to, or None.
+    """
+    packed_format, shape = weight.layout_cls.format, weight.shape
+    columns = shape[1:].numel()
+    row_bytes = columns * torch.float32.itemsize
+    step = min(
+        shape[0],
+        workspace.rows_within(workspace.CPU_WORKSPACE_BYTES, packed_format, columns, row_bytes))
+    tensors = packed_tensors(weight)
+    out = torch.empty(shape, dtype=dtype, device=weight.device)
+    for start in range(0, shape[0], step):
+        rows = torch.ops.featherweight.dequantize(tensors, packed_format.__name__,
+                                                  [min(step, shape[0] - start), *shape[1:]],
+                                                  torch.float32, value_dtype,
+                                                  start * columns // packed_format.block_length)
+        out[start:start + len(rows)] = stochastic_rounding.stochastic_round(
+            change(rows, start), dtype)
+    return out

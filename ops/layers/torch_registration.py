@@ -1,0 +1,162 @@
+"""Registers torch operators: their schema, implementation, and a fake that checks the operands.
+
+torch calls the fakes while it compiles, to know shape and dtype of a result. One implementation
+serves every device: `kernels` chooses the kernel by the weight's format and by what was validated
+on the device.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..formats.base import FORMATS, Format
+
+# input: (..., K) float. packed: the bytes of a weight of logical shape (rows, K) and, in some
+# formats, its scales. bias: (rows,). value_dtype: see `Format.dequantize_into`. down, ups, slices:
+# `LowRank.operands`; without a branch None and empty. blas: multiply by torch's BLAS only.
+LINEAR_SCHEMA = (
+    "(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, ScalarType? value_dtype,"
+    " Tensor? down, Tensor[] ups, int[] slices, bool blas=False) -> Tensor")
+
+_library = torch.library.Library("featherweight", "DEF")
+_check = torch._check  # raises RuntimeError with the message, also where sizes are symbolic
+
+
+def register(schema: str, run: Callable, fake: Callable):
+    """Makes `torch.ops.featherweight.<name>`.
+
+    Args:
+        schema: in torch's syntax, with the name.
+        run: the implementation. It gets the tensors of a packed weight contiguous, as the kernels
+            and torch's reference read them.
+        fake: checks the operands and returns an empty result.
+    """
+    name = schema.partition("(")[0]
+    before, has_packed, _ = schema.partition("Tensor[] packed")
+    index = before.count(",")
+
+    def run_contiguous(*operands):
+        return run(*operands[:index], contiguous(operands[index]), *operands[index + 1:])
+
+    _library.define(schema)
+    _library.impl(name, run_contiguous if has_packed else run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"featherweight::{name}", fake, lib=_library)
+
+
+def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns the tensors, copied where they are not contiguous: kernels get no strides."""
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def fake_linear(input, packed, bias, format, rows, value_dtype, down, ups, slices, blas=False):
+    """Checks the operands of `linear` and returns its empty result."""
+    _check(input.dtype.is_floating_point and input.ndim > 0,
+           lambda: f"The input is {_describe(input)}; expected rows of floats.")
+    columns = input.shape[-1]
+    _check_weight(packed, format, rows * columns, f"a weight of {rows} x {columns}", whole=True)
+    _check_value_dtype(value_dtype)
+    if bias is not None:
+        _check(tuple(bias.shape) == (rows,) and bias.dtype == input.dtype,
+               lambda: f"The bias is {_describe(bias)}; expected ({rows},) of {input.dtype}.")
+    if down is None:
+        _check(not ups and not slices,
+               lambda: "A low-rank branch has up factors and no down factor.")
+    else:
+        _check_branch(input, rows, down, ups, slices)
+    return input.new_empty((*input.shape[:-1], rows))
+
+
+def fake_embedding(ids, packed, format, columns, dtype):
+    """Checks the operands of `embedding` and returns its empty result."""
+    _check(ids.dtype in (torch.int64, torch.int32),
+           lambda: f"The ids are {_describe(ids)}; expected int64 or int32.")
+    packed_format = _check_weight(packed, format, columns, f"a row of {columns} values")
+    _check(columns % packed_format.block_length == 0,
+           lambda: f"A row of {columns} values is not a multiple of the"
+                   f" {packed_format.block_length} values in a block of {format}.")
+    return _empty_result(packed, (*ids.shape, columns), dtype)
+
+
+def fake_dequantize(packed, format, shape, dtype, value_dtype, first=0):
+    """Checks the operands of `dequantize` and returns its empty result."""
+    values = first * _format(format).block_length + math.prod(shape)
+    what = f"a weight of {' x '.join(map(str, shape))}"
+    if first:
+        what += f" from block {first} on"
+    _check_weight(packed, format, values, what)
+    _check_value_dtype(value_dtype)
+    return _empty_result(packed, shape, dtype)
+
+
+def _check_branch(input, rows, down, ups, slices):
+    for factor in (down, *ups):
+        _check(factor.ndim == 2 and factor.dtype == input.dtype,
+               lambda: f"A low-rank factor is {_describe(factor)}; expected a matrix of"
+                       f" {input.dtype}.")
+    _check(down.shape[1] == input.shape[-1],
+           lambda: f"The down factor is for {down.shape[1]} input features, the input has"
+                   f" {input.shape[-1]}.")
+    _check(len(slices) == 4 * len(ups),
+           lambda: f"{len(ups)} up factors have {len(slices)} numbers for their slices; expected"
+                   " four per factor.")
+    for index, up in enumerate(ups):
+        row, row_end, rank, rank_end = slices[4 * index:4 * index + 4]
+        _check(0 <= row <= row_end <= rows and 0 <= rank <= rank_end <= down.shape[0],
+               lambda: f"A slice has rows {row} to {row_end} of {rows} and ranks {rank} to"
+                       f" {rank_end} of {down.shape[0]}.")
+        _check(tuple(up.shape) == (row_end - row, rank_end - rank),
+               lambda: f"An up factor is {_describe(up)}, its slice has {row_end - row} rows and"
+                       f" {rank_end - rank} ranks.")
+
+
+def _format(name: str) -> type[Format]:
+    _check(name in FORMATS, lambda: f"There is no packed format {name}.")
+    return FORMATS[name]
+
+
+def _check_weight(packed, format: str, values: int, what: str, whole: bool = False) -> type[Format]:
+    """Checks that the tensors of a packed weight hold enough values.
+
+    Args:
+        packed: its bytes and, in some formats, its scales.
+        format: name of the format.
+        values: values they must hold.
+        what: describes these in a message.
+        whole: whether the tensors must end with the block of the last value.
+    """
+    packed_format = _format(format)
+    expected = 1 + len(packed_format.sides)
+    _check(len(packed) == expected,
+           lambda: f"A weight in {format} has {expected} tensors, not {len(packed)}.")
+    data = packed[0]
+    _check(data.dtype == torch.uint8,
+           lambda: f"The bytes of a weight in {format} are {_describe(data)}; expected uint8.")
+    length, size = packed_format.block_length, packed_format.block_bytes
+    count = data.numel() * length // size
+    fits = data.numel() == -(-values * size // length) if whole else count >= values
+    _check(fits, lambda: f"{data.numel()} bytes of {format} hold {count} values, not {what}.")
+    blocks = -(-values // length)
+    for scales, side in zip(packed[1:], packed_format.sides):
+        _check(scales.dtype == side.dtype,
+               lambda: f"The scales of a weight in {format} are {_describe(scales)}; expected"
+                       f" {str(side.dtype).removeprefix('torch.')}.")
+        needed = side.length(blocks)
+        _check(len(scales) == needed if whole else len(scales) >= needed,
+               lambda: f"{len(scales)} scales of {format} were given for {what}, which has"
+                       f" {blocks} blocks.")
+    return packed_format
+
+
+def _check_value_dtype(dtype: torch.dtype | None):
+    _check(dtype is None or dtype.is_floating_point,
+           lambda: f"Values are rounded to a float dtype, not to {dtype}.")
+
+
+def _empty_result(packed, shape, dtype: torch.dtype) -> torch.Tensor:
+    _check(dtype.is_floating_point,
+           lambda: f"A weight is dequantised to a float dtype, not to {dtype}.")
+    return torch.empty(shape, dtype=dtype, device=packed[0].device)
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype}"

@@ -1,0 +1,1 @@
+"""The packed tensor: what it is made of, its rows and its copies."""

@@ -1,0 +1,330 @@
+"""The bridge to comfy_kitchen: packed bytes as a tensor the host understands.
+
+A packed tensor is a `QuantizedTensor` with the weight's logical shape and a float dtype, which
+holds the bytes of the file. The host's model detection, memory accounting, offloading, pinned
+buffers and state dicts work on it as on any tensor.
+"""
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TypeGuard
+
+import torch
+from comfy_kitchen.tensor import (
+    BaseLayoutParams,
+    QuantizedLayout,
+    QuantizedTensor,
+    register_layout_class,
+)
+
+from ..formats import plain  # the package registers every format
+from ..formats._names import format_named
+from ..formats.base import Format, FormatError
+from ..formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
+from ..layers.low_rank import balancing_powers
+from ..pickle_names import stable_pickle_name
+from .packed_tensor import PackedTensor, relabel
+
+# of the largest number of a factor that float16 holds with room for a sum
+LEAST, MOST = 2.0**-10, 2.0**12
+
+SIDE_FIELDS = ("scale", *(f"scale_{number}" for number in range(2, 9)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedParams(BaseLayoutParams):
+    """Logical dtype and shape of a packed tensor, and its scales.
+
+    Attributes:
+        scale, scale_2, ...: the format's `sides`, such as NF4's absmax; None for those it lacks.
+    """
+
+    scale: torch.Tensor | None
+    scale_2: torch.Tensor | None = None
+    scale_3: torch.Tensor | None = None
+    scale_4: torch.Tensor | None = None
+    scale_5: torch.Tensor | None = None
+    scale_6: torch.Tensor | None = None
+    scale_7: torch.Tensor | None = None
+    scale_8: torch.Tensor | None = None
+
+    def _tensor_fields(self) -> list[str]:
+        return [name for name in SIDE_FIELDS if getattr(self, name) is not None]
+
+    @property
+    def sides(self) -> list[torch.Tensor]:
+        """The tensors of the weight next to its packed bytes."""
+        return [getattr(self, name) for name in self._tensor_fields()]
+
+
+class PackedLayout(QuantizedLayout):
+    """The layout that all packed formats share; `layout_name` makes one subclass per format."""
+
+    Params = PackedParams
+    format: type[Format]
+
+    @classmethod
+    def quantize(cls, tensor, **kwargs):
+        raise FormatError(
+            f"A weight in {cls.format.__name__} was about to be packed again, which would lose the"
+            " patches in it. Patches on packed weights are applied while the layer runs.")
+
+    @classmethod
+    def dequantize(cls, qdata: torch.Tensor, params: PackedParams) -> torch.Tensor:
+        out = torch.empty(params.orig_shape, dtype=params.orig_dtype, device=qdata.device)
+        return cls.format.dequantize_into([qdata, *params.sides], out)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
+        return (qtensor._qdata,)
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: torch.Tensor,
+                           params: PackedParams) -> dict[str, torch.Tensor]:
+        return {"": qdata}
+
+
+def layout_name(packed_format: type[Format]) -> str:
+    """Returns the name of a format's layout in comfy_kitchen's registry, and registers it.
+
+    It has a prefix, since a bare name could overwrite another pack's.
+    """
+    name = f"Featherweight{packed_format.__name__}"
+    if name not in _layouts:
+        _layouts[name] = type(name, (PackedLayout,), {"format": packed_format})
+        register_layout_class(name, _layouts[name])
+    return name
+
+
+_layouts: dict[str, type[PackedLayout]] = {}
+
+
+def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterable[int],
+                  dtype: torch.dtype = torch.float32, scale: torch.Tensor | None = None,
+                  *sides: torch.Tensor) -> PackedTensor:
+    """Wraps the bytes of a packed weight, without copying them.
+
+    Args:
+        packed_format: the format of the bytes.
+        data: uint8, contiguous, the blocks of the weight in row order, in any shape.
+        shape: logical shape.
+        dtype: the float dtype the tensor shows and dequantises to.
+        scale, sides: the format's `sides`, each of (side.length(blocks),); None where it has none.
+
+    Raises:
+        FormatError: the number of bytes does not match `shape`.
+    """
+    shape = tuple(shape)
+    values = torch.Size(shape).numel()
+    blocks = -(-values // packed_format.block_length)
+    params = PackedParams(scale, dtype, shape, *sides)
+    counts = [side.length(blocks) for side in packed_format.sides]
+    if not (
+        data.numel() == -(-values * packed_format.block_bytes // packed_format.block_length)
+        and (counts or values % packed_format.block_length == 0)
+        and list(map(len, params.sides)) == counts
+    ):
+        count = data.numel() // packed_format.block_bytes * packed_format.block_length
+        raise FormatError(
+            f"{data.numel()} bytes of {packed_format.__name__} hold {count} values, not a weight of"
+            f" shape {shape}."
+        )
+    return PackedTensor(data, layout_name(packed_format), params)
+
+
+def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
+                  scales: tuple[torch.Tensor, torch.Tensor] | None = None) -> PackedTensor:
+    """Returns a packed weight plus the product of two factors; see `AddedLowRank`.
+
+    Args:
+        tensor: (N, K), whose blocks are rows.
+        up: (N, R) of one of `FACTOR_DTYPES`.
+        down: (R, K), likewise, in the basis of the codes if the format rotates them.
+        scales: factors of the rows (N,) and of the columns (K,) of the product, float32.
+
+    Raises:
+        FormatError: the factors do not fit the weight.
+    """
+    base = tensor.layout_cls.format
+    data, *sides = packed_tensors(tensor)
+    rows = data.numel() // base.block_bytes
+    if (up.ndim, down.ndim) != (2, 2) or (len(up), down.shape[1]) != (rows, base.block_length) or (
+            up.shape[1] != len(down)):
+        raise FormatError(f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a"
+                          f" weight of {rows} x {base.block_length}")
+    up, down = _within_float16(up, down, scales)
+    packed_format = AddedLowRank.over(base, len(down), up.dtype, down.dtype, scales is not None)
+    factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
+    return packed_tensor(
+        packed_format, data, tensor.shape, tensor.dtype, *sides, *factors, *(scales or ()))
+
+
+def _within_float16(up: torch.Tensor, down: torch.Tensor,
+                    scales: tuple[torch.Tensor, torch.Tensor] | None
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balances the factors of a product where a model in float16 could not hold one of them.
+
+    They keep their dtypes, and the product its values.
+    """
+    row, column = scales or (torch.ones(1, dtype=torch.float32),) * 2
+    effective = up.float() * row.unsqueeze(1), down.float() * column
+    if all(LEAST <= factor.abs().amax() <= MOST for factor in effective if factor.numel()):
+        return up, down
+    power, inverse = balancing_powers(*effective)
+    return (up * inverse).to(up.dtype), (down * power[:, None]).to(down.dtype)
+
+
+def scale_packed(tensor: PackedTensor, of_rows: torch.Tensor,
+                 of_columns: torch.Tensor | None = None) -> PackedTensor:
+    """Returns a packed weight times numbers that stand beside it in its file; see `Scaled`.
+
+    Args:
+        tensor: (N, ...) in blocks that divide a row.
+        of_rows: a factor of each row (N,), or one.
+        of_columns: a factor of each column (K,), or None.
+
+    Raises:
+        FormatError: the factors do not fit the weight, or its blocks do not divide its rows.
+    """
+    base, columns = tensor.layout_cls.format, tensor.shape[1:].numel()
+    if columns % base.block_length:
+        raise FormatError(f"its rows of {columns} values are no whole blocks")
+    if of_rows.numel() not in (1, len(tensor)) or (
+            of_columns is not None and of_columns.numel() != columns):
+        raise FormatError(f"factors of {tuple(of_rows.shape)} do not scale {tuple(tensor.shape)}")
+    packed_format = Scaled.over(base, columns, of_columns is not None)
+    sides = [of_rows.float().flatten().expand(len(tensor)).contiguous()]
+    if of_columns is not None:
+        sides.append(of_columns.float().flatten().contiguous())
+    data, *own = packed_tensors(tensor)
+    return packed_tensor(packed_format, data, tensor.shape, tensor.dtype, *own, *sides)
+
+
+def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:
+    """Joins packed weights of any formats, whose rows are whole blocks, into one; see `Joined`.
+
+    Args:
+        parts: (N_i, K) for rows, (N, K_i) for columns.
+        axis: 0 to join rows, 1 to join columns.
+    """
+    packed_format = Joined.of(axis, [(part.layout_cls.format, part.shape[0], part.shape[1])
+                                     for part in parts])
+    size = sum(part.shape[axis] for part in parts)
+    shape = (size, parts[0].shape[1]) if axis == 0 else (len(parts[0]), size)
+    data = torch.zeros(
+        shape[0] * packed_format.block_bytes, dtype=torch.uint8, device=parts[0].device)
+    for place, part in zip(packed_format.parts, parts):
+        for target, tensor in zip(place.tensors(data), packed_tensors(part)):
+            target.copy_(tensor.reshape(-1))
+    return packed_tensor(packed_format, data, shape, parts[0].dtype)
+
+
+def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Packs a plain weight of 16-bit numbers for a layer; returns other weights in `dtype`.
+
+    Patches on a packed weight run as a branch: added to 16-bit numbers and rounded, a weak one
+    would be lost. A layer of float32 keeps 16-bit numbers as they are.
+
+    Args:
+        weight: a plain tensor of any float dtype.
+        dtype: of the layer's parameters.
+    """
+    if dtype != torch.float32 or weight.dtype not in plain.BY_DTYPE:
+        weight = weight.to(dtype)
+    packed_format = plain.BY_DTYPE.get(weight.dtype)
+    if packed_format is None:
+        return weight
+    data = weight.contiguous().view(-1).view(torch.uint8)
+    return packed_tensor(packed_format, data, weight.shape, dtype)
+
+
+def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:
+    """Returns the bytes of a packed tensor, and its `sides`."""
+    return [tensor._qdata, *tensor._params.sides]
+
+
+def is_packed(tensor) -> TypeGuard[PackedTensor]:
+    """Returns whether a tensor is packed; the host's own quantised tensors are not."""
+    return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
+
+
+class PickledWeight:
+    """Pickles a parameter of a layer: a packed one as bytes; by itself a tensor goes dense."""
+
+    def __init__(self, param: torch.nn.Parameter):
+        self._param = param
+
+    def __reduce__(self):
+        weight = self._param
+        if not isinstance(weight, QuantizedTensor):
+            return torch.nn.Parameter, (_own_memory(weight), weight.requires_grad)
+        if not is_packed(weight):
+            return host_weight, (weight._qdata, weight._layout_cls, weight._params)
+        tensors = [_own_memory(tensor) for tensor in packed_tensors(weight)]
+        format_name = weight.layout_cls.format.__name__
+        return packed_weight, (format_name, tuple(weight.shape), weight.dtype, *tensors)
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Copies a tensor that is part of a larger storage, all of which a pickle would contain."""
+    tensor = tensor.detach()
+    if tensor.is_meta or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone()
+
+
+@stable_pickle_name
+def packed_weight(format_name: str, shape: Iterable[int], dtype: torch.dtype, data: torch.Tensor,
+                  *sides: torch.Tensor) -> torch.nn.Parameter:
+    """Returns a packed weight from a pickle; see `packed_tensor`."""
+    tensor = packed_tensor(format_named(format_name), data, shape, dtype, *sides)
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+@stable_pickle_name
+def host_weight(*parts) -> torch.nn.Parameter:
+    """Returns a weight in one of the host's formats from a pickle."""
+    return torch.nn.Parameter(QuantizedTensor(*parts), requires_grad=False)
+
+
+def safe_detach(tensor: torch.Tensor) -> torch.Tensor:
+    """Detaches a tensor, in inference mode also a quantised one that was made outside of it."""
+    return relabel(tensor) if isinstance(tensor, QuantizedTensor) else tensor.detach()
+
+
+def for_state_dict(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor for a state dict; a quantised one, the host's too, as a `PackedTensor`.
+
+    The result shares the tensor's memory.
+    """
+    if not isinstance(tensor, QuantizedTensor):
+        return tensor.detach()
+    return PackedTensor(tensor._qdata, tensor._layout_cls, dataclasses.replace(tensor._params))
+
+
+def reshape_to(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Gives `value` a shape that has its dimensions merged or split, or others of size 1.
+
+    C programs drop leading ones and merge the dimensions of kernels that have more than four.
+
+    Returns:
+        `value` itself where its shape is not such a one.
+    """
+    if value.shape == shape or not _is_same_but_merged(value.shape, shape):
+        return value
+    if is_packed(value):
+        return relabel(value, shape=shape)
+    return value.reshape(shape)
+
+
+def _is_same_but_merged(first: Sequence[int], second: Sequence[int]) -> bool:
+    short, long = sorted(([n for n in shape if n != 1] for shape in (first, second)), key=len)
+    if len(short) == len(long) or len(short) < 2 or 0 in long:
+        return short == long
+    sizes = iter(long)
+    for size in short:
+        merged = 1
+        while merged < size:
+            merged *= next(sizes, size + 1)
+        if merged != size:
+            return False
+    return next(sizes, None) is None
