@@ -8,14 +8,14 @@ from linear_calls import SHAPES
 from devtools import ROOT
 
 CONFORMANCE = (
-    "tests/ops/test_layers.py", "tests/ops/test_host_formats.py", "tests/ops/test_experts.py",
-    "tests/ops/test_convolutions.py", "tests/ops/test_gradients.py", "tests/ops/test_autocast.py",
-    "tests/ops/test_compile.py", "tests/ops/test_lora.py", "tests/ops/test_patcher.py",
-    "tests/ops/test_patcher_dynamic.py", "tests/ops/test_patcher_other_models.py",
-    "tests/ops/test_patched_weights.py", "tests/test_side_model_nodes.py",
-    "tests/loaders/test_controlnet.py", "tests/loaders/test_model_patch.py",
-    "tests/loaders/test_clip_vision.py", "tests/loaders/test_vae.py",
-    "tests/loaders/test_modules.py",
+    *(f"tests/ops/layers/test_{name}.py" for name in (
+        "packed_layers", "comfyui_quantized", "experts", "gradients", "autocast", "compile")),
+    *(f"tests/ops/patches/test_{name}.py" for name in ("lora_on_convolutions", "lora")),
+    *(f"tests/ops/patcher/test_{name}.py" for name in (
+        "patcher", "dynamic_vram", "other_models", "patched_weights")),
+    *(f"tests/loaders/models/test_{name}.py" for name in (
+        "controlnet", "model_patch", "clip_vision", "vae", "module_files")),
+    "tests/node/test_side_model_nodes.py",
 )
 
 

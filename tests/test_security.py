@@ -14,9 +14,9 @@ from safetensors.torch import save, save_file
 
 from devtools import ROOT
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import is_bare
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.models.checkpoint import _clip_type
 from featherweight.loaders.paths import folders

@@ -92,7 +92,8 @@ def module_of(path) -> str:
 def imported_modules(path) -> set[str]:
     """Modules of this pack that a file imports, except for type checkers alone.
 
-    `from . import name` is the module of that name where there is one.
+    `from . import name` is the module of that name where there is one. A module's packages are
+    imported with it, unless the file is in them itself.
     """
     package, found = path.relative_to(PACK).parent.parts, set()
     typing_only = {
@@ -108,6 +109,10 @@ def imported_modules(path) -> set[str]:
             found |= modules | (
                 {base} & MODULES.keys() if len(modules) < len(node.names) else set()
             )
+    found |= {
+        ".".join(parts[:end]) for parts in (name.split(".") for name in found)
+        for end in range(1, len(parts)) if parts[:end] != list(package[:end])
+    } & MODULES.keys()
     return found - {module_of(path)}
 
 

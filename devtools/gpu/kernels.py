@@ -21,8 +21,8 @@ from featherweight.ops.kernels.trial_process import run_trial
 from featherweight.ops.kernels.verdicts import Verdicts
 
 TESTS = [
-    "tests/ops/test_kernels.py", "tests/ops/test_kernels_triton.py",
-    "tests/ops/test_kernels_nvrtc.py", "tests/ops/test_formats.py"
+    "tests/ops/kernels/test_selector.py", "tests/ops/kernels/test_triton_backend.py",
+    "tests/ops/kernels/test_nvrtc.py", "tests/ops/formats/test_formats.py"
 ]
 NO_RESULT = {"begun", "tried", "tried in part"}  # verdicts that say how far a trial is
 

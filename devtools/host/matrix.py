@@ -71,9 +71,9 @@ NEWEST = "newest"
 OWN_PACKAGES = ("comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package", "comfyui-embedded-docs")
 NEWEST_TESTS = [
     "tests/ops",
-    "tests/test_nodes.py",
+    "tests/node/test_nodes.py",
     "tests/test_host_contract.py",
-    "tests/test_legacy_calls.py",
+    "tests/node/test_legacy_calls.py",
     *TESTS,
 ]
 # such a one is told what the pack needs

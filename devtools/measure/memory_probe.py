@@ -56,7 +56,7 @@ def probe_model(path: str) -> dict:
     import comfy.sd
     import torch
 
-    from featherweight.loaders.files import open_weights
+    from featherweight.loaders.files.open_weights import open_weights
     from featherweight.loaders.models.diffusion import load_diffusion_model
 
     before = status("VmRSS")
@@ -120,7 +120,7 @@ def probe_training(path: str, format_name: str, bypass: bool = False) -> dict:
     import torch
     from comfy_extras.nodes_train import TrainLoraNode
 
-    from featherweight.loaders.files import open_weights
+    from featherweight.loaders.files.open_weights import open_weights
     from featherweight.loaders.models.diffusion import load_diffusion_model
 
     torch.set_num_threads(1)
@@ -199,7 +199,7 @@ def probe_encoder(path: str) -> dict:
 def probe_packing(path: str, type_name: str) -> dict:
     import comfy.sd  # noqa: F401  imports the rest of the host before memory is counted
 
-    from featherweight.loaders.files import open_weights
+    from featherweight.loaders.files.open_weights import open_weights
     from featherweight.loaders.models.diffusion import load_diffusion_model
 
     file = open_weights(path)

@@ -9,7 +9,7 @@ from demo_model import scenes, text
 from demo_model.flux import Flux
 from devtools.files import demo_files
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 
 # Mean of 10 log10 (|Wx|^2 / |(W - V)x|^2) over the block matrices, dB; at least what llama.cpp's
 # own search without importance reaches.

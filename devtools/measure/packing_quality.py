@@ -28,7 +28,7 @@ from featherweight.loaders.packing.calibration.sequential import record_calibrat
 from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES, rules_for
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")

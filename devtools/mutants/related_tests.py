@@ -135,8 +135,8 @@ class TestMap:
 def _named_after(test: str, source: str) -> float:
     """Return how much a test's name says of a source.
 
-    tests/ops/test_bits_of_rows.py is named after ops/formats/bits.py, tests/test_bits.py perhaps,
-    and tests/ops/test_formats.py after the folder of ops/formats/iq1.py.
+    tests/ops/formats/test_bits_of_rows.py is named after ops/formats/bits.py, tests/test_bits.py
+    perhaps, and tests/ops/formats/test_formats.py after the folder of ops/formats/iq1.py.
     """
     path, folder, name = Path(source), Path(test).parent.relative_to("tests"), Path(test).stem
     room, *parents = path.parent.parts

@@ -13,9 +13,9 @@ from ..comfyui.quantized_weights import as_tensors, with_marks
 from ..comfyui.weight_keys import model_prefix
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, strip_prefix
-from ..files import open_weights
 from ..files.container import WeightFile, WeightFileError
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
+from ..files.open_weights import open_weights
 from ..models.recipe import Recipe
 from ..quantizers.comfyui import READERS
 from .model_summary import format_name

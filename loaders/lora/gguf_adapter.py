@@ -8,8 +8,8 @@ import torch
 
 from ...ops.layers import product
 from ...ops.tensor.packed_layout import is_packed
-from ..files import open_weights
 from ..files.container import WeightFile, WeightFileError, safe_repr
+from ..files.open_weights import open_weights
 from .tensor_names import layer_names
 
 HALF = re.compile(r"(?:\.weight)?\.lora_([aAbB])(?:\.weight)?$")

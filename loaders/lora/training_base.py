@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import open_weights
 from ..files.container import WeightFileError, safe_repr
 from ..files.diffusers_folder import MODEL_FOLDERS
+from ..files.open_weights import open_weights
 from ..models.recipe import model_paths
 
 TURBO = "turbo"

@@ -20,9 +20,9 @@ from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.weight_keys import model_prefix
 from ..comfyui.who_computes import AUTOMATIC, packed_formats
 from ..devices import device_options
-from ..files import open_weights
 from ..files.container import WeightFile, WeightFileError, map_file, safe_repr
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
+from ..files.open_weights import open_weights
 from ..progress import Progress
 from .diffusion import build_model, load_diffusion_model, read_weights
 from .load_check import bytes_of, check_load

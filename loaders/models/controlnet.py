@@ -12,8 +12,8 @@ from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import CONTROLNET
 from ..comfyui.diffusers_keys import from_diffusers
 from ..comfyui.packed_patcher import keep_packed
-from ..files import open_weights
 from ..files.container import WeightFileError
+from ..files.open_weights import open_weights
 from .compute_dtype import follows_model
 from .models_beside import load_side_model
 

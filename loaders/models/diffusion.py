@@ -32,8 +32,8 @@ from ..comfyui.packed_patcher import wrap_model
 from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked, reject_unread_layers
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
-from ..files import open_weights
 from ..files.container import WeightFile, WeightFileError
+from ..files.open_weights import open_weights
 from ..progress import Progress
 from ..quantizers.comfyui import FP8
 from ..quantizers.comfyui_marks import MARK

@@ -24,8 +24,8 @@ from ..comfyui.packed_patcher import keep_packed, log_load_summary
 from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked, reject_unread_layers
 from ..comfyui.weight_keys import to_comfy_keys
 from ..comfyui.who_computes import EXACT, packed_formats
-from ..files import open_weights
 from ..files.container import WeightFile, WeightFileError
+from ..files.open_weights import open_weights
 from ..progress import Progress
 from .load_check import bytes_of, check_load
 from .loader_choice import needs_own_reader

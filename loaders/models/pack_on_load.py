@@ -15,7 +15,7 @@ from typing import TypeGuard
 import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
-from ...ops.quantize import pack_tensor
+from ...ops.quantize.pack_tensor import pack_tensor
 from ...ops.quantize.relative_error import holds
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ...ops.tensor.packed_tensor import PackedTensor

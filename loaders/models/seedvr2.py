@@ -9,8 +9,8 @@ import torch
 from comfy.model_detection import detect_unet_config
 
 from ..comfyui.detection import try_detect
-from ..files import open_weights
 from ..files.container import WeightFileError
+from ..files.open_weights import open_weights
 from ..lora.torch_file import is_plain, read_torch_object
 from ..paths.folders import find_companion
 

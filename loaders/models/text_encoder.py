@@ -42,8 +42,8 @@ from ..encoders.encoder_sets import (
 from ..encoders.missing_towers import omit_missing_towers
 from ..encoders.saved_tokenizer import saved_tokenizer
 from ..encoders.tokenizer import TokenizerError
-from ..files import open_weights
 from ..files.container import AGAIN, WeightFile, WeightFileError, first_line
+from ..files.open_weights import open_weights
 from ..progress import Progress
 from .load_check import check_load
 from .loader_choice import needs_own_reader

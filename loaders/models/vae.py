@@ -27,8 +27,8 @@ from ..comfyui.detection import UNKNOWN_ERRORS, explain_shape_errors
 from ..comfyui.packed_patcher import guard_of
 from ..comfyui.quantized_weights import host_metadata, read_marked, reject_unread_layers
 from ..comfyui.weight_keys import unmerge_kernels
-from ..files import open_weights
 from ..files.container import FileChangeGuard, WeightFileError, safe_repr
+from ..files.open_weights import open_weights
 from .compute_dtype import vae_dtype
 from .load_check import check_load
 from .loader_choice import needs_own_reader

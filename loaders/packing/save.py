@@ -16,7 +16,7 @@ import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.layers.stochastic_rounding import stochastic_round, stochastic_round_to_integers
-from ...ops.quantize import pack_tensor
+from ...ops.quantize.pack_tensor import pack_tensor
 from ...ops.quantize.relative_error import RelativeError, float_values
 from ...ops.quantize.second_moments import SecondMoments
 from ...ops.tensor.packed_layout import is_packed

@@ -29,9 +29,9 @@ from ..comfyui.detection import find_side_model, reject_non_diffusion, try_detec
 from ..comfyui.diffusers_keys import JoinedRows
 from ..comfyui.quantized_weights import as_tensors, read_marked
 from ..comfyui.weight_keys import model_prefix, to_comfy_keys
-from ..files import open_weights
 from ..files.container import FileChangeGuard, WeightFile, WeightFileError, first_line, map_file
 from ..files.diffusers_folder import MODEL_FOLDERS
+from ..files.open_weights import open_weights
 from ..inspect.model_summary import format_name
 from ..models.module_files import module_layers
 from ..models.recipe import Recipe, model_paths

@@ -8,7 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ...loaders.devices import DEFAULT, device_options, find_device
-from ...loaders.files import open_weights
+from ...loaders.files.open_weights import open_weights
 from ...loaders.models.diffusion import load_diffusion_model
 from ...loaders.models.loader_choice import needs_own_reader
 from ...loaders.models.text_encoder import load_text_encoder

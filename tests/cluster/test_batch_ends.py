@@ -13,7 +13,7 @@ from process_tree import start_interruptible
 
 from devtools import ROOT
 
-from .test_batch import Run, graph_of, rows
+from .test_batch_run import Run, graph_of, rows
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.heavy

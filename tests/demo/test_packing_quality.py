@@ -12,7 +12,7 @@ import pytest
 from demo_model import scenes
 from devtools import ROOT
 from devtools.files import demo_files
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize.error_feedback import pack_with_feedback
 from featherweight.ops.quantize.second_moments import SecondMoments

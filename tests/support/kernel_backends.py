@@ -26,7 +26,7 @@ from featherweight.ops.kernels.kernel import Backend
 from featherweight.ops.kernels.nvrtc import CudaDriver, CudaError
 from featherweight.ops.kernels.validation import probe
 
-OPS_TESTS = Path(__file__).resolve().parents[1] / "ops"
+KERNEL_TESTS = Path(__file__).resolve().parents[1] / "ops" / "kernels"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 # The sanitizers end the process at a load from an address that a GPU refuses.
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
@@ -53,7 +53,7 @@ def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
     if library.is_file():
         return str(library)
     source.write_text(text, encoding="utf-8")
-    command = [COMPILER, *FLAGS, f"-I{OPS_TESTS / include}", str(source), "-o", str(library),
+    command = [COMPILER, *FLAGS, f"-I{KERNEL_TESTS / include}", str(source), "-o", str(library),
                *libraries]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
@@ -66,7 +66,7 @@ class CudaCompiler:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        header = (OPS_TESTS / "cuda_on_cpu" / "kernel.h").read_text(encoding="utf-8")
+        header = (KERNEL_TESTS / "cuda_on_cpu" / "kernel.h").read_text(encoding="utf-8")
         self.header = precompiled.precompile(header, tuple(FLAGS))
 
     def compile(self, source: str, capability: int) -> bytes:
@@ -116,7 +116,7 @@ def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
 def triton_backend() -> Iterator[Backend]:
     pytest.importorskip("triton", reason="Triton is not installed")
     if not (INTERPRETED or ON_A_GPU):
-        pytest.skip("runs in the process that test_kernels_triton.py starts")
+        pytest.skip("runs in the process that test_triton_backend.py starts")
     from featherweight.ops.kernels import triton_backend as module
 
     with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +160,7 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
                 shader.cache_clear()
         else:
             compiler = CudaCompiler(folder)
-            driver = (OPS_TESTS / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")
+            driver = (KERNEL_TESTS / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")
             kernels = nvrtc_backend.CudaKernels(compiler, CudaDriver(compiler.library(driver)))
             stream = types.SimpleNamespace(cuda_stream=0)
             patch.setattr(torch.cuda, "current_stream", lambda device: stream)

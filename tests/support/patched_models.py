@@ -21,7 +21,7 @@ from user_kernels import without_kernels
 from devtools.files import tiny_models
 from devtools.files.gguf_files import dequantize, pack, write_gguf
 from featherweight.loaders.comfyui import who_computes
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import operations_for

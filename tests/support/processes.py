@@ -9,13 +9,15 @@ REAL = ("server", "cluster")
 # Of those, files of which each runs by itself: none shares its server with others.
 ALONE = ("server/test_hostile_workflows.py", "server/test_placing.py", "server/test_soak.py")
 # Files that begin early, for each takes longer than the others that are left for the end.
-LONG = ("test_training.py", "test_host_nodes.py", "test_gpu_run.py", "test_bench.py", *ALONE)
+LONG = ("node/test_training.py", "node/test_host_nodes.py", "devtools/test_gpu_run.py",
+        "devtools/test_bench.py", *ALONE)
 # Files whose tests compile the same kernels, which a process keeps.
-COMPILING = tuple(f"ops/test_{name}.py" for name in (
-    "kernel_backends", "kernels_cpp", "kernels_rows", "packing_feedback", "packing_magnitudes"))
+COMPILING = tuple(f"ops/{name}.py" for name in (
+    "kernels/test_backends", "kernels/test_cpp_backend", "kernels/test_rows",
+    "quantize/test_packing_feedback", "quantize/test_packing_magnitudes"))
 # Files of tests that start nothing.
 COMPUTING = tuple(f"cluster/test_{name}.py" for name in (
-    "address", "batch_rows", "items", "page", "prompt_run", "row_run"))
+    "address", "batch_rows", "workflow_variants", "page", "prompt_run", "batch_row_rendering"))
 GROUP = " @ "  # before the name of a group, behind a test's id
 
 

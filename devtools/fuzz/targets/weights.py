@@ -13,9 +13,9 @@ from . import Target
 
 class WeightTarget(Target):
     def prepare(self):
-        from featherweight.loaders import files
         from featherweight.loaders.files.container import WeightFileError
-        self.open_weights, self.own = files.open_weights, (WeightFileError,)
+        from featherweight.loaders.files.open_weights import open_weights
+        self.open_weights, self.own = open_weights, (WeightFileError,)
         return self.honest()
 
     def honest(self) -> list[bytes]:

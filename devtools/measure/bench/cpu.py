@@ -23,7 +23,7 @@ from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.load_hooks import pack_layers
 from featherweight.ops.patcher import adopt
-from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_tensor import relabel
 
 EXTRAS = ("openvino", "diffusers")  # the group "bench" of pyproject.toml

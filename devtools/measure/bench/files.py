@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from devtools.files.gguf_files import gguf_writer, write_all, write_random_gguf
 from devtools.files.tiny_models import flux_shapes
 from featherweight.loaders.comfyui.weight_keys import to_comfy_keys
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import build_model
 
 PROBE = Path(__file__).resolve().parent.parent / "memory_probe.py"

@@ -16,8 +16,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ....ops.formats.base import FORMATS
-from ....ops.quantize import pack_tensor
 from ....ops.quantize.method_choice import output_errors
+from ....ops.quantize.pack_tensor import pack_tensor
 from ....ops.quantize.second_moments import SecondMoments
 from ....ops.tensor.packed_tensor import PackedTensor
 from ...files.atomic_file import WriteError, atomic_writer

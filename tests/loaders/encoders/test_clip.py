@@ -11,7 +11,7 @@ from families import relative_error
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import ARCHS, strip_prefix
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 

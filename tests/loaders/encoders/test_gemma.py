@@ -28,8 +28,8 @@ from families import relative_error
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import arch_of
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.formats.base import Format
 from featherweight.ops.layers import workspace

@@ -20,8 +20,8 @@ from devtools.files.gguf_files import dequantize, write_gguf
 from featherweight.loaders.encoders.arch import arch_of
 from featherweight.loaders.encoders.archs.qwen import Qwen3VL, Qwen3VL32B, Qwen25VL
 from featherweight.loaders.encoders.archs.qwen35 import Qwen35
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 

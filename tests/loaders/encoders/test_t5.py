@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.encoders.arch import ARCHS, arch_of, strip_prefix
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 

@@ -33,7 +33,7 @@ from featherweight.loaders.encoders.tokenizer import (
     tekken_model,
     tokenizer_json,
 )
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 
 HOST_TOKENIZERS = Path(comfy.text_encoders.__path__[0])
 VOCABULARIES = LLAMA_CPP / "models"

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from devtools.files.bnb_files import write_bnb
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import ModelFolder
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.tensor.packed_layout import is_packed
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "quantization_config": {

@@ -19,7 +19,6 @@ from gguf.constants import GGML_QUANT_SIZES
 from devtools.files.ggml_quantiser import SOURCE
 from devtools.files.gguf_files import write_gguf
 from devtools.files.gguf_types import FORK_TYPES
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import (
     CONTAINERS,
     PLAIN_DTYPES,
@@ -27,6 +26,7 @@ from featherweight.loaders.files.container import (
     WeightFileError,
 )
 from featherweight.loaders.files.gguf import PLAIN_TYPES, UNSTORED_TYPES, GGUFFile
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import GGML_FORMATS
 
 PACKED = [packed.__name__ for packed in GGML_FORMATS.values()]

@@ -12,8 +12,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES
 
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import GGML_FORMATS
 
 # Peak of Python's own allocations over the file size, and what a handful of objects cost anyway.

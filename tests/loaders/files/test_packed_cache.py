@@ -12,13 +12,14 @@ from patched_models import tiny_flux
 from recipe_process import digest
 from safetensors.torch import load_file, save_file
 
-from featherweight.loaders.files import open_weights, packed_cache
+from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

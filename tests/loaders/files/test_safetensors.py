@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from devtools.files.bnb_files import quantised, write_bnb, write_bnb_int8
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.container import CONTAINERS, WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.safetensors import SafetensorsFile
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors

@@ -16,7 +16,7 @@ import torch
 from patched_models import dense_flux, flux_file, lora_for, patched
 from saving import save
 
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.planning.file_plan import TYPES
 from featherweight.loaders.packing.source import source_of_model
 from featherweight.ops.tensor.packed_layout import is_packed

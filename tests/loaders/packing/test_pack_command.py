@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 from devtools import ROOT
 from devtools.files import tiny_models
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import is_packed
 
 spec = importlib.util.spec_from_file_location("pack_command", ROOT / "pack.py")

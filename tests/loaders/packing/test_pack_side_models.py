@@ -9,7 +9,7 @@ import vision_models
 from families import relative_error
 from safetensors.torch import save_file
 
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.clip_vision import load_clip_vision
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.model_patch import load_model_patch

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from saving import save
 
 from featherweight.loaders.byte_sizes import size_text
-from featherweight.loaders.files import open_weights
 from featherweight.loaders.files.atomic_file import WriteError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, TYPES, plan_file
@@ -44,7 +44,7 @@ from featherweight.loaders.packing.source import (
     unsaved_parts,
 )
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")

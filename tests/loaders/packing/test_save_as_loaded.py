@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from saving import save
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES

@@ -17,7 +17,7 @@ from patched_models import (
 )
 from saving import save
 
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration import sequential
 from featherweight.loaders.packing.calibration.moment_collector import (

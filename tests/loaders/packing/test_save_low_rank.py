@@ -8,7 +8,7 @@ from families import FAMILIES, random_weights, relative_error
 from saving import save
 from sdnq_writer import write_folder
 
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import source_of_model

@@ -7,7 +7,7 @@ import torch
 from saving import save
 
 from devtools.files.gguf_files import pack
-from featherweight.loaders.files import open_weights
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.tensor.packed_layout import is_packed

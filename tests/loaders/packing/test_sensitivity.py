@@ -44,7 +44,7 @@ from featherweight.loaders.packing.calibration.sensitivity import (
 from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_size, types_for
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize import pack_tensor
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")

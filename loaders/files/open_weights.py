@@ -1,0 +1,28 @@
+"""Opens weight files in every supported container, and folders of them.
+
+Importing this module registers the containers.
+"""
+import os
+from pathlib import Path
+
+from . import gguf, safetensors  # noqa: F401  each registers its container
+from .container import CONTAINERS, WeightFile, WeightFileError, map_file
+from .diffusers_folder import ModelFolder
+from .wrong_format import sniff_wrong_format
+
+
+def open_weights(path: str | os.PathLike) -> WeightFile:
+    """Opens a weight file, or a folder that diffusers or transformers saved (with `config.json`).
+
+    Raises:
+        WeightFileError: the file or folder is missing, damaged or not supported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return ModelFolder(path)
+    head = map_file(path)[:512]
+    for container in CONTAINERS.values():
+        if container.recognises(head):
+            return container(path)  # pyright: ignore[reportCallIssue]  subclasses take a path
+    raise WeightFileError(
+        f"{path.name} is not a supported weight file: {sniff_wrong_format(head)}")

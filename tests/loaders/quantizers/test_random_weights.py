@@ -1,0 +1,270 @@
+"""Weights of every quantiser at random widths, groups, signs, zero points and extreme codes, each
+beside the values that its writer means."""
+import json
+import random
+
+import pytest
+import torch
+from host_formats import asymmetric_parts, asymmetric_values
+from quantizer_writers import (
+    awq,
+    gptq,
+    int_quantized,
+    nvfp4,
+    pack_quantized,
+    quanto_bits,
+    quanto_bytes,
+    save_config,
+    torchao_bytes,
+    torchao_header,
+    torchao_integers,
+)
+from safetensors.torch import save_file
+
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.quantizers.comfyui import pack_parts
+from featherweight.ops.tensor.packed_layout import is_packed
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class Case:
+    """One weight at random.
+
+    parts, expected: what a file holds, and its values. Of ComfyUI's formats `settings` are those of
+    the layer's comfy_quant, else `config` is that of the folder and `header` that of the file.
+    """
+
+    def __init__(self, seed: int):
+        self.rng = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.settings, self.config, self.header, self.bias = None, {}, None, False
+
+    def sizes(self, multiple: int, most: int = 30) -> tuple[int, int]:
+        return self.rng.randint(1, 40) * 8, multiple * self.rng.randint(1, most)
+
+    def values(self, rows: int, columns: int) -> torch.Tensor:
+        values = torch.randn(rows, columns, generator=self.generator)
+        return values * 10 ** self.rng.uniform(-4, 0)
+
+    def choose(self, *options):
+        return self.rng.choice(options)
+
+    def scale(self, *shape: int, dtype=None) -> torch.Tensor:
+        scale = torch.rand(shape, generator=self.generator) * 10 ** self.rng.uniform(-6, 0)
+        if self.rng.random() < 0.2:
+            scale = -scale  # nothing forbids it
+        return scale.to(dtype or self.choose(*FLOATS))
+
+
+def of_gptq(case):
+    group, bits = case.choose(32, 64, 128, 0), case.choose(2, 3, 4, 8)
+    rows, columns = case.sizes(32)
+    less = case.choose(0, 1)
+    case.config = {"quant_method": "gptq", "bits": bits, "group_size": group or -1,
+                   "checkpoint_format": "gptq" if less else "gptq_v2"}
+    order = torch.randperm(columns, generator=case.generator) if case.choose(0, 1) else None
+    parts, expected = gptq(case.values(rows * 4, columns), bits, group, less,
+                           case.choose(False, True), order, case.choose(*FLOATS))
+    if order is None and case.choose(0, 1):
+        del parts["g_idx"]
+    return parts, expected
+
+
+def of_awq(case):
+    group = case.choose(16, 32, 64, 128)
+    rows, columns = case.sizes(group, 8)
+    return awq(case.values(rows, columns), case.choose(group, columns), case.choose(False, True))
+
+
+def of_pack_quantized(case):
+    bits, group = case.choose(2, 3, 4, 8), case.choose(32, 64, 128)
+    rows, columns = case.sizes(group, 8)
+    order = torch.randperm(columns, generator=case.generator) if case.choose(0, 0, 1) else None
+    group = group if order is not None else case.choose(group, columns)
+    return pack_quantized(case.values(rows, columns), bits, group, case.choose(False, True), order,
+                          case.choose(*FLOATS))
+
+
+def of_int_quantized(case):
+    group = case.choose(16, 32, 128)
+    rows, columns = case.sizes(group, 8)
+    return int_quantized(case.values(rows, columns), case.choose(group, columns),
+                         case.choose(False, True), case.choose(*FLOATS))
+
+
+def of_one_scale(case):
+    """compressed-tensors' strategy "tensor": one number for all rows."""
+    rows, columns = case.sizes(32)
+    codes = torch.randint(-128, 128, (rows, columns), generator=case.generator, dtype=torch.int8)
+    scale = case.scale(*case.choose((), (1,), (1, 1)))
+    zero = torch.randint(-128, 128, scale.shape, generator=case.generator, dtype=torch.int8)
+    parts = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
+    return parts, (codes.float() - zero.float().view(1, 1)) * scale.float().view(1, 1)
+
+
+def of_one_packed_scale(case):
+    bits = case.choose(2, 4, 8)
+    rows, columns = case.sizes(32)
+    parts, _ = pack_quantized(case.values(rows, columns), bits, columns, dtype=case.choose(*FLOATS))
+    parts["weight_scale"] = parts["weight_scale"].view(-1)[:1].view(case.choose((), (1,), (1, 1)))
+    fields = parts["weight_packed"].view(torch.uint8)
+    codes = (fields.unsqueeze(-1) >> torch.arange(0, 8, bits, dtype=torch.uint8)) & (1 << bits) - 1
+    codes = codes.view(rows, -1)[:, :columns].float() - (1 << bits - 1)
+    return parts, codes * parts["weight_scale"].float().view(1, 1)
+
+
+def of_nvfp4(case):
+    return nvfp4(case.values(*case.sizes(16)))
+
+
+def of_quanto_bytes(case):
+    return quanto_bytes(case.values(*case.sizes(4, 200)), case.choose(torch.int8, *FP8),
+                        case.choose(*FLOATS))
+
+
+def of_quanto_bits(case):
+    bits, group = case.choose(2, 4), case.choose(32, 64, 128)
+    rows, columns = case.sizes(group, 8)
+    case.bias = True
+    return quanto_bits(case.values(rows, columns), bits, group, case.choose(*FLOATS))
+
+
+def of_torchao_bytes(case):
+    dtype = case.choose(torch.int8, *FP8)
+    case.header = torchao_header("Int8Tensor" if dtype == torch.int8 else "Float8Tensor")
+    return torchao_bytes(case.values(*case.sizes(4, 200)), dtype)
+
+
+def of_torchao_integers(case):
+    bits, group = case.choose(1, 2, 3, 4, 5, 6, 7, 8), case.choose(32, 64)
+    rows, columns = case.sizes(group, 8)
+    case.header = torchao_header("IntxUnpackedToInt8Tensor")
+    return torchao_integers(case.values(rows, columns), bits, case.choose(group, columns),
+                            case.choose(False, True) and bits > 1, case.choose(*FLOATS))
+
+
+# --- without a mark ---
+
+def fp8_codes(case, rows, columns, dtype):
+    """Any finite codes, the largest ones and those of both zeros among them."""
+    codes = torch.randint(0, 256, (rows, columns), generator=case.generator, dtype=torch.uint8)
+    values = codes.view(dtype).float()
+    codes[~values.isfinite()] = 0
+    codes[0, 0], codes[-1, -1] = 128, 127 - (1 if dtype == FP8[0] else 4)
+    return codes.view(dtype)
+
+
+def of_fp8_rows(case):
+    rows, columns = case.sizes(1, 300)
+    codes, scale = fp8_codes(case, rows, columns, FP8[0]), case.scale(*case.choose(
+        (), (1,), (rows,), (rows, 1)))
+    numbers = scale.float().view(-1, 1)
+    return {"weight": codes, "weight_scale": scale}, codes.float() * numbers
+
+
+def of_fp8_blocks(case):
+    rows, columns = case.rng.randint(1, 500), case.rng.randint(1, 500)
+    codes = fp8_codes(case, rows, columns, FP8[0])
+    scale = case.scale(-(-rows // 128), -(-columns // 128))
+    numbers = scale.float().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    return {"weight": codes, "weight_scale_inv": scale}, codes.float() * numbers
+
+
+def of_int8_rows(case):
+    rows, columns = case.sizes(1, 300)
+    codes = torch.randint(-128, 128, (rows, columns), generator=case.generator, dtype=torch.int8)
+    scale = case.scale(*case.choose((), (1,), (rows,), (rows, 1)))
+    return {"weight": codes, "weight_scale": scale}, codes.float() * scale.float().view(-1, 1)
+
+
+# --- ComfyUI's own ---
+
+def of_comfy_fp8(case):
+    dtype = case.choose(*FP8)
+    parts, expected = of_fp8_rows(case)
+    rows, columns = expected.shape
+    codes = fp8_codes(case, rows, columns, dtype)
+    # a mark may name the other kind of fp8: the tensor's type decides
+    case.settings = {"format": case.choose("float8_e4m3fn", "float8_e5m2")}
+    return parts | {"weight": codes}, codes.float() * parts["weight_scale"].float().view(-1, 1)
+
+
+def of_comfy_int8(case):
+    case.settings = {"format": "int8_tensorwise"}
+    return of_int8_rows(case)
+
+
+def of_comfy_rotated(case):
+    size = case.choose(4, 16, 64, 256)
+    rows, columns = case.sizes(size, 6)
+    codes = torch.randint(-128, 128, (rows, columns), generator=case.generator, dtype=torch.int8)
+    scale = case.scale(rows, 1)
+    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]).double() / 2
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, h4)
+    values = (codes.double().view(rows, -1, size) @ matrix).view(rows, columns) * scale.double()
+    case.settings = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    return {"weight": codes, "weight_scale": scale}, values.float()
+
+
+def of_comfy_levels(case):
+    bits, group, size = case.choose(4, 6), case.choose(8, 16, 32), case.choose(16, 64, 256)
+    rows, columns = case.sizes(max(size, group, 32), 4)
+    codebook = torch.linspace(-128, 127, 16).tolist() if case.choose(0, 1) else None
+    parts = asymmetric_parts(rows, columns, bits, group, codebook)
+    case.settings = {"format": "asym_w4a8_int8", "group_size": group, "convrot_groupsize": size}
+    return parts, asymmetric_values(parts, group, size)
+
+
+def of_comfy_awq(case):
+    group = case.choose(16, 64, 128)
+    rows, columns = case.sizes(group, 6)
+    columns = case.choose(columns, group)  # one group in a row too
+    codes = torch.randint(0, 16, (rows, columns), generator=case.generator, dtype=torch.uint8)
+    scale = case.scale(columns // group, rows)
+    zeros = case.scale(columns // group, rows, dtype=scale.dtype)
+    case.settings = {"format": "awq_w4a16", "group_size": group}
+    numbers, added = (side.float().t().repeat_interleave(group, 1) for side in (scale, zeros))
+    parts = {"weight": (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int8),
+             "weight_scale": scale, "weight_zeros": zeros}
+    return parts, (codes.float() - 8) * numbers + added
+
+
+WRITERS = {name.removeprefix("of_"): writer for name, writer in globals().items()
+           if name.startswith("of_")}
+
+
+def read(case, parts, folder):
+    if case.settings is not None:
+        mark = {"comfy_quant": torch.tensor(list(json.dumps(case.settings).encode()),
+                                            dtype=torch.uint8)}
+        return pack_parts(case.settings, parts | mark)
+    stored = {f"L.{name}": tensor.contiguous() for name, tensor in parts.items()}
+    if case.bias:
+        stored["L.bias"] = torch.zeros(case.rows)
+    path = folder / "model.safetensors"
+    save_file(stored, path, {"L.weight": case.header} if case.header else None)
+    if case.config:
+        save_config(folder, **case.config)
+    weights = open_weights(folder if case.config else path).state_dict()
+    weights.pop("L.bias", None)
+    assert set(weights) == {"L.weight"}
+    return weights["L.weight"]
+
+
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 80), marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("family", WRITERS)
+def test_values_are_those_that_the_writer_means(family, seeds, tmp_path):
+    for seed in seeds:
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        case = Case(seed)
+        parts, expected = WRITERS[family](case)
+        case.rows = len(expected)
+        weight = read(case, parts, folder)
+        assert is_packed(weight) and weight.shape == expected.shape, seed
+        error, largest = (weight.dequantize() - expected).abs().max(), expected.abs().max()
+        assert error <= 1e-6 * largest, f"{seed}: {error} of {largest}"

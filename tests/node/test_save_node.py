@@ -1,0 +1,146 @@
+"""Save Packed Model: where its files come to lie, what they are called, and what it says."""
+import json
+from pathlib import Path
+
+import comfy.cli_args
+import folder_paths
+import pytest
+from patched_models import lora_for, packed_flux, patched, run, tiny_flux
+
+from featherweight.loaders.files import network_drives
+from featherweight.loaders.files.atomic_file import WriteError
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.packing.source import SaveError
+from featherweight.nodes.save_packed_model import AS_ASKED, SIZE, SavePackedModel
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models",
+                        ([str(tmp_path / "models")], {".gguf"}))
+    return tmp_path / "output"
+
+
+def saved(model, *arguments, **options) -> tuple[Path, str]:
+    path, report = SavePackedModel.execute(model, *arguments, **options).args
+    return Path(path), report
+
+
+def test_files_are_counted_and_nothing_is_overwritten_unless_asked(output):
+    model = packed_flux("Q4_K")
+    first, report = saved(model)
+    assert (
+        first == output / "diffusion_models" / "ComfyUI_Q4_K_00001_.gguf" and first.name in report
+    )
+    assert (
+        saved(model)[0].name == "ComfyUI_Q4_K_00002_.gguf"
+        and saved(model, "Q8_0")[0].name == "ComfyUI_Q8_0_00001_.gguf"
+    )
+    plain = [saved(model, overwrite=True)[0] for _ in range(2)]
+    assert plain == [first.with_name("ComfyUI_Q4_K.gguf")] * 2
+    assert run(load_diffusion_model(str(first))).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["map", "copy"])
+def test_a_model_is_not_saved_over_the_file_it_was_loaded_of(output, monkeypatch, how):
+    monkeypatch.setenv(network_drives.FILES_ENV, how)
+    path, _ = saved(packed_flux("Q4_K"), overwrite=True)
+    before = path.read_bytes()
+    with pytest.raises(WriteError, match=f"^{path} is a file of the model that is to be saved"):
+        saved(load_diffusion_model(str(path)), overwrite=True)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_a_name_may_lie_in_a_model_folder_and_nowhere_else(output, tmp_path):
+    model = packed_flux("Q4_K")
+    path, _ = saved(model, filename_prefix="diffusion_models/mine/new", folder="models")
+    assert path == tmp_path / "models" / "mine" / "new_Q4_K_00001_.gguf"
+    for name, folder in (("../out", "output"), ("/etc/out", "output"), ("a/../../out", "output"),
+                         ("diffusion_models/../../out", "models")):
+        with pytest.raises(WeightFileError, match="outside"):
+            saved(model, filename_prefix=name, folder=folder)
+    with pytest.raises(WeightFileError, match="begins with one of them"):
+        saved(model, filename_prefix="mine/new", folder="models")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "new_Q4_K_00001_.gguf"
+    ]
+
+
+def test_a_name_in_a_model_folder_lies_in_the_one_of_that_name(output, tmp_path, monkeypatch):
+    """The host puts the older models/unet before it."""
+    folders = (
+        [str(tmp_path / "models" / name) for name in ("unet", "diffusion_models")],
+        {".gguf"},
+    )
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", folders)
+    path, _ = saved(packed_flux("Q4_K"), filename_prefix="diffusion_models/new", folder="models")
+    assert path == tmp_path / "models" / "diffusion_models" / "new_Q4_K_00001_.gguf"
+
+
+def test_a_name_that_is_too_long_for_a_file_is_refused_before_anything_is_packed(output):
+    with pytest.raises(WeightFileError,
+                       match="is too long for the name of a file. Give a shorter one."):
+        saved(packed_flux("Q4_K"), filename_prefix="diffusion_models/" + "n" * 300)
+
+
+def test_types_sizes_and_files_of_both_kinds(output):
+    model = packed_flux("Q8_0")
+    path, report = saved(model, SIZE, 0.0025)
+    assert (
+        path.name == "ComfyUI_0.0025GB_00001_.gguf" and 2_400_000 < path.stat().st_size <= 2_500_000
+    )
+    assert saved(model, "NF4")[0].name == "ComfyUI_NF4_00001_.safetensors"
+    assert saved(model, "as it is")[0].name == "ComfyUI_as_it_is_00001_.gguf"
+
+
+def test_an_nf4_model_is_nf4_as_it_is(output):
+    first, _ = saved(packed_flux("Q4_K"), "NF4")
+    again, _ = saved(load_diffusion_model(str(first)), "as it is")
+    assert again.suffix == ".safetensors" and again.stat().st_size < 1.02 * first.stat().st_size
+    layer = "single_blocks.0.linear1.weight"
+    assert open_weights(again).entries[layer].format == open_weights(first).entries[layer].format
+
+
+def test_a_lora_on_a_packed_model_arrives_whole_or_its_share_is_told(output):
+    model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
+    whole, asked = saved(model), saved(model, loras=AS_ASKED)
+    assert open_weights(whole[0]).entries["single_blocks.0.linear1.weight"].format in (
+        "Q6_K",
+        "Q8_0",
+    )
+    assert open_weights(asked[0]).entries["single_blocks.0.linear1.weight"].format == "Q4_K"
+    shares = [
+        float(report.split("(strength 1): ")[1].split("%")[0]) for _, report in (whole, asked)
+    ]
+    assert 99 <= shares[0] <= 101 and shares[1] < 95
+
+
+def test_the_workflow_is_in_the_file_unless_the_user_turned_that_off(output, monkeypatch):
+    class Node(SavePackedModel):
+        class hidden:  # noqa: N801  the host's name
+            prompt, extra_pnginfo = {"1": "a"}, {"workflow": {"nodes": []}}
+
+    metadata = open_weights(Node.execute(packed_flux("Q4_K")).args[0]).metadata
+    assert json.loads(metadata["prompt"]) == {"1": "a"} and json.loads(metadata["workflow"]) == {
+        "nodes": []
+    }
+    monkeypatch.setattr(comfy.cli_args.args, "disable_metadata", True)
+    metadata = open_weights(Node.execute(packed_flux("Q4_K")).args[0]).metadata
+    assert (
+        "prompt" not in metadata and "workflow" not in metadata and "featherweight.plan" in metadata
+    )
+
+
+def test_what_is_not_saved_is_named_and_what_cannot_be_saved_is_refused(output):
+    model = packed_flux("Q4_K").clone()
+    model.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
+    assert "not a weight: model_sampling." in saved(model)[1]
+    model.set_injections("bypass_lora", [])
+    with pytest.raises(SaveError, match="bypass_lora"):
+        saved(model)
+    assert len(list(output.rglob("*.gguf"))) == 1

@@ -1,0 +1,303 @@
+"""What only the CPU backend has: kernels that pack, and its compiler. The rest is in
+test_backends.py."""
+import contextlib
+import errno
+import logging
+import os
+import platform
+import shutil
+import sys
+
+import pytest
+import torch
+from kernel_backends import CPUS, backend_on_cpu
+from kernel_cases import ALL_FORMATS, assert_same_bits, reference, shared_cache, wait_for_kernels
+
+from featherweight.ops import kernels as kernel_layer
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.kernels import cpp_backend, quantize_validation
+from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
+from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
+from featherweight.ops.layers import int8, product
+from featherweight.ops.quantize import pack_tensor as quantize
+from featherweight.ops.tensor.packed_layout import packed_tensor
+
+CPU = torch.device("cpu")
+COMMAND = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32",
+                                reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module", params=CPUS)
+def on_cpu(request, tmp_path_factory):
+    """The kernels for this CPU, and for it without some of its instructions."""
+    with backend_on_cpu(request.param, shared_cache(tmp_path_factory)) as backend:
+        yield backend
+
+
+@pytest.fixture
+def freshly_compiled(tmp_path, monkeypatch):
+    """The kernels for this CPU, none compiled yet; each compiles in a third of the usual time."""
+    monkeypatch.setattr(cpp_backend, "FLAGS",
+                        tuple(flag.replace("-O3", "-O1") for flag in cpp_backend.FLAGS))
+    with backend_on_cpu("cpp", tmp_path) as backend:
+        yield backend
+
+
+@pytest.fixture
+def few_blocks(one_thread, monkeypatch):
+    """Less work for slow kernels, and for each of three threads."""
+    monkeypatch.setattr(quantize_validation, "SEVERAL_THREADS", 1 << 14)
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
+
+
+def kernel_of(backend, capability):
+    return next(kernel for kernel in backend.kernels if kernel.capability == capability)
+
+
+def test_a_compiler_is_found_here():
+    assert cpp_backend._kernels()._compiler.command
+
+
+@pytest.mark.parametrize("on_cpu", ["cpp"], indirect=True)
+@pytest.mark.parametrize(
+    ("op", "fmt", "dtype"),
+    [("int8_tokens", None, torch.float32), ("int8_rows", FORMATS["Q8_0"], torch.int8)],
+)
+def test_codes_are_right_where_torch_rounds_what_it_multiplies(on_cpu, op, fmt, dtype, monkeypatch):
+    """As on a GPU that is set to TF32, which has float16's ten bits of mantissa."""
+    multiply = torch.mm
+
+    def rounding(values, other):
+        return multiply(values.half().to(values.dtype) if values.dtype == torch.float32 else values,
+                        other)
+
+    monkeypatch.setattr(torch, "mm", rounding)
+    check(kernel_of(on_cpu, op), fmt, dtype, None, CPU)
+
+
+def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, monkeypatch):
+    command = tmp_path / "compiler"
+    command.write_text(
+        '#!/bin/sh\ncase "$*" in *prefer-vector-width*) echo what? >&2; exit 1;; esac\n'
+        f'exec {COMMAND} "$@"\n')
+    command.chmod(0o755)
+    fmt = FORMATS["Q8_0"]
+    tensors = random_tensors(fmt, 2, CPU)
+    for machine, works in (("aarch64", True), ("x86_64", False)):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        on_cpu = CpuKernels(CppCompiler(str(command), tmp_path / machine))
+        with contextlib.nullcontext() if works else pytest.raises(CppError, match="what"):
+            on_cpu.dequantize(fmt, tensors, torch.empty(64), None, 0)
+
+
+# One format for each branch of the search. Each further one would compile as long again.
+GRID_SAMPLE = {"Q4_K", "Q3_K", "Q4_0", "Q4_1", "IQ4_XS", "NF4"}
+GRIDS = [
+    pytest.param(fmt, id=fmt.__name__,
+                 marks=() if fmt.__name__ in GRID_SAMPLE else pytest.mark.heavy)
+    for fmt in ALL_FORMATS if fmt.grid and fmt.block_length < 4096
+]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("on_cpu", ["cpp"], indirect=True)
+@pytest.mark.parametrize("fmt", GRIDS)
+def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
+    check(kernel_of(on_cpu, "pack_blocks"), fmt, torch.float32, None, CPU)
+
+
+# tests/ops/quantize/test_packing_feedback.py compiles these kernels for all instructions.
+@pytest.mark.usefixtures("few_blocks")
+@pytest.mark.parametrize("capability", ["pack_blocks", "pack_columns"])
+@pytest.mark.parametrize(
+    ("on_cpu", "name"),
+    [
+        ("cpp with AVX2", "NF4"),
+        ("cpp without AVX", "Q4_K"),
+        pytest.param("cpp with AVX2", "Q4_K", marks=pytest.mark.heavy),
+        # the last compiles for ten seconds
+        pytest.param("cpp without AVX", "NF4", marks=pytest.mark.heavy),
+    ],
+    indirect=["on_cpu"],
+)
+def test_packing_takes_fewer_instructions_too(on_cpu, capability, name):
+    check(kernel_of(on_cpu, capability), FORMATS[name], torch.float32, None, CPU)
+
+
+@pytest.mark.parametrize(("correct", "wrong", "message"), [
+    ("take_up(values, shares, columns, first, stop, columns);", "",
+     "residuals do not match the codes"),
+    ("share, values[column][v], values[later][v]", "share, values[column][0], values[later][v]",
+     "residuals do not match the codes"),
+    ("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]", "mean error"),
+    ("values[first + i][vector]", "values[i][vector]", "mean error"),
+    ("before = rounder[v].value(level[v]), target += before",
+     "before = rounder[v].value(level[v])", "mean error"),
+    ("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else",
+     "outside its columns|do not match the codes"),
+], ids=range(6))
+@pytest.mark.usefixtures("few_blocks")
+def test_a_wrong_choice_of_columns_is_found_out(
+        freshly_compiled, correct, wrong, message, monkeypatch):
+    source = cpp_backend.kernel_source
+
+    def broken(*args, **kwargs):
+        text = source(*args, **kwargs)
+        assert correct in text
+        return text.replace(correct, wrong)
+
+    monkeypatch.setattr(cpp_backend, "kernel_source", broken)
+    with pytest.raises(WrongResult, match=message):
+        check(kernel_of(freshly_compiled, "pack_columns"), FORMATS["Q3_K"], torch.float32, None,
+              CPU)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("step <= 1", "step < -1"),
+        ("nearest_integer(between(scaled", "(between(scaled"),
+        ("best.d[lane];", "best.d[0];"),
+    ],
+    ids=lambda wrong: wrong[0],
+)
+@pytest.mark.usefixtures("few_blocks")
+def test_a_wrong_search_is_found_out(freshly_compiled, wrong, monkeypatch):
+    source = cpp_backend.kernel_source
+    monkeypatch.setattr(cpp_backend, "kernel_source",
+                        lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
+    with pytest.raises(WrongResult, match="mean error"):
+        check(kernel_of(freshly_compiled, "pack_blocks"), FORMATS["Q3_K"], torch.float32, None, CPU)
+
+
+@pytest.mark.usefixtures("fresh", "compiled_before")
+def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatch):
+    values = torch.randn(37, 512, generator=torch.Generator().manual_seed(0))
+    runs, run = [], cpp_backend._kernels().pack_blocks
+
+    def recorded(*arguments):
+        runs.append(1)
+        run(*arguments)
+
+    monkeypatch.setattr(cpp_backend._kernels(), "pack_blocks", recorded)
+    whole = quantize.pack_tensor(values, FORMATS["Q4_K"])
+    assert runs
+    monkeypatch.setattr(quantize, "CPU_SLICE_VALUES", 1024)
+    assert torch.equal(quantize.pack_tensor(values, FORMATS["Q4_K"])._qdata, whole._qdata)
+    assert torch.equal(
+        quantize.pack_tensor(values[5:9], FORMATS["Q4_K"])._qdata.view(4, -1),
+        whole._qdata.view(37, -1)[5:9])
+
+
+def dequantize_a_block(kernels):
+    kernels.dequantize(FORMATS["Q4_0"], random_tensors(FORMATS["Q4_0"], 1, CPU), torch.empty(32),
+                       None, 0)
+
+
+def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatch):
+    command, calls = tmp_path / "compiler", tmp_path / "calls"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {COMMAND} "$@"\n')
+    command.chmod(0o755)
+
+    def compilations():
+        dequantize_a_block(CpuKernels(CppCompiler(str(command), tmp_path / "kernels")))
+        return sum("kernel.cpp" in line for line in calls.read_text().splitlines())
+
+    assert [compilations(), compilations()] == [1, 1]
+    monkeypatch.setattr(cpp_backend, "_cpu", lambda: "another CPU")
+    assert compilations() == 2
+
+
+def test_the_compilers_error_is_in_the_message(tmp_path):
+    with pytest.raises(CppError, match="nonsense"):
+        CppCompiler(COMMAND, tmp_path).library("int x = nonsense;")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path, caplog):
+    """The kernel layer as when ComfyUI starts, with nothing compiled yet."""
+    monkeypatch.setattr(kernel_layer, "_selectors", {})
+    wait_for_kernels(monkeypatch)
+    monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cpp_backend._kernels.cache_clear()
+    yield
+    cpp_backend._kernels.cache_clear()
+
+
+@pytest.fixture
+def compiled_before(monkeypatch, tmp_path_factory):
+    """Uses kernels that other tests may have compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_cache(tmp_path_factory)))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_path):
+    caplog.set_level(logging.INFO)
+    fmt, out = FORMATS["Q5_1"], torch.empty(8 * 32)
+    tensors = random_tensors(fmt, 8, CPU)
+    assert kernel_layer.find("dequantize", CPU, fmt, out.dtype) is not None
+    assert_same_bits(kernel_layer.dequantize_into(fmt, tensors, out), reference(fmt, tensors))
+    assert "Packed weights on cpu use cpp" in caplog.text
+    assert list((tmp_path / "cache/featherweight/kernels").glob("*.so"))
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(("obstacle", "reason"), [
+    ("no compiler", "there is no C++ compiler"),
+    ("a compiler that fails", "false:"),
+    ("no place to write",
+     "no folder can be written and run from; XDG_CACHE_HOME names another one")])
+def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why(
+        obstacle, reason, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    if obstacle == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    elif obstacle == "a compiler that fails":
+        monkeypatch.setenv("CXX", shutil.which("false"))
+    else:
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(cpp_backend.tempfile, "TemporaryDirectory", full)
+    fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32)
+    tensors = random_tensors(fmt, 8, CPU)
+    assert_same_bits(kernel_layer.dequantize_into(fmt, tensors, out), reference(fmt, tensors))
+    (line,) = caplog.records
+    assert line.levelno == logging.INFO and "\n" not in line.message
+    assert line.message.startswith(
+        "[Featherweight] Packed weights on cpu use torch, because no kernel works there (cpp: ")
+    assert reason in line.message
+
+
+@pytest.mark.usefixtures("fresh", "compiled_before")
+@pytest.mark.parametrize("setting", ["torch", "cpp"])
+@pytest.mark.parametrize("name", ["Q4_K", "NF4"])
+def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece(
+        name, setting, monkeypatch):
+    monkeypatch.setenv(kernel_layer.VARIABLE, setting)
+    fmt, (rows, columns) = FORMATS[name], (16, 512)
+    whole = random_tensors(fmt, rows * columns // fmt.block_length, CPU, bounded=True)
+    whole[0] = whole[0].view(rows, -1)
+    apart = [torch.stack([tensor, torch.full_like(tensor, 7)], -1)[..., 0] for tensor in whole]
+    assert not any(tensor.is_contiguous() for tensor in apart)
+
+    def values(tensors):
+        weight = packed_tensor(fmt, tensors[0], (rows, columns),
+                               scale=tensors[1] if fmt.sides else None)
+        yield torch.cat([part.clone() for _, part in
+                         product.dequantized_slices(weight, torch.float32)])
+        yield product.dequantize(weight, torch.float32)
+        yield product.embedding(torch.tensor([3, 0, 15]), weight, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for tokens in (3, 40):
+            input = torch.randn((tokens, columns), generator=generator)
+            yield product.linear(input, weight)
+            yield int8.linear(input, weight)
+
+    for result, expected in zip(values(apart), values(whole), strict=True):
+        assert torch.equal(result, expected)

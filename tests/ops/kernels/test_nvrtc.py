@@ -1,0 +1,147 @@
+"""The CUDA sources compile for every GPU without one. What they compute is in
+test_backends.py."""
+import shutil
+import subprocess
+import types
+from importlib.util import find_spec
+
+import pytest
+import torch
+from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_SIZES
+
+from featherweight.ops.formats._rows import FAMILIES
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.kernels import nvrtc, nvrtc_backend
+from featherweight.ops.kernels.kernel_source import SOURCES, source_files
+from featherweight.ops.kernels.nvrtc import Compiler, CudaDriver, CudaError
+from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
+from featherweight.ops.layers import product  # noqa: F401
+
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+ELF = b"\x7fELF"
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    libraries = nvrtc.nvrtc_libraries()
+    if not libraries:
+        pytest.skip("no NVRTC here: pip install nvidia-cuda-nvrtc-cu12")
+    return Compiler(libraries[0])
+
+
+@pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.cuda_nvrtc") is None,
+                    reason="no nvidia-cuda-nvrtc-cu12")
+def test_nvrtc_is_found_in_its_package():
+    assert any("cuda_nvrtc" in library for library in nvrtc.nvrtc_libraries())
+
+
+@pytest.mark.parametrize(("on_windows", "files", "order"), [
+    (True, ["torch/lib/nvrtc64_120_0.dll", "torch/lib/nvrtc64_120_0.alt.dll",
+            "torch/lib/nvrtc-builtins64_128.dll"], [0]),
+    (True, ["torch/c10.dll", "nvidia/cu13/bin/x86_64/nvrtc64_130_0.dll",
+            "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll"], [2, 1]),
+    (False, ["nvidia/cu13/lib/libnvrtc.so.13", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+             "nvidia/cu13/lib/libnvrtc.alt.so.13",
+             "nvidia/cuda_nvrtc/lib/libnvrtc-builtins.so.12.9"], [1, 0]),
+], ids=["Windows, in torch", "Windows, in packages", "Linux, in packages"])
+def test_nvrtc_of_torchs_version_comes_first(on_windows, files, order, tmp_path, monkeypatch):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(nvrtc, "ON_WINDOWS", on_windows)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: packages)
+    system = [] if on_windows else ["libnvrtc.so.12"]
+    assert nvrtc.nvrtc_libraries() == [*(str(tmp_path / files[index]) for index in order), *system]
+
+
+def each_capability(name, values, some):
+    """Each value for the first GPU, one of `some` in turn for each other; the rest is heavy."""
+    cases = [
+        pytest.param(value, capability, id=f"{getattr(value, '__name__', value)}-{capability}",
+                     marks=() if not turn or value == some[turn % len(some)] else pytest.mark.heavy)
+        for turn, capability in enumerate(CAPABILITIES) for value in values
+    ]
+    return pytest.mark.parametrize(f"{name}, capability", cases)
+
+
+@pytest.fixture
+def compile(compiler, capability):
+    """compile(program): for the GPU of the case."""
+    if capability not in compiler.architectures:
+        pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
+    return lambda program: compiler.compile(program.source(), capability)
+
+
+@each_capability("fmt", ALL_FORMATS, [*ONE_OF_EACH_SOURCE])
+def test_every_source_compiles_for_every_gpu(compile, fmt):
+    for kernel in ("dequantize", "linear"):
+        assert compile(Program(kernel, fmt, torch.bfloat16, None, alignment(fmt))).startswith(ELF)
+
+
+ROW_FORMATS = [FAMILIES[name].of_columns(512) for name in ROW_SIZES]
+
+
+@each_capability("fmt", ROW_FORMATS, ROW_FORMATS)
+def test_rows_compile_for_every_gpu(compile, fmt):
+    program = Program("dequantize_rows", fmt, torch.bfloat16, None, alignment(fmt))
+    assert compile(program).startswith(ELF)
+
+
+@each_capability("dtype", DTYPES, DTYPES)
+def test_every_type_and_number_of_rows_compiles_for_every_gpu(compile, dtype):
+    for tokens, rows in LINEAR_ROWS.items():
+        assert compile(Program("linear", FORMATS["Q6_K"], dtype, None, 2, tokens,
+                               rows)).startswith(ELF)
+    assert compile(Program("dequantize", FORMATS["Q6_K"], dtype, torch.float16, 1)).startswith(ELF)
+
+
+def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):
+    image = compiler.compile(Program("dequantize", FORMATS["Q8_0"], torch.float16).source(), 999)
+    assert f".target sm_{max(compiler.architectures)}".encode() in image
+
+
+def test_nvrtcs_error_is_in_the_message(compiler):
+    with pytest.raises(CudaError, match="no code for compute capability 1.0"):
+        compiler.compile("", 10)
+    with pytest.raises(CudaError, match='(?s)featherweight.cu.1.*"nonsense" is undefined'):
+        compiler.compile("int x = nonsense;", 80)
+
+
+def test_blocks_that_do_not_divide_into_chunks_are_refused():
+    with pytest.raises(CudaError, match="blocks of 12 values"):
+        Program("dequantize", FORMATS["NF4"].of_block_length(12), torch.float32).source()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_without_cuda_the_backend_says_so():
+    with pytest.raises(CudaError, match="this torch is not built for CUDA"):
+        nvrtc_backend.BACKEND.probe(torch.device("cuda:0"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_driver_is_named():
+    with pytest.raises(OSError, match="no_such_driver"):
+        CudaDriver("no_such_driver.so")
+
+
+def test_every_source_is_used():
+    basic = ("dequantize", "dequantize_rows", "linear")
+    kernels = {
+        "cuda": basic, "metal": basic,
+        "cpu": (*basic, "linear_bfloat16", "channels_last", "softmax",
+                "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")
+    }
+    used = {path for platform in kernels for fmt in ALL_FORMATS for kernel in kernels[platform]
+            for path in source_files(platform, fmt, kernel)}
+    assert used == {path for path in SOURCES.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_no_rule_leaves_a_source_out_of_the_package():
+    sources = sorted(str(path) for path in SOURCES.rglob("*") if path.is_file())
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", *sources], cwd=SOURCES,
+                             capture_output=True, text=True)
+    assert not ignored.stdout

@@ -1,0 +1,430 @@
+"""Which kernels a device uses. The backends are fakes that run plain torch on the CPU."""
+import inspect
+import logging
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import wait_for_kernels
+
+from devtools.files.gguf_files import block_pool
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.kernels import Backend, Kernel, registry
+from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
+from featherweight.ops.kernels.validation import ISSUES, probe
+from featherweight.ops.layers import int8, int8_codes, product
+from featherweight.ops.layers.int8_codes import encode_rows, encode_tokens
+from featherweight.ops.layers.low_rank import LowRank, Slice
+from featherweight.ops.tensor.packed_layout import packed_tensor
+
+CPU = torch.device("cpu")
+Q4_0 = FORMATS["Q4_0"]
+
+
+def dequantize(packed_format, tensors, out, value_dtype, first):
+    packed_format.dequantize_into(tensors, out, value_dtype, first)
+
+
+def dequantize_from_the_start(packed_format, tensors, out, value_dtype, first):
+    packed_format.dequantize_into(tensors, out, value_dtype)
+
+
+def dequantize_rounded(packed_format, tensors, out, value_dtype, first):
+    packed_format.dequantize_into(tensors, out, torch.bfloat16, first)
+
+
+def multiply(packed_format, tensors, input, addend, out, value_dtype):
+    weight = packed_format.dequantize_into(tensors, input.new_empty(out.shape[1], input.shape[1]),
+                                           value_dtype)
+    out.copy_(input @ weight.t() + (0 if addend is None else addend))
+
+
+def multiply_without_addend(packed_format, tensors, input, addend, out, value_dtype):
+    multiply(packed_format, tensors, input, None, out, value_dtype)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use(backend, ...): gives the CPU these backends, of which none is selected yet."""
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
+    wait_for_kernels(monkeypatch)
+
+    def use(*backends):
+        monkeypatch.setattr(kernels, "_selectors", {})
+        monkeypatch.setitem(kernels.PRIORITY, "cpu", tuple(backend.name for backend in backends))
+        for backend in backends:
+            monkeypatch.setitem(registry.IMPORTS, backend.name, lambda backend=backend: backend)
+    return use
+
+
+def backend(*kernels, name="made_up", probe=lambda device: None):
+    return Backend(name, probe, kernels)
+
+
+WITHOUT_FORMAT = {"int8_tokens", "channels_last", "softmax"}
+
+
+def kernel(capability: str, run, **constraints) -> Kernel:
+    names = [] if capability in WITHOUT_FORMAT else ["Q4_0"]
+    return Kernel(capability, frozenset(names), frozenset([dtype_of(capability)]), run,
+                  **constraints)
+
+
+def dtype_of(capability: str) -> torch.dtype:
+    return torch.int8 if capability == "int8_rows" else torch.float32
+
+
+def find(capability: str):
+    packed_format = None if capability in WITHOUT_FORMAT else Q4_0
+    tokens = 3 if capability == "linear" else None
+    value_dtype = torch.float16 if capability == "channels_last" else None
+    return kernels.find(capability, CPU, packed_format, dtype_of(capability), value_dtype, tokens)
+
+
+def packed(rows=6, columns=64):
+    blocks = rows * columns // 32
+    return packed_tensor(Q4_0, torch.from_numpy(block_pool("Q4_0")[:blocks]), (rows, columns))
+
+
+def test_a_kernel_that_is_right_is_used(use):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        dequantize(*args)
+
+    use(backend(kernel("dequantize", recorded)))
+    values = product.dequantize(packed(), torch.float32)
+    assert calls[-1][2] is values
+    assert torch.equal(values, packed().dequantize())
+
+
+def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_used(use, caplog):
+    caplog.set_level(logging.DEBUG, kernels.__name__)
+    use(backend(kernel("dequantize", dequantize_rounded)))
+    assert torch.equal(product.dequantize(packed(), torch.float32), packed().dequantize())
+    reasons = [record for record in caplog.records if "Q4_0" in record.message]
+    assert [record.levelno for record in reasons] == [logging.WARNING]
+    for part in ("dequantize of Q4_0 to float32 by made_up on cpu", "differ from the reference",
+                 f"torch {torch.__version__}", "[Featherweight]", ISSUES):
+        assert part in reasons[0].message
+    assert "\n" not in reasons[0].message
+
+
+def transpose(values, out):
+    out.copy_(values.transpose(1, 2))
+
+
+def transpose_nothing(values, out):
+    out.view(-1).copy_(values.view(-1))
+
+
+def softmax(scores):
+    scores.copy_(scores.softmax(-1))
+
+
+def softmax_of_numbers(scores):
+    scores.copy_(scores.nan_to_num().softmax(-1))
+
+
+def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, first):
+    encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
+    codes.clamp_(-126, 126)
+
+
+def encode_tokens_as_they_are(input, codes, scales):
+    int8_codes.quantize_into(input.float(), codes, scales)
+
+
+def encode_tokens_without_nan(input, codes, scales):
+    encode_tokens(input, codes, scales)
+    scales.nan_to_num_()
+
+
+@pytest.mark.parametrize(
+    ("capability", "run", "is_right"),
+    [
+        ("dequantize", dequantize, True),
+        ("dequantize", dequantize_from_the_start, False),
+        ("dequantize", dequantize_rounded, False),
+        ("linear", multiply, True),
+        ("linear", multiply_without_addend, False),
+        ("channels_last", transpose, True),
+        ("channels_last", transpose_nothing, False),
+        ("softmax", softmax, True),
+        ("softmax", softmax_of_numbers, False),
+        ("int8_rows", encode_rows, True),
+        ("int8_rows", encode_rows_and_clip, False),
+        ("int8_tokens", encode_tokens, True),
+        ("int8_tokens", encode_tokens_as_they_are, False),
+        ("int8_tokens", encode_tokens_without_nan, False),
+    ],
+)
+def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
+    use(backend(kernel(capability, run)))
+    assert (find(capability) is run) == is_right
+
+
+SEVERAL_THREADS = 2 * VALUES_PER_THREAD
+RIGHT = {
+    "dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows,
+    "int8_tokens": encode_tokens, "channels_last": transpose, "softmax": softmax
+}
+SPOIL = {  # changes the arguments of a right kernel after it has run
+    "dequantize": lambda args: args.out[-1].add_(1),
+    "linear": lambda args: args.out[-1, -1].add_(1),
+    "int8_rows": lambda args: args.codes[-1, -1].bitwise_xor_(64),
+    "int8_tokens": lambda args: args.scales[-1].mul_(1.01),
+    "channels_last": lambda args: args.out[-1, -1, -1].add_(1),
+    "softmax": lambda args: args.scores[-1, -1].add_(0.01)}
+WRONG = {
+    "dequantize": {
+        "in the tail": lambda args: args.out.numel() % Q4_0.block_length,
+        "of whole blocks": lambda args: args.out.numel() % Q4_0.block_length == 0,
+        "from odd addresses": lambda args: args.tensors[0].data_ptr() % 2,
+        "from even addresses": lambda args: args.tensors[0].data_ptr() % 2 == 0,
+        "from addresses of four bytes": lambda args: args.tensors[0].data_ptr() % 16 == 4,
+        "to odd addresses": lambda args: args.out.data_ptr() % 8,
+        "with several threads": lambda args: args.out.numel() >= SEVERAL_THREADS,
+        "in the tail of several threads":
+            lambda args: args.out.numel() >= SEVERAL_THREADS and args.out.numel() % 32,
+        "with one thread": lambda args: args.out.numel() < SEVERAL_THREADS,
+        "from the first block": lambda args: args.first == 0,
+        "from a later block": lambda args: args.first,
+    },
+    "linear": {
+        "without addend": lambda args: args.addend is None,
+        "with a bias": lambda args: args.addend is not None and args.addend.stride(0) == 0,
+        "with an addend of odd strides":
+            lambda args: args.addend is not None and args.addend.stride(0) == 1,
+        "with the most tokens": lambda args: len(args.input) == 4,
+        "with the most tokens and no addend":
+            lambda args: len(args.input) == 4 and args.addend is None,
+        "with the fewest tokens": lambda args: len(args.input) == 2,
+        "from odd addresses": lambda args: args.tensors[0].data_ptr() % 2,
+        "of input at odd addresses": lambda args: args.input.data_ptr() % 16,
+        "with several threads":
+            lambda args: args.out.shape[1] * args.input.shape[1] >= SEVERAL_THREADS,
+        "with one thread": lambda args: args.out.shape[1] * args.input.shape[1] < SEVERAL_THREADS,
+        "with many columns":
+            lambda args: args.input.shape[1] > 1024 and args.input.shape[1] % 1024,
+        "with an odd number of rows": lambda args: args.out.shape[1] % 2,
+    },
+    "int8_rows": {
+        "with several threads": lambda args: args.codes.numel() >= SEVERAL_THREADS,
+        "from a later row": lambda args: args.first,
+        "from the first row": lambda args: args.first == 0,
+        "from odd addresses": lambda args: args.tensors[0].data_ptr() % 2,
+        "with many columns":
+            lambda args: args.codes.shape[1] > 1024 and args.codes.shape[1] % 1024,
+    },
+    "int8_tokens": {
+        "with several threads": lambda args: args.input.numel() >= SEVERAL_THREADS,
+        "with one row": lambda args: len(args.input) == 1,
+        "from odd addresses": lambda args: args.input.data_ptr() % 16,
+    },
+    "channels_last": {
+        "with several threads": lambda args: args.out.numel() >= SEVERAL_THREADS,
+        "with one row": lambda args: len(args.values) == 1,
+        "with one tap": lambda args: args.values.shape[2] == 1,
+        "with many taps": lambda args: args.values.shape[2] > 64,
+        "with channels for no whole vector": lambda args: args.values.shape[1] % 16,
+        "from odd addresses": lambda args: args.values.data_ptr() % 16,
+        "to odd addresses": lambda args: args.out.data_ptr() % 8,
+    },
+    "softmax": {
+        "with several threads": lambda args: args.scores.numel() >= SEVERAL_THREADS,
+        "with one row": lambda args: len(args.scores) == 1,
+        "with columns for no whole vector": lambda args: args.scores.shape[1] % 16,
+        "from odd addresses": lambda args: args.scores.data_ptr() % 16,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "where"),
+    [(capability, where) for capability in WRONG for where in WRONG[capability]],
+)
+def test_a_kernel_that_is_wrong_only_somewhere_is_found_out(capability, where, use, caplog):
+    signature = inspect.signature(RIGHT[capability])
+
+    def wrong(*arguments):
+        RIGHT[capability](*arguments)
+        args = types.SimpleNamespace(**signature.bind(*arguments).arguments)
+        if WRONG[capability][where](args):
+            SPOIL[capability](args)
+
+    limits = {"min_tokens": 2, "max_tokens": 4} if capability == "linear" else {}
+    use(backend(kernel(capability, wrong, **limits)))
+    assert find(capability) is None
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "gives wrong values here" in warning.message and " in the case " in warning.message
+
+
+def test_a_dequantize_kernel_that_writes_outside_its_output_is_found_out(use, caplog):
+    def wrong(packed_format, tensors, out, value_dtype, first):
+        dequantize(packed_format, tensors, out, value_dtype, first)
+        if out.storage_offset() + out.numel() < out.untyped_storage().nbytes() // 4:
+            out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+
+    use(backend(kernel("dequantize", wrong)))
+    assert find("dequantize") is None and "wrote outside its output" in caplog.text
+
+
+def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
+    def refused(*arguments):
+        raise RuntimeError("no such instruction")
+
+    caplog.set_level(logging.DEBUG, kernels.__name__)
+    use(backend(kernel("dequantize", refused)))
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
+    (reason,) = [record for record in caplog.records if "no such instruction" in record.message]
+    assert (
+        reason.levelno == logging.DEBUG
+        and "dequantize of Q4_0 to float32 by made_up is off on cpu" in reason.message
+    )
+
+
+def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
+    def fill(packed_format, tensors, out, value_dtype, first):
+        out.fill_(1)
+
+    use(backend(probe=lambda device: probe(fill, device)))
+    assert kernels.used(CPU, 120) == "torch"
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "the probe by made_up" in warning.message
+    assert "please report this line at" in warning.message
+
+
+def test_the_address_for_reports_is_the_packs_own():
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"Bug Tracker" = "{ISSUES}"' in project
+
+
+def test_the_int8_product_takes_its_codes_from_kernels(use, monkeypatch):
+    called = []
+    monkeypatch.setattr(int8, "multiplies_integers", lambda device: True)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int())
+    weight, input = packed(rows=8, columns=256), torch.randn((int8.MIN_TOKENS["cpu"], 256))
+    use()
+    exact = product.linear(input, weight)
+    assert torch.equal(int8.linear(input, weight), exact)  # too few tokens to do without
+    use(backend(
+        kernel("int8_rows", lambda *args: (called.append(1), encode_rows(*args))),
+        kernel("int8_tokens", lambda *args: (called.append(2), encode_tokens(*args)))))
+    result = int8.linear(input, weight)
+    assert called[-2:] == [2, 1] and 0.001 < (result - exact).norm() / exact.norm() < 0.03
+
+
+def test_a_product_with_a_low_rank_branch_is_added_to_it(use):
+    use(backend(kernel("linear", multiply)))
+    generator = torch.Generator().manual_seed(0)
+    input, bias, down, up = (torch.randn(shape, generator=generator)
+                             for shape in ((2, 64), (6,), (2, 64), (6, 2)))
+    expected = torch.nn.functional.linear(input, packed().dequantize() + up @ down, bias)
+    result = product.linear(
+        input, packed(), bias, low_rank=LowRank(down, (up,), (Slice(0, 6, 0, 2),))
+    )
+    assert torch.allclose(result, expected, atol=1e-4)
+
+
+def test_a_kernel_gets_only_what_it_accepts(use):
+    use(backend(kernel("dequantize", dequantize),
+                kernel("linear", multiply, min_tokens=2, max_tokens=4)))
+    assert kernels.find("dequantize", CPU, FORMATS["Q8_0"], torch.float32) is None
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float16) is None
+    is_used = [kernels.find("linear", CPU, Q4_0, torch.float32, tokens=tokens) is multiply
+               for tokens in range(7)]
+    assert is_used == [False, False, True, True, True, False, False]
+
+
+def test_a_kernel_is_checked_when_it_is_needed(use):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        multiply(*args)
+
+    use(backend(kernel("linear", recorded, max_tokens=16)))
+    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=17)
+    assert not calls
+    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
+    checked = len(calls)
+    assert {len(input) for _, _, input, *_ in calls} == {*range(1, 7), 16}
+    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
+    assert len(calls) == checked
+
+
+def test_a_cpu_never_imports_triton(use, monkeypatch):
+    use()
+    module = f"{kernels.__name__}.triton_backend"
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
+    assert module not in sys.modules
+
+
+def test_a_format_with_another_block_length_is_accepted_too():
+    of_nf4 = Kernel("dequantize", frozenset(["NF4"]), frozenset([torch.float32]), dequantize)
+    assert of_nf4.accepts(FORMATS["NF4"].of_block_length(128), torch.float32)
+    assert not of_nf4.accepts(FORMATS["FP4"], torch.float32)
+
+
+def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, caplog):
+    def no_driver(device):
+        raise RuntimeError("no driver")
+
+    caplog.set_level(logging.DEBUG, kernels.__name__)
+    use(backend(kernel("dequantize", dequantize), name="broken", probe=no_driver),
+        backend(kernel("dequantize", dequantize), name="working"))
+    for _ in range(3):
+        product.dequantize(packed(), torch.float32)
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.DEBUG, "[Featherweight] broken does not work on cpu: RuntimeError('no driver')"),
+        (logging.INFO, "[Featherweight] Packed weights on cpu use working."),
+    ]
+
+
+@pytest.mark.parametrize(("setting", "used"), [
+    (None, "first"), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second"),
+    ("triton", "first")], ids=str)  # the last is one for other devices
+def test_the_environment_variable_chooses(setting, used, use, monkeypatch):
+    use(backend(kernel("dequantize", dequantize), name="first"),
+        backend(kernel("dequantize", dequantize_rounded), name="second"))
+    if setting is None:
+        monkeypatch.delenv(kernels.VARIABLE)
+    else:
+        monkeypatch.setenv(kernels.VARIABLE, setting)
+    kernels.find("dequantize", CPU, Q4_0, torch.float32)
+    assert kernels.used(CPU, 120) == (used or "torch")
+
+
+def test_an_unknown_setting_is_named_and_ignored(use, monkeypatch, caplog):
+    use(backend(kernel("dequantize", dequantize), name="first"))
+    monkeypatch.setenv(kernels.VARIABLE, "cuda")
+    assert kernels.used(CPU, 120) == "first"
+    message = "FEATHERWEIGHT_KERNELS is cuda and is ignored; expected one of auto, first, "
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda input, weight: product.linear(input, weight),
+        lambda input, weight: input @ product.dequantize(weight, torch.float32).t(),
+        lambda input, weight: (
+            input @ product.dequantize_rows(weight, torch.float32, lambda rows, start: rows * 2).t()
+        ),
+        lambda input, weight: (
+            input + product.embedding(torch.tensor([3, 1]), weight, torch.float32)
+        ),
+    ],
+    ids=["linear", "dequantize", "dequantize_rows", "embedding"],
+)
+def test_torch_compile_meets_no_choice_of_kernels(operation, use):
+    use(backend(kernel("dequantize", dequantize), kernel("linear", multiply)))
+    weight, input = packed(), torch.randn((2, 64), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(operation, fullgraph=True, backend="eager")(input, weight)
+    assert torch.equal(compiled, operation(input, weight))
