@@ -74,7 +74,7 @@ def _nvfp4(parts: Parts) -> torch.Tensor:
                         " nvfp4 is read")
     packed = pack_nvfp4(NVFP4_QUOTIENT, codes, scale, parts[GLOBAL])
     if packed is None:
-        expected = len(codes), codes.shape[1] * 2 // NVFP4_QUOTIENT.group
+        expected = len(codes), codes.shape[1] * 2 // NVFP4_QUOTIENT.example.group
         raise PartError(f"its {SCALE} is {describe(scale)} and its {GLOBAL}"
                         f" {describe(parts[GLOBAL])}, expected fp8 E4M3 {expected} and one number")
     return packed

@@ -37,9 +37,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ...ops.formats.comfyui import NVFP4_GROUP
 from ...ops.formats.svdquant import (
     AWQ_INT4,
     AWQ_INT4_HALF,
+    INT4_GROUP,
     SVDQUANT_INT4,
     SVDQUANT_INT4_HALF,
     SVDQUANT_NVFP4,
@@ -384,7 +386,7 @@ class _Reader:
         if "wtscale" in parts:
             parts["wtscale"] = parts["wtscale"].view(-1)
         scale_dtypes = (torch.float8_e4m3fn,) if is_nvfp4 else HALVES
-        group = SVDQUANT_NVFP4.group if is_nvfp4 else SVDQUANT_INT4.group
+        group = NVFP4_GROUP if is_nvfp4 else INT4_GROUP
         expected = {"qweight": ((rows, columns // 2), (torch.int8,)),
                     "wscales": ((columns // group, rows), scale_dtypes),
                     "smooth_factor": ((columns,), HALVES),

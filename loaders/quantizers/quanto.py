@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from ...ops.formats.integers import SIDE_DTYPES, quanto_family
+from ...ops.formats.integers import ENDINGS, quanto_family
 from ...ops.tensor.packed_layout import packed_tensor
 from ..files.container import WeightFile, describe
 from .comfyui import PartError, Parts, part
@@ -39,7 +39,7 @@ def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
     groups = scale.numel()
     if (codes.ndim, codes.dtype) != (2, torch.uint8) or not codes.numel() or (
             shift.numel() != groups or shift.dtype != scale.dtype
-            or scale.dtype not in SIDE_DTYPES):
+            or scale.dtype not in ENDINGS):
         raise PartError(f"it has {describe(codes)} codes, {describe(scale)} scales and"
                         f" {describe(shift)} shifts, expected uint8 codes with a scale and a shift"
                         " for each group")

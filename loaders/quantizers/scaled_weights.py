@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from ...ops.formats._rows import RowFormat
 from ...ops.formats.comfyui import NVFP4_LOW
+from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import is_packed, packed_tensor
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import AGAIN, WeightFile, describe, safe_repr
@@ -129,7 +129,7 @@ def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor | 
     return _pack(FP8[weight.dtype], weight, columns, scales.flatten(), group=group)
 
 
-def _pack(family: type[RowFormat], weight: torch.Tensor, columns: int, *sides: torch.Tensor,
+def _pack(family: RowFamily, weight: torch.Tensor, columns: int, *sides: torch.Tensor,
           group: int | None = None) -> PackedTensor:
     return packed_tensor(family.of_columns(columns, group),
                          weight.contiguous().view(torch.uint8).view(-1), (len(weight), columns),
