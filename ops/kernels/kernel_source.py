@@ -116,7 +116,8 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
             "BLOCK_BYTES": packed_format.block_bytes,
             "SCALES_APART": int(bool(packed_format.sides)),
         }
-    if codebook := getattr(packed_format, "codebook", None):
+    codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
+    if codebook:
         definitions["CODEBOOK"] = c_floats(codebook)
     defines = [f"#define {name} {value}" for name, value in definitions.items()]
     texts = [path.read_text(encoding="utf-8")
