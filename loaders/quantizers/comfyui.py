@@ -27,7 +27,7 @@ Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `c
 convert_to_quant.
 """
 import math
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -58,11 +58,10 @@ from ...ops.formats.comfyui import (
 from ...ops.formats.row_layout import RowFamily
 from ...ops.formats.svdquant import INT4_GROUP, SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.layers.product import dequantized_slices
-from ...ops.pickle_names import short_error_name
 from ...ops.tensor.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import AGAIN, describe
-from .comfyui_marks import MARK
+from ..files.container import describe
+from .base import PartError, Parts, part
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
 # of asym_w4a8_int8
@@ -84,56 +83,6 @@ SMOOTH, DOWN, UP = "smooth_factor", "proj_down", "proj_up"
 TILE = 128  # rows of svdquant_w4a4
 # added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
 SHIFT = 0.171875
-
-Parts = dict[str, torch.Tensor]
-
-
-@short_error_name
-class PartError(ValueError):
-    """The parts of a weight do not belong together; the message is part of a sentence.
-
-    Args:
-        problem: what is wrong with them.
-        advice: what to do.
-    """
-
-    def __init__(self, problem: str, advice: str = AGAIN):
-        super().__init__(problem)
-        self.advice = advice
-
-
-def part(parts: Parts, name: str) -> torch.Tensor:
-    """Returns a part of a weight. Raises PartError if the file lacks it."""
-    if name not in parts:
-        raise PartError(f"its {name} is missing")
-    return parts[name]
-
-
-def has_scaled_layers(names: Iterable[str], ends: Collection[str], types: Container[str],
-                      type_of: Callable[[str], str]) -> bool:
-    """Returns whether a file has weights of some types with scales.
-
-    Args:
-        names: of its tensors.
-        ends: of the names of scales behind the layer's.
-        types: safetensors types of the weights.
-        type_of: returns the safetensors type of a tensor by its name.
-    """
-    names = dict.fromkeys(names)
-    layers = filter(None, (layer_scaled_by(name, ends, names) for name in names))
-    return any(type_of(f"{layer}.weight") in types for layer in layers)
-
-
-def layer_scaled_by(name: str, ends: Iterable[str], names: Container[str]) -> str | None:
-    """Returns the layer, not in one of ComfyUI's formats, that a tensor has the scales of.
-
-    None for another tensor.
-    """
-    for end in ends:
-        layer = name.removesuffix(end)
-        if layer != name and f"{layer}.weight" in names and f"{layer}{MARK}" not in names:
-            return layer
-    return None
 
 
 def format_of(settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import packed_tensor
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import describe
-from .comfyui import FP8, PartError
+from .base import PartError
+from .comfyui import FP8
 
 CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
 BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}

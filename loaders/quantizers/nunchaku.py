@@ -51,6 +51,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
 from ..files.container import AGAIN, ProgressIter, WeightFile, WeightFileError, describe, safe_repr
 from . import nunchaku_tiles as tiles
+from .base import Quantizer
 from .comfyui import HALVES, bias_of_shift
 from .unsupported_quantizers import OTHER_FORM
 
@@ -137,20 +138,15 @@ def has_nunchaku_weights(names: Iterable[str]) -> bool:
     return any(map(MARK.search, names))
 
 
-def join_nunchaku_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
-                          track: ProgressIter = iter):
-    """Replaces the parts of each weight in `tensors` with one packed tensor in diffusers' names.
-
-    Args:
-        file: the file they come from.
-        tensors: name -> tensor as stored; changed in place.
-        track: iterates over the layers and shows progress.
+def _join(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter):
+    """Replaces the parts of each weight with one packed tensor in diffusers' names.
 
     Raises:
         WeightFileError: parts of a weight are missing, unknown or do not belong together, or the
             model is of none of the known families.
     """
-    _Reader(file, tensors).join(track)
+    if has_nunchaku_weights(tensors):
+        _Reader(file, tensors).join(track)
 
 
 @dataclass
@@ -556,3 +552,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+QUANTIZER = Quantizer(
+    name="Nunchaku", methods={"nunchaku_lite": "Nunchaku", "svdquant": "Nunchaku"},
+    is_in=lambda names, metadata, type_of: has_nunchaku_weights(names), join=_join)

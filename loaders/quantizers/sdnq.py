@@ -35,8 +35,10 @@ from ...ops.formats.row_layout import PACK_CODES, RowFamily
 from ...ops.formats.sdnq import ALIASES, CODEBOOKS, NUMBER_TYPES, ROTATION_BASE, SDNQ_TYPES
 from ...ops.tensor.packed_layout import packed_tensor, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import AGAIN, WeightFile, describe, map_file, safe_repr
-from .comfyui import MARK, MAX_ROTATION, PartError, has_scaled_layers, layer_scaled_by
+from ..files.container import AGAIN, ProgressIter, WeightFile, describe, map_file, safe_repr
+from .base import PartError, Quantizer, TypeOf, has_scaled_layers, layer_scaled_by
+from .comfyui import MAX_ROTATION
+from .comfyui_marks import MARK
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +60,7 @@ SMALLEST_ROTATION = 4
 CONFIG = "Put the config.json of the model beside it, or load the model's folder."
 
 
-def has_sdnq_weights(names: Iterable[str], type_of: Callable[[str], str]) -> bool:
-    """Returns whether a file has weights that SDNQ quantised.
-
-    Args:
-        names: of its tensors.
-        type_of: returns the safetensors type of a tensor by its name.
-    """
+def _is_in(names: Iterable[str], metadata: Mapping[str, Any], type_of: TypeOf) -> bool:
     return has_scaled_layers(names, (SCALE,), TYPES, type_of)
 
 
@@ -89,25 +85,24 @@ def extract_config(content: Any) -> Mapping[str, Any] | None:
     return content if is_config else None
 
 
-def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
-                      config_reader: Callable[[], Mapping[str, Any] | None]):
-    """Replaces each weight and its parts in `tensors` with one packed tensor.
+def _config_of(file: WeightFile) -> Mapping[str, Any] | None:
+    """Returns SDNQ's config of a folder, in the metadata, or in the folder of a file; or None."""
+    config = extract_config(file.quantization)
+    if config is None:
+        try:
+            config = extract_config(read_json(file.metadata.get(CONFIG_KEY, "")))
+        except ValueError:
+            pass
+    return config if config or file.path.is_dir() else read_config(file.path)
 
-    Args:
-        file: the file they come from.
-        tensors: name -> tensor as stored; changed in place.
-        config_reader: returns the SDNQ config of the file, or None; called only if the file has
-            weights of SDNQ.
 
-    Raises:
-        WeightFileError: a weight and its parts do not belong together.
-    """
+def _join(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter):
     layers = [layer for name in tensors
               if (layer := layer_scaled_by(name, (SCALE,), tensors)) is not None
               and tensors[f"{layer}.weight"].dtype in (*BYTES, *_WIDE)]
     if not layers:
         return
-    config = config_reader()
+    config = _config_of(file)
     if config is None:
         log.info("[Featherweight] %s has no config of SDNQ: read as integers, not rotated.",
                  file.path.name)
@@ -575,3 +570,6 @@ def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
     if count == 1 and factor.item() != 1:
         numbers = numbers * factor
     return 0, [numbers if offset is None else numbers + offset.float()]
+
+
+QUANTIZER = Quantizer(name="SDNQ", methods={METHOD: "SDNQ"}, is_in=_is_in, join=_join)
