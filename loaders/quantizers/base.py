@@ -1,4 +1,4 @@
-"""What a quantiser's module offers, a `Quantizer`, and what modules share about a weight's parts."""
+"""What a quantiser's module offers, a `Quantizer`, and what modules share of a weight's parts."""
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -21,8 +21,8 @@ from .comfyui_marks import marked_layers
 from .unsupported_quantizers import reject_unsupported_quantizers
 
 QUANTIZERS = (
-    nunchaku.QUANTIZER, gptq.QUANTIZER, compressed_tensors.QUANTIZER, quanto.QUANTIZER,
-    torchao.QUANTIZER, bitsandbytes.QUANTIZER, scaled_weights.QUANTIZER, sdnq.QUANTIZER,
+    bitsandbytes.QUANTIZER, nunchaku.QUANTIZER, gptq.QUANTIZER, compressed_tensors.QUANTIZER,
+    quanto.QUANTIZER, torchao.QUANTIZER, scaled_weights.QUANTIZER, sdnq.QUANTIZER,
     leftover_scales.QUANTIZER,
 )
 # `quant_method` of a config -> who quantised by it, for people
