@@ -11,8 +11,9 @@ from devtools.measure.bench.timing import device, side_by_side, wait
 import gguf
 import torch
 
-from featherweight.ops import kernels, quantize
+from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 TYPES = (
@@ -50,13 +51,13 @@ def bench_pack(options):
         for name in TYPES[::5] if options.quick else TYPES:
             packed_format, row = FORMATS[name], {}
             if kernels.find("pack_blocks", weight.device, packed_format, torch.float32) is not None:
-                row["kernel seconds"] = seconds(lambda: quantize.pack_tensor(weight, packed_format),
+                row["kernel seconds"] = seconds(lambda: pack_tensor(weight, packed_format),
                                                 weight, options.rounds)
             with mock.patch.object(kernels, "find", return_value=None):
-                row["torch seconds"] = seconds(lambda: quantize.pack_tensor(part, packed_format),
+                row["torch seconds"] = seconds(lambda: pack_tensor(part, packed_format),
                                                part, options.rounds)
             row["feedback seconds"] = seconds(
-                lambda: quantize.pack_tensor(part, packed_format, moments=moments), part, 1)
+                lambda: pack_tensor(part, packed_format, moments=moments), part, 1)
             with contextlib.suppress(KeyError, NotImplementedError):
                 ggml_type, values = gguf.GGMLQuantizationType[name], part.float().cpu().numpy()
                 gguf.quants.quantize(values[:1], ggml_type)
@@ -74,7 +75,7 @@ def bench_pack(options):
 
 def write(path: Path, weight: torch.Tensor, name: str):
     with open(path, "wb") as file:
-        file.write(quantize.pack_tensor(weight, FORMATS[name])._qdata.cpu().numpy().data)
+        file.write(pack_tensor(weight, FORMATS[name])._qdata.cpu().numpy().data)
         os.fsync(file.fileno())
 
 
