@@ -65,7 +65,7 @@ PACK = Path(__file__).parents[2]
 START = ("import sys, types; sys.path[:] = filter(None, sys.path);"
          " pack = types.ModuleType('featherweight'); pack.__path__ = [sys.argv[1]];"
          " sys.modules['featherweight'] = pack;"
-         " from featherweight.ops.kernels import trial; trial.main()")
+         " from featherweight.ops.kernels import trial_process; trial_process.main()")
 COMMAND = (sys.executable, "-c", START, str(PACK))
 
 

@@ -44,7 +44,7 @@ def import_pack(host: str, pack: str) -> str:
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
     for loader in ("checkpoint", "diffusion", "text_encoder"):
-        importlib.import_module(f"{name}.loaders.{loader}")
+        importlib.import_module(f"{name}.loaders.models.{loader}")
     return name
 
 
