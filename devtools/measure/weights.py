@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from devtools.files.gguf_files import block_pool
-from featherweight.ops.formats._rows import FAMILIES, RowFormat
 from featherweight.ops.formats.base import FORMATS, Format
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
-from featherweight.ops.formats.sdnq import SDNQ
+from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.kernels.kernel_source import CPU_ROW_FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor, with_low_rank
@@ -32,14 +31,18 @@ def format_for(name: str, columns: int) -> type[Format]:
     if name not in FAMILIES:
         return FORMATS[name]
     # SDNQ's files have scales of 128 columns for 4 bits with a low rank
-    sizes = (128,) if issubclass(FAMILIES[name], SDNQ) and FAMILIES[name].bits == 4 else ()
-    return FAMILIES[name].of_columns(columns, *sizes)
+    family = FAMILIES[name]
+    sizes = (128,) if name.startswith("SDNQ") and family.example.codes.bits == 4 else ()
+    return family.of_columns(columns, *sizes)
 
 
 def divides_rows(name: str, columns: int) -> bool:
     """Whether rows of so many values are whole blocks, and in groups whole groups."""
     packed_format = format_for(name, columns)
-    return columns % (getattr(packed_format, "group", 0) or packed_format.block_length) == 0
+    if issubclass(packed_format, RowFormat):
+        layout = packed_format.layout
+        return columns % layout.group == 0 and columns % (layout.rotation or 1) == 0
+    return columns % packed_format.block_length == 0
 
 
 def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
@@ -70,13 +73,13 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
 def _random_rows(packed_format: type[RowFormat], shape: tuple[int, int]) -> QuantizedTensor:
     """A packed weight of a format whose block is a row."""
     data, *sides = random_tensors(packed_format, shape[0], torch.device("cpu"))
-    side_dtype = getattr(packed_format, "side_dtype", None)
+    dtype = packed_format.layout.scale.dtype
     for index, side in enumerate(sides):
         if side.is_floating_point():
             side /= 100
-        elif side_dtype is not None:
-            numbers = torch.rand(side.numel() // side_dtype.itemsize) / 100
-            sides[index] = numbers.to(side_dtype).view(torch.uint8)
+        elif dtype.is_floating_point:
+            numbers = torch.rand(side.numel() // dtype.itemsize) / 100
+            sides[index] = numbers.to(dtype).view(torch.uint8)
     data &= 0xB7  # no floats without a value
     return packed_tensor(packed_format, data, shape, torch.float32, *sides)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...ops.bounded_json import read_json
 from ..name_lists import join_some
-from ..quantizers.sdnq import extract_config
+from ..quantizers.registry import METHODS
 from ..quantizers.unsupported_quantizers import OTHER_FORM
 from .container import WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
@@ -22,13 +22,6 @@ ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_enc
 VAE_FOLDER = "vae"
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-# `quant_method` of a config -> what the weights are quantised by
-QUANT_METHODS = {
-    "bitsandbytes": "bitsandbytes (4-bit NF4 and FP4, int8)", "fp8": "transformers in fp8",
-    "sdnq": "SDNQ", "nunchaku_lite": "Nunchaku", "svdquant": "Nunchaku", "gptq": "GPTQ",
-    "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "awq": "AWQ",
-    "compressed-tensors": "compressed-tensors", "quanto": "quanto", "torchao": "torchao",
-}
 SDNQ_CONFIG = "quantization_config.json"  # which SDNQ may write beside config.json
 # Nunchaku's first folders have the model in two files, without an index.
 NUNCHAKU_NAMES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
@@ -66,9 +59,6 @@ class ModelFolder(SafetensorsFile):
                     folder,
                     f"its index lists {safe_repr(name)} in {file}, which does not contain it."
                     " Download all files of the folder again from one place.")
-
-    def read_sdnq_config(self) -> Mapping[str, Any] | None:
-        return extract_config(self.config)
 
     @property
     def declared_type(self) -> str:
@@ -140,8 +130,8 @@ def _read_config(folder: Path) -> dict:
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = _quant_method(quantization)
-        if not isinstance(method, str) or method not in QUANT_METHODS:
-            *names, last = dict.fromkeys(QUANT_METHODS.values())
+        if not isinstance(method, str) or method not in METHODS:
+            *names, last = dict.fromkeys(METHODS.values())
             raise _error(
                 folder,
                 f"its config.json says that the weights are quantised by {safe_repr(method)};"

@@ -19,13 +19,7 @@ import torch
 
 from ...ops.bounded_json import read_json
 from ..name_lists import join_some
-from ..quantizers.bitsandbytes import join_parts
-from ..quantizers.leftover_scales import multiply_leftover_scales
-from ..quantizers.nunchaku import has_nunchaku_weights, join_nunchaku_weights
 from ..quantizers.registry import join_quantized_weights
-from ..quantizers.scaled_weights import join_scaled_weights
-from ..quantizers.sdnq import CONFIG_KEY, extract_config, join_sdnq_weights, read_config
-from ..quantizers.unsupported_quantizers import reject_unsupported_quantizers
 from .container import (
     COUNTABLE,
     PLAIN_DTYPES,
@@ -99,14 +93,6 @@ class SafetensorsFile(WeightFile):
         # much memory as the model.
         return dtype.itemsize if dtype else 1
 
-    def read_sdnq_config(self) -> Mapping[str, Any] | None:
-        """Returns the SDNQ config in the metadata or in the file's folder, None without one."""
-        try:
-            config = extract_config(read_json(self.metadata.get(CONFIG_KEY, "")))
-        except ValueError:
-            config = None
-        return read_config(self.path) if config is None else config
-
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
         """Returns name -> tensor, with the parts of each packed weight joined.
 
@@ -121,15 +107,7 @@ class SafetensorsFile(WeightFile):
             WeightFileError: the file changed meanwhile, or its quantiser is not supported.
         """
         tensors = super().state_dict()
-        if has_nunchaku_weights(tensors):
-            join_nunchaku_weights(self, tensors, track)
-        else:
-            join_quantized_weights(self, tensors)
-            join_parts(self, tensors, track)
-        join_scaled_weights(self, tensors)
-        join_sdnq_weights(self, tensors, self.read_sdnq_config)
-        multiply_leftover_scales(self, tensors)
-        reject_unsupported_quantizers(self, tensors)
+        join_quantized_weights(self, tensors, track)
         return tensors
 
 

@@ -53,8 +53,7 @@ class Inspection:
         host: ComfyUI's class name of the model.
         problem: why it cannot be read.
         declared_type: the type of model that the file declares.
-        quantizer: the library that packed its weights, "" for none that `quantizers.registry`
-            knows.
+        quantizer: who packed its weights, as far as `quantizers.registry` knows, "" for nobody.
         parameters: number of values.
         nbytes: bytes on disk.
         memory_bytes: bytes of the weights in memory.

@@ -8,13 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..comfyui.quantized_weights import find_unread_layer, has_format
 from ..files.safetensors import is_shard
-from ..quantizers.bitsandbytes import has_packed_weights
 from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
-from ..quantizers.leftover_scales import has_leftover_scales
-from ..quantizers.nunchaku import has_nunchaku_weights
 from ..quantizers.registry import has_quantized_weights
-from ..quantizers.scaled_weights import has_scaled_weights
-from ..quantizers.sdnq import has_sdnq_weights
 
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 # What opening a safetensors file raises. The last two: it cannot be mapped, by torch or at all.
@@ -26,10 +21,9 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     """Returns whether `open_weights` reads a file; the host's own loaders read all others.
 
     It reads GGUF, folders, safetensors split over several files (the host would take one file for a
-    whole model), and safetensors with weights that a quantiser packed (bitsandbytes, Nunchaku,
-    SDNQ, those of `quantizers.registry`), with scales that the host does not read, or with some of
-    the host's own formats. It also takes damaged safetensors and quantised formats that the host
-    does not read, to say what is wrong with them.
+    whole model), and safetensors with weights that one of `quantizers.registry` packed, or with
+    some of the host's own formats. It also takes damaged safetensors and quantised formats that the
+    host does not read, to say what is wrong with them.
 
     Args:
         path: of a file or folder.
@@ -50,12 +44,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     with file:
         keys, metadata = file.keys(), file.metadata() or {}
         try:
-            return (has_packed_weights(keys)
-                    or has_nunchaku_weights(keys)
-                    or has_quantized_weights(keys)
-                    or has_scaled_weights(keys, metadata, partial(_type_of, file))
-                    or has_leftover_scales(keys, partial(_type_of, file))
-                    or has_sdnq_weights(keys, partial(_type_of, file))
+            return (has_quantized_weights(keys, metadata, partial(_type_of, file))
                     or has_other_names(metadata, keys)
                     or _may_be_joined(marked_layers(metadata, keys))
                     or has_format(keys, file.get_tensor, metadata, host_formats)

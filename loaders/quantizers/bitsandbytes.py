@@ -1,6 +1,6 @@
 """Reads weights that bitsandbytes packed: several tensors in the file, one packed tensor in memory.
 
-`join_parts` makes one packed tensor of the parts of each weight, under the weight's key, so that
+`QUANTIZER` makes one packed tensor of the parts of each weight, under the weight's key, so that
 ComfyUI sees the shapes of the dense model:
 
 | in the file (weight `X` of [N, K]) | in the state dict |
@@ -11,7 +11,6 @@ ComfyUI sees the shapes of the dense model:
 """
 import math
 import re
-from collections.abc import Iterable
 
 import torch
 
@@ -20,6 +19,7 @@ from ...ops.formats.bnb_4bit import FP4, NF4, Codebook4Bit
 from ...ops.formats.bnb_int8 import INT8
 from ...ops.tensor.packed_layout import packed_tensor
 from ..files.container import AGAIN, COUNTABLE, ProgressIter, WeightFile, WeightFileError, safe_repr
+from .base import Quantizer
 from .unsupported_quantizers import OTHER_FORM, reject_names
 
 QUANT_TYPES: dict[str, type[Codebook4Bit]] = {"nf4": NF4, "fp4": FP4}
@@ -47,11 +47,6 @@ LEFTOVERS = {
 }
 
 
-def has_packed_weights(names: Iterable[str]) -> bool:
-    """Returns whether a file with tensors of these names has weights that bitsandbytes packed."""
-    return any(map(MARK.search, names))
-
-
 def formats_in(file: WeightFile) -> dict[str, str]:
     """Returns name -> format of each weight; the parts of a bitsandbytes weight count as one."""
     matches = filter(None, map(QUANT_STATE.fullmatch, file.entries))
@@ -61,21 +56,6 @@ def formats_in(file: WeightFile) -> dict[str, str]:
         for name, entry in file.entries.items()
         if PART.sub("", name) not in packed or name in packed
     }
-
-
-def join_parts(file: WeightFile, tensors: dict[str, torch.Tensor],
-               track: ProgressIter = iter):
-    """Replaces the parts of each weight in `tensors` with one packed tensor.
-
-    Args:
-        file: the file they come from.
-        tensors: name -> tensor as stored; changed in place.
-        track: iterates over the names and shows progress.
-
-    Raises:
-        WeightFileError: parts of a weight are missing or do not belong together.
-    """
-    _PartJoiner(file, tensors).join(track)
 
 
 class _PartJoiner:
@@ -288,3 +268,9 @@ class _PartJoiner:
                     f"{safe_repr(name)} holds 4-bit codes of bitsandbytes, but its quant_state is"
                     " missing"
                 )
+
+
+QUANTIZER = Quantizer(
+    name="bitsandbytes", methods={"bitsandbytes": "bitsandbytes (4-bit NF4 and FP4, int8)"},
+    is_in=lambda names, metadata, type_of: any(map(MARK.search, names)),
+    join=lambda file, tensors, track: _PartJoiner(file, tensors).join(track))

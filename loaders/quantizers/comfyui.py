@@ -27,14 +27,14 @@ Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `c
 convert_to_quant.
 """
 import math
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from ...ops.formats._rows import FAMILIES, RowFormat
 from ...ops.formats.comfyui import (
+    AWQ_GROUP,
     F8_E4M3,
     F8_E5M2,
     INT4_CONVROT,
@@ -42,6 +42,7 @@ from ...ops.formats.comfyui import (
     INT8_GROUPS,
     INT8_ROWS,
     MXFP8,
+    NORMAL,
     NVFP4_ROWS,
     SMOOTHED,
     W4A8,
@@ -53,15 +54,14 @@ from ...ops.formats.comfyui import (
     W4A16_FLOAT,
     W4A16_HALF,
     W6A8,
-    RotatedLevels,
 )
-from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
+from ...ops.formats.row_layout import RowFamily
+from ...ops.formats.svdquant import INT4_GROUP, SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.layers.product import dequantized_slices
-from ...ops.pickle_names import short_error_name
 from ...ops.tensor.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import AGAIN, describe
-from .comfyui_marks import MARK
+from ..files.container import describe
+from .base import PartError, Parts, part
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
 # of asym_w4a8_int8
@@ -71,8 +71,7 @@ ZEROS = ("weight_zeros", "weight_zero")  # of awq_w4a16, as comfy-kitchen and co
 # tensors of a layer that say nothing about the values of its weight
 IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
 HALVES = (torch.bfloat16, torch.float16)
-FP8: dict[torch.dtype, type[RowFormat]] = {torch.float8_e4m3fn: F8_E4M3,
-                                           torch.float8_e5m2: F8_E5M2}
+FP8 = {torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
 OTHER_MARK = "Its comfy_quant names a format that its weights are not in: get another conversion."
 MAX_ROTATION = 4096  # columns; a rotation takes memory of their square
 ROTATION = 256  # columns, where the settings name no other number
@@ -84,56 +83,6 @@ SMOOTH, DOWN, UP = "smooth_factor", "proj_down", "proj_up"
 TILE = 128  # rows of svdquant_w4a4
 # added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
 SHIFT = 0.171875
-
-Parts = dict[str, torch.Tensor]
-
-
-@short_error_name
-class PartError(ValueError):
-    """The parts of a weight do not belong together; the message is part of a sentence.
-
-    Args:
-        problem: what is wrong with them.
-        advice: what to do.
-    """
-
-    def __init__(self, problem: str, advice: str = AGAIN):
-        super().__init__(problem)
-        self.advice = advice
-
-
-def part(parts: Parts, name: str) -> torch.Tensor:
-    """Returns a part of a weight. Raises PartError if the file lacks it."""
-    if name not in parts:
-        raise PartError(f"its {name} is missing")
-    return parts[name]
-
-
-def has_scaled_layers(names: Iterable[str], ends: Collection[str], types: Container[str],
-                      type_of: Callable[[str], str]) -> bool:
-    """Returns whether a file has weights of some types with scales.
-
-    Args:
-        names: of its tensors.
-        ends: of the names of scales behind the layer's.
-        types: safetensors types of the weights.
-        type_of: returns the safetensors type of a tensor by its name.
-    """
-    names = dict.fromkeys(names)
-    layers = filter(None, (layer_scaled_by(name, ends, names) for name in names))
-    return any(type_of(f"{layer}.weight") in types for layer in layers)
-
-
-def layer_scaled_by(name: str, ends: Iterable[str], names: Container[str]) -> str | None:
-    """Returns the layer, not in one of ComfyUI's formats, that a tensor has the scales of.
-
-    None for another tensor.
-    """
-    for end in ends:
-        layer = name.removesuffix(end)
-        if layer != name and f"{layer}.weight" in names and f"{layer}{MARK}" not in names:
-            return layer
-    return None
 
 
 def format_of(settings: Mapping[str, Any]) -> str:
@@ -181,17 +130,17 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
     """
     packed_format: Any = packed.layout_cls.format
     columns = packed.shape[1]
-    family = SMOOTHED.get(FAMILIES[packed_format.family])
+    family = SMOOTHED.get(packed_format.family)
     missing = columns - factors.numel()  # of the columns that fill a row up
     if family is None or not 0 <= missing < packed_format.padding:
         raise PartError(f"its {SMOOTHING} is {describe(factors)}")
     factors = torch.nn.functional.pad(factors.float().flatten(), (0, missing), value=1)
     data, *sides = [*packed_tensors(packed), factors]
-    return packed_tensor(family.of_columns(columns, packed_format.group), data, packed.shape,
+    return packed_tensor(family.of_columns(columns, *packed_format.sizes), data, packed.shape,
                          packed.dtype, *sides)
 
 
-def _rows_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:
+def _rows_of(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTensor:
     """Reads a format with one scale a row, or one scale."""
     return _pack(family, parts, _row_scales(parts, SCALE))
 
@@ -202,8 +151,8 @@ def _int8(settings: Mapping, parts: Parts) -> PackedTensor:
     return _rows_of(INT8_ROWS, settings, parts)
 
 
-def _rotated(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:
-    group = _rotation(settings, parts["weight"].shape[1] * 8 // family.bits)
+def _rotated(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTensor:
+    group = _rotation(settings, parts["weight"].shape[1] * 8 // family.example.codes.bits)
     return _pack(family, parts, _row_scales(parts, SCALE), sizes=(group,))
 
 
@@ -229,7 +178,7 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
     sizes = _rotation(settings, columns), level_group
     sides = [scale.flatten().view(torch.uint8), _row_scales(parts, ROW_SCALE)]
     codebook, correction = parts.get(CODEBOOK), parts.get(CORRECTION)
-    family: type[RotatedLevels] = W4A8_INTEGERS
+    family = W4A8_INTEGERS
     if stored == columns * 6:
         if codebook is not None or correction is not None or columns % 8:
             return None
@@ -240,14 +189,15 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
         if codebook.shape != (16,):
             raise PartError(f"its {CODEBOOK} is {describe(codebook)}")
         family = W4A8
-        if not torch.equal(codebook.float(), torch.tensor(W4A8.values, dtype=torch.float32)):
+        if not torch.equal(codebook.float(), torch.tensor(NORMAL, dtype=torch.float32)):
             family = W4A8_TABLE
             sides.append(codebook.float())
     elif correction is not None:
         if correction.shape != scale.shape[::-1]:
             raise PartError(f"its {CORRECTION} is {describe(correction)}")
-        family = W4A8_SHIFTED if correction.dtype == torch.bfloat16 else W4A8_SHIFTED_FLOAT
-        shifts = correction.to(family.shift_dtype).t().flatten()
+        is_half = correction.dtype == torch.bfloat16
+        family = W4A8_SHIFTED if is_half else W4A8_SHIFTED_FLOAT
+        shifts = (correction if is_half else correction.float()).t().flatten()
         sides.append(shifts.view(torch.uint8))
     return _pack(family, parts, *sides, sizes=sizes)
 
@@ -259,7 +209,7 @@ def _six_bits(codes: torch.Tensor, columns: int) -> torch.Tensor:
     return groups.view(codes.shape)
 
 
-def _blocks_of(family: type[RowFormat], settings: Mapping, parts: Parts) -> PackedTensor:
+def _blocks_of(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTensor:
     """Reads a format whose scales belong to blocks of rows and columns, or of columns."""
     rows, columns = parts["weight"].shape
     given = part(parts, SCALE)
@@ -284,7 +234,7 @@ def _nvfp4(settings: Mapping, parts: Parts) -> PackedTensor:
 
 
 def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
-    group = _size(settings, "group_size", W4A16.group)
+    group = _size(settings, "group_size", AWQ_GROUP)
     zeros, scale = parts.get(ZEROS[1]), part(parts, SCALE)
     zeros = part(parts, ZEROS[0]) if zeros is None else zeros
     rows, columns = len(parts["weight"]), parts["weight"].shape[1] * 2
@@ -293,7 +243,8 @@ def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
         if group < 1 or side.shape != (columns // group, rows) or side.dtype != scale.dtype:
             raise PartError(f"its {SCALE} and {ZEROS[0]} are {describe(scale)} and"
                             f" {describe(zeros)}")
-    sides = [side.to(family.side_dtype).t().flatten().view(torch.uint8) for side in (scale, zeros)]
+    dtype = family.example.scale.dtype
+    sides = [side.to(dtype).t().flatten().view(torch.uint8) for side in (scale, zeros)]
     return _pack(family, parts, *sides, sizes=(group,))
 
 
@@ -332,8 +283,8 @@ def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
         scale = scale.t()
     rows, columns = len(codes), codes.shape[1] * 2
     smooth_factor = part(parts, SMOOTH)
-    if (columns % SVDQUANT_INT4.group or scale.dtype not in HALVES
-            or tuple(scale.shape) != (rows, columns // SVDQUANT_INT4.group)):
+    if (columns % INT4_GROUP or scale.dtype not in HALVES
+            or tuple(scale.shape) != (rows, columns // INT4_GROUP)):
         raise PartError(f"its {SCALE} is {describe(scale)} of {rows} rows and {columns} columns")
     if smooth_factor.numel() != columns:
         raise PartError(f"its {SMOOTH} is {describe(smooth_factor)}")
@@ -398,7 +349,7 @@ PARTS = {_levels: (GROUP_SCALE, ROW_SCALE, CODEBOOK, CORRECTION), _awq: (SCALE, 
          _svdquant: (SCALE, SMOOTH, DOWN, UP)}
 
 
-def _of_dtype(family: type[RowFormat], codes: torch.Tensor) -> type[RowFormat]:
+def _of_dtype(family: RowFamily, codes: torch.Tensor) -> RowFamily:
     """Returns the family that codes are of: their dtype says which of two kinds of fp8 it is.
 
     Older files have the bytes of fp8 as uint8, which leaves it to the mark.
@@ -408,19 +359,20 @@ def _of_dtype(family: type[RowFormat], codes: torch.Tensor) -> type[RowFormat]:
     """
     if family in FP8.values() and codes.dtype in FP8:
         return FP8[codes.dtype]
-    expected = getattr(family, "dtype", torch.int8)  # of Float8
+    codes_of = family.example.codes
+    expected = codes_of.dtype if codes_of.bits == 8 else torch.int8
     if codes.dtype not in (expected, torch.uint8):
         raise PartError(f"its codes are {describe(codes)}, expected"
                         f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
     return family
 
 
-def _pack(family: type[RowFormat], parts: Parts, *sides: torch.Tensor,
+def _pack(family: RowFamily, parts: Parts, *sides: torch.Tensor,
           sizes: tuple[int, ...] = ()) -> PackedTensor:
     family = _of_dtype(family, parts["weight"])
     codes = parts["weight"].contiguous().view(torch.uint8)
-    rows, columns = len(codes), codes.shape[1] * 8 // family.bits
-    group = sizes[0] if sizes else family.group
+    rows, columns = len(codes), codes.shape[1] * 8 // family.example.codes.bits
+    group = (sizes or family.sizes or (0,))[0]
     if columns % (group or 1):
         raise PartError(f"its rows have {columns} columns")
     return packed_tensor(family.of_columns(columns, *sizes), codes.view(-1), (rows, columns),
@@ -435,10 +387,11 @@ def _row_scales(parts: Parts, name: str) -> torch.Tensor:
     return scale.float().flatten().expand(rows).contiguous()
 
 
-def _scales_in_order(family: type[RowFormat], parts: Parts) -> torch.Tensor:
+def _scales_in_order(family: RowFamily, parts: Parts) -> torch.Tensor:
     """Returns scales that are stored in blocks as bytes in the order of the values, flat."""
     scale, weight = part(parts, SCALE), parts["weight"]
-    rows, columns = len(weight), weight.shape[1] * 8 // family.bits // family.group
+    layout = family.example
+    rows, columns = len(weight), weight.shape[1] * 8 // layout.codes.bits // layout.group
     pieces = -(-rows // PIECE_ROWS), -(-columns // PIECE_COLUMNS)
     stored = pieces[0] * PIECE_ROWS, pieces[1] * PIECE_COLUMNS
     if scale.itemsize != 1 or scale.dtype == torch.bool or scale.numel() != math.prod(stored) or (

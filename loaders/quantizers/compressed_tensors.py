@@ -17,25 +17,23 @@ with a scale for each row have no zeros, and `scaled_weights.py` reads them.
 Source: compressed-tensors 0.20.0 `compressors/pack_quantized/helpers.py`,
 `quantization/lifecycle/forward.py`.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from ...ops.formats.integers import BITS, NVFP4_QUOTIENT
 from ..files.container import WeightFile, describe
-from .comfyui import PartError, Parts, part
+from .base import PartError, Parts, of_layers, part
 from .integers import pack_integers, pack_nvfp4, split_words
 
-NAME = "compressed-tensors"
 PACKED, WEIGHT, SHAPE = "weight_packed", "weight", "weight_shape"
 SCALE, ZEROS, GROUPS = "weight_scale", "weight_zero_point", "weight_g_idx"
 GLOBAL = "weight_global_scale"
 OF_INPUT = ("input_global_scale", "input_scale", "input_zero_point")
 PARTS = (PACKED, WEIGHT, SHAPE, SCALE, ZEROS, GROUPS, GLOBAL, *OF_INPUT)
-LAYERS = {PACKED: (), ZEROS: (WEIGHT, SCALE)}
 
 
-def layers_of_int8(tensors: Parts) -> Iterator[str]:
+def _layers_of_int8(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Yields the layers of int8 codes with scales of groups."""
     for name, scale in tensors.items():
         layer = name.removesuffix(f".{SCALE}")
@@ -74,7 +72,7 @@ def _nvfp4(parts: Parts) -> torch.Tensor:
                         " nvfp4 is read")
     packed = pack_nvfp4(NVFP4_QUOTIENT, codes, scale, parts[GLOBAL])
     if packed is None:
-        expected = len(codes), codes.shape[1] * 2 // NVFP4_QUOTIENT.group
+        expected = len(codes), codes.shape[1] * 2 // NVFP4_QUOTIENT.example.group
         raise PartError(f"its {SCALE} is {describe(scale)} and its {GLOBAL}"
                         f" {describe(parts[GLOBAL])}, expected fp8 E4M3 {expected} and one number")
     return packed
@@ -148,3 +146,8 @@ def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Returns `split_words`; of 3 bits, words are filled up to whole groups of fields first."""
     missing = -words.shape[1] % bits if bits == 3 else 0
     return split_words(torch.nn.functional.pad(words, (0, missing)), bits)
+
+
+QUANTIZER = of_layers(
+    "compressed-tensors", PARTS, {PACKED: (), ZEROS: (WEIGHT, SCALE)}, read_weight,
+    {"compressed-tensors": "compressed-tensors"}, _layers_of_int8)

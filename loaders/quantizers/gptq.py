@@ -21,12 +21,10 @@ Sources: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, `qline
 import torch
 
 from ..files.container import WeightFile, describe
-from .comfyui import PartError, Parts, part
+from .base import PartError, Parts, of_layers, part
 from .integers import CHUNK_VALUES, known_bits, pack_integers, split_words
 
-NAME = "GPTQ, AutoRound or AWQ"
 CODES, ZEROS, SCALES, GROUPS = PARTS = "qweight", "qzeros", "scales", "g_idx"
-LAYERS = {CODES: (SCALES, ZEROS)}
 AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
 GROUP_LENGTHS = (128, 64, 32, 256, 512, 1024, 16)  # those that people choose first come first
 CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
@@ -124,3 +122,8 @@ def _awq_fields(words: torch.Tensor) -> torch.Tensor:
     """Returns the fields of words (R, W) in the order of the matrix' rows, uint8 (R, W * 8)."""
     fields = split_words(words, AWQ_BITS).view(len(words), -1, 2, AWQ_CODES // 2)
     return fields.transpose(2, 3).reshape(len(words), -1)
+
+
+QUANTIZER = of_layers(
+    "GPTQ, AutoRound or AWQ", PARTS, {CODES: (SCALES, ZEROS)}, read_weight,
+    {"gptq": "GPTQ", "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "awq": "AWQ"})

@@ -1,17 +1,18 @@
 """Makes packed tensors of integers, scales and zeros, in whatever way a quantiser stored them."""
 import torch
 
-from ...ops.formats._rows import RowFormat
 from ...ops.formats.bits import split_stream
 from ...ops.formats.comfyui import INT8_ROWS
-from ...ops.formats.integers import BITS, SIDE_DTYPES, integer_family
+from ...ops.formats.integers import BITS, ENDINGS, integer_family, zero_bits
+from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import packed_tensor
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import describe
-from .comfyui import FP8, PartError
+from .base import PartError
+from .comfyui import FP8
 
 CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
-BYTES: dict[torch.dtype, type[RowFormat]] = {torch.int8: INT8_ROWS, **FP8}
+BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}
 
 
 def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Tensor,
@@ -43,7 +44,7 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
         if columns % count == 0 and torch.equal(
                 groups.long(), torch.arange(columns) // (columns // count)):
             groups = None
-    if scales.dtype not in SIDE_DTYPES:
+    if scales.dtype not in ENDINGS:
         raise PartError(f"its scales are {describe(scales)}")
     if zeros is not None and bool((zeros == 1 << bits - 1).all()):
         zeros = None
@@ -51,7 +52,7 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
     size = count if groups is not None else columns // count
     sides = [scales.flatten().view(torch.uint8)]
     if zeros is not None:
-        width = family.zero_bits()
+        width = zero_bits(bits)
         padded = torch.nn.functional.pad(zeros, (0, -count % (8 // width)))
         sides.append(join_codes(padded.contiguous(), width).flatten())
     if groups is not None:
@@ -81,7 +82,7 @@ def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
                          scales)
 
 
-def pack_nvfp4(family: type[RowFormat], codes: torch.Tensor, scale: torch.Tensor,
+def pack_nvfp4(family: RowFamily, codes: torch.Tensor, scale: torch.Tensor,
                of_tensor: torch.Tensor) -> PackedTensor | None:
     """Makes a packed tensor of 4-bit floats; None where the parts do not fit one another.
 
@@ -91,10 +92,10 @@ def pack_nvfp4(family: type[RowFormat], codes: torch.Tensor, scale: torch.Tensor
         scale: fp8 E4M3 (N, K / 16).
         of_tensor: one number, for all scales.
     """
-    rows, columns = len(codes), codes.shape[1] * 2
-    if (scale.dtype != torch.float8_e4m3fn or columns % family.group or of_tensor.numel() != 1
+    rows, columns, group = len(codes), codes.shape[1] * 2, family.example.group
+    if (scale.dtype != torch.float8_e4m3fn or columns % group or of_tensor.numel() != 1
             or not of_tensor.is_floating_point()
-            or tuple(scale.shape) != (rows, columns // family.group)):
+            or tuple(scale.shape) != (rows, columns // group)):
         return None
     return packed_tensor(
         family.of_columns(columns), codes.contiguous().view(-1), (rows, columns), torch.float32,

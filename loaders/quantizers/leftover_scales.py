@@ -13,7 +13,7 @@ Others dequantise the weights and leave the scales. Which of both it is, the val
 weights are far below 1, and codes fill the range of their type.
 """
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from ...ops.formats.base import FormatError
 from ...ops.tensor.packed_layout import is_packed, pack_16bit, scale_packed
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import dense, take_rows
-from ..files.container import AGAIN, WeightFile, describe, safe_repr
+from ..files.container import AGAIN, ProgressIter, WeightFile, describe, safe_repr
 from ..name_lists import join_some
+from .base import Quantizer, TypeOf
 from .comfyui import SMOOTHING
 from .comfyui_marks import MARK
 
@@ -37,24 +38,20 @@ SAMPLE_VALUES = 65_536  # of a weight, that are read for its root mean square
 TYPES = ("F16", "BF16", "F32")  # of weights in safetensors
 
 
-def has_leftover_scales(names: Iterable[str], type_of: Callable[[str], str]) -> bool:
-    """Returns whether a file has scales beside weights of 16 or 32 bits.
-
-    Args:
-        names: of its tensors.
-        type_of: returns the safetensors type of a tensor by its name.
-    """
+def _is_in(names: Iterable[str], metadata: Mapping[str, Any], type_of: TypeOf) -> bool:
     names = dict.fromkeys(names)
     return any(type_of(f"{layer}.weight") in TYPES for layer in _scaled_layers(names))
 
 
-def multiply_leftover_scales(file: WeightFile, tensors: dict[str, torch.Tensor]):
+def multiply_leftover_scales(file: WeightFile, tensors: dict[str, torch.Tensor],
+                             track: ProgressIter = iter):
     """Multiplies weights by the scales beside them where these are needed, and drops the scales.
 
     Args:
         file: the file they come from; it gets a note where scales are left out.
         tensors: name -> tensor, weights joined with the scales that their format has; changed in
             place.
+        track: as of `Quantizer.join`.
 
     Raises:
         WeightFileError: scales are needed and do not fit.
@@ -131,3 +128,7 @@ def _unfit_error(file: WeightFile, layer: str, weight: torch.Tensor | PackedTens
         f" of {tuple(weight.shape)} needs it: expected"
         f" {'one for each column' if name == SMOOTHING else 'one number, or one for each row'}",
         AGAIN)
+
+
+QUANTIZER = Quantizer(name="a tool that left scales beside its weights", is_in=_is_in,
+                      join=multiply_leftover_scales)

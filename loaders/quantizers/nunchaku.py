@@ -37,9 +37,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ...ops.formats.comfyui import NVFP4_GROUP
 from ...ops.formats.svdquant import (
     AWQ_INT4,
     AWQ_INT4_HALF,
+    INT4_GROUP,
     SVDQUANT_INT4,
     SVDQUANT_INT4_HALF,
     SVDQUANT_NVFP4,
@@ -49,6 +51,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
 from ..files.container import AGAIN, ProgressIter, WeightFile, WeightFileError, describe, safe_repr
 from . import nunchaku_tiles as tiles
+from .base import Quantizer
 from .comfyui import HALVES, bias_of_shift
 from .unsupported_quantizers import OTHER_FORM
 
@@ -135,20 +138,15 @@ def has_nunchaku_weights(names: Iterable[str]) -> bool:
     return any(map(MARK.search, names))
 
 
-def join_nunchaku_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
-                          track: ProgressIter = iter):
-    """Replaces the parts of each weight in `tensors` with one packed tensor in diffusers' names.
-
-    Args:
-        file: the file they come from.
-        tensors: name -> tensor as stored; changed in place.
-        track: iterates over the layers and shows progress.
+def _join(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter):
+    """Replaces the parts of each weight with one packed tensor in diffusers' names.
 
     Raises:
         WeightFileError: parts of a weight are missing, unknown or do not belong together, or the
             model is of none of the known families.
     """
-    _Reader(file, tensors).join(track)
+    if has_nunchaku_weights(tensors):
+        _Reader(file, tensors).join(track)
 
 
 @dataclass
@@ -384,7 +382,7 @@ class _Reader:
         if "wtscale" in parts:
             parts["wtscale"] = parts["wtscale"].view(-1)
         scale_dtypes = (torch.float8_e4m3fn,) if is_nvfp4 else HALVES
-        group = SVDQUANT_NVFP4.group if is_nvfp4 else SVDQUANT_INT4.group
+        group = NVFP4_GROUP if is_nvfp4 else INT4_GROUP
         expected = {"qweight": ((rows, columns // 2), (torch.int8,)),
                     "wscales": ((columns // group, rows), scale_dtypes),
                     "smooth_factor": ((columns,), HALVES),
@@ -554,3 +552,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+QUANTIZER = Quantizer(
+    name="Nunchaku", methods={"nunchaku_lite": "Nunchaku", "svdquant": "Nunchaku"},
+    is_in=lambda names, metadata, type_of: has_nunchaku_weights(names), join=_join)

@@ -16,16 +16,14 @@ import math
 
 import torch
 
-from ...ops.formats.integers import SIDE_DTYPES, quanto_family
+from ...ops.formats.integers import ENDINGS, quanto_family
 from ...ops.tensor.packed_layout import packed_tensor
 from ..files.container import WeightFile, describe
-from .comfyui import PartError, Parts, part
+from .base import PartError, Parts, of_layers, part
 from .integers import join_codes, pack_rows
 
-NAME = "quanto"
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
 PARTS = (CODES, PACKED, SCALE, SHIFT, "input_scale", "output_scale")
-LAYERS = {CODES: (), PACKED: ()}
 
 
 def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
@@ -39,7 +37,7 @@ def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
     groups = scale.numel()
     if (codes.ndim, codes.dtype) != (2, torch.uint8) or not codes.numel() or (
             shift.numel() != groups or shift.dtype != scale.dtype
-            or scale.dtype not in SIDE_DTYPES):
+            or scale.dtype not in ENDINGS):
         raise PartError(f"it has {describe(codes)} codes, {describe(scale)} scales and"
                         f" {describe(shift)} shifts, expected uint8 codes with a scale and a shift"
                         " for each group")
@@ -68,3 +66,6 @@ def _codes(stored: torch.Tensor, groups: int, bits: int) -> torch.Tensor:
     mask = (1 << bits) - 1
     parts = [stored >> shift & mask for shift in range(0, 8, bits)]
     return torch.cat(parts)[:groups]
+
+
+QUANTIZER = of_layers("quanto", PARTS, {CODES: (), PACKED: ()}, read_weight, {"quanto": "quanto"})

@@ -18,16 +18,17 @@ and `L.activation_scale` say nothing about the values.
 Sources: transformers 5.14 `integrations/finegrained_fp8.py`, diffusers 0.42 `quantizers/bfl`.
 """
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from ...ops.formats._rows import RowFormat
 from ...ops.formats.comfyui import NVFP4_LOW
+from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import is_packed, packed_tensor
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import AGAIN, WeightFile, describe, safe_repr
-from .comfyui import FP8, SMOOTHING, PartError, has_scaled_layers, layer_scaled_by, smooth
+from ..files.container import AGAIN, ProgressIter, WeightFile, describe, safe_repr
+from .base import PartError, Quantizer, TypeOf, has_scaled_layers, layer_scaled_by
+from .comfyui import FP8, SMOOTHING, smooth
 from .comfyui_marks import OLD_SCALE, marked_layers
 from .integers import BYTES, pack_nvfp4
 
@@ -39,31 +40,16 @@ BLOCK = 128  # rows and columns, unless the scales say otherwise
 EXPECTED = "fp8, int8 or 4 bits of nvfp4 with scales of its rows, blocks or groups"
 
 
-def has_scaled_weights(names: Iterable[str], metadata: Mapping[str, object],
-                       type_of: Callable[[str], str]) -> bool:
-    """Returns whether a file has such weights.
-
-    Args:
-        names: of its tensors.
-        metadata: of the file.
-        type_of: returns the safetensors type of a tensor by its name.
-    """
+def _is_in(names: Iterable[str], metadata: Mapping[str, object], type_of: TypeOf) -> bool:
     names = dict.fromkeys(names)
     marked = marked_layers(metadata, names)
     return has_scaled_layers((name for name in names if name.rpartition(".")[0] not in marked),
                              ENDS, TYPES, type_of)
 
 
-def join_scaled_weights(file: WeightFile, tensors: dict[str, torch.Tensor]):
-    """Replaces each weight and its scales in `tensors` with one packed tensor.
-
-    Args:
-        file: the file they come from.
-        tensors: name -> tensor as stored; changed in place.
-
-    Raises:
-        WeightFileError: a weight and its scales do not belong together.
-    """
+def join_scaled_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
+                        track: ProgressIter = iter):
+    """Replaces each weight and its scales with one packed tensor, as `Quantizer.join`."""
     marked = marked_layers(file.metadata, tensors)
     for name in list(tensors):
         layer = layer_scaled_by(name, ENDS, tensors)
@@ -129,7 +115,7 @@ def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor | 
     return _pack(FP8[weight.dtype], weight, columns, scales.flatten(), group=group)
 
 
-def _pack(family: type[RowFormat], weight: torch.Tensor, columns: int, *sides: torch.Tensor,
+def _pack(family: RowFamily, weight: torch.Tensor, columns: int, *sides: torch.Tensor,
           group: int | None = None) -> PackedTensor:
     return packed_tensor(family.of_columns(columns, group),
                          weight.contiguous().view(torch.uint8).view(-1), (len(weight), columns),
@@ -149,3 +135,8 @@ def _block_lengths(shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...] | 
         else:
             return None
     return tuple(lengths)
+
+
+QUANTIZER = Quantizer(
+    name="transformers, ModelOpt, Black Forest Labs or the like",
+    methods={"fp8": "transformers in fp8"}, is_in=_is_in, join=join_scaled_weights)

@@ -31,20 +31,14 @@ import torch
 from ...ops.bounded_json import read_json
 from ...ops.formats.base import FormatError
 from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
-from ...ops.formats.sdnq import (
-    ALIASES,
-    CODEBOOKS,
-    PACK_CODES,
-    SDNQ,
-    SDNQ_TYPES,
-    SIDE_TYPES,
-    SDNQFloat,
-    SDNQInteger,
-)
+from ...ops.formats.row_layout import PACK_CODES, RowFamily
+from ...ops.formats.sdnq import ALIASES, CODEBOOKS, NUMBER_TYPES, ROTATION_BASE, SDNQ_TYPES
 from ...ops.tensor.packed_layout import packed_tensor, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import AGAIN, WeightFile, describe, map_file, safe_repr
-from .comfyui import MARK, MAX_ROTATION, PartError, has_scaled_layers, layer_scaled_by
+from ..files.container import AGAIN, ProgressIter, WeightFile, describe, map_file, safe_repr
+from .base import PartError, Quantizer, TypeOf, has_scaled_layers, layer_scaled_by
+from .comfyui import MAX_ROTATION
+from .comfyui_marks import MARK
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +60,7 @@ SMALLEST_ROTATION = 4
 CONFIG = "Put the config.json of the model beside it, or load the model's folder."
 
 
-def has_sdnq_weights(names: Iterable[str], type_of: Callable[[str], str]) -> bool:
-    """Returns whether a file has weights that SDNQ quantised.
-
-    Args:
-        names: of its tensors.
-        type_of: returns the safetensors type of a tensor by its name.
-    """
+def _is_in(names: Iterable[str], metadata: Mapping[str, Any], type_of: TypeOf) -> bool:
     return has_scaled_layers(names, (SCALE,), TYPES, type_of)
 
 
@@ -97,25 +85,24 @@ def extract_config(content: Any) -> Mapping[str, Any] | None:
     return content if is_config else None
 
 
-def join_sdnq_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
-                      config_reader: Callable[[], Mapping[str, Any] | None]):
-    """Replaces each weight and its parts in `tensors` with one packed tensor.
+def _config_of(file: WeightFile) -> Mapping[str, Any] | None:
+    """Returns SDNQ's config of a folder, in the metadata, or in the folder of a file; or None."""
+    config = extract_config(file.quantization)
+    if config is None:
+        try:
+            config = extract_config(read_json(file.metadata.get(CONFIG_KEY, "")))
+        except ValueError:
+            pass
+    return config if config or file.path.is_dir() else read_config(file.path)
 
-    Args:
-        file: the file they come from.
-        tensors: name -> tensor as stored; changed in place.
-        config_reader: returns the SDNQ config of the file, or None; called only if the file has
-            weights of SDNQ.
 
-    Raises:
-        WeightFileError: a weight and its parts do not belong together.
-    """
+def _join(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter):
     layers = [layer for name in tensors
               if (layer := layer_scaled_by(name, (SCALE,), tensors)) is not None
               and tensors[f"{layer}.weight"].dtype in (*BYTES, *_WIDE)]
     if not layers:
         return
-    config = config_reader()
+    config = _config_of(file)
     if config is None:
         log.info("[Featherweight] %s has no config of SDNQ: read as integers, not rotated.",
                  file.path.name)
@@ -307,8 +294,8 @@ class _Layer:
         family = self.choose_family()
         if channels is None:
             raise PartError(f"its weight is {describe(self.weight)} and its scale"
-                            f" {describe(self.scale)}, which make no {family.label} weight of"
-                            f" {self.rows} rows")
+                            f" {describe(self.scale)}, which make no {family.example.title} weight"
+                            f" of {self.rows} rows")
         if self.columns % PACK_CODES[self.bits]:
             raise PartError(
                 f"its rows have {self.columns} codes of {self.bits} bits, of which"
@@ -325,7 +312,7 @@ class _Layer:
             zero_type, zeros = _read_numbers(zero, "zero_point", *self.zero_parts)
             sides += zeros
         sizes = [group, taps, *self.choose_rotation(channels), scale_type, zero_type]
-        if issubclass(family, SDNQFloat) and family.exponent:
+        if family.example.codes.numbers:
             has_subnormals = self.is_from_version(SUBNORMALS_VERSION, "its codes are small floats")
             sizes.append(int(has_subnormals))
         packed_format = family.of_columns(self.columns, *sizes)
@@ -375,7 +362,7 @@ class _Layer:
             stored: possible numbers by the shape of the codes.
         """
         assert self.settings is not None
-        bits = SDNQ_TYPES[self.settings.type_name].bits
+        bits = SDNQ_TYPES[self.settings.type_name].example.codes.bits
         if bits not in stored:
             raise PartError(
                 f"its codes are {describe(self.weight)}; expected those of"
@@ -452,7 +439,7 @@ class _Layer:
             return None
         return columns // taps
 
-    def choose_family(self) -> type[SDNQ]:
+    def choose_family(self) -> RowFamily:
         """Returns the family of formats for the codes."""
         if self.has_codebook:
             if self.zero is not None:
@@ -465,14 +452,15 @@ class _Layer:
         else:
             family = SDNQ_TYPES.get(f"{'int' if self.zero is None else 'uint'}{self.bits}",
                                     SDNQ_TYPES["uint1"])
-        expected = "a zero_point" if family.has_zeros else "no zero_point"
-        if family.has_zeros != (self.zero is not None):
+        has_zeros = family.example.minimum is not None
+        expected = "a zero_point" if has_zeros else "no zero_point"
+        if has_zeros != (self.zero is not None):
             raise PartError(f"it has {'a' if self.zero is not None else 'no'} zero_point; expected"
-                            f" {expected} beside codes of {family.label}")
-        dtype = _stored_dtype(family)
+                            f" {expected} beside codes of {family.example.title}")
+        dtype = family.example.codes.dtype
         if self.bits == 8 and self.weight.dtype != dtype:
             raise PartError(f"its codes are {describe(self.weight)}; expected"
-                            f" {str(dtype).removeprefix('torch.')} for {family.label}")
+                            f" {str(dtype).removeprefix('torch.')} for {family.example.title}")
         return family
 
     def choose_rotation(self, channels: int) -> tuple[int, int]:
@@ -484,7 +472,7 @@ class _Layer:
             raise PartError(f"it is rotated in groups of {size} values; expected at most"
                             f" {MAX_ROTATION}")
         if size < SMALLEST_ROTATION:
-            return 0, SDNQ.rotation_base
+            return 0, ROTATION_BASE
         if size.bit_length() % 2 == 0:  # only powers of four have two rotations
             return size, 2
         return size, 4 if self.is_from_version(H4_VERSION, "it is rotated") else 2
@@ -539,14 +527,6 @@ def _stored_bits(weight: torch.Tensor) -> set[int]:
     return packs | {8}
 
 
-def _stored_dtype(family: type[SDNQ]) -> torch.dtype:
-    """Returns the dtype in which files have codes of 8 bits."""
-    if issubclass(family, SDNQFloat) and hasattr(family, "dtype"):  # of torch's floats
-        return family.dtype
-    is_signed = issubclass(family, SDNQInteger) and not family.has_zeros
-    return torch.int8 if is_signed else torch.uint8
-
-
 def _as_bytes(weight: torch.Tensor) -> torch.Tensor:
     """Returns codes as uint8, flat, in the order of the rows."""
     if weight.dtype == torch.int64:
@@ -558,7 +538,7 @@ def _as_bytes(weight: torch.Tensor) -> torch.Tensor:
 
 def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
              offset: torch.Tensor | None) -> tuple[int, list[torch.Tensor]]:
-    """Returns scales or zero points as a format holds them: an index in `SIDE_TYPES`, the tensors.
+    """Returns scales or zero points as a format holds them: a place in `NUMBER_TYPES`, the tensors.
 
     Args:
         stored: as in the file.
@@ -580,13 +560,16 @@ def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
         if not is_table:
             table = torch.arange(256).to(torch.uint8).view(stored.dtype).float() * factor
             table = table if offset is None else table + offset.float()
-        return SIDE_TYPES.index(torch.uint8), [codes, table]
+        return list(NUMBER_TYPES).index(torch.uint8), [codes, table]
     if not stored.is_floating_point():
         raise PartError(f"its {name} is {describe(stored)}; expected floats or codes of 8 bits")
-    if stored.dtype in SIDE_TYPES[1:3] and offset is None:
+    if stored.dtype in (torch.bfloat16, torch.float16) and offset is None:
         codes = stored.contiguous().view(-1).view(torch.uint8)
-        return SIDE_TYPES.index(stored.dtype), [codes, factor]
+        return list(NUMBER_TYPES).index(stored.dtype), [codes, factor]
     numbers = stored.contiguous().view(-1).float()
     if count == 1 and factor.item() != 1:
         numbers = numbers * factor
     return 0, [numbers if offset is None else numbers + offset.float()]
+
+
+QUANTIZER = Quantizer(name="SDNQ", methods={METHOD: "SDNQ"}, is_in=_is_in, join=_join)

@@ -20,12 +20,10 @@ import torch
 
 from ...ops.bounded_json import read_json
 from ..files.container import WeightFile, describe, safe_repr
-from .comfyui import PartError, Parts, part
+from .base import PartError, Parts, of_layers, part
 from .integers import join_codes, pack_integers, pack_rows
 
-NAME = "torchao"
 CODES, SCALE, ZEROS = PARTS = "_weight_qdata", "_weight_scale", "_weight_zero_point"
-LAYERS = {CODES: ()}
 ROWS, INTEGERS = ("Int8Tensor", "Float8Tensor"), "IntxUnpackedToInt8Tensor"
 
 
@@ -73,3 +71,6 @@ def _bits(codes: torch.Tensor, zeros: torch.Tensor) -> int:
     largest = max(-int(codes.min()), int(codes.max()) + 1, -int(zeros.min()), int(zeros.max()) + 1)
     return next(bits for bits in (2, 4, 8)
                 if largest <= 1 << bits - 1 and codes.shape[1] * bits % 8 == 0)
+
+
+QUANTIZER = of_layers("torchao", PARTS, {CODES: ()}, read_weight, {"torchao": "torchao"})

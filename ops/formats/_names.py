@@ -2,9 +2,9 @@
 import re
 
 from . import bnb_4bit, column_groups
-from ._rows import FAMILIES
 from .base import FORMATS, Format
 from .low_rank_and_joined import FACTOR_DTYPES, AddedLowRank, Joined, Scaled
+from .row_layout import FAMILIES
 
 
 def format_named(name: str) -> type[Format]:

@@ -204,6 +204,11 @@ class Format:
         return cls.__name__
 
     @classmethod
+    def kernel_names(cls) -> tuple[str, ...]:
+        """Returns the names under which kernels know the format: its own and those of its bases."""
+        return tuple(base.__name__ for base in cls.__mro__)
+
+    @classmethod
     def formats_within(cls) -> Iterable[type["Format"]]:
         """Yields the formats that are dequantised; more or others than itself for composites."""
         yield cls

@@ -1,24 +1,8 @@
-"""Int8 with one scale a row: bitsandbytes' (LLM.int8, https://arxiv.org/abs/2208.07339), ComfyUI's.
+"""Int8 with one scale a row: bitsandbytes' (LLM.int8, https://arxiv.org/abs/2208.07339).
 
 Sources: bitsandbytes 0.50 `nn/modules.py` (`SCB`), `backends/default/ops.py`
-(`int8_vectorwise_quant`); comfy-kitchen 0.2.26 `tensor/int8.py`.
+(`int8_vectorwise_quant`). The scale is the largest magnitude of the row (`SCB`) over 127.
 """
-import torch
+from .row_layout import INT8_CODES, RowFamily, RowLayout
 
-from ._rows import RowFormat
-from .base import Terms
-
-
-class INT8(RowFormat):
-    """value = code * scale
-
-    | tensor | dtype, shape      | meaning                                                        |
-    |--------|-------------------|----------------------------------------------------------------|
-    | packed | uint8 (rows * K,) | the bytes of int8 codes                                        |
-    | scale  | float32 (rows,)   | of bitsandbytes: largest magnitude of the row (`SCB`) over 127 |
-    """
-
-    @classmethod
-    def terms(cls, codes: torch.Tensor, scale: torch.Tensor) -> Terms:
-        """Returns the terms of blocks: codes, uint8 (n, block_length), and scale, float32 (n,)."""
-        return Terms(codes.view(torch.int8), scale.unsqueeze(-1))
+INT8 = RowFamily("INT8", lambda columns: RowLayout(columns, INT8_CODES))

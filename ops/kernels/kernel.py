@@ -81,7 +81,7 @@ class Kernel:
             dtype in self.dtypes
             and (
                 packed_format is None
-                or any(base.__name__ in self.formats for base in packed_format.__mro__)
+                or not self.formats.isdisjoint(packed_format.kernel_names())
             )
         )
 

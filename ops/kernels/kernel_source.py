@@ -6,13 +6,13 @@ together, and each of its kernels has a file. The folder `formats` is shared.
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from ..formats import integers
-from ..formats._rows import RowFormat
 from ..formats.base import Format
+from ..formats.comfyui import SIGNED
+from ..formats.row_layout import COLUMNS_OF_EXAMPLE, FAMILIES, Codes, RowFormat, RowLayout
 from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")
@@ -22,76 +22,78 @@ FORMAT_NAMES = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K"
 
 
 class RowKernel(NamedTuple):
-    """How `dequantize_rows` reads a family of formats whose block is a row.
+    """How `dequantize_rows` reads a layout.
 
     Attributes:
         codes, scales: names of the structures of the source that read them.
-        is_rotated: whether groups of columns are rotated.
         minima: name of the structure that reads numbers which are added to groups of columns.
-        has_column_scales: whether each column has a factor, the last of the sides.
-        has_zeros: whether groups have numbers that are subtracted from the codes, the last side.
-
-    A format with other sides, such as SDNQ's of scales in 16 bits, has no kernel.
     """
     codes: str
     scales: str
-    is_rotated: bool = False
     minima: str = "None"
-    has_column_scales: bool = False
-    has_zeros: bool = False
-
-    @property
-    def sides(self) -> int:
-        """How many tensors a weight has beside its codes."""
-        has_row_scales = "Row" in self.scales or self.scales.startswith("E4M3")
-        return (1 + has_row_scales + (self.minima != "None") + self.has_zeros
-                + self.has_column_scales)
 
 
-ROW_FAMILIES = {
-    "F8_E4M3": RowKernel("E4M3", "FloatScales"),
-    "F8_E5M2": RowKernel("E5M2", "FloatScales"),
-    "INT8_GROUPS": RowKernel("SignedBytes", "FloatScales"),
-    "MXFP8": RowKernel("E4M3", "Exponents"),
-    "NVFP4_ROWS": RowKernel("CodebookNibbles", "E4M3Scales"),
-    "NVFP4_LOW": RowKernel("CodebookLowNibbles", "E4M3Scales"),
-    "INT8_CONVROT": RowKernel("SignedBytes", "FloatScales", True),
-    "INT4_CONVROT": RowKernel("SignedNibbles", "FloatScales", True),
-    "W4A8": RowKernel("CodebookLowNibbles", "RowScales", True),
-    "W4A8_INTEGERS": RowKernel("CodebookLowNibbles", "RowScales", True),
-    "W6A8": RowKernel("SixBits", "RowScales", True),
-}
-# and those that only a CPU has a kernel for
-CPU_ROW_FAMILIES = ROW_FAMILIES | {
-    "INT8_SMOOTHED": RowKernel("SignedBytes", "FloatScales", has_column_scales=True),
-    "F8_SMOOTHED": RowKernel("E4M3", "FloatScales", has_column_scales=True),
-    "NVFP4_SMOOTHED": RowKernel("CodebookNibbles", "E4M3Scales", has_column_scales=True),
-    "NVFP4_LOW_SMOOTHED": RowKernel("CodebookLowNibbles", "E4M3Scales", has_column_scales=True),
-    "SVDQUANT_NVFP4": RowKernel("CodebookLowNibbles", "E4M3Scales", has_column_scales=True),
-    "SVDQUANT_INT4": RowKernel("SignedNibbles", "BFloatRowScales", has_column_scales=True),
-    "SVDQUANT_INT4_HALF": RowKernel("SignedNibbles", "HalfRowScales", has_column_scales=True),
-    "W4A16": RowKernel("CodebookLowNibbles", "BFloatScales", minima="BFloat"),
-    "W4A16_HALF": RowKernel("CodebookLowNibbles", "HalfScales", minima="HalfFloat"),
-    "W4A16_FLOAT": RowKernel("CodebookLowNibbles", "FloatScales", minima="Float"),
-    "AWQ_INT4": RowKernel("CodebookLowNibbles", "BFloatScales", minima="BFloat"),
-    "AWQ_INT4_HALF": RowKernel("CodebookLowNibbles", "HalfScales", minima="HalfFloat"),
-    "SDNQ_INT4": RowKernel("NibblesLessEight", "FloatScales"),
-    "SDNQ_UINT4": RowKernel("UnsignedNibbles", "FloatScales", minima="Float"),
-    "SDNQ_FLOAT4_E2M1FN": RowKernel("CodebookLowNibbles", "FloatScales"),
-    "SDNQ_INT8": RowKernel("SignedBytes", "FloatScales"),
-    "SDNQ_UINT8": RowKernel("UnsignedBytes", "FloatScales", minima="Float"),
-    "SDNQ_FLOAT8_E4M3FN": RowKernel("E4M3", "FloatScales"),
-    "NVFP4_QUOTIENT": RowKernel("CodebookLowNibbles", "E4M3Quotients"),
-}
-for _ending, _number in (("", "BFloat"), ("_HALF", "HalfFloat"), ("_FLOAT", "Float")):
-    _scales = f"{_number.replace('HalfFloat', 'Half')}Scales"
-    for _bits in integers.BITS:
-        CPU_ROW_FAMILIES |= {
-            f"INT{_bits}_GROUPED{_ending}": RowKernel("Integers", _scales),
-            f"UINT{_bits}_GROUPED{_ending}": RowKernel("Integers", _scales, has_zeros=True)}
-    for _bits in (2, 4):
-        CPU_ROW_FAMILIES[f"QUANTO_INT{_bits}{_ending}"] = RowKernel(
-            "Integers", _scales, minima=_number)
+CODES_OF_DTYPE = {torch.float8_e4m3fn: "E4M3", torch.float8_e5m2: "E5M2",
+                  torch.int8: "SignedBytes", torch.uint8: "UnsignedBytes"}
+SCALES = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "Half"}
+MINIMA = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "HalfFloat"}
+# what the source for GPUs has
+GPU_CODES = ("E4M3", "E5M2", "SignedBytes", "CodebookNibbles", "CodebookLowNibbles",
+             "SignedNibbles", "SixBits")
+GPU_SCALES = ("FloatScales", "Exponents", "E4M3Scales", "RowScales")
+
+
+def row_kernel(layout: RowLayout) -> RowKernel | None:
+    """Returns how the kernel reads a layout, None where it has no structure for a part of it."""
+    codes, scales = _code_structure(layout.codes), _scale_structure(layout)
+    minima = "None" if layout.minimum is None else MINIMA.get(layout.minimum.kind)
+    is_odd = (layout.levels or layout.has_own_numbers or layout.names_groups or layout.taps > 1
+              or any(numbers.has_factor for numbers in (layout.scale, layout.minimum) if numbers)
+              or (layout.rotation and (layout.rotates_values or layout.minimum)))
+    return None if is_odd or not (codes and scales and minima) else RowKernel(codes, scales, minima)
+
+
+def _code_structure(codes: Codes) -> str | None:
+    if codes.order == "planes":
+        return "SixBits"
+    if codes.order == "stream":
+        return "Integers"
+    if codes.bits == 8 and codes.numbers is None:
+        return CODES_OF_DTYPE[codes.dtype]
+    if codes.bits != 4:
+        return None
+    if codes.numbers is None:
+        return "NibblesLessEight" if codes.offset == 8 else "UnsignedNibbles"
+    if codes.order == "high first":
+        return "CodebookNibbles"
+    return "SignedNibbles" if codes.numbers == SIGNED else "CodebookLowNibbles"
+
+
+def _scale_structure(layout: RowLayout) -> str | None:
+    kind, of_row = layout.scale.kind, layout.row_scale
+    if layout.is_requantized:
+        return "RowScales"
+    if kind == "e8m0":
+        return "Exponents"
+    if kind == "e4m3":
+        return {"multiply": "E4M3Scales", "divide": "E4M3Quotients"}.get(of_row)
+    name = SCALES.get(kind)
+    return name and f"{name}{'Row' if of_row else ''}Scales"
+
+
+def _is_for_gpus(layout: RowLayout) -> bool:
+    kernel = row_kernel(layout)
+    return (kernel is not None and layout.of_host and kernel.codes in GPU_CODES
+            and kernel.scales in GPU_SCALES and kernel.minima == "None"
+            and not layout.has_column_scales)
+
+
+# families with a kernel of rows; int8 with a scale a row has those of blocks
+CPU_ROW_FAMILIES = {
+    name: family for name, family in FAMILIES.items()
+    if row_kernel(family.example) and not family.of_columns(COLUMNS_OF_EXAMPLE).is_int8}
+ROW_FAMILIES = {name: family for name, family in CPU_ROW_FAMILIES.items()
+                if _is_for_gpus(family.example)}
 
 
 def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None,
@@ -109,7 +111,7 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
     definitions |= {"TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32]}
     if packed_format is not None:
         definitions |= {
-            "FORMAT": _family_of(packed_format).__name__,
+            "FORMAT": _source_name(packed_format),
             "BLOCK_LENGTH": packed_format.block_length,
             "BLOCK_BYTES": packed_format.block_bytes,
             "SCALES_APART": int(bool(packed_format.sides)),
@@ -123,33 +125,31 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
     return "\n".join([*defines, *texts])
 
 
+@functools.cache
 def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
     """Returns the constants of `dequantize_rows` for a format that `is_plain_row`."""
-    kernel = CPU_ROW_FAMILIES[packed_format.family]
-    group = packed_format.group or packed_format.block_length
+    layout = packed_format.layout
+    codes, kernel = layout.codes, row_kernel(layout)
+    assert kernel is not None
     definitions = {
-        "CODES": kernel.codes, "SCALES": kernel.scales, "BITS": packed_format.bits,
-        "COLUMNS": packed_format.block_length, "GROUP": group, "ROTATED": int(kernel.is_rotated),
-        "ROOT": f"{group**0.5 if kernel.is_rotated else 1.0}f",
-        "LEVEL_GROUP": getattr(packed_format, "level_group", 0), "MINIMA": kernel.minima,
-        "HAS_MINIMA": int(kernel.minima != "None"), "HAS_ZEROS": int(kernel.has_zeros),
-        "SCALED_COLUMNS": int(kernel.has_column_scales)
+        "CODES": kernel.codes, "SCALES": kernel.scales, "BITS": codes.bits,
+        "COLUMNS": layout.columns, "GROUP": layout.rotation or layout.group,
+        "ROTATED": int(bool(layout.rotation)), "ROOT": f"{float(layout.rotation or 1)**0.5}f",
+        "LEVEL_GROUP": layout.group if layout.is_requantized else 0, "MINIMA": kernel.minima,
+        "HAS_MINIMA": int(kernel.minima != "None"), "HAS_ZEROS": int(bool(layout.zero_bits)),
+        "SCALED_COLUMNS": int(layout.has_column_scales)
     }
     if kernel.codes.startswith("Codebook"):
-        base: Any = getattr(packed_format, "base", packed_format)
-        numbers = base.code_numbers()
-        definitions["CODEBOOK"] = c_floats(numbers.tolist())
-    if issubclass(packed_format, integers.Integers):
-        definitions["OFFSET"] = packed_format.offset()
-        definitions["ZERO_BITS"] = packed_format.zero_bits()
+        definitions["CODEBOOK"] = c_floats(codes.all_numbers().tolist())
+    if kernel.codes == "Integers":
+        definitions |= {"OFFSET": codes.offset, "ZERO_BITS": layout.zero_bits or codes.bits}
     return definitions
 
 
+@functools.cache
 def is_plain_row(packed_format: type[RowFormat]) -> bool:
-    """Returns whether the kernel of a format's family reads all that the format has."""
-    return (len(packed_format.sides) == CPU_ROW_FAMILIES[packed_format.family].sides
-            and getattr(packed_format, "taps", 1) == 1
-            and not getattr(packed_format, "rotation", 0))
+    """Returns whether the kernel reads all that the format has."""
+    return row_kernel(packed_format.layout) is not None
 
 
 def row_chunk(packed_format: type[RowFormat]) -> int:
@@ -161,9 +161,9 @@ def row_chunk(packed_format: type[RowFormat]) -> int:
     return 0 if lengths[0] % chunk or lengths[1] % 8 else chunk
 
 
-def _family_of(packed_format: type[Format]) -> type:
-    """Returns the class whose name the source has."""
-    return next(base for base in packed_format.__mro__ if base.__name__ in FORMAT_NAMES)
+def _source_name(packed_format: type[Format]) -> str:
+    """Returns the name that the source has for a format."""
+    return next(name for name in packed_format.kernel_names() if name in FORMAT_NAMES)
 
 
 def c_floats(numbers: Iterable[float]) -> str:
@@ -180,8 +180,10 @@ def source_files(platform: str, packed_format: type[Format] | None, kernel: str)
     """
     folder, weight_files = SOURCES / platform, []
     if packed_format is not None:
-        family = _family_of(packed_format).__module__.rpartition(".")[2]
-        weight_files = [SOURCES / "formats" / f"{family}.h", SOURCES / "weight.h"]
+        file = "bnb_int8" if issubclass(packed_format, RowFormat) else next(
+            base.__module__.rpartition(".")[2] for base in packed_format.__mro__
+            if base.__name__ == _source_name(packed_format))
+        weight_files = [SOURCES / "formats" / f"{file}.h", SOURCES / "weight.h"]
     return [
         folder / "lanes.h",
         *weight_files,

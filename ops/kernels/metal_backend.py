@@ -62,7 +62,7 @@ def dequantize_rows(packed_format, tensors, out, value_dtype, first):
     packed, *sides = packed_format.blocks(tensors, first, first + rows)
     scales, row_scales = sides[0].view(torch.uint8), sides[-1]
     if row_scales.dtype == torch.uint8:
-        row_scales = packed_format.constant("scales", out.device)
+        row_scales = packed_format.constant("scale_numbers", out.device)
     _row_shader(packed_format, out.dtype, value_dtype)(out, packed, scales, row_scales,
                                                        threads=out.numel() // chunk,
                                                        group_size=GROUP)

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..formats import comfyui
 from ..formats.base import Format
+from ..formats.rotation import rotation_signs
 from ..layers.int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
 from .kernel import Backend, Kernel, WrongResult
 from .kernel_source import ROW_FAMILIES
@@ -250,8 +250,7 @@ def _int8_tokens(input, matrix, codes, code_scales, columns, TILE: tl.constexpr,
 
 
 def _decoder(packed_format: type[Format]) -> Decoder:
-    return next(DECODERS[base.__name__] for base in packed_format.__mro__
-                if base.__name__ in DECODERS)
+    return next(DECODERS[name] for name in packed_format.kernel_names() if name in DECODERS)
 
 
 def _weight_arguments(packed_format: type[Format], tensors: list[torch.Tensor],
@@ -291,26 +290,26 @@ def dequantize(packed_format, tensors, out, value_dtype, first):
 
 def dequantize_rows(packed_format, tensors, out, value_dtype, first):
     """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
-    columns, device = packed_format.block_length, out.device
-    rotated = packed_format.group if issubclass(packed_format, comfyui.Rotated) else 0
+    columns, device, layout = packed_format.block_length, out.device, packed_format.layout
+    rotated = layout.rotation
     if out.numel() % columns or not out.numel() or rotated not in SIDES:
         packed_format.dequantize_into(tensors, out, value_dtype, first)
         return
     data, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)
     scales, row_scales, scale_numbers, signs = sides[0], None, None, None
-    scale_group = getattr(packed_format, "level_group", packed_format.group or columns)
+    scale_group = layout.group
     if rotated:
-        signs = comfyui.rotation_signs(SIDES[rotated], device)
+        signs = rotation_signs(SIDES[rotated], device)
     if len(sides) > 1:
         row_scales = sides[1]
     elif rotated:
         row_scales, scale_group = sides[0], 0
     if scales.dtype == torch.uint8:
-        scale_numbers = packed_format.constant("scales", device)
+        scale_numbers = packed_format.constant("scale_numbers", device)
     _launch(_dequantize_rows, triton.cdiv(out.numel(), DEQUANTIZE_TILE), device, data, scales,
             row_scales, packed_format.constant("code_numbers", device), scale_numbers, signs, out,
-            out.numel(), COLUMNS=columns, BITS=packed_format.bits,
-            HIGH_FIRST=getattr(packed_format, "is_high_first", False), SCALE_GROUP=scale_group,
+            out.numel(), COLUMNS=columns, BITS=layout.codes.bits,
+            HIGH_FIRST=layout.codes.order == "high first", SCALE_GROUP=scale_group,
             ROTATED=rotated, SIDE=SIDES[rotated], ROOT=float(rotated or 1)**0.5,
             VALUE_DTYPE=TRITON_DTYPES[value_dtype], TILE=DEQUANTIZE_TILE, enable_fp_fusion=False)
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.formats.comfyui import rotation_signs
+from featherweight.ops.formats.rotation import rotation_signs
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8_codes, product
 from featherweight.ops.patches.layer_patches import build_patches

@@ -7,7 +7,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from safetensors.torch import save_file
 
-from featherweight.ops.formats.comfyui import W4A8
+from featherweight.ops.formats.comfyui import NORMAL
 
 HOST_FORMATS = tuple(QUANT_ALGOS)
 # of which the host looks up rows
@@ -41,7 +41,7 @@ def in_host_format(name: str, values: torch.Tensor, format_name: str,
 
 
 def asymmetric_parts(rows: int, columns: int, bits: int = 4, level_group: int = 16,
-                     codebook: tuple[float, ...] | None = W4A8.values) -> dict[str, torch.Tensor]:
+                     codebook: tuple[float, ...] | None = NORMAL) -> dict[str, torch.Tensor]:
     """A weight in the form of asym_w4a8_int8, as comfy-kitchen 0.2.31 to 0.2.40 write it: random
     codes and scales. Of 6 bits there is no codebook."""
     generator = torch.Generator().manual_seed(rows + columns + bits)

@@ -25,7 +25,8 @@ BASIC_FORMATS = [
 ALL_FORMATS = BASIC_FORMATS + [
     fmt.of_block_length(length) for fmt in CODEBOOKS for length in (32, 4096)
 ]
-ONE_OF_EACH_SOURCE = {fmt.__module__: fmt for fmt in BASIC_FORMATS}.values()
+ONE_OF_EACH_SOURCE = {
+    getattr(fmt, "family", fmt.__module__): fmt for fmt in BASIC_FORMATS}.values()
 CPU = torch.device("cpu")
 BITS = {4: torch.int32, 2: torch.int16}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,7 +54,11 @@ CPU_ROW_SIZES = ROW_SIZES | {
     f"{name}{bits}_GROUPED{ending}": [(96, 32), (48, 24)] if bits == 3 else [(96, 32)]
     for name in ("INT", "UINT") for bits in integers.BITS for ending in ("", "_HALF", "_FLOAT")
 } | {f"QUANTO_INT{bits}{ending}": [(256, 64)]
-     for bits in (2, 4) for ending in ("", "_HALF", "_FLOAT")}
+     for bits in (2, 4) for ending in ("", "_HALF", "_FLOAT")} | {
+    f"SDNQ_{name}": [(192, 64)] for name in (
+        "FLOAT4_E1M2FN", "FLOAT4_E3M0FN", "FLOAT4_E1M3FNU", "FLOAT4_E2M2FNU", "FLOAT4_E3M1FNU",
+        "FLOAT4_E4M0FNU", "FLOAT8_E5M2")
+}
 each_row_format = pytest.mark.parametrize(
     ("name", "size"), [(name, size) for name, sizes in ROW_SIZES.items() for size in sizes],
     ids=str)
@@ -105,7 +110,7 @@ def reference(fmt, tensors) -> torch.Tensor:
     if fmt.ggml_type is not None:
         values = gguf.quants.dequantize(tensors[0].numpy(), GGMLQuantizationType(fmt.ggml_type))
         return torch.from_numpy(values).flatten()
-    if issubclass(fmt, INT8):
+    if getattr(fmt, "is_int8", False):
         values = tensors[0].view(torch.int8).float()
     else:
         codes = torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()

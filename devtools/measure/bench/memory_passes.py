@@ -6,9 +6,9 @@ from devtools.measure.weights import FORMAT_NAMES, format_for
 
 import torch
 
-from featherweight.ops.formats._rows import FAMILIES, RowFormat
 from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.layers.low_rank import LowRank, Slice
 
 

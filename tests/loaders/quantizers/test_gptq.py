@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
-from featherweight.loaders.quantizers.registry import has_quantized_weights
+from featherweight.loaders.quantizers.gptq import QUANTIZER
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import take_rows
 
@@ -183,7 +183,7 @@ def test_parts_that_do_not_belong_together_are_a_sentence(case, tmp_path):
 
 @pytest.mark.parametrize("sides", [("scales", "scaled_zeros"), ("wscales", "smooth_factor")])
 def test_nunchakus_words_are_left_to_its_reader(sides):
-    assert not has_quantized_weights(f"L.{name}" for name in ("qweight", *sides))
+    assert not QUANTIZER.is_in([f"L.{name}" for name in ("qweight", *sides)], {}, str)
 
 
 def test_such_files_are_read_by_this_pack(tmp_path):

@@ -13,7 +13,7 @@ from nunchaku_writer import (
 )
 
 from featherweight.loaders.quantizers import nunchaku_tiles as tiles
-from featherweight.ops.formats._rows import FAMILIES
+from featherweight.ops.formats.row_layout import FAMILIES
 
 SIZES = pytest.mark.parametrize(("rows", "columns"), [(128, 128), (256, 384), (640, 256)])
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

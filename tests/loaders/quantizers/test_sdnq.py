@@ -16,7 +16,7 @@ from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.models.loader_choice import needs_own_reader
-from featherweight.loaders.quantizers.comfyui import PartError
+from featherweight.loaders.quantizers.base import PartError
 from featherweight.loaders.quantizers.sdnq import matches, read_settings
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.tensor.packed_layout import is_packed

@@ -3,14 +3,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from featherweight.ops.formats import bits, sdnq
-from featherweight.ops.formats._rows import FAMILIES
+from featherweight.ops.formats import bits, row_layout
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS, Format
+from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.quantize.pack_tensor import can_pack, pack_tensor
 
 COLUMNS = 512
 META = torch.device("meta")
-ROWS = [name for name in FAMILIES if name.isupper() and name != "SDNQ"]
+ROWS = list(FAMILIES)
 SINGLE = {each.__name__: each
           for each in (*GGML_FORMATS.values(), FORMATS["NF4"], FORMATS["FP4"])}
 SHIFTS = ("__lshift__", "__rshift__", "__ilshift__", "__irshift__", "bitwise_left_shift",
@@ -52,13 +52,13 @@ def test_no_format_shifts_bytes_to_dequantize(name):
         packed_format.dequantize_into(tensors_on(META, packed_format, blocks), out)
 
 
-@pytest.mark.parametrize("width", sdnq.PACK_CODES)
+@pytest.mark.parametrize("width", row_layout.PACK_CODES)
 def test_sdnq_codes_are_the_same_without_them(width, monkeypatch):
     packed = torch.randint(0, 256, (5, 840), dtype=torch.uint8)
-    expected = sdnq.split_codes(packed, width)
-    monkeypatch.setattr(sdnq, "passes_are_cheap", lambda device: False)
+    expected = row_layout.split_codes(packed, width)
+    monkeypatch.setattr(row_layout, "passes_are_cheap", lambda device: False)
     with NoByteShifts():
-        codes = sdnq.split_codes(packed, width)
+        codes = row_layout.split_codes(packed, width)
     assert torch.equal(codes, expected) and codes.dtype == torch.uint8
 
 

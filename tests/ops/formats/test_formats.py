@@ -211,7 +211,7 @@ def test_formats_import_only_torch_and_never_use_numpy(path):
                 "functools",
             }
         elif isinstance(node, ast.ImportFrom) and node.module not in (
-                "typing", "collections.abc", "dataclasses", "math"):
+                "typing", "collections.abc", "dataclasses", "functools", "math"):
             assert node.level, f"{path.name} imports {node.module}"
     for node in ast.walk(tree):
         assert not (

@@ -10,7 +10,7 @@ from comfy.weight_adapter import LoRAAdapter
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.base import FORMATS, FormatError
-from featherweight.ops.formats.comfyui import INT8_GROUPS, INT8_ROWS, NVFP4_SMOOTHED
+from featherweight.ops.formats.comfyui import INT8_GROUPS, INT8_ROWS, SMOOTHED
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8, product
 from featherweight.ops.layers.comfyui_operations import packed_operations
@@ -50,7 +50,7 @@ def ranked(packed_format, rows=24, columns=COLUMNS, rank=5, dtype=torch.bfloat16
 def parts_of_rows():
     """Weights of formats whose sides differ, two with a low rank."""
     return [ranked(INT8_ROWS.of_columns(COLUMNS), 24), random_weight(FORMATS["Q4_K"], 8),
-            ranked(NVFP4_SMOOTHED.of_columns(COLUMNS), 16, rank=3, dtype=torch.float32),
+            ranked(SMOOTHED["NVFP4_ROWS"].of_columns(COLUMNS), 16, rank=3, dtype=torch.float32),
             random_weight(FORMATS["F16"], 8)]
 
 
@@ -262,7 +262,8 @@ def random_part(rng, columns=COLUMNS):
     make = rng.choice([
         lambda: random_weight(FORMATS[rng.choice(["Q4_K", "Q8_0", "F16", "BF16"])], rows, columns),
         lambda: random_weight(INT8_ROWS.of_columns(columns), rows, columns),
-        lambda: ranked(NVFP4_SMOOTHED.of_columns(columns), rows, columns, rng.randint(1, 6)),
+        lambda: ranked(SMOOTHED["NVFP4_ROWS"].of_columns(columns), rows, columns,
+                       rng.randint(1, 6)),
         lambda: join_packed([random_weight(FORMATS["Q8_0"], rows, columns),
                              ranked(INT8_ROWS.of_columns(columns), 3, columns)], 0),
         lambda: relabel(random_weight(FORMATS["Q6_K"], rows, columns), dtype=torch.float32)])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_SIZES
 
-from featherweight.ops.formats._rows import FAMILIES
 from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
 from featherweight.ops.kernels.nvrtc import Compiler, CudaDriver, CudaError

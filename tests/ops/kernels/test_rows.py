@@ -7,8 +7,7 @@ from kernel_backends import backend_on_cpu
 from kernel_cases import CPU, CPU_ROW_SIZES, ROW_SIZES, cpu_kernels, each_row_format, shared_cache
 
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.formats._rows import FAMILIES
-from featherweight.ops.formats.integers import OrderedIntegers
+from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import cpp_backend, kernel_source
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 
@@ -34,21 +33,11 @@ def kernel_of(packed_format):
     return kernel
 
 
-def can_dequantize(family) -> bool:
-    """Whether it is no base of others."""
-    try:
-        packed_format = family.of_columns(512)
-        packed_format.dequantize(*packed_format.blocks(random_tensors(packed_format, 1, CPU), 0, 1))
-    except (NotImplementedError, AttributeError, TypeError, RuntimeError):
-        return False
-    return True
-
-
 def test_every_family_of_rows_has_a_kernel():
     """But for SDNQ's rare types and what is listed above."""
     families = {name for name, family in FAMILIES.items()
                 if (name in kernel_source.CPU_ROW_FAMILIES or not name.startswith("SDNQ"))
-                and not issubclass(family, OrderedIntegers) and can_dequantize(family)}
+                and not family.example.names_groups}
     assert set(ROW_SIZES) == set(kernel_source.ROW_FAMILIES)
     assert set(CPU_ROW_SIZES) == set(kernel_source.CPU_ROW_FAMILIES)
     assert families == {*kernel_source.CPU_ROW_FAMILIES, "INT8", "INT8_ROWS"} | LEFT_TO_TORCH
@@ -115,9 +104,8 @@ def test_every_byte_of_fp8_has_its_value():
 def test_a_wrong_rotation_is_seen(monkeypatch):
     packed_format = FAMILIES["INT8_CONVROT"].of_columns(512)
     kernel = kernel_of(packed_format)
-    wrong = kernel_source.CPU_ROW_FAMILIES | {
-        "INT8_CONVROT": kernel_source.RowKernel("SignedBytes", "FloatScales")}
-    monkeypatch.setattr(kernel_source, "CPU_ROW_FAMILIES", wrong)
+    right = kernel_source.row_definitions(packed_format)
+    monkeypatch.setattr(cpp_backend, "row_definitions", lambda _: right | {"ROTATED": 0})
     with pytest.raises(WrongResult, match="differ from the reference"):
         check(kernel, packed_format, torch.float32, None, CPU)
 

@@ -17,10 +17,9 @@ from kernel_backends import INTERPRETED, ON_A_GPU, device_of
 from kernel_cases import CPU, ROW_SIZES, assert_same_bits, each_row_format, reference
 
 from featherweight.ops import formats  # noqa: F401
-from featherweight.ops.formats._rows import FAMILIES
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.formats.comfyui import Rotated
+from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import validation
 from featherweight.ops.kernels.kernel import WrongResult
 from featherweight.ops.kernels.validation import check, misaligned_copy, random_tensors
@@ -249,5 +248,5 @@ def test_rows_compile_for(target, name, cache, monkeypatch):
     # integers are summed exactly, so a rotation may fuse
     fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")
     assembly = compiled.result.asm["ptx" if target.startswith("sm_") else "amdgcn"]
-    if not issubclass(packed_format, Rotated):
+    if not packed_format.layout.rotation:
         assert not fused.search(assembly)

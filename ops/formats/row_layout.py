@@ -1,0 +1,440 @@
+"""Weights whose block is a row, described as data (`RowLayout`), and one interpreter of them all.
+
+A row of K values is K codes and the numbers that some of its columns, or all of them, share. A
+family is what layouts for rows of all lengths have in common.
+"""
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .base import Format, Side, Terms, define
+from .bits import (
+    bit_planes,
+    byte_pairs,
+    passes_are_cheap,
+    reinterpret,
+    select,
+    split_bits,
+    split_stream,
+)
+from .rotation import rotation_signs
+
+# kind of stored numbers -> their dtype; all but "f32" are held as bytes, the last three explained
+# by tables
+NUMBER_DTYPES = {
+    "f32": torch.float32, "f32 bytes": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16,
+    "e4m3": torch.uint8, "e8m0": torch.uint8, "bytes": torch.uint8}
+# bits of a code -> codes that SDNQ packs together
+PACK_CODES = {1: 8, 2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 7: 8, 8: 1}
+COLUMNS_OF_EXAMPLE = 1024
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How the codes of a row are stored, and which numbers they stand for.
+
+    Attributes:
+        bits: of a code.
+        order: "bytes"; "low first" or "high first", the nibble of a byte; "stream" of bits, the
+            lowest first; "packs" of SDNQ, see `split_codes`; "planes", of 6 bits: eight codes are
+            four bytes of low nibbles and two of upper bits.
+        numbers: of each code; None: the integer less `offset`, or the float of `dtype`.
+        offset: what is subtracted from integers.
+        dtype: of codes of 8 bits as they are: uint8, int8 or a float8 of torch.
+    """
+    bits: int = 8
+    order: str = "bytes"
+    numbers: tuple[float, ...] | None = None
+    offset: int = 0
+    dtype: torch.dtype = torch.uint8
+
+    def all_numbers(self) -> torch.Tensor:
+        """Returns the number of each code, float32 (2**bits,)."""
+        if self.numbers is not None:
+            return torch.tensor(self.numbers, dtype=torch.float32)
+        integers = torch.arange(2**self.bits)
+        if self.bits == 8:
+            return integers.to(torch.uint8).view(self.dtype).float() - self.offset
+        return integers.float() - self.offset
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Stored numbers that several values share: scales, or what is added to values.
+
+    Attributes:
+        kind: a key of `NUMBER_DTYPES`. The numbers of "bytes" are in a table of the weight.
+        has_factor: whether a factor of all of them, float32 (1,), is stored beside them.
+    """
+    kind: str = "f32"
+    has_factor: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored numbers."""
+        return NUMBER_DTYPES[self.kind]
+
+    def sides(self, count: int) -> tuple[Side, ...]:
+        """Returns the tensors of a row of `count` numbers."""
+        if self.kind == "f32":
+            return (Side(torch.float32, count),)
+        numbers = (Side(torch.uint8, count * self.dtype.itemsize),)
+        if self.kind == "bytes":
+            return *numbers, Side(torch.float32, 256, is_shared=True)
+        return (*numbers, Side(torch.float32, 1, is_shared=True)) if self.has_factor else numbers
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The layout of a row: value = number of a code * scale + minimum, in float32.
+
+    In this order, where a layout has it: the zero of a group is subtracted from its codes; codes
+    times scales are rounded to integers (`is_requantized`); groups are rotated, with what is added
+    to them; they are multiplied by the scales; the minimum is added; values are rotated
+    (`rotates_values`) or multiplied by the factor of their column.
+
+    Attributes:
+        columns: values of a row.
+        codes: their storage.
+        scale: the scales of groups.
+        groups: of columns in a row, each of which shares a scale.
+        row_scale: "multiply" or "divide": scales are, by a float32 of their row; "" for neither.
+        zero_bits: bits of the zero of a group; 0: groups have none.
+        minimum: what is added to the values of a group; None: nothing.
+        levels: of a group, which codes select in place of a scale; 0: none.
+        has_own_numbers: whether the 16 numbers of codes are the weight's own.
+        is_requantized: whether codes times scales are rounded to nearest, ties to even, and limited
+            to 127 in magnitude; then they are multiplied by the scale of their row.
+        rotation: values that are rotated together, 0: none.
+        rotation_base: see `rotation_signs`.
+        rotates_values: whether values are rotated, rather than codes.
+        has_column_scales: whether each column has a factor, float32.
+        names_groups: whether columns name their groups, which may be in any order, in int16.
+        taps: positions of a convolution's kernel: neighbouring values, of which each has its own
+            scales.
+        padding: files fill rows and columns up to multiples of it.
+        of_host: whether it is one of ComfyUI's own, from which weights are packed.
+        title: the name for people, where it is not the family's.
+    """
+    columns: int
+    codes: Codes
+    scale: Numbers = Numbers()
+    groups: int = 1
+    row_scale: str = ""
+    zero_bits: int = 0
+    minimum: Numbers | None = None
+    levels: int = 0
+    has_own_numbers: bool = False
+    is_requantized: bool = False
+    rotation: int = 0
+    rotation_base: int = 4
+    rotates_values: bool = False
+    has_column_scales: bool = False
+    names_groups: bool = False
+    taps: int = 1
+    padding: int = 1
+    of_host: bool = False
+    title: str = ""
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.columns // self.groups
+
+    def sides(self) -> tuple[Side, ...]:
+        """Returns the tensors of a weight beside its codes, in their order."""
+        count = self.groups * self.taps
+        sides = self.scale.sides(count * max(1, self.levels))
+        if self.row_scale:
+            sides += (Side(torch.float32),)
+        if self.zero_bits:
+            sides += (Side(torch.uint8, -(-count * self.zero_bits // 8)),)
+        if self.minimum:
+            sides += self.minimum.sides(count)
+        if self.has_own_numbers:
+            sides += (Side(torch.float32, 16, is_shared=True),)
+        if self.has_column_scales:
+            sides += (Side(torch.float32, self.columns, is_shared=True),)
+        if self.names_groups:
+            sides += (Side(torch.uint8, self.columns * torch.int16.itemsize, is_shared=True),)
+        return sides
+
+
+class RowFormat(Format):
+    """A block is a row of a weight, which `layout` describes.
+
+    Attributes:
+        layout: of the row.
+        family: name of the family, the same for rows of all lengths.
+        sizes: of the format in its family.
+        is_int8: whether it is int8 with a scale a row, and nothing else.
+    """
+    layout: RowLayout
+    family: str
+    sizes: tuple[int, ...]
+    is_int8: bool
+
+    @classmethod
+    def title(cls) -> str:
+        return cls.layout.title or cls.family
+
+    @classmethod
+    def kernel_names(cls) -> tuple[str, ...]:
+        return (cls.family, "INT8") if cls.is_int8 else (cls.family,)
+
+    @classmethod
+    def code_numbers(cls) -> torch.Tensor:
+        """Returns the number of each code, float32 (2**bits,)."""
+        return cls.layout.codes.all_numbers()
+
+    @classmethod
+    def number_pairs(cls) -> torch.Tensor:
+        """Returns the two numbers of each byte of 4-bit codes, float32 in int64 (256,)."""
+        return byte_pairs(cls.code_numbers(), cls.layout.codes.order == "high first")
+
+    @classmethod
+    def scale_numbers(cls) -> torch.Tensor:
+        """Returns the scale of each byte of stored scales, float32 (256,)."""
+        if cls.layout.scale.kind == "e8m0":
+            powers = (math.ldexp(1, exponent - 127) for exponent in range(1, 255))
+            return torch.tensor([0.0, *powers, math.inf], dtype=torch.float32)
+        return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+
+    @classmethod
+    def numbers(cls, packed: torch.Tensor) -> torch.Tensor:
+        """Returns the numbers of codes, uint8, int8 or float32 of (n, K).
+
+        Those of codes of 8 bits may share the bytes of `packed`, uint8 (n, B).
+        """
+        codes, device = cls.layout.codes, packed.device
+        if codes.bits == 4 and (codes.numbers or codes.order == "stream"):
+            pairs = select(cls.constant("number_pairs", device), packed)
+            return pairs.view(torch.float32).view(len(packed), -1)
+        if codes.bits == 8:
+            if codes.dtype.is_floating_point and device.type == "cuda":
+                return packed.view(codes.dtype).float()
+            if codes.dtype.is_floating_point or codes.numbers:
+                return select(cls.constant("code_numbers", device), packed).view(packed.shape)
+            # 128 less is the top bit turned, read with a sign
+            return (packed ^ 128).view(torch.int8) if codes.offset else packed.view(codes.dtype)
+        fields = SPLIT[codes.order](packed, codes.bits)
+        if codes.numbers:
+            return select(cls.constant("code_numbers", device), fields).view(fields.shape)
+        if codes.offset:
+            fields = fields.view(torch.int8) if fields.dtype == torch.uint8 else fields
+            fields.sub_(codes.offset)
+        return fields
+
+    @classmethod
+    def read(cls, numbers: Numbers, sides: Iterator[torch.Tensor]) -> torch.Tensor:
+        """Returns stored numbers as float32, flat; takes their tensors from `sides`."""
+        stored = next(sides)
+        if numbers.kind == "f32":
+            return stored
+        if numbers.kind == "bytes":
+            return select(next(sides), stored)
+        if numbers.dtype == torch.uint8:
+            return select(cls.constant("scale_numbers", stored.device), stored)
+        values = reinterpret(stored, numbers.dtype).float()
+        return values * next(sides) if numbers.has_factor else values
+
+    @classmethod
+    def terms(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
+        """Returns the terms of rows: codes, uint8 (n, block_bytes), and the tensors of `sides`."""
+        layout, count, rest = cls.layout, len(packed), iter(sides)
+        taps = (layout.taps,) if layout.taps > 1 else ()
+        shape, each = (count, layout.groups, -1, *taps), (count, layout.groups, 1, *taps)
+        scales = cls.read(layout.scale, rest)
+        if layout.levels:
+            terms = cls._selected(packed, scales)
+        else:
+            of_row = next(rest).view(-1, 1) if layout.row_scale else packed.new_empty(0)
+            zeros = cls._zeros(next(rest), count) if layout.zero_bits else None
+            added = cls.read(layout.minimum, rest) if layout.minimum else None
+            numbers = (select(next(rest), split_bits(packed, 4, 2)).view(count, -1)
+                       if layout.has_own_numbers else cls.numbers(packed))
+            if layout.names_groups:
+                return cls._of_named_groups(numbers, zeros, scales.view(count, -1), *rest)
+            numbers = numbers.view(shape)
+            if zeros is not None:
+                numbers = numbers.float().sub_(zeros.view(each))
+            scales = scales.view(each)
+            if layout.is_requantized:
+                numbers = (numbers * scales).round_().clamp_(-127, 127)
+                scales = of_row
+            elif layout.row_scale:
+                of_row = of_row.unsqueeze(-1)
+                scales = scales * of_row if layout.row_scale == "multiply" else scales / of_row
+            if layout.rotation and not layout.rotates_values:
+                return cls._rotated(numbers, scales.view(count, 1), added)
+            terms = Terms(numbers, scales, None if added is None else -added.view(each))
+        if layout.has_column_scales:
+            values = (terms.codes.mul_(terms.scales) if terms.codes.is_floating_point()
+                      else terms.codes * terms.scales)
+            return Terms(values.view(count, -1), next(rest))
+        if layout.rotates_values and layout.rotation:
+            values = torch.empty((count, layout.columns), dtype=torch.float32,
+                                 device=packed.device)
+            terms.write(values)
+            return Terms(cls.rotate(values), values.new_full((), layout.rotation**-0.5))
+        return terms
+
+    @classmethod
+    def _selected(cls, packed: torch.Tensor, levels: torch.Tensor) -> Terms:
+        """Returns the levels that codes select."""
+        layout = cls.layout
+        shape = (len(packed), layout.groups, -1, layout.taps)
+        codes = SPLIT[layout.codes.order](packed, layout.codes.bits).view(shape).long()
+        levels = levels.view(len(packed), layout.groups, layout.levels, layout.taps)
+        values = levels.gather(2, codes)
+        return Terms(values, values.new_ones(()))
+
+    @classmethod
+    def _zeros(cls, stored: torch.Tensor, rows: int) -> torch.Tensor:
+        """Returns the zeros of some rows, integers (rows, groups)."""
+        stored, width = stored.view(rows, -1), cls.layout.zero_bits
+        if width == 8:
+            return stored
+        return split_bits(stored, width, 8 // width).view(rows, -1)[:, :cls.layout.groups]
+
+    @classmethod
+    def _of_named_groups(cls, numbers: torch.Tensor, zeros: torch.Tensor | None,
+                         scales: torch.Tensor, names: torch.Tensor) -> Terms:
+        """Returns the terms of columns that name their groups."""
+        group_of_column = reinterpret(names, torch.int16).int()
+        if zeros is not None:
+            numbers = numbers.float().sub_(zeros.index_select(1, group_of_column))
+        return Terms(numbers, scales.index_select(1, group_of_column))
+
+    @classmethod
+    def _rotated(cls, numbers: torch.Tensor, scales: torch.Tensor,
+                 added: torch.Tensor | None) -> Terms:
+        """Returns the terms of numbers that are rotated before they are scaled.
+
+        Their rotation turns integers into sums that float32 holds exactly, so that a value is
+        rounded once, whatever the order of the sum.
+        """
+        layout, root = cls.layout, cls.layout.rotation**0.5
+        terms = Terms(cls.rotate(numbers.view(len(scales), -1).float()), scales / root)
+        if added is not None:
+            added = added.repeat_interleave(layout.group).view(len(scales), -1)
+            terms.minima = cls.rotate(added) / -root
+        return terms
+
+    @classmethod
+    def rotate(cls, rows: torch.Tensor) -> torch.Tensor:
+        """Returns rows (n, K) times the rotation times the root of its size, float32."""
+        size = cls.layout.rotation
+        signs = rotation_signs(size, rows.device, cls.layout.rotation_base)
+        return (rows.reshape(-1, size) @ signs).view(rows.shape)
+
+    @classmethod
+    def unrotated(cls, rows: torch.Tensor) -> torch.Tensor:
+        if not (cls.layout.rotates_values and cls.layout.rotation):
+            return rows
+        return cls.rotate(rows.float()).mul_(cls.layout.rotation**-0.5)
+
+
+INT8_CODES = Codes(dtype=torch.int8)
+FAMILIES: dict[str, "RowFamily"] = {}
+
+
+@dataclass(frozen=True)
+class RowFamily:
+    """What the layouts of one kind have in common; defining one registers it.
+
+    Attributes:
+        name: with which the names of its formats begin.
+        layout: Returns the layout of rows of `columns`, and of the sizes.
+        sizes: what formats differ in, in the order in which their names have it, as it is where
+            they do not.
+    """
+    name: str
+    layout: Callable[..., RowLayout]
+    sizes: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.name in FAMILIES:
+            raise TypeError(f"The family {self.name} is defined twice.")
+        FAMILIES[self.name] = self
+
+    @functools.cached_property
+    def example(self) -> RowLayout:
+        """The layout of rows of `COLUMNS_OF_EXAMPLE`."""
+        return self.layout(COLUMNS_OF_EXAMPLE, *self.sizes)
+
+    def of_columns(self, columns: int, *sizes: int | None) -> type[RowFormat]:
+        """Returns the format of rows of a length.
+
+        Args:
+            columns: values in a row, whole groups.
+            sizes: the first ones of the sizes; None, or left out: the family's.
+        """
+        given = [*sizes, *[None] * (len(self.sizes) - len(sizes))]
+        chosen = tuple(own if size is None else size for size, own in zip(given, self.sizes))
+        name = "_".join([self.name, str(columns),
+                         *map(str, chosen if chosen != self.sizes else ())])
+
+        def attributes() -> dict:
+            layout = self.layout(columns, *chosen)
+            plain = RowLayout(columns, INT8_CODES, of_host=layout.of_host)
+            return {"layout": layout, "family": self.name, "sizes": chosen,
+                    "is_int8": layout == plain, "block_length": columns,
+                    "block_bytes": columns * layout.codes.bits // 8, "sides": layout.sides(),
+                    "padding": layout.padding, "of_host": layout.of_host}
+
+        return define(name, RowFormat, attributes)
+
+
+def split_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Splits bytes into codes as SDNQ packs them.
+
+    Args:
+        packed: uint8 (n, B), B a multiple of the bytes of a pack.
+        bits: of a code, 1 to 8.
+
+    Returns:
+        uint8 (n, B * 8 / bits), in the order of the values.
+    """
+    if bits == 8:
+        return packed
+    if bits == 4:
+        words = packed.to(torch.int16)  # one pass over words is cheaper than two over bytes
+        return (words | words << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+    if not passes_are_cheap(packed.device):
+        packed = packed.int()  # some Intel GPUs crash on shifts of bytes
+    if bits in (1, 2):
+        fields = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+        return torch.stack(fields, -1).view(len(packed), -1).to(torch.uint8)
+    columns = packed.reshape(len(packed), -1, PACK_CODES[bits] * bits // 8).unbind(-1)
+    low, high = [byte & (1 << bits) - 1 for byte in columns], [byte >> bits for byte in columns]
+    if bits == 3:  # `high` has a second code, and above it two or three bits of the last two codes
+        low += [byte & 7 for byte in high]
+        first, second, third = (byte >> 6 for byte in columns)
+        low += [first | (third & 1) << 2, second | (third & 2) << 1]
+    elif bits == 5:
+        low += [high[0] | (high[3] & 3) << 3, high[1] | (high[4] & 3) << 3,
+                high[2] | (high[3] >> 2) << 4 | (high[4] >> 2) << 3]
+    elif bits == 6:
+        low.append(high[0] << 4 | high[1] << 2 | high[2])
+    else:
+        last = high[0] << 6
+        for shift, byte in zip(range(5, -1, -1), high[1:]):
+            last |= byte << shift
+        low.append(last)
+    return torch.stack(low, -1).view(len(packed), -1).to(torch.uint8)
+
+
+def _split_planes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns codes of 6 bits: eight are four bytes of low nibbles and two of upper bits."""
+    low, upper = packed.view(-1, 6).split([4, 2], 1)
+    codes = bit_planes(low, 4).transpose(1, 2).reshape(-1, 4, 4)
+    codes.add_(bit_planes(upper.reshape(-1, 4), 2).transpose(1, 2), alpha=16)
+    return codes.view(len(packed), -1)
+
+
+# order of codes -> what splits bytes (n, B) into codes (n, K)
+SPLIT = {"packs": split_codes, "stream": split_stream, "planes": _split_planes}

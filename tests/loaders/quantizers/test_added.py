@@ -1,0 +1,97 @@
+"""A quantiser and a layout that are added as CONTRIBUTING says are known to everything else."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+from devtools import ROOT
+
+MODULE = '''
+"""Reads weights that a quantiser of this test packed."""
+from functools import partial
+
+import torch
+
+from ...ops.formats.comfyui import in_groups
+from ...ops.formats.row_layout import Codes, Numbers, RowFamily
+from ...ops.tensor.packed_layout import packed_tensor
+from .base import PartError, of_layers, part
+
+SQUARES = RowFamily("SQUARES", partial(
+    in_groups, Codes(4, "low first", tuple(float(code * code) for code in range(16))),
+    scale=Numbers("f16"), title="squares"), (32,))
+
+
+def read_weight(file, layer, parts):
+    codes, scales = part(parts, "codes"), part(parts, "scales")
+    columns = codes.shape[1] * 2
+    if scales.shape != (len(codes), columns // 32):
+        raise PartError("its scales are of other groups")
+    return packed_tensor(SQUARES.of_columns(columns), codes.flatten(), (len(codes), columns),
+                         torch.float32, scales.flatten().view(torch.uint8))
+
+
+QUANTIZER = of_layers("squarer", ("codes", "scales"), {"codes": ()}, read_weight,
+                      {"squares": "squarer"})
+'''
+CHILD = '''
+import sys, comfyui_and_pack
+sys.modules["featherweight"].__path__ = [sys.argv[1]]
+import torch
+from safetensors.torch import save_file
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.inspect.model_summary import title_of
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.loaders.quantizers.registry import METHODS, quantizer_of
+from featherweight.ops.formats._names import format_named
+from featherweight.ops.kernels import cpp_backend, kernel_source
+
+path = sys.argv[1] + "/a.safetensors"
+codes = torch.randint(0, 256, (6, 32), dtype=torch.uint8)
+scales = torch.rand(6, 2).half()
+save_file({"L.codes": codes, "L.scales": scales}, path)
+assert needs_own_reader(path) and METHODS["squares"] == "squarer"
+file = open_weights(path)
+assert quantizer_of(file) == "squarer"
+weight = file.state_dict()["L.weight"]
+numbers = torch.stack([codes & 15, codes >> 4], -1).view(6, 2, 32).float().square()
+assert torch.equal(weight.dequantize(), (numbers * scales.float()[..., None]).view(6, 64))
+name = weight.layout_cls.format.__name__
+assert format_named(name) is weight.layout_cls.format and title_of(name) == "squares"
+assert "SQUARES" in kernel_source.CPU_ROW_FAMILIES
+if cpp_backend.cpp_compiler() is not None:
+    out = torch.empty(6, 64)
+    cpp_backend._kernels().dequantize_rows(
+        weight.layout_cls.format, [weight._qdata, *weight._params.sides], out, None, 0)
+    assert torch.equal(out, weight.dequantize())
+save_file({"L.codes": codes, "L.scales": scales[:, :1].contiguous()}, path)
+try:
+    open_weights(path).state_dict()
+except WeightFileError as error:
+    assert "'L', packed by squarer: its scales are of other groups" in str(error), error
+else:
+    raise AssertionError("it was read")
+print("added")
+'''
+
+
+def test_a_quantiser_and_a_layout_are_one_file_and_its_line_in_the_registry(tmp_path):
+    pack = tmp_path / "pack"
+    for folder in ("loaders", "ops"):
+        shutil.copytree(ROOT / folder, pack / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "child_process.py", pack)
+    (pack / "loaders/quantizers/squarer.py").write_text(MODULE)
+    registry = pack / "loaders/quantizers/registry.py"
+    text = registry.read_text(encoding="utf-8")
+    text = text.replace("    sdnq,\n", "    sdnq,\n    squarer,\n", 1)
+    text, count = re.subn(r"sdnq\.QUANTIZER,", "sdnq.QUANTIZER, squarer.QUANTIZER,", text)
+    assert count == 1
+    registry.write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(pack)], capture_output=True, text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "tests/support"), str(ROOT)])})
+    assert done.returncode == 0 and done.stdout.endswith("added\n"), done.stderr[-3000:]

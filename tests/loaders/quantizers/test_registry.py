@@ -1,0 +1,37 @@
+"""Of every family of quantised files it is said who packed it."""
+import pytest
+import torch
+from host_formats import HOST_FORMATS
+from safetensors.torch import save_file
+from stored_files import FILES, written
+
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.inspect import inspect
+from featherweight.loaders.inspect.inspection_text import inspection_text
+from featherweight.loaders.quantizers.registry import COMFYUI, quantizer_of
+
+PACKED_BY = {
+    **dict.fromkeys((*HOST_FORMATS, "text encoder", "ControlNet"), COMFYUI),
+    **dict.fromkeys(("NF4", "int8"), "bitsandbytes"), **dict.fromkeys(("Q8_0", "Q4_K", "VAE"), ""),
+    "SDNQ": "SDNQ", "gptq": "GPTQ", "auto-round": "AutoRound", "awq": "AWQ",
+    "compressed-tensors": "compressed-tensors", "quanto": "quanto", "torchao": "torchao",
+}
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_who_packed_a_file_is_said(family, tmp_path):
+    expected = PACKED_BY[family if family in PACKED_BY else family.split()[0]]
+    _, stored = written(family, tmp_path)
+    assert quantizer_of(open_weights(stored.path)) == expected
+    text = "".join(map(inspection_text, inspect(stored.path)))
+    assert (f"packed by: {expected}" in text) == bool(expected)
+
+
+@pytest.mark.parametrize(("names", "expected"), [
+    (("qweight", "wscales", "smooth_factor"), "Nunchaku"),
+    (("weight", "weight_scale_inv"), "transformers, ModelOpt, Black Forest Labs or the like"),
+])
+def test_who_packed_a_file_is_said_by_its_names(names, expected, tmp_path):
+    tensors = {f"L.{name}": torch.zeros(8, 8).to(torch.float8_e4m3fn) for name in names}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert quantizer_of(open_weights(tmp_path / "a.safetensors")) == expected
