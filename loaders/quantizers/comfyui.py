@@ -57,9 +57,9 @@ from ...ops.formats.comfyui import (
 )
 from ...ops.formats.row_layout import RowFamily
 from ...ops.formats.svdquant import INT4_GROUP, SVDQUANT_INT4, SVDQUANT_INT4_HALF
-from ...ops.layers.product import dequantized_slices
 from ...ops.tensor.packed_layout import packed_tensor, packed_tensors, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
+from ...ops.tensor.row_slicing import dense, take_rows
 from ..files.container import describe
 from .base import PartError, Parts, part
 
@@ -83,6 +83,7 @@ SMOOTH, DOWN, UP = "smooth_factor", "proj_down", "proj_up"
 TILE = 128  # rows of svdquant_w4a4
 # added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
 SHIFT = 0.171875
+SLICE_VALUES = 1 << 22  # that are dequantised at a time
 
 
 def format_of(settings: Mapping[str, Any]) -> str:
@@ -323,8 +324,9 @@ def bias_of_shift(main: PackedTensor) -> torch.Tensor:
     Args:
         main: the weight (N, K), without the low rank, which sees the input without it.
     """
-    sums = [values.sum(1) for _, values in dequantized_slices(main, torch.float32)]
-    return torch.cat(sums) * SHIFT
+    step = max(1, SLICE_VALUES // main.shape[1])
+    slices = (take_rows(main, slice(row, row + step)) for row in range(0, len(main), step))
+    return torch.cat([dense(rows).sum(1) for rows in slices]) * SHIFT
 
 
 READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
