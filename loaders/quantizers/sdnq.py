@@ -35,7 +35,15 @@ from ...ops.formats.row_layout import PACK_CODES, RowFamily
 from ...ops.formats.sdnq import ALIASES, CODEBOOKS, NUMBER_TYPES, ROTATION_BASE, SDNQ_TYPES
 from ...ops.tensor.packed_layout import packed_tensor, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import AGAIN, ProgressIter, WeightFile, describe, map_file, safe_repr
+from ..files.container import (
+    AGAIN,
+    CONFIG_KEY,
+    ProgressIter,
+    WeightFile,
+    describe,
+    map_file,
+    safe_repr,
+)
 from .base import PartError, Quantizer, TypeOf, has_scaled_layers, layer_scaled_by
 from .comfyui import MAX_ROTATION
 from .comfyui_marks import MARK
@@ -43,7 +51,6 @@ from .comfyui_marks import MARK
 log = logging.getLogger(__name__)
 
 METHOD = "sdnq"  # `quant_method` of a config
-CONFIG_KEY = "quantization_config"
 MAX_PATTERNS = 4096  # of a config; each is tried for each layer
 CONFIG_FILES = ("config.json", "quantization_config.json")
 SCALE, ZERO, UP, DOWN = ".scale", ".zero_point", ".svd_up", ".svd_down"
@@ -86,13 +93,8 @@ def extract_config(content: Any) -> Mapping[str, Any] | None:
 
 
 def _config_of(file: WeightFile) -> Mapping[str, Any] | None:
-    """Returns SDNQ's config of a folder, in the metadata, or in the folder of a file; or None."""
+    """Returns SDNQ's config of a file, or beside it; None without one."""
     config = extract_config(file.quantization)
-    if config is None:
-        try:
-            config = extract_config(read_json(file.metadata.get(CONFIG_KEY, "")))
-        except ValueError:
-            pass
     return config if config or file.path.is_dir() else read_config(file.path)
 
 
