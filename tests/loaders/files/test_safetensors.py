@@ -57,20 +57,20 @@ def info(dtype="F32", shape=(4,), offsets=(0, 16)) -> dict:
 # --- bitsandbytes' files
 # --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("quant_type", "block_length"), [("nf4", 64), ("fp4", 4096)])
-def test_weights_keep_names_and_shapes_beside_other_tensors(quant_type, block_length, tmp_path):
-    tensors = {"a.weight": random(24, 256), "b.weight": random(10, 96), "norm.scale": random(9)}
-    path = tmp_path / "a.safetensors"
-    seen = write_bnb(path, tensors, quant_type, block_length, prefix="model.diffusion_model.")
-    found = open_weights(path).state_dict()
+@pytest.mark.parametrize(("write", "options", "layout"), [
+    (write_bnb, {}, FORMATS["NF4"].of_block_length(64)), (write_bnb_int8, {}, None),
+    (write_bnb, {"quant_type": "fp4", "block_length": 4096}, FORMATS["FP4"].of_block_length(4096)),
+])
+def test_weights_keep_names_and_shapes_beside_other_tensors(write, options, layout, tmp_path):
+    tensors = {"a.weight": random(24, 256), "b.weight": random(10, 96), "b.bias": random(10)}
+    seen = write(tmp_path / "a.safetensors", tensors, prefix="model.diffusion_model.", **options)
+    found = open_weights(tmp_path / "a.safetensors").state_dict()
     assert set(found) == {f"model.diffusion_model.{name}" for name in seen}
     for name, expected in seen.items():
         tensor = found[f"model.diffusion_model.{name}"]
         assert tensor.shape == expected.shape and torch.equal(values_of(tensor), expected)
         assert is_packed(tensor) == name.endswith(".weight")
-        if is_packed(tensor):
-            assert tensor.layout_cls.format is FORMATS[quant_type.upper()].of_block_length(
-                block_length)
+        assert layout in (None, tensor.layout_cls.format if is_packed(tensor) else layout)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -142,14 +142,6 @@ def test_a_file_of_mixed_layers_is_decided_key_by_key(tmp_path):
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         assert torch.equal(found[name].view(-1).view(torch.uint8),
                            tensor.view(-1).view(torch.uint8))
-
-
-def test_int8_is_packed_beside_its_bias(tmp_path):
-    seen = write_bnb_int8(tmp_path / "a.safetensors",
-                          {"a.weight": random(8, 16), "a.bias": random(8)}, prefix="m.")
-    found = open_weights(tmp_path / "a.safetensors").state_dict()
-    assert set(found) == {"m.a.weight", "m.a.bias"} and is_packed(found["m.a.weight"])
-    assert torch.equal(found["m.a.weight"].dequantize(), seen["a.weight"])
 
 
 def test_metadata_entries_and_bytes(tmp_path):

@@ -1,8 +1,7 @@
 """What a file holds of one weight, and what becomes of it where the file is damaged.
 
-A module of this package has
+A module of this package has the name of a quantiser's module, and
 
-- `QUANTIZER`: that of the registry;
 - `WRITERS`: name -> function that returns a `Written`;
 - `BAD`: name -> (such a function, change, regex of the message). The change is name of a part -> a
   tensor, a function of the part, or None where it is missing; or it is a function of all parts. The
@@ -37,6 +36,7 @@ class Written:
         uncounted: parts whose bytes do not count.
         error: of the values, by the largest; 0: they are equal bit for bit.
         whole_rows: whether rows can be taken without dequantising them.
+        has_own_marks: whether its parts tell this quantiser from others that store weights alike.
     """
     parts: Mapping[str, torch.Tensor]
     values: torch.Tensor | None = None
@@ -48,6 +48,7 @@ class Written:
     uncounted: Collection[str] = ("bias",)
     error: float = 0
     whole_rows: bool = True
+    has_own_marks: bool = True
 
 
 def weight(*shape, seed=0):

@@ -4,8 +4,6 @@ import json
 import pytest
 import torch
 
-from featherweight.loaders.quantizers.bitsandbytes import QUANTIZER  # noqa: F401
-
 from .base import Written, damaged, each, grid, weight
 
 SHAPES = {

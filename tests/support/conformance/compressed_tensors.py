@@ -2,8 +2,6 @@
 import torch
 from quantizer_writers import int_quantized, nvfp4, pack_quantized
 
-from featherweight.loaders.quantizers.compressed_tensors import QUANTIZER  # noqa: F401
-
 from .base import Written, damaged, grid, weight
 
 TOLD = "'L', packed by compressed-tensors"
@@ -32,8 +30,9 @@ def of_one_scale():
                             "weight_scale": parts["weight_scale"].view(1)}, values, held=None)
 
 
-def integers(**options):
-    return Written(*int_quantized(weight(96, 128), **options))
+def integers(symmetric=False, **options):
+    return Written(*int_quantized(weight(96, 128), symmetric=symmetric, **options),
+                   has_own_marks=not symmetric)
 
 
 def floats():

@@ -4,8 +4,6 @@ import random
 import torch
 from quantizer_writers import awq, gptq
 
-from featherweight.loaders.quantizers.gptq import QUANTIZER  # noqa: F401
-
 from .base import Written, damaged, each, grid, weight
 
 V1 = {"quant_method": "gptq", "bits": 4}

@@ -1,8 +1,6 @@
 """Weights of 16 bits beside which a tool left scales."""
 import torch
 
-from featherweight.loaders.quantizers.leftover_scales import QUANTIZER  # noqa: F401
-
 from .base import Written, damaged, grid, weight
 
 

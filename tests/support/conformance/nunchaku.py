@@ -2,8 +2,6 @@
 import nunchaku_writer
 import torch
 
-from featherweight.loaders.quantizers.nunchaku import QUANTIZER  # noqa: F401
-
 from .base import Written, damaged, grid, weight
 
 TOLD = "'L', quantised by Nunchaku, "
@@ -15,27 +13,19 @@ def of_svdquant(rows=256, columns=128, **options):
     return Written(layer.parts, layer.weight, bias=layer.bias, error=1e-6)
 
 
-def of_awq(group=64, dtype=torch.bfloat16):
-    parts, values, bias = nunchaku_writer.awq(
-        weight(128, 256), torch.ones(128), group, dtype=dtype)
+def of_awq(**options):
+    parts, values, bias = nunchaku_writer.awq(weight(128, 256), torch.ones(128), **options)
     return Written(parts, values, bias=bias, error=1e-6, held=None)
 
 
 HALVES = [torch.bfloat16, torch.float16]
-WRITERS = {
-    **grid("svdquant", of_svdquant, precision=["int4", "nvfp4"], dtype=HALVES, rank=[16, 48]),
-    **grid("awq", of_awq, group=[64], dtype=HALVES),
-}
+WRITERS = grid("svdquant", of_svdquant, precision=["int4", "nvfp4"], dtype=HALVES,
+               rank=[16, 48]) | grid("awq", of_awq, dtype=HALVES)
 
 
-def beside_a_good_one():
-    written = of_svdquant()
-    return Written(written.parts, beside={f"M.{name}": part
-                                          for name, part in written.parts.items()})
-
-
-def awq_beside_a_good_one():
-    return Written(of_awq().parts, beside=beside_a_good_one().beside)
+def beside_a_good_one(write=of_svdquant):
+    good = {f"M.{name}": part for name, part in of_svdquant().parts.items()}
+    return Written(write().parts, beside=good)
 
 
 BAD = damaged(
@@ -63,7 +53,7 @@ BAD = damaged(
     two_versions_of_a_part=(lambda parts: parts | {"lora_up": parts["proj_up"]},
                             "has two tensors proj_up"),
 ) | damaged(
-    awq_beside_a_good_one,
+    lambda: beside_a_good_one(of_awq),
     AWQ_without_zeros=({"wzeros": None}, "has no wzeros"),
     AWQ_of_other_groups=({"wscales": lambda part: part.repeat(5, 1)},
                          r"has wscales of bfloat16 \(40, 128\); expected .* \(4, 128\)"),

@@ -2,8 +2,6 @@
 import torch
 from quantizer_writers import quanto_bits, quanto_bytes
 
-from featherweight.loaders.quantizers.quanto import QUANTIZER  # noqa: F401
-
 from .base import Written, damaged, each, grid, weight
 
 TOLD = "'L', packed by quanto: "

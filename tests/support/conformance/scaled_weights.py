@@ -2,8 +2,6 @@
 import torch
 from quantizer_writers import fp8_blocks
 
-from featherweight.loaders.quantizers.scaled_weights import QUANTIZER  # noqa: F401
-
 from .base import Written, damaged, grid, weight
 
 FP8, INT8, NIBBLES = torch.float8_e4m3fn, torch.int8, torch.uint8

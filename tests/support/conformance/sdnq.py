@@ -1,10 +1,9 @@
 """Weights of SDNQ."""
 import itertools
+from dataclasses import replace
 
 import torch
 from sdnq_writer import H2, H4, config_of, write_weight
-
-from featherweight.loaders.quantizers.sdnq import QUANTIZER  # noqa: F401
 
 from .base import Written, damaged, each, grid, weight
 
@@ -53,26 +52,24 @@ def rotated_channels(columns):
 
 def of_one_scale(evidence, name):
     """One scale of a whole weight is that of all rows, whose number something else tells."""
-    parts, _ = write_weight(weight(1, 24 * 64), name)
-    codes = parts["weight"].view(24, 64) if name == "int8" else torch.stack(
-        [parts["weight"] & 15, parts["weight"] >> 4], -1).view(24, 64)
-    values = codes.float() * parts["scale"] + parts.get("zero_point", 0)
+    written = of_sdnq(name, (1, 24 * 64))
+    parts = dict(written.parts)
     if name == "int8":
-        parts["weight"] = codes
+        parts["weight"] = parts["weight"].view(24, 64)
     if evidence == "bias":
         bias = torch.zeros(24)
-        return Written(parts | {"bias": bias}, values, bias, config=config(name), error=1e-6,
-                       held=None)
+        return replace(written, parts=parts | {"bias": bias}, bias=bias,
+                       values=written.values.view(24, 64))
     up, down = weight(24, 4), weight(4, 64)
-    return Written(parts | {"svd_up": up, "svd_down": down}, values + up @ down, error=1e-6,
-                   config=config(name), held=None)
+    return replace(written, parts=parts | {"svd_up": up, "svd_down": down},
+                   values=written.values.view(24, 64) + up @ down)
 
 
 def with_a_factor(dtype):
     """Scales have a factor."""
     written = of_sdnq("int4", (24, 64), scale_dtype=dtype)
-    return Written(written.parts | {"scale_2": torch.tensor([0.75])}, written.values * 0.75,
-                   config=written.config, error=1e-6, held=None)
+    return replace(written, parts=written.parts | {"scale_2": torch.tensor([0.75])},
+                   values=written.values * 0.75)
 
 
 def transposed(name, rank, shape):
@@ -130,7 +127,7 @@ def of_factors(part, dtype, transposed):
     """Factors of a dtype that no writer has."""
     written = of_sdnq("int8", (128, 64), {"use_svd": True, "use_quantized_matmul": transposed},
                       rank=4, transposed=transposed)
-    return Written(written.parts | {part: written.parts[part].to(dtype)}, config=written.config)
+    return replace(written, parts=written.parts | {part: written.parts[part].to(dtype)})
 
 
 def beside_int8(name):

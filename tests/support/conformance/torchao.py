@@ -2,8 +2,6 @@
 import torch
 from quantizer_writers import torchao_bytes, torchao_header, torchao_integers
 
-from featherweight.loaders.quantizers.torchao import QUANTIZER  # noqa: F401
-
 from .base import Written, damaged, each, grid, weight
 
 TOLD = "'L', packed by torchao: "
