@@ -16,12 +16,10 @@ from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import take_rows
 
 QUOTED = "'L"  # what names of the layer and of its tensors begin with
-
-
-def of_every_quantizer(table):
-    """Parameters for each entry of a table, "WRITERS" or "BAD", of each quantiser."""
-    return [pytest.param(quantizer, cases, entry, id=f"{quantizer.name}: {case}")
-            for quantizer, cases in CASES for case, entry in getattr(cases, table).items()]
+WRITERS = [pytest.param(quantizer, write, id=f"{quantizer.name}: {case}")
+           for quantizer, cases in CASES for case, write in cases.WRITERS.items()]
+BAD = [pytest.param(getattr(cases, "TOLD", QUOTED), *bad, id=f"{quantizer.name}: {case}")
+       for quantizer, cases in CASES for case, bad in cases.BAD.items()]
 
 
 def test_every_quantizer_of_the_registry_has_weights_and_damaged_ones_here():
@@ -29,8 +27,8 @@ def test_every_quantizer_of_the_registry_has_weights_and_damaged_ones_here():
     assert named == {quantizer.name for quantizer in QUANTIZERS}
 
 
-@pytest.mark.parametrize(("quantizer", "_", "write"), of_every_quantizer("WRITERS"))
-def test_a_weight_becomes_one_packed_tensor_of_the_values_that_its_writer_means(quantizer, _, write,
+@pytest.mark.parametrize(("quantizer", "write"), WRITERS)
+def test_a_weight_becomes_one_packed_tensor_of_the_values_that_its_writer_means(quantizer, write,
                                                                                 tmp_path):
     written = write()
     file = open_weights(save(tmp_path, written))
@@ -58,17 +56,16 @@ def test_a_weight_becomes_one_packed_tensor_of_the_values_that_its_writer_means(
         assert torch.equal(rows, packed.dequantize()[index])
 
 
-@pytest.mark.parametrize(("_", "cases", "bad"), of_every_quantizer("BAD"))
-def test_parts_that_do_not_belong_together_are_a_sentence_with_file_and_layer(_, cases, bad,
-                                                                                   tmp_path):
-    write, change, message = bad
+@pytest.mark.parametrize(("told", "write", "change", "message"), BAD)
+def test_parts_that_do_not_belong_together_are_a_sentence_with_file_and_layer(told, write, change,
+                                                                              message, tmp_path):
     written = write()
     path = save(tmp_path, replace(written, parts=changed(written.parts, change)))
     with pytest.raises(WeightFileError) as error:
         open_weights(path).state_dict()
     text, folder = str(error.value), f"{path.name}/" if path.is_dir() else ""
     if not message.startswith("'"):
-        message = f"{getattr(cases, 'TOLD', QUOTED)}.*{message}"
+        message = f"{told}.*{message}"
     assert re.match(rf"{folder}model\.safetensors: .*{message}", text), text
     assert re.search(r"\. [A-Z].*\.$", text)  # what to do
     # leftovers without the parts that tell a quantiser do not choose the reader
