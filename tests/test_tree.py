@@ -140,6 +140,19 @@ def circle(imported: dict[str, set[str]]) -> list[str]:
     return next(filter(None, (walk(module, []) for module in sorted(imported))), [])
 
 
+def test_reading_a_file_imports_neither_products_nor_kernels():
+    imported, found = {module: imported_modules(path) for module, path in MODULES.items()}, set()
+    waiting = ["loaders.files.open_weights", "loaders.quantizers.registry"]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += imported[module]
+    assert len(found) > 40
+    assert not {module for module in found
+                if module.startswith("ops.kernels") or module == "ops.layers.product"}
+
+
 def test_no_files_import_each_other_in_a_circle():
     imported = {module: imported_modules(path) for module, path in MODULES.items()}
     assert len(imported) > 80 and sum(map(len, imported.values())) > 150

@@ -5,6 +5,7 @@ A container is one class in one file of this folder. It registers by being defin
 name.
 """
 import contextlib
+import functools
 import math
 import mmap
 import os
@@ -41,6 +42,7 @@ ALIGNED = 8
 
 AGAIN = "Download the file again, or get another conversion."
 
+CONFIG_KEY = "quantization_config"  # of a config, and of metadata: the settings of a quantiser
 COUNTABLE = (1 << 60) - 1  # largest number of elements whose bytes torch can count
 
 CONTAINERS: dict[bytes, type["WeightFile"]] = {}
@@ -144,9 +146,10 @@ class WeightFile:
         """The type of model that the file declares, for messages only; "" if it declares none."""
         return ""
 
-    @property
+    @functools.cached_property
     def quantization(self) -> Mapping[str, Any]:
-        """The settings of a quantiser in the config of a folder, {} where there are none."""
+        """The settings of a quantiser in a file's metadata or a folder's config, {} where there are
+        none."""
         return {}
 
     @property

@@ -3,6 +3,7 @@
 The weights are in one file, or in several listed in `*.safetensors.index.json` (`weight_map`:
 tensor -> file), for a variant such as fp16 in `*.safetensors.index.fp16.json`.
 """
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from ...ops.bounded_json import read_json
 from ..name_lists import join_some
 from ..quantizers.registry import METHODS
 from ..quantizers.unsupported_quantizers import OTHER_FORM
-from .container import WeightFileError, display_name, map_file, safe_repr
+from .container import CONFIG_KEY, WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
 
 # The folders of the models in a pipeline's folder.
@@ -67,9 +68,9 @@ class ModelFolder(SafetensorsFile):
         architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
         return str(self.config.get("_class_name", architecture))
 
-    @property
+    @functools.cached_property
     def quantization(self) -> Mapping[str, Any]:
-        settings = self.config.get("quantization_config")
+        settings = self.config.get(CONFIG_KEY)
         return settings if isinstance(settings, dict) else {}
 
 
@@ -125,9 +126,9 @@ def _read_config(folder: Path) -> dict:
         )
         raise WeightFileError(f"{folder} is a folder without the config.json of a model. {advice}")
     config = _read_json(folder, "config.json")
-    if config.get("quantization_config") is None and (folder / SDNQ_CONFIG).is_file():
-        config["quantization_config"] = _read_json(folder, SDNQ_CONFIG)
-    quantization = config.get("quantization_config")
+    if config.get(CONFIG_KEY) is None and (folder / SDNQ_CONFIG).is_file():
+        config[CONFIG_KEY] = _read_json(folder, SDNQ_CONFIG)
+    quantization = config.get(CONFIG_KEY)
     if quantization is not None:
         method = _quant_method(quantization)
         if not isinstance(method, str) or method not in METHODS:

@@ -7,6 +7,7 @@
 | | `__metadata__`: string -> string |
 | data | offsets count from its start |
 """
+import functools
 import math
 import re
 from collections import ChainMap
@@ -21,6 +22,7 @@ from ...ops.bounded_json import read_json
 from ..name_lists import join_some
 from ..quantizers.registry import join_quantized_weights
 from .container import (
+    CONFIG_KEY,
     COUNTABLE,
     PLAIN_DTYPES,
     Entry,
@@ -92,6 +94,14 @@ class SafetensorsFile(WeightFile):
         # an odd length no 4-bit weight is at a multiple of 8, and copying them all would take as
         # much memory as the model.
         return dtype.itemsize if dtype else 1
+
+    @functools.cached_property
+    def quantization(self) -> Mapping[str, Any]:
+        try:
+            settings = read_json(self.metadata.get(CONFIG_KEY, ""))
+        except ValueError:
+            return {}
+        return settings if isinstance(settings, dict) else {}
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
         """Returns name -> tensor, with the parts of each packed weight joined.

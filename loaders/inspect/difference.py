@@ -5,9 +5,10 @@ from typing import TypeGuard
 
 import torch
 
+from ...ops.layers.product import values_of
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ...ops.tensor.packed_tensor import relabel
-from ...ops.tensor.row_slicing import dense, take_rows
+from ...ops.tensor.row_slicing import take_rows
 from ..comfyui.quantized_weights import as_tensors
 from ..comfyui.weight_keys import to_comfy_keys
 from ..encoders.arch import arch_of, strip_prefix
@@ -119,7 +120,7 @@ def _values(name: str, rows: slice, weights: Mapping[str, torch.Tensor]) -> torc
         values = relabel(tensor, dtype=torch.float32).dequantize()[rows]
         smoothing = weights.get(f"{layer}.{SMOOTHING}")
         return values if smoothing is None else values * smoothing.to(values)
-    values = dense(take_rows(tensor, rows)).float() if is_packed(tensor) else tensor[rows].float()
+    values = values_of(take_rows(tensor, rows) if is_packed(tensor) else tensor[rows]).float()
     scale_names = (name + SCALES[0], layer + SCALES[1])
     scale = next((weights[key] for key in scale_names if key in weights), None)
     if scale is None or tensor.dtype.itemsize != 1:

@@ -17,7 +17,7 @@ import torch
 from ...ops.bounded_json import read_json
 from ...ops.formats.bnb_4bit import FP4, NF4, Codebook4Bit
 from ...ops.formats.bnb_int8 import INT8
-from ...ops.tensor.packed_layout import packed_tensor
+from ...ops.tensor.packed_layout import packed_rows, packed_tensor
 from ..files.container import AGAIN, COUNTABLE, ProgressIter, WeightFile, WeightFileError, safe_repr
 from .base import Quantizer
 from .unsupported_quantizers import OTHER_FORM, reject_names
@@ -251,9 +251,7 @@ class _PartJoiner:
                 f"{safe_repr(weight)} is stored in tiles for one GPU generation (its weight_format"
                 " is not 0)",
                 "Get a conversion made with bitsandbytes 0.45 or newer.")
-        self.tensors[weight] = packed_tensor(INT8.of_columns(values.shape[1]),
-                                             values.view(torch.uint8), values.shape,
-                                             scale=scales.float() / 127)
+        self.tensors[weight] = packed_rows(INT8, values, values.shape, scale=scales.float() / 127)
 
     def reject_leftovers(self):
         reject_names(self.file, self.tensors, LEFTOVERS, AGAIN)

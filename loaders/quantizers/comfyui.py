@@ -57,9 +57,9 @@ from ...ops.formats.comfyui import (
 )
 from ...ops.formats.row_layout import RowFamily
 from ...ops.formats.svdquant import INT4_GROUP, SVDQUANT_INT4, SVDQUANT_INT4_HALF
-from ...ops.layers.product import dequantized_slices
-from ...ops.tensor.packed_layout import packed_tensor, packed_tensors, with_low_rank
+from ...ops.tensor.packed_layout import packed_rows, packed_tensor, packed_tensors, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
+from ...ops.tensor.row_slicing import dense, take_rows
 from ..files.container import describe
 from .base import PartError, Parts, part
 
@@ -83,6 +83,7 @@ SMOOTH, DOWN, UP = "smooth_factor", "proj_down", "proj_up"
 TILE = 128  # rows of svdquant_w4a4
 # added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
 SHIFT = 0.171875
+SLICE_VALUES = 1 << 22  # that are dequantised at a time
 
 
 def format_of(settings: Mapping[str, Any]) -> str:
@@ -142,7 +143,7 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
 
 def _rows_of(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTensor:
     """Reads a format with one scale a row, or one scale."""
-    return _pack(family, parts, _row_scales(parts, SCALE))
+    return _pack(family, parts, scale=_row_scales(parts, SCALE))
 
 
 def _int8(settings: Mapping, parts: Parts) -> PackedTensor:
@@ -153,7 +154,7 @@ def _int8(settings: Mapping, parts: Parts) -> PackedTensor:
 
 def _rotated(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTensor:
     group = _rotation(settings, parts["weight"].shape[1] * 8 // family.example.codes.bits)
-    return _pack(family, parts, _row_scales(parts, SCALE), sizes=(group,))
+    return _pack(family, parts, (group,), scale=_row_scales(parts, SCALE))
 
 
 def _rotation(settings: Mapping, columns: int) -> int:
@@ -176,7 +177,7 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
     if scale.itemsize != 1:
         return None
     sizes = _rotation(settings, columns), level_group
-    sides = [scale.flatten().view(torch.uint8), _row_scales(parts, ROW_SCALE)]
+    tensors = {"scale": scale, "row_scale": _row_scales(parts, ROW_SCALE)}
     codebook, correction = parts.get(CODEBOOK), parts.get(CORRECTION)
     family = W4A8_INTEGERS
     if stored == columns * 6:
@@ -191,15 +192,14 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
         family = W4A8
         if not torch.equal(codebook.float(), torch.tensor(NORMAL, dtype=torch.float32)):
             family = W4A8_TABLE
-            sides.append(codebook.float())
+            tensors["numbers"] = codebook.float()
     elif correction is not None:
         if correction.shape != scale.shape[::-1]:
             raise PartError(f"its {CORRECTION} is {describe(correction)}")
         is_half = correction.dtype == torch.bfloat16
         family = W4A8_SHIFTED if is_half else W4A8_SHIFTED_FLOAT
-        shifts = (correction if is_half else correction.float()).t().flatten()
-        sides.append(shifts.view(torch.uint8))
-    return _pack(family, parts, *sides, sizes=sizes)
+        tensors["minimum"] = (correction if is_half else correction.float()).t()
+    return _pack(family, parts, sizes, **tensors)
 
 
 def _six_bits(codes: torch.Tensor, columns: int) -> torch.Tensor:
@@ -221,16 +221,16 @@ def _blocks_of(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTens
     if not is_fitting or not given.is_floating_point():
         raise PartError(f"its scales are {describe(given)}")
     scales = scale.repeat_interleave(rows // len(scale), 0)
-    return _pack(family, parts, scales.flatten(), sizes=(columns // scale.shape[1],))
+    return _pack(family, parts, (columns // scale.shape[1],), scale=scales)
 
 
 def _mxfp8(settings: Mapping, parts: Parts) -> PackedTensor:
-    return _pack(MXFP8, parts, _scales_in_order(MXFP8, parts))
+    return _pack(MXFP8, parts, scale=_scales_in_order(MXFP8, parts))
 
 
 def _nvfp4(settings: Mapping, parts: Parts) -> PackedTensor:
     scales = _scales_in_order(NVFP4_ROWS, parts)
-    return _pack(NVFP4_ROWS, parts, scales, _row_scales(parts, SCALE_2))
+    return _pack(NVFP4_ROWS, parts, scale=scales, row_scale=_row_scales(parts, SCALE_2))
 
 
 def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
@@ -244,8 +244,7 @@ def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
             raise PartError(f"its {SCALE} and {ZEROS[0]} are {describe(scale)} and"
                             f" {describe(zeros)}")
     dtype = family.example.scale.dtype
-    sides = [side.to(dtype).t().flatten().view(torch.uint8) for side in (scale, zeros)]
-    return _pack(family, parts, *sides, sizes=(group,))
+    return _pack(family, parts, (group,), scale=scale.to(dtype).t(), minimum=zeros.to(dtype).t())
 
 
 def _svdquant_part(name: str) -> str:
@@ -289,8 +288,8 @@ def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
     if smooth_factor.numel() != columns:
         raise PartError(f"its {SMOOTH} is {describe(smooth_factor)}")
     family = SVDQUANT_INT4 if scale.dtype == torch.bfloat16 else SVDQUANT_INT4_HALF
-    return _pack(family, {"weight": codes}, scale.contiguous().view(-1).view(torch.uint8),
-                 torch.ones(rows, dtype=torch.float32), 1 / smooth_factor.float().flatten())
+    return _pack(family, {"weight": codes}, scale=scale, row_scale=torch.ones(
+        rows, dtype=torch.float32), column_scale=1 / smooth_factor.float().flatten())
 
 
 def shifted_bias(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor],
@@ -323,8 +322,9 @@ def bias_of_shift(main: PackedTensor) -> torch.Tensor:
     Args:
         main: the weight (N, K), without the low rank, which sees the input without it.
     """
-    sums = [values.sum(1) for _, values in dequantized_slices(main, torch.float32)]
-    return torch.cat(sums) * SHIFT
+    step = max(1, SLICE_VALUES // main.shape[1])
+    slices = (take_rows(main, slice(row, row + step)) for row in range(0, len(main), step))
+    return torch.cat([dense(rows).sum(1) for rows in slices]) * SHIFT
 
 
 READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
@@ -367,16 +367,15 @@ def _of_dtype(family: RowFamily, codes: torch.Tensor) -> RowFamily:
     return family
 
 
-def _pack(family: RowFamily, parts: Parts, *sides: torch.Tensor,
-          sizes: tuple[int, ...] = ()) -> PackedTensor:
+def _pack(family: RowFamily, parts: Parts, sizes: tuple[int, ...] = (),
+          **tensors: torch.Tensor) -> PackedTensor:
     family = _of_dtype(family, parts["weight"])
-    codes = parts["weight"].contiguous().view(torch.uint8)
+    codes = parts["weight"]
     rows, columns = len(codes), codes.shape[1] * 8 // family.example.codes.bits
     group = (sizes or family.sizes or (0,))[0]
     if columns % (group or 1):
         raise PartError(f"its rows have {columns} columns")
-    return packed_tensor(family.of_columns(columns, *sizes), codes.view(-1), (rows, columns),
-                         torch.float32, *sides)
+    return packed_rows(family, codes, (rows, columns), sizes, **tensors)
 
 
 def _row_scales(parts: Parts, name: str) -> torch.Tensor:

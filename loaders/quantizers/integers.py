@@ -5,7 +5,7 @@ from ...ops.formats.bits import split_stream
 from ...ops.formats.comfyui import INT8_ROWS
 from ...ops.formats.integers import BITS, ENDINGS, integer_family, zero_bits
 from ...ops.formats.row_layout import RowFamily
-from ...ops.tensor.packed_layout import packed_tensor
+from ...ops.tensor.packed_layout import packed_rows
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import describe
 from .base import PartError
@@ -50,15 +50,14 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
         zeros = None
     family = integer_family(bits, scales.dtype, zeros is not None, groups is not None)
     size = count if groups is not None else columns // count
-    sides = [scales.flatten().view(torch.uint8)]
+    tensors = {"scale": scales}
     if zeros is not None:
         width = zero_bits(bits)
         padded = torch.nn.functional.pad(zeros, (0, -count % (8 // width)))
-        sides.append(join_codes(padded.contiguous(), width).flatten())
+        tensors["zero"] = join_codes(padded.contiguous(), width)
     if groups is not None:
-        sides.append(groups.flatten().to(torch.int16).view(torch.uint8))
-    return packed_tensor(family.of_columns(columns, size), codes.view(-1), (rows, columns),
-                         torch.float32, *sides)
+        tensors["group_of_column"] = groups.to(torch.int16)
+    return packed_rows(family, codes, (rows, columns), (size,), **tensors)
 
 
 def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
@@ -76,10 +75,8 @@ def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
             scale.numel() not in (1, len(codes)) or not scale.is_floating_point()):
         raise PartError(f"it has {describe(codes)} codes and {describe(scale)} scales, expected"
                         " int8 or fp8 with a scale for each row")
-    scales = scale.float().flatten().expand(len(codes)).contiguous()
-    return packed_tensor(family.of_columns(codes.shape[1:].numel()),
-                         codes.contiguous().view(torch.uint8).view(-1), codes.shape, torch.float32,
-                         scales)
+    return packed_rows(family, codes, codes.shape,
+                       scale=scale.float().flatten().expand(len(codes)))
 
 
 def pack_nvfp4(family: RowFamily, codes: torch.Tensor, scale: torch.Tensor,
@@ -97,10 +94,8 @@ def pack_nvfp4(family: RowFamily, codes: torch.Tensor, scale: torch.Tensor,
             or not of_tensor.is_floating_point()
             or tuple(scale.shape) != (rows, columns // group)):
         return None
-    return packed_tensor(
-        family.of_columns(columns), codes.contiguous().view(-1), (rows, columns), torch.float32,
-        scale.flatten().view(torch.uint8),
-        of_tensor.float().flatten().expand(rows).contiguous())
+    return packed_rows(family, codes, (rows, columns), scale=scale,
+                       row_scale=of_tensor.float().flatten().expand(rows))
 
 
 def split_words(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -46,7 +46,7 @@ from ...ops.formats.svdquant import (
     SVDQUANT_INT4_HALF,
     SVDQUANT_NVFP4,
 )
-from ...ops.tensor.packed_layout import join_packed, packed_tensor, with_low_rank
+from ...ops.tensor.packed_layout import join_packed, packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
 from ..files.container import AGAIN, ProgressIter, WeightFile, WeightFileError, describe, safe_repr
@@ -364,9 +364,9 @@ class _Reader:
             family, sides = SVDQUANT_NVFP4, tiles.scale_bytes_in_rows
         else:
             family, sides = INT4_FAMILIES[parts["wscales"].dtype], tiles.numbers_in_rows
-        main = packed_tensor(
-            family.of_columns(columns), tiles.codes_in_rows(parts["qweight"]).view(-1),
-            (rows, columns), torch.float32, _bytes(sides(parts["wscales"])), of_rows, 1 / divisors)
+        main = packed_rows(
+            family, tiles.codes_in_rows(parts["qweight"]), (rows, columns),
+            scale=sides(parts["wscales"]), row_scale=of_rows, column_scale=1 / divisors)
         if bias is not None and not is_nvfp4 and self.family.shifted.fullmatch(_local_name(layer)):
             bias = bias.float() + bias_of_shift(main)
         return _Weight(main, up, down, bias, scales)
@@ -440,9 +440,8 @@ class _Reader:
                 for part in {1, count - 2}:  # ComfyUI adds 1 to the scales itself
                     bias[part] -= 1
                 bias = bias.view(-1)
-        main = packed_tensor(
-            AWQ_FAMILIES[parts[scale].dtype].of_columns(columns, group), in_rows[0].reshape(-1),
-            (rows, columns), torch.float32, *map(_bytes, in_rows[1:]))
+        main = packed_rows(AWQ_FAMILIES[parts[scale].dtype], in_rows[0], (rows, columns), (group,),
+                           scale=in_rows[1], minimum=in_rows[2])
         return _Weight(main, bias=None if bias is None else bias.clone())
 
     def place(self, layer: str, weight: _Weight):
@@ -544,10 +543,6 @@ def _split(layer: str) -> tuple[str, str]:
 
 def _local_name(layer: str) -> str:
     return _split(layer)[1]
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

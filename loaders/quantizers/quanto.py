@@ -17,7 +17,7 @@ import math
 import torch
 
 from ...ops.formats.integers import ENDINGS, quanto_family
-from ...ops.tensor.packed_layout import packed_tensor
+from ...ops.tensor.packed_layout import packed_rows
 from ..files.container import WeightFile, describe
 from .base import PartError, Parts, of_layers, part
 from .integers import join_codes, pack_rows
@@ -55,10 +55,9 @@ def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
     if len(bias.shape) != 1 or not rows or rows * columns != groups * group or columns % group:
         raise PartError(f"its {groups} groups of {group} values are no whole rows of the {rows}"
                         " that its bias has")
-    sides = [side.flatten().view(torch.uint8) for side in (scale, -shift)]
     packed = join_codes(_codes(codes, groups, bits), bits)
-    return packed_tensor(quanto_family(bits, scale.dtype).of_columns(columns, group),
-                         packed.view(-1), (rows, columns), torch.float32, *sides)
+    return packed_rows(quanto_family(bits, scale.dtype), packed, (rows, columns), (group,),
+                       scale=scale, minimum=-shift)
 
 
 def _codes(stored: torch.Tensor, groups: int, bits: int) -> torch.Tensor:

@@ -23,8 +23,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ...ops.formats.comfyui import NVFP4_LOW
-from ...ops.formats.row_layout import RowFamily
-from ...ops.tensor.packed_layout import is_packed, packed_tensor
+from ...ops.tensor.packed_layout import is_packed, packed_rows
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import AGAIN, ProgressIter, WeightFile, describe, safe_repr
 from .base import PartError, Quantizer, TypeOf, has_scaled_layers, layer_scaled_by
@@ -94,8 +93,8 @@ def _of_rows(weight: torch.Tensor, scale: torch.Tensor,
     if (family is None or of_tensor is not None or not scale.is_floating_point()
             or scale.numel() not in (1, rows)):
         return None
-    return _pack(family, weight, weight.shape[1],
-                 scale.float().flatten().expand(rows).contiguous())
+    return packed_rows(family, weight, weight.shape,
+                       scale=scale.float().flatten().expand(rows))
 
 
 def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor | None:
@@ -112,14 +111,7 @@ def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor | 
     group = math.gcd(block_columns, columns)
     scales = scale.float().repeat_interleave(block_rows, 0)[:rows]
     scales = scales.repeat_interleave(block_columns // group, 1)[:, :columns // group]
-    return _pack(FP8[weight.dtype], weight, columns, scales.flatten(), group=group)
-
-
-def _pack(family: RowFamily, weight: torch.Tensor, columns: int, *sides: torch.Tensor,
-          group: int | None = None) -> PackedTensor:
-    return packed_tensor(family.of_columns(columns, group),
-                         weight.contiguous().view(torch.uint8).view(-1), (len(weight), columns),
-                         torch.float32, *sides)
+    return packed_rows(FP8[weight.dtype], weight, weight.shape, (group,), scale=scales)
 
 
 def _block_lengths(shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...] | None:

@@ -33,9 +33,17 @@ from ...ops.formats.base import FormatError
 from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
 from ...ops.formats.row_layout import PACK_CODES, RowFamily
 from ...ops.formats.sdnq import ALIASES, CODEBOOKS, NUMBER_TYPES, ROTATION_BASE, SDNQ_TYPES
-from ...ops.tensor.packed_layout import packed_tensor, with_low_rank
+from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import AGAIN, ProgressIter, WeightFile, describe, map_file, safe_repr
+from ..files.container import (
+    AGAIN,
+    CONFIG_KEY,
+    ProgressIter,
+    WeightFile,
+    describe,
+    map_file,
+    safe_repr,
+)
 from .base import PartError, Quantizer, TypeOf, has_scaled_layers, layer_scaled_by
 from .comfyui import MAX_ROTATION
 from .comfyui_marks import MARK
@@ -43,7 +51,6 @@ from .comfyui_marks import MARK
 log = logging.getLogger(__name__)
 
 METHOD = "sdnq"  # `quant_method` of a config
-CONFIG_KEY = "quantization_config"
 MAX_PATTERNS = 4096  # of a config; each is tried for each layer
 CONFIG_FILES = ("config.json", "quantization_config.json")
 SCALE, ZERO, UP, DOWN = ".scale", ".zero_point", ".svd_up", ".svd_down"
@@ -86,13 +93,8 @@ def extract_config(content: Any) -> Mapping[str, Any] | None:
 
 
 def _config_of(file: WeightFile) -> Mapping[str, Any] | None:
-    """Returns SDNQ's config of a folder, in the metadata, or in the folder of a file; or None."""
+    """Returns SDNQ's config of a file, or beside it; None without one."""
     config = extract_config(file.quantization)
-    if config is None:
-        try:
-            config = extract_config(read_json(file.metadata.get(CONFIG_KEY, "")))
-        except ValueError:
-            pass
     return config if config or file.path.is_dir() else read_config(file.path)
 
 
@@ -305,21 +307,20 @@ class _Layer:
         group = channels // self.groups if self.groups > 1 else 0
         taps = math.prod(self.kernel) if self.scale.numel() > 1 else 1
         scale = self.expand_to_rows(self.scale)
-        scale_type, sides = _read_numbers(scale, "scale", *self.scale_parts)
+        scale_type, tensors = _read_numbers(scale, "scale", "scale", *self.scale_parts)
         zero_type = 0
         if self.zero is not None:
             zero = self.expand_to_rows(self.zero)
-            zero_type, zeros = _read_numbers(zero, "zero_point", *self.zero_parts)
-            sides += zeros
+            zero_type, zeros = _read_numbers(zero, "zero_point", "minimum", *self.zero_parts)
+            tensors |= zeros
         sizes = [group, taps, *self.choose_rotation(channels), scale_type, zero_type]
         if family.example.codes.numbers:
             has_subnormals = self.is_from_version(SUBNORMALS_VERSION, "its codes are small floats")
             sizes.append(int(has_subnormals))
-        packed_format = family.of_columns(self.columns, *sizes)
         shape = (self.rows, self.columns)
         if self.kernel:
             shape = (self.rows, channels, *self.kernel)
-        weight = packed_tensor(packed_format, _as_bytes(self.weight), shape, torch.float32, *sides)
+        weight = packed_rows(family, _as_bytes(self.weight), shape, sizes, **tensors)
         return weight if self.up is None else with_low_rank(weight, *self.read_factors())
 
     def order_rows(self):
@@ -536,13 +537,14 @@ def _as_bytes(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous().view(-1).view(torch.uint8)
 
 
-def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
-             offset: torch.Tensor | None) -> tuple[int, list[torch.Tensor]]:
+def _read_numbers(stored: torch.Tensor, part: str, name: str, factor: torch.Tensor | None,
+                  offset: torch.Tensor | None) -> tuple[int, dict[str, torch.Tensor]]:
     """Returns scales or zero points as a format holds them: a place in `NUMBER_TYPES`, the tensors.
 
     Args:
         stored: as in the file.
-        name: for messages.
+        part: their name in the file, for messages.
+        name: in the layout.
         factor: float (1,) by which they are multiplied, (256,) from which they are looked up, or
             None.
         offset: float (1,) that is added to them, or None.
@@ -551,25 +553,24 @@ def _read_numbers(stored: torch.Tensor, name: str, factor: torch.Tensor | None,
     is_table = stored.dtype == torch.uint8 and count == 256 and offset is None
     is_single = count == 1 and (offset is None or offset.numel() == 1)
     if not (is_single or is_table) or (factor is None and stored.dtype in BYTES):
-        raise PartError(f"its {name} is {describe(stored)} without the numbers that it is read"
+        raise PartError(f"its {part} is {describe(stored)} without the numbers that it is read"
                         " by; expected floats, or codes with scale_2 or zero_point_scale")
     factor = torch.ones(1, dtype=torch.float32) if factor is None else factor.float().view(-1)
     if stored.dtype in BYTES:
-        codes = stored.contiguous().view(-1).view(torch.uint8)
         table = factor
         if not is_table:
             table = torch.arange(256).to(torch.uint8).view(stored.dtype).float() * factor
             table = table if offset is None else table + offset.float()
-        return list(NUMBER_TYPES).index(torch.uint8), [codes, table]
+        return list(NUMBER_TYPES).index(torch.uint8), {
+            name: stored, f"{name}_table": table}
     if not stored.is_floating_point():
-        raise PartError(f"its {name} is {describe(stored)}; expected floats or codes of 8 bits")
+        raise PartError(f"its {part} is {describe(stored)}; expected floats or codes of 8 bits")
     if stored.dtype in (torch.bfloat16, torch.float16) and offset is None:
-        codes = stored.contiguous().view(-1).view(torch.uint8)
-        return list(NUMBER_TYPES).index(stored.dtype), [codes, factor]
+        return list(NUMBER_TYPES).index(stored.dtype), {name: stored, f"{name}_factor": factor}
     numbers = stored.contiguous().view(-1).float()
     if count == 1 and factor.item() != 1:
         numbers = numbers * factor
-    return 0, [numbers if offset is None else numbers + offset.float()]
+    return 0, {name: numbers if offset is None else numbers + offset.float()}
 
 
 QUANTIZER = Quantizer(name="SDNQ", methods={METHOD: "SDNQ"}, is_in=_is_in, join=_join)

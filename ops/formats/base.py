@@ -46,11 +46,13 @@ class Side(NamedTuple):
         dtype: float32, or uint8 for bytes that a format decodes.
         count: numbers for each block.
         is_shared: whether all blocks have the same numbers, which are stored once.
+        name: of the tensor, among those of a weight.
     """
 
     dtype: torch.dtype
     count: int = 1
     is_shared: bool = False
+    name: str = "scale"
 
     def length(self, blocks: int) -> int:
         """Returns how many numbers a weight of some blocks has."""

@@ -89,10 +89,12 @@ class AddedLowRank(Composite):
         names = {dtype: name for name, dtype in FACTOR_DTYPES.items()}
         mark = "S" if is_scaled else ""
         name = f"LOWRANK_{rank}{mark}_{names[up_dtype]}_{names[down_dtype]}_{base.__name__}"
-        sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize),
-                 Side(torch.uint8, rank * base.block_length * down_dtype.itemsize, True))
+        down_bytes = rank * base.block_length * down_dtype.itemsize
+        sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize, name="up"),
+                 Side(torch.uint8, down_bytes, True, "down"))
         if is_scaled:
-            sides += Side(torch.float32), Side(torch.float32, base.block_length, True)
+            sides += (Side(torch.float32, name="of_row"),
+                      Side(torch.float32, base.block_length, True, "of_column"))
         return define(name, cls, lambda: {
             "base": base, "rank": rank, "up_dtype": up_dtype, "down_dtype": down_dtype,
             "block_length": base.block_length, "block_bytes": base.block_bytes,
@@ -165,9 +167,9 @@ class Scaled(Composite):
         """
         blocks = columns // base.block_length
         sides = *(side if side.is_shared else side._replace(count=side.count * blocks)
-                  for side in base.sides), Side(torch.float32)
+                  for side in base.sides), Side(torch.float32, name="of_row")
         if by_column:
-            sides += (Side(torch.float32, columns, True),)
+            sides += (Side(torch.float32, columns, True, "of_column"),)
         name = f"SCALED{'C' if by_column else ''}_{columns}_{base.__name__}"
         return define(name, cls, lambda: {
             "base": base, "by_column": by_column, "block_length": columns,

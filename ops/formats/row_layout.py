@@ -5,7 +5,7 @@ family is what layouts for rows of all lengths have in common.
 """
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,14 +77,15 @@ class Numbers:
         """The dtype of the stored numbers."""
         return NUMBER_DTYPES[self.kind]
 
-    def sides(self, count: int) -> tuple[Side, ...]:
-        """Returns the tensors of a row of `count` numbers."""
+    def sides(self, name: str, count: int) -> tuple[Side, ...]:
+        """Returns the tensors of a row of `count` numbers, `name` and what explains its numbers."""
         if self.kind == "f32":
-            return (Side(torch.float32, count),)
-        numbers = (Side(torch.uint8, count * self.dtype.itemsize),)
+            return (Side(torch.float32, count, name=name),)
+        numbers = (Side(torch.uint8, count * self.dtype.itemsize, name=name),)
         if self.kind == "bytes":
-            return *numbers, Side(torch.float32, 256, is_shared=True)
-        return (*numbers, Side(torch.float32, 1, is_shared=True)) if self.has_factor else numbers
+            return *numbers, Side(torch.float32, 256, True, f"{name}_table")
+        return (*numbers, Side(torch.float32, 1, True, f"{name}_factor")
+                ) if self.has_factor else numbers
 
 
 @dataclass(frozen=True)
@@ -145,21 +146,33 @@ class RowLayout:
         return self.columns // self.groups
 
     def sides(self) -> tuple[Side, ...]:
-        """Returns the tensors of a weight beside its codes, in their order."""
+        """Returns the tensors of a weight beside its codes, in their order.
+
+        | name | numbers |
+        |---|---|
+        | scale, scale_factor, scale_table | `scale`, or `levels` of each group |
+        | row_scale | `row_scale` |
+        | zero | the zeros of a row's groups, filled up to whole bytes |
+        | minimum, minimum_factor, minimum_table | `minimum` |
+        | numbers | the weight's own numbers of codes |
+        | column_scale | the factors of columns |
+        | group_of_column | the bytes of int16, the group of each column |
+        """
         count = self.groups * self.taps
-        sides = self.scale.sides(count * max(1, self.levels))
+        sides = self.scale.sides("scale", count * max(1, self.levels))
         if self.row_scale:
-            sides += (Side(torch.float32),)
+            sides += (Side(torch.float32, name="row_scale"),)
         if self.zero_bits:
-            sides += (Side(torch.uint8, -(-count * self.zero_bits // 8)),)
+            sides += (Side(torch.uint8, -(-count * self.zero_bits // 8), name="zero"),)
         if self.minimum:
-            sides += self.minimum.sides(count)
+            sides += self.minimum.sides("minimum", count)
         if self.has_own_numbers:
-            sides += (Side(torch.float32, 16, is_shared=True),)
+            sides += (Side(torch.float32, 16, True, "numbers"),)
         if self.has_column_scales:
-            sides += (Side(torch.float32, self.columns, is_shared=True),)
+            sides += (Side(torch.float32, self.columns, True, "column_scale"),)
         if self.names_groups:
-            sides += (Side(torch.uint8, self.columns * torch.int16.itemsize, is_shared=True),)
+            nbytes = self.columns * torch.int16.itemsize
+            sides += (Side(torch.uint8, nbytes, True, "group_of_column"),)
         return sides
 
 
@@ -229,44 +242,45 @@ class RowFormat(Format):
         return fields
 
     @classmethod
-    def read(cls, numbers: Numbers, sides: Iterator[torch.Tensor]) -> torch.Tensor:
-        """Returns stored numbers as float32, flat; takes their tensors from `sides`."""
-        stored = next(sides)
+    def stored(cls, numbers: Numbers, name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the numbers of the tensor `name` as float32, flat."""
+        stored = tensors[name]
         if numbers.kind == "f32":
             return stored
         if numbers.kind == "bytes":
-            return select(next(sides), stored)
+            return select(tensors[f"{name}_table"], stored)
         if numbers.dtype == torch.uint8:
             return select(cls.constant("scale_numbers", stored.device), stored)
         values = reinterpret(stored, numbers.dtype).float()
-        return values * next(sides) if numbers.has_factor else values
+        return values * tensors[f"{name}_factor"] if numbers.has_factor else values
 
     @classmethod
     def terms(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
         """Returns the terms of rows: codes, uint8 (n, block_bytes), and the tensors of `sides`."""
-        layout, count, rest = cls.layout, len(packed), iter(sides)
+        layout, count = cls.layout, len(packed)
+        tensors = {side.name: tensor for side, tensor in zip(cls.sides, sides)}
         taps = (layout.taps,) if layout.taps > 1 else ()
         shape, each = (count, layout.groups, -1, *taps), (count, layout.groups, 1, *taps)
-        scales = cls.read(layout.scale, rest)
+        scales = cls.stored(layout.scale, "scale", tensors)
         if layout.levels:
             terms = cls._selected(packed, scales)
         else:
-            of_row = next(rest).view(-1, 1) if layout.row_scale else packed.new_empty(0)
-            zeros = cls._zeros(next(rest), count) if layout.zero_bits else None
-            added = cls.read(layout.minimum, rest) if layout.minimum else None
-            numbers = (select(next(rest), split_bits(packed, 4, 2)).view(count, -1)
+            zeros = cls._zeros(tensors["zero"], count) if layout.zero_bits else None
+            added = cls.stored(layout.minimum, "minimum", tensors) if layout.minimum else None
+            numbers = (select(tensors["numbers"], split_bits(packed, 4, 2)).view(count, -1)
                        if layout.has_own_numbers else cls.numbers(packed))
             if layout.names_groups:
-                return cls._of_named_groups(numbers, zeros, scales.view(count, -1), *rest)
+                return cls._of_named_groups(numbers, zeros, scales.view(count, -1),
+                                            tensors["group_of_column"])
             numbers = numbers.view(shape)
             if zeros is not None:
                 numbers = numbers.float().sub_(zeros.view(each))
             scales = scales.view(each)
             if layout.is_requantized:
                 numbers = (numbers * scales).round_().clamp_(-127, 127)
-                scales = of_row
+                scales = tensors["row_scale"].view(-1, 1)
             elif layout.row_scale:
-                of_row = of_row.unsqueeze(-1)
+                of_row = tensors["row_scale"].view(-1, 1, 1)
                 scales = scales * of_row if layout.row_scale == "multiply" else scales / of_row
             if layout.rotation and not layout.rotates_values:
                 return cls._rotated(numbers, scales.view(count, 1), added)
@@ -274,7 +288,7 @@ class RowFormat(Format):
         if layout.has_column_scales:
             values = (terms.codes.mul_(terms.scales) if terms.codes.is_floating_point()
                       else terms.codes * terms.scales)
-            return Terms(values.view(count, -1), next(rest))
+            return Terms(values.view(count, -1), tensors["column_scale"])
         if layout.rotates_values and layout.rotation:
             values = torch.empty((count, layout.columns), dtype=torch.float32,
                                  device=packed.device)

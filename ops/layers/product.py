@@ -17,6 +17,7 @@ from ..formats.base import FORMATS, Format
 from ..formats.low_rank_and_joined import without_low_rank
 from ..tensor.packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 from ..tensor.packed_tensor import PackedTensor
+from ..tensor.row_slicing import rows_are_whole_blocks
 from . import stochastic_rounding, torch_registration, workspace
 from .low_rank import LowRank, dense_linear
 
@@ -254,13 +255,6 @@ def embedding(ids: torch.Tensor, weight: PackedTensor, dtype: torch.dtype) -> to
                                              weight.shape[1], dtype)
 
 
-def rows_are_whole_blocks(weight: PackedTensor, axis: int = 1) -> bool:
-    """Returns whether the dimensions of a weight from `axis` on are blocks that can be moved."""
-    packed_format = weight.layout_cls.format
-    return (packed_format.is_sliceable
-            and weight.shape[axis:].numel() % packed_format.block_length == 0)
-
-
 def dequantize(weight: PackedTensor, dtype: torch.dtype,
                value_dtype: torch.dtype | None = None) -> torch.Tensor:
     """Returns the dense weight in `dtype`, rounded once from float32 or first to `value_dtype`."""
@@ -292,6 +286,11 @@ def fits_workspace(weight: PackedTensor, input: torch.Tensor, reordered: bool = 
         and not torch.compiler.is_compiling()
         and not needs_gradient(input)
     )
+
+
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the values of a tensor that may be packed, in its logical dtype."""
+    return dequantize(tensor, tensor.dtype) if is_packed(tensor) else tensor
 
 
 def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 import torch
 
 from ..formats.base import powers_of_two
+from ..layers.product import values_of
 from ..tensor.packed_tensor import PackedTensor
-from ..tensor.row_slicing import dense, take_rows
+from ..tensor.row_slicing import take_rows
 from .damped_hessian import DampedHessian, slice_rows
 from .second_moments import SecondMoments
 
@@ -47,7 +48,7 @@ def _row_slices(weight: torch.Tensor,
     largest = torch.stack(weight.detach().aminmax()).float().abs().amax()
     factor = None if SMALLEST < float(largest) < LARGEST else powers_of_two(largest)[0]
     for row_slice in slice_rows(len(weight), columns, weight.device):
-        rows = [dense(take_rows(candidate, row_slice)) for candidate in candidates]
+        rows = [values_of(take_rows(candidate, row_slice)) for candidate in candidates]
         parts = [part.reshape(-1, columns).float() for part in (weight.detach()[row_slice], *rows)]
         yield parts if factor is None else [part * factor for part in parts]
 

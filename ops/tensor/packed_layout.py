@@ -20,6 +20,7 @@ from ..formats import plain  # the package registers every format
 from ..formats._names import format_named
 from ..formats.base import Format, FormatError
 from ..formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
+from ..formats.row_layout import RowFamily
 from ..layers.low_rank import balancing_powers
 from ..pickle_names import stable_pickle_name
 from .packed_tensor import PackedTensor, relabel
@@ -129,6 +130,34 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
             f" shape {shape}."
         )
     return PackedTensor(data, layout_name(packed_format), params)
+
+
+def packed_rows(family: RowFamily, codes: torch.Tensor, shape: Iterable[int],
+                sizes: Sequence[int | None] = (), **tensors: torch.Tensor) -> PackedTensor:
+    """Makes a packed tensor, of float32, of a weight whose block is a row.
+
+    Args:
+        family: of the layout.
+        codes: of one byte, in the order of the rows, in any shape.
+        shape: logical shape (N, ...); a row is all that has the same first index.
+        sizes: as `RowFamily.of_columns` takes them.
+        tensors: what `RowLayout.sides` names, in any shape; those that are held as bytes may have
+            the dtype of their numbers.
+
+    Raises:
+        FormatError: names are missing or unknown, or a number of values does not fit `shape`.
+    """
+    shape = tuple(shape)
+    packed_format = family.of_columns(torch.Size(shape[1:]).numel(), *sizes)
+    expected = [side.name for side in packed_format.sides]
+    if tensors.keys() != set(expected):
+        raise FormatError(f"a weight in {packed_format.__name__} was given {', '.join(tensors)};"
+                          f" expected {', '.join(expected)}")
+    data, *sides = (
+        tensor.contiguous().view(-1).view(dtype) for tensor, dtype in (
+            (codes, torch.uint8),
+            *((tensors[side.name], side.dtype) for side in packed_format.sides)))
+    return packed_tensor(packed_format, data, shape, torch.float32, *sides)
 
 
 def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,

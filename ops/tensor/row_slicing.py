@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..formats.base import Format
 from ..formats.low_rank_and_joined import Joined
-from ..layers import product
 from .packed_layout import (
     PackedLayout,
     QuantizedTensor,
@@ -28,11 +27,11 @@ from .packed_tensor import PackedTensor, relabel
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Returns the values of a tensor that may be packed, in its logical dtype.
+    """Returns the values of a tensor that may be packed, in its logical dtype, by the reference.
 
     What comes packed from a file has the logical dtype float32.
     """
-    return product.dequantize(tensor, tensor.dtype) if is_packed(tensor) else tensor
+    return tensor.dequantize() if is_packed(tensor) else tensor
 
 
 def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
@@ -227,8 +226,13 @@ def _common_format(parts: Sequence[Tensor], axis: int) -> type[Format] | None:
 
 
 def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> TypeGuard[PackedTensor]:
-    """Returns whether a tensor is packed and its dimensions from `axis` on are whole blocks."""
-    return is_packed(tensor) and product.rows_are_whole_blocks(tensor, axis)
+    """Returns whether a tensor is packed and its dimensions from `axis` on are blocks that can be
+    moved."""
+    if not is_packed(tensor):
+        return False
+    packed_format = tensor.layout_cls.format
+    return (packed_format.is_sliceable
+            and tensor.shape[axis:].numel() % packed_format.block_length == 0)
 
 
 # --- torch's own functions ---

@@ -194,3 +194,20 @@ def torchao_integers(values, bits=4, group=32, symmetric=False, dtype=torch.bflo
     return {"_weight_qdata": (codes - half).view(values.shape).to(torch.int8),
             "_weight_scale": scales, "_weight_zero_point": (zeros - half).to(torch.int8)
             }, meant(codes, scales, zeros)
+
+
+# --- scales without a marker
+# ------------------------------------------------------------------------------------------------
+
+def fp8_blocks(values, block=(128, 128)):
+    """A scale for each block of rows and columns, of which the last of each axis may be short."""
+    rows, columns = values.shape
+    scale = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
+    of_values = torch.empty(rows, columns)
+    for i in range(len(scale)):
+        for j in range(scale.shape[1]):
+            part = (slice(i * block[0], (i + 1) * block[0]),
+                    slice(j * block[1], (j + 1) * block[1]))
+            scale[i, j] = of_values[part] = values[part].abs().max() / 448
+    codes = (values / of_values).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scale}, codes.float() * of_values

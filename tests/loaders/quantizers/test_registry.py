@@ -1,7 +1,10 @@
 """Of every family of quantised files it is said who packed it."""
+import json
+
 import pytest
 import torch
 from host_formats import HOST_FORMATS
+from quantizer_writers import gptq
 from safetensors.torch import save_file
 from stored_files import FILES, written
 
@@ -35,3 +38,14 @@ def test_who_packed_a_file_is_said_by_its_names(names, expected, tmp_path):
     tensors = {f"L.{name}": torch.zeros(8, 8).to(torch.float8_e4m3fn) for name in names}
     save_file(tensors, tmp_path / "a.safetensors")
     assert quantizer_of(open_weights(tmp_path / "a.safetensors")) == expected
+
+
+@pytest.mark.parametrize("stored_less", [0, 1])
+def test_the_settings_of_a_quantiser_may_be_in_a_files_metadata(stored_less, tmp_path):
+    settings = {"quant_method": "gptq", "checkpoint_format": ("gptq_v2", "gptq")[stored_less]}
+    parts, expected = gptq(torch.randn(32, 64), stored_less=stored_less)
+    save_file({f"L.{name}": value.contiguous() for name, value in parts.items()},
+              tmp_path / "a.safetensors", {"quantization_config": json.dumps(settings)})
+    file = open_weights(tmp_path / "a.safetensors")
+    assert torch.equal(file.state_dict()["L.weight"].dequantize(), expected)
+    assert quantizer_of(file) == "GPTQ"

@@ -8,28 +8,22 @@ import oracles
 import pytest
 import sdnq_oracle
 import torch
+from conformance.sdnq import FLOATS, TYPES
 from patched_models import relative
 from safetensors.torch import load_file, save_file
-from sdnq_writer import H2, H4, config_of, write_folder, write_weight
+from sdnq_writer import config_of, write_folder, write_weight
 
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.base import PartError
 from featherweight.loaders.quantizers.sdnq import matches, read_settings
-from featherweight.ops.formats._names import format_named
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.read_only_memory import is_read_only
 
 # versions -> a package that they need beside torch, diffusers and transformers
 VERSIONS = {"0.1.0": ("accelerate==1.2.0",), "0.1.9": ("accelerate==1.2.0",),
             "0.2.0": ("accelerate==1.2.0",), "0.2.8": ()}
-TYPES = ("int8", "int7", "int6", "int5", "int4", "int3", "int2", "uint8", "uint7", "uint6",
-         "uint5", "uint4", "uint3", "uint2", "uint1", "float8_e4m3fn", "float8_e5m2")
-FLOATS = [f"float{bits}_e{e}m{bits - signed - e}fn{'' if signed else 'u'}"
-          for bits in range(1, 9) for signed in (1, 0) for e in range(1, min(5, bits - signed) + 1)]
-FLOATS = ["float8_e4m3fn_sdnq" if name == "float8_e4m3fn" else name for name in FLOATS]
 LINEAR = {"lin": ["Linear", [512, 96]]}
 CONV = {"conv": ["Conv2d", [96, 64, 3]]}
 SQUARE = {"lin": ["Linear", [256, 256]]}
@@ -140,102 +134,6 @@ def assert_read(folder, expected: dict, limit=1e-6):
     return weights
 
 
-@pytest.mark.parametrize("name", [name for name in [*TYPES, *FLOATS] if "8_e" not in name])
-def test_values_of_every_type(name, tmp_path):
-    expected = write_folder(tmp_path, {"L.weight": values(24, 192)}, name, group=48)
-    weights = assert_read(tmp_path, expected)
-    layer = weights["L.weight"].layout_cls.format
-    assert format_named(layer.__name__) is layer
-
-
-@pytest.mark.parametrize("options", [
-    {"rank": 8}, {"rank": 8, "group": 96}, {"name": "int8", "rank": 8}, {"name": "int8"},
-    {"scale_dtype": torch.bfloat16}, {"scale_dtype": torch.float16, "group": 64, "rank": 4},
-    {"codebook": True}, {"codebook": True, "group": 48},
-    {"codebook": True, "name": "uint3", "scale_dtype": torch.bfloat16},
-    {"shape": (24, 16, 3, 3)}, {"shape": (24, 16, 3, 3), "group": 8}, {"shape": (24, 32, 1, 1)},
-    {"shape": (24, 16, 3), "group": 8}, {"shape": (24, 16, 2, 3, 3), "group": 8, "rank": 4},
-    {"shape": (24, 16, 3, 3), "name": "int8"}, {"shape": (24, 32, 3, 3), "codebook": True},
-    {"shape": (24, 32, 3, 3), "codebook": True, "group": 8},
-    {"name": "int8", "group": 48, "shape": (24, 192)},
-], ids=str)
-def test_values_of_every_layout(options, tmp_path):
-    options = {"name": "uint4", "shape": (24, 192)} | options
-    name, shape = options.pop("name"), options.pop("shape")
-    expected = write_folder(tmp_path, {"L.weight": values(*shape)}, name, lambda *_: True,
-                            {"use_codebook": options.get("codebook", False)}, **options)
-    assert_read(tmp_path, expected)
-
-
-@pytest.mark.parametrize("shape", [(24, 256), (24, 16, 3, 3)], ids=str)
-@pytest.mark.parametrize(("version", "size", "base"), [
-    ("0.2.0", 16, H4), ("0.2.8", 4, H4), ("0.2.8", 8, H2), ("0.1.9", 16, H2), ("0.1.9", 4, H2)])
-@pytest.mark.parametrize("name", ["uint4", "int8"])
-@pytest.mark.parametrize("rank", [0, 4])
-def test_values_of_rotated_weights(name, rank, version, size, base, shape, tmp_path):
-    expected = write_folder(
-        tmp_path, {"L.weight": values(*shape)}, name, lambda *_: True,
-        {"use_hadamard": True, "hadamard_group_size": size, "sdnq_version": version}, rank=rank,
-        rotated=(size, base))
-    assert_read(tmp_path, expected)
-
-
-@pytest.mark.parametrize(("default", "version"), [(256, "0.2.8"), (128, "0.1.9")])
-@pytest.mark.parametrize("columns", [768, 192, 72])
-def test_the_rotation_is_as_large_as_divides_the_channels(columns, default, version, tmp_path):
-    size = min(default, columns & -columns)
-    base = H4 if version == "0.2.8" and size.bit_length() % 2 else H2
-    expected = write_folder(tmp_path, {"L.weight": values(8, columns)}, "uint4", settings={
-        "use_hadamard": True, "sdnq_version": version}, rotated=(size, base))
-    assert_read(tmp_path, expected)
-
-
-@pytest.mark.parametrize("columns", [8, 96])
-def test_taps_are_no_channels_to_rotate(columns, tmp_path):
-    size = columns & -columns
-    expected = write_folder(
-        tmp_path, {"L.weight": values(8, columns, 4, 4)}, "uint4", lambda *_: True,
-        {"use_hadamard": True}, rotated=(size, H2))
-    assert_read(tmp_path, expected)
-
-
-@pytest.mark.parametrize("name", ["uint4", "int8"])
-@pytest.mark.parametrize("evidence", ["bias", "svd_up"])
-def test_one_scale_of_a_whole_weight_is_that_of_all_rows(evidence, name, tmp_path):
-    tensors, _ = write_weight(values(1, 24 * 64), name)
-    other = {"bias": torch.zeros(24)}
-    low_rank = torch.zeros(24, 64)
-    if evidence == "svd_up":
-        other = {"svd_up": values(24, 4), "svd_down": values(4, 64)}
-        low_rank = other["svd_up"] @ other["svd_down"]
-    codes = tensors["weight"].view(24, 64) if name == "int8" else torch.stack(
-        [tensors["weight"] & 15, tensors["weight"] >> 4], -1).view(24, 64)
-    save_layer(tmp_path / "model.safetensors",
-               tensors | other | ({"weight": codes} if name == "int8" else {}))
-    (tmp_path / "config.json").write_text(json.dumps(config_of(name)))
-    expected = codes.float() * tensors["scale"] + tensors.get("zero_point", 0) + low_rank
-    weight = open_weights(tmp_path).state_dict()["L.weight"]
-    assert is_packed(weight) and relative(weight.dequantize(), expected) < 1e-6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scales_may_have_a_factor(dtype, tmp_path):
-    tensors, expected = write_weight(values(24, 64), "int4", scale_dtype=dtype)
-    save_layer(tmp_path / "model.safetensors", tensors | {"scale_2": torch.tensor([0.75])})
-    (tmp_path / "config.json").write_text(json.dumps(config_of("int4")))
-    assert_read(tmp_path, {"L.weight": expected * 0.75})
-
-
-@pytest.mark.parametrize("shape", [(24, 64), (32, 32)], ids=str)
-@pytest.mark.parametrize("rank", [0, 4, 32])
-@pytest.mark.parametrize("name", ["int8", "uint8", "uint4"])
-def test_transposed_weights_are_put_in_the_order_of_their_rows(name, rank, shape, tmp_path):
-    weights = {"L.weight": values(*shape), "L.bias": torch.zeros(shape[0])}
-    expected = write_folder(tmp_path, weights, name, settings={"use_quantized_matmul": True},
-                            transposed=True, rank=rank)
-    assert_read(tmp_path, expected)
-
-
 @pytest.mark.parametrize(("name", "expected"), [
     ("float4_e2m1fn", [0, 0.75, 1, 1.5, 2, 3, 4, 6]),
     ("float4_e1m2fn", [1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5])])
@@ -251,29 +149,6 @@ def test_the_floats_of_early_versions_have_no_subnormals(name, expected, tmp_pat
 
 def save_layer(path, tensors, metadata=None):
     save_file({f"L.{name}": tensor for name, tensor in tensors.items()}, path, metadata)
-
-
-@pytest.mark.parametrize(("name", "options"), [
-    ("uint4", {"rank": 32}), ("int8", {}), ("uint8", {}), ("int5", {}), ("uint7", {}),
-    ("uint4", {"group": 64}), ("int4", {"group": 64}), ("uint2", {"group": 16}),
-    ("int6", {"group": 256}), ("int3", {"group": 32}), ("uint4", {"codebook": True}),
-    ("uint1", {"group": 8}), ("uint2", {"rank": 4})])
-def test_sizes_tell_the_bits_of_a_file_without_a_config(name, options, tmp_path):
-    tensors, expected = write_weight(values(24, 512), name, **options)
-    path = tmp_path / "model.safetensors"
-    save_layer(path, tensors)
-    assert needs_own_reader(str(path))
-    assert_read(path, {"L.weight": expected})
-
-
-@pytest.mark.parametrize(("name", "options"), [
-    ("uint4", {}), ("uint4", {"group": 32}), ("int6", {})])
-def test_bits_that_nothing_tells_are_a_sentence(name, options, tmp_path):
-    tensors, _ = write_weight(values(24, 512), name, **options)
-    save_layer(tmp_path / "model.safetensors", tensors)
-    with pytest.raises(WeightFileError, match="model.safetensors: 'L': its codes.* may have .* bits"
-                                              ".* expected a config.* Put the config.json"):
-        open_weights(tmp_path / "model.safetensors").state_dict()
 
 
 @pytest.mark.parametrize("place", ["metadata", "config.json", "quantization_config.json"])
@@ -349,99 +224,6 @@ def test_more_patterns_than_a_model_has_layers_are_a_sentence(settings):
     config = config_of("uint4", **settings)["quantization_config"]
     with pytest.raises(PartError, match="more than 4096 patterns"):
         read_settings(config, "a.weight")
-
-
-def test_a_rotation_that_would_take_gigabytes_is_a_sentence(tmp_path):
-    write_folder(tmp_path, {"L.weight": values(2, 1 << 14)}, "uint4", settings={
-        "use_hadamard": True, "hadamard_group_size": 1 << 14, "sdnq_version": "0.2.8"})
-    with pytest.raises(WeightFileError, match=(
-            f"^{tmp_path.name}/diffusion_pytorch_model.safetensors: 'L': it is rotated in groups of"
-            " 16384 values; expected at most 4096")):
-        open_weights(tmp_path).state_dict()
-
-
-CODES = torch.zeros(24 * 32, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(("tensors", "settings", "message"), [
-    ({"scale": torch.ones(24, 2)}, {}, "its scale is float32 .24, 2.; expected scales of rows"),
-    ({"scale": torch.ones(7, 1)}, {}, "of 7 rows"),
-    ({"scale": torch.ones(24)}, {}, "its scale is float32 .24,.; expected .rows, 1."),
-    ({"scale": torch.ones(24, 5, 1)}, {}, "make no SDNQ int4 weight of 24 rows"),
-    ({"zero_point": torch.ones(24, 1)}, {}, "it has a zero_point; expected no zero_point"),
-    ({"zero_point": torch.ones(24, 3)}, {}, "expected the same shape"),
-    ({}, {"weights_dtype": "uint4"}, "it has no zero_point; expected a zero_point"),
-    ({}, {"weights_dtype": "int5"}, "its codes are uint8 .768,.; expected those of int5"),
-    ({}, {"weights_dtype": "int8"}, "expected those of int8"),
-    ({}, {"weights_dtype": "int12"}, "of the type 'int12'; expected one of at most 8 bits"),
-    ({}, {"weights_dtype": 3}, "of the type 3; expected"),
-    ({"weight": torch.zeros(24, 64, dtype=torch.int16)}, {}, "int16 .24, 64., of more than 8 bits"),
-    ({"weight": torch.zeros(24, 64).to(torch.float8_e5m2)}, {"weights_dtype": "int8"},
-     "its codes are float8_e5m2 .24, 64.; expected int8"),
-    ({"weight": CODES.view(torch.int8).view(12, 64)}, {"weights_dtype": "int8"}, "of 24 rows"),
-    ({"svd_up": torch.ones(24, 0), "svd_down": torch.ones(0, 64)}, {}, "expected floats that make"),
-    ({"svd_up": torch.ones(()), "svd_down": torch.ones(()), "scale": torch.ones(1, 1)}, {},
-     "which do not say how many"),
-    ({"scale": torch.ones(0, 1)}, {}, "of 0 rows"),
-    ({"weight": CODES[:0]}, {}, "make no SDNQ int4 weight"),
-    ({"svd_up": torch.ones(24, 4)}, {}, "only one of svd_up and svd_down"),
-    ({"svd_up": torch.ones(24, 4), "svd_down": torch.ones(3, 64)}, {}, "expected floats that make"),
-    ({"svd_up": torch.ones(24, 4).int(), "svd_down": torch.ones(4, 64).int()}, {},
-     "expected floats"),
-    ({"scale": torch.ones(24, 1).to(torch.float8_e5m2)}, {}, "without the numbers that it is read"),
-    ({"scale": torch.ones(24, 1), "scale_2": torch.ones(3)}, {}, "without the numbers"),
-    ({"scale": torch.ones(24, 1).int()}, {}, "its scale is int32 .24, 1.; expected floats"),
-    ({"scale": torch.ones(1, 1)}, {}, "one scale for all rows, which do not say how many"),
-    ({}, {"use_hadamard": True, "hadamard_group_size": 48}, "groups of 48 values; expected a"),
-    ({}, {"use_hadamard": True, "hadamard_group_size": "a"}, "groups of 'a' values"),
-    ({}, {"use_hadamard": True, "sdnq_version": None, "hadamard_group_size": 16}, "sdnq_version"),
-    ({"scale": torch.ones(24, 16), "zero_point": torch.ones(24, 16)}, {"use_codebook": True},
-     "both a codebook and a zero_point"),
-    ({"scale": torch.ones(24, 7)}, {"use_codebook": True}, "expected 16 levels"),
-])
-def test_parts_that_do_not_belong_together_are_a_sentence(tensors, settings, message, tmp_path):
-    save_layer(tmp_path / "model.safetensors",
-               {"weight": CODES, "scale": torch.ones(24, 1)} | tensors)
-    (tmp_path / "config.json").write_text(json.dumps(config_of("int4") | {
-        "quantization_config": config_of("int4")["quantization_config"] | settings}))
-    with pytest.raises(WeightFileError, match=f"model.safetensors: 'L': .*{message}.*[.] [A-Z]"):
-        open_weights(tmp_path).state_dict()
-
-
-@pytest.mark.parametrize("part", ["svd_up", "svd_down"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_factors_of_a_dtype_that_no_writer_has_are_a_sentence(part, dtype, transposed, tmp_path):
-    tensors, _ = write_weight(values(128, 64), "int8", rank=4, transposed=transposed)
-    tensors[part] = tensors[part].to(dtype)
-    save_layer(tmp_path / "model.safetensors", tensors)
-    (tmp_path / "config.json").write_text(json.dumps(config_of(
-        "int8", use_svd=True, use_quantized_matmul=transposed)))
-    with pytest.raises(WeightFileError, match=r"'L': its svd_up is .* expected floats that make a"
-                                              r" weight of \(128, 64\), in 16 or 32 bits"):
-        open_weights(tmp_path).state_dict()
-
-
-def test_codes_across_the_ends_of_rows_are_a_sentence(tmp_path):
-    tensors, _ = write_weight(values(24, 9, 3, 3), "uint4")
-    save_layer(tmp_path / "model.safetensors", tensors)
-    (tmp_path / "config.json").write_text(json.dumps(config_of("uint4")))
-    with pytest.raises(WeightFileError, match="'L': its rows have 81 codes of 4 bits, of which 2"):
-        open_weights(tmp_path).state_dict()
-
-
-@pytest.mark.parametrize(("name", "part"), [
-    ("uint4", "scale"), ("uint4", "weight"), ("int8", "scale")])
-def test_a_missing_part_is_a_sentence(name, part, tmp_path):
-    tensors, _ = write_weight(values(24, 64), name)
-    other, _ = write_weight(values(24, 64), "int8")
-    stored = {f"M.{name}": tensor for name, tensor in other.items()}
-    stored |= {f"L.{name}": tensor for name, tensor in tensors.items() if name != part}
-    save_file(stored, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config_of("uint4", modules_dtype_dict={
-        "int8": ["M"]})))
-    with pytest.raises(WeightFileError, match="model.safetensors: 'L.* not in the file"):
-        open_weights(tmp_path).state_dict()
 
 
 def test_other_tensors_of_such_names_are_left_alone(tmp_path):

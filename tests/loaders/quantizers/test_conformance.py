@@ -1,0 +1,74 @@
+"""What every quantiser of the registry must do, by the weights in `tests/support/conformance`."""
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conformance import CASES
+from conformance.base import changed, save
+
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.loaders.quantizers.registry import QUANTIZERS, quantizer_of
+from featherweight.ops.formats._names import format_named
+from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.ops.tensor.row_slicing import take_rows
+
+QUOTED = "'L"  # what names of the layer and of its tensors begin with
+WRITERS = [pytest.param(quantizer, write, id=f"{quantizer.name}: {case}")
+           for quantizer, cases in CASES for case, write in cases.WRITERS.items()]
+BAD = [pytest.param(getattr(cases, "TOLD", QUOTED), *bad, id=f"{quantizer.name}: {case}")
+       for quantizer, cases in CASES for case, bad in cases.BAD.items()]
+
+
+def test_every_quantizer_of_the_registry_has_weights_and_damaged_ones_here():
+    named = {quantizer.name for quantizer, cases in CASES if cases.WRITERS and cases.BAD}
+    assert named == {quantizer.name for quantizer in QUANTIZERS}
+
+
+@pytest.mark.parametrize(("quantizer", "write"), WRITERS)
+def test_a_weight_becomes_one_packed_tensor_of_the_values_that_its_writer_means(quantizer, write,
+                                                                                tmp_path):
+    written = write()
+    file = open_weights(save(tmp_path, written))
+    assert needs_own_reader(str(tmp_path / "model.safetensors"))
+    weights = file.state_dict()
+    names = {quantizer.name, *quantizer.methods.values()}
+    assert (quantizer_of(file) in names) == written.has_own_marks
+    if written.bias is not None:
+        assert torch.equal(weights.pop("L.bias").float(), written.bias)
+    assert weights.keys() == {"L.weight"}
+    packed, values = weights["L.weight"], written.values
+    assert is_packed(packed) and packed.shape == values.shape
+    assert (packed.dequantize() - values).abs().max() <= written.error * values.abs().max()
+    layout = packed.layout_cls.format
+    assert format_named(layout.__name__) is layout
+    if written.held is not None:
+        counted = [part for name, part in written.parts.items() if name not in written.uncounted]
+        assert packed.nbytes <= written.held * sum(part.nbytes for part in counted)
+    start = len(values) // 3
+    some = slice(start, start + max(1, len(values) // 2))
+    for index in (some, torch.tensor([len(values) - 1, 0])):
+        rows = take_rows(packed, index)
+        assert is_packed(rows) == written.whole_rows or len(rows) == len(values)
+        rows = rows.dequantize() if is_packed(rows) else rows
+        assert torch.equal(rows, packed.dequantize()[index])
+
+
+@pytest.mark.parametrize(("told", "write", "change", "message"), BAD)
+def test_parts_that_do_not_belong_together_are_a_sentence_with_file_and_layer(told, write, change,
+                                                                              message, tmp_path):
+    written = write()
+    path = save(tmp_path, replace(written, parts=changed(written.parts, change)))
+    with pytest.raises(WeightFileError) as error:
+        open_weights(path).state_dict()
+    text, folder = str(error.value), f"{path.name}/" if path.is_dir() else ""
+    if not message.startswith("'"):
+        message = f"{told}.*{message}"
+    assert re.match(rf"{folder}model\.safetensors: .*{message}", text), text
+    assert re.search(r"\. [A-Z].*\.$", text)  # what to do
+    # leftovers without the parts that tell a quantiser do not choose the reader
+    assert needs_own_reader(str(tmp_path / "model.safetensors")) or re.search(
+        " is part of a |'L.weight' holds 4-bit codes", text)
+    assert QUOTED in text and "\n" not in text and len(text) < 500

@@ -1,0 +1,81 @@
+"""Weights of compressed-tensors."""
+import torch
+from quantizer_writers import int_quantized, nvfp4, pack_quantized
+
+from .base import Written, damaged, grid, weight
+
+TOLD = "'L', packed by compressed-tensors"
+
+
+def packed(rows=96, columns=128, held=1.05, **options):
+    return Written(*pack_quantized(weight(rows, columns), **options), held=held)
+
+
+def apart(symmetric):
+    """Columns of a group lie apart."""
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(1))
+    return packed(held=None, symmetric=symmetric, order=order)
+
+
+def unordered(symmetric):
+    parts, values = pack_quantized(weight(96, 128), symmetric=symmetric)
+    return Written(parts | {"weight_g_idx": torch.full((128,), -1, dtype=torch.int32)}, values)
+
+
+def of_one_scale():
+    """One scale, and its zero in a byte."""
+    parts, values = pack_quantized(weight(1, 128), group=None, symmetric=False)
+    zero = int(parts["weight_zero_point"]) & 15
+    return Written(parts | {"weight_zero_point": torch.tensor([[zero - 8]], dtype=torch.int8),
+                            "weight_scale": parts["weight_scale"].view(1)}, values, held=None)
+
+
+def integers(symmetric=False, **options):
+    return Written(*int_quantized(weight(96, 128), symmetric=symmetric, **options),
+                   has_own_marks=not symmetric)
+
+
+def floats():
+    return Written(*nvfp4(weight(64, 1024)))
+
+
+WRITERS = {
+    **grid("pack-quantized", packed, bits=[2, 3, 4, 8], symmetric=[False, True], group=[32, None]),
+    # rows may end within a word
+    **grid("a word of two rows", packed, bits=[2, 3, 4, 8], rows=[90, 40], columns=[136], group=[8],
+           symmetric=[False], held=[None]),
+    **grid("columns apart", apart, symmetric=[False, True]),
+    **grid("columns without an order", unordered, symmetric=[False, True]),
+    "one scale and zeros in bytes": of_one_scale,
+    **grid("int-quantized", integers, symmetric=[False, True], group=[32, None]),
+    "nvfp4": floats,
+}
+BAD = damaged(
+    packed,
+    no_scales=({"weight_scale": None}, "its weight_scale is missing"),
+    no_shape=({"weight_shape": None}, "its weight_shape is missing"),
+    rows_missing=({"weight_packed": lambda words: words[:9]},
+                  r"its weight_shape is \[96, 128\] and its weight_packed int32 \(9, 16\)"),
+    words_with_gaps=({"weight_packed": torch.zeros(96, 13).int()},
+                     "expected words of 2, 3, 4, 8 bits a value without gaps"),
+    scales_of_other_rows=({"weight_scale": torch.ones(7, 4)}, "expected some for each of 96 rows"),
+    zeros_of_other_rows=({"weight_zero_point": torch.zeros(3, 4).int()},
+                         r"its weight_zero_point is int32 \(3, 4\)"),
+    zeros_of_other_bits=({"weight_zero_point": torch.full((96, 4), 8, dtype=torch.int8)},
+                         "expected 4-bit integers"),
+    groups_of_other_columns=({"weight_g_idx": torch.zeros(9).int()},
+                             "its columns do not name one of its 4 groups each"),
+    a_shape_of_floats=({"weight_shape": torch.Tensor.float}, "its weight_shape is float32"),
+    no_groups=({"weight_scale": torch.ones(96, 0).bfloat16()},
+               "its 0 groups do not divide its 128 columns"),
+    groups_of_floats=({"weight_g_idx": torch.ones(128)},
+                      "its columns do not name one of its 4 groups each"),
+    scales_of_doubles=({"weight_scale": torch.Tensor.double}, "its scales are float64"),
+    codes_of_floats=({"weight_packed": torch.ones(96, 16)}, "expected rows of int32 or uint8"),
+    mxfp4=(lambda _: {"weight_packed": torch.zeros(96, 64, dtype=torch.uint8),
+                      "weight_scale": torch.zeros(96, 4, dtype=torch.uint8)},
+           "of 4-bit floats, only nvfp4 is read"),
+    nvfp4_of_other_scales=(
+        lambda _: nvfp4(weight(96, 128))[0] | {"weight_scale": torch.ones(96)},
+        r"expected fp8 E4M3 \(96, 8\) and one number"),
+) | damaged(integers, zeros_of_floats=({"weight": torch.ones(96, 128)}, r"expected int8 \(N, K\)"))

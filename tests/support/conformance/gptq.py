@@ -1,0 +1,121 @@
+"""Weights of GPTQ, AutoRound and AWQ."""
+import random
+
+import torch
+from quantizer_writers import awq, gptq
+
+from .base import Written, damaged, each, grid, weight
+
+V1 = {"quant_method": "gptq", "bits": 4}
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def of_gptq(rows=96, columns=128, seed=0, config=V1, has_groups=True, held=1.05, **options):
+    parts, values = gptq(weight(rows, columns, seed=seed), **options)
+    if not has_groups:
+        del parts["g_idx"]
+    uncounted = () if "order" in options else ("g_idx",)
+    return Written(parts, values, config=config, held=held, uncounted=uncounted)
+
+
+def of_any_width(seed):
+    """Groups that do not divide the columns, and of which the last is short."""
+    rng = random.Random(seed)
+    group = rng.choice([32, 64, 128])
+    columns = rng.choice([96, 192, 960, 32 * rng.randint(1, 32)])
+    bits, symmetric = rng.choice([2, 3, 4, 8]), rng.random() < 0.5
+    return of_gptq(32, columns, seed, V1 | {"group_size": group}, rng.random() >= 0.7, None,
+                   bits=bits, group=group, symmetric=symmetric)
+
+
+def of_zeros_of_none(bits):
+    """A zero of none is stored as the largest."""
+    return Written(*gptq(weight(96, 128).abs(), bits), config=V1, uncounted=("g_idx",))
+
+
+def of_half_the_range(stored_less):
+    """Zeros of half the range need no config and no memory."""
+    parts, values = gptq(weight(96, 128), symmetric=True, stored_less=stored_less)
+    return Written(parts, values, held=1, uncounted=("qzeros", "g_idx"))
+
+
+def of_apart(bits, symmetric):
+    """Columns of a group lie apart."""
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(1))
+    return of_gptq(bits=bits, symmetric=symmetric, order=order)
+
+
+def of_a_short_group(config, has_groups):
+    values = torch.nn.functional.pad(weight(96, 160), (0, 32))
+    parts, expected = gptq(values, group=64)
+    parts |= {"qweight": parts["qweight"][:20], "g_idx": parts["g_idx"][:160]}
+    if not has_groups:
+        del parts["g_idx"]
+    return Written(parts, expected[:, :160], config=config, held=None)
+
+
+def of_awq(shape=(96, 128), symmetric=False):
+    parts, values = awq(weight(*shape), min(32, shape[1]), symmetric)
+    return Written(parts, values, held=None if shape[1] < 32 else 1.05)
+
+
+WRITERS = {
+    **grid("gptq", of_gptq, bits=[2, 3, 4, 8], group=[64], symmetric=[False, True], dtype=FLOATS),
+    **grid("any width", of_any_width, seed=range(24)),
+    **each("without a config", of_gptq, *(
+        {"rows": 32, "columns": columns, "group": group, "symmetric": True, "config": None,
+         "has_groups": False, "held": None}
+        for columns, group in ((96, 64), (192, 128), (960, 128), (384, 128), (128, 64), (256, 32),
+                               (48, 32), (96, 0)))),
+    # the config says whether zeros are stored less one
+    **each("zeros", of_gptq, *({"stored_less": less, "config": config} for less, config in (
+        (1, V1), (0, V1 | {"checkpoint_format": "gptq_v2"}),
+        (1, V1 | {"checkpoint_format": "gptq"}), (0, V1 | {"format": "gptq_v2"}),
+        (1, AUTO_ROUND), (1, {"quant_method": "auto-round"}),
+        (0, {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}),
+        (0, {"quant_method": "intel/auto-round", "packing_format": "auto_round"})))),
+    **grid("zeros of none", of_zeros_of_none, bits=[2, 4, 8]),
+    **grid("zeros of half the range", of_half_the_range, stored_less=[0, 1]),
+    **grid("columns apart", of_apart, bits=[3, 4], symmetric=[False, True]),
+    **each("a short group", of_a_short_group, {"config": V1, "has_groups": True}, *(
+        {"config": config, "has_groups": False}
+        for config in (AUTO_ROUND, AUTO_ROUND | {"group_size": 64}))),
+    **grid("awq", of_awq, symmetric=[False, True], shape=[(96, 128), (8, 2), (2048, 4128)]),
+}
+
+
+def of_odd_groups():
+    """Groups of a length that writers do not offer."""
+    parts, _ = gptq(weight(96, 160), group=16)
+    return Written({"qweight": parts["qweight"], "scales": parts["scales"][:7],
+                    "qzeros": parts["qzeros"][:7]}, config=AUTO_ROUND)
+
+
+BAD = damaged(
+    of_gptq,
+    no_zeros=({"qzeros": None}, "other parts .* are missing"),
+    no_scales=({"scales": None}, "other parts .* are missing"),
+    words_of_another_type=({"qweight": torch.Tensor.short},
+                           r"it has qweight int16 \(16, 96\), .* expected int32 words of GPTQ"),
+    rows_missing=({"qweight": lambda words: words[:, :32]}, "expected int32 words of GPTQ"),
+    groups_missing=({"qzeros": lambda words: words[:2]}, "expected int32 words of GPTQ"),
+    five_bits=({"qzeros": torch.zeros(4, 15, dtype=torch.int32)},
+               "it has 5 bits a value, expected 2, 3, 4, 8"),
+    scales_of_integers=({"scales": torch.Tensor.short}, "scales int16"),
+    a_group_out_of_range=({"g_idx": lambda groups: groups + 1},
+                          "columns do not name one of its 4 groups each"),
+    groups_of_other_columns=({"g_idx": lambda groups: groups[:8]}, "columns do not name"),
+    no_dimension=({"scales": torch.ones(1).half()}, "expected int32"),
+    nothing=({"qweight": lambda words: words[:0]}, "expected int32"),
+) | {
+    "no config": (lambda: of_gptq(config=None), {}, "packed by GPTQ, .* does not say whether zeros"
+                                                    " .* pick the folder with its"),
+    "groups of no length that writers offer": (of_odd_groups, {},
+                                               "its 7 groups do not divide its 160 columns"),
+    "codes and columns alone": (lambda: Written(
+        {"qweight": torch.zeros(2, 2, dtype=torch.int32), "g_idx": torch.arange(2)}), {},
+        "GPTQ or AWQ whose other parts"),
+    "zeros alone": (lambda: Written({"qzeros": torch.zeros(2, 2, dtype=torch.int32)}), {},
+                    "GPTQ or AWQ"),
+}

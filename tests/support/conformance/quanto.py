@@ -1,0 +1,47 @@
+"""Weights of optimum-quanto."""
+import torch
+from quantizer_writers import quanto_bits, quanto_bytes
+
+from .base import Written, damaged, each, grid, weight
+
+TOLD = "'L', packed by quanto: "
+
+
+def of_bytes(shape, dtype):
+    return Written(*quanto_bytes(weight(*shape), dtype))
+
+
+def of_bits(shape=(96, 256), bias=True, **options):
+    parts, values = quanto_bits(weight(*shape), **options)
+    bias = torch.ones(shape[0]) if bias else None
+    return Written(parts if bias is None else parts | {"bias": bias}, values, bias, held=1)
+
+
+WRITERS = {
+    **grid("bytes", of_bytes, shape=[(96, 128), (8, 4, 3, 3)],
+           dtype=[torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]),
+    **each("bits", of_bits, *(
+        {"bits": bits, "dtype": dtype, "shape": shape, "group": group} for bits in (2, 4)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32) for shape, group in (
+            ((96, 256), 128), ((6, 64), 64), ((7, 96), 32), ((3, 96), 96)))),
+}
+BAD = damaged(
+    lambda: of_bits(bias=False),
+    no_bias=({}, "it has no bias, without which .* qint8 and qfloat8 need none"),
+    a_bias_of_other_rows=({"bias": torch.ones(7)}, "are no whole rows of the 7 that its bias"),
+    a_bias_of_one_number=({"bias": torch.ones(())}, "are no whole rows of the 1 that its bias"),
+    shifts_missing=({"weight._shift": torch.ones(5).bfloat16()}, "expected uint8 codes with a"),
+    codes_missing=({"weight._data._data": torch.zeros(5, 128, dtype=torch.uint8)},
+                   "expected 2 or 4 bits a value"),
+    a_group_of_no_whole_bytes=({"weight._data._data": torch.zeros(96, 129).to(torch.uint8)},
+                               "and whole bytes for each group"),
+    codes_of_floats=({"weight._data._data": torch.zeros(5, 128)}, "expected uint8 codes"),
+    bytes_of_other_rows=({"weight._data": torch.zeros(9, 8, dtype=torch.int8)},
+                         "expected int8 or fp8 with a scale for each row"),
+    bytes_of_an_unknown_type=({"weight._data": torch.zeros(192, 8, dtype=torch.uint8)},
+                              "expected int8 or fp8"),
+    no_scale=({"weight._scale": None}, "its weight._scale is missing"),
+    codes_alone=(lambda _: {"weight._data": torch.zeros(2, 2, dtype=torch.int8)}, "missing"),
+    a_scale_alone=(lambda _: {"weight._scale": torch.ones(1)},
+                   "'L.weight._scale' is part of .*quanto whose"),
+)

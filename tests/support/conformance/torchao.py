@@ -1,0 +1,66 @@
+"""Weights of torchao in safetensors."""
+import torch
+from quantizer_writers import torchao_bytes, torchao_header, torchao_integers
+
+from .base import Written, damaged, each, grid, weight
+
+TOLD = "'L', packed by torchao: "
+INTEGERS = "IntxUnpackedToInt8Tensor"
+
+
+def metadata(header):
+    return {"L.weight": header, "tensor_names": '["L.weight"]'}
+
+
+def of_bytes(dtype):
+    type_name = "Int8Tensor" if dtype == torch.int8 else "Float8Tensor"
+    return Written(*torchao_bytes(weight(96, 128), dtype), metadata=metadata(
+        torchao_header(type_name)))
+
+
+def of_integers(bits=4, type_name=INTEGERS, target=None, **options):
+    """`target`: bits by the header."""
+    data = {"target_dtype": {"_type": "torch.dtype", "_data": f"int{target or bits}"}}
+    header = torchao_header(type_name, **data if type_name == INTEGERS else {})
+    return Written(*torchao_integers(weight(96, 128), bits, **options), metadata=metadata(header))
+
+
+WRITERS = {
+    **grid("bytes", of_bytes, dtype=[torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]),
+    **each("integers", of_integers, *(
+        {"bits": bits, "symmetric": symmetric, "dtype": dtype} for bits in (1, 2, 3, 4, 5, 8)
+        for symmetric in (False, True)[:bits] for dtype in (torch.bfloat16, torch.float32))),
+    # zeros of int8 count, and so do codes beyond the bits of the header
+    **each("eight bits", of_integers, {"bits": 8, "group": 128, "type_name": "Int8Tensor"},
+           {"bits": 8, "group": 128, "target": 4}),
+}
+
+
+KNOWN = torchao_header(INTEGERS)
+
+
+def of_header(header=KNOWN):
+    return Written(torchao_integers(weight(96, 128))[0],
+                   metadata={"L.weight": header} if header else None)
+
+
+BAD = {
+    "no header": (lambda: of_header(None), {}, "the header of its file does not say its type"),
+    "no JSON": (lambda: of_header("{"), {}, "the header of its file does not say its type"),
+    "tiles": (lambda: of_header(torchao_header("Int4TilePackedTo4dTensor")), {},
+              "it is a 'Int4TilePackedTo4dTensor', expected Int8Tensor, Float8Tensor or Intx"),
+    "rows of groups": (lambda: of_header(torchao_header("Float8Tensor")), {
+        "_weight_qdata": torch.ones(96, 128).to(torch.float8_e4m3fn)},
+        "expected int8 or fp8 with a scale for each row"),
+    "zeros of fp8": (lambda: of_header(torchao_header("Int8Tensor")), {
+        "_weight_zero_point": torch.zeros(96, 4).to(torch.float8_e4m3fn)},
+        r"expected int8 \(N, K\) codes"),
+} | damaged(
+    of_header,
+    scales_of_other_rows=({"_weight_scale": torch.ones(7, 4)},
+                          r"codes, float32 \(7, 4\) scales and int8 \(96, 4\) zeros, expected"),
+    zeros_of_floats=({"_weight_zero_point": torch.ones(96, 4)}, r"expected int8 \(N, K\) codes"),
+    codes_of_floats=({"_weight_qdata": torch.ones(96, 128)}, r"expected int8 \(N, K\) codes"),
+    codes_alone=(lambda _: {"_weight_qdata": torch.zeros(2, 2, dtype=torch.int8)}, "is missing"),
+    a_scale_alone=(lambda _: {"_weight_scale": torch.ones(2)}, "'L.* torchao whose _weight_qdata"),
+)
