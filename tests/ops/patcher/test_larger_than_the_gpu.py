@@ -145,6 +145,7 @@ def check(subject: Subject, pages: int, inference: float, gpu, monkeypatch):
     assert expected.isfinite().all()
     comfy.model_management.unload_all_models()
     gc.collect()
+    before = gpu.used()  # what earlier tests of this process left: workspaces, tables
 
     whole = subject.load({})
     gpu.reset()
@@ -172,7 +173,7 @@ def check(subject: Subject, pages: int, inference: float, gpu, monkeypatch):
     tell(f"{patcher.placement.gpu_bytes / 1e6:.1f} of {patcher.full_size() / 1e6:.1f} MB", gpu)
     assert loading < BY_LOADING
     assert copied <= patcher.full_size() - pages * PAGE + largest(patcher) + INPUTS
-    assert gpu.peak() <= patcher.placement.gpu_bytes + buffers(patcher) + COMPUTING
+    assert gpu.peak() <= before + patcher.placement.gpu_bytes + buffers(patcher) + COMPUTING
 
 
 def largest(patcher) -> int:
