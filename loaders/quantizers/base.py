@@ -82,10 +82,6 @@ class Quantizer:
     is_in: Callable[[Collection[str], Mapping[str, Any], TypeOf], bool]
     join: Callable[[WeightFile, dict[str, torch.Tensor], ProgressIter], None]
 
-    def name_in(self, file: WeightFile) -> str:
-        """Returns who quantised a file, by its config where it says so."""
-        return self.methods.get(str(file.quantization.get("quant_method")), self.name)
-
 
 def of_layers(name: str, parts: Collection[str], layers: Mapping[str, Collection[str]],
               read_weight: Callable[[WeightFile, str, Parts], torch.Tensor],

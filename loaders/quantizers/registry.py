@@ -37,14 +37,14 @@ def has_quantized_weights(names: Collection[str], metadata: Mapping[str, Any],
 
 
 def quantizer_of(file: WeightFile) -> str:
-    """Returns who quantised weights of a file, "" for nobody."""
+    """Returns who quantised weights of a file, by its config where that says so, "" for nobody."""
 
     def type_of(name: str) -> str:
         return file.entries[name].format
 
     for quantizer in QUANTIZERS:
         if quantizer.is_in(file.entries, file.metadata, type_of):
-            return quantizer.name_in(file)
+            return METHODS.get(str(file.quantization.get("quant_method")), quantizer.name)
     return COMFYUI if marked_layers(file.metadata, file.entries) else ""
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from host_formats import HOST_FORMATS
-from quantizer_writers import gptq
+from quantizer_writers import gptq, save_config
 from safetensors.torch import save_file
 from stored_files import FILES, written
 
@@ -49,3 +49,10 @@ def test_the_settings_of_a_quantiser_may_be_in_a_files_metadata(stored_less, tmp
     file = open_weights(tmp_path / "a.safetensors")
     assert torch.equal(file.state_dict()["L.weight"].dequantize(), expected)
     assert quantizer_of(file) == "GPTQ"
+
+
+def test_who_packed_a_folder_is_said_by_its_config(tmp_path):
+    save_file({"L.weight": torch.ones(8, 16, dtype=torch.int8), "L.weight_scale": torch.ones(8, 1)},
+              tmp_path / "model.safetensors")
+    save_config(tmp_path, quant_method="compressed-tensors", format="int-quantized")
+    assert quantizer_of(open_weights(tmp_path)) == "compressed-tensors"
