@@ -20,8 +20,9 @@ WIDTH = 4096  # of the text
 
 def diffusers_shapes(columns=36, **kwargs):
     """Name -> shape in diffusers' class, of the size of the small models of `families`."""
+    model_class = diffusers.WanTransformer3DModel  # imports: tables of modules are no meta tensors
     with torch.device("meta"):
-        model = diffusers.WanTransformer3DModel(
+        model = model_class(
             num_attention_heads=2, attention_head_dim=128, in_channels=columns, out_channels=16,
             text_dim=WIDTH, freq_dim=256, ffn_dim=512, num_layers=1, **kwargs)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
