@@ -110,8 +110,8 @@ def of_layers(name: str, parts: Collection[str], layers: Mapping[str, Collection
         return next(find(names), None) is not None
 
     def join(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter):
-        marked, parts_of = marked_layers(file.metadata, tensors), {}
         found = [*find(tensors.keys()), *(more_layers(tensors) if more_layers else ())]
+        marked, parts_of = marked_layers(file.metadata, tensors) if found else (), {}
         for layer in dict.fromkeys(found):
             if layer not in marked:
                 own = {each: tensors.pop(f"{layer}.{each}") for each in parts

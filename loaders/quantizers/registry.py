@@ -33,6 +33,7 @@ COMFYUI = "ComfyUI's own formats"
 def has_quantized_weights(names: Collection[str], metadata: Mapping[str, Any],
                           type_of: TypeOf) -> bool:
     """Returns whether a file has weights of one of the quantisers; see `Quantizer.is_in`."""
+    names = dict.fromkeys(names)  # each is looked up for many others
     return any(quantizer.is_in(names, metadata, type_of) for quantizer in QUANTIZERS)
 
 
@@ -61,6 +62,8 @@ def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
         WeightFileError: the parts of a weight do not belong together, or a quantiser is not
             supported.
     """
+    # progress has one stage for all: bitsandbytes' reader goes through the names of any file
+    tracked = nunchaku if nunchaku.has_nunchaku_weights(tensors) else bitsandbytes
     for quantizer in QUANTIZERS:
-        quantizer.join(file, tensors, track)
+        quantizer.join(file, tensors, track if quantizer is tracked.QUANTIZER else iter)
     reject_unsupported_quantizers(file, tensors)

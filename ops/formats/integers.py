@@ -39,14 +39,18 @@ def integer_family(bits: int, scale_dtype: torch.dtype, has_zeros: bool = False,
         is_ordered: whether each column names its group, as with GPTQ's `desc_act`. The size of a
             format is then the number of groups, and otherwise that of the columns of one.
     """
-    return FAMILIES[f"{'UINT' if has_zeros else 'INT'}{bits}_GROUPED"
-                    f"{'_ORDERED' if is_ordered else ''}{ENDINGS[scale_dtype]}"]
+    return FAMILIES[_name(bits, scale_dtype, has_zeros, is_ordered)]
 
 
 def quanto_family(bits: int, scale_dtype: torch.dtype) -> RowFamily:
     """Returns the family of optimum-quanto's weights of 2 or 4 bits: value = code * scale + minus
     quanto's shift."""
     return FAMILIES[f"QUANTO_INT{bits}{ENDINGS[scale_dtype]}"]
+
+
+def _name(bits: int, scale_dtype: torch.dtype, has_zeros: bool, is_ordered: bool) -> str:
+    base = "UINT" if has_zeros else "INT"
+    return f"{base}{bits}_GROUPED{'_ORDERED' if is_ordered else ''}{ENDINGS[scale_dtype]}"
 
 
 def _integers(bits: int, kind: str, has_zeros: bool, is_ordered: bool, columns: int,
@@ -63,9 +67,8 @@ def _define_families():
         for bits in BITS:
             for has_zeros in (False, True):
                 for is_ordered in (False, True):
-                    name = (f"{'UINT' if has_zeros else 'INT'}{bits}_GROUPED"
-                            f"{'_ORDERED' if is_ordered else ''}{ending}")
-                    RowFamily(name, partial(_integers, bits, KINDS[dtype], has_zeros, is_ordered),
+                    RowFamily(_name(bits, dtype, has_zeros, is_ordered),
+                              partial(_integers, bits, KINDS[dtype], has_zeros, is_ordered),
                               (int(is_ordered),))
         for bits in (4, 2):
             RowFamily(f"QUANTO_INT{bits}{ending}", partial(

@@ -145,6 +145,11 @@ class RowLayout:
         """Columns that share a scale."""
         return self.columns // self.groups
 
+    @functools.cached_property
+    def is_int8(self) -> bool:
+        """Whether it is int8 with a scale a row, and nothing else."""
+        return self == RowLayout(self.columns, INT8_CODES, of_host=self.of_host)
+
     def sides(self) -> tuple[Side, ...]:
         """Returns the tensors of a weight beside its codes, in their order.
 
@@ -183,12 +188,10 @@ class RowFormat(Format):
         layout: of the row.
         family: name of the family, the same for rows of all lengths.
         sizes: of the format in its family.
-        is_int8: whether it is int8 with a scale a row, and nothing else.
     """
     layout: RowLayout
     family: str
     sizes: tuple[int, ...]
-    is_int8: bool
 
     @classmethod
     def title(cls) -> str:
@@ -196,7 +199,7 @@ class RowFormat(Format):
 
     @classmethod
     def kernel_names(cls) -> tuple[str, ...]:
-        return (cls.family, "INT8") if cls.is_int8 else (cls.family,)
+        return (cls.family, "INT8") if cls.layout.is_int8 else (cls.family,)
 
     @classmethod
     def code_numbers(cls) -> torch.Tensor:
@@ -394,9 +397,8 @@ class RowFamily:
 
         def attributes() -> dict:
             layout = self.layout(columns, *chosen)
-            plain = RowLayout(columns, INT8_CODES, of_host=layout.of_host)
             return {"layout": layout, "family": self.name, "sizes": chosen,
-                    "is_int8": layout == plain, "block_length": columns,
+                    "block_length": columns,
                     "block_bytes": columns * layout.codes.bits // 8, "sides": layout.sides(),
                     "padding": layout.padding, "of_host": layout.of_host}
 

@@ -12,7 +12,7 @@ import torch
 
 from ..formats.base import Format
 from ..formats.comfyui import SIGNED
-from ..formats.row_layout import COLUMNS_OF_EXAMPLE, FAMILIES, Codes, RowFormat, RowLayout
+from ..formats.row_layout import FAMILIES, Codes, RowFormat, RowLayout
 from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")
@@ -36,7 +36,7 @@ class RowKernel(NamedTuple):
 CODES_OF_DTYPE = {torch.float8_e4m3fn: "E4M3", torch.float8_e5m2: "E5M2",
                   torch.int8: "SignedBytes", torch.uint8: "UnsignedBytes"}
 SCALES = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "Half"}
-MINIMA = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "HalfFloat"}
+MINIMA = SCALES | {"f16": "HalfFloat"}
 # what the source for GPUs has
 GPU_CODES = ("E4M3", "E5M2", "SignedBytes", "CodebookNibbles", "CodebookLowNibbles",
              "SignedNibbles", "SixBits")
@@ -91,7 +91,7 @@ def _is_for_gpus(layout: RowLayout) -> bool:
 # families with a kernel of rows; int8 with a scale a row has those of blocks
 CPU_ROW_FAMILIES = {
     name: family for name, family in FAMILIES.items()
-    if row_kernel(family.example) and not family.of_columns(COLUMNS_OF_EXAMPLE).is_int8}
+    if row_kernel(family.example) and not family.example.is_int8}
 ROW_FAMILIES = {name: family for name, family in CPU_ROW_FAMILIES.items()
                 if _is_for_gpus(family.example)}
 

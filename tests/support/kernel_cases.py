@@ -13,6 +13,7 @@ from featherweight.ops import kernels
 from featherweight.ops.formats import integers
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.formats.row_layout import RowFormat
 from featherweight.ops.kernels import cpp_backend, selector
 from featherweight.ops.kernels.kernel_source import FORMAT_NAMES
 from featherweight.ops.layers import product  # noqa: F401
@@ -110,7 +111,7 @@ def reference(fmt, tensors) -> torch.Tensor:
     if fmt.ggml_type is not None:
         values = gguf.quants.dequantize(tensors[0].numpy(), GGMLQuantizationType(fmt.ggml_type))
         return torch.from_numpy(values).flatten()
-    if getattr(fmt, "is_int8", False):
+    if issubclass(fmt, RowFormat) and fmt.layout.is_int8:
         values = tensors[0].view(torch.int8).float()
     else:
         codes = torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()
