@@ -33,7 +33,7 @@ LANGUAGES = {
 
 def test_the_readme_names_every_ggml_type():
     listed = set(re.split(r"[\s,·]+", README.split("Every GGUF type:")[1].split("beside")[0]))
-    assert {packed.__name__ for packed in GGML_FORMATS.values()} <= listed
+    assert {packed.name for packed in GGML_FORMATS.values()} <= listed
 
 
 def test_readme_and_compatibility_name_every_format_of_comfyui_that_is_read():

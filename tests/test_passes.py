@@ -26,7 +26,7 @@ MOST = {
     "UINT3_GROUPED": (12, 50), "UINT8_GROUPED": (5, 28), "QUANTO_INT2": (11, 39)
 }
 MOST_OF_ANY = 20, 24
-each_format = pytest.mark.parametrize("fmt", every_format(), ids=lambda fmt: fmt.__name__)
+each_format = pytest.mark.parametrize("fmt", every_format(), ids=lambda fmt: fmt.name)
 
 
 def test_views_and_fresh_memory_are_no_launches_and_move_nothing():
@@ -54,7 +54,7 @@ def test_inputs_are_read_once_without_what_is_repeated_and_outputs_written():
 @each_format
 def test_a_chunk_takes_few_launches_and_moves_few_bytes(fmt, dtype):
     passes = of_dequantizing(fmt, dtype)
-    family = re.sub("_(HALF|FLOAT)$", "", getattr(fmt, "family", fmt.__name__))
+    family = re.sub("_(HALF|FLOAT)$", "", getattr(fmt, "family", fmt.name))
     launches, nbytes = MOST.get(family, MOST_OF_ANY)
     assert 0 < passes.launches <= launches, passes.names
     assert passes.moved <= (nbytes + dtype.itemsize - 2) * DEVICE_CHUNK_VALUES, passes.names

@@ -65,14 +65,14 @@ def nbytes(tensors) -> int:
         tensor.itemsize for tensor in tree_leaves(tensors) if isinstance(tensor, torch.Tensor))
 
 
-def held(packed_format: type[Format], values: int) -> list[torch.Tensor]:
+def held(packed_format: Format, values: int) -> list[torch.Tensor]:
     """What a weight of so many values holds, without memory."""
     blocks = values // packed_format.block_length
     return [torch.empty(side.length(blocks), dtype=side.dtype, device=META)
             for side in (Side(torch.uint8, packed_format.block_bytes), *packed_format.sides)]
 
 
-def of_dequantizing(packed_format: type[Format], dtype: torch.dtype = torch.bfloat16,
+def of_dequantizing(packed_format: Format, dtype: torch.dtype = torch.bfloat16,
                  value_dtype: torch.dtype | None = None) -> Passes:
     """The passes of one whole chunk, dequantised to `dtype`. Lookup tables are there already."""
     values = DEVICE_CHUNK_VALUES // packed_format.block_length * packed_format.block_length
@@ -83,7 +83,7 @@ def of_dequantizing(packed_format: type[Format], dtype: torch.dtype = torch.bflo
     return passes
 
 
-def of_linear(packed_format: type[Format], rows: int, columns: int, low_rank: LowRank | None = None,
+def of_linear(packed_format: Format, rows: int, columns: int, low_rank: LowRank | None = None,
               tokens: int = 4608, bias: bool = True) -> Passes:
     """The passes of one call of a linear layer in bfloat16. low_rank: on `META`."""
     input = torch.empty((tokens, columns), dtype=torch.bfloat16, device=META)
@@ -93,7 +93,7 @@ def of_linear(packed_format: type[Format], rows: int, columns: int, low_rank: Lo
         input,
         held(packed_format, rows * columns),
         added,
-        packed_format.__name__,
+        packed_format.name,
         rows,
         None,
         *branch,

@@ -18,14 +18,14 @@ from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tenso
 # those of rows by the name of their family
 FORMAT_NAMES = [
     *(name for name, packed_format in FORMATS.items()
-      if packed_format.ggml_type is not None or issubclass(packed_format, Codebook4Bit)),
+      if packed_format.ggml_type is not None or isinstance(packed_format, Codebook4Bit)),
     *CPU_ROW_FAMILIES, "INT8"
 ]
 RANK = "+32"  # after the name of a family of rows: a low rank of 32 is part of the weight
 RANKED_NAMES = [f"{name}{RANK}" for name in CPU_ROW_FAMILIES]
 
 
-def format_for(name: str, columns: int) -> type[Format]:
+def format_for(name: str, columns: int) -> Format:
     """The format of a name in FORMAT_NAMES, for rows of so many values, without a low rank."""
     name = name.removesuffix(RANK)
     if name not in FAMILIES:
@@ -39,7 +39,7 @@ def format_for(name: str, columns: int) -> type[Format]:
 def divides_rows(name: str, columns: int) -> bool:
     """Whether rows of so many values are whole blocks, and in groups whole groups."""
     packed_format = format_for(name, columns)
-    if issubclass(packed_format, RowFormat):
+    if isinstance(packed_format, RowFormat):
         layout = packed_format.layout
         return columns % layout.group == 0 and columns % (layout.rotation or 1) == 0
     return columns % packed_format.block_length == 0
@@ -67,10 +67,10 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
         pool = block_pool(format_name)
         picks = generator.integers(0, len(pool), values // packed_format.block_length)
         data = torch.from_numpy(pool[picks]).view(packed_format.packed_shape(shape))
-    return packed_tensor(packed_format, data, shape, torch.float32, scale)
+    return packed_tensor(packed_format, data, shape, scale=scale)
 
 
-def _random_rows(packed_format: type[RowFormat], shape: tuple[int, int]) -> QuantizedTensor:
+def _random_rows(packed_format: RowFormat, shape: tuple[int, int]) -> QuantizedTensor:
     """A packed weight of a format whose block is a row."""
     data, *sides = random_tensors(packed_format, shape[0], torch.device("cpu"))
     dtype = packed_format.layout.scale.dtype

@@ -83,7 +83,7 @@ class GGUFFile(WeightFile):
         return str(self.metadata.get("general.architecture", ""))
 
 
-def _formats_by_type(headers: list[Header]) -> Mapping[int, type[Format]]:
+def _formats_by_type(headers: list[Header]) -> Mapping[int, Format]:
     """Returns ggml type -> packed format for the files of one model.
 
     Early files of PrismML use the number of Q2_0 for their PQ2_0. Its tensors are smaller, and no
@@ -115,7 +115,7 @@ def _formats_by_type(headers: list[Header]) -> Mapping[int, type[Format]]:
     return {**GGML_FORMATS, Q2_0_TYPE: candidates[1 if matches[1] > matches[0] else 0]}
 
 
-def _fills(packed: type[Format], shape: tuple[int, ...], space: int, alignment: int) -> bool:
+def _fills(packed: Format, shape: tuple[int, ...], space: int, alignment: int) -> bool:
     """Returns whether a tensor of this shape in this format takes `space` bytes with padding."""
     if not shape or shape[-1] % packed.block_length:
         return False
@@ -124,7 +124,7 @@ def _fills(packed: type[Format], shape: tuple[int, ...], space: int, alignment: 
 
 
 def _entries(header: Header, metadata: Mapping[str, Any], part: int,
-             formats_by_type: Mapping[int, type[Format]]) -> list[Entry]:
+             formats_by_type: Mapping[int, Format]) -> list[Entry]:
     """Returns the tensors of one file in its order, with the logical shapes from `metadata`."""
     entries = [_entry(header, tensor, metadata, part, formats_by_type) for tensor in header.tensors]
     _check_layout(header, entries)
@@ -132,17 +132,17 @@ def _entries(header: Header, metadata: Mapping[str, Any], part: int,
 
 
 def _entry(header: Header, tensor: TensorInfo, metadata: Mapping[str, Any], part: int,
-           formats_by_type: Mapping[int, type[Format]]) -> Entry:
+           formats_by_type: Mapping[int, Format]) -> Entry:
     name, shape = tensor.name, tensor.shape
     if tensor.ggml_type in PLAIN_TYPES:
         format_name, block_length = PLAIN_TYPES[tensor.ggml_type], 1
         block_bytes = PLAIN_DTYPES[format_name].itemsize
     elif tensor.ggml_type in formats_by_type:
         packed = formats_by_type[tensor.ggml_type]
-        format_name = packed.__name__
+        format_name = packed.name
         block_length, block_bytes = packed.block_length, packed.block_bytes
     else:
-        supported = [*PLAIN_TYPES.values(), *(packed.__name__ for packed in GGML_FORMATS.values())]
+        supported = [*PLAIN_TYPES.values(), *(packed.name for packed in GGML_FORMATS.values())]
         type_name = UNSTORED_TYPES.get(tensor.ggml_type, "unknown")
         raise header.error(
             f"tensor {safe_repr(name)} has the ggml type {tensor.ggml_type} ({type_name}), which"

@@ -19,7 +19,7 @@ from ..quantizers.bitsandbytes import QUANT_TYPES
 from .atomic_file import WeightsWriter, WriteError, new_weights
 from .safetensors import SafetensorsFile
 
-QUANT_NAMES = {packed.__name__: quant_type for quant_type, packed in QUANT_TYPES.items()}
+QUANT_NAMES = {packed.name: quant_type for quant_type, packed in QUANT_TYPES.items()}
 DTYPES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
 ALIGNMENT = 8  # of the data, so that readers can map it
 MAX_OFFSET = 10 ** 15  # reserves the digits of any offset

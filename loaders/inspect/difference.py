@@ -104,7 +104,7 @@ def _slices(*tensors: torch.Tensor) -> Iterator[slice]:
 def _has_row_access(tensor: torch.Tensor) -> bool:
     """Returns whether some rows can be dequantised without the others."""
     if is_packed(tensor):
-        return tensor.shape[1:].numel() % tensor.layout_cls.format.block_length == 0
+        return tensor.shape[1:].numel() % tensor.params.format.block_length == 0
     return not _is_comfy_quantized(tensor)
 
 

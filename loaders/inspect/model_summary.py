@@ -55,7 +55,7 @@ def load_summary(file: WeightFile, patcher) -> str:
 
 def dequantize_backend_text(patcher) -> str | None:
     """Returns which kernels dequantise a model: 'dequantised by triton'; None if none need to."""
-    if any(is_packed(tensor) and tensor.layout_cls.format.plain_dtype is None
+    if any(is_packed(tensor) and tensor.params.format.plain_dtype is None
            for tensor in patcher.model.parameters()):
         return f"dequantised by {kernels.used(patcher.load_device)}"
     return None
@@ -77,7 +77,7 @@ def title_of(name: str) -> str:
 def format_name(tensor: torch.Tensor) -> str:
     """Returns a tensor's format: a key of `FORMATS`, a name of the host's, or "F32", "BF16" ..."""
     if is_packed(tensor):
-        return tensor.layout_cls.format.__name__
+        return tensor.params.format.name
     layout = getattr(tensor, "_layout_cls", None)  # a tensor in a quantised format of the host
     if layout is not None:
         return layout.removeprefix("TensorCore").removesuffix("Layout")

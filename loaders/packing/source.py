@@ -109,7 +109,7 @@ class Weight:
     def plain_dtype(self) -> torch.dtype | None:
         """The dtype of its values, packed 16 bits as plain ones; None for a quantised weight."""
         if is_packed(self.tensor):
-            return self.tensor.layout_cls.format.plain_dtype
+            return self.tensor.params.format.plain_dtype
         return None if isinstance(self.tensor, QuantizedTensor) else self.tensor.dtype
 
     def stored_tensor(self) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Weight:
         tensor = self.tensor.detach()
         if not is_packed(tensor):
             return tensor.cpu()
-        packed_format = tensor.layout_cls.format
+        packed_format = tensor.params.format
         if packed_format.plain_dtype is None:
             return tensor.to("cpu")
         return packed_tensors(tensor)[0].cpu().contiguous().view(packed_format.plain_dtype).view(

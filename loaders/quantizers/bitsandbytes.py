@@ -22,7 +22,7 @@ from ..files.container import AGAIN, COUNTABLE, ProgressIter, WeightFile, Weight
 from .base import Quantizer
 from .unsupported_quantizers import OTHER_FORM, reject_names
 
-QUANT_TYPES: dict[str, type[Codebook4Bit]] = {"nf4": NF4, "fp4": FP4}
+QUANT_TYPES: dict[str, Codebook4Bit] = {"nf4": NF4.of(), "fp4": FP4.of()}
 # bitsandbytes' `quant_storage`
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 # bitsandbytes 0.50 `functional.quantize_4bit`

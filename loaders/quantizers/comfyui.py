@@ -129,7 +129,7 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
     Raises:
         PartError: there is not one for each column, or the format takes none.
     """
-    packed_format: Any = packed.layout_cls.format
+    packed_format: Any = packed.params.format
     columns = packed.shape[1]
     family = SMOOTHED.get(packed_format.family)
     missing = columns - factors.numel()  # of the columns that fill a row up

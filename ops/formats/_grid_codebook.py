@@ -23,10 +23,9 @@ def grid_values(name: str) -> torch.Tensor:
 class GridCodebook(Format):
     """Base of formats that multiply grid points with signs."""
 
-    @classmethod
-    def points(cls) -> torch.Tensor:
+    def points(self) -> torch.Tensor:
         """Returns the grid, int32 or int64 (points,): four or eight int8 values in each number."""
-        values = grid_values(cls.__name__)
+        values = grid_values(self.name)
         return values.view(torch.int32 if values.shape[-1] == 4 else torch.int64).view(-1)
 
     @staticmethod

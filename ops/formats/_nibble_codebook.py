@@ -10,19 +10,17 @@ class NibbleCodebook(Format):
 
     values: tuple[int, ...]
 
-    @classmethod
-    def value_pairs(cls) -> torch.Tensor:
+    def value_pairs(self) -> torch.Tensor:
         """Returns the values of two codes, int16 (3856,), indexed by two bytes of one code each."""
-        values = torch.tensor(cls.values, dtype=torch.int8)
+        values = torch.tensor(self.values, dtype=torch.int8)
         index = torch.arange(0x0F0F + 1)
         return torch.stack([values[index & 15], values[index >> 8]], -1).view(torch.int16).view(-1)
 
-    @classmethod
-    def code_values(cls, packed: torch.Tensor) -> torch.Tensor:
+    def code_values(self, packed: torch.Tensor) -> torch.Tensor:
         """Returns the values, int8 (..., 2 B), of packed codes, uint8 (..., B).
 
         The low nibbles come first, then the high ones.
         """
         codes = bit_planes(packed, 4).flatten(-2)
-        value_pairs = cls.constant("value_pairs", packed.device)
+        value_pairs = self.constant("value_pairs", packed.device)
         return lookup(value_pairs, codes.view(torch.int16)).flatten(-2)

@@ -1,20 +1,19 @@
 """The base of every packed format: registry, block sizes, shape algebra, chunked dequantising.
 
 A packed format stores a weight as equal blocks of bytes. Each block holds `block_length`
-consecutive values of one row. A format is one class in `ops/formats`; it registers by being
-defined. A format that can be written has `pack`, the plain arithmetic of its reference, or a `Grid`
-and `encode`, for the search of `ops.quantize.grid_search`, or all three.
+consecutive values of one row. A format is an object of a class in `ops/formats`. One that can be
+written has `pack`, the plain arithmetic of its reference, or a `Grid` and `encode`, for the search
+of `ops.quantize.grid_search`, or all three.
 """
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 from ..lasting_memory import lasting_memory
-from ..pickle_names import short_error_name
+from ..pickle_names import short_error_name, stable_pickle_name
 from . import bits
 
 # Values dequantised at a time on a CPU: the temporaries of one chunk (a few MB) stay in the cache,
@@ -25,8 +24,9 @@ CPU_CHUNK_VALUES = 1 << 19
 # On other devices a launch costs more than a cache miss, so chunks only bound the temporary memory.
 DEVICE_CHUNK_VALUES = 1 << 24
 
-FORMATS: dict[str, type["Format"]] = {}
-GGML_FORMATS: dict[int, type["Format"]] = {}
+FORMATS: dict[str, "Format"] = {}
+GGML_FORMATS: dict[int, "Format"] = {}
+_KINDS: dict[str, type["Format"]] = {}  # by the names of the classes
 
 
 @short_error_name
@@ -167,10 +167,19 @@ class Format:
 
     Subclasses set `block_length` (values per block) and `block_bytes` (bytes per block), describe
     the byte layout of a block in their docstring and implement `terms`, in the order of operations
-    of ggml's reference, so that the values are bit-exact with it. Defining a subclass registers it
-    under its class name, and under its ggml type id where it has one.
+    of ggml's reference, so that the values are bit-exact with it. A format is an object: defining
+    such a subclass makes and registers its only one, under the name of the class and under its ggml
+    type id where it has one. Other classes are kinds of formats, of which `of` makes each by its
+    arguments.
+
+    Attributes:
+        name: a key of `FORMATS`, the same in every process.
+        arguments: what its class made it of.
     """
 
+    name: str
+    arguments: tuple
+    _constants: dict[tuple, torch.Tensor]
     block_length: int
     block_bytes: int
     ggml_type: int | None = None
@@ -185,61 +194,71 @@ class Format:
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
+        _KINDS[cls.__name__] = cls
         if "block_bytes" not in cls.__dict__:
-            return  # the shared base of a family, not a format
-        cls._constants = {}
-        if cls.__name__ in FORMATS:
-            raise TypeError(f"The packed format {cls.__name__} is defined twice.")
+            return  # the shared base of several formats, or a kind that is made of arguments
+        cls.name, cls.ggml_type = cls.__name__, ggml_type
+        if cls.name in FORMATS:
+            raise TypeError(f"The packed format {cls.name} is defined twice.")
+        if ggml_type in GGML_FORMATS:
+            raise TypeError(f"ggml type {ggml_type} is claimed by {GGML_FORMATS[ggml_type].name}"
+                            f" and {cls.name}.")
+        packed_format = cls.of()
         if ggml_type is not None:
-            if ggml_type in GGML_FORMATS:
-                raise TypeError(
-                    f"ggml type {ggml_type} is claimed by {GGML_FORMATS[ggml_type].__name__} and"
-                    f" {cls.__name__}."
-                )
-            GGML_FORMATS[ggml_type] = cls
-        cls.ggml_type = ggml_type
-        FORMATS[cls.__name__] = cls
+            GGML_FORMATS[ggml_type] = packed_format
+
+    def __new__(cls, *arguments):
+        self = super().__new__(cls)
+        self.arguments, self._constants = arguments, {}
+        return self
 
     @classmethod
-    def title(cls) -> str:
+    def of(cls, *arguments) -> Any:
+        """Returns the one format that the class makes of some arguments, and registers it."""
+        made = cls(*arguments)
+        return FORMATS.setdefault(made.name, made)  # another thread's, where that was first
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __reduce__(self) -> tuple:
+        return format_of_kind, (type(self).__name__, self.arguments)
+
+    def __deepcopy__(self, memo) -> "Format":
+        return self
+
+    def title(self) -> str:
         """Returns the name that people see, the same for rows of all lengths."""
-        return cls.__name__
+        return self.name
 
-    @classmethod
-    def kernel_names(cls) -> tuple[str, ...]:
+    def kernel_names(self) -> tuple[str, ...]:
         """Returns the names under which kernels know the format: its own and those of its bases."""
-        return tuple(base.__name__ for base in cls.__mro__)
+        return tuple(base.__name__ for base in type(self).__mro__)
 
-    @classmethod
-    def formats_within(cls) -> Iterable[type["Format"]]:
+    def formats_within(self) -> Iterable["Format"]:
         """Yields the formats that are dequantised; more or others than itself for composites."""
-        yield cls
+        yield self
 
-    @classmethod
-    def side_bytes(cls) -> int:
+    def side_bytes(self) -> int:
         """Returns the bytes of a block's own numbers in `sides`."""
-        return sum(side.dtype.itemsize * side.count for side in cls.sides if not side.is_shared)
+        return sum(side.dtype.itemsize * side.count for side in self.sides if not side.is_shared)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         """Returns the terms of some blocks, uint8 (n, block_bytes), whose rows may be strided."""
         raise NotImplementedError
 
-    @classmethod
-    def dequantize(cls, *blocks: torch.Tensor) -> torch.Tensor:
+    def dequantize(self, *blocks: torch.Tensor) -> torch.Tensor:
         """Returns the values of some blocks, float32 (n, block_length); see `terms`."""
-        count = len(blocks[1]) // cls.sides[0].count if cls.sides else len(blocks[0])
-        out = torch.empty((count, cls.block_length), dtype=torch.float32, device=blocks[0].device)
-        cls.write(out, *blocks)
+        count = len(blocks[1]) // self.sides[0].count if self.sides else len(blocks[0])
+        out = torch.empty((count, self.block_length), dtype=torch.float32, device=blocks[0].device)
+        self.write(out, *blocks)
         return out
 
-    @classmethod
-    def write(cls, out: torch.Tensor, *blocks: torch.Tensor):
+    def write(self, out: torch.Tensor, *blocks: torch.Tensor):
         """Dequantises into `out`, contiguous, of any float dtype, rounding once from float32."""
-        cls.terms(*blocks).write(out)
+        self.terms(*blocks).write(out)
 
-    @classmethod
-    def pack(cls, values: torch.Tensor):
+    def pack(self, values: torch.Tensor):
         """Packs values by the plain arithmetic of the format's reference, bit for bit.
 
         Args:
@@ -251,38 +270,34 @@ class Format:
         Raises:
             FormatError: the reference searches for the best blocks, or there is none.
         """
-        raise FormatError(f"{cls.__name__} has no plain arithmetic that packs it.")
+        raise FormatError(f"{self.name} has no plain arithmetic that packs it.")
 
-    @classmethod
-    def encode(cls, fit: Fit):
+    def encode(self, fit: Fit):
         """Writes the numbers of blocks as bytes, in the form that `dequantize` takes."""
         raise NotImplementedError
 
-    @classmethod
-    def constant(cls, name: str, device: torch.device) -> torch.Tensor:
-        """Returns a lookup table on `device`, which the classmethod `name` builds on first use."""
+    def constant(self, name: str, device: torch.device) -> torch.Tensor:
+        """Returns a lookup table on `device`, which the method `name` builds on first use."""
         key = (name, device)
-        if key not in cls._constants:
+        if key not in self._constants:
             with lasting_memory():
-                cls._constants[key] = getattr(cls, name)().to(device)
-        return cls._constants[key]
+                self._constants[key] = getattr(self, name)().to(device)
+        return self._constants[key]
 
-    @classmethod
-    def packed_shape(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape in bytes of a weight of logical `shape`; the last dimension changes.
 
         Raises:
             FormatError: a row is not whole blocks.
         """
-        if not shape or shape[-1] % cls.block_length:
+        if not shape or shape[-1] % self.block_length:
             raise FormatError(
-                f"{cls.__name__} packs rows in blocks of {cls.block_length} values; that does not"
+                f"{self.name} packs rows in blocks of {self.block_length} values; that does not"
                 f" divide the rows of shape {tuple(shape)}."
             )
-        return (*shape[:-1], shape[-1] // cls.block_length * cls.block_bytes)
+        return (*shape[:-1], shape[-1] // self.block_length * self.block_bytes)
 
-    @classmethod
-    def dequantize_into(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+    def dequantize_into(self, tensors: list[torch.Tensor], out: torch.Tensor,
                         value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
         """Dequantises blocks into `out`, chunk by chunk, rounding once from float32.
 
@@ -298,38 +313,36 @@ class Format:
             `out`.
         """
         values = out.view(-1)
-        step = max(1, chunk_values(out.device) // cls.block_length)
-        count = -(-len(values) // cls.block_length)
+        step = max(1, chunk_values(out.device) // self.block_length)
+        count = -(-len(values) // self.block_length)
         for block in range(0, count, step):
             stop = min(count, block + step)
-            part = values[block * cls.block_length:stop * cls.block_length]
-            blocks = cls.blocks(tensors, first + block, first + stop)
-            if value_dtype is None and len(part) == (stop - block) * cls.block_length:
-                cls.write(part, *blocks)
+            part = values[block * self.block_length:stop * self.block_length]
+            blocks = self.blocks(tensors, first + block, first + stop)
+            if value_dtype is None and len(part) == (stop - block) * self.block_length:
+                self.write(part, *blocks)
             else:
-                whole = torch.empty((stop - block) * cls.block_length,
+                whole = torch.empty((stop - block) * self.block_length,
                                     dtype=value_dtype or out.dtype, device=out.device)
-                cls.write(whole, *blocks)
+                self.write(whole, *blocks)
                 part.copy_(whole[:len(part)])
         return out
 
-    @classmethod
-    def blocks(cls, tensors: list[torch.Tensor], first: int, last: int) -> tuple[torch.Tensor, ...]:
+    def blocks(self, tensors: list[torch.Tensor], first: int,
+               last: int) -> tuple[torch.Tensor, ...]:
         """Returns what `dequantize` takes for blocks `first` to `last` of a weight."""
-        return tensors[0].view(-1, cls.block_bytes)[first:last], *(
+        return tensors[0].view(-1, self.block_bytes)[first:last], *(
             tensor if side.is_shared else tensor[first * side.count:last * side.count]
-            for tensor, side in zip(tensors[1:], cls.sides))
+            for tensor, side in zip(tensors[1:], self.sides))
 
-    @classmethod
-    def unrotated(cls, rows: torch.Tensor) -> torch.Tensor:
+    def unrotated(self, rows: torch.Tensor) -> torch.Tensor:
         """Brings rows (n, K) from the basis of the codes into that of the values.
 
         Only formats whose codes are rotated change them. The result may have another float dtype.
         """
         return rows
 
-    @classmethod
-    def rows(cls, tensors: list[torch.Tensor], columns: int, index) -> list[torch.Tensor]:
+    def rows(self, tensors: list[torch.Tensor], columns: int, index) -> list[torch.Tensor]:
         """Returns the tensors of some rows of a weight whose rows are whole blocks.
 
         Args:
@@ -337,25 +350,16 @@ class Format:
             columns: values in a row.
             index: a slice, or ids of rows.
         """
-        blocks = columns // cls.block_length
-        return [tensors[0].view(-1, columns * cls.block_bytes // cls.block_length)[index], *(
+        blocks = columns // self.block_length
+        return [tensors[0].view(-1, columns * self.block_bytes // self.block_length)[index], *(
             tensor if side.is_shared else tensor.view(-1, blocks * side.count)[index].flatten()
-            for tensor, side in zip(tensors[1:], cls.sides))]
+            for tensor, side in zip(tensors[1:], self.sides))]
 
 
-def define(name: str, base: type[Format], attributes: Callable[[], dict[str, Any]]) -> Any:
-    """Returns the format of a name, which is defined by the first call, in whichever thread.
-
-    Args:
-        name: Of the format.
-        base: Of its class.
-        attributes: Returns those of its class.
-    """
-    with _defining:
-        return FORMATS.get(name) or type(name, (base,), attributes())
-
-
-_defining = threading.RLock()  # held while a format is looked up or defined
+@stable_pickle_name
+def format_of_kind(kind: str, arguments: tuple) -> "Format":
+    """Returns a format from a pickle; see `Format.of`."""
+    return _KINDS[kind].of(*arguments)
 
 
 def chunk_values(device: torch.device) -> int:
@@ -363,7 +367,7 @@ def chunk_values(device: torch.device) -> int:
     return CPU_CHUNK_VALUES if device.type == "cpu" else DEVICE_CHUNK_VALUES
 
 
-def dequantize_by_reference(packed_format: type[Format], tensors: list[torch.Tensor],
+def dequantize_by_reference(packed_format: Format, tensors: list[torch.Tensor],
                             out: torch.Tensor, value_dtype: torch.dtype | None = None,
                             first: int = 0) -> torch.Tensor:
     """Runs `Format.dequantize_into` of a format; a kernel's function has the same arguments."""

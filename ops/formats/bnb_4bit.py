@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from .base import Fit, Format, Grid, Side, Terms, define
+from .base import Fit, Format, Grid, Side, Terms
 from .bits import byte_pairs, select
 
 
@@ -26,57 +26,52 @@ class Codebook4Bit(Format):
     grid: Grid
     codebook: tuple[float, ...]
 
-    @classmethod
-    def of_block_length(cls, block_length: int) -> type["Codebook4Bit"]:
-        """Returns this format with blocks of another length, which is a format of its own."""
-        if block_length == cls.block_length:
-            return cls
-        name = f"{cls.__name__}_{block_length}"
-        return define(name, cls, lambda: {
-            "block_length": block_length, "block_bytes": block_length // 2,
-            "grid": dataclasses.replace(cls.grid, length=block_length, group=block_length)})
+    def __init__(self, block_length: int | None = None):
+        if block_length is not None:
+            self.name = f"{self.name}_{block_length}"
+            self.block_length, self.block_bytes = block_length, block_length // 2
+            self.grid = dataclasses.replace(self.grid, length=block_length, group=block_length)
 
-    @classmethod
-    def code_pairs(cls) -> torch.Tensor:
+    def of_block_length(self, block_length: int) -> "Codebook4Bit":
+        """Returns the same codes in blocks of another length."""
+        own = block_length == type(self).block_length
+        return type(self).of(*() if own else (block_length,))
+
+    def code_pairs(self) -> torch.Tensor:
         """Returns the two float32 values of each byte, packed in int64 (256,)."""
-        return byte_pairs(torch.tensor(cls.codebook, dtype=torch.float32), high_first=True)
+        return byte_pairs(torch.tensor(self.codebook, dtype=torch.float32), high_first=True)
 
-    @classmethod
-    def blocks(cls, tensors, first, last):
+    def blocks(self, tensors, first, last):
         codes, absmax = tensors
-        code_slice = slice(first * cls.block_bytes, last * cls.block_bytes)
+        code_slice = slice(first * self.block_bytes, last * self.block_bytes)
         return codes.view(-1)[code_slice], absmax[first:last]
 
-    @classmethod
-    def terms(cls, codes: torch.Tensor, absmax: torch.Tensor) -> Terms:
+    def terms(self, codes: torch.Tensor, absmax: torch.Tensor) -> Terms:
         """Returns the terms of blocks; a short last block is padded with zeros.
 
         Args:
             codes: uint8 (bytes,).
             absmax: float32 (n,).
         """
-        values = select(cls.constant("code_pairs", codes.device), codes).view(torch.float32)
-        missing = len(absmax) * cls.block_length - len(values)
+        values = select(self.constant("code_pairs", codes.device), codes).view(torch.float32)
+        missing = len(absmax) * self.block_length - len(values)
         if missing:
             values = torch.nn.functional.pad(values, (0, missing))
-        return Terms(values.view(-1, cls.block_length), absmax.unsqueeze(-1))
+        return Terms(values.view(-1, self.block_length), absmax.unsqueeze(-1))
 
-    @classmethod
-    def order(cls) -> torch.Tensor:
+    def order(self) -> torch.Tensor:
         """Returns the codes sorted by their values, uint8 (16,), as in `Grid.levels`."""
-        return torch.tensor(cls.codebook, dtype=torch.float32).argsort().to(torch.uint8)
+        return torch.tensor(self.codebook, dtype=torch.float32).argsort().to(torch.uint8)
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         absmax = values.abs().amax(-1, keepdim=True)
-        levels = torch.tensor(cls.grid.levels, dtype=torch.float32, device=values.device)
+        levels = torch.tensor(self.grid.levels, dtype=torch.float32, device=values.device)
         scaled = (values * (1 / absmax.clamp(min=1e-38))).clamp_(-1, 1)
         codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2, out_int32=True)
-        return cls.encode(Fit(codes.to(torch.uint8), absmax, torch.ones_like(absmax)))
+        return self.encode(Fit(codes.to(torch.uint8), absmax, torch.ones_like(absmax)))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = select(cls.constant("order", fit.codes.device), fit.codes.view(-1)).view(-1, 2)
+    def encode(self, fit: Fit) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = select(self.constant("order", fit.codes.device), fit.codes.view(-1)).view(-1, 2)
         return codes[:, 0] * 16 + codes[:, 1], fit.d.view(-1)
 
 

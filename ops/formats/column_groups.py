@@ -5,7 +5,7 @@ the bytes. The bytes stay as they are, and each row is reordered when it is dequ
 """
 import torch
 
-from .base import Format, define
+from .base import Format
 
 
 class ColumnGroups(Format):
@@ -14,28 +14,22 @@ class ColumnGroups(Format):
     The columns, viewed as (outer, inner, n), are read as (inner, outer, n).
     """
 
-    base: type[Format]
-    outer: int
-    inner: int
-
-    @classmethod
-    def of(cls, base: type[Format], columns: int, outer: int, inner: int) -> type["ColumnGroups"]:
-        """Returns the format of rows packed in `base`.
+    def __init__(self, base: Format, columns: int, outer: int, inner: int):
+        """Makes the format of rows packed in `base`.
 
         Args:
-            base: Format of the bytes.
-            columns: Values in a row, a multiple of `outer * inner` and of `base.block_length`.
-            outer: Groups in the order of the file.
-            inner: Groups within each of these.
+            base: format of the bytes.
+            columns: values in a row, a multiple of `outer * inner` and of `base.block_length`.
+            outer: groups in the order of the file.
+            inner: groups within each of these.
         """
-        name = f"{base.__name__}_{columns}_{outer}x{inner}"
-        return define(name, cls, lambda: {
-            "base": base, "outer": outer, "inner": inner, "block_length": columns,
-            "block_bytes": columns // base.block_length * base.block_bytes})
+        self.name = f"{base.name}_{columns}_{outer}x{inner}"
+        self.base, self.outer, self.inner = base, outer, inner
+        self.block_length = columns
+        self.block_bytes = columns // base.block_length * base.block_bytes
 
-    @classmethod
-    def write(cls, out: torch.Tensor, blocks: torch.Tensor):
+    def write(self, out: torch.Tensor, blocks: torch.Tensor):
         count = len(blocks)
-        values = cls.base.dequantize(blocks.reshape(-1, cls.base.block_bytes))
-        values = values.view(count, cls.outer, cls.inner, -1)
-        out.view(count, cls.inner, cls.outer, -1).copy_(values.transpose(1, 2))
+        values = self.base.dequantize(blocks.reshape(-1, self.base.block_bytes))
+        values = values.view(count, self.outer, self.inner, -1)
+        out.view(count, self.inner, self.outer, -1).copy_(values.transpose(1, 2))

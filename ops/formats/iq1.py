@@ -32,13 +32,12 @@ class IQ1_S(Format, ggml_type=19):
     block_length, block_bytes = 256, 50
     shifted_grid = staticmethod(_shifted_grid)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         high = reinterpret(blocks[:, 34:], torch.int16)
         scales = (2 * (high >> 12 & 7) + 1) * half(blocks, 0)
         index = torch.add(high.unsqueeze(-1) >> 4 & 0x800, split_bits(high, 3, 4), alpha=256)
         index += blocks[:, 2:34].view(-1, 8, 4)
-        eighths = lookup(cls.constant("shifted_grid", blocks.device), index)
+        eighths = lookup(self.constant("shifted_grid", blocks.device), index)
         return Terms(eighths.view(-1, 8, 32), scales.mul_(0.125).unsqueeze(-1))
 
 
@@ -58,8 +57,7 @@ class IQ1_M(Format, ggml_type=29):
     block_length, block_bytes = 256, 56
     shifted_grid = staticmethod(_shifted_grid)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         packed = reinterpret(blocks[:, 48:], torch.int16)
         parts = (packed >> 12 & 15) << shifts(4, 4, blocks.device)
         d = parts.sum(-1, keepdim=True, dtype=torch.int32)
@@ -67,5 +65,5 @@ class IQ1_M(Format, ggml_type=29):
         scales = (2 * split_bits(packed, 3, 4) + 1).view(-1, 16) * d
         high = split_bits(blocks[:, 32:48], 4, 2).view(-1, 32)
         index = torch.add(blocks[:, :32], high, alpha=256)
-        eighths = lookup(cls.constant("shifted_grid", blocks.device), index)
+        eighths = lookup(self.constant("shifted_grid", blocks.device), index)
         return Terms(eighths.view(-1, 16, 16), scales.mul_(0.125).unsqueeze(-1))

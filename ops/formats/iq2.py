@@ -24,13 +24,12 @@ class IQ2_XXS(GridCodebook, ggml_type=16):
 
     block_length, block_bytes = 256, 66
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         codes = blocks[:, 2:].view(-1, 8, 8)
         words = reinterpret(codes[..., 4:], torch.int32).squeeze(-1)
         scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.25)
-        values = lookup(cls.constant("points", blocks.device), codes[..., :4])
-        values.mul_(lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4)))
+        values = lookup(self.constant("points", blocks.device), codes[..., :4])
+        values.mul_(lookup(self.constant("even_signs", blocks.device), split_bits(words, 7, 4)))
         return Terms(values.view(-1, 8, 32), scales.unsqueeze(-1))
 
 
@@ -46,12 +45,11 @@ class IQ2_XS(GridCodebook, ggml_type=17):
 
     block_length, block_bytes = 256, 74
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         codes = reinterpret(blocks[:, 2:66], torch.int16)
         scales = _scales(blocks[:, 66:], half(blocks, 0))
-        values = lookup(cls.constant("points", blocks.device), codes & 0x1FF)
-        values.mul_(lookup(cls.constant("even_signs", blocks.device), codes >> 9 & 0x7F))
+        values = lookup(self.constant("points", blocks.device), codes & 0x1FF)
+        values.mul_(lookup(self.constant("even_signs", blocks.device), codes >> 9 & 0x7F))
         return Terms(values.view(-1, 16, 16), scales)
 
 
@@ -69,13 +67,12 @@ class IQ2_S(GridCodebook, ggml_type=22):
 
     block_length, block_bytes = 256, 82
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         high = split_bits(blocks[:, 66:74], 2, 4).view(-1, 32)
         index = torch.add(blocks[:, 2:34], high, alpha=256)
         scales = _scales(blocks[:, 74:], half(blocks, 0))
-        values = lookup(cls.constant("points", blocks.device), index)
-        values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 34:66]))
+        values = lookup(self.constant("points", blocks.device), index)
+        values.mul_(lookup(self.constant("signs", blocks.device), blocks[:, 34:66]))
         return Terms(values.view(-1, 16, 16), scales)
 
 

@@ -24,12 +24,11 @@ class IQ3_XXS(GridCodebook, ggml_type=18):
 
     block_length, block_bytes = 256, 98
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         words = reinterpret(blocks[:, 66:], torch.int32)
         scales = (words >> 28 & 15).float().add_(0.5).mul_(half(blocks, 0)).mul_(0.5)
-        values = lookup(cls.constant("points", blocks.device), blocks[:, 2:66]).view(-1, 8, 32)
-        signs = lookup(cls.constant("even_signs", blocks.device), split_bits(words, 7, 4))
+        values = lookup(self.constant("points", blocks.device), blocks[:, 2:66]).view(-1, 8, 32)
+        signs = lookup(self.constant("even_signs", blocks.device), split_bits(words, 7, 4))
         values.mul_(signs.view(-1, 8, 32))
         return Terms(values, scales.unsqueeze(-1))
 
@@ -48,11 +47,11 @@ class IQ3_S(GridCodebook, ggml_type=21):
 
     block_length, block_bytes = 256, 110
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         high = split_bits(blocks[:, 66:74], 1, 8).view(-1, 64)
         index = torch.add(blocks[:, 2:66], high, alpha=256)
         scales = (1 + 2 * split_bits(blocks[:, 106:], 4, 2).view(-1, 8)) * half(blocks, 0)
-        values = lookup(cls.constant("points", blocks.device), index).view(-1, 8, 32)
-        values.mul_(lookup(cls.constant("signs", blocks.device), blocks[:, 74:106]).view(-1, 8, 32))
+        values = lookup(self.constant("points", blocks.device), index).view(-1, 8, 32)
+        signs = lookup(self.constant("signs", blocks.device), blocks[:, 74:106])
+        values.mul_(signs.view(-1, 8, 32))
         return Terms(values, scales.unsqueeze(-1))

@@ -25,12 +25,10 @@ class IQ4_NL(NibbleCodebook, ggml_type=20):
     values = KVALUES
     grid = Grid(32, 32, KVALUES)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
-        return Terms(cls.code_values(blocks[:, 2:]), half(blocks, 0))
+    def terms(self, blocks: torch.Tensor) -> Terms:
+        return Terms(self.code_values(blocks[:, 2:]), half(blocks, 0))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         return torch.cat([half_bytes(fit.d), join_planes(fit.codes, 4, 16)], 1)
 
 
@@ -49,15 +47,13 @@ class IQ4_XS(NibbleCodebook, ggml_type=23):
     values = KVALUES
     grid = Grid(256, 32, KVALUES, scales=(-32, 31))
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         high = split_bits(blocks[:, 2:4], 2, 4).view(-1, 8)
         low = split_bits(blocks[:, 4:8], 4, 2).view(-1, 8)
         scales = low.add_(high, alpha=16).sub_(32) * half(blocks, 0)
-        return Terms(cls.code_values(blocks[:, 8:].view(-1, 8, 16)), scales.unsqueeze(-1))
+        return Terms(self.code_values(blocks[:, 8:].view(-1, 8, 16)), scales.unsqueeze(-1))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         scales = (fit.scales + 32).to(torch.uint8)
         scale_bytes = [join_planes(scales // 16, 2, 1), join_planes(scales & 15, 4, 1)]
         return torch.cat([half_bytes(fit.d), *scale_bytes, join_planes(fit.codes, 4, 16)], 1)

@@ -26,15 +26,13 @@ class Q2_K(Format, ggml_type=10):
     block_length, block_bytes = 256, 84
     grid = Grid(256, 16, tuple(range(4)), scales=(0, 15), minimum=True)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         scales_and_mins = bit_planes(blocks[:, :16], 4) * half(blocks, 80, 2).unsqueeze(-1)
         scales, mins = scales_and_mins.unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 16:80].view(-1, 2, 32), 2).view(-1, 16, 16)
         return Terms(codes, scales, mins)
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         assert fit.minima is not None and fit.dmin is not None
         scales = fit.scales.to(torch.uint8).add_(fit.minima.to(torch.uint8), alpha=16)
         codes = join_planes(fit.codes, 2, 32)
@@ -56,8 +54,7 @@ class Q3_K(Format, ggml_type=11):
     block_length, block_bytes = 256, 110
     grid = Grid(256, 16, tuple(range(-4, 4)), scales=(-32, 31))
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         scales = bit_planes(blocks[:, 96:104], 4).view(-1, 16)
         scales.add_(bit_planes(blocks[:, 104:108], 2).view(-1, 16), alpha=16)
         scales = scales.view(torch.int8).sub_(32) * half(blocks, 108)
@@ -65,8 +62,7 @@ class Q3_K(Format, ggml_type=11):
         codes.add_(bit_planes(blocks[:, :32], 1), alpha=4)
         return Terms(codes.view(torch.int8).sub_(4).view(-1, 16, 16), scales.unsqueeze(-1))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         scales = (fit.scales + 32).to(torch.uint8)
         codes = [join_planes(fit.codes // 4, 1, 32), join_planes(fit.codes & 3, 2, 32)]
         scale_bytes = [join_planes(scales & 15, 4, 8), join_planes(scales // 16, 2, 4)]
@@ -113,15 +109,13 @@ class Q4_K(Format, ggml_type=12):
     block_length, block_bytes = 256, 144
     grid = Grid(256, 32, tuple(range(16)), scales=(0, 63), minimum=True)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         scales_and_mins = _scales_and_mins(blocks[:, 4:16]) * half(blocks, 0, 2).unsqueeze(-1)
         scales, mins = scales_and_mins.unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 16:].view(-1, 4, 32), 4).view(-1, 8, 32)
         return Terms(codes, scales, mins)
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         return torch.cat([_super_scales(fit), join_planes(fit.codes, 4, 32)], 1)
 
 
@@ -140,16 +134,14 @@ class Q5_K(Format, ggml_type=13):
     block_length, block_bytes = 256, 176
     grid = Grid(256, 32, tuple(range(32)), scales=(0, 63), minimum=True)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         scales_and_mins = _scales_and_mins(blocks[:, 4:16]) * half(blocks, 0, 2).unsqueeze(-1)
         scales, mins = scales_and_mins.unsqueeze(-1).unbind(1)
         codes = bit_planes(blocks[:, 48:].view(-1, 4, 32), 4).view(-1, 8, 32)
         codes.add_(bit_planes(blocks[:, 16:48], 1), alpha=16)
         return Terms(codes, scales, mins)
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         codes = [join_planes(fit.codes // 16, 1, 32), join_planes(fit.codes & 15, 4, 32)]
         return torch.cat([_super_scales(fit), *codes], 1)
 
@@ -168,15 +160,13 @@ class Q6_K(Format, ggml_type=14):
     block_length, block_bytes = 256, 210
     grid = Grid(256, 16, tuple(range(-32, 32)), scales=(-128, 127))
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         scales = blocks[:, 192:208].view(torch.int8) * half(blocks, 208)
         codes = bit_planes(blocks[:, :128].view(-1, 2, 64), 4).view(-1, 16, 16)
         codes.add_(bit_planes(blocks[:, 128:192].view(-1, 2, 32), 2).view(-1, 16, 16), alpha=16)
         return Terms(codes.view(torch.int8).sub_(32), scales.unsqueeze(-1))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         scales = fit.scales.to(torch.int8).view(torch.uint8)
         codes = [join_planes(fit.codes & 15, 4, 64), join_planes(fit.codes // 16, 2, 32)]
         return torch.cat([*codes, scales, half_bytes(fit.d)], 1)
@@ -196,6 +186,5 @@ class Q8_K(Format, ggml_type=15):
 
     block_length, block_bytes = 256, 292
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         return Terms(blocks[:, 4:260].view(torch.int8), reinterpret(blocks[:, :4], torch.float32))

@@ -45,17 +45,14 @@ class Q4_0(Format, ggml_type=2):
     block_length, block_bytes = 32, 18
     grid = Grid(32, 32, tuple(range(-8, 8)))
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         codes = bit_planes(blocks[:, 2:], 4).view(-1, 32)
         return Terms(codes.view(torch.int8).sub_(8), half(blocks, 0))
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> torch.Tensor:
-        return cls.encode(symmetric_fit(values, -8))
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        return self.encode(symmetric_fit(values, -8))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         return torch.cat([half_bytes(fit.d), join_planes(fit.codes, 4, 16)], 1)
 
 
@@ -72,16 +69,13 @@ class Q4_1(Format, ggml_type=3):
     block_length, block_bytes = 32, 20
     grid = Grid(32, 32, tuple(range(16)), minimum=True)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         return Terms(bit_planes(blocks[:, 4:], 4).view(-1, 32), half(blocks, 0), -half(blocks, 2))
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> torch.Tensor:
-        return cls.encode(offset_fit(values, 15))
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        return self.encode(offset_fit(values, 15))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         assert fit.dmin is not None
         scales = half_bytes(fit.d), half_bytes(-fit.dmin)
         return torch.cat([*scales, join_planes(fit.codes, 4, 16)], 1)
@@ -92,13 +86,11 @@ class FiveBitCodes(Format):
 
     zero: int  # the code of the value 0: 0 or 16
 
-    @classmethod
-    def fifth_bits(cls) -> torch.Tensor:
+    def fifth_bits(self) -> torch.Tensor:
         """Returns what eight fifth bits add to the codes, as a table for `lookup`."""
-        return bit_table(-cls.zero, 16 - cls.zero)
+        return bit_table(-self.zero, 16 - self.zero)
 
-    @classmethod
-    def codes(cls, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def codes(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Returns the codes minus `zero`, int8 (n, 32).
 
         Args:
@@ -106,7 +98,7 @@ class FiveBitCodes(Format):
             low: The low four bits, `qs`, uint8 (n, 16).
         """
         codes = bit_planes(low, 4).view(torch.int8).view(-1, 32)
-        fifth_bits = lookup(cls.constant("fifth_bits", low.device), high)
+        fifth_bits = lookup(self.constant("fifth_bits", low.device), high)
         return codes.bitwise_or_(fifth_bits.view(-1, 32))
 
     @staticmethod
@@ -129,17 +121,14 @@ class Q5_0(FiveBitCodes, ggml_type=6):
     block_length, block_bytes, zero = 32, 22, 16
     grid = Grid(32, 32, tuple(range(-16, 16)))
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
-        return Terms(cls.codes(blocks[:, 2:6], blocks[:, 6:]), half(blocks, 0))
+    def terms(self, blocks: torch.Tensor) -> Terms:
+        return Terms(self.codes(blocks[:, 2:6], blocks[:, 6:]), half(blocks, 0))
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> torch.Tensor:
-        return cls.encode(symmetric_fit(values, -16))
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        return self.encode(symmetric_fit(values, -16))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
-        return torch.cat([half_bytes(fit.d), cls.code_bytes(fit.codes)], 1)
+    def encode(self, fit: Fit) -> torch.Tensor:
+        return torch.cat([half_bytes(fit.d), self.code_bytes(fit.codes)], 1)
 
 
 class Q5_1(FiveBitCodes, ggml_type=7):
@@ -156,18 +145,15 @@ class Q5_1(FiveBitCodes, ggml_type=7):
     block_length, block_bytes, zero = 32, 24, 0
     grid = Grid(32, 32, tuple(range(32)), minimum=True)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
-        return Terms(cls.codes(blocks[:, 4:8], blocks[:, 8:]), half(blocks, 0), -half(blocks, 2))
+    def terms(self, blocks: torch.Tensor) -> Terms:
+        return Terms(self.codes(blocks[:, 4:8], blocks[:, 8:]), half(blocks, 0), -half(blocks, 2))
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> torch.Tensor:
-        return cls.encode(offset_fit(values, 31))
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        return self.encode(offset_fit(values, 31))
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         assert fit.dmin is not None
-        return torch.cat([half_bytes(fit.d), half_bytes(-fit.dmin), cls.code_bytes(fit.codes)], 1)
+        return torch.cat([half_bytes(fit.d), half_bytes(-fit.dmin), self.code_bytes(fit.codes)], 1)
 
 
 class Q8_0(Format, ggml_type=8):
@@ -182,15 +168,12 @@ class Q8_0(Format, ggml_type=8):
     block_length, block_bytes = 32, 34
     grid = Grid(32, 32, tuple(range(-127, 128)))
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         return Terms(blocks[:, 2:].view(torch.int8), half(blocks, 0))
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
         d = values.abs().amax(-1, keepdim=True).div_(values.new_tensor(127))  # as in `offset_fit`
         return torch.cat([half_bytes(d), round_half_away(values * inverse(d)).view(torch.uint8)], 1)
 
-    @classmethod
-    def encode(cls, fit: Fit) -> torch.Tensor:
+    def encode(self, fit: Fit) -> torch.Tensor:
         return torch.cat([half_bytes(fit.d), fit.codes - 127], 1)

@@ -6,13 +6,13 @@ come from several weights, such as the q, k and v of a fused layer. All are dequ
 kernels of the formats within, and a product may take the low rank as a branch (`without_low_rank`).
 """
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..layers.low_rank import LowRank, Slice
-from .base import Format, Side, chunk_values, define, dequantize_by_reference
+from .base import Format, Side, chunk_values, dequantize_by_reference
 from .bits import reinterpret
 
 # dequantises as `Format.dequantize_into` does, the format being the first argument
@@ -24,16 +24,14 @@ ALIGNED = 64  # bytes, for the tensors of a part
 class Composite(Format):
     """The base of formats that are made of others."""
 
-    @classmethod
-    def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+    def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          value_dtype: torch.dtype | None, first: int,
                          dequantize_into: DequantizeInto) -> torch.Tensor:
         """Dequantises blocks as `Format.dequantize_into` does, each part by a given function."""
         raise NotImplementedError
 
-    @classmethod
-    def without_low_rank(cls, tensors: list[torch.Tensor]
-                         ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
+    def without_low_rank(self, tensors: list[torch.Tensor]
+                         ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
         """Splits a weight into what has to be dequantised and what a product takes as a branch.
 
         Args:
@@ -45,24 +43,23 @@ class Composite(Format):
         """
         raise NotImplementedError
 
-    @classmethod
-    def dequantize_into(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+    def dequantize_into(self, tensors: list[torch.Tensor], out: torch.Tensor,
                         value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
-        return cls.dequantize_parts(tensors, out, value_dtype, first, dequantize_by_reference)
+        return self.dequantize_parts(tensors, out, value_dtype, first, dequantize_by_reference)
 
 
 class AddedLowRank(Composite):
-    """value = value of `base` + (up down) * of_row * of_column, in float32, rounded once.
+    """value = value of `base` + (up down) * up_scale * down_scale, in float32, rounded once.
 
     The tensors are those of `base`, then
 
-    | tensor    | dtype, shape    | meaning                                                     |
-    |-----------|-----------------|-------------------------------------------------------------|
-    | up        | uint8           | bytes of (rows, rank) of the dtype in the format's name     |
-    | down      | uint8           | bytes of (rank, K), in the basis of the codes if these are  |
-    |           |                 | rotated                                                     |
-    | of_row    | float32 (rows,) | only where `over` has `is_scaled`: a factor of each row     |
-    | of_column | float32 (K,)    | likewise, of each column                                    |
+    | tensor     | dtype, shape    | meaning                                                    |
+    |------------|-----------------|------------------------------------------------------------|
+    | up         | uint8           | bytes of (rows, rank) of the dtype in the format's name    |
+    | down       | uint8           | bytes of (rank, K), in the basis of the codes if these are |
+    |            |                 | rotated                                                    |
+    | up_scale   | float32 (rows,) | only with `is_scaled`: a factor of each row of `up`        |
+    | down_scale | float32 (K,)    | likewise, of each column of `down`                         |
 
     Attributes:
         base: whose block is a row.
@@ -70,72 +67,53 @@ class AddedLowRank(Composite):
         up_dtype, down_dtype: of the factors.
     """
 
-    base: type[Format]
-    rank: int
-    up_dtype: torch.dtype
-    down_dtype: torch.dtype
-
-    @classmethod
-    def over(cls, base: type[Format], rank: int, up_dtype: torch.dtype,
-             down_dtype: torch.dtype, is_scaled: bool = False) -> type["AddedLowRank"]:
-        """Returns the format of a weight in `base` with a low rank.
-
-        Args:
-            base: whose block is a row.
-            rank: of the product.
-            up_dtype, down_dtype: of the factors.
-            is_scaled: whether rows and columns have factors.
-        """
+    def __init__(self, base: Format, rank: int, up_dtype: torch.dtype, down_dtype: torch.dtype,
+                 is_scaled: bool):
+        """Makes the format of a weight in `base` with a low rank; `is_scaled`: with factors."""
         names = {dtype: name for name, dtype in FACTOR_DTYPES.items()}
         mark = "S" if is_scaled else ""
-        name = f"LOWRANK_{rank}{mark}_{names[up_dtype]}_{names[down_dtype]}_{base.__name__}"
+        self.name = f"LOWRANK_{rank}{mark}_{names[up_dtype]}_{names[down_dtype]}_{base.name}"
+        self.base, self.rank, self.up_dtype, self.down_dtype = base, rank, up_dtype, down_dtype
+        self.block_length, self.block_bytes = base.block_length, base.block_bytes
+        self.padding, self.of_host = base.padding, base.of_host
         down_bytes = rank * base.block_length * down_dtype.itemsize
-        sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize, name="up"),
-                 Side(torch.uint8, down_bytes, True, "down"))
+        self.sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize, name="up"),
+                      Side(torch.uint8, down_bytes, True, "down"))
         if is_scaled:
-            sides += (Side(torch.float32, name="of_row"),
-                      Side(torch.float32, base.block_length, True, "of_column"))
-        return define(name, cls, lambda: {
-            "base": base, "rank": rank, "up_dtype": up_dtype, "down_dtype": down_dtype,
-            "block_length": base.block_length, "block_bytes": base.block_bytes,
-            "sides": sides, "padding": base.padding, "of_host": base.of_host})
+            self.sides += (Side(torch.float32, name="up_scale"),
+                           Side(torch.float32, base.block_length, True, "down_scale"))
 
-    @classmethod
-    def title(cls) -> str:
-        return f"{cls.base.title()}, rank {cls.rank}"
+    def title(self) -> str:
+        return f"{self.base.title()}, rank {self.rank}"
 
-    @classmethod
-    def formats_within(cls) -> Iterable[type[Format]]:
-        yield cls.base
+    def formats_within(self) -> Iterable[Format]:
+        yield self.base
 
-    @classmethod
-    def factors(cls, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns up (rows, rank) and down (rank, K), the latter in the basis of the input."""
-        up, down, *scales = tensors[1 + len(cls.base.sides):]
-        up = reinterpret(up, cls.up_dtype).view(-1, cls.rank)
-        down = cls.base.unrotated(reinterpret(down, cls.down_dtype).view(cls.rank, -1))
+        up, down, *scales = tensors[1 + len(self.base.sides):]
+        up = reinterpret(up, self.up_dtype).view(-1, self.rank)
+        down = self.base.unrotated(reinterpret(down, self.down_dtype).view(self.rank, -1))
         if scales:
             return up * scales[0].unsqueeze(1), down * scales[1]
         return up, down
 
-    @classmethod
-    def without_low_rank(cls, tensors: list[torch.Tensor]
-                         ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
-        up, down = cls.factors(tensors)
-        low_rank = LowRank(down, (up,), (Slice(0, len(up), 0, cls.rank),))
-        return cls.base, tensors[:1 + len(cls.base.sides)], low_rank
+    def without_low_rank(self, tensors: list[torch.Tensor]
+                         ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
+        up, down = self.factors(tensors)
+        low_rank = LowRank(down, (up,), (Slice(0, len(up), 0, self.rank),))
+        return self.base, tensors[:1 + len(self.base.sides)], low_rank
 
-    @classmethod
-    def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+    def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          value_dtype: torch.dtype | None, first: int,
                          dequantize_into: DequantizeInto) -> torch.Tensor:
-        up, down = (factor.float() for factor in cls.factors(tensors))
+        up, down = (factor.float() for factor in self.factors(tensors))
 
         def dequantize(values: torch.Tensor, row: int):
-            dequantize_into(cls.base, tensors[:1 + len(cls.base.sides)], values, None, row)
+            dequantize_into(self.base, tensors[:1 + len(self.base.sides)], values, None, row)
             values.addmm_(up[row:row + len(values)], down)
 
-        return _in_float(out.view(-1, cls.block_length), value_dtype, first, dequantize, out)
+        return _in_float(out.view(-1, self.block_length), value_dtype, first, dequantize, out)
 
 
 class Scaled(Composite):
@@ -146,63 +124,48 @@ class Scaled(Composite):
     | tensor    | dtype, shape    | meaning                                       |
     |-----------|-----------------|-----------------------------------------------|
     | of_row    | float32 (rows,) | a factor of each row                          |
-    | of_column | float32 (K,)    | of each column, only where `over` has columns |
+    | of_column | float32 (K,)    | of each column, only with `by_column`          |
 
     Attributes:
         base: whose blocks divide a row.
         by_column: whether columns have factors.
     """
 
-    base: type[Format]
-    by_column: bool
-
-    @classmethod
-    def over(cls, base: type[Format], columns: int, by_column: bool) -> type["Scaled"]:
-        """Returns the format of a weight in `base` with factors.
-
-        Args:
-            base: whose blocks divide a row.
-            columns: K.
-            by_column: whether columns have factors.
-        """
+    def __init__(self, base: Format, columns: int, by_column: bool):
+        """Makes the format of a weight in `base`, rows of `columns`, with factors."""
         blocks = columns // base.block_length
-        sides = *(side if side.is_shared else side._replace(count=side.count * blocks)
-                  for side in base.sides), Side(torch.float32, name="of_row")
+        self.name = f"SCALED{'C' if by_column else ''}_{columns}_{base.name}"
+        self.base, self.by_column, self.of_host = base, by_column, base.of_host
+        self.block_length, self.block_bytes = columns, blocks * base.block_bytes
+        self.sides = *(side if side.is_shared else side._replace(count=side.count * blocks)
+                       for side in base.sides), Side(torch.float32, name="of_row")
         if by_column:
-            sides += (Side(torch.float32, columns, True, "of_column"),)
-        name = f"SCALED{'C' if by_column else ''}_{columns}_{base.__name__}"
-        return define(name, cls, lambda: {
-            "base": base, "by_column": by_column, "block_length": columns,
-            "block_bytes": blocks * base.block_bytes, "sides": sides, "of_host": base.of_host})
+            self.sides += (Side(torch.float32, columns, True, "of_column"),)
 
-    @classmethod
-    def title(cls) -> str:
-        return f"{cls.base.title()}, scaled"
+    def title(self) -> str:
+        return f"{self.base.title()}, scaled"
 
-    @classmethod
-    def formats_within(cls) -> Iterable[type[Format]]:
-        yield cls.base
+    def formats_within(self) -> Iterable[Format]:
+        yield self.base
 
-    @classmethod
-    def without_low_rank(cls, tensors: list[torch.Tensor]
-                         ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
-        return cls, tensors, None
+    def without_low_rank(self, tensors: list[torch.Tensor]
+                         ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
+        return self, tensors, None
 
-    @classmethod
-    def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+    def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          value_dtype: torch.dtype | None, first: int,
                          dequantize_into: DequantizeInto) -> torch.Tensor:
-        count = 1 + len(cls.base.sides)
+        count = 1 + len(self.base.sides)
         of_row, *of_column = tensors[count:]
 
         def dequantize(values: torch.Tensor, row: int):
-            block = row * cls.block_length // cls.base.block_length
-            dequantize_into(cls.base, tensors[:count], values, None, block)
+            block = row * self.block_length // self.base.block_length
+            dequantize_into(self.base, tensors[:count], values, None, block)
             values *= of_row[row:row + len(values)].unsqueeze(1)
             if of_column:
                 values *= of_column[0]
 
-        return _in_float(out.view(-1, cls.block_length), value_dtype, first, dequantize, out)
+        return _in_float(out.view(-1, self.block_length), value_dtype, first, dequantize, out)
 
 
 def _in_float(rows: torch.Tensor, value_dtype: torch.dtype | None, first: int,
@@ -240,7 +203,7 @@ class Part:
         offsets: where its tensors begin in the bytes of the whole weight, in bytes.
     """
 
-    format: type[Format]
+    format: Format
     rows: int
     columns: int
     row: int
@@ -275,24 +238,18 @@ class Joined(Composite):
     """
 
     is_sliceable = False
-    axis: int
-    parts: tuple[Part, ...]
 
-    @classmethod
-    def of(cls, axis: int, parts: Sequence[tuple[type[Format], int, int]]) -> type["Joined"]:
-        """Returns the format of joined weights.
+    def __init__(self, axis: int, *parts: tuple[Format, int, int]):
+        """Makes the format of joined weights.
 
         Args:
             axis: 0 to join rows, 1 to join columns.
             parts: (format, rows, columns) of each; its rows are whole blocks.
         """
-        pieces = "+".join(f"{rows}x{columns}x{packed_format.__name__}"
+        pieces = "+".join(f"{rows}x{columns}x{packed_format.name}"
                           for packed_format, rows, columns in parts)
-        name = f"JOINED_{('ROWS', 'COLUMNS')[axis]}_{pieces}"
-        return define(name, cls, lambda: cls._attributes(axis, parts))
-
-    @classmethod
-    def _attributes(cls, axis: int, parts: Sequence[tuple[type[Format], int, int]]) -> dict:
+        self.name = f"JOINED_{('ROWS', 'COLUMNS')[axis]}_{pieces}"
+        self.axis = axis
         placed, offset, start = [], 0, 0
         for part_format, rows, columns in parts:
             place = (start, 0) if axis == 0 else (0, start)
@@ -301,51 +258,44 @@ class Joined(Composite):
             for dtype, length in part.sizes():
                 offsets.append(offset)
                 offset += -(-dtype.itemsize * length // ALIGNED) * ALIGNED
-            placed.append(Part(part_format, rows, columns, *place, tuple(offsets)))
+            placed.append(replace(part, offsets=tuple(offsets)))
             start += (rows, columns)[axis]
-        rows = start if axis == 0 else parts[0][1]
-        columns = start if axis == 1 else parts[0][2]
-        return {"axis": axis, "parts": tuple(placed), "block_length": columns,
-                "block_bytes": -(-offset // rows),
-                "of_host": all(part_format.of_host for part_format, *_ in parts)}
+        self.parts = tuple(placed)
+        rows, self.block_length = (start, parts[0][2]) if axis == 0 else (parts[0][1], start)
+        self.block_bytes = -(-offset // rows)
+        self.of_host = all(part.format.of_host for part in placed)
 
-    @classmethod
-    def title(cls) -> str:
-        return " + ".join(dict.fromkeys(part.format.title() for part in cls.parts))
+    def title(self) -> str:
+        return " + ".join(dict.fromkeys(part.format.title() for part in self.parts))
 
-    @classmethod
-    def formats_within(cls) -> Iterable[type[Format]]:
-        for part in cls.parts:
+    def formats_within(self) -> Iterable[Format]:
+        for part in self.parts:
             yield from part.format.formats_within()
 
-    @classmethod
-    def without_low_rank(cls, tensors: list[torch.Tensor]
-                         ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
+    def without_low_rank(self, tensors: list[torch.Tensor]
+                         ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
         data = tensors[0].view(-1)
         rest, low_ranks = [], []
-        for part in cls.parts:
+        for part in self.parts:
             packed_format, part_tensors, low_rank = without_low_rank(
                 part.format, part.tensors(data))
             # the tensors of a low rank are the last ones
-            rest.append(Part(packed_format, part.rows, part.columns, part.row, part.column,
-                             part.offsets[:len(part_tensors)]))
+            rest.append(replace(part, format=packed_format,
+                                offsets=part.offsets[:len(part_tensors)]))
             if low_rank is not None:
                 low_ranks.append((part, low_rank))
         if not low_ranks:
-            return cls, tensors, None
-        name = f"{cls.__name__}_WITHOUT_LOW_RANK"
-        packed_format = define(name, Joined, lambda: {
-            "axis": cls.axis, "parts": tuple(rest), "block_length": cls.block_length,
-            "block_bytes": cls.block_bytes, "of_host": cls.of_host})
-        return packed_format, tensors, cls._joined_low_rank(low_ranks)
+            return self, tensors, None
+        rest_format = object.__new__(Joined)  # for `dequantize_parts` alone
+        rest_format.__dict__.update(vars(self), parts=tuple(rest))
+        return rest_format, tensors, self._joined_low_rank(low_ranks)
 
-    @classmethod
-    def _joined_low_rank(cls, low_ranks: list[tuple[Part, LowRank]]) -> LowRank:
+    def _joined_low_rank(self, low_ranks: list[tuple[Part, LowRank]]) -> LowRank:
         downs, ups, slices, rank = [], [], [], 0
         for part, low_rank in low_ranks:
             down, up = low_rank.down, low_rank.ups[0]
-            if cls.axis == 1:
-                after = cls.block_length - part.column - part.columns
+            if self.axis == 1:
+                after = self.block_length - part.column - part.columns
                 down = torch.nn.functional.pad(down, (part.column, after))
             downs.append(down)
             ups.append(up)
@@ -355,16 +305,15 @@ class Joined(Composite):
         dtype = functools.reduce(torch.promote_types, (factor.dtype for factor in (*downs, *ups)))
         down = torch.cat([down.to(dtype) for down in downs])
         ups = [up.to(dtype) for up in ups]
-        if cls.axis == 1:
+        if self.axis == 1:
             return LowRank(down, (torch.cat(ups, 1),), (Slice(0, len(ups[0]), 0, rank),))
         return LowRank(down, tuple(ups), tuple(slices))
 
-    @classmethod
-    def dequantize_parts(cls, tensors: list[torch.Tensor], out: torch.Tensor,
+    def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          value_dtype: torch.dtype | None, first: int,
                          dequantize_into: DequantizeInto) -> torch.Tensor:
-        data, rows = tensors[0].view(-1), out.view(-1, cls.block_length)
-        for part in cls.parts:
+        data, rows = tensors[0].view(-1), out.view(-1, self.block_length)
+        for part in self.parts:
             start, stop = max(first, part.row), min(first + len(rows), part.row + part.rows)
             if start >= stop:
                 continue
@@ -378,9 +327,9 @@ class Joined(Composite):
         return out
 
 
-def without_low_rank(packed_format: type[Format], tensors: list[torch.Tensor]
-                     ) -> tuple[type[Format], list[torch.Tensor], LowRank | None]:
+def without_low_rank(packed_format: Format, tensors: list[torch.Tensor]
+                     ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
     """Returns `Composite.without_low_rank`, of other formats the weight itself and None."""
-    if issubclass(packed_format, Composite):
+    if isinstance(packed_format, Composite):
         return packed_format.without_low_rank(tensors)
     return packed_format, tensors, None

@@ -36,18 +36,16 @@ class MXFP4(NibbleCodebook, ggml_type=39):
         return torch.tensor([math.ldexp(1, exponent - 128) for exponent in range(256)],
                             dtype=torch.float32)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
-        scales = select(cls.constant("scales", blocks.device), blocks[:, 0])
-        return Terms(cls.code_values(blocks[:, 1:]), scales.unsqueeze(-1))
+    def terms(self, blocks: torch.Tensor) -> Terms:
+        scales = select(self.constant("scales", blocks.device), blocks[:, 0])
+        return Terms(self.code_values(blocks[:, 1:]), scales.unsqueeze(-1))
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
         peak = values.abs().amax(-1, keepdim=True)
         exponents = (peak.log2().floor() + 125).clamp(0, 255)
         exponents = torch.where(peak > 0, exponents, 0).to(torch.uint8)
-        scales = cls.constant("scales", values.device)[exponents.int()].unsqueeze(-1)
-        levels = scales * torch.tensor(cls.values, dtype=torch.float32, device=values.device)
+        scales = self.constant("scales", values.device)[exponents.int()].unsqueeze(-1)
+        levels = scales * torch.tensor(self.values, dtype=torch.float32, device=values.device)
         codes = (levels - values.unsqueeze(-1)).abs().argmin(-1).to(torch.uint8)
         return torch.cat([exponents, join_planes(codes, 4, 16)], 1)
 
@@ -77,7 +75,6 @@ class NVFP4(NibbleCodebook, ggml_type=40):
 
         return torch.tensor(list(map(half_value, range(256))), dtype=torch.float32)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
-        scales = select(cls.constant("scales", blocks.device), blocks[:, :4])
-        return Terms(cls.code_values(blocks[:, 4:].view(-1, 4, 8)), scales.view(-1, 4, 1))
+    def terms(self, blocks: torch.Tensor) -> Terms:
+        scales = select(self.constant("scales", blocks.device), blocks[:, :4])
+        return Terms(self.code_values(blocks[:, 4:].view(-1, 4, 8)), scales.view(-1, 4, 1))

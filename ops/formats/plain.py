@@ -17,17 +17,14 @@ class _Plain(Format):
     block_length = 1
     plain_dtype: torch.dtype
 
-    @classmethod
-    def dequantize(cls, blocks):
-        return blocks.contiguous().view(cls.plain_dtype).float()
+    def dequantize(self, blocks):
+        return blocks.contiguous().view(self.plain_dtype).float()
 
-    @classmethod
-    def pack(cls, values):
-        return values.to(cls.plain_dtype).view(torch.uint8)
+    def pack(self, values):
+        return values.to(self.plain_dtype).view(torch.uint8)
 
-    @classmethod
-    def dequantize_into(cls, tensors, out, value_dtype=None, first=0):
-        values = tensors[0].view(-1).view(cls.plain_dtype)[first:first + out.numel()]
+    def dequantize_into(self, tensors, out, value_dtype=None, first=0):
+        values = tensors[0].view(-1).view(self.plain_dtype)[first:first + out.numel()]
         flat_out = out.view(-1)
         if out.device.type != "cpu" or out.dtype in (torch.float32, values.dtype):
             flat_out.copy_(values)
@@ -52,4 +49,4 @@ class BF16(_Plain):
     block_bytes, plain_dtype = 2, torch.bfloat16
 
 
-BY_DTYPE = {packed_format.plain_dtype: packed_format for packed_format in (F16, BF16)}
+BY_DTYPE = {packed_format.plain_dtype: packed_format for packed_format in (F16.of(), BF16.of())}

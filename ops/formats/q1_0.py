@@ -24,7 +24,6 @@ class Q1_0(Format, ggml_type=41):
         """Returns the signs of eight values for every byte, as a table for `lookup`."""
         return bit_table(-1, 1)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
-        signs = lookup(cls.constant("signs", blocks.device), blocks[:, 2:]).view(-1, 128)
+    def terms(self, blocks: torch.Tensor) -> Terms:
+        signs = lookup(self.constant("signs", blocks.device), blocks[:, 2:]).view(-1, 128)
         return Terms(signs, half(blocks, 0))

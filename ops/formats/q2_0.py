@@ -12,8 +12,7 @@ from .bits import bit_planes, half
 class TwoBitCodes(Format):
     """Base of the formats with one float16 scale and 2-bit codes, for blocks of any length."""
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         codes = bit_planes(blocks[:, 2:], 2).view(torch.int8).sub_(1)
         return Terms(codes.transpose(1, 2), half(blocks, 0).unsqueeze(-1))
 

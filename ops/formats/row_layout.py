@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Format, Side, Terms, define
+from .base import Format, Side, Terms
 from .bits import (
     bit_planes,
     byte_pairs,
@@ -189,63 +189,62 @@ class RowFormat(Format):
         family: name of the family, the same for rows of all lengths.
         sizes: of the format in its family.
     """
-    layout: RowLayout
-    family: str
-    sizes: tuple[int, ...]
+    def __init__(self, family: str, columns: int, *sizes: int):
+        own = FAMILIES[family].sizes
+        self.name = "_".join(map(str, (family, columns, *(sizes if sizes != own else ()))))
+        self.family, self.sizes = family, sizes
+        self.layout = FAMILIES[family].layout(columns, *sizes)
+        self.block_length = columns
+        self.block_bytes = columns * self.layout.codes.bits // 8
+        self.sides, self.padding = self.layout.sides(), self.layout.padding
+        self.of_host = self.layout.of_host
 
-    @classmethod
-    def title(cls) -> str:
-        return cls.layout.title or cls.family
+    def title(self) -> str:
+        return self.layout.title or self.family
 
-    @classmethod
-    def kernel_names(cls) -> tuple[str, ...]:
-        return (cls.family, "INT8") if cls.layout.is_int8 else (cls.family,)
+    def kernel_names(self) -> tuple[str, ...]:
+        return (self.family, "INT8") if self.layout.is_int8 else (self.family,)
 
-    @classmethod
-    def code_numbers(cls) -> torch.Tensor:
+    def code_numbers(self) -> torch.Tensor:
         """Returns the number of each code, float32 (2**bits,)."""
-        return cls.layout.codes.all_numbers()
+        return self.layout.codes.all_numbers()
 
-    @classmethod
-    def number_pairs(cls) -> torch.Tensor:
+    def number_pairs(self) -> torch.Tensor:
         """Returns the two numbers of each byte of 4-bit codes, float32 in int64 (256,)."""
-        return byte_pairs(cls.code_numbers(), cls.layout.codes.order == "high first")
+        return byte_pairs(self.code_numbers(), self.layout.codes.order == "high first")
 
-    @classmethod
-    def scale_numbers(cls) -> torch.Tensor:
+    def scale_numbers(self) -> torch.Tensor:
         """Returns the scale of each byte of stored scales, float32 (256,)."""
-        if cls.layout.scale.kind == "e8m0":
+        if self.layout.scale.kind == "e8m0":
             powers = (math.ldexp(1, exponent - 127) for exponent in range(1, 255))
             return torch.tensor([0.0, *powers, math.inf], dtype=torch.float32)
         return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
 
-    @classmethod
-    def numbers(cls, packed: torch.Tensor) -> torch.Tensor:
+    def numbers(self, packed: torch.Tensor) -> torch.Tensor:
         """Returns the numbers of codes, uint8, int8 or float32 of (n, K).
 
         Those of codes of 8 bits may share the bytes of `packed`, uint8 (n, B).
         """
-        codes, device = cls.layout.codes, packed.device
+        codes, device = self.layout.codes, packed.device
         if codes.bits == 4 and (codes.numbers or codes.order == "stream"):
-            pairs = select(cls.constant("number_pairs", device), packed)
+            pairs = select(self.constant("number_pairs", device), packed)
             return pairs.view(torch.float32).view(len(packed), -1)
         if codes.bits == 8:
             if codes.dtype.is_floating_point and device.type == "cuda":
                 return packed.view(codes.dtype).float()
             if codes.dtype.is_floating_point or codes.numbers:
-                return select(cls.constant("code_numbers", device), packed).view(packed.shape)
+                return select(self.constant("code_numbers", device), packed).view(packed.shape)
             # 128 less is the top bit turned, read with a sign
             return (packed ^ 128).view(torch.int8) if codes.offset else packed.view(codes.dtype)
         fields = SPLIT[codes.order](packed, codes.bits)
         if codes.numbers:
-            return select(cls.constant("code_numbers", device), fields).view(fields.shape)
+            return select(self.constant("code_numbers", device), fields).view(fields.shape)
         if codes.offset:
             fields = fields.view(torch.int8) if fields.dtype == torch.uint8 else fields
             fields.sub_(codes.offset)
         return fields
 
-    @classmethod
-    def stored(cls, numbers: Numbers, name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    def stored(self, numbers: Numbers, name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the numbers of the tensor `name` as float32, flat."""
         stored = tensors[name]
         if numbers.kind == "f32":
@@ -253,27 +252,26 @@ class RowFormat(Format):
         if numbers.kind == "bytes":
             return select(tensors[f"{name}_table"], stored)
         if numbers.dtype == torch.uint8:
-            return select(cls.constant("scale_numbers", stored.device), stored)
+            return select(self.constant("scale_numbers", stored.device), stored)
         values = reinterpret(stored, numbers.dtype).float()
         return values * tensors[f"{name}_factor"] if numbers.has_factor else values
 
-    @classmethod
-    def terms(cls, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
+    def terms(self, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
         """Returns the terms of rows: codes, uint8 (n, block_bytes), and the tensors of `sides`."""
-        layout, count = cls.layout, len(packed)
-        tensors = {side.name: tensor for side, tensor in zip(cls.sides, sides)}
+        layout, count = self.layout, len(packed)
+        tensors = {side.name: tensor for side, tensor in zip(self.sides, sides)}
         taps = (layout.taps,) if layout.taps > 1 else ()
         shape, each = (count, layout.groups, -1, *taps), (count, layout.groups, 1, *taps)
-        scales = cls.stored(layout.scale, "scale", tensors)
+        scales = self.stored(layout.scale, "scale", tensors)
         if layout.levels:
-            terms = cls._selected(packed, scales)
+            terms = self._selected(packed, scales)
         else:
-            zeros = cls._zeros(tensors["zero"], count) if layout.zero_bits else None
-            added = cls.stored(layout.minimum, "minimum", tensors) if layout.minimum else None
+            zeros = self._zeros(tensors["zero"], count) if layout.zero_bits else None
+            added = self.stored(layout.minimum, "minimum", tensors) if layout.minimum else None
             numbers = (select(tensors["numbers"], split_bits(packed, 4, 2)).view(count, -1)
-                       if layout.has_own_numbers else cls.numbers(packed))
+                       if layout.has_own_numbers else self.numbers(packed))
             if layout.names_groups:
-                return cls._of_named_groups(numbers, zeros, scales.view(count, -1),
+                return self._of_named_groups(numbers, zeros, scales.view(count, -1),
                                             tensors["group_of_column"])
             numbers = numbers.view(shape)
             if zeros is not None:
@@ -286,7 +284,7 @@ class RowFormat(Format):
                 of_row = tensors["row_scale"].view(-1, 1, 1)
                 scales = scales * of_row if layout.row_scale == "multiply" else scales / of_row
             if layout.rotation and not layout.rotates_values:
-                return cls._rotated(numbers, scales.view(count, 1), added)
+                return self._rotated(numbers, scales.view(count, 1), added)
             terms = Terms(numbers, scales, None if added is None else -added.view(each))
         if layout.has_column_scales:
             values = (terms.codes.mul_(terms.scales) if terms.codes.is_floating_point()
@@ -296,29 +294,26 @@ class RowFormat(Format):
             values = torch.empty((count, layout.columns), dtype=torch.float32,
                                  device=packed.device)
             terms.write(values)
-            return Terms(cls.rotate(values), values.new_full((), layout.rotation**-0.5))
+            return Terms(self.rotate(values), values.new_full((), layout.rotation**-0.5))
         return terms
 
-    @classmethod
-    def _selected(cls, packed: torch.Tensor, levels: torch.Tensor) -> Terms:
+    def _selected(self, packed: torch.Tensor, levels: torch.Tensor) -> Terms:
         """Returns the levels that codes select."""
-        layout = cls.layout
+        layout = self.layout
         shape = (len(packed), layout.groups, -1, layout.taps)
         codes = SPLIT[layout.codes.order](packed, layout.codes.bits).view(shape).long()
         levels = levels.view(len(packed), layout.groups, layout.levels, layout.taps)
         values = levels.gather(2, codes)
         return Terms(values, values.new_ones(()))
 
-    @classmethod
-    def _zeros(cls, stored: torch.Tensor, rows: int) -> torch.Tensor:
+    def _zeros(self, stored: torch.Tensor, rows: int) -> torch.Tensor:
         """Returns the zeros of some rows, integers (rows, groups)."""
-        stored, width = stored.view(rows, -1), cls.layout.zero_bits
+        stored, width = stored.view(rows, -1), self.layout.zero_bits
         if width == 8:
             return stored
-        return split_bits(stored, width, 8 // width).view(rows, -1)[:, :cls.layout.groups]
+        return split_bits(stored, width, 8 // width).view(rows, -1)[:, :self.layout.groups]
 
-    @classmethod
-    def _of_named_groups(cls, numbers: torch.Tensor, zeros: torch.Tensor | None,
+    def _of_named_groups(self, numbers: torch.Tensor, zeros: torch.Tensor | None,
                          scales: torch.Tensor, names: torch.Tensor) -> Terms:
         """Returns the terms of columns that name their groups."""
         group_of_column = reinterpret(names, torch.int16).int()
@@ -326,33 +321,30 @@ class RowFormat(Format):
             numbers = numbers.float().sub_(zeros.index_select(1, group_of_column))
         return Terms(numbers, scales.index_select(1, group_of_column))
 
-    @classmethod
-    def _rotated(cls, numbers: torch.Tensor, scales: torch.Tensor,
+    def _rotated(self, numbers: torch.Tensor, scales: torch.Tensor,
                  added: torch.Tensor | None) -> Terms:
         """Returns the terms of numbers that are rotated before they are scaled.
 
         Their rotation turns integers into sums that float32 holds exactly, so that a value is
         rounded once, whatever the order of the sum.
         """
-        layout, root = cls.layout, cls.layout.rotation**0.5
-        terms = Terms(cls.rotate(numbers.view(len(scales), -1).float()), scales / root)
+        layout, root = self.layout, self.layout.rotation**0.5
+        terms = Terms(self.rotate(numbers.view(len(scales), -1).float()), scales / root)
         if added is not None:
             added = added.repeat_interleave(layout.group).view(len(scales), -1)
-            terms.minima = cls.rotate(added) / -root
+            terms.minima = self.rotate(added) / -root
         return terms
 
-    @classmethod
-    def rotate(cls, rows: torch.Tensor) -> torch.Tensor:
+    def rotate(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns rows (n, K) times the rotation times the root of its size, float32."""
-        size = cls.layout.rotation
-        signs = rotation_signs(size, rows.device, cls.layout.rotation_base)
+        size = self.layout.rotation
+        signs = rotation_signs(size, rows.device, self.layout.rotation_base)
         return (rows.reshape(-1, size) @ signs).view(rows.shape)
 
-    @classmethod
-    def unrotated(cls, rows: torch.Tensor) -> torch.Tensor:
-        if not (cls.layout.rotates_values and cls.layout.rotation):
+    def unrotated(self, rows: torch.Tensor) -> torch.Tensor:
+        if not (self.layout.rotates_values and self.layout.rotation):
             return rows
-        return cls.rotate(rows.float()).mul_(cls.layout.rotation**-0.5)
+        return self.rotate(rows.float()).mul_(self.layout.rotation**-0.5)
 
 
 INT8_CODES = Codes(dtype=torch.int8)
@@ -383,7 +375,7 @@ class RowFamily:
         """The layout of rows of `COLUMNS_OF_EXAMPLE`."""
         return self.layout(COLUMNS_OF_EXAMPLE, *self.sizes)
 
-    def of_columns(self, columns: int, *sizes: int | None) -> type[RowFormat]:
+    def of_columns(self, columns: int, *sizes: int | None) -> RowFormat:
         """Returns the format of rows of a length.
 
         Args:
@@ -391,18 +383,8 @@ class RowFamily:
             sizes: the first ones of the sizes; None, or left out: the family's.
         """
         given = [*sizes, *[None] * (len(self.sizes) - len(sizes))]
-        chosen = tuple(own if size is None else size for size, own in zip(given, self.sizes))
-        name = "_".join([self.name, str(columns),
-                         *map(str, chosen if chosen != self.sizes else ())])
-
-        def attributes() -> dict:
-            layout = self.layout(columns, *chosen)
-            return {"layout": layout, "family": self.name, "sizes": chosen,
-                    "block_length": columns,
-                    "block_bytes": columns * layout.codes.bits // 8, "sides": layout.sides(),
-                    "padding": layout.padding, "of_host": layout.of_host}
-
-        return define(name, RowFormat, attributes)
+        return RowFormat.of(self.name, columns, *(
+            own if size is None else size for size, own in zip(given, self.sizes)))
 
 
 def split_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:

@@ -35,15 +35,13 @@ class TQ1_0(Format, ggml_type=34):
         """Returns 3**i, uint8 (5, 1), the factors that bring each digit to the top of a byte."""
         return torch.tensor([[3**i] for i in range(5)], dtype=torch.uint8)
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
-        products = blocks[:, :52].unsqueeze(1) * cls.constant("powers", blocks.device)
+    def terms(self, blocks: torch.Tensor) -> Terms:
+        products = blocks[:, :52].unsqueeze(1) * self.constant("powers", blocks.device)
         digits = (products > 170).view(torch.int8).sub_((products < 86).view(torch.int8))
         runs = digits[..., :32], digits[..., 32:48], digits[:, :4, 48:]
         return Terms(torch.cat([run.flatten(1) for run in runs], -1), half(blocks, 52))
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
         d, digits = _digits(values)
 
         def numbers(first: int, last: int, width: int) -> torch.Tensor:
@@ -69,12 +67,10 @@ class TQ2_0(Format, ggml_type=35):
 
     block_length, block_bytes = 256, 66
 
-    @classmethod
-    def terms(cls, blocks: torch.Tensor) -> Terms:
+    def terms(self, blocks: torch.Tensor) -> Terms:
         codes = bit_planes(blocks[:, :64].view(-1, 2, 32), 2).view(-1, 256)
         return Terms(codes.view(torch.int8).sub_(1), half(blocks, 64))
 
-    @classmethod
-    def pack(cls, values: torch.Tensor) -> torch.Tensor:
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
         d, codes = _digits(values)
         return torch.cat([join_planes(codes, 2, 32), half_bytes(d)], 1)

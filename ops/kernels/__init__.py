@@ -105,7 +105,7 @@ def _backends(device: torch.device) -> tuple[tuple[str, ...], bool]:
     return names, device.type in TRIALED
 
 
-def find(capability: str, device: torch.device, packed_format: type[Format] | None,
+def find(capability: str, device: torch.device, packed_format: Format | None,
          dtype: torch.dtype, value_dtype: torch.dtype | None = None,
          tokens: int | None = None) -> Callable[..., None] | None:
     """Returns the `run` of a kernel (see `Kernel`), or None: use the reference.
@@ -149,7 +149,7 @@ def used(device: torch.device, seconds: float = LOG_AFTER_SECONDS) -> str:
     return "torch until kernels are proven" if selector.is_pending else "torch"
 
 
-def dequantize_into(packed_format: type[Format], tensors: list[torch.Tensor], out: torch.Tensor,
+def dequantize_into(packed_format: Format, tensors: list[torch.Tensor], out: torch.Tensor,
                     value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
     """Runs `Format.dequantize_into` by the fastest kernel for `out`'s device.
 
@@ -166,7 +166,7 @@ def dequantize_into(packed_format: type[Format], tensors: list[torch.Tensor], ou
     if value_dtype == out.dtype:
         value_dtype = None
     tensors = contiguous(tensors)
-    if issubclass(packed_format, Composite):
+    if isinstance(packed_format, Composite):
         return packed_format.dequantize_parts(tensors, out, value_dtype, first, dequantize_into)
     run = find("dequantize", out.device, packed_format, out.dtype, value_dtype)
     if run is None:

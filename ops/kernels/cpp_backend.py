@@ -179,7 +179,7 @@ class CpuKernels:
         self._compiler = compiler
         self._functions: dict[tuple, Callable[..., None]] = {}
 
-    def _function(self, kernel: str, packed_format: type[Format] | None, *dtypes,
+    def _function(self, kernel: str, packed_format: Format | None, *dtypes,
                   **definitions) -> Callable[..., None]:
         key = kernel, packed_format, dtypes, *definitions.values()
         if key not in self._functions:
@@ -327,9 +327,9 @@ def _max_lanes() -> int:
     return 16 if torch.cpu._is_avx512_supported() else 8
 
 
-def _lanes(packed_format: type[Format]) -> int:
+def _lanes(packed_format: Format) -> int:
     """Returns how many values of a block are handled at once."""
-    limit = min(8 if packed_format.__name__ == "NVFP4" else 16, _max_lanes())
+    limit = min(8 if packed_format.name == "NVFP4" else 16, _max_lanes())
     for lanes in (16, 8):
         if lanes <= limit and packed_format.block_length % lanes == 0:
             return lanes

@@ -70,7 +70,7 @@ class Kernel:
     min_tokens: int = 1
     max_tokens: int | None = None
 
-    def accepts(self, packed_format: type[Format] | None, dtype: torch.dtype) -> bool:
+    def accepts(self, packed_format: Format | None, dtype: torch.dtype) -> bool:
         """Returns whether the constraints on format and dtype are met.
 
         Args:

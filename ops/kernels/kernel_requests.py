@@ -21,8 +21,8 @@ def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.d
     if dtype is not None:
         for layer in model.modules():
             if isinstance(layer, PackedLinear) and is_packed(layer.weight):
-                for packed_format in layer.weight.layout_cls.format.formats_within():
-                    cases.update(dict.fromkeys(_cases(packed_format.__name__, dtype,
+                for packed_format in layer.weight.params.format.formats_within():
+                    cases.update(dict.fromkeys(_cases(packed_format.name, dtype,
                                                       layer.value_dtype, layer.compute)))
     kernels.prepare(device, cases)
 

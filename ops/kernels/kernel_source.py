@@ -96,7 +96,7 @@ ROW_FAMILIES = {name: family for name, family in CPU_ROW_FAMILIES.items()
                 if _is_for_gpus(family.example)}
 
 
-def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None,
+def kernel_source(platform: str, kernel: str, packed_format: Format | None,
                   dtype: torch.dtype, value_dtype: torch.dtype | None = None, **definitions) -> str:
     """Returns C++ that includes no file of ours.
 
@@ -126,7 +126,7 @@ def kernel_source(platform: str, kernel: str, packed_format: type[Format] | None
 
 
 @functools.cache
-def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
+def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
     """Returns the constants of `dequantize_rows` for a format that `is_plain_row`."""
     layout = packed_format.layout
     codes, kernel = layout.codes, row_kernel(layout)
@@ -147,12 +147,12 @@ def row_definitions(packed_format: type[RowFormat]) -> dict[str, int | str]:
 
 
 @functools.cache
-def is_plain_row(packed_format: type[RowFormat]) -> bool:
+def is_plain_row(packed_format: RowFormat) -> bool:
     """Returns whether the kernel reads all that the format has."""
     return row_kernel(packed_format.layout) is not None
 
 
-def row_chunk(packed_format: type[RowFormat]) -> int:
+def row_chunk(packed_format: RowFormat) -> int:
     """Returns how many values a thread of a GPU's `dequantize_rows` writes, or 0 where lengths are
     no multiples of what it handles at a time."""
     definitions = row_definitions(packed_format)
@@ -161,7 +161,7 @@ def row_chunk(packed_format: type[RowFormat]) -> int:
     return 0 if lengths[0] % chunk or lengths[1] % 8 else chunk
 
 
-def _source_name(packed_format: type[Format]) -> str:
+def _source_name(packed_format: Format) -> str:
     """Returns the name that the source has for a format."""
     return next(name for name in packed_format.kernel_names() if name in FORMAT_NAMES)
 
@@ -172,7 +172,7 @@ def c_floats(numbers: Iterable[float]) -> str:
                      for value in torch.tensor(tuple(numbers), dtype=torch.float32).tolist())
 
 
-def source_files(platform: str, packed_format: type[Format] | None, kernel: str) -> list[Path]:
+def source_files(platform: str, packed_format: Format | None, kernel: str) -> list[Path]:
     """Returns the files of a kernel's source, in order.
 
     A family of formats has one file, named like the one in ops/formats. Kernels whose names have
@@ -180,8 +180,8 @@ def source_files(platform: str, packed_format: type[Format] | None, kernel: str)
     """
     folder, weight_files = SOURCES / platform, []
     if packed_format is not None:
-        file = "bnb_int8" if issubclass(packed_format, RowFormat) else next(
-            base.__module__.rpartition(".")[2] for base in packed_format.__mro__
+        file = "bnb_int8" if isinstance(packed_format, RowFormat) else next(
+            base.__module__.rpartition(".")[2] for base in type(packed_format).__mro__
             if base.__name__ == _source_name(packed_format))
         weight_files = [SOURCES / "formats" / f"{file}.h", SOURCES / "weight.h"]
     return [
@@ -193,7 +193,7 @@ def source_files(platform: str, packed_format: type[Format] | None, kernel: str)
     ]
 
 
-def block_addresses(packed_format: type[Format], tensors: list[torch.Tensor],
+def block_addresses(packed_format: Format, tensors: list[torch.Tensor],
                     first: int = 0) -> tuple[int, int | None]:
     """Returns the address of block `first` and that of its scale, None where blocks hold their
     scales."""

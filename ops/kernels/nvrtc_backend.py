@@ -48,7 +48,7 @@ class Program:
         rows: Weight rows per warp of "linear".
     """
     kernel: str
-    packed_format: type[Format]
+    packed_format: Format
     dtype: torch.dtype
     value_dtype: torch.dtype | None = None
     alignment: int = 1
@@ -136,12 +136,12 @@ class CudaKernels:
                      c_int(columns), *map(c_longlong, strides))
 
 
-def alignment(packed_format: type[Format]) -> int:
+def alignment(packed_format: Format) -> int:
     """Returns the alignment, at most 4 bytes, that all blocks have if the first one has it."""
     return math.gcd(packed_format.block_bytes, 4)
 
 
-def _aligned(packed_format: type[Format], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def _aligned(packed_format: Format, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Returns a weight's tensors with the packed bytes aligned, copied if need be, so that one
     program works for all addresses."""
     if tensors[0].data_ptr() % alignment(packed_format) == 0:

@@ -45,12 +45,12 @@ class Rows:
     columns: int
 
 
-def _grid(packed_format: type[Format]) -> Grid:
+def _grid(packed_format: Format) -> Grid:
     assert packed_format.grid is not None  # kernels that quantise accept no other formats
     return packed_format.grid
 
 
-def _block_cases(packed_format: type[Format]) -> list[Blocks]:
+def _block_cases(packed_format: Format) -> list[Blocks]:
     many = max(37, SEVERAL_THREADS // _grid(packed_format).length)
     return [
         Blocks(1, False, False),
@@ -60,18 +60,18 @@ def _block_cases(packed_format: type[Format]) -> list[Blocks]:
     ]
 
 
-def _row_cases(packed_format: type[Format]) -> list[Rows]:
+def _row_cases(packed_format: Format) -> list[Rows]:
     grid = _grid(packed_format)
     columns = columns_at_a_time(grid)
     return [Rows(1, grid.length), Rows(37, columns), Rows(SEVERAL_THREADS // columns, columns)]
 
 
-CASES: dict[str, Callable[[type[Format]], list]] = {
+CASES: dict[str, Callable[[Format], list]] = {
     "pack_blocks": _block_cases, "pack_columns": _row_cases
 }
 
 
-def check_blocks(run: Callable[..., None], case: Blocks, packed_format: type[Format],
+def check_blocks(run: Callable[..., None], case: Blocks, packed_format: Format,
                  dtype: torch.dtype, value_dtype: None, device: torch.device):
     """Checks "pack_blocks" in one case; see `validation.check`."""
     grid, generator = _grid(packed_format), torch.Generator().manual_seed(case.blocks)
@@ -102,7 +102,7 @@ def check_blocks(run: Callable[..., None], case: Blocks, packed_format: type[For
              EMPHASIS_TOLERANCE if case.emphasis else BLOCK_TOLERANCE)
 
 
-def check_columns(run: Callable[..., None], case: Rows, packed_format: type[Format],
+def check_columns(run: Callable[..., None], case: Rows, packed_format: Format,
                   dtype: torch.dtype, value_dtype: None, device: torch.device):
     """Checks "pack_columns" in one case; see `validation.check`.
 

@@ -41,7 +41,7 @@ class InProcessSelector:
         self._waits = True
         self._backend = self._compute(self._find_backend)
 
-    def find(self, capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
+    def find(self, capability: str, packed_format: Format | None, dtype: torch.dtype,
              value_dtype: torch.dtype | None, tokens: int | None) -> Kernel | None:
         """Returns a kernel that is right, None where torch does the work; see `kernels.find`."""
         backend = self._value(self._backend, capability)
@@ -162,7 +162,7 @@ class TrialedSelector:
         log.info("[Featherweight] Packed weights on %s use %s.", device_name(device),
                  " and ".join(backend.name for backend in self._backends) or "torch")
 
-    def find(self, capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
+    def find(self, capability: str, packed_format: Format | None, dtype: torch.dtype,
              value_dtype: torch.dtype | None, tokens: int | None) -> Kernel | None:
         """Returns the fastest proven kernel, None where torch does the work; see `kernels.find`."""
         key = capability, packed_format, dtype, value_dtype
@@ -200,7 +200,7 @@ class TrialedSelector:
                           error)
 
 
-def case_of(capability: str, packed_format: type[Format] | None, dtype: torch.dtype,
+def case_of(capability: str, packed_format: Format | None, dtype: torch.dtype,
             value_dtype: torch.dtype | None) -> Case:
     """Returns the case of a capability for a format; see `Case`."""
-    return Case(capability, packed_format and packed_format.__name__, dtype, value_dtype)
+    return Case(capability, packed_format and packed_format.name, dtype, value_dtype)

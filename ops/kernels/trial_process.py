@@ -229,13 +229,13 @@ class Trial:
         import_backend(name).probe(self.device)
         return {"verdict": "works"}
 
-    def _prove(self, kernel: Kernel, packed_format: type[Format] | None, case: Case) -> dict:
+    def _prove(self, kernel: Kernel, packed_format: Format | None, case: Case) -> dict:
         """Checks and times a kernel. Raises WrongResult, and what the kernel raises."""
         check(kernel, packed_format, case.dtype, case.value_dtype, self.device)
         seconds = self._measure(*self._calls(kernel, packed_format, case))
         return {"verdict": "right" if seconds[0] < seconds[1] else "slower", "seconds": seconds}
 
-    def _kernels(self, case: Case) -> list[tuple[Backend, Kernel, type[Format] | None]]:
+    def _kernels(self, case: Case) -> list[tuple[Backend, Kernel, Format | None]]:
         """Returns the kernels that accept a case, with their backends and the case's format."""
         try:
             packed_format = None if case.format is None else format_named(case.format)
@@ -246,7 +246,7 @@ class Trial:
                 if kernel.capability == case.capability
                 and kernel.accepts(packed_format, case.dtype)]
 
-    def _calls(self, kernel: Kernel, packed_format: type[Format] | None,
+    def _calls(self, kernel: Kernel, packed_format: Format | None,
                case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
         """Returns a function that runs the kernel, and one that does the same by torch."""
         def empty(*size: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:

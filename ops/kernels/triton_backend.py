@@ -249,11 +249,11 @@ def _int8_tokens(input, matrix, codes, code_scales, columns, TILE: tl.constexpr,
     tl.store(code_scales + row, scale)
 
 
-def _decoder(packed_format: type[Format]) -> Decoder:
+def _decoder(packed_format: Format) -> Decoder:
     return next(DECODERS[name] for name in packed_format.kernel_names() if name in DECODERS)
 
 
-def _weight_arguments(packed_format: type[Format], tensors: list[torch.Tensor],
+def _weight_arguments(packed_format: Format, tensors: list[torch.Tensor],
                       value_dtype: torch.dtype | None) -> tuple[tuple, dict[str, Any]]:
     """Returns the first arguments of every kernel on weights, and its constants."""
     decoder = _decoder(packed_format)

@@ -38,7 +38,7 @@ class Decoder:
     """
     function: Callable
     group: int
-    table: Callable[[type[Format], torch.device], torch.Tensor] | None
+    table: Callable[[Format, torch.device], torch.Tensor] | None
     stages: int | None
 
 
@@ -46,7 +46,7 @@ DECODERS: dict[str, Decoder] = {}
 
 
 def _decodes(*formats: str, group: int,
-             table: Callable[[type[Format], torch.device], torch.Tensor] | None = None,
+             table: Callable[[Format, torch.device], torch.Tensor] | None = None,
              stages: int | None = None):
     """Decorator that registers a function as the decoder of `formats`; see `Decoder`."""
     def register(function):

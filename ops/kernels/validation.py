@@ -108,7 +108,7 @@ class ChannelsLastCase:
     out_offset: int = 0
 
 
-def cases_of(kernel: Kernel, packed_format: type[Format] | None) -> list:
+def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
     """Returns the cases in which a kernel is checked, small ones first."""
     if kernel.capability == "int8_tokens":
         return [
@@ -164,7 +164,7 @@ def cases_of(kernel: Kernel, packed_format: type[Format] | None) -> list:
     return quantize_validation.CASES[kernel.capability](packed_format)
 
 
-def check(kernel: Kernel, packed_format: type[Format] | None, dtype: torch.dtype,
+def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
           value_dtype: torch.dtype | None, device: torch.device):
     """Checks a kernel in all its cases.
 
@@ -217,12 +217,12 @@ def probe(dequantize: Callable[..., None], device: torch.device):
         raise WrongResult("a block of zeros was dequantised to other values")
 
 
-def _check_dequantize(run: Callable[..., None], case: DequantizeCase, packed_format: type[Format],
+def _check_dequantize(run: Callable[..., None], case: DequantizeCase, packed_format: Format,
                       dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
     tensors = random_tensors(packed_format, case.blocks, device)
     stop = case.blocks * packed_format.block_length - case.omitted
     count = stop - case.first * packed_format.block_length
-    if any(base.__name__ == "Codebook4Bit" for base in packed_format.__mro__):
+    if any(base.__name__ == "Codebook4Bit" for base in type(packed_format).__mro__):
         tensors[0] = tensors[0][:-(-stop // 2)]  # the last block of these formats may be short
     expected = torch.empty(count, dtype=dtype, device=device)
     packed_format.dequantize_into(tensors, expected, value_dtype, case.first)
@@ -259,7 +259,7 @@ def _check_bits(expected: torch.Tensor, out_offset: int,
         raise WrongResult("the kernel wrote outside its output")
 
 
-def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: type[Format],
+def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: Format,
                   dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
     rows, columns = _shape(case, packed_format.block_length)
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
@@ -309,7 +309,7 @@ def _check_softmax(run: Callable[..., None], case: MatrixCase, packed_format: No
         raise WrongResult("an undefined value became a number")
 
 
-def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format: type[Format],
+def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format: Format,
                      dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
     rows, columns = _shape(case, math.lcm(packed_format.block_length, int8_codes.GROUP))
     first = case.first * columns // packed_format.block_length
@@ -393,7 +393,7 @@ def misaligned_copy(tensor: torch.Tensor, elements: int) -> torch.Tensor:
     return out.copy_(tensor)
 
 
-def random_tensors(packed_format: type[Format], blocks: int, device: torch.device,
+def random_tensors(packed_format: Format, blocks: int, device: torch.device,
                    bounded: bool = False) -> list[torch.Tensor]:
     """Returns the tensors of a weight of random blocks.
 

@@ -56,7 +56,7 @@ def multiplies_integers(device: torch.device) -> bool:
     return torch.equal(sums.cpu().float(), codes @ codes.t())
 
 
-def _row_encoder(device: torch.device, packed_format: type[Format], value_dtype: torch.dtype | None,
+def _row_encoder(device: torch.device, packed_format: Format, value_dtype: torch.dtype | None,
                  tokens: int, rows: int, columns: int) -> Callable | None:
     """Chooses what encodes the weight, with the signature of `int8_codes.encode_rows`.
 
@@ -93,7 +93,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     encode = _row_encoder(device, packed_format, value_dtype, tokens, rows, columns)
     if encode is None:
         branch = (None, (), ()) if low_rank is None else low_rank.operands
-        return torch.ops.featherweight.linear(input, packed, bias, packed_format.__name__, rows,
+        return torch.ops.featherweight.linear(input, packed, bias, packed_format.name, rows,
                                               value_dtype, *branch, blas)
     added = None if low_rank is None else low_rank.product(flat, rows)
     codes, scales = _encode_tokens(flat.contiguous())

@@ -74,7 +74,7 @@ def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
         quantize_into(rotate(input[part].float()), codes[part], scales[part])
 
 
-def encode_rows(packed_format: type[Format], tensors: list[torch.Tensor], codes: torch.Tensor,
+def encode_rows(packed_format: Format, tensors: list[torch.Tensor], codes: torch.Tensor,
                 scales: torch.Tensor, value_dtype: torch.dtype | None, first: int,
                 dequantize_into: Callable = dequantize_by_reference):
     """Writes the codes of n rows of `W R`, W a packed weight.

@@ -49,7 +49,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     return out.view(*input.shape[:-1], rows)
 
 
-def _by_kernel(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor],
+def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor],
                rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
                added: torch.Tensor | None) -> torch.Tensor | None:
     """Computes `input W^T + added` with a kernel that dequantises as it multiplies.
@@ -68,7 +68,7 @@ def _by_kernel(input: torch.Tensor, packed_format: type[Format], packed: list[to
     return out
 
 
-def _by_torch(input: torch.Tensor, packed_format: type[Format], packed: list[torch.Tensor],
+def _by_torch(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor],
               rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
               added: torch.Tensor | None, blas: bool) -> torch.Tensor:
     """Computes `input W^T + added` in torch, W dequantised in slices of rows.
@@ -216,7 +216,7 @@ def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | Non
         input,
         packed_tensors(weight),
         bias,
-        weight.layout_cls.format.__name__,
+        weight.params.format.name,
         weight.shape[0],
         value_dtype,
         *branch,
@@ -248,24 +248,24 @@ def embedding(ids: torch.Tensor, weight: PackedTensor, dtype: torch.dtype) -> to
     Returns:
         (*ids.shape, K).
     """
-    packed_format = weight.layout_cls.format
+    packed_format = weight.params.format
     if not rows_are_whole_blocks(weight):
         return torch.nn.functional.embedding(ids, dequantize(weight, dtype))
-    return torch.ops.featherweight.embedding(ids, packed_tensors(weight), packed_format.__name__,
+    return torch.ops.featherweight.embedding(ids, packed_tensors(weight), packed_format.name,
                                              weight.shape[1], dtype)
 
 
 def dequantize(weight: PackedTensor, dtype: torch.dtype,
                value_dtype: torch.dtype | None = None) -> torch.Tensor:
     """Returns the dense weight in `dtype`, rounded once from float32 or first to `value_dtype`."""
-    name = weight.layout_cls.format.__name__
+    name = weight.params.format.name
     return torch.ops.featherweight.dequantize(packed_tensors(weight), name, list(weight.shape),
                                               dtype, value_dtype)
 
 
 def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Returns a read-only view of a weight whose bytes are numbers of `dtype`, else None."""
-    if not is_packed(weight) or weight.layout_cls.format.plain_dtype != dtype:
+    if not is_packed(weight) or weight.params.format.plain_dtype != dtype:
         return None
     return packed_tensors(weight)[0].view(dtype).view(weight.shape)
 
@@ -309,7 +309,7 @@ def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
     Yields:
         (rows, their dense values, valid until the next slice is taken).
     """
-    packed_format, shape = weight.layout_cls.format, weight.shape
+    packed_format, shape = weight.params.format, weight.shape
     columns = shape[1:].numel()
     step = shape[0] if whole else workspace.rows_within(
         CONVOLUTION_BYTES, packed_format, columns, columns * dtype.itemsize, CHANNEL_BLOCK)
@@ -329,7 +329,7 @@ def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
                 yield rows, kernels.dequantize_into(packed_format, tensors, out, value_dtype, first)
 
 
-def _dequantize_channels_last(packed_format: type[Format], tensors: list[torch.Tensor],
+def _dequantize_channels_last(packed_format: Format, tensors: list[torch.Tensor],
                               out: torch.Tensor, value_dtype: torch.dtype | None, first: int):
     """Dequantises the weight of a convolution into (rows, taps, channels), from block `first` on.
 
@@ -363,7 +363,7 @@ def dequantize_rows(weight: PackedTensor, dtype: torch.dtype,
         change: (float32 rows, index of the first) -> the changed rows.
         value_dtype: dtype the dequantised values are first rounded to, or None.
     """
-    packed_format, shape = weight.layout_cls.format, weight.shape
+    packed_format, shape = weight.params.format, weight.shape
     columns = shape[1:].numel()
     row_bytes = columns * torch.float32.itemsize
     step = min(
@@ -372,7 +372,7 @@ def dequantize_rows(weight: PackedTensor, dtype: torch.dtype,
     tensors = packed_tensors(weight)
     out = torch.empty(shape, dtype=dtype, device=weight.device)
     for start in range(0, shape[0], step):
-        rows = torch.ops.featherweight.dequantize(tensors, packed_format.__name__,
+        rows = torch.ops.featherweight.dequantize(tensors, packed_format.name,
                                                   [min(step, shape[0] - start), *shape[1:]],
                                                   torch.float32, value_dtype,
                                                   start * columns // packed_format.block_length)

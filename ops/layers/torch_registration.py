@@ -109,12 +109,12 @@ def _check_branch(input, rows, down, ups, slices):
                        f" {rank_end - rank} ranks.")
 
 
-def _format(name: str) -> type[Format]:
+def _format(name: str) -> Format:
     _check(name in FORMATS, lambda: f"There is no packed format {name}.")
     return FORMATS[name]
 
 
-def _check_weight(packed, format: str, values: int, what: str, whole: bool = False) -> type[Format]:
+def _check_weight(packed, format: str, values: int, what: str, whole: bool = False) -> Format:
     """Checks that the tensors of a packed weight hold enough values.
 
     Args:

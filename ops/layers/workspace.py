@@ -76,7 +76,7 @@ def workspace_bytes(device: torch.device) -> int:
     return CPU_WORKSPACE_BYTES if device.type == "cpu" else DEVICE_WORKSPACE_BYTES
 
 
-def rows_within(nbytes: int, packed_format: type[Format], columns: int, row_bytes: int,
+def rows_within(nbytes: int, packed_format: Format, columns: int, row_bytes: int,
                 multiple: int = 1) -> int:
     """Returns how many rows fit in `nbytes`, at least one block-aligned group.
 

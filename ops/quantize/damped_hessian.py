@@ -18,14 +18,14 @@ SLICE_BYTES = 160 << 20
 CPU_ROWS = 2048
 
 
-def damping_for(packed_format: type[Format], moments: SecondMoments) -> tuple[float, float]:
+def damping_for(packed_format: Format, moments: SecondMoments) -> tuple[float, float]:
     """Returns the best damping for a format.
 
     For a pair it is the same for every format, as it also keeps the target near the weight.
     """
     if moments.cross is not None:
         return DAMPING
-    return DAMPING_BY_FORMAT.get(packed_format.__name__, DAMPING)
+    return DAMPING_BY_FORMAT.get(packed_format.name, DAMPING)
 
 
 class DampedHessian:

@@ -29,7 +29,7 @@ TRIES, ROUNDS = 7, 1
 SWEEPS = 2  # of coordinate descent over the columns
 
 
-def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format],
+def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
                        moments: SecondMoments) -> PackedTensor:
     """Packs a weight so that the error of its layer's output is about the least for some inputs.
 
@@ -53,7 +53,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: type[Format],
     if grid is None or columns % grid.length:
         reason = f": they are not whole blocks of {grid.length}" if grid else ""
         raise FormatError(
-            f"{packed_format.__name__} cannot be packed with error feedback in rows of {columns}"
+            f"{packed_format.name} cannot be packed with error feedback in rows of {columns}"
             f" values{reason}."
         )
     if columns != moments.columns:

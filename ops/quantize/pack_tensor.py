@@ -33,17 +33,17 @@ COARSE_LEVELS = 16
 COARSEST_LEVELS = 8
 
 
-def can_pack(packed_format: type[Format]) -> bool:
+def can_pack(packed_format: Format) -> bool:
     """Whether floats can be packed into a format."""
     return packed_format.grid is not None or _has_reference(packed_format)
 
 
-def _has_reference(packed_format: type[Format]) -> bool:
-    return packed_format.pack.__func__ is not Format.pack.__func__
+def _has_reference(packed_format: Format) -> bool:
+    return type(packed_format).pack is not Format.pack
 
 
 @torch.no_grad()
-def pack_tensor(weight: torch.Tensor, packed_format: type[Format],
+def pack_tensor(weight: torch.Tensor, packed_format: Format,
                 moments: SecondMoments | None = None, importance: torch.Tensor | None = None,
                 reference: bool = False) -> PackedTensor:
     """Packs a weight into a format, on the weight's device.
@@ -72,7 +72,7 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format],
     """
     if not can_pack(packed_format) or (reference and not _has_reference(packed_format)):
         by_reference = " by plain arithmetic" if reference else ""
-        raise FormatError(f"{packed_format.__name__} cannot be packed{by_reference}.")
+        raise FormatError(f"{packed_format.name} cannot be packed{by_reference}.")
     grid = None if reference else packed_format.grid  # None: plain arithmetic
     length = packed_format.block_length
     if not packed_format.sides:
@@ -131,7 +131,7 @@ def pack_tensor(weight: torch.Tensor, packed_format: type[Format],
                          scale=outputs[1] if len(outputs) > 1 else None)
 
 
-def _check_values(values: torch.Tensor, packed_format: type[Format]):
+def _check_values(values: torch.Tensor, packed_format: Format):
     lowest, highest = values.aminmax()
     peak = max(-float(lowest), float(highest))
     if not math.isfinite(peak) or math.isnan(lowest):
@@ -142,7 +142,7 @@ def _check_values(values: torch.Tensor, packed_format: type[Format]):
         largest = packed_format.grid.largest if packed_format.grid else packed_format.largest
     if peak > largest:
         raise TooLargeError(
-            f"The weight holds values up to {peak:g}; {packed_format.__name__} holds {largest:g}"
+            f"The weight holds values up to {peak:g}; {packed_format.name} holds {largest:g}"
             " at most."
         )
 

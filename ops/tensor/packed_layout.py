@@ -28,51 +28,60 @@ from .packed_tensor import PackedTensor, relabel
 # of the largest number of a factor that float16 holds with room for a sum
 LEAST, MOST = 2.0**-10, 2.0**12
 
-SIDE_FIELDS = ("scale", *(f"scale_{number}" for number in range(2, 9)))
+LAYOUT = "FeatherweightPacked"  # its name for the host; a bare one could be another pack's too
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedParams(BaseLayoutParams):
-    """Logical dtype and shape of a packed tensor, and its scales.
+    """The logical dtype and shape of a packed tensor, its format, and the tensors beside its bytes.
 
-    Attributes:
-        scale, scale_2, ...: the format's `sides`, such as NF4's absmax; None for those it lacks.
+    Those, which the host moves and copies with the bytes, are named by the format's `sides`, and
+    None where it has no such tensor: see `RowLayout.sides` and the formats made of others.
     """
 
     scale: torch.Tensor | None
-    scale_2: torch.Tensor | None = None
-    scale_3: torch.Tensor | None = None
-    scale_4: torch.Tensor | None = None
-    scale_5: torch.Tensor | None = None
-    scale_6: torch.Tensor | None = None
-    scale_7: torch.Tensor | None = None
-    scale_8: torch.Tensor | None = None
+    format: Format
+    scale_factor: torch.Tensor | None = None
+    scale_table: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    minimum: torch.Tensor | None = None
+    minimum_factor: torch.Tensor | None = None
+    minimum_table: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
+    column_scale: torch.Tensor | None = None
+    group_of_column: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    up_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
+    of_row: torch.Tensor | None = None
+    of_column: torch.Tensor | None = None
 
     def _tensor_fields(self) -> list[str]:
-        return [name for name in SIDE_FIELDS if getattr(self, name) is not None]
+        return [side.name for side in self.format.sides]
 
     @property
     def sides(self) -> list[torch.Tensor]:
-        """The tensors of the weight next to its packed bytes."""
-        return [getattr(self, name) for name in self._tensor_fields()]
+        """The tensors of the weight next to its packed bytes, in the order of `Format.sides`."""
+        return [getattr(self, side.name) for side in self.format.sides]
 
 
 class PackedLayout(QuantizedLayout):
-    """The layout that all packed formats share; `layout_name` makes one subclass per format."""
+    """The one layout of packed tensors in the host's registry; their params have the format."""
 
     Params = PackedParams
-    format: type[Format]
 
     @classmethod
     def quantize(cls, tensor, **kwargs):
         raise FormatError(
-            f"A weight in {cls.format.__name__} was about to be packed again, which would lose the"
-            " patches in it. Patches on packed weights are applied while the layer runs.")
+            "A packed weight was about to be packed again, which would lose the patches in it."
+            " Patches on packed weights are applied while the layer runs.")
 
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: PackedParams) -> torch.Tensor:
         out = torch.empty(params.orig_shape, dtype=params.orig_dtype, device=qdata.device)
-        return cls.format.dequantize_into([qdata, *params.sides], out)
+        return params.format.dequantize_into([qdata, *params.sides], out)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -84,24 +93,12 @@ class PackedLayout(QuantizedLayout):
         return {"": qdata}
 
 
-def layout_name(packed_format: type[Format]) -> str:
-    """Returns the name of a format's layout in comfy_kitchen's registry, and registers it.
-
-    It has a prefix, since a bare name could overwrite another pack's.
-    """
-    name = f"Featherweight{packed_format.__name__}"
-    if name not in _layouts:
-        _layouts[name] = type(name, (PackedLayout,), {"format": packed_format})
-        register_layout_class(name, _layouts[name])
-    return name
+register_layout_class(LAYOUT, PackedLayout)
 
 
-_layouts: dict[str, type[PackedLayout]] = {}
-
-
-def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterable[int],
-                  dtype: torch.dtype = torch.float32, scale: torch.Tensor | None = None,
-                  *sides: torch.Tensor) -> PackedTensor:
+def packed_tensor(packed_format: Format, data: torch.Tensor, shape: Iterable[int],
+                  dtype: torch.dtype = torch.float32, *sides: torch.Tensor,
+                  scale: torch.Tensor | None = None) -> PackedTensor:
     """Wraps the bytes of a packed weight, without copying them.
 
     Args:
@@ -109,27 +106,31 @@ def packed_tensor(packed_format: type[Format], data: torch.Tensor, shape: Iterab
         data: uint8, contiguous, the blocks of the weight in row order, in any shape.
         shape: logical shape.
         dtype: the float dtype the tensor shows and dequantises to.
-        scale, sides: the format's `sides`, each of (side.length(blocks),); None where it has none.
+        sides: the format's `sides`, each of (side.length(blocks),).
+        scale: the first of them, where that is easier to write; None: it is among `sides`, or the
+            format has none.
 
     Raises:
         FormatError: the number of bytes does not match `shape`.
     """
-    shape = tuple(shape)
+    shape, sides = tuple(shape), sides if scale is None else (scale, *sides)
     values = torch.Size(shape).numel()
     blocks = -(-values // packed_format.block_length)
-    params = PackedParams(scale, dtype, shape, *sides)
     counts = [side.length(blocks) for side in packed_format.sides]
     if not (
         data.numel() == -(-values * packed_format.block_bytes // packed_format.block_length)
         and (counts or values % packed_format.block_length == 0)
-        and list(map(len, params.sides)) == counts
+        and list(map(len, sides)) == counts
     ):
         count = data.numel() // packed_format.block_bytes * packed_format.block_length
         raise FormatError(
-            f"{data.numel()} bytes of {packed_format.__name__} hold {count} values, not a weight of"
+            f"{data.numel()} bytes of {packed_format.name} hold {count} values, not a weight of"
             f" shape {shape}."
         )
-    return PackedTensor(data, layout_name(packed_format), params)
+    names = [side.name for side in packed_format.sides]
+    params = PackedParams(orig_dtype=dtype, orig_shape=shape, format=packed_format,
+                          **{"scale": None, **dict(zip(names, sides))})
+    return PackedTensor(data, LAYOUT, params)
 
 
 def packed_rows(family: RowFamily, codes: torch.Tensor, shape: Iterable[int],
@@ -151,7 +152,7 @@ def packed_rows(family: RowFamily, codes: torch.Tensor, shape: Iterable[int],
     packed_format = family.of_columns(torch.Size(shape[1:]).numel(), *sizes)
     expected = [side.name for side in packed_format.sides]
     if tensors.keys() != set(expected):
-        raise FormatError(f"a weight in {packed_format.__name__} was given {', '.join(tensors)};"
+        raise FormatError(f"a weight in {packed_format.name} was given {', '.join(tensors)};"
                           f" expected {', '.join(expected)}")
     data, *sides = (
         tensor.contiguous().view(-1).view(dtype) for tensor, dtype in (
@@ -173,7 +174,7 @@ def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
     Raises:
         FormatError: the factors do not fit the weight.
     """
-    base = tensor.layout_cls.format
+    base = tensor.params.format
     data, *sides = packed_tensors(tensor)
     rows = data.numel() // base.block_bytes
     if (up.ndim, down.ndim) != (2, 2) or (len(up), down.shape[1]) != (rows, base.block_length) or (
@@ -181,7 +182,7 @@ def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
         raise FormatError(f"factors of {tuple(up.shape)} and {tuple(down.shape)} do not make a"
                           f" weight of {rows} x {base.block_length}")
     up, down = _within_float16(up, down, scales)
-    packed_format = AddedLowRank.over(base, len(down), up.dtype, down.dtype, scales is not None)
+    packed_format = AddedLowRank.of(base, len(down), up.dtype, down.dtype, scales is not None)
     factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
     return packed_tensor(
         packed_format, data, tensor.shape, tensor.dtype, *sides, *factors, *(scales or ()))
@@ -214,13 +215,13 @@ def scale_packed(tensor: PackedTensor, of_rows: torch.Tensor,
     Raises:
         FormatError: the factors do not fit the weight, or its blocks do not divide its rows.
     """
-    base, columns = tensor.layout_cls.format, tensor.shape[1:].numel()
+    base, columns = tensor.params.format, tensor.shape[1:].numel()
     if columns % base.block_length:
         raise FormatError(f"its rows of {columns} values are no whole blocks")
     if of_rows.numel() not in (1, len(tensor)) or (
             of_columns is not None and of_columns.numel() != columns):
         raise FormatError(f"factors of {tuple(of_rows.shape)} do not scale {tuple(tensor.shape)}")
-    packed_format = Scaled.over(base, columns, of_columns is not None)
+    packed_format = Scaled.of(base, columns, of_columns is not None)
     sides = [of_rows.float().flatten().expand(len(tensor)).contiguous()]
     if of_columns is not None:
         sides.append(of_columns.float().flatten().contiguous())
@@ -235,8 +236,7 @@ def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:
         parts: (N_i, K) for rows, (N, K_i) for columns.
         axis: 0 to join rows, 1 to join columns.
     """
-    packed_format = Joined.of(axis, [(part.layout_cls.format, part.shape[0], part.shape[1])
-                                     for part in parts])
+    packed_format = Joined.of(axis, *((part.params.format, *part.shape) for part in parts))
     size = sum(part.shape[axis] for part in parts)
     shape = (size, parts[0].shape[1]) if axis == 0 else (len(parts[0]), size)
     data = torch.zeros(
@@ -273,7 +273,7 @@ def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:
 
 def is_packed(tensor) -> TypeGuard[PackedTensor]:
     """Returns whether a tensor is packed; the host's own quantised tensors are not."""
-    return isinstance(tensor, QuantizedTensor) and issubclass(tensor.layout_cls, PackedLayout)
+    return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT
 
 
 class PickledWeight:
@@ -289,8 +289,7 @@ class PickledWeight:
         if not is_packed(weight):
             return host_weight, (weight._qdata, weight._layout_cls, weight._params)
         tensors = [_own_memory(tensor) for tensor in packed_tensors(weight)]
-        format_name = weight.layout_cls.format.__name__
-        return packed_weight, (format_name, tuple(weight.shape), weight.dtype, *tensors)
+        return packed_weight, (weight.params.format, tuple(weight.shape), weight.dtype, *tensors)
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -302,10 +301,13 @@ def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @stable_pickle_name
-def packed_weight(format_name: str, shape: Iterable[int], dtype: torch.dtype, data: torch.Tensor,
-                  *sides: torch.Tensor) -> torch.nn.Parameter:
-    """Returns a packed weight from a pickle; see `packed_tensor`."""
-    tensor = packed_tensor(format_named(format_name), data, shape, dtype, *sides)
+def packed_weight(packed_format: Format | str, shape: Iterable[int], dtype: torch.dtype,
+                  data: torch.Tensor, *sides: torch.Tensor) -> torch.nn.Parameter:
+    """Returns a packed weight from a pickle, where version 0.2.1 has its format's name; see
+    `packed_tensor`."""
+    if isinstance(packed_format, str):
+        packed_format = format_named(packed_format)
+    tensor = packed_tensor(packed_format, data, shape, dtype, *sides)
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 

@@ -324,6 +324,7 @@ def _check_copy(target: QuantizedTensor, source):
     if (
         not isinstance(source, QuantizedTensor)
         or source._layout_cls != target._layout_cls
+        or getattr(source._params, "format", None) is not getattr(target._params, "format", None)
         or source.shape != target.shape
     ):
         raise _refusal("copy_ from a tensor of another format or shape would write to", _TO_WRITE)

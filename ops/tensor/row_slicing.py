@@ -50,12 +50,12 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     if not rows_are_whole_blocks(tensor):
         joined = _rows_of_joined(tensor, index) if isinstance(index, slice) else None
         return dense(tensor)[index] if joined is None else joined
-    packed_format = tensor.layout_cls.format
+    packed_format = tensor.params.format
     data, *sides = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
     return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *sides)
 
 
-def _joined_parts(tensor: PackedTensor, joined: type[Joined]) -> list[PackedTensor]:
+def _joined_parts(tensor: PackedTensor, joined: Joined) -> list[PackedTensor]:
     """Returns the weights that a weight in the format `joined` was joined from."""
     found, (data,) = [], packed_tensors(tensor)
     for part in joined.parts:
@@ -65,9 +65,9 @@ def _joined_parts(tensor: PackedTensor, joined: type[Joined]) -> list[PackedTens
     return found
 
 
-def _joined_format(tensor: Tensor) -> type[Joined] | None:
-    packed_format = tensor.layout_cls.format if is_packed(tensor) else Format
-    return packed_format if issubclass(packed_format, Joined) else None
+def _joined_format(tensor: Tensor) -> Joined | None:
+    packed_format = tensor.params.format if is_packed(tensor) else Format
+    return packed_format if isinstance(packed_format, Joined) else None
 
 
 def _rows_of_joined(tensor: Tensor, index: slice) -> Tensor | None:
@@ -98,7 +98,7 @@ def without_padding(tensor: Tensor, shape: torch.Size) -> Tensor:
     """
     if not is_packed(tensor) or tensor.shape == shape or len(shape) != 2:
         return tensor
-    padding = tensor.layout_cls.format.padding
+    padding = tensor.params.format.padding
     if any(size != -(-needed // padding) * padding for size, needed in zip(tensor.shape, shape)):
         return tensor
     rows = take_rows(tensor, slice(0, shape[0]))
@@ -196,7 +196,7 @@ def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
     return packed_tensor(packed_format, data, shape, parts[0].dtype, *sides)
 
 
-def _joined(packed_format: type[Format], join: Callable[[tuple[Tensor, ...]], Tensor],
+def _joined(packed_format: Format, join: Callable[[tuple[Tensor, ...]], Tensor],
             parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Joins the tensors of several weights, of which shared ones are alike in all."""
     shared = [False, *(side.is_shared for side in packed_format.sides)]
@@ -206,16 +206,16 @@ def _joined(packed_format: type[Format], join: Callable[[tuple[Tensor, ...]], Te
 def _rows(tensor: Tensor, columns: int) -> list[Tensor]:
     """Returns the tensors of a packed tensor as rows of `columns` values."""
     assert is_packed(tensor)
-    return tensor.layout_cls.format.rows(packed_tensors(tensor), columns, slice(None))
+    return tensor.params.format.rows(packed_tensors(tensor), columns, slice(None))
 
 
-def _common_format(parts: Sequence[Tensor], axis: int) -> type[Format] | None:
+def _common_format(parts: Sequence[Tensor], axis: int) -> Format | None:
     """Returns the packed format of all parts.
 
     None where they differ, also in what all blocks share, or their rows cannot be moved as bytes.
     """
     packed = [part for part in parts if rows_are_whole_blocks(part, axis)]
-    formats = {part.layout_cls.format for part in packed}
+    formats = {part.params.format for part in packed}
     if len(packed) < len(parts) or len(formats) != 1:
         return None
     packed_format = formats.pop()
@@ -230,7 +230,7 @@ def rows_are_whole_blocks(tensor: Tensor, axis: int = 1) -> TypeGuard[PackedTens
     moved."""
     if not is_packed(tensor):
         return False
-    packed_format = tensor.layout_cls.format
+    packed_format = tensor.params.format
     return (packed_format.is_sliceable
             and tensor.shape[axis:].numel() % packed_format.block_length == 0)
 

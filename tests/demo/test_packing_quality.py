@@ -34,7 +34,7 @@ def test_a_file_of_the_table_has_the_types_that_it_says(way, size, tmp_path):
     tensors = open_weights(path).state_dict()
     packed = {
         name for name, tensor in tensors.items()
-        if is_packed(tensor) and tensor.layout_cls.format.__name__ == size
+        if is_packed(tensor) and tensor.params.format.name == size
     }
     assert packed == set(maker.blocks) and len(packed) == 26
     assert {plan.types[name] for name in maker.blocks} == {size} and {

@@ -252,4 +252,4 @@ def unguided(base: str) -> torch.Tensor:
 def packed_layers(control_net) -> list[str]:
     return [name for name, layer in control_net.control_model.named_modules()
             if isinstance(layer, PackedLayer) and is_packed(layer.weight)
-            and layer.weight.layout_cls.format.plain_dtype is None]
+            and layer.weight.params.format.plain_dtype is None]

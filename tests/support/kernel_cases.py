@@ -20,7 +20,7 @@ from featherweight.ops.layers import product  # noqa: F401
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 BASIC_FORMATS = [
-    *(fmt for fmt in GGML_FORMATS.values() if fmt.__name__ in FORMAT_NAMES), *CODEBOOKS,
+    *(fmt for fmt in GGML_FORMATS.values() if fmt.name in FORMAT_NAMES), *CODEBOOKS,
     INT8.of_columns(96)
 ]
 ALL_FORMATS = BASIC_FORMATS + [
@@ -63,7 +63,7 @@ CPU_ROW_SIZES = ROW_SIZES | {
 each_row_format = pytest.mark.parametrize(
     ("name", "size"), [(name, size) for name, sizes in ROW_SIZES.items() for size in sizes],
     ids=str)
-each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.__name__)
+each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -111,7 +111,7 @@ def reference(fmt, tensors) -> torch.Tensor:
     if fmt.ggml_type is not None:
         values = gguf.quants.dequantize(tensors[0].numpy(), GGMLQuantizationType(fmt.ggml_type))
         return torch.from_numpy(values).flatten()
-    if issubclass(fmt, RowFormat) and fmt.layout.is_int8:
+    if isinstance(fmt, RowFormat) and fmt.layout.is_int8:
         values = tensors[0].view(torch.int8).float()
     else:
         codes = torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()

@@ -283,4 +283,4 @@ def run_supir(patch) -> torch.Tensor:
 def packed_layers(patch) -> list[str]:
     return [name for name, layer in patch.model.named_modules()
             if isinstance(layer, PackedLayer) and is_packed(layer.weight)
-            and layer.weight.layout_cls.format.plain_dtype is None]
+            and layer.weight.params.format.plain_dtype is None]

@@ -99,7 +99,7 @@ _planted = {}
 
 
 def right(packed_format, tensors, out, value_dtype, first):
-    reference = _references.get(packed_format.__name__, packed_format.dequantize_into)
+    reference = _references.get(packed_format.name, packed_format.dequantize_into)
     reference(tensors, out, value_dtype, first)
 
 

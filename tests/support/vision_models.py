@@ -127,4 +127,4 @@ def encoded(clip_vision) -> dict[str, torch.Tensor]:
 def packed_layers(clip_vision) -> list[str]:
     return [name for name, layer in clip_vision.model.named_modules()
             if isinstance(layer, PackedLayer) and is_packed(layer.weight)
-            and layer.weight.layout_cls.format.plain_dtype is None]
+            and layer.weight.params.format.plain_dtype is None]

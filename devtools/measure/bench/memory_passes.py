@@ -25,14 +25,14 @@ def bench_passes(options):
                 f"launches, {name}": passes.launches,
                 f"bytes a value, {name}": passes.moved / DEVICE_CHUNK_VALUES
             }
-        yield packed_format.__name__, row
+        yield packed_format.name, row
 
 
 def every_format() -> list:
     """All formats, and one of each kind that is made for a weight's shape."""
     return [
         *(packed_format for packed_format in FORMATS.values()
-          if not issubclass(packed_format, (RowFormat, ColumnGroups))),
+          if not isinstance(packed_format, (RowFormat, ColumnGroups))),
         ColumnGroups.of(FORMATS["Q4_K"], 4096, 16, 2),
         *(format_for(name, 4096) for name in FORMAT_NAMES if name in FAMILIES)
     ]

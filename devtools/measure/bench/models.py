@@ -181,7 +181,7 @@ def dequantize_times(ours, peers, dtype: torch.dtype, options) -> dict[str, dict
     """The whole weight of a layer of each pack in `dtype`; the peer's as its layer gets it while it
     runs."""
     weight, buffer = ours.weight, torch.empty(ours.weight.shape, dtype=dtype, device=device())
-    packed_format, tensors = weight.layout_cls.format, packed_tensors(weight)
+    packed_format, tensors = weight.params.format, packed_tensors(weight)
     return side_by_side({
         "Featherweight": lambda: kernels.dequantize_into(packed_format, tensors, buffer),
         options.peer.name: lambda: peers.get_weight(peers.weight, dtype),

@@ -112,7 +112,7 @@ def _reorder_columns(tensor: torch.Tensor, outer: int, inner: int) -> torch.Tens
     """Transposes the columns from (outer, inner, n) to (inner, outer, n); packed bytes stay put."""
     rows, columns = tensor.shape
     if is_packed(tensor) and len(packed_tensors(tensor)) == 1:
-        packed_format = tensor.layout_cls.format
+        packed_format = tensor.params.format
         if columns % packed_format.block_length == 0:
             reordered = ColumnGroups.of(packed_format, columns, outer, inner)
             return packed_tensor(reordered, tensor._qdata, (rows, columns), tensor.dtype)

@@ -130,7 +130,7 @@ def test_experts_stay_mxfp4(experts_in_mxfp4):
     clip = load(path, GPT_OSS)
     for block in text_model(clip).transformer.layers:
         for bank in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
-            assert bank.weight.layout_cls.format.__name__ == "MXFP4"
+            assert bank.weight.params.format.name == "MXFP4"
     assert relative_error(hidden_states(clip), hidden_states(host_clip(GPT_OSS, weights))) < 1e-4
 
 

@@ -29,7 +29,7 @@ from featherweight.loaders.files.gguf import PLAIN_TYPES, UNSTORED_TYPES, GGUFFi
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import GGML_FORMATS
 
-PACKED = [packed.__name__ for packed in GGML_FORMATS.values()]
+PACKED = [packed.name for packed in GGML_FORMATS.values()]
 
 
 def random_blocks(shape, type_name) -> np.ndarray:
@@ -129,7 +129,7 @@ def test_every_type_of_llama_cpp_is_read_or_named_where_it_is_refused():
     types = dict(re.findall(r"^\s*(?://\s*)?GGML_TYPE_(\w+)\s*=\s*(\d+)", header, re.M))
     types = {int(number): name for name, number in types.items() if name != "COUNT"}
     known = {
-        **{number: packed.__name__ for number, packed in GGML_FORMATS.items()}, **PLAIN_TYPES,
+        **{number: packed.name for number, packed in GGML_FORMATS.items()}, **PLAIN_TYPES,
         **UNSTORED_TYPES
     }
     assert types == {

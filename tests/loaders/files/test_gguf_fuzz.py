@@ -40,7 +40,7 @@ def honest_files(folder) -> list[tuple[bytes, int]]:
         "comfy.gguf.orig_shape.crossed": (GGUFValueType.INT32, [64, 4]),
     }
     types = [
-        "F32", "F16", "BF16", "I8", "I64", *(packed.__name__ for packed in GGML_FORMATS.values())
+        "F32", "F16", "BF16", "I8", "I64", *(packed.name for packed in GGML_FORMATS.values())
     ]
     contents = []
     for index, (chosen, keys) in enumerate([(types, metadata), (["F32", "Q8_0"], {}),

@@ -70,7 +70,7 @@ def test_weights_keep_names_and_shapes_beside_other_tensors(write, options, layo
         tensor = found[f"model.diffusion_model.{name}"]
         assert tensor.shape == expected.shape and torch.equal(values_of(tensor), expected)
         assert is_packed(tensor) == name.endswith(".weight")
-        assert layout in (None, tensor.layout_cls.format if is_packed(tensor) else layout)
+        assert layout in (None, tensor.params.format if is_packed(tensor) else layout)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])

@@ -91,9 +91,9 @@ def test_an_empty_packed_tensor_comes_back(tmp_path, number, shape):
     packed, one = GGML_FORMATS[number], ((1,), "F32", [torch.ones(1)])
     empty = packed_tensor(packed, torch.empty(0, dtype=torch.uint8), shape)
     tensors = written(tmp_path / "a.gguf",
-                      {"x": one, "w": (shape, packed.__name__, [empty]), "y": one}).state_dict()
+                      {"x": one, "w": (shape, packed.name, [empty]), "y": one}).state_dict()
     assert (
-        tensors["w"].layout_cls.format is packed
+        tensors["w"].params.format is packed
         and tensors["w"].shape == shape
         and tensors["y"] == 1
     )
@@ -130,9 +130,9 @@ def test_packed_tensors_of_every_type_come_back_in_pieces_and_as_gguf_py_reads_t
     ]
     one = (1,), "F32", [torch.ones(1)]
     file = written(tmp_path / "a.gguf",
-                   {"x": one, "w": ((6, 512), packed.__name__, iter(pieces)), "y": one})
+                   {"x": one, "w": ((6, 512), packed.name, iter(pieces)), "y": one})
     tensor = file.state_dict()["w"]
-    assert tensor.layout_cls.format is packed and torch.equal(tensor._qdata.view(6, -1), rows)
+    assert tensor.params.format is packed and torch.equal(tensor._qdata.view(6, -1), rows)
     if number in known:
         reader = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
         assert reader["w"].tensor_type == number and np.array_equal(reader["w"].data, rows.numpy())

@@ -324,4 +324,4 @@ def test_common_types_have_colours_of_their_own():
     ]
     assert len({color_of(kind) for kind in common}) == len(common)
     assert color_of("NF4_128") == color_of("NF4")
-    assert all(len(color_of(packed.__name__)) == 3 for packed in GGML_FORMATS.values())
+    assert all(len(color_of(packed.name)) == 3 for packed in GGML_FORMATS.values())

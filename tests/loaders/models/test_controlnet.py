@@ -110,7 +110,7 @@ def test_controlnet_that_is_packed_as_it_is_read_guides_as_its_dense_self_does(
     assert relative_error(unguided(kind.base), expected) > 1e-3
     assert relative_error(sample(kind, packed), expected) < 1e-5
     layers = dict(packed.control_model.named_modules())
-    formats = {layers[name].weight.layout_cls.format.__name__ for name in packed_layers(packed)}
+    formats = {layers[name].weight.params.format.name for name in packed_layers(packed)}
     assert formats == {"Q8_0"} and len(packed_layers(packed)) >= 8
     assert "held, packed from BF16 in" in memory_summary(packed.control_model_wrapped)
 

@@ -30,7 +30,7 @@ from featherweight.ops.tensor.packed_layout import is_packed
 PREFIX = "model.diffusion_model."
 # The types gguf's reference can dequantise.
 PACKED = [
-    packed.__name__ for number, packed in GGML_FORMATS.items() if number in gguf.quants._type_traits
+    packed.name for number, packed in GGML_FORMATS.items() if number in gguf.quants._type_traits
 ]
 RUN = [name for name, family in FAMILIES.items() if family.latent]
 # ACE-Step 1.5 computes while it is built, so that its shapes cannot be had without its full memory.

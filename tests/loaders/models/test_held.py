@@ -30,7 +30,7 @@ from featherweight.ops.layers.packed_layers import PackedLayer
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-TYPES = ["F32", "F16", "BF16", *(packed.__name__ for packed in GGML_FORMATS.values())]
+TYPES = ["F32", "F16", "BF16", *(packed.name for packed in GGML_FORMATS.values())]
 WIDTHS = {"F16": torch.float16, "BF16": torch.bfloat16}
 MODEL, ENCODER, VAE = (
     "model.diffusion_model.",

@@ -104,7 +104,7 @@ def test_a_wan_with_a_vace_module_computes_as_the_merged_dense_model(
 def test_a_module_is_packed_while_it_is_read_as_the_model_is(files):
     base, module, _ = files(write_16_bits, write_16_bits)
     model = load_diffusion_model(base, extra=module, pack_to="Q8_0")
-    formats = {name: weight.layout_cls.format.__name__
+    formats = {name: weight.params.format.name
                for name, weight in model.model.diffusion_model.named_parameters()
                if is_packed(weight)}
     for block in ("blocks.0", "vace_blocks.0"):

@@ -120,7 +120,7 @@ def as_a_user():
 def assert_same_bytes(found, values: torch.Tensor, format_name: str, differing: float = 0):
     """Whether a weight is what the packer makes of dense values; differing: the share of bytes that
     may differ."""
-    assert is_packed(found) and found.layout_cls.format.__name__ == format_name
+    assert is_packed(found) and found.params.format.name == format_name
     packed = packed_tensors(pack_tensor(values, FORMATS[format_name]))
     for tensor, wanted in zip(packed_tensors(found), packed, strict=True):
         assert (tensor != wanted).float().mean() <= differing
@@ -282,7 +282,7 @@ def test_of_a_checkpoint_the_model_is_packed_and_the_rest_stays(source, tmp_path
     save_file(load_file(path) | others, path)
     found, clip, vae = load_checkpoint(path, pack_to="Q8_0")
     packed = [name for name, value in weights_of(found).items()
-              if is_packed(value) and value.layout_cls.format is FORMATS["Q8_0"]]
+              if is_packed(value) and value.params.format is FORMATS["Q8_0"]]
     assert any("attn1.to_q" in name for name in packed)
     for name in packed:
         assert_same_bytes(weights_of(found)[name], seen[name], "Q8_0")
@@ -323,7 +323,7 @@ def test_a_text_encoder_is_packed_with_its_table_of_tokens(name, source, tmp_pat
             value for key, value in held.items()
             if key.endswith(("shared.weight", "token_embedding.weight"))
         ]
-        assert tables and all(table.layout_cls.format is FORMATS["Q8_0"] for table in tables)
+        assert tables and all(table.params.format is FORMATS["Q8_0"] for table in tables)
         assert relative_error(hidden_states(clip), hidden_states(host_clip(encoder, seen))) < 0.08
         assert "packed from" in memory_summary(clip.patcher)
         again = clip.patcher.cached_patcher_init[0]()

@@ -174,12 +174,12 @@ def test_rows_that_blocks_do_not_divide_take_the_next_type(name):
     assert divides_rows("NF4", (8, 100))
 
 
-@pytest.mark.parametrize("packed", GGML_FORMATS.values(), ids=lambda packed: packed.__name__)
+@pytest.mark.parametrize("packed", GGML_FORMATS.values(), ids=lambda packed: packed.name)
 def test_sizes_are_those_of_gguf(packed):
     if packed.ggml_type not in set(gguf.GGMLQuantizationType):
         pytest.skip("the installed gguf package does not know the type")
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(packed.ggml_type)]
-    assert nbytes_of(packed.__name__, (3, 512)) == 3 * 512 // block * size
+    assert nbytes_of(packed.name, (3, 512)) == 3 * 512 // block * size
 
 
 def test_nf4_counts_its_scales():

@@ -43,7 +43,7 @@ def test_a_saved_weight_is_the_sum_in_the_type_asked_for(model, tmp_path):
     patcher, values = model
     save(source_of_model(patcher), tmp_path / "a.gguf", "Q8_0")
     saved = {name: tensor for name, tensor in open_weights(tmp_path / "a.gguf").state_dict().items()
-             if is_packed(tensor) and tensor.layout_cls.format.__name__ == "Q8_0"}
+             if is_packed(tensor) and tensor.params.format.name == "Q8_0"}
     assert len(saved) > 10
     for name, tensor in saved.items():
         packed = gguf.quants.quantize(values[name].numpy(), gguf.GGMLQuantizationType.Q8_0)

@@ -59,13 +59,13 @@ assert quantizer_of(file) == "squarer"
 weight = file.state_dict()["L.weight"]
 numbers = torch.stack([codes & 15, codes >> 4], -1).view(6, 2, 32).float().square()
 assert torch.equal(weight.dequantize(), (numbers * scales.float()[..., None]).view(6, 64))
-name = weight.layout_cls.format.__name__
-assert format_named(name) is weight.layout_cls.format and title_of(name) == "squares"
+name = weight.params.format.name
+assert format_named(name) is weight.params.format and title_of(name) == "squares"
 assert "SQUARES" in kernel_source.CPU_ROW_FAMILIES
 if cpp_backend.cpp_compiler() is not None:
     out = torch.empty(6, 64)
     cpp_backend._kernels().dequantize_rows(
-        weight.layout_cls.format, [weight._qdata, *weight._params.sides], out, None, 0)
+        weight.params.format, [weight._qdata, *weight._params.sides], out, None, 0)
     assert torch.equal(out, weight.dequantize())
 save_file({"L.codes": codes, "L.scales": scales[:, :1].contiguous()}, path)
 try:

@@ -124,8 +124,8 @@ def test_a_product_is_that_of_the_values(name, tokens, weight):
 @pytest.mark.parametrize("name", WRITTEN)
 def test_another_process_finds_the_format_by_its_name(name, weight):
     settings, parts, _ = written(name, weight)
-    packed_format = pack_parts(settings, parts).layout_cls.format
-    assert format_named(packed_format.__name__) is packed_format
+    packed_format = pack_parts(settings, parts).params.format
+    assert format_named(packed_format.name) is packed_format
 
 
 @pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
@@ -178,8 +178,8 @@ def asymmetric(case):
 def test_asymmetric_values_are_those_of_the_formula(case):
     settings, parts, expected, format_name = asymmetric(case)
     packed = pack_parts(settings, parts)
-    assert packed.layout_cls.format.__name__ == format_name
-    assert format_named(format_name) is packed.layout_cls.format
+    assert packed.params.format.name == format_name
+    assert format_named(format_name) is packed.params.format
     values = product.dequantize(packed, torch.float32)
     assert (values - expected).abs().max() < 4e-7 * expected.abs().max()
     assert torch.equal(product.dequantize(packed, torch.bfloat16), values.bfloat16())
@@ -232,7 +232,7 @@ def test_awq_values_are_those_of_the_formula(dtype, zeros):
     packed = pack_parts({"format": "awq_w4a16"}, parts)
     assert torch.equal(packed.dequantize(), expected)
     assert packed.nbytes == sum(part.nbytes for part in parts.values())
-    assert format_named(packed.layout_cls.format.__name__) is packed.layout_cls.format
+    assert format_named(packed.params.format.name) is packed.params.format
     assert torch.equal(take_rows(packed, slice(3, 9)).dequantize(), expected[3:9])
     for changes in ({"weight_scale": torch.ones(7, ROWS)}, {zeros: parts[zeros].double()}):
         with pytest.raises(PartError, match="weight_scale and weight_zeros are"):
@@ -251,7 +251,7 @@ def test_factors_of_the_input_become_those_of_the_columns(name, weight):
     factors = torch.rand(COLUMNS) + 0.5
     packed = pack_parts(settings, parts | {"pre_quant_scale": factors})
     assert is_packed(packed) and torch.equal(packed.dequantize(), expected * factors)
-    assert format_named(packed.layout_cls.format.__name__) is packed.layout_cls.format
+    assert format_named(packed.params.format.name) is packed.params.format
     assert packed.nbytes < 1.05 * (sum(part.nbytes for part in parts.values()) + factors.nbytes)
     joined = join_rows([take_rows(packed, slice(9, 30)), take_rows(packed, slice(0, 5))])
     assert is_packed(joined)
@@ -328,7 +328,7 @@ def test_a_device_without_fp8_and_int8_products_computes_all_formats(weight, mon
     packed = {name: pack_parts(*written(name, weight)[:2]) for name in WRITTEN}
     expected = {name: product.dequantize(one, torch.float32) for name, one in packed.items()}
     for one in packed.values():  # as on a device that was not used before
-        one.layout_cls.format._constants.clear()
+        one.params.format._constants.clear()
         assert all(tensor.dtype in (torch.uint8, torch.float32) for tensor in packed_tensors(one))
 
     def refused(*args, **kwargs):
@@ -430,7 +430,7 @@ def test_svdquant_has_its_values_in_every_form(form, dtype):
     assert is_packed(packed) and packed.shape == (256, 128)
     assert (packed.dequantize() - expected).abs().max() < 1e-6
     without = {name: part for name, part in parts.items() if "proj" not in name}
-    assert pack_parts(SVDQUANT, without).layout_cls.format.__name__.startswith("SVDQUANT_INT4")
+    assert pack_parts(SVDQUANT, without).params.format.name.startswith("SVDQUANT_INT4")
 
 
 def test_tiles_of_svdquant_are_those_of_the_kitchen():

@@ -44,8 +44,8 @@ def test_a_weight_becomes_one_packed_tensor_of_the_values_that_its_writer_means(
     packed, values = weights["L.weight"], written.values
     assert is_packed(packed) and packed.shape == values.shape
     assert (packed.dequantize() - values).abs().max() <= written.error * values.abs().max()
-    layout = packed.layout_cls.format
-    assert format_named(layout.__name__) is layout
+    layout = packed.params.format
+    assert format_named(layout.name) is layout
     if written.held is not None:
         counted = [part for name, part in written.parts.items() if name not in written.uncounted]
         assert packed.nbytes <= written.held * sum(part.nbytes for part in counted)

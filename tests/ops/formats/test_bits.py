@@ -18,7 +18,7 @@ OTHERS = [
     ColumnGroups.of(FORMATS["Q4_K"], 512, 4, 2),
     ColumnGroups.of(FORMATS["Q8_0"], 64, 2, 2)
 ]
-each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.__name__)
+each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def usual_and_random(fmt) -> list[torch.Tensor]:
         0, 256, (64, fmt.block_bytes), dtype=np.uint8
     )
     try:
-        every = np.concatenate([every, np.resize(block_pool(fmt.__name__), every.shape)])
+        every = np.concatenate([every, np.resize(block_pool(fmt.name), every.shape)])
     except NotImplementedError:
         pass  # types of which gguf knows the sizes only
     return [torch.cat([tensors[0], torch.from_numpy(every)])]

@@ -53,7 +53,7 @@ def test_linear_and_embedding_equal_the_dense_weight(shape, monkeypatch):
 @pytest.mark.parametrize("index", [slice(2, 7), torch.tensor([5, 0, 5])], ids=["slice", "ids"])
 def test_rows_take_their_scales_along(index):
     packed, expected, _ = packed_by_bitsandbytes((12, 256))
-    packed_format, wanted = packed.layout_cls.format, expected[index]
+    packed_format, wanted = packed.params.format, expected[index]
     codes, scale = packed_format.rows(packed_tensors(packed), 256, index)
     assert torch.equal(
         packed_tensor(packed_format, codes, wanted.shape, scale=scale).dequantize(), wanted)

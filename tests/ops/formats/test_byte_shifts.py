@@ -11,7 +11,7 @@ from featherweight.ops.quantize.pack_tensor import can_pack, pack_tensor
 COLUMNS = 512
 META = torch.device("meta")
 ROWS = list(FAMILIES)
-SINGLE = {each.__name__: each
+SINGLE = {each.name: each
           for each in (*GGML_FORMATS.values(), FORMATS["NF4"], FORMATS["FP4"])}
 SHIFTS = ("__lshift__", "__rshift__", "__ilshift__", "__irshift__", "bitwise_left_shift",
           "bitwise_left_shift_", "bitwise_right_shift", "bitwise_right_shift_")
@@ -37,7 +37,7 @@ def test_a_shift_of_bytes_is_seen():
         data >> torch.arange(4, dtype=torch.int32)  # which torch computes in int32
 
 
-def tensors_on(device: torch.device, packed_format: type[Format], blocks: int):
+def tensors_on(device: torch.device, packed_format: Format, blocks: int):
     return [torch.empty(blocks * packed_format.block_bytes, dtype=torch.uint8, device=device),
             *(torch.empty(side.length(blocks), dtype=side.dtype, device=device)
               for side in packed_format.sides)]

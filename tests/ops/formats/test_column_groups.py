@@ -17,7 +17,7 @@ COLUMNS = OUTER * INNER * WIDTH
 @pytest.mark.parametrize(
     "name",
     [
-        fmt.__name__
+        fmt.name
         for fmt in GGML_FORMATS.values()
         if gguf.GGMLQuantizationType(fmt.ggml_type) in gguf.quants._type_traits
         and COLUMNS % fmt.block_length == 0

@@ -18,7 +18,7 @@ from featherweight.ops.formats import base, bits, plain
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 
 DEVICES = ["cpu"] + [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
-each_format = pytest.mark.parametrize("fmt", GGML_FORMATS.values(), ids=lambda fmt: fmt.__name__)
+each_format = pytest.mark.parametrize("fmt", GGML_FORMATS.values(), ids=lambda fmt: fmt.name)
 
 # Q8_1 holds activations during a dot product and is never in a file; gguf-py and ggml disagree
 # about its size.
@@ -50,8 +50,8 @@ WITHOUT_REFERENCE = {"Q1_0": dequantize_q1_0, "Q8_K": dequantize_q8_k}
 
 def reference(fmt, blocks: np.ndarray) -> torch.Tensor:
     with np.errstate(all="ignore"):
-        if fmt.__name__ in WITHOUT_REFERENCE:
-            return torch.from_numpy(WITHOUT_REFERENCE[fmt.__name__](blocks))
+        if fmt.name in WITHOUT_REFERENCE:
+            return torch.from_numpy(WITHOUT_REFERENCE[fmt.name](blocks))
         return torch.from_numpy(gguf.quants.dequantize(blocks, GGMLQuantizationType(fmt.ggml_type)))
 
 
@@ -63,9 +63,9 @@ def random_blocks(fmt, count: int) -> np.ndarray:
 
 def usual_blocks(fmt, count: int) -> np.ndarray:
     """Blocks with values of a usual size, where gguf can tell."""
-    if fmt.__name__ in WITHOUT_REFERENCE:
+    if fmt.name in WITHOUT_REFERENCE:
         return random_blocks(fmt, count)
-    return np.resize(block_pool(fmt.__name__), (count, fmt.block_bytes))
+    return np.resize(block_pool(fmt.name), (count, fmt.block_bytes))
 
 
 def assert_same_bits(values: torch.Tensor, expected: torch.Tensor):
@@ -85,8 +85,8 @@ def test_every_packed_type_of_gguf_has_a_format():
         FORK_TYPES
     }
     own_types = {
-        number: fmt.__name__ for number, fmt in GGML_FORMATS.items()
-        if fmt.__name__ not in FORK_TYPES
+        number: fmt.name for number, fmt in GGML_FORMATS.items()
+        if fmt.name not in FORK_TYPES
     }
     assert own_types == packed
 

@@ -127,7 +127,7 @@ def test_joined_rows_have_the_values_of_their_parts():
 def test_rows_that_follow_each_other_in_memory_are_joined_without_a_copy():
     weight = ranked(INT8_ROWS.of_columns(COLUMNS))
     joined = join_rows([take_rows(weight, rows) for rows in (slice(0, 8), slice(8, 24))])
-    assert is_packed(joined) and joined.layout_cls is weight.layout_cls
+    assert is_packed(joined) and joined.params.format is weight.params.format
     assert joined._qdata.data_ptr() == weight._qdata.data_ptr()
     assert torch.equal(joined.dequantize(), weight.dequantize())
     turned = join_rows([take_rows(weight, rows) for rows in (slice(8, 24), slice(0, 8))])
@@ -137,7 +137,7 @@ def test_rows_that_follow_each_other_in_memory_are_joined_without_a_copy():
 def test_neighbours_of_one_format_are_one_part_of_joined_rows():
     weight, other = ranked(INT8_ROWS.of_columns(COLUMNS)), random_weight(FORMATS["Q4_K"], 8)
     joined = join_rows([*(take_rows(weight, slice(row, row + 8)) for row in (0, 8, 16)), other])
-    assert [part.rows for part in joined.layout_cls.format.parts] == [24, 8]
+    assert [part.rows for part in joined.params.format.parts] == [24, 8]
     assert torch.equal(joined.dequantize(), torch.cat([weight.dequantize(), other.dequantize()]))
 
 
@@ -153,7 +153,7 @@ def test_joined_columns_have_the_values_of_their_parts():
 def test_any_rows_are_dequantised_by_themselves(make, first, count):
     weight = make()
     out = torch.empty(count, weight.shape[1], dtype=torch.bfloat16)
-    kernels.dequantize_into(weight.layout_cls.format, packed_tensors(weight), out, None, first)
+    kernels.dequantize_into(weight.params.format, packed_tensors(weight), out, None, first)
     assert_same(out, weight.dequantize()[first:first + count].bfloat16(), 2**-8)
 
 
@@ -200,8 +200,8 @@ def test_integer_products_take_the_low_rank_as_a_branch(make):
 
 @every_weight
 def test_a_weight_is_found_by_the_name_of_its_format(make):
-    packed_format = make().layout_cls.format
-    name = packed_format.__name__
+    packed_format = make().params.format
+    name = packed_format.name
     del FORMATS[name]
     again = format_named(name)
     assert (again.block_length, again.block_bytes, again.sides) == (

@@ -93,7 +93,7 @@ def test_a_model_computes_on_a_gpu_as_on_the_cpu_however_much_of_it_fits(models,
     packed, dense, _ = models
     assert packed.is_dynamic() == dynamic
     layers = packed_layers(packed)
-    assert sum(issubclass(layer.weight.layout_cls.format, Composite) for layer in layers) > 15
+    assert sum(isinstance(layer.weight.params.format, Composite) for layer in layers) > 15
     expected = run(dense)
     for share in (None, 0.5, 0.01):
         assert relative(step(packed, share), expected) < LIMIT

@@ -70,7 +70,7 @@ def parametrize_cases(backends, formats, dtypes, is_usual):
         for dtype in dtypes:
             if name == "triton" and INTERPRETED and dtype == torch.bfloat16:
                 continue  # the interpreter truncates where a GPU rounds
-            cases += [pytest.param(name, fmt, dtype, id=f"{name}-{fmt and fmt.__name__}-{dtype}",
+            cases += [pytest.param(name, fmt, dtype, id=f"{name}-{fmt and fmt.name}-{dtype}",
                                    marks=() if is_usual(name, fmt, dtype) else pytest.mark.heavy)
                       for fmt in formats]
     return pytest.mark.parametrize(("backend", "fmt", "dtype"), cases, indirect=["backend"])

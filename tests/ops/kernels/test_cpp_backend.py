@@ -95,8 +95,8 @@ def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, mo
 # One format for each branch of the search. Each further one would compile as long again.
 GRID_SAMPLE = {"Q4_K", "Q3_K", "Q4_0", "Q4_1", "IQ4_XS", "NF4"}
 GRIDS = [
-    pytest.param(fmt, id=fmt.__name__,
-                 marks=() if fmt.__name__ in GRID_SAMPLE else pytest.mark.heavy)
+    pytest.param(fmt, id=fmt.name,
+                 marks=() if fmt.name in GRID_SAMPLE else pytest.mark.heavy)
     for fmt in ALL_FORMATS if fmt.grid and fmt.block_length < 4096
 ]
 

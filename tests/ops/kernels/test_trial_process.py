@@ -175,7 +175,7 @@ def test_a_signal_of_another_program_is_no_crash_of_the_kernel(sent, expected, v
 def test_a_format_has_a_name_that_leads_back_to_it():
     expected = [FORMATS["NF4"].of_block_length(128), FORMATS["NF4"], format_named("INT8_96"),
                 FORMATS["Q4_K"], FORMATS["Q4_0"], format_named("Q4_K_5120_8x2")]
-    assert [format_named(packed.__name__) for packed in expected] == expected
+    assert [format_named(packed.name) for packed in expected] == expected
     assert expected[-1].outer == 8
     for unknown in ("Q9_9", "Q4_K_128", "Q9_9_5120_8x2"):
         with pytest.raises(KeyError):

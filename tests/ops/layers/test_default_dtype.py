@@ -26,11 +26,11 @@ MAKE = {"empty", "zeros", "ones", "full", "tensor", "linspace", "logspace", "ran
 ROWS, COLUMNS = 16, 512
 # other tests make others
 EACH = [
-    *(fmt for fmt in FORMATS.values() if not issubclass(fmt, (RowFormat, ColumnGroups))),
+    *(fmt for fmt in FORMATS.values() if not isinstance(fmt, (RowFormat, ColumnGroups))),
     *(FAMILIES[name].of_columns(COLUMNS)
       for name in ["INT8", "INT8_ROWS", *kernel_source.ROW_FAMILIES])
 ]
-each_format = pytest.mark.parametrize("fmt", EACH, ids=lambda fmt: fmt.__name__)
+each_format = pytest.mark.parametrize("fmt", EACH, ids=lambda fmt: fmt.name)
 has_compiler = sys.platform != "win32" and (
     os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 )
@@ -89,7 +89,7 @@ def test_values_and_products_are_those_of_any_default_dtype(fmt, under):
     assert_same(under, work)
 
 
-@pytest.mark.parametrize("fmt", list(filter(quantize.can_pack, EACH)), ids=lambda fmt: fmt.__name__)
+@pytest.mark.parametrize("fmt", list(filter(quantize.can_pack, EACH)), ids=lambda fmt: fmt.name)
 def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
     def work():
         dense = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1),

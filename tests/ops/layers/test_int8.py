@@ -18,7 +18,7 @@ from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 
 CPU = torch.device("cpu")
 TOKENS, COLUMNS, ROWS = 80, 1024, 48
-PACKED = {packed.__name__: packed for packed in GGML_FORMATS.values()} | {
+PACKED = {packed.name: packed for packed in GGML_FORMATS.values()} | {
     "NF4": FORMATS["NF4"], "FP4": FORMATS["FP4"], "INT8": INT8.of_columns(COLUMNS),
     "NF4 with blocks across rows": FORMATS["NF4"].of_block_length(4096),
     "Q4_K in another order": ColumnGroups.of(FORMATS["Q4_K"], COLUMNS, 4, 8),
@@ -60,7 +60,7 @@ def normal_weight(rows=512, columns=3072):
 def encoded_rows(weight):
     """Codes and scales of a weight's rows."""
     codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
-    int8_codes.encode_rows(weight.layout_cls.format, packed_tensors(weight), codes, scales, None, 0)
+    int8_codes.encode_rows(weight.params.format, packed_tensors(weight), codes, scales, None, 0)
     return codes, scales
 
 

@@ -21,7 +21,7 @@ from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor, res
 
 OPERATIONS = packed_operations()
 FORMAT_NAMES = [
-    f.__name__ for f in GGML_FORMATS.values()
+    f.name for f in GGML_FORMATS.values()
     if gguf.GGMLQuantizationType(f.ggml_type) in gguf.quants._type_traits
 ]
 

@@ -31,7 +31,7 @@ REFERENCES = [name for name, packed_format in FORMATS.items()
 def reference_values(packed) -> np.ndarray:
     """The values of a packed tensor by gguf's reference; NF4's by its codebook, of which another
     test has that it is right."""
-    packed_format = packed.layout_cls.format
+    packed_format = packed.params.format
     if packed_format.ggml_type is None:
         return packed.dequantize().numpy()
     data = packed._qdata.view(packed_format.packed_shape(packed.shape))
@@ -57,7 +57,7 @@ def test_every_grid_has_a_bound_here():
     # a test before may have made others of another block length
     own_length = {
         name for name, packed_format in FORMATS.items() if packed_format.grid
-        and "grid" in vars(packed_format) and "codebook" not in vars(packed_format.__mro__[1])
+        and not packed_format.arguments
     }
     assert own_length == set(ERRORS)
 

@@ -24,7 +24,7 @@ each_format = pytest.mark.parametrize("fmt", WITH_GRID.values(), ids=WITH_GRID)
 Q4_K = FORMATS["Q4_K"]
 # integers with scales and without, plain and with minima, and a codebook
 FORMAT_SAMPLE = [FORMATS[name] for name in ("Q3_K", "Q4_K", "Q8_0", "NF4")]
-some_formats = pytest.mark.parametrize("fmt", FORMAT_SAMPLE, ids=lambda fmt: fmt.__name__)
+some_formats = pytest.mark.parametrize("fmt", FORMAT_SAMPLE, ids=lambda fmt: fmt.name)
 pytestmark = pytest.mark.usefixtures("small_models")
 
 
@@ -93,7 +93,7 @@ def assert_alike(weight, packed, other, tokens):
 
 @pytest.mark.parametrize(("block", "fmt"), [
     *(pytest.param(None, fmt, id=f"all columns-{name}") for name, fmt in WITH_GRID.items()),
-    *(pytest.param(256, fmt, id=f"blocks of 256-{fmt.__name__}") for fmt in FORMAT_SAMPLE)])
+    *(pytest.param(256, fmt, id=f"blocks of 256-{fmt.name}") for fmt in FORMAT_SAMPLE)])
 def test_the_output_is_nearer_than_with_the_same_importance_per_column(block, fmt):
     weight, tokens = weight_of(40, 512), inputs(2000, 512)
     moments = moments_of(tokens, block)

@@ -20,11 +20,11 @@ def gguf_can_dequantize(packed_format) -> bool:
 
 
 @pytest.fixture(
-    params=[f for f in GGML_FORMATS.values() if gguf_can_dequantize(f)], ids=lambda f: f.__name__
+    params=[f for f in GGML_FORMATS.values() if gguf_can_dequantize(f)], ids=lambda f: f.name
 )
 def packed(request):
     values = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
-    data = pack(values, request.param.__name__)
+    data = pack(values, request.param.name)
     tensor = packed_tensor(request.param, torch.from_numpy(data), SHAPE)
     tensor.reference = torch.from_numpy(
         gguf.quants.dequantize(data, gguf.GGMLQuantizationType(request.param.ggml_type)))
