@@ -1,4 +1,8 @@
-"""Rotations of groups of columns: Kronecker powers of small Hadamard matrices."""
+"""Rotations of groups of columns: Kronecker powers of small Hadamard matrices.
+
+A product with `rotation_signs` sums integers exactly, in whichever order. Other numbers are summed
+in the order of `rotate`, which kernels share, since a product of BLAS has none.
+"""
 import torch
 
 from ..lasting_memory import cached_on_device
@@ -21,3 +25,40 @@ def rotation_signs(size: int, device: torch.device, base: int = 4) -> torch.Tens
     while len(power) < size:
         power = torch.kron(power, matrix)
     return power.to(device)
+
+
+def rotate(rows: torch.Tensor, size: int, base: int) -> torch.Tensor:
+    """Returns rows times a rotation times the root of its size, each sum in one order.
+
+    The numbers of a group are added and subtracted in pairs, or in fours, of which the next ones
+    are `stride` apart: 1, then `base` times as many. Of a pair (a, b) become (a + b, a - b); of
+    four (a, b, c, d) become (p + s, p - s, r + q, r - q) of p = a + b, q = a - b, r = c + d and
+    s = c - d.
+
+    Args:
+        rows: float32 (n, K), K a multiple of `size`.
+        size, base: as `rotation_signs` takes them.
+
+    Returns:
+        float32 (n, K) in new memory.
+    """
+    groups = rows.reshape(-1, size)
+    count = len(groups)
+    now = groups.t().contiguous()  # neighbours of a group are far apart, and passes contiguous
+    then = torch.empty_like(now)
+    stride = 1
+    while stride < size:
+        shape = (-1, base, stride, count)
+        numbers, sums = now.view(shape).unbind(1), then.view(shape).unbind(1)
+        for place in range(0, base, 2):
+            torch.add(*numbers[place:place + 2], out=sums[place])
+            torch.sub(*numbers[place:place + 2], out=sums[place + 1])
+        if base == 4:
+            torch.add(sums[0], sums[3], out=numbers[0])
+            torch.sub(sums[0], sums[3], out=numbers[1])
+            torch.add(sums[2], sums[1], out=numbers[2])
+            torch.sub(sums[2], sums[1], out=numbers[3])
+        else:
+            now, then = then, now
+        stride *= base
+    return then.view(-1, size).copy_(now.t()).view(rows.shape)

@@ -20,7 +20,7 @@ from .bits import (
     split_bits,
     split_stream,
 )
-from .rotation import rotation_signs
+from .rotation import rotate, rotation_signs
 
 # kind of stored numbers -> their dtype; all but "f32" are held as bytes, the last three explained
 # by tables
@@ -294,7 +294,7 @@ class RowFormat(Format):
             values = torch.empty((count, layout.columns), dtype=torch.float32,
                                  device=packed.device)
             terms.write(values)
-            return Terms(self.rotate(values), values.new_full((), layout.rotation**-0.5))
+            return Terms(self._rotate(values), values.new_full((), layout.rotation**-0.5))
         return terms
 
     def _selected(self, packed: torch.Tensor, levels: torch.Tensor) -> Terms:
@@ -329,22 +329,21 @@ class RowFormat(Format):
         rounded once, whatever the order of the sum.
         """
         layout, root = self.layout, self.layout.rotation**0.5
-        terms = Terms(self.rotate(numbers.view(len(scales), -1).float()), scales / root)
+        signs = rotation_signs(layout.rotation, numbers.device, layout.rotation_base)
+        sums = numbers.view(-1, layout.rotation).float() @ signs
+        terms = Terms(sums.view(len(scales), -1), scales / root)
         if added is not None:
             added = added.repeat_interleave(layout.group).view(len(scales), -1)
-            terms.minima = self.rotate(added) / -root
+            terms.minima = self._rotate(added) / -root
         return terms
 
-    def rotate(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns rows (n, K) times the rotation times the root of its size, float32."""
-        size = self.layout.rotation
-        signs = rotation_signs(size, rows.device, self.layout.rotation_base)
-        return (rows.reshape(-1, size) @ signs).view(rows.shape)
+    def _rotate(self, rows: torch.Tensor) -> torch.Tensor:
+        return rotate(rows, self.layout.rotation, self.layout.rotation_base)
 
     def unrotated(self, rows: torch.Tensor) -> torch.Tensor:
         if not (self.layout.rotates_values and self.layout.rotation):
             return rows
-        return self.rotate(rows.float()).mul_(self.layout.rotation**-0.5)
+        return self._rotate(rows.float()).mul_(self.layout.rotation**-0.5)
 
 
 INT8_CODES = Codes(dtype=torch.int8)

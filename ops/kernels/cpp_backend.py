@@ -205,7 +205,8 @@ class CpuKernels:
             return
         columns = packed_format.block_length
         definitions = row_definitions(packed_format)
-        lengths = definitions["GROUP"], definitions["LEVEL_GROUP"]
+        lengths = (definitions["GROUP"], definitions["LEVEL_GROUP"],
+                   definitions["ROTATED_VALUES"])
         if any(length % 8 for length in lengths) or out.numel() % columns or not out.numel():
             packed_format.dequantize_into(tensors, out, value_dtype, first)
             return

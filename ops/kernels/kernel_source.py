@@ -49,19 +49,19 @@ def row_kernel(layout: RowLayout) -> RowKernel | None:
     minima = "None" if layout.minimum is None else MINIMA.get(layout.minimum.kind)
     is_odd = (layout.levels or layout.has_own_numbers or layout.names_groups or layout.taps > 1
               or any(numbers.has_factor for numbers in (layout.scale, layout.minimum) if numbers)
-              or (layout.rotation and (layout.rotates_values or layout.minimum)))
-    return None if is_odd or not (codes and scales and minima) else RowKernel(codes, scales, minima)
+              or (layout.rotation and not layout.rotates_values and layout.minimum))
+    return None if is_odd or not (scales and minima) else RowKernel(codes, scales, minima)
 
 
-def _code_structure(codes: Codes) -> str | None:
+def _code_structure(codes: Codes) -> str:
     if codes.order == "planes":
         return "SixBits"
-    if codes.order == "stream":
+    if codes.order == "stream" or (codes.bits not in (4, 8) and codes.numbers is None):
         return "Integers"
     if codes.bits == 8 and codes.numbers is None:
         return CODES_OF_DTYPE[codes.dtype]
     if codes.bits != 4:
-        return None
+        return "Table"
     if codes.numbers is None:
         return "NibblesLessEight" if codes.offset == 8 else "UnsignedNibbles"
     if codes.order == "high first":
@@ -131,16 +131,23 @@ def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
     layout = packed_format.layout
     codes, kernel = layout.codes, row_kernel(layout)
     assert kernel is not None
+    rotated = 0 if layout.rotates_values else layout.rotation
     definitions = {
         "CODES": kernel.codes, "SCALES": kernel.scales, "BITS": codes.bits,
-        "COLUMNS": layout.columns, "GROUP": layout.rotation or layout.group,
-        "ROTATED": int(bool(layout.rotation)), "ROOT": f"{float(layout.rotation or 1)**0.5}f",
+        "COLUMNS": layout.columns, "GROUP": rotated or layout.group,
+        "ROTATED": int(bool(rotated)), "ROOT": f"{float(rotated or 1)**0.5}f",
         "LEVEL_GROUP": layout.group if layout.is_requantized else 0, "MINIMA": kernel.minima,
         "HAS_MINIMA": int(kernel.minima != "None"), "HAS_ZEROS": int(bool(layout.zero_bits)),
-        "SCALED_COLUMNS": int(layout.has_column_scales)
+        "SCALED_COLUMNS": int(layout.has_column_scales),
+        "PACKS": int(codes.order == "packs" and codes.bits not in (1, 2)),
+        "ROTATED_VALUES": layout.rotation if layout.rotates_values else 0,
+        "ROTATION_BASE": layout.rotation_base,
+        "ROTATION_FACTOR": c_floats([layout.rotation**-0.5 if layout.rotation else 1]),
     }
     if kernel.codes.startswith("Codebook"):
         definitions["CODEBOOK"] = c_floats(codes.all_numbers().tolist())
+    if kernel.codes == "Table":
+        definitions["NUMBERS"] = c_floats(codes.all_numbers().tolist())
     if kernel.codes == "Integers":
         definitions |= {"OFFSET": codes.offset, "ZERO_BITS": layout.zero_bits or codes.bits}
     return definitions

@@ -14,6 +14,7 @@ from featherweight.ops.formats import integers
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.row_layout import RowFormat
+from featherweight.ops.formats.sdnq import SDNQ_TYPES
 from featherweight.ops.kernels import cpp_backend, selector
 from featherweight.ops.kernels.kernel_source import FORMAT_NAMES
 from featherweight.ops.layers import product  # noqa: F401
@@ -46,9 +47,10 @@ CPU_ROW_SIZES = ROW_SIZES | {
     "INT8_SMOOTHED": [(96,)], "F8_SMOOTHED": [(96,), (256, 64)], "NVFP4_SMOOTHED": [(96,)],
     "NVFP4_LOW_SMOOTHED": [(80,)], "SVDQUANT_NVFP4": [(96,)], "SVDQUANT_INT4": [(192,)],
     "SVDQUANT_INT4_HALF": [(192,)], "W4A16": [(192,), (256, 128)], "W4A16_HALF": [(192,)],
-    "SDNQ_INT4": [(192, 64)], "SDNQ_UINT4": [(192, 64), (512, 0)],
-    "SDNQ_FLOAT4_E2M1FN": [(192, 64)], "SDNQ_INT8": [(96, 0), (192, 64)],
-    "SDNQ_UINT8": [(96, 0)], "SDNQ_FLOAT8_E4M3FN": [(96, 0)],
+    "SDNQ_INT4": [(192, 64)],
+    "SDNQ_UINT4": [(192, 64), (512, 0), (192, 64, 1, 8), (512, 32, 1, 16, 4), (512, 0, 1, 128)],
+    "SDNQ_INT8": [(96, 0), (192, 64), (192, 64, 1, 64), (256, 64, 1, 256, 4), (512, 64, 1, 64, 4)],
+    "SDNQ_UINT8": [(96, 0)],
     "W4A16_FLOAT": [(192,)], "AWQ_INT4": [(192,), (256, 128)], "AWQ_INT4_HALF": [(192,)],
     "NVFP4_QUOTIENT": [(96,), (80,)],
 } | {
@@ -56,10 +58,8 @@ CPU_ROW_SIZES = ROW_SIZES | {
     for name in ("INT", "UINT") for bits in integers.BITS for ending in ("", "_HALF", "_FLOAT")
 } | {f"QUANTO_INT{bits}{ending}": [(256, 64)]
      for bits in (2, 4) for ending in ("", "_HALF", "_FLOAT")} | {
-    f"SDNQ_{name}": [(192, 64)] for name in (
-        "FLOAT4_E1M2FN", "FLOAT4_E3M0FN", "FLOAT4_E1M3FNU", "FLOAT4_E2M2FNU", "FLOAT4_E3M1FNU",
-        "FLOAT4_E4M0FNU", "FLOAT8_E5M2")
-}
+    family.name: [(192, 64)] for family in SDNQ_TYPES.values()
+    if family.name not in ("SDNQ_INT4", "SDNQ_INT8", "SDNQ_UINT4", "SDNQ_UINT8")}
 each_row_format = pytest.mark.parametrize(
     ("name", "size"), [(name, size) for name, sizes in ROW_SIZES.items() for size in sizes],
     ids=str)

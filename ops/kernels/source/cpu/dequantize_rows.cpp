@@ -6,7 +6,12 @@
 // byte of E4M3, of LEVEL_GROUP columns. MINIMA names the numbers added to the values of GROUP
 // columns. Where HAS_ZEROS is 1, minima are integers of ZERO_BITS that are subtracted from the
 // numbers of GROUP columns, each row filled up to whole bytes; OFFSET is subtracted from all numbers.
-// Where SCALED_COLUMNS is 1, each column has a factor too.
+// Where SCALED_COLUMNS is 1, each column has a factor too. Where ROTATED_VALUES is not 0, so many
+// values are rotated by a power of a matrix of ROTATION_BASE columns, over its root, in the order of
+// sums of ops/formats/rotation.py.
+
+// Codes of BITS are a stream of bits, or packed as by SDNQ where PACKS is 1, see `split_codes` of
+// ops/formats/row_layout.py.
 
 #ifndef OFFSET
 #define OFFSET 0
@@ -75,26 +80,66 @@ struct SixBits {  // of eight: four bytes of low nibbles, two of upper bits
     }
 };
 
-struct Integers {  // BITS each, the lowest bit first
-    static FUNCTION Floats numbers(Packed from) {
+// Returns code `i` of a stream of bits, the lowest first.
+static FUNCTION int code_of_stream(Packed from, int i) {
+    const int shift = i * BITS % 8;
+    Packed byte = from + i * BITS / 8;
+    int bits = byte[0] >> shift;
+    if (shift + BITS > 8) bits |= byte[1] << (8 - shift);
+    return bits & ((1 << BITS) - 1);
+}
+
+// Returns code `i` of packs: the low bits of bytes, and codes of what is above them.
+static FUNCTION int code_of_packs(Packed from, int i) {
+    const int codes = BITS == 6 ? 4 : 8, place = i % codes;
+    Packed bytes = from + i / codes * (codes * BITS / 8);
+    if (BITS == 3) {
+        if (place < 6) return bytes[place % 3] >> place / 3 * 3 & 7;
+        return place == 6 ? bytes[0] >> 6 | (bytes[2] >> 6 & 1) << 2
+                          : bytes[1] >> 6 | bytes[2] >> 7 << 2;
+    }
+    if (place < codes * BITS / 8) return bytes[place] & ((1 << BITS) - 1);
+    if (BITS == 6) return bytes[0] >> 6 << 4 | bytes[1] >> 6 << 2 | bytes[2] >> 6;
+    if (BITS == 7) {
+        int code = 0;
+#pragma GCC unroll 7
+        for (int byte = 0; byte < 7; byte++) code |= bytes[byte] >> 7 << (6 - byte);
+        return code;
+    }
+    if (place < 7) return bytes[place - 5] >> 5 | (bytes[place - 2] >> 5 & 3) << 3;
+    return bytes[2] >> 5 | bytes[3] >> 7 << 4 | bytes[4] >> 7 << 3;
+}
+
+static FUNCTION Ints bit_codes(Packed from) {
 #if BITS == 8
-        return floats(load_bytes(from) - OFFSET);
+    return load_bytes(from);
 #elif BITS == 4
-        return floats(load_low_nibble_pairs(from) - OFFSET);
+    return load_low_nibble_pairs(from);
 #else
-        Ints codes;
+    Ints codes;
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            const int shift = i * BITS % 8;
-            Packed byte = from + i * BITS / 8;
-            int bits = byte[0] >> shift;
-            if (shift + BITS > 8) bits |= byte[1] << (8 - shift);
-            codes[i] = bits & ((1 << BITS) - 1);
-        }
-        return floats(codes - OFFSET);
+    for (int i = 0; i < LANES; i++) codes[i] = PACKS ? code_of_packs(from, i) : code_of_stream(from, i);
+    return codes;
 #endif
+}
+
+struct Integers {
+    static FUNCTION Floats numbers(Packed from) { return floats(bit_codes(from) - OFFSET); }
+};
+
+#ifdef NUMBERS
+static const float numbers_of_codes[] = {NUMBERS};
+
+struct Table {
+    static FUNCTION Floats numbers(Packed from) {
+        Ints codes = bit_codes(from);
+        Floats values;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) values[i] = numbers_of_codes[codes[i]];
+        return values;
     }
 };
+#endif
 
 static FUNCTION float e4m3(unsigned byte) {
     unsigned magnitude = byte & 0x7F;
@@ -172,17 +217,30 @@ static FUNCTION Floats rounded_to_bytes(Floats values) {
     return values < -127.0f ? Floats{} - 127.0f : values;
 }
 
-// Returns lane i ^ mask of `values` as lane i.
-static FUNCTION Floats exchanged(Floats values, int mask) {
+static FUNCTION Ints lane_numbers() {
+    Ints lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return lanes;
+}
+
+// Returns lane `from[i]` of `values` as lane i.
+static FUNCTION Floats permuted(Floats values, Ints from) {
 #if LANES == 16 && defined(__AVX512F__)
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return (Floats)_mm512_permutexvar_ps((__m512i)(lanes ^ mask), (__m512)values);
+    return (Floats)_mm512_permutexvar_ps((__m512i)from, (__m512)values);
+#elif LANES == 8 && defined(__AVX2__)
+    return (Floats)_mm256_permutevar8x32_ps((__m256)values, (__m256i)from);
 #else
     Floats result;
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) result[i] = values[i ^ mask];
+    for (int i = 0; i < LANES; i++) result[i] = values[from[i]];
     return result;
 #endif
+}
+
+// Returns lane i ^ mask of `values` as lane i.
+static FUNCTION Floats exchanged(Floats values, int mask) {
+    return permuted(values, lane_numbers() ^ mask);
 }
 
 // Multiplies four numbers, or vectors of them, by H4: their sum less twice the one at the other end.
@@ -220,12 +278,106 @@ static FUNCTION void rotate(Floats* values) {
                             values[i + 3 * stride]);
 }
 
+#if ROTATED_VALUES
+// Replaces a and b by their sum and their difference.
+template <class Number>
+static FUNCTION void sum_and_difference(Number& a, Number& b) {
+    Number sum = a + b;
+    b = a - b;
+    a = sum;
+}
+
+// The same for lanes that are `stride` apart.
+static FUNCTION Floats sums_and_differences(Floats values, int stride) {
+    Floats signs = floats(1 - (((lane_numbers() & stride) != 0) & 2));
+    return exchanged(values, stride) + values * signs;
+}
+
+// Rotates four whose pairs are sums and differences already.
+template <class Number>
+static FUNCTION void finish_four(Number& a, Number& b, Number& c, Number& d) {
+    Number p = a, q = b, r = c, s = d;
+    a = p + s;
+    b = p - s;
+    c = r + q;
+    d = r - q;
+}
+
+static FUNCTION Floats finished_fours(Floats values, int stride) {
+    Ints lanes = lane_numbers();
+    Floats signs = floats(1 - (((lanes & stride) != 0) & 2));
+    return permuted(values, lanes & ~stride)
+           + permuted(values, (lanes ^ 2 * stride) | stride) * signs;
+}
+
+// Multiplies ROTATED_VALUES numbers by the matrix of signs.
+static FUNCTION void rotate_values(Floats* values) {
+    const int count = ROTATED_VALUES / LANES;
+    float* numbers = (float*)values;
+    for (int stride = 1; stride < ROTATED_VALUES; stride *= ROTATION_BASE) {
+        if (stride * ROTATION_BASE <= LANES) {
+            for (int i = 0; i < count; i++) {
+                values[i] = sums_and_differences(values[i], stride);
+                if (ROTATION_BASE == 4) values[i] = finished_fours(values[i], stride);
+            }
+            continue;
+        }
+        for (int first = 0; first < ROTATED_VALUES; first += ROTATION_BASE * stride)
+            for (int i = first; i < first + stride; i++) {
+                float* n = numbers + i;
+                sum_and_difference(n[0], n[stride]);
+                if (ROTATION_BASE == 4) {
+                    sum_and_difference(n[2 * stride], n[3 * stride]);
+                    finish_four(n[0], n[stride], n[2 * stride], n[3 * stride]);
+                }
+            }
+    }
+}
+#endif
+
+// Returns what is added to or, where HAS_ZEROS, subtracted from a group.
+static FUNCTION float addend(Packed minima, Index row, int groups, int group) {
+#if HAS_ZEROS
+    const int zero_bytes = (groups * ZERO_BITS + 7) / 8, bit = group * ZERO_BITS;
+    return minima[row * zero_bytes + bit / 8] >> bit % 8 & ((1 << ZERO_BITS) - 1);
+#else
+    return MINIMA::number(minima, row * groups + group);
+#endif
+}
+
+static FUNCTION Floats values_of(Packed codes, float scale, float minimum) {
+    Floats values = CODES::numbers(codes);
+#if HAS_ZEROS
+    values = values - minimum;
+#endif
+    values = values * scale;
+#if HAS_MINIMA
+    values = values + minimum;
+#endif
+    return values;
+}
+
 // out: (rows, COLUMNS). row_scales, minima, column_scales: null where they are not used.
 extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales, Packed minima,
                                 Scales column_scales, TYPE* out, long long rows, int threads) {
     const int groups = COLUMNS / GROUP;
 #pragma omp parallel for num_threads(threads)
-    for (Index row = 0; row < rows; row++)
+    for (Index row = 0; row < rows; row++) {
+#if ROTATED_VALUES
+        for (int start = 0; start < COLUMNS; start += ROTATED_VALUES) {
+            Floats values[ROTATED_VALUES / LANES];
+            for (int i = 0; i < ROTATED_VALUES / LANES; i++) {
+                const int column = start + i * LANES, group = column / GROUP;
+                const float scale = SCALES::scale(scales, row_scales, row * groups + group, row);
+                values[i] = values_of(packed + (row * COLUMNS + column) * BITS / 8, scale,
+                                      addend(minima, row, groups, group));
+            }
+            rotate_values(values);
+            for (int i = 0; i < ROTATED_VALUES / LANES; i++)
+                store(rounded<VALUE_TYPE>(values[i] * ROTATION_FACTOR),
+                      out + row * COLUMNS + start + i * LANES);
+        }
+#else
         for (int group = 0; group < groups; group++) {
             Index place = row * COLUMNS + group * GROUP;
             Packed codes = packed + place * BITS / 8;
@@ -244,22 +396,9 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
                 for (int i = 0; i < GROUP / LANES; i++)
                     store(rounded<VALUE_TYPE>(values[i] * scale), out + place + i * LANES);
             } else {
-#if HAS_ZEROS
-                const int zero_bytes = (groups * ZERO_BITS + 7) / 8, bit = group * ZERO_BITS;
-                const float zero = minima[row * zero_bytes + bit / 8] >> bit % 8
-                                   & ((1 << ZERO_BITS) - 1);
-#else
-                const float minimum = MINIMA::number(minima, row * groups + group);
-#endif
+                const float minimum = addend(minima, row, groups, group);
                 for (int first = 0; first < GROUP; first += LANES) {
-                    Floats values = CODES::numbers(codes + first * BITS / 8);
-#if HAS_ZEROS
-                    values = values - zero;
-#endif
-                    values = values * scale;
-#if HAS_MINIMA
-                    values = values + minimum;
-#endif
+                    Floats values = values_of(codes + first * BITS / 8, scale, minimum);
 #if SCALED_COLUMNS
                     values = values * load<Floats>(column_scales + group * GROUP + first);
 #endif
@@ -267,4 +406,6 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
                 }
             }
         }
+#endif
+    }
 }
