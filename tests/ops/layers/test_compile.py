@@ -5,6 +5,8 @@ free and breaks the graph, with dense models too.
 """
 import gc
 
+from devtools.measure.weights import random_weight
+
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention
 import comfy.model_management
@@ -27,6 +29,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.layers.comfyui_operations import packed_operations
 
 HIDDEN, TOKENS, TEXT = 256, 16, 5
 
@@ -100,6 +103,22 @@ def test_blocks_and_the_model_are_one_graph_with_equal_numbers(model, kind):
         compiled = torch.compile(part, fullgraph=True, backend=backend)
         assert all(map(torch.equal, outputs(compiled, inputs), outputs(part, inputs)))
         assert backend.frame_count == 1
+
+
+def test_layers_of_a_layout_and_a_shape_are_compiled_once():
+    """As dense layers of a shape are: torch holds the sizes of a module's tensors constant."""
+    shapes = {"Q4_K": [(64, 512)] * 3, "F8_E4M3": [(64, 512), (64, 768)] * 3,
+              "SDNQ_UINT4": [(64, 512)] * 3, "Q6_K": [(64, 512)]}
+    backend = CompileCounterWithBackend("eager")
+    for name, sizes in shapes.items():
+        for rows, columns in sizes:
+            layer = packed_operations().Linear(columns, rows, bias=False)
+            layer.load_state_dict({"weight": random_weight(name, (rows, columns))})
+            compiled = torch.compile(layer, fullgraph=True, backend=backend)
+            with torch.inference_mode():
+                input = torch.randn(3, columns)
+                assert torch.equal(compiled(input), layer(input))
+    assert backend.frame_count == sum(len(set(sizes)) for sizes in shapes.values())
 
 
 def sample(patcher) -> torch.Tensor:
