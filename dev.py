@@ -16,7 +16,8 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  ComfyUI server
   serve [--gpu]                  open ComfyUI with that model and its workflows on 127.0.0.1, until
                                  Ctrl-C
-  test [--heavy] [pytest ...]    run the linters and every test
+  test [--heavy] [pytest ...]    run the linters and every test; with names of files only these,
+                                 in seconds
   lint                           check style (ruff) and types (pyright)
   bench [arguments]              measure speed and memory side by side
   quality [--packing]            measure what each packing does to the demo's pictures;

@@ -57,7 +57,13 @@ def _lint(environment: Environment) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Lint, then run pytest with `arguments`: the whole suite in a process for each core."""
+    """Lint, then run pytest with `arguments`: the whole suite in a process for each core.
+
+    Where they name files, only these run, and nothing is linted or downloaded.
+    """
+    if any(argument.partition("::")[0].endswith(".py") or (ROOT / argument).is_dir()
+           for argument in arguments if not argument.startswith("-")):
+        return prepare(TESTING).run("-m", "pytest", *arguments, **COMPILED_ONCE)
     environment = prepare(TESTING | LINTING)
     fetch_llama_cpp(environment.python)
     fetch_chromium(environment.python)
@@ -65,13 +71,10 @@ def test(arguments: list[str]) -> int:
     print("Linting", flush=True)
     lint_code = _lint(environment)
     print("Running the tests", flush=True)
-    named = any((ROOT / argument.partition("::")[0]).exists() for argument in arguments
-                if not argument.startswith("-"))
-    paths = [] if named else ["tests"]
-    if named or "--heavy" in arguments:  # a heavy test may need all of the memory
-        tests = environment.run("-m", "pytest", *paths, *arguments, **COMPILED_ONCE)
+    if "--heavy" in arguments:  # a heavy test may need all of the memory
+        tests = environment.run("-m", "pytest", "tests", *arguments, **COMPILED_ONCE)
     else:
-        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, *paths,
+        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, "tests",
                                 *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
     failed = [name for name, code in (("the linters", lint_code), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"

@@ -1,0 +1,53 @@
+"""What runs and is shown on GitHub."""
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from devtools import ROOT
+from devtools.commands import CHECKED_PYTHONS, COMMANDS
+
+FOLDER = ROOT / ".github"
+WORKFLOWS = sorted(FOLDER.glob("workflows/*.yml"))
+
+
+def content(path) -> dict:
+    return yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_runs_commands_that_there_are_and_may_only_read(path):
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"python dev\.py (\w+)", text)) <= COMMANDS.keys()
+    assert content(path)["permissions"] == {"contents": "read"}
+    assert all(re.fullmatch(r"[\w/-]+@v\d+", used) for used in re.findall(r"uses: (\S+)", text))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actionlint_finds_nothing(path):
+    program = shutil.which("actionlint")
+    if program is None:
+        pytest.skip("needs actionlint")
+    assert not subprocess.run([program, str(path)], capture_output=True, text=True).stdout
+
+
+def test_the_pythons_that_lint_checks_run_the_tests_on_three_systems():
+    matrix = content(FOLDER / "workflows" / "test.yml")["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix["python"] == CHECKED_PYTHONS
+    assert {name.partition("-")[0] for name in matrix["os"]} == {"ubuntu", "windows", "macos"}
+
+
+def test_a_tag_is_published_only_where_it_is_the_version():
+    steps = content(FOLDER / "workflows" / "publish.yml")["jobs"]["publish"]["steps"]
+    pattern = re.search(r'grep -qx "(.+)" pyproject', steps[1]["run"])[1].replace('\\"', '"')
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
+    assert pattern.replace("${GITHUB_REF_NAME#v}", version) in project.splitlines()
+
+
+def test_a_report_asks_for_the_log_the_inspection_and_the_workflow():
+    form = content(FOLDER / "ISSUE_TEMPLATE" / "problem.yml")
+    labels = " ".join(field["attributes"]["label"] for field in form["body"]).lower()
+    assert all(word in labels for word in ("log", "inspect model file", "workflow"))
