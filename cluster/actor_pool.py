@@ -170,7 +170,7 @@ class Run:
         self.failed_starts = collections.Counter()  # by node, in a row
         self.paused_until: dict[str, float] = {}  # node -> time when it gets tasks again
 
-    def draw(self):
+    def render(self):
         """Renders all tasks."""
         polled = -math.inf
         while self.remaining:

@@ -227,7 +227,7 @@ class Batch:
         pool = ActorPool(self.worker, arguments, self.share)
         progress = BatchProgress(len(rows), self.say)
         try:
-            RowRun(pool, rows, self.workers, progress).draw()
+            RowRun(pool, rows, self.workers, progress).render()
         finally:
             pool.end_all()
         return progress.counts

@@ -16,7 +16,7 @@ class PromptRun(Run):
         changes: for each item, its changes to the workflow.
         extra: see `EmbeddedComfyUI.run`.
         workers: at most this many.
-        on_event: is called with (item, event, data): the events of `PromptWorker.draw`,
+        on_event: is called with (item, event, data): the events of `PromptWorker.render`,
             ("unusable", reason) for a worker that cannot render, and ("lost", None) for an item
             that goes to another worker because its own has ended.
         check: is called ten times a second, and may raise to end the run.
@@ -35,14 +35,14 @@ class PromptRun(Run):
         self.on_event = on_event
         self.check = check
 
-    def draw(self):
+    def render(self):
         """Renders all items. If it raises, it cancels those that run.
 
         Raises:
             GraphError, MachineError
         """
         try:
-            super().draw()
+            super().render()
         finally:
             for member in self.pool.members:
                 for call in [call for call, item in member.calls.items() if item]:
@@ -50,7 +50,7 @@ class PromptRun(Run):
 
     def start_task(self, member: PoolWorker, item: dict):
         item["prompt_id"] = str(uuid.uuid4())
-        return member.actor.draw.options(num_returns="streaming").remote(
+        return member.actor.render.options(num_returns="streaming").remote(
             apply_changes(self.graph, item["changes"]), self.extra, item["prompt_id"])
 
     def on_answer(self, member: PoolWorker, call, item: dict):

@@ -150,7 +150,7 @@ class Driver:
             self.pool.end_all()
             self.pool = None
         self.pool = self.pool or ActorPool(PromptWorker, (comfyui,), share, THREADS)
-        PromptRun(self.pool, graph, changes, extra, count, on_event, check).draw()
+        PromptRun(self.pool, graph, changes, extra, count, on_event, check).render()
 
 
 def main():

@@ -83,7 +83,7 @@ class PromptWorker(Worker):
         # for prompts that wait in ComfyUI's queue
         self.threads = concurrent.futures.ThreadPoolExecutor(64)
 
-    async def draw(self, graph: dict, extra: dict, prompt_id: str):
+    async def render(self, graph: dict, extra: dict, prompt_id: str):
         """Renders a prompt and yields its events.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, Format, Side
+from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, Format, QParam
 from featherweight.ops.layers import product
 from featherweight.ops.layers.low_rank import LowRank
 
@@ -68,8 +68,8 @@ def nbytes(tensors) -> int:
 def held(packed_format: Format, values: int) -> list[torch.Tensor]:
     """What a weight of so many values holds, without memory."""
     blocks = values // packed_format.block_length
-    return [torch.empty(side.length(blocks), dtype=side.dtype, device=META)
-            for side in (Side(torch.uint8, packed_format.block_bytes), *packed_format.sides)]
+    return [torch.empty(qparam.length(blocks), dtype=qparam.dtype, device=META)
+            for qparam in (QParam(torch.uint8, packed_format.block_bytes), *packed_format.qparams)]
 
 
 def of_dequantizing(packed_format: Format, dtype: torch.dtype = torch.bfloat16,

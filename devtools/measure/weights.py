@@ -72,16 +72,16 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
 
 def _random_rows(packed_format: RowFormat, shape: tuple[int, int]) -> QuantizedTensor:
     """A packed weight of a format whose block is a row."""
-    data, *sides = random_tensors(packed_format, shape[0], torch.device("cpu"))
+    data, *qparams = random_tensors(packed_format, shape[0], torch.device("cpu"))
     dtype = packed_format.layout.scale.dtype
-    for index, side in enumerate(sides):
-        if side.is_floating_point():
-            side /= 100
+    for index, qparam in enumerate(qparams):
+        if qparam.is_floating_point():
+            qparam /= 100
         elif dtype.is_floating_point:
-            numbers = torch.rand(side.numel() // dtype.itemsize) / 100
-            sides[index] = numbers.to(dtype).view(torch.uint8)
+            numbers = torch.rand(qparam.numel() // dtype.itemsize) / 100
+            qparams[index] = numbers.to(dtype).view(torch.uint8)
     data &= 0xB7  # no floats without a value
-    return packed_tensor(packed_format, data, shape, torch.float32, *sides)
+    return packed_tensor(packed_format, data, shape, torch.float32, *qparams)
 
 
 def packed_weight(format_name: str, values: torch.Tensor) -> QuantizedTensor | None:

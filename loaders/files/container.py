@@ -402,7 +402,7 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
     if type_name in PLAIN_DTYPES:
         return values * PLAIN_DTYPES[type_name].itemsize
     packed = FORMATS[type_name]
-    scales = -(-values // packed.block_length) * packed.side_bytes()
+    scales = -(-values // packed.block_length) * packed.qparam_bytes()
     return -(-values * packed.block_bytes // packed.block_length) + scales
 
 

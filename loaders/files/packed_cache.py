@@ -105,7 +105,7 @@ def _last_use(entry: Path) -> Path:
 
 def _packed(file: SafetensorsFile, name: str, type_name: str,
             shape: tuple[int, ...]) -> torch.Tensor:
-    scale = file.tensor(f"{name}.scale") if FORMATS[type_name].sides else None
+    scale = file.tensor(f"{name}.scale") if FORMATS[type_name].qparams else None
     return packed_tensor(FORMATS[type_name], file.tensor(name), shape, scale=scale)
 
 
@@ -220,7 +220,7 @@ def _all_parts(types: PackedTypes,
     for name, (type_name, shape) in types.items():
         packed, values = FORMATS[type_name], math.prod(shape)
         parts[name] = (-(-values * packed.block_bytes // packed.block_length),), "U8"
-        if packed.sides:
+        if packed.qparams:
             parts[f"{name}.scale"] = (-(-values // packed.block_length),), "F32"
     if with_sums:
         parts[SUMS] = (8 * len(parts),), "U8"

@@ -159,7 +159,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
 
 def _stays(tensor: torch.Tensor | JoinedRows) -> TypeGuard[PackedTensor]:
     """Returns whether a weight stays packed as it is in the file."""
-    return is_packed(tensor) and not tensor.params.format.of_host
+    return is_packed(tensor) and not tensor.params.format.is_host_format
 
 
 def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,

@@ -39,8 +39,8 @@ class TooLargeError(FormatError):
     """A weight has values too large for the requested format."""
 
 
-class Side(NamedTuple):
-    """A tensor of a weight next to its packed bytes, flat.
+class QParam(NamedTuple):
+    """A tensor of quantisation parameters of a weight, next to its packed bytes, flat.
 
     Attributes:
         dtype: float32, or uint8 for bytes that a format decodes.
@@ -183,8 +183,8 @@ class Format:
     block_length: int
     block_bytes: int
     ggml_type: int | None = None
-    sides: tuple[Side, ...] = ()  # tensors with the scales, where the blocks do not hold them
-    of_host = False  # whether it is one of ComfyUI's own, from which weights are packed
+    qparams: tuple[QParam, ...] = ()  # tensors with the scales, where the blocks do not hold them
+    is_host_format = False  # one of ComfyUI's own, from which weights are packed
     padding = 1  # files fill rows and columns up to multiples of it
     is_sliceable = True  # whether rows that are whole blocks can be taken without dequantising
     plain_dtype: torch.dtype | None = None  # for formats whose bytes are plain numbers
@@ -239,9 +239,10 @@ class Format:
         """Yields the formats that are dequantised; more or others than itself for composites."""
         yield self
 
-    def side_bytes(self) -> int:
-        """Returns the bytes of a block's own numbers in `sides`."""
-        return sum(side.dtype.itemsize * side.count for side in self.sides if not side.is_shared)
+    def qparam_bytes(self) -> int:
+        """Returns the bytes of a block's own numbers in `qparams`."""
+        return sum(qparam.dtype.itemsize * qparam.count
+                   for qparam in self.qparams if not qparam.is_shared)
 
     def terms(self, blocks: torch.Tensor) -> Terms:
         """Returns the terms of some blocks, uint8 (n, block_bytes), whose rows may be strided."""
@@ -249,7 +250,7 @@ class Format:
 
     def dequantize(self, *blocks: torch.Tensor) -> torch.Tensor:
         """Returns the values of some blocks, float32 (n, block_length); see `terms`."""
-        count = len(blocks[1]) // self.sides[0].count if self.sides else len(blocks[0])
+        count = len(blocks[1]) // self.qparams[0].count if self.qparams else len(blocks[0])
         out = torch.empty((count, self.block_length), dtype=torch.float32, device=blocks[0].device)
         self.write(out, *blocks)
         return out
@@ -332,8 +333,8 @@ class Format:
                last: int) -> tuple[torch.Tensor, ...]:
         """Returns what `dequantize` takes for blocks `first` to `last` of a weight."""
         return tensors[0].view(-1, self.block_bytes)[first:last], *(
-            tensor if side.is_shared else tensor[first * side.count:last * side.count]
-            for tensor, side in zip(tensors[1:], self.sides))
+            tensor if qparam.is_shared else tensor[first * qparam.count:last * qparam.count]
+            for tensor, qparam in zip(tensors[1:], self.qparams))
 
     def unrotated(self, rows: torch.Tensor) -> torch.Tensor:
         """Brings rows (n, K) from the basis of the codes into that of the values.
@@ -352,8 +353,8 @@ class Format:
         """
         blocks = columns // self.block_length
         return [tensors[0].view(-1, columns * self.block_bytes // self.block_length)[index], *(
-            tensor if side.is_shared else tensor.view(-1, blocks * side.count)[index].flatten()
-            for tensor, side in zip(tensors[1:], self.sides))]
+            tensor if qparam.is_shared else tensor.view(-1, blocks * qparam.count)[index].flatten()
+            for tensor, qparam in zip(tensors[1:], self.qparams))]
 
 
 @stable_pickle_name

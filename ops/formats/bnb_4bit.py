@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from .base import Fit, Format, Grid, Side, Terms
+from .base import Fit, Format, Grid, QParam, Terms
 from .bits import byte_pairs, select
 
 
@@ -22,7 +22,7 @@ class Codebook4Bit(Format):
     | absmax | float32 (blocks,)         | scale of each block of `block_length` values |
     """
 
-    sides = (Side(torch.float32),)
+    qparams = (QParam(torch.float32),)
     grid: Grid
     codebook: tuple[float, ...]
 

@@ -43,12 +43,12 @@ def with_addend(codes: Codes, kind: str, columns: int, group: int, **more) -> Ro
 
 
 def _rotated(codes: Codes, columns: int, rotation: int) -> RowLayout:
-    return RowLayout(columns, codes, rotation=rotation, of_host=True)
+    return RowLayout(columns, codes, rotation=rotation, is_host_format=True)
 
 
 def _levels(codes: Codes, columns: int, rotation: int, group: int, **more) -> RowLayout:
     return RowLayout(columns, codes, Numbers("e4m3"), columns // group, "multiply",
-                     is_requantized=True, rotation=rotation, of_host=True, **more)
+                     is_requantized=True, rotation=rotation, is_host_format=True, **more)
 
 
 def _smoothed(name: str, base: RowFamily) -> RowFamily:
@@ -59,13 +59,13 @@ def _smoothed(name: str, base: RowFamily) -> RowFamily:
 
 
 def _family(name: str, layout, *sizes: int, **more) -> RowFamily:
-    return RowFamily(name, partial(layout, of_host=True, **more), sizes)
+    return RowFamily(name, partial(layout, is_host_format=True, **more), sizes)
 
 
 LOW_NIBBLES = partial(Codes, 4, "low first")
 E4M3, E5M2 = Codes(dtype=torch.float8_e4m3fn), Codes(dtype=torch.float8_e5m2)
 INT8_ROWS = RowFamily(  # int8_tensorwise
-    "INT8_ROWS", lambda columns: RowLayout(columns, INT8_CODES, of_host=True))
+    "INT8_ROWS", lambda columns: RowLayout(columns, INT8_CODES, is_host_format=True))
 INT8_GROUPS = _family("INT8_GROUPS", partial(in_groups, INT8_CODES), 128)  # int8_blockwise
 F8_E4M3 = _family("F8_E4M3", partial(in_groups, E4M3), 0)
 F8_E5M2 = _family("F8_E5M2", partial(in_groups, E5M2), 0)

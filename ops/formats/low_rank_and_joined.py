@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..layers.low_rank import LowRank, Slice
-from .base import Format, Side, chunk_values, dequantize_by_reference
+from .base import Format, QParam, chunk_values, dequantize_by_reference
 from .bits import reinterpret
 
 # dequantises as `Format.dequantize_into` does, the format being the first argument
@@ -75,13 +75,13 @@ class AddedLowRank(Composite):
         self.name = f"LOWRANK_{rank}{mark}_{names[up_dtype]}_{names[down_dtype]}_{base.name}"
         self.base, self.rank, self.up_dtype, self.down_dtype = base, rank, up_dtype, down_dtype
         self.block_length, self.block_bytes = base.block_length, base.block_bytes
-        self.padding, self.of_host = base.padding, base.of_host
+        self.padding, self.is_host_format = base.padding, base.is_host_format
         down_bytes = rank * base.block_length * down_dtype.itemsize
-        self.sides = (*base.sides, Side(torch.uint8, rank * up_dtype.itemsize, name="up"),
-                      Side(torch.uint8, down_bytes, True, "down"))
+        self.qparams = (*base.qparams, QParam(torch.uint8, rank * up_dtype.itemsize, name="up"),
+                      QParam(torch.uint8, down_bytes, True, "down"))
         if is_scaled:
-            self.sides += (Side(torch.float32, name="up_scale"),
-                           Side(torch.float32, base.block_length, True, "down_scale"))
+            self.qparams += (QParam(torch.float32, name="up_scale"),
+                           QParam(torch.float32, base.block_length, True, "down_scale"))
 
     def title(self) -> str:
         return f"{self.base.title()}, rank {self.rank}"
@@ -91,7 +91,7 @@ class AddedLowRank(Composite):
 
     def factors(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns up (rows, rank) and down (rank, K), the latter in the basis of the input."""
-        up, down, *scales = tensors[1 + len(self.base.sides):]
+        up, down, *scales = tensors[1 + len(self.base.qparams):]
         up = reinterpret(up, self.up_dtype).view(-1, self.rank)
         down = self.base.unrotated(reinterpret(down, self.down_dtype).view(self.rank, -1))
         if scales:
@@ -102,7 +102,7 @@ class AddedLowRank(Composite):
                          ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
         up, down = self.factors(tensors)
         low_rank = LowRank(down, (up,), (Slice(0, len(up), 0, self.rank),))
-        return self.base, tensors[:1 + len(self.base.sides)], low_rank
+        return self.base, tensors[:1 + len(self.base.qparams)], low_rank
 
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          value_dtype: torch.dtype | None, first: int,
@@ -110,7 +110,7 @@ class AddedLowRank(Composite):
         up, down = (factor.float() for factor in self.factors(tensors))
 
         def dequantize(values: torch.Tensor, row: int):
-            dequantize_into(self.base, tensors[:1 + len(self.base.sides)], values, None, row)
+            dequantize_into(self.base, tensors[:1 + len(self.base.qparams)], values, None, row)
             values.addmm_(up[row:row + len(values)], down)
 
         return _in_float(out.view(-1, self.block_length), value_dtype, first, dequantize, out)
@@ -135,12 +135,13 @@ class Scaled(Composite):
         """Makes the format of a weight in `base`, rows of `columns`, with factors."""
         blocks = columns // base.block_length
         self.name = f"SCALED{'C' if by_column else ''}_{columns}_{base.name}"
-        self.base, self.by_column, self.of_host = base, by_column, base.of_host
+        self.base, self.by_column, self.is_host_format = base, by_column, base.is_host_format
         self.block_length, self.block_bytes = columns, blocks * base.block_bytes
-        self.sides = *(side if side.is_shared else side._replace(count=side.count * blocks)
-                       for side in base.sides), Side(torch.float32, name="of_row")
+        self.qparams = *(
+            qparam if qparam.is_shared else qparam._replace(count=qparam.count * blocks)
+            for qparam in base.qparams), QParam(torch.float32, name="of_row")
         if by_column:
-            self.sides += (Side(torch.float32, columns, True, "of_column"),)
+            self.qparams += (QParam(torch.float32, columns, True, "of_column"),)
 
     def title(self) -> str:
         return f"{self.base.title()}, scaled"
@@ -155,7 +156,7 @@ class Scaled(Composite):
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          value_dtype: torch.dtype | None, first: int,
                          dequantize_into: DequantizeInto) -> torch.Tensor:
-        count = 1 + len(self.base.sides)
+        count = 1 + len(self.base.qparams)
         of_row, *of_column = tensors[count:]
 
         def dequantize(values: torch.Tensor, row: int):
@@ -218,7 +219,7 @@ class Part:
     def sizes(self) -> list[tuple[torch.dtype, int]]:
         """Returns the dtype and the length of each tensor."""
         return [(torch.uint8, self.blocks * self.format.block_bytes),
-                *((side.dtype, side.length(self.blocks)) for side in self.format.sides)]
+                *((qparam.dtype, qparam.length(self.blocks)) for qparam in self.format.qparams)]
 
     def tensors(self, data: torch.Tensor) -> list[torch.Tensor]:
         """Returns its tensors, which share the bytes of the whole weight, flat uint8."""
@@ -263,7 +264,7 @@ class Joined(Composite):
         self.parts = tuple(placed)
         rows, self.block_length = (start, parts[0][2]) if axis == 0 else (parts[0][1], start)
         self.block_bytes = -(-offset // rows)
-        self.of_host = all(part.format.of_host for part in placed)
+        self.is_host_format = all(part.format.is_host_format for part in placed)
 
     def title(self) -> str:
         return " + ".join(dict.fromkeys(part.format.title() for part in self.parts))

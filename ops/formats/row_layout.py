@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Format, Side, Terms
+from .base import Format, QParam, Terms
 from .bits import (
     bit_planes,
     byte_pairs,
@@ -77,14 +77,14 @@ class Numbers:
         """The dtype of the stored numbers."""
         return NUMBER_DTYPES[self.kind]
 
-    def sides(self, name: str, count: int) -> tuple[Side, ...]:
+    def qparams(self, name: str, count: int) -> tuple[QParam, ...]:
         """Returns the tensors of a row of `count` numbers, `name` and what explains its numbers."""
         if self.kind == "f32":
-            return (Side(torch.float32, count, name=name),)
-        numbers = (Side(torch.uint8, count * self.dtype.itemsize, name=name),)
+            return (QParam(torch.float32, count, name=name),)
+        numbers = (QParam(torch.uint8, count * self.dtype.itemsize, name=name),)
         if self.kind == "bytes":
-            return *numbers, Side(torch.float32, 256, True, f"{name}_table")
-        return (*numbers, Side(torch.float32, 1, True, f"{name}_factor")
+            return *numbers, QParam(torch.float32, 256, True, f"{name}_table")
+        return (*numbers, QParam(torch.float32, 1, True, f"{name}_factor")
                 ) if self.has_factor else numbers
 
 
@@ -117,7 +117,7 @@ class RowLayout:
         taps: positions of a convolution's kernel: neighbouring values, of which each has its own
             scales.
         padding: files fill rows and columns up to multiples of it.
-        of_host: whether it is one of ComfyUI's own, from which weights are packed.
+        is_host_format: whether it is one of ComfyUI's own, from which weights are packed.
         title: the name for people, where it is not the family's.
     """
     columns: int
@@ -137,7 +137,7 @@ class RowLayout:
     names_groups: bool = False
     taps: int = 1
     padding: int = 1
-    of_host: bool = False
+    is_host_format: bool = False
     title: str = ""
 
     @property
@@ -148,9 +148,9 @@ class RowLayout:
     @functools.cached_property
     def is_int8(self) -> bool:
         """Whether it is int8 with a scale a row, and nothing else."""
-        return self == RowLayout(self.columns, INT8_CODES, of_host=self.of_host)
+        return self == RowLayout(self.columns, INT8_CODES, is_host_format=self.is_host_format)
 
-    def sides(self) -> tuple[Side, ...]:
+    def qparams(self) -> tuple[QParam, ...]:
         """Returns the tensors of a weight beside its codes, in their order.
 
         | name | numbers |
@@ -164,21 +164,21 @@ class RowLayout:
         | group_of_column | the bytes of int16, the group of each column |
         """
         count = self.groups * self.taps
-        sides = self.scale.sides("scale", count * max(1, self.levels))
+        qparams = self.scale.qparams("scale", count * max(1, self.levels))
         if self.row_scale:
-            sides += (Side(torch.float32, name="row_scale"),)
+            qparams += (QParam(torch.float32, name="row_scale"),)
         if self.zero_bits:
-            sides += (Side(torch.uint8, -(-count * self.zero_bits // 8), name="zero"),)
+            qparams += (QParam(torch.uint8, -(-count * self.zero_bits // 8), name="zero"),)
         if self.minimum:
-            sides += self.minimum.sides("minimum", count)
+            qparams += self.minimum.qparams("minimum", count)
         if self.has_own_numbers:
-            sides += (Side(torch.float32, 16, True, "numbers"),)
+            qparams += (QParam(torch.float32, 16, True, "numbers"),)
         if self.has_column_scales:
-            sides += (Side(torch.float32, self.columns, True, "column_scale"),)
+            qparams += (QParam(torch.float32, self.columns, True, "column_scale"),)
         if self.names_groups:
             nbytes = self.columns * torch.int16.itemsize
-            sides += (Side(torch.uint8, nbytes, True, "group_of_column"),)
-        return sides
+            qparams += (QParam(torch.uint8, nbytes, True, "group_of_column"),)
+        return qparams
 
 
 class RowFormat(Format):
@@ -196,8 +196,8 @@ class RowFormat(Format):
         self.layout = FAMILIES[family].layout(columns, *sizes)
         self.block_length = columns
         self.block_bytes = columns * self.layout.codes.bits // 8
-        self.sides, self.padding = self.layout.sides(), self.layout.padding
-        self.of_host = self.layout.of_host
+        self.qparams, self.padding = self.layout.qparams(), self.layout.padding
+        self.is_host_format = self.layout.is_host_format
 
     def title(self) -> str:
         return self.layout.title or self.family
@@ -256,10 +256,10 @@ class RowFormat(Format):
         values = reinterpret(stored, numbers.dtype).float()
         return values * tensors[f"{name}_factor"] if numbers.has_factor else values
 
-    def terms(self, packed: torch.Tensor, *sides: torch.Tensor) -> Terms:
-        """Returns the terms of rows: codes, uint8 (n, block_bytes), and the tensors of `sides`."""
+    def terms(self, packed: torch.Tensor, *qparams: torch.Tensor) -> Terms:
+        """Returns the terms of rows: codes, uint8 (n, block_bytes), and tensors of `qparams`."""
         layout, count = self.layout, len(packed)
-        tensors = {side.name: tensor for side, tensor in zip(self.sides, sides)}
+        tensors = {qparam.name: tensor for qparam, tensor in zip(self.qparams, qparams)}
         taps = (layout.taps,) if layout.taps > 1 else ()
         shape, each = (count, layout.groups, -1, *taps), (count, layout.groups, 1, *taps)
         scales = self.stored(layout.scale, "scale", tensors)

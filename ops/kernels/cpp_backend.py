@@ -30,9 +30,9 @@ from ..pickle_names import short_error_name
 from ..quantize.grid_error_feedback import columns_at_a_time
 from .kernel import Backend, Kernel
 from .kernel_source import (
+    C_TYPES,
     CPU_ROW_FAMILIES,
     FORMAT_NAMES,
-    TYPES,
     block_addresses,
     c_floats,
     dequantize_and_linear,
@@ -213,11 +213,11 @@ class CpuKernels:
         lanes = 8 if any(length % 16 for length in lengths) else _max_lanes()
         run = self._function("dequantize_rows", None, out.dtype, value_dtype, LANES=lanes,
                              **definitions)
-        packed, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)
-        column_scales = sides.pop() if definitions["SCALED_COLUMNS"] else None
+        packed, *qparams = packed_format.blocks(tensors, first, first + out.numel() // columns)
+        column_scales = qparams.pop() if definitions["SCALED_COLUMNS"] else None
         has_addend = definitions["HAS_MINIMA"] or definitions["HAS_ZEROS"]
-        minima = sides.pop() if has_addend else None
-        scales, row_scales = (*sides, None)[:2]
+        minima = qparams.pop() if has_addend else None
+        scales, row_scales = (*qparams, None)[:2]
         addresses = map(_address, (packed, scales, row_scales, minima, column_scales, out))
         run(*addresses, c_longlong(len(packed)), c_int(_threads(out.numel())))
 
@@ -364,13 +364,13 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
     return (
         *([by_avx512] if has_bfloat16 else []),
         *dequantize_and_linear(kernels, MAX_TOKENS),
-        Kernel("dequantize", frozenset(CPU_ROW_FAMILIES), frozenset(TYPES),
+        Kernel("dequantize", frozenset(CPU_ROW_FAMILIES), frozenset(C_TYPES),
                late_bound_method(kernels, "dequantize_rows")),
         Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]),
                late_bound_method(kernels, "int8_rows")),
-        Kernel("int8_tokens", frozenset(), frozenset(TYPES),
+        Kernel("int8_tokens", frozenset(), frozenset(C_TYPES),
                late_bound_method(kernels, "int8_tokens")),
-        Kernel("channels_last", frozenset(), frozenset(TYPES),
+        Kernel("channels_last", frozenset(), frozenset(C_TYPES),
                late_bound_method(kernels, "channels_last")),
         Kernel("softmax", frozenset(), frozenset([torch.float32, torch.bfloat16]),
                late_bound_method(kernels, "softmax")),

@@ -16,7 +16,7 @@ from ..formats.row_layout import FAMILIES, Codes, RowFormat, RowLayout
 from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")
-TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+C_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 FORMAT_NAMES = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
                           "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Codebook4Bit", "INT8"))
 
@@ -83,7 +83,7 @@ def _scale_structure(layout: RowLayout) -> str | None:
 
 def _is_for_gpus(layout: RowLayout) -> bool:
     kernel = row_kernel(layout)
-    return (kernel is not None and layout.of_host and kernel.codes in GPU_CODES
+    return (kernel is not None and layout.is_host_format and kernel.codes in GPU_CODES
             and kernel.scales in GPU_SCALES and kernel.minima == "None"
             and not layout.has_column_scales)
 
@@ -108,13 +108,13 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
         value_dtype: As in `Kernel`.
         definitions: Further constants of the kernel.
     """
-    definitions |= {"TYPE": TYPES[dtype], "VALUE_TYPE": TYPES[value_dtype or torch.float32]}
+    definitions |= {"TYPE": C_TYPES[dtype], "VALUE_TYPE": C_TYPES[value_dtype or torch.float32]}
     if packed_format is not None:
         definitions |= {
             "FORMAT": _source_name(packed_format),
             "BLOCK_LENGTH": packed_format.block_length,
             "BLOCK_BYTES": packed_format.block_bytes,
-            "SCALES_APART": int(bool(packed_format.sides)),
+            "SCALES_APART": int(bool(packed_format.qparams)),
         }
     codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
     if codebook:
@@ -205,7 +205,7 @@ def block_addresses(packed_format: Format, tensors: list[torch.Tensor],
     """Returns the address of block `first` and that of its scale, None where blocks hold their
     scales."""
     scales = None
-    if packed_format.sides:
+    if packed_format.qparams:
         scales = tensors[1].data_ptr() + first * tensors[1].itemsize
     return tensors[0].data_ptr() + first * packed_format.block_bytes, scales
 
@@ -224,7 +224,7 @@ def dequantize_and_linear(kernels: Callable[[], object],
             of the variant as its first argument.
         token_limits: The most tokens of each variant of "linear", ascending.
     """
-    dtypes, linear = frozenset(TYPES), late_bound_method(kernels, "linear")
+    dtypes, linear = frozenset(C_TYPES), late_bound_method(kernels, "linear")
     table = [Kernel("dequantize", FORMAT_NAMES, dtypes, late_bound_method(kernels, "dequantize"))]
     min_tokens = 1
     for max_tokens in token_limits:

@@ -10,9 +10,9 @@ import torch
 
 from .kernel import Backend, Kernel
 from .kernel_source import (
+    C_TYPES,
     FORMAT_NAMES,
     ROW_FAMILIES,
-    TYPES,
     kernel_source,
     row_chunk,
     row_definitions,
@@ -39,7 +39,7 @@ def dequantize(packed_format, tensors, out, value_dtype, first):
         packed_format.dequantize_into(tensors, out, value_dtype, first)
         return
     packed = tensors[0].view(-1)[first * packed_format.block_bytes:]
-    scales = tensors[1][first:] if packed_format.sides else packed
+    scales = tensors[1][first:] if packed_format.qparams else packed
     _shader(packed_format, out.dtype, value_dtype)(out, packed, scales, threads=chunks,
                                                    group_size=GROUP)
 
@@ -59,8 +59,8 @@ def dequantize_rows(packed_format, tensors, out, value_dtype, first):
     if rest or not rows or not chunk or out.numel() // chunk >= MAX_CHUNKS:
         packed_format.dequantize_into(tensors, out, value_dtype, first)
         return
-    packed, *sides = packed_format.blocks(tensors, first, first + rows)
-    scales, row_scales = sides[0].view(torch.uint8), sides[-1]
+    packed, *qparams = packed_format.blocks(tensors, first, first + rows)
+    scales, row_scales = qparams[0].view(torch.uint8), qparams[-1]
     if row_scales.dtype == torch.uint8:
         row_scales = packed_format.constant("scale_numbers", out.device)
     _row_shader(packed_format, out.dtype, value_dtype)(out, packed, scales, row_scales,
@@ -69,6 +69,6 @@ def dequantize_rows(packed_format, tensors, out, value_dtype, first):
 
 
 BACKEND = Backend("metal", lambda device: probe(dequantize, device),
-                  (Kernel("dequantize", FORMAT_NAMES, frozenset(TYPES), dequantize),
-                   Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(TYPES),
+                  (Kernel("dequantize", FORMAT_NAMES, frozenset(C_TYPES), dequantize),
+                   Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(C_TYPES),
                           dequantize_rows)))

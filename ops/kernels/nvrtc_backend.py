@@ -12,8 +12,8 @@ from ..formats.base import Format
 from ..lasting_memory import cached_on_device, lasting_memory
 from .kernel import Backend, Kernel
 from .kernel_source import (
+    C_TYPES,
     ROW_FAMILIES,
-    TYPES,
     block_addresses,
     dequantize_and_linear,
     kernel_source,
@@ -109,13 +109,13 @@ class CudaKernels:
             packed_format.dequantize_into(tensors, out, value_dtype, first)
             return
         tensors = _aligned(packed_format, tensors)
-        packed, *sides = packed_format.blocks(tensors, first, first + rows)
+        packed, *qparams = packed_format.blocks(tensors, first, first + rows)
         program = Program("dequantize_rows", packed_format, out.dtype, value_dtype,
                           alignment(packed_format))
         chunks = out.numel() // chunk
         self._launch(program, -(-chunks // DEQUANTIZE_THREADS), DEQUANTIZE_THREADS, out.device,
-                     c_void_p(packed.data_ptr()), c_void_p(sides[0].data_ptr()),
-                     c_void_p(sides[-1].data_ptr()), c_void_p(out.data_ptr()), c_longlong(chunks))
+                     c_void_p(packed.data_ptr()), c_void_p(qparams[0].data_ptr()),
+                     c_void_p(qparams[-1].data_ptr()), c_void_p(out.data_ptr()), c_longlong(chunks))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out, value_dtype):
         """See `Kernel.run`. max_tokens: the variant, a key of `LINEAR_ROWS`."""
@@ -166,7 +166,7 @@ def _kernels() -> CudaKernels:
 
 def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     """Returns the backend's kernels. kernels: called when one runs."""
-    rows = Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(TYPES),
+    rows = Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(C_TYPES),
                   late_bound_method(kernels, "dequantize_rows"))
     return *dequantize_and_linear(kernels, LINEAR_ROWS), rows
 

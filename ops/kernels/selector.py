@@ -18,7 +18,7 @@ from .verdicts import Notes, Results, Verdicts
 log = logging.getLogger(__name__)
 
 REASON_LENGTH = 400  # characters in the log of why a backend does not work
-EXACT = {"dequantize", "channels_last"}  # the kernels that have the reference's bits
+BIT_EXACT = {"dequantize", "channels_last"}  # the kernels that have the reference's bits
 # How long the first call waits for a kernel that is checked in this process, and for one with the
 # reference's bits. Once a wait has timed out, no later call waits.
 WAIT_SECONDS = 20
@@ -80,10 +80,10 @@ class InProcessSelector:
         good for the others, so that no picture is made by torch in one run and by a kernel in the
         next.
         """
-        seconds = EXACT_WAIT_SECONDS if capability in EXACT else WAIT_SECONDS
+        seconds = EXACT_WAIT_SECONDS if capability in BIT_EXACT else WAIT_SECONDS
         if wait(future, seconds if self._waits else 0):
             return future.result()
-        if capability in EXACT:
+        if capability in BIT_EXACT:
             return None
         if self._waits:
             self._waits = False
@@ -174,7 +174,7 @@ class TrialedSelector:
 
     def backend_names(self, seconds: float) -> list[str]:
         """Returns the names of the backends that dequantise what layers request. Never waits."""
-        used = {kernel for case in list(self._requested) if case.capability in EXACT
+        used = {kernel for case in list(self._requested) if case.capability in BIT_EXACT
                 for kernel in self._results.kernels(case, self._backends)[:1]}
         return [backend.name for backend in self._backends if used.intersection(backend.kernels)]
 

@@ -261,7 +261,7 @@ def _weight_arguments(packed_format: Format, tensors: list[torch.Tensor],
         raise NotImplementedError(f"blocks of {packed_format.block_length} values do not divide "
                                   f"into groups of {decoder.group}")
     data = tensors[0] if tensors[0].data_ptr() % 4 == 0 else tensors[0].clone()
-    scales = tensors[1] if packed_format.sides else None
+    scales = tensors[1] if packed_format.qparams else None
     table = decoder.table(packed_format, data.device) if decoder.table else None
     return (data, data.numel(), scales, table), {
         "DECODE": decoder.function,

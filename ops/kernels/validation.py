@@ -404,18 +404,18 @@ def random_tensors(packed_format: Format, blocks: int, device: torch.device,
         bounded: Whether all values are finite and at most `MAX_ABS`.
     """
     generator = torch.Generator().manual_seed(blocks)
-    if packed_format.sides:
+    if packed_format.qparams:
         data = torch.randint(0, 256, (blocks * packed_format.block_bytes,), generator=generator,
                              dtype=torch.uint8)
-        sides = []
-        for side in packed_format.sides:
-            count = side.length(blocks)
-            if side.dtype == torch.uint8:  # exponents, or floats, of which none is extreme
-                scales = torch.randint(64, 127, (count,), generator=generator, dtype=side.dtype)
+        qparams = []
+        for qparam in packed_format.qparams:
+            count = qparam.length(blocks)
+            if qparam.dtype == torch.uint8:  # exponents, or floats, of which none is extreme
+                scales = torch.randint(64, 127, (count,), generator=generator, dtype=qparam.dtype)
             else:
-                scales = torch.rand(count, generator=generator, dtype=side.dtype)
-            sides.append(scales.to(device))
-        return [data.to(device), *sides]
+                scales = torch.rand(count, generator=generator, dtype=qparam.dtype)
+            qparams.append(scales.to(device))
+        return [data.to(device), *qparams]
     pool = torch.randint(0, 256, (1024 if bounded else blocks + 16, packed_format.block_bytes),
                          generator=generator, dtype=torch.uint8)
     values = packed_format.dequantize(pool).abs()

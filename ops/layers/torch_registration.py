@@ -125,7 +125,7 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
         whole: whether the tensors must end with the block of the last value.
     """
     packed_format = _format(format)
-    expected = 1 + len(packed_format.sides)
+    expected = 1 + len(packed_format.qparams)
     _check(len(packed) == expected,
            lambda: f"A weight in {format} has {expected} tensors, not {len(packed)}.")
     data = packed[0]
@@ -136,11 +136,11 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
     fits = data.numel() == -(-values * size // length) if whole else count >= values
     _check(fits, lambda: f"{data.numel()} bytes of {format} hold {count} values, not {what}.")
     blocks = -(-values // length)
-    for scales, side in zip(packed[1:], packed_format.sides):
-        _check(scales.dtype == side.dtype,
+    for scales, qparam in zip(packed[1:], packed_format.qparams):
+        _check(scales.dtype == qparam.dtype,
                lambda: f"The scales of a weight in {format} are {_describe(scales)}; expected"
-                       f" {str(side.dtype).removeprefix('torch.')}.")
-        needed = side.length(blocks)
+                       f" {str(qparam.dtype).removeprefix('torch.')}.")
+        needed = qparam.length(blocks)
         _check(len(scales) == needed if whole else len(scales) >= needed,
                lambda: f"{len(scales)} scales of {format} were given for {what}, which has"
                        f" {blocks} blocks.")

@@ -40,7 +40,7 @@ from .vram_accounting import accounted, make_pinnable, nothing_to_plan
 # Type checkers see a subclass of the host's; `_packed_class` makes the real one.
 _HostPatcher = comfy.model_patcher.ModelPatcherDynamic if TYPE_CHECKING else object
 
-Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])  # as the host keeps them
+Backup = collections.namedtuple("Backup", ["weight", "inplace_update"])  # as the host keeps them
 
 
 class PackedPatcher(_HostPatcher):

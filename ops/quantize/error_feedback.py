@@ -73,7 +73,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
                        device=weight.device)
     scale = (
         torch.empty(rows, blocks, dtype=torch.float32, device=weight.device)
-        if packed_format.sides
+        if packed_format.qparams
         else None
     )
     for index, span in enumerate(moments.spans()):

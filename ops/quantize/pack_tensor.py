@@ -75,7 +75,7 @@ def pack_tensor(weight: torch.Tensor, packed_format: Format,
         raise FormatError(f"{packed_format.name} cannot be packed{by_reference}.")
     grid = None if reference else packed_format.grid  # None: plain arithmetic
     length = packed_format.block_length
-    if not packed_format.sides:
+    if not packed_format.qparams:
         packed_format.packed_shape(tuple(weight.shape))  # raises if blocks do not divide the rows
     quick = grid is not None and importance is None and len(grid.levels) > FINE_LEVELS
     most_levels = COARSE_LEVELS if importance is None else COARSEST_LEVELS
@@ -96,7 +96,7 @@ def pack_tensor(weight: torch.Tensor, packed_format: Format,
     # the last block of NF4 may be short
     nbytes, blocks = -(-len(flat) * packed_format.block_bytes // length), -(-len(flat) // length)
     outputs = [torch.empty(nbytes, dtype=torch.uint8, device=weight.device)]
-    if packed_format.sides:
+    if packed_format.qparams:
         outputs.append(torch.empty(blocks, dtype=torch.float32, device=weight.device))
     slice_values = CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES
     step = max(1, slice_values // length) * length

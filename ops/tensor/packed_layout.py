@@ -35,8 +35,8 @@ LAYOUT = "FeatherweightPacked"  # its name for the host; a bare one could be ano
 class PackedParams(BaseLayoutParams):
     """The logical dtype and shape of a packed tensor, its format, and the tensors beside its bytes.
 
-    Those, which the host moves and copies with the bytes, are named by the format's `sides`, and
-    None where it has no such tensor: see `RowLayout.sides` and the formats made of others.
+    Those, which the host moves and copies with the bytes, are named by the format's `qparams`, and
+    None where it has no such tensor: see `RowLayout.qparams` and the formats made of others.
     """
 
     scale: torch.Tensor | None
@@ -59,12 +59,12 @@ class PackedParams(BaseLayoutParams):
     of_column: torch.Tensor | None = None
 
     def _tensor_fields(self) -> list[str]:
-        return [side.name for side in self.format.sides]
+        return [qparam.name for qparam in self.format.qparams]
 
     @property
-    def sides(self) -> list[torch.Tensor]:
-        """The tensors of the weight next to its packed bytes, in the order of `Format.sides`."""
-        return [getattr(self, side.name) for side in self.format.sides]
+    def qparams(self) -> list[torch.Tensor]:
+        """The tensors of the weight next to its packed bytes, in the order of `Format.qparams`."""
+        return [getattr(self, qparam.name) for qparam in self.format.qparams]
 
 
 class PackedLayout(QuantizedLayout):
@@ -81,7 +81,7 @@ class PackedLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: PackedParams) -> torch.Tensor:
         out = torch.empty(params.orig_shape, dtype=params.orig_dtype, device=qdata.device)
-        return params.format.dequantize_into([qdata, *params.sides], out)
+        return params.format.dequantize_into([qdata, *params.qparams], out)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -97,7 +97,7 @@ register_layout_class(LAYOUT, PackedLayout)
 
 
 def packed_tensor(packed_format: Format, data: torch.Tensor, shape: Iterable[int],
-                  dtype: torch.dtype = torch.float32, *sides: torch.Tensor,
+                  dtype: torch.dtype = torch.float32, *qparams: torch.Tensor,
                   scale: torch.Tensor | None = None) -> PackedTensor:
     """Wraps the bytes of a packed weight, without copying them.
 
@@ -106,30 +106,30 @@ def packed_tensor(packed_format: Format, data: torch.Tensor, shape: Iterable[int
         data: uint8, contiguous, the blocks of the weight in row order, in any shape.
         shape: logical shape.
         dtype: the float dtype the tensor shows and dequantises to.
-        sides: the format's `sides`, each of (side.length(blocks),).
-        scale: the first of them, where that is easier to write; None: it is among `sides`, or the
+        qparams: the format's `qparams`, each of (qparam.length(blocks),).
+        scale: the first of them, where that is easier to write; None: it is among `qparams`, or the
             format has none.
 
     Raises:
         FormatError: the number of bytes does not match `shape`.
     """
-    shape, sides = tuple(shape), sides if scale is None else (scale, *sides)
+    shape, qparams = tuple(shape), qparams if scale is None else (scale, *qparams)
     values = torch.Size(shape).numel()
     blocks = -(-values // packed_format.block_length)
-    counts = [side.length(blocks) for side in packed_format.sides]
+    counts = [qparam.length(blocks) for qparam in packed_format.qparams]
     if not (
         data.numel() == -(-values * packed_format.block_bytes // packed_format.block_length)
         and (counts or values % packed_format.block_length == 0)
-        and list(map(len, sides)) == counts
+        and list(map(len, qparams)) == counts
     ):
         count = data.numel() // packed_format.block_bytes * packed_format.block_length
         raise FormatError(
             f"{data.numel()} bytes of {packed_format.name} hold {count} values, not a weight of"
             f" shape {shape}."
         )
-    names = [side.name for side in packed_format.sides]
+    names = [qparam.name for qparam in packed_format.qparams]
     params = PackedParams(orig_dtype=dtype, orig_shape=shape, format=packed_format,
-                          **{"scale": None, **dict(zip(names, sides))})
+                          **{"scale": None, **dict(zip(names, qparams))})
     return PackedTensor(data, LAYOUT, params)
 
 
@@ -142,7 +142,7 @@ def packed_rows(family: RowFamily, codes: torch.Tensor, shape: Iterable[int],
         codes: of one byte, in the order of the rows, in any shape.
         shape: logical shape (N, ...); a row is all that has the same first index.
         sizes: as `RowFamily.of_columns` takes them.
-        tensors: what `RowLayout.sides` names, in any shape; those that are held as bytes may have
+        tensors: what `RowLayout.qparams` names, in any shape; those that are held as bytes may have
             the dtype of their numbers.
 
     Raises:
@@ -150,15 +150,15 @@ def packed_rows(family: RowFamily, codes: torch.Tensor, shape: Iterable[int],
     """
     shape = tuple(shape)
     packed_format = family.of_columns(torch.Size(shape[1:]).numel(), *sizes)
-    expected = [side.name for side in packed_format.sides]
+    expected = [qparam.name for qparam in packed_format.qparams]
     if tensors.keys() != set(expected):
         raise FormatError(f"a weight in {packed_format.name} was given {', '.join(tensors)};"
                           f" expected {', '.join(expected)}")
-    data, *sides = (
+    data, *qparams = (
         tensor.contiguous().view(-1).view(dtype) for tensor, dtype in (
             (codes, torch.uint8),
-            *((tensors[side.name], side.dtype) for side in packed_format.sides)))
-    return packed_tensor(packed_format, data, shape, torch.float32, *sides)
+            *((tensors[qparam.name], qparam.dtype) for qparam in packed_format.qparams)))
+    return packed_tensor(packed_format, data, shape, torch.float32, *qparams)
 
 
 def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
@@ -175,7 +175,7 @@ def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
         FormatError: the factors do not fit the weight.
     """
     base = tensor.params.format
-    data, *sides = packed_tensors(tensor)
+    data, *qparams = packed_tensors(tensor)
     rows = data.numel() // base.block_bytes
     if (up.ndim, down.ndim) != (2, 2) or (len(up), down.shape[1]) != (rows, base.block_length) or (
             up.shape[1] != len(down)):
@@ -185,7 +185,7 @@ def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
     packed_format = AddedLowRank.of(base, len(down), up.dtype, down.dtype, scales is not None)
     factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
     return packed_tensor(
-        packed_format, data, tensor.shape, tensor.dtype, *sides, *factors, *(scales or ()))
+        packed_format, data, tensor.shape, tensor.dtype, *qparams, *factors, *(scales or ()))
 
 
 def _within_float16(up: torch.Tensor, down: torch.Tensor,
@@ -222,11 +222,11 @@ def scale_packed(tensor: PackedTensor, of_rows: torch.Tensor,
             of_columns is not None and of_columns.numel() != columns):
         raise FormatError(f"factors of {tuple(of_rows.shape)} do not scale {tuple(tensor.shape)}")
     packed_format = Scaled.of(base, columns, of_columns is not None)
-    sides = [of_rows.float().flatten().expand(len(tensor)).contiguous()]
+    qparams = [of_rows.float().flatten().expand(len(tensor)).contiguous()]
     if of_columns is not None:
-        sides.append(of_columns.float().flatten().contiguous())
+        qparams.append(of_columns.float().flatten().contiguous())
     data, *own = packed_tensors(tensor)
-    return packed_tensor(packed_format, data, tensor.shape, tensor.dtype, *own, *sides)
+    return packed_tensor(packed_format, data, tensor.shape, tensor.dtype, *own, *qparams)
 
 
 def join_packed(parts: Sequence[PackedTensor], axis: int) -> PackedTensor:
@@ -267,8 +267,8 @@ def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:
-    """Returns the bytes of a packed tensor, and its `sides`."""
-    return [tensor._qdata, *tensor._params.sides]
+    """Returns the bytes of a packed tensor, and its `qparams`."""
+    return [tensor._qdata, *tensor._params.qparams]
 
 
 def is_packed(tensor) -> TypeGuard[PackedTensor]:
@@ -302,12 +302,12 @@ def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @stable_pickle_name
 def packed_weight(packed_format: Format | str, shape: Iterable[int], dtype: torch.dtype,
-                  data: torch.Tensor, *sides: torch.Tensor) -> torch.nn.Parameter:
+                  data: torch.Tensor, *qparams: torch.Tensor) -> torch.nn.Parameter:
     """Returns a packed weight from a pickle, where version 0.2.1 has its format's name; see
     `packed_tensor`."""
     if isinstance(packed_format, str):
         packed_format = format_named(packed_format)
-    tensor = packed_tensor(packed_format, data, shape, dtype, *sides)
+    tensor = packed_tensor(packed_format, data, shape, dtype, *qparams)
     return torch.nn.Parameter(tensor, requires_grad=False)
 
 

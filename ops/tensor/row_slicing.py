@@ -51,17 +51,17 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
         joined = _rows_of_joined(tensor, index) if isinstance(index, slice) else None
         return dense(tensor)[index] if joined is None else joined
     packed_format = tensor.params.format
-    data, *sides = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
-    return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *sides)
+    data, *qparams = packed_format.rows(packed_tensors(tensor), tensor.shape[1:].numel(), index)
+    return packed_tensor(packed_format, data, (count, *tensor.shape[1:]), tensor.dtype, *qparams)
 
 
 def _joined_parts(tensor: PackedTensor, joined: Joined) -> list[PackedTensor]:
     """Returns the weights that a weight in the format `joined` was joined from."""
     found, (data,) = [], packed_tensors(tensor)
     for part in joined.parts:
-        part_data, *sides = part.tensors(data.view(-1))  # which share its bytes
+        part_data, *qparams = part.tensors(data.view(-1))  # which share its bytes
         found.append(packed_tensor(part.format, part_data, (part.rows, part.columns), tensor.dtype,
-                                   *sides))
+                                   *qparams))
     return found
 
 
@@ -128,9 +128,9 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
             return join_packed(runs, 0) if len(runs) > 1 else runs[0]
         return torch.cat(_promotable([dense(part) for part in parts]))
     columns = parts[0].shape[1:].numel()
-    data, *sides = _joined(packed_format, _concatenate, [_rows(part, columns) for part in parts])
+    data, *qparams = _joined(packed_format, _concatenate, [_rows(part, columns) for part in parts])
     return packed_tensor(packed_format, data, (sum(map(len, parts)), *parts[0].shape[1:]),
-                         parts[0].dtype, *sides)
+                         parts[0].dtype, *qparams)
 
 
 def _promotable(parts: list[Tensor]) -> list[Tensor]:
@@ -192,14 +192,14 @@ def interleave_rows(parts: Sequence[Tensor]) -> Tensor:
     def interleave(pieces: tuple[Tensor, ...]) -> Tensor:
         return torch.stack([piece.view(count, -1) for piece in pieces], 1).flatten()
 
-    data, *sides = _joined(packed_format, interleave, [_rows(part, columns) for part in parts])
-    return packed_tensor(packed_format, data, shape, parts[0].dtype, *sides)
+    data, *qparams = _joined(packed_format, interleave, [_rows(part, columns) for part in parts])
+    return packed_tensor(packed_format, data, shape, parts[0].dtype, *qparams)
 
 
 def _joined(packed_format: Format, join: Callable[[tuple[Tensor, ...]], Tensor],
             parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Joins the tensors of several weights, of which shared ones are alike in all."""
-    shared = [False, *(side.is_shared for side in packed_format.sides)]
+    shared = [False, *(qparam.is_shared for qparam in packed_format.qparams)]
     return [same[0] if is_shared else join(same) for is_shared, same in zip(shared, zip(*parts))]
 
 
@@ -219,8 +219,8 @@ def _common_format(parts: Sequence[Tensor], axis: int) -> Format | None:
     if len(packed) < len(parts) or len(formats) != 1:
         return None
     packed_format = formats.pop()
-    sides = zip(packed_format.sides, *(packed_tensors(part)[1:] for part in packed))
-    same = all(torch.equal(first, other) for side, first, *others in sides if side.is_shared
+    qparams = zip(packed_format.qparams, *(packed_tensors(part)[1:] for part in packed))
+    same = all(torch.equal(first, other) for qparam, first, *others in qparams if qparam.is_shared
                for other in others)
     return packed_format if same else None
 

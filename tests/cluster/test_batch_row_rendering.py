@@ -73,7 +73,7 @@ class Cluster(ActorPool):
         """Returns how many rows ended with each status."""
         progress = BatchProgress(len(names), lambda text, **_: self.printed.append(text.strip()))
         try:
-            RowRun(self, [{"id": name} for name in names], workers, progress).draw()
+            RowRun(self, [{"id": name} for name in names], workers, progress).render()
         finally:
             self.end_all()
         return dict(progress.counts)

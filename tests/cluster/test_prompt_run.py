@@ -36,19 +36,19 @@ class Editor(ActorPool):
 
     def start(self, node):
         self.started += 1
-        draw = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.draw))
-        actor = SimpleNamespace(draw=draw, cancel=SimpleNamespace(remote=self.cancelled.append))
+        render = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.render))
+        actor = SimpleNamespace(render=render, cancel=SimpleNamespace(remote=self.cancelled.append))
         self.members.append(
             PoolWorker(actor, node, calls={iter([({"name": "desk"}, self.problem)]): None}))
 
-    def draw(self, graph, extra, prompt_id):
+    def render(self, graph, extra, prompt_id):
         item = graph["7"]["inputs"]["seed"]
         self.begun.append((item, prompt_id))
         return iter(self.events_of(item))
 
     def run(self, count, workers=2, check=lambda: None):
         PromptRun(self, GRAPH, [{"7.seed": item} for item in range(count)], {}, workers,
-                  lambda *event: self.events.append(event), check).draw()
+                  lambda *event: self.events.append(event), check).render()
 
 
 def answer(call):

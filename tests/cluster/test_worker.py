@@ -95,7 +95,7 @@ def test_nodes_of_like_names_overwrite_no_file_of_each_other(tmp_path):
 
 def begin(worker, graph, prompt_id="", extra=None):
     """Starts a prompt and returns the stream of its events."""
-    return worker.draw.options(num_returns="streaming").remote(
+    return worker.render.options(num_returns="streaming").remote(
         with_result(graph, ["8", 0]), extra or {}, prompt_id or str(uuid.uuid4()))
 
 

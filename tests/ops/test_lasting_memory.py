@@ -66,8 +66,8 @@ def forget_tables():
 def test_a_format_leaves_no_recorded_memory_behind(format_name, recording):
     packed_format = FORMATS[format_name]
     blocks = 8 * COLUMNS // packed_format.block_length
-    data, *sides = random_tensors(packed_format, blocks, CPU, bounded=True)
-    weight = packed_tensor(packed_format, data, (8, COLUMNS), torch.float32, *sides)
+    data, *qparams = random_tensors(packed_format, blocks, CPU, bounded=True)
+    weight = packed_tensor(packed_format, data, (8, COLUMNS), torch.float32, *qparams)
     forget_tables()
     input = torch.randn(3, COLUMNS)
     with torch.no_grad(), recording:

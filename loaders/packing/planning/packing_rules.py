@@ -219,7 +219,7 @@ def divides_rows(type_name: str, shape: tuple[int, ...]) -> bool:
     if type_name in PLAIN_BYTES:
         return True
     packed = FORMATS[type_name]
-    return bool(packed.sides) or shape[-1] % packed.block_length == 0
+    return bool(packed.qparams) or shape[-1] % packed.block_length == 0
 
 
 def with_fallback(type_name: str, shape: tuple[int, ...], half: str = "F16") -> str:
@@ -243,4 +243,4 @@ def bits_per_value(type_name: str) -> float:
     packed = FORMATS.get(type_name)
     if packed is None:
         return 16.0
-    return 8 * (packed.block_bytes + packed.side_bytes()) / packed.block_length
+    return 8 * (packed.block_bytes + packed.qparam_bytes()) / packed.block_length

@@ -153,7 +153,7 @@ def blocks_of(format_name: str) -> list[torch.nn.Module]:
     packed_format = INT8.of_columns(256) if format_name == "INT8" else format_named(format_name)
     count = 256 * 256 // packed_format.block_length
     codes = torch.randint(0, 60, (count, packed_format.block_bytes), dtype=torch.uint8)
-    scale = torch.rand(count) / 30 if packed_format.sides else None
+    scale = torch.rand(count) / 30 if packed_format.qparams else None
     weight = packed_tensor(packed_format, codes, (256, 256), scale=scale)
     plain, int8 = (packed_operations(compute=compute).Linear(256, 256, dtype=torch.float32)
                    for compute in ("exact", "int8"))

@@ -39,8 +39,8 @@ def test_a_shift_of_bytes_is_seen():
 
 def tensors_on(device: torch.device, packed_format: Format, blocks: int):
     return [torch.empty(blocks * packed_format.block_bytes, dtype=torch.uint8, device=device),
-            *(torch.empty(side.length(blocks), dtype=side.dtype, device=device)
-              for side in packed_format.sides)]
+            *(torch.empty(qparam.length(blocks), dtype=qparam.dtype, device=device)
+              for qparam in packed_format.qparams)]
 
 
 @pytest.mark.parametrize("name", [*SINGLE, *ROWS])

@@ -204,8 +204,8 @@ def test_a_weight_is_found_by_the_name_of_its_format(make):
     name = packed_format.name
     del FORMATS[name]
     again = format_named(name)
-    assert (again.block_length, again.block_bytes, again.sides) == (
-        packed_format.block_length, packed_format.block_bytes, packed_format.sides)
+    assert (again.block_length, again.block_bytes, again.qparams) == (
+        packed_format.block_length, packed_format.block_bytes, packed_format.qparams)
     assert list(map(str, again.formats_within())) == list(map(str, packed_format.formats_within()))
 
 

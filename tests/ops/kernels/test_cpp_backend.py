@@ -288,7 +288,7 @@ def test_a_weight_whose_bytes_lie_in_pieces_gives_the_values_of_one_in_one_piece
 
     def values(tensors):
         weight = packed_tensor(fmt, tensors[0], (rows, columns),
-                               scale=tensors[1] if fmt.sides else None)
+                               scale=tensors[1] if fmt.qparams else None)
         yield torch.cat([part.clone() for _, part in
                          product.dequantized_slices(weight, torch.float32)])
         yield product.dequantize(weight, torch.float32)

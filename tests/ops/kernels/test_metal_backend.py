@@ -20,7 +20,7 @@ from kernel_cases import (
 
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import metal_backend
-from featherweight.ops.kernels.kernel_source import TYPES, kernel_source
+from featherweight.ops.kernels.kernel_source import C_TYPES, kernel_source
 from featherweight.ops.kernels.metal_backend import BACKEND, dequantize
 from featherweight.ops.kernels.validation import check, random_tensors
 
@@ -83,7 +83,7 @@ def test_where_the_reference_has_zero_for_subnormals_the_kernel_has_too(flushed,
 @each_format
 def test_every_pointer_has_the_right_address_space(fmt):
     """Of the usual compilers only Clang has address spaces, as Metal's compiler does."""
-    for dtype in TYPES:
+    for dtype in C_TYPES:
         source = kernel_source("metal", "dequantize", fmt, dtype, torch.float16,
                                LANES=metal_backend.CHUNK)
         process = subprocess.run(

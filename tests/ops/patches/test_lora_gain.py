@@ -87,7 +87,7 @@ def even_weight(format_name: str, shape: tuple[int, int]):
     output."""
     packed_format = INT8.of_columns(shape[1]) if format_name == "INT8" else FORMATS[format_name]
     count = math.prod(shape) // packed_format.block_length
-    if packed_format.sides:
+    if packed_format.qparams:
         data, _ = random_tensors(packed_format, count, CPU)
         return packed_tensor(packed_format, data, shape, torch.float32,
                              torch.rand(count) / 100 + 0.01)

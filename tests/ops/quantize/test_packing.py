@@ -25,7 +25,7 @@ ERRORS = {
 GRIDS = {name: FORMATS[name] for name in ERRORS}
 each_grid = pytest.mark.parametrize("type_name", GRIDS)
 REFERENCES = [name for name, packed_format in FORMATS.items()
-              if quantize._has_reference(packed_format) and not packed_format.sides]
+              if quantize._has_reference(packed_format) and not packed_format.qparams]
 
 
 def reference_values(packed) -> np.ndarray:
@@ -198,7 +198,7 @@ def test_bfloat16_values_beyond_float16_are_kept_or_refused():
         pack_tensor(values, FORMATS["F16"])
 
 
-@pytest.mark.parametrize("type_name", [name for name in GRIDS if not GRIDS[name].sides])
+@pytest.mark.parametrize("type_name", [name for name in GRIDS if not GRIDS[name].qparams])
 def test_rows_that_blocks_do_not_divide_are_refused(type_name):
     with pytest.raises(FormatError, match="does not divide"):
         pack_tensor(torch.zeros(8, 100), FORMATS[type_name])

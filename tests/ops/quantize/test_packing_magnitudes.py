@@ -91,7 +91,7 @@ def smallest(type_name: str) -> float:
     """The peak of a block from which on its scale has all of its bits, or of a float32 one enough
     of them."""
     packed_format = FORMATS[type_name]
-    if packed_format.sides:
+    if packed_format.qparams:
         return 1e-41
     if packed_format.plain_dtype is not None or type_name == "MXFP4":
         return 1e4 * float(torch.finfo(packed_format.plain_dtype or torch.float32).smallest_normal)
@@ -163,7 +163,7 @@ def test_the_plain_arithmetic_of_references_gives_numbers_at_any_magnitude(type_
 @pytest.mark.parametrize("way", WAYS)
 def test_the_error_is_the_same_at_every_magnitude_that_the_format_holds(by, type_name, way):
     errors = errors_by_magnitude(type_name, way)
-    assert len(errors) > (20 if FORMATS[type_name].sides else 2)
+    assert len(errors) > (20 if FORMATS[type_name].qparams else 2)
     assert max(errors.values()) < 1.1 * errors[0.7], errors
 
 

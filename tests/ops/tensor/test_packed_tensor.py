@@ -321,7 +321,7 @@ def weight_in(format_name, shape):
     blocks = torch.Size(shape).numel() // packed_format.block_length
     codes = torch.randint(0, 60, (blocks, packed_format.block_bytes), dtype=torch.uint8,
                           generator=generator)
-    scale = torch.rand(blocks, generator=generator) if packed_format.sides else None
+    scale = torch.rand(blocks, generator=generator) if packed_format.qparams else None
     return packed_tensor(packed_format, codes, shape, scale=scale)
 
 
