@@ -61,7 +61,15 @@ from ...ops.tensor.packed_layout import packed_rows, packed_tensor, packed_tenso
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import dense, take_rows
 from ..files.container import describe
-from .base import PartError, Parts, part
+from .base import Quantizer
+from .comfyui_marks import marked_layers
+from .parts import PartError, Parts
+
+
+def part(parts, name):
+    if name not in parts:
+        raise PartError(f"its {name} is missing")
+    return parts[name]
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
 # of asym_w4a8_int8
@@ -412,3 +420,7 @@ def _setting(settings: Mapping, name: str, default: Any) -> Any:
     """Returns a setting; old writers nest them in `params`."""
     nested = settings.get("params")
     return settings.get(name, nested.get(name, default) if isinstance(nested, dict) else default)
+
+
+QUANTIZER = Quantizer(name="ComfyUI's own formats", find=lambda names, metadata, header_of: (
+    layer for layer in marked_layers(metadata, names) if f"{layer}.weight" in names), layouts={}, in_file=False)

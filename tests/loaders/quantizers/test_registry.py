@@ -11,8 +11,9 @@ from stored_files import FILES, written
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.quantizers.registry import COMFYUI, quantizer_of
+from featherweight.loaders.quantizers.registry import quantizer_of
 
+COMFYUI = "ComfyUI's own formats"
 PACKED_BY = {
     **dict.fromkeys((*HOST_FORMATS, "text encoder", "ControlNet"), COMFYUI),
     **dict.fromkeys(("NF4", "int8"), "bitsandbytes"), **dict.fromkeys(("Q8_0", "Q4_K", "VAE"), ""),
