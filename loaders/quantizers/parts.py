@@ -46,11 +46,13 @@ class Part:
         optional: a word where a layer may be without the part; it has all or none of the parts
             with the same word.
         other_names: that some writers give the part.
+        advice: what to do where the part is another.
     """
     shape: str
     dtypes: tuple[torch.dtype, ...] = ()
     optional: str = ""
     other_names: tuple[str, ...] = ()
+    advice: str = AGAIN
 
     def __str__(self) -> str:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes or ("",))
@@ -92,7 +94,7 @@ def bind_sizes(parts: Mapping[str, torch.Tensor], expected: Mapping[str, Part]) 
             known = [f"{size} = {sizes[size]}" for size in sizes if re.search(rf"\b{size}\b",
                                                                               part.shape)]
             raise PartError(f"it has {name or 'codes'} of {describe(parts[name])}, expected {part}"
-                            + (f" with {', '.join(known)}" if known else ""))
+                            + (f" with {', '.join(known)}" if known else ""), part.advice)
         sizes = fitting
     return sizes
 
