@@ -188,7 +188,8 @@ def _join_layers(quantizer: Quantizer, layers: Iterable[str], file: WeightFile,
                     raise PartError(f"it has both {' and '.join(map(safe_repr, twice))}")
                 layer.layout = quantizer.layout(layer) if quantizer.layout else next(
                     iter(quantizer.layouts))
-                layer.sizes = bind_sizes(layer.parts, quantizer.layouts[layer.layout])
+                layer.sizes = bind_sizes(layer.parts, quantizer.layouts[layer.layout], {
+                    part: whole[len(name) + 1:] for part, whole in layer.names.items() if part})
                 read_tensors = read(layer)
                 if isinstance(read_tensors, torch.Tensor):
                     read_tensors = {f"{name}.weight": read_tensors}

@@ -1,13 +1,8 @@
 """Reads weights that bitsandbytes packed: several tensors in the file, one packed tensor in memory.
 
-`QUANTIZER` makes one packed tensor of the parts of each weight, under the weight's key, so that
-ComfyUI sees the shapes of the dense model:
-
-| in the file (weight `X` of [N, K]) | in the state dict |
-|---|---|
-| `X` codes, `X.absmax`, `X.quant_map`, `X.quant_state.bitsandbytes__nf4` or `__fp4` | `X` packed |
-| the same and `X.nested_absmax`, `X.nested_quant_map`: absmax is quantised too | `X` packed |
-| `L.weight` int8, `L.SCB` or `L.weight.SCB` float32 [N], `L.weight_format` | `L.weight` packed |
+A 4-bit weight `X` has its codes in `X`, which has any name and keeps it; an 8-bit weight is that of
+a layer `L`. What else the file has of them is in `PARTS`. The packed tensors have the shapes of the
+dense model.
 """
 import math
 import re

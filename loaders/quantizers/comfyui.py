@@ -1,28 +1,10 @@
 """Reads weights in ComfyUI's own quantised formats: several tensors in the file, one packed tensor.
 
-The weights of layer `L` of (N, K) that `pack_parts` reads; each has `L.comfy_quant`, settings in
-JSON, and may have `pre_quant_scale` (K,), factors of its input:
+Each layer that `pack_parts` reads has the `PARTS` of its format, `comfy_quant`, settings in JSON,
+and may have `pre_quant_scale` (K,), factors of its input. Scales in pieces are in the order of
+cuBLAS: pieces of 128 rows and 4 columns, of mxfp8 for 32 columns of the weight and of nvfp4 for 16.
+Codes of asym_w4a8_int8 have 4 or 6 bits, and tables or corrections, but not both.
 
-| `format` | `L.weight` | scales |
-|---|---|---|
-| float8_e4m3fn, float8_e5m2, float8_e4m3fn_rowwise | fp8 (N, K) | `weight_scale` () or (N,) |
-| float8_e4m3fn_blockwise, float8_e4m3fn_block3d | fp8 (N, K) | `weight_scale` (N / b, K / b) or |
-| | | (N, K / b, 1) |
-| mxfp8, hybrid_mxfp8 | fp8 (N, K) | `weight_scale` of 32 columns, in blocks |
-| nvfp4 | 4 bits (N, K / 2) | `weight_scale` of 16 columns, in blocks; `weight_scale_2` () |
-| int8_tensorwise | int8 (N, K) | `weight_scale` () or (N, 1) |
-| int8_blockwise | int8 (N, K) | `weight_scale` (N / b, K / b) |
-| convrot_w4a4 | 4 bits (N, K / 2) | `weight_scale` (N,) |
-| asym_w4a8_int8 | 4 bits (N, K / 2) or | `weight_s_rel` fp8 (N, K / g), |
-| | 6 (N, K * 3 / 4) | `weight_s_channel` (N,), optional `weight_codebook` (16,) |
-| | | or `weight_correction` (K / g, N) |
-| awq_w4a16 | 4 bits (N, K / 2) | `weight_scale`, `weight_zeros` (K / 64, N) |
-| svdquant_w4a4 | 4 bits (N, K / 2) | `weight_scale` (K / 64, N), `smooth_factor` (K,), |
-| | | `proj_down` (K, R), `proj_up` (N, R), which may begin with `weight_` |
-| | in tiles (N / 128, K / 64, 32, 128) | `weight_scale` (N / 128, K / 64, 128), `proj_up` |
-| | | (N / 128, R, 128) |
-
-"In blocks" is the order of cuBLAS: pieces of 128 rows and 4 columns of scales.
 Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `comfy/ops.py`,
 convert_to_quant.
 """

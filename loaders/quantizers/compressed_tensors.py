@@ -1,16 +1,8 @@
 """Reads weights that compressed-tensors packed, as llm-compressor writes them.
 
-| in the file (layer `L`, weight (N, K), G groups) | format |
-|---|---|
-| `L.weight_packed` int32 (N, K * bits / 32), `L.weight_scale` (N, G), | pack-quantized |
-| `L.weight_shape` (2,), optional `L.weight_zero_point` int32 (N * bits / 32, G) or int8 (N, G), | |
-| `L.weight_g_idx` int32 (K,) | |
-| `L.weight` int8 (N, K), `L.weight_scale` (N, G), optional `L.weight_zero_point` | int-quantized |
-| `L.weight_packed` uint8 (N, K / 2), `L.weight_scale` fp8 E4M3 (N, K / 16), | nvfp4-pack- |
-| `L.weight_global_scale` (1,) | quantized |
-
-Each becomes one packed tensor `L.weight`. The words are a stream of bits along the columns (along
-the rows for zeros). Codes and zeros are integers plus half their range, and value = (code - zero) *
+`PARTS` of a layer of (N, K) in G groups become one packed tensor. The words are a stream of bits
+along the columns, (N, K * bits / 32), and along the rows for zeros, (N * bits / 32, G); these may
+also be int8 (N, G). Codes and zeros are integers plus half their range, and value = (code - zero) *
 scale. In nvfp4, value = code * (scale / global scale). int-quantized and float-quantized weights
 with a scale for each row have no zeros, and `scaled_weights.py` reads them.
 

@@ -1,15 +1,11 @@
 """Reads weights that GPTQ, AutoRound or AWQ packed into 32-bit words.
 
-| in the file (layer `L`, weight (N, K), b bits, G groups) | written by |
-|---|---|
-| `L.qweight` int32 (K * b / 32, N), `L.qzeros` int32 (G, N * b / 32), `L.scales` (G, N), | GPTQ, |
-| optional `L.g_idx` int32 (K,), the group of each column | AutoRound |
-| `L.qweight` int32 (K, N / 8), `L.qzeros` int32 (G, N / 8), `L.scales` (G, N) | AWQ (gemm) |
-
-Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. GPTQ's words are a stream
-of bits along the rows of the matrix (along the columns for zeros), so that transposing them brings
-the codes into the order of the values. In AWQ's words, the four lower nibbles are the rows of even
-numbers of eight, the upper ones those of odd numbers.
+`PARTS` of a layer of (N, K), with codes of B bits and G groups, become one packed tensor: value =
+(code - zero) * scale. GPTQ's and AutoRound's words are a stream of bits along the rows of the
+matrix (along the columns for zeros), so that transposing them brings the codes into the order of
+the values; `g_idx` is the group of each column. In AWQ's words (gemm, the second shape of
+`qweight`), the four lower nibbles are the rows of even numbers of eight, the upper ones those of
+odd numbers.
 
 GPTQ's first version stores each zero less 1, modulo 2**b, its second as it is. The `config.json` of
 the folder says which: `checkpoint_format` of GPTQ, `packing_format` of AutoRound. Without it, only
@@ -42,8 +38,10 @@ def find(names: Collection[str], metadata: Mapping[str, Any],
          header_of: HeaderOf) -> Iterator[str]:
     """Yields the layers with codes that are not Nunchaku's, also those that lack other parts."""
     for layer in layers_with(["qweight"])(names, metadata, header_of):
-        if header_of(f"{layer}.qweight").dtype != torch.int8 and not any(
-                f"{layer}.{part}" in names for part in ("wscales", "scaled_zeros")):
+        has = [f"{layer}.{part}" in names
+               for part in ("scales", "qzeros", "wscales", "scaled_zeros")]
+        is_int8 = header_of(f"{layer}.qweight").dtype == torch.int8
+        if not any(has[2:]) and (not is_int8 or all(has[:2])):
             yield layer
 
 

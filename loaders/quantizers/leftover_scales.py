@@ -1,13 +1,8 @@
 """Multiplies weights by scales that stand beside them although their type does not need any.
 
 Converters that do not know a quantised format copy its parts one by one: the codes become weights
-in Q8_0 or F16, and their scales stay beside them.
-
-| in the file (layer `L`, weight (N, K) packed or of 16 or 32 bits) | meaning |
-|---|---|
-| `L.weight_scale`, `L.scale_weight`, `L.weight_scale_inv` (), (N,) or (N, 1) | of the weight |
-| `L.weight_scale_2` () | of `L.weight_scale` |
-| `L.pre_quant_scale` (K,) | of the input |
+in Q8_0 or F16, and their scales (`PARTS`) stay beside them: of the weight, `weight_scale_2` of
+these, and `pre_quant_scale` of the input.
 
 Others dequantise the weights and leave the scales. Which of both it is, the values say: those of
 weights are far below 1, and codes fill the range of their type.

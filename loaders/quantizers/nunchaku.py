@@ -1,25 +1,8 @@
 """Reads models that Nunchaku quantised: several tensors in the file, one packed tensor in memory.
 
-The tensors of layer `L` of (N, K), which `nunchaku_tiles` brings into rows; rows and columns are
-filled up to multiples of 128:
-
-| SVDQuant | first names | shape | type |
-|---|---|---|---|
-| `L.qweight` | | (N, K / 2) | int8, codes of 4 bits |
-| `L.wscales` | | (K / 64, N); nvfp4: (K / 16, N) | 16 bits; nvfp4: fp8 E4M3 |
-| `L.wcscales`, nvfp4 only | | (N,) | 16 bits |
-| `L.wtscale`, nvfp4 only | | (1,) | float |
-| `L.smooth_factor` | `smooth` | (K,) | 16 bits |
-| `L.smooth_factor_orig` | `smooth_orig` | (K,) | 16 bits |
-| `L.proj_down`, `L.proj_up` | `lora_down`, `lora_up` | (K, R), (N, R) | 16 bits |
-
-| AWQ | shape | type |
-|---|---|---|
-| `L.qweight` | (N / 4, K / 2) or (N / 4, K) | int32 or int16 |
-| `L.wscales`, `L.wzeros` | (K / 64, N), and rows of padding | 16 bits |
-| T5: `L.scales`, `L.scaled_zeros` | (K / 128, N), likewise | 16 bits |
-
-`L.bias` is plain, in tiles too. The result has diffusers' names and the values of the original
+`nunchaku_tiles` brings `PARTS` of a layer of (N, K) into rows; rows and columns are filled up to
+multiples of 128. Scales of AWQ have a row for 64 columns, those of T5 for 128, and rows of padding.
+The bias is plain, in tiles too. The result has diffusers' names and the values of the original
 model:
 
 - Layers after a GELU of int4 get their input + `SHIFT`: it goes into their bias.

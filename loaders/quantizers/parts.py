@@ -41,7 +41,7 @@ class Part:
         shape: one of several, separated by " or "; "" allows any. "(N, K / 2)" is a matrix, "N" is
             N numbers in any shape. A size is a product and quotient of numbers and of names, which
             mean the same in all parts of a layer; the first part that has a name says how much it
-            is. "K..." is the product of all further sizes.
+            is. Names are capital letters; "K..." is the product of all further sizes.
         dtypes: those allowed; () allows any.
         optional: a word where a layer may be without the part; it has all or none of the parts
             with the same word.
@@ -57,18 +57,20 @@ class Part:
     def __str__(self) -> str:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes or ("",))
         dtypes = TITLES.get(self.dtypes, f"{', '.join(names)} or {last}" if names else last)
-        shapes = [each if each.startswith("(") else f"{each} numbers"
+        shapes = [each.replace("...", ", ...") if each.startswith("(") else
+                  "one number" if each == "1" else f"{each} numbers"
                   for each in self.shape.split(" or ") if each]
-        text = " or ".join(shapes).replace("1 numbers", "one number").replace("...", ", ...")
-        return " of ".join(filter(None, [text, dtypes]))
+        return " of ".join(filter(None, [" or ".join(shapes), dtypes]))
 
 
-def bind_sizes(parts: Mapping[str, torch.Tensor], expected: Mapping[str, Part]) -> dict[str, int]:
+def bind_sizes(parts: Mapping[str, torch.Tensor], expected: Mapping[str, Part],
+               titles: Mapping[str, str] | None = None) -> dict[str, int]:
     """Checks the parts of a layer.
 
     Args:
         parts: name -> tensor.
         expected: name -> what it must be, those first from whose shapes the sizes are known.
+        titles: names that a message has in place of others.
 
     Returns:
         Each name of a size in the shapes -> the size.
@@ -84,17 +86,17 @@ def bind_sizes(parts: Mapping[str, torch.Tensor], expected: Mapping[str, Part]) 
     if other is not None:
         raise PartError(f"it has {other}, expected only"
                         f" {', '.join(name or 'codes' for name in expected)}")
-    sizes: dict[str, int] = {}
+    sizes, titles = dict[str, int](), {"": "codes"} | dict(titles or {})
     for name, part in expected.items():
         if name not in parts:
             continue
         bound = (_bind(shape, parts[name].shape, sizes) for shape in part.shape.split(" or "))
         fitting = next((new for new in bound if new is not None), None)
         if fitting is None or (part.dtypes and parts[name].dtype not in part.dtypes):
-            known = [f"{size} = {sizes[size]}" for size in sizes if re.search(rf"\b{size}\b",
-                                                                              part.shape)]
-            raise PartError(f"it has {name or 'codes'} of {describe(parts[name])}, expected {part}"
-                            + (f" with {', '.join(known)}" if known else ""), part.advice)
+            named = re.findall(r"[A-Z]", part.shape)
+            known = ", ".join(f"{size} = {sizes[size]}" for size in sizes if size in named)
+            raise PartError(f"it has {titles.get(name, name)} of {describe(parts[name])}, expected"
+                            f" {part}{known and f' with {known}'}", part.advice)
         sizes = fitting
     return sizes
 
@@ -119,9 +121,8 @@ def _bind(text: str, shape: torch.Size, sizes: dict[str, int]) -> dict[str, int]
                 divisor *= value
             else:
                 product *= value
-        # size = product / (divisor / size), times or by the one unknown name
         if unknown:
-            (sign, name), = unknown
+            (sign, name), = unknown  # what is first in a layout leaves one
             whole, by = (product, divisor) if sign == "/" else (divisor, product)
             if not whole or not by or whole % by:
                 return None

@@ -1,14 +1,9 @@
 """Reads weights that optimum-quanto packed.
 
-| in the file (layer `L`, weight (N, K)) | type |
-|---|---|
-| `L.weight._data` int8 or fp8 (N, ...), `L.weight._scale` (N, 1, ...) or () | qint8, qfloat8 |
-| `L.weight._data._data` uint8, `L.weight._scale`, `L.weight._shift` (N * K / g, 1) | qint4, qint2 |
-
-Each becomes one packed tensor `L.weight`. value = code * scale, or code * scale - shift. qint4 and
-qint2 are matrices of (N * K / g, g) codes, which are cut into 2 or 4 parts below each other, whose
-codes share bytes, the first part in the lowest bits. The file does not say N, so the layer needs a
-bias. `L.input_scale` and `L.output_scale` say nothing about the weight.
+`PARTS` of a layer of (N, K) become one packed tensor: value = code * scale, or code * scale -
+shift. qint4 and qint2 are matrices of (N * K / L, L) codes, G rows, which are cut into 2 or 4 parts
+below each other, whose codes share bytes, the first part in the lowest bits. The file does not say
+N, so the layer needs a bias. `input_scale` and `output_scale` say nothing about the weight.
 
 Source: optimum-quanto 0.2.7 `tensor/packed.py`, `tensor/weights/qbits.py`.
 """

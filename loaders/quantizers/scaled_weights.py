@@ -1,19 +1,16 @@
 """Reads weights of 8 and 4 bits with scales that have no marker of ComfyUI's.
 
-| in the file (layer `L`, weight (N, K)) | written by |
+| written by | layout of `PARTS` |
 |---|---|
-| `L.weight` fp8, `L.weight_scale_inv` of each block of rows and columns | transformers |
-| `L.weight` fp8, `L.weight_scale` (), (N,) or (N, 1) | Black Forest Labs (fp8r), |
-| | ModelOpt, compressed-tensors (float-quantized) |
-| `L.weight` fp8, `L.scale_weight` (), (N,) or (N, 1) | scaled fp8 whose marker is lost |
-| `L.weight` int8, `L.weight_scale` (), (N,) or (N, 1) | ModelOpt |
-| `L.weight` uint8 (N, K / 2), the low nibble first, | Black Forest Labs, |
-| `L.weight_scale` fp8 E4M3 (N, K / 16), `L.weight_scale_2` () | ModelOpt (nvfp4) |
+| Black Forest Labs (fp8r), ModelOpt, compressed-tensors (float-quantized); scaled fp8 | rows |
+| whose marker is lost has the name `scale_weight` | |
+| transformers | blocks |
+| Black Forest Labs, ModelOpt; the low nibble comes first | nvfp4 |
 
-Each becomes one packed tensor `L.weight`. A value is the number of its code times its scale,
-whatever the name says; the last blocks of rows and columns may be short. ModelOpt's layers may have
-`L.pre_quant_scale` (K,), factors of the input, which become those of the columns. `L.input_scale`
-and `L.activation_scale` say nothing about the values.
+They become one packed tensor. A value is the number of its code times its scale, whatever the name
+says; the last blocks of rows and columns may be short. ModelOpt's layers may have
+`pre_quant_scale` (K,), factors of the input, which become those of the columns. Scales of the input
+say nothing about the values.
 
 Sources: transformers 5.14 `integrations/finegrained_fp8.py`, diffusers 0.42 `quantizers/bfl`.
 """

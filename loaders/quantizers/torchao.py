@@ -1,15 +1,8 @@
 """Reads weights that torchao packed and wrote to safetensors.
 
-The header has, under the name of a weight `L.weight`, JSON with its type, and the file its parts:
-
-| type | `L._weight_qdata` | `L._weight_scale` | `L._weight_zero_point` |
-|---|---|---|---|
-| Int8Tensor | int8 (N, K) | (N, 1) | int8 (N, 1) |
-| Float8Tensor | fp8 (N, K) | (N, 1) or (1, 1) | |
-| IntxUnpackedToInt8Tensor | int8 (N, K) | (N, K / g) | int8 (N, K / g) |
-
-Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. Integers of the last type
-are packed into as few bits as hold them. Other types have layouts of one GPU's kernels.
+The header has, under the name of a weight `L.weight`, JSON with its type, and the file the `PARTS`
+of that type, which become one packed tensor: value = (code - zero) * scale. Integers of the last
+type are packed into as few bits as hold them. Other types have layouts of one GPU's kernels.
 
 Source: torchao 0.18.0 `prototype/safetensors`, `quantization/quantize_`.
 """
