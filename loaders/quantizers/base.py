@@ -193,9 +193,6 @@ def _join_layers(quantizer: Quantizer, layers: Iterable[str], file: WeightFile,
                 read_tensors = read(layer)
                 if isinstance(read_tensors, torch.Tensor):
                     read_tensors = {f"{name}.weight": read_tensors}
-                again = next((each for each in read_tensors if each in tensors), None)
-                if again is not None:
-                    raise PartError(f"it is {safe_repr(again)}, which is in the file too")
             except (PartError, FormatError) as error:
                 first = next(iter(layer.names.values()), name)
                 title = f" ({layer.layout})" if layer.layout and quantizer.layout else ""

@@ -25,15 +25,16 @@ SCALE, ZEROS, GROUPS = "weight_scale", "weight_zero_point", "weight_g_idx"
 GLOBAL = "weight_global_scale"
 OF_INPUT = {name: Part("", optional=name)
             for name in ("input_global_scale", "input_scale", "input_zero_point")}
+UNUSED = OF_INPUT | {WEIGHT: Part("", optional=WEIGHT)}  # beside packed codes
 GROUPED = {SCALE: Part("1 or (N,) or (N, G)", SCALES), GROUPS: Part("K", WHOLE, GROUPS)}
 PARTS = {
     "pack-quantized": {
         PACKED: Part("(N, W)", (torch.int32,)), SHAPE: Part("2", WHOLE), **GROUPED,
-        ZEROS: Part("", (torch.int32, torch.int8), ZEROS), **OF_INPUT},
+        ZEROS: Part("", (torch.int32, torch.int8), ZEROS), **UNUSED},
     "int-quantized": {
         WEIGHT: Part("(N, K)", (torch.int8,)), **GROUPED, ZEROS: Part("", (torch.int8,), ZEROS),
         **OF_INPUT},
-    "nvfp4-pack-quantized": {**nvfp4_parts(PACKED, SCALE, GLOBAL), **OF_INPUT},
+    "nvfp4-pack-quantized": {**nvfp4_parts(PACKED, SCALE, GLOBAL), **UNUSED},
 }
 
 

@@ -236,6 +236,9 @@ class _Reader:
         name, read = second_name(layer.name), (
             self.svdquant if layer.layout.startswith("SVDQuant") else self.awq)
         out = self.place(name, read(name, layer))
+        twice = next((each for each in out if each in self.tensors), None)
+        if twice is not None:
+            raise PartError(f"it is in the file twice: {safe_repr(twice)} is there too")
         self.made |= out.keys()
         if self.read_bytes > DROPPED_BYTES:
             self.file.drop_pages()

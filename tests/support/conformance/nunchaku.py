@@ -49,6 +49,7 @@ BAD = damaged(
                            r"has qweight of uint8 \(256, 64\), expected \(N, K / 2\) of int8"),
     codes_of_one_dimension=({"qweight": torch.Tensor.flatten}, r"expected \(N, K / 2\) of int8"),
     a_divisor_of_0=({"smooth_factor": lambda part: part * 0}, "its smooth_factor has a 0"),
+    a_dense_weight_too=({"weight": torch.ones(256, 128)}, "it is in the file twice: 'L.weight'"),
     an_unknown_part=({"rotation": torch.ones(3)}, "has a tensor 'rotation', which is not known"),
     scales_of_nvfp4_in_int4=({"wcscales": torch.ones(256).bfloat16()},
                              "it has wcscales, expected only qweight, wscales"),
