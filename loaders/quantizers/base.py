@@ -41,7 +41,7 @@ class Layer:
     file: WeightFile
     name: str
     parts: Parts
-    names: Mapping[str, str]
+    names: dict[str, str]
     layout: str = ""
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -158,50 +158,51 @@ def join_weights(quantizers: Iterable[Quantizer], file: WeightFile,
     for _ in steps:
         pass
     for quantizer in quantizers:
-        for name in tensors:
-            if quantizer.leftovers is not None and quantizer.leftovers.search(name):
-                raise file.error_at(
-                    name, f"{safe_repr(name)} is part of a weight packed by {quantizer.name} whose"
-                    " other parts are missing", AGAIN)
+        names = filter(quantizer.leftovers.search, tensors) if quantizer.leftovers else iter(())
+        name = next(names, None)
+        if name is not None:
+            raise file.error_at(
+                name, f"{safe_repr(name)} is part of a weight packed by {quantizer.name} whose"
+                " other parts are missing", AGAIN)
 
 
 def _join_layers(quantizer: Quantizer, layers: Iterable[str], file: WeightFile,
                  tensors: dict[str, torch.Tensor], steps: Iterator):
-    names = {each: name for layout in quantizer.layouts.values() for name, part in layout.items()
-             for each in (name, *part.other_names)}
+    titles = {title: name for layout in quantizer.layouts.values() for name, part in layout.items()
+              for title in (name, *part.other_names)}
     parts_of = {}
     with quantizer.reading(file, tensors) as read:
         for name in layers:
-            layer, stored = Layer(file, name, {}, {}), {}
-            for each, part in names.items():
-                whole = f"{name}.{each}" if each else name
-                if whole in tensors:
-                    stored.setdefault(part, []).append(whole)
-            layer.names = {part: wholes[0] for part, wholes in stored.items()}
-            layer.parts = {part: tensors.pop(whole) for part, whole in layer.names.items()}
-            parts_of[name] = layer.names.keys()
-            for _ in zip(layer.names, steps):
-                pass
+            layer = Layer(file, name, {}, {})
             try:
-                twice = next((wholes for wholes in stored.values() if wholes[1:]), None)
-                if twice is not None:
-                    raise PartError(f"it has both {' and '.join(map(safe_repr, twice))}")
+                for title, part in titles.items():
+                    _take_part(layer, part, f"{name}.{title}" if title else name, tensors)
+                parts_of[name] = layer.names.keys()
+                for _ in zip(layer.names, steps):
+                    pass
                 layer.layout = quantizer.layout(layer) if quantizer.layout else next(
                     iter(quantizer.layouts))
                 layer.sizes = bind_sizes(layer.parts, quantizer.layouts[layer.layout], {
                     part: whole[len(name) + 1:] for part, whole in layer.names.items() if part})
-                read_tensors = read(layer)
-                if isinstance(read_tensors, torch.Tensor):
-                    read_tensors = {f"{name}.weight": read_tensors}
+                made = read(layer)
             except (PartError, FormatError) as error:
                 first = next(iter(layer.names.values()), name)
                 title = f" ({layer.layout})" if layer.layout and quantizer.layout else ""
                 raise file.error_at(
                     first, f"{safe_repr(name)}, packed by {quantizer.name}{title}: {error}",
                     getattr(error, "advice", AGAIN)) from error
-            tensors.update(read_tensors)
+            tensors |= {f"{name}.weight": made} if isinstance(made, torch.Tensor) else made
     if quantizer.is_uniform:
         _tell_of_missing_parts(file, quantizer.name, parts_of)
+
+
+def _take_part(layer: Layer, part: str, name: str, tensors: dict[str, torch.Tensor]):
+    """Moves a part of a layer out of `tensors`. Raises PartError if there are two of it."""
+    if name not in tensors:
+        return
+    if part in layer.names:
+        raise PartError(f"it has both {safe_repr(layer.names[part])} and {safe_repr(name)}")
+    layer.names[part], layer.parts[part] = name, tensors.pop(name)
 
 
 def _tell_of_missing_parts(file: WeightFile, quantizer: str,
