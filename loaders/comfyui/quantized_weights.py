@@ -395,7 +395,7 @@ def _host_weight(layer_class: type, layer: str,
     allowed = {expected, torch.uint8} | ({torch.int8} if expected == torch.uint8 else set())
     if codes.dtype not in allowed:
         raise UnreadFormatError(
-            f"{name}: its codes are {describe(codes)}, expected"
+            f"{name}: it has weight of {describe(codes)}, expected"
             f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
     try:
         rows, columns = _shape(name, settings, layer, parts)

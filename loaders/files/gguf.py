@@ -14,8 +14,8 @@ import torch
 
 from ...ops import formats  # noqa: F401  registers the packed formats
 from ...ops.formats.base import FORMATS, GGML_FORMATS, Format
-from ..quantizers.leftover_scales import multiply_leftover_scales
-from ..quantizers.scaled_weights import join_scaled_weights
+from ..quantizers import leftover_scales, scaled_weights
+from ..quantizers.base import join_weights
 from .container import PLAIN_DTYPES, Entry, ProgressIter, WeightFile, WeightFileError, safe_repr
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
 from .gguf_split import split_headers
@@ -70,8 +70,7 @@ class GGUFFile(WeightFile):
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
         """Returns `WeightFile.state_dict`, with the scales that stand beside weights taken in."""
         tensors = super().state_dict(track)
-        join_scaled_weights(self, tensors)
-        multiply_leftover_scales(self, tensors)
+        join_weights((scaled_weights.QUANTIZER, leftover_scales.QUANTIZER), self, tensors)
         return tensors
 
     @property

@@ -7,7 +7,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..comfyui.quantized_weights import find_unread_layer, has_format
-from ..files.safetensors import is_shard
+from ..files.safetensors import SafetensorsFile, is_shard
+from ..quantizers.base import Header
 from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
 from ..quantizers.registry import has_quantized_weights
 
@@ -44,7 +45,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     with file:
         keys, metadata = file.keys(), file.metadata() or {}
         try:
-            return (has_quantized_weights(keys, metadata, partial(_type_of, file))
+            return (has_quantized_weights(keys, metadata, partial(_header_of, file))
                     or has_other_names(metadata, keys)
                     or _may_be_joined(marked_layers(metadata, keys))
                     or has_format(keys, file.get_tensor, metadata, host_formats)
@@ -72,6 +73,12 @@ def _may_be_joined(layers: Iterable[str]) -> bool:
     """Returns whether layers in ComfyUI's formats have a name of diffusers', whose q, k and v
     ComfyUI joins in some models, without their scales."""
     return any(layer.endswith((".to_q", ".to_k", ".to_v")) for layer in layers)
+
+
+def _header_of(file: Any, name: str) -> Header:
+    """Returns the header of a tensor of an open safetensors file."""
+    tensor = file.get_slice(name)
+    return Header(SafetensorsFile.dtypes.get(tensor.get_dtype()), tuple(tensor.get_shape()))
 
 
 def _type_of(file: Any, name: str) -> str:

@@ -1,33 +1,15 @@
 """Reads weights in ComfyUI's own quantised formats: several tensors in the file, one packed tensor.
 
-The weights of layer `L` of (N, K) that `pack_parts` reads; each has `L.comfy_quant`, settings in
-JSON, and may have `pre_quant_scale` (K,), factors of its input:
+Each layer that `pack_parts` reads has the `PARTS` of its format, `comfy_quant`, settings in JSON,
+and may have `pre_quant_scale` (K,), factors of its input. Scales in pieces are in the order of
+cuBLAS: pieces of 128 rows and 4 columns, of mxfp8 for 32 columns of the weight and of nvfp4 for 16.
+Codes of asym_w4a8_int8 have 4 or 6 bits, and tables or corrections, but not both.
 
-| `format` | `L.weight` | scales |
-|---|---|---|
-| float8_e4m3fn, float8_e5m2, float8_e4m3fn_rowwise | fp8 (N, K) | `weight_scale` () or (N,) |
-| float8_e4m3fn_blockwise, float8_e4m3fn_block3d | fp8 (N, K) | `weight_scale` (N / b, K / b) or |
-| | | (N, K / b, 1) |
-| mxfp8, hybrid_mxfp8 | fp8 (N, K) | `weight_scale` of 32 columns, in blocks |
-| nvfp4 | 4 bits (N, K / 2) | `weight_scale` of 16 columns, in blocks; `weight_scale_2` () |
-| int8_tensorwise | int8 (N, K) | `weight_scale` () or (N, 1) |
-| int8_blockwise | int8 (N, K) | `weight_scale` (N / b, K / b) |
-| convrot_w4a4 | 4 bits (N, K / 2) | `weight_scale` (N,) |
-| asym_w4a8_int8 | 4 bits (N, K / 2) or | `weight_s_rel` fp8 (N, K / g), |
-| | 6 (N, K * 3 / 4) | `weight_s_channel` (N,), optional `weight_codebook` (16,) |
-| | | or `weight_correction` (K / g, N) |
-| awq_w4a16 | 4 bits (N, K / 2) | `weight_scale`, `weight_zeros` (K / 64, N) |
-| svdquant_w4a4 | 4 bits (N, K / 2) | `weight_scale` (K / 64, N), `smooth_factor` (K,), |
-| | | `proj_down` (K, R), `proj_up` (N, R), which may begin with `weight_` |
-| | in tiles (N / 128, K / 64, 32, 128) | `weight_scale` (N / 128, K / 64, 128), `proj_up` |
-| | | (N / 128, R, 128) |
-
-"In blocks" is the order of cuBLAS: pieces of 128 rows and 4 columns of scales.
 Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `comfy/ops.py`,
 convert_to_quant.
 """
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -56,18 +38,20 @@ from ...ops.formats.comfyui import (
     W6A8,
 )
 from ...ops.formats.row_layout import RowFamily
-from ...ops.formats.svdquant import INT4_GROUP, SVDQUANT_INT4, SVDQUANT_INT4_HALF
+from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.tensor.packed_layout import packed_rows, packed_tensor, packed_tensors, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import dense, take_rows
 from ..files.container import describe
-from .base import PartError, Parts, part
+from .base import HeaderOf, Quantizer
+from .comfyui_marks import marked_layers
+from .parts import FLOATS, Part, PartError, Parts, bind_sizes
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
 # of asym_w4a8_int8
 GROUP_SCALE, ROW_SCALE = "weight_s_rel", "weight_s_channel"
 CODEBOOK, CORRECTION = "weight_codebook", "weight_correction"
-ZEROS = ("weight_zeros", "weight_zero")  # of awq_w4a16, as comfy-kitchen and comfy-quants write
+ZEROS = "weight_zeros"  # of awq_w4a16, as comfy-kitchen writes it
 # tensors of a layer that say nothing about the values of its weight
 IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
 HALVES = (torch.bfloat16, torch.float16)
@@ -84,6 +68,52 @@ TILE = 128  # rows of svdquant_w4a4
 # added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
 SHIFT = 0.171875
 SLICE_VALUES = 1 << 22  # that are dequantised at a time
+
+Sizes = Mapping[str, int]
+
+
+FP8_CODES = Part("(N, K)", (*FP8, torch.uint8), advice=OTHER_MARK)
+BYTES = Part("(N, K)", (torch.int8, torch.uint8), advice=OTHER_MARK)
+NIBBLES = Part("(N, K / 2)", BYTES.dtypes, advice=OTHER_MARK)
+OF_ROWS = Part("1 or N", FLOATS)
+OF_BLOCKS = Part("(R, C) or (R, C, 1)", FLOATS)
+# in the order of cuBLAS
+IN_PIECES = Part("", (*(dtype for dtype in FLOATS if dtype.itemsize == 1), *BYTES.dtypes))
+OTHER_SCALE = {SCALE_2: Part("", optional=SCALE_2)}  # that says nothing
+LEVELS = {"weight": Part("(N, W)", BYTES.dtypes, advice=OTHER_MARK), GROUP_SCALE: Part("(N, G)"),
+          ROW_SCALE: OF_ROWS, CODEBOOK: Part("(16,)", optional=CODEBOOK),
+          CORRECTION: Part("(G, N)", optional=CORRECTION)}
+_OF_LOW_RANK = {
+    SMOOTH: Part("K", other_names=(f"weight_{SMOOTH}",)),
+    DOWN: Part("(K, R)", (*HALVES, torch.float32), "low rank", (f"weight_{DOWN}",)),
+    UP: Part("(N, R) or (N / 128, R, 128)", (*HALVES, torch.float32), "low rank",
+             (f"weight_{UP}",))}
+TILED = "svdquant_w4a4 in tiles"
+# format, the last one of codes in tiles -> what the parts of a weight must be
+PARTS: dict[str, dict[str, Part]] = {
+    **{name: {"weight": FP8_CODES, SCALE: OF_ROWS, **OTHER_SCALE}
+       for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise")},
+    **{name: {"weight": FP8_CODES, SCALE: OF_BLOCKS, **OTHER_SCALE}
+       for name in ("float8_e4m3fn_blockwise", "float8_e4m3fn_block3d")},
+    **{name: {"weight": FP8_CODES, SCALE: IN_PIECES, **OTHER_SCALE}
+       for name in ("mxfp8", "hybrid_mxfp8")},
+    "nvfp4": {"weight": NIBBLES, SCALE: IN_PIECES, SCALE_2: OF_ROWS},
+    "int8_tensorwise": {"weight": BYTES, SCALE: OF_ROWS, **OTHER_SCALE},
+    "int8_blockwise": {"weight": BYTES, SCALE: OF_BLOCKS, **OTHER_SCALE},
+    "convrot_w4a4": {"weight": NIBBLES, SCALE: OF_ROWS, **OTHER_SCALE},
+    "asym_w4a8_int8": LEVELS, "w6a8_int8": LEVELS,
+    "awq_w4a16": {"weight": NIBBLES, SCALE: Part("(G, N)", FLOATS),
+                  ZEROS: Part("(G, N)", FLOATS, other_names=("weight_zero",))},  # comfy-quants
+    "svdquant_w4a4": {"weight": NIBBLES, SCALE: Part("(K / 64, N)", HALVES), **_OF_LOW_RANK},
+    TILED: {"weight": Part("(N / 128, K / 64, 32, 128)", BYTES.dtypes, advice=OTHER_MARK),
+            SCALE: Part("(N / 128, K / 64, 128)", HALVES), **_OF_LOW_RANK},
+}
+
+
+def find(names: Collection[str], metadata: Mapping[str, Any],
+         header_of: HeaderOf) -> Iterator[str]:
+    """Yields the layers that are marked as ComfyUI's."""
+    yield from marked_layers(metadata, names)
 
 
 def format_of(settings: Mapping[str, Any]) -> str:
@@ -110,17 +140,24 @@ def pack_parts(settings: Mapping[str, Any],
         PartError: the parts do not belong together.
     """
     read = READERS.get(format_of(settings))
-    parts = {name: tensor for name, tensor in parts.items() if name not in IGNORED}
-    smoothing = parts.pop(SMOOTHING, None)
-    if read is _svdquant:
-        parts = {_svdquant_part(name): tensor for name, tensor in parts.items()}
-    if read is None or set(parts) - {"weight", *PARTS.get(read, (SCALE, SCALE_2))}:
+    if read is None:
         return None
-    weight = parts["weight"]
-    if weight.ndim not in ((2, 4) if read is _svdquant else (2,)) or weight.itemsize != 1:
-        raise PartError(f"its codes are {describe(weight)}")
-    packed = read(settings, parts)
+    expected, parts = _layout(settings, parts)
+    smoothing = parts.pop(SMOOTHING, None)
+    if set(parts) - set(expected):
+        return None
+    packed = read(settings, parts, bind_sizes(parts, expected))
     return packed if packed is None or smoothing is None else smooth(packed, smoothing)
+
+
+def _layout(settings: Mapping[str, Any],
+            parts: Mapping[str, torch.Tensor]) -> tuple[Mapping[str, Part], Parts]:
+    """Returns what the parts of a weight must be, and those that matter under their names there."""
+    is_tiled = format_of(settings) == "svdquant_w4a4" and parts["weight"].ndim == 4
+    expected = PARTS[TILED if is_tiled else format_of(settings)]
+    names = {each: name for name, part in expected.items() for each in part.other_names}
+    return expected, {names.get(name, name): tensor for name, tensor in parts.items()
+                      if name not in IGNORED}
 
 
 def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
@@ -141,20 +178,20 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
                          packed.dtype, *sides)
 
 
-def _rows_of(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTensor:
+def _rows_of(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
     """Reads a format with one scale a row, or one scale."""
     return _pack(family, parts, scale=_row_scales(parts, SCALE))
 
 
-def _int8(settings: Mapping, parts: Parts) -> PackedTensor:
+def _int8(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
     if _setting(settings, "convrot", False):
-        return _rotated(INT8_CONVROT, settings, parts)
-    return _rows_of(INT8_ROWS, settings, parts)
+        return _rotated(INT8_CONVROT, settings, parts, sizes)
+    return _rows_of(INT8_ROWS, settings, parts, sizes)
 
 
-def _rotated(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTensor:
-    group = _rotation(settings, parts["weight"].shape[1] * 8 // family.example.codes.bits)
-    return _pack(family, parts, (group,), scale=_row_scales(parts, SCALE))
+def _rotated(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
+    return _pack(family, parts, (_rotation(settings, sizes["K"]),),
+                 scale=_row_scales(parts, SCALE))
 
 
 def _rotation(settings: Mapping, columns: int) -> int:
@@ -165,21 +202,19 @@ def _rotation(settings: Mapping, columns: int) -> int:
     return group
 
 
-def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
+def _levels(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor | None:
     """Reads asym_w4a8_int8; None where the scales are no bytes."""
-    scale, stored = part(parts, GROUP_SCALE), parts["weight"].shape[1] * 8
-    rows, level_group = len(parts["weight"]), _size(settings, "group_size", LEVEL_GROUP)
-    if scale.ndim != 2 or len(scale) != rows or level_group < 1:
-        raise PartError(f"its {GROUP_SCALE} is {describe(scale)}")
-    columns = scale.shape[1] * level_group
-    if columns == 0 or stored / columns not in (4, 6):
+    scale, stored = parts[GROUP_SCALE], sizes["W"] * 8
+    level_group = _size(settings, "group_size", LEVEL_GROUP)
+    columns = sizes["G"] * level_group
+    if level_group < 1 or stored / columns not in (4, 6):
         raise PartError(f"it has {stored / max(1, columns):g} bits a value")
     if scale.itemsize != 1:
         return None
-    sizes = _rotation(settings, columns), level_group
     tensors = {"scale": scale, "row_scale": _row_scales(parts, ROW_SCALE)}
     codebook, correction = parts.get(CODEBOOK), parts.get(CORRECTION)
     family = W4A8_INTEGERS
+    rotation = _rotation(settings, columns)
     if stored == columns * 6:
         if codebook is not None or correction is not None or columns % 8:
             return None
@@ -187,19 +222,15 @@ def _levels(settings: Mapping, parts: Parts) -> PackedTensor | None:
     elif codebook is not None:
         if correction is not None:
             return None
-        if codebook.shape != (16,):
-            raise PartError(f"its {CODEBOOK} is {describe(codebook)}")
         family = W4A8
         if not torch.equal(codebook.float(), torch.tensor(NORMAL, dtype=torch.float32)):
             family = W4A8_TABLE
             tensors["numbers"] = codebook.float()
     elif correction is not None:
-        if correction.shape != scale.shape[::-1]:
-            raise PartError(f"its {CORRECTION} is {describe(correction)}")
         is_half = correction.dtype == torch.bfloat16
         family = W4A8_SHIFTED if is_half else W4A8_SHIFTED_FLOAT
         tensors["minimum"] = (correction if is_half else correction.float()).t()
-    return _pack(family, parts, sizes, **tensors)
+    return _pack(family, parts, (rotation, level_group), **tensors)
 
 
 def _six_bits(codes: torch.Tensor, columns: int) -> torch.Tensor:
@@ -209,87 +240,60 @@ def _six_bits(codes: torch.Tensor, columns: int) -> torch.Tensor:
     return groups.view(codes.shape)
 
 
-def _blocks_of(family: RowFamily, settings: Mapping, parts: Parts) -> PackedTensor:
+def _blocks_of(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
     """Reads a format whose scales belong to blocks of rows and columns, or of columns."""
-    rows, columns = parts["weight"].shape
-    given = part(parts, SCALE)
-    scale = given.float()
-    if scale.ndim == 3:
-        scale = scale.squeeze(2)
-    is_fitting = scale.ndim == 2 and all(scale.shape) and (
-        rows % len(scale) == columns % scale.shape[1] == 0)
-    if not is_fitting or not given.is_floating_point():
-        raise PartError(f"its scales are {describe(given)}")
-    scales = scale.repeat_interleave(rows // len(scale), 0)
-    return _pack(family, parts, (columns // scale.shape[1],), scale=scales)
+    rows, columns = sizes["N"], sizes["K"]
+    if rows % sizes["R"] or columns % sizes["C"]:
+        raise PartError(f"its scales are {describe(parts[SCALE])}, which do not divide a weight of"
+                        f" ({rows}, {columns})")
+    scale = parts[SCALE].float().view(sizes["R"], sizes["C"])
+    scales = scale.repeat_interleave(rows // sizes["R"], 0)
+    return _pack(family, parts, (columns // sizes["C"],), scale=scales)
 
 
-def _mxfp8(settings: Mapping, parts: Parts) -> PackedTensor:
+def _mxfp8(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
     return _pack(MXFP8, parts, scale=_scales_in_order(MXFP8, parts))
 
 
-def _nvfp4(settings: Mapping, parts: Parts) -> PackedTensor:
+def _nvfp4(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
     scales = _scales_in_order(NVFP4_ROWS, parts)
     return _pack(NVFP4_ROWS, parts, scale=scales, row_scale=_row_scales(parts, SCALE_2))
 
 
-def _awq(settings: Mapping, parts: Parts) -> PackedTensor:
-    group = _size(settings, "group_size", AWQ_GROUP)
-    zeros, scale = parts.get(ZEROS[1]), part(parts, SCALE)
-    zeros = part(parts, ZEROS[0]) if zeros is None else zeros
-    rows, columns = len(parts["weight"]), parts["weight"].shape[1] * 2
+def _awq(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
+    group, scale, zeros = _size(settings, "group_size", AWQ_GROUP), parts[SCALE], parts[ZEROS]
     family = {torch.bfloat16: W4A16, torch.float16: W4A16_HALF}.get(scale.dtype, W4A16_FLOAT)
-    for side in (scale, zeros):
-        if group < 1 or side.shape != (columns // group, rows) or side.dtype != scale.dtype:
-            raise PartError(f"its {SCALE} and {ZEROS[0]} are {describe(scale)} and"
-                            f" {describe(zeros)}")
+    if group < 1 or sizes["K"] // group != sizes["G"] or zeros.dtype != scale.dtype:
+        raise PartError(f"its {SCALE} and {ZEROS} are {describe(scale)} and {describe(zeros)}")
     dtype = family.example.scale.dtype
     return _pack(family, parts, (group,), scale=scale.to(dtype).t(), minimum=zeros.to(dtype).t())
 
 
-def _svdquant_part(name: str) -> str:
-    """Returns the name of a part without "weight_" where others leave it out."""
-    short = name.removeprefix("weight_")
-    return short if short in (SMOOTH, DOWN, UP) else name
-
-
-def _svdquant(settings: Mapping, parts: Parts) -> PackedTensor:
-    main = _svdquant_main(settings, parts)
-    if DOWN not in parts and UP not in parts:
+def _svdquant(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
+    main = _svdquant_main(parts)
+    if DOWN not in parts:
         return main
-    down, up = part(parts, DOWN), part(parts, UP)
-    if up.ndim == 3:
-        up = up.transpose(1, 2).flatten(0, 1)
-    if (down.ndim != 2 or tuple(up.shape) != (len(main), down.shape[1])
-            or len(down) != main.shape[1] or not {down.dtype, up.dtype} <= {*HALVES, torch.float32}
-            or _setting(settings, "lowrank_branch_input_basis", "raw") != "raw"):
-        raise PartError(f"its {DOWN} and {UP} are {describe(down)} and {describe(up)}, of a"
-                        f" weight of {tuple(main.shape)}")
-    return with_low_rank(main, up, down.t())
+    if _setting(settings, "lowrank_branch_input_basis", "raw") != "raw":
+        raise PartError("its low rank multiplies another input than the layer's")
+    up = parts[UP]
+    return with_low_rank(main, up.transpose(1, 2).flatten(0, 1) if up.ndim == 3 else up,
+                         parts[DOWN].t())
 
 
-def _svdquant_main(settings: Mapping, parts: Parts) -> PackedTensor:
+def _svdquant_main(parts: Parts) -> PackedTensor:
     """Returns the weight without its low rank."""
-    codes, scale = parts["weight"].contiguous().view(torch.uint8), part(parts, SCALE)
-    if codes.ndim == 4:
-        if tuple(codes.shape[2:]) != (TILE // 4, TILE) or scale.ndim != 3:
-            raise PartError(f"its codes are {describe(codes)} and its scales {describe(scale)}")
+    codes, scale = parts["weight"].contiguous().view(torch.uint8), parts[SCALE]
+    if codes.ndim == 2:
+        scale = scale.t()
+    else:
         tiles, groups = codes.shape[:2]
         codes = codes.view(tiles, groups, TILE // 4, 4, TILE // 4).permute(0, 2, 3, 1, 4)
         codes = codes.reshape(tiles * TILE, groups * TILE // 4)
         scale = scale.transpose(1, 2).flatten(0, 1)
-    elif scale.ndim == 2:
-        scale = scale.t()
-    rows, columns = len(codes), codes.shape[1] * 2
-    smooth_factor = part(parts, SMOOTH)
-    if (columns % INT4_GROUP or scale.dtype not in HALVES
-            or tuple(scale.shape) != (rows, columns // INT4_GROUP)):
-        raise PartError(f"its {SCALE} is {describe(scale)} of {rows} rows and {columns} columns")
-    if smooth_factor.numel() != columns:
-        raise PartError(f"its {SMOOTH} is {describe(smooth_factor)}")
     family = SVDQUANT_INT4 if scale.dtype == torch.bfloat16 else SVDQUANT_INT4_HALF
-    return _pack(family, {"weight": codes}, scale=scale, row_scale=torch.ones(
-        rows, dtype=torch.float32), column_scale=1 / smooth_factor.float().flatten())
+    return _pack(family, {"weight": codes}, scale=scale,
+                 row_scale=torch.ones(len(codes), dtype=torch.float32),
+                 column_scale=1 / parts[SMOOTH].float().flatten())
 
 
 def shifted_bias(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor],
@@ -309,8 +313,7 @@ def shifted_bias(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor],
         return bias
     if bias is None:
         raise PartError("act_unsigned needs a bias")
-    main = _svdquant_main(
-        settings, {_svdquant_part(name): tensor for name, tensor in parts.items()})
+    main = _svdquant_main(_layout(settings, parts)[1])
     if bias.shape != main.shape[:1] or not bias.is_floating_point():
         raise PartError(f"its bias is {describe(bias)}, expected {len(main)} numbers")
     return bias.float() + bias_of_shift(main)
@@ -327,7 +330,7 @@ def bias_of_shift(main: PackedTensor) -> torch.Tensor:
     return torch.cat([dense(rows).sum(1) for rows in slices]) * SHIFT
 
 
-READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
+READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {
     "float8_e4m3fn": partial(_rows_of, F8_E4M3),
     "float8_e5m2": partial(_rows_of, F8_E5M2),
     "float8_e4m3fn_rowwise": partial(_rows_of, F8_E4M3),
@@ -344,33 +347,13 @@ READERS: dict[str, Callable[[Mapping, Parts], PackedTensor | None]] = {
     "awq_w4a16": _awq,
     "svdquant_w4a4": _svdquant,
 }
-# reader -> parts of a weight, where they are not the usual ones
-PARTS = {_levels: (GROUP_SCALE, ROW_SCALE, CODEBOOK, CORRECTION), _awq: (SCALE, *ZEROS),
-         _svdquant: (SCALE, SMOOTH, DOWN, UP)}
-
-
-def _of_dtype(family: RowFamily, codes: torch.Tensor) -> RowFamily:
-    """Returns the family that codes are of: their dtype says which of two kinds of fp8 it is.
-
-    Older files have the bytes of fp8 as uint8, which leaves it to the mark.
-
-    Raises:
-        PartError: they are codes of another kind.
-    """
-    if family in FP8.values() and codes.dtype in FP8:
-        return FP8[codes.dtype]
-    codes_of = family.example.codes
-    expected = codes_of.dtype if codes_of.bits == 8 else torch.int8
-    if codes.dtype not in (expected, torch.uint8):
-        raise PartError(f"its codes are {describe(codes)}, expected"
-                        f" {str(expected).removeprefix('torch.')}", OTHER_MARK)
-    return family
 
 
 def _pack(family: RowFamily, parts: Parts, sizes: tuple[int, ...] = (),
           **tensors: torch.Tensor) -> PackedTensor:
-    family = _of_dtype(family, parts["weight"])
     codes = parts["weight"]
+    if family in FP8.values():  # which of two kinds of fp8; as uint8 the mark says so
+        family = FP8.get(codes.dtype, family)
     rows, columns = len(codes), codes.shape[1] * 8 // family.example.codes.bits
     group = (sizes or family.sizes or (0,))[0]
     if columns % (group or 1):
@@ -380,22 +363,20 @@ def _pack(family: RowFamily, parts: Parts, sizes: tuple[int, ...] = (),
 
 def _row_scales(parts: Parts, name: str) -> torch.Tensor:
     """Returns a scale for each row, float32 (N,), of one for each, (N,) or (N, 1), or of one."""
-    scale, rows = part(parts, name), len(parts["weight"])
-    if scale.numel() not in (1, rows) or not scale.is_floating_point():
-        raise PartError(f"its {name} is {describe(scale)}")
-    return scale.float().flatten().expand(rows).contiguous()
+    rows = len(parts["weight"])
+    return parts[name].float().flatten().expand(rows).contiguous()
 
 
 def _scales_in_order(family: RowFamily, parts: Parts) -> torch.Tensor:
     """Returns scales that are stored in blocks as bytes in the order of the values, flat."""
-    scale, weight = part(parts, SCALE), parts["weight"]
+    scale, weight = parts[SCALE], parts["weight"]
     layout = family.example
     rows, columns = len(weight), weight.shape[1] * 8 // layout.codes.bits // layout.group
     pieces = -(-rows // PIECE_ROWS), -(-columns // PIECE_COLUMNS)
     stored = pieces[0] * PIECE_ROWS, pieces[1] * PIECE_COLUMNS
-    if scale.itemsize != 1 or scale.dtype == torch.bool or scale.numel() != math.prod(stored) or (
+    if scale.numel() != math.prod(stored) or (
             scale.ndim == 2 and tuple(scale.shape) != stored):
-        raise PartError(f"its {SCALE} is {describe(scale)}")
+        raise PartError(f"its {SCALE} is {describe(scale)}, expected {stored}")
     blocks = scale.contiguous().view(torch.uint8).view(*pieces, 32, 4, PIECE_COLUMNS)
     return blocks.permute(0, 3, 2, 1, 4).reshape(stored)[:rows, :columns].flatten()
 
@@ -412,3 +393,6 @@ def _setting(settings: Mapping, name: str, default: Any) -> Any:
     """Returns a setting; old writers nest them in `params`."""
     nested = settings.get("params")
     return settings.get(name, nested.get(name, default) if isinstance(nested, dict) else default)
+
+
+QUANTIZER = Quantizer(name="ComfyUI's own formats", find=find, layouts=PARTS, in_file=False)

@@ -1,15 +1,11 @@
 """Reads weights that GPTQ, AutoRound or AWQ packed into 32-bit words.
 
-| in the file (layer `L`, weight (N, K), b bits, G groups) | written by |
-|---|---|
-| `L.qweight` int32 (K * b / 32, N), `L.qzeros` int32 (G, N * b / 32), `L.scales` (G, N), | GPTQ, |
-| optional `L.g_idx` int32 (K,), the group of each column | AutoRound |
-| `L.qweight` int32 (K, N / 8), `L.qzeros` int32 (G, N / 8), `L.scales` (G, N) | AWQ (gemm) |
-
-Each becomes one packed tensor `L.weight`: value = (code - zero) * scale. GPTQ's words are a stream
-of bits along the rows of the matrix (along the columns for zeros), so that transposing them brings
-the codes into the order of the values. In AWQ's words, the four lower nibbles are the rows of even
-numbers of eight, the upper ones those of odd numbers.
+`PARTS` of a layer of (N, K), with codes of B bits and G groups, become one packed tensor: value =
+(code - zero) * scale. GPTQ's and AutoRound's words are a stream of bits along the rows of the
+matrix (along the columns for zeros), so that transposing them brings the codes into the order of
+the values; `g_idx` is the group of each column. In AWQ's words (gemm, the second shape of
+`qweight`), the four lower nibbles are the rows of even numbers of eight, the upper ones those of
+odd numbers.
 
 GPTQ's first version stores each zero less 1, modulo 2**b, its second as it is. The `config.json` of
 the folder says which: `checkpoint_format` of GPTQ, `packing_format` of AutoRound. Without it, only
@@ -18,58 +14,61 @@ zeros that are all half the range of the codes say so.
 Sources: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, `qlinear_torch_zp.py` and
 `auto_round/inference/backend.py`, autoawq 0.2.9 `awq/utils/packing_utils.py`.
 """
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
 import torch
 
-from ..files.container import WeightFile, describe
-from .base import PartError, Parts, of_layers, part
-from .integers import CHUNK_VALUES, known_bits, pack_integers, split_words
+from ..files.container import WeightFile
+from .base import HeaderOf, Layer, Quantizer, layers_with
+from .integers import CHUNK_VALUES, SCALES, known_bits, pack_integers, split_words
+from .parts import WHOLE, Part, PartError
 
-CODES, ZEROS, SCALES, GROUPS = PARTS = "qweight", "qzeros", "scales", "g_idx"
+PARTS = {"scales": Part("(G, N)", SCALES),
+         "qzeros": Part("(G, N * B / 32)", (torch.int32,)),
+         "qweight": Part("(K * B / 32, N) or (K, N * B / 32)", (torch.int32,)),
+         "g_idx": Part("K", WHOLE, "g_idx")}
 AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
 GROUP_LENGTHS = (128, 64, 32, 256, 512, 1024, 16)  # those that people choose first come first
 CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
 
 
-def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
+def find(names: Collection[str], metadata: Mapping[str, Any],
+         header_of: HeaderOf) -> Iterator[str]:
+    """Yields the layers with codes that are not Nunchaku's, also those that lack other parts."""
+    for layer in layers_with(["qweight"])(names, metadata, header_of):
+        has = [f"{layer}.{part}" in names
+               for part in ("scales", "qzeros", "wscales", "scaled_zeros")]
+        is_int8 = header_of(f"{layer}.qweight").dtype == torch.int8
+        if not any(has[2:]) and (not is_int8 or all(has[:2])):
+            yield layer
+
+
+def read(layer: Layer) -> torch.Tensor:
     """Returns the weight of a layer, packed, from its parts."""
-    codes, zeros, scales = (part(parts, name) for name in (CODES, ZEROS, SCALES))
-    if (codes.dtype, zeros.dtype) != (torch.int32, torch.int32) or any(
-            tensor.ndim != 2 or not tensor.numel() for tensor in (codes, zeros, scales)):
-        raise PartError(_mismatch(parts))
-    groups, rows = scales.shape
-    if len(zeros) != groups or not scales.is_floating_point():
-        raise PartError(_mismatch(parts))
-    is_awq = "awq" in str(file.quantization) if file.quantization else None
-    if codes.shape[1] == rows and not is_awq:
-        return _gptq(file, parts)
-    if (codes.shape[1] * AWQ_CODES == rows and zeros.shape[1] == codes.shape[1]
-            and is_awq is not False):
-        return _awq(codes, zeros, scales)
-    raise PartError(_mismatch(parts))
+    config, rows = layer.file.quantization, layer.sizes["N"]
+    bits, is_awq = known_bits(layer.sizes["B"]), layer.parts["qweight"].shape[1] != rows
+    if config and is_awq != ("awq" in str(config)):
+        raise PartError(f"its words are those of {'AWQ' if is_awq else 'GPTQ'}, and its config"
+                        " says otherwise")
+    return _awq(layer, bits) if is_awq else _gptq(layer, bits)
 
 
-def _mismatch(parts: Parts) -> str:
-    shapes = ", ".join(f"{name} {describe(tensor)}" for name, tensor in parts.items())
-    return (f"it has {shapes}, expected int32 words of GPTQ (K * bits / 32, N) or AWQ (K, N / 8)"
-            " with a scale and a zero for each group and row")
-
-
-def _gptq(file: WeightFile, parts: Parts) -> torch.Tensor:
-    codes, zeros, scales = (parts[name] for name in (CODES, ZEROS, SCALES))
-    (groups, rows), group_of_column = scales.shape, parts.get(GROUPS)
-    bits = known_bits(zeros.shape[1] * 32 / rows)
-    columns = len(codes) * 32 // bits
-    if len(codes) * 32 % bits or columns % 8:
-        raise PartError(_mismatch(parts))
-    stored = split_words(zeros, bits)
+def _gptq(layer: Layer, bits: int) -> torch.Tensor:
+    file, parts, columns = layer.file, layer.parts, layer.sizes["K"]
+    groups, group_of_column = layer.sizes["G"], parts.get("g_idx")
+    if columns % 8:
+        raise PartError(f"it has {columns} columns, expected a multiple of 8")
+    stored = split_words(parts["qzeros"], bits)
     zeros = stored + _zero_offset(file, stored, bits) & (1 << bits) - 1
     if group_of_column is None and file.quantization.get("desc_act") is True:
-        raise PartError(f"it has no {GROUPS}, and its config says that its columns are in another"
+        raise PartError("it has no g_idx, and its config says that its columns are in another"
                         " order")
     if group_of_column is None and groups > 1:
         group_of_column = torch.arange(columns) // _group_length(file, columns, groups)
-    return pack_integers(codes.t().contiguous().view(torch.uint8), columns, bits, scales.t(),
-                         zeros.t(), group_of_column)
+    return pack_integers(parts["qweight"].t().contiguous().view(torch.uint8), columns, bits,
+                         parts["scales"].t(), zeros.t(), group_of_column)
 
 
 def _group_length(file: WeightFile, columns: int, groups: int) -> int:
@@ -105,17 +104,20 @@ def _zero_offset(file: WeightFile, stored: torch.Tensor, bits: int) -> int:
     raise PartError(f"its file does not say whether zeros are stored less 1; {CONFIG_ADVICE}")
 
 
-def _awq(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def _awq(layer: Layer, bits: int) -> torch.Tensor:
+    codes = layer.parts["qweight"]
     columns, words = codes.shape
-    if columns % 2:
-        raise PartError(f"it has an odd number of columns, {columns}")
+    if columns % 2 or bits != AWQ_BITS:
+        raise PartError(f"it has {columns} columns of {bits} bits, expected an even number of"
+                        f" {AWQ_BITS} bits")
     packed = torch.empty((words * AWQ_CODES, columns // 2), dtype=torch.uint8)
     step = max(1, CHUNK_VALUES // columns // AWQ_CODES)
     for first in range(0, words, step):
         fields = _awq_fields(codes[:, first:first + step])
         pairs = fields[::2] | fields[1::2] << AWQ_BITS  # of neighbouring columns of the weight
         packed[first * AWQ_CODES:(first + step) * AWQ_CODES] = pairs.t()
-    return pack_integers(packed, columns, AWQ_BITS, scales.t(), _awq_fields(zeros).t())
+    return pack_integers(packed, columns, AWQ_BITS, layer.parts["scales"].t(),
+                         _awq_fields(layer.parts["qzeros"]).t())
 
 
 def _awq_fields(words: torch.Tensor) -> torch.Tensor:
@@ -124,6 +126,8 @@ def _awq_fields(words: torch.Tensor) -> torch.Tensor:
     return fields.transpose(2, 3).reshape(len(words), -1)
 
 
-QUANTIZER = of_layers(
-    "GPTQ, AutoRound or AWQ", PARTS, {CODES: (SCALES, ZEROS)}, read_weight,
-    {"gptq": "GPTQ", "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "awq": "AWQ"})
+QUANTIZER = Quantizer(
+    name="GPTQ, AutoRound or AWQ", find=find, layouts={"GPTQ, AutoRound or AWQ": PARTS}, read=read,
+    leftovers=re.compile(r"\.(qweight|qzeros|g_idx)$"), is_uniform=True,
+    methods={"gptq": "GPTQ", "auto-round": "AutoRound", "intel/auto-round": "AutoRound",
+             "awq": "AWQ"})

@@ -7,12 +7,14 @@ from ...ops.formats.integers import BITS, ENDINGS, integer_family, zero_bits
 from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import packed_rows
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import describe
-from .base import PartError
 from .comfyui import FP8
+from .parts import FLOATS, Part, PartError
 
 CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
 BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}
+SCALES = tuple(ENDINGS)  # dtypes of scales beside integers
+CODES_OF_ROWS = Part("(N, K, L...)", tuple(BYTES))  # of `pack_rows`, and their scales
+SCALES_OF_ROWS = Part("1 or N", FLOATS)
 
 
 def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Tensor,
@@ -24,7 +26,7 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
         codes: uint8 (N, K * bits / 8), contiguous, rows of a stream, the lowest bit first.
         columns: K.
         bits: of a code.
-        scales: float (N, G).
+        scales: (N, G), of `SCALES`.
         zeros: uint8 (N, G); None where all are half the range of the codes. They are left out
             where they are.
         groups: the group of each column, integers (K,); None where each group is K / G columns.
@@ -33,19 +35,14 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
         PartError: the scales do not fit the columns.
     """
     rows, count = scales.shape
-    if count < 1 or (groups is None and columns % count):
+    if groups is None and columns % count:
         raise PartError(f"its {count} groups do not divide its {columns} columns")
     if groups is not None:
-        is_whole = not groups.is_floating_point() and groups.dtype != torch.bool
-        is_inside = is_whole and groups.numel() == columns and (
-            groups.min() >= 0 and groups.max() < count)
-        if not is_inside or count > torch.iinfo(torch.int16).max:
+        if groups.min() < 0 or groups.max() >= count or count > torch.iinfo(torch.int16).max:
             raise PartError(f"its columns do not name one of its {count} groups each")
         if columns % count == 0 and torch.equal(
                 groups.long(), torch.arange(columns) // (columns // count)):
             groups = None
-    if scales.dtype not in ENDINGS:
-        raise PartError(f"its scales are {describe(scales)}")
     if zeros is not None and bool((zeros == 1 << bits - 1).all()):
         zeros = None
     family = integer_family(bits, scales.dtype, zeros is not None, groups is not None)
@@ -66,36 +63,29 @@ def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
     Args:
         codes: int8 or fp8 (N, ...).
         scale: float of N numbers, or of one.
-
-    Raises:
-        PartError: the scales do not fit the rows.
     """
-    family = BYTES.get(codes.dtype)
-    if family is None or codes.ndim < 2 or not codes.numel() or (
-            scale.numel() not in (1, len(codes)) or not scale.is_floating_point()):
-        raise PartError(f"it has {describe(codes)} codes and {describe(scale)} scales, expected"
-                        " int8 or fp8 with a scale for each row")
-    return packed_rows(family, codes, codes.shape,
+    return packed_rows(BYTES[codes.dtype], codes, codes.shape,
                        scale=scale.float().flatten().expand(len(codes)))
 
 
 def pack_nvfp4(family: RowFamily, codes: torch.Tensor, scale: torch.Tensor,
-               of_tensor: torch.Tensor) -> PackedTensor | None:
-    """Makes a packed tensor of 4-bit floats; None where the parts do not fit one another.
+               of_tensor: torch.Tensor) -> PackedTensor:
+    """Makes a packed tensor of 4-bit floats.
 
     Args:
         family: of nvfp4.
-        codes: uint8 (N, K / 2).
-        scale: fp8 E4M3 (N, K / 16).
-        of_tensor: one number, for all scales.
+        codes, scale, of_tensor: as `nvfp4_parts` says.
     """
-    rows, columns, group = len(codes), codes.shape[1] * 2, family.example.group
-    if (scale.dtype != torch.float8_e4m3fn or columns % group or of_tensor.numel() != 1
-            or not of_tensor.is_floating_point()
-            or tuple(scale.shape) != (rows, columns // group)):
-        return None
+    rows, columns = len(codes), codes.shape[1] * 2
     return packed_rows(family, codes, (rows, columns), scale=scale,
                        row_scale=of_tensor.float().flatten().expand(rows))
+
+
+def nvfp4_parts(codes: str, scale: str, of_tensor: str, *other_names: str) -> dict[str, Part]:
+    """Returns the parts of 4-bit floats under these names; the scale may have others."""
+    return {codes: Part("(N, K / 2)", (torch.uint8,)),
+            scale: Part("(N, K / 16)", (torch.float8_e4m3fn,), other_names=other_names),
+            of_tensor: Part("1", FLOATS)}
 
 
 def split_words(words: torch.Tensor, bits: int) -> torch.Tensor:

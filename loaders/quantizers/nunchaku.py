@@ -1,25 +1,8 @@
 """Reads models that Nunchaku quantised: several tensors in the file, one packed tensor in memory.
 
-The tensors of layer `L` of (N, K), which `nunchaku_tiles` brings into rows; rows and columns are
-filled up to multiples of 128:
-
-| SVDQuant | first names | shape | type |
-|---|---|---|---|
-| `L.qweight` | | (N, K / 2) | int8, codes of 4 bits |
-| `L.wscales` | | (K / 64, N); nvfp4: (K / 16, N) | 16 bits; nvfp4: fp8 E4M3 |
-| `L.wcscales`, nvfp4 only | | (N,) | 16 bits |
-| `L.wtscale`, nvfp4 only | | (1,) | float |
-| `L.smooth_factor` | `smooth` | (K,) | 16 bits |
-| `L.smooth_factor_orig` | `smooth_orig` | (K,) | 16 bits |
-| `L.proj_down`, `L.proj_up` | `lora_down`, `lora_up` | (K, R), (N, R) | 16 bits |
-
-| AWQ | shape | type |
-|---|---|---|
-| `L.qweight` | (N / 4, K / 2) or (N / 4, K) | int32 or int16 |
-| `L.wscales`, `L.wzeros` | (K / 64, N), and rows of padding | 16 bits |
-| T5: `L.scales`, `L.scaled_zeros` | (K / 128, N), likewise | 16 bits |
-
-`L.bias` is plain, in tiles too. The result has diffusers' names and the values of the original
+`nunchaku_tiles` brings `PARTS` of a layer of (N, K) into rows; rows and columns are filled up to
+multiples of 128. Scales of AWQ have a row for 64 columns, those of T5 for 128, and rows of padding.
+The bias is plain, in tiles too. The result has diffusers' names and the values of the original
 model:
 
 - Layers after a GELU of int4 get their input + `SHIFT`: it goes into their bias.
@@ -32,16 +15,16 @@ attention.py`, diffusers 0.42 `quantizers/nunchaku`.
 """
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ...ops.formats.comfyui import NVFP4_GROUP
 from ...ops.formats.svdquant import (
     AWQ_INT4,
     AWQ_INT4_HALF,
-    INT4_GROUP,
     SVDQUANT_INT4,
     SVDQUANT_INT4_HALF,
     SVDQUANT_NVFP4,
@@ -49,10 +32,11 @@ from ...ops.formats.svdquant import (
 from ...ops.tensor.packed_layout import join_packed, packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
-from ..files.container import AGAIN, ProgressIter, WeightFile, WeightFileError, describe, safe_repr
+from ..files.container import AGAIN, WeightFile, WeightFileError, describe, safe_repr
 from . import nunchaku_tiles as tiles
-from .base import Quantizer
+from .base import HeaderOf, Layer, Quantizer, Read
 from .comfyui import HALVES, bias_of_shift
+from .parts import Part, PartError
 from .unsupported_quantizers import OTHER_FORM
 
 log = logging.getLogger(__name__)
@@ -61,14 +45,40 @@ log = logging.getLogger(__name__)
 MARK = re.compile(r"\.(wscales|wzeros|scaled_zeros)$")
 PART = re.compile(r"\.(qweight|w\w?scales?|wzeros|scaled_zeros|(smooth_factor|smooth)(_orig)?"
                   r"|(proj|lora)_(down|up))$")
-FIRST_PARTS = {"lora_down": "proj_down", "lora_up": "proj_up", "smooth": "smooth_factor",
-               "smooth_orig": "smooth_factor_orig"}
 FLOATS = (*HALVES, torch.float32)
+FP8 = torch.float8_e4m3fn
 INT4_FAMILIES = {torch.bfloat16: SVDQUANT_INT4, torch.float16: SVDQUANT_INT4_HALF}
 AWQ_FAMILIES = {torch.bfloat16: AWQ_INT4, torch.float16: AWQ_INT4_HALF}
 AWQ_GROUP, T5_GROUP = 64, 128  # columns that share a scale
 AWQ_PADDING = 16  # rows of scales, at most
 DROPPED_BYTES = 1 << 28  # of the file, after which its pages leave the memory
+
+
+def _svdquant_parts(scales: Part) -> dict[str, Part]:
+    return {
+        "qweight": Part("(N, K / 2)", (torch.int8,)), "wscales": scales,
+        "smooth_factor": Part("(K,)", HALVES, other_names=("smooth",)),
+        "smooth_factor_orig": Part("(K,)", HALVES, "smooth_orig", ("smooth_orig",)),
+        "proj_down": Part("(K, R)", HALVES, "low rank", ("lora_down",)),
+        "proj_up": Part("(N, R)", HALVES, "low rank", ("lora_up",)),
+        "bias": Part("(N,)", HALVES, "bias")}
+
+
+def _awq_parts(codes: Part, scales: str, zeros: str) -> dict[str, Part]:
+    return {"qweight": codes, scales: Part("(S, N)", HALVES), zeros: Part("(S, N)", HALVES),
+            "bias": Part("(N,)", FLOATS, "bias")}
+
+
+AWQ_CODES = {torch.int32: Part("(N / 4, K / 2)", (torch.int32,)),
+             torch.int16: Part("(N / 4, K)", (torch.int16,))}
+AWQ_NUMBERS = {"AWQ": ("wscales", "wzeros"), "AWQ of T5": ("scales", "scaled_zeros")}
+PARTS = {
+    "SVDQuant int4": _svdquant_parts(Part("(K / 64, N)", HALVES)),
+    "SVDQuant nvfp4": _svdquant_parts(Part("(K / 16, N)", (FP8,))) | {
+        "wcscales": Part("(N,)", HALVES, "wcscales"), "wtscale": Part("1", FLOATS, "wtscale")},
+    **{f"{name} in {'int16' if dtype == torch.int16 else 'int32'}": _awq_parts(codes, *numbers)
+       for name, numbers in AWQ_NUMBERS.items() for dtype, codes in AWQ_CODES.items()},
+}
 
 _ATTENTION = {"norm_q": "attn.norm_q", "norm_k": "attn.norm_k", "qkv_proj": "attn.to_qkv"}
 # Flux: kind of block -> layer in files of the first version -> layer in those of the second
@@ -138,15 +148,33 @@ def has_nunchaku_weights(names: Iterable[str]) -> bool:
     return any(map(MARK.search, names))
 
 
-def _join(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter):
-    """Replaces the parts of each weight with one packed tensor in diffusers' names.
+def find(names: Collection[str], metadata: Mapping[str, Any],
+         header_of: HeaderOf) -> Iterator[str]:
+    """Yields the quantised layers of a file that has some of Nunchaku's."""
+    if has_nunchaku_weights(names):
+        yield from (PART.sub("", name) for name in names if PART.search(name))
 
-    Raises:
-        WeightFileError: parts of a weight are missing, unknown or do not belong together, or the
-            model is of none of the known families.
+
+def layout(layer: Layer) -> str:
+    """Returns the name of a layer's layout, by its codes."""
+    codes, scales = layer.parts.get("qweight"), layer.parts.get("wscales")
+    if codes is not None and codes.dtype in AWQ_CODES:
+        name = "AWQ of T5" if "scaled_zeros" in layer.parts else "AWQ"
+        return f"{name} in {'int16' if codes.dtype == torch.int16 else 'int32'}"
+    is_nvfp4 = scales is not None and scales.dtype == FP8
+    return "SVDQuant nvfp4" if is_nvfp4 else "SVDQuant int4"
+
+
+@contextmanager
+def session(file: WeightFile, tensors: dict[str, torch.Tensor]) -> Iterator[Read]:
+    """Gives what reads a layer with what others of the model need, and names all other tensors.
+
+    Layers are joined in other ways than the file has them, and a layer may have been multiplied by
+    the smoothing of another one.
     """
-    if has_nunchaku_weights(tensors):
-        _Reader(file, tensors).join(track)
+    reader = _Reader(file, tensors)
+    yield reader.read
+    reader.finish()
 
 
 @dataclass
@@ -175,15 +203,23 @@ class _Weight:
 
 
 class _Reader:
-    """Takes the parts of each layer out of `tensors` and puts the packed weight in."""
+    """Reads the layers of one file; layers have their names of the second version.
+
+    Attributes:
+        stored_names: layer -> its name in the file.
+        unpaired: layers that are joined with another one.
+        made: names of the tensors that layers became.
+        factors: See `fused_factors`.
+    """
 
     def __init__(self, file: WeightFile, tensors: dict[str, torch.Tensor]):
         self.file = file
         self.tensors = tensors
-        self.layers: dict[str, dict[str, torch.Tensor]] = {}
-        self.stored_names: dict[str, str] = {}  # layer -> its name in the file
-        self.unpaired: dict[str, _Weight] = {}  # layers that are joined with another one
-        self.sort_parts()
+        names = (PART.sub("", name) for name in tensors if PART.search(name))
+        self.stored_names = {second_name(name): name for name in names}
+        self.unpaired: dict[str, _Weight] = {}
+        self.made: set[str] = set()
+        self.read_bytes = 0
         self.family = self.find_family()
         self.factors = self.fused_factors()
 
@@ -191,32 +227,48 @@ class _Reader:
         """Returns an error about a layer, with its name in the file."""
         stored = self.stored_names.get(layer, layer)
         name = next((name for name in self.file.entries if name.startswith(f"{stored}.")), stored)
-        return self.file.error_at(name, f"{safe_repr(stored)}, quantised by Nunchaku, {problem}",
+        return self.file.error_at(name, f"{safe_repr(stored)}, packed by Nunchaku, {problem}",
                                   advice)
 
-    def sort_parts(self):
-        """Moves the parts of quantised layers to `layers`, and gives all others their names."""
-        quantized = {PART.sub("", name) for name in self.tensors if PART.search(name)}
-        for name in list(self.tensors):
+    def read(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """Returns the tensors that a layer becomes, by their names; none until its pair is read."""
+        self.read_bytes += sum(part.nbytes for part in layer.parts.values())
+        name, read = second_name(layer.name), (
+            self.svdquant if layer.layout.startswith("SVDQuant") else self.awq)
+        out = self.place(name, read(name, layer))
+        twice = next((each for each in out if each in self.tensors), None)
+        if twice is not None:
+            raise PartError(f"it is in the file twice: {safe_repr(twice)} is there too")
+        self.made |= out.keys()
+        if self.read_bytes > DROPPED_BYTES:
+            self.file.drop_pages()
+            self.read_bytes = 0
+        return out
+
+    def finish(self):
+        """Gives the tensors that are not quantised their names of the second version."""
+        if self.unpaired:
+            layer = next(iter(self.unpaired))
+            raise self.error(
+                layer, f"belongs to {safe_repr(self.partner(layer))}, which is not quantised or is"
+                " missing; expected both")
+        stored = set(self.stored_names.values())
+        for name in [name for name in self.tensors if name not in self.made]:
             layer, _, part = name.rpartition(".")
-            tensor = self.tensors.pop(name)
-            target = second_name(layer)
-            if layer not in quantized:
-                self.tensors[f"{target}.{part}" if layer else name] = tensor
-                continue
-            part = FIRST_PARTS.get(part, part)
-            parts = self.layers.setdefault(target, {})
-            self.stored_names[target] = layer
-            if part in parts:
-                raise self.error(target, f"has two tensors {part}")
-            parts[part] = tensor
+            if layer in stored:
+                raise self.error(layer, f"has a tensor {safe_repr(part)}, which is not known",
+                                 OTHER_FORM)
+            if layer:
+                self.put(f"{second_name(layer)}.{part}", self.tensors.pop(name))
+        if self.family is Z_IMAGE:
+            self.split_plain_layers()
 
     def find_family(self) -> Family:
         """Returns the family of the model."""
-        fused = [layer for layer in self.layers if _local_name(layer) in AFTER_VALUES]
+        fused = [layer for layer in self.stored_names if _local_name(layer) in AFTER_VALUES]
         if not fused:
             return SEPARATE
-        names = [*self.tensors, *(f"{layer}." for layer in self.layers)]
+        names = [second_name(name.rpartition(".")[0]) + "." for name in self.tensors]
         for family in MODELS.values():
             if any(map(family.mark.match, names)):
                 return family
@@ -229,11 +281,11 @@ class _Reader:
         """Returns layer -> numbers that its columns were multiplied by, float32 (K,), and for the
         layer before it, whose rows of V were divided by them, the same."""
         factors, blocks = {}, {}
-        for layer in self.layers:
+        for layer in self.stored_names:
             block, local = _split(layer)
             if local in AFTER_VALUES:
                 afters = (f"{block}.{after}" for after in AFTER_VALUES[local])
-                after = next((after for after in afters if after in self.layers), "")
+                after = next((after for after in afters if after in self.stored_names), "")
                 blocks.setdefault(block, {})[layer] = after
         for block, pairs in blocks.items():
             numbers = [self.fused_factor(after) for after in pairs.values()]
@@ -254,103 +306,44 @@ class _Reader:
     def fused_factor(self, layer: str) -> torch.Tensor | None:
         """Returns the numbers in the columns of a layer, float32 (K,), None where there are none.
         """
-        parts = self.layers.get(layer, {})
-        smooth, original = parts.get("smooth_factor"), parts.get("smooth_factor_orig")
+        stored = self.stored_names.get(layer, layer)
+        smooth, original = (
+            next((tensor for name in (f"smooth_factor{end}", f"smooth{end}")
+                  if (tensor := self.tensors.get(f"{stored}.{name}")) is not None), None)
+            for end in ("", "_orig"))
         if smooth is None or original is None or smooth.shape != original.shape:
             return None
         if not bool((smooth == 1).all()) or bool((original == 1).all()):
             return None
-        return self.vector(layer, "smooth_factor_orig", original).float()
+        if original.ndim != 1 or len(original) % tiles.TILE or original.dtype not in HALVES:
+            return None  # its layer is refused
+        return tiles.vector_in_order(original).float()
 
-    def join(self, track: ProgressIter):
-        """Packs all layers, one after another."""
-        read_bytes = 0
-        for layer in track(list(self.layers)):
-            parts = self.layers.pop(layer)
-            read_bytes += sum(part.nbytes for part in parts.values())
-            weight = self.weight(layer, parts)
-            parts.clear()
-            self.place(layer, weight)
-            if read_bytes > DROPPED_BYTES:
-                self.file.drop_pages()
-                read_bytes = 0
-        if self.unpaired:
-            layer = next(iter(self.unpaired))
-            other = self.partner(layer)
-            raise self.error(layer, f"belongs to {safe_repr(other)}, which is not quantised or is"
-                             " missing; expected both")
-        if self.family is Z_IMAGE:
-            self.split_plain_layers()
-
-    def weight(self, layer: str, parts: dict[str, torch.Tensor]) -> _Weight:
-        """Returns a layer of SVDQuant or of AWQ."""
-        codes = parts.get("qweight")
-        if codes is None:
-            raise self.error(layer, f"has {', '.join(sorted(parts))}, but no qweight")
-        if codes.ndim != 2 or not codes.numel():
-            raise self.error(layer, f"has a qweight of {describe(codes)}; expected two dimensions")
-        if codes.dtype == torch.int8:
-            return self.svdquant(layer, parts)
-        if codes.dtype in (torch.int16, torch.int32):
-            return self.awq(layer, parts)
-        raise self.error(layer, f"has a qweight of {describe(codes)}; expected int8 of SVDQuant,"
-                         " or int32 or int16 of AWQ")
-
-    def check(self, layer: str, parts: Mapping[str, torch.Tensor],
-              expected: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
-              optional: Iterable[str] = ()):
-        """Raises WeightFileError where the parts are not those that are expected.
-
-        Args:
-            layer: name of the layer.
-            parts: its tensors.
-            expected: part -> (shape, dtypes).
-            optional: those that may be missing.
-        """
-        unknown = sorted(set(parts) - set(expected))
-        if unknown:
-            raise self.error(layer, f"has a tensor {safe_repr(unknown[0])}, which is not known;"
-                             f" expected {', '.join(expected)}", OTHER_FORM)
-        for part, (shape, dtypes) in expected.items():
-            tensor = parts.get(part)
-            if tensor is None:
-                if part not in optional:
-                    raise self.error(layer, f"has no {part}; expected {', '.join(expected)}")
-            elif tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-                names = " or ".join(map(_dtype_name, dtypes))
-                raise self.error(
-                    layer, f"has {part} of {describe(tensor)}; expected {names} {shape}, since its"
-                    f" qweight is {describe(parts['qweight'])}")
-
-    def vector(self, layer: str, part: str, stored: torch.Tensor) -> torch.Tensor:
-        """Returns numbers of rows or columns in their order."""
-        if stored.ndim != 1 or len(stored) % tiles.TILE or stored.dtype not in HALVES:
-            raise self.error(layer, f"has {part} of {describe(stored)}; expected 16 bits of a"
-                             f" multiple of {tiles.TILE}")
-        return tiles.vector_in_order(stored)
-
-    def svdquant(self, layer: str, parts: dict[str, torch.Tensor]) -> _Weight:
+    def svdquant(self, name: str, layer: Layer) -> _Weight:
         """Returns a layer of SVDQuant."""
-        is_nvfp4 = self.check_svdquant(layer, parts)
-        rows, columns = len(parts["qweight"]), parts["qweight"].shape[1] * 2
+        parts, rows, columns = layer.parts, layer.sizes["N"], layer.sizes["K"]
+        if rows % tiles.TILE or columns % tiles.TILE or layer.sizes.get("R", 0) % tiles.RANKS:
+            raise PartError(f"it has a weight of ({rows}, {columns}) and a low rank of"
+                            f" {layer.sizes.get('R', 0)}, expected rows and columns in multiples"
+                            f" of {tiles.TILE} and ranks of {tiles.RANKS}")
         of_rows = torch.ones(rows, dtype=torch.float32)
         if "wtscale" in parts:
-            of_rows *= parts["wtscale"].float()
+            of_rows *= parts["wtscale"].float().view(-1)
         if "wcscales" in parts:
             of_rows *= tiles.vector_in_order(parts["wcscales"]).float()
         divisors = tiles.vector_in_order(parts["smooth_factor"]).float()
         if not bool((divisors.isfinite() & (divisors != 0)).all()):
-            raise self.error(layer, "has a smooth_factor with 0 or without a finite number")
+            raise PartError("its smooth_factor has a 0 or a number that is not finite")
         up = tiles.up_in_rows(parts["proj_up"]) if "proj_up" in parts else None
         down = tiles.down_in_rows(parts["proj_down"]) if "proj_down" in parts else None
         bias = tiles.vector_in_order(parts["bias"]) if "bias" in parts else None
 
-        factors, scales = self.factors.get(layer), None
+        factors, scales = self.factors.get(name), None
         if factors is not None:
             scales = (torch.ones(rows, dtype=torch.float32),
                       torch.ones(columns, dtype=torch.float32))
-            if _local_name(layer) in AFTER_VALUES:
-                values = slice(self.first_row_of_values(layer, rows, factors), None)
+            if _local_name(name) in AFTER_VALUES:
+                values = slice(_first_row_of_values(rows, factors), None)
                 of_rows[values] *= factors
                 scales[0][values] = factors
                 if bias is not None:
@@ -360,6 +353,7 @@ class _Reader:
                 divisors = divisors * factors
                 scales[1].div_(factors)
 
+        is_nvfp4 = parts["wscales"].dtype == FP8
         if is_nvfp4:
             family, sides = SVDQUANT_NVFP4, tiles.scale_bytes_in_rows
         else:
@@ -367,73 +361,31 @@ class _Reader:
         main = packed_rows(
             family, tiles.codes_in_rows(parts["qweight"]), (rows, columns),
             scale=sides(parts["wscales"]), row_scale=of_rows, column_scale=1 / divisors)
-        if bias is not None and not is_nvfp4 and self.family.shifted.fullmatch(_local_name(layer)):
+        if bias is not None and not is_nvfp4 and self.family.shifted.fullmatch(_local_name(name)):
             bias = bias.float() + bias_of_shift(main)
         return _Weight(main, up, down, bias, scales)
 
-    def check_svdquant(self, layer: str, parts: dict[str, torch.Tensor]) -> bool:
-        """Checks the parts of a layer of SVDQuant; returns whether it is nvfp4, otherwise int4."""
-        codes, scales = parts["qweight"], parts.get("wscales")
-        rows, columns = len(codes), codes.shape[1] * 2
-        if rows % tiles.TILE or columns % tiles.TILE:
-            raise self.error(layer, f"has a qweight of {describe(codes)}; expected rows and"
-                             f" columns in multiples of {tiles.TILE}")
-        is_nvfp4 = scales is not None and scales.dtype == torch.float8_e4m3fn
-        if "wtscale" in parts:
-            parts["wtscale"] = parts["wtscale"].view(-1)
-        scale_dtypes = (torch.float8_e4m3fn,) if is_nvfp4 else HALVES
-        group = NVFP4_GROUP if is_nvfp4 else INT4_GROUP
-        expected = {"qweight": ((rows, columns // 2), (torch.int8,)),
-                    "wscales": ((columns // group, rows), scale_dtypes),
-                    "smooth_factor": ((columns,), HALVES),
-                    "smooth_factor_orig": ((columns,), HALVES), "bias": ((rows,), HALVES)}
-        if is_nvfp4:
-            expected |= {"wcscales": ((rows,), HALVES), "wtscale": ((1,), FLOATS)}
-        if "proj_down" in parts or "proj_up" in parts:
-            down = parts.get("proj_down")
-            rank = down.shape[-1] if down is not None and down.ndim == 2 else 0
-            rank = max(1, -(-rank // tiles.RANKS)) * tiles.RANKS
-            expected |= {"proj_down": ((columns, rank), HALVES), "proj_up": ((rows, rank), HALVES)}
-        self.check(layer, parts, expected, ["wcscales", "wtscale", "smooth_factor_orig", "bias"])
-        return is_nvfp4
-
-    def first_row_of_values(self, layer: str, rows: int, factors: torch.Tensor) -> int:
-        """Returns the row at which V begins in a layer of Q, K and V."""
-        first = rows - rows // 3
-        if rows - first != len(factors):
-            raise self.error(layer, f"has {rows - first} rows of V, but the layer after it has"
-                             f" {len(factors)} columns")
-        return first
-
-    def awq(self, layer: str, parts: dict[str, torch.Tensor]) -> _Weight:
+    def awq(self, name: str, layer: Layer) -> _Weight:
         """Returns a layer of AWQ, the rows of its parts in order."""
-        codes = parts["qweight"]
-        rows, columns = len(codes) * 4, codes.nbytes // len(codes) // 2
-        is_t5 = "scaled_zeros" in parts
-        scale, zero = ("scales", "scaled_zeros") if is_t5 else ("wscales", "wzeros")
+        parts, rows, columns = layer.parts, layer.sizes["N"], layer.sizes["K"]
+        is_t5, codes = "scaled_zeros" in parts, parts["qweight"]
+        scale, zero = AWQ_NUMBERS["AWQ of T5" if is_t5 else "AWQ"]
         group = T5_GROUP if is_t5 else AWQ_GROUP
-        if columns % max(group, 64):
-            raise self.error(layer, f"has a qweight of {describe(codes)}; expected columns in"
-                             f" multiples of {group}")
         groups = columns // group
-        stored = parts.get(scale)
-        count = stored.shape[0] if stored is not None and stored.ndim == 2 else groups
-        if not groups <= count <= -(-groups // AWQ_PADDING) * AWQ_PADDING:
-            count = groups
-        expected = {"qweight": (tuple(codes.shape), (codes.dtype,)),
-                    scale: ((count, rows), HALVES), zero: ((count, rows), HALVES),
-                    "bias": ((rows,), FLOATS)}
-        self.check(layer, parts, expected, ["bias"])
+        if columns % group or not groups <= layer.sizes["S"] <= (
+                -(-groups // AWQ_PADDING) * AWQ_PADDING):
+            raise PartError(f"it has {columns} columns and {scale} of {describe(parts[scale])},"
+                            f" expected one for each {group} columns")
         if parts[scale].dtype != parts[zero].dtype:
-            raise self.error(layer, f"has {scale} of {describe(parts[scale])}, but {zero} of"
-                             f" {describe(parts[zero])}")
+            raise PartError(f"it has {scale} of {describe(parts[scale])}, but {zero} of"
+                            f" {describe(parts[zero])}")
         in_rows = [tiles.awq_codes_in_rows(codes), *(
             parts[part][:groups].t().contiguous() for part in (scale, zero))]
         bias = parts.get("bias")
-        count = self.family.modulations.get(_local_name(layer))
+        count = self.family.modulations.get(_local_name(name))
         if count is not None:
             if rows % count:
-                raise self.error(layer, f"has {rows} rows; expected a multiple of {count}")
+                raise PartError(f"it has {rows} rows; expected a multiple of {count}")
             in_rows = [tiles.parts_in_order(tensor, count) for tensor in in_rows]
             if bias is not None:
                 bias = tiles.parts_in_order(bias, count).float().view(count, -1)
@@ -444,26 +396,25 @@ class _Reader:
                            scale=in_rows[1], minimum=in_rows[2])
         return _Weight(main, bias=None if bias is None else bias.clone())
 
-    def place(self, layer: str, weight: _Weight):
-        """Puts a layer into `tensors`, under the names of the layers that it has rows of."""
+    def place(self, layer: str, weight: _Weight) -> dict[str, torch.Tensor]:
+        """Returns the tensors of a layer, under the names of the layers that it has rows of."""
         block, local = _split(layer)
         if self.family is FLUX and self.partner(layer) is not None:
             return self.place_joined(layer, weight)
         if weight.bias is not None and not self.family.has_biases and not weight.bias.any():
             weight.bias = None
         names = ROWS_OF.get(local, ()) if self.family is not SEPARATE else ()
+        packed, biases = weight.packed(), [weight.bias]
         if not names:
-            return self.put(layer, weight.packed(), weight.bias)
+            return _named([layer], [packed], biases)
         rows = len(weight.main) // len(names)
         if len(weight.main) % len(names):
-            raise self.error(layer, f"has {len(weight.main)} rows; expected those of"
-                             f" {len(names)} layers")
-        packed = weight.packed()
-        for index, name in enumerate(names):
-            piece = slice(index * rows, (index + 1) * rows)
-            bias = None if weight.bias is None else weight.bias[piece]
-            self.put(f"{block}.{name}", take_rows(packed, piece), bias)
-        return None
+            raise PartError(f"it has {len(weight.main)} rows; expected those of {len(names)}"
+                            " layers")
+        pieces = [slice(index * rows, (index + 1) * rows) for index in range(len(names))]
+        return _named([f"{block}.{name}" for name in names],
+                      [take_rows(packed, piece) for piece in pieces],
+                      [None if weight.bias is None else weight.bias[piece] for piece in pieces])
 
     def partner(self, layer: str) -> str | None:
         """Returns the layer with which ComfyUI has a layer as one, or None."""
@@ -475,12 +426,12 @@ class _Reader:
                 return f"{block}.{pair[1 - pair.index(local)]}"
         return None
 
-    def place_joined(self, layer: str, weight: _Weight):
-        """Puts the two layers that ComfyUI has as one into `tensors`, when both are read."""
+    def place_joined(self, layer: str, weight: _Weight) -> dict[str, torch.Tensor]:
+        """Returns the tensors of two layers that ComfyUI has as one, when both are read."""
         other = self.partner(layer)
         if other not in self.unpaired:
             self.unpaired[layer] = weight
-            return
+            return {}
         block, local = _split(layer)
         both = {local: weight, _split(other)[1]: self.unpaired.pop(other)}
         (first, second), (name, axis, names) = next(
@@ -488,28 +439,24 @@ class _Reader:
         weights = both[first], both[second]
         if weights[0].main.shape[1 - axis] != weights[1].main.shape[1 - axis]:
             shapes = " and ".join(str(tuple(weight.main.shape)) for weight in weights)
-            raise self.error(layer, f"and {safe_repr(other)} are of {shapes}; expected the same"
-                             f" number of {('columns', 'rows')[axis]}")
+            raise PartError(f"it and {safe_repr(other)} are of {shapes}; expected the same number"
+                            f" of {('columns', 'rows')[axis]}")
         joined = join_packed([weight.packed() for weight in weights], axis)
-        self.put(f"{block}.{name}", joined, None)
         biases = [torch.zeros(len(weight.main), dtype=torch.float32)
                   if weight.bias is None else weight.bias for weight in weights]
         if axis == 1:
             biases = [biases[0].float() + biases[1].float()]
         else:
             biases = [*biases[0].chunk(len(names) - 1), biases[1]]
-        for target, bias in zip(names, biases):
-            self.put(f"{block}.{target}", None, bias)
+        return {f"{block}.{name}.weight": joined} | _named(
+            [f"{block}.{target}" for target in names], [], biases)
 
-    def put(self, layer: str, weight: torch.Tensor | None, bias: torch.Tensor | None):
-        """Puts a weight and a bias into `tensors`; None where there is none."""
-        for part, tensor in (("weight", weight), ("bias", bias)):
-            name = f"{layer}.{part}"
-            if tensor is None:
-                continue
-            if name in self.tensors:
-                raise self.error(layer, f"is in the file twice: {safe_repr(name)} is there too")
-            self.tensors[name] = tensor
+    def put(self, name: str, tensor: torch.Tensor):
+        """Puts a tensor that is not quantised into `tensors`."""
+        if name in self.tensors:
+            raise self.error(name.rpartition(".")[0], f"is in the file twice: {safe_repr(name)} is"
+                             " there too")
+        self.tensors[name] = tensor
 
     def split_plain_layers(self):
         """Gives the feed-forward layers of Z-Image that are not quantised their names."""
@@ -523,7 +470,24 @@ class _Reader:
                 continue
             tensor = self.tensors.pop(name)
             for target, rows in zip(names, tensor.chunk(len(names))):
-                self.put(f"{block}.{target}", rows, None)
+                self.put(f"{block}.{target}.weight", rows)
+
+
+def _named(layers: Iterable[str], weights: Iterable[torch.Tensor],
+           biases: Iterable[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Returns weights and biases under the names of their layers."""
+    layers = list(layers)
+    return {f"{layer}.weight": weight for layer, weight in zip(layers, weights)} | {
+        f"{layer}.bias": bias for layer, bias in zip(layers, biases) if bias is not None}
+
+
+def _first_row_of_values(rows: int, factors: torch.Tensor) -> int:
+    """Returns the row at which V begins in a layer of Q, K and V."""
+    first = rows - rows // 3
+    if rows - first != len(factors):
+        raise PartError(f"it has {rows - first} rows of V, but the layer after it has"
+                        f" {len(factors)} columns")
+    return first
 
 
 def second_name(layer: str) -> str:
@@ -545,10 +509,6 @@ def _local_name(layer: str) -> str:
     return _split(layer)[1]
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 QUANTIZER = Quantizer(
-    name="Nunchaku", methods={"nunchaku_lite": "Nunchaku", "svdquant": "Nunchaku"},
-    is_in=lambda names, metadata, type_of: has_nunchaku_weights(names), join=_join)
+    name="Nunchaku", methods={"nunchaku_lite": "Nunchaku", "svdquant": "Nunchaku"}, find=find,
+    layouts=PARTS, layout=layout, session=session)

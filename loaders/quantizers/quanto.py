@@ -1,60 +1,63 @@
 """Reads weights that optimum-quanto packed.
 
-| in the file (layer `L`, weight (N, K)) | type |
-|---|---|
-| `L.weight._data` int8 or fp8 (N, ...), `L.weight._scale` (N, 1, ...) or () | qint8, qfloat8 |
-| `L.weight._data._data` uint8, `L.weight._scale`, `L.weight._shift` (N * K / g, 1) | qint4, qint2 |
-
-Each becomes one packed tensor `L.weight`. value = code * scale, or code * scale - shift. qint4 and
-qint2 are matrices of (N * K / g, g) codes, which are cut into 2 or 4 parts below each other, whose
-codes share bytes, the first part in the lowest bits. The file does not say N, so the layer needs a
-bias. `L.input_scale` and `L.output_scale` say nothing about the weight.
+`PARTS` of a layer of (N, K) become one packed tensor: value = code * scale, or code * scale -
+shift. qint4 and qint2 are matrices of (N * K / L, L) codes, G rows, which are cut into 2 or 4 parts
+below each other, whose codes share bytes, the first part in the lowest bits. The file does not say
+N, so the layer needs a bias. `input_scale` and `output_scale` say nothing about the weight.
 
 Source: optimum-quanto 0.2.7 `tensor/packed.py`, `tensor/weights/qbits.py`.
 """
-import math
+import re
 
 import torch
 
-from ...ops.formats.integers import ENDINGS, quanto_family
+from ...ops.formats.integers import quanto_family
 from ...ops.tensor.packed_layout import packed_rows
-from ..files.container import WeightFile, describe
-from .base import PartError, Parts, of_layers, part
-from .integers import join_codes, pack_rows
+from .base import Layer, Quantizer, layers_with
+from .integers import CODES_OF_ROWS, SCALES, SCALES_OF_ROWS, join_codes, pack_rows
+from .parts import Part, PartError
 
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
-PARTS = (CODES, PACKED, SCALE, SHIFT, "input_scale", "output_scale")
+OF_INPUT = {name: Part("", optional=name) for name in ("input_scale", "output_scale")}
+PARTS = {
+    "qint8 or qfloat8": {CODES: CODES_OF_ROWS, SCALE: SCALES_OF_ROWS, **OF_INPUT},
+    "qint4 or qint2": {SCALE: Part("G", SCALES), SHIFT: Part("G", SCALES),
+                       PACKED: Part("(C, L)", (torch.uint8,)), **OF_INPUT},
+}
 
 
-def read_weight(file: WeightFile, layer: str, parts: Parts) -> torch.Tensor:
+def layout(layer: Layer) -> str:
+    """Returns the name of a layer's layout, by its codes."""
+    return "qint8 or qfloat8" if CODES in layer.parts else "qint4 or qint2"
+
+
+def read(layer: Layer) -> torch.Tensor:
     """Returns the weight of a layer, packed, from its parts."""
-    settled = str(file.quantization.get("weights_dtype", file.quantization.get("weights", "")))
+    config, parts, sizes = layer.file.quantization, layer.parts, layer.sizes
+    settled = str(config.get("weights_dtype", config.get("weights", "")))
     if CODES in parts:
         if settled == "int8" and parts[CODES].dtype != torch.int8:
-            raise PartError(f"its codes are {describe(parts[CODES])}, expected int8 by its config")
-        return pack_rows(parts[CODES], part(parts, SCALE))
-    codes, scale, shift = (part(parts, name) for name in (PACKED, SCALE, SHIFT))
-    groups = scale.numel()
-    if (codes.ndim, codes.dtype) != (2, torch.uint8) or not codes.numel() or (
-            shift.numel() != groups or shift.dtype != scale.dtype
-            or scale.dtype not in ENDINGS):
-        raise PartError(f"it has {describe(codes)} codes, {describe(scale)} scales and"
-                        f" {describe(shift)} shifts, expected uint8 codes with a scale and a shift"
-                        " for each group")
+            raise PartError("its codes are no int8, which its config says that they are")
+        return pack_rows(parts[CODES], parts[SCALE])
+    codes, scale, shift = parts[PACKED], parts[SCALE], parts[SHIFT]
+    if shift.dtype != scale.dtype:
+        raise PartError(f"its scales are {scale.dtype} and its shifts {shift.dtype}, expected the"
+                        " same")
+    groups, group = sizes["G"], sizes["L"]
     bits = next((bits for bits in (4, 2) if len(codes) == -(-groups * bits // 8)), None)
-    if bits is None or codes.shape[1] * bits % 8 or (
+    if bits is None or group * bits % 8 or (
             settled in ("int2", "int4") and settled != f"int{bits}"):
-        raise PartError(f"it has {describe(codes)} codes for {groups} groups, expected 2 or 4 bits"
-                        " a value, and whole bytes for each group")
-    bias = file.entries.get(f"{layer}.bias")
+        raise PartError(f"it has {len(codes)} rows of {group} codes for {groups} groups, expected 2"
+                        " or 4 bits a value, and whole bytes for each group")
+    bias = layer.file.entries.get(f"{layer.name}.bias")
     if bias is None:
         raise PartError("it has no bias, without which its file does not say how many rows it has;"
                         " qint8 and qfloat8 need none")
-    rows, group = math.prod(bias.shape), codes.shape[1]
+    rows = bias.shape[0] if len(bias.shape) == 1 else 0
     columns = groups * group // max(1, rows)
-    if len(bias.shape) != 1 or not rows or rows * columns != groups * group or columns % group:
-        raise PartError(f"its {groups} groups of {group} values are no whole rows of the {rows}"
-                        " that its bias has")
+    if rows * columns != groups * group or columns % group:
+        raise PartError(f"its {groups} groups of {group} values are no whole rows of its bias of"
+                        f" {bias.shape}")
     packed = join_codes(_codes(codes, groups, bits), bits)
     return packed_rows(quanto_family(bits, scale.dtype), packed, (rows, columns), (group,),
                        scale=scale, minimum=-shift)
@@ -67,4 +70,7 @@ def _codes(stored: torch.Tensor, groups: int, bits: int) -> torch.Tensor:
     return torch.cat(parts)[:groups]
 
 
-QUANTIZER = of_layers("quanto", PARTS, {CODES: (), PACKED: ()}, read_weight, {"quanto": "quanto"})
+QUANTIZER = Quantizer(
+    name="quanto", methods={"quanto": "quanto"}, find=layers_with([CODES], [PACKED]),
+    layouts=PARTS, layout=layout, read=read, is_uniform=True,
+    leftovers=re.compile(r"\.weight\._(data|scale|shift|packed)$"))

@@ -7,6 +7,7 @@ import torch
 from ..files.container import ProgressIter, WeightFile
 from . import (
     bitsandbytes,
+    comfyui,
     compressed_tensors,
     gptq,
     leftover_scales,
@@ -16,42 +17,42 @@ from . import (
     sdnq,
     torchao,
 )
-from .base import TypeOf
-from .comfyui_marks import marked_layers
+from .base import Header, HeaderOf, join_weights
 from .unsupported_quantizers import reject_unsupported_quantizers
 
 QUANTIZERS = (
     bitsandbytes.QUANTIZER, nunchaku.QUANTIZER, gptq.QUANTIZER, compressed_tensors.QUANTIZER,
     quanto.QUANTIZER, torchao.QUANTIZER, scaled_weights.QUANTIZER, sdnq.QUANTIZER,
-    leftover_scales.QUANTIZER,
+    leftover_scales.QUANTIZER, comfyui.QUANTIZER,
 )
 # `quant_method` of a config -> who quantised by it, for people
 METHODS = {method: who for quantizer in QUANTIZERS for method, who in quantizer.methods.items()}
-COMFYUI = "ComfyUI's own formats"
+IN_FILES = tuple(quantizer for quantizer in QUANTIZERS if quantizer.in_file)
 
 
 def has_quantized_weights(names: Collection[str], metadata: Mapping[str, Any],
-                          type_of: TypeOf) -> bool:
-    """Returns whether a file has weights of one of the quantisers; see `Quantizer.is_in`."""
+                          header_of: HeaderOf) -> bool:
+    """Returns whether one of the quantisers, but ComfyUI, packed weights; see `Quantizer.find`."""
     names = dict.fromkeys(names)  # each is looked up for many others
-    return any(quantizer.is_in(names, metadata, type_of) for quantizer in QUANTIZERS)
+    return any(quantizer.finds(names, metadata, header_of) for quantizer in IN_FILES)
 
 
 def quantizer_of(file: WeightFile) -> str:
     """Returns who quantised weights of a file, by its config where that says so, "" for nobody."""
 
-    def type_of(name: str) -> str:
-        return file.entries[name].format
+    def header_of(name: str) -> Header:
+        entry = file.entries[name]
+        return Header(file.dtypes.get(entry.format), entry.shape)
 
     for quantizer in QUANTIZERS:
-        if quantizer.is_in(file.entries, file.metadata, type_of):
+        if quantizer.finds(file.entries, file.metadata, header_of):
             return METHODS.get(str(file.quantization.get("quant_method")), quantizer.name)
-    return COMFYUI if marked_layers(file.metadata, file.entries) else ""
+    return ""
 
 
 def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
                            track: ProgressIter = iter):
-    """Replaces the parts of each weight that a quantiser packed with one packed tensor `L.weight`.
+    """Replaces the parts of each weight that a quantiser packed with one packed tensor.
 
     Args:
         file: the file they come from. What it marks as ComfyUI's stays as it is.
@@ -62,8 +63,5 @@ def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
         WeightFileError: the parts of a weight do not belong together, or a quantiser is not
             supported.
     """
-    # progress has one stage for all: bitsandbytes' reader goes through the names of any file
-    tracked = nunchaku if nunchaku.has_nunchaku_weights(tensors) else bitsandbytes
-    for quantizer in QUANTIZERS:
-        quantizer.join(file, tensors, track if quantizer is tracked.QUANTIZER else iter)
+    join_weights(IN_FILES, file, tensors, track)
     reject_unsupported_quantizers(file, tensors)

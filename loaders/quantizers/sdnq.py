@@ -21,44 +21,48 @@ The layouts are those that sdnq 0.1.0 to 0.2.8 write.
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...ops.bounded_json import read_json
-from ...ops.formats.base import FormatError
 from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
 from ...ops.formats.row_layout import PACK_CODES, RowFamily
 from ...ops.formats.sdnq import ALIASES, CODEBOOKS, NUMBER_TYPES, ROTATION_BASE, SDNQ_TYPES
 from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import (
-    AGAIN,
-    CONFIG_KEY,
-    ProgressIter,
-    WeightFile,
-    describe,
-    map_file,
-    safe_repr,
-)
-from .base import PartError, Quantizer, TypeOf, has_scaled_layers, layer_scaled_by
+from ..files.container import AGAIN, CONFIG_KEY, WeightFile, describe, map_file, safe_repr
+from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
 from .comfyui import MAX_ROTATION
 from .comfyui_marks import MARK
+from .parts import FLOATS, Part, PartError
 
 log = logging.getLogger(__name__)
 
 METHOD = "sdnq"  # `quant_method` of a config
 MAX_PATTERNS = 4096  # of a config; each is tried for each layer
 CONFIG_FILES = ("config.json", "quantization_config.json")
-SCALE, ZERO, UP, DOWN = ".scale", ".zero_point", ".svd_up", ".svd_down"
+SCALE, ZERO, UP, DOWN = "scale", "zero_point", "svd_up", "svd_down"
 # names of a number's factor, or table, and of what is added
-SCALE_PARTS, ZERO_PARTS = (".scale_2", ".scale_zero_point"), (".zero_point_scale", ".zero_point_2")
-LEFTOVERS = (ZERO, UP, DOWN, *SCALE_PARTS, *ZERO_PARTS)
-TYPES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "I64", "I16", "U16")  # of codes
+SCALE_PARTS, ZERO_PARTS = ("scale_2", "scale_zero_point"), ("zero_point_scale", "zero_point_2")
 BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+FOUND = (*BYTES, torch.int64, torch.int16, torch.uint16)  # dtypes of codes that writers have
+_FACTOR = Part("(A, B)", tuple(FACTOR_DTYPES.values()), "low rank")
+_NUMBERS = Part("", (*FLOATS, torch.uint8, torch.int8))  # floats, or codes of them
+PARTS = {
+    "weight": Part("", (*BYTES, torch.int64)), SCALE: _NUMBERS,
+    ZERO: replace(_NUMBERS, optional=ZERO),
+    SCALE_PARTS[0]: Part("1 or 256", FLOATS, SCALE_PARTS[0]),
+    SCALE_PARTS[1]: Part("1", FLOATS, SCALE_PARTS[1]),
+    ZERO_PARTS[0]: Part("1 or 256", FLOATS, ZERO_PARTS[0]),
+    ZERO_PARTS[1]: Part("1", FLOATS, ZERO_PARTS[1]),
+    UP: _FACTOR, DOWN: replace(_FACTOR, shape="(C, D)"),
+}
+LEFTOVERS = re.compile(rf"\.({'|'.join(name for name in PARTS if name not in ('weight', SCALE))})$")
 # versions of SDNQ from which powers of four are rotated by powers of H4, and from which small
 # floats have subnormals
 H4_VERSION, SUBNORMALS_VERSION = (0, 2, 0), (0, 2, 2)
@@ -67,8 +71,12 @@ SMALLEST_ROTATION = 4
 CONFIG = "Put the config.json of the model beside it, or load the model's folder."
 
 
-def _is_in(names: Iterable[str], metadata: Mapping[str, Any], type_of: TypeOf) -> bool:
-    return has_scaled_layers(names, (SCALE,), TYPES, type_of)
+def find(names: Collection[str], metadata: Mapping[str, Any],
+         header_of: HeaderOf) -> Iterator[str]:
+    """Yields the layers with codes and scales."""
+    for layer in scaled_layers(names, (SCALE,)):
+        if header_of(f"{layer}.weight").dtype in FOUND:
+            yield layer
 
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
@@ -98,26 +106,21 @@ def _config_of(file: WeightFile) -> Mapping[str, Any] | None:
     return config if config or file.path.is_dir() else read_config(file.path)
 
 
-def _join(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIter):
-    layers = [layer for name in tensors
-              if (layer := layer_scaled_by(name, (SCALE,), tensors)) is not None
-              and tensors[f"{layer}.weight"].dtype in (*BYTES, *_WIDE)]
-    if not layers:
-        return
+@contextmanager
+def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[Read]:
+    """Gives what reads a layer with the config of its file, and refuses what is left of others."""
     config = _config_of(file)
     if config is None:
         log.info("[Featherweight] %s has no config of SDNQ: read as integers, not rotated.",
                  file.path.name)
-    for layer in layers:
-        try:
-            settings = None if config is None else read_settings(config, f"{layer}.weight")
-            tensors[f"{layer}.weight"] = _Layer(layer, tensors, settings).join()
-        except (PartError, FormatError) as error:
-            advice = error.advice if isinstance(error, PartError) else AGAIN
-            raise file.error_at(f"{layer}.weight", f"{safe_repr(layer)}: {error}", advice
-                                ) from error
+
+    def read(layer: Layer) -> PackedTensor:
+        settings = None if config is None else read_settings(config, f"{layer.name}.weight")
+        return _Layer(layer, tensors.get(f"{layer.name}.bias"), settings).join()
+
+    yield read
     for name, tensor in tensors.items():
-        if name.endswith(LEFTOVERS):
+        if LEFTOVERS.search(name):
             raise file.error_at(
                 name, f"{safe_repr(name)} is part of an SDNQ weight whose other parts are not in"
                 " the file", AGAIN)
@@ -125,11 +128,8 @@ def _join(file: WeightFile, tensors: dict[str, torch.Tensor], track: ProgressIte
         if (layer != name and tensor.dtype in (torch.uint8, torch.int8)
                 and f"{layer}{MARK}" not in tensors):
             raise file.error_at(
-                name, f"{safe_repr(name)} has codes of SDNQ, but {safe_repr(layer + SCALE)}, their"
-                " scales, is not in the file", AGAIN)
-
-
-_WIDE = (torch.int64, torch.int16, torch.uint16)
+                name, f"{safe_repr(name)} has codes of SDNQ, but {safe_repr(f'{layer}.{SCALE}')},"
+                " their scales, is not in the file", AGAIN)
 
 
 @dataclass(frozen=True)
@@ -263,23 +263,17 @@ class _Layer:
         kernel: dimensions of a convolution's kernel.
     """
 
-    def __init__(self, name: str, tensors: dict[str, torch.Tensor],
-                 settings: LayerSettings | None):
-        self.settings = settings
+    def __init__(self, layer: Layer, bias: torch.Tensor | None, settings: LayerSettings | None):
+        self.settings, parts = settings, layer.parts
         self.is_transposed = settings is not None and settings.is_transposed
-        bias = tensors.get(f"{name}.bias")
         self.bias_length = len(bias) if bias is not None and bias.ndim == 1 else None
-        self.weight = tensors[f"{name}.weight"]
-        self.scale = tensors.pop(name + SCALE)
-        self.zero = tensors.pop(name + ZERO, None)
-        self.scale_parts = [tensors.pop(name + part, None) for part in SCALE_PARTS]
-        self.zero_parts = [tensors.pop(name + part, None) for part in ZERO_PARTS]
-        self.up, self.down = tensors.pop(name + UP, None), tensors.pop(name + DOWN, None)
+        self.weight, self.scale, self.zero = parts["weight"], parts[SCALE], parts.get(ZERO)
+        self.scale_parts = [parts.get(part) for part in SCALE_PARTS]
+        self.zero_parts = [parts.get(part) for part in ZERO_PARTS]
+        self.up, self.down = parts.get(UP), parts.get(DOWN)
 
     def join(self) -> PackedTensor:
         """Returns the packed weight. Raises PartError and FormatError."""
-        if (self.up is None) != (self.down is None):
-            raise PartError("it has only one of svd_up and svd_down")
         if self.zero is not None and self.zero.shape != self.scale.shape:
             raise PartError(f"its zero_point is {describe(self.zero)} and its scale"
                             f" {describe(self.scale)}; expected the same shape")
@@ -494,19 +488,15 @@ class _Layer:
     def read_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the factors of the low rank, (rows, R) and (R, columns)."""
         assert self.up is not None and self.down is not None
-        up, down = self.up, self.down
-        dtypes = FACTOR_DTYPES.values()
-        if up.ndim == down.ndim == 2 and up.numel() and up.dtype in dtypes and down.dtype in dtypes:
-            expected = (self.rows, self.columns)
-            is_plain = (len(up), down.shape[1]) == expected and up.shape[1] == len(down)
-            is_turned = (up.shape[1], len(down)) == expected and len(up) == down.shape[1]
-            if is_turned and (self.is_transposed or not is_plain):
-                return up.t(), down.t()
-            if is_plain:
-                return up, down
+        up, down, expected = self.up, self.down, (self.rows, self.columns)
+        is_plain = (len(up), down.shape[1]) == expected and up.shape[1] == len(down)
+        is_turned = (up.shape[1], len(down)) == expected and len(up) == down.shape[1]
+        if is_turned and (self.is_transposed or not is_plain):
+            return up.t(), down.t()
+        if is_plain:
+            return up, down
         raise PartError(f"its svd_up is {describe(up)} and its svd_down {describe(down)};"
-                        " expected floats that make a weight of"
-                        f" ({self.rows}, {self.columns}), in 16 or 32 bits")
+                        f" expected factors of a weight of {expected}")
 
     def expand_to_rows(self, numbers: torch.Tensor) -> torch.Tensor:
         """Returns one number for each row where a file has one for the whole weight."""
@@ -515,9 +505,6 @@ class _Layer:
 
 def _stored_bits(weight: torch.Tensor) -> set[int]:
     """Returns the numbers of bits that codes of this shape and dtype may have."""
-    if weight.dtype in _WIDE[1:]:
-        raise PartError(f"its codes are {describe(weight)}, of more than 8 bits; expected at most"
-                        " 8", "Get another conversion.")
     if weight.dtype == torch.int64:
         return {1} if weight.ndim == 1 else set()
     if weight.dtype != torch.uint8:
@@ -551,8 +538,7 @@ def _read_numbers(stored: torch.Tensor, part: str, name: str, factor: torch.Tens
     """
     count = 1 if factor is None else factor.numel()
     is_table = stored.dtype == torch.uint8 and count == 256 and offset is None
-    is_single = count == 1 and (offset is None or offset.numel() == 1)
-    if not (is_single or is_table) or (factor is None and stored.dtype in BYTES):
+    if not (count == 1 or is_table) or (factor is None and stored.dtype in BYTES):
         raise PartError(f"its {part} is {describe(stored)} without the numbers that it is read"
                         " by; expected floats, or codes with scale_2 or zero_point_scale")
     factor = torch.ones(1, dtype=torch.float32) if factor is None else factor.float().view(-1)
@@ -563,8 +549,6 @@ def _read_numbers(stored: torch.Tensor, part: str, name: str, factor: torch.Tens
             table = table if offset is None else table + offset.float()
         return list(NUMBER_TYPES).index(torch.uint8), {
             name: stored, f"{name}_table": table}
-    if not stored.is_floating_point():
-        raise PartError(f"its {part} is {describe(stored)}; expected floats or codes of 8 bits")
     if stored.dtype in (torch.bfloat16, torch.float16) and offset is None:
         return list(NUMBER_TYPES).index(stored.dtype), {name: stored, f"{name}_factor": factor}
     numbers = stored.contiguous().view(-1).float()
@@ -573,4 +557,5 @@ def _read_numbers(stored: torch.Tensor, part: str, name: str, factor: torch.Tens
     return 0, {name: numbers if offset is None else numbers + offset.float()}
 
 
-QUANTIZER = Quantizer(name="SDNQ", methods={METHOD: "SDNQ"}, is_in=_is_in, join=_join)
+QUANTIZER = Quantizer(name="SDNQ", methods={METHOD: "SDNQ"}, find=find, layouts={"SDNQ": PARTS},
+                      session=session)

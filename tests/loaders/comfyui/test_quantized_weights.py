@@ -132,7 +132,7 @@ def test_damaged_metadata_is_a_sentence_of_every_loader(loader, text, tmp_path):
         ),
         (
             {"format": "float8_e4m3fn"},
-            "float8_e4m3fn: its codes are int8 (256, 1280), expected float8_e4m3fn",
+            "float8_e4m3fn: it has weight of int8 (256, 1280), expected ",
         ),
     ],
 )

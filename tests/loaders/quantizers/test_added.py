@@ -17,24 +17,27 @@ import torch
 from ...ops.formats.comfyui import in_groups
 from ...ops.formats.row_layout import Codes, Numbers, RowFamily
 from ...ops.tensor.packed_layout import packed_tensor
-from .base import PartError, of_layers, part
+from .base import Quantizer, layers_with
+from .parts import Part
 
 SQUARES = RowFamily("SQUARES", partial(
     in_groups, Codes(4, "low first", tuple(float(code * code) for code in range(16))),
     scale=Numbers("f16"), title="squares"), (32,))
 
 
-def read_weight(file, layer, parts):
-    codes, scales = part(parts, "codes"), part(parts, "scales")
-    columns = codes.shape[1] * 2
-    if scales.shape != (len(codes), columns // 32):
-        raise PartError("its scales are of other groups")
-    return packed_tensor(SQUARES.of_columns(columns), codes.flatten(), (len(codes), columns),
-                         torch.float32, scales.flatten().view(torch.uint8))
+PARTS = {"codes": Part("(N, K / 2)", (torch.uint8,)),
+         "scales": Part("(N, K / 32)", (torch.float16,))}
 
 
-QUANTIZER = of_layers("squarer", ("codes", "scales"), {"codes": ()}, read_weight,
-                      {"squares": "squarer"})
+def read(layer):
+    rows, columns = layer.sizes["N"], layer.sizes["K"]
+    return packed_tensor(SQUARES.of_columns(columns), layer.parts["codes"].flatten(),
+                         (rows, columns), torch.float32,
+                         layer.parts["scales"].flatten().view(torch.uint8))
+
+
+QUANTIZER = Quantizer(name="squarer", methods={"squares": "squarer"},
+                      find=layers_with(["codes"]), layouts={"squares": PARTS}, read=read)
 '''
 CHILD = '''
 import sys, comfyui_and_pack
@@ -71,7 +74,8 @@ save_file({"L.codes": codes, "L.scales": scales[:, :1].contiguous()}, path)
 try:
     open_weights(path).state_dict()
 except WeightFileError as error:
-    assert "'L', packed by squarer: its scales are of other groups" in str(error), error
+    assert ("'L', packed by squarer: it has scales of float16 (6, 1), expected (N, K / 32) of"
+            " float16 with N = 6, K = 64.") in str(error), error
 else:
     raise AssertionError("it was read")
 print("added")

@@ -210,11 +210,11 @@ def test_weights_of_different_tables_are_joined_packed():
 
 
 @pytest.mark.parametrize(("settings", "changes", "reason"), [
-    ({}, {"weight_s_rel": torch.ones(4, 4).to(torch.float8_e4m3fn)}, r"s_rel is float8_e4m3fn"),
-    ({}, {"weight_s_rel": None}, "weight_s_rel is missing"),
-    ({}, {"weight_s_channel": torch.ones(3)}, r"weight_s_channel is float32 \(3,\)"),
-    ({}, {"weight_codebook": torch.ones(8)}, r"weight_codebook is float32 \(8,\)"),
-    ({"group_size": 24}, {}, "bits a value"), ({"group_size": "x"}, {}, "weight_s_rel is"),
+    ({}, {"weight_s_rel": torch.ones(4, 4).to(torch.float8_e4m3fn)}, "s_rel of float8_e4m3fn"),
+    ({}, {"weight_s_rel": None}, "it has no weight_s_rel"),
+    ({}, {"weight_s_channel": torch.ones(3)}, r"weight_s_channel of float32 \(3,\)"),
+    ({}, {"weight_codebook": torch.ones(8)}, r"weight_codebook of float32 \(8,\)"),
+    ({"group_size": 24}, {}, "bits a value"), ({"group_size": "x"}, {}, "bits a value"),
     ({"convrot_groupsize": 8}, {}, "groups of 8"),
 ])
 def test_asymmetric_parts_that_do_not_belong_together_are_a_sentence(settings, changes, reason):
@@ -235,7 +235,7 @@ def test_awq_values_are_those_of_the_formula(dtype, zeros):
     assert format_named(packed.params.format.name) is packed.params.format
     assert torch.equal(take_rows(packed, slice(3, 9)).dequantize(), expected[3:9])
     for changes in ({"weight_scale": torch.ones(7, ROWS)}, {zeros: parts[zeros].double()}):
-        with pytest.raises(PartError, match="weight_scale and weight_zeros are"):
+        with pytest.raises(PartError, match="weight_(zeros|scale) "):
             pack_parts({"format": "awq_w4a16"}, parts | changes)
 
 
@@ -340,15 +340,25 @@ def test_a_device_without_fp8_and_int8_products_computes_all_formats(weight, mon
         assert torch.equal(product.dequantize(one, torch.float32), expected[name])
 
 
+FP8 = torch.zeros(64, 64).to(torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(("settings", "changes", "reason"), [
-    ({"format": "float8_e4m3fn"}, {"weight_scale": None}, "weight_scale is missing"),
-    ({"format": "float8_e4m3fn"}, {"weight_scale": torch.ones(7)}, r"float32 \(7,\)"),
+    ({"format": "float8_e4m3fn"}, {"weight_scale": None}, "it has no weight_scale"),
+    ({"format": "float8_e4m3fn"}, {"weight": FP8, "weight_scale": torch.ones(7)},
+     r"weight_scale of float32 \(7,\), expected one number or N numbers of any .* with N = 64"),
+    ({"format": "float8_e4m3fn"}, {"weight": FP8.char()},
+     "weight of int8 .* of float8_e4m3fn, float8_e5m2 or uint8"),
     ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 100}, {}, "groups of 100"),
     ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "x"}, {}, "groups of 0"),
-    ({"format": "nvfp4"}, {"weight_scale": torch.ones(7)}, r"float32 \(7,\)"),
-    ({"format": "mxfp8"}, {"weight_scale": None}, "weight_scale is missing"),
-    ({"format": "float8_e4m3fn_blockwise"}, {"weight_scale": torch.ones(3, 3)}, r"\(3, 3\)"),
-    ({"format": "int8_tensorwise"}, {"weight": torch.zeros(4, 4)}, r"codes are float32 \(4, 4\)"),
+    ({"format": "nvfp4"}, {"weight_scale_2": torch.ones(1)}, r"weight_scale of float32 \(64,\)"),
+    ({"format": "nvfp4"}, {"weight_scale_2": torch.ones(1), "weight_scale": FP8},
+     r"its weight_scale is .*, expected \(128, 8\)"),
+    ({"format": "mxfp8"}, {"weight": FP8, "weight_scale": None}, "it has no weight_scale"),
+    ({"format": "float8_e4m3fn_blockwise"}, {"weight": FP8, "weight_scale": torch.ones(3, 3)},
+     r"\(3, 3\), which do not divide a weight of \(64, 64\)"),
+    ({"format": "int8_tensorwise"}, {"weight": torch.zeros(4, 4)},
+     r"it has weight of float32 \(4, 4\), expected \(N, K\) of int8 or uint8"),
 ])
 def test_parts_that_do_not_belong_together_are_a_sentence(settings, changes, reason):
     parts = {"weight": torch.zeros(64, 64, dtype=torch.int8), "weight_scale": torch.ones(64)}
@@ -483,7 +493,7 @@ def test_another_bias_than_a_shift_needs_is_a_sentence(bias):
     ("proj_down", torch.ones(64, 8).bfloat16()), ("weight", torch.ones(2, 2, 3, 4).char())])
 def test_parts_of_svdquant_that_do_not_fit_are_named(part, tensor):
     parts, _, _ = svdquant_parts()
-    with pytest.raises(PartError, match="its"):
+    with pytest.raises(PartError, match=f"it has {part} of .*, expected"):
         pack_parts(SVDQUANT, parts | {part: tensor})
-    with pytest.raises(PartError, match="its smooth_factor is missing"):
+    with pytest.raises(PartError, match="it has no smooth_factor"):
         pack_parts(SVDQUANT, {"weight": parts["weight"], "weight_scale": parts["weight_scale"]})

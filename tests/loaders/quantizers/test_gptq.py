@@ -9,13 +9,50 @@ import torch
 from conformance.base import read_weight, weight
 from oracles import installed
 from quantizer_writers import gptq, quantize
+from safetensors.torch import save_file
 
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.models.loader_choice import needs_own_reader
+from featherweight.loaders.quantizers.base import Header
 from featherweight.loaders.quantizers.gptq import QUANTIZER
 
 
 @pytest.mark.parametrize("sides", [("scales", "scaled_zeros"), ("wscales", "smooth_factor")])
 def test_nunchakus_words_are_left_to_its_reader(sides):
-    assert not QUANTIZER.is_in([f"L.{name}" for name in ("qweight", *sides)], {}, str)
+    def header_of(name):
+        return Header(torch.int32, (16, 64))
+
+    assert not QUANTIZER.finds([f"L.{name}" for name in ("qweight", *sides)], {}, header_of)
+    assert QUANTIZER.finds(["L.qweight", "L.scales"], {}, header_of)
+    assert not QUANTIZER.finds(["L.qweight"], {}, lambda name: Header(torch.int8, (16, 64)))
+
+
+@pytest.mark.parametrize(("absent", "others"), [
+    (["qzeros"], []), (["scales"], []), (["qzeros", "scales"], []),
+    (["qzeros"], ["M.weight", "N.qweight.lora"])])
+def test_a_file_that_lacks_a_part_everywhere_is_refused_by_its_name(absent, others, tmp_path):
+    """ComfyUI's own loader, which does not know them, would make nothing of them."""
+    parts, _ = gptq(weight(32, 64))
+    tensors = {f"{layer}.{name}": part.clone() for layer in ("a.0", "a.1")
+               for name, part in parts.items() if name not in absent}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors | {name: torch.ones(1) for name in others}, path)
+    assert needs_own_reader(str(path))
+    first = max(absent)
+    with pytest.raises(WeightFileError, match=(
+            rf"^model.safetensors: 'a.0', packed by GPTQ, AutoRound or AWQ: it has no {first},"
+            rf" expected .*\. Download the file again, or get another conversion\.$")):
+        open_weights(path).state_dict()
+
+
+@pytest.mark.parametrize("tensors", [
+    {"L.weight": torch.ones(4, 4), "L.scales": torch.ones(4)},
+    {"L.qweight_bias": torch.ones(4)}, {"L.qweight": torch.ones(4, 4, dtype=torch.int8)},
+    {"qweight": torch.ones(4, 4, dtype=torch.int32)}, {"L.g_idx": torch.arange(4)}])
+def test_a_file_with_other_tensors_is_left_to_the_host(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert not needs_own_reader(str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.heavy

@@ -85,7 +85,7 @@ def test_scales_beside_weights_that_are_scaled_already_are_left_out_and_told(pac
 def test_scales_that_do_not_fit_are_a_sentence(name, shape, packed_type, tmp_path):
     tensors = {"L.weight": codes(), f"L.{name}": torch.rand(shape)}
     write(tmp_path / "a.gguf", tensors, packed_type)
-    with pytest.raises(WeightFileError, match=f"a.gguf: 'L.{name}' is .*float.* needs it: expect"):
+    with pytest.raises(WeightFileError, match=f"a.gguf: 'L', .* has {name} of .*float.* expected"):
         read(tmp_path / "a.gguf")
 
 

@@ -11,8 +11,9 @@ from stored_files import FILES, written
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.quantizers.registry import COMFYUI, quantizer_of
+from featherweight.loaders.quantizers.registry import quantizer_of
 
+COMFYUI = "ComfyUI's own formats"
 PACKED_BY = {
     **dict.fromkeys((*HOST_FORMATS, "text encoder", "ControlNet"), COMFYUI),
     **dict.fromkeys(("NF4", "int8"), "bitsandbytes"), **dict.fromkeys(("Q8_0", "Q4_K", "VAE"), ""),
@@ -56,3 +57,35 @@ def test_who_packed_a_folder_is_said_by_its_config(tmp_path):
               tmp_path / "model.safetensors")
     save_config(tmp_path, quant_method="compressed-tensors", format="int-quantized")
     assert quantizer_of(open_weights(tmp_path)) == "compressed-tensors"
+
+
+def test_one_stage_of_progress_goes_over_all_parts_whoever_packed_them(tmp_path):
+    config = {"quant_method": "gptq", "checkpoint_format": "gptq"}
+    parts, _ = gptq(torch.randn(32, 64))
+    tensors = {f"a.{name}": value.contiguous() for name, value in parts.items()} | {
+        "b.weight": torch.ones(8, 16, dtype=torch.int8), "b.weight_scale": torch.ones(8),
+        "c.weight": torch.ones(2, 2), "d.weight": torch.ones(2, 2).half() * 99,
+        "d.scale_weight": torch.tensor(0.5)}
+    save_file(tensors, tmp_path / "a.safetensors", {"quantization_config": json.dumps(config)})
+    stages, yielded = [], []
+
+    def track(names):
+        stages.append(list(names))
+        for name in stages[-1]:
+            yielded.append(name)
+            yield name
+
+    weights = open_weights(tmp_path / "a.safetensors").state_dict(track)
+    assert weights.keys() == {f"{layer}.weight" for layer in "abcd"}
+    assert len(stages) == 1 and sorted(yielded) == sorted(stages[0]) == sorted(tensors)
+
+
+def test_a_layer_without_a_part_that_the_others_have_is_noted(tmp_path):
+    parts, _ = gptq(torch.randn(32, 64), symmetric=True)
+    tensors = {f"{layer}.{name}": value.clone() for layer in "abc" for name, value in parts.items()
+               if (layer, name) != ("b", "g_idx")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    file = open_weights(tmp_path / "a.safetensors")
+    file.state_dict()
+    assert file.notes == ["a.safetensors: 'b', packed by GPTQ, AutoRound or AWQ, has no g_idx, as"
+                          " other layers have."]

@@ -5,8 +5,7 @@ A module of this package has the name of a quantiser's module, and
 - `WRITERS`: name -> function that returns a `Written`;
 - `BAD`: name -> (such a function, change, regex of the message). The change is name of a part -> a
   tensor, a function of the part, or None where it is missing; or it is a function of all parts. The
-  regex is of what follows `TOLD`, unless it begins with a quoted name itself;
-- `TOLD`: how messages name the layer, if not just by `'L`.
+  regex is of what follows the layer and the quantiser, unless it begins with a quoted name itself.
 """
 import itertools
 from collections.abc import Collection, Mapping

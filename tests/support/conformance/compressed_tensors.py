@@ -4,8 +4,6 @@ from quantizer_writers import int_quantized, nvfp4, pack_quantized
 
 from .base import Written, damaged, grid, weight
 
-TOLD = "'L', packed by compressed-tensors"
-
 
 def packed(rows=96, columns=128, held=1.05, **options):
     return Written(*pack_quantized(weight(rows, columns), **options), held=held)
@@ -30,9 +28,9 @@ def of_one_scale():
                             "weight_scale": parts["weight_scale"].view(1)}, values, held=None)
 
 
-def integers(symmetric=False, **options):
-    return Written(*int_quantized(weight(96, 128), symmetric=symmetric, **options),
-                   has_own_marks=not symmetric)
+def integers(symmetric=False, group=32):
+    return Written(*int_quantized(weight(96, 128), symmetric=symmetric, group=group),
+                   has_own_marks=not symmetric or group is not None)
 
 
 def floats():
@@ -52,30 +50,34 @@ WRITERS = {
 }
 BAD = damaged(
     packed,
-    no_scales=({"weight_scale": None}, "its weight_scale is missing"),
-    no_shape=({"weight_shape": None}, "its weight_shape is missing"),
+    no_scales=({"weight_scale": None},
+               r"\(pack-quantized\): it has no weight_scale, expected one number or"),
+    no_shape=({"weight_shape": None}, "it has no weight_shape, expected 2 numbers of any integer"),
     rows_missing=({"weight_packed": lambda words: words[:9]},
-                  r"its weight_shape is \[96, 128\] and its weight_packed int32 \(9, 16\)"),
+                  r"it has weight_scale of bfloat16 \(96, 4\), expected .* with N = 9\."),
     words_with_gaps=({"weight_packed": torch.zeros(96, 13).int()},
                      "expected words of 2, 3, 4, 8 bits a value without gaps"),
-    scales_of_other_rows=({"weight_scale": torch.ones(7, 4)}, "expected some for each of 96 rows"),
+    scales_of_other_rows=({"weight_scale": torch.ones(7, 4)},
+                          "expected one number or .* with N = 96"),
     zeros_of_other_rows=({"weight_zero_point": torch.zeros(3, 4).int()},
                          r"its weight_zero_point is int32 \(3, 4\)"),
     zeros_of_other_bits=({"weight_zero_point": torch.full((96, 4), 8, dtype=torch.int8)},
                          "expected 4-bit integers"),
     groups_of_other_columns=({"weight_g_idx": torch.zeros(9).int()},
-                             "its columns do not name one of its 4 groups each"),
-    a_shape_of_floats=({"weight_shape": torch.Tensor.float}, "its weight_shape is float32"),
+                             r"its weight_g_idx is int32 \(9,\) for 128 columns"),
+    a_shape_of_floats=({"weight_shape": torch.Tensor.float}, "it has weight_shape of float32"),
     no_groups=({"weight_scale": torch.ones(96, 0).bfloat16()},
-               "its 0 groups do not divide its 128 columns"),
-    groups_of_floats=({"weight_g_idx": torch.ones(128)},
-                      "its columns do not name one of its 4 groups each"),
-    scales_of_doubles=({"weight_scale": torch.Tensor.double}, "its scales are float64"),
-    codes_of_floats=({"weight_packed": torch.ones(96, 16)}, "expected rows of int32 or uint8"),
+               r"it has weight_scale of bfloat16 \(96, 0\), expected"),
+    groups_of_floats=({"weight_g_idx": torch.ones(128)}, "expected K numbers of any integer"),
+    groups_of_none=({"weight_g_idx": torch.full((128,), 4)},
+                    "its columns do not name one of its 4 groups each"),
+    scales_of_doubles=({"weight_scale": torch.Tensor.double}, "it has weight_scale of float64"),
+    codes_of_floats=({"weight_packed": torch.ones(96, 16)}, r"expected \(N, W\) of int32"),
     mxfp4=(lambda _: {"weight_packed": torch.zeros(96, 64, dtype=torch.uint8),
                       "weight_scale": torch.zeros(96, 4, dtype=torch.uint8)},
-           "of 4-bit floats, only nvfp4 is read"),
+           r"\(nvfp4-pack-quantized\): it has no weight_global_scale"),
     nvfp4_of_other_scales=(
         lambda _: nvfp4(weight(96, 128))[0] | {"weight_scale": torch.ones(96)},
-        r"expected fp8 E4M3 \(96, 8\) and one number"),
-) | damaged(integers, zeros_of_floats=({"weight": torch.ones(96, 128)}, r"expected int8 \(N, K\)"))
+        r"expected \(N, K / 16\) of float8_e4m3fn with N = 96, K = 128"),
+) | damaged(
+    integers, zeros_of_floats=({"weight": torch.ones(96, 128)}, r"expected \(N, K\) of int8"))

@@ -94,28 +94,30 @@ def of_odd_groups():
 
 BAD = damaged(
     of_gptq,
-    no_zeros=({"qzeros": None}, "other parts .* are missing"),
-    no_scales=({"scales": None}, "other parts .* are missing"),
+    no_zeros=({"qzeros": None}, "it has no qzeros, expected"),
+    no_scales=({"scales": None}, "it has no scales, expected"),
     words_of_another_type=({"qweight": torch.Tensor.short},
-                           r"it has qweight int16 \(16, 96\), .* expected int32 words of GPTQ"),
-    rows_missing=({"qweight": lambda words: words[:, :32]}, "expected int32 words of GPTQ"),
-    groups_missing=({"qzeros": lambda words: words[:2]}, "expected int32 words of GPTQ"),
-    five_bits=({"qzeros": torch.zeros(4, 15, dtype=torch.int32)},
+                           r"it has qweight of int16 \(16, 96\), expected .* with N = 96, B = 4"),
+    rows_missing=({"qweight": lambda words: words[:, :32]}, r"expected \(K \* B / 32, N\) or"),
+    groups_missing=({"qzeros": lambda words: words[:2]}, "expected .* with G = 4, N = 96"),
+    five_bits=({"qzeros": torch.zeros(4, 15, dtype=torch.int32),
+                "qweight": torch.zeros(20, 96, dtype=torch.int32)},
                "it has 5 bits a value, expected 2, 3, 4, 8"),
-    scales_of_integers=({"scales": torch.Tensor.short}, "scales int16"),
+    scales_of_integers=({"scales": torch.Tensor.short}, "scales of int16"),
     a_group_out_of_range=({"g_idx": lambda groups: groups + 1},
                           "columns do not name one of its 4 groups each"),
-    groups_of_other_columns=({"g_idx": lambda groups: groups[:8]}, "columns do not name"),
-    no_dimension=({"scales": torch.ones(1).half()}, "expected int32"),
-    nothing=({"qweight": lambda words: words[:0]}, "expected int32"),
+    groups_of_other_columns=({"g_idx": lambda groups: groups[:8]},
+                             r"it has g_idx of int32 \(8,\), expected K numbers"),
+    no_dimension=({"scales": torch.ones(1).half()}, r"expected \(G, N\) of bfloat16"),
+    nothing=({"qweight": lambda words: words[:0]}, "it has qweight of int32"),
 ) | {
-    "no config": (lambda: of_gptq(config=None), {}, "packed by GPTQ, .* does not say whether zeros"
+    "no config": (lambda: of_gptq(config=None), {}, "does not say whether zeros"
                                                     " .* pick the folder with its"),
     "groups of no length that writers offer": (of_odd_groups, {},
                                                "its 7 groups do not divide its 160 columns"),
     "codes and columns alone": (lambda: Written(
         {"qweight": torch.zeros(2, 2, dtype=torch.int32), "g_idx": torch.arange(2)}), {},
-        "GPTQ or AWQ whose other parts"),
+        "it has no scales"),
     "zeros alone": (lambda: Written({"qzeros": torch.zeros(2, 2, dtype=torch.int32)}), {},
-                    "GPTQ or AWQ"),
+                    "'L.qzeros' is part of a weight packed by GPTQ"),
 }

@@ -16,7 +16,7 @@ WRITERS = grid("codes", of_codes, dtype=[torch.float16, torch.bfloat16],
 BAD = damaged(
     of_codes,
     scales_of_other_rows=({"weight_scale": torch.full((7,), 0.5)},
-                          r"'L.weight_scale' is float32 \(7,\), .* one for each row"),
+                          r"weight_scale of float32 \(7,\), expected one number or .* N = 48"),
     factors_of_other_columns=({"pre_quant_scale": torch.full((7,), 0.5)},
-                              r"'L.pre_quant_scale' is .* expected one for each column"),
+                              "it has pre_quant_scale of .* expected K numbers with K = 256"),
 )

@@ -4,8 +4,6 @@ from quantizer_writers import quanto_bits, quanto_bytes
 
 from .base import Written, damaged, each, grid, weight
 
-TOLD = "'L', packed by quanto: "
-
 
 def of_bytes(shape, dtype):
     return Written(*quanto_bytes(weight(*shape), dtype))
@@ -28,20 +26,27 @@ WRITERS = {
 BAD = damaged(
     lambda: of_bits(bias=False),
     no_bias=({}, "it has no bias, without which .* qint8 and qfloat8 need none"),
-    a_bias_of_other_rows=({"bias": torch.ones(7)}, "are no whole rows of the 7 that its bias"),
-    a_bias_of_one_number=({"bias": torch.ones(())}, "are no whole rows of the 1 that its bias"),
-    shifts_missing=({"weight._shift": torch.ones(5).bfloat16()}, "expected uint8 codes with a"),
+    a_bias_of_other_rows=({"bias": torch.ones(7)}, r"are no whole rows of its bias of \(7,\)"),
+    a_bias_of_one_number=({"bias": torch.ones(())}, r"are no whole rows of its bias of \(\)"),
+    shifts_missing=({"weight._shift": torch.ones(5).bfloat16()},
+                    "expected G numbers of .* with G = 192"),
     codes_missing=({"weight._data._data": torch.zeros(5, 128, dtype=torch.uint8)},
                    "expected 2 or 4 bits a value"),
     a_group_of_no_whole_bytes=({"weight._data._data": torch.zeros(96, 129).to(torch.uint8)},
                                "and whole bytes for each group"),
-    codes_of_floats=({"weight._data._data": torch.zeros(5, 128)}, "expected uint8 codes"),
-    bytes_of_other_rows=({"weight._data": torch.zeros(9, 8, dtype=torch.int8)},
-                         "expected int8 or fp8 with a scale for each row"),
-    bytes_of_an_unknown_type=({"weight._data": torch.zeros(192, 8, dtype=torch.uint8)},
-                              "expected int8 or fp8"),
-    no_scale=({"weight._scale": None}, "its weight._scale is missing"),
-    codes_alone=(lambda _: {"weight._data": torch.zeros(2, 2, dtype=torch.int8)}, "missing"),
+    shifts_of_another_type=({"weight._shift": torch.Tensor.float}, "expected the same"),
+    codes_of_floats=({"weight._data._data": torch.zeros(5, 128)}, r"expected \(C, L\) of uint8"),
+    bytes_and_bits=({"weight._data": torch.zeros(192, 8, dtype=torch.int8)},
+                    "it has weight._shift, expected only weight._data, weight._scale"),
+    no_scale=({"weight._scale": None}, "it has no weight._scale"),
+    codes_alone=(lambda _: {"weight._data": torch.zeros(2, 2, dtype=torch.int8)},
+                 "it has no weight._scale"),
     a_scale_alone=(lambda _: {"weight._scale": torch.ones(1)},
-                   "'L.weight._scale' is part of .*quanto whose"),
+                   "'L.weight._scale' is part of a weight packed by quanto whose"),
+) | damaged(
+    lambda: of_bytes((96, 128), torch.int8),
+    bytes_of_other_rows=({"weight._data": torch.zeros(9, 8, dtype=torch.int8)},
+                         "expected one number or N numbers of any float type with N = 9"),
+    bytes_of_an_unknown_type=({"weight._data": torch.zeros(96, 8, dtype=torch.uint8)},
+                              r"expected \(N, K, L, ...\) of int8, float8_e4m3fn or float8_e5m2"),
 )

@@ -42,20 +42,27 @@ def ones(*shape, dtype=torch.float32):
     return torch.ones(shape).to(dtype)
 
 
-BAD = {name: (lambda parts=parts: Written(parts), {}, "'L.weight' is .* expected fp8")
-       for name, parts in {
-    "blocks of other rows": {"weight": ones(128, 128, dtype=FP8), "weight_scale_inv": ones(7, 3)},
-    "blocks of three axes": {"weight": ones(2, 128, 128, dtype=FP8),
-                             "weight_scale_inv": ones(2, 1, 1)},
-    "fp8 of other rows": {"weight": ones(128, 128, dtype=FP8), "weight_scale": ones(64)},
-    "fp8 of two scales": {"weight": ones(128, 128, dtype=FP8), "weight_scale": ones(128),
-                          "weight_scale_2": ones(1)},
-    "int8 of other rows": {"weight": ones(128, 128, dtype=INT8), "weight_scale": ones(64)},
-    "nvfp4 of one scale": {"weight": ones(128, 128, dtype=NIBBLES),
-                           "weight_scale": ones(128, 16, dtype=FP8)},
-    "nvfp4 of other groups": {"weight": ones(128, 128, dtype=NIBBLES),
-                              "weight_scale": ones(128, 8, dtype=FP8), "weight_scale_2": ones(1)},
+BAD = {name: (lambda parts=parts: Written(parts), {}, message)
+       for name, (message, parts) in {
+    "blocks of other rows": (r"scales of \(7, 3\) blocks, which do not divide \(128, 128\)", {
+        "weight": ones(128, 128, dtype=FP8), "weight_scale_inv": ones(7, 3)}),
+    "blocks of three axes": (r"\(blocks\): it has weight .* expected \(N, K\) of float8", {
+        "weight": ones(2, 128, 128, dtype=FP8), "weight_scale_inv": ones(2, 1, 1)}),
+    "blocks of int8": (r"it has weight of int8 .* of float8_e4m3fn or float8_e5m2", {
+        "weight": ones(128, 128, dtype=INT8), "weight_scale_inv": ones(1, 1)}),
+    "fp8 of other rows": (r"\(rows\): it has weight_scale of float32 .* with N = 128", {
+        "weight": ones(128, 128, dtype=FP8), "weight_scale": ones(64)}),
+    "fp8 of two scales": ("it has weight_scale_2, expected only weight, weight_scale", {
+        "weight": ones(128, 128, dtype=FP8), "weight_scale": ones(128),
+        "weight_scale_2": ones(1)}),
+    "int8 of other rows": ("expected one number or N numbers", {
+        "weight": ones(128, 128, dtype=INT8), "weight_scale": ones(64)}),
+    "nvfp4 of one scale": (r"\(nvfp4\): it has no weight_scale_2", {
+        "weight": ones(128, 128, dtype=NIBBLES), "weight_scale": ones(128, 16, dtype=FP8)}),
+    "nvfp4 of other groups": (r"expected \(N, K / 16\) of float8_e4m3fn with N = 128, K = 256", {
+        "weight": ones(128, 128, dtype=NIBBLES), "weight_scale": ones(128, 8, dtype=FP8),
+        "weight_scale_2": ones(1)}),
 }.items()} | damaged(
     lambda: Written({"weight": ones(128, 64, dtype=FP8), "weight_scale": ones(128)}),
     factors_that_are_not_of_the_columns=({"pre_quant_scale": ones(128)},
-                                         r"'L': its pre_quant_scale is float32 \(128,\)"))
+                                         r"its pre_quant_scale is float32 \(128,\)"))

@@ -7,7 +7,6 @@ from sdnq_writer import H2, H4, config_of, write_weight
 
 from .base import Written, damaged, each, grid, weight
 
-TOLD = "'L': "
 TYPES = ("int8", "int7", "int6", "int5", "int4", "int3", "int2", "uint8", "uint7", "uint6",
          "uint5", "uint4", "uint3", "uint2", "uint1", "float8_e4m3fn", "float8_e5m2")
 FLOATS = [f"float{bits}_e{e}m{bits - signed - e}fn{'' if signed else 'u'}"
@@ -150,23 +149,24 @@ BAD = damaged(
                            "it has a zero_point; expected no zero_point"),
     zeros_of_other_groups=({"zero_point": torch.ones(24, 3)}, "expected the same shape"),
     codes_of_16_bits=({"weight": torch.zeros(24, 64, dtype=torch.int16)},
-                      "int16 .24, 64., of more than 8 bits"),
+                      "it has weight of int16 .24, 64., expected uint8, int8"),
     an_empty_low_rank=({"svd_up": torch.ones(24, 0), "svd_down": torch.ones(0, 64)},
-                       "expected floats that make"),
+                       "it has svd_up of float32 .24, 0., expected .A, B."),
     factors_of_one_number=({"svd_up": torch.ones(()), "svd_down": torch.ones(()),
-                            "scale": torch.ones(1, 1)}, "which do not say how many"),
+                            "scale": torch.ones(1, 1)}, "it has svd_up of float32 .., expected"),
     no_rows=({"scale": torch.ones(0, 1)}, "of 0 rows"),
     no_codes=({"weight": CODES[:0]}, "make no SDNQ int4 weight"),
-    half_a_low_rank=({"svd_up": torch.ones(24, 4)}, "only one of svd_up and svd_down"),
+    half_a_low_rank=({"svd_up": torch.ones(24, 4)}, "it has no svd_down, expected"),
     factors_of_two_ranks=({"svd_up": torch.ones(24, 4), "svd_down": torch.ones(3, 64)},
-                          "expected floats that make"),
+                          "expected factors of a weight of .24, 64."),
     factors_of_integers=({"svd_up": torch.ones(24, 4).int(), "svd_down": torch.ones(4, 64).int()},
-                         "expected floats"),
+                         "it has svd_up of int32"),
     scales_of_fp8=({"scale": torch.ones(24, 1).to(torch.float8_e5m2)},
                    "without the numbers that it is read"),
-    three_factors_of_scales=({"scale_2": torch.ones(3)}, "without the numbers"),
+    three_factors_of_scales=({"scale_2": torch.ones(3)},
+                             "it has scale_2 of float32 .3,., expected one number or 256"),
     scales_of_integers=({"scale": torch.ones(24, 1).int()},
-                        "its scale is int32 .24, 1.; expected floats"),
+                        "it has scale of int32 .24, 1., expected float32"),
     one_scale=({"scale": torch.ones(1, 1)}, "one scale for all rows, which do not say how many"),
 ) | by_settings(
     no_zeros=({"weights_dtype": "uint4"}, {}, "it has no zero_point; expected a zero_point"),
@@ -193,7 +193,7 @@ BAD = damaged(
 ) | {
     f"{part} {dtype}, transposed {transposed}": (
         lambda options=(part, dtype, transposed): of_factors(*options), {},
-        r"its svd_up is .* expected floats that make a weight of \(128, 64\), in 16 or 32 bits")
+        f"it has {part} of {str(dtype)[6:]} .*, expected .* of bfloat16, float16 or float32")
     for part, dtype, transposed in itertools.product(
         ("svd_up", "svd_down"), (torch.float64, torch.int32, torch.bool, torch.float8_e4m3fn),
         (False, True))

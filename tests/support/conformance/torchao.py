@@ -4,7 +4,6 @@ from quantizer_writers import torchao_bytes, torchao_header, torchao_integers
 
 from .base import Written, damaged, each, grid, weight
 
-TOLD = "'L', packed by torchao: "
 INTEGERS = "IntxUnpackedToInt8Tensor"
 
 
@@ -48,19 +47,22 @@ BAD = {
     "no header": (lambda: of_header(None), {}, "the header of its file does not say its type"),
     "no JSON": (lambda: of_header("{"), {}, "the header of its file does not say its type"),
     "tiles": (lambda: of_header(torchao_header("Int4TilePackedTo4dTensor")), {},
-              "it is a 'Int4TilePackedTo4dTensor', expected Int8Tensor, Float8Tensor or Intx"),
+              "it is a 'Int4TilePackedTo4dTensor', expected Int8Tensor, Float8Tensor, Intx"),
     "rows of groups": (lambda: of_header(torchao_header("Float8Tensor")), {
         "_weight_qdata": torch.ones(96, 128).to(torch.float8_e4m3fn)},
-        "expected int8 or fp8 with a scale for each row"),
+        r"\(Float8Tensor\): it has _weight_scale .* expected one number or N numbers"),
     "zeros of fp8": (lambda: of_header(torchao_header("Int8Tensor")), {
         "_weight_zero_point": torch.zeros(96, 4).to(torch.float8_e4m3fn)},
-        r"expected int8 \(N, K\) codes"),
+        r"\(Int8Tensor\): .* expected \(N, G\) of int8"),
+    "no zeros": (of_header, {"_weight_zero_point": None}, "it has no _weight_zero_point"),
 } | damaged(
     of_header,
     scales_of_other_rows=({"_weight_scale": torch.ones(7, 4)},
-                          r"codes, float32 \(7, 4\) scales and int8 \(96, 4\) zeros, expected"),
-    zeros_of_floats=({"_weight_zero_point": torch.ones(96, 4)}, r"expected int8 \(N, K\) codes"),
-    codes_of_floats=({"_weight_qdata": torch.ones(96, 128)}, r"expected int8 \(N, K\) codes"),
-    codes_alone=(lambda _: {"_weight_qdata": torch.zeros(2, 2, dtype=torch.int8)}, "is missing"),
-    a_scale_alone=(lambda _: {"_weight_scale": torch.ones(2)}, "'L.* torchao whose _weight_qdata"),
+                          r"it has _weight_scale of float32 \(7, 4\), expected .* with N = 96"),
+    zeros_of_floats=({"_weight_zero_point": torch.ones(96, 4)}, r"expected \(N, G\) of int8"),
+    codes_of_floats=({"_weight_qdata": torch.ones(96, 128)}, r"expected \(N, K\) of int8"),
+    codes_alone=(lambda _: {"_weight_qdata": torch.zeros(2, 2, dtype=torch.int8)},
+                 "it has no _weight_scale"),
+    a_scale_alone=(lambda _: {"_weight_scale": torch.ones(2)},
+                   "'L.* is part of a weight packed by torchao whose"),
 )

@@ -1,0 +1,39 @@
+"""Files of bitsandbytes that lack parts of each weight."""
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.models.loader_choice import needs_own_reader
+
+CODES = torch.zeros(512, 1, dtype=torch.uint8)
+OF_BLOCKS = {"absmax": torch.rand(16), "quant_map": torch.rand(16)}
+BF16_CODES = torch.zeros(256, 1).bfloat16()
+
+
+@pytest.mark.parametrize(("codes", "others"), [
+    (CODES, {}), (CODES, OF_BLOCKS), (BF16_CODES, OF_BLOCKS), (CODES, {"bias": torch.ones(4)})])
+def test_codes_without_a_quant_state_are_refused_by_their_name(codes, others, tmp_path):
+    """ComfyUI's own loader would take them for a weight of one column."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a.weight": codes} | {
+        f"a.{name}" if name == "bias" else f"a.weight.{name}": part
+        for name, part in others.items()}, path)
+    assert needs_own_reader(str(path))
+    with pytest.raises(WeightFileError, match=(
+            r"^model.safetensors: 'a.weight', packed by bitsandbytes \(4 bits\): it has no"
+            r" quant_state.bitsandbytes__nf4, expected .* of uint8\. Download the file again, or"
+            r" get another conversion\.$")):
+        open_weights(path).state_dict()
+
+
+@pytest.mark.parametrize("tensors", [
+    {"a.weight": torch.zeros(512, 2, dtype=torch.uint8)},
+    {"a.weight": torch.zeros(512, dtype=torch.uint8)},
+    {"a.weight": torch.zeros(512, 1)}, {"a.table": CODES},
+    {"a.weight": torch.zeros(512, 1), "a.weight.absmax": torch.ones(16)},
+])
+def test_a_file_with_other_tensors_is_left_to_the_host(tensors, tmp_path):
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert not needs_own_reader(str(tmp_path / "model.safetensors"))
