@@ -10,7 +10,7 @@ import comfy.model_detection
 import comfy.supported_models
 import torch
 
-from ..files.container import AGAIN, WeightFile, WeightFileError, first_line
+from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line
 from ..out_of_memory import is_out_of_memory
 from ..quantizers.nunchaku import has_nunchaku_weights
 
@@ -45,7 +45,7 @@ def reject_endless_blocks(file: WeightFile):
     if len(numbers) > MAX_BLOCKS:
         raise WeightFileError(
             f"{file.path.name} numbers {len(numbers):,} blocks in its names, expected at most"
-            f" {MAX_BLOCKS:,}. {AGAIN}")
+            f" {MAX_BLOCKS:,}. {DOWNLOAD_AGAIN}")
 
 
 def try_detect(function: Callable, *arguments, **options) -> Any:
@@ -159,7 +159,8 @@ def uneven_bias_text(state_dict: Mapping[str, torch.Tensor]) -> str | None:
         weight = state_dict.get(weight_name) if name.endswith(".bias") else None
         if weight is not None and len(weight.shape) == 2 and bias.shape != weight.shape[:1]:
             return (f"is damaged: {name!r} has the shape {tuple(bias.shape)}, expected"
-                    f" {weight.shape[0]} numbers, one for each row of {weight_name!r}. {AGAIN}")
+                    f" {weight.shape[0]} numbers, one for each row of {weight_name!r}."
+                    f" {DOWNLOAD_AGAIN}")
     return None
 
 

@@ -27,7 +27,7 @@ from ...ops.pickle_names import short_error_name
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import (
-    AGAIN,
+    DOWNLOAD_AGAIN,
     ProgressIter,
     WeightFile,
     WeightFileError,
@@ -147,7 +147,7 @@ def with_marks(file: WeightFile,
     try:
         listed = listed_layers(metadata, state_dict)
     except MarkError as error:
-        raise WeightFileError(f"{file.path.name}: {error}. {AGAIN}") from error
+        raise WeightFileError(f"{file.path.name}: {error}. {DOWNLOAD_AGAIN}") from error
     _tell_of_absent_layers(file)
     for layer, settings in listed.items():
         if f"{layer}.weight" in state_dict:
@@ -206,7 +206,7 @@ def _reject_scales_of_inputs(file: WeightFile, state_dict: Mapping[str, torch.Te
     for name, tensor in state_dict.items():
         if name.endswith(OLD_INPUT_SCALE) and tensor.numel() != 1:
             raise file.error_at(name, f"{safe_repr(name)} is {describe(tensor)}, expected one"
-                                " number", AGAIN)
+                                " number", DOWNLOAD_AGAIN)
 
 
 def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:

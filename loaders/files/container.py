@@ -40,7 +40,7 @@ PLAIN_DTYPES: dict[str, torch.dtype] = {
 # torch and the dequantising code expect elements of up to 8 bytes at multiples of their size.
 ALIGNED = 8
 
-AGAIN = "Download the file again, or get another conversion."
+DOWNLOAD_AGAIN = "Download the file again, or get another conversion."
 
 CONFIG_KEY = "quantization_config"  # of a config, and of metadata: the settings of a quantiser
 COUNTABLE = (1 << 60) - 1  # largest number of elements whose bytes torch can count

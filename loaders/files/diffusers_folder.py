@@ -13,7 +13,7 @@ from typing import Any
 from ...ops.bounded_json import read_json
 from ..name_lists import join_some
 from ..quantizers.registry import METHODS
-from ..quantizers.unsupported_quantizers import OTHER_FORM
+from ..quantizers.unsupported_quantizers import GET_OTHER_FORMAT
 from .container import CONFIG_KEY, WeightFileError, display_name, map_file, safe_repr
 from .safetensors import SafetensorsFile
 
@@ -137,7 +137,7 @@ def _read_config(folder: Path) -> dict:
                 folder,
                 f"its config.json says that the weights are quantised by {safe_repr(method)};"
                 f" only folders quantised by {', '.join(names)} or {last} are supported."
-                f" {OTHER_FORM}")
+                f" {GET_OTHER_FORMAT}")
     return config
 
 

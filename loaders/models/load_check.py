@@ -17,7 +17,7 @@ from ...ops.layers.load_hooks import FillEmpty, on_each_registration
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ..encoders.arch import TOKENIZER_NAMES
-from ..files.container import AGAIN, WeightFileError, describe, safe_repr
+from ..files.container import DOWNLOAD_AGAIN, WeightFileError, describe, safe_repr
 from ..name_lists import join_some
 from ..quantizers.comfyui import FP8
 from ..quantizers.comfyui_marks import MARK
@@ -116,7 +116,8 @@ class LoadCheck:
         if (self._values > SPARE_VALUES + CODES_OF_A_BYTE * self._nbytes
                 or self._layers > SPARE_LAYERS + self._nbytes // BYTES_OF_A_LAYER):
             raise WeightFileError(
-                f"{self.name} names more layers than its {self._nbytes:,} bytes can hold. {AGAIN}")
+                f"{self.name} names more layers than its {self._nbytes:,} bytes can hold."
+                f" {DOWNLOAD_AGAIN}")
 
     def before_load(self, module: torch.nn.Module, state_dict: dict[str, torch.Tensor], prefix: str,
                     local_metadata, strict, missing: list[str], unexpected: list[str], errors):
@@ -151,7 +152,7 @@ class LoadCheck:
             raise WeightFileError(
                 f"{self.name} makes only a part of the model: it has no"
                 f" {join_some(map(safe_repr, made))}, and the model has no"
-                f" {join_some(map(safe_repr, unused))}. {AGAIN}")
+                f" {join_some(map(safe_repr, unused))}. {DOWNLOAD_AGAIN}")
         if made:
             self.notes.append(
                 f"{self.name} has not all weights of the model:"
@@ -296,7 +297,7 @@ def reject_codes(name: str, state_dict: dict[str, torch.Tensor]):
     if codes:
         raise WeightFileError(
             f"{name}: {safe_repr(codes[0])} holds codes without their scales"
-            f"{f', and so do {len(codes) - 1} more' if codes[1:] else ''}. {AGAIN}")
+            f"{f', and so do {len(codes) - 1} more' if codes[1:] else ''}. {DOWNLOAD_AGAIN}")
 
 
 def _reject_whole_numbers(name: str, module: torch.nn.Module, state_dict: dict[str, torch.Tensor]):
@@ -307,7 +308,8 @@ def _reject_whole_numbers(name: str, module: torch.nn.Module, state_dict: dict[s
                 and not is_packed(tensor) and not tensor.is_floating_point()
                 and f"{key.removesuffix('.weight')}{MARK}" not in state_dict):
             raise WeightFileError(
-                f"{name}: {safe_repr(key)} is {describe(tensor)}, expected floats. {AGAIN}")
+                f"{name}: {safe_repr(key)} is {describe(tensor)}, expected floats."
+                f" {DOWNLOAD_AGAIN}")
 
 
 def lacks_scale(name: str, tensor: torch.Tensor, names: Iterable[str]) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from ..comfyui.detection import describe_other_kind, is_diffusion_model
 from ..files.container import WeightFile, WeightFileError, safe_repr
-from ..quantizers.integers import BYTES, pack_rows
+from ..quantizers.integers import FAMILY_OF_BYTES, pack_rows
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
 
@@ -51,7 +51,7 @@ def join_module(state_dict: Mapping[str, torch.Tensor], prefix: str,
     joined = {**state_dict, **{prefix + name: weight for name, weight in module.items()}}
     one = torch.ones(1, dtype=torch.float32)
     for name, weight in joined.items():
-        is_fp8 = weight.dtype in BYTES and weight.dtype.is_floating_point
+        is_fp8 = weight.dtype in FAMILY_OF_BYTES and weight.dtype.is_floating_point
         if is_fp8 and weight.ndim > 1 and f"{name.removesuffix('weight')}comfy_quant" not in joined:
             joined[name] = pack_rows(weight, one)
     return joined

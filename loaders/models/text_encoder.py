@@ -42,7 +42,7 @@ from ..encoders.encoder_sets import (
 from ..encoders.missing_towers import omit_missing_towers
 from ..encoders.saved_tokenizer import saved_tokenizer
 from ..encoders.tokenizer import TokenizerError
-from ..files.container import AGAIN, WeightFile, WeightFileError, first_line
+from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line
 from ..files.open_weights import open_weights
 from ..progress import Progress
 from .load_check import check_load
@@ -355,7 +355,7 @@ def _explain_shapes(paths: list[str]):
     except (LookupError, NameError) as error:  # names that the host counts on
         raise WeightFileError(
             f"{_names(paths)}: ComfyUI cannot build a text encoder of the weights"
-            f" ({first_line(error)}). {AGAIN}") from error
+            f" ({first_line(error)}). {DOWNLOAD_AGAIN}") from error
     except RuntimeError as error:
         mismatch = shape_mismatch_text(error)
         if mismatch is None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...ops.formats.base import FormatError
-from ..files.container import AGAIN, ProgressIter, WeightFile, safe_repr
+from ..files.container import DOWNLOAD_AGAIN, ProgressIter, WeightFile, safe_repr
 from ..name_lists import join_some
 from .comfyui_marks import MARK, marked_layers
 from .parts import Part, PartError, Parts, bind_sizes
@@ -163,7 +163,7 @@ def join_weights(quantizers: Iterable[Quantizer], file: WeightFile,
         if name is not None:
             raise file.error_at(
                 name, f"{safe_repr(name)} is part of a weight packed by {quantizer.name} whose"
-                " other parts are missing", AGAIN)
+                " other parts are missing", DOWNLOAD_AGAIN)
 
 
 def _join_layers(quantizer: Quantizer, layers: Iterable[str], file: WeightFile,
@@ -190,7 +190,7 @@ def _join_layers(quantizer: Quantizer, layers: Iterable[str], file: WeightFile,
                 title = f" ({layer.layout})" if layer.layout and quantizer.layout else ""
                 raise file.error_at(
                     first, f"{safe_repr(name)}, packed by {quantizer.name}{title}: {error}",
-                    getattr(error, "advice", AGAIN)) from error
+                    getattr(error, "advice", DOWNLOAD_AGAIN)) from error
             tensors |= {f"{name}.weight": made} if isinstance(made, torch.Tensor) else made
     if quantizer.is_uniform:
         _tell_of_missing_parts(file, quantizer.name, parts_of)

@@ -19,7 +19,7 @@ from ..files.container import COUNTABLE, WeightFile, safe_repr
 from .base import HeaderOf, Layer, Quantizer, scaled_layers
 from .comfyui_marks import MARK
 from .parts import FLOATS, Part, PartError
-from .unsupported_quantizers import OTHER_FORM
+from .unsupported_quantizers import GET_OTHER_FORMAT
 
 QUANT_TYPES: dict[str, Codebook4Bit] = {"nf4": NF4.of(), "fp4": FP4.of()}
 # bitsandbytes 0.50 `functional.quantize_4bit`
@@ -102,7 +102,7 @@ def layout(layer: Layer) -> str:
         for state in states:
             if state["weight"] == layer.name:
                 raise PartError(f"its quant_type is {safe_repr(state['quant_type'])}, expected"
-                                f" {' or '.join(QUANT_TYPES)}", OTHER_FORM)
+                                f" {' or '.join(QUANT_TYPES)}", GET_OTHER_FORMAT)
     absmax = layer.parts.get("absmax")
     return NESTED if absmax is not None and absmax.dtype == torch.uint8 else "4 bits"
 

@@ -11,9 +11,9 @@ from .comfyui import FP8
 from .parts import FLOATS, Part, PartError
 
 CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
-BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}
+FAMILY_OF_BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}
 SCALES = tuple(ENDINGS)  # dtypes of scales beside integers
-CODES_OF_ROWS = Part("(N, K, L...)", tuple(BYTES))  # of `pack_rows`, and their scales
+CODES_OF_ROWS = Part("(N, K, L...)", tuple(FAMILY_OF_BYTES))  # of `pack_rows`, and their scales
 SCALES_OF_ROWS = Part("1 or N", FLOATS)
 
 
@@ -64,7 +64,7 @@ def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
         codes: int8 or fp8 (N, ...).
         scale: float of N numbers, or of one.
     """
-    return packed_rows(BYTES[codes.dtype], codes, codes.shape,
+    return packed_rows(FAMILY_OF_BYTES[codes.dtype], codes, codes.shape,
                        scale=scale.float().flatten().expand(len(codes)))
 
 

@@ -34,7 +34,7 @@ PARTS = {
 # whole range of up to 448.
 MAX_UNSCALED = 4.0
 SAMPLE_VALUES = 65_536  # of a weight, that are read for its root mean square
-TYPES = (torch.float32, *plain.BY_DTYPE)  # of weights, others are codes
+DENSE_DTYPES = (torch.float32, *plain.BY_DTYPE)  # of weights, others are codes
 
 
 def find(names: Collection[str], metadata: Mapping[str, Any],
@@ -42,7 +42,7 @@ def find(names: Collection[str], metadata: Mapping[str, Any],
     """Yields the layers with weights of 16 or 32 bits, or packed, and scales."""
     for layer in scaled_layers(names, SCALES):
         weight = header_of(f"{layer}.weight")
-        if weight.dtype in TYPES and len(weight.shape):
+        if weight.dtype in DENSE_DTYPES and len(weight.shape):
             yield layer
 
 

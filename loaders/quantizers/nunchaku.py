@@ -32,12 +32,12 @@ from ...ops.formats.svdquant import (
 from ...ops.tensor.packed_layout import join_packed, packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
-from ..files.container import AGAIN, WeightFile, WeightFileError, describe, safe_repr
+from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, describe, safe_repr
 from . import nunchaku_tiles as tiles
 from .base import HeaderOf, Layer, Quantizer, Read
 from .comfyui import HALVES, bias_of_shift
 from .parts import Part, PartError
-from .unsupported_quantizers import OTHER_FORM
+from .unsupported_quantizers import GET_OTHER_FORMAT
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class _Reader:
         self.family = self.find_family()
         self.factors = self.fused_factors()
 
-    def error(self, layer: str, problem: str, advice: str = AGAIN) -> WeightFileError:
+    def error(self, layer: str, problem: str, advice: str = DOWNLOAD_AGAIN) -> WeightFileError:
         """Returns an error about a layer, with its name in the file."""
         stored = self.stored_names.get(layer, layer)
         name = next((name for name in self.file.entries if name.startswith(f"{stored}.")), stored)
@@ -235,7 +235,7 @@ class _Reader:
         self.read_bytes += sum(part.nbytes for part in layer.parts.values())
         name, read = second_name(layer.name), (
             self.svdquant if layer.layout.startswith("SVDQuant") else self.awq)
-        out = self.place(name, read(name, layer))
+        out = self.tensors_of(name, read(name, layer))
         twice = next((each for each in out if each in self.tensors), None)
         if twice is not None:
             raise PartError(f"it is in the file twice: {safe_repr(twice)} is there too")
@@ -250,16 +250,16 @@ class _Reader:
         if self.unpaired:
             layer = next(iter(self.unpaired))
             raise self.error(
-                layer, f"belongs to {safe_repr(self.partner(layer))}, which is not quantised or is"
-                " missing; expected both")
+                layer, f"belongs to {safe_repr(self.joined_with(layer))}, which is not quantised or"
+                " is missing; expected both")
         stored = set(self.stored_names.values())
         for name in [name for name in self.tensors if name not in self.made]:
             layer, _, part = name.rpartition(".")
             if layer in stored:
                 raise self.error(layer, f"has a tensor {safe_repr(part)}, which is not known",
-                                 OTHER_FORM)
+                                 GET_OTHER_FORMAT)
             if layer:
-                self.put(f"{second_name(layer)}.{part}", self.tensors.pop(name))
+                self.add_plain(f"{second_name(layer)}.{part}", self.tensors.pop(name))
         if self.family is Z_IMAGE:
             self.split_plain_layers()
 
@@ -275,7 +275,7 @@ class _Reader:
         raise self.error(
             fused[0],
             f"is of a model that is none of {', '.join(MODELS)}, and how Nunchaku changed its other"
-            " layers is not known", OTHER_FORM)
+            " layers is not known", GET_OTHER_FORMAT)
 
     def fused_factors(self) -> dict[str, torch.Tensor]:
         """Returns layer -> numbers that its columns were multiplied by, float32 (K,), and for the
@@ -396,11 +396,11 @@ class _Reader:
                            scale=in_rows[1], minimum=in_rows[2])
         return _Weight(main, bias=None if bias is None else bias.clone())
 
-    def place(self, layer: str, weight: _Weight) -> dict[str, torch.Tensor]:
+    def tensors_of(self, layer: str, weight: _Weight) -> dict[str, torch.Tensor]:
         """Returns the tensors of a layer, under the names of the layers that it has rows of."""
         block, local = _split(layer)
-        if self.family is FLUX and self.partner(layer) is not None:
-            return self.place_joined(layer, weight)
+        if self.family is FLUX and self.joined_with(layer) is not None:
+            return self.tensors_of_joined(layer, weight)
         if weight.bias is not None and not self.family.has_biases and not weight.bias.any():
             weight.bias = None
         names = ROWS_OF.get(local, ()) if self.family is not SEPARATE else ()
@@ -416,7 +416,7 @@ class _Reader:
                       [take_rows(packed, piece) for piece in pieces],
                       [None if weight.bias is None else weight.bias[piece] for piece in pieces])
 
-    def partner(self, layer: str) -> str | None:
+    def joined_with(self, layer: str) -> str | None:
         """Returns the layer with which ComfyUI has a layer as one, or None."""
         block, local = _split(layer)
         if not block.startswith("single_"):
@@ -426,9 +426,9 @@ class _Reader:
                 return f"{block}.{pair[1 - pair.index(local)]}"
         return None
 
-    def place_joined(self, layer: str, weight: _Weight) -> dict[str, torch.Tensor]:
+    def tensors_of_joined(self, layer: str, weight: _Weight) -> dict[str, torch.Tensor]:
         """Returns the tensors of two layers that ComfyUI has as one, when both are read."""
-        other = self.partner(layer)
+        other = self.joined_with(layer)
         if other not in self.unpaired:
             self.unpaired[layer] = weight
             return {}
@@ -451,7 +451,7 @@ class _Reader:
         return {f"{block}.{name}.weight": joined} | _named(
             [f"{block}.{target}" for target in names], [], biases)
 
-    def put(self, name: str, tensor: torch.Tensor):
+    def add_plain(self, name: str, tensor: torch.Tensor):
         """Puts a tensor that is not quantised into `tensors`."""
         if name in self.tensors:
             raise self.error(name.rpartition(".")[0], f"is in the file twice: {safe_repr(name)} is"
@@ -470,7 +470,7 @@ class _Reader:
                 continue
             tensor = self.tensors.pop(name)
             for target, rows in zip(names, tensor.chunk(len(names))):
-                self.put(f"{block}.{target}.weight", rows)
+                self.add_plain(f"{block}.{target}.weight", rows)
 
 
 def _named(layers: Iterable[str], weights: Iterable[torch.Tensor],

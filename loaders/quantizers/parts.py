@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ops.pickle_names import short_error_name
-from ..files.container import AGAIN, describe
+from ..files.container import DOWNLOAD_AGAIN, describe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn,
           torch.float8_e5m2, *(
@@ -28,7 +28,7 @@ class PartError(ValueError):
         advice: what to do.
     """
 
-    def __init__(self, problem: str, advice: str = AGAIN):
+    def __init__(self, problem: str, advice: str = DOWNLOAD_AGAIN):
         super().__init__(problem)
         self.advice = advice
 
@@ -52,7 +52,7 @@ class Part:
     dtypes: tuple[torch.dtype, ...] = ()
     optional: str = ""
     other_names: tuple[str, ...] = ()
-    advice: str = AGAIN
+    advice: str = DOWNLOAD_AGAIN
 
     def __str__(self) -> str:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes or ("",))

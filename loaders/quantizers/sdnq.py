@@ -35,7 +35,7 @@ from ...ops.formats.row_layout import PACK_CODES, RowFamily
 from ...ops.formats.sdnq import ALIASES, CODEBOOKS, NUMBER_TYPES, ROTATION_BASE, SDNQ_TYPES
 from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import AGAIN, CONFIG_KEY, WeightFile, describe, map_file, safe_repr
+from ..files.container import CONFIG_KEY, DOWNLOAD_AGAIN, WeightFile, describe, map_file, safe_repr
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
 from .comfyui import MAX_ROTATION
 from .comfyui_marks import MARK
@@ -49,12 +49,12 @@ CONFIG_FILES = ("config.json", "quantization_config.json")
 SCALE, ZERO, UP, DOWN = "scale", "zero_point", "svd_up", "svd_down"
 # names of a number's factor, or table, and of what is added
 SCALE_PARTS, ZERO_PARTS = ("scale_2", "scale_zero_point"), ("zero_point_scale", "zero_point_2")
-BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-FOUND = (*BYTES, torch.int64, torch.int16, torch.uint16)  # dtypes of codes that writers have
+BYTE_DTYPES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+FOUND = (*BYTE_DTYPES, torch.int64, torch.int16, torch.uint16)  # dtypes of codes that writers have
 _FACTOR = Part("(A, B)", tuple(FACTOR_DTYPES.values()), "low rank")
 _NUMBERS = Part("", (*FLOATS, torch.uint8, torch.int8))  # floats, or codes of them
 PARTS = {
-    "weight": Part("", (*BYTES, torch.int64)), SCALE: _NUMBERS,
+    "weight": Part("", (*BYTE_DTYPES, torch.int64)), SCALE: _NUMBERS,
     ZERO: replace(_NUMBERS, optional=ZERO),
     SCALE_PARTS[0]: Part("1 or 256", FLOATS, SCALE_PARTS[0]),
     SCALE_PARTS[1]: Part("1", FLOATS, SCALE_PARTS[1]),
@@ -123,13 +123,13 @@ def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[R
         if LEFTOVERS.search(name):
             raise file.error_at(
                 name, f"{safe_repr(name)} is part of an SDNQ weight whose other parts are not in"
-                " the file", AGAIN)
+                " the file", DOWNLOAD_AGAIN)
         layer = name.removesuffix(".weight")
         if (layer != name and tensor.dtype in (torch.uint8, torch.int8)
                 and f"{layer}{MARK}" not in tensors):
             raise file.error_at(
                 name, f"{safe_repr(name)} has codes of SDNQ, but {safe_repr(f'{layer}.{SCALE}')},"
-                " their scales, is not in the file", AGAIN)
+                " their scales, is not in the file", DOWNLOAD_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ class _Layer:
             if self.count_channels(bits, count := self.count_columns(bits)) is not None:
                 columns[bits] = count
         candidates = [bits for bits, count in columns.items()
-                      if len(columns) == 1 or self.fits(bits, count)]
+                      if len(columns) == 1 or self.reads_scales_as(bits, count)]
         if len(candidates) != 1:
             sizes = " or ".join(map(str, sorted(stored)))
             raise PartError(
@@ -391,7 +391,7 @@ class _Layer:
                 f" other tensors do not tell which; expected a config that says so", CONFIG)
         return candidates[0]
 
-    def fits(self, bits: int, columns: int) -> bool:
+    def reads_scales_as(self, bits: int, columns: int) -> bool:
         """Returns whether something besides the number of codes speaks for their bits."""
         self.groups, self.kernel = self.read_scale_layout(bits)
         if self.has_codebook:
@@ -538,11 +538,11 @@ def _read_numbers(stored: torch.Tensor, part: str, name: str, factor: torch.Tens
     """
     count = 1 if factor is None else factor.numel()
     is_table = stored.dtype == torch.uint8 and count == 256 and offset is None
-    if not (count == 1 or is_table) or (factor is None and stored.dtype in BYTES):
+    if not (count == 1 or is_table) or (factor is None and stored.dtype in BYTE_DTYPES):
         raise PartError(f"its {part} is {describe(stored)} without the numbers that it is read"
                         " by; expected floats, or codes with scale_2 or zero_point_scale")
     factor = torch.ones(1, dtype=torch.float32) if factor is None else factor.float().view(-1)
-    if stored.dtype in BYTES:
+    if stored.dtype in BYTE_DTYPES:
         table = factor
         if not is_table:
             table = torch.arange(256).to(torch.uint8).view(stored.dtype).float() * factor

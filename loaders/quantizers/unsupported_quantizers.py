@@ -4,7 +4,8 @@ from collections.abc import Collection
 
 from ..files.container import WeightFile, safe_repr
 
-OTHER_FORM = "Get the model as GGUF, bitsandbytes NF4 or int8, or in one of ComfyUI's own types."
+GET_OTHER_FORMAT = (
+    "Get the model as GGUF, bitsandbytes NF4 or int8, or in one of ComfyUI's own types.")
 
 # End of a tensor's name -> what the tensor is.
 UNSUPPORTED_QUANTIZERS = {
@@ -19,4 +20,4 @@ def reject_unsupported_quantizers(file: WeightFile, tensors: Collection[str]):
     for pattern, what in UNSUPPORTED_QUANTIZERS.items():
         name = next((name for name in tensors if re.search(pattern, name)), None)
         if name is not None:
-            raise file.error_at(name, f"{safe_repr(name)} is {what}", OTHER_FORM)
+            raise file.error_at(name, f"{safe_repr(name)} is {what}", GET_OTHER_FORMAT)

@@ -19,7 +19,7 @@ SIGNAL_TO_ERROR = {
     "Q2_K": 11.7, "Q3_K": 16.8, "IQ4_NL": 22.3, "IQ4_XS": 22.5, "Q4_K": 23.1, "Q5_0": 27.4,
     "Q5_1": 28.2, "Q5_K": 29.4, "Q6_K": 35.4, "Q8_0": 45.4, "F16": 75.0, "BF16": 75.0
 }
-TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+BY_SIZE = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 DIGITS = 2  # decimal places of sizes in messages
 IN_BLOCKS_OF_32 = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # for rows that 256 does not divide
 # Matrices that see one vector an image, not one a token.
@@ -99,8 +99,8 @@ class Plan:
 
 def types_for(shape: tuple[int, ...]) -> list[str]:
     """Returns the packed types among which a plan for a size chooses, smallest first."""
-    packed = [type_name for type_name in TYPES if divides_rows(type_name, shape)]
-    if len(packed) < len(TYPES):
+    packed = [type_name for type_name in BY_SIZE if divides_rows(type_name, shape)]
+    if len(packed) < len(BY_SIZE):
         packed = [type_name for type_name in IN_BLOCKS_OF_32 if divides_rows(type_name, shape)]
     return packed
 
