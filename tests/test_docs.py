@@ -288,7 +288,19 @@ def test_the_readme_names_what_is_needed_and_which_compilers_are_looked_for():
     assert re.search(r'^dependencies = \["gguf>=[\d.]+"\]$', PROJECT, re.M)
     assert "one package, `gguf`" in README
     assert f"({', '.join(f'`{name}`' for name in COMPILERS)}; not Visual C++)" in README
+    for page in ("performance", "environment"):
+        assert all(f"`{name}`" in PAGES[page] for name in ("CXX", *COMPILERS)), page
+
+
+def test_the_readme_says_how_to_install_update_uninstall_and_report():
+    display = re.search(r'DisplayName = "(.*)"', PROJECT)[1]
+    assert f"search for **{display}**" in README
     assert "Portable Windows" in README and "python_embeded" in README
+    for folder in ("requirements.txt", r"ComfyUI\custom_nodes\ComfyUI-Featherweight"):
+        assert folder in README
+    assert "**Update**" in README and "**Uninstall**" in README
+    assert f"{REPOSITORY}/issues" in README and f"{REPOSITORY}/issues" in PAGES["troubleshooting"]
+    assert SCHEMAS["FeatherweightInspectModelFile"].display_name in README
 
 
 def test_the_families_that_the_readme_says_have_no_kernel_on_a_gpu_have_none():
