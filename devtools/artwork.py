@@ -8,18 +8,20 @@ import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from devtools import ROOT
 
 MEDIA = ROOT / "media"
 SCREENSHOT = ROOT / ".dev" / "screenshots" / "picture.png"
+FIRST_PICTURE = ROOT / "docs" / "images" / "first_picture.png"
 WORKFLOW = (404, 80, 1320, 752)  # left, top, right and bottom of the demo's workflow on it
 BACKGROUND, QUILL, TEXT, QUIET = "#14181f", "#e8edf2", "#f4f7fa", "#9fb0c0"
 # text, top and height in heights of the banner, colour
 LINES = (
     ("Featherweight", 0.3, 0.155, TEXT),
-    ("GGUF, NF4, FP4 and int8 models in ComfyUI,", 0.53, 0.062, QUIET),
-    ("packed in memory, with exact LoRA", 0.62, 0.062, QUIET),
+    ("GGUF, NF4, SDNQ, Nunchaku, GPTQ, fp8 files", 0.53, 0.062, QUIET),
+    ("packed in memory, LoRAs at full strength", 0.62, 0.062, QUIET),
 )
 TIP, ROOT_COLOUR = np.array([126, 226, 208]), np.array([58, 110, 222])
 SMOOTH = 4  # pixels drawn for each pixel kept, along each side
@@ -82,4 +84,6 @@ if __name__ == "__main__":
     banner().save(MEDIA / "banner.png", optimize=True)
     if SCREENSHOT.is_file():
         picture = Image.open(SCREENSHOT).convert("RGB").crop(WORKFLOW).quantize(128)
-        picture.save(ROOT / "docs" / "images" / "first_picture.png", optimize=True)
+        info = PngInfo()  # what the nodes on it show
+        info.add_text("Featherweight", SCREENSHOT.with_suffix(".json").read_text(encoding="utf-8"))
+        picture.save(FIRST_PICTURE, optimize=True, pnginfo=info)

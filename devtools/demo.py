@@ -14,7 +14,7 @@ from PIL import Image
 
 from demo_model import judge, scenes
 from devtools import ROOT
-from devtools.demo_sheet import sheet
+from devtools.demo_sheet import save, sheet
 from devtools.files import demo_files
 from devtools.host.server import Run, Server, ServerError
 from devtools.workflows import FOLDER
@@ -133,7 +133,7 @@ def difference(picture: np.ndarray, dense: np.ndarray) -> float | None:
 
 def as_text(results: dict[str, dict]) -> str:
     width = max(map(len, results))
-    lines = [f"  {'':<{width}} {'held':>8}   {'seconds':>8}   {'from dense':>10}   as asked"]
+    lines = [f"  {'':<{width}} {'memory':>8}   {'seconds':>8}   {'from dense':>10}   as asked"]
     for title, result in results.items():
         off = (
             "-"
@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> int:
         print(f"Failed: {error}")
         return 1
     path = options.output / "sheet.png"
-    sheet(results, options.prompt, f"{STEPS} steps on {device}").save(path)
+    save(sheet(results, options.prompt), results, path)
     text = as_text(results)
     facts = {
         title: {name: value for name, value in result.items() if name != "picture"}

@@ -24,7 +24,7 @@ def compute_input():
         optional=True,
         tooltip="exact: the float product with the dequantised weights. int8: a faster, less exact"
         " integer product for packed weights, on NVIDIA GPUs from Turing on and on CPUs with VNNI;"
-        " it adds an error of about 1.5 % to each layer. On other devices it is the same as exact."
+        " it adds an error of about 1.2 % to each layer. On other devices it is the same as exact."
         " float32: exact, with the whole model in float32; otherwise a CPU that multiplies bfloat16"
         " natively computes in it.",
     )
@@ -40,8 +40,8 @@ def pack_to_input(what: str):
         display_name="pack to",
         tooltip=f"Packs the weights of {what} to this type while they are read, so that they take"
         " less memory. Works for safetensors files in bf16, fp16, fp32 or fp8, diffusers folders"
-        " and GGUF files in F16. Weights that are already packed stay as they are. LoRAs keep"
-        " their full effect.",
+        " and GGUF files in F16, BF16 or F32. Weights that are already packed stay as they are."
+        " LoRAs keep their full effect.",
     )
 
 

@@ -1,28 +1,63 @@
 """README, CONTRIBUTING and docs: what they list is what there is."""
 import ast
+import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 from devtools.measure import model_sizes
 
+import comfy.cli_args
 import pytest
 from comfy.quant_ops import QUANT_ALGOS
+from folder_paths import folder_names_and_paths
 from languages import HELP_LANGUAGES, LOCALES, help_page
 from pack_nodes import node_list
+from PIL import Image
 
 from devtools import ROOT
-from devtools.host import environment
+from devtools.artwork import FIRST_PICTURE
+from devtools.fuzz.targets import TARGETS
+from devtools.host import environment, matrix
+from devtools.host.package import packed_files
 from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS, WORKFLOWS
 from devtools.workflows.__main__ import blueprint_index, index
+from devtools.workflows.demo import STEPS
 from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
+from featherweight.loaders.files.gguf import UNSTORED_TYPES
+from featherweight.loaders.models import pack_on_load
+from featherweight.loaders.packing.planning import file_plan
 from featherweight.loaders.quantizers.comfyui import READERS
+from featherweight.loaders.quantizers.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
+from featherweight.nodes import (
+    apply_lora,
+    load_checkpoint,
+    load_clip_vision,
+    load_controlnet,
+    load_diffusion_model,
+    load_model_patch,
+    load_text_encoder,
+)
+from featherweight.nodes.search_words import FAMILIES
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats.base import GGML_FORMATS
+from featherweight.ops.host_versions import NEWEST_HOST, OLDEST_HOST
+from featherweight.ops.kernels.cpp_backend import COMPILERS
+from featherweight.ops.kernels.kernel_source import CPU_ROW_FAMILIES, ROW_FAMILIES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+COMPATIBILITY = PAGES["compatibility"]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REPOSITORY = re.search(r'Repository = "(.*)"', PROJECT)[1]
+SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in node_list())}
 RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"),
                                 flags=re.S) for name in ("CONTRIBUTING.md", "docs/architecture.md"))
 ROOMS = ("nodes", "cluster", "loaders", "ops")
 HOST_NAMES = ("add_patches",)
+in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"),
+                                   reason="needs git and its checkout")
 LANGUAGES = {
     "en": "English",
     "ja": "Japanese",
@@ -31,41 +66,68 @@ LANGUAGES = {
 }
 
 
-def test_the_readme_names_every_ggml_type():
-    listed = set(re.split(r"[\s,·]+", README.split("Every GGUF type:")[1].split("beside")[0]))
-    assert {packed.name for packed in GGML_FORMATS.values()} <= listed
+def test_compatibility_names_every_ggml_type_that_is_read():
+    listed = set(re.split(r"[\s,·]+", COMPATIBILITY.split("GGUF types:")[1].split("beside")[0]))
+    assert {packed.name for packed in GGML_FORMATS.values()} == listed - {""}
 
 
-def test_readme_and_compatibility_name_every_format_of_comfyui_that_is_read():
-    listed = README.split("Of ComfyUI's own formats:")[1].split(".")[0]
-    of_comfyui = set(re.split(r"[\s·]+", listed.strip()))
-    assert set(QUANT_ALGOS) <= of_comfyui <= set(READERS)
-    page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
-    table = page.split("| format | written by |")[1].split("\n\n")[0]
+def test_compatibility_names_the_ggml_types_and_quantisers_that_are_refused():
+    refused = COMPATIBILITY.split("\nRefused, ")[1].split("\n\n")[0]
+    named = set(re.findall(r"\b\w*Q\d\w*", refused))
+    assert len(named) > 5 and named <= set(UNSTORED_TYPES.values())
+    for name in ("HQQ", "MXFP4"):
+        assert name in refused and any(name in text for text in UNSUPPORTED_QUANTIZERS.values())
+
+
+def test_compatibility_names_every_format_of_comfyui_that_is_read():
+    assert set(QUANT_ALGOS) <= set(READERS)
+    table = COMPATIBILITY.split("| format | written by |")[1].split("\n\n")[0]
     assert [name for name in READERS
             if name not in table and name.removeprefix("float8_e4m3fn") not in table] == []
 
 
-def test_the_readme_has_a_row_for_every_node_of_ours():
-    rows = README.split("## Nodes")[1].split("\n\n")[1]
-    schemas = [node.GET_SCHEMA() for node in node_list()]
-    assert [
-        schema.display_name
-        for schema in schemas
-        if schema.node_id.startswith("Featherweight") and f"\n| {schema.display_name} |" not in rows
-    ] == []
+def test_compatibility_has_a_row_for_every_node_of_ours():
+    rows = COMPATIBILITY.split("## Nodes")[1].split("\n\n")[1]
+    ours = [schema.display_name for schema in SCHEMAS.values()
+            if schema.node_id.startswith("Featherweight")]
+    assert len(ours) > 10
+    assert {f"| {name} |" for name in ours} == set(re.findall(r"^\| .*?\(Featherweight\) \|", rows,
+                                                             re.M))
 
 
-@pytest.mark.parametrize(("page", "start"), [("README.md", "its help page, in "),
-                                             ("docs/compatibility.md", "Help pages are in ")])
-def test_the_languages_of_the_help_pages_are_named(page, start):
-    sentence = " ".join((ROOT / page).read_text(encoding="utf-8").split(start)[1].split())
+def test_every_loader_of_ours_is_found_by_every_family_of_files():
+    loaders = [schema for schema in SCHEMAS.values()
+               if re.match("FeatherweightLoad", schema.node_id)]
+    assert len(loaders) == 6
+    for schema in loaders:
+        for family in FAMILIES:
+            assert any(alias.split()[-1] == family for alias in schema.search_aliases), (
+                schema.node_id, family)
+
+
+def test_the_versions_that_compatibility_says_were_tested_are_those_of_the_matrix():
+    rows = re.findall(r"^\| (0\..*?) \|", COMPATIBILITY.split("## Nodes")[0], re.M)
+    named = {number for row in rows for number in re.findall(r"\b0\.\d+\.\d+\b", row.split(",")[0]
+             if "commit" in row else row)}
+    assert named == set(matrix.VERSIONS) - set(matrix.TOO_OLD)
+    assert f"| {OLDEST_HOST} to {NEWEST_HOST}; [newer]" in README
+    assert {OLDEST_HOST, NEWEST_HOST} == {min(named, key=_numbers), max(named, key=_numbers)}
+    oldest = OLDEST_HOST.removesuffix(".0")
+    assert f"| older than {oldest} |" in COMPATIBILITY
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
+
+
+def test_the_languages_of_the_help_pages_are_named():
+    sentence = " ".join(COMPATIBILITY.split("Help pages are in ")[1].split())
     named = {code for code, name in LANGUAGES.items() if name in sentence.partition(".")[0]}
     assert named == set(HELP_LANGUAGES)
 
 
 def test_the_languages_of_the_tooltips_are_those_of_the_help_pages_as_compatibility_says():
-    assert "So are the tooltips" in (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    assert "So are the tooltips" in COMPATIBILITY
     assert {"en", *LOCALES} == set(HELP_LANGUAGES)
 
 
@@ -79,7 +141,7 @@ def test_architecture_names_every_folder_and_nothing_that_is_gone():
     assert folders | {f"{room}/" for room in ROOMS} <= paths
 
 
-@pytest.mark.parametrize("way", re.findall(r"^## (The way of .*)$", ARCHITECTURE, re.M))
+@pytest.mark.parametrize("way", re.findall(r"^## (The path of .*)$", ARCHITECTURE, re.M))
 def test_each_way_names_what_is_there(way):
     steps = re.split(r"^\d\. ",
                      ARCHITECTURE.split(f"## {way}")[1].split("\n## ")[0], flags=re.M)[1:]
@@ -109,7 +171,7 @@ def test_files_and_tests_that_the_recipes_name_are_there():
 
 def test_what_the_environment_takes_is_said_alike():
     size = environment.SIZE.removeprefix("about ")
-    for name in ("README.md", "CONTRIBUTING.md", "dev.py"):
+    for name in ("CONTRIBUTING.md", "dev.py"):
         assert size in (ROOT / name).read_text(encoding="utf-8"), name
 
 
@@ -128,21 +190,27 @@ def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
     assert make() in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "example_workflows" / "README.md",
-        ROOT / "subgraphs" / "README.md",
-        *(ROOT / "docs").glob("*.md"),
-    ],
-    ids=lambda path: path.relative_to(ROOT).as_posix(),
-)
+LINKED = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "example_workflows/README.md",
+                 "subgraphs/README.md", "demo_model/README.md")
+] + sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_within_the_repository_lead_somewhere(path):
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text(encoding="utf-8")):
+    """Also those of a packaged page to the repository on the web."""
+    raw = REPOSITORY.replace("github.com", "raw.githubusercontent.com")
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
         file, _, heading = link.partition("#")
         target = path.parent / file if file else path
+        for start in (f"{REPOSITORY}/blob/main/", f"{raw}/main/"):
+            if link.startswith(start):
+                target = ROOT / file.removeprefix(start)
+                break
+        else:
+            if re.match("https?:", link):
+                continue
         assert target.exists(), link
         headings = (
             re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M) if heading else []
@@ -150,6 +218,206 @@ def test_links_within_the_repository_lead_somewhere(path):
         assert not heading or heading in [
             re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings
         ], link
+
+
+@in_a_checkout
+def test_links_of_the_package_lead_to_files_of_the_package():
+    packed = set(packed_files())
+    folders = {parent.as_posix() for name in packed for parent in Path(name).parents}
+    pages = [name for name in packed if name.endswith(".md") and not name.startswith("nodes/web")]
+    assert len(pages) > 12
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            path = Path(os.path.normpath((ROOT / page).parent / link))
+            target = path.relative_to(ROOT).as_posix()
+            assert target in packed | folders, f"{page}: {link}"
+
+
+@in_a_checkout
+def test_pages_of_the_package_that_name_dev_py_say_where_it_is():
+    for page in packed_files():
+        text = (ROOT / page).read_text(encoding="utf-8") if page.endswith(".md") else ""
+        if "dev.py" in text and page.count("/") < 2:
+            assert f"[repository]({REPOSITORY})" in text.partition("\n## ")[0], page
+
+
+def test_the_index_of_the_docs_has_a_line_for_every_page():
+    lines = re.findall(r"^\d+\. .*$", PAGES["README"], re.M)
+    linked = {Path(link).name for line in lines for link in re.findall(r"\(([^)]*\.md)\)", line)}
+    assert {f"{name}.md" for name in PAGES if name != "README"} <= linked
+    assert [int(line.partition(".")[0]) for line in lines] == list(range(1, len(lines) + 1))
+
+
+# Of the table of cards: the model as the README has it -> as `model_sizes` has it.
+FAMILIES_OF_THE_TABLE = {
+    "Flux.1 dev": "Flux.1 dev, schnell, Kontext",
+    "Flux.2 Klein 4B": "Flux.2 Klein 4B",
+    "Flux.2 Klein 9B": "Flux.2 Klein 9B",
+    "Flux.2 dev": "Flux.2 dev",
+    "Qwen-Image": "Qwen-Image, Qwen-Image-Edit",
+    "Qwen-Image-Edit 2509": "Qwen-Image, Qwen-Image-Edit",
+    "Wan 2.2 14B": "Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)",
+    "Z-Image Turbo": "Z-Image",
+}
+
+
+def test_every_file_that_the_readme_recommends_fits_its_card():
+    rows = re.findall(r"^\| (\d+) GB \| (.+), (\w+) \| (.+) \| ([\d.]+) \|$", README, re.M)
+    assert {int(card) for card, *_ in rows} == {6, 8, 12, 16, 24}
+    models = {model.name: model for model in model_sizes.MODELS}
+    for card, name, form, file, size in rows:
+        model = models[FAMILIES_OF_THE_TABLE[name]]
+        working = model.editing[1]() if "Edit" in name else model.working()
+        beside = model_sizes.beside_weights(model, working)
+        assert float(size) * 1e9 + beside <= int(card) * model_sizes.GIB, (card, name)
+        # about as large as the pack says of the format: _M keeps some matrices in larger types
+        assert 0.97 < float(size) * 1e9 / model_sizes.bytes_of(model.shapes(), form) < 1.12, name
+        assert form in file and re.search(r"\[(.*)\]\(https://huggingface.co/\1\)", file), name
+
+
+def test_the_readme_says_what_flux_takes():
+    flux = next(model for model in model_sizes.MODELS if model.name.startswith("Flux.1 dev"))
+    dense, packed = (f"{model_sizes.bytes_of(flux.shapes(), column) / 1e9:.1f} GB"
+                     for column in ("BF16", "Q4_K"))
+    words = " ".join(README.split())
+    assert f"Flux.1 dev takes {packed} as Q4_K instead of {dense}" in words
+
+
+def test_the_readme_names_what_is_needed_and_which_compilers_are_looked_for():
+    assert re.search(r'^dependencies = \["gguf>=[\d.]+"\]$', PROJECT, re.M)
+    assert "one package, `gguf`" in README
+    assert f"({', '.join(f'`{name}`' for name in COMPILERS)}; not Visual C++)" in README
+    for page in ("performance", "environment"):
+        assert all(f"`{name}`" in PAGES[page] for name in ("CXX", *COMPILERS)), page
+
+
+def test_the_readme_says_how_to_install_update_uninstall_and_report():
+    display = re.search(r'DisplayName = "(.*)"', PROJECT)[1]
+    assert f"search for **{display}**" in README
+    assert "Portable Windows" in README and "python_embeded" in README
+    for folder in ("requirements.txt", r"ComfyUI\custom_nodes\ComfyUI-Featherweight"):
+        assert folder in README
+    assert "**Update**" in README and "**Uninstall**" in README
+    assert f"{REPOSITORY}/issues" in README and f"{REPOSITORY}/issues" in PAGES["troubleshooting"]
+    assert SCHEMAS["FeatherweightInspectModelFile"].display_name in README
+
+
+def test_the_families_that_the_readme_says_have_no_kernel_on_a_gpu_have_none():
+    assert "SVDQuant, SDNQ and GPTQ files are dequantised by torch, without a kernel" in README
+    assert "no kernel of a GPU reads them yet" in PAGES["performance"]
+    starts = ("SVDQUANT", "SDNQ", "UINT4_GROUPED")
+    assert [name for name in ROW_FAMILIES if name.startswith(starts)] == []
+    assert {start for start in starts for name in CPU_ROW_FAMILIES if name.startswith(start)} == {
+        *starts
+    }
+
+
+def test_the_readme_and_performance_say_alike_what_a_cpu_loses_without_a_compiler():
+    row, = re.findall(r"^\| .* without a C\+\+ compiler \|(.*)\|$", PAGES["performance"], re.M)
+    times = [float(number) for number in re.findall(r"[\d.]+", row)]
+    assert f"[{min(times):.0f} to {max(times):.0f} times]" in README
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len(re.sub(r"\(https?:[^)]*\)|\|", " ", README).split()) < 850
+
+
+def test_what_has_run_where_is_said_alike():
+    """A GPU, a Windows, a Mac: whoever runs the pack there changes each of these."""
+    assert "**No GPU yet**" in README and "Not Windows, not macOS" in README
+    assert "**No GPU has been measured yet.**" in PAGES["performance"]
+    assert "**Not yet**: any GPU, Windows, macOS, Arm." in COMPATIBILITY
+
+
+def test_the_error_of_int8_is_the_one_that_was_measured():
+    table = PAGES["performance"]
+    losses = re.search(r"^\| what `int8` loses in a product \|(.*)\|$", table, re.M)[1]
+    most = f"{100 * 10 ** (-float(losses.split('|')[0]) / 20):.1f}"
+    said = {schema.node_id: input.tooltip for schema in SCHEMAS.values()
+            for input in schema.inputs
+            if input.id == "compute" and schema.node_id.startswith("Featherweight")}
+    assert len(said) == 2 and f"about {most} %" in PAGES["performance"]
+    for node_id, tooltip in said.items():
+        assert f"about {most} %" in tooltip
+        for language in HELP_LANGUAGES:
+            assert f"{most} %" in help_page(node_id, language).read_text(encoding="utf-8")
+            if language != "en":
+                texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(
+                    encoding="utf-8"))
+                assert f"{most} %" in texts[node_id]["inputs"]["compute"]["tooltip"]
+    names = [SCHEMAS[node_id].display_name.removesuffix(" (Featherweight)") for node_id in said]
+    for page in ("performance", "choosing"):
+        assert f"*{names[1]}* and *{names[0]} (Featherweight)*" in PAGES[page] or (
+            f"*{names[0]}* and *{names[1]} (Featherweight)*" in PAGES[page]), page
+
+
+def test_choosing_names_the_types_that_loaders_and_the_saving_node_have():
+    row, = re.findall(r"^\| types \| (.*) \| (.*) \|$", PAGES["choosing"], re.M)
+    loading, saving = row
+    assert set(re.findall(r"\w*Q\w+|NF4", loading)) == set(pack_on_load.TYPES)
+    added = set(file_plan.TYPES) - set(pack_on_load.TYPES)
+    assert saving.startswith(f"the same and {', '.join(added)}, ")
+    assert set(pack_on_load.TYPES) <= set(file_plan.TYPES)
+
+
+def test_a_gguf_that_can_be_packed_is_described_alike():
+    words = "GGUF files in F16, BF16 or F32"
+    assert words in PAGES["packing"]
+    tooltips = [input.tooltip for schema in SCHEMAS.values() for input in schema.inputs
+                if input.id == "pack_to" and schema.node_id.startswith("Featherweight")]
+    assert len(tooltips) == 6 and all(words in tooltip for tooltip in tooltips)
+
+
+def test_troubleshooting_names_the_folders_of_the_loaders():
+    row = next(line for line in PAGES["troubleshooting"].splitlines()
+               if line.startswith("| The file is not in the list |"))
+    named = set(re.findall(r"`models/(\w+)`", row))
+    keys = ("diffusion_models", "text_encoders", "checkpoints", "diffusers", "controlnet",
+            "model_patches", "clip_vision", "vae", "loras")
+    known = {Path(path).name for key in keys for path in folder_names_and_paths[key][0]}
+    for module in (apply_lora, load_checkpoint, load_clip_vision, load_controlnet,
+                   load_diffusion_model, load_model_patch, load_text_encoder):
+        assert {key.removesuffix("_gguf") for key in module.FOLDERS} - {"unet", "clip"} <= set(keys)
+    assert named <= known and {*keys, "unet", "clip"} <= named
+
+
+def test_security_and_reliability_count_the_targets_of_the_fuzzer():
+    words = {16: "sixteen", 20: "twenty", 21: "twenty-one", 22: "twenty-two", 24: "twenty-four"}
+    assert f"workflows of {words[len(TARGETS)]} kinds" in PAGES["security"]
+    section = PAGES["reliability"].split("## Bad files")[1].split("\n## ")[0]
+    ran = set(re.findall(r"^\| `(\w+)` \|", section, re.M))
+    newer = section.split("Newer targets are not in it: ")[1].partition(".")[0]
+    newer = set(re.findall(r"`(\w+)`", newer))
+    assert ran | newer == set(TARGETS) and not ran & newer
+    assert f"of the {len(ran)} targets" in section
+    assert f"on {words[len(ran)]} of the kinds" in PAGES["security"]
+
+
+def test_sizes_of_vram_flags_are_those_that_comfyui_has():
+    flags = set(re.findall(r"`(--[\w-]*vram[\w-]*)", "".join(PAGES.values())))
+    assert {"--reserve-vram", "--vram-headroom"} <= flags
+    known = {
+        option for action in comfy.cli_args.parser._actions for option in action.option_strings
+    }
+    assert flags <= known
+
+
+def test_the_screenshot_of_the_readme_shows_the_inputs_and_steps_that_there_are():
+    with Image.open(FIRST_PICTURE) as picture:
+        shown = json.loads(picture.text["Featherweight"])
+    for node_id in ("FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder"):
+        assert [name for name, _ in shown[node_id] if name in {
+            input.id for input in SCHEMAS[node_id].inputs
+        }] == [input.id for input in SCHEMAS[node_id].inputs]
+    assert ["steps", STEPS] in shown["KSampler"]
+
+
+@pytest.mark.parametrize("text", [PROJECT, README], ids=["pyproject.toml", "README.md"])
+def test_the_first_lines_name_the_families_of_files(text):
+    start = " ".join(text.split("## ")[0].split("[project.urls]")[0].split())
+    for family in ("GGUF", "NF4", "SDNQ", "Nunchaku", "GPTQ"):
+        assert family in start
 
 
 def test_the_page_of_the_example_workflows_is_the_one_that_is_written():

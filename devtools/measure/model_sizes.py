@@ -43,7 +43,8 @@ class Model:
 
     shapes: makes name -> shape. encoder: whether it is a text encoder. working: what ComfyUI sets
     aside for one step beside the weights, in bytes; None where it is not known. picture: the size
-    it is for.
+    it is for. editing: the name of the models with these shapes that get an image of that size too,
+    and what is set aside for them.
     """
 
     name: str
@@ -51,12 +52,13 @@ class Model:
     encoder: bool = False
     working: Callable[[], float] | None = None
     picture: str = ""
+    editing: tuple[str, Callable[[], float]] | None = None
 
 
 def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, picture: str,
-                    **config) -> Model:
+                    editing: str = "", **config) -> Model:
     """supported: the host's entry in `supported_models`. latent: shape of its input for a picture
-    of that size."""
+    of that size. editing: name of the models with these shapes that get an image too."""
 
     @functools.cache
     def build():
@@ -65,10 +67,10 @@ def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, p
         model_config.custom_operations = comfy.ops.disable_weight_init
         return model_config.get_model({}, "", device="meta")
 
-    def working() -> float:
+    def working(**conditioning) -> float:
         with mock.patch.object(comfy.model_management, "pytorch_attention_flash_attention",
                                return_value=True):
-            needed = build().memory_required(latent)
+            needed = build().memory_required(latent, conditioning)
         # the least ComfyUI leaves free, and what it leaves to the system
         return max(0.8 * GIB, needed) + 0.4 * GIB
 
@@ -76,7 +78,11 @@ def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, p
     def shapes() -> Shapes:
         return shapes_of(build().diffusion_model)
 
-    return Model(name, shapes, working=working if latent else None, picture=picture)
+    def working_with_an_image() -> float:
+        return working(ref_latents=[[1, 16, math.prod(latent[2:])]])
+
+    return Model(name, shapes, working=working if latent else None, picture=picture,
+                 editing=(editing, working_with_an_image) if editing else None)
 
 
 def encoder(name: str, build: Callable, config: dict | None = None) -> Model:
@@ -157,6 +163,7 @@ MODELS = (
         "Flux",
         (1, 16, 128, 128),
         "1024²",
+        editing="Flux.1 Kontext",
         image_model="flux",
         in_channels=16,
         out_channels=16,
@@ -208,6 +215,7 @@ MODELS = (
         "QwenImage",
         (1, 16, 1, 128, 128),
         "1024²",
+        editing="Qwen-Image-Edit",
         image_model="qwen_image",
         in_channels=64,
         num_layers=60,
@@ -288,18 +296,25 @@ def lora_bytes(shapes: Shapes) -> int:
     return sum(2 * RANK * (rows + columns) for rows, columns in matrices)
 
 
-def gpu_bytes(model: Model, column: str) -> float:
-    """Memory of a GPU that holds the whole model and runs a step of it."""
-    shapes = model.shapes()
-    largest = max(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-    scratch = 0 if column == "BF16" else 2 * largest  # where a weight is dequantised
-    return bytes_of(shapes, column) + scratch + model.working() + SYSTEM
+def beside_weights(model: Model, working: float) -> float:
+    """Memory of a GPU that a step takes beside the packed weights, which `working` is a part of."""
+    largest = max(math.prod(shape) for shape in model.shapes().values() if len(shape) == 2)
+    return 2 * largest + working + SYSTEM  # the first: where a weight is dequantised
 
 
-def best_fit(model: Model, card: int) -> str:
+def gpu_bytes(model: Model, column: str, working: float | None = None) -> float:
+    """Memory of a GPU that holds the whole model and runs a step of it, without another image
+    unless `working` says so."""
+    working = model.working() if working is None else working
+    beside = working + SYSTEM if column == "BF16" else beside_weights(model, working)
+    return bytes_of(model.shapes(), column) + beside
+
+
+def best_fit(model: Model, card: int, working: float | None = None) -> str:
     """The largest format that fits a card whole."""
     fitting = (column for column in COLUMNS
-               if column not in ("FP8", "NF4") and gpu_bytes(model, column) <= card * GIB)
+               if column not in ("FP8", "NF4")
+               and gpu_bytes(model, column, working) <= card * GIB)
     return next(fitting, "partly")
 
 
@@ -324,11 +339,23 @@ def sizes_table() -> str:
 
 def cards_table() -> str:
     """The largest format of each diffusion model that fits a GPU whole."""
-    rows = [[
-        model.name, model.picture, f"{model.working() / GIB:.1f}",
-        *[best_fit(model, card) for card in CARDS]
-    ] for model in MODELS if model.working]
+    rows = []
+    for model in MODELS:
+        if model.working:
+            plain = model.name
+            if model.editing:
+                name, with_an_image = model.editing
+                plain = plain.removesuffix(f", {name.removeprefix('Flux.1 ')}")
+            rows.append(_cards_row(plain, model, model.picture, model.working()))
+        if model.editing:
+            picture = f"{model.picture}, with an image of {model.picture}"
+            rows.append(_cards_row(name, model, picture, with_an_image()))
     return table(["model", "for", "work, GiB", *[f"{card} GB" for card in CARDS]], rows)
+
+
+def _cards_row(name: str, model: Model, picture: str, working: float) -> list[str]:
+    fits = [best_fit(model, card, working) for card in CARDS]
+    return [name, picture, f"{working / GIB:.1f}", *fits]
 
 
 def accuracy_table() -> str:

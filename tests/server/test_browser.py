@@ -247,7 +247,12 @@ def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(pag
     page.click_on("document.querySelector('[data-testid=queue-button]')")
     width, source = page.wait_for(
         f"(img => img?.naturalWidth && [img.naturalWidth, img.src])({SAVED}.imgs?.[0])", 600)
-    keep(page, "picture")
+    page.evaluate(f"{steps} = {sampler['widgets_values'][2]}; app.graph.setDirtyCanvas(true)")
+    page.evaluate("new Promise(done => setTimeout(done, 500))")
+    keep(page, "picture")  # the workflow as it is, with its image: docs/images/first_picture.png
+    shown = page.evaluate("Object.fromEntries(app.graph.nodes.map(node => [node.type,"
+                          " (node.widgets ?? []).map(each => [each.name, each.value])]))")
+    (DEV / "screenshots" / "picture.json").write_text(json.dumps(shown), encoding="utf-8")
     assert width == latent["widgets_values"][0] and "filename=featherweight_demo" in source
     ran = list(server.get_json("/history").values())[-1]["prompt"][2]
     assert ran[str(sampler["id"])]["inputs"]["steps"] == sampler["widgets_values"][2] + 1

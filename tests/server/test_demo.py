@@ -71,7 +71,7 @@ def test_loras_show_on_packed_models_as_on_the_dense_one(results):
 @of_the_mix
 def test_the_sheet_has_room_for_every_picture(results):
     shown = [title for title in results if not title.startswith("dense +")]
-    picture = sheet(results, PROMPT, "8 steps")
+    picture = sheet(results, PROMPT)
     assert picture.width > 1000 and picture.height > 256 * -(-len(shown) // COLUMNS)
     assert all(title in demo.as_text(results) for title in shown)
 
@@ -80,7 +80,7 @@ def test_the_columns_of_the_report_stand_under_each_other():
     result = {"bytes": 5e6, "seconds": 1.5, "dense": 40.0, "right": {"house": True}}
     lines = demo.as_text({"dense": {**result, "dense": None},
                           "a longer title than others": result}).splitlines()
-    assert {line.index(" MB") + 3 for line in lines[1:]} == {lines[0].index("held") + 4}
+    assert {line.index(" MB") + 3 for line in lines[1:]} == {lines[0].index("memory") + 6}
     assert {line.index("1 of ") for line in lines[1:]} == {lines[0].index("as asked")}
 
 

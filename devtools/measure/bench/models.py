@@ -91,7 +91,13 @@ def bench_step(options):
             variants = {
                 title: step_of(model, tokens, sizes.context) for title, model in models.items()
             }
-            yield pack, side_by_side(variants, options.rounds)
+            yield f"{pack}, {computes_in(model)}", side_by_side(variants, options.rounds)
+
+
+def computes_in(patcher) -> str:
+    """The dtype in which ComfyUI runs a model's layers."""
+    dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
+    return str(dtype).removeprefix("torch.")
 
 
 def step_of(patcher, tokens: int, context: int):
