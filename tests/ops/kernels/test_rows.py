@@ -57,7 +57,7 @@ FLOATS = {name[:len("SDNQ_FLOAT4")]: name for name in reversed(CPU_ROW_SIZES)
 
 # with half of the lanes, which no family asks for, the first size of every third family
 @pytest.mark.parametrize(("name", "size", "lanes"), [
-    pytest.param(name, size, lanes, marks=pytest.mark.heavy if lanes < 16 and number % 3
+    pytest.param(name, size, lanes, marks=pytest.mark.heavy if (lanes < 16 and number % 3)
                  or FLOATS.get(name[:len("SDNQ_FLOAT4")], name) != name else ())
     for number, (name, sizes) in enumerate(CPU_ROW_SIZES.items())
     if not is_like_another(name)
