@@ -17,16 +17,18 @@ from devtools import ROOT
 from devtools.demo_sheet import save, sheet
 from devtools.files import demo_files
 from devtools.host.server import Run, Server, ServerError
-from devtools.workflows import FOLDER
+from devtools.workflows import DEMO, FOLDER
 from devtools.workflows.api_format import to_api
-from devtools.workflows.demo import PROMPT, STEPS
+from devtools.workflows.workflow import Workflow
 
-WORKFLOW = FOLDER / "Featherweight demo.json"
-SIDE_BY_SIDE = FOLDER / "Featherweight demo side by side.json"
-LORA_WORKFLOW = FOLDER / "Featherweight demo two LoRAs.json"
-NF4_WORKFLOW = FOLDER / "Featherweight demo NF4 checkpoint.json"
-TRAINING = FOLDER / "Featherweight demo train a LoRA.json"
-MIX_WORKFLOW = FOLDER / "Featherweight demo packed to a size.json"
+WORKFLOW = FOLDER / f"{DEMO}.json"
+SIDE_BY_SIDE = FOLDER / f"{DEMO} side by side.json"
+LORA_WORKFLOW = FOLDER / f"{DEMO} two LoRAs.json"
+NF4_WORKFLOW = FOLDER / f"{DEMO} NF4 checkpoint.json"
+TRAINING = FOLDER / f"{DEMO} train a LoRA.json"
+MIX_WORKFLOW = FOLDER / f"{DEMO} packed to a size.json"
+PROMPT = Workflow(WORKFLOW).types("CLIPTextEncode")[0]["widgets_values"][0]
+STEPS = Workflow(WORKFLOW).types("KSampler")[0]["widgets_values"][2]
 LOADER = "FeatherweightLoadDiffusionModel"
 MODEL_NAME = demo_files.MODELS["Q8_0"]
 # The line our loader logs for each file it loads.

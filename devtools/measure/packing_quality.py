@@ -16,8 +16,8 @@ from devtools.measure.weights import snr
 import torch
 
 from demo_model import scenes
+from devtools.demo import STEPS
 from devtools.files import demo_files, ggml_quantiser
-from devtools.workflows.demo import STEPS
 from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.files.safetensors_writer import safetensors_writer

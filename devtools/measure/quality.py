@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from demo_model import judge, scenes
 from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
 from devtools import ROOT
+from devtools.demo import STEPS
 from devtools.files import demo_files
-from devtools.workflows.demo import STEPS
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
 

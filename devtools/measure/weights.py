@@ -41,6 +41,8 @@ def divides_rows(name: str, columns: int) -> bool:
     packed_format = format_for(name, columns)
     if isinstance(packed_format, RowFormat):
         layout = packed_format.layout
+        if not layout.groups:
+            return False  # a row is shorter than a group
         return columns % layout.group == 0 and columns % (layout.rotation or 1) == 0
     return columns % packed_format.block_length == 0
 

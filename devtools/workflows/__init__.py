@@ -1,22 +1,24 @@
-"""The example workflows and the blueprints. `python -m devtools.workflows`, from the root, writes
-them."""
+"""The example workflows and the blueprints: JSON files, as ComfyUI's editor writes them.
+
+`python -m devtools.workflows FILE...`, from the root, opens, saves and draws them.
+"""
 from devtools import ROOT
-from devtools.workflows import (
-    blueprints,
-    demo,
-    flux,
-    flux_with_pictures,
-    packing,
-    qwen_image,
-    stable_diffusion,
-    video,
-)
 
 FOLDER = ROOT / "example_workflows"
 BLUEPRINT_FOLDER = ROOT / "subgraphs"  # where ComfyUI looks for them
-BLUEPRINTS = blueprints.BLUEPRINTS
-WORKFLOWS = tuple(
-    make
-    for family in (demo, flux, flux_with_pictures, packing, stable_diffusion, qwen_image, video)
-    for make in family.WORKFLOWS
-)
+DEMO = "Repository demo"  # how the names of those begin whose models only the repository has
+FIRST = "Start here"  # and of the one for newcomers
+
+
+def example_paths() -> list:
+    """Returns the paths of the examples in the order of the template browser, which
+    `nodes/web/templates.js` makes."""
+    def place(path):
+        return not path.stem.startswith(FIRST), path.stem.startswith(DEMO), path.stem
+
+    return sorted(FOLDER.glob("*.json"), key=place)
+
+
+def blueprint_paths() -> list:
+    """Returns the paths of the blueprints."""
+    return sorted(BLUEPRINT_FOLDER.glob("*.json"))

@@ -1,96 +1,127 @@
-"""Writes the example workflows and the blueprints: `python -m devtools.workflows`, from the
-root."""
-import json
-import tempfile
+"""Opens workflows in ComfyUI's editor, saves what it writes, and draws their covers:
+`python -m devtools.workflows FILE...`, from the root.
 
-from devtools.host.server import Server
-from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS, FOLDER, WORKFLOWS
-from devtools.workflows.editor import Workflow, as_ui
-from devtools.workflows.subgraphs import Blueprint, as_blueprint
+Also writes the pages that list the examples and the blueprints. A blueprint is only opened: the
+editor saves it otherwise, as *Publish Subgraph* does.
+"""
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from devtools.host.browser import COMPLAINTS, RED, UNKNOWN, Browser, BrowserError
+from devtools.host.server import Server, ServerError
+from devtools.workflows import (
+    BLUEPRINT_FOLDER,
+    FOLDER,
+    blueprint_paths,
+    covers,
+    example_paths,
+)
+from devtools.workflows.stand_ins import stand_in_files
+from devtools.workflows.workflow import Workflow
 
 HEAD = """# Example workflows
 
 In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each \
 workflow says which file goes into
-which folder and what memory it takes. `python -m devtools.workflows` writes them and this page, and
-`python -m devtools.workflows.covers` their covers: the model, its type, what its weights take, \
-and what goes in and comes out.
+which folder and what memory it takes. The models of those that are called *Repository demo* come \
+with a clone of the repository only.
 """
 BLUEPRINT_HEAD = """# Blueprints
 
 Each is a whole workflow as one node, in ComfyUI's node library under *Subgraph Blueprints*, in
 *Comfy Blueprints*, *Featherweight*. The library shows the same text when the mouse is on a name. A
 note inside each has the links to its files and says what memory it takes.
-`python -m devtools.workflows` writes the blueprints and this page.
 """
+SAVED = "app.graphToPrompt().then(prompt => prompt.workflow)"  # as the editor exports it
 
 
-def written(workflow: dict) -> str:
-    """A workflow as JSON with a node or a link in each line, those of subgraphs too: half as large
-    as with a value in each."""
-    return _lines(workflow) + "\n"
-
-
-def _lines(graph: dict) -> str:
+def written(graph: dict) -> str:
+    """Returns a workflow as JSON with a node or a link in each line: half as large as with a value
+    in each."""
     def text(value) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
-    def part(key: str, value) -> str:
-        if key == "definitions":
-            return '{"subgraphs":[' + ",".join(map(_lines, value["subgraphs"])) + "]}"
+    def part(value) -> str:
         if isinstance(value, list) and value:
             return "[\n" + ",\n".join(map(text, value)) + "\n]"
         return text(value)
 
-    return "{\n" + ",\n".join(
-        f"{text(key)}: {part(key, value)}" for key, value in graph.items()
-    ) + "\n}"
+    lines = (f"{text(key)}: {part(value)}" for key, value in graph.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def index(workflows: list[Workflow]) -> str:
-    """The page of the examples: a row for each workflow."""
-    rows = [(workflow.name, _first_paragraph(workflow.about)) for workflow in workflows]
-    return _table(HEAD, ("workflow", "what it shows"), rows)
+def opened(browser: Browser, path: Path) -> dict:
+    """Returns the workflow as the editor saves it.
+
+    Raises:
+        BrowserError: The editor marks a node or complains.
+    """
+    browser.open_workflow(path.name, path.read_text(encoding="utf-8"))
+    wrong = {*browser.types(UNKNOWN), *browser.types(RED), *browser.evaluate(COMPLAINTS)}
+    if wrong or not browser.types():
+        raise BrowserError(f"{path.name} does not open: {', '.join(sorted(wrong)) or 'no nodes'}")
+    return browser.evaluate(SAVED)
 
 
-def blueprint_index(blueprints: list[Blueprint]) -> str:
-    """The page of the blueprints: a row for each."""
-    rows = [
-        (
-            blueprint.name,
-            blueprint.workflow.about,
-            "<br>".join(f"`{file.folder}/{file.name}`" for file in blueprint.inside.files),
-        )
-        for blueprint in blueprints
-    ]
+def page(head: str, titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Returns a page with a table."""
+    lines = [f"| {' | '.join(row)} |" for row in (titles, *rows)]
+    return "\n".join((head, lines[0], "|---" * len(titles) + "|", *lines[1:])) + "\n"
+
+
+def index() -> str:
+    """Returns the page of the examples, in the order of the template browser."""
+    rows = [(path.stem, Workflow(path).about) for path in example_paths()]
+    return page(HEAD, ("workflow", "what it shows"), rows)
+
+
+def blueprint_index() -> str:
+    """Returns the page of the blueprints."""
+    rows = []
+    for path in blueprint_paths():
+        about, files = Workflow(path).description
+        rows.append((path.stem, about, "<br>".join(f"`{file}`" for file in files)))
     titles = ("blueprint", "what it does and what to connect", "files, in `ComfyUI/models`")
-    return _table(BLUEPRINT_HEAD, titles, rows)
+    return page(BLUEPRINT_HEAD, titles, rows)
 
 
-def _table(head: str, titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in (titles, *rows))
-    first, _, others = lines.partition("\n")
-    return f"{head}\n{first}\n{'|---' * len(titles)}|\n{others}\n"
+def write_pages():
+    for folder, text in ((FOLDER, index()), (BLUEPRINT_FOLDER, blueprint_index())):
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _first_paragraph(text: str) -> str:
-    return " ".join(text.strip().split("\n\n")[0].split())
-
-
-def main():
-    workflows, blueprints = [make() for make in WORKFLOWS], [make() for make in BLUEPRINTS]
-    (FOLDER / "README.md").write_text(index(workflows), encoding="utf-8")
-    (BLUEPRINT_FOLDER / "README.md").write_text(blueprint_index(blueprints), encoding="utf-8")
-    with tempfile.TemporaryDirectory() as base, Server(base) as server:
-        object_info = server.object_info()
-    files = {FOLDER / f"{workflow.name}.json": as_ui(workflow, object_info)
-             for workflow in workflows}
-    files |= {BLUEPRINT_FOLDER / f"{blueprint.name}.json": as_blueprint(blueprint, object_info)
-              for blueprint in blueprints}
-    for path, workflow in files.items():
-        path.write_text(written(workflow), encoding="utf-8")
-        print(path.stem)
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m devtools.workflows", description="Open workflows in ComfyUI's editor, save"
+        " what it writes, draw their covers, and write the pages that list them.")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE",
+                        help="a workflow in example_workflows, or a blueprint in subgraphs")
+    parser.add_argument("--cover", action="store_true", help="only draw the covers")
+    options = parser.parse_args(arguments)
+    try:
+        if options.files and not options.cover:
+            with tempfile.TemporaryDirectory() as base:
+                stand_in_files(Path(base), options.files)
+                with Server(base) as server, Browser() as browser:
+                    browser.open_editor(server)
+                    for path in options.files:
+                        graph = opened(browser, path)
+                        if path.resolve().parent != BLUEPRINT_FOLDER:
+                            path.write_text(written(graph), encoding="utf-8")
+        for path in options.files:
+            if path.resolve().parent != BLUEPRINT_FOLDER:
+                covers.save(path)
+            print(path.stem)
+        write_pages()
+    except (BrowserError, ServerError, ValueError, OSError) as error:
+        print(f"Failed: {error}")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,10 @@
-"""Draws the covers of the example workflows, which the template browser shows 256 pixels high:
-`python -m devtools.workflows.covers`, from the root.
+"""Draws the covers of the example workflows, which the template browser shows 256 pixels high.
 
-A cover says the model, its format, what its weights take, and what goes in and comes out. All of it
-comes from the workflow; only what the names of files do not tell is listed here.
+A cover says the model, its format, what its weights take and which card holds them, and what goes
+in and comes out. All of it comes from the workflow's nodes and note.
 """
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -12,18 +12,19 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from devtools import ROOT
 from devtools.artwork import BACKGROUND, TEXT, draw_feather
 from devtools.demo_sheet import BELOW, COLUMNS, GAP, SIDE, TOP
-from devtools.workflows import FOLDER, WORKFLOWS
-from devtools.workflows.editor import Node, Workflow
+from devtools.workflows import DEMO, FIRST
+from devtools.workflows.workflow import Workflow
 
 PIXELS, SMOOTH = 512, 2  # of a side of a cover; drawn for each of them
 MARGIN, SHELF, SYMBOL = 32, 104, 60  # around all; the strip at the bottom; a pictogram in it
 THIN, SPACE = 5, 8  # lines of pictograms; between pictures
+ABOUT, LABEL = 50, 30  # sizes of text
 QUALITY = 82
 SHEET = ROOT / "demo_model" / "sheet.png"
 SHEET_TITLES = ("dense", "Q8_0", "Q4_K", "mix", "NF4", "Q2_K")  # its pictures, in their order
 # The models by the beginnings of the workflows' names, and a colour for each family.
 FAMILIES = {
-    "Featherweight demo": "#1f6f78",
+    DEMO: "#1f6f78",
     "Flux.1 dev": "#4a3fa8",
     "Flux.1 schnell": "#4a3fa8",
     "Flux.1 Kontext": "#4a3fa8",
@@ -41,47 +42,23 @@ FAMILIES = {
     "Wan 2.2 14B": "#a32d55",
     "LTX-2": "#6d6f1d",
 }
+OTHERS = "#5a6270"
+FORMAT_WORDS = r"\s*\b(GGUF|NF4|SVDQuant|SDNQ)\b\s*"
 # Of the box with the format, by words in it.
-CHIPS = {"NF4": "#ffd479", "packed": "#8ff0dd", "six": "#8ff0dd"}
-HELD = "held in memory"
-# What the weights take where that is not the size of the model's file. The workflow's note has each
-# figure; those of the demo are the sizes of its files.
-WEIGHTS = {
-    "Featherweight demo": ("8.2 MB", HELD),
-    "Featherweight demo NF4 checkpoint": ("4.1 MB", HELD),
-    "Featherweight demo two LoRAs": ("8.2 MB", HELD),
-    "Featherweight demo packed to a size": ("5 MB", "in the file"),
-    "Featherweight demo on Ray": ("8.2 MB", "on each worker"),
-    "Featherweight demo train a LoRA": ("4.8 MB", HELD),
-    "Flux.1 dev NF4 all-in-one": ("6.7 GB", HELD),
-    "Flux.1 dev NF4 with two LoRAs": ("6.7 GB", HELD),
-    "Flux.1 dev 4-bit package on 8 GB": ("6.7 GB", HELD),
-    "Flux.1 dev GGUF with a budget on 8 GB": ("5.0 GB", "on the GPU"),
-    "Flux.1 dev packed while it loads": ("6.8 GB", HELD),
-    "Flux.1 dev two LoRAs into a GGUF": ("6.8 GB", "in the file"),
-    "Qwen-Image SDNQ": ("12 GB", HELD),
-    "Stable Diffusion GGUF all-in-one": ("1.5 GB", HELD),
-    "Stable Diffusion LCM on a CPU": ("1.5 GB", HELD),
-    "SDXL GGUF with LCM and style LoRAs": ("3.2 GB", HELD),
-    "Wan 2.1 14B VACE module": ("13.2 GB", HELD),
-    "Wan 2.2 14B GGUF video in 4 steps": ("9.8 GB", "each of two"),
+CHIPS = {"NF4": "#ffd479", "packed": "#8ff0dd", "packings": "#8ff0dd"}
+# Sentences of a note with the figure on the cover, the first that matches, and what the figure is.
+FIGURES = {
+    r"On the card: ([\d.]+ GB)": "on the card",
+    r"Have (\d+ GB) of main memory": "of main memory",
+    r"takes ([\d.]+ GB) of main memory": "of main memory",
+    r"file that is made takes ([\d.]+ [GM]B)": "in the file",
+    r"[Mm]odel(?: and module| of this file|, which)? takes? (?:about )?([\d.]+ [GM]B)":
+        "of weights",
 }
-# Formats that the names of files do not tell.
-FORMATS = {
-    "Featherweight demo packed to a size": "GGUF mix",
-    "Featherweight demo side by side": "six packings",
-    "Flux.1 dev 4-bit package on 8 GB": "NF4",
-    "Flux.1 dev SVDQuant with a LoRA": "SVDQuant int4",
-    "Qwen-Image SDNQ": "SDNQ uint4",
-    "Wan 2.1 14B VACE module": "GGUF Q4_K_M + fp8",
-}
-# Which pictures of the demo's sheet a workflow draws.
-PICTURES = {
-    "Featherweight demo": ("Q8_0",),
-    "Featherweight demo side by side": SHEET_TITLES,
-}
+CARD = r"whole on a card of (\d+ GB)"
 LOADERS = ("FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint", "UNETLoader")
 LORA_NODES = ("LoraLoader", "LoraLoaderModelOnly", "FeatherweightApplyLora")
+SAVER = "FeatherweightSavePackedModel"
 
 
 class Cover(NamedTuple):
@@ -101,54 +78,89 @@ class Cover(NamedTuple):
 
 
 def describe(workflow: Workflow) -> Cover:
-    """Returns what the cover of a workflow says."""
-    name = workflow.name
-    model = max(filter(name.startswith, FAMILIES), key=len)
-    about = name.removeprefix(model).strip()
-    loader = next(node for node in workflow.nodes if node.type in LOADERS)
-    form = FORMATS.get(name) or _format(loader, workflow)
-    weights = WEIGHTS.get(name) or (loader.files[0].size and (loader.files[0].size, HELD)) or None
-    about = re.sub(r"^(GGUF|NF4|SVDQuant|SDNQ)\s*", "", about)
-    return Cover(model, about, form, weights, _inputs(workflow), _outputs(workflow),
-                 FAMILIES[model], PICTURES.get(name, ()))
+    """Returns what the cover of a workflow says.
+
+    Raises:
+        ValueError: No node loads a model, or the name of its file says no format.
+    """
+    name = workflow.name.removeprefix(f"{FIRST} - ")
+    model = max(filter(name.startswith, FAMILIES), key=len, default="")
+    model = model or re.split(FORMAT_WORDS, name)[0]
+    about = re.sub(rf"^{FORMAT_WORDS}", "", name.removeprefix(model)).strip()
+    if name != workflow.name:
+        about = f"{FIRST}: {about}"
+    form = _format(workflow)
+    return Cover(model, about, form, _weights(workflow), _inputs(workflow), _outputs(workflow),
+                 FAMILIES.get(model, OTHERS), _sheet_pictures(workflow, form))
 
 
-def _format(loader: Node, workflow: Workflow) -> str:
-    """Returns the type that the model is packed to, else the one in the name of its file."""
-    saved = (node for node in workflow.nodes if node.type == "FeatherweightSavePackedModel")
-    if saver := next(saved, None):
-        return f"GGUF {saver.inputs['type']}"
-    if packed := loader.inputs.get("pack_to"):
-        return f"packed to {packed}"
-    file = loader.files[0].name
-    if "nf4" in file.lower():
-        return "NF4"
-    return f"GGUF {re.search(r'I?Q[0-9]_[0-9A-Z]+(_[SML])?', file)[0]}"
+def _weights(workflow: Workflow) -> tuple[str, str] | None:
+    for pattern, label in FIGURES.items():
+        if figure := workflow.figure(pattern):
+            card = label == "of weights" and workflow.figure(CARD)
+            return figure, f"fits {card} cards" if card else label
+    return None
+
+
+def _format(workflow: Workflow) -> str:
+    """Returns the type that the model is packed to, else what the names of its files say."""
+    saved = [node["widgets_values"][0] for node in workflow.types(SAVER)]
+    if saved:
+        return "GGUF mix" if "size" in saved[0] else f"GGUF {saved[0]}"
+    loaders = workflow.types(*LOADERS)
+    if not loaders:
+        raise ValueError(f"{workflow.name} has no node that loads a model.")
+    (file, *values), count = (
+        loaders[0]["widgets_values"], len({node["widgets_values"][0] for node in loaders}))
+    if count > 2:
+        return f"{count} packings"
+    packed = [value for value in map(str, values) if re.fullmatch(r"I?Q\d_\w+|NF4", value)]
+    if packed:
+        return f"packed to {packed[0]}"
+    module = " + fp8" if any("fp8" in value for value in map(str, values)) else ""
+    for pattern, text in {r"svdq-(\w+?)_": "SVDQuant {}", r"(?i)(nf)4": "NF4",
+                          r"SDNQ-(\w+?)-": "SDNQ {}",
+                          r"(I?Q[0-9]_[0-9A-Z]+(?:_[SML])?)": "GGUF {}"}.items():
+        if match := re.search(pattern, file):
+            return text.format(match[1]) + module
+    raise ValueError(f"{workflow.name}: the name {file} says no format.")
 
 
 def _inputs(workflow: Workflow) -> tuple[str, ...]:
-    types = {node.type for node in workflow.nodes}
+    types = {node["type"] for node in workflow.nodes}
     inputs = ["text"] if any(type.startswith(("CLIPTextEncode", "TextEncode")) for type in types) \
         else []
     if "LoadImage" in types:
         inputs.append("picture")
-    loras = {node.inputs["lora_name"] for node in workflow.nodes if node.type in LORA_NODES}
+    loras = {node["widgets_values"][0] for node in workflow.types(*LORA_NODES)}
     if loras:
         inputs.append("LoRA" if len(loras) == 1 else f"{len(loras)} LoRAs")
     return (*inputs,)
 
 
 def _outputs(workflow: Workflow) -> tuple[str, ...]:
-    nodes = {node.type: node for node in workflow.nodes}
-    if "SaveVideo" in nodes:
-        return ("video", "sound") if "audio" in nodes["CreateVideo"].inputs else ("video",)
-    if "FeatherweightSavePackedModel" in nodes:
+    types = {node["type"] for node in workflow.nodes}
+    if "SaveVideo" in types:
+        sound = any(slot["name"] == "audio" and slot["link"]
+                    for node in workflow.types("CreateVideo") for slot in node["inputs"])
+        return ("video", "sound") if sound else ("video",)
+    if SAVER in types:
         return ("file",)
-    if "SaveLoRA" in nodes:
+    if "SaveLoRA" in types:
         return ("LoRA", "picture")
-    if "FeatherweightRunOnRay" in nodes or "SaveImage" not in nodes:
+    if "FeatherweightRunOnRay" in types or "SaveImage" not in types:
         return ("pictures",)
     return ("picture",)
+
+
+def _sheet_pictures(workflow: Workflow, form: str) -> tuple[str, ...]:
+    """Returns which pictures of the demo's sheet the workflow draws."""
+    if not workflow.name.startswith(DEMO):
+        return ()
+    shown = [node.get("title") for node in workflow.types("PreviewImage")]
+    if not shown and not workflow.types(*LORA_NODES, SAVER, "FeatherweightLoadCheckpoint"):
+        shown = [form.removeprefix("GGUF ")]
+    return tuple(title for title in SHEET_TITLES if title in shown)
 
 
 class Pen:
@@ -206,9 +218,11 @@ def draw(cover: Cover) -> Image.Image:
         _paste_row(image, cover.pictures, MARGIN, top + 0.5 * space, 68)
     if cover.weights:
         figure, label = cover.weights
-        middle = top + 0.74 * space
+        middle, left = top + 0.74 * space, MARGIN + pen.width(figure, 60) + 18
         pen.text(MARGIN, middle, figure, 60, bold=1)
-        pen.text(MARGIN + pen.width(figure, 60) + 14, middle + 8, label, 30)
+        lines = _wrap(pen, label, LABEL, PIXELS - MARGIN - left)
+        for line, text in enumerate(lines):
+            pen.text(left, middle + 2 + (line - (len(lines) - 1) / 2) * 32, text, LABEL)
     _draw_shelf(pen, cover)
     return image.resize((PIXELS, PIXELS), Image.Resampling.LANCZOS)
 
@@ -233,20 +247,20 @@ def _background(colour: str) -> Image.Image:
 def _draw_title(pen: Pen, cover: Cover) -> float:
     """Writes the model and what the workflow is about; returns the height where that ends."""
     room = PIXELS - 2 * MARGIN
-    size = next(size for size in range(78, 30, -2) if pen.width(cover.model, size) <= room)
+    largest = 60 if cover.about else 78
+    size = next(size for size in range(largest, 28, -2) if pen.width(cover.model, size) <= room)
     middle = MARGIN + size * 0.45
     pen.text(MARGIN - 2, middle, cover.model, size, bold=size / 60)
     top = middle + size * 0.62
-    lines = _wrap(pen, cover.about, 40, room)
-    for line in lines:
-        pen.text(MARGIN, top + 22, line, 40)
-        top += 46
+    for line in _wrap(pen, cover.about, ABOUT, room):
+        pen.text(MARGIN, top + 26, line, ABOUT, bold=0.7)
+        top += 54
     return top
 
 
 def _wrap(pen: Pen, text: str, size: float, room: float) -> list[str]:
     lines = []
-    for word in text.split():
+    for word in re.findall(r"\S+(?: GB\b)?", text):
         if lines and pen.width(f"{lines[-1]} {word}", size) <= room:
             lines[-1] += f" {word}"
         else:
@@ -330,13 +344,7 @@ SYMBOLS = {"text": _text, "picture": _picture, "pictures": _pictures, "video": _
            "sound": _sound, "file": _file, "arrow": _arrow}
 
 
-def main():
-    for make in WORKFLOWS:
-        workflow = make()
-        path = FOLDER / f"{workflow.name}.jpg"
-        draw(describe(workflow)).save(path, quality=QUALITY, optimize=True, progressive=True)
-        print(f"{workflow.name}: {path.stat().st_size} bytes")
-
-
-if __name__ == "__main__":
-    main()
+def save(path: Path):
+    """Draws the cover of the workflow at `path` next to it."""
+    draw(describe(Workflow(path))).save(path.with_suffix(".jpg"), quality=QUALITY, optimize=True,
+                                        progressive=True)

@@ -1,19 +1,16 @@
 """The covers of the example workflows: the code draws each, and what they say is true."""
 import functools
-import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from devtools import ROOT
 from devtools.files import demo_files
-from devtools.workflows import FOLDER, WORKFLOWS, covers
-from devtools.workflows.editor import Workflow
-from devtools.workflows.flux import BITS
+from devtools.workflows import DEMO, FIRST, FOLDER, covers, example_paths
+from devtools.workflows.workflow import Workflow
 
 SHOWN = 256  # pixels, the height at which the template browser shows a cover
-MADE = {workflow.name: workflow for workflow in (make() for make in WORKFLOWS)}
+MADE = {path.stem: Workflow(path) for path in example_paths()}
 COVERS = {name: covers.describe(workflow) for name, workflow in MADE.items()}
 each = pytest.mark.parametrize("name", MADE)
 
@@ -24,8 +21,6 @@ def path_of(name: str):
 
 def test_every_workflow_has_a_cover_and_no_cover_is_without_a_workflow():
     assert {path.stem for path in FOLDER.glob("*.jpg")} == set(MADE)
-    named = {*covers.WEIGHTS, *covers.FORMATS, *covers.PICTURES}
-    assert named <= set(MADE)
 
 
 def reduced(picture: Image.Image) -> np.ndarray:
@@ -46,7 +41,7 @@ def test_the_cover_is_the_one_that_the_code_draws(name):
         pixels = reduced(cover)
     differences = {other: np.abs(pixels - drawn(other)).mean() for other in COVERS}
     assert min(differences, key=differences.get) == name and differences[name] < 1.5, (
-        "run `python -m devtools.workflows.covers`")
+        "run `python -m devtools.workflows --cover FILE`")
     assert path_of(name).stat().st_size < 60_000
 
 
@@ -66,60 +61,77 @@ def test_all_text_is_inside_and_legible_where_it_is_shown(name, monkeypatch):
     covers.draw(COVERS[name])
     assert {COVERS[name].model, COVERS[name].format} <= {line for line, *_ in written}
     for line, left, right, size in written:
+        assert line.isascii(), "the font has no other letters"
         assert left >= 20 and right <= covers.PIXELS - 20, line
         assert size >= 14, line
 
 
-def stated(figure: str, workflow: Workflow) -> bool:
-    """Whether the workflow's note has the figure: "12.7 GB", or "5 GB" for "5.0 GB"."""
-    forms = {figure, figure.replace(".0 ", " ")}
-    return any(re.search(rf"(?<![\d.]){re.escape(form)}\b", workflow.note) for form in forms)
+@each
+def test_a_model_with_one_file_has_its_size_on_the_cover(name):
+    """Where the note's tree gives the size of the file, and the weights stay as they are."""
+    cover, workflow = COVERS[name], MADE[name]
+    loaders = workflow.types(*covers.LOADERS)
+    file = f"diffusion_models/{loaders[0]['widgets_values'][0]}"
+    size = workflow.files.get(file)
+    if size and cover.weights[1].startswith("fits"):
+        assert cover.weights[0] == size
 
 
 @each
-def test_what_the_weights_take_is_what_the_note_or_the_file_says(name, tmp_path):
+def test_a_cover_says_the_figure_of_the_demos_file(name, tmp_path):
     cover = COVERS[name]
-    if cover.weights is None:
-        return
-    figure, _ = cover.weights
-    if not name.startswith("Featherweight demo") or "packed" in name:
-        assert stated(figure, MADE[name])
+    if not name.startswith(DEMO) or cover.weights is None or "packed" in name:
+        assert cover.weights or "side by side" in name
         return
     model = cover.format.removeprefix("GGUF ")
     if model not in demo_files.recipes():
         pytest.skip(f"{model} files cannot be written here")
     path = tmp_path / demo_files.MODELS[model]
     demo_files.write_model(path, model)
-    assert figure == f"{path.stat().st_size / 1e6:.1f} MB"
+    assert cover.weights == (f"{path.stat().st_size / 1e6:.1f} MB", "of weights")
 
 
-def test_a_figure_that_is_not_in_the_note_is_noticed():
-    """What the test above relies on."""
-    workflow = MADE["Qwen-Image GGUF"]
-    assert stated("13.1 GB", workflow) and not stated("3.1 GB", workflow)
-    assert not stated("12.9 GB", workflow)
+@pytest.mark.parametrize(("name", "model", "about", "form", "weights"), [
+    ("Flux.1 dev 4-bit package on 8 GB", "Flux.1 dev", "4-bit package on 8 GB", "NF4",
+     ("6.7 GB", "fits 10 GB cards")),
+    ("Flux.1 dev GGUF with a budget on 8 GB", "Flux.1 dev", "with a budget on 8 GB", "GGUF Q8_0",
+     ("5.0 GB", "on the card")),
+    ("Flux.1 dev two LoRAs into a GGUF", "Flux.1 dev", "two LoRAs into a GGUF", "GGUF Q4_K",
+     ("24 GB", "of main memory")),
+    ("Flux.1 dev packed while it loads", "Flux.1 dev", "packed while it loads", "packed to Q4_K",
+     ("6.8 GB", "of weights")),
+    ("Flux.1 dev SVDQuant with a LoRA", "Flux.1 dev", "with a LoRA", "SVDQuant int4",
+     ("6.8 GB", "of weights")),
+    ("Qwen-Image SDNQ", "Qwen-Image", "", "SDNQ uint4", ("12 GB", "fits 16 GB cards")),
+    ("SD3.5 Large Turbo GGUF", "SD3.5 Large Turbo", "", "GGUF Q4_0",
+     ("4.8 GB", "fits 8 GB cards")),
+    ("Wan 2.1 14B VACE module", "Wan 2.1 14B", "VACE module", "GGUF Q4_K_M + fp8",
+     ("13.2 GB", "of weights")),
+    (f"{DEMO} packed to a size", DEMO, "packed to a size", "GGUF mix", ("5 MB", "in the file")),
+    (f"{DEMO} side by side", DEMO, "side by side", "6 packings", None),
+])
+def test_a_cover_says_model_format_and_memory(name, model, about, form, weights):
+    cover = COVERS[name]
+    assert (cover.model, cover.about, cover.format, cover.weights) == (model, about, form, weights)
 
 
-def test_the_notes_of_flux_have_the_sizes_of_the_docs():
-    head, row = (
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith(("| GB ", "| Flux.1 dev, schnell, Kontext | 11.9")))
-    sizes = dict(zip(head, row))
-    assert {type_name: size for size, type_name in re.findall(r"([\d.]+) GB as (\w+)", BITS)} == {
-        name: sizes[name] for name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K")}
+def test_the_first_says_so():
+    name = next(iter(MADE))
+    assert name.startswith(FIRST) and COVERS[name].about.startswith(f"{FIRST}: ")
+    assert COVERS[name].model == "Z-Image Turbo"
 
 
-@each
-def test_the_type_is_in_a_name_or_a_choice_of_the_workflow(name):
-    values = [str(value) for node in MADE[name].nodes for value in node.inputs.values()]
-    type_name = COVERS[name].format.split()[-1].lower()
-    assert name in covers.FORMATS or any(type_name in value.lower() for value in values)
+def test_a_model_without_a_colour_is_named_up_to_its_format(tmp_path):
+    path = tmp_path / "Chroma GGUF with a LoRA.json"
+    path.write_text((FOLDER / "Flux.1 dev GGUF with GGUF T5.json").read_text(encoding="utf-8"),
+                    encoding="utf-8")
+    cover = covers.describe(Workflow(path))
+    assert (cover.model, cover.about, cover.colour) == ("Chroma", "with a LoRA", covers.OTHERS)
 
 
 @pytest.mark.parametrize(("name", "inputs", "outputs"), [
-    ("Featherweight demo", ("text",), ("picture",)),
-    ("Featherweight demo on Ray", ("text", "LoRA"), ("pictures",)),
+    (DEMO, ("text",), ("picture",)),
+    (f"{DEMO} on Ray", ("text", "LoRA"), ("pictures",)),
     ("Flux.1 dev NF4 with two LoRAs", ("text", "2 LoRAs"), ("picture",)),
     ("Flux.1 dev two LoRAs into a GGUF", ("2 LoRAs",), ("file",)),
     ("Flux 2 Klein GGUF with a LoRA check", ("text", "picture", "LoRA"), ("picture",)),
@@ -131,6 +143,6 @@ def test_pictograms_are_what_goes_in_and_comes_out(name, inputs, outputs):
     assert (COVERS[name].inputs, COVERS[name].outputs) == (inputs, outputs)
 
 
-def test_pictures_are_those_of_the_demo_alone():
-    assert covers.PICTURES
-    assert all(name.startswith("Featherweight demo") for name in covers.PICTURES)
+def test_pictures_are_those_of_the_demo_that_a_workflow_draws():
+    assert {name: cover.pictures for name, cover in COVERS.items() if cover.pictures} == {
+        DEMO: ("Q8_0",), f"{DEMO} side by side": covers.SHEET_TITLES}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blueprint_workflows import as_workflow
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 from safetensors.torch import save_file
 
@@ -22,12 +23,13 @@ from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
 from devtools.host.environment import DEV, HOST_VERSION, SetupError
 from devtools.host.frontends import newest_frontend
 from devtools.host.server import JOINER, PACK, Server
-from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS
+from devtools.workflows import BLUEPRINT_FOLDER, DEMO, FIRST, blueprint_paths, example_paths
+from devtools.workflows import __main__ as command
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
-from devtools.workflows.subgraphs import CATEGORY, as_workflow
 
-EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+CATEGORY = "Featherweight"
+EXAMPLES = example_paths()
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
 FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
 MODERN = "Comfy.VueNodes.Enabled"
@@ -194,6 +196,13 @@ def fresh(tmp_path_factory):
         yield server
 
 
+@pytest.fixture
+def fresh_page(browser, fresh):
+    browser.open_editor(fresh)
+    yield browser
+    browser.close_editor()
+
+
 @pytest.fixture(scope="module", params=["own", "newest"])
 def fresh_server(request):
     """Like `any_server`, for tests with the names of files alone."""
@@ -277,26 +286,26 @@ def test_a_workflow_runs_in_app_mode_and_shows_its_picture(page, server):
     assert ran[str(sampler["id"])]["inputs"]["steps"] == steps
 
 
-def test_a_template_opens_from_the_template_browser(page):
+def test_a_template_opens_from_the_template_browser(fresh_page):
+    page = fresh_page
     page.click_on(
         "[...document.querySelectorAll('button')].find(button => button.ariaLabel === 'Templates')")
     page.click_on(
         f"[...document.querySelectorAll('[role=dialog] *')].find(item => item.textContent.trim()"
         f" === '{PACK}' && !item.children.length)")
-    names = sorted(path.stem for path in EXAMPLES)  # their folder lists them in no order
+    names = [path.stem for path in EXAMPLES]  # their folder lists them in no order
+    assert names[0].startswith(FIRST) and names[-1].startswith(DEMO)
     cards = ("[...document.querySelectorAll('[data-testid^=\"template-workflow-\"]')]"
              ".map(card => card.dataset.testid.slice(18))")
     # more as one scrolls
-    shown = page.wait_for(
-        f"(cards => cards.length > 5 && cards[0].includes('F') && cards)({cards})")
-    assert shown == names[:len(shown)] and shown[0] == demo.WORKFLOW.stem
-    card = (
-        f"document.querySelector('[data-testid=\"template-workflow-{demo.LORA_WORKFLOW.stem}\"]')"
-    )
+    shown = page.wait_for(f"(cards => cards.length > 5 && cards)({cards})")
+    assert shown == names[:len(shown)]
+    name = next(name for name in shown if "LoRA check" in name)
+    card = f"document.querySelector('[data-testid=\"template-workflow-{name}\"]')"
     page.wait_for(f"{card}?.querySelector('img')?.naturalWidth")
     keep(page, "templates")
     page.click_on(card)
-    page.wait_for("app.graph.nodes.some(node => node.type === 'FeatherweightApplyLora')")
+    page.wait_for("app.graph.nodes.some(node => node.type === 'FeatherweightCheckLora')")
     assert not page.types(RED)
     keep(page, "template")
 
@@ -569,7 +578,7 @@ def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor
         editor.click_on(
             "[...document.querySelectorAll('button')].find(button => /^Node Library/.test("
             "button.ariaLabel))")
-    for path in sorted(BLUEPRINT_FOLDER.glob("*.json")):
+    for path in blueprint_paths():
         blueprint = json.loads(path.read_text(encoding="utf-8"))
         editor.wait_for(f"!!{SEARCH}")
         editor.evaluate(f"{SEARCH}.select()")
@@ -601,11 +610,32 @@ def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor
 def test_the_editor_sends_what_is_inside_a_blueprint(editor, fresh):
     """What the tests run that draw with blueprints."""
     object_info = fresh.object_info()
-    for blueprint in (make() for make in BLUEPRINTS):
-        workflow = as_workflow(blueprint, object_info)
+    for path in blueprint_paths():
+        workflow = as_workflow(path, object_info)
         editor.open_workflow("blueprint.json", json.dumps(workflow))
         assert sent_by(editor) == to_api(workflow, object_info)
         assert not editor.types(RED) and not editor.evaluate(COMPLAINTS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES[:2], ids=lambda path: path.stem)
+def test_a_workflow_that_the_editor_saved_is_the_same_and_stays_so(editor, fresh, path, tmp_path):
+    """What `python -m devtools.workflows` writes."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    again = tmp_path / path.name
+    again.write_text(command.written(command.opened(editor, path)), encoding="utf-8")
+    saved = json.loads(again.read_text(encoding="utf-8"))
+    object_info = fresh.object_info()
+    assert to_api(saved, object_info) == to_api(before, object_info)
+    assert saved["extra"]["linearData"] == before["extra"]["linearData"]
+    assert command.written(command.opened(editor, again)) == again.read_text(encoding="utf-8")
+
+
+def test_a_workflow_that_does_not_open_is_not_saved(editor, tmp_path):
+    path = tmp_path / "strange.json"
+    path.write_text(demo.WORKFLOW.read_text(encoding="utf-8").replace('"VAELoader"', '"NoSuch"'),
+                    encoding="utf-8")
+    with pytest.raises(BrowserError, match="strange.json does not open: .*NoSuch"):
+        command.opened(editor, path)
 
 
 def test_app_mode_shows_what_is_marked_as_a_form(editor, request):

@@ -11,7 +11,6 @@ from pack_nodes import ids_in_source
 from devtools import demo
 from devtools.files import demo_files
 from devtools.host.server import PACK, ServerError
-from devtools.workflows.demo import STEPS
 from featherweight.ops.layers import int8
 
 
@@ -44,7 +43,7 @@ def test_demo_workflow_makes_a_picture(server):
     assert pixels.shape == (128, 128, 3)
     assert pixels.std(axis=(0, 1)).min() > 5
     sampler = next(node for node, spec in prompt.items() if spec["class_type"] == "KSampler")
-    assert (sampler, STEPS, STEPS) in progress
+    assert (sampler, demo.STEPS, demo.STEPS) in progress
 
     line = next(line for line in demo.LOADED.finditer(server.log())
                 if line["file"] == demo.MODEL_NAME)

@@ -7,20 +7,19 @@ import re
 import av
 import numpy as np
 import pytest
+from blueprint_workflows import as_workflow
 from PIL import Image
 from workflow_files import FILES, FIXED, TEXT
 
 from devtools import demo
 from devtools.host.server import Server
-from devtools.workflows import BLUEPRINT_FOLDER, BLUEPRINTS, FOLDER
+from devtools.workflows import BLUEPRINT_FOLDER, DEMO, blueprint_paths, example_paths
 from devtools.workflows.api_format import NOTES, to_api
-from devtools.workflows.subgraphs import as_workflow
 
 SAVER = "FeatherweightSavePackedModel"
 ALL = {
     path: path.read_text(encoding="utf-8")
-    for folder in (FOLDER, BLUEPRINT_FOLDER) for path in sorted(folder.glob("*.json"))
-    if "demo" not in path.stem
+    for path in (*example_paths(), *blueprint_paths()) if not path.stem.startswith(DEMO)
 }
 EXAMPLES, SAVING = ([path for path, text in ALL.items() if (SAVER in text) == saves]
                     for saves in (False, True))
@@ -85,11 +84,9 @@ def object_info(server):
 
 def read(path, object_info):
     """A workflow. A blueprint comes with the nodes that its description says to connect."""
-    written = json.loads(path.read_text(encoding="utf-8"))
     if path.parent == BLUEPRINT_FOLDER:
-        blueprint = next(made for made in (make() for make in BLUEPRINTS) if made.name == path.stem)
-        return as_workflow(blueprint, object_info) | {"definitions": written["definitions"]}
-    return written
+        return as_workflow(path, object_info)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_files(workflow, folder):

@@ -1,26 +1,28 @@
-"""The example workflows fit the server's nodes and say where their files belong."""
-import json
+"""Examples and blueprints fit the server's nodes and say where their files belong."""
+import re
 
 import pytest
 
-from devtools import ROOT
-from devtools.host.environment import HOST_VERSION
-from devtools.workflows import WORKFLOWS
-from devtools.workflows.api_format import AFTER_GENERATE, NOTES, has_control, is_widget
-from devtools.workflows.editor import as_ui
-from devtools.workflows.parts import PICTURE
+from devtools.workflows import DEMO, blueprint_paths, example_paths
+from devtools.workflows.api_format import (
+    AFTER_GENERATE,
+    SUBGRAPH_INPUT,
+    SUBGRAPH_OUTPUT,
+    has_control,
+    is_widget,
+)
+from devtools.workflows.stand_ins import PICTURE
+from devtools.workflows.workflow import Workflow
 
-EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
-DEMOS = [path for path in EXAMPLES if path.stem.startswith("Featherweight demo")]
-SOURCE = "https://huggingface.co/"
+EXAMPLES = example_paths()
+SOURCE = re.compile(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(?:\S+/)?([^/\s]+)")
 
 
 def each(paths):
     return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
 
 
-def read(path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+each_file = each([*EXAMPLES, *blueprint_paths()])
 
 
 @pytest.fixture(scope="module")
@@ -64,60 +66,57 @@ def choices(kind, options) -> list:
     return [choice["key"] if isinstance(choice, dict) else choice for choice in offered]
 
 
-def note_of(workflow) -> str:
-    return next(node for node in workflow["nodes"] if node["type"] in NOTES)["widgets_values"][0]
+def graph_of(workflow) -> tuple[dict, dict]:
+    """Nodes by their ids, and links by theirs: (source, output, target, slot, type).
+
+    Of a blueprint: of what is inside it.
+    """
+    nodes = {node["id"]: node for node in workflow.nodes}
+    assert len(nodes) == len(workflow.nodes)
+    if workflow.subgraphs:
+        ends = ("origin_id", "origin_slot", "target_id", "target_slot", "type")
+        links = [(link["id"], *map(link.get, ends)) for link in workflow.subgraphs[0]["links"]]
+    else:
+        links = workflow.graph["links"]
+        assert workflow.graph["last_node_id"] >= max(nodes)
+        assert workflow.graph["last_link_id"] >= max(number for number, *_ in links)
+    assert len({number for number, *_ in links}) == len(links)
+    return nodes, {number: ends for number, *ends in links}
 
 
-def files_of(workflow) -> dict[str, str]:
-    """Path below `models` -> folder of the host (the first part of the path), by the tree that the
-    note draws."""
-    found, parents = {}, []
-    for line in note_of(workflow).splitlines():
-        indent, branch, name = line.partition("── ")
-        if not branch:
-            continue
-        parents[len(indent) // 4:] = [name.split("   ")[0].rstrip("/")]
-        if len(parents) > 2:
-            found["/".join(parents[1:])] = parents[1]
-    return found
+def ends_of(nodes, graph) -> tuple[dict, dict]:
+    """Link -> (node, slot) by what the nodes say, and by what a subgraph's border says: where
+    links begin, and where they end."""
+    starts, ends = {}, {}
+    for number, node in nodes.items():
+        for slot, entry in enumerate(node["inputs"]):
+            if entry["link"] is not None:
+                ends[entry["link"]] = (number, slot)
+        for slot, entry in enumerate(node["outputs"]):
+            starts |= dict.fromkeys(entry["links"] or (), (number, slot))
+    if "inputNode" in graph:
+        for slot, entry in enumerate(graph["inputs"]):
+            starts |= dict.fromkeys(entry["linkIds"], (SUBGRAPH_INPUT, slot))
+        for slot, entry in enumerate(graph["outputs"]):
+            ends |= dict.fromkeys(entry["linkIds"], (SUBGRAPH_OUTPUT, slot))
+    return starts, ends
 
 
-def where(name, workflow) -> str:
-    """The path below `models` of a file that a loader names."""
-    return next((path for path, folder in files_of(workflow).items() if path == f"{folder}/{name}"),
-                "")
-
-
-@each(EXAMPLES)
+@each_file
 def test_nodes_and_links_fit_the_servers_nodes(path, object_info):
-    workflow = read(path)
-    nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in NOTES}
-    links = {
-        link: (source, output, target, slot, kind)
-        for link, source, output, target, slot, kind in workflow["links"]
-    }
-    assert (
-        workflow["version"] == 0.4
-        and len(nodes) + 1 == len(workflow["nodes"])
-        and len(links) == len(workflow["links"])
-    )
-    assert workflow["last_node_id"] == max(nodes) and workflow["last_link_id"] == max(links)
-    linked_inputs = {(node["id"], slot): entry["link"] for node in nodes.values()
-                     for slot, entry in enumerate(node["inputs"]) if entry["link"] is not None}
-    linked_outputs = {(node["id"], slot): entry["links"] for node in nodes.values()
-                      for slot, entry in enumerate(node["outputs"]) if entry["links"]}
-    assert linked_inputs == {
-        (target, slot): link for link, (_, _, target, slot, _) in links.items()
-    }
-    assert {link: place for place, of_output in linked_outputs.items() for link in of_output} == {
-        link: (source, output) for link, (source, output, *_) in links.items()}
+    workflow = Workflow(path)
+    nodes, links = graph_of(workflow)
+    assert workflow.graph["version"] == 0.4
+    starts, ends = ends_of(nodes, (workflow.subgraphs or [workflow.graph])[0])
+    assert starts == {link: (source, output) for link, (source, output, *_) in links.items()}
+    assert ends == {link: (target, slot) for link, (_, _, target, slot, _) in links.items()}
     for source, output, target, slot, kind in links.values():
-        entry = nodes[target]["inputs"][slot]
-        wanted, _ = schema_inputs(object_info[nodes[target]["type"]])[entry["name"]]
-        assert object_info[nodes[source]["type"]]["output"][output] == kind and wanted in (
-            kind,
-            "*",
-        )
+        if source in nodes:
+            assert object_info[nodes[source]["type"]]["output"][output] == kind
+        if target in nodes:
+            entry = nodes[target]["inputs"][slot]
+            wanted, _ = schema_inputs(object_info[nodes[target]["type"]])[entry["name"]]
+            assert wanted in (kind, "*") or (kind == "COMBO" and isinstance(wanted, list))
     for node in nodes.values():
         given = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
         needed = object_info[node["type"]]["input"].get("required", {})
@@ -125,11 +124,9 @@ def test_nodes_and_links_fit_the_servers_nodes(path, object_info):
         assert given >= {name for name in needed if not is_widget(*inputs[name])}
 
 
-@each(EXAMPLES)
+@each_file
 def test_widgets_hold_values_that_the_server_takes(path, object_info):
-    for node in read(path)["nodes"]:
-        if node["type"] in NOTES:
-            continue
+    for node in Workflow(path).nodes:
         inputs = schema_inputs(object_info[node["type"]])
         for name, value in widget_values(node, object_info[node["type"]]).items():
             kind, options = inputs[name]
@@ -149,36 +146,49 @@ def test_widgets_hold_values_that_the_server_takes(path, object_info):
                                           "BOOLEAN": bool}[kind]), (node["type"], name)
 
 
-@each(EXAMPLES)
+@each_file
 def test_the_note_says_where_each_file_belongs(path, server, object_info):
-    workflow, folders = read(path), set(server.get_json("/models"))
-    named = {value for node in workflow["nodes"] if node["type"] not in NOTES
+    workflow, folders = Workflow(path), set(server.get_json("/models"))
+    assert workflow.note.startswith(f"# {path.stem}\n") and workflow.about and workflow.memory
+    named = {value for node in workflow.nodes
              for name, value in widget_values(node, object_info[node["type"]]).items()
              if is_file(value) and name not in ("filename_prefix", "prefix")}
-    assert named and set(files_of(workflow).values()) <= folders
-    for name in named:
-        assert where(name, workflow), name
-    for node in workflow["nodes"]:
-        for model in node["properties"].get("models", []):  # what the editor offers to download
-            assert where(model["name"], workflow) == f"{model['directory']}/{model['name']}"
+    places = {file.partition("/")[2]: file.partition("/")[0] for file in workflow.files}
+    assert named and set(places.values()) <= folders
+    assert named == set(places)
+
+
+@each_file
+def test_every_file_that_is_published_is_offered_for_download(path):
+    """By the editor, whose button is for safetensors alone, and in the note."""
+    workflow = Workflow(path)
+    offered = {f"{model['directory']}/{model['name']}": model for model in workflow.models}
+    made = path.stem.startswith(DEMO)
+    assert set(offered) == {file for file in workflow.files if not made
+                            and file.endswith((".gguf", ".safetensors"))}
+    for model in offered.values():
+        name = SOURCE.fullmatch(model["url"])[1]
+        link = f"[{model['name']}]({model['url']})"
+        if name != model["name"]:
+            link += f", renamed from `{name}`"
+        assert link in workflow.note
+    for node in workflow.nodes:
+        for model in node["properties"].get("models", []):
             assert model["name"] in node["widgets_values"]
-            assert model["url"].startswith(
-                SOURCE
-            ) and f"[{model['name']}]({model['url']})" in note_of(workflow)
 
 
-MOST_USED = ("Featherweight demo", "Flux.1 dev GGUF with GGUF T5", "Qwen-Image GGUF",
-             "Z-Image Turbo GGUF", "SDXL GGUF with LCM and style LoRAs")
+MOST_USED = (DEMO, "Flux.1 dev GGUF with GGUF T5", "Qwen-Image GGUF", EXAMPLES[0].stem,
+             "SDXL GGUF with LCM and style LoRAs")
 
 
 @each(EXAMPLES)
 def test_app_mode_has_widgets_that_are_no_links_and_all_that_one_sampler_saves(path, object_info):
-    workflow = read(path)
-    nodes = {node["id"]: node for node in workflow["nodes"]}
+    workflow = Workflow(path)
+    nodes = {node["id"]: node for node in workflow.nodes}
     samplers = [node for node in nodes.values() if node["type"] == "KSampler"]
     saves = [number for number, node in nodes.items()
              if node["type"] in ("SaveImage", "SaveVideo") and len(samplers) < 2]
-    marked = workflow["extra"].get("linearData", {"inputs": [], "outputs": []})
+    marked = workflow.graph["extra"].get("linearData", {"inputs": [], "outputs": []})
     assert marked["outputs"] == saves and bool(marked["inputs"]) == bool(saves)
     for number, name in marked["inputs"]:
         node = nodes[number]
@@ -190,17 +200,12 @@ def test_app_mode_has_widgets_that_are_no_links_and_all_that_one_sampler_saves(p
         }
 
 
-def test_workflows_are_what_their_description_gives(server, object_info):
-    version = server.system_stats()["system"]["comfyui_version"]
-    if version != HOST_VERSION:
-        pytest.skip(
-            f"the workflows hold a value for each widget of ComfyUI {HOST_VERSION}, this is"
-            f" {version}"
-        )
-    written = {
-        workflow.name: as_ui(workflow, object_info) for workflow in (make() for make in WORKFLOWS)
-    }
-    assert {path.stem for path in EXAMPLES} == set(written)
-    for name, workflow in written.items():
-        path = ROOT / "example_workflows" / f"{name}.json"
-        assert workflow == read(path), "run `python -m devtools.workflows`"
+@each([path for path in EXAMPLES if path.stem.startswith(DEMO)])
+def test_a_demo_says_that_its_models_come_with_the_repository_alone(path):
+    assert "**Only with a clone of this pack's repository:**" in Workflow(path).note
+
+
+def test_no_two_files_have_one_id():
+    ids = [workflow.graph.get("id") or workflow.subgraphs[0]["id"]
+           for workflow in map(Workflow, [*EXAMPLES, *blueprint_paths()])]
+    assert len(ids) == len(set(ids))

@@ -1,0 +1,147 @@
+"""The gigabytes in the notes of workflows are those of the tables in docs/choosing.md."""
+import re
+
+import pytest
+
+from devtools import ROOT
+from devtools.workflows import DEMO, blueprint_paths, example_paths
+from devtools.workflows.workflow import Workflow
+
+WORKFLOWS = {path.stem: Workflow(path) for path in (*example_paths(), *blueprint_paths())
+             if not path.stem.startswith(DEMO)}
+each = pytest.mark.parametrize("name", WORKFLOWS)
+# The rows of the tables, by the beginnings of files' names in lower case.
+ROWS = {
+    "flux1-": "Flux.1 dev, schnell, Kontext", "flux-2-klein-4b-q": "Flux.2 Klein 4B",
+    "sd3.5_large": "SD3.5 Large", "sd3.5_medium": "SD3.5 Medium",
+    "stable-diffusion-xl": "SDXL", "qwen-image": "Qwen-Image, Qwen-Image-Edit",
+    "z-image": "Z-Image", "wan2.2-ti2v-5b": "Wan 2.2 5B",
+    "wan2.1-t2v-14b": "Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)",
+    "wan2.2-t2v-a14b": "Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)", "ltx-2-19b": "LTX-2",
+    "t5-v1_1-xxl": "T5-XXL", "umt5-xxl": "UMT5-XXL", "qwen3-4b": "Qwen3 4B",
+    "qwen2.5-vl-7b": "Qwen2.5-VL 7B", "gemma-3-12b": "Gemma 3 12B",
+}
+# Types that the tables have no column for, and one that takes as many bits.
+ALIKE = {"Q4_0": "NF4", "Q5_0": "Q4_K"}  # the latter in SD3.5 Large, in the place of Q4_K
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+GIB = 2**30 / 1e9
+READS_A_PICTURE = "for the picture that it reads"
+
+
+def table(start: str) -> dict[str, dict[str, str]]:
+    """Returns the cells of a table of the page by row and column."""
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    lines = page[page.index(start):].partition("\n\n")[0].splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return {row[0]: dict(zip(head, row)) for row in rows}
+
+
+SIZES, CARDS = table("| GB | "), table("| model | for | ")
+
+
+def row_of(file: str) -> str | None:
+    name = file.rpartition("/")[2].lower()
+    return next((row for start, row in ROWS.items() if name.startswith(start)), None)
+
+
+def model_of(workflow: Workflow) -> tuple[str | None, str]:
+    """Returns the row of its model, and the path of the file; of two files: of the first."""
+    files = [file for file in workflow.files
+             if file.startswith(("diffusion_models/", "checkpoints/"))]
+    return (row_of(files[0]), files[0]) if files else (None, "")
+
+
+def size_of(row: str, type_name: str) -> float:
+    return float(SIZES[row][ALIKE.get(type_name, type_name)])
+
+
+def wrong_sizes(workflow: Workflow) -> list[str]:
+    """Returns sizes of types, and sizes of files by the types in their names, that differ."""
+    row, _ = model_of(workflow)
+    wrong = [text for text, size, type_name in
+             re.findall(r"(([\d.]+) GB as (Q\d_\w))", workflow.memory)
+             if row and abs(float(size) - size_of(row, type_name)) > 0.01]
+    for file, size in workflow.files.items():
+        type_name = re.search(r"-(Q\d_[K0])(_[SM])?\.gguf$", file)
+        if not (row := row_of(file)) or not type_name or not size:
+            continue
+        least = most = size_of(row, type_name[1])
+        if type_name[2] == "_M":  # some of its matrices have the next type
+            most = size_of(row, TYPES[TYPES.index(type_name[1]) + 1])
+        if file.startswith("diffusion_models/") or "text_encoders" in file:
+            wrong += [f"{file} {size}"] * (not least - 0.1 < float(size.split()[0]) < most + 0.1)
+    return wrong
+
+
+def wrong_cards(workflow: Workflow) -> list[str]:
+    """Returns statements about cards that differ: the largest type on a card, and on which card
+    the model stays whole."""
+    row, file = model_of(workflow)
+    if row not in CARDS:
+        return []
+    wrong = [text for text, type_name, card in
+             re.findall(r"((Q\d_\w) on (\d+ GB))", workflow.memory)
+             if CARDS[row][card] != type_name]
+    card, size = workflow.figure(r"whole on a card of (\d+ GB)"), workflow.files[file]
+    if card and size and not file.startswith("checkpoints/"):
+        holds = [name for name, best in CARDS[row].items() if name.endswith(" GB") and
+                 best in SIZES[row] and float(SIZES[row][best]) > float(size.split()[0]) - 0.1]
+        smallest = holds[0]
+        # what it reads takes more than the table counts
+        more = READS_A_PICTURE in workflow.memory and holds.index(card) < 2
+        wrong += [f"whole on {card}, not {smallest}"] * (card != smallest and not more)
+    return wrong
+
+
+def wrong_work(workflow: Workflow) -> list[str]:
+    """Returns what ComfyUI sets aside, where it is not that of the table for the same size."""
+    row, _ = model_of(workflow)
+    wrong = []
+    for text, gigabytes, width, height, frames in re.findall(
+            r"(sets ([\d.]+)(?: to [\d.]+)? GB aside for the computation at (\d+) × (\d+)"
+            r"(?: and (\d+) frames)?)(?! and| frames| with)", workflow.memory):
+        size = f"{width}²" if width == height and not frames else f"{width} × {height}"
+        size += f", {frames} frames" if frames else ""
+        if row in CARDS and CARDS[row]["for"] == size:
+            expected = float(CARDS[row]["work, GiB"]) * GIB
+            wrong += [text] * (abs(float(gigabytes) - expected) > 0.1)
+    return wrong
+
+
+@each
+def test_a_note_says_of_types_and_files_what_the_tables_say(name):
+    assert wrong_sizes(WORKFLOWS[name]) == []
+
+
+@each
+def test_a_note_says_of_cards_what_the_tables_say(name):
+    assert wrong_cards(WORKFLOWS[name]) == []
+
+
+@each
+def test_a_note_says_what_comfyui_sets_aside_as_the_tables_do(name):
+    assert wrong_work(WORKFLOWS[name]) == []
+
+
+@pytest.mark.parametrize(("old", "new", "check"), [
+    ("8.3 GB as Q5_K", "8.4 GB as Q5_K", wrong_sizes),
+    ("flux1-dev-Q4_K_S.gguf   6.8 GB", "flux1-dev-Q4_K_S.gguf   6.2 GB", wrong_sizes),
+    ("t5-v1_1-xxl-encoder-Q4_K_M.gguf   2.9", "t5-v1_1-xxl-encoder-Q4_K_M.gguf   3.6",
+     wrong_sizes),
+    ("Q3_K on 8 GB", "Q4_K on 8 GB", wrong_cards),
+    ("whole on a card of 10 GB", "whole on a card of 8 GB", wrong_cards),
+    ("whole on a card of 10 GB", "whole on a card of 12 GB", wrong_cards),
+    ("sets 1.5 GB aside", "sets 1.1 GB aside", wrong_work),
+])
+def test_a_figure_that_differs_is_noticed(old, new, check, tmp_path):
+    source, = (path for path in example_paths() if path.stem == "Flux.1 dev GGUF with GGUF T5")
+    text = source.read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / source.name
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    assert check(Workflow(path))
+
+
+def test_most_notes_speak_of_models_that_the_tables_have():
+    known = [name for name, workflow in WORKFLOWS.items() if model_of(workflow)[0]]
+    assert len(known) > 0.8 * len(WORKFLOWS)
