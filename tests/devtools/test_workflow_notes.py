@@ -21,11 +21,15 @@ ROWS = {
     "t5-v1_1-xxl": "T5-XXL", "umt5-xxl": "UMT5-XXL", "qwen3-4b": "Qwen3 4B",
     "qwen2.5-vl-7b": "Qwen2.5-VL 7B", "gemma-3-12b": "Gemma 3 12B",
 }
+# The table of cards has rows of their own for models that read an image: word in a file -> row.
+OF_CARDS = {
+    "Flux.1 dev, schnell, Kontext": {"kontext": "Flux.1 Kontext", "": "Flux.1 dev, schnell"},
+    "Qwen-Image, Qwen-Image-Edit": {"edit": "Qwen-Image-Edit", "": "Qwen-Image"},
+}
 # Types that the tables have no column for, and one that takes as many bits.
 ALIKE = {"Q4_0": "NF4", "Q5_0": "Q4_K"}  # the latter in SD3.5 Large, in the place of Q4_K
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 GIB = 2**30 / 1e9
-READS_A_PICTURE = "for the picture that it reads"
 
 
 def table(start: str) -> dict[str, dict[str, str]]:
@@ -49,6 +53,11 @@ def model_of(workflow: Workflow) -> tuple[str | None, str]:
     files = [file for file in workflow.files
              if file.startswith(("diffusion_models/", "checkpoints/"))]
     return (row_of(files[0]), files[0]) if files else (None, "")
+
+
+def card_row_of(row: str | None, file: str) -> str | None:
+    rows = OF_CARDS.get(row, {"": row})
+    return next(found for word, found in rows.items() if word in file.lower())
 
 
 def size_of(row: str, type_name: str) -> float:
@@ -77,34 +86,39 @@ def wrong_cards(workflow: Workflow) -> list[str]:
     """Returns statements about cards that differ: the largest type on a card, and on which card
     the model stays whole."""
     row, file = model_of(workflow)
-    if row not in CARDS:
+    cards = CARDS.get(card_row_of(row, file))
+    if cards is None:
         return []
     wrong = [text for text, type_name, card in
              re.findall(r"((Q\d_\w) on (\d+ GB))", workflow.memory)
-             if CARDS[row][card] != type_name]
+             if cards[card] != type_name]
     card, size = workflow.figure(r"whole on a card of (\d+ GB)"), workflow.files[file]
     if card and size and not file.startswith("checkpoints/"):
-        holds = [name for name, best in CARDS[row].items() if name.endswith(" GB") and
+        holds = [name for name, best in cards.items() if name.endswith(" GB") and
                  best in SIZES[row] and float(SIZES[row][best]) > float(size.split()[0]) - 0.1]
         smallest = holds[0]
-        # what it reads takes more than the table counts
-        more = READS_A_PICTURE in workflow.memory and holds.index(card) < 2
+        # the table counts no image that Klein reads
+        more = ("for the picture that it reads" in workflow.memory and "image" not in cards["for"]
+                and card in holds[:2])
         wrong += [f"whole on {card}, not {smallest}"] * (card != smallest and not more)
     return wrong
 
 
 def wrong_work(workflow: Workflow) -> list[str]:
     """Returns what ComfyUI sets aside, where it is not that of the table for the same size."""
-    row, _ = model_of(workflow)
+    cards = CARDS.get(card_row_of(*model_of(workflow)))
     wrong = []
-    for text, gigabytes, width, height, frames in re.findall(
+    for text, gigabytes, width, height, frames, more in re.findall(
             r"(sets ([\d.]+)(?: to [\d.]+)? GB aside for the computation at (\d+) × (\d+)"
-            r"(?: and (\d+) frames)?)(?! and| frames| with)", workflow.memory):
+            r"(?: and (\d+) frames)?)(?! and| frames| with)(?:, and ([\d.]+) GB more for)?",
+            workflow.memory):
         size = f"{width}²" if width == height and not frames else f"{width} × {height}"
         size += f", {frames} frames" if frames else ""
-        if row in CARDS and CARDS[row]["for"] == size:
-            expected = float(CARDS[row]["work, GiB"]) * GIB
-            wrong += [text] * (abs(float(gigabytes) - expected) > 0.1)
+        if cards is not None and cards["for"].partition(", with an image")[0] == size:
+            expected = float(cards["work, GiB"]) * GIB
+            wrong += [text] * (
+                abs(float(gigabytes) + float(more or 0) * ("image" in cards["for"])
+                    - expected) > 0.1)
     return wrong
 
 
