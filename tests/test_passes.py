@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, FORMATS
+from featherweight.ops.formats.row_layout import RowFormat
 
 # Launches a chunk, and bytes a value of bfloat16. NF4: a lookup takes its index in int32 and gives
 # float32, and the value is rounded only when it is scaled, so no table of two values a byte needs
@@ -26,6 +27,8 @@ MOST = {
     "UINT3_GROUPED": (12, 50), "UINT8_GROUPED": (5, 28), "QUANTO_INT2": (11, 39)
 }
 MOST_OF_ANY = 20, 24
+# SDNQ's: codes of 1, 2, 3, 5, 6 or 7 bits; bytes whose numbers are in a table, and minima
+MOST_OF_PACKS, MOST_OF_BYTES = (35, 75), (6, 28)
 each_format = pytest.mark.parametrize("fmt", every_format(), ids=lambda fmt: fmt.name)
 
 
@@ -55,7 +58,13 @@ def test_inputs_are_read_once_without_what_is_repeated_and_outputs_written():
 def test_a_chunk_takes_few_launches_and_moves_few_bytes(fmt, dtype):
     passes = of_dequantizing(fmt, dtype)
     family = re.sub("_(HALF|FLOAT)$", "", getattr(fmt, "family", fmt.name))
-    launches, nbytes = MOST.get(family, MOST_OF_ANY)
+    codes = fmt.layout.codes if isinstance(fmt, RowFormat) else None
+    most = MOST_OF_ANY
+    if codes is not None and codes.order == "packs" and codes.bits not in (4, 8):
+        most = MOST_OF_PACKS
+    elif codes is not None and codes.bits == 8 and codes.numbers:
+        most = MOST_OF_BYTES
+    launches, nbytes = MOST.get(family, most)
     assert 0 < passes.launches <= launches, passes.names
     assert passes.moved <= (nbytes + dtype.itemsize - 2) * DEVICE_CHUNK_VALUES, passes.names
 

@@ -16,7 +16,13 @@ def test_layers_of_0_2_1_hold_their_packed_weights_and_compute():
     assert len(saved) == 26
     for name, (layer, values) in saved.items():
         assert is_packed(layer.weight), name
-        assert torch.equal(layer.weight.dequantize(), values), name
+        layout = getattr(layer.weight.params.format, "layout", None)
+        # the sums of rotated numbers that are no integers had no order
+        has_order = not layout or not layout.rotation or not (
+            layout.rotates_values or layout.minimum)
+        tolerance = 0 if has_order else 1e-6 * values.nan_to_num().abs().max().item()
+        torch.testing.assert_close(layer.weight.dequantize(), values, rtol=0, atol=tolerance,
+                                   equal_nan=True, msg=name)
         input = torch.randn(3, values.shape[1])
         torch.testing.assert_close(layer(input), input @ values.t(), rtol=1e-4, atol=1e-3,
                                    equal_nan=True)
