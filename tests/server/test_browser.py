@@ -617,7 +617,9 @@ def test_the_editor_sends_what_is_inside_a_blueprint(editor, fresh):
         assert not editor.types(RED) and not editor.evaluate(COMPLAINTS)
 
 
-@pytest.mark.parametrize("path", EXAMPLES[:2], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, marks=pytest.mark.heavy if number > 1 else (), id=path.stem)
+    for number, path in enumerate(EXAMPLES)])
 def test_a_workflow_that_the_editor_saved_is_the_same_and_stays_so(editor, fresh, path, tmp_path):
     """What `python -m devtools.workflows` writes."""
     before = json.loads(path.read_text(encoding="utf-8"))
