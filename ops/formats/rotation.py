@@ -42,23 +42,22 @@ def rotate(rows: torch.Tensor, size: int, base: int) -> torch.Tensor:
     Returns:
         float32 (n, K) in new memory.
     """
-    groups = rows.reshape(-1, size)
-    count = len(groups)
-    now = groups.t().contiguous()  # neighbours of a group are far apart, and passes contiguous
-    then = torch.empty_like(now)
+    now = rows.contiguous()
+    spare = [torch.empty_like(now), torch.empty_like(now)]  # each holds every second sum
     stride = 1
     while stride < size:
-        shape = (-1, base, stride, count)
-        numbers, sums = now.view(shape).unbind(1), then.view(shape).unbind(1)
+        shape = (-1, base, stride)
+        numbers, sums = now.view(shape).unbind(1), spare[0].view(shape).unbind(1)
         for place in range(0, base, 2):
             torch.add(*numbers[place:place + 2], out=sums[place])
             torch.sub(*numbers[place:place + 2], out=sums[place + 1])
+        now, spare = spare[0], spare[::-1]
         if base == 4:
-            torch.add(sums[0], sums[3], out=numbers[0])
-            torch.sub(sums[0], sums[3], out=numbers[1])
-            torch.add(sums[2], sums[1], out=numbers[2])
-            torch.sub(sums[2], sums[1], out=numbers[3])
-        else:
-            now, then = then, now
+            first, second, third, fourth = spare[0].view(shape).unbind(1)
+            torch.add(sums[0], sums[3], out=first)
+            torch.sub(sums[0], sums[3], out=second)
+            torch.add(sums[2], sums[1], out=third)
+            torch.sub(sums[2], sums[1], out=fourth)
+            now, spare = spare[0], spare[::-1]
         stride *= base
-    return then.view(-1, size).copy_(now.t()).view(rows.shape)
+    return now
