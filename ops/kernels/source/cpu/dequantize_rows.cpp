@@ -238,102 +238,51 @@ static FUNCTION Floats permuted(Floats values, Ints from) {
 #endif
 }
 
-// Returns lane i ^ mask of `values` as lane i.
-static FUNCTION Floats exchanged(Floats values, int mask) {
-    return permuted(values, lane_numbers() ^ mask);
-}
-
-// Multiplies four numbers, or vectors of them, by H4: their sum less twice the one at the other end.
+// Rotates numbers, or vectors of them, that are `stride` apart, in the order of sums of
+// ops/formats/rotation.py.
 template <class Number>
-static FUNCTION void rotate_four(Number& a, Number& b, Number& c, Number& d) {
-    Number sum = a + b + (c + d), first = sum - (d + d), second = sum - (c + c);
-    c = sum - (b + b);
-    d = sum - (a + a);
-    a = first;
-    b = second;
-}
-
-// Multiplies GROUP integers by the power of H4; their sums are exact.
-static FUNCTION void rotate(Floats* values) {
-    const int count = GROUP / LANES;
-    int stride = 1;
-    for (; stride * 4 <= LANES; stride *= 4)
-        for (int i = 0; i < count; i++) {
-            Floats pair = values[i] + exchanged(values[i], stride);
-            Floats last = exchanged(values[i], 3 * stride);
-            values[i] = pair + exchanged(pair, 2 * stride) - (last + last);
-        }
-    if (stride < LANES) {  // eight lanes: each four is in two vectors
-        float* numbers = (float*)values;
-        for (int first = 0; first < GROUP; first += 4 * stride)
-            for (int i = first; i < first + stride; i++)
-                rotate_four(numbers[i], numbers[i + stride], numbers[i + 2 * stride],
-                            numbers[i + 3 * stride]);
-        stride *= 4;
+static FUNCTION void rotate_apart(Number* n, int stride) {
+    Number a = n[0], b = n[stride], p = a + b, q = a - b;
+    if (ROTATION_BASE == 2) {
+        n[0] = p;
+        n[stride] = q;
+        return;
     }
-    for (stride /= LANES; stride < count; stride *= 4)
-        for (int first = 0; first < count; first += 4 * stride)
-            for (int i = first; i < first + stride; i++)
-                rotate_four(values[i], values[i + stride], values[i + 2 * stride],
-                            values[i + 3 * stride]);
+    Number c = n[2 * stride], d = n[3 * stride], r = c + d, s = c - d;
+    n[0] = p + s;
+    n[stride] = p - s;
+    n[2 * stride] = r + q;
+    n[3 * stride] = r - q;
 }
 
-#if ROTATED_VALUES
-// Replaces a and b by their sum and their difference.
-template <class Number>
-static FUNCTION void sum_and_difference(Number& a, Number& b) {
-    Number sum = a + b;
-    b = a - b;
-    a = sum;
-}
-
-// The same for lanes that are `stride` apart.
-static FUNCTION Floats sums_and_differences(Floats values, int stride) {
-    Floats signs = floats(1 - (((lane_numbers() & stride) != 0) & 2));
-    return exchanged(values, stride) + values * signs;
-}
-
-// Rotates four whose pairs are sums and differences already.
-template <class Number>
-static FUNCTION void finish_four(Number& a, Number& b, Number& c, Number& d) {
-    Number p = a, q = b, r = c, s = d;
-    a = p + s;
-    b = p - s;
-    c = r + q;
-    d = r - q;
-}
-
-static FUNCTION Floats finished_fours(Floats values, int stride) {
+// The same for the lanes of a vector.
+static FUNCTION Floats rotate_lanes(Floats values, int stride) {
     Ints lanes = lane_numbers();
     Floats signs = floats(1 - (((lanes & stride) != 0) & 2));
+    values = permuted(values, lanes ^ stride) + values * signs;
+    if (ROTATION_BASE == 2) return values;
     return permuted(values, lanes & ~stride)
            + permuted(values, (lanes ^ 2 * stride) | stride) * signs;
 }
 
-// Multiplies ROTATED_VALUES numbers by the matrix of signs.
-static FUNCTION void rotate_values(Floats* values) {
-    const int count = ROTATED_VALUES / LANES;
-    float* numbers = (float*)values;
-    for (int stride = 1; stride < ROTATED_VALUES; stride *= ROTATION_BASE) {
-        if (stride * ROTATION_BASE <= LANES) {
-            for (int i = 0; i < count; i++) {
-                values[i] = sums_and_differences(values[i], stride);
-                if (ROTATION_BASE == 4) values[i] = finished_fours(values[i], stride);
-            }
-            continue;
-        }
-        for (int first = 0; first < ROTATED_VALUES; first += ROTATION_BASE * stride)
-            for (int i = first; i < first + stride; i++) {
-                float* n = numbers + i;
-                sum_and_difference(n[0], n[stride]);
-                if (ROTATION_BASE == 4) {
-                    sum_and_difference(n[2 * stride], n[3 * stride]);
-                    finish_four(n[0], n[stride], n[2 * stride], n[3 * stride]);
-                }
-            }
+const int ROTATION = ROTATED ? GROUP : ROTATED_VALUES;
+
+// Multiplies ROTATION numbers by the matrix of signs. The sums of integers are exact.
+static FUNCTION void rotate(Floats* values) {
+    const int count = ROTATION / LANES;
+    int stride = 1;
+    for (; stride * ROTATION_BASE <= LANES; stride *= ROTATION_BASE)
+        for (int i = 0; i < count; i++) values[i] = rotate_lanes(values[i], stride);
+    if (stride < LANES) {  // eight lanes: each four is in two vectors
+        float* numbers = (float*)values;
+        for (int first = 0; first < ROTATION; first += ROTATION_BASE * stride)
+            for (int i = first; i < first + stride; i++) rotate_apart(numbers + i, stride);
+        stride *= ROTATION_BASE;
     }
+    for (stride /= LANES; stride < count; stride *= ROTATION_BASE)
+        for (int first = 0; first < count; first += ROTATION_BASE * stride)
+            for (int i = first; i < first + stride; i++) rotate_apart(values + i, stride);
 }
-#endif
 
 // Returns what is added to or, where HAS_ZEROS, subtracted from a group.
 static FUNCTION float addend(Packed minima, Index row, int groups, int group) {
@@ -372,7 +321,7 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
                 values[i] = values_of(packed + (row * COLUMNS + column) * BITS / 8, scale,
                                       addend(minima, row, groups, group));
             }
-            rotate_values(values);
+            rotate(values);
             for (int i = 0; i < ROTATED_VALUES / LANES; i++)
                 store(rounded<VALUE_TYPE>(values[i] * ROTATION_FACTOR),
                       out + row * COLUMNS + start + i * LANES);
