@@ -27,8 +27,9 @@ LORA_WORKFLOW = FOLDER / f"{DEMO} two LoRAs.json"
 NF4_WORKFLOW = FOLDER / f"{DEMO} NF4 checkpoint.json"
 TRAINING = FOLDER / f"{DEMO} train a LoRA.json"
 MIX_WORKFLOW = FOLDER / f"{DEMO} packed to a size.json"
-PROMPT = Workflow(WORKFLOW).types("CLIPTextEncode")[0]["widgets_values"][0]
-STEPS = Workflow(WORKFLOW).types("KSampler")[0]["widgets_values"][2]
+_DEMO = Workflow(WORKFLOW)
+PROMPT = _DEMO.types("CLIPTextEncode")[0]["widgets_values"][0]
+STEPS = _DEMO.types("KSampler")[0]["widgets_values"][2]
 LOADER = "FeatherweightLoadDiffusionModel"
 MODEL_NAME = demo_files.MODELS["Q8_0"]
 # The line our loader logs for each file it loads.

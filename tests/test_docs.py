@@ -269,7 +269,7 @@ def test_every_file_that_the_readme_recommends_fits_its_card():
     for card, name, form, file, size in rows:
         model = models[FAMILIES_OF_THE_TABLE[name]]
         working = model.editing[1]() if "Edit" in name else model.working()
-        beside = model_sizes.beside_weights(model, working)
+        beside = model_sizes.bytes_besides_weights(model, working)
         assert float(size) * 1e9 + beside <= int(card) * model_sizes.GIB, (card, name)
         # about as large as the pack says of the format: _M keeps some matrices in larger types
         assert 0.97 < float(size) * 1e9 / model_sizes.bytes_of(model.shapes(), form) < 1.12, name

@@ -296,8 +296,8 @@ def lora_bytes(shapes: Shapes) -> int:
     return sum(2 * RANK * (rows + columns) for rows, columns in matrices)
 
 
-def beside_weights(model: Model, working: float) -> float:
-    """Memory of a GPU that a step takes beside the packed weights, which `working` is a part of."""
+def bytes_besides_weights(model: Model, working: float) -> float:
+    """Memory of a GPU that a step takes in addition to the packed weights, `working` included."""
     largest = max(math.prod(shape) for shape in model.shapes().values() if len(shape) == 2)
     return 2 * largest + working + SYSTEM  # the first: where a weight is dequantised
 
@@ -306,7 +306,7 @@ def gpu_bytes(model: Model, column: str, working: float | None = None) -> float:
     """Memory of a GPU that holds the whole model and runs a step of it, without another image
     unless `working` says so."""
     working = model.working() if working is None else working
-    beside = working + SYSTEM if column == "BF16" else beside_weights(model, working)
+    beside = working + SYSTEM if column == "BF16" else bytes_besides_weights(model, working)
     return bytes_of(model.shapes(), column) + beside
 
 

@@ -25,7 +25,7 @@ SCALE, ZEROS, GROUPS = "weight_scale", "weight_zero_point", "weight_g_idx"
 GLOBAL = "weight_global_scale"
 OF_INPUT = {name: Part("", optional=name)
             for name in ("input_global_scale", "input_scale", "input_zero_point")}
-UNUSED = OF_INPUT | {WEIGHT: Part("", optional=WEIGHT)}  # beside packed codes
+UNUSED = OF_INPUT | {WEIGHT: Part("", optional=WEIGHT)}  # with packed codes
 GROUPED = {SCALE: Part("1 or (N,) or (N, G)", SCALES), GROUPS: Part("K", WHOLE, GROUPS)}
 PARTS = {
     "pack-quantized": {

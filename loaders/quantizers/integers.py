@@ -12,7 +12,7 @@ from .parts import FLOATS, Part, PartError
 
 CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
 FAMILY_OF_BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}
-SCALES = tuple(ENDINGS)  # dtypes of scales beside integers
+SCALES = tuple(ENDINGS)  # dtypes of the scales of integers
 CODES_OF_ROWS = Part("(N, K, L...)", tuple(FAMILY_OF_BYTES))  # of `pack_rows`, and their scales
 SCALES_OF_ROWS = Part("1 or N", FLOATS)
 

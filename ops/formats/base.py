@@ -26,7 +26,7 @@ DEVICE_CHUNK_VALUES = 1 << 24
 
 FORMATS: dict[str, "Format"] = {}
 GGML_FORMATS: dict[int, "Format"] = {}
-_KINDS: dict[str, type["Format"]] = {}  # by the names of the classes
+_CLASSES: dict[str, type["Format"]] = {}  # by their names
 
 
 @short_error_name
@@ -169,8 +169,7 @@ class Format:
     the byte layout of a block in their docstring and implement `terms`, in the order of operations
     of ggml's reference, so that the values are bit-exact with it. A format is an object: defining
     such a subclass makes and registers its only one, under the name of the class and under its ggml
-    type id where it has one. Other classes are kinds of formats, of which `of` makes each by its
-    arguments.
+    type id where it has one. Of other classes `of` makes one for each tuple of arguments.
 
     Attributes:
         name: a key of `FORMATS`, the same in every process.
@@ -194,9 +193,9 @@ class Format:
 
     def __init_subclass__(cls, ggml_type: int | None = None, **kwargs):
         super().__init_subclass__(**kwargs)
-        _KINDS[cls.__name__] = cls
+        _CLASSES[cls.__name__] = cls
         if "block_bytes" not in cls.__dict__:
-            return  # the shared base of several formats, or a kind that is made of arguments
+            return  # the base of other classes, or one that makes formats of arguments
         cls.name, cls.ggml_type = cls.__name__, ggml_type
         if cls.name in FORMATS:
             raise TypeError(f"The packed format {cls.name} is defined twice.")
@@ -222,7 +221,7 @@ class Format:
         return self.name
 
     def __reduce__(self) -> tuple:
-        return format_of_kind, (type(self).__name__, self.arguments)
+        return format_of_class, (type(self).__name__, self.arguments)
 
     def __deepcopy__(self, memo) -> "Format":
         return self
@@ -358,9 +357,9 @@ class Format:
 
 
 @stable_pickle_name
-def format_of_kind(kind: str, arguments: tuple) -> "Format":
+def format_of_class(name: str, arguments: tuple) -> "Format":
     """Returns a format from a pickle; see `Format.of`."""
-    return _KINDS[kind].of(*arguments)
+    return _CLASSES[name].of(*arguments)
 
 
 def chunk_values(device: torch.device) -> int:

@@ -31,16 +31,16 @@ LEAST, MOST = 2.0**-10, 2.0**12
 LAYOUT = "FeatherweightPacked"  # its name for the host; a bare one could be another pack's too
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedParams(BaseLayoutParams):
-    """The logical dtype and shape of a packed tensor, its format, and the tensors beside its bytes.
+    """The logical dtype and shape of a packed tensor, its format and its quantisation parameters.
 
     Those, which the host moves and copies with the bytes, are named by the format's `qparams`, and
     None where it has no such tensor: see `RowLayout.qparams` and the formats made of others.
     """
 
-    scale: torch.Tensor | None
     format: Format
+    scale: torch.Tensor | None = None
     scale_factor: torch.Tensor | None = None
     scale_table: torch.Tensor | None = None
     row_scale: torch.Tensor | None = None
@@ -64,7 +64,7 @@ class PackedParams(BaseLayoutParams):
     @property
     def qparams(self) -> list[torch.Tensor]:
         """The tensors of the weight next to its packed bytes, in the order of `Format.qparams`."""
-        return [getattr(self, qparam.name) for qparam in self.format.qparams]
+        return [getattr(self, name) for name in self._tensor_fields()]
 
 
 class PackedLayout(QuantizedLayout):
@@ -129,7 +129,7 @@ def packed_tensor(packed_format: Format, data: torch.Tensor, shape: Iterable[int
         )
     names = [qparam.name for qparam in packed_format.qparams]
     params = PackedParams(orig_dtype=dtype, orig_shape=shape, format=packed_format,
-                          **{"scale": None, **dict(zip(names, qparams))})
+                          **dict(zip(names, qparams)))
     return PackedTensor(data, LAYOUT, params)
 
 

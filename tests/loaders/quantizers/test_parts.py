@@ -28,7 +28,7 @@ def test_a_shape_gives_the_sizes_that_it_names(shape, found, sizes):
     ("(N * 2,)", (5,)), ("(N, 12 / K)", (3, 5)), ("(N, 12 / K)", (3, 0)), ("1", (2,)),
     ("1 or (N,)", (3, 4)), ("(N, 1...)", (3, 2)), ("(N, K...)", (3, 4, 0)), ("(16,)", (4, 4)),
 ])
-def test_another_shape_is_refused(shape, found):
+def test_a_shape_that_does_not_match_is_refused(shape, found):
     with pytest.raises(PartError, match="it has a of float32 .*, expected "):
         bind_sizes({"a": zeros(*found)}, {"a": Part(shape)})
 
