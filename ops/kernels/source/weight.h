@@ -7,15 +7,15 @@
 // bytes, or bits, from an address on as Ints; floats(Ints); look_up(Ints) in CODEBOOK; load_half;
 // float_of_bits. Values have the reference's bits: no product and sum may be contracted.
 
-// Returns these values as they are used: times the scale of their block, where the format keeps
-// scales in a tensor of their own, and rounded to VALUE_TYPE.
+// Returns these values, times the scale of their block, where the format keeps
+// scales in a tensor of their own.
 static FUNCTION Floats weight_values(Packed block, int first, float scale) {
     Floats values = FORMAT::values(block, first);
     if (SCALES_APART) values = scale * values;
-    return rounded<VALUE_TYPE>(values);
+    return values;
 }
 
-// Returns the weight's values from chunk * LANES on, as they are used.
+// Returns the weight's values from chunk * LANES on.
 static FUNCTION Floats weight_chunk(Packed packed, Scales scales, Index chunk) {
     const int chunks_of_block = BLOCK_LENGTH / LANES;
     Index block = chunk / chunks_of_block;
