@@ -25,7 +25,7 @@ from kernel_cases import (
 from lora_gain import assert_full_strength
 
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend, registry
 from featherweight.ops.kernels.validation import check, random_tensors
@@ -102,6 +102,13 @@ def dequantize(backend, fmt, tensors, out, value_dtype=None):
     (kernel,) = kernels_of(backend, "dequantize", fmt)
     kernel.run(fmt, [tensor.to(device) for tensor in tensors], values, value_dtype, 0)
     return values.cpu()
+
+
+@of(MAIN[:3])
+def test_every_format_of_ggml_has_a_kernel(backend):
+    for fmt in GGML_FORMATS.values():
+        assert any(kernel.capability == "dequantize" and kernel.accepts(fmt, torch.float32)
+                   for kernel in backend.kernels), fmt
 
 
 each_dequantize = parametrize_cases(BACKENDS, ALL_FORMATS, DTYPES, is_usual_dequantize)
