@@ -17,7 +17,7 @@ from featherweight.ops.kernels.nvrtc import Compiler, CudaDriver, CudaError
 from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.layers import product  # noqa: F401
 
-CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+CAPABILITIES = (61, 75, 80, 86, 89, 90, 100, 120)
 ELF = b"\x7fELF"
 
 

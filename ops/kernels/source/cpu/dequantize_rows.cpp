@@ -217,13 +217,6 @@ static FUNCTION Floats rounded_to_bytes(Floats values) {
     return values < -127.0f ? Floats{} - 127.0f : values;
 }
 
-static FUNCTION Ints lane_numbers() {
-    Ints lanes;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) lanes[i] = i;
-    return lanes;
-}
-
 // Returns lane `from[i]` of `values` as lane i.
 static FUNCTION Floats permuted(Floats values, Ints from) {
 #if LANES == 16 && defined(__AVX512F__)

@@ -2,6 +2,8 @@
 
 #define FUNCTION __device__ inline
 #define PRIVATE
+// Not __constant__: threads of a warp that read different entries would wait for each other.
+#define TABLE __device__ const
 
 const int LANES = 8;
 
@@ -27,6 +29,7 @@ typedef Lanes<float> Floats;
 
 FUNCTION Ints operator>>(Ints a, int b) LANEWISE(Ints, a.lane[i] >> b)
 FUNCTION Ints operator<<(Ints a, int b) LANEWISE(Ints, a.lane[i] << b)
+FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 FUNCTION Ints operator&(Ints a, int b) LANEWISE(Ints, a.lane[i] & b)
 FUNCTION Ints operator-(Ints a, int b) LANEWISE(Ints, a.lane[i] - b)
 FUNCTION Ints operator|(Ints a, Ints b) LANEWISE(Ints, a.lane[i] | b.lane[i])
@@ -147,16 +150,33 @@ FUNCTION Ints load_low_nibble_pairs(Packed from) {
 // Eight lanes per byte, the lowest bit first.
 FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 
-// The float16 at an even byte of a block.
-FUNCTION float load_half(Packed from) {
-    if (ALIGNMENT >= 2) return float_of_half(*(const unsigned short*)from);
-    return float_of_half(from[0] | from[1] << 8);
+// The two bytes at an even byte of a block.
+FUNCTION unsigned load_short(Packed from) {
+    if (ALIGNMENT >= 2) return *(const unsigned short*)from;
+    return from[0] | from[1] << 8;
 }
 
+FUNCTION float load_half(Packed from) { return float_of_half(load_short(from)); }
+
+// Four lanes per byte, the lowest bits first.
+FUNCTION Ints load_bit_pairs(Packed from) {
+    unsigned pairs = load_short(from);
+    Ints values;
+    for (int i = 0; i < LANES; i++) values.lane[i] = pairs >> i * 2 & 3;
+    return values;
+}
+
+// The bytes of two numbers, the lowest first.
+FUNCTION Ints bytes_of(const unsigned* words)
+    LANEWISE(Ints, (int)(words[i / 4] >> i % 4 * 8 & 0xFF))
+
+// Negates the lanes whose bit is set.
+FUNCTION Ints negated(Ints values, unsigned bits)
+    LANEWISE(Ints, bits >> i & 1 ? -values.lane[i] : values.lane[i])
+
 #ifdef CODEBOOK
-// The value of each code, from the format's class. Not __constant__: threads of a warp that read
-// different entries would wait for each other.
-__device__ const float codebook[16] = {CODEBOOK};
+// The value of each code, from the format's class.
+TABLE float codebook[16] = {CODEBOOK};
 
 FUNCTION Floats look_up(Ints codes) LANEWISE(Floats, codebook[codes.lane[i]])
 #endif
