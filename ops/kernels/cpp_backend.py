@@ -164,6 +164,13 @@ def _remove_stale_scratch(folder: Path):
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _compiler_version() -> str:
+    """Returns a text that differs where another compiler, or another CPU, is used."""
+    command = cpp_compiler()
+    changed = os.stat(command).st_mtime_ns if command else ""
+    return f"{command} {changed} {FLAGS} {_cpu()}"
+
+
 def _cpu() -> str:
     """Returns a text that differs where `-march=native` may use other instructions."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -380,4 +387,4 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
 
 
 BACKEND = Backend("cpp", lambda device: probe(_kernels().dequantize, device),
-                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()))
+                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()), _compiler_version)

@@ -4,10 +4,8 @@ from collections.abc import Callable
 
 from .kernel import Backend
 
-# Backends for each type of torch device (ROCm's are "cuda" too), the preferred one first.
-PRIORITY: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpp",), "cuda": ("nvrtc",), "mps": ("metal",)
-}
+# The backend for each type of torch device; ROCm's are "cuda" too.
+BACKENDS = {"cpu": "cpp", "cuda": "nvrtc", "mps": "metal"}
 
 
 def _cpp() -> Backend:

@@ -68,7 +68,7 @@ assert "SQUARES" in kernel_source.CPU_ROW_FAMILIES
 if cpp_backend.cpp_compiler() is not None:
     out = torch.empty(6, 64)
     cpp_backend._kernels().dequantize_rows(
-        weight.params.format, [weight._qdata, *weight._params.qparams], out, None, 0)
+        weight.params.format, [weight._qdata, *weight._params.qparams], out, 0)
     assert torch.equal(out, weight.dequantize())
 save_file({"L.codes": codes, "L.scales": scales[:, :1].contiguous()}, path)
 try:
