@@ -70,7 +70,7 @@ def _selector(device: torch.device) -> Selector:
 
 def _new_selector(device: torch.device) -> Selector:
     setting, name = _setting(), BACKENDS.get(device.type)
-    valid = {"torch", "auto", *BACKENDS.values()}
+    valid = {"torch", "auto", *filter(None, BACKENDS.values())}
     if setting and setting not in valid:
         log.warning("[Featherweight] The environment variable %s is %s and is ignored; expected one"
                     " of %s.", VARIABLE, setting, ", ".join(sorted(valid)))

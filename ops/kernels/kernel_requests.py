@@ -1,5 +1,6 @@
 """Requests the kernels that a model's packed layers will use, while the model loads."""
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.d
 
 def _cases(layer: PackedLayer, dtype: torch.dtype
            ) -> Iterator[tuple[str, Format | None, torch.dtype]]:
-    for packed_format in layer.weight.params.format.formats_within():
+    weight: Any = layer.weight
+    for packed_format in weight.params.format.formats_within():
         yield "dequantize", packed_format, dtype
         if isinstance(layer, PackedLinear):
             yield "linear", packed_format, dtype

@@ -9,7 +9,7 @@ import torch
 from ..formats._names import all_kernel_keys
 from ..formats.base import Format
 from .background import submit, wait
-from .kernel import EXACT, QUANTIZING, Backend, Case, Kernel, device_name
+from .kernel import EXACT, QUANTIZING, Backend, Case, Kernel, WrongResult, device_name
 from .registry import import_backend
 from .validation import report_wrong
 from .validator import ProcessValidator, validate_kernel
@@ -84,6 +84,9 @@ class Selector:
             self._verdicts = Verdicts.of_device(self.device, backend)
             self._lines = self._verdicts.read()
             self._backend = backend
+        except WrongResult as error:
+            report_wrong(f"the probe by {self._name}", self.device, error)
+            self.reason = f"{self._name}: its values are wrong"
         except Exception as error:  # not installed, no compiler, no driver, an unknown GPU
             log.debug("[Featherweight] %s does not work on %s: %r", self._name, self.device, error)
             self.reason = textwrap.shorten(f"{self._name}: {error or repr(error)}", REASON_LENGTH)
@@ -155,7 +158,7 @@ class Selector:
     def add(self, name: str, verdict: str, **more):
         """Takes a verdict on a kernel, and stores it."""
         line = {"name": name, "verdict": verdict, **more}
-        if verdict != "stopped" and self._verdicts is not None:
+        if self._verdicts is not None:
             try:
                 line = self._verdicts.add(name, verdict, **more)
             except OSError as error:
