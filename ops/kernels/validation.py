@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.base import FORMATS, Format
+from ..formats.base import FORMATS, Format, QParam
+from ..formats.row_layout import NUMBER_DTYPES, RowFormat
 from ..layers import int8_codes
 from . import quantize_validation
 from .kernel import Kernel, WrongResult, device_name
@@ -32,6 +33,10 @@ TILE_TOKENS = 6  # a kernel may have a way of its own for each number of tokens 
 MAX_ABS = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # so close to the middle between two codes, another rounding may give the other one
 SUBNORMAL = 16 * torch.finfo(torch.float32).tiny
+MAX_CODE = 128.0  # in magnitude, of the codes of a row whose product is checked
+# kind of bytes that stand for floats -> the first byte, and that behind the last, of any magnitude
+# and of small ones
+EXPONENTS = {"e4m3": ((64, 127), (32, 64)), "e8m0": ((64, 127), (119, 127))}
 CANARY = 7.0  # surrounds the memory that a kernel may write
 
 
@@ -405,16 +410,9 @@ def random_tensors(packed_format: Format, blocks: int, device: torch.device,
     """
     generator = torch.Generator().manual_seed(blocks)
     if packed_format.qparams:
-        data = torch.randint(0, 256, (blocks * packed_format.block_bytes,), generator=generator,
-                             dtype=torch.uint8)
-        qparams = []
-        for qparam in packed_format.qparams:
-            count = qparam.length(blocks)
-            if qparam.dtype == torch.uint8:  # exponents, or floats, of which none is extreme
-                scales = torch.randint(64, 127, (count,), generator=generator, dtype=qparam.dtype)
-            else:
-                scales = torch.rand(count, generator=generator, dtype=qparam.dtype)
-            qparams.append(scales.to(device))
+        data = _random_codes(packed_format, blocks, generator, bounded)
+        qparams = [_random_qparam(packed_format, qparam, qparam.length(blocks), generator,
+                                  bounded).to(device) for qparam in packed_format.qparams]
         return [data.to(device), *qparams]
     pool = torch.randint(0, 256, (1024 if bounded else blocks + 16, packed_format.block_bytes),
                          generator=generator, dtype=torch.uint8)
@@ -426,3 +424,41 @@ def random_tensors(packed_format: Format, blocks: int, device: torch.device,
         has_subnormal = ((values > 0) & (values < SUBNORMAL)).any(-1)
         pool = pool[~has_subnormal & (values != 0).any(-1)]
     return [pool[torch.arange(blocks) % len(pool)].to(device)]
+
+
+def _random_codes(packed_format: Format, blocks: int, generator: torch.Generator,
+                  bounded: bool) -> torch.Tensor:
+    """Returns random codes, uint8; of floats of 8 bits only finite and small ones, if bounded."""
+    count = blocks * packed_format.block_bytes
+    if bounded and isinstance(packed_format, RowFormat) and packed_format.layout.codes.bits == 8:
+        usable = (packed_format.code_numbers().abs() <= MAX_CODE).nonzero().flatten()
+        return usable[torch.randint(len(usable), (count,), generator=generator)].to(torch.uint8)
+    return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+
+
+def _random_qparam(packed_format: Format, qparam: QParam, count: int, generator: torch.Generator,
+                   bounded: bool) -> torch.Tensor:
+    """Returns `count` random numbers of a tensor of a weight, of which none is extreme; of rows
+    they have signs.
+
+    Args:
+        bounded: whether bytes that stand for floats stand for small ones.
+    """
+    if not isinstance(packed_format, RowFormat):
+        return torch.rand(count, generator=generator, dtype=qparam.dtype)
+    layout = packed_format.layout
+    if qparam.name == "group_of_column":
+        groups = torch.randint(layout.groups, (layout.columns,), generator=generator)
+        return groups.to(torch.int16).view(torch.uint8)
+    numbers = {"scale": layout.scale, "minimum": layout.minimum}.get(qparam.name)
+    kind = numbers.kind if numbers else ""
+    if kind in EXPONENTS:
+        lowest, highest = EXPONENTS[kind][bounded]
+        return torch.randint(lowest, highest, (count,), generator=generator, dtype=torch.uint8)
+    if qparam.dtype == torch.uint8 and kind in ("", "bytes"):
+        return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+    dtype = NUMBER_DTYPES[kind or "f32"]
+    count = count * qparam.dtype.itemsize // dtype.itemsize
+    values = 0.125 + torch.rand(count, generator=generator, dtype=torch.float32)
+    values *= torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+    return values.to(dtype).view(qparam.dtype)

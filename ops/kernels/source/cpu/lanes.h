@@ -8,6 +8,8 @@
 
 #define FUNCTION inline __attribute__((always_inline))
 #define PRIVATE
+#define UNROLLED _Pragma("GCC unroll 16")
+#define CONSTANT_TABLE static const
 
 typedef unsigned char Byte;
 typedef const Byte* Packed;
@@ -45,6 +47,12 @@ static FUNCTION Ints ints(Bytes bytes) {
     return __builtin_convertvector(bytes, Ints);
 #endif
 }
+
+static FUNCTION unsigned load_short(Packed from) { return load<unsigned short>(from); }
+
+static FUNCTION unsigned load_word(Packed from) { return load<unsigned>(from); }
+
+static FUNCTION Floats load_floats(Scales from) { return load<Floats>(from); }
 
 static FUNCTION Ints load_bytes(Packed from) { return ints(load<Bytes>(from)); }
 
@@ -121,11 +129,38 @@ static FUNCTION float load_half(Packed from) {
 #endif
 }
 
+// Returns the floats that bytes of float8 stand for.
+#define HAS_VECTORS_OF_FLOAT8
+
+static FUNCTION Floats e4m3(Ints bytes) {
+    Words magnitude = (Words)bytes & 0x7F;
+    // exponent and mantissa at their places in a float, whose exponent is 120 too small
+    Floats values = (Floats)(magnitude << 20) * 0x1p120f;
+    Words nan = magnitude == 0x7F ? Words{} + 0x7FC00000 : Words{};
+    return (Floats)((Words)values | nan | ((Words)bytes & 0x80) << 24);
+}
+
+static FUNCTION Floats e5m2(Ints bytes) {  // the upper bytes of halves
+    return of_halves(low_halves((Words)bytes << 8));
+}
+
+// Returns values of at most `limit` in magnitude.
+static FUNCTION Floats limited(Floats values, float limit) {
+    values = values > limit ? Floats{} + limit : values;
+    return values < -limit ? Floats{} - limit : values;
+}
+
 // Returns the bits of the nearest bfloat16 in the upper halves.
 static FUNCTION Words bfloat16_bits(Floats values) {
     Words bits = (Words)values, rounded = bits + 0x7FFF + (bits >> 16 & 1);
     Words quiet_nan = bits | 0x7FC00000;
     return values == values ? rounded : quiet_nan;
+}
+
+// Returns how many of `length` values are taken at a time: a part of `part` of them, if these divide
+// it, otherwise LANES.
+static constexpr int piece_of(int part, int length) {
+    return part && length % part == 0 ? part : LANES;
 }
 
 static FUNCTION void store(Floats values, float* to) { memcpy(to, &values, sizeof values); }

@@ -2,6 +2,8 @@
 
 #define FUNCTION __device__ inline
 #define PRIVATE
+#define UNROLLED _Pragma("unroll")
+#define CONSTANT_TABLE __device__ const  // not __constant__, see `codebook`
 
 const int LANES = 8;
 
@@ -13,6 +15,9 @@ typedef long long Index;
 template <class T>
 struct Lanes {
     T lane[LANES];
+
+    FUNCTION T& operator[](int i) { return lane[i]; }
+    FUNCTION T operator[](int i) const { return lane[i]; }
 };
 
 typedef Lanes<int> Ints;
@@ -29,11 +34,26 @@ FUNCTION Ints operator>>(Ints a, int b) LANEWISE(Ints, a.lane[i] >> b)
 FUNCTION Ints operator<<(Ints a, int b) LANEWISE(Ints, a.lane[i] << b)
 FUNCTION Ints operator&(Ints a, int b) LANEWISE(Ints, a.lane[i] & b)
 FUNCTION Ints operator-(Ints a, int b) LANEWISE(Ints, a.lane[i] - b)
+FUNCTION Ints operator>>(Ints a, Ints b) LANEWISE(Ints, a.lane[i] >> b.lane[i])
+FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 FUNCTION Ints operator|(Ints a, Ints b) LANEWISE(Ints, a.lane[i] | b.lane[i])
 FUNCTION Floats operator*(float a, Floats b) LANEWISE(Floats, a * b.lane[i])
+FUNCTION Floats operator*(Floats a, float b) LANEWISE(Floats, a.lane[i] * b)
+FUNCTION Floats operator*(Floats a, Floats b) LANEWISE(Floats, a.lane[i] * b.lane[i])
+FUNCTION Floats operator/(Floats a, float b) LANEWISE(Floats, a.lane[i] / b)
+FUNCTION Floats operator+(Floats a, Floats b) LANEWISE(Floats, a.lane[i] + b.lane[i])
+FUNCTION Floats operator-(Floats a, Floats b) LANEWISE(Floats, a.lane[i] - b.lane[i])
 FUNCTION Floats operator+(Floats a, float b) LANEWISE(Floats, a.lane[i] + b)
 FUNCTION Floats operator-(Floats a, float b) LANEWISE(Floats, a.lane[i] - b)
 FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
+
+// Returns values of at most `limit` in magnitude.
+FUNCTION Floats limited(Floats values, float limit)
+    LANEWISE(Floats, values.lane[i] > limit ? limit : values.lane[i] < -limit ? -limit : values.lane[i])
+
+FUNCTION Floats load_floats(Scales from) LANEWISE(Floats, from[i])
+
+FUNCTION void wait_for_threads() { __syncthreads(); }
 
 struct Half {
     unsigned short bits;
@@ -125,6 +145,11 @@ FUNCTION unsigned load_word(Packed from) {
     return from[0] | from[1] << 8 | from[2] << 16 | (unsigned)from[3] << 24;
 }
 
+// The same of two bytes.
+FUNCTION unsigned load_short(Packed from) {
+    return ALIGNMENT >= 2 ? *(const unsigned short*)from : from[0] | from[1] << 8;
+}
+
 FUNCTION Ints load_bytes(Packed from) {
     unsigned words[2] = {load_word(from), load_word(from + 4)};
     Ints bytes;
@@ -159,8 +184,7 @@ FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 
 // The float16 at an even byte of a block.
 FUNCTION float load_half(Packed from) {
-    if (ALIGNMENT >= 2) return float_of_half(*(const unsigned short*)from);
-    return float_of_half(from[0] | from[1] << 8);
+    return float_of_half(load_short(from));
 }
 
 #ifdef CODEBOOK

@@ -11,6 +11,8 @@ using namespace metal;
 
 #define FUNCTION inline
 #define PRIVATE thread
+#define UNROLLED _Pragma("unroll")
+#define CONSTANT_TABLE constant
 
 typedef const device uchar* Packed;
 typedef const device float* Scales;
@@ -20,10 +22,14 @@ typedef long Index;
 
 struct Ints {
     int lane[LANES];
+
+    thread int& operator[](int i) { return lane[i]; }
 };
 
 struct Floats {
     float lane[LANES];
+
+    thread float& operator[](int i) { return lane[i]; }
 };
 
 #define LANEWISE(Result, expression) \
@@ -37,11 +43,30 @@ static FUNCTION Ints operator>>(Ints a, int b) LANEWISE(Ints, a.lane[i] >> b)
 static FUNCTION Ints operator<<(Ints a, int b) LANEWISE(Ints, a.lane[i] << b)
 static FUNCTION Ints operator&(Ints a, int b) LANEWISE(Ints, a.lane[i] & b)
 static FUNCTION Ints operator-(Ints a, int b) LANEWISE(Ints, a.lane[i] - b)
+static FUNCTION Ints operator>>(Ints a, Ints b) LANEWISE(Ints, a.lane[i] >> b.lane[i])
+static FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 static FUNCTION Ints operator|(Ints a, Ints b) LANEWISE(Ints, a.lane[i] | b.lane[i])
 static FUNCTION Floats operator*(float a, Floats b) LANEWISE(Floats, a * b.lane[i])
+static FUNCTION Floats operator*(Floats a, float b) LANEWISE(Floats, a.lane[i] * b)
+static FUNCTION Floats operator*(Floats a, Floats b) LANEWISE(Floats, a.lane[i] * b.lane[i])
+static FUNCTION Floats operator/(Floats a, float b) LANEWISE(Floats, a.lane[i] / b)
+static FUNCTION Floats operator+(Floats a, Floats b) LANEWISE(Floats, a.lane[i] + b.lane[i])
+static FUNCTION Floats operator-(Floats a, Floats b) LANEWISE(Floats, a.lane[i] - b.lane[i])
 static FUNCTION Floats operator+(Floats a, float b) LANEWISE(Floats, a.lane[i] + b)
 static FUNCTION Floats operator-(Floats a, float b) LANEWISE(Floats, a.lane[i] - b)
 static FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
+
+// Returns values of at most `limit` in magnitude.
+static FUNCTION Floats limited(Floats values, float limit)
+    LANEWISE(Floats, values.lane[i] > limit ? limit : values.lane[i] < -limit ? -limit : values.lane[i])
+
+static FUNCTION Floats load_floats(Scales from) LANEWISE(Floats, from[i])
+
+static FUNCTION void wait_for_threads() { threadgroup_barrier(mem_flags::mem_threadgroup); }
+
+static FUNCTION uint load_short(Packed from) { return from[0] | from[1] << 8; }
+
+static FUNCTION uint load_word(Packed from) { return load_short(from) | load_short(from + 2) << 16; }
 
 // Packed vectors need only the alignment of their elements.
 
@@ -78,7 +103,7 @@ static FUNCTION Ints load_low_nibble_pairs(Packed from) {
 static FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 
 static FUNCTION float load_half(Packed from) {
-    return as_type<half>((ushort)(from[0] | from[1] << 8));
+    return as_type<half>((ushort)load_short(from));
 }
 
 static FUNCTION float float_of_bits(uint bits) { return as_type<float>(bits); }
