@@ -190,7 +190,7 @@ class CpuKernels:
             self._functions[key] = self._of_sources[source]
         return self._functions[key]
 
-    def dequantize(self, packed_format, tensors, out, value_dtype, first):
+    def dequantize(self, packed_format, tensors, out, first):
         """See `Kernel.run`."""
         lanes = _lanes(packed_format)
         if isinstance(packed_format, RowFormat):
@@ -199,13 +199,13 @@ class CpuKernels:
             kernel, length = "dequantize", 1
         count = out.numel()
         if not count or count % (lanes or 1) or count % length or not lanes:
-            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, first)
             return
         run = self._function(kernel, packed_format, out.dtype, LANES=lanes)
         weight = weight_argument(packed_format, tensors, packed_format.block_length, first)
         run(ctypes.byref(weight), _address(out), c_longlong(count // length), c_int(_threads(count)))
 
-    def linear(self, max_tokens, packed_format, tensors, input, addend, out, value_dtype):
+    def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
         run = self._function("linear", packed_format, torch.float32,
@@ -221,7 +221,7 @@ class CpuKernels:
         if sums is not out:
             out.copy_(sums)
 
-    def linear_bfloat16(self, packed_format, tensors, input, addend, out, value_dtype):
+    def linear_bfloat16(self, packed_format, tensors, input, addend, out):
         """See `Kernel.run`."""
         (tokens, columns), rows = input.shape, out.shape[1]
         run = self._function("linear_bfloat16", packed_format, out.dtype,
@@ -231,7 +231,7 @@ class CpuKernels:
         run(_address(input), ctypes.byref(weight), _address(addend), *map(c_longlong, strides),
             _address(out), c_int(tokens), c_int(rows), c_int(_threads(rows * columns)))
 
-    def int8_rows(self, packed_format, tensors, codes, scales, value_dtype, first):
+    def int8_rows(self, packed_format, tensors, codes, scales, first):
         """See `Kernel.run`."""
         run = self._function("int8_rows", packed_format, torch.float32,
                              LANES=_lanes(packed_format), **CODES)
@@ -253,8 +253,8 @@ class CpuKernels:
         if taps > MAX_TAPS:
             out.copy_(values.transpose(1, 2))
             return
-        run = self._function("channels_last", None, out.dtype, values.dtype, LANES=_max_lanes(),
-                             MAX_TAPS=MAX_TAPS)
+        run = self._function("channels_last", None, out.dtype, LANES=_max_lanes(),
+                             MAX_TAPS=MAX_TAPS, FROM_TYPE=C_TYPES[values.dtype])
         run(_address(values), _address(out), c_longlong(rows), c_int(channels), c_int(taps),
             c_int(_threads(out.numel())))
 

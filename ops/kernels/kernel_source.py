@@ -46,7 +46,7 @@ class RowWeight(ctypes.Structure):
 
 
 def kernel_source(platform: str, kernel: str, packed_format: Format | None,
-                  dtype: torch.dtype, value_dtype: torch.dtype | None = None, **definitions) -> str:
+                  dtype: torch.dtype, **definitions) -> str:
     """Returns C++ that includes no file of ours.
 
     Args:
@@ -54,10 +54,9 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
         kernel: The name of one of its files.
         packed_format: None for a kernel that takes no weight.
         dtype: As in `Kernel`.
-        value_dtype: As in `Kernel`.
         definitions: Further constants of the kernel.
     """
-    definitions |= {"TYPE": C_TYPES[dtype]}
+    definitions["TYPE"] = C_TYPES[dtype]
     if isinstance(packed_format, RowFormat):
         definitions |= row_definitions(packed_format)
     elif packed_format is not None:

@@ -253,8 +253,8 @@ def _decoder(packed_format: Format) -> Decoder:
     return next(DECODERS[name] for name in packed_format.kernel_names() if name in DECODERS)
 
 
-def _weight_arguments(packed_format: Format, tensors: list[torch.Tensor],
-                      value_dtype: torch.dtype | None) -> tuple[tuple, dict[str, Any]]:
+def _weight_arguments(packed_format: Format,
+                      tensors: list[torch.Tensor]) -> tuple[tuple, dict[str, Any]]:
     """Returns the first arguments of every kernel on weights, and its constants."""
     decoder = _decoder(packed_format)
     if packed_format.block_length % decoder.group:
@@ -267,7 +267,7 @@ def _weight_arguments(packed_format: Format, tensors: list[torch.Tensor],
         "DECODE": decoder.function,
         "GROUP": decoder.group,
         "BLOCK_LENGTH": packed_format.block_length,
-        "VALUE_DTYPE": TRITON_DTYPES[value_dtype],
+        "VALUE_DTYPE": TRITON_DTYPES[None],
         # A fused multiply-add rounds once where the reference rounds twice.
         "enable_fp_fusion": False,
     }
@@ -279,21 +279,21 @@ def _launch(kernel, programs: int, device: torch.device, *arguments, **constants
         kernel[(programs,)](*arguments, **constants)
 
 
-def dequantize(packed_format, tensors, out, value_dtype, first):
+def dequantize(packed_format, tensors, out, first):
     """See `Kernel.run`."""
-    weight, constants = _weight_arguments(packed_format, tensors, value_dtype)
+    weight, constants = _weight_arguments(packed_format, tensors)
     group = constants["GROUP"]
     _launch(_dequantize, triton.cdiv(out.numel(), DEQUANTIZE_TILE), out.device, *weight, out,
             out.numel(), first * (packed_format.block_length // group),
             GROUPS=DEQUANTIZE_TILE // group, **constants)
 
 
-def dequantize_rows(packed_format, tensors, out, value_dtype, first):
+def dequantize_rows(packed_format, tensors, out, first):
     """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
     columns, device, layout = packed_format.block_length, out.device, packed_format.layout
     rotated = layout.rotation
     if out.numel() % columns or not out.numel() or rotated not in SIDES:
-        packed_format.dequantize_into(tensors, out, value_dtype, first)
+        packed_format.dequantize_into(tensors, out, first)
         return
     data, *sides = packed_format.blocks(tensors, first, first + out.numel() // columns)
     scales, row_scales, scale_numbers, signs = sides[0], None, None, None
@@ -311,26 +311,26 @@ def dequantize_rows(packed_format, tensors, out, value_dtype, first):
             out.numel(), COLUMNS=columns, BITS=layout.codes.bits,
             HIGH_FIRST=layout.codes.order == "high first", SCALE_GROUP=scale_group,
             ROTATED=rotated, SIDE=SIDES[rotated], ROOT=float(rotated or 1)**0.5,
-            VALUE_DTYPE=TRITON_DTYPES[value_dtype], TILE=DEQUANTIZE_TILE, enable_fp_fusion=False)
+            VALUE_DTYPE=TRITON_DTYPES[None], TILE=DEQUANTIZE_TILE, enable_fp_fusion=False)
 
 
-def linear_one_token(packed_format, tensors, input, addend, out, value_dtype):
+def linear_one_token(packed_format, tensors, input, addend, out):
     """See `Kernel.run`."""
     _linear(_linear_one_token, (), ONE_TOKEN_TILE, packed_format, tensors, input, addend, out,
-            value_dtype)
+            )
 
 
-def linear_few_tokens(packed_format, tensors, input, addend, out, value_dtype):
+def linear_few_tokens(packed_format, tensors, input, addend, out):
     """See `Kernel.run`."""
     stages = _decoder(packed_format).stages
     options = {"TOKENS": MAX_TOKENS} | ({"num_stages": stages} if stages else {})
     _linear(_linear_few_tokens, (len(input),), FEW_TOKENS_TILE, packed_format, tensors, input,
-            addend, out, value_dtype, **options)
+            addend, out, **options)
 
 
-def _linear(kernel, tokens, tile, packed_format, tensors, input, addend, out, value_dtype,
+def _linear(kernel, tokens, tile, packed_format, tensors, input, addend, out,
             **options):
-    weight, constants = _weight_arguments(packed_format, tensors, value_dtype)
+    weight, constants = _weight_arguments(packed_format, tensors)
     rows, columns = tile
     strides = (0, 0) if addend is None else addend.stride()
     _launch(kernel, triton.cdiv(out.shape[1], rows), out.device, *weight, input, addend, out,
@@ -341,9 +341,9 @@ def _linear(kernel, tokens, tile, packed_format, tensors, input, addend, out, va
 CODE_CONSTANTS = {"TILE": CODES_TILE, "SIDE": SIDE, "TINY": TINY, "LARGEST_CODE": LARGEST_CODE}
 
 
-def int8_rows(packed_format, tensors, codes, scales, value_dtype, first):
+def int8_rows(packed_format, tensors, codes, scales, first):
     """See `Kernel.run`."""
-    weight, constants = _weight_arguments(packed_format, tensors, value_dtype)
+    weight, constants = _weight_arguments(packed_format, tensors)
     rows, columns = codes.shape
     first_row = first * packed_format.block_length // columns
     _launch(_int8_rows, rows, codes.device, *weight, side_matrix(codes.device), codes, scales,

@@ -71,7 +71,7 @@ def test_dequantizes_bytes_at_any_address(offset, monkeypatch):
     data = misaligned_copy(blocks, offset)
     assert data.data_ptr() % 4
     out = torch.empty(5 * 256, device=device)
-    triton_backend.dequantize(FORMATS["Q4_K"], [data], out, None, 0)
+    triton_backend.dequantize(FORMATS["Q4_K"], [data], out, 0)
     assert_same_bits(out, reference(FORMATS["Q4_K"], [blocks.cpu()]))
     assert addresses and not any(address % 4 for address in addresses)
 
@@ -80,7 +80,7 @@ def test_dequantizes_bytes_at_any_address(offset, monkeypatch):
 def test_blocks_that_do_not_divide_into_groups_are_refused():
     fmt = FORMATS["NF4"].of_block_length(24)
     with pytest.raises(NotImplementedError, match="blocks of 24 values"):
-        triton_backend.dequantize(fmt, random_tensors(fmt, 4, CPU), torch.empty(96), None, 0)
+        triton_backend.dequantize(fmt, random_tensors(fmt, 4, CPU), torch.empty(96), 0)
 
 
 def row_kernel(packed_format):
@@ -97,9 +97,8 @@ def test_a_row_has_the_bits_of_the_reference(name, size):
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
             patch.setattr(validation, "MANY", 3 * triton_backend.DEQUANTIZE_TILE // 2)
-        for dtype, value_dtype in ((torch.float32, None), (torch.float16, None),
-                                   (torch.float32, torch.float16)):
-            check(row_kernel(packed_format), packed_format, dtype, value_dtype, device)
+        for dtype in (torch.float32, torch.float16):
+            check(row_kernel(packed_format), packed_format, dtype, device)
 
 
 @runs_kernels
@@ -205,7 +204,7 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
         results[kernel] = compiled.result
 
     values = torch.zeros(rows, columns, dtype=torch.bfloat16)
-    launch(triton_backend.dequantize, "_dequantize", values, None, 0)
+    launch(triton_backend.dequantize, "_dequantize", values, 0)
     is_heavy = request.config.getoption("--heavy")
     is_in_sample = name in {*FORMAT_SAMPLE, "FP4"}
     dtypes = (torch.bfloat16,) if is_in_sample else (torch.float16,)
@@ -221,7 +220,7 @@ def test_compiles_for(target, name, cache, monkeypatch, request):
         launch(function, kernel, input, bias, out, None)
     if is_heavy or (is_in_sample and target in INT8_TARGETS):
         codes, scales = torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows)
-        launch(triton_backend.int8_rows, "_int8_rows", codes, scales, None, 0)
+        launch(triton_backend.int8_rows, "_int8_rows", codes, scales, 0)
         launch(triton_backend.int8_tokens, "_int8_tokens",
                torch.zeros(rows, columns, dtype=torch.bfloat16), codes, scales)
     # A fused multiply-add rounds once instead of twice, which changes bits.
@@ -243,7 +242,7 @@ def test_rows_compile_for(target, name, cache, monkeypatch):
     monkeypatch.setattr(triton_backend, "_dequantize_rows", compiled)
     tensors = random_tensors(packed_format, 8, CPU)
     triton_backend.dequantize_rows(packed_format, tensors,
-                                   torch.empty(8, 512, dtype=torch.bfloat16), None, 0)
+                                   torch.empty(8, 512, dtype=torch.bfloat16), 0)
     assert compiled.result.metadata.shared <= SHARED_MEMORY
     # integers are summed exactly, so a rotation may fuse
     fused = re.compile(r"fma\.rn\.f32|v_(pk_|dual_)?fmac?_f32")
