@@ -27,17 +27,20 @@ from ...child_process import run_process
 from ..cpu import features as cpu_features
 from ..formats.base import Format, Grid
 from ..formats.row_layout import RowFormat
-from ..layers.int8_codes import LARGEST_CODE, TINY
+from ..layers.int8_codes import LARGEST_CODE, TINY, encode_rows
 from ..pickle_names import short_error_name
 from ..quantize.grid_error_feedback import columns_at_a_time
 from .kernel import Backend, Kernel
 from .kernel_source import (
     C_TYPES,
     FORMAT_NAMES,
+    MULTIPLIED,
     c_floats,
     dequantize_and_linear,
+    is_for_products,
     kernel_source,
     late_bound_method,
+    linear_by_reference,
     row_definitions,
     weight_argument,
 )
@@ -208,6 +211,9 @@ class CpuKernels:
     def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
+        if not is_for_products(packed_format, columns):
+            linear_by_reference(packed_format, tensors, input, addend, out)
+            return
         run = self._function("linear", packed_format, torch.float32,
                              LANES=_lanes(packed_format), TOKENS=max_tokens)
         input = input.float()
@@ -224,6 +230,9 @@ class CpuKernels:
     def linear_bfloat16(self, packed_format, tensors, input, addend, out):
         """See `Kernel.run`."""
         (tokens, columns), rows = input.shape, out.shape[1]
+        if not is_for_products(packed_format, columns):
+            linear_by_reference(packed_format, tensors, input, addend, out)
+            return
         run = self._function("linear_bfloat16", packed_format, out.dtype,
                              LANES=_lanes(packed_format))
         strides = (0, 0) if addend is None else addend.stride()
@@ -233,9 +242,12 @@ class CpuKernels:
 
     def int8_rows(self, packed_format, tensors, codes, scales, first):
         """See `Kernel.run`."""
+        rows, columns = codes.shape
+        if not is_for_products(packed_format, columns):
+            encode_rows(packed_format, tensors, codes, scales, first)
+            return
         run = self._function("int8_rows", packed_format, torch.float32,
                              LANES=_lanes(packed_format), **CODES)
-        rows, columns = codes.shape
         weight = weight_argument(packed_format, tensors, columns, first)
         run(ctypes.byref(weight), _address(codes), _address(scales), c_longlong(rows),
             c_int(_threads(codes.numel())))
@@ -342,13 +354,13 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
         has_bfloat16: Whether the CPU and what compiles the kernels have AVX512-BF16.
     """
     float32 = frozenset([torch.float32])
-    by_avx512 = Kernel("linear", FORMAT_NAMES, frozenset([torch.bfloat16]),
+    by_avx512 = Kernel("linear", MULTIPLIED, frozenset([torch.bfloat16]),
                        late_bound_method(kernels, "linear_bfloat16"),
                        max_tokens=MAX_BFLOAT16_TOKENS)
     return (
         *([by_avx512] if has_bfloat16 else []),
         *dequantize_and_linear(kernels, MAX_TOKENS),
-        Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]),
+        Kernel("int8_rows", MULTIPLIED, frozenset([torch.int8]),
                late_bound_method(kernels, "int8_rows")),
         Kernel("int8_tokens", frozenset(), frozenset(C_TYPES),
                late_bound_method(kernels, "int8_tokens")),

@@ -16,11 +16,15 @@ from ..formats.row_layout import Codes, Numbers, RowFormat
 from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")
+GPU_LANES, GPU_THREADS = 8, 256  # LANES and THREADS of source/gpu
 C_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 FORMAT_NAMES = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
                           "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Codebook4Bit"))
 
 
+# names of `Format.kernel_names`: what "dequantize" takes, and what products take too
+DEQUANTIZED = FORMAT_NAMES | {"RowFormat"}
+MULTIPLIED = FORMAT_NAMES | {"UnrotatedRows"}
 # order of codes, or kind of stored numbers -> its name in source/formats/rows.h
 ORDERS = {"high first": "HIGH_FIRST", "planes": "PLANES"}
 NUMBERS = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "HalfFloat",
@@ -150,6 +154,33 @@ def weight_argument(packed_format: Format, tensors: list[torch.Tensor], columns:
     return RowWeight(*fields, columns, packed_format.layout.groups)
 
 
+def is_for_products(packed_format: Format, columns: int) -> bool:
+    """Returns whether kernels multiply rows of so many columns, which are whole blocks."""
+    if isinstance(packed_format, RowFormat) and columns != packed_format.block_length:
+        return False  # two rows of codes, with scales of their own, as one row of the weight
+    return columns % 8 == 0
+
+
+def linear_by_reference(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tensor,
+                        addend: torch.Tensor | None, out: torch.Tensor):
+    """Computes "linear", see `Kernel`, for rows that a kernel of their key does not take."""
+    weight = input.new_empty((out.shape[1], input.shape[1]))
+    packed_format.dequantize_into(tensors, weight)
+    if addend is None:
+        torch.mm(input, weight.t(), out=out)
+    else:
+        torch.addmm(addend, input, weight.t(), out=out)
+
+
+def row_grid(packed_format: RowFormat, rows: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns how many blocks of threads of a GPU write some rows, and how many threads a block
+    has, both along a row and across rows: the tile of source/gpu/dequantize_rows.h."""
+    tile = max(packed_format.layout.rotation, 32 * GPU_LANES)
+    width = min(tile // GPU_LANES, GPU_THREADS)
+    height = GPU_THREADS // width
+    return (-(-packed_format.block_length // tile), -(-rows // height)), (width, height)
+
+
 def _source_name(packed_format: Format) -> str:
     """Returns the name that the source has for a format."""
     return next(name for name in packed_format.kernel_names() if name in FORMAT_NAMES)
@@ -198,10 +229,10 @@ def dequantize_and_linear(kernels: Callable[[], object],
         token_limits: The most tokens of each variant of "linear", ascending.
     """
     dtypes, linear = frozenset(C_TYPES), late_bound_method(kernels, "linear")
-    table = [Kernel("dequantize", FORMAT_NAMES, dtypes, late_bound_method(kernels, "dequantize"))]
+    table = [Kernel("dequantize", DEQUANTIZED, dtypes, late_bound_method(kernels, "dequantize"))]
     min_tokens = 1
     for max_tokens in token_limits:
-        table.append(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, max_tokens),
+        table.append(Kernel("linear", MULTIPLIED, dtypes, functools.partial(linear, max_tokens),
                             min_tokens, max_tokens))
         min_tokens = max_tokens + 1
     return tuple(table)

@@ -17,9 +17,10 @@ from ..formats.base import Format
 from ..formats.rotation import rotation_signs
 from ..layers.int8_codes import LARGEST_CODE, SIDE, TINY, side_matrix
 from .kernel import Backend, Kernel, WrongResult
-from .kernel_source import ROW_FAMILIES
 from .triton_decode import DECODERS, Decoder
 
+ROW_FAMILIES = ("F8_E4M3", "F8_E5M2", "INT8_GROUPS", "MXFP8", "NVFP4_ROWS", "NVFP4_LOW",
+                "INT8_CONVROT", "INT4_CONVROT", "W4A8", "W4A8_INTEGERS", "W6A8")
 DEQUANTIZE_TILE = 4096  # values that a program dequantises
 # Weight rows of a program, and columns that it sums at a time: for one row of the input, and for
 # up to `MAX_TOKENS`, which is one tile of the matrix units.

@@ -9,11 +9,12 @@ import itertools
 import logging
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..formats._names import formats_of_key
 from ..formats.base import FORMATS, Format, QParam
 from ..formats.row_layout import NUMBER_DTYPES, RowFormat
 from ..layers import int8_codes
@@ -65,7 +66,7 @@ class LinearCase:
     Attributes:
         tokens: Rows of the input.
         values: Of the weight, at least.
-        columns: Of the weight, at least.
+        columns: Of the weight, at least; of formats of rows always theirs.
         addend: "none", "bias" or "matrix", whose strides are odd.
         packed_offset: As in `DequantizeCase`.
         input_offset: How many elements behind an aligned address the input is.
@@ -152,13 +153,16 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
         last = min(kernel.min_tokens + TILE_TOKENS - 1, kernel.max_tokens or MAX_TOKENS)
         few = itertools.product(range(kernel.min_tokens, last + 1), (("none", 0), ("matrix", 1)))
         many = itertools.product(limits, (("none", 0), ("bias", 0), ("matrix", 4)))
-        return [
-            *(LinearCase(tokens, FEW, NARROW, addend, 1, input_offset)
-              for tokens, (addend, input_offset) in few),
+        small = [LinearCase(tokens, FEW, NARROW, addend, 1, input_offset)
+                 for tokens, (addend, input_offset) in few]
+        large = [
             *(LinearCase(tokens, MANY, WIDE, addend, packed_offset)
               for tokens, (addend, packed_offset) in many),
             *(LinearCase(tokens, 4 * MANY, 2 * WIDE, "none") for tokens in limits),
         ]
+        if not isinstance(packed_format, RowFormat):
+            return small + large
+        return large if packed_format.block_length >= WIDE else small
     if kernel.capability == "int8_rows":
         return [
             Int8RowsCase(FEW, NARROW, 1),
@@ -170,11 +174,12 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
 
 def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
           device: torch.device):
-    """Checks a kernel in all its cases.
+    """Checks a kernel in all its cases, and for rows of several lengths.
 
     Args:
         kernel: With a capability for `packed_format` and `dtype`.
-        packed_format: Of the weight; None for a capability without formats.
+        packed_format: One with the `kernel_key` of the weight's; None for a capability without
+            formats.
         dtype: As in `Kernel`.
         device: That runs it.
 
@@ -187,11 +192,21 @@ def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
         "int8_tokens": _check_int8_tokens, "pack_blocks": quantize_validation.check_blocks,
         "pack_columns": quantize_validation.check_columns
     }[kernel.capability]
-    for case in cases_of(kernel, packed_format):
-        try:
-            check_case(kernel.run, case, packed_format, dtype, device)
-        except WrongResult as error:
-            raise WrongResult(f"{error} in the case {case}") from None
+    for example in _examples(kernel, packed_format):
+        for case in cases_of(kernel, example):
+            try:
+                check_case(kernel.run, case, example, dtype, device)
+            except WrongResult as error:
+                where = f" of {example}" if example else ""
+                raise WrongResult(f"{error} in the case {case}{where}") from None
+
+
+def _examples(kernel: Kernel, packed_format: Format | None) -> Sequence[Format | None]:
+    """Returns formats that a kernel is checked with: of rows, several that have the same key."""
+    if not isinstance(packed_format, RowFormat):
+        return [packed_format]
+    multiple = int8_codes.GROUP if kernel.capability == "int8_rows" else 1
+    return formats_of_key(packed_format.kernel_key, multiple)
 
 
 def report_wrong(case: str, device: torch.device, error: Exception | str):
@@ -263,7 +278,7 @@ def _check_bits(expected: torch.Tensor, out_offset: int,
 
 def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: Format,
                   dtype: torch.dtype, device: torch.device):
-    rows, columns = _shape(case, packed_format.block_length)
+    rows, columns = _shape(case, packed_format)
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
                              bounded=True)
     generator = torch.Generator().manual_seed(case.tokens)
@@ -311,7 +326,7 @@ def _check_softmax(run: Callable[..., None], case: MatrixCase, packed_format: No
 
 def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format: Format,
                      dtype: torch.dtype, device: torch.device):
-    rows, columns = _shape(case, math.lcm(packed_format.block_length, int8_codes.GROUP))
+    rows, columns = _shape(case, packed_format, int8_codes.GROUP)
     first = case.first * columns // packed_format.block_length
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
                              bounded=True)
@@ -363,9 +378,13 @@ def _check_codes(values: torch.Tensor, encode: Callable[[torch.Tensor, torch.Ten
                           f"{0.5 + NEAR_TIE},")
 
 
-def _shape(case: LinearCase | Int8RowsCase, multiple: int) -> tuple[int, int]:
+def _shape(case: LinearCase | Int8RowsCase, packed_format: Format,
+           multiple: int = 1) -> tuple[int, int]:
     """Returns rows and columns of a weight, the columns a multiple of `multiple`."""
+    multiple = math.lcm(packed_format.block_length, multiple)
     columns = -(-case.columns // multiple) * multiple
+    if isinstance(packed_format, RowFormat):
+        columns = packed_format.block_length
     return max(ROWS, case.values // columns), columns
 
 

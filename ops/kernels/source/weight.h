@@ -43,7 +43,7 @@ static FUNCTION Floats part_values(Weight, Part part, int first) {
 static FUNCTION int place_in_part(int column) { return column % BLOCK_LENGTH; }
 
 // Returns the bytes of the codes of some columns.
-static FUNCTION int bytes_of(int columns) { return columns * BLOCK_BYTES / BLOCK_LENGTH; }
+static FUNCTION int code_bytes(int columns) { return columns * BLOCK_BYTES / BLOCK_LENGTH; }
 
 // Returns LANES values of a row, from `column` on.
 static FUNCTION Floats row_values(Weight weight, Index row, int column) {

@@ -9,7 +9,7 @@
 #define FUNCTION inline __attribute__((always_inline))
 #define PRIVATE
 #define UNROLLED _Pragma("GCC unroll 16")
-#define CONSTANT_TABLE static const
+#define TABLE static const
 
 typedef unsigned char Byte;
 typedef const Byte* Packed;

@@ -75,8 +75,8 @@ static FUNCTION void dequantize_row(Weight weight, Index row, int first, int wid
         Part part = part_of(weight, row, first + column);
         const int start = piece == PART_LENGTH ? 0 : place_in_part(first + column);
         BFloat16* step = to + column / PAIRS * PAIRS * TILE_ROWS + column % PAIRS;
-        for (int byte = 0; byte < bytes_of(piece); byte += 64)
-            __builtin_prefetch(part.codes + bytes_of(start) + byte + ahead);
+        for (int byte = 0; byte < code_bytes(piece); byte += 64)
+            __builtin_prefetch(part.codes + code_bytes(start) + byte + ahead);
 #pragma GCC unroll 32
         for (int place = 0; place < piece; place += LANES)
             store_rounded(part_values(weight, part, start + place),
@@ -93,7 +93,7 @@ extern "C" void linear_bfloat16(const BFloat16* input, const Weight* of, const B
     int tiles = rounded_up(tokens, TILE_TOKENS) / TILE_TOKENS;
     int groups = rounded_up(rounded_up(rows, MAX_GROUP) / MAX_GROUP, threads);
     int group = rounded_up((rows + groups - 1) / groups, LANES);
-    Index row_bytes = bytes_of(columns), chunk_bytes = bytes_of(CHUNK);
+    Index row_bytes = code_bytes(columns), chunk_bytes = code_bytes(CHUNK);
     auto first_token = [&](int tile) { return tokens * tile / tiles; };
     // of a chunk that begins with column `first`, where input's tiles stand one after the other
     auto inputs_of = [&](BFloat16* inputs, int first, int tile) {

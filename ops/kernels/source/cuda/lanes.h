@@ -3,7 +3,7 @@
 #define FUNCTION __device__ inline
 #define PRIVATE
 #define UNROLLED _Pragma("unroll")
-#define CONSTANT_TABLE __device__ const  // not __constant__, see `codebook`
+#define TABLE __device__ const
 
 const int LANES = 8;
 

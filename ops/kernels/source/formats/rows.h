@@ -107,7 +107,7 @@ static FUNCTION Ints codes_at(Packed from) {
 }
 
 #ifdef NUMBERS
-CONSTANT_TABLE float numbers_of_codes[] = {NUMBERS};
+TABLE float numbers_of_codes[] = {NUMBERS};
 #endif
 
 // Returns the numbers of LANES neighbouring codes.
@@ -255,7 +255,7 @@ static FUNCTION void read(Weight weight, Index row, int column, PRIVATE Floats& 
 
 static FUNCTION int place_in_part(int) { return 0; }
 
-static FUNCTION int bytes_of(int columns) { return columns / 8 * BITS; }
+static FUNCTION int code_bytes(int columns) { return columns / 8 * BITS; }
 
 struct Part {
     Packed codes;
@@ -267,7 +267,7 @@ struct Part {
 // Returns the part of a row that begins with `column`, or its columns from there on.
 static FUNCTION Part part_of(Weight weight, Index row, int column) {
     Part part;
-    part.codes = weight.codes + row * bytes_of(weight.columns) + bytes_of(column);
+    part.codes = weight.codes + row * code_bytes(weight.columns) + code_bytes(column);
     part.row = row;
     part.column = column;
     if (!LEVELS && (IS_REQUANTIZED || !ROTATES_CODES)) read<ScaleOf>(weight, row, column, part.scale);
@@ -284,7 +284,7 @@ static FUNCTION Floats rounded_to_bytes(Floats values) {
 
 // Returns LANES values of a part, from number `first` on; where the layout is rotated, before that.
 static FUNCTION Floats part_values(Weight weight, Part part, int first) {
-    Packed from = part.codes + bytes_of(first);
+    Packed from = part.codes + code_bytes(first);
     if (LEVELS) {
         Ints codes = codes_at(from);
         Floats values;

@@ -12,7 +12,7 @@ using namespace metal;
 #define FUNCTION inline
 #define PRIVATE thread
 #define UNROLLED _Pragma("unroll")
-#define CONSTANT_TABLE constant
+#define TABLE constant
 
 typedef const device uchar* Packed;
 typedef const device float* Scales;
