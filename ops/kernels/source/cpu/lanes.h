@@ -52,6 +52,13 @@ static FUNCTION unsigned load_short(Packed from) { return load<unsigned short>(f
 
 static FUNCTION unsigned load_word(Packed from) { return load<unsigned>(from); }
 
+// Returns `first` in the first eight lanes and `second` in the others.
+static FUNCTION Ints of_eights(int first, int second) {
+    Ints lanes;
+    UNROLLED for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return LANES == 8 ? Ints{} + first : lanes < 8 ? Ints{} + first : Ints{} + second;
+}
+
 static FUNCTION Floats load_floats(Scales from) { return load<Floats>(from); }
 
 static FUNCTION Ints load_bytes(Packed from) { return ints(load<Bytes>(from)); }
@@ -133,9 +140,11 @@ static FUNCTION float load_half(Packed from) {
 #define HAS_VECTORS_OF_FLOAT8
 
 static FUNCTION Floats e4m3(Ints bytes) {
-    Words magnitude = (Words)bytes & 0x7F;
-    // exponent and mantissa at their places in a float, whose exponent is 120 too small
-    Floats values = (Floats)(magnitude << 20) * 0x1p120f;
+    Ints magnitude = bytes & 0x7F;
+    // Exponent and mantissa at their places in a float; without an exponent, an integer over 512:
+    // as floats without one these would be slow.
+    Floats values = magnitude < 8 ? floats(magnitude) * (1 / 512.0f)
+                                  : (Floats)((magnitude << 20) + (120 << 23));
     Words nan = magnitude == 0x7F ? Words{} + 0x7FC00000 : Words{};
     return (Floats)((Words)values | nan | ((Words)bytes & 0x80) << 24);
 }

@@ -51,6 +51,9 @@ FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
 FUNCTION Floats limited(Floats values, float limit)
     LANEWISE(Floats, values.lane[i] > limit ? limit : values.lane[i] < -limit ? -limit : values.lane[i])
 
+// Returns `first` in the first eight lanes, which are all.
+FUNCTION Ints of_eights(int first, int) LANEWISE(Ints, first)
+
 FUNCTION Floats load_floats(Scales from) LANEWISE(Floats, from[i])
 
 FUNCTION void wait_for_threads() { __syncthreads(); }

@@ -87,23 +87,19 @@ static FUNCTION int code_of_packs(Packed from, int i) {
 static FUNCTION Ints codes_at(Packed from) {
     if (BITS == 8) return load_bytes(from);
     if (BITS == 4) return ORDER == HIGH_FIRST ? load_nibble_pairs(from) : load_low_nibble_pairs(from);
-    Ints codes, upper, places;
-    if (ORDER == PACKS) {
-        UNROLLED for (int i = 0; i < LANES; i++) codes[i] = code_of_packs(from, i);
-        return codes;
-    }
+    Ints codes, places;
     UNROLLED for (int i = 0; i < LANES; i++) {
-        Packed eight = from + i / 8 * BITS;
+        codes[i] = ORDER == PACKS ? code_of_packs(from, i) : 0;
         places[i] = i % 8;
-        if (ORDER == PLANES) {  // low nibbles, then two more bits of each
-            codes[i] = (int)load_word(eight);
-            upper[i] = (int)load_short(eight + 4);
-        } else {
-            codes[i] = bits_of_eight(eight);
-        }
     }
-    if (ORDER == PLANES) return (codes >> (places << 2) & 15) | (upper >> (places << 1) & 3) << 4;
-    return codes >> places * BITS & ((1 << BITS) - 1);
+    if (ORDER == PACKS) return codes;
+    if (ORDER == PLANES) {  // of eight: low nibbles, then two more bits of each
+        Ints low = of_eights(load_word(from), load_word(from + (LANES - 8) / 8 * 6)),
+             upper = of_eights(load_short(from + 4), load_short(from + 4 + (LANES - 8) / 8 * 6));
+        return (low >> (places << 2) & 15) | (upper >> (places << 1) & 3) << 4;
+    }
+    return of_eights(bits_of_eight(from), bits_of_eight(from + (LANES - 8) / 8 * BITS))
+           >> places * BITS & ((1 << BITS) - 1);
 }
 
 #ifdef NUMBERS

@@ -60,6 +60,9 @@ static FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
 static FUNCTION Floats limited(Floats values, float limit)
     LANEWISE(Floats, values.lane[i] > limit ? limit : values.lane[i] < -limit ? -limit : values.lane[i])
 
+// Returns `first` in the first eight lanes, which are all.
+static FUNCTION Ints of_eights(int first, int) LANEWISE(Ints, first)
+
 static FUNCTION Floats load_floats(Scales from) LANEWISE(Floats, from[i])
 
 static FUNCTION void wait_for_threads() { threadgroup_barrier(mem_flags::mem_threadgroup); }
