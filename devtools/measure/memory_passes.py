@@ -72,14 +72,13 @@ def held(packed_format: Format, values: int) -> list[torch.Tensor]:
             for qparam in (QParam(torch.uint8, packed_format.block_bytes), *packed_format.qparams)]
 
 
-def of_dequantizing(packed_format: Format, dtype: torch.dtype = torch.bfloat16,
-                 value_dtype: torch.dtype | None = None) -> Passes:
+def of_dequantizing(packed_format: Format, dtype: torch.dtype = torch.bfloat16) -> Passes:
     """The passes of one whole chunk, dequantised to `dtype`. Lookup tables are there already."""
     values = DEVICE_CHUNK_VALUES // packed_format.block_length * packed_format.block_length
     tensors, out = held(packed_format, values), torch.empty(values, dtype=dtype, device=META)
-    packed_format.dequantize_into(tensors, out, value_dtype)
+    packed_format.dequantize_into(tensors, out)
     with Passes() as passes:
-        packed_format.dequantize_into(tensors, out, value_dtype)
+        packed_format.dequantize_into(tensors, out)
     return passes
 
 

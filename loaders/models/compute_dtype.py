@@ -43,7 +43,7 @@ def choose_compute(patcher: ModelPatcher, compute: str):
     if dtype is not None:
         patcher.model.manual_cast_dtype = dtype
     on_a_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
-    if on_a_cpu and compute != "float32" and not _has_flag(ATTENTION_FLAGS):
+    if on_a_cpu and not _has_flag(ATTENTION_FLAGS):
         transformer_options = patcher.model_options["transformer_options"]
         transformer_options.setdefault("optimized_attention_override", cpu_attention.attention)
 

@@ -51,9 +51,8 @@ DIFFUSION_MODEL = "diffusion model"
 
 
 @register_loader(DIFFUSION_MODEL)
-def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
-                         patch_dtype: torch.dtype | None = None, compute: str = "exact",
-                         disable_dynamic: bool = False, pack_to: str | None = None,
+def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: bool = False,
+                         pack_to: str | None = None,
                          model_options: Mapping[str, Any] | None = None, extra: str | None = None,
                          host_formats: str = AUTOMATIC) -> comfy.model_patcher.ModelPatcher:
     """Loads a diffusion model and keeps its packed weights packed.
@@ -62,7 +61,6 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
 
     Args:
         path: of a file or folder; of a whole checkpoint only the model is loaded.
-        value_dtype, patch_dtype: see `PackedLayer`.
         compute: one of `compute_dtype.COMPUTE`.
         disable_dynamic: keep the model out of dynamic VRAM.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
@@ -77,8 +75,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
     model_options = dict(model_options or {})
     recipe = Recipe(
         DIFFUSION_MODEL, (str(path),), {
-            "value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute,
-            "disable_dynamic": disable_dynamic, "pack_to": pack_to,
+            "compute": compute, "disable_dynamic": disable_dynamic, "pack_to": pack_to,
             **({"model_options": model_options} if model_options else {}),
             **({"extra": extra} if extra else {}),
             **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
@@ -110,8 +107,7 @@ def load_diffusion_model(path: str, value_dtype: torch.dtype | None = None,
     add_texts(state_dict, prefix, path)
     devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
     with explain_module_errors(path, extra) if extra else contextlib.nullcontext():
-        patcher = build_model(file, state_dict, value_dtype, patch_dtype, compute, disable_dynamic,
-                              devices)
+        patcher = build_model(file, state_dict, compute, disable_dynamic, devices)
     if extra:
         reject_unused_module(patcher, module, path, extra)
     if packed:
@@ -196,7 +192,6 @@ def is_fp8_matrix(name: str, tensor: torch.Tensor, names: Container[str]) -> boo
 
 
 def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
-                value_dtype: torch.dtype | None = None, patch_dtype: torch.dtype | None = None,
                 compute: str = "exact", disable_dynamic: bool = False,
                 model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
     """Builds the host's diffusion model from the weights of a file.
@@ -204,7 +199,6 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     Args:
         file: of the weights.
         state_dict: of `file`, with the host's names.
-        value_dtype, patch_dtype: see `PackedLayer`.
         compute: one of `compute_dtype.COMPUTE`.
         disable_dynamic: keep the model out of dynamic VRAM.
         model_options: the host's.
@@ -212,7 +206,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     Raises:
         WeightFileError: if the host detects no diffusion model.
     """
-    operations = operations_for(state_dict, value_dtype, patch_dtype, compute=compute)
+    operations = operations_for(state_dict, compute=compute)
     options = {**(model_options or {}), "custom_operations": operations}
     patcher = None
     if is_diffusion_model(state_dict):

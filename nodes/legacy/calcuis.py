@@ -43,7 +43,7 @@ class Loader(LegacyNode):
     def load_model(
         cls, gguf_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None
     ) -> tuple:
-        return loader_output(model=load_model(gguf_name, dequant_dtype, patch_dtype))
+        return loader_output(model=load_model(gguf_name))
 
 
 class VaeLoader(LegacyNode):

@@ -20,15 +20,8 @@ from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
 from ..node_text import loader_output
 from . import LegacyNode, make_nodes
 
-# "default" and "target" both mean the dtype that the model computes in: values are dequantised in
-# float32 and rounded once.
-DTYPES = {
-    "default": None,
-    "target": None,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+# of ComfyUI-GGUF's inputs, which change nothing: values are dequantised in float32 and rounded once
+DTYPES = ["default", "target", "float32", "float16", "bfloat16"]
 
 
 def model_input(name: str = "unet_name", folders: Sequence[str] = ()):
@@ -42,23 +35,20 @@ def model_input(name: str = "unet_name", folders: Sequence[str] = ()):
 
 def dtype_inputs() -> list:
     """Returns the inputs of ComfyUI-GGUF's advanced loader."""
-    dtypes = list(DTYPES)
     return [
-        io.Combo.Input(
-            "dequant_dtype",
-            options=dtypes,
-            default="default",
-            optional=True,
-            tooltip="Rounds dequantised weights to this dtype before they are used. default and"
-            " target: directly to the dtype that the model computes in, which is the most exact.",
-        ),
-        io.Combo.Input(
-            "patch_dtype",
-            options=dtypes,
-            default="default",
-            optional=True,
-            tooltip="The dtype in which patches are added to a dequantised weight. default and"
-            " target: ComfyUI chooses it.",
+        *(
+            io.Combo.Input(name, options=DTYPES, default="default", optional=True, tooltip=tooltip)
+            for name, tooltip in (
+                (
+                    "dequant_dtype",
+                    "Kept for old workflows. Weights are dequantised in float32 and rounded once,"
+                    " to the dtype that the model computes in.",
+                ),
+                (
+                    "patch_dtype",
+                    "Kept for old workflows. Patches are added in float32 and rounded once.",
+                ),
+            )
         ),
         io.Boolean.Input(
             "patch_on_device",
@@ -69,19 +59,14 @@ def dtype_inputs() -> list:
     ]
 
 
-def load_model(
-    name: str, dequant_dtype: str | None = None, patch_dtype: str | None = None, **options
-) -> ModelPatcher:
+def load_model(name: str, **options) -> ModelPatcher:
     """Loads a diffusion model.
 
     Args:
         name: a file or folder in `FOLDERS`.
-        dequant_dtype: a key of `DTYPES`.
-        patch_dtype: a key of `DTYPES`.
         options: further arguments of `load_diffusion_model`.
     """
-    dtypes = (DTYPES[dtype or "default"] for dtype in (dequant_dtype, patch_dtype))
-    return load_diffusion_model(find_file(name, *FOLDERS), *dtypes, **options)
+    return load_diffusion_model(find_file(name, *FOLDERS), **options)
 
 
 class UnetLoader(LegacyNode):
@@ -94,7 +79,7 @@ class UnetLoader(LegacyNode):
     def load_unet(
         cls, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None
     ) -> tuple:
-        return loader_output(model=load_model(unet_name, dequant_dtype, patch_dtype))
+        return loader_output(model=load_model(unet_name))
 
 
 def clip_inputs(count: int, host_node: str | None = None) -> list:

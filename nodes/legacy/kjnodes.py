@@ -77,7 +77,7 @@ class GGUFLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         extra = picked_module(extra_model_name)
         extra = extra and find_file(extra, *ALL_FOLDERS)
-        model = load_model(model_name, dequant_dtype, patch_dtype, extra=extra)
+        model = load_model(model_name, extra=extra)
         notes = [
             accumulate_in_fp16(enable_fp16_accumulation),
             override_attention(model, attention_override),

@@ -70,11 +70,7 @@ class WrappedLoader:
 def _load_gguf(
     device, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False
 ) -> dict:
-    return {
-        "model": load_model(
-            unet_name, dequant_dtype, patch_dtype, model_options=device_options(device)
-        )
-    }
+    return {"model": load_model(unet_name, model_options=device_options(device))}
 
 
 def _load_unet(device, unet_name, weight_dtype="default") -> dict:

@@ -298,7 +298,7 @@ class Format:
         return (*shape[:-1], shape[-1] // self.block_length * self.block_bytes)
 
     def dequantize_into(self, tensors: list[torch.Tensor], out: torch.Tensor,
-                        value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
+                        first: int = 0) -> torch.Tensor:
         """Dequantises blocks into `out`, chunk by chunk, rounding once from float32.
 
         Args:
@@ -306,7 +306,6 @@ class Format:
                 shape) first.
             out: any float dtype, contiguous, on the same device. Its size is the number of values
                 to dequantise.
-            value_dtype: dtype the values are first rounded to, or None.
             first: block to begin at.
 
         Returns:
@@ -319,11 +318,11 @@ class Format:
             stop = min(count, block + step)
             part = values[block * self.block_length:stop * self.block_length]
             blocks = self.blocks(tensors, first + block, first + stop)
-            if value_dtype is None and len(part) == (stop - block) * self.block_length:
+            if len(part) == (stop - block) * self.block_length:
                 self.write(part, *blocks)
             else:
-                whole = torch.empty((stop - block) * self.block_length,
-                                    dtype=value_dtype or out.dtype, device=out.device)
+                whole = torch.empty((stop - block) * self.block_length, dtype=out.dtype,
+                                    device=out.device)
                 self.write(whole, *blocks)
                 part.copy_(whole[:len(part)])
         return out
@@ -368,10 +367,9 @@ def chunk_values(device: torch.device) -> int:
 
 
 def dequantize_by_reference(packed_format: Format, tensors: list[torch.Tensor],
-                            out: torch.Tensor, value_dtype: torch.dtype | None = None,
-                            first: int = 0) -> torch.Tensor:
+                            out: torch.Tensor, first: int = 0) -> torch.Tensor:
     """Runs `Format.dequantize_into` of a format; a kernel's function has the same arguments."""
-    return packed_format.dequantize_into(tensors, out, value_dtype, first)
+    return packed_format.dequantize_into(tensors, out, first)
 
 
 def inverse(scales: torch.Tensor) -> torch.Tensor:

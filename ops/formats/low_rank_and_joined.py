@@ -25,8 +25,7 @@ class Composite(Format):
     """The base of formats that are made of others."""
 
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
-                         value_dtype: torch.dtype | None, first: int,
-                         dequantize_into: DequantizeInto) -> torch.Tensor:
+                         first: int, dequantize_into: DequantizeInto) -> torch.Tensor:
         """Dequantises blocks as `Format.dequantize_into` does, each part by a given function."""
         raise NotImplementedError
 
@@ -44,8 +43,8 @@ class Composite(Format):
         raise NotImplementedError
 
     def dequantize_into(self, tensors: list[torch.Tensor], out: torch.Tensor,
-                        value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
-        return self.dequantize_parts(tensors, out, value_dtype, first, dequantize_by_reference)
+                        first: int = 0) -> torch.Tensor:
+        return self.dequantize_parts(tensors, out, first, dequantize_by_reference)
 
 
 class AddedLowRank(Composite):
@@ -105,15 +104,14 @@ class AddedLowRank(Composite):
         return self.base, tensors[:1 + len(self.base.qparams)], low_rank
 
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
-                         value_dtype: torch.dtype | None, first: int,
-                         dequantize_into: DequantizeInto) -> torch.Tensor:
+                         first: int, dequantize_into: DequantizeInto) -> torch.Tensor:
         up, down = (factor.float() for factor in self.factors(tensors))
 
         def dequantize(values: torch.Tensor, row: int):
-            dequantize_into(self.base, tensors[:1 + len(self.base.qparams)], values, None, row)
+            dequantize_into(self.base, tensors[:1 + len(self.base.qparams)], values, row)
             values.addmm_(up[row:row + len(values)], down)
 
-        return _in_float(out.view(-1, self.block_length), value_dtype, first, dequantize, out)
+        return _in_float(out.view(-1, self.block_length), first, dequantize, out)
 
 
 class Scaled(Composite):
@@ -154,28 +152,26 @@ class Scaled(Composite):
         return self, tensors, None
 
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
-                         value_dtype: torch.dtype | None, first: int,
-                         dequantize_into: DequantizeInto) -> torch.Tensor:
+                         first: int, dequantize_into: DequantizeInto) -> torch.Tensor:
         count = 1 + len(self.base.qparams)
         of_row, *of_column = tensors[count:]
 
         def dequantize(values: torch.Tensor, row: int):
             block = row * self.block_length // self.base.block_length
-            dequantize_into(self.base, tensors[:count], values, None, block)
+            dequantize_into(self.base, tensors[:count], values, block)
             values *= of_row[row:row + len(values)].unsqueeze(1)
             if of_column:
                 values *= of_column[0]
 
-        return _in_float(out.view(-1, self.block_length), value_dtype, first, dequantize, out)
+        return _in_float(out.view(-1, self.block_length), first, dequantize, out)
 
 
-def _in_float(rows: torch.Tensor, value_dtype: torch.dtype | None, first: int,
-              compute: Callable[[torch.Tensor, int], None], out: torch.Tensor) -> torch.Tensor:
+def _in_float(rows: torch.Tensor, first: int, compute: Callable[[torch.Tensor, int], None],
+              out: torch.Tensor) -> torch.Tensor:
     """Fills rows with values that are computed in float32, some rows at a time.
 
     Args:
         rows: of the result.
-        value_dtype: dtype the values are first rounded to, or None.
         first: index of the first row in the weight.
         compute: fills float32 rows; the second argument is the index of the first of them.
         out: what is returned.
@@ -186,8 +182,6 @@ def _in_float(rows: torch.Tensor, value_dtype: torch.dtype | None, first: int,
         values = part if part.dtype == torch.float32 else torch.empty(
             part.shape, dtype=torch.float32, device=part.device)
         compute(values, first + start)
-        if value_dtype not in (None, torch.float32):
-            values = values.to(value_dtype)
         if values is not part:
             part.copy_(values)
     return out
@@ -311,8 +305,7 @@ class Joined(Composite):
         return LowRank(down, tuple(ups), tuple(slices))
 
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
-                         value_dtype: torch.dtype | None, first: int,
-                         dequantize_into: DequantizeInto) -> torch.Tensor:
+                         first: int, dequantize_into: DequantizeInto) -> torch.Tensor:
         data, rows = tensors[0].view(-1), out.view(-1, self.block_length)
         for part in self.parts:
             start, stop = max(first, part.row), min(first + len(rows), part.row + part.rows)
@@ -322,7 +315,7 @@ class Joined(Composite):
             values = target if target.is_contiguous() else torch.empty_like(
                 target, memory_format=torch.contiguous_format)
             block = (start - part.row) * part.columns // part.format.block_length
-            dequantize_into(part.format, part.tensors(data), values, value_dtype, block)
+            dequantize_into(part.format, part.tensors(data), values, block)
             if values is not target:
                 target.copy_(values)
         return out

@@ -1,8 +1,7 @@
 """Plain 16-bit numbers, for the layers of a packed model that its file did not quantise.
 
 Such a weight stays as in its file, also where the model computes in float32, and is cast while its
-layer runs, as packed formats are dequantised. float32 represents every value, so `value_dtype` does
-not round them.
+layer runs, as packed formats are dequantised.
 """
 import torch
 
@@ -23,7 +22,7 @@ class _Plain(Format):
     def pack(self, values):
         return values.to(self.plain_dtype).view(torch.uint8)
 
-    def dequantize_into(self, tensors, out, value_dtype=None, first=0):
+    def dequantize_into(self, tensors, out, first=0):
         values = tensors[0].view(-1).view(self.plain_dtype)[first:first + out.numel()]
         flat_out = out.view(-1)
         if out.device.type != "cpu" or out.dtype in (torch.float32, values.dtype):

@@ -106,8 +106,7 @@ def _backends(device: torch.device) -> tuple[tuple[str, ...], bool]:
 
 
 def find(capability: str, device: torch.device, packed_format: Format | None,
-         dtype: torch.dtype, value_dtype: torch.dtype | None = None,
-         tokens: int | None = None) -> Callable[..., None] | None:
+         dtype: torch.dtype, tokens: int | None = None) -> Callable[..., None] | None:
     """Returns the `run` of a kernel (see `Kernel`), or None: use the reference.
 
     Args:
@@ -115,10 +114,9 @@ def find(capability: str, device: torch.device, packed_format: Format | None,
         device: That of the tensors.
         packed_format: None for a capability without formats.
         dtype: As in `Kernel`.
-        value_dtype: The one that `run` will get.
         tokens: Rows of the input, for "linear".
     """
-    kernel = _selector(device).find(capability, packed_format, dtype, value_dtype, tokens)
+    kernel = _selector(device).find(capability, packed_format, dtype, tokens)
     return None if kernel is None else kernel.run
 
 
@@ -150,28 +148,25 @@ def used(device: torch.device, seconds: float = LOG_AFTER_SECONDS) -> str:
 
 
 def dequantize_into(packed_format: Format, tensors: list[torch.Tensor], out: torch.Tensor,
-                    value_dtype: torch.dtype | None = None, first: int = 0) -> torch.Tensor:
+                    first: int = 0) -> torch.Tensor:
     """Runs `Format.dequantize_into` by the fastest kernel for `out`'s device.
 
     Args:
         packed_format: Of the weight.
         tensors: As `Format.dequantize_into` takes them, but of any strides.
         out: Contiguous, of any float dtype.
-        value_dtype: The dtype to round the values to first.
         first: The first block to dequantise.
 
     Returns:
         `out`.
     """
-    if value_dtype == out.dtype:
-        value_dtype = None
     tensors = contiguous(tensors)
     if isinstance(packed_format, Composite):
-        return packed_format.dequantize_parts(tensors, out, value_dtype, first, dequantize_into)
-    run = find("dequantize", out.device, packed_format, out.dtype, value_dtype)
+        return packed_format.dequantize_parts(tensors, out, first, dequantize_into)
+    run = find("dequantize", out.device, packed_format, out.dtype)
     if run is None:
-        return packed_format.dequantize_into(tensors, out, value_dtype, first)
-    run(packed_format, tensors, out, value_dtype, first)
+        return packed_format.dequantize_into(tensors, out, first)
+    run(packed_format, tensors, out, first)
     return out
 
 
@@ -182,7 +177,7 @@ def cast_channels_last(values: torch.Tensor, out: torch.Tensor):
         values: (rows, channels, taps), contiguous, of any float dtype.
         out: (rows, taps, channels), contiguous, of any float dtype.
     """
-    run = find("channels_last", out.device, None, out.dtype, values.dtype)
+    run = find("channels_last", out.device, None, out.dtype)
     if run is not None:
         run(values, out)
         return

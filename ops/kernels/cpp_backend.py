@@ -187,31 +187,31 @@ class CpuKernels:
             self._functions[key] = getattr(self._compiler.library(source), kernel)
         return self._functions[key]
 
-    def dequantize(self, packed_format, tensors, out, value_dtype, first):
+    def dequantize(self, packed_format, tensors, out, first):
         """See `Kernel.run`."""
         lanes = _lanes(packed_format)
         if out.numel() % lanes or not out.numel():  # a small weight of odd shape, or no rows at all
-            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, first)
             return
-        run = self._function("dequantize", packed_format, out.dtype, value_dtype, LANES=lanes)
+        run = self._function("dequantize", packed_format, out.dtype, LANES=lanes)
         packed, scales = map(c_void_p, block_addresses(packed_format, tensors, first))
         run(packed, scales, c_void_p(out.data_ptr()), c_longlong(out.numel()),
             c_int(_threads(out.numel())))
 
-    def dequantize_rows(self, packed_format, tensors, out, value_dtype, first):
+    def dequantize_rows(self, packed_format, tensors, out, first):
         """See `Kernel.run`; for the families of `CPU_ROW_FAMILIES`."""
         if not is_plain_row(packed_format):
-            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, first)
             return
         columns = packed_format.block_length
         definitions = row_definitions(packed_format)
         lengths = (definitions["GROUP"], definitions["LEVEL_GROUP"],
                    definitions["ROTATED_VALUES"])
         if any(length % 8 for length in lengths) or out.numel() % columns or not out.numel():
-            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, first)
             return
         lanes = 8 if any(length % 16 for length in lengths) else _max_lanes()
-        run = self._function("dequantize_rows", None, out.dtype, value_dtype, LANES=lanes,
+        run = self._function("dequantize_rows", None, out.dtype, LANES=lanes,
                              **definitions)
         packed, *qparams = packed_format.blocks(tensors, first, first + out.numel() // columns)
         column_scales = qparams.pop() if definitions["SCALED_COLUMNS"] else None
@@ -221,10 +221,10 @@ class CpuKernels:
         addresses = map(_address, (packed, scales, row_scales, minima, column_scales, out))
         run(*addresses, c_longlong(len(packed)), c_int(_threads(out.numel())))
 
-    def linear(self, max_tokens, packed_format, tensors, input, addend, out, value_dtype):
+    def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
-        run = self._function("linear", packed_format, torch.float32, value_dtype,
+        run = self._function("linear", packed_format, torch.float32,
                              LANES=_lanes(packed_format), TOKENS=max_tokens)
         input = input.float()
         is_final = out.dtype == torch.float32 and addend is None
@@ -237,19 +237,19 @@ class CpuKernels:
         if sums is not out:
             out.copy_(sums)
 
-    def linear_bfloat16(self, packed_format, tensors, input, addend, out, value_dtype):
+    def linear_bfloat16(self, packed_format, tensors, input, addend, out):
         """See `Kernel.run`."""
         (tokens, columns), rows = input.shape, out.shape[1]
-        run = self._function("linear_bfloat16", packed_format, out.dtype, value_dtype,
+        run = self._function("linear_bfloat16", packed_format, out.dtype,
                              LANES=_lanes(packed_format))
         strides = (0, 0) if addend is None else addend.stride()
         run(_address(input), *map(c_void_p, block_addresses(packed_format, tensors)),
             _address(addend), *map(c_longlong, strides), _address(out), c_int(tokens), c_int(rows),
             c_int(columns), c_int(_threads(rows * columns)))
 
-    def int8_rows(self, packed_format, tensors, codes, scales, value_dtype, first):
+    def int8_rows(self, packed_format, tensors, codes, scales, first):
         """See `Kernel.run`."""
-        run = self._function("int8_rows", packed_format, torch.float32, value_dtype,
+        run = self._function("int8_rows", packed_format, torch.float32,
                              LANES=_lanes(packed_format), **CODES)
         packed, weight_scales = map(c_void_p, block_addresses(packed_format, tensors, first))
         run(packed, weight_scales, *_code_arguments(codes, scales))
@@ -265,8 +265,8 @@ class CpuKernels:
         if taps > MAX_TAPS:
             out.copy_(values.transpose(1, 2))
             return
-        run = self._function("channels_last", None, out.dtype, values.dtype, LANES=_max_lanes(),
-                             MAX_TAPS=MAX_TAPS)
+        run = self._function("channels_last", None, out.dtype, LANES=_max_lanes(),
+                             MAX_TAPS=MAX_TAPS, FROM_TYPE=C_TYPES[values.dtype])
         run(_address(values), _address(out), c_longlong(rows), c_int(channels), c_int(taps),
             c_int(_threads(out.numel())))
 

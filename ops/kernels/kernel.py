@@ -37,20 +37,20 @@ class Kernel:
 
     The arguments of `run`, by capability:
 
-    "dequantize": run(packed_format, tensors, out, value_dtype, first), see
+    "dequantize": run(packed_format, tensors, out, first), see
         `Format.dequantize_into`: float32 arithmetic in the reference's order, without fused
         multiply-add, so that the values have the reference's bits.
     "channels_last": run(values, out). Casts the weight of a convolution and writes it transposed.
-        values: (rows, channels, taps) of value_dtype, contiguous. out: (rows, taps, channels) of
-        another dtype or the same, contiguous. The values have the bits of `Tensor.to`.
-    "linear": run(packed_format, tensors, input, addend, out, value_dtype). Computes
+        values: (rows, channels, taps) of any float dtype, contiguous. out: (rows, taps, channels)
+        of another dtype or the same, contiguous. The values have the bits of `Tensor.to`.
+    "linear": run(packed_format, tensors, input, addend, out). Computes
         out = input @ weight.T + addend, summed in float32 and rounded once. input: (M, K),
         contiguous, K a multiple of the block length. addend: (M, N) of any strides, or None. out:
-        (M, N), contiguous. The weight's values are rounded to value_dtype where one is given, and
-        may then be rounded to the input's dtype, as the reference does.
+        (M, N), contiguous. The weight's values may be rounded to the input's dtype, as the
+        reference does.
     "softmax": run(scores). Replaces each row by its softmax, computed in float32 and rounded once.
         scores: (rows, columns), contiguous.
-    "int8_rows": run(packed_format, tensors, codes, scales, value_dtype, first), see
+    "int8_rows": run(packed_format, tensors, codes, scales, first), see
         `int8_codes.encode_rows`; K is a multiple of 256 and of the block length.
     "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may
         differ from the reference's by one where a value lies within 0.01 of the middle between two
@@ -107,35 +107,26 @@ class Backend:
 
 
 class Case(NamedTuple):
-    """What a layer needs: a capability for one format and its dtypes.
+    """What a layer needs: a capability for one format and dtype.
 
     Attributes:
         capability: As in `Kernel`.
         format: A format's name, None for a capability without formats.
         dtype: As in `Kernel`.
-        value_dtype: As in `Kernel`.
     """
     capability: str
     format: str | None
     dtype: torch.dtype
-    value_dtype: torch.dtype | None
 
     def __str__(self) -> str:
-        return (f"{self.capability} of {self.format or 'any format'} to {dtype_name(self.dtype)}"
-                + (f" by way of {dtype_name(self.value_dtype)}" if self.value_dtype else ""))
-
-    @property
-    def rounded_dtype(self) -> torch.dtype | None:
-        """`value_dtype` as `kernels.dequantize_into` passes it to a kernel."""
-        return None if self.value_dtype == self.dtype else self.value_dtype
+        return f"{self.capability} of {self.format or 'any format'} to {dtype_name(self.dtype)}"
 
     def kernel_name(self, backend: str, kernel: Kernel) -> str:
         """Returns the name under which the verdict on a kernel for this case is stored."""
         return f"{self}, rows {kernel.min_tokens} to {kernel.max_tokens or 'any'} by {backend}"
 
     def as_json(self) -> list:
-        value_dtype = self.value_dtype and dtype_name(self.value_dtype)
-        return [self.capability, self.format, dtype_name(self.dtype), value_dtype]
+        return [self.capability, self.format, dtype_name(self.dtype)]
 
     @classmethod
     def of_json(cls, parts: Any) -> "Case | None":
@@ -146,14 +137,11 @@ class Case(NamedTuple):
         """
         dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
         match parts:
-            case ["int8_tokens", None, str(dtype), None] if dtype in dtypes:
-                return cls("int8_tokens", None, dtypes[dtype], None)
-            case ["dequantize" | "linear" | "int8_rows" as capability, str(name), str(dtype),
-                  str() | None as value_dtype]:
-                if (FORMAT_NAME.fullmatch(name) and dtype in dtypes
-                        and value_dtype in (None, *dtypes)):
-                    return cls(capability, name, dtypes[dtype],
-                               None if value_dtype is None else dtypes[value_dtype])
+            case ["int8_tokens", None, str(dtype)] if dtype in dtypes:
+                return cls("int8_tokens", None, dtypes[dtype])
+            case ["dequantize" | "linear" | "int8_rows" as capability, str(name), str(dtype)]:
+                if FORMAT_NAME.fullmatch(name) and dtype in dtypes:
+                    return cls(capability, name, dtypes[dtype])
         return None
 
 

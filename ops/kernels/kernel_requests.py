@@ -22,16 +22,13 @@ def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.d
         for layer in model.modules():
             if isinstance(layer, PackedLinear) and is_packed(layer.weight):
                 for packed_format in layer.weight.params.format.formats_within():
-                    cases.update(dict.fromkeys(_cases(packed_format.name, dtype,
-                                                      layer.value_dtype, layer.compute)))
+                    cases.update(dict.fromkeys(_cases(packed_format.name, dtype, layer.compute)))
     kernels.prepare(device, cases)
 
 
-def _cases(name: str, dtype: torch.dtype, value_dtype: torch.dtype | None,
-           compute: str) -> list[Case]:
-    cases = [Case("dequantize", name, dtype, None if value_dtype == dtype else value_dtype),
-             Case("linear", name, dtype, value_dtype)]
+def _cases(name: str, dtype: torch.dtype, compute: str) -> list[Case]:
+    cases = [Case("dequantize", name, dtype), Case("linear", name, dtype)]
     if compute == "int8":
-        cases += [Case("int8_rows", name, torch.int8, value_dtype),
-                  Case("int8_tokens", None, dtype, None)]
+        cases += [Case("int8_rows", name, torch.int8),
+                  Case("int8_tokens", None, dtype)]
     return cases

@@ -102,7 +102,7 @@ ROW_FAMILIES = {name: family for name, family in CPU_ROW_FAMILIES.items()
 
 
 def kernel_source(platform: str, kernel: str, packed_format: Format | None,
-                  dtype: torch.dtype, value_dtype: torch.dtype | None = None, **definitions) -> str:
+                  dtype: torch.dtype, **definitions) -> str:
     """Returns C++ that includes no file of ours.
 
     Args:
@@ -110,10 +110,9 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
         kernel: The name of one of its files.
         packed_format: None for a kernel that takes no weight.
         dtype: As in `Kernel`.
-        value_dtype: As in `Kernel`.
         definitions: Further constants of the kernel.
     """
-    definitions |= {"TYPE": C_TYPES[dtype], "VALUE_TYPE": C_TYPES[value_dtype or torch.float32]}
+    definitions["TYPE"] = C_TYPES[dtype]
     if packed_format is not None:
         definitions |= {
             "FORMAT": _source_name(packed_format),

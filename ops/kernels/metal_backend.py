@@ -25,45 +25,45 @@ GROUP = 256  # threads per thread group
 
 
 @functools.cache
-def _shader(packed_format, dtype, value_dtype):
+def _shader(packed_format, dtype):
     """Returns the compiled function, which takes tensors."""
-    source = kernel_source("metal", "dequantize", packed_format, dtype, value_dtype, LANES=CHUNK)
+    source = kernel_source("metal", "dequantize", packed_format, dtype, LANES=CHUNK)
     return torch.mps.compile_shader(source).dequantize
 
 
-def dequantize(packed_format, tensors, out, value_dtype, first):
+def dequantize(packed_format, tensors, out, first):
     """See `Kernel.run`."""
     chunks, rest = divmod(out.numel(), CHUNK)
     # The reference handles odd shapes, and lookups of no rows.
     if rest or packed_format.block_length % CHUNK or not 0 < chunks < MAX_CHUNKS:
-        packed_format.dequantize_into(tensors, out, value_dtype, first)
+        packed_format.dequantize_into(tensors, out, first)
         return
     packed = tensors[0].view(-1)[first * packed_format.block_bytes:]
     scales = tensors[1][first:] if packed_format.qparams else packed
-    _shader(packed_format, out.dtype, value_dtype)(out, packed, scales, threads=chunks,
+    _shader(packed_format, out.dtype)(out, packed, scales, threads=chunks,
                                                    group_size=GROUP)
 
 
 @functools.cache
-def _row_shader(packed_format, dtype, value_dtype):
+def _row_shader(packed_format, dtype):
     """Returns the compiled function, which takes tensors."""
-    source = kernel_source("metal", "dequantize_rows", None, dtype, value_dtype, LANES=CHUNK,
+    source = kernel_source("metal", "dequantize_rows", None, dtype, LANES=CHUNK,
                            **row_definitions(packed_format))
     return torch.mps.compile_shader(source).dequantize_rows
 
 
-def dequantize_rows(packed_format, tensors, out, value_dtype, first):
+def dequantize_rows(packed_format, tensors, out, first):
     """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
     chunk = row_chunk(packed_format)
     rows, rest = divmod(out.numel(), packed_format.block_length)
     if rest or not rows or not chunk or out.numel() // chunk >= MAX_CHUNKS:
-        packed_format.dequantize_into(tensors, out, value_dtype, first)
+        packed_format.dequantize_into(tensors, out, first)
         return
     packed, *qparams = packed_format.blocks(tensors, first, first + rows)
     scales, row_scales = qparams[0].view(torch.uint8), qparams[-1]
     if row_scales.dtype == torch.uint8:
         row_scales = packed_format.constant("scale_numbers", out.device)
-    _row_shader(packed_format, out.dtype, value_dtype)(out, packed, scales, row_scales,
+    _row_shader(packed_format, out.dtype)(out, packed, scales, row_scales,
                                                        threads=out.numel() // chunk,
                                                        group_size=GROUP)
 

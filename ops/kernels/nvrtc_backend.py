@@ -41,7 +41,6 @@ class Program:
         kernel: "dequantize", "dequantize_rows" or "linear".
         packed_format: Of the weight.
         dtype: Of the values for "dequantize", of input and output for "linear".
-        value_dtype: As in `Kernel`.
         alignment: Of the packed bytes' address: 1, 2 or 4.
         tokens: The most that "linear" takes.
         rows: Weight rows per warp of "linear".
@@ -49,7 +48,6 @@ class Program:
     kernel: str
     packed_format: Format
     dtype: torch.dtype
-    value_dtype: torch.dtype | None = None
     alignment: int = 1
     tokens: int = 1
     rows: int = 1
@@ -61,9 +59,9 @@ class Program:
                             f" chunks of {CHUNK}")
         if self.kernel == "dequantize_rows":
             of_rows: Any = self.packed_format
-            return kernel_source("cuda", self.kernel, None, self.dtype, self.value_dtype,
+            return kernel_source("cuda", self.kernel, None, self.dtype,
                                  ALIGNMENT=self.alignment, **row_definitions(of_rows))
-        return kernel_source("cuda", self.kernel, self.packed_format, self.dtype, self.value_dtype,
+        return kernel_source("cuda", self.kernel, self.packed_format, self.dtype,
                              ALIGNMENT=self.alignment, TOKENS=self.tokens, ROWS=self.rows)
 
 
@@ -86,37 +84,37 @@ class CudaKernels:
         self._modules[key].launch(program.kernel, blocks, threads,
                                   torch.cuda.current_stream(device).cuda_stream, *arguments)
 
-    def dequantize(self, packed_format, tensors, out, value_dtype, first):
+    def dequantize(self, packed_format, tensors, out, first):
         """See `Kernel.run`."""
         chunks, rest = divmod(out.numel(), CHUNK)
         if rest or not chunks:  # a small weight of odd shape, or no rows at all
-            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, first)
             return
         tensors = _aligned(packed_format, tensors)
         packed, scales = block_addresses(packed_format, tensors, first)
-        program = Program("dequantize", packed_format, out.dtype, value_dtype,
+        program = Program("dequantize", packed_format, out.dtype,
                           alignment(packed_format))
         self._launch(program, -(-chunks // DEQUANTIZE_THREADS), DEQUANTIZE_THREADS, out.device,
                      c_void_p(packed), c_void_p(scales), c_void_p(out.data_ptr()),
                      c_longlong(chunks))
 
-    def dequantize_rows(self, packed_format, tensors, out, value_dtype, first):
+    def dequantize_rows(self, packed_format, tensors, out, first):
         """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
         chunk = row_chunk(packed_format)
         rows, rest = divmod(out.numel(), packed_format.block_length)
         if rest or not rows or not chunk:
-            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, first)
             return
         tensors = _aligned(packed_format, tensors)
         packed, *qparams = packed_format.blocks(tensors, first, first + rows)
-        program = Program("dequantize_rows", packed_format, out.dtype, value_dtype,
+        program = Program("dequantize_rows", packed_format, out.dtype,
                           alignment(packed_format))
         chunks = out.numel() // chunk
         self._launch(program, -(-chunks // DEQUANTIZE_THREADS), DEQUANTIZE_THREADS, out.device,
                      c_void_p(packed.data_ptr()), c_void_p(qparams[0].data_ptr()),
                      c_void_p(qparams[-1].data_ptr()), c_void_p(out.data_ptr()), c_longlong(chunks))
 
-    def linear(self, max_tokens, packed_format, tensors, input, addend, out, value_dtype):
+    def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, a key of `LINEAR_ROWS`."""
         if input.data_ptr() % INPUT_ALIGNMENT:
             input = input.clone()
@@ -126,7 +124,7 @@ class CudaKernels:
         packed, scales = block_addresses(packed_format, tensors)
         addend_address = None if addend is None else addend.data_ptr()
         strides = (0, 0) if addend is None else addend.stride()
-        program = Program("linear", packed_format, out.dtype, value_dtype, alignment(packed_format),
+        program = Program("linear", packed_format, out.dtype, alignment(packed_format),
                           max_tokens, rows_per_warp)
         rows_per_block = rows_per_warp * LINEAR_THREADS // WARP
         self._launch(program, -(-rows // rows_per_block), LINEAR_THREADS, out.device,

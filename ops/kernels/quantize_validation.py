@@ -72,7 +72,7 @@ CASES: dict[str, Callable[[Format], list]] = {
 
 
 def check_blocks(run: Callable[..., None], case: Blocks, packed_format: Format,
-                 dtype: torch.dtype, value_dtype: None, device: torch.device):
+                 dtype: torch.dtype, device: torch.device):
     """Checks "pack_blocks" in one case; see `validation.check`."""
     grid, generator = _grid(packed_format), torch.Generator().manual_seed(case.blocks)
     values = _random_values(case.blocks, grid.length, -16, generator).to(device)
@@ -103,7 +103,7 @@ def check_blocks(run: Callable[..., None], case: Blocks, packed_format: Format,
 
 
 def check_columns(run: Callable[..., None], case: Rows, packed_format: Format,
-                  dtype: torch.dtype, value_dtype: None, device: torch.device):
+                  dtype: torch.dtype, device: torch.device):
     """Checks "pack_columns" in one case; see `validation.check`.
 
     First with a search for the scales, then with the scales that the reference has chosen.

@@ -42,7 +42,7 @@ class InProcessSelector:
         self._backend = self._compute(self._find_backend)
 
     def find(self, capability: str, packed_format: Format | None, dtype: torch.dtype,
-             value_dtype: torch.dtype | None, tokens: int | None) -> Kernel | None:
+             tokens: int | None) -> Kernel | None:
         """Returns a kernel that is right, None where torch does the work; see `kernels.find`."""
         backend = self._value(self._backend, capability)
         if backend is None:
@@ -50,7 +50,7 @@ class InProcessSelector:
         for kernel in backend.kernels:
             if (kernel.capability == capability and kernel.takes(tokens)
                     and kernel.accepts(packed_format, dtype)):
-                is_right = self._check(backend.name, kernel, packed_format, dtype, value_dtype)
+                is_right = self._check(backend.name, kernel, packed_format, dtype)
                 if self._value(is_right, capability):
                     return kernel
         return None
@@ -122,10 +122,10 @@ class InProcessSelector:
                     self._checks[case] = self._compute(is_right)
         return self._checks[case]
 
-    def _is_right(self, backend: str, kernel: Kernel, packed_format, dtype, value_dtype) -> bool:
-        case = case_of(kernel.capability, packed_format, dtype, value_dtype)
+    def _is_right(self, backend: str, kernel: Kernel, packed_format, dtype) -> bool:
+        case = case_of(kernel.capability, packed_format, dtype)
         try:
-            check(kernel, packed_format, dtype, value_dtype, self.device)
+            check(kernel, packed_format, dtype, self.device)
             return True
         except WrongResult as error:
             report_wrong(f"{case} by {backend}", self.device, error)
@@ -163,9 +163,9 @@ class TrialedSelector:
                  " and ".join(backend.name for backend in self._backends) or "torch")
 
     def find(self, capability: str, packed_format: Format | None, dtype: torch.dtype,
-             value_dtype: torch.dtype | None, tokens: int | None) -> Kernel | None:
+             tokens: int | None) -> Kernel | None:
         """Returns the fastest proven kernel, None where torch does the work; see `kernels.find`."""
-        key = capability, packed_format, dtype, value_dtype
+        key = capability, packed_format, dtype
         if key not in self._kernels:
             case = case_of(*key)
             self._kernels[key] = self._results.kernels(case, self._backends)
@@ -200,7 +200,6 @@ class TrialedSelector:
                           error)
 
 
-def case_of(capability: str, packed_format: Format | None, dtype: torch.dtype,
-            value_dtype: torch.dtype | None) -> Case:
+def case_of(capability: str, packed_format: Format | None, dtype: torch.dtype) -> Case:
     """Returns the case of a capability for a format; see `Case`."""
-    return Case(capability, packed_format and packed_format.name, dtype, value_dtype)
+    return Case(capability, packed_format and packed_format.name, dtype)

@@ -231,7 +231,7 @@ class Trial:
 
     def _prove(self, kernel: Kernel, packed_format: Format | None, case: Case) -> dict:
         """Checks and times a kernel. Raises WrongResult, and what the kernel raises."""
-        check(kernel, packed_format, case.dtype, case.value_dtype, self.device)
+        check(kernel, packed_format, case.dtype, self.device)
         seconds = self._measure(*self._calls(kernel, packed_format, case))
         return {"verdict": "right" if seconds[0] < seconds[1] else "slower", "seconds": seconds}
 
@@ -264,22 +264,21 @@ class Trial:
                     lambda: int8_codes.encode_tokens(input, *codes))
         blocks = rows * columns // packed_format.block_length
         tensors = random_tensors(packed_format, blocks, self.device, bounded=True)
-        values, value_dtype = empty(rows, columns), case.rounded_dtype
+        values = empty(rows, columns)
         if case.capability == "int8_rows":
             codes = values, empty(rows, dtype=torch.float32)
-            return (lambda: kernel.run(packed_format, tensors, *codes, case.value_dtype, 0),
-                    lambda: int8_codes.encode_rows(packed_format, tensors, *codes,
-                                                   case.value_dtype, 0))
+            return (lambda: kernel.run(packed_format, tensors, *codes, 0),
+                    lambda: int8_codes.encode_rows(packed_format, tensors, *codes, 0))
         if case.capability == "dequantize":
-            return (lambda: kernel.run(packed_format, tensors, values, value_dtype, 0),
-                    lambda: dequantize_by_reference(packed_format, tensors, values, value_dtype, 0))
+            return (lambda: kernel.run(packed_format, tensors, values, 0),
+                    lambda: dequantize_by_reference(packed_format, tensors, values, 0))
         # Where no kernel multiplies, torch does, by the values that the fastest kernel dequantises.
-        dequantize_case = case._replace(capability="dequantize", value_dtype=value_dtype)
+        dequantize_case = case._replace(capability="dequantize")
         kernels = self.verdicts.results().kernels(dequantize_case, self.backends)
         dequantize = kernels[0].run if kernels else dequantize_by_reference
         out = empty(tokens, rows)
-        return (lambda: kernel.run(packed_format, tensors, input, None, out, case.value_dtype),
-                lambda: (dequantize(packed_format, tensors, values, value_dtype, 0),
+        return (lambda: kernel.run(packed_format, tensors, input, None, out),
+                lambda: (dequantize(packed_format, tensors, values, 0),
                          torch.nn.functional.linear(input, values)))
 
     def _measure(self, *functions: Callable[[], object]) -> list[float]:

@@ -39,7 +39,7 @@ def try_kernels(device: torch.device, backends: tuple[str, ...], is_in_use: Call
     _devices_on_trial.add(device)
     try:
         cases = Notes().cases() or [
-            Case(capability, name, dtype, None) for name in MOST_USED
+            Case(capability, name, dtype) for name in MOST_USED
             for dtype in (torch.bfloat16, torch.float16) for capability in ("dequantize", "linear")]
         verdicts = Verdicts.of_device(device, backends)
         before = verdicts.results()

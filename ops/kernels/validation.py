@@ -100,7 +100,9 @@ class MatrixCase:
 
 @dataclass(frozen=True)
 class ChannelsLastCase:
-    """A case of "channels_last": the weight's shape, and offsets as in `DequantizeCase`."""
+    """A case of "channels_last": the weight's dtype and shape, and offsets as in
+    `DequantizeCase`."""
+    dtype: torch.dtype
     rows: int
     channels: int
     taps: int
@@ -117,13 +119,10 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
             MatrixCase(MANY // WIDE, WIDE),
         ]
     if kernel.capability == "channels_last":
-        return [
-            ChannelsLastCase(3, 4, 9, 1, 1),
-            ChannelsLastCase(1, 67, 1, 1),
-            ChannelsLastCase(2, 45, 25),
-            ChannelsLastCase(2, 5, 100),
-            ChannelsLastCase(MANY // (NARROW * 9), NARROW, 9)
-        ]
+        sizes = ((3, 4, 9, 1, 1), (1, 67, 1, 1), (2, 45, 25), (2, 5, 100),
+                 (MANY // (NARROW * 9), NARROW, 9))
+        return [ChannelsLastCase(dtype, *size) for size in sizes
+                for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     if kernel.capability == "softmax":
         return [
             MatrixCase(1, 5, 1),
@@ -165,14 +164,13 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
 
 
 def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
-          value_dtype: torch.dtype | None, device: torch.device):
+          device: torch.device):
     """Checks a kernel in all its cases.
 
     Args:
         kernel: With a capability for `packed_format` and `dtype`.
         packed_format: Of the weight; None for a capability without formats.
         dtype: As in `Kernel`.
-        value_dtype: As in `Kernel`.
         device: That runs it.
 
     Raises:
@@ -186,7 +184,7 @@ def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
     }[kernel.capability]
     for case in cases_of(kernel, packed_format):
         try:
-            check_case(kernel.run, case, packed_format, dtype, value_dtype, device)
+            check_case(kernel.run, case, packed_format, dtype, device)
         except WrongResult as error:
             raise WrongResult(f"{error} in the case {case}") from None
 
@@ -212,31 +210,30 @@ def probe(dequantize: Callable[..., None], device: torch.device):
     packed_format = FORMATS["Q8_0"]
     block = torch.zeros(packed_format.block_bytes, dtype=torch.uint8, device=device)
     out = torch.full((packed_format.block_length,), torch.nan, dtype=torch.float32, device=device)
-    dequantize(packed_format, [block], out, None, 0)
+    dequantize(packed_format, [block], out, 0)
     if out.any():
         raise WrongResult("a block of zeros was dequantised to other values")
 
 
 def _check_dequantize(run: Callable[..., None], case: DequantizeCase, packed_format: Format,
-                      dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
+                      dtype: torch.dtype, device: torch.device):
     tensors = random_tensors(packed_format, case.blocks, device)
     stop = case.blocks * packed_format.block_length - case.omitted
     count = stop - case.first * packed_format.block_length
     if any(base.__name__ == "Codebook4Bit" for base in type(packed_format).__mro__):
         tensors[0] = tensors[0][:-(-stop // 2)]  # the last block of these formats may be short
     expected = torch.empty(count, dtype=dtype, device=device)
-    packed_format.dequantize_into(tensors, expected, value_dtype, case.first)
+    packed_format.dequantize_into(tensors, expected, case.first)
     packed = [misaligned_copy(tensor, case.packed_offset) for tensor in tensors]
     _check_bits(expected, case.out_offset,
-                lambda result: run(packed_format, packed, result, value_dtype, case.first))
+                lambda result: run(packed_format, packed, result, case.first))
 
 
 def _check_channels_last(run: Callable[..., None], case: ChannelsLastCase, packed_format: None,
-                         dtype: torch.dtype, value_dtype: torch.dtype | None,
-                         device: torch.device):
+                         dtype: torch.dtype, device: torch.device):
     generator = torch.Generator().manual_seed(case.rows)
     values = torch.randn((case.rows, case.channels, case.taps), generator=generator,
-                         dtype=torch.float32).to(device, value_dtype or torch.float32)
+                         dtype=torch.float32).to(device, case.dtype)
     values[0, 0, 0], values[0, 1, -1] = torch.nan, torch.inf
     expected = values.to(dtype).transpose(1, 2).contiguous()
     values = misaligned_copy(values, case.packed_offset)
@@ -260,7 +257,7 @@ def _check_bits(expected: torch.Tensor, out_offset: int,
 
 
 def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: Format,
-                  dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
+                  dtype: torch.dtype, device: torch.device):
     rows, columns = _shape(case, packed_format.block_length)
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
                              bounded=True)
@@ -277,11 +274,9 @@ def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: For
         addend = random(rows, case.tokens).t()
     result = torch.full((case.tokens, rows), torch.nan, dtype=dtype, device=device)
     packed = [misaligned_copy(tensor, case.packed_offset) for tensor in tensors]
-    run(packed_format, packed, misaligned_copy(input, case.input_offset), addend, result,
-        value_dtype)
+    run(packed_format, packed, misaligned_copy(input, case.input_offset), addend, result)
     weight = packed_format.dequantize_into(tensors,
-                                           input.new_empty((rows, columns), dtype=torch.float32),
-                                           value_dtype)
+                                           input.new_empty((rows, columns), dtype=torch.float32))
     error = _product_error(input, weight, addend, result)
     if not error <= 1:  # NaN too
         error = min(error, _product_error(input, weight.to(dtype), addend, result))
@@ -290,7 +285,7 @@ def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: For
 
 
 def _check_softmax(run: Callable[..., None], case: MatrixCase, packed_format: None,
-                   dtype: torch.dtype, value_dtype: None, device: torch.device):
+                   dtype: torch.dtype, device: torch.device):
     generator = torch.Generator().manual_seed(case.rows)
     scores = 4 * torch.randn((case.rows, case.columns), generator=generator, dtype=torch.float32)
     scores[0] -= 300  # only the differences count
@@ -310,19 +305,19 @@ def _check_softmax(run: Callable[..., None], case: MatrixCase, packed_format: No
 
 
 def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format: Format,
-                     dtype: torch.dtype, value_dtype: torch.dtype | None, device: torch.device):
+                     dtype: torch.dtype, device: torch.device):
     rows, columns = _shape(case, math.lcm(packed_format.block_length, int8_codes.GROUP))
     first = case.first * columns // packed_format.block_length
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
                              bounded=True)
     values = torch.empty((rows - case.first, columns), dtype=torch.float32, device=device)
-    packed_format.dequantize_into(tensors, values, value_dtype, first)
+    packed_format.dequantize_into(tensors, values, first)
     packed = [misaligned_copy(tensor, case.packed_offset) for tensor in tensors]
-    _check_codes(values, lambda *out: run(packed_format, packed, *out, value_dtype, first))
+    _check_codes(values, lambda *out: run(packed_format, packed, *out, first))
 
 
 def _check_int8_tokens(run: Callable[..., None], case: MatrixCase, packed_format: None,
-                       dtype: torch.dtype, value_dtype: None, device: torch.device):
+                       dtype: torch.dtype, device: torch.device):
     columns = -(-case.columns // int8_codes.GROUP) * int8_codes.GROUP
     generator = torch.Generator().manual_seed(case.rows)
     input = torch.randn((case.rows, columns), generator=generator,

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import comfy.ops
-import torch
 
 from ..pickle_names import stable_pickle_name
 from .comfyui_quantized import MixedEmbedding, MixedLinear
@@ -16,27 +15,22 @@ from .fused_calls import keep_forward
 from .packed_layers import PACKED_LAYERS, MoEExperts, PackedLayer
 
 
-def packed_operations(value_dtype: torch.dtype | None = None,
-                      patch_dtype: torch.dtype | None = None, mixed: bool = False,
-                      full_precision: bool = False, compute: str = "exact") -> type:
+def packed_operations(mixed: bool = False, full_precision: bool = False,
+                      compute: str = "exact") -> type:
     """Returns a class for the host's `custom_operations`, the same one for the same arguments.
 
     Args:
-        value_dtype: see `PackedLayer`.
-        patch_dtype: see `PackedLayer`.
         mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose
             products are the host's.
         full_precision: those layers do not quantise their inputs, as in the host's text encoders.
         compute: see `PackedLayer`.
     """
     keep_forward()
-    return _operations(value_dtype, patch_dtype, mixed, full_precision, compute)
+    return _operations(mixed, full_precision, compute)
 
 
 @functools.cache
-def _operations(value_dtype: torch.dtype | None, patch_dtype: torch.dtype | None, mixed: bool,
-                full_precision: bool, compute: str) -> type:
-    options = {"value_dtype": value_dtype, "patch_dtype": patch_dtype, "compute": compute}
+def _operations(mixed: bool, full_precision: bool, compute: str) -> type:
     base: Any = comfy.ops.manual_cast
     layer_classes = list(PACKED_LAYERS)
     if mixed:
@@ -49,31 +43,31 @@ def _operations(value_dtype: torch.dtype | None, patch_dtype: torch.dtype | None
             type("Embedding", (MixedEmbedding, base.Embedding), {}),
         )
         layer_classes.remove(MoEExperts)  # such a file has its experts in the host's format too
-    arguments = value_dtype, patch_dtype, mixed, full_precision, compute
+    arguments = mixed, full_precision, compute
     layers = {
         layer.__name__: type(layer.__name__, (layer,),
-                             options | {"new": (new_layer, (layer.__name__, *arguments))})
+                             {"compute": compute, "new": (new_layer, (layer.__name__, *arguments))})
         for layer in layer_classes
     }
     return type("PackedOperations", (base,), layers)
 
 
-def operations_for(keys: Iterable[str], *dtypes: torch.dtype | None, full_precision: bool = False,
+def operations_for(keys: Iterable[str], full_precision: bool = False,
                    compute: str = "exact") -> type:
     """Returns `packed_operations` for a state dict.
 
     Args:
         keys: the state dict's keys.
-        dtypes: value_dtype and patch_dtype.
         full_precision: see `packed_operations`.
         compute: see `PackedLayer`.
     """
     mixed = any(key.endswith(".comfy_quant") for key in keys)
-    return packed_operations(*dtypes, mixed=mixed, full_precision=full_precision, compute=compute)
+    return packed_operations(mixed, full_precision, compute)
 
 
 @stable_pickle_name
 def new_layer(name: str, *arguments) -> PackedLayer:
     """Returns an uninitialised layer of the class `name` of `packed_operations(*arguments)`."""
-    layer_class = getattr(packed_operations(*arguments), name)
+    # pickles of version 0.2.1 have two dtypes before them
+    layer_class = getattr(packed_operations(*arguments[-3:]), name)
     return layer_class.__new__(layer_class)

@@ -56,8 +56,8 @@ def multiplies_integers(device: torch.device) -> bool:
     return torch.equal(sums.cpu().float(), codes @ codes.t())
 
 
-def _row_encoder(device: torch.device, packed_format: Format, value_dtype: torch.dtype | None,
-                 tokens: int, rows: int, columns: int) -> Callable | None:
+def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows: int,
+                 columns: int) -> Callable | None:
     """Chooses what encodes the weight, with the signature of `int8_codes.encode_rows`.
 
     Returns None where the exact product should run.
@@ -72,7 +72,7 @@ def _row_encoder(device: torch.device, packed_format: Format, value_dtype: torch
     ):
         return None
     if columns % packed_format.block_length == 0:
-        encode = kernels.find("int8_rows", device, packed_format, torch.int8, value_dtype)
+        encode = kernels.find("int8_rows", device, packed_format, torch.int8)
         if encode is not None:
             return encode
     if tokens < MIN_TOKENS_WITHOUT_KERNEL[device.type]:
@@ -81,8 +81,8 @@ def _row_encoder(device: torch.device, packed_format: Format, value_dtype: torch
 
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
-            rows: int, value_dtype: torch.dtype | None, down: torch.Tensor | None,
-            ups: list[torch.Tensor], slices: list[int], blas: bool = False) -> torch.Tensor:
+            rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
+            slices: list[int]) -> torch.Tensor:
     packed_format, packed, own = without_low_rank(FORMATS[format], packed)
     device = input.device
     flat = input.reshape(-1, input.shape[-1])
@@ -90,11 +90,11 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     low_rank = LowRank.from_operands(down, ups, slices)
     if own is not None:
         low_rank = own.to(flat).and_also(low_rank, rows)
-    encode = _row_encoder(device, packed_format, value_dtype, tokens, rows, columns)
+    encode = _row_encoder(device, packed_format, tokens, rows, columns)
     if encode is None:
         branch = (None, (), ()) if low_rank is None else low_rank.operands
         return torch.ops.featherweight.linear(input, packed, bias, packed_format.name, rows,
-                                              value_dtype, *branch, blas)
+                                              *branch)
     added = None if low_rank is None else low_rank.product(flat, rows)
     codes, scales = _encode_tokens(flat.contiguous())
     out = input.new_empty((tokens, rows))
@@ -107,7 +107,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             stop = min(rows, start + step)
             weight = take((stop - start, columns), torch.int8)
             weight_scales = torch.empty(len(weight), dtype=torch.float32, device=device)
-            encode(packed_format, packed, weight, weight_scales, value_dtype,
+            encode(packed_format, packed, weight, weight_scales,
                    start * columns // packed_format.block_length)
             sums = _int_mm(codes, weight.t()) * weight_scales
             _finish(sums, scales, None if bias is None else bias[start:stop],
@@ -157,13 +157,13 @@ torch_registration.register(f"int8_linear{torch_registration.LINEAR_SCHEMA}", _l
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None) -> torch.Tensor:
+           low_rank: LowRank | None = None) -> torch.Tensor:
     """Computes `product.linear` in integers where that is possible and faster, else in floats.
 
     It needs K to be a multiple of 256, N of 8, and no gradient. A row of the input or of the weight
     that is not finite gives NaN.
     """
     if input.shape[-1] != weight.shape[1] or product.needs_gradient(input, bias):
-        return product.linear(input, weight, bias, value_dtype, low_rank)
+        return product.linear(input, weight, bias, low_rank)
     return torch.ops.featherweight.int8_linear(
-        *product.operands(input, weight, bias, value_dtype, low_rank))
+        *product.operands(input, weight, bias, low_rank))

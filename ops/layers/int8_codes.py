@@ -75,7 +75,7 @@ def encode_tokens(input: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 
 
 def encode_rows(packed_format: Format, tensors: list[torch.Tensor], codes: torch.Tensor,
-                scales: torch.Tensor, value_dtype: torch.dtype | None, first: int,
+                scales: torch.Tensor, first: int,
                 dequantize_into: Callable = dequantize_by_reference):
     """Writes the codes of n rows of `W R`, W a packed weight.
 
@@ -84,7 +84,6 @@ def encode_rows(packed_format: Format, tensors: list[torch.Tensor], codes: torch
         tensors: see `Format.dequantize_into`.
         codes: output, int8 (n, K).
         scales: output, float32 (n,).
-        value_dtype: see `Format.dequantize_into`.
         first: block of the weight that begins the first row.
         dequantize_into: what dequantises, with the arguments of `dequantize_by_reference`.
     """
@@ -96,6 +95,6 @@ def encode_rows(packed_format: Format, tensors: list[torch.Tensor], codes: torch
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         chunk = values[:part.stop - start]
-        dequantize_into(packed_format, tensors, chunk, value_dtype,
+        dequantize_into(packed_format, tensors, chunk,
                         first + start * columns // packed_format.block_length)
         quantize_into(rotate(chunk), codes[part], scales[part])

@@ -55,19 +55,12 @@ class PackedLayer(_HostLayer):
     """Base of the packed layers: a mixin before one of the host's layer classes.
 
     Attributes:
-        value_dtype: dequantised values are rounded to this dtype before they are cast to the
-            compute dtype; None: they are cast at once.
-        patch_dtype: dtype in which the host adds patches to a dequantised weight; None: the host's
-            choice.
-        compute: "exact", "int8" for linear layers that multiply integers where they can, or
-            "float32" for the numbers of version 0.2.0 on a CPU.
+        compute: "exact", or "int8" for linear layers that multiply integers where they can.
         new: (function, its arguments) that makes an uninitialised layer of this class.
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
         lora: the layer's patches, set and cleared by the patcher.
     """
 
-    value_dtype: torch.dtype | None = None
-    patch_dtype: torch.dtype | None = None
     compute = "exact"
     new: tuple
     has_branch = False
@@ -170,7 +163,7 @@ class PackedLayer(_HostLayer):
 
     def dense_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
         """Returns the values of a packed weight in `dtype`."""
-        return product.dequantize(weight, dtype, self.value_dtype)
+        return product.dequantize(weight, dtype)
 
     def patched_weight(self, weight, dtype: torch.dtype) -> torch.Tensor:
         """Returns the dense weight with the patches that change the weight itself.
@@ -185,25 +178,24 @@ class PackedLayer(_HostLayer):
                 return weight
             plain = product.plain_values(weight, dtype)
             return self.dense_weight(weight, dtype) if plain is None else plain
-        if is_packed(weight) and lora.acts_on_rows and self.patch_dtype is None:
-            return product.dequantize_rows(weight, dtype, lora.patch_rows, self.value_dtype)
+        if is_packed(weight) and lora.acts_on_rows:
+            return product.dequantize_rows(weight, dtype, lora.patch_rows)
         return self._with_patches(weight, dtype, lora.patch_weight)
 
     def _with_patches(self, weight, dtype: torch.dtype,
                       patch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Returns the dense weight in `dtype` with what `patch` adds in `patch_dtype`."""
-        patch_dtype = self.patch_dtype or torch.float32
+        """Returns the dense weight in `dtype` with what `patch` adds in float32."""
         if isinstance(weight, QuantizedTensor):
-            dense = self.dense_weight(weight, patch_dtype)
+            dense = self.dense_weight(weight, torch.float32)
         else:
-            dense = weight.to(patch_dtype, copy=True)
+            dense = weight.to(torch.float32, copy=True)
         return stochastic_rounding.stochastic_round(patch(dense), dtype)
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """Returns the dense weight the host adds patches to."""
         if not isinstance(weight, QuantizedTensor):
             return weight
-        return self.dense_weight(weight, self.patch_dtype or weight.dtype)
+        return self.dense_weight(weight, weight.dtype)
 
     def set_weight(self, weight, inplace_update=False, seed: Any = None, return_weight=False,
                    **kwargs):
@@ -245,10 +237,9 @@ class PackedLinear(PackedLayer):
         low_rank = None if self.lora is None else self.lora.branch(input)
         if self.is_unpatched(weight):
             if self.compute == "int8":
-                out = int8.linear(input, weight, bias, self.value_dtype, low_rank)
+                out = int8.linear(input, weight, bias, low_rank)
             else:
-                out = product.linear(input, weight, bias, self.value_dtype, low_rank,
-                                     blas=self.compute == "float32")
+                out = product.linear(input, weight, bias, low_rank)
         else:
             out = dense_linear(input, self.patched_weight(weight, input.dtype), bias, low_rank)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
@@ -348,8 +339,7 @@ class _PackedConv(PackedLayer):
             return super()._conv_forward(input, self.patched_weight(weight, input.dtype), bias,
                                          *args, **kwargs)
         convolve = super()._conv_forward
-        slices = product.dequantized_slices(weight, input.dtype, self.value_dtype,
-                                            whole=self.groups > 1)
+        slices = product.dequantized_slices(weight, input.dtype, whole=self.groups > 1)
         with contextlib.closing(slices):  # an error that is kept would keep the workspace too
             parts = [
                 convolve(input, dense, None if bias is None else bias[rows], *args, **kwargs)
@@ -365,15 +355,13 @@ class _PackedConv2d(_PackedConv):
         conv: Any = self
         channels_last = (
             not (args or kwargs)
-            and self.compute != "float32"
             and cpu_convolution.takes(conv, input, bias)
             and self.is_unpatched(weight)
             and product.fits_workspace(weight, input, reordered=True)
         )
         if not channels_last:
             return super()._without_branch(input, weight, bias, *args, **kwargs)
-        slices = product.dequantized_slices(weight, input.dtype, self.value_dtype,
-                                            channels_last=True)
+        slices = product.dequantized_slices(weight, input.dtype, channels_last=True)
         with contextlib.closing(slices):
             return cpu_convolution.convolve(conv, input, slices, bias)
 
@@ -451,8 +439,7 @@ class MoEExperts(PackedLayer, _Experts):
             weight = self._with_patches(
                 weight, input.dtype, lambda dense: lora.patch_rows(dense[None], expert)[0])
         if is_packed(weight):
-            return product.linear(input, weight, bias, self.value_dtype,
-                                  blas=self.compute == "float32")
+            return product.linear(input, weight, bias)
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
 

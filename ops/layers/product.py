@@ -30,8 +30,8 @@ CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
 
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
-            rows: int, value_dtype: torch.dtype | None, down: torch.Tensor | None,
-            ups: list[torch.Tensor], slices: list[int], blas: bool = False) -> torch.Tensor:
+            rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
+            slices: list[int]) -> torch.Tensor:
     flat = input.reshape(-1, input.shape[-1])
     low_rank = LowRank.from_operands(down, ups, slices)
     packed_format, packed, own = without_low_rank(FORMATS[format], packed)
@@ -40,17 +40,17 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     # The low-rank branch is part of the large product's sum, which is rounded once: added after the
     # rounding, a weak LoRA would be lost. Adding the bias rounds too, so the bias comes last.
     added = None if low_rank is None else low_rank.product(flat, rows)
-    weight = packed_format, packed, rows, value_dtype
+    weight = packed_format, packed, rows
     out = _by_kernel(flat, *weight, bias, added)
     if out is None:
-        out = _by_torch(flat, *weight, bias, added, blas)
+        out = _by_torch(flat, *weight, bias, added)
     if added is not None and bias is not None:
         out += bias
     return out.view(*input.shape[:-1], rows)
 
 
 def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor],
-               rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
+               rows: int, bias: torch.Tensor | None,
                added: torch.Tensor | None) -> torch.Tensor | None:
     """Computes `input W^T + added` with a kernel that dequantises as it multiplies.
 
@@ -59,24 +59,23 @@ def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Te
     tokens, columns = input.shape
     if columns % packed_format.block_length:
         return None
-    run = kernels.find("linear", input.device, packed_format, input.dtype, value_dtype, tokens)
+    run = kernels.find("linear", input.device, packed_format, input.dtype, tokens)
     if run is None:
         return None
     addend = bias.expand(tokens, rows) if added is None and bias is not None else added
     out = input.new_empty((tokens, rows))
-    run(packed_format, packed, input.contiguous(), addend, out, value_dtype)
+    run(packed_format, packed, input.contiguous(), addend, out)
     return out
 
 
 def _by_torch(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor],
-              rows: int, value_dtype: torch.dtype | None, bias: torch.Tensor | None,
-              added: torch.Tensor | None, blas: bool) -> torch.Tensor:
+              rows: int, bias: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor:
     """Computes `input W^T + added` in torch, W dequantised in slices of rows.
 
     Where `added` is None, `bias` is added. Overwrites `added`.
     """
     tokens, columns = input.shape
-    by_onednn = not blas and cpu_linear.takes(input)
+    by_onednn = cpu_linear.takes(input)
     multiply = torch.nn.functional.linear
     if by_onednn:
         input, multiply = input.contiguous(), cpu_linear.linear
@@ -95,7 +94,7 @@ def _by_torch(input: torch.Tensor, packed_format: Format, packed: list[torch.Ten
         def dequantize_slice(start: int, stop: int) -> torch.Tensor:
             out = take((stop - start, columns), input.dtype)
             first = start * columns // packed_format.block_length
-            return kernels.dequantize_into(packed_format, packed, out, value_dtype, first)
+            return kernels.dequantize_into(packed_format, packed, out, first)
 
         if added is None and step == rows:
             return multiply(input, dequantize_slice(0, rows), bias)
@@ -126,9 +125,9 @@ def _embedding(ids: torch.Tensor, packed: list[torch.Tensor], format: str, colum
 
 
 def _dequantize(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
-                value_dtype: torch.dtype | None, first: int = 0) -> torch.Tensor:
+                first: int = 0) -> torch.Tensor:
     out = torch.empty(shape, dtype=dtype, device=packed[0].device)
-    return kernels.dequantize_into(FORMATS[format], packed, out, value_dtype, first)
+    return kernels.dequantize_into(FORMATS[format], packed, out, first)
 
 
 torch_registration.register(f"linear{torch_registration.LINEAR_SCHEMA}", _linear,
@@ -137,22 +136,19 @@ torch_registration.register(
     "embedding(Tensor ids, Tensor[] packed, str format, int columns, ScalarType dtype) -> Tensor",
     _embedding, torch_registration.fake_embedding)
 torch_registration.register(
-    "dequantize(Tensor[] packed, str format, int[] shape, ScalarType dtype, ScalarType?"
-    " value_dtype, int first=0) -> Tensor", _dequantize, torch_registration.fake_dequantize)
+    "dequantize(Tensor[] packed, str format, int[] shape, ScalarType dtype, int first=0)"
+    " -> Tensor", _dequantize, torch_registration.fake_dequantize)
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           value_dtype: torch.dtype | None = None, low_rank: LowRank | None = None,
-           blas: bool = False) -> torch.Tensor:
+           low_rank: LowRank | None = None) -> torch.Tensor:
     """Computes `input @ weight.T + bias` plus a low-rank branch, the weight dequantised in slices.
 
     Args:
         input: (..., K) float.
         weight: packed, logical shape (N, K), on the same device.
         bias: (N,) in the dtype of `input`, or None.
-        value_dtype: dtype the dequantised values are first rounded to; None: that of `input`.
         low_rank: in the dtype of `input`, or None.
-        blas: multiply by torch's BLAS only, as version 0.2.0 did.
 
     Returns:
         (..., N) in the dtype of `input`.
@@ -167,10 +163,9 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
     if needs_gradient(input, bias):
         # a copy may be overwritten before the gradient is computed
         if isinstance(weight, torch.nn.Parameter) and not torch.compiler.is_compiling():
-            return _Linear.apply(input, bias, weight, value_dtype, low_rank, blas)
-        return dense_linear(input, dequantize(weight, input.dtype, value_dtype), bias, low_rank)
-    return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank),
-                                          blas)
+            return _Linear.apply(input, bias, weight, low_rank)
+        return dense_linear(input, dequantize(weight, input.dtype), bias, low_rank)
+    return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank))
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -185,11 +180,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: torch.Tensor, bias: torch.Tensor | None, weight: PackedTensor,
-                value_dtype: torch.dtype | None, low_rank: LowRank | None,
-                blas: bool) -> torch.Tensor:
-        ctx.weight, ctx.value_dtype, ctx.low_rank = weight, value_dtype, low_rank
-        return torch.ops.featherweight.linear(*operands(input, weight, bias, value_dtype, low_rank),
-                                              blas)
+                low_rank: LowRank | None) -> torch.Tensor:
+        ctx.weight, ctx.low_rank = weight, low_rank
+        return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -197,7 +190,7 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         input_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            dense = dequantize(ctx.weight, flat.dtype, ctx.value_dtype)
+            dense = dequantize(ctx.weight, flat.dtype)
             if ctx.low_rank is None:
                 input_grad = flat @ dense
             else:
@@ -205,11 +198,11 @@ class _Linear(torch.autograd.Function):
             input_grad = input_grad.view(*grad.shape[:-1], dense.shape[1])
         if ctx.needs_input_grad[1]:
             bias_grad = flat.sum(0)
-        return input_grad, bias_grad, None, None, None, None
+        return input_grad, bias_grad, None, None
 
 
 def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,
-             value_dtype: torch.dtype | None, low_rank: LowRank | None) -> tuple:
+             low_rank: LowRank | None) -> tuple:
     """Returns the arguments of `torch_registration.LINEAR_SCHEMA`; see `linear`."""
     branch = (None, (), ()) if low_rank is None else low_rank.operands
     return (
@@ -218,7 +211,6 @@ def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | Non
         bias,
         weight.params.format.name,
         weight.shape[0],
-        value_dtype,
         *branch,
     )
 
@@ -255,12 +247,11 @@ def embedding(ids: torch.Tensor, weight: PackedTensor, dtype: torch.dtype) -> to
                                              weight.shape[1], dtype)
 
 
-def dequantize(weight: PackedTensor, dtype: torch.dtype,
-               value_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Returns the dense weight in `dtype`, rounded once from float32 or first to `value_dtype`."""
+def dequantize(weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the dense weight in `dtype`, rounded once from float32."""
     name = weight.params.format.name
     return torch.ops.featherweight.dequantize(packed_tensors(weight), name, list(weight.shape),
-                                              dtype, value_dtype)
+                                              dtype)
 
 
 def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -293,16 +284,14 @@ def values_of(tensor: torch.Tensor) -> torch.Tensor:
     return dequantize(tensor, tensor.dtype) if is_packed(tensor) else tensor
 
 
-def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
-                       value_dtype: torch.dtype | None = None,
-                       whole: bool = False, channels_last: bool = False
+def dequantized_slices(weight: PackedTensor, dtype: torch.dtype, whole: bool = False,
+                       channels_last: bool = False
                        ) -> Generator[tuple[slice, torch.Tensor], None, None]:
     """Yields a weight in slices of rows, each in the workspace; see `fits_workspace`.
 
     Args:
         weight: packed, of any shape; a row is all that has the same first index.
         dtype: of the values.
-        value_dtype: dtype the dequantised values are first rounded to, or None.
         whole: yield all rows at once.
         channels_last: yield the weight of a 2-D convolution in memory format `channels_last`.
 
@@ -322,15 +311,15 @@ def dequantized_slices(weight: PackedTensor, dtype: torch.dtype,
                 count, channels, height, width = rows.stop - start, *shape[1:]
                 out = take((count, height, width, channels), dtype)
                 _dequantize_channels_last(packed_format, tensors, out.view(count, -1, channels),
-                                          value_dtype, first)
+                                          first)
                 yield rows, out.permute(0, 3, 1, 2)
             else:
                 out = take((rows.stop - start, *shape[1:]), dtype)
-                yield rows, kernels.dequantize_into(packed_format, tensors, out, value_dtype, first)
+                yield rows, kernels.dequantize_into(packed_format, tensors, out, first)
 
 
 def _dequantize_channels_last(packed_format: Format, tensors: list[torch.Tensor],
-                              out: torch.Tensor, value_dtype: torch.dtype | None, first: int):
+                              out: torch.Tensor, first: int):
     """Dequantises the weight of a convolution into (rows, taps, channels), from block `first` on.
 
     Its blocks are in the order (rows, channels, taps).
@@ -346,22 +335,20 @@ def _dequantize_channels_last(packed_format: Format, tensors: list[torch.Tensor]
         block = first + start * columns // packed_format.block_length
         if plain_dtype is None:
             values = kernels.dequantize_into(packed_format, tensors, scratch[:part.numel()],
-                                             value_dtype, block)
+                                             block)
         else:
             values = tensors[0].view(-1).view(plain_dtype)[block:block + part.numel()]
         kernels.cast_channels_last(values.view(-1, channels, taps), part)
 
 
 def dequantize_rows(weight: PackedTensor, dtype: torch.dtype,
-                    change: Callable[[torch.Tensor, int], torch.Tensor],
-                    value_dtype: torch.dtype | None = None) -> torch.Tensor:
+                    change: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
     """Returns the dense weight, changed in slices of float32 rows before stochastic rounding.
 
     Args:
         weight: packed.
         dtype: of the result.
         change: (float32 rows, index of the first) -> the changed rows.
-        value_dtype: dtype the dequantised values are first rounded to, or None.
     """
     packed_format, shape = weight.params.format, weight.shape
     columns = shape[1:].numel()
@@ -374,7 +361,7 @@ def dequantize_rows(weight: PackedTensor, dtype: torch.dtype,
     for start in range(0, shape[0], step):
         rows = torch.ops.featherweight.dequantize(tensors, packed_format.name,
                                                   [min(step, shape[0] - start), *shape[1:]],
-                                                  torch.float32, value_dtype,
+                                                  torch.float32,
                                                   start * columns // packed_format.block_length)
         out[start:start + len(rows)] = stochastic_rounding.stochastic_round(
             change(rows, start), dtype)

@@ -12,11 +12,11 @@ import torch
 from ..formats.base import FORMATS, Format
 
 # input: (..., K) float. packed: the bytes of a weight of logical shape (rows, K) and, in some
-# formats, its scales. bias: (rows,). value_dtype: see `Format.dequantize_into`. down, ups, slices:
-# `LowRank.operands`; without a branch None and empty. blas: multiply by torch's BLAS only.
+# formats, its scales. bias: (rows,). down, ups, slices: `LowRank.operands`; without a branch None
+# and empty.
 LINEAR_SCHEMA = (
-    "(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, ScalarType? value_dtype,"
-    " Tensor? down, Tensor[] ups, int[] slices, bool blas=False) -> Tensor")
+    "(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, Tensor? down,"
+    " Tensor[] ups, int[] slices) -> Tensor")
 
 _library = torch.library.Library("featherweight", "DEF")
 _check = torch._check  # raises RuntimeError with the message, also where sizes are symbolic
@@ -48,13 +48,12 @@ def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def fake_linear(input, packed, bias, format, rows, value_dtype, down, ups, slices, blas=False):
+def fake_linear(input, packed, bias, format, rows, down, ups, slices):
     """Checks the operands of `linear` and returns its empty result."""
     _check(input.dtype.is_floating_point and input.ndim > 0,
            lambda: f"The input is {_describe(input)}; expected rows of floats.")
     columns = input.shape[-1]
     _check_weight(packed, format, rows * columns, f"a weight of {rows} x {columns}", whole=True)
-    _check_value_dtype(value_dtype)
     if bias is not None:
         _check(tuple(bias.shape) == (rows,) and bias.dtype == input.dtype,
                lambda: f"The bias is {_describe(bias)}; expected ({rows},) of {input.dtype}.")
@@ -77,14 +76,13 @@ def fake_embedding(ids, packed, format, columns, dtype):
     return _empty_result(packed, (*ids.shape, columns), dtype)
 
 
-def fake_dequantize(packed, format, shape, dtype, value_dtype, first=0):
+def fake_dequantize(packed, format, shape, dtype, first=0):
     """Checks the operands of `dequantize` and returns its empty result."""
     values = first * _format(format).block_length + math.prod(shape)
     what = f"a weight of {' x '.join(map(str, shape))}"
     if first:
         what += f" from block {first} on"
     _check_weight(packed, format, values, what)
-    _check_value_dtype(value_dtype)
     return _empty_result(packed, shape, dtype)
 
 
@@ -145,11 +143,6 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
                lambda: f"{len(scales)} scales of {format} were given for {what}, which has"
                        f" {blocks} blocks.")
     return packed_format
-
-
-def _check_value_dtype(dtype: torch.dtype | None):
-    _check(dtype is None or dtype.is_floating_point,
-           lambda: f"Values are rounded to a float dtype, not to {dtype}.")
 
 
 def _empty_result(packed, shape, dtype: torch.dtype) -> torch.Tensor:

@@ -24,8 +24,7 @@ def digest(patcher) -> list[str]:
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         found.update(weight.flatten().view(torch.uint8).numpy().tobytes())
     ways = {
-        str((layer.value_dtype, layer.compute)) for layer in patcher.model.modules()
-        if hasattr(layer, "value_dtype")
+        layer.compute for layer in patcher.model.modules() if hasattr(layer, "compute")
     }
     return [type(patcher).__name__, type(patcher.model).__name__, found.hexdigest(), *sorted(ways)]
 

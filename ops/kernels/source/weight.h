@@ -6,17 +6,18 @@
 // Ints, one number per lane, with the operators of C; Packed, a pointer to bytes; loads of LANES
 // bytes, or bits, from an address on as Ints; bytes_of(words); floats(Ints); negated(Ints, bits);
 // look_up(Ints) in CODEBOOK; TABLE, where constants are kept; load_short and load_word, also of
-// addresses that are multiples of 2 only; load_half; float_of_half and float_of_bits. Values have the reference's bits: no product and sum may be contracted.
+// addresses that are multiples of 2 only; load_half; float_of_half and float_of_bits. Values have the
+// reference's bits: no product and sum may be contracted.
 
-// Returns these values as they are used: times the scale of their block, where the format keeps
-// scales in a tensor of their own, and rounded to VALUE_TYPE.
+// Returns these values, times the scale of their block, where the format keeps
+// scales in a tensor of their own.
 static FUNCTION Floats weight_values(Packed block, int first, float scale) {
     Floats values = FORMAT::values(block, first);
     if (SCALES_APART) values = scale * values;
-    return rounded<VALUE_TYPE>(values);
+    return values;
 }
 
-// Returns the weight's values from chunk * LANES on, as they are used.
+// Returns the weight's values from chunk * LANES on.
 static FUNCTION Floats weight_chunk(Packed packed, Scales scales, Index chunk) {
     const int chunks_of_block = BLOCK_LENGTH / LANES;
     Index block = chunk / chunks_of_block;

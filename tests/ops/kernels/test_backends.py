@@ -92,12 +92,12 @@ def kernels_of(backend, capability, fmt=None, dtype=None):
     return kernels
 
 
-def dequantize(backend, fmt, tensors, out, value_dtype=None):
+def dequantize(backend, fmt, tensors, out):
     """Returns what the backend's kernel computes on its device. All tensors are on the CPU."""
     device = device_of(backend)
     values = out.to(device)
     (kernel,) = kernels_of(backend, "dequantize", fmt)
-    kernel.run(fmt, [tensor.to(device) for tensor in tensors], values, value_dtype, 0)
+    kernel.run(fmt, [tensor.to(device) for tensor in tensors], values, 0)
     return values.cpu()
 
 
@@ -123,13 +123,7 @@ def test_dequantize_gives_the_values_of_gguf_and_bitsandbytes(backend, fmt, dtyp
 
 @each_dequantize
 def test_dequantize_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
-    check(*kernels_of(backend, "dequantize", fmt), fmt, dtype, None, device)
-
-
-@parametrize_cases(BACKENDS, TWO, DTYPES[1:],
-                   lambda name, fmt, dtype: fmt == TWO[dtype == torch.float16])
-def test_dequantize_rounds_to_the_value_dtype_first(backend, fmt, dtype, device):
-    check(*kernels_of(backend, "dequantize", fmt), fmt, torch.float32, dtype, device)
+    check(*kernels_of(backend, "dequantize", fmt), fmt, dtype, device)
 
 
 @pytest.mark.parametrize("shape", [(7, 72), (5, 45), (0, 64)], ids=str)
@@ -159,7 +153,7 @@ def test_values_are_rounded_once(backend, fmt, dtype):
 @parametrize_cases(["cpp", "nvrtc", "gpu"], ALL_FORMATS, DTYPES[1:], is_usual_product)
 def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
     for kernel in kernels_of(backend, "linear", fmt, dtype):
-        check(kernel, fmt, dtype, None, device)
+        check(kernel, fmt, dtype, device)
 
 
 @parametrize_cases(WITH_PRODUCTS, [FORMATS["Q4_K"]], DTYPES,
@@ -209,31 +203,28 @@ def test_each_number_of_rows_up_to_a_limit_has_a_product(backend, dtype):
     CPUS, ALL_FORMATS, [torch.int8], lambda name, fmt, dtype:
     fmt == TWO[0] or (name == "cpp" and fmt in ONE_OF_EACH_SOURCE))
 def test_codes_of_a_weights_rows_are_right(backend, fmt, dtype, device):
-    for value_dtype in (None, torch.float16):
-        check(*kernels_of(backend, "int8_rows", fmt), fmt, dtype, value_dtype, device)
+    check(*kernels_of(backend, "int8_rows", fmt), fmt, dtype, device)
 
 
 @parametrize_cases(CPUS, [None], DTYPES, lambda *case: True)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_codes_of_the_inputs_rows_are_right(backend, threads, fmt, dtype, device, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
-    check(*kernels_of(backend, "int8_tokens"), fmt, dtype, None, device)
+    check(*kernels_of(backend, "int8_tokens"), fmt, dtype, device)
 
 
 @parametrize_cases(["cpp"], [None], DTYPES, lambda *case: True)
-@pytest.mark.parametrize("value_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_channels_go_last_in_any_dtype(backend, threads, value_dtype, fmt, dtype, device,
-                                       monkeypatch):
+def test_channels_go_last_in_any_dtype(backend, threads, fmt, dtype, device, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
-    check(*kernels_of(backend, "channels_last"), fmt, dtype, value_dtype, device)
+    check(*kernels_of(backend, "channels_last"), fmt, dtype, device)
 
 
 @parametrize_cases(["cpp"], [None], [torch.float32, torch.bfloat16], lambda *case: True)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_softmax_is_rounded_once(backend, threads, fmt, dtype, device, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
-    check(*kernels_of(backend, "softmax"), fmt, dtype, None, device)
+    check(*kernels_of(backend, "softmax"), fmt, dtype, device)
 
 
 # --- a device that uses it ---
@@ -288,11 +279,10 @@ def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one
 
 
 @of(MAIN[:3])
-@pytest.mark.parametrize(("wrong", "dtype", "value_dtype"), [
-    ("7", torch.float16, torch.bfloat16), ("eight", torch.bfloat16, torch.float16)],
-    ids=["wrong values", "no C++"])  # of which nothing else is compiled
+@pytest.mark.parametrize(("wrong", "dtype"), [("7", torch.float16), ("eight", torch.bfloat16)],
+                         ids=["wrong values", "no C++"])
 def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
-        backend, used_by_device, wrong, dtype, value_dtype, monkeypatch, caplog):
+        backend, used_by_device, wrong, dtype, monkeypatch, caplog):
     for module in (cpp_backend, nvrtc_backend, metal_backend):
         def changed(*args, real=module.kernel_source, **more):
             source = real(*args, **more)
@@ -302,9 +292,9 @@ def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
         monkeypatch.setattr(module, "kernel_source", changed)
     fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32, dtype=dtype)
     tensors = random_tensors(fmt, 8, CPU)
-    assert kernel_layer.find("dequantize", CPU, fmt, dtype, value_dtype) is None
-    assert_same_bits(kernel_layer.dequantize_into(fmt, tensors, out, value_dtype),
-                     fmt.dequantize_into(tensors, torch.empty_like(out), value_dtype))
+    assert kernel_layer.find("dequantize", CPU, fmt, dtype) is None
+    assert_same_bits(kernel_layer.dequantize_into(fmt, tensors, out),
+                     fmt.dequantize_into(tensors, torch.empty_like(out)))
     assert "dequantize of Q4_0 to" in caplog.text
     assert ("values differ from the reference" if wrong == "7" else wrong) in caplog.text
 
@@ -326,7 +316,7 @@ def test_a_weak_lora_arrives(tokens, dtype):
 
     def run(input, strength):
         low_rank = LowRank(down.to(dtype), ((strength * up).to(dtype),), (Slice(0, rows, 0, 4),))
-        return product.linear(input, weight, bias, None, low_rank)
+        return product.linear(input, weight, bias, low_rank)
 
     inputs = [torch.randn(tokens, columns, generator=generator).to(dtype)
               for _ in range(max(1, 96 // tokens))]

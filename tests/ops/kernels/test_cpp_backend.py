@@ -74,7 +74,7 @@ def test_codes_are_right_where_torch_rounds_what_it_multiplies(on_cpu, op, fmt, 
                         other)
 
     monkeypatch.setattr(torch, "mm", rounding)
-    check(kernel_of(on_cpu, op), fmt, dtype, None, CPU)
+    check(kernel_of(on_cpu, op), fmt, dtype, CPU)
 
 
 def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, mo
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
         on_cpu = CpuKernels(CppCompiler(str(command), tmp_path / machine))
         with contextlib.nullcontext() if works else pytest.raises(CppError, match="what"):
-            on_cpu.dequantize(fmt, tensors, torch.empty(64), None, 0)
+            on_cpu.dequantize(fmt, tensors, torch.empty(64), 0)
 
 
 # One format for each branch of the search. Each further one would compile as long again.
@@ -106,7 +106,7 @@ GRIDS = [
 @pytest.mark.parametrize("fmt", GRIDS)
 def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: 3)
-    check(kernel_of(on_cpu, "pack_blocks"), fmt, torch.float32, None, CPU)
+    check(kernel_of(on_cpu, "pack_blocks"), fmt, torch.float32, CPU)
 
 
 # tests/ops/quantize/test_packing_feedback.py compiles these kernels for all instructions.
@@ -124,7 +124,7 @@ def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
     indirect=["on_cpu"],
 )
 def test_packing_takes_fewer_instructions_too(on_cpu, capability, name):
-    check(kernel_of(on_cpu, capability), FORMATS[name], torch.float32, None, CPU)
+    check(kernel_of(on_cpu, capability), FORMATS[name], torch.float32, CPU)
 
 
 @pytest.mark.parametrize(("correct", "wrong", "message"), [
@@ -170,7 +170,7 @@ def test_a_wrong_search_is_found_out(freshly_compiled, wrong, monkeypatch):
     monkeypatch.setattr(cpp_backend, "kernel_source",
                         lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
     with pytest.raises(WrongResult, match="mean error"):
-        check(kernel_of(freshly_compiled, "pack_blocks"), FORMATS["Q3_K"], torch.float32, None, CPU)
+        check(kernel_of(freshly_compiled, "pack_blocks"), FORMATS["Q3_K"], torch.float32, CPU)
 
 
 @pytest.mark.usefixtures("fresh", "compiled_before")
@@ -194,7 +194,7 @@ def test_packing_uses_the_kernel_and_a_part_is_packed_as_in_the_whole(monkeypatc
 
 def dequantize_a_block(kernels):
     kernels.dequantize(FORMATS["Q4_0"], random_tensors(FORMATS["Q4_0"], 1, CPU), torch.empty(32),
-                       None, 0)
+                       0)
 
 
 def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def test_dequantize_of_blocks_that_do_not_divide_into_chunks():
     fmt = FORMATS["NF4"].of_block_length(12)
     tensors = random_tensors(fmt, 8, CPU)
     out = torch.empty(96)
-    dequantize(fmt, tensors, out, None, 0)
+    dequantize(fmt, tensors, out, 0)
     assert_same_bits(out, reference(fmt, tensors))
 
 
@@ -63,7 +63,7 @@ def test_the_check_has_no_subnormals_that_one_gpu_flushes_and_another_does_not(f
         assert not ((values > 0) & (values < 16 * torch.finfo(torch.float32).tiny)).any(), fmt
     flushed()
     for fmt in ONE_OF_EACH_SOURCE:
-        check(BACKEND.kernels[0], fmt, torch.float32, None, CPU)
+        check(BACKEND.kernels[0], fmt, torch.float32, CPU)
 
 
 @each_dtype
@@ -75,7 +75,7 @@ def test_where_the_reference_has_zero_for_subnormals_the_kernel_has_too(flushed,
     expected = fmt.dequantize_into([blocks], torch.empty(256 * fmt.block_length, dtype=dtype))
     assert not expected[:2 * fmt.block_length].any() and expected[2 * fmt.block_length:].any()
     out = torch.empty_like(expected)
-    dequantize(fmt, [blocks], out, None, 0)
+    dequantize(fmt, [blocks], out, 0)
     assert_same_bits(out, expected)
 
 

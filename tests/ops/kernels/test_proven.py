@@ -21,7 +21,7 @@ from featherweight.ops.tensor.packed_layout import packed_tensor
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
 FLOAT32 = frozenset([torch.float32])
-DEQUANTIZE = Case("dequantize", "Q4_0", torch.float32, None)
+DEQUANTIZE = Case("dequantize", "Q4_0", torch.float32)
 LINEAR = DEQUANTIZE._replace(capability="linear")
 
 
@@ -31,14 +31,14 @@ class FakeBackend:
     def __init__(self, name: str):
         self.name, self.calls = name, {"dequantize": 0, "linear": 0}
 
-        def dequantize(packed_format, tensors, out, value_dtype, first):
+        def dequantize(packed_format, tensors, out, first):
             self.calls["dequantize"] += 1
-            packed_format.dequantize_into(tensors, out, value_dtype, first)
+            packed_format.dequantize_into(tensors, out, first)
 
-        def linear(packed_format, tensors, input, addend, out, value_dtype):
+        def linear(packed_format, tensors, input, addend, out):
             self.calls["linear"] += 1
             weight = input.new_empty(out.shape[1], input.shape[1])
-            packed_format.dequantize_into(tensors, weight, value_dtype)
+            packed_format.dequantize_into(tensors, weight)
             added = 0 if addend is None else addend
             out.copy_(input.double() @ weight.double().t() + added)
 
@@ -245,17 +245,17 @@ def test_a_load_and_a_layer_start_no_trial_and_say_once_what_is_not_proven(trial
     assert set(Notes().cases()) == {
         DEQUANTIZE,
         LINEAR,
-        Case("dequantize", "Q4_0", torch.float16, None),
+        Case("dequantize", "Q4_0", torch.float16),
     }
     (line,) = log("Kernels for")
     assert "Q4_0" in line and "until ComfyUI starts again" in line
 
 
 @pytest.mark.parametrize("case", [
-    Case("pack_blocks", "Q4_0", torch.float32, None),
-    Case("dequantize", "JOINED_ROWS_1x32xQ4_0+1x32xQ8_0", torch.float32, None),
-    Case("dequantize", f"SDNQ_{'9' * 40}", torch.float32, None),
-    Case("dequantize", "Q4_0", torch.float64, None)], ids=str)
+    Case("pack_blocks", "Q4_0", torch.float32),
+    Case("dequantize", "JOINED_ROWS_1x32xQ4_0+1x32xQ8_0", torch.float32),
+    Case("dequantize", f"SDNQ_{'9' * 40}", torch.float32),
+    Case("dequantize", "Q4_0", torch.float64)], ids=str)
 def test_a_case_that_no_trial_can_try_is_neither_noted_nor_said_to_be_proven_later(
         case, trials, restart, log):
     restart(FakeBackend("fine"))
@@ -284,7 +284,7 @@ def test_a_model_of_a_new_format_is_not_said_to_be_dequantized_by_what_was_prove
     trials.prove(backend, DEQUANTIZE)
     restart(backend)
     start_comfyui(DEQUANTIZE)
-    kernels.prepare(CPU, [Case("dequantize", "Q8_0", torch.float32, None)])
+    kernels.prepare(CPU, [Case("dequantize", "Q8_0", torch.float32)])
     assert kernels.used(CPU) == "torch"
     kernels.prepare(CPU, [DEQUANTIZE])
     assert kernels.used(CPU) == "fine"

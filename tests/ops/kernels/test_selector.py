@@ -24,26 +24,26 @@ CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
 
 
-def dequantize(packed_format, tensors, out, value_dtype, first):
-    packed_format.dequantize_into(tensors, out, value_dtype, first)
+def dequantize(packed_format, tensors, out, first):
+    packed_format.dequantize_into(tensors, out, first)
 
 
-def dequantize_from_the_start(packed_format, tensors, out, value_dtype, first):
-    packed_format.dequantize_into(tensors, out, value_dtype)
+def dequantize_from_the_start(packed_format, tensors, out, first):
+    packed_format.dequantize_into(tensors, out)
 
 
-def dequantize_rounded(packed_format, tensors, out, value_dtype, first):
-    packed_format.dequantize_into(tensors, out, torch.bfloat16, first)
+def dequantize_rounded(packed_format, tensors, out, first):
+    rounded = torch.empty_like(out, dtype=torch.bfloat16)
+    out.copy_(packed_format.dequantize_into(tensors, rounded, first))
 
 
-def multiply(packed_format, tensors, input, addend, out, value_dtype):
-    weight = packed_format.dequantize_into(tensors, input.new_empty(out.shape[1], input.shape[1]),
-                                           value_dtype)
+def multiply(packed_format, tensors, input, addend, out):
+    weight = packed_format.dequantize_into(tensors, input.new_empty(out.shape[1], input.shape[1]))
     out.copy_(input @ weight.t() + (0 if addend is None else addend))
 
 
-def multiply_without_addend(packed_format, tensors, input, addend, out, value_dtype):
-    multiply(packed_format, tensors, input, None, out, value_dtype)
+def multiply_without_addend(packed_format, tensors, input, addend, out):
+    multiply(packed_format, tensors, input, None, out)
 
 
 @pytest.fixture
@@ -80,8 +80,7 @@ def dtype_of(capability: str) -> torch.dtype:
 def find(capability: str):
     packed_format = None if capability in WITHOUT_FORMAT else Q4_0
     tokens = 3 if capability == "linear" else None
-    value_dtype = torch.float16 if capability == "channels_last" else None
-    return kernels.find(capability, CPU, packed_format, dtype_of(capability), value_dtype, tokens)
+    return kernels.find(capability, CPU, packed_format, dtype_of(capability), tokens)
 
 
 def packed(rows=6, columns=64):
@@ -130,8 +129,8 @@ def softmax_of_numbers(scores):
     scores.copy_(scores.nan_to_num().softmax(-1))
 
 
-def encode_rows_and_clip(packed_format, tensors, codes, scales, value_dtype, first):
-    encode_rows(packed_format, tensors, codes, scales, value_dtype, first)
+def encode_rows_and_clip(packed_format, tensors, codes, scales, first):
+    encode_rows(packed_format, tensors, codes, scales, first)
     codes.clamp_(-126, 126)
 
 
@@ -265,8 +264,8 @@ def test_a_kernel_that_is_wrong_only_somewhere_is_found_out(capability, where, u
 
 
 def test_a_dequantize_kernel_that_writes_outside_its_output_is_found_out(use, caplog):
-    def wrong(packed_format, tensors, out, value_dtype, first):
-        dequantize(packed_format, tensors, out, value_dtype, first)
+    def wrong(packed_format, tensors, out, first):
+        dequantize(packed_format, tensors, out, first)
         if out.storage_offset() + out.numel() < out.untyped_storage().nbytes() // 4:
             out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
 
@@ -289,7 +288,7 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
 
 
 def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
-    def fill(packed_format, tensors, out, value_dtype, first):
+    def fill(packed_format, tensors, out, first):
         out.fill_(1)
 
     use(backend(probe=lambda device: probe(fill, device)))

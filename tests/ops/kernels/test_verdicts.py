@@ -25,9 +25,9 @@ from featherweight.ops.kernels.verdicts import (
 )
 
 CPU = torch.device("cpu")
-DEQUANTIZE = Case("dequantize", "Q4_K", torch.bfloat16, None)
-LINEAR = Case("linear", "NF4", torch.float16, torch.float32)
-TOKENS = Case("int8_tokens", None, torch.float16, None)
+DEQUANTIZE = Case("dequantize", "Q4_K", torch.bfloat16)
+LINEAR = Case("linear", "NF4", torch.float16)
+TOKENS = Case("int8_tokens", None, torch.float16)
 NAME = f"{DEQUANTIZE}, rows 1 to any by nvrtc"
 
 
@@ -150,7 +150,7 @@ def test_what_was_asked_for_is_read_again_and_written_once(verdicts):
 
 def test_the_latest_notes_count(verdicts):
     for number in range(MAX_NOTES + 20):
-        Notes().append(case=Case("dequantize", f"Q{number}", torch.float32, None).as_json())
+        Notes().append(case=Case("dequantize", f"Q{number}", torch.float32).as_json())
     cases = Notes().cases()
     assert len(cases) == MAX_NOTES and cases[-1].format == f"Q{MAX_NOTES + 19}"
 
@@ -184,10 +184,9 @@ def test_a_damaged_case_counts_as_none(case, verdicts):
 
 
 def test_a_case_is_the_same_after_a_journey_as_json():
-    for case in (DEQUANTIZE, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8,
-                                                  torch.float32)):
+    for case in (DEQUANTIZE, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8)):
         assert Case.of_json(json.loads(json.dumps(case.as_json()))) == case
-    assert str(LINEAR) == "linear of NF4 to float16 by way of float32"
+    assert str(LINEAR) == "linear of NF4 to float16"
 
 
 # --- what verdicts depend on ---

@@ -11,9 +11,9 @@ from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8, product  # noqa: F401
 
 ROWS, COLUMNS = 12, 512
-LINEAR = ("input", "packed", "bias", "format", "rows", "value_dtype", "down", "ups", "slices")
+LINEAR = ("input", "packed", "bias", "format", "rows", "down", "ups", "slices")
 EMBEDDING = ("ids", "packed", "format", "columns", "dtype")
-DEQUANTIZE = ("packed", "format", "shape", "dtype", "value_dtype", "first")
+DEQUANTIZE = ("packed", "format", "shape", "dtype", "first")
 
 
 def packed(name="Q4_K", rows=ROWS):
@@ -23,7 +23,7 @@ def packed(name="Q4_K", rows=ROWS):
 
 def linear_operands(**others):
     operands = {"input": torch.ones(2, 3, COLUMNS), "bias": torch.ones(ROWS),
-                "format": "Q4_K", "rows": ROWS, "value_dtype": None, "down": torch.ones(2, COLUMNS),
+                "format": "Q4_K", "rows": ROWS, "down": torch.ones(2, COLUMNS),
                 "ups": [torch.ones(4, 2)], "slices": [8, 12, 0, 2]}
     if "packed" not in others:
         operands["packed"] = packed(others.get("format", "Q4_K"))
@@ -41,7 +41,7 @@ def embedding_operands(**others):
 def dequantize_operands(**others):
     operands = {
         "packed": packed(), "format": "Q4_K", "shape": [ROWS, COLUMNS], "dtype": torch.float16,
-        "value_dtype": torch.float32, "first": 0
+        "first": 0
     }
     return [{**operands, **others}[name] for name in DEQUANTIZE]
 
@@ -54,7 +54,7 @@ def fake(operator, operands):
 
 SOUND = [("linear", linear_operands(**others))
          for others in ({}, {"format": "NF4"}, {"bias": None},
-                        {"down": None, "ups": [], "slices": []}, {"value_dtype": torch.float16})]
+                        {"down": None, "ups": [], "slices": []})]
 SOUND += [("embedding", embedding_operands()), ("dequantize", dequantize_operands()),
           ("dequantize", dequantize_operands(shape=[ROWS - 2, COLUMNS], first=2 * COLUMNS // 256))]
 
@@ -89,7 +89,6 @@ BROKEN_LINEAR = [
      "The bias is (13,) of torch.float32; expected (12,) of torch.float32."),
     ({"bias": torch.ones(ROWS).half()},
      "The bias is (12,) of torch.float16; expected (12,) of torch.float32."),
-    ({"value_dtype": torch.int8}, "Values are rounded to a float dtype, not to torch.int8."),
     ({"down": None}, "A low-rank branch has up factors and no down factor."),
     ({"down": torch.ones(2, COLUMNS).half()},
      "A low-rank factor is (2, 512) of torch.float16; expected a matrix of torch.float32."),

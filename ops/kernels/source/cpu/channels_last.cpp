@@ -12,13 +12,13 @@ typedef Integer<sizeof(TYPE)>::Type Bits;
 static const int CHANNELS = 32;  // handled together; a multiple of LANES
 
 // Casts `count` neighbouring values.
-static FUNCTION void cast(const VALUE_TYPE* values, TYPE* out, int count) {
+static FUNCTION void cast(const FROM_TYPE* values, TYPE* out, int count) {
     int first = 0;
     for (; first + LANES <= count; first += LANES) store(load_values(values + first), out + first);
     if (first < count) {
-        VALUE_TYPE last[LANES] = {};
+        FROM_TYPE last[LANES] = {};
         TYPE cast_last[LANES];
-        memcpy(last, values + first, (count - first) * sizeof(VALUE_TYPE));
+        memcpy(last, values + first, (count - first) * sizeof(FROM_TYPE));
         store(load_values(last), cast_last);
         memcpy(out + first, cast_last, (count - first) * sizeof(TYPE));
     }
@@ -26,7 +26,7 @@ static FUNCTION void cast(const VALUE_TYPE* values, TYPE* out, int count) {
 
 // Casts `count` channels of all taps and writes them transposed. Inlined, so that the loops are
 // unrolled where the numbers are constant.
-static FUNCTION void transpose(const VALUE_TYPE* values, Bits* out, int channels, int taps,
+static FUNCTION void transpose(const FROM_TYPE* values, Bits* out, int channels, int taps,
                                int count) {
     Bits chunk[CHANNELS * MAX_TAPS];
     cast(values, (TYPE*)chunk, count * taps);
@@ -35,11 +35,11 @@ static FUNCTION void transpose(const VALUE_TYPE* values, Bits* out, int channels
 }
 
 // values: (rows, channels, taps). out: (rows, taps, channels). taps: at most MAX_TAPS.
-extern "C" void channels_last(const VALUE_TYPE* values, TYPE* out, long long rows, int channels,
+extern "C" void channels_last(const FROM_TYPE* values, TYPE* out, long long rows, int channels,
                               int taps, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (Index row = 0; row < rows; row++) {
-        const VALUE_TYPE* from = values + row * channels * taps;
+        const FROM_TYPE* from = values + row * channels * taps;
         Bits* to = (Bits*)out + row * channels * taps;
         if (taps == 1) {
             cast(from, (TYPE*)to, channels);

@@ -316,7 +316,7 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
             }
             rotate(values);
             for (int i = 0; i < ROTATED_VALUES / LANES; i++)
-                store(rounded<VALUE_TYPE>(values[i] * ROTATION_FACTOR),
+                store(values[i] * ROTATION_FACTOR,
                       out + row * COLUMNS + start + i * LANES);
         }
 #else
@@ -336,7 +336,7 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
                 }
                 rotate(values);
                 for (int i = 0; i < GROUP / LANES; i++)
-                    store(rounded<VALUE_TYPE>(values[i] * scale), out + place + i * LANES);
+                    store(values[i] * scale, out + place + i * LANES);
             } else {
                 const float minimum = addend(minima, row, groups, group);
                 for (int first = 0; first < GROUP; first += LANES) {
@@ -344,7 +344,7 @@ extern "C" void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
 #if SCALED_COLUMNS
                     values = values * load<Floats>(column_scales + group * GROUP + first);
 #endif
-                    store(rounded<VALUE_TYPE>(values), out + place + first);
+                    store(values, out + place + first);
                 }
             }
         }

@@ -80,16 +80,6 @@ FUNCTION float to_float(float value) { return value; }
 
 FUNCTION void round_to(float value, float& same) { same = value; }
 
-template <class T>
-FUNCTION Floats rounded(Floats values) {
-    for (int i = 0; i < LANES; i++) {
-        T value;
-        round_to(values.lane[i], value);
-        values.lane[i] = to_float(value);
-    }
-    return values;
-}
-
 // LANES neighbouring numbers in memory.
 template <class T>
 struct alignas(16) Chunk {

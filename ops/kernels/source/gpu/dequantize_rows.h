@@ -105,7 +105,7 @@ static FUNCTION Floats row_numbers(Packed packed, Packed scales, Index place) {
 
 static FUNCTION Floats scaled(Floats numbers, float scale) {
     for (int i = 0; i < LANES; i++) numbers.lane[i] = numbers.lane[i] * scale;
-    return rounded<VALUE_TYPE>(numbers);
+    return numbers;
 }
 
 #if ROTATED

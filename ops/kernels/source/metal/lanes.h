@@ -114,16 +114,6 @@ static FUNCTION ushort bfloat16_bits(float value) {
     return value == value ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0;
 }
 
-static FUNCTION float rounded_as(float value, thread const float*) { return value; }
-static FUNCTION float rounded_as(float value, thread const Half*) { return (Half)value; }
-static FUNCTION float rounded_as(float value, thread const BFloat16*) {
-    return float_of_bits((uint)bfloat16_bits(value) << 16);
-}
-
-template <class T>
-static FUNCTION Floats rounded(Floats values)
-    LANEWISE(Floats, rounded_as(values.lane[i], (thread const T*)0))
-
 static FUNCTION void store(Floats values, device float* to) {
     device packed_float4* quads = (device packed_float4*)to;
     for (int i = 0; i < LANES / 4; i++) {
