@@ -1,5 +1,4 @@
 """What the device is."""
-import importlib.util
 import shutil
 import subprocess
 
@@ -20,7 +19,7 @@ def describe(options):
         found |= {
             "driver": _driver(),
             "capability": "{}.{}".format(*torch.cuda.get_device_capability(place)),
-            "Triton": _version("triton"), "memory": comfy.model_management.get_total_memory(place)
+            "memory": comfy.model_management.get_total_memory(place)
         }
     yield "device", found
     size = 1 << (20 if options.quick else 28)
@@ -51,9 +50,3 @@ def _driver() -> str:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return (subprocess.run(query, capture_output=True, text=True).stdout.split() or ["unknown"])[0]
-
-
-def _version(package: str) -> str:
-    if importlib.util.find_spec(package) is None:
-        return "none"
-    return importlib.import_module(package).__version__

@@ -20,8 +20,9 @@ from featherweight.ops.kernels import PRIORITY, Case
 from featherweight.ops.kernels.trial_process import run_trial
 from featherweight.ops.kernels.verdicts import Verdicts
 
+# Files of tests, with options.
 TESTS = [
-    "tests/ops/kernels/test_selector.py", "tests/ops/kernels/test_triton_backend.py",
+    "tests/ops/kernels/test_selector.py", "tests/ops/kernels/test_backends.py -k gpu",
     "tests/ops/kernels/test_nvrtc.py", "tests/ops/formats/test_formats.py"
 ]
 NO_RESULT = {"begun", "tried", "tried in part"}  # verdicts that say how far a trial is
@@ -83,7 +84,7 @@ def run_tests(options):
             heavy = [] if options.quick else ["--heavy"]
             subprocess.run([
                 sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                f"--junit-xml={folder}/tests.xml", *heavy, file
+                f"--junit-xml={folder}/tests.xml", *heavy, *file.split()
             ], cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""})
             yield file, outcomes(Path(folder) / "tests.xml")
 

@@ -51,12 +51,12 @@ EXTRAS = [
     "hypothesis", "websocket-client", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "gguf>=0.19.0",
     "transformers<5.15"
 ]
-# Compilers of GPU kernels: they need no GPU, and have no wheels for some systems. Ray: for the
-# tests of many machines. Atheris: a fuzzer guided by the lines it reaches. nodesafe: a scanner of
+# NVRTC: it compiles kernels without a GPU, and has no wheels for some systems. Ray: for the tests
+# of many machines. Atheris: a fuzzer guided by the lines it reaches. nodesafe: a scanner of
 # node packs, whose findings docs/registry-review.md counts. Diffusers: reads the quantised files of
 # Black Forest Labs.
 OPTIONAL = [
-    "atheris", "bitsandbytes", "diffusers==0.42.1", "nodesafe==0.6.0", "triton>=3.6",
+    "atheris", "bitsandbytes", "diffusers==0.42.1", "nodesafe==0.6.0",
     "nvidia-cuda-nvrtc-cu12", "ray>=2.55"
 ]
 

@@ -54,7 +54,7 @@ def load_summary(file: WeightFile, patcher) -> str:
 
 
 def dequantize_backend_text(patcher) -> str | None:
-    """Returns which kernels dequantise a model: 'dequantised by triton'; None if none need to."""
+    """Returns which kernels dequantise a model: 'dequantised by nvrtc'; None if none need to."""
     if any(is_packed(tensor) and tensor.params.format.plain_dtype is None
            for tensor in patcher.model.parameters()):
         return f"dequantised by {kernels.used(patcher.load_device)}"

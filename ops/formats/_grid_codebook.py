@@ -28,6 +28,10 @@ class GridCodebook(Format):
         values = grid_values(self.name)
         return values.view(torch.int32 if values.shape[-1] == 4 else torch.int64).view(-1)
 
+    def point_words(self) -> torch.Tensor:
+        """Returns the grid for kernels, int32: four int8 values in each, the first lowest."""
+        return self.points().view(torch.int32)
+
     @staticmethod
     def signs() -> torch.Tensor:
         """Returns the signs of eight values for every byte, as a table for `lookup`."""

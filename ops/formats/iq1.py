@@ -16,6 +16,13 @@ def _shifted_grid() -> torch.Tensor:
     return torch.cat([points + 1, points - 1]).view(torch.int64).view(-1)
 
 
+def _point_words() -> torch.Tensor:
+    """Returns the grid for kernels, int32 (2048,): eight values + 1, a nibble each. The first four
+    are in the low nibbles."""
+    codes = (grid_values("IQ1_S") + 1).view(-1, 2, 4)
+    return (codes[:, 0] + 16 * codes[:, 1]).contiguous().view(torch.int32).view(-1)
+
+
 class IQ1_S(Format, ggml_type=19):
     """value = (d * (2 * scale + 1)) * (grid[index] ± 0.125)
 
@@ -31,6 +38,7 @@ class IQ1_S(Format, ggml_type=19):
 
     block_length, block_bytes = 256, 50
     shifted_grid = staticmethod(_shifted_grid)
+    point_words = staticmethod(_point_words)
 
     def terms(self, blocks: torch.Tensor) -> Terms:
         high = reinterpret(blocks[:, 34:], torch.int16)
@@ -56,6 +64,7 @@ class IQ1_M(Format, ggml_type=29):
 
     block_length, block_bytes = 256, 56
     shifted_grid = staticmethod(_shifted_grid)
+    point_words = staticmethod(_point_words)
 
     def terms(self, blocks: torch.Tensor) -> Terms:
         packed = reinterpret(blocks[:, 48:], torch.int16)

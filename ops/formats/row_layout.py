@@ -211,7 +211,7 @@ class RowFormat(Format):
         return self.layout.title or self.family
 
     def kernel_names(self) -> tuple[str, ...]:
-        names = (*super().kernel_names(), self.family, *(["INT8"] * self.layout.is_int8))
+        names = super().kernel_names()
         return names if self.layout.rotation else (*names, "UnrotatedRows")
 
     def code_numbers(self) -> torch.Tensor:

@@ -18,8 +18,13 @@ from .kernel import Kernel
 SOURCES = Path(__file__).with_name("source")
 GPU_LANES, GPU_THREADS = 8, 256  # LANES and THREADS of source/gpu
 C_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
-FORMAT_NAMES = frozenset(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
-                          "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Codebook4Bit"))
+# All formats of blocks but the plain ones, F16 and BF16, which a cast dequantises.
+FORMAT_NAMES = frozenset((
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q1_0", "Q2_0", "PQ2_0", "TQ1_0", "TQ2_0",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K",
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+    "MXFP4", "NVFP4", "Codebook4Bit"
+))
 
 
 # names of `Format.kernel_names`: what "dequantize" takes, and what products take too
@@ -73,6 +78,9 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
         codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
         if codebook:
             definitions["CODEBOOK"] = c_floats(codebook)
+        if point_words := getattr(packed_format, "point_words", None):
+            definitions["POINTS"] = ", ".join(f"{word & 0xFFFFFFFF:#x}u"
+                                              for word in point_words().tolist())
     defines = [f"#define {name} {value}" for name, value in definitions.items()]
     texts = [path.read_text(encoding="utf-8")
              for path in source_files(platform, packed_format, kernel)]
@@ -195,16 +203,18 @@ def c_floats(numbers: Iterable[float]) -> str:
 def source_files(platform: str, packed_format: Format | None, kernel: str) -> list[Path]:
     """Returns the files of a kernel's source, in order.
 
-    A family of formats has one file, named like the one in ops/formats. Kernels whose names have
-    the same first word may share a header, and those of GPUs one in `gpu`.
+    A family of formats has one file, named like the one in ops/formats, and its base may have one.
+    Kernels whose names have the same first word may share a header, and those of GPUs one in `gpu`.
     """
     folder, weight_files = SOURCES / platform, []
     if isinstance(packed_format, RowFormat):
         weight_files = [SOURCES / "formats" / "rows.h"]
     elif packed_format is not None:
-        file = next(base.__module__.rpartition(".")[2] for base in type(packed_format).__mro__
-                    if base.__name__ == _source_name(packed_format))
-        weight_files = [SOURCES / "formats" / f"{file}.h", SOURCES / "weight.h"]
+        modules = dict.fromkeys(
+            base.__module__.rpartition(".")[2] for base in reversed(type(packed_format).__mro__))
+        weight_files = [path for module in modules
+                        if (path := SOURCES / "formats" / f"{module}.h").is_file()]
+        weight_files.append(SOURCES / "weight.h")
     return [
         folder / "lanes.h",
         *weight_files,

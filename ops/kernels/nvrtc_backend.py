@@ -1,5 +1,4 @@
-"""Kernels for CUDA where Triton is missing, as in portable ComfyUI on Windows: CUDA C++ in
-`source/`, compiled at run time."""
+"""Kernels for CUDA: C++ in `source/`, compiled at run time."""
 import math
 from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p

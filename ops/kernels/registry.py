@@ -6,18 +6,13 @@ from .kernel import Backend
 
 # Backends for each type of torch device (ROCm's are "cuda" too), the preferred one first.
 PRIORITY: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpp",), "cuda": ("triton", "nvrtc"), "mps": ("metal",)
+    "cpu": ("cpp",), "cuda": ("nvrtc",), "mps": ("metal",)
 }
 
 
 def _cpp() -> Backend:
     from . import cpp_backend
     return cpp_backend.BACKEND
-
-
-def _triton() -> Backend:
-    from . import triton_backend
-    return triton_backend.BACKEND
 
 
 def _nvrtc() -> Backend:
@@ -31,7 +26,7 @@ def _metal() -> Backend:
 
 
 IMPORTS: dict[str, Callable[[], Backend]] = {
-    "cpp": _cpp, "triton": _triton, "nvrtc": _nvrtc, "metal": _metal
+    "cpp": _cpp, "nvrtc": _nvrtc, "metal": _metal
 }
 
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import stat
 import sys
 import time
@@ -35,10 +34,9 @@ RETRY_AFTER_S = {"works": math.inf, "right": math.inf, "slower": math.inf, "wron
                  "crashed": math.inf, "refused": WEEK, "hung": WEEK, "killed": WEEK, "begun": WEEK,
                  "stopped": 0, "tried": math.inf, "tried in part": WEEK}
 # Of the files that make the kernels, and of the trial that they pass.
-SOURCES = ("*_backend.py", "triton_*.py", "nvrtc.py", "kernel_source.py", "*validation.py",
-           "trial_process.py", "source/**/*")
-COMPILER_PACKAGES = ("triton", "triton-windows", "pytorch-triton", "pytorch-triton-rocm",
-                     "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12")
+SOURCES = ("*_backend.py", "nvrtc.py", "kernel_source.py", "*validation.py", "trial_process.py",
+           "source/**/*")
+COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12")
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 NVML_VERSION_BYTES = 80  # nvml.h, NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
 
@@ -90,14 +88,14 @@ class JsonLines:
 class Verdicts(JsonLines):
     """The verdicts on one device's kernels: a line before and after each, and after each case.
 
-        {"name": "dequantize of Q4_K to float16, rows 1 to any by triton", "verdict": "begun",
+        {"name": "dequantize of Q4_K to float16, rows 1 to any by nvrtc", "verdict": "begun",
          "at": 1.7e9}
         {"name": the same, "verdict": "right", "at": 1.7e9, "seconds": [kernel's, torch's]}
         {"name": "dequantize of Q4_K to float16", "verdict": "tried", "at": 1.7e9}
 
     "verdict" is a key of `RETRY_AFTER_S`, "at" in seconds since 1970. "right" and "slower" (than
     torch) have "seconds", other verdicts may have a "why". A backend's probe has the name "probe by
-    triton".
+    nvrtc".
     """
 
     @classmethod
@@ -243,9 +241,8 @@ def driver_version() -> str:
 
 
 def compiler_versions() -> str:
-    """Returns the versions of the packages that compile kernels, and the C compiler that Triton
-    needs."""
-    versions = [str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"))]
+    """Returns the versions of the packages that compile kernels."""
+    versions = []
     for package in COMPILER_PACKAGES:
         try:
             versions.append(f"{package} {metadata.version(package)}")

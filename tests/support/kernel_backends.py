@@ -1,6 +1,5 @@
-"""Runs every backend without a GPU: the C++ ones on this CPU, compiled and launched by the same
-Python as on their platform, and Triton in its interpreter. Where there is a GPU, Triton runs on it.
-"""
+"""Runs every backend on this CPU, compiled and launched by the same Python as on its platform, and
+that of a GPU on the GPU too where there is one."""
 import contextlib
 import ctypes
 import hashlib
@@ -36,15 +35,13 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
 # Variants of the CPU's backend: instructions that are turned off, and possible numbers of lanes.
 CPUS = {"cpp": ((), (16, 8)), "cpp with AVX2": (("-mno-avx512f",), (8,)),
         "cpp without AVX": (("-mno-avx",), (8,))}
-BACKENDS = (*CPUS, "nvrtc", "metal", "triton")
+BACKENDS = (*CPUS, "nvrtc", "metal", "gpu")
 CPU = torch.device("cpu")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which is read when triton is imported
-ON_A_GPU = torch.cuda.is_available() and not INTERPRETED
 
 
 def device_of(backend: Backend) -> torch.device:
     """Returns where a backend of `backend_on_cpu` runs."""
-    return torch.device("cuda", 0) if backend.name == "triton" and ON_A_GPU else CPU
+    return torch.device("cuda", 0) if backend is nvrtc_backend.BACKEND else CPU
 
 
 def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
@@ -128,24 +125,12 @@ def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def triton_backend() -> Iterator[Backend]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if not (INTERPRETED or ON_A_GPU):
-        pytest.skip("runs in the process that test_triton_backend.py starts")
-    from featherweight.ops.kernels import triton_backend as module
-
-    with pytest.MonkeyPatch.context() as patch:
-        if INTERPRETED:  # a value takes ten thousand times as long
-            patch.setattr(sys.modules[probe.__module__], "MANY", 3 * module.DEQUANTIZE_TILE // 2)
-        yield module.BACKEND
-
-
-@contextlib.contextmanager
 def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
     """Yields one of `BACKENDS`. It keeps what it compiles in `cache`, as in a user's cache."""
-    if name == "triton":
-        with triton_backend() as backend:
-            yield backend
+    if name == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        yield nvrtc_backend.BACKEND
         return
     if COMPILER is None or sys.platform == "win32":
         pytest.skip("needs a C++ compiler")

@@ -3,25 +3,20 @@ import contextlib
 import sys
 from pathlib import Path
 
-import gguf
+import ggml_reference
 import precompiled
 import pytest
 import torch
-from gguf import GGMLQuantizationType
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.kernels import cpp_backend, kernel_source, selector
-from featherweight.ops.kernels.kernel_source import FORMAT_NAMES
 from featherweight.ops.layers import product  # noqa: F401
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
-BASIC_FORMATS = [
-    *(fmt for fmt in GGML_FORMATS.values() if fmt.name in FORMAT_NAMES), *CODEBOOKS,
-    INT8.of_columns(96)
-]
+BASIC_FORMATS = [*GGML_FORMATS.values(), *CODEBOOKS, INT8.of_columns(96)]
 ALL_FORMATS = BASIC_FORMATS + [
     fmt.of_block_length(length) for fmt in CODEBOOKS for length in (32, 4096)
 ]
@@ -120,8 +115,7 @@ def assert_same_bits(values, expected):
 def reference(fmt, tensors) -> torch.Tensor:
     """Returns float32 values by gguf, or by bitsandbytes' definition."""
     if fmt.ggml_type is not None:
-        values = gguf.quants.dequantize(tensors[0].numpy(), GGMLQuantizationType(fmt.ggml_type))
-        return torch.from_numpy(values).flatten()
+        return ggml_reference.reference(fmt, tensors[0].numpy()).flatten()
     if isinstance(fmt, RowFormat) and fmt.layout.is_int8:
         values = tensors[0].view(torch.int8).float()
     else:

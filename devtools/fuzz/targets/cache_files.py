@@ -27,13 +27,13 @@ class VerdictFile(Target):
             Kernel("dequantize", frozenset(["Q4_K"]), frozenset([torch.float16]), print, least)
             for least in (1, 2)
         ]
-        self.backend = Backend("triton", print, tuple(kernels))
-        right, slower = (self.case.kernel_name("triton", kernel) for kernel in kernels)
+        self.backend = Backend("nvrtc", print, tuple(kernels))
+        right, slower = (self.case.kernel_name("nvrtc", kernel) for kernel in kernels)
         self.verdicts.add(right, "begun")
         self.verdicts.add(right, "right", seconds=[0.5, 1.0])
         self.verdicts.add(slower, "slower", seconds=[2.0, 1.5])
         self.verdicts.add(str(self.case), "tried")
-        self.verdicts.add("probe by nvrtc", "crashed", why="it crashed")
+        self.verdicts.add("probe by metal", "crashed", why="it crashed")
         self.verdicts.add("another", "begun")
         return [self.verdicts.path.read_bytes()]
 
@@ -41,7 +41,7 @@ class VerdictFile(Target):
         self.verdicts.path.write_bytes(data)
         results = self.verdicts.results()
         results.kernels(self.case, [self.backend])
-        results.verdict("probe by triton")
+        results.verdict("probe by nvrtc")
         results.untried([self.case])
 
 

@@ -74,7 +74,7 @@ def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[s
 @contextlib.contextmanager
 def kernels_asked_for() -> Iterator[dict[str, None]]:
     """The operations that ask for a kernel meanwhile, each with the backend that it gets: "linear
-    by triton"."""
+    by nvrtc"."""
     found, find = {}, kernels.find
 
     def watched(op: str, *case, **more):

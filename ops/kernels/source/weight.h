@@ -4,8 +4,10 @@
 // FORMAT::values(block, first) returns LANES neighbouring values of a block. `first` is the number
 // of the first one, a multiple of LANES. A platform's lanes.h defines what it uses: Floats and
 // Ints, one number per lane, with the operators of C; Packed, a pointer to bytes; loads of LANES
-// bytes, or bits, from an address on as Ints; floats(Ints); look_up(Ints) in CODEBOOK; load_half;
-// float_of_bits. Values have the reference's bits: no product and sum may be contracted.
+// bytes, or bits, from an address on as Ints; bytes_of(words); floats(Ints); negated(Ints, bits);
+// look_up(Ints) in CODEBOOK; TABLE, where constants are kept; load_short and load_word, also of
+// addresses that are multiples of 2 only; load_half; float_of_half and float_of_bits. Values have the
+// reference's bits: no product and sum may be contracted.
 //
 // Kernels of products take any weight that has what is below: this, or formats/rows.h.
 

@@ -2,10 +2,10 @@
 import ast
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from ggml_reference import WITHOUT_REFERENCE, reference
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,36 +23,6 @@ each_format = pytest.mark.parametrize("fmt", GGML_FORMATS.values(), ids=lambda f
 # Q8_1 holds activations during a dot product and is never in a file; gguf-py and ggml disagree
 # about its size.
 NOT_A_FILE_FORMAT = {"Q8_1"}
-
-
-def dequantize_q1_0(blocks: np.ndarray) -> np.ndarray:
-    """`dequantize_row_q1_0` of ggml-quants.c, which gguf lacks."""
-    values = np.empty((len(blocks), 128), np.float32)
-    for value, block in zip(values, blocks):
-        d = block[:2].view(np.float16)[0].astype(np.float32)
-        for i in range(128):
-            value[i] = d if block[2 + i // 8] >> (i % 8) & 1 else -d
-    return values
-
-
-def dequantize_q8_k(blocks: np.ndarray) -> np.ndarray:
-    """`dequantize_row_q8_K` of ggml-quants.c, which gguf lacks."""
-    values = np.empty((len(blocks), 256), np.float32)
-    for value, block in zip(values, blocks):
-        d = block[:4].copy().view(np.float32)[0]
-        for i in range(256):
-            value[i] = d * np.float32(block[4 + i].view(np.int8))
-    return values
-
-
-WITHOUT_REFERENCE = {"Q1_0": dequantize_q1_0, "Q8_K": dequantize_q8_k}
-
-
-def reference(fmt, blocks: np.ndarray) -> torch.Tensor:
-    with np.errstate(all="ignore"):
-        if fmt.name in WITHOUT_REFERENCE:
-            return torch.from_numpy(WITHOUT_REFERENCE[fmt.name](blocks))
-        return torch.from_numpy(gguf.quants.dequantize(blocks, GGMLQuantizationType(fmt.ggml_type)))
 
 
 def random_blocks(fmt, count: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Every backend has the values of gguf and bitsandbytes, passes the cases of `check`, and is used
-by a device. C++ runs on this CPU, Triton where test_triton_backend.py says. Tests of a single
-backend are in a file of its name.
+by a device. All run on this CPU, and that of a GPU there too. Tests of a single backend are in a
+file of its name.
 
 Cases that differ from another one in one respect only are heavy: every backend dequantises every
 format to float32, and other dtypes and kernels run with a few formats.
@@ -11,7 +11,7 @@ from devtools.measure.weights import random_weight
 
 import pytest
 import torch
-from kernel_backends import BACKENDS, CPUS, INTERPRETED, backend_on_cpu, device_of
+from kernel_backends import BACKENDS, CPUS, backend_on_cpu, device_of
 from kernel_cases import (
     ALL_FORMATS,
     CPU,
@@ -25,7 +25,7 @@ from kernel_cases import (
 from lora_gain import assert_full_strength
 
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend, registry
 from featherweight.ops.kernels.validation import check, random_tensors
@@ -33,9 +33,8 @@ from featherweight.ops.layers import product
 from featherweight.ops.layers.low_rank import LowRank, Slice
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
-MAIN = ("cpp", "nvrtc", "metal", "triton")  # the others are cpp with fewer instructions
+MAIN = ("cpp", "nvrtc", "metal", "gpu")  # the others are cpp with fewer instructions
 WITH_PRODUCTS = [name for name in BACKENDS if name != "metal"]
-WITH_CODES = [*CPUS, "triton"]
 TWO = FORMATS["Q6_K"], FORMATS["NF4"]  # scales in the blocks and apart
 
 
@@ -68,8 +67,6 @@ def parametrize_cases(backends, formats, dtypes, is_usual):
     cases = []
     for name in backends:
         for dtype in dtypes:
-            if name == "triton" and INTERPRETED and dtype == torch.bfloat16:
-                continue  # the interpreter truncates where a GPU rounds
             cases += [pytest.param(name, fmt, dtype, id=f"{name}-{fmt and fmt.name}-{dtype}",
                                    marks=() if is_usual(name, fmt, dtype) else pytest.mark.heavy)
                       for fmt in formats]
@@ -102,6 +99,13 @@ def dequantize(backend, fmt, tensors, out):
     (kernel,) = kernels_of(backend, "dequantize", fmt)
     kernel.run(fmt, [tensor.to(device) for tensor in tensors], values, 0)
     return values.cpu()
+
+
+@of(MAIN[:3])
+def test_every_format_of_ggml_has_a_kernel(backend):
+    for fmt in GGML_FORMATS.values():
+        assert any(kernel.capability == "dequantize" and kernel.accepts(fmt, torch.float32)
+                   for kernel in backend.kernels), fmt
 
 
 each_dequantize = parametrize_cases(BACKENDS, ALL_FORMATS, DTYPES, is_usual_dequantize)
@@ -146,14 +150,14 @@ def test_values_are_rounded_once(backend, fmt, dtype):
     assert_same_bits(out, values.to(dtype).unsqueeze(-1).expand(-1, 32))
 
 
-@parametrize_cases(["cpp", "nvrtc", "triton"], ALL_FORMATS, DTYPES[1:], is_usual_product)
+@parametrize_cases(["cpp", "nvrtc", "gpu"], ALL_FORMATS, DTYPES[1:], is_usual_product)
 def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
     for kernel in kernels_of(backend, "linear", fmt, dtype):
         check(kernel, fmt, dtype, device)
 
 
 @parametrize_cases(WITH_PRODUCTS, [FORMATS["Q4_K"]], DTYPES,
-                   lambda name, fmt, dtype: name != "triton" or dtype == torch.float16)
+                   lambda *case: True)
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16])
 @pytest.mark.usefixtures("three_threads")
 def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, device):
@@ -196,13 +200,13 @@ def test_each_number_of_rows_up_to_a_limit_has_a_product(backend, dtype):
 
 
 @parametrize_cases(
-    WITH_CODES, ALL_FORMATS, [torch.int8], lambda name, fmt, dtype:
+    CPUS, ALL_FORMATS, [torch.int8], lambda name, fmt, dtype:
     fmt == TWO[0] or (name == "cpp" and fmt in ONE_OF_EACH_SOURCE))
 def test_codes_of_a_weights_rows_are_right(backend, fmt, dtype, device):
     check(*kernels_of(backend, "int8_rows", fmt), fmt, dtype, device)
 
 
-@parametrize_cases(WITH_CODES, [None], DTYPES, lambda *case: True)
+@parametrize_cases(CPUS, [None], DTYPES, lambda *case: True)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_codes_of_the_inputs_rows_are_right(backend, threads, fmt, dtype, device, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
@@ -253,8 +257,7 @@ def test_a_device_uses_it(backend, used_by_device):
 
 @pytest.mark.parametrize(("backend", "name", "tokens"), [
     *((backend, name, tokens)
-      for backend in MAIN[:3] for name in ("Q4_K", "NF4") for tokens in (3, 40)),
-    ("triton", "NF4", 3)], indirect=["backend"])
+      for backend in MAIN for name in ("Q4_K", "NF4") for tokens in (3, 40))], indirect=["backend"])
 def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one(
         used_by_device, name, tokens):
     fmt, device = FORMATS[name], used_by_device

@@ -357,9 +357,9 @@ def test_a_kernel_is_checked_when_it_is_needed(use):
     assert len(calls) == checked
 
 
-def test_a_cpu_never_imports_triton(use, monkeypatch):
+def test_a_cpu_never_imports_the_backend_of_a_gpu(use, monkeypatch):
     use()
-    module = f"{kernels.__name__}.triton_backend"
+    module = f"{kernels.__name__}.nvrtc_backend"
     monkeypatch.delitem(sys.modules, module, raising=False)
     assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
     assert module not in sys.modules
@@ -388,7 +388,7 @@ def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, ca
 
 @pytest.mark.parametrize(("setting", "used"), [
     (None, "first"), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second"),
-    ("triton", "first")], ids=str)  # the last is one for other devices
+    ("nvrtc", "first")], ids=str)  # the last is one for other devices
 def test_the_environment_variable_chooses(setting, used, use, monkeypatch):
     use(backend(kernel("dequantize", dequantize), name="first"),
         backend(kernel("dequantize", dequantize_rounded), name="second"))

@@ -28,13 +28,13 @@ CPU = torch.device("cpu")
 DEQUANTIZE = Case("dequantize", "Q4_K", torch.bfloat16)
 LINEAR = Case("linear", "NF4", torch.float16)
 TOKENS = Case("int8_tokens", None, torch.float16)
-NAME = f"{DEQUANTIZE}, rows 1 to any by triton"
+NAME = f"{DEQUANTIZE}, rows 1 to any by nvrtc"
 
 
 @pytest.fixture
 def verdicts(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return Verdicts.of_device(CPU, ("triton",))
+    return Verdicts.of_device(CPU, ("nvrtc",))
 
 
 def known(verdicts) -> dict[str, str]:
@@ -43,7 +43,7 @@ def known(verdicts) -> dict[str, str]:
 
 def reopened() -> Verdicts:
     """Returns them as another process reads them."""
-    return Verdicts.of_device(CPU, ("triton",))
+    return Verdicts.of_device(CPU, ("nvrtc",))
 
 
 def test_a_verdict_is_known_to_the_next_process(verdicts):
@@ -133,7 +133,7 @@ def test_what_somebody_else_may_have_written_is_not_believed(spoil, what, verdic
 def test_a_cache_that_cannot_be_written_loses_nothing_in_this_process(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    Verdicts.of_device(CPU, ("triton",)).add(NAME, "wrong")
+    Verdicts.of_device(CPU, ("nvrtc",)).add(NAME, "wrong")
     assert known(reopened()) == {NAME: "wrong"}
 
 
@@ -215,16 +215,16 @@ def test_devices_of_amd_with_one_name_have_the_verdicts_of_their_architecture(mo
             patch.setattr(torch.version, "hip", "7.0")
             if override:
                 patch.setenv("HSA_OVERRIDE_GFX_VERSION", override)
-            return str(device_key(torch.device("cuda", 0), ("triton",)))
+            return str(device_key(torch.device("cuda", 0), ("nvrtc",)))
 
     assert key("gfx1100") == key("gfx1100")
     keys = {key("gfx1100"), key("gfx1103"), key("gfx1103", "11.0.0"), key("gfx1103", "11.0.1")}
     assert len(keys) == 4
 
 
-@pytest.mark.parametrize("changed", ["torch", "driver", "compiler", "C compiler", "backends"])
+@pytest.mark.parametrize("changed", ["torch", "driver", "compiler", "backends"])
 def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdicts, monkeypatch):
-    installed = {"triton": "3.6"}
+    installed = {"nvidia-cuda-nvrtc": "13.0"}
 
     def version(name):
         if name in installed:
@@ -232,7 +232,7 @@ def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdic
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    first, backends = Verdicts.of_device(CPU, ("triton",)), ("triton",)
+    first, backends = Verdicts.of_device(CPU, ("nvrtc",)), ("nvrtc",)
     first.add(NAME, "wrong")
     assert known(reopened()) == {NAME: "wrong"}
     if changed == "torch":
@@ -240,11 +240,9 @@ def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdic
     elif changed == "driver":
         monkeypatch.setattr(module.platform, "mac_ver", lambda: ("99.9", (), ""))
     elif changed == "compiler":
-        installed["triton"] = "3.7"
-    elif changed == "C compiler":
-        monkeypatch.setattr(shutil, "which", lambda name: "/somewhere/else/cc")
+        installed["nvidia-cuda-nvrtc"] = "13.1"
     else:
-        backends = ("triton", "nvrtc")
+        backends = ("nvrtc", "metal")
     assert known(Verdicts.of_device(CPU, backends)) == {}
 
 
@@ -253,7 +251,7 @@ def test_other_verdicts_are_for_other_sources(tmp_path):
     shutil.copytree(folder, copy)
     assert source_hash(copy) == source_hash(folder)
     hashes = {source_hash(copy)}
-    names = ("triton_decode.py", "source/weight.h", "source/cuda/dequantize.cu", "kernel_source.py",
+    names = ("nvrtc.py", "source/weight.h", "source/cuda/dequantize.cu", "kernel_source.py",
              "validation.py", "quantize_validation.py")
     for name in names:
         assert (copy / name).is_file()

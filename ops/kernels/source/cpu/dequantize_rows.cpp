@@ -16,8 +16,7 @@ static FUNCTION Floats permuted(Floats values, Ints from) {
 
 // Rotates numbers in lanes that are `stride` apart, in the order of sums of ops/formats/rotation.py.
 static FUNCTION Floats rotate_lanes(Floats values, int stride) {
-    Ints lanes;
-    UNROLLED for (int i = 0; i < LANES; i++) lanes[i] = i;
+    Ints lanes = lane_numbers();
     Floats signs = floats(1 - (((lanes & stride) != 0) & 2));
     values = permuted(values, lanes ^ stride) + values * signs;
     if (ROTATION_BASE == 2) return values;

@@ -48,17 +48,6 @@ static FUNCTION Ints ints(Bytes bytes) {
 #endif
 }
 
-static FUNCTION unsigned load_short(Packed from) { return load<unsigned short>(from); }
-
-static FUNCTION unsigned load_word(Packed from) { return load<unsigned>(from); }
-
-// Returns `first` in the first eight lanes and `second` in the others.
-static FUNCTION Ints of_eights(int first, int second) {
-    Ints lanes;
-    UNROLLED for (int i = 0; i < LANES; i++) lanes[i] = i;
-    return LANES == 8 ? Ints{} + first : lanes < 8 ? Ints{} + first : Ints{} + second;
-}
-
 static FUNCTION Floats load_floats(Scales from) { return load<Floats>(from); }
 
 static FUNCTION Ints load_bytes(Packed from) { return ints(load<Bytes>(from)); }
@@ -83,12 +72,53 @@ static FUNCTION Ints load_low_nibble_pairs(Packed from) {
     return ints(load<Bytes>(&pairs));
 }
 
+// Returns 0, 1, 2 ...
+static FUNCTION Ints lane_numbers() {
+    Ints lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return lanes;
+}
+
+// Returns `first` in the first eight lanes and `second` in the others.
+static FUNCTION Ints of_eights(int first, int second) {
+    return LANES == 8 ? Ints{} + first : lane_numbers() < 8 ? Ints{} + first : Ints{} + second;
+}
+
 // Eight lanes per byte, the lowest bit first.
 static FUNCTION Ints load_bits(Packed from) {
-    Ints shifts;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) shifts[i] = i;
-    return (from[0] | (LANES > 8 ? from[1] << 8 : 0)) >> shifts & 1;
+    return (from[0] | (LANES > 8 ? from[1] << 8 : 0)) >> lane_numbers() & 1;
+}
+
+// Four lanes per byte, the lowest bits first.
+static FUNCTION Ints load_bit_pairs(Packed from) {
+    unsigned pairs = load<unsigned short>(from);
+    if (LANES > 8) pairs |= (unsigned)load<unsigned short>(from + 2) << 16;
+    return (Ints)((Words{} + pairs) >> (Words)(lane_numbers() << 1)) & 3;
+}
+
+static FUNCTION unsigned load_short(Packed from) { return load<unsigned short>(from); }
+
+static FUNCTION unsigned load_word(Packed from) { return load<unsigned>(from); }
+
+// The bytes of LANES / 4 numbers, the lowest first.
+static FUNCTION Ints bytes_of(const unsigned* words) {
+    // by way of memory the words would be written apart and read at once, which waits
+    unsigned quarters __attribute__((vector_size(LANES)));
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES / 4; i++) quarters[i] = words[i];
+    return ints((Bytes)quarters);
+}
+
+// Negates the lanes whose bit is set.
+static FUNCTION Ints negated(Ints values, unsigned bits) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (Ints)_mm512_mask_sub_epi32((__m512i)values, (__mmask16)bits, _mm512_setzero_si512(),
+                                       (__m512i)values);
+#else
+    Ints minus = ((int)bits & 1 << lane_numbers()) != 0;  // -1 in these lanes
+    return (values ^ minus) - minus;
+#endif
 }
 
 // Rounding to nearest, ties to even.
@@ -128,14 +158,15 @@ static FUNCTION Floats of_halves(Shorts halves) {
 }
 #endif
 
-static FUNCTION float load_half(Packed from) {
+static FUNCTION float float_of_half(unsigned short half) {
 #ifdef __F16C__
-    return _cvtsh_ss(load<unsigned short>(from));
+    return _cvtsh_ss(half);
 #else
-    return load<_Float16>(from);
+    return load<_Float16>(&half);
 #endif
 }
 
+static FUNCTION float load_half(Packed from) { return float_of_half(load_short(from)); }
 // Returns the floats that bytes of float8 stand for.
 #define HAS_VECTORS_OF_FLOAT8
 

@@ -3,6 +3,7 @@
 #define FUNCTION __device__ inline
 #define PRIVATE
 #define UNROLLED _Pragma("unroll")
+// Not __constant__: threads of a warp that read different entries would wait for each other.
 #define TABLE __device__ const
 
 const int LANES = 8;
@@ -32,10 +33,10 @@ typedef Lanes<float> Floats;
 
 FUNCTION Ints operator>>(Ints a, int b) LANEWISE(Ints, a.lane[i] >> b)
 FUNCTION Ints operator<<(Ints a, int b) LANEWISE(Ints, a.lane[i] << b)
+FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 FUNCTION Ints operator&(Ints a, int b) LANEWISE(Ints, a.lane[i] & b)
 FUNCTION Ints operator-(Ints a, int b) LANEWISE(Ints, a.lane[i] - b)
 FUNCTION Ints operator>>(Ints a, Ints b) LANEWISE(Ints, a.lane[i] >> b.lane[i])
-FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 FUNCTION Ints operator|(Ints a, Ints b) LANEWISE(Ints, a.lane[i] | b.lane[i])
 FUNCTION Floats operator*(float a, Floats b) LANEWISE(Floats, a * b.lane[i])
 FUNCTION Floats operator*(Floats a, float b) LANEWISE(Floats, a.lane[i] * b)
@@ -50,6 +51,9 @@ FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
 // Returns values of at most `limit` in magnitude.
 FUNCTION Floats limited(Floats values, float limit)
     LANEWISE(Floats, values.lane[i] > limit ? limit : values.lane[i] < -limit ? -limit : values.lane[i])
+
+// Returns 0, 1, 2 ...
+FUNCTION Ints lane_numbers() LANEWISE(Ints, i)
 
 // Returns `first` in the first eight lanes, which are all.
 FUNCTION Ints of_eights(int first, int) LANEWISE(Ints, first)
@@ -175,15 +179,27 @@ FUNCTION Ints load_low_nibble_pairs(Packed from) {
 // Eight lanes per byte, the lowest bit first.
 FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 
-// The float16 at an even byte of a block.
-FUNCTION float load_half(Packed from) {
-    return float_of_half(load_short(from));
+FUNCTION float load_half(Packed from) { return float_of_half(load_short(from)); }
+
+// Four lanes per byte, the lowest bits first.
+FUNCTION Ints load_bit_pairs(Packed from) {
+    unsigned pairs = load_short(from);
+    Ints values;
+    for (int i = 0; i < LANES; i++) values.lane[i] = pairs >> i * 2 & 3;
+    return values;
 }
 
+// The bytes of two numbers, the lowest first.
+FUNCTION Ints bytes_of(const unsigned* words)
+    LANEWISE(Ints, (int)(words[i / 4] >> i % 4 * 8 & 0xFF))
+
+// Negates the lanes whose bit is set.
+FUNCTION Ints negated(Ints values, unsigned bits)
+    LANEWISE(Ints, bits >> i & 1 ? -values.lane[i] : values.lane[i])
+
 #ifdef CODEBOOK
-// The value of each code, from the format's class. Not __constant__: threads of a warp that read
-// different entries would wait for each other.
-__device__ const float codebook[16] = {CODEBOOK};
+// The value of each code, from the format's class.
+TABLE float codebook[16] = {CODEBOOK};
 
 FUNCTION Floats look_up(Ints codes) LANEWISE(Floats, codebook[codes.lane[i]])
 #endif

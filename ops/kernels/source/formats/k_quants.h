@@ -67,3 +67,9 @@ struct Q6_K {
         return scale * floats((codes | high << 4) - 32);
     }
 };
+
+struct Q8_K {
+    static FUNCTION Floats values(Packed block, int first) {
+        return float_of_bits(load_word(block)) * floats(load_signed_bytes(block + 4 + first));
+    }
+};

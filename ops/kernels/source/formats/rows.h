@@ -87,12 +87,12 @@ static FUNCTION int code_of_packs(Packed from, int i) {
 static FUNCTION Ints codes_at(Packed from) {
     if (BITS == 8) return load_bytes(from);
     if (BITS == 4) return ORDER == HIGH_FIRST ? load_nibble_pairs(from) : load_low_nibble_pairs(from);
-    Ints codes, places;
-    UNROLLED for (int i = 0; i < LANES; i++) {
-        codes[i] = ORDER == PACKS ? code_of_packs(from, i) : 0;
-        places[i] = i % 8;
+    if (ORDER == PACKS) {
+        Ints codes;
+        UNROLLED for (int i = 0; i < LANES; i++) codes[i] = code_of_packs(from, i);
+        return codes;
     }
-    if (ORDER == PACKS) return codes;
+    const Ints places = lane_numbers() & 7;
     if (ORDER == PLANES) {  // of eight: low nibbles, then two more bits of each
         Ints low = of_eights(load_word(from), load_word(from + (LANES - 8) / 8 * 6)),
              upper = of_eights(load_short(from + 4), load_short(from + 4 + (LANES - 8) / 8 * 6));

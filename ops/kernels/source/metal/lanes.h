@@ -41,10 +41,10 @@ struct Floats {
 
 static FUNCTION Ints operator>>(Ints a, int b) LANEWISE(Ints, a.lane[i] >> b)
 static FUNCTION Ints operator<<(Ints a, int b) LANEWISE(Ints, a.lane[i] << b)
+static FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 static FUNCTION Ints operator&(Ints a, int b) LANEWISE(Ints, a.lane[i] & b)
 static FUNCTION Ints operator-(Ints a, int b) LANEWISE(Ints, a.lane[i] - b)
 static FUNCTION Ints operator>>(Ints a, Ints b) LANEWISE(Ints, a.lane[i] >> b.lane[i])
-static FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 static FUNCTION Ints operator|(Ints a, Ints b) LANEWISE(Ints, a.lane[i] | b.lane[i])
 static FUNCTION Floats operator*(float a, Floats b) LANEWISE(Floats, a * b.lane[i])
 static FUNCTION Floats operator*(Floats a, float b) LANEWISE(Floats, a.lane[i] * b)
@@ -60,16 +60,15 @@ static FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
 static FUNCTION Floats limited(Floats values, float limit)
     LANEWISE(Floats, values.lane[i] > limit ? limit : values.lane[i] < -limit ? -limit : values.lane[i])
 
+// Returns 0, 1, 2 ...
+static FUNCTION Ints lane_numbers() LANEWISE(Ints, i)
+
 // Returns `first` in the first eight lanes, which are all.
 static FUNCTION Ints of_eights(int first, int) LANEWISE(Ints, first)
 
 static FUNCTION Floats load_floats(Scales from) LANEWISE(Floats, from[i])
 
 static FUNCTION void wait_for_threads() { threadgroup_barrier(mem_flags::mem_threadgroup); }
-
-static FUNCTION uint load_short(Packed from) { return from[0] | from[1] << 8; }
-
-static FUNCTION uint load_word(Packed from) { return load_short(from) | load_short(from + 2) << 16; }
 
 // Packed vectors need only the alignment of their elements.
 
@@ -105,9 +104,24 @@ static FUNCTION Ints load_low_nibble_pairs(Packed from) {
 // Eight lanes per byte, the lowest bit first.
 static FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
 
-static FUNCTION float load_half(Packed from) {
-    return as_type<half>((ushort)load_short(from));
-}
+static FUNCTION uint load_short(Packed from) { return from[0] | from[1] << 8; }
+
+static FUNCTION uint load_word(Packed from) { return load_short(from) | load_short(from + 2) << 16; }
+
+static FUNCTION float float_of_half(uint bits) { return as_type<half>((ushort)bits); }
+
+static FUNCTION float load_half(Packed from) { return float_of_half(load_short(from)); }
+
+// Four lanes per byte, the lowest bits first.
+static FUNCTION Ints load_bit_pairs(Packed from) LANEWISE(Ints, from[i / 4] >> i % 4 * 2 & 3)
+
+// The bytes of two numbers, the lowest first.
+static FUNCTION Ints bytes_of(thread const uint* words)
+    LANEWISE(Ints, (int)(words[i / 4] >> i % 4 * 8 & 0xFF))
+
+// Negates the lanes whose bit is set.
+static FUNCTION Ints negated(Ints values, uint bits)
+    LANEWISE(Ints, bits >> i & 1 ? -values.lane[i] : values.lane[i])
 
 static FUNCTION float float_of_bits(uint bits) { return as_type<float>(bits); }
 
@@ -151,7 +165,7 @@ static FUNCTION void store(Floats values, device BFloat16* to) {
 }
 
 #ifdef CODEBOOK
-constant float codebook[16] = {CODEBOOK};
+TABLE float codebook[16] = {CODEBOOK};
 
 static FUNCTION Floats look_up(Ints codes) LANEWISE(Floats, codebook[codes.lane[i]])
 #endif
