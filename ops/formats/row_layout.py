@@ -146,11 +146,6 @@ class RowLayout:
         """Columns that share a scale."""
         return self.columns // self.groups
 
-    @functools.cached_property
-    def is_int8(self) -> bool:
-        """Whether it is int8 with a scale a row, and nothing else."""
-        return self == RowLayout(self.columns, INT8_CODES, is_host_format=self.is_host_format)
-
     def qparams(self) -> tuple[QParam, ...]:
         """Returns the tensors of a weight beside its codes, in their order.
 

@@ -41,7 +41,7 @@ from .kernel_source import (
     kernel_source,
     late_bound_method,
     linear_by_reference,
-    row_definitions,
+    scale_group,
     weight_argument,
 )
 from .private_files import (
@@ -206,7 +206,8 @@ class CpuKernels:
             return
         run = self._function(kernel, packed_format, out.dtype, LANES=lanes)
         weight = weight_argument(packed_format, tensors, packed_format.block_length, first)
-        run(ctypes.byref(weight), _address(out), c_longlong(count // length), c_int(_threads(count)))
+        run(ctypes.byref(weight), _address(out), c_longlong(count // length),
+            c_int(_threads(count)))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
@@ -327,7 +328,7 @@ def _lanes(packed_format: Format) -> int:
     length, multiple = packed_format.block_length, packed_format.block_length
     if isinstance(packed_format, RowFormat):
         # of other groups, a vector's values have scales of their own
-        group = row_definitions(packed_format)["GROUP"]
+        group = scale_group(packed_format.layout)
         multiple = math.gcd(length, group) if group % 8 == 0 else length
     limit = min(8 if packed_format.name == "NVFP4" else 16, _max_lanes())
     return next((lanes for lanes in (16, 8) if lanes <= limit and multiple % lanes == 0), 0)

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from ..formats.base import Format
-from ..formats.row_layout import Codes, Numbers, RowFormat
+from ..formats.row_layout import Codes, Numbers, RowFormat, RowLayout
 from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")
-GPU_LANES, GPU_THREADS = 8, 256  # LANES and THREADS of source/gpu
+CHUNK = 8  # values that a thread of a GPU handles at a time, LANES of its source
+TILE_THREADS, MIN_TILE = 256, 256  # of a block of threads, and columns that it takes at least
 C_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 # All formats of blocks but the plain ones, F16 and BF16, which a cast dequantises.
 FORMAT_NAMES = frozenset((
@@ -68,6 +69,8 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
     definitions["TYPE"] = C_TYPES[dtype]
     if isinstance(packed_format, RowFormat):
         definitions |= row_definitions(packed_format)
+        if platform != "cpu":
+            definitions |= zip(("WIDTH", "HEIGHT", "CHUNKS"), _tile(packed_format.layout))
     elif packed_format is not None:
         definitions |= {
             "FORMAT": _source_name(packed_format),
@@ -75,8 +78,7 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
             "BLOCK_BYTES": packed_format.block_bytes,
             "SCALES_APART": int(bool(packed_format.qparams)),
         }
-        codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
-        if codebook:
+        if codebook := getattr(packed_format, "codebook", getattr(packed_format, "values", None)):
             definitions["CODEBOOK"] = c_floats(codebook)
         if point_words := getattr(packed_format, "point_words", None):
             definitions["POINTS"] = ", ".join(f"{word & 0xFFFFFFFF:#x}u"
@@ -91,13 +93,12 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
 def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
     """Returns the constants of source/formats/rows.h, the same for rows of all lengths."""
     layout, rotation = packed_format.layout, packed_format.layout.rotation
-    is_whole_row = layout.groups == 1 or layout.names_groups
     return {
         "BITS": layout.codes.bits,
         "ORDER": _order(layout.codes),
         **_numbers_of_codes(layout.codes),
         "HAS_OWN_NUMBERS": int(layout.has_own_numbers),
-        "GROUP": 0 if is_whole_row else layout.group,
+        "GROUP": scale_group(layout),
         "TAPS": layout.taps,
         "IS_ORDERED": int(layout.names_groups),
         "LEVELS": layout.levels,
@@ -116,6 +117,12 @@ def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
     }
 
 
+def scale_group(layout: RowLayout) -> int:
+    """Returns how many neighbouring values share a scale, apart from those of kernel positions; 0:
+    those of a row, or of columns that name their groups."""
+    return 0 if layout.groups == 1 or layout.names_groups else layout.group
+
+
 def _order(codes: Codes) -> str:
     if codes.order == "packs" and codes.bits not in (1, 2, 4, 8):
         return "PACKS"
@@ -124,7 +131,8 @@ def _order(codes: Codes) -> str:
 
 def _numbers_of_codes(codes: Codes) -> dict[str, int | str]:
     count = 1 << codes.bits
-    definitions = {"IS_SIGNED": int(codes.dtype == torch.int8), "OFFSET": codes.offset}
+    definitions: dict[str, int | str] = {
+        "IS_SIGNED": int(codes.dtype == torch.int8), "OFFSET": codes.offset}
     if codes.numbers is None:
         return definitions | ({"FLOAT8": FLOAT8[codes.dtype]} if codes.dtype in FLOAT8 else {})
     if codes.numbers == (*range(count // 2), *range(-count // 2, 0)):
@@ -182,11 +190,18 @@ def linear_by_reference(packed_format: Format, tensors: list[torch.Tensor], inpu
 
 def row_grid(packed_format: RowFormat, rows: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Returns how many blocks of threads of a GPU write some rows, and how many threads a block
-    has, both along a row and across rows: the tile of source/gpu/dequantize_rows.h."""
-    tile = max(packed_format.layout.rotation, 32 * GPU_LANES)
-    width = min(tile // GPU_LANES, GPU_THREADS)
-    height = GPU_THREADS // width
+    has, both along a row and across rows."""
+    width, height, chunks = _tile(packed_format.layout)
+    tile = width * chunks * CHUNK
     return (-(-packed_format.block_length // tile), -(-rows // height)), (width, height)
+
+
+def _tile(layout: RowLayout) -> tuple[int, int, int]:
+    """Returns how many threads of a block write a row, how many rows a block writes, and how many
+    times `CHUNK` values a thread of it writes: together whole rotations."""
+    vectors = max(layout.rotation, MIN_TILE) // CHUNK
+    width = min(vectors, TILE_THREADS)
+    return width, TILE_THREADS // width, vectors // width
 
 
 def _source_name(packed_format: Format) -> str:

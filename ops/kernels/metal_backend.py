@@ -12,6 +12,7 @@ from ..formats.row_layout import RowFormat
 from .kernel import Backend, Kernel
 from .kernel_source import (
     C_TYPES,
+    CHUNK,
     DEQUANTIZED,
     ROW_TENSORS,
     kernel_source,
@@ -19,7 +20,6 @@ from .kernel_source import (
 )
 from .validation import probe
 
-CHUNK = 8  # values that a thread handles at a time, LANES in source/metal
 MAX_CHUNKS = 1 << 32  # per launch: Metal counts threads in 32 bits
 GROUP = 256  # threads per thread group
 

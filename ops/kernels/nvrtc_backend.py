@@ -11,6 +11,7 @@ from ..formats.row_layout import RowFormat
 from ..lasting_memory import cached_on_device, lasting_memory
 from .kernel import Backend, Kernel
 from .kernel_source import (
+    CHUNK,
     dequantize_and_linear,
     is_for_products,
     kernel_source,
@@ -21,7 +22,6 @@ from .kernel_source import (
 from .nvrtc import Compiler, CudaDriver, CudaError, Module, nvrtc_libraries
 from .validation import probe
 
-CHUNK = 8  # values that a thread handles at a time, LANES in source/cuda
 DEQUANTIZE_THREADS = 256
 LINEAR_THREADS = 128
 # Token limit of each variant of "linear" -> weight rows per warp. More rows load the input fewer

@@ -105,8 +105,8 @@ class MetalFunction:
         threads, group = ([*([size] if isinstance(size, int) else size), 1][:2]
                           for size in (threads, group_size))
         assert all(0 < count < 1 << 32 for count in threads) and 0 < math.prod(group) <= 1024
-        if any(count % size for count, size in zip(threads, group)):  # the last group is a smaller one
-            group = [1, 1]
+        if any(count % size for count, size in zip(threads, group)):
+            group = [1, 1]  # the last group is a smaller one
         groups = [count // size for count, size in zip(threads, group)]
         assert self._launch(pointers, (ctypes.c_uint * 2)(*groups), (ctypes.c_uint * 2)(*group)), (
             "some threads of a group do not reach a barrier")

@@ -116,7 +116,7 @@ def reference(fmt, tensors) -> torch.Tensor:
     """Returns float32 values by gguf, or by bitsandbytes' definition."""
     if fmt.ggml_type is not None:
         return ggml_reference.reference(fmt, tensors[0].numpy()).flatten()
-    if isinstance(fmt, RowFormat) and fmt.layout.is_int8:
+    if getattr(fmt, "family", None) in ("INT8", "INT8_ROWS"):
         values = tensors[0].view(torch.int8).float()
     else:
         codes = torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()

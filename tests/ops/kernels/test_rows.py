@@ -18,6 +18,8 @@ from kernel_cases import (
 
 from featherweight.ops.formats._names import formats_of_key
 from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import cpp_backend, kernel_source, metal_backend, nvrtc_backend
 from featherweight.ops.kernels.nvrtc import CudaError
@@ -27,8 +29,8 @@ BACKENDS = ("cpp", "nvrtc", "metal")
 GPUS = ("nvrtc", "metal")
 # what no kernel dequantises, and why
 WITHOUT_KERNEL = {
-    "F16": "a cast", "BF16": "a cast",
-}
+    "F16": "a cast", "BF16": "a cast", "ColumnGroups": "its columns are reordered by torch",
+    "AddedLowRank": "by its parts", "Joined": "by its parts", "Scaled": "by its parts"}
 ROTATED = [fmt for fmt in USUAL_ROWS if fmt.layout.rotation]
 UNROTATED = [fmt for fmt in USUAL_ROWS if not fmt.layout.rotation]
 
@@ -62,9 +64,13 @@ def reference(fmt, tensors, rows, dtype=torch.float32):
 @pytest.mark.parametrize("module", [cpp_backend, nvrtc_backend, metal_backend],
                          ids=lambda module: module.__name__.rpartition(".")[2])
 def test_every_format_of_a_file_has_a_kernel_but_for_the_named(module):
-    formats = {name: fmt for name, fmt in FORMATS.items()
-               if fmt.ggml_type is not None or getattr(fmt, "codebook", None)}
+    formats = {name: fmt for name, fmt in FORMATS.items() if not fmt.arguments}
     formats |= {name: family.of_columns(3072) for name, family in FAMILIES.items()}
+    q8_0 = FORMATS["Q8_0"]
+    formats |= {type(fmt).__name__: fmt for fmt in (
+        ColumnGroups.of(q8_0, 128, 2, 2), Joined.of(0, (q8_0, 1, 32), (q8_0, 1, 32)),
+        Scaled.of(q8_0, 32, False),
+        AddedLowRank.of(q8_0, 4, torch.float16, torch.float16, False))}
     kernels = [kernel for kernel in module.BACKEND.kernels if kernel.capability == "dequantize"]
     missing = {name for name, fmt in formats.items()
                if not any(kernel.accepts(fmt, torch.bfloat16) for kernel in kernels)}

@@ -13,7 +13,7 @@ from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
-from featherweight.ops.kernels import cpp_backend, kernel_source
+from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.layers import int8, int8_codes, product
 from featherweight.ops.quantize import pack_tensor as quantize

@@ -240,12 +240,12 @@ struct LanesOr<false> {
 typedef LanesOr<(bool)HAS_UNIFORM_LANES>::Number OfLanes;
 
 template <class Of>
-static FUNCTION void read(Weight weight, Index row, int column, PRIVATE float& number) {
+static FUNCTION void read_numbers(Weight weight, Index row, int column, PRIVATE float& number) {
     number = Of::number(weight, row, column);
 }
 
 template <class Of>
-static FUNCTION void read(Weight weight, Index row, int column, PRIVATE Floats& numbers) {
+static FUNCTION void read_numbers(Weight weight, Index row, int column, PRIVATE Floats& numbers) {
     UNROLLED for (int i = 0; i < LANES; i++) numbers[i] = Of::number(weight, row, column + i);
 }
 
@@ -266,9 +266,9 @@ static FUNCTION Part part_of(Weight weight, Index row, int column) {
     part.codes = weight.codes + row * code_bytes(weight.columns) + code_bytes(column);
     part.row = row;
     part.column = column;
-    if (!LEVELS && (IS_REQUANTIZED || !ROTATES_CODES)) read<ScaleOf>(weight, row, column, part.scale);
-    if (ZERO_BITS) read<ZeroOf>(weight, row, column, part.zero);
-    if (HAS_MINIMUM && !ROTATES_CODES) read<MinimumOf>(weight, row, column, part.minimum);
+    if (!LEVELS && (IS_REQUANTIZED || !ROTATES_CODES)) read_numbers<ScaleOf>(weight, row, column, part.scale);
+    if (ZERO_BITS) read_numbers<ZeroOf>(weight, row, column, part.zero);
+    if (HAS_MINIMUM && !ROTATES_CODES) read_numbers<MinimumOf>(weight, row, column, part.minimum);
     return part;
 }
 

@@ -1,13 +1,10 @@
-// Rows of a weight whose block is a row, on GPUs. HEIGHT * WIDTH threads take HEIGHT rows of TILE
-// columns, CHUNKS times LANES columns each: number position, position + WIDTH ... of a row of the tile.
-// Rotated numbers are decoded once, and exchanged in memory that the threads share.
+// Rows of a weight whose block is a row, on GPUs. A block of WIDTH * HEIGHT threads takes HEIGHT rows
+// of TILE columns; a thread takes CHUNKS times LANES of these, at its position in the row, WIDTH
+// behind that, and so on. Rotated numbers are decoded once, and exchanged in memory that the threads
+// share.
 
 enum {
-    THREADS = 256,
-    TILE = ROTATION > 32 * LANES ? ROTATION : 32 * LANES,
-    WIDTH = TILE / LANES < THREADS ? TILE / LANES : THREADS,
-    HEIGHT = THREADS / WIDTH,
-    CHUNKS = TILE / LANES / WIDTH,
+    TILE = WIDTH * CHUNKS * LANES,
     SHARED_FLOATS = TILE + TILE / LANES,  // of a row
     // Strides from this one on lie in several vectors.
     FIRST_SHARED_STRIDE = ROTATION_BASE == 4 ? 4 : LANES
