@@ -146,11 +146,6 @@ class RowLayout:
         """Columns that share a scale."""
         return self.columns // self.groups
 
-    @functools.cached_property
-    def is_int8(self) -> bool:
-        """Whether it is int8 with a scale a row, and nothing else."""
-        return self == RowLayout(self.columns, INT8_CODES, is_host_format=self.is_host_format)
-
     def qparams(self) -> tuple[QParam, ...]:
         """Returns the tensors of a weight beside its codes, in their order.
 
@@ -211,7 +206,7 @@ class RowFormat(Format):
         return self.layout.title or self.family
 
     def kernel_names(self) -> tuple[str, ...]:
-        names = (*super().kernel_names(), self.family, *(["INT8"] * self.layout.is_int8))
+        names = super().kernel_names()
         return names if self.layout.rotation else (*names, "UnrotatedRows")
 
     def code_numbers(self) -> torch.Tensor:

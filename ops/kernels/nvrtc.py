@@ -185,13 +185,14 @@ class Module:
         self._functions: dict[str, c_void_p] = {}
         driver.in_context(index, "cuModuleLoadData", byref(self._module), image)
 
-    def launch(self, name: str, blocks: int, threads: int, stream: int, *arguments):
+    def launch(self, name: str, blocks: tuple[int, ...], threads: tuple[int, ...], stream: int,
+               *arguments):
         """Starts a kernel.
 
         Args:
             name: Of the kernel in the source.
-            blocks: In the grid.
-            threads: Per block.
+            blocks: In the grid, in up to three dimensions.
+            threads: Per block, in up to three dimensions.
             stream: A CUstream.
             arguments: ctypes values of the kernel's parameter types.
         """
@@ -201,5 +202,6 @@ class Module:
                                     self._module, name.encode())
             self._functions[name] = function
         addresses = (c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self._driver.in_context(self._index, "cuLaunchKernel", self._functions[name], blocks, 1, 1,
-                                threads, 1, 1, 0, stream, addresses, None)
+        dimensions = [*(*blocks, 1, 1)[:3], *(*threads, 1, 1)[:3]]
+        self._driver.in_context(self._index, "cuLaunchKernel", self._functions[name], *dimensions,
+                                0, stream, addresses, None)

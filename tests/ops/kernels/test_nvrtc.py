@@ -7,10 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_SIZES
+from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_FORMATS, USUAL_ROWS
 
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import nvrtc, nvrtc_backend
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
 from featherweight.ops.kernels.nvrtc import Compiler, CudaDriver, CudaError
@@ -18,6 +17,7 @@ from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignm
 from featherweight.ops.layers import product  # noqa: F401
 
 CAPABILITIES = (61, 75, 80, 86, 89, 90, 100, 120)
+UNROTATED_ROWS = [fmt for fmt in USUAL_ROWS if not fmt.layout.rotation][::3]
 ELF = b"\x7fELF"
 
 
@@ -81,13 +81,23 @@ def test_every_source_compiles_for_every_gpu(compile, fmt):
         assert compile(Program(kernel, fmt, torch.bfloat16, None, alignment(fmt))).startswith(ELF)
 
 
-ROW_FORMATS = [FAMILIES[name].of_columns(512) for name in ROW_SIZES]
-
-
-@each_capability("fmt", ROW_FORMATS, ROW_FORMATS)
+@each_capability("fmt", USUAL_ROWS, USUAL_ROWS)
 def test_rows_compile_for_every_gpu(compile, fmt):
-    program = Program("dequantize_rows", fmt, torch.bfloat16, None, alignment(fmt))
+    program = Program("dequantize_rows", fmt, torch.bfloat16, alignment=alignment(fmt))
     assert compile(program).startswith(ELF)
+
+
+@each_capability("fmt", UNROTATED_ROWS, UNROTATED_ROWS)
+def test_products_with_rows_compile_for_every_gpu(compile, fmt):
+    program = Program("linear", fmt, torch.bfloat16, alignment=alignment(fmt))
+    assert compile(program).startswith(ELF)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("fmt", ROW_FORMATS, ids=str)
+def test_every_layout_of_rows_compiles(compiler, fmt):
+    program = Program("dequantize_rows", fmt, torch.float16, alignment=alignment(fmt))
+    assert compiler.compile(program.source(), CAPABILITIES[-1]).startswith(ELF)
 
 
 @each_capability("dtype", DTYPES, DTYPES)
@@ -134,7 +144,8 @@ def test_every_source_is_used():
         "cpu": (*basic, "linear_bfloat16", "channels_last", "softmax",
                 "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")
     }
-    used = {path for platform in kernels for fmt in ALL_FORMATS for kernel in kernels[platform]
+    used = {path for platform in kernels for fmt in (*ALL_FORMATS, USUAL_ROWS[0])
+            for kernel in kernels[platform]
             for path in source_files(platform, fmt, kernel)}
     assert used == {path for path in SOURCES.rglob("*") if path.is_file()}
 

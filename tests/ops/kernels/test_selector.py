@@ -467,7 +467,7 @@ def test_a_weight_of_another_length_needs_no_other_verdict(use):
         calls.append(args)
         dequantize(*args)
 
-    rows = Kernel("dequantize", frozenset(["INT8_CONVROT"]), frozenset([torch.float32]), recorded)
+    rows = Kernel("dequantize", frozenset(["RowFormat"]), frozenset([torch.float32]), recorded)
     use(backend(rows))
     for columns in (512, 768, 12288):
         packed_format = FAMILIES["INT8_CONVROT"].of_columns(columns)

@@ -13,7 +13,7 @@ from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
-from featherweight.ops.kernels import cpp_backend, kernel_source
+from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.layers import int8, int8_codes, product
 from featherweight.ops.quantize import pack_tensor as quantize
@@ -28,7 +28,8 @@ ROWS, COLUMNS = 16, 512
 EACH = [
     *(fmt for fmt in FORMATS.values() if not isinstance(fmt, (RowFormat, ColumnGroups))),
     *(FAMILIES[name].of_columns(COLUMNS)
-      for name in ["INT8", "INT8_ROWS", *kernel_source.ROW_FAMILIES])
+      for name in ("INT8", "INT8_ROWS", "F8_E4M3", "F8_E5M2", "INT8_GROUPS", "MXFP8", "NVFP4_ROWS",
+                   "NVFP4_LOW", "INT8_CONVROT", "INT4_CONVROT", "W4A8", "W4A8_INTEGERS", "W6A8"))
 ]
 each_format = pytest.mark.parametrize("fmt", EACH, ids=lambda fmt: fmt.name)
 has_compiler = sys.platform != "win32" and (
