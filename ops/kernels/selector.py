@@ -234,6 +234,10 @@ class Selector:
                     lines[0] if lines else {"verdict": "pending"})
         return line["verdict"], line.get("why", "")
 
+    def lines(self) -> dict[str, dict]:
+        """Returns the lines of `Verdicts` by the names of kernels."""
+        return dict(self._lines)
+
     def summary(self) -> dict[str, list[str]]:
         """Returns the names of kernels by their verdicts."""
         found: dict[str, list[str]] = {}

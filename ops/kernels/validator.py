@@ -120,14 +120,14 @@ class ProcessValidator:
             except queue.Empty:
                 continue
             try:
-                self._validate(selector, cases)
+                self.validate(selector, cases)
             except Exception:  # a drive or driver may raise anything
                 if is_ending() or self._process.poll() is not None:
                     return
                 log.warning("[Featherweight] Kernels are not validated on %s: torch does their"
                             " work.", selector.device, exc_info=True)
 
-    def _validate(self, selector: "Selector", cases: list[Case]):
+    def validate(self, selector: "Selector", cases: list[Case]):
         """Validates the kernels of some cases, and goes on after one that ended the process."""
         if not selector.wait_until_read() or selector.path is None:
             return
