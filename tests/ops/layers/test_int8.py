@@ -60,7 +60,7 @@ def normal_weight(rows=512, columns=3072):
 def encoded_rows(weight):
     """Codes and scales of a weight's rows."""
     codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
-    int8_codes.encode_rows(weight.params.format, packed_tensors(weight), codes, scales, None, 0)
+    int8_codes.encode_rows(weight.params.format, packed_tensors(weight), codes, scales, 0)
     return codes, scales
 
 
