@@ -89,7 +89,6 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
     return "\n".join([*defines, *texts])
 
 
-@functools.cache
 def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
     """Returns the constants of source/formats/rows.h, the same for rows of all lengths."""
     layout, rotation = packed_format.layout, packed_format.layout.rotation
@@ -144,7 +143,8 @@ def _numbers_of_codes(codes: Codes) -> dict[str, int | str]:
 
 
 def _stored_numbers(numbers: Numbers) -> str:
-    return NUMBERS[numbers.kind] + "TimesFactor" * numbers.has_factor
+    name = NUMBERS[numbers.kind]
+    return f"{name}TimesFactor" if numbers.has_factor else name
 
 
 def weight_argument(packed_format: Format, tensors: list[torch.Tensor], columns: int,

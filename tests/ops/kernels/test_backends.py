@@ -176,7 +176,7 @@ def test_a_product_sums_in_float32_and_rounds_once(backend, tokens, fmt, dtype, 
     weight = fmt.dequantize_into(tensors, torch.empty(rows, columns))
     for added in (addend, None):
         out = torch.full((tokens, rows), torch.nan, dtype=dtype, device=device)
-        kernels[0].run(fmt, [tensor.to(device) for tensor in tensors], input, added, out, None)
+        kernels[0].run(fmt, [tensor.to(device) for tensor in tensors], input, added, out)
         assert any(is_rounded_once(out, input, multiplied.double(), added)
                    for multiplied in (weight, weight.to(dtype)))
 

@@ -151,8 +151,7 @@ def test_a_wrong_choice_of_columns_is_found_out(
 
     monkeypatch.setattr(cpp_backend, "kernel_source", broken)
     with pytest.raises(WrongResult, match=message):
-        check(kernel_of(freshly_compiled, "pack_columns"), FORMATS["Q3_K"], torch.float32, None,
-              CPU)
+        check(kernel_of(freshly_compiled, "pack_columns"), FORMATS["Q3_K"], torch.float32, CPU)
 
 
 @pytest.mark.parametrize(

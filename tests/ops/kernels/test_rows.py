@@ -281,6 +281,28 @@ def test_a_thread_that_reaches_no_barrier_is_seen(name, error, tmp_path, monkeyp
         check(dequantize_kernel(backend, fmt), fmt, torch.float32, CPU)
 
 
+@pytest.mark.parametrize(("name", "first_row"), [
+    ("cpp", ("Index row = 0;", "Index row = rows - 8;")),
+    ("nvrtc", ("Index first = (Index)blockIdx.y * HEIGHT;", "Index first = rows - 8;")),
+    ("metal", ("row = (Index)tile.y * HEIGHT", "row = rows - 8"))], ids=BACKENDS)
+def test_rows_behind_many_values_are_found(name, first_row, tmp_path, monkeypatch):
+    """A weight of 2**31 values and more, of which only the last rows are in memory."""
+    change_source(monkeypatch, *first_row)
+    grid = kernel_source.row_grid
+    for module in (nvrtc_backend, metal_backend):
+        monkeypatch.setattr(module, "row_grid", lambda fmt, rows: grid(fmt, 8))
+    fmt = FAMILIES["W4A16"].of_columns(8192)
+    rows, last = (1 << 31) // 8192 + 9, slice(-8, None)
+    few = random_tensors(fmt, 8, CPU, bounded=True)
+    with backend_on_cpu(name, tmp_path) as backend:
+        tensors = [torch.empty(rows * len(part) // 8, dtype=part.dtype) for part in few]
+        for part, whole in zip(few, tensors):
+            whole[-len(part):] = part
+        out = torch.empty(rows, 8192, dtype=torch.float16)
+        dequantize_kernel(backend, fmt).run(fmt, tensors, out, 0)
+    assert_same_bits(out[last], reference(fmt, few, 8, torch.float16))
+
+
 @pytest.mark.parametrize("change", [
     ("values * part.scale", "values"), ("n[1] = p - s", "n[1] = s - p"),
     ("row_scales[row] : Scale", "row_scales[0] : Scale"), (", 127.0f);", ", 126.0f);")],

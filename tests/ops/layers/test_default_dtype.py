@@ -135,7 +135,7 @@ def test_a_kernel_never_writes_into_memory_of_the_default_dtype(under, monkeypat
     monkeypatch.setattr(torch, "empty", watched)
     under(
         torch.bfloat16, lambda: linear.run(FORMATS["Q4_K"], tensors,
-                                           input_of(torch.float16)[:1], None, out, None))
+                                           input_of(torch.float16)[:1], None, out))
     assert [tensor.dtype for tensor in made] == [torch.float32]
 
 

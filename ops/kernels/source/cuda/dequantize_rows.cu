@@ -3,7 +3,8 @@ extern "C" __global__ void dequantize_rows(Weight weight, TYPE* out, long long r
     __shared__ float shared[ROTATION ? HEIGHT * SHARED_FLOATS : 1];
     const int start = blockIdx.x * TILE, position = threadIdx.x;
     // As many times for each thread: all reach every barrier.
-    for (Index first = (Index)blockIdx.y * HEIGHT; first < rows; first += (Index)gridDim.y * HEIGHT) {
+    const Index step = (Index)gridDim.y * HEIGHT;
+    for (Index first = (Index)blockIdx.y * HEIGHT; first < rows; first += step) {
         Index row = first + threadIdx.y;
         Floats values[CHUNKS];
         tile_values(weight, row, row < rows, start, position, shared + threadIdx.y * SHARED_FLOATS,

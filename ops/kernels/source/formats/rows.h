@@ -3,7 +3,7 @@
 //
 // BITS, ORDER: of codes; LOW_FIRST, HIGH_FIRST, STREAM, PLANES or PACKS.
 // CODEBOOK or NUMBERS: the numbers of 16 codes, or of more or fewer. HAS_OWN_NUMBERS: they are the
-// weight's. FLOAT8: e4m3 or e5m2. Without all of these, codes are integers, IS_SIGNED or less OFFSET.
+// weight's. FLOAT8: e4m3 or e5m2. Otherwise codes are integers, IS_SIGNED or less OFFSET.
 // GROUP: values that share a scale, 0: those of a row. TAPS: neighbours with scales of their own.
 // IS_ORDERED: columns name their groups. LEVELS: of a group, which codes select.
 // SCALE, MINIMUM: structures that read stored numbers. ROW_SCALE: MULTIPLY, DIVIDE or 0.
@@ -86,7 +86,8 @@ static FUNCTION int code_of_packs(Packed from, int i) {
 // Returns LANES neighbouring codes.
 static FUNCTION Ints codes_at(Packed from) {
     if (BITS == 8) return load_bytes(from);
-    if (BITS == 4) return ORDER == HIGH_FIRST ? load_nibble_pairs(from) : load_low_nibble_pairs(from);
+    if (BITS == 4)
+        return ORDER == HIGH_FIRST ? load_nibble_pairs(from) : load_low_nibble_pairs(from);
     if (ORDER == PACKS) {
         Ints codes;
         UNROLLED for (int i = 0; i < LANES; i++) codes[i] = code_of_packs(from, i);
@@ -226,7 +227,10 @@ enum {
     // Whether LANES columns have one scale.
     HAS_UNIFORM_LANES = TAPS == 1 && !IS_ORDERED && GROUP % LANES == 0,
     // Columns that share their scales. 0: the rest of a row.
-    PART_LENGTH = HAS_UNIFORM_LANES ? GROUP : LANES
+    PART_LENGTH = HAS_UNIFORM_LANES ? GROUP : LANES,
+    // What is done before a rotation.
+    SCALES_CODES = !LEVELS && (IS_REQUANTIZED || !ROTATES_CODES),
+    ADDS_MINIMUM = HAS_MINIMUM && !ROTATES_CODES
 };
 
 template <bool>
@@ -249,8 +253,10 @@ static FUNCTION void read_numbers(Weight weight, Index row, int column, PRIVATE 
     UNROLLED for (int i = 0; i < LANES; i++) numbers[i] = Of::number(weight, row, column + i);
 }
 
+// A part may begin with any multiple of LANES.
 static FUNCTION int place_in_part(int) { return 0; }
 
+// Returns the bytes of the codes of some columns.
 static FUNCTION int code_bytes(int columns) { return columns / 8 * BITS; }
 
 struct Part {
@@ -266,9 +272,9 @@ static FUNCTION Part part_of(Weight weight, Index row, int column) {
     part.codes = weight.codes + row * code_bytes(weight.columns) + code_bytes(column);
     part.row = row;
     part.column = column;
-    if (!LEVELS && (IS_REQUANTIZED || !ROTATES_CODES)) read_numbers<ScaleOf>(weight, row, column, part.scale);
+    if (SCALES_CODES) read_numbers<ScaleOf>(weight, row, column, part.scale);
     if (ZERO_BITS) read_numbers<ZeroOf>(weight, row, column, part.zero);
-    if (HAS_MINIMUM && !ROTATES_CODES) read_numbers<MinimumOf>(weight, row, column, part.minimum);
+    if (ADDS_MINIMUM) read_numbers<MinimumOf>(weight, row, column, part.minimum);
     return part;
 }
 
@@ -290,9 +296,9 @@ static FUNCTION Floats part_values(Weight weight, Part part, int first) {
     }
     Floats values = numbers_at(weight, from);
     if (ZERO_BITS) values = values - part.zero;
-    if (IS_REQUANTIZED || !ROTATES_CODES) values = values * part.scale;
+    if (SCALES_CODES) values = values * part.scale;
     if (IS_REQUANTIZED) values = rounded_to_bytes(values);
-    if (HAS_MINIMUM && !ROTATES_CODES) values = values + part.minimum;
+    if (ADDS_MINIMUM) values = values + part.minimum;
     if (HAS_COLUMN_SCALES)
         values = values * load_floats(weight.column_scales + part.column + first);
     return values;

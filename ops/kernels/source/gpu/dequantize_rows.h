@@ -1,7 +1,6 @@
-// Rows of a weight whose block is a row, on GPUs. A block of WIDTH * HEIGHT threads takes HEIGHT rows
-// of TILE columns; a thread takes CHUNKS times LANES of these, at its position in the row, WIDTH
-// behind that, and so on. Rotated numbers are decoded once, and exchanged in memory that the threads
-// share.
+// Rows of a weight whose block is a row, on GPUs. A block of WIDTH * HEIGHT threads takes HEIGHT
+// rows of TILE columns; a thread takes CHUNKS times LANES of these, at its position in the row, WIDTH
+// behind that, and so on. Rotated numbers are decoded once, and exchanged in shared memory.
 
 enum {
     TILE = WIDTH * CHUNKS * LANES,
