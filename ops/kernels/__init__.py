@@ -143,22 +143,27 @@ def request(device: torch.device, needed: Iterable[tuple[str, Format | None, tor
     return current_load()
 
 
-def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype) -> str:
-    """Returns what dequantises a model, in words: "cpp", or "cpp, MXFP4 by torch: it is slower".
+def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,
+         capability: str = "dequantize") -> str:
+    """Returns what dequantises a model, in words: "cpp", or "cpp; MXFP4 by torch: the kernel is
+    slower".
 
     Args:
         device: That the model runs on.
         formats: Of its weights.
         dtype: That it computes in.
+        capability: "linear" for what multiplies with inputs of few rows.
     """
     selector = _selector(device)
-    verdicts = {packed_format.kernel_key: selector.verdict("dequantize", packed_format, dtype)
+    verdicts = {packed_format.kernel_key: selector.verdict(capability, packed_format, dtype)
                 for packed_format in formats}
     by_torch: dict[str, list[str]] = {}
     for key, (verdict, why) in verdicts.items():
         if verdict != "right":
             reason = WORDS.get(verdict, verdict) + (f" ({why[:80]})" if why else "")
             by_torch.setdefault(reason, []).append(key)
+    if selector.is_off:
+        return "torch"
     if len(by_torch) == 1 and len(*by_torch.values()) == len(verdicts):
         return f"torch: {next(iter(by_torch))}"
     parts = [f"{', '.join(keys)} by torch: {reason}" for reason, keys in by_torch.items()]
@@ -174,8 +179,8 @@ def list_backends() -> dict[str, dict]:
     """Returns what each device that has been used dequantises and multiplies with.
 
     Returns:
-        By the names of devices: "backend", None where torch does all work; "reason", why that is
-        so; "kernels", the names of kernels by their verdicts.
+        By the names of devices: "backend", None where torch does all work; "reason", why a backend
+        does not work; "kernels", the names of kernels by their verdicts.
     """
     return {str(device): {"backend": selector.backend_name, "reason": selector.reason,
                           "kernels": selector.summary()}

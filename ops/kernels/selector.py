@@ -57,7 +57,7 @@ class Selector:
     def __init__(self, device: torch.device, name: str | None,
                  validator: ProcessValidator | None = None, is_apart: bool = False):
         self.device = device
-        self.reason = "" if name else "no kernels are to be used"  # why nothing is on
+        self.reason = ""  # why the backend does not work
         self._name = name
         self._validator, self._is_apart = validator, is_apart
         self._backend: Backend | None = None
@@ -212,6 +212,11 @@ class Selector:
     def path(self):
         """The file of verdicts, None where there is none."""
         return None if self._verdicts is None else self._verdicts.path
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no kernels are to be used."""
+        return self._name is None
 
     @property
     def backend_name(self) -> str | None:
