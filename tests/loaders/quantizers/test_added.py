@@ -67,7 +67,7 @@ assert format_named(name) is weight.params.format and title_of(name) == "squares
 if cpp_backend.cpp_compiler() is not None:
     out = torch.empty(6, 64)
     cpp_backend._kernels().dequantize(
-        weight.params.format, [weight._qdata, *weight._params.qparams], out, None, 0)
+        weight.params.format, [weight._qdata, *weight._params.qparams], out, 0)
     assert torch.equal(out, weight.dequantize())
 save_file({"L.codes": codes, "L.scales": scales[:, :1].contiguous()}, path)
 try:
