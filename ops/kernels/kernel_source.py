@@ -111,8 +111,8 @@ def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
         "ROTATION": rotation,
         "ROTATION_BASE": layout.rotation_base,
         "ROTATES_CODES": int(rotation > 0 and not layout.rotates_values),
-        "ROOT": c_floats([rotation**0.5]),
-        "ROTATION_FACTOR": c_floats([rotation**-0.5 if rotation else 1]),
+        "ROOT": c_floats([max(1, rotation)**0.5]),
+        "ROTATION_FACTOR": c_floats([max(1, rotation)**-0.5]),
     }
 
 

@@ -116,7 +116,7 @@ def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(kernel, under):
     dtype = dtypes.get(kernel.capability, torch.float32)
     accepted = [fmt for fmt in [FORMATS["Q4_K"], *EACH] if kernel.accepts(fmt, dtype)]
     fmt = accepted[0] if kernel.formats else None
-    under(torch.float16, lambda: check(kernel, fmt, dtype, None, CPU))
+    under(torch.float16, lambda: check(kernel, fmt, dtype, CPU))
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
