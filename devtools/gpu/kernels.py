@@ -23,7 +23,7 @@ from featherweight.ops.kernels.verdicts import Verdicts
 # Files of tests, with options.
 TESTS = [
     "tests/ops/kernels/test_selector.py", "tests/ops/kernels/test_backends.py -k gpu",
-    "tests/ops/kernels/test_nvrtc.py", "tests/ops/formats/test_formats.py"
+    "tests/ops/kernels/test_cuda_backend.py", "tests/ops/formats/test_formats.py"
 ]
 NO_RESULT = {"begun", "tried", "tried in part"}  # verdicts that say how far a trial is
 

@@ -34,9 +34,10 @@ RETRY_AFTER_S = {"works": math.inf, "right": math.inf, "slower": math.inf, "wron
                  "crashed": math.inf, "refused": WEEK, "hung": WEEK, "killed": WEEK, "begun": WEEK,
                  "stopped": 0, "tried": math.inf, "tried in part": WEEK}
 # Of the files that make the kernels, and of the trial that they pass.
-SOURCES = ("*_backend.py", "nvrtc.py", "kernel_source.py", "*validation.py", "trial_process.py",
-           "source/**/*")
-COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12")
+SOURCES = ("*_backend.py", "runtime_compiler.py", "kernel_source.py", "*validation.py",
+           "trial_process.py", "source/**/*")
+COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12",
+                     "rocm-sdk-core")
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 NVML_VERSION_BYTES = 80  # nvml.h, NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
 

@@ -1,4 +1,4 @@
-// What a kernel of ops/kernels/cuda needs to be a C++ function on a CPU. Threads are fibers that take turns at each shuffle,
+// What a kernel of ops/kernels/source/cuda needs to be a C++ function on a CPU. Threads are fibers that take turns at each shuffle,
 // by jumps: swapcontext asks the system for the mask of signals each time.
 #undef _FORTIFY_SOURCE  // it takes a jump to another stack for a mistake
 #include <math.h>
@@ -20,14 +20,18 @@ static ucontext_t fibers[MAX_THREADS];
 static jmp_buf scheduler, positions[MAX_THREADS];
 static char stacks[MAX_THREADS][STACK_BYTES];
 static float exchanged[MAX_THREADS];
+static int warp;  // threads that can exchange
 static bool started[MAX_THREADS], finished[MAX_THREADS];
 
 static int min(int a, int b) { return a < b ? a : b; }
 
 static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
-static float float_of_half(unsigned short bits) { _Float16 half; memcpy(&half, &bits, 2); return half; }
-static unsigned short half_of_float(float value) {
+// CUDA's, which are PTX. Templates, because HIP has functions of these names.
+template <class Bits>
+static float float_of_half(Bits bits) { _Float16 half; memcpy(&half, &bits, 2); return half; }
+template <class Number>
+static unsigned short half_of_float(Number value) {
     _Float16 half = value;
     unsigned short bits;
     memcpy(&bits, &half, 2);
@@ -46,12 +50,18 @@ static void resume() {
     setcontext(&fibers[threadIdx.x]);
 }
 
-static float __shfl_xor_sync(unsigned, float value, int distance) {
+static float __shfl_xor(float value, int distance) {
+    if (distance >= warp) __builtin_trap();
     exchanged[threadIdx.x] = value;
     take_turns();
     float other = exchanged[threadIdx.x ^ distance];
     take_turns();
     return other;
+}
+
+static float __shfl_xor_sync(unsigned lanes, float value, int distance) {
+    if (lanes != 0xFFFFFFFF || warp != 32) __builtin_trap();
+    return __shfl_xor(value, distance);
 }
 
 template <class... Arguments, std::size_t... I>
@@ -94,7 +104,8 @@ static void launch_on_cpu(void (*kernel)(Arguments...), unsigned blocks, unsigne
     }
 }
 
-#define EXPORT(kernel) \
+#define EXPORT(kernel, threads_of_warp) \
     extern "C" void launch_##kernel(unsigned blocks, unsigned threads, void** arguments) { \
+        warp = threads_of_warp; \
         launch_on_cpu(kernel, blocks, threads, arguments); \
     }
