@@ -23,7 +23,7 @@ from featherweight.ops.kernels.validator import ProcessValidator
 # Files of tests, with options.
 TESTS = [
     "tests/ops/kernels/test_selector.py", "tests/ops/kernels/test_backends.py -k gpu",
-    "tests/ops/kernels/test_nvrtc.py", "tests/ops/formats/test_formats.py"
+    "tests/ops/kernels/test_cuda_backend.py", "tests/ops/formats/test_formats.py"
 ]
 
 

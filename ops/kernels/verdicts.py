@@ -26,9 +26,10 @@ WEEK = 7 * 86400
 RETRY_AFTER_S = {"right": math.inf, "slow": math.inf, "wrong": math.inf, "crashed": math.inf,
                  "refused": WEEK, "hung": WEEK, "begun": WEEK, "stopped": 0}
 # Of the files that make the kernels, and of what validates them.
-SOURCES = ("*_backend.py", "*compiler.py", "nvrtc.py", "kernel_source.py", "*validation*.py",
+SOURCES = ("*_backend.py", "*compiler.py", "kernel_source.py", "*validation*.py",
            "source/**/*")
-COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12")
+COMPILER_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu11", "nvidia-cuda-nvrtc-cu12",
+                     "rocm-sdk-core")
 OLDER_FILES = 3  # that are read for what models have needed
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 NVML_VERSION_BYTES = 80  # nvml.h, NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE

@@ -364,7 +364,7 @@ def test_a_kernel_is_checked_when_it_is_needed(use):
 
 def test_a_cpu_never_imports_the_backend_of_a_gpu(use, monkeypatch):
     use()
-    module = f"{kernels.__name__}.nvrtc_backend"
+    module = f"{kernels.__name__}.cuda_backend"
     monkeypatch.delitem(sys.modules, module, raising=False)
     assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
     assert module not in sys.modules

@@ -215,8 +215,8 @@ def test_other_verdicts_are_for_other_sources(tmp_path):
     shutil.copytree(folder, copy)
     assert source_hash(copy) == source_hash(folder)
     hashes = {source_hash(copy)}
-    names = ("nvrtc.py", "source/weight.h", "source/cuda/dequantize.cu", "kernel_source.py",
-             "validation.py", "quantize_validation.py")
+    names = ("runtime_compiler.py", "source/weight.h", "source/cuda/dequantize.cu",
+             "kernel_source.py", "validation.py", "quantize_validation.py")
     for name in names:
         assert (copy / name).is_file()
         with open(copy / name, "a") as file:
