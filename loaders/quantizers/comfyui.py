@@ -41,7 +41,6 @@ from ...ops.formats.row_layout import RowFamily
 from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.tensor.packed_layout import packed_rows, packed_tensor, packed_tensors, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ...ops.tensor.row_slicing import dense, take_rows
 from ..files.container import describe
 from .base import HeaderOf, Quantizer
 from .comfyui_marks import marked_layers
@@ -67,7 +66,7 @@ SMOOTH, DOWN, UP = "smooth_factor", "proj_down", "proj_up"
 TILE = 128  # rows of svdquant_w4a4
 # added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
 SHIFT = 0.171875
-SLICE_VALUES = 1 << 22  # that are dequantised at a time
+SLICE_VALUES = 1 << 17  # that are dequantised at a time, in the cache of a core
 
 Sizes = Mapping[str, int]
 
@@ -325,9 +324,16 @@ def bias_of_shift(main: PackedTensor) -> torch.Tensor:
     Args:
         main: the weight (N, K), without the low rank, which sees the input without it.
     """
-    step = max(1, SLICE_VALUES // main.shape[1])
-    slices = (take_rows(main, slice(row, row + step)) for row in range(0, len(main), step))
-    return torch.cat([dense(rows).sum(1) for rows in slices]) * SHIFT
+    packed_format, tensors = main.params.format, packed_tensors(main)
+    rows, columns = main.shape
+    # an even number of rows: torch sums a single one in the order of its threads
+    step = max(1, SLICE_VALUES // columns // 2) * 2
+    workspace = torch.empty((step, columns), dtype=torch.float32, device=main.device)
+    sums = []
+    for first in range(0, rows, step):
+        values = workspace[:rows - first]
+        sums.append(packed_format.dequantize_into(tensors, values, first=first).sum(1))
+    return torch.cat(sums) * SHIFT
 
 
 READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {

@@ -18,18 +18,21 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..files.container import WeightFile
 from .base import HeaderOf, Layer, Quantizer, layers_with
-from .integers import CHUNK_VALUES, SCALES, known_bits, pack_integers, split_words
+from .integers import SCALES, known_bits, pack_integers, split_words
 from .parts import WHOLE, Part, PartError
+from .repack import ROWS, exchange_fields, slices, transpose_words, words_of
 
 PARTS = {"scales": Part("(G, N)", SCALES),
          "qzeros": Part("(G, N * B / 32)", (torch.int32,)),
          "qweight": Part("(K * B / 32, N) or (K, N * B / 32)", (torch.int32,)),
          "g_idx": Part("K", WHOLE, "g_idx")}
 AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
+WORDS = 256  # of a row, unpacked at a time
 GROUP_LENGTHS = (128, 64, 32, 256, 512, 1024, 16)  # those that people choose first come first
 CONFIG_ADVICE = "pick the folder with its config.json, which says how they are stored"
 
@@ -67,7 +70,7 @@ def _gptq(layer: Layer, bits: int) -> torch.Tensor:
                         " order")
     if group_of_column is None and groups > 1:
         group_of_column = torch.arange(columns) // _group_length(file, columns, groups)
-    return pack_integers(parts["qweight"].t().contiguous().view(torch.uint8), columns, bits,
+    return pack_integers(transpose_words(parts["qweight"]).view(torch.uint8), columns, bits,
                          parts["scales"].t(), zeros.t(), group_of_column)
 
 
@@ -106,18 +109,40 @@ def _zero_offset(file: WeightFile, stored: torch.Tensor, bits: int) -> int:
 
 def _awq(layer: Layer, bits: int) -> torch.Tensor:
     codes = layer.parts["qweight"]
-    columns, words = codes.shape
+    columns = len(codes)
     if columns % 2 or bits != AWQ_BITS:
         raise PartError(f"it has {columns} columns of {bits} bits, expected an even number of"
                         f" {AWQ_BITS} bits")
-    packed = torch.empty((words * AWQ_CODES, columns // 2), dtype=torch.uint8)
-    step = max(1, CHUNK_VALUES // columns // AWQ_CODES)
-    for first in range(0, words, step):
-        fields = _awq_fields(codes[:, first:first + step])
-        pairs = fields[::2] | fields[1::2] << AWQ_BITS  # of neighbouring columns of the weight
-        packed[first * AWQ_CODES:(first + step) * AWQ_CODES] = pairs.t()
-    return pack_integers(packed, columns, AWQ_BITS, layer.parts["scales"].t(),
+    return pack_integers(_awq_codes(codes), columns, AWQ_BITS, layer.parts["scales"].t(),
                          _awq_fields(layer.parts["qzeros"]).t())
+
+
+def _awq_codes(stored: torch.Tensor) -> torch.Tensor:
+    """Returns the codes of AWQ's words in the order of the values.
+
+    Eight neighbouring words of a column have the nibbles of eight rows. Exchanging nibbles between
+    them makes words of eight columns, one for each row.
+
+    Args:
+        stored: int32 (K, N / 8), K even.
+
+    Returns:
+        uint8 (N, K / 2), the low nibble first.
+    """
+    columns, count = stored.shape
+    if columns % AWQ_CODES:
+        stored = torch.nn.functional.pad(stored, (0, 0, 0, -columns % AWQ_CODES))
+    words = words_of(stored).reshape(-(-columns // AWQ_CODES), 2, 2, 2, count)
+    codes = np.empty((count, 2, 2, 2, len(words)), words.dtype)
+    for part in slices(len(words), ROWS):
+        for row in slices(count, WORDS):
+            planes = words[part, ..., row].transpose(1, 2, 3, 4, 0).copy()
+            exchange_fields(planes[0], planes[1], 16)
+            exchange_fields(planes[:, 0], planes[:, 1], 8)
+            exchange_fields(planes[:, :, 0], planes[:, :, 1], 4)
+            codes[row, ..., part] = planes.transpose(3, 1, 2, 0, 4)
+    packed = torch.from_numpy(codes.view(np.uint8).reshape(count * AWQ_CODES, len(words) * 4))
+    return packed[:, :columns // 2].contiguous()
 
 
 def _awq_fields(words: torch.Tensor) -> torch.Tensor:

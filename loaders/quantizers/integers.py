@@ -10,7 +10,6 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from .comfyui import FP8
 from .parts import FLOATS, Part, PartError
 
-CHUNK_VALUES = 1 << 19  # codes unpacked at a time while a weight is repacked
 FAMILY_OF_BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}
 SCALES = tuple(ENDINGS)  # dtypes of the scales of integers
 CODES_OF_ROWS = Part("(N, K, L...)", tuple(FAMILY_OF_BYTES))  # of `pack_rows`, and their scales

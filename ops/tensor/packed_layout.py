@@ -195,11 +195,12 @@ def _within_float16(up: torch.Tensor, down: torch.Tensor,
 
     They keep their dtypes, and the product its values.
     """
-    row, column = scales or (torch.ones(1, dtype=torch.float32),) * 2
-    effective = up.float() * row.unsqueeze(1), down.float() * column
+    effective = up, down
+    if scales is not None:
+        effective = up.float() * scales[0].unsqueeze(1), down.float() * scales[1]
     if all(LEAST <= factor.abs().amax() <= MOST for factor in effective if factor.numel()):
         return up, down
-    power, inverse = balancing_powers(*effective)
+    power, inverse = balancing_powers(*(factor.float() for factor in effective))
     return (up * inverse).to(up.dtype), (down * power[:, None]).to(down.dtype)
 
 

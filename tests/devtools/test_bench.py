@@ -17,7 +17,7 @@ from featherweight.ops.layers import int8
 PROCESSES = ["memory", "train"]
 CASES = [
     "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
-    "passes", "layer_passes", "header", "load", "scale", "cpu",
+    "passes", "layer_passes", "header", "load", "repack", "scale", "cpu",
     *(pytest.param(case, marks=pytest.mark.heavy) for case in PROCESSES)
 ]
 
