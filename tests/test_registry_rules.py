@@ -16,7 +16,7 @@ if not (ROOT / ".git").exists() or not shutil.which("git"):
     pytest.skip("needs git and its checkout", allow_module_level=True)
 PAGE = (ROOT / "docs" / "registry-review.md").read_text(encoding="utf-8")
 COMPILE = re.compile(
-    r"\b(re|torch|_compiler)\.compile\(|def compile\(self, source: str, capability: int\)")
+    r"\b(re|torch|_compiler)\.compile\(|def compile\(self, source: str, architecture: str\)")
 # What the Registry's rules are known to look for: words, whatever they do there, in comments and
 # texts too.
 RULES = {

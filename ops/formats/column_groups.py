@@ -3,12 +3,16 @@
 A block of a K-quant holds 256 columns of a row, so smaller groups of columns cannot be moved within
 the bytes. The bytes stay as they are, and each row is reordered when it is dequantised.
 """
+from collections.abc import Iterable
+
 import torch
 
-from .base import Format
+from ..layers.low_rank import LowRank
+from .base import Format, chunk_values
+from .low_rank_and_joined import Composite, DequantizeInto
 
 
-class ColumnGroups(Format):
+class ColumnGroups(Composite):
     """A row of blocks of `base` as one block, its columns transposed.
 
     The columns, viewed as (outer, inner, n), are read as (inner, outer, n).
@@ -28,8 +32,25 @@ class ColumnGroups(Format):
         self.block_length = columns
         self.block_bytes = columns // base.block_length * base.block_bytes
 
-    def write(self, out: torch.Tensor, blocks: torch.Tensor):
-        count = len(blocks)
-        values = self.base.dequantize(blocks.reshape(-1, self.base.block_bytes))
-        values = values.view(count, self.outer, self.inner, -1)
-        out.view(count, self.inner, self.outer, -1).copy_(values.transpose(1, 2))
+    def formats_within(self) -> Iterable[Format]:
+        yield self.base
+
+    def without_low_rank(self, tensors: list[torch.Tensor]
+                         ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
+        return self, tensors, None
+
+    def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
+                         first: int, dequantize_into: DequantizeInto) -> torch.Tensor:
+        rows = out.view(-1, self.block_length)
+        blocks = self.block_length // self.base.block_length
+        step = max(1, chunk_values(out.device) // self.block_length)
+        for start in range(0, len(rows), step):
+            part = rows[start:start + step]
+            values = torch.empty_like(part)
+            dequantize_into(self.base, tensors, values, (first + start) * blocks)
+            groups = values.view(len(part), self.outer, self.inner, -1)
+            part.view(len(part), self.inner, self.outer, -1).copy_(groups.transpose(1, 2))
+        return out
+
+    def write(self, out: torch.Tensor, *blocks: torch.Tensor):
+        self.dequantize_into(list(blocks), out)

@@ -2,7 +2,7 @@
 
 Apple GPUs flush float32 subnormals to zero, in torch's operations as in kernels. So values equal
 the reference's on that GPU, but differ from a CPU's where a scale is below 2**-118, which only
-MXFP4 and the formats with separate scales can have.
+MXFP4, Q8_K and the formats with separate scales can have.
 """
 import functools
 

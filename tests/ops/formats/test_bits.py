@@ -57,7 +57,8 @@ def test_values_are_the_same_by_few_passes_as_by_cheap_ones(
     monkeypatch.setattr("featherweight.ops.formats.base.CPU_CHUNK_VALUES", 24 * fmt.block_length)
     tensors = usual_and_random(fmt)
     first, blocks = 3, tensors[0].numel() // fmt.block_bytes
-    left_out = 5 if fmt.block_length > 5 else 0
+    # a composite is dequantised by whole rows
+    left_out = 5 if fmt.block_length > 5 and not isinstance(fmt, ColumnGroups) else 0
     values = fmt.dequantize(*fmt.blocks(tensors, first, blocks)).view(-1)
     values = values[:len(values) - left_out]
     expected = values.to(dtype)

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from devtools.files.gguf_files import pack
+from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
@@ -34,6 +36,30 @@ def test_values_are_those_of_the_packed_rows_in_the_new_order(name):
     torch.testing.assert_close(product.linear(input, weight), input @ expected.t())
     ids = torch.tensor([[7, 0], [ROWS - 1, 7]])
     assert torch.equal(product.embedding(ids, weight, torch.float32), expected[ids])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rows_are_dequantised_by_a_kernel_of_the_packed_format(dtype, monkeypatch):
+    packed_format, rows = FORMATS["Q4_K"], 7
+    reordered = ColumnGroups.of(packed_format, COLUMNS, OUTER, INNER)
+    tensors = random_tensors(packed_format, rows * COLUMNS // 256, torch.device("cpu"),
+                             bounded=True)
+    runs = []
+
+    def run(base, *arguments):
+        runs.append(base)
+        base.dequantize_into(*arguments)
+
+    def find(capability, device, base, dtype, *_):
+        return run if (capability, base) == ("dequantize", packed_format) else None
+
+    expected = packed_format.dequantize_into(tensors, torch.empty(rows, COLUMNS, dtype=dtype))
+    expected = expected.unflatten(1, (OUTER, INNER, WIDTH)).transpose(1, 2).flatten(1)[2:]
+    monkeypatch.setattr(kernels, "find", find)
+    monkeypatch.setattr("featherweight.ops.formats.base.CPU_CHUNK_VALUES", 2 * COLUMNS)
+    values = kernels.dequantize_into(reordered, tensors, torch.empty_like(expected), first=2)
+    assert torch.equal(values, expected)
+    assert runs == 3 * [packed_format]  # two rows at a time
 
 
 def test_one_order_of_one_format_is_one_format():
