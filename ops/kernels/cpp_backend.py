@@ -67,6 +67,7 @@ MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a 
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
 SCRATCH_PREFIX = "tmp"  # of folders in which a compiler works
+MAX_LIBRARIES = 1000  # that are kept; all kernels in one dtype are about 250
 STALE_SECONDS = 10 * COMPILE_SECONDS  # an older scratch folder was left by a killed process
 OTHER_TEMPORARY = ("/var/tmp",)  # tried where the default temporary folder does not work
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
@@ -140,7 +141,7 @@ class CppCompiler:
                 log.info("[Featherweight] The compiled kernel %s is damaged and is compiled again.",
                          path)
             path.unlink(missing_ok=True)
-        _remove_stale_scratch(folder)
+        _remove_stale(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH_PREFIX) as scratch:
             file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
             file.write_text(source, encoding="utf-8")
@@ -159,12 +160,23 @@ def _library_path(folder: Path, name: str, file: Path) -> Path:
     return folder / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}.so"
 
 
-def _remove_stale_scratch(folder: Path):
-    """Removes the scratch folders of processes that were killed while they compiled."""
+def _remove_stale(folder: Path):
+    """Removes the oldest of too many libraries, and the scratch folders of processes that were
+    killed while they compiled."""
+    libraries = [(path.stat().st_mtime, path) for path in folder.glob("*.so")]
+    for _, path in sorted(libraries)[:max(0, len(libraries) - MAX_LIBRARIES)]:
+        path.unlink(missing_ok=True)
     for scratch in folder.glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):  # another process removed it first
             if time.time() - scratch.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _compiler_version() -> str:
+    """Returns a text that differs where another compiler, or another CPU, is used."""
+    command = cpp_compiler()
+    changed = os.stat(command).st_mtime_ns if command else ""
+    return f"{command} {changed} {FLAGS} {_cpu()}"
 
 
 def _cpu() -> str:
@@ -375,4 +387,4 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
 
 
 BACKEND = Backend("cpp", lambda device: probe(_kernels().dequantize, device),
-                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()))
+                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()), _compiler_version)

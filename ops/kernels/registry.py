@@ -2,12 +2,12 @@
 may take seconds, and the compiler it needs may not be installed."""
 from collections.abc import Callable
 
+import torch
+
 from .kernel import Backend
 
-# Backends for each type of torch device (ROCm's are "cuda" too), the preferred one first.
-PRIORITY: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpp",), "cuda": ("nvrtc",), "mps": ("metal",)
-}
+# The backend for each type of torch device; ROCm's are "cuda" too.
+BACKENDS = {"cpu": "cpp", "cuda": "hiprtc" if torch.version.hip else "nvrtc", "mps": "metal"}
 
 
 def _cpp() -> Backend:
@@ -15,9 +15,9 @@ def _cpp() -> Backend:
     return cpp_backend.BACKEND
 
 
-def _nvrtc() -> Backend:
-    from . import nvrtc_backend
-    return nvrtc_backend.BACKEND
+def _cuda() -> Backend:
+    from . import cuda_backend
+    return cuda_backend.BACKEND
 
 
 def _metal() -> Backend:
@@ -26,7 +26,7 @@ def _metal() -> Backend:
 
 
 IMPORTS: dict[str, Callable[[], Backend]] = {
-    "cpp": _cpp, "nvrtc": _nvrtc, "metal": _metal
+    "cpp": _cpp, "nvrtc": _cuda, "hiprtc": _cuda, "metal": _metal
 }
 
 

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from featherweight.ops.cpu import features as cpu_features
-from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend
+from featherweight.ops.kernels import cpp_backend, cuda_backend, metal_backend
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import Backend
-from featherweight.ops.kernels.nvrtc import CudaDriver, CudaError
+from featherweight.ops.kernels.runtime_compiler import CUDA, HIP, Api, Driver, GpuError
 from featherweight.ops.kernels.validation import probe
 
 KERNEL_TESTS = Path(__file__).resolve().parents[1] / "ops" / "kernels"
@@ -35,13 +35,16 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
 # Variants of the CPU's backend: instructions that are turned off, and possible numbers of lanes.
 CPUS = {"cpp": ((), (16, 8)), "cpp with AVX2": (("-mno-avx512f",), (8,)),
         "cpp without AVX": (("-mno-avx",), (8,))}
-BACKENDS = (*CPUS, "nvrtc", "metal", "gpu")
+# Variants of the backend of GPUs: the names it calls, the architecture, the threads of a warp.
+GPUS = {"nvrtc": (CUDA, "sm_86", 32), "hiprtc": (HIP, "gfx1100", 32),
+        "hiprtc with warps of 64": (HIP, "gfx90a:sramecc+:xnack-", 64)}
+BACKENDS = (*CPUS, *GPUS, "metal", "gpu")
 CPU = torch.device("cpu")
 
 
 def device_of(backend: Backend) -> torch.device:
     """Returns where a backend of `backend_on_cpu` runs."""
-    return torch.device("cuda", 0) if backend is nvrtc_backend.BACKEND else CPU
+    return torch.device("cuda", 0) if backend is cuda_backend.BACKEND else CPU
 
 
 def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
@@ -60,24 +63,25 @@ def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
 
 
 class CudaCompiler:
-    """Replaces NVRTC: compiles CUDA C++ for the CPU. An image is the path of a library."""
+    """Replaces NVRTC and hiprtc: compiles for the CPU. An image is the path of a library."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, api: Api, architecture: str, warp: int):
+        self.folder, self.architecture, self.warp = folder, architecture, warp
         header = (KERNEL_TESTS / "cuda_on_cpu" / "kernel.h").read_text(encoding="utf-8")
         self.header = precompiled.precompile(header, tuple(FLAGS))
+        self.vendor = "#define __HIP__\n" if api is HIP else ""
 
-    def compile(self, source: str, capability: int) -> bytes:
-        assert capability == 86
+    def compile(self, source: str, architecture: str) -> bytes:
+        assert architecture == self.architecture
         kernel = re.search(r"__global__ void (\w+)\(", source)[1]
-        text = f'#include "{self.header}"\n{source}\nEXPORT({kernel})'
+        text = f'#include "{self.header}"\n{self.vendor}{source}\nEXPORT({kernel}, {self.warp})'
         return self.library(text).encode()
 
     def library(self, text: str) -> str:
         try:
             return compiled(self.folder, text, "cuda_on_cpu", "-ldl")
         except RuntimeError as error:
-            raise CudaError(str(error)) from None
+            raise GpuError(str(error)) from None
 
 
 class MetalFunction:
@@ -130,7 +134,7 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
     if name == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
-        yield nvrtc_backend.BACKEND
+        yield cuda_backend.BACKEND
         return
     if COMPILER is None or sys.platform == "win32":
         pytest.skip("needs a C++ compiler")
@@ -148,7 +152,7 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
         return
     if sys.platform != "linux":
         pytest.skip("needs Linux")
-    folder = cache / name
+    folder = cache / name.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         if name == "metal":
@@ -159,10 +163,13 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
             for cache in (metal_backend._shader, metal_backend._compiled):
                 cache.cache_clear()
         else:
-            compiler = CudaCompiler(folder)
+            api, architecture, warp = GPUS[name]
+            compiler = CudaCompiler(folder, api, architecture, warp)
             driver = (KERNEL_TESTS / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")
-            kernels = nvrtc_backend.CudaKernels(compiler, CudaDriver(compiler.library(driver)))
+            kernels = cuda_backend.CudaKernels(compiler, Driver(compiler.library(driver), api))
             stream = types.SimpleNamespace(cuda_stream=0)
             patch.setattr(torch.cuda, "current_stream", lambda device: stream)
-            yield Backend("nvrtc", partial(probe, kernels.dequantize),
-                          nvrtc_backend.kernel_table(lambda: kernels))
+            properties = types.SimpleNamespace(gcnArchName=architecture, warp_size=warp)
+            patch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+            yield Backend(api.compiler, partial(probe, kernels.dequantize),
+                          cuda_backend.kernel_table(lambda: kernels))

@@ -11,7 +11,7 @@ from devtools.measure.weights import random_weight
 
 import pytest
 import torch
-from kernel_backends import BACKENDS, CPUS, backend_on_cpu, device_of
+from kernel_backends import BACKENDS, CPUS, GPUS, backend_on_cpu, device_of
 from kernel_cases import (
     ALL_FORMATS,
     CPU,
@@ -27,13 +27,13 @@ from lora_gain import assert_full_strength
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels import cpp_backend, metal_backend, nvrtc_backend, registry
+from featherweight.ops.kernels import cpp_backend, cuda_backend, metal_backend, registry
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.layers import product
 from featherweight.ops.layers.low_rank import LowRank, Slice
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
-MAIN = ("cpp", "nvrtc", "metal", "gpu")  # the others are cpp with fewer instructions
+MAIN = ("cpp", "nvrtc", "metal", "gpu")  # the others are variants of these
 WITH_PRODUCTS = [name for name in BACKENDS if name != "metal"]
 TWO = FORMATS["Q6_K"], FORMATS["NF4"]  # scales in the blocks and apart
 
@@ -74,14 +74,14 @@ def parametrize_cases(backends, formats, dtypes, is_usual):
 
 
 def is_usual_dequantize(name, fmt, dtype):
-    if dtype != torch.float32:
+    if dtype != torch.float32 or (name in GPUS and name not in MAIN):
         return fmt in TWO
     return name in MAIN or fmt in ONE_OF_EACH_SOURCE
 
 
 def is_usual_product(name, fmt, dtype):
     half = torch.bfloat16 if name == "cpp" else torch.float16
-    return dtype == half and fmt in ONE_OF_EACH_SOURCE
+    return dtype == half and fmt in (ONE_OF_EACH_SOURCE if name in MAIN else TWO)
 
 
 def kernels_of(backend, capability, fmt=None, dtype=None):
@@ -150,7 +150,7 @@ def test_values_are_rounded_once(backend, fmt, dtype):
     assert_same_bits(out, values.to(dtype).unsqueeze(-1).expand(-1, 32))
 
 
-@parametrize_cases(["cpp", "nvrtc", "gpu"], ALL_FORMATS, DTYPES[1:], is_usual_product)
+@parametrize_cases(["cpp", *GPUS, "gpu"], ALL_FORMATS, DTYPES[1:], is_usual_product)
 def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
     for kernel in kernels_of(backend, "linear", fmt, dtype):
         check(kernel, fmt, dtype, device)
@@ -231,9 +231,10 @@ def test_a_softmax_is_rounded_once(backend, threads, fmt, dtype, device, monkeyp
 
 
 @pytest.fixture
-def used_by_device(backend, device, monkeypatch, caplog):
+def used_by_device(backend, device, monkeypatch, caplog, tmp_path):
     """The device, where this is its only backend."""
-    monkeypatch.setitem(kernel_layer.PRIORITY, device.type, (backend.name,))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(kernel_layer.BACKENDS, device.type, backend.name)
     monkeypatch.setitem(registry.IMPORTS, backend.name, lambda: backend)
     monkeypatch.setattr(kernel_layer, "_selectors", {})
     monkeypatch.setenv(kernel_layer.VARIABLE, backend.name)
@@ -251,8 +252,7 @@ def test_a_device_uses_it(backend, used_by_device):
     assert run is kernels_of(backend, "dequantize")[0].run
     on_device = [tensor.to(used_by_device) for tensor in tensors]
     assert_same_bits(kernel_layer.dequantize_into(fmt, on_device, out), reference(fmt, tensors))
-    assert kernel_layer.used(used_by_device) == backend.name
-    assert kernel_layer.used(used_by_device, 120) == backend.name
+    assert kernel_layer.used(used_by_device, [fmt], out.dtype) == backend.name
 
 
 @pytest.mark.parametrize(("backend", "name", "tokens"), [
@@ -283,7 +283,7 @@ def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one
                          ids=["wrong values", "no C++"])
 def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
         backend, used_by_device, wrong, dtype, monkeypatch, caplog):
-    for module in (cpp_backend, nvrtc_backend, metal_backend):
+    for module in (cpp_backend, cuda_backend, metal_backend):
         def changed(*args, real=module.kernel_source, **more):
             source = real(*args, **more)
             assert "- 8)" in source

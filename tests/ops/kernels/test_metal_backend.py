@@ -84,8 +84,7 @@ def test_where_the_reference_has_zero_for_subnormals_the_kernel_has_too(flushed,
 def test_every_pointer_has_the_right_address_space(fmt):
     """Of the usual compilers only Clang has address spaces, as Metal's compiler does."""
     for dtype in C_TYPES:
-        source = kernel_source("metal", "dequantize", fmt, dtype, torch.float16,
-                               LANES=metal_backend.CHUNK)
+        source = kernel_source("metal", "dequantize", fmt, dtype, LANES=metal_backend.CHUNK)
         process = subprocess.run(
             [CLANG, "-x", "c++", "-std=c++14", "-w", "-fsyntax-only", f"-I{ON_CPU}", "-"],
             input=source, capture_output=True, text=True)

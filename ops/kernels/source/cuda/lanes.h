@@ -1,4 +1,5 @@
-// CUDA: a thread works on LANES = 8 values at a time. No header of CUDA is needed.
+// CUDA and HIP: a thread works on LANES = 8 values at a time. No header is needed but what the
+// compiler has built in.
 
 #define FUNCTION __device__ inline
 #define PRIVATE
@@ -69,6 +70,21 @@ struct Half {
 struct BFloat16 {
     unsigned short bits;
 };
+
+#if defined(__HIP__)
+FUNCTION float float_of_half(unsigned short half) { return __builtin_bit_cast(_Float16, half); }
+
+FUNCTION unsigned short half_of_float(float value) {
+    return __builtin_bit_cast(unsigned short, (_Float16)value);
+}
+
+// Returns what the lane of the warp has whose number differs in the bit `distance`.
+FUNCTION float shuffled(float value, int distance) { return __shfl_xor(value, distance); }
+#else
+FUNCTION float shuffled(float value, int distance) {
+    return __shfl_xor_sync(0xFFFFFFFF, value, distance);
+}
+#endif
 
 #ifdef __CUDA_ARCH__
 FUNCTION float float_of_half(unsigned short half) {

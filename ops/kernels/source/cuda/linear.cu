@@ -5,11 +5,11 @@
 extern "C" __global__ void linear(const TYPE* input, Weight weight, const TYPE* addend, TYPE* out,
                                   int tokens, int rows, long long addend_token_stride,
                                   long long addend_row_stride) {
-    int first_row = (blockIdx.x * blockDim.x + threadIdx.x) / 32 * ROWS, lane = threadIdx.x % 32;
+    int first_row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP * ROWS, lane = threadIdx.x % WARP;
     if (first_row >= rows) return;
     const int columns = weight.columns, chunks = columns / LANES;
     float sums[TOKENS][ROWS] = {};
-    for (int chunk = lane; chunk < chunks; chunk += 32) {
+    for (int chunk = lane; chunk < chunks; chunk += WARP) {
         Floats weights[ROWS];
 #pragma unroll
         for (int row = 0; row < ROWS; row++)
@@ -30,8 +30,8 @@ extern "C" __global__ void linear(const TYPE* input, Weight weight, const TYPE* 
 #pragma unroll
         for (int row = 0; row < ROWS; row++) {
             float sum = sums[token][row];
-            for (int distance = 16; distance; distance /= 2)
-                sum += __shfl_xor_sync(0xFFFFFFFF, sum, distance);
+            for (int distance = WARP / 2; distance; distance /= 2)
+                sum += shuffled(sum, distance);
             if (lane == 0 && first_row + row < rows) {
                 if (addend)
                     sum += to_float(addend[token * addend_token_stride +

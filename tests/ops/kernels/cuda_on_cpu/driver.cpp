@@ -1,4 +1,5 @@
-// The functions of the CUDA driver that ops/kernels/nvrtc.py calls, for one device: this CPU, with compute capability 8.6.
+// The functions of the CUDA driver and of the HIP runtime that ops/kernels/runtime_compiler.py calls, for one device: this CPU,
+// with compute capability 8.6.
 // An image is the path of a library of kernels that was compiled with kernel.h.
 #include <dlfcn.h>
 #include <string>
@@ -66,5 +67,28 @@ int cuLaunchKernel(void* function, unsigned blocks, unsigned blocks_y, unsigned 
     unsigned grid[] = {blocks, blocks_y}, block[] = {threads, threads_y};
     bool all_wait = ((bool (*)(const unsigned*, const unsigned*, void**))function)(grid, block, arguments);
     return all_wait ? SUCCESS : LAUNCH_TIMEOUT;
+}
+
+int hipInit(unsigned flags) { return cuInit(flags); }
+
+const char* hipGetErrorString(int) { return "refused by the driver"; }
+
+int hipGetDevice(int* device) {
+    *device = current ? 0 : 3;
+    return initialized ? SUCCESS : NOT_INITIALIZED;
+}
+
+int hipSetDevice(int device) {
+    current = device ? nullptr : &primary;
+    return device == 0 || device == 3 ? SUCCESS : INVALID_DEVICE;
+}
+
+int hipModuleLoadData(void** module, const void* image) { return cuModuleLoadData(module, image); }
+
+int hipModuleGetFunction(void** function, void* module, const char* name) { return cuModuleGetFunction(function, module, name); }
+
+int hipModuleLaunchKernel(void* function, unsigned blocks, unsigned blocks_y, unsigned blocks_z, unsigned threads, unsigned threads_y,
+                          unsigned threads_z, unsigned shared_bytes, void* stream, void** arguments, void** extra) {
+    return cuLaunchKernel(function, blocks, blocks_y, blocks_z, threads, threads_y, threads_z, shared_bytes, stream, arguments, extra);
 }
 }

@@ -1,8 +1,10 @@
-"""Kernels for CUDA: C++ in `source/`, compiled at run time."""
+"""Kernels for NVIDIA's and AMD's GPUs, whose devices torch calls "cuda": C++ in `source/`, compiled
+at run time. The backend's name is that of the compiler, "nvrtc" or for ROCm "hiprtc"."""
 import math
 from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,7 +21,18 @@ from .kernel_source import (
     row_grid,
     weight_argument,
 )
-from .nvrtc import Compiler, CudaDriver, CudaError, Module, nvrtc_libraries
+from .runtime_compiler import (
+    CUDA,
+    HIP,
+    Api,
+    Architecture,
+    Compiler,
+    Driver,
+    GpuError,
+    Module,
+    compiler_libraries,
+    driver_libraries,
+)
 from .validation import probe
 
 DEQUANTIZE_THREADS = 256
@@ -27,7 +40,6 @@ LINEAR_THREADS = 128
 # Token limit of each variant of "linear" -> weight rows per warp. More rows load the input fewer
 # times, but leave fewer warps to hide the latency of loads.
 LINEAR_ROWS = {1: 1, 4: 2, 16: 2}
-WARP = 32  # threads
 MAX_GRID_ROWS = 65535  # of blocks of threads; each takes several rows of a larger weight
 INPUT_ALIGNMENT = 16  # bytes
 
@@ -51,19 +63,20 @@ class Program:
     tokens: int = 1
     rows: int = 1
 
-    def source(self) -> str:
-        """Returns CUDA C++. Raises CudaError for a block length that it cannot handle."""
+    def source(self, architecture: Architecture) -> str:
+        """Returns CUDA C++ or HIP. Raises GpuError for a block length that it cannot handle."""
         if self.packed_format.block_length % CHUNK:
-            raise CudaError(f"blocks of {self.packed_format.block_length} values do not divide into"
-                            f" chunks of {CHUNK}")
+            raise GpuError(f"blocks of {self.packed_format.block_length} values do not divide into"
+                           f" chunks of {CHUNK}")
         return kernel_source("cuda", self.kernel, self.packed_format, self.dtype,
-                             ALIGNMENT=self.alignment, TOKENS=self.tokens, ROWS=self.rows)
+                             ALIGNMENT=self.alignment, TOKENS=self.tokens, ROWS=self.rows,
+                             WARP=architecture.warp)
 
 
 class CudaKernels:
     """Compiles a program when it is first used on a device, and starts it on torch's stream."""
 
-    def __init__(self, compiler: Compiler, driver: CudaDriver):
+    def __init__(self, compiler: Compiler, driver: Driver):
         self._compiler = compiler
         self._driver = driver
         self._modules: dict[tuple[int, Program], Module] = {}
@@ -74,14 +87,15 @@ class CudaKernels:
         index = device.index or 0
         key = index, program
         if key not in self._modules:
-            self._modules[key] = self._module(index, program.source())
+            architecture = self._driver.architecture(index)
+            self._modules[key] = self._module(index, program.source(architecture), architecture)
         self._modules[key].launch(program.kernel, blocks, threads,
                                   torch.cuda.current_stream(device).cuda_stream, *arguments)
 
-    def _module(self, index: int, source: str) -> Module:
+    def _module(self, index: int, source: str, architecture: Architecture) -> Module:
         """Returns a source's module; formats of rows of all lengths have one source."""
         if (index, source) not in self._of_sources:
-            image = self._compiler.compile(source, self._driver.capability(index))
+            image = self._compiler.compile(source, architecture.name)
             with lasting_memory():
                 self._of_sources[index, source] = Module(self._driver, index, image)
         return self._of_sources[index, source]
@@ -122,7 +136,8 @@ class CudaKernels:
         strides = (0, 0) if addend is None else addend.stride()
         program = Program("linear", packed_format, out.dtype, alignment(packed_format),
                           max_tokens, rows_per_warp)
-        rows_per_block = rows_per_warp * LINEAR_THREADS // WARP
+        warp = self._driver.architecture(out.device.index or 0).warp
+        rows_per_block = rows_per_warp * LINEAR_THREADS // warp
         self._launch(program, (-(-rows // rows_per_block),), (LINEAR_THREADS,), out.device,
                      c_void_p(input.data_ptr()), weight, c_void_p(addend_address),
                      c_void_p(out.data_ptr()), c_int(tokens), c_int(rows),
@@ -146,17 +161,22 @@ def _aligned(packed_format: Format, tensors: list[torch.Tensor]) -> list[torch.T
 
 @cached_on_device
 def _kernels() -> CudaKernels:
-    if torch.version.cuda is None:
-        raise CudaError("this torch is not built for CUDA")
-    driver = CudaDriver()
+    if API is CUDA and torch.version.cuda is None:
+        raise GpuError("this torch is built neither for CUDA nor for ROCm")
+    driver = _first_that_loads(Driver, driver_libraries(API), API)
+    return CudaKernels(_first_that_loads(Compiler, compiler_libraries(API), API), driver)
+
+
+def _first_that_loads(make: Callable[[str, Api], Any], libraries: list[str], api: Api) -> Any:
+    """Returns what is made of the first library that works. Raises GpuError."""
     reasons = []
-    for library in nvrtc_libraries():
+    for library in libraries:
         try:
-            return CudaKernels(Compiler(library), driver)
-        except (OSError, AttributeError, CudaError) as error:
+            return make(library, api)
+        except (OSError, AttributeError, GpuError) as error:
             reasons.append(f"{library}: {error}")
-    raise CudaError("; ".join(reasons)
-                    or "NVRTC was found neither in torch nor in a package nvidia-cuda-nvrtc")
+    raise GpuError("; ".join(reasons) or f"no library of {api.compiler} was found in torch and in"
+                   f" the packages {', '.join(api.packages)}")
 
 
 def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
@@ -164,5 +184,6 @@ def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     return dequantize_and_linear(kernels, LINEAR_ROWS)
 
 
-BACKEND = Backend("nvrtc", lambda device: probe(_kernels().dequantize, device),
+API = HIP if torch.version.hip else CUDA
+BACKEND = Backend(API.compiler, lambda device: probe(_kernels().dequantize, device),
                   kernel_table(_kernels))

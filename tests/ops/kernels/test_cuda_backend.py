@@ -11,10 +11,19 @@ from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_FORMATS, U
 
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import RowFormat
-from featherweight.ops.kernels import nvrtc, nvrtc_backend
+from featherweight.ops.kernels import cuda_backend, runtime_compiler
+from featherweight.ops.kernels.cuda_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
-from featherweight.ops.kernels.nvrtc import Compiler, CudaDriver, CudaError
-from featherweight.ops.kernels.nvrtc_backend import LINEAR_ROWS, Program, alignment
+from featherweight.ops.kernels.runtime_compiler import (
+    CUDA,
+    HIP,
+    Architecture,
+    Compiler,
+    Driver,
+    GpuError,
+    compiler_libraries,
+    driver_libraries,
+)
 from featherweight.ops.layers import product  # noqa: F401
 
 CAPABILITIES = (61, 75, 80, 86, 89, 90, 100, 120)
@@ -27,7 +36,7 @@ ELF = b"\x7fELF"
 
 @pytest.fixture(scope="module")
 def compiler():
-    libraries = nvrtc.nvrtc_libraries()
+    libraries = compiler_libraries(CUDA)
     if not libraries:
         pytest.skip("no NVRTC here: pip install nvidia-cuda-nvrtc-cu12")
     return Compiler(libraries[0])
@@ -36,7 +45,7 @@ def compiler():
 @pytest.mark.skipif(find_spec("nvidia") is None or find_spec("nvidia.cuda_nvrtc") is None,
                     reason="no nvidia-cuda-nvrtc-cu12")
 def test_nvrtc_is_found_in_its_package():
-    assert any("cuda_nvrtc" in library for library in nvrtc.nvrtc_libraries())
+    assert any("cuda_nvrtc" in library for library in compiler_libraries(CUDA))
 
 
 @pytest.mark.parametrize(("on_windows", "files", "order"), [
@@ -52,13 +61,41 @@ def test_nvrtc_of_torchs_version_comes_first(on_windows, files, order, tmp_path,
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.setattr(nvrtc, "ON_WINDOWS", on_windows)
+    monkeypatch.setattr(runtime_compiler, "ON_WINDOWS", on_windows)
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
-    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: packages)
+    monkeypatch.setattr(runtime_compiler.importlib.util, "find_spec", lambda name: packages)
     system = [] if on_windows else ["libnvrtc.so.12"]
-    assert nvrtc.nvrtc_libraries() == [*(str(tmp_path / files[index]) for index in order), *system]
+    assert compiler_libraries(CUDA) == [*(str(tmp_path / files[index]) for index in order), *system]
+
+
+@pytest.mark.parametrize(("on_windows", "files", "compiler", "driver"), [
+    (False, ["torch/lib/libhiprtc.so", "torch/lib/libhiprtc-builtins.so",
+             "torch/lib/libamdhip64.so"], [0, "libhiprtc.so.6"], [2, "libamdhip64.so.6"]),
+    (False, ["_rocm_sdk_core/lib/libhiprtc.so.7", "_rocm_sdk_core/lib/libamdhip64.so.7",
+             "_rocm_sdk_core/lib/libhiprtc-builtins.so.7"],
+     [0, "libhiprtc.so.6"], [1, "libamdhip64.so.6"]),
+    (True, ["_rocm_sdk_core/bin/hiprtc0701.dll", "_rocm_sdk_core/bin/hiprtc-builtins0701.dll",
+            "_rocm_sdk_core/bin/amdhip64_7.dll"], [0], [2, "amdhip64_6.dll"]),
+], ids=["Linux, in torch", "Linux, in packages", "Windows, in packages"])
+def test_the_libraries_of_rocm_are_found(on_windows, files, compiler, driver, tmp_path,
+                                         monkeypatch):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(runtime_compiler, "ON_WINDOWS", on_windows)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "_rocm_sdk_core")])
+    monkeypatch.setattr(runtime_compiler.importlib.util, "find_spec", lambda name: packages)
+
+    def expected(places):
+        return [place if isinstance(place, str) else str(tmp_path / files[place])
+                for place in places]
+
+    assert compiler_libraries(HIP) == expected(compiler)
+    assert driver_libraries(HIP) == expected(driver)
 
 
 def each_capability(name, values, some):
@@ -74,9 +111,10 @@ def each_capability(name, values, some):
 @pytest.fixture
 def compile(compiler, capability):
     """compile(program): for the GPU of the case."""
-    if capability not in compiler.architectures:
+    if capability not in compiler.capabilities:
         pytest.skip(f"NVRTC {compiler.version} does not know compute capability {capability / 10}")
-    return lambda program: compiler.compile(program.source(), capability)
+    architecture = Architecture(f"sm_{capability}")
+    return lambda program: compiler.compile(program.source(architecture), architecture.name)
 
 
 @each_capability("fmt", BLOCK_FORMATS, ONE_OF_EACH_BLOCK)
@@ -87,7 +125,7 @@ def test_every_source_compiles_for_every_gpu(compile, fmt):
 
 @each_capability("fmt", USUAL_ROWS, USUAL_ROWS)
 def test_rows_compile_for_every_gpu(compile, fmt):
-    program = Program("dequantize_rows", fmt, torch.bfloat16, alignment=alignment(fmt))
+    program = Program("dequantize_rows", fmt, torch.bfloat16, alignment(fmt))
     assert compile(program).startswith(ELF)
 
 
@@ -107,38 +145,39 @@ def test_every_layout_of_rows_compiles(compiler, fmt):
 @each_capability("dtype", DTYPES, DTYPES)
 def test_every_type_and_number_of_rows_compiles_for_every_gpu(compile, dtype):
     for tokens, rows in LINEAR_ROWS.items():
-        assert compile(Program("linear", FORMATS["Q6_K"], dtype, 2, tokens,
-                               rows)).startswith(ELF)
+        assert compile(Program("linear", FORMATS["Q6_K"], dtype, 2, tokens, rows)).startswith(ELF)
     assert compile(Program("dequantize", FORMATS["Q6_K"], dtype, 1)).startswith(ELF)
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):
-    image = compiler.compile(Program("dequantize", FORMATS["Q8_0"], torch.float16).source(), 999)
-    assert f".target sm_{max(compiler.architectures)}".encode() in image
+    source = Program("dequantize", FORMATS["Q8_0"], torch.float16).source(Architecture("sm_999"))
+    image = compiler.compile(source, "sm_999")
+    assert f".target sm_{max(compiler.capabilities)}".encode() in image
 
 
 def test_nvrtcs_error_is_in_the_message(compiler):
-    with pytest.raises(CudaError, match="no code for compute capability 1.0"):
-        compiler.compile("", 10)
-    with pytest.raises(CudaError, match='(?s)featherweight.cu.1.*"nonsense" is undefined'):
-        compiler.compile("int x = nonsense;", 80)
+    with pytest.raises(GpuError, match="no code for compute capability 1.0"):
+        compiler.compile("", "sm_10")
+    with pytest.raises(GpuError, match='(?s)featherweight.cu.1.*"nonsense" is undefined'):
+        compiler.compile("int x = nonsense;", "sm_80")
 
 
 def test_blocks_that_do_not_divide_into_chunks_are_refused():
-    with pytest.raises(CudaError, match="blocks of 12 values"):
-        Program("dequantize", FORMATS["NF4"].of_block_length(12), torch.float32).source()
+    with pytest.raises(GpuError, match="blocks of 12 values"):
+        Program("dequantize", FORMATS["NF4"].of_block_length(12), torch.float32).source(
+            Architecture("sm_80"))
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_without_cuda_the_backend_says_so():
-    with pytest.raises(CudaError, match="this torch is not built for CUDA"):
-        nvrtc_backend.BACKEND.probe(torch.device("cuda:0"))
+    with pytest.raises(GpuError, match="this torch is built neither for CUDA nor for ROCm"):
+        cuda_backend.BACKEND.probe(torch.device("cuda:0"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_driver_is_named():
     with pytest.raises(OSError, match="no_such_driver"):
-        CudaDriver("no_such_driver.so")
+        Driver("no_such_driver.so")
 
 
 def test_every_source_is_used():
