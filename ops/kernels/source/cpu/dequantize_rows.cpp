@@ -64,6 +64,7 @@ static FUNCTION void write_row(Weight weight, Index row, TYPE* out) {
     const int length = PART_LENGTH ? PART_LENGTH : weight.columns;
     for (int start = 0; start < weight.columns; start += length) {
         Part part = part_of(weight, row, start);
+#pragma GCC unroll 4
         for (int first = 0; first < length; first += LANES)
             store(part_values(weight, part, first), out + start + first);
     }

@@ -257,7 +257,7 @@ static FUNCTION void read_numbers(Weight weight, Index row, int column, PRIVATE 
 static FUNCTION int place_in_part(int) { return 0; }
 
 // Returns the bytes of the codes of some columns.
-static FUNCTION int code_bytes(int columns) { return columns / 8 * BITS; }
+static FUNCTION int code_bytes(int columns) { return columns * BITS / 8; }
 
 struct Part {
     Packed codes;
