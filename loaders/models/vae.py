@@ -57,7 +57,7 @@ def wrap_vae(vae: Any, compute: str = "exact") -> Any:
 
     Args:
         vae: the host's.
-        compute: one of `compute_dtype.COMPUTE`; "float32" keeps the host's bits.
+        compute: one of `compute_dtype.COMPUTE`.
     """
     model = vae.first_stage_model
     if model is None:

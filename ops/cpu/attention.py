@@ -55,6 +55,7 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
+@functools.cache  # so that model options with the same one are equal
 def attention_of_load(load: int) -> Callable[..., torch.Tensor]:
     """Returns `attention` for a model, see `kernels.find`."""
     return functools.partial(attention, load=load)

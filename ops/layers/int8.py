@@ -120,7 +120,8 @@ def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(a, b)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _encode_tokens(input: torch.Tensor, load: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode_tokens(input: torch.Tensor,
+                   load: int = kernels.LATEST) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns codes and scales of the rows of an input."""
     codes = torch.empty(input.shape, dtype=torch.int8, device=input.device)
     scales = torch.empty(len(input), dtype=torch.float32, device=input.device)

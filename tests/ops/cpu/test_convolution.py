@@ -205,15 +205,3 @@ def test_a_vae_is_saved_whole_and_loaded_again():
     input = torch.randn(2, CHANNELS, 9, 8)
     with torch.inference_mode():
         assert torch.equal(again(input), vae(input))
-
-
-def test_compute_float32_is_torchs_own_convolution():
-    layer = layer_of("F16", kernel_size=3)
-    input = torch.randn(2, CHANNELS, 9, 8)
-    expected = torch.nn.functional.conv2d(
-        input, product.dequantize(layer.weight, torch.float32), layer.bias)
-    with torch.inference_mode():
-        layer.compute = "float32"
-        assert torch.equal(layer(input), expected)
-        layer.compute = "exact"
-        assert not torch.equal(layer(input), expected)

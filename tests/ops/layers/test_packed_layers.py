@@ -134,11 +134,11 @@ def test_the_operators_have_right_fakes():
     weight, _ = random_weight("Q4_K", (64, 512))
     operators, packed = torch.ops.featherweight, [weight._qdata]
     torch.library.opcheck(operators.linear.default,
-                          (torch.randn(2, 512), packed, None, "Q4_K", 64, None, None, [], []))
+                          (torch.randn(2, 512), packed, None, "Q4_K", 64, None, [], []))
     torch.library.opcheck(operators.embedding.default,
                           (torch.tensor([[1, 2]]), packed, "Q4_K", 512, torch.float32))
     torch.library.opcheck(operators.dequantize.default,
-                          (packed, "Q4_K", [64, 512], torch.bfloat16, None))
+                          (packed, "Q4_K", [64, 512], torch.bfloat16))
 
 
 @pytest.mark.parametrize("format_name", FORMAT_NAMES)
