@@ -22,6 +22,9 @@ ALL_FORMATS = BASIC_FORMATS + [
 ]
 ONE_OF_EACH_SOURCE = {
     getattr(fmt, "family", fmt.__module__): fmt for fmt in BASIC_FORMATS}.values()
+BLOCK_FORMATS, ONE_OF_EACH_BLOCK = (
+    [fmt for fmt in formats if not isinstance(fmt, RowFormat)]
+    for formats in (ALL_FORMATS, ONE_OF_EACH_SOURCE))
 CPU = torch.device("cpu")
 BITS = {4: torch.int32, 2: torch.int16}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,10 +7,16 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_FORMATS, USUAL_ROWS
+from kernel_cases import (
+    ALL_FORMATS,
+    BLOCK_FORMATS,
+    DTYPES,
+    ONE_OF_EACH_BLOCK,
+    ROW_FORMATS,
+    USUAL_ROWS,
+)
 
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.formats.row_layout import RowFormat
 from featherweight.ops.kernels import cuda_backend, runtime_compiler
 from featherweight.ops.kernels.cuda_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
@@ -28,9 +34,6 @@ from featherweight.ops.layers import product  # noqa: F401
 
 CAPABILITIES = (61, 75, 80, 86, 89, 90, 100, 120)
 UNROTATED_ROWS = [fmt for fmt in USUAL_ROWS if not fmt.layout.rotation][::3]
-BLOCK_FORMATS, ONE_OF_EACH_BLOCK = (
-    [fmt for fmt in formats if not isinstance(fmt, RowFormat)]
-    for formats in (ALL_FORMATS, ONE_OF_EACH_SOURCE))
 ELF = b"\x7fELF"
 
 
@@ -131,15 +134,16 @@ def test_rows_compile_for_every_gpu(compile, fmt):
 
 @each_capability("fmt", UNROTATED_ROWS, UNROTATED_ROWS)
 def test_products_with_rows_compile_for_every_gpu(compile, fmt):
-    program = Program("linear", fmt, torch.bfloat16, alignment=alignment(fmt))
+    program = Program("linear", fmt, torch.bfloat16, alignment(fmt))
     assert compile(program).startswith(ELF)
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("capability", [CAPABILITIES[0], CAPABILITIES[-1]])
 @pytest.mark.parametrize("fmt", ROW_FORMATS, ids=str)
-def test_every_layout_of_rows_compiles(compiler, fmt):
-    program = Program("dequantize_rows", fmt, torch.float16, alignment=alignment(fmt))
-    assert compiler.compile(program.source(), CAPABILITIES[-1]).startswith(ELF)
+def test_every_layout_of_rows_compiles(compile, fmt):
+    program = Program("dequantize_rows", fmt, torch.float16, alignment(fmt))
+    assert compile(program).startswith(ELF)
 
 
 @each_capability("dtype", DTYPES, DTYPES)

@@ -29,7 +29,7 @@ static FUNCTION void rotate_tile(SharedFloats shared, int position, PRIVATE Floa
             rotate_lanes<4>(values[chunk]);
         }
     }
-    if (ROTATION <= FIRST_SHARED_STRIDE) return;
+    // Also where no stride is shared: without this, hiprtc of ROCm 5 ends with an error for gfx90a.
     UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) {
         const int first = (position + chunk * WIDTH) * LANES;
         UNROLLED for (int i = 0; i < LANES; i++) shared[shared_place(first + i)] = values[chunk][i];
