@@ -25,7 +25,7 @@ from featherweight.ops.kernels.metal_backend import BACKEND, dequantize
 from featherweight.ops.kernels.validation import check, random_tensors
 
 ON_CPU = Path(__file__).with_name("metal_on_cpu")
-CLANG = os.environ.get("CLANG") or shutil.which("clang")
+CLANG = os.environ.get("CLANG") or shutil.which("clang") or shutil.which("clang-19")
 CPU = torch.device("cpu")
 COMPILE_SHADER = torch.mps.compile_shader
 
