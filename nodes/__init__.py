@@ -17,10 +17,10 @@ from comfy_api.latest import ComfyExtension, io
 
 import nodes as host_nodes
 
-from ..loaders.devices import gpus
+from ..loaders.devices import gpus, usual_dtype
 from ..loaders.paths.file_versions import FileVersions
 from ..loaders.paths.folders import register_folders
-from ..ops.kernels import background, start_trials
+from ..ops.kernels import background, start_validation
 from ..ops.patcher import PackedPatcher
 from . import help_pages
 from .comfyui_server import log_lack
@@ -45,7 +45,7 @@ class FeatherweightExtension(ComfyExtension):
         background.raise_if_cancelled = (
             comfy.model_management.throw_exception_if_processing_interrupted
         )
-        start_trials(gpus())
+        start_validation({device: usual_dtype(device) for device in gpus()})
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         nodes, left_out = [], {}

@@ -89,7 +89,6 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         parts: the outputs in their order, by keys of `TITLES`; None for a missing part.
     """
     show = text_sender()
-    show("preparing the kernels")
     texts = {}
     patchers = {key: patcher for key, part in parts.items()
                 if (patcher := patcher_of(part)) is not None}

@@ -44,7 +44,6 @@ from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats.base import GGML_FORMATS
 from featherweight.ops.host_versions import NEWEST_HOST, OLDEST_HOST
 from featherweight.ops.kernels.cpp_backend import COMPILERS
-from featherweight.ops.kernels.kernel_source import CPU_ROW_FAMILIES, ROW_FAMILIES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -301,16 +300,6 @@ def test_the_readme_says_how_to_install_update_uninstall_and_report():
     assert "**Update**" in README and "**Uninstall**" in README
     assert f"{REPOSITORY}/issues" in README and f"{REPOSITORY}/issues" in PAGES["troubleshooting"]
     assert SCHEMAS["FeatherweightInspectModelFile"].display_name in README
-
-
-def test_the_families_that_the_readme_says_have_no_kernel_on_a_gpu_have_none():
-    assert "SVDQuant, SDNQ and GPTQ files are dequantised by torch, without a kernel" in README
-    assert "no kernel of a GPU reads them yet" in PAGES["performance"]
-    starts = ("SVDQUANT", "SDNQ", "UINT4_GROUPED")
-    assert [name for name in ROW_FAMILIES if name.startswith(starts)] == []
-    assert {start for start in starts for name in CPU_ROW_FAMILIES if name.startswith(start)} == {
-        *starts
-    }
 
 
 def test_the_readme_and_performance_say_alike_what_a_cpu_loses_without_a_compiler():

@@ -16,42 +16,42 @@ from devtools.measure.weights import FORMAT_NAMES
 import torch
 
 from devtools import ROOT
-from featherweight.ops.kernels import PRIORITY, Case
-from featherweight.ops.kernels.trial_process import run_trial
-from featherweight.ops.kernels.verdicts import Verdicts
+from featherweight.ops.kernels import BACKENDS, Case
+from featherweight.ops.kernels.selector import Selector
+from featherweight.ops.kernels.validator import ProcessValidator
 
 # Files of tests, with options.
 TESTS = [
     "tests/ops/kernels/test_selector.py", "tests/ops/kernels/test_backends.py -k gpu",
     "tests/ops/kernels/test_cuda_backend.py", "tests/ops/formats/test_formats.py"
 ]
-NO_RESULT = {"begun", "tried", "tried in part"}  # verdicts that say how far a trial is
 
 
 def try_all(options):
-    """Of each backend and kernel the verdict, with its time as a share of torch's; then how many
-    there are of each. The verdicts are those that the later stages use, and try nothing themselves;
-    what these ask for most comes first, for the stage may be stopped."""
-    backends = PRIORITY.get(device().type, ())
-    verdicts, known = Verdicts.of_device(device(), backends), {}
+    """Of each kernel the verdict, with its time as a share of torch's; then how many there are of
+    each. The verdicts are those that the later stages use, and validate nothing themselves; what
+    these ask for most comes first, for the stage may be stopped."""
+    validator, known = ProcessValidator(), {}
+    selector = Selector(device(), BACKENDS.get(device().type), validator, True)
+    selector.wait_until_read()
     for cases in turns(options.formats, options.quick):
-        trial = threading.Thread(target=run_trial, args=(device(), backends, verdicts, cases))
-        trial.start()
+        thread = threading.Thread(target=validator.validate, args=(selector, cases))
+        thread.start()
         is_alive = True
         while is_alive:
-            trial.join(1)
-            is_alive = trial.is_alive()
-            before, known = known, {name: line for name, line in verdicts.results().lines.items()
-                                    if line["verdict"] not in NO_RESULT}
+            thread.join(1)
+            is_alive = thread.is_alive()
+            before, known = known, selector.lines()
             for name in known.keys() - before.keys():
                 yield name, in_words(known[name])
+    validator.end()
     counts = collections.Counter(line["verdict"] for line in known.values())
     yield "in all", {name: str(count) for name, count in counts.items()} or {"kernels": "none"}
 
 
 def turns(names: list[str], quick: bool) -> list[list[Case]]:
-    """What layers of some formats may ask for in bfloat16 and of whole numbers; in other dtypes;
-    then of all other formats."""
+    """What layers of some formats may ask for in bfloat16; in other dtypes; then of all other
+    formats."""
     if quick:
         return [cases_of(names[:1], [torch.float32])]
     dtypes = [torch.bfloat16, torch.float32, torch.float16]
@@ -61,12 +61,8 @@ def turns(names: list[str], quick: bool) -> list[list[Case]]:
 
 def cases_of(names: list[str], dtypes: list[torch.dtype]) -> list[Case]:
     """What layers of these formats may ask for."""
-    return [
-        *(Case(op, name, dtype, None) for dtype in dtypes for name in names
-          for op in ("dequantize", "linear")),
-        *(Case("int8_rows", name, torch.int8, None) for name in names),
-        *(Case("int8_tokens", None, dtype, None) for dtype in dtypes)
-    ]
+    return [Case(op, name, dtype) for dtype in dtypes for name in names
+            for op in ("dequantize", "linear")]
 
 
 def in_words(verdict: dict) -> dict[str, str]:

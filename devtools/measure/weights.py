@@ -11,7 +11,6 @@ from devtools.files.gguf_files import block_pool
 from featherweight.ops.formats.base import FORMATS, Format
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
-from featherweight.ops.kernels.kernel_source import CPU_ROW_FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor, with_low_rank
 
@@ -19,10 +18,10 @@ from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tenso
 FORMAT_NAMES = [
     *(name for name, packed_format in FORMATS.items()
       if packed_format.ggml_type is not None or isinstance(packed_format, Codebook4Bit)),
-    *CPU_ROW_FAMILIES, "INT8"
+    *FAMILIES
 ]
 RANK = "+32"  # after the name of a family of rows: a low rank of 32 is part of the weight
-RANKED_NAMES = [f"{name}{RANK}" for name in CPU_ROW_FAMILIES]
+RANKED_NAMES = [f"{name}{RANK}" for name in FAMILIES]
 
 
 def format_for(name: str, columns: int) -> Format:
@@ -74,15 +73,10 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
 
 def _random_rows(packed_format: RowFormat, shape: tuple[int, int]) -> QuantizedTensor:
     """A packed weight of a format whose block is a row."""
-    data, *qparams = random_tensors(packed_format, shape[0], torch.device("cpu"))
-    dtype = packed_format.layout.scale.dtype
-    for index, qparam in enumerate(qparams):
+    data, *qparams = random_tensors(packed_format, shape[0], torch.device("cpu"), bounded=True)
+    for qparam in qparams:
         if qparam.is_floating_point():
             qparam /= 100
-        elif dtype.is_floating_point:
-            numbers = torch.rand(qparam.numel() // dtype.itemsize) / 100
-            qparams[index] = numbers.to(dtype).view(torch.uint8)
-    data &= 0xB7  # no floats without a value
     return packed_tensor(packed_format, data, shape, torch.float32, *qparams)
 
 

@@ -18,7 +18,7 @@ from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
 from ..files.open_weights import open_weights
 from ..models.recipe import Recipe
 from ..quantizers.comfyui import READERS
-from .model_summary import format_name
+from .model_summary import dequantize_backend_text, format_name
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Contents:
         nbytes: bytes on disk, 0 for a MODEL.
         memory_bytes: bytes of the tensors in memory.
         patches: number of weights of a MODEL that LoRAs or merges change.
+        kernels: what dequantises and multiplies in a MODEL.
         config: the host's configuration of a MODEL.
         file: the file they were read from.
         problem: why a layer of the file cannot be loaded, "" if all can.
@@ -47,6 +48,7 @@ class Contents:
     nbytes: int = 0
     memory_bytes: int = 0
     patches: int = 0
+    kernels: str = ""
     config: Any = None
     file: WeightFile | None = None
     problem: str = ""
@@ -92,7 +94,8 @@ def model_contents(patcher: ModelPatcher) -> Contents:
         else "MODEL"
     )
     return Contents(name, tensors, formats, memory_bytes=patcher.model_size(),
-                    patches=len(patcher.patches), config=patcher.model.model_config)
+                    patches=len(patcher.patches), config=patcher.model.model_config,
+                    kernels=dequantize_backend_text(patcher, with_products=True) or "")
 
 
 def package_parts(path: str | os.PathLike) -> list[Path]:

@@ -58,6 +58,7 @@ class Inspection:
         nbytes: bytes on disk.
         memory_bytes: bytes of the weights in memory.
         patches: number of weights that LoRAs or merges change.
+        kernels: what dequantises and multiplies in a model that is loaded.
         types: type -> (number of tensors, bytes).
         blocks: block -> type -> bytes.
         parts: part of a checkpoint -> bytes.
@@ -82,6 +83,7 @@ class Inspection:
     nbytes: int = 0
     memory_bytes: int = 0
     patches: int = 0
+    kernels: str = ""
     types: dict[str, tuple[int, int]] = field(default_factory=dict)
     blocks: dict[str, dict[str, int]] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)
@@ -118,6 +120,7 @@ def identify(contents: Contents) -> Inspection:
         contents.name, declared_type=contents.declared_type, nbytes=contents.nbytes,
         quantizer=quantizer_of(contents.file) if contents.file else "",
         memory_bytes=contents.memory_bytes, patches=contents.patches,
+        kernels=contents.kernels,
         parameters=sum(tensor.numel() for tensor in contents.tensors.values()),
         types={name: (counts[name], size) for name, size in sizes.most_common()},
         blocks=sort_blocks(blocks), plan=_plan_texts(contents.metadata))

@@ -46,6 +46,7 @@ def _about_lines(inspection: Inspection, omitted: tuple[str, ...] = ()) -> list[
         "parameters": _parameters_text(inspection),
         "size": size_text(inspection.nbytes) if inspection.nbytes else "",
         "held in memory": size_text(inspection.memory_bytes),
+        "kernels": inspection.kernels,
     }
     if inspection.parts:
         parts = [f"{part} {size_text(size)}" for part, size in inspection.parts.items()]

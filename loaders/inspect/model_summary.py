@@ -53,12 +53,25 @@ def load_summary(file: WeightFile, patcher) -> str:
             f" {file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes held")
 
 
-def dequantize_backend_text(patcher) -> str | None:
-    """Returns which kernels dequantise a model: 'dequantised by nvrtc'; None if none need to."""
-    if any(is_packed(tensor) and tensor.params.format.plain_dtype is None
-           for tensor in patcher.model.parameters()):
-        return f"dequantised by {kernels.used(patcher.load_device)}"
-    return None
+def dequantize_backend_text(patcher, with_products: bool = False) -> str | None:
+    """Returns which kernels dequantise a model: 'dequantised by nvrtc'; None if none need to.
+
+    Args:
+        patcher: of the model.
+        with_products: whether to say too what multiplies with inputs of few rows.
+    """
+    formats = {within for tensor in patcher.model.parameters() if is_packed(tensor)
+               for within in tensor.params.format.formats_within() if within.plain_dtype is None}
+    if not formats:
+        return None
+    device = patcher.load_device
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype_of_model = getattr(patcher.model, "get_dtype_inference", None)
+    dtype = dtype if dtype_of_model is None else dtype_of_model()
+    texts = [f"dequantised by {kernels.used(device, formats, dtype)}"]
+    if with_products:
+        texts.append(f"few rows multiplied by {kernels.used(device, formats, dtype, 'linear')}")
+    return ", ".join(texts)
 
 
 def host_product_text(patcher) -> str | None:

@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
 
+from ...ops import kernels
 from ...ops.cpu import attention as cpu_attention
 from ...ops.cpu import features as cpu_features
 from ...ops.kernels.kernel import dtype_name
@@ -45,7 +46,8 @@ def choose_compute(patcher: ModelPatcher, compute: str):
     on_a_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
     if on_a_cpu and not _has_flag(ATTENTION_FLAGS):
         transformer_options = patcher.model_options["transformer_options"]
-        transformer_options.setdefault("optimized_attention_override", cpu_attention.attention)
+        transformer_options.setdefault("optimized_attention_override",
+                                       cpu_attention.attention_of_load(kernels.current_load()))
 
 
 def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:

@@ -4,6 +4,7 @@ The host's own on a CPU multiplies all queries with all keys, writes the scores 
 them several times. The slices below stay in the cache. In float32 torch's own attention is faster
 than the host's, and the slices are where oneDNN multiplies faster than torch.
 """
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,8 @@ SLICE_BYTES = 4 << 20  # of scores; each core has its part of a slice in its cac
 def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor,
               value: torch.Tensor, heads: int, mask: torch.Tensor | None = None,
               attn_precision: torch.dtype | None = None, skip_reshape: bool = False,
-              skip_output_reshape: bool = False, **options) -> torch.Tensor:
+              skip_output_reshape: bool = False, load: int = kernels.LATEST,
+              **options) -> torch.Tensor:
     """Computes attention as the host's functions do, on a CPU faster.
 
     Args:
@@ -30,6 +32,7 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
         mask, attn_precision: as the host's functions take them.
         skip_reshape: see the inputs.
         skip_output_reshape: return (batch, heads, tokens, width).
+        load: number of the model's load, see `kernels.find`.
         options: further ones of the host's.
 
     Returns:
@@ -48,8 +51,18 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
                              for operand in (query, key, value))
     scale = options.get("scale", query.shape[-1] ** -0.5)
     in_slices = attention_in_slices if query.dtype == torch.bfloat16 else attention_by_onednn
-    out = in_slices(query, key, value, scale)
+    out = in_slices(query, key, value, scale, load)
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+def attention_of_load(load: int) -> Callable[..., torch.Tensor]:
+    """Returns `attention` for a model, see `kernels.find`."""
+    return functools.partial(attention, load=load)
+
+
+def is_own(override: object) -> bool:
+    """Returns whether something is a result of `attention_of_load`."""
+    return isinstance(override, functools.partial) and override.func is attention
 
 
 def _in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -74,13 +87,14 @@ def _in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 
 def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                        scale: float) -> torch.Tensor:
+                        scale: float, load: int = kernels.LATEST) -> torch.Tensor:
     """Computes softmax(scale * query @ key.T) @ value, the scores in slices of `SLICE_BYTES`.
 
     Args:
         query: (batch, heads, N, width).
         key, value: (batch, heads, M, width); the width of `value` may be another.
         scale: of the scores.
+        load: as `attention` takes it.
 
     Returns:
         (batch, heads, N, width of `value`) in the dtype of `query`, as the scores are.
@@ -100,19 +114,20 @@ def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
             shape = *part.shape[:2], key.shape[1]
             slice_scores = scores[:shape[0] * shape[1] * shape[2]].view(shape)
             torch.baddbmm(slice_scores, part, keys[heads], beta=0, alpha=scale, out=slice_scores)
-            _softmax(slice_scores.view(-1, shape[-1]))
+            _softmax(slice_scores.view(-1, shape[-1]), load)
             torch.bmm(slice_scores, value[heads], out=flat_out[heads, start:start + rows])
     return out
 
 
 def attention_by_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                        scale: float) -> torch.Tensor:
+                        scale: float, load: int = kernels.LATEST) -> torch.Tensor:
     """Computes what `attention_in_slices` does, one head at a time.
 
     Args:
         query: (batch, heads, N, width); `cpu.linear` takes its dtype.
         key, value: as there.
         scale: of the scores.
+        load: as `attention` takes it.
 
     Returns:
         As there.
@@ -126,14 +141,14 @@ def attention_by_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
         for start in range(0, tokens, rows):
             part = head_query[start:start + rows].contiguous()
             scores = cpu_linear.linear(part, scaled_key)
-            _softmax(scores)
+            _softmax(scores, load)
             head_out[start:start + rows] = cpu_linear.linear(scores, columns)
     return out
 
 
-def _softmax(scores: torch.Tensor):
+def _softmax(scores: torch.Tensor, load: int):
     """Replaces each row of scores (rows, keys) by its softmax."""
-    run = kernels.find("softmax", scores.device, None, scores.dtype)
+    run = kernels.find("softmax", scores.device, None, scores.dtype, load=load)
     if run is None:
         torch.softmax(scores, -1, out=scores)
     else:

@@ -2,9 +2,11 @@
 import re
 
 from . import bnb_4bit, column_groups
-from .base import FORMATS, Format
+from .base import FORMATS, GGML_FORMATS, Format
 from .low_rank_and_joined import FACTOR_DTYPES, AddedLowRank, Joined, Scaled
 from .row_layout import FAMILIES
+
+NUMBERED = re.compile(r"(\w+?)((?:_\d+)+)")  # a name, and numbers of a format that is made of it
 
 
 def format_named(name: str) -> Format:
@@ -32,11 +34,45 @@ def format_named(name: str) -> Format:
     if match := re.fullmatch(r"(\w+)_(\d+)_(\d+)x(\d+)", name):
         columns, outer, inner = map(int, match.groups()[1:])
         return column_groups.ColumnGroups.of(FORMATS[match[1]], columns, outer, inner)
-    if match := re.fullmatch(r"(\w+?)((?:_\d+)+)", name):
-        family, numbers = match.groups()
-        base, lengths = FORMATS.get(family), [int(number) for number in numbers[1:].split("_")]
+    if match := NUMBERED.fullmatch(name):
+        family, lengths = match[1], _numbers(match)
+        base = FORMATS.get(family)
         if family in FAMILIES and len(lengths) <= 1 + len(FAMILIES[family].sizes):
             return FAMILIES[family].of_columns(*lengths)
         if isinstance(base, bnb_4bit.Codebook4Bit) and len(lengths) == 1:
             return base.of_block_length(*lengths)
     raise KeyError(name)
+
+
+def formats_of_key(key: str, multiple: int = 1) -> list[Format]:
+    """Returns formats of a `kernel_key`, with which kernels are validated.
+
+    Args:
+        key: of a format.
+        multiple: of which the columns of formats of rows are.
+
+    Returns:
+        The format of the name `key`, or formats of rows of several lengths.
+
+    Raises:
+        KeyError: no format has this key.
+    """
+    match = NUMBERED.fullmatch(key)
+    family, sizes = (match[1], _numbers(match)) if match else (key, ())
+    if family not in FAMILIES:
+        return [format_named(key)]
+    if len(sizes) not in (0, len(FAMILIES[family].sizes)):
+        raise KeyError(key)
+    return [*FAMILIES[family].examples(tuple(sizes), multiple)]
+
+
+def all_kernel_keys() -> list[str]:
+    """Returns the `kernel_key` of every layout, those of ggml first, as files most often have
+    it."""
+    ggml = [packed_format.name for packed_format in GGML_FORMATS.values()
+            if packed_format.plain_dtype is None]
+    return [*ggml, "NF4", "FP4", *FAMILIES]
+
+
+def _numbers(match: re.Match) -> list[int]:
+    return [int(number) for number in match[2][1:].split("_")]

@@ -226,6 +226,11 @@ class Format:
     def __deepcopy__(self, memo) -> "Format":
         return self
 
+    @property
+    def kernel_key(self) -> str:
+        """What kernels are compiled and proven for: the name, for rows that without the columns."""
+        return self.name
+
     def title(self) -> str:
         """Returns the name that people see, the same for rows of all lengths."""
         return self.name

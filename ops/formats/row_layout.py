@@ -30,6 +30,7 @@ NUMBER_DTYPES = {
 # bits of a code -> codes that SDNQ packs together
 PACK_CODES = {1: 8, 2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 7: 8, 8: 1}
 COLUMNS_OF_EXAMPLE = 1024
+NARROW_COLUMNS, WIDE_COLUMNS = 48, 1280  # about, of examples that kernels are validated with
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,6 @@ class RowLayout:
         """Columns that share a scale."""
         return self.columns // self.groups
 
-    @functools.cached_property
-    def is_int8(self) -> bool:
-        """Whether it is int8 with a scale a row, and nothing else."""
-        return self == RowLayout(self.columns, INT8_CODES, is_host_format=self.is_host_format)
-
     def qparams(self) -> tuple[QParam, ...]:
         """Returns the tensors of a weight beside its codes, in their order.
 
@@ -190,8 +186,8 @@ class RowFormat(Format):
         sizes: of the format in its family.
     """
     def __init__(self, family: str, columns: int, *sizes: int):
-        own = FAMILIES[family].sizes
-        self.name = "_".join(map(str, (family, columns, *(sizes if sizes != own else ()))))
+        written = sizes if sizes != FAMILIES[family].sizes else ()
+        self.name = "_".join(map(str, (family, columns, *written)))
         self.family, self.sizes = family, sizes
         self.layout = FAMILIES[family].layout(columns, *sizes)
         self.block_length = columns
@@ -199,11 +195,19 @@ class RowFormat(Format):
         self.qparams, self.padding = self.layout.qparams(), self.layout.padding
         self.is_host_format = self.layout.is_host_format
 
+    @property
+    def kernel_key(self) -> str:
+        """The name without the columns, and without the groups that columns name."""
+        family = FAMILIES[self.family]
+        is_family = self.layout.names_groups or self.sizes == family.sizes
+        return "_".join(map(str, (self.family, *(() if is_family else self.sizes))))
+
     def title(self) -> str:
         return self.layout.title or self.family
 
     def kernel_names(self) -> tuple[str, ...]:
-        return (self.family, "INT8") if self.layout.is_int8 else (self.family,)
+        names = super().kernel_names()
+        return names if self.layout.rotation else (*names, "UnrotatedRows")
 
     def code_numbers(self) -> torch.Tensor:
         """Returns the number of each code, float32 (2**bits,)."""
@@ -384,6 +388,23 @@ class RowFamily:
         given = [*sizes, *[None] * (len(self.sizes) - len(sizes))]
         return RowFormat.of(self.name, columns, *(
             own if size is None else size for size, own in zip(given, self.sizes)))
+
+    def examples(self, sizes: tuple[int, ...] = (), multiple: int = 1) -> list[RowFormat]:
+        """Returns formats of rows of several lengths, odd multiples of the shortest one too.
+
+        Args:
+            sizes: of the formats, none: the family's.
+            multiple: of which their columns are, besides eight values and whole groups.
+        """
+        sizes = sizes or self.sizes
+        of_sizes = self.layout(8 * math.prod(size for size in sizes if size > 0), *sizes)
+        group = of_sizes.group if of_sizes.groups > 1 else of_sizes.taps
+        shortest = math.lcm(8, group, of_sizes.rotation or 1, multiple)
+        counts = (max(3, NARROW_COLUMNS // shortest | 1), 2 * -(-NARROW_COLUMNS // shortest),
+                  WIDE_COLUMNS // shortest + 1 | 1)
+        all_sizes = [[groups] for groups in (1, 3, 7)] if of_sizes.names_groups else [sizes] * 3
+        return [self.of_columns(count * shortest, *each)
+                for count, each in zip(dict.fromkeys(counts), all_sizes)]
 
 
 def split_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:

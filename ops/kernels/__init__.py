@@ -4,65 +4,63 @@ The torch code of `ops.formats` and `ops.layers.product` runs everywhere and is 
 backend is the module `ops/kernels/<name>_backend.py` with a constant `BACKEND` (see `kernel`),
 listed in `registry`.
 
-A GPU's kernels are tried in another process when ComfyUI starts (`start_trials`), once for each
-driver, torch and version of the kernels (`trial_process`). Of those that are right, the fastest is
-used for each format, and torch where that is faster. What was proven when a kernel was first
-requested is used until the process ends; cases that no trial has tried are noted for the next
-start.
+A kernel is used once it is proven right on its device (`validation`); until then, and where it is
+slower or does not work, torch does its work. Nobody waits. A GPU's kernels are validated in another
+process (`validator`), which starts with ComfyUI; a CPU's, and those of a backend that the user
+selects by name, by a thread of this process. Verdicts are kept for each driver, torch and version
+of the kernels (`verdicts`).
 
-A CPU's kernels, compiled by the machine's own compiler, and a backend that the user selects by name
-are compiled and checked in this process, in background threads. Kernels of "dequantize" and of
-"channels_last" have the reference's bits: nobody waits for them, torch works until one is ready,
-and the next call uses it. The others differ by rounding: the first call waits for one, for up to
-`WAIT_SECONDS` of `selector` or until the user cancels, and the decision then holds until the
-process ends.
-
-So a picture is reproducible bit for bit within a process, whenever the kernels become ready.
+Kernels of "dequantize" and "channels_last" have the reference's bits: they are used at once.
+Products differ by rounding: they are used from the next load of a model on. So a model gives the
+same picture, bit for bit, from its load until it is loaded again.
 """
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from ..formats.base import Format
 from ..formats.low_rank_and_joined import Composite
 from ..layers.torch_registration import contiguous
-from .background import start_thread
+from .background import submit
 from .kernel import Backend, Case, Kernel
-from .registry import PRIORITY
-from .selector import InProcessSelector, TrialedSelector
-from .trial_startup import try_kernels
+from .registry import BACKENDS
+from .selector import LATEST, Selector, current_load
+from .validator import ProcessValidator
 
 __all__ = [
-    "PRIORITY",
+    "BACKENDS",
+    "LATEST",
     "VARIABLE",
     "Backend",
     "Case",
     "Kernel",
     "cast_channels_last",
+    "current_load",
     "dequantize_into",
     "find",
     "is_off",
-    "prepare",
-    "start_trials",
+    "list_backends",
+    "request",
+    "start_validation",
     "used"
 ]
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
-TRIALED = {"cuda", "mps"}  # types of devices whose kernels need a trial
-LOG_AFTER_SECONDS = 5  # how long a node waits before it shows what its model uses
+VALIDATED_APART = {"cuda", "mps"}  # types of devices whose kernels another process validates
 
-_selectors: dict[torch.device, InProcessSelector | TrialedSelector] = {}
+_selectors: dict[torch.device, Selector] = {}
 _creating = threading.Lock()  # held while a selector is created, which waits for no kernel
+_validator: ProcessValidator | None = None
 
 
-def _selector(device: torch.device) -> InProcessSelector | TrialedSelector:
+def _selector(device: torch.device) -> Selector:
     """Returns the device's selector, created on the first call."""
-    device = _with_index(device)
+    device = torch.device("mps", 0) if device.type == "mps" else device  # as its tensors name it
     if device not in _selectors:
         with _creating:
             if device not in _selectors:
@@ -70,19 +68,16 @@ def _selector(device: torch.device) -> InProcessSelector | TrialedSelector:
     return _selectors[device]
 
 
-def _with_index(device: torch.device) -> torch.device:
-    """Returns the device as its tensors name it."""
-    return torch.device("mps", 0) if device.type == "mps" else device
-
-
-def _new_selector(device: torch.device) -> InProcessSelector | TrialedSelector:
-    setting = _setting()
-    valid = {"torch", "auto"}.union(*PRIORITY.values())
+def _new_selector(device: torch.device) -> Selector:
+    setting, name = _setting(), BACKENDS.get(device.type)
+    valid = {"torch", "auto", *filter(None, BACKENDS.values())}
     if setting and setting not in valid:
         log.warning("[Featherweight] The environment variable %s is %s and is ignored; expected one"
                     " of %s.", VARIABLE, setting, ", ".join(sorted(valid)))
-    names, need_trials = _backends(device)
-    return TrialedSelector(device, names) if need_trials else InProcessSelector(device, names)
+    if is_off() or name is None:
+        return Selector(device, None)
+    is_apart = device.type in VALIDATED_APART and setting != name
+    return Selector(device, name, _validator, is_apart)
 
 
 def _setting() -> str:
@@ -94,19 +89,9 @@ def is_off() -> bool:
     return _setting() == "torch"
 
 
-def _backends(device: torch.device) -> tuple[tuple[str, ...], bool]:
-    """Returns the names of the backends that a device may use, and whether they need a trial."""
-    names = PRIORITY.get(device.type, ())
-    if is_off():
-        return (), False
-    setting = _setting()
-    if setting in names:
-        return (setting,), False
-    return names, device.type in TRIALED
-
-
 def find(capability: str, device: torch.device, packed_format: Format | None,
-         dtype: torch.dtype, tokens: int | None = None) -> Callable[..., None] | None:
+         dtype: torch.dtype, tokens: int | None = None,
+         load: int = LATEST) -> Callable[..., None] | None:
     """Returns the `run` of a kernel (see `Kernel`), or None: use the reference.
 
     Args:
@@ -115,36 +100,91 @@ def find(capability: str, device: torch.device, packed_format: Format | None,
         packed_format: None for a capability without formats.
         dtype: As in `Kernel`.
         tokens: Rows of the input, for "linear".
+        load: `current_load` when the model was loaded: products proven later are left out.
     """
-    kernel = _selector(device).find(capability, packed_format, dtype, tokens)
+    kernel = _selector(device).find(capability, packed_format, dtype, tokens, load)
     return None if kernel is None else kernel.run
 
 
-def start_trials(devices: Iterable[torch.device]):
-    """Tries the devices' kernels in the background, those that need a trial and have no verdict."""
-    start_thread(lambda: _try_kernels([*map(_with_index, devices)]), "featherweight-trials")
+def start_validation(dtypes: Mapping[torch.device, torch.dtype]):
+    """Starts the process that validates the kernels of GPUs, for all layouts and for the products
+    of the last models, in the background.
+
+    Args:
+        dtypes: Of the devices that models run on, the dtype that each computes in.
+    """
+    global _validator
+    apart = [device for device in dtypes if device.type in VALIDATED_APART]
+    if apart and not is_off():
+        try:
+            _validator = ProcessValidator()
+        except OSError as error:
+            log.warning("[Featherweight] Kernels are not validated: torch does their work (%s).",
+                        error)
+    for device, dtype in dtypes.items():
+        selector = _selector(device)
+        submit(lambda selector=selector, dtype=dtype: selector.start(dtype))
 
 
-def _try_kernels(devices: list[torch.device]):
-    for device in devices:
-        names, need_trials = _backends(device)
-        if need_trials:
-            try_kernels(device, names, lambda: device in _selectors)
+def request(device: torch.device, needed: Iterable[tuple[str, Format | None, torch.dtype]]) -> int:
+    """Has the kernels validated that a model being loaded needs.
 
+    Args:
+        device: That the model will run on.
+        needed: Capability, format and dtype of each case.
 
-def prepare(device: torch.device, cases: Iterable[Case]):
-    """Notes the cases that a model being loaded will need on a device, for the next trial."""
+    Returns:
+        The number of the load, see `find`.
+    """
     selector = _selector(device)
-    if isinstance(selector, TrialedSelector):
-        selector.note(list(cases))
+    if selector.wait_until_read():
+        for capability, packed_format, dtype in needed:
+            selector.request(Case.of(capability, packed_format, dtype), packed_format)
+    return current_load()
 
 
-def used(device: torch.device, seconds: float = LOG_AFTER_SECONDS) -> str:
-    """Returns the names of what dequantises on a device, as far as known after so many seconds."""
+def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,
+         capability: str = "dequantize") -> str:
+    """Returns what dequantises a model, in words: "cpp", or "cpp; MXFP4 by torch: the kernel is
+    slower".
+
+    Args:
+        device: That the model runs on.
+        formats: Of its weights.
+        dtype: That it computes in.
+        capability: "linear" for what multiplies with inputs of few rows.
+    """
     selector = _selector(device)
-    if names := selector.backend_names(seconds):
-        return " and ".join(names)
-    return "torch until kernels are proven" if selector.is_pending else "torch"
+    verdicts = {packed_format.kernel_key: selector.verdict(capability, packed_format, dtype)
+                for packed_format in formats}
+    by_torch: dict[str, list[str]] = {}
+    for key, (verdict, why) in verdicts.items():
+        if verdict != "right":
+            reason = WORDS.get(verdict, verdict) + (f" ({why[:80]})" if why else "")
+            by_torch.setdefault(reason, []).append(key)
+    if selector.is_off:
+        return "torch"
+    if len(by_torch) == 1 and len(*by_torch.values()) == len(verdicts):
+        return f"torch: {next(iter(by_torch))}"
+    parts = [f"{', '.join(keys)} by torch: {reason}" for reason, keys in by_torch.items()]
+    return "; ".join([selector.backend_name or "torch", *parts])
+
+
+# verdict -> why torch does a kernel's work
+WORDS = {"pending": "kernels are being validated", "none": "there is no kernel",
+         "off": "no kernel works here", "slow": "the kernel is slower"}
+
+
+def list_backends() -> dict[str, dict]:
+    """Returns what each device that has been used dequantises and multiplies with.
+
+    Returns:
+        By the names of devices: "backend", None where torch does all work; "reason", why a backend
+        does not work; "kernels", the names of kernels by their verdicts.
+    """
+    return {str(device): {"backend": selector.backend_name, "reason": selector.reason,
+                          "kernels": selector.summary()}
+            for device, selector in _selectors.items()}
 
 
 def dequantize_into(packed_format: Format, tensors: list[torch.Tensor], out: torch.Tensor,

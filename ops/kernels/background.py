@@ -1,17 +1,17 @@
-"""Background threads that compile, check and try kernels while torch does their work."""
+"""The thread that compiles and validates kernels while torch does their work."""
 import atexit
-import concurrent.futures
-import contextlib
+import logging
+import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from ...child_process import end_all, is_ending
 
-MAX_THREADS = 4  # that compute a result at the same time
-CANCEL_CHECK_SECONDS = 0.05  # how often a wait checks whether the user cancelled
+WAIT_INTERVAL_SECONDS = 0.05  # how often a wait checks whether the user cancelled
 EXIT_SECONDS = 10  # how long an exiting process waits for its threads, whose compilers are killed
+
+log = logging.getLogger(__name__)
 
 
 def _never_cancelled():
@@ -21,11 +21,13 @@ def _never_cancelled():
 # Called during a wait; raises where the user cancelled. The extension puts ComfyUI's function here.
 raise_if_cancelled: Callable[[], None] = _never_cancelled
 
-_slots = threading.BoundedSemaphore(MAX_THREADS)
+_work: "queue.SimpleQueue[Callable[[], None]]" = queue.SimpleQueue()
 _threads: set[threading.Thread] = set()
+_starting = threading.Lock()
+_worker: threading.Thread | None = None
 
 
-def start_thread(work: Callable[[], None], name: str = "featherweight-kernels"):
+def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
     """Starts a thread that does not keep the process alive.
 
     An exiting process waits for it: `work` must return soon once the process is ending.
@@ -39,44 +41,45 @@ def start_thread(work: Callable[[], None], name: str = "featherweight-kernels"):
     thread = threading.Thread(target=run, name=name, daemon=True)
     _threads.add(thread)
     thread.start()
+    return thread
 
 
-def compute_in_background(compute: Callable[[], object]) -> Future:
-    """Returns a future of what `compute` returns, which must not raise."""
-    future = Future()
-
-    def run_in_slot():
-        with _slots:
-            if not is_ending():
-                set_result(future, compute())
-
-    start_thread(run_in_slot)
-    return future
+def submit(work: Callable[[], None]):
+    """Has the one thread for it do some work, after what it was given before."""
+    global _worker
+    _work.put(work)
+    with _starting:
+        if _worker is None or not _worker.is_alive():  # a fork has none
+            _worker = start_thread(_do_work, "featherweight-kernels")
 
 
-def set_result(future: Future, value: object):
-    """Sets a future's result, unless it has one."""
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
-        future.set_result(value)
+def _do_work():
+    while not is_ending():
+        work = _work.get()
+        try:
+            work()
+        except Exception:  # a compiler or driver may raise anything
+            log.debug("[Featherweight] Work on kernels failed.", exc_info=True)
 
 
-def wait(future: Future, seconds: float) -> bool:
-    """Waits at most `seconds` for a future's result. Returns whether it is there.
+def wait(is_done: Callable[[], bool], seconds: float) -> bool:
+    """Waits at most `seconds` until something is done. Returns whether it is.
 
     Raises:
         Exception: What `raise_if_cancelled` raises.
     """
     end = time.monotonic() + seconds
-    while not future.done() and (remaining := end - time.monotonic()) > 0:
+    while not is_done() and time.monotonic() < end:
         raise_if_cancelled()
-        concurrent.futures.wait([future], min(remaining, CANCEL_CHECK_SECONDS))
-    return future.done()
+        time.sleep(WAIT_INTERVAL_SECONDS)
+    return is_done()
 
 
 @atexit.register
 def _wait_for_all():
     """Waits for the threads: one inside torch at the interpreter's end would crash the process."""
     end_all()
+    _work.put(lambda: None)  # wakes the worker
     end = time.monotonic() + EXIT_SECONDS
     for thread in list(_threads):
         thread.join(max(0, end - time.monotonic()))

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -25,21 +26,23 @@ import torch
 from ...child_process import run_process
 from ..cpu import features as cpu_features
 from ..formats.base import Format, Grid
-from ..layers.int8_codes import LARGEST_CODE, TINY
+from ..formats.row_layout import RowFormat
+from ..layers.int8_codes import LARGEST_CODE, TINY, encode_rows
 from ..pickle_names import short_error_name
 from ..quantize.grid_error_feedback import columns_at_a_time
 from .kernel import Backend, Kernel
 from .kernel_source import (
     C_TYPES,
-    CPU_ROW_FAMILIES,
     FORMAT_NAMES,
-    block_addresses,
+    MULTIPLIED,
     c_floats,
     dequantize_and_linear,
-    is_plain_row,
+    is_for_products,
     kernel_source,
     late_bound_method,
-    row_definitions,
+    linear_by_reference,
+    scale_group,
+    weight_argument,
 )
 from .private_files import (
     cache_folder,
@@ -64,6 +67,7 @@ MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a 
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
 SCRATCH_PREFIX = "tmp"  # of folders in which a compiler works
+MAX_LIBRARIES = 1000  # that are kept; all kernels in one dtype are about 250
 STALE_SECONDS = 10 * COMPILE_SECONDS  # an older scratch folder was left by a killed process
 OTHER_TEMPORARY = ("/var/tmp",)  # tried where the default temporary folder does not work
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
@@ -137,7 +141,7 @@ class CppCompiler:
                 log.info("[Featherweight] The compiled kernel %s is damaged and is compiled again.",
                          path)
             path.unlink(missing_ok=True)
-        _remove_stale_scratch(folder)
+        _remove_stale(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH_PREFIX) as scratch:
             file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
             file.write_text(source, encoding="utf-8")
@@ -156,12 +160,23 @@ def _library_path(folder: Path, name: str, file: Path) -> Path:
     return folder / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}.so"
 
 
-def _remove_stale_scratch(folder: Path):
-    """Removes the scratch folders of processes that were killed while they compiled."""
+def _remove_stale(folder: Path):
+    """Removes the oldest of too many libraries, and the scratch folders of processes that were
+    killed while they compiled."""
+    libraries = [(path.stat().st_mtime, path) for path in folder.glob("*.so")]
+    for _, path in sorted(libraries)[:max(0, len(libraries) - MAX_LIBRARIES)]:
+        path.unlink(missing_ok=True)
     for scratch in folder.glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):  # another process removed it first
             if time.time() - scratch.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _compiler_version() -> str:
+    """Returns a text that differs where another compiler, or another CPU, is used."""
+    command = cpp_compiler()
+    changed = os.stat(command).st_mtime_ns if command else ""
+    return f"{command} {changed} {FLAGS} {_cpu()}"
 
 
 def _cpu() -> str:
@@ -178,60 +193,48 @@ class CpuKernels:
     def __init__(self, compiler: CppCompiler):
         self._compiler = compiler
         self._functions: dict[tuple, Callable[..., None]] = {}
+        self._of_sources: dict[str, Callable[..., None]] = {}
 
     def _function(self, kernel: str, packed_format: Format | None, *dtypes,
                   **definitions) -> Callable[..., None]:
         key = kernel, packed_format, dtypes, *definitions.values()
         if key not in self._functions:
             source = kernel_source("cpu", kernel, packed_format, *dtypes, **definitions)
-            self._functions[key] = getattr(self._compiler.library(source), kernel)
+            if source not in self._of_sources:  # formats of rows of all lengths have one
+                self._of_sources[source] = getattr(self._compiler.library(source), kernel)
+            self._functions[key] = self._of_sources[source]
         return self._functions[key]
 
     def dequantize(self, packed_format, tensors, out, first):
         """See `Kernel.run`."""
         lanes = _lanes(packed_format)
-        if out.numel() % lanes or not out.numel():  # a small weight of odd shape, or no rows at all
+        if isinstance(packed_format, RowFormat):
+            kernel, length = "dequantize_rows", packed_format.block_length
+        else:
+            kernel, length = "dequantize", 1
+        count = out.numel()
+        if not count or count % (lanes or 1) or count % length or not lanes:
             packed_format.dequantize_into(tensors, out, first)
             return
-        run = self._function("dequantize", packed_format, out.dtype, LANES=lanes)
-        packed, scales = map(c_void_p, block_addresses(packed_format, tensors, first))
-        run(packed, scales, c_void_p(out.data_ptr()), c_longlong(out.numel()),
-            c_int(_threads(out.numel())))
-
-    def dequantize_rows(self, packed_format, tensors, out, first):
-        """See `Kernel.run`; for the families of `CPU_ROW_FAMILIES`."""
-        if not is_plain_row(packed_format):
-            packed_format.dequantize_into(tensors, out, first)
-            return
-        columns = packed_format.block_length
-        definitions = row_definitions(packed_format)
-        lengths = (definitions["GROUP"], definitions["LEVEL_GROUP"],
-                   definitions["ROTATED_VALUES"])
-        if any(length % 8 for length in lengths) or out.numel() % columns or not out.numel():
-            packed_format.dequantize_into(tensors, out, first)
-            return
-        lanes = 8 if any(length % 16 for length in lengths) else _max_lanes()
-        run = self._function("dequantize_rows", None, out.dtype, LANES=lanes,
-                             **definitions)
-        packed, *qparams = packed_format.blocks(tensors, first, first + out.numel() // columns)
-        column_scales = qparams.pop() if definitions["SCALED_COLUMNS"] else None
-        has_addend = definitions["HAS_MINIMA"] or definitions["HAS_ZEROS"]
-        minima = qparams.pop() if has_addend else None
-        scales, row_scales = (*qparams, None)[:2]
-        addresses = map(_address, (packed, scales, row_scales, minima, column_scales, out))
-        run(*addresses, c_longlong(len(packed)), c_int(_threads(out.numel())))
+        run = self._function(kernel, packed_format, out.dtype, LANES=lanes)
+        weight = weight_argument(packed_format, tensors, packed_format.block_length, first)
+        run(ctypes.byref(weight), _address(out), c_longlong(count // length),
+            c_int(_threads(count)))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
+        if not is_for_products(packed_format, columns):
+            linear_by_reference(packed_format, tensors, input, addend, out)
+            return
         run = self._function("linear", packed_format, torch.float32,
                              LANES=_lanes(packed_format), TOKENS=max_tokens)
         input = input.float()
         is_final = out.dtype == torch.float32 and addend is None
         sums = out if is_final else torch.empty(out.shape, dtype=torch.float32, device="cpu")
-        packed, scales = map(c_void_p, block_addresses(packed_format, tensors))
-        run(c_void_p(input.data_ptr()), packed, scales, c_void_p(sums.data_ptr()), c_int(tokens),
-            c_int(rows), c_int(columns), c_int(_threads(rows * columns)))
+        weight = weight_argument(packed_format, tensors, columns)
+        run(_address(input), ctypes.byref(weight), _address(sums), c_int(tokens), c_int(rows),
+            c_int(_threads(rows * columns)))
         if addend is not None:
             sums += addend
         if sums is not out:
@@ -240,24 +243,34 @@ class CpuKernels:
     def linear_bfloat16(self, packed_format, tensors, input, addend, out):
         """See `Kernel.run`."""
         (tokens, columns), rows = input.shape, out.shape[1]
+        if not is_for_products(packed_format, columns):
+            linear_by_reference(packed_format, tensors, input, addend, out)
+            return
         run = self._function("linear_bfloat16", packed_format, out.dtype,
                              LANES=_lanes(packed_format))
         strides = (0, 0) if addend is None else addend.stride()
-        run(_address(input), *map(c_void_p, block_addresses(packed_format, tensors)),
-            _address(addend), *map(c_longlong, strides), _address(out), c_int(tokens), c_int(rows),
-            c_int(columns), c_int(_threads(rows * columns)))
+        weight = weight_argument(packed_format, tensors, columns)
+        run(_address(input), ctypes.byref(weight), _address(addend), *map(c_longlong, strides),
+            _address(out), c_int(tokens), c_int(rows), c_int(_threads(rows * columns)))
 
     def int8_rows(self, packed_format, tensors, codes, scales, first):
         """See `Kernel.run`."""
+        rows, columns = codes.shape
+        if not is_for_products(packed_format, columns):
+            encode_rows(packed_format, tensors, codes, scales, first)
+            return
         run = self._function("int8_rows", packed_format, torch.float32,
                              LANES=_lanes(packed_format), **CODES)
-        packed, weight_scales = map(c_void_p, block_addresses(packed_format, tensors, first))
-        run(packed, weight_scales, *_code_arguments(codes, scales))
+        weight = weight_argument(packed_format, tensors, columns, first)
+        run(ctypes.byref(weight), _address(codes), _address(scales), c_longlong(rows),
+            c_int(_threads(codes.numel())))
 
     def int8_tokens(self, input, codes, scales):
         """See `Kernel.run`."""
         run = self._function("int8_tokens", None, input.dtype, LANES=_max_lanes(), **CODES)
-        run(c_void_p(input.data_ptr()), *_code_arguments(codes, scales))
+        rows, columns = codes.shape
+        run(_address(input), _address(codes), _address(scales), c_longlong(rows), c_int(columns),
+            c_int(_threads(codes.numel())))
 
     def channels_last(self, values, out):
         """See `Kernel.run`."""
@@ -318,23 +331,19 @@ def _address(tensor: torch.Tensor | None) -> c_void_p:
     return c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _code_arguments(codes, scales) -> tuple:
-    rows, columns = codes.shape
-    return (c_void_p(codes.data_ptr()), c_void_p(scales.data_ptr()), c_longlong(rows),
-            c_int(columns), c_int(_threads(codes.numel())))
-
-
 def _max_lanes() -> int:
     return 16 if torch.cpu._is_avx512_supported() else 8
 
 
 def _lanes(packed_format: Format) -> int:
-    """Returns how many values of a block are handled at once."""
+    """Returns how many values of a block are handled at once, 0 where none of the numbers do."""
+    length, multiple = packed_format.block_length, packed_format.block_length
+    if isinstance(packed_format, RowFormat):
+        # of other groups, a vector's values have scales of their own
+        group = scale_group(packed_format.layout)
+        multiple = math.gcd(length, group) if group % 8 == 0 else length
     limit = min(8 if packed_format.name == "NVFP4" else 16, _max_lanes())
-    for lanes in (16, 8):
-        if lanes <= limit and packed_format.block_length % lanes == 0:
-            return lanes
-    raise CppError(f"blocks of {packed_format.block_length} values do not divide into 8 lanes")
+    return next((lanes for lanes in (16, 8) if lanes <= limit and multiple % lanes == 0), 0)
 
 
 def _threads(values: int) -> int:
@@ -358,15 +367,13 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
         has_bfloat16: Whether the CPU and what compiles the kernels have AVX512-BF16.
     """
     float32 = frozenset([torch.float32])
-    by_avx512 = Kernel("linear", FORMAT_NAMES, frozenset([torch.bfloat16]),
+    by_avx512 = Kernel("linear", MULTIPLIED, frozenset([torch.bfloat16]),
                        late_bound_method(kernels, "linear_bfloat16"),
                        max_tokens=MAX_BFLOAT16_TOKENS)
     return (
         *([by_avx512] if has_bfloat16 else []),
         *dequantize_and_linear(kernels, MAX_TOKENS),
-        Kernel("dequantize", frozenset(CPU_ROW_FAMILIES), frozenset(C_TYPES),
-               late_bound_method(kernels, "dequantize_rows")),
-        Kernel("int8_rows", FORMAT_NAMES, frozenset([torch.int8]),
+        Kernel("int8_rows", MULTIPLIED, frozenset([torch.int8]),
                late_bound_method(kernels, "int8_rows")),
         Kernel("int8_tokens", frozenset(), frozenset(C_TYPES),
                late_bound_method(kernels, "int8_tokens")),
@@ -380,4 +387,4 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
 
 
 BACKEND = Backend("cpp", lambda device: probe(_kernels().dequantize, device),
-                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()))
+                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()), _compiler_version)

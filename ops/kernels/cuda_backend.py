@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from ..formats.base import Format
+from ..formats.row_layout import RowFormat
 from ..lasting_memory import cached_on_device, lasting_memory
 from .kernel import Backend, Kernel
 from .kernel_source import (
-    C_TYPES,
-    ROW_FAMILIES,
-    block_addresses,
+    CHUNK,
     dequantize_and_linear,
+    is_for_products,
     kernel_source,
-    late_bound_method,
-    row_chunk,
-    row_definitions,
+    linear_by_reference,
+    row_grid,
+    weight_argument,
 )
 from .runtime_compiler import (
     CUDA,
@@ -35,12 +35,12 @@ from .runtime_compiler import (
 )
 from .validation import probe
 
-CHUNK = 8  # values that a thread handles at a time, LANES in source/cuda
 DEQUANTIZE_THREADS = 256
 LINEAR_THREADS = 128
 # Token limit of each variant of "linear" -> weight rows per warp. More rows load the input fewer
 # times, but leave fewer warps to hide the latency of loads.
 LINEAR_ROWS = {1: 1, 4: 2, 16: 2}
+MAX_GRID_ROWS = 65535  # of blocks of threads; each takes several rows of a larger weight
 INPUT_ALIGNMENT = 16  # bytes
 
 
@@ -49,7 +49,7 @@ class Program:
     """One kernel of `source/cuda` for one format.
 
     Attributes:
-        kernel: "dequantize", "dequantize_rows" or "linear".
+        kernel: "dequantize", "dequantize_rows", for formats of rows, or "linear".
         packed_format: Of the weight.
         dtype: Of the values for "dequantize", of input and output for "linear".
         alignment: Of the packed bytes' address: 1, 2 or 4.
@@ -68,10 +68,6 @@ class Program:
         if self.packed_format.block_length % CHUNK:
             raise GpuError(f"blocks of {self.packed_format.block_length} values do not divide into"
                            f" chunks of {CHUNK}")
-        if self.kernel == "dequantize_rows":
-            of_rows: Any = self.packed_format
-            return kernel_source("cuda", self.kernel, None, self.dtype,
-                                 ALIGNMENT=self.alignment, **row_definitions(of_rows))
         return kernel_source("cuda", self.kernel, self.packed_format, self.dtype,
                              ALIGNMENT=self.alignment, TOKENS=self.tokens, ROWS=self.rows,
                              WARP=architecture.warp)
@@ -84,80 +80,83 @@ class CudaKernels:
         self._compiler = compiler
         self._driver = driver
         self._modules: dict[tuple[int, Program], Module] = {}
+        self._of_sources: dict[tuple[int, str], Module] = {}
 
-    def _launch(self, program: Program, blocks: int, threads: int, device: torch.device,
-                *arguments):
+    def _launch(self, program: Program, blocks: tuple[int, ...], threads: tuple[int, ...],
+                device: torch.device, *arguments):
         index = device.index or 0
         key = index, program
         if key not in self._modules:
             architecture = self._driver.architecture(index)
-            image = self._compiler.compile(program.source(architecture), architecture.name)
-            with lasting_memory():
-                self._modules[key] = Module(self._driver, index, image)
+            self._modules[key] = self._module(index, program.source(architecture), architecture)
         self._modules[key].launch(program.kernel, blocks, threads,
                                   torch.cuda.current_stream(device).cuda_stream, *arguments)
 
+    def _module(self, index: int, source: str, architecture: Architecture) -> Module:
+        """Returns a source's module; formats of rows of all lengths have one source."""
+        if (index, source) not in self._of_sources:
+            image = self._compiler.compile(source, architecture.name)
+            with lasting_memory():
+                self._of_sources[index, source] = Module(self._driver, index, image)
+        return self._of_sources[index, source]
+
     def dequantize(self, packed_format, tensors, out, first):
         """See `Kernel.run`."""
-        chunks, rest = divmod(out.numel(), CHUNK)
-        if rest or not chunks:  # a small weight of odd shape, or no rows at all
+        of_rows = isinstance(packed_format, RowFormat)
+        length = packed_format.block_length if of_rows else CHUNK
+        count, rest = divmod(out.numel(), length)
+        if rest or not count or length % CHUNK:  # a small weight of odd shape, or no rows at all
             packed_format.dequantize_into(tensors, out, first)
             return
         tensors = _aligned(packed_format, tensors)
-        packed, scales = block_addresses(packed_format, tensors, first)
-        program = Program("dequantize", packed_format, out.dtype,
-                          alignment(packed_format))
-        self._launch(program, -(-chunks // DEQUANTIZE_THREADS), DEQUANTIZE_THREADS, out.device,
-                     c_void_p(packed), c_void_p(scales), c_void_p(out.data_ptr()),
-                     c_longlong(chunks))
-
-    def dequantize_rows(self, packed_format, tensors, out, first):
-        """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
-        chunk = row_chunk(packed_format)
-        rows, rest = divmod(out.numel(), packed_format.block_length)
-        if rest or not rows or not chunk:
-            packed_format.dequantize_into(tensors, out, first)
-            return
-        tensors = _aligned(packed_format, tensors)
-        packed, *qparams = packed_format.blocks(tensors, first, first + rows)
-        program = Program("dequantize_rows", packed_format, out.dtype,
-                          alignment(packed_format))
-        chunks = out.numel() // chunk
-        self._launch(program, -(-chunks // DEQUANTIZE_THREADS), DEQUANTIZE_THREADS, out.device,
-                     c_void_p(packed.data_ptr()), c_void_p(qparams[0].data_ptr()),
-                     c_void_p(qparams[-1].data_ptr()), c_void_p(out.data_ptr()), c_longlong(chunks))
+        weight = weight_argument(packed_format, tensors, packed_format.block_length, first)
+        if of_rows:
+            kernel = "dequantize_rows"
+            (blocks, rows_of_blocks), threads = row_grid(packed_format, count)
+            grid = blocks, min(rows_of_blocks, MAX_GRID_ROWS)
+        else:
+            kernel, threads = "dequantize", (DEQUANTIZE_THREADS,)
+            grid = (-(-count // DEQUANTIZE_THREADS),)
+        program = Program(kernel, packed_format, out.dtype, alignment(packed_format))
+        self._launch(program, grid, threads, out.device, weight, c_void_p(out.data_ptr()),
+                     c_longlong(count))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, a key of `LINEAR_ROWS`."""
+        (tokens, columns), rows = input.shape, out.shape[1]
+        if not is_for_products(packed_format, columns):
+            linear_by_reference(packed_format, tensors, input, addend, out)
+            return
         if input.data_ptr() % INPUT_ALIGNMENT:
             input = input.clone()
-        (tokens, columns), rows = input.shape, out.shape[1]
         rows_per_warp = LINEAR_ROWS[max_tokens]
         tensors = _aligned(packed_format, tensors)
-        packed, scales = block_addresses(packed_format, tensors)
+        weight = weight_argument(packed_format, tensors, columns)
         addend_address = None if addend is None else addend.data_ptr()
         strides = (0, 0) if addend is None else addend.stride()
         program = Program("linear", packed_format, out.dtype, alignment(packed_format),
                           max_tokens, rows_per_warp)
         warp = self._driver.architecture(out.device.index or 0).warp
         rows_per_block = rows_per_warp * LINEAR_THREADS // warp
-        self._launch(program, -(-rows // rows_per_block), LINEAR_THREADS, out.device,
-                     c_void_p(input.data_ptr()), c_void_p(packed), c_void_p(scales),
-                     c_void_p(addend_address), c_void_p(out.data_ptr()), c_int(tokens), c_int(rows),
-                     c_int(columns), *map(c_longlong, strides))
+        self._launch(program, (-(-rows // rows_per_block),), (LINEAR_THREADS,), out.device,
+                     c_void_p(input.data_ptr()), weight, c_void_p(addend_address),
+                     c_void_p(out.data_ptr()), c_int(tokens), c_int(rows),
+                     *map(c_longlong, strides))
 
 
 def alignment(packed_format: Format) -> int:
-    """Returns the alignment, at most 4 bytes, that all blocks have if the first one has it."""
+    """Returns the alignment, at most 4 bytes, that whatever is loaded has if a weight's tensors
+    have it: blocks, or eight codes of a row."""
+    if isinstance(packed_format, RowFormat):
+        return math.gcd(packed_format.layout.codes.bits, 4)
     return math.gcd(packed_format.block_bytes, 4)
 
 
 def _aligned(packed_format: Format, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns a weight's tensors with the packed bytes aligned, copied if need be, so that one
-    program works for all addresses."""
-    if tensors[0].data_ptr() % alignment(packed_format) == 0:
-        return tensors
-    return [tensors[0].clone(), *tensors[1:]]
+    """Returns a weight's tensors, each aligned, copied if need be, so that one program works for
+    all addresses."""
+    multiple = alignment(packed_format)
+    return [tensor.clone() if tensor.data_ptr() % multiple else tensor for tensor in tensors]
 
 
 @cached_on_device
@@ -182,9 +181,7 @@ def _first_that_loads(make: Callable[[str, Api], Any], libraries: list[str], api
 
 def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     """Returns the backend's kernels. kernels: called when one runs."""
-    rows = Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(C_TYPES),
-                  late_bound_method(kernels, "dequantize_rows"))
-    return *dequantize_and_linear(kernels, LINEAR_ROWS), rows
+    return dequantize_and_linear(kernels, LINEAR_ROWS)
 
 
 API = HIP if torch.version.hip else CUDA

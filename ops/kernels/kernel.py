@@ -2,14 +2,17 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..formats.base import Format
 from ..pickle_names import short_error_name
 
-FORMAT_NAME = re.compile(r"\w{1,40}")
+ANY = "any format"
+CASE_TEXT = re.compile(rf"(\w{{1,20}}) of ({ANY}|\w{{1,60}}) to (\w{{1,10}})(?=$|,)")
+# capabilities whose kernels have the reference's bits, and those that quantise
+EXACT, QUANTIZING = {"dequantize", "channels_last"}, {"pack_blocks", "pack_columns"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -99,50 +102,57 @@ class Backend:
     Attributes:
         name: As in `registry`.
         probe: Launches one tiny kernel on a device; raises where the backend cannot work there.
-        kernels: Of every capability it has.
+        kernels: Of every capability it has; of two for the same case the preferred one first.
+        compiler: Returns a text that differs where what compiles the kernels does.
     """
     name: str
     probe: Callable[[torch.device], None]
     kernels: tuple[Kernel, ...]
+    compiler: Callable[[], str] = str
 
 
 class Case(NamedTuple):
-    """What a layer needs: a capability for one format and dtype.
+    """What a layer needs: a capability for one layout and dtype.
 
     Attributes:
         capability: As in `Kernel`.
-        format: A format's name, None for a capability without formats.
+        layout: A format's `kernel_key`, None for a capability without formats.
         dtype: As in `Kernel`.
     """
     capability: str
-    format: str | None
+    layout: str | None
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, capability: str, packed_format: Format | None, dtype: torch.dtype) -> "Case":
+        """Returns the case of a capability for a format."""
+        return cls(capability, packed_format and packed_format.kernel_key, dtype)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Case | None":
+        """Returns the case whose `str` a text is or begins with, None where there is none."""
+        found = CASE_TEXT.match(text)
+        dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
+        if found is None or found[3] not in dtypes:
+            return None
+        return cls(found[1], None if found[2] == ANY else found[2], dtypes[found[3]])
+
     def __str__(self) -> str:
-        return f"{self.capability} of {self.format or 'any format'} to {dtype_name(self.dtype)}"
+        return f"{self.capability} of {self.layout or ANY} to {dtype_name(self.dtype)}"
 
     def kernel_name(self, backend: str, kernel: Kernel) -> str:
         """Returns the name under which the verdict on a kernel for this case is stored."""
         return f"{self}, rows {kernel.min_tokens} to {kernel.max_tokens or 'any'} by {backend}"
 
-    def as_json(self) -> list:
-        return [self.capability, self.format, dtype_name(self.dtype)]
+    def kernels(self, backend: Backend, packed_format: Format | None) -> list[Kernel]:
+        """Returns a backend's kernels for the case.
 
-    @classmethod
-    def of_json(cls, parts: Any) -> "Case | None":
-        """Returns the case that `as_json` was called on.
-
-        None for anything else, also for a case that no trial tries: another capability or dtype, or
-        a format whose name is made of others or too long.
+        Args:
+            backend: That has them.
+            packed_format: With the case's layout; None for a capability without formats.
         """
-        dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
-        match parts:
-            case ["int8_tokens", None, str(dtype)] if dtype in dtypes:
-                return cls("int8_tokens", None, dtypes[dtype])
-            case ["dequantize" | "linear" | "int8_rows" as capability, str(name), str(dtype)]:
-                if FORMAT_NAME.fullmatch(name) and dtype in dtypes:
-                    return cls(capability, name, dtypes[dtype])
-        return None
+        return [kernel for kernel in backend.kernels if kernel.capability == self.capability
+                and kernel.accepts(packed_format, self.dtype)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

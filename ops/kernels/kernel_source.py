@@ -3,102 +3,56 @@
 Each platform has a folder of `source/`: its `lanes.h` defines how neighbouring values are handled
 together, and each of its kernels has a file. The folder `formats` is shared.
 """
+import ctypes
 import functools
 from collections.abc import Callable, Iterable
+from ctypes import c_int, c_void_p
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from ..formats.base import Format
-from ..formats.comfyui import SIGNED
-from ..formats.row_layout import FAMILIES, Codes, RowFormat, RowLayout
+from ..formats.row_layout import Codes, Numbers, RowFormat, RowLayout
 from .kernel import Kernel
 
 SOURCES = Path(__file__).with_name("source")
+CHUNK = 8  # values that a thread of a GPU handles at a time, LANES of its source
+TILE_THREADS, MIN_TILE = 256, 256  # of a block of threads, and columns that it takes at least
 C_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 # All formats of blocks but the plain ones, F16 and BF16, which a cast dequantises.
 FORMAT_NAMES = frozenset((
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q1_0", "Q2_0", "PQ2_0", "TQ1_0", "TQ2_0",
     "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K",
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
-    "MXFP4", "NVFP4", "Codebook4Bit", "INT8"
+    "MXFP4", "NVFP4", "Codebook4Bit"
 ))
 
 
-class RowKernel(NamedTuple):
-    """How `dequantize_rows` reads a layout.
-
-    Attributes:
-        codes, scales: names of the structures of the source that read them.
-        minima: name of the structure that reads numbers which are added to groups of columns.
-    """
-    codes: str
-    scales: str
-    minima: str = "None"
-
-
-CODES_OF_DTYPE = {torch.float8_e4m3fn: "E4M3", torch.float8_e5m2: "E5M2",
-                  torch.int8: "SignedBytes", torch.uint8: "UnsignedBytes"}
-SCALES = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "Half"}
-MINIMA = SCALES | {"f16": "HalfFloat"}
-# what the source for GPUs has
-GPU_CODES = ("E4M3", "E5M2", "SignedBytes", "CodebookNibbles", "CodebookLowNibbles",
-             "SignedNibbles", "SixBits")
-GPU_SCALES = ("FloatScales", "Exponents", "E4M3Scales", "RowScales")
+# names of `Format.kernel_names`: what "dequantize" takes, and what products take too
+DEQUANTIZED = FORMAT_NAMES | {"RowFormat"}
+MULTIPLIED = FORMAT_NAMES | {"UnrotatedRows"}
+# order of codes, or kind of stored numbers -> its name in source/formats/rows.h
+ORDERS = {"high first": "HIGH_FIRST", "planes": "PLANES"}
+NUMBERS = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "HalfFloat",
+           "e4m3": "E4M3", "e8m0": "E8M0", "bytes": "Bytes256"}
+FLOAT8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+ROW_SCALES = {"": 0, "multiply": "MULTIPLY", "divide": "DIVIDE"}
+# fields of `Weight` in source/formats/rows.h -> the tensors of a weight that they may be
+ROW_TENSORS = {
+    "codes": ("codes",), "scales": ("scale",), "zeros": ("zero",), "minima": ("minimum",),
+    "group_of_column": ("group_of_column",), "explained_scales": ("scale_factor", "scale_table"),
+    "row_scales": ("row_scale",), "explained_minima": ("minimum_factor", "minimum_table"),
+    "numbers": ("numbers",), "column_scales": ("column_scale",)}
 
 
-def row_kernel(layout: RowLayout) -> RowKernel | None:
-    """Returns how the kernel reads a layout, None where it has no structure for a part of it."""
-    codes, scales = _code_structure(layout.codes), _scale_structure(layout)
-    minima = "None" if layout.minimum is None else MINIMA.get(layout.minimum.kind)
-    is_odd = (layout.levels or layout.has_own_numbers or layout.names_groups or layout.taps > 1
-              or any(numbers.has_factor for numbers in (layout.scale, layout.minimum) if numbers)
-              or (layout.rotation and not layout.rotates_values and layout.minimum))
-    return None if is_odd or not (scales and minima) else RowKernel(codes, scales, minima)
+class BlockWeight(ctypes.Structure):
+    """`Weight` of source/weight.h."""
+    _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("columns", c_int)]
 
 
-def _code_structure(codes: Codes) -> str:
-    if codes.order == "planes":
-        return "SixBits"
-    if codes.order == "stream" or (codes.bits not in (4, 8) and codes.numbers is None):
-        return "Integers"
-    if codes.bits == 8 and codes.numbers is None:
-        return CODES_OF_DTYPE[codes.dtype]
-    if codes.bits != 4:
-        return "Table"
-    if codes.numbers is None:
-        return "NibblesLessEight" if codes.offset == 8 else "UnsignedNibbles"
-    if codes.order == "high first":
-        return "CodebookNibbles"
-    return "SignedNibbles" if codes.numbers == SIGNED else "CodebookLowNibbles"
-
-
-def _scale_structure(layout: RowLayout) -> str | None:
-    kind, of_row = layout.scale.kind, layout.row_scale
-    if layout.is_requantized:
-        return "RowScales"
-    if kind == "e8m0":
-        return "Exponents"
-    if kind == "e4m3":
-        return {"multiply": "E4M3Scales", "divide": "E4M3Quotients"}.get(of_row)
-    name = SCALES.get(kind)
-    return name and f"{name}{'Row' if of_row else ''}Scales"
-
-
-def _is_for_gpus(layout: RowLayout) -> bool:
-    kernel = row_kernel(layout)
-    return (kernel is not None and layout.is_host_format and kernel.codes in GPU_CODES
-            and kernel.scales in GPU_SCALES and kernel.minima == "None"
-            and not layout.has_column_scales)
-
-
-# families with a kernel of rows; int8 with a scale a row has those of blocks
-CPU_ROW_FAMILIES = {
-    name: family for name, family in FAMILIES.items()
-    if row_kernel(family.example) and not family.example.is_int8}
-ROW_FAMILIES = {name: family for name, family in CPU_ROW_FAMILIES.items()
-                if _is_for_gpus(family.example)}
+class RowWeight(ctypes.Structure):
+    """`Weight` of source/formats/rows.h."""
+    _fields_ = [*((name, c_void_p) for name in ROW_TENSORS), ("columns", c_int), ("groups", c_int)]
 
 
 def kernel_source(platform: str, kernel: str, packed_format: Format | None,
@@ -113,66 +67,141 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
         definitions: Further constants of the kernel.
     """
     definitions["TYPE"] = C_TYPES[dtype]
-    if packed_format is not None:
+    if isinstance(packed_format, RowFormat):
+        definitions |= row_definitions(packed_format)
+        if platform != "cpu":
+            definitions |= zip(("WIDTH", "HEIGHT", "CHUNKS"), _tile(packed_format.layout))
+    elif packed_format is not None:
         definitions |= {
             "FORMAT": _source_name(packed_format),
             "BLOCK_LENGTH": packed_format.block_length,
             "BLOCK_BYTES": packed_format.block_bytes,
             "SCALES_APART": int(bool(packed_format.qparams)),
         }
-    codebook = getattr(packed_format, "codebook", None) or getattr(packed_format, "values", None)
-    if codebook:
-        definitions["CODEBOOK"] = c_floats(codebook)
-    if point_words := getattr(packed_format, "point_words", None):
-        definitions["POINTS"] = ", ".join(f"{word & 0xFFFFFFFF:#x}u"
-                                          for word in point_words().tolist())
+        if codebook := getattr(packed_format, "codebook", getattr(packed_format, "values", None)):
+            definitions["CODEBOOK"] = c_floats(codebook)
+        if point_words := getattr(packed_format, "point_words", None):
+            definitions["POINTS"] = ", ".join(f"{word & 0xFFFFFFFF:#x}u"
+                                              for word in point_words().tolist())
     defines = [f"#define {name} {value}" for name, value in definitions.items()]
     texts = [path.read_text(encoding="utf-8")
              for path in source_files(platform, packed_format, kernel)]
     return "\n".join([*defines, *texts])
 
 
-@functools.cache
 def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
-    """Returns the constants of `dequantize_rows` for a format that `is_plain_row`."""
-    layout = packed_format.layout
-    codes, kernel = layout.codes, row_kernel(layout)
-    assert kernel is not None
-    rotated = 0 if layout.rotates_values else layout.rotation
-    definitions = {
-        "CODES": kernel.codes, "SCALES": kernel.scales, "BITS": codes.bits,
-        "COLUMNS": layout.columns, "GROUP": rotated or layout.group,
-        "ROTATED": int(bool(rotated)), "ROOT": f"{float(rotated or 1)**0.5}f",
-        "LEVEL_GROUP": layout.group if layout.is_requantized else 0, "MINIMA": kernel.minima,
-        "HAS_MINIMA": int(kernel.minima != "None"), "HAS_ZEROS": int(bool(layout.zero_bits)),
-        "SCALED_COLUMNS": int(layout.has_column_scales),
-        "PACKS": int(codes.order == "packs" and codes.bits not in (1, 2)),
-        "ROTATED_VALUES": layout.rotation if layout.rotates_values else 0,
+    """Returns the constants of source/formats/rows.h, the same for rows of all lengths."""
+    layout, rotation = packed_format.layout, packed_format.layout.rotation
+    return {
+        "BITS": layout.codes.bits,
+        "ORDER": _order(layout.codes),
+        **_numbers_of_codes(layout.codes),
+        "HAS_OWN_NUMBERS": int(layout.has_own_numbers),
+        "GROUP": scale_group(layout),
+        "TAPS": layout.taps,
+        "IS_ORDERED": int(layout.names_groups),
+        "LEVELS": layout.levels,
+        "SCALE": _stored_numbers(layout.scale),
+        "ROW_SCALE": 0 if layout.is_requantized else ROW_SCALES[layout.row_scale],
+        "ZERO_BITS": layout.zero_bits,
+        "MINIMUM": _stored_numbers(layout.minimum) if layout.minimum else "None",
+        "HAS_MINIMUM": int(layout.minimum is not None),
+        "IS_REQUANTIZED": int(layout.is_requantized),
+        "HAS_COLUMN_SCALES": int(layout.has_column_scales),
+        "ROTATION": rotation,
         "ROTATION_BASE": layout.rotation_base,
-        "ROTATION_FACTOR": c_floats([layout.rotation**-0.5 if layout.rotation else 1]),
+        "ROTATES_CODES": int(rotation > 0 and not layout.rotates_values),
+        "ROOT": c_floats([max(1, rotation)**0.5]),
+        "ROTATION_FACTOR": c_floats([max(1, rotation)**-0.5]),
     }
-    if kernel.codes.startswith("Codebook"):
-        definitions["CODEBOOK"] = c_floats(codes.all_numbers().tolist())
-    if kernel.codes == "Table":
-        definitions["NUMBERS"] = c_floats(codes.all_numbers().tolist())
-    if kernel.codes == "Integers":
-        definitions |= {"OFFSET": codes.offset, "ZERO_BITS": layout.zero_bits or codes.bits}
-    return definitions
 
 
-@functools.cache
-def is_plain_row(packed_format: RowFormat) -> bool:
-    """Returns whether the kernel reads all that the format has."""
-    return row_kernel(packed_format.layout) is not None
+def scale_group(layout: RowLayout) -> int:
+    """Returns how many neighbouring values share a scale, apart from those of kernel positions; 0:
+    those of a row, or of columns that name their groups."""
+    return 0 if layout.groups == 1 or layout.names_groups else layout.group
 
 
-def row_chunk(packed_format: RowFormat) -> int:
-    """Returns how many values a thread of a GPU's `dequantize_rows` writes, or 0 where lengths are
-    no multiples of what it handles at a time."""
-    definitions = row_definitions(packed_format)
-    chunk = 16 if definitions["ROTATED"] else 8
-    lengths = definitions["GROUP"], definitions["LEVEL_GROUP"]
-    return 0 if lengths[0] % chunk or lengths[1] % 8 else chunk
+def _order(codes: Codes) -> str:
+    if codes.order == "packs" and codes.bits not in (1, 2, 4, 8):
+        return "PACKS"
+    return ORDERS.get(codes.order, "LOW_FIRST" if codes.bits == 4 else "STREAM")
+
+
+def _numbers_of_codes(codes: Codes) -> dict[str, int | str]:
+    count = 1 << codes.bits
+    definitions: dict[str, int | str] = {
+        "IS_SIGNED": int(codes.dtype == torch.int8), "OFFSET": codes.offset}
+    if codes.numbers is None:
+        return definitions | ({"FLOAT8": FLOAT8[codes.dtype]} if codes.dtype in FLOAT8 else {})
+    if codes.numbers == (*range(count // 2), *range(-count // 2, 0)):
+        return definitions | {"IS_SIGNED": 1}
+    lowest = codes.numbers[0]
+    if codes.numbers == tuple(lowest + step for step in range(count)) and lowest == int(lowest):
+        return definitions | {"OFFSET": -int(lowest)}
+    return definitions | {"CODEBOOK" if count == 16 else "NUMBERS": c_floats(codes.numbers)}
+
+
+def _stored_numbers(numbers: Numbers) -> str:
+    name = NUMBERS[numbers.kind]
+    return f"{name}TimesFactor" if numbers.has_factor else name
+
+
+def weight_argument(packed_format: Format, tensors: list[torch.Tensor], columns: int,
+                    first: int = 0) -> BlockWeight | RowWeight:
+    """Returns a weight as kernels take it. The tensors must stay where they are meanwhile.
+
+    Args:
+        packed_format: of the weight.
+        tensors: of the weight.
+        columns: of a row.
+        first: the block with which it begins.
+    """
+    addresses = {name: tensor.data_ptr() for name, tensor in zip(
+        ("codes", *(qparam.name for qparam in packed_format.qparams)), tensors)}
+    addresses["codes"] += first * packed_format.block_bytes
+    for qparam in packed_format.qparams:
+        if not qparam.is_shared:
+            addresses[qparam.name] += first * qparam.count * qparam.dtype.itemsize
+    if not isinstance(packed_format, RowFormat):
+        return BlockWeight(addresses["codes"], addresses.get("scale"), columns)
+    fields = [next((addresses[name] for name in names if name in addresses), None)
+              for names in ROW_TENSORS.values()]
+    return RowWeight(*fields, columns, packed_format.layout.groups)
+
+
+def is_for_products(packed_format: Format, columns: int) -> bool:
+    """Returns whether kernels multiply rows of so many columns, which are whole blocks."""
+    if isinstance(packed_format, RowFormat) and columns != packed_format.block_length:
+        return False  # two rows of codes, with scales of their own, as one row of the weight
+    return columns % 8 == 0
+
+
+def linear_by_reference(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tensor,
+                        addend: torch.Tensor | None, out: torch.Tensor):
+    """Computes "linear", see `Kernel`, for rows that a kernel of their key does not take."""
+    weight = input.new_empty((out.shape[1], input.shape[1]))
+    packed_format.dequantize_into(tensors, weight)
+    if addend is None:
+        torch.mm(input, weight.t(), out=out)
+    else:
+        torch.addmm(addend, input, weight.t(), out=out)
+
+
+def row_grid(packed_format: RowFormat, rows: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns how many blocks of threads of a GPU write some rows, and how many threads a block
+    has, both along a row and across rows."""
+    width, height, chunks = _tile(packed_format.layout)
+    tile = width * chunks * CHUNK
+    return (-(-packed_format.block_length // tile), -(-rows // height)), (width, height)
+
+
+def _tile(layout: RowLayout) -> tuple[int, int, int]:
+    """Returns how many threads of a block write a row, how many rows a block writes, and how many
+    times `CHUNK` values a thread of it writes: together whole rotations."""
+    vectors = max(layout.rotation, MIN_TILE) // CHUNK
+    width = min(vectors, TILE_THREADS)
+    return width, TILE_THREADS // width, vectors // width
 
 
 def _source_name(packed_format: Format) -> str:
@@ -193,8 +222,10 @@ def source_files(platform: str, packed_format: Format | None, kernel: str) -> li
     Kernels whose names have the same first word may share a header, and those of GPUs one in `gpu`.
     """
     folder, weight_files = SOURCES / platform, []
-    if packed_format is not None:
-        modules = ["bnb_int8"] if isinstance(packed_format, RowFormat) else dict.fromkeys(
+    if isinstance(packed_format, RowFormat):
+        weight_files = [SOURCES / "formats" / "rows.h"]
+    elif packed_format is not None:
+        modules = dict.fromkeys(
             base.__module__.rpartition(".")[2] for base in reversed(type(packed_format).__mro__))
         weight_files = [path for module in modules
                         if (path := SOURCES / "formats" / f"{module}.h").is_file()]
@@ -206,16 +237,6 @@ def source_files(platform: str, packed_format: Format | None, kernel: str) -> li
         *folder.glob(f"{kernel.partition('_')[0]}.h"),
         *folder.glob(f"{kernel}.*"),
     ]
-
-
-def block_addresses(packed_format: Format, tensors: list[torch.Tensor],
-                    first: int = 0) -> tuple[int, int | None]:
-    """Returns the address of block `first` and that of its scale, None where blocks hold their
-    scales."""
-    scales = None
-    if packed_format.qparams:
-        scales = tensors[1].data_ptr() + first * tensors[1].itemsize
-    return tensors[0].data_ptr() + first * packed_format.block_bytes, scales
 
 
 def late_bound_method(kernels: Callable[[], object], name: str) -> Callable[..., None]:
@@ -233,10 +254,10 @@ def dequantize_and_linear(kernels: Callable[[], object],
         token_limits: The most tokens of each variant of "linear", ascending.
     """
     dtypes, linear = frozenset(C_TYPES), late_bound_method(kernels, "linear")
-    table = [Kernel("dequantize", FORMAT_NAMES, dtypes, late_bound_method(kernels, "dequantize"))]
+    table = [Kernel("dequantize", DEQUANTIZED, dtypes, late_bound_method(kernels, "dequantize"))]
     min_tokens = 1
     for max_tokens in token_limits:
-        table.append(Kernel("linear", FORMAT_NAMES, dtypes, functools.partial(linear, max_tokens),
+        table.append(Kernel("linear", MULTIPLIED, dtypes, functools.partial(linear, max_tokens),
                             min_tokens, max_tokens))
         min_tokens = max_tokens + 1
     return tuple(table)

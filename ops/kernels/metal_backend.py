@@ -8,31 +8,39 @@ import functools
 
 import torch
 
+from ..formats.row_layout import RowFormat
 from .kernel import Backend, Kernel
 from .kernel_source import (
     C_TYPES,
-    FORMAT_NAMES,
-    ROW_FAMILIES,
+    CHUNK,
+    DEQUANTIZED,
+    ROW_TENSORS,
     kernel_source,
-    row_chunk,
-    row_definitions,
+    row_grid,
 )
 from .validation import probe
 
-CHUNK = 8  # values per thread, LANES in source/metal
 MAX_CHUNKS = 1 << 32  # per launch: Metal counts threads in 32 bits
 GROUP = 256  # threads per thread group
 
 
 @functools.cache
-def _shader(packed_format, dtype):
-    """Returns the compiled function, which takes tensors."""
-    source = kernel_source("metal", "dequantize", packed_format, dtype, LANES=CHUNK)
-    return torch.mps.compile_shader(source).dequantize
+def _compiled(source):
+    return torch.mps.compile_shader(source)
+
+
+@functools.cache
+def _shader(kernel, packed_format, dtype):
+    """Returns the compiled function, which takes tensors and integers."""
+    source = kernel_source("metal", kernel, packed_format, dtype, LANES=CHUNK)
+    return getattr(_compiled(source), kernel)
 
 
 def dequantize(packed_format, tensors, out, first):
     """See `Kernel.run`."""
+    if isinstance(packed_format, RowFormat):
+        _dequantize_rows(packed_format, tensors, out, first)
+        return
     chunks, rest = divmod(out.numel(), CHUNK)
     # The reference handles odd shapes, and lookups of no rows.
     if rest or packed_format.block_length % CHUNK or not 0 < chunks < MAX_CHUNKS:
@@ -40,35 +48,26 @@ def dequantize(packed_format, tensors, out, first):
         return
     packed = tensors[0].view(-1)[first * packed_format.block_bytes:]
     scales = tensors[1][first:] if packed_format.qparams else packed
-    _shader(packed_format, out.dtype)(out, packed, scales, threads=chunks,
-                                                   group_size=GROUP)
+    run = _shader("dequantize", packed_format, out.dtype)
+    run(out, packed, scales, threads=chunks, group_size=GROUP)
 
 
-@functools.cache
-def _row_shader(packed_format, dtype):
-    """Returns the compiled function, which takes tensors."""
-    source = kernel_source("metal", "dequantize_rows", None, dtype, LANES=CHUNK,
-                           **row_definitions(packed_format))
-    return torch.mps.compile_shader(source).dequantize_rows
-
-
-def dequantize_rows(packed_format, tensors, out, first):
-    """See `Kernel.run`; for the families of `ROW_FAMILIES`."""
-    chunk = row_chunk(packed_format)
-    rows, rest = divmod(out.numel(), packed_format.block_length)
-    if rest or not rows or not chunk or out.numel() // chunk >= MAX_CHUNKS:
+def _dequantize_rows(packed_format, tensors, out, first):
+    columns = packed_format.block_length
+    rows, rest = divmod(out.numel(), columns)
+    if rest or not rows or columns % CHUNK:
         packed_format.dequantize_into(tensors, out, first)
         return
-    packed, *qparams = packed_format.blocks(tensors, first, first + rows)
-    scales, row_scales = qparams[0].view(torch.uint8), qparams[-1]
-    if row_scales.dtype == torch.uint8:
-        row_scales = packed_format.constant("scale_numbers", out.device)
-    _row_shader(packed_format, out.dtype)(out, packed, scales, row_scales,
-                                                       threads=out.numel() // chunk,
-                                                       group_size=GROUP)
+    blocks = packed_format.blocks(tensors, first, first + rows)
+    names = "codes", *(qparam.name for qparam in packed_format.qparams)
+    tensors = dict(zip(names, blocks))
+    fields = [next((tensors[name] for name in names if name in tensors), blocks[0])
+              for names in ROW_TENSORS.values()]
+    grid, group = row_grid(packed_format, rows)
+    run = _shader("dequantize_rows", packed_format, out.dtype)
+    run(out, *fields, columns, packed_format.layout.groups, rows,
+        threads=[count * size for count, size in zip(grid, group)], group_size=list(group))
 
 
 BACKEND = Backend("metal", lambda device: probe(dequantize, device),
-                  (Kernel("dequantize", FORMAT_NAMES, frozenset(C_TYPES), dequantize),
-                   Kernel("dequantize", frozenset(ROW_FAMILIES), frozenset(C_TYPES),
-                          dequantize_rows)))
+                  (Kernel("dequantize", DEQUANTIZED, frozenset(C_TYPES), dequantize),))

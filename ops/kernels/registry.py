@@ -6,10 +6,8 @@ import torch
 
 from .kernel import Backend
 
-# Backends for each type of torch device (ROCm's are "cuda" too), the preferred one first.
-PRIORITY: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpp",), "cuda": ("hiprtc" if torch.version.hip else "nvrtc",), "mps": ("metal",)
-}
+# The backend for each type of torch device; ROCm's are "cuda" too.
+BACKENDS = {"cpu": "cpp", "cuda": "hiprtc" if torch.version.hip else "nvrtc", "mps": "metal"}
 
 
 def _cpp() -> Backend:

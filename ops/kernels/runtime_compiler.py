@@ -312,13 +312,14 @@ class Module:
         self._functions: dict[str, c_void_p] = {}
         driver.in_context(index, "ModuleLoadData", byref(self._module), image)
 
-    def launch(self, name: str, blocks: int, threads: int, stream: int, *arguments):
+    def launch(self, name: str, blocks: tuple[int, ...], threads: tuple[int, ...], stream: int,
+               *arguments):
         """Starts a kernel.
 
         Args:
             name: Of the kernel in the source.
-            blocks: In the grid.
-            threads: Per block.
+            blocks: In the grid, in up to three dimensions.
+            threads: Per block, in up to three dimensions.
             stream: A CUstream or hipStream_t.
             arguments: ctypes values of the kernel's parameter types.
         """
@@ -328,5 +329,6 @@ class Module:
                                     self._module, name.encode())
             self._functions[name] = function
         addresses = (c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self._driver.in_context(self._index, self._driver.api.launch, self._functions[name], blocks,
-                                1, 1, threads, 1, 1, 0, stream, addresses, None)
+        dimensions = [*(*blocks, 1, 1)[:3], *(*threads, 1, 1)[:3]]
+        self._driver.in_context(self._index, self._driver.api.launch, self._functions[name],
+                                *dimensions, 0, stream, addresses, None)

@@ -1,205 +1,252 @@
-"""Selects a device's kernels: those that validate in this process, or that trials have proven."""
-import functools
+"""Selects a device's kernels: those that are proven right on it."""
 import logging
+import sys
 import textwrap
 import threading
-from collections.abc import Callable
 
 import torch
 
+from ..formats._names import all_kernel_keys
 from ..formats.base import Format
-from .background import Future, compute_in_background, set_result, wait
-from .kernel import Backend, Case, Kernel, WrongResult, device_name
+from .background import submit, wait
+from .kernel import EXACT, QUANTIZING, Backend, Case, Kernel, WrongResult, device_name
 from .registry import import_backend
-from .trial_startup import is_on_trial, log_failure
-from .validation import check, report_wrong
-from .verdicts import Notes, Results, Verdicts
+from .validation import report_wrong
+from .validator import ProcessValidator, validate_kernel
+from .verdicts import Verdicts
 
 log = logging.getLogger(__name__)
 
 REASON_LENGTH = 400  # characters in the log of why a backend does not work
-BIT_EXACT = {"dequantize", "channels_last"}  # the kernels that have the reference's bits
-# How long the first call waits for a kernel that is checked in this process, and for one with the
-# reference's bits. Once a wait has timed out, no later call waits.
+# How long the first call waits for a kernel that quantises. Once a wait has timed out, no later
+# call waits.
 WAIT_SECONDS = 20
-EXACT_WAIT_SECONDS = 0
+READ_SECONDS = 10  # how long a load waits for verdicts to be read
+LATEST = sys.maxsize  # a load that all verdicts count for
+
+_loads = 0  # how often a product has been proven: the number of the load that begins now
+_counting = threading.Lock()
 
 
-class InProcessSelector:
-    """Uses the first backend that works, and those of its kernels that validate in this process.
+def current_load() -> int:
+    """Returns the number of a load that begins now: products that are proven later are not used by
+    the model that it gives."""
+    return _loads
+
+
+def _next_load() -> int:
+    global _loads
+    with _counting:
+        _loads += 1
+        return _loads
+
+
+class Selector:
+    """Uses the kernels of one backend that are proven right, as soon as they may be used.
+
+    Those that have the reference's bits (`EXACT`) may at once, products from the next load of a
+    model on. Torch does the work of the others. Nobody waits, but for kernels that quantise.
 
     Args:
         device: Whose kernels it selects.
-        names: Of the backends, the preferred one first; none: torch does the work.
+        name: Of the backend; None: torch does the work.
+        validator: What validates kernels in another process; None: nothing does.
+        is_apart: Whether they are validated by that, and not by this process.
     """
 
-    def __init__(self, device: torch.device, names: tuple[str, ...]):
+    def __init__(self, device: torch.device, name: str | None,
+                 validator: ProcessValidator | None = None, is_apart: bool = False):
         self.device = device
-        self.names = names
-        self._checks: dict[tuple, Future] = {}
-        self._starting = threading.Lock()  # held for no longer than a thread takes to start
+        self.reason = ""  # why the backend does not work
+        self._name = name
+        self._validator, self._is_apart = validator, is_apart
+        self._backend: Backend | None = None
+        self._verdicts: Verdicts | None = None
+        self._lines: dict[str, dict] = {}  # by names of kernels
+        self._since: dict[str, int] = {}  # the first load that a product counts for
+        self._requested: set[Case] = set()
+        self._found: dict[tuple, list[tuple[Kernel, int]]] = {}
         self._waits = True
-        self._backend = self._compute(self._find_backend)
+        self._is_read = threading.Event()
+        if name is None:
+            self._is_read.set()
+        elif device.type == "mps":  # torch must command an Apple GPU from one thread at a time
+            self._read()
+        else:
+            submit(self._read)
 
-    def find(self, capability: str, packed_format: Format | None, dtype: torch.dtype,
-             tokens: int | None) -> Kernel | None:
-        """Returns a kernel that is right, None where torch does the work; see `kernels.find`."""
-        backend = self._value(self._backend, capability)
-        if backend is None:
-            return None
-        for kernel in backend.kernels:
-            if (kernel.capability == capability and kernel.takes(tokens)
-                    and kernel.accepts(packed_format, dtype)):
-                is_right = self._check(backend.name, kernel, packed_format, dtype)
-                if self._value(is_right, capability):
-                    return kernel
-        return None
-
-    def backend_names(self, seconds: float) -> list[str]:
-        """Returns the name of the backend in use, if that is known within so many seconds."""
-        backend = self._backend.result() if wait(self._backend, seconds) else None
-        return [] if backend is None else [backend.name]
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether the choice of a backend is still open."""
-        return not self._backend.done()
-
-    def _compute(self, compute: Callable[[], object]) -> Future:
-        if self.names and self.device.type != "mps":
-            return compute_in_background(compute)
-        # Torch must command an Apple GPU from one thread at a time, and its compiler is fast.
-        future = Future()
-        future.set_result(compute())
-        return future
-
-    def _value(self, future: Future, capability: str):
-        """Returns a future's result, waiting for it as long as the capability allows.
-
-        When the time is up, the result is None: only this time for kernels with torch's bits, for
-        good for the others, so that no picture is made by torch in one run and by a kernel in the
-        next.
-        """
-        seconds = EXACT_WAIT_SECONDS if capability in BIT_EXACT else WAIT_SECONDS
-        if wait(future, seconds if self._waits else 0):
-            return future.result()
-        if capability in BIT_EXACT:
-            return None
-        if self._waits:
-            self._waits = False
-            log.warning("[Featherweight] No kernel was ready on %s after %g seconds: until ComfyUI "
-                        "starts again, torch does the work of the kernels that are not ready when "
-                        "they are first needed.", self.device, seconds)
-        set_result(future, None)
-        return future.result()
-
-    def _find_backend(self) -> Backend | None:
-        """Returns the first backend that works, and logs which one, or why none does."""
-        backend, reasons = None, []
-        for name in self.names:
-            try:
-                candidate = import_backend(name)
-                candidate.probe(self.device)
-                backend = candidate
-                break
-            except WrongResult as error:
-                report_wrong(f"the probe by {name}", self.device, error)
-                reasons.append(f"{name}: its values are wrong")
-            except Exception as error:  # not installed, no compiler, no driver, an unknown GPU
-                log.debug("[Featherweight] %s does not work on %s: %r", name, self.device, error)
-                reason = textwrap.shorten(str(error) or repr(error), REASON_LENGTH)
-                reasons.append(f"{name}: {reason}")
-        explanation = f", because no kernel works there ({'; '.join(reasons)})" if reasons else ""
-        log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device),
-                 backend.name if backend else f"torch{explanation}")
-        return backend
-
-    def _check(self, backend: str, *case) -> Future:
-        if case not in self._checks:
-            with self._starting:
-                if case not in self._checks:
-                    is_right = functools.partial(self._is_right, backend, *case)
-                    self._checks[case] = self._compute(is_right)
-        return self._checks[case]
-
-    def _is_right(self, backend: str, kernel: Kernel, packed_format, dtype) -> bool:
-        case = case_of(kernel.capability, packed_format, dtype)
+    def _read(self):
+        """Imports the backend and reads the verdicts on its kernels."""
         try:
-            check(kernel, packed_format, dtype, self.device)
-            return True
+            backend = import_backend(self._name or "")
+            if not self._is_apart:
+                backend.probe(self.device)
+            self._verdicts = Verdicts.of_device(self.device, backend)
+            self._lines = self._verdicts.read()
+            self._backend = backend
         except WrongResult as error:
-            report_wrong(f"{case} by {backend}", self.device, error)
-        except Exception as error:  # a compiler or driver may raise anything
-            log.debug("[Featherweight] %s by %s is off on %s: %r", case, backend, self.device,
-                      error)
-        return False
-
-
-class TrialedSelector:
-    """Uses the fastest of the kernels that trials had proven when it was created.
-
-    Later results count from ComfyUI's next start: so pictures are reproducible bit for bit, and
-    nobody waits. Torch does the work where it is faster or nothing is proven.
-
-    Args:
-        device: Whose kernels it selects.
-        names: Of the backends to use.
-    """
-
-    def __init__(self, device: torch.device, names: tuple[str, ...]):
-        self.device = device
-        self._results = Results({}, None)
-        self._backends: list[Backend] = []
-        self._kernels: dict[tuple, list[Kernel]] = {}
-        self._requested: dict[Case, None] = {}
-        try:
-            results = Verdicts.of_device(device, names).results()
-            self._backends = [import_backend(name) for name in names
-                              if results.verdict(f"probe by {name}") == "works"]
-            self._results = results
-        except Exception:  # a drive or driver may raise anything
-            log_failure(device)
-        log.info("[Featherweight] Packed weights on %s use %s.", device_name(device),
-                 " and ".join(backend.name for backend in self._backends) or "torch")
+            report_wrong(f"the probe by {self._name}", self.device, error)
+            self.reason = f"{self._name}: its values are wrong"
+        except Exception as error:  # not installed, no compiler, no driver, an unknown GPU
+            log.debug("[Featherweight] %s does not work on %s: %r", self._name, self.device, error)
+            self.reason = textwrap.shorten(f"{self._name}: {error or repr(error)}", REASON_LENGTH)
+        finally:
+            self._found = {}
+            self._is_read.set()
+        use = self._name
+        if self.reason:
+            use = f"torch, because no kernel works there ({self.reason})"
+        elif self._is_apart and "right" not in self.summary():
+            use = "torch until kernels are proven"
+        log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device), use)
 
     def find(self, capability: str, packed_format: Format | None, dtype: torch.dtype,
-             tokens: int | None) -> Kernel | None:
-        """Returns the fastest proven kernel, None where torch does the work; see `kernels.find`."""
+             tokens: int | None, load: int) -> Kernel | None:
+        """Returns a kernel that is right, None where torch does the work; see `kernels.find`."""
         key = capability, packed_format, dtype
-        if key not in self._kernels:
-            case = case_of(*key)
-            self._kernels[key] = self._results.kernels(case, self._backends)
-            self.note([case])
-        return next((kernel for kernel in self._kernels[key] if kernel.takes(tokens)), None)
+        known = self._found  # a verdict that comes meanwhile puts another in its place
+        found = known[key] if key in known else self._look_up(key, known)
+        return next((kernel for kernel, since in found if since <= load and kernel.takes(tokens)),
+                    None)
 
-    def backend_names(self, seconds: float) -> list[str]:
-        """Returns the names of the backends that dequantise what layers request. Never waits."""
-        used = {kernel for case in list(self._requested) if case.capability in BIT_EXACT
-                for kernel in self._results.kernels(case, self._backends)[:1]}
-        return [backend.name for backend in self._backends if used.intersection(backend.kernels)]
+    def _look_up(self, key: tuple, known: dict) -> list[tuple[Kernel, int]]:
+        capability, packed_format, _ = key
+        if self._backend is None:
+            return known.setdefault(key, []) if self._is_read.is_set() else []
+        case = Case.of(*key)
+        names = self.request(case, packed_format)
+        if capability in QUANTIZING and self._waits and not wait(
+                lambda: all(name in self._lines for name in names), WAIT_SECONDS):
+            self._waits = False
+            log.warning("[Featherweight] No kernel was ready on %s after %g seconds: torch does "
+                        "the work of those that are not ready.", self.device, WAIT_SECONDS)
+        known[key] = [(kernel, self._since.get(name, 0)) for name, kernel in names.items()
+                      if self._lines.get(name, {}).get("verdict") == "right"]
+        return known[key]
+
+    def request(self, case: Case, packed_format: Format | None) -> dict[str, Kernel]:
+        """Has a case's kernels validated that have no verdict.
+
+        Args:
+            case: What is needed.
+            packed_format: With the case's layout; None for a capability without formats.
+
+        Returns:
+            The kernels by the names of their verdicts.
+        """
+        backend = self._backend
+        if backend is None:
+            return {}
+        names = {case.kernel_name(backend.name, kernel): kernel
+                 for kernel in case.kernels(backend, packed_format)}
+        if case not in self._requested and not all(name in self._lines for name in names):
+            self._requested.add(case)
+            if self._is_apart:
+                if self._validator is not None:
+                    self._validator.request(self, [case])
+            elif self.device.type == "mps":
+                self._validate(case, names)
+            else:
+                submit(lambda: self._validate(case, names))
+        return names
+
+    def _validate(self, case: Case, names: dict[str, Kernel]):
+        for name, kernel in names.items():
+            if name not in self._lines:
+                self.add(name, **validate_kernel(kernel, case, self.device))
+
+    def add(self, name: str, verdict: str, **more):
+        """Takes a verdict on a kernel, and stores it."""
+        line = {"name": name, "verdict": verdict, **more}
+        if self._verdicts is not None:
+            try:
+                line = self._verdicts.add(name, verdict, **more)
+            except OSError as error:
+                log.debug("[Featherweight] A verdict cannot be kept: %r", error)
+        self.take(line)
+
+    def take(self, line: dict):
+        """Takes a line of `Verdicts` that is stored already."""
+        name, verdict = line["name"], line["verdict"]
+        if verdict == "begun":
+            return
+        case = Case.of_text(name)
+        if verdict == "right" and case is not None and case.capability not in EXACT | QUANTIZING:
+            self._since[name] = _next_load()
+        if verdict == "wrong":
+            report_wrong(name, self.device, line.get("why", ""))
+        elif verdict != "right":
+            log.debug("[Featherweight] %s is off on %s: %s, %s", name, self.device, verdict,
+                      line.get("why", ""))
+        self._lines[name] = line
+        self._found = {}
+
+    def start(self, dtype: torch.dtype):
+        """Has the kernels of all layouts validated, and then the products that models have needed
+        before an update. dtype: that the device computes in."""
+        if self._is_apart and self._validator is not None and self.wait_until_read():
+            cases = [Case("dequantize", key, dtype) for key in all_kernel_keys()]
+            if self._backend is not None:
+                self._validator.request(self, [*cases, *self._products_of_earlier_versions()])
+
+    def wait_until_read(self) -> bool:
+        """Waits until the verdicts are read, or `READ_SECONDS`. Returns whether they are."""
+        return self._is_read.wait(READ_SECONDS)
+
+    def missing(self, cases: list[Case]) -> list[Case]:
+        """Returns the cases without a verdict, in order, after reading what other processes have
+        stored meanwhile. Raises OSError."""
+        lines = {} if self._verdicts is None else self._verdicts.read()
+        for name in lines.keys() - self._lines.keys():
+            self.take(lines[name])
+        known = {Case.of_text(name) for name in lines}
+        return [case for case in cases if case not in known]
+
+    def _products_of_earlier_versions(self) -> list[Case]:
+        """Returns what models have multiplied with before an update, each once."""
+        names = [] if self._verdicts is None else self._verdicts.of_earlier_versions()
+        cases = filter(None, map(Case.of_text, names))
+        return list(dict.fromkeys(case for case in cases if case.capability not in EXACT))
 
     @property
-    def is_pending(self) -> bool:
-        """Whether a trial is under way."""
-        return is_on_trial(self.device)
+    def path(self):
+        """The file of verdicts, None where there is none."""
+        return None if self._verdicts is None else self._verdicts.path
 
-    def note(self, cases: list[Case]):
-        """Has the cases that no trial has tried yet tried at ComfyUI's next start."""
-        cases = [case for case in cases if Case.of_json(case.as_json())]
-        new = self._results.untried(case for case in cases if case not in self._requested)
-        known_formats = {case.format for case in self._results.untried(self._requested)}
-        self._requested.update(dict.fromkeys(cases))
-        if names := sorted({case.format for case in new if case.format} - known_formats):
-            log.info("[Featherweight] Kernels for %s are not proven on %s yet: torch does their "
-                     "work until ComfyUI starts again.", ", ".join(names), device_name(self.device))
-        if new:  # a product with known cases reads no file
-            try:
-                Notes().add(new)
-            except OSError as error:
-                log.debug("[Featherweight] The kernels that a model needs cannot be noted: %r",
-                          error)
+    @property
+    def is_off(self) -> bool:
+        """Whether no kernels are to be used."""
+        return self._name is None
 
+    @property
+    def backend_name(self) -> str | None:
+        """Name of the backend in use, None where torch does the work."""
+        return None if self._backend is None else self._backend.name
 
-def case_of(capability: str, packed_format: Format | None, dtype: torch.dtype) -> Case:
-    """Returns the case of a capability for a format; see `Case`."""
-    return Case(capability, packed_format and packed_format.name, dtype)
+    def verdict(self, capability: str, packed_format: Format | None,
+                dtype: torch.dtype) -> tuple[str, str]:
+        """Returns the verdict on a case's preferred kernel, and why it is so: ("none", "") where
+        there is no kernel, ("pending", "") where none has a verdict yet."""
+        case = Case.of(capability, packed_format, dtype)
+        if self._backend is None:
+            return ("off", self.reason) if self._is_read.is_set() else ("pending", "")
+        names = [case.kernel_name(self._backend.name, kernel)
+                 for kernel in case.kernels(self._backend, packed_format)]
+        if not names:
+            return "none", f"{self._backend.name} has no kernel for it"
+        lines = [self._lines[name] for name in names if name in self._lines]
+        line = next((line for line in lines if line["verdict"] == "right"),
+                    lines[0] if lines else {"verdict": "pending"})
+        return line["verdict"], line.get("why", "")
+
+    def lines(self) -> dict[str, dict]:
+        """Returns the lines of `Verdicts` by the names of kernels."""
+        return dict(self._lines)
+
+    def summary(self) -> dict[str, list[str]]:
+        """Returns the names of kernels by their verdicts."""
+        found: dict[str, list[str]] = {}
+        for name, line in list(self._lines.items()):
+            found.setdefault(line["verdict"], []).append(name)
+        return found
+

@@ -9,12 +9,14 @@ import itertools
 import logging
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..formats.base import FORMATS, Format
+from ..formats._names import formats_of_key
+from ..formats.base import FORMATS, Format, QParam
+from ..formats.row_layout import NUMBER_DTYPES, RowFormat
 from ..layers import int8_codes
 from . import quantize_validation
 from .kernel import Kernel, WrongResult, device_name
@@ -32,6 +34,10 @@ TILE_TOKENS = 6  # a kernel may have a way of its own for each number of tokens 
 MAX_ABS = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # so close to the middle between two codes, another rounding may give the other one
 SUBNORMAL = 16 * torch.finfo(torch.float32).tiny
+MAX_CODE = 128.0  # in magnitude, of the codes of a row whose product is checked
+# kind of bytes that stand for floats -> the first byte, and that behind the last, of any magnitude
+# and of small ones
+EXPONENTS = {"e4m3": ((64, 127), (32, 64)), "e8m0": ((64, 127), (119, 127))}
 CANARY = 7.0  # surrounds the memory that a kernel may write
 
 
@@ -60,7 +66,7 @@ class LinearCase:
     Attributes:
         tokens: Rows of the input.
         values: Of the weight, at least.
-        columns: Of the weight, at least.
+        columns: Of the weight, at least; of formats of rows always theirs.
         addend: "none", "bias" or "matrix", whose strides are odd.
         packed_offset: As in `DequantizeCase`.
         input_offset: How many elements behind an aligned address the input is.
@@ -147,13 +153,16 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
         last = min(kernel.min_tokens + TILE_TOKENS - 1, kernel.max_tokens or MAX_TOKENS)
         few = itertools.product(range(kernel.min_tokens, last + 1), (("none", 0), ("matrix", 1)))
         many = itertools.product(limits, (("none", 0), ("bias", 0), ("matrix", 4)))
-        return [
-            *(LinearCase(tokens, FEW, NARROW, addend, 1, input_offset)
-              for tokens, (addend, input_offset) in few),
+        small = [LinearCase(tokens, FEW, NARROW, addend, 1, input_offset)
+                 for tokens, (addend, input_offset) in few]
+        large = [
             *(LinearCase(tokens, MANY, WIDE, addend, packed_offset)
               for tokens, (addend, packed_offset) in many),
             *(LinearCase(tokens, 4 * MANY, 2 * WIDE, "none") for tokens in limits),
         ]
+        if not isinstance(packed_format, RowFormat):
+            return small + large
+        return large if packed_format.block_length >= WIDE else small
     if kernel.capability == "int8_rows":
         return [
             Int8RowsCase(FEW, NARROW, 1),
@@ -165,11 +174,12 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
 
 def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
           device: torch.device):
-    """Checks a kernel in all its cases.
+    """Checks a kernel in all its cases, and for rows of several lengths.
 
     Args:
         kernel: With a capability for `packed_format` and `dtype`.
-        packed_format: Of the weight; None for a capability without formats.
+        packed_format: One with the `kernel_key` of the weight's; None for a capability without
+            formats.
         dtype: As in `Kernel`.
         device: That runs it.
 
@@ -182,11 +192,21 @@ def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
         "int8_tokens": _check_int8_tokens, "pack_blocks": quantize_validation.check_blocks,
         "pack_columns": quantize_validation.check_columns
     }[kernel.capability]
-    for case in cases_of(kernel, packed_format):
-        try:
-            check_case(kernel.run, case, packed_format, dtype, device)
-        except WrongResult as error:
-            raise WrongResult(f"{error} in the case {case}") from None
+    for example in _examples(kernel, packed_format):
+        for case in cases_of(kernel, example):
+            try:
+                check_case(kernel.run, case, example, dtype, device)
+            except WrongResult as error:
+                where = f" of {example}" if example else ""
+                raise WrongResult(f"{error} in the case {case}{where}") from None
+
+
+def _examples(kernel: Kernel, packed_format: Format | None) -> Sequence[Format | None]:
+    """Returns formats that a kernel is checked with: of rows, several that have the same key."""
+    if not isinstance(packed_format, RowFormat):
+        return [packed_format]
+    multiple = int8_codes.GROUP if kernel.capability == "int8_rows" else 1
+    return formats_of_key(packed_format.kernel_key, multiple)
 
 
 def report_wrong(case: str, device: torch.device, error: Exception | str):
@@ -258,7 +278,7 @@ def _check_bits(expected: torch.Tensor, out_offset: int,
 
 def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: Format,
                   dtype: torch.dtype, device: torch.device):
-    rows, columns = _shape(case, packed_format.block_length)
+    rows, columns = _shape(case, packed_format)
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
                              bounded=True)
     generator = torch.Generator().manual_seed(case.tokens)
@@ -306,7 +326,7 @@ def _check_softmax(run: Callable[..., None], case: MatrixCase, packed_format: No
 
 def _check_int8_rows(run: Callable[..., None], case: Int8RowsCase, packed_format: Format,
                      dtype: torch.dtype, device: torch.device):
-    rows, columns = _shape(case, math.lcm(packed_format.block_length, int8_codes.GROUP))
+    rows, columns = _shape(case, packed_format, int8_codes.GROUP)
     first = case.first * columns // packed_format.block_length
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, device,
                              bounded=True)
@@ -358,9 +378,13 @@ def _check_codes(values: torch.Tensor, encode: Callable[[torch.Tensor, torch.Ten
                           f"{0.5 + NEAR_TIE},")
 
 
-def _shape(case: LinearCase | Int8RowsCase, multiple: int) -> tuple[int, int]:
+def _shape(case: LinearCase | Int8RowsCase, packed_format: Format,
+           multiple: int = 1) -> tuple[int, int]:
     """Returns rows and columns of a weight, the columns a multiple of `multiple`."""
+    multiple = math.lcm(packed_format.block_length, multiple)
     columns = -(-case.columns // multiple) * multiple
+    if isinstance(packed_format, RowFormat):
+        columns = packed_format.block_length
     return max(ROWS, case.values // columns), columns
 
 
@@ -400,16 +424,9 @@ def random_tensors(packed_format: Format, blocks: int, device: torch.device,
     """
     generator = torch.Generator().manual_seed(blocks)
     if packed_format.qparams:
-        data = torch.randint(0, 256, (blocks * packed_format.block_bytes,), generator=generator,
-                             dtype=torch.uint8)
-        qparams = []
-        for qparam in packed_format.qparams:
-            count = qparam.length(blocks)
-            if qparam.dtype == torch.uint8:  # exponents, or floats, of which none is extreme
-                scales = torch.randint(64, 127, (count,), generator=generator, dtype=qparam.dtype)
-            else:
-                scales = torch.rand(count, generator=generator, dtype=qparam.dtype)
-            qparams.append(scales.to(device))
+        data = _random_codes(packed_format, blocks, generator, bounded)
+        qparams = [_random_qparam(packed_format, qparam, qparam.length(blocks), generator,
+                                  bounded).to(device) for qparam in packed_format.qparams]
         return [data.to(device), *qparams]
     pool = torch.randint(0, 256, (1024 if bounded else blocks + 16, packed_format.block_bytes),
                          generator=generator, dtype=torch.uint8)
@@ -421,3 +438,41 @@ def random_tensors(packed_format: Format, blocks: int, device: torch.device,
         has_subnormal = ((values > 0) & (values < SUBNORMAL)).any(-1)
         pool = pool[~has_subnormal & (values != 0).any(-1)]
     return [pool[torch.arange(blocks) % len(pool)].to(device)]
+
+
+def _random_codes(packed_format: Format, blocks: int, generator: torch.Generator,
+                  bounded: bool) -> torch.Tensor:
+    """Returns random codes, uint8; of floats of 8 bits only finite and small ones, if bounded."""
+    count = blocks * packed_format.block_bytes
+    if bounded and isinstance(packed_format, RowFormat) and packed_format.layout.codes.bits == 8:
+        usable = (packed_format.code_numbers().abs() <= MAX_CODE).nonzero().flatten()
+        return usable[torch.randint(len(usable), (count,), generator=generator)].to(torch.uint8)
+    return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+
+
+def _random_qparam(packed_format: Format, qparam: QParam, count: int, generator: torch.Generator,
+                   bounded: bool) -> torch.Tensor:
+    """Returns `count` random numbers of a tensor of a weight, of which none is extreme; of rows
+    they have signs.
+
+    Args:
+        bounded: whether bytes that stand for floats stand for small ones.
+    """
+    if not isinstance(packed_format, RowFormat):
+        return torch.rand(count, generator=generator, dtype=qparam.dtype)
+    layout = packed_format.layout
+    if qparam.name == "group_of_column":
+        groups = torch.randint(layout.groups, (layout.columns,), generator=generator)
+        return groups.to(torch.int16).view(torch.uint8)
+    numbers = {"scale": layout.scale, "minimum": layout.minimum}.get(qparam.name)
+    kind = numbers.kind if numbers else ""
+    if kind in EXPONENTS:
+        lowest, highest = EXPONENTS[kind][bounded]
+        return torch.randint(lowest, highest, (count,), generator=generator, dtype=torch.uint8)
+    if qparam.dtype == torch.uint8 and kind in ("", "bytes"):
+        return torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+    dtype = NUMBER_DTYPES[kind or "f32"]
+    count = count * qparam.dtype.itemsize // dtype.itemsize
+    values = 0.125 + torch.rand(count, generator=generator, dtype=torch.float32)
+    values *= torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+    return values.to(dtype).view(qparam.dtype)

@@ -10,6 +10,7 @@ import comfy.float
 import comfy.ops
 import torch
 
+from .. import kernels
 from ..cpu import convolution as cpu_convolution
 from ..patches.layer_patches import LayerPatches
 from ..pickle_names import stable_pickle_name
@@ -59,6 +60,7 @@ class PackedLayer(_HostLayer):
         new: (function, its arguments) that makes an uninitialised layer of this class.
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
         lora: the layer's patches, set and cleared by the patcher.
+        load: number of the load that it is of, see `kernels.find`.
     """
 
     compute = "exact"
@@ -70,6 +72,7 @@ class PackedLayer(_HostLayer):
         # the file's own bytes replace these parameters at load
         super().__init__(*args, device="meta", **kwargs)
         self._workspace = shared_workspace()
+        self.load = kernels.current_load()
         self.lora = None  # set from the start, since torch.compile guards on which attributes exist
 
     def __copy__(self):
@@ -88,7 +91,8 @@ class PackedLayer(_HostLayer):
         return *self.new, self.__dict__ | {"_parameters": parameters, "_workspace": None}
 
     def __setstate__(self, state):
-        super().__setstate__(state | {"_workspace": shared_workspace()})
+        super().__setstate__(state | {"_workspace": shared_workspace(),
+                                      "load": kernels.current_load()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
                               unexpected_keys, error_msgs):
@@ -237,9 +241,9 @@ class PackedLinear(PackedLayer):
         low_rank = None if self.lora is None else self.lora.branch(input)
         if self.is_unpatched(weight):
             if self.compute == "int8":
-                out = int8.linear(input, weight, bias, low_rank)
+                out = int8.linear(input, weight, bias, low_rank, self.load)
             else:
-                out = product.linear(input, weight, bias, low_rank)
+                out = product.linear(input, weight, bias, low_rank, self.load)
         else:
             out = dense_linear(input, self.patched_weight(weight, input.dtype), bias, low_rank)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
@@ -439,7 +443,7 @@ class MoEExperts(PackedLayer, _Experts):
             weight = self._with_patches(
                 weight, input.dtype, lambda dense: lora.patch_rows(dense[None], expert)[0])
         if is_packed(weight):
-            return product.linear(input, weight, bias)
+            return product.linear(input, weight, bias, load=self.load)
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
 
@@ -474,6 +478,7 @@ def make_packed(layer: Any):
     layer.__class__ = _packed_class(mixin, layer_class)
     layer.comfy_cast_weights = True
     layer._workspace = shared_workspace()
+    layer.load = kernels.current_load()
     layer.lora = None
 
 

@@ -31,7 +31,7 @@ CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
             rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
-            slices: list[int]) -> torch.Tensor:
+            slices: list[int], load: int = 0) -> torch.Tensor:
     flat = input.reshape(-1, input.shape[-1])
     low_rank = LowRank.from_operands(down, ups, slices)
     packed_format, packed, own = without_low_rank(FORMATS[format], packed)
@@ -41,7 +41,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     # rounding, a weak LoRA would be lost. Adding the bias rounds too, so the bias comes last.
     added = None if low_rank is None else low_rank.product(flat, rows)
     weight = packed_format, packed, rows
-    out = _by_kernel(flat, *weight, bias, added)
+    out = _by_kernel(flat, *weight, bias, added, load)
     if out is None:
         out = _by_torch(flat, *weight, bias, added)
     if added is not None and bias is not None:
@@ -50,8 +50,8 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
 
 
 def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor],
-               rows: int, bias: torch.Tensor | None,
-               added: torch.Tensor | None) -> torch.Tensor | None:
+               rows: int, bias: torch.Tensor | None, added: torch.Tensor | None,
+               load: int) -> torch.Tensor | None:
     """Computes `input W^T + added` with a kernel that dequantises as it multiplies.
 
     Where `added` is None, `bias` is added. Returns None where there is no such kernel.
@@ -59,7 +59,7 @@ def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Te
     tokens, columns = input.shape
     if columns % packed_format.block_length:
         return None
-    run = kernels.find("linear", input.device, packed_format, input.dtype, tokens)
+    run = kernels.find("linear", input.device, packed_format, input.dtype, tokens, load)
     if run is None:
         return None
     addend = bias.expand(tokens, rows) if added is None and bias is not None else added
@@ -141,7 +141,7 @@ torch_registration.register(
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           low_rank: LowRank | None = None) -> torch.Tensor:
+           low_rank: LowRank | None = None, load: int = 0) -> torch.Tensor:
     """Computes `input @ weight.T + bias` plus a low-rank branch, the weight dequantised in slices.
 
     Args:
@@ -149,6 +149,7 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
         weight: packed, logical shape (N, K), on the same device.
         bias: (N,) in the dtype of `input`, or None.
         low_rank: in the dtype of `input`, or None.
+        load: number of the load that the weight is of, see `kernels.find`.
 
     Returns:
         (..., N) in the dtype of `input`.
@@ -163,9 +164,9 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
     if needs_gradient(input, bias):
         # a copy may be overwritten before the gradient is computed
         if isinstance(weight, torch.nn.Parameter) and not torch.compiler.is_compiling():
-            return _Linear.apply(input, bias, weight, low_rank)
+            return _Linear.apply(input, bias, weight, low_rank, load)
         return dense_linear(input, dequantize(weight, input.dtype), bias, low_rank)
-    return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank))
+    return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank), load)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -180,9 +181,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: torch.Tensor, bias: torch.Tensor | None, weight: PackedTensor,
-                low_rank: LowRank | None) -> torch.Tensor:
+                low_rank: LowRank | None, load: int) -> torch.Tensor:
         ctx.weight, ctx.low_rank = weight, low_rank
-        return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank))
+        return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank), load)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -198,7 +199,7 @@ class _Linear(torch.autograd.Function):
             input_grad = input_grad.view(*grad.shape[:-1], dense.shape[1])
         if ctx.needs_input_grad[1]:
             bias_grad = flat.sum(0)
-        return input_grad, bias_grad, None, None
+        return input_grad, bias_grad, None, None, None
 
 
 def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,

@@ -47,7 +47,7 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs, com
     *progress, text = run.texts["1"]
     stages = list(dict.fromkeys(line.partition(":")[0] for line in progress))
     converting = ["converting"] if "converting" in stages else []
-    assert stages == ["reading", *converting, "building the model", "preparing the kernels"]
+    assert stages == ["reading", *converting, "building the model"]
     found = re.fullmatch(
         r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB held, dequantised by (?:cpp|torch)(.*)", text)
     is_encoder = "clip" in loader.lower() or "TextEncoder" in loader

@@ -3,6 +3,7 @@ that of a GPU on the GPU too where there is one."""
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import re
@@ -90,15 +91,29 @@ class MetalFunction:
         sizes = (ctypes.c_int * 32)()
         self._element_bytes = sizes[:library.element_bytes(sizes)]
         self._launch = library.launch
+        self._launch.restype = ctypes.c_bool
 
     def __call__(self, *arguments, threads=None, group_size=None):
         assert len(arguments) == len(self._element_bytes)
-        for argument, element_bytes in zip(arguments, self._element_bytes):
-            assert isinstance(argument, torch.Tensor) and argument.numel()
-            assert argument.storage_offset() * argument.itemsize % element_bytes == 0
-        assert 0 < threads < 1 << 32 and 0 < group_size <= 1024
-        pointers = (ctypes.c_void_p * len(arguments))(*(part.data_ptr() for part in arguments))
-        self._launch(pointers, ctypes.c_uint(threads))
+        pointers = (ctypes.c_void_p * len(arguments))()
+        numbers = []  # as torch passes them, in 64 bits
+        for index, (argument, element_bytes) in enumerate(zip(arguments, self._element_bytes)):
+            if element_bytes:
+                assert isinstance(argument, torch.Tensor) and argument.numel()
+                assert argument.storage_offset() * argument.itemsize % element_bytes == 0
+                pointers[index] = argument.data_ptr()
+            else:
+                assert type(argument) is int
+                numbers.append(ctypes.c_longlong(argument))
+                pointers[index] = ctypes.addressof(numbers[-1])
+        threads, group = ([*([size] if isinstance(size, int) else size), 1][:2]
+                          for size in (threads, group_size))
+        assert all(0 < count < 1 << 32 for count in threads) and 0 < math.prod(group) <= 1024
+        if any(count % size for count, size in zip(threads, group)):
+            group = [1, 1]  # the last group is a smaller one
+        groups = [count // size for count, size in zip(threads, group)]
+        assert self._launch(pointers, (ctypes.c_uint * 2)(*groups), (ctypes.c_uint * 2)(*group)), (
+            "some threads of a group do not reach a barrier")
 
 
 def compile_shader(folder: Path, source: str) -> ctypes.CDLL:
@@ -142,11 +157,11 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
     with pytest.MonkeyPatch.context() as patch:
         if name == "metal":
             patch.setattr(torch.mps, "compile_shader", partial(compile_shader, folder))
-            for shader in (metal_backend._shader, metal_backend._row_shader):
-                shader.cache_clear()
+            for cache in (metal_backend._shader, metal_backend._compiled):
+                cache.cache_clear()
             yield metal_backend.BACKEND
-            for shader in (metal_backend._shader, metal_backend._row_shader):
-                shader.cache_clear()
+            for cache in (metal_backend._shader, metal_backend._compiled):
+                cache.cache_clear()
         else:
             api, architecture, warp = GPUS[name]
             compiler = CudaCompiler(folder, api, architecture, warp)

@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from featherweight.ops import kernels
-from featherweight.ops.formats import integers
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.formats.row_layout import RowFormat
-from featherweight.ops.formats.sdnq import SDNQ_TYPES
-from featherweight.ops.kernels import cpp_backend, selector
+from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
+from featherweight.ops.kernels import cpp_backend, kernel_source, selector
 from featherweight.ops.layers import product  # noqa: F401
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
@@ -27,45 +25,58 @@ ONE_OF_EACH_SOURCE = {
 CPU = torch.device("cpu")
 BITS = {4: torch.int32, 2: torch.int16}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# family of formats by rows -> columns and, where they are not the family's own, its further sizes;
-# 24 and 72 columns take eight lanes
-ROW_SIZES = {
-    "F8_E4M3": [(96,), (24,), (256, 64)], "F8_E5M2": [(96,), (24,), (256, 64)],
-    "INT8_GROUPS": [(256,), (192, 24)], "MXFP8": [(96,)], "NVFP4_ROWS": [(96,), (80,)],
-    "NVFP4_LOW": [(96,), (80,)],
-    "INT8_CONVROT": [(512,), (192, 64), (48, 16), (1024, 1024)],
-    "INT4_CONVROT": [(512,), (192, 64), (48, 16)],
-    "W4A8": [(512,), (192, 64, 8), (512, 256, 32), (192, 64, 4)], "W4A8_INTEGERS": [(512,)],
-    "W6A8": [(512,), (192, 64, 32)],
+# family of rows -> further sizes of its formats, besides its own
+MORE_SIZES = {
+    "F8_E4M3": [(64,), (24,), (4,)], "INT8_GROUPS": [(24,)], "W4A16": [(128,)],
+    "INT8_CONVROT": [(64,), (16,), (4,), (1024,)], "INT4_CONVROT": [(64,)],
+    "W4A8": [(64, 8), (256, 32), (64, 4), (1024, 16)], "W4A8_SHIFTED": [(16, 16), (1024, 16)],
+    "UINT2_GROUPED": [(32,)], "INT3_GROUPED": [(24,)], "UINT3_GROUPED": [(32,)],
+    # group, kernel positions, rotation and its base, kinds of scales and of minima
+    "SDNQ_UINT4": [(64,), (64, 1, 4), (64, 1, 8), (32, 1, 16, 4), (0, 1, 128),
+                   (16, 9, 0, 2, 2, 1), (32, 1, 0, 2, 1, 3), (4, 1, 0, 2, 3, 2)],
+    "SDNQ_INT8": [(64, 1, 64), (64, 1, 256, 4), (0, 1, 4096, 4)],
+    "SDNQ_CODEBOOK3": [(64,), (32, 9)],
 }
-CPU_ROW_SIZES = ROW_SIZES | {
-    "INT8_SMOOTHED": [(96,)], "F8_SMOOTHED": [(96,), (256, 64)], "NVFP4_SMOOTHED": [(96,)],
-    "NVFP4_LOW_SMOOTHED": [(80,)], "SVDQUANT_NVFP4": [(96,)], "SVDQUANT_INT4": [(192,)],
-    "SVDQUANT_INT4_HALF": [(192,)], "W4A16": [(192,), (256, 128)], "W4A16_HALF": [(192,)],
-    "SDNQ_INT4": [(192, 64)],
-    "SDNQ_UINT4": [(192, 64), (512, 0), (192, 64, 1, 8), (512, 32, 1, 16, 4), (512, 0, 1, 128)],
-    "SDNQ_INT8": [(96, 0), (192, 64), (192, 64, 1, 64), (256, 64, 1, 256, 4), (512, 64, 1, 64, 4)],
-    "SDNQ_UINT8": [(96, 0)],
-    "W4A16_FLOAT": [(192,)], "AWQ_INT4": [(192,), (256, 128)], "AWQ_INT4_HALF": [(192,)],
-    "NVFP4_QUOTIENT": [(96,), (80,)],
-} | {
-    f"{name}{bits}_GROUPED{ending}": [(96, 32), (48, 24)] if bits == 3 else [(96, 32)]
-    for name in ("INT", "UINT") for bits in integers.BITS for ending in ("", "_HALF", "_FLOAT")
-} | {f"QUANTO_INT{bits}{ending}": [(256, 64)]
-     for bits in (2, 4) for ending in ("", "_HALF", "_FLOAT")} | {
-    family.name: [(192, 64)] for family in SDNQ_TYPES.values()
-    if family.name not in ("SDNQ_INT4", "SDNQ_INT8", "SDNQ_UINT4", "SDNQ_UINT8")}
-each_row_format = pytest.mark.parametrize(
-    ("name", "size"), [(name, size) for name, sizes in ROW_SIZES.items() for size in sizes],
-    ids=str)
+
+
+def row_format(name: str, sizes: tuple[int, ...] = ()) -> RowFormat:
+    """Returns the example of a family with the shortest rows, three groups or so; sizes: the first
+    ones, as the family's where they are left out."""
+    family = FAMILIES[name]
+    return family.examples((*sizes, *family.sizes[len(sizes):]))[0]
+
+
+def has_new_constants(packed_format: RowFormat, seen: set) -> bool:
+    """Returns whether a constant of the format's kernels has a value that is not in `seen`, and
+    adds its constants there; of tables and offsets only whether there is one."""
+    constants = dict(kernel_source.row_definitions(packed_format))
+    group = constants["GROUP"]
+    constants |= {name: name in constants and bool(constants[name])
+                  for name in ("NUMBERS", "CODEBOOK", "OFFSET", "LEVELS", "ROOT",
+                               "ROTATION_FACTOR")}
+    constants |= {"GROUP": [bool(group), bool(group % 8), bool(group % 16)],
+                  "BITS": [constants["BITS"], constants["ORDER"]]}
+    values = {(name, str(value)) for name, value in constants.items()}
+    is_new = not values <= seen
+    seen |= values
+    return is_new
+
+
+ROW_FORMATS = [row_format(name, sizes)
+               for name in FAMILIES for sizes in ((), *MORE_SIZES.get(name, ()))]
+_SEEN: set = set()
+USUAL_ROWS = [fmt for fmt in ROW_FORMATS if has_new_constants(fmt, _SEEN)]
+each_row_format = pytest.mark.parametrize("fmt", [
+    pytest.param(fmt, marks=() if fmt in USUAL_ROWS else pytest.mark.heavy)
+    for fmt in ROW_FORMATS], ids=str)
 each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def wait_for_kernels(monkeypatch):
-    """Makes the first call wait for every kernel, that of "dequantize" too."""
-    for name in ("WAIT_SECONDS", "EXACT_WAIT_SECONDS"):
-        monkeypatch.setattr(selector, name, 120)
+    """Makes the first call wait for every kernel, and uses products of the load that is now."""
+    monkeypatch.setattr(selector, "submit", lambda work: work())
+    monkeypatch.setattr(selector, "_next_load", lambda: 0)
 
 
 def shared_cache(tmp_path_factory) -> Path:
@@ -105,7 +116,7 @@ def reference(fmt, tensors) -> torch.Tensor:
     """Returns float32 values by gguf, or by bitsandbytes' definition."""
     if fmt.ggml_type is not None:
         return ggml_reference.reference(fmt, tensors[0].numpy()).flatten()
-    if isinstance(fmt, RowFormat) and fmt.layout.is_int8:
+    if getattr(fmt, "family", None) in ("INT8", "INT8_ROWS"):
         values = tensors[0].view(torch.int8).float()
     else:
         codes = torch.stack([tensors[0] >> 4, tensors[0] & 15], -1).flatten().long()

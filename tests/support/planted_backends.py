@@ -1,7 +1,6 @@
-"""Backends that misbehave, for tests of trials. They run plain torch on a CPU. Each dequantises
-Q8_0 correctly and does to Q4_0 what its name says.
+"""Backends that misbehave, for tests of their validation. They run plain torch on a CPU.
 
-`COMMAND` starts a process that tries them. There the reference is slowed down, so that a right
+`COMMAND` starts a process that validates them. There the reference is slowed down, so that a right
 kernel is faster than torch.
 """
 import ctypes
@@ -68,7 +67,7 @@ def loses_the_device(*_):
 def garbage(*arguments):
     for standard in (1, 2):
         os.write(standard,
-                 b'}{ \xff\n[1]\n{"name": "probe by garbage", "verdict": "wrong", "at": 1}\n')
+                 b'}{ \xff\n[1]\n{"name": "x", "verdict": "wrong", "at": 1}\n{"ended": 0}\n')
     right(*arguments)
 
 
@@ -77,25 +76,19 @@ def holds_on(*_):
     ctypes.PyDLL(None).pause()
 
 
-MISBEHAVE = {
-    "segfaults": lambda *_: ctypes.string_at(0),
-    "leaves": lambda *_: os._exit(0),
-    "is_killed": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
-    "loops": loops,
-    "wrong_in_the_tail": wrong_in_the_tail,
-    "wrong_at_odd_addresses": wrong_at_odd_addresses,
-    "slow": slow,
-    "out_of_memory": out_of_memory,
-    "loses_the_device": loses_the_device,
-    "refuses": refuses,
-    "known": refuses,
-    "stopped_the_computer": loops,
-    "garbage": garbage,
-    "fine": lambda *arguments: right(*arguments),
-    "holds_on": holds_on,
+# backend -> format -> what its kernel does
+KERNELS = {
+    "planted": {
+        "Q8_0": lambda *arguments: right(*arguments), "Q4_0": lambda *_: ctypes.string_at(0),
+        "Q4_1": lambda *_: os._exit(0), "Q5_0": loses_the_device, "Q5_1": out_of_memory,
+        "Q2_K": wrong_in_the_tail, "Q3_K": wrong_at_odd_addresses, "Q4_K": slow, "Q5_K": refuses,
+        "Q6_K": garbage, "NF4": lambda *_: os.kill(os.getpid(), signal.SIGKILL)},
+    "loops": {"Q4_0": loops, "Q8_0": lambda *arguments: right(*arguments)},
+    "holds_on": {"Q4_0": holds_on, "Q8_0": lambda *arguments: right(*arguments)},
+    "no_probe": {"Q4_0": lambda *arguments: right(*arguments)},
+    "fine": {name: lambda *arguments: right(*arguments) for name in ("Q4_0", "Q8_0")},
 }
 _references = {}
-_planted = {}
 
 
 def right(packed_format, tensors, out, first):
@@ -103,26 +96,34 @@ def right(packed_format, tensors, out, first):
     reference(tensors, out, first)
 
 
+def multiply(packed_format, tensors, input, addend, out):
+    weight = input.new_empty(out.shape[1], input.shape[1])
+    packed_format.dequantize_into(tensors, weight)
+    out.copy_(input.double() @ weight.double().t() + (0 if addend is None else addend))
+
+
 def backend(name: str):
     from featherweight.ops.kernels import Backend, Kernel
 
-    def misbehave(*arguments):
-        if LOG in os.environ:
-            part = Path(os.environ[LOG], f"{name}.part")
-            part.write_text(str(os.getpid()))
-            part.rename(part.with_name(name))
-        MISBEHAVE.get(name, right)(*arguments)
+    def run_of(behave):
+        def run(*arguments):
+            if LOG in os.environ:
+                part = Path(os.environ[LOG], f"{name}.part")
+                part.write_text(str(os.getpid()))
+                part.rename(part.with_name(name))
+            behave(*arguments)
+        return run
 
     def probe(device):
         if name == "no_probe":
             raise RuntimeError("no driver")
-        if name == "loses_the_device_at_once":
-            loses_the_device()
 
-    runs = {"Q8_0": right, "Q4_0": misbehave}
-    kernels = tuple(Kernel("dequantize", frozenset([packed]), frozenset([torch.float32]), run)
-                    for packed, run in runs.items())
-    return Backend(name, probe, kernels)
+    float32 = frozenset([torch.float32])
+    kernels = [Kernel("dequantize", frozenset([packed]), float32, run_of(behave))
+               for packed, behave in KERNELS[name].items()]
+    if name == "fine":
+        kernels.append(Kernel("linear", frozenset(["Q4_0"]), float32, multiply, max_tokens=4))
+    return Backend(name, probe, tuple(kernels))
 
 
 def plant() -> dict:
@@ -131,17 +132,16 @@ def plant() -> dict:
     from featherweight.ops.formats.base import FORMATS
     from featherweight.ops.kernels.registry import IMPORTS
 
-    for name in (*MISBEHAVE, "no_probe", "loses_the_device_at_once"):
-        _planted[name] = backend(name)
-        IMPORTS[name] = functools.partial(_planted.__getitem__, name)
+    for name in KERNELS:
+        IMPORTS[name] = functools.partial(lambda planted: planted, backend(name))
     return FORMATS
 
 
 def main():
     formats = plant()
-    from featherweight.ops.kernels import trial_process
+    from featherweight.ops.kernels import validation_process
 
-    trial_process.ROWS, trial_process.COLUMNS = 16, 256
+    validation_process.VALUES = 4096
 
     def slowed(reference):
         def dequantize_into(*arguments):
@@ -149,7 +149,7 @@ def main():
             return reference(*arguments)
         return dequantize_into
 
-    for name in ("Q4_0", "Q8_0"):
+    for name in KERNELS["planted"]:
         _references[name] = formats[name].dequantize_into
         formats[name].dequantize_into = slowed(_references[name])
-    trial_process.main()
+    validation_process.main()

@@ -14,35 +14,26 @@ class VerdictFile(Target):
     damaged = staticmethod(json_damaged)
 
     def prepare(self):
-        import torch
-
-        from featherweight.ops.kernels import Backend, Case, Kernel
+        from featherweight.ops.kernels import Case
         from featherweight.ops.kernels.verdicts import Verdicts
         cache = self.folder / "cache" / "verdicts"
         cache.mkdir(parents=True, mode=0o700)
         os.chmod(cache, stat.S_IRWXU)
         self.verdicts = Verdicts(cache / "verdicts.jsonl")
-        self.case = Case("dequantize", "Q4_K", torch.float16, None)
-        kernels = [
-            Kernel("dequantize", frozenset(["Q4_K"]), frozenset([torch.float16]), print, least)
-            for least in (1, 2)
-        ]
-        self.backend = Backend("nvrtc", print, tuple(kernels))
-        right, slower = (self.case.kernel_name("nvrtc", kernel) for kernel in kernels)
+        self.case = Case
+        right, slow = (f"dequantize of {name} to float16, rows 1 to any by nvrtc"
+                       for name in ("Q4_K", "Q5_K"))
         self.verdicts.add(right, "begun")
         self.verdicts.add(right, "right", seconds=[0.5, 1.0])
-        self.verdicts.add(slower, "slower", seconds=[2.0, 1.5])
-        self.verdicts.add(str(self.case), "tried")
-        self.verdicts.add("probe by metal", "crashed", why="it crashed")
+        self.verdicts.add(slow, "slow", seconds=[2.0, 1.5])
+        self.verdicts.add("linear of NF4 to float16, rows 1 to 1 by metal", "crashed", why="so")
         self.verdicts.add("another", "begun")
         return [self.verdicts.path.read_bytes()]
 
     def read(self, data):
         self.verdicts.path.write_bytes(data)
-        results = self.verdicts.results()
-        results.kernels(self.case, [self.backend])
-        results.verdict("probe by nvrtc")
-        results.untried([self.case])
+        for name in (*self.verdicts.read(), *self.verdicts.of_earlier_versions()):
+            self.case.of_text(name)
 
 
 class PackedCache(Target):

@@ -91,7 +91,7 @@ def kernels_asked_for() -> Iterator[dict[str, None]]:
 
 def _backend_with(run: Callable | None) -> str:
     modules = (sys.modules.get(f"{kernels.__name__}.{name}_backend")
-               for names in kernels.PRIORITY.values() for name in names)
+               for name in kernels.BACKENDS.values())
     return next(
         (
             module.BACKEND.name
@@ -106,12 +106,12 @@ def _backend_with(run: Callable | None) -> str:
 def as_in_use() -> Iterator[Workspace]:
     """Meanwhile this process is as when a model has run for a while: it holds the buffer of its
     layers, which is given, and what is timed waits for its kernels."""
-    held, seconds = shared_workspace(), selector.EXACT_WAIT_SECONDS
-    selector.EXACT_WAIT_SECONDS = 60
+    held, as_usual = shared_workspace(), (selector.submit, selector._next_load)
+    selector.submit, selector._next_load = lambda work: work(), lambda: 0
     try:
         yield held
     finally:
-        selector.EXACT_WAIT_SECONDS = seconds
+        selector.submit, selector._next_load = as_usual
 
 
 def wait():
@@ -122,7 +122,7 @@ def wait():
 
 def machine() -> str:
     """The GPU or the CPU, its threads, torch, and the kernels that packed weights use."""
-    what = f"torch {torch.__version__}, kernels: {used(device(), 20)}"
+    what = f"torch {torch.__version__}, kernels: {used(device(), [], torch.float32)}"
     if torch.accelerator.is_available():
         return f"{comfy.model_management.get_torch_device_name(device())}, {what}"
     cpuinfo = Path("/proc/cpuinfo")

@@ -8,19 +8,53 @@
 // look_up(Ints) in CODEBOOK; TABLE, where constants are kept; load_short and load_word, also of
 // addresses that are multiples of 2 only; load_half; float_of_half and float_of_bits. Values have the
 // reference's bits: no product and sum may be contracted.
+//
+// Kernels of products take any weight that has what is below: this, or formats/rows.h.
 
-// Returns these values, times the scale of their block, where the format keeps
-// scales in a tensor of their own.
-static FUNCTION Floats weight_values(Packed block, int first, float scale) {
-    Floats values = FORMAT::values(block, first);
-    if (SCALES_APART) values = scale * values;
+struct Weight {
+    Packed codes;
+    Scales scales;  // of blocks, where the format keeps them in a tensor of their own
+    int columns;    // of a row
+};
+
+enum { PART_LENGTH = BLOCK_LENGTH };  // values in a Part, 0: the rest of a row
+
+struct Part {
+    Packed codes;
+    float scale;
+};
+
+static FUNCTION Part part_of_block(Weight weight, Index block) {
+    Part part = {weight.codes + block * BLOCK_BYTES, SCALES_APART ? weight.scales[block] : 0};
+    return part;
+}
+
+// Returns the part of a row that holds a column.
+static FUNCTION Part part_of(Weight weight, Index row, int column) {
+    return part_of_block(weight, row * (weight.columns / BLOCK_LENGTH) + column / BLOCK_LENGTH);
+}
+
+// Returns LANES values of a part, from number `first` on.
+static FUNCTION Floats part_values(Weight, Part part, int first) {
+    Floats values = FORMAT::values(part.codes, first);
+    if (SCALES_APART) values = part.scale * values;
     return values;
 }
 
-// Returns the weight's values from chunk * LANES on.
-static FUNCTION Floats weight_chunk(Packed packed, Scales scales, Index chunk) {
+// Returns which value of its part is that of a column.
+static FUNCTION int place_in_part(int column) { return column % BLOCK_LENGTH; }
+
+// Returns the bytes of the codes of some columns.
+static FUNCTION int code_bytes(int columns) { return columns * BLOCK_BYTES / BLOCK_LENGTH; }
+
+// Returns LANES values of a row, from `column` on.
+static FUNCTION Floats row_values(Weight weight, Index row, int column) {
+    return part_values(weight, part_of(weight, row, column), place_in_part(column));
+}
+
+// Returns the weight's flattened values from chunk * LANES on.
+static FUNCTION Floats weight_chunk(Weight weight, Index chunk) {
     const int chunks_of_block = BLOCK_LENGTH / LANES;
-    Index block = chunk / chunks_of_block;
-    return weight_values(packed + block * BLOCK_BYTES, (int)(chunk % chunks_of_block) * LANES,
-                         SCALES_APART ? scales[block] : 0);
+    return part_values(weight, part_of_block(weight, chunk / chunks_of_block),
+                       (int)(chunk % chunks_of_block) * LANES);
 }

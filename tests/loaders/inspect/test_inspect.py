@@ -219,6 +219,8 @@ def test_a_file_and_the_model_loaded_from_it_are_the_same(flux_file):
     )
     assert from_file.name == from_model.name == "flux.gguf"
     assert from_model.memory_bytes == model.model_size()
+    assert "kernels: dequantised by torch, few rows multiplied by torch" in inspection_text(
+        from_model)
 
 
 def test_patches_of_a_model_are_named(flux_file):

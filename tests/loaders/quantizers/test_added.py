@@ -50,7 +50,7 @@ from featherweight.loaders.inspect.model_summary import title_of
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.registry import METHODS, quantizer_of
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.kernels import cpp_backend, kernel_source
+from featherweight.ops.kernels import cpp_backend
 
 path = sys.argv[1] + "/a.safetensors"
 codes = torch.randint(0, 256, (6, 32), dtype=torch.uint8)
@@ -64,11 +64,10 @@ numbers = torch.stack([codes & 15, codes >> 4], -1).view(6, 2, 32).float().squar
 assert torch.equal(weight.dequantize(), (numbers * scales.float()[..., None]).view(6, 64))
 name = weight.params.format.name
 assert format_named(name) is weight.params.format and title_of(name) == "squares"
-assert "SQUARES" in kernel_source.CPU_ROW_FAMILIES
 if cpp_backend.cpp_compiler() is not None:
     out = torch.empty(6, 64)
-    cpp_backend._kernels().dequantize_rows(
-        weight.params.format, [weight._qdata, *weight._params.qparams], out, None, 0)
+    cpp_backend._kernels().dequantize(
+        weight.params.format, [weight._qdata, *weight._params.qparams], out, 0)
     assert torch.equal(out, weight.dequantize())
 save_file({"L.codes": codes, "L.scales": scales[:, :1].contiguous()}, path)
 try:

@@ -231,9 +231,10 @@ def test_a_softmax_is_rounded_once(backend, threads, fmt, dtype, device, monkeyp
 
 
 @pytest.fixture
-def used_by_device(backend, device, monkeypatch, caplog):
+def used_by_device(backend, device, monkeypatch, caplog, tmp_path):
     """The device, where this is its only backend."""
-    monkeypatch.setitem(kernel_layer.PRIORITY, device.type, (backend.name,))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(kernel_layer.BACKENDS, device.type, backend.name)
     monkeypatch.setitem(registry.IMPORTS, backend.name, lambda: backend)
     monkeypatch.setattr(kernel_layer, "_selectors", {})
     monkeypatch.setenv(kernel_layer.VARIABLE, backend.name)
@@ -251,8 +252,7 @@ def test_a_device_uses_it(backend, used_by_device):
     assert run is kernels_of(backend, "dequantize")[0].run
     on_device = [tensor.to(used_by_device) for tensor in tensors]
     assert_same_bits(kernel_layer.dequantize_into(fmt, on_device, out), reference(fmt, tensors))
-    assert kernel_layer.used(used_by_device) == backend.name
-    assert kernel_layer.used(used_by_device, 120) == backend.name
+    assert kernel_layer.used(used_by_device, [fmt], out.dtype) == backend.name
 
 
 @pytest.mark.parametrize(("backend", "name", "tokens"), [

@@ -1,6 +1,6 @@
-"""Kernels are compiled while torch works: no call waits for a compiler for long, and pictures stay
-the same."""
+"""Kernels are compiled while torch works: no call waits for a compiler, pictures stay the same."""
 import asyncio
+import functools
 import os
 import shutil
 import subprocess
@@ -16,7 +16,6 @@ from patched_models import flux_file, packed_flux, run
 
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import kernels
-from featherweight.ops.cpu import linear as cpu_linear
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import background, cpp_backend, selector
 from featherweight.ops.kernels.validation import random_tensors
@@ -38,10 +37,11 @@ pytestmark = pytest.mark.skipif(COMMAND is None or sys.platform == "win32",
 
 
 def wait_for_kernels():
-    """Waits for all threads that check kernels: they would cache their compiler during the next
-    test. A thread that ends may let another begin."""
-    while any(thread.name == KERNELS for thread in threading.enumerate()):
-        time.sleep(0.05)
+    """Waits for the thread that validates kernels: it would cache its compiler during the next
+    test."""
+    done = threading.Event()
+    background.submit(done.set)
+    assert done.wait(LONG)
 
 
 class HeldCompiler:
@@ -91,11 +91,6 @@ def compiler(tmp_path, monkeypatch):
     cpp_backend._kernels.cache_clear()
 
 
-def set_wait(monkeypatch, seconds: float):
-    """Sets how long a call waits for a kernel that differs from torch by rounding."""
-    monkeypatch.setattr(selector, "WAIT_SECONDS", seconds)
-
-
 def weight(name="Q4_K", rows=16, columns=512):
     packed_format = FORMATS[name]
     tensors = random_tensors(packed_format, rows * columns // packed_format.block_length, CPU,
@@ -118,55 +113,34 @@ def dequantize_kernel():
     return kernels.find("dequantize", CPU, FORMATS["Q4_K"], torch.float32)
 
 
-def test_dequantizing_waits_for_no_compiler(compiler, monkeypatch):
+def test_no_call_waits_for_a_compiler(compiler):
     compiler.hold(FIRST_SOURCE)
-    set_wait(monkeypatch, 2 * LONG)
     assert seconds_of(lambda: product.dequantize(weight(), torch.float32)) < LONG
     assert torch.equal(product.dequantize(weight(), torch.float32), weight().dequantize())
-
-
-@pytest.mark.parametrize("held", [FIRST_SOURCE, OF_Q4_K], ids=["the first source", "a kernel"])
-def test_a_product_waits_for_its_kernel_as_long_as_it_may_and_only_once(
-        held, compiler, monkeypatch, caplog):
-    monkeypatch.setattr(cpu_linear, "takes", lambda input: False)  # compared with F.linear
-    compiler.hold(held)
-    if held:
-        assert kernels.used(CPU, 120) == "cpp"
-    set_wait(monkeypatch, 0.5)
-    assert seconds_of(product_of) >= 0.5
-    set_wait(monkeypatch, 2 * LONG)
     assert seconds_of(product_of) < LONG
-    assert torch.equal(product_of(), torch.nn.functional.linear(
-        torch.randn((3, 512), generator=torch.Generator().manual_seed(0)), weight().dequantize()))
-    (warning,) = [
-        record.message for record in caplog.records
-        if "[Featherweight] No kernel was ready" in record.message
-    ]
-    assert "until ComfyUI starts again" in warning
 
 
-def test_a_compiler_that_hangs_on_one_format_holds_up_no_other(compiler, monkeypatch):
-    compiler.hold(OF_Q4_K)
-    set_wait(monkeypatch, LONG)
-    held_up = threading.Thread(target=product_of, daemon=True, name=KERNELS)
-    held_up.start()
-    product_of("Q8_0")
-    assert kernels.find("linear", CPU, FORMATS["Q8_0"], torch.float32, tokens=3) is not None
-    product.dequantize(weight("Q6_K"), torch.float32)
-    assert held_up.is_alive()
+def test_many_formats_are_validated_by_one_thread(compiler):
+    compiler.hold(FIRST_SOURCE)
+    before = threading.active_count()
+    for name in ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "NF4"):
+        kernels.find("dequantize", CPU, FORMATS[name], torch.float32)
+    assert threading.active_count() <= before + 1
 
 
-def test_a_cancel_ends_the_wait_for_the_compiler(compiler, monkeypatch):
+def test_a_cancel_ends_the_wait_for_a_kernel_that_quantizes(compiler, monkeypatch):
     # put back after the test
     monkeypatch.setattr(background, "raise_if_cancelled", background.raise_if_cancelled)
     asyncio.run(FeatherweightExtension().on_load())
-    compiler.hold(FIRST_SOURCE)
-    set_wait(monkeypatch, LONG)
+    kernels.find("dequantize", CPU, FORMATS["Q4_K"], torch.float32)
+    wait_for_kernels()
+    compiler.hold(("pack_blocks",))
+    monkeypatch.setattr(selector, "WAIT_SECONDS", LONG)
     user = threading.Timer(0.5, comfy.model_management.interrupt_current_processing)
     user.start()
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            product_of()
+            kernels.find("pack_blocks", CPU, FORMATS["Q4_K"], torch.float32)
     finally:
         user.join()
         comfy.model_management.interrupt_current_processing(False)
@@ -181,37 +155,23 @@ def results_until_the_kernel_comes(compiler, compute) -> list[torch.Tensor]:
     while dequantize_kernel() is None:
         assert time.monotonic() < end
         results.append(compute())
+    wait_for_kernels()  # products are proven too
     return results + [compute() for _ in range(3)]
 
 
-@pytest.mark.parametrize("in_time", [False, True],
-                         ids=["the kernel comes too late", "the kernel comes in time"])
-def test_the_same_products_have_the_same_bits_whenever_their_kernels_come(
-        in_time, compiler, monkeypatch):
-    """One product by a kernel, and one by torch with the values that a kernel dequantised."""
-    def products():
-        return torch.cat([product_of("Q4_K", tokens) for tokens in (3, 40)])
-
-    compiler.hold(DEQUANTIZE_OF_Q4_K if in_time else OF_Q4_K)
-    set_wait(monkeypatch, LONG)
-    assert kernels.used(CPU, 120) == "cpp"
-    if not in_time:
-        set_wait(monkeypatch, 0.3)
-    first = products()
-    results = results_until_the_kernel_comes(compiler, products)
-    assert all(torch.equal(result, first) for result in results)
-    run = kernels.find("linear", CPU, FORMATS["Q4_K"], torch.float32, tokens=3)
-    assert (run is not None) == in_time
-
-
 @pytest.mark.usefixtures("small_models")
-def test_a_model_gives_the_same_values_before_and_after_its_kernels_come(compiler, monkeypatch):
+def test_a_model_gives_the_same_values_before_and_after_its_kernels_come(compiler):
     compiler.hold(DEQUANTIZE_OF_Q4_K)
-    set_wait(monkeypatch, LONG)
-    assert kernels.used(CPU, 120) == "cpp"
     patcher = packed_flux("Q4_K")
     first, *others = results_until_the_kernel_comes(compiler, lambda: run(patcher))
     assert all(torch.equal(result, first) for result in others)
+    find = functools.partial(kernels.find, "linear", CPU, FORMATS["Q4_K"], torch.float32, 1)
+    assert find() is not None
+    loads = {layer.load for layer in patcher.model.modules() if hasattr(layer, "load")}
+    assert all(find(load) is None for load in loads)
+    again = packed_flux("Q4_K")  # loaded again
+    loads = {layer.load for layer in again.model.modules() if hasattr(layer, "load")}
+    assert all(find(load) is not None for load in loads)
 
 
 ENDS = f"""
@@ -223,7 +183,7 @@ sys.modules["featherweight"] = pack
 import torch
 from featherweight.ops import formats, kernels
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.kernels.background import compute_in_background
+from featherweight.ops.kernels.background import start_thread
 def products():
     end = time.monotonic() + 1
     while time.monotonic() < end:
@@ -231,7 +191,7 @@ def products():
 kernels.find("dequantize", torch.device("cpu"), FORMATS["Q4_K"], torch.float32)
 while not Path(sys.argv[1]).is_file():
     time.sleep(0.05)
-compute_in_background(products)
+start_thread(products, 'products')
 time.sleep(0.1)
 """
 

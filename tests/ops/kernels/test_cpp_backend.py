@@ -151,8 +151,7 @@ def test_a_wrong_choice_of_columns_is_found_out(
 
     monkeypatch.setattr(cpp_backend, "kernel_source", broken)
     with pytest.raises(WrongResult, match=message):
-        check(kernel_of(freshly_compiled, "pack_columns"), FORMATS["Q3_K"], torch.float32, None,
-              CPU)
+        check(kernel_of(freshly_compiled, "pack_columns"), FORMATS["Q3_K"], torch.float32, CPU)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +208,15 @@ def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatc
     assert [compilations(), compilations()] == [1, 1]
     monkeypatch.setattr(cpp_backend, "_cpu", lambda: "another CPU")
     assert compilations() == 2
+
+
+def test_the_oldest_of_too_many_libraries_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "MAX_LIBRARIES", 2)
+    compiler = CppCompiler(COMMAND, tmp_path / "kernels")
+    for number in range(4):
+        library = compiler.library(f'extern "C" int number() {{ return {number}; }}')
+        assert library.number() == number
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == 3  # two, and the one that is new
 
 
 def test_the_compilers_error_is_in_the_message(tmp_path):

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_SIZES
+from kernel_cases import ALL_FORMATS, DTYPES, ONE_OF_EACH_SOURCE, ROW_FORMATS, USUAL_ROWS
 
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.formats.row_layout import FAMILIES
+from featherweight.ops.formats.row_layout import RowFormat
 from featherweight.ops.kernels import cuda_backend, runtime_compiler
 from featherweight.ops.kernels.cuda_backend import LINEAR_ROWS, Program, alignment
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
@@ -27,6 +27,10 @@ from featherweight.ops.kernels.runtime_compiler import (
 from featherweight.ops.layers import product  # noqa: F401
 
 CAPABILITIES = (61, 75, 80, 86, 89, 90, 100, 120)
+UNROTATED_ROWS = [fmt for fmt in USUAL_ROWS if not fmt.layout.rotation][::3]
+BLOCK_FORMATS, ONE_OF_EACH_BLOCK = (
+    [fmt for fmt in formats if not isinstance(fmt, RowFormat)]
+    for formats in (ALL_FORMATS, ONE_OF_EACH_SOURCE))
 ELF = b"\x7fELF"
 
 
@@ -113,19 +117,29 @@ def compile(compiler, capability):
     return lambda program: compiler.compile(program.source(architecture), architecture.name)
 
 
-@each_capability("fmt", ALL_FORMATS, [*ONE_OF_EACH_SOURCE])
+@each_capability("fmt", BLOCK_FORMATS, ONE_OF_EACH_BLOCK)
 def test_every_source_compiles_for_every_gpu(compile, fmt):
     for kernel in ("dequantize", "linear"):
         assert compile(Program(kernel, fmt, torch.bfloat16, alignment(fmt))).startswith(ELF)
 
 
-ROW_FORMATS = [FAMILIES[name].of_columns(512) for name in ROW_SIZES]
-
-
-@each_capability("fmt", ROW_FORMATS, ROW_FORMATS)
+@each_capability("fmt", USUAL_ROWS, USUAL_ROWS)
 def test_rows_compile_for_every_gpu(compile, fmt):
     program = Program("dequantize_rows", fmt, torch.bfloat16, alignment(fmt))
     assert compile(program).startswith(ELF)
+
+
+@each_capability("fmt", UNROTATED_ROWS, UNROTATED_ROWS)
+def test_products_with_rows_compile_for_every_gpu(compile, fmt):
+    program = Program("linear", fmt, torch.bfloat16, alignment=alignment(fmt))
+    assert compile(program).startswith(ELF)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("fmt", ROW_FORMATS, ids=str)
+def test_every_layout_of_rows_compiles(compiler, fmt):
+    program = Program("dequantize_rows", fmt, torch.float16, alignment=alignment(fmt))
+    assert compiler.compile(program.source(), CAPABILITIES[-1]).startswith(ELF)
 
 
 @each_capability("dtype", DTYPES, DTYPES)
@@ -173,7 +187,8 @@ def test_every_source_is_used():
         "cpu": (*basic, "linear_bfloat16", "channels_last", "softmax",
                 "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")
     }
-    used = {path for platform in kernels for fmt in ALL_FORMATS for kernel in kernels[platform]
+    used = {path for platform in kernels for fmt in (*ALL_FORMATS, USUAL_ROWS[0])
+            for kernel in kernels[platform]
             for path in source_files(platform, fmt, kernel)}
     assert used == {path for path in SOURCES.rglob("*") if path.is_file()}
 

@@ -95,6 +95,7 @@ def test_without_metal_the_backend_says_so(monkeypatch):
     if torch.backends.mps.is_available():
         pytest.skip("there is Metal")
     monkeypatch.setattr(torch.mps, "compile_shader", COMPILE_SHADER)
-    metal_backend._shader.cache_clear()
+    for cache in (metal_backend._shader, metal_backend._compiled):
+        cache.cache_clear()
     with pytest.raises(RuntimeError, match="MPS is not available"):
         BACKEND.probe(CPU)

@@ -1,129 +1,315 @@
-"""The kernel of a CPU for formats whose block is a row."""
-import shutil
+"""Kernels of formats whose block is a row: one source for every platform."""
+import ctypes
+import random
 
+import kernel_backends
 import pytest
 import torch
 from kernel_backends import backend_on_cpu
-from kernel_cases import CPU, CPU_ROW_SIZES, ROW_SIZES, cpu_kernels, each_row_format, shared_cache
+from kernel_cases import (
+    CPU,
+    ROW_FORMATS,
+    USUAL_ROWS,
+    assert_same_bits,
+    each_row_format,
+    row_format,
+    shared_cache,
+)
 
-from featherweight.ops import formats  # noqa: F401
+from featherweight.ops.formats._names import formats_of_key
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from featherweight.ops.formats.row_layout import FAMILIES
-from featherweight.ops.kernels import cpp_backend, kernel_source
+from featherweight.ops.kernels import cpp_backend, kernel_source, metal_backend, nvrtc_backend
+from featherweight.ops.kernels.nvrtc import CudaError
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, cpp_backend.COMPILERS)), reason="needs a C++ compiler")
+BACKENDS = ("cpp", "nvrtc", "metal")
+GPUS = ("nvrtc", "metal")
+# what no kernel dequantises, and why
+WITHOUT_KERNEL = {
+    "F16": "a cast", "BF16": "a cast", "ColumnGroups": "its columns are reordered by torch",
+    "AddedLowRank": "by its parts", "Joined": "by its parts", "Scaled": "by its parts"}
+ROTATED = [fmt for fmt in USUAL_ROWS if fmt.layout.rotation]
+UNROTATED = [fmt for fmt in USUAL_ROWS if not fmt.layout.rotation]
 
 
-
-@pytest.fixture(autouse=True, scope="module")
-def kernels(tmp_path_factory):
-    with cpu_kernels(shared_cache(tmp_path_factory)):
-        yield
-
-
-# which are rare, or in small layers; as are columns of groups in any order
-LEFT_TO_TORCH = {"W4A8_TABLE", "W4A8_SHIFTED", "W4A8_SHIFTED_FLOAT"}
-
-
-def kernel_of(packed_format):
-    kernel, = (kernel for kernel in cpp_backend.BACKEND.kernels
-               if kernel.capability == "dequantize"
-               and kernel.accepts(packed_format, torch.float32))
-    return kernel
-
-
-def test_every_family_of_rows_has_a_kernel():
-    """But for SDNQ's codes that select levels and what is listed above."""
-    families = {name for name, family in FAMILIES.items()
-                if (name in kernel_source.CPU_ROW_FAMILIES or not name.startswith("SDNQ"))
-                and not family.example.names_groups}
-    assert set(ROW_SIZES) == set(kernel_source.ROW_FAMILIES)
-    assert set(CPU_ROW_SIZES) == set(kernel_source.CPU_ROW_FAMILIES)
-    assert families == {*kernel_source.CPU_ROW_FAMILIES, "INT8", "INT8_ROWS"} | LEFT_TO_TORCH
-    assert all(kernel_of(FAMILIES[name].of_columns(512)) for name in families - LEFT_TO_TORCH)
-
-
-def is_like_another(name: str) -> bool:
-    """Whether a family differs from one of 4 bits, and from one of scales in bfloat16, by both."""
-    is_of_group = "GROUPED" in name or "QUANTO" in name
-    return is_of_group and "4" not in name and name.endswith(("_HALF", "_FLOAT"))
-
-
-# the first family of floats of each number of bits, which differ by a table
-FLOATS = {name[:len("SDNQ_FLOAT4")]: name for name in reversed(CPU_ROW_SIZES)
-          if name.startswith("SDNQ_FLOAT")}
-
-
-# with half of the lanes, which no family asks for, the first size of every third family
-@pytest.mark.parametrize(("name", "size", "lanes"), [
-    pytest.param(name, size, lanes, marks=pytest.mark.heavy if (lanes < 16 and number % 3)
-                 or FLOATS.get(name[:len("SDNQ_FLOAT4")], name) != name else ())
-    for number, (name, sizes) in enumerate(CPU_ROW_SIZES.items())
-    if not is_like_another(name)
-    for index, size in enumerate(sizes) for lanes in ((16,) if index else (8, 16))], ids=str)
-def test_a_row_has_the_bits_of_the_reference(name, size, lanes, monkeypatch):
-    if lanes > cpp_backend._max_lanes():
-        pytest.skip("needs AVX-512")
-    monkeypatch.setattr(cpp_backend, "_max_lanes", lambda: lanes)
-    packed_format = FAMILIES[name].of_columns(*size)
-    check(kernel_of(packed_format), packed_format, torch.bfloat16, CPU)
-
-
-@pytest.fixture(scope="module", params=["nvrtc", "metal"])
-def gpu_backend(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request, tmp_path_factory):
     with backend_on_cpu(request.param, shared_cache(tmp_path_factory)) as backend:
         yield backend
 
 
+def of(backends):
+    return pytest.mark.parametrize("backend", backends, indirect=True)
+
+
+def dequantize_kernel(backend, fmt):
+    kernel, = (kernel for kernel in backend.kernels
+               if kernel.capability == "dequantize" and kernel.accepts(fmt, torch.float32))
+    return kernel
+
+
+def dequantized(backend, fmt, tensors, rows, dtype=torch.float32):
+    out = torch.full((rows, fmt.block_length), 7.0, dtype=dtype)
+    dequantize_kernel(backend, fmt).run(fmt, tensors, out, 0)
+    return out
+
+
+def reference(fmt, tensors, rows, dtype=torch.float32):
+    return fmt.dequantize_into(tensors, torch.empty(rows, fmt.block_length, dtype=dtype))
+
+
+@pytest.mark.parametrize("module", [cpp_backend, nvrtc_backend, metal_backend],
+                         ids=lambda module: module.__name__.rpartition(".")[2])
+def test_every_format_of_a_file_has_a_kernel_but_for_the_named(module):
+    formats = {name: fmt for name, fmt in FORMATS.items() if not fmt.arguments}
+    formats |= {name: family.of_columns(3072) for name, family in FAMILIES.items()}
+    q8_0 = FORMATS["Q8_0"]
+    formats |= {type(fmt).__name__: fmt for fmt in (
+        ColumnGroups.of(q8_0, 128, 2, 2), Joined.of(0, (q8_0, 1, 32), (q8_0, 1, 32)),
+        Scaled.of(q8_0, 32, False),
+        AddedLowRank.of(q8_0, 4, torch.float16, torch.float16, False))}
+    kernels = [kernel for kernel in module.BACKEND.kernels if kernel.capability == "dequantize"]
+    missing = {name for name, fmt in formats.items()
+               if not any(kernel.accepts(fmt, torch.bfloat16) for kernel in kernels)}
+    assert missing == set(WITHOUT_KERNEL)
+
+
 @each_row_format
-def test_a_row_has_the_bits_of_the_reference_on_gpus(name, size, gpu_backend):
-    packed_format = FAMILIES[name].of_columns(*size)
-    kernel, = (kernel for kernel in gpu_backend.kernels
-               if kernel.capability == "dequantize"
-               and kernel.accepts(packed_format, torch.float32))
-    check(kernel, packed_format, torch.bfloat16, CPU)
+def test_a_row_has_the_bits_of_the_reference(fmt, backend):
+    check(dequantize_kernel(backend, fmt), fmt, torch.bfloat16, CPU)
 
 
-@pytest.mark.parametrize("name", ["F8_E4M3", "INT8_CONVROT", "W6A8", "SVDQUANT_INT4",
-                                  "SDNQ_UINT4", "UINT4_GROUPED"])
+# with half of the lanes
+@pytest.mark.parametrize("fmt", [
+    pytest.param(fmt, marks=pytest.mark.heavy if number % 3 else ())
+    for number, fmt in enumerate(USUAL_ROWS)], ids=str)
+@of(["cpp"])
+def test_eight_lanes_have_the_bits_too(fmt, backend, monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_max_lanes", lambda: 8)
+    check(dequantize_kernel(backend, fmt), fmt, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@of(["cpp", pytest.param("nvrtc", marks=pytest.mark.heavy)])
+def test_a_layout_of_random_sizes_has_the_bits_of_the_reference(seed, backend):
+    draw = random.Random(seed)
+    for _ in range(2):
+        bits, group = draw.randint(1, 8), draw.choice((0, draw.randint(1, 9) * draw.choice((1, 8))))
+        rotation = draw.choice((0, 0, 4, 16, 64, 256))
+        taps = 1 if rotation else draw.choice((1, 1, 3, 9))
+        name = draw.choice([f"SDNQ_UINT{bits}", f"SDNQ_INT{max(2, bits)}", f"SDNQ_CODEBOOK{bits}"])
+        sizes = (group, taps, rotation, draw.choice((2, 4)), draw.randrange(4), draw.randrange(4))
+        check(dequantize_kernel(backend, row_format(name, sizes)), row_format(name, sizes),
+              torch.float16, CPU)
+
+
+@pytest.mark.parametrize("fmt", [
+    row_format(name) for name in ("F8_E4M3", "INT8_CONVROT", "W6A8", "SVDQUANT_INT4", "SDNQ_UINT4",
+                                  "UINT4_GROUPED")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_values_are_rounded_once(name, dtype):
-    packed_format = FAMILIES[name].of_columns(*CPU_ROW_SIZES[name][0])
-    check(kernel_of(packed_format), packed_format, dtype, CPU)
+@of([pytest.param(name, marks=() if name == "cpp" else pytest.mark.heavy) for name in BACKENDS])
+def test_values_are_rounded_once(dtype, fmt, backend):
+    check(dequantize_kernel(backend, fmt), fmt, dtype, CPU)
 
 
-def test_every_byte_of_fp8_has_its_value():
+@pytest.mark.parametrize("fmt", [
+    fmt if fmt.family in ("INT8_ROWS", "NVFP4_ROWS", "W4A16", "UINT4_GROUPED", "SVDQUANT_INT4")
+    else pytest.param(fmt, marks=pytest.mark.heavy)
+    for fmt in [*UNROTATED, row_format("INT8_ROWS"), row_format("SVDQUANT_INT4")]], ids=str)
+@of(["cpp", "nvrtc"])
+def test_a_product_with_rows_is_right(fmt, backend):
+    kernels = [kernel for kernel in backend.kernels
+               if kernel.capability == "linear" and kernel.accepts(fmt, torch.bfloat16)]
+    assert kernels
+    for kernel in kernels:
+        check(kernel, fmt, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("fmt", [row_format("INT8"), row_format("MXFP8"),
+                                 row_format("SDNQ_UINT4", (16, 9))], ids=str)
+@of(["cpp"])
+def test_codes_of_rows_are_right(fmt, backend):
+    kernel, = (kernel for kernel in backend.kernels if kernel.capability == "int8_rows"
+               and kernel.accepts(fmt, torch.int8))
+    check(kernel, fmt, torch.int8, CPU)
+
+
+def test_rotated_rows_are_left_to_another_product():
+    for fmt in ROTATED:
+        for kernel in cpp_backend.BACKEND.kernels:
+            assert kernel.capability == "dequantize" or not kernel.accepts(fmt, torch.bfloat16)
+
+
+# --- one source for rows of all lengths ---
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "metal"])
+def test_rows_of_all_lengths_have_one_source(platform):
+    for fmt in ROW_FORMATS:
+        sources = {kernel_source.kernel_source(platform, "dequantize_rows", example, torch.float32)
+                   for example in formats_of_key(fmt.kernel_key)}
+        assert len(sources) == 1, fmt
+
+
+def test_a_key_has_formats_of_several_lengths():
+    for fmt in ROW_FORMATS:
+        examples = formats_of_key(fmt.kernel_key)
+        assert {example.kernel_key for example in examples} == {fmt.kernel_key}
+        columns = [example.block_length for example in examples]
+        shortest = min(columns) if min(columns) * 3 not in columns else min(columns) // 3
+        assert len(set(columns)) == len(columns) >= 2, fmt
+        assert any(length // shortest % 2 for length in columns)
+    assert FORMATS["Q4_K"].kernel_key == "Q4_K"
+    assert formats_of_key("NF4_96") == [FORMATS["NF4"].of_block_length(96)]
+    for key in ("INT8_ROWS_8", "W4A8_1", "NO_FORMAT"):
+        with pytest.raises(KeyError):
+            formats_of_key(key)
+
+
+def test_another_length_of_rows_compiles_nothing(tmp_path):
+    with backend_on_cpu("cpp", tmp_path) as backend:
+        for columns in (64, 1024, 5120):
+            fmt = FAMILIES["F8_E4M3"].of_columns(columns)
+            dequantized(backend, fmt, random_tensors(fmt, 3, CPU), 3)
+    assert len(list(tmp_path.rglob("*.so"))) == 1
+
+
+# --- rows that kernels do not take ---
+
+
+@pytest.mark.parametrize("name", ["F8_E4M3", "UINT4_GROUPED"])
+def test_a_row_of_odd_length_is_left_to_the_reference(name, backend):
+    fmt = FAMILIES[name].of_columns(20)
+    tensors = random_tensors(fmt, 5, CPU, bounded=True)
+    assert torch.equal(dequantized(backend, fmt, tensors, 5), reference(fmt, tensors, 5))
+    input, addend = torch.randn(2, 20), torch.randn(2, 5)
+    for kernel in backend.kernels:
+        if kernel.capability == "linear" and kernel.takes(2):
+            out = torch.empty(2, 5)
+            kernel.run(fmt, tensors, input, addend, out)
+            expected = input @ reference(fmt, tensors, 5).t() + addend
+            torch.testing.assert_close(out, expected)
+
+
+@of(["cpp", "nvrtc"])
+def test_a_row_of_several_blocks_is_multiplied_by_the_reference(backend):
+    fmt = FAMILIES["INT8"].of_columns(64)
+    tensors, input = random_tensors(fmt, 6, CPU), torch.randn(2, 128)
+    kernel = next(kernel for kernel in backend.kernels
+                  if kernel.capability == "linear" and kernel.takes(2))
+    out = torch.empty(2, 3)
+    kernel.run(fmt, tensors, input, None, out)
+    torch.testing.assert_close(out, input @ reference(fmt, tensors, 6).view(3, 128).t())
+
+
+def test_every_byte_of_fp8_has_its_value(backend):
     codes = torch.arange(256).to(torch.uint8).repeat(3)
     for name in ("F8_E4M3", "F8_E5M2"):
-        packed_format, scale = FAMILIES[name].of_columns(256), torch.tensor([1.0, 0.75, 1e-30])
-        out = torch.empty(3, 256)
-        kernel_of(packed_format).run(packed_format, [codes, scale], out, 0)
-        expected = packed_format.dequantize_into([codes, scale], torch.empty(3, 256))
-        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        fmt, tensors = FAMILIES[name].of_columns(256), [codes, torch.tensor([1.0, -0.75, 1e-30])]
+        assert_same_bits(dequantized(backend, fmt, tensors, 3), reference(fmt, tensors, 3))
 
 
-def test_a_wrong_rotation_is_seen(monkeypatch):
-    packed_format = FAMILIES["INT8_CONVROT"].of_columns(512)
-    kernel = kernel_of(packed_format)
-    right = kernel_source.row_definitions(packed_format)
-    monkeypatch.setattr(cpp_backend, "row_definitions", lambda _: right | {"ROTATED": 0})
-    with pytest.raises(WrongResult, match="differ from the reference"):
-        check(kernel, packed_format, torch.float32, CPU)
+@pytest.mark.parametrize("name", ["MXFP8", "NVFP4_ROWS", "NVFP4_QUOTIENT"])
+def test_every_byte_of_a_scale_has_its_value(name, backend):
+    fmt = FAMILIES[name].of_columns(256 * FAMILIES[name].sizes[0])
+    tensors = random_tensors(fmt, 1, CPU)
+    tensors[1] = torch.arange(256).to(torch.uint8)
+    assert_same_bits(dequantized(backend, fmt, tensors, 1), reference(fmt, tensors, 1))
 
 
-def test_a_row_of_odd_length_is_left_to_the_reference():
-    packed_format = FAMILIES["F8_E4M3"].of_columns(20)
-    tensors, out = random_tensors(packed_format, 5, CPU), torch.empty(5, 20)
-    kernel_of(packed_format).run(packed_format, tensors, out, 0)
-    assert torch.equal(out, packed_format.dequantize_into(tensors, torch.empty(5, 20)))
+# --- what the tests' GPUs see ---
 
 
-@pytest.mark.parametrize("sizes", [(192, 64, 1, 0, 2, 1, 1), (192, 16, 3), (192, 64, 1, 4)],
-                         ids=["scales in 16 bits", "scales of taps", "rotated in fours"])
-def test_a_row_with_more_than_the_kernel_reads_is_left_to_the_reference(sizes):
-    packed_format = FAMILIES["SDNQ_UINT4"].of_columns(*sizes)
-    tensors, out = random_tensors(packed_format, 5, CPU, bounded=True), torch.empty(5, 192)
-    kernel_of(packed_format).run(packed_format, tensors, out, 0)
-    expected = packed_format.dequantize_into(tensors, torch.empty(5, 192))
-    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+@pytest.fixture
+def libraries(monkeypatch):
+    """The paths of the libraries that have been used."""
+    paths, compiled = [], kernel_backends.compiled
+
+    def recorded(*arguments):
+        paths.append(compiled(*arguments))
+        return paths[-1]
+
+    monkeypatch.setattr(kernel_backends, "compiled", recorded)
+    return paths
+
+
+def change_source(monkeypatch, old, new):
+    for module in (cpp_backend, nvrtc_backend, metal_backend):
+        def changed(*arguments, real=module.kernel_source, **more):
+            source = real(*arguments, **more)
+            assert old in source
+            return source.replace(old, new)
+
+        monkeypatch.setattr(module, "kernel_source", changed)
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize(("family", "sizes"), [
+    ("INT8_CONVROT", (64,)), ("W4A8_SHIFTED", ()), ("SDNQ_UINT4", (32, 1, 16, 4)),
+    ("SDNQ_INT8", (0, 1, 4096, 4))])
+def test_each_code_of_a_rotated_group_is_decoded_once(name, family, sizes, tmp_path, libraries,
+                                                      monkeypatch):
+    change_source(monkeypatch, "static FUNCTION Ints codes_at(Packed from) {",
+                  'extern "C" { long long decoded; }\n'
+                  "static FUNCTION Ints codes_at(Packed from) {\n    decoded += LANES;")
+    fmt, rows = row_format(family, sizes), 5
+    with backend_on_cpu(name, tmp_path) as backend:
+        tensors = random_tensors(fmt, rows, CPU)
+        assert_same_bits(dequantized(backend, fmt, tensors, rows), reference(fmt, tensors, rows))
+    decoded = ctypes.c_longlong.in_dll(ctypes.CDLL(libraries[-1]), "decoded")
+    assert decoded.value == rows * fmt.block_length
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_missing_barrier_is_seen(name, tmp_path, monkeypatch):
+    change_source(monkeypatch, "wait_for_threads();\n        for", "for")
+    fmt = row_format("INT8_CONVROT")
+    with backend_on_cpu(name, tmp_path) as backend, \
+            pytest.raises(WrongResult, match="differ from the reference"):
+        check(dequantize_kernel(backend, fmt), fmt, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(("name", "error"), [("nvrtc", CudaError), ("metal", AssertionError)])
+def test_a_thread_that_reaches_no_barrier_is_seen(name, error, tmp_path, monkeypatch):
+    change_source(monkeypatch, "Floats values[CHUNKS];",
+                  "if (row >= rows) return; Floats values[CHUNKS];")
+    fmt = row_format("INT8_CONVROT")
+    with backend_on_cpu(name, tmp_path) as backend, pytest.raises(error):
+        check(dequantize_kernel(backend, fmt), fmt, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(("name", "first_row"), [
+    ("cpp", ("Index row = 0;", "Index row = rows - 8;")),
+    ("nvrtc", ("Index first = (Index)blockIdx.y * HEIGHT;", "Index first = rows - 8;")),
+    ("metal", ("row = (Index)tile.y * HEIGHT", "row = rows - 8"))], ids=BACKENDS)
+def test_rows_behind_many_values_are_found(name, first_row, tmp_path, monkeypatch):
+    """A weight of 2**31 values and more, of which only the last rows are in memory."""
+    change_source(monkeypatch, *first_row)
+    grid = kernel_source.row_grid
+    for module in (nvrtc_backend, metal_backend):
+        monkeypatch.setattr(module, "row_grid", lambda fmt, rows: grid(fmt, 8))
+    fmt = FAMILIES["W4A16"].of_columns(8192)
+    rows, last = (1 << 31) // 8192 + 9, slice(-8, None)
+    few = random_tensors(fmt, 8, CPU, bounded=True)
+    with backend_on_cpu(name, tmp_path) as backend:
+        tensors = [torch.empty(rows * len(part) // 8, dtype=part.dtype) for part in few]
+        for part, whole in zip(few, tensors):
+            whole[-len(part):] = part
+        out = torch.empty(rows, 8192, dtype=torch.float16)
+        dequantize_kernel(backend, fmt).run(fmt, tensors, out, 0)
+    assert_same_bits(out[last], reference(fmt, few, 8, torch.float16))
+
+
+@pytest.mark.parametrize("change", [
+    ("values * part.scale", "values"), ("n[1] = p - s", "n[1] = s - p"),
+    ("row_scales[row] : Scale", "row_scales[0] : Scale"), (", 127.0f);", ", 126.0f);")],
+    ids=["scales", "rotation", "scales of rows", "limit"])
+def test_a_wrong_source_is_seen(change, tmp_path, monkeypatch):
+    change_source(monkeypatch, *change)
+    fmt = row_format("W4A8")
+    with backend_on_cpu("cpp", tmp_path) as backend, \
+            pytest.raises(WrongResult, match="differ from the reference"):
+        check(dequantize_kernel(backend, fmt), fmt, torch.float32, CPU)

@@ -1,5 +1,6 @@
 """Which kernels a device uses. The backends are fakes that run plain torch on the CPU."""
 import inspect
+import itertools
 import logging
 import sys
 import types
@@ -12,7 +13,8 @@ from kernel_cases import wait_for_kernels
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.kernels import Backend, Kernel, registry
+from featherweight.ops.formats.row_layout import FAMILIES
+from featherweight.ops.kernels import Backend, Kernel, registry, selector
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.kernels.validation import ISSUES, probe
 from featherweight.ops.layers import int8, int8_codes, product
@@ -22,6 +24,7 @@ from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
+NEXT_LOAD = selector._next_load
 
 
 def dequantize(packed_format, tensors, out, first):
@@ -47,16 +50,19 @@ def multiply_without_addend(packed_format, tensors, input, addend, out):
 
 
 @pytest.fixture
-def use(monkeypatch):
-    """use(backend, ...): gives the CPU these backends, of which none is selected yet."""
+def use(monkeypatch, tmp_path):
+    """use(backend): gives the CPU this backend, as in a new ComfyUI without verdicts; use(): none.
+    """
     monkeypatch.setenv(kernels.VARIABLE, "auto")
     wait_for_kernels(monkeypatch)
+    folders = itertools.count()
 
-    def use(*backends):
+    def use(backend=None):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(next(folders))))
         monkeypatch.setattr(kernels, "_selectors", {})
-        monkeypatch.setitem(kernels.PRIORITY, "cpu", tuple(backend.name for backend in backends))
-        for backend in backends:
-            monkeypatch.setitem(registry.IMPORTS, backend.name, lambda backend=backend: backend)
+        monkeypatch.setitem(kernels.BACKENDS, "cpu", backend and backend.name)
+        if backend:
+            monkeypatch.setitem(registry.IMPORTS, backend.name, lambda: backend)
     return use
 
 
@@ -107,7 +113,8 @@ def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_us
     assert torch.equal(product.dequantize(packed(), torch.float32), packed().dequantize())
     reasons = [record for record in caplog.records if "Q4_0" in record.message]
     assert [record.levelno for record in reasons] == [logging.WARNING]
-    for part in ("dequantize of Q4_0 to float32 by made_up on cpu", "differ from the reference",
+    for part in ("dequantize of Q4_0 to float32, rows 1 to any by made_up on cpu",
+                 "differ from the reference",
                  f"torch {torch.__version__}", "[Featherweight]", ISSUES):
         assert part in reasons[0].message
     assert "\n" not in reasons[0].message
@@ -281,10 +288,10 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
     use(backend(kernel("dequantize", refused)))
     assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
     (reason,) = [record for record in caplog.records if "no such instruction" in record.message]
-    assert (
-        reason.levelno == logging.DEBUG
-        and "dequantize of Q4_0 to float32 by made_up is off on cpu" in reason.message
-    )
+    assert reason.levelno == logging.DEBUG
+    assert "dequantize of Q4_0 to float32, rows 1 to any by made_up is off" in reason.message
+    assert kernels.used(CPU, [Q4_0], torch.float32) == (
+        "torch: refused (RuntimeError('no such instruction'))")
 
 
 def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
@@ -292,7 +299,7 @@ def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
         out.fill_(1)
 
     use(backend(probe=lambda device: probe(fill, device)))
-    assert kernels.used(CPU, 120) == "torch"
+    assert kernels.used(CPU, [Q4_0], torch.float32).startswith("torch: no kernel works here")
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "the probe by made_up" in warning.message
     assert "please report this line at" in warning.message
@@ -348,9 +355,7 @@ def test_a_kernel_is_checked_when_it_is_needed(use):
         multiply(*args)
 
     use(backend(kernel("linear", recorded, max_tokens=16)))
-    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=17)
-    assert not calls
-    kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
+    assert kernels.find("linear", CPU, Q4_0, torch.float32, tokens=17) is None
     checked = len(calls)
     assert {len(input) for _, _, input, *_ in calls} == {*range(1, 7), 16}
     kernels.find("linear", CPU, Q4_0, torch.float32, tokens=5)
@@ -371,41 +376,104 @@ def test_a_format_with_another_block_length_is_accepted_too():
     assert not of_nf4.accepts(FORMATS["FP4"], torch.float32)
 
 
-def test_the_first_backend_that_works_is_used_and_the_choice_logged_once(use, caplog):
+def test_a_backend_that_does_not_work_is_named_once_with_the_reason(use, caplog):
     def no_driver(device):
         raise RuntimeError("no driver")
 
-    caplog.set_level(logging.DEBUG, kernels.__name__)
-    use(backend(kernel("dequantize", dequantize), name="broken", probe=no_driver),
-        backend(kernel("dequantize", dequantize), name="working"))
+    caplog.set_level(logging.INFO, kernels.__name__)
+    use(backend(kernel("dequantize", dequantize), name="broken", probe=no_driver))
     for _ in range(3):
         product.dequantize(packed(), torch.float32)
-    assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.DEBUG, "[Featherweight] broken does not work on cpu: RuntimeError('no driver')"),
-        (logging.INFO, "[Featherweight] Packed weights on cpu use working."),
-    ]
+    (line,) = [record.message for record in caplog.records]
+    assert line == ("[Featherweight] Packed weights on cpu use torch, because no kernel works there"
+                    " (broken: no driver).")
+    assert kernels.list_backends() == {
+        "cpu": {"backend": None, "reason": "broken: no driver", "kernels": {}}}
 
 
-@pytest.mark.parametrize(("setting", "used"), [
-    (None, "first"), ("torch", None), ("auto", "first"), ("second", "second"), ("SECOND", "second"),
-    ("nvrtc", "first")], ids=str)  # the last is one for other devices
-def test_the_environment_variable_chooses(setting, used, use, monkeypatch):
-    use(backend(kernel("dequantize", dequantize), name="first"),
-        backend(kernel("dequantize", dequantize_rounded), name="second"))
+@pytest.mark.parametrize(("setting", "is_used"), [
+    (None, True), ("torch", False), ("auto", True), ("made_up", True), ("MADE_UP", True),
+    ("nvrtc", True)], ids=str)  # the last is one for other devices
+def test_the_environment_variable_chooses(setting, is_used, use, monkeypatch):
+    use(backend(kernel("dequantize", dequantize)))
     if setting is None:
         monkeypatch.delenv(kernels.VARIABLE)
     else:
         monkeypatch.setenv(kernels.VARIABLE, setting)
-    kernels.find("dequantize", CPU, Q4_0, torch.float32)
-    assert kernels.used(CPU, 120) == (used or "torch")
+    assert (kernels.find("dequantize", CPU, Q4_0, torch.float32) is dequantize) == is_used
+    assert kernels.used(CPU, [Q4_0], torch.float32) == (
+        "made_up" if is_used else "torch")
 
 
 def test_an_unknown_setting_is_named_and_ignored(use, monkeypatch, caplog):
-    use(backend(kernel("dequantize", dequantize), name="first"))
+    use(backend(kernel("dequantize", dequantize)))
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
-    assert kernels.used(CPU, 120) == "first"
-    message = "FEATHERWEIGHT_KERNELS is cuda and is ignored; expected one of auto, first, "
-    assert message in caplog.text
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is dequantize
+    assert "FEATHERWEIGHT_KERNELS is cuda and is ignored; expected one of auto, " in caplog.text
+
+
+# --- when a kernel is used ---
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """The work that the one thread for kernels would do: `later()` does it."""
+    work = []
+    monkeypatch.setattr(selector, "submit", work.append)
+
+    def do_all():
+        while work:
+            work.pop(0)()
+    return do_all
+
+
+def test_what_has_the_references_bits_is_used_once_proven_and_a_product_from_the_next_load_on(
+        use, later, monkeypatch):
+    monkeypatch.setattr(selector, "_next_load", NEXT_LOAD)
+    use(backend(kernel("dequantize", dequantize), kernel("linear", multiply)))
+    before = kernels.current_load()
+
+    def found(load):
+        return [kernels.find(capability, CPU, Q4_0, torch.float32, tokens, load)
+                for capability, tokens in (("dequantize", None), ("linear", 3))]
+
+    assert found(before) == [None, None]  # nobody waits
+    later()
+    assert found(before) == [None, None]  # the backend is known now, and kernels are requested
+    later()
+    assert found(before) == [dequantize, None]
+    assert found(kernels.current_load()) == [dequantize, multiply]
+
+
+def test_verdicts_of_an_earlier_run_count_from_the_first_load_on(use, monkeypatch):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        multiply(*args)
+
+    use(backend(kernel("linear", recorded)))
+    assert kernels.find("linear", CPU, Q4_0, torch.float32, 3) is recorded
+    monkeypatch.setattr(kernels, "_selectors", {})  # another process
+    calls.clear()
+    assert kernels.request(CPU, [("linear", Q4_0, torch.float32)]) >= 0
+    assert kernels.find("linear", CPU, Q4_0, torch.float32, 3, 0) is recorded and not calls
+
+
+def test_a_weight_of_another_length_needs_no_other_verdict(use):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        dequantize(*args)
+
+    rows = Kernel("dequantize", frozenset(["RowFormat"]), frozenset([torch.float32]), recorded)
+    use(backend(rows))
+    for columns in (512, 768, 12288):
+        packed_format = FAMILIES["INT8_CONVROT"].of_columns(columns)
+        assert kernels.find("dequantize", CPU, packed_format, torch.float32) is recorded
+        checks, calls[:] = calls[:], []
+    assert not checks and len(kernels.list_backends()["cpu"]["kernels"]["right"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The files of verdicts and notes: what is stored, for whom, and that only this user's count."""
+"""The files of verdicts: what is stored, for whom, and that only this user's count."""
 import json
 import os
 import shutil
@@ -12,13 +12,11 @@ from unsafe_files import each_reason
 
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.kernels import verdicts as module
-from featherweight.ops.kernels.kernel import Case
+from featherweight.ops.kernels.kernel import Backend, Case
 from featherweight.ops.kernels.verdicts import (
     MAX_FILE_BYTES,
-    MAX_NOTES,
     RETRY_AFTER_S,
     WEEK,
-    Notes,
     Verdicts,
     device_key,
     source_hash,
@@ -29,37 +27,28 @@ DEQUANTIZE = Case("dequantize", "Q4_K", torch.bfloat16)
 LINEAR = Case("linear", "NF4", torch.float16)
 TOKENS = Case("int8_tokens", None, torch.float16)
 NAME = f"{DEQUANTIZE}, rows 1 to any by nvrtc"
+BACKEND = Backend("nvrtc", print, ())
 
 
 @pytest.fixture
 def verdicts(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return Verdicts.of_device(CPU, ("nvrtc",))
+    return Verdicts.of_device(CPU, BACKEND)
 
 
 def known(verdicts) -> dict[str, str]:
-    return {name: line["verdict"] for name, line in verdicts.results().lines.items()}
+    return {name: line["verdict"] for name, line in verdicts.read().items()}
 
 
 def reopened() -> Verdicts:
     """Returns them as another process reads them."""
-    return Verdicts.of_device(CPU, ("nvrtc",))
+    return Verdicts.of_device(CPU, BACKEND)
 
 
 def test_a_verdict_is_known_to_the_next_process(verdicts):
     verdicts.add(NAME, "begun")
     verdicts.add(NAME, "right", seconds=[0.001, 0.002])
-    verdicts.add(str(DEQUANTIZE), "tried")
-    results = reopened().results()
-    assert results.lines[NAME]["seconds"] == [0.001, 0.002] and results.unfinished is None
-    assert results.untried([DEQUANTIZE, LINEAR]) == [LINEAR]
-
-
-def test_a_begin_without_an_end_names_the_kernel(verdicts):
-    verdicts.add("one", "begun")
-    verdicts.add("one", "works")
-    verdicts.add("two", "begun")
-    assert reopened().results().unfinished["name"] == "two"
+    assert reopened().read()[NAME]["seconds"] == [0.001, 0.002]
 
 
 @pytest.mark.parametrize("verdict", RETRY_AFTER_S)
@@ -133,60 +122,33 @@ def test_what_somebody_else_may_have_written_is_not_believed(spoil, what, verdic
 def test_a_cache_that_cannot_be_written_loses_nothing_in_this_process(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    Verdicts.of_device(CPU, ("nvrtc",)).add(NAME, "wrong")
+    Verdicts.of_device(CPU, BACKEND).add(NAME, "wrong")
     assert known(reopened()) == {NAME: "wrong"}
 
 
 # --- the cases that models have needed ---
 
 
-def test_what_was_asked_for_is_read_again_and_written_once(verdicts):
-    Notes().add([DEQUANTIZE, LINEAR, TOKENS, DEQUANTIZE])
-    size = Notes().path.stat().st_size
-    Notes().add([LINEAR])
-    assert Notes().cases() == [DEQUANTIZE, LINEAR, TOKENS] and Notes().path.stat().st_size == size
-    assert Notes().path.parent.stat().st_mode & 0o777 == 0o700
+@pytest.mark.parametrize("text", [
+    "", "dequantize", "dequantize of Q4_K", "dequantize of ../Q4_K to float16",
+    f"dequantize of {'Q' * 70} to float16", "dequantize of Q4_K to load",
+    "dequantize of Q4_K to float16 and more", "dequantize of Q4 K to float16"])
+def test_a_damaged_case_counts_as_none(text):
+    assert Case.of_text(text) is None
 
 
-def test_the_latest_notes_count(verdicts):
-    for number in range(MAX_NOTES + 20):
-        Notes().append(case=Case("dequantize", f"Q{number}", torch.float32).as_json())
-    cases = Notes().cases()
-    assert len(cases) == MAX_NOTES and cases[-1].format == f"Q{MAX_NOTES + 19}"
-
-
-CASE = ["dequantize", "Q4_K", "bfloat16", None]
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        [],
-        CASE[:3],
-        ["eval", *CASE[1:]],
-        ["dequantize", None, "bfloat16", None],
-        ["int8_tokens", "Q4_K", "float16", None],
-        ["dequantize", "../Q4_K", "bfloat16", None],
-        ["dequantize", "Q" * 50, "bfloat16", None],
-        ["dequantize", "Q4_K", "load", None],
-        ["dequantize", "Q4_K", "bfloat16", "hub"],
-        ["dequantize", 4, "bfloat16", None],
-        {"dequantize": 1},
-        None,
-        [[], {}, [], {}],
-    ],
-    ids=str,
-)
-def test_a_damaged_case_counts_as_none(case, verdicts):
-    Notes().append(case=case)
-    Notes().append(case=CASE)
-    assert Notes().cases() == [DEQUANTIZE]
-
-
-def test_a_case_is_the_same_after_a_journey_as_json():
+def test_a_case_is_the_same_after_a_journey_as_text():
     for case in (DEQUANTIZE, LINEAR, TOKENS, Case("int8_rows", "NF4_128", torch.int8)):
-        assert Case.of_json(json.loads(json.dumps(case.as_json()))) == case
+        assert Case.of_text(str(case)) == case
+    assert Case.of_text(NAME) == DEQUANTIZE
     assert str(LINEAR) == "linear of NF4 to float16"
+
+
+def test_what_models_have_needed_is_known_after_an_update(verdicts, monkeypatch):
+    verdicts.add(f"{LINEAR}, rows 1 to 1 by nvrtc", "right")
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert list(map(Case.of_text, reopened().of_earlier_versions())) == [LINEAR]
+    assert reopened().read() == {}
 
 
 # --- what verdicts depend on ---
@@ -215,14 +177,14 @@ def test_devices_of_amd_with_one_name_have_the_verdicts_of_their_architecture(mo
             patch.setattr(torch.version, "hip", "7.0")
             if override:
                 patch.setenv("HSA_OVERRIDE_GFX_VERSION", override)
-            return str(device_key(torch.device("cuda", 0), ("nvrtc",)))
+            return str(device_key(torch.device("cuda", 0), BACKEND))
 
     assert key("gfx1100") == key("gfx1100")
     keys = {key("gfx1100"), key("gfx1103"), key("gfx1103", "11.0.0"), key("gfx1103", "11.0.1")}
     assert len(keys) == 4
 
 
-@pytest.mark.parametrize("changed", ["torch", "driver", "compiler", "backends"])
+@pytest.mark.parametrize("changed", ["torch", "driver", "package", "compiler", "backend"])
 def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdicts, monkeypatch):
     installed = {"nvidia-cuda-nvrtc": "13.0"}
 
@@ -232,18 +194,20 @@ def test_other_verdicts_are_for_another_driver_torch_or_compiler(changed, verdic
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    first, backends = Verdicts.of_device(CPU, ("nvrtc",)), ("nvrtc",)
+    first, backend = Verdicts.of_device(CPU, BACKEND), BACKEND
     first.add(NAME, "wrong")
     assert known(reopened()) == {NAME: "wrong"}
     if changed == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")
     elif changed == "driver":
         monkeypatch.setattr(module.platform, "mac_ver", lambda: ("99.9", (), ""))
-    elif changed == "compiler":
+    elif changed == "package":
         installed["nvidia-cuda-nvrtc"] = "13.1"
+    elif changed == "compiler":
+        backend = Backend("nvrtc", print, (), lambda: "another")
     else:
-        backends = ("nvrtc", "metal")
-    assert known(Verdicts.of_device(CPU, backends)) == {}
+        backend = Backend("metal", print, ())
+    assert known(Verdicts.of_device(CPU, backend)) == {}
 
 
 def test_other_verdicts_are_for_other_sources(tmp_path):

@@ -60,7 +60,7 @@ def normal_weight(rows=512, columns=3072):
 def encoded_rows(weight):
     """Codes and scales of a weight's rows."""
     codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
-    int8_codes.encode_rows(weight.params.format, packed_tensors(weight), codes, scales, None, 0)
+    int8_codes.encode_rows(weight.params.format, packed_tensors(weight), codes, scales, 0)
     return codes, scales
 
 
@@ -123,7 +123,7 @@ def test_rows_are_coded_from_any_block_on_and_in_chunks(monkeypatch):
     (codes, _), part = encoded_rows(weight), torch.empty(ROWS - 5, COLUMNS, dtype=torch.int8)
     monkeypatch.setattr("featherweight.ops.formats.base.CPU_CHUNK_VALUES", 3 * COLUMNS)
     int8_codes.encode_rows(PACKED["Q4_K"], packed_tensors(weight), part, torch.empty(ROWS - 5),
-                           None, 5 * COLUMNS // 256)
+                           5 * COLUMNS // 256)
     assert torch.equal(part, codes[5:])
 
 
@@ -344,7 +344,6 @@ def test_the_operator_has_a_right_fake():
         None,
         "Q8_0",
         ROWS,
-        None,
         None,
         [],
         [],

@@ -1,14 +1,14 @@
 // Writes a weight's first `count` values, a multiple of LANES, in order.
-extern "C" void dequantize(Packed packed, Scales scales, TYPE* out, long long count, int threads) {
+extern "C" void dequantize(const Weight* of, TYPE* out, long long count, int threads) {
+    const Weight weight = *of;
     long long blocks = count / BLOCK_LENGTH;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) firstprivate(weight)
     for (long long block = 0; block < blocks; block++) {
-        float scale = SCALES_APART ? scales[block] : 0;
+        Part part = part_of_block(weight, block);
 #pragma GCC unroll 32
         for (int first = 0; first < BLOCK_LENGTH; first += LANES)
-            store(weight_values(packed + block * BLOCK_BYTES, first, scale),
-                  out + block * BLOCK_LENGTH + first);
+            store(part_values(weight, part, first), out + block * BLOCK_LENGTH + first);
     }
     for (Index first = blocks * BLOCK_LENGTH; first < count; first += LANES)
-        store(weight_chunk(packed, scales, first / LANES), out + first);
+        store(weight_chunk(weight, first / LANES), out + first);
 }

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-const int GROUP = 256, VECTORS = GROUP / LANES;
+const int CODE_GROUP = 256, CODE_VECTORS = CODE_GROUP / LANES;
 
 template <int DISTANCE>
 static FUNCTION Floats swapped(Floats values) {
@@ -37,9 +37,9 @@ static constexpr int sign_of_side(int i) { return (i & i >> 1 ^ i >> 2 & i >> 3)
 // Rotates one group in place. Returns the larger of `largest` and the magnitudes, as bits: those of
 // NaN are the largest.
 static FUNCTION Ints rotate(float* group, Ints largest) {
-    Floats vectors[VECTORS];
+    Floats vectors[CODE_VECTORS];
 #pragma GCC unroll 32
-    for (int vector = 0; vector < VECTORS; vector++) {
+    for (int vector = 0; vector < CODE_VECTORS; vector++) {
         Floats signs;
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
@@ -49,9 +49,9 @@ static FUNCTION Ints rotate(float* group, Ints largest) {
         vectors[vector] = butterflies<LANES / 2>(signs * load<Floats>(group + vector * LANES));
     }
 #pragma GCC unroll 5
-    for (int distance = 1; distance < VECTORS; distance *= 2) {
+    for (int distance = 1; distance < CODE_VECTORS; distance *= 2) {
 #pragma GCC unroll 32
-        for (int vector = 0; vector < VECTORS; vector++) {
+        for (int vector = 0; vector < CODE_VECTORS; vector++) {
             if (vector & distance) continue;
             Floats low = vectors[vector], high = vectors[vector + distance];
             vectors[vector] = low + high;
@@ -59,7 +59,7 @@ static FUNCTION Ints rotate(float* group, Ints largest) {
         }
     }
 #pragma GCC unroll 32
-    for (int vector = 0; vector < VECTORS; vector++) {
+    for (int vector = 0; vector < CODE_VECTORS; vector++) {
         store(vectors[vector], group + vector * LANES);
         Ints magnitudes = (Ints)vectors[vector] & 0x7FFFFFFF;
         largest = magnitudes > largest ? magnitudes : largest;
@@ -89,7 +89,7 @@ static FUNCTION float quantize(const float* values, int columns, Ints largest, s
     return peak / LARGEST_CODE;
 }
 
-// Encodes `rows` rows. values_of(row, column, group) writes the GROUP values of a row from `column`
+// Encodes `rows` rows. values_of(row, column, group) writes the CODE_GROUP values of a row from `column`
 // on to `group`.
 template <class Values>
 static FUNCTION void encode(Values values_of, signed char* codes, float* code_scales,
@@ -100,7 +100,7 @@ static FUNCTION void encode(Values values_of, signed char* codes, float* code_sc
 #pragma omp for
         for (long long row = 0; row < rows; row++) {
             Ints largest = {};
-            for (int column = 0; column < columns; column += GROUP) {
+            for (int column = 0; column < columns; column += CODE_GROUP) {
                 values_of(row, column, values + column);
                 largest = rotate(values + column, largest);
             }

@@ -1,22 +1,17 @@
-// Encodes `rows` rows of a weight. codes: (rows, columns). columns: a multiple of GROUP and
-// BLOCK_LENGTH.
-extern "C" void int8_rows(Packed packed, Scales scales, signed char* codes, float* code_scales,
-                          long long rows, int columns, int threads) {
+// Encodes `rows` rows of a weight. codes: (rows, weight.columns). weight.columns: a multiple of
+// CODE_GROUP and of the weight's blocks.
+extern "C" void int8_rows(const Weight* of, signed char* codes, float* code_scales, long long rows,
+                          int threads) {
+    const Weight weight = *of;
     auto values_of = [=](long long row, int column, float* group) {
-        Index place = row * columns + column;
-        if (GROUP % BLOCK_LENGTH == 0) {
-            for (int first = 0; first < GROUP; first += BLOCK_LENGTH) {
-                Index block = (place + first) / BLOCK_LENGTH;
-                float scale = SCALES_APART ? scales[block] : 0;
+        const int piece = piece_of(PART_LENGTH, CODE_GROUP);
+        for (int first = 0; first < CODE_GROUP; first += piece) {
+            Part part = part_of(weight, row, column + first);
+            const int place = piece == PART_LENGTH ? 0 : place_in_part(column + first);
 #pragma GCC unroll 32
-                for (int lane = 0; lane < BLOCK_LENGTH; lane += LANES)
-                    store(weight_values(packed + block * BLOCK_BYTES, lane, scale),
-                          group + first + lane);
-            }
-        } else {
-            for (int lane = 0; lane < GROUP; lane += LANES)
-                store(weight_chunk(packed, scales, (place + lane) / LANES), group + lane);
+            for (int lane = 0; lane < piece; lane += LANES)
+                store(part_values(weight, part, place + lane), group + first + lane);
         }
     };
-    encode(values_of, codes, code_scales, rows, columns, threads);
+    encode(values_of, codes, code_scales, rows, weight.columns, threads);
 }

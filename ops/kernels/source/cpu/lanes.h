@@ -8,6 +8,7 @@
 
 #define FUNCTION inline __attribute__((always_inline))
 #define PRIVATE
+#define UNROLLED _Pragma("GCC unroll 16")
 #define TABLE static const
 
 typedef unsigned char Byte;
@@ -47,6 +48,8 @@ static FUNCTION Ints ints(Bytes bytes) {
 #endif
 }
 
+static FUNCTION Floats load_floats(Scales from) { return load<Floats>(from); }
+
 static FUNCTION Ints load_bytes(Packed from) { return ints(load<Bytes>(from)); }
 
 static FUNCTION Ints load_signed_bytes(Packed from) { return load_bytes(from) << 24 >> 24; }
@@ -75,6 +78,11 @@ static FUNCTION Ints lane_numbers() {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) lanes[i] = i;
     return lanes;
+}
+
+// Returns `first` in the first eight lanes and `second` in the others.
+static FUNCTION Ints of_eights(int first, int second) {
+    return LANES == 8 ? Ints{} + first : lane_numbers() < 8 ? Ints{} + first : Ints{} + second;
 }
 
 // Eight lanes per byte, the lowest bit first.
@@ -159,12 +167,40 @@ static FUNCTION float float_of_half(unsigned short half) {
 }
 
 static FUNCTION float load_half(Packed from) { return float_of_half(load_short(from)); }
+// Returns the floats that bytes of float8 stand for.
+#define HAS_VECTORS_OF_FLOAT8
+
+static FUNCTION Floats e4m3(Ints bytes) {
+    Ints magnitude = bytes & 0x7F;
+    // Exponent and mantissa at their places in a float; without an exponent, an integer over 512:
+    // as floats without one these would be slow.
+    Floats values = magnitude < 8 ? floats(magnitude) * (1 / 512.0f)
+                                  : (Floats)((magnitude << 20) + (120 << 23));
+    Words nan = magnitude == 0x7F ? Words{} + 0x7FC00000 : Words{};
+    return (Floats)((Words)values | nan | ((Words)bytes & 0x80) << 24);
+}
+
+static FUNCTION Floats e5m2(Ints bytes) {  // the upper bytes of halves
+    return of_halves(low_halves((Words)bytes << 8));
+}
+
+// Returns values of at most `limit` in magnitude.
+static FUNCTION Floats limited(Floats values, float limit) {
+    values = values > limit ? Floats{} + limit : values;
+    return values < -limit ? Floats{} - limit : values;
+}
 
 // Returns the bits of the nearest bfloat16 in the upper halves.
 static FUNCTION Words bfloat16_bits(Floats values) {
     Words bits = (Words)values, rounded = bits + 0x7FFF + (bits >> 16 & 1);
     Words quiet_nan = bits | 0x7FC00000;
     return values == values ? rounded : quiet_nan;
+}
+
+// Returns how many of `length` values are taken at a time: a part of `part` of them, if these divide
+// it, otherwise LANES.
+static constexpr int piece_of(int part, int length) {
+    return part && length % part == 0 ? part : LANES;
 }
 
 static FUNCTION void store(Floats values, float* to) { memcpy(to, &values, sizeof values); }

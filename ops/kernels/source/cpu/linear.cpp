@@ -1,23 +1,23 @@
 // Computes out = input weight^T for `tokens` rows of input, at most TOKENS, summed in float32. The
 // weight is dequantised in registers.
 //
-// input: (tokens, columns). out: (tokens, rows).
-extern "C" void linear(const float* input, Packed packed, Scales scales, float* out, int tokens,
-                       int rows, int columns, int threads) {
-    int blocks = columns / BLOCK_LENGTH;
-#pragma omp parallel for num_threads(threads)
+// input: (tokens, weight.columns). out: (tokens, rows).
+extern "C" void linear(const float* input, const Weight* of, float* out, int tokens, int rows,
+                       int threads) {
+    const Weight weight = *of;
+#pragma omp parallel for num_threads(threads) firstprivate(weight)
     for (int row = 0; row < rows; row++) {
+        const int columns = weight.columns, length = PART_LENGTH ? PART_LENGTH : columns;
         Floats sums[TOKENS] = {};
-        for (Index block = 0; block < blocks; block++) {
-            Index place = (Index)row * blocks + block;
-            float scale = SCALES_APART ? scales[place] : 0;
+        for (int column = 0; column < columns; column += length) {
+            Part part = part_of(weight, row, column);
 #pragma GCC unroll 32
-            for (int first = 0; first < BLOCK_LENGTH; first += LANES) {
-                Floats weights = weight_values(packed + place * BLOCK_BYTES, first, scale);
+            for (int first = 0; first < length; first += LANES) {
+                Floats weights = part_values(weight, part, first);
 #pragma GCC unroll 8
                 for (int token = 0; token < TOKENS; token++) {
                     const float* inputs = input + (Index)(token < tokens ? token : 0) * columns +
-                                          block * BLOCK_LENGTH + first;
+                                          column + first;
                     sums[token] = multiply_add(load<Floats>(inputs), weights, sums[token]);
                 }
             }

@@ -66,37 +66,34 @@ static void copy_tile(const BFloat16* input, int count, int columns, int width, 
         }
 }
 
-// Writes `width` values of the weight from number `first` on as one row of a tile. ahead: bytes to
-// what is requested from memory meanwhile.
-static FUNCTION void dequantize_row(Packed packed, Scales scales, Index first,
-                                    unsigned width, Index ahead, BFloat16* to) {
-    const int piece = CHUNK % BLOCK_LENGTH ? LANES : BLOCK_LENGTH;
-    const int piece_bytes = piece * BLOCK_BYTES / BLOCK_LENGTH;
-    for (unsigned column = 0; column < width; column += piece) {
-        Index block = (first + column) / BLOCK_LENGTH;
-        int start = piece == BLOCK_LENGTH ? 0 : (int)((first + column) % BLOCK_LENGTH);
-        Packed from = packed + block * BLOCK_BYTES;
-        float scale = SCALES_APART ? scales[block] : 0;
+// Writes `width` values of a row of the weight, from column `first` on, as one row of a tile.
+// ahead: bytes to what is requested from memory meanwhile.
+static FUNCTION void dequantize_row(Weight weight, Index row, int first, int width, Index ahead,
+                                    BFloat16* to) {
+    const int piece = piece_of(PART_LENGTH, CHUNK);
+    for (int column = 0; column < width; column += piece) {
+        Part part = part_of(weight, row, first + column);
+        const int start = piece == PART_LENGTH ? 0 : place_in_part(first + column);
         BFloat16* step = to + column / PAIRS * PAIRS * TILE_ROWS + column % PAIRS;
-        for (int byte = 0; byte < piece_bytes; byte += 64)
-            __builtin_prefetch(from + start * BLOCK_BYTES / BLOCK_LENGTH + byte + ahead);
+        for (int byte = 0; byte < code_bytes(piece); byte += 64)
+            __builtin_prefetch(part.codes + code_bytes(start) + byte + ahead);
 #pragma GCC unroll 32
         for (int place = 0; place < piece; place += LANES)
-            store_rounded(weight_values(from, start + place, scale),
+            store_rounded(part_values(weight, part, start + place),
                           step + place / PAIRS * PAIRS * TILE_ROWS + place % PAIRS);
     }
 }
 
 // input: (tokens, columns). addend: (tokens, rows) with strides, or null. out: (tokens, rows).
-extern "C" void linear_bfloat16(const BFloat16* input, Packed packed, Scales scales,
-                                const BFloat16* addend, long long addend_token_stride,
-                                long long addend_row_stride, BFloat16* out, int tokens, int rows,
-                                int columns, int threads) {
+extern "C" void linear_bfloat16(const BFloat16* input, const Weight* of, const BFloat16* addend,
+                                long long addend_token_stride, long long addend_row_stride,
+                                BFloat16* out, int tokens, int rows, int threads) {
+    const Weight weight = *of;
+    const int columns = weight.columns;
     int tiles = rounded_up(tokens, TILE_TOKENS) / TILE_TOKENS;
     int groups = rounded_up(rounded_up(rows, MAX_GROUP) / MAX_GROUP, threads);
     int group = rounded_up((rows + groups - 1) / groups, LANES);
-    Index row_bytes = (Index)columns / BLOCK_LENGTH * BLOCK_BYTES;
-    Index chunk_bytes = (Index)CHUNK * BLOCK_BYTES / BLOCK_LENGTH;
+    Index row_bytes = code_bytes(columns), chunk_bytes = code_bytes(CHUNK);
     auto first_token = [&](int tile) { return tokens * tile / tiles; };
     // of a chunk that begins with column `first`, where input's tiles stand one after the other
     auto inputs_of = [&](BFloat16* inputs, int first, int tile) {
@@ -128,8 +125,7 @@ extern "C" void linear_bfloat16(const BFloat16* input, Packed packed, Scales sca
                     int tile = row / TILE_ROWS, next = row + ROWS_AHEAD;
                     Index ahead = next < count ? ROWS_AHEAD * row_bytes
                                                : (ROWS_AHEAD - count) * row_bytes + chunk_bytes;
-                    dequantize_row(packed, scales, (Index)(start + row) * columns + first, width,
-                                   ahead,
+                    dequantize_row(weight, start + row, first, width, ahead,
                                    weights + (tile * steps * TILE_ROWS + row % TILE_ROWS) * PAIRS);
                 }
                 for (int tile = 0; tile < tiles; tile++) {

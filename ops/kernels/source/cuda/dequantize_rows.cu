@@ -1,9 +1,18 @@
-// Writes rows of a weight, in order. Each thread writes one chunk of `row_chunk`.
-extern "C" __global__ void dequantize_rows(Packed packed, Packed scales, Scales row_scales,
-                                           TYPE* out, long long chunks) {
-    long long chunk = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (chunk >= chunks) return;
-    Floats values[CHUNKS];
-    row_chunk(packed, scales, row_scales, chunk, values);
-    for (int i = 0; i < CHUNKS; i++) store_chunk(out + (chunk * CHUNKS + i) * LANES, values[i]);
+// Writes rows of a weight whose block is a row. out: (rows, weight.columns).
+extern "C" __global__ void dequantize_rows(Weight weight, TYPE* out, long long rows) {
+    __shared__ float shared[ROTATION ? HEIGHT * SHARED_FLOATS : 1];
+    const int start = blockIdx.x * TILE, position = threadIdx.x;
+    // As many times for each thread: all reach every barrier.
+    const Index step = (Index)gridDim.y * HEIGHT;
+    for (Index first = (Index)blockIdx.y * HEIGHT; first < rows; first += step) {
+        Index row = first + threadIdx.y;
+        Floats values[CHUNKS];
+        tile_values(weight, row, row < rows, start, position, shared + threadIdx.y * SHARED_FLOATS,
+                    values);
+        UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const int column = column_of(start, position, chunk);
+            if (row < rows && column < weight.columns)
+                store_chunk(out + row * weight.columns + column, values[chunk]);
+        }
+    }
 }

@@ -3,6 +3,7 @@
 
 #define FUNCTION __device__ inline
 #define PRIVATE
+#define UNROLLED _Pragma("unroll")
 // Not __constant__: threads of a warp that read different entries would wait for each other.
 #define TABLE __device__ const
 
@@ -16,6 +17,9 @@ typedef long long Index;
 template <class T>
 struct Lanes {
     T lane[LANES];
+
+    FUNCTION T& operator[](int i) { return lane[i]; }
+    FUNCTION T operator[](int i) const { return lane[i]; }
 };
 
 typedef Lanes<int> Ints;
@@ -33,11 +37,31 @@ FUNCTION Ints operator<<(Ints a, int b) LANEWISE(Ints, a.lane[i] << b)
 FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 FUNCTION Ints operator&(Ints a, int b) LANEWISE(Ints, a.lane[i] & b)
 FUNCTION Ints operator-(Ints a, int b) LANEWISE(Ints, a.lane[i] - b)
+FUNCTION Ints operator>>(Ints a, Ints b) LANEWISE(Ints, a.lane[i] >> b.lane[i])
 FUNCTION Ints operator|(Ints a, Ints b) LANEWISE(Ints, a.lane[i] | b.lane[i])
 FUNCTION Floats operator*(float a, Floats b) LANEWISE(Floats, a * b.lane[i])
+FUNCTION Floats operator*(Floats a, float b) LANEWISE(Floats, a.lane[i] * b)
+FUNCTION Floats operator*(Floats a, Floats b) LANEWISE(Floats, a.lane[i] * b.lane[i])
+FUNCTION Floats operator/(Floats a, float b) LANEWISE(Floats, a.lane[i] / b)
+FUNCTION Floats operator+(Floats a, Floats b) LANEWISE(Floats, a.lane[i] + b.lane[i])
+FUNCTION Floats operator-(Floats a, Floats b) LANEWISE(Floats, a.lane[i] - b.lane[i])
 FUNCTION Floats operator+(Floats a, float b) LANEWISE(Floats, a.lane[i] + b)
 FUNCTION Floats operator-(Floats a, float b) LANEWISE(Floats, a.lane[i] - b)
 FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
+
+// Returns values of at most `limit` in magnitude.
+FUNCTION Floats limited(Floats values, float limit)
+    LANEWISE(Floats, values.lane[i] > limit ? limit : values.lane[i] < -limit ? -limit : values.lane[i])
+
+// Returns 0, 1, 2 ...
+FUNCTION Ints lane_numbers() LANEWISE(Ints, i)
+
+// Returns `first` in the first eight lanes, which are all.
+FUNCTION Ints of_eights(int first, int) LANEWISE(Ints, first)
+
+FUNCTION Floats load_floats(Scales from) LANEWISE(Floats, from[i])
+
+FUNCTION void wait_for_threads() { __syncthreads(); }
 
 struct Half {
     unsigned short bits;
@@ -134,6 +158,11 @@ FUNCTION unsigned load_word(Packed from) {
     return from[0] | from[1] << 8 | from[2] << 16 | (unsigned)from[3] << 24;
 }
 
+// The same of two bytes.
+FUNCTION unsigned load_short(Packed from) {
+    return ALIGNMENT >= 2 ? *(const unsigned short*)from : from[0] | from[1] << 8;
+}
+
 FUNCTION Ints load_bytes(Packed from) {
     unsigned words[2] = {load_word(from), load_word(from + 4)};
     Ints bytes;
@@ -165,12 +194,6 @@ FUNCTION Ints load_low_nibble_pairs(Packed from) {
 
 // Eight lanes per byte, the lowest bit first.
 FUNCTION Ints load_bits(Packed from) LANEWISE(Ints, from[0] >> i & 1)
-
-// The two bytes at an even byte of a block.
-FUNCTION unsigned load_short(Packed from) {
-    if (ALIGNMENT >= 2) return *(const unsigned short*)from;
-    return from[0] | from[1] << 8;
-}
 
 FUNCTION float load_half(Packed from) { return float_of_half(load_short(from)); }
 

@@ -1,20 +1,19 @@
 // Computes out = input weight^T + addend for up to TOKENS rows of input, summed in float32 and
 // rounded once. A warp takes ROWS rows of the weight: the more, the fewer times it loads the input.
 //
-// input: (tokens, columns). out: (tokens, rows). addend: (tokens, rows) of these strides, or null.
-extern "C" __global__ void linear(const TYPE* input, Packed packed, Scales scales,
-                                  const TYPE* addend, TYPE* out, int tokens, int rows, int columns,
-                                  long long addend_token_stride, long long addend_row_stride) {
+// input: (tokens, weight.columns). out: (tokens, rows). addend: (tokens, rows) of these strides, or null.
+extern "C" __global__ void linear(const TYPE* input, Weight weight, const TYPE* addend, TYPE* out,
+                                  int tokens, int rows, long long addend_token_stride,
+                                  long long addend_row_stride) {
     int first_row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP * ROWS, lane = threadIdx.x % WARP;
     if (first_row >= rows) return;
-    int chunks = columns / LANES;
+    const int columns = weight.columns, chunks = columns / LANES;
     float sums[TOKENS][ROWS] = {};
     for (int chunk = lane; chunk < chunks; chunk += WARP) {
         Floats weights[ROWS];
 #pragma unroll
         for (int row = 0; row < ROWS; row++)
-            weights[row] = weight_chunk(packed, scales,
-                                        (long long)min(first_row + row, rows - 1) * chunks + chunk);
+            weights[row] = row_values(weight, min(first_row + row, rows - 1), chunk * LANES);
 #pragma unroll
         for (int token = 0; token < TOKENS; token++) {
             if (token >= tokens) break;

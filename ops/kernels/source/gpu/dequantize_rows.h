@@ -1,164 +1,87 @@
-// Rows of a weight whose block is a row, on GPUs. ops/formats/comfyui.py documents the formats; the
-// definitions are those of cpu/dequantize_rows.cpp. A thread writes CHUNKS * LANES neighbouring
-// values of a row, LANES = 8.
+// Rows of a weight whose block is a row, on GPUs. A block of WIDTH * HEIGHT threads takes HEIGHT
+// rows of TILE columns; a thread takes CHUNKS times LANES of these, at its position in the row, WIDTH
+// behind that, and so on. Rotated numbers are decoded once, and exchanged in shared memory.
 
-static FUNCTION float e4m3(int byte) {
-    int exponent = byte >> 3 & 15, mantissa = byte & 7;
-    float value = exponent ? float_of_bits((unsigned)(exponent + 120) << 23 | mantissa << 20)
-                           : (float)mantissa / 512.0f;
-    if ((byte & 0x7F) == 0x7F) value = float_of_bits(0x7FC00000);
-    return byte & 0x80 ? -value : value;
+enum {
+    TILE = WIDTH * CHUNKS * LANES,
+    SHARED_FLOATS = TILE + TILE / LANES,  // of a row
+    // Strides from this one on lie in several vectors.
+    FIRST_SHARED_STRIDE = ROTATION_BASE == 4 ? 4 : LANES
+};
+
+// Returns where number `i` of a row is in shared memory: neighbouring vectors in different banks.
+static FUNCTION int shared_place(int i) { return i + i / LANES; }
+
+template <int STRIDE>
+static FUNCTION void rotate_lanes(PRIVATE Floats& values) {
+    UNROLLED for (int i = 0; i < LANES; i++)
+        if (STRIDE < ROTATION && i / STRIDE % ROTATION_BASE == 0)
+            rotate_apart(&values[i], STRIDE);
 }
 
-static FUNCTION float e5m2(int byte) {
-    int exponent = byte >> 2 & 31, mantissa = byte & 3;
-    float value = exponent ? float_of_bits((unsigned)(exponent + 112) << 23 | mantissa << 21)
-                           : (float)mantissa / 65536.0f;
-    if (exponent == 31) value = float_of_bits(0x7F800000 | mantissa << 21);
-    return byte & 0x80 ? -value : value;
-}
-
-struct SignedBytes {
-    static FUNCTION Floats numbers(Packed from) { return floats(load_signed_bytes(from)); }
-};
-
-struct SignedNibbles {  // the low nibble first
-    static FUNCTION Floats numbers(Packed from) {
-        return floats(load_low_nibble_pairs(from) << 28 >> 28);
-    }
-};
-
-struct E4M3 {
-    static FUNCTION Floats numbers(Packed from) {
-        Ints bytes = load_bytes(from);
-        Floats values;
-        for (int i = 0; i < LANES; i++) values.lane[i] = e4m3(bytes.lane[i]);
-        return values;
-    }
-};
-
-struct E5M2 {
-    static FUNCTION Floats numbers(Packed from) {
-        Ints bytes = load_bytes(from);
-        Floats values;
-        for (int i = 0; i < LANES; i++) values.lane[i] = e5m2(bytes.lane[i]);
-        return values;
-    }
-};
-
-struct SixBits {  // four bytes of low nibbles, two of upper bits
-    static FUNCTION Floats numbers(Packed from) {
-        Floats values;
-        for (int i = 0; i < LANES; i++) {
-            int low = from[i / 2] >> i % 2 * 4 & 15, upper = from[4 + i / 4] >> i % 4 * 2 & 3;
-            values.lane[i] = (float)((upper << 4 | low) - 32);
-        }
-        return values;
-    }
-};
-
-#ifdef CODEBOOK
-struct CodebookNibbles {  // the high nibble first
-    static FUNCTION Floats numbers(Packed from) { return look_up(load_nibble_pairs(from)); }
-};
-
-struct CodebookLowNibbles {
-    static FUNCTION Floats numbers(Packed from) { return look_up(load_low_nibble_pairs(from)); }
-};
-#endif
-
-struct FloatScales {
-    static FUNCTION float scale(Packed scales, Scales, Index group, Index) {
-        return ((Scales)scales)[group];
-    }
-};
-
-struct Exponents {
-    static FUNCTION float scale(Packed scales, Scales, Index group, Index) {
-        return float_of_bits((unsigned)scales[group] << 23);
-    }
-};
-
-struct E4M3Scales {  // times the scale of their row
-    static FUNCTION float scale(Packed scales, Scales of_rows, Index group, Index row) {
-        return e4m3(scales[group]) * of_rows[row];
-    }
-};
-
-struct RowScales {
-    static FUNCTION float scale(Packed, Scales of_rows, Index, Index row) { return of_rows[row]; }
-};
-
-// Returns the numbers of LANES columns; of levels the integers.
-static FUNCTION Floats row_numbers(Packed packed, Packed scales, Index place) {
-    Floats numbers = CODES::numbers(packed + place / 8 * BITS);
-#if LEVEL_GROUP
-    float scale = e4m3(scales[place / LEVEL_GROUP]);
-    for (int i = 0; i < LANES; i++) {
-        float number = numbers.lane[i] * scale + 0x1.8p23f - 0x1.8p23f;  // ties to even
-        number = number > 127.0f ? 127.0f : number;
-        numbers.lane[i] = number < -127.0f ? -127.0f : number;
-    }
-#endif
-    return numbers;
-}
-
-static FUNCTION Floats scaled(Floats numbers, float scale) {
-    for (int i = 0; i < LANES; i++) numbers.lane[i] = numbers.lane[i] * scale;
-    return numbers;
-}
-
-#if ROTATED
-const int CHUNKS = 2;
-
-// Returns an element of the power of H4 whose numbers of row and column differ in `difference`.
-static FUNCTION float sign_of(int difference) {
-    int ends = difference & difference >> 1 & 0x55555555;
-    int odd = 0;
-    for (; ends; ends &= ends - 1) odd ^= 1;
-    return odd ? -1.0f : 1.0f;
-}
-
-// Multiplies numbers at a distance by H4: their sum less twice the one at the other end.
-static FUNCTION void rotate_four(PRIVATE float* values, int distance) {
-    float a = values[0], b = values[distance], c = values[2 * distance], d = values[3 * distance];
-    float sum = a + b + (c + d);
-    values[0] = sum - (d + d);
-    values[distance] = sum - (c + c);
-    values[2 * distance] = sum - (b + b);
-    values[3 * distance] = sum - (a + a);
-}
-
-// A thread sums the sixteens of a group with their signs, and rotates the sum; all is exact.
-static FUNCTION void row_chunk(Packed packed, Packed scales, Scales row_scales, Index chunk,
-                               PRIVATE Floats* values) {
-    const int sixteens = GROUP / 16;
-    Index first = chunk / sixteens * GROUP;
-    int own = (int)(chunk % sixteens);
-    float sums[16];
-    for (int i = 0; i < 16; i++) sums[i] = 0;
-    for (int other = 0; other < sixteens; other++) {
-        float sign = sign_of(own ^ other);
-        for (int half = 0; half < 2; half++) {
-            Floats numbers = row_numbers(packed, scales, first + other * 16 + half * LANES);
-            for (int i = 0; i < LANES; i++) sums[half * LANES + i] += sign * numbers.lane[i];
+// Rotates the numbers of a row of the tile. Every thread of the row calls it.
+template <class SharedFloats>
+static FUNCTION void rotate_tile(SharedFloats shared, int position, PRIVATE Floats* values) {
+    UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        rotate_lanes<1>(values[chunk]);
+        if (ROTATION_BASE == 2) {
+            rotate_lanes<2>(values[chunk]);
+            rotate_lanes<4>(values[chunk]);
         }
     }
-    for (int i = 0; i < 16; i += 4) rotate_four(sums + i, 1);
-    for (int i = 0; i < 4; i++) rotate_four(sums + i, 4);
-    float scale = SCALES::scale(scales, row_scales, first / COLUMNS, first / COLUMNS) / ROOT;
-    for (int half = 0; half < 2; half++) {
-        for (int i = 0; i < LANES; i++) values[half].lane[i] = sums[half * LANES + i];
-        values[half] = scaled(values[half], scale);
+    if (ROTATION <= FIRST_SHARED_STRIDE) return;
+    UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        const int first = (position + chunk * WIDTH) * LANES;
+        UNROLLED for (int i = 0; i < LANES; i++) shared[shared_place(first + i)] = values[chunk][i];
     }
+    UNROLLED for (int stride = FIRST_SHARED_STRIDE; stride < ROTATION; stride *= ROTATION_BASE) {
+        wait_for_threads();
+        for (int i = position; i < TILE / ROTATION_BASE; i += WIDTH) {
+            const int first = i / stride * stride * ROTATION_BASE + i % stride;
+            float n[ROTATION_BASE];
+            UNROLLED for (int j = 0; j < ROTATION_BASE; j++)
+                n[j] = shared[shared_place(first + j * stride)];
+            rotate_numbers(n);
+            UNROLLED for (int j = 0; j < ROTATION_BASE; j++)
+                shared[shared_place(first + j * stride)] = n[j];
+        }
+    }
+    wait_for_threads();
+    UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        const int first = (position + chunk * WIDTH) * LANES;
+        UNROLLED for (int i = 0; i < LANES; i++) values[chunk][i] = shared[shared_place(first + i)];
+    }
+    wait_for_threads();
 }
-#else
-const int CHUNKS = 1;
 
-static FUNCTION void row_chunk(Packed packed, Packed scales, Scales row_scales, Index chunk,
-                               PRIVATE Floats* values) {
-    Index place = chunk * LANES;
-    float scale = SCALES::scale(scales, row_scales, place / GROUP, place / COLUMNS);
-    values[0] = scaled(row_numbers(packed, scales, place), scale);
+// Returns the first column of a chunk of a thread. start: the tile's.
+static FUNCTION int column_of(int start, int position, int chunk) {
+    return start + (position + chunk * WIDTH) * LANES;
 }
+
+// Computes the values of a thread's chunks, those within the weight.
+//
+// is_row: whether there is such a row. shared: SHARED_FLOATS, of the row.
+template <class SharedFloats>
+static FUNCTION void tile_values(Weight weight, Index row, bool is_row, int start, int position,
+                                 SharedFloats shared, PRIVATE Floats* values) {
+    UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        const int column = column_of(start, position, chunk);
+        if (is_row && column < weight.columns) values[chunk] = row_values(weight, row, column);
+    }
+#if ROTATION
+    rotate_tile(shared, position, values);
+    const float scale = is_row ? rotated_scale(weight, row) : 0;
+    UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) values[chunk] = values[chunk] * scale;
+#if HAS_MINIMUM && ROTATES_CODES
+    Floats minima[CHUNKS];
+    UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        const int column = column_of(start, position, chunk);
+        if (is_row && column < weight.columns) minima[chunk] = row_minima(weight, row, column);
+    }
+    rotate_tile(shared, position, minima);
+    UNROLLED for (int chunk = 0; chunk < CHUNKS; chunk++)
+        values[chunk] = values[chunk] + minima[chunk] / ROOT;
 #endif
+#endif
+}

@@ -4,5 +4,6 @@
 kernel void dequantize(device TYPE* out [[buffer(0)]], const device uchar* packed [[buffer(1)]],
                        const device uchar* scales [[buffer(2)]],
                        uint chunk [[thread_position_in_grid]]) {
-    store(weight_chunk(packed, (Scales)scales, chunk), out + (Index)chunk * LANES);
+    Weight weight = {packed, (Scales)scales, 0};
+    store(weight_chunk(weight, chunk), out + (Index)chunk * LANES);
 }

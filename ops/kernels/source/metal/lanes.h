@@ -11,6 +11,7 @@ using namespace metal;
 
 #define FUNCTION inline
 #define PRIVATE thread
+#define UNROLLED _Pragma("unroll")
 #define TABLE constant
 
 typedef const device uchar* Packed;
@@ -21,10 +22,14 @@ typedef long Index;
 
 struct Ints {
     int lane[LANES];
+
+    thread int& operator[](int i) { return lane[i]; }
 };
 
 struct Floats {
     float lane[LANES];
+
+    thread float& operator[](int i) { return lane[i]; }
 };
 
 #define LANEWISE(Result, expression) \
@@ -39,11 +44,31 @@ static FUNCTION Ints operator<<(Ints a, int b) LANEWISE(Ints, a.lane[i] << b)
 static FUNCTION Ints operator*(Ints a, int b) LANEWISE(Ints, a.lane[i] * b)
 static FUNCTION Ints operator&(Ints a, int b) LANEWISE(Ints, a.lane[i] & b)
 static FUNCTION Ints operator-(Ints a, int b) LANEWISE(Ints, a.lane[i] - b)
+static FUNCTION Ints operator>>(Ints a, Ints b) LANEWISE(Ints, a.lane[i] >> b.lane[i])
 static FUNCTION Ints operator|(Ints a, Ints b) LANEWISE(Ints, a.lane[i] | b.lane[i])
 static FUNCTION Floats operator*(float a, Floats b) LANEWISE(Floats, a * b.lane[i])
+static FUNCTION Floats operator*(Floats a, float b) LANEWISE(Floats, a.lane[i] * b)
+static FUNCTION Floats operator*(Floats a, Floats b) LANEWISE(Floats, a.lane[i] * b.lane[i])
+static FUNCTION Floats operator/(Floats a, float b) LANEWISE(Floats, a.lane[i] / b)
+static FUNCTION Floats operator+(Floats a, Floats b) LANEWISE(Floats, a.lane[i] + b.lane[i])
+static FUNCTION Floats operator-(Floats a, Floats b) LANEWISE(Floats, a.lane[i] - b.lane[i])
 static FUNCTION Floats operator+(Floats a, float b) LANEWISE(Floats, a.lane[i] + b)
 static FUNCTION Floats operator-(Floats a, float b) LANEWISE(Floats, a.lane[i] - b)
 static FUNCTION Floats floats(Ints a) LANEWISE(Floats, (float)a.lane[i])
+
+// Returns values of at most `limit` in magnitude.
+static FUNCTION Floats limited(Floats values, float limit)
+    LANEWISE(Floats, values.lane[i] > limit ? limit : values.lane[i] < -limit ? -limit : values.lane[i])
+
+// Returns 0, 1, 2 ...
+static FUNCTION Ints lane_numbers() LANEWISE(Ints, i)
+
+// Returns `first` in the first eight lanes, which are all.
+static FUNCTION Ints of_eights(int first, int) LANEWISE(Ints, first)
+
+static FUNCTION Floats load_floats(Scales from) LANEWISE(Floats, from[i])
+
+static FUNCTION void wait_for_threads() { threadgroup_barrier(mem_flags::mem_threadgroup); }
 
 // Packed vectors need only the alignment of their elements.
 

@@ -5,7 +5,7 @@
 #include <string>
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201,
-       NOT_FOUND = 500 };
+       NOT_FOUND = 500, LAUNCH_TIMEOUT = 702 };
 
 static bool initialized;
 static thread_local void* current;
@@ -61,10 +61,12 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuLaunchKernel(void* function, unsigned blocks, unsigned blocks_y, unsigned blocks_z, unsigned threads, unsigned threads_y,
                    unsigned threads_z, unsigned shared_bytes, void* stream, void** arguments, void** extra) {
     if (!current) return INVALID_CONTEXT;
-    if (!blocks || blocks_y != 1 || blocks_z != 1 || threads_y != 1 || threads_z != 1 || threads > 256 || shared_bytes || extra)
+    if (!blocks || !blocks_y || blocks_y > 65535 || blocks_z != 1 || !threads || !threads_y || threads_z != 1 ||
+        threads * threads_y > 256 || shared_bytes || extra)
         return INVALID_VALUE;
-    ((void (*)(unsigned, unsigned, void**))function)(blocks, threads, arguments);
-    return SUCCESS;
+    unsigned grid[] = {blocks, blocks_y}, block[] = {threads, threads_y};
+    bool all_wait = ((bool (*)(const unsigned*, const unsigned*, void**))function)(grid, block, arguments);
+    return all_wait ? SUCCESS : LAUNCH_TIMEOUT;
 }
 
 int hipInit(unsigned flags) { return cuInit(flags); }

@@ -1,27 +1,16 @@
-// What a kernel of ops/kernels/source/cuda needs to be a C++ function on a CPU. Threads are fibers that take turns at each shuffle,
-// by jumps: swapcontext asks the system for the mask of signals each time.
-#undef _FORTIFY_SOURCE  // it takes a jump to another stack for a mistake
+// What a kernel of ops/kernels/source/cuda needs to be a C++ function on a CPU.
+#include "../fibers.h"
 #include <math.h>
-#include <setjmp.h>
-#include <string.h>
-#include <ucontext.h>
 #include <utility>
 
 #define __device__
 #define __global__
+#define __shared__ static  // blocks run one after the other
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct Dimensions { unsigned x; };
 
-const unsigned MAX_THREADS = 256, STACK_BYTES = 1 << 16;
-
-static Dimensions threadIdx, blockIdx, blockDim;
-static ucontext_t fibers[MAX_THREADS];
-static jmp_buf scheduler, positions[MAX_THREADS];
-static char stacks[MAX_THREADS][STACK_BYTES];
 static float exchanged[MAX_THREADS];
 static int warp;  // threads that can exchange
-static bool started[MAX_THREADS], finished[MAX_THREADS];
 
 static int min(int a, int b) { return a < b ? a : b; }
 
@@ -38,23 +27,13 @@ static unsigned short half_of_float(Number value) {
     return bits;
 }
 
-static void take_turns() {
-    if (!_setjmp(positions[threadIdx.x])) _longjmp(scheduler, 1);
-}
-
-// Until the current thread takes turns.
-static void resume() {
-    if (_setjmp(scheduler)) return;
-    if (started[threadIdx.x]) _longjmp(positions[threadIdx.x], 1);
-    started[threadIdx.x] = true;
-    setcontext(&fibers[threadIdx.x]);
-}
+static void __syncthreads() { wait_at_barrier(); }
 
 static float __shfl_xor(float value, int distance) {
     if (distance >= warp) __builtin_trap();
-    exchanged[threadIdx.x] = value;
+    exchanged[thread_number()] = value;
     take_turns();
-    float other = exchanged[threadIdx.x ^ distance];
+    float other = exchanged[thread_number() ^ distance];
     take_turns();
     return other;
 }
@@ -71,41 +50,16 @@ static void call(void (*kernel)(Arguments...), void** arguments, std::index_sequ
 
 // cuLaunchKernel's part: arguments points at each argument of the kernel.
 template <class... Arguments>
-static void launch_on_cpu(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, void** arguments) {
+static bool launch_on_cpu(void (*kernel)(Arguments...), Dimensions grid, Dimensions block, void** arguments) {
     static void (*the_kernel)(Arguments...);
     static void** the_arguments;
     the_kernel = kernel;
     the_arguments = arguments;
-    void (*run)() = [] {
-        for (;;) {  // once for each block
-            call(the_kernel, the_arguments, std::index_sequence_for<Arguments...>());
-            finished[threadIdx.x] = true;
-            take_turns();
-        }
-    };
-    blockDim.x = threads;
-    for (unsigned thread = 0; thread < threads; thread++) {
-        started[thread] = false;
-        getcontext(&fibers[thread]);
-        fibers[thread].uc_stack.ss_sp = stacks[thread];
-        fibers[thread].uc_stack.ss_size = STACK_BYTES;
-        makecontext(&fibers[thread], run, 0);
-    }
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-        memset(finished, 0, sizeof(finished));
-        for (unsigned running = threads; running;) {
-            running = 0;
-            for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) {
-                if (finished[threadIdx.x]) continue;
-                resume();
-                running += !finished[threadIdx.x];
-            }
-        }
-    }
+    return run_grid([] { call(the_kernel, the_arguments, std::index_sequence_for<Arguments...>()); }, grid, block);
 }
 
 #define EXPORT(kernel, threads_of_warp) \
-    extern "C" void launch_##kernel(unsigned blocks, unsigned threads, void** arguments) { \
+    extern "C" bool launch_##kernel(const unsigned* grid, const unsigned* block, void** arguments) { \
         warp = threads_of_warp; \
-        launch_on_cpu(kernel, blocks, threads, arguments); \
+        return launch_on_cpu(kernel, {grid[0], grid[1]}, {block[0], block[1]}, arguments); \
     }
