@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import ALL_FORMATS, ONE_OF_EACH_SOURCE, ROW_SIZES
+from kernel_cases import ALL_FORMATS, ONE_OF_EACH_SOURCE, USUAL_ROWS
 
-from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.formats.row_layout import FAMILIES
+from featherweight.ops.formats.row_layout import RowFormat
 from featherweight.ops.kernels.cuda_backend import Program, alignment
 from featherweight.ops.kernels.runtime_compiler import (
     HIP,
@@ -32,7 +31,9 @@ ARCHITECTURES = (RDNA2, RDNA3, RDNA4, CDNA2)
 HIPRTC = (*compiler_libraries(HIP), *(f"libhiprtc.so.{major}" for major in (7, 6)),
           "libamdhip64.so.5")
 FUSED = re.compile(r"v_(pk_|dual_)?(fma|fmac|mad|mac)_f32")
-ROW_FORMATS = [FAMILIES[name].of_columns(512) for name in ROW_SIZES]
+BLOCK_FORMATS, ONE_OF_EACH_BLOCK = (
+    [fmt for fmt in formats if not isinstance(fmt, RowFormat)]
+    for formats in (ALL_FORMATS, ONE_OF_EACH_SOURCE))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def each_architecture(values, some):
         for turn, architecture in enumerate(ARCHITECTURES) for fmt in values])
 
 
-@each_architecture(ALL_FORMATS, [*ONE_OF_EACH_SOURCE])
+@each_architecture(BLOCK_FORMATS, ONE_OF_EACH_BLOCK)
 def test_every_source_compiles_for_every_gpu(assembly, fmt, architecture):
     for kernel, tokens, rows in (("dequantize", 1, 1), ("linear", 1, 1), ("linear", 16, 2)):
         text = assembly(Program(kernel, fmt, torch.bfloat16, alignment(fmt), tokens, rows),
@@ -74,9 +75,11 @@ def test_every_source_compiles_for_every_gpu(assembly, fmt, architecture):
         assert f"wavefront_size: {architecture.warp}" in re.sub(" +", " ", text)
 
 
-@each_architecture(ROW_FORMATS, ROW_FORMATS)
+@each_architecture(USUAL_ROWS, USUAL_ROWS)
 def test_rows_compile_for_every_gpu(assembly, fmt, architecture):
     assembly(Program("dequantize_rows", fmt, torch.float16, alignment(fmt)), architecture)
+    if not fmt.layout.rotation:
+        assembly(Program("linear", fmt, torch.float16, alignment(fmt), 4, 2), architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
@@ -100,12 +103,14 @@ def hiprtc():
 
 @pytest.mark.parametrize("architecture", [RDNA2, CDNA2], ids=lambda architecture: architecture.name)
 def test_hiprtc_compiles_every_source(hiprtc, architecture):
-    for fmt in ONE_OF_EACH_SOURCE:
+    for fmt in ONE_OF_EACH_BLOCK:
         for kernel in ("dequantize", "linear"):
             program = Program(kernel, fmt, torch.float16, alignment(fmt), 4, 2)
             code = hiprtc.compile(program.source(architecture), architecture.name)
             assert code.startswith(b"\x7fELF")
-    for fmt in ROW_FORMATS:
+    for fmt in USUAL_ROWS:
+        if architecture is CDNA2 and fmt.layout.rotation:
+            continue  # ROCm 5.2 makes invalid code of some: "PHI nodes not grouped at top"
         program = Program("dequantize_rows", fmt, torch.bfloat16, alignment(fmt))
         assert hiprtc.compile(program.source(architecture), architecture.name)
 
