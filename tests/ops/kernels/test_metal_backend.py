@@ -19,13 +19,14 @@ from kernel_cases import (
 )
 
 from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.row_layout import RowFormat
 from featherweight.ops.kernels import metal_backend
 from featherweight.ops.kernels.kernel_source import C_TYPES, kernel_source
 from featherweight.ops.kernels.metal_backend import BACKEND, dequantize
 from featherweight.ops.kernels.validation import check, random_tensors
 
 ON_CPU = Path(__file__).with_name("metal_on_cpu")
-CLANG = os.environ.get("CLANG") or shutil.which("clang")
+CLANG = os.environ.get("CLANG") or shutil.which("clang") or shutil.which("clang-19")
 CPU = torch.device("cpu")
 COMPILE_SHADER = torch.mps.compile_shader
 
@@ -83,8 +84,9 @@ def test_where_the_reference_has_zero_for_subnormals_the_kernel_has_too(flushed,
 @each_format
 def test_every_pointer_has_the_right_address_space(fmt):
     """Of the usual compilers only Clang has address spaces, as Metal's compiler does."""
+    kernel = "dequantize_rows" if isinstance(fmt, RowFormat) else "dequantize"
     for dtype in C_TYPES:
-        source = kernel_source("metal", "dequantize", fmt, dtype, LANES=metal_backend.CHUNK)
+        source = kernel_source("metal", kernel, fmt, dtype, LANES=metal_backend.CHUNK)
         process = subprocess.run(
             [CLANG, "-x", "c++", "-std=c++14", "-w", "-fsyntax-only", f"-I{ON_CPU}", "-"],
             input=source, capture_output=True, text=True)

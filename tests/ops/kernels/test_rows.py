@@ -29,7 +29,7 @@ BACKENDS = ("cpp", "nvrtc", "metal")
 GPUS = ("nvrtc", "hiprtc with warps of 64", "metal")
 # what no kernel dequantises, and why
 WITHOUT_KERNEL = {
-    "F16": "a cast", "BF16": "a cast", "ColumnGroups": "its columns are reordered by torch",
+    "F16": "a cast", "BF16": "a cast", "ColumnGroups": "by its parts",
     "AddedLowRank": "by its parts", "Joined": "by its parts", "Scaled": "by its parts"}
 ROTATED = [fmt for fmt in USUAL_ROWS if fmt.layout.rotation]
 UNROTATED = [fmt for fmt in USUAL_ROWS if not fmt.layout.rotation]
