@@ -35,7 +35,7 @@ def bench_lora_ways(options):
             yield f"{rows} x {columns}, rank {rank}, M = {tokens}", side_by_side(
                 {
                     "no LoRA": lambda input=input: product.linear(input, weight), "beside": lambda
-                    input=input, branch=branch: product.linear(input, weight, None, None, branch),
+                    input=input, branch=branch: product.linear(input, weight, None, branch),
                     "in the weight": lambda input=input, branch=branch: in_the_weight(
                         input, branch)
                 }, options.rounds)

@@ -39,13 +39,13 @@ PACK = Path(__file__).parents[2]
 # The pack's folder may have any name, an embedded Python looks for modules only in its own folders,
 # and the working directory may contain anything. The launcher must not import torch, as the
 # packages that its module is in do.
-START = ("import importlib, sys, types; sys.path[:] = filter(None, sys.path);"
+START = ("import sys, types; sys.path[:] = filter(None, sys.path);"
          " parts = [('', ''), ('.ops', '/ops'), ('.ops.kernels', '/ops/kernels')];"
          " stubs = parts if {is_light} else parts[:1];"
          " [setattr(sys.modules.setdefault('featherweight' + name,"
          " types.ModuleType('featherweight' + name)), '__path__', [sys.argv[1] + path])"
          " for name, path in stubs];"
-         " importlib.import_module('featherweight.ops.kernels.{module}').main()")
+         " import featherweight.ops.kernels.{module} as module; module.main()")
 
 
 def command_of(module: str, is_light: bool = False) -> tuple[str, ...]:

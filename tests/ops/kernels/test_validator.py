@@ -128,7 +128,8 @@ def test_what_is_proven_is_used_in_the_same_run_a_product_from_the_next_load_on(
     load = kernels.request(CPU, [("dequantize", Q4_0, torch.float32),
                                  ("linear", Q4_0, torch.float32)])
     tensors = random_tensors(Q4_0, 16 * 16, CPU, bounded=True)
-    weight, input = packed_tensor(Q4_0, tensors[0], (16, 512)), torch.randn(3, 512)
+    weight = packed_tensor(Q4_0, tensors[0], (16, 512))
+    input = torch.randn((3, 512), generator=torch.Generator().manual_seed(0))
     first = product.linear(input, weight, load=load)
     wait_until(lambda: kernels.find("dequantize", CPU, Q4_0, torch.float32))
     wait_until(lambda: kernels.find("linear", CPU, Q4_0, torch.float32, 3))
@@ -136,7 +137,8 @@ def test_what_is_proven_is_used_in_the_same_run_a_product_from_the_next_load_on(
     assert torch.equal(product.linear(input, weight, load=load), first)
     again = kernels.request(CPU, [])
     assert kernels.find("linear", CPU, Q4_0, torch.float32, 3, again) is not None
-    torch.testing.assert_close(product.linear(input, weight, load=again), first)
+    torch.testing.assert_close(product.linear(input, weight, load=again), first, rtol=1e-4,
+                               atol=1e-3)
 
 
 def test_all_layouts_are_validated_at_the_start_and_what_models_multiplied_with_after_an_update(

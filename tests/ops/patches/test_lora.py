@@ -441,7 +441,7 @@ def test_slices_that_overlap_add_up(monkeypatch, scratch_bytes):
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", scratch_bytes)
     expected = torch.nn.functional.linear(input, patches(dense.clone()))
     base = torch.nn.functional.linear(input, dense)
-    actual = product.linear(input, weight, None, None, patches.branch(input))
+    actual = product.linear(input, weight, None, patches.branch(input))
     assert error_by_effect(actual, expected, base) < LIMIT
 
 
@@ -474,12 +474,12 @@ def test_branches_give_the_same_with_gradients_and_without(slices):
     weight, dense = packed_anyhow(torch.randn(96, 512) / 20, "Q8_0")
     patches = branch_of(96, 512, *slices)
     input, twin = (torch.ones(2, 512, requires_grad=True) for _ in range(2))
-    output = product.linear(input, weight, None, None, patches.branch(input))
+    output = product.linear(input, weight, None, patches.branch(input))
     expected = torch.nn.functional.linear(twin, patches(dense))
     assert relative(output, expected) < 1e-5
     assert (
         relative(
-            product.linear(input.detach(), weight, None, None, patches.branch(input)), expected
+            product.linear(input.detach(), weight, None, patches.branch(input)), expected
         )
         < 1e-5
     )
@@ -500,7 +500,7 @@ def test_half_precision_is_as_good_as_the_hosts_merged_weight(dtype):
     # as the host patches
     merged = comfy.float.stochastic_rounding(patches(dense.to(dtype).float()), dtype, seed=1)
     host = torch.nn.functional.linear(input.to(dtype), merged).float()
-    actual = product.linear(input.to(dtype), weight, None, None,
+    actual = product.linear(input.to(dtype), weight, None,
                             patches.branch(input.to(dtype))).float()
     assert relative(actual, exact) < 1.1 * relative(host, exact)
 
