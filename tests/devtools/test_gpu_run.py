@@ -130,14 +130,11 @@ def test_kernels_that_are_timed_later_are_tried_before_all_others():
     from devtools.gpu.kernels import turns
 
     first, second, others = turns(FORMATS, quick=False)
-    assert {(case.capability, case.format) for case in first} == {
-        *((op, name) for op in ("dequantize", "linear", "int8_rows") for name in FORMATS),
-        ("int8_tokens", None),
-    }
-    assert {case.dtype for case in first if case.capability != "int8_rows"} == {torch.bfloat16}
-    assert {case.format for case in second} == {*FORMATS, None} and not {
-        case.format for case in others
-    } & {*FORMATS}
+    assert {(case.capability, case.layout) for case in first} == {
+        (op, name) for op in ("dequantize", "linear") for name in FORMATS}
+    assert {case.dtype for case in first} == {torch.bfloat16}
+    assert {case.layout for case in second} == {*FORMATS}
+    assert not {case.layout for case in others} & {*FORMATS}
 
 
 def test_a_time_says_which_backend_worked(monkeypatch):

@@ -72,7 +72,7 @@ def test_a_format_leaves_no_recorded_memory_behind(format_name, recording):
     input = torch.randn(3, COLUMNS)
     with torch.no_grad(), recording:
         # the operator itself would hide what it does from the mode
-        product._linear(*product.operands(input, weight, None, None, None))
+        product._linear(*product.operands(input, weight, None, None))
     assert recording.outliving() == []
 
 

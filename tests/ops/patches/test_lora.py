@@ -461,7 +461,6 @@ def test_the_operator_has_a_right_fake_with_a_branch():
             bias,
             "Q8_0",
             96,
-            None,
             *patches.low_rank.operands,
         )
         torch.library.opcheck(torch.ops.featherweight.linear.default, arguments)
