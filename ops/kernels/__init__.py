@@ -1,8 +1,7 @@
 """Faster kernels for packed weights, and their selection for each device.
 
 The torch code of `ops.formats` and `ops.layers.product` runs everywhere and is the reference. A
-backend is the module `ops/kernels/<name>_backend.py` with a constant `BACKEND` (see `kernel`),
-listed in `registry`.
+backend is a module `*_backend.py` with a constant `BACKEND` (see `kernel`), listed in `registry`.
 
 A kernel is used once it is proven right on its device (`validation`); until then, and where it is
 slower or does not work, torch does its work. Nobody waits. A GPU's kernels are validated in another
@@ -25,7 +24,7 @@ from ..formats.base import Format
 from ..formats.low_rank_and_joined import Composite
 from ..layers.torch_registration import contiguous
 from .background import submit
-from .kernel import Backend, Case, Kernel
+from .kernel import EXACT, Backend, Case, Kernel
 from .registry import BACKENDS
 from .selector import LATEST, Selector, current_load
 from .validator import ProcessValidator
@@ -138,7 +137,8 @@ def request(device: torch.device, needed: Iterable[tuple[str, Format | None, tor
     """
     selector = _selector(device)
     if selector.wait_until_read():
-        for capability, packed_format, dtype in needed:
+        in_order = sorted(needed, key=lambda case: case[0] not in EXACT)  # first what is used at once
+        for capability, packed_format, dtype in in_order:
             selector.request(Case.of(capability, packed_format, dtype), packed_format)
     return current_load()
 

@@ -3,6 +3,7 @@ import logging
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -111,18 +112,23 @@ class Selector:
 
     def _look_up(self, key: tuple, known: dict) -> list[tuple[Kernel, int]]:
         capability, packed_format, _ = key
+        if capability in QUANTIZING:
+            self._wait(self._is_read.is_set)
         if self._backend is None:
             return known.setdefault(key, []) if self._is_read.is_set() else []
-        case = Case.of(*key)
-        names = self.request(case, packed_format)
-        if capability in QUANTIZING and self._waits and not wait(
-                lambda: all(name in self._lines for name in names), WAIT_SECONDS):
-            self._waits = False
-            log.warning("[Featherweight] No kernel was ready on %s after %g seconds: torch does "
-                        "the work of those that are not ready.", self.device, WAIT_SECONDS)
+        names = self.request(Case.of(*key), packed_format)
+        if capability in QUANTIZING:
+            self._wait(lambda: all(name in self._lines for name in names))
         known[key] = [(kernel, self._since.get(name, 0)) for name, kernel in names.items()
                       if self._lines.get(name, {}).get("verdict") == "right"]
         return known[key]
+
+    def _wait(self, is_ready: Callable[[], bool]):
+        """Waits for a kernel that quantises: what torch packs differs from it."""
+        if self._waits and not wait(is_ready, WAIT_SECONDS):
+            self._waits = False
+            log.warning("[Featherweight] No kernel was ready on %s after %g seconds: torch does "
+                        "the work of those that are not ready.", self.device, WAIT_SECONDS)
 
     def request(self, case: Case, packed_format: Format | None) -> dict[str, Kernel]:
         """Has a case's kernels validated that have no verdict.
