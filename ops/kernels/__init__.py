@@ -137,7 +137,8 @@ def request(device: torch.device, needed: Iterable[tuple[str, Format | None, tor
     """
     selector = _selector(device)
     if selector.wait_until_read():
-        in_order = sorted(needed, key=lambda case: case[0] not in EXACT)  # first what is used at once
+        # first what is used at once
+        in_order = sorted(needed, key=lambda case: case[0] not in EXACT)
         for capability, packed_format, dtype in in_order:
             selector.request(Case.of(capability, packed_format, dtype), packed_format)
     return current_load()

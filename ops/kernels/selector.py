@@ -22,6 +22,7 @@ REASON_LENGTH = 400  # characters in the log of why a backend does not work
 # How long the first call waits for a kernel that quantises. Once a wait has timed out, no later
 # call waits.
 WAIT_SECONDS = 20
+MAX_REQUESTS = 1000  # cases that models may have validated in one run; torch does those after them
 READ_SECONDS = 10  # how long a load waits for verdicts to be read
 LATEST = sys.maxsize  # a load that all verdicts count for
 
@@ -145,7 +146,8 @@ class Selector:
             return {}
         names = {case.kernel_name(backend.name, kernel): kernel
                  for kernel in case.kernels(backend, packed_format)}
-        if case not in self._requested and not all(name in self._lines for name in names):
+        is_new = case not in self._requested and len(self._requested) < MAX_REQUESTS
+        if is_new and not all(name in self._lines for name in names):
             self._requested.add(case)
             if self._is_apart:
                 if self._validator is not None:

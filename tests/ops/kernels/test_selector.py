@@ -460,6 +460,16 @@ def test_verdicts_of_an_earlier_run_count_from_the_first_load_on(use, monkeypatc
     assert kernels.find("linear", CPU, Q4_0, torch.float32, 3, 0) is recorded and not calls
 
 
+def test_a_file_of_countless_layouts_has_no_more_than_a_bound_validated(use, monkeypatch):
+    monkeypatch.setattr(selector, "MAX_REQUESTS", 3)
+    use(backend(Kernel("dequantize", frozenset(["RowFormat"]), frozenset([torch.float32]),
+                       dequantize)))
+    for group in range(8, 88, 8):
+        packed_format = FAMILIES["SDNQ_UINT4"].of_columns(4 * group, group)
+        kernels.find("dequantize", CPU, packed_format, torch.float32)
+    assert len(kernels.list_backends()["cpu"]["kernels"]["right"]) == 3
+
+
 def test_a_weight_of_another_length_needs_no_other_verdict(use):
     calls = []
 
