@@ -71,7 +71,7 @@ def digests(folder: Path) -> frozenset:
 
 def known(folder: Path) -> bool:
     """Whether the file of the verdicts can be read and has the first of them."""
-    return "kernel 0" in Verdicts(folder / "verdicts.jsonl").results().lines
+    return "kernel 0" in Verdicts(folder / "verdicts.jsonl").read()
 
 
 def is_whole(path: Path) -> bool:

@@ -24,7 +24,13 @@ MOST = {
     "SVDQUANT_NVFP4": (7, 25),
     # several codes in a byte, or one over two bytes, and zeros of groups
     "INT2_GROUPED": (9, 39), "UINT2_GROUPED": (12, 47), "INT3_GROUPED": (11, 42),
-    "UINT3_GROUPED": (12, 50), "UINT8_GROUPED": (5, 28), "QUANTO_INT2": (11, 39)
+    "UINT3_GROUPED": (12, 50), "UINT8_GROUPED": (5, 28), "QUANTO_INT2": (11, 39),
+    # columns that name their groups; levels that codes select; numbers and minima of the weight
+    "INT2_GROUPED_ORDERED": (10, 39), "UINT2_GROUPED_ORDERED": (14, 55),
+    "INT3_GROUPED_ORDERED": (12, 42), "UINT3_GROUPED_ORDERED": (14, 52),
+    "UINT4_GROUPED_ORDERED": (10, 39), "UINT8_GROUPED_ORDERED": (7, 30),
+    "SDNQ_CODEBOOK4": (8, 41), "SDNQ_CODEBOOK7": (34, 79), "SDNQ_CODEBOOK8": (4, 32),
+    "W4A8_TABLE": (11, 60), "W4A8_SHIFTED": (46, 169)
 }
 MOST_OF_ANY = 20, 24
 # SDNQ's: codes of 1, 2, 3, 5, 6 or 7 bits; bytes whose numbers are in a table, and minima

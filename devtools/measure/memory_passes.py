@@ -94,7 +94,6 @@ def of_linear(packed_format: Format, rows: int, columns: int, low_rank: LowRank 
         added,
         packed_format.name,
         rows,
-        None,
         *branch,
     )
     of_dequantizing(packed_format)  # for the lookup tables

@@ -108,7 +108,7 @@ def bench_lora(options):
                         for shape in ((ranks, columns), (rows, ranks)))
             branch = LowRank(down, (up,), (Slice(0, rows, 0, ranks),))
             variants[title] = lambda input=input, branch=branch: product.linear(
-                input, weight, bias, None, branch)
+                input, weight, bias, branch)
         yield (
             f"{rows} x {columns}, {str(dtype).removeprefix('torch.')}, M = {tokens}",
             side_by_side(variants, options.rounds),

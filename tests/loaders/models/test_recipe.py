@@ -60,7 +60,7 @@ def models(tmp_path_factory):
 # Kind of recipe -> what loads a model that has it, from the folder above.
 LOADS = {
     "diffusion model": lambda models: load_diffusion_model(
-        models / "flux.gguf", torch.float16, compute="int8"
+        models / "flux.gguf", compute="int8"
     ),
     "text encoder": lambda models: load_text_encoder([str(models / "clip_l.gguf")]).patcher,
     "diffusion model of a checkpoint": lambda models: load_checkpoint(

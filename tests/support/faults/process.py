@@ -96,7 +96,7 @@ def judged(folder: Path) -> str:
     verdicts = Verdicts(folder / "made" / "verdicts.jsonl")
     try:
         verdicts.add("kernel", "wrong", why="so")
-        return str(sorted(verdicts.results().lines))
+        return str(sorted(verdicts.read()))
     except OSError:  # logged, and torch does the work
         return "['kernel']"
 
