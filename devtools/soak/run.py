@@ -24,7 +24,8 @@ class RunLog:
 
     outcomes: how many prompts of each kind ended how. mistakes: what should not have been, each in
     a line.
-    pictures: key -> digests of its pictures, in order, each once. repeated: how many pictures were compared.
+    pictures: key -> digests of its pictures, in order, each once. repeated: how many pictures were
+    compared.
     seconds: of each prompt.
     """
 
