@@ -3,11 +3,8 @@
 A block of a K-quant holds 256 columns of a row, so smaller groups of columns cannot be moved within
 the bytes. The bytes stay as they are, and each row is reordered when it is dequantised.
 """
-from collections.abc import Iterable
-
 import torch
 
-from ..layers.low_rank import LowRank
 from .base import Format, chunk_values
 from .low_rank_and_joined import Composite, DequantizeInto
 
@@ -31,13 +28,6 @@ class ColumnGroups(Composite):
         self.base, self.outer, self.inner = base, outer, inner
         self.block_length = columns
         self.block_bytes = columns // base.block_length * base.block_bytes
-
-    def formats_within(self) -> Iterable[Format]:
-        yield self.base
-
-    def without_low_rank(self, tensors: list[torch.Tensor]
-                         ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
-        return self, tensors, None
 
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          first: int, dequantize_into: DequantizeInto) -> torch.Tensor:

@@ -22,7 +22,16 @@ ALIGNED = 64  # bytes, for the tensors of a part
 
 
 class Composite(Format):
-    """The base of formats that are made of others."""
+    """The base of formats that are made of others.
+
+    Attributes:
+        base: the only one, where there are not several.
+    """
+
+    base: Format
+
+    def formats_within(self) -> Iterable[Format]:
+        yield self.base
 
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          first: int, dequantize_into: DequantizeInto) -> torch.Tensor:
@@ -40,7 +49,7 @@ class Composite(Format):
             The format and the tensors of the rest, and the low rank in the dtypes of its factors,
             or None.
         """
-        raise NotImplementedError
+        return self, tensors, None
 
     def dequantize_into(self, tensors: list[torch.Tensor], out: torch.Tensor,
                         first: int = 0) -> torch.Tensor:
@@ -84,9 +93,6 @@ class AddedLowRank(Composite):
 
     def title(self) -> str:
         return f"{self.base.title()}, rank {self.rank}"
-
-    def formats_within(self) -> Iterable[Format]:
-        yield self.base
 
     def factors(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns up (rows, rank) and down (rank, K), the latter in the basis of the input."""
@@ -143,13 +149,6 @@ class Scaled(Composite):
 
     def title(self) -> str:
         return f"{self.base.title()}, scaled"
-
-    def formats_within(self) -> Iterable[Format]:
-        yield self.base
-
-    def without_low_rank(self, tensors: list[torch.Tensor]
-                         ) -> tuple[Format, list[torch.Tensor], LowRank | None]:
-        return self, tensors, None
 
     def dequantize_parts(self, tensors: list[torch.Tensor], out: torch.Tensor,
                          first: int, dequantize_into: DequantizeInto) -> torch.Tensor:

@@ -9,8 +9,6 @@ from ..formats.base import Format
 from ..layers.packed_layers import PackedLayer, PackedLinear
 from ..tensor.packed_layout import is_packed
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None):
     """Has the kernels validated that a model's packed layers need, and tells the layers which load

@@ -31,7 +31,7 @@ FORMAT_NAMES = frozenset((
 # names of `Format.kernel_names`: what "dequantize" takes, and what products take too
 DEQUANTIZED = FORMAT_NAMES | {"RowFormat"}
 MULTIPLIED = FORMAT_NAMES | {"UnrotatedRows"}
-# order of codes, or kind of stored numbers -> its name in source/formats/rows.h
+# order of codes, or storage of numbers -> its name in source/formats/rows.h
 ORDERS = {"high first": "HIGH_FIRST", "planes": "PLANES"}
 NUMBERS = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "HalfFloat",
            "e4m3": "E4M3", "e8m0": "E8M0", "bytes": "Bytes256"}

@@ -192,10 +192,11 @@ class Selector:
     def start(self, dtype: torch.dtype):
         """Has the kernels of all layouts validated, and then the products that models have needed
         before an update. dtype: that the device computes in."""
-        if self._is_apart and self._validator is not None and self.wait_until_read():
+        if not self._is_apart or self._validator is None:
+            return
+        if self.wait_until_read() and self._backend is not None:
             cases = [Case("dequantize", key, dtype) for key in all_kernel_keys()]
-            if self._backend is not None:
-                self._validator.request(self, [*cases, *self._products_of_earlier_versions()])
+            self._validator.request(self, [*cases, *self._products_of_earlier_versions()])
 
     def wait_until_read(self) -> bool:
         """Waits until the verdicts are read, or `READ_SECONDS`. Returns whether they are."""

@@ -35,7 +35,7 @@ MAX_ABS = 64.0  # blocks with larger values say little about a sum in float16
 NEAR_TIE = 0.01  # so close to the middle between two codes, another rounding may give the other one
 SUBNORMAL = 16 * torch.finfo(torch.float32).tiny
 MAX_CODE = 128.0  # in magnitude, of the codes of a row whose product is checked
-# kind of bytes that stand for floats -> the first byte, and that behind the last, of any magnitude
+# storage of floats in bytes -> the first byte, and that behind the last, of any magnitude
 # and of small ones
 EXPONENTS = {"e4m3": ((64, 127), (32, 64)), "e8m0": ((64, 127), (119, 127))}
 CANARY = 7.0  # surrounds the memory that a kernel may write

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FREE_TO_BEGIN = 1_500_000_000  # bytes of the device
+TOO_LITTLE_MEMORY = f"less than {FREE_TO_BEGIN / 1e9:.1f} GB of its memory was free"
 JOB_SECONDS = 900
 KERNEL_SECONDS = 120  # to be compiled, checked and timed
 MAX_RESTARTS = 3
@@ -138,7 +139,7 @@ class ProcessValidator:
             if not cases:
                 return
             if free_bytes(device) < FREE_TO_BEGIN:
-                self._log(selector, before, without_memory(FREE_TO_BEGIN))
+                self._log(selector, before, TOO_LITTLE_MEMORY)
                 return
             log.info("[Featherweight] Kernels for packed weights are validated on %s in the"
                      " background.", device_name(device))
@@ -158,7 +159,7 @@ class ProcessValidator:
             else:
                 reason = f"{MAX_RESTARTS + 1} kernels ended their process"
         if status == WITHOUT_MEMORY:
-            reason = without_memory(FREE_TO_BEGIN)
+            reason = TOO_LITTLE_MEMORY
         elif status and not reason:
             reason = f"its process ended with {status}"
         self._log(selector, before, reason)
@@ -204,8 +205,3 @@ class ProcessValidator:
         if reason:
             parts.append(f"{reason}, so the rest is validated when ComfyUI starts next")
         log.info("[Featherweight] %s: %s.", device_name(selector.device), ", ".join(parts))
-
-
-def without_memory(size: int) -> str:
-    """Returns the reason of a validation that found less free memory than `size` bytes."""
-    return f"less than {size / 1e9:.1f} GB of its memory was free"

@@ -51,6 +51,17 @@ def test_nvrtc_is_found_in_its_package():
     assert any("cuda_nvrtc" in library for library in compiler_libraries(CUDA))
 
 
+def lay_out(monkeypatch, folder, files, package, on_windows):
+    """Makes a folder the place of torch and of a vendor's package, with these empty files."""
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    monkeypatch.setattr(runtime_compiler, "ON_WINDOWS", on_windows)
+    monkeypatch.setattr(torch, "__file__", str(folder / "torch" / "__init__.py"))
+    packages = types.SimpleNamespace(submodule_search_locations=[str(folder / package)])
+    monkeypatch.setattr(runtime_compiler.importlib.util, "find_spec", lambda name: packages)
+
+
 @pytest.mark.parametrize(("on_windows", "files", "order"), [
     (True, ["torch/lib/nvrtc64_120_0.dll", "torch/lib/nvrtc64_120_0.alt.dll",
             "torch/lib/nvrtc-builtins64_128.dll"], [0]),
@@ -61,14 +72,8 @@ def test_nvrtc_is_found_in_its_package():
              "nvidia/cuda_nvrtc/lib/libnvrtc-builtins.so.12.9"], [1, 0]),
 ], ids=["Windows, in torch", "Windows, in packages", "Linux, in packages"])
 def test_nvrtc_of_torchs_version_comes_first(on_windows, files, order, tmp_path, monkeypatch):
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.setattr(runtime_compiler, "ON_WINDOWS", on_windows)
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
-    monkeypatch.setattr(runtime_compiler.importlib.util, "find_spec", lambda name: packages)
+    lay_out(monkeypatch, tmp_path, files, "nvidia", on_windows)
     system = [] if on_windows else ["libnvrtc.so.12"]
     assert compiler_libraries(CUDA) == [*(str(tmp_path / files[index]) for index in order), *system]
 
@@ -84,14 +89,8 @@ def test_nvrtc_of_torchs_version_comes_first(on_windows, files, order, tmp_path,
 ], ids=["Linux, in torch", "Linux, in packages", "Windows, in packages"])
 def test_the_libraries_of_rocm_are_found(on_windows, files, compiler, driver, tmp_path,
                                          monkeypatch):
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.setattr(runtime_compiler, "ON_WINDOWS", on_windows)
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    packages = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "_rocm_sdk_core")])
-    monkeypatch.setattr(runtime_compiler.importlib.util, "find_spec", lambda name: packages)
+    lay_out(monkeypatch, tmp_path, files, "_rocm_sdk_core", on_windows)
 
     def expected(places):
         return [place if isinstance(place, str) else str(tmp_path / files[place])
