@@ -1,8 +1,8 @@
 """Attention on a CPU, through the host's own way to choose another: `optimized_attention_override`.
 
 The host's own on a CPU multiplies all queries with all keys, writes the scores to memory and reads
-them several times. The slices below stay in the cache. In float32 torch's own attention is faster
-than the host's, and the slices are where oneDNN multiplies faster than torch.
+them several times. A kernel does it in one pass. Without it, bfloat16, and float32 where oneDNN
+multiplies faster than torch, are computed in slices of the scores that stay in the cache.
 """
 import functools
 from collections.abc import Callable
@@ -27,7 +27,8 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
     Args:
         host_attention: the host's choice; it computes what is not for here.
         query, key, value: (batch, tokens, heads * width), or with `skip_reshape`
-            (batch, heads, tokens, width).
+            (batch, heads, tokens, width). With the host's option `enable_gqa`, key and value may
+            have fewer heads.
         heads: their number.
         mask, attn_precision: as the host's functions take them.
         skip_reshape: see the inputs.
@@ -38,20 +39,22 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
     Returns:
         (batch, tokens, heads * width) in the dtype of `query`, or see `skip_output_reshape`.
     """
-    if not _in_slices(query, key, value, mask, attn_precision, options):
+    compute = None
+    if _is_for_here(query, key, value):
+        operands = query, key, value
+        if not skip_reshape:
+            width = query.shape[-1] // heads
+            # some models have split the heads of the value already
+            operands = [operand.reshape(*operand.shape[:2], -1, width).transpose(1, 2)
+                        for operand in operands]
+        compute = _choice(*operands, mask, attn_precision, options, load)
+    if compute is None:
         is_float32 = query.device.type == "cpu" and query.dtype == torch.float32
         compute = attention_pytorch if is_float32 else host_attention
         return compute(query, key, value, heads, mask=mask, attn_precision=attn_precision,
                        skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape,
                        **options)
-    if not skip_reshape:
-        # some models have split the heads of the value already
-        shape = query.shape[0], -1, heads, query.shape[-1] // heads
-        query, key, value = (operand.reshape(shape).transpose(1, 2)
-                             for operand in (query, key, value))
-    scale = options.get("scale", query.shape[-1] ** -0.5)
-    in_slices = attention_in_slices if query.dtype == torch.bfloat16 else attention_by_onednn
-    out = in_slices(query, key, value, scale, load)
+    out = compute(*operands, options.get("scale", operands[0].shape[-1]**-0.5))
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
@@ -66,36 +69,88 @@ def is_own(override: object) -> bool:
     return isinstance(override, functools.partial) and override.func is attention
 
 
-def _in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               mask: torch.Tensor | None, attn_precision: torch.dtype | None,
-               options: dict) -> bool:
-    """Returns whether `attention_in_slices` or `attention_by_onednn` computes an attention.
-
-    The arguments are those of `attention`.
-    """
+def _is_for_here(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Returns whether something here may compute the attention of these inputs."""
     return (
         query.device.type == "cpu"
-        and (query.dtype == torch.bfloat16
-             or (query.dtype == torch.float32 and cpu_linear.takes(query)))
-        and query.numel() > 0
-        and key.numel() > 0
-        and mask is None
-        and attn_precision != torch.float32
-        and not options.get("enable_gqa")
+        and query.dtype == key.dtype == value.dtype
+        and 0 not in (query.numel(), key.numel(), value.numel())
         and not torch.compiler.is_compiling()
         and not needs_gradient(query, key, value)
     )
 
 
+def _choice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+            attn_precision: torch.dtype | None, options: dict,
+            load: int) -> Callable[..., torch.Tensor] | None:
+    """Returns what computes an attention: a function of query, key, value and scale; None: the
+    host.
+
+    Args:
+        query, key, value: (batch, heads, tokens, width).
+        mask, attn_precision, options, load: as `attention` takes them.
+    """
+    heads, has_groups = query.shape[1], options.get("enable_gqa", False)
+    if heads % key.shape[1] or (heads != key.shape[1] and not has_groups):
+        return None  # the host says what is wrong
+    addend = None if mask is None else _addend(mask, (*query.shape[:3], key.shape[2]))
+    run = kernels.find("attention", query.device, None, query.dtype, load=load)
+    if run is not None and (mask is None or addend is not None):
+        return functools.partial(attention_in_one_pass, run=run, mask=addend)
+    if mask is not None or has_groups or attn_precision == torch.float32:
+        return None
+    if query.dtype == torch.bfloat16:
+        return attention_in_slices
+    if query.dtype == torch.float32 and cpu_linear.takes(query):
+        return attention_by_onednn
+    return None
+
+
+def _addend(mask: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor | None:
+    """Returns what a mask adds to scores of a shape (batch, heads, queries, keys), in float32; None
+    where it is no mask for them."""
+    if mask.ndim not in (2, 3, 4) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        return None
+    mask = mask.reshape(mask.shape[0] if mask.ndim > 2 else 1, -1, *mask.shape[-2:])
+    if any(size not in (1, whole) for size, whole in zip(mask.shape, shape)):
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+    return mask.float().expand(shape)
+
+
+def attention_in_one_pass(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+                          run: Callable[..., None], mask: torch.Tensor | None) -> torch.Tensor:
+    """Computes softmax(scale * query @ key.T + mask) @ value by a kernel.
+
+    Args:
+        query: (batch, heads, N, width).
+        key: (batch, key heads, M, width); each of its heads serves as many of the query's.
+        value: (batch, key heads, M, any width).
+        scale: of the scores.
+        run: of the kernel "attention".
+        mask: (batch, heads, N, M), float32, or None.
+
+    Returns:
+        (batch, heads, N, width of `value`) in the dtype of `query`.
+    """
+    batch, heads, tokens, _ = query.shape
+    out = query.new_empty((batch, tokens, heads, value.shape[-1])).transpose(1, 2)
+    if scale < 0:
+        query, scale = -query, -scale
+    run(*(operand if operand.stride(-1) == 1 else operand.contiguous()
+          for operand in (query, key, value)), mask, scale, out)
+    return out
+
+
 def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                        scale: float, load: int = kernels.LATEST) -> torch.Tensor:
+                        scale: float) -> torch.Tensor:
     """Computes softmax(scale * query @ key.T) @ value, the scores in slices of `SLICE_BYTES`.
 
     Args:
         query: (batch, heads, N, width).
         key, value: (batch, heads, M, width); the width of `value` may be another.
         scale: of the scores.
-        load: as `attention` takes it.
 
     Returns:
         (batch, heads, N, width of `value`) in the dtype of `query`, as the scores are.
@@ -115,20 +170,19 @@ def attention_in_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
             shape = *part.shape[:2], key.shape[1]
             slice_scores = scores[:shape[0] * shape[1] * shape[2]].view(shape)
             torch.baddbmm(slice_scores, part, keys[heads], beta=0, alpha=scale, out=slice_scores)
-            _softmax(slice_scores.view(-1, shape[-1]), load)
+            torch.softmax(slice_scores, -1, out=slice_scores)
             torch.bmm(slice_scores, value[heads], out=flat_out[heads, start:start + rows])
     return out
 
 
 def attention_by_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                        scale: float, load: int = kernels.LATEST) -> torch.Tensor:
+                        scale: float) -> torch.Tensor:
     """Computes what `attention_in_slices` does, one head at a time.
 
     Args:
         query: (batch, heads, N, width); `cpu.linear` takes its dtype.
         key, value: as there.
         scale: of the scores.
-        load: as `attention` takes it.
 
     Returns:
         As there.
@@ -142,15 +196,7 @@ def attention_by_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
         for start in range(0, tokens, rows):
             part = head_query[start:start + rows].contiguous()
             scores = cpu_linear.linear(part, scaled_key)
-            _softmax(scores, load)
+            torch.softmax(scores, -1, out=scores)
             head_out[start:start + rows] = cpu_linear.linear(scores, columns)
     return out
 
-
-def _softmax(scores: torch.Tensor, load: int):
-    """Replaces each row of scores (rows, keys) by its softmax."""
-    run = kernels.find("softmax", scores.device, None, scores.dtype, load=load)
-    if run is None:
-        torch.softmax(scores, -1, out=scores)
-    else:
-        run(scores)

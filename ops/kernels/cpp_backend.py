@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from ctypes import c_int, c_longlong, c_void_p
+from ctypes import c_float, c_int, c_longlong, c_void_p
 from pathlib import Path
 
 import torch
@@ -172,6 +172,19 @@ def _remove_stale(folder: Path):
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
+class Operand(ctypes.Structure):
+    """A tensor of four dimensions in source/cpu/attention.cpp."""
+    _fields_ = [("values", c_void_p), *((f"stride_{index}", c_longlong) for index in range(4))]
+
+
+class Attention(ctypes.Structure):
+    """`Attention` of source/cpu/attention.cpp."""
+    _fields_ = [
+        *((name, Operand) for name in ("query", "key", "value", "out", "mask")),
+        *((name, c_int) for name in ("batches", "heads", "key_heads", "queries", "keys", "width",
+                                     "value_width")), ("scale", c_float)]
+
+
 def _compiler_version() -> str:
     """Returns a text that differs where another compiler, or another CPU, is used."""
     command = cpp_compiler()
@@ -283,11 +296,17 @@ class CpuKernels:
         run(_address(values), _address(out), c_longlong(rows), c_int(channels), c_int(taps),
             c_int(_threads(out.numel())))
 
-    def softmax(self, scores):
+    def attention(self, query, key, value, mask, scale, out):
         """See `Kernel.run`."""
-        run = self._function("softmax", None, scores.dtype, LANES=_max_lanes())
-        rows, columns = scores.shape
-        run(_address(scores), c_longlong(rows), c_int(columns), c_int(_threads(scores.numel())))
+        run = self._function("attention", None, out.dtype, LANES=_max_lanes())
+        batch, heads, queries, width = query.shape
+        _, key_heads, keys, value_width = value.shape
+        sizes = batch, heads, key_heads, queries, keys, width, value_width
+        masked = Operand() if mask is None else Operand(mask.data_ptr(), *mask.stride())
+        operands = (Operand(operand.data_ptr(), *operand.stride())
+                    for operand in (query, key, value, out))
+        run(ctypes.byref(Attention(*operands, masked, *sizes, scale)),
+            c_int(_threads(queries * keys * heads * batch)))
 
     def pack_blocks(self, packed_format, values, weights, fit, tries, rounds, sweeps, emphasis):
         """See `Kernel.run`."""
@@ -379,8 +398,8 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
                late_bound_method(kernels, "int8_tokens")),
         Kernel("channels_last", frozenset(), frozenset(C_TYPES),
                late_bound_method(kernels, "channels_last")),
-        Kernel("softmax", frozenset(), frozenset([torch.float32, torch.bfloat16]),
-               late_bound_method(kernels, "softmax")),
+        *([Kernel("attention", frozenset(), frozenset(C_TYPES),
+                  late_bound_method(kernels, "attention"))] if cpu_features.is_x86() else []),
         *(Kernel(name, FORMAT_NAMES, float32, late_bound_method(kernels, name))
           for name in ("pack_blocks", "pack_columns")),
     )

@@ -27,13 +27,13 @@ class Kernel:
     """One implementation of a capability, and its constraints.
 
     Attributes:
-        capability: "dequantize", "channels_last", "linear", "softmax", "int8_rows",
+        capability: "dequantize", "channels_last", "linear", "attention", "int8_rows",
             "int8_tokens", "pack_blocks" or "pack_columns".
         formats: Names of formats. A format derived from one of them (another block length) counts
-            as it. Empty for "channels_last", "softmax" and "int8_tokens".
+            as it. Empty for "channels_last", "attention" and "int8_tokens".
         dtypes: Of the values for "dequantize", "pack_blocks" and "pack_columns", of input and
-            output for "linear", of the output for "channels_last", of the scores for "softmax", of
-            the input for "int8_tokens"; int8 for "int8_rows".
+            output for "linear", of the output for "channels_last", of all but the mask for
+            "attention", of the input for "int8_tokens"; int8 for "int8_rows".
         run: The function, with the arguments below.
         min_tokens: The fewest rows of the input that "linear" takes.
         max_tokens: The most rows of the input that "linear" takes; None: any number.
@@ -51,8 +51,13 @@ class Kernel:
         contiguous, K a multiple of the block length. addend: (M, N) of any strides, or None. out:
         (M, N), contiguous. The weight's values may be rounded to the input's dtype, as the
         reference does.
-    "softmax": run(scores). Replaces each row by its softmax, computed in float32 and rounded once.
-        scores: (rows, columns), contiguous.
+    "attention": run(query, key, value, mask, scale, out). Computes
+        out = softmax(scale * query @ key.T + mask) @ value, summed in float32 and rounded once; the
+        shares may be rounded to the dtype. query: (batch, heads, N, width). key:
+        (batch, key heads, M, width). value: (batch, key heads, M, value width). Each key head
+        serves heads / key heads neighbouring ones. mask: float32 (batch, heads, N, M), or None; a
+        query without an unmasked key gets zeros. out: (batch, heads, N, value width). All have any
+        strides, but the last is 1 of all but the mask. scale: not negative.
     "int8_rows": run(packed_format, tensors, codes, scales, first), see
         `int8_codes.encode_rows`; K is a multiple of 256 and of the block length.
     "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may

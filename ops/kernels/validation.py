@@ -38,6 +38,7 @@ MAX_CODE = 128.0  # in magnitude, of the codes of a row whose product is checked
 # storage of floats in bytes -> the first byte, and that behind the last, of any magnitude
 # and of small ones
 EXPONENTS = {"e4m3": ((64, 127), (32, 64)), "e8m0": ((64, 127), (119, 127))}
+ATTENTION_ERROR = 3e-5  # of the shares: scores of up to 100 are rounded, and so are powers
 CANARY = 7.0  # surrounds the memory that a kernel may write
 
 
@@ -97,8 +98,7 @@ class Int8RowsCase:
 
 @dataclass(frozen=True)
 class MatrixCase:
-    """A case of "int8_tokens" or "softmax": the shape of the input or the scores, and an offset as
-    in `LinearCase`."""
+    """A case of "int8_tokens": the shape of the input, and an offset as in `LinearCase`."""
     rows: int
     columns: int
     input_offset: int = 0
@@ -116,6 +116,20 @@ class ChannelsLastCase:
     out_offset: int = 0
 
 
+@dataclass(frozen=True)
+class AttentionCase:
+    """A case of "attention".
+
+    Attributes:
+        sizes: batch, heads, heads of the keys, queries, keys, their width, width of the values.
+        mask: "none", "keys" (one for all queries) or "scores", some of them -inf, all in one row.
+        offset: How many elements behind an aligned address the tensors are.
+    """
+    sizes: tuple[int, int, int, int, int, int, int]
+    mask: str = "none"
+    offset: int = 0
+
+
 def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
     """Returns the cases in which a kernel is checked, small ones first."""
     if kernel.capability == "int8_tokens":
@@ -129,12 +143,14 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
                  (MANY // (NARROW * 9), NARROW, 9))
         return [ChannelsLastCase(dtype, *size) for size in sizes
                 for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-    if kernel.capability == "softmax":
+    if kernel.capability == "attention":
         return [
-            MatrixCase(1, 5, 1),
-            MatrixCase(4, 77, 1),
-            MatrixCase(3, NARROW),
-            MatrixCase(MANY // WIDE, WIDE)
+            AttentionCase((1, 1, 1, 1, 1, 1, 1), offset=1),
+            AttentionCase((2, 1, 1, 5, 7, 9, 17), "keys", 1),
+            AttentionCase((2, 6, 2, 13, 77, 40, 40), "scores"),
+            AttentionCase((1, 2, 2, 101, 130, 128, 128), "none", 1),  # several blocks of queries
+            AttentionCase((1, 1, 1, 19, 1093, 80, 72), "scores"),  # several chunks of keys
+            AttentionCase((1, 2, 2, 21, 600, 512, 512)),
         ]
     assert packed_format is not None
     if kernel.capability == "dequantize":
@@ -188,7 +204,7 @@ def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
     """
     check_case = {
         "dequantize": _check_dequantize, "channels_last": _check_channels_last,
-        "linear": _check_linear, "softmax": _check_softmax, "int8_rows": _check_int8_rows,
+        "linear": _check_linear, "attention": _check_attention, "int8_rows": _check_int8_rows,
         "int8_tokens": _check_int8_tokens, "pack_blocks": quantize_validation.check_blocks,
         "pack_columns": quantize_validation.check_columns
     }[kernel.capability]
@@ -304,23 +320,43 @@ def _check_linear(run: Callable[..., None], case: LinearCase, packed_format: For
         raise WrongResult(f"the error of a product is {error:.3g} times what rounding allows")
 
 
-def _check_softmax(run: Callable[..., None], case: MatrixCase, packed_format: None,
-                   dtype: torch.dtype, device: torch.device):
-    generator = torch.Generator().manual_seed(case.rows)
-    scores = 4 * torch.randn((case.rows, case.columns), generator=generator, dtype=torch.float32)
-    scores[0] -= 300  # only the differences count
-    scores[0, 0], scores[0, 1], scores[0, 2], scores[-1, -1] = -torch.inf, -500, -390, -50
-    if case.rows > 3:
-        scores[1, 2], scores[2, -2] = torch.nan, torch.inf
-    scores = scores.to(device, dtype)
-    result = misaligned_copy(scores.clone(), case.input_offset)
-    run(result)
-    expected, result = scores.cpu().double().softmax(-1), result.cpu().double()
-    # a difference of 100 is rounded by up to 4e-6, and so is its power
-    allowed = (torch.finfo(dtype).eps / 2 + 1e-5) * expected + SUBNORMAL
-    if wrong := (~((result - expected).abs() <= allowed) & ~expected.isnan()).sum().item():
+def _check_attention(run: Callable[..., None], case: AttentionCase, packed_format: None,
+                     dtype: torch.dtype, device: torch.device):
+    batch, heads, key_heads, queries, keys, width, value_width = case.sizes
+    generator = torch.Generator().manual_seed(keys)
+
+    def random(heads: int, tokens: int, width: int) -> torch.Tensor:
+        values = torch.randn((batch, tokens, heads, width), generator=generator,
+                             dtype=torch.float32)
+        return misaligned_copy(values.to(device, dtype), case.offset).transpose(1, 2)
+
+    query, key = random(heads, queries, width), random(key_heads, keys, width)
+    value, mask, scale = random(key_heads, keys, value_width), None, 2 * width**-0.5
+    query[:, :, 0] *= 30  # sharp
+    if case.mask != "none":
+        shape = (batch, 1, 1, keys) if case.mask == "keys" else (1, heads, queries, keys)
+        mask = torch.randn(shape, generator=generator, dtype=torch.float32)
+        mask[mask > 1] = -torch.inf
+        mask[:, :, -1] = -torch.inf
+        mask = mask.to(device).expand(batch, heads, queries, keys)
+    padded = torch.full((batch, queries, heads + 1, value_width), CANARY, dtype=dtype,
+                        device=device)
+    result = padded[:, :, :heads].transpose(1, 2)
+    run(query, key, value, mask, scale, result)
+    query, key, value, result = (tensor.cpu().double() for tensor in (query, key, value, result))
+    key, value = (tensor.repeat_interleave(heads // key_heads, 1) for tensor in (key, value))
+    scores = scale * query @ key.transpose(2, 3) + (0 if mask is None else mask.cpu().double())
+    shares = scores.softmax(-1).nan_to_num()  # where all is masked: zeros
+    allowed = (torch.finfo(dtype).eps + ATTENTION_ERROR) * (shares @ value.abs()) + SUBNORMAL
+    if wrong := (~((result - shares @ value).abs() <= allowed)).sum().item():
         raise WrongResult(f"{wrong} of {result.numel()} values differ by more than rounding allows")
-    if not result[expected.isnan()].isnan().all():
+    if (padded[:, :, heads:] != CANARY).any():
+        raise WrongResult("the kernel wrote outside its output")
+    undefined = random(key_heads, keys, value_width)
+    undefined[-1, -1, -1, -1] = torch.nan
+    run(*(tensor.to(device, dtype) for tensor in (query, key[:, ::heads // key_heads])),
+        undefined, None, scale, result := torch.empty_like(padded)[:, :, :heads].transpose(1, 2))
+    if not result[-1, -1, :, -1].isnan().all():
         raise WrongResult("an undefined value became a number")
 
 

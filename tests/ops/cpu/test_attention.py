@@ -1,4 +1,4 @@
-"""Attention on a CPU: the host's numbers, in slices."""
+"""Attention on a CPU without a kernel: the host's numbers, in slices."""
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch, attention_sub_quad

@@ -220,11 +220,11 @@ def test_channels_go_last_in_any_dtype(backend, threads, fmt, dtype, device, mon
     check(*kernels_of(backend, "channels_last"), fmt, dtype, device)
 
 
-@parametrize_cases(["cpp"], [None], [torch.float32, torch.bfloat16], lambda *case: True)
+@parametrize_cases(["cpp"], [None], DTYPES, lambda *case: True)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_softmax_is_rounded_once(backend, threads, fmt, dtype, device, monkeypatch):
+def test_attention_is_right(backend, threads, fmt, dtype, device, monkeypatch):
     monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
-    check(*kernels_of(backend, "softmax"), fmt, dtype, device)
+    check(*kernels_of(backend, "attention"), fmt, dtype, device)
 
 
 # --- a device that uses it ---

@@ -187,7 +187,7 @@ def test_every_source_is_used():
     basic = ("dequantize", "dequantize_rows", "linear")
     kernels = {
         "cuda": basic, "metal": basic,
-        "cpu": (*basic, "linear_bfloat16", "channels_last", "softmax",
+        "cpu": (*basic, "linear_bfloat16", "channels_last", "attention",
                 "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")
     }
     used = {path for platform in kernels for fmt in (*ALL_FORMATS, USUAL_ROWS[0])

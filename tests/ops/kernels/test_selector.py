@@ -70,7 +70,7 @@ def backend(*kernels, name="made_up", probe=lambda device: None):
     return Backend(name, probe, kernels)
 
 
-WITHOUT_FORMAT = {"int8_tokens", "channels_last", "softmax"}
+WITHOUT_FORMAT = {"int8_tokens", "channels_last", "attention"}
 
 
 def kernel(capability: str, run, **constraints) -> Kernel:
@@ -128,12 +128,19 @@ def transpose_nothing(values, out):
     out.view(-1).copy_(values.view(-1))
 
 
-def softmax(scores):
-    scores.copy_(scores.softmax(-1))
+def attention(query, key, value, mask, scale, out):
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
+    scores = scale * query @ key.transpose(2, 3) + (0 if mask is None else mask)
+    out.copy_(scores.softmax(-1).nan_to_num() @ value)
 
 
-def softmax_of_numbers(scores):
-    scores.copy_(scores.nan_to_num().softmax(-1))
+def attention_without_mask(query, key, value, mask, scale, out):
+    attention(query, key, value, None, scale, out)
+
+
+def attention_of_numbers(query, key, value, mask, scale, out):
+    attention(query, key, value.nan_to_num(), mask, scale, out)
 
 
 def encode_rows_and_clip(packed_format, tensors, codes, scales, first):
@@ -160,8 +167,9 @@ def encode_tokens_without_nan(input, codes, scales):
         ("linear", multiply_without_addend, False),
         ("channels_last", transpose, True),
         ("channels_last", transpose_nothing, False),
-        ("softmax", softmax, True),
-        ("softmax", softmax_of_numbers, False),
+        ("attention", attention, True),
+        ("attention", attention_without_mask, False),
+        ("attention", attention_of_numbers, False),
         ("int8_rows", encode_rows, True),
         ("int8_rows", encode_rows_and_clip, False),
         ("int8_tokens", encode_tokens, True),
@@ -177,7 +185,7 @@ def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
 SEVERAL_THREADS = 2 * VALUES_PER_THREAD
 RIGHT = {
     "dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows,
-    "int8_tokens": encode_tokens, "channels_last": transpose, "softmax": softmax
+    "int8_tokens": encode_tokens, "channels_last": transpose, "attention": attention
 }
 SPOIL = {  # changes the arguments of a right kernel after it has run
     "dequantize": lambda args: args.out[-1].add_(1),
@@ -185,7 +193,7 @@ SPOIL = {  # changes the arguments of a right kernel after it has run
     "int8_rows": lambda args: args.codes[-1, -1].bitwise_xor_(64),
     "int8_tokens": lambda args: args.scales[-1].mul_(1.01),
     "channels_last": lambda args: args.out[-1, -1, -1].add_(1),
-    "softmax": lambda args: args.scores[-1, -1].add_(0.01)}
+    "attention": lambda args: args.out[-1, -1, -1, -1].add_(0.01)}
 WRONG = {
     "dequantize": {
         "in the tail": lambda args: args.out.numel() % Q4_0.block_length,
@@ -241,11 +249,20 @@ WRONG = {
         "from odd addresses": lambda args: args.values.data_ptr() % 16,
         "to odd addresses": lambda args: args.out.data_ptr() % 8,
     },
-    "softmax": {
-        "with several threads": lambda args: args.scores.numel() >= SEVERAL_THREADS,
-        "with one row": lambda args: len(args.scores) == 1,
-        "with columns for no whole vector": lambda args: args.scores.shape[1] % 16,
-        "from odd addresses": lambda args: args.scores.data_ptr() % 16,
+    "attention": {
+        "with a mask": lambda args: args.mask is not None,
+        "with a mask of all queries' own": lambda args: args.mask is not None
+                                                        and args.mask.stride(2),
+        "without a mask": lambda args: args.mask is None,
+        "with fewer heads of keys": lambda args: args.key.shape[1] < args.query.shape[1],
+        "with several batches": lambda args: len(args.query) > 1,
+        "with many queries": lambda args: args.query.shape[2] > 96,
+        "with many keys": lambda args: args.key.shape[2] > 1024,
+        "of wide heads": lambda args: args.query.shape[3] > 256,
+        "of odd widths": lambda args: args.query.shape[3] % 2,
+        "of values of another width": lambda args: args.value.shape[3] != args.query.shape[3],
+        "with one key": lambda args: args.key.shape[2] == 1,
+        "from odd addresses": lambda args: args.query.data_ptr() % 16,
     },
 }
 
