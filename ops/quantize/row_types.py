@@ -1,0 +1,137 @@
+"""Types of ComfyUI's own that weights are packed to: codes of rows, with scales beside them.
+
+For each group of columns that shares a scale several scales are tried, and the one of least error
+is kept. The first one just holds the largest value of the group, as the scales of ComfyUI's own
+conversion do (comfy-kitchen 0.2.26 `backends/eager/quantization.py`).
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.base import FormatError
+from ..formats.comfyui import (
+    F8_E4M3,
+    INT8_CONVROT,
+    INT8_ROWS,
+    MXFP8,
+    MXFP8_GROUP,
+    NVFP4_GROUP,
+    NVFP4_ROWS,
+    W4A8,
+)
+from ..formats.row_layout import RowFamily, RowFormat
+from ..tensor.packed_tensor import PackedTensor
+from .method_choice import pick_lower_error
+from .parallel_slices import parallel_slices
+from .row_encoder import RowEncoder, RowNumbers
+from .row_feedback import feed_back
+from .second_moments import SecondMoments
+
+ROTATIONS = (256, 64, 16)  # columns, the first that divide a row
+CPU_SLICE_VALUES, DEVICE_SLICE_VALUES = 1 << 17, 1 << 22  # at a time; see `pack_tensor`
+
+
+@dataclass(frozen=True)
+class RowType:
+    """A type of ComfyUI's own that weights are packed to.
+
+    Attributes:
+        name: ComfyUI's word for it.
+        family: of its formats.
+        shrinks: the scales tried, as shares of the one that just holds the largest value of a
+            group.
+        multiple: of which rows and columns are.
+        rotates: whether groups of `ROTATIONS` columns are rotated; those that none divides are not.
+        is_per_tensor: whether one number, float32, is the weight's.
+    """
+    name: str
+    family: RowFamily
+    shrinks: tuple[float, ...]
+    multiple: int = 1
+    rotates: bool = False
+    is_per_tensor: bool = False
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Returns whether a weight of a shape can be packed: (N, K) of whole groups."""
+        if len(shape) != 2 or 0 in shape or any(size % self.multiple for size in shape):
+            return False
+        return not (self.rotates and self.family.sizes[1:]) or bool(_rotation(shape[1]))
+
+    def format_of(self, shape: tuple[int, ...]) -> RowFormat:
+        """Returns the format of a weight of a shape that it takes."""
+        rotation = _rotation(shape[1]) if self.rotates else 0
+        if self.rotates and not rotation:
+            return INT8_ROWS.of_columns(shape[1])
+        return self.family.of_columns(shape[1], *((rotation,) if rotation else ()))
+
+    def bits_per_value(self, shape: tuple[int, ...]) -> float:
+        """Returns the bits of a value of a weight of a shape that it takes, scales included."""
+        packed_format = self.format_of(shape)
+        return 8 * (packed_format.block_bytes + packed_format.qparam_bytes()) / shape[1]
+
+
+def _rotation(columns: int) -> int:
+    return next((size for size in ROTATIONS if columns % size == 0), 0)
+
+
+# A larger scale than needed can be better where the largest levels are far apart.
+OF_FOUR_BITS = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 1.125, 1.25, 1.375, 1.5)
+ROW_TYPES = {row_type.name: row_type for row_type in (
+    RowType("int8_convrot", INT8_CONVROT, (1, 0.95, 0.9), rotates=True),
+    # the error of float8 depends on a scale only within a power of two
+    RowType("float8_e4m3fn", F8_E4M3, tuple(2**(-step / 8) for step in range(8)),
+            is_per_tensor=True),
+    RowType("mxfp8", MXFP8, (1, 0.5), MXFP8_GROUP),
+    RowType("nvfp4", NVFP4_ROWS, OF_FOUR_BITS, NVFP4_GROUP, is_per_tensor=True),
+    RowType("asym_w4a8_int8", W4A8, OF_FOUR_BITS, 16, rotates=True),
+)}
+
+
+@torch.no_grad()
+def pack_rows(weight: torch.Tensor, row_type: RowType, moments: SecondMoments | None = None,
+              is_plain: bool = False) -> PackedTensor:
+    """Packs a whole weight into a type of ComfyUI's own, on the weight's device.
+
+    Args:
+        weight: (N, K) of any float dtype, which the type takes.
+        row_type: one of `ROW_TYPES`.
+        moments: Of the layer's inputs. The weight is packed with error feedback too, and that is
+            kept if it gives a smaller output error for the tokens held out.
+        is_plain: Whether every scale just holds the largest value of its group, as in a plain
+            conversion.
+
+    Returns:
+        The packed weight, which shows as float32.
+
+    Raises:
+        TooLargeError: A value is too large for the format.
+        FormatError: A value is not finite, the type does not take the shape, or the moments are of
+            another number of inputs.
+    """
+    shape = tuple(weight.shape)
+    if not row_type.takes(shape):
+        raise FormatError(f"{row_type.name} does not hold a weight of shape {shape}.")
+    lowest, highest = map(float, weight.aminmax())
+    peak = max(-lowest, highest)
+    if not math.isfinite(peak) or math.isnan(lowest):
+        raise FormatError("The weight holds NaN or infinite values.")
+    encoder = RowEncoder(row_type.format_of(shape),
+                         row_type.shrinks[:1] if is_plain else row_type.shrinks)
+    if row_type.is_per_tensor:
+        encoder.choose_scale_of_tensor(weight, peak)
+    limit = CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES
+    step = max(1, limit // shape[1])
+    starts = range(0, len(weight), step)
+    numbers: list[RowNumbers | None] = [None] * len(starts)
+
+    def pack_slice(start: int):
+        numbers[start // step] = encoder.search(encoder.basis(weight[start:start + step].float()))
+
+    parallel_slices(pack_slice, starts, weight.device)
+    searched = RowNumbers.join([part for part in numbers if part is not None])
+    by_search = encoder.packed(searched, shape)
+    if moments is None:
+        return by_search
+    by_feedback = encoder.packed(feed_back(weight, encoder, searched, moments), shape)
+    return pick_lower_error(weight, [by_feedback, by_search], moments)
