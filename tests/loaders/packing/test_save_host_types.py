@@ -78,3 +78,56 @@ def test_the_host_opens_a_file_and_holds_what_packing_gives(tmp_path, kind):
             assert torch.equal(values[name], weight.float()), name
     exact = load_diffusion_model(str(tmp_path / "model.safetensors"))
     assert relative(run(model), run(exact)) < 0.5
+
+
+@pytest.mark.parametrize("family", DIFFUSION_FILES)
+@each_type
+def test_any_file_is_saved_and_opened_by_the_host(tmp_path, kind, family):
+    _, source_file = written(family, tmp_path)
+    source = source_of_file(source_file.path)
+    saved = save(source, tmp_path / "a.safetensors", kind)
+    values = host_values(comfy.sd.load_diffusion_model(str(saved.path)))
+    assert kind in saved.types.values() and values.keys() == source.shapes.keys()
+    for name, weight in source.weights.items():
+        expected = weight.read(0, len(values[name]))
+        packed = saved.types[name] == kind
+        assert db(values[name], expected) > (LEAST_DB[kind] if packed else 55), name
+
+
+@each_type
+def test_a_lora_is_in_the_file_and_its_share_is_told(tmp_path, kind):
+    lora = lora_for(tiny_flux(), size=0.05)
+    model = patched(packed_flux("Q4_K"), (lora, 0.7))
+    source = source_of_model(model)
+    saved = save(source, tmp_path / "a.safetensors", kind)
+    share = float(saved.text.split("LoRA 1 (strength 0.7): ")[1].split("%")[0])
+    assert share == pytest.approx(100, abs=8 if kind == "nvfp4" else 2)
+    weight = source.weights[BLOCK]
+    expected = pack_rows(weight.patched(0, weight.shape[0]), ROW_TYPES[kind]).dequantize()
+    found = open_weights(saved.path)
+    assert db(host_values(comfy.sd.load_diffusion_model(str(saved.path)))[BLOCK], expected) > 15
+    assert found.path == saved.path
+
+
+@each_type
+def test_a_file_saved_again_is_the_same_bit_for_bit(tmp_path, kind):
+    save_file({name: tensor.bfloat16() for name, tensor in tiny_flux().items()},
+              tmp_path / "model.safetensors")
+    first = save(source_of_file(tmp_path / "model.safetensors"), tmp_path / "a.safetensors", kind)
+    model = load_diffusion_model(str(first.path), host_formats="exact, from the file's weights")
+    for number, wanted in enumerate((kind, KEEP_TYPES)):
+        for source in (source_of_file(first.path), source_of_model(model)):
+            assert suffix_for(source, wanted) == ".safetensors"
+            again = save(source, tmp_path / f"b{number}.safetensors", wanted, overwrite=True)
+            expected, tensors = stored(first.path), stored(again.path)
+            assert tensors.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(tensors[name].view(-1).view(torch.uint8),
+                                   tensor.view(-1).view(torch.uint8)), name
+
+
+def test_a_type_that_the_host_does_not_read_is_refused(tmp_path):
+    source = source_of_model(packed_flux("Q4_K"))
+    for kind in ROW_TYPES.keys() - set(HOST_TYPES):
+        with pytest.raises(PlanError, match=f"^This ComfyUI does not read {kind}. Update it, or"):
+            plan_file(source, tmp_path / "a.safetensors", kind)
