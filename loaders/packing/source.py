@@ -167,6 +167,7 @@ class Source:
         guard: raises WeightFileError where a file of the weights was changed.
         paths: of the files they were loaded from, which a new file may not replace.
         metadata: texts that the host reads beside the weights.
+        is_side_model: whether it is one of `SIDE_MODELS`.
     """
 
     weights: dict[str, Weight]
@@ -176,6 +177,7 @@ class Source:
     guard: Callable[[], None] = lambda: None
     paths: Collection[Path] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    is_side_model: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -501,7 +503,7 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
         if key == CONFIG or (is_side_model and not key.startswith(NOT_KEPT))
     }
     return Source(weights, notes=notes, drop_pages=file.drop_pages, guard=guard, paths=paths,
-                  metadata=metadata)
+                  metadata=metadata, is_side_model=is_side_model)
 
 
 def _in_the_hosts_names(file: WeightFile, state_dict: dict[str, torch.Tensor],

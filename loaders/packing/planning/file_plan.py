@@ -108,11 +108,13 @@ class FilePlan:
 
     def _notes_on_widths(self) -> list[str]:
         """Returns a note on weights whose shapes the row type asked for does not hold."""
-        if self.target not in ROW_TYPES:
+        if not isinstance(self.target, str) or self.target not in ROW_TYPES:
             return []
         shapes = self.source.shapes
-        others = [name for name in rules_for(shapes).row_names(shapes)
+        others = [name for name in rules_for(shapes).row_names(shapes, self.target)
                   if self.types[name] != self.target]
+        if self.target not in self.types.values():
+            return [f"Nothing is in {self.target}: of this model ComfyUI reads no packed weights."]
         if not others:
             return []
         return [f"{len(others)} weights stay in 16 bits, since {self.target} does not hold their"
@@ -230,6 +232,9 @@ def make_plan(source: Source, target: str | int, options: SaveOptions,
     if target in ROW_TYPES and target not in HOST_TYPES:
         raise PlanError(f"This ComfyUI does not read {target}. Update it, or choose one of"
                         f" {', '.join(HOST_TYPES)}.")
+    if target in ROW_TYPES and source.is_side_model:
+        raise PlanError(f"ComfyUI reads {target} in diffusion models and text encoders, not in this"
+                        " model. Choose a type of GGUF.")
     least = _least_types(source) if options.keep_loras and not safetensors else {}
     if isinstance(target, int):
         return _plan_for_size(source, target, least, options.sensitivity)

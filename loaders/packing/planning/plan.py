@@ -124,7 +124,7 @@ def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,
     if type_name in ROW_TYPES:
         types = {name: halves.get(name, "BF16") for name in shapes}
         return Plan(types | {name: with_fallback(type_name, shapes[name], types[name])
-                             for name in family.row_names(shapes)})
+                             for name in family.row_names(shapes, type_name)})
     for name, shape in shapes.items():
         half = halves.get(name, "BF16")
         if family.may_be_packed(name, shape, with_tables):
