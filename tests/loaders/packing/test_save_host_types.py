@@ -1,9 +1,11 @@
 """Files in ComfyUI's own types are such as ComfyUI's own: it opens them without this pack, and what
 is in them is the model with its LoRAs, rounded once."""
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import comfy.sd
-import comfy.utils
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
@@ -12,7 +14,7 @@ from encoders.encoder import hidden_states, small_towers, write_encoder
 from encoders.encoder import random_weights as random_encoder
 from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
 from families import run as run_family
-from patched_models import lora_for, packed_flux, patched, relative, run, tiny_flux
+from patched_models import flux_inputs, lora_for, packed_flux, patched, relative, run, tiny_flux
 from safetensors import safe_open
 from safetensors.torch import save_file
 from saving import SIBLINGS, save, with_markers
@@ -29,6 +31,8 @@ from featherweight.loaders.packing.planning.file_plan import (
 )
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import (
+    Source,
+    Weight,
     source_of_encoders,
     source_of_file,
     source_of_model,
@@ -189,3 +193,31 @@ def test_the_host_loads_every_text_encoder(tmp_path, name, kind):
         assert ("Nothing is in" in saved.text) == (packed == 0)
         limit = (0.12 if kind == "int8_convrot" else 0.8) if packed else 0.005
         assert relative_error(hidden_states(again), hidden_states(clip)) < limit
+
+
+def test_comfyui_without_the_pack_computes_files_as_its_own(tmp_path):
+    save_file({name: tensor.bfloat16() for name, tensor in tiny_flux().items()},
+              tmp_path / "model.safetensors")
+    source = source_of_file(tmp_path / "model.safetensors")
+    files = [save(source, tmp_path / f"{kind}.safetensors", kind).path for kind in HOST_TYPES]
+    shapes = {f"model.layers.0.self_attn.{name}_proj.weight": (rows, 1024)
+              for name, rows in (("q", 2048), ("k", 1024), ("v", 1024))}
+    shapes |= {"model.layers.0.post_attention_layernorm.weight": (1024,),
+               "model.layers.0.self_attn.q_norm.weight": (128,)}
+    encoder = Source({name: Weight(name, name, shape, values, lambda start, stop, values=values:
+                                   values[start:stop])
+                      for name, shape in shapes.items() for values in [torch.randn(shape)]})
+    clip = save(encoder, tmp_path / "clip.safetensors", "mxfp8").path
+    torch.save(flux_inputs(), tmp_path / "inputs")
+    script = Path(__file__).parents[2] / "support/host_alone.py"
+    subprocess.run(
+        [sys.executable, script, tmp_path / "inputs", tmp_path / "out", clip, *files], check=True)
+    outputs = torch.load(tmp_path / "out")
+    assert outputs.pop("pack") == [] and outputs.pop(clip.name)["formats"] == {"", "mxfp8"}
+    exact = run(load_diffusion_model(str(tmp_path / "model.safetensors")))
+    for kind, out in zip(HOST_TYPES, outputs.values(), strict=True):
+        settings, _ = layer_parts(pack_rows(torch.ones(64, 256), ROW_TYPES[kind]))
+        assert out["formats"] == {"", settings["format"]}
+        assert torch.equal(out["again"], out["model"])  # from the file that ComfyUI has saved
+        assert torch.equal(out["checkpoint"], out["model"])
+        assert relative(out["model"], exact) < (0.2 if kind == "nvfp4" else 0.06)
