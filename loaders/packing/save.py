@@ -23,14 +23,14 @@ from ...ops.quantize.second_moments import SecondMoments
 from ...ops.tensor.packed_layout import is_packed
 from ...ops.tensor.row_slicing import join_rows
 from ..byte_sizes import size_text
-from ..files.container import PLAIN_DTYPES, nbytes_of, safe_repr
+from ..files.container import PLAIN_DTYPES, safe_repr
 from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from .calibration.sequential import SequentialCalibration
 from .lora_retention import LoraRetention, dot
 from .planning.file_plan import FilePlan, plain_type, written_name
-from .planning.packing_rules import bits_per_value, with_fallback
+from .planning.packing_rules import bits_per_value, bytes_in_file, with_fallback
 from .planning.plan import DIGITS, Plan
 from .source import SaveError, Weight
 
@@ -234,7 +234,7 @@ class WeightPacker:
 
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """Returns the bytes of the file, at most, with a weight in another type than planned."""
-        more = nbytes_of(other, weight.shape) - nbytes_of(type_name, weight.shape)
+        more = bytes_in_file(other, weight.shape) - bytes_in_file(type_name, weight.shape)
         padding = DEFAULT_ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
         return self.nbytes + more + padding
 

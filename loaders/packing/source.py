@@ -92,8 +92,7 @@ class Weight:
 
     @property
     def stored_type(self) -> str:
-        """The type it is stored in: a key of FORMATS or ROW_TYPES, a plain type, or the host's name.
-        """
+        """Its type: a key of FORMATS or ROW_TYPES, a plain type, or the host's name of its own."""
         return row_type_of(self.tensor) or format_name(self.tensor)
 
     @property

@@ -44,8 +44,9 @@ if __name__ == "__main__":
     import comfy.model_management
     import comfy.sd
     import folder_paths
-    import nodes
     import torch
+
+    import nodes
 
     torch.set_num_threads(1)
     for folder in ("diffusion_models", "checkpoints", "text_encoders"):

@@ -13,7 +13,7 @@ from ....ops.quantize.row_types import ROW_TYPES
 from ...byte_sizes import size_text
 from ...files import gguf_writer, safetensors_writer
 from ...files.atomic_file import WriteError, check_writable
-from ...files.container import PLAIN_DTYPES, nbytes_of
+from ...files.container import PLAIN_DTYPES
 from ...name_lists import join_some
 from ..calibration.sensitivity import Sensitivity
 from ..source import Source, Weight
@@ -22,6 +22,7 @@ from .packing_rules import (
     PLAIN_BYTES,
     Shapes,
     bits_per_value,
+    bytes_in_file,
     divides_rows,
     rules_for,
     with_fallback,
@@ -338,7 +339,7 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
 def _gguf_metadata(shapes: Shapes, path: Path, plan: Plan) -> dict:
     sizes = Counter()
     for name, type_name in plan.types.items():
-        sizes[type_name] += nbytes_of(type_name, shapes[name])
+        sizes[type_name] += bytes_in_file(type_name, shapes[name])
     main_type = sizes.most_common(1)[0][0] if sizes else ""
     metadata = {"general.architecture": rules_for(shapes).architecture, "general.name": path.stem,
                 "general.quantization_version": gguf_writer.QUANTIZATION_VERSION}

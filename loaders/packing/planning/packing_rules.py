@@ -2,8 +2,8 @@
 
 The patterns of what stays exact follow the field's converters (ComfyUI-GGUF's `tools/convert.py`
 and `lcpp.patch`), so that files made here keep the same parts: what maps a model's inputs and
-outputs, its tables, and small tensors. In ComfyUI's own formats some more stay exact, as in files
-that convert_to_quant 1.3.4 makes (`constants.py`), and only layers are packed that ComfyUI loads so.
+outputs, its tables, and small tensors. In ComfyUI's own types some more stay exact, as in files
+that convert_to_quant 1.3.4 makes (`constants.py`), and only what ComfyUI reads packed is packed.
 """
 import math
 import re
@@ -16,6 +16,7 @@ from ....ops import formats  # noqa: F401  registers the packed formats
 from ....ops.formats.base import FORMATS
 from ....ops.formats.row_layout import COLUMNS_OF_EXAMPLE
 from ....ops.quantize.row_types import ROW_TYPES
+from ...files.container import nbytes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -308,3 +309,13 @@ def bits_per_value(type_name: str) -> float:
     if packed is None:
         return 16.0
     return 8 * (packed.block_bytes + packed.qparam_bytes()) / packed.block_length
+
+
+def bytes_in_file(type_name: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of a tensor in a type, with its scales.
+
+    In a row type its parts in a file take up to 4 bytes a row less, and some for its settings.
+    """
+    if type_name in ROW_TYPES:
+        return math.ceil(math.prod(shape) * ROW_TYPES[type_name].bits_per_value(shape) / 8)
+    return nbytes_of(type_name, shape)
