@@ -134,13 +134,16 @@ class FilePlan:
 
         Those are quantized weights that take a type at least as fine as their own or as LORA_TYPE:
         their values lie on its steps, or nearly, and a small change rounds back to them. In a
-        coarser type they are rounded like the values of a dense model.
+        coarser type they are rounded like the values of a dense model, and in a row type that is not
+        their own too.
         """
         names = set()
         for name in self.source.patched_names if self.options.keep_loras else ():
             weight = self.source.weights[name]
             bits = bits_per_value(weight.stored_type)
             is_packed = bits < bits_per_value(HALVES[0])
+            if self.types[name] in ROW_TYPES:
+                is_packed = self.types[name] == weight.stored_type
             if (len(weight.shape) > 1 and is_packed
                     and bits_per_value(self.types[name]) >= min(bits, bits_per_value(LORA_TYPE))):
                 names.add(name)

@@ -9,6 +9,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from controlnets import flux_bfl
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, small_towers, write_encoder
 from encoders.encoder import random_weights as random_encoder
@@ -29,8 +30,10 @@ from featherweight.loaders.packing.planning.file_plan import (
     plan_file,
     suffix_for,
 )
+from featherweight.loaders.packing.planning.packing_rules import GENERAL_RULES, RULES_BY_FAMILY
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import (
+    SaveError,
     Source,
     Weight,
     source_of_encoders,
@@ -221,3 +224,76 @@ def test_comfyui_without_the_pack_computes_files_as_its_own(tmp_path):
         assert torch.equal(out["again"], out["model"])  # from the file that ComfyUI has saved
         assert torch.equal(out["checkpoint"], out["model"])
         assert relative(out["model"], exact) < (0.2 if kind == "nvfp4" else 0.06)
+
+
+@each_type
+def test_a_lora_on_a_file_of_the_same_type_arrives_as_far_as_the_type_can_hold_it(tmp_path, kind):
+    save_file({name: tensor.bfloat16() for name, tensor in tiny_flux().items()},
+              tmp_path / "model.safetensors")
+    first = save(source_of_file(tmp_path / "model.safetensors"), tmp_path / "a.safetensors", kind)
+    save_file(lora_for(tiny_flux(), size=0.05), tmp_path / "lora.safetensors")
+    source = source_of_file(first.path, [(str(tmp_path / "lora.safetensors"), 1.0)])
+    told = save(source, tmp_path / "b.safetensors", kind).text
+    share = float(told.split("LoRA 1 (strength 1): ")[1].split("%")[0])
+    assert 60 < share < 130 if kind == "nvfp4" else share == pytest.approx(100, abs=2)
+
+
+@each_type
+def test_a_width_that_does_not_divide_stays_in_16_bits_and_is_told(tmp_path, kind):
+    tensors = {f"blocks.{number}.{name}.weight": torch.randn(shape) for number in range(2)
+               for name, shape in (("wide", (64, 256)), ("odd", (72, 100)), ("conv", (4, 32, 3, 3)))}
+    source = Source({name: Weight(name, name, tuple(tensor.shape), tensor,
+                                  lambda start, stop, tensor=tensor: tensor[start:stop].clone())
+                     for name, tensor in tensors.items()})
+    saved = save(source, tmp_path / "a.safetensors", kind)
+    takes = ROW_TYPES[kind].takes((72, 100))
+    assert [saved.types[name] for name in tensors] == [kind, kind if takes else "F16", "F16"] * 2
+    if takes:  # 16 does not divide 100 columns, which are not rotated
+        assert "rows and columns" not in saved.text
+        mark = stored(saved.path)["blocks.1.odd.comfy_quant"].numpy().tobytes()
+        assert b"convrot" not in mark
+    else:
+        assert (f"2 weights stay in 16 bits, since {kind} does not hold their rows and columns:"
+                " blocks.0.odd.weight, blocks.1.odd.weight.") in saved.text
+
+
+@each_type
+def test_values_that_a_type_cannot_hold_are_in_another_or_refused(tmp_path, kind):
+    def source(value: float) -> Source:
+        tensor = torch.randn(64, 256)
+        tensor[3, 5] = value
+        return Source({"blocks.0.a.weight": Weight(
+            "blocks.0.a.weight", "blocks.0.a.weight", (64, 256), tensor,
+            lambda start, stop: tensor[start:stop].clone())})
+
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(SaveError, match="'blocks.0.a.weight' cannot be saved: it has NaN or in"):
+            save(source(value), tmp_path / "a.safetensors", kind)
+    saved = save(source(1e30), tmp_path / "a.safetensors", kind)
+    values = open_weights(saved.path).state_dict()
+    assert values.keys() and saved.types["blocks.0.a.weight"] in (kind, "BF16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]
+
+
+@each_type
+def test_side_models_are_refused(tmp_path, kind):
+    save_file(dict(flux_bfl()), tmp_path / "model.safetensors")
+    with pytest.raises(PlanError, match=f"^ComfyUI reads {kind} in diffusion models and text enc"):
+        plan_file(source_of_file(tmp_path / "model.safetensors"), tmp_path / "a.safetensors", kind)
+
+
+def test_the_rules_are_those_of_the_tools():
+    """convert_to_quant 1.3.4, `constants.py`: names that its filters leave."""
+    for name, exact, packed in (
+        ("ltxv", ["transformer_blocks.0.ff.net.0.proj", "transformer_blocks.46.attn1.to_q",
+                  "transformer_blocks.20.attn1.to_gate_logits"], "transformer_blocks.2.attn1.to_q"),
+        ("lumina2", ["layers.0.adaLN_modulation.0"], "layers.0.attention.qkv"),
+        ("qwen_image", ["transformer_blocks.0.img_mod.1"], "transformer_blocks.1.img_mod.1"),
+        ("cosmos", ["blocks.0.mlp.layer1", "blocks.1.adaln_modulation_mlp.1"],
+         "blocks.1.mlp.layer1"),
+        ("general", ["txtfusion.layers.0.a", "tmlp.0", "token_refiner.0.a"], "blocks.0.a"),
+    ):
+        rules = next(rules for rules in (*RULES_BY_FAMILY, GENERAL_RULES) if rules.name == name)
+        shapes = {f"{layer}.weight": (512, 512) for layer in (*exact, packed)}
+        shapes |= {f"transformer_blocks.{number}.x": (1,) for number in range(48)}
+        assert rules.row_names(shapes, "nvfp4") == [f"{packed}.weight"], name
