@@ -113,12 +113,13 @@ class _Packed:
     """A weight packed in one type that can hold it.
 
     pieces: of rows, on the CPU. loses_change: whether a part of its change does not arrive.
-    retention: what its rows add to the sums of `LoraRetention`.
+    retention: what its rows add to the sums of `LoraRetention`. relative_error: of its values.
     """
 
     pieces: list[torch.Tensor] = field(default_factory=list)
     loses_change: bool = False
     retention: list[torch.Tensor] = field(default_factory=list)
+    relative_error: RelativeError = field(default_factory=RelativeError)
 
 
 class WeightPacker:
@@ -136,6 +137,7 @@ class WeightPacker:
         self.nbytes = plan.nbytes
         self.types: dict[str, str] = {}
         self.copied = 0
+        self.row_error = RelativeError()  # of all weights that were packed to row types
         self.notes: list[str] = []
         self.retention = LoraRetention(weight.patches for weight in self.source.weights.values())
 
@@ -170,6 +172,9 @@ class WeightPacker:
             type_name, packed = self._fall_back(weight, type_name)
         for sums in packed.retention:
             self.retention.sums += sums
+        if type_name in ROW_TYPES:
+            self.row_error.error += packed.relative_error.error
+            self.row_error.power += packed.relative_error.power
         self.types[weight.name] = type_name
         return type_name, packed.pieces
 
@@ -186,6 +191,9 @@ class WeightPacker:
     def report_lines(self) -> list[str]:
         """Returns sentences on what arrived of the changes, and on weights in unplanned types."""
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
+        if self.row_error.error:
+            decibels = 10 * math.log10(self.row_error.power / self.row_error.error)
+            lines.append(f"The packed weights are {decibels:.1f} dB above their rounding errors.")
         lines += map(str, self.retention.shares())
         lines += self.notes[:MAX_NOTES]
         if len(self.notes) > MAX_NOTES:
@@ -259,7 +267,7 @@ class WeightPacker:
 
     def _try_pack(self, weight: Weight, type_name: str, dither: bool = False) -> _Packed | None:
         """Packs a weight in a type, None where the type cannot hold its values."""
-        packed, relative_error = _Packed(), RelativeError()
+        packed = _Packed()
         moments = self._moments(weight, type_name)
 
         def pack(values: torch.Tensor) -> torch.Tensor | None:
@@ -284,8 +292,8 @@ class WeightPacker:
             if changes:
                 packed.retention.append(
                     self.retention.measure(base, changes, float_values(piece), start == 0))
-            relative_error.add(values, piece)
-        return packed if relative_error.is_small else None
+            packed.relative_error.add(values, piece)
+        return packed if packed.relative_error.is_small else None
 
     def _try_pack_whole(
             self, weight: Weight, pack: Callable[[torch.Tensor], torch.Tensor | None]
@@ -298,7 +306,7 @@ class WeightPacker:
             weight: the weight.
             pack: packs its values, or returns None.
         """
-        packed, relative_error = _Packed(), RelativeError()
+        packed = _Packed()
         values, slices = torch.empty(weight.shape), weight.slices(SLICE_VALUES)
         for start, stop in slices:
             values[start:stop] = self._patched(weight, start, stop)[2]
@@ -306,7 +314,7 @@ class WeightPacker:
         piece = pack(values)
         if piece is None:
             return None
-        relative_error.add(values, piece)
+        packed.relative_error.add(values, piece)
         del values
         packed.pieces.append(piece)
         for start, stop in slices if weight.patches else ():
@@ -314,7 +322,7 @@ class WeightPacker:
             if changes:
                 rows = float_values(take_rows(piece, slice(start, stop)))
                 packed.retention.append(self.retention.measure(base, changes, rows, start == 0))
-        return packed if relative_error.is_small else None
+        return packed if packed.relative_error.is_small else None
 
     def _patched(
             self, weight: Weight, start: int, stop: int

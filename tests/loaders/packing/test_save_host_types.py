@@ -1,6 +1,7 @@
 """Files in ComfyUI's own types are such as ComfyUI's own: it opens them without this pack, and what
 is in them is the model with its LoRAs, rounded once."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,8 @@ def test_the_host_opens_a_file_and_holds_what_packing_gives(tmp_path, kind):
               tmp_path / "model.safetensors")
     saved = save(source_of_file(tmp_path / "model.safetensors"), tmp_path / "a.safetensors", kind)
     assert saved.types[BLOCK] == kind and saved.nbytes == saved.path.stat().st_size
+    decibels, = re.findall(r"The packed weights are ([\d.]+) dB above their rounding", saved.text)
+    assert float(decibels) > LEAST_DB[kind]
     tensors = stored(saved.path)
     model = comfy.sd.load_diffusion_model(str(saved.path))
     values = host_values(model)
