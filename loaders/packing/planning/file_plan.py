@@ -134,8 +134,8 @@ class FilePlan:
 
         Those are quantized weights that take a type at least as fine as their own or as LORA_TYPE:
         their values lie on its steps, or nearly, and a small change rounds back to them. In a
-        coarser type they are rounded like the values of a dense model, and in a row type that is not
-        their own too.
+        coarser type, or in a row type that is not their own, they are rounded like the values of a
+        dense model.
         """
         names = set()
         for name in self.source.patched_names if self.options.keep_loras else ():

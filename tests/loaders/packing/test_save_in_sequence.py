@@ -111,6 +111,20 @@ def wanted_of(model) -> list:
     return [(one, run(model, one)) for one in inputs]
 
 
+@pytest.mark.parametrize("type_name", ["int8_convrot", "nvfp4"])
+def test_comfyuis_own_types_are_nearer_with_a_measurement_and_in_turn(tmp_path, type_name):
+    model = MODELS["packed"]()
+    paths = [tmp_path / f"{name}.safetensors" for name in ("plain", "apart", "turned")]
+    sensitivity = Apart(model)
+    save(source_of_model(model), paths[0], type_name)
+    save(source_of_model(model), paths[1], type_name, sensitivity=sensitivity)
+    saved = save(source_of_model(model), paths[2], type_name, calibrate=calibration_of(model))
+    assert list(saved.types.values()).count(type_name) > 8
+    wanted = wanted_of(model)
+    plain, apart, turned = (error_of(path, wanted) for path in paths)
+    assert apart < 0.5 * plain and turned < 0.5 * plain
+
+
 @pytest.mark.parametrize(
     "kind",
     [
