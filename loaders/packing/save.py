@@ -1,8 +1,8 @@
 """Saves a model as a file of packed weights: reads, patches, packs, checks and writes each weight.
 
 In memory are at most two dense slices of one weight and what packing a slice needs, unless a patch
-applies only to a whole weight; for ComfyUI's own types, some of which have one scale for a weight,
-its values too; and, with a calibration, all layers that it packed.
+applies only to a whole weight; for types of ComfyUI's own that have one scale for a weight, its
+values and what packing them needs; and, with a calibration, all layers that it packed.
 
 A small change of a quantized weight may be lost in rounding, since the weight's values lie on the
 steps of the type already. Where it is to arrive whole, it is enlarged until it does. Where a part
@@ -273,9 +273,10 @@ class WeightPacker:
         def pack(values: torch.Tensor) -> torch.Tensor | None:
             return self._pack_piece(values, weight, type_name, moments, dither)
 
-        if type_name in ROW_TYPES and weight.name not in self.must_survive:
+        is_per_tensor = type_name in ROW_TYPES and ROW_TYPES[type_name].is_per_tensor
+        if is_per_tensor and weight.name not in self.must_survive:
             return self._try_pack_whole(weight, pack)
-        is_whole = moments is not None or type_name in ROW_TYPES
+        is_whole = moments is not None or is_per_tensor
         slice_values = max(SLICE_VALUES, weight.values) if is_whole else SLICE_VALUES
         for start, stop in weight.slices(slice_values):
             base, changes, values = self._patched(weight, start, stop)
@@ -298,7 +299,7 @@ class WeightPacker:
     def _try_pack_whole(
             self, weight: Weight, pack: Callable[[torch.Tensor], torch.Tensor | None]
     ) -> _Packed | None:
-        """Packs a weight in one piece, None where the type cannot hold its values.
+        """Packs a weight of one scale in one piece, None where the type cannot hold its values.
 
         Beside its values only slices of it are dense.
 

@@ -25,6 +25,7 @@ from stored_files import FILES, diffusion_model, written
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,
@@ -243,8 +244,9 @@ def test_a_lora_on_a_file_of_the_same_type_arrives_as_far_as_the_type_can_hold_i
 
 @each_type
 def test_a_width_that_does_not_divide_stays_in_16_bits_and_is_told(tmp_path, kind):
-    tensors = {f"blocks.{number}.{name}.weight": torch.randn(shape) for number in range(2)
-               for name, shape in (("wide", (64, 256)), ("odd", (72, 100)), ("conv", (8, 16, 3, 3)))}
+    shapes = {"wide": (64, 256), "odd": (72, 100), "conv": (8, 16, 3, 3)}
+    tensors = {f"blocks.{number}.{name}.weight": torch.randn(shape)
+               for number in range(2) for name, shape in shapes.items()}
     source = Source({name: Weight(name, name, tuple(tensor.shape), tensor,
                                   lambda start, stop, tensor=tensor: tensor[start:stop].clone())
                      for name, tensor in tensors.items()})
@@ -276,6 +278,26 @@ def test_values_that_a_type_cannot_hold_are_in_another_or_refused(tmp_path, kind
     values = open_weights(saved.path).state_dict()
     assert values.keys() and saved.types["blocks.0.a.weight"] in (kind, "BF16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors"]
+
+
+@each_type
+def test_a_weight_of_several_slices_is_the_one_that_is_packed_at_once(tmp_path, monkeypatch, kind):
+    save_file({name: tensor.bfloat16() for name, tensor in tiny_flux().items()},
+              tmp_path / "model.safetensors")
+    save_file(lora_for(tiny_flux(), size=0.1), tmp_path / "lora.safetensors")
+    loras = [(str(tmp_path / "lora.safetensors"), 1.0)]
+    source = source_of_file(tmp_path / "model.safetensors", loras)
+    texts = []
+    for name, limit in (("whole", packing.SLICE_VALUES), ("sliced", 20_000)):
+        monkeypatch.setattr(packing, "SLICE_VALUES", limit)
+        torch.manual_seed(0)
+        texts.append(save(source, tmp_path / f"{name}.safetensors", kind).text.splitlines()[2:])
+    whole, sliced = (stored(tmp_path / f"{name}.safetensors") for name in ("whole", "sliced"))
+    assert texts[0] == texts[1] and sliced.keys() == whole.keys()
+    for name in [name for name in whole if f"{name.rpartition('.')[0]}.comfy_quant" in whole]:
+        if not name.endswith("bias"):
+            assert torch.equal(sliced[name].view(-1).view(torch.uint8),
+                               whole[name].view(-1).view(torch.uint8)), name
 
 
 @each_type
