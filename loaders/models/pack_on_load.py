@@ -25,13 +25,13 @@ from ..files.container import PLAIN_DTYPES, FileChangeGuard, WeightFile, safe_re
 from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
 from ..packing.planning.packing_rules import half_type, rules_for
 from ..packing.planning.plan import plan_for_type
+from ..paths.folders import packed_folder
 from ..progress import Progress
 
 log = logging.getLogger(__name__)
 
 # types that weights can be packed to, from the finest to the coarsest
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4")
-CACHE_HINT_S = 20  # after so many seconds of packing, the node mentions the cache
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class PackStats:
         unchanged: formats of the weights that were packed already, in the same order.
         seconds: of the whole load, reading included.
         cache: "kept" if the weights were written to the cache, "read" if they came from it, or "".
+        folder: of the cache, for people.
         unfit: a message for each weight that its type cannot represent.
     """
 
@@ -50,6 +51,7 @@ class PackStats:
     unchanged: tuple[str, ...] = ()
     seconds: float = 0.0
     cache: str = ""
+    folder: str = ""
     unfit: tuple[str, ...] = ()
 
     def attach(self, patcher):
@@ -66,9 +68,8 @@ class PackStats:
         else:
             text = "nothing was packed"
         if self.cache == "kept":
-            text += ", kept for the next time"
-        elif not self.cache and self.seconds >= CACHE_HINT_S and not packed_cache.is_enabled():
-            text += f" (to keep it, name a folder in {packed_cache.FOLDER})"
+            text += (f", kept for the next time in {self.folder} ({packed_cache.FOLDER}="
+                     f"{packed_cache.OFF} keeps nothing)")
         if self.unfit:
             text += f"; {self.unfit[0]}"
         if len(self.unfit) > 1:
@@ -86,7 +87,9 @@ class PackStats:
             for field in ("sources", "unchanged", "unfit"))
         caches = {part.cache for part in parts if part.sources}
         seconds = sum(part.seconds for part in parts)
-        return cls(sources, unchanged, seconds, caches.pop() if len(caches) == 1 else "", unfit)
+        cache = caches.pop() if len(caches) == 1 else ""
+        folder = next((part.folder for part in parts if part.folder), "")
+        return cls(sources, unchanged, seconds, cache, folder, unfit)
 
 
 def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_name: str,
@@ -114,44 +117,42 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     types = _types_for(weights, type_name, prefix)
     to_pack = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
                if types[name] not in PLAIN_DTYPES and not _stays(tensor)}
-    entry = packed_cache.entry_path(file, to_pack)
+    folder = packed_cache.folder(packed_folder())
+    entry = packed_cache.entry_path(file, to_pack, folder)
     cached = packed_cache.read(entry, to_pack)
     guard = _guard_of(state_dict)
     sources = collections.Counter()
     unchanged = collections.Counter()
     unfit = []
-    with packed_cache.entry_writer(None if cached else entry, to_pack) as new_entry:
-        for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
-            guard()
-            tensor = weights.pop(name)
-            if _stays(tensor):
-                unchanged[format_name(tensor)] += tensor.numel()
-                continue
-            if name not in to_pack:
-                state_dict[name] = _downcast(_read_dense(tensor), types[name])
-            else:
-                sources[_source_format(tensor)] += tensor.numel()
-                if cached:
-                    weight = cached[name]
-                else:
-                    weight = _pack(file, name, _read_dense(tensor), types[name], guard)
-                state_dict[name] = weight
-                if is_packed(weight):
-                    new_entry.write(name, weight)
-                else:
-                    unfit.append(
-                        f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
-                        f" {types[name]}"
-                    )
-                    log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
-                    new_entry.give_up("not every weight fits into its type")
-            del tensor
-            file.drop_pages()
+    for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
         guard()
-    cache = "read" if cached else "kept" if new_entry.is_written else ""
+        tensor = weights.pop(name)
+        if _stays(tensor):
+            unchanged[format_name(tensor)] += tensor.numel()
+            continue
+        if name not in to_pack:
+            state_dict[name] = _downcast(_read_dense(tensor), types[name])
+        else:
+            sources[_source_format(tensor)] += tensor.numel()
+            weight = (cached[name] if cached else
+                      _pack(file, name, _read_dense(tensor), types[name], guard))
+            state_dict[name] = weight
+            if not is_packed(weight):
+                unfit.append(
+                    f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
+                    f" {types[name]}"
+                )
+                log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
+        del tensor
+        file.drop_pages()
+    guard()
+    cache = "read" if cached else ""
+    if not cached and not unfit and packed_cache.keeps(time.perf_counter() - started):
+        packed = {name: state_dict[name] for name in to_pack}
+        cache = "kept" if packed_cache.keep(entry, packed, to_pack) else ""
     stats = PackStats(tuple(name for name, _ in sources.most_common()),
                       tuple(name for name, _ in unchanged.most_common()),
-                      time.perf_counter() - started, cache, tuple(unfit))
+                      time.perf_counter() - started, cache, str(folder), tuple(unfit))
     log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path),
              len(to_pack), len(types), type_name, stats)
     return stats
