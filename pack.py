@@ -58,8 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="pack.py",
-        description="Packs a diffusion model into a GGUF file, or into NF4 where OUT ends in"
-                    " .safetensors.",
+        description="Packs a diffusion model into a GGUF file, or into NF4 or one of ComfyUI's own"
+                    " types where OUT ends in .safetensors.",
     )
     parser.add_argument(
         "source",
@@ -68,7 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", help="the file to write; it must not exist")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
-        "--type", help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, or 'as it is'"
+        "--type",
+        help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, 'as it is', or one of ComfyUI's own:"
+             " int8_convrot, float8_e4m3fn, mxfp8, nvfp4, asym_w4a8_int8",
     )
     target.add_argument(
         "--size", type=parse_size, help="the size of the file, such as 5.9GB; never exceeded"
@@ -136,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from featherweight.loaders.packing.planning.file_plan import (
+        HOST_TYPES,
         KEEP_TYPES,
         TYPES,
         SaveOptions,
@@ -144,18 +147,20 @@ def run(arguments: argparse.Namespace) -> int:
     from featherweight.loaders.packing.save import save
     from featherweight.loaders.packing.source import source_of_file
     from featherweight.loaders.progress import Progress
+    from featherweight.ops.quantize.row_types import ROW_TYPES
 
-    if arguments.type and arguments.type not in (*TYPES, KEEP_TYPES):
+    if arguments.type and arguments.type not in (*TYPES, *ROW_TYPES, KEEP_TYPES):
         print(
-            f"Failed: unknown type {arguments.type!r}, expected {', '.join(TYPES)} or"
-            f" '{KEEP_TYPES}'."
+            f"Failed: unknown type {arguments.type!r}, expected {', '.join((*TYPES, *HOST_TYPES))}"
+            f" or '{KEEP_TYPES}'."
         )
         return USAGE
-    suffixes = {"NF4": [".safetensors"], KEEP_TYPES: [".gguf", ".safetensors"]}
+    suffixes = {name: [".safetensors"] for name in ("NF4", *ROW_TYPES)}
+    suffixes[KEEP_TYPES] = [".gguf", ".safetensors"]
     if Path(arguments.out).suffix.lower() not in suffixes.get(arguments.type, [".gguf"]):
         print(
-            f"Failed: {arguments.out} has the wrong suffix: NF4 goes into a file that ends in"
-            " .safetensors, every other type into one that ends in .gguf."
+            f"Failed: {arguments.out} has the wrong suffix: NF4 and ComfyUI's own types go into a"
+            " file that ends in .safetensors, every other type into one that ends in .gguf."
         )
         return USAGE
     sensitivity = None

@@ -10,6 +10,7 @@ from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.planning.file_plan import (
+    HOST_TYPES,
     KEEP_TYPES,
     TYPES,
     SaveOptions,
@@ -34,7 +35,7 @@ WHOLE, AS_ASKED = "arrive whole", "in the type asked for"
 
 
 class SavePackedModel(io.ComfyNode):
-    """Saves a model with its LoRAs and merges as a GGUF or NF4 file."""
+    """Saves a model with its LoRAs and merges as a GGUF file, NF4 or one of ComfyUI's own types."""
 
     @classmethod
     def define_schema(cls):
@@ -42,9 +43,10 @@ class SavePackedModel(io.ComfyNode):
             node_id="FeatherweightSavePackedModel",
             display_name="Save Packed Model (Featherweight)",
             category="Featherweight",
-            description="Saves a model with all its LoRAs and merges as a GGUF or an NF4 file, in"
-            " one type or in the best types for a size. The file loads here, in ComfyUI-GGUF and"
-            " in stable-diffusion.cpp.",
+            description="Saves a model with all its LoRAs and merges as a GGUF file, in one type or"
+            " in the best types for a size, which loads here, in ComfyUI-GGUF and in"
+            " stable-diffusion.cpp; or as NF4, int8_convrot, fp8, mxfp8 or nvfp4 in safetensors."
+            " ComfyUI loads all but NF4 without this pack.",
             search_aliases=[
                 "save model",
                 "export model",
@@ -53,6 +55,9 @@ class SavePackedModel(io.ComfyNode):
                 "quantise",
                 "save gguf",
                 "save nf4",
+                "save fp8",
+                "save int8",
+                "save nvfp4",
                 "merge save",
                 "bake lora",
                 "lora merge",
@@ -66,11 +71,13 @@ class SavePackedModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "type",
-                    options=[*TYPES, KEEP_TYPES, SIZE],
+                    options=[*TYPES, KEEP_TYPES, SIZE, *HOST_TYPES],
                     default="Q4_K",
                     tooltip="The type of the large matrices; parts that must stay exact do so. NF4"
-                    " makes a safetensors file, the others GGUF. as it is: each weight keeps its"
-                    " type. size in GB: the best mix of types for the size below.",
+                    " makes a safetensors file, the others up to Q2_K GGUF. as it is: each weight"
+                    " keeps its type. size in GB: the best mix of types for the size below. The"
+                    " last ones are ComfyUI's own, in a safetensors file that ComfyUI loads by"
+                    " itself.",
                 ),
                 io.Float.Input(
                     "size_gb",
@@ -86,7 +93,7 @@ class SavePackedModel(io.ComfyNode):
                     "filename_prefix",
                     default="diffusion_models/ComfyUI",
                     display_name="file name",
-                    tooltip="Folder and name. The type, a number and .gguf are added."
+                    tooltip="Folder and name. The type, a number and .gguf or .safetensors are added."
                     " %date:yyyy-MM-dd% and the like work as in Save Image.",
                 ),
                 io.Combo.Input(

@@ -13,7 +13,6 @@ A layer `L` has several tensors in the file and becomes one tensor, `L.weight`:
 the layers of its `mixed_precision_ops`. So a newer host adds its formats here too, and a format
 that neither reads is reported before the host fails on it.
 """
-import json
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
@@ -57,6 +56,7 @@ from ..quantizers.comfyui_marks import (
     SETTINGS,
     MarkError,
     listed_layers,
+    mark_of,
     old_markers,
     read_mark,
 )
@@ -152,7 +152,7 @@ def with_marks(file: WeightFile,
     for layer, settings in listed.items():
         if f"{layer}.weight" in state_dict:
             _reject_contradiction(file, layer, settings, state_dict)
-            state_dict[f"{layer}{MARK}"] = _as_bytes(settings)
+            state_dict[f"{layer}{MARK}"] = mark_of(settings)
     for marker in [] if SETTINGS in metadata else old_markers(state_dict):
         _reject_scales_of_inputs(file, state_dict)
         state_dict, _ = comfy.utils.convert_old_quants(
@@ -222,8 +222,8 @@ def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
         return mark
     kinds = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
     if weight.dtype in FP8 and kinds.get(format_of(settings), weight.dtype) != weight.dtype:
-        return _as_bytes(settings | {"format": str(weight.dtype).removeprefix("torch.")})
-    return _as_bytes(settings) if _bytes_of(mark).endswith(b"\0") else mark
+        return mark_of(settings | {"format": str(weight.dtype).removeprefix("torch.")})
+    return mark_of(settings) if _bytes_of(mark).endswith(b"\0") else mark
 
 
 def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
@@ -285,7 +285,7 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
             continue
         tensors = {name: read(name) for name in parts if name in names}
         if layer in settings:
-            tensors[f"{layer}{MARK}"] = _as_bytes(settings[layer])
+            tensors[f"{layer}{MARK}"] = mark_of(settings[layer])
         weight = tensors[f"{layer}.weight"]
         wide = next((name for name, part in tensors.items() if part.dtype == torch.float64), None)
         if wide is not None:
@@ -303,10 +303,6 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         except UnreadFormatError as error:
             return layer, error
     return None
-
-
-def _as_bytes(settings: Any) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
 
 
 def _bytes_of(mark: torch.Tensor) -> bytes:

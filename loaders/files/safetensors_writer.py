@@ -1,9 +1,11 @@
-"""Writes safetensors files, with 4-bit weights as bitsandbytes stores them, one tensor at a time.
+"""Writes safetensors files of packed weights, one weight at a time.
 
-`safetensors` has the layout of the file. A packed weight `X` is four tensors, as in Forge's
+`safetensors` has the layout of the file. A weight `X` of NF4 is four tensors, as in Forge's
 checkpoints: `X` uint8 (bytes, 1), `X.absmax` float32, `X.quant_map` float32 (16,) and
 `X.quant_state.bitsandbytes__nf4`, JSON as uint8 (bitsandbytes 0.50
-`functional.QuantState.as_dict`). safetensors' own `save_file` needs the whole model in memory.
+`functional.QuantState.as_dict`). A weight `L.weight` in a format of ComfyUI's own has the parts of
+`layer_parts`, and `L.comfy_quant`, JSON as uint8. These are at the end of the file, where their odd
+lengths leave other tensors aligned. safetensors' own `save_file` needs the whole model in memory.
 """
 import json
 import math
@@ -14,12 +16,18 @@ from contextlib import AbstractContextManager
 import torch
 
 from ...ops.formats.base import FORMATS
-from ...ops.tensor.packed_layout import is_packed, packed_tensors
+from ...ops.quantize.row_types import ROW_TYPES
+from ...ops.tensor.packed_layout import is_packed, packed_tensor, packed_tensors
+from ...ops.tensor.packed_tensor import PackedTensor
+from ...ops.tensor.row_slicing import join_rows
 from ..quantizers.bitsandbytes import QUANT_TYPES
+from ..quantizers.comfyui import layer_parts
+from ..quantizers.comfyui_marks import MARK, mark_of
 from .atomic_file import WeightsWriter, WriteError, new_weights
 from .safetensors import SafetensorsFile
 
 QUANT_NAMES = {packed.name: quant_type for quant_type, packed in QUANT_TYPES.items()}
+PACKED_TYPES = QUANT_NAMES.keys() | ROW_TYPES.keys()
 DTYPES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
 ALIGNMENT = 8  # of the data, so that readers can map it
 MAX_OFFSET = 10 ** 15  # reserves the digits of any offset
@@ -36,10 +44,13 @@ def parts_of(name: str, shape: Sequence[int], type_name: str) -> Parts:
     """
     if type_name in SafetensorsFile.dtypes:
         return {name: (type_name, tuple(shape))}
+    if type_name in ROW_TYPES:
+        return {part: (DTYPES[tensor.dtype], tuple(tensor.shape))
+                for part, tensor in _layer_tensors(name, _empty_weight(shape, type_name)).items()}
     if type_name not in QUANT_NAMES:
         raise WriteError(
             f"Safetensors files cannot hold weights of the type {type_name}, which is planned for"
-            f" {name}. Pick NF4, or a GGUF file.")
+            f" {name}. Pick NF4 or one of ComfyUI's own formats, or a GGUF file.")
     values = math.prod(shape)
     state = _quant_state(shape, type_name)
     return {
@@ -64,9 +75,15 @@ def safetensors_writer(path: str | os.PathLike, tensors: Tensors, metadata: Mapp
 class SafetensorsWriter(WeightsWriter):
     """Writes the tensors of a safetensors file."""
 
+    def __init__(self, file, layout):
+        super().__init__(file, layout)
+        self._marks: dict[str, torch.Tensor] = {}
+
     def write(self, name: str, type_name: str, pieces: Iterable[torch.Tensor]):
         """Writes the next tensor, with the arguments of `GGUFWriter.write`."""
         shape, _ = self.layout.tensors[name]
+        if type_name in ROW_TYPES:
+            return self._write_layer(name, join_rows(list(pieces)))
         parts = parts_of(name, shape, type_name)
         if len(parts) == 1:
             return self._write(name, parts, pieces)
@@ -87,6 +104,25 @@ class SafetensorsWriter(WeightsWriter):
         self._write(code_name, parts, codes())
         for part, tensors in zip(other_names, (scales, [codebook], [state])):
             self._write(part, parts, tensors)
+
+    def finish(self):
+        for name, mark in self._marks.items():
+            self._write_tensor(name, mark)
+        super().finish()
+
+    def _write_layer(self, name: str, weight: torch.Tensor):
+        """Writes a weight in a format of ComfyUI's own; its settings wait for `finish`."""
+        if not is_packed(weight):
+            raise ValueError(f"{name} is not packed.")
+        for part, tensor in _layer_tensors(name, weight).items():
+            if part.endswith(MARK):
+                self._marks[part] = tensor
+            else:
+                self._write_tensor(part, tensor)
+
+    def _write_tensor(self, name: str, tensor: torch.Tensor):
+        part = DTYPES[tensor.dtype], tuple(tensor.shape)
+        self._write(name, {name: part}, [tensor])
 
     def _write(self, name: str, parts: Parts, pieces: Iterable[torch.Tensor]):
         dtype, shape = parts[name]
@@ -133,6 +169,23 @@ class _Layout:
     def _json(self, entries: Mapping[str, dict]) -> bytes:
         return json.dumps({"__metadata__": self.metadata, **entries},
                           separators=(",", ":")).encode()
+
+
+def _empty_weight(shape: Sequence[int], type_name: str) -> PackedTensor:
+    """Returns a weight of a row type without values, on the meta device."""
+    packed_format, rows = ROW_TYPES[type_name].format_of(tuple(shape)), shape[0]
+    data, *qparams = (torch.empty(count, dtype=dtype, device="meta") for count, dtype in (
+        (rows * packed_format.block_bytes, torch.uint8),
+        *((qparam.length(rows), qparam.dtype) for qparam in packed_format.qparams)))
+    return packed_tensor(packed_format, data, shape, torch.float32, *qparams)
+
+
+def _layer_tensors(name: str, weight: PackedTensor) -> dict[str, torch.Tensor]:
+    """Returns name in the file -> tensor of a weight in a format of ComfyUI's own."""
+    settings, parts = layer_parts(weight)
+    layer = name.removesuffix(".weight")
+    tensors = {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+    return tensors | {f"{layer}{MARK}": mark_of(settings)}
 
 
 def _entry(dtype: str, shape: Sequence[int], first: int, last: int) -> dict:

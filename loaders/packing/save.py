@@ -18,6 +18,7 @@ from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.layers.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ...ops.quantize.pack_tensor import pack_tensor
 from ...ops.quantize.relative_error import RelativeError, float_values
+from ...ops.quantize.row_types import ROW_TYPES, pack_rows
 from ...ops.quantize.second_moments import SecondMoments
 from ...ops.tensor.packed_layout import is_packed
 from ...ops.tensor.row_slicing import join_rows
@@ -87,7 +88,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
     source, packer = plan.source, WeightPacker(plan, calibration)
     packed: dict[str, tuple[str, list[torch.Tensor]]] = {}
     if calibration is not None:
-        names = [name for name in calibration.order if plan.types[name] in FORMATS]
+        names = [name for name in calibration.order if plan.types[name] not in PLAIN_DTYPES]
         for name in track(names, [source.weights[name].values for name in names]):
             source.guard()
             packed[name] = packer.pack_in_sequence(name)
@@ -259,18 +260,19 @@ class WeightPacker:
         packed, relative_error = _Packed(), RelativeError()
         moments = self._moments(weight, type_name)
 
-        def pack_rows(values: torch.Tensor) -> torch.Tensor | None:
-            return self._pack_rows(values, weight, type_name, moments, dither)
+        def pack(values: torch.Tensor) -> torch.Tensor | None:
+            return self._pack_piece(values, weight, type_name, moments, dither)
 
-        slice_values = SLICE_VALUES if moments is None else max(SLICE_VALUES, weight.values)
+        is_whole = moments is not None or type_name in ROW_TYPES
+        slice_values = max(SLICE_VALUES, weight.values) if is_whole else SLICE_VALUES
         for start, stop in weight.slices(slice_values):
             base, changes, values = self._patched(weight, start, stop)
             _reject_bad_values(values, weight)
-            piece = pack_rows(values)
+            piece = pack(values)
             if piece is None:
                 return None
             if changes and not dither and weight.name in self.must_survive:
-                piece, loses_change = self._enlarge(piece, base, values - base, pack_rows)
+                piece, loses_change = self._enlarge(piece, base, values - base, pack)
                 if piece is None:
                     return None
                 packed.loses_change = packed.loses_change or loses_change
@@ -331,7 +333,7 @@ class WeightPacker:
             piece = enlarged
             attempt += 1
 
-    def _pack_rows(self, values: torch.Tensor, weight: Weight, type_name: str,
+    def _pack_piece(self, values: torch.Tensor, weight: Weight, type_name: str,
                    moments: SecondMoments | None, dither: bool = False) -> torch.Tensor | None:
         """Packs rows in a type, to the CPU; None where the type cannot hold them.
 
@@ -342,8 +344,11 @@ class WeightPacker:
             # Rounding to the nearest would lose a change below half a step of 16 bits.
             piece = stochastic_round(values.clone(), dtype) if weight.patches else values.to(dtype)
             return piece.cpu() if piece.isfinite().all() else None
-        device, packed_format = self.source.device, FORMATS[type_name]
+        device = self.source.device
         try:
+            if type_name in ROW_TYPES:
+                return pack_rows(values.to(device), ROW_TYPES[type_name], moments).to("cpu")
+            packed_format = FORMATS[type_name]
             if dither:
                 dithered = _round_to_q8_0(values).to(device)
                 return pack_tensor(dithered, packed_format, reference=True).to("cpu")

@@ -37,6 +37,7 @@ from ..models.module_files import module_layers
 from ..models.recipe import Recipe, model_paths
 from ..models.seedvr2 import add_texts
 from ..name_lists import join_some
+from ..quantizers.comfyui import row_type_of
 from .planning.packing_rules import half_type
 
 DIFFUSION_MODEL = "diffusion_model."
@@ -91,9 +92,9 @@ class Weight:
 
     @property
     def stored_type(self) -> str:
-        """The type it is stored in: a key of FORMATS, a plain type, or the host's name of its own.
+        """The type it is stored in: a key of FORMATS or ROW_TYPES, a plain type, or the host's name.
         """
-        return format_name(self.tensor)
+        return row_type_of(self.tensor) or format_name(self.tensor)
 
     @property
     def half(self) -> str:

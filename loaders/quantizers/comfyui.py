@@ -1,6 +1,6 @@
-"""Reads weights in ComfyUI's own quantised formats: several tensors in the file, one packed tensor.
+"""ComfyUI's own quantised formats: several tensors in the file, one packed tensor.
 
-Each layer that `pack_parts` reads has the `PARTS` of its format, `comfy_quant`, settings in JSON,
+Each layer that `pack_parts` reads, and `layer_parts` writes, has the `PARTS` of its format, `comfy_quant`, settings in JSON,
 and may have `pre_quant_scale` (K,), factors of its input. Scales in pieces are in the order of
 cuBLAS: pieces of 128 rows and 4 columns, of mxfp8 for 32 columns of the weight and of nvfp4 for 16.
 Codes of asym_w4a8_int8 have 4 or 6 bits, and tables or corrections, but not both.
@@ -37,9 +37,16 @@ from ...ops.formats.comfyui import (
     W4A16_HALF,
     W6A8,
 )
-from ...ops.formats.row_layout import RowFamily
+from ...ops.formats.row_layout import RowFamily, RowFormat
 from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
-from ...ops.tensor.packed_layout import packed_rows, packed_tensor, packed_tensors, with_low_rank
+from ...ops.quantize.row_types import ROW_TYPES
+from ...ops.tensor.packed_layout import (
+    is_packed,
+    packed_rows,
+    packed_tensor,
+    packed_tensors,
+    with_low_rank,
+)
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import describe
 from .base import HeaderOf, Quantizer
@@ -354,6 +361,94 @@ READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {
     "svdquant_w4a4": _svdquant,
 }
 
+# name of a family -> the row type whose weights are of it
+ROW_TYPE_OF = {row_type.family.name: name for name, row_type in ROW_TYPES.items()} | {
+    INT8_ROWS.name: "int8_convrot", W4A8_INTEGERS.name: "asym_w4a8_int8",
+    W4A8_TABLE.name: "asym_w4a8_int8"}
+Settings = dict[str, Any]
+
+
+def row_type_of(weight: torch.Tensor) -> str | None:
+    """Returns the key of ROW_TYPES whose files can hold a weight bit for bit, None for none."""
+    packed_format: Any = weight.params.format if is_packed(weight) else None
+    name = ROW_TYPE_OF.get(getattr(packed_format, "family", ""))
+    if name is None or not is_packed(weight) or not ROW_TYPES[name].is_per_tensor:
+        return name
+    layout = packed_format.layout
+    numbers = weight.params.row_scale if layout.row_scale else weight.params.scale
+    is_one = layout.row_scale or layout.groups == 1
+    return name if is_one and numbers is not None and bool((numbers == numbers[0]).all()) else None
+
+
+def layer_parts(weight: PackedTensor) -> tuple[Settings, Parts]:
+    """Returns what a file has of a layer's weight: the inverse of `pack_parts`.
+
+    They are what ComfyUI's own layers save, but scales of mxfp8 are bytes, as in published files:
+    older versions of safetensors have no such dtype. Rows are filled up with zeros to the multiple
+    that the format needs.
+
+    Args:
+        weight: (N, K) of a row type, as `row_type_of` says; its tensors may be on the meta device.
+
+    Returns:
+        The settings of the layer's `comfy_quant`, and the last parts of names -> tensors, which may
+        share the weight's memory.
+    """
+    packed_format: Any = weight.params.format
+    codes, *sides = packed_tensors(weight)
+    tensors = {qparam.name: side for qparam, side in zip(packed_format.qparams, sides)}
+    missing = -len(weight) % packed_format.padding
+    codes = torch.nn.functional.pad(codes.view(len(weight), -1), (0, 0, 0, missing))
+    return WRITERS[packed_format.family](packed_format, codes, tensors)
+
+
+def _float8_parts(packed_format: RowFormat, codes: torch.Tensor,
+                  tensors: Parts) -> tuple[Settings, Parts]:
+    return {"format": "float8_e4m3fn"}, {"weight": codes.view(torch.float8_e4m3fn),
+                                         SCALE: tensors["scale"][0]}
+
+
+def _mxfp8_parts(packed_format: RowFormat, codes: torch.Tensor,
+                 tensors: Parts) -> tuple[Settings, Parts]:
+    return {"format": "mxfp8"}, {"weight": codes.view(torch.float8_e4m3fn),
+                                 SCALE: _scales_in_pieces(packed_format, tensors["scale"])}
+
+
+def _nvfp4_parts(packed_format: RowFormat, codes: torch.Tensor,
+                 tensors: Parts) -> tuple[Settings, Parts]:
+    scale = _scales_in_pieces(packed_format, tensors["scale"])
+    return {"format": "nvfp4"}, {"weight": codes, SCALE: scale.view(torch.float8_e4m3fn),
+                                 SCALE_2: tensors["row_scale"][0]}
+
+
+def _int8_parts(packed_format: RowFormat, codes: torch.Tensor,
+                tensors: Parts) -> tuple[Settings, Parts]:
+    settings: Settings = {"format": "int8_tensorwise"}
+    if packed_format.layout.rotation:
+        settings |= {"convrot": True, "convrot_groupsize": packed_format.layout.rotation}
+    return settings, {"weight": codes.view(torch.int8), SCALE: tensors["scale"].view(-1, 1)}
+
+
+def _level_parts(packed_format: RowFormat, codes: torch.Tensor,
+                 tensors: Parts) -> tuple[Settings, Parts]:
+    layout = packed_format.layout
+    settings = {"format": "asym_w4a8_int8", "group_size": layout.group,
+                "convrot_groupsize": layout.rotation}
+    scale = tensors["scale"].view(len(codes), -1)
+    parts = {"weight": codes.view(torch.int8), GROUP_SCALE: scale.view(torch.float8_e4m3fn),
+             ROW_SCALE: tensors["row_scale"]}
+    if packed_format.family == W4A8.name:
+        parts[CODEBOOK] = torch.tensor(NORMAL, dtype=torch.float32, device=codes.device)
+    elif packed_format.family == W4A8_TABLE.name:
+        parts[CODEBOOK] = tensors["numbers"]
+    return settings, parts
+
+
+WRITERS: dict[str, Callable[[RowFormat, torch.Tensor, Parts], tuple[Settings, Parts]]] = {
+    F8_E4M3.name: _float8_parts, MXFP8.name: _mxfp8_parts, NVFP4_ROWS.name: _nvfp4_parts,
+    INT8_ROWS.name: _int8_parts, INT8_CONVROT.name: _int8_parts, W4A8.name: _level_parts,
+    W4A8_INTEGERS.name: _level_parts, W4A8_TABLE.name: _level_parts}
+
 
 def _pack(family: RowFamily, parts: Parts, sizes: tuple[int, ...] = (),
           **tensors: torch.Tensor) -> PackedTensor:
@@ -378,13 +473,29 @@ def _scales_in_order(family: RowFamily, parts: Parts) -> torch.Tensor:
     scale, weight = parts[SCALE], parts["weight"]
     layout = family.example
     rows, columns = len(weight), weight.shape[1] * 8 // layout.codes.bits // layout.group
-    pieces = -(-rows // PIECE_ROWS), -(-columns // PIECE_COLUMNS)
-    stored = pieces[0] * PIECE_ROWS, pieces[1] * PIECE_COLUMNS
+    pieces, stored = _pieces(rows, columns)
     if scale.numel() != math.prod(stored) or (
             scale.ndim == 2 and tuple(scale.shape) != stored):
         raise PartError(f"its {SCALE} is {describe(scale)}, expected {stored}")
     blocks = scale.contiguous().view(torch.uint8).view(*pieces, 32, 4, PIECE_COLUMNS)
     return blocks.permute(0, 3, 2, 1, 4).reshape(stored)[:rows, :columns].flatten()
+
+
+def _scales_in_pieces(packed_format: RowFormat, scale: torch.Tensor) -> torch.Tensor:
+    """Returns scales in the order of the values, flat bytes, as files store them, (R, C)."""
+    columns = packed_format.layout.groups
+    rows = scale.numel() // columns
+    pieces, stored = _pieces(rows, columns)
+    scale = torch.nn.functional.pad(
+        scale.view(rows, columns), (0, stored[1] - columns, 0, stored[0] - rows))
+    blocks = scale.view(pieces[0], 4, 32, pieces[1], PIECE_COLUMNS)
+    return blocks.permute(0, 3, 2, 1, 4).reshape(stored)
+
+
+def _pieces(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns how many pieces hold the scales of a weight, and the rows and columns of them all."""
+    pieces = -(-rows // PIECE_ROWS), -(-columns // PIECE_COLUMNS)
+    return pieces, (pieces[0] * PIECE_ROWS, pieces[1] * PIECE_COLUMNS)
 
 
 def _size(settings: Mapping, name: str, default: int) -> int:

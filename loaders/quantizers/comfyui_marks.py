@@ -8,9 +8,12 @@
 
 Tools change the names of tensors and leave those in the metadata, or the marker, as they were.
 """
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
+
+import torch
 
 from ...ops.bounded_json import read_json
 from ...ops.pickle_names import short_error_name
@@ -39,6 +42,11 @@ def read_mark(data: bytes) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise MarkError("its comfy_quant is not a JSON object")
     return settings
+
+
+def mark_of(settings: Any) -> torch.Tensor:
+    """Returns the `comfy_quant` of a layer with some settings, uint8."""
+    return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
 
 
 def listed_layers(metadata: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

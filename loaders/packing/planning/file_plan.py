@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from comfy.quant_ops import QUANT_ALGOS
+
 from ....ops.formats.base import FORMATS
+from ....ops.quantize.row_types import ROW_TYPES
 from ...byte_sizes import size_text
 from ...files import gguf_writer, safetensors_writer
 from ...files.atomic_file import WriteError, check_writable
 from ...files.container import PLAIN_DTYPES, nbytes_of
+from ...name_lists import join_some
 from ..calibration.sensitivity import Sensitivity
 from ..source import Source, Weight
 from .packing_rules import (
@@ -27,6 +31,9 @@ from .plan import DIGITS, Plan, PlanError, plan_for_size, plan_for_type, too_sma
 LORA_TYPE = "Q6_K"  # the least type for coarsely quantized weights with a LoRA
 # The types that people are offered, the finest first.
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")
+# ComfyUI's own types that this ComfyUI reads; int8_convrot is called int8_tensorwise in files.
+HOST_TYPES = tuple(
+    name for name in ROW_TYPES if name == "int8_convrot" or name in QUANT_ALGOS)
 KEEP_TYPES = "as it is"  # in place of a type: each weight keeps the type it is stored in
 COARSE_BITS = 3.0  # bits of a value below which saving a model again is worth a warning
 # Norms that are called `.scale` in the field's files.
@@ -89,7 +96,7 @@ class FilePlan:
     @property
     def notes(self) -> list[str]:
         """Notes for people on what the file will lack, and on its measurement."""
-        notes = [*self.source.notes, *_warnings(self.source)]
+        notes = [*self.source.notes, *_warnings(self.source), *self._notes_on_widths()]
         if self.options.sensitivity is not None:
             rules = rules_for(self.source.shapes)
             packed = [
@@ -98,6 +105,18 @@ class FilePlan:
             ]
             notes += self.options.sensitivity.notes(packed, self.max_bytes is not None)
         return notes
+
+    def _notes_on_widths(self) -> list[str]:
+        """Returns a note on weights whose shapes the row type asked for does not hold."""
+        if self.target not in ROW_TYPES:
+            return []
+        shapes = self.source.shapes
+        others = [name for name in rules_for(shapes).row_names(shapes)
+                  if self.types[name] != self.target]
+        if not others:
+            return []
+        return [f"{len(others)} weights stay in 16 bits, since {self.target} does not hold their"
+                f" rows and columns: {join_some(others)}."]
 
     @property
     def text(self) -> str:
@@ -118,7 +137,7 @@ class FilePlan:
         for name in self.source.patched_names if self.options.keep_loras else ():
             weight = self.source.weights[name]
             bits = bits_per_value(weight.stored_type)
-            is_packed = weight.stored_type in FORMATS and bits < bits_per_value(HALVES[0])
+            is_packed = bits < bits_per_value(HALVES[0])
             if (len(weight.shape) > 1 and is_packed
                     and bits_per_value(self.types[name]) >= min(bits, bits_per_value(LORA_TYPE))):
                 names.add(name)
@@ -166,13 +185,14 @@ def reject_own_files(path: str | os.PathLike, *sources: Source):
 
 
 def suffix_for(source: Source, target: str | int) -> str:
-    """Returns ".safetensors" for NF4, or for a model stored in its types that keeps them.
+    """Returns ".safetensors" for NF4 and ComfyUI's own types, or for a model that keeps them.
 
     Otherwise ".gguf".
     """
     stored = {weight.stored_type for weight in source.weights.values()}
-    keeps_safetensors = target == KEEP_TYPES and stored & safetensors_writer.QUANT_NAMES.keys()
-    return ".safetensors" if target == "NF4" or keeps_safetensors else ".gguf"
+    keeps_safetensors = target == KEEP_TYPES and stored & safetensors_writer.PACKED_TYPES
+    is_one = target in safetensors_writer.PACKED_TYPES
+    return ".safetensors" if is_one or keeps_safetensors else ".gguf"
 
 
 def is_safetensors(path: Path) -> bool:
@@ -201,17 +221,29 @@ def make_plan(source: Source, target: str | int, options: SaveOptions,
         source: of the weights.
         target: a type by name, KEEP_TYPES, or the bytes of all tensors.
         options: for their measurement and `keep_loras`.
-        safetensors: whether the file is safetensors, which holds only NF4 and plain types.
+        safetensors: whether the file is safetensors, which holds only NF4, ComfyUI's own types and
+            plain ones.
 
     Raises:
-        PlanError: where no types fit into the size.
+        PlanError: where no types fit into the size, or this ComfyUI does not read the type.
     """
+    if target in ROW_TYPES and target not in HOST_TYPES:
+        raise PlanError(f"This ComfyUI does not read {target}. Update it, or choose one of"
+                        f" {', '.join(HOST_TYPES)}.")
     least = _least_types(source) if options.keep_loras and not safetensors else {}
     if isinstance(target, int):
         return _plan_for_size(source, target, least, options.sensitivity)
     shapes, weights = source.shapes, source.weights
     if target == KEEP_TYPES:
         types = {name: _keep_type(weights[name], safetensors) for name in shapes}
+    elif target in ROW_TYPES:
+        family = rules_for(shapes)
+        types = plan_for_type(shapes, target, family, source.halves).types
+        for name, type_name in types.items():
+            # ComfyUI computes a text encoder in the dtype of its norms.
+            if (type_name in HALVES and weights[name].stored_type == "F32" and not family.embedding
+                    and family.exact_type(name, shapes[name], type_name) == "F32"):
+                types[name] = "F32"
     else:
         types = plan_for_type(shapes, target, rules_for(shapes), source.halves).types
         for name, type_name in types.items():
@@ -343,5 +375,9 @@ def _is_ggml(weight: Weight) -> bool:
 def _keep_type(weight: Weight, safetensors: bool) -> str:
     """Returns the type a weight is stored in where a file can hold it, else its 16-bit type."""
     stored_type = weight.stored_type
-    is_writable = stored_type in safetensors_writer.QUANT_NAMES if safetensors else _is_ggml(weight)
+    is_writable = _is_ggml(weight)
+    if safetensors:
+        is_writable = stored_type in safetensors_writer.PACKED_TYPES and (
+            stored_type not in ROW_TYPES or not weight.patches
+            or divides_rows(stored_type, weight.shape))
     return stored_type if is_writable or stored_type in PLAIN_BYTES else weight.half

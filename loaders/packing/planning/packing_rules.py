@@ -2,7 +2,8 @@
 
 The patterns of what stays exact follow the field's converters (ComfyUI-GGUF's `tools/convert.py`
 and `lcpp.patch`), so that files made here keep the same parts: what maps a model's inputs and
-outputs, its tables, and small tensors.
+outputs, its tables, and small tensors. In ComfyUI's own formats some more stay exact, as in files
+that convert_to_quant 1.3.4 makes (`constants.py`), and only layers are packed that ComfyUI loads so.
 """
 import math
 import re
@@ -13,6 +14,8 @@ import torch
 
 from ....ops import formats  # noqa: F401  registers the packed formats
 from ....ops.formats.base import FORMATS
+from ....ops.formats.row_layout import COLUMNS_OF_EXAMPLE
+from ....ops.quantize.row_types import ROW_TYPES
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,11 +29,17 @@ HALVES = ("F16", "BF16")
 PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SMALL = 1024  # values of a tensor up to which packing gains nothing
 NUMBERED = re.compile(r"(^|\.)\d+\.")
+BLOCK = re.compile(r"\w*blocks\.(\d+)\.")
 # Tables and gates that are added to or multiplied with activations: float32 in the field's files.
 PRECISE = re.compile(r"(^|\.)(modulation|scale_shift_table|emb_pos|ff_i\.gate\.weight)$")
 # What stays exact in a model of an unknown family: what is before, between and after its blocks.
 KEEP_EXACT = (
     r"embed|^\w*_in\.|^proj_(in|out)\.|^final|^head\.|^adaln_single\.|relative_attention_bias"
+)
+# Of such a model (Krea 2, Boogu, Ideogram 4, MiniMax-H3) in ComfyUI's own formats.
+KEEP_EXACT_IN_ROWS = (
+    r"^(first|last|tmlp|tproj|txtmlp|txtfusion)\.|^norm_out\.|adaln_proj|llm_cond_proj|token_refiner"
+    r"|patch_proj|condition_proj|image_index"
 )
 
 
@@ -48,6 +57,8 @@ class PackingRules:
         exact: pattern of names that are never packed.
         convolutions: the type of weights of three and more dimensions, None for the source's.
         embedding: pattern of lookup tables that may be packed, None for no tables.
+        exact_in_rows: pattern of further names that are not packed to row types.
+        outer_blocks: how many blocks at each end are not packed to row types.
     """
 
     name: str
@@ -56,6 +67,8 @@ class PackingRules:
     exact: str
     convolutions: str | None = None
     embedding: str | None = None
+    exact_in_rows: str | None = None
+    outer_blocks: int = 0
 
     def may_be_packed(self, name: str, shape: tuple[int, ...], embeddings: bool = True) -> bool:
         """Returns whether a tensor is a matrix of a block, or a lookup table that may be packed.
@@ -72,6 +85,19 @@ class PackingRules:
         if self.embedding and re.search(self.embedding, name):
             return embeddings
         return bool(NUMBERED.search(name)) and not re.search(self.exact, name)
+
+    def row_names(self, shapes: Shapes) -> list[str]:
+        """Returns the names of the matrices that may be packed to a type of `ROW_TYPES`.
+
+        Those are weights of linear layers in blocks. ComfyUI reads no tables in most of its formats.
+        """
+        names = [name for name, shape in shapes.items()
+                 if name.endswith(".weight") and self.may_be_packed(name, shape, embeddings=False)
+                 and not (self.exact_in_rows and re.search(self.exact_in_rows, name))]
+        numbers = {name: int(match[1]) for name in shapes if (match := BLOCK.match(name))}
+        last = max(numbers.values(), default=0) - self.outer_blocks
+        return [name for name in names
+                if name not in numbers or self.outer_blocks <= numbers[name] <= last]
 
     def exact_type(self, name: str, shape: tuple[int, ...], half: str) -> str:
         """Returns "F32", or for a larger matrix `half`, the 16-bit type of the source."""
@@ -137,6 +163,10 @@ RULES_BY_FAMILY = (
             r"modulation$|^patch_embedding|^(text|time)_(embedding|projection)\.|^img_emb\."
             r"|^head\."
         ),
+        exact_in_rows=(
+            r"audio_encoder|frame_packer|cond_encoder|face_(encoder|adapter)|motion_encoder"
+            r"|audio_injector|control_adapter"
+        ),
     ),
     PackingRules(
         "ltxv", "ltxv",
@@ -145,11 +175,14 @@ RULES_BY_FAMILY = (
             r"adaln_single\.|caption_projection\.|patchify_proj\.|proj_out\.|scale_shift_table"
             r"|embeddings_connector\."
         ),
+        exact_in_rows=r"to_gate_logits",
+        outer_blocks=2,
     ),
     PackingRules(
         "lumina2", "lumina2",
         signature=r"^cap_embedder\.1\.weight$",
         exact=r"^(t|x|cap|siglip)_embedder\.|^final_layer\.|^(context|noise|siglip)_refiner\.",
+        exact_in_rows=r"adaLN_modulation",
     ),
     PackingRules(
         "hidream", "hidream",
@@ -160,6 +193,7 @@ RULES_BY_FAMILY = (
         "qwen_image", "qwen_image",
         signature=r"^time_text_embed\.timestep_embedder\.linear_1\.bias$",
         exact=r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\.",
+        exact_in_rows=r"^transformer_blocks\.0\.img_mod\.",
     ),
     PackingRules(
         "aura", "aura",
@@ -173,6 +207,7 @@ RULES_BY_FAMILY = (
         "cosmos", "cosmos",
         signature=r"^blocks\.(block)?0\..*adaln_modulation_self_attn\.1\.weight$|^blocks\.block0\.",
         exact=r"^(x|t|extra_pos)_embedder|^final_layer\.|^affline_norm|^llm_adapter\.",
+        exact_in_rows=r"^blocks\.0\.|^blocks\.1\.adaln_modulation",
     ),
     PackingRules(
         "text encoder", "",
@@ -189,9 +224,10 @@ RULES_BY_FAMILY = (
         embedding=(
             r"^shared\.|(^|\.)(embed_tokens|token_embedding|word_embeddings|lm_head)\.weight$"
         ),
+        exact_in_rows=r"in_proj_[ab]\.|(^|\.)mtp\.|per_layer_(input_gate|projection)|audio",
     ),
 )
-GENERAL_RULES = PackingRules("general", "", "", KEEP_EXACT)
+GENERAL_RULES = PackingRules("general", "", "", KEEP_EXACT, exact_in_rows=KEEP_EXACT_IN_ROWS)
 
 
 def rules_for(shapes: Shapes) -> PackingRules:
@@ -214,10 +250,13 @@ def half_type(dtype: torch.dtype) -> str:
 def divides_rows(type_name: str, shape: tuple[int, ...]) -> bool:
     """Returns whether the blocks of a type divide the rows of a tensor.
 
-    Formats with separate scales always do: their blocks continue from row to row.
+    Formats with separate scales always do: their blocks continue from row to row. ComfyUI's own
+    hold matrices, some of them of certain sizes only.
     """
     if type_name in PLAIN_BYTES:
         return True
+    if type_name in ROW_TYPES:
+        return ROW_TYPES[type_name].takes(shape)
     packed = FORMATS[type_name]
     return bool(packed.qparams) or shape[-1] % packed.block_length == 0
 
@@ -236,10 +275,13 @@ def with_fallback(type_name: str, shape: tuple[int, ...], half: str = "F16") -> 
 def bits_per_value(type_name: str) -> float:
     """Returns the bits of a value in a type, scales included.
 
-    16 for the host's own quantized types, whose layers are saved dequantized.
+    Of a row type in rows of `COLUMNS_OF_EXAMPLE`. 16 for types of the host that are none of these,
+    whose layers are saved dequantized.
     """
     if type_name in PLAIN_BYTES:
         return 8.0 * PLAIN_BYTES[type_name]
+    if type_name in ROW_TYPES:
+        return ROW_TYPES[type_name].bits_per_value((COLUMNS_OF_EXAMPLE, COLUMNS_OF_EXAMPLE))
     packed = FORMATS.get(type_name)
     if packed is None:
         return 16.0

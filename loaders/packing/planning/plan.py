@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ....ops.bounded_json import read_json
 from ....ops.pickle_names import short_error_name
+from ....ops.quantize.row_types import ROW_TYPES
 from ...byte_sizes import size_text, type_lines, unit_of
 from ...files.container import nbytes_of
 from .knapsack import choose_types
@@ -109,16 +110,21 @@ def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,
                   halves: Mapping[str, str] | None = None) -> Plan:
     """Plans one type for every matrix that may be packed, or the type that replaces it.
 
-    NF4 and FP4 leave lookup tables exact, as Forge's files do.
+    NF4 and FP4 leave lookup tables exact, as Forge's files do. Of a row type, tensors that stay exact
+    have their 16-bit type, as in ComfyUI's own files.
 
     Args:
         shapes: name -> logical shape, in the host's names without prefix.
-        type_name: a key of FORMATS or a plain type.
+        type_name: a key of FORMATS or ROW_TYPES, or a plain type.
         family: the rules of the model.
         halves: name -> the 16-bit type where it is not packed; "BF16" for names without one.
     """
     halves, types = halves or {}, {}
     with_tables = type_name not in ("NF4", "FP4")
+    if type_name in ROW_TYPES:
+        types = {name: halves.get(name, "BF16") for name in shapes}
+        return Plan(types | {name: with_fallback(type_name, shapes[name], types[name])
+                             for name in family.row_names(shapes)})
     for name, shape in shapes.items():
         half = halves.get(name, "BF16")
         if family.may_be_packed(name, shape, with_tables):
