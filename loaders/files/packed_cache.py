@@ -11,7 +11,7 @@ loads without it.
 | in an entry | content |
 |---|---|
 | `X` | U8, the blocks of the weight X |
-| `X.scale` | F32, its scales, if the format stores them separately |
+| `X.scale` ... | F32 or U8, what the format stores beside them, by its names |
 | `featherweight.digests` | U8, SHA-256 of each other tensor, sorted by name |
 
 A load compares the digests, and finds what a drive has changed. Entries of 0.2.1 and before have
@@ -31,7 +31,7 @@ from typing import cast
 
 import torch
 
-from ...ops.formats.base import FORMATS
+from ...ops.quantize.row_types import format_of
 from ...ops.tensor.packed_layout import packed_tensor, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..byte_sizes import size_text
@@ -125,8 +125,9 @@ def _last_use(entry: Path) -> Path:
 
 def _packed(file: SafetensorsFile, name: str, type_name: str,
             shape: tuple[int, ...]) -> torch.Tensor:
-    scale = file.tensor(f"{name}.scale") if FORMATS[type_name].qparams else None
-    return packed_tensor(FORMATS[type_name], file.tensor(name), shape, scale=scale)
+    packed_format = format_of(type_name, shape)
+    sides = (file.tensor(f"{name}.{qparam.name}") for qparam in packed_format.qparams)
+    return packed_tensor(packed_format, file.tensor(name), shape, torch.float32, *sides)
 
 
 def _check_digests(weights: Mapping[str, torch.Tensor], stored: torch.Tensor):
@@ -144,7 +145,9 @@ def _check_digests(weights: Mapping[str, torch.Tensor], stored: torch.Tensor):
 
 def _parts_of(name: str, weight: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
     """Returns the tensors of a packed weight by their names in an entry."""
-    return zip((name, f"{name}.scale"), packed_tensors(cast(PackedTensor, weight)))
+    weight = cast(PackedTensor, weight)
+    sides = (f"{name}.{qparam.name}" for qparam in weight.params.format.qparams)
+    return zip((name, *sides), packed_tensors(weight))
 
 
 def _digests_of(weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
@@ -185,8 +188,7 @@ def keep(entry: Path | None, weights: Mapping[str, torch.Tensor], types: PackedT
         with safetensors_writer(entry, tensors, {}) as writer:
             for name in types:
                 for part, tensor in _parts_of(name, weights[name]):
-                    writer.write(part, "U8" if tensor.dtype == torch.uint8 else "F32",
-                                 [tensor.cpu()])
+                    writer.write(part, _type_of(tensor.dtype), [tensor.cpu()])
             joined = b"".join(digests[part] for part in sorted(digests))
             writer.write(DIGESTS, "U8", [torch.frombuffer(bytearray(joined), dtype=torch.uint8)])
     except (WriteError, OSError) as error:  # another process may have written it meanwhile
@@ -201,13 +203,18 @@ def _all_parts(types: PackedTypes,
     """Returns the tensors of an entry: name -> (shape, type)."""
     parts = {}
     for name, (type_name, shape) in types.items():
-        packed, values = FORMATS[type_name], math.prod(shape)
+        packed, values = format_of(type_name, shape), math.prod(shape)
         parts[name] = (-(-values * packed.block_bytes // packed.block_length),), "U8"
-        if packed.qparams:
-            parts[f"{name}.scale"] = (-(-values // packed.block_length),), "F32"
+        for qparam in packed.qparams:
+            length = qparam.length(-(-values // packed.block_length))
+            parts[f"{name}.{qparam.name}"] = (length,), _type_of(qparam.dtype)
     if with_digests:
         parts[DIGESTS] = (DIGEST_BYTES * len(parts),), "U8"
     return parts
+
+
+def _type_of(dtype: torch.dtype) -> str:
+    return "U8" if dtype == torch.uint8 else "F32"
 
 
 def _limit() -> float:
