@@ -44,6 +44,7 @@ from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats.base import GGML_FORMATS
 from featherweight.ops.host_versions import NEWEST_HOST, OLDEST_HOST
 from featherweight.ops.kernels.cpp_backend import COMPILERS
+from featherweight.ops.quantize.row_types import ROW_TYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -344,10 +345,10 @@ def test_the_error_of_int8_is_the_one_that_was_measured():
 def test_choosing_names_the_types_that_loaders_and_the_saving_node_have():
     row, = re.findall(r"^\| types \| (.*) \| (.*) \|$", PAGES["choosing"], re.M)
     loading, saving = row
-    assert set(re.findall(r"\w*Q\w+|NF4", loading)) == set(pack_on_load.TYPES)
+    assert set(re.findall(r"\w*Q\w+|NF4|\w+_\w+|mxfp8|nvfp4", loading)) == set(pack_on_load.TYPES)
     added = set(file_plan.TYPES) - set(pack_on_load.TYPES)
     assert saving.startswith(f"the same and {', '.join(added)}, ")
-    assert set(pack_on_load.TYPES) <= set(file_plan.TYPES)
+    assert set(pack_on_load.TYPES) <= {*file_plan.TYPES, *ROW_TYPES}
 
 
 def test_a_gguf_that_can_be_packed_is_described_alike():

@@ -25,7 +25,6 @@ from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import source_of_file, source_of_model
 from featherweight.loaders.quantizers.comfyui import layer_parts
 from featherweight.ops.quantize.row_types import ROW_TYPES, pack_rows
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 each_type = pytest.mark.parametrize("kind", HOST_TYPES)
