@@ -93,8 +93,8 @@ class SavePackedModel(io.ComfyNode):
                     "filename_prefix",
                     default="diffusion_models/ComfyUI",
                     display_name="file name",
-                    tooltip="Folder and name. The type, a number and .gguf or .safetensors are added."
-                    " %date:yyyy-MM-dd% and the like work as in Save Image.",
+                    tooltip="Folder and name. The type, a number and .gguf or .safetensors are"
+                    " added. %date:yyyy-MM-dd% and the like work as in Save Image.",
                 ),
                 io.Combo.Input(
                     "folder",

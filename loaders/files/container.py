@@ -20,7 +20,6 @@ import torch
 
 from ...ops.formats.base import FORMATS
 from ...ops.pickle_names import short_error_name
-from ...ops.quantize.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import packed_tensor
 from ...ops.tensor.packed_tensor import SOURCE_PATH
 from ...ops.tensor.read_only_memory import guards_of, mark_read_only
@@ -398,15 +397,10 @@ def explain_oserror(path: Path) -> Iterator[None]:
 
 
 def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
-    """Returns the bytes of a tensor in a packed format, with its scales, or in a plain type.
-
-    In a row type the parts in a file take up to 4 bytes a row less, and some for its settings.
-    """
+    """Returns the bytes of a tensor in a packed format, with its scales, or in a plain type."""
     values = math.prod(shape)
     if type_name in PLAIN_DTYPES:
         return values * PLAIN_DTYPES[type_name].itemsize
-    if type_name in ROW_TYPES:
-        return math.ceil(values * ROW_TYPES[type_name].bits_per_value(tuple(shape)) / 8)
     packed = FORMATS[type_name]
     scales = -(-values // packed.block_length) * packed.qparam_bytes()
     return -(-values * packed.block_bytes // packed.block_length) + scales

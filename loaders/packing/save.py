@@ -1,12 +1,14 @@
 """Saves a model as a file of packed weights: reads, patches, packs, checks and writes each weight.
 
 In memory are at most two dense slices of one weight and what packing a slice needs, unless a patch
-applies only to a whole weight; and, with a calibration, all layers that it packed.
+applies only to a whole weight; for ComfyUI's own types, some of which have one scale for a weight,
+its values too; and, with a calibration, all layers that it packed.
 
 A small change of a quantized weight may be lost in rounding, since the weight's values lie on the
 steps of the type already. Where it is to arrive whole, it is enlarged until it does. Where a part
 is lost even in Q8_0, values are rounded stochastically.
 """
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +23,16 @@ from ...ops.quantize.relative_error import RelativeError, float_values
 from ...ops.quantize.row_types import ROW_TYPES, pack_rows
 from ...ops.quantize.second_moments import SecondMoments
 from ...ops.tensor.packed_layout import is_packed
-from ...ops.tensor.row_slicing import join_rows
+from ...ops.tensor.row_slicing import join_rows, take_rows
 from ..byte_sizes import size_text
-from ..files.container import PLAIN_DTYPES, nbytes_of, safe_repr
+from ..files.container import PLAIN_DTYPES, safe_repr
 from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from .calibration.sequential import SequentialCalibration
 from .lora_retention import LoraRetention, dot
 from .planning.file_plan import FilePlan, plain_type, written_name
-from .planning.packing_rules import bits_per_value, with_fallback
+from .planning.packing_rules import bits_per_value, bytes_in_file, with_fallback
 from .planning.plan import DIGITS, Plan
 from .source import SaveError, Weight
 
@@ -234,7 +236,7 @@ class WeightPacker:
 
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """Returns the bytes of the file, at most, with a weight in another type than planned."""
-        more = nbytes_of(other, weight.shape) - nbytes_of(type_name, weight.shape)
+        more = bytes_in_file(other, weight.shape) - bytes_in_file(type_name, weight.shape)
         padding = DEFAULT_ALIGNMENT if bits_per_value(other) > bits_per_value(type_name) else 0
         return self.nbytes + more + padding
 
@@ -263,6 +265,8 @@ class WeightPacker:
         def pack(values: torch.Tensor) -> torch.Tensor | None:
             return self._pack_piece(values, weight, type_name, moments, dither)
 
+        if type_name in ROW_TYPES and weight.name not in self.must_survive:
+            return self._try_pack_whole(weight, pack)
         is_whole = moments is not None or type_name in ROW_TYPES
         slice_values = max(SLICE_VALUES, weight.values) if is_whole else SLICE_VALUES
         for start, stop in weight.slices(slice_values):
@@ -281,6 +285,35 @@ class WeightPacker:
                 packed.retention.append(
                     self.retention.measure(base, changes, float_values(piece), start == 0))
             relative_error.add(values, piece)
+        return packed if relative_error.is_small else None
+
+    def _try_pack_whole(
+            self, weight: Weight, pack: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> _Packed | None:
+        """Packs a weight in one piece, None where the type cannot hold its values.
+
+        Beside its values only slices of it are dense.
+
+        Args:
+            weight: the weight.
+            pack: packs its values, or returns None.
+        """
+        packed, relative_error = _Packed(), RelativeError()
+        values, slices = torch.empty(weight.shape), weight.slices(SLICE_VALUES)
+        for start, stop in slices:
+            values[start:stop] = self._patched(weight, start, stop)[2]
+        _reject_bad_values(values, weight)
+        piece = pack(values)
+        if piece is None:
+            return None
+        relative_error.add(values, piece)
+        del values
+        packed.pieces.append(piece)
+        for start, stop in slices if weight.patches else ():
+            base, changes, _ = self._patched(weight, start, stop)
+            if changes:
+                rows = float_values(take_rows(piece, slice(start, stop)))
+                packed.retention.append(self.retention.measure(base, changes, rows, start == 0))
         return packed if relative_error.is_small else None
 
     def _patched(
@@ -321,11 +354,14 @@ class WeightPacker:
             is lost.
         """
         power, factor, attempt = dot(change, change), 1.0, 0
+        best, nearest = piece, math.inf
         while True:
             share = dot(float_values(piece) - base, change) / power if power else 1.0
+            if abs(share - 1) < nearest:
+                best, nearest = piece, abs(share - 1)
             is_largest = factor == MAX_ENLARGED and share < 1
             if abs(share - 1) <= WHOLE or attempt == ATTEMPTS or is_largest:
-                return piece, abs(share - 1) > 2 * WHOLE
+                return best, nearest > 2 * WHOLE
             factor = min(factor / max(share, 0.1), MAX_ENLARGED)
             enlarged = pack(base + factor * change)
             if enlarged is None:

@@ -92,8 +92,7 @@ class Weight:
 
     @property
     def stored_type(self) -> str:
-        """The type it is stored in: a key of FORMATS or ROW_TYPES, a plain type, or the host's name.
-        """
+        """Its type: a key of FORMATS or ROW_TYPES, a plain type, or the host's name of its own."""
         return row_type_of(self.tensor) or format_name(self.tensor)
 
     @property
@@ -167,6 +166,7 @@ class Source:
         guard: raises WeightFileError where a file of the weights was changed.
         paths: of the files they were loaded from, which a new file may not replace.
         metadata: texts that the host reads beside the weights.
+        is_side_model: whether it is one of `SIDE_MODELS`.
     """
 
     weights: dict[str, Weight]
@@ -176,6 +176,7 @@ class Source:
     guard: Callable[[], None] = lambda: None
     paths: Collection[Path] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    is_side_model: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -501,7 +502,7 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
         if key == CONFIG or (is_side_model and not key.startswith(NOT_KEPT))
     }
     return Source(weights, notes=notes, drop_pages=file.drop_pages, guard=guard, paths=paths,
-                  metadata=metadata)
+                  metadata=metadata, is_side_model=is_side_model)
 
 
 def _in_the_hosts_names(file: WeightFile, state_dict: dict[str, torch.Tensor],

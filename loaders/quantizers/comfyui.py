@@ -1,9 +1,10 @@
 """ComfyUI's own quantised formats: several tensors in the file, one packed tensor.
 
-Each layer that `pack_parts` reads, and `layer_parts` writes, has the `PARTS` of its format, `comfy_quant`, settings in JSON,
-and may have `pre_quant_scale` (K,), factors of its input. Scales in pieces are in the order of
-cuBLAS: pieces of 128 rows and 4 columns, of mxfp8 for 32 columns of the weight and of nvfp4 for 16.
-Codes of asym_w4a8_int8 have 4 or 6 bits, and tables or corrections, but not both.
+A layer that `pack_parts` reads, or `layer_parts` makes, has the `PARTS` of its format,
+`comfy_quant`, settings in JSON, and may have `pre_quant_scale` (K,), factors of its input. Scales
+in pieces are in the order of cuBLAS: pieces of 128 rows and 4 columns, of mxfp8 for 32 columns of
+the weight and of nvfp4 for 16. Codes of asym_w4a8_int8 have 4 or 6 bits, and tables or corrections,
+but not both.
 
 Sources: comfy-kitchen 0.2.26 and 0.2.40 `tensor/*.py`, ComfyUI 0.30 and 0.33 `comfy/ops.py`,
 convert_to_quant.
@@ -39,7 +40,6 @@ from ...ops.formats.comfyui import (
 )
 from ...ops.formats.row_layout import RowFamily, RowFormat
 from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
-from ...ops.quantize.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import (
     is_packed,
     packed_rows,
@@ -361,10 +361,11 @@ READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {
     "svdquant_w4a4": _svdquant,
 }
 
-# name of a family -> the row type whose weights are of it
-ROW_TYPE_OF = {row_type.family.name: name for name, row_type in ROW_TYPES.items()} | {
-    INT8_ROWS.name: "int8_convrot", W4A8_INTEGERS.name: "asym_w4a8_int8",
-    W4A8_TABLE.name: "asym_w4a8_int8"}
+# name of a family -> the key of `ops.quantize.row_types.ROW_TYPES` whose weights are of it
+ROW_TYPE_OF = {
+    INT8_CONVROT.name: "int8_convrot", INT8_ROWS.name: "int8_convrot",
+    F8_E4M3.name: "float8_e4m3fn", MXFP8.name: "mxfp8", NVFP4_ROWS.name: "nvfp4",
+    **{family.name: "asym_w4a8_int8" for family in (W4A8, W4A8_INTEGERS, W4A8_TABLE)}}
 Settings = dict[str, Any]
 
 
@@ -372,9 +373,9 @@ def row_type_of(weight: torch.Tensor) -> str | None:
     """Returns the key of ROW_TYPES whose files can hold a weight bit for bit, None for none."""
     packed_format: Any = weight.params.format if is_packed(weight) else None
     name = ROW_TYPE_OF.get(getattr(packed_format, "family", ""))
-    if name is None or not is_packed(weight) or not ROW_TYPES[name].is_per_tensor:
+    if name not in ("float8_e4m3fn", "nvfp4") or not is_packed(weight):
         return name
-    layout = packed_format.layout
+    layout = packed_format.layout  # files have one number in the place of those of rows
     numbers = weight.params.row_scale if layout.row_scale else weight.params.scale
     is_one = layout.row_scale or layout.groups == 1
     return name if is_one and numbers is not None and bool((numbers == numbers[0]).all()) else None

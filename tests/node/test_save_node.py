@@ -95,7 +95,15 @@ def test_types_sizes_and_files_of_both_kinds(output):
         path.name == "ComfyUI_0.0025GB_00001_.gguf" and 2_400_000 < path.stat().st_size <= 2_500_000
     )
     assert saved(model, "NF4")[0].name == "ComfyUI_NF4_00001_.safetensors"
+    assert saved(model, "mxfp8")[0].name == "ComfyUI_mxfp8_00001_.safetensors"
     assert saved(model, "as it is")[0].name == "ComfyUI_as_it_is_00001_.gguf"
+
+
+def test_types_are_appended_so_that_saved_workflows_keep_theirs():
+    kind = next(widget for widget in SavePackedModel.define_schema().inputs if widget.id == "type")
+    assert kind.options[:10] == ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4",
+                                 "as it is", SIZE]
+    assert kind.options[10:14] == ["int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4"]
 
 
 def test_an_nf4_model_is_nf4_as_it_is(output):

@@ -13,7 +13,7 @@ from ....ops.quantize.row_types import ROW_TYPES
 from ...byte_sizes import size_text
 from ...files import gguf_writer, safetensors_writer
 from ...files.atomic_file import WriteError, check_writable
-from ...files.container import PLAIN_DTYPES, nbytes_of
+from ...files.container import PLAIN_DTYPES
 from ...name_lists import join_some
 from ..calibration.sensitivity import Sensitivity
 from ..source import Source, Weight
@@ -22,6 +22,7 @@ from .packing_rules import (
     PLAIN_BYTES,
     Shapes,
     bits_per_value,
+    bytes_in_file,
     divides_rows,
     rules_for,
     with_fallback,
@@ -108,11 +109,13 @@ class FilePlan:
 
     def _notes_on_widths(self) -> list[str]:
         """Returns a note on weights whose shapes the row type asked for does not hold."""
-        if self.target not in ROW_TYPES:
+        if not isinstance(self.target, str) or self.target not in ROW_TYPES:
             return []
         shapes = self.source.shapes
-        others = [name for name in rules_for(shapes).row_names(shapes)
+        others = [name for name in rules_for(shapes).row_names(shapes, self.target)
                   if self.types[name] != self.target]
+        if self.target not in self.types.values():
+            return [f"Nothing is in {self.target}: of this model ComfyUI reads no packed weights."]
         if not others:
             return []
         return [f"{len(others)} weights stay in 16 bits, since {self.target} does not hold their"
@@ -131,13 +134,16 @@ class FilePlan:
 
         Those are quantized weights that take a type at least as fine as their own or as LORA_TYPE:
         their values lie on its steps, or nearly, and a small change rounds back to them. In a
-        coarser type they are rounded like the values of a dense model.
+        coarser type they are rounded like the values of a dense model, and in a row type that is not
+        their own too.
         """
         names = set()
         for name in self.source.patched_names if self.options.keep_loras else ():
             weight = self.source.weights[name]
             bits = bits_per_value(weight.stored_type)
             is_packed = bits < bits_per_value(HALVES[0])
+            if self.types[name] in ROW_TYPES:
+                is_packed = self.types[name] == weight.stored_type
             if (len(weight.shape) > 1 and is_packed
                     and bits_per_value(self.types[name]) >= min(bits, bits_per_value(LORA_TYPE))):
                 names.add(name)
@@ -230,6 +236,9 @@ def make_plan(source: Source, target: str | int, options: SaveOptions,
     if target in ROW_TYPES and target not in HOST_TYPES:
         raise PlanError(f"This ComfyUI does not read {target}. Update it, or choose one of"
                         f" {', '.join(HOST_TYPES)}.")
+    if target in ROW_TYPES and source.is_side_model:
+        raise PlanError(f"ComfyUI reads {target} in diffusion models and text encoders, not in this"
+                        " model. Choose a type of GGUF.")
     least = _least_types(source) if options.keep_loras and not safetensors else {}
     if isinstance(target, int):
         return _plan_for_size(source, target, least, options.sensitivity)
@@ -333,7 +342,7 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
 def _gguf_metadata(shapes: Shapes, path: Path, plan: Plan) -> dict:
     sizes = Counter()
     for name, type_name in plan.types.items():
-        sizes[type_name] += nbytes_of(type_name, shapes[name])
+        sizes[type_name] += bytes_in_file(type_name, shapes[name])
     main_type = sizes.most_common(1)[0][0] if sizes else ""
     metadata = {"general.architecture": rules_for(shapes).architecture, "general.name": path.stem,
                 "general.quantization_version": gguf_writer.QUANTIZATION_VERSION}

@@ -2,8 +2,8 @@
 
 The patterns of what stays exact follow the field's converters (ComfyUI-GGUF's `tools/convert.py`
 and `lcpp.patch`), so that files made here keep the same parts: what maps a model's inputs and
-outputs, its tables, and small tensors. In ComfyUI's own formats some more stay exact, as in files
-that convert_to_quant 1.3.4 makes (`constants.py`), and only layers are packed that ComfyUI loads so.
+outputs, its tables, and small tensors. In ComfyUI's own types some more stay exact, as in files
+that convert_to_quant 1.3.4 makes (`constants.py`), and only what ComfyUI reads packed is packed.
 """
 import math
 import re
@@ -16,6 +16,7 @@ from ....ops import formats  # noqa: F401  registers the packed formats
 from ....ops.formats.base import FORMATS
 from ....ops.formats.row_layout import COLUMNS_OF_EXAMPLE
 from ....ops.quantize.row_types import ROW_TYPES
+from ...files.container import nbytes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,6 +31,16 @@ PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SMALL = 1024  # values of a tensor up to which packing gains nothing
 NUMBERED = re.compile(r"(^|\.)\d+\.")
 BLOCK = re.compile(r"\w*blocks\.(\d+)\.")
+# Matrices in blocks by whose columns ComfyUI detects a model: they are not stored two in a byte.
+COLUMNS_DETECTED = re.compile(r"blocks\.0\.(attn2\.to_k|norm1\.linear)\.weight$")
+# A tensor of each text encoder of which ComfyUI reads packed layers (`t5xxl_detect`, `llama_detect`
+# of its `sd.py`; gpt-oss always): T5-XXL, by its rows, and language models. It takes the codes of
+# CLIP and of smaller T5 for weights.
+READ_ENCODERS = re.compile(
+    r"^encoder\.block\.23\.layer\.1\.DenseReluDense\.wi(?P<gated>_1)?\.weight$"
+    r"|^(model\.(language_model\.)?)?layers\.0\.(self_attn\.k_proj|linear_attn\.in_proj_a)\.weight$"
+)
+T5_XXL_ROWS = 10240
 # Tables and gates that are added to or multiplied with activations: float32 in the field's files.
 PRECISE = re.compile(r"(^|\.)(modulation|scale_shift_table|emb_pos|ff_i\.gate\.weight)$")
 # What stays exact in a model of an unknown family: what is before, between and after its blocks.
@@ -58,7 +69,8 @@ class PackingRules:
         convolutions: the type of weights of three and more dimensions, None for the source's.
         embedding: pattern of lookup tables that may be packed, None for no tables.
         exact_in_rows: pattern of further names that are not packed to row types.
-        outer_blocks: how many blocks at each end are not packed to row types.
+        outer_blocks: how many of the first and last blocks are not packed to row types, unless
+            these are all.
     """
 
     name: str
@@ -68,7 +80,7 @@ class PackingRules:
     convolutions: str | None = None
     embedding: str | None = None
     exact_in_rows: str | None = None
-    outer_blocks: int = 0
+    outer_blocks: tuple[int, int] = (0, 0)
 
     def may_be_packed(self, name: str, shape: tuple[int, ...], embeddings: bool = True) -> bool:
         """Returns whether a tensor is a matrix of a block, or a lookup table that may be packed.
@@ -86,18 +98,28 @@ class PackingRules:
             return embeddings
         return bool(NUMBERED.search(name)) and not re.search(self.exact, name)
 
-    def row_names(self, shapes: Shapes) -> list[str]:
+    def row_names(self, shapes: Shapes, type_name: str) -> list[str]:
         """Returns the names of the matrices that may be packed to a type of `ROW_TYPES`.
 
-        Those are weights of linear layers in blocks. ComfyUI reads no tables in most of its formats.
+        Those are weights of linear layers in blocks. ComfyUI reads no tables in most of its types,
+        and of some text encoders nothing.
         """
-        names = [name for name, shape in shapes.items()
-                 if name.endswith(".weight") and self.may_be_packed(name, shape, embeddings=False)
-                 and not (self.exact_in_rows and re.search(self.exact_in_rows, name))]
+        if self.embedding and not any(
+                (match := READ_ENCODERS.match(name))
+                and (not match["gated"] or shape[0] == T5_XXL_ROWS)
+                for name, shape in shapes.items()):
+            return []
+        is_halved = ROW_TYPES[type_name].family.example.codes.bits == 4
         numbers = {name: int(match[1]) for name in shapes if (match := BLOCK.match(name))}
-        last = max(numbers.values(), default=0) - self.outer_blocks
-        return [name for name in names
-                if name not in numbers or self.outer_blocks <= numbers[name] <= last]
+        count, (first, last) = max(numbers.values(), default=0) + 1, self.outer_blocks
+        inner = range(first, count - last) if count > first + last else range(count)
+        return [
+            name for name, shape in shapes.items()
+            if name.endswith(".weight") and self.may_be_packed(name, shape, embeddings=False)
+            and not (self.exact_in_rows and re.search(self.exact_in_rows, name))
+            and not (is_halved and COLUMNS_DETECTED.search(name))
+            and (name not in numbers or numbers[name] in inner)
+        ]
 
     def exact_type(self, name: str, shape: tuple[int, ...], half: str) -> str:
         """Returns "F32", or for a larger matrix `half`, the 16-bit type of the source."""
@@ -176,7 +198,7 @@ RULES_BY_FAMILY = (
             r"|embeddings_connector\."
         ),
         exact_in_rows=r"to_gate_logits",
-        outer_blocks=2,
+        outer_blocks=(2, 2),
     ),
     PackingRules(
         "lumina2", "lumina2",
@@ -207,7 +229,8 @@ RULES_BY_FAMILY = (
         "cosmos", "cosmos",
         signature=r"^blocks\.(block)?0\..*adaln_modulation_self_attn\.1\.weight$|^blocks\.block0\.",
         exact=r"^(x|t|extra_pos)_embedder|^final_layer\.|^affline_norm|^llm_adapter\.",
-        exact_in_rows=r"^blocks\.0\.|^blocks\.1\.adaln_modulation",
+        exact_in_rows=r"^blocks\.1\.adaln_modulation",
+        outer_blocks=(1, 0),
     ),
     PackingRules(
         "text encoder", "",
@@ -286,3 +309,13 @@ def bits_per_value(type_name: str) -> float:
     if packed is None:
         return 16.0
     return 8 * (packed.block_bytes + packed.qparam_bytes()) / packed.block_length
+
+
+def bytes_in_file(type_name: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of a tensor in a type, with its scales.
+
+    In a row type its parts in a file take up to 4 bytes a row less, and some for its settings.
+    """
+    if type_name in ROW_TYPES:
+        return math.ceil(math.prod(shape) * ROW_TYPES[type_name].bits_per_value(shape) / 8)
+    return nbytes_of(type_name, shape)

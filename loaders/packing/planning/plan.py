@@ -10,9 +10,8 @@ from ....ops.bounded_json import read_json
 from ....ops.pickle_names import short_error_name
 from ....ops.quantize.row_types import ROW_TYPES
 from ...byte_sizes import size_text, type_lines, unit_of
-from ...files.container import nbytes_of
 from .knapsack import choose_types
-from .packing_rules import PackingRules, Shapes, divides_rows, with_fallback
+from .packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
 
 # Type of a plan for a size -> dB of the weights' power over the error's: means over the matrices of
 # the demo's model; for Q8_0 and types in blocks of 32, over normally distributed weights.
@@ -67,14 +66,14 @@ class Plan:
 
     def nbytes(self, shapes: Shapes) -> int:
         """Returns the bytes of all tensors together, without header and padding."""
-        return sum(nbytes_of(type_name, shapes[name]) for name, type_name in self.types.items())
+        return sum(bytes_in_file(type_name, shapes[name]) for name, type_name in self.types.items())
 
     def text(self, shapes: Shapes) -> str:
         """Returns a line for each type, the one with the most bytes first: tensors, bytes, share.
         """
         counts, sizes = Counter(self.types.values()), Counter()
         for name, type_name in self.types.items():
-            sizes[type_name] += nbytes_of(type_name, shapes[name])
+            sizes[type_name] += bytes_in_file(type_name, shapes[name])
         totals = {type_name: (count, sizes[type_name]) for type_name, count in counts.items()}
         return "\n".join(type_lines(totals, DIGITS))
 
@@ -110,8 +109,8 @@ def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,
                   halves: Mapping[str, str] | None = None) -> Plan:
     """Plans one type for every matrix that may be packed, or the type that replaces it.
 
-    NF4 and FP4 leave lookup tables exact, as Forge's files do. Of a row type, tensors that stay exact
-    have their 16-bit type, as in ComfyUI's own files.
+    NF4 and FP4 leave lookup tables exact, as Forge's files do. Beside a row type, what stays exact
+    has its 16-bit type, as in ComfyUI's own files.
 
     Args:
         shapes: name -> logical shape, in the host's names without prefix.
@@ -124,7 +123,7 @@ def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,
     if type_name in ROW_TYPES:
         types = {name: halves.get(name, "BF16") for name in shapes}
         return Plan(types | {name: with_fallback(type_name, shapes[name], types[name])
-                             for name in family.row_names(shapes)})
+                             for name in family.row_names(shapes, type_name)})
     for name, shape in shapes.items():
         half = halves.get(name, "BF16")
         if family.may_be_packed(name, shape, with_tables):
@@ -158,7 +157,7 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
             exact[name] = family.exact_type(name, shape, half)
     budget = nbytes - Plan(exact).nbytes(shapes)
     sizes = {
-        name: {type_name: nbytes_of(type_name, shapes[name]) for type_name in types}
+        name: {type_name: bytes_in_file(type_name, shapes[name]) for type_name in types}
         for name, types in options.items()
     }
     least = sum(min(type_sizes.values()) for type_sizes in sizes.values())

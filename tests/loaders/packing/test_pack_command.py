@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import comfy.sd
 import pytest
 import torch
 from comfy.model_base import ModelType
+from comfy.quant_ops import QuantizedTensor
 from comfy.supported_models import SDXL
 from host_formats import in_host_format
 from patched_models import lora_for, relative, tiny_flux
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 from devtools import ROOT
 from devtools.files import tiny_models
 from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -193,6 +196,7 @@ def test_a_lora_that_fits_in_part_is_said_to(source, tmp_path, pack):
         (["--size", "lots"], 2, "invalid size"),
         (["--type", "Q9"], 2, "unknown type 'Q9', expected Q8_0"),
         (["--type", "NF4"], 2, "ends in .safetensors"),
+        (["--type", "nvfp4"], 2, "ends in .safetensors"),
         ([], 2, "required"),
     ],
 )
@@ -200,6 +204,18 @@ def test_sizes_and_mistakes(source, tmp_path, pack, arguments, code, message):
     found, said = pack(source / "model.safetensors", tmp_path / "a.gguf", *arguments)
     assert found == code and re.search(message, said), said
     assert [path.stat().st_size <= 2_200_000 for path in tmp_path.iterdir()] == [True] * (code == 0)
+
+
+@pytest.mark.parametrize("kind", HOST_TYPES)
+def test_comfyuis_own_types_go_into_safetensors(source, tmp_path, pack, kind):
+    code, said = pack(source / "fp8.safetensors", tmp_path / "a.safetensors", "--type", kind,
+                      "--lora", source / "lora 1.safetensors")
+    share, = re.findall(r"LoRA 1 \(strength 1\): ([\d.]+)%", said)
+    assert code == 0 and said.splitlines()[-1].startswith(f"Done: {tmp_path / 'a.safetensors'}: ")
+    assert float(share) == pytest.approx(100, abs=10) and f"\n{kind}" in said
+    model = comfy.sd.load_diffusion_model(str(tmp_path / "a.safetensors"))
+    assert isinstance(model.model.diffusion_model.double_blocks[0].img_mlp[0].weight,
+                      QuantizedTensor)
 
 
 @pytest.mark.parametrize(

@@ -7,21 +7,14 @@ from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, small_towers, write_encoder
 from encoders.t5 import spiece_model
 from families import relative_error
-from saving import save
+from saving import SIBLINGS, save, with_markers
 
 from featherweight.loaders.models.text_encoder import load_text_encoder
-from featherweight.loaders.packing.source import Weight, source_of_encoders
+from featherweight.loaders.packing.source import source_of_encoders
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
 TEXT = "ab ba, the red fox über 12 dogs"
-# Encoders that differ from another one here only in their sizes.
-SIBLINGS = (
-    "clip-g", "clip-h", "gemma-3-12b", "gemma-4-12b", "gemma-4-31b", "gemma-4-e2b",
-    "mistral-3-24b-flux2", "ministral-3-3b", "qwen3-2b", "qwen3-4b", "qwen3-8b", "qwen3-vl-4b",
-    "qwen3-vl-8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b", "t5-xl", "umt5-base",
-    "umt5-base of transformers",
-)
 LOADED_AGAIN = [
     pytest.param(name, "Q8_0", marks=pytest.mark.heavy if name in SIBLINGS else ())
     for name in ENCODERS
@@ -30,16 +23,6 @@ LOADED_AGAIN = [
     ("gpt-oss-20b", "NF4"),
     ("mistral-3-24b", "NF4"),
 ]
-
-
-def with_markers(source, encoder, weights):
-    """The source with the tensors by which the host knows the encoder, of which the small one has
-    none. weights: its own."""
-    for name in encoder.markers.keys() - encoder.published(weights).keys():
-        values = torch.zeros(encoder.markers[name])
-        source.weights[name] = Weight(name, name, tuple(values.shape), values,
-                                      lambda start, stop, values=values: values[start:stop])
-    return source
 
 
 @pytest.mark.parametrize(("name", "kind"), LOADED_AGAIN)
