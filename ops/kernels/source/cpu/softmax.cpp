@@ -1,5 +1,4 @@
 #include <math.h>
-#include <stdlib.h>
 
 static FUNCTION Floats broadcast(float value) { return Floats{} + value; }
 
@@ -29,11 +28,10 @@ static FUNCTION Floats exponential(Floats x) {
 // Replaces each row of scores (rows, columns) by its softmax.
 extern "C" void softmax(TYPE* scores, long long rows, int columns, int threads) {
     int whole = columns / LANES, left = columns % LANES;
-#pragma omp parallel num_threads(threads)
-    {
-        Floats* values = (Floats*)aligned_alloc(sizeof(Floats), (whole + 1) * sizeof(Floats));
-#pragma omp for
-        for (Index row = 0; row < rows; row++) {
+    parallel_ranges(threads, rows, [=](Index row, Index end) {
+        Buffer<Floats> buffer(whole + 1);
+        Floats* values = buffer.items;
+        for (; row < end; row++) {
             TYPE *first = scores + row * columns, last[LANES] = {};
             Floats largest = broadcast(-INFINITY), sums = {};
             for (int i = 0; i < whole; i++) {
@@ -57,6 +55,5 @@ extern "C" void softmax(TYPE* scores, long long rows, int columns, int threads) 
             store_rounded(values[whole] * inverse, last);
             memcpy(first + whole * LANES, last, left * sizeof(TYPE));
         }
-        free(values);
-    }
+    });
 }
