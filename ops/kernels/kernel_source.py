@@ -234,6 +234,7 @@ def source_files(platform: str, packed_format: Format | None, kernel: str) -> li
         folder / "lanes.h",
         *weight_files,
         *(SOURCES / "gpu").glob(f"{kernel if platform != 'cpu' else ''}.h"),
+        *folder.glob("parallel.h"),
         *folder.glob(f"{kernel.partition('_')[0]}.h"),
         *folder.glob(f"{kernel}.*"),
     ]

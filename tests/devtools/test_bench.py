@@ -13,19 +13,20 @@ from PIL import Image
 from featherweight.ops.layers import int8
 
 # Named here, so that a case that gets lost is missed. "memory" and "train" are processes of their
-# own, as a part of "scale" is.
+# own, as a part of "scale" is; "compilers" compiles for half a minute.
 PROCESSES = ["memory", "train"]
+HEAVY = [*PROCESSES, "compilers"]
 CASES = [
     "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
     "passes", "layer_passes", "header", "load", "repack", "scale", "cpu",
-    *(pytest.param(case, marks=pytest.mark.heavy) for case in PROCESSES)
+    *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    left_out = {"peer"} if request.config.getoption("--heavy") else {"peer", *PROCESSES}
+    left_out = {"peer"} if request.config.getoption("--heavy") else {"peer", *HEAVY}
     arguments = [
         "--quick", "--rounds", "1", "--out",
         str(folder), "--only", *(bench.CASES.keys() - left_out)
@@ -44,6 +45,8 @@ def results(request, tmp_path_factory):
 def test_a_case_gives_figures_and_a_table(results, case):
     if case == "nf4":
         pytest.importorskip("bitsandbytes")
+    if case == "compilers":
+        pytest.importorskip("ziglang")
     if case == "int8_error" and not int8.multiplies_integers(torch.device("cpu")):
         pytest.skip("the CPU has no units for int8")
     if case in PROCESSES and sys.platform != "linux":

@@ -29,7 +29,8 @@ import torch
 from devtools import ROOT
 
 CASES = {
-    "shapes": products.bench_shapes, "dequantize": products.bench_dequantize,
+    "shapes": products.bench_shapes, "compilers": products.bench_compilers,
+    "dequantize": products.bench_dequantize,
     "nf4": products.bench_nf4, "lora": products.bench_lora, "model": models.bench_model,
     "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
     "int8_error": models.bench_int8_error, "pack": packing.bench_pack,
