@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from devtools.measure.bench import cpu, files, memory_passes, models, packing, products, repacking
+from devtools.measure.bench import cpu, files, lcm, memory_passes, models, packing, products, repacking
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
@@ -26,7 +26,7 @@ CASES = {
     "passes": memory_passes.bench_passes, "layer_passes": memory_passes.bench_layer_passes,
     "header": files.bench_header, "load": files.bench_load,
     "repack": repacking.bench_repack, "memory": files.bench_memory, "train": files.bench_train,
-    "scale": files.bench_scale, "cpu": cpu.bench_cpu
+    "scale": files.bench_scale, "cpu": cpu.bench_cpu, "lcm": lcm.bench_lcm
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
 if sys.platform != "linux":
