@@ -8,7 +8,16 @@ import json
 import sys
 from pathlib import Path
 
-from devtools.measure.bench import cpu, files, lcm, memory_passes, models, packing, products, repacking
+from devtools.measure.bench import (
+    cpu,
+    files,
+    lcm,
+    memory_passes,
+    models,
+    packing,
+    products,
+    repacking,
+)
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import gathered, markdown
 from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine

@@ -119,7 +119,7 @@ def time_steps(format_name: str, rounds: int, channels: int, size: int) -> dict[
     inputs = step_inputs(size)
     variants = {}
     if has_openvino():
-        variants = openvino_steps(channels, inputs, ["bf16" if has_bfloat16() else "f32"])
+        variants = openvino_steps(channels, inputs, [fitting_precision()])
     packed = packed_unet(channels, format_name, "exact")
     variants[f"exact, {compute_text(packed)}"] = step_of(packed, inputs)
     variants["dense in ComfyUI, float32"] = step_of(dense_unet(channels), inputs)
@@ -128,6 +128,11 @@ def time_steps(format_name: str, rounds: int, channels: int, size: int) -> dict[
 
 def has_openvino() -> bool:
     return all(map(importlib.util.find_spec, EXTRAS))
+
+
+def fitting_precision() -> str:
+    """What this pack computes in by default, of `PRECISIONS`."""
+    return "bf16" if has_bfloat16() else "f32"
 
 
 def step_inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

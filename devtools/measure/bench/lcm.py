@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from devtools.measure.bench import cpu
-from devtools.measure.bench.timing import device, has_bfloat16, median_and_range
+from devtools.measure.bench.timing import device, median_and_range
 
 import comfy.sd
 import torch
@@ -37,8 +37,9 @@ def bench_lcm(options):
     channels, size = options.sizes.unet
     ways = {"this pack": pack_parts(channels, size)}
     if cpu.has_openvino():
-        precision = "bf16" if has_bfloat16() else "f32"
-        ways = {f"OpenVINO {cpu.PRECISIONS[precision]}": openvino_parts(channels, size, precision), **ways}
+        precision = cpu.fitting_precision()
+        parts = openvino_parts(channels, size, precision)
+        ways = {f"OpenVINO {cpu.PRECISIONS[precision]}": parts, **ways}
     seconds = {name: {part: [] for part in parts} for name, parts in ways.items()}
     for round_number in range(options.rounds + 1):  # the first warms up
         for name, parts in ways.items():
