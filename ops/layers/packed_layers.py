@@ -365,6 +365,10 @@ class _PackedConv2d(_PackedConv):
         )
         if not channels_last:
             return super()._without_branch(input, weight, bias, *args, **kwargs)
+        if cpu_convolution.is_product(conv, input):
+            matrix = relabel(weight, shape=(len(weight), weight.shape[1:].numel()))
+            return cpu_convolution.multiply_patches(
+                conv, input, lambda patches: product.linear(patches, matrix, bias, load=self.load))
         slices = product.dequantized_slices(weight, input.dtype, channels_last=True)
         with contextlib.closing(slices):
             return cpu_convolution.convolve(conv, input, slices, bias)
