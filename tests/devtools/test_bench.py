@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from devtools import limited_cpu
 from featherweight.ops.layers import int8
 
 # Named here, so that a case that gets lost is missed. "memory" and "train" are processes of their
@@ -18,7 +19,7 @@ PROCESSES = ["memory", "train"]
 HEAVY = [*PROCESSES, "compilers"]
 CASES = [
     "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
-    "passes", "layer_passes", "header", "load", "repack", "scale", "cpu",
+    "passes", "layer_passes", "header", "load", "repack", "scale", "cpu", "lcm", "attention",
     *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 
@@ -73,3 +74,19 @@ def test_packed_products_are_compared_with_dense_ones_for_every_shape_and_number
     if int8.multiplies_integers(torch.device("cpu")):
         assert list(rows["256 x 512, float32, M = 128"]) == ["dense", *(
             name for fmt in ("Q8_0", "Q4_K", "NF4") for name in (fmt, f"{fmt} int8"))]
+
+
+@pytest.mark.parametrize(("limit", "dtype"), [("avx2", "float32"), ("avx512_bf16", "bfloat16")])
+def test_a_step_is_timed_on_limited_cpus_in_what_each_computes_in(results, limit, dtype):
+    if reason := limited_cpu.why_not(limit):
+        pytest.skip(reason)
+    rows = json.loads((results / "bench.json").read_text())["cpu"]["rows"]
+    assert {f"exact, computes in {dtype}", "dense in ComfyUI, float32"} <= set(
+        rows[f"Q8_0, CPU limited to {limit}"])
+
+
+def test_a_picture_takes_as_long_as_its_parts(results):
+    rows = json.loads((results / "bench.json").read_text())["lcm"]["rows"]
+    seconds = {part: times["this pack"]["median"] for part, times in rows.items()}
+    assert seconds["prompt to picture, TAESD"] == pytest.approx(
+        seconds["text encoder"] + seconds["4 steps"] + seconds["TAESD"])
