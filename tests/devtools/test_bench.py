@@ -35,6 +35,7 @@ def results(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # threads that wait for each other slow a busy machine down
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HOST_ARGUMENTS", "--cpu")  # of processes that it starts
         patch.setattr(sys, "argv", ["bench", *arguments])
         bench.main()
     torch.set_num_threads(threads)
@@ -53,7 +54,8 @@ def test_a_case_gives_figures_and_a_table(results, case):
     if case in PROCESSES and sys.platform != "linux":
         pytest.skip("reads /proc")
     rows = json.loads((results / "bench.json").read_text())[case]["rows"]
-    assert rows and all(len(row) > 1 for row in rows.values())
+    # these have one figure without OpenVINO, or without kernels
+    assert rows and all(len(row) > (case not in ("lcm", "attention")) for row in rows.values())
     table = (results / "bench.md").read_text().split(f"## {case}\n")[1].split("\n## ")[0]
     assert all(f"\n| {title} | " in table for title in rows)
 
