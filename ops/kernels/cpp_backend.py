@@ -37,6 +37,8 @@ from .kernel_source import (
     C_TYPES,
     FORMAT_NAMES,
     MULTIPLIED,
+    PLAIN,
+    block_length,
     c_floats,
     dequantize_and_linear,
     is_for_products,
@@ -428,7 +430,7 @@ def _max_lanes() -> int:
 
 def _lanes(packed_format: Format) -> int:
     """Returns how many values of a block are handled at once, 0 where none of the numbers do."""
-    length, multiple = packed_format.block_length, packed_format.block_length
+    length = multiple = block_length(packed_format)
     if isinstance(packed_format, RowFormat):
         # of other groups, a vector's values have scales of their own
         group = scale_group(packed_format.layout)
@@ -456,7 +458,7 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
         has_bfloat16: Whether the CPU and what compiles the kernels have AVX512-BF16.
     """
     float32 = frozenset([torch.float32])
-    by_avx512 = Kernel("linear", MULTIPLIED, frozenset([torch.bfloat16]),
+    by_avx512 = Kernel("linear", MULTIPLIED | PLAIN, frozenset([torch.bfloat16]),
                        late_bound_method(kernels, "linear_bfloat16"),
                        max_tokens=MAX_BFLOAT16_TOKENS)
     return (

@@ -13,6 +13,7 @@ from devtools.measure.bench import (
     cpu,
     files,
     host_types,
+    lcm,
     memory_passes,
     models,
     packing,
@@ -37,7 +38,8 @@ CASES = {
     "passes": memory_passes.bench_passes, "layer_passes": memory_passes.bench_layer_passes,
     "header": files.bench_header, "load": files.bench_load,
     "repack": repacking.bench_repack, "memory": files.bench_memory, "train": files.bench_train,
-    "scale": files.bench_scale, "cpu": cpu.bench_cpu, "attention": attention.bench_attention,
+    "scale": files.bench_scale, "cpu": cpu.bench_cpu, "lcm": lcm.bench_lcm,
+    "attention": attention.bench_attention,
     "comfy": host_types.bench_host_types
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
