@@ -17,19 +17,19 @@ _ending = False
 
 def run_process(*command: str, seconds: float,
                 env: dict[str, str] | None = None) -> CompletedProcess[str]:
-    """Runs a program to its end and returns its output. POSIX only.
+    """Runs a program to its end and returns its output.
 
     Args:
         command: the program and its arguments.
-        seconds: after this time, and when this process ends, the program is killed together with
-            all that it has started.
+        seconds: after this time, and when this process ends, the program is killed, see
+            `end_process`.
         env: its environment, None for that of this process.
 
     Raises:
         subprocess.TimeoutExpired, OSError
     """
-    process = start_process(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, text=True,
-                            env=env)
+    process = start_process(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=env,
+                            encoding="utf-8", errors="replace")
     try:
         output, errors = process.communicate(timeout=seconds)
     finally:
@@ -38,7 +38,8 @@ def run_process(*command: str, seconds: float,
 
 
 def start_process(*command: str, **options) -> Popen:
-    """Starts a program, which is killed at the latest when this process ends.
+    """Starts a program, which is killed at the latest when this process ends. On Windows it opens
+    no window.
 
     Args:
         command: the program and its arguments.
@@ -47,6 +48,7 @@ def start_process(*command: str, **options) -> Popen:
     Raises:
         OSError
     """
+    options["creationflags"] = getattr(subprocess, "CREATE_NO_WINDOW", 0)
     with _lock:
         if _ending:
             raise OSError(f"{command[0]} was not started: this process is ending")

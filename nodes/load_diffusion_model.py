@@ -6,6 +6,7 @@ from ..loaders.models.compute_dtype import COMPUTE
 from ..loaders.models.diffusion import load_diffusion_model
 from ..loaders.models.pack_on_load import TYPES
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
+from ..ops.quantize.row_types import ROW_TYPES
 from .file_inputs import file_options, validate_main
 from .node_text import loader_output
 from .search_words import family_aliases
@@ -40,8 +41,9 @@ def pack_to_input(what: str):
         display_name="pack to",
         tooltip=f"Packs the weights of {what} to this type while they are read, so that they take"
         " less memory. Works for safetensors files in bf16, fp16, fp32 or fp8, diffusers folders"
-        " and GGUF files in F16, BF16 or F32. Weights that are already packed stay as they are."
-        " LoRAs keep their full effect.",
+        " and GGUF files in F16, BF16 or F32. Weights that are already packed stay as they are, but"
+        f" are packed again, once, to ComfyUI's own types ({', '.join(ROW_TYPES)}). LoRAs keep"
+        " their full effect.",
     )
 
 

@@ -10,7 +10,6 @@ from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.planning.file_plan import (
-    HOST_TYPES,
     KEEP_TYPES,
     TYPES,
     SaveOptions,
@@ -27,6 +26,7 @@ from ..loaders.packing.source import (
 )
 from ..loaders.paths.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
 from ..loaders.progress import Progress
+from ..ops.quantize.row_types import ROW_TYPES
 from .node_text import show_text
 
 SIZE = "size in GB"
@@ -71,7 +71,7 @@ class SavePackedModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "type",
-                    options=[*TYPES, KEEP_TYPES, SIZE, *HOST_TYPES],
+                    options=[*TYPES, KEEP_TYPES, SIZE, *ROW_TYPES],
                     default="Q4_K",
                     tooltip="The type of the large matrices; parts that must stay exact do so. NF4"
                     " makes a safetensors file, the others up to Q2_K GGUF. as it is: each weight"

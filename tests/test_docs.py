@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from devtools.measure import model_sizes
@@ -43,7 +44,8 @@ from featherweight.nodes.search_words import FAMILIES
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats.base import GGML_FORMATS
 from featherweight.ops.host_versions import NEWEST_HOST, OLDEST_HOST
-from featherweight.ops.kernels.cpp_backend import COMPILERS
+from featherweight.ops.kernels.cpp_backend import COMPILERS, NO_COMPILER, install_advice
+from featherweight.ops.quantize.row_types import ROW_TYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -288,7 +290,15 @@ def test_the_readme_names_what_is_needed_and_which_compilers_are_looked_for():
     assert "one package, `gguf`" in README
     assert f"({', '.join(f'`{name}`' for name in COMPILERS)}; not Visual C++)" in README
     for page in ("performance", "environment"):
-        assert all(f"`{name}`" in PAGES[page] for name in ("CXX", *COMPILERS)), page
+        assert all(f"`{name}`" in PAGES[page] for name in ("CXX", *COMPILERS, "ziglang")), page
+
+
+def test_the_pages_say_what_to_install_where_no_compiler_is():
+    command = install_advice().removeprefix(f'"{sys.executable}" ')
+    assert command == "-m pip install ziglang" and "pip install ziglang" in README
+    assert f"python_embeded\\python.exe {command}" in PAGES["troubleshooting"]
+    assert "up to 15 times as fast" in NO_COMPILER
+    assert "5 to 15 times" in PAGES["performance"] and "5 to 15 times" in PAGES["troubleshooting"]
 
 
 def test_the_readme_says_how_to_install_update_uninstall_and_report():
@@ -344,10 +354,10 @@ def test_the_error_of_int8_is_the_one_that_was_measured():
 def test_choosing_names_the_types_that_loaders_and_the_saving_node_have():
     row, = re.findall(r"^\| types \| (.*) \| (.*) \|$", PAGES["choosing"], re.M)
     loading, saving = row
-    assert set(re.findall(r"\w*Q\w+|NF4", loading)) == set(pack_on_load.TYPES)
+    assert set(re.findall(r"\w*Q\w+|NF4|\w+_\w+|mxfp8|nvfp4", loading)) == set(pack_on_load.TYPES)
     added = set(file_plan.TYPES) - set(pack_on_load.TYPES)
     assert saving.startswith(f"the same and {', '.join(added)}, ")
-    assert set(pack_on_load.TYPES) <= set(file_plan.TYPES)
+    assert set(pack_on_load.TYPES) <= {*file_plan.TYPES, *ROW_TYPES}
 
 
 def test_a_gguf_that_can_be_packed_is_described_alike():

@@ -47,7 +47,9 @@ from ..quantizers.comfyui import (
     UP,
     PartError,
     format_of,
+    layer_parts,
     pack_parts,
+    row_type_of,
     shifted_bias,
 )
 from ..quantizers.comfyui_marks import (
@@ -119,6 +121,27 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                 out[f"{layer}.weight"] = weight
                 if bias is not None:
                     out[f"{layer}.bias"] = bias
+    return out
+
+
+def in_parts(state_dict: Mapping[str, torch.Tensor],
+             formats: Container[str]) -> dict[str, torch.Tensor]:
+    """Returns a state dict with the parts of weights that the host computes, for its own layers.
+
+    Args:
+        state_dict: with packed weights.
+        formats: names of those whose layers stay packed tensors.
+    """
+    out = {}
+    for name, weight in state_dict.items():
+        layer, _, last = name.rpartition(".")
+        if last == "weight" and is_packed(weight) and row_type_of(weight):
+            settings, parts = layer_parts(weight)
+            if settings["format"] not in formats:
+                out |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
+                out[f"{layer}{MARK}"] = mark_of(settings)
+                continue
+        out[name] = weight
     return out
 
 

@@ -1,19 +1,21 @@
 """A cache on disk for weights packed while loading: one safetensors file per model.
 
-It is off unless the environment names a folder (`FEATHERWEIGHT_PACKED_CACHE`). The key of an entry
-is what it was made of: the files with their sizes and times, the type of each weight, and the
-version of the packers. When the cache reaches its limit, the least recently used entries are
-removed; the time of an empty file `.used` is that of an entry's last use. Other files in the folder
-are not touched. If an entry cannot be used, the model loads without it.
+It lies in ComfyUI's user folder and keeps what took longer than `MIN_SECONDS` to pack. The
+environment (`FEATHERWEIGHT_PACKED_CACHE`) names another folder, where all is kept, or turns it off.
+The key of an entry is what it was made of: the files with their sizes and times, the type of each
+weight, and the version of the packers. When the cache reaches its limit, or the drive has little
+room, the least recently used entries are removed; the time of an empty file `.used` is that of an
+entry's last use. Other files in the folder are not touched. If an entry cannot be used, the model
+loads without it.
 
 | in an entry | content |
 |---|---|
 | `X` | U8, the blocks of the weight X |
-| `X.scale` | F32, its scales, if the format stores them separately |
-| `featherweight.sums` | U8, the sums of all other tensors (`_sum_of`), int64, sorted by name |
+| `X.scale` ... | F32 or U8, what the format stores beside them, by its names |
+| `featherweight.digests` | U8, SHA-256 of each other tensor, sorted by name |
 
-A load adds the bytes up again, which takes less time than reading them, and finds what a drive has
-changed. Entries of 0.2.1 and before have no sums and are not checked.
+A load compares the digests, and finds what a drive has changed. Entries of 0.2.1 and before have
+none and are not checked.
 """
 import contextlib
 import hashlib
@@ -21,13 +23,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from ...ops.formats.base import FORMATS
+from ...ops.quantize.row_types import format_of
 from ...ops.tensor.packed_layout import packed_tensor, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..byte_sizes import size_text
@@ -39,28 +43,44 @@ from .safetensors_writer import file_size, safetensors_writer
 log = logging.getLogger(__name__)
 
 FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
+OFF = "off"  # in place of a folder
 LIMIT_GB = 50.0  # default
+MIN_SECONDS = 60  # that packing took of what is kept where no folder is named
+FREE_SHARE, MAX_FREE = 0.1, 20e9  # of a drive, and bytes of it: the smaller is left free
 PACKER_VERSION = 3  # raised when the packers make other bytes of the same weights
 NAMES = "featherweight-*.safetensors"
-SUMS = "featherweight.sums"
+DIGESTS = "featherweight.digests"
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 # Name of a weight -> (packed format, logical shape).
 PackedTypes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def is_enabled() -> bool:
-    """Returns whether the environment names a folder for the cache."""
-    return bool(os.environ.get(FOLDER))
+def folder(default: Path) -> Path | None:
+    """Returns the folder of the cache, None where it is turned off.
+
+    Args:
+        default: where it lies unless the environment names another one.
+    """
+    named = os.environ.get(FOLDER, "")
+    if named.lower() == OFF:
+        return None
+    return Path(named) if named else default
 
 
-def entry_path(file: WeightFile, types: PackedTypes) -> Path | None:
+def keeps(seconds: float) -> bool:
+    """Returns whether what took so long to pack is kept."""
+    return bool(os.environ.get(FOLDER)) or seconds > MIN_SECONDS
+
+
+def entry_path(file: WeightFile, types: PackedTypes, folder: Path | None) -> Path | None:
     """Returns the path of the entry for these weights of a file, None if they are not cached."""
-    if not is_enabled() or not types:
+    if folder is None or not types:
         return None
     files = [(str(path.resolve()), state.identity) for path, state in zip(file.paths, file.states)]
     recipe = [PACKER_VERSION, files, sorted(types.items())]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40]
-    return Path(os.environ[FOLDER]) / NAMES.replace("*", digest)
+    return folder / NAMES.replace("*", digest)
 
 
 def read(entry: Path | None, types: PackedTypes) -> dict[str, torch.Tensor] | None:
@@ -84,16 +104,16 @@ def read(entry: Path | None, types: PackedTypes) -> dict[str, torch.Tensor] | No
 
 def _read(entry: Path, types: PackedTypes) -> dict[str, torch.Tensor]:
     file = SafetensorsFile(entry, [entry])
-    has_sums = SUMS in file.entries
-    for part, expected in _all_parts(types, has_sums).items():
+    has_digests = DIGESTS in file.entries
+    for part, expected in _all_parts(types, has_digests).items():
         stored = file.entries[part]
         if (stored.shape, stored.format) != expected:
             raise ValueError(f"{part} is {stored.format} {stored.shape}, expected {expected}")
     weights = {
         name: _packed(file, name, type_name, shape) for name, (type_name, shape) in types.items()
     }
-    if has_sums:
-        _check_sums(weights, file.tensor(SUMS))
+    if has_digests:
+        _check_digests(weights, file.tensor(DIGESTS))
         file.drop_pages()
     return weights
 
@@ -105,126 +125,96 @@ def _last_use(entry: Path) -> Path:
 
 def _packed(file: SafetensorsFile, name: str, type_name: str,
             shape: tuple[int, ...]) -> torch.Tensor:
-    scale = file.tensor(f"{name}.scale") if FORMATS[type_name].qparams else None
-    return packed_tensor(FORMATS[type_name], file.tensor(name), shape, scale=scale)
+    packed_format = format_of(type_name, shape)
+    sides = (file.tensor(f"{name}.{qparam.name}") for qparam in packed_format.qparams)
+    return packed_tensor(packed_format, file.tensor(name), shape, torch.float32, *sides)
 
 
-def _check_sums(weights: Mapping[str, torch.Tensor], stored: torch.Tensor):
+def _check_digests(weights: Mapping[str, torch.Tensor], stored: torch.Tensor):
     """Raises ValueError if the bytes of a weight are not those that were written.
 
     Args:
         weights: name -> packed weight, all of an entry.
-        stored: the bytes of `featherweight.sums`.
+        stored: the bytes of `featherweight.digests`.
     """
-    sums = {part: _sum_of(tensor) for name, weight in weights.items()
-            for part, tensor in _parts_of(name, weight)}
-    for part, expected in zip(sorted(sums), stored.clone().view(torch.int64).tolist()):
-        if sums[part] != expected:
+    digests, expected = _digests_of(weights), stored.clone().numpy().tobytes()
+    for index, part in enumerate(sorted(digests)):
+        if digests[part] != expected[index * DIGEST_BYTES:(index + 1) * DIGEST_BYTES]:
             raise ValueError(f"the bytes of {safe_repr(part)} have changed on the drive")
 
 
 def _parts_of(name: str, weight: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
     """Returns the tensors of a packed weight by their names in an entry."""
-    return zip((name, f"{name}.scale"), packed_tensors(cast(PackedTensor, weight)))
+    weight = cast(PackedTensor, weight)
+    sides = (f"{name}.{qparam.name}" for qparam in weight.params.format.qparams)
+    return zip((name, *sides), packed_tensors(weight))
 
 
-def _sum_of(tensor: torch.Tensor) -> int:
-    """Returns the sum of a tensor's bytes as int64 words, modulo 2^64, and of the bytes left."""
-    data = tensor.reshape(-1).view(torch.uint8)
-    whole = len(data) // 8 * 8
-    return int(data[:whole].view(torch.int64).sum() + data[whole:].sum())
+def _digests_of(weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    """Returns the digest of each tensor of an entry by its name."""
+    parts = dict(part for name, weight in weights.items() for part in _parts_of(name, weight))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing lets others run
+        return dict(zip(parts, pool.map(_digest_of, parts.values())))
 
 
-@contextlib.contextmanager
-def entry_writer(entry: Path | None, types: PackedTypes) -> Iterator["EntryWriter"]:
-    """Opens an entry for writing; it exists after the block only if all weights were written.
+def _digest_of(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data).digest()
+
+
+def keep(entry: Path | None, weights: Mapping[str, torch.Tensor], types: PackedTypes) -> bool:
+    """Writes an entry, whole or not at all; why it is not written is in the log.
 
     Args:
         entry: its path, None to write nothing.
-        types: the weights that will be written.
+        weights: name -> packed weight, those of `types`.
+        types: of the weights.
+
+    Returns:
+        Whether it is written.
     """
-    writer = EntryWriter(entry, types)
+    if entry is None:
+        return False
+    tensors = _all_parts(types, with_digests=True)
     try:
-        with writer.stack:
-            yield writer
-            writer.write_sums()
-    except WriteError as error:  # for example, another process wrote the same entry meanwhile
-        writer.is_written = False
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        size = file_size(tensors, {})
+        if not _free_space(entry.parent, size):
+            log.warning(
+                "[Featherweight] %s of packed weights are not cached in %s: its limit is %s (%s),"
+                " and some of the drive is left free.", size_text(size), entry.parent,
+                size_text(_limit()), LIMIT)
+            return False
+        digests = _digests_of(weights)
+        with safetensors_writer(entry, tensors, {}) as writer:
+            for name in types:
+                for part, tensor in _parts_of(name, weights[name]):
+                    writer.write(part, _type_of(tensor.dtype), [tensor.cpu()])
+            joined = b"".join(digests[part] for part in sorted(digests))
+            writer.write(DIGESTS, "U8", [torch.frombuffer(bytearray(joined), dtype=torch.uint8)])
+    except (WriteError, OSError) as error:  # another process may have written it meanwhile
         log.warning("[Featherweight] The packed weights are not cached: %s", error)
-    if entry is not None and writer.is_written:
-        # Another process may have written entries at the same time.
-        _free_space(entry.parent, 0, keep=entry)
-
-
-class EntryWriter:
-    """Writes the weights of an entry; an error is logged and ends the writing.
-
-    Attributes:
-        is_written: whether the entry is still being written.
-    """
-
-    def __init__(self, entry: Path | None, types: PackedTypes):
-        self.stack = contextlib.ExitStack()
-        self.is_written = False
-        self.sums: dict[str, int] = {}
-        if entry is None:
-            return
-        tensors = _all_parts(types, with_sums=True)
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            size = file_size(tensors, {})
-            if not _free_space(entry.parent, size):
-                log.warning(
-                    "[Featherweight] %s of packed weights are not cached in %s: its limit is %s"
-                    " (%s).", size_text(size), entry.parent, size_text(_limit()), LIMIT)
-                return
-            self.writer = self.stack.enter_context(safetensors_writer(entry, tensors, {}))
-            self.is_written = True
-        except (WriteError, OSError) as error:
-            log.warning("[Featherweight] The packed weights are not cached: %s", error)
-
-    def write(self, name: str, weight: PackedTensor):
-        """Writes a packed weight."""
-        if not self.is_written:
-            return
-        try:
-            for part, tensor in _parts_of(name, weight):
-                tensor = tensor.cpu()
-                self.writer.write(part, "U8" if tensor.dtype == torch.uint8 else "F32", [tensor])
-                self.sums[part] = _sum_of(tensor)
-        except WriteError as error:
-            self.give_up(error)
-
-    def write_sums(self):
-        """Writes the sums of all tensors, when these are written."""
-        if self.is_written:
-            sums = torch.tensor([self.sums[part] for part in sorted(self.sums)],
-                                dtype=torch.int64)
-            self.writer.write(SUMS, "U8", [sums.view(torch.uint8)])
-
-    def give_up(self, reason: str | WriteError):
-        """Removes what was written so far, and logs the reason."""
-        if not self.is_written:
-            return
-        self.is_written = False
-        log.warning("[Featherweight] The packed weights are not cached: %s", reason)
-        error = reason if isinstance(reason, WriteError) else WriteError(reason)
-        with contextlib.suppress(WriteError):
-            self.stack.__exit__(WriteError, error, error.__traceback__)
+        return False
+    _free_space(entry.parent, 0, keep=entry)  # another process may have written others meanwhile
+    return True
 
 
 def _all_parts(types: PackedTypes,
-               with_sums: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
+               with_digests: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
     """Returns the tensors of an entry: name -> (shape, type)."""
     parts = {}
     for name, (type_name, shape) in types.items():
-        packed, values = FORMATS[type_name], math.prod(shape)
+        packed, values = format_of(type_name, shape), math.prod(shape)
         parts[name] = (-(-values * packed.block_bytes // packed.block_length),), "U8"
-        if packed.qparams:
-            parts[f"{name}.scale"] = (-(-values // packed.block_length),), "F32"
-    if with_sums:
-        parts[SUMS] = (8 * len(parts),), "U8"
+        for qparam in packed.qparams:
+            length = qparam.length(-(-values // packed.block_length))
+            parts[f"{name}.{qparam.name}"] = (length,), _type_of(qparam.dtype)
+    if with_digests:
+        parts[DIGESTS] = (DIGEST_BYTES * len(parts),), "U8"
     return parts
+
+
+def _type_of(dtype: torch.dtype) -> str:
+    return "U8" if dtype == torch.uint8 else "F32"
 
 
 def _limit() -> float:
@@ -239,7 +229,7 @@ def _limit() -> float:
 
 
 def _free_space(folder: Path, size: int, keep: Path | None = None) -> bool:
-    """Removes entries until `size` more bytes are within the limit.
+    """Removes entries until `size` more bytes are within the limit, and leave room on the drive.
 
     Args:
         folder: folder of the cache.
@@ -247,7 +237,7 @@ def _free_space(folder: Path, size: int, keep: Path | None = None) -> bool:
         keep: an entry that is not removed.
 
     Returns:
-        Whether they are within the limit.
+        Whether they are.
     """
     if size > _limit():
         return False
@@ -258,13 +248,19 @@ def _free_space(folder: Path, size: int, keep: Path | None = None) -> bool:
             status, last_use = path.stat(), FileState.of(_last_use(path))
             time = max(status.st_mtime_ns, last_use.time if last_use else 0)
             entries.append((time, status.st_size, path))
+    disk = shutil.disk_usage(folder)
+    free = disk.free - min(MAX_FREE, disk.total * FREE_SHARE)
     total = sum(nbytes for _, nbytes, _ in entries)
+    removable = sum(nbytes for _, nbytes, path in entries if path != keep)
+    if size > free + removable:
+        return False
     for _, nbytes, path in sorted(entries):
-        if total + size <= _limit():
+        if total + size <= _limit() and size <= free:
             break
         if path != keep and path.suffix == ".safetensors":
             with contextlib.suppress(OSError):  # Windows does not remove a file that is in use
                 path.unlink()
                 total -= nbytes
+                free += nbytes
                 _last_use(path).unlink()
-    return total + size <= _limit()
+    return total + size <= _limit() and size <= free

@@ -13,6 +13,7 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ...ops.quantize.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
@@ -29,7 +30,13 @@ from ..comfyui.detection import (
 )
 from ..comfyui.host_patcher import keep_weights_whole
 from ..comfyui.packed_patcher import wrap_model
-from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked, reject_unread_layers
+from ..comfyui.quantized_weights import (
+    as_tensors,
+    host_metadata,
+    in_parts,
+    read_marked,
+    reject_unread_layers,
+)
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
 from ..files.container import WeightFile, WeightFileError
@@ -146,7 +153,7 @@ def read_weights(
         file: of the weights.
         pack_to: type that the model's plain weights are packed to; None: they stay as in the file.
         progress: advances by one stage, or by two with `pack_to`.
-        formats: ComfyUI's own whose layers become packed tensors.
+        formats: ComfyUI's own whose layers become packed tensors; with another `pack_to`, all do.
 
     Returns:
         The state dict with the host's names, and what was packed, or None without `pack_to`.
@@ -169,7 +176,8 @@ def read_weights(
         return to_comfy_keys(state_dict), None
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
-    return state_dict, pack_weights(file, state_dict, pack_to, progress, prefix)
+    packed = pack_weights(file, state_dict, pack_to, progress, prefix)
+    return in_parts(state_dict, formats) if pack_to in ROW_TYPES else state_dict, packed
 
 
 def pack_plain_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

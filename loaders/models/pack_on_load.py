@@ -1,11 +1,13 @@
 """Packs weights while they are loaded: one is read, packed and released before the next is read.
 
-Only plain weights (F32, F16, BF16, fp8) and those in the host's own quantised formats are packed.
-Packed weights stay as they are, bit for bit: packing them again would lose precision twice. A
-weight stays plain if the type cannot represent its values.
+Plain weights (F32, F16, BF16, fp8) and those in the host's own quantised formats are packed. Other
+packed weights stay as they are, bit for bit, since packing them again would lose precision twice;
+but to the host's own types they are packed again. A weight stays plain if the type cannot represent
+its values.
 """
 import collections
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -16,22 +18,30 @@ import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.quantize.pack_tensor import pack_tensor
-from ...ops.quantize.relative_error import holds
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.quantize.relative_error import RelativeError, holds
+from ...ops.quantize.row_types import ROW_TYPES, format_of, pack_rows
+from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
+from ..byte_sizes import size_text
 from ..comfyui.diffusers_keys import JoinedRows
 from ..files import packed_cache
-from ..files.container import PLAIN_DTYPES, FileChangeGuard, WeightFile, safe_repr
+from ..files.container import (
+    PLAIN_DTYPES,
+    FileChangeGuard,
+    WeightFile,
+    nbytes_of,
+    safe_repr,
+)
 from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
 from ..packing.planning.packing_rules import half_type, rules_for
 from ..packing.planning.plan import plan_for_type
+from ..paths.folders import packed_folder
 from ..progress import Progress
 
 log = logging.getLogger(__name__)
 
-# types that weights can be packed to, from the finest to the coarsest
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4")
-CACHE_HINT_S = 20  # after so many seconds of packing, the node mentions the cache
+# types that weights can be packed to: from the finest to the coarsest, and the host's own
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4", *ROW_TYPES)
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,18 @@ class PackStats:
         sources: types that weights were packed from, those with the most values first.
         unchanged: formats of the weights that were packed already, in the same order.
         seconds: of the whole load, reading included.
+        loss: the squared error of what was packed again, over its square.
         cache: "kept" if the weights were written to the cache, "read" if they came from it, or "".
+        folder: of the cache, for people.
         unfit: a message for each weight that its type cannot represent.
     """
 
     sources: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
     seconds: float = 0.0
+    loss: float = 0.0
     cache: str = ""
+    folder: str = ""
     unfit: tuple[str, ...] = ()
 
     def attach(self, patcher):
@@ -63,12 +77,13 @@ class PackStats:
             text = f"packed from {sources} in an earlier load"
         elif self.sources:
             text = f"packed from {sources} in {self.seconds:.0f} s"
+            if self.loss:
+                text += f" with {-10 * math.log10(self.loss):.0f} dB of it"
         else:
             text = "nothing was packed"
         if self.cache == "kept":
-            text += ", kept for the next time"
-        elif not self.cache and self.seconds >= CACHE_HINT_S and not packed_cache.is_enabled():
-            text += f" (to keep it, name a folder in {packed_cache.FOLDER})"
+            text += (f", kept for the next time in {self.folder} ({packed_cache.FOLDER}="
+                     f"{packed_cache.OFF} keeps nothing)")
         if self.unfit:
             text += f"; {self.unfit[0]}"
         if len(self.unfit) > 1:
@@ -85,8 +100,10 @@ class PackStats:
             tuple(dict.fromkeys(name for part in parts for name in getattr(part, field)))
             for field in ("sources", "unchanged", "unfit"))
         caches = {part.cache for part in parts if part.sources}
-        seconds = sum(part.seconds for part in parts)
-        return cls(sources, unchanged, seconds, caches.pop() if len(caches) == 1 else "", unfit)
+        seconds, loss = sum(part.seconds for part in parts), max(part.loss for part in parts)
+        cache = caches.pop() if len(caches) == 1 else ""
+        folder = next((part.folder for part in parts if part.folder), "")
+        return cls(sources, unchanged, seconds, loss, cache, folder, unfit)
 
 
 def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_name: str,
@@ -113,53 +130,83 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     }
     types = _types_for(weights, type_name, prefix)
     to_pack = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
-               if types[name] not in PLAIN_DTYPES and not _stays(tensor)}
-    entry = packed_cache.entry_path(file, to_pack)
+               if types[name] not in PLAIN_DTYPES and not _stays(tensor, types[name])}
+    folder = packed_cache.folder(packed_folder())
+    entry = packed_cache.entry_path(file, to_pack, folder)
     cached = packed_cache.read(entry, to_pack)
-    guard = _guard_of(state_dict)
+    guard, loss = _guard_of(state_dict), RelativeError()
+    progress.set_heading(_announcement(weights, to_pack))
     sources = collections.Counter()
     unchanged = collections.Counter()
     unfit = []
-    with packed_cache.entry_writer(None if cached else entry, to_pack) as new_entry:
-        for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
-            guard()
-            tensor = weights.pop(name)
-            if _stays(tensor):
-                unchanged[format_name(tensor)] += tensor.numel()
-                continue
-            if name not in to_pack:
-                state_dict[name] = _downcast(_read_dense(tensor), types[name])
-            else:
-                sources[_source_format(tensor)] += tensor.numel()
-                if cached:
-                    weight = cached[name]
-                else:
-                    weight = _pack(file, name, _read_dense(tensor), types[name], guard)
-                state_dict[name] = weight
-                if is_packed(weight):
-                    new_entry.write(name, weight)
-                else:
-                    unfit.append(
-                        f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
-                        f" {types[name]}"
-                    )
-                    log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
-                    new_entry.give_up("not every weight fits into its type")
-            del tensor
-            file.drop_pages()
+    for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
         guard()
-    cache = "read" if cached else "kept" if new_entry.is_written else ""
+        tensor = weights.pop(name)
+        if _stays(tensor, types[name]):
+            unchanged[format_name(tensor)] += tensor.numel()
+            continue
+        if name not in to_pack:
+            state_dict[name] = _downcast(_read_dense(tensor), types[name])
+        else:
+            sources[_source_format(tensor)] += tensor.numel()
+            if cached:
+                weight = cached[name]
+            else:
+                values = _read_dense(tensor)
+                weight = _pack(file, name, values, types[name], guard)
+                if is_packed(tensor):
+                    loss.add(values, weight)
+            state_dict[name] = weight
+            if not is_packed(weight):
+                unfit.append(
+                    f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
+                    f" {types[name]}"
+                )
+                log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
+        del tensor
+        file.drop_pages()
+    guard()
+    cache = "read" if cached else ""
+    if not cached and not unfit and packed_cache.keeps(time.perf_counter() - started):
+        packed = {name: state_dict[name] for name in to_pack}
+        cache = "kept" if packed_cache.keep(entry, packed, to_pack) else ""
     stats = PackStats(tuple(name for name, _ in sources.most_common()),
                       tuple(name for name, _ in unchanged.most_common()),
-                      time.perf_counter() - started, cache, tuple(unfit))
+                      time.perf_counter() - started, loss.share, cache, str(folder),
+                      tuple(unfit))
     log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path),
              len(to_pack), len(types), type_name, stats)
     return stats
 
 
-def _stays(tensor: torch.Tensor | JoinedRows) -> TypeGuard[PackedTensor]:
+def _stays(tensor: torch.Tensor | JoinedRows, type_name: str) -> TypeGuard[PackedTensor]:
     """Returns whether a weight stays packed as it is in the file."""
-    return is_packed(tensor) and not tensor.params.format.is_host_format
+    if not is_packed(tensor):
+        return False
+    if type_name in ROW_TYPES:
+        return tensor.params.format == format_of(type_name, tuple(tensor.shape))
+    return not tensor.params.format.is_host_format
+
+
+def _announcement(weights: Mapping[str, torch.Tensor | JoinedRows],
+                  to_pack: packed_cache.PackedTypes) -> str:
+    """Returns what is going to be packed, with both sizes: "Q4_K, 6.8 GB, becomes ..."."""
+    if not to_pack:
+        return ""
+    sources: collections.Counter[str] = collections.Counter()
+    for name in to_pack:
+        sources[_source_format(weights[name])] += weights[name].numel()
+    before = sum(_bytes_of(weights[name]) for name in to_pack)
+    after = sum(nbytes_of(*wanted) for wanted in to_pack.values())
+    types = dict.fromkeys(type_name for type_name, _ in to_pack.values())
+    return (f"{' + '.join(name for name, _ in sources.most_common())}, {size_text(before)}, becomes"
+            f" {' + '.join(types)}, {size_text(after)}")
+
+
+def _bytes_of(tensor: torch.Tensor | JoinedRows) -> int:
+    parts = tensor.tensors if isinstance(tensor, JoinedRows) else (tensor,)
+    return sum(sum(each.nbytes for each in packed_tensors(part)) if is_packed(part) else part.nbytes
+               for part in parts)
 
 
 def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,
@@ -206,11 +253,14 @@ def _pack(file: WeightFile, name: str, values: torch.Tensor, type_name: str,
     Args:
         file, name: for messages.
         values: the dense weight.
-        type_name: one of `FORMATS`.
+        type_name: one of `FORMATS` or `ROW_TYPES`.
         guard: of the file, which is read twice.
     """
     try:
-        packed = pack_tensor(values, FORMATS[type_name])
+        if type_name in ROW_TYPES:
+            packed = pack_rows(values, ROW_TYPES[type_name])
+        else:
+            packed = pack_tensor(values, FORMATS[type_name])
         guard()
         if holds(packed, values):
             return packed

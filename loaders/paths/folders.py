@@ -44,6 +44,11 @@ ENCODER = re.compile(
 )
 
 
+def packed_folder() -> Path:
+    """Returns the folder in ComfyUI's user folder for weights that were packed while loading."""
+    return Path(folder_paths.get_user_directory()) / "featherweight" / "packed"
+
+
 def register_folders():
     """Makes the host list GGUF files, under the keys that other packs use for them.
 

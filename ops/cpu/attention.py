@@ -39,22 +39,21 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
     Returns:
         (batch, tokens, heads * width) in the dtype of `query`, or see `skip_output_reshape`.
     """
-    compute = None
+    compute, in_heads = None, (query, key, value)
     if _is_for_here(query, key, value):
-        operands = query, key, value
         if not skip_reshape:
             width = query.shape[-1] // heads
             # some models have split the heads of the value already
-            operands = [operand.reshape(*operand.shape[:2], -1, width).transpose(1, 2)
-                        for operand in operands]
-        compute = _choice(*operands, mask, attn_precision, options, load)
+            in_heads = tuple(operand.reshape(*operand.shape[:2], -1, width).transpose(1, 2)
+                             for operand in in_heads)
+        compute = _choice(in_heads, mask, attn_precision, options, load)
     if compute is None:
         is_float32 = query.device.type == "cpu" and query.dtype == torch.float32
         compute = attention_pytorch if is_float32 else host_attention
         return compute(query, key, value, heads, mask=mask, attn_precision=attn_precision,
                        skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape,
                        **options)
-    out = compute(*operands, options.get("scale", operands[0].shape[-1]**-0.5))
+    out = compute(*in_heads, options.get("scale", in_heads[0].shape[-1]**-0.5))
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
@@ -80,16 +79,17 @@ def _is_for_here(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     )
 
 
-def _choice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+def _choice(in_heads: tuple[torch.Tensor, ...], mask: torch.Tensor | None,
             attn_precision: torch.dtype | None, options: dict,
             load: int) -> Callable[..., torch.Tensor] | None:
     """Returns what computes an attention: a function of query, key, value and scale; None: the
     host.
 
     Args:
-        query, key, value: (batch, heads, tokens, width).
+        in_heads: query, key and value, (batch, heads, tokens, width).
         mask, attn_precision, options, load: as `attention` takes them.
     """
+    query, key, _ = in_heads
     heads, has_groups = query.shape[1], options.get("enable_gqa", False)
     if heads % key.shape[1] or (heads != key.shape[1] and not has_groups):
         return None  # the host says what is wrong
@@ -106,7 +106,7 @@ def _choice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
     return None
 
 
-def _addend(mask: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor | None:
+def _addend(mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
     """Returns what a mask adds to scores of a shape (batch, heads, queries, keys), in float32; None
     where it is no mask for them."""
     if mask.ndim not in (2, 3, 4) or not (mask.dtype == torch.bool or mask.is_floating_point()):

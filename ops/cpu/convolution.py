@@ -1,10 +1,11 @@
 """2-D convolutions on a CPU, with the channels of input, weight and output last.
 
 Torch's convolution copies each weight into an order of its own. With the channels last it copies
-less, and for small images a product of matrices copies nothing.
+less, and for small images a product of matrices takes it as it is.
 """
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -67,8 +68,41 @@ class _DenseConv2d(torch.nn.Conv2d):
     def _conv_forward(self, input, weight, bias):
         if not takes(self, input, weight, bias):
             return super()._conv_forward(input, weight, bias)
+        if is_product(self, input):
+            matrix = weight.flatten(1).contiguous()
+            return multiply_patches(self, input,
+                                    lambda patches: cpu_linear.linear(patches, matrix, bias))
         weight = weight.contiguous(memory_format=torch.channels_last)
         return convolve(self, input, [(slice(0, len(weight)), weight)], bias)
+
+
+def is_product(layer: torch.nn.Conv2d, input: torch.Tensor) -> bool:
+    """Returns whether `multiply_patches` is faster than `convolve` for what `takes` accepts.
+
+    Args:
+        layer: its weight and bias are not read.
+        input: (batch, channels, height, width).
+    """
+    pixels = len(input) * math.prod(_output_size(layer, input))
+    return layer.kernel_size == (1, 1) or pixels <= FEW_PIXELS
+
+
+def multiply_patches(layer: torch.nn.Conv2d, input: torch.Tensor,
+                     linear: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Computes the convolution of a layer that `takes` accepts as a product.
+
+    Args:
+        layer: its weight and bias are not read.
+        input: (batch, channels, height, width).
+        linear: computes the product of the patches (pixels, channels * taps), contiguous, with the
+            weight (output channels, channels * taps), and adds the bias.
+
+    Returns:
+        (batch, output channels, height, width) in memory format `channels_last`.
+    """
+    size = _output_size(layer, input)
+    out = linear(_patches(layer, input, size))
+    return out.view(len(input), *size, layer.out_channels).permute(0, 3, 1, 2)
 
 
 def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
@@ -86,20 +120,13 @@ def convolve(layer: torch.nn.Conv2d, input: torch.Tensor,
         (batch, output channels, height, width) in memory format `channels_last`.
     """
     input = input.contiguous(memory_format=torch.channels_last)
-    size = _output_size(layer, input)
-    out = input.new_empty((len(input), *size, layer.out_channels))
-    is_product = layer.kernel_size == (1, 1) or out[..., 0].numel() <= FEW_PIXELS
-    patches = _patches(layer, input, size) if is_product else None
+    out = input.new_empty((len(input), *_output_size(layer, input), layer.out_channels))
     for rows, weight in slices:
-        part_bias = None if bias is None else bias[rows]
-        if patches is None:
-            part = torch.nn.functional.conv2d(input, weight, part_bias, layer.stride, layer.padding)
-            if len(weight) == layer.out_channels:
-                return part
-            out[..., rows] = part.permute(0, 2, 3, 1)
-            continue
-        matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
-        out.view(-1, layer.out_channels)[:, rows] = cpu_linear.linear(patches, matrix, part_bias)
+        part = torch.nn.functional.conv2d(input, weight, None if bias is None else bias[rows],
+                                          layer.stride, layer.padding)
+        if len(weight) == layer.out_channels:
+            return part
+        out[..., rows] = part.permute(0, 2, 3, 1)
     return out.permute(0, 3, 1, 2)
 
 
@@ -111,11 +138,11 @@ def _output_size(layer: torch.nn.Conv2d, input: torch.Tensor) -> list[int]:
 
 
 def _patches(layer: torch.nn.Conv2d, input: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """Returns what each pixel of the output sees: (pixels, taps * channels).
+    """Returns what each pixel of the output sees: (pixels, channels * taps).
 
     Args:
         layer: with its kernel, stride and padding.
-        input: (batch, channels, height, width) in memory format `channels_last`.
+        input: (batch, channels, height, width).
         size: height and width of the output.
     """
     assert not isinstance(layer.padding, str)
@@ -125,7 +152,10 @@ def _patches(layer: torch.nn.Conv2d, input: torch.Tensor, size: list[int]) -> to
     of_image, of_row, of_pixel, _ = image.stride()
     height, width = layer.kernel_size
     down, right = layer.stride
+    channels = image.shape[-1]
     windows = image.as_strided(
-        (len(image), *size, height, width * image.shape[-1]),
+        (len(image), *size, height, width * channels),
         (of_image, of_row * down, of_pixel * right, of_row, 1))
-    return windows.reshape(-1, height * width * image.shape[-1])
+    # two copies of neighbours are faster than one of single numbers
+    windows = windows.reshape(-1, height * width, channels)
+    return windows.transpose(1, 2).reshape(len(windows), -1)

@@ -14,10 +14,15 @@ def is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
+def identifier() -> str:
+    """Returns what Windows says of the CPU: its family, model and maker; "" on other systems."""
+    return os.environ.get("PROCESSOR_IDENTIFIER", "")
+
+
 @functools.cache
 def is_amd() -> bool:
     """Returns whether AMD made the CPU. False where the system does not say."""
-    if AMD in os.environ.get("PROCESSOR_IDENTIFIER", ""):  # of Windows
+    if AMD in identifier():
         return True
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.is_file() and AMD in cpuinfo.read_text(errors="replace")

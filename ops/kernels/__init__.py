@@ -15,6 +15,7 @@ same picture, bit for bit, from its load until it is loaded again.
 """
 import logging
 import os
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping
 
@@ -50,6 +51,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
+REASON_LENGTH = 130  # characters on a node of why torch does a kernel's work
 VALIDATED_APART = {"cuda", "mps"}  # types of devices whose kernels another process validates
 
 _selectors: dict[torch.device, Selector] = {}
@@ -161,7 +163,8 @@ def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,
     by_torch: dict[str, list[str]] = {}
     for key, (verdict, why) in verdicts.items():
         if verdict != "right":
-            reason = WORDS.get(verdict, verdict) + (f" ({why[:80]})" if why else "")
+            why = textwrap.shorten(why, REASON_LENGTH, placeholder=" …")
+            reason = WORDS.get(verdict, verdict) + (f" ({why})" if why else "")
             by_torch.setdefault(reason, []).append(key)
     if selector.is_off:
         return "torch"

@@ -1,4 +1,5 @@
-"""Kernels for CPUs: C++ in `source/`, compiled by the machine's own compiler, where there is one.
+"""Kernels for CPUs: C++ in `source/`, compiled by the machine's own compiler or by the package
+ziglang, where there is one.
 
 A kernel takes half a second to compile and is kept for later runs in a folder that only this user
 can write to. The file's name contains the digest of its bytes, because a damaged library would end
@@ -8,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import logging
 import math
 import os
@@ -35,6 +37,8 @@ from .kernel_source import (
     C_TYPES,
     FORMAT_NAMES,
     MULTIPLIED,
+    PLAIN,
+    block_length,
     c_floats,
     dequantize_and_linear,
     is_for_products,
@@ -55,17 +59,33 @@ from .validation import probe
 
 log = logging.getLogger(__name__)
 
-COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX
+COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX, and before ziglang
 # Products and sums must not be contracted: the values have the reference's bits.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared",
-         "-w")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-exceptions", "-fPIC",
+         "-shared", "-w")
 X86_FLAGS = ("-mprefer-vector-width=512",)  # compilers for other machines refuse it
+XCODE = ("/Library/Developer/CommandLineTools", "/Applications/Xcode.app")
+OPENMP = "-fopenmp"  # tried once: Apple's Clang does not know it, and Zig lacks its library
+# elsewhere a linker does so unasked
+NO_MISSING = () if sys.platform in ("win32", "darwin") else ("-Wl,-z,defs",)
+OPENMP_SOURCE = """extern "C" int sum(int count) {
+    int total = 0;
+#pragma omp parallel for reduction(+ : total)
+    for (int i = 0; i < count; i++) total += i;
+    return total;
+}
+"""
+NO_COMPILER = ("there is no C++ compiler; the package ziglang is one, with which products are"
+               " up to 15 times as fast")
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 # Of the variants of "linear". With more tokens the product of a dequantised weight is faster.
 MAX_TOKENS = (1, 4)
 MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
-COMPILE_SECONDS = 180  # a compiler that takes longer is ended, and torch does the work
+# A compiler that takes longer is ended, and torch does the work. At first Zig makes its own
+# libraries: for Windows in a minute on two fast cores.
+COMPILE_SECONDS = 600
 SCRATCH_PREFIX = "tmp"  # of folders in which a compiler works
 MAX_LIBRARIES = 1000  # that are kept; all kernels in one dtype are about 250
 STALE_SECONDS = 10 * COMPILE_SECONDS  # an older scratch folder was left by a killed process
@@ -73,10 +93,37 @@ OTHER_TEMPORARY = ("/var/tmp",)  # tried where the default temporary folder does
 VALUES_PER_THREAD = 1 << 16  # a thread with less to do takes longer to start than to finish
 
 
-def cpp_compiler() -> str | None:
-    """Returns the path of a C++ compiler, None where there is none."""
-    names = filter(None, (os.environ.get("CXX"), *COMPILERS))
-    return next(filter(None, map(shutil.which, names)), None)
+def cpp_compiler() -> tuple[str, ...] | None:
+    """Returns the command of a C++ compiler, None where there is none.
+
+    On Windows only Zig is used: Visual C++ knows no vectors, and what GCC makes there keeps those
+    of AVX on a stack that is not aligned for them.
+    """
+    names = () if sys.platform == "win32" else (os.environ.get("CXX"), *COMPILERS)
+    paths = filter(None, map(shutil.which, filter(None, names)))
+    path = next((path for path in paths if not _is_stub(path)), None)
+    return (path,) if path else zig()
+
+
+def _is_stub(path: str) -> bool:
+    """Returns whether a compiler is macOS's offer to install Xcode's."""
+    return (sys.platform == "darwin" and path.startswith("/usr/bin/")
+            and not any(map(os.path.exists, XCODE)))
+
+
+def zig() -> tuple[str, ...] | None:
+    """Returns the command of the compiler in the package ziglang, None where that is missing."""
+    spec = importlib.util.find_spec("ziglang")
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = (Path(folder, "zig.exe" if sys.platform == "win32" else "zig") for folder in folders)
+    path = next(filter(Path.is_file, files), None)
+    # Zig would take a minute to make a library of C++, which kernels do not use.
+    return (str(path), "c++", "-nostdlib++") if path else None
+
+
+def install_advice() -> str:
+    """Returns how to get a compiler, with the path of this Python."""
+    return f'"{sys.executable}" -m pip install ziglang'
 
 
 @short_error_name
@@ -89,14 +136,18 @@ class CppCompiler:
     """Compiles sources to libraries, which it keeps and loads.
 
     Args:
-        command: A C++ compiler that takes the options of GCC.
+        command: Of a C++ compiler that takes the options of GCC.
         folder: Where compiled kernels are kept.
     """
 
-    def __init__(self, command: str, folder: Path):
+    def __init__(self, command: tuple[str, ...], folder: Path):
         self.command = command
-        self._flags = (*FLAGS, *X86_FLAGS) if cpu_features.is_x86() else FLAGS
-        version = run_process(command, "--version", seconds=COMPILE_SECONDS).stdout
+        self._flags = (*FLAGS, *(X86_FLAGS if cpu_features.is_x86() else ()))
+        if sys.platform == "darwin" and not cpu_features.is_x86():  # Clang's default there
+            self._flags = tuple(flag for flag in self._flags if flag != "-march=native")
+        self._openmp: tuple[str, ...] | None = None  # its option, where the compiler has that
+        option = "version" if command[1:] else "--version"  # Zig's is not its compiler's
+        version = run_process(command[0], option, seconds=COMPILE_SECONDS).stdout
         self._machine = f"{version} {self._flags} {_cpu()}"
         # Of these the first that libraries can be loaded from: a drive may refuse to run what is
         # on it.
@@ -133,7 +184,7 @@ class CppCompiler:
             CppError: The compiler refused the source.
             OSError: The folder cannot be used.
         """
-        for path in folder.glob(f"{name}-*.so"):
+        for path in folder.glob(f"{name}-*{SUFFIX}"):
             is_own = is_private(path, stat.S_ISREG)
             if is_own and path == _library_path(folder, name, path):
                 return path
@@ -142,30 +193,51 @@ class CppCompiler:
                          path)
             path.unlink(missing_ok=True)
         _remove_stale(folder)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH_PREFIX) as scratch:
-            file, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-            file.write_text(source, encoding="utf-8")
-            process = run_process(self.command, *self._flags, str(file), "-o", str(built),
-                                  seconds=COMPILE_SECONDS, env={**os.environ, "TMPDIR": scratch})
-            if process.returncode:
-                raise CppError(f"{self.command}: {process.stderr[:2000]}")
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH_PREFIX,
+                                         ignore_cleanup_errors=True) as scratch:
+            if self._openmp is None:
+                error = self._build(Path(scratch, "openmp.cpp"), OPENMP_SOURCE, OPENMP,
+                                    *NO_MISSING)
+                self._openmp = () if error else (OPENMP,)
+            file = Path(scratch, "kernel.cpp")
+            if error := self._build(file, source, *self._openmp):
+                raise CppError(f"{' '.join(self.command)}: {error}")
+            built = file.with_suffix(SUFFIX)
             built.chmod(0o700)
             path = _library_path(folder, name, built)
-            replace_durably(built, path)  # in one step: another process may load it meanwhile
+            if not path.exists():  # Windows replaces no library that another process has loaded
+                replace_durably(built, path)  # in one step: another process may load it meanwhile
         return path
+
+    def _build(self, file: Path, source: str, *flags: str) -> str:
+        """Writes a source to `file`, in the folder in which the compiler works, and compiles it to
+        a library there. Zig keeps beside that folder what it makes of its own libraries.
+
+        Returns:
+            Why the compiler refused it, "" if it did not.
+        """
+        file.write_text(source, encoding="utf-8")
+        scratch = ("TMPDIR", "TEMP", "TMP", "ZIG_LOCAL_CACHE_DIR")
+        environment = {**os.environ, **dict.fromkeys(scratch, str(file.parent)),
+                       "ZIG_GLOBAL_CACHE_DIR": str(file.parent.with_name("zig"))}
+        process = run_process(*self.command, *self._flags, *flags, str(file), "-o",
+                              str(file.with_suffix(SUFFIX)), seconds=COMPILE_SECONDS,
+                              env=environment)
+        return process.stderr[:2000] or "it failed" if process.returncode else ""
 
 
 def _library_path(folder: Path, name: str, file: Path) -> Path:
     """Returns the path under which a library with the bytes of `file` is kept."""
-    return folder / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}.so"
+    return folder / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}{SUFFIX}"
 
 
 def _remove_stale(folder: Path):
     """Removes the oldest of too many libraries, and the scratch folders of processes that were
     killed while they compiled."""
-    libraries = [(path.stat().st_mtime, path) for path in folder.glob("*.so")]
+    libraries = [(path.stat().st_mtime, path) for path in folder.glob(f"*{SUFFIX}")]
     for _, path in sorted(libraries)[:max(0, len(libraries) - MAX_LIBRARIES)]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # of Windows, where a process has loaded it
+            path.unlink(missing_ok=True)
     for scratch in folder.glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):  # another process removed it first
             if time.time() - scratch.stat().st_mtime > STALE_SECONDS:
@@ -188,14 +260,16 @@ class Attention(ctypes.Structure):
 def _compiler_version() -> str:
     """Returns a text that differs where another compiler, or another CPU, is used."""
     command = cpp_compiler()
-    changed = os.stat(command).st_mtime_ns if command else ""
+    changed = os.stat(command[0]).st_mtime_ns if command else ""
     return f"{command} {changed} {FLAGS} {_cpu()}"
 
 
 def _cpu() -> str:
     """Returns a text that differs where `-march=native` may use other instructions."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [platform.machine()]
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else [
+        f"{platform.machine()} {cpu_features.identifier()}"
+        f" {torch.backends.cpu.get_cpu_capability()}"]
     features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
     return " ".join(sorted(features or lines[:1]))
 
@@ -356,7 +430,7 @@ def _max_lanes() -> int:
 
 def _lanes(packed_format: Format) -> int:
     """Returns how many values of a block are handled at once, 0 where none of the numbers do."""
-    length, multiple = packed_format.block_length, packed_format.block_length
+    length = multiple = block_length(packed_format)
     if isinstance(packed_format, RowFormat):
         # of other groups, a vector's values have scales of their own
         group = scale_group(packed_format.layout)
@@ -371,10 +445,8 @@ def _threads(values: int) -> int:
 
 @functools.cache
 def _kernels() -> CpuKernels:
-    if sys.platform == "win32":
-        raise CppError("kernels are not compiled on Windows")
     if (command := cpp_compiler()) is None:
-        raise CppError("there is no C++ compiler")
+        raise CppError(f"{NO_COMPILER}: {install_advice()}, then a restart")
     return CpuKernels(CppCompiler(command, cache_folder() / "kernels"))
 
 
@@ -386,7 +458,7 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
         has_bfloat16: Whether the CPU and what compiles the kernels have AVX512-BF16.
     """
     float32 = frozenset([torch.float32])
-    by_avx512 = Kernel("linear", MULTIPLIED, frozenset([torch.bfloat16]),
+    by_avx512 = Kernel("linear", MULTIPLIED | PLAIN, frozenset([torch.bfloat16]),
                        late_bound_method(kernels, "linear_bfloat16"),
                        max_tokens=MAX_BFLOAT16_TOKENS)
     return (

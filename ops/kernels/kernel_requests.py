@@ -6,7 +6,7 @@ import torch
 
 from .. import kernels
 from ..formats.base import Format
-from ..layers.packed_layers import PackedLayer, PackedLinear
+from ..layers.packed_layers import PackedConv2d, PackedLayer, PackedLinear
 from ..tensor.packed_layout import is_packed
 
 
@@ -34,9 +34,9 @@ def _cases(layer: PackedLayer, dtype: torch.dtype
     weight: Any = layer.weight
     for packed_format in weight.params.format.formats_within():
         yield "dequantize", packed_format, dtype
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, (PackedLinear, PackedConv2d)):
             yield "linear", packed_format, dtype
-            if layer.compute == "int8":
-                yield "int8_rows", packed_format, torch.int8
+        if isinstance(layer, PackedLinear) and layer.compute == "int8":
+            yield "int8_rows", packed_format, torch.int8
     if layer.compute == "int8":
         yield "int8_tokens", None, dtype

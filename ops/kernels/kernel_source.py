@@ -31,6 +31,8 @@ FORMAT_NAMES = frozenset((
 # names of `Format.kernel_names`: what "dequantize" takes, and what products take too
 DEQUANTIZED = FORMAT_NAMES | {"RowFormat"}
 MULTIPLIED = FORMAT_NAMES | {"UnrotatedRows"}
+# plain formats that products take too, of which that many values count as a block
+PLAIN, PLAIN_LENGTH = frozenset(["F16"]), 32
 # order of codes, or storage of numbers -> its name in source/formats/rows.h
 ORDERS = {"high first": "HIGH_FIRST", "planes": "PLANES"}
 NUMBERS = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "HalfFloat",
@@ -72,10 +74,11 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
         if platform != "cpu":
             definitions |= zip(("WIDTH", "HEIGHT", "CHUNKS"), _tile(packed_format.layout))
     elif packed_format is not None:
+        length = block_length(packed_format)
         definitions |= {
             "FORMAT": _source_name(packed_format),
-            "BLOCK_LENGTH": packed_format.block_length,
-            "BLOCK_BYTES": packed_format.block_bytes,
+            "BLOCK_LENGTH": length,
+            "BLOCK_BYTES": packed_format.block_bytes * length // packed_format.block_length,
             "SCALES_APART": int(bool(packed_format.qparams)),
         }
         if codebook := getattr(packed_format, "codebook", getattr(packed_format, "values", None)):
@@ -87,6 +90,11 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
     texts = [path.read_text(encoding="utf-8")
              for path in source_files(platform, packed_format, kernel)]
     return "\n".join([*defines, *texts])
+
+
+def block_length(packed_format: Format) -> int:
+    """Returns how many values kernels take as a block of a format."""
+    return packed_format.block_length if packed_format.plain_dtype is None else PLAIN_LENGTH
 
 
 def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
@@ -174,7 +182,7 @@ def is_for_products(packed_format: Format, columns: int) -> bool:
     """Returns whether kernels multiply rows of so many columns, which are whole blocks."""
     if isinstance(packed_format, RowFormat) and columns != packed_format.block_length:
         return False  # two rows of codes, with scales of their own, as one row of the weight
-    return columns % 8 == 0
+    return columns % 8 == 0 and columns % block_length(packed_format) == 0
 
 
 def linear_by_reference(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tensor,
@@ -206,7 +214,7 @@ def _tile(layout: RowLayout) -> tuple[int, int, int]:
 
 def _source_name(packed_format: Format) -> str:
     """Returns the name that the source has for a format."""
-    return next(name for name in packed_format.kernel_names() if name in FORMAT_NAMES)
+    return next(name for name in packed_format.kernel_names() if name in FORMAT_NAMES | PLAIN)
 
 
 def c_floats(numbers: Iterable[float]) -> str:
@@ -234,6 +242,7 @@ def source_files(platform: str, packed_format: Format | None, kernel: str) -> li
         folder / "lanes.h",
         *weight_files,
         *(SOURCES / "gpu").glob(f"{kernel if platform != 'cpu' else ''}.h"),
+        *folder.glob("parallel.h"),
         *folder.glob(f"{kernel.partition('_')[0]}.h"),
         *folder.glob(f"{kernel}.*"),
     ]

@@ -70,7 +70,9 @@ def temporary_folder(parent: str | None) -> Path:
     Args:
         parent: Where to create it; None: where temporary files are.
     """
-    folder = tempfile.TemporaryDirectory(prefix="featherweight-", dir=parent)
+    # Windows removes no library that is loaded.
+    folder = tempfile.TemporaryDirectory(prefix="featherweight-", dir=parent,
+                                         ignore_cleanup_errors=True)
     _temporary_folders.append(folder)
     return Path(folder.name)
 

@@ -16,8 +16,7 @@ from ...child_process import end_all, end_process, start_process
 
 
 def _run(job: bytes, command: list[str], seconds: float) -> int:
-    process = start_process(*command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+    process = start_process(*command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     stdin = process.stdin
     assert stdin is not None  # it is a pipe
     try:

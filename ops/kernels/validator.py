@@ -102,8 +102,7 @@ class ProcessValidator:
         self._requests: queue.SimpleQueue[tuple[Selector, list[Case]]] = queue.SimpleQueue()
         self._process = start_process(
             *command_of("validation_launcher", is_light=True), *command, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0))
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         start_thread(self._run, "featherweight-validation")
 
     def request(self, selector: "Selector", cases: list[Case]):

@@ -352,8 +352,9 @@ class _PackedConv(PackedLayer):
         return torch.cat(parts, 1) if parts[1:] else parts[0]
 
 
-class _PackedConv2d(_PackedConv):
-    """The convolution of `Conv2d`, which has the channels last where that is faster."""
+class PackedConv2d(_PackedConv):
+    """The convolution of `Conv2d`, on a CPU as a product or with the channels last where that is
+    faster."""
 
     def _without_branch(self, input, weight, bias, *args, **kwargs):
         conv: Any = self
@@ -365,6 +366,10 @@ class _PackedConv2d(_PackedConv):
         )
         if not channels_last:
             return super()._without_branch(input, weight, bias, *args, **kwargs)
+        if cpu_convolution.is_product(conv, input):
+            matrix = relabel(weight, shape=(len(weight), weight.shape[1:].numel()))
+            return cpu_convolution.multiply_patches(
+                conv, input, lambda patches: product.linear(patches, matrix, bias, load=self.load))
         slices = product.dequantized_slices(weight, input.dtype, channels_last=True)
         with contextlib.closing(slices):
             return cpu_convolution.convolve(conv, input, slices, bias)
@@ -374,7 +379,7 @@ class Conv1d(_PackedConv, comfy.ops.manual_cast.Conv1d):
     """A 1-D convolution with a packed kernel."""
 
 
-class Conv2d(_PackedConv2d, comfy.ops.manual_cast.Conv2d):
+class Conv2d(PackedConv2d, comfy.ops.manual_cast.Conv2d):
     """A 2-D convolution with a packed kernel."""
 
 
@@ -452,7 +457,7 @@ PACKED_LAYERS = (Linear, Embedding, Conv1d, Conv2d, Conv3d, MoEExperts)
 
 # torch's layer -> what makes a layer of the host that derives from it a packed one
 _MIXINS = {
-    torch.nn.Linear: PackedLinear, torch.nn.Conv1d: _PackedConv, torch.nn.Conv2d: _PackedConv2d,
+    torch.nn.Linear: PackedLinear, torch.nn.Conv1d: _PackedConv, torch.nn.Conv2d: PackedConv2d,
     torch.nn.Conv3d: _PackedConv,
 }
 

@@ -24,6 +24,7 @@ from .low_rank import LowRank, dense_linear
 # On a CPU a slice of the weight that stays in the cache is written and read faster, and a product
 # takes up to half as long again where its rows are no multiple of what it handles together.
 CACHED_BYTES, ROW_BLOCK = 6 << 20, 64
+MIN_ROWS = 256  # of long rows, as of convolutions: with fewer the input is read too often
 # A convolution also copies each slice, in the order that it needs: for this many channels at once.
 CONVOLUTION_BYTES, CHANNEL_BLOCK = 16 << 20, 16
 CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
@@ -86,7 +87,8 @@ def _by_torch(input: torch.Tensor, packed_format: Format, packed: list[torch.Ten
         return added.addmm_(input, weight.t())
     limit, row_bytes = workspace.workspace_bytes(input.device), columns * input.dtype.itemsize
     if input.device.type == "cpu":
-        limit = min(limit, CACHED_BYTES)
+        few_rows = min(MIN_ROWS * row_bytes, CONVOLUTION_BYTES)
+        limit = min(limit, max(CACHED_BYTES, few_rows))
     multiple = ROW_BLOCK if limit >= ROW_BLOCK * row_bytes else 1
     step = min(rows, workspace.rows_within(limit, packed_format, columns, row_bytes, multiple))
     with workspace.workspace(input.device) as take:

@@ -30,6 +30,11 @@ class RelativeError:
         self.power += sample.square_().sum().item()
 
     @property
+    def share(self) -> float:
+        """The error's power over that of the values, 0 where nothing was added."""
+        return self.error / self.power if self.power else 0.0
+
+    @property
     def is_small(self) -> bool:
         """Whether the type holds the values; False if they became NaN."""
         return self.error <= LOST * self.power

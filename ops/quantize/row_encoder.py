@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.base import inverse
+from ..formats.comfyui import E2M1
 from ..formats.rotation import rotate
 from ..formats.row_layout import FAMILIES, RowFormat
 from ..tensor.packed_layout import packed_rows
@@ -89,23 +90,28 @@ class RowEncoder:
     def search(self, values: torch.Tensor) -> RowNumbers:
         """Returns the numbers of least error for values in the basis of the codes, (n, K)."""
         of_rows = self._of_rows(values)
-        groups = values.view(len(values), self.layout.groups, -1) * inverse(of_rows)
+        groups = values.view(len(values), self.layout.groups, -1)
+        if self.layout.row_scale or self.layout.is_requantized:
+            groups = groups * inverse(of_rows)
         if self.of_tensor is not None and not self.layout.row_scale:
             units = torch.full_like(groups[..., :1], self.of_tensor)
             return RowNumbers(self.nearest(groups, units), units, of_rows)
         peak = groups.abs().amax(-1, keepdim=True)
-        units = error = levels = None
+        best = None
         for shrink in self.shrinks:
-            tried = self.stored(peak * (shrink / self.largest))
-            nearest = self.nearest(groups, tried)
-            lost = (self.values(nearest, tried) - groups).square_().sum(-1, keepdim=True)
-            if units is None:
-                units, error, levels = tried, lost, nearest
+            units = self.stored(peak * (shrink / self.largest))
+            levels = self.nearest(groups, units)
+            if len(self.shrinks) == 1:
+                return RowNumbers(levels, units, of_rows)
+            error = (self.values(levels, units) - groups).square_().sum(-1, keepdim=True)
+            if best is None:
+                best = [error, levels, units]
                 continue
-            is_better = lost < error
-            units, error = torch.where(is_better, tried, units), torch.where(is_better, lost, error)
-            levels = torch.where(is_better, nearest, levels)
-        return RowNumbers(levels, units, of_rows)
+            is_better = error < best[0]
+            best = [torch.where(is_better, part, kept)
+                    for part, kept in zip((error, levels, units), best)]
+        assert best is not None
+        return RowNumbers(best[1], best[2], of_rows)
 
     def _of_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Returns what a row's units are multiplied by, float32 (n, 1, 1)."""
@@ -121,19 +127,24 @@ class RowEncoder:
         if kind == "e8m0":  # the next power of two
             mantissa, exponent = torch.frexp(units)
             exponent = (exponent - (mantissa == 0.5).int()).clamp_(-126, 127)
-            return torch.where(units > 0, torch.ldexp(torch.ones_like(units), exponent), 0)
+            powers = torch.ldexp(torch.ones_like(units), exponent)
+            return torch.where(units > 0, powers, torch.zeros_like(units))
         if kind == "e4m3":
             return units.clamp(max=LARGEST_E4M3).to(torch.float8_e4m3fn).float()
         return units.clamp(min=SMALLEST)
 
     def nearest(self, values: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         """Returns the numbers of the codes nearest to values over their units."""
-        scaled = torch.where(units > 0, values / units, 0)
+        scaled = values / torch.where(units > 0, units, torch.inf)
         dtype = self.layout.codes.dtype
         if dtype == torch.int8:
             return scaled.round_().clamp_(-self.largest, self.largest)
         if dtype.is_floating_point:
             return scaled.clamp_(-self.largest, self.largest).to(dtype).float()
+        if self.layout.codes.numbers == E2M1:
+            size = scaled.abs().clamp_(max=self.largest)
+            step = 0.5 + (size >= 2) * 0.5 + (size >= 4)  # 0.5, 1 or 2
+            return torch.copysign((size / step).round_().mul_(step), scaled)
         levels = self.levels.to(values.device)
         return levels[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)]
 

@@ -50,16 +50,15 @@ def _in_basis(moments: SecondMoments, encoder: RowEncoder) -> SecondMoments:
     if not encoder.layout.rotation:
         return moments
 
-    def rotated(blocks: torch.Tensor | None) -> torch.Tensor | None:
-        if blocks is None:
-            return None
+    def rotated(blocks: torch.Tensor) -> torch.Tensor:
         return torch.stack([encoder.basis(encoder.basis(block.float()).T.contiguous()).T
                             for block in blocks])
 
-    dense = moments.dense_sketch
+    cross, dense = moments.cross, moments.dense_sketch
     return SecondMoments(moments.columns, rotated(moments.blocks), encoder.basis(moments.sketch),
-                         rotated(moments.cross), None if dense is None else encoder.basis(dense),
-                         moments.count, moments.held_out_count)
+                         None if cross is None else rotated(cross),
+                         None if dense is None else encoder.basis(dense), moments.count,
+                         moments.held_out_count)
 
 
 def _choose(encoder: RowEncoder, target: torch.Tensor, units: torch.Tensor,

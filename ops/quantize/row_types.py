@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.base import FormatError
+from ..formats.base import FORMATS, Format, FormatError
 from ..formats.comfyui import (
     F8_E4M3,
     INT8_CONVROT,
@@ -69,6 +69,12 @@ class RowType:
         """Returns the bits of a value of a weight of a shape that it takes, scales included."""
         packed_format = self.format_of(shape)
         return 8 * (packed_format.block_bytes + packed_format.qparam_bytes()) / shape[1]
+
+
+def format_of(type_name: str, shape: tuple[int, ...]) -> Format:
+    """Returns the format of a weight of a shape in a type: one of `FORMATS` or of `ROW_TYPES`."""
+    return (ROW_TYPES[type_name].format_of(shape) if type_name in ROW_TYPES
+            else FORMATS[type_name])
 
 
 def _rotation(columns: int) -> int:

@@ -10,22 +10,24 @@ import pytest
 import torch
 from PIL import Image
 
+from devtools import limited_cpu
 from featherweight.ops.layers import int8
 
 # Named here, so that a case that gets lost is missed. "memory" and "train" are processes of their
-# own, as a part of "scale" is.
+# own, as a part of "scale" is; "compilers" compiles for half a minute.
 PROCESSES = ["memory", "train"]
+HEAVY = [*PROCESSES, "compilers"]
 CASES = [
     "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
-    "passes", "layer_passes", "header", "load", "repack", "scale", "cpu",
-    *(pytest.param(case, marks=pytest.mark.heavy) for case in PROCESSES)
+    "passes", "layer_passes", "header", "load", "repack", "scale", "cpu", "lcm", "attention", "comfy",
+    *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    left_out = {"peer"} if request.config.getoption("--heavy") else {"peer", *PROCESSES}
+    left_out = {"peer"} if request.config.getoption("--heavy") else {"peer", *HEAVY}
     arguments = [
         "--quick", "--rounds", "1", "--out",
         str(folder), "--only", *(bench.CASES.keys() - left_out)
@@ -33,6 +35,7 @@ def results(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # threads that wait for each other slow a busy machine down
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HOST_ARGUMENTS", "--cpu")  # of processes that it starts
         patch.setattr(sys, "argv", ["bench", *arguments])
         bench.main()
     torch.set_num_threads(threads)
@@ -44,12 +47,15 @@ def results(request, tmp_path_factory):
 def test_a_case_gives_figures_and_a_table(results, case):
     if case == "nf4":
         pytest.importorskip("bitsandbytes")
+    if case == "compilers":
+        pytest.importorskip("ziglang")
     if case == "int8_error" and not int8.multiplies_integers(torch.device("cpu")):
         pytest.skip("the CPU has no units for int8")
     if case in PROCESSES and sys.platform != "linux":
         pytest.skip("reads /proc")
     rows = json.loads((results / "bench.json").read_text())[case]["rows"]
-    assert rows and all(len(row) > 1 for row in rows.values())
+    # these have one figure without OpenVINO, or without kernels
+    assert rows and all(len(row) > (case not in ("lcm", "attention")) for row in rows.values())
     table = (results / "bench.md").read_text().split(f"## {case}\n")[1].split("\n## ")[0]
     assert all(f"\n| {title} | " in table for title in rows)
 
@@ -70,3 +76,19 @@ def test_packed_products_are_compared_with_dense_ones_for_every_shape_and_number
     if int8.multiplies_integers(torch.device("cpu")):
         assert list(rows["256 x 512, float32, M = 128"]) == ["dense", *(
             name for fmt in ("Q8_0", "Q4_K", "NF4") for name in (fmt, f"{fmt} int8"))]
+
+
+@pytest.mark.parametrize(("limit", "dtype"), [("avx2", "float32"), ("avx512_bf16", "bfloat16")])
+def test_a_step_is_timed_on_limited_cpus_in_what_each_computes_in(results, limit, dtype):
+    if reason := limited_cpu.why_not(limit):
+        pytest.skip(reason)
+    rows = json.loads((results / "bench.json").read_text())["cpu"]["rows"]
+    assert {f"exact, computes in {dtype}", "dense in ComfyUI, float32"} <= set(
+        rows[f"Q8_0, CPU limited to {limit}"])
+
+
+def test_a_picture_takes_as_long_as_its_parts(results):
+    rows = json.loads((results / "bench.json").read_text())["lcm"]["rows"]
+    seconds = {part: times["this pack"]["median"] for part, times in rows.items()}
+    assert seconds["prompt to picture, TAESD"] == pytest.approx(
+        seconds["text encoder"] + seconds["4 steps"] + seconds["TAESD"])

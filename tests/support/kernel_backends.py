@@ -145,7 +145,7 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpp_backend, "FLAGS", precompiled.cpu_flags(*options))
             patch.setattr(torch.cpu, "_is_avx512_supported", partial(lambda: 16 in lanes))
-            kernels = CpuKernels(CppCompiler(COMPILER, cache / "featherweight" / "kernels"))
+            kernels = CpuKernels(CppCompiler((COMPILER,), cache / "featherweight" / "kernels"))
             has_bfloat16 = not options and cpu_features.has_avx512_bfloat16()
             yield Backend("cpp", partial(probe, kernels.dequantize),
                           cpp_backend.kernel_table(lambda: kernels, has_bfloat16))

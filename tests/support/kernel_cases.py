@@ -1,6 +1,5 @@
 """Formats and references for the tests of kernels."""
 import contextlib
-import sys
 from pathlib import Path
 
 import ggml_reference
@@ -92,7 +91,7 @@ def shared_cache(tmp_path_factory) -> Path:
 @contextlib.contextmanager
 def cpu_kernels(cache_folder):
     """Uses kernels of this CPU, compiled into a cache folder; every call waits for them."""
-    if sys.platform == "win32" or cpp_backend.cpp_compiler() is None:
+    if cpp_backend.cpp_compiler() is None:
         pytest.skip("needs a C++ compiler")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(kernels.VARIABLE, raising=False)

@@ -9,8 +9,9 @@ from pathlib import Path
 from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.kernels import cpp_backend
 
-# What source/cpu/lanes.h includes, with which every kernel of a CPU begins.
-CPU_HEADERS = "#include <string.h>\n#ifdef __AVX2__\n#include <immintrin.h>\n#endif\n"
+# What lanes.h and parallel.h of source/cpu include, which are in every kernel of a CPU.
+CPU_HEADERS = ("#include <string.h>\n#ifdef __AVX2__\n#include <immintrin.h>\n#endif\n"
+               "#include <stdlib.h>\n")
 
 
 @functools.cache
@@ -25,8 +26,8 @@ def precompile(text: str, flags: tuple[str, ...]) -> str:
     header = Path(_folder().name, f"{name}.h")
     if not header.is_file():
         header.write_text(text, encoding="utf-8")
-        command = [cpp_backend.cpp_compiler(), *flags, "-x", "c++-header", str(header), "-o",
-                   f"{header}.gch"]
+        command = [*(cpp_backend.cpp_compiler() or ()), *flags, "-x", "c++-header", str(header),
+                   "-o", f"{header}.gch"]
         subprocess.run(command, capture_output=True)
     return str(header)
 
@@ -35,4 +36,5 @@ def cpu_flags(*options: str) -> tuple[str, ...]:
     """Returns the flags for kernels of a CPU, their headers precompiled."""
     flags = (*cpp_backend.FLAGS, *options)
     x86_flags = cpp_backend.X86_FLAGS if cpu_features.is_x86() else ()
-    return *flags, "-include", precompile(CPU_HEADERS, (*flags, *x86_flags))
+    header = precompile(CPU_HEADERS, (*flags, *x86_flags, cpp_backend.OPENMP))
+    return *flags, "-include", header

@@ -12,6 +12,8 @@ from devtools.measure.bench import (
     attention,
     cpu,
     files,
+    host_types,
+    lcm,
     memory_passes,
     models,
     packing,
@@ -28,14 +30,17 @@ import torch
 from devtools import ROOT
 
 CASES = {
-    "shapes": products.bench_shapes, "dequantize": products.bench_dequantize,
+    "shapes": products.bench_shapes, "compilers": products.bench_compilers,
+    "dequantize": products.bench_dequantize,
     "nf4": products.bench_nf4, "lora": products.bench_lora, "model": models.bench_model,
     "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
     "int8_error": models.bench_int8_error, "pack": packing.bench_pack,
     "passes": memory_passes.bench_passes, "layer_passes": memory_passes.bench_layer_passes,
     "header": files.bench_header, "load": files.bench_load,
     "repack": repacking.bench_repack, "memory": files.bench_memory, "train": files.bench_train,
-    "scale": files.bench_scale, "cpu": cpu.bench_cpu, "attention": attention.bench_attention
+    "scale": files.bench_scale, "cpu": cpu.bench_cpu, "lcm": lcm.bench_lcm,
+    "attention": attention.bench_attention,
+    "comfy": host_types.bench_host_types
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
 if sys.platform != "linux":

@@ -2,9 +2,13 @@
 import contextlib
 import copy
 import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from unittest import mock
 
-from devtools.measure.bench.timing import device, side_by_side
+from devtools.measure.bench.timing import as_in_use, device, has_bfloat16, side_by_side
 from devtools.measure.weights import divides_rows, random_weight
 
 import comfy.cli_args
@@ -16,17 +20,20 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.taesd.taesd import TAESD
 
+from devtools import ROOT, limited_cpu
 from featherweight.loaders.models.compute_dtype import choose_compute, compute_text, vae_dtype
 from featherweight.ops.cpu.convolution import convolve_dense_layers
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.load_hooks import pack_layers
+from featherweight.ops.layers.product import values_of
 from featherweight.ops.patcher import adopt
 from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_tensor import relabel
 
 EXTRAS = ("openvino", "diffusers")  # the group "bench" of pyproject.toml
+PRECISIONS = {"bf16": "bfloat16", "f32": "float32"}  # as OpenVINO names them
 CONTEXT = 768  # width of the text conditioning
 TEXT_TOKENS = 77
 HEADS = 8
@@ -52,19 +59,15 @@ def bench_cpu(options):
     convolutions in F16, in what the CPU computes in by default, the same with a LoRA as LCM's, in
     float32 as on a CPU without bfloat16, and in float32 as version 0.2.0; its VAE and a small one
     (TAESD) by ComfyUI and as this pack loads them, dense and in Q8_0; and OpenVINO's with 16-bit
-    weights, in bfloat16 and in float32, where openvino and diffusers are installed."""
+    weights, in bfloat16 and in float32, where openvino and diffusers are installed. A step on one
+    thread of the same CPU with fewer instruction sets, also dense in ComfyUI."""
     if device().type != "cpu":
         print("  the device is no CPU")
         return
-    channels, size = options.sizes.unet
-    generator = torch.Generator().manual_seed(0)
-    inputs = (torch.randn(1, 4, size, size, generator=generator), torch.tensor([5.0]),
-              torch.randn(1, TEXT_TOKENS, CONTEXT, generator=generator))
-    others = {}
-    if all(map(importlib.util.find_spec, EXTRAS)):
-        others = openvino_steps(channels, inputs)
-    else:
+    channels, inputs = options.sizes.unet[0], step_inputs(options.sizes.unet[1])
+    if not has_openvino():
         print(f"  OpenVINO is not measured: pip install {' '.join(EXTRAS)}")
+    others = openvino_steps(channels, inputs) if has_openvino() else {}
     for format_name in options.formats:
         variants = dict(others)
         for compute, flag in (("exact", False), ("exact", True), ("float32", False)):
@@ -92,6 +95,51 @@ def bench_cpu(options):
         for title, model in (("this pack", vae), ("Q8_0", packed.eval().to(dtype))):
             variants[f"{title}, {dtype_name(dtype)}"] = decode_of(model, latent.to(dtype))
         yield name, side_by_side(variants, options.rounds)
+    for limit in limited_cpu.LIMITS:
+        if reason := limited_cpu.why_not(limit):
+            print(f"  {limit} is not measured: {reason}")
+        else:
+            yield f"{options.formats[0]}, CPU limited to {limit}", limited_steps(limit, options)
+
+
+def limited_steps(limit: str, options) -> dict[str, dict]:
+    """What `time_steps` gives in a process with one thread on a limited CPU."""
+    with limited_cpu.environment(limit) as variables:
+        process = subprocess.run(
+            [sys.executable, "-m", __name__, options.formats[0],
+             *map(str, (options.rounds, *options.sizes.unet))],
+            cwd=ROOT, env={**variables, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+            check=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def time_steps(format_name: str, rounds: int, channels: int, size: int) -> dict[str, dict]:
+    """Times a step of the packed model and, in the dtype that it computes in, of OpenVINO's, and
+    one of the dense model in float32 as ComfyUI runs it."""
+    inputs = step_inputs(size)
+    variants = {}
+    if has_openvino():
+        variants = openvino_steps(channels, inputs, [fitting_precision()])
+    packed = packed_unet(channels, format_name, "exact")
+    variants[f"exact, {compute_text(packed)}"] = step_of(packed, inputs)
+    variants["dense in ComfyUI, float32"] = step_of(dense_unet(channels), inputs)
+    return side_by_side(variants, rounds)
+
+
+def has_openvino() -> bool:
+    return all(map(importlib.util.find_spec, EXTRAS))
+
+
+def fitting_precision() -> str:
+    """What this pack computes in by default, of `PRECISIONS`."""
+    return "bf16" if has_bfloat16() else "f32"
+
+
+def step_inputs(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latent, time step and text of a step; size: the latent's side."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(1, 4, size, size, generator=generator), torch.tensor([5.0]),
+            torch.randn(1, TEXT_TOKENS, CONTEXT, generator=generator))
 
 
 def with_random_values(model: torch.nn.Module) -> torch.nn.Module:
@@ -137,17 +185,27 @@ def with_lora(patcher):
 
 def packed_unet(channels: int, format_name: str, compute: str):
     """A U-Net of random weights; channels: 320 in Stable Diffusion 1.5, a multiple of 32."""
+    patcher = adopt(unet(channels, lambda shape: random_values(shape, format_name),
+                         packed_operations(compute=compute)))
+    choose_compute(patcher, compute)
+    return patcher
+
+
+def dense_unet(channels: int):
+    """The same in float32, as ComfyUI loads it."""
+    return unet(channels, lambda shape: values_of(random_values(shape, "Q8_0")).float())
+
+
+def unet(channels: int, values: Callable[[tuple[int, ...]], torch.Tensor], operations=None):
     config = comfy.supported_models.SD15({**UNET, "model_channels": channels})
     config.set_inference_dtype(torch.float32, None)
-    config.custom_operations = packed_operations(compute=compute)
+    config.custom_operations = operations
     model = config.get_model({}, "", device=None)
-    weights = {name: random_values(tuple(parameter.shape), format_name)
+    weights = {name: values(tuple(parameter.shape))
                for name, parameter in model.diffusion_model.state_dict().items()}
     model.load_model_weights(weights, "")
     cpu = torch.device("cpu")
-    patcher = adopt(comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu))
-    choose_compute(patcher, compute)
-    return patcher
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
 def random_values(shape: tuple[int, ...], format_name: str):
@@ -173,7 +231,7 @@ def step_of(patcher, inputs):
     return run
 
 
-def openvino_steps(channels: int, inputs) -> dict:
+def openvino_steps(channels: int, inputs, precisions: Iterable[str] = PRECISIONS) -> dict:
     """The same U-Net of diffusers in OpenVINO."""
     from diffusers import UNet2DConditionModel
 
@@ -181,10 +239,11 @@ def openvino_steps(channels: int, inputs) -> dict:
         sample_size=inputs[0].shape[-1], cross_attention_dim=CONTEXT, attention_head_dim=HEADS,
         block_out_channels=tuple(channels * factor for factor in UNET["channel_mult"]))
     return compiled_by_openvino(unet, dict(zip(
-        ("sample", "timestep", "encoder_hidden_states"), inputs)))
+        ("sample", "timestep", "encoder_hidden_states"), inputs)), precisions)
 
 
-def openvino_decoders(name: str, channels: int, latent: torch.Tensor) -> dict:
+def openvino_decoders(name: str, channels: int, latent: torch.Tensor,
+                      precisions: Iterable[str] = PRECISIONS) -> dict:
     """The decoder of diffusers' VAE of that name in OpenVINO; channels: of the VAE, 128."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
@@ -193,14 +252,16 @@ def openvino_decoders(name: str, channels: int, latent: torch.Tensor) -> dict:
         block_out_channels=tuple(channels * factor for factor in VAE["ch_mult"]),
         layers_per_block=VAE["num_res_blocks"])
     vae.forward = lambda sample: vae.decode(sample, return_dict=False)[0]
-    return compiled_by_openvino(vae, {"sample": latent})
+    return compiled_by_openvino(vae, {"sample": latent}, precisions)
 
 
-def compiled_by_openvino(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict:
+def compiled_by_openvino(model: torch.nn.Module, inputs: dict[str, torch.Tensor],
+                         precisions: Iterable[str] = PRECISIONS) -> dict:
     """A model of diffusers with 16-bit weights in OpenVINO, on as many threads as torch has.
 
     Args:
         inputs: by the names of the arguments of `model`.
+        precisions: that it computes in, of `PRECISIONS`.
     """
     import openvino
 
@@ -209,9 +270,14 @@ def compiled_by_openvino(model: torch.nn.Module, inputs: dict[str, torch.Tensor]
     model.reshape({number: list(value.shape) for number, value in enumerate(inputs.values())})
     core, steps = openvino.Core(), {}
     arrays = dict(enumerate(value.numpy() for value in inputs.values()))
-    for name, precision in (("OpenVINO bfloat16", "bf16"), ("OpenVINO float32", "f32")):
+    for precision in precisions:
         compiled = core.compile_model(model, "CPU", {
             "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": torch.get_num_threads()})
-        steps[name] = lambda compiled=compiled: compiled(arrays)
+        steps[f"OpenVINO {PRECISIONS[precision]}"] = lambda compiled=compiled: compiled(arrays)
     return steps
+
+
+if __name__ == "__main__":
+    with as_in_use():
+        print(json.dumps(time_steps(sys.argv[1], *map(int, sys.argv[2:]))))

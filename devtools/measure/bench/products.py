@@ -1,4 +1,5 @@
 """Cases on one weight: dequantising it, and the product with it."""
+import functools
 import importlib.util
 
 from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
@@ -9,6 +10,9 @@ import torch
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.kernels import cpp_backend, private_files
+from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
+from featherweight.ops.kernels.selector import Selector
 from featherweight.ops.layers import int8, product
 from featherweight.ops.layers.low_rank import LowRank, Slice
 from featherweight.ops.tensor.packed_layout import packed_tensors
@@ -45,6 +49,38 @@ def bench_shapes(options):
                     f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}, M = {count}",
                     row,
                 )
+
+
+def bench_compilers(options):
+    """The product with a packed weight, by the kernels of this machine's C++ compiler, by those of
+    the package ziglang and by torch, against `F.linear` with a dense one, in bfloat16 and in
+    float32."""
+    commands = {"compiler": cpp_backend.cpp_compiler(), "ziglang": cpp_backend.zig()}
+    if None in commands.values():
+        print(f"  needs {' and '.join(commands)}")
+        return
+    folder = private_files.cache_folder() / "kernels"
+    made = {name: vars(CpuKernels(CppCompiler(command, folder)))
+            for name, command in commands.items()}
+    with_kernels, without = kernels._selectors, {device(): Selector(device(), None)}
+    shape = options.sizes.shapes[-1]
+
+    def multiply(by, rows, weight):
+        kernels._selectors = with_kernels if by in made else without
+        vars(cpp_backend._kernels()).update(made.get(by, {}))
+        return product.linear(rows, weight)
+
+    for dtype in [torch.bfloat16, torch.float32] if has_bfloat16() else [torch.float32]:
+        dense = torch.randn(shape, dtype=dtype)
+        for count in (options.sizes.tokens[0], options.sizes.tokens[-1]):
+            rows = torch.randn(count, shape[1], dtype=dtype)
+            variants = {"dense": lambda: torch.nn.functional.linear(rows, dense)}
+            variants |= {f"{name}, {by}": functools.partial(multiply, by, rows, weight)
+                         for name in options.formats for weight in [random_weight(name, shape)]
+                         for by in (*made, "torch")}
+            yield (f"{shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')}, M = {count}",
+                   side_by_side(variants, options.rounds))
+    kernels._selectors = with_kernels
 
 
 def in_int8(tokens: int) -> bool:

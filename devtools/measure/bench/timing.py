@@ -65,10 +65,11 @@ def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[s
                 times[name].append(clock() - started)
             elif found:
                 asked[name] = {"by": ", ".join(found)}
-    return {
-        name: {"median": statistics.median(t), "min": min(t), "max": max(t), **asked.get(name, {})}
-        for name, t in times.items()
-    }
+    return {name: {**median_and_range(t), **asked.get(name, {})} for name, t in times.items()}
+
+
+def median_and_range(seconds: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
-"""What was packed is kept where a folder is named for it: found again, never stale, never above its
-limit, never in the way."""
+"""What was packed is kept: found again, never stale, never above its limit, never in the way."""
 import errno
 import logging
 import os
+import shutil
+import types
 from pathlib import Path
 
 import comfy.model_management
+import folder_paths
 import pytest
 import torch
 from patched_models import tiny_flux
@@ -56,8 +58,9 @@ def load(path, type_name: str = "Q8_0"):
 
 @pytest.mark.parametrize("type_name", ["Q8_0", "NF4"])
 def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, folder, packings):
-    first, text = load(source, type_name), "kept for the next time"
-    assert len(packings) == 13 and memory_summary(first).endswith(text)
+    first = load(source, type_name)
+    assert len(packings) == 13 and memory_summary(first).endswith(
+        f", kept for the next time in {folder} (FEATHERWEIGHT_PACKED_CACHE=off keeps nothing)")
     second = load(source, type_name)
     assert len(packings) == 13 and digest(second) == digest(first)
     assert memory_summary(second).endswith("packed from BF16 in an earlier load")
@@ -65,18 +68,39 @@ def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, fol
     assert entry.stat().st_size < 1.1 * first.model_size()
 
 
-def test_nothing_is_kept_unless_a_folder_is_named(source, packings, monkeypatch):
-    monkeypatch.delenv(packed_cache.FOLDER, raising=False)
-    assert "kept" not in memory_summary(load(source))
-    load(source)
-    assert len(packings) == 26 and [path.name for path in source.parent.iterdir()] == [source.name]
+@pytest.mark.parametrize(("setting", "seconds", "is_kept"), [
+    (None, 61, True), (None, 59, False), ("off", 61, False), ("OFF", 61, False)])
+def test_what_took_a_minute_is_kept_in_comfyuis_user_folder_unless_turned_off(
+        setting, seconds, is_kept, source, packings, tmp_path, monkeypatch):
+    if setting is None:
+        monkeypatch.delenv(packed_cache.FOLDER, raising=False)
+    else:
+        monkeypatch.setenv(packed_cache.FOLDER, setting)
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path / "user"))
+    clock = iter(range(0, 100 * seconds, seconds))
+    monkeypatch.setattr(pack_on_load.time, "perf_counter", lambda: next(clock))
+    first = load(source)
+    assert ("kept for the next time in" in memory_summary(first)) == is_kept
+    second = load(source)
+    assert len(packings) == (13 if is_kept else 26) and digest(first) == digest(second)
+    kept = tmp_path / "user" / "featherweight" / "packed"
+    assert len(list(kept.glob(packed_cache.NAMES))) == is_kept
+    assert is_kept or not (tmp_path / "user").exists()
 
 
-def test_packing_that_takes_long_says_how_to_keep_it(source, monkeypatch):
-    monkeypatch.delenv(packed_cache.FOLDER, raising=False)
-    monkeypatch.setattr(pack_on_load, "CACHE_HINT_S", 0)
-    assert memory_summary(
-        load(source)).endswith("(to keep it, name a folder in FEATHERWEIGHT_PACKED_CACHE)")
+@pytest.mark.parametrize("makes_room", [False, True])
+def test_a_drive_is_never_filled(makes_room, source, folder, monkeypatch, caplog):
+    load(source, "Q4_K")
+    [entry] = folder.iterdir()
+    size = entry.stat().st_size
+    total = 1000 * size
+    left = total * packed_cache.FREE_SHARE
+    free = left + (size * 1.5 if makes_room else -size)
+    monkeypatch.setattr(shutil, "disk_usage",
+                        lambda folder: types.SimpleNamespace(total=total, free=free))
+    assert ("kept" in memory_summary(load(source, "Q8_0"))) == makes_room
+    assert len(list(folder.iterdir())) == 1 and entry.exists() != makes_room
+    assert ("some of the drive is left free" in caplog.text) != makes_room
 
 
 @pytest.mark.parametrize("change", ["time", "size", "type", "packers", "place"])
@@ -113,12 +137,12 @@ def test_an_entry_belongs_to_the_file_that_was_opened(source, folder):
     """Another file that takes its name while it is packed does not find what was packed of the
     first."""
     file, wanted = open_weights(source), {"a": ("Q8_0", (4, 32))}
-    opened = packed_cache.entry_path(file, wanted)
+    opened = packed_cache.entry_path(file, wanted, folder)
     os.utime(source, (1, 1))
     assert (
-        packed_cache.entry_path(file, wanted)
+        packed_cache.entry_path(file, wanted, folder)
         == opened
-        != packed_cache.entry_path(open_weights(source), wanted)
+        != packed_cache.entry_path(open_weights(source), wanted, folder)
     )
 
 
@@ -153,11 +177,11 @@ def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, source, folder, pac
 
 
 @pytest.mark.parametrize("type_name", ["Q8_0", "NF4"])
-def test_an_entry_of_an_earlier_version_is_used_without_sums(type_name, source, folder, packings):
+def test_an_entry_of_an_earlier_version_is_used_unchecked(type_name, source, folder, packings):
     expected = digest(load(source, type_name))
     [entry] = folder.iterdir()
     tensors = load_file(entry)
-    del tensors[packed_cache.SUMS]
+    del tensors[packed_cache.DIGESTS]
     save_file(tensors, entry)
     assert digest(load(source, type_name)) == expected and len(packings) == 13
 
@@ -203,15 +227,14 @@ def test_what_a_killed_process_left_takes_no_room(source, folder, monkeypatch):
     [entry] = folder.iterdir()
     left = entry.rename(entry.with_name(f"{entry.name}.99999999.featherweight.part"))
     monkeypatch.setenv(packed_cache.LIMIT, str(left.stat().st_size * 1.5 / 1e9))
-    assert memory_summary(load(source)).endswith("kept for the next time")
+    assert "kept for the next time" in memory_summary(load(source))
     assert list(folder.iterdir()) == [entry]
 
 
 def test_an_entry_whose_time_cannot_be_set_is_read_and_stays(tmp_path, monkeypatch):
     """Another user's, or one on a drive that is only read."""
     entry, wanted = tmp_path / packed_cache.NAMES.replace("*", "0"), {"a": ("Q8_0", (4, 32))}
-    with packed_cache.entry_writer(entry, wanted) as writer:
-        writer.write("a", pack_tensor(torch.ones(4, 32), FORMATS["Q8_0"]))
+    assert packed_cache.keep(entry, {"a": pack_tensor(torch.ones(4, 32), FORMATS["Q8_0"])}, wanted)
 
     def refused(path, *arguments, **options):
         raise PermissionError(errno.EPERM, "Operation not permitted", path)
@@ -240,7 +263,7 @@ def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
     monkeypatch.setattr(pack_on_load, "pack_tensor", cancelled)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         load(source)
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

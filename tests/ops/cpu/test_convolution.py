@@ -6,8 +6,10 @@ import pickle
 import comfy.ops
 import pytest
 import torch
+from kernel_cases import cpu_kernels, shared_cache
 from patched_models import packed_anyhow
 
+from featherweight.ops import kernels
 from featherweight.ops.cpu import (
     convolution as cpu_convolution,
 )
@@ -107,6 +109,30 @@ def test_a_convolution_in_float32_loses_nothing(geometry, few_pixels, monkeypatc
     with torch.inference_mode():
         expected = layer._conv_forward(input.double(), weight.double(), layer.bias.double())
         assert relative_error(layer(input), expected) < 1e-6
+
+
+@pytest.mark.parametrize("geometry", [name for name in GEOMETRIES if name not in (
+    "dilated", "circular")])
+def test_patches_are_in_the_order_of_the_weight(geometry):
+    layer = layer_of("F16", bias=False, **GEOMETRIES[geometry])
+    input = torch.randn(2, CHANNELS, 9, 8).double()
+    weight = product.dequantize(layer.weight, torch.float32).double()
+    out = cpu_convolution.multiply_patches(layer, input,
+                                           lambda patches: patches @ weight.flatten(1).t())
+    expected = torch.nn.functional.conv2d(input, weight, None, layer.stride, layer.padding)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.skipif(not cpu_features.has_avx512_bfloat16(),
+                    reason="needs AVX512-BF16 without AMX, as devtools.limited_cpu gives it")
+@pytest.mark.parametrize("format_name", ["F16", "Q8_0"])
+def test_with_avx512_a_small_convolution_dequantizes_as_it_multiplies(
+        format_name, tmp_path_factory, monkeypatch):
+    with cpu_kernels(shared_cache(tmp_path_factory)):
+        layer = layer_of(format_name, kernel_size=3)
+        monkeypatch.setattr(kernels, "dequantize_into", None)  # which nothing calls
+        with torch.inference_mode():
+            assert layer(torch.randn(1, CHANNELS, 9, 8).bfloat16()).isfinite().all()
 
 
 def dense_layer_of_the_host(**options):

@@ -150,7 +150,8 @@ def test_values_are_rounded_once(backend, fmt, dtype):
     assert_same_bits(out, values.to(dtype).unsqueeze(-1).expand(-1, 32))
 
 
-@parametrize_cases(["cpp", *GPUS, "gpu"], ALL_FORMATS, DTYPES[1:], is_usual_product)
+@parametrize_cases(["cpp", *GPUS, "gpu"], [*ALL_FORMATS, FORMATS["F16"]], DTYPES[1:],
+                   is_usual_product)
 def test_a_product_is_right_in_each_case_of_the_check(backend, fmt, dtype, device):
     for kernel in kernels_of(backend, "linear", fmt, dtype):
         check(kernel, fmt, dtype, device)

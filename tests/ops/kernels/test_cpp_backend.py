@@ -87,7 +87,7 @@ def test_a_compiler_for_another_machine_is_asked_for_nothing_of_x86(tmp_path, mo
     tensors = random_tensors(fmt, 2, CPU)
     for machine, works in (("aarch64", True), ("x86_64", False)):
         monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
-        on_cpu = CpuKernels(CppCompiler(str(command), tmp_path / machine))
+        on_cpu = CpuKernels(CppCompiler((str(command),), tmp_path / machine))
         with contextlib.nullcontext() if works else pytest.raises(CppError, match="what"):
             on_cpu.dequantize(fmt, tensors, torch.empty(64), 0)
 
@@ -202,7 +202,7 @@ def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatc
     command.chmod(0o755)
 
     def compilations():
-        dequantize_a_block(CpuKernels(CppCompiler(str(command), tmp_path / "kernels")))
+        dequantize_a_block(CpuKernels(CppCompiler((str(command),), tmp_path / "kernels")))
         return sum("kernel.cpp" in line for line in calls.read_text().splitlines())
 
     assert [compilations(), compilations()] == [1, 1]
@@ -212,16 +212,29 @@ def test_a_kernel_is_compiled_once_for_a_compiler_and_a_cpu(tmp_path, monkeypatc
 
 def test_the_oldest_of_too_many_libraries_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(cpp_backend, "MAX_LIBRARIES", 2)
-    compiler = CppCompiler(COMMAND, tmp_path / "kernels")
+    compiler = CppCompiler((COMMAND,), tmp_path / "kernels")
     for number in range(4):
         library = compiler.library(f'extern "C" int number() {{ return {number}; }}')
         assert library.number() == number
     assert len(list((tmp_path / "kernels").glob("*.so"))) == 3  # two, and the one that is new
 
 
+def test_a_library_that_windows_does_not_remove_stays(tmp_path, monkeypatch):
+    def in_use(path, missing_ok=False):
+        raise PermissionError(errno.EACCES, "in use", str(path))
+
+    monkeypatch.setattr(cpp_backend, "MAX_LIBRARIES", 0)
+    monkeypatch.setattr(cpp_backend.Path, "unlink", in_use)
+    compiler = CppCompiler((COMMAND,), tmp_path / "kernels")
+    for number in range(2):
+        library = compiler.library(f'extern "C" int number() {{ return {number}; }}')
+        assert library.number() == number
+    assert len(list((tmp_path / "kernels").glob("*.so"))) == 2
+
+
 def test_the_compilers_error_is_in_the_message(tmp_path):
     with pytest.raises(CppError, match="nonsense"):
-        CppCompiler(COMMAND, tmp_path).library("int x = nonsense;")
+        CppCompiler((COMMAND,), tmp_path).library("int x = nonsense;")
     assert not list(tmp_path.iterdir())
 
 
@@ -256,7 +269,7 @@ def test_a_cpu_uses_them_unasked_and_keeps_them_in_the_users_cache(caplog, tmp_p
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(("obstacle", "reason"), [
-    ("no compiler", "there is no C++ compiler"),
+    ("no compiler", "there is no C++ compiler; the package ziglang is one, with which"),
     ("a compiler that fails", "false:"),
     ("no place to write",
      "no folder can be written and run from; XDG_CACHE_HOME names another one")])
@@ -266,6 +279,7 @@ def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why
     if obstacle == "no compiler":
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setitem(sys.modules, "ziglang", None)  # as where it is not installed
     elif obstacle == "a compiler that fails":
         monkeypatch.setenv("CXX", shutil.which("false"))
     else:
@@ -280,6 +294,10 @@ def test_torch_does_the_work_where_nothing_can_be_compiled_and_one_line_says_why
     assert line.message.startswith(
         "[Featherweight] Packed weights on cpu use torch, because no kernel works there (cpp: ")
     assert reason in line.message
+    assert (f'"{sys.executable}" -m pip install ziglang, then a restart' in line.message) == (
+        obstacle == "no compiler")
+    assert reason in kernel_layer.used(CPU, [fmt], out.dtype)
+    assert reason in kernel_layer.list_backends()["cpu"]["reason"]
 
 
 @pytest.mark.usefixtures("fresh", "compiled_before")

@@ -190,7 +190,7 @@ def test_every_source_is_used():
         "cpu": (*basic, "linear_bfloat16", "channels_last", "attention",
                 "int8_rows", "int8_tokens", "pack_blocks", "pack_columns")
     }
-    used = {path for platform in kernels for fmt in (*ALL_FORMATS, USUAL_ROWS[0])
+    used = {path for platform in kernels for fmt in (*ALL_FORMATS, FORMATS["F16"], USUAL_ROWS[0])
             for kernel in kernels[platform]
             for path in source_files(platform, fmt, kernel)}
     assert used == {path for path in SOURCES.rglob("*") if path.is_file()}

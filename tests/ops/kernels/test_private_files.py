@@ -51,7 +51,7 @@ def folder(tmp_path):
 
 
 def answer(path: Path) -> int:
-    return CppCompiler(COMMAND, path).library(SOURCE).answer()
+    return CppCompiler((COMMAND,), path).library(SOURCE).answer()
 
 
 def test_what_this_user_compiled_is_loaded_again(folder, caplog):
@@ -129,7 +129,7 @@ sys.modules["featherweight"] = pack
 from featherweight.ops.kernels.cpp_backend import CppCompiler
 for folder in sys.argv[4:]:
     for _ in range(2):
-        library = CppCompiler(sys.argv[2], Path(folder)).library(sys.argv[3])
+        library = CppCompiler((sys.argv[2],), Path(folder)).library(sys.argv[3])
         print("answer", library.answer(), flush=True)
 """
 
@@ -182,7 +182,7 @@ def test_the_scratch_of_a_killed_compiler_is_removed_later(tmp_path, monkeypatch
     compiler.write_text(f'#!/bin/sh\necho "$TMPDIR" > {tmp_path}/tmpdir\nexec {COMMAND} "$@"\n')
     compiler.chmod(0o755)
     folder = tmp_path / "cache" / "kernels"
-    cpp_compiler = CppCompiler(str(compiler), folder)
+    cpp_compiler = CppCompiler((str(compiler),), folder)
     cpp_compiler.library('extern "C" int one() { return 1; }')
     (library,) = folder.iterdir()
     assert (tmp_path / "tmpdir").read_text().startswith(str(folder / cpp_backend.SCRATCH_PREFIX))
@@ -248,7 +248,7 @@ def test_a_kernel_that_cannot_run_where_it_is_kept_is_kept_in_another_folder(
     monkeypatch.setattr(cpp_backend, "OTHER_TEMPORARY", (str(tmp_path / "other"),))
     (tmp_path / "temporary").mkdir()
     (tmp_path / "other").mkdir()
-    compiler = CppCompiler(COMMAND, tmp_path / "cache" / "kernels")
+    compiler = CppCompiler((COMMAND,), tmp_path / "cache" / "kernels")
     refuses_to_run(tmp_path / "cache", tmp_path / "temporary")
     assert compiler.library(SOURCE).answer() == 1
     assert len(list((tmp_path / "other").rglob("*.so"))) == 1
@@ -263,4 +263,4 @@ def test_where_no_folder_can_run_a_kernel_the_error_says_why(tmp_path, monkeypat
     with pytest.raises(
             CppError,
             match="no folder can be written and run from; XDG_CACHE_HOME .* failed to map segment"):
-        CppCompiler(COMMAND, tmp_path / "cache" / "kernels").library(SOURCE)
+        CppCompiler((COMMAND,), tmp_path / "cache" / "kernels").library(SOURCE)

@@ -282,7 +282,7 @@ def test_a_thread_that_reaches_no_barrier_is_seen(name, error, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("name", "first_row"), [
-    ("cpp", ("Index row = 0;", "Index row = rows - 8;")),
+    ("cpp", ("[=](Index row) { ", "[=](Index row) { if (row >= rows - 8) ")),
     ("nvrtc", ("Index first = (Index)blockIdx.y * HEIGHT;", "Index first = rows - 8;")),
     ("metal", ("row = (Index)tile.y * HEIGHT", "row = rows - 8"))], ids=BACKENDS)
 def test_rows_behind_many_values_are_found(name, first_row, tmp_path, monkeypatch):

@@ -4,11 +4,10 @@
 // Gimelshein, "Online normalizer calculation for softmax", 2018).
 //
 // Both products are of units of 32 bits: a float, or two neighbouring numbers in bfloat16 where the
-// CPU multiplies and adds such pairs. Their right factors, keys and values, are packed once for each
-// head: groups of up to GROUP columns, in each of them one row of columns after the other.
+// CPU multiplies and adds such pairs. Their right factors, keys and values, are packed once for
+// each head: groups of up to GROUP columns, in each of them one row of columns after the other.
 
 #include <math.h>
-#include <stdlib.h>
 
 typedef unsigned Unit;
 
@@ -202,8 +201,8 @@ static const Multiply multiply_in_tiles[] = {0, multiply_tiles<1>, multiply_tile
 static const Multiply* const multiply_in_tiles = multiply_vectors;
 #endif
 
-// Adds the product of rows of units with whole groups of `right`, from its row `first` on, to rows of
-// sums.
+// Adds the product of rows of units with whole groups of `right`, from its row `first` on, to rows
+// of sums.
 static FUNCTION void multiply_groups(const Unit* left, int stride, Factor right, int first_column,
                                      int last_column, int first, int units, float* sums,
                                      int sums_stride) {
@@ -211,8 +210,8 @@ static FUNCTION void multiply_groups(const Unit* left, int stride, Factor right,
     for (int group = first_column; group < last_column; group += GROUP)
         for (int unit = 0; unit < units; unit += MAX_UNITS)
             variants[right.columns_of(group) / LANES](
-                left + unit, stride, right.row(group, first + unit), smaller(MAX_UNITS, units - unit),
-                sums + group - first_column, sums_stride);
+                left + unit, stride, right.row(group, first + unit),
+                smaller(MAX_UNITS, units - unit), sums + group - first_column, sums_stride);
 }
 
 // Polynomials for 2^f, |f| <= 1/2, with the smallest largest error of their degree: 2e-9 and 3e-6.
@@ -305,8 +304,8 @@ static void attend(const Attention& of, int batch, int head, int first, Factor k
     const int padded = rounded_up(queries, rows), key_units = keys.units + values.columns / PAIR;
     const int chunk = smaller(MAX_CHUNK, larger(1, CHUNK_UNITS / GROUP / key_units) * GROUP);
     const Index query_units = padded * keys.units, sum_count = padded * values.columns;
-    const Index units = rounded_up(query_units + sum_count + rows * chunk, 16);
-    Unit* left = (Unit*)aligned_alloc(64, units * sizeof(Unit));
+    Buffer<Unit> memory(query_units + sum_count + rows * chunk);
+    Unit* left = memory.items;
     float *sums = (float*)(left + query_units), *scores = sums + sum_count;
     Progress progress[BLOCK];
     memset(left, 0, (query_units + sum_count) * sizeof(Unit));
@@ -356,11 +355,10 @@ static void attend(const Attention& of, int batch, int head, int first, Factor k
             memcpy(out + column, rounded, smaller(LANES, of.value_width - column) * sizeof(TYPE));
         }
     }
-    free(left);
 }
 
 extern "C" void attention(const Attention* pointer, int threads) {
-    const Attention& of = *pointer;
+    const Attention of = *pointer;
     const int units = has_tiles ? TILE_UNITS : 1;  // at a time
     const int key_units = rounded_up((of.width + PAIR - 1) / PAIR, units);
     const int key_count = rounded_up(of.keys, larger(LANES, units * PAIR));
@@ -372,15 +370,15 @@ extern "C" void attention(const Attention* pointer, int threads) {
     const int key_groups = (key_count + GROUP - 1) / GROUP;
     const int groups = key_groups + (value_columns + GROUP - 1) / GROUP;
     const int blocks = (of.queries + BLOCK - 1) / BLOCK;
-    Unit* packed = (Unit*)aligned_alloc(64, rounded_up(at_once * size, 16) * sizeof(Unit));
-    auto keys_of = [&](int place) { return Factor{key_units, key_count, packed + place * size}; };
-    auto values_of = [&](int place) {
+    Buffer<Unit> memory(at_once * size);
+    Unit* packed = memory.items;
+    auto keys_of = [=](int place) { return Factor{key_units, key_count, packed + place * size}; };
+    auto values_of = [=](int place) {
         return Factor{value_units, value_columns, packed + place * size + keys_size};
     };
     for (int first = 0; first < all; first += at_once) {
         const int count = smaller(at_once, all - first);
-#pragma omp parallel for num_threads(threads)
-        for (int task = 0; task < count * groups; task++) {
+        parallel_for(threads, count * groups, [=](Index task) {
             int place = task / groups, group = task % groups;
             int batch = (first + place) / of.key_heads, head = (first + place) % of.key_heads;
             if (group < key_groups)
@@ -389,14 +387,15 @@ extern "C" void attention(const Attention* pointer, int threads) {
             else
                 values_of(place).pack(of.value.at(batch, head, 0, 0), of.value.strides[2], 1,
                                       of.keys, of.value_width, (group - key_groups) * GROUP);
-        }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-        for (int task = 0; task < count * repeats * blocks; task++) {
-            int place = task / blocks / repeats, repeat = task / blocks % repeats;
-            int batch = (first + place) / of.key_heads, head = (first + place) % of.key_heads;
-            attend(of, batch, head * repeats + repeat, task % blocks * BLOCK, keys_of(place),
-                   values_of(place));
-        }
+        });
+        Index taken = 0, *turns = &taken;
+        parallel(threads, [=](int) {
+            for (Index task; (task = take_turn(turns)) < count * repeats * blocks;) {
+                int place = task / blocks / repeats, repeat = task / blocks % repeats;
+                int batch = (first + place) / of.key_heads, head = (first + place) % of.key_heads;
+                attend(of, batch, head * repeats + repeat, task % blocks * BLOCK, keys_of(place),
+                       values_of(place));
+            }
+        });
     }
-    free(packed);
 }

@@ -37,13 +37,12 @@ static FUNCTION void transpose(const FROM_TYPE* values, Bits* out, int channels,
 // values: (rows, channels, taps). out: (rows, taps, channels). taps: at most MAX_TAPS.
 extern "C" void channels_last(const FROM_TYPE* values, TYPE* out, long long rows, int channels,
                               int taps, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (Index row = 0; row < rows; row++) {
+    parallel_for(threads, rows, [=](Index row) {
         const FROM_TYPE* from = values + row * channels * taps;
         Bits* to = (Bits*)out + row * channels * taps;
         if (taps == 1) {
             cast(from, (TYPE*)to, channels);
-            continue;
+            return;
         }
         int channel = 0;
         for (; taps == 9 && channel + CHANNELS <= channels; channel += CHANNELS)
@@ -52,5 +51,5 @@ extern "C" void channels_last(const FROM_TYPE* values, TYPE* out, long long rows
             count = channels - channel < CHANNELS ? channels - channel : CHANNELS;
             transpose(from + channel * taps, to + channel, channels, taps, count);
         }
-    }
+    });
 }

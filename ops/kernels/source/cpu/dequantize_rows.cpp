@@ -74,6 +74,6 @@ static FUNCTION void write_row(Weight weight, Index row, TYPE* out) {
 // out: (rows, weight.columns).
 extern "C" void dequantize_rows(const Weight* of, TYPE* out, long long rows, int threads) {
     const Weight weight = *of;
-#pragma omp parallel for num_threads(threads) firstprivate(weight)
-    for (Index row = 0; row < rows; row++) write_row(weight, row, out + row * weight.columns);
+    parallel_for(threads, rows,
+                 [=](Index row) { write_row(weight, row, out + row * weight.columns); });
 }

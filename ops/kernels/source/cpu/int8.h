@@ -1,8 +1,6 @@
 // Encodes rows of floats as int8 codes of the rotated values, see ops/layers/int8_codes.py. All functions
 // but `encode` work on one row.
 
-#include <stdlib.h>
-
 const int CODE_GROUP = 256, CODE_VECTORS = CODE_GROUP / LANES;
 
 template <int DISTANCE>
@@ -94,11 +92,10 @@ static FUNCTION float quantize(const float* values, int columns, Ints largest, s
 template <class Values>
 static FUNCTION void encode(Values values_of, signed char* codes, float* code_scales,
                             long long rows, int columns, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        float* values = (float*)malloc(columns * sizeof(float));
-#pragma omp for
-        for (long long row = 0; row < rows; row++) {
+    parallel_ranges(threads, rows, [=](Index row, Index end) {
+        Buffer<float> buffer(columns);
+        float* values = buffer.items;
+        for (; row < end; row++) {
             Ints largest = {};
             for (int column = 0; column < columns; column += CODE_GROUP) {
                 values_of(row, column, values + column);
@@ -106,6 +103,5 @@ static FUNCTION void encode(Values values_of, signed char* codes, float* code_sc
             }
             code_scales[row] = quantize(values, columns, largest, codes + row * columns);
         }
-        free(values);
-    }
+    });
 }

@@ -5,8 +5,7 @@
 extern "C" void linear(const float* input, const Weight* of, float* out, int tokens, int rows,
                        int threads) {
     const Weight weight = *of;
-#pragma omp parallel for num_threads(threads) firstprivate(weight)
-    for (int row = 0; row < rows; row++) {
+    parallel_for(threads, rows, [=](Index row) {
         const int columns = weight.columns, length = PART_LENGTH ? PART_LENGTH : columns;
         Floats sums[TOKENS] = {};
         for (int column = 0; column < columns; column += length) {
@@ -27,5 +26,5 @@ extern "C" void linear(const float* input, const Weight* of, float* out, int tok
             for (int i = 0; i < LANES; i++) sum += sums[token][i];
             out[(Index)token * rows + row] = sum;
         }
-    }
+    });
 }

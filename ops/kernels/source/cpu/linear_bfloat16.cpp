@@ -4,8 +4,6 @@
 // core. There each tile of TILE_ROWS rows is multiplied by tiles of up to TILE_TOKENS rows of
 // input. Both are in the order (step, row of the tile, PAIRS), zeros behind the last column.
 
-#include <stdlib.h>
-
 const int TILE_ROWS = 4, TILE_TOKENS = 6;  // their products and factors fit into 32 registers
 const int PAIRS = 32;                      // numbers in a register
 const int MAX_GROUP = 128, CHUNK = 2048;   // half a megabyte
@@ -94,27 +92,29 @@ extern "C" void linear_bfloat16(const BFloat16* input, const Weight* of, const B
     int groups = rounded_up(rounded_up(rows, MAX_GROUP) / MAX_GROUP, threads);
     int group = rounded_up((rows + groups - 1) / groups, LANES);
     Index row_bytes = code_bytes(columns), chunk_bytes = code_bytes(CHUNK);
-    auto first_token = [&](int tile) { return tokens * tile / tiles; };
+    auto first_token = [=](int tile) { return tokens * tile / tiles; };
     // of a chunk that begins with column `first`, where input's tiles stand one after the other
-    auto inputs_of = [&](BFloat16* inputs, int first, int tile) {
+    auto inputs_of = [=](BFloat16* inputs, int first, int tile) {
         int width = rounded_up(smaller(CHUNK, columns - first), PAIRS);
         return inputs + (Index)tokens * first + (Index)first_token(tile) * width;
     };
     size_t padded = rounded_up(columns, PAIRS);
-    BFloat16* inputs = (BFloat16*)aligned_alloc(64, tokens * padded * sizeof(BFloat16));
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for
-        for (int tile = 0; tile < tiles; tile++)
-            for (int first = 0; first < columns; first += CHUNK)
-                copy_tile(input + (Index)first_token(tile) * columns + first,
-                          first_token(tile + 1) - first_token(tile), columns,
-                          smaller(CHUNK, columns - first), inputs_of(inputs, first, tile));
-        BFloat16* weights = (BFloat16*)aligned_alloc(64, group * CHUNK * sizeof(BFloat16));
-        float* sums = (float*)aligned_alloc(64, (size_t)tokens * group * sizeof(float));
-#pragma omp for schedule(dynamic)
-        for (int start = 0; start < rows; start += group) {
-            int count = smaller(group, rows - start);
+    Buffer<BFloat16> all_inputs(tokens * padded);
+    BFloat16* inputs = all_inputs.items;
+    parallel_for(threads, tiles, [=](Index tile) {
+        for (int first = 0; first < columns; first += CHUNK)
+            copy_tile(input + (Index)first_token(tile) * columns + first,
+                      first_token(tile + 1) - first_token(tile), columns,
+                      smaller(CHUNK, columns - first), inputs_of(inputs, first, tile));
+    });
+    Index taken = 0, *turns = &taken;
+    parallel(threads, [=](int) {
+        Buffer<BFloat16> group_weights(group * CHUNK);
+        Buffer<float> group_sums((size_t)tokens * group);
+        BFloat16* weights = group_weights.items;
+        float* sums = group_sums.items;
+        for (Index turn; (turn = take_turn(turns)) * group < rows;) {
+            const int start = turn * group, count = smaller(group, rows - start);
             memset(sums, 0, (size_t)tokens * group * sizeof(float));
             for (int first = 0; first < columns; first += CHUNK) {
                 int width = smaller(CHUNK, columns - first);
@@ -149,8 +149,5 @@ extern "C" void linear_bfloat16(const BFloat16* input, const Weight* of, const B
                 memcpy(out + (Index)token * rows + start, rounded, count * sizeof(BFloat16));
             }
         }
-        free(weights);
-        free(sums);
-    }
-    free(inputs);
+    });
 }

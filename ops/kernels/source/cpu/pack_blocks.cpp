@@ -5,7 +5,7 @@ template <bool WEIGHTED>
 static void pack_lanes(const float* values, const float* weights, Byte* codes, float* d,
                        float* dmin, float* scale, float* minimum, Index first, Index count,
                        int tries, int rounds, int sweeps, int emphasis) {
-    static thread_local Blocks<WEIGHTED> blocks;
+    Blocks<WEIGHTED> blocks;
     for (int lane = 0; lane < LANES; lane++) {
         Index from = (first + lane < count ? first + lane : count - 1) * LENGTH;
         for (int i = 0; i < LENGTH; i++)
@@ -19,7 +19,7 @@ static void pack_lanes(const float* values, const float* weights, Byte* codes, f
     for (int g = 0; g < GROUPS; g++) blocks.prepare(g);
     Stored best;
     blocks.search(best, tries, rounds, sweeps);
-    static thread_local Bytes indices[LENGTH];
+    Bytes indices[LENGTH];
     for (int g = 0; g < GROUPS; g++) {
         Floats inverted = inverse(best.d * best.scale[g]),
                shift = best.dmin * best.minimum[g] * inverted;
@@ -46,12 +46,13 @@ static void pack_lanes(const float* values, const float* weights, Byte* codes, f
 extern "C" void pack_blocks(const float* values, const float* weights, Byte* codes, float* d,
                             float* dmin, float* scale, float* minimum, Index count, int tries,
                             int rounds, int sweeps, int emphasis, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (Index first = 0; first < count; first += LANES)
+    parallel_for(threads, (count + LANES - 1) / LANES, [=](Index part) {
+        const Index first = part * LANES;
         if (weights || emphasis)
             pack_lanes<true>(values, weights, codes, d, dmin, scale, minimum, first, count, tries,
                              rounds, sweeps, emphasis);
         else
             pack_lanes<false>(values, weights, codes, d, dmin, scale, minimum, first, count, tries,
                               rounds, sweeps, emphasis);
+    });
 }

@@ -149,8 +149,8 @@ static void choose_rows(float* all_values, const float* shares, const float* wei
 extern "C" void pack_columns(float* values, const float* shares, const float* weights,
                              float* levels, float* d, float* dmin, float* scale, float* minimum,
                              int columns, Index rows, int tries, int rounds, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (Index first = 0; first < rows; first += ROWS) {
+    parallel_for(threads, (rows + ROWS - 1) / ROWS, [=](Index group) {
+        const Index first = group * ROWS;
         Part part = {rows, (int)(rows - first < ROWS ? rows - first : ROWS)};
         Chosen chosen = {levels + first, d + first, dmin + first, scale + first, minimum + first};
         if (weights)
@@ -159,5 +159,5 @@ extern "C" void pack_columns(float* values, const float* shares, const float* we
         else
             choose_rows<false>(values + first, shares, weights, chosen, columns, part, tries,
                                rounds);
-    }
+    });
 }
