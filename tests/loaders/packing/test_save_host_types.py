@@ -159,7 +159,7 @@ def test_a_type_that_the_host_does_not_read_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.latent])
-@pytest.mark.parametrize("kind", ["int8_convrot", "nvfp4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8_convrot", marks=pytest.mark.heavy), "nvfp4"])
 def test_the_host_runs_every_family(tmp_path, monkeypatch, name, kind):
     family = FAMILIES[name]
     shrunken_detection(family, monkeypatch)
@@ -179,7 +179,7 @@ def test_the_host_runs_every_family(tmp_path, monkeypatch, name, kind):
 
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=pytest.mark.heavy if name in SIBLINGS else ()) for name in ENCODERS])
-@pytest.mark.parametrize("kind", ["int8_convrot", "nvfp4"])
+@pytest.mark.parametrize("kind", ["int8_convrot", pytest.param("nvfp4", marks=pytest.mark.heavy)])
 def test_the_host_loads_every_text_encoder(tmp_path, name, kind):
     encoder = ENCODERS[name]
     with small_towers(encoder):
@@ -260,6 +260,17 @@ def test_a_width_that_does_not_divide_stays_in_16_bits_and_is_told(tmp_path, kin
     else:
         assert (f"2 weights stay in 16 bits, since {kind} does not hold their rows and columns:"
                 " blocks.0.odd.weight, blocks.1.odd.weight.") in saved.text
+
+
+@pytest.mark.parametrize(("block", "expected"), [("blocks", "F32"), ("model.layers", "F16")])
+def test_small_tensors_of_float32_stay_so_but_not_in_text_encoders(tmp_path, block, expected):
+    """ComfyUI computes a text encoder in the dtype of its norms."""
+    shapes = {f"{block}.0.self_attn.k_proj.weight": (256, 256), f"{block}.0.norm.weight": (256,)}
+    source = Source({name: Weight(name, name, shape, values, lambda start, stop, values=values:
+                                  values[start:stop].clone())
+                     for name, shape in shapes.items() for values in [torch.randn(shape)]})
+    types = save(source, tmp_path / "a.safetensors", "mxfp8").types
+    assert list(types.values()) == ["mxfp8", expected]
 
 
 @each_type
