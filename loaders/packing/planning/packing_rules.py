@@ -33,13 +33,10 @@ NUMBERED = re.compile(r"(^|\.)\d+\.")
 BLOCK = re.compile(r"\w*blocks\.(\d+)\.")
 # Matrices in blocks by whose columns ComfyUI detects a model: they are not stored two in a byte.
 COLUMNS_DETECTED = re.compile(r"blocks\.0\.(attn2\.to_k|norm1\.linear)\.weight$")
-# A tensor of each text encoder of which ComfyUI reads packed layers (`t5xxl_detect`, `llama_detect`
-# of its `sd.py`; gpt-oss always): T5-XXL, by its rows, and language models. It takes the codes of
-# CLIP and of smaller T5 for weights.
-READ_ENCODERS = re.compile(
-    r"^encoder\.block\.23\.layer\.1\.DenseReluDense\.wi(?P<gated>_1)?\.weight$"
-    r"|^(model\.(language_model\.)?)?layers\.0\.(self_attn\.k_proj|linear_attn\.in_proj_a)\.weight$"
-)
+# Text encoders of which ComfyUI reads no packed layers, but takes the codes for weights: CLIP, and T5
+# and the like except for T5-XXL, which it tells by this tensor (`t5xxl_detect` of its `sd.py`).
+UNREAD_ENCODERS = re.compile(r"(text_model|encoder\.(block|layer)|model\.encoder)\.")
+T5_XXL = re.compile(r"encoder\.block\.23\.layer\.1\.DenseReluDense\.wi(?P<gated>_1)?\.weight")
 T5_XXL_ROWS = 10240
 # Tables and gates that are added to or multiplied with activations: float32 in the field's files.
 PRECISE = re.compile(r"(^|\.)(modulation|scale_shift_table|emb_pos|ff_i\.gate\.weight)$")
@@ -104,10 +101,9 @@ class PackingRules:
         Those are weights of linear layers in blocks. ComfyUI reads no tables in most of its types,
         and of some text encoders nothing.
         """
-        if self.embedding and not any(
-                (match := READ_ENCODERS.match(name))
-                and (not match["gated"] or shape[0] == T5_XXL_ROWS)
-                for name, shape in shapes.items()):
+        is_t5_xxl = any(match and (not match["gated"] or shape[0] == T5_XXL_ROWS) for match, shape
+                        in ((T5_XXL.fullmatch(name), shape) for name, shape in shapes.items()))
+        if self.embedding and not is_t5_xxl and any(map(UNREAD_ENCODERS.match, shapes)):
             return []
         is_halved = ROW_TYPES[type_name].family.example.codes.bits == 4
         numbers = {name: int(match[1]) for name in shapes if (match := BLOCK.match(name))}
