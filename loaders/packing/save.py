@@ -101,7 +101,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
         for name in track(list(source.weights), sizes):
             source.guard()
             type_name, pieces = packed.pop(name, None) or packer.pack(source.weights[name])
-            writer.write(written_name(name), type_name, pieces)
+            writer.write(written_name(name, plan.types), type_name, pieces)
             source.drop_pages()
         source.guard()
     return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,

@@ -206,8 +206,14 @@ def is_safetensors(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
 
-def written_name(name: str) -> str:
-    """Returns a weight's name in files: the host's, except for NORM_SCALE."""
+def written_name(name: str, types: Mapping[str, str] | None = None) -> str:
+    """Returns a weight's name in files: the host's, except for NORM_SCALE.
+
+    With row types among the types of the file, it is the host's, which reads other names of norms
+    in some families only.
+    """
+    if types and not ROW_TYPES.keys().isdisjoint(types.values()):
+        return name
     return f"{name.removesuffix('weight')}scale" if name.endswith(NORM_SCALE) else name
 
 
@@ -329,7 +335,8 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
     """Returns the file of a plan, with its tensors, metadata and size."""
     safetensors = is_safetensors(path)
     tensors = {
-        written_name(name): (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
+        written_name(name, plan.types): (
+            weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
         for name, weight in source.weights.items()
     }
     metadata = {**source.metadata, **options.metadata, "featherweight.plan": plan.json()}
