@@ -33,8 +33,8 @@ NUMBERED = re.compile(r"(^|\.)\d+\.")
 BLOCK = re.compile(r"\w*blocks\.(\d+)\.")
 # Matrices in blocks by whose columns ComfyUI detects a model: they are not stored two in a byte.
 COLUMNS_DETECTED = re.compile(r"blocks\.0\.(attn2\.to_k|norm1\.linear)\.weight$")
-# Text encoders of which ComfyUI reads no packed layers, but takes the codes for weights: CLIP, T5 and
-# the like, except for T5-XXL, which it tells by this tensor (`t5xxl_detect` of its `sd.py`).
+# Text encoders of which ComfyUI reads no packed layers, but takes the codes for weights: CLIP, T5
+# and the like, except for T5-XXL, which it tells by this tensor (`t5xxl_detect` of its `sd.py`).
 UNREAD_ENCODERS = re.compile(r"(text_model|encoder\.(block|layer)|model\.encoder)\.")
 T5_XXL = re.compile(
     r"encoder\.block\.23\.layer\.1\.DenseReluDense\.wi(?P<gated>_1)?\.weight")
