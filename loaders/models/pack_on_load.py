@@ -19,7 +19,7 @@ import torch
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.quantize.pack_tensor import pack_tensor
 from ...ops.quantize.relative_error import RelativeError, holds
-from ...ops.quantize.row_types import ROW_TYPES, format_of, pack_rows
+from ...ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..byte_sizes import size_text
@@ -29,11 +29,10 @@ from ..files.container import (
     PLAIN_DTYPES,
     FileChangeGuard,
     WeightFile,
-    nbytes_of,
     safe_repr,
 )
 from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
-from ..packing.planning.packing_rules import half_type, rules_for
+from ..packing.planning.packing_rules import bytes_in_file, half_type, rules_for
 from ..packing.planning.plan import plan_for_type
 from ..paths.folders import packed_folder
 from ..progress import Progress
@@ -197,7 +196,7 @@ def _announcement(weights: Mapping[str, torch.Tensor | JoinedRows],
     for name in to_pack:
         sources[_source_format(weights[name])] += weights[name].numel()
     before = sum(_bytes_of(weights[name]) for name in to_pack)
-    after = sum(nbytes_of(*wanted) for wanted in to_pack.values())
+    after = sum(bytes_in_file(*wanted) for wanted in to_pack.values())
     types = dict.fromkeys(type_name for type_name, _ in to_pack.values())
     return (f"{' + '.join(name for name, _ in sources.most_common())}, {size_text(before)}, becomes"
             f" {' + '.join(types)}, {size_text(after)}")
@@ -258,7 +257,7 @@ def _pack(file: WeightFile, name: str, values: torch.Tensor, type_name: str,
     """
     try:
         if type_name in ROW_TYPES:
-            packed = pack_rows(values, ROW_TYPES[type_name])
+            packed = pack_to_type(values, ROW_TYPES[type_name])
         else:
             packed = pack_tensor(values, FORMATS[type_name])
         guard()

@@ -20,7 +20,7 @@ from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.layers.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ...ops.quantize.pack_tensor import pack_tensor
 from ...ops.quantize.relative_error import RelativeError, float_values
-from ...ops.quantize.row_types import ROW_TYPES, pack_rows
+from ...ops.quantize.row_types import ROW_TYPES, pack_to_type
 from ...ops.quantize.second_moments import SecondMoments
 from ...ops.tensor.packed_layout import is_packed
 from ...ops.tensor.row_slicing import join_rows, take_rows
@@ -392,7 +392,7 @@ class WeightPacker:
         device = self.source.device
         try:
             if type_name in ROW_TYPES:
-                return pack_rows(values.to(device), ROW_TYPES[type_name], moments).to("cpu")
+                return pack_to_type(values.to(device), ROW_TYPES[type_name], moments).to("cpu")
             packed_format = FORMATS[type_name]
             if dither:
                 dithered = _round_to_q8_0(values).to(device)

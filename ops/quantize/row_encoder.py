@@ -18,6 +18,7 @@ from ..tensor.packed_tensor import PackedTensor
 LARGEST_INTEGER = 127.0  # in magnitude, of int8 codes and of requantised numbers
 LARGEST_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST = 1e-30  # scale in float32
+SLICE_VALUES = 1 << 20  # whose codes are found at a time
 SAMPLE_VALUES = 1 << 20  # of a weight, from which the scale of all of it is chosen
 
 
@@ -172,7 +173,14 @@ class RowEncoder:
         codes = self.layout.codes
         if codes.bits == 8:
             return levels.to(codes.dtype).view(torch.uint8)
-        places = torch.bucketize(levels, self.levels.to(levels.device))
-        nibbles = self.codes.to(levels.device)[places].to(torch.uint8)
-        first, second = nibbles[:, ::2], nibbles[:, 1::2]
-        return first << 4 | second if codes.order == "high first" else first | second << 4
+        sorted_levels, code_of = self.levels.to(levels.device), self.codes.to(levels.device)
+        out = levels.new_empty((len(levels), levels.shape[1] // 2), dtype=torch.uint8)
+        step = max(1, SLICE_VALUES // levels.shape[1])
+        for rows, target in zip(levels.split(step), out.split(step)):
+            places = torch.bucketize(rows, sorted_levels, out_int32=True)
+            nibbles = code_of[places].to(torch.uint8)
+            first, second = nibbles[:, ::2], nibbles[:, 1::2]
+            if codes.order == "high first":
+                first, second = second, first
+            torch.bitwise_or(first, second << 4, out=target)
+        return out

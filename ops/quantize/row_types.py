@@ -95,7 +95,7 @@ ROW_TYPES = {row_type.name: row_type for row_type in (
 
 
 @torch.no_grad()
-def pack_rows(weight: torch.Tensor, row_type: RowType, moments: SecondMoments | None = None,
+def pack_to_type(weight: torch.Tensor, row_type: RowType, moments: SecondMoments | None = None,
               is_plain: bool = False) -> PackedTensor:
     """Packs a whole weight into a type of ComfyUI's own, on the weight's device.
 

@@ -19,7 +19,8 @@ PROCESSES = ["memory", "train"]
 HEAVY = [*PROCESSES, "compilers"]
 CASES = [
     "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
-    "passes", "layer_passes", "header", "load", "repack", "scale", "cpu", "lcm", "attention", "comfy",
+    "passes", "layer_passes", "header", "load", "repack", "scale", "cpu", "lcm", "attention",
+    "comfy",
     *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 

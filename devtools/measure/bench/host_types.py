@@ -7,7 +7,7 @@ import comfy.quant_ops  # noqa: F401  registers the layouts
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_rows
+from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 LAYOUTS = {
@@ -30,7 +30,7 @@ def bench_host_types(options):
             layout, arguments = LAYOUTS[name]
             variants["ComfyUI's"] = functools.partial(QuantizedTensor.from_float, weight, layout,
                                                       **arguments)
-        pack = functools.partial(pack_rows, weight, row_type)
+        pack = functools.partial(pack_to_type, weight, row_type)
         variants |= {"plain": functools.partial(pack, is_plain=True), "searched": pack}
         if options.rounds > 1:
             variants["with feedback"] = functools.partial(pack, moments)

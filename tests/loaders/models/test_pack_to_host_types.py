@@ -17,7 +17,7 @@ from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.loaders.packing.source import source_of_file
-from featherweight.ops.quantize.row_types import ROW_TYPES, format_of, pack_rows
+from featherweight.ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -55,7 +55,7 @@ def test_every_file_is_held_as_its_values_are_packed(kind, family, tmp_path):
         again += 1
         if weight.stored_type == kind:
             continue  # stays as it is in the file
-        expected = pack_rows(weight.read(0, weight.shape[0]), ROW_TYPES[kind])
+        expected = pack_to_type(weight.read(0, weight.shape[0]), ROW_TYPES[kind])
         for tensor, wanted in zip(packed_tensors(packed), packed_tensors(expected), strict=True):
             # of rotated values the reader of a file may round a sum in another order
             assert (tensor != wanted).float().mean() < 1e-3, name

@@ -43,7 +43,7 @@ from featherweight.loaders.packing.source import (
     source_of_model,
 )
 from featherweight.loaders.quantizers.comfyui import layer_parts
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_rows
+from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 
 pytestmark = pytest.mark.usefixtures("small_models")
 each_type = pytest.mark.parametrize("kind", HOST_TYPES)
@@ -90,7 +90,7 @@ def test_the_host_opens_a_file_and_holds_what_packing_gives(tmp_path, kind):
     for name, weight in tiny_flux().items():
         weight, name = weight.bfloat16(), name.replace("_norm.scale", "_norm.weight")
         if saved.types[name] == kind:
-            settings, parts = layer_parts(pack_rows(weight.float(), ROW_TYPES[kind]))
+            settings, parts = layer_parts(pack_to_type(weight.float(), ROW_TYPES[kind]))
             layer = name.removesuffix("weight")
             mark = json.loads(tensors[f"{layer}comfy_quant"].numpy().tobytes())
             assert mark == settings and settings["format"] in QUANT_ALGOS
@@ -128,7 +128,7 @@ def test_a_lora_is_in_the_file_and_its_share_is_told(tmp_path, kind):
     share = float(saved.text.split("LoRA 1 (strength 0.7): ")[1].split("%")[0])
     assert share == pytest.approx(100, abs=8 if kind == "nvfp4" else 2)
     weight = source.weights[BLOCK]
-    expected = pack_rows(weight.patched(0, weight.shape[0]), ROW_TYPES[kind]).dequantize()
+    expected = pack_to_type(weight.patched(0, weight.shape[0]), ROW_TYPES[kind]).dequantize()
     found = open_weights(saved.path)
     assert db(host_values(comfy.sd.load_diffusion_model(str(saved.path)))[BLOCK], expected) > 15
     assert found.path == saved.path
@@ -224,7 +224,7 @@ def test_comfyui_without_the_pack_computes_files_as_its_own(tmp_path):
     assert outputs.pop("pack") == [] and outputs.pop(clip.name)["formats"] == {"", "mxfp8"}
     exact = run(load_diffusion_model(str(tmp_path / "model.safetensors")))
     for kind, out in zip(HOST_TYPES, outputs.values(), strict=True):
-        settings, _ = layer_parts(pack_rows(torch.ones(64, 256), ROW_TYPES[kind]))
+        settings, _ = layer_parts(pack_to_type(torch.ones(64, 256), ROW_TYPES[kind]))
         assert out["formats"] == {"", settings["format"]}
         assert torch.equal(out["again"], out["model"])  # from the file that ComfyUI has saved
         assert torch.equal(out["checkpoint"], out["model"])

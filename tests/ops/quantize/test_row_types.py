@@ -6,7 +6,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 
 from featherweight.ops.formats.base import FormatError
 from featherweight.ops.quantize import row_types
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_rows
+from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 EACH_TYPE = pytest.mark.parametrize("name", ROW_TYPES)
@@ -42,7 +42,7 @@ def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
     layout, options = KITCHEN[name]
     weight = weight_of(*shape)
     expected = QuantizedTensor.from_float(weight, layout, **options).dequantize()
-    values = pack_rows(weight, ROW_TYPES[name], is_plain=True).dequantize()
+    values = pack_to_type(weight, ROW_TYPES[name], is_plain=True).dequantize()
     different = (values - expected).abs() > 1e-6 * weight.abs().max()
     assert different.sum() <= weight.numel() / 100  # a sum of a rotation that lies at a tie
 
@@ -51,7 +51,7 @@ def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
 @pytest.mark.parametrize("seed", range(5))
 def test_searched_scales_are_never_worse(name, seed):
     weight = weight_of(seed=seed)
-    plain, searched = (pack_rows(weight, ROW_TYPES[name], is_plain=is_plain)
+    plain, searched = (pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
                        for is_plain in (True, False))
     assert error(searched, weight) <= error(plain, weight)
 
@@ -59,9 +59,9 @@ def test_searched_scales_are_never_worse(name, seed):
 @EACH_TYPE
 def test_a_weight_by_its_rows_is_the_same(name, monkeypatch):
     weight = weight_of(rows=160)
-    whole = pack_rows(weight, ROW_TYPES[name]).dequantize()
+    whole = pack_to_type(weight, ROW_TYPES[name]).dequantize()
     monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 7 * 512)
-    assert torch.equal(pack_rows(weight, ROW_TYPES[name]).dequantize(), whole)
+    assert torch.equal(pack_to_type(weight, ROW_TYPES[name]).dequantize(), whole)
 
 
 @EACH_TYPE
@@ -76,7 +76,7 @@ def test_feedback_gives_a_smaller_error_of_the_output(name):
     def loss(packed):
         return float((tokens @ packed.dequantize().double().T - exact).norm() / exact.norm())
 
-    searched, fed_back = (loss(pack_rows(weight, ROW_TYPES[name], given))
+    searched, fed_back = (loss(pack_to_type(weight, ROW_TYPES[name], given))
                           for given in (None, moments))
     assert fed_back < searched
 
@@ -86,9 +86,9 @@ def test_zeros_stay_zeros(name):
     weight = weight_of()
     weight[3] = 0
     weight[:, :256] = 0
-    values = pack_rows(weight, ROW_TYPES[name]).dequantize()
+    values = pack_to_type(weight, ROW_TYPES[name]).dequantize()
     assert not values[3].any() and not values[:, :256].any()
-    assert not pack_rows(torch.zeros(96, 512), ROW_TYPES[name]).dequantize().any()
+    assert not pack_to_type(torch.zeros(96, 512), ROW_TYPES[name]).dequantize().any()
 
 
 @EACH_TYPE
@@ -97,10 +97,10 @@ def test_a_value_that_is_not_finite_is_refused(name, bad):
     weight = weight_of()
     weight[2, 2] = bad
     with pytest.raises(FormatError, match="NaN or infinite"):
-        pack_rows(weight, ROW_TYPES[name])
+        pack_to_type(weight, ROW_TYPES[name])
 
 
 @EACH_TYPE
 def test_a_shape_that_does_not_fit_is_refused(name):
     with pytest.raises(FormatError, match=r"does not hold a weight of shape \(3, 4, 5\)"):
-        pack_rows(torch.zeros(3, 4, 5), ROW_TYPES[name])
+        pack_to_type(torch.zeros(3, 4, 5), ROW_TYPES[name])
