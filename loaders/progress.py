@@ -52,13 +52,17 @@ class Progress:
     def _show_text(self, text: str):
         self._send_text("\n".join(filter(None, [self._heading, text])))
 
-    def track(self, items: Collection, sizes: Sequence[int] | None = None) -> Iterator:
+    def track(self, items: Collection, sizes: Sequence[int] | None = None,
+              heading: str = "") -> Iterator:
         """Yields the items and advances the bar after each; all of them are one stage.
 
         Args:
             items: to iterate over.
             sizes: weights of the items, if they differ.
+            heading: shown above this stage.
         """
+        if heading:
+            self.set_heading(heading)
         stage = self._stages[self._finished]
         total = sum(sizes or ()) or len(items)
         shown = time.monotonic() + DELAY_SECONDS - INTERVAL_SECONDS
@@ -73,6 +77,8 @@ class Progress:
                 if time.monotonic() - shown > INTERVAL_SECONDS:
                     shown = time.monotonic()
                     self._show_text(f"{stage}: {_numbers(terminal)}")
+        if heading:
+            self._heading = ""
         self.stage()
 
     def stage(self):

@@ -77,7 +77,7 @@ class PackStats:
         elif self.sources:
             text = f"packed from {sources} in {self.seconds:.0f} s"
             if self.loss:
-                text += f" with {-10 * math.log10(self.loss):.0f} dB of it"
+                text += f", {-10 * math.log10(self.loss):.0f} dB above what was lost"
         else:
             text = "nothing was packed"
         if self.cache == "kept":
@@ -134,11 +134,11 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     entry = packed_cache.entry_path(file, to_pack, folder)
     cached = packed_cache.read(entry, to_pack)
     guard, loss = _guard_of(state_dict), RelativeError()
-    progress.set_heading(_announcement(weights, to_pack))
     sources = collections.Counter()
     unchanged = collections.Counter()
     unfit = []
-    for name in progress.track(list(weights), [tensor.numel() for tensor in weights.values()]):
+    sizes = [tensor.numel() for tensor in weights.values()]
+    for name in progress.track(list(weights), sizes, _announcement(weights, to_pack)):
         guard()
         tensor = weights.pop(name)
         if _stays(tensor, types[name]):

@@ -308,7 +308,8 @@ class WeightPacker:
             pack: packs its values, or returns None.
         """
         packed = _Packed()
-        values, slices = torch.empty(weight.shape), weight.slices(SLICE_VALUES)
+        values = torch.empty(weight.shape, dtype=torch.float32)
+        slices = weight.slices(SLICE_VALUES)
         for start, stop in slices:
             values[start:stop] = self._patched(weight, start, stop)[2]
         _reject_bad_values(values, weight)
