@@ -94,7 +94,8 @@ def test_the_node_says_before_what_becomes_of_the_file_and_after_what_it_lost(ki
     model = load_diffusion_model(str(gguf), pack_to=kind)
     before = [text for text in texts if "becomes" in text]
     assert re.match(rf"Q4_K, [\d.]+ [kM]B, becomes {kind}, [\d.]+ [kM]B\npacking", before[0])
-    assert re.search(r"packed from Q4_K in \d+ s, \d\d dB above what was lost", memory_summary(model))
+    assert re.search(r"packed from Q4_K in \d+ s, \d\d dB above what was lost",
+                     memory_summary(model))
 
 
 @each_type
