@@ -38,7 +38,7 @@ from ..byte_sizes import size_text
 from .atomic_file import WriteError, remove_stale_parts
 from .container import FileState, WeightFile, WeightFileError, safe_repr
 from .safetensors import SafetensorsFile
-from .safetensors_writer import file_size, safetensors_writer
+from .safetensors_writer import DTYPES, file_size, safetensors_writer
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def keep(entry: Path | None, weights: Mapping[str, torch.Tensor], types: PackedT
         with safetensors_writer(entry, tensors, {}) as writer:
             for name in types:
                 for part, tensor in _parts_of(name, weights[name]):
-                    writer.write(part, _type_of(tensor.dtype), [tensor.cpu()])
+                    writer.write(part, DTYPES[tensor.dtype], [tensor.cpu()])
             joined = b"".join(digests[part] for part in sorted(digests))
             writer.write(DIGESTS, "U8", [torch.frombuffer(bytearray(joined), dtype=torch.uint8)])
     except (WriteError, OSError) as error:  # another process may have written it meanwhile
@@ -207,14 +207,10 @@ def _all_parts(types: PackedTypes,
         parts[name] = (-(-values * packed.block_bytes // packed.block_length),), "U8"
         for qparam in packed.qparams:
             length = qparam.length(-(-values // packed.block_length))
-            parts[f"{name}.{qparam.name}"] = (length,), _type_of(qparam.dtype)
+            parts[f"{name}.{qparam.name}"] = (length,), DTYPES[qparam.dtype]
     if with_digests:
         parts[DIGESTS] = (DIGEST_BYTES * len(parts),), "U8"
     return parts
-
-
-def _type_of(dtype: torch.dtype) -> str:
-    return "U8" if dtype == torch.uint8 else "F32"
 
 
 def _limit() -> float:

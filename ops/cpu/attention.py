@@ -93,10 +93,11 @@ def _choice(in_heads: tuple[torch.Tensor, ...], mask: torch.Tensor | None,
     heads, has_groups = query.shape[1], options.get("enable_gqa", False)
     if heads % key.shape[1] or (heads != key.shape[1] and not has_groups):
         return None  # the host says what is wrong
-    addend = None if mask is None else _addend(mask, (*query.shape[:3], key.shape[2]))
     run = kernels.find("attention", query.device, None, query.dtype, load=load)
-    if run is not None and (mask is None or addend is not None):
-        return functools.partial(attention_in_one_pass, run=run, mask=addend)
+    if run is not None:
+        addend = None if mask is None else _addend(mask, (*query.shape[:3], key.shape[2]))
+        if mask is None or addend is not None:
+            return functools.partial(attention_in_one_pass, run=run, mask=addend)
     if mask is not None or has_groups or attn_precision == torch.float32:
         return None
     if query.dtype == torch.bfloat16:
@@ -199,4 +200,3 @@ def attention_by_onednn(query: torch.Tensor, key: torch.Tensor, value: torch.Ten
             torch.softmax(scores, -1, out=scores)
             head_out[start:start + rows] = cpu_linear.linear(scores, columns)
     return out
-

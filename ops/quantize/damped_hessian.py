@@ -75,6 +75,16 @@ class DampedHessian:
         self.triangle = _triangle(block)
         self.change = None if change is None else change @ self.triangle.T @ self.triangle
 
+    @property
+    def shares(self) -> torch.Tensor:
+        """Row i, column j: how much of the error of column i column j compensates, (k, k)."""
+        return self.triangle / -self.triangle.diagonal().unsqueeze(-1)
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """Row i, column j: the best change of column j for an error of column i, (k, k)."""
+        return self.moments / -self.moments.diagonal()
+
     def target(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the values to pack for some columns of a weight; only for a pair others than it.
 

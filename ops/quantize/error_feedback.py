@@ -56,10 +56,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
             f"{packed_format.name} cannot be packed with error feedback in rows of {columns}"
             f" values{reason}."
         )
-    if columns != moments.columns:
-        raise FormatError(
-            f"The moments are of inputs with {moments.columns} columns, the weight of shape"
-            f" {tuple(weight.shape)} takes {columns}.")
+    check_columns(weight, moments)
     search = Search(grid, weight.device)
     # looked up once, so that the same kernel packs the whole weight
     kernel = kernels.find("pack_columns", weight.device, packed_format, torch.float32)
@@ -91,6 +88,14 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
                          scale=None if scale is None else scale.view(-1))
 
 
+def check_columns(weight: torch.Tensor, moments: SecondMoments):
+    """Raises FormatError where moments are of another number of inputs than a weight takes."""
+    if weight.shape[1:].numel() != moments.columns:
+        raise FormatError(
+            f"The moments are of inputs with {moments.columns} columns, the weight of shape"
+            f" {tuple(weight.shape)} takes {weight.shape[1:].numel()}.")
+
+
 class _Feedback:
     """Packs slices of rows of the k columns that share one block of moments."""
 
@@ -98,13 +103,9 @@ class _Feedback:
         self.search = search
         self.choose = choose
         self.damped = damped
-        diagonal = damped.triangle.diagonal()
         # weight of a column's squared error once all later columns have compensated it
-        self.weights = diagonal.square().reciprocal()
-        # row i, column j: how much of the error of column i column j compensates
-        self.shares = damped.triangle / -diagonal.unsqueeze(-1)
-        # row i, column j: the best change of column j for an error of column i
-        self.steps = damped.moments / -damped.moments.diagonal()
+        self.weights = damped.triangle.diagonal().square().reciprocal()
+        self.shares, self.steps = damped.shares, damped.steps
 
     def pack(self, values: torch.Tensor) -> Fit:
         """Returns the blocks, in order, of rows of values, (n, k) of any float dtype."""

@@ -131,11 +131,18 @@ def pack_tensor(weight: torch.Tensor, packed_format: Format,
                          scale=outputs[1] if len(outputs) > 1 else None)
 
 
-def _check_values(values: torch.Tensor, packed_format: Format):
-    lowest, highest = values.aminmax()
-    peak = max(-float(lowest), float(highest))
+def finite_peak(values: torch.Tensor) -> float:
+    """Returns the largest magnitude of a weight's values. Raises FormatError where one is not
+    finite."""
+    lowest, highest = map(float, values.aminmax())
+    peak = max(-lowest, highest)
     if not math.isfinite(peak) or math.isnan(lowest):
         raise FormatError("The weight holds NaN or infinite values.")
+    return peak
+
+
+def _check_values(values: torch.Tensor, packed_format: Format):
+    peak = finite_peak(values)
     if packed_format.plain_dtype is not None:
         largest = torch.finfo(packed_format.plain_dtype).max
     else:

@@ -18,7 +18,7 @@ from ..tensor.packed_tensor import PackedTensor
 LARGEST_INTEGER = 127.0  # in magnitude, of int8 codes and of requantised numbers
 LARGEST_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST = 1e-30  # scale in float32
-SLICE_VALUES = 1 << 20  # whose codes are found at a time
+SLICE_VALUES = 1 << 20  # encoded at a time
 SAMPLE_VALUES = 1 << 20  # of a weight, from which the scale of all of it is chosen
 
 

@@ -1,13 +1,11 @@
 """Error feedback for rows whose scales are chosen; see `error_feedback`."""
 import torch
 
-from ..formats.base import FormatError
 from .damped_hessian import DampedHessian, slice_rows
+from .error_feedback import SWEEPS, check_columns
+from .grid_error_feedback import CHUNK
 from .row_encoder import RowEncoder, RowNumbers
 from .second_moments import SecondMoments
-
-SWEEPS = 2  # of coordinate descent over the columns
-CHUNK = 256  # columns, whose errors all later ones compensate at once
 
 
 def feed_back(weight: torch.Tensor, encoder: RowEncoder, numbers: RowNumbers,
@@ -26,10 +24,7 @@ def feed_back(weight: torch.Tensor, encoder: RowEncoder, numbers: RowNumbers,
     Raises:
         FormatError: the moments are of another number of inputs.
     """
-    columns = weight.shape[1]
-    if moments.columns != columns:
-        raise FormatError(f"The moments are of inputs with {moments.columns} columns, the weight of"
-                          f" shape {tuple(weight.shape)} takes {columns}.")
+    check_columns(weight, moments)
     moments = _in_basis(moments, encoder)
     group = encoder.layout.group
     levels = torch.empty_like(numbers.levels).flatten(1)
@@ -71,13 +66,9 @@ def _choose(encoder: RowEncoder, target: torch.Tensor, units: torch.Tensor,
         units: of each value, (k, n).
         damped: of the k columns.
     """
-    diagonal = damped.triangle.diagonal()
-    # row i, column j: how much of the error of column i column j compensates
-    shares = damped.triangle / -diagonal.unsqueeze(-1)
-    # row i, column j: the best change of column j for a change of column i
-    steps = damped.moments / -damped.moments.diagonal()
+    steps = damped.steps
     levels, values = torch.empty_like(target), target.clone()
-    for column in _columns(values, shares):
+    for column in _columns(values, damped.shares):
         levels[column] = encoder.nearest(values[column], units[column])
         values[column] -= encoder.values(levels[column], units[column])
     for _ in range(SWEEPS):

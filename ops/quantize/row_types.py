@@ -1,10 +1,9 @@
-"""Types of ComfyUI's own that weights are packed to: codes of rows, with scales beside them.
+"""ComfyUI's own types that weights are packed to: codes of rows, and scales in other tensors.
 
 For each group of columns that shares a scale several scales are tried, and the one of least error
 is kept. The first one just holds the largest value of the group, as the scales of ComfyUI's own
 conversion do (comfy-kitchen 0.2.26 `backends/eager/quantization.py`).
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +22,13 @@ from ..formats.comfyui import (
 from ..formats.row_layout import RowFamily, RowFormat
 from ..tensor.packed_tensor import PackedTensor
 from .method_choice import pick_lower_error
+from .pack_tensor import CPU_SLICE_VALUES, DEVICE_SLICE_VALUES, finite_peak
 from .parallel_slices import parallel_slices
 from .row_encoder import RowEncoder, RowNumbers
 from .row_feedback import feed_back
 from .second_moments import SecondMoments
 
 ROTATIONS = (256, 64, 16)  # columns, the first that divide a row
-CPU_SLICE_VALUES, DEVICE_SLICE_VALUES = 1 << 17, 1 << 22  # at a time; see `pack_tensor`
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,7 @@ def pack_to_type(weight: torch.Tensor, row_type: RowType, moments: SecondMoments
     shape = tuple(weight.shape)
     if not row_type.takes(shape):
         raise FormatError(f"{row_type.name} does not hold a weight of shape {shape}.")
-    lowest, highest = map(float, weight.aminmax())
-    peak = max(-lowest, highest)
-    if not math.isfinite(peak) or math.isnan(lowest):
-        raise FormatError("The weight holds NaN or infinite values.")
+    peak = finite_peak(weight)
     encoder = RowEncoder(row_type.format_of(shape),
                          row_type.shrinks[:1] if is_plain else row_type.shrinks)
     if row_type.is_per_tensor:

@@ -1,4 +1,4 @@
-"""The case of packing to ComfyUI's own types: beside ComfyUI's own conversion."""
+"""The case of packing to ComfyUI's own types, compared with ComfyUI's own conversion."""
 import functools
 
 from devtools.measure.bench.timing import device, side_by_side
@@ -10,6 +10,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import SecondMoments
 
+# the class of ComfyUI's own conversion, and how it is called
 LAYOUTS = {
     "int8_convrot": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
     "float8_e4m3fn": ("TensorCoreFP8E4M3Layout", {"scale": "recalculate"}),

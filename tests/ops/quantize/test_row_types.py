@@ -1,4 +1,6 @@
 """Weights packed to ComfyUI's own formats."""
+from devtools.measure.bench.host_types import LAYOUTS
+
 import comfy_kitchen.tensor  # noqa: F401  registers the layouts
 import pytest
 import torch
@@ -10,11 +12,6 @@ from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 EACH_TYPE = pytest.mark.parametrize("name", ROW_TYPES)
-# the class of ComfyUI's own conversion, and how it is called
-KITCHEN = {"int8_convrot": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
-           "float8_e4m3fn": ("TensorCoreFP8E4M3Layout", {"scale": "recalculate"}),
-           "mxfp8": ("TensorCoreMXFP8Layout", {}),
-           "nvfp4": ("TensorCoreNVFP4Layout", {})}
 
 
 def weight_of(rows=96, columns=512, seed=0):
@@ -36,10 +33,10 @@ def inputs_of(columns, tokens=2048, seed=3):
     return torch.randn(tokens, columns, generator=generator) * spectrum @ basis
 
 
-@pytest.mark.parametrize("name", KITCHEN)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("shape", [(96, 512), (32, 1024), (160, 256)])
 def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
-    layout, options = KITCHEN[name]
+    layout, options = LAYOUTS[name]
     weight = weight_of(*shape)
     expected = QuantizedTensor.from_float(weight, layout, **options).dequantize()
     values = pack_to_type(weight, ROW_TYPES[name], is_plain=True).dequantize()
