@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import comfy_execution.utils
 import folder_paths
 import pytest
+import torch
 from lora_models import pairs, weight_shapes
 from pack_nodes import node_list
 from patched_models import packed_flux
@@ -20,6 +21,7 @@ from featherweight.nodes.check_lora import CheckLora
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile
 from featherweight.nodes.legacy import nunchaku
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
+from featherweight.nodes.measure_speed import MeasureSpeed
 from featherweight.nodes.node_text import (
     JOINER,
     LONG_WORD,
@@ -32,6 +34,7 @@ from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.save_packed_model import SavePackedModel
 
 pytestmark = pytest.mark.usefixtures("small_models")
+SMALL = {"samples": torch.zeros(1, 16, 8, 8)}
 NODES = Path(node_text.__file__).parent
 HOST_LORA_LOADER = host_nodes.LoraLoaderModelOnly
 
@@ -85,6 +88,7 @@ TEXTS = {
     "inspect_model_file": lambda model, folder: InspectModelFile.execute(NONE, model),
     "measure_sensitivity": lambda model, folder: MeasureSensitivity.execute(
         [model], [1], [1], [1.0], [0], ["no runs"], ["measured"]),
+    "measure_speed": lambda model, folder: MeasureSpeed.execute(model, latent=SMALL),
     "nunchaku": apply_loras_of_nunchaku,
     "place_model": lambda model, folder: PlaceModel.execute(model, 0.002),
     "run_on_ray": run_on_ray,

@@ -184,7 +184,7 @@ def _probe_widths(patcher, sampling: SamplingRun, masked: bool) -> dict[str, int
         try:
             with contextlib.ExitStack() as hooks:
                 for layer in patcher.model.diffusion_model.modules():
-                    if isinstance(layer, torch.nn.Linear) or hasattr(layer, "normalized_shape"):
+                    if hasattr(layer, "in_features") or hasattr(layer, "normalized_shape"):
                         hooks.enter_context(layer.register_forward_pre_hook(_check_width))
                 prompts = [_noise(widths, 0, masked)]
                 probe = dataclasses.replace(sampling, prompts=prompts, samples=1, steps=1)
@@ -219,7 +219,7 @@ def _noise(widths: dict[str, int], seed: int, masked: bool, pictures: int = 1) -
 
 
 def _check_width(layer, inputs):
-    is_linear = isinstance(layer, torch.nn.Linear)
+    is_linear = hasattr(layer, "in_features")  # the host's mixed ones are not torch's Linear
     expected = layer.in_features if is_linear else layer.normalized_shape[-1]
     if inputs and inputs[0].shape[-1] != expected:
         raise _StopProbe(inputs[0].shape[-1], expected)

@@ -1,0 +1,182 @@
+"""Shows a measurement: as lines of text, as one JSON of figures and versions, and as a chart."""
+import contextlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections import Counter
+from typing import Any
+
+import comfy.model_management
+import comfy_kitchen
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...ops.host_versions import HOST_VERSION, VERSION
+from ..byte_sizes import size_text
+from ..inspect.block_chart import BODY, FAINT, GOOD, MARGIN, ROW, WIDTH, Bar, Chart, Color
+from ..inspect.model_summary import format_name, title_of
+from .measurement import Measurement, Row
+from .ways import EXACTLY, FAST, WAYS
+
+JSON_VERSION = 1
+PATH = re.compile(r"(?<!\w)(?:[A-Za-z]:[/\\]|[~.]{0,2}/|\\\\)[^\s'\"()]*")
+COLORS: dict[str, Color] = dict(zip(WAYS, ((92, 160, 255), (120, 200, 180), (160, 170, 185))))
+LABELS, VALUES = 190, 150  # widths of the columns
+BAR_WIDTH = WIDTH - 2 * MARGIN - LABELS - VALUES
+
+
+def figures(patcher: ModelPatcher, measurement: Measurement) -> dict[str, Any]:
+    """Returns what was measured and on what, without names, paths or prompts.
+
+    Args:
+        patcher: the host's, of the model that was measured.
+        measurement: of it.
+    """
+    sizes, values = Counter(), 0
+    for tensor in patcher.model.diffusion_model.parameters():
+        sizes[title_of(format_name(tensor))] += tensor.nbytes
+        values += tensor.numel()
+    device = patcher.load_device
+    return {
+        "featherweight_speed": JSON_VERSION,
+        "versions": {
+            "Featherweight": VERSION,
+            "ComfyUI": HOST_VERSION,
+            "comfy-kitchen": importlib.metadata.version("comfy-kitchen"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "device": _device(device),
+        "kitchen": {name: "on" if backend["available"] else _without_paths(
+            backend["unavailable_reason"] or "off")
+            for name, backend in comfy_kitchen.list_backends().items()},
+        "model": {
+            "class": type(patcher.model).__name__,
+            "values": values,
+            "formats": {name: round(size / sizes.total(), 3) for name, size in sizes.most_common()
+                        if size >= sizes.total() / 1000},
+            "loras": max(map(len, patcher.patches.values()), default=0),
+            "changed weights": len(patcher.patches),
+        },
+        "latent": list(measurement.shape),
+        "rows": [{
+            "compute": row.way,
+            "loras": row.has_loras,
+            "seconds": [round(second, 5) for second in row.seconds],
+            "weights bytes": row.held,
+            "peak bytes": row.peak,
+            "kernels": _without_paths(row.kernels),
+            "reason": _without_paths(row.reason),
+        } for row in measurement.rows],
+        "difference": measurement.difference and {
+            "decibels": round(measurement.difference[0], 2),
+            "largest": round(measurement.difference[1], 6),
+        },
+    }
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    name, capability = _processor(), None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    total = comfy.model_management.get_total_memory(device)
+    return {"type": device.type, "name": name, "capability": capability,
+            "memory GB": round(float(total) / 1e9, 1),  # pyright: ignore[reportArgumentType]
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "CUDA": torch.version.cuda, "HIP": torch.version.hip}
+
+
+def _processor() -> str:
+    """Returns the name of the CPU: on Linux, Python knows only its architecture."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _without_paths(text: str) -> str:
+    return PATH.sub("…", text)
+
+
+def json_text(figures: dict[str, Any]) -> str:
+    """Returns the figures as one line to paste."""
+    return json.dumps(figures, ensure_ascii=False)
+
+
+def report_text(measurement: Measurement, values: dict[str, Any]) -> str:
+    """Returns the lines that people read.
+
+    Args:
+        measurement: of `measure_speed`.
+        values: its `figures`.
+    """
+    exact = _row(measurement, EXACTLY)
+    lines = list(dict.fromkeys(_line(row, exact) for row in measurement.rows))
+    if measurement.difference:
+        decibels, largest = measurement.difference
+        lines.append(f"A step of fast differs from exact by {largest:.2%} of the largest value at"
+                     f" most ({decibels:.0f} dB).")
+    elif exact and _row(measurement, FAST):
+        lines.append("fast gave the same values as exact, by the same product.")
+    lines += _lora_lines(measurement)
+    lines += list(dict.fromkeys(f"{row.way}: {row.kernels}" for row in measurement.rows
+                                if row.kernels))
+    if values["device"]["type"] != "cpu":
+        backends = ", ".join(f"{name} {state if state == 'on' else f'off ({state})'}"
+                             for name, state in values["kitchen"].items())
+        lines.append(f"ComfyUI's kernels: {backends}.")
+    lines.append(f"Measured in {measurement.seconds:.0f} s, with latents of"
+                 f" {' x '.join(map(str, measurement.shape))}.")
+    return "\n".join(lines)
+
+
+def _row(measurement: Measurement, way: str, has_loras: bool = False) -> Row | None:
+    return next((row for row in measurement.rows
+                 if row.way == way and row.has_loras == has_loras and row.seconds), None)
+
+
+def _label(row: Row) -> str:
+    return f"{row.way}, {'with' if row.has_loras else 'without'} LoRAs"
+
+
+def _line(row: Row, exact: Row | None) -> str:
+    if not row.seconds:
+        return f"{row.way}: not measured: {row.reason}"
+    ratio = f", {row.step / exact.step:.2f} times exact" if exact and row is not exact else ""
+    return (f"{_label(row)}: {row.step:.3g} s a step{ratio}; weights {size_text(row.held)}, peak"
+            f" {size_text(row.peak)}")
+
+
+def _lora_lines(measurement: Measurement) -> list[str]:
+    lines = []
+    for way in dict.fromkeys(row.way for row in measurement.rows):
+        without, with_loras = _row(measurement, way), _row(measurement, way, True)
+        if without and with_loras:
+            lines.append(f"The LoRAs cost {with_loras.step / without.step - 1:+.0%} of a step in"
+                         f" {way}.")
+    return lines
+
+
+def speed_chart(measurement: Measurement, title: str) -> torch.Tensor:
+    """Draws a bar for each row, as long as a step takes.
+
+    Returns:
+        A ComfyUI IMAGE: (1, H, W, 3), float32, 0 to 1.
+    """
+    top = MARGIN + 26 + 44
+    chart = Chart(top + len(measurement.rows) * ROW + MARGIN, GOOD)
+    chart.heading([title])
+    chart.text("Seconds of a step:", FAINT, BODY, down=8)
+    longest = max((row.step for row in measurement.rows if row.seconds), default=1.0)
+    bars = []
+    for row in measurement.rows:
+        length = round(BAR_WIDTH * row.step / longest) if row.seconds else 0
+        value = f"{row.step:.3g} s" if row.seconds else "not measured"
+        parts = [(0, length, COLORS[row.way])] if length else []
+        bars.append(Bar(_label(row), parts, length, value))
+    chart.bars(bars, top, LABELS, BAR_WIDTH)
+    return chart.tensor()
