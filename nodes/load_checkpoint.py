@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.models.checkpoint import load_checkpoint
+from ..loaders.models.compute_choice import computing
 from ..loaders.paths.folders import (
     embedding_folders,
     find_file,
@@ -83,10 +84,11 @@ class LoadCheckpoint(io.ComfyNode):
         host_formats=AUTOMATIC,
     ) -> io.NodeOutput:
         path = find_file(checkpoint_name, *FOLDERS)
+        arithmetic, host_formats = computing(compute, host_formats)
         model, clip, vae = load_checkpoint(
             path,
             embedding_folders(),
-            compute=compute,
+            compute=arithmetic,
             disable_dynamic=disable_dynamic_vram,
             pack_to=packed_type(pack_to),
             host_formats=host_formats,

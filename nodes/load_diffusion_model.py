@@ -1,8 +1,13 @@
 """The node Load Diffusion Model (Featherweight)."""
 from comfy_api.latest import io
 
-from ..loaders.comfyui.who_computes import AUTOMATIC, HOST_FORMATS
-from ..loaders.models.compute_dtype import COMPUTE
+from ..loaders.comfyui.who_computes import AUTOMATIC
+from ..loaders.models.compute_choice import (
+    BY_COMPUTE,
+    COMPUTE_CHOICES,
+    HOST_FORMATS_CHOICES,
+    computing,
+)
 from ..loaders.models.diffusion import load_diffusion_model
 from ..loaders.models.pack_on_load import TYPES
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
@@ -16,18 +21,25 @@ AS_THE_FILE = "as the file"
 NO_MODULE = "none"
 
 
-def compute_input():
-    """Returns the input that chooses the arithmetic of packed layers."""
+def compute_input(what: str = "the model", has_integers: bool = True):
+    """Returns the input that chooses between exact and fast.
+
+    Args:
+        what: what is loaded, for the text.
+        has_integers: whether packed layers may multiply integers too.
+    """
+    integers = (" and by integer products for other packed weights, on NVIDIA GPUs from Turing on"
+                " and on CPUs with VNNI, with an error of about 1.2 % in each layer. int8: only"
+                " these integer products. float32: exact, with the whole model in float32")
     return io.Combo.Input(
         "compute",
-        options=list(COMPUTE),
-        default="exact",
+        options=list(COMPUTE_CHOICES if has_integers else COMPUTE_CHOICES[:3]),
+        default=AUTOMATIC,
         optional=True,
-        tooltip="exact: the float product with the dequantised weights. int8: a faster, less exact"
-        " integer product for packed weights, on NVIDIA GPUs from Turing on and on CPUs with VNNI;"
-        " it adds an error of about 1.2 % to each layer. On other devices it is the same as exact."
-        " float32: exact, with the whole model in float32; otherwise a CPU that multiplies bfloat16"
-        " natively computes in it.",
+        tooltip=f"How {what} computes. automatic: exact, but layers in ComfyUI's own formats (fp8,"
+        " mxfp8, nvfp4, int8, convrot) by ComfyUI's kernels where this GPU has them. exact: by the"
+        " values in the file, on every device. fast: by ComfyUI's kernels for its formats"
+        f"{integers if has_integers else ', on every device'}.",
     )
 
 
@@ -48,19 +60,17 @@ def pack_to_input(what: str):
 
 
 def host_formats_input():
-    """Returns the input that chooses who computes layers in ComfyUI's own formats."""
+    """Returns the hidden input in which older workflows chose who computes ComfyUI's formats."""
     return io.Combo.Input(
         "host_formats",
-        options=list(HOST_FORMATS),
-        default=AUTOMATIC,
+        options=list(HOST_FORMATS_CHOICES),
+        default=BY_COMPUTE,
         optional=True,
         advanced=True,
         display_name="host formats",
-        tooltip="Layers in ComfyUI's own quantised formats (fp8, mxfp8, nvfp4, int8, convrot)."
-        " exact, from the file's weights: multiplied by the values in the file, on any device,"
-        " with exact LoRAs. as ComfyUI computes them: by ComfyUI's kernels, which also quantise"
-        " the input of a layer. automatic: exact on CPUs, Macs and wherever ComfyUI has no kernel"
-        " for the format; as ComfyUI elsewhere.",
+        extra_dict={"hidden": True},
+        tooltip="Layers in ComfyUI's own quantised formats, where they are not computed as compute"
+        " says: in workflows of earlier versions.",
     )
 
 
@@ -150,9 +160,10 @@ class LoadDiffusionModel(io.ComfyNode):
         module_name=NO_MODULE,
     ) -> io.NodeOutput:
         extra = picked_module(module_name)
+        arithmetic, host_formats = computing(compute, host_formats)
         model = load_diffusion_model(
             find_file(model_name, *FOLDERS),
-            compute=compute,
+            compute=arithmetic,
             disable_dynamic=disable_dynamic_vram,
             pack_to=packed_type(pack_to),
             host_formats=host_formats,

@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
+from ..loaders.models.compute_choice import computing
 from ..loaders.models.text_encoder import AUTO, load_text_encoder
 from ..loaders.paths.folders import (
     ENCODER,
@@ -15,6 +16,7 @@ from .combo_options import encoder_types
 from .file_inputs import file_options, open_options, validate_main
 from .load_diffusion_model import (
     AS_THE_FILE,
+    compute_input,
     disable_dynamic_vram_input,
     host_formats_input,
     pack_to_input,
@@ -108,6 +110,7 @@ class LoadTextEncoder(io.ComfyNode):
                 disable_dynamic_vram_input(),
                 pack_to_input("the text encoders"),
                 host_formats_input(),
+                compute_input("the text encoder", has_integers=False),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -129,6 +132,7 @@ class LoadTextEncoder(io.ComfyNode):
         disable_dynamic_vram=False,
         pack_to=AS_THE_FILE,
         host_formats=AUTOMATIC,
+        compute=AUTOMATIC,
     ) -> io.NodeOutput:
         further = (name or NONE for name in (text_encoder_2, text_encoder_3, text_encoder_4))
         paths = [find_file(name, *FOLDERS) for name in (text_encoder_1, *further) if name != NONE]
@@ -147,6 +151,6 @@ class LoadTextEncoder(io.ComfyNode):
             device_options(device),
             disable_dynamic_vram,
             packed_type(pack_to),
-            host_formats,
+            computing(compute, host_formats).host_formats,
         )
         return io.NodeOutput(*loader_output(note, clip=clip))
