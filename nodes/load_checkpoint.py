@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.models.checkpoint import load_checkpoint
-from ..loaders.models.compute_choice import computing
+from ..loaders.models.compute_choice import computing, faster_type_text
 from ..loaders.paths.folders import (
     embedding_folders,
     find_file,
@@ -93,4 +93,5 @@ class LoadCheckpoint(io.ComfyNode):
             pack_to=packed_type(pack_to),
             host_formats=host_formats,
         )
-        return io.NodeOutput(*loader_output(model=model, clip=clip, vae=vae))
+        note = None if model is None else faster_type_text(model, compute)
+        return io.NodeOutput(*loader_output(note, model=model, clip=clip, vae=vae))

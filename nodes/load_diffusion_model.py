@@ -7,6 +7,7 @@ from ..loaders.models.compute_choice import (
     COMPUTE_CHOICES,
     HOST_FORMATS_CHOICES,
     computing,
+    faster_type_text,
 )
 from ..loaders.models.diffusion import load_diffusion_model
 from ..loaders.models.pack_on_load import TYPES
@@ -169,4 +170,4 @@ class LoadDiffusionModel(io.ComfyNode):
             host_formats=host_formats,
             extra=extra and find_file(extra, *FOLDERS),
         )
-        return io.NodeOutput(*loader_output(model=model))
+        return io.NodeOutput(*loader_output(faster_type_text(model, compute), model=model))

@@ -33,7 +33,7 @@ class _WholeWeights:
         except AssertionError as error:  # its layers quantise a weight in place only
             raise WeightFileError(
                 "ComfyUI cannot schedule LoRAs or weights on layers in its own quantised formats."
-                " Choose exact, from the file's weights at `host formats` of the loader."
+                " Choose exact at `compute` of the loader."
             ) from error
 
 

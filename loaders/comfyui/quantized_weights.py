@@ -366,7 +366,7 @@ def _layer_settings(layer: str, parts: Mapping[str, torch.Tensor]) -> Mapping[st
     if name not in QUANT_ALGOS:
         needed = [f"ComfyUI {READ_BY[name]}"] if name in READ_BY else []
         if name in READERS:
-            needed.append("`host formats` at automatic")
+            needed.append("`compute` at automatic or exact")
         by = f", which needs {' or '.join(needed)}" if needed else ""
         raise UnreadFormatError(f"{safe_repr(name)}{by}", UPDATE)
     return settings

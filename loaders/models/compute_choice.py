@@ -6,12 +6,26 @@ computes layers in ComfyUI's own formats. Workflows and prompts from before 0.2.
 """
 from typing import NamedTuple
 
-from ..comfyui.who_computes import AS_COMFYUI, AUTOMATIC, EXACT, HOST_FORMATS
+import comfy.model_management
+from comfy.model_patcher import ModelPatcher
+
+from ...ops.tensor.packed_layout import is_packed
+from ..byte_sizes import size_text
+from ..comfyui.who_computes import (
+    AS_COMFYUI,
+    AUTOMATIC,
+    EXACT,
+    HOST_FORMATS,
+    host_multiplies,
+)
+from ..packing.planning.packing_rules import bytes_in_file
+from ..quantizers.comfyui import row_type_of
 
 EXACTLY, FAST = "exact", "fast"
 INT8, FLOAT32 = "int8", "float32"  # offered before 0.2.2; float32 still is the only way to it
 COMPUTE_CHOICES = (AUTOMATIC, EXACTLY, FAST, INT8, FLOAT32)  # options of the input `compute`
 BY_COMPUTE = "by compute"
+FASTEST_TYPE = "int8_convrot"  # of `pack to`, where ComfyUI's kernels multiply it
 HOST_FORMATS_CHOICES = (BY_COMPUTE, *HOST_FORMATS)  # options of the input `host formats`
 
 
@@ -46,3 +60,22 @@ def computing(compute: str, host_formats: str) -> Computing:
     """
     meaning = MEANINGS[compute]
     return meaning if host_formats == BY_COMPUTE else meaning._replace(host_formats=host_formats)
+
+
+def faster_type_text(patcher: ModelPatcher, compute: str) -> str | None:
+    """Returns a sentence on a type of `pack to` that is faster than "fast" is; None for none.
+
+    Args:
+        patcher: the host's, of a model that was loaded with `compute`.
+        compute: one of `COMPUTE_CHOICES`.
+    """
+    if compute != FAST or not host_multiplies("int8_tensorwise", patcher.load_device):
+        return None
+    weights = [weight for weight in patcher.model.diffusion_model.parameters()
+               if is_packed(weight) and weight.ndim == 2 and row_type_of(weight) is None]
+    size = sum(bytes_in_file(FASTEST_TYPE, tuple(weight.shape)) for weight in weights)
+    total = comfy.model_management.get_total_memory(patcher.load_device)
+    if not weights or size > float(total):  # pyright: ignore[reportArgumentType]
+        return None
+    return (f"With {FASTEST_TYPE} at `pack to` ({size_text(size)}) ComfyUI's kernels compute it,"
+            " which is faster than fast is with this file.")

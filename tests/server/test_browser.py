@@ -632,6 +632,29 @@ def test_a_workflow_that_the_editor_saved_is_the_same_and_stays_so(editor, fresh
     assert command.written(command.opened(editor, again)) == again.read_text(encoding="utf-8")
 
 
+def test_a_loader_of_0_2_1_keeps_its_meaning_and_a_new_one_chooses_automatic(editor):
+    """Workflows of 0.2.1 lack the input that says who computes ComfyUI's own formats."""
+    workflow = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
+    loader = next(node for node in workflow["nodes"]
+                  if node["type"] == "FeatherweightLoadDiffusionModel")
+    name = loader["widgets_values"][0]
+    for saved, (compute, host_formats) in (
+            ([name, "exact", False, "as the file"], ("exact", "automatic")),
+            ([name, "int8", False, "Q8_0"], ("int8", "automatic")),
+            ([name, "exact", False, "as the file", "as ComfyUI computes them", "none"],
+             ("exact", "as ComfyUI computes them")),
+            ([name, "exact", False, "as the file", "by compute", "none"], ("exact", "by compute"))):
+        loader["widgets_values"] = saved
+        editor.open_workflow("earlier.json", json.dumps(workflow))
+        inputs = sent_by(editor)[str(loader["id"])]["inputs"]
+        assert (inputs["compute"], inputs["host_formats"]) == (compute, host_formats)
+        assert (inputs["pack_to"], inputs["module_name"]) == (saved[3], "none")
+    added = editor.evaluate(
+        "(node => (app.graph.add(node), node.widgets.map(widget => [widget.name, widget.value])))"
+        "(LiteGraph.createNode('FeatherweightLoadDiffusionModel'))")
+    assert {"compute": "automatic", "host_formats": "by compute"}.items() <= dict(added).items()
+
+
 def test_a_workflow_that_does_not_open_is_not_saved(editor, tmp_path):
     path = tmp_path / "strange.json"
     path.write_text(demo.WORKFLOW.read_text(encoding="utf-8").replace('"VAELoader"', '"NoSuch"'),

@@ -82,7 +82,8 @@ def test_a_format_of_a_newer_host_says_what_reads_it(tmp_path):
     path = write_flux(tmp_path / "model.safetensors", asymmetric_parts(256, 1280),
                       {"format": ASYMMETRIC})
     message = error_of(lambda path: load_diffusion_model(path, host_formats=AS_COMFYUI), path)
-    assert f"('{ASYMMETRIC}', which needs ComfyUI 0.33 or `host formats` at automatic)" in message
+    needed = "ComfyUI 0.33 or `compute` at automatic or exact"
+    assert f"('{ASYMMETRIC}', which needs {needed})" in message
     load_diffusion_model(path)
 
 

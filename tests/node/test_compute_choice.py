@@ -1,0 +1,114 @@
+"""One choice, `compute`: automatic, exact or fast; and what earlier workflows meant with two."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from model_folders import use_folder
+from pack_nodes import node_list
+from patched_models import flux_file, packed_flux
+
+from featherweight.loaders.comfyui.who_computes import (
+    AS_COMFYUI,
+    AUTOMATIC,
+    EXACT,
+    HOST_FORMATS,
+    host_multiplies,
+)
+from featherweight.loaders.models import compute_choice
+from featherweight.loaders.models.compute_choice import (
+    BY_COMPUTE,
+    COMPUTE_CHOICES,
+    computing,
+    faster_type_text,
+)
+from featherweight.loaders.models.compute_dtype import COMPUTE
+from featherweight.loaders.models.load_check import patcher_of
+from featherweight.nodes import help_pages
+
+pytestmark = pytest.mark.usefixtures("small_models")
+NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
+DOCS = Path(help_pages.__file__).parent / "web" / "docs"
+WITH_COMPUTE = ("FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint",
+                "FeatherweightLoadTextEncoder")
+
+
+def inputs_of(node_id: str) -> dict:
+    return {one.id: one for one in NODES[node_id].GET_SCHEMA().inputs}
+
+
+@pytest.mark.parametrize("node_id", WITH_COMPUTE)
+def test_a_new_node_chooses_automatic_and_shows_one_choice(node_id):
+    inputs = inputs_of(node_id)
+    assert inputs["compute"].default == AUTOMATIC
+    assert inputs["compute"].options[:3] == ["automatic", "exact", "fast"]
+    assert inputs["host_formats"].default == BY_COMPUTE
+    assert inputs["host_formats"].as_dict()["hidden"]
+
+
+@pytest.mark.parametrize("host_formats", HOST_FORMATS)
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_the_nine_old_pairs_mean_what_they_meant(compute, host_formats):
+    assert computing(compute, host_formats) == (compute, host_formats)
+
+
+@pytest.mark.parametrize("choice", COMPUTE_CHOICES)
+def test_a_choice_alone_means_an_arithmetic_and_who_computes_comfyuis_formats(choice):
+    arithmetic, host_formats = computing(choice, BY_COMPUTE)
+    assert arithmetic in COMPUTE and host_formats in HOST_FORMATS
+    assert (host_formats == EXACT) == (choice in ("exact", "float32"))
+    assert (host_formats == AS_COMFYUI) == (choice == "fast")
+    assert (arithmetic == "int8") == (choice in ("fast", "int8"))
+
+
+@pytest.mark.parametrize("page", [f"{name}{language}.md" for name in WITH_COMPUTE[:2]
+                                  for language in ("", "/zh", "/ja", "/ko")])
+def test_the_help_page_says_what_each_old_pair_is_now(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^- \*\*(.+)\*\*[:：] ?\*(\w+)\*", text, re.MULTILINE))
+    for compute in COMPUTE:
+        for host_formats in HOST_FORMATS:
+            now = rows[f"{compute}, {host_formats}"]
+            assert computing(now, BY_COMPUTE).arithmetic == compute
+            exactly_so = computing(now, BY_COMPUTE) == (compute, host_formats)
+            line = next(line for line in text.splitlines()
+                        if line.startswith(f"- **{compute}, {host_formats}**"))
+            assert exactly_so == line.endswith(f"*{now}*")
+
+
+@pytest.fixture(scope="module")
+def fp8_file():
+    return Path(flux_file("float8_e4m3fn")[0])
+
+
+@pytest.mark.parametrize(("given", "arithmetic", "host_formats"), [
+    ({}, "exact", AUTOMATIC),  # as prompts of 0.2.1 that leave both out
+    ({"compute": "exact"}, "exact", AUTOMATIC),  # as prompts of 0.2.1
+    ({"compute": "int8"}, "int8", AUTOMATIC),
+    ({"compute": "exact", "host_formats": AS_COMFYUI}, "exact", AS_COMFYUI),
+    ({"compute": "exact", "host_formats": BY_COMPUTE}, "exact", EXACT),
+    ({"compute": "automatic", "host_formats": BY_COMPUTE}, "exact", AUTOMATIC),
+    ({"compute": "fast", "host_formats": BY_COMPUTE}, "int8", AS_COMFYUI),
+])
+def test_the_node_loads_as_its_inputs_say(given, arithmetic, host_formats, fp8_file, monkeypatch):
+    use_folder(fp8_file.parent, monkeypatch)
+    node = NODES["FeatherweightLoadDiffusionModel"]
+    model = patcher_of(node.execute(model_name=fp8_file.name, **given).args[0])
+    options = model.cached_patcher_init[0].options
+    assert options["compute"] == arithmetic
+    assert options.get("host_formats", AUTOMATIC) == host_formats
+
+
+def test_fast_names_the_type_that_is_faster_where_it_fits(monkeypatch):
+    model = packed_flux("Q8_0")
+    assert faster_type_text(model, "fast") is None  # a CPU has no kernel of ComfyUI's
+    monkeypatch.setattr(compute_choice, "host_multiplies", lambda name, device: True)
+    assert faster_type_text(model, "exact") is None
+    assert re.match(r"With int8_convrot at `pack to` \([\d.]+ MB\) ComfyUI's kernels compute it",
+                    faster_type_text(model, "fast"))
+    monkeypatch.setattr(compute_choice.comfy.model_management, "get_total_memory", lambda *_: 1e6)
+    assert faster_type_text(model, "fast") is None
+
+
+def test_comfyui_has_no_kernel_on_a_cpu():
+    assert not host_multiplies("int8_tensorwise", torch.device("cpu"))
