@@ -158,7 +158,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
         guard()
         tensor = weights.pop(name)
         if name not in wanted:
-            unchanged[format_name(tensor)] += tensor.numel()
+            unchanged[title_of(format_name(tensor))] += tensor.numel()
             continue
         if name in to_pack:
             sources[_source_format(tensor)] += tensor.numel()
