@@ -130,14 +130,15 @@ def in_parts(state_dict: Mapping[str, torch.Tensor],
 
     Args:
         state_dict: with packed weights.
-        formats: names of those whose layers stay packed tensors.
+        formats: names of those whose layers stay packed tensors, as do those that this host does
+            not know.
     """
     out = {}
     for name, weight in state_dict.items():
         layer, _, last = name.rpartition(".")
         if last == "weight" and is_packed(weight) and row_type_of(weight):
             settings, parts = layer_parts(weight)
-            if settings["format"] not in formats:
+            if settings["format"] in QUANT_ALGOS and settings["format"] not in formats:
                 out |= {f"{layer}.{part}": tensor for part, tensor in parts.items()}
                 out[f"{layer}{MARK}"] = mark_of(settings)
                 continue

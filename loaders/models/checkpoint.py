@@ -216,7 +216,8 @@ def _load_file(path: str, embedding_directory, outputs: dict, disable_dynamic: b
     reject_non_diffusion(file)
     pack_to = pack_to if outputs["output_model"] else None
     progress = Progress("reading", *(["packing"] if pack_to else []), "building the model")
-    state_dict, packed = read_weights(file, pack_to, progress, formats.model)
+    state_dict, packed = read_weights(file, pack_to, progress, formats.model,
+                                      device or comfy.model_management.get_torch_device())
     if model_prefix(state_dict):
         model, clip, vae = _build_parts(file, state_dict, embedding_directory, outputs,
                                         disable_dynamic, compute, device_options(device),

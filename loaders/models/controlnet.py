@@ -14,6 +14,7 @@ from ..comfyui.diffusers_keys import from_diffusers
 from ..comfyui.packed_patcher import keep_packed
 from ..files.container import WeightFileError
 from ..files.open_weights import open_weights
+from ..quantizers.comfyui_marks import MARK
 from .compute_dtype import follows_model
 from .models_beside import load_side_model
 
@@ -98,7 +99,8 @@ def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, s
         options["global_average_pooling"] = True
     if operations is not None:
         options["custom_operations"] = operations
-        if "control_img_in.weight" in state_dict:  # or the host takes the dtype of a packed weight
+        # or the host takes the dtype of a packed weight, or of codes
+        if "control_img_in.weight" in state_dict or any(key.endswith(MARK) for key in state_dict):
             options["dtype"] = comfy.model_management.unet_dtype(
                 model_params=-1, supported_dtypes=[torch.bfloat16, torch.float32])
     return comfy.controlnet.load_controlnet_state_dict(state_dict, model_options=options)

@@ -39,6 +39,7 @@ from ..comfyui.quantized_weights import (
 )
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
+from ..devices import CPU
 from ..files.container import WeightFile, WeightFileError
 from ..files.open_weights import open_weights
 from ..progress import Progress
@@ -98,7 +99,7 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
     reject_non_diffusion(file)
     stages = ["reading", *(["packing"] if pack_to else [])]
     progress = Progress(*stages, *(stages if extra else []), "building the model")
-    state_dict, packed = read_weights(file, pack_to, progress, formats)
+    state_dict, packed = read_weights(file, pack_to, progress, formats, device)
     if keeps_fp8:
         reject_codes(os.path.basename(path), state_dict)
         state_dict = pack_plain_fp8(state_dict)
@@ -107,7 +108,7 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
     if extra:
         module_file = open_weights(extra)
         module, packed_module = read_weights(module_file, pack_to, progress,
-                                             packed_formats(EXACT, device))
+                                             packed_formats(EXACT, device), device)
         module = module_layers(module_file, module)
         state_dict = join_module(state_dict, prefix, module)
         packed = packed and packed_module and PackStats.merge([packed, packed_module])
@@ -145,8 +146,8 @@ def _load_by_the_host(path: str, model_options: dict[str, Any],
 
 
 def read_weights(
-        file: WeightFile, pack_to: str | None, progress: Progress,
-        formats: frozenset[str]) -> tuple[dict[str, torch.Tensor], PackStats | None]:
+        file: WeightFile, pack_to: str | None, progress: Progress, formats: frozenset[str],
+        device: torch.device = CPU) -> tuple[dict[str, torch.Tensor], PackStats | None]:
     """Reads the weights of a diffusion model or of a whole checkpoint.
 
     Args:
@@ -154,6 +155,7 @@ def read_weights(
         pack_to: type that the model's plain weights are packed to; None: they stay as in the file.
         progress: advances by one stage, or by two with `pack_to`.
         formats: ComfyUI's own whose layers become packed tensors; with another `pack_to`, all do.
+        device: packs the weights.
 
     Returns:
         The state dict with the host's names, and what was packed, or None without `pack_to`.
@@ -176,7 +178,7 @@ def read_weights(
         return to_comfy_keys(state_dict), None
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
-    packed = pack_weights(file, state_dict, pack_to, progress, prefix)
+    packed = pack_weights(file, state_dict, pack_to, progress, prefix, device)
     return in_parts(state_dict, formats) if pack_to in ROW_TYPES else state_dict, packed
 
 

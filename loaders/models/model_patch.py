@@ -37,10 +37,13 @@ def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, s
     def read(path, *args, return_metadata=False, **kwargs):
         return (state_dict, metadata) if return_metadata else state_dict
 
-    names = names_with_layers(nodes_model_patch, operations, {
+    values = {
         "comfy.utils.load_torch_file": read,
         "folder_paths.get_full_path_or_raise": lambda folder, name: name,
-    })
+    }
+    if operations is not None:  # or it takes the dtype of codes where ComfyUI multiplies them
+        values["comfy.utils.weight_dtype"] = lambda weights: torch.float32
+    names = names_with_layers(nodes_model_patch, operations, values)
     load = rebind(nodes_model_patch.ModelPatchLoader.load_model_patch, names)
     patcher, = load(None, name)
     encoder = getattr(patcher.model, "denoise_encoder_sd", {})  # SUPIR's, patches for a VAE

@@ -13,6 +13,8 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ...ops.quantize.row_types import ROW_TYPES
+from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ..comfyui.detection import (
     CONTROLNET,
     UNKNOWN_ERRORS,
@@ -21,12 +23,20 @@ from ..comfyui.detection import (
     is_diffusion_model,
 )
 from ..comfyui.packed_patcher import keep_packed, log_load_summary
-from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked, reject_unread_layers
+from ..comfyui.quantized_weights import (
+    as_tensors,
+    host_metadata,
+    in_parts,
+    read_marked,
+    reject_unread_layers,
+)
 from ..comfyui.weight_keys import to_comfy_keys
-from ..comfyui.who_computes import EXACT, packed_formats
+from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
 from ..files.container import WeightFile, WeightFileError
 from ..files.open_weights import open_weights
+from ..out_of_memory import is_out_of_memory
 from ..progress import Progress
+from ..quantizers.comfyui_marks import MARK
 from .load_check import bytes_of, check_load
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, pack_weights
@@ -81,7 +91,8 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
     Raises:
         WeightFileError: if the file cannot be read, is of another kind or of sizes that do not fit.
     """
-    formats = packed_formats(EXACT, comfy.model_management.get_torch_device())
+    device: Any = comfy.model_management.get_torch_device()
+    formats = packed_formats(EXACT, device)
     name = os.path.basename(path)
     if not needs_own_reader(path, pack_to, formats):
         weights: Any
@@ -98,13 +109,45 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
         is_prefixed = kind == CONTROLNET and any(
             name.startswith(CONTROL_PREFIX) for name in state_dict)
         packed = pack_weights(file, state_dict, pack_to, progress,
-                              CONTROL_PREFIX if is_prefixed else "")
-    state_dict = stand_ins | state_dict
-    with dequantize_plain_parameters():
-        model = _build(name, kind, build, state_dict, host_metadata(file),
-                       operations_for(state_dict), file.notes)
+                              CONTROL_PREFIX if is_prefixed else "", device)
+
+    def build_of(weights: dict[str, torch.Tensor]) -> Any:
+        with dequantize_plain_parameters():
+            return _build(name, kind, build, stand_ins | weights, host_metadata(file),
+                          operations_for(weights), file.notes)
+
+    model = None
+    if pack_to in ROW_TYPES:
+        parts = in_parts(state_dict, packed_formats(AUTOMATIC, device))
+        if parts.keys() != state_dict.keys():
+            model = _build_of_the_hosts_layers(build_of, parts)
+    if model is None:
+        model = build_of(state_dict)
     progress.stage()
     return model, PackedFile(file, packed)
+
+
+def _build_of_the_hosts_layers(build: Callable[[dict[str, torch.Tensor]], Any],
+                               parts: dict[str, torch.Tensor]) -> Any:
+    """Returns a model whose packed layers are the host's, None where it cannot have them all.
+
+    The host renames the layers of some models without their scales, and has others of torch's own.
+
+    Args:
+        build: makes the model of a state dict.
+        parts: of `in_parts`.
+    """
+    try:
+        model = build(parts)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        log.debug("[Featherweight] ComfyUI does not take its own layers here", exc_info=True)
+        return None
+    patcher = getattr(model, "control_model_wrapped", getattr(model, "patcher", model))
+    of_the_host = sum(isinstance(weight, QuantizedTensor) and not is_packed(weight)
+                      for weight in patcher.model.parameters())
+    return model if of_the_host == sum(name.endswith(MARK) for name in parts) else None
 
 
 def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Tensor],

@@ -3,7 +3,7 @@
 Plain weights (F32, F16, BF16, fp8) and those in the host's own quantised formats are packed. Other
 packed weights stay as they are, bit for bit, since packing them again would lose precision twice;
 but to the host's own types they are packed again. A weight stays plain if the type cannot represent
-its values.
+its values. Packing runs on the device that computes, or on the CPU where that is out of memory.
 """
 import collections
 import logging
@@ -12,35 +12,45 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeGuard
 
+import comfy.model_management
 import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.quantize.pack_tensor import pack_tensor
-from ...ops.quantize.relative_error import RelativeError, holds
+from ...ops.quantize.relative_error import SAMPLE_VALUES, RelativeError, holds
 from ...ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
+from ...ops.tensor.row_slicing import take_rows
 from ..byte_sizes import size_text
 from ..comfyui.diffusers_keys import JoinedRows
+from ..devices import CPU
 from ..files import packed_cache
 from ..files.container import (
     PLAIN_DTYPES,
     FileChangeGuard,
     WeightFile,
+    WeightFileError,
     safe_repr,
 )
 from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
+from ..out_of_memory import is_out_of_memory
 from ..packing.planning.packing_rules import bytes_in_file, half_type, rules_for
 from ..packing.planning.plan import plan_for_type
 from ..paths.folders import packed_folder
 from ..progress import Progress
+from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
 
 log = logging.getLogger(__name__)
 
 # types that weights can be packed to: from the finest to the coarsest, and the host's own
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4", *ROW_TYPES)
+# By how many values of a weight the speed is measured, and from how many values of a model on.
+MEASURED_VALUES, MANY_VALUES = 1 << 20, 1 << 27
+WHOLE_ROWS = 64  # are whole blocks of every type
 
 
 @dataclass(frozen=True)
@@ -76,13 +86,13 @@ class PackStats:
             text = f"packed from {sources} in an earlier load"
         elif self.sources:
             text = f"packed from {sources} in {self.seconds:.0f} s"
-            if self.loss:
-                text += f", {-10 * math.log10(self.loss):.0f} dB above what was lost"
         else:
             text = "nothing was packed"
-        if self.cache == "kept":
-            text += (f", kept for the next time in {self.folder} ({packed_cache.FOLDER}="
-                     f"{packed_cache.OFF} keeps nothing)")
+        if self.loss:
+            text += f", {-10 * math.log10(self.loss):.0f} dB above what was lost"
+        if self.cache:
+            text += (f", kept{' for the next time' if self.cache == 'kept' else ''} in"
+                     f" {self.folder} ({packed_cache.FOLDER}={packed_cache.OFF} keeps nothing)")
         if self.unfit:
             text += f"; {self.unfit[0]}"
         if len(self.unfit) > 1:
@@ -106,7 +116,8 @@ class PackStats:
 
 
 def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_name: str,
-                 progress: Progress, prefix: str = "") -> PackStats:
+                 progress: Progress, prefix: str = "",
+                 device: torch.device = CPU) -> PackStats:
     """Packs the weights of a model in place, by the plan for a type.
 
     Besides the packed weights, at most two dense ones are in memory: after each weight the pages of
@@ -118,6 +129,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
         type_name: one of `TYPES`.
         progress: advances by one stage.
         prefix: of the names of the model; other weights stay as they are.
+        device: packs the weights, which stay on the CPU.
 
     Raises:
         WeightFileError: if a value is not finite, or if a file of the weights changes meanwhile.
@@ -128,50 +140,55 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
         and tensor.dtype.is_floating_point and tensor.numel()
     }
     types = _types_for(weights, type_name, prefix)
-    to_pack = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
-               if types[name] not in PLAIN_DTYPES and not _stays(tensor, types[name])}
+    wanted = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
+              if not _stays(tensor, types[name])}
+    to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
     folder = packed_cache.folder(packed_folder())
-    entry = packed_cache.entry_path(file, to_pack, folder)
-    cached = packed_cache.read(entry, to_pack)
+    path = packed_cache.entry_path(file, to_pack, folder, suffix_for(type_name))
+    entry = packed_cache.read(path, partial(read_entry, wanted={
+        name.removeprefix(prefix): each for name, each in wanted.items()}))
     guard, loss = _guard_of(state_dict), RelativeError()
+    packer = _Packer(file, guard, device)
     sources = collections.Counter()
     unchanged = collections.Counter()
     unfit = []
     sizes = [tensor.numel() for tensor in weights.values()]
-    for name in progress.track(list(weights), sizes, _announcement(weights, to_pack)):
+    heading = "" if entry else _announcement(weights, to_pack, packer)
+    for name in progress.track(list(weights), sizes, heading):
         guard()
         tensor = weights.pop(name)
-        if _stays(tensor, types[name]):
-            unchanged[format_name(tensor)] += tensor.numel()
+        if name not in wanted:
+            unchanged[title_of(format_name(tensor))] += tensor.numel()
             continue
-        if name not in to_pack:
-            state_dict[name] = _downcast(_read_dense(tensor), types[name])
-        else:
+        if name in to_pack:
             sources[_source_format(tensor)] += tensor.numel()
-            if cached:
-                weight = cached[name]
-            else:
-                values = _read_dense(tensor)
-                weight = _pack(file, name, values, types[name], guard)
-                if is_packed(tensor):
-                    loss.add(values, weight)
-            state_dict[name] = weight
-            if not is_packed(weight):
-                unfit.append(
-                    f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
-                    f" {types[name]}"
-                )
-                log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
+        if entry:
+            weight = entry.weights[name.removeprefix(prefix)]
+        elif name in to_pack:
+            weight, error = packer.pack(name, tensor, types[name])
+            if is_packed(tensor):
+                loss.error += error.error
+                loss.power += error.power
+        else:
+            weight = _downcast(_read_dense(tensor), types[name])
+        state_dict[name] = weight
+        if name in to_pack and not is_packed(weight):
+            unfit.append(
+                f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
+                f" {types[name]}"
+            )
+            log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
         del tensor
         file.drop_pages()
     guard()
-    cache = "read" if cached else ""
-    if not cached and not unfit and packed_cache.keeps(time.perf_counter() - started):
-        packed = {name: state_dict[name] for name in to_pack}
-        cache = "kept" if packed_cache.keep(entry, packed, to_pack) else ""
+    cache, lost = ("read", entry.loss) if entry else ("", loss.share)
+    if not entry and packed_cache.keeps(time.perf_counter() - started):
+        tensors = entry_weights(state_dict, prefix)
+        write = partial(write_entry, file=file, tensors=tensors, loss=lost)
+        cache = "kept" if packed_cache.keep(path, most_bytes(tensors), write) else ""
     stats = PackStats(tuple(name for name, _ in sources.most_common()),
                       tuple(name for name, _ in unchanged.most_common()),
-                      time.perf_counter() - started, loss.share, cache, str(folder),
+                      time.perf_counter() - started, lost, cache, str(folder),
                       tuple(unfit))
     log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path),
              len(to_pack), len(types), type_name, stats)
@@ -188,8 +205,9 @@ def _stays(tensor: torch.Tensor | JoinedRows, type_name: str) -> TypeGuard[Packe
 
 
 def _announcement(weights: Mapping[str, torch.Tensor | JoinedRows],
-                  to_pack: packed_cache.PackedTypes) -> str:
-    """Returns what is going to be packed, with both sizes: "Q4_K, 6.8 GB, becomes ..."."""
+                  to_pack: packed_cache.PackedTypes, packer: "_Packer") -> str:
+    """Returns what is going to be packed, with both sizes, and in a large model the time that it
+    takes: "Q4_K, 6.8 GB, becomes int8_convrot, 12 GB, in about 3 min"."""
     if not to_pack:
         return ""
     sources: collections.Counter[str] = collections.Counter()
@@ -198,8 +216,18 @@ def _announcement(weights: Mapping[str, torch.Tensor | JoinedRows],
     before = sum(_bytes_of(weights[name]) for name in to_pack)
     after = sum(bytes_in_file(*wanted) for wanted in to_pack.values())
     types = dict.fromkeys(type_name for type_name, _ in to_pack.values())
-    return (f"{' + '.join(name for name, _ in sources.most_common())}, {size_text(before)}, becomes"
+    text = (f"{' + '.join(name for name, _ in sources.most_common())}, {size_text(before)}, becomes"
             f" {' + '.join(types)}, {size_text(after)}")
+    if sources.total() >= MANY_VALUES:
+        name = max(to_pack, key=lambda name: weights[name].numel())
+        seconds = packer.seconds_for(name, weights[name], to_pack[name][0], sources.total())
+        if seconds:
+            text += f", in about {_rounded(seconds)}"
+    return text
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _bytes_of(tensor: torch.Tensor | JoinedRows) -> int:
@@ -230,14 +258,16 @@ def _guard_of(state_dict: Mapping[str, torch.Tensor | JoinedRows]) -> FileChange
         for part in (tensor.tensors if isinstance(tensor, JoinedRows) else (tensor,)))
 
 
-def _read_dense(tensor: torch.Tensor | JoinedRows) -> torch.Tensor:
+def _read_dense(tensor: torch.Tensor | JoinedRows, device: torch.device = CPU) -> torch.Tensor:
     """Returns a weight as one dense tensor in a dtype that represents its values exactly.
 
     Args:
         tensor: of any dtype or in a quantised format of the host.
+        device: where the values go.
     """
     if isinstance(tensor, JoinedRows):
         tensor = tensor.joined()
+    tensor = tensor.to(device)
     if isinstance(tensor, QuantizedTensor):
         tensor = tensor.dequantize()
     elif tensor.dtype.itemsize == 1:
@@ -245,31 +275,87 @@ def _read_dense(tensor: torch.Tensor | JoinedRows) -> torch.Tensor:
     return tensor
 
 
-def _pack(file: WeightFile, name: str, values: torch.Tensor, type_name: str,
-          guard: FileChangeGuard) -> torch.Tensor:
-    """Returns a weight in a packed type, or plain if the type cannot represent its values.
+class _Packer:
+    """Packs the weights of a file on a device, or on the CPU where that is out of memory.
 
     Args:
-        file, name: for messages.
-        values: the dense weight.
-        type_name: one of `FORMATS` or `ROW_TYPES`.
+        file: for messages.
         guard: of the file, which is read twice.
+        device: packs the weights.
     """
-    try:
-        if type_name in ROW_TYPES:
-            packed = pack_to_type(values, ROW_TYPES[type_name])
-        else:
-            packed = pack_tensor(values, FORMATS[type_name])
-        guard()
-        if holds(packed, values):
-            return packed
-    except FormatError as error:
-        if not isinstance(error, TooLargeError):
-            raise file.error_at(
-                name,
-                f"{safe_repr(name)} cannot be packed to {type_name}: {str(error).rstrip('.')}",
-                "Get another copy of the model, or load it with 'pack to' as the file.") from error
-    return _downcast(values, half_type(values.dtype))
+
+    def __init__(self, file: WeightFile, guard: FileChangeGuard, device: torch.device):
+        self.file = file
+        self.guard = guard
+        self.device = device
+        self._has_logged = False
+
+    def pack(self, name: str, tensor: torch.Tensor | JoinedRows,
+             type_name: str) -> tuple[torch.Tensor, RelativeError]:
+        """Returns a weight on the CPU in a packed type, or plain if that cannot represent its
+        values; and the error of the packed one.
+
+        Args:
+            name: for messages.
+            tensor: the weight as stored.
+            type_name: one of `FORMATS` or `ROW_TYPES`.
+        """
+        try:
+            return self._pack_on(self.device, name, tensor, type_name)
+        except Exception as error:
+            if self.device == CPU or not is_out_of_memory(error):
+                raise
+            if not self._has_logged:
+                log.warning("[Featherweight] %s: %s is too large for the free memory of %s, so it"
+                            " is packed on the CPU, as are others like it.",
+                            os.path.basename(self.file.path), safe_repr(name), self.device)
+            self._has_logged = True
+        comfy.model_management.soft_empty_cache()
+        return self._pack_on(CPU, name, tensor, type_name)
+
+    def seconds_for(self, name: str, tensor: torch.Tensor | JoinedRows, type_name: str,
+                    values: int) -> float:
+        """Estimates how long packing takes, by some rows of a weight; 0 where that fails.
+
+        Args:
+            name, tensor, type_name: as for `pack`.
+            values: how many are to be packed.
+        """
+        part = tensor.tensors[0] if isinstance(tensor, JoinedRows) else tensor
+        rows = max(1, MEASURED_VALUES * len(part) // part.numel() // WHOLE_ROWS) * WHOLE_ROWS
+        part = take_rows(part, slice(0, rows))
+        seconds = 0.0
+        for _ in range(2):  # the first time kernels are made ready
+            started = time.perf_counter()
+            try:
+                self.pack(name, part, type_name)
+            except WeightFileError:  # is raised again where the whole weight is packed
+                return 0.0
+            seconds = time.perf_counter() - started
+        return seconds * values / part.numel()
+
+    def _pack_on(self, device: torch.device, name: str, tensor: torch.Tensor | JoinedRows,
+                 type_name: str) -> tuple[torch.Tensor, RelativeError]:
+        values, error = _read_dense(tensor, device), RelativeError()
+        try:
+            if type_name in ROW_TYPES:
+                packed = pack_to_type(values, ROW_TYPES[type_name]).to(CPU)
+            else:
+                packed = pack_tensor(values, FORMATS[type_name]).to(CPU)
+            self.guard()
+            rows = max(1, SAMPLE_VALUES * len(values) // values.numel())
+            error.add(values[:rows].to(CPU), take_rows(packed, slice(0, rows)))
+            if error.is_small:
+                return packed, error
+        except FormatError as problem:
+            if not isinstance(problem, TooLargeError):
+                raise self.file.error_at(
+                    name,
+                    f"{safe_repr(name)} cannot be packed to {type_name}:"
+                    f" {str(problem).rstrip('.')}",
+                    "Get another copy of the model, or load it with 'pack to' as the file."
+                ) from problem
+        return _downcast(values.to(CPU), half_type(values.dtype)), error
 
 
 def _downcast(tensor: torch.Tensor, type_name: str) -> torch.Tensor:

@@ -17,9 +17,10 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ...ops.quantize.row_types import ROW_TYPES
 from ..comfyui.detection import is_diffusion_model, shape_mismatch_text
 from ..comfyui.packed_patcher import wrap_clip
-from ..comfyui.quantized_weights import as_tensors, read_marked, reject_unread_layers
+from ..comfyui.quantized_weights import as_tensors, in_parts, read_marked, reject_unread_layers
 from ..comfyui.who_computes import AUTOMATIC, packed_formats
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import (
@@ -114,7 +115,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     packing = ["packing"] * len(paths) if pack_to else []
     progress = Progress(*["reading"] * len(paths), "converting", *packing, "building the model")
     notes: list[str] = []
-    weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to, formats, notes)
+    weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to, formats, notes, device)
     _check_encoders(paths, weights, clip_type)
     if clip_type == "ltxv":
         # The host looks for the tokenizer in the first file.
@@ -150,8 +151,8 @@ def _names(paths: list[str]) -> str:
 
 
 def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
-                  pack_to: str | None, formats: frozenset[str],
-                  notes: list[str]) -> tuple[list[Weights], PackStats | None]:
+                  pack_to: str | None, formats: frozenset[str], notes: list[str],
+                  device: torch.device) -> tuple[list[Weights], PackStats | None]:
     """Reads the state dict of each file, with the host's names, and packs it if requested.
 
     The mmproj file goes to the first encoder that it fits. `notes` gets those of the files.
@@ -173,10 +174,13 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
     weights = [encoder.convert() for encoder in progress.track(encoders)]
     if not pack_to:
         return weights, None
-    return weights, PackStats.merge([
-        pack_weights(encoder.file, part, pack_to, progress)
+    pack_stats = PackStats.merge([
+        pack_weights(encoder.file, part, pack_to, progress, device=device)
         for encoder, part in zip(encoders, weights) if encoder.file
     ])
+    if pack_to in ROW_TYPES:
+        weights = [in_parts(part, formats) for part in weights]
+    return weights, pack_stats
 
 
 class _Encoder:

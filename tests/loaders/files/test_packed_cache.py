@@ -1,27 +1,35 @@
 """What was packed is kept: found again, never stale, never above its limit, never in the way."""
 import errno
+import hashlib
 import logging
 import os
 import shutil
 import types
 from pathlib import Path
 
+import comfy.model_base
 import comfy.model_management
+import comfy.sd
 import folder_paths
 import pytest
 import torch
+from families import FAMILIES, random_weights, shrunken_detection
+from packed_files import PACKED_FILES
 from patched_models import tiny_flux
-from recipe_process import digest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from featherweight.loaders.files import packed_cache
+from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.files import atomic_file, packed_cache
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.gguf_writer import GGUFWriter
 from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.files.safetensors_writer import SafetensorsWriter
 from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.quantize.row_types import ROW_TYPES
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -42,30 +50,98 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def packings(monkeypatch) -> list:
     """Grows by one for each weight that is packed."""
-    count, pack = [], pack_on_load.pack_tensor
+    count = []
 
-    def counted(*arguments):
-        count.append(1)
-        return pack(*arguments)
+    def counted(pack):
+        def run(*arguments):
+            count.append(1)
+            return pack(*arguments)
+        return run
 
-    monkeypatch.setattr(pack_on_load, "pack_tensor", counted)
+    for name in ("pack_tensor", "pack_to_type"):
+        monkeypatch.setattr(pack_on_load, name, counted(getattr(pack_on_load, name)))
     return count
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(path for name in packed_cache.NAMES for path in folder.glob(name))
+
+
+def held(patcher) -> list[str]:
+    """The bytes of each weight, whose codes a GGUF holds in rows."""
+    weights = sorted(patcher.model.diffusion_model.named_parameters())
+    return [f"{name} {part.dtype} {hashlib.sha256(data).hexdigest()}" for name, weight in weights
+            for part in (packed_tensors(weight.data) if is_packed(weight.data) else [weight.data])
+            for data in [part.contiguous().flatten().view(torch.uint8).numpy().tobytes()]]
+
+
+SPARE = 400_000  # bytes that an entry is taken to be larger than it is, at most
 
 
 def load(path, type_name: str = "Q8_0"):
     return load_diffusion_model(str(path), pack_to=type_name)
 
 
-@pytest.mark.parametrize("type_name", ["Q8_0", "NF4"])
+@pytest.mark.parametrize("type_name", pack_on_load.TYPES)
 def test_the_second_load_packs_nothing_and_holds_the_same(type_name, source, folder, packings):
     first = load(source, type_name)
-    assert len(packings) == 13 and memory_summary(first).endswith(
-        f", kept for the next time in {folder} (FEATHERWEIGHT_PACKED_CACHE=off keeps nothing)")
+    where = f" in {folder} (FEATHERWEIGHT_PACKED_CACHE=off keeps nothing)"
+    assert len(packings) == 13
+    assert memory_summary(first).endswith(f", kept for the next time{where}")
     second = load(source, type_name)
-    assert len(packings) == 13 and digest(second) == digest(first)
-    assert memory_summary(second).endswith("packed from BF16 in an earlier load")
-    [entry] = folder.glob(packed_cache.NAMES)
+    assert len(packings) == 13 and held(second) == held(first)
+    assert memory_summary(second).endswith(f"packed from BF16 in an earlier load, kept{where}")
+    [entry] = entries(folder)
     assert entry.stat().st_size < 1.1 * first.model_size()
+
+
+@pytest.mark.parametrize("type_name", pack_on_load.TYPES)
+def test_an_entry_is_a_file_of_the_whole_model(type_name, source, folder):
+    packed = load(source, type_name)
+    [entry] = entries(folder)
+    assert held(load_diffusion_model(str(entry))) == held(packed)
+
+
+def test_an_entry_of_a_gguf_has_what_stays_packed_too(folder, tmp_path, packings):
+    write_gguf(tmp_path / "flux.gguf", tiny_flux(), lambda name, values: "Q5_K"
+               if "img_mlp" in name and values.ndim == 2 else "F32")
+    first = load(tmp_path / "flux.gguf")
+    assert "Q5_K stays as in the file" in memory_summary(first)
+    [entry] = entries(folder)
+    assert held(load_diffusion_model(str(entry))) == held(first)
+    count = len(packings)
+    assert held(load(tmp_path / "flux.gguf")) == held(first) and len(packings) == count
+
+
+def test_what_an_entry_cannot_hold_is_read_from_its_file(folder, tmp_path, packings):
+    write_int8, _ = PACKED_FILES["int8"]
+    path, layer = tmp_path / "flux.safetensors", "double_blocks.0.img_mlp.0"
+    write_int8(path, tiny_flux())
+    tensors = {name: tensor for name, tensor in load_file(path).items()
+               if not name.startswith(f"{layer}.")}
+    save_file(tensors | {f"{layer}.{part}": tiny_flux()[f"{layer}.{part}"].bfloat16()
+                         for part in ("weight", "bias")}, path)
+    first = load(path)
+    assert "; INT8 stays as in the file" in memory_summary(first) and len(packings) == 1
+    assert held(load(path)) == held(first) and len(packings) == 1
+
+
+def test_of_a_checkpoint_an_entry_has_the_model(folder, tmp_path, packings, monkeypatch):
+    """With what tells ComfyUI how it was trained."""
+    shrunken_detection(FAMILIES["sdxl"], monkeypatch)
+    path = tmp_path / "checkpoint.safetensors"
+    model = {f"model.diffusion_model.{name}": values.half().contiguous()
+             for name, values in random_weights(FAMILIES["sdxl"]).items()}
+    save_file(model | {"v_pred": torch.empty(0), "first_stage_model.a": torch.ones(1)}, path)
+    first = load(path, "int8_convrot")
+    [entry] = entries(folder)
+    with safe_open(entry, "pt") as file:
+        names = set(file.keys())
+    assert names.isdisjoint({"first_stage_model.a", *model}) and "v_pred" in names
+    by_the_host = comfy.sd.load_diffusion_model(str(entry))
+    assert by_the_host.model.model_type == comfy.model_base.ModelType.V_PREDICTION
+    count = len(packings)
+    assert held(load(path, "int8_convrot")) == held(first) and len(packings) == count > 10
 
 
 @pytest.mark.parametrize(("setting", "seconds", "is_kept"), [
@@ -82,9 +158,9 @@ def test_what_took_a_minute_is_kept_in_comfyuis_user_folder_unless_turned_off(
     first = load(source)
     assert ("kept for the next time in" in memory_summary(first)) == is_kept
     second = load(source)
-    assert len(packings) == (13 if is_kept else 26) and digest(first) == digest(second)
+    assert len(packings) == (13 if is_kept else 26) and held(first) == held(second)
     kept = tmp_path / "user" / "featherweight" / "packed"
-    assert len(list(kept.glob(packed_cache.NAMES))) == is_kept
+    assert len(entries(kept)) == is_kept
     assert is_kept or not (tmp_path / "user").exists()
 
 
@@ -121,7 +197,7 @@ def test_another_state_of_anything_is_another_entry(change, source, folder, pack
 
 
 def test_another_model_of_the_same_size_and_time_is_another_entry(source, folder, packings):
-    first, status = digest(load(source)), source.stat()
+    first, status = held(load(source)), source.stat()
     new = source.with_name("new")
     save_file({name: values.bfloat16() for name, values in tiny_flux(1).items()}, new)
     os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -130,19 +206,19 @@ def test_another_model_of_the_same_size_and_time_is_another_entry(source, folder
         status.st_size,
         status.st_mtime_ns,
     )
-    assert digest(load(source)) != first and len(packings) == 26
+    assert held(load(source)) != first and len(packings) == 26
 
 
 def test_an_entry_belongs_to_the_file_that_was_opened(source, folder):
     """Another file that takes its name while it is packed does not find what was packed of the
     first."""
     file, wanted = open_weights(source), {"a": ("Q8_0", (4, 32))}
-    opened = packed_cache.entry_path(file, wanted, folder)
+    opened = packed_cache.entry_path(file, wanted, folder, ".gguf")
     os.utime(source, (1, 1))
     assert (
-        packed_cache.entry_path(file, wanted, folder)
+        packed_cache.entry_path(file, wanted, folder, ".gguf")
         == opened
-        != packed_cache.entry_path(open_weights(source), wanted, folder)
+        != packed_cache.entry_path(open_weights(source), wanted, folder, ".gguf")
     )
 
 
@@ -150,7 +226,7 @@ def test_an_entry_is_watched_while_its_model_is_in_use_and_others_may_read_it(so
     load(source)
     model, _ = load(source), load(source)
     model.prepare_state(torch.ones(1), {})
-    [entry] = folder.glob(packed_cache.NAMES)
+    [entry] = entries(folder)
     with open(entry, "r+b") as file:
         file.write(b"\0")
     with pytest.raises(WeightFileError, match=f"^{entry.name} was written to after it was loaded"):
@@ -158,9 +234,11 @@ def test_an_entry_is_watched_while_its_model_is_in_use_and_others_may_read_it(so
 
 
 @pytest.mark.parametrize("damage", ["cut short", "zeros", "empty", "of another model",
-                                    "one bit", "a page of zeros"])
-def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, source, folder, packings, caplog):
-    expected = digest(load(source))
+                                    "one bit", "a page of zeros", "no digests"])
+@pytest.mark.parametrize("type_name", ["Q8_0", "NF4", "int8_convrot", "nvfp4"])
+def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, type_name, source, folder, packings,
+                                                     caplog):
+    expected = held(load(source, type_name))
     [entry] = folder.iterdir()
     content = entry.read_bytes()
     if damage == "of another model":
@@ -169,35 +247,38 @@ def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, source, folder, pac
         middle = len(content) // 2
         entry.write_bytes({
             "cut short": content[:-1000], "zeros": bytes(4096), "empty": b"",
+            "no digests": content.replace(b"digests", b"another"),
             "one bit": content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1:],
             "a page of zeros": content[:middle] + bytes(4096) + content[middle + 4096:]
         }[damage])
-    assert digest(load(source)) == expected and len(packings) == 26
+    assert held(load(source, type_name)) == expected and len(packings) == 26
     assert entry.name in caplog.text and entry.read_bytes() == content
 
 
-@pytest.mark.parametrize("type_name", ["Q8_0", "NF4"])
-def test_an_entry_of_an_earlier_version_is_used_unchecked(type_name, source, folder, packings):
-    expected = digest(load(source, type_name))
-    [entry] = folder.iterdir()
-    tensors = load_file(entry)
-    del tensors[packed_cache.DIGESTS]
-    save_file(tensors, entry)
-    assert digest(load(source, type_name)) == expected and len(packings) == 13
+def test_an_entry_of_an_earlier_version_is_not_read_and_goes_first(source, folder, monkeypatch):
+    load(source)
+    [entry] = entries(folder)
+    size = entry.stat().st_size
+    old = folder / f"featherweight-{'0' * 40}.safetensors"
+    save_file({"a": torch.zeros(size // 4)}, old)
+    os.utime(old, (1, 1))
+    monkeypatch.setenv(packed_cache.LIMIT, str((2 * size + SPARE) / 1e9))
+    load(source, "Q6_K")
+    assert len(entries(folder)) == 2 and entry.exists() and not old.exists()
 
 
 def test_the_least_recently_used_goes_first_and_nothing_else(source, folder, monkeypatch):
     for type_name in ("Q8_0", "Q6_K"):
         load(source, type_name)
-    sizes = {entry.stat().st_size: entry for entry in folder.iterdir()}
+    sizes = {entry.stat().st_size: entry for entry in entries(folder)}
     q6_k, q8_0 = (sizes[size] for size in sorted(sizes))
     os.utime(q8_0, (1, 1))
     os.utime(q6_k, (2, 2))
     load(source, "Q8_0")  # so it was used last
     (folder / "mine.safetensors").write_bytes(bytes(10_000_000))
-    monkeypatch.setenv(packed_cache.LIMIT, str((sum(sizes) + 100) / 1e9))
+    monkeypatch.setenv(packed_cache.LIMIT, str((sum(sizes) + SPARE) / 1e9))
     load(source, "Q4_K")
-    left = sorted(folder.glob(packed_cache.NAMES))
+    left = entries(folder)
     assert [path.name for path in folder.glob("*.used")] == [q8_0.with_suffix(".used").name]
     assert (
         q8_0 in left
@@ -205,7 +286,7 @@ def test_the_least_recently_used_goes_first_and_nothing_else(source, folder, mon
         and len(left) == 2
         and (folder / "mine.safetensors").exists()
     )
-    assert sum(entry.stat().st_size for entry in left) <= sum(sizes) + 100
+    assert sum(entry.stat().st_size for entry in left) <= sum(sizes) + SPARE
 
 
 def test_what_is_larger_than_the_limit_is_not_kept(source, folder, monkeypatch, caplog):
@@ -217,7 +298,7 @@ def test_what_is_larger_than_the_limit_is_not_kept(source, folder, monkeypatch, 
 def test_what_is_larger_than_the_limit_leaves_what_is_kept_already(source, folder, monkeypatch):
     load(source, "Q4_K")
     [entry] = folder.iterdir()
-    monkeypatch.setenv(packed_cache.LIMIT, str((entry.stat().st_size + 100) / 1e9))
+    monkeypatch.setenv(packed_cache.LIMIT, str((entry.stat().st_size + SPARE) / 1e9))
     assert "kept" not in memory_summary(load(source, "Q8_0"))
     assert list(folder.iterdir()) == [entry]
 
@@ -233,14 +314,14 @@ def test_what_a_killed_process_left_takes_no_room(source, folder, monkeypatch):
 
 def test_an_entry_whose_time_cannot_be_set_is_read_and_stays(tmp_path, monkeypatch):
     """Another user's, or one on a drive that is only read."""
-    entry, wanted = tmp_path / packed_cache.NAMES.replace("*", "0"), {"a": ("Q8_0", (4, 32))}
-    assert packed_cache.keep(entry, {"a": pack_tensor(torch.ones(4, 32), FORMATS["Q8_0"])}, wanted)
+    entry = tmp_path / "featherweight-0.gguf"
+    assert packed_cache.keep(entry, 6, lambda path: path.write_bytes(b"packed"))
 
     def refused(path, *arguments, **options):
         raise PermissionError(errno.EPERM, "Operation not permitted", path)
 
     monkeypatch.setattr(Path, "touch", refused)
-    assert packed_cache.read(entry, wanted) is not None and entry.exists()
+    assert packed_cache.read(entry, Path.read_bytes) == b"packed" and entry.exists()
 
 
 def test_a_limit_that_is_no_number_is_said_and_the_usual_one_taken(
@@ -266,26 +347,27 @@ def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(
-    "trouble", ["a file in its place", "a full disk", "another process was faster"]
-)
+@pytest.mark.parametrize("type_name", ("Q8_0", "NF4", *ROW_TYPES))
+@pytest.mark.parametrize("trouble", ["a file in its place", "a full disk",
+                                     "a folder that is only read", "another process was faster"])
 def test_where_nothing_can_be_kept_the_model_loads_all_the_same(
-    trouble, source, folder, monkeypatch, caplog
+    trouble, type_name, source, folder, monkeypatch, caplog
 ):
     if trouble == "a file in its place":
         folder.write_text("")
     elif trouble == "a full disk":
         def full(*arguments):
-            raise packed_cache.WriteError("The disk is full.")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(
-            "featherweight.loaders.files.safetensors_writer.SafetensorsWriter.write", full)
+        monkeypatch.setattr(atomic_file.WeightsWriter, "put", full)
+    elif trouble == "a folder that is only read":
+        monkeypatch.setattr(atomic_file.os, "access", lambda path, mode: mode != os.W_OK)
     else:
-        finish = "featherweight.loaders.files.safetensors_writer.SafetensorsWriter.finish"
-        monkeypatch.setattr(finish,
-                            lambda writer: Path(writer.file._path).write_bytes(b"the other's"))
+        for writer in (SafetensorsWriter, GGUFWriter):
+            monkeypatch.setattr(writer, "finish", lambda writer: Path(
+                writer.file._path).write_bytes(b"the other's"))
     with caplog.at_level(logging.WARNING):
-        patcher = load(source)
+        patcher = load(source, type_name)
     assert "are not cached: " in caplog.text and "kept" not in memory_summary(patcher)
     left = list(folder.iterdir()) if folder.is_dir() else []
     assert [path.read_bytes() for path in left] == (
