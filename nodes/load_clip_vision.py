@@ -1,6 +1,7 @@
 """The node Load CLIP Vision (Featherweight)."""
 from comfy_api.latest import io
 
+from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.models.clip_vision import load_clip_vision
 from ..loaders.paths.folders import (
     CLIP_VISION,
@@ -9,7 +10,12 @@ from ..loaders.paths.folders import (
     list_model_folders,
     validate_files,
 )
-from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
+from .load_diffusion_model import (
+    AS_THE_FILE,
+    pack_to_input,
+    packed_type,
+    side_model_compute_input,
+)
 from .node_text import loader_output
 from .search_words import family_aliases
 
@@ -49,6 +55,7 @@ class LoadCLIPVision(io.ComfyNode):
                     " there.",
                 ),
                 pack_to_input("the CLIP vision model"),
+                side_model_compute_input("the CLIP vision model"),
             ],
             outputs=[io.ClipVision.Output()],
         )
@@ -58,6 +65,7 @@ class LoadCLIPVision(io.ComfyNode):
         return validate_files(clip_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, clip_name, pack_to=AS_THE_FILE) -> io.NodeOutput:
-        clip_vision = load_clip_vision(find_file(clip_name, *FOLDERS), packed_type(pack_to))
+    def execute(cls, clip_name, pack_to=AS_THE_FILE, compute=AUTOMATIC) -> io.NodeOutput:
+        path = find_file(clip_name, *FOLDERS)
+        clip_vision = load_clip_vision(path, packed_type(pack_to), compute)
         return io.NodeOutput(*loader_output(clip_vision=clip_vision))

@@ -1,6 +1,7 @@
 """The node Load ControlNet (Featherweight)."""
 from comfy_api.latest import io
 
+from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.models.controlnet import load_controlnet
 from ..loaders.paths.folders import (
     CONTROLNET,
@@ -9,7 +10,12 @@ from ..loaders.paths.folders import (
     list_model_folders,
     validate_files,
 )
-from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
+from .load_diffusion_model import (
+    AS_THE_FILE,
+    pack_to_input,
+    packed_type,
+    side_model_compute_input,
+)
 from .node_text import loader_output
 from .search_words import family_aliases
 
@@ -46,6 +52,7 @@ class LoadControlNet(io.ComfyNode):
                     tooltip="A file in models/controlnet, or a folder that diffusers saved there.",
                 ),
                 pack_to_input("the ControlNet"),
+                side_model_compute_input("the ControlNet"),
             ],
             outputs=[io.ControlNet.Output()],
         )
@@ -55,6 +62,7 @@ class LoadControlNet(io.ComfyNode):
         return validate_files(control_net_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, control_net_name, pack_to=AS_THE_FILE) -> io.NodeOutput:
-        control_net = load_controlnet(find_file(control_net_name, *FOLDERS), packed_type(pack_to))
+    def execute(cls, control_net_name, pack_to=AS_THE_FILE, compute=AUTOMATIC) -> io.NodeOutput:
+        path = find_file(control_net_name, *FOLDERS)
+        control_net = load_controlnet(path, packed_type(pack_to), compute)
         return io.NodeOutput(*loader_output(control_net=control_net))

@@ -1,10 +1,14 @@
 """The node Load Diffusion Model (Featherweight)."""
+from collections.abc import Sequence
+
 from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.models.compute_choice import (
     BY_COMPUTE,
+    CHOICES_OF_SIDE_MODELS,
     COMPUTE_CHOICES,
+    FLOAT32,
     HOST_FORMATS_CHOICES,
     computing,
     faster_type_text,
@@ -22,26 +26,35 @@ AS_THE_FILE = "as the file"
 NO_MODULE = "none"
 
 
-def compute_input(what: str = "the model", has_integers: bool = True):
+def compute_input(what: str = "the model", options: Sequence[str] = COMPUTE_CHOICES,
+                  by_comfyui: str = "layers in ComfyUI's own formats (fp8, mxfp8, nvfp4, int8,"
+                  " convrot)"):
     """Returns the input that chooses between exact and fast.
 
     Args:
         what: what is loaded, for the text.
-        has_integers: whether packed layers may multiply integers too.
+        options: of `COMPUTE_CHOICES`.
+        by_comfyui: what ComfyUI's kernels compute with "automatic", for the text.
     """
-    integers = (" and by integer products for other packed weights, on NVIDIA GPUs from Turing on"
-                " and on CPUs with VNNI, with an error of about 1.2 % in each layer. int8: only"
-                " these integer products. float32: exact, with the whole model in float32")
+    integers = (" int8: only these integer products. float32: exact, with the whole model in"
+                " float32.")
     return io.Combo.Input(
         "compute",
-        options=list(COMPUTE_CHOICES if has_integers else COMPUTE_CHOICES[:3]),
+        options=list(options),
         default=AUTOMATIC,
         optional=True,
-        tooltip=f"How {what} computes. automatic: exact, but layers in ComfyUI's own formats (fp8,"
-        " mxfp8, nvfp4, int8, convrot) by ComfyUI's kernels where this GPU has them. exact: by the"
-        " values in the file, on every device. fast: by ComfyUI's kernels for its formats"
-        f"{integers if has_integers else ', on every device'}.",
+        tooltip=f"How {what} computes. automatic: exact, but {by_comfyui} by ComfyUI's kernels"
+        " where this GPU has them. exact: by the values in the file, on every device. fast: by"
+        " ComfyUI's kernels for its formats, and by integer products for other packed weights, on"
+        " NVIDIA GPUs from Turing on and on CPUs with VNNI, with an error of about 1.2 % in each"
+        f" layer.{integers if FLOAT32 in options else ''}",
     )
+
+
+def side_model_compute_input(what: str):
+    """Returns that input for models that guide a diffusion model. what: as for `compute_input`."""
+    return compute_input(what, CHOICES_OF_SIDE_MODELS,
+                         "what pack to has packed to ComfyUI's own types")
 
 
 def pack_to_input(what: str):

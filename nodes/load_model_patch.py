@@ -1,6 +1,7 @@
 """The node Load Model Patch (Featherweight)."""
 from comfy_api.latest import io
 
+from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.models.model_patch import load_model_patch
 from ..loaders.paths.folders import (
     MODEL_PATCH,
@@ -9,7 +10,12 @@ from ..loaders.paths.folders import (
     list_model_folders,
     validate_files,
 )
-from .load_diffusion_model import AS_THE_FILE, pack_to_input, packed_type
+from .load_diffusion_model import (
+    AS_THE_FILE,
+    pack_to_input,
+    packed_type,
+    side_model_compute_input,
+)
 from .node_text import loader_output
 from .search_words import family_aliases
 
@@ -51,6 +57,7 @@ class LoadModelPatch(io.ComfyNode):
                     " there.",
                 ),
                 pack_to_input("the model patch"),
+                side_model_compute_input("the model patch"),
             ],
             outputs=[io.ModelPatch.Output()],
         )
@@ -60,7 +67,7 @@ class LoadModelPatch(io.ComfyNode):
         return validate_files(model_patch_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, model_patch_name, pack_to=AS_THE_FILE) -> io.NodeOutput:
+    def execute(cls, model_patch_name, pack_to=AS_THE_FILE, compute=AUTOMATIC) -> io.NodeOutput:
         path = find_file(model_patch_name, *FOLDERS)
-        model_patch = load_model_patch(path, packed_type(pack_to))
+        model_patch = load_model_patch(path, packed_type(pack_to), compute)
         return io.NodeOutput(*loader_output(model_patch=model_patch))

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
-from ..loaders.models.compute_choice import computing
+from ..loaders.models.compute_choice import CHOICES_OF_SIDE_MODELS, computing
 from ..loaders.models.text_encoder import AUTO, load_text_encoder
 from ..loaders.paths.folders import (
     ENCODER,
@@ -110,7 +110,7 @@ class LoadTextEncoder(io.ComfyNode):
                 disable_dynamic_vram_input(),
                 pack_to_input("the text encoders"),
                 host_formats_input(),
-                compute_input("the text encoder", has_integers=False),
+                compute_input("the text encoder", CHOICES_OF_SIDE_MODELS),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -143,6 +143,7 @@ class LoadTextEncoder(io.ComfyNode):
         else:
             vision = find_file(mmproj, *FOLDERS)
         device, note = find_device(device)
+        arithmetic, host_formats = computing(compute, host_formats)
         clip = load_text_encoder(
             paths,
             type,
@@ -151,6 +152,7 @@ class LoadTextEncoder(io.ComfyNode):
             device_options(device),
             disable_dynamic_vram,
             packed_type(pack_to),
-            computing(compute, host_formats).host_formats,
+            host_formats,
+            arithmetic,
         )
         return io.NodeOutput(*loader_output(note, clip=clip))

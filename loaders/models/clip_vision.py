@@ -9,12 +9,14 @@ from ...ops.tensor.row_slicing import take_rows
 from ..comfyui.detection import CLIP_VISION
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.packed_patcher import keep_packed
+from ..comfyui.who_computes import AUTOMATIC
 from .models_beside import load_side_model
 
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
 
 
-def load_clip_vision(path: str, pack_to: str | None = None) -> comfy.clip_vision.ClipVisionModel:
+def load_clip_vision(path: str, pack_to: str | None = None,
+                     compute: str = AUTOMATIC) -> comfy.clip_vision.ClipVisionModel:
     """Loads a CLIP vision model and keeps its packed weights packed.
 
     The host's own function detects and builds it, so every model works that this ComfyUI knows.
@@ -23,11 +25,12 @@ def load_clip_vision(path: str, pack_to: str | None = None) -> comfy.clip_vision
     Args:
         path: of a file or a folder of transformers.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known CLIP vision model.
     """
-    clip_vision, packed_file = load_side_model(path, CLIP_VISION, _build, pack_to)
+    clip_vision, packed_file = load_side_model(path, CLIP_VISION, _build, pack_to, compute=compute)
     if packed_file:
         packed_file.adopt(clip_vision.patcher, torch.float32)  # pictures are float32
         if getattr(clip_vision, "naf", None) is not None:

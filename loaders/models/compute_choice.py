@@ -24,6 +24,7 @@ from ..quantizers.comfyui import row_type_of
 EXACTLY, FAST = "exact", "fast"
 INT8, FLOAT32 = "int8", "float32"  # offered before 0.2.2; float32 still is the only way to it
 COMPUTE_CHOICES = (AUTOMATIC, EXACTLY, FAST, INT8, FLOAT32)  # options of the input `compute`
+CHOICES_OF_SIDE_MODELS = COMPUTE_CHOICES[:3]  # of text encoders, ControlNets and the like
 BY_COMPUTE = "by compute"
 FASTEST_TYPE = "int8_convrot"  # of `pack to`, where ComfyUI's kernels multiply it
 HOST_FORMATS_CHOICES = (BY_COMPUTE, *HOST_FORMATS)  # options of the input `host formats`

@@ -12,6 +12,7 @@ from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import CONTROLNET
 from ..comfyui.diffusers_keys import from_diffusers
 from ..comfyui.packed_patcher import keep_packed
+from ..comfyui.who_computes import AUTOMATIC
 from ..files.container import WeightFileError
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui_marks import MARK
@@ -47,7 +48,8 @@ class PackedControlNet(_HostControl):
         return _as_packed(clone)
 
 
-def load_controlnet(path: str, pack_to: str | None = None) -> comfy.controlnet.ControlBase:
+def load_controlnet(path: str, pack_to: str | None = None,
+                    compute: str = AUTOMATIC) -> comfy.controlnet.ControlBase:
     """Loads a ControlNet and keeps its packed weights packed.
 
     The small parts that ComfyUI computes with as plain tensors, T2I-Adapters and Control-LoRAs are
@@ -58,6 +60,7 @@ def load_controlnet(path: str, pack_to: str | None = None) -> comfy.controlnet.C
         path: of a file or a folder of diffusers.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read, but
             not those of T2I-Adapters and Control-LoRAs.
+        compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
 
     Raises:
         WeightFileError: if the file cannot be read, or holds no known ControlNet or one whose
@@ -72,7 +75,7 @@ def load_controlnet(path: str, pack_to: str | None = None) -> comfy.controlnet.C
                           for key, tensor in state_dict.items()}
         return _convert_fused(state_dict, lazy=pack_to is not None)
 
-    control, packed_file = load_side_model(path, CONTROLNET, _build, pack_to, convert)
+    control, packed_file = load_side_model(path, CONTROLNET, _build, pack_to, convert, compute)
     if packed_file and hasattr(control, "control_model_wrapped"):
         packed_file.adopt(control.control_model_wrapped, _dtype_of(control))
         _as_packed(control)

@@ -9,10 +9,12 @@ from comfy_extras import nodes_model_patch
 from ...ops.tensor.row_slicing import dense
 from ..comfyui.detection import MODEL_PATCH
 from ..comfyui.layer_classes import names_with_layers, rebind
+from ..comfyui.who_computes import AUTOMATIC
 from .models_beside import load_side_model
 
 
-def load_model_patch(path: str, pack_to: str | None = None) -> comfy.model_patcher.ModelPatcher:
+def load_model_patch(path: str, pack_to: str | None = None,
+                     compute: str = AUTOMATIC) -> comfy.model_patcher.ModelPatcher:
     """Loads a model patch and keeps its packed weights packed.
 
     The host's own node detects and builds it, so every model patch works that this ComfyUI knows.
@@ -21,11 +23,12 @@ def load_model_patch(path: str, pack_to: str | None = None) -> comfy.model_patch
     Args:
         path: of a file or a folder of diffusers.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known model patch.
     """
-    patcher, packed_file = load_side_model(path, MODEL_PATCH, _build, pack_to)
+    patcher, packed_file = load_side_model(path, MODEL_PATCH, _build, pack_to, compute=compute)
     if packed_file:
         packed_file.adopt(patcher, None)
     return patcher

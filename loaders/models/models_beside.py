@@ -37,6 +37,7 @@ from ..files.open_weights import open_weights
 from ..out_of_memory import is_out_of_memory
 from ..progress import Progress
 from ..quantizers.comfyui_marks import MARK
+from .compute_choice import BY_COMPUTE, computing
 from .load_check import bytes_of, check_load
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, pack_weights
@@ -72,7 +73,8 @@ class PackedFile:
 
 
 def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = None,
-                    convert: Convert | None = None) -> tuple[Any, PackedFile | None]:
+                    convert: Convert | None = None, compute: str = AUTOMATIC
+                    ) -> tuple[Any, PackedFile | None]:
     """Loads a model by a function of the host.
 
     A file without packed weights is read as the host reads it, unless they are to be packed. Small
@@ -84,6 +86,8 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
         build: calls the function of the host; returns None if the host knows no such model.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
         convert: is called with the weights of a file that the host does not read.
+        compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`. With "automatic" the host's own
+            formats in a file are computed exactly, but those that it is packed to as for models.
 
     Returns:
         (what `build` returns, the file if its weights may be packed).
@@ -92,6 +96,9 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
         WeightFileError: if the file cannot be read, is of another kind or of sizes that do not fit.
     """
     device: Any = comfy.model_management.get_torch_device()
+    arithmetic, host_formats = computing(compute, BY_COMPUTE)
+    if compute == AUTOMATIC and pack_to not in ROW_TYPES:
+        host_formats = EXACT
     formats = packed_formats(EXACT, device)
     name = os.path.basename(path)
     if not needs_own_reader(path, pack_to, formats):
@@ -114,11 +121,11 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
     def build_of(weights: dict[str, torch.Tensor]) -> Any:
         with dequantize_plain_parameters():
             return _build(name, kind, build, stand_ins | weights, host_metadata(file),
-                          operations_for(weights), file.notes)
+                          operations_for(weights, compute=arithmetic), file.notes)
 
     model = None
-    if pack_to in ROW_TYPES:
-        parts = in_parts(state_dict, packed_formats(AUTOMATIC, device))
+    if host_formats != EXACT:
+        parts = in_parts(state_dict, packed_formats(host_formats, device))
         if parts.keys() != state_dict.keys():
             model = _build_of_the_hosts_layers(build_of, parts)
     if model is None:

@@ -65,7 +65,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
                       embedding_directory: list[str] | None = None, mmproj: str | None = AUTO,
                       model_options: Mapping[str, Any] | None = None, disable_dynamic: bool = False,
                       pack_to: str | None = None,
-                      host_formats: str = AUTOMATIC) -> comfy.sd.CLIP:
+                      host_formats: str = AUTOMATIC, compute: str = "exact") -> comfy.sd.CLIP:
     """Loads one to four files or folders as one CLIP and keeps packed weights packed.
 
     The files may have different formats. Files without packed weights go to the host's own loader,
@@ -81,6 +81,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         disable_dynamic: keep the encoder out of dynamic VRAM.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
         host_formats: one of `who_computes.HOST_FORMATS`.
+        compute: "exact" or "int8", see `PackedLayer`.
 
     Raises:
         WeightFileError: if a file cannot be read, or if they are not text encoders of this type.
@@ -91,7 +92,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
             "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
             "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic,
             "pack_to": pack_to,
-            **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
+            **({"host_formats": host_formats} if host_formats != AUTOMATIC else {}),
+            **({"compute": compute} if compute != "exact" else {})
         })
     model_options = dict(model_options or {})
     device = model_options.get("load_device", comfy.model_management.text_encoder_device())
@@ -121,7 +123,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         # The host looks for the tokenizer in the first file.
         weights.sort(key=lambda part: SENTENCEPIECE not in part)
     model_options["custom_operations"] = operations_for(
-        itertools.chain(*weights), full_precision=True)
+        itertools.chain(*weights), full_precision=True, compute=compute)
     with (
         dequantize_plain_parameters(),
         omit_missing_towers(paths),

@@ -33,17 +33,24 @@ WITH_COMPUTE = ("FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint"
                 "FeatherweightLoadTextEncoder")
 
 
+ALL = (*WITH_COMPUTE, "FeatherweightLoadControlNet", "FeatherweightLoadModelPatch",
+       "FeatherweightLoadCLIPVision")
+
+
 def inputs_of(node_id: str) -> dict:
     return {one.id: one for one in NODES[node_id].GET_SCHEMA().inputs}
 
 
+@pytest.mark.parametrize("node_id", ALL)
+def test_every_loader_offers_automatic_exact_and_fast(node_id):
+    compute = inputs_of(node_id)["compute"]
+    assert compute.default == AUTOMATIC and compute.options[:3] == ["automatic", "exact", "fast"]
+
+
 @pytest.mark.parametrize("node_id", WITH_COMPUTE)
-def test_a_new_node_chooses_automatic_and_shows_one_choice(node_id):
-    inputs = inputs_of(node_id)
-    assert inputs["compute"].default == AUTOMATIC
-    assert inputs["compute"].options[:3] == ["automatic", "exact", "fast"]
-    assert inputs["host_formats"].default == BY_COMPUTE
-    assert inputs["host_formats"].as_dict()["hidden"]
+def test_the_second_choice_of_earlier_versions_is_hidden(node_id):
+    host_formats = inputs_of(node_id)["host_formats"]
+    assert host_formats.default == BY_COMPUTE and host_formats.as_dict()["hidden"]
 
 
 @pytest.mark.parametrize("host_formats", HOST_FORMATS)

@@ -24,7 +24,13 @@ from controlnets import (
 )
 from families import FAMILIES, random_weights, relative_error
 from host_nodes import models, seeded
-from packed_files import load_values_of, write_for_a_loader, write_q8_0, write_with_dense
+from packed_files import (
+    load_values_of,
+    write_for_a_loader,
+    write_host_format,
+    write_q8_0,
+    write_with_dense,
+)
 from safetensors.torch import save_file
 from user_kernels import kernels_of_this_machine
 
@@ -34,8 +40,9 @@ from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models.compute_dtype import follows_model
 from featherweight.loaders.models.controlnet import load_controlnet
+from featherweight.ops.layers.packed_layers import PackedLinear
 from featherweight.ops.patcher import PackedPatcher
-from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -88,6 +95,20 @@ def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, 
     expected = sample(kind, dense)
     assert relative_error(unguided(kind.base), expected) > 1e-3
     assert relative_error(sample(kind, packed), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("compute", "by_comfyui"), [
+    ("automatic", False), ("exact", False), ("fast", True)])
+def test_comfyuis_formats_are_exact_unless_fast_is_chosen(compute, by_comfyui, tmp_path):
+    kind, path = KINDS["flux of diffusers"], tmp_path / "net.safetensors"
+    write_host_format("float8_e4m3fn", path, kind.weights())
+    control = load_controlnet(str(path), compute=compute)
+    weights = [one for one in control.control_model.parameters()
+               if isinstance(one, QuantizedTensor)]
+    # what is joined of several with scales of their own stays packed
+    assert any(not is_packed(one) for one in weights) == by_comfyui
+    layers = [layer for layer in control.control_model.modules() if isinstance(layer, PackedLinear)]
+    assert {layer.compute for layer in layers} == {"int8" if by_comfyui else "exact"}
 
 
 def dense_self(packed, path: str):
