@@ -14,6 +14,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..inspect.model_summary import dequantize_backend_text, host_product_text
+from ..models.compute_choice import EXACTLY, FAST
 from ..models.compute_dtype import compute_text
 from ..out_of_memory import is_out_of_memory
 from ..packing.calibration.sampling import (
@@ -23,7 +24,7 @@ from ..packing.calibration.sampling import (
     stop_where_cancelled,
 )
 from ..progress import Progress
-from .ways import EXACTLY, FAST, WAYS, NotMeasured, computing, has_fast_way, without_loras
+from .ways import WAYS, NotMeasured, computing, has_fast_way, without_loras
 
 BUDGET = 110.0  # seconds for everything; no step is begun after that
 ROW_SECONDS, MAX_STEPS = 6.0, 10  # of the timed steps of one row

@@ -16,8 +16,9 @@ from ...ops.host_versions import HOST_VERSION, VERSION
 from ..byte_sizes import size_text
 from ..inspect.block_chart import BODY, FAINT, GOOD, MARGIN, ROW, WIDTH, Bar, Chart, Color
 from ..inspect.model_summary import format_name, title_of
+from ..models.compute_choice import EXACTLY, FAST
 from .measurement import Measurement, Row
-from .ways import EXACTLY, FAST, WAYS
+from .ways import WAYS
 
 JSON_VERSION = 1
 PATH = re.compile(r"(?<!\w)(?:[A-Za-z]:[/\\]|[~.]{0,2}/|\\\\)[^\s'\"()]*")

@@ -21,12 +21,13 @@ from ...ops.layers.packed_layers import PackedLayer
 from ...ops.layers.product import dequantize
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ..byte_sizes import size_text
-from ..comfyui.who_computes import AS_COMFYUI, EXACT, host_multiplies
+from ..comfyui.who_computes import host_multiplies
+from ..models.compute_choice import EXACTLY, FAST, MEANINGS
 from ..models.recipe import Recipe
 from ..quantizers.comfyui import row_type_of
 
 copy_options: Any = comfy.utils.deepcopy_list_dict
-EXACTLY, FAST, DENSE = "exact", "fast", "dense"
+DENSE = "dense"
 WAYS = (EXACTLY, FAST, DENSE)
 SPARE_BYTES = 1 << 30  # of memory that is left for what a step needs
 
@@ -49,9 +50,8 @@ def computing(patcher: ModelPatcher, way: str) -> Iterator[ModelPatcher]:
     if way == DENSE:
         yield _dense(patcher)
     elif _is_hosts(patcher, way):
-        options = {"compute": "exact", "host_formats": EXACT}
-        if way == FAST:
-            options = {"compute": "int8", "host_formats": AS_COMFYUI}
+        arithmetic, host_formats = MEANINGS[way]
+        options = {"compute": arithmetic, "host_formats": host_formats}
         yield _loaded_again(patcher, options)
     else:
         with _computing_in_place(patcher, way):
@@ -98,7 +98,7 @@ def _computing_in_place(patcher: ModelPatcher, way: str) -> Iterator[None]:
     dtype = patcher.model.get_dtype_inference()
     try:
         for layer in layers:
-            layer.compute = "int8" if way == FAST else "exact"
+            layer.compute = MEANINGS[way].arithmetic
         prepare_kernels(patcher.model, patcher.load_device, dtype)
         yield
     finally:
