@@ -19,6 +19,7 @@ from ...ops.kernels.kernel_requests import prepare_kernels
 from ...ops.layers.int8 import multiplies_integers
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.layers.product import dequantize
+from ...ops.pickle_names import short_error_name
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ..byte_sizes import size_text
 from ..comfyui.who_computes import host_multiplies
@@ -32,6 +33,7 @@ WAYS = (EXACTLY, FAST, DENSE)
 SPARE_BYTES = 1 << 30  # of memory that is left for what a step needs
 
 
+@short_error_name
 class NotMeasured(Exception):
     """A way is not measured; the message says why."""
 

@@ -163,7 +163,7 @@ def test_a_scheduled_lora_works_or_is_a_sentence(ours, tmp_path):
     hooks.hooks[0].hook_ref = comfy.hooks._HookRef()
     assert model.add_hook_patches(hooks.hooks[0], patches, 1.0)
     comfy.model_management.load_models_gpu([model])
-    refused = pytest.raises(WeightFileError, match="Choose exact, from the file's weights")
+    refused = pytest.raises(WeightFileError, match="Choose exact at `compute`")
     with contextlib.nullcontext() if ours == EXACT else refused:
         model.patch_hooks(hooks)
     model.unpatch_hooks()
