@@ -11,26 +11,26 @@ const int TILE_COLUMNS = 4;
 
 typedef Floats Column[ROW_VECTORS];
 
-// Adds to COUNT columns from `column` on their shares of the residuals of columns `first` up to
+// Adds to TOGETHER columns from `column` on their shares of the residuals of columns `first` up to
 // `stop`.
-template <int COUNT>
+template <int TOGETHER>
 static FUNCTION void add_to(Column* values, const Column* residuals, const float* shares,
                             int columns, int first, int stop, int column) {
-    Column sums[COUNT];
+    Column sums[TOGETHER];
 #pragma GCC unroll 4
-    for (int t = 0; t < COUNT; t++)
+    for (int t = 0; t < TOGETHER; t++)
 #pragma GCC unroll 4
         for (int v = 0; v < ROW_VECTORS; v++) sums[t][v] = values[column + t][v];
     for (int i = first; i < stop; i++)
 #pragma GCC unroll 4
-        for (int t = 0; t < COUNT; t++) {
+        for (int t = 0; t < TOGETHER; t++) {
             Floats share = all(shares[(Index)i * columns + column + t]);
 #pragma GCC unroll 4
             for (int v = 0; v < ROW_VECTORS; v++)
                 sums[t][v] = multiply_add(share, residuals[i][v], sums[t][v]);
         }
 #pragma GCC unroll 4
-    for (int t = 0; t < COUNT; t++)
+    for (int t = 0; t < TOGETHER; t++)
 #pragma GCC unroll 4
         for (int v = 0; v < ROW_VECTORS; v++) values[column + t][v] = sums[t][v];
 }
