@@ -202,7 +202,8 @@ def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
     if moments:
         given = SecondMoments.zeros(512, 256)
         given.add(inputs_of(512))
-    source = RowSource(tuple(weight.shape), lambda start, stop: weight[start:stop].clone())
+    source = RowSource(tuple(weight.shape), lambda start, stop: weight[start:stop].clone(),
+                       weight.device)
     expected = pack_to_type(weight, ROW_TYPES[name], given)
     for part, expected_part in zip(packed_tensors(pack_to_type(source, ROW_TYPES[name], given)),
                                    packed_tensors(expected)):
