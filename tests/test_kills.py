@@ -20,6 +20,7 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts
+from featherweight.ops.quantize.row_types import ROW_TYPES
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = [pytest.mark.usefixtures("small_models"),
@@ -45,8 +46,10 @@ def packed_as(kind: str, suffix: str):
     return write
 
 
-def kept(folder: Path, source: Path, content: int):
-    load_diffusion_model(str(source), pack_to="Q8_0")
+def kept_as(type_name: str):
+    def write(folder: Path, source: Path, content: int):
+        load_diffusion_model(str(source), pack_to=type_name)
+    return write
 
 
 def measured(folder: Path, source: Path, content: int):
@@ -88,7 +91,8 @@ class Writer(NamedTuple):
 
 WRITERS = {
     "GGUF": Writer(packed_as("Q8_0", ".gguf")), "NF4": Writer(packed_as("NF4", ".safetensors")),
-    "packed cache": Writer(kept), "sensitivity": Writer(measured),
+    **{f"packed cache of {name}": Writer(kept_as(name)) for name in ("Q8_0", "NF4", *ROW_TYPES)},
+    "sensitivity": Writer(measured),
     "verdicts": Writer(judged, known)
 }
 
