@@ -49,15 +49,17 @@ class _Builder:
     def draw(self, outputs: dict[str, tuple]):
         """Draw with the model that the subgraph returns: of a checkpoint that it is given, with the
         encoder that it returns; or one that it loads, which is a Flux."""
-        load = self.add("FeatherweightLoadCheckpoint", checkpoint_name=CHECKPOINT)
-        vae, latent = (load, 2), self.add("EmptyLatentImage")
         if "CLIP" in outputs:
+            load = self.add("FeatherweightLoadCheckpoint", checkpoint_name=CHECKPOINT)
             for index, slot in enumerate(self.host["inputs"][:2]):
                 self.link((load, index), self.host, slot)
+            clip, vae = outputs["CLIP"], (load, 2)
+            latent = self.add("EmptyLatentImage")
         else:
+            clip = self.add("CLIPLoader"), 0
             vae = self.add("VAELoader", vae_name="ae.safetensors"), 0
             latent = self.add("EmptySD3LatentImage")
-        text = self.add("CLIPTextEncode", clip=outputs.get("CLIP", (load, 1)), text="a feather")
+        text = self.add("CLIPTextEncode", clip=clip, text="a feather")
         sampler = self.add("KSampler", model=outputs["MODEL"], positive=(text, 0),
                            negative=(text, 0), latent_image=(latent, 0), cfg=1.0)
         decode = self.add("VAEDecode", samples=(sampler, 0), vae=vae)
