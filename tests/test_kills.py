@@ -20,6 +20,7 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.ops.kernels.verdicts import Verdicts
+from featherweight.ops.quantize.row_types import ROW_TYPES
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = [pytest.mark.usefixtures("small_models"),
@@ -45,8 +46,10 @@ def packed_as(kind: str, suffix: str):
     return write
 
 
-def kept(folder: Path, source: Path, content: int):
-    load_diffusion_model(str(source), pack_to="Q8_0")
+def kept_as(type_name: str):
+    def write(folder: Path, source: Path, content: int):
+        load_diffusion_model(str(source), pack_to=type_name)
+    return write
 
 
 def measured(folder: Path, source: Path, content: int):
@@ -88,9 +91,12 @@ class Writer(NamedTuple):
 
 WRITERS = {
     "GGUF": Writer(packed_as("Q8_0", ".gguf")), "NF4": Writer(packed_as("NF4", ".safetensors")),
-    "packed cache": Writer(kept), "sensitivity": Writer(measured),
+    **{f"packed cache of {name}": Writer(kept_as(name)) for name in ("Q8_0", "NF4", *ROW_TYPES)},
+    "sensitivity": Writer(measured),
     "verdicts": Writer(judged, known)
 }
+# as others are
+RARE = [f"packed cache of {name}" for name in ROW_TYPES if name not in ("int8_convrot", "nvfp4")]
 
 
 def in_a_child(write) -> int:
@@ -123,7 +129,8 @@ def kill_in_the_midst(writer: Writer, folder: Path, sources: list[Path], seconds
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.heavy)])
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.heavy if name in RARE else ()) for name in WRITERS])
 def test_a_kill_leaves_the_old_file_or_the_whole_new_one(
     name, kills, sources, tmp_path, monkeypatch
 ):

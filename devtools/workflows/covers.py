@@ -43,6 +43,7 @@ FAMILIES = {
     "LTX-2": "#6d6f1d",
 }
 OTHERS = "#5a6270"
+PACKED_TYPE = r"I?Q\d_\w+|NF4|int8_convrot|float8_e4m3fn|mxfp8|nvfp4|asym_w4a8_int8"
 FORMAT_WORDS = r"\s*\b(GGUF|NF4|SVDQuant|SDNQ)\b\s*"
 # Of the box with the format, by words in it.
 CHIPS = {"NF4": "#ffd479", "packed": "#8ff0dd", "packings": "#8ff0dd"}
@@ -114,7 +115,7 @@ def _format(workflow: Workflow) -> str:
         loaders[0]["widgets_values"], len({node["widgets_values"][0] for node in loaders}))
     if count > 2:
         return f"{count} packings"
-    packed = [value for value in map(str, values) if re.fullmatch(r"I?Q\d_\w+|NF4", value)]
+    packed = [value for value in map(str, values) if re.fullmatch(PACKED_TYPE, value)]
     if packed:
         return f"packed to {packed[0]}"
     module = " + fp8" if any("fp8" in value for value in map(str, values)) else ""

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 # types that weights can be packed to: from the finest to the coarsest, and the host's own
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4", *ROW_TYPES)
 # By how many values of a weight the speed is measured, and from how many values of a model on.
-MEASURED_VALUES, MANY_VALUES = 1 << 20, 1 << 27
+MEASURED_VALUES, MANY_VALUES = 1 << 22, 1 << 28
 WHOLE_ROWS = 64  # are whole blocks of every type
 
 

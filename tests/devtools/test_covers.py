@@ -100,6 +100,8 @@ def test_a_cover_says_the_figure_of_the_demos_file(name, tmp_path):
      ("24 GB", "of main memory")),
     ("Flux.1 dev packed while it loads", "Flux.1 dev", "packed while it loads", "packed to Q4_K",
      ("6.8 GB", "of weights")),
+    ("Flux.1 dev GGUF packed to int8", "Flux.1 dev", "packed to int8", "packed to int8_convrot",
+     ("12.0 GB", "of weights")),
     ("Flux.1 dev SVDQuant with a LoRA", "Flux.1 dev", "with a LoRA", "SVDQuant int4",
      ("6.8 GB", "of weights")),
     ("Qwen-Image SDNQ", "Qwen-Image", "", "SDNQ uint4", ("12 GB", "fits 16 GB cards")),

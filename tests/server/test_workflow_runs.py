@@ -94,7 +94,7 @@ def write_files(workflow, folder):
     names."""
     folders = {
         "FeatherweightLoadCheckpoint": "checkpoints",
-        "FeatherweightLoadDiffusionModel": "diffusion_models"
+        "FeatherweightLoadDiffusionModel": "diffusion_models", "VAELoader": "vae"
     }
     subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
     none = NOTES | {subgraph["id"] for subgraph in subgraphs}

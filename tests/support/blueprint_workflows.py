@@ -47,15 +47,22 @@ class _Builder:
                 "definitions": self.definitions}
 
     def draw(self, outputs: dict[str, tuple]):
-        """Give the subgraph a checkpoint, and draw with the model and the encoder it returns."""
-        load = self.add("FeatherweightLoadCheckpoint", checkpoint_name=CHECKPOINT)
-        for index, slot in enumerate(self.host["inputs"][:2]):
-            self.link((load, index), self.host, slot)
-        text = self.add("CLIPTextEncode", clip=outputs["CLIP"], text="a feather")
-        latent = self.add("EmptyLatentImage")
+        """Draw with the model that the subgraph returns: of a checkpoint that it is given, with the
+        encoder that it returns; or one that it loads, which is a Flux."""
+        if "CLIP" in outputs:
+            load = self.add("FeatherweightLoadCheckpoint", checkpoint_name=CHECKPOINT)
+            for index, slot in enumerate(self.host["inputs"][:2]):
+                self.link((load, index), self.host, slot)
+            clip, vae = outputs["CLIP"], (load, 2)
+            latent = self.add("EmptyLatentImage")
+        else:
+            clip = self.add("CLIPLoader"), 0
+            vae = self.add("VAELoader", vae_name="ae.safetensors"), 0
+            latent = self.add("EmptySD3LatentImage")
+        text = self.add("CLIPTextEncode", clip=clip, text="a feather")
         sampler = self.add("KSampler", model=outputs["MODEL"], positive=(text, 0),
                            negative=(text, 0), latent_image=(latent, 0), cfg=1.0)
-        decode = self.add("VAEDecode", samples=(sampler, 0), vae=(load, 2))
+        decode = self.add("VAEDecode", samples=(sampler, 0), vae=vae)
         self.add("SaveImage", images=(decode, 0))
 
     def add(self, type: str, **given) -> dict:

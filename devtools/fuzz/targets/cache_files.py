@@ -39,26 +39,38 @@ class VerdictFile(Target):
 class PackedCache(Target):
     name, reads = "packed_cache", "weights packed while loading, as they are kept"
     damaged = staticmethod(safetensors_damaged)
-    wanted = {"a.weight": ("Q4_K", (2, 256)), "b.weight": ("NF4", (4, 64))}
+    types = ("NF4", "int8_convrot", "nvfp4")
 
     def prepare(self):
         import torch
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         from featherweight.loaders.files import packed_cache
-        self.cache, self.entry = packed_cache, self.folder / "featherweight-0.safetensors"
-        parts = {
-            part: torch.ones(shape, dtype={"U8": torch.uint8, "F32": torch.float32}[kind])
-            for part, (shape, kind) in packed_cache._all_parts(self.wanted).items()
-        }
-        return [save(parts)]
+        from featherweight.loaders.files.open_weights import open_weights
+        from featherweight.loaders.models.packed_entry import read_entry, write_entry
+        from featherweight.ops.formats.base import FORMATS
+        from featherweight.ops.quantize.pack_tensor import pack_tensor
+        from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+        self.wanted = {f"{name}.weight": (name, (16, 64)) for name in self.types}
+        self.wanted["plain.bias"] = "F32", (4,)
+        packed = {name: pack_to_type(torch.ones(shape), ROW_TYPES[kind]) if kind in ROW_TYPES
+                  else pack_tensor(torch.ones(shape), FORMATS[kind]) if kind in FORMATS
+                  else torch.ones(shape) for name, (kind, shape) in self.wanted.items()}
+        path = self.folder / "source.safetensors"
+        save_file({"a": torch.ones(1)}, path)
+        self.entry = self.folder / "featherweight-0.safetensors"
+        write_entry(self.entry, open_weights(path), packed, 0.0)
+        self.read_entry = lambda: packed_cache.read(
+            self.entry, lambda entry: read_entry(entry, self.wanted))
+        assert self.read_entry() is not None
+        return [self.entry.read_bytes()]
 
     def read(self, data):
         self.entry.write_bytes(data)
-        found = self.cache.read(self.entry, self.wanted)
-        for name, tensor in (found or {}).items():
+        found = self.read_entry()
+        for name, tensor in (found.weights if found else {}).items():
             assert tuple(tensor.shape) == self.wanted[name][1]
-            tensor.dequantize()
+            tensor.dequantize() if hasattr(tensor, "params") else tensor.sum()
 
 
 class SensitivityFile(Target):

@@ -347,7 +347,7 @@ def test_a_load_that_is_cancelled_keeps_nothing(source, folder, monkeypatch):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("type_name", ("Q8_0", "NF4", *ROW_TYPES))
+@pytest.mark.parametrize("type_name", ["Q8_0", "NF4", *ROW_TYPES])
 @pytest.mark.parametrize("trouble", ["a file in its place", "a full disk",
                                      "a folder that is only read", "another process was faster"])
 def test_where_nothing_can_be_kept_the_model_loads_all_the_same(

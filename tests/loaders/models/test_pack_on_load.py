@@ -386,16 +386,19 @@ def test_the_recipe_packs_again_to_the_same_bytes():
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_weight_that_is_no_number_is_named(value, tmp_path):
+@pytest.mark.parametrize("type_name", ["Q4_K", "NF4", *ROW_TYPES])
+def test_a_weight_that_is_no_number_is_named(type_name, value, tmp_path, monkeypatch):
+    monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
     name = "double_blocks.0.img_mlp.0.weight"
     tensors = {key: values.bfloat16() for key, values in tiny_flux().items()}
     tensors[name][3, 7] = float(value)
     path = tmp_path / "broken.safetensors"
     save_file(tensors, path)
-    said = f"^broken.safetensors: '{name}' cannot be packed to Q4_K: .*NaN or inf"
+    said = f"^broken.safetensors: '{name}' cannot be packed to {type_name}: .*NaN or inf"
     with pytest.raises(WeightFileError, match=said) as error:
-        load_diffusion_model(str(path), pack_to="Q4_K")
+        load_diffusion_model(str(path), pack_to=type_name)
     assert "\n" not in str(error.value) and ".." not in str(error.value)
+    assert not (tmp_path / "cache").exists()
 
 
 TIME = "time_in.in_layer.weight"
@@ -432,8 +435,10 @@ def test_a_weight_that_its_type_cannot_hold_stays_plain_and_is_told(
         assert (told in caplog.text) == (type_name != "NF4")
     assert format_name(found["double_blocks.0.txt_mlp.0.weight"]) == type_name
     assert ("do not fit into" in memory_summary(patcher)) == (type_name != "NF4")
-    # an entry has all weights packed or is none
-    assert len(list((tmp_path / "cache").glob("*"))) == (type_name == "NF4")
+    caplog.clear()
+    again = load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to=type_name)
+    assert "in an earlier load" in memory_summary(again)
+    assert (told in caplog.text) == (type_name != "NF4")
 
 
 def test_what_is_not_packed_stays_in_a_type_that_holds_it(tmp_path):

@@ -1,9 +1,24 @@
 """Packing to ComfyUI's own types while loading, from any file: encoded again, once."""
+import functools
 import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
+import comfy.utils
+import comfy.weight_adapter
+import controlnets
+import model_patches
 import pytest
 import torch
-from patched_models import relative, run, tiny_flux
+import vision_models
+from encoders import ENCODERS
+from encoders.encoder import hidden_states, small_towers
+from encoders.encoder import random_weights as encoder_weights
+from families import relative_error, shrunken_detection
+from host_nodes import MODELS
+from patched_models import flux_inputs, relative, run, tiny_flux
 from recipe_process import digest
 from safetensors.torch import save_file
 from saving import save
@@ -11,18 +26,29 @@ from stored_files import FILES, diffusion_model, written
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import progress
-from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
+from featherweight.loaders.comfyui import who_computes
+from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC, EXACT
 from featherweight.loaders.files import packed_cache
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect.model_summary import memory_summary
+from featherweight.loaders.models import models_beside, pack_on_load
+from featherweight.loaders.models.clip_vision import load_clip_vision
+from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.model_patch import load_model_patch
+from featherweight.loaders.models.pack_on_load import pack_weights
+from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.loaders.packing.source import source_of_file
+from featherweight.loaders.progress import Progress
+from featherweight.loaders.quantizers.comfyui import row_type_of
 from featherweight.ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 each_type = pytest.mark.parametrize("type_name", ROW_TYPES)
 DIFFUSION_FILES = [name for name, (load, *_) in FILES.items() if load is diffusion_model]
+MATRIX = "double_blocks.0.img_mlp.0.weight"
 # Most of the difference to the dense model's output that a type may make on a small random one.
 ERRORS = {"int8_convrot": 0.03, "float8_e4m3fn": 0.1, "mxfp8": 0.1, "nvfp4": 0.3,
           "asym_w4a8_int8": 0.3}
@@ -99,9 +125,246 @@ def test_the_node_says_before_what_becomes_of_the_file_and_after_what_it_lost(ty
 
 
 @each_type
-def test_the_second_load_packs_nothing(type_name, gguf, tmp_path, monkeypatch):
+def test_a_weight_that_its_type_cannot_hold_stays_plain_and_is_told(type_name, tmp_path, caplog):
+    tensors = dict(tiny_flux())
+    tensors[MATRIX] = tensors[MATRIX] / tensors[MATRIX].abs().max() * 1e-41
+    save_file(tensors, tmp_path / "flux.safetensors")
+    packed = load_diffusion_model(str(tmp_path / "flux.safetensors"), pack_to=type_name)
+    assert torch.equal(weights_of(packed)[MATRIX], tensors[MATRIX])
+    assert f"'{MATRIX}' is F32: its values do not fit into {type_name}" in memory_summary(packed)
+
+
+@each_type
+def test_a_width_that_does_not_divide_stays_in_16_bits(type_name, tmp_path):
+    shapes = {"wide": (64, 256), "odd": (72, 100), "conv": (8, 16, 3, 3)}
+    weights = {f"blocks.{number}.{name}.weight": torch.randn(shape).bfloat16()
+               for number in range(2) for name, shape in shapes.items()}
+    save_file(weights, tmp_path / "net.safetensors")
+    file, held = open_weights(tmp_path / "net.safetensors"), dict(weights)
+    pack_weights(file, held, type_name, Progress("packing"))
+    for name, weight in weights.items():
+        takes = ROW_TYPES[type_name].takes(tuple(weight.shape))
+        assert is_packed(held[name]) == takes and ("wide" not in name or takes)
+        assert takes or torch.equal(held[name], weight)
+
+
+def test_comfyui_alone_opens_what_is_kept_and_computes_the_same(gguf, tmp_path, monkeypatch):
+    """A diffusion model and a text encoder, in a process without this pack."""
+    folder = tmp_path / "kept"
+    monkeypatch.setenv(packed_cache.FOLDER, str(folder))
+    shapes = {f"model.layers.0.self_attn.{name}_proj.weight": (rows, 1024)
+              for name, rows in (("q", 2048), ("k", 1024), ("v", 1024))}
+    shapes |= {"model.layers.0.post_attention_layernorm.weight": (1024,),
+               "model.layers.0.self_attn.q_norm.weight": (128,)}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()},
+              tmp_path / "encoder.safetensors")
+    file = open_weights(tmp_path / "encoder.safetensors")
+    pack_weights(file, file.state_dict(), "mxfp8", Progress("packing"))
+    [clip] = folder.glob("*.safetensors")
+    loaded, files = {}, {}
+    for type_name in HOST_TYPES:
+        before = set(folder.iterdir())
+        loaded[type_name] = load_diffusion_model(str(gguf), pack_to=type_name,
+                                                 host_formats=AS_COMFYUI)
+        [files[type_name]] = set(folder.iterdir()) - before
+    torch.save(flux_inputs(), tmp_path / "inputs")
+    script = Path(__file__).parents[2] / "support/host_alone.py"
+    subprocess.run([sys.executable, script, tmp_path / "inputs", tmp_path / "out", clip,
+                    *files.values()], check=True)
+    outputs = torch.load(tmp_path / "out")
+    assert outputs["pack"] == [] and outputs[clip.name]["formats"] == {"", "mxfp8"}
+    for type_name, model in loaded.items():
+        assert relative(outputs[files[type_name].name]["model"], run(model)) < 1e-5
+
+
+def test_the_next_start_packs_nothing(gguf, tmp_path, monkeypatch):
+    """In another process, which cannot pack."""
     monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "kept"))
-    first, second = (load_diffusion_model(str(gguf), pack_to=type_name) for _ in range(2))
-    assert "kept for the next time" in memory_summary(first)
-    assert memory_summary(second).endswith("packed from Q4_K in an earlier load")
+    first = load_diffusion_model(str(gguf), pack_to="int8_convrot")
+    monkeypatch.setattr(pack_on_load, "pack_to_type", None)
+    second = load_diffusion_model(str(gguf), pack_to="int8_convrot")
+    assert re.search(r"packed from Q4_K in an earlier load, \d\d dB above what was lost, kept in",
+                     memory_summary(second))
     assert digest(first) == digest(second)
+
+
+# --- models beside a diffusion model, and text encoders ---
+
+def layers_of_the_host(model) -> int:
+    return sum(isinstance(weight.data, QuantizedTensor) and not is_packed(weight.data)
+               for weight in model.parameters())
+
+
+@pytest.fixture
+def as_comfyui(monkeypatch):
+    """As on a GPU whose kernels multiply every type."""
+    automatic = who_computes.packed_formats
+
+    def packed_formats(host_formats, device):
+        return automatic(AS_COMFYUI if host_formats == AUTOMATIC else host_formats, device)
+
+    return lambda: monkeypatch.setattr(models_beside, "packed_formats", packed_formats)
+
+
+some_controlnets = ("flux", "sd1.5", "hunyuan-dit")
+KINDS_BESIDE = [
+    *(pytest.param(controlnets.KINDS, name, type_name, id=f"{name}-{type_name}",
+                   marks=() if name in some_controlnets and number == 0 else pytest.mark.heavy)
+      for name in controlnets.KINDS for number, type_name in enumerate(HOST_TYPES)),
+    *(pytest.param(model_patches.KINDS, name, type_name, id=f"{name}-{type_name}",
+                   marks=() if name.startswith(("Qwen", "Z-Image Fun 2.0 lite")) and number == 0
+                   else pytest.mark.heavy)
+      for name in model_patches.KINDS for number, type_name in enumerate(HOST_TYPES)),
+    *(pytest.param(vision_models.VISION_MODELS, name, type_name, id=f"{name}-{type_name}",
+                   marks=() if name.startswith("CLIP H") and number == 0 else pytest.mark.heavy)
+      for name in vision_models.VISION_MODELS for number, type_name in enumerate(HOST_TYPES))]
+# whose layers ComfyUI renames without their scales, or has of torch's own
+NOT_THE_HOSTS = ("Z-Image", "hunyuan-dit", "CLIP H of open_clip")
+
+
+@pytest.mark.parametrize(("kinds", "name", "type_name"), KINDS_BESIDE)
+def test_a_model_beside_has_the_hosts_layers_where_its_loader_takes_them(
+        kinds, name, type_name, tmp_path, monkeypatch, as_comfyui):
+    path, kind = str(tmp_path / "net.safetensors"), kinds[name]
+    if kinds is controlnets.KINDS:
+        controlnets.shrunken_controlnet(kind, monkeypatch)
+        weights, load, network = kind.weights(), load_controlnet, lambda net: net.control_model
+        out = functools.partial(controlnets.sample, kind)
+    elif kinds is model_patches.KINDS:
+        model_patches.shrink(monkeypatch)
+        shrunken_detection(MODELS[kind.base], monkeypatch)
+        weights, load, network = kind.weights(), load_model_patch, lambda patch: patch.model
+        out = functools.partial(model_patches.sample, kind)
+    else:
+        vision_models.shrink(monkeypatch)
+        weights, load, network = kind(), load_clip_vision, lambda vision: vision.patcher.model
+        picture = torch.rand(1, 64, 64, 3)
+        out = lambda vision: vision.encode_image(picture)["last_hidden_state"]  # noqa: E731
+    save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    own = load(path, type_name)
+    packed = sum(is_packed(weight.data) and row_type_of(weight.data) == type_name
+                 for weight in network(own).parameters())
+    assert layers_of_the_host(network(own)) == 0  # on this CPU
+    as_comfyui()
+    of_the_host = load(path, type_name)
+    is_theirs = not name.startswith(NOT_THE_HOSTS)
+    assert layers_of_the_host(network(of_the_host)) == packed * is_theirs
+    assert relative_error(out(of_the_host), out(own)) < (0.05 if is_theirs else 1e-6)
+
+
+ENCODERS_READ = ("t5-xxl of transformers", "qwen3-4b", "clip-l")
+
+
+@pytest.mark.parametrize(("name", "type_name"), [
+    pytest.param(name, type_name, marks=() if name in ENCODERS_READ and type_name == "int8_convrot"
+                 else pytest.mark.heavy) for name in ENCODERS for type_name in HOST_TYPES])
+def test_a_text_encoder_has_the_hosts_layers_where_it_is_asked_for(name, type_name, tmp_path):
+    encoder, path = ENCODERS[name], str(tmp_path / "encoder.safetensors")
+    with small_towers(encoder):
+        weights = {key: value.bfloat16() for key, value in encoder_weights(encoder).items()}
+        weights |= {key: torch.zeros(shape) for key, shape in encoder.markers.items()
+                    if key not in weights}
+        save_file({key: value.contiguous() for key, value in weights.items()}
+                  | dict(encoder.extra), path)
+        own, of_the_host = (
+            load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options,
+                              pack_to=type_name, host_formats=formats)
+            for formats in (EXACT, AS_COMFYUI))
+        packed = sum(is_packed(weight.data) and row_type_of(weight.data) == type_name
+                     for weight in own.patcher.model.parameters())
+        theirs = layers_of_the_host(of_the_host.patcher.model)
+        # tables stay this pack's; stacked experts are one weight of several of the host's
+        assert bool(theirs) == bool(packed) and (name != "clip-l" or not packed)
+        assert relative_error(hidden_states(of_the_host), hidden_states(own)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b"])
+@each_type
+def test_a_lora_has_its_full_effect_on_a_text_encoder(name, type_name, tmp_path):
+    """Whoever multiplies: the same as on the values that are held."""
+    encoder, path = ENCODERS[name], str(tmp_path / "encoder.safetensors")
+    with small_towers(encoder):
+        save_file({key: value.contiguous() for key, value in encoder_weights(encoder).items()},
+                  path)
+        clips = [load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options,
+                                   pack_to=type_name, host_formats=formats)
+                 for formats in (EXACT, AS_COMFYUI)]
+        key = next(key for key, weight in clips[0].patcher.model.named_parameters()
+                   if is_packed(weight.data) and row_type_of(weight.data) == type_name)
+        weight = comfy.utils.get_attr(clips[0].patcher.model, key)
+        change = 0.1 * torch.randn(weight.shape[0], 4), torch.randn(4, weight.shape[1])
+        outputs = []
+        for clip in clips:
+            plain = hidden_states(clip)
+            adapter = comfy.weight_adapter.LoRAAdapter(set(), (*change, 4.0, None, None, None))
+            patched = clip.clone()
+            patched.add_patches({key: adapter}, 1.0)
+            outputs.append(hidden_states(patched) - plain)
+        assert relative_error(outputs[1], outputs[0]) < 0.02
+
+
+# --- the device, and the time ---
+
+def watch_packing(monkeypatch, look: Callable[[torch.Tensor], object]):
+    """Has each weight looked at before it is packed."""
+    def watched(pack):
+        def run(values, *arguments):
+            look(values)
+            return pack(values, *arguments)
+        return run
+
+    for name in ("pack_tensor", "pack_to_type"):
+        monkeypatch.setattr(pack_on_load, name, watched(getattr(pack_on_load, name)))
+
+
+@pytest.mark.fake_gpus
+@pytest.mark.parametrize("type_name", [
+    pytest.param(name, marks=() if name in ("Q8_0", "NF4", "int8_convrot", "nvfp4")
+                 else pytest.mark.heavy) for name in pack_on_load.TYPES])
+def test_packing_runs_on_the_device_that_computes(type_name, gguf, tmp_path, monkeypatch):
+    devices, packed = set(), {}
+    watch_packing(monkeypatch, lambda values: devices.add(values.device.type))
+    save_file(tiny_flux(), tmp_path / "flux.safetensors")
+    for kind in ("cuda", "cpu"):
+        devices.clear()
+        held = dict(open_weights(tmp_path / "flux.safetensors").state_dict())
+        pack_weights(open_weights(tmp_path / "flux.safetensors"), held, type_name,
+                     Progress("packing"), device=torch.device(kind))
+        assert devices == {kind} and {value.device.type for value in held.values()} == {"cpu"}
+        packed[kind] = held
+    for name in packed["cpu"]:
+        parts = [packed_tensors(each[name]) if is_packed(each[name]) else [each[name]]
+                 for each in packed.values()]
+        assert all(map(torch.equal, *parts)), name
+    devices.clear()
+    model = load_diffusion_model(str(tmp_path / "flux.safetensors"), pack_to=type_name)
+    assert devices == {model.load_device.type} == {"cuda"}
+
+
+@pytest.mark.fake_gpus
+@pytest.mark.parametrize("type_name", ["Q8_0", "NF4", "int8_convrot"])
+def test_a_weight_too_large_for_the_device_is_packed_on_the_cpu(type_name, tmp_path, monkeypatch,
+                                                               caplog):
+    save_file(tiny_flux(), tmp_path / "flux.safetensors")
+    file, devices = open_weights(tmp_path / "flux.safetensors"), []
+
+    def short(values):
+        devices.append(values.device.type)
+        if values.device.type == "cuda" and len(values) == 1024:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    watch_packing(monkeypatch, short)
+    held = file.state_dict()
+    pack_weights(file, held, type_name, Progress("packing"), device=torch.device("cuda"))
+    assert devices.count("cpu") == 2 and devices.count("cuda") == 13
+    assert is_packed(held[MATRIX]) and caplog.text.count("so it is packed on the CPU") == 1
+
+
+def test_of_a_large_model_the_time_is_told_before(gguf, monkeypatch):
+    texts, clock = [], iter(range(100000))
+    monkeypatch.setattr(pack_on_load, "MANY_VALUES", 1 << 20)
+    monkeypatch.setattr(pack_on_load.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(progress, "_text_sender", lambda: texts.append)
+    load_diffusion_model(str(gguf), pack_to="int8_convrot")
+    before = next(text for text in texts if "becomes" in text)
+    assert re.search(r"MB, in about \d+ s\npacking", before), before

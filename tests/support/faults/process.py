@@ -60,17 +60,16 @@ def copied(folder: Path) -> str:
         del os.environ[network_drives.FILES_ENV]
 
 
-def kept(folder: Path, name: str = "packed") -> str:
+def kept(type_name: str, is_new: bool = False):
     """Packed while it loads, and kept, or found there."""
-    os.environ[packed_cache.FOLDER] = str(folder / name)
-    try:
-        return loaded("dense.safetensors", pack_to="Q8_0")(folder)
-    finally:
-        del os.environ[packed_cache.FOLDER]
-
-
-def kept_anew(folder: Path) -> str:
-    return kept(folder, f"packed {next(NUMBERS)}")
+    def run(folder: Path) -> str:
+        name = f"packed {next(NUMBERS)}" if is_new else "packed"
+        os.environ[packed_cache.FOLDER] = str(folder / name)
+        try:
+            return loaded("dense.safetensors", pack_to=type_name)(folder)
+        finally:
+            del os.environ[packed_cache.FOLDER]
+    return run
 
 
 def saved(name: str, kind: str):
@@ -104,8 +103,9 @@ def judged(folder: Path) -> str:
 WORK = {
     "load GGUF": loaded("model.gguf"), "load GGUF, copied": copied,
     "load NF4": loaded("nf4.safetensors"),
-    "pack while loading": loaded("dense.safetensors", pack_to="Q8_0"), "packed cache": kept,
-    "write packed cache": kept_anew, "save GGUF": saved("a.gguf", "Q8_0"),
+    "pack while loading": loaded("dense.safetensors", pack_to="Q8_0"), "packed cache": kept("Q8_0"),
+    **{f"write packed cache of {name}": kept(name, is_new=True)
+       for name in ("Q8_0", "NF4", "int8_convrot")}, "save GGUF": saved("a.gguf", "Q8_0"),
     "save NF4": saved("a.safetensors",
                       "NF4"), "LoRA": lora, "sensitivity": measured, "verdicts": judged
 }
