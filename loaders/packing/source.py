@@ -27,7 +27,7 @@ from ...ops.tensor.packed_tensor import relabel
 from ...ops.tensor.row_slicing import take_rows
 from ..comfyui.detection import find_side_model, reject_non_diffusion, try_detect
 from ..comfyui.diffusers_keys import JoinedRows
-from ..comfyui.quantized_weights import as_tensors, read_marked
+from ..comfyui.quantized_weights import as_tensors, packed_of_host, read_marked
 from ..comfyui.weight_keys import model_prefix, to_comfy_keys
 from ..files.container import FileChangeGuard, WeightFile, WeightFileError, first_line, map_file
 from ..files.diffusers_folder import MODEL_FOLDERS
@@ -412,10 +412,22 @@ def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
     for key in patched_values.weight_names(patcher, prefix):
         name = key.removeprefix(prefix)
         weights[name] = Weight(name, key, tuple(patched_values.patched_shape(patcher, key)),
-                               patched_values.unpatched_weight(patcher, key),
+                               _unpatched_tensor(patcher, key),
                                patched_values.row_reader(patcher, key),
                                tuple(patched_values.effective_patches(patcher, key)))
     return weights
+
+
+def _unpatched_tensor(patcher, key: str) -> torch.Tensor:
+    """Returns a weight without its patches, packed where the host's own layer holds its bytes."""
+    tensor = patched_values.unpatched_weight(patcher, key)
+    if not isinstance(tensor, QuantizedTensor) or is_packed(tensor):
+        return tensor
+    layer = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0])
+    if getattr(layer, "pre_quant_scale", None) is not None:
+        return tensor
+    packed = packed_of_host(tensor)
+    return tensor if packed is None else packed
 
 
 def _extra_tensor(name: str, tensor: torch.Tensor) -> Weight:

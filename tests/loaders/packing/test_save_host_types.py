@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from saving import SIBLINGS, save, with_markers
 from stored_files import FILES, diffusion_model, written
 
+from featherweight.loaders.comfyui.who_computes import EXACT
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
@@ -139,9 +140,12 @@ def test_a_file_saved_again_is_the_same_bit_for_bit(tmp_path, kind):
     save_file({name: tensor.bfloat16() for name, tensor in tiny_flux().items()},
               tmp_path / "model.safetensors")
     first = save(source_of_file(tmp_path / "model.safetensors"), tmp_path / "a.safetensors", kind)
-    model = load_diffusion_model(str(first.path), host_formats="exact, from the file's weights")
+    model = load_diffusion_model(str(first.path), host_formats=EXACT)
+    of_host = comfy.sd.load_diffusion_model(str(first.path))
+    assert isinstance(of_host.get_model_object(f"diffusion_model.{BLOCK}"), QuantizedTensor)
     for number, wanted in enumerate((kind, KEEP_TYPES)):
-        for source in (source_of_file(first.path), source_of_model(model)):
+        for source in (source_of_file(first.path), source_of_model(model),
+                       source_of_model(of_host)):
             assert suffix_for(source, wanted) == ".safetensors"
             again = save(source, tmp_path / f"b{number}.safetensors", wanted, overwrite=True)
             expected, tensors = stored(first.path), stored(again.path)
