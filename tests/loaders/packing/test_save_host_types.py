@@ -1,6 +1,8 @@
 """Files in ComfyUI's own types are such as ComfyUI's own: it opens them without this pack, and what
 is in them is the model with its LoRAs, rounded once."""
 import json
+import math
+import random
 import re
 import subprocess
 import sys
@@ -27,9 +29,12 @@ from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing import save as packing
+from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,
+    MIXES,
+    SaveOptions,
     plan_file,
     suffix_for,
 )
@@ -153,6 +158,39 @@ def test_a_file_saved_again_is_the_same_bit_for_bit(tmp_path, kind):
             for name, tensor in expected.items():
                 assert torch.equal(tensors[name].view(-1).view(torch.uint8),
                                    tensor.view(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("mix", [mix for mix in MIXES if {*mix} <= {*HOST_TYPES}], ids="+".join)
+def test_a_size_is_met_with_two_types_and_the_host_opens_the_file(tmp_path, mix):
+    save_file({name: tensor.bfloat16() for name, tensor in tiny_flux().items()},
+              tmp_path / "model.safetensors")
+    source = source_of_file(tmp_path / "model.safetensors")
+    finest, coarsest = (plan_file(source, tmp_path / "a.safetensors", kind).nbytes for kind in mix)
+    size = random.randint((3 * coarsest + finest) // 4, (coarsest + 3 * finest) // 4)
+    saved = save(source, tmp_path / "a.safetensors", size, row_types=mix)
+    assert 0.9 * size < saved.nbytes == saved.path.stat().st_size <= size
+    assert {*mix} <= {*saved.types.values()} <= {*mix, "BF16"}
+    values = host_values(comfy.sd.load_diffusion_model(str(saved.path)))
+    for name, weight in source.weights.items():
+        kind = saved.types[name]
+        assert db(values[name], weight.read(0, len(values[name]))) > LEAST_DB.get(kind, 55), name
+    with pytest.raises(PlanError, match="with the smallest type wherever one may be packed it tak"):
+        save(source, tmp_path / "b.safetensors", coarsest // 2, row_types=mix)
+
+
+def test_a_measured_layer_that_moves_the_output_takes_the_finer_type(tmp_path):
+    source = source_of_model(packed_flux("Q8_0"))
+    mix = ("int8_convrot", "nvfp4")
+    packed = [name for name, kind in plan_file(source, tmp_path / "a.safetensors", mix[1]).types
+              .items() if kind == mix[1]]
+    moving = random.choice(packed)
+    size = plan_file(source, tmp_path / "a.safetensors", mix[1]).nbytes + math.prod(
+        source.shapes[moving])
+    costs = {name: {"Q4_K": 1.0 if name == moving else 1e-9} for name in packed}
+    sensitivity = Sensitivity(costs, {name: source.shapes[name] for name in packed}, {}, "measured")
+    types = plan_file(source, tmp_path / "a.safetensors", size,
+                      SaveOptions(sensitivity, row_types=mix)).types
+    assert types[moving] in ("int8_convrot", "F16", "BF16")
 
 
 def test_a_type_that_the_host_does_not_read_is_refused(tmp_path):
@@ -332,6 +370,13 @@ def test_the_rules_are_those_of_the_tools():
         ("qwen_image", ["transformer_blocks.0.img_mod.1"], "transformer_blocks.1.img_mod.1"),
         ("cosmos", ["blocks.0.mlp.layer1", "blocks.1.adaln_modulation_mlp.1"],
          "blocks.1.mlp.layer1"),
+        ("lens", ["transformer_blocks.3.img_mod.1", "transformer_blocks.3.txt_mod.1"],
+         "transformer_blocks.0.attn.img_qkv"),
+        ("omnigen2", ["time_caption_embed.caption_embedder.1", "layers.0.norm1.linear"],
+         "layers.0.attn.to_q"),
+        ("text encoder", ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj",
+                          "model.layers.1.linear_attn.in_proj_a", "visual.blocks.0.a"],
+         "model.layers.1.linear_attn.in_proj_qkv"),
         ("general", ["txtfusion.layers.0.a", "tmlp.0", "token_refiner.0.a"], "blocks.0.a"),
     ):
         rules = next(rules for rules in (*RULES_BY_FAMILY, GENERAL_RULES) if rules.name == name)
