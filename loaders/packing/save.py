@@ -226,6 +226,7 @@ class WeightPacker:
         if self.plan.is_safetensors:
             smaller = [each for each in self.plan.options.row_types
                        if bits_per_value(each) >= 8 and divides_rows(each, weight.shape)]
+        too_large = None  # the first type that the size leaves no room for
         for other in dict.fromkeys((weight.half, "BF16", *smaller, "F32")):
             nbytes, other_bits = self._nbytes_with(weight, type_name, other), bits_per_value(other)
             is_allowed = (
@@ -234,6 +235,8 @@ class WeightPacker:
                 or (other_bits > bits and nbytes <= max_bytes)
             )
             if not is_allowed:
+                is_wider = other in ("BF16", "F32") and other_bits > bits
+                too_large = too_large or (other if is_wider else None)
                 continue
             packed = self._try_pack(weight, other)
             if packed is not None:
@@ -241,12 +244,13 @@ class WeightPacker:
                     f"{weight.name} is {other}: its values do not fit into {type_name}.")
                 self.nbytes = nbytes
                 return other, packed
-        nbytes = self._nbytes_with(weight, type_name, "BF16")
+        other = too_large or "BF16"
+        nbytes = self._nbytes_with(weight, type_name, other)
         limit = "" if max_bytes is None else f", which is more than {size_text(max_bytes, DIGITS)}"
         raise SaveError(
             f"The values of {safe_repr(weight.name)} do not fit into {type_name}, and with them in"
-            f" BF16 the file takes {size_text(nbytes, DIGITS)}{limit}. Choose one type in place of"
-            " a size.")
+            f" {other} the file takes {size_text(nbytes, DIGITS)}{limit}. Choose one type in place"
+            " of a size.")
 
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """Returns the bytes of the file, at most, with a weight in another type than planned."""

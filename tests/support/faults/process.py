@@ -106,6 +106,7 @@ WORK = {
     "load NF4": loaded("nf4.safetensors"),
     "pack while loading": loaded("dense.safetensors", pack_to="Q8_0"), "packed cache": kept,
     "write packed cache": kept_anew, "save GGUF": saved("a.gguf", "Q8_0"),
+    "save int8": saved("a.safetensors", "int8_convrot"),
     "save NF4": saved("a.safetensors",
                       "NF4"), "LoRA": lora, "sensitivity": measured, "verdicts": judged
 }
