@@ -2,6 +2,8 @@
 VAE are those that were saved, and text encoders are packed where it reads them packed."""
 import contextlib
 import dataclasses
+import random
+import re
 
 import comfy.sd
 import pytest
@@ -9,6 +11,7 @@ import torch
 from checkpoint_parts import autoencoder, stable_diffusion
 from comfy.quant_ops import QuantizedTensor
 from comfy.sd1_clip import SDClipModel
+from comfy.supported_models import AuraFlow
 from encoders import ENCODERS
 from encoders.encoder import TOKENS, small_towers
 from encoders.encoder import random_weights as random_encoder
@@ -17,13 +20,21 @@ from families import run as run_family
 from safetensors.torch import load_file, save_file
 from saving import save
 
+from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.packing.checkpoint_source import (
     source_of_checkpoint,
     source_of_checkpoint_file,
 )
+from featherweight.loaders.packing.planning import packing_rules
 from featherweight.loaders.packing.planning.file_plan import (
     HOST_TYPES,
+    KEEP_TYPES,
+    MIXES,
+    SaveOptions,
+    plan_file,
 )
+from featherweight.loaders.packing.planning.plan import PlanError
+from featherweight.loaders.packing.source import SaveError
 from featherweight.loaders.quantizers.comfyui_marks import MARK
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -175,3 +186,54 @@ def test_the_host_opens_a_whole_checkpoint(tmp_path, monkeypatch, name, how):
             if not key.startswith(parts_of_marked):
                 assert tensor.shape == expected[key].shape, key
         assert how == "file" or expected.keys() <= tensors.keys()
+
+
+@pytest.mark.parametrize("how", ["model", "file"])
+def test_a_lora_and_a_size_work_as_for_a_model_alone(tmp_path, how):
+    tensors = stable_diffusion()
+    save_file(tensors, tmp_path / "first.safetensors")
+    model = {key.removeprefix(MODEL): value for key, value in tensors.items()
+             if key.startswith(MODEL)}
+    block = next(key for key, value in model.items()
+                 if "transformer_blocks" in key and value.ndim == 2 and value.shape[1] % 256 == 0)
+    lora = {f"diffusion_model.{block.removesuffix('.weight')}.lora_{part}.weight": values * 0.05
+            for part, values in (("up", torch.randn(len(model[block]), 4)),
+                                 ("down", torch.randn(4, model[block].shape[1])))}
+    save_file(lora, tmp_path / "lora.safetensors")
+    if how == "file":
+        source = source_of_checkpoint_file(
+            tmp_path / "first.safetensors", [(str(tmp_path / "lora.safetensors"), 1.0)])
+    else:
+        first, clip, vae = load_checkpoint(str(tmp_path / "first.safetensors"))
+        first, clip = comfy.sd.load_lora_for_models(first, clip, lora, 1.0, 1.0)
+        source = source_of_checkpoint(first, clip, vae)
+    mix = random.choice([mix for mix in MIXES if {*mix} <= {*HOST_TYPES}])
+    coarse, fine = (plan_file(source, tmp_path / "a.safetensors", kind).nbytes
+                    for kind in reversed(mix))
+    size = (coarse + fine) // 2
+    saved = save(source, tmp_path / "a.safetensors", size, row_types=mix)
+    assert coarse <= saved.nbytes <= size and {*mix} <= {*saved.types.values()}
+    assert re.search(r"LoRA 1 \(strength 1\): (9|10)\d\.\d%", saved.text)
+    with pytest.raises(PlanError, match="is too small for this model: .* it takes"):
+        plan_file(source, tmp_path / "b.safetensors", 100_000_000, SaveOptions(row_types=mix))
+    again = load_file(save(source, tmp_path / "b.safetensors", KEEP_TYPES).path)
+    for key, tensor in tensors.items():
+        if key != f"{MODEL}{block}":
+            assert torch.equal(again[key].float(), tensor.float()), key
+
+
+def test_what_cannot_be_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    save_file(stable_diffusion(), tmp_path / "first.safetensors")
+    source = source_of_checkpoint_file(tmp_path / "first.safetensors")
+    for path, wanted, message in (
+            ("a.safetensors", "NF4", "has no weights in types of GGUF or NF4. Choose int8_convrot"),
+            ("a.safetensors", "Q8_0", "has no weights in types of GGUF or NF4"),
+            ("a.safetensors", 10**9, "has no weights in types of GGUF or NF4"),
+            ("a.gguf", "nvfp4", "which is a safetensors file")):
+        with pytest.raises(PlanError, match=message):
+            plan_file(source, tmp_path / path, wanted)
+    written(tmp_path / "second.safetensors", "aura-flow")
+    monkeypatch.setattr(AuraFlow, "clip_target", lambda self, state_dict={}: None)
+    monkeypatch.setattr(packing_rules, "UNREAD_ENCODERS", re.compile("no encoder"))
+    with pytest.raises(SaveError, match="^ComfyUI reads no text encoders from a checkpoint of"):
+        source_of_checkpoint_file(tmp_path / "second.safetensors")
