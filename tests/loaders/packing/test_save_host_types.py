@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import comfy.sd
+import host_alone
 import pytest
 import torch
+from checkpoint_parts import stable_diffusion
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from controlnets import flux_bfl
 from encoders import ENCODERS
@@ -31,6 +33,7 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing import save as packing
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
+from featherweight.loaders.packing.checkpoint_source import source_of_checkpoint_file
 from featherweight.loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,
@@ -260,12 +263,19 @@ def test_comfyui_without_the_pack_computes_files_as_its_own(tmp_path):
                                    values[start:stop])
                       for name, shape in shapes.items() for values in [torch.randn(shape)]})
     clip = save(encoder, tmp_path / "clip.safetensors", "mxfp8").path
+    save_file(stable_diffusion(), tmp_path / "first.safetensors")
+    whole = save(source_of_checkpoint_file(tmp_path / "first.safetensors"),
+                 tmp_path / "whole.safetensors", "nvfp4").path
     torch.save(flux_inputs(), tmp_path / "inputs")
     script = Path(__file__).parents[2] / "support/host_alone.py"
-    subprocess.run(
-        [sys.executable, script, tmp_path / "inputs", tmp_path / "out", clip, *files], check=True)
+    subprocess.run([sys.executable, script, tmp_path / "inputs", tmp_path / "out", clip, whole,
+                    *files], check=True)
     outputs = torch.load(tmp_path / "out")
     assert outputs.pop("pack") == [] and outputs.pop(clip.name)["formats"] == {"", "mxfp8"}
+    checkpoint = outputs.pop(whole.name)
+    picture = host_alone.drawn(*comfy.sd.load_checkpoint_guess_config(str(whole))[:3])
+    assert checkpoint["formats"] == {"", "nvfp4"}
+    assert picture.std() > 0 and (checkpoint["drawn"] - picture).abs().max() < 1e-3
     exact = run(load_diffusion_model(str(tmp_path / "model.safetensors")))
     for kind, out in zip(HOST_TYPES, outputs.values(), strict=True):
         settings, _ = layer_parts(pack_to_type(torch.ones(64, 256), ROW_TYPES[kind]))
