@@ -88,6 +88,7 @@ class Writer(NamedTuple):
 
 WRITERS = {
     "GGUF": Writer(packed_as("Q8_0", ".gguf")), "NF4": Writer(packed_as("NF4", ".safetensors")),
+    **{kind: Writer(packed_as(kind, ".safetensors")) for kind in ("int8_convrot", "nvfp4")},
     "packed cache": Writer(kept), "sensitivity": Writer(measured),
     "verdicts": Writer(judged, known)
 }
