@@ -6,20 +6,26 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import comfy.sd
 import host_alone
+import nunchaku_writer
 import pytest
 import torch
 from checkpoint_parts import stable_diffusion
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from controlnets import flux_bfl
+from diffusers_names import DIFFUSERS, in_diffusers_names
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, small_towers, write_encoder
 from encoders.encoder import random_weights as random_encoder
 from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
 from families import run as run_family
+from ggml_reference import WITHOUT_REFERENCE
+from packed_files import write_ggml
 from patched_models import flux_inputs, lora_for, packed_flux, patched, relative, run, tiny_flux
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,6 +34,7 @@ from stored_files import FILES, diffusion_model, written
 
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.comfyui.who_computes import EXACT
+from featherweight.loaders.files.container import PLAIN_DTYPES
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
@@ -53,6 +60,7 @@ from featherweight.loaders.packing.source import (
     source_of_model,
 )
 from featherweight.loaders.quantizers.comfyui import layer_parts
+from featherweight.ops.formats.base import GGML_FORMATS
 from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -115,19 +123,59 @@ def test_the_host_opens_a_file_and_holds_what_packing_gives(tmp_path, kind):
     assert relative(run(model), run(exact)) < 0.5
 
 
-@pytest.mark.parametrize(("kind", "family"), [
-    pytest.param(kind, family, marks=() if (row + column) % 3 == 0 else pytest.mark.heavy)
-    for column, kind in enumerate(HOST_TYPES) for row, family in enumerate(DIFFUSION_FILES)])
-def test_any_file_is_saved_and_opened_by_the_host(tmp_path, kind, family):
-    _, source_file = written(family, tmp_path)
-    source = source_of_file(source_file.path)
+def floats(dtype: torch.dtype, path: Path):
+    save_file({name: tensor.to(dtype) for name, tensor in tiny_flux().items()}, path)
+
+
+def scaled(dtype: torch.dtype, name: str, path: Path):
+    """Codes beside scales without a mark, in one layer of each block."""
+    tensors = dict(tiny_flux())
+    for layer in [key.removesuffix("weight") for key in tensors if key.endswith("mlp.0.weight")]:
+        codes = (tensors[f"{layer}weight"] * 2000).clamp(-400, 400).to(dtype)
+        tensors |= {f"{layer}weight": codes, f"{layer}{name}": torch.tensor([0.0005])}
+    save_file(tensors, path)
+
+
+def svdquant(precision: str, path: Path):
+    family = FAMILIES["flux-dev"]
+    weights = in_diffusers_names(random_weights(family), DIFFUSERS["flux-dev"](family.config))
+    nunchaku_writer.write(path, nunchaku_writer.flux(weights, precision=precision))
+
+
+# in files of their own, beside DIFFUSION_FILES
+SOURCES: dict[str, Callable[[Path], object]] = {
+    **{str(dtype): partial(floats, dtype) for dtype in PLAIN_DTYPES.values()
+       if dtype.is_floating_point},
+    "fp8 without a mark": partial(scaled, torch.float8_e4m3fn, "weight_scale"),
+    "scales left beside float16": partial(scaled, torch.float16, "weight_scale"),
+    **{f"SVDQuant {precision}": partial(svdquant, precision) for precision in ("int4", "nvfp4")},
+    **{f"GGUF {packed.name}": partial(write_ggml, packed.name) for packed in GGML_FORMATS.values()
+       if packed.plain_dtype is None and packed.name not in WITHOUT_REFERENCE},
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    pytest.param(kind, name, marks=() if (row + column) % (12 if "GGUF" in name else 3) == 0
+                 else pytest.mark.heavy)
+    for column, kind in enumerate(HOST_TYPES)
+    for row, name in enumerate([*DIFFUSION_FILES, *SOURCES])])
+def test_any_file_is_saved_and_opened_by_the_host(tmp_path, kind, name):
+    if name in DIFFUSION_FILES:
+        path = written(name, tmp_path)[1].path
+    else:
+        path = tmp_path / f"model.{'gguf' if 'GGUF' in name else 'safetensors'}"
+        write = SOURCES[name]
+        write(path, tiny_flux()) if "GGUF" in name else write(path)
+    source = source_of_file(path)
     saved = save(source, tmp_path / "a.safetensors", kind)
     values = host_values(comfy.sd.load_diffusion_model(str(saved.path)))
     assert kind in saved.types.values() and values.keys() == source.shapes.keys()
-    for name, weight in source.weights.items():
-        expected = weight.read(0, len(values[name]))
-        packed = saved.types[name] == kind
-        assert db(values[name], expected) > (LEAST_DB[kind] if packed else 55), name
+    for key, weight in source.weights.items():
+        expected = weight.read(0, len(values[key]))
+        packed = saved.types[key] == kind
+        # blocks of random bytes have a few large values each
+        least = (LEAST_DB[kind] - (8 if "GGUF" in name else 0)) if packed else 45
+        assert db(values[key], expected) > least, key
 
 
 @each_type
