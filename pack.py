@@ -1,6 +1,6 @@
 """Packs a model file without ComfyUI's editor.
 
-    python3 pack.py SOURCE OUT --type Q4_K | --size 5.9GB [--lora FILE:0.8 ...]
+    python3 pack.py SOURCE OUT [--type Q4_K] [--size 5.9GB] [--lora FILE:0.8 ...]
 """
 import argparse
 import math
@@ -66,14 +66,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="a model file (safetensors, GGUF), or a diffusers folder (.../transformer)",
     )
     parser.add_argument("out", help="the file to write; it must not exist")
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument(
+    parser.add_argument(
         "--type",
         help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, 'as it is', or one of ComfyUI's own:"
-             " int8_convrot, float8_e4m3fn, mxfp8, nvfp4, asym_w4a8_int8",
+             " int8_convrot, float8_e4m3fn, mxfp8, nvfp4, asym_w4a8_int8; with --size several of"
+             " these, such as int8_convrot+nvfp4",
     )
-    target.add_argument(
-        "--size", type=parse_size, help="the size of the file, such as 5.9GB; never exceeded"
+    parser.add_argument(
+        "--size", type=parse_size,
+        help="the size of the file, such as 5.9GB; never exceeded. Met with types of GGUF, or with"
+             " those that --type names",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        action="store_true",
+        help="write a whole checkpoint in ComfyUI's own types, with SOURCE's VAE and text encoders",
     )
     parser.add_argument(
         "--lora",
@@ -137,9 +144,11 @@ def run(arguments: argparse.Namespace) -> int:
     start_host(find_host())
     import torch
 
+    from featherweight.loaders.packing.checkpoint_source import source_of_checkpoint_file
     from featherweight.loaders.packing.planning.file_plan import (
         HOST_TYPES,
         KEEP_TYPES,
+        MIXES,
         TYPES,
         SaveOptions,
         plan_file,
@@ -149,15 +158,26 @@ def run(arguments: argparse.Namespace) -> int:
     from featherweight.loaders.progress import Progress
     from featherweight.ops.quantize.row_types import ROW_TYPES
 
-    if arguments.type and arguments.type not in (*TYPES, *ROW_TYPES, KEEP_TYPES):
+    chosen = arguments.type.split("+") if arguments.type else []
+    names = (*TYPES, *ROW_TYPES, KEEP_TYPES)
+    unknown = next((name for name in chosen if name not in names), None)
+    if unknown is not None:
         print(
-            f"Failed: unknown type {arguments.type!r}, expected {', '.join((*TYPES, *HOST_TYPES))}"
+            f"Failed: unknown type {unknown!r}, expected {', '.join((*TYPES, *HOST_TYPES))}"
             f" or '{KEEP_TYPES}'."
+        )
+        return USAGE
+    row_types = tuple(name for name in chosen if name in ROW_TYPES)
+    if not (len(row_types) == len(chosen) if arguments.size else len(chosen) == 1):
+        print(
+            "Failed: --type with one type is required, or --size, which may have a --type of"
+            f" ComfyUI's own types, such as {'+'.join(MIXES[0])}."
         )
         return USAGE
     suffixes = {name: [".safetensors"] for name in ("NF4", *ROW_TYPES)}
     suffixes[KEEP_TYPES] = [".gguf", ".safetensors"]
-    if Path(arguments.out).suffix.lower() not in suffixes.get(arguments.type, [".gguf"]):
+    expected = suffixes.get(chosen[0] if chosen else "", [".gguf"])
+    if Path(arguments.out).suffix.lower() not in expected:
         print(
             f"Failed: {arguments.out} has the wrong suffix: NF4 and ComfyUI's own types go into a"
             " file that ends in .safetensors, every other type into one that ends in .gguf."
@@ -169,11 +189,15 @@ def run(arguments: argparse.Namespace) -> int:
 
         sensitivity = load_measurement(arguments.sensitivity)
     with torch.inference_mode():
-        source = source_of_file(arguments.source, arguments.lora)
+        read = source_of_checkpoint_file if arguments.checkpoint else source_of_file
+        source = read(arguments.source, arguments.lora)
         options = SaveOptions(
-            sensitivity, not arguments.loras_as_asked, overwrite=arguments.overwrite
+            sensitivity,
+            not arguments.loras_as_asked,
+            overwrite=arguments.overwrite,
+            row_types=row_types if arguments.size else (),
         )
-        plan = plan_file(source, arguments.out, arguments.type or arguments.size, options)
+        plan = plan_file(source, arguments.out, arguments.size or arguments.type, options)
         print(plan.text, flush=True)
         saved = save(plan, Progress("packing").track)
     print("\n".join([*saved.notes, f"Done: {saved}"]))

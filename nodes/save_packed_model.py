@@ -1,6 +1,7 @@
 """The node Save Packed Model (Featherweight)."""
 import json
 import os
+import re
 
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
@@ -9,8 +10,10 @@ from ..loaders.files.container import WeightFileError
 from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
+from ..loaders.packing.checkpoint_source import source_of_checkpoint
 from ..loaders.packing.planning.file_plan import (
     KEEP_TYPES,
+    MIXES,
     TYPES,
     SaveOptions,
     plan_file,
@@ -30,6 +33,8 @@ from ..ops.quantize.row_types import ROW_TYPES
 from .node_text import show_text
 
 SIZE = "size in GB"
+# option -> types of ComfyUI's own with which the size is met
+SIZES = {SIZE: (), **{f"{SIZE}: {' + '.join(mix)}": mix for mix in MIXES}}
 MIN_SAMPLES = 8  # pictures drawn for positive; each of its prompts is drawn at least once
 WHOLE, AS_ASKED = "arrive whole", "in the type asked for"
 
@@ -71,13 +76,13 @@ class SavePackedModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "type",
-                    options=[*TYPES, KEEP_TYPES, SIZE, *ROW_TYPES],
+                    options=[*TYPES, KEEP_TYPES, SIZE, *ROW_TYPES, *list(SIZES)[1:]],
                     default="Q4_K",
                     tooltip="The type of the large matrices; parts that must stay exact do so. NF4"
                     " makes a safetensors file, the others up to Q2_K GGUF. as it is: each weight"
                     " keeps its type. size in GB: the best mix of types for the size below. The"
-                    " last ones are ComfyUI's own, in a safetensors file that ComfyUI loads by"
-                    " itself.",
+                    " last ones are ComfyUI's own, one or two for the size below, in a safetensors"
+                    " file that ComfyUI loads by itself.",
                 ),
                 io.Float.Input(
                     "size_gb",
@@ -86,8 +91,8 @@ class SavePackedModel(io.ComfyNode):
                     max=1000.0,
                     step=0.001,
                     display_name="size in GB",
-                    tooltip="With type 'size in GB': the largest size the file may have, in GB of"
-                    " 10^9 bytes.",
+                    tooltip="With a type 'size in GB': the largest size the file may have, in GB"
+                    " of 10^9 bytes.",
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -122,7 +127,7 @@ class SavePackedModel(io.ComfyNode):
                     "clip",
                     optional=True,
                     tooltip="Its text encoders are saved too, each in a file of its own in"
-                    " text_encoders.",
+                    " text_encoders; with vae, in the file of the model.",
                 ),
                 io.String.Input(
                     "sensitivity",
@@ -146,6 +151,12 @@ class SavePackedModel(io.ComfyNode):
                     optional=True,
                     tooltip="With positive: an empty latent of the size you use, or of a video's"
                     " length. If nothing is connected: a picture of 512 x 512, or one frame.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Makes the file a whole checkpoint, with this VAE and the text encoders"
+                    " of clip. With ComfyUI's own types only.",
                 ),
             ],
             outputs=[
@@ -172,35 +183,45 @@ class SavePackedModel(io.ComfyNode):
         sensitivity="",
         positive=None,
         latent=None,
+        vae=None,
         **hidden,
     ) -> io.NodeOutput:
         measured = load_measurement(find_sensitivity(sensitivity)) if sensitivity else None
-        for patcher in (model, *([] if clip is None else [clip.patcher])):
+        if vae is not None:
+            vae.throw_exception_if_invalid()
+        for patcher in (model, *(part.patcher for part in (clip, vae) if part is not None)):
             check_saveable(patcher)
-        model_source = source_of_model(model)
+        if vae is None:
+            model_source = source_of_model(model)
+        else:
+            model_source, clip = source_of_checkpoint(model, clip, vae), None
+            filename_prefix = re.sub("^diffusion_models(?=[/\\\\])", "checkpoints", filename_prefix)
         if unsaved := unsaved_parts(model):
             model_source.notes.append(
                 f"Not in the file, because it is not a weight: {', '.join(unsaved)}. Add the nodes"
                 " for it after the loader of the file."
             )
-        if type == SIZE and not 0 < size_gb < float("inf"):
+        if type in SIZES and not 0 < size_gb < float("inf"):
             raise WeightFileError(
                 f"size in GB is {size_gb}; expected the largest size the file may have, such as 6."
             )
 
+        row_types = SIZES.get(type, ())
+
         def new_job(source, prefix: str, label: str, target: str | int) -> tuple:
-            suffix = suffix_for(source, target)
+            suffix = suffix_for(source, target, row_types)
             return source, new_model_path(prefix, label, suffix, folder, not overwrite), target
 
-        if type == SIZE:
-            target, label = round(size_gb * 1e9), f"{size_gb:g}GB"
+        if type in SIZES:
+            target, label = round(size_gb * 1e9), "_".join([f"{size_gb:g}GB", *row_types])
         else:
             target, label = type, type.replace(" ", "_")
         jobs = [new_job(model_source, filename_prefix, label, target)]
         own_name = os.path.basename(filename_prefix.replace("\\", "/"))
         for name, source in ({} if clip is None else source_of_encoders(clip)).items():
             prefix = os.path.join("text_encoders", f"{own_name}_{name}")
-            label = "Q8_0" if type == SIZE else label  # the size is the model's
+            if type in SIZES:  # the size is the model's
+                label = row_types[0] if row_types else "Q8_0"
             jobs.append(new_job(source, prefix, label, type if type == KEEP_TYPES else label))
         for _, path, _ in jobs:
             reject_own_files(path, *(source for source, _, _ in jobs))
@@ -211,7 +232,7 @@ class SavePackedModel(io.ComfyNode):
         for source, path, target in jobs:
             is_model = source is model_source
             options = SaveOptions(
-                measured if is_model else None, loras == WHOLE, metadata, overwrite
+                measured if is_model else None, loras == WHOLE, metadata, overwrite, row_types
             )
             plan = plan_file(source, path, target, options)
             progress.set_heading(plan.text)

@@ -91,6 +91,7 @@ class Writer(NamedTuple):
 
 WRITERS = {
     "GGUF": Writer(packed_as("Q8_0", ".gguf")), "NF4": Writer(packed_as("NF4", ".safetensors")),
+    **{kind: Writer(packed_as(kind, ".safetensors")) for kind in ("int8_convrot", "nvfp4")},
     **{f"packed cache of {name}": Writer(kept_as(name)) for name in ("Q8_0", "NF4", *ROW_TYPES)},
     "sensitivity": Writer(measured),
     "verdicts": Writer(judged, known)

@@ -146,6 +146,30 @@ def in_parts(state_dict: Mapping[str, torch.Tensor],
     return out
 
 
+def packed_of_host(weight: QuantizedTensor) -> PackedTensor | None:
+    """Returns a weight that the host has read as a packed tensor of the same bytes, if one can.
+
+    Args:
+        weight: of one of the host's own layers, whose input has no factors.
+
+    Returns:
+        The packed tensor, which may share the weight's memory; None for a format that is not read
+        here, and for a weight that is filled up to whole blocks.
+    """
+    params = weight._params
+    options = ("convrot", "convrot_groupsize", "group_size")
+    settings = {name: getattr(params, name) for name in options if hasattr(params, name)}
+    for name, algorithm in QUANT_ALGOS.items():
+        if algorithm["comfy_tensor_layout"] == weight._layout_cls and name in READERS:
+            parts = weight.state_dict("weight")
+            try:
+                packed = pack_parts(settings | {"format": name}, parts)
+            except PartError:
+                return None
+            return packed if packed is not None and packed.shape == weight.shape else None
+    return None
+
+
 def read_marked(file: WeightFile, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
     """Returns `with_marks` of `WeightFile.state_dict`, and raises as both do."""
     return with_marks(file, file.state_dict(track))

@@ -30,9 +30,15 @@ from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from .calibration.sequential import SequentialCalibration
+from .layer_losses import LayerLosses
 from .lora_retention import LoraRetention, dot
-from .planning.file_plan import FilePlan, plain_type, written_name
-from .planning.packing_rules import bits_per_value, bytes_in_file, with_fallback
+from .planning.file_plan import FilePlan, plain_type
+from .planning.packing_rules import (
+    bits_per_value,
+    bytes_in_file,
+    divides_rows,
+    with_fallback,
+)
 from .planning.plan import DIGITS, Plan
 from .source import SaveError, Weight
 
@@ -101,7 +107,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
         for name in track(list(source.weights), sizes):
             source.guard()
             type_name, pieces = packed.pop(name, None) or packer.pack(source.weights[name])
-            writer.write(written_name(name, plan.types), type_name, pieces)
+            writer.write(plan.names[name], type_name, pieces)
             source.drop_pages()
         source.guard()
     return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,
@@ -137,7 +143,7 @@ class WeightPacker:
         self.nbytes = plan.nbytes
         self.types: dict[str, str] = {}
         self.copied = 0
-        self.row_error = RelativeError()  # of all weights that were packed to row types
+        self.losses = LayerLosses()
         self.notes: list[str] = []
         self.retention = LoraRetention(weight.patches for weight in self.source.weights.values())
 
@@ -172,9 +178,8 @@ class WeightPacker:
             type_name, packed = self._fall_back(weight, type_name)
         for sums in packed.retention:
             self.retention.sums += sums
-        if type_name in ROW_TYPES:
-            self.row_error.error += packed.relative_error.error
-            self.row_error.power += packed.relative_error.power
+        if type_name not in PLAIN_DTYPES:
+            self.losses.add(weight.name, packed.relative_error)
         self.types[weight.name] = type_name
         return type_name, packed.pieces
 
@@ -189,11 +194,9 @@ class WeightPacker:
         return type_name, [weight]
 
     def report_lines(self) -> list[str]:
-        """Returns sentences on what arrived of the changes, and on weights in unplanned types."""
+        """Returns sentences on losses, on what arrived of the changes, and on unplanned types."""
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
-        if self.row_error.error:
-            decibels = 10 * math.log10(self.row_error.power / self.row_error.error)
-            lines.append(f"The packed weights are {decibels:.1f} dB above their rounding errors.")
+        lines += self.losses.lines()
         lines += map(str, self.retention.shares())
         lines += self.notes[:MAX_NOTES]
         if len(self.notes) > MAX_NOTES:
@@ -210,7 +213,7 @@ class WeightPacker:
         """Packs a weight whose values do not fit into `type_name` in another type.
 
         Tries the 16-bit type of its source, BF16, which holds almost all values, and F32. In a file
-        of limited size Q8_0 comes before F32.
+        of limited size a type of 8 bits comes before F32.
 
         Returns:
             The type, and the weight packed in it.
@@ -220,6 +223,10 @@ class WeightPacker:
         """
         max_bytes, bits = self.plan.max_bytes, bits_per_value(type_name)
         smaller = [] if max_bytes is None else [with_fallback(FINER, weight.shape, "BF16")]
+        if self.plan.is_safetensors:
+            smaller = [each for each in self.plan.options.row_types
+                       if bits_per_value(each) >= 8 and divides_rows(each, weight.shape)]
+        too_large = None  # the first type that the size leaves no room for
         for other in dict.fromkeys((weight.half, "BF16", *smaller, "F32")):
             nbytes, other_bits = self._nbytes_with(weight, type_name, other), bits_per_value(other)
             is_allowed = (
@@ -228,6 +235,8 @@ class WeightPacker:
                 or (other_bits > bits and nbytes <= max_bytes)
             )
             if not is_allowed:
+                is_wider = other in ("BF16", "F32") and other_bits > bits
+                too_large = too_large or (other if is_wider else None)
                 continue
             packed = self._try_pack(weight, other)
             if packed is not None:
@@ -235,12 +244,13 @@ class WeightPacker:
                     f"{weight.name} is {other}: its values do not fit into {type_name}.")
                 self.nbytes = nbytes
                 return other, packed
-        nbytes = self._nbytes_with(weight, type_name, "BF16")
+        other = too_large or "BF16"
+        nbytes = self._nbytes_with(weight, type_name, other)
         limit = "" if max_bytes is None else f", which is more than {size_text(max_bytes, DIGITS)}"
         raise SaveError(
             f"The values of {safe_repr(weight.name)} do not fit into {type_name}, and with them in"
-            f" BF16 the file takes {size_text(nbytes, DIGITS)}{limit}. Choose one type in place of"
-            " a size.")
+            f" {other} the file takes {size_text(nbytes, DIGITS)}{limit}. Choose one type in place"
+            " of a size.")
 
     def _nbytes_with(self, weight: Weight, type_name: str, other: str) -> int:
         """Returns the bytes of the file, at most, with a weight in another type than planned."""

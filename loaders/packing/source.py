@@ -27,7 +27,7 @@ from ...ops.tensor.packed_tensor import relabel
 from ...ops.tensor.row_slicing import take_rows
 from ..comfyui.detection import find_side_model, reject_non_diffusion, try_detect
 from ..comfyui.diffusers_keys import JoinedRows
-from ..comfyui.quantized_weights import as_tensors, read_marked
+from ..comfyui.quantized_weights import as_tensors, packed_of_host, read_marked
 from ..comfyui.weight_keys import model_prefix, to_comfy_keys
 from ..files.container import FileChangeGuard, WeightFile, WeightFileError, first_line, map_file
 from ..files.diffusers_folder import MODEL_FOLDERS
@@ -54,6 +54,7 @@ MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm
 CONFIG = "config"
 # Metadata of a file that says how that file is packed.
 NOT_KEPT = ("general.", "featherweight.", "quantization", "_quantization")
+INPUT_SCALES = (".input_scale", ".scale_input")  # which are not of a weight
 ADVICE = "Remove it, or put it after the loader of the new file instead."
 COMPARED = 1 << 14  # values of a weight by which a file is known to be the one it was loaded from
 
@@ -167,6 +168,8 @@ class Source:
         paths: of the files they were loaded from, which a new file may not replace.
         metadata: texts that the host reads beside the weights.
         is_side_model: whether it is one of `SIDE_MODELS`.
+        parts: of a whole checkpoint, next to its diffusion model; `weights` has theirs too.
+        file_names: name -> name in a file, where they differ.
     """
 
     weights: dict[str, Weight]
@@ -177,6 +180,15 @@ class Source:
     paths: Collection[Path] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     is_side_model: bool = False
+    parts: Sequence["Part"] = ()
+    file_names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def model(self) -> "Source":
+        """The diffusion model alone."""
+        others = {name for part in self.parts for name in part.names.values()}
+        weights = {name: weight for name, weight in self.weights.items() if name not in others}
+        return replace(self, weights=weights, parts=()) if self.parts else self
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -194,6 +206,21 @@ class Source:
         return [name for name, weight in self.weights.items() if weight.patches]
 
 
+@dataclass
+class Part:
+    """A text encoder of a whole checkpoint, or all that is never packed in it, such as the VAE.
+
+    Attributes:
+        source: with the names that its rules know.
+        names: name in `source` -> name in the checkpoint.
+        may_be_packed: whether the host reads it packed.
+    """
+
+    source: Source
+    names: Mapping[str, str]
+    may_be_packed: bool
+
+
 def source_of_model(patcher) -> Source:
     """Returns the source of a MODEL, the host's ModelPatcher, packed or not, with its patches.
 
@@ -209,7 +236,7 @@ def source_of_model(patcher) -> Source:
     elif notes:
         notes = [_as_held(weights, _plain_names(weights), "; ".join(notes))]
     for name, tensor in _markers(patcher).items():
-        weights.setdefault(name, _extra_tensor(name, tensor))
+        weights.setdefault(name, extra_tensor(name, tensor))
     source = _source(weights, patcher)
     source.notes += [*notes, *_notes_on_merges(weights)]
 
@@ -376,10 +403,15 @@ def source_of_encoders(clip) -> dict[str, Source]:
     for part, part_weights in parts.items():
         tokenizer = clip.tokenizer if len(parts) == 1 else getattr(clip.tokenizer, part, None)
         part_weights = _rename_for_file(part, part_weights)
-        for name, tensor in _tokenizer_tensors(tokenizer).items():
-            part_weights[name] = _extra_tensor(name, tensor)
+        for name, tensor in tokenizer_tensors(tokenizer).items():
+            part_weights[name] = extra_tensor(name, tensor)
         sources[part] = _source(part_weights, clip.patcher)
     return sources
+
+
+def source_of_patcher(patcher) -> Source:
+    """Returns the source of all weights of a host's ModelPatcher by their names in its model."""
+    return _source(_weights_of(patcher, ""), patcher)
 
 
 def _source(weights: dict[str, Weight], patcher) -> Source:
@@ -412,13 +444,25 @@ def _weights_of(patcher, prefix: str) -> dict[str, Weight]:
     for key in patched_values.weight_names(patcher, prefix):
         name = key.removeprefix(prefix)
         weights[name] = Weight(name, key, tuple(patched_values.patched_shape(patcher, key)),
-                               patched_values.unpatched_weight(patcher, key),
+                               _unpatched_tensor(patcher, key),
                                patched_values.row_reader(patcher, key),
                                tuple(patched_values.effective_patches(patcher, key)))
     return weights
 
 
-def _extra_tensor(name: str, tensor: torch.Tensor) -> Weight:
+def _unpatched_tensor(patcher, key: str) -> torch.Tensor:
+    """Returns a weight without its patches, packed where the host's own layer holds its bytes."""
+    tensor = patched_values.unpatched_weight(patcher, key)
+    if not isinstance(tensor, QuantizedTensor) or is_packed(tensor):
+        return tensor
+    layer = comfy.utils.get_attr(patcher.model, key.rpartition(".")[0])
+    if getattr(layer, "pre_quant_scale", None) is not None:
+        return tensor
+    packed = packed_of_host(tensor)
+    return tensor if packed is None else packed
+
+
+def extra_tensor(name: str, tensor: torch.Tensor) -> Weight:
     """Returns a tensor that is in the file next to the model's weights."""
     return Weight(name, name, tuple(tensor.shape), tensor, lambda start, stop: tensor)
 
@@ -434,7 +478,7 @@ def _rename_for_file(part: str, weights: Mapping[str, Weight]) -> dict[str, Weig
     return renamed
 
 
-def _tokenizer_tensors(tokenizer) -> dict[str, torch.Tensor]:
+def tokenizer_tensors(tokenizer) -> dict[str, torch.Tensor]:
     """Returns name -> bytes (uint8) of what the host builds a tokenizer from, as its CLIPSave does.
     """
     state = {} if tokenizer is None else tokenizer.state_dict()
@@ -487,9 +531,9 @@ def source_of_file(path: str | os.PathLike, loras: Sequence[tuple[str, float]] =
     model = try_detect(_empty_model, tensors) if loras else None
     patches, notes = _patches_of(model, loras, os.path.basename(path)) if loras else ({}, [])
     weights = {
-        name: _weight_of_file(name, tensor, patches.get(name, ()))
+        name: weight_of_file(name, tensor, patches.get(name, ()))
         for name, tensor in tensors.items()
-        if not name.endswith((".input_scale", ".scale_input"))
+        if not name.endswith(INPUT_SCALES)
     }
     missing = patches.keys() - weights.keys()
     if missing:
@@ -525,7 +569,8 @@ def _in_the_hosts_names(file: WeightFile, state_dict: dict[str, torch.Tensor],
     return (tensors if is_side_model else to_comfy_keys(tensors, lazy=True)) | markers
 
 
-def _weight_of_file(name: str, tensor, patches: Sequence[Patch]) -> Weight:
+def weight_of_file(name: str, tensor, patches: Sequence[Patch] = ()) -> Weight:
+    """Returns a weight of a diffusion model, or of another part of a checkpoint, in a file."""
     return Weight(name, f"{DIFFUSION_MODEL}{name}", tuple(tensor.shape), patches=tuple(patches),
                   **_stored(tensor))
 

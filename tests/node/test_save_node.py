@@ -3,15 +3,19 @@ import json
 from pathlib import Path
 
 import comfy.cli_args
+import comfy.sd
 import folder_paths
 import pytest
+from checkpoint_parts import stable_diffusion
 from patched_models import lora_for, packed_flux, patched, run, tiny_flux
+from safetensors.torch import save_file
 
 from featherweight.loaders.files import network_drives
 from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import SaveError
 from featherweight.nodes.save_packed_model import AS_ASKED, SIZE, SavePackedModel
 
@@ -97,6 +101,30 @@ def test_types_sizes_and_files_of_both_kinds(output):
     assert saved(model, "NF4")[0].name == "ComfyUI_NF4_00001_.safetensors"
     assert saved(model, "mxfp8")[0].name == "ComfyUI_mxfp8_00001_.safetensors"
     assert saved(model, "as it is")[0].name == "ComfyUI_as_it_is_00001_.gguf"
+
+
+def test_a_size_is_met_with_types_of_comfyuis_own_and_encoders_take_the_first(output):
+    option = f"{SIZE}: int8_convrot + nvfp4"
+    path, report = saved(packed_flux("Q8_0"), option, 0.0032)
+    assert path.name == "ComfyUI_0.0032GB_int8_convrot_nvfp4_00001_.safetensors"
+    assert "int8_convrot: " in report and "nvfp4: " in report
+    assert 2_900_000 < path.stat().st_size <= 3_200_000
+
+
+def test_with_a_vae_the_file_is_a_whole_checkpoint(output, tmp_path):
+    save_file(stable_diffusion(), tmp_path / "first.safetensors")
+    parts = comfy.sd.load_checkpoint_guess_config(str(tmp_path / "first.safetensors"))[:3]
+    model, clip, vae = parts
+    path, report = saved(model, "nvfp4", clip=clip, vae=vae)
+    assert path == output / "checkpoints" / "ComfyUI_nvfp4_00001_.safetensors"
+    assert list(output.rglob("*.safetensors")) == [path] and "nvfp4: " in report
+    assert all(comfy.sd.load_checkpoint_guess_config(str(path))[:3])
+    without, _ = saved(model, "nvfp4", filename_prefix="checkpoints/small", vae=vae)
+    assert comfy.sd.load_checkpoint_guess_config(str(without), output_clip=False)[2] is not None
+    with pytest.raises(PlanError, match="A whole checkpoint has no weights in types of GGUF"):
+        saved(model, "Q4_K", clip=clip, vae=vae)
+    with pytest.raises(RuntimeError, match="VAE is invalid"):
+        saved(model, "nvfp4", clip=clip, vae=comfy.sd.VAE(sd={}))
 
 
 def test_types_are_appended_so_that_saved_workflows_keep_theirs():

@@ -10,13 +10,14 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
 
 def quantised(weight: torch.Tensor, layout: str, options: dict):
-    """(parts of a file, values in float32); options: with "qdata", the weight's own tensors."""
+    """(parts of a file, values in float32); options: with "qdata", what the layout says of the
+    weight's own codes."""
     if "qdata" in options:
-        tensors = dict(options)
+        settings = dict(options)
+        codes = settings.pop("qdata")
         params = get_layout_class(layout).Params(
-            orig_dtype=torch.float32, orig_shape=tuple(weight.shape), scale=tensors["scale"],
-            zeros=tensors["zeros"])
-        packed = QuantizedTensor(tensors["qdata"], layout, params)
+            orig_dtype=torch.float32, orig_shape=tuple(weight.shape), **settings)
+        packed = QuantizedTensor(codes, layout, params)
         return packed.state_dict("weight"), packed.dequantize()
     packed = QuantizedTensor.from_float(weight, layout, **options)
     params = dataclasses.replace(packed._params, orig_dtype=torch.float32)

@@ -2,7 +2,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +36,10 @@ TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")
 HOST_TYPES = tuple(
     name for name in ROW_TYPES if name == "int8_convrot" or name in QUANT_ALGOS)
 KEEP_TYPES = "as it is"  # in place of a type: each weight keeps the type it is stored in
+# Sets of ComfyUI's own types that a size may be met with, the finest first: those that the same
+# devices multiply.
+MIXES = (("int8_convrot", "asym_w4a8_int8"), ("int8_convrot", "nvfp4"), ("float8_e4m3fn", "nvfp4"),
+         ("mxfp8", "nvfp4"))
 COARSE_BITS = 3.0  # bits of a value below which saving a model again is worth a warning
 # Norms that are called `.scale` in the field's files.
 NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")
@@ -51,12 +55,14 @@ class SaveOptions:
             the LoRA arrives whole.
         metadata: texts for the file.
         overwrite: whether the file may replace one of the same name.
+        row_types: names of ROW_TYPES with which a size is met; none: it is met with types of GGUF.
     """
 
     sensitivity: Sensitivity | None = None
     keep_loras: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
+    row_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class FilePlan:
         target: a type, KEEP_TYPES or a size, as for `plan_file`.
         options: how it is saved.
         types: name -> type of each weight of numbers.
+        names: name -> name in the file of every tensor.
         tensors: name in the file -> (shape, type) of every tensor.
         metadata: of the file.
         nbytes: the size of the file, at most the target's.
@@ -80,6 +87,7 @@ class FilePlan:
     target: str | int
     options: SaveOptions
     types: dict[str, str]
+    names: dict[str, str]
     tensors: dict[str, tuple[tuple[int, ...], str]]
     metadata: dict
     nbytes: int
@@ -99,10 +107,11 @@ class FilePlan:
         """Notes for people on what the file will lack, and on its measurement."""
         notes = [*self.source.notes, *_warnings(self.source), *self._notes_on_widths()]
         if self.options.sensitivity is not None:
-            rules = rules_for(self.source.shapes)
+            shapes = self.source.model.shapes
+            rules = rules_for(shapes)
             packed = [
-                name for name, type_name in self.types.items() if type_name not in PLAIN_BYTES
-                and rules.may_be_packed(name, self.source.shapes[name])
+                name for name, shape in shapes.items() if self.types[name] not in PLAIN_BYTES
+                and rules.may_be_packed(name, shape)
             ]
             notes += self.options.sensitivity.notes(packed, self.max_bytes is not None)
         return notes
@@ -111,7 +120,7 @@ class FilePlan:
         """Returns a note on weights whose shapes the row type asked for does not hold."""
         if not isinstance(self.target, str) or self.target not in ROW_TYPES:
             return []
-        shapes = self.source.shapes
+        shapes = self.source.model.shapes
         others = [name for name in rules_for(shapes).row_names(shapes, self.target)
                   if self.types[name] != self.target]
         if self.target not in self.types.values():
@@ -167,6 +176,9 @@ def plan_file(source: Source, path: str | os.PathLike, target: str | int,
         WriteError: where the file cannot be written.
     """
     path, options = Path(path), options or SaveOptions()
+    if source.parts and not is_safetensors(path):
+        raise PlanError(f"{path} is to hold a whole checkpoint, which is a safetensors file. Give"
+                        " it a name that ends in .safetensors.")
     reject_own_files(path, source)
     if options.sensitivity is not None:
         sensitivity = options.sensitivity.match(source.shapes)
@@ -190,14 +202,19 @@ def reject_own_files(path: str | os.PathLike, *sources: Source):
                 " not overwritten. Give the new file another name.")
 
 
-def suffix_for(source: Source, target: str | int) -> str:
+def suffix_for(source: Source, target: str | int, row_types: Collection[str] = ()) -> str:
     """Returns ".safetensors" for NF4 and ComfyUI's own types, or for a model that keeps them.
 
-    Otherwise ".gguf".
+    And for a whole checkpoint; otherwise ".gguf".
+
+    Args:
+        source: what is saved.
+        target: as for `plan_file`.
+        row_types: of the options.
     """
     stored = {weight.stored_type for weight in source.weights.values()}
     keeps_safetensors = target == KEEP_TYPES and stored & safetensors_writer.PACKED_TYPES
-    is_one = target in safetensors_writer.PACKED_TYPES
+    is_one = source.parts or row_types or target in safetensors_writer.PACKED_TYPES
     return ".safetensors" if is_one or keeps_safetensors else ".gguf"
 
 
@@ -239,26 +256,19 @@ def make_plan(source: Source, target: str | int, options: SaveOptions,
     Raises:
         PlanError: where no types fit into the size, or this ComfyUI does not read the type.
     """
-    if target in ROW_TYPES and target not in HOST_TYPES:
-        raise PlanError(f"This ComfyUI does not read {target}. Update it, or choose one of"
-                        f" {', '.join(HOST_TYPES)}.")
-    if target in ROW_TYPES and source.is_side_model:
-        raise PlanError(f"ComfyUI reads {target} in diffusion models and text encoders, not in this"
-                        " model. Choose a type of GGUF.")
+    if source.parts:
+        return _plan_of_parts(source, target, options)
+    row_types = options.row_types if isinstance(target, int) else [target]
+    row_types = [type_name for type_name in row_types if type_name in ROW_TYPES]
+    _reject_unread_types(source, row_types)
     least = _least_types(source) if options.keep_loras and not safetensors else {}
     if isinstance(target, int):
-        return _plan_for_size(source, target, least, options.sensitivity)
+        return _plan_for_size(source, target, least, options)
     shapes, weights = source.shapes, source.weights
     if target == KEEP_TYPES:
         types = {name: _keep_type(weights[name], safetensors) for name in shapes}
-    elif target in ROW_TYPES:
-        family = rules_for(shapes)
-        types = plan_for_type(shapes, target, family, source.halves).types
-        for name, type_name in types.items():
-            # ComfyUI computes a text encoder in the dtype of its norms.
-            if (type_name in HALVES and weights[name].stored_type == "F32" and not family.embedding
-                    and family.exact_type(name, shapes[name], type_name) == "F32"):
-                types[name] = "F32"
+    elif row_types:
+        types = plan_for_type(shapes, target, rules_for(shapes), _halves_beside_rows(source)).types
     else:
         types = plan_for_type(shapes, target, rules_for(shapes), source.halves).types
         for name, type_name in types.items():
@@ -270,6 +280,59 @@ def make_plan(source: Source, target: str | int, options: SaveOptions,
         if bits_per_value(types[name]) < bits_per_value(type_name):
             types[name] = type_name
     return Plan(types)
+
+
+def _plan_of_parts(source: Source, target: str | int, options: SaveOptions) -> Plan:
+    """Chooses the types of a whole checkpoint, whose text encoders are packed as they are alone.
+
+    For a size they have the finest of its types, and the diffusion model takes what they leave.
+    """
+    if isinstance(target, int) != bool(options.row_types) or (
+            isinstance(target, str) and target not in (KEEP_TYPES, *ROW_TYPES)):
+        raise PlanError(f"A whole checkpoint has no weights in types of GGUF or NF4. Choose"
+                        f" {', '.join(HOST_TYPES)}, or save the model alone.")
+    of_encoders = options.row_types[0] if isinstance(target, int) else target
+    others, types = replace(options, sensitivity=None), {}
+    for part in source.parts:
+        part_target = of_encoders if part.may_be_packed else KEEP_TYPES
+        plan = make_plan(part.source, part_target, others, safetensors=True)
+        types |= {part.names[name]: type_name for name, type_name in plan.types.items()}
+    nbytes = Plan(types).nbytes(source.shapes)
+    try:
+        of_model = make_plan(
+            source.model, target - nbytes if isinstance(target, int) else target, options,
+            safetensors=True).types
+    except PlanError as error:
+        if isinstance(target, int) and error.short_by:
+            raise too_small(target, error.short_by, error.more) from error
+        raise
+    return Plan({name: of_model.get(name) or types[name] for name in source.shapes})
+
+
+def _reject_unread_types(source: Source, row_types: Collection[str]):
+    """Raises PlanError for types of ComfyUI's own that it does not read in a model."""
+    for type_name in row_types:
+        if type_name not in HOST_TYPES:
+            raise PlanError(f"This ComfyUI does not read {type_name}. Update it, or choose one of"
+                            f" {', '.join(HOST_TYPES)}.")
+        if source.is_side_model:
+            raise PlanError(f"ComfyUI reads {type_name} in diffusion models and text encoders, not"
+                            " in this model. Choose a type of GGUF.")
+
+
+def _halves_beside_rows(source: Source) -> dict[str, str]:
+    """Returns name -> type of each weight where it is not packed, in a file with row types.
+
+    That is its 16-bit type, or F32 for small tensors that have it already, but not in a text
+    encoder, which ComfyUI computes in the dtype of its norms.
+    """
+    shapes, types = source.shapes, dict(source.halves)
+    family = rules_for(shapes)
+    for name, half in types.items():
+        if (source.weights[name].stored_type == "F32" and not family.embedding
+                and family.exact_type(name, shapes[name], half) == "F32"):
+            types[name] = "F32"
+    return types
 
 
 def _least_types(source: Source) -> dict[str, str]:
@@ -284,10 +347,14 @@ def _least_types(source: Source) -> dict[str, str]:
 
 
 def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
-                   sensitivity: Sensitivity | None) -> Plan:
+                   options: SaveOptions) -> Plan:
     """Chooses the best types of at most `nbytes`.
 
-    least: name -> type of weights whose LoRAs are to arrive whole, which take that type.
+    Args:
+        source: of the weights.
+        nbytes: of all tensors.
+        least: name -> type of weights whose LoRAs are to arrive whole, which take that type.
+        options: for their measurement and `row_types`.
     """
     shapes = source.shapes
     family = rules_for(shapes)
@@ -297,9 +364,11 @@ def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
     }
     free = {name: shape for name, shape in shapes.items() if name not in fixed}
     fixed_bytes = Plan(fixed).nbytes(shapes)
-    costs = None if sensitivity is None else sensitivity.costs
+    costs = None if options.sensitivity is None else options.sensitivity.costs
+    halves = _halves_beside_rows(source) if options.row_types else source.halves
     try:
-        chosen = plan_for_size(free, nbytes - fixed_bytes, family, costs, source.halves).types
+        chosen = plan_for_size(free, nbytes - fixed_bytes, family, costs, halves,
+                               options.row_types).types
     except PlanError as error:
         if not fixed:
             raise
@@ -334,16 +403,17 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
              plan: Plan) -> FilePlan:
     """Returns the file of a plan, with its tensors, metadata and size."""
     safetensors = is_safetensors(path)
+    names = {name: written_name(source.file_names.get(name, name), plan.types)
+             for name in source.weights}
     tensors = {
-        written_name(name, plan.types): (
-            weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
+        names[name]: (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
         for name, weight in source.weights.items()
     }
     metadata = {**source.metadata, **options.metadata, "featherweight.plan": plan.json()}
     if not safetensors:
         metadata = _gguf_metadata(source.shapes, path, plan) | metadata
     nbytes = (safetensors_writer if safetensors else gguf_writer).file_size(tensors, metadata)
-    return FilePlan(source, path, target, options, plan.types, tensors, metadata, nbytes)
+    return FilePlan(source, path, target, options, plan.types, names, tensors, metadata, nbytes)
 
 
 def _gguf_metadata(shapes: Shapes, path: Path, plan: Plan) -> dict:

@@ -31,6 +31,7 @@ PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SMALL = 1024  # values of a tensor up to which packing gains nothing
 NUMBERED = re.compile(r"(^|\.)\d+\.")
 BLOCK = re.compile(r"\w*blocks\.(\d+)\.")
+LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")  # of a text encoder
 # Matrices in blocks by whose columns ComfyUI detects a model: they are not stored two in a byte.
 COLUMNS_DETECTED = re.compile(r"blocks\.0\.(attn2\.to_k|norm1\.linear)\.weight$")
 # Text encoders of which ComfyUI reads no packed layers, but takes the codes for weights: CLIP, T5
@@ -48,8 +49,10 @@ KEEP_EXACT = (
 # Of such a model (Krea 2, Boogu, Ideogram 4, MiniMax-H3) in ComfyUI's own formats.
 KEEP_EXACT_IN_ROWS = (
     r"^(first|last|tmlp|tproj|txtmlp|txtfusion)\.|^norm_out\.|adaln_proj|llm_cond_proj|token_refiner"
-    r"|patch_proj|condition_proj|image_index"
+    r"|patch_proj|condition_proj|image_index|norm\d\.linear\."
 )
+# Text encoders that see: their first and last layers are not packed to row types.
+SEEING = re.compile(r"(^|\.)visual\.|\.linear_attn\.")
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,11 @@ class PackingRules:
         if self.embedding and not is_t5_xxl and any(map(UNREAD_ENCODERS.match, shapes)):
             return []
         is_halved = ROW_TYPES[type_name].family.example.codes.bits == 4
-        numbers = {name: int(match[1]) for name in shapes if (match := BLOCK.match(name))}
-        count, (first, last) = max(numbers.values(), default=0) + 1, self.outer_blocks
+        block, (first, last) = BLOCK, self.outer_blocks
+        if self.embedding and any(map(SEEING.search, shapes)):
+            block, (first, last) = LAYER, (1, 1)
+        numbers = {name: int(match[1]) for name in shapes if (match := block.match(name))}
+        count = max(numbers.values(), default=0) + 1
         inner = range(first, count - last) if count > first + last else range(count)
         return [
             name for name, shape in shapes.items()
@@ -209,6 +215,12 @@ RULES_BY_FAMILY = (
         exact=r"^(p|t|x)_embedder\.|^final_layer\.|ff_i\.gate\.|^caption_projection\.",
     ),
     PackingRules(
+        "lens", "qwen_image",
+        signature=r"^transformer_blocks\.\d+\.attn\.img_qkv\.",
+        exact=r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\.",
+        exact_in_rows=r"\.(img|txt)_mod\.",
+    ),
+    PackingRules(
         "qwen_image", "qwen_image",
         signature=r"^time_text_embed\.timestep_embedder\.linear_1\.bias$",
         exact=r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\.",
@@ -228,6 +240,12 @@ RULES_BY_FAMILY = (
         exact=r"^(x|t|extra_pos)_embedder|^final_layer\.|^affline_norm|^llm_adapter\.",
         exact_in_rows=r"^blocks\.1\.adaln_modulation",
         outer_blocks=(1, 0),
+    ),
+    PackingRules(
+        "omnigen2", "",  # and Boogu
+        signature=r"^time_caption_embed\.",
+        exact=KEEP_EXACT,
+        exact_in_rows=KEEP_EXACT_IN_ROWS,
     ),
     PackingRules(
         "text encoder", "",

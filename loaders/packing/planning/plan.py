@@ -3,7 +3,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ....ops.bounded_json import read_json
@@ -17,7 +17,9 @@ from .packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, wi
 # the demo's model; for Q8_0 and types in blocks of 32, over normally distributed weights.
 SIGNAL_TO_ERROR = {
     "Q2_K": 11.7, "Q3_K": 16.8, "IQ4_NL": 22.3, "IQ4_XS": 22.5, "Q4_K": 23.1, "Q5_0": 27.4,
-    "Q5_1": 28.2, "Q5_K": 29.4, "Q6_K": 35.4, "Q8_0": 45.4, "F16": 75.0, "BF16": 75.0
+    "Q5_1": 28.2, "Q5_K": 29.4, "Q6_K": 35.4, "Q8_0": 45.4, "F16": 75.0, "BF16": 75.0,
+    "nvfp4": 21.7, "asym_w4a8_int8": 22.9, "mxfp8": 31.5, "float8_e4m3fn": 31.5,
+    "int8_convrot": 42.9
 }
 BY_SIZE = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 DIGITS = 2  # decimal places of sizes in messages
@@ -135,7 +137,7 @@ def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,
 
 def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
                   costs: Mapping[str, Mapping[str, float]] | None = None,
-                  halves: Mapping[str, str] | None = None) -> Plan:
+                  halves: Mapping[str, str] | None = None, row_types: Collection[str] = ()) -> Plan:
     """Plans the best types with which all tensors together take at most `nbytes`.
 
     Args:
@@ -143,18 +145,24 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
         nbytes: of all tensors, without header and padding.
         costs: name -> type -> relative power of the output's error, from a measurement; types that
             were not measured follow from those that were. None: `expected_costs`.
+        row_types: names of ROW_TYPES to choose among, beside 16 bits; none: the types of GGUF.
 
     Raises:
         PlanError: where the smallest types take more.
     """
     halves = halves or {}
     exact, options = {}, {}
+    rows = {type_name: set(family.row_names(shapes, type_name)) for type_name in row_types}
     for name, shape in shapes.items():
         half = halves.get(name, "BF16")
-        if family.may_be_packed(name, shape):
-            options[name] = (*types_for(shape), half)
+        if row_types:
+            types = [each for each in row_types if name in rows[each] and divides_rows(each, shape)]
         else:
-            exact[name] = family.exact_type(name, shape, half)
+            types = types_for(shape) if family.may_be_packed(name, shape) else []
+        if types:
+            options[name] = (*sorted(types, key=lambda each: bytes_in_file(each, shape)), half)
+        else:
+            exact[name] = half if row_types else family.exact_type(name, shape, half)
     budget = nbytes - Plan(exact).nbytes(shapes)
     sizes = {
         name: {type_name: bytes_in_file(type_name, shapes[name]) for type_name in types}

@@ -15,20 +15,25 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
+from checkpoint_parts import stable_diffusion
 from comfy.model_base import ModelType
 from comfy.quant_ops import QuantizedTensor
 from comfy.supported_models import SDXL
 from host_formats import in_host_format
 from patched_models import lora_for, relative, tiny_flux
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from devtools import ROOT
 from devtools.files import tiny_models
+from featherweight.loaders.files import atomic_file
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import is_packed
+
+if sys.platform != "win32":
+    import resource
 
 spec = importlib.util.spec_from_file_location("pack_command", ROOT / "pack.py")
 command = importlib.util.module_from_spec(spec)
@@ -197,6 +202,8 @@ def test_a_lora_that_fits_in_part_is_said_to(source, tmp_path, pack):
         (["--type", "Q9"], 2, "unknown type 'Q9', expected Q8_0"),
         (["--type", "NF4"], 2, "ends in .safetensors"),
         (["--type", "nvfp4"], 2, "ends in .safetensors"),
+        (["--type", "Q4_K+Q8_0", "--size", "2MB"], 2, "which may have a --type of ComfyUI's own"),
+        (["--type", "nvfp4+mxfp8"], 2, "is required"),
         ([], 2, "required"),
     ],
 )
@@ -216,6 +223,33 @@ def test_comfyuis_own_types_go_into_safetensors(source, tmp_path, pack, kind):
     model = comfy.sd.load_diffusion_model(str(tmp_path / "a.safetensors"))
     assert isinstance(model.model.diffusion_model.double_blocks[0].img_mlp[0].weight,
                       QuantizedTensor)
+
+
+def test_a_size_is_met_with_the_types_that_are_named(source, tmp_path, pack):
+    out = tmp_path / "a.safetensors"
+    code, said = pack(source / "model.safetensors", out, "--size", "3.2MB", "--type",
+                      "int8_convrot+nvfp4")
+    assert code == 0 and 2_900_000 < out.stat().st_size <= 3_200_000, said
+    assert "\nint8_convrot: " in said and "\nnvfp4: " in said
+
+
+def test_a_whole_checkpoint_keeps_its_other_parts(source, tmp_path, pack):
+    tensors = stable_diffusion()
+    save_file(tensors, tmp_path / "sd.safetensors")
+    out = tmp_path / "a.safetensors"
+    code, said = pack(tmp_path / "sd.safetensors", out, "--type", "int8_convrot", "--checkpoint")
+    found = load_file(out)
+    assert code == 0 and "\nint8_convrot: " in said
+    for name, tensor in tensors.items():
+        if not name.startswith("model."):
+            assert torch.equal(found[name], tensor), name
+    assert isinstance(comfy.sd.load_checkpoint_guess_config(str(out))[2].first_stage_model,
+                      torch.nn.Module)
+    for path, kind, message in (
+            (source / "model.safetensors", "nvfp4", "is not a checkpoint that this ComfyUI knows"),
+            (tmp_path / "sd.safetensors", "NF4", "has no weights in types of GGUF or NF4")):
+        code, said = pack(path, tmp_path / "b.safetensors", "--type", kind, "--checkpoint")
+        assert code == 1 and message in said, said
 
 
 @pytest.mark.parametrize(
@@ -317,6 +351,31 @@ def test_no_file_that_a_model_is_made_of_is_overwritten(tmp_path, pack, target, 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of POSIX")
+@pytest.mark.parametrize("kind", ["Q8_0", "NF4", *HOST_TYPES])
+@pytest.mark.parametrize("trouble", ["a read-only folder", "a full disk", "one that gets full"])
+def test_where_no_file_can_be_written_one_sentence_says_so_and_nothing_is_left(
+        source, tmp_path, pack, monkeypatch, kind, trouble):
+    out = tmp_path / ("a.gguf" if kind == "Q8_0" else "a.safetensors")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if trouble == "a read-only folder":
+        monkeypatch.setattr(atomic_file.os, "access", lambda path, mode: False)
+    elif trouble == "a full disk":
+        usage = atomic_file.shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(atomic_file.shutil, "disk_usage",
+                            lambda path: usage._replace(free=100_000))
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        code, said = pack(source / "model.safetensors", out, "--type", kind)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    expected = {"a read-only folder": "is not writable by this user", "a full disk": "free",
+                "one that gets full": "cannot be written"}[trouble]
+    assert code == 1 and re.search(f"Failed: .*{expected}", said), said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_that_are_none_are_refused_in_a_sentence(source, tmp_path, pack):
     (tmp_path / "old.gguf").write_text("old")
     for model, out, more in ((tmp_path / "no.safetensors", "a.gguf",
@@ -332,23 +391,27 @@ def test_files_that_are_none_are_refused_in_a_sentence(source, tmp_path, pack):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(
-    ("how", "moments"),
+    ("how", "moments", "kind"),
     [
-        (signal.SIGINT, 1),
-        (signal.SIGKILL, 1),
-        pytest.param(signal.SIGKILL, 12, marks=pytest.mark.heavy),
+        (signal.SIGINT, 1, "Q3_K"),
+        (signal.SIGKILL, 1, "Q3_K"),
+        pytest.param(signal.SIGKILL, 12, "Q3_K", marks=pytest.mark.heavy),
+        (signal.SIGKILL, 1, "int8_convrot"),
+        *(pytest.param(signal.SIGKILL, 3, kind, marks=pytest.mark.heavy) for kind in HOST_TYPES),
     ],
 )
-def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(tmp_path, pack, how, moments):
+def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(
+        tmp_path, pack, how, moments, kind):
+    name = "a.safetensors" if kind in HOST_TYPES else "a.gguf"
     shapes = tiny_models.flux_shapes(256, 8, 8)
     path, out = tmp_path / "model.safetensors", tmp_path / "out"
     save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
               path)
     out.mkdir()
     for moment in range(moments):
-        process = start(path, out / "a.gguf", "--type", "Q3_K")
+        process = start(path, out / name, "--type", kind)
         # That of one that was killed before is there until this one begins.
-        part = out / f"a.gguf.{process.pid}.featherweight.part"
+        part = out / f"{name}.{process.pid}.featherweight.part"
         while not part.exists() and process.poll() is None:
             time.sleep(0.005)
         time.sleep(0.1 * moment)
@@ -356,15 +419,15 @@ def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(tmp_path, pac
         said, _ = process.communicate(timeout=60)
         names = [found.name for found in out.iterdir()]
         if process.returncode == 0:
-            (out / "a.gguf").unlink()
+            (out / name).unlink()
             continue
-        assert "a.gguf" not in names, said
+        assert name not in names, said
         if how == signal.SIGINT:
             assert process.returncode == 130 and names == [] and "Nothing was written." in said
         else:
             assert names == [part.name]
-    assert pack(path, out / "a.gguf", "--type", "Q8_0", "--overwrite")[0] == 0
-    assert [found.name for found in out.iterdir()] == ["a.gguf"]
+    assert pack(path, out / name, "--type", kind, "--overwrite")[0] == 0
+    assert [found.name for found in out.iterdir()] == [name]
 
 
 def sparse_safetensors(path, shapes: dict[str, tuple]):

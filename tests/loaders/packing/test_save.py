@@ -28,11 +28,18 @@ from safetensors.torch import save_file
 from saving import save
 
 from featherweight.loaders.byte_sizes import size_text
+from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
+from featherweight.loaders.files import safetensors_writer
 from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing import save as packing
-from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, TYPES, plan_file
+from featherweight.loaders.packing.planning.file_plan import (
+    HOST_TYPES,
+    KEEP_TYPES,
+    TYPES,
+    plan_file,
+)
 from featherweight.loaders.packing.planning.plan import DIGITS, PlanError
 from featherweight.loaders.packing.save import Saved
 from featherweight.loaders.packing.source import (
@@ -62,6 +69,11 @@ def in_the_host(name: str) -> str:
     return name.replace("_norm.scale", "_norm.weight")
 
 
+def named(folder, kind: str):
+    """The path of a file of a type."""
+    return folder / ("a.safetensors" if kind in safetensors_writer.PACKED_TYPES else "a.gguf")
+
+
 @functools.cache
 def dense_model():
     return comfy.sd.load_diffusion_model_state_dict(dict(weights()))
@@ -69,7 +81,8 @@ def dense_model():
 
 def values_in(path) -> dict[str, torch.Tensor]:
     """Name in the host -> float32 values of a file."""
-    found = open_weights(path).state_dict()
+    file = open_weights(path)
+    found = as_tensors(file, read_marked(file))
     return {in_the_host(name): tensor.dequantize() if is_packed(tensor) else tensor.float()
             for name, tensor in found.items()}
 
@@ -104,7 +117,7 @@ def held(patcher) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4"])
 def test_a_file_holds_what_packing_the_weight_gives_and_everything_else_as_the_plan_says(
         tmp_path, kind):
-    path = tmp_path / ("a.safetensors" if kind == "NF4" else "a.gguf")
+    path = named(tmp_path, kind)
     saved = save(source_of_model(dense_model()), path, kind)
     assert (
         isinstance(saved, Saved)
@@ -437,9 +450,11 @@ def with_value(value: float, name: str = BLOCK) -> Source:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [BLOCK, "img_in.weight", "img_in.bias"])
-def test_values_that_are_no_numbers_are_refused_with_the_name_of_the_weight(tmp_path, value, name):
+@pytest.mark.parametrize("kind", ["Q4_K", "NF4", *HOST_TYPES])
+def test_values_that_are_no_numbers_are_refused_with_the_name_of_the_weight(
+        tmp_path, value, name, kind):
     with pytest.raises(SaveError, match=f"'{name}'.* NaN or infinite"):
-        save(with_value(value, name), tmp_path / "a.gguf", "Q4_K")
+        save(with_value(value, name), named(tmp_path, kind), kind)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -467,7 +482,7 @@ def test_values_beyond_a_type_take_one_that_holds_them(tmp_path):
     assert relative(values_in(second.path)[BLOCK], weights()[BLOCK] * 1e-12) < 0.01
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", [*TYPES, *HOST_TYPES])
 def test_a_row_of_tiny_values_makes_no_value_of_the_file_a_nan(tmp_path, kind):
     spoilt = dict(weights())
     for size, name in zip((1e-24, 3e-22, 1e-21, 1e-41),
@@ -475,7 +490,7 @@ def test_a_row_of_tiny_values_makes_no_value_of_the_file_a_nan(tmp_path, kind):
         spoilt[name] = weights()[name].clone()
         spoilt[name][3] *= size
     saved = save(source_of_model(comfy.sd.load_diffusion_model_state_dict(dict(spoilt))),
-                 tmp_path / f"a.{'safetensors' if kind == 'NF4' else 'gguf'}", kind)
+                 named(tmp_path, kind), kind)
     found = values_in(saved.path)
     assert saved.types[BLOCK] == kind and all(values.isfinite().all() for values in found.values())
     assert relative(found[BLOCK], spoilt[BLOCK]) < 0.35
@@ -508,8 +523,9 @@ class Cancelled(BaseException):
     pass
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "NF4", *HOST_TYPES])
 @pytest.mark.parametrize("at", [0, 1, 20, 43])
-def test_a_cancel_at_any_weight_leaves_nothing(tmp_path, at):
+def test_a_cancel_at_any_weight_leaves_nothing(tmp_path, at, kind):
     def track(names, sizes):
         assert len(names) == len(sizes) == 44
         for index, name in enumerate(names):
@@ -518,7 +534,7 @@ def test_a_cancel_at_any_weight_leaves_nothing(tmp_path, at):
             yield name
 
     with pytest.raises(Cancelled):
-        save(source_of_model(dense_model()), tmp_path / "a.gguf", "Q4_K", track=track)
+        save(source_of_model(dense_model()), named(tmp_path, kind), kind, track=track)
     assert list(tmp_path.iterdir()) == []
 
 

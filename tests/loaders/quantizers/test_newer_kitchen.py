@@ -10,7 +10,8 @@ from comfy.quant_ops import QUANT_ALGOS
 from host_formats import awq_weight
 from oracles import installed
 
-from featherweight.loaders.quantizers.comfyui import pack_parts
+from featherweight.loaders.quantizers.comfyui import layer_parts, pack_parts
+from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 
 pytestmark = pytest.mark.heavy
 
@@ -45,6 +46,26 @@ CASES = {
 READ = {"awq": torch.bfloat16, "awq, float16": torch.float16}
 
 
+# type that is written here -> what comfy-kitchen calls the parts of its files
+OWN = {
+    "int8_convrot": {"scale": "weight_scale"},
+    "mxfp8": {"scale": "weight_scale"},
+    "nvfp4": {"scale": "weight_scale_2", "block_scale": "weight_scale"},
+    "asym_w4a8_int8": {"scale": "weight_s_rel", "s_channel": "weight_s_channel",
+                       "codebook": "weight_codebook"},
+}
+
+
+def written_here(name: str, weight: torch.Tensor) -> tuple[str, dict]:
+    """The layout of a weight that is packed here, and what comfy-kitchen is told of it."""
+    settings, parts = layer_parts(pack_to_type(weight, ROW_TYPES[name]))
+    layout = QUANT_ALGOS.get(settings.pop("format"), {}).get("comfy_tensor_layout", ASYMMETRIC)
+    arguments = {argument: parts[part] for argument, part in OWN[name].items()}
+    if name == "mxfp8":
+        arguments["scale"] = arguments["scale"].view(torch.float8_e8m0fnu)
+    return layout, {"qdata": parts["weight"], **arguments, **settings}
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def written(request, tmp_path_factory):
     """(version, name -> parts and values)"""
@@ -61,6 +82,8 @@ def written(request, tmp_path_factory):
         cases[name] = weight, "TensorCoreAWQW4A16Layout", {
             "qdata": parts["weight"], "scale": parts["weight_scale"],
             "zeros": parts["weight_zeros"]}
+    for name in OWN:
+        cases[name, "here"] = weight, *written_here(name, weight)
     work = tmp_path_factory.mktemp("kitchen")
     torch.save(cases, work / "cases")
     subprocess.run([sys.executable, str(WRITER), str(work / "cases"), str(work / "written")],
@@ -89,3 +112,15 @@ def test_values_are_those_of_the_reader(name, written):
     parts, expected = written[1][name]
     packed = pack_parts({"format": "awq_w4a16"}, parts)
     assert torch.equal(packed.dequantize(), expected)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_written_here_has_the_same_values_there(name, written):
+    parts, values = written[1][name, "here"]
+    weight = torch.randn(160, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    packed = pack_to_type(weight, ROW_TYPES[name])
+    settings, expected = layer_parts(packed)
+    assert parts.keys() == expected.keys()
+    for part, tensor in expected.items():
+        assert torch.equal(*(each.view(-1).view(torch.uint8) for each in (parts[part], tensor)))
+    assert (values - packed.dequantize()).abs().max() < 1e-6 * weight.abs().max()

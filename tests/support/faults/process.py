@@ -106,6 +106,7 @@ WORK = {
     "pack while loading": loaded("dense.safetensors", pack_to="Q8_0"), "packed cache": kept("Q8_0"),
     **{f"write packed cache of {name}": kept(name, is_new=True)
        for name in ("Q8_0", "NF4", "int8_convrot")}, "save GGUF": saved("a.gguf", "Q8_0"),
+    "save int8": saved("a.safetensors", "int8_convrot"),
     "save NF4": saved("a.safetensors",
                       "NF4"), "LoRA": lora, "sensitivity": measured, "verdicts": judged
 }
