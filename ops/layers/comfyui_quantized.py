@@ -6,7 +6,6 @@ import torch
 
 from ..tensor.packed_layout import QuantizedTensor, is_packed
 from ..tensor.packed_tensor import relabel
-from . import stochastic_rounding
 from .autocast import autocast_input
 from .fused_calls import FusedCall, fuses_in_forward
 from .packed_layers import Embedding, PackedLayer, PackedLinear
@@ -138,8 +137,7 @@ class MixedLinear(MixedLayer, PackedLinear):
             return out
         low_rank = self.lora.branch(input)
         assert low_rank is not None  # layers with other patches run in float
-        change = low_rank.product(input.reshape(-1, self.in_features), self.out_features)
-        return stochastic_rounding.add_small(out, change.view(out.shape))
+        return low_rank.add_product(out, input)
 
     def forward_comfy_cast_weights(self, *args, **kwargs):
         """Runs the host's method, since the host's `forward` calls it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from devtools.measure.bench import (
     attention,
+    comfy_lora,
     cpu,
     files,
     host_types,
@@ -40,7 +41,7 @@ CASES = {
     "repack": repacking.bench_repack, "memory": files.bench_memory, "train": files.bench_train,
     "scale": files.bench_scale, "cpu": cpu.bench_cpu, "lcm": lcm.bench_lcm,
     "attention": attention.bench_attention,
-    "comfy": host_types.bench_host_types
+    "comfy": host_types.bench_host_types, "comfy_lora": comfy_lora.bench_comfy_lora
 }
 LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
 if sys.platform != "linux":
