@@ -118,9 +118,13 @@ class MixedLinear(MixedLayer, PackedLinear):
     @property
     def _runs_in_host(self) -> bool:
         """Whether the product, without a branch, is the host's."""
+        return self.is_for_host and not (self.lora is not None and self.lora.weight_patches)
+
+    @property
+    def is_for_host(self) -> bool:
+        """Whether the host has a product of its own for the weight, unless patches change it."""
         in_float = self._full_precision_mm and not self.weight_function
-        is_patched = self.lora is not None and self.lora.weight_patches
-        return self._has_host_format and not (in_float or is_patched)
+        return self._has_host_format and not in_float
 
     def _lacks_gradient(self, input) -> bool:
         """Returns whether a gradient is wanted of an input for which the host has none."""
