@@ -22,6 +22,6 @@ def float_layers_text(patcher) -> str | None:
         return None
     total = sum(isinstance(module, MixedLinear) and module.is_for_host
                 for module in patcher.model.modules())
-    return (f"{len(keys)} of the {total} layers that ComfyUI's kernels multiply run in float, which is"
-            " slower: DoRA, LoHa, LoKr and other patches that are no plain LoRAs change their"
-            f" weights, such as {keys[0]}. Plain LoRAs run as fast as without them.")
+    return (f"{len(keys)} of the {total} layers that ComfyUI's kernels multiply run in float, which"
+            " is slower: DoRA, LoHa, LoKr and other patches that are no plain LoRAs change their"
+            f" weights, such as {keys[0]}. Plain LoRAs leave ComfyUI's kernels in use.")

@@ -339,7 +339,8 @@ def test_a_model_as_a_lora_hook(other_is_packed, format_name):
     packed, dense = flux_pair(format_name)
     other = flux_pair("Q8_0", 1)[0 if other_is_packed else 1]
     weights = comfy.hooks.get_patch_weights_from_model(other)
-    plain, without = plain_outputs(packed, dense, format_name, lambda patcher: sample(patcher, None))
+    plain, without = plain_outputs(packed, dense, format_name,
+                                   lambda patcher: sample(patcher, None))
     results = []
     for patcher in (dense, packed):
         hook = comfy.hooks.create_hook_model_as_lora(weights, None, strength_model=0.3,
