@@ -10,6 +10,7 @@ from .autocast import autocast_input
 from .fused_calls import FusedCall, fuses_in_forward
 from .packed_layers import Embedding, PackedLayer, PackedLinear
 from .product import needs_gradient
+from .rounded_sum import add_branch
 
 # comfy_kitchen multiplies by the transposed weight only, and the gradient needs it as it is
 WITHOUT_GRADIENT = ("AsymW4A8Int8Layout",)
@@ -141,7 +142,7 @@ class MixedLinear(MixedLayer, PackedLinear):
             return out
         low_rank = self.lora.branch(input)
         assert low_rank is not None  # layers with other patches run in float
-        return low_rank.add_product(out, input)
+        return add_branch(out, input, low_rank)
 
     def forward_comfy_cast_weights(self, *args, **kwargs):
         """Runs the host's method, since the host's `forward` calls it."""

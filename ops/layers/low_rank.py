@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from ..pickle_names import stable_pickle_name
-from . import stochastic_rounding
 
 
 @stable_pickle_name
@@ -151,25 +150,6 @@ class LowRank:
                 out[:, first:end].copy_(ranks @ up.t())
             else:
                 torch.mm(ranks, up.t(), out=out[:, first:end])  # `out` supports no gradient
-
-    def add_product(self, out: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        """Adds `product` to the finished product with the weight, which it may overwrite.
-
-        Args:
-            out: (..., N), in the dtype of `input`.
-            input: (..., K).
-
-        Returns:
-            The sum, of the shape and dtype of `out`. In 16 bits it is rounded stochastically.
-        """
-        input, flat = input.reshape(-1, input.shape[-1]), out.reshape(-1, out.shape[-1])
-        if out.dtype.itemsize == 2 or flat.requires_grad or input.requires_grad:
-            change = self.product(input, flat.shape[1])
-            return stochastic_rounding.add_small(out, change.view(out.shape))
-        hidden = input @ self.down.t()
-        for part, up in self.parts():
-            flat[:, part.row:part.row_end].addmm_(hidden[:, part.rank:part.rank_end], up.t())
-        return flat.view(out.shape)
 
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         """Computes `(grad B) A`, the gradient of the input of `product`.

@@ -78,19 +78,19 @@ def _upper(hashes: torch.Tensor, count: int) -> torch.Tensor:
 
 def _by_bits(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty_like(values, dtype=dtype)
-    for piece, rounded in _pieces(values, out):
-        rounded.copy_(_on_the_grid(piece, dtype))
+    for piece, rounded in pieces(values, out):
+        rounded.copy_(on_the_grid(piece, dtype))
     return out
 
 
-def _pieces(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+def pieces(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
     """Returns tensors of one shape in pieces that stay in a CPU's cache, elsewhere whole."""
     in_pieces = not torch.compiler.is_compiling() and all(
         tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
     return zip(*(tensor.view(-1).split(_PIECE) for tensor in tensors)) if in_pieces else [tensors]
 
 
-def _on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns float32 values that a cast to `dtype` turns into the rounded ones."""
     dropped, largest = _DROPPED_BITS[dtype], torch.finfo(dtype).max
     normal = values.clamp(-largest, largest)
@@ -102,19 +102,3 @@ def _on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         less.sub_(hashes, alpha=_NOISE)
     bits = _upper(hashes, dropped).add_(normal.view(torch.int32)).bitwise_and_(-1 << dropped)
     return bits.view(torch.float32).sub_(less)
-
-
-def add_small(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """Returns `value + change` in the dtype of `value`; keeps changes far below a step of it.
-
-    Args:
-        value: of any float dtype and shape; may be overwritten.
-        change: of any float dtype and the shape of `value`.
-    """
-    if value.dtype not in _DROPPED_BITS:
-        return value + change
-    if value.requires_grad or change.requires_grad:
-        return stochastic_round(value.float() + change, value.dtype)
-    for part, added in _pieces(value, change):
-        part.copy_(_on_the_grid(part.float().add_(added), value.dtype))
-    return value
