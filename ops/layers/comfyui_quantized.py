@@ -6,11 +6,11 @@ import torch
 
 from ..tensor.packed_layout import QuantizedTensor, is_packed
 from ..tensor.packed_tensor import relabel
-from . import stochastic_rounding
 from .autocast import autocast_input
 from .fused_calls import FusedCall, fuses_in_forward
 from .packed_layers import Embedding, PackedLayer, PackedLinear
 from .product import needs_gradient
+from .rounded_sum import add_branch
 
 # comfy_kitchen multiplies by the transposed weight only, and the gradient needs it as it is
 WITHOUT_GRADIENT = ("AsymW4A8Int8Layout",)
@@ -119,9 +119,13 @@ class MixedLinear(MixedLayer, PackedLinear):
     @property
     def _runs_in_host(self) -> bool:
         """Whether the product, without a branch, is the host's."""
+        return self.is_for_host and not (self.lora is not None and self.lora.weight_patches)
+
+    @property
+    def is_for_host(self) -> bool:
+        """Whether the host has a product of its own for the weight, unless patches change it."""
         in_float = self._full_precision_mm and not self.weight_function
-        is_patched = self.lora is not None and self.lora.weight_patches
-        return self._has_host_format and not (in_float or is_patched)
+        return self._has_host_format and not in_float
 
     def _lacks_gradient(self, input) -> bool:
         """Returns whether a gradient is wanted of an input for which the host has none."""
@@ -138,8 +142,7 @@ class MixedLinear(MixedLayer, PackedLinear):
             return out
         low_rank = self.lora.branch(input)
         assert low_rank is not None  # layers with other patches run in float
-        change = low_rank.product(input.reshape(-1, self.in_features), self.out_features)
-        return stochastic_rounding.add_small(out, change.view(out.shape))
+        return add_branch(out, input, low_rank)
 
     def forward_comfy_cast_weights(self, *args, **kwargs):
         """Runs the host's method, since the host's `forward` calls it."""

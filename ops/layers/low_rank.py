@@ -126,16 +126,30 @@ class LowRank:
         hidden = input @ self.down.t()
         if len(self.ups) == 1 and self.slices[0][:2] == (0, rows):
             return hidden @ self.ups[0].t()
-        all_rows = sum(part.row_end - part.row for part in self.slices) == rows
-        new = input.new_empty if all_rows else input.new_zeros
-        out = new((input.shape[0], rows))
-        for part, up in self.parts():
-            ranks, change = hidden[:, part.rank:part.rank_end], out[:, part.row:part.row_end]
-            if hidden.requires_grad:
-                change.copy_(ranks @ up.t())
-            else:
-                torch.mm(ranks, up.t(), out=change)  # `out` supports no gradient
+        out = input.new_empty((input.shape[0], rows))
+        self.expand(hidden, out)
         return out
+
+    def expand(self, hidden: torch.Tensor, out: torch.Tensor, start: int = 0):
+        """Writes a part of `product`: the outputs from `start` on.
+
+        Args:
+            hidden: `input A^T`, (M, R).
+            out: (M, n).
+            start: the first of the n outputs.
+        """
+        parts = [(part, up, max(part.row - start, 0), min(part.row_end - start, out.shape[1]))
+                 for part, up in self.parts()]
+        parts = [(part, up, first, end) for part, up, first, end in parts if first < end]
+        if sum(end - first for _, _, first, end in parts) < out.shape[1]:
+            out.zero_()
+        for part, up, first, end in parts:
+            ranks = hidden[:, part.rank:part.rank_end]
+            up = up[start + first - part.row:start + end - part.row]
+            if hidden.requires_grad:
+                out[:, first:end].copy_(ranks @ up.t())
+            else:
+                torch.mm(ranks, up.t(), out=out[:, first:end])  # `out` supports no gradient
 
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         """Computes `(grad B) A`, the gradient of the input of `product`.
@@ -196,8 +210,8 @@ def dense_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     if low_rank is None:
         return torch.nn.functional.linear(input, weight, bias)
     flat = input.reshape(-1, input.shape[-1])
-    out = low_rank.product(flat, weight.shape[0]).addmm(flat, weight.t())
-    return (out if bias is None else out + bias).view(*input.shape[:-1], weight.shape[0])
+    out = low_rank.product(flat, weight.shape[0]).addmm_(flat, weight.t())
+    return (out if bias is None else out.add_(bias)).view(*input.shape[:-1], weight.shape[0])
 
 
 def _overlap(row_ranges: Iterable[tuple[int, int]]) -> bool:

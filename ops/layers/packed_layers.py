@@ -29,6 +29,7 @@ from . import int8, product, stochastic_rounding
 from .autocast import autocast_input
 from .fused_calls import FusedCall, keep_forward, known_arguments
 from .low_rank import dense_linear
+from .rounded_sum import add_small
 from .workspace import shared_workspace
 
 # a module of them
@@ -335,7 +336,7 @@ class _PackedConv(PackedLayer):
                                        *args, **kwargs)
         for (row, row_end, rank, rank_end), up in low_rank.parts():
             change = torch.einsum("nr,br...->bn...", up, hidden[:, rank:rank_end])
-            out[:, row:row_end] = stochastic_rounding.add_small(out[:, row:row_end], change)
+            out[:, row:row_end] = add_small(out[:, row:row_end], change)
         return out
 
     def _without_branch(self, input, weight, bias, *args, **kwargs):

@@ -40,41 +40,36 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
         low_rank = own.to(flat).and_also(low_rank, rows)
     # The low-rank branch is part of the large product's sum, which is rounded once: added after the
     # rounding, a weak LoRA would be lost. Adding the bias rounds too, so the bias comes last.
-    added = None if low_rank is None else low_rank.product(flat, rows)
     weight = packed_format, packed, rows
-    out = _by_kernel(flat, *weight, bias, added, load)
+    out = _by_kernel(flat, *weight, bias, low_rank, load)
     if out is None:
-        out = _by_torch(flat, *weight, bias, added)
-    if added is not None and bias is not None:
-        out += bias
+        out = _by_torch(flat, *weight, bias, low_rank)
     return out.view(*input.shape[:-1], rows)
 
 
 def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor],
-               rows: int, bias: torch.Tensor | None, added: torch.Tensor | None,
+               rows: int, bias: torch.Tensor | None, low_rank: LowRank | None,
                load: int) -> torch.Tensor | None:
-    """Computes `input W^T + added` with a kernel that dequantises as it multiplies.
-
-    Where `added` is None, `bias` is added. Returns None where there is no such kernel.
-    """
+    """Computes `_linear` with a kernel that dequantises as it multiplies; None: there is none."""
     tokens, columns = input.shape
     if columns % packed_format.block_length:
         return None
     run = kernels.find("linear", input.device, packed_format, input.dtype, tokens, load)
     if run is None:
         return None
-    addend = bias.expand(tokens, rows) if added is None and bias is not None else added
+    addend = None if bias is None else bias.expand(tokens, rows)
+    if low_rank is not None:
+        addend = low_rank.product(input, rows)
     out = input.new_empty((tokens, rows))
     run(packed_format, packed, input.contiguous(), addend, out)
+    if low_rank is not None and bias is not None:
+        out += bias
     return out
 
 
 def _by_torch(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor],
-              rows: int, bias: torch.Tensor | None, added: torch.Tensor | None) -> torch.Tensor:
-    """Computes `input W^T + added` in torch, W dequantised in slices of rows.
-
-    Where `added` is None, `bias` is added. Overwrites `added`.
-    """
+              rows: int, bias: torch.Tensor | None, low_rank: LowRank | None) -> torch.Tensor:
+    """Computes `_linear` in torch, W dequantised in slices of rows."""
     tokens, columns = input.shape
     by_onednn = cpu_linear.takes(input)
     multiply = torch.nn.functional.linear
@@ -82,9 +77,10 @@ def _by_torch(input: torch.Tensor, packed_format: Format, packed: list[torch.Ten
         input, multiply = input.contiguous(), cpu_linear.linear
     if packed_format.plain_dtype == input.dtype:
         weight = packed[0].view(input.dtype).view(rows, columns)
-        if added is None:
+        if low_rank is None:
             return multiply(input, weight, bias)
-        return added.addmm_(input, weight.t())
+        out = low_rank.product(input, rows).addmm_(input, weight.t())
+        return out if bias is None else out.add_(bias)
     limit, row_bytes = workspace.workspace_bytes(input.device), columns * input.dtype.itemsize
     if input.device.type == "cpu":
         few_rows = min(MIN_ROWS * row_bytes, CONVOLUTION_BYTES)
@@ -98,17 +94,21 @@ def _by_torch(input: torch.Tensor, packed_format: Format, packed: list[torch.Ten
             first = start * columns // packed_format.block_length
             return kernels.dequantize_into(packed_format, packed, out, first)
 
-        if added is None and step == rows:
+        if low_rank is None and step == rows:
             return multiply(input, dequantize_slice(0, rows), bias)
-        out = input.new_empty((tokens, rows)) if added is None else added
+        hidden = None if low_rank is None else input @ low_rank.down.t()
+        out = input.new_empty((tokens, rows))
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             part, weight = out[:, start:stop], dequantize_slice(start, stop)
-            if added is not None:
+            if low_rank is not None and hidden is not None:
+                low_rank.expand(hidden, part, start)  # now, for the cache
                 if by_onednn and input.dtype == torch.float32:
                     part += multiply(input, weight)
                 else:
                     part.addmm_(input, weight.t())
+                if bias is not None:
+                    part += bias[start:stop]
             elif by_onednn:
                 part.copy_(multiply(input, weight, None if bias is None else bias[start:stop]))
             elif bias is None:

@@ -5,6 +5,8 @@ sum is the old value again, and a weak LoRA is gone. Here a value between two st
 with a probability that grows as it gets nearer. A hash of the value's own bits decides: the same
 value is always rounded in the same way, on every device and however a tensor is split.
 """
+from collections.abc import Iterable
+
 import torch
 
 # Knuth's multiplicative hash: 2^32 divided by the golden ratio; odd, so that it is a bijection.
@@ -16,7 +18,7 @@ _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
 # the grid stays there, even after float32 has rounded the sum.
 _LEAST_NORMAL, _NOISE = 2.0 ** -14, 2.0 ** -56 * (1 - 1.5 * 2.0 ** -13)
 # values that a CPU rounds at a time: the temporaries stay in its cache
-_PIECE = 1 << 18
+_PIECE = 1 << 16
 
 
 def stochastic_round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -76,21 +78,19 @@ def _upper(hashes: torch.Tensor, count: int) -> torch.Tensor:
 
 def _by_bits(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty_like(values, dtype=dtype)
-    pieces = [(values, out)]
-    in_pieces = (
-        values.device.type == "cpu"
-        and values.is_contiguous()
-        and out.is_contiguous()
-        and not torch.compiler.is_compiling()
-    )
-    if in_pieces:
-        pieces = zip(values.view(-1).split(_PIECE), out.view(-1).split(_PIECE))
-    for piece, rounded in pieces:
-        rounded.copy_(_on_the_grid(piece, dtype))
+    for piece, rounded in pieces(values, out):
+        rounded.copy_(on_the_grid(piece, dtype))
     return out
 
 
-def _on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def pieces(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Returns tensors of one shape in pieces that stay in a CPU's cache, elsewhere whole."""
+    in_pieces = not torch.compiler.is_compiling() and all(
+        tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+    return zip(*(tensor.view(-1).split(_PIECE) for tensor in tensors)) if in_pieces else [tensors]
+
+
+def on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns float32 values that a cast to `dtype` turns into the rounded ones."""
     dropped, largest = _DROPPED_BITS[dtype], torch.finfo(dtype).max
     normal = values.clamp(-largest, largest)
@@ -102,10 +102,3 @@ def _on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         less.sub_(hashes, alpha=_NOISE)
     bits = _upper(hashes, dropped).add_(normal.view(torch.int32)).bitwise_and_(-1 << dropped)
     return bits.view(torch.float32).sub_(less)
-
-
-def add_small(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """Returns `value + change` in the dtype of `value`; keeps changes far below a step of it."""
-    if value.dtype.itemsize > 2:
-        return value + change
-    return stochastic_round(value.float() + change, value.dtype)

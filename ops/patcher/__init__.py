@@ -12,6 +12,7 @@ a patcher: the patches applied right now (`applied_patches`) and the layers that
 import collections
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,8 +35,11 @@ from .applied_patches import (
     packed_keys,
     runs_in_layer,
 )
+from .float_products import float_layers_text
 from .residency import UNLOAD_ALL, MemoryReport, Placement, Residency, buffer_bytes
 from .vram_accounting import accounted, make_pinnable, nothing_to_plan
+
+log = logging.getLogger(__name__)
 
 # Type checkers see a subclass of the host's; `_packed_class` makes the real one.
 _HostPatcher = comfy.model_patcher.ModelPatcherDynamic if TYPE_CHECKING else object
@@ -222,6 +226,7 @@ class PackedPatcher(_HostPatcher):
             for name, module in self.model.named_modules():
                 self._swap_host_patches(name, module, device_to)
         self._applied.apply_all(self, device_to)
+        self._log_float_layers()
         self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
             callback(self, device_to, 0, False, False)
@@ -247,8 +252,16 @@ class PackedPatcher(_HostPatcher):
             self._load_dynamic(device_to, lowvram_model_memory, **dynamic)
         else:
             self._load_static(device_to, lowvram_model_memory, force_patch_weights, full_load)
+        self._log_float_layers()
         if self.current_hooks is not None:  # the host applied them without the hidden patches
             self.patch_hooks(self.current_hooks)
+
+    def _log_float_layers(self):
+        """Logs once which layers' patches keep them from ComfyUI's own product."""
+        text = float_layers_text(self)
+        if text is not None and text != self._applied.logged:
+            log.warning("[Featherweight] %s", text)
+        self._applied.logged = text
 
     def _load_static(self, device_to, budget: Any, force_patch_weights, full_load):
         limit = self._residency.limit(self) if device_to == self.load_device else None

@@ -124,7 +124,25 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
     Returns:
         None where no patch changes anything.
     """
-    patches = usable_patches(key, patches, shape)
+    branch_patches, weight_patches = divide(usable_patches(key, patches, shape), branch)
+    weight_patches = [(strength, to_device(value, device), *rest)
+                      for strength, value, *rest in weight_patches]
+    if not branch_patches and not weight_patches:
+        return None
+    low_rank = _low_rank(branch_patches, shape, device, dtype) if branch_patches else None
+    return LayerPatches(key, low_rank, weight_patches, original_weights)
+
+
+def divide(patches: list, branch: bool = True) -> tuple[list, list]:
+    """Divides the host's patches of one weight into those of the branch and those of the weight.
+
+    Args:
+        patches: in order.
+        branch: whether the layer can run a branch.
+
+    Returns:
+        (plain LoRAs of a strength that is not zero, all patches that change the weight itself).
+    """
     first_of_branch = max(
         (index + 1 for index, patch in enumerate(patches) if not is_sum(patch)), default=0)
     branch_patches, weight_patches = [], []
@@ -139,13 +157,10 @@ def build_patches(key: str, patches: list, shape: torch.Size, device: torch.devi
             and function is None
         )
         if not runs_in_branch:
-            weight_patches.append((strength, to_device(value, device), *patch[2:]))
+            weight_patches.append(patch)
         elif strength != 0:
             branch_patches.append(patch)
-    if not branch_patches and not weight_patches:
-        return None
-    low_rank = _low_rank(branch_patches, shape, device, dtype) if branch_patches else None
-    return LayerPatches(key, low_rank, weight_patches, original_weights)
+    return branch_patches, weight_patches
 
 
 def usable_patches(key: str, patches: list, shape: torch.Size) -> list:

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from featherweight.ops.formats.comfyui import NORMAL
 
 HOST_FORMATS = tuple(QUANT_ALGOS)
+# with the further settings of a layer's mark
+HOST_VARIANTS = (*((name, {}) for name in HOST_FORMATS), ("int8_tensorwise", {"convrot": True}))
 # of which the host looks up rows
 TABLE_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 OPTIONS = {"float8_e4m3fn": {"scale": "recalculate"}, "float8_e5m2": {"scale": "recalculate"},
@@ -36,8 +38,25 @@ def in_host_format(name: str, values: torch.Tensor, format_name: str,
     if format_name not in QUANT_ALGOS:
         pytest.skip(f"this ComfyUI has no format {format_name}")
     layout = QUANT_ALGOS[format_name]["comfy_tensor_layout"]
-    quantised = QuantizedTensor.from_float(values, layout, **OPTIONS.get(format_name, {}))
+    options = OPTIONS.get(format_name, {}) | ({"convrot": True} if config.get("convrot") else {})
+    quantised = QuantizedTensor.from_float(values, layout, **options)
     return parts | quantised.state_dict(name), quantised.dequantize()
+
+
+def by_kitchen(layer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """A layer of the host's, which now quantises its input and has comfy_kitchen multiply, as on a
+    GPU whose kernels multiply the format."""
+
+    def refused(*args, **kwargs):
+        raise RuntimeError("a CPU multiplies no blocks that have scales of their own")
+
+    layer._full_precision_mm = False
+    if layer.quant_format in ("mxfp8", "nvfp4"):
+        # comfy_kitchen then multiplies the values of both operands; torch raises ValueError
+        for name in ("scaled_mm", "_scaled_mm"):
+            where = torch.nn.functional if hasattr(torch.nn.functional, name) else torch
+            monkeypatch.setattr(where, name, refused, raising=False)
+    return layer
 
 
 def asymmetric_parts(rows: int, columns: int, bits: int = 4, level_group: int = 16,

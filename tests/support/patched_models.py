@@ -33,6 +33,8 @@ FORMAT_NAMES = ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "INT8")  # the last is bitsand
 LIMIT = 1e-5  # of the effect that the patches have, in float32
 RANK = 4
 EXACT = " exact"
+# the same where the host's product quantises the inputs of layers, also on a CPU
+LIMITS = {"int8_tensorwise": 0.03}
 
 
 @functools.cache
@@ -148,11 +150,30 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def error_by_effect(actual: torch.Tensor, expected: torch.Tensor, without: torch.Tensor) -> float:
-    """The error of a patched output divided by what the patches change; all three in float32 and of
-    a usual size."""
+def limit(format_name: str) -> float:
+    """The largest `error_by_effect` of a model whose matrices are in a format."""
+    return LIMITS.get(format_name, LIMIT)
+
+
+def error_by_effect(actual: torch.Tensor, expected: torch.Tensor, without: torch.Tensor,
+                    plain: torch.Tensor | None = None) -> float:
+    """The error of a patched output divided by what the patches change; all in float32 and of a
+    usual size.
+
+    without: the output without patches, of the model that gave `expected`.
+    plain: the same of the model that gave `actual`, where that is another one.
+    """
     assert 0.02 < relative(expected, without) < 3, relative(expected, without)
-    return ((actual - expected).norm() / (expected - without).norm()).item()
+    own = 0 if plain is None else plain - without
+    return ((actual - expected - own).norm() / (expected - without).norm()).item()
+
+
+def plain_outputs(packed, dense, format_name: str, run=run) -> tuple[torch.Tensor, torch.Tensor]:
+    """What two models of the same values give without patches: the same, but for what the limit of
+    the format allows."""
+    own, without = run(packed), run(dense)
+    assert relative(own, without) < limit(format_name)
+    return own, without
 
 
 def packed_layers(patcher) -> list[PackedLayer]:
@@ -192,7 +213,7 @@ class Ledger:
             return dispatch(func, kinds, args, kwargs)
 
         patch.setattr(PackedLayer, "_apply", counted_apply)
-        patch.setattr(QuantizedTensor, "__torch_dispatch__", counted_dispatch)
+        patch.setattr(QuantizedTensor, "__torch_dispatch__", staticmethod(counted_dispatch))
         return self
 
     def __exit__(self, *args):

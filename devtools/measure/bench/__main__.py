@@ -10,6 +10,7 @@ from pathlib import Path
 
 from devtools.measure.bench import (
     attention,
+    comfy_lora,
     cpu,
     files,
     host_types,
@@ -40,7 +41,8 @@ CASES = {
     "repack": repacking.bench_repack, "memory": files.bench_memory, "train": files.bench_train,
     "scale": files.bench_scale, "cpu": cpu.bench_cpu, "lcm": lcm.bench_lcm,
     "attention": attention.bench_attention,
-    "comfy": host_types.bench_host_types, "comfy_load": host_types.bench_packing_while_loading
+    "comfy": host_types.bench_host_types, "comfy_load": host_types.bench_packing_while_loading,
+    "comfy_lora": comfy_lora.bench_comfy_lora
 }
 # take minutes, up to 7 GB of disk and 8 GB of memory: only where asked for
 LARGE = {"scale", "comfy_load"}

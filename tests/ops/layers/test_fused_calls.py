@@ -8,6 +8,7 @@ import comfy.lora
 import comfy.ops
 import pytest
 import torch
+from host_formats import HOST_FORMATS
 from linear_calls import ACTIVATIONS, FUSED, HELPER, SHAPES, activate, linear_calls
 from patched_layers import COLUMNS, ROWS, layer_and_twin, patches_for
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +22,10 @@ from featherweight.ops.patches.layer_patches import build_patches
 # kind of layer -> the format of its weight: of this pack, of the host, or none
 KINDS = {
     "packed": "Q8_0", "blocks cross rows": "Q4_0", "float32": None, "16 bits": None,
-    "made packed": None, "int8": "int8_tensorwise", "fp8": "float8_e4m3fn"
+    "made packed": None, "int8": "int8_tensorwise", "convrot": "convrot_w4a4",
+    "fp8": "float8_e4m3fn", "mxfp8": "mxfp8"
 }
+BY_HOST = ("int8", "convrot")  # kinds whose product the host computes on a CPU too
 ACTS = (None, "gelu_tanh", "swiglu", "rms_norm")
 PATCHES = (None, "lora", "diff and lora")
 
@@ -63,7 +66,7 @@ def layer_of_kind(kind: str, patches: str | None):
         return dense_layer(kind, patches)
     torch.manual_seed(0)
     layer, twin = layer_and_twin("Linear", KINDS[kind], patches, torch.float32)
-    if kind in ("int8", "fp8") and patches != "diff and lora":
+    if KINDS[kind] in HOST_FORMATS and patches != "diff and lora":
         torch.manual_seed(0)  # another of the same: the host's product quantises the input
         twin, _ = layer_and_twin("Linear", KINDS[kind], patches, torch.float32)
     return layer, twin
@@ -133,7 +136,7 @@ def test_the_hosts_helper_loses_no_patch(shape, kind, patches):
         with torch.no_grad():
             out = helper(layer, input, given.pop("input_act", None), **given)
             expected = expected_of(twin, given, activated)
-        if kind == "int8" and patches is None:
+        if kind in BY_HOST and patches is None:
             # the helper's own product, in which the host may quantise the input
             assert (out - expected).norm() < 0.02 * expected.norm()
         else:
@@ -161,7 +164,7 @@ def test_a_residual_without_a_scale_is_added():
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_a_product_that_is_the_hosts_may_be_read_past_forward(kind):
     layer, _ = layer_of_kind(kind, None)
-    assert layer.comfy_force_forward == (kind != "int8")
+    assert layer.comfy_force_forward == (kind not in BY_HOST)
     layer, _ = layer_of_kind(kind, "lora")
     assert layer.comfy_force_forward
 

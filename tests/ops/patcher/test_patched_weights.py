@@ -59,7 +59,8 @@ def weights_of_the_host(format_name: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-MODELS = [(name, loaded) for name in ("Q4_K", "float8_e4m3fn") for loaded in (False, True)]
+MODELS = [(name, loaded) for name in ("Q4_K", "float8_e4m3fn", "int8_tensorwise")
+          for loaded in (False, True)]
 
 
 @pytest.fixture(params=MODELS, ids=str)

@@ -114,13 +114,15 @@ class DenseFlux:
 
     part: kinds that are only for some layers, as each product of these layers takes long: what is
     in the layers' names.
+    noise: the share of the output that a product of the packed model may add, which quantises its
+    input.
     """
 
     part = {"dora": "img_attn", "lokr": "txt_mlp", "loha": "img_mlp", "oft": "linear"}
     lora_for, patched = staticmethod(lora_for), staticmethod(patched)
 
-    def __init__(self, dense, values: dict):
-        self.dense, self.values = dense, values
+    def __init__(self, dense, values: dict, noise: float = 0.0):
+        self.dense, self.values, self.noise = dense, values, noise
 
     @functools.cache
     def lora(self, kind: str) -> dict:
@@ -262,7 +264,8 @@ class PatcherSequence(RuleBasedStateMachine):
         expected = self.dense.output(self.stack, self.hook_strength, self.hooked)
         without = self.dense.output(())
         effect = (expected - without).norm() if self.stack or self.hooks else without.norm()
-        assert (actual - expected).norm() < LIMIT * max(effect, 0.02 * without.norm())
+        allowed = LIMIT * max(effect, 0.02 * without.norm()) + self.dense.noise * without.norm()
+        assert (actual - expected).norm() < allowed
         if fake_gpus.ON_FAKE_GPUS:  # elsewhere the host cuts attention as memory allows
             first = self.outputs.setdefault((self.stack, self.hook_strength), actual)
             assert torch.equal(actual, first)
@@ -502,11 +505,12 @@ def more(*values):
 
 
 @pytest.mark.parametrize(("format_name", "examples"), [
-    ("Q8_0", 9), ("INT8", 2), ("float8_e4m3fn", 2),
+    ("Q8_0", 9), ("INT8", 2), ("float8_e4m3fn", 2), ("int8_tensorwise", 2),
     more("Q8_0", 80), more("Q4_K", 80), more("INT8", 80), more("float8_e4m3fn", 40),
-    more("asym_w4a8_int8 exact", 40)])
+    more("int8_tensorwise", 40), more("asym_w4a8_int8 exact", 40)])
 def test_every_step_gives_what_the_dense_model_gives(format_name, examples, memory):
-    dense = DenseFlux(dense_flux(format_name), flux_file(format_name)[1])
+    dense = DenseFlux(dense_flux(format_name), flux_file(format_name)[1],
+                      0.005 if format_name == "int8_tensorwise" else 0.0)
     check(PatcherSequence, lambda: packed_flux(format_name), dense, memory, examples)
 
 
