@@ -51,6 +51,9 @@ COLUMN_MULTIPLE = 32
 ALIGNMENT = 16  # bytes, of the addresses of codes
 EMPTY_RANK = 16  # of a low rank of zeros, for weights without one
 
+# names of operands that have the dtype of the input
+FLOAT_OPERANDS = "x", "smooth", "lora_down", "ascales", "wscales", "wzeros", "lora_up", "out_dtype"
+
 Backend = str
 _Parts = dict[str, torch.Tensor]
 
@@ -147,8 +150,7 @@ def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.
         if capability < least:
             return (f"this card has compute capability {capability[0]}.{capability[1]}, they need"
                     f" {least[0]}.{least[1]}")
-    operands = dict.fromkeys(
-        ("x", "smooth", "lora_down", "ascales", "wscales", "wzeros", "lora_up", "out_dtype"), dtype)
+    operands: dict[str, torch.Tensor | torch.dtype | None] = dict.fromkeys(FLOAT_OPERANDS, dtype)
     result = validate_function_call(constraints, operands, capability)
     return "" if result.success else result.failure_reason or f"they do not take {dtype}"
 

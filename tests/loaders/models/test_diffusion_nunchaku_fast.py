@@ -4,16 +4,23 @@ What is expected comes from comfy_kitchen's own layers, with the tensors in the 
 converter had them before it brought them into tiles.
 """
 import dataclasses
+import types
 
+import comfy.model_management
 import nunchaku_writer as writer
 import pytest
 import torch
+from comfy_kitchen.constraints import FunctionConstraints
+from comfy_kitchen.registry import BackendRegistry
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from families import FAMILIES, relative_error
 from families import run as run_family
 from nunchaku_models import dense_of, load, quantized, table_of
 from patched_models import lora_for, patched
 
+from featherweight.loaders.inspect.contents import file_contents, model_contents
+from featherweight.loaders.inspect.inspection import identify
+from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.inspect.model_summary import host_product_text
 from featherweight.ops.layers import kitchen_products
 
@@ -130,7 +137,30 @@ def test_a_lora_joins_the_low_rank(name, tmp_path):
     assert relative_error(with_lora, without) > 3 * LIMIT
 
 
-def test_the_loader_says_what_multiplies(name, tmp_path):
-    path = str(tmp_path / "model.safetensors")
-    writer.write(path, quantized(name, "int4"))
-    assert host_product_text(load(name, path)) is None
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_path, monkeypatch):
+    name, path = "flux-dev", str(tmp_path / "model.safetensors")
+    writer.write(path, quantized(name, precision))
+    exact, fast = load(name, path), load(name, path, compute="int8")
+    assert host_product_text(exact) is host_product_text(fast) is None  # on a CPU
+    assert not identify(file_contents(path)).kernels
+    own, gpu = BackendRegistry(), torch.device("cuda:0")
+    monkeypatch.setattr(kitchen_products, "registry", own)
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: gpu)
+    for patcher in (exact, fast):
+        patcher.load_device = gpu
+        patcher.model.manual_cast_dtype = torch.bfloat16
+    own.mark_unavailable("cuda", "no library")
+    reason = ("exact, since comfy_kitchen's CUDA kernels are off: no library; a newer comfy-kitchen"
+              " may have them (pip install -U comfy-kitchen)")
+    assert host_product_text(exact) == host_product_text(fast) == reason
+    assert identify(file_contents(path)).kernels == reason
+    assert f"kernels: {reason}" in inspection_text(identify(file_contents(path)))
+    functions = {function for one in kitchen_products.PRODUCTS.values()
+                 for function in one.functions}
+    own.register("cuda", types.SimpleNamespace(), dict.fromkeys(functions, FunctionConstraints()))
+    assert host_product_text(exact) is None and not identify(file_contents(path)).kernels
+    assert host_product_text(fast) == "SVDQuant + AWQ multiplied by comfy_kitchen"
+    assert model_contents(fast).kernels.endswith(host_product_text(fast))
+    own.disable("cuda")
+    assert "ComfyUI has turned them off" in host_product_text(fast)
