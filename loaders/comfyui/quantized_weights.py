@@ -421,7 +421,7 @@ def _packed(layer: str, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | 
     tensors = {name.removeprefix(f"{layer}."): tensor for name, tensor in parts.items()}
     try:
         weight = pack_parts(settings, tensors)
-        return weight, bias if weight is None else shifted_bias(settings, tensors, bias)
+        return weight, bias if weight is None else shifted_bias(weight, bias)
     except PartError as error:
         raise UnreadFormatError(f"{format_name}: {error}", error.advice) from error
 

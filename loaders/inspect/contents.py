@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -18,7 +19,12 @@ from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
 from ..files.open_weights import open_weights
 from ..models.recipe import Recipe
 from ..quantizers.comfyui import READERS
-from .model_summary import dequantize_backend_text, format_name
+from .model_summary import (
+    dequantize_backend_text,
+    format_name,
+    host_product_text,
+    kitchen_text,
+)
 
 
 @dataclass
@@ -34,7 +40,7 @@ class Contents:
         nbytes: bytes on disk, 0 for a MODEL.
         memory_bytes: bytes of the tensors in memory.
         patches: number of weights of a MODEL that LoRAs or merges change.
-        kernels: what dequantises and multiplies in a MODEL.
+        kernels: what dequantises and multiplies in a MODEL, or which kernels a file lacks here.
         config: the host's configuration of a MODEL.
         file: the file they were read from.
         problem: why a layer of the file cannot be loaded, "" if all can.
@@ -73,7 +79,10 @@ def file_contents(path: str | os.PathLike) -> Contents:
     return Contents(
         os.path.basename(os.path.normpath(path)), tensors, formats, file.metadata,
         file.declared_type, file.tensor_bytes,
-        sum(tensor.nbytes for tensor in tensors.values()), file=file, problem=problem)
+        sum(tensor.nbytes for tensor in tensors.values()), file=file, problem=problem,
+        kernels=kitchen_text(
+            {tensor.params.format for tensor in tensors.values() if is_packed(tensor)},
+            comfy.model_management.get_torch_device(), torch.bfloat16))
 
 
 def model_contents(patcher: ModelPatcher) -> Contents:
@@ -95,7 +104,9 @@ def model_contents(patcher: ModelPatcher) -> Contents:
     )
     return Contents(name, tensors, formats, memory_bytes=patcher.model_size(),
                     patches=len(patcher.patches), config=patcher.model.model_config,
-                    kernels=dequantize_backend_text(patcher, with_products=True) or "")
+                    kernels=", ".join(filter(None, (
+                        dequantize_backend_text(patcher, with_products=True),
+                        host_product_text(patcher)))))
 
 
 def package_parts(path: str | os.PathLike) -> list[Path]:

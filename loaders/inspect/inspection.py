@@ -58,7 +58,8 @@ class Inspection:
         nbytes: bytes on disk.
         memory_bytes: bytes of the weights in memory.
         patches: number of weights that LoRAs or merges change.
-        kernels: what dequantises and multiplies in a model that is loaded.
+        kernels: what dequantises and multiplies in a model that is loaded, or which kernels a file
+            lacks on this computer.
         types: type -> (number of tensors, bytes).
         blocks: block -> type -> bytes.
         parts: part of a checkpoint -> bytes.

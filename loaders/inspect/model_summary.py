@@ -1,11 +1,14 @@
 """Describes in a few words, for a node or the log, what a loaded model holds."""
 import collections
 import os
+from collections.abc import Iterable
 
 import torch
 
 from ...ops import kernels
-from ...ops.formats.base import FORMATS
+from ...ops.formats.base import FORMATS, Format
+from ...ops.layers import kitchen_products
+from ...ops.layers.packed_layers import PackedLinear
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ..byte_sizes import size_text
 from ..files.container import WeightFile
@@ -75,11 +78,43 @@ def dequantize_backend_text(patcher, with_products: bool = False) -> str | None:
 
 
 def host_product_text(patcher) -> str | None:
-    """Returns "multiplied by ComfyUI" for a model with layers in its formats that it computes."""
+    """Returns which products of a model are ComfyUI's, or why it lacks some; None for neither.
+
+    "multiplied by ComfyUI" for layers in its formats that it computes, and what `kitchen_text` says
+    of others.
+    """
+    texts = []
     if any(isinstance(tensor, QuantizedTensor) and not is_packed(tensor)
            for tensor in patcher.model.parameters()):
-        return "multiplied by ComfyUI"
-    return None
+        texts.append("multiplied by ComfyUI")
+    dtype_of_model = getattr(patcher.model, "get_dtype_inference", lambda: torch.float16)
+    layers = [module for module in patcher.model.modules() if isinstance(module, PackedLinear)]
+    formats = {layer.weight.params.format for layer in layers if is_packed(layer.weight)}
+    is_fast = any(layer.compute == "int8" for layer in layers)
+    texts.append(kitchen_text(formats, patcher.load_device, dtype_of_model(), is_fast))
+    return ", ".join(filter(None, texts)) or None
+
+
+def kitchen_text(formats: Iterable[Format], device: torch.device, dtype: torch.dtype,
+                 is_fast: bool = False) -> str:
+    """Returns which formats comfy_kitchen's kernels multiply, or why they do not.
+
+    Args:
+        formats: of linear layers.
+        device: where they run.
+        dtype: of their inputs.
+        is_fast: whether these layers use the kernels where there are some.
+
+    Returns:
+        "SVDQuant + AWQ multiplied by comfy_kitchen" or "exact, since comfy_kitchen's CUDA kernels
+        are off: ..."; "" where there is nothing to say.
+    """
+    formats = list(formats)
+    titles = sorted({kitchen_products.title_of(one) for one in formats
+                     if is_fast and kitchen_products.runs(one, device, dtype)}, reverse=True)
+    reasons = sorted({kitchen_products.why_off(one, device, dtype) for one in formats} - {""})
+    texts = [f"{' + '.join(titles)} multiplied by comfy_kitchen"] if titles else []
+    return "; ".join([*texts, *(f"exact, since {reason}" for reason in reasons)])
 
 
 def title_of(name: str) -> str:

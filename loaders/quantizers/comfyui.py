@@ -39,12 +39,13 @@ from ...ops.formats.comfyui import (
     W6A8,
 )
 from ...ops.formats.row_layout import RowFamily, RowFormat
-from ...ops.formats.svdquant import SVDQUANT_INT4, SVDQUANT_INT4_HALF
+from ...ops.formats.svdquant import INPUT_SHIFT, SVDQUANT_INT4, SVDQUANT_INT4_HALF
 from ...ops.tensor.packed_layout import (
     is_packed,
     packed_rows,
     packed_tensor,
     packed_tensors,
+    with_input_shift,
     with_low_rank,
 )
 from ...ops.tensor.packed_tensor import PackedTensor
@@ -71,8 +72,6 @@ PIECE_ROWS, PIECE_COLUMNS = 128, 4  # of scales in blocks
 # of svdquant_w4a4, whose names may begin with "weight_"
 SMOOTH, DOWN, UP = "smooth_factor", "proj_down", "proj_up"
 TILE = 128  # rows of svdquant_w4a4
-# added to the inputs of SVDQuant's layers whose codes of inputs are unsigned
-SHIFT = 0.171875
 SLICE_VALUES = 1 << 17  # that are dequantised at a time, in the cache of a core
 
 Sizes = Mapping[str, int]
@@ -276,14 +275,16 @@ def _awq(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
 
 
 def _svdquant(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
-    main = _svdquant_main(parts)
-    if DOWN not in parts:
-        return main
-    if _setting(settings, "lowrank_branch_input_basis", "raw") != "raw":
-        raise PartError("its low rank multiplies another input than the layer's")
-    up = parts[UP]
-    return with_low_rank(main, up.transpose(1, 2).flatten(0, 1) if up.ndim == 3 else up,
-                         parts[DOWN].t())
+    main = packed = _svdquant_main(parts)
+    if DOWN in parts:
+        if _setting(settings, "lowrank_branch_input_basis", "raw") != "raw":
+            raise PartError("its low rank multiplies another input than the layer's")
+        up = parts[UP]
+        packed = with_low_rank(main, up.transpose(1, 2).flatten(0, 1) if up.ndim == 3 else up,
+                               parts[DOWN].t())
+    if _setting(settings, "act_unsigned", False):
+        return with_input_shift(packed, bias_of_shift(main))
+    return packed
 
 
 def _svdquant_main(parts: Parts) -> PackedTensor:
@@ -302,31 +303,30 @@ def _svdquant_main(parts: Parts) -> PackedTensor:
                  column_scale=1 / parts[SMOOTH].float().flatten())
 
 
-def shifted_bias(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor],
-                 bias: torch.Tensor | None) -> torch.Tensor | None:
+def shifted_bias(weight: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """Returns the bias of a layer with what a shift of its input adds.
 
     Without such a shift it returns `bias`.
 
     Args:
-        settings, parts: see `pack_parts`, which has read them.
+        weight: of `pack_parts`.
         bias: (N,), or None.
 
     Raises:
         PartError: the layer has no bias, or one of another length.
     """
-    if format_of(settings) != "svdquant_w4a4" or not _setting(settings, "act_unsigned", False):
+    shift = weight.params.input_shift
+    if shift is None:
         return bias
     if bias is None:
         raise PartError("act_unsigned needs a bias")
-    main = _svdquant_main(_layout(settings, parts)[1])
-    if bias.shape != main.shape[:1] or not bias.is_floating_point():
-        raise PartError(f"its bias is {describe(bias)}, expected {len(main)} numbers")
-    return bias.float() + bias_of_shift(main)
+    if bias.shape != shift.shape or not bias.is_floating_point():
+        raise PartError(f"its bias is {describe(bias)}, expected {len(shift)} numbers")
+    return bias.float() + shift
 
 
 def bias_of_shift(main: PackedTensor) -> torch.Tensor:
-    """Returns what `SHIFT`, added to the input of a weight, adds to the bias, float32 (N,).
+    """Returns what `INPUT_SHIFT`, added to the input of a weight, adds to the bias, float32 (N,).
 
     Args:
         main: the weight (N, K), without the low rank, which sees the input without it.
@@ -340,7 +340,7 @@ def bias_of_shift(main: PackedTensor) -> torch.Tensor:
     for first in range(0, rows, step):
         values = workspace[:rows - first]
         sums.append(packed_format.dequantize_into(tensors, values, first=first).sum(1))
-    return torch.cat(sums) * SHIFT
+    return torch.cat(sums) * INPUT_SHIFT
 
 
 READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {

@@ -5,7 +5,7 @@ multiples of 128. Scales of AWQ have a row for 64 columns, those of T5 for 128, 
 The bias is plain, in tiles too. The result has diffusers' names and the values of the original
 model:
 
-- Layers after a GELU of int4 get their input + `SHIFT`: it goes into their bias.
+- Layers after a GELU of int4 get their input + `INPUT_SHIFT`: it goes into their bias.
 - Where `smooth_factor` is 1 and `smooth_factor_orig` is not, the latter was multiplied into the
   columns and divided out of the rows of the V before it. Both are undone, so that a LoRA fits.
 - Rows of modulations are interleaved, and 1 is added to the bias of their scales.
@@ -29,7 +29,12 @@ from ...ops.formats.svdquant import (
     SVDQUANT_INT4_HALF,
     SVDQUANT_NVFP4,
 )
-from ...ops.tensor.packed_layout import join_packed, packed_rows, with_low_rank
+from ...ops.tensor.packed_layout import (
+    join_packed,
+    packed_rows,
+    with_input_shift,
+    with_low_rank,
+)
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
 from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, describe, safe_repr
@@ -187,6 +192,7 @@ class _Weight:
         bias: (N,) or None.
         scales: what the rows and the columns of the low rank are multiplied by, float32 (N,) and
             (K,), or None.
+        shift: what a shift of the input adds, float32 (N,), None where there is none.
     """
 
     main: PackedTensor
@@ -194,12 +200,14 @@ class _Weight:
     down: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    shift: torch.Tensor | None = None
 
     def packed(self) -> PackedTensor:
         """Returns the whole weight."""
-        if self.up is None or self.down is None:
-            return self.main
-        return with_low_rank(self.main, self.up, self.down, self.scales)
+        packed = self.main
+        if self.up is not None and self.down is not None:
+            packed = with_low_rank(packed, self.up, self.down, self.scales)
+        return packed if self.shift is None else with_input_shift(packed, self.shift)
 
 
 class _Reader:
@@ -361,9 +369,11 @@ class _Reader:
         main = packed_rows(
             family, tiles.codes_in_rows(parts["qweight"]), (rows, columns),
             scale=sides(parts["wscales"]), row_scale=of_rows, column_scale=1 / divisors)
+        shift = None
         if bias is not None and not is_nvfp4 and self.family.shifted.fullmatch(_local_name(name)):
-            bias = bias.float() + bias_of_shift(main)
-        return _Weight(main, up, down, bias, scales)
+            shift = bias_of_shift(main)
+            bias = bias.float() + shift
+        return _Weight(main, up, down, bias, scales, shift)
 
     def awq(self, name: str, layer: Layer) -> _Weight:
         """Returns a layer of AWQ, the rows of its parts in order."""

@@ -25,7 +25,7 @@ from ..tensor.packed_layout import (
 )
 from ..tensor.packed_tensor import relabel
 from ..tensor.row_slicing import take_rows, without_padding
-from . import int8, product, stochastic_rounding
+from . import kitchen_products, product, stochastic_rounding
 from .autocast import autocast_input
 from .fused_calls import FusedCall, keep_forward, known_arguments
 from .low_rank import dense_linear
@@ -57,7 +57,8 @@ class PackedLayer(_HostLayer):
     """Base of the packed layers: a mixin before one of the host's layer classes.
 
     Attributes:
-        compute: "exact", or "int8" for linear layers that multiply integers where they can.
+        compute: "exact", or "int8" for linear layers that multiply integers where they can, by
+            `kitchen_products` or `int8`.
         new: (function, its arguments) that makes an uninitialised layer of this class.
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
         lora: the layer's patches, set and cleared by the patcher.
@@ -242,7 +243,7 @@ class PackedLinear(PackedLayer):
         low_rank = None if self.lora is None else self.lora.branch(input)
         if self.is_unpatched(weight):
             if self.compute == "int8":
-                out = int8.linear(input, weight, bias, low_rank, self.load)
+                out = kitchen_products.linear(input, weight, bias, low_rank, self.load)
             else:
                 out = product.linear(input, weight, bias, low_rank, self.load)
         else:

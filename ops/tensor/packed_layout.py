@@ -21,6 +21,7 @@ from ..formats._names import format_named
 from ..formats.base import Format, FormatError
 from ..formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from ..formats.row_layout import RowFamily
+from ..formats.svdquant import ShiftedInput
 from ..layers.low_rank import balancing_powers
 from ..pickle_names import stable_pickle_name
 from .packed_tensor import PackedTensor, relabel
@@ -57,6 +58,7 @@ class PackedParams(BaseLayoutParams):
     down_scale: torch.Tensor | None = None
     of_row: torch.Tensor | None = None
     of_column: torch.Tensor | None = None
+    input_shift: torch.Tensor | None = None
 
     def _tensor_fields(self) -> list[str]:
         return [qparam.name for qparam in self.format.qparams]
@@ -186,6 +188,17 @@ def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
     factors = [factor.contiguous().view(-1).view(torch.uint8) for factor in (up, down)]
     return packed_tensor(
         packed_format, data, tensor.shape, tensor.dtype, *qparams, *factors, *(scales or ()))
+
+
+def with_input_shift(tensor: PackedTensor, shift: torch.Tensor) -> PackedTensor:
+    """Returns a packed weight with what a shift of its input adds; see `ShiftedInput`.
+
+    Args:
+        tensor: (N, K), whose blocks are rows.
+        shift: float32 (N,).
+    """
+    return packed_tensor(ShiftedInput.of(tensor.params.format), tensor._qdata, tensor.shape,
+                         tensor.dtype, *tensor.params.qparams, shift)
 
 
 def _within_float16(up: torch.Tensor, down: torch.Tensor,

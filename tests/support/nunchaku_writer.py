@@ -71,6 +71,8 @@ class Layer:
 
     Attributes:
         parts: tensors of the file.
+        plain: for int4, the same in order: codes (N, K), scales (N, groups), divisors, down (R, K),
+            up and bias.
         weight, bias: the values that they stand for, float32.
     """
 
@@ -87,6 +89,7 @@ class Layer:
         smoothed = (weight.double() - low_rank) * divisors.double()
         self.parts = {"smooth_factor": tile_vector(divisors),
                       "proj_down": tile_low_rank(down, True), "proj_up": tile_low_rank(up, False)}
+        self.plain = {"divisors": divisors, "down": down, "up": up}
         quantize = self.int4 if precision == "int4" else self.nvfp4
         main = quantize(smoothed, dtype) / divisors.double()
         self.weight = (main + low_rank).float()
@@ -95,6 +98,7 @@ class Layer:
         if bias is not None:
             stored = (bias.double() - shift).to(dtype)
             self.parts["bias"] = tile_vector(stored)
+            self.plain["bias"] = stored
             self.bias = (stored.double() + shift).float()
 
     def int4(self, values, dtype):
@@ -103,6 +107,7 @@ class Layer:
         codes = (groups / scales.double().unsqueeze(-1)).round().clamp(-7, 7)
         self.parts |= {"qweight": tile_codes(codes.to(torch.int8).view(values.shape) & 15),
                        "wscales": tile_numbers(scales)}
+        self.plain |= {"codes": codes.to(torch.int8).view(values.shape), "scales": scales}
         return (codes * scales.double().unsqueeze(-1)).view(values.shape)
 
     def nvfp4(self, values, dtype):
@@ -170,6 +175,8 @@ class Model:
     Attributes:
         tensors: of the file.
         values: name in diffusers -> the value that a reader must get.
+        layers: (layer, names in diffusers of its rows, factors of rows and of columns, whether its
+            input is shifted).
     """
 
     def __init__(self, weights, **options):
@@ -178,6 +185,7 @@ class Model:
         self.dtype = options.get("dtype", torch.bfloat16)
         self.tensors: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
+        self.layers = []
 
     def pop(self, layer):
         return self.weights.pop(f"{layer}.weight"), self.weights.pop(f"{layer}.bias", None)
@@ -215,6 +223,7 @@ class Model:
                       None if bias is None else bias / rows_by, divisors=divisors,
                       is_shifted=is_shifted, seed=len(self.tensors), **self.options)
         self.add_tensors(name, layer.parts)
+        self.layers.append((layer, sources, rows_by.float(), columns_by.float(), is_shifted))
         original = layer.parts["smooth_factor"] if factors is None else tile_vector(factors)
         self.tensors[f"{name}.smooth_factor_orig"] = original.clone()
         values = layer.weight.double() * rows_by.unsqueeze(1) / columns_by

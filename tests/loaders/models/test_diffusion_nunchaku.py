@@ -1,16 +1,16 @@
 """Diffusion models that Nunchaku quantised run as the host runs their values, and stay packed."""
-import functools
 import json
 import logging
 
 import nunchaku_writer as writer
 import pytest
 import torch
-from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
-from families import FAMILIES, host_patcher, random_weights, relative_error, shrunken_detection
+from diffusers_names import in_diffusers_names
+from families import FAMILIES, relative_error
 from families import run as run_family
 from hooked import run_hooked
 from lora_gain import Gain
+from nunchaku_models import dense_of, load, quantized, table_of, weights_of
 from patched_models import LIMIT, adapter, error_by_effect, lora_for, patched
 from safetensors.torch import save_file
 
@@ -28,39 +28,6 @@ FLUX = "flux-dev"
 MODELS = [(name, precision) for name in writer.WRITERS for precision in ("int4", "nvfp4")]
 # bytes in memory for one in the file; a rank of 16 for 256 columns is one of 192 for 3072
 MOST_HELD = 1.05
-
-
-def table_of(name):
-    """Name in diffusers -> the host's."""
-    family = FAMILIES[name]
-    if name in DIFFUSERS:
-        return DIFFUSERS[name](family.config)
-    return {key: key for key in random_weights(family)}
-
-
-def weights_of(name):
-    """Weights of a family in diffusers' names."""
-    return in_diffusers_names(random_weights(FAMILIES[name]), table_of(name))
-
-
-def dense_of(name, values):
-    """The host's own model of values in diffusers' names, and these in the host's names."""
-    family = FAMILIES[name]
-    weights = in_the_hosts_names(values, random_weights(family), table_of(name))
-    with pytest.MonkeyPatch.context() as patch:
-        shrunken_detection(family, patch)
-        return host_patcher(weights, family), weights
-
-
-def load(name, path, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        shrunken_detection(FAMILIES[name], patch)
-        return load_diffusion_model(str(path), **options)
-
-
-@functools.cache
-def quantized(name, precision, **options):
-    return writer.WRITERS[name](weights_of(name), precision=precision, **options)
 
 
 @pytest.fixture

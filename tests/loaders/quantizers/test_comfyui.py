@@ -483,7 +483,7 @@ def test_a_shift_of_svdquant_goes_into_the_bias(form, is_unsigned, tmp_path):
 def test_another_bias_than_a_shift_needs_is_a_sentence(bias):
     parts, _, _ = svdquant_parts()
     with pytest.raises(PartError, match="its bias is .*, expected 256 numbers"):
-        shifted_bias(SVDQUANT | {"act_unsigned": True}, parts, bias)
+        shifted_bias(pack_parts(SVDQUANT | {"act_unsigned": True}, parts), bias)
 
 
 @pytest.mark.parametrize(("part", "tensor"), [

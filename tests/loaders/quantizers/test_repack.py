@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.quantizers import comfyui, gptq, nunchaku_tiles, repack
 from featherweight.ops.formats.base import Format
-from featherweight.ops.formats.svdquant import SVDQUANT_INT4
+from featherweight.ops.formats.svdquant import INPUT_SHIFT, SVDQUANT_INT4
 from featherweight.ops.tensor import packed_layout
 
 
@@ -97,7 +97,7 @@ def test_the_bias_of_a_shift_is_summed_in_slices(monkeypatch):
         SVDQUANT_INT4, random_words(rows, columns // 8).view(torch.uint8), (rows, columns),
         scale=torch.rand(rows, columns // 64).bfloat16(), row_scale=torch.rand(rows),
         column_scale=torch.rand(columns))
-    expected = main.dequantize().sum(1) * comfyui.SHIFT
+    expected = main.dequantize().sum(1) * INPUT_SHIFT
     sizes, dequantize_into = [], Format.dequantize_into
 
     def record(packed_format, tensors, out, *args, **kwargs):

@@ -1,0 +1,376 @@
+"""`compute = "int8"` of SVDQuant and AWQ weights: products by comfy_kitchen's kernels.
+
+SVDQuant's quantise the input of a layer to 4 bits too, as Nunchaku's do, and add the low rank in
+the same call, to which the LoRAs of the layer belong. A weight is multiplied as it is held: only
+its scales are brought into the kernels' order, for each product.
+
+comfy_kitchen's registry says which device has which kernels. Everywhere else, and for other
+numbers of tokens, the product is another: see `linear`.
+"""
+import dataclasses
+import os
+from collections.abc import Callable
+
+import torch
+from comfy_kitchen.constraints import FunctionConstraints, validate_function_call
+from comfy_kitchen.float_utils import to_blocked
+from comfy_kitchen.registry import registry
+
+from ..formats.base import FORMATS, Format
+from ..formats.bits import reinterpret
+from ..formats.comfyui import W4A16, W4A16_FLOAT, W4A16_HALF
+from ..formats.low_rank_and_joined import AddedLowRank, Joined, without_low_rank
+from ..formats.row_layout import RowFormat
+from ..formats.svdquant import (
+    AWQ_INT4,
+    AWQ_INT4_HALF,
+    INPUT_SHIFT,
+    SVDQUANT_INT4,
+    SVDQUANT_INT4_HALF,
+    SVDQUANT_NVFP4,
+    ShiftedInput,
+)
+from ..tensor.packed_tensor import PackedTensor
+from . import int8, product, stochastic_rounding, torch_registration
+from .low_rank import LowRank, Slice
+
+# comfy_kitchen's backends with kernels, the first one that has them is used. Its "eager" one is the
+# reference: floats in torch, slower on a CPU than the products of this pack.
+BACKENDS = ("hip", "cuda")
+TITLES = {"hip": "AMD kernels", "cuda": "CUDA kernels"}
+DISABLED = {
+    "hip": "something in ComfyUI has turned them off",
+    "cuda": "ComfyUI has turned them off, as it does below a PyTorch for CUDA 13; install one for"
+            " CUDA 13 (cu130) or newer"}
+NEWER = "a newer comfy-kitchen may have them (pip install -U comfy-kitchen)"
+# Rows of the input from which codes of 4 bits are worth their error; with fewer, most of the time
+# is spent on reading the weight. Up to how many rows the kernel of AWQ multiplies with codes.
+MIN_TOKENS, MAX_AWQ_TOKENS = 17, 256
+ROW_MULTIPLE = 8  # the kernels read the scales of several rows at once
+COLUMN_MULTIPLE = 32
+ALIGNMENT = 16  # bytes, of the addresses of codes
+EMPTY_RANK = 16  # of a low rank of zeros, for weights without one
+
+# names of operands that have the dtype of the input
+FLOAT_OPERANDS = "x", "smooth", "lora_down", "ascales", "wscales", "wzeros", "lora_up", "out_dtype"
+
+Backend = str
+_Parts = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """One kind of product.
+
+    Attributes:
+        title: for people.
+        functions: of comfy_kitchen.
+        run: computes it; see `_svdquant`.
+        least, most: rows of the input.
+    """
+
+    title: str
+    functions: tuple[str, ...]
+    run: Callable[..., torch.Tensor]
+    least: int
+    most: float
+
+
+def why_off(packed_format: Format, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns why comfy_kitchen's kernels do not multiply a weight, and what to do about it.
+
+    Args:
+        packed_format: of the weight.
+        device: where the layer runs.
+        dtype: of its input.
+
+    Returns:
+        A clause, "" where they do, or where there are none for the format or the type of device.
+    """
+    name = product_of(packed_format)
+    if name is None or device.type != "cuda" or _backend(name, device, dtype):
+        return ""
+    backend = "cuda" if torch.version.hip is None else "hip"
+    problem = _problem(backend, name, device, dtype)
+    return f"comfy_kitchen's {TITLES[backend]} are off: {problem}"
+
+
+def runs(packed_format: Format, device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether comfy_kitchen's kernels multiply a weight; see `why_off`."""
+    name = product_of(packed_format)
+    return name is not None and _backend(name, device, dtype) is not None
+
+
+def title_of(packed_format: Format) -> str:
+    """Returns what people call the formats of a product, "" where there is none."""
+    name = product_of(packed_format)
+    return "" if name is None else PRODUCTS[name].title
+
+
+def product_of(packed_format: Format) -> str | None:
+    """Returns a key of PRODUCTS for a format, None where there is no such product."""
+    if isinstance(packed_format, Joined):
+        names = {product_of(part.format) for part in packed_format.parts}
+        return names.pop() if len(names) == 1 else None
+    while isinstance(packed_format, (AddedLowRank, ShiftedInput)):
+        packed_format = packed_format.base
+    return PRODUCT_OF.get(packed_format.family) if isinstance(packed_format, RowFormat) else None
+
+
+def _backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend | None:
+    return next((backend for backend in BACKENDS if registry.is_available(backend)
+                 and not _problem(backend, name, device, dtype)), None)
+
+
+def _problem(backend: Backend, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns why a backend does not compute a product, "" where it does."""
+    if not registry.is_available(backend):
+        status = registry.list_backends().get(backend, {})
+        if status.get("disabled"):
+            return DISABLED[backend]
+        return f"{status.get('unavailable_reason') or 'they are missing'}; {NEWER}"
+    for function in PRODUCTS[name].functions:
+        constraints = registry.get_constraints(backend, function)
+        if constraints is None:
+            return f"they have no {function} for this card; {NEWER}"
+        if device.type not in constraints.default_devices:
+            return f"they are not for {device.type}"
+        problem = _unmet(constraints, device, dtype)
+        if problem:
+            return problem
+    return ""
+
+
+def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns which of the constraints of a function a device or a dtype does not meet."""
+    least = constraints.min_compute_capability
+    capability = None
+    if least is not None and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)  # of this device, not the current one
+        if capability < least:
+            return (f"this card has compute capability {capability[0]}.{capability[1]}, they need"
+                    f" {least[0]}.{least[1]}")
+    operands: dict[str, torch.Tensor | torch.dtype | None] = dict.fromkeys(FLOAT_OPERANDS, dtype)
+    result = validate_function_call(constraints, operands, capability)
+    return "" if result.success else result.failure_reason or f"they do not take {dtype}"
+
+
+def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
+           low_rank: LowRank | None = None, load: int = 0) -> torch.Tensor:
+    """Computes `product.linear` faster and less exactly.
+
+    By comfy_kitchen where its kernels take format, device and number of tokens; otherwise exactly
+    on a GPU, and in integers (`int8.linear`) on a CPU and for weights of other formats.
+    """
+    if (
+        product_of(weight.params.format) is None
+        or input.shape[-1] != weight.shape[1]
+        or product.needs_gradient(input, bias)
+    ):
+        return int8.linear(input, weight, bias, low_rank, load)
+    return torch.ops.featherweight.kitchen_linear(
+        *product.operands(input, weight, bias, low_rank), load)
+
+
+def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
+            rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
+            slices: list[int], load: int = 0) -> torch.Tensor:
+    packed_format, flat = FORMATS[format], input.reshape(-1, input.shape[-1])
+    backend = _backend_for(packed_format, flat, rows)
+    if backend is None:
+        fallback = torch.ops.featherweight.int8_linear if input.device.type == "cpu" else (
+            torch.ops.featherweight.linear)
+        return fallback(input, packed, bias, format, rows, down, ups, slices, load)
+    low_rank = LowRank.from_operands(down, ups, slices)
+    out = _multiply(packed_format, packed, flat, rows, bias, low_rank, backend)
+    return out.view(*input.shape[:-1], rows)
+
+
+def _backend_for(packed_format: Format, input: torch.Tensor, rows: int) -> Backend | None:
+    name = product_of(packed_format)
+    if name is None:
+        return None
+    sizes = [(part.rows, part.columns) for part in packed_format.parts] if isinstance(
+        packed_format, Joined) else [(rows, input.shape[1])]
+    fits = all(not size % ROW_MULTIPLE and not columns % COLUMN_MULTIPLE
+               for size, columns in sizes)
+    if not fits or not PRODUCTS[name].least <= len(input) <= PRODUCTS[name].most:
+        return None
+    return _backend(name, input.device, input.dtype)
+
+
+def _multiply(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tensor, rows: int,
+              bias: torch.Tensor | None, low_rank: LowRank | None,
+              backend: Backend) -> torch.Tensor:
+    """Computes `input W^T + bias` plus a branch, input (M, K). Returns (M, N), N `rows`."""
+    if isinstance(packed_format, Joined):
+        return _multiply_joined(packed_format, tensors, input, bias, low_rank, backend)
+    names = ("codes", *(qparam.name for qparam in packed_format.qparams))
+    parts = dict(zip(names, tensors))
+    base, _, own = without_low_rank(packed_format, tensors)
+    name = product_of(base)
+    assert name is not None and isinstance(base, RowFormat)
+    parts["codes"] = _aligned(parts["codes"]).view(rows, -1)
+    own = None if own is None else own.to(input)
+    return PRODUCTS[name].run(base, parts, input.contiguous(), bias, own, low_rank, backend)
+
+
+def _multiply_joined(joined: Joined, tensors: list[torch.Tensor], input: torch.Tensor,
+                     bias: torch.Tensor | None, low_rank: LowRank | None,
+                     backend: Backend) -> torch.Tensor:
+    """Computes `_multiply` of each part: the input of each is divided by factors of its own."""
+    data, outs = tensors[0].view(-1), []
+    for part in joined.parts:
+        rows = slice(part.row, part.row + part.rows)
+        columns = slice(part.column, part.column + part.columns)
+        is_last = joined.axis == 0 or part is joined.parts[-1]
+        outs.append(_multiply(
+            part.format, part.tensors(data), input[:, columns], part.rows,
+            bias[rows] if bias is not None and is_last else None,
+            None if low_rank is None else _part_of(low_rank, rows, columns), backend))
+    if joined.axis == 0:
+        return torch.cat(outs, 1)
+    total, *others = outs
+    for out in others:
+        total = total + out
+    return total
+
+
+def _part_of(low_rank: LowRank, rows: slice, columns: slice) -> LowRank | None:
+    """Returns the branch of some rows and columns of a weight, None where it changes none."""
+    ups, slices = [], []
+    for part, up in low_rank.parts():
+        start, stop = max(part.row, rows.start), min(part.row_end, rows.stop)
+        if start < stop:
+            ups.append(up[start - part.row:stop - part.row])
+            slices.append(Slice(start - rows.start, stop - rows.start, part.rank, part.rank_end))
+    return LowRank(low_rank.down[:, columns], tuple(ups), tuple(slices)) if ups else None
+
+
+def _aligned(codes: torch.Tensor) -> torch.Tensor:
+    return codes.clone() if codes.data_ptr() % ALIGNMENT else codes
+
+
+def _numbers(base: RowFormat, parts: _Parts, name: str) -> torch.Tensor:
+    """Returns stored numbers of groups, (groups, N), a view in the dtype that they are stored in.
+    """
+    numbers = base.layout.scale if name == "scale" else base.layout.minimum
+    assert numbers is not None
+    return reinterpret(parts[name], numbers.dtype).view(-1, base.layout.groups).t()
+
+
+def _smoothing(parts: _Parts, input: torch.Tensor) -> torch.Tensor:
+    """Returns what the columns of the input are divided by, (K,) in its dtype."""
+    columns = parts["column_scale"]
+    return torch.reciprocal(columns, out=torch.empty_like(columns, dtype=input.dtype))
+
+
+def _svdquant(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.Tensor | None,
+              own: LowRank | None, low_rank: LowRank | None, backend: Backend) -> torch.Tensor:
+    """Computes a product with codes of 4 bits on both sides.
+
+    Args:
+        base: of the codes.
+        parts: names of the format's tensors -> these, the codes (N, K / 2).
+        input: (M, K).
+        bias: (N,) or None.
+        own: the low rank of the weight, or None.
+        low_rank: LoRAs, or None.
+        backend: of comfy_kitchen.
+
+    Returns:
+        (M, N).
+    """
+    # it would keep buffers for inputs of every size that there ever was
+    os.environ.setdefault("COMFY_KITCHEN_SVDQUANT_REUSE_WORKSPACE", "0")
+    rows, shift = len(parts["codes"]), parts.get("input_shift")
+    if own is None:
+        joined = LowRank(input.new_zeros(EMPTY_RANK, input.shape[1]),
+                         (input.new_zeros(rows, EMPTY_RANK),), (Slice(0, rows, 0, EMPTY_RANK),))
+    else:
+        joined = own.and_also(low_rank, rows)  # one slice: its own is of all rows
+    scales = _numbers(base, parts, "scale")
+    scales = torch.mul(scales, parts["row_scale"], out=input.new_empty(scales.shape))
+    shifted = input
+    if shift is not None:
+        shifted = input + INPUT_SHIFT
+        bias = (-shift if bias is None else bias.float() - shift).to(input.dtype)
+    quantize, multiply = _functions("svdquant", backend)
+    codes, input_scales, hidden = quantize(
+        x=shifted, smooth=_smoothing(parts, input), lora_down=joined.down.t(),
+        act_unsigned=shift is not None, lora_x=None if shift is None else input)
+    out = multiply(
+        act=codes, wgt=parts["codes"].view(torch.int8), ascales=input_scales, wscales=scales,
+        lora_act_in=hidden, lora_up=joined.ups[0].contiguous(), bias=bias,
+        act_unsigned=shift is not None)[:len(input)]
+    return out if own is not None else _with_branch(out, input, low_rank)
+
+
+def _with_branch(out: torch.Tensor, input: torch.Tensor,
+                 low_rank: LowRank | None) -> torch.Tensor:
+    """Adds LoRAs to a product that is already rounded."""
+    if low_rank is None:
+        return out
+    return stochastic_rounding.add_small(out, low_rank.product(input, out.shape[1]))
+
+
+def _nvfp4(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.Tensor | None,
+           own: LowRank | None, low_rank: LowRank | None, backend: Backend) -> torch.Tensor:
+    """Computes a product with nvfp4 on both sides; see `_svdquant`."""
+    quantize, multiply = _functions("nvfp4", backend)
+    one, row_scale = input.new_ones((), dtype=torch.float32), parts["row_scale"]
+    largest = row_scale.amax()
+    codes, input_scales = quantize(x=input / _smoothing(parts, input), per_tensor_scale=one,
+                                   epsilon=0.0, pad_16x=True, hi_first=False)
+    scales = parts["scale"].view(torch.float8_e4m3fn).view(-1, base.layout.groups)
+    out = multiply(
+        a=codes, b=parts["codes"], tensor_scale_a=one, tensor_scale_b=largest,
+        block_scale_a=input_scales, block_scale_b=to_blocked(scales, flatten=False), bias=None,
+        out_dtype=input.dtype, alpha=None)[:len(input)]
+    of_rows = (row_scale / largest).to(input.dtype)  # one, where all rows share a scale
+    if own is None:
+        out = _with_branch(out * of_rows, input, low_rank)
+    else:
+        added = own.and_also(low_rank, len(row_scale)).product(input, len(row_scale))
+        out = torch.addcmul(added, out, of_rows)  # rounded once
+    return out if bias is None else out + bias
+
+
+def _awq(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.Tensor | None,
+         own: LowRank | None, low_rank: LowRank | None, backend: Backend) -> torch.Tensor:
+    """Computes a product with codes of 4 bits, the input in floats; see `_svdquant`."""
+    numbers = base.layout.codes.numbers
+    assert numbers is not None
+    scales, minima = (_numbers(base, parts, name) for name in ("scale", "minimum"))
+    branch = low_rank if own is None else own.and_also(low_rank, len(parts["codes"]))
+    multiply, = _functions("awq", backend)
+    out = multiply(
+        x=input, qweight=parts["codes"].view(torch.int8),
+        wscales=input.new_empty(scales.shape).copy_(scales),
+        # for the kernel the code 8 is zero
+        wzeros=torch.add(minima, scales, alpha=8 + numbers[0], out=input.new_empty(scales.shape)),
+        bias=bias if branch is None else None, group_size=base.layout.group)
+    if branch is None:
+        return out
+    out = _with_branch(out, input, branch)
+    return out if bias is None else out + bias
+
+
+def _functions(name: str, backend: Backend) -> list[Callable]:
+    return [registry.get_implementation(function, backend=backend)
+            for function in PRODUCTS[name].functions]
+
+
+PRODUCTS = {
+    "svdquant": _Product("SVDQuant", ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4"),
+                         _svdquant, MIN_TOKENS, float("inf")),
+    "nvfp4": _Product("SVDQuant", ("quantize_nvfp4", "scaled_mm_nvfp4"), _nvfp4, MIN_TOKENS,
+                      float("inf")),
+    "awq": _Product("AWQ", ("gemv_awq_w4a16",), _awq, 1, MAX_AWQ_TOKENS)}
+PRODUCT_OF = {
+    SVDQUANT_INT4.name: "svdquant", SVDQUANT_INT4_HALF.name: "svdquant",
+    SVDQUANT_NVFP4.name: "nvfp4",
+    **{family.name: "awq" for family in (AWQ_INT4, AWQ_INT4_HALF, W4A16, W4A16_HALF, W4A16_FLOAT)}}
+
+torch_registration.register(f"kitchen_linear{torch_registration.LINEAR_SCHEMA}", _linear,
+                            torch_registration.fake_linear)
