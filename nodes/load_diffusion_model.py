@@ -27,8 +27,8 @@ NO_MODULE = "none"
 
 
 def compute_input(what: str = "the model", options: Sequence[str] = COMPUTE_CHOICES,
-                  by_comfyui: str = "layers in ComfyUI's own formats (fp8, mxfp8, nvfp4, int8,"
-                  " convrot)"):
+                  by_comfyui: str = "SVDQuant and layers in ComfyUI's own formats (fp8, mxfp8,"
+                  " nvfp4, int8, convrot)"):
     """Returns the input that chooses between exact and fast.
 
     Args:

@@ -7,8 +7,11 @@ import comfy.sd
 import torch
 
 from ...ops.kernels.kernel_requests import prepare_kernels
+from ...ops.layers import kitchen_products
 from ...ops.layers.int8 import multiplies_integers
+from ...ops.layers.packed_layers import PackedLinear
 from ...ops.patcher import adopt
+from ...ops.tensor.packed_layout import is_packed
 from ..files.container import FileChangeGuard, WeightFile
 from ..inspect.model_summary import load_summary
 from ..models.compute_dtype import choose_compute
@@ -27,12 +30,23 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     """
     log_load_summary(file, adopt(patcher))
     choose_compute(patcher, compute)
+    if compute == "automatic":
+        _choose_kitchen_products(patcher)
     keep_packed(patcher, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning(
             "[Featherweight] compute is int8, for which %s has no units that this pack uses"
             " (NVIDIA from Turing on, and CPUs with VNNI or AMX, have them). The model computes"
             " as with exact.", patcher.load_device)
+
+
+def _choose_kitchen_products(patcher: comfy.model_patcher.ModelPatcher):
+    """Has comfy_kitchen multiply the weights whose makers meant it so, where it has the kernels."""
+    dtype = patcher.model.get_dtype_inference()
+    for layer in patcher.model.modules():
+        if isinstance(layer, PackedLinear) and is_packed(layer.weight) and kitchen_products.runs(
+                layer.weight.params.format, patcher.load_device, dtype):
+            layer.compute = "int8"
 
 
 def log_load_summary(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher):

@@ -44,7 +44,7 @@ class Computing(NamedTuple):
 
 # choice of `compute` -> what it means where `host formats` is BY_COMPUTE
 MEANINGS = {
-    AUTOMATIC: Computing("exact", AUTOMATIC),
+    AUTOMATIC: Computing("automatic", AUTOMATIC),
     EXACTLY: Computing("exact", EXACT),
     FAST: Computing("int8", AS_COMFYUI),
     INT8: Computing("int8", AUTOMATIC),

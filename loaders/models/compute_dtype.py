@@ -18,7 +18,9 @@ from ...ops.cpu import attention as cpu_attention
 from ...ops.cpu import features as cpu_features
 from ...ops.kernels.kernel import dtype_name
 
-COMPUTE = ("exact", "int8", "float32")  # options of the loaders' input `compute`
+# how packed layers multiply; "automatic" is exact, but what only comfy_kitchen multiplies as its
+# makers meant it
+COMPUTE = ("automatic", "exact", "int8", "float32")
 
 # VAEs whose pictures in bfloat16 have a PSNR of at least 45 dB against float32's, as measured.
 BFLOAT16_VAES = (TAESD,)

@@ -303,15 +303,7 @@ def _svdquant(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.T
         act=codes, wgt=parts["codes"].view(torch.int8), ascales=input_scales, wscales=scales,
         lora_act_in=hidden, lora_up=joined.ups[0].contiguous(), bias=bias,
         act_unsigned=shift is not None)[:len(input)]
-    return out if own is not None else _with_branch(out, input, low_rank)
-
-
-def _with_branch(out: torch.Tensor, input: torch.Tensor,
-                 low_rank: LowRank | None) -> torch.Tensor:
-    """Adds LoRAs to a product that is already rounded."""
-    if low_rank is None:
-        return out
-    return stochastic_rounding.add_small(out, low_rank.product(input, out.shape[1]))
+    return out if own is not None or low_rank is None else add_branch(out, input, low_rank)
 
 
 def _nvfp4(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.Tensor | None,

@@ -57,8 +57,8 @@ class PackedLayer(_HostLayer):
     """Base of the packed layers: a mixin before one of the host's layer classes.
 
     Attributes:
-        compute: "exact", or "int8" for linear layers that multiply integers where they can, by
-            `kitchen_products` or `int8`.
+        compute: "exact" or "automatic", or "int8" for linear layers that multiply integers where
+            they can, by `kitchen_products` or `int8`.
         new: (function, its arguments) that makes an uninitialised layer of this class.
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
         lora: the layer's patches, set and cleared by the patcher.
