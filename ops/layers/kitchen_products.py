@@ -31,8 +31,9 @@ from ..formats.svdquant import (
     ShiftedInput,
 )
 from ..tensor.packed_tensor import PackedTensor
-from . import int8, product, stochastic_rounding, torch_registration
+from . import int8, product, torch_registration
 from .low_rank import LowRank, Slice
+from .rounded_sum import add_branch
 
 # comfy_kitchen's backends with kernels, the first one that has them is used. Its "eager" one is the
 # reference: floats in torch, slower on a CPU than the products of this pack.
@@ -303,7 +304,13 @@ def _svdquant(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.T
         act=codes, wgt=parts["codes"].view(torch.int8), ascales=input_scales, wscales=scales,
         lora_act_in=hidden, lora_up=joined.ups[0].contiguous(), bias=bias,
         act_unsigned=shift is not None)[:len(input)]
-    return out if own is not None or low_rank is None else add_branch(out, input, low_rank)
+    return out if own is not None else _with_branch(out, input, low_rank)
+
+
+def _with_branch(out: torch.Tensor, input: torch.Tensor,
+                 low_rank: LowRank | None) -> torch.Tensor:
+    """Adds LoRAs to a product that is already rounded."""
+    return out if low_rank is None else add_branch(out, input, low_rank)
 
 
 def _nvfp4(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.Tensor | None,

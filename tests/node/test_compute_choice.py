@@ -2,9 +2,11 @@
 import re
 from pathlib import Path
 
+import nunchaku_writer
 import pytest
 import torch
 from model_folders import use_folder
+from nunchaku_models import load, quantized
 from pack_nodes import node_list
 from patched_models import flux_file, packed_flux
 
@@ -25,6 +27,9 @@ from featherweight.loaders.models.compute_choice import (
 from featherweight.loaders.models.compute_dtype import COMPUTE
 from featherweight.loaders.models.load_check import patcher_of
 from featherweight.nodes import help_pages
+from featherweight.ops.layers import kitchen_products
+from featherweight.ops.layers.packed_layers import PackedLinear
+from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
@@ -106,6 +111,23 @@ def test_the_node_loads_as_its_inputs_say(given, arithmetic, host_formats, fp8_f
     options = model.cached_patcher_init[0].options
     assert options["compute"] == arithmetic
     assert options.get("host_formats", AUTOMATIC) == host_formats
+
+
+@pytest.mark.parametrize(("compute", "has_kernels", "by_kitchen"), [
+    ("automatic", True, True), ("automatic", False, False), ("exact", True, False)])
+def test_automatic_leaves_svdquant_to_comfy_kitchen_where_it_has_the_kernels(
+        compute, has_kernels, by_kitchen, tmp_path, monkeypatch):
+    if has_kernels:
+        monkeypatch.setattr(kitchen_products, "BACKENDS", ("eager",))
+    nunchaku_writer.write(tmp_path / "model.safetensors", quantized("flux-dev", "int4"))
+    patcher = load("flux-dev", tmp_path / "model.safetensors", compute=compute)
+    layers = [layer for layer in patcher.model.modules() if isinstance(layer, PackedLinear)
+              and is_packed(layer.weight)]
+    chosen = {layer.compute == "int8" for layer in layers
+              if kitchen_products.product_of(layer.weight.params.format)}
+    assert chosen == {by_kitchen}
+    assert not any(layer.compute == "int8" for layer in layers
+                   if not kitchen_products.product_of(layer.weight.params.format))
 
 
 def test_fast_names_the_type_that_is_faster_where_it_fits(monkeypatch):
