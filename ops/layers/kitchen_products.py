@@ -8,7 +8,6 @@ comfy_kitchen's registry says which device has which kernels. Everywhere else, a
 numbers of tokens, the product is another: see `linear`.
 """
 import dataclasses
-import os
 from collections.abc import Callable
 
 import torch
@@ -151,7 +150,8 @@ def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.
             return (f"this card has compute capability {capability[0]}.{capability[1]}, they need"
                     f" {least[0]}.{least[1]}")
     operands: dict[str, torch.Tensor | torch.dtype | None] = dict.fromkeys(FLOAT_OPERANDS, dtype)
-    result = validate_function_call(constraints, operands, capability)
+    result = validate_function_call(constraints, operands,
+                                    compute_capability=capability)
     return "" if result.success else result.failure_reason or f"they do not take {dtype}"
 
 
@@ -281,8 +281,6 @@ def _svdquant(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.T
     Returns:
         (M, N).
     """
-    # it would keep buffers for inputs of every size that there ever was
-    os.environ.setdefault("COMFY_KITCHEN_SVDQUANT_REUSE_WORKSPACE", "0")
     rows, shift = len(parts["codes"]), parts.get("input_shift")
     if own is None:
         joined = LowRank(input.new_zeros(EMPTY_RANK, input.shape[1]),
@@ -299,11 +297,19 @@ def _svdquant(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.T
     codes, input_scales, hidden = quantize(
         x=shifted, smooth=_smoothing(parts, input), lora_down=joined.down.t(),
         act_unsigned=shift is not None, lora_x=None if shift is None else input)
+    _forget_buffers(quantize)
     out = multiply(
         act=codes, wgt=parts["codes"].view(torch.int8), ascales=input_scales, wscales=scales,
         lora_act_in=hidden, lora_up=joined.ups[0].contiguous(), bias=bias,
         act_unsigned=shift is not None)[:len(input)]
     return out if own is not None else _with_branch(out, input, low_rank)
+
+
+def _forget_buffers(quantize: Callable):
+    """Has comfy_kitchen let go of its buffers, which it keeps for each size and rank of an input."""
+    buffers = getattr(quantize, "__globals__", {}).get("_SVDQUANT_WORKSPACE_CACHE")
+    if isinstance(buffers, dict):
+        buffers.clear()
 
 
 def _with_branch(out: torch.Tensor, input: torch.Tensor,
