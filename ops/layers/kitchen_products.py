@@ -306,7 +306,7 @@ def _svdquant(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.T
 
 
 def _forget_buffers(quantize: Callable):
-    """Has comfy_kitchen let go of its buffers, which it keeps for each size and rank of an input."""
+    """Has comfy_kitchen release its buffers, which it keeps for each size and rank of an input."""
     buffers = getattr(quantize, "__globals__", {}).get("_SVDQUANT_WORKSPACE_CACHE")
     if isinstance(buffers, dict):
         buffers.clear()
