@@ -1,14 +1,14 @@
-"""`compute = "int8"` of SVDQuant and AWQ weights: products by comfy_kitchen's kernels.
+"""`compute = "int8"`: products by comfy_kitchen's kernels.
 
 SVDQuant's quantise the input of a layer to 4 bits too, as Nunchaku's do, and add the low rank in
-the same call, to which the LoRAs of the layer belong. A weight is multiplied as it is held: only
-its scales are brought into the kernels' order, for each product.
+the same call, to which the LoRAs of the layer belong. SVDQuant and AWQ weights are multiplied as
+they are held: only their scales are brought into the kernels' order, for each product. Weights of
+other formats are encoded in int8 for each product, rotated as ComfyUI's int8_convrot.
 
 comfy_kitchen's registry says which device has which kernels. Everywhere else, and for other
 numbers of tokens, the product is another: see `linear`.
 """
 import dataclasses
-import os
 from collections.abc import Callable
 
 import torch
@@ -31,7 +31,8 @@ from ..formats.svdquant import (
     ShiftedInput,
 )
 from ..tensor.packed_tensor import PackedTensor
-from . import int8, product, torch_registration
+from .. import kernels
+from . import int8, int8_codes, product, torch_registration, workspace
 from .low_rank import LowRank, Slice
 from .rounded_sum import add_branch
 
@@ -47,6 +48,8 @@ NEWER = "a newer comfy-kitchen may have them (pip install -U comfy-kitchen)"
 # Rows of the input from which codes of 4 bits are worth their error; with fewer, most of the time
 # is spent on reading the weight. Up to how many rows the kernel of AWQ multiplies with codes.
 MIN_TOKENS, MAX_AWQ_TOKENS = 17, 256
+# Rows from which encoding a weight in int8 for each product is worth its time: an estimate.
+INT8, MIN_INT8_TOKENS = "int8", 512
 ROW_MULTIPLE = 8  # the kernels read the scales of several rows at once
 COLUMN_MULTIPLE = 32
 ALIGNMENT = 16  # bytes, of the addresses of codes
@@ -152,7 +155,8 @@ def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.
             return (f"this card has compute capability {capability[0]}.{capability[1]}, they need"
                     f" {least[0]}.{least[1]}")
     operands: dict[str, torch.Tensor | torch.dtype | None] = dict.fromkeys(FLOAT_OPERANDS, dtype)
-    result = validate_function_call(constraints, operands, capability)
+    result = validate_function_call(constraints, operands,
+                                    compute_capability=capability)
     return "" if result.success else result.failure_reason or f"they do not take {dtype}"
 
 
@@ -163,11 +167,7 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
     By comfy_kitchen where its kernels take format, device and number of tokens; otherwise exactly
     on a GPU, and in integers (`int8.linear`) on a CPU and for weights of other formats.
     """
-    if (
-        product_of(weight.params.format) is None
-        or input.shape[-1] != weight.shape[1]
-        or product.needs_gradient(input, bias)
-    ):
+    if input.shape[-1] != weight.shape[1] or product.needs_gradient(input, bias):
         return int8.linear(input, weight, bias, low_rank, load)
     return torch.ops.featherweight.kitchen_linear(
         *product.operands(input, weight, bias, low_rank), load)
@@ -179,8 +179,9 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     packed_format, flat = FORMATS[format], input.reshape(-1, input.shape[-1])
     backend = _backend_for(packed_format, flat, rows)
     if backend is None:
-        fallback = torch.ops.featherweight.int8_linear if input.device.type == "cpu" else (
-            torch.ops.featherweight.linear)
+        in_integers = input.device.type == "cpu" or product_of(packed_format) is None
+        fallback = (torch.ops.featherweight.int8_linear if in_integers
+                    else torch.ops.featherweight.linear)
         return fallback(input, packed, bias, format, rows, down, ups, slices, load)
     low_rank = LowRank.from_operands(down, ups, slices)
     out = _multiply(packed_format, packed, flat, rows, bias, low_rank, backend)
@@ -190,7 +191,9 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
 def _backend_for(packed_format: Format, input: torch.Tensor, rows: int) -> Backend | None:
     name = product_of(packed_format)
     if name is None:
-        return None
+        fits = (not packed_format.plain_dtype and not rows % ROW_MULTIPLE
+                and not input.shape[1] % int8_codes.GROUP and len(input) >= PRODUCTS[INT8].least)
+        return _backend(INT8, input.device, input.dtype) if fits else None
     sizes = [(part.rows, part.columns) for part in packed_format.parts] if isinstance(
         packed_format, Joined) else [(rows, input.shape[1])]
     fits = all(not size % ROW_MULTIPLE and not columns % COLUMN_MULTIPLE
@@ -204,6 +207,8 @@ def _multiply(packed_format: Format, tensors: list[torch.Tensor], input: torch.T
               bias: torch.Tensor | None, low_rank: LowRank | None,
               backend: Backend) -> torch.Tensor:
     """Computes `input W^T + bias` plus a branch, input (M, K). Returns (M, N), N `rows`."""
+    if product_of(packed_format) is None:
+        return _int8(packed_format, tensors, input, rows, bias, low_rank, backend)
     if isinstance(packed_format, Joined):
         return _multiply_joined(packed_format, tensors, input, bias, low_rank, backend)
     names = ("codes", *(qparam.name for qparam in packed_format.qparams))
@@ -282,8 +287,6 @@ def _svdquant(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.T
     Returns:
         (M, N).
     """
-    # it would keep buffers for inputs of every size that there ever was
-    os.environ.setdefault("COMFY_KITCHEN_SVDQUANT_REUSE_WORKSPACE", "0")
     rows, shift = len(parts["codes"]), parts.get("input_shift")
     if own is None:
         joined = LowRank(input.new_zeros(EMPTY_RANK, input.shape[1]),
@@ -300,11 +303,19 @@ def _svdquant(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.T
     codes, input_scales, hidden = quantize(
         x=shifted, smooth=_smoothing(parts, input), lora_down=joined.down.t(),
         act_unsigned=shift is not None, lora_x=None if shift is None else input)
+    _forget_buffers(quantize)
     out = multiply(
         act=codes, wgt=parts["codes"].view(torch.int8), ascales=input_scales, wscales=scales,
         lora_act_in=hidden, lora_up=joined.ups[0].contiguous(), bias=bias,
         act_unsigned=shift is not None)[:len(input)]
     return out if own is not None else _with_branch(out, input, low_rank)
+
+
+def _forget_buffers(quantize: Callable):
+    """Has comfy_kitchen release its buffers, which it keeps for each size and rank of an input."""
+    buffers = getattr(quantize, "__globals__", {}).get("_SVDQUANT_WORKSPACE_CACHE")
+    if isinstance(buffers, dict):
+        buffers.clear()
 
 
 def _with_branch(out: torch.Tensor, input: torch.Tensor,
@@ -355,6 +366,32 @@ def _awq(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.Tensor
     return out if bias is None else out + bias
 
 
+def _int8(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tensor, rows: int,
+          bias: torch.Tensor | None, low_rank: LowRank | None, backend: Backend) -> torch.Tensor:
+    """Computes a product with both sides rotated and in int8; see `_multiply`."""
+    base, tensors, own = without_low_rank(packed_format, tensors)
+    branch = low_rank if own is None else own.to(input).and_also(low_rank, rows)
+    quantize, multiply = _functions(INT8, backend)
+    columns, out = input.shape[1], input.new_empty((len(input), rows))
+    step = workspace.rows_within(workspace.workspace_bytes(input.device), base, columns,
+                                 columns * (input.dtype.itemsize + 1), ROW_MULTIPLE)
+    with workspace.workspace(input.device) as take:
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            dense = kernels.dequantize_into(base, tensors, take((stop - start, columns),
+                                                                input.dtype),
+                                            start * columns // base.block_length)
+            codes, scales = quantize(weight=dense, group_size=int8_codes.GROUP)
+            out[:, start:stop] = multiply(
+                x=input, weight=codes, weight_scale=scales, out_dtype=input.dtype, convrot=True,
+                convrot_groupsize=int8_codes.GROUP,
+                bias=None if bias is None or branch is not None else bias[start:stop])
+    if branch is None:
+        return out
+    out = add_branch(out, input, branch)
+    return out if bias is None else out + bias
+
+
 def _functions(name: str, backend: Backend) -> list[Callable]:
     return [registry.get_implementation(function, backend=backend)
             for function in PRODUCTS[name].functions]
@@ -365,7 +402,9 @@ PRODUCTS = {
                          _svdquant, MIN_TOKENS, float("inf")),
     "nvfp4": _Product("SVDQuant", ("quantize_nvfp4", "scaled_mm_nvfp4"), _nvfp4, MIN_TOKENS,
                       float("inf")),
-    "awq": _Product("AWQ", ("gemv_awq_w4a16",), _awq, 1, MAX_AWQ_TOKENS)}
+    "awq": _Product("AWQ", ("gemv_awq_w4a16",), _awq, 1, MAX_AWQ_TOKENS),
+    INT8: _Product("int8", ("quantize_int8_convrot_weight", "int8_linear"), _int8,
+                   MIN_INT8_TOKENS, float("inf"))}
 PRODUCT_OF = {
     SVDQUANT_INT4.name: "svdquant", SVDQUANT_INT4_HALF.name: "svdquant",
     SVDQUANT_NVFP4.name: "nvfp4",

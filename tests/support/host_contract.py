@@ -60,6 +60,8 @@ POSITIONS = {
     "comfy.utils.set_attr_param": "obj attr value",
     "comfy.weight_adapter.LoHaAdapter": "loaded_keys weights",
     "comfy.weight_adapter.LoRAAdapter": "loaded_keys weights",
+    "comfy_kitchen.constraints.validate_function_call": "constraints kwargs * compute_capability",
+    "comfy_kitchen.registry.registry.get_constraints": "backend_name func_name",
     "comfy_kitchen.tensor.BaseLayoutParams": "scale orig_dtype orig_shape",
     "comfy_kitchen.tensor.QuantizedTensor": "qdata layout_cls params",
     "comfy_kitchen.tensor.QuantizedTensor.__new__": "cls qdata layout_cls params",

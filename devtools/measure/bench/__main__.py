@@ -20,6 +20,7 @@ from devtools.measure.bench import (
     packing,
     products,
     repacking,
+    svdquant,
 )
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import gathered, markdown
@@ -35,7 +36,8 @@ CASES = {
     "dequantize": products.bench_dequantize,
     "nf4": products.bench_nf4, "lora": products.bench_lora, "model": models.bench_model,
     "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
-    "int8_error": models.bench_int8_error, "pack": packing.bench_pack,
+    "int8_error": models.bench_int8_error, "svdquant_error": svdquant.bench_svdquant_error,
+    "pack": packing.bench_pack,
     "passes": memory_passes.bench_passes, "layer_passes": memory_passes.bench_layer_passes,
     "header": files.bench_header, "load": files.bench_load,
     "repack": repacking.bench_repack, "memory": files.bench_memory, "train": files.bench_train,

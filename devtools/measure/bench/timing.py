@@ -36,13 +36,15 @@ class Sizes:
     scale_tokens: int = 256
     vocabulary: int = 262_144
     unet: tuple[int, int] = (320, 64)  # channels, latent's side
+    pictures: int = 8
+    ranks: tuple[int, ...] = (32,)
 
 
 ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), model_tokens=4096)
 QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidden=256,
               context=1024, lora_tokens=(1, 128), model_tokens=16, model_blocks=(1, 1),
               file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512,
-              unet=(32, 8))
+              unet=(32, 8), pictures=2)
 
 
 def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[str, dict]:

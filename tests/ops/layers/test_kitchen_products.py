@@ -92,8 +92,8 @@ def test_svdquant_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, fo
     assert (out - exact).norm() > 0.02 * exact.norm()
     # two LoRAs, one of them on some of the rows
     first, rank = draw.randrange(rows), draw.randint(1, 9)
-    up, down = torch.randn(rows, rank), torch.randn(rank, columns) / columns
-    part_up, part_down = torch.randn(rows - first, 3), torch.randn(3, columns) / columns
+    up, down = torch.randn(rows, rank), torch.randn(rank, columns) / columns**0.5
+    part_up, part_down = torch.randn(rows - first, 3), torch.randn(3, columns) / columns**0.5
     low_rank = LowRank.from_factors(
         [(up, down, (0, rows)), (part_up, part_down, (first, rows))], rows, dtype)
     whole_up = torch.cat([up, torch.nn.functional.pad(part_up, (0, 0, first, 0))], 1).to(dtype)
@@ -124,7 +124,7 @@ def test_parts_of_a_joined_weight_have_smoothing_and_shift_of_their_own(axis, fo
     input = torch.nn.functional.gelu(torch.randn(40, columns)).to(dtype)
     sizes = [weight.shape[axis] for weight in weights]
     biases = [bias[:len(weight)] for (_, _, bias), weight in zip(layers, weights)]
-    up, down = torch.randn(rows, 5), torch.randn(5, columns) / columns
+    up, down = torch.randn(rows, 5), torch.randn(5, columns) / columns**0.5
     low_rank = LowRank.from_factors([(up, down, (0, rows))], rows, dtype)
     ups, downs = ((up.split(sizes), [down] * 2) if axis == 0 else
                   ([up] * 2, down.split(sizes, 1)))
@@ -156,7 +156,7 @@ def test_awq_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, forced)
     expected = torch.nn.functional.linear(
         input, QuantizedTensor(parts["weight"], AWQ, params), bias)
     assert torch.equal(kitchen_products.linear(input, weight, bias), expected)
-    up, down = torch.randn(rows, 5), torch.randn(5, columns) / columns
+    up, down = torch.randn(rows, 5), torch.randn(5, columns) / columns**0.5
     low_rank = LowRank.from_factors([(up, down, (0, rows))], rows, dtype)
     change = input.float() @ down.t() @ up.t()
     assert_close(kitchen_products.linear(input, weight, bias, low_rank), expected + change)
@@ -351,3 +351,12 @@ def test_codes_that_are_not_aligned_are_copied(forced):
     assert kitchen_products._aligned(moved).data_ptr() % kitchen_products.ALIGNMENT == 0
     assert torch.equal(kitchen_products.linear(input, again),
                        kitchen_products.linear(input, weight))
+
+
+def test_comfy_kitchen_keeps_no_buffers_for_every_size_of_an_input():
+    from comfy_kitchen.backends import cuda
+
+    assert isinstance(cuda._SVDQUANT_WORKSPACE_CACHE, dict)  # or keeps none any more
+    cuda._SVDQUANT_WORKSPACE_CACHE["a size"] = torch.zeros(3),
+    kitchen_products._forget_buffers(cuda.quantize_svdquant_w4a4)
+    assert not cuda._SVDQUANT_WORKSPACE_CACHE
