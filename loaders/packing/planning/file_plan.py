@@ -181,7 +181,7 @@ def plan_file(source: Source, path: str | os.PathLike, target: str | int,
                         " it a name that ends in .safetensors.")
     reject_own_files(path, source)
     if options.sensitivity is not None:
-        sensitivity = options.sensitivity.match(source.shapes)
+        sensitivity = options.sensitivity.match(source.model.shapes)
         options = replace(options, sensitivity=sensitivity)
     if isinstance(target, int):
         plan = _plan_within(source, path, target, options)

@@ -29,7 +29,8 @@ FAMILY_OF = {
     "hunyuan-video": "hyvid", "hunyuan-image": "hyvid", "hunyuan-video-1.5": "hyvid",
     "ltxv": "ltxv", "ltx-2": "ltxv", "aura-flow": "aura", "lumina2": "lumina2",
     "z-image": "lumina2", "qwen-image": "qwen_image", "hidream": "hidream", "cosmos": "cosmos",
-    "cosmos-predict2": "cosmos", "anima": "cosmos"
+    "cosmos-predict2": "cosmos", "anima": "cosmos", "lens": "lens", "omnigen2": "omnigen2",
+    "boogu": "omnigen2"
 }
 # Layers that map a model's inputs and outputs, by the lists of the field's converters.
 NEVER_PACKED = {

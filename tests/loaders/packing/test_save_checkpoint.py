@@ -75,6 +75,8 @@ CHECKPOINTS = {
     "anima": Parts({f"{OTHER_TEXT}qwen3_06b.transformer.": "qwen3-0.6b"},
                    (f"{OTHER_TEXT}qwen3_06b.",), vae="first_stage_model."),
     "omnigen2": Parts({f"{TEXT}qwen25_3b.transformer.": "qwen2.5-3b"}, (f"{TEXT}qwen25_3b.",)),
+    # ComfyUI reads no packed T5 from a checkpoint of it
+    "pixart-sigma": Parts({f"{TEXT}t5xxl.transformer.": "t5-xxl of transformers"}),
     "aura-flow": Parts({f"{TEXT}pile_t5xl.transformer.": "t5-xl"}),
     "sd1.5": Parts({}), "sdxl": Parts({}),
 }

@@ -92,6 +92,11 @@ def host_values(model) -> dict[str, torch.Tensor]:
             if name.endswith(("weight", "bias"))} | values
 
 
+def weights_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a Flux by the host's names."""
+    return {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in tensors.items()}
+
+
 def db(values: torch.Tensor, expected: torch.Tensor) -> float:
     return float(-20 * torch.log10((values - expected).norm() / expected.norm()))
 
@@ -107,8 +112,8 @@ def test_the_host_opens_a_file_and_holds_what_packing_gives(tmp_path, kind):
     tensors = stored(saved.path)
     model = comfy.sd.load_diffusion_model(str(saved.path))
     values = host_values(model)
-    for name, weight in tiny_flux().items():
-        weight, name = weight.bfloat16(), name.replace("_norm.scale", "_norm.weight")
+    for name, weight in weights_of(tiny_flux()).items():
+        weight = weight.bfloat16()
         if saved.types[name] == kind:
             settings, parts = layer_parts(pack_to_type(weight.float(), ROW_TYPES[kind]))
             layer = name.removesuffix("weight")
@@ -120,6 +125,13 @@ def test_the_host_opens_a_file_and_holds_what_packing_gives(tmp_path, kind):
             assert db(values[name], weight.float()) > LEAST_DB[kind], name
         else:
             assert torch.equal(values[name], weight.float()), name
+    losses = {name.removesuffix(".weight"): db(values[name], tensor.bfloat16().float())
+              for name, tensor in weights_of(tiny_flux()).items() if saved.types[name] == kind}
+    told = dict(each.rsplit(" ", 1) for each in re.search(
+        r"^The least: (.*)$", saved.text, re.MULTILINE)[1].split(", "))
+    assert [*told] == sorted(told, key=lambda name: float(told[name])) and len(told) == 5
+    assert float(next(iter(told.values()))) == pytest.approx(min(losses.values()), abs=0.1)
+    assert all(float(told[name]) == pytest.approx(losses[name], abs=0.1) for name in told)
     exact = load_diffusion_model(str(tmp_path / "model.safetensors"))
     assert relative(run(model), run(exact)) < 0.5
 
