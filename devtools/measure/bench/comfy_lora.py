@@ -1,53 +1,65 @@
-"""The case of what LoRAs cost on layers in ComfyUI's own formats."""
+"""The case of what LoRAs cost on models in ComfyUI's own formats."""
+from devtools.measure.bench.models import lora_file, step_of
 from devtools.measure.bench.products import LORA_CASES
-from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
+from devtools.measure.bench.timing import has_bfloat16, side_by_side
 
+import comfy.sd
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 
+from devtools.files.tiny_models import flux_shapes
+from featherweight.loaders.comfyui.quantized_weights import in_parts
 from featherweight.loaders.quantizers.comfyui import layer_parts
-from featherweight.loaders.quantizers.comfyui_marks import mark_of
-from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.layers.low_rank import LowRank, Slice
-from featherweight.ops.patches.layer_patches import LayerPatches
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.layers.comfyui_operations import operations_for
+from featherweight.ops.patcher import adopt
+from featherweight.ops.quantize.row_types import ROW_TYPES, RowType, pack_to_type
+from featherweight.ops.tensor.packed_layout import is_packed
 
 
 def bench_comfy_lora(options):
-    """A layer in each of ComfyUI's formats, without LoRAs and with LoRAs on it, in bfloat16 where
-    the device has it: computed by ComfyUI (comfy_kitchen), where that knows the format, and by this
-    pack from the file's weights."""
-    shape, tokens = options.sizes.weight, options.sizes.model_tokens
-    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
-    weight = torch.randn(shape) / shape[1] ** 0.5
-    input = torch.randn(tokens, shape[1], dtype=dtype, device=device())
+    """A step of a Flux in each of ComfyUI's formats without LoRAs and with LoRAs on all layers, in
+    bfloat16 where the device has it: by ComfyUI's product (comfy_kitchen), where it knows the
+    format, and by this pack's, from the file's weights."""
+    sizes, dtype = options.sizes, torch.bfloat16 if has_bfloat16() else torch.float32
+    double_blocks, single_blocks = options.blocks or sizes.model_blocks
+    shapes = flux_shapes(sizes.hidden, double_blocks, single_blocks, sizes.context)
     for name, row_type in ROW_TYPES.items():
-        packed = pack_to_type(weight, row_type, is_plain=True)
-        settings, parts = layer_parts(packed)
-        layers = {"exact": {"weight": packed}}
-        if settings["format"] in QUANT_ALGOS:
-            layers["ComfyUI"] = {**parts, "comfy_quant": mark_of(settings)}
-        for who, state in layers.items():
-            layer = packed_operations(mixed=True).Linear(*reversed(shape), dtype=dtype)
-            layer.load_state_dict(state | {"bias": torch.randn(shape[0])})
-            layer.to(device())
-            variants = {"no LoRA": step_of(layer, input, 0, 0)}
-            variants |= {title: step_of(layer, input, *case) for title, case in LORA_CASES.items()}
-            yield (f"{name}, {who}, {shape[0]} x {shape[1]}, {str(dtype).removeprefix('torch.')},"
-                   f" M = {tokens}", side_by_side(variants, options.rounds))
+        weights = random_weights(shapes, row_type)
+        states = {"exact": weights}
+        if format_of(weights) in QUANT_ALGOS:
+            states["ComfyUI"] = in_parts(weights, ())
+        for who, state in states.items():
+            model = adopt(comfy.sd.load_diffusion_model_state_dict(
+                state, model_options={"custom_operations": operations_for(state)}))
+            model.set_model_compute_dtype(dtype)
+            models = {"no LoRA": model}
+            for title, (count, rank) in LORA_CASES.items():
+                models[title] = model
+                for seed in range(count):
+                    models[title], _ = comfy.sd.load_lora_for_models(
+                        models[title], None, lora_file(shapes, rank, seed), 1.0, 0.0)
+            steps = {title: step_of(patcher, sizes.model_tokens, sizes.context)
+                     for title, patcher in models.items()}
+            yield (f"{name}, {who}, {double_blocks} + {single_blocks} blocks,"
+                   f" {str(dtype).removeprefix('torch.')}, {sizes.model_tokens} tokens",
+                   side_by_side(steps, options.rounds))
 
 
-def step_of(layer, input: torch.Tensor, count: int, rank: int):
-    """A function that runs a layer with `count` LoRAs of a rank; without any with 0."""
-    (rows, columns), ranks, patches = layer.weight.shape, count * rank, None
-    if ranks:
-        down, up = (torch.randn(size, dtype=input.dtype, device=input.device)
-                    for size in ((ranks, columns), (rows, ranks)))
-        patches = LayerPatches("weight", LowRank(down, (up,), (Slice(0, rows, 0, ranks),)))
+def random_weights(shapes: dict[str, tuple], row_type: RowType) -> dict[str, torch.Tensor]:
+    """A state dict of random weights, those of blocks packed to a type where it takes their shape,
+    as in published files. Those of one shape share their memory."""
+    made, weights = {}, {}
+    for name, shape in shapes.items():
+        is_of_type = "_blocks." in name and row_type.takes(shape)
+        if (shape, is_of_type) not in made:
+            values = torch.randn(shape) / shape[-1]**0.5
+            made[shape, is_of_type] = (
+                pack_to_type(values, row_type, is_plain=True) if is_of_type else values)
+        weights[name] = made[shape, is_of_type]
+    return weights
 
-    def run():
-        layer.lora = patches
-        with torch.no_grad():
-            layer(input)
 
-    return run
+def format_of(weights: dict[str, torch.Tensor]) -> str:
+    """ComfyUI's name of the format of a model's packed weights."""
+    return next(layer_parts(weight)[0]["format"] for weight in weights.values()
+                if is_packed(weight))
