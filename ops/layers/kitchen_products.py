@@ -16,6 +16,7 @@ from comfy_kitchen.constraints import FunctionConstraints, validate_function_cal
 from comfy_kitchen.float_utils import to_blocked
 from comfy_kitchen.registry import registry
 
+from .. import kernels
 from ..formats.base import FORMATS, Format
 from ..formats.bits import reinterpret
 from ..formats.comfyui import W4A16, W4A16_FLOAT, W4A16_HALF
@@ -31,7 +32,6 @@ from ..formats.svdquant import (
     ShiftedInput,
 )
 from ..tensor.packed_tensor import PackedTensor
-from .. import kernels
 from . import int8, int8_codes, product, torch_registration, workspace
 from .low_rank import LowRank, Slice
 from .rounded_sum import add_branch

@@ -10,11 +10,13 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from lora_gain import Gain
 
 from featherweight.loaders.quantizers.comfyui import pack_parts, shifted_bias
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8, kitchen_products, product
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.low_rank import LowRank
+from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import (
     join_packed,
     packed_tensor,
@@ -100,6 +102,32 @@ def test_svdquant_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, fo
     expected = torch.nn.functional.linear(
         input, of_kitchen(settings, parts, torch.cat([down, part_down]).to(dtype), whole_up), bias)
     assert_close(kitchen_products.linear(input, weight, held, low_rank), expected)
+
+
+@pytest.mark.parametrize("has_branch", [False, True])
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q4_K", "IQ4_XS", "NF4"])
+def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
+        format_name, has_branch, forced, monkeypatch):
+    """In slices of rows, as where a weight does not fit into the workspace."""
+    dtype, rows, columns = torch.bfloat16, 520, 512
+    weight = relabel(pack_tensor(torch.randn(rows, columns), FORMATS[format_name]), dtype=dtype)
+    input = torch.randn(600, columns).to(dtype)
+    bias = torch.randn(rows).to(dtype)
+    low_rank = LowRank.from_factors(
+        [(torch.randn(rows, 4), torch.randn(4, columns) / columns**0.5, (0, rows))], rows, dtype
+    ) if has_branch else None
+    exact = product.linear(input, weight, bias, low_rank)
+    monkeypatch.setattr(kitchen_products.workspace, "workspace_bytes", lambda device: 256 * columns)
+    out = kitchen_products.linear(input, weight, bias, low_rank)
+    error = (out - exact).float().norm() / exact.float().norm()
+    assert 0.002 < error < 0.02
+    few = input[:kitchen_products.MIN_INT8_TOKENS - 1]
+    assert torch.equal(kitchen_products.linear(few, weight, bias, low_rank),
+                       int8.linear(few, weight, bias, low_rank))
+    if has_branch:  # LoRAs keep their full effect
+        gained = out.float() - kitchen_products.linear(input, weight, bias).float()
+        expected = low_rank.product(input, rows).float()
+        assert 0.99 < (gained * expected).sum() / expected.square().sum() < 1.01
 
 
 @pytest.mark.parametrize("axis", [0, 1])
