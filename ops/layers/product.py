@@ -52,7 +52,7 @@ def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Te
                load: int) -> torch.Tensor | None:
     """Computes `_linear` with a kernel that dequantises as it multiplies; None: there is none."""
     tokens, columns = input.shape
-    if columns % packed_format.block_length:
+    if not kernels.multiplies(packed_format, columns):
         return None
     run = kernels.find("linear", input.device, packed_format, input.dtype, tokens, load)
     if run is None:
