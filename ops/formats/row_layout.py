@@ -206,7 +206,7 @@ class RowFormat(Format):
         return self.layout.title or self.family
 
     def kernel_names(self) -> tuple[str, ...]:
-        names = super().kernel_names()
+        names = (*super().kernel_names(), self.family)
         return names if self.layout.rotation else (*names, "UnrotatedRows")
 
     def code_numbers(self) -> torch.Tensor:

@@ -28,10 +28,14 @@ import torch
 from ...child_process import run_process
 from ..cpu import features as cpu_features
 from ..formats.base import Format, Grid
+from ..formats.comfyui import E2M1
 from ..formats.row_layout import RowFormat
 from ..layers.int8_codes import LARGEST_CODE, TINY, encode_rows
 from ..pickle_names import short_error_name
+from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time
+from ..quantize.row_columns import target_of
+from ..quantize.row_encoder import RowEncoder
 from .kernel import Backend, Kernel
 from .kernel_source import (
     C_TYPES,
@@ -82,6 +86,8 @@ SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 MAX_TOKENS = (1, 4)
 MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
+# families of rows that are packed: those of `ops.quantize.row_types`
+ENCODED = frozenset(("INT8_ROWS", "INT8_CONVROT", "F8_E4M3", "MXFP8", "NVFP4_ROWS", "W4A8"))
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 # A compiler that takes longer is ended, and torch does the work. At first Zig makes its own
 # libraries: for Windows in a minute on two fast cores.
@@ -257,6 +263,12 @@ class Attention(ctypes.Structure):
                                      "value_width")), ("scale", c_float)]
 
 
+class RowOperands(ctypes.Structure):
+    """`Rows` of source/cpu/pack_row_columns.cpp."""
+    _fields_ = [*((name, c_void_p) for name in ("values", "codes", "scales", "row_scales")),
+                *((f"{name}_stride", c_longlong) for name in ("value", "code", "scale"))]
+
+
 def _compiler_version() -> str:
     """Returns a text that differs where another compiler, or another CPU, is used."""
     command = cpp_compiler()
@@ -401,6 +413,49 @@ class CpuKernels:
         run(*map(_address, tensors), c_int(columns), c_longlong(rows),
             *map(c_int, (tries, rounds, _threads(values.numel()))))
 
+    def pack_rows(self, encoder, values, out):
+        """See `Kernel.run`."""
+        run = self._function("pack_rows", encoder.format, values.dtype, LANES=_max_lanes(),
+                             **_code_definitions(encoder))
+        shares, is_finite = encoder.shares(), c_int(1)
+        run(*map(_address, (values, out.codes, out.scale, out.row_scale)),
+            ctypes.byref(is_finite), (c_float * len(shares))(*shares), c_int(len(shares)),
+            c_float(encoder.of_tensor), c_longlong(len(values)), c_int(values.shape[1]),
+            c_int(_threads(values.numel())))
+        if not is_finite.value:
+            raise encoder.refusal(values)
+
+    def pack_row_columns(self, encoder, rows, encoded, span, damped):
+        """See `Kernel.run`."""
+        if is_target := damped.change is not None:
+            values = target_of(encoder, rows, encoded, span, damped)
+        else:
+            values = rows[:, span]
+        run = self._function("pack_row_columns", encoder.format, values.dtype, LANES=_max_lanes(),
+                             **_code_definitions(encoder))
+        if values.stride(1) != 1:
+            values = values.contiguous()
+        codes, scale = encoded.codes[:, encoder.bytes_of(span)], encoded.scale
+        if scale.shape[1] > 1:
+            scale = scale[:, span.start // encoder.layout.group:]
+        strides = values.stride(0), codes.stride(0), scale.stride(0) * scale.itemsize
+        operands = RowOperands(*map(_address, (values, codes, scale, encoded.row_scale)), *strides)
+        shares, steps = (matrix.contiguous() for matrix in (damped.shares, damped.steps))
+        run(ctypes.byref(operands), _address(shares), _address(steps), c_int(values.shape[1]),
+            c_int(SWEEPS), c_int(is_target), c_longlong(len(values)),
+            c_int(_threads(values.numel())))
+
+
+def _code_definitions(encoder: RowEncoder) -> dict:
+    """Returns the constants that source/cpu/pack_codes.h needs."""
+    layout = encoder.layout
+    return {
+        "SCALE_COLUMNS": 0 if layout.scale.kind == "f32" else layout.group,
+        "LARGEST": c_floats([encoder.largest]),
+        "IS_E2M1": int(layout.codes.numbers == E2M1),
+        "MIDDLES": c_floats(encoder.middles() if layout.codes.bits == 4 else ()),
+    }
+
 
 def _grid_definitions(grid: Grid) -> dict:
     """Returns the constants that source/cpu/pack.h needs."""
@@ -474,6 +529,8 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
                   late_bound_method(kernels, "attention"))] if cpu_features.is_x86() else []),
         *(Kernel(name, FORMAT_NAMES, float32, late_bound_method(kernels, name))
           for name in ("pack_blocks", "pack_columns")),
+        *(Kernel(name, ENCODED, frozenset(C_TYPES), late_bound_method(kernels, name))
+          for name in ("pack_rows", "pack_row_columns")),
     )
 
 

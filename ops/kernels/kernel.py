@@ -12,7 +12,8 @@ from ..pickle_names import short_error_name
 ANY = "any format"
 CASE_TEXT = re.compile(rf"(\w{{1,20}}) of ({ANY}|\w{{1,60}}) to (\w{{1,10}})(?=$|,)")
 # capabilities whose kernels have the reference's bits, and those that quantise
-EXACT, QUANTIZING = {"dequantize", "channels_last"}, {"pack_blocks", "pack_columns"}
+EXACT = {"dequantize", "channels_last"}
+QUANTIZING = {"pack_blocks", "pack_columns", "pack_rows", "pack_row_columns"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -28,11 +29,11 @@ class Kernel:
 
     Attributes:
         capability: "dequantize", "channels_last", "linear", "attention", "int8_rows",
-            "int8_tokens", "pack_blocks" or "pack_columns".
+            "int8_tokens", or one of `QUANTIZING`.
         formats: Names of formats. A format derived from one of them (another block length) counts
             as it. Empty for "channels_last", "attention" and "int8_tokens".
-        dtypes: Of the values for "dequantize", "pack_blocks" and "pack_columns", of input and
-            output for "linear", of the output for "channels_last", of all but the mask for
+        dtypes: Of the values for "dequantize" and `QUANTIZING`, of input and output for
+            "linear", of the output for "channels_last", of all but the mask for
             "attention", of the input for "int8_tokens"; int8 for "int8_rows".
         run: The function, with the arguments below.
         min_tokens: The fewest rows of the input that "linear" takes.
@@ -70,6 +71,11 @@ class Kernel:
     "pack_columns": run(packed_format, values, shares, weights, chosen, tries, rounds), see
         `grid_error_feedback.choose_columns`. All are contiguous. The choices may differ from the
         reference's, with a loss that is no larger on average.
+    "pack_rows": run(encoder, values, out), see `row_encoder.RowEncoder.encode`. values: contiguous.
+        The scales are the reference's, but where two are about equally good, and for the same
+        scales the bytes are.
+    "pack_row_columns": run(encoder, rows, encoded, span, damped), see `row_columns.choose_codes`.
+        The choices may differ as those of "pack_columns" do.
     """
     capability: str
     formats: frozenset[str]

@@ -47,6 +47,15 @@ ROW_TENSORS = {
     "numbers": ("numbers",), "column_scales": ("column_scale",)}
 
 
+# kernels for CPUs -> the headers that they share with others, in order
+HEADERS = {
+    "dequantize_rows": ("rotation.h",), "int8_rows": ("int8.h",), "int8_tokens": ("int8.h",),
+    "pack_blocks": ("pack.h", "pack_grid.h"),
+    "pack_columns": ("pack.h", "pack_grid.h", "pack_columns.h"),
+    "pack_rows": ("rotation.h", "pack.h", "pack_codes.h"),
+    "pack_row_columns": ("rotation.h", "pack.h", "pack_codes.h", "pack_columns.h")}
+
+
 class BlockWeight(ctypes.Structure):
     """`Weight` of source/weight.h."""
     _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("columns", c_int)]
@@ -227,7 +236,7 @@ def source_files(platform: str, packed_format: Format | None, kernel: str) -> li
     """Returns the files of a kernel's source, in order.
 
     A family of formats has one file, named like the one in ops/formats, and its base may have one.
-    Kernels whose names have the same first word may share a header, and those of GPUs one in `gpu`.
+    Kernels of GPUs may share a header in `gpu`.
     """
     folder, weight_files = SOURCES / platform, []
     if isinstance(packed_format, RowFormat):
@@ -243,8 +252,8 @@ def source_files(platform: str, packed_format: Format | None, kernel: str) -> li
         *weight_files,
         *(SOURCES / "gpu").glob(f"{kernel if platform != 'cpu' else ''}.h"),
         *folder.glob("parallel.h"),
-        *folder.glob(f"{kernel.partition('_')[0]}.h"),
-        *folder.glob(f"{kernel}.*"),
+        *(folder / name for name in HEADERS.get(kernel, ()) if platform == "cpu"),
+        *folder.glob(f"{kernel}.[!h]*"),
     ]
 
 

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 
 from ..formats.base import Fit, Format, Grid
+from ..formats.row_layout import FAMILIES, RowFormat
+from ..quantize.damped_hessian import DampedHessian
 from ..quantize.grid_error_feedback import Columns, choose_columns, columns_at_a_time
 from ..quantize.grid_search import Search
+from ..quantize.row_columns import choose_codes, in_basis, target_of
+from ..quantize.row_encoder import EncodedRows, RowEncoder
+from ..quantize.second_moments import BLOCK, SecondMoments
 from .kernel import WrongResult
 
 SEVERAL_THREADS = 1 << 17  # values that keep several threads busy, and torch for 0.1 seconds
@@ -22,6 +27,8 @@ CANARY = 7.0  # surrounds the memory that a kernel may write
 # How many times the reference's mean error is allowed. Rows whose columns are chosen one after
 # another diverge from the first choice that differs.
 BLOCK_TOLERANCE, EMPHASIS_TOLERANCE, ROW_TOLERANCE = 1.01, 1.05, 1.02
+BEST_TOLERANCE = 1 + 1e-5  # of the error of a row, whose sums are rounded in another order
+TOKENS = 512  # of which moments are
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,35 @@ class Rows:
     columns: int
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A case of "pack_rows": the number of rows, of columns, and of scales that are tried."""
+    rows: int
+    columns: int
+    tries: int
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """A case of "pack_row_columns".
+
+    Attributes:
+        rows: Their number.
+        columns: Of a row.
+        block: Columns of a block of moments, None for all.
+        is_pair: Whether the moments are of a pair.
+    """
+    rows: int
+    columns: int
+    block: int | None
+    is_pair: bool
+
+
+def _row_format(packed_format: Format) -> RowFormat:
+    assert isinstance(packed_format, RowFormat)
+    return packed_format
+
+
 def _grid(packed_format: Format) -> Grid:
     assert packed_format.grid is not None  # kernels that quantise accept no other formats
     return packed_format.grid
@@ -66,8 +102,26 @@ def _row_cases(packed_format: Format) -> list[Rows]:
     return [Rows(1, grid.length), Rows(37, columns), Rows(SEVERAL_THREADS // columns, columns)]
 
 
+def _encoded_cases(packed_format: Format) -> list[Encoded]:
+    layout = _row_format(packed_format).layout
+    columns = layout.columns
+    has_tails = layout.scale.kind == "f32" and not layout.rotation
+    return [Encoded(rows, width, tries) for rows, tries in
+            ((1, 1), (1, 3), (37, 3), (SEVERAL_THREADS // columns, 11))
+            for width in ((columns, columns + 1) if has_tails else (columns,))]
+
+
+def _feedback_cases(packed_format: Format) -> list[Feedback]:
+    layout = _row_format(packed_format).layout
+    unit = layout.rotation or (37 if layout.scale.kind == "f32" else 2 * layout.group)
+    columns = BLOCK + unit  # one block of moments, and a part of one
+    return [Feedback(1, columns, None, False), Feedback(37, columns, BLOCK, True),
+            Feedback(SEVERAL_THREADS // BLOCK, columns, BLOCK, False)]
+
+
 CASES: dict[str, Callable[[Format], list]] = {
-    "pack_blocks": _block_cases, "pack_columns": _row_cases
+    "pack_blocks": _block_cases, "pack_columns": _row_cases, "pack_rows": _encoded_cases,
+    "pack_row_columns": _feedback_cases,
 }
 
 
@@ -148,6 +202,92 @@ def check_columns(run: Callable[..., None], case: Rows, packed_format: Format,
         reference_error, kernel_error = errors
         _compare(kernel_error, reference_error, ROW_TOLERANCE)
         start = results[0]
+
+
+def check_rows(run: Callable[..., None], case: Encoded, packed_format: Format, dtype: torch.dtype,
+               device: torch.device):
+    """Checks "pack_rows" in one case; see `validation.check`.
+
+    Scales that are about equally good may differ, codes of the same scale may not.
+    """
+    generator = torch.Generator().manual_seed(case.rows)
+    values = _random_values(case.rows, case.columns, -12, generator).to(device, dtype)
+    shrinks = tuple(1 + step / 8 for step in reversed(range(case.tries)))
+    encoder = _encoder(_row_format(packed_format), case.columns, shrinks, values, case.rows == 1)
+    result, expected = _encoded(encoder, case.rows, device), _encoded(encoder, case.rows, device)
+    _run_inside(result, lambda inside: run(encoder, values, inside))
+    _run_inside(expected, lambda inside: encoder.encode(values, inside))
+    if result.row_scale is not None and (result.row_scale != expected.row_scale).any():
+        raise WrongResult("the scale of a row differs from the reference's")
+    differs = (result.codes != expected.codes).view(*expected.scale.shape, -1).any(-1)
+    if (differs & (result.scale == expected.scale)).any():
+        raise WrongResult("codes differ from the reference's, of the same scale")
+    errors = [(encoded.rows(slice(case.rows)).packed(encoder.format).dequantize() - values.float())
+              .double().square().sum(-1) for encoded in (result, expected)]
+    if not (errors[0] <= BEST_TOLERANCE * errors[1]).all():
+        raise WrongResult("the scales are worse than the reference's")
+
+
+def check_row_columns(run: Callable[..., None], case: Feedback, packed_format: Format,
+                      dtype: torch.dtype, device: torch.device):
+    """Checks "pack_row_columns" in one case; see `validation.check`."""
+    generator = torch.Generator().manual_seed(case.rows)
+    values = _random_values(case.rows, case.columns, -6, generator).to(device, dtype)
+    encoder = _encoder(_row_format(packed_format), case.columns, (1,), values, True)
+    tokens = torch.randn((TOKENS, case.columns), generator=generator, dtype=torch.float32)
+    tokens += tokens[:, :1]  # so that columns correlate
+    moments = SecondMoments.zeros(case.columns, case.block, device, case.is_pair)
+    dense = tokens + 0.1 * torch.randn(tokens.shape, generator=generator, dtype=torch.float32)
+    moments.add(tokens.to(device), dense.to(device) if case.is_pair else None, hold_out=False)
+    moments = in_basis(moments, encoder)
+    losses = []
+    for choose in (run, choose_codes):
+        encoded = _encoded(encoder, case.rows, device)
+        encoder.encode(values, encoded.rows(slice(case.rows)))
+        loss, size = values.new_zeros((2, case.rows), dtype=torch.float64)
+        for index, span in enumerate(moments.spans()):
+            damped = DampedHessian(moments, index, device)
+            _run_inside(encoded, lambda inside, span=span, damped=damped: choose(
+                encoder, values, inside, span, damped))
+            inside = encoded.rows(slice(case.rows))
+            target = target_of(encoder, values, inside, span, damped)
+            chosen = encoder.basis(inside.packed(encoder.format).dequantize()[:, span])
+            if inside.row_scale is not None:
+                chosen = chosen / inside.row_scale
+            for total, part in ((loss, chosen - target), (size, target)):
+                total += ((part @ damped.moments) * part).double().sum(-1)
+        losses.append(loss / size.clamp(min=1e-30))
+    _compare(*losses, ROW_TOLERANCE)
+
+
+def _encoder(packed_format: RowFormat, columns: int, shrinks: tuple[float, ...],
+             values: torch.Tensor, is_per_tensor: bool) -> RowEncoder:
+    """Returns an encoder of rows of some columns; of values that may have one scale if
+    `is_per_tensor`."""
+    family = FAMILIES[packed_format.family]
+    encoder = RowEncoder(family.of_columns(columns, *packed_format.sizes), shrinks)
+    peak = float(values.abs().amax())
+    if encoder.layout.row_scale:
+        encoder.choose_scale_of_tensor(peak, values, encoder.encode)
+    elif is_per_tensor and encoder.layout.scale.kind == "f32":
+        encoder.of_tensor = peak / encoder.largest
+    return encoder
+
+
+def _encoded(encoder: RowEncoder, rows: int, device: torch.device) -> EncodedRows:
+    """Returns memory for some rows, and one more."""
+    encoded = EncodedRows.empty(encoder.layout, rows + 1, device)
+    for part in vars(encoded).values():
+        if part is not None:
+            part.fill_(CANARY)
+    return encoded
+
+
+def _run_inside(encoded: EncodedRows, write: Callable[[EncodedRows], None]):
+    """Checks that `write` leaves the last row as it is."""
+    write(encoded.rows(slice(len(encoded.codes) - 1)))
+    if any((part[-1] != CANARY).any() for part in vars(encoded).values() if part is not None):
+        raise WrongResult("the kernel wrote outside its rows")
 
 
 def _random_values(rows: int, columns: int, min_exponent: int,

@@ -1,4 +1,5 @@
 """Damps one block of second moments, and factors its inverse, for error feedback."""
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -75,12 +76,12 @@ class DampedHessian:
         self.triangle = _triangle(block)
         self.change = None if change is None else change @ self.triangle.T @ self.triangle
 
-    @property
+    @functools.cached_property
     def shares(self) -> torch.Tensor:
         """Row i, column j: how much of the error of column i column j compensates, (k, k)."""
         return self.triangle / -self.triangle.diagonal().unsqueeze(-1)
 
-    @property
+    @functools.cached_property
     def steps(self) -> torch.Tensor:
         """Row i, column j: the best change of column j for an error of column i, (k, k)."""
         return self.moments / -self.moments.diagonal()

@@ -7,10 +7,10 @@ https://arxiv.org/abs/2210.17323; OBQ, https://arxiv.org/abs/2208.11580). The sc
 searched when its first column is reached, from the compensated values. Then the scales are kept,
 and every code in turn is set to the best one given all others (coordinate descent).
 
-Slices of rows are transposed to (columns, rows) and processed in chunks of columns, by
-`grid_error_feedback` or a kernel.
+Slices of rows are transposed to (columns, rows) and processed by `grid_error_feedback` or a kernel.
 """
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +19,7 @@ from .. import kernels
 from ..formats.base import Fit, Format, FormatError, powers_of_two
 from ..tensor.packed_layout import packed_tensor
 from ..tensor.packed_tensor import PackedTensor
+from .column_order import feed_back
 from .damped_hessian import DampedHessian, damping_for, slice_rows
 from .grid_error_feedback import Columns, choose_columns, columns_at_a_time
 from .grid_search import LARGEST_FLOAT, Search
@@ -26,7 +27,6 @@ from .second_moments import SecondMoments
 
 # Scales tried for a block and then for each of its groups, and how often the best one is refined.
 TRIES, ROUNDS = 7, 1
-SWEEPS = 2  # of coordinate descent over the columns
 
 
 def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
@@ -56,7 +56,7 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
             f"{packed_format.name} cannot be packed with error feedback in rows of {columns}"
             f" values{reason}."
         )
-    check_columns(weight, moments)
+    check_columns(weight.shape, moments)
     search = Search(grid, weight.device)
     # looked up once, so that the same kernel packs the whole weight
     kernel = kernels.find("pack_columns", weight.device, packed_format, torch.float32)
@@ -88,12 +88,13 @@ def pack_with_feedback(weight: torch.Tensor, packed_format: Format,
                          scale=None if scale is None else scale.view(-1))
 
 
-def check_columns(weight: torch.Tensor, moments: SecondMoments):
+def check_columns(shape: tuple[int, ...], moments: SecondMoments):
     """Raises FormatError where moments are of another number of inputs than a weight takes."""
-    if weight.shape[1:].numel() != moments.columns:
+    columns = math.prod(shape[1:])
+    if columns != moments.columns:
         raise FormatError(
             f"The moments are of inputs with {moments.columns} columns, the weight of shape"
-            f" {tuple(weight.shape)} takes {weight.shape[1:].numel()}.")
+            f" {tuple(shape)} takes {columns}.")
 
 
 class _Feedback:
@@ -105,7 +106,6 @@ class _Feedback:
         self.damped = damped
         # weight of a column's squared error once all later columns have compensated it
         self.weights = damped.triangle.diagonal().square().reciprocal()
-        self.shares, self.steps = damped.shares, damped.steps
 
     def pack(self, values: torch.Tensor) -> Fit:
         """Returns the blocks, in order, of rows of values, (n, k) of any float dtype."""
@@ -120,25 +120,14 @@ class _Feedback:
         if not target.isfinite().all():
             raise FormatError("The weight holds NaN or infinite values.")
         chosen = Columns.like(self.search.grid, target)
-        self._choose(target.clone(), self.shares, self.weights, chosen)
-        for _ in range(SWEEPS):
-            # half the slope of the loss along each column, divided by its curvature
-            slopes = self.steps.T @ chosen.values().sub_(target)
-            self._choose(slopes, self.steps, None, chosen)
+
+        def choose(values: torch.Tensor, shares: torch.Tensor, columns: slice, is_first: bool):
+            self.choose(values, shares, self.weights[columns] if is_first else None,
+                        chosen.part(columns.start, columns.stop), TRIES, ROUNDS)
+
+        feed_back(choose, chosen.values, target, self.damped, columns_at_a_time(self.search.grid))
         fit = chosen.fit(self.search)
         if unscale is not None:
             d = fit.d.view(len(values), -1) * unscale
             fit.d = d.clamp_(-LARGEST_FLOAT, LARGEST_FLOAT).view_as(fit.d)
         return fit
-
-    def _choose(self, values: torch.Tensor, shares: torch.Tensor, weights: torch.Tensor | None,
-                chosen: Columns):
-        """Runs `choose_columns` on any number of columns, chunk by chunk."""
-        step = columns_at_a_time(self.search.grid)
-        for first in range(0, len(values), step):
-            last = min(len(values), first + step)
-            chunk = slice(first, last)
-            self.choose(values[chunk], shares[chunk, chunk].contiguous(),
-                        None if weights is None else weights[chunk], chosen.part(first, last),
-                        TRIES, ROUNDS)
-            values[last:].addmm_(shares[chunk, last:].T, values[chunk])

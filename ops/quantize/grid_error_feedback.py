@@ -1,16 +1,11 @@
-"""Chooses the codes of a weight's columns in order; later columns compensate earlier errors.
-
-Columns lie along the first dimension, (columns, rows), so that each step is one operation on
-contiguous memory.
-"""
+"""Chooses scales and codes of a format with a grid column by column; see `column_order`."""
 import dataclasses
 
 import torch
 
 from ..formats.base import Fit, Grid, inverse
+from .column_order import CHUNK, choose_in_order
 from .grid_search import Search
-
-CHUNK = 256  # see `columns_at_a_time`
 
 
 def columns_at_a_time(grid: Grid) -> int:
@@ -87,40 +82,25 @@ def choose_columns(search: Search, values: torch.Tensor, shares: torch.Tensor,
                    weights: torch.Tensor | None, chosen: Columns, tries: int, rounds: int):
     """Chooses the codes of up to `columns_at_a_time` columns in order, perhaps their scales too.
 
-    Each column passes a residual on to the later ones. With `weights`, `values` are the values to
-    represent, the scales of a group are searched when it is reached, from what its values are then
-    (see `Search.fit_group`), and the residual is what the codes lack of the values. Without
-    `weights` the scales are kept, `values` are what to add to the values the codes in `chosen`
-    represent, and the residual is what was added to these.
+    With `weights`, the scales of a group are searched when it is reached, from what its values are
+    then (see `Search.fit_group`). Without them the scales are kept.
 
     Args:
         search: over the format's grid.
-        values: float32 (k, n). Overwritten by the residuals.
-        shares: float32 (k, k). shares[i, j] times the residual of column i is added to column j,
-            for all i < j.
-        weights: float32 (k,), of the squared errors in the search of the scales; None: no search.
+        values: float32 (k, n), see `choose_in_order`, as `shares`.
+        shares: float32 (k, k).
+        weights: float32 (k,), of the squared errors in the search of the scales, for the first
+            time; None: later.
         chosen: of the k columns, overwritten.
         tries: see `Search.fit`.
         rounds: see `Search.fit`.
     """
-    group = search.grid.group
-    for first in range(0, len(values), group):
-        stop = first + group
+    def begin(first: int) -> _Rounder:
         if weights is not None:
             _choose_scales(search, values, weights, chosen, first, tries, rounds)
-        rounder = _Rounder(search, chosen, first)
-        for column in range(first, stop):
-            target = values[column]  # a view, which the residual replaces
-            if column > first:
-                target.addmv_(values[first:column].T, shares[first:column, column])
-            if weights is not None:
-                chosen.levels[column], value = rounder(target)
-                target -= value
-            else:
-                before = rounder.value(chosen.levels[column])
-                chosen.levels[column], value = rounder(target.add_(before))
-                torch.sub(value, before, out=target)
-        values[stop:].addmm_(shares[first:stop, stop:].T, values[first:stop])
+        return _Rounder(search, chosen, first)
+
+    choose_in_order(values, shares, chosen.levels, begin, search.grid.group, weights is not None)
 
 
 def _choose_scales(search: Search, values: torch.Tensor, weights: torch.Tensor, chosen: Columns,

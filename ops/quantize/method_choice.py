@@ -8,20 +8,21 @@ from ..layers.product import values_of
 from ..tensor.packed_tensor import PackedTensor
 from ..tensor.row_slicing import take_rows
 from .damped_hessian import DampedHessian, slice_rows
+from .row_source import RowSource
 from .second_moments import SecondMoments
 
 # between them, squares of values and of their rounding errors are normal float32 numbers
 SMALLEST, LARGEST = 2.0**-32, 2.0**32
 
 
-def pick_lower_error(weight: torch.Tensor, candidates: list[PackedTensor],
+def pick_lower_error(weight: torch.Tensor | RowSource, candidates: list[PackedTensor],
                      moments: SecondMoments) -> PackedTensor:
     """Returns the candidate with the least of `output_errors`, the first of equal ones."""
     errors = output_errors(weight, candidates, moments)
     return candidates[errors.index(min(errors))]
 
 
-def output_errors(weight: torch.Tensor, candidates: list[PackedTensor],
+def output_errors(weight: torch.Tensor | RowSource, candidates: list[PackedTensor],
                   moments: SecondMoments) -> list[float]:
     """Returns each candidate's squared error of the layer's output over the output's square.
 
@@ -30,36 +31,38 @@ def output_errors(weight: torch.Tensor, candidates: list[PackedTensor],
     inputs of the packed one; by the moments, the part that no weight can correct does not count.
 
     Args:
-        weight: (N, ...) of any float dtype.
+        weight: (N, ...) of any float dtype, or a source of its rows.
         candidates: Packed from the weight, in its shape.
         moments: Of the layer's inputs.
     """
     errors = _errors_by_sketch if moments.held_out_count else _errors_by_moments
-    return errors(weight, candidates, moments)
+    return errors(RowSource.of(weight), candidates, moments)
 
 
-def _row_slices(weight: torch.Tensor,
+def _row_slices(source: RowSource,
                 candidates: list[PackedTensor]) -> Iterator[list[torch.Tensor]]:
     """Yields slices of rows of the weight and of each candidate, float32 (n, K).
 
     Where their squares could leave the range, all are multiplied by one power of two.
     """
-    columns = weight.shape[1:].numel()
-    largest = torch.stack(weight.detach().aminmax()).float().abs().amax()
+    count, columns = source.shape[0], source.columns
+    largest = torch.stack([torch.stack(rows.aminmax()) for _, rows in source.slices()]
+                          ).float().abs().amax()
     factor = None if SMALLEST < float(largest) < LARGEST else powers_of_two(largest)[0]
-    for row_slice in slice_rows(len(weight), columns, weight.device):
-        rows = [values_of(take_rows(candidate, row_slice)) for candidate in candidates]
-        parts = [part.reshape(-1, columns).float() for part in (weight.detach()[row_slice], *rows)]
+    for row_slice in slice_rows(count, columns, source.device):
+        packed = [values_of(take_rows(candidate, row_slice)) for candidate in candidates]
+        rows = source.read(row_slice.start, row_slice.stop)
+        parts = [part.reshape(-1, columns).float() for part in (rows, *packed)]
         yield parts if factor is None else [part * factor for part in parts]
 
 
-def _errors_by_sketch(weight: torch.Tensor, candidates: list[PackedTensor],
+def _errors_by_sketch(source: RowSource, candidates: list[PackedTensor],
                       moments: SecondMoments) -> list[float]:
-    sketch = moments.sketch.to(weight.device)
+    sketch = moments.sketch.to(source.device)
     dense_sketch = moments.dense_sketch
-    dense_sketch = sketch if dense_sketch is None else dense_sketch.to(weight.device)
+    dense_sketch = sketch if dense_sketch is None else dense_sketch.to(source.device)
     sums = torch.zeros(1 + len(candidates), dtype=torch.float64)
-    for values, *packed in _row_slices(weight, candidates):
+    for values, *packed in _row_slices(source, candidates):
         expected = values @ dense_sketch.T
         sums += torch.tensor([
             float(part.square().sum())
@@ -68,12 +71,12 @@ def _errors_by_sketch(weight: torch.Tensor, candidates: list[PackedTensor],
     return _relative(sums)
 
 
-def _errors_by_moments(weight: torch.Tensor, candidates: list[PackedTensor],
+def _errors_by_moments(source: RowSource, candidates: list[PackedTensor],
                        moments: SecondMoments) -> list[float]:
     sums = torch.zeros(1 + len(candidates), dtype=torch.float64)
     for index, span in enumerate(moments.spans()):
-        damped = DampedHessian(moments, index, weight.device)
-        for values, *packed in _row_slices(weight, candidates):
+        damped = DampedHessian(moments, index, source.device)
+        for values, *packed in _row_slices(source, candidates):
             expected = damped.target(values[:, span])
             sums += torch.tensor([
                 float(((part @ damped.moments) * part).sum())

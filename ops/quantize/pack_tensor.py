@@ -4,8 +4,6 @@ For formats with a `Grid`, `grid_search` searches the codes and scales of least 
 without one are packed by the plain arithmetic of their reference, and so is every other format that
 has such arithmetic, on request.
 """
-import math
-
 import torch
 
 from .. import kernels
@@ -13,6 +11,7 @@ from ..formats.base import Fit, Format, FormatError, TooLargeError
 from ..tensor.packed_layout import packed_tensor
 from ..tensor.packed_tensor import PackedTensor
 from .error_feedback import pack_with_feedback
+from .finite_peak import finite_peak
 from .grid_search import Search
 from .method_choice import pick_lower_error
 from .parallel_slices import parallel_slices
@@ -129,16 +128,6 @@ def pack_tensor(weight: torch.Tensor, packed_format: Format,
     parallel_slices(pack_slice, range(0, len(flat), step), weight.device)
     return packed_tensor(packed_format, outputs[0], weight.shape,
                          scale=outputs[1] if len(outputs) > 1 else None)
-
-
-def finite_peak(values: torch.Tensor) -> float:
-    """Returns the largest magnitude of a weight's values. Raises FormatError where one is not
-    finite."""
-    lowest, highest = map(float, values.aminmax())
-    peak = max(-lowest, highest)
-    if not math.isfinite(peak) or math.isnan(lowest):
-        raise FormatError("The weight holds NaN or infinite values.")
-    return peak
 
 
 def _check_values(values: torch.Tensor, packed_format: Format):

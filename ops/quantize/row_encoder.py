@@ -4,22 +4,22 @@ Inside, values are in the basis of the codes, and divided by the number of their
 tensor where the layout multiplies scales by one: then value = unit * number of a code, where the
 unit is a stored scale.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ..formats.base import inverse
+from ..formats.base import TooLargeError, inverse
 from ..formats.comfyui import E2M1
 from ..formats.rotation import rotate
-from ..formats.row_layout import FAMILIES, RowFormat
+from ..formats.row_layout import FAMILIES, RowFormat, RowLayout
 from ..tensor.packed_layout import packed_rows
 from ..tensor.packed_tensor import PackedTensor
+from .finite_peak import finite_peak
 
 LARGEST_INTEGER = 127.0  # in magnitude, of int8 codes and of requantised numbers
 LARGEST_E4M3 = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST = 1e-30  # scale in float32
-SLICE_VALUES = 1 << 20  # encoded at a time
-SAMPLE_VALUES = 1 << 20  # of a weight, from which the scale of all of it is chosen
 
 
 @dataclass
@@ -35,15 +35,44 @@ class RowNumbers:
     units: torch.Tensor
     of_rows: torch.Tensor
 
-    @classmethod
-    def join(cls, parts: list["RowNumbers"]) -> "RowNumbers":
-        """Returns the numbers of the rows of several parts."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts])
-                     for name in ("levels", "units", "of_rows")))
 
-    def rows(self, chosen: slice) -> "RowNumbers":
-        """Returns the numbers of some rows, which share memory."""
-        return RowNumbers(self.levels[chosen], self.units[chosen], self.of_rows[chosen])
+@dataclass
+class EncodedRows:
+    """The bytes of n rows.
+
+    Attributes:
+        codes: uint8 (n, bytes of a row).
+        scale: (n, groups) as the layout stores them, float32 or uint8.
+        row_scale: float32 (n, 1), by which a row's scales are multiplied; None: by nothing.
+    """
+    codes: torch.Tensor
+    scale: torch.Tensor
+    row_scale: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, layout: RowLayout, rows: int, device: torch.device,
+              columns: int | None = None) -> "EncodedRows":
+        """Returns memory for some rows of the layout's columns, or of others."""
+        def of(width: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty((rows, width), dtype=dtype, device=device)
+
+        has_numbers = bool(layout.row_scale) or layout.is_requantized
+        return cls(of((columns or layout.columns) * layout.codes.bits // 8, torch.uint8),
+                   of(layout.groups, layout.scale.dtype),
+                   of(1, torch.float32) if has_numbers else None)
+
+    def rows(self, chosen: slice) -> "EncodedRows":
+        """Returns some rows, which share memory."""
+        row_scale = None if self.row_scale is None else self.row_scale[chosen]
+        return EncodedRows(self.codes[chosen], self.scale[chosen], row_scale)
+
+    def packed(self, packed_format: RowFormat) -> PackedTensor:
+        """Returns the rows as a weight, which shares memory."""
+        layout, tensors = packed_format.layout, {"scale": self.scale}
+        if self.row_scale is not None:
+            tensors["row_scale"] = self.row_scale
+        return packed_rows(FAMILIES[packed_format.family], self.codes,
+                           (len(self.codes), layout.columns), packed_format.sizes, **tensors)
 
 
 class RowEncoder:
@@ -53,16 +82,80 @@ class RowEncoder:
         packed_format: of int8, float8 or 4-bit codes with one scale a row or a group.
         shrinks: the scales tried, as shares of the one that just holds the largest value of a
             group.
+
+    Attributes:
+        of_tensor: the number that all scales of the weight are, or are multiplied by; 0: each row
+            has its own.
     """
 
     def __init__(self, packed_format: RowFormat, shrinks: tuple[float, ...]):
         self.format, self.layout = packed_format, packed_format.layout
         self.shrinks = shrinks
-        self.of_tensor: float | None = None
+        self.of_tensor = 0.0
         numbers = packed_format.code_numbers()
-        self.levels, self.codes = torch.sort(numbers.nan_to_num(0))
+        self.levels, codes = torch.sort(numbers.nan_to_num(0))
+        self.codes = codes.to(torch.uint8)
         self.largest = float(min(-self.levels[0], self.levels[-1], LARGEST_INTEGER)
                              if self.layout.codes.dtype == torch.int8 else self.levels[-1])
+
+    def choose_scale_of_tensor(self, peak: float, sample: torch.Tensor,
+                               encode: Callable[[torch.Tensor, EncodedRows], None]):
+        """Chooses `of_tensor`.
+
+        Args:
+            peak: the largest magnitude of the weight.
+            sample: some of its rows, (n, K) of any float dtype.
+            encode: does what `encode` does.
+        """
+        if self.layout.row_scale:
+            self.of_tensor = max(SMALLEST, peak / (LARGEST_E4M3 * self.largest))
+            return
+        self.of_tensor = max(SMALLEST, peak / self.largest)
+        if len(self.shrinks) > 1:
+            as_row = sample.reshape(1, -1)
+            encoded = EncodedRows.empty(self.layout, 1, sample.device, as_row.numel())
+            encode(as_row, encoded)
+            self.of_tensor, self.shrinks = float(encoded.scale), (1,)
+
+    def shares(self) -> list[float]:
+        """Returns the scales tried, as shares of `of_tensor` or of the largest value."""
+        if self.of_tensor and not self.layout.row_scale:
+            return [*self.shrinks]
+        return [shrink / self.largest for shrink in self.shrinks]
+
+    def encode(self, rows: torch.Tensor, out: EncodedRows):
+        """Writes the bytes of rows; a kernel may do the same.
+
+        Args:
+            rows: (n, K) of any float dtype.
+            out: of n rows, overwritten.
+
+        Raises:
+            FormatError: a value is not finite, or its rotation is too large.
+        """
+        values = self.basis(rows.float())
+        if not torch.stack(values.aminmax()).isfinite().all():
+            raise self.refusal(rows)
+        numbers = self.search(values)
+        self.write_codes(numbers.levels.flatten(1), out.codes)
+        scale, kind = numbers.units, self.layout.scale.kind
+        if kind == "e4m3":
+            scale = scale.to(torch.float8_e4m3fn).view(torch.uint8)
+        elif kind == "e8m0":
+            scale = torch.where(scale > 0, torch.frexp(scale)[1] + 126, 0)
+        out.scale.copy_(scale.flatten(1))
+        if out.row_scale is not None:
+            out.row_scale.copy_(numbers.of_rows.flatten(1))
+
+    def refusal(self, rows: torch.Tensor) -> TooLargeError:
+        """Returns why rows cannot be encoded whose values in the basis of the codes are not finite.
+
+        Raises:
+            FormatError: a value is not finite itself.
+        """
+        largest = torch.finfo(torch.float32).max / max(1, self.layout.rotation)
+        return TooLargeError(f"The weight holds values up to {finite_peak(rows):g};"
+                             f" {self.format.name} holds {largest:g} in each column at most.")
 
     def basis(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns rows, float32 (n, K), in the basis of the codes."""
@@ -71,36 +164,19 @@ class RowEncoder:
         rotated = rotate(rows, self.layout.rotation, self.layout.rotation_base)
         return rotated.mul_(self.layout.rotation**-0.5)
 
-    def choose_scale_of_tensor(self, weight: torch.Tensor, peak: float):
-        """Chooses the number that all scales of a weight are, or are multiplied by.
-
-        Args:
-            weight: (N, K) of any float dtype.
-            peak: its largest magnitude.
-        """
-        if self.layout.row_scale:
-            self.of_tensor = max(SMALLEST, peak / (LARGEST_E4M3 * self.largest))
-            return
-        every = max(1, weight.numel() // SAMPLE_VALUES)
-        sample = weight[::every].float().unsqueeze(1)
-        scales = [max(SMALLEST, peak / self.largest * shrink) for shrink in self.shrinks]
-        errors = [float((self.nearest(sample, sample.new_tensor(scale)) * scale - sample)
-                        .square().sum()) for scale in scales]
-        self.of_tensor = scales[errors.index(min(errors))]
-
     def search(self, values: torch.Tensor) -> RowNumbers:
         """Returns the numbers of least error for values in the basis of the codes, (n, K)."""
         of_rows = self._of_rows(values)
         groups = values.view(len(values), self.layout.groups, -1)
         if self.layout.row_scale or self.layout.is_requantized:
             groups = groups * inverse(of_rows)
-        if self.of_tensor is not None and not self.layout.row_scale:
-            units = torch.full_like(groups[..., :1], self.of_tensor)
-            return RowNumbers(self.nearest(groups, units), units, of_rows)
-        peak = groups.abs().amax(-1, keepdim=True)
+        if self.of_tensor and not self.layout.row_scale:
+            full = torch.full_like(groups[..., :1], self.of_tensor)
+        else:
+            full = groups.abs().amax(-1, keepdim=True)
         best = None
-        for shrink in self.shrinks:
-            units = self.stored(peak * (shrink / self.largest))
+        for share in self.shares():
+            units = self.stored(full * share)
             levels = self.nearest(groups, units)
             if len(self.shrinks) == 1:
                 return RowNumbers(levels, units, of_rows)
@@ -119,7 +195,7 @@ class RowEncoder:
         if self.layout.is_requantized:
             peak = values.abs().amax(1).view(-1, 1, 1)
             return (peak / LARGEST_INTEGER).clamp_(min=SMALLEST)
-        one = self.of_tensor if self.layout.row_scale and self.of_tensor is not None else 1.0
+        one = self.of_tensor if self.layout.row_scale else 1.0
         return values.new_full((len(values), 1, 1), one)
 
     def stored(self, units: torch.Tensor) -> torch.Tensor:
@@ -134,6 +210,11 @@ class RowEncoder:
             return units.clamp(max=LARGEST_E4M3).to(torch.float8_e4m3fn).float()
         return units.clamp(min=SMALLEST)
 
+    def units(self, encoded: EncodedRows) -> torch.Tensor:
+        """Returns the units of encoded rows, float32 (n, groups)."""
+        flat = self.format.stored(self.layout.scale, "scale", {"scale": encoded.scale.flatten()})
+        return flat.view(encoded.scale.shape)
+
     def nearest(self, values: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         """Returns the numbers of the codes nearest to values over their units."""
         scaled = values / torch.where(units > 0, units, torch.inf)
@@ -146,8 +227,12 @@ class RowEncoder:
             size = scaled.abs().clamp_(max=self.largest)
             step = 0.5 + (size >= 2) * 0.5 + (size >= 4)  # 0.5, 1 or 2
             return torch.copysign((size / step).round_().mul_(step), scaled)
-        levels = self.levels.to(values.device)
-        return levels[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)]
+        return self.levels.to(values.device)[
+            torch.bucketize(scaled, self.middles().to(values.device))]
+
+    def middles(self) -> torch.Tensor:
+        """Returns the middles between neighbouring numbers of codes, float32."""
+        return (self.levels[1:] + self.levels[:-1]) / 2
 
     def values(self, levels: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         """Returns the values of numbers of codes, without what units are multiplied by."""
@@ -155,32 +240,26 @@ class RowEncoder:
             return (levels * units).round_().clamp_(-LARGEST_INTEGER, LARGEST_INTEGER)
         return levels * units
 
-    def packed(self, numbers: RowNumbers, shape: tuple[int, ...]) -> PackedTensor:
-        """Returns the packed weight of a shape."""
-        scale = numbers.units
-        if self.layout.scale.kind == "e4m3":
-            scale = scale.to(torch.float8_e4m3fn)
-        elif self.layout.scale.kind == "e8m0":
-            scale = torch.where(scale > 0, torch.frexp(scale)[1] + 126, 0).to(torch.uint8)
-        tensors = {"scale": scale.contiguous().view(-1)}
-        if self.layout.row_scale or self.layout.is_requantized:
-            tensors["row_scale"] = numbers.of_rows.contiguous().view(-1)
-        return packed_rows(FAMILIES[self.format.family], self._bytes(numbers.levels.flatten(1)),
-                           shape, self.format.sizes, **tensors)
+    def bytes_of(self, columns: slice) -> slice:
+        """Returns the bytes of a row that have the codes of some columns."""
+        bits = self.layout.codes.bits
+        return slice(columns.start * bits // 8, columns.stop * bits // 8)
 
-    def _bytes(self, levels: torch.Tensor) -> torch.Tensor:
-        """Returns the bytes of codes with some numbers, (n, K)."""
+    def write_codes(self, levels: torch.Tensor, out: torch.Tensor):
+        """Writes the bytes of codes with some numbers.
+
+        Args:
+            levels: float32 (n, K).
+            out: uint8 (n, bytes of a row).
+        """
         codes = self.layout.codes
         if codes.bits == 8:
-            return levels.to(codes.dtype).view(torch.uint8)
+            out.copy_(levels.to(codes.dtype).view(torch.uint8))
+            return
         sorted_levels, code_of = self.levels.to(levels.device), self.codes.to(levels.device)
-        out = levels.new_empty((len(levels), levels.shape[1] // 2), dtype=torch.uint8)
-        step = max(1, SLICE_VALUES // levels.shape[1])
-        for rows, target in zip(levels.split(step), out.split(step)):
-            places = torch.bucketize(rows, sorted_levels, out_int32=True)
-            nibbles = code_of[places].to(torch.uint8)
-            first, second = nibbles[:, ::2], nibbles[:, 1::2]
-            if codes.order == "high first":
-                first, second = second, first
-            torch.bitwise_or(first, second << 4, out=target)
-        return out
+        places = torch.bucketize(levels.contiguous(), sorted_levels, out_int32=True)
+        nibbles = code_of[places]
+        first, second = nibbles[:, ::2], nibbles[:, 1::2]
+        if codes.order == "high first":
+            first, second = second, first
+        torch.bitwise_or(first, second << 4, out=out)

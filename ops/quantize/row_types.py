@@ -4,10 +4,12 @@ For each group of columns that shares a scale several scales are tried, and the 
 is kept. The first one just holds the largest value of the group, as the scales of ComfyUI's own
 conversion do (comfy-kitchen 0.2.26 `backends/eager/quantization.py`).
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from .. import kernels
 from ..formats.base import FORMATS, Format, FormatError
 from ..formats.comfyui import (
     F8_E4M3,
@@ -21,14 +23,17 @@ from ..formats.comfyui import (
 )
 from ..formats.row_layout import RowFamily, RowFormat
 from ..tensor.packed_tensor import PackedTensor
+from .finite_peak import finite_peak
 from .method_choice import pick_lower_error
-from .pack_tensor import CPU_SLICE_VALUES, DEVICE_SLICE_VALUES, finite_peak
+from .pack_tensor import CPU_SLICE_VALUES, DEVICE_SLICE_VALUES
 from .parallel_slices import parallel_slices
-from .row_encoder import RowEncoder, RowNumbers
-from .row_feedback import feed_back
+from .row_encoder import EncodedRows, RowEncoder
+from .row_feedback import with_feedback
+from .row_source import RowSource
 from .second_moments import SecondMoments
 
 ROTATIONS = (256, 64, 16)  # columns, the first that divide a row
+SAMPLE_VALUES = 1 << 20  # of a weight, from which the scale of all of it is chosen
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,15 @@ ROW_TYPES = {row_type.name: row_type for row_type in (
 
 
 @torch.no_grad()
-def pack_to_type(weight: torch.Tensor, row_type: RowType, moments: SecondMoments | None = None,
-              is_plain: bool = False) -> PackedTensor:
+def pack_to_type(weight: torch.Tensor | RowSource, row_type: RowType,
+                 moments: SecondMoments | None = None, is_plain: bool = False) -> PackedTensor:
     """Packs a whole weight into a type of ComfyUI's own, on the weight's device.
 
+    Besides the weight and the result it takes temporaries of a few megabytes; with moments, those
+    of `with_feedback` and a second result.
+
     Args:
-        weight: (N, K) of any float dtype, which the type takes.
+        weight: (N, K) of any float dtype, which the type takes, or a source of its rows.
         row_type: one of `ROW_TYPES`.
         moments: Of the layer's inputs. The weight is packed with error feedback too, and that is
             kept if it gives a smaller output error for the tokens held out.
@@ -114,26 +122,62 @@ def pack_to_type(weight: torch.Tensor, row_type: RowType, moments: SecondMoments
         FormatError: A value is not finite, the type does not take the shape, or the moments are of
             another number of inputs.
     """
-    shape = tuple(weight.shape)
-    if not row_type.takes(shape):
-        raise FormatError(f"{row_type.name} does not hold a weight of shape {shape}.")
-    peak = finite_peak(weight)
-    encoder = RowEncoder(row_type.format_of(shape),
-                         row_type.shrinks[:1] if is_plain else row_type.shrinks)
+    source = RowSource.of(weight)
+    if not row_type.takes(source.shape):
+        raise FormatError(f"{row_type.name} does not hold a weight of shape {source.shape}.")
+    packed_format = row_type.format_of(source.shape)
+    encoder = RowEncoder(packed_format, row_type.shrinks[:1] if is_plain else row_type.shrinks)
+    encode = _Encode(encoder)
     if row_type.is_per_tensor:
-        encoder.choose_scale_of_tensor(weight, peak)
-    limit = CPU_SLICE_VALUES if weight.device.type == "cpu" else DEVICE_SLICE_VALUES
-    step = max(1, limit // shape[1])
-    starts = range(0, len(weight), step)
-    numbers: list[RowNumbers | None] = [None] * len(starts)
-
-    def pack_slice(start: int):
-        numbers[start // step] = encoder.search(encoder.basis(weight[start:start + step].float()))
-
-    parallel_slices(pack_slice, starts, weight.device)
-    searched = RowNumbers.join([part for part in numbers if part is not None])
-    by_search = encoder.packed(searched, shape)
+        encoder.choose_scale_of_tensor(*_peak_and_sample(source), encode)
+    searched = EncodedRows.empty(encoder.layout, source.shape[0], source.device)
+    for chosen, rows in source.slices():
+        encode(rows, searched.rows(chosen))
+    by_search = searched.packed(packed_format)
     if moments is None:
         return by_search
-    by_feedback = encoder.packed(feed_back(weight, encoder, searched, moments), shape)
-    return pick_lower_error(weight, [by_feedback, by_search], moments)
+    by_feedback = with_feedback(source, encoder, searched, moments).packed(packed_format)
+    return pick_lower_error(source, [by_feedback, by_search], moments)
+
+
+class _Encode:
+    """Does what `RowEncoder.encode` does, by a kernel where there is one, else in parallel."""
+
+    def __init__(self, encoder: RowEncoder):
+        self._encoder = encoder
+        self._kernels: dict[torch.dtype, Callable | None] = {}  # each looked up once for a weight
+
+    def __call__(self, rows: torch.Tensor, out: EncodedRows):
+        device, dtype = rows.device, rows.dtype
+        if dtype not in self._kernels:
+            self._kernels[dtype] = kernels.find("pack_rows", device, self._encoder.format, dtype)
+        kernel = self._kernels[dtype]
+        if kernel is not None:
+            kernel(self._encoder, rows.contiguous(), out)
+            return
+        step = _rows_at_a_time(rows)
+
+        def encode_slice(start: int):
+            chosen = slice(start, start + step)
+            self._encoder.encode(rows[chosen], out.rows(chosen))
+
+        parallel_slices(encode_slice, range(0, len(rows), step), device)
+
+
+def _rows_at_a_time(rows: torch.Tensor) -> int:
+    """Returns how many rows a thread handles at a time."""
+    limit = CPU_SLICE_VALUES if rows.device.type == "cpu" else DEVICE_SLICE_VALUES
+    return max(1, limit // rows.shape[1])
+
+
+def _peak_and_sample(source: RowSource) -> tuple[float, torch.Tensor]:
+    """Returns the largest magnitude of a weight, and rows of about `SAMPLE_VALUES`."""
+    every = max(1, source.shape[0] * source.shape[1] // SAMPLE_VALUES)
+    peaks, sample = [], []
+    for chosen, rows in source.slices():
+        step = _rows_at_a_time(rows)
+        parallel_slices(
+            lambda start, rows=rows, step=step: peaks.append(finite_peak(rows[start:start + step])),
+            range(0, len(rows), step), rows.device)
+        sample.append(rows[-chosen.start % every::every].clone())
+    return max(peaks), torch.cat(sample)

@@ -14,12 +14,14 @@ from kernel_backends import CPUS, backend_on_cpu
 from kernel_cases import ALL_FORMATS, assert_same_bits, reference, shared_cache, wait_for_kernels
 
 from featherweight.ops import kernels as kernel_layer
+from featherweight.ops.formats._names import formats_of_key
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, quantize_validation
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.layers import int8, product
 from featherweight.ops.quantize import pack_tensor as quantize
+from featherweight.ops.quantize.row_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
@@ -128,20 +130,27 @@ def test_packing_takes_fewer_instructions_too(on_cpu, capability, name):
 
 
 @pytest.mark.parametrize(("correct", "wrong", "message"), [
-    ("take_up(values, shares, columns, first, stop, columns);", "",
+    ("add_shares(values, values, shares, columns, first, stop, stop);", "",
      "residuals do not match the codes"),
     ("share, values[column][v], values[later][v]", "share, values[column][0], values[later][v]",
      "residuals do not match the codes"),
     ("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]", "mean error"),
     ("values[first + i][vector]", "values[i][vector]", "mean error"),
-    ("before = rounder[v].value(level[v]), target += before",
-     "before = rounder[v].value(level[v])", "mean error"),
+    ("before = rounders.of[v].value(level[v]), target += before",
+     "before = rounders.of[v].value(level[v])", "mean error"),
     ("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else",
      "outside its columns|do not match the codes"),
 ], ids=range(6))
 @pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_choice_of_columns_is_found_out(
         freshly_compiled, correct, wrong, message, monkeypatch):
+    plant(correct, wrong, monkeypatch)
+    with pytest.raises(WrongResult, match=message):
+        check(kernel_of(freshly_compiled, "pack_columns"), FORMATS["Q3_K"], torch.float32, CPU)
+
+
+def plant(correct, wrong, monkeypatch):
+    """Plants a fault in the kernels' sources."""
     source = cpp_backend.kernel_source
 
     def broken(*args, **kwargs):
@@ -150,8 +159,63 @@ def test_a_wrong_choice_of_columns_is_found_out(
         return text.replace(correct, wrong)
 
     monkeypatch.setattr(cpp_backend, "kernel_source", broken)
+
+
+# one for each branch: rotations, scales of rows, of a tensor and of groups, all kinds of codes
+ENCODED = [name for row_type in ROW_TYPES.values() for name in dict.fromkeys(
+    row_type.format_of((256, columns)).kernel_key for columns in (768, 192, 176, 37 * 16, 37)
+    if row_type.takes((256, columns)))]
+PACKING_ROWS = ("pack_rows", "pack_row_columns")
+
+
+def encoded_format(key):
+    return formats_of_key(key)[0]
+
+
+@pytest.mark.usefixtures("few_blocks")
+@pytest.mark.parametrize("on_cpu", ["cpp"], indirect=True)
+@pytest.mark.parametrize("capability", PACKING_ROWS)
+@pytest.mark.parametrize("key", ENCODED)
+def test_rows_are_encoded_as_the_reference_does(on_cpu, capability, key):
+    kernel = kernel_of(on_cpu, capability)
+    for dtype in kernel.dtypes:
+        assert kernel.accepts(encoded_format(key), dtype)
+        check(kernel, encoded_format(key), dtype, CPU)
+
+
+@pytest.mark.usefixtures("few_blocks")
+@pytest.mark.parametrize("on_cpu", ["cpp with AVX2", "cpp without AVX"], indirect=True)
+@pytest.mark.parametrize("capability", PACKING_ROWS)
+@pytest.mark.parametrize("key", ["INT8_CONVROT", "F8_E4M3", "NVFP4_ROWS", "W4A8"])
+def test_rows_are_encoded_with_fewer_instructions_too(on_cpu, capability, key):
+    check(kernel_of(on_cpu, capability), encoded_format(key), torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize(("key", "capability", "correct", "wrong", "message"), [
+    ("INT8_CONVROT", "pack_rows", "tile[i] *= ROTATION_FACTOR;", "", "scale|codes|worse"),
+    ("W4A8", "pack_rows", "if (HAS_ROW_NUMBERS) group[i] *= inverted;", "", "codes|worse"),
+    ("W4A8", "pack_rows", "unit = either(better, tried, unit);", "", "worse"),
+    ("NVFP4_ROWS", "pack_rows", "ORDER == HIGH_FIRST ? i ^ 1 : i", "i", "codes"),
+    ("MXFP8", "pack_rows", "memcpy(scales, bytes, count);", "memcpy(scales, bytes, LANES);",
+     "outside its rows"),
+    ("F8_E4M3", "pack_rows", "memcpy(codes + start, some, columns - start);", "", "codes"),
+    ("INT8_ROWS", "pack_rows", "unit = tried, least = error;", "unit = tried;", "worse"),
+    ("NVFP4_ROWS", "pack_row_columns",
+     "choose_in_order<false>(values, steps, columns, rounders);", "", "mean error"),
+    ("F8_E4M3", "pack_row_columns",
+     "add_shares(values, values, shares, columns, first, stop, stop);", "", "mean error"),
+    ("W4A8", "pack_row_columns", "inverted = 1 / rows.row_scales[r]", "inverted = 1",
+     "mean error"),
+    ("INT8_CONVROT", "pack_row_columns", "r < count; r++)\n            rows.codes",
+     "r <= count; r++)\n            rows.codes", "outside its rows"),
+    ("MXFP8", "pack_row_columns", "row * rows.scale_stride, rows", "0, rows", "mean error"),
+])
+@pytest.mark.usefixtures("few_blocks")
+def test_a_wrong_encoder_is_found_out(
+        freshly_compiled, key, capability, correct, wrong, message, monkeypatch):
+    plant(correct, wrong, monkeypatch)
     with pytest.raises(WrongResult, match=message):
-        check(kernel_of(freshly_compiled, "pack_columns"), FORMATS["Q3_K"], torch.float32, CPU)
+        check(kernel_of(freshly_compiled, capability), encoded_format(key), torch.float32, CPU)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +229,7 @@ def test_a_wrong_choice_of_columns_is_found_out(
 )
 @pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_search_is_found_out(freshly_compiled, wrong, monkeypatch):
-    source = cpp_backend.kernel_source
-    monkeypatch.setattr(cpp_backend, "kernel_source",
-                        lambda *args, **kwargs: source(*args, **kwargs).replace(*wrong))
+    plant(*wrong, monkeypatch)
     with pytest.raises(WrongResult, match="mean error"):
         check(kernel_of(freshly_compiled, "pack_blocks"), FORMATS["Q3_K"], torch.float32, CPU)
 

@@ -105,14 +105,17 @@ KERNELS = [
     ("linear", "Q8_0", torch.bfloat16), ("int8_rows", "Q8_0", torch.int8),
     ("int8_tokens", None, torch.float32), ("channels_last", None, torch.bfloat16),
     ("attention", None, torch.bfloat16), ("pack_blocks", "Q4_0", torch.float32),
-    ("pack_columns", "Q4_0", torch.float32),
+    ("pack_columns", "Q4_0", torch.float32), ("pack_rows", "NVFP4_ROWS", torch.bfloat16),
+    ("pack_rows", "INT8_CONVROT", torch.bfloat16),
+    ("pack_row_columns", "W4A8", torch.bfloat16),
 ]
 
 
 # what kernels of formats compute in, and those of none
 DTYPES_OF = {
     "dequantize": DTYPES, "linear": (torch.float32, torch.bfloat16), "int8_rows": (torch.int8,),
-    "pack_blocks": (torch.float32,), "pack_columns": (torch.float32,), "channels_last": DTYPES,
+    "pack_blocks": (torch.float32,), "pack_columns": (torch.float32,), "pack_rows": DTYPES,
+    "pack_row_columns": DTYPES, "channels_last": DTYPES,
     "int8_tokens": DTYPES, "attention": DTYPES
 }
 WITHOUT_FORMAT = ("channels_last", "int8_tokens", "attention")
@@ -140,7 +143,9 @@ def test_its_kernels_are_right(zig_kernels, capability, name, dtype, monkeypatch
 def test_all_its_kernels_are_right(zig_kernels, capability):
     """With every format of blocks, and with one of each family of rows."""
     formats = [None] if capability in WITHOUT_FORMAT else [*BASIC_FORMATS, *USUAL_ROWS]
-    if capability.startswith("pack"):
+    if capability.startswith("pack_row"):
+        formats = [fmt for fmt in USUAL_ROWS if fmt.family in cpp_backend.ENCODED]
+    elif capability.startswith("pack"):
         formats = [fmt for fmt in formats if fmt.grid and fmt.block_length <= 256]
     counts = [check_case(zig_kernels, capability, fmt, dtype)
               for fmt in formats for dtype in DTYPES_OF[capability]]

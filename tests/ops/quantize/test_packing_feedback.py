@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, FormatError
-from featherweight.ops.quantize import damped_hessian, error_feedback
+from featherweight.ops.quantize import column_order, damped_hessian, error_feedback
 from featherweight.ops.quantize.error_feedback import pack_with_feedback
 from featherweight.ops.quantize.method_choice import output_errors, pick_lower_error
 from featherweight.ops.quantize.pack_tensor import pack_tensor
@@ -113,7 +113,7 @@ def test_the_output_is_nearer_than_with_the_same_importance_per_column(block, fm
 def test_errors_are_taken_up_by_columns_of_later_groups_and_blocks(period, sweeps, monkeypatch):
     """Inputs that repeat: nearly all of an error can be taken up by the columns that go along with
     its own."""
-    monkeypatch.setattr(error_feedback, "SWEEPS", sweeps)
+    monkeypatch.setattr(column_order, "SWEEPS", sweeps)
     weight, tokens = weight_of(32, 512), inputs(900, period).repeat(1, 512 // period)
     moments = moments_of(tokens)
     plain = output_error(weight, pack_tensor(weight, Q4_K, importance=moments.importance), tokens)

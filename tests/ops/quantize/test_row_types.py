@@ -1,17 +1,53 @@
-"""Weights packed to ComfyUI's own formats."""
+"""Weights packed to ComfyUI's own formats, by torch and by kernels."""
+import contextlib
+import random
+
 from devtools.measure.bench.host_types import LAYOUTS
 
 import comfy_kitchen.tensor  # noqa: F401  registers the layouts
 import pytest
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
+from kernel_cases import cpu_kernels, shared_cache
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from featherweight.ops.formats.base import FormatError
-from featherweight.ops.quantize import row_types
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FormatError, TooLargeError
+from featherweight.ops.quantize import damped_hessian, row_source, row_types
+from featherweight.ops.quantize.row_source import RowSource
 from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.tensor.packed_layout import packed_tensors
 
 EACH_TYPE = pytest.mark.parametrize("name", ROW_TYPES)
+EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16],
+                                     ids=str)
+
+
+@pytest.fixture(scope="module", params=["torch", "kernel"], autouse=True)
+def by(request, tmp_path_factory):
+    """What encodes: all here holds for both."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "kernel":
+            stack.enter_context(cpu_kernels(shared_cache(tmp_path_factory)))
+        yield request.param
+
+
+@contextlib.contextmanager
+def by_torch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "find", lambda *case, **more: None)
+        yield
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def weight_of(rows=96, columns=512, seed=0):
@@ -101,3 +137,120 @@ def test_a_value_that_is_not_finite_is_refused(name, bad):
 def test_a_shape_that_does_not_fit_is_refused(name):
     with pytest.raises(FormatError, match=r"does not hold a weight of shape \(3, 4, 5\)"):
         pack_to_type(torch.zeros(3, 4, 5), ROW_TYPES[name])
+
+
+def shapes_of(row_type, seed):
+    """Random shapes that a type takes: odd numbers of rows, every rotation and none, tails."""
+    draw = random.Random(f"{row_type.name} {seed}")
+    units = (*row_types.ROTATIONS, row_type.multiple, row_type.multiple * 3)
+    shapes = [(draw.randrange(1, 40) * row_type.multiple, unit * draw.randrange(1, 1200 // unit))
+              for unit in units]
+    return [shape for shape in shapes if row_type.takes(shape)]
+
+
+@EACH_TYPE
+@EACH_DTYPE
+@pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "searched"])
+def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
+        name, dtype, is_plain):
+    for shape in shapes_of(ROW_TYPES[name], dtype):
+        weight = weight_of(*shape, seed=shape[1]).to(dtype)
+        with by_torch():
+            expected = pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
+        for count in (1, 2):
+            with threads(count):
+                packed = pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
+            if is_plain:
+                for part, expected_part in zip(packed_tensors(packed), packed_tensors(expected)):
+                    assert torch.equal(part, expected_part)
+            assert error(packed, weight) <= error(expected, weight) * (1 + 1e-5)
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e20, 1e36])
+def test_weights_of_any_magnitude_are_packed_as_by_torch(name, magnitude):
+    weight = weight_of() * magnitude
+    weight[5] = -magnitude
+    weight[7, 1:] = 0
+    packed = pack_to_type(weight, ROW_TYPES[name])
+    with by_torch():
+        expected = pack_to_type(weight, ROW_TYPES[name])
+    values = packed.dequantize()
+    assert values.isfinite().all()
+    assert torch.allclose(values, expected.dequantize(), rtol=0.3, atol=0.05 * magnitude)
+    if magnitude >= 1e-20:
+        assert error(packed, weight) < 0.2
+
+
+@EACH_TYPE
+def test_a_value_whose_rotation_is_too_large_is_refused(name):
+    weight = torch.full((32, 256), torch.finfo(torch.float32).max)
+    if ROW_TYPES[name].rotates:
+        with pytest.raises(TooLargeError, match="holds values up to 3.40282e"):
+            pack_to_type(weight, ROW_TYPES[name])
+    else:
+        assert pack_to_type(weight, ROW_TYPES[name]).dequantize().isclose(weight, rtol=0.1).all()
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("moments", [False, True], ids=["searched", "with feedback"])
+def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
+    monkeypatch.setattr(row_source, "READ_VALUES", 7 * 512)
+    monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 512 * 32)
+    weight, given = weight_of(), None
+    if moments:
+        given = SecondMoments.zeros(512, 256)
+        given.add(inputs_of(512))
+    source = RowSource(tuple(weight.shape), lambda start, stop: weight[start:stop].clone())
+    expected = pack_to_type(weight, ROW_TYPES[name], given)
+    for part, expected_part in zip(packed_tensors(pack_to_type(source, ROW_TYPES[name], given)),
+                                   packed_tensors(expected)):
+        assert torch.equal(part, expected_part)
+
+
+class Largest(TorchDispatchMode):
+    """Counts the bytes of the largest result that is not of the packed weight's dtypes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if (isinstance(part, torch.Tensor) and part.dtype != torch.uint8 and not func.is_view):
+                self.nbytes = max(self.nbytes, part.nbytes)
+        return result
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("moments", [False, True], ids=["searched", "with feedback"])
+def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, monkeypatch):
+    monkeypatch.setattr(row_source, "READ_VALUES", 32 * 512)
+    monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 512 * 32)
+    monkeypatch.setattr(row_types, "SAMPLE_VALUES", 8 * 512)
+    monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 16 * 512)
+    given = None
+    if moments:
+        given = SecondMoments.zeros(512, 256)
+        given.add(inputs_of(512))
+    weight = weight_of(rows=1024).bfloat16()
+    with threads(1), Largest() as largest:  # the mode sees what its own thread does
+        pack_to_type(weight, ROW_TYPES[name], given)
+    # float32 of 32 rows, and scales of rows; or moments of all columns in the basis of the codes
+    assert largest.nbytes <= max(32 * 512 * 4, 2 * 256 * 256 * 4 if moments else 0)
+
+
+@EACH_TYPE
+def test_moments_of_a_pair_and_of_blocks_give_a_smaller_error_of_the_output(name):
+    weight, inputs = weight_of(columns=1024), inputs_of(1024)
+    dense = inputs + 0.05 * inputs_of(1024, seed=4)
+    moments = SecondMoments.zeros(1024, 512, pair=True)
+    for part, dense_part in zip(inputs[:1536].split(128), dense[:1536].split(128)):
+        moments.add(part, dense_part)
+    exact = dense[1536:].double() @ weight.double().T
+
+    def loss(packed):
+        return float((inputs[1536:].double() @ packed.dequantize().double().T - exact).norm())
+
+    searched, fed_back = (loss(pack_to_type(weight, ROW_TYPES[name], given))
+                          for given in (None, moments))
+    assert fed_back < searched

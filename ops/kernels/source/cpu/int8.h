@@ -65,15 +65,6 @@ static FUNCTION Ints rotate(float* group, Ints largest) {
     return largest;
 }
 
-static FUNCTION void store_bytes(Ints values, signed char* to) {
-#if LANES == 16 && defined(__AVX512F__)
-    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)values);
-#else
-    Bytes bytes = __builtin_convertvector(values, Bytes);
-#endif
-    memcpy(to, &bytes, sizeof bytes);
-}
-
 // Encodes rotated values. largest: what `rotate` returned for all groups. Returns the scale.
 static FUNCTION float quantize(const float* values, int columns, Ints largest, signed char* codes) {
     int bits = 0;

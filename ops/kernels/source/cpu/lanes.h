@@ -197,6 +197,16 @@ static FUNCTION Words bfloat16_bits(Floats values) {
     return values == values ? rounded : quiet_nan;
 }
 
+// Stores the lowest byte of each lane.
+static FUNCTION void store_bytes(Ints values, void* to) {
+#if LANES == 16 && defined(__AVX512F__)
+    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)values);
+#else
+    Bytes bytes = __builtin_convertvector(values, Bytes);
+#endif
+    memcpy(to, &bytes, sizeof bytes);
+}
+
 // Returns how many of `length` values are taken at a time: a part of `part` of them, if these divide
 // it, otherwise LANES.
 static constexpr int piece_of(int part, int length) {
@@ -252,21 +262,24 @@ static FUNCTION Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-#ifdef CODEBOOK
-static const float codebook[16] = {CODEBOOK};
-
-static FUNCTION Floats look_up(Ints codes) {
+// Returns numbers of a table of 16.
+static FUNCTION Floats look_up_16(const float* table, Ints places) {
 #if LANES == 16 && defined(__AVX512F__)
-    return (Floats)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(codebook));
+    return (Floats)_mm512_permutexvar_ps((__m512i)places, _mm512_loadu_ps(table));
 #elif LANES == 8 && defined(__AVX2__)
-    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(codebook), (__m256i)codes);
-    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(codebook + 8), (__m256i)codes);
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)places);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)places);
     return (Floats)_mm256_blendv_ps(low, high,
-                                    _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)codes, 28)));
+                                    _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)places, 28)));
 #else
     Floats values;
-    for (int i = 0; i < LANES; i++) values[i] = codebook[codes[i]];
+    for (int i = 0; i < LANES; i++) values[i] = table[places[i]];
     return values;
 #endif
 }
+
+#ifdef CODEBOOK
+static const float codebook[16] = {CODEBOOK};
+
+static FUNCTION Floats look_up(Ints codes) { return look_up_16(codebook, codes); }
 #endif

@@ -1,12 +1,5 @@
-// `choose_columns` of ops/quantize/grid_error_feedback.py, which documents the steps. A lane holds a row. Several
-// vectors of rows are processed together, so that each loaded share serves all of them, and so few
-// that all their columns stay in the cache.
-//
-// Defined besides the constants of pack.h: COLUMNS, the largest number of columns.
-
-const int VECTORS = 2, ROWS = VECTORS * LANES;
-// Columns that take up losses together: their sums fill the registers. It divides every group.
-const int TILE = 4;
+// `choose_columns` of ops/quantize/grid_error_feedback.py, which documents the steps. COLUMNS is defined, the
+// largest number of columns.
 
 struct Rounder {
     Floats unit, offset, inverted, shift;
@@ -25,7 +18,7 @@ static FUNCTION Rounder rounder_of(Floats unit, Floats offset) {
 }
 
 // `rows` neighbouring rows of a matrix that has `all_rows`, one row per lane.
-struct Part {
+struct RowPart {
     Index all_rows;
     int rows;
 
@@ -47,33 +40,6 @@ struct Chosen {  // pointers to the first row's numbers
     float *levels, *d, *dmin, *scale, *minimum;
 };
 
-typedef Floats Column[VECTORS];
-
-// Adds to columns `first` up to `last` their shares of the losses in the group that starts at
-// `from`.
-static void take_up(Column* values, const float* shares, int columns, int from, int first,
-                    int last) {
-    for (int j = first; j < last; j += TILE) {
-        Column sums[TILE];
-#pragma GCC unroll 4
-        for (int t = 0; t < TILE; t++)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[t][v] = values[j + t][v];
-        for (int i = from; i < from + GROUP; i++)
-#pragma GCC unroll 4
-            for (int t = 0; t < TILE; t++) {
-                Floats share = all(shares[(Index)i * columns + j + t]);
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++)
-                    sums[t][v] = multiply_add(share, values[i][v], sums[t][v]);
-            }
-#pragma GCC unroll 4
-        for (int t = 0; t < TILE; t++)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) values[j + t][v] = sums[t][v];
-    }
-}
-
 // Chooses the scales of the group that begins at column `first`, and in a block's first group the
 // super-scales.
 static void choose_scales(Stored& scales, Blocks<true>& blocks, const Column* values, int vector,
@@ -92,18 +58,28 @@ static void choose_scales(Stored& scales, Blocks<true>& blocks, const Column* va
         blocks.fit_group(g, scales, tries, rounds);
 }
 
-template <bool SEARCHED>
-static void choose_rows(float* all_values, const float* shares, const float* weights, Chosen chosen,
-                        int columns, Part part, int tries, int rounds) {
-    Column values[COLUMNS] = {};
-    Stored scales[VECTORS] = {};
+template <bool IS_SEARCHED>
+struct GridRounders {
+    Rounder of[ROW_VECTORS];
+    Stored scales[ROW_VECTORS];
     Blocks<true> blocks;
-    for (int column = 0; column < columns; column++) part.load(values[column], all_values, column);
-    for (int first = 0; first < columns; first += GROUP) {
-        int block = first / LENGTH, group = first / GROUP, g = group % GROUPS, stop = first + GROUP;
+    const float* weights;
+    Chosen chosen;
+    RowPart part;
+    int tries, rounds;
+
+    FUNCTION void load_level(Column& level, int column) const {
+        part.load(level, chosen.levels, column);
+    }
+    FUNCTION void store_level(const Column& level, int column) const {
+        part.store(level, chosen.levels, column);
+    }
+
+    FUNCTION void begin(int first, const Column* values) {
+        int block = first / LENGTH, group = first / GROUP, g = group % GROUPS;
         Column d = {}, dmin = {}, scale = {}, minimum = {};
-        if (SEARCHED) {
-            for (int v = 0; v < VECTORS; v++) {
+        if (IS_SEARCHED) {
+            for (int v = 0; v < ROW_VECTORS; v++) {
                 choose_scales(scales[v], blocks, values, v, weights, first, tries, rounds);
                 d[v] = scales[v].d, dmin[v] = scales[v].dmin;
                 scale[v] = scales[v].scale[g], minimum[v] = scales[v].minimum[g];
@@ -117,30 +93,21 @@ static void choose_rows(float* all_values, const float* shares, const float* wei
             if (MINIMUM)
                 part.load(dmin, chosen.dmin, block), part.load(minimum, chosen.minimum, group);
         }
-        Rounder rounder[VECTORS];
-        for (int v = 0; v < VECTORS; v++)
-            rounder[v] = rounder_of(d[v] * scale[v], dmin[v] * minimum[v]);
-        for (int column = first; column < stop; column++) {
-            Column level = {};
-            if (!SEARCHED) part.load(level, chosen.levels, column);
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) {
-                Floats target = values[column][v], before = {};
-                if (!SEARCHED) before = rounder[v].value(level[v]), target += before;
-                level[v] = rounder[v].level(target);
-                Floats value = rounder[v].value(level[v]);
-                values[column][v] = SEARCHED ? target - value : value - before;
-            }
-            part.store(level, chosen.levels, column);
-            for (int later = column + 1; later < stop; later++) {
-                Floats share = all(shares[(Index)column * columns + later]);
-#pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++)
-                    values[later][v] = multiply_add(share, values[column][v], values[later][v]);
-            }
-        }
-        take_up(values, shares, columns, first, stop, columns);
+        for (int v = 0; v < ROW_VECTORS; v++)
+            of[v] = rounder_of(d[v] * scale[v], dmin[v] * minimum[v]);
     }
+};
+
+template <bool IS_SEARCHED>
+static void choose_rows(float* all_values, const float* shares, const float* weights, Chosen chosen,
+                        int columns, RowPart part, int tries, int rounds) {
+    GridRounders<IS_SEARCHED> rounders;
+    memset(&rounders, 0, sizeof rounders);
+    rounders.weights = weights, rounders.chosen = chosen, rounders.part = part;
+    rounders.tries = tries, rounders.rounds = rounds;
+    Column values[COLUMNS] = {};
+    for (int column = 0; column < columns; column++) part.load(values[column], all_values, column);
+    choose_in_order<IS_SEARCHED>(values, shares, columns, rounders);
     for (int column = 0; column < columns; column++) part.store(values[column], all_values, column);
 }
 
@@ -151,7 +118,7 @@ extern "C" void pack_columns(float* values, const float* shares, const float* we
                              int columns, Index rows, int tries, int rounds, int threads) {
     parallel_for(threads, (rows + ROWS - 1) / ROWS, [=](Index group) {
         const Index first = group * ROWS;
-        Part part = {rows, (int)(rows - first < ROWS ? rows - first : ROWS)};
+        RowPart part = {rows, (int)(rows - first < ROWS ? rows - first : ROWS)};
         Chosen chosen = {levels + first, d + first, dmin + first, scale + first, minimum + first};
         if (weights)
             choose_rows<true>(values + first, shares, weights, chosen, columns, part, tries,

@@ -1,0 +1,84 @@
+"""Chooses codes of rows column by column, with their scales kept; see `column_order`."""
+import torch
+
+from .column_order import CHUNK, choose_in_order, feed_back
+from .damped_hessian import DampedHessian
+from .row_encoder import EncodedRows, RowEncoder
+from .second_moments import SecondMoments
+
+GROUP = 32  # columns that are chosen one by one where a row has one scale
+
+
+class _Rounder:
+    """Rounds columns (n,) of rows with units (n,)."""
+
+    def __init__(self, encoder: RowEncoder, units: torch.Tensor):
+        self._encoder, self._units = encoder, units
+
+    def __call__(self, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = self._encoder.nearest(column, self._units)
+        return levels, self.value(levels)
+
+    def value(self, levels: torch.Tensor) -> torch.Tensor:
+        """Returns the values of levels."""
+        return self._encoder.values(levels, self._units)
+
+
+def in_basis(moments: SecondMoments, encoder: RowEncoder) -> SecondMoments:
+    """Returns the moments of inputs that are rotated as the rows of a weight are."""
+    if not encoder.layout.rotation:
+        return moments
+
+    def rotated(blocks: torch.Tensor) -> torch.Tensor:
+        return torch.stack([encoder.basis(encoder.basis(block.float()).T.contiguous()).T
+                            for block in blocks])
+
+    cross, dense = moments.cross, moments.dense_sketch
+    return SecondMoments(moments.columns, rotated(moments.blocks), encoder.basis(moments.sketch),
+                         None if cross is None else rotated(cross),
+                         None if dense is None else encoder.basis(dense), moments.count,
+                         moments.held_out_count)
+
+
+def target_of(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows, span: slice,
+              damped: DampedHessian) -> torch.Tensor:
+    """Returns the values that codes are to represent times their units, float32 (n, k).
+
+    The arguments are those of `choose_codes`.
+    """
+    values = encoder.basis(rows[:, span].float())
+    if encoded.row_scale is not None:
+        values = values * (1 / encoded.row_scale)
+    return damped.target(values)
+
+
+def choose_codes(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows, span: slice,
+                 damped: DampedHessian):
+    """Writes codes of some columns whose errors cancel in the output of a layer.
+
+    Args:
+        encoder: of the format.
+        rows: (n, K) of any float dtype.
+        encoded: of n rows with scales; the codes of the columns are overwritten.
+        span: the k columns, whole groups and rotations.
+        damped: of the moments of their inputs in the basis of the codes.
+    """
+    target = target_of(encoder, rows, encoded, span, damped).T.contiguous()
+    levels = torch.empty_like(target)
+    units, group = encoder.units(encoded).T.contiguous(), len(target)
+    if len(units) > 1:
+        group = encoder.layout.group
+        units = units[span.start // group:span.stop // group]
+
+    def choose(values: torch.Tensor, shares: torch.Tensor, columns: slice, is_first: bool):
+        def begin(first: int) -> _Rounder:
+            return _Rounder(encoder, units[(columns.start + first) // group])
+
+        choose_in_order(values, shares, levels[columns], begin, min(GROUP, group), is_first)
+
+    def values_of_codes() -> torch.Tensor:
+        each = units.repeat_interleave(group, 0) if len(units) > 1 else units
+        return encoder.values(levels, each)
+
+    feed_back(choose, values_of_codes, target, damped, CHUNK)
+    encoder.write_codes(levels.T, encoded.codes[:, encoder.bytes_of(span)])
