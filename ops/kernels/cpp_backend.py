@@ -456,7 +456,7 @@ def _code_definitions(encoder: RowEncoder) -> dict:
         "SCALE_COLUMNS": 0 if layout.scale.kind == "f32" else layout.group,
         "LARGEST": c_floats([encoder.largest]),
         "IS_E2M1": int(layout.codes.numbers == E2M1),
-        "MIDDLES": c_floats(encoder.middles() if layout.codes.bits == 4 else ()),
+        "MIDDLES": c_floats(encoder.middles().tolist() if layout.codes.bits == 4 else ()),
     }
 
 

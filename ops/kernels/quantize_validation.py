@@ -258,7 +258,7 @@ def check_row_columns(run: Callable[..., None], case: Feedback, packed_format: F
             for total, part in ((loss, chosen - target), (size, target)):
                 total += ((part @ damped.moments) * part).double().sum(-1)
         losses.append(loss / size.clamp(min=1e-30))
-    _compare(*losses, ROW_TOLERANCE)
+    _compare(losses[0], losses[1], ROW_TOLERANCE)
 
 
 def _encoder(packed_format: RowFormat, columns: int, shrinks: tuple[float, ...],

@@ -236,8 +236,8 @@ class RowEncoder:
             size = scaled.abs().clamp_(max=self.largest)
             step = 0.5 + (size >= 2) * 0.5 + (size >= 4)  # 0.5, 1 or 2
             return torch.copysign((size / step).round_().mul_(step), scaled)
-        return self.levels.to(values.device)[
-            torch.bucketize(scaled, self.middles().to(values.device))]
+        middles = self.middles().to(values.device)
+        return self.levels.to(values.device)[torch.bucketize(scaled, middles, out_int32=True)]
 
     def middles(self) -> torch.Tensor:
         """Returns the middles between neighbouring numbers of codes, float32."""

@@ -37,7 +37,7 @@ def with_feedback(source: RowSource, encoder: RowEncoder, searched: EncodedRows,
     choose: dict[torch.dtype, Callable] = {}
     result = EncodedRows(torch.empty_like(searched.codes), searched.scale.clone(),
                          searched.row_scale)
-    for chosen in slice_rows(*source.shape, source.device):
+    for chosen in slice_rows(source.shape[0], source.columns, source.device):
         rows = source.read(chosen.start, chosen.stop)
         if rows.dtype not in choose:
             choose[rows.dtype] = kernels.find("pack_row_columns", rows.device, encoder.format,

@@ -21,7 +21,7 @@ class RowSource:
     """
     shape: tuple[int, ...]
     read: Callable[[int, int], torch.Tensor]
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
     @classmethod
     def of(cls, weight: "torch.Tensor | RowSource") -> "RowSource":

@@ -20,7 +20,7 @@ HEAVY = [*PROCESSES, "compilers"]
 CASES = [
     "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
     "passes", "layer_passes", "header", "load", "repack", "scale", "cpu", "lcm", "attention",
-    "comfy",
+    "comfy", "comfy_load",
     *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 

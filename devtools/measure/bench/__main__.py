@@ -40,9 +40,10 @@ CASES = {
     "repack": repacking.bench_repack, "memory": files.bench_memory, "train": files.bench_train,
     "scale": files.bench_scale, "cpu": cpu.bench_cpu, "lcm": lcm.bench_lcm,
     "attention": attention.bench_attention,
-    "comfy": host_types.bench_host_types
+    "comfy": host_types.bench_host_types, "comfy_load": host_types.bench_packing_while_loading
 }
-LARGE = {"scale"}  # takes minutes, 7 GB of disk and 8 GB of memory: only where asked for
+# take minutes, up to 7 GB of disk and 8 GB of memory: only where asked for
+LARGE = {"scale", "comfy_load"}
 if sys.platform != "linux":
     del CASES["memory"], CASES["train"]
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from devtools.measure.bench.timing import device, side_by_side, wait
+from devtools.measure.bench.timing import device, side_by_side, threads, wait
 
 import gguf
 import torch
@@ -47,7 +47,7 @@ def bench_pack(options):
     inputs = torch.randn(1024, part.shape[1], generator=torch.Generator().manual_seed(1)).to(part)
     for tokens, hold_out in zip(inputs.split(512), (False, True)):
         moments.add(tokens, hold_out=hold_out)
-    with one_thread():
+    with threads(1):
         for name in TYPES[::5] if options.quick else TYPES:
             packed_format, row = FORMATS[name], {}
             if kernels.find("pack_blocks", weight.device, packed_format, torch.float32) is not None:
@@ -86,13 +86,3 @@ def seconds(run, weight: torch.Tensor, rounds: int) -> float:
     found = side_by_side({"": run}, min(rounds, 3), clock)[""]["median"]
     wait()
     return found / weight.numel() * 1e8
-
-
-@contextlib.contextmanager
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

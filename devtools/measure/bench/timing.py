@@ -115,6 +115,17 @@ def as_in_use() -> Iterator[Workspace]:
         selector.submit, selector._next_load = as_usual
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Meanwhile torch uses so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def wait():
     """Until a GPU has done what it was given."""
     if torch.accelerator.is_available():

@@ -188,7 +188,8 @@ def test_every_source_is_used():
     kernels = {
         "cuda": basic, "metal": basic,
         "cpu": (*basic, "linear_bfloat16", "channels_last", "attention",
-                "int8_rows", "int8_tokens", "pack_blocks", "pack_columns", "pack_rows", "pack_row_columns")
+                "int8_rows", "int8_tokens", "pack_blocks", "pack_columns", "pack_rows",
+                "pack_row_columns")
     }
     used = {path for platform in kernels for fmt in (*ALL_FORMATS, FORMATS["F16"], USUAL_ROWS[0])
             for kernel in kernels[platform]

@@ -19,6 +19,7 @@ from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.tensor.packed_layout import packed_tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EACH_TYPE = pytest.mark.parametrize("name", ROW_TYPES)
 EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16],
                                      ids=str)
@@ -184,9 +185,9 @@ def test_weights_of_any_magnitude_are_packed_as_by_torch(name, magnitude):
 
 @EACH_TYPE
 def test_a_value_whose_rotation_is_too_large_is_refused(name):
-    weight = torch.full((32, 256), torch.finfo(torch.float32).max)
+    weight = torch.full((32, 256), 0.9 * torch.finfo(torch.float32).max)
     if ROW_TYPES[name].rotates:
-        with pytest.raises(TooLargeError, match="holds values up to 3.40282e"):
+        with pytest.raises(TooLargeError, match=r"holds values up to 3.06254e\+38"):
             pack_to_type(weight, ROW_TYPES[name])
     else:
         assert pack_to_type(weight, ROW_TYPES[name]).dequantize().isclose(weight, rtol=0.1).all()
@@ -201,7 +202,8 @@ def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
     if moments:
         given = SecondMoments.zeros(512, 256)
         given.add(inputs_of(512))
-    source = RowSource(tuple(weight.shape), lambda start, stop: weight[start:stop].clone())
+    source = RowSource(tuple(weight.shape), lambda start, stop: weight[start:stop].clone(),
+                       weight.device)
     expected = pack_to_type(weight, ROW_TYPES[name], given)
     for part, expected_part in zip(packed_tensors(pack_to_type(source, ROW_TYPES[name], given)),
                                    packed_tensors(expected)):
@@ -209,14 +211,14 @@ def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
 
 
 class Largest(TorchDispatchMode):
-    """Counts the bytes of the largest result that is not of the packed weight's dtypes."""
+    """Counts the bytes of the largest result but for bytes, as the packed weight has."""
 
     nbytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for part in result if isinstance(result, (tuple, list)) else (result,):
-            if (isinstance(part, torch.Tensor) and part.dtype != torch.uint8 and not func.is_view):
+            if isinstance(part, torch.Tensor) and part.dtype != torch.uint8 and not func.is_view:
                 self.nbytes = max(self.nbytes, part.nbytes)
         return result
 
@@ -224,33 +226,16 @@ class Largest(TorchDispatchMode):
 @EACH_TYPE
 @pytest.mark.parametrize("moments", [False, True], ids=["searched", "with feedback"])
 def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, monkeypatch):
-    monkeypatch.setattr(row_source, "READ_VALUES", 32 * 512)
-    monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 512 * 32)
-    monkeypatch.setattr(row_types, "SAMPLE_VALUES", 8 * 512)
-    monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 16 * 512)
+    monkeypatch.setattr(row_source, "READ_VALUES", 64 * 256)
+    monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 256 * 64)
+    monkeypatch.setattr(row_types, "SAMPLE_VALUES", 64 * 256)
+    monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 64 * 256)
     given = None
     if moments:
-        given = SecondMoments.zeros(512, 256)
-        given.add(inputs_of(512))
-    weight = weight_of(rows=1024).bfloat16()
-    with threads(1), Largest() as largest:  # the mode sees what its own thread does
+        given = SecondMoments.zeros(256)
+        given.add(inputs_of(256))
+    weight = weight_of(512, 256).bfloat16()
+    pack_to_type(weight, ROW_TYPES[name], given)  # kernels are validated
+    with Largest() as largest:
         pack_to_type(weight, ROW_TYPES[name], given)
-    # float32 of 32 rows, and scales of rows; or moments of all columns in the basis of the codes
-    assert largest.nbytes <= max(32 * 512 * 4, 2 * 256 * 256 * 4 if moments else 0)
-
-
-@EACH_TYPE
-def test_moments_of_a_pair_and_of_blocks_give_a_smaller_error_of_the_output(name):
-    weight, inputs = weight_of(columns=1024), inputs_of(1024)
-    dense = inputs + 0.05 * inputs_of(1024, seed=4)
-    moments = SecondMoments.zeros(1024, 512, pair=True)
-    for part, dense_part in zip(inputs[:1536].split(128), dense[:1536].split(128)):
-        moments.add(part, dense_part)
-    exact = dense[1536:].double() @ weight.double().T
-
-    def loss(packed):
-        return float((inputs[1536:].double() @ packed.dequantize().double().T - exact).norm())
-
-    searched, fed_back = (loss(pack_to_type(weight, ROW_TYPES[name], given))
-                          for given in (None, moments))
-    assert fed_back < searched
+    assert largest.nbytes <= (256 if moments else 64) * 256 * 4  # moments, or a slice in float32

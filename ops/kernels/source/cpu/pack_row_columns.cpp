@@ -55,21 +55,28 @@ struct Rows {  // scales of groups are overwritten; strides are from a row to th
     Index value_stride, code_stride, scale_stride;
 };
 
-// Writes the codes of levels.
+// Writes the codes of levels, those of 32 bits at a time.
 static void write_codes(const Rows& rows, const Column* levels, int columns, int count) {
-    const int TOGETHER = 8 / BITS;
+    const int TOGETHER = 32 / BITS;
     for (int column = 0; column < columns; column += TOGETHER) {
-        Byte bytes[ROW_VECTORS][LANES];
+        int words[ROW_VECTORS][LANES];
+        const int some = columns - column < TOGETHER ? columns - column : TOGETHER;
         for (int v = 0; v < ROW_VECTORS; v++) {
-            Ints codes = {};
-            for (int i = 0; i < TOGETHER; i++) {
-                int place = ORDER == HIGH_FIRST ? TOGETHER - 1 - i : i;
-                codes |= nearest_codes(levels[column + i][v]) << place * BITS;
+            Ints word = {};
+            for (int i = 0; i < some; i++) {
+                int place = BITS == 4 && ORDER == HIGH_FIRST ? i ^ 1 : i;
+                word |= (nearest_codes(levels[column + i][v]) & ((1 << BITS) - 1))
+                        << place * BITS;
             }
-            store_bytes(codes, bytes[v]);
+            memcpy(words[v], &word, sizeof word);
         }
-        for (int r = 0; r < count; r++)
-            rows.codes[r * rows.code_stride + column / TOGETHER] = bytes[r / LANES][r % LANES];
+        Byte* to = rows.codes + column * BITS / 8;
+        if (some == TOGETHER)
+            for (int r = 0; r < count; r++)
+                memcpy(to + r * rows.code_stride, &words[r / LANES][r % LANES], 4);
+        else
+            for (int r = 0; r < count; r++)
+                memcpy(to + r * rows.code_stride, &words[r / LANES][r % LANES], some * BITS / 8);
     }
 }
 
