@@ -85,6 +85,8 @@ def quantised_inputs(model, kind: str):
     ModelPatcher, whose layers multiply by the values of their weights.
     """
     layout, options = LAYOUTS["int8_convrot" if kind == ASYMMETRIC else kind]
+    # without one in the file, ComfyUI takes 1 for the scale of fp8's inputs
+    options = {name: value for name, value in options.items() if name != "scale"}
 
     def quantise(layer, args):
         rows = args[0].reshape(-1, args[0].shape[-1])

@@ -278,3 +278,16 @@ def markdown(found: dict) -> str:
     titles = ["type" if is_of_host else "bytes of", "", "block matrices", "latent SNR", last]
     lines = [titles, ["---"] * len(titles), *map(cells, found["rows"])]
     return found["about"] + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def host_summary(found: dict) -> str:
+    """The third table in short, as docs/packing.md has it: a row for each type, and in a cell the
+    latent SNR with exact inputs and with quantised ones."""
+    ways = ("kitchen", "learned", "plain", "measured")
+    titles = ["", *(NAMES[way] for way in ways)]
+    cells_of = {(row["size"], row["way"]): f"{row['snr']:.1f} / {row['snr_of_kernels']:.1f} dB"
+                for row in found["rows"]}
+    kinds = dict.fromkeys(row["size"] for row in found["rows"])
+    lines = [titles, ["---"] * len(titles),
+             *([kind, *(cells_of.get((kind, way), "") for way in ways)] for kind in kinds)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -22,9 +22,10 @@ struct UnitRounders {
     }
 #if SCALE_COLUMNS
     FUNCTION Floats best_unit(int first, const Column* values, int vector) const {
-        Floats peak = {}, unit = {}, least = all(__builtin_inff());
+        Floats peak = {}, least = all(__builtin_inff());
         for (int i = first; i < first + GROUP_COLUMNS; i++)
             peak = larger(peak, magnitude(values[i][vector]));
+        Floats unit = stored(SCALE{}, peak * tried_shares[0]);
         for (int t = 0; t < tries; t++) {
             Floats tried = stored(SCALE{}, peak * tried_shares[t]), divisor = divisor_of(tried),
                    error = {};
