@@ -219,6 +219,7 @@ def measure_packing(
             path, plan = maker.write(way, size)
             packing = time.process_time() - started
             model = load_diffusion_model(str(path), host_formats=EXACT)
+            model.set_model_compute_dtype(torch.float32)  # ComfyUI takes bfloat16 for its own types
             latents = painter.latents(model, count)
             nbytes = sum(bytes_in_file(plan.types[name], maker.shapes[name])
                          for name in maker.blocks)

@@ -269,7 +269,7 @@ def _encoder(packed_format: RowFormat, columns: int, shrinks: tuple[float, ...],
     encoder = RowEncoder(family.of_columns(columns, *packed_format.sizes), shrinks)
     peak = float(values.abs().amax())
     if encoder.layout.row_scale:
-        encoder.choose_scale_of_tensor(peak, values, encoder.encode)
+        encoder.choose_scale_of_tensor(peak)
     elif is_per_tensor and encoder.layout.scale.kind == "f32":
         encoder.of_tensor = peak / encoder.largest
     return encoder

@@ -4,7 +4,6 @@ Inside, values are in the basis of the codes, and divided by the number of their
 tensor where the layout multiplies scales by one: then value = unit * number of a code, where the
 unit is a stored scale.
 """
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,24 +97,10 @@ class RowEncoder:
         self.largest = float(min(-self.levels[0], self.levels[-1], LARGEST_INTEGER)
                              if self.layout.codes.dtype == torch.int8 else self.levels[-1])
 
-    def choose_scale_of_tensor(self, peak: float, sample: torch.Tensor,
-                               encode: Callable[[torch.Tensor, EncodedRows], None]):
-        """Chooses `of_tensor`.
-
-        Args:
-            peak: the largest magnitude of the weight.
-            sample: some of its rows, (n, K) of any float dtype.
-            encode: does what `encode` does.
-        """
-        if self.layout.row_scale:
-            self.of_tensor = max(SMALLEST, peak / (LARGEST_E4M3 * self.largest))
-            return
-        self.of_tensor = max(SMALLEST, peak / self.largest)
-        if len(self.shrinks) > 1:
-            as_row = sample.reshape(1, -1)
-            encoded = EncodedRows.empty(self.layout, 1, sample.device, as_row.numel())
-            encode(as_row, encoded)
-            self.of_tensor, self.shrinks = float(encoded.scale), (1,)
+    def choose_scale_of_tensor(self, peak: float):
+        """Sets `of_tensor` for a weight whose largest magnitude is `peak`."""
+        largest = LARGEST_E4M3 * self.largest if self.layout.row_scale else self.largest
+        self.of_tensor = max(SMALLEST, peak / largest)
 
     def shares(self) -> list[float]:
         """Returns the scales tried, as shares of `of_tensor` or of the largest value."""

@@ -38,7 +38,8 @@ def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
             torch.rand(rows, columns, generator=generator) - 0.5, values.sign(),
             values * (torch.rand(rows, columns, generator=generator) < 0.05))
         weights |= {f"{rows}.{number}.weight": 0.02 * kind for number, kind in enumerate(kinds)}
-    return weights
+    large, sizes = (torch.randn(1536, width, generator=generator) for width in (2048, 1))
+    return weights | {"large.weight": large * (0.5 * sizes).exp()}
 
 
 @pytest.mark.parametrize("kind", [
