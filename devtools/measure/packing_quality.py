@@ -1,5 +1,5 @@
 """python3 dev.py quality --packing: files made here beside files of the recipes in use, at equal
-bytes.
+bytes; with --host-types in ComfyUI's own types.
 
 The demo's Flux is measured on captions that it was trained on, packed in every way, written to a
 file, loaded from it, and draws the captions that it never saw. What stands before and behind the
@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from devtools.measure import host_type_packing
 from devtools.measure.quality import Painter
 from devtools.measure.weights import snr
 
@@ -18,17 +19,22 @@ import torch
 from demo_model import scenes
 from devtools.demo import STEPS
 from devtools.files import demo_files, ggml_quantiser
-from featherweight.loaders.files.container import nbytes_of
+from featherweight.loaders.comfyui.who_computes import EXACT
 from featherweight.loaders.files.gguf_writer import gguf_writer
-from featherweight.loaders.files.safetensors_writer import safetensors_writer
+from featherweight.loaders.files.safetensors_writer import PACKED_TYPES, safetensors_writer
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
-from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES, rules_for
+from featherweight.loaders.packing.planning.packing_rules import (
+    PLAIN_BYTES,
+    bytes_in_file,
+    rules_for,
+)
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
@@ -42,8 +48,10 @@ NAMES = {  # way of packing -> what the table calls it
     "mix, in turn": "made here, mix by measurement, layer after layer",
     "no prompt": "made here, one type, measured without a prompt",
     "plain": "made here, one type, nothing measured",
+    "measured": "made here, one type, measured",
     "llama.cpp, importance": "llama.cpp with an importance matrix", "llama.cpp": "llama.cpp",
-    "bitsandbytes": "plain arithmetic of the reference"
+    "bitsandbytes": "plain arithmetic of the reference", "kitchen": "ComfyUI's own (comfy_kitchen)",
+    "learned": "convert_to_quant, learned rounding"
 }
 
 MIXES = {"mix": "one run per layer and type", "mix, in turn": "one run per layer and type",
@@ -117,13 +125,22 @@ class Maker:
             return packed_tensor(FORMATS[kind], torch.from_numpy(data), weight.shape)
         if way == "bitsandbytes":
             return pack_tensor(weight, FORMATS[kind], reference=True)
-        return pack_tensor(weight, FORMATS[kind], moments=self._moments(way, name))
+        if way in ("kitchen", "learned"):
+            return self._by_others(way, kind)[name]
+        return pack(weight, kind, self._moments(way, name))
+
+    @functools.lru_cache(1)  # noqa: B019  as long as the one that measures
+    def _by_others(self, way: str, kind: str) -> dict:
+        weights = {name: self.tensors[name] for name in self.blocks}
+        if way == "kitchen":
+            return host_type_packing.by_kitchen(weights, kind, self.folder)
+        return host_type_packing.by_learned_rounding(weights, kind, self.folder)
 
     def _moments(self, way: str, name: str):
         if way == "plain":
             return None
-        if way == "no prompt":
-            return self.sensitivity("no runs", False).moments(name)
+        if way in ("no prompt", "measured"):
+            return self.sensitivity("no runs", way == "measured").moments(name)
         return self.sensitivity(MIXES["mix, one run"]).moments(name)
 
     def write(self, way: str, size: str) -> tuple[Path, Plan]:
@@ -132,7 +149,7 @@ class Maker:
         packed = self._in_turn(plan) if way.endswith("in turn") else {}
         writer, ending, metadata = (
             (safetensors_writer, "safetensors", {})
-            if size == "NF4"
+            if size in PACKED_TYPES
             else (gguf_writer, "gguf", METADATA)
         )
         path = self.folder / f"{way}-{size}.{ending}"
@@ -154,11 +171,24 @@ class Maker:
         """The block matrices packed layer after layer, as the node does it."""
         calibration, packed = record_calibration(self.dense_model(), self.drawing()), {}
         for name in (name for name in calibration.order if plan.types[name] not in PLAIN_BYTES):
-            packed[name] = pack_tensor(self.tensors[name], FORMATS[plan.types[name]],
-                                       moments=calibration.moments(name))
+            packed[name] = pack(self.tensors[name], plan.types[name], calibration.moments(name))
             calibration.set_packed(name, packed[name],
                                    self.tensors.get(f"{name.removesuffix('weight')}bias"))
         return packed
+
+
+def pack(weight: torch.Tensor, kind: str, moments):
+    """A packed tensor of a weight, in a type of ggml's, bitsandbytes' or ComfyUI's."""
+    if kind in ROW_TYPES:
+        return pack_to_type(weight, ROW_TYPES[kind], moments)
+    return pack_tensor(weight, FORMATS[kind], moments=moments)
+
+
+def host_rows() -> list[tuple[str, str]]:
+    """(way, type) of every row of the table of ComfyUI's own types."""
+    return [(way, kind) for kind in ROW_TYPES
+            for way in ("kitchen", "learned", "plain", "measured", "in turn")
+            if way != "learned" or kind in host_type_packing.LEARNED]
 
 
 def rows(sizes=SIZES) -> list[tuple[str, str]]:
@@ -174,9 +204,9 @@ def rows(sizes=SIZES) -> list[tuple[str, str]]:
 
 
 def measure_packing(
-    count: int, wanted=None, show=functools.partial(print, flush=True)
+    count: int, wanted: list[tuple[str, str]], show=functools.partial(print, flush=True)
 ) -> list[dict]:
-    """The figures of each of `rows()`. count: of held-out captions, at most 256."""
+    """The figures of rows of a table. count: of held-out captions, at most 256."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -184,12 +214,15 @@ def measure_packing(
         maker = Maker(demo_files.flux(), folder, show)
         demo_files.write_model(folder / "dense.safetensors", "F16")
         dense = painter.latents(load_diffusion_model(str(folder / "dense.safetensors")), count)
-        for way, size in rows() if wanted is None else wanted:
+        for way, size in wanted:
             started = time.process_time()
             path, plan = maker.write(way, size)
             packing = time.process_time() - started
-            latents = painter.latents(load_diffusion_model(str(path)), count)
-            nbytes = sum(nbytes_of(plan.types[name], maker.shapes[name]) for name in maker.blocks)
+            model = load_diffusion_model(str(path), host_formats=EXACT)
+            model.set_model_compute_dtype(torch.float32)  # ComfyUI takes bfloat16 for its own types
+            latents = painter.latents(model, count)
+            nbytes = sum(bytes_in_file(plan.types[name], maker.shapes[name])
+                         for name in maker.blocks)
             values = sum(maker.tensors[name].numel() for name in maker.blocks)
             kinds = [plan.types[name] for name in maker.blocks]
             row = {
@@ -197,6 +230,9 @@ def measure_packing(
                 "snr": snr(latents, dense),
                 "types": {kind: kinds.count(kind) for kind in sorted(set(kinds))}
             }
+            if size in ROW_TYPES:
+                with host_type_packing.quantised_inputs(model, size):
+                    row["snr_of_kernels"] = snr(painter.latents(model, count), dense)
             found.append(row)
             show(f"{' | '.join(cells(row))}   (packed in {packing:.0f} s of processor time)")
             path.unlink()
@@ -209,27 +245,50 @@ def cells(row: dict) -> list[str]:
         if len(row["types"]) > 1
         else ""
     )
+    last = f"{row['snr_of_kernels']:.1f} dB" if "snr_of_kernels" in row else types
     return [
         f"{row['size']}, {row['bits']:.2f} bits", NAMES[row["way"]], f"{row['bytes'] / 1e6:.3f} MB",
-        f"{row['snr']:.1f} dB", types
+        f"{row['snr']:.1f} dB", last
     ]
 
 
-def measured(count: int) -> dict:
-    """The second table: what stands above it, and its rows. count: of held-out captions."""
-    return {"about": about(count), "rows": measure_packing(count)}
+def measured(count: int, host_types: bool = False) -> dict:
+    """The second table, or the third, of ComfyUI's own types: what stands above it, and its rows.
+    count: of held-out captions."""
+    wanted = host_rows() if host_types else rows()
+    return {"about": about(count, host_types), "rows": measure_packing(count, wanted)}
 
 
-def about(count: int) -> str:
-    return (
-        "`python3 dev.py quality --packing`: files with the same bytes of the block matrices,"
-        f" {count} captions that training never saw, {STEPS} steps, latents against the dense"
+def about(count: int, host_types: bool = False) -> str:
+    on_what = (
+        f"{count} captions that training never saw, {STEPS} steps, latents against the dense"
         f" model's. Measured on {CALIBRATION} captions of the training. It is a small model of 26"
         " block matrices, whose text stream knows 22 words and whose modulation sees only time:"
         " what large models gain is not known.")
+    if host_types:
+        return (
+            f"`python3 dev.py quality --packing --host-types`: ComfyUI's own types, {on_what} The"
+            " last column has the inputs of layers quantised as ComfyUI's kernels do.")
+    return ("`python3 dev.py quality --packing`: files with the same bytes of the block matrices,"
+            f" {on_what}")
 
 
 def markdown(found: dict) -> str:
-    titles = ["bytes of", "", "block matrices", "latent SNR", "types of the mix"]
+    is_of_host = any("snr_of_kernels" in row for row in found["rows"])
+    last = "the same, inputs quantised" if is_of_host else "types of the mix"
+    titles = ["type" if is_of_host else "bytes of", "", "block matrices", "latent SNR", last]
     lines = [titles, ["---"] * len(titles), *map(cells, found["rows"])]
     return found["about"] + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def host_summary(found: dict) -> str:
+    """The third table in short, as docs/packing.md has it: a row for each type, and in a cell the
+    latent SNR with exact inputs and with quantised ones."""
+    ways = ("kitchen", "learned", "plain", "measured")
+    titles = ["", *(NAMES[way] for way in ways)]
+    cells_of = {(row["size"], row["way"]): f"{row['snr']:.1f} / {row['snr_of_kernels']:.1f} dB"
+                for row in found["rows"]}
+    kinds = dict.fromkeys(row["size"] for row in found["rows"])
+    lines = [titles, ["---"] * len(titles),
+             *([kind, *(cells_of.get((kind, way), "") for way in ways)] for kind in kinds)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -182,13 +182,14 @@ def markdown(results: dict, about: str) -> str:
 
 
 def write(folder: Path, found: dict):
-    """quality.json and quality.md. found: `about` and `formats`, and under `packing` the same of
-    the second table."""
+    """quality.json and quality.md. found: `about` and `formats`, and under `packing` and
+    `host_types` the same of the second and the third table."""
     text = markdown(found["formats"], found["about"])
-    if "packing" in found:
-        from devtools.measure import packing_quality
+    for name in ("packing", "host_types"):
+        if name in found:
+            from devtools.measure import packing_quality
 
-        text += f"\n{packing_quality.markdown(found['packing'])}"
+            text += f"\n{packing_quality.markdown(found[name])}"
     (folder / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "quality.md").write_text(text)
 
@@ -204,6 +205,8 @@ def main():
     parser.add_argument(
         "--packing", action="store_true",
         help="only the second table: files made here beside the recipes in use, at equal bytes")
+    parser.add_argument("--host-types", action="store_true",
+                        help="with --packing, only the third table: in ComfyUI's own types")
     parser.add_argument("--out", type=Path, default=ROOT / "demo_model",
                         help="folder for the results")
     options = parser.parse_args()
@@ -213,7 +216,8 @@ def main():
     if options.packing:
         from devtools.measure import packing_quality  # which draws with the painter above
 
-        found["packing"] = packing_quality.measured(options.prompts)
+        name = "host_types" if options.host_types else "packing"
+        found[name] = packing_quality.measured(options.prompts, options.host_types)
         write(options.out, found)
         return
     formats = ["F16", *(name for name in options.formats if name != "F16")]

@@ -428,8 +428,11 @@ class CpuKernels:
             scale = scale[:, span.start // encoder.layout.group:]
         strides = values.stride(0), codes.stride(0), scale.stride(0) * scale.itemsize
         operands = RowOperands(*map(_address, (values, codes, scale, encoded.row_scale)), *strides)
-        shares, steps = (matrix.contiguous() for matrix in (damped.shares, damped.steps))
-        run(ctypes.byref(operands), _address(shares), _address(steps), c_int(values.shape[1]),
+        shares, steps, weights = (
+            part.contiguous() for part in (damped.shares, damped.steps, damped.weights))
+        tried = encoder.shares()
+        run(ctypes.byref(operands), *map(_address, (shares, steps, weights)),
+            (c_float * len(tried))(*tried), c_int(len(tried)), c_int(values.shape[1]),
             c_int(SWEEPS), c_int(is_target), c_longlong(len(values)),
             c_int(_threads(values.numel())))
 

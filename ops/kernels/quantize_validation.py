@@ -233,7 +233,8 @@ def check_row_columns(run: Callable[..., None], case: Feedback, packed_format: F
     """Checks "pack_row_columns" in one case; see `validation.check`."""
     generator = torch.Generator().manual_seed(case.rows)
     values = _random_values(case.rows, case.columns, -6, generator).to(device, dtype)
-    encoder = _encoder(_row_format(packed_format), case.columns, (1,), values, True)
+    encoder = _encoder(_row_format(packed_format), case.columns, (1, 0.875, 0.75, 1.25), values,
+                       True)
     tokens = torch.randn((TOKENS, case.columns), generator=generator, dtype=torch.float32)
     tokens += tokens[:, :1]  # so that columns correlate
     moments = SecondMoments.zeros(case.columns, case.block, device, case.is_pair)
@@ -268,7 +269,7 @@ def _encoder(packed_format: RowFormat, columns: int, shrinks: tuple[float, ...],
     encoder = RowEncoder(family.of_columns(columns, *packed_format.sizes), shrinks)
     peak = float(values.abs().amax())
     if encoder.layout.row_scale:
-        encoder.choose_scale_of_tensor(peak, values, encoder.encode)
+        encoder.choose_scale_of_tensor(peak)
     elif is_per_tensor and encoder.layout.scale.kind == "f32":
         encoder.of_tensor = peak / encoder.largest
     return encoder

@@ -82,6 +82,11 @@ class DampedHessian:
         return self.triangle / -self.triangle.diagonal().unsqueeze(-1)
 
     @functools.cached_property
+    def weights(self) -> torch.Tensor:
+        """Weights of a column's squared error once all later columns have compensated it, (k,)."""
+        return self.triangle.diagonal().square().reciprocal()
+
+    @functools.cached_property
     def steps(self) -> torch.Tensor:
         """Row i, column j: the best change of column j for an error of column i, (k, k)."""
         return self.moments / -self.moments.diagonal()

@@ -104,8 +104,6 @@ class _Feedback:
         self.search = search
         self.choose = choose
         self.damped = damped
-        # weight of a column's squared error once all later columns have compensated it
-        self.weights = damped.triangle.diagonal().square().reciprocal()
 
     def pack(self, values: torch.Tensor) -> Fit:
         """Returns the blocks, in order, of rows of values, (n, k) of any float dtype."""
@@ -122,7 +120,7 @@ class _Feedback:
         chosen = Columns.like(self.search.grid, target)
 
         def choose(values: torch.Tensor, shares: torch.Tensor, columns: slice, is_first: bool):
-            self.choose(values, shares, self.weights[columns] if is_first else None,
+            self.choose(values, shares, self.damped.weights[columns] if is_first else None,
                         chosen.part(columns.start, columns.stop), TRIES, ROUNDS)
 
         feed_back(choose, chosen.values, target, self.damped, columns_at_a_time(self.search.grid))

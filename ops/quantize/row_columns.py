@@ -1,4 +1,4 @@
-"""Chooses codes of rows column by column, with their scales kept; see `column_order`."""
+"""Chooses codes of rows column by column, and the scales of groups; see `column_order`."""
 import torch
 
 from .column_order import CHUNK, choose_in_order, feed_back
@@ -56,23 +56,32 @@ def choose_codes(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows, 
                  damped: DampedHessian):
     """Writes codes of some columns whose errors cancel in the output of a layer.
 
+    The scale of a row is kept. That of a group is searched when its first column is reached, from
+    what its values are then.
+
     Args:
         encoder: of the format.
         rows: (n, K) of any float dtype.
-        encoded: of n rows with scales; the codes of the columns are overwritten.
+        encoded: of n rows with scales; the codes of the columns are overwritten, and the scales of
+            their groups.
         span: the k columns, whole groups and rotations.
         damped: of the moments of their inputs in the basis of the codes.
     """
     target = target_of(encoder, rows, encoded, span, damped).T.contiguous()
-    levels = torch.empty_like(target)
-    units, group = encoder.units(encoded).T.contiguous(), len(target)
-    if len(units) > 1:
-        group = encoder.layout.group
-        units = units[span.start // group:span.stop // group]
+    levels, groups = torch.empty_like(target), groups_of(encoder, span)
+    units = encoder.units(encoded)[:, groups].T.contiguous()
+    group = len(target) // len(units)
 
     def choose(values: torch.Tensor, shares: torch.Tensor, columns: slice, is_first: bool):
         def begin(first: int) -> _Rounder:
-            return _Rounder(encoder, units[(columns.start + first) // group])
+            unit = units[(columns.start + first) // group]
+            if is_first and searches_groups(encoder):
+                part = slice(first, first + group)
+                peak = values[part].abs().amax(0).unsqueeze(-1)
+                found = encoder.fit(values[part].T.contiguous(), peak,
+                                    damped.weights[columns][part])[1]
+                unit.copy_(found.squeeze(-1))
+            return _Rounder(encoder, unit)
 
         choose_in_order(values, shares, levels[columns], begin, min(GROUP, group), is_first)
 
@@ -82,3 +91,17 @@ def choose_codes(encoder: RowEncoder, rows: torch.Tensor, encoded: EncodedRows, 
 
     feed_back(choose, values_of_codes, target, damped, CHUNK)
     encoder.write_codes(levels.T, encoded.codes[:, encoder.bytes_of(span)])
+    if searches_groups(encoder):
+        encoder.write_scales(units.T, encoded.scale[:, groups])
+
+
+def searches_groups(encoder: RowEncoder) -> bool:
+    """Returns whether scales are searched once the columns before them are chosen."""
+    return encoder.layout.scale.kind != "f32"
+
+
+def groups_of(encoder: RowEncoder, span: slice) -> slice:
+    """Returns the groups that have the scales of some columns."""
+    if encoder.layout.groups == 1:
+        return slice(0, 1)
+    return slice(span.start // encoder.layout.group, span.stop // encoder.layout.group)

@@ -4,7 +4,6 @@ Inside, values are in the basis of the codes, and divided by the number of their
 tensor where the layout multiplies scales by one: then value = unit * number of a code, where the
 unit is a stored scale.
 """
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,24 +97,10 @@ class RowEncoder:
         self.largest = float(min(-self.levels[0], self.levels[-1], LARGEST_INTEGER)
                              if self.layout.codes.dtype == torch.int8 else self.levels[-1])
 
-    def choose_scale_of_tensor(self, peak: float, sample: torch.Tensor,
-                               encode: Callable[[torch.Tensor, EncodedRows], None]):
-        """Chooses `of_tensor`.
-
-        Args:
-            peak: the largest magnitude of the weight.
-            sample: some of its rows, (n, K) of any float dtype.
-            encode: does what `encode` does.
-        """
-        if self.layout.row_scale:
-            self.of_tensor = max(SMALLEST, peak / (LARGEST_E4M3 * self.largest))
-            return
-        self.of_tensor = max(SMALLEST, peak / self.largest)
-        if len(self.shrinks) > 1:
-            as_row = sample.reshape(1, -1)
-            encoded = EncodedRows.empty(self.layout, 1, sample.device, as_row.numel())
-            encode(as_row, encoded)
-            self.of_tensor, self.shrinks = float(encoded.scale), (1,)
+    def choose_scale_of_tensor(self, peak: float):
+        """Sets `of_tensor` for a weight whose largest magnitude is `peak`."""
+        largest = LARGEST_E4M3 * self.largest if self.layout.row_scale else self.largest
+        self.of_tensor = max(SMALLEST, peak / largest)
 
     def shares(self) -> list[float]:
         """Returns the scales tried, as shares of `of_tensor` or of the largest value."""
@@ -138,12 +123,7 @@ class RowEncoder:
             raise self.refusal(rows)
         numbers = self.search(values)
         self.write_codes(numbers.levels.flatten(1), out.codes)
-        scale, kind = numbers.units, self.layout.scale.kind
-        if kind == "e4m3":
-            scale = scale.to(torch.float8_e4m3fn).view(torch.uint8)
-        elif kind == "e8m0":
-            scale = torch.where(scale > 0, torch.frexp(scale)[1] + 126, 0)
-        out.scale.copy_(scale.flatten(1))
+        self.write_scales(numbers.units.flatten(1), out.scale)
         if out.row_scale is not None:
             out.row_scale.copy_(numbers.of_rows.flatten(1))
 
@@ -174,13 +154,27 @@ class RowEncoder:
             full = torch.full_like(groups[..., :1], self.of_tensor)
         else:
             full = groups.abs().amax(-1, keepdim=True)
+        return RowNumbers(*self.fit(groups, full), of_rows)
+
+    def fit(self, groups: torch.Tensor, full: torch.Tensor,
+            weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the numbers of codes and the units of least error, of those that are tried.
+
+        Args:
+            groups: float32 (..., group), without what units are multiplied by.
+            full: of each group what the shares are of, float32 (..., 1).
+            weights: float32 (group,), of the squared errors; None: equal ones.
+        """
         best = None
         for share in self.shares():
             units = self.stored(full * share)
             levels = self.nearest(groups, units)
             if len(self.shrinks) == 1:
-                return RowNumbers(levels, units, of_rows)
-            error = (self.values(levels, units) - groups).square_().sum(-1, keepdim=True)
+                return levels, units
+            error = (self.values(levels, units) - groups).square_()
+            if weights is not None:
+                error *= weights
+            error = error.sum(-1, keepdim=True)
             if best is None:
                 best = [error, levels, units]
                 continue
@@ -188,7 +182,7 @@ class RowEncoder:
             best = [torch.where(is_better, part, kept)
                     for part, kept in zip((error, levels, units), best)]
         assert best is not None
-        return RowNumbers(best[1], best[2], of_rows)
+        return best[1], best[2]
 
     def _of_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Returns what a row's units are multiplied by, float32 (n, 1, 1)."""
@@ -244,6 +238,20 @@ class RowEncoder:
         """Returns the bytes of a row that have the codes of some columns."""
         bits = self.layout.codes.bits
         return slice(columns.start * bits // 8, columns.stop * bits // 8)
+
+    def write_scales(self, units: torch.Tensor, out: torch.Tensor):
+        """Writes units as the layout stores them.
+
+        Args:
+            units: float32 (n, groups).
+            out: (n, groups), see `EncodedRows.scale`.
+        """
+        kind = self.layout.scale.kind
+        if kind == "e4m3":
+            units = units.to(torch.float8_e4m3fn).view(torch.uint8)
+        elif kind == "e8m0":
+            units = torch.where(units > 0, torch.frexp(units)[1] + 126, 0)
+        out.copy_(units)
 
     def write_codes(self, levels: torch.Tensor, out: torch.Tensor):
         """Writes the bytes of codes with some numbers.

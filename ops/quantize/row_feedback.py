@@ -14,7 +14,7 @@ from .second_moments import SecondMoments
 
 def with_feedback(source: RowSource, encoder: RowEncoder, searched: EncodedRows,
                   moments: SecondMoments) -> EncodedRows:
-    """Chooses codes whose errors cancel in the output of a layer, and keeps the scales.
+    """Chooses codes whose errors cancel in the output of a layer, and the scales of groups anew.
 
     Takes temporaries of `damped_hessian.SLICE_BYTES` and five times the moments.
 
@@ -25,7 +25,7 @@ def with_feedback(source: RowSource, encoder: RowEncoder, searched: EncodedRows,
         moments: of the inputs.
 
     Returns:
-        Rows with other codes, which share the memory of the scales.
+        Rows with other codes and scales, which share the memory of the numbers of rows.
 
     Raises:
         FormatError: the moments are of another number of inputs, or not finite.
@@ -35,7 +35,8 @@ def with_feedback(source: RowSource, encoder: RowEncoder, searched: EncodedRows,
     blocks = [DampedHessian(moments, index, source.device) for index in range(len(moments.spans()))]
     # looked up once, so that the same kernel packs the whole weight
     choose: dict[torch.dtype, Callable] = {}
-    result = EncodedRows(torch.empty_like(searched.codes), searched.scale, searched.row_scale)
+    result = EncodedRows(torch.empty_like(searched.codes), searched.scale.clone(),
+                         searched.row_scale)
     for chosen in slice_rows(source.shape[0], source.columns, source.device):
         rows = source.read(chosen.start, chosen.stop)
         if rows.dtype not in choose:

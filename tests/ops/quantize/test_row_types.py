@@ -228,7 +228,6 @@ class Largest(TorchDispatchMode):
 def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, monkeypatch):
     monkeypatch.setattr(row_source, "READ_VALUES", 64 * 256)
     monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 256 * 64)
-    monkeypatch.setattr(row_types, "SAMPLE_VALUES", 64 * 256)
     monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 64 * 256)
     given = None
     if moments:

@@ -84,6 +84,22 @@ static FUNCTION Floats divisor_of(Floats unit) {
     return either(unit > 0, unit, all(__builtin_inff()));
 }
 
+#if SCALE_COLUMNS
+// Returns units as they are stored.
+static FUNCTION Floats stored(E4M3, Floats units) {
+    return nearest_e4m3(smaller(units, all(448)));
+}
+static FUNCTION Floats stored(E8M0, Floats units) {  // the next power of two
+    Ints exponent = (Ints)units + 0x7FFFFF >> 23;
+    exponent = exponent < 1 ? Ints{} + 1 : exponent > 254 ? Ints{} + 254 : exponent;
+    return either(units > 0, (Floats)(exponent << 23), all(0));
+}
+
+static FUNCTION Ints scale_bits(E4M3, Floats units) { return e4m3_bits(units); }
+static FUNCTION Ints scale_bits(E8M0, Floats units) { return (Ints)units >> 23; }
+
+#endif
+
 // Returns values of a row from `start` on, and zeros behind its end.
 static FUNCTION Floats load_lanes(const TYPE* row, int start, int columns) {
     if (start + LANES <= columns) return load_values(row + start);

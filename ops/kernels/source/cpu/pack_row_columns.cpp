@@ -9,13 +9,38 @@ struct UnitRounder {
 
 struct UnitRounders {
     UnitRounder of[ROW_VECTORS];
-    const Column* units;
-    Column* levels;
+    Column *units, *levels;
+    const float *weights, *tried_shares;
+    int tries;  // of scales of groups, 0: they are kept
 
-    FUNCTION void begin(int first, const Column*) {
-        const Column& unit = units[SCALE_COLUMNS ? first / GROUP_COLUMNS : 0];
+    FUNCTION void begin(int first, const Column* values) {
+        Column& unit = units[SCALE_COLUMNS ? first / GROUP_COLUMNS : 0];
+#if SCALE_COLUMNS
+        for (int v = 0; v < ROW_VECTORS && tries; v++) unit[v] = best_unit(first, values, v);
+#endif
         for (int v = 0; v < ROW_VECTORS; v++) of[v] = {unit[v], divisor_of(unit[v])};
     }
+#if SCALE_COLUMNS
+    FUNCTION Floats best_unit(int first, const Column* values, int vector) const {
+        Floats peak = {}, least = all(__builtin_inff());
+        for (int i = first; i < first + GROUP_COLUMNS; i++)
+            peak = larger(peak, magnitude(values[i][vector]));
+        Floats unit = stored(SCALE{}, peak * tried_shares[0]);
+        for (int t = 0; t < tries; t++) {
+            Floats tried = stored(SCALE{}, peak * tried_shares[t]), divisor = divisor_of(tried),
+                   error = {};
+            for (int i = first; i < first + GROUP_COLUMNS; i++) {
+                Floats value = values[i][vector],
+                       off = value_of(nearest(value / divisor), tried) - value;
+                error = multiply_add(off * weights[i], off, error);
+            }
+            Ints better = error < least;
+            least = either(better, error, least);
+            unit = either(better, tried, unit);
+        }
+        return unit;
+    }
+#endif
     FUNCTION void load_level(Column& level, int column) const {
         memcpy(level, levels[column], sizeof level);
     }
@@ -24,7 +49,7 @@ struct UnitRounders {
     }
 };
 
-struct Rows {  // strides are from a row to the next one
+struct Rows {  // scales of groups are overwritten; strides are from a row to the next one
     const TYPE* values;
     Byte *codes, *scales;
     const float* row_scales;
@@ -56,9 +81,21 @@ static void write_codes(const Rows& rows, const Column* levels, int columns, int
     }
 }
 
+#if SCALE_COLUMNS
+static void write_scales(const Rows& rows, const Column* units, int groups, int count) {
+    for (int g = 0; g < groups; g++) {
+        Byte bytes[ROW_VECTORS][LANES];
+        for (int v = 0; v < ROW_VECTORS; v++) store_bytes(scale_bits(SCALE{}, units[g][v]), bytes[v]);
+        for (int r = 0; r < count; r++)
+            rows.scales[r * rows.scale_stride + g] = bytes[r / LANES][r % LANES];
+    }
+}
+#endif
+
 // Chooses the codes of at most ROWS rows. is_target: values are in the basis of the codes already,
 // and divided by the numbers of their rows.
-static void choose_rows(Rows rows, const float* shares, const float* steps, int columns,
+static void choose_rows(Rows rows, const float* shares, const float* steps,
+                        const float* weights, const float* tried_shares, int tries, int columns,
                         int sweeps, bool is_target, int count) {
     const int groups = SCALE_COLUMNS ? columns / GROUP_COLUMNS : 1;
     Buffer<Column> all_columns(groups + 4 * columns);
@@ -80,9 +117,10 @@ static void choose_rows(Rows rows, const float* shares, const float* steps, int 
         for (int g = 0; g < groups; g++)
             ((float*)units[g])[r] = SCALE::number(rows.scales + r * rows.scale_stride, 0, g);
     }
-    UnitRounders rounders = {{}, units, levels};
+    UnitRounders rounders = {{}, units, levels, weights, tried_shares, SCALE_COLUMNS ? tries : 0};
     memcpy((void*)values, target, columns * sizeof(Column));
     choose_in_order<true>(values, shares, columns, rounders);
+    rounders.tries = 0;
     for (int sweep = 0; sweep < sweeps; sweep++) {
         for (int i = 0; i < columns; i++) {
             if (i % GROUP_COLUMNS == 0) rounders.begin(i, values);
@@ -94,10 +132,15 @@ static void choose_rows(Rows rows, const float* shares, const float* steps, int 
         choose_in_order<false>(values, steps, columns, rounders);
     }
     write_codes(rows, levels, columns, count);
+#if SCALE_COLUMNS
+    write_scales(rows, units, groups, count);
+#endif
 }
 
-// rows: their first column. shares, steps: (columns, columns). See `choose_rows`.
+// rows: their first column. shares, steps: (columns, columns). weights: of squared errors of the
+// columns, tried_shares: of the scales that are tried, for scales of groups. See `choose_rows`.
 extern "C" void pack_row_columns(const Rows* of, const float* shares, const float* steps,
+                                 const float* weights, const float* tried_shares, int tries,
                                  int columns, int sweeps, int is_target, Index count,
                                  int threads) {
     const Rows first = *of;
@@ -106,7 +149,7 @@ extern "C" void pack_row_columns(const Rows* of, const float* shares, const floa
         Rows rows = first;
         rows.values += row * rows.value_stride, rows.codes += row * rows.code_stride;
         rows.scales += row * rows.scale_stride, rows.row_scales += row;
-        choose_rows(rows, shares, steps, columns, sweeps, is_target,
+        choose_rows(rows, shares, steps, weights, tried_shares, tries, columns, sweeps, is_target,
                     (int)(count - row < ROWS ? count - row : ROWS));
     });
 }
