@@ -3,8 +3,9 @@ Model* could have written of it, with all its weights.
 
 ComfyUI's own types are in safetensors with its markers, which it opens without this pack, NF4 in
 safetensors with bitsandbytes' names, and ggml's types in GGUF. Of a checkpoint the file has the
-diffusion model alone: its other parts are not packed. Weights that the file cannot hold, which
-another quantiser packed and which stay as they are, are left out.
+diffusion model alone: its other parts are not packed. Of a ControlNet in diffusers' names it has
+joined weights in ComfyUI's, which ComfyUI knows by the others. Weights that the file cannot hold,
+which another quantiser packed and which stay as they are, are left out.
 
 | metadata | content |
 |---|---|

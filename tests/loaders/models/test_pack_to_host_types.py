@@ -232,14 +232,16 @@ def test_a_model_beside_has_the_hosts_layers_where_its_loader_takes_them(
         out = functools.partial(controlnets.sample, kind)
     elif kinds is model_patches.KINDS:
         model_patches.shrink(monkeypatch)
-        shrunken_detection(MODELS[kind.base], monkeypatch)
         weights, load, network = kind.weights(), load_model_patch, lambda patch: patch.model
-        out = functools.partial(model_patches.sample, kind)
+        out = None  # SUPIR's nodes need its model
+        if kind.base is not None:
+            shrunken_detection(MODELS[kind.base], monkeypatch)
+            out = functools.partial(model_patches.sample, kind)
     else:
         vision_models.shrink(monkeypatch)
         weights, load, network = kind(), load_clip_vision, lambda vision: vision.patcher.model
-        picture = torch.rand(1, 64, 64, 3)
-        out = lambda vision: vision.encode_image(picture)["last_hidden_state"]  # noqa: E731
+        out = lambda vision: torch.cat(  # noqa: E731
+            [tensor.flatten() for tensor in vision_models.encoded(vision).values()])
     save_file({key: value.contiguous() for key, value in weights.items()}, path)
     own = load(path, type_name)
     packed = sum(is_packed(weight.data) and row_type_of(weight.data) == type_name
@@ -249,7 +251,8 @@ def test_a_model_beside_has_the_hosts_layers_where_its_loader_takes_them(
     of_the_host = load(path, type_name)
     is_theirs = not name.startswith(NOT_THE_HOSTS)
     assert layers_of_the_host(network(of_the_host)) == packed * is_theirs
-    assert relative_error(out(of_the_host), out(own)) < (0.05 if is_theirs else 1e-6)
+    assert out is None or relative_error(out(of_the_host), out(own)) < (
+        0.05 if is_theirs else 1e-6)
 
 
 ENCODERS_READ = ("t5-xxl of transformers", "qwen3-4b", "clip-l")
