@@ -106,6 +106,19 @@ def test_patch_and_unpatch_outside_of_model_management(format_name):
     assert torch.equal(forward(patcher), plain)
 
 
+@both_kinds
+def test_two_models_of_one_file_have_a_lora_each(format_name):
+    first, second = loras(format_name)
+    one, other = packed_flux(format_name), packed_flux(format_name)
+    expected = [run(patched(one, (lora, 0.7))) for lora in (first, second)]
+    patchers = [patched(one, (first, 0.7)), patched(other, (second, 0.7))]
+    for _ in range(2):
+        comfy.model_management.load_models_gpu(patchers)
+        for patcher, output in zip(patchers, expected):
+            assert relative(forward(patcher), output) < 1e-6
+    assert relative(*expected) > 0.05
+
+
 # --- loading in part ---
 
 
