@@ -9,6 +9,8 @@ comfy_kitchen's registry says which device has which kernels. Everywhere else, a
 numbers of tokens, the product is another: see `linear`.
 """
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -55,6 +57,7 @@ COLUMN_MULTIPLE = 32
 ALIGNMENT = 16  # bytes, of the addresses of codes
 EMPTY_RANK = 16  # of a low rank of zeros, for weights without one
 
+ORDERED = "quantize_nvfp4"  # the function that must write codes in the order of the files
 # names of operands that have the dtype of the input
 FLOAT_OPERANDS = "x", "smooth", "lora_down", "ascales", "wscales", "wzeros", "lora_up", "out_dtype"
 
@@ -137,12 +140,21 @@ def _problem(backend: Backend, name: str, device: torch.device, dtype: torch.dty
         constraints = registry.get_constraints(backend, function)
         if constraints is None:
             return f"they have no {function} for this card; {NEWER}"
-        if device.type not in constraints.default_devices:
+        if not constraints.default_devices & {device.type, "*"}:
             return f"they are not for {device.type}"
         problem = _unmet(constraints, device, dtype)
         if problem:
             return problem
+        if function == ORDERED and not _orders_codes(
+                registry.get_implementation(function, backend=backend)):
+            return f"their {function} writes codes in one order only; {NEWER}"
     return ""
+
+
+@functools.cache
+def _orders_codes(quantize: Callable) -> bool:
+    """Returns whether a function of comfy_kitchen, from May 2026 on, writes low nibbles first."""
+    return "hi_first" in inspect.signature(quantize).parameters
 
 
 def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.dtype) -> str:
@@ -155,8 +167,7 @@ def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.
             return (f"this card has compute capability {capability[0]}.{capability[1]}, they need"
                     f" {least[0]}.{least[1]}")
     operands: dict[str, torch.Tensor | torch.dtype | None] = dict.fromkeys(FLOAT_OPERANDS, dtype)
-    result = validate_function_call(constraints, operands,
-                                    compute_capability=capability)
+    result = validate_function_call(constraints, operands, compute_capability=capability)
     return "" if result.success else result.failure_reason or f"they do not take {dtype}"
 
 

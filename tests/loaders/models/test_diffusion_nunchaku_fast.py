@@ -11,7 +11,7 @@ import nunchaku_writer as writer
 import pytest
 import torch
 from comfy_kitchen.constraints import FunctionConstraints
-from comfy_kitchen.registry import BackendRegistry
+from comfy_kitchen.registry import BackendRegistry, registry
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from families import FAMILIES, relative_error
 from families import run as run_family
@@ -158,7 +158,9 @@ def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_p
     assert f"kernels: {reason}" in inspection_text(identify(file_contents(path)))
     functions = {function for one in kitchen_products.PRODUCTS.values()
                  for function in one.functions}
-    own.register("cuda", types.SimpleNamespace(), dict.fromkeys(functions, FunctionConstraints()))
+    module = types.SimpleNamespace(quantize_nvfp4=registry.get_implementation(
+        "quantize_nvfp4", backend="eager"))
+    own.register("cuda", module, dict.fromkeys(functions, FunctionConstraints()))
     assert host_product_text(exact) is None and not identify(file_contents(path)).kernels
     assert host_product_text(fast) == "SVDQuant + AWQ multiplied by comfy_kitchen"
     assert model_contents(fast).kernels.endswith(host_product_text(fast))

@@ -330,6 +330,16 @@ def test_amds_kernels_are_asked_for_by_their_own_table(kitchen, monkeypatch):
     assert "AMD kernels are off: something" in kitchen_products.why_off(INT4, GPU, torch.bfloat16)
 
 
+def test_an_older_comfy_kitchen_has_no_product_of_nvfp4(monkeypatch):
+    stand_in_nvfp4(monkeypatch)
+    nvfp4, own = FAMILIES["SVDQUANT_NVFP4"].of_columns(256), kitchen_products.registry
+    assert kitchen_products.runs(nvfp4, CPU, torch.bfloat16)
+    module = own._backends["stand-in"]
+    module.quantize_nvfp4 = lambda x, per_tensor_scale, epsilon=0.0, pad_16x=False: None
+    assert not kitchen_products.runs(nvfp4, CPU, torch.bfloat16)
+    assert kitchen_products.runs(INT4, CPU, torch.bfloat16)
+
+
 def test_other_formats_have_no_such_product():
     for name in ("INT8_ROWS", "NVFP4_ROWS", "INT4_CONVROT"):
         packed_format = FAMILIES[name].of_columns(256)
