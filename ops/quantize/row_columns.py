@@ -30,8 +30,7 @@ def in_basis(moments: SecondMoments, encoder: RowEncoder) -> SecondMoments:
         return moments
 
     def rotated(blocks: torch.Tensor) -> torch.Tensor:
-        return torch.stack([encoder.basis(encoder.basis(block.float()).T.contiguous()).T
-                            for block in blocks])
+        return encoder.basis(encoder.basis(blocks.float()).mT.contiguous()).mT
 
     cross, dense = moments.cross, moments.dense_sketch
     return SecondMoments(moments.columns, rotated(moments.blocks), encoder.basis(moments.sketch),

@@ -6,6 +6,7 @@ import torch
 from .. import kernels
 from .damped_hessian import DampedHessian, slice_rows
 from .error_feedback import check_columns
+from .parallel_slices import parallel_slices
 from .row_columns import choose_codes, in_basis
 from .row_encoder import EncodedRows, RowEncoder
 from .row_source import RowSource
@@ -32,8 +33,15 @@ def with_feedback(source: RowSource, encoder: RowEncoder, searched: EncodedRows,
     """
     check_columns(source.shape, moments)
     moments = in_basis(moments, encoder)
-    blocks = [DampedHessian(moments, index, source.device) for index in range(len(moments.spans()))]
+    spans, device = moments.spans(), source.device
+    blocks: list[DampedHessian | None] = [None] * len(spans)
+
+    def damp(index: int):
+        blocks[index] = DampedHessian(moments, index, device)
+
+    parallel_slices(damp, range(len(spans)), device)
     # looked up once, so that the same kernel packs the whole weight
+<<<<<<< HEAD
     choose: dict[torch.dtype, Callable] = {}
     result = EncodedRows(torch.empty_like(searched.codes), searched.scale.clone(),
                          searched.row_scale)
@@ -44,4 +52,21 @@ def with_feedback(source: RowSource, encoder: RowEncoder, searched: EncodedRows,
                                               rows.dtype) or choose_codes
         for span, damped in zip(moments.spans(), blocks):
             choose[rows.dtype](encoder, rows, result.rows(chosen), span, damped)
+=======
+    choosers: dict[torch.dtype, Callable] = {}
+    result = EncodedRows(torch.empty_like(searched.codes), searched.scale, searched.row_scale)
+    for read in slice_rows(source.shape[0], source.columns, device):
+        rows, encoded = source.read(read.start, read.stop), result.rows(read)
+        if rows.dtype not in choosers:
+            choosers[rows.dtype] = kernels.find("pack_row_columns", device, encoder.format,
+                                                rows.dtype) or choose_codes
+        step = len(rows) if device.type != "cpu" else -(-len(rows) // torch.get_num_threads())
+
+        def choose(start: int, rows=rows, encoded=encoded, step=step):
+            chosen = slice(start, start + step)
+            for span, damped in zip(spans, blocks):
+                choosers[rows.dtype](encoder, rows[chosen], encoded.rows(chosen), span, damped)
+
+        parallel_slices(choose, range(0, len(rows), step), device)
+>>>>>>> kern
     return result
