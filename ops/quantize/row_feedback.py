@@ -41,20 +41,9 @@ def with_feedback(source: RowSource, encoder: RowEncoder, searched: EncodedRows,
 
     parallel_slices(damp, range(len(spans)), device)
     # looked up once, so that the same kernel packs the whole weight
-<<<<<<< HEAD
-    choose: dict[torch.dtype, Callable] = {}
+    choosers: dict[torch.dtype, Callable] = {}
     result = EncodedRows(torch.empty_like(searched.codes), searched.scale.clone(),
                          searched.row_scale)
-    for chosen in slice_rows(source.shape[0], source.columns, source.device):
-        rows = source.read(chosen.start, chosen.stop)
-        if rows.dtype not in choose:
-            choose[rows.dtype] = kernels.find("pack_row_columns", rows.device, encoder.format,
-                                              rows.dtype) or choose_codes
-        for span, damped in zip(moments.spans(), blocks):
-            choose[rows.dtype](encoder, rows, result.rows(chosen), span, damped)
-=======
-    choosers: dict[torch.dtype, Callable] = {}
-    result = EncodedRows(torch.empty_like(searched.codes), searched.scale, searched.row_scale)
     for read in slice_rows(source.shape[0], source.columns, device):
         rows, encoded = source.read(read.start, read.stop), result.rows(read)
         if rows.dtype not in choosers:
@@ -68,5 +57,4 @@ def with_feedback(source: RowSource, encoder: RowEncoder, searched: EncodedRows,
                 choosers[rows.dtype](encoder, rows[chosen], encoded.rows(chosen), span, damped)
 
         parallel_slices(choose, range(0, len(rows), step), device)
->>>>>>> kern
     return result
