@@ -25,7 +25,7 @@ from ..formats.base import Format
 from ..formats.low_rank_and_joined import Composite
 from ..layers.torch_registration import contiguous
 from .background import submit
-from .kernel import EXACT, Backend, Case, Kernel
+from .kernel import EXACT, Backend, Case, Kernel, multiplies
 from .registry import BACKENDS
 from .selector import LATEST, Selector, current_load
 from .validator import ProcessValidator
@@ -43,6 +43,7 @@ __all__ = [
     "find",
     "is_off",
     "list_backends",
+    "multiplies",
     "request",
     "start_validation",
     "used"

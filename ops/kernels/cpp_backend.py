@@ -30,25 +30,22 @@ from ..cpu import features as cpu_features
 from ..formats.base import Format, Grid
 from ..formats.comfyui import E2M1
 from ..formats.row_layout import RowFormat
-from ..layers.int8_codes import LARGEST_CODE, TINY, encode_rows
+from ..layers.int8_codes import LARGEST_CODE, TINY
 from ..pickle_names import short_error_name
 from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time
 from ..quantize.row_columns import target_of
 from ..quantize.row_encoder import RowEncoder
-from .kernel import Backend, Kernel
+from .kernel import Backend, Kernel, block_length
 from .kernel_source import (
     C_TYPES,
     FORMAT_NAMES,
     MULTIPLIED,
     PLAIN,
-    block_length,
     c_floats,
     dequantize_and_linear,
-    is_for_products,
     kernel_source,
     late_bound_method,
-    linear_by_reference,
     scale_group,
     weight_argument,
 )
@@ -323,9 +320,6 @@ class CpuKernels:
     def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, one of `MAX_TOKENS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
-        if not is_for_products(packed_format, columns):
-            linear_by_reference(packed_format, tensors, input, addend, out)
-            return
         run = self._function("linear", packed_format, torch.float32,
                              LANES=_lanes(packed_format), TOKENS=max_tokens)
         input = input.float()
@@ -342,9 +336,6 @@ class CpuKernels:
     def linear_bfloat16(self, packed_format, tensors, input, addend, out):
         """See `Kernel.run`."""
         (tokens, columns), rows = input.shape, out.shape[1]
-        if not is_for_products(packed_format, columns):
-            linear_by_reference(packed_format, tensors, input, addend, out)
-            return
         run = self._function("linear_bfloat16", packed_format, out.dtype,
                              LANES=_lanes(packed_format))
         strides = (0, 0) if addend is None else addend.stride()
@@ -355,9 +346,6 @@ class CpuKernels:
     def int8_rows(self, packed_format, tensors, codes, scales, first):
         """See `Kernel.run`."""
         rows, columns = codes.shape
-        if not is_for_products(packed_format, columns):
-            encode_rows(packed_format, tensors, codes, scales, first)
-            return
         run = self._function("int8_rows", packed_format, torch.float32,
                              LANES=_lanes(packed_format), **CODES)
         weight = weight_argument(packed_format, tensors, columns, first)

@@ -15,9 +15,7 @@ from .kernel import Backend, Kernel
 from .kernel_source import (
     CHUNK,
     dequantize_and_linear,
-    is_for_products,
     kernel_source,
-    linear_by_reference,
     row_grid,
     weight_argument,
 )
@@ -124,9 +122,6 @@ class CudaKernels:
     def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, a key of `LINEAR_ROWS`."""
         (tokens, columns), rows = input.shape, out.shape[1]
-        if not is_for_products(packed_format, columns):
-            linear_by_reference(packed_format, tensors, input, addend, out)
-            return
         if input.data_ptr() % INPUT_ALIGNMENT:
             input = input.clone()
         rows_per_warp = LINEAR_ROWS[max_tokens]

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 
 from ..formats.base import Format
+from ..formats.row_layout import RowFormat
 from ..pickle_names import short_error_name
 
 ANY = "any format"
+PLAIN_LENGTH = 32  # values of a plain format that count as a block
 CASE_TEXT = re.compile(rf"(\w{{1,20}}) of ({ANY}|\w{{1,60}}) to (\w{{1,10}})(?=$|,)")
 # capabilities whose kernels have the reference's bits, and those that quantise
 EXACT = {"dequantize", "channels_last"}
@@ -49,7 +51,7 @@ class Kernel:
         of another dtype or the same, contiguous. The values have the bits of `Tensor.to`.
     "linear": run(packed_format, tensors, input, addend, out). Computes
         out = input @ weight.T + addend, summed in float32 and rounded once. input: (M, K),
-        contiguous, K a multiple of the block length. addend: (M, N) of any strides, or None. out:
+        contiguous, K as `multiplies` says. addend: (M, N) of any strides, or None. out:
         (M, N), contiguous. The weight's values may be rounded to the input's dtype, as the
         reference does.
     "attention": run(query, key, value, mask, scale, out). Computes
@@ -60,7 +62,7 @@ class Kernel:
         query without an unmasked key gets zeros. out: (batch, heads, N, value width). All have any
         strides, but the last is 1 of all but the mask. scale: not negative.
     "int8_rows": run(packed_format, tensors, codes, scales, first), see
-        `int8_codes.encode_rows`; K is a multiple of 256 and of the block length.
+        `int8_codes.encode_rows`; K is a multiple of 256, and as `multiplies` says.
     "int8_tokens": run(input, codes, scales), see `int8_codes.encode_tokens`. Codes of both may
         differ from the reference's by one where a value lies within 0.01 of the middle between two
         codes, and scales by a factor of 1e-5.
@@ -164,6 +166,18 @@ class Case(NamedTuple):
         """
         return [kernel for kernel in backend.kernels if kernel.capability == self.capability
                 and kernel.accepts(packed_format, self.dtype)]
+
+
+def block_length(packed_format: Format) -> int:
+    """Returns how many values kernels take as a block of a format."""
+    return packed_format.block_length if packed_format.plain_dtype is None else PLAIN_LENGTH
+
+
+def multiplies(packed_format: Format, columns: int) -> bool:
+    """Returns whether kernels of products take rows of so many columns."""
+    if isinstance(packed_format, RowFormat) and columns != packed_format.block_length:
+        return False  # two rows of codes, with scales of their own, as one row of the weight
+    return columns % 8 == 0 and columns % block_length(packed_format) == 0
 
 
 def dtype_name(dtype: torch.dtype) -> str:

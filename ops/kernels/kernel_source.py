@@ -13,7 +13,7 @@ import torch
 
 from ..formats.base import Format
 from ..formats.row_layout import Codes, Numbers, RowFormat, RowLayout
-from .kernel import Kernel
+from .kernel import Kernel, block_length
 
 SOURCES = Path(__file__).with_name("source")
 CHUNK = 8  # values that a thread of a GPU handles at a time, LANES of its source
@@ -31,8 +31,7 @@ FORMAT_NAMES = frozenset((
 # names of `Format.kernel_names`: what "dequantize" takes, and what products take too
 DEQUANTIZED = FORMAT_NAMES | {"RowFormat"}
 MULTIPLIED = FORMAT_NAMES | {"UnrotatedRows"}
-# plain formats that products take too, of which that many values count as a block
-PLAIN, PLAIN_LENGTH = frozenset(["F16"]), 32
+PLAIN = frozenset(["F16"])  # plain formats that products take too
 # order of codes, or storage of numbers -> its name in source/formats/rows.h
 ORDERS = {"high first": "HIGH_FIRST", "planes": "PLANES"}
 NUMBERS = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "HalfFloat",
@@ -99,11 +98,6 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
     texts = [path.read_text(encoding="utf-8")
              for path in source_files(platform, packed_format, kernel)]
     return "\n".join([*defines, *texts])
-
-
-def block_length(packed_format: Format) -> int:
-    """Returns how many values kernels take as a block of a format."""
-    return packed_format.block_length if packed_format.plain_dtype is None else PLAIN_LENGTH
 
 
 def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
@@ -185,24 +179,6 @@ def weight_argument(packed_format: Format, tensors: list[torch.Tensor], columns:
     fields = [next((addresses[name] for name in names if name in addresses), None)
               for names in ROW_TENSORS.values()]
     return RowWeight(*fields, columns, packed_format.layout.groups)
-
-
-def is_for_products(packed_format: Format, columns: int) -> bool:
-    """Returns whether kernels multiply rows of so many columns, which are whole blocks."""
-    if isinstance(packed_format, RowFormat) and columns != packed_format.block_length:
-        return False  # two rows of codes, with scales of their own, as one row of the weight
-    return columns % 8 == 0 and columns % block_length(packed_format) == 0
-
-
-def linear_by_reference(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tensor,
-                        addend: torch.Tensor | None, out: torch.Tensor):
-    """Computes "linear", see `Kernel`, for rows that a kernel of their key does not take."""
-    weight = input.new_empty((out.shape[1], input.shape[1]))
-    packed_format.dequantize_into(tensors, weight)
-    if addend is None:
-        torch.mm(input, weight.t(), out=out)
-    else:
-        torch.addmm(addend, input, weight.t(), out=out)
 
 
 def row_grid(packed_format: RowFormat, rows: int) -> tuple[tuple[int, int], tuple[int, int]]:

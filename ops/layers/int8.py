@@ -71,7 +71,7 @@ def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows:
         or not multiplies_integers(device)
     ):
         return None
-    if columns % packed_format.block_length == 0:
+    if kernels.multiplies(packed_format, columns):
         encode = kernels.find("int8_rows", device, packed_format, torch.int8, load=load)
         if encode is not None:
             return encode

@@ -58,7 +58,7 @@ def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Te
     Where `added` is None, `bias` is added. Returns None where there is no such kernel.
     """
     tokens, columns = input.shape
-    if columns % packed_format.block_length:
+    if not kernels.multiplies(packed_format, columns):
         return None
     run = kernels.find("linear", input.device, packed_format, input.dtype, tokens, load)
     if run is None:

@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--formats", nargs="+", choices=[*FORMAT_NAMES, *RANKED_NAMES],
                         default=["Q8_0", "Q4_K", "NF4"], metavar="FORMAT")
     parser.add_argument("--blocks", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"),
-                        help="size of the model in `model` and `train`")
+                        help="size of the model in `model`, `train` and `comfy_load`")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peer", type=Path,
                         help="folder of another pack with the node UnetLoaderGGUF")

@@ -65,7 +65,8 @@ def bench_host_types(options):
 def bench_packing_while_loading(options):
     """Seconds of loading a bfloat16 Flux of random weights, packed to each of ComfyUI's own types
     while it is loaded, with a compiler and without. The file is in the page cache."""
-    shapes = flux_shapes(options.sizes.hidden, *BLOCKS, options.sizes.context)
+    blocks = options.blocks or BLOCKS
+    shapes = flux_shapes(options.sizes.hidden, *blocks, options.sizes.context)
     off = {packed_cache.FOLDER: packed_cache.OFF}
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, off):
         path = Path(folder) / "flux.safetensors"

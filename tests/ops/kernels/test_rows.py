@@ -16,6 +16,7 @@ from kernel_cases import (
     shared_cache,
 )
 
+from featherweight.ops import kernels
 from featherweight.ops.formats._names import formats_of_key
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
@@ -24,6 +25,8 @@ from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import cpp_backend, cuda_backend, kernel_source, metal_backend
 from featherweight.ops.kernels.runtime_compiler import GpuError
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
+from featherweight.ops.layers import product
+from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 
 BACKENDS = ("cpp", "nvrtc", "metal")
 GPUS = ("nvrtc", "hiprtc with warps of 64", "metal")
@@ -313,3 +316,15 @@ def test_a_wrong_source_is_seen(change, tmp_path, monkeypatch):
     with backend_on_cpu("cpp", tmp_path) as backend, \
             pytest.raises(WrongResult, match="differ from the reference"):
         check(dequantize_kernel(backend, fmt), fmt, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("columns", [12, 37, 40])
+def test_rows_that_no_kernel_takes_are_multiplied_by_torch(columns, monkeypatch):
+    asked, find = [], kernels.find
+    monkeypatch.setattr(kernels, "find",
+                        lambda op, *case, **more: asked.append(op) or find(op, *case, **more))
+    packed = pack_to_type(torch.randn(24, columns), ROW_TYPES["float8_e4m3fn"])
+    input = torch.randn(3, columns)
+    expected = input @ packed.dequantize().T
+    assert torch.allclose(product.linear(input, packed), expected, rtol=1e-4, atol=1e-4)
+    assert ("linear" in asked) == (columns % 8 == 0)
