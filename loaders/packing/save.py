@@ -19,7 +19,8 @@ import torch
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.layers.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ...ops.quantize.pack_tensor import pack_tensor
-from ...ops.quantize.relative_error import RelativeError, float_values
+from ...ops.quantize.relative_error import SAMPLE_VALUES, RelativeError, float_values
+from ...ops.quantize.row_source import RowSource
 from ...ops.quantize.row_types import ROW_TYPES, pack_to_type
 from ...ops.quantize.second_moments import SecondMoments
 from ...ops.tensor.packed_layout import is_packed
@@ -40,7 +41,7 @@ from .planning.packing_rules import (
     with_fallback,
 )
 from .planning.plan import DIGITS, Plan
-from .source import SaveError, Weight
+from .source import BLOCK_ROWS, SaveError, Weight
 
 SLICE_VALUES = 1 << 24  # values of a weight in float32 at a time
 # How a change is enlarged until it arrives whole: the share of it that arrives may differ from 1 by
@@ -280,7 +281,7 @@ class WeightPacker:
         packed = _Packed()
         moments = self._moments(weight, type_name)
 
-        def pack(values: torch.Tensor) -> torch.Tensor | None:
+        def pack(values: torch.Tensor | RowSource) -> torch.Tensor | None:
             return self._pack_piece(values, weight, type_name, moments, dither)
 
         is_per_tensor = type_name in ROW_TYPES and ROW_TYPES[type_name].is_per_tensor
@@ -307,27 +308,26 @@ class WeightPacker:
         return packed if packed.relative_error.is_small else None
 
     def _try_pack_whole(
-            self, weight: Weight, pack: Callable[[torch.Tensor], torch.Tensor | None]
+            self, weight: Weight, pack: Callable[[torch.Tensor | RowSource], torch.Tensor | None]
     ) -> _Packed | None:
         """Packs a weight of one scale in one piece, None where the type cannot hold its values.
 
-        Beside its values only slices of it are dense.
+        Only slices of it are dense, unless a patch applies only to a whole weight.
 
         Args:
             weight: the weight.
             pack: packs its values, or returns None.
         """
-        packed = _Packed()
-        values = torch.empty(weight.shape, dtype=torch.float32)
-        slices = weight.slices(SLICE_VALUES)
-        for start, stop in slices:
-            values[start:stop] = self._patched(weight, start, stop)[2]
-        _reject_bad_values(values, weight)
-        piece = pack(values)
+        packed, slices = _Packed(), weight.slices(SLICE_VALUES)
+        source = self._rows_of(weight)
+        if len(slices) == 1:
+            values = source.read(0, weight.shape[0])
+            source = RowSource.of(values)
+        piece = pack(source)
         if piece is None:
             return None
-        packed.relative_error.add(values, piece)
-        del values
+        rows = min(weight.shape[0], max(1, SAMPLE_VALUES // source.columns))
+        packed.relative_error.add(source.read(0, rows).cpu(), take_rows(piece, slice(0, rows)))
         packed.pieces.append(piece)
         for start, stop in slices if weight.patches else ():
             base, changes, _ = self._patched(weight, start, stop)
@@ -335,6 +335,19 @@ class WeightPacker:
                 rows = float_values(take_rows(piece, slice(start, stop)))
                 packed.retention.append(self.retention.measure(base, changes, rows, start == 0))
         return packed if packed.relative_error.is_small else None
+
+    def _rows_of(self, weight: Weight) -> RowSource:
+        """Returns a weight with its patches as a source of float32 rows; bad values raise."""
+        device = self.source.device
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            first = start // BLOCK_ROWS * BLOCK_ROWS
+            last = min(weight.shape[0], -(-stop // BLOCK_ROWS) * BLOCK_ROWS)
+            values = self._patched(weight, first, last)[2][start - first:stop - first]
+            _reject_bad_values(values, weight)
+            return values.to(device)
+
+        return RowSource(weight.shape, read, device)
 
     def _patched(
             self, weight: Weight, start: int, stop: int
@@ -389,19 +402,22 @@ class WeightPacker:
             piece = enlarged
             attempt += 1
 
-    def _pack_piece(self, values: torch.Tensor, weight: Weight, type_name: str,
+    def _pack_piece(self, values: torch.Tensor | RowSource, weight: Weight, type_name: str,
                    moments: SecondMoments | None, dither: bool = False) -> torch.Tensor | None:
         """Packs rows in a type, to the CPU; None where the type cannot hold them.
 
+        values: a source of rows only for row types.
         dither: whether values are rounded stochastically, for FINER only.
         """
-        if type_name in PLAIN_DTYPES:
+        if isinstance(values, torch.Tensor) and type_name in PLAIN_DTYPES:
             dtype = PLAIN_DTYPES[type_name]
             # Rounding to the nearest would lose a change below half a step of 16 bits.
             piece = stochastic_round(values.clone(), dtype) if weight.patches else values.to(dtype)
             return piece.cpu() if piece.isfinite().all() else None
         device = self.source.device
         try:
+            if isinstance(values, RowSource):
+                return pack_to_type(values, ROW_TYPES[type_name], moments).to("cpu")
             if type_name in ROW_TYPES:
                 return pack_to_type(values.to(device), ROW_TYPES[type_name], moments).to("cpu")
             packed_format = FORMATS[type_name]

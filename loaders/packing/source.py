@@ -56,6 +56,7 @@ CONFIG = "config"
 NOT_KEPT = ("general.", "featherweight.", "quantization", "_quantization")
 INPUT_SCALES = (".input_scale", ".scale_input")  # which are not of a weight
 ADVICE = "Remove it, or put it after the loader of the new file instead."
+BLOCK_ROWS = 64  # rows are whole blocks of every format: those of NF4 continue from row to row
 COMPARED = 1 << 14  # values of a weight by which a file is known to be the one it was loaded from
 
 
@@ -135,8 +136,8 @@ class Weight:
         rows = self.shape[0] if self.shape else 1
         is_one = self.values <= max_values or len(self.shape) < 2 or (
             self.patches and patched_values.slice_patches(self.patches, 0, 1) is None)
-        # Blocks of NF4 continue from row to row; 64 rows are whole blocks of every format.
-        step = rows if is_one else max(1, max_values // (self.values // rows) // 64) * 64
+        step = rows if is_one else max(
+            1, max_values // (self.values // rows) // BLOCK_ROWS) * BLOCK_ROWS
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def patched(self, start: int, stop: int, patches: Sequence[Patch] | None = None,
