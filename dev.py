@@ -20,8 +20,10 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  in seconds
   lint                           check style (ruff) and types (pyright)
   bench [arguments]              measure speed and memory side by side
-  quality [--packing]            measure what each packing does to the demo's pictures;
-                                 --packing: with files packed here
+  quality [--packing [--host-types]]
+                                 measure what each packing does to the demo's pictures;
+                                 --packing: with files packed here; --host-types: in ComfyUI's
+                                 own types
   sizes                          count the bytes of popular models in each format, for
                                  docs/choosing.md
   inspect FILE [--reference FILE] [--picture OUT.png]

@@ -2,7 +2,7 @@
 `host_alone.py INPUTS OUT CLIP CHECKPOINT FILES`.
 
 Runs in a process of its own. INPUTS, OUT: of `torch.save`; INPUTS are the arguments of
-`apply_model`. CLIP: of a text encoder for Flux.2. CHECKPOINT: a whole one of SD1.5's kind. FILES:
+`apply_model`. CLIP: of a text encoder for Flux.2. CHECKPOINT: a whole one of SD1.5's kind, or `none`. FILES:
 of diffusion models in one folder with it.
 OUT has, by the names of the files, the formats of their layers, and what a model gives when *Load
 Diffusion Model*, *Load Checkpoint* and, once ComfyUI has saved it, *Load Diffusion Model* have
@@ -69,7 +69,8 @@ if __name__ == "__main__":
     outputs = {file.name: opened(file, arguments) for file in files}
     clip, = nodes.CLIPLoader().load_clip(clip_file.name, "flux2")
     outputs[clip_file.name] = {"formats": formats(clip.patcher.model)}
-    parts = nodes.CheckpointLoaderSimple().load_checkpoint(checkpoint_file.name)
-    outputs[checkpoint_file.name] = {"formats": formats(parts[0].model), "drawn": drawn(*parts)}
+    if checkpoint_file.is_file():
+        parts = nodes.CheckpointLoaderSimple().load_checkpoint(checkpoint_file.name)
+        outputs[checkpoint_file.name] = {"formats": formats(parts[0].model), "drawn": drawn(*parts)}
     outputs["pack"] = [name for name in sys.modules if name.split(".")[0] == "featherweight"]
     torch.save(outputs, out_file)

@@ -170,7 +170,7 @@ def test_comfyui_alone_opens_what_is_kept_and_computes_the_same(gguf, tmp_path, 
     torch.save(flux_inputs(), tmp_path / "inputs")
     script = Path(__file__).parents[2] / "support/host_alone.py"
     subprocess.run([sys.executable, script, tmp_path / "inputs", tmp_path / "out", clip,
-                    *files.values()], check=True)
+                    "none", *files.values()], check=True)
     outputs = torch.load(tmp_path / "out")
     assert outputs["pack"] == [] and outputs[clip.name]["formats"] == {"", "mxfp8"}
     for type_name, model in loaded.items():
