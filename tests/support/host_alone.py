@@ -2,8 +2,8 @@
 `host_alone.py INPUTS OUT CLIP CHECKPOINT FILES`.
 
 Runs in a process of its own. INPUTS, OUT: of `torch.save`; INPUTS are the arguments of
-`apply_model`. CLIP: of a text encoder for Flux.2. CHECKPOINT: a whole one of SD1.5's kind, or `none`. FILES:
-of diffusion models in one folder with it.
+`apply_model`. CLIP: of a text encoder for Flux.2. CHECKPOINT: a whole one of SD1.5's kind, or
+`none`. FILES: of diffusion models in one folder with it.
 OUT has, by the names of the files, the formats of their layers, and what a model gives when *Load
 Diffusion Model*, *Load Checkpoint* and, once ComfyUI has saved it, *Load Diffusion Model* have
 loaded it; what the checkpoint draws; and the modules of this pack.
