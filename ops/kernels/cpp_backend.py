@@ -39,6 +39,7 @@ from ..quantize.row_encoder import RowEncoder
 from .kernel import Backend, Kernel, block_length
 from .kernel_source import (
     C_TYPES,
+    DITHER,
     FORMAT_NAMES,
     MULTIPLIED,
     PLAIN,
@@ -370,6 +371,13 @@ class CpuKernels:
         run(_address(values), _address(out), c_longlong(rows), c_int(channels), c_int(taps),
             c_int(_threads(out.numel())))
 
+    def add_rounded(self, value, change):
+        """See `Kernel.run`."""
+        run = self._function("add_rounded", None, value.dtype, LANES=_max_lanes(), **DITHER,
+                             IS_HALF=int(value.dtype == torch.float16))
+        run(_address(value), _address(change), c_longlong(value.numel()),
+            c_int(_threads(value.numel())))
+
     def attention(self, query, key, value, mask, scale, out):
         """See `Kernel.run`."""
         run = self._function("attention", None, out.dtype, LANES=_max_lanes())
@@ -516,6 +524,8 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
                late_bound_method(kernels, "int8_tokens")),
         Kernel("channels_last", frozenset(), frozenset(C_TYPES),
                late_bound_method(kernels, "channels_last")),
+        Kernel("add_rounded", frozenset(), frozenset([torch.float16, torch.bfloat16]),
+               late_bound_method(kernels, "add_rounded")),
         *([Kernel("attention", frozenset(), frozenset(C_TYPES),
                   late_bound_method(kernels, "attention"))] if cpu_features.is_x86() else []),
         *(Kernel(name, FORMAT_NAMES, float32, late_bound_method(kernels, name))

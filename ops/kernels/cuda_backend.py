@@ -14,8 +14,10 @@ from ..lasting_memory import cached_on_device, lasting_memory
 from .kernel import Backend, Kernel
 from .kernel_source import (
     CHUNK,
+    DITHER,
     dequantize_and_linear,
     kernel_source,
+    late_bound_method,
     row_grid,
     weight_argument,
 )
@@ -47,15 +49,15 @@ class Program:
     """One kernel of `source/cuda` for one format.
 
     Attributes:
-        kernel: "dequantize", "dequantize_rows", for formats of rows, or "linear".
-        packed_format: Of the weight.
-        dtype: Of the values for "dequantize", of input and output for "linear".
+        kernel: "dequantize", "dequantize_rows", for formats of rows, "linear" or "add_rounded".
+        packed_format: Of the weight; None for "add_rounded".
+        dtype: Of the values for "dequantize", of input and output for "linear" and "add_rounded".
         alignment: Of the packed bytes' address: 1, 2 or 4.
         tokens: The most that "linear" takes.
         rows: Weight rows per warp of "linear".
     """
     kernel: str
-    packed_format: Format
+    packed_format: Format | None
     dtype: torch.dtype
     alignment: int = 1
     tokens: int = 1
@@ -63,12 +65,12 @@ class Program:
 
     def source(self, architecture: Architecture) -> str:
         """Returns CUDA C++ or HIP. Raises GpuError for a block length that it cannot handle."""
-        if self.packed_format.block_length % CHUNK:
+        if self.packed_format is not None and self.packed_format.block_length % CHUNK:
             raise GpuError(f"blocks of {self.packed_format.block_length} values do not divide into"
                            f" chunks of {CHUNK}")
         return kernel_source("cuda", self.kernel, self.packed_format, self.dtype,
                              ALIGNMENT=self.alignment, TOKENS=self.tokens, ROWS=self.rows,
-                             WARP=architecture.warp)
+                             WARP=architecture.warp, **DITHER)
 
 
 class CudaKernels:
@@ -138,6 +140,16 @@ class CudaKernels:
                      c_void_p(out.data_ptr()), c_int(tokens), c_int(rows),
                      *map(c_longlong, strides))
 
+    def add_rounded(self, value, change):
+        """See `Kernel.run`."""
+        if not value.numel():
+            return
+        chunks = -(-value.numel() // CHUNK)
+        self._launch(Program("add_rounded", None, value.dtype),
+                     (-(-chunks // DEQUANTIZE_THREADS),), (DEQUANTIZE_THREADS,), value.device,
+                     c_void_p(value.data_ptr()), c_void_p(change.data_ptr()),
+                     c_longlong(value.numel()))
+
 
 def alignment(packed_format: Format) -> int:
     """Returns the alignment, at most 4 bytes, that whatever is loaded has if a weight's tensors
@@ -176,7 +188,9 @@ def _first_that_loads(make: Callable[[str, Api], Any], libraries: list[str], api
 
 def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     """Returns the backend's kernels. kernels: called when one runs."""
-    return dequantize_and_linear(kernels, LINEAR_ROWS)
+    add_rounded = Kernel("add_rounded", frozenset(), frozenset([torch.float16, torch.bfloat16]),
+                         late_bound_method(kernels, "add_rounded"))
+    return *dequantize_and_linear(kernels, LINEAR_ROWS), add_rounded
 
 
 API = HIP if torch.version.hip else CUDA

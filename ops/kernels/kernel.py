@@ -14,7 +14,7 @@ ANY = "any format"
 PLAIN_LENGTH = 32  # values of a plain format that count as a block
 CASE_TEXT = re.compile(rf"(\w{{1,20}}) of ({ANY}|\w{{1,60}}) to (\w{{1,10}})(?=$|,)")
 # capabilities whose kernels have the reference's bits, and those that quantise
-EXACT = {"dequantize", "channels_last"}
+EXACT = {"dequantize", "channels_last", "add_rounded"}
 QUANTIZING = {"pack_blocks", "pack_columns", "pack_rows", "pack_row_columns"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
@@ -30,12 +30,13 @@ class Kernel:
     """One implementation of a capability, and its constraints.
 
     Attributes:
-        capability: "dequantize", "channels_last", "linear", "attention", "int8_rows",
-            "int8_tokens", or one of `QUANTIZING`.
+        capability: "dequantize", "channels_last", "add_rounded", "linear", "attention",
+            "int8_rows", "int8_tokens", or one of `QUANTIZING`.
         formats: Names of formats. A format derived from one of them (another block length) counts
-            as it. Empty for "channels_last", "attention" and "int8_tokens".
+            as it. Empty for "channels_last", "add_rounded", "attention" and "int8_tokens".
         dtypes: Of the values for "dequantize" and `QUANTIZING`, of input and output for
-            "linear", of the output for "channels_last", of all but the mask for
+            "linear", of the output for "channels_last", of both operands for "add_rounded",
+            where it is one of 16 bits, of all but the mask for
             "attention", of the input for "int8_tokens"; int8 for "int8_rows".
         run: The function, with the arguments below.
         min_tokens: The fewest rows of the input that "linear" takes.
@@ -49,6 +50,8 @@ class Kernel:
     "channels_last": run(values, out). Casts the weight of a convolution and writes it transposed.
         values: (rows, channels, taps) of any float dtype, contiguous. out: (rows, taps, channels)
         of another dtype or the same, contiguous. The values have the bits of `Tensor.to`.
+    "add_rounded": run(value, change). Adds `change` to `value`, both contiguous and of one shape;
+        the sum has the bits of `stochastic_rounding.stochastic_round`.
     "linear": run(packed_format, tensors, input, addend, out). Computes
         out = input @ weight.T + addend, summed in float32 and rounded once. input: (M, K),
         contiguous, K as `multiplies` says. addend: (M, N) of any strides, or None. out:

@@ -5,6 +5,7 @@ together, and each of its kernels has a file. The folder `formats` is shared.
 """
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Iterable
 from ctypes import c_int, c_void_p
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from ..formats.base import Format
 from ..formats.row_layout import Codes, Numbers, RowFormat, RowLayout
+from ..layers.stochastic_rounding import LEAST_NORMAL, MIX, NOISE
 from .kernel import Kernel, block_length
 
 SOURCES = Path(__file__).with_name("source")
@@ -32,6 +34,9 @@ FORMAT_NAMES = frozenset((
 DEQUANTIZED = FORMAT_NAMES | {"RowFormat"}
 MULTIPLIED = FORMAT_NAMES | {"UnrotatedRows"}
 PLAIN = frozenset(["F16"])  # plain formats that products take too
+# constants of "add_rounded": see ops/layers/stochastic_rounding.py; the least number by its bits
+DITHER = {"MIX": f"{MIX & 0xFFFFFFFF}u", "NOISE": f"{NOISE.hex()}f",
+          "LEAST_NORMAL": hex(struct.unpack("<I", struct.pack("<f", LEAST_NORMAL))[0])}
 # order of codes, or storage of numbers -> its name in source/formats/rows.h
 ORDERS = {"high first": "HIGH_FIRST", "planes": "PLANES"}
 NUMBERS = {"f32": "Float", "f32 bytes": "Float", "bf16": "BFloat", "f16": "HalfFloat",

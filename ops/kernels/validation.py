@@ -17,7 +17,7 @@ import torch
 from ..formats._names import formats_of_key
 from ..formats.base import FORMATS, Format, QParam
 from ..formats.row_layout import NUMBER_DTYPES, RowFormat
-from ..layers import int8_codes
+from ..layers import int8_codes, stochastic_rounding
 from . import quantize_validation
 from .kernel import Kernel, WrongResult, device_name
 
@@ -98,7 +98,8 @@ class Int8RowsCase:
 
 @dataclass(frozen=True)
 class MatrixCase:
-    """A case of "int8_tokens": the shape of the input, and an offset as in `LinearCase`."""
+    """A case of "int8_tokens" or "add_rounded": the shape of the input, and an offset as in
+    `LinearCase`."""
     rows: int
     columns: int
     input_offset: int = 0
@@ -143,6 +144,9 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
                  (MANY // (NARROW * 9), NARROW, 9))
         return [ChannelsLastCase(dtype, *size) for size in sizes
                 for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    if kernel.capability == "add_rounded":
+        return [MatrixCase(1, 1), MatrixCase(3, 37, 1), MatrixCase(8, 512, 8),
+                MatrixCase(MANY // WIDE, WIDE)]
     if kernel.capability == "attention":
         return [
             AttentionCase((1, 1, 1, 1, 1, 1, 1), offset=1),
@@ -204,6 +208,7 @@ def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
     """
     check_case = {
         "dequantize": _check_dequantize, "channels_last": _check_channels_last,
+        "add_rounded": _check_add_rounded,
         "linear": _check_linear, "attention": _check_attention, "int8_rows": _check_int8_rows,
         "int8_tokens": _check_int8_tokens, "pack_blocks": quantize_validation.check_blocks,
         "pack_columns": quantize_validation.check_columns,
@@ -278,6 +283,23 @@ def _check_channels_last(run: Callable[..., None], case: ChannelsLastCase, packe
     expected = values.to(dtype).transpose(1, 2).contiguous()
     values = misaligned_copy(values, case.packed_offset)
     _check_bits(expected, case.out_offset, lambda result: run(values, result))
+
+
+def _check_add_rounded(run: Callable[..., None], case: MatrixCase, packed_format: None,
+                       dtype: torch.dtype, device: torch.device):
+    generator = torch.Generator().manual_seed(case.rows)
+    shape, limits = (case.rows, case.columns), torch.finfo(dtype)
+    value, change = (torch.randn(shape, generator=generator, dtype=torch.float32)
+                     for _ in range(2))
+    if value.numel() > 1:
+        value[:, ::7] *= 10 * limits.tiny  # near the numbers that are subnormal in float16
+        value[0, :4] = torch.tensor([torch.nan, torch.inf, limits.max, -limits.max])
+    value = value.to(device, dtype)
+    change = (change * value.float().abs().cpu().nan_to_num(1) / 100).to(device, dtype)
+    change = misaligned_copy(change, case.input_offset)
+    expected = stochastic_rounding.stochastic_round(value.float() + change, dtype)
+    _check_bits(expected, case.input_offset,
+                lambda result: run(result.copy_(value), change))
 
 
 def _check_bits(expected: torch.Tensor, out_offset: int,

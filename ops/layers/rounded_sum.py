@@ -1,6 +1,7 @@
 """Adds what LoRAs change to a product that is rounded to 16 bits already, and loses none of it."""
 import torch
 
+from .. import kernels
 from .low_rank import LowRank
 from .stochastic_rounding import on_the_grid, pieces, stochastic_round
 
@@ -36,6 +37,16 @@ def add_small(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         return value + change
     if value.requires_grad or change.requires_grad:
         return stochastic_round(value.float() + change, value.dtype)
+    if not torch.compiler.is_compiling() and _are_alike(value, change):
+        run = kernels.find("add_rounded", value.device, None, value.dtype)
+        if run is not None:
+            run(value, change)
+            return value
     for part, added in pieces(value, change):
         part.copy_(on_the_grid(part.float().add_(added), value.dtype))
     return value
+
+
+def _are_alike(value: torch.Tensor, change: torch.Tensor) -> bool:
+    """Returns whether a kernel takes both: contiguous, of one dtype."""
+    return value.dtype == change.dtype and value.is_contiguous() and change.is_contiguous()

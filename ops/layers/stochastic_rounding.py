@@ -10,13 +10,13 @@ from collections.abc import Iterable
 import torch
 
 # Knuth's multiplicative hash: 2^32 divided by the golden ratio; odd, so that it is a bijection.
-_MIX = -1640531527
+MIX = -1640531527
 _CHANCE_BITS = 16
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's mantissa
 # float16 is subnormal below 2^-14, in steps of 2^-24. There the hash, from -2^31 to 2^31 - 1, is
 # the noise added before the cast rounds. It is below half a step by a margin, so that a value on
 # the grid stays there, even after float32 has rounded the sum.
-_LEAST_NORMAL, _NOISE = 2.0 ** -14, 2.0 ** -56 * (1 - 1.5 * 2.0 ** -13)
+LEAST_NORMAL, NOISE = 2.0 ** -14, 2.0 ** -56 * (1 - 1.5 * 2.0 ** -13)
 # values that a CPU rounds at a time: the temporaries stay in its cache
 _PIECE = 1 << 16
 
@@ -68,7 +68,7 @@ def stochastic_round_to_integers(values: torch.Tensor, step: torch.Tensor) -> to
 
 def _hash(values: torch.Tensor) -> torch.Tensor:
     """Hashes the bits of each float32 to an int32."""
-    return values.view(torch.int32).mul(_MIX)
+    return values.view(torch.int32).mul(MIX)
 
 
 def _upper(hashes: torch.Tensor, count: int) -> torch.Tensor:
@@ -95,10 +95,10 @@ def on_the_grid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     dropped, largest = _DROPPED_BITS[dtype], torch.finfo(dtype).max
     normal = values.clamp(-largest, largest)
     if dtype == torch.float16:
-        normal = torch.nn.functional.hardshrink(normal, _LEAST_NORMAL)  # zero for what is not
+        normal = torch.nn.functional.hardshrink(normal, LEAST_NORMAL)  # zero for what is not
     less = normal - values  # zero where the value is normal and finite, NaN for NaN
     hashes = _hash(values)
     if dtype == torch.float16:
-        less.sub_(hashes, alpha=_NOISE)
+        less.sub_(hashes, alpha=NOISE)
     bits = _upper(hashes, dropped).add_(normal.view(torch.int32)).bitwise_and_(-1 << dropped)
     return bits.view(torch.float32).sub_(less)

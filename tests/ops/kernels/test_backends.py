@@ -221,6 +221,14 @@ def test_channels_go_last_in_any_dtype(backend, threads, fmt, dtype, device, mon
     check(*kernels_of(backend, "channels_last"), fmt, dtype, device)
 
 
+@parametrize_cases([*CPUS, *GPUS], [None], DTYPES[1:], lambda *case: True)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_small_changes_are_added_with_the_references_bits(backend, threads, fmt, dtype, device,
+                                                          monkeypatch):
+    monkeypatch.setattr(cpp_backend, "_threads", lambda values: threads)
+    check(*kernels_of(backend, "add_rounded"), fmt, dtype, device)
+
+
 @parametrize_cases(["cpp"], [None], DTYPES, lambda *case: True)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_attention_is_right(backend, threads, fmt, dtype, device, monkeypatch):

@@ -152,6 +152,11 @@ def test_every_type_and_number_of_rows_compiles_for_every_gpu(compile, dtype):
     assert compile(Program("dequantize", FORMATS["Q6_K"], dtype, 1)).startswith(ELF)
 
 
+@each_capability("dtype", DTYPES[1:], DTYPES[1:])
+def test_the_sum_of_small_changes_compiles_for_every_gpu(compile, dtype):
+    assert compile(Program("add_rounded", None, dtype)).startswith(ELF)
+
+
 def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):
     source = Program("dequantize", FORMATS["Q8_0"], torch.float16).source(Architecture("sm_999"))
     image = compiler.compile(source, "sm_999")
@@ -186,8 +191,8 @@ def test_a_missing_driver_is_named():
 def test_every_source_is_used():
     basic = ("dequantize", "dequantize_rows", "linear")
     kernels = {
-        "cuda": basic, "metal": basic,
-        "cpu": (*basic, "linear_bfloat16", "channels_last", "attention",
+        "cuda": (*basic, "add_rounded"), "metal": basic,
+        "cpu": (*basic, "linear_bfloat16", "channels_last", "attention", "add_rounded",
                 "int8_rows", "int8_tokens", "pack_blocks", "pack_columns", "pack_rows",
                 "pack_row_columns")
     }

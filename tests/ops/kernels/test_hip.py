@@ -78,6 +78,11 @@ def test_rows_compile_for_every_gpu(assembly, fmt, architecture):
         assembly(Program("linear", fmt, torch.float16, alignment(fmt), 4, 2), architecture)
 
 
+@each_architecture([torch.float16, torch.bfloat16], [torch.float16, torch.bfloat16])
+def test_the_sum_of_small_changes_compiles_for_every_gpu(assembly, fmt, architecture):
+    assembly(Program("add_rounded", None, fmt), architecture)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 def test_values_are_not_fused_and_sums_are(assembly, architecture):
     """A fused multiply-add rounds once instead of twice, which changes bits."""

@@ -20,6 +20,7 @@ from featherweight.ops.kernels.validation import ISSUES, probe
 from featherweight.ops.layers import int8, int8_codes, product
 from featherweight.ops.layers.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.layers.low_rank import LowRank, Slice
+from featherweight.ops.layers.stochastic_rounding import stochastic_round
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def backend(*kernels, name="made_up", probe=lambda device: None):
     return Backend(name, probe, kernels)
 
 
-WITHOUT_FORMAT = {"int8_tokens", "channels_last", "attention"}
+WITHOUT_FORMAT = {"int8_tokens", "channels_last", "attention", "add_rounded"}
 
 
 def kernel(capability: str, run, **constraints) -> Kernel:
@@ -80,7 +81,7 @@ def kernel(capability: str, run, **constraints) -> Kernel:
 
 
 def dtype_of(capability: str) -> torch.dtype:
-    return torch.int8 if capability == "int8_rows" else torch.float32
+    return {"int8_rows": torch.int8, "add_rounded": torch.bfloat16}.get(capability, torch.float32)
 
 
 def find(capability: str):
@@ -157,6 +158,14 @@ def encode_tokens_without_nan(input, codes, scales):
     scales.nan_to_num_()
 
 
+def add_rounded(value, change):
+    value.copy_(stochastic_round(value.float() + change, value.dtype))
+
+
+def add_to_the_nearest(value, change):
+    value.add_(change)
+
+
 @pytest.mark.parametrize(
     ("capability", "run", "is_right"),
     [
@@ -167,6 +176,8 @@ def encode_tokens_without_nan(input, codes, scales):
         ("linear", multiply_without_addend, False),
         ("channels_last", transpose, True),
         ("channels_last", transpose_nothing, False),
+        ("add_rounded", add_rounded, True),
+        ("add_rounded", add_to_the_nearest, False),
         ("attention", attention, True),
         ("attention", attention_without_mask, False),
         ("attention", attention_of_numbers, False),
@@ -185,7 +196,8 @@ def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
 SEVERAL_THREADS = 2 * VALUES_PER_THREAD
 RIGHT = {
     "dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows,
-    "int8_tokens": encode_tokens, "channels_last": transpose, "attention": attention
+    "int8_tokens": encode_tokens, "channels_last": transpose, "attention": attention,
+    "add_rounded": add_rounded
 }
 SPOIL = {  # changes the arguments of a right kernel after it has run
     "dequantize": lambda args: args.out[-1].add_(1),
@@ -193,6 +205,7 @@ SPOIL = {  # changes the arguments of a right kernel after it has run
     "int8_rows": lambda args: args.codes[-1, -1].bitwise_xor_(64),
     "int8_tokens": lambda args: args.scales[-1].mul_(1.01),
     "channels_last": lambda args: args.out[-1, -1, -1].add_(1),
+    "add_rounded": lambda args: args.value[-1, -1].mul_(2),
     "attention": lambda args: args.out[-1, -1, -1, -1].add_(0.01)}
 WRONG = {
     "dequantize": {
@@ -248,6 +261,12 @@ WRONG = {
         "with channels for no whole vector": lambda args: args.values.shape[1] % 16,
         "from odd addresses": lambda args: args.values.data_ptr() % 16,
         "to odd addresses": lambda args: args.out.data_ptr() % 8,
+    },
+    "add_rounded": {
+        "with several threads": lambda args: args.value.numel() >= SEVERAL_THREADS,
+        "of one number": lambda args: args.value.numel() == 1,
+        "of no whole vector": lambda args: args.value.numel() % 8,
+        "at odd addresses": lambda args: args.value.data_ptr() % 16,
     },
     "attention": {
         "with a mask": lambda args: args.mask is not None,

@@ -104,6 +104,7 @@ KERNELS = [
     ("dequantize", "INT8_CONVROT", torch.float16), ("linear", "Q4_K", torch.float32),
     ("linear", "Q8_0", torch.bfloat16), ("int8_rows", "Q8_0", torch.int8),
     ("int8_tokens", None, torch.float32), ("channels_last", None, torch.bfloat16),
+    ("add_rounded", None, torch.float16),
     ("attention", None, torch.bfloat16), ("pack_blocks", "Q4_0", torch.float32),
     ("pack_columns", "Q4_0", torch.float32), ("pack_rows", "NVFP4_ROWS", torch.bfloat16),
     ("pack_rows", "INT8_CONVROT", torch.bfloat16),
@@ -116,9 +117,9 @@ DTYPES_OF = {
     "dequantize": DTYPES, "linear": (torch.float32, torch.bfloat16), "int8_rows": (torch.int8,),
     "pack_blocks": (torch.float32,), "pack_columns": (torch.float32,), "pack_rows": DTYPES,
     "pack_row_columns": DTYPES, "channels_last": DTYPES,
-    "int8_tokens": DTYPES, "attention": DTYPES
+    "int8_tokens": DTYPES, "attention": DTYPES, "add_rounded": DTYPES[1:]
 }
-WITHOUT_FORMAT = ("channels_last", "int8_tokens", "attention")
+WITHOUT_FORMAT = ("channels_last", "int8_tokens", "attention", "add_rounded")
 
 
 def check_case(table, capability, fmt, dtype):

@@ -9,10 +9,13 @@ from comfy.quant_ops import QUANT_ALGOS
 from comfy.weight_adapter import LoRAAdapter
 from comfy_kitchen.tensor import get_layout_class
 from host_formats import HOST_VARIANTS, by_kitchen, in_host_format
+from kernel_cases import cpu_kernels
 from lora_gain import Gain
 
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.rounded_sum import add_small
+from featherweight.ops.layers.stochastic_rounding import stochastic_round
 from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
@@ -171,3 +174,15 @@ def test_nothing_is_quantised_again(format_name, config, monkeypatch):
     for name, part in layer.weight.state_dict("weight").items():
         assert torch.equal(*(tensor.reshape(-1).view(torch.uint8)
                              for tensor in (part, before[name]))), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_kernel_adds_and_rounds(dtype, tmp_path):
+    value, change = torch.randn(300, 64).to(dtype), torch.randn(300, 64).to(dtype) / 100
+    expected = stochastic_round(value.float() + change, dtype)
+    with cpu_kernels(tmp_path):
+        assert torch.equal(add_small(value.clone(), change), expected)  # compiles it
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            added = add_small(value, change)
+    assert added is value and torch.equal(value, expected)
+    assert not [event.name for event in profile.events() if "::" in event.name]
