@@ -78,7 +78,7 @@ def test_two_users_of_one_server_and_two_servers_with_one_cache_get_the_pictures
         drawn = list(pool.map(lambda user, graph: picture(user, graph), users, packed * 2))
         assert drawn == alone * 2
     # beside the one entry lies when it was read, where one server was done before the other began
-    assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "packed").glob("featherweight-*.gguf"))) == 1
     assert not list((tmp_path / "packed").glob("*.part"))
 
 

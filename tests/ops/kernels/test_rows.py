@@ -21,9 +21,10 @@ from featherweight.ops.formats._names import formats_of_key
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
-from featherweight.ops.formats.row_layout import FAMILIES
+from featherweight.ops.formats.row_layout import COLUMNS_OF_EXAMPLE, FAMILIES
 from featherweight.ops.formats.svdquant import ShiftedInput
 from featherweight.ops.kernels import cpp_backend, cuda_backend, kernel_source, metal_backend
+from featherweight.ops.kernels.kernel import QUANTIZING, multiplies
 from featherweight.ops.kernels.runtime_compiler import GpuError
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.layers import product
@@ -145,7 +146,8 @@ def test_codes_of_rows_are_right(fmt, backend):
 def test_rotated_rows_are_left_to_another_product():
     for fmt in ROTATED:
         for kernel in cpp_backend.BACKEND.kernels:
-            assert kernel.capability == "dequantize" or not kernel.accepts(fmt, torch.bfloat16)
+            is_product = kernel.capability not in {"dequantize", *QUANTIZING}
+            assert not (is_product and kernel.accepts(fmt, torch.bfloat16))
 
 
 # --- one source for rows of all lengths ---
@@ -190,24 +192,15 @@ def test_a_row_of_odd_length_is_left_to_the_reference(name, backend):
     fmt = FAMILIES[name].of_columns(20)
     tensors = random_tensors(fmt, 5, CPU, bounded=True)
     assert torch.equal(dequantized(backend, fmt, tensors, 5), reference(fmt, tensors, 5))
-    input, addend = torch.randn(2, 20), torch.randn(2, 5)
-    for kernel in backend.kernels:
-        if kernel.capability == "linear" and kernel.takes(2):
-            out = torch.empty(2, 5)
-            kernel.run(fmt, tensors, input, addend, out)
-            expected = input @ reference(fmt, tensors, 5).t() + addend
-            torch.testing.assert_close(out, expected)
+    assert not multiplies(fmt, 20)
 
 
-@of(["cpp", "nvrtc"])
-def test_a_row_of_several_blocks_is_multiplied_by_the_reference(backend):
-    fmt = FAMILIES["INT8"].of_columns(64)
-    tensors, input = random_tensors(fmt, 6, CPU), torch.randn(2, 128)
-    kernel = next(kernel for kernel in backend.kernels
-                  if kernel.capability == "linear" and kernel.takes(2))
-    out = torch.empty(2, 3)
-    kernel.run(fmt, tensors, input, None, out)
-    torch.testing.assert_close(out, input @ reference(fmt, tensors, 6).view(3, 128).t())
+def test_a_row_of_several_blocks_is_not_multiplied_by_kernels():
+    """They have scales of their own."""
+    for family in FAMILIES.values():
+        fmt = family.of_columns(COLUMNS_OF_EXAMPLE)
+        length = fmt.block_length
+        assert multiplies(fmt, length) and not multiplies(fmt, 2 * length), family.name
 
 
 def test_every_byte_of_fp8_has_its_value(backend):
