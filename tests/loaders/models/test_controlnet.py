@@ -108,7 +108,7 @@ def test_comfyuis_formats_are_exact_unless_fast_is_chosen(compute, by_comfyui, t
     # what is joined of several with scales of their own stays packed
     assert any(not is_packed(one) for one in weights) == by_comfyui
     layers = [layer for layer in control.control_model.modules() if isinstance(layer, PackedLinear)]
-    assert {layer.compute for layer in layers} == {"int8" if by_comfyui else "exact"}
+    assert {layer.compute == "int8" for layer in layers} == {by_comfyui}
 
 
 def dense_self(packed, path: str):
