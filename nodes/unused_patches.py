@@ -1,4 +1,4 @@
-"""Says on the node that runs that a LoRA does not fit the model.
+"""Says on the node that runs that a LoRA does not fit the model, or makes its layers run in float.
 
 ComfyUI's own LoRA loader, and those of other packs, leave this to the log.
 """
@@ -9,6 +9,7 @@ from comfy.weight_adapter import WeightAdapterBase
 
 from ..loaders.lora.model_blocks import MODEL_PREFIX, weight_key
 from ..ops.patcher import PackedPatcher
+from ..ops.patcher.float_products import float_layers_text
 from ..ops.patches.adapters import shape_mismatch
 from .node_text import show_text
 
@@ -18,11 +19,14 @@ ADVICE = "Check LoRA (Featherweight) says what it is made for."
 
 
 def show_unused_patches(patcher: PackedPatcher, patches: Mapping):
-    """Shows on the node that runs which of the patches do not fit a diffusion model."""
-    text = unused_patches_text(patcher, patches)
-    if text is not None:
-        log.warning("[Featherweight] %s", text)
-        show_text(text)
+    """Shows on the node that runs which of the patches do not fit a diffusion model, and which
+    keep layers from ComfyUI's kernels."""
+    unused = unused_patches_text(patcher, patches)
+    if unused is not None:
+        log.warning("[Featherweight] %s", unused)
+    texts = [text for text in (unused, float_layers_text(patcher)) if text is not None]
+    if texts:
+        show_text("\n".join(texts))
 
 
 def unused_patches_text(patcher: PackedPatcher, patches: Mapping) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lora_models import pairs, weight_shapes
 from pack_nodes import node_list
-from patched_models import packed_flux
+from patched_models import flux_file, lora_for, packed_flux, patched
 from safetensors.torch import save_file
 
 import nodes as host_nodes
@@ -185,3 +185,12 @@ def test_long_names_break_after_dots_and_underscores_alone(word, pieces):
     """A piece is what no line break may come into."""
     found = re.findall(f"[^{JOINER}](?:{JOINER}.)*", keep_words(word))
     assert [piece.replace(JOINER, "") for piece in found] == pieces
+
+
+def test_a_dora_on_layers_that_comfyui_multiplies_is_told_on_the_node(sent):
+    model, values = packed_flux("int8_tensorwise"), flux_file("int8_tensorwise")[1]
+    sent.clear()
+    patched(model, (lora_for(values), 1.0))
+    assert not sent  # a plain LoRA
+    patched(model, (lora_for(values, "dora"), 1.0))
+    assert "layers that ComfyUI's kernels multiply run in float" in sent[-1].replace(JOINER, "")
