@@ -92,7 +92,8 @@ def source_of_checkpoint_file(path: str | os.PathLike,
     source, file = source_of_file(path, loras), open_weights(path)
     state_dict = read_marked(file)
     prefix, name = model_prefix(state_dict), os.path.basename(path)
-    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state_dict.items()}
+    shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+              for name, tensor in state_dict.items()}
     config = prefix and try_detect(comfy.model_detection.model_config_from_unet, shapes, prefix,
                                    metadata=host_metadata(file))
     if not config:

@@ -293,7 +293,8 @@ def _check_add_rounded(run: Callable[..., None], case: MatrixCase, packed_format
                      for _ in range(2))
     if value.numel() > 1:
         value[:, ::7] *= 10 * limits.tiny  # near the numbers that are subnormal in float16
-        value[0, :4] = torch.tensor([torch.nan, torch.inf, limits.max, -limits.max])
+        value[0, :4] = torch.tensor(
+            [torch.nan, torch.inf, limits.max, -limits.max], dtype=torch.float32)
     value = value.to(device, dtype)
     change = (change * value.float().abs().cpu().nan_to_num(1) / 100).to(device, dtype)
     change = misaligned_copy(change, case.input_offset)
