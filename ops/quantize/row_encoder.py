@@ -11,9 +11,7 @@ import torch
 from ..formats.base import TooLargeError, inverse
 from ..formats.comfyui import E2M1
 from ..formats.rotation import rotate
-from ..formats.row_layout import FAMILIES, RowFormat, RowLayout
-from ..tensor.packed_layout import packed_rows
-from ..tensor.packed_tensor import PackedTensor
+from ..formats.row_layout import RowFormat, RowLayout
 from .finite_peak import finite_peak
 
 LARGEST_INTEGER = 127.0  # in magnitude, of int8 codes and of requantised numbers
@@ -64,14 +62,6 @@ class EncodedRows:
         """Returns some rows, which share memory."""
         row_scale = None if self.row_scale is None else self.row_scale[chosen]
         return EncodedRows(self.codes[chosen], self.scale[chosen], row_scale)
-
-    def packed(self, packed_format: RowFormat) -> PackedTensor:
-        """Returns the rows as a weight, which shares memory."""
-        layout, tensors = packed_format.layout, {"scale": self.scale}
-        if self.row_scale is not None:
-            tensors["row_scale"] = self.row_scale
-        return packed_rows(FAMILIES[packed_format.family], self.codes,
-                           (len(self.codes), layout.columns), packed_format.sizes, **tensors)
 
 
 class RowEncoder:

@@ -21,7 +21,8 @@ from ..formats.comfyui import (
     NVFP4_ROWS,
     W4A8,
 )
-from ..formats.row_layout import RowFamily, RowFormat
+from ..formats.row_layout import FAMILIES, RowFamily, RowFormat
+from ..tensor.packed_layout import packed_rows
 from ..tensor.packed_tensor import PackedTensor
 from .finite_peak import finite_peak
 from .method_choice import pick_lower_error
@@ -131,11 +132,21 @@ def pack_to_type(weight: torch.Tensor | RowSource, row_type: RowType,
     searched = EncodedRows.empty(encoder.layout, source.shape[0], source.device)
     for chosen, rows in source.slices():
         encode(rows, searched.rows(chosen))
-    by_search = searched.packed(packed_format)
+    by_search = _packed(searched, packed_format)
     if moments is None:
         return by_search
-    by_feedback = with_feedback(source, encoder, searched, moments).packed(packed_format)
+    by_feedback = _packed(with_feedback(source, encoder, searched, moments), packed_format)
     return pick_lower_error(source, [by_feedback, by_search], moments)
+
+
+def _packed(rows: EncodedRows, packed_format: RowFormat) -> PackedTensor:
+    """Returns encoded rows as a weight, which shares memory."""
+    tensors = {"scale": rows.scale}
+    if rows.row_scale is not None:
+        tensors["row_scale"] = rows.row_scale
+    return packed_rows(FAMILIES[packed_format.family], rows.codes,
+                       (len(rows.codes), packed_format.layout.columns), packed_format.sizes,
+                       **tensors)
 
 
 class _Encode:

@@ -111,7 +111,7 @@ def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
 def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(kernel, under):
     dtypes = {
         "dequantize": torch.bfloat16, "linear": torch.bfloat16, "int8_tokens": torch.bfloat16,
-        "int8_rows": torch.int8
+        "int8_rows": torch.int8, "add_rounded": torch.float16
     }
     dtype = dtypes.get(kernel.capability, torch.float32)
     accepted = [fmt for fmt in [FORMATS["Q4_K"], *EACH] if kernel.accepts(fmt, dtype)]
