@@ -222,7 +222,7 @@ def check_rows(run: Callable[..., None], case: Encoded, packed_format: Format, d
     differs = (result.codes != expected.codes).view(*expected.scale.shape, -1).any(-1)
     if (differs & (result.scale == expected.scale)).any():
         raise WrongResult("codes differ from the reference's, of the same scale")
-    errors = [(encoded.rows(slice(case.rows)).packed(encoder.format).dequantize() - values.float())
+    errors = [(_values_of(encoder, encoded.rows(slice(case.rows))) - values.float())
               .double().square().sum(-1) for encoded in (result, expected)]
     if not (errors[0] <= BEST_TOLERANCE * errors[1]).all():
         raise WrongResult("the scales are worse than the reference's")
@@ -252,7 +252,7 @@ def check_row_columns(run: Callable[..., None], case: Feedback, packed_format: F
                 encoder, values, inside, span, damped))
             inside = encoded.rows(slice(case.rows))
             target = target_of(encoder, values, inside, span, damped)
-            chosen = encoder.basis(inside.packed(encoder.format).dequantize()[:, span])
+            chosen = encoder.basis(_values_of(encoder, inside)[:, span])
             if inside.row_scale is not None:
                 chosen = chosen / inside.row_scale
             for total, part in ((loss, chosen - target), (size, target)):
@@ -282,6 +282,15 @@ def _encoded(encoder: RowEncoder, rows: int, device: torch.device) -> EncodedRow
         if part is not None:
             part.fill_(CANARY)
     return encoded
+
+
+def _values_of(encoder: RowEncoder, encoded: EncodedRows) -> torch.Tensor:
+    """Returns the values of encoded rows by the reference, float32 (n, K)."""
+    packed_format = encoder.format
+    tensors = [encoded.codes, *(getattr(encoded, qparam.name) for qparam in packed_format.qparams)]
+    out = torch.empty((len(encoded.codes), packed_format.block_length), dtype=torch.float32,
+                      device=encoded.codes.device)
+    return packed_format.dequantize_into([part.reshape(-1) for part in tensors], out)
 
 
 def _run_inside(encoded: EncodedRows, write: Callable[[EncodedRows], None]):
