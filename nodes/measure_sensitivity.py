@@ -15,6 +15,16 @@ from .node_text import show_text
 from .number_checks import reject_infinite
 
 
+def latent_input():
+    """Returns the input for the size that a model is measured with."""
+    return io.Latent.Input(
+        "latent",
+        optional=True,
+        tooltip="An empty latent of the size you use, or of a video's length. If nothing is"
+        " connected: a picture of 512 x 512, or one frame.",
+    )
+
+
 class MeasureSensitivity(io.ComfyNode):
     """Measures what the layers of a model see and what packing each of them costs."""
 
@@ -54,12 +64,7 @@ class MeasureSensitivity(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="Used if cfg is above 1."
                 ),
-                io.Latent.Input(
-                    "latent",
-                    optional=True,
-                    tooltip="An empty latent of the size you use, or of a video's length. If"
-                    " nothing is connected: a picture of 512 x 512, or one frame.",
-                ),
+                latent_input(),
                 io.Int.Input(
                     "samples",
                     default=8,

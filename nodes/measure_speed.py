@@ -3,6 +3,7 @@ from comfy_api.latest import io, ui
 
 from ..loaders.speed.measurement import measure_speed
 from ..loaders.speed.report import figures, json_text, report_text, speed_chart
+from .measure_sensitivity import latent_input
 from .node_text import show_text
 
 
@@ -32,12 +33,7 @@ class MeasureSpeed(io.ComfyNode):
                     tooltip="A prompt. If nothing is connected, random numbers are used instead,"
                     " which most models accept.",
                 ),
-                io.Latent.Input(
-                    "latent",
-                    optional=True,
-                    tooltip="An empty latent of the size you use, or of a video's length. If"
-                    " nothing is connected: a picture of 512 x 512, or one frame.",
-                ),
+                latent_input(),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="A line for each way to compute."),

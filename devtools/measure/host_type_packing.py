@@ -30,13 +30,13 @@ Weights = dict[str, torch.Tensor]  # name that ends in "weight" -> float32 (N, K
 Packed = dict[str, PackedTensor]
 
 
-def by_kitchen(weights: Weights, kind: str, folder: Path) -> Packed:
+def by_kitchen(weights: Weights, type_name: str, folder: Path) -> Packed:
     """Weights as comfy_kitchen quantises them: that of the host, or a newer one in a process of its
     own for a type that the host's lacks."""
-    if kind != ASYMMETRIC:
-        layout, options = LAYOUTS[kind]
-        settings = ({"format": "int8_tensorwise", "convrot": True} if kind == "int8_convrot"
-                    else {"format": kind})
+    if type_name != ASYMMETRIC:
+        layout, options = LAYOUTS[type_name]
+        settings = ({"format": "int8_tensorwise", "convrot": True} if type_name == "int8_convrot"
+                    else {"format": type_name})
         parts = {name: QuantizedTensor.from_float(weight, layout, **options).state_dict("weight")
                  for name, weight in weights.items()}
         return {name: _read(settings, part) for name, part in parts.items()}
@@ -44,17 +44,17 @@ def by_kitchen(weights: Weights, kind: str, folder: Path) -> Packed:
                folder / "cases")
     _run(installed(NEWER_KITCHEN), str(ROOT / "tests" / "support" / "kitchen_writer.py"),
          str(folder / "cases"), str(folder / "written"))
-    return {name: _read({"format": kind}, parts)
+    return {name: _read({"format": type_name}, parts)
             for name, (parts, _) in torch.load(folder / "written").items()}
 
 
-def by_learned_rounding(weights: Weights, kind: str, folder: Path) -> Packed:
+def by_learned_rounding(weights: Weights, type_name: str, folder: Path) -> Packed:
     """Weights as convert_to_quant learns to round them, with what it does unless told otherwise."""
-    source, target = folder / "blocks.safetensors", folder / f"converted-{kind}.safetensors"
+    source, target = folder / "blocks.safetensors", folder / f"converted-{type_name}.safetensors"
     if not target.exists():
         save_file({name: weight.half() for name, weight in weights.items()}, source)
         _run(installed(*CONVERTER), "-m", "convert_to_quant.convert_to_quant", "-i", str(source),
-             "-o", str(target), "--comfy_quant", "--manual_seed", "1", *LEARNED[kind])
+             "-o", str(target), "--comfy_quant", "--manual_seed", "1", *LEARNED[type_name])
     tensors, packed = load_file(target), {}
     for name in weights:
         layer = name.removesuffix("weight")
@@ -77,14 +77,14 @@ def _run(packages: Path, *arguments: str):
 
 
 @contextlib.contextmanager
-def quantised_inputs(model, kind: str):
+def quantised_inputs(model, type_name: str):
     """Inside this block, packed layers get their inputs rounded as ComfyUI's kernels round them for
     weights of a type, by comfy_kitchen's arithmetic on the CPU.
 
     Products of int8 have their inputs in rows, rotated like the weight. model: the host's
     ModelPatcher, whose layers multiply by the values of their weights.
     """
-    layout, options = LAYOUTS["int8_convrot" if kind == ASYMMETRIC else kind]
+    layout, options = LAYOUTS["int8_convrot" if type_name == ASYMMETRIC else type_name]
     # without one in the file, ComfyUI takes 1 for the scale of fp8's inputs
     options = {name: value for name, value in options.items() if name != "scale"}
 

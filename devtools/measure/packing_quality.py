@@ -126,15 +126,15 @@ class Maker:
         if way == "bitsandbytes":
             return pack_tensor(weight, FORMATS[kind], reference=True)
         if way in ("kitchen", "learned"):
-            return self._by_others(way, kind)[name]
+            return self._of_other_tools(way, kind)[name]
         return pack(weight, kind, self._moments(way, name))
 
     @functools.lru_cache(1)  # noqa: B019  as long as the one that measures
-    def _by_others(self, way: str, kind: str) -> dict:
+    def _of_other_tools(self, way: str, type_name: str) -> dict:
         weights = {name: self.tensors[name] for name in self.blocks}
         if way == "kitchen":
-            return host_type_packing.by_kitchen(weights, kind, self.folder)
-        return host_type_packing.by_learned_rounding(weights, kind, self.folder)
+            return host_type_packing.by_kitchen(weights, type_name, self.folder)
+        return host_type_packing.by_learned_rounding(weights, type_name, self.folder)
 
     def _moments(self, way: str, name: str):
         if way == "plain":
@@ -177,18 +177,18 @@ class Maker:
         return packed
 
 
-def pack(weight: torch.Tensor, kind: str, moments):
+def pack(weight: torch.Tensor, type_name: str, moments):
     """A packed tensor of a weight, in a type of ggml's, bitsandbytes' or ComfyUI's."""
-    if kind in ROW_TYPES:
-        return pack_to_type(weight, ROW_TYPES[kind], moments)
-    return pack_tensor(weight, FORMATS[kind], moments=moments)
+    if type_name in ROW_TYPES:
+        return pack_to_type(weight, ROW_TYPES[type_name], moments)
+    return pack_tensor(weight, FORMATS[type_name], moments=moments)
 
 
 def host_rows() -> list[tuple[str, str]]:
     """(way, type) of every row of the table of ComfyUI's own types."""
-    return [(way, kind) for kind in ROW_TYPES
+    return [(way, type_name) for type_name in ROW_TYPES
             for way in ("kitchen", "learned", "plain", "measured", "in turn")
-            if way != "learned" or kind in host_type_packing.LEARNED]
+            if way != "learned" or type_name in host_type_packing.LEARNED]
 
 
 def rows(sizes=SIZES) -> list[tuple[str, str]]:
@@ -281,14 +281,15 @@ def markdown(found: dict) -> str:
     return found["about"] + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def host_summary(found: dict) -> str:
+def host_summary(table: dict) -> str:
     """The third table in short, as docs/packing.md has it: a row for each type, and in a cell the
     latent SNR with exact inputs and with quantised ones."""
     ways = ("kitchen", "learned", "plain", "measured")
     titles = ["", *(NAMES[way] for way in ways)]
     cells_of = {(row["size"], row["way"]): f"{row['snr']:.1f} / {row['snr_of_kernels']:.1f} dB"
-                for row in found["rows"]}
-    kinds = dict.fromkeys(row["size"] for row in found["rows"])
+                for row in table["rows"]}
+    type_names = dict.fromkeys(row["size"] for row in table["rows"])
     lines = [titles, ["---"] * len(titles),
-             *([kind, *(cells_of.get((kind, way), "") for way in ways)] for kind in kinds)]
+             *([type_name, *(cells_of.get((type_name, way), "") for way in ways)]
+               for type_name in type_names)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

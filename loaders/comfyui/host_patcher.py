@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.utils
 
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_layout import is_comfy_quantized
 from ..files.container import WeightFileError
 
 
@@ -39,8 +39,7 @@ class _WholeWeights:
 
 def keep_weights_whole(patcher: comfy.model_patcher.ModelPatcher):
     """Changes a patcher of the host in place if weights of its model are in the host's formats."""
-    if any(isinstance(weight, QuantizedTensor) and not is_packed(weight)
-           for weight in patcher.model.parameters()):
+    if any(map(is_comfy_quantized, patcher.model.parameters())):
         patcher.__class__ = _with_whole_weights(type(patcher))
 
 

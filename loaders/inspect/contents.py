@@ -9,7 +9,7 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, safe_detach
+from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed, safe_detach
 from ..comfyui.quantized_weights import as_tensors, with_marks
 from ..comfyui.weight_keys import model_prefix
 from ..encoders import archs  # noqa: F401  registers the families
@@ -95,7 +95,7 @@ def model_contents(patcher: ModelPatcher) -> Contents:
     # The host's layers give the codes and scales of such weights as separate tensors.
     tensors |= {
         key: safe_detach(weight) for key, weight in network.named_parameters()
-        if isinstance(weight, QuantizedTensor) and not is_packed(weight)
+        if is_comfy_quantized(weight)
     }
     name = (
         os.path.basename(recipe.paths[0])

@@ -1,12 +1,11 @@
 """Measures the relative error of each tensor of a model against the same tensor of a reference."""
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TypeGuard
 
 import torch
 
 from ...ops.layers.product import values_of
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed
 from ...ops.tensor.packed_tensor import relabel
 from ...ops.tensor.row_slicing import take_rows
 from ..comfyui.quantized_weights import as_tensors
@@ -105,18 +104,13 @@ def _has_row_access(tensor: torch.Tensor) -> bool:
     """Returns whether some rows can be dequantised without the others."""
     if is_packed(tensor):
         return tensor.shape[1:].numel() % tensor.params.format.block_length == 0
-    return not _is_comfy_quantized(tensor)
-
-
-def _is_comfy_quantized(tensor: torch.Tensor) -> TypeGuard[QuantizedTensor]:
-    """Returns whether a tensor is in one of ComfyUI's own quantised formats."""
-    return isinstance(tensor, QuantizedTensor) and not is_packed(tensor)
+    return not is_comfy_quantized(tensor)
 
 
 def _values(name: str, rows: slice, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Returns some rows of a weight in float32."""
     tensor, layer = weights[name], name.removesuffix(".weight")
-    if _is_comfy_quantized(tensor):
+    if is_comfy_quantized(tensor):
         values = relabel(tensor, dtype=torch.float32).dequantize()[rows]
         smoothing = weights.get(f"{layer}.{SMOOTHING}")
         return values if smoothing is None else values * smoothing.to(values)

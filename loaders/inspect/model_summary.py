@@ -9,7 +9,7 @@ from ...ops import kernels
 from ...ops.formats.base import FORMATS, Format
 from ...ops.layers import kitchen_products
 from ...ops.layers.packed_layers import PackedLinear
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed
 from ..byte_sizes import size_text
 from ..files.container import WeightFile
 from ..files.safetensors import SafetensorsFile
@@ -29,15 +29,21 @@ def memory_summary(patcher) -> str:
     Args:
         patcher: the host's ModelPatcher of a model, text encoder or VAE.
     """
-    sizes = collections.Counter()
-    for tensor in patcher.model.parameters():
-        sizes[title_of(format_name(tensor))] += tensor.nbytes
+    sizes = format_sizes(patcher.model.parameters())
     smallest = MIN_SHOWN_SHARE * sizes.total()
     names = [name for name, size in sizes.most_common() if size >= smallest]
     pack_stats = patcher.get_attachment(PACK_STATS_KEY)
     # A placement makes `model_size` smaller.
     size = patcher.full_size() if hasattr(patcher, "full_size") else patcher.model_size()
     return f"{' + '.join(names)}, {size_text(size)} held{f', {pack_stats}' if pack_stats else ''}"
+
+
+def format_sizes(tensors: Iterable[torch.Tensor]) -> collections.Counter[str]:
+    """Returns the bytes of tensors by their formats' names for people."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in tensors:
+        sizes[title_of(format_name(tensor))] += tensor.nbytes
+    return sizes
 
 
 def load_summary(file: WeightFile, patcher) -> str:
@@ -84,8 +90,7 @@ def host_product_text(patcher) -> str | None:
     of others.
     """
     texts = []
-    if any(isinstance(tensor, QuantizedTensor) and not is_packed(tensor)
-           for tensor in patcher.model.parameters()):
+    if any(map(is_comfy_quantized, patcher.model.parameters())):
         texts.append("multiplied by ComfyUI")
     dtype_of_model = getattr(patcher.model, "get_dtype_inference", lambda: torch.float16)
     layers = [module for module in patcher.model.modules() if isinstance(module, PackedLinear)]

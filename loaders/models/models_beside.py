@@ -14,7 +14,7 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.quantize.row_types import ROW_TYPES
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_layout import is_comfy_quantized
 from ..comfyui.detection import (
     CONTROLNET,
     UNKNOWN_ERRORS,
@@ -152,8 +152,7 @@ def _build_of_the_hosts_layers(build: Callable[[dict[str, torch.Tensor]], Any],
         log.debug("[Featherweight] ComfyUI does not take its own layers here", exc_info=True)
         return None
     patcher = getattr(model, "control_model_wrapped", getattr(model, "patcher", model))
-    of_the_host = sum(isinstance(weight, QuantizedTensor) and not is_packed(weight)
-                      for weight in patcher.model.parameters())
+    of_the_host = sum(map(is_comfy_quantized, patcher.model.parameters()))
     return model if of_the_host == sum(name.endswith(MARK) for name in parts) else None
 
 

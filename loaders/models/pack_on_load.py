@@ -20,7 +20,7 @@ import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.quantize.pack_tensor import pack_tensor
-from ...ops.quantize.relative_error import SAMPLE_VALUES, RelativeError, holds
+from ...ops.quantize.relative_error import RelativeError, holds
 from ...ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
@@ -167,8 +167,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
         elif name in to_pack:
             weight, error = packer.pack(name, tensor, types[name])
             if is_packed(tensor):
-                loss.error += error.error
-                loss.power += error.power
+                loss.include(error)
         else:
             weight = _downcast(_read_dense(tensor), types[name])
         state_dict[name] = weight
@@ -343,8 +342,7 @@ class _Packer:
             else:
                 packed = pack_tensor(values, FORMATS[type_name]).to(CPU)
             self.guard()
-            rows = max(1, SAMPLE_VALUES * len(values) // values.numel())
-            error.add(values[:rows].to(CPU), take_rows(packed, slice(0, rows)))
+            error.add(values, packed)
             if error.is_small:
                 return packed, error
         except FormatError as problem:

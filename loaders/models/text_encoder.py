@@ -81,7 +81,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         disable_dynamic: keep the encoder out of dynamic VRAM.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
         host_formats: one of `who_computes.HOST_FORMATS`.
-        compute: "exact" or "int8", see `PackedLayer`.
+        compute: see `PackedLayer`.
 
     Raises:
         WeightFileError: if a file cannot be read, or if they are not text encoders of this type.

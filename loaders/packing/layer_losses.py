@@ -23,8 +23,7 @@ class LayerLosses:
         self.decibels[name] = _decibels(measured)
         group = self.groups.setdefault(_group(name), RelativeError())
         for sums in (group, self.total):
-            sums.error += measured.error
-            sums.power += measured.power
+            sums.include(measured)
 
     def lines(self) -> list[str]:
         """Returns short sentences: for all weights, the worst layers, and the worst groups."""

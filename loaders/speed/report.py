@@ -1,10 +1,8 @@
 """Shows a measurement: as lines of text, as one JSON of figures and versions, and as a chart."""
-import contextlib
 import importlib.metadata
 import json
 import platform
 import re
-from collections import Counter
 from typing import Any
 
 import comfy.model_management
@@ -12,10 +10,11 @@ import comfy_kitchen
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...ops.cpu import features as cpu_features
 from ...ops.host_versions import HOST_VERSION, VERSION
 from ..byte_sizes import size_text
 from ..inspect.block_chart import BODY, FAINT, GOOD, MARGIN, ROW, WIDTH, Bar, Chart, Color
-from ..inspect.model_summary import format_name, title_of
+from ..inspect.model_summary import format_sizes
 from ..models.compute_choice import EXACTLY, FAST
 from .measurement import Measurement, Row
 from .ways import WAYS
@@ -34,10 +33,8 @@ def figures(patcher: ModelPatcher, measurement: Measurement) -> dict[str, Any]:
         patcher: the host's, of the model that was measured.
         measurement: of it.
     """
-    sizes, values = Counter(), 0
-    for tensor in patcher.model.diffusion_model.parameters():
-        sizes[title_of(format_name(tensor))] += tensor.nbytes
-        values += tensor.numel()
+    weights = list(patcher.model.diffusion_model.parameters())
+    sizes = format_sizes(weights)
     device = patcher.load_device
     return {
         "featherweight_speed": JSON_VERSION,
@@ -55,7 +52,7 @@ def figures(patcher: ModelPatcher, measurement: Measurement) -> dict[str, Any]:
             for name, backend in comfy_kitchen.list_backends().items()},
         "model": {
             "class": type(patcher.model).__name__,
-            "values": values,
+            "values": sum(weight.numel() for weight in weights),
             "formats": {name: round(size / sizes.total(), 3) for name, size in sizes.most_common()
                         if size >= sizes.total() / 1000},
             "loras": max(map(len, patcher.patches.values()), default=0),
@@ -79,7 +76,7 @@ def figures(patcher: ModelPatcher, measurement: Measurement) -> dict[str, Any]:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    name, capability = _processor(), None
+    name, capability = cpu_features.model_name() or platform.machine(), None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
@@ -88,15 +85,6 @@ def _device(device: torch.device) -> dict[str, Any]:
             "memory GB": round(float(total) / 1e9, 1),  # pyright: ignore[reportArgumentType]
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "CUDA": torch.version.cuda, "HIP": torch.version.hip}
-
-
-def _processor() -> str:
-    """Returns the name of the CPU: on Linux, Python knows only its architecture."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _without_paths(text: str) -> str:

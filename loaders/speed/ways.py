@@ -20,9 +20,10 @@ from ...ops.layers.int8 import multiplies_integers
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.layers.product import dequantize
 from ...ops.pickle_names import short_error_name
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_layout import QuantizedTensor, is_comfy_quantized, is_packed
 from ..byte_sizes import size_text
 from ..comfyui.who_computes import host_multiplies
+from ..devices import CPU
 from ..models.compute_choice import EXACTLY, FAST, MEANINGS
 from ..models.recipe import Recipe
 from ..quantizers.comfyui import row_type_of
@@ -71,21 +72,17 @@ def has_fast_way(patcher: ModelPatcher) -> bool:
     """Returns whether "fast" is another arithmetic than "exact" for a model on its device."""
     weights = list(_weights(patcher))
     has_integers = multiplies_integers(patcher.load_device) and any(map(is_packed, weights))
-    return has_integers or _is_hosts(patcher, FAST) or any(map(_is_computed_by_host, weights))
+    return has_integers or _is_hosts(patcher, FAST) or any(map(is_comfy_quantized, weights))
 
 
 def _weights(patcher: ModelPatcher) -> Iterator[torch.Tensor]:
     return patcher.model.diffusion_model.parameters()
 
 
-def _is_computed_by_host(weight: torch.Tensor) -> bool:
-    return isinstance(weight, QuantizedTensor) and not is_packed(weight)
-
-
 def _is_hosts(patcher: ModelPatcher, way: str) -> bool:
     """Returns whether layers change between this pack and ComfyUI for a way."""
     if way == EXACTLY:
-        return any(map(_is_computed_by_host, _weights(patcher)))
+        return any(map(is_comfy_quantized, _weights(patcher)))
     return any(host_multiplies(row_type_of(weight) or "", patcher.load_device)
                for weight in _weights(patcher) if is_packed(weight))
 
@@ -94,7 +91,7 @@ def _is_hosts(patcher: ModelPatcher, way: str) -> bool:
 def _computing_in_place(patcher: ModelPatcher, way: str) -> Iterator[None]:
     """Changes the arithmetic of the packed layers while the block runs."""
     layers = [layer for layer in patcher.model.modules() if isinstance(layer, PackedLayer)]
-    if not layers and way == FAST and not any(map(_is_computed_by_host, _weights(patcher))):
+    if not layers and way == FAST and not any(map(is_comfy_quantized, _weights(patcher))):
         raise NotMeasured("its weights are not packed")
     before = [layer.__dict__.get("compute") for layer in layers]
     dtype = patcher.model.get_dtype_inference()
@@ -131,13 +128,13 @@ def _dense(patcher: ModelPatcher) -> ModelPatcher:
     if not any(isinstance(tensor, QuantizedTensor) for tensor in weights.values()):
         raise NotMeasured("its weights are dense already")
     nbytes = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
-    for device in {patcher.load_device, torch.device("cpu")}:
-        free = comfy.model_management.get_total_memory(device)
-        if device.type == "cpu":
-            free = comfy.model_management.get_free_memory(device)
-        if isinstance(free, (int, float)) and nbytes + SPARE_BYTES > free:
+    memory: dict[torch.device, Any] = {
+        patcher.load_device: comfy.model_management.get_total_memory(patcher.load_device),
+        CPU: comfy.model_management.get_free_memory(CPU)}
+    for device, size in memory.items():
+        if nbytes + SPARE_BYTES > size:
             raise NotMeasured(f"{size_text(nbytes)} of dense weights do not fit into the"
-                              f" {size_text(int(free))} of {device.type.upper()} memory")
+                              f" {size_text(size)} of {device.type.upper()} memory")
     values = {name: _dense_values(tensor, dtype).to(patcher.offload_device)
               for name, tensor in weights.items()}
     fresh = comfy.sd.load_diffusion_model_state_dict(

@@ -4,7 +4,7 @@ from typing import Any
 import comfy.ops
 import torch
 
-from ..tensor.packed_layout import QuantizedTensor, is_packed
+from ..tensor.packed_layout import QuantizedTensor, is_comfy_quantized, is_packed
 from ..tensor.packed_tensor import relabel
 from .autocast import autocast_input
 from .fused_calls import FusedCall, fuses_in_forward
@@ -30,7 +30,7 @@ class MixedLayer(PackedLayer):
 
     @property
     def _has_host_format(self) -> bool:
-        return isinstance(self.weight, QuantizedTensor) and not is_packed(self.weight)
+        return is_comfy_quantized(self.weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if f"{prefix}comfy_quant" not in state_dict:

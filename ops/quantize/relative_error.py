@@ -21,13 +21,18 @@ class RelativeError:
         self.power = 0.0
 
     def add(self, values: torch.Tensor, piece: torch.Tensor):
-        """Adds a piece, packed or plain, made from `values` of any float dtype on the CPU."""
+        """Adds a piece on the CPU, packed or plain, made from `values` of any float dtype."""
         if not values.ndim:
             values, piece = values.view(1), piece.view(1)
         count = max(1, SAMPLE_VALUES * len(values) // values.numel())
-        sample = values[:count].double()
+        sample = values[:count].cpu().double()
         self.error += (float_values(piece, count) - sample).square_().sum().item()
         self.power += sample.square_().sum().item()
+
+    def include(self, other: "RelativeError"):
+        """Adds the pieces of another sum."""
+        self.error += other.error
+        self.power += other.power
 
     @property
     def share(self) -> float:

@@ -290,6 +290,11 @@ def is_packed(tensor) -> TypeGuard[PackedTensor]:
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT
 
 
+def is_comfy_quantized(tensor) -> TypeGuard[QuantizedTensor]:
+    """Returns whether a tensor is in one of ComfyUI's own quantised formats, and not packed."""
+    return isinstance(tensor, QuantizedTensor) and not is_packed(tensor)
+
+
 class PickledWeight:
     """Pickles a parameter of a layer: a packed one as bytes; by itself a tensor goes dense."""
 

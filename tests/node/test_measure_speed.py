@@ -19,6 +19,7 @@ from featherweight.loaders.speed.ways import NotMeasured, computing
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.measure_speed import MeasureSpeed
 from featherweight.ops.layers.packed_layers import PackedLayer
+from featherweight.ops.tensor.packed_layout import is_comfy_quantized
 
 pytestmark = pytest.mark.usefixtures("small_models")
 LATENT = {"samples": torch.zeros(1, 16, 8, 8)}
@@ -90,10 +91,10 @@ def test_the_dense_model_is_comfyuis_with_the_same_values():
 def test_layers_that_comfyui_computes_are_loaded_again_to_be_exact():
     path, _ = flux_file("float8_e4m3fn")
     model = load_diffusion_model(path, host_formats="as ComfyUI computes them")
-    assert any(map(ways._is_computed_by_host, model.model.parameters()))
+    assert any(map(is_comfy_quantized, model.model.parameters()))
     with computing(model, ways.EXACTLY) as exact:
         assert exact.model is not model.model
-        assert not any(map(ways._is_computed_by_host, exact.model.parameters()))
+        assert not any(map(is_comfy_quantized, exact.model.parameters()))
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -148,7 +149,7 @@ def test_the_json_has_figures_and_versions_and_no_names_paths_or_prompts(tmp_pat
 
 
 @pytest.mark.parametrize("path", [
-    "/home/me/models/x.gguf", r"C:\ComfyUI\my model.gguf", "~/x", "./x.so", r"\\server\share\x"])
+    "/mnt/models/x.gguf", r"C:\ComfyUI\my model.gguf", "~/x", "./x.so", r"\\server\share\x"])
 def test_paths_in_a_reason_are_left_out_of_the_json(path):
     assert _without_paths(f"nvrtc failed in {path} (ROCm/HIP)").replace("model.gguf ", "") == (
         "nvrtc failed in … (ROCm/HIP)")

@@ -1,13 +1,11 @@
 """Timing in turns, the sizes of the cases, and the device they run on."""
 import contextlib
 import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import comfy.model_management
 import torch
@@ -139,9 +137,7 @@ def machine() -> str:
     what = f"torch {torch.__version__}, kernels: {used(device(), [], torch.float32)}"
     if torch.accelerator.is_available():
         return f"{comfy.model_management.get_torch_device_name(device())}, {what}"
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    name = found[1] if found else platform.processor() or platform.machine()
+    name = cpu_features.model_name() or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads > 1)}, {what}"
 

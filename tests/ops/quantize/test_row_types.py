@@ -3,6 +3,7 @@ import contextlib
 import random
 
 from devtools.measure.bench.host_types import LAYOUTS
+from devtools.measure.bench.timing import threads
 
 import comfy_kitchen.tensor  # noqa: F401  registers the layouts
 import pytest
@@ -39,16 +40,6 @@ def by_torch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "find", lambda *case, **more: None)
         yield
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def weight_of(rows=96, columns=512, seed=0):
