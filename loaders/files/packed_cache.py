@@ -28,7 +28,8 @@ FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
 OFF = "off"  # in place of a folder
 LIMIT_GB = 50.0  # default
 MIN_SECONDS = 60  # that packing took of what is kept where no folder is named
-FREE_SHARE, MAX_FREE = 0.1, 20e9  # of a drive, and bytes of it: the smaller is left free
+FREE_SHARE, MAX_FREE = 0.1, 20e9  # of a drive, and bytes of it: the smaller is left free,
+NEARLY_FULL_SHARE = 0.1  # that an entry may take of the free bytes of a drive with less than that
 PACKER_VERSION = 4  # raised when the packers make other bytes of the same weights
 NAMES = ("featherweight-*.safetensors", "featherweight-*.gguf")
 
@@ -119,8 +120,9 @@ def keep(entry: Path | None, size: int, write_entry: Callable[[Path], object]) -
         if not _free_space(entry.parent, size):
             log.warning(
                 "[Featherweight] %s of packed weights are not cached in %s: its limit is %s (%s),"
-                " and some of the drive is left free.", size_text(size), entry.parent,
-                size_text(_limit()), LIMIT)
+                " and some of the drive, which has %s free, is left free.", size_text(size),
+                entry.parent, size_text(_limit()), LIMIT,
+                size_text(shutil.disk_usage(entry.parent).free))
             return False
         write_entry(entry)
     except (ValueError, OSError) as error:  # another process may have written it meanwhile
@@ -162,7 +164,7 @@ def _free_space(folder: Path, size: int, keep: Path | None = None) -> bool:
             time = max(status.st_mtime_ns, last_use.time if last_use else 0)
             entries.append((time, status.st_size, path))
     disk = shutil.disk_usage(folder)
-    free = disk.free - min(MAX_FREE, disk.total * FREE_SHARE)
+    free = max(disk.free - min(MAX_FREE, disk.total * FREE_SHARE), disk.free * NEARLY_FULL_SHARE)
     total = sum(nbytes for _, nbytes, _ in entries)
     removable = sum(nbytes for _, nbytes, path in entries if path != keep)
     if size > free + removable:
