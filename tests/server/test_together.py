@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
@@ -49,6 +50,13 @@ def loading(graph: dict, name: str, **inputs) -> dict:
 def picture(server, graph: dict) -> bytes:
     """The values of its pixels."""
     return server.pixels(server.queue(graph)).tobytes()
+
+
+def is_same(drawn: bytes, expected: bytes) -> bool:
+    """Whether two pictures are of the same weights: a kernel, used from the load on that follows
+    its validation, sums in another order."""
+    drawn, expected = (np.frombuffer(pixels, dtype=np.float32) for pixels in (drawn, expected))
+    return np.abs(drawn - expected).max() <= 2  # of 255
 
 
 def refusal(server, graph: dict, on_progress=None) -> str:
@@ -113,14 +121,14 @@ def test_a_file_that_is_replaced_or_cut_short_between_two_prompts_is_loaded_anew
     expected = picture(server, graph)
     path, graph = own_file(server, graph, "comes and goes.gguf")
     whole = path.read_bytes()
-    assert picture(server, graph) == expected
+    assert is_same(picture(server, graph), expected)
     os.truncate(path, len(whole) // 2)
     assert "comes and goes.gguf" in refusal(server, changed(graph, seed=2))
     demo_files.write_model(path.with_suffix(".new"), "Q2_K")
     path.with_suffix(".new").replace(path)
-    assert picture(server, graph) != expected
+    assert not is_same(picture(server, graph), expected)
     path.write_bytes(whole)
-    assert picture(server, graph) == expected
+    assert is_same(picture(server, graph), expected)
 
 
 def test_a_file_that_is_written_to_while_it_is_in_use_stops_the_run_and_the_next_one_is_right(
