@@ -13,11 +13,13 @@ from ..loaders.paths.folders import (
 )
 from .load_diffusion_model import (
     AS_THE_FILE,
+    DEFAULT_SIZE,
     compute_input,
     disable_dynamic_vram_input,
     host_formats_input,
     pack_to_input,
     packed_type,
+    size_input,
 )
 from .node_text import loader_output
 from .search_words import family_aliases
@@ -54,8 +56,9 @@ class LoadCheckpoint(io.ComfyNode):
                 ),
                 compute_input(),
                 disable_dynamic_vram_input(),
-                pack_to_input("the diffusion model"),
+                pack_to_input("the diffusion model", fits=True),
                 host_formats_input(),
+                size_input(),
             ],
             outputs=[
                 io.Model.Output(),
@@ -82,6 +85,7 @@ class LoadCheckpoint(io.ComfyNode):
         disable_dynamic_vram=False,
         pack_to=AS_THE_FILE,
         host_formats=AUTOMATIC,
+        size_gb=DEFAULT_SIZE,
     ) -> io.NodeOutput:
         path = find_file(checkpoint_name, *FOLDERS)
         arithmetic, host_formats = computing(compute, host_formats)
@@ -90,7 +94,7 @@ class LoadCheckpoint(io.ComfyNode):
             embedding_folders(),
             compute=arithmetic,
             disable_dynamic=disable_dynamic_vram,
-            pack_to=packed_type(pack_to),
+            pack_to=packed_type(pack_to, size_gb),
             host_formats=host_formats,
         )
         note = None if model is None else faster_type_text(model, compute)

@@ -1,4 +1,5 @@
 """The node Load Diffusion Model (Featherweight)."""
+import math
 from collections.abc import Sequence
 
 from comfy_api.latest import io
@@ -14,7 +15,8 @@ from ..loaders.models.compute_choice import (
     faster_type_text,
 )
 from ..loaders.models.diffusion import load_diffusion_model
-from ..loaders.models.pack_on_load import TYPES
+from ..loaders.models.fit_device import FIT
+from ..loaders.models.pack_on_load import GB, TYPES, size_target
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from ..ops.quantize.row_types import ROW_TYPES
 from .file_inputs import file_options, validate_main
@@ -23,6 +25,8 @@ from .search_words import family_aliases
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 AS_THE_FILE = "as the file"
+SIZE = "size in GB"  # in place of a type
+DEFAULT_SIZE = 6.0  # in GB
 NO_MODULE = "none"
 
 
@@ -57,11 +61,18 @@ def side_model_compute_input(what: str):
                          "what pack to has packed to ComfyUI's own types")
 
 
-def pack_to_input(what: str):
-    """Returns the input for packing while loading. what: the part that is packed, for the text."""
+def pack_to_input(what: str, fits: bool = False):
+    """Returns the input for packing while loading.
+
+    Args:
+        what: the part that is packed, for the text.
+        fits: whether it can be packed to fit the GPU, or to a size.
+    """
+    fit = (" fit this GPU: to what fits the memory of the GPU that computes, or leaves the file as"
+           " it is if that fits. size in GB: to the best mix of types for the size below.")
     return io.Combo.Input(
         "pack_to",
-        options=[AS_THE_FILE, *TYPES],
+        options=[AS_THE_FILE, FIT, *TYPES, SIZE] if fits else [AS_THE_FILE, *TYPES],
         default=AS_THE_FILE,
         optional=True,
         display_name="pack to",
@@ -69,7 +80,23 @@ def pack_to_input(what: str):
         " less memory. Works for safetensors files in bf16, fp16, fp32 or fp8, diffusers folders"
         " and GGUF files in F16, BF16 or F32. Weights that are already packed stay as they are, but"
         f" are packed again, once, to ComfyUI's own types ({', '.join(ROW_TYPES)}). LoRAs keep"
-        " their full effect.",
+        f" their full effect.{fit if fits else ''}",
+    )
+
+
+def size_input():
+    """Returns the input for the size that `pack to` meets with SIZE."""
+    return io.Float.Input(
+        "size_gb",
+        default=DEFAULT_SIZE,
+        min=0.001,
+        max=1000.0,
+        step=0.001,
+        optional=True,
+        advanced=True,
+        display_name="size in GB",
+        tooltip="With 'size in GB' at pack to: how large the weights may be in memory, in GB of"
+        " 10^9 bytes.",
     )
 
 
@@ -88,8 +115,13 @@ def host_formats_input():
     )
 
 
-def packed_type(pack_to: str) -> str | None:
-    """Returns the loaders' `pack_to` for an option of that input."""
+def packed_type(pack_to: str, size_gb: float = DEFAULT_SIZE) -> str | None:
+    """Returns the loaders' `pack_to` for an option of that input, and a size in GB."""
+    if pack_to == SIZE:
+        if not 0 < size_gb < math.inf:
+            raise ValueError(f"size in GB is {size_gb}; expected how large the weights may be, such"
+                             " as 6.")
+        return size_target(round(size_gb * GB))
     return None if pack_to == AS_THE_FILE else pack_to
 
 
@@ -142,7 +174,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 ),
                 compute_input(),
                 disable_dynamic_vram_input(),
-                pack_to_input("the model"),
+                pack_to_input("the model", fits=True),
                 host_formats_input(),
                 io.Combo.Input(
                     "module_name",
@@ -155,6 +187,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     " for the model, such as the VACE module for Wan. Both are loaded as one model,"
                     " and each may be packed in its own way.",
                 ),
+                size_input(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -172,6 +205,7 @@ class LoadDiffusionModel(io.ComfyNode):
         pack_to=AS_THE_FILE,
         host_formats=AUTOMATIC,
         module_name=NO_MODULE,
+        size_gb=DEFAULT_SIZE,
     ) -> io.NodeOutput:
         extra = picked_module(module_name)
         arithmetic, host_formats = computing(compute, host_formats)
@@ -179,7 +213,7 @@ class LoadDiffusionModel(io.ComfyNode):
             find_file(model_name, *FOLDERS),
             compute=arithmetic,
             disable_dynamic=disable_dynamic_vram,
-            pack_to=packed_type(pack_to),
+            pack_to=packed_type(pack_to, size_gb),
             host_formats=host_formats,
             extra=extra and find_file(extra, *FOLDERS),
         )

@@ -16,11 +16,13 @@ from .combo_options import encoder_types
 from .file_inputs import file_options, open_options, validate_main
 from .load_diffusion_model import (
     AS_THE_FILE,
+    DEFAULT_SIZE,
     compute_input,
     disable_dynamic_vram_input,
     host_formats_input,
     pack_to_input,
     packed_type,
+    size_input,
 )
 from .node_text import loader_output
 from .search_words import family_aliases
@@ -108,9 +110,10 @@ class LoadTextEncoder(io.ComfyNode):
                     " model. gpu:N: encode on that GPU, if there are several.",
                 ),
                 disable_dynamic_vram_input(),
-                pack_to_input("the text encoders"),
+                pack_to_input("the text encoders", fits=True),
                 host_formats_input(),
                 compute_input("the text encoder", CHOICES_OF_SIDE_MODELS),
+                size_input(),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -133,6 +136,7 @@ class LoadTextEncoder(io.ComfyNode):
         pack_to=AS_THE_FILE,
         host_formats=AUTOMATIC,
         compute=AUTOMATIC,
+        size_gb=DEFAULT_SIZE,
     ) -> io.NodeOutput:
         further = (name or NONE for name in (text_encoder_2, text_encoder_3, text_encoder_4))
         paths = [find_file(name, *FOLDERS) for name in (text_encoder_1, *further) if name != NONE]
@@ -151,7 +155,7 @@ class LoadTextEncoder(io.ComfyNode):
             vision,
             device_options(device),
             disable_dynamic_vram,
-            packed_type(pack_to),
+            packed_type(pack_to, size_gb),
             host_formats,
             arithmetic,
         )

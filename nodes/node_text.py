@@ -12,6 +12,7 @@ from ..loaders.inspect.model_summary import (
     memory_summary,
 )
 from ..loaders.models.compute_dtype import compute_text
+from ..loaders.models.fit_device import fit_text
 from ..loaders.models.load_check import load_notes, patcher_of
 from ..loaders.models.placement import placed_text, planned_text
 from ..loaders.progress import set_text_sender
@@ -110,6 +111,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
             compute_text(patcher),
         )
         summary = title + ", ".join(filter(None, summaries))
+        summary += f"\n{text}" if (text := fit_text(patcher)) else ""
         texts[key] = summary
         if getattr(patcher, "placement", None) is not None:
             texts[key] += f"\n{planned_text(patcher)}"

@@ -30,9 +30,9 @@ from ..loaders.packing.source import (
 from ..loaders.paths.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
 from ..loaders.progress import Progress
 from ..ops.quantize.row_types import ROW_TYPES
+from .load_diffusion_model import SIZE
 from .node_text import show_text
 
-SIZE = "size in GB"
 # option -> types of ComfyUI's own with which the size is met
 SIZES = {SIZE: (), **{f"{SIZE}: {' + '.join(mix)}": mix for mix in MIXES}}
 MIN_SAMPLES = 8  # pictures drawn for positive; each of its prompts is drawn at least once

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 from devtools.measure.weights import snr
 
@@ -24,6 +24,8 @@ import comfy.text_encoders.t5
 import torch
 
 from devtools.files import gguf_files
+from featherweight.loaders.inspect.requirements import best_types
+from featherweight.loaders.packing.planning.fit import GIB, HOST_RESERVE_BYTES, step_memory
 from featherweight.loaders.packing.planning.packing_rules import Shapes, rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_type
 from featherweight.ops.formats.base import FORMATS
@@ -32,33 +34,28 @@ DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
 COLUMNS = (*DENSE, *PACKED)
 RANK = 32  # of the LoRA whose size is counted
-GB, GIB = 1e9, 2**30
+GB = 1e9
 CARDS = (6, 8, 10, 12, 16, 24, 32)  # GiB
-SYSTEM = 0.7 * GIB  # CUDA's own memory and a desktop: an estimate
 
 
 @dataclass(frozen=True)
 class Model:
     """A published model.
 
-    shapes: makes name -> shape. encoder: whether it is a text encoder. working: what ComfyUI sets
-    aside for one step beside the weights, in bytes; None where it is not known. picture: the size
-    it is for. editing: the name of the models with these shapes that get an image of that size too,
-    and what is set aside for them.
+    shapes: makes name -> shape. encoder: whether it is a text encoder. config: makes the host's
+    configuration. editing: the name of the models with these shapes that get an image too.
     """
 
     name: str
     shapes: Callable[[], Shapes]
     encoder: bool = False
-    working: Callable[[], float] | None = None
-    picture: str = ""
-    editing: tuple[str, Callable[[], float]] | None = None
+    config: Callable[[], Any] | None = None
+    editing: str = ""
 
 
-def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, picture: str,
-                    editing: str = "", **config) -> Model:
-    """supported: the host's entry in `supported_models`. latent: shape of its input for a picture
-    of that size. editing: name of the models with these shapes that get an image too."""
+def diffusion_model(name: str, supported: str, editing: str = "", **config) -> Model:
+    """supported: the host's entry in `supported_models`. editing: name of the models with these
+    shapes that get an image too."""
 
     @functools.cache
     def build():
@@ -67,22 +64,11 @@ def diffusion_model(name: str, supported: str, latent: tuple[int, ...] | None, p
         model_config.custom_operations = comfy.ops.disable_weight_init
         return model_config.get_model({}, "", device="meta")
 
-    def working(**conditioning) -> float:
-        with mock.patch.object(comfy.model_management, "pytorch_attention_flash_attention",
-                               return_value=True):
-            needed = build().memory_required(latent, conditioning)
-        # the least ComfyUI leaves free, and what it leaves to the system
-        return max(0.8 * GIB, needed) + 0.4 * GIB
-
     @functools.cache
     def shapes() -> Shapes:
         return shapes_of(build().diffusion_model)
 
-    def working_with_an_image() -> float:
-        return working(ref_latents=[[1, 16, math.prod(latent[2:])]])
-
-    return Model(name, shapes, working=working if latent else None, picture=picture,
-                 editing=(editing, working_with_an_image) if editing else None)
+    return Model(name, shapes, config=lambda: build().model_config, editing=editing)
 
 
 def encoder(name: str, build: Callable, config: dict | None = None) -> Model:
@@ -107,7 +93,7 @@ def t5_config(name: str) -> dict:
 
 
 def flux2(name: str, hidden: int, depth: int, single: int, context: int, guidance: bool) -> Model:
-    return diffusion_model(name, "Flux2", (1, 128, 64, 64), "1024²", image_model="flux2",
+    return diffusion_model(name, "Flux2", image_model="flux2",
                            in_channels=128, out_channels=128, patch_size=1, context_in_dim=context,
                            hidden_size=hidden, mlp_ratio=3.0, num_heads=hidden // 128, depth=depth,
                            depth_single_blocks=single, axes_dim=[32, 32, 32, 32], theta=2000,
@@ -118,7 +104,7 @@ def flux2(name: str, hidden: int, depth: int, single: int, context: int, guidanc
 
 def sd3(name: str, depth: int, positions: int, attention: range | None) -> Model:
     return diffusion_model(
-        name, "SD3", (1, 16, 128, 128), "1024²", in_channels=16, out_channels=16, patch_size=2,
+        name, "SD3", in_channels=16, out_channels=16, patch_size=2,
         depth=depth, input_size=None, adm_in_channels=2048, num_patches=positions**2,
         pos_embed_max_size=positions, pos_embed_scaling_factor=None, context_embedder_config={
             "target": "torch.nn.Linear",
@@ -126,13 +112,10 @@ def sd3(name: str, depth: int, positions: int, attention: range | None) -> Model
         }, qk_norm="rms", x_block_self_attn_layers=list(attention or ()))
 
 
-def wan(name: str, dim: int, ffn: int, layers: int, latent: tuple[int, ...], picture: str,
-        supported: str = "WAN21_T2V", **config) -> Model:
+def wan(name: str, dim: int, ffn: int, layers: int, supported: str = "WAN21_T2V", **config) -> Model:
     return diffusion_model(
         name,
         supported,
-        latent,
-        picture,
         **{
             **{
                 "image_model": "wan2.1",
@@ -155,14 +138,10 @@ def wan(name: str, dim: int, ffn: int, layers: int, latent: tuple[int, ...], pic
     )
 
 
-_480P, _480P_SHAPE = "832 × 480, 81 frames", (1, 16, 21, 60, 104)
-
 MODELS = (
     diffusion_model(
         "Flux.1 dev, schnell, Kontext",
         "Flux",
-        (1, 16, 128, 128),
-        "1024²",
         editing="Flux.1 Kontext",
         image_model="flux",
         in_channels=16,
@@ -189,8 +168,6 @@ MODELS = (
     diffusion_model(
         "SDXL",
         "SDXL",
-        (1, 4, 128, 128),
-        "1024²",
         use_checkpoint=False,
         image_size=32,
         out_channels=4,
@@ -213,8 +190,6 @@ MODELS = (
     diffusion_model(
         "Qwen-Image, Qwen-Image-Edit",
         "QwenImage",
-        (1, 16, 1, 128, 128),
-        "1024²",
         editing="Qwen-Image-Edit",
         image_model="qwen_image",
         in_channels=64,
@@ -225,8 +200,6 @@ MODELS = (
     diffusion_model(
         "Z-Image",
         "ZImage",
-        (1, 16, 128, 128),
-        "1024²",
         image_model="lumina2",
         patch_size=2,
         in_channels=16,
@@ -244,31 +217,27 @@ MODELS = (
         time_scale=1000.0,
         pad_tokens_multiple=32,
     ),
-    wan("Wan 2.1 1.3B", 1536, 8960, 30, _480P_SHAPE, _480P),
+    wan("Wan 2.1 1.3B", 1536, 8960, 30),
     wan(
         "Wan 2.2 5B",
         3072,
         14336,
         30,
-        (1, 48, 31, 44, 80),
-        "1280 × 704, 121 frames",
         "WAN22_T2V",
         in_dim=48,
         out_dim=48,
     ),
-    wan("Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)", 5120, 13824, 40, _480P_SHAPE, _480P),
+    wan("Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)", 5120, 13824, 40),
     wan(
         "Wan 2.1 14B I2V",
         5120,
         13824,
         40,
-        _480P_SHAPE,
-        _480P,
         "WAN21_I2V",
         model_type="i2v",
         in_dim=36,
     ),
-    diffusion_model("LTX-2", "LTXAV", None, "", image_model="ltxav", num_layers=48),
+    diffusion_model("LTX-2", "LTXAV", image_model="ltxav", num_layers=48),
     encoder("T5-XXL", comfy.text_encoders.t5.T5, t5_config("t5_config_xxl.json")),
     encoder("UMT5-XXL", comfy.text_encoders.t5.T5, t5_config("umt5_config_xxl.json")),
     encoder("Qwen3 4B", llama.Qwen3_4B),
@@ -296,28 +265,6 @@ def lora_bytes(shapes: Shapes) -> int:
     return sum(2 * RANK * (rows + columns) for rows, columns in matrices)
 
 
-def bytes_besides_weights(model: Model, working: float) -> float:
-    """Memory of a GPU that a step takes in addition to the packed weights, `working` included."""
-    largest = max(math.prod(shape) for shape in model.shapes().values() if len(shape) == 2)
-    return 2 * largest + working + SYSTEM  # the first: where a weight is dequantised
-
-
-def gpu_bytes(model: Model, column: str, working: float | None = None) -> float:
-    """Memory of a GPU that holds the whole model and runs a step of it, without another image
-    unless `working` says so."""
-    working = model.working() if working is None else working
-    beside = working + SYSTEM if column == "BF16" else bytes_besides_weights(model, working)
-    return bytes_of(model.shapes(), column) + beside
-
-
-def best_fit(model: Model, card: int, working: float | None = None) -> str:
-    """The largest format that fits a card whole."""
-    fitting = (column for column in COLUMNS
-               if column not in ("FP8", "NF4")
-               and gpu_bytes(model, column, working) <= card * GIB)
-    return next(fitting, "partly")
-
-
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -341,21 +288,25 @@ def cards_table() -> str:
     """The largest format of each diffusion model that fits a GPU whole."""
     rows = []
     for model in MODELS:
-        if model.working:
-            plain = model.name
-            if model.editing:
-                name, with_an_image = model.editing
-                plain = plain.removesuffix(f", {name.removeprefix('Flux.1 ')}")
-            rows.append(_cards_row(plain, model, model.picture, model.working()))
+        if model.config and (row := _cards_row(model, model.name, 0)):
+            row[0] = row[0].removesuffix(f", {model.editing.removeprefix('Flux.1 ')}")
+            rows.append(row)
         if model.editing:
-            picture = f"{model.picture}, with an image of {model.picture}"
-            rows.append(_cards_row(name, model, picture, with_an_image()))
+            rows.append(_cards_row(model, model.editing, 1))
     return table(["model", "for", "work, GiB", *[f"{card} GB" for card in CARDS]], rows)
 
 
-def _cards_row(name: str, model: Model, picture: str, working: float) -> list[str]:
-    fits = [best_fit(model, card, working) for card in CARDS]
-    return [name, picture, f"{working / GIB:.1f}", *fits]
+def _cards_row(model: Model, name: str, images: int) -> list[str]:
+    """Returns a row for models that get so many images; none where the step is not known."""
+    step = step_memory(model.config(), images)
+    if step is None:
+        return []
+    nbytes, picture = step
+    if images:
+        picture += f", with an image of {picture}"
+    best = best_types(model.shapes(), CARDS, nbytes)
+    work = (nbytes + HOST_RESERVE_BYTES) / GIB
+    return [name, picture, f"{work:.1f}", *(best[card] or "partly" for card in CARDS)]
 
 
 def accuracy_table() -> str:

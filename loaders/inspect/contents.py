@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import comfy.model_detection
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed, safe_detach
+from ..comfyui.detection import try_detect
 from ..comfyui.quantized_weights import as_tensors, with_marks
-from ..comfyui.weight_keys import model_prefix
+from ..comfyui.weight_keys import model_prefix, to_comfy_keys
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import arch_of, strip_prefix
 from ..files.container import WeightFile, WeightFileError
@@ -129,6 +131,21 @@ def shapes_only(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in tensors.items()
     }
+
+
+def diffusion_comfy_keys(contents: Contents) -> tuple[dict[str, torch.Tensor], str, Any]:
+    """Returns tensors, as `shapes_only`, under ComfyUI's keys, and the diffusion model in them.
+
+    Returns:
+        Name -> tensor, the prefix of the model's names, and the host's configuration of the model,
+        None if it detects none.
+    """
+    tensors = to_comfy_keys(shapes_only(contents.tensors))
+    prefix = model_prefix(tensors)
+    texts = {key: value for key, value in contents.metadata.items() if isinstance(value, str)}
+    config = contents.config or try_detect(comfy.model_detection.model_config_from_unet, tensors,
+                                           prefix, metadata=texts)
+    return tensors, prefix, config
 
 
 def encoder_comfy_keys(contents: Contents) -> tuple[dict[str, torch.Tensor], str]:

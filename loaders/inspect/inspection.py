@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.model_detection
 import comfy.sd
 import torch
 
-from ..comfyui.detection import SIDE_LOADERS, find_side_model, first_match, try_detect
-from ..comfyui.weight_keys import model_prefix, to_comfy_keys
+from ..comfyui.detection import SIDE_LOADERS, find_side_model, first_match
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
 from ..lora.lora_file import OTHER_FILES, weight_shapes
@@ -18,7 +16,7 @@ from ..lora.model_families import match_family
 from ..lora.tensor_names import PAIRS, layer_names
 from ..packing.planning.plan import Plan, PlanError
 from ..quantizers.registry import quantizer_of
-from .contents import Contents, encoder_comfy_keys, shapes_only
+from .contents import Contents, diffusion_comfy_keys, encoder_comfy_keys
 from .model_summary import title_of
 from .quality_warnings import shape_warnings, weight_warnings
 from .requirements import Card, fit_cards, fit_encoder_cards, required_models
@@ -182,11 +180,7 @@ def _identify_side_model(contents: Contents, inspection: Inspection) -> bool:
 
 
 def _identify_diffusion_model(contents: Contents, inspection: Inspection) -> bool:
-    tensors = to_comfy_keys(shapes_only(contents.tensors))
-    prefix = model_prefix(tensors)
-    texts = {key: value for key, value in contents.metadata.items() if isinstance(value, str)}
-    config = contents.config or try_detect(comfy.model_detection.model_config_from_unet, tensors,
-                                           prefix, metadata=texts)
+    tensors, prefix, config = diffusion_comfy_keys(contents)
     if config is None:
         return False
     names = [name for name in contents.tensors if name.startswith(prefix)]

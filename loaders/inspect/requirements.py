@@ -1,17 +1,14 @@
 """Estimates what else a model needs and which graphics cards it fits."""
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from ..encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS, TITLES, set_text
+from ..packing.planning.fit import Memory, latents_name_of, step_memory, workspace_bytes
 from ..packing.planning.packing_rules import Shapes, rules_for
 from ..packing.planning.plan import plan_for_type
 
-GIB = 2 ** 30
 CARDS = (6, 8, 12, 16, 24)  # GiB, which cards' names call GB
-SYSTEM_BYTES = 0.7 * GIB  # estimate for CUDA itself and a desktop
-MIN_STEP_BYTES = 0.8 * GIB  # what the host keeps free for a step at least
-HOST_RESERVE_BYTES = 0.4 * GIB  # what the host keeps free for other programs
 TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest first
 
 # The host's class of a model -> the `type` of its text encoders in the loaders, and how many files.
@@ -51,8 +48,6 @@ VAES = {
 # Models that draw pixels, without a VAE.
 NO_VAE = {"ChromaRadiance", "ZImagePixelSpace", "HiDreamO1Pixel", "PixelDiTPixel"}
 VAE_BY_MODEL = {"QwenImage": "Qwen-Image"}
-# Models of single images whose latents the host stores as video.
-IMAGE_MODELS = {"QwenImage", "Anima", "CosmosT2IPredict2", "Krea2", "JoyImage"}
 
 
 @dataclass(frozen=True)
@@ -85,16 +80,11 @@ def required_models(config: Any) -> dict[str, str]:
     clip_type = next((ENCODER_TYPES[name][0] for name in names if name in ENCODER_TYPES), "")
     if encoder:
         models["text encoder"] = f"{encoder} (type {clip_type})" if clip_type else encoder
-    latents = _latents_name(config)
+    latents = latents_name_of(config)
     vae = VAE_BY_MODEL.get(names[0]) or VAES.get(latents)
     if vae and latents not in NO_VAE:
         models["VAE"] = vae
     return models
-
-
-def _latents_name(config: Any) -> str:
-    latents = config.latent_format
-    return (latents if isinstance(latents, type) else type(latents)).__name__
 
 
 def _encoder_names(class_names: list[str]) -> str:
@@ -107,34 +97,6 @@ def _encoder_names(class_names: list[str]) -> str:
             single = [SINGLE_ENCODERS.get(clip_type, set())]
             return set_text(ENCODER_SETS.get(count, {}).get(clip_type) or single)
     return ""
-
-
-def step_memory(config: Any) -> tuple[float, str] | None:
-    """Estimates the bytes that the host keeps free for a step, in addition to the weights.
-
-    Uses the host's formula with flash attention in 16 bits (`comfy/model_base.py`,
-    BaseModel.memory_required).
-
-    Args:
-        config: the host's configuration of a diffusion model.
-
-    Returns:
-        The bytes and the resolution they are for, or None if the latents are not known.
-    """
-    latents, names = config.latent_format, {cls.__name__ for cls in type(config).__mro__}
-    dimensions, ratio = latents.latent_dimensions, latents.spacial_downscale_ratio
-    latents_name = _latents_name(config)
-    if "AV" in latents_name or "Audio" in latents_name or dimensions == 1:
-        return None
-    if dimensions == 2 or names & IMAGE_MODELS:
-        area, resolution = (1024 // ratio) ** 2, "1024 × 1024"
-    else:
-        width, height, frames = (832, 480, 81) if ratio == 8 else (1280, 704, 121)
-        latent_frames = (frames - 1) // latents.temporal_downscale_ratio + 1
-        area = latent_frames * (width // ratio) * (height // ratio)
-        resolution = f"{width} × {height}, {frames} frames"
-    step_bytes = area * 2 * 0.01 * config.memory_usage_factor * 2 ** 20
-    return max(MIN_STEP_BYTES, step_bytes) + HOST_RESERVE_BYTES, resolution
 
 
 def fit_cards(config: Any, shapes: Shapes, memory_bytes: int,
@@ -154,30 +116,32 @@ def fit_cards(config: Any, shapes: Shapes, memory_bytes: int,
     if step is None or not shapes:
         return "", []
     step_bytes, resolution = step
-    rules = rules_for(shapes)
-    workspace = _workspace_bytes(shapes)
-    sizes = {
-        name: plan_for_type(shapes, name, rules).nbytes(shapes)
-        + (workspace if name != "BF16" else 0)
-        for name in TYPES
+    best = best_types(shapes, CARDS, step_bytes)
+    workspace = workspace_bytes(shapes) if packed else 0
+    return resolution, [
+        Card(gib, max(0, memory_bytes - Memory(gib).for_model(step_bytes, workspace)), best[gib])
+        for gib in CARDS
+    ]
+
+
+def best_types(shapes: Shapes, cards: Iterable[int], step_bytes: float) -> dict[int, str]:
+    """Returns card -> the largest of TYPES with which a diffusion model fits it whole, "" for none.
+
+    Args:
+        shapes: as for `rules_for`.
+        cards: their GiB.
+        step_bytes: of `step_memory`.
+    """
+    rules, workspace = rules_for(shapes), workspace_bytes(shapes)
+    sizes = {name: plan_for_type(shapes, name, rules).nbytes(shapes) for name in TYPES}
+    return {
+        gib: next((name for name, nbytes in sizes.items() if nbytes <= Memory(gib).for_model(
+            step_bytes, 0 if name == "BF16" else workspace)), "") for gib in cards
     }
-    other_bytes = step_bytes + SYSTEM_BYTES
-    fits = []
-    for gib in CARDS:
-        best = next((name for name in TYPES if sizes[name] + other_bytes <= gib * GIB), "")
-        missing = memory_bytes + (workspace if packed else 0) + other_bytes - gib * GIB
-        fits.append(Card(gib, max(0, round(missing)), best))
-    return resolution, fits
 
 
 def fit_encoder_cards(memory_bytes: int, shapes: Shapes) -> list[Card]:
     """Estimates how a text encoder fits each of CARDS; it runs alone, before the model."""
-    needed = (
-        memory_bytes + _workspace_bytes(shapes) + MIN_STEP_BYTES + HOST_RESERVE_BYTES + SYSTEM_BYTES
-    )
-    return [Card(gib, max(0, round(needed - gib * GIB)), None) for gib in CARDS]
-
-
-def _workspace_bytes(shapes: Shapes) -> int:
-    """Returns the bytes of the largest matrix dequantised to 16 bits."""
-    return 2 * max((math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)
+    workspace = workspace_bytes(shapes)
+    return [Card(gib, max(0, memory_bytes - Memory(gib).for_encoder(workspace)), None)
+            for gib in CARDS]

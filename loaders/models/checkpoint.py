@@ -25,6 +25,7 @@ from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER,
 from ..files.open_weights import open_weights
 from ..progress import Progress
 from .diffusion import build_model, load_diffusion_model, read_weights
+from .fit_device import FIT, fit_model
 from .load_check import bytes_of, check_load
 from .loader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
@@ -89,6 +90,18 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         packed_formats(host_formats, device or comfy.model_management.get_torch_device()),
         packed_formats(host_formats,
                        encoder_device or comfy.model_management.text_encoder_device()))
+    options = {
+        "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
+        "pack_to": pack_to,
+        **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
+    }
+    fit, is_folder = None, (os.path.isdir(path)
+                            and not os.path.isfile(os.path.join(path, "config.json")))
+    if pack_to == FIT and not is_folder:
+        if output_model:
+            fit = fit_model([path], device or comfy.model_management.get_torch_device(),
+                            formats.model)
+        pack_to = fit.targets[0] if fit else None
     use_own_reader = needs_own_reader(path, pack_to, formats.model | formats.encoder)
     devices = {}
     if device or encoder_device:
@@ -100,19 +113,17 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
                 model_options=device_options(device),
                 te_model_options=device_options(encoder_device), **outputs)
             check.attach(model, clip, vae)
-    elif os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+    elif is_folder:
         model, clip, vae = _load_folder(path, embedding_directory, outputs, disable_dynamic,
                                         compute, pack_to, host_formats, **devices)
     else:
         model, clip, vae = _load_file(path, embedding_directory, outputs, disable_dynamic,
                                       compute, pack_to, formats, **devices)
     # When the host reloads a part by itself, it forgets the devices.
-    needs_recipe = use_own_reader or bool(devices)
-    options = {
-        "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
-        "pack_to": pack_to, **devices,
-        **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
-    }
+    needs_recipe = use_own_reader or bool(devices) or fit is not None
+    options |= devices
+    if fit and model is not None:
+        fit.attach(model)
     if model is not None and (needs_recipe or disable_dynamic):
         Recipe(MODEL, (str(path),), {**options, "compute": compute}).attach(model)
     if clip is not None and (needs_recipe or disable_dynamic):

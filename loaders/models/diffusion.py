@@ -46,10 +46,11 @@ from ..progress import Progress
 from ..quantizers.comfyui import FP8
 from ..quantizers.comfyui_marks import MARK
 from ..quantizers.integers import pack_rows
+from .fit_device import FIT, fit_model
 from .load_check import bytes_of, check_load, reject_codes
 from .loader_choice import has_plain_fp8, needs_own_reader
 from .module_files import explain_module_errors, join_module, module_layers, reject_unused_module
-from .pack_on_load import PackStats, pack_weights
+from .pack_on_load import PackStats, pack_weights, size_of_target
 from .recipe import Recipe, register_loader
 from .seedvr2 import add_texts
 
@@ -71,7 +72,8 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
         path: of a file or folder; of a whole checkpoint only the model is loaded.
         compute: one of `compute_dtype.COMPUTE`.
         disable_dynamic: keep the model out of dynamic VRAM.
-        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        pack_to: one of `pack_on_load.TYPES`, FIT, or a `size_target`; plain weights are packed to
+            it as they are read.
         model_options: the host's, such as `load_device`; `dtype` affects only files that go to the
             host's own loader.
         extra: path of a module: a file with further layers of the model, such as VACE's.
@@ -90,15 +92,22 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
         })
     device = model_options.get("load_device", comfy.model_management.get_torch_device())
     formats = packed_formats(host_formats, device)
+    fit, pack_module_to = None, pack_to
+    if pack_to == FIT:
+        fit = fit_model([path, extra] if extra else [path], device, formats)
+        pack_to, pack_module_to = fit.targets[0], fit.targets[-1]
     keeps_fp8 = device.type == "cpu" and pack_to is None and has_plain_fp8(path)
     if not (needs_own_reader(path, pack_to, formats) or extra or keeps_fp8):
         patcher = _load_by_the_host(path, model_options, disable_dynamic)
         if patcher is not None:
-            return recipe.attach(patcher) if disable_dynamic else patcher
+            if fit:
+                fit.attach(patcher)
+            return recipe.attach(patcher) if disable_dynamic or fit else patcher
     file = open_weights(path)
     reject_non_diffusion(file)
-    stages = ["reading", *(["packing"] if pack_to else [])]
-    progress = Progress(*stages, *(stages if extra else []), "building the model")
+    targets = [pack_to, pack_module_to] if extra else [pack_to]
+    stages = [stage for target in targets for stage in ("reading", target and "packing") if stage]
+    progress = Progress(*stages, "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats, device)
     if keeps_fp8:
         reject_codes(os.path.basename(path), state_dict)
@@ -107,11 +116,12 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
     module = {}
     if extra:
         module_file = open_weights(extra)
-        module, packed_module = read_weights(module_file, pack_to, progress,
+        module, packed_module = read_weights(module_file, pack_module_to, progress,
                                              packed_formats(EXACT, device), device)
         module = module_layers(module_file, module)
         state_dict = join_module(state_dict, prefix, module)
-        packed = packed and packed_module and PackStats.merge([packed, packed_module])
+        stats = [part for part in (packed, packed_module) if part]
+        packed = PackStats.merge(stats) if stats else None
     add_texts(state_dict, prefix, path)
     devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
     with explain_module_errors(path, extra) if extra else contextlib.nullcontext():
@@ -120,6 +130,8 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
         reject_unused_module(patcher, module, path, extra)
     if packed:
         packed.attach(patcher)
+    if fit:
+        fit.attach(patcher)
     progress.stage()
     return recipe.attach(patcher)
 
@@ -179,7 +191,8 @@ def read_weights(
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
     packed = pack_weights(file, state_dict, pack_to, progress, prefix, device)
-    return in_parts(state_dict, formats) if pack_to in ROW_TYPES else state_dict, packed
+    has_host_formats = pack_to in ROW_TYPES or size_of_target(pack_to) is not None
+    return in_parts(state_dict, formats) if has_host_formats else state_dict, packed
 
 
 def pack_plain_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -38,9 +38,16 @@ from ..files.container import (
 )
 from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
 from ..out_of_memory import is_out_of_memory
-from ..packing.planning.packing_rules import bytes_in_file, half_type, rules_for
-from ..packing.planning.plan import plan_for_type
-from ..paths.folders import packed_folder
+from ..packing.calibration.sensitivity import Sensitivity, SensitivityError
+from ..packing.planning.packing_rules import Shapes, bytes_in_file, half_type, rules_for
+from ..packing.planning.plan import (
+    AS_STORED,
+    PlanError,
+    plan_for_size,
+    plan_for_type,
+    signal_to_error,
+)
+from ..paths.folders import packed_folder, sensitivity_of
 from ..progress import Progress
 from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
 
@@ -50,6 +57,7 @@ log = logging.getLogger(__name__)
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4", *ROW_TYPES)
 # By how many values of a weight the speed is measured, and from how many values of a model on.
 MEASURED_VALUES, MANY_VALUES = 1 << 22, 1 << 28
+GB = 10 ** 9
 WHOLE_ROWS = 64  # are whole blocks of every type
 
 
@@ -59,6 +67,7 @@ class PackStats:
 
     Attributes:
         sources: types that weights were packed from, those with the most values first.
+        signal_to_error: of a mix of types, in dB, estimated from them; 0 for one type.
         unchanged: formats of the weights that were packed already, in the same order.
         seconds: of the whole load, reading included.
         loss: the squared error of what was packed again, over its square.
@@ -68,6 +77,7 @@ class PackStats:
     """
 
     sources: tuple[str, ...] = ()
+    signal_to_error: float = 0.0
     unchanged: tuple[str, ...] = ()
     seconds: float = 0.0
     loss: float = 0.0
@@ -88,6 +98,8 @@ class PackStats:
             text = f"packed from {sources} in {self.seconds:.0f} s"
         else:
             text = "nothing was packed"
+        if self.signal_to_error:
+            text += f", about {self.signal_to_error:.0f} dB"
         if self.loss:
             text += f", {-10 * math.log10(self.loss):.0f} dB above what was lost"
         if self.cache:
@@ -110,12 +122,24 @@ class PackStats:
             for field in ("sources", "unchanged", "unfit"))
         caches = {part.cache for part in parts if part.sources}
         seconds, loss = sum(part.seconds for part in parts), max(part.loss for part in parts)
+        signal_to_error = min(part.signal_to_error for part in parts)
         cache = caches.pop() if len(caches) == 1 else ""
         folder = next((part.folder for part in parts if part.folder), "")
-        return cls(sources, unchanged, seconds, loss, cache, folder, unfit)
+        return cls(sources, signal_to_error, unchanged, seconds, loss, cache, folder, unfit)
 
 
-def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_name: str,
+def size_target(nbytes: int) -> str:
+    """Returns the loaders' `pack_to` for the best mix of types with at most so many bytes."""
+    return f"{nbytes / GB:.10g} GB"
+
+
+def size_of_target(pack_to: str) -> int | None:
+    """Returns the bytes of a `size_target`, None for a type."""
+    number = pack_to.removesuffix(" GB")
+    return None if number == pack_to else round(float(number) * GB)
+
+
+def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to: str,
                  progress: Progress, prefix: str = "",
                  device: torch.device = CPU) -> PackStats:
     """Packs the weights of a model in place, by the plan for a type.
@@ -126,25 +150,31 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
     Args:
         file: of the weights.
         state_dict: of `file`, with the host's names, after `comfy_quant.as_tensors`.
-        type_name: one of `TYPES`.
+        pack_to: one of `TYPES`, or a `size_target`.
         progress: advances by one stage.
         prefix: of the names of the model; other weights stay as they are.
         device: packs the weights, which stay on the CPU.
 
     Raises:
-        WeightFileError: if a value is not finite, or if a file of the weights changes meanwhile.
+        WeightFileError: if a value is not finite, if the weights do not fit into the size, or if a
+            file of the weights changes meanwhile.
     """
     started = time.perf_counter()
     weights = {
         name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)
         and tensor.dtype.is_floating_point and tensor.numel()
     }
-    types = _types_for(weights, type_name, prefix)
-    wanted = {name: (types[name], tuple(tensor.shape)) for name, tensor in weights.items()
+    size = size_of_target(pack_to)
+    try:
+        types = _types_for(file, weights, pack_to if size is None else size, prefix)
+    except PlanError as error:
+        raise WeightFileError(f"{os.path.basename(file.path)}: {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wanted = {name: (types[name], shapes[name]) for name, tensor in weights.items()
               if not _stays(tensor, types[name])}
     to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
     folder = packed_cache.folder(packed_folder())
-    path = packed_cache.entry_path(file, to_pack, folder, suffix_for(type_name))
+    path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to))
     entry = packed_cache.read(path, partial(read_entry, wanted={
         name.removeprefix(prefix): each for name, each in wanted.items()}))
     guard, loss = _guard_of(state_dict), RelativeError()
@@ -185,12 +215,13 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], type_nam
         tensors = entry_weights(state_dict, prefix)
         write = partial(write_entry, file=file, tensors=tensors, loss=lost)
         cache = "kept" if packed_cache.keep(path, most_bytes(tensors), write) else ""
-    stats = PackStats(tuple(name for name, _ in sources.most_common()),
+    signal = signal_to_error(types, shapes) if size is not None else 0.0
+    stats = PackStats(tuple(name for name, _ in sources.most_common()), signal,
                       tuple(name for name, _ in unchanged.most_common()),
                       time.perf_counter() - started, lost, cache, str(folder),
                       tuple(unfit))
     log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path),
-             len(to_pack), len(types), type_name, stats)
+             len(to_pack), len(types), pack_to, stats)
     return stats
 
 
@@ -198,6 +229,8 @@ def _stays(tensor: torch.Tensor | JoinedRows, type_name: str) -> TypeGuard[Packe
     """Returns whether a weight stays packed as it is in the file."""
     if not is_packed(tensor):
         return False
+    if type_name == AS_STORED:
+        return True
     if type_name in ROW_TYPES:
         return tensor.params.format == format_of(type_name, tuple(tensor.shape))
     return not tensor.params.format.is_host_format
@@ -235,15 +268,39 @@ def _bytes_of(tensor: torch.Tensor | JoinedRows) -> int:
                for part in parts)
 
 
-def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], type_name: str,
-               prefix: str) -> dict[str, str]:
-    """Returns name -> type of each weight, by the plan for `type_name`."""
+def _types_for(file: WeightFile, weights: Mapping[str, torch.Tensor | JoinedRows],
+               target: str | int, prefix: str) -> dict[str, str]:
+    """Returns name -> type of each weight, by the plan for a type or for bytes.
+
+    That for bytes uses the measurement of the model, if there is one.
+    """
     shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in weights.items()}
     halves = {
         name.removeprefix(prefix): half_type(tensor.dtype) for name, tensor in weights.items()
     }
-    planned = plan_for_type(shapes, type_name, rules_for(shapes), halves).types
+    rules = rules_for(shapes)
+    if isinstance(target, int):
+        packed = {name.removeprefix(prefix): _bytes_of(tensor) for name, tensor in weights.items()
+                  if is_packed(tensor)}
+        planned = plan_for_size(shapes, target, rules, _measured_costs(file, shapes), halves,
+                                packed=packed).types
+    else:
+        planned = plan_for_type(shapes, target, rules, halves).types
     return {name: planned[name.removeprefix(prefix)] for name in weights}
+
+
+def _measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, float]] | None:
+    """Returns the costs that the measurement of a model has, None where there is none of it."""
+    path = sensitivity_of(file.path)
+    if path is None:
+        return None
+    try:
+        costs = Sensitivity.load(path).match(shapes).costs
+    except SensitivityError as error:
+        log.warning("[Featherweight] %s", error)
+        return None
+    log.info("[Featherweight] %s is packed by the measurement %s", file.path.name, path)
+    return costs
 
 
 def _source_format(tensor: torch.Tensor | JoinedRows) -> str:

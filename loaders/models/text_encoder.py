@@ -46,9 +46,10 @@ from ..encoders.tokenizer import TokenizerError
 from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line
 from ..files.open_weights import open_weights
 from ..progress import Progress
+from .fit_device import FIT, fit_encoders
 from .load_check import check_load
 from .loader_choice import needs_own_reader
-from .pack_on_load import PackStats, pack_weights
+from .pack_on_load import PackStats, pack_weights, size_of_target, size_target
 from .recipe import Recipe, register_loader
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
             fits; None: no vision tower.
         model_options: the host's, such as `load_device`.
         disable_dynamic: keep the encoder out of dynamic VRAM.
-        pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
+        pack_to: one of `pack_on_load.TYPES`, FIT, or a `size_target`; plain weights are packed to
+            it as they are read. Several files share a size by their bytes.
         host_formats: one of `who_computes.HOST_FORMATS`.
         compute: see `PackedLayer`.
 
@@ -98,14 +100,24 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     model_options = dict(model_options or {})
     device = model_options.get("load_device", comfy.model_management.text_encoder_device())
     formats = packed_formats(host_formats, device)
-    by_the_host = not any(needs_own_reader(path, pack_to, formats) for path in paths)
+    fit, targets = None, [pack_to] * len(paths)
+    if pack_to == FIT:
+        fit = fit_encoders(paths, device)
+        targets = list(fit.targets)
+    elif pack_to and (size := size_of_target(pack_to)) is not None:
+        sizes = [open_weights(path).tensor_bytes for path in paths]
+        targets = [size_target(size * each // max(1, sum(sizes))) for each in sizes]
+    by_the_host = not any(needs_own_reader(path, target, formats)
+                          for path, target in zip(paths, targets))
     if by_the_host and mmproj in (AUTO, None):
         try:
             with check_load(_names(paths)) as check:
                 clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type,
                                           model_options, disable_dynamic)
                 check.attach(clip)
-            if disable_dynamic:
+            if fit:
+                fit.attach(clip.patcher)
+            if disable_dynamic or fit:
                 recipe.attach(clip.patcher)
             return clip
         except (RuntimeError, LookupError, NameError) as error:
@@ -114,10 +126,10 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
             log.debug("[Featherweight] ComfyUI does not load %s", paths, exc_info=True)
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
-    packing = ["packing"] * len(paths) if pack_to else []
+    packing = ["packing" for target in targets if target]
     progress = Progress(*["reading"] * len(paths), "converting", *packing, "building the model")
     notes: list[str] = []
-    weights, pack_stats = _read_weights(paths, mmproj, progress, pack_to, formats, notes, device)
+    weights, pack_stats = _read_weights(paths, mmproj, progress, targets, formats, notes, device)
     _check_encoders(paths, weights, clip_type)
     if clip_type == "ltxv":
         # The host looks for the tokenizer in the first file.
@@ -138,6 +150,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     wrap_clip(clip)
     if pack_stats:
         pack_stats.attach(clip.patcher)
+    if fit:
+        fit.attach(clip.patcher)
     recipe.attach(clip.patcher)
     return clip
 
@@ -153,13 +167,13 @@ def _names(paths: list[str]) -> str:
 
 
 def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
-                  pack_to: str | None, formats: frozenset[str], notes: list[str],
+                  targets: list[str | None], formats: frozenset[str], notes: list[str],
                   device: torch.device) -> tuple[list[Weights], PackStats | None]:
-    """Reads the state dict of each file, with the host's names, and packs it if requested.
+    """Reads the state dict of each file, with the host's names, and packs it to its target.
 
     The mmproj file goes to the first encoder that it fits. `notes` gets those of the files.
     """
-    encoders = [_Encoder(path, progress, pack_to, formats) for path in paths]
+    encoders = [_Encoder(path, progress, target, formats) for path, target in zip(paths, targets)]
     for encoder in encoders:
         notes += encoder.file.notes if encoder.file else []
     if mmproj == AUTO:
@@ -174,15 +188,14 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
                 " none is an encoder with that kind of vision tower. Pick another mmproj file, or"
                 " none.")
     weights = [encoder.convert() for encoder in progress.track(encoders)]
-    if not pack_to:
-        return weights, None
-    pack_stats = PackStats.merge([
-        pack_weights(encoder.file, part, pack_to, progress, device=device)
-        for encoder, part in zip(encoders, weights) if encoder.file
-    ])
-    if pack_to in ROW_TYPES:
-        weights = [in_parts(part, formats) for part in weights]
-    return weights, pack_stats
+    pack_stats = []
+    for index, (encoder, target) in enumerate(zip(encoders, targets)):
+        if target and encoder.file:
+            pack_stats.append(
+                pack_weights(encoder.file, weights[index], target, progress, device=device))
+            if target in ROW_TYPES or size_of_target(target) is not None:
+                weights[index] = in_parts(weights[index], formats)
+    return weights, PackStats.merge(pack_stats) if pack_stats else None
 
 
 class _Encoder:

@@ -277,6 +277,18 @@ def find_sensitivity(name: str) -> str:
     return path
 
 
+def sensitivity_of(model_path: str | os.PathLike) -> str | None:
+    """Returns the path of the newest measurement in `output/sensitivity` that has a model's name,
+    as the node that measures gives it; None if there is none."""
+    stem = os.path.splitext(os.path.basename(model_path))[0]
+    name = re.compile(rf"{re.escape(stem)}_\d{{5}}_{re.escape(SENSITIVITY)}")
+    folder = _sensitivity_folders()[0]
+    with contextlib.suppress(OSError):
+        if names := sorted(filter(name.fullmatch, os.listdir(folder))):
+            return os.path.join(folder, names[-1])
+    return None
+
+
 def new_sensitivity_path(name: str) -> str:
     """Returns the path of a new measurement: the next number in `output/sensitivity`, which is made
     if needed.

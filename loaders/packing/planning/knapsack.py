@@ -1,15 +1,21 @@
 """Chooses a type for each tensor within a budget of bytes, with the least sum of costs.
 
-A multiple-choice knapsack by dynamic programming: tensor by tensor, the cheapest sum is kept in
-each of STEPS equal steps of bytes. The steps do not depend on the budget, so a larger budget never
-gives a more expensive plan. With steps finer than the differences in bytes the result is the
-optimum.
+Of few tensors, a multiple-choice knapsack by dynamic programming: tensor by tensor, the cheapest
+sum is kept in each of STEPS equal steps of bytes. The steps do not depend on the budget, so a
+larger budget never gives a more expensive plan. With steps finer than the differences in bytes the
+result is the optimum.
+
+Of many tensors, whose sums would be too many for the steps, the larger types that save the most
+cost for their bytes are taken one after another, on the lower convex hull of each tensor's types
+(the linear relaxation of that knapsack). What this misses is less than one such step of a tensor.
 """
+import itertools
 from collections.abc import Mapping
 
 import torch
 
 STEPS = 1 << 14
+FEW = 256  # tensors
 
 
 def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]],
@@ -34,6 +40,8 @@ def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, M
     largest = sum(sizes[name][types[-1]] for name, types in options.items())
     if smallest > budget:
         raise ValueError(f"The smallest types take {smallest} bytes, the budget is {budget}.")
+    if len(options) > FEW:
+        return _along_hulls(costs, sizes, budget)
     step = -(-(largest - smallest + 1) // STEPS)
     # Of the best sums: their bytes above `smallest`, and their costs.
     best_bytes = torch.zeros(1, dtype=torch.int64)
@@ -58,6 +66,45 @@ def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, M
         chosen[name] = types[type_index[index]]
         index = previous[index]
     return {name: chosen[name] for name in costs}
+
+
+def _along_hulls(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]],
+                 budget: int) -> dict[str, str]:
+    """Chooses types by what each byte of a larger one saves, as for `choose_types`."""
+    chosen, steps = {}, []
+    for name, type_costs in costs.items():
+        hull = _hull({key: (sizes[name][key], cost) for key, cost in type_costs.items()})
+        chosen[name] = hull[0][2]
+        budget -= hull[0][0]
+        for (size, cost, _), (larger, lower, type_name) in itertools.pairwise(hull):
+            steps.append(((cost - lower) / (larger - size), larger - size, name, type_name))
+    full = set()
+    for _, more, name, type_name in sorted(steps, key=lambda step: -step[0]):
+        if name in full or more > budget:
+            full.add(name)
+            continue
+        chosen[name] = type_name
+        budget -= more
+    return chosen
+
+
+def _hull(types: Mapping[str, tuple[int, float]]) -> list[tuple[int, float, str]]:
+    """Returns (bytes, cost, type) of the types on the lower convex hull, ascending by bytes.
+
+    Args:
+        types: type -> (bytes, cost).
+    """
+    hull: list[tuple[int, float, str]] = []
+    for (size, cost), name in sorted((pair, name) for name, pair in types.items()):
+        if hull and cost >= hull[-1][1]:
+            continue
+        while len(hull) > 1:
+            (first, high, _), (last, low, _) = hull[-2:]
+            if (low - cost) * (last - first) < (high - low) * (size - last):
+                break
+            hull.pop()
+        hull.append((size, cost, name))
+    return hull
 
 
 def _find_best(sums: torch.Tensor, totals: torch.Tensor, step: int) -> torch.Tensor:

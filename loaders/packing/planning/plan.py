@@ -22,6 +22,7 @@ SIGNAL_TO_ERROR = {
     "int8_convrot": 42.9
 }
 BY_SIZE = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+AS_STORED = "as stored"  # in place of the type of a weight that is packed already, and stays
 DIGITS = 2  # decimal places of sizes in messages
 IN_BLOCKS_OF_32 = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # for rows that 256 does not divide
 # Matrices that see one vector an image, not one a token.
@@ -137,7 +138,8 @@ def plan_for_type(shapes: Shapes, type_name: str, family: PackingRules,
 
 def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
                   costs: Mapping[str, Mapping[str, float]] | None = None,
-                  halves: Mapping[str, str] | None = None, row_types: Collection[str] = ()) -> Plan:
+                  halves: Mapping[str, str] | None = None, row_types: Collection[str] = (),
+                  packed: Mapping[str, int] | None = None) -> Plan:
     """Plans the best types with which all tensors together take at most `nbytes`.
 
     Args:
@@ -146,11 +148,13 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
         costs: name -> type -> relative power of the output's error, from a measurement; types that
             were not measured follow from those that were. None: `expected_costs`.
         row_types: names of ROW_TYPES to choose among, beside 16 bits; none: the types of GGUF.
+        packed: name -> bytes of weights that are packed already: they stay AS_STORED, or take a
+            smaller type.
 
     Raises:
         PlanError: where the smallest types take more.
     """
-    halves = halves or {}
+    halves, packed = halves or {}, packed or {}
     exact, options = {}, {}
     rows = {type_name: set(family.row_names(shapes, type_name)) for type_name in row_types}
     for name, shape in shapes.items():
@@ -159,13 +163,22 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
             types = [each for each in row_types if name in rows[each] and divides_rows(each, shape)]
         else:
             types = types_for(shape) if family.may_be_packed(name, shape) else []
+        if name in packed:
+            types = [each for each in types if bytes_in_file(each, shape) < packed[name]]
         if types:
-            options[name] = (*sorted(types, key=lambda each: bytes_in_file(each, shape)), half)
+            options[name] = (*sorted(types, key=lambda each: bytes_in_file(each, shape)),
+                             AS_STORED if name in packed else half)
+        elif name in packed:
+            exact[name] = AS_STORED
         else:
             exact[name] = half if row_types else family.exact_type(name, shape, half)
-    budget = nbytes - Plan(exact).nbytes(shapes)
+
+    def size_of(name: str, type_name: str) -> int:
+        return packed[name] if type_name == AS_STORED else bytes_in_file(type_name, shapes[name])
+
+    budget = nbytes - sum(size_of(name, type_name) for name, type_name in exact.items())
     sizes = {
-        name: {type_name: bytes_in_file(type_name, shapes[name]) for type_name in types}
+        name: {type_name: size_of(name, type_name) for type_name in types}
         for name, types in options.items()
     }
     least = sum(min(type_sizes.values()) for type_sizes in sizes.values())
@@ -184,8 +197,21 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
 
 
 def relative_error(type_name: str) -> float:
-    """Returns the power of a type's error over that of the weights."""
-    return 10 ** (-SIGNAL_TO_ERROR[type_name] / 10)
+    """Returns the power of a type's error over that of the weights, 0 for what stays as it is."""
+    return 10 ** (-SIGNAL_TO_ERROR[type_name] / 10) if type_name in SIGNAL_TO_ERROR else 0.0
+
+
+def signal_to_error(types: Mapping[str, str], shapes: Shapes) -> float:
+    """Estimates the dB of the weights' power over the error's, for weights of equal power.
+
+    Args:
+        types: name -> type, or AS_STORED.
+        shapes: name -> shape.
+    """
+    errors = sum(relative_error(type_name) * math.prod(shapes[name])
+                 for name, type_name in types.items())
+    values = sum(math.prod(shapes[name]) for name in types)
+    return -10 * math.log10(max(errors / values, relative_error("BF16"))) if values else 0.0
 
 
 def expected_costs(shapes: Shapes) -> dict[str, float]:
@@ -238,6 +264,9 @@ def _complete_costs(options: Mapping[str, tuple[str, ...]],
         complete[name] = {}
         cost = math.inf
         for type_name in types:
+            if type_name == AS_STORED:
+                complete[name][type_name] = 0.0
+                continue
             nearest = min(
                 measured[name],
                 key=lambda other: abs(SIGNAL_TO_ERROR[other] - SIGNAL_TO_ERROR[type_name]),

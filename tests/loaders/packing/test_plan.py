@@ -10,6 +10,7 @@ import gguf
 import pytest
 
 from featherweight.loaders.files.container import nbytes_of
+from featherweight.loaders.packing.planning import knapsack
 from featherweight.loaders.packing.planning.knapsack import choose_types
 from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.plan import (
@@ -19,6 +20,7 @@ from featherweight.loaders.packing.planning.plan import (
     plan_for_size,
     plan_for_type,
     relative_error,
+    signal_to_error,
     types_for,
 )
 
@@ -77,6 +79,36 @@ def test_a_larger_budget_is_never_dearer():
         for part in range(41)
     ]
     assert spent == sorted(spent, reverse=True) and spent[0] > spent[-1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.7, 0.98])
+def test_of_many_tensors_at_most_one_step_is_missed(part, seed, monkeypatch):
+    costs, sizes = random_case(seed, tensors=knapsack.FEW + 20, sizes_up_to=60)
+    least, most = (sum(kind(of_types.values()) for of_types in sizes.values())
+                   for kind in (min, max))
+    budget = int(least + (most - least) * part)
+    chosen = choose_types(costs, sizes, budget)
+    assert total(sizes, chosen) <= budget
+    monkeypatch.setattr(knapsack, "FEW", len(costs))
+    best = total(costs, choose_types(costs, sizes, budget))  # the optimum: each step is one byte
+    assert most - least < knapsack.STEPS
+    largest_step = max(max(of_types.values()) - min(of_types.values())
+                       for of_types in costs.values())
+    assert best <= total(costs, chosen) + 1e-9 and total(costs, chosen) <= best + largest_step
+    assert total(costs, chosen) <= best * 1.02 + 0.01
+
+
+def test_of_thousands_of_tensors_the_plan_is_better_than_coarse_steps_give(monkeypatch):
+    shapes = next(model for model in MODELS if model.name == "LTX-2").shapes()
+    size = plan_for_type(shapes, "Q4_K", rules_for(shapes)).nbytes(shapes)
+    decibels = []
+    for few in (knapsack.FEW, len(shapes)):
+        monkeypatch.setattr(knapsack, "FEW", few)
+        plan = plan_for_size(shapes, size, rules_for(shapes))
+        assert 0.999 * size < plan.nbytes(shapes) <= size
+        decibels.append(signal_to_error(plan.types, shapes))
+    assert decibels[0] > decibels[1] + 0.3
 
 
 def test_a_budget_below_the_smallest_types_is_refused():
