@@ -112,7 +112,8 @@ def sd3(name: str, depth: int, positions: int, attention: range | None) -> Model
         }, qk_norm="rms", x_block_self_attn_layers=list(attention or ()))
 
 
-def wan(name: str, dim: int, ffn: int, layers: int, supported: str = "WAN21_T2V", **config) -> Model:
+def wan(name: str, dim: int, ffn: int, layers: int, supported: str = "WAN21_T2V",
+        **config) -> Model:
     return diffusion_model(
         name,
         supported,

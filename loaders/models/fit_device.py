@@ -13,7 +13,6 @@ from ..byte_sizes import size_text
 from ..files.container import WeightFileError
 from ..inspect.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
 from ..packing.planning.fit import (
-    FAST_TYPE,
     STREAMED_TYPE,
     Choice,
     Memory,

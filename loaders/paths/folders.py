@@ -1,4 +1,5 @@
 """Finds and names files in the model folders; only this module uses the host's `folder_paths`."""
+import contextlib
 import functools
 import glob
 import os
