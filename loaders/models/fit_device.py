@@ -48,20 +48,26 @@ class Fit:
 
 @dataclass
 class _Part:
-    """The weights of one file of a model, by the host's names; nbytes: in memory as in the file."""
+    """The weights of one file of a model.
+
+    shapes: by the host's names. nbytes: in memory, as they are in the file. packed: the bytes of
+    those that are packed in the file.
+    """
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     nbytes: int
-    is_packed: bool
+    packed: dict[str, int]
     choice: Choice = field(init=False)
 
     @classmethod
     def of(cls, file: Contents, tensors: dict[str, torch.Tensor], prefix: str = "") -> "_Part":
         shapes = {name.removeprefix(prefix): tuple(tensor.shape)
                   for name, tensor in tensors.items() if name.startswith(prefix)}
-        stored = [tensor for name, tensor in file.tensors.items() if name.startswith(prefix)]
-        return cls(file.name, shapes, _bytes_in_memory(stored), any(map(is_packed, stored)))
+        stored = {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items()
+                  if name.startswith(prefix)}
+        packed = {name: tensor.nbytes for name, tensor in stored.items() if is_packed(tensor)}
+        return cls(file.name, shapes, _bytes_in_memory(stored.values()), packed)
 
 
 def fit_text(patcher) -> str:
@@ -114,12 +120,10 @@ def _fit(parts: list[_Part], memory: Memory, room: int, room_unpacked: int,
          multiplies_int8: bool = False) -> Fit:
     """Chooses for each file, which has room by its share of the bytes."""
     total = sum(part.nbytes for part in parts) or 1
-    is_one_packed = any(part.is_packed for part in parts)
     for part in parts:
         share = part.nbytes / total
         part.choice = choose(part.shapes, part.nbytes, int(room * share),
-                             None if is_one_packed else int(room_unpacked * share),
-                             multiplies_int8)
+                             int(room_unpacked * share), part.packed, multiplies_int8)
         if part.choice.missing and memory.is_shared:
             raise WeightFileError(
                 f"{part.name} {_lack(part.choice)} on {memory.text}, even with the smallest"
@@ -137,7 +141,7 @@ def _text(part: _Part, memory: Memory) -> str:
     choice, room = part.choice, size_text(part.choice.room)
     if choice.missing:
         return (f"{part.name} {_lack(choice)} on {memory.text}, even with the smallest types. So"
-                f" {'it stays as in the file' if part.is_packed else f'it is {STREAMED_TYPE}'}, and"
+                f" {'it stays as in the file' if part.packed else f'it is {STREAMED_TYPE}'}, and"
                 " what does not fit is copied in each step: Place Model (Featherweight) sets how"
                 " much. A smaller model fits.")
     if not choice.target:

@@ -2,7 +2,8 @@
 
 Plain weights (F32, F16, BF16, fp8) and those in the host's own quantised formats are packed. Other
 packed weights stay as they are, bit for bit, since packing them again would lose precision twice;
-but to the host's own types they are packed again. A weight stays plain if the type cannot represent
+but to the host's own types they are packed again, and to a size those that do not fit as they are.
+A weight stays plain if the type cannot represent
 its values. Packing runs on the device that computes, or on the CPU where that is out of memory.
 """
 import collections
@@ -171,7 +172,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
         raise WeightFileError(f"{os.path.basename(file.path)}: {error}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wanted = {name: (types[name], shapes[name]) for name, tensor in weights.items()
-              if not _stays(tensor, types[name])}
+              if not _stays(tensor, types[name], size is not None)}
     to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
     folder = packed_cache.folder(packed_folder())
     path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to))
@@ -225,12 +226,11 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
     return stats
 
 
-def _stays(tensor: torch.Tensor | JoinedRows, type_name: str) -> TypeGuard[PackedTensor]:
+def _stays(tensor: torch.Tensor | JoinedRows, type_name: str,
+           is_for_size: bool) -> TypeGuard[PackedTensor]:
     """Returns whether a weight stays packed as it is in the file."""
-    if not is_packed(tensor):
-        return False
-    if type_name == AS_STORED:
-        return True
+    if is_for_size or not is_packed(tensor):
+        return type_name == AS_STORED
     if type_name in ROW_TYPES:
         return tensor.params.format == format_of(type_name, tuple(tensor.shape))
     return not tensor.params.format.is_host_format

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from featherweight.ops import kernels
+from featherweight.ops.formats._names import formats_of_key
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.kernels import cpp_backend, kernel_source, selector
 from featherweight.ops.layers import product  # noqa: F401
+from featherweight.ops.quantize.row_types import ROW_TYPES
 
 CODEBOOKS = [FORMATS["NF4"], FORMATS["FP4"]]
 BASIC_FORMATS = [*GGML_FORMATS.values(), *CODEBOOKS, INT8.of_columns(96)]
@@ -68,6 +70,12 @@ ROW_FORMATS = [row_format(name, sizes)
                for name in FAMILIES for sizes in ((), *MORE_SIZES.get(name, ()))]
 _SEEN: set = set()
 USUAL_ROWS = [fmt for fmt in ROW_FORMATS if has_new_constants(fmt, _SEEN)]
+# Formats that row types are encoded in, by their keys: one for each branch of rotations, of scales
+# of rows, of a tensor and of groups, and of codes.
+ENCODED_ROWS = {
+    key: formats_of_key(key)[0] for row_type in ROW_TYPES.values() for key in dict.fromkeys(
+        row_type.format_of((256, columns)).kernel_key for columns in (768, 192, 176, 37 * 16, 37)
+        if row_type.takes((256, columns)))}
 each_row_format = pytest.mark.parametrize("fmt", [
     pytest.param(fmt, marks=() if fmt in USUAL_ROWS else pytest.mark.heavy)
     for fmt in ROW_FORMATS], ids=str)

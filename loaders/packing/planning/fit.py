@@ -20,6 +20,7 @@ it, else the best mix of GGUF's types for the size. float8 and nvfp4 are not cho
 Q6_K and Q4_K are more exact.
 """
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,29 +110,30 @@ class Choice:
     missing: int = 0
 
 
-def choose(shapes: Shapes, nbytes: int, room: int, room_unpacked: int | None = None,
-           multiplies_int8: bool = False) -> Choice:
+def choose(shapes: Shapes, nbytes: int, room: int, room_unpacked: int,
+           packed: Mapping[str, int] | None = None, multiplies_int8: bool = False) -> Choice:
     """Chooses the weights of a model for a device.
 
     Args:
         shapes: as for `rules_for`.
         nbytes: of the weights in memory as they are in the file.
         room: bytes for the weights.
-        room_unpacked: the same where nothing is packed, None if weights of the file are.
+        room_unpacked: the same where nothing is packed.
+        packed: of the weights that are packed in the file, as for `plan_for_size`.
         multiplies_int8: whether the device multiplies FAST_TYPE.
     """
-    as_it_is = room if room_unpacked is None else room_unpacked
+    as_it_is = room if packed else room_unpacked
     if nbytes <= as_it_is:
         return Choice("", as_it_is)
     rules = rules_for(shapes)
-    if (multiplies_int8 and room_unpacked is not None
+    if (multiplies_int8 and not packed
             and plan_for_type(shapes, FAST_TYPE, rules).nbytes(shapes) <= room):
         return Choice(FAST_TYPE, room)
     size = room // STEP * STEP
     try:
-        plan_for_size(shapes, size, rules)
+        plan_for_size(shapes, size, rules, packed=packed)
     except PlanError as error:
-        return Choice(STREAMED_TYPE, room, error.short_by + size - room)
+        return Choice(STREAMED_TYPE, room, max(1, error.short_by + size - room))
     return Choice(size, room)
 
 

@@ -164,7 +164,7 @@ def test_what_took_a_minute_is_kept_in_comfyuis_user_folder_unless_turned_off(
     assert is_kept or not (tmp_path / "user").exists()
 
 
-@pytest.mark.parametrize("entries_that_fit, makes_room", [(0.2, False), (1.5, True)])
+@pytest.mark.parametrize(("entries_that_fit", "makes_room"), [(0.2, False), (1.5, True)])
 @pytest.mark.parametrize("drive", ["large", "nearly full"])
 def test_a_drive_is_never_filled(drive, entries_that_fit, makes_room, source, folder, monkeypatch,
                                  caplog):

@@ -307,7 +307,7 @@ def test_the_host_loads_every_text_encoder(tmp_path, name, kind):
                 if isinstance(getattr(module, "weight", None), QuantizedTensor)]
         assert len(held) == packed and (packed > 0) == (name not in NEVER_PACKED)
         assert ("Nothing is in" in saved.text) == (packed == 0)
-        limit = (0.12 if kind == "int8_convrot" else 0.8) if packed else 0.005
+        limit = (0.2 if kind == "int8_convrot" else 0.8) if packed else 0.005
         assert relative_error(hidden_states(again), hidden_states(clip)) < limit
 
 

@@ -11,17 +11,22 @@ import sys
 import pytest
 import torch
 from kernel_backends import CPUS, backend_on_cpu
-from kernel_cases import ALL_FORMATS, assert_same_bits, reference, shared_cache, wait_for_kernels
+from kernel_cases import (
+    ALL_FORMATS,
+    ENCODED_ROWS,
+    assert_same_bits,
+    reference,
+    shared_cache,
+    wait_for_kernels,
+)
 
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.formats._names import formats_of_key
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, quantize_validation
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.layers import int8, product
 from featherweight.ops.quantize import pack_tensor as quantize
-from featherweight.ops.quantize.row_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
@@ -161,26 +166,18 @@ def plant(correct, wrong, monkeypatch):
     monkeypatch.setattr(cpp_backend, "kernel_source", broken)
 
 
-# one for each branch: rotations, scales of rows, of a tensor and of groups, all kinds of codes
-ENCODED = [name for row_type in ROW_TYPES.values() for name in dict.fromkeys(
-    row_type.format_of((256, columns)).kernel_key for columns in (768, 192, 176, 37 * 16, 37)
-    if row_type.takes((256, columns)))]
 PACKING_ROWS = ("pack_rows", "pack_row_columns")
-
-
-def encoded_format(key):
-    return formats_of_key(key)[0]
 
 
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("on_cpu", ["cpp"], indirect=True)
 @pytest.mark.parametrize("capability", PACKING_ROWS)
-@pytest.mark.parametrize("key", ENCODED)
-def test_rows_are_encoded_as_the_reference_does(on_cpu, capability, key):
+@pytest.mark.parametrize("fmt", ENCODED_ROWS.values(), ids=ENCODED_ROWS)
+def test_rows_are_encoded_as_the_reference_does(on_cpu, capability, fmt):
     kernel = kernel_of(on_cpu, capability)
     for dtype in kernel.dtypes:
-        assert kernel.accepts(encoded_format(key), dtype)
-        check(kernel, encoded_format(key), dtype, CPU)
+        assert kernel.accepts(fmt, dtype)
+        check(kernel, fmt, dtype, CPU)
 
 
 @pytest.mark.usefixtures("few_blocks")
@@ -188,7 +185,7 @@ def test_rows_are_encoded_as_the_reference_does(on_cpu, capability, key):
 @pytest.mark.parametrize("capability", PACKING_ROWS)
 @pytest.mark.parametrize("key", ["INT8_CONVROT", "F8_E4M3", "NVFP4_ROWS", "W4A8"])
 def test_rows_are_encoded_with_fewer_instructions_too(on_cpu, capability, key):
-    check(kernel_of(on_cpu, capability), encoded_format(key), torch.bfloat16, CPU)
+    check(kernel_of(on_cpu, capability), ENCODED_ROWS[key], torch.bfloat16, CPU)
 
 
 @pytest.mark.parametrize(("key", "capability", "correct", "wrong", "message"), [
@@ -215,7 +212,7 @@ def test_a_wrong_encoder_is_found_out(
         freshly_compiled, key, capability, correct, wrong, message, monkeypatch):
     plant(correct, wrong, monkeypatch)
     with pytest.raises(WrongResult, match=message):
-        check(kernel_of(freshly_compiled, capability), encoded_format(key), torch.float32, CPU)
+        check(kernel_of(freshly_compiled, capability), ENCODED_ROWS[key], torch.float32, CPU)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from kernel_cases import (
     BASIC_FORMATS,
     DTYPES,
+    ENCODED_ROWS,
     USUAL_ROWS,
     assert_same_bits,
     reference,
@@ -145,7 +146,7 @@ def test_all_its_kernels_are_right(zig_kernels, capability):
     """With every format of blocks, and with one of each family of rows."""
     formats = [None] if capability in WITHOUT_FORMAT else [*BASIC_FORMATS, *USUAL_ROWS]
     if capability.startswith("pack_row"):
-        formats = [fmt for fmt in USUAL_ROWS if fmt.family in cpp_backend.ENCODED]
+        formats = list(ENCODED_ROWS.values())
     elif capability.startswith("pack"):
         formats = [fmt for fmt in formats if fmt.grid and fmt.block_length <= 256]
     counts = [check_case(zig_kernels, capability, fmt, dtype)
