@@ -56,6 +56,8 @@ STAGES = {
         60, f"{BENCH}.models:bench_model", rounds=5, blocks=(2, 4)),
     "step": Stage("A step of a Flux in Q4_K with and without LoRAs, and another pack's.", 40,
                   f"{BENCH}.models:bench_step"),
+    "ways": Stage("A model in Q4_K and in ComfyUI's formats: dense, exact and fast, without LoRAs"
+                  " and with two.", 60, f"{BENCH}.ways:bench_ways", blocks=(1, 2)),
     "host": Stage("ComfyUI's own int8, fp8 and nvfp4 layers by its kernels, with and without LoRAs,"
                   " beside dense ones and ours.", 40,
                   "devtools.gpu.host_kernels:bench_host_layers"),

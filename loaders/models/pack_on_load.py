@@ -3,8 +3,8 @@
 Plain weights (F32, F16, BF16, fp8) and those in the host's own quantised formats are packed. Other
 packed weights stay as they are, bit for bit, since packing them again would lose precision twice;
 but to the host's own types they are packed again, and to a size those that do not fit as they are.
-A weight stays plain if the type cannot represent
-its values. Packing runs on the device that computes, or on the CPU where that is out of memory.
+A weight stays plain if the type cannot represent its values. Packing runs on the device that
+computes, or on the CPU where that is out of memory.
 """
 import collections
 import logging

@@ -27,7 +27,7 @@ from ..progress import Progress
 from .ways import WAYS, NotMeasured, computing, has_fast_way, without_loras
 
 BUDGET = 110.0  # seconds for everything; no step is begun after that
-ROW_SECONDS, MAX_STEPS = 6.0, 10  # of the timed steps of one row
+ROW_SECONDS, MAX_STEPS = 6.0, 10  # of one row
 SAMPLE_SECONDS = 0.02  # between two looks at the memory of the process
 
 
@@ -82,7 +82,8 @@ class _Done(Exception):
 
 
 def measure_speed(patcher: ModelPatcher, prompt: list | None = None,
-                  latent: dict | None = None, budget: float = BUDGET) -> Measurement:
+                  latent: dict | None = None, budget: float = BUDGET,
+                  row_seconds: float = ROW_SECONDS) -> Measurement:
     """Measures a model with random noise.
 
     Args:
@@ -90,6 +91,7 @@ def measure_speed(patcher: ModelPatcher, prompt: list | None = None,
         prompt: a CONDITIONING, None for random numbers.
         latent: a LATENT of the size to measure, None for a picture of 512 x 512.
         budget: seconds; what does not fit into them is not measured.
+        row_seconds: of the timed steps of one row, at most MAX_STEPS.
 
     Raises:
         WeightFileError: The model takes more than a text, and no prompt was given.
@@ -114,7 +116,7 @@ def measure_speed(patcher: ModelPatcher, prompt: list | None = None,
                     _reject_late(deadline)
                     current = model if has_loras else without_loras(model)
                     row, result, shape = _measure_row(current, run, rows_of_way[has_loras],
-                                                      deadline)
+                                                      deadline, row_seconds)
                     rows_of_way[has_loras] = row
                     results.setdefault(way, result)
                     del current
@@ -143,8 +145,8 @@ def _reject_late(deadline: float):
         raise NotMeasured("no time was left")
 
 
-def _measure_row(patcher: ModelPatcher, run: SamplingRun, row: Row, deadline: float
-                 ) -> tuple[Row, torch.Tensor, tuple[int, ...]]:
+def _measure_row(patcher: ModelPatcher, run: SamplingRun, row: Row, deadline: float,
+                 row_seconds: float) -> tuple[Row, torch.Tensor, tuple[int, ...]]:
     """Measures one row.
 
     Returns:
@@ -158,7 +160,7 @@ def _measure_row(patcher: ModelPatcher, run: SamplingRun, row: Row, deadline: fl
         shape = tuple(step.x.shape)
         with torch.no_grad(), _peak_memory(patcher.load_device) as memory:
             results.append(step.run(patcher.model).cpu())  # not timed: it compiles, fills caches
-            end = min(deadline, time.perf_counter() + ROW_SECONDS)
+            end = min(deadline, time.perf_counter() + row_seconds)
             while not seconds or (len(seconds) < MAX_STEPS and time.perf_counter() < end):
                 stop_where_cancelled()
                 begun = time.perf_counter()

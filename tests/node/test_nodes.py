@@ -114,8 +114,9 @@ def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_
     assert (
         pack_to.optional
         and pack_to.default == "as the file"
-        and pack_to.options == ["as the file", *TYPES]
+        and pack_to.options == ["as the file", "fit this GPU", *TYPES, "size in GB"]
     )
+    assert inputs[-1].id == "size_gb" and inputs[-1].advanced and inputs[-1].optional
     parameters = inspect.signature(NODES[node_id].execute).parameters
     assert parameters["pack_to"].default == "as the file"
 

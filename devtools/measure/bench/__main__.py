@@ -21,6 +21,7 @@ from devtools.measure.bench import (
     products,
     repacking,
     svdquant,
+    ways,
 )
 from devtools.measure.bench.picture import draw
 from devtools.measure.bench.table import gathered, markdown
@@ -44,7 +45,7 @@ CASES = {
     "scale": files.bench_scale, "cpu": cpu.bench_cpu, "lcm": lcm.bench_lcm,
     "attention": attention.bench_attention,
     "comfy": host_types.bench_host_types, "comfy_load": host_types.bench_packing_while_loading,
-    "comfy_lora": comfy_lora.bench_comfy_lora
+    "comfy_lora": comfy_lora.bench_comfy_lora, "ways": ways.bench_ways
 }
 # take minutes, up to 7 GB of disk and 8 GB of memory: only where asked for
 LARGE = {"scale", "comfy_load"}
