@@ -27,9 +27,21 @@ from devtools.workflows import BLUEPRINT_FOLDER, FOLDER
 from devtools.workflows.__main__ import blueprint_index, index
 from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
 from featherweight.loaders.files.gguf import UNSTORED_TYPES
-from featherweight.loaders.models import pack_on_load
+from featherweight.loaders.models import fit_device, pack_on_load
 from featherweight.loaders.packing.planning import file_plan
-from featherweight.loaders.packing.planning.fit import Memory, step_memory, workspace_bytes
+from featherweight.loaders.packing.planning.fit import (
+    BESIDE_SHARE,
+    ENCODER_SHARE,
+    GIB,
+    HOST_RESERVE_BYTES,
+    MIN_STEP_BYTES,
+    MODEL_SHARE,
+    SYSTEM_BYTES,
+    Choice,
+    Memory,
+    step_memory,
+    workspace_bytes,
+)
 from featherweight.loaders.quantizers.comfyui import READERS
 from featherweight.loaders.quantizers.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
 from featherweight.nodes import (
@@ -359,6 +371,33 @@ def test_choosing_names_the_types_that_loaders_and_the_saving_node_have():
     added = set(file_plan.TYPES) - set(pack_on_load.TYPES)
     assert saving.startswith(f"the same and {', '.join(added)}, ")
     assert set(pack_on_load.TYPES) <= {*file_plan.TYPES, *ROW_TYPES}
+
+
+RESERVE = [f"{nbytes / GIB:.1f} GiB" for nbytes in (SYSTEM_BYTES, HOST_RESERVE_BYTES,
+                                                    MIN_STEP_BYTES)]
+RESERVE.append(f"1/{1 / BESIDE_SHARE:.0f}")
+
+
+@pytest.mark.parametrize("language", HELP_LANGUAGES)
+def test_the_help_says_what_a_gpu_keeps_free_and_what_the_loader_says(language):
+    model, encoders = (help_page(f"FeatherweightLoad{name}", language).read_text(encoding="utf-8")
+                       for name in ("DiffusionModel", "TextEncoder"))
+    rows = "".join(re.findall(r"^\|.*GiB.*\|$|^\|.*1/.*\|$", model, re.M))
+    assert [value for value in RESERVE if value not in rows] == []
+    assert [value for value in RESERVE[:3] if value not in encoders] == []
+    part = fit_device._Part("flux.safetensors", {}, 0, False)
+    part.choice = Choice(9_900_000_000, 9_900_000_000)
+    assert f"`{fit_device._text(part, Memory(12))}`" in " ".join(model.split())
+
+
+def test_choosing_says_what_a_gpu_keeps_free():
+    words = " ".join(PAGES["choosing"].split())
+    assert f"{RESERVE[0]} for CUDA and the desktop, and {RESERVE[3]} for LoRAs" in words
+    halves = {1 / 2: "half", 1 / 4: "quarter"}
+    text = " ".join(help_page("FeatherweightLoadDiffusionModel", "en").read_text(
+        encoding="utf-8").split())
+    assert (f"a diffusion model may take {halves[MODEL_SHARE]} of it, a text encoder"
+            f" a {halves[ENCODER_SHARE]}") in text
 
 
 def test_a_gguf_that_can_be_packed_is_described_alike():

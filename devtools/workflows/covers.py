@@ -44,12 +44,14 @@ FAMILIES = {
 }
 OTHERS = "#5a6270"
 PACKED_TYPE = r"I?Q\d_\w+|NF4|int8_convrot|float8_e4m3fn|mxfp8|nvfp4|asym_w4a8_int8"
+FIT = "fit this GPU"  # in the place of a type to pack to
 FORMAT_WORDS = r"\s*\b(GGUF|NF4|SVDQuant|SDNQ)\b\s*"
 # Of the box with the format, by words in it.
-CHIPS = {"NF4": "#ffd479", "packed": "#8ff0dd", "packings": "#8ff0dd"}
+CHIPS = {"NF4": "#ffd479", "packed": "#8ff0dd", "packings": "#8ff0dd", FIT: "#8ff0dd"}
 # Sentences of a note with the figure on the cover, the first that matches, and what the figure is.
 FIGURES = {
     r"On the card: ([\d.]+ GB)": "on the card",
+    r"([\d.]+ GB) on a card of 8 GB": "on a card of 8 GB",
     r"Have (\d+ GB) of main memory": "of main memory",
     r"takes ([\d.]+ GB) of main memory": "of main memory",
     r"file that is made takes ([\d.]+ [GM]B)": "in the file",
@@ -115,6 +117,8 @@ def _format(workflow: Workflow) -> str:
         loaders[0]["widgets_values"], len({node["widgets_values"][0] for node in loaders}))
     if count > 2:
         return f"{count} packings"
+    if FIT in values:
+        return FIT
     packed = [value for value in map(str, values) if re.fullmatch(PACKED_TYPE, value)]
     if packed:
         return f"packed to {packed[0]}"

@@ -1,11 +1,23 @@
 """The gigabytes in the notes of workflows are those of the tables in docs/choosing.md."""
 import re
 
+from devtools.measure import model_sizes
+
 import pytest
 
 from devtools import ROOT
 from devtools.workflows import DEMO, blueprint_paths, example_paths
 from devtools.workflows.workflow import Workflow
+from featherweight.loaders.models.fit_device import FIT
+from featherweight.loaders.packing.planning.fit import (
+    FAST_TYPE,
+    STEP,
+    Memory,
+    step_memory,
+    workspace_bytes,
+)
+from featherweight.loaders.packing.planning.packing_rules import rules_for
+from featherweight.loaders.packing.planning.plan import plan_for_type
 
 WORKFLOWS = {path.stem: Workflow(path) for path in (*example_paths(), *blueprint_paths())
              if not path.stem.startswith(DEMO)}
@@ -15,11 +27,11 @@ ROWS = {
     "flux1-": "Flux.1 dev, schnell, Kontext", "flux-2-klein-4b-q": "Flux.2 Klein 4B",
     "sd3.5_large": "SD3.5 Large", "sd3.5_medium": "SD3.5 Medium",
     "stable-diffusion-xl": "SDXL", "qwen-image": "Qwen-Image, Qwen-Image-Edit",
-    "z-image": "Z-Image", "wan2.2-ti2v-5b": "Wan 2.2 5B",
+    "z-image": "Z-Image", "z_image": "Z-Image", "wan2.2-ti2v-5b": "Wan 2.2 5B",
     "wan2.1-t2v-14b": "Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)",
     "wan2.2-t2v-a14b": "Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)", "ltx-2-19b": "LTX-2",
     "t5-v1_1-xxl": "T5-XXL", "umt5-xxl": "UMT5-XXL", "qwen3-4b": "Qwen3 4B",
-    "qwen2.5-vl-7b": "Qwen2.5-VL 7B", "gemma-3-12b": "Gemma 3 12B",
+    "qwen_3_4b": "Qwen3 4B", "qwen2.5-vl-7b": "Qwen2.5-VL 7B", "gemma-3-12b": "Gemma 3 12B",
 }
 # The table of cards has rows of their own for models that read an image: word in a file -> row.
 OF_CARDS = {
@@ -30,6 +42,8 @@ OF_CARDS = {
 ALIKE = {"Q4_0": "NF4", "Q5_0": "Q4_K"}  # the latter in SD3.5 Large, in the place of Q4_K
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 GIB = 2**30 / 1e9
+MODELS = {model.name: model for model in model_sizes.MODELS}
+ON_A_CARD = r"([\d.]+) GB on a card of (\d+) GB"
 
 
 def table(start: str) -> dict[str, dict[str, str]]:
@@ -92,16 +106,52 @@ def wrong_cards(workflow: Workflow) -> list[str]:
     wrong = [text for text, type_name, card in
              re.findall(r"((Q\d_\w) on (\d+ GB))", workflow.memory)
              if cards[card] != type_name]
-    card, size = workflow.figure(r"whole on a card of (\d+ GB)"), workflow.files[file]
+    card, size = workflow.figure(r"whole on a card of (\d+) GB"), workflow.files[file]
     if card and size and not file.startswith("checkpoints/"):
-        holds = [name for name, best in cards.items() if name.endswith(" GB") and
-                 best in SIZES[row] and float(SIZES[row][best]) > float(size.split()[0]) - 0.1]
-        smallest = holds[0]
-        # the table counts no image that Klein reads
-        more = ("for the picture that it reads" in workflow.memory and "image" not in cards["for"]
-                and card in holds[:2])
-        wrong += [f"whole on {card}, not {smallest}"] * (card != smallest and not more)
+        images = "picture that it reads" in workflow.memory
+        smallest = next(gib for gib in model_sizes.CARDS
+                        if room_on(gib, row, images) > float(size.split()[0]) - 0.05)
+        if int(card) != smallest:
+            wrong.append(f"whole on {card} GB, not {smallest} GB")
     return wrong
+
+
+def room_on(gib: int, row: str, images: int = 0, is_packed: bool = True) -> float:
+    """Returns the GB that a card has for the weights of a model that gets so many images."""
+    model = MODELS[row]
+    workspace = workspace_bytes(model.shapes()) if is_packed else 0
+    if model.encoder:
+        return Memory(gib).for_encoder(workspace) / 1e9
+    return Memory(gib).for_model(step_memory(model.config(), images)[0], workspace) / 1e9
+
+
+def chosen_size(gib: int, row: str) -> float:
+    """Returns the GB that the weights of a file in bf16 take with *fit this GPU*, where ComfyUI
+    multiplies int8."""
+    dense = float(SIZES[row]["BF16"])
+    if dense <= room_on(gib, row, is_packed=False):
+        return dense
+    shapes, room = MODELS[row].shapes(), room_on(gib, row)
+    fast = plan_for_type(shapes, FAST_TYPE, rules_for(shapes)).nbytes(shapes) / 1e9
+    if not MODELS[row].encoder and fast <= room:
+        return fast
+    return room * 1e9 // STEP * STEP / 1e9
+
+
+def wrong_fits(workflow: Workflow) -> list[str]:
+    """Returns what is chosen on which card, for the model and the text encoder, that differs."""
+    row, _ = model_of(workflow)
+    encoder, = (file for file in workflow.files if file.startswith("text_encoders/"))
+    said = {int(gib): size for size, gib in re.findall(ON_A_CARD, workflow.memory)}
+    of_encoder = re.findall(r"([\d.]+) GB", workflow.figure(r"The text encoder takes (.*? GB)\. "))
+    wrong = [f"{size} GB on {gib} GB" for sizes, name in
+             ((said.values(), row), (of_encoder, row_of(encoder)))
+             for gib, size in zip(said, sizes, strict=True)
+             if f"{chosen_size(gib, name):.1f}" != size]
+    whole = int(workflow.figure(r"From (\d+) GB on it stays in bf16"))
+    smallest = next(gib for gib in model_sizes.CARDS
+                    if room_on(gib, row, is_packed=False) >= float(SIZES[row]["BF16"]))
+    return wrong + [f"from {whole} GB on, not {smallest} GB"] * (whole != smallest)
 
 
 def wrong_work(workflow: Workflow) -> list[str]:
@@ -112,8 +162,7 @@ def wrong_work(workflow: Workflow) -> list[str]:
             r"(sets ([\d.]+)(?: to [\d.]+)? GB aside for the computation at (\d+) × (\d+)"
             r"(?: and (\d+) frames)?)(?! and| frames| with)(?:, and ([\d.]+) GB more for)?",
             workflow.memory):
-        size = f"{width}²" if width == height and not frames else f"{width} × {height}"
-        size += f", {frames} frames" if frames else ""
+        size = f"{width} × {height}" + (f", {frames} frames" if frames else "")
         if cards is not None and cards["for"].partition(", with an image")[0] == size:
             expected = float(cards["work, GiB"]) * GIB
             wrong += [text] * (
@@ -135,6 +184,32 @@ def test_a_note_says_of_cards_what_the_tables_say(name):
 @each
 def test_a_note_says_what_comfyui_sets_aside_as_the_tables_do(name):
     assert wrong_work(WORKFLOWS[name]) == []
+
+
+FITTING = [name for name, workflow in WORKFLOWS.items()
+           if any(FIT in node["widgets_values"] for node in workflow.nodes)]
+
+
+def test_the_first_example_fits_the_gpu():
+    assert next(iter(WORKFLOWS)) in FITTING
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_a_note_says_what_is_chosen_for_which_card(name):
+    assert wrong_fits(WORKFLOWS[name]) == []
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("6.0 GB on a card of 8", "5.9 GB on a card of 8"), ("5.8 GB and 8.0", "5.7 GB and 8.0"),
+    ("From 16 GB on", "From 24 GB on"), ("7.0 GB on a card", "10.1 GB on a card"),
+])
+def test_another_choice_is_noticed(old, new, tmp_path):
+    source = next(iter(example_paths()))
+    text = source.read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / source.name
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    assert wrong_fits(Workflow(path))
 
 
 @pytest.mark.parametrize(("old", "new", "check"), [

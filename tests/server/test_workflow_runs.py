@@ -25,7 +25,8 @@ EXAMPLES, SAVING = ([path for path, text in ALL.items() if (SAVER in text) == sa
                     for saves in (False, True))
 SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "x": 16, "y": 16,
          "sigmas": "1.0, 0.5, 0.0"}
-DEQUANTIZED = "as the file"  # without *pack to*, other loaders than ours may read a file
+# Options of *pack to* with which a small file is not packed: ComfyUI may read it.
+UNPACKED = ("as the file", "fit this GPU")
 READERS = ("CLIPTextEncode", "TextEncodeQwenImageEditPlus")
 STAND_INS = f'''
 import comfy.model_detection
@@ -181,7 +182,7 @@ def test_it_runs_with_small_models(path, server, object_info):
               if "nf4" in name or name.startswith("svdq") or name.endswith(".gguf")}
     packed |= {
         name for spec in prompt.values()
-        if spec["inputs"].get("pack_to", DEQUANTIZED) != DEQUANTIZED
+        if spec["inputs"].get("pack_to", UNPACKED[0]) not in UNPACKED
         for name in map(spec["inputs"].get, ("model_name", "control_net_name")) if name
     }
     # another workflow may have loaded it

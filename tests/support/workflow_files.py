@@ -117,6 +117,12 @@ def family_gguf(path, family: str, packed_type: str = "Q4_K"):
                if values.ndim == 2 else "F32", metadata=FAMILIES[family].metadata)
 
 
+def family_bf16(path, family: str):
+    """A model of `families`, in safetensors."""
+    save_file({name: value.bfloat16() for name, value in random_weights(FAMILIES[family]).items()},
+              path)
+
+
 def vace_module(path):
     """The layers of VACE for Wan, matrices in fp8."""
     save_file({name: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
@@ -289,8 +295,8 @@ FILES = {
         family_gguf, "sd3.5"), "sd3.5_vae.safetensors": lambda path: save_file(autoencoder(), path),
     "qwen-image-Q4_K_M.gguf": of(family_gguf, "qwen-image"), "qwen-image-edit-2511-Q4_K_M.gguf": of(
         family_gguf,
-        "qwen-image"), "qwen_image_vae.safetensors": wan_vae, "z-image-turbo-Q4_K_M.gguf": of(
-            family_gguf, "z-image"), "Wan2.2-TI2V-5B-Q4_K_M.gguf": of(family_gguf, "wan2.2-ti2v"),
+        "qwen-image"), "qwen_image_vae.safetensors": wan_vae, "z_image_turbo_bf16.safetensors": of(
+            family_bf16, "z-image"), "Wan2.2-TI2V-5B-Q4_K_M.gguf": of(family_gguf, "wan2.2-ti2v"),
     "wan2.1-t2v-14b-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
     "Wan2_1-VACE_module_14B_fp8_e4m3fn.safetensors": vace_module,
     "wan2.2_vae.safetensors": wan22_vae, "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": of(
@@ -311,6 +317,6 @@ FIXED = {family.config["image_model"]: {name: family.config[name] for name in fa
 TEXT = {
     "flux1": (1024, 0), "flux.1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
     "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
-    "Qwen-Image": (256, 0), "z-image": (256, 0), "wan2.1": (4096, 0),
+    "Qwen-Image": (256, 0), "z_image": (256, 0), "wan2.1": (4096, 0),
     "Wan2.2": (4096, 0), "ltx-2": (512, 0)
 }
