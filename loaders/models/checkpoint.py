@@ -25,7 +25,7 @@ from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER,
 from ..files.open_weights import open_weights
 from ..progress import Progress
 from .diffusion import build_model, load_diffusion_model, read_weights
-from .fit_device import FIT, fit_model
+from .fit_device import FIT, Targets, model_targets
 from .load_check import bytes_of, check_load
 from .loader_choice import needs_own_reader
 from .recipe import Recipe, register_loader
@@ -95,13 +95,15 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         "pack_to": pack_to,
         **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
     }
-    fit, is_folder = None, (os.path.isdir(path)
-                            and not os.path.isfile(os.path.join(path, "config.json")))
+    is_folder = (os.path.isdir(path)
+                 and not os.path.isfile(os.path.join(path, "config.json")))
+    targets = Targets((pack_to,))
     if pack_to == FIT and not is_folder:
+        targets = Targets((None,))
         if output_model:
-            fit = fit_model([path], device or comfy.model_management.get_torch_device(),
-                            formats.model)
-        pack_to = fit.targets[0] if fit else None
+            targets = model_targets(
+                pack_to, [path], device or comfy.model_management.get_torch_device(), formats.model)
+    [pack_to] = targets.files
     use_own_reader = needs_own_reader(path, pack_to, formats.model | formats.encoder)
     devices = {}
     if device or encoder_device:
@@ -120,10 +122,10 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         model, clip, vae = _load_file(path, embedding_directory, outputs, disable_dynamic,
                                       compute, pack_to, formats, **devices)
     # When the host reloads a part by itself, it forgets the devices.
-    needs_recipe = use_own_reader or bool(devices) or fit is not None
+    needs_recipe = use_own_reader or bool(devices) or bool(targets.text)
     options |= devices
-    if fit and model is not None:
-        fit.attach(model)
+    if model is not None:
+        targets.attach(model)
     if model is not None and (needs_recipe or disable_dynamic):
         Recipe(MODEL, (str(path),), {**options, "compute": compute}).attach(model)
     if clip is not None and (needs_recipe or disable_dynamic):

@@ -46,7 +46,7 @@ from ..progress import Progress
 from ..quantizers.comfyui import FP8
 from ..quantizers.comfyui_marks import MARK
 from ..quantizers.integers import pack_rows
-from .fit_device import FIT, fit_model
+from .fit_device import model_targets
 from .load_check import bytes_of, check_load, reject_codes
 from .loader_choice import has_plain_fp8, needs_own_reader
 from .module_files import explain_module_errors, join_module, module_layers, reject_unused_module
@@ -92,21 +92,19 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
         })
     device = model_options.get("load_device", comfy.model_management.get_torch_device())
     formats = packed_formats(host_formats, device)
-    fit, pack_module_to = None, pack_to
-    if pack_to == FIT:
-        fit = fit_model([path, extra] if extra else [path], device, formats)
-        pack_to, pack_module_to = fit.targets[0], fit.targets[-1]
+    targets = model_targets(pack_to, [path, extra] if extra else [path], device, formats)
+    pack_to = targets.files[0]
     keeps_fp8 = device.type == "cpu" and pack_to is None and has_plain_fp8(path)
     if not (needs_own_reader(path, pack_to, formats) or extra or keeps_fp8):
         patcher = _load_by_the_host(path, model_options, disable_dynamic)
         if patcher is not None:
-            if fit:
-                fit.attach(patcher)
-            return recipe.attach(patcher) if disable_dynamic or fit else patcher
+            targets.attach(patcher)
+            needs_recipe = disable_dynamic or targets.text
+            return recipe.attach(patcher) if needs_recipe else patcher
     file = open_weights(path)
     reject_non_diffusion(file)
-    targets = [pack_to, pack_module_to] if extra else [pack_to]
-    stages = [stage for target in targets for stage in ("reading", target and "packing") if stage]
+    stages = [stage for target in targets.files
+              for stage in ("reading", target and "packing") if stage]
     progress = Progress(*stages, "building the model")
     state_dict, packed = read_weights(file, pack_to, progress, formats, device)
     if keeps_fp8:
@@ -116,7 +114,7 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
     module = {}
     if extra:
         module_file = open_weights(extra)
-        module, packed_module = read_weights(module_file, pack_module_to, progress,
+        module, packed_module = read_weights(module_file, targets.files[1], progress,
                                              packed_formats(EXACT, device), device)
         module = module_layers(module_file, module)
         state_dict = join_module(state_dict, prefix, module)
@@ -130,8 +128,7 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
         reject_unused_module(patcher, module, path, extra)
     if packed:
         packed.attach(patcher)
-    if fit:
-        fit.attach(patcher)
+    targets.attach(patcher)
     progress.stage()
     return recipe.attach(patcher)
 

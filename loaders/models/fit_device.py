@@ -1,10 +1,11 @@
 """Chooses what the files of a model are packed to, so that it fits the device it runs on.
 
-What is chosen is what the other options of the loaders' `pack_to` are too: the file as it is, a
+What is chosen is what the other options of the loaders' `pack_to` are too: the files as they are, a
 type, or a size.
 """
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,74 +13,56 @@ from ...ops.tensor.packed_layout import is_packed
 from ..byte_sizes import size_text
 from ..files.container import WeightFileError
 from ..inspect.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
+from ..name_lists import join_some
 from ..packing.planning.fit import (
     STREAMED_TYPE,
     Choice,
     Memory,
+    Weights,
     choose,
+    shares,
     step_memory,
     workspace_bytes,
 )
-from .pack_on_load import GB, size_target
+from .pack_on_load import GB, size_of_target, size_target
 
 FIT = "fit this GPU"  # in place of a type to pack to
-FIT_KEY = "featherweight_fit"  # attachment of a patcher: its `Fit`
-INT8 = "int8_tensorwise"  # ComfyUI's name of FAST_TYPE
+FIT_KEY = "featherweight_fit"  # attachment of a patcher: `Targets.text`
+INT8 = "int8_tensorwise"  # ComfyUI's name of fit.FAST_TYPE
 HALF_BYTES = 2  # of a value that ComfyUI computes in 16 bits
 DIGITS = 2  # decimal places of sizes
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What was chosen for the files of a model.
+class Targets:
+    """What the files of a model are packed to.
 
     Attributes:
-        targets: for each file what the loaders take as `pack_to`: a type, a size, or None.
-        text: what was chosen, and how it is the same on every device.
+        files: for each file a type, a `size_target`, or None for the file as it is.
+        text: what was chosen for a device, and how it is the same on every device; "" where
+            nothing was chosen.
     """
 
-    targets: tuple[str | None, ...]
-    text: str
+    files: tuple[str | None, ...]
+    text: str = ""
 
     def attach(self, patcher):
-        """Attaches it to the host's ModelPatcher, whose clones keep it."""
-        patcher.set_attachments(FIT_KEY, self)
-
-
-@dataclass
-class _Part:
-    """The weights of one file of a model.
-
-    shapes: by the host's names. nbytes: in memory, as they are in the file. packed: the bytes of
-    those that are packed in the file.
-    """
-
-    name: str
-    shapes: dict[str, tuple[int, ...]]
-    nbytes: int
-    packed: dict[str, int]
-    choice: Choice = field(init=False)
-
-    @classmethod
-    def of(cls, file: Contents, tensors: dict[str, torch.Tensor], prefix: str = "") -> "_Part":
-        shapes = {name.removeprefix(prefix): tuple(tensor.shape)
-                  for name, tensor in tensors.items() if name.startswith(prefix)}
-        stored = {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items()
-                  if name.startswith(prefix)}
-        packed = {name: tensor.nbytes for name, tensor in stored.items() if is_packed(tensor)}
-        return cls(file.name, shapes, _bytes_in_memory(stored.values()), packed)
+        """Attaches the text to the host's ModelPatcher, whose clones keep it."""
+        if self.text:
+            patcher.set_attachments(FIT_KEY, self.text)
 
 
 def fit_text(patcher) -> str:
     """Returns what was chosen for a model, "" where nothing was."""
-    fit = patcher.get_attachment(FIT_KEY)
-    return fit.text if fit else ""
+    return patcher.get_attachment(FIT_KEY) or ""
 
 
-def fit_model(paths: Sequence[str], device: torch.device, formats: Container[str]) -> Fit:
-    """Chooses for a diffusion model.
+def model_targets(pack_to: str | None, paths: Sequence[str], device: torch.device,
+                  formats: Container[str]) -> Targets:
+    """Returns what a diffusion model is packed to.
 
     Args:
+        pack_to: None, FIT, a type, or a `size_target` for all files together.
         paths: of its file or folder, and of a module if it has one.
         device: where it runs.
         formats: names of ComfyUI's own formats that this pack computes there.
@@ -88,64 +71,80 @@ def fit_model(paths: Sequence[str], device: torch.device, formats: Container[str
         WeightFileError: if a file cannot be read, or if the model does not fit into memory that it
             shares with the system.
     """
-    parts, config = [], None
-    for file in map(file_contents, paths):
-        tensors, prefix, detected = diffusion_comfy_keys(file)
-        config = config or detected
-        parts.append(_Part.of(file, tensors, prefix))
-    step = step_memory(config) if config is not None else None
-    memory, step_bytes = Memory.of(device), step[0] if step else None
-    workspace = max(workspace_bytes(part.shapes) for part in parts)
-    rooms = [memory.for_model(step_bytes, each) for each in (workspace, 0)]
-    return _fit(parts, memory, *rooms, INT8 not in formats)
+    configs = []
+
+    def weights_of(contents: Contents) -> Weights:
+        tensors, prefix, config = diffusion_comfy_keys(contents)
+        configs.append(config)
+        return _weights(contents, tensors, prefix)
+
+    def rooms(memory: Memory, workspace: int) -> tuple[int, int]:
+        config: Any = next(filter(None, configs), None)
+        step = step_memory(config) if config else None
+        step_bytes = step[0] if step else None
+        return memory.for_model(step_bytes, workspace), memory.for_model(step_bytes)
+
+    return _targets(pack_to, paths, device, weights_of, rooms, INT8 not in formats)
 
 
-def fit_encoders(paths: Sequence[str], device: torch.device) -> Fit:
-    """Chooses for the text encoders that are loaded as one CLIP.
+def encoder_targets(pack_to: str | None, paths: Sequence[str], device: torch.device) -> Targets:
+    """Returns what the text encoders of one CLIP are packed to.
 
     Args:
+        pack_to: as for `model_targets`.
         paths: of their files or folders.
         device: where they run.
 
     Raises:
-        WeightFileError: as for `fit_model`.
+        WeightFileError: as for `model_targets`.
     """
-    parts = [_Part.of(file, encoder_comfy_keys(file)[0]) for file in map(file_contents, paths)]
+    def weights_of(contents: Contents) -> Weights:
+        return _weights(contents, encoder_comfy_keys(contents)[0])
+
+    def rooms(memory: Memory, workspace: int) -> tuple[int, int]:
+        return memory.for_encoder(workspace), memory.for_encoder()
+
+    return _targets(pack_to, paths, device, weights_of, rooms)
+
+
+def _targets(pack_to: str | None, paths: Sequence[str], device: torch.device,
+             weights_of: Callable[[Contents], Weights],
+             rooms: Callable[[Memory, int], tuple[int, int]],
+             multiplies_int8: bool = False) -> Targets:
+    """rooms: memory, workspace -> arguments of `choose`; it is called after `weights_of`."""
+    size = size_of_target(pack_to) if pack_to else None
+    if pack_to != FIT and (size is None or len(paths) == 1):
+        return Targets((pack_to,) * len(paths))
+    contents = [file_contents(path) for path in paths]
+    files = [weights_of(each) for each in contents]
+    if size is not None:
+        return Targets(tuple(map(size_target, shares(size, files))))
     memory = Memory.of(device)
-    workspace = max(workspace_bytes(part.shapes) for part in parts)
-    return _fit(parts, memory, *(memory.for_encoder(each) for each in (workspace, 0)))
+    workspace = max(workspace_bytes(file.shapes) for file in files)
+    choice = choose(files, *rooms(memory, workspace), multiplies_int8)
+    names = join_some([each.name for each in contents])
+    if choice.missing and memory.is_shared:
+        raise WeightFileError(
+            f"{names}: the weights take {_lack(choice)} there is for them on {memory.text}, even"
+            " with the smallest types. Use a smaller model, or choose a type at pack to, if you"
+            " know that the memory is enough.")
+    targets = [choice.target or None] * len(files)
+    if isinstance(choice.target, int):
+        targets = [size_target(nbytes) for nbytes in shares(choice.target, files)]
+    elif choice.missing and any(file.packed for file in files):
+        targets = [None] * len(files)
+    return Targets(tuple(targets), _text(choice, memory, targets))
 
 
-def _fit(parts: list[_Part], memory: Memory, room: int, room_unpacked: int,
-         multiplies_int8: bool = False) -> Fit:
-    """Chooses for each file, which has room by its share of the bytes."""
-    total = sum(part.nbytes for part in parts) or 1
-    for part in parts:
-        share = part.nbytes / total
-        part.choice = choose(part.shapes, part.nbytes, int(room * share),
-                             int(room_unpacked * share), part.packed, multiplies_int8)
-        if part.choice.missing and memory.is_shared:
-            raise WeightFileError(
-                f"{part.name} {_lack(part.choice)} on {memory.text}, even with the smallest"
-                " types. Use a smaller model, or choose a type at pack to, if you know that the"
-                " memory is enough.")
-    return Fit(tuple(_target(part.choice) for part in parts),
-               "\n".join(_text(part, memory) for part in parts))
-
-
-def _target(choice: Choice) -> str | None:
-    return size_target(choice.target) if isinstance(choice.target, int) else choice.target or None
-
-
-def _text(part: _Part, memory: Memory) -> str:
-    choice, room = part.choice, size_text(part.choice.room)
+def _text(choice: Choice, memory: Memory, targets: Sequence[str | None]) -> str:
+    room = size_text(choice.room)
     if choice.missing:
-        return (f"{part.name} {_lack(choice)} on {memory.text}, even with the smallest types. So"
-                f" {'it stays as in the file' if part.packed else f'it is {STREAMED_TYPE}'}, and"
-                " what does not fit is copied in each step: Place Model (Featherweight) sets how"
-                " much. A smaller model fits.")
+        what = f"they are {STREAMED_TYPE}" if any(targets) else "they stay as in the file"
+        return (f"The weights take {_lack(choice)} there is for them on {memory.text}, even with"
+                f" the smallest types. So {what}, and what does not fit is copied in each step:"
+                " Place Model (Featherweight) sets how much. A smaller model fits.")
     if not choice.target:
-        return f"{part.name} fits {memory.text} as it is: {room} are for weights."
+        return f"Fits {memory.text} as it is: {room} are for the weights."
     fixed = choice.target
     if isinstance(choice.target, int):
         fixed = f"size in GB, {choice.target / GB:.{DIGITS}f},"
@@ -155,8 +154,17 @@ def _text(part: _Part, memory: Memory) -> str:
 
 def _lack(choice: Choice) -> str:
     needed = choice.room + choice.missing
-    return (f"takes {size_text(needed, DIGITS)}, {size_text(choice.missing, DIGITS)} more than its"
-            " weights may have")
+    return f"{size_text(needed, DIGITS)}, {size_text(choice.missing, DIGITS)} more than"
+
+
+def _weights(contents: Contents, tensors: dict[str, torch.Tensor], prefix: str = "") -> Weights:
+    """Returns the weights of a file; tensors: by the host's names, with this prefix."""
+    shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in tensors.items()
+              if name.startswith(prefix)}
+    stored = {name.removeprefix(prefix): tensor for name, tensor in contents.tensors.items()
+              if name.startswith(prefix)}
+    packed = {name: tensor.nbytes for name, tensor in stored.items() if is_packed(tensor)}
+    return Weights(shapes, _bytes_in_memory(stored.values()), packed)
 
 
 def _bytes_in_memory(tensors: Iterable[torch.Tensor]) -> int:

@@ -4,7 +4,7 @@ import difflib
 import itertools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,10 @@ from ..encoders.tokenizer import TokenizerError
 from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line
 from ..files.open_weights import open_weights
 from ..progress import Progress
-from .fit_device import FIT, fit_encoders
+from .fit_device import encoder_targets
 from .load_check import check_load
 from .loader_choice import needs_own_reader
-from .pack_on_load import PackStats, pack_weights, size_of_target, size_target
+from .pack_on_load import PackStats, pack_weights, size_of_target
 from .recipe import Recipe, register_loader
 
 log = logging.getLogger(__name__)
@@ -100,24 +100,17 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     model_options = dict(model_options or {})
     device = model_options.get("load_device", comfy.model_management.text_encoder_device())
     formats = packed_formats(host_formats, device)
-    fit, targets = None, [pack_to] * len(paths)
-    if pack_to == FIT:
-        fit = fit_encoders(paths, device)
-        targets = list(fit.targets)
-    elif pack_to and (size := size_of_target(pack_to)) is not None:
-        sizes = [open_weights(path).tensor_bytes for path in paths]
-        targets = [size_target(size * each // max(1, sum(sizes))) for each in sizes]
+    targets = encoder_targets(pack_to, paths, device)
     by_the_host = not any(needs_own_reader(path, target, formats)
-                          for path, target in zip(paths, targets))
+                          for path, target in zip(paths, targets.files))
     if by_the_host and mmproj in (AUTO, None):
         try:
             with check_load(_names(paths)) as check:
                 clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type,
                                           model_options, disable_dynamic)
                 check.attach(clip)
-            if fit:
-                fit.attach(clip.patcher)
-            if disable_dynamic or fit:
+            targets.attach(clip.patcher)
+            if disable_dynamic or targets.text:
                 recipe.attach(clip.patcher)
             return clip
         except (RuntimeError, LookupError, NameError) as error:
@@ -126,10 +119,11 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
             log.debug("[Featherweight] ComfyUI does not load %s", paths, exc_info=True)
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
-    packing = ["packing" for target in targets if target]
+    packing = ["packing" for target in targets.files if target]
     progress = Progress(*["reading"] * len(paths), "converting", *packing, "building the model")
     notes: list[str] = []
-    weights, pack_stats = _read_weights(paths, mmproj, progress, targets, formats, notes, device)
+    weights, pack_stats = _read_weights(paths, mmproj, progress, targets.files, formats, notes,
+                                        device)
     _check_encoders(paths, weights, clip_type)
     if clip_type == "ltxv":
         # The host looks for the tokenizer in the first file.
@@ -150,8 +144,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     wrap_clip(clip)
     if pack_stats:
         pack_stats.attach(clip.patcher)
-    if fit:
-        fit.attach(clip.patcher)
+    targets.attach(clip.patcher)
     recipe.attach(clip.patcher)
     return clip
 
@@ -167,7 +160,7 @@ def _names(paths: list[str]) -> str:
 
 
 def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
-                  targets: list[str | None], formats: frozenset[str], notes: list[str],
+                  targets: Sequence[str | None], formats: frozenset[str], notes: list[str],
                   device: torch.device) -> tuple[list[Weights], PackStats | None]:
     """Reads the state dict of each file, with the host's names, and packs it to its target.
 

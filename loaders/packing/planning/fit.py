@@ -20,7 +20,7 @@ it, else the best mix of GGUF's types for the size. float8 and nvfp4 are not cho
 Q6_K and Q4_K are more exact.
 """
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,11 +96,26 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The weights of one file of a model.
+
+    Attributes:
+        shapes: as for `rules_for`.
+        nbytes: in memory, as they are in the file.
+        packed: of those that are packed in the file, as for `plan_for_size`.
+    """
+
+    shapes: Shapes
+    nbytes: int
+    packed: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Choice:
     """The weights with which a model fits.
 
     Attributes:
-        target: "" for the file as it is, a type, or bytes of the best mix.
+        target: "" for the files as they are, a type, or bytes of the best mix.
         room: bytes that the device has for the weights.
         missing: bytes that the smallest weights are too large by, 0 if the chosen ones fit.
     """
@@ -110,31 +125,37 @@ class Choice:
     missing: int = 0
 
 
-def choose(shapes: Shapes, nbytes: int, room: int, room_unpacked: int,
-           packed: Mapping[str, int] | None = None, multiplies_int8: bool = False) -> Choice:
+def choose(files: Sequence[Weights], room: int, room_unpacked: int,
+           multiplies_int8: bool = False) -> Choice:
     """Chooses the weights of a model for a device.
 
     Args:
-        shapes: as for `rules_for`.
-        nbytes: of the weights in memory as they are in the file.
+        files: of the model.
         room: bytes for the weights.
         room_unpacked: the same where nothing is packed.
-        packed: of the weights that are packed in the file, as for `plan_for_size`.
         multiplies_int8: whether the device multiplies FAST_TYPE.
     """
-    as_it_is = room if packed else room_unpacked
-    if nbytes <= as_it_is:
+    is_packed = any(file.packed for file in files)
+    as_it_is = room if is_packed else room_unpacked
+    if sum(file.nbytes for file in files) <= as_it_is:
         return Choice("", as_it_is)
-    rules = rules_for(shapes)
-    if (multiplies_int8 and not packed
-            and plan_for_type(shapes, FAST_TYPE, rules).nbytes(shapes) <= room):
+    fast = sum(plan_for_type(file.shapes, FAST_TYPE, rules_for(file.shapes)).nbytes(file.shapes)
+               for file in files)
+    if multiplies_int8 and not is_packed and fast <= room:
         return Choice(FAST_TYPE, room)
-    size = room // STEP * STEP
-    try:
-        plan_for_size(shapes, size, rules, packed=packed)
-    except PlanError as error:
-        return Choice(STREAMED_TYPE, room, max(1, error.short_by + size - room))
-    return Choice(size, room)
+    size, missing = room // STEP * STEP, 0
+    for file, nbytes in zip(files, shares(size, files)):
+        try:
+            plan_for_size(file.shapes, nbytes, rules_for(file.shapes), packed=file.packed)
+        except PlanError as error:
+            missing += error.short_by
+    return Choice(STREAMED_TYPE, room, missing) if missing else Choice(size, room)
+
+
+def shares(size: int, files: Sequence[Weights]) -> list[int]:
+    """Returns the bytes for each file of a model that is to have a size: in proportion."""
+    total = sum(file.nbytes for file in files) or 1
+    return [size * file.nbytes // total for file in files]
 
 
 def workspace_bytes(shapes: Shapes) -> int:
