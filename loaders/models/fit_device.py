@@ -128,18 +128,19 @@ def _targets(pack_to: str | None, paths: Sequence[str], device: torch.device,
             f"{names}: the weights take {_lack(choice)} there is for them on {memory.text}, even"
             " with the smallest types. Use a smaller model, or choose a type at pack to, if you"
             " know that the memory is enough.")
-    targets = [choice.target or None] * len(files)
+    is_packed_in_file = any(file.packed for file in files)
     if isinstance(choice.target, int):
-        targets = [size_target(nbytes) for nbytes in shares(choice.target, files)]
-    elif choice.missing and any(file.packed for file in files):
-        targets = [None] * len(files)
-    return Targets(tuple(targets), _text(choice, memory, targets))
+        targets = tuple(map(size_target, shares(choice.target, files)))
+    else:
+        stays = not choice.target or (choice.missing and is_packed_in_file)
+        targets = (None if stays else choice.target,) * len(files)
+    return Targets(targets, _text(choice, memory, is_packed_in_file))
 
 
-def _text(choice: Choice, memory: Memory, targets: Sequence[str | None]) -> str:
+def _text(choice: Choice, memory: Memory, is_packed_in_file: bool = False) -> str:
     room = size_text(choice.room)
     if choice.missing:
-        what = f"they are {STREAMED_TYPE}" if any(targets) else "they stay as in the file"
+        what = "they stay as in the file" if is_packed_in_file else f"they are {STREAMED_TYPE}"
         return (f"The weights take {_lack(choice)} there is for them on {memory.text}, even with"
                 f" the smallest types. So {what}, and what does not fit is copied in each step:"
                 " Place Model (Featherweight) sets how much. A smaller model fits.")

@@ -63,7 +63,8 @@ class Memory:
     @classmethod
     def of(cls, device: torch.device) -> "Memory":
         """Returns that of a device of this machine."""
-        total = comfy.model_management.get_total_memory(device)
+        total = float(
+            comfy.model_management.get_total_memory(device))  # pyright: ignore[reportArgumentType]
         reserve = HOST_RESERVE_BYTES if args.reserve_vram is None else args.reserve_vram * GIB
         return cls(int(total + NEARLY) // GIB, device.type in ("cpu", "mps"), reserve)
 
