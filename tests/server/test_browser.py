@@ -655,6 +655,27 @@ def test_a_loader_of_0_2_1_keeps_its_meaning_and_a_new_one_chooses_automatic(edi
     assert {"compute": "automatic", "host_formats": "by compute"}.items() <= dict(added).items()
 
 
+@pytest.mark.parametrize("node", ["DiffusionModel", "Checkpoint", "TextEncoder"])
+def test_the_size_of_pack_to_is_shown_where_it_is_used(editor, node):
+    """In a new node, after a change, and in a workflow that is opened; its value is always sent."""
+    assert editor.evaluate("""(type => {
+      const node = LiteGraph.createNode(type), [choice, size] = ["pack_to", "size_gb"].map(
+        name => node.widgets.find(widget => widget.name === name)), shown = [!size.hidden];
+      app.graph.add(node);
+      for (const value of ["size in GB", "fit this GPU"]) {
+        choice.value = value;
+        choice.callback(value);
+        shown.push(!size.hidden);
+      }
+      choice.value = "size in GB";
+      const opened = LiteGraph.createNode(type);
+      app.graph.add(opened);
+      opened.configure(node.serialize());
+      shown.push(!opened.widgets.find(widget => widget.name === "size_gb").hidden);
+      return [shown, opened.serialize().widgets_values.includes(6)];
+    })""" + f"('FeatherweightLoad{node}')") == [[False, True, False, True], True]
+
+
 def test_a_workflow_that_does_not_open_is_not_saved(editor, tmp_path):
     path = tmp_path / "strange.json"
     path.write_text(demo.WORKFLOW.read_text(encoding="utf-8").replace('"VAELoader"', '"NoSuch"'),
