@@ -15,6 +15,7 @@ from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.kernels import cpp_backend
 
 RUNNER = Path(__file__).parents[1] / "ops" / "kernels" / "windows_in_wine" / "runner.cpp"
+IN_REGISTERS = 4  # arguments of a call on Windows
 TARGET = ("-target", "x86_64-windows-gnu", "-march=native")
 
 
@@ -61,14 +62,16 @@ class Library:
         for argument in arguments:
             if isinstance(argument, ctypes.c_void_p):
                 passed.append(buffers.place(argument.value) or (-1, 0))
-            elif hasattr(argument, "_obj"):  # by reference
-                weight, number = argument._obj, len(buffers.numbers)
-                buffers.numbers[ctypes.addressof(weight)] = number
-                buffers.sizes.append(ctypes.sizeof(weight))
-                passed.append((number, 0))
-                for offset, address in _pointers_in(weight):
-                    if place := buffers.place(address):
-                        pointers.append((number, offset, *place))
+            elif hasattr(argument, "_obj") or isinstance(argument, ctypes.Array):
+                place = buffers.add(getattr(argument, "_obj", argument))
+                passed.append(place)
+                for offset, address in _pointers_in(getattr(argument, "_obj", argument)):
+                    if pointed := buffers.place(address):
+                        pointers.append((place[0], offset, *pointed))
+            elif isinstance(argument, ctypes.c_float):
+                # after four others a number lies on the stack, of whatever type it is
+                assert len(passed) >= IN_REGISTERS
+                passed.append((-1, *struct.unpack("<i", struct.pack("<f", argument.value))))
             else:
                 passed.append((-1, argument.value))
         parts = [_text(self._path), _text(name), _numbers(len(buffers.sizes))]
@@ -81,13 +84,13 @@ class Library:
         for address, size in zip(buffers.numbers, buffers.sizes):
             data = self._wine.process.stdout.read(size)
             assert len(data) == size, "the kernel ended its process"
-            if address in buffers.storages:
+            if address in buffers.written:
                 ctypes.memmove(address, data, size)
 
 
 def _pointers_in(structure: ctypes.Structure, start: int = 0) -> Iterator[tuple[int, int | None]]:
     """Yields the place of each pointer in a structure, and the address that it holds."""
-    for field, kind in structure._fields_:
+    for field, kind in getattr(structure, "_fields_", ()):
         offset, value = start + getattr(type(structure), field).offset, getattr(structure, field)
         if kind is ctypes.c_void_p:
             yield offset, value
@@ -96,7 +99,10 @@ def _pointers_in(structure: ctypes.Structure, start: int = 0) -> Iterator[tuple[
 
 
 class _Buffers:
-    """What a call's addresses lie in: whole storages of tensors, and structures."""
+    """What a call's addresses lie in: whole storages of tensors, structures, arrays and numbers.
+
+    written: addresses of those that a kernel may write to.
+    """
 
     def __init__(self):
         self.storages = {}
@@ -106,6 +112,15 @@ class _Buffers:
                 self.storages[storage.data_ptr()] = storage.nbytes()
         self.numbers: dict[int, int] = {}
         self.sizes: list[int] = []
+        self.written = set(self.storages)
+
+    def add(self, data) -> tuple[int, int]:
+        """Returns the buffer of a structure, array or number of ctypes, and 0."""
+        if not isinstance(data, (ctypes.Structure, ctypes.Array)):
+            self.written.add(ctypes.addressof(data))
+        self.numbers[ctypes.addressof(data)] = len(self.sizes)
+        self.sizes.append(ctypes.sizeof(data))
+        return len(self.sizes) - 1, 0
 
     def place(self, address: int | None) -> tuple[int, int] | None:
         """Returns the buffer in which an address lies, and how far behind its start."""
