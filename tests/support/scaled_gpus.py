@@ -33,7 +33,6 @@ from featherweight.ops.layers import workspace
 from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
-GIB = 1 << 30
 HALF_BYTES = 2
 PERIOD = 64  # rows of a weight after which its rows repeat, so that only these are packed
 SDXL_WIDTHS = {"model_channels": 64, "context_dim": 512}
@@ -65,10 +64,21 @@ class ScaledModel:
             model = host_model(self.family, self.family.config, "meta")
         return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
-    @functools.cached_property
+    @property
     def _real_values(self) -> int:
+        return sum(map(math.prod, self.real_shapes.values()))
+
+    @functools.cached_property
+    def real_shapes(self) -> dict[str, tuple[int, ...]]:
         with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):
-            return sum(map(math.prod, self._published.shapes().values()))
+            return self._published.shapes()
+
+    def real_choice(self, gib: int) -> fit.Choice:
+        """Returns what is chosen for the real model, in bfloat16, on a GPU of so many GiB."""
+        shapes, memory = self.real_shapes, fit.Memory(gib)
+        rooms = (memory.for_model(self.step_bytes, workspace)
+                 for workspace in (fit.workspace_bytes(shapes), 0))
+        return fit.choose(shapes, HALF_BYTES * self._real_values, *rooms, multiplies_int8=True)
 
     @property
     def _published(self) -> model_sizes.Model:
@@ -84,7 +94,8 @@ class ScaledModel:
 
     @functools.cached_property
     def usage_factor(self) -> float:
-        return self._published.config().memory_usage_factor
+        with mock.patch.object(comfy.memory_management, "aimdo_enabled", False):
+            return self._published.config().memory_usage_factor
 
     def write(self, path: Path) -> str:
         """Writes the narrow model in bfloat16, with random rows that repeat every PERIOD rows."""
