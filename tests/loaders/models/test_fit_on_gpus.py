@@ -18,6 +18,7 @@ import dynamic_vram
 import pytest
 import scaled_gpus
 import torch
+from comfy_aimdo.model_vbar import vbars_reset_watermark_limits
 from gpu_memory import empty_gpus
 from lora_models import pairs
 from patched_models import folder, parts, patched
@@ -158,12 +159,14 @@ class Run:
 
     Attributes:
         copied: bytes that the second one copied to the GPU.
-        uploads: modules that dynamic VRAM uploaded, until each call of the model.
+        uploads: layers of the model that dynamic VRAM uploaded, until each call of the model.
+        control_uploads: the same of the ControlNet.
         peak: bytes on the GPU at most.
     """
 
     copied: int
     uploads: list[int]
+    control_uploads: list[int]
     peak: int
 
 
@@ -193,17 +196,18 @@ def control_of(nbytes: float) -> comfy.controlnet.ControlNet:
     return comfy.controlnet.ControlNet(control, load_device=torch.device("cuda:0"))
 
 
-def sample(patcher, card: Card, control, uploads: list) -> list[int]:
+def sample(patcher, card: Card, control, uploads: list) -> list[list]:
     """Samples two steps, in each of which the bytes of the real model's step are taken.
 
+    Without guidance in dynamic VRAM: for two parts at once the host gives up resident weights.
+
     Returns:
-        How many modules were uploaded until each call of the model.
+        The modules that were uploaded until each call of the model.
     """
-    counts = []
-    model = card.model
+    counts, model = [], card.model
 
     def step(apply, arguments):
-        counts.append(len(uploads))
+        counts.append(list(uploads))
         batch = len(arguments["input"])
         nbytes = max(fit.MIN_STEP_BYTES, batch * model.step_bytes / model.scale)
         taken = torch.empty(int(nbytes), dtype=torch.uint8, device="cuda")
@@ -223,10 +227,18 @@ def sample(patcher, card: Card, control, uploads: list) -> list[int]:
     noise = torch.randn(model.family.latent, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         result = comfy.sample.sample(
-            patcher, noise, 2, 1.0 if card.is_dynamic else 2.0, "euler", "simple", positive,
+            patcher, noise, 2, float(__import__("os").environ.get("CFG", 1.0 if card.is_dynamic else 2.0)), "euler", "simple", positive,
             negative, torch.zeros_like(noise), seed=1, disable_pbar=True)
+    end_node()
     assert result.isfinite().all()
     return counts
+
+
+def end_node():
+    """Frees what the host frees after each node."""
+    if comfy.memory_management.aimdo_enabled:
+        comfy.model_management.reset_cast_buffers()
+        vbars_reset_watermark_limits()
 
 
 def run(patcher, card: Card, monkeypatch) -> Run:
@@ -234,6 +246,7 @@ def run(patcher, card: Card, monkeypatch) -> Run:
     uploads = dynamic_vram.uploads(monkeypatch) if card.is_dynamic else []
     clip, _ = small_t5("Q8_0", ENCODER_LAYERS, encoder_width(ENCODER_BYTES / card.model.scale))
     encode(clip)
+    end_node()
     patcher = patched(patcher, *loras(card.model, card.beside / 2))
     control = control_of(card.beside / 2)
     uploads.clear()
@@ -241,12 +254,13 @@ def run(patcher, card: Card, monkeypatch) -> Run:
     counts = sample(patcher, card, control, uploads)
     peak = card.counters.peak()
     card.counters.reset()
-    more = sample(patcher, card, control, uploads)
-    copied = card.counters.copied().up
-    print(f"{card.gib} GB: peak {peak / card.nbytes:.3f} of {card.nbytes / 1e6:.1f} MB, copied again"
-          f" {copied / 1e6:.2f} MB, uploads {counts} {more}, text encoder"
-          f" {clip.patcher.loaded_size() / 1e6:.1f} MB")
-    return Run(copied, counts + more, max(peak, card.counters.peak()))
+    counts += sample(patcher, card, control, uploads)
+    own = set(patcher.model.modules())
+    of_model = [sum(module in own for module in modules) for modules in counts]
+    of_control = [len(modules) - count for modules, count in zip(counts, of_model, strict=True)]
+    done = Run(card.counters.copied().up, of_model, of_control, max(peak, card.counters.peak()))
+    print(card.gib, f"GB, {card.nbytes / 1e6:.1f} MB:", done)  # for whoever runs it with `-s`
+    return done
 
 
 def encoder_width(nbytes: float) -> int:
@@ -285,6 +299,8 @@ def check(model: ScaledModel, gib: int, make_card, monkeypatch) -> tuple[Card, F
         assert not is_whole(patcher, card, done)
     else:
         assert is_whole(patcher, card, done)
+        # not at once: comfy-aimdo looks at a GPU's memory every two seconds
+        assert len(set(done.control_uploads[2:])) <= 1
     return card, fitted
 
 
@@ -319,7 +335,10 @@ ALL = [pytest.param(name, gib, marks=[mark, pytest.mark.heavy], id=f"{name}-{gib
 def test_what_is_chosen_stays_on_the_gpu_and_what_is_larger_does_not(name, gib, make_card,
                                                                      monkeypatch):
     card, fitted = check(MODELS[name], gib, make_card, monkeypatch)
-    if fitted.targets[0] and "more than" not in fitted.text:
+    # with whole pages a GPU may have room for more of a narrow model than it would in reality
+    is_size = kind_of(fitted.targets[0]) == "size"
+    has_larger = is_size or (fitted.targets[0] and not card.is_dynamic)
+    if has_larger and "more than" not in fitted.text:
         comfy.model_management.unload_all_models()
         gc.collect()
         check_larger(card, fitted, monkeypatch)
