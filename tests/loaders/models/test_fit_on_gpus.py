@@ -1,9 +1,9 @@
 """*fit this GPU* on GPUs of 6 to 24 GB: what is chosen stays on the GPU while it samples, with two
 LoRAs and a ControlNet, after a text encoder; and what is larger does not fit.
 
-Models and GPUs are scaled, see `scaled_gpus`. Pages of dynamic VRAM, of 32 MiB, are not, nor is what
-comfy-aimdo keeps free: a GPU has PAGES and HEADROOM more there, the Flux is twice as wide, and what
-is larger is larger by these pages too.
+Models and GPUs are scaled, see `scaled_gpus`. Pages of dynamic VRAM, of 32 MiB, are not, nor is
+what comfy-aimdo keeps free: there a GPU has PAGES and HEADROOM more, the Flux is twice as wide, and
+what is larger is larger by these pages too.
 
 ComfyUI computes in 16 bits here, with torch's reference in place of kernels.
 """
