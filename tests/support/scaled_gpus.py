@@ -78,7 +78,7 @@ class ScaledModel:
         shapes, memory = self.real_shapes, fit.Memory(gib)
         rooms = (memory.for_model(self.step_bytes, workspace)
                  for workspace in (fit.workspace_bytes(shapes), 0))
-        return fit.choose(shapes, HALF_BYTES * self._real_values, *rooms, multiplies_int8=True)
+        return fit.choose([fit.Weights(shapes, HALF_BYTES * self._real_values, {})], *rooms, True)
 
     @property
     def _published(self) -> model_sizes.Model:

@@ -32,7 +32,7 @@ from small_encoders import encode, small_t5
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.inspect.model_summary import PACK_STATS_KEY
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.fit_device import FIT, Fit, fit_model, fit_text
+from featherweight.loaders.models.fit_device import FIT, Targets, fit_text, model_targets
 from featherweight.loaders.models.pack_on_load import size_of_target, size_target
 from featherweight.loaders.packing.planning import fit
 from featherweight.ops.patcher.residency import PAGE
@@ -290,17 +290,17 @@ def is_whole(patcher, card: Card, done: Run) -> bool:
     return True
 
 
-def check(model: ScaledModel, gib: int, make_card, monkeypatch) -> tuple[Card, Fit]:
+def check(model: ScaledModel, gib: int, make_card, monkeypatch) -> tuple[Card, Targets]:
     """Checks that what is chosen for a GPU stays there, or that it says what it lacks."""
     path, real = file_of(model), model.real_choice(gib)
     card = make_card(model, gib)
     patcher = load_diffusion_model(path, pack_to=FIT)
-    fitted = fit_model([path], GPU, ())
+    fitted = model_targets(FIT, [path], GPU, ())
     assert fit_text(patcher) == fitted.text
-    assert kind_of(fitted.targets[0]) == kind_of(real.target or None)
+    assert kind_of(fitted.files[0]) == kind_of(real.target or None)
     done = run(patcher, card, monkeypatch)
     if real.missing:
-        assert re.search(r" takes [\d.]+ .B, [\d.]+ .B more than its weights may have on a GPU of "
+        assert re.search(r" take [\d.]+ .B, [\d.]+ .B more than there is for them on a GPU of "
                          f"{gib} GB", fitted.text)
         assert not is_whole(patcher, card, done)
     else:
@@ -317,10 +317,10 @@ def kind_of(target: str | int | None) -> str:
     return target or ""
 
 
-def check_larger(card: Card, fitted: Fit, monkeypatch):
+def check_larger(card: Card, fitted: Targets, monkeypatch):
     """Checks that the next larger choice does not stay on the GPU: a size a little larger, or the
     file as it is."""
-    target, size = None, size_of_target(fitted.targets[0])
+    target, size = None, size_of_target(fitted.files[0])
     if size:
         target = size_target(int(LARGER * size) + card.pages)
     patcher = load_diffusion_model(file_of(card.model), pack_to=target)
@@ -342,8 +342,8 @@ def test_what_is_chosen_stays_on_the_gpu_and_what_is_larger_does_not(name, gib, 
                                                                      monkeypatch):
     card, fitted = check(MODELS[name], gib, make_card, monkeypatch)
     # with whole pages a GPU may have room for more of a narrow model than it would in reality
-    is_size = kind_of(fitted.targets[0]) == "size"
-    has_larger = is_size or (fitted.targets[0] and not card.is_dynamic)
+    is_size = kind_of(fitted.files[0]) == "size"
+    has_larger = is_size or (fitted.files[0] and not card.is_dynamic)
     if has_larger and "more than" not in fitted.text:
         comfy.model_management.unload_all_models()
         gc.collect()
@@ -375,7 +375,7 @@ def test_the_same_gpu_has_the_same_weights_whatever_is_free(make_card, monkeypat
     for other in (second, third):
         assert all(map(torch.equal, bytes_of(first), bytes_of(other)))
     card.counters.set_capacity(card.nbytes * 7.7 / 8)
-    assert fit_text(first) != fit_model([path], GPU, ()).text
+    assert fit_text(first) != model_targets(FIT, [path], GPU, ()).text
 
 
 def bytes_of(patcher) -> list[torch.Tensor]:
