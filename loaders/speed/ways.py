@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...ops.kernels.kernel_requests import prepare_kernels
+from ...ops.kernels.kernel_requests import await_kernels
 from ...ops.layers.int8 import multiplies_integers
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.layers.product import dequantize
@@ -31,6 +31,7 @@ from ..quantizers.comfyui import row_type_of
 copy_options: Any = comfy.utils.deepcopy_list_dict
 DENSE = "dense"
 WAYS = (EXACTLY, FAST, DENSE)
+KERNEL_SECONDS = 20  # that a way waits at most for the verdicts on its kernels
 SPARE_BYTES = 1 << 30  # of memory that is left for what a step needs
 
 
@@ -98,7 +99,7 @@ def _computing_in_place(patcher: ModelPatcher, way: str) -> Iterator[None]:
     try:
         for layer in layers:
             layer.compute = MEANINGS[way].arithmetic
-        prepare_kernels(patcher.model, patcher.load_device, dtype)
+        await_kernels(patcher.model, patcher.load_device, dtype, KERNEL_SECONDS)
         yield
     finally:
         for layer, compute in zip(layers, before):
@@ -116,7 +117,8 @@ def _loaded_again(patcher: ModelPatcher, options: dict[str, Any]) -> ModelPatche
                           " (Featherweight) or Load Checkpoint (Featherweight)")
     if recipe.options.get("pack_to"):
         raise NotMeasured("it was packed while loading: save it and load the saved file")
-    again = replace(recipe, options={**recipe.options, **options})()
+    again: Any = replace(recipe, options={**recipe.options, **options})()
+    await_kernels(again.model, again.load_device, again.model.get_dtype_inference(), KERNEL_SECONDS)
     return patcher.clone(model_override=again.get_clone_model_override())
 
 

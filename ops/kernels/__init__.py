@@ -147,6 +147,13 @@ def request(device: torch.device, needed: Iterable[tuple[str, Format | None, tor
     return current_load()
 
 
+def are_pending(device: torch.device,
+                needed: Iterable[tuple[str, Format | None, torch.dtype]]) -> bool:
+    """Returns whether some of these kernels have no verdict yet. needed: as for `request`."""
+    selector = _selector(device)
+    return any(selector.verdict(*case)[0] == "pending" for case in needed)
+
+
 def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,
          capability: str = "dequantize") -> str:
     """Returns what dequantises a model, in words: "cpp", or "cpp; MXFP4 by torch: the kernel is

@@ -8,6 +8,7 @@ from .. import kernels
 from ..formats.base import Format
 from ..layers.packed_layers import PackedConv2d, PackedLayer, PackedLinear
 from ..tensor.packed_layout import is_packed
+from .background import wait
 
 
 def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None):
@@ -21,12 +22,35 @@ def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.d
         device: the device it will run on.
         dtype: its compute dtype; None where that is not known yet, then nothing is requested.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
-    needed = {} if dtype is None else dict.fromkeys(
-        case for layer in layers if is_packed(layer.weight) for case in _cases(layer, dtype))
-    load = kernels.request(device, needed)
-    for layer in layers:
+    load = kernels.request(device, _needed(model, dtype))
+    for layer in _layers(model):
         layer.load = load
+
+
+def await_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None,
+                  seconds: float):
+    """Has a model's kernels validated, waits for the verdicts, and has its layers use them.
+
+    Args:
+        model, device, dtype: as for `prepare_kernels`.
+        seconds: to wait at most.
+    """
+    prepare_kernels(model, device, dtype)
+    needed = _needed(model, dtype)
+    wait(lambda: not kernels.are_pending(device, needed), seconds)
+    prepare_kernels(model, device, dtype)
+
+
+def _layers(model: torch.nn.Module) -> list[PackedLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+
+
+def _needed(model: torch.nn.Module, dtype: torch.dtype | None
+            ) -> dict[tuple[str, Format | None, torch.dtype], None]:
+    """Returns the cases that a model's layers need, each once."""
+    return {} if dtype is None else dict.fromkeys(
+        case for layer in _layers(model) if is_packed(layer.weight)
+        for case in _cases(layer, dtype))
 
 
 def _cases(layer: PackedLayer, dtype: torch.dtype

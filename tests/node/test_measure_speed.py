@@ -18,6 +18,7 @@ from featherweight.loaders.speed.report import _without_paths
 from featherweight.loaders.speed.ways import NotMeasured, computing
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.measure_speed import MeasureSpeed
+from featherweight.ops import kernels
 from featherweight.ops.layers.packed_layers import PackedLayer
 from featherweight.ops.tensor.packed_layout import is_comfy_quantized
 
@@ -65,6 +66,23 @@ def test_the_model_is_afterwards_as_it_was(tmp_path, monkeypatch):
     assert [layer.__dict__.get("compute") for layer in layers] == (
         ["int8"] + [None] * (len(layers) - 1))
     assert model.patches == patches
+
+
+@pytest.mark.parametrize("way", [ways.EXACTLY, ways.FAST])
+def test_a_way_begins_when_the_verdicts_on_its_kernels_are_there_and_uses_them(way, monkeypatch):
+    model, looks = packed_flux("Q8_0"), []
+
+    def are_pending(device, needed):
+        looks.append({capability for capability, *_ in needed})
+        return len(looks) < 3
+
+    monkeypatch.setattr(kernels, "are_pending", are_pending)
+    monkeypatch.setattr(kernels, "request", lambda device, needed: len(looks))
+    with computing(model, way):
+        assert len(looks) >= 3  # and no more than the time allows
+        assert {layer.load for layer in model.model.modules()
+                if isinstance(layer, PackedLayer)} == {len(looks)}
+    assert ("int8_rows" in looks[0]) == (way == ways.FAST) and "linear" in looks[0]
 
 
 def test_fast_is_the_integer_product_and_its_distance_from_exact_is_told():
