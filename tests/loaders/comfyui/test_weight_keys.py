@@ -37,7 +37,8 @@ def test_a_prefix_that_all_names_have_is_stripped(suffix, prefix, tmp_path):
     path = write(tmp_path / f"model.{suffix}", {prefix + name: value
                                                 for name, value in weights.items()})
     wrapped = load_diffusion_model(path)
-    assert torch.equal(run(wrapped), run(bare)) and load_notes(wrapped) == ()
+    # of weights that lie at other addresses a CPU may sum in another order
+    assert relative(run(wrapped), run(bare)) < 1e-6 and load_notes(wrapped) == ()
     assert inspect(path)[0].family == "Flux.1"
 
 
