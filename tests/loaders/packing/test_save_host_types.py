@@ -341,8 +341,9 @@ def test_comfyui_without_the_pack_computes_files_as_its_own(tmp_path):
     for kind, out in zip(HOST_TYPES, outputs.values(), strict=True):
         settings, _ = layer_parts(pack_to_type(torch.ones(64, 256), ROW_TYPES[kind]))
         assert out["formats"] == {"", settings["format"]}
-        assert torch.equal(out["again"], out["model"])  # from the file that ComfyUI has saved
-        assert torch.equal(out["checkpoint"], out["model"])
+        # the first from the file that ComfyUI has saved; of weights at other addresses a CPU may
+        # sum in another order
+        assert all(relative(out[name], out["model"]) < 1e-6 for name in ("again", "checkpoint"))
         assert relative(out["model"], exact) < (0.2 if kind in FOUR_BITS else 0.06)
 
 

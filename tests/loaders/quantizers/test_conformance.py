@@ -55,7 +55,9 @@ def test_a_weight_becomes_one_packed_tensor_of_the_values_that_its_writer_means(
         rows = take_rows(packed, index)
         assert is_packed(rows) == written.whole_rows or len(rows) == len(values)
         rows = rows.dequantize() if is_packed(rows) else rows
-        assert torch.equal(rows, packed.dequantize()[index])
+        # a CPU may sum the low rank of fewer rows in another order
+        difference = (rows - packed.dequantize()[index]).abs().max()
+        assert difference <= 1e-6 * values.abs().max()
 
 
 @pytest.mark.parametrize(("quantizer", "write", "change", "message"), BAD)
