@@ -1,5 +1,5 @@
 """The case of what LoRAs cost on models in ComfyUI's own formats."""
-from devtools.measure.bench.models import lora_file, step_of
+from devtools.measure.bench.models import step_of, with_loras
 from devtools.measure.bench.products import LORA_CASES
 from devtools.measure.bench.timing import has_bfloat16, side_by_side
 
@@ -34,10 +34,7 @@ def bench_comfy_lora(options):
             model.set_model_compute_dtype(dtype)
             models = {"no LoRA": model}
             for title, (count, rank) in LORA_CASES.items():
-                models[title] = model
-                for seed in range(count):
-                    models[title], _ = comfy.sd.load_lora_for_models(
-                        models[title], None, lora_file(shapes, rank, seed), 1.0, 0.0)
+                models[title] = with_loras(model, shapes, count, rank)
             steps = {title: step_of(patcher, sizes.model_tokens, sizes.context)
                      for title, patcher in models.items()}
             yield (f"{name}, {who}, {double_blocks} + {single_blocks} blocks,"

@@ -81,12 +81,7 @@ def bench_step(options):
         for pack, load in packs(options.peer).items():
             models = {"no LoRA": load(str(path))}
             for title, (count, rank) in LORA_CASES.items():
-                model = models["no LoRA"]
-                for seed in range(count):
-                    model, _ = comfy.sd.load_lora_for_models(
-                        model, None, lora_file(shapes, rank, seed), 1.0, 0.0
-                    )
-                models[title] = model
+                model = models[title] = with_loras(models["no LoRA"], shapes, count, rank)
             tokens = min(256, sizes.model_tokens)
             variants = {
                 title: step_of(model, tokens, sizes.context) for title, model in models.items()
@@ -282,6 +277,14 @@ def prediction(patcher, size: int = 32) -> torch.Tensor:
             )
             - latent
         )
+
+
+def with_loras(model, shapes: dict[str, tuple], count: int, rank: int):
+    """A model with LoRAs on all its matrices, one of each seed."""
+    for seed in range(count):
+        model, _ = comfy.sd.load_lora_for_models(model, None, lora_file(shapes, rank, seed), 1.0,
+                                                 0.0)
+    return model
 
 
 def lora_file(shapes: dict[str, tuple], rank: int, seed: int) -> dict[str, torch.Tensor]:

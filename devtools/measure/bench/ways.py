@@ -3,11 +3,10 @@ import tempfile
 from pathlib import Path
 
 from devtools.measure.bench.comfy_lora import random_weights
-from devtools.measure.bench.models import lora_file
+from devtools.measure.bench.models import with_loras
 from devtools.measure.bench.timing import median_and_range
 
 import comfy.model_management
-import comfy.sd
 import torch
 from safetensors.torch import save_file
 
@@ -35,9 +34,7 @@ def bench_ways(options):
     for name in TYPES:
         with tempfile.TemporaryDirectory() as folder:
             model = load_diffusion_model(_write(Path(folder), shapes, name), compute="automatic")
-            for seed in range(LORAS):
-                model, _ = comfy.sd.load_lora_for_models(model, None,
-                                                         lora_file(shapes, RANK, seed), 1.0, 0.0)
+            model = with_loras(model, shapes, LORAS, RANK)
             measurement = measure_speed(model, latent=latent, row_seconds=ROW_SECONDS)
         rows = sorted(measurement.rows, key=lambda row: row.way != "dense")
         yield f"{name}, {sizes.model_tokens} tokens", {
