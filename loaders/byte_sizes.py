@@ -1,7 +1,8 @@
 """Formats sizes in bytes for people."""
 from collections.abc import Mapping
 
-UNITS = ((10 ** 9, "GB"), (10 ** 6, "MB"), (10 ** 3, "KB"))
+GB = 10 ** 9
+UNITS = ((GB, "GB"), (10 ** 6, "MB"), (10 ** 3, "KB"))
 
 
 def unit_of(size: float) -> tuple[int, str]:

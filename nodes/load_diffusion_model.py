@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from comfy_api.latest import io
 
+from ..loaders.byte_sizes import GB
 from ..loaders.comfyui.who_computes import AUTOMATIC
+from ..loaders.files.container import WeightFileError
 from ..loaders.models.compute_choice import (
     BY_COMPUTE,
     CHOICES_OF_SIDE_MODELS,
@@ -16,7 +18,7 @@ from ..loaders.models.compute_choice import (
 )
 from ..loaders.models.diffusion import load_diffusion_model
 from ..loaders.models.fit_device import FIT
-from ..loaders.models.pack_on_load import GB, TYPES, size_target
+from ..loaders.models.pack_on_load import TYPES, size_target
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from ..ops.quantize.row_types import ROW_TYPES
 from .file_inputs import file_options, validate_main
@@ -84,20 +86,40 @@ def pack_to_input(what: str, fits: bool = False):
     )
 
 
-def size_input():
-    """Returns the input for the size that `pack to` meets with SIZE."""
+def size_input(tooltip: str = "With 'size in GB' at pack to: how large the weights may be in"
+               " memory, in GB of 10^9 bytes.", is_extra: bool = True):
+    """Returns the input for the size that is met with SIZE.
+
+    Args:
+        tooltip: the text.
+        is_extra: whether it may be missing, and is among the advanced inputs.
+    """
     return io.Float.Input(
         "size_gb",
         default=DEFAULT_SIZE,
         min=0.001,
         max=1000.0,
         step=0.001,
-        optional=True,
-        advanced=True,
+        optional=is_extra,
+        advanced=is_extra or None,
         display_name="size in GB",
-        tooltip="With 'size in GB' at pack to: how large the weights may be in memory, in GB of"
-        " 10^9 bytes.",
+        tooltip=tooltip,
     )
+
+
+def size_in_bytes(size_gb: float, expected: str = "how large the weights may be") -> int:
+    """Returns a size in GB as bytes.
+
+    Args:
+        size_gb: of `size_input`.
+        expected: what the size is, for the message.
+
+    Raises:
+        WeightFileError: if it is not a size.
+    """
+    if not 0 < size_gb < math.inf:
+        raise WeightFileError(f"size in GB is {size_gb}; expected {expected}, such as 6.")
+    return round(size_gb * GB)
 
 
 def host_formats_input():
@@ -118,10 +140,7 @@ def host_formats_input():
 def packed_type(pack_to: str, size_gb: float = DEFAULT_SIZE) -> str | None:
     """Returns the loaders' `pack_to` for an option of that input, and a size in GB."""
     if pack_to == SIZE:
-        if not 0 < size_gb < math.inf:
-            raise ValueError(f"size in GB is {size_gb}; expected how large the weights may be, such"
-                             " as 6.")
-        return size_target(round(size_gb * GB))
+        return size_target(size_in_bytes(size_gb))
     return None if pack_to == AS_THE_FILE else pack_to
 
 

@@ -6,7 +6,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..loaders.byte_sizes import size_text
+from ..loaders.byte_sizes import GB, size_text
 from ..loaders.devices import CPU, DEFAULT, device_choices, find_device
 from ..loaders.models.placement import SHARING, place, placed_text, planned_text
 from ..ops.patcher.residency import MemoryReport
@@ -15,7 +15,6 @@ from .number_checks import reject_nan
 
 log = logging.getLogger(__name__)
 
-GB = 1e9
 ALL = 1000.0
 
 

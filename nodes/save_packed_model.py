@@ -6,7 +6,6 @@ import re
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..loaders.files.container import WeightFileError
 from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
@@ -30,7 +29,7 @@ from ..loaders.packing.source import (
 from ..loaders.paths.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
 from ..loaders.progress import Progress
 from ..ops.quantize.row_types import ROW_TYPES
-from .load_diffusion_model import SIZE
+from .load_diffusion_model import DEFAULT_SIZE, SIZE, size_in_bytes, size_input
 from .node_text import show_text
 
 # option -> types of ComfyUI's own with which the size is met
@@ -84,16 +83,8 @@ class SavePackedModel(io.ComfyNode):
                     " last ones are ComfyUI's own, one or two for the size below, in a safetensors"
                     " file that ComfyUI loads by itself.",
                 ),
-                io.Float.Input(
-                    "size_gb",
-                    default=6.0,
-                    min=0.001,
-                    max=1000.0,
-                    step=0.001,
-                    display_name="size in GB",
-                    tooltip="With a type 'size in GB': the largest size the file may have, in GB"
-                    " of 10^9 bytes.",
-                ),
+                size_input("With a type 'size in GB': the largest size the file may have, in GB of"
+                           " 10^9 bytes.", is_extra=False),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/ComfyUI",
@@ -174,7 +165,7 @@ class SavePackedModel(io.ComfyNode):
         cls,
         model,
         type="Q4_K",
-        size_gb=6.0,
+        size_gb=DEFAULT_SIZE,
         filename_prefix="diffusion_models/ComfyUI",
         folder=OUTPUT,
         loras=WHOLE,
@@ -201,11 +192,6 @@ class SavePackedModel(io.ComfyNode):
                 f"Not in the file, because it is not a weight: {', '.join(unsaved)}. Add the nodes"
                 " for it after the loader of the file."
             )
-        if type in SIZES and not 0 < size_gb < float("inf"):
-            raise WeightFileError(
-                f"size in GB is {size_gb}; expected the largest size the file may have, such as 6."
-            )
-
         row_types = SIZES.get(type, ())
 
         def new_job(source, prefix: str, label: str, target: str | int) -> tuple:
@@ -213,7 +199,8 @@ class SavePackedModel(io.ComfyNode):
             return source, new_model_path(prefix, label, suffix, folder, not overwrite), target
 
         if type in SIZES:
-            target, label = round(size_gb * 1e9), "_".join([f"{size_gb:g}GB", *row_types])
+            target = size_in_bytes(size_gb, "the largest size the file may have")
+            label = "_".join([f"{size_gb:g}GB", *row_types])
         else:
             target, label = type, type.replace(" ", "_")
         jobs = [new_job(model_source, filename_prefix, label, target)]

@@ -30,10 +30,10 @@ from featherweight.loaders.files.gguf import UNSTORED_TYPES
 from featherweight.loaders.models import fit_device, pack_on_load
 from featherweight.loaders.packing.planning import file_plan
 from featherweight.loaders.packing.planning.fit import (
-    BESIDE_SHARE,
     ENCODER_SHARE,
     GIB,
     HOST_RESERVE_BYTES,
+    LORA_SHARE,
     MIN_STEP_BYTES,
     MODEL_SHARE,
     SYSTEM_BYTES,
@@ -375,7 +375,7 @@ def test_choosing_names_the_types_that_loaders_and_the_saving_node_have():
 
 RESERVE = [f"{nbytes / GIB:.1f} GiB" for nbytes in (SYSTEM_BYTES, HOST_RESERVE_BYTES,
                                                     MIN_STEP_BYTES)]
-RESERVE.append(f"1/{1 / BESIDE_SHARE:.0f}")
+RESERVE.append(f"1/{1 / LORA_SHARE:.0f}")
 
 
 @pytest.mark.parametrize("language", HELP_LANGUAGES)

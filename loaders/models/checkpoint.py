@@ -90,21 +90,15 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
         packed_formats(host_formats, device or comfy.model_management.get_torch_device()),
         packed_formats(host_formats,
                        encoder_device or comfy.model_management.text_encoder_device()))
-    options = {
-        "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
-        "pack_to": pack_to,
-        **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
-    }
-    is_folder = (os.path.isdir(path)
-                 and not os.path.isfile(os.path.join(path, "config.json")))
+    is_folder = os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json"))
     targets = Targets((pack_to,))
     if pack_to == FIT and not is_folder:
         targets = Targets((None,))
         if output_model:
             targets = model_targets(
                 pack_to, [path], device or comfy.model_management.get_torch_device(), formats.model)
-    [pack_to] = targets.files
-    use_own_reader = needs_own_reader(path, pack_to, formats.model | formats.encoder)
+    [target] = targets.files
+    use_own_reader = needs_own_reader(path, target, formats.model | formats.encoder)
     devices = {}
     if device or encoder_device:
         devices = {"device": device, "encoder_device": encoder_device}
@@ -117,13 +111,17 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
             check.attach(model, clip, vae)
     elif is_folder:
         model, clip, vae = _load_folder(path, embedding_directory, outputs, disable_dynamic,
-                                        compute, pack_to, host_formats, **devices)
+                                        compute, target, host_formats, **devices)
     else:
         model, clip, vae = _load_file(path, embedding_directory, outputs, disable_dynamic,
-                                      compute, pack_to, formats, **devices)
+                                      compute, target, formats, **devices)
     # When the host reloads a part by itself, it forgets the devices.
     needs_recipe = use_own_reader or bool(devices) or bool(targets.text)
-    options |= devices
+    options = {
+        "embedding_directory": embedding_directory, "disable_dynamic": disable_dynamic,
+        "pack_to": pack_to, **devices,
+        **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
+    }
     if model is not None:
         targets.attach(model)
     if model is not None and (needs_recipe or disable_dynamic):

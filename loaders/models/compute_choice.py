@@ -18,6 +18,7 @@ from ..comfyui.who_computes import (
     HOST_FORMATS,
     host_multiplies,
 )
+from ..packing.planning.fit import FAST_FORMAT, FAST_TYPE
 from ..packing.planning.packing_rules import bytes_in_file
 from ..quantizers.comfyui import row_type_of
 
@@ -26,7 +27,6 @@ INT8, FLOAT32 = "int8", "float32"  # offered before 0.2.2; float32 still is the 
 COMPUTE_CHOICES = (AUTOMATIC, EXACTLY, FAST, INT8, FLOAT32)  # options of the input `compute`
 CHOICES_OF_SIDE_MODELS = COMPUTE_CHOICES[:3]  # of text encoders, ControlNets and the like
 BY_COMPUTE = "by compute"
-FASTEST_TYPE = "int8_convrot"  # of `pack to`, where ComfyUI's kernels multiply it
 HOST_FORMATS_CHOICES = (BY_COMPUTE, *HOST_FORMATS)  # options of the input `host formats`
 
 
@@ -70,13 +70,13 @@ def faster_type_text(patcher: ModelPatcher, compute: str) -> str | None:
         patcher: the host's, of a model that was loaded with `compute`.
         compute: one of `COMPUTE_CHOICES`.
     """
-    if compute != FAST or not host_multiplies("int8_tensorwise", patcher.load_device):
+    if compute != FAST or not host_multiplies(FAST_FORMAT, patcher.load_device):
         return None
     weights = [weight for weight in patcher.model.diffusion_model.parameters()
                if is_packed(weight) and weight.ndim == 2 and row_type_of(weight) is None]
-    size = sum(bytes_in_file(FASTEST_TYPE, tuple(weight.shape)) for weight in weights)
+    size = sum(bytes_in_file(FAST_TYPE, tuple(weight.shape)) for weight in weights)
     total = comfy.model_management.get_total_memory(patcher.load_device)
     if not weights or size > float(total):  # pyright: ignore[reportArgumentType]
         return None
-    return (f"With {FASTEST_TYPE} at `pack to` ({size_text(size)}) ComfyUI's kernels compute it,"
+    return (f"With {FAST_TYPE} at `pack to` ({size_text(size)}) ComfyUI's kernels compute it,"
             " which is faster than fast is with this file.")

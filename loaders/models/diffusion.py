@@ -13,7 +13,6 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
-from ...ops.quantize.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
@@ -50,7 +49,7 @@ from .fit_device import model_targets
 from .load_check import bytes_of, check_load, reject_codes
 from .loader_choice import has_plain_fp8, needs_own_reader
 from .module_files import explain_module_errors, join_module, module_layers, reject_unused_module
-from .pack_on_load import PackStats, pack_weights, size_of_target
+from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 from .recipe import Recipe, register_loader
 from .seedvr2 import add_texts
 
@@ -188,8 +187,7 @@ def read_weights(
     prefix = model_prefix(state_dict)
     state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
     packed = pack_weights(file, state_dict, pack_to, progress, prefix, device)
-    has_host_formats = pack_to in ROW_TYPES or size_of_target(pack_to) is not None
-    return in_parts(state_dict, formats) if has_host_formats else state_dict, packed
+    return in_parts(state_dict, formats) if may_have_host_formats(pack_to) else state_dict, packed
 
 
 def pack_plain_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

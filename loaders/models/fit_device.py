@@ -3,18 +3,20 @@
 What is chosen is what the other options of the loaders' `pack_to` are too: the files as they are, a
 type, or a size.
 """
+import os
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
 from ...ops.tensor.packed_layout import is_packed
-from ..byte_sizes import size_text
+from ..byte_sizes import GB, size_text
 from ..files.container import WeightFileError
 from ..inspect.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
 from ..name_lists import join_some
 from ..packing.planning.fit import (
+    FAST_FORMAT,
     STREAMED_TYPE,
     Choice,
     Memory,
@@ -24,13 +26,12 @@ from ..packing.planning.fit import (
     step_memory,
     workspace_bytes,
 )
-from .pack_on_load import GB, size_of_target, size_target
+from ..packing.planning.plan import DIGITS
+from .pack_on_load import size_of_target, size_target
 
 FIT = "fit this GPU"  # in place of a type to pack to
 FIT_KEY = "featherweight_fit"  # attachment of a patcher: `Targets.text`
-INT8 = "int8_tensorwise"  # ComfyUI's name of fit.FAST_TYPE
 HALF_BYTES = 2  # of a value that ComfyUI computes in 16 bits
-DIGITS = 2  # decimal places of sizes
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,17 @@ def model_targets(pack_to: str | None, paths: Sequence[str], device: torch.devic
         WeightFileError: if a file cannot be read, or if the model does not fit into memory that it
             shares with the system.
     """
-    configs = []
-
-    def weights_of(contents: Contents) -> Weights:
-        tensors, prefix, config = diffusion_comfy_keys(contents)
-        configs.append(config)
-        return _weights(contents, tensors, prefix)
-
-    def rooms(memory: Memory, workspace: int) -> tuple[int, int]:
-        config: Any = next(filter(None, configs), None)
-        step = step_memory(config) if config else None
-        step_bytes = step[0] if step else None
-        return memory.for_model(step_bytes, workspace), memory.for_model(step_bytes)
-
-    return _targets(pack_to, paths, device, weights_of, rooms, INT8 not in formats)
+    if _is_fixed(pack_to, paths):
+        return Targets((pack_to,) * len(paths))
+    files, config = [], None
+    for contents in map(file_contents, paths):
+        tensors, prefix, detected = diffusion_comfy_keys(contents)
+        config = config or detected
+        files.append(_weights(contents, tensors, prefix))
+    step = step_memory(config) if config else None
+    step_bytes, memory = step[0] if step else None, Memory.of(device)
+    return _targets(pack_to, paths, files, memory,
+                    partial(memory.for_model, step_bytes), FAST_FORMAT not in formats)
 
 
 def encoder_targets(pack_to: str | None, paths: Sequence[str], device: torch.device) -> Targets:
@@ -98,32 +96,29 @@ def encoder_targets(pack_to: str | None, paths: Sequence[str], device: torch.dev
     Raises:
         WeightFileError: as for `model_targets`.
     """
-    def weights_of(contents: Contents) -> Weights:
-        return _weights(contents, encoder_comfy_keys(contents)[0])
-
-    def rooms(memory: Memory, workspace: int) -> tuple[int, int]:
-        return memory.for_encoder(workspace), memory.for_encoder()
-
-    return _targets(pack_to, paths, device, weights_of, rooms)
-
-
-def _targets(pack_to: str | None, paths: Sequence[str], device: torch.device,
-             weights_of: Callable[[Contents], Weights],
-             rooms: Callable[[Memory, int], tuple[int, int]],
-             multiplies_int8: bool = False) -> Targets:
-    """rooms: memory, workspace -> arguments of `choose`; it is called after `weights_of`."""
-    size = size_of_target(pack_to) if pack_to else None
-    if pack_to != FIT and (size is None or len(paths) == 1):
+    if _is_fixed(pack_to, paths):
         return Targets((pack_to,) * len(paths))
-    contents = [file_contents(path) for path in paths]
-    files = [weights_of(each) for each in contents]
-    if size is not None:
-        return Targets(tuple(map(size_target, shares(size, files))))
+    files = [_weights(contents, encoder_comfy_keys(contents)[0])
+             for contents in map(file_contents, paths)]
     memory = Memory.of(device)
+    return _targets(pack_to, paths, files, memory, memory.for_encoder)
+
+
+def _is_fixed(pack_to: str | None, paths: Sequence[str]) -> bool:
+    """Returns whether each file is packed to the same, whatever is in it."""
+    return pack_to is None or (pack_to != FIT and (
+        size_of_target(pack_to) is None or len(paths) == 1))
+
+
+def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights], memory: Memory,
+             room: Callable[[int], int], multiplies_int8: bool = False) -> Targets:
+    """room: bytes for dequantised weights -> bytes for the weights."""
+    if pack_to and (size := size_of_target(pack_to)) is not None:
+        return Targets(tuple(map(size_target, shares(size, files))))
     workspace = max(workspace_bytes(file.shapes) for file in files)
-    choice = choose(files, *rooms(memory, workspace), multiplies_int8)
-    names = join_some([each.name for each in contents])
+    choice = choose(files, room(workspace), room(0), multiplies_int8)
     if choice.missing and memory.is_shared:
+        names = join_some([os.path.basename(os.path.normpath(path)) for path in paths])
         raise WeightFileError(
             f"{names}: the weights take {_lack(choice)} there is for them on {memory.text}, even"
             " with the smallest types. Use a smaller model, or choose a type at pack to, if you"

@@ -26,7 +26,7 @@ from ...ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
-from ..byte_sizes import size_text
+from ..byte_sizes import GB, size_text
 from ..comfyui.diffusers_keys import JoinedRows
 from ..devices import CPU
 from ..files import packed_cache
@@ -58,7 +58,6 @@ log = logging.getLogger(__name__)
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4", *ROW_TYPES)
 # By how many values of a weight the speed is measured, and from how many values of a model on.
 MEASURED_VALUES, MANY_VALUES = 1 << 22, 1 << 28
-GB = 10 ** 9
 WHOLE_ROWS = 64  # are whole blocks of every type
 
 
@@ -138,6 +137,12 @@ def size_of_target(pack_to: str) -> int | None:
     """Returns the bytes of a `size_target`, None for a type."""
     number = pack_to.removesuffix(" GB")
     return None if number == pack_to else round(float(number) * GB)
+
+
+def may_have_host_formats(pack_to: str) -> bool:
+    """Returns whether weights in the host's own formats are among those packed to this: where it is
+    one of these, or a size for which they stay."""
+    return pack_to in ROW_TYPES or size_of_target(pack_to) is not None
 
 
 def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to: str,

@@ -17,7 +17,6 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
-from ...ops.quantize.row_types import ROW_TYPES
 from ..comfyui.detection import is_diffusion_model, shape_mismatch_text
 from ..comfyui.packed_patcher import wrap_clip
 from ..comfyui.quantized_weights import as_tensors, in_parts, read_marked, reject_unread_layers
@@ -49,7 +48,7 @@ from ..progress import Progress
 from .fit_device import encoder_targets
 from .load_check import check_load
 from .loader_choice import needs_own_reader
-from .pack_on_load import PackStats, pack_weights, size_of_target
+from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 from .recipe import Recipe, register_loader
 
 log = logging.getLogger(__name__)
@@ -186,7 +185,7 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
         if target and encoder.file:
             pack_stats.append(
                 pack_weights(encoder.file, weights[index], target, progress, device=device))
-            if target in ROW_TYPES or size_of_target(target) is not None:
+            if may_have_host_formats(target):
                 weights[index] = in_parts(weights[index], formats)
     return weights, PackStats.merge(pack_stats) if pack_stats else None
 

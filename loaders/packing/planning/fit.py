@@ -9,7 +9,7 @@ Of its memory, in whole GiB, a GPU keeps for other things:
 | what ComfyUI leaves to other programs | `HOST_RESERVE_BYTES`, or what `--reserve-vram` says |
 | a step of a picture or video of the usual size | ComfyUI's formula, at least `MIN_STEP_BYTES` |
 | a dequantised weight | the largest matrix in 16 bits, unless nothing is packed |
-| LoRAs, and a ControlNet | `BESIDE_SHARE` of its memory |
+| LoRAs, and a ControlNet | `LORA_SHARE` of its memory |
 
 Memory that a model shares with the system, on CPUs and Macs, also holds the text encoder, the VAE
 and other programs: `MODEL_SHARE` of it is for the weights of a diffusion model, `ENCODER_SHARE` for
@@ -29,7 +29,7 @@ import torch
 from comfy.cli_args import args
 
 from .packing_rules import PLAIN_BYTES, Shapes, rules_for
-from .plan import PlanError, plan_for_size, plan_for_type
+from .plan import least_bytes, plan_for_type
 
 GIB = 2 ** 30
 STEP = 10 ** 7  # bytes: sizes are multiples, so that the number shown is the number used
@@ -37,10 +37,11 @@ NEARLY = GIB // 4  # that a card may lack of a whole GiB: drivers keep some of i
 SYSTEM_BYTES = 0.7 * GIB  # estimate
 MIN_STEP_BYTES = 0.8 * GIB  # what the host keeps free for a step at least
 HOST_RESERVE_BYTES = 0.4 * GIB
-BESIDE_SHARE = 1 / 24
+LORA_SHARE = 1 / 24
 MODEL_SHARE, ENCODER_SHARE = 1 / 2, 1 / 4
 UNKNOWN_STEP_SHARE = 1 / 4  # of a GPU, for models whose step is not known
 FAST_TYPE = "int8_convrot"
+FAST_FORMAT = "int8_tensorwise"  # ComfyUI's name of it
 STREAMED_TYPE = "Q4_K"  # of a model that does not fit whole with any types
 # Models of single images whose latents the host stores as video.
 IMAGE_MODELS = {"QwenImage", "Anima", "CosmosT2IPredict2", "Krea2", "JoyImage"}
@@ -86,7 +87,7 @@ class Memory:
         if step_bytes is None:
             step_bytes = total * UNKNOWN_STEP_SHARE
         used = SYSTEM_BYTES + self.reserve + max(MIN_STEP_BYTES, step_bytes) + workspace
-        return max(0, int(total * (1 - BESIDE_SHARE) - used))
+        return max(0, int(total * (1 - LORA_SHARE) - used))
 
     def for_encoder(self, workspace: int = 0) -> int:
         """Returns the bytes for the weights of a text encoder, which runs before the model."""
@@ -140,16 +141,14 @@ def choose(files: Sequence[Weights], room: int, room_unpacked: int,
     as_it_is = room if is_packed else room_unpacked
     if sum(file.nbytes for file in files) <= as_it_is:
         return Choice("", as_it_is)
-    fast = sum(plan_for_type(file.shapes, FAST_TYPE, rules_for(file.shapes)).nbytes(file.shapes)
-               for file in files)
-    if multiplies_int8 and not is_packed and fast <= room:
+    if multiplies_int8 and not is_packed and room >= sum(
+            plan_for_type(file.shapes, FAST_TYPE, rules_for(file.shapes)).nbytes(file.shapes)
+            for file in files):
         return Choice(FAST_TYPE, room)
-    size, missing = room // STEP * STEP, 0
-    for file, nbytes in zip(files, shares(size, files)):
-        try:
-            plan_for_size(file.shapes, nbytes, rules_for(file.shapes), packed=file.packed)
-        except PlanError as error:
-            missing += error.short_by
+    size = room // STEP * STEP
+    missing = sum(
+        max(0, least_bytes(file.shapes, rules_for(file.shapes), file.packed) - nbytes)
+        for file, nbytes in zip(files, shares(size, files)))
     return Choice(STREAMED_TYPE, room, missing) if missing else Choice(size, room)
 
 

@@ -3,7 +3,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ....ops.bounded_json import read_json
@@ -154,7 +154,44 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
     Raises:
         PlanError: where the smallest types take more.
     """
-    halves, packed = halves or {}, packed or {}
+    exact, exact_bytes, sizes = _options(shapes, family, halves or {}, row_types, packed or {})
+    budget = nbytes - exact_bytes
+    least = _least_sum(sizes)
+    if budget < least:
+        raise too_small(nbytes, least - budget)
+    expected = expected_costs({name: shapes[name] for name in sizes})
+    if costs:
+        costs = _complete_costs(sizes, costs, expected)
+    else:
+        costs = {
+            name: {type_name: expected[name] * relative_error(type_name) for type_name in types}
+            for name, types in sizes.items()
+        }
+    chosen = choose_types(costs, sizes, budget)
+    return Plan({name: exact.get(name) or chosen[name] for name in shapes})
+
+
+def least_bytes(shapes: Shapes, family: PackingRules,
+                packed: Mapping[str, int] | None = None) -> int:
+    """Returns the least size for which `plan_for_size` plans types of GGUF; args as there."""
+    _, exact_bytes, sizes = _options(shapes, family, {}, (), packed or {})
+    return exact_bytes + _least_sum(sizes)
+
+
+def _least_sum(sizes: Mapping[str, Mapping[str, int]]) -> int:
+    """Returns the bytes of the smallest type of each tensor together."""
+    return sum(min(type_sizes.values()) for type_sizes in sizes.values())
+
+
+def _options(shapes: Shapes, family: PackingRules, halves: Mapping[str, str],
+             row_types: Collection[str], packed: Mapping[str, int]
+             ) -> tuple[dict[str, str], int, dict[str, dict[str, int]]]:
+    """Returns the types among which a plan for a size chooses; args as for `plan_for_size`.
+
+    Returns:
+        Name -> type of the tensors without a choice, their bytes together, and name -> type ->
+        bytes of the others, the 16-bit type or AS_STORED last.
+    """
     exact, options = {}, {}
     rows = {type_name: set(family.row_names(shapes, type_name)) for type_name in row_types}
     for name, shape in shapes.items():
@@ -176,24 +213,10 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
     def size_of(name: str, type_name: str) -> int:
         return packed[name] if type_name == AS_STORED else bytes_in_file(type_name, shapes[name])
 
-    budget = nbytes - sum(size_of(name, type_name) for name, type_name in exact.items())
-    sizes = {
+    return exact, sum(size_of(name, type_name) for name, type_name in exact.items()), {
         name: {type_name: size_of(name, type_name) for type_name in types}
         for name, types in options.items()
     }
-    least = sum(min(type_sizes.values()) for type_sizes in sizes.values())
-    if budget < least:
-        raise too_small(nbytes, least - budget)
-    expected = expected_costs({name: shapes[name] for name in options})
-    if costs:
-        costs = _complete_costs(options, costs, expected)
-    else:
-        costs = {
-            name: {type_name: expected[name] * relative_error(type_name) for type_name in types}
-            for name, types in options.items()
-        }
-    chosen = choose_types(costs, sizes, budget)
-    return Plan({name: exact.get(name) or chosen[name] for name in shapes})
 
 
 def relative_error(type_name: str) -> float:
@@ -235,7 +258,7 @@ def expected_costs(shapes: Shapes) -> dict[str, float]:
     return costs
 
 
-def _complete_costs(options: Mapping[str, tuple[str, ...]],
+def _complete_costs(options: Mapping[str, Iterable[str]],
                     costs: Mapping[str, Mapping[str, float]],
                     expected: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Returns the cost of every type a tensor may take, from those that were measured.

@@ -199,7 +199,7 @@ def test_memory_that_the_system_uses_too_is_not_exceeded(room):
 
 def test_where_comfyui_multiplies_int8_it_is_chosen(room, monkeypatch):
     room(FLUX_BYTES * 0.7)
-    monkeypatch.setattr(fit_device, "INT8", "a format that this pack does not compute")
+    monkeypatch.setattr(fit_device, "FAST_FORMAT", "a format that this pack does not compute")
     model = load_diffusion_model(flux_in_bfloat16(), pack_to=FIT)
     assert "int8_convrot at pack to gives the same on every device." in fit_text(model)
     assert digest(model) == digest(load_diffusion_model(flux_in_bfloat16(), pack_to="int8_convrot"))
