@@ -197,6 +197,15 @@ _KREA2 = {
     r"tproj_1|time_mod_proj": (6, 1),
     r"last_linear|final_layer_linear": (None, 1),
 }
+_MINIMAX_H3 = {
+    rf"blocks_{DOUBLE}_attn_qkv_proj": (None, 1),
+    rf"blocks_{DOUBLE}_attn_out_proj": (1, None),
+    rf"blocks_{DOUBLE}_mlp_fc1": (None, 1),
+    rf"blocks_{DOUBLE}_mlp_fc2": (1, None),
+    rf"blocks_{DOUBLE}_adaln_proj_linear": (18, None),
+    r"token_refiner_blocks_\d+_.*|time_embedder_.*|final_layer_.*": (None, None),
+    r"(video_patch|audio_patch|condition)_proj": (1, None),
+}
 # The width of a UNet is that of its text input, which differs between generations. _UNET has the
 # layers that all of them share.
 _UNET = {
@@ -294,6 +303,8 @@ LAYOUTS = (
         ),
     ),
     Layout("Krea 2", _KREA2, (ModelFamily("Krea 2", 6144, (28, 0), r"krea[._ -]?2"),)),
+    Layout("MiniMax-H3", _MINIMAX_H3,
+           (ModelFamily("MiniMax-H3", 5376, (50, 0), r"minimax[._ -]?h3"),)),
     Layout("OmniGen2", _OMNIGEN2, (ModelFamily("OmniGen2", 2520, (32, 0), r"omnigen"),)),
     Layout(
         "Kandinsky 5",

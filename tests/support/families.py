@@ -239,6 +239,22 @@ _LTX2 = {"attention_head_dim": 8, "cross_attention_dim": 256, "audio_attention_h
          "connector_num_layers": 1, "apply_gated_attention": True, "cross_attention_adaln": True,
          "caption_proj_before_connector": True, "connector_apply_gated_attention": True}
 
+_MINIMAX = {"image_model": "minimax_h3", "num_layers": 1, "token_refiner_num_layers": 1,
+            "hidden_size": 256, "latents_dim": 24, "audio_latents_dim": 32,
+            "attention_head_dim": 128, "num_attention_heads": 2, "ffn_hidden_size": 256,
+            "text_dim": 512, "time_embed_dim": 256, "rope_inv_freq_len": 16}
+
+_MINIMAX_INPUTS = {
+    "latent": (1, 1, 1024), "context": (1, 7, 512),
+    "extra": {"latent_shapes": [(1, 24, 2, 4, 4), (1, 32, 2, 4)]}}
+
+_HIDREAM_O1 = {
+    "text_config_overrides": {
+        "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1},
+    "vision_config_overrides": {
+        "hidden_size": 256, "intermediate_size": 512, "depth": 1, "num_heads": 2}}
+
 FAMILIES = {
     "flux-schnell": Family(
         "comfy.model_base.Flux", "FluxSchnell", _FLUX, latent=(1, 16, 8, 8), context=(1, 7, 256)
@@ -258,6 +274,13 @@ FAMILIES = {
         latent=(1, 128, 4, 4),
         context=(1, 7, 256),
         extra={"guidance": torch.tensor([3.5])},
+    ),
+    "flux2-klein": Family(
+        "comfy.model_base.Flux2",
+        "Flux2",
+        {**_FLUX2, "guidance_embed": False},
+        latent=(1, 128, 4, 4),
+        context=(1, 7, 256),
     ),
     "longcat-image": Family(
         "comfy.model_base.LongCatImage",
@@ -965,8 +988,33 @@ FAMILIES = {
         "comfy.model_base.Ideogram4",
         "Ideogram4",
         {"image_model": "ideogram4", "in_channels": 128, "num_layers": 1},
-        latent=None,
+        latent=(1, 128, 4, 4),
+        context=(1, 7, 256),
+        parts={
+            "comfy.ldm.ideogram4.model.Ideogram4Transformer2DModel": {
+                "num_attention_heads": 1,
+                "intermediate_size": 512,
+                "adaln_dim": 256,
+                "llm_features_dim": 256,
+            },
+        },
+    ),
+    "minimax-h3": Family("comfy.model_base.MiniMaxH3", "MiniMaxH3", {
+        **_MINIMAX, "timestep_input_dim": 256, "time_embed_hidden_size": 256}, **_MINIMAX_INPUTS),
+    "minimax-h3-pruned": Family("comfy.model_base.MiniMaxH3", "MiniMaxH3", {
+        **_MINIMAX, "adaln_curve_grid": 16}, **_MINIMAX_INPUTS),
+    "hidream-o1": Family(
+        "comfy.model_base.HiDreamO1",
+        "HiDreamO1",
+        {"image_model": "hidream_o1", **_HIDREAM_O1},
+        latent=(1, 3, 64, 64),
         context=None,
+        extra={
+            "input_ids": torch.tensor([[5, 6, 7, 8]]),
+            "position_ids": torch.arange(8).expand(1, 3, 8),
+            "ar_len": 3,
+        },
+        fixed={"text_config_overrides": {}, "vision_config_overrides": {}},
     ),
     "hunyuan3d-2": Family(
         "comfy.model_base.Hunyuan3Dv2",

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sdnq_writer import write_folder
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.ops.formats.comfyui import ROTATION
 from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -33,13 +34,15 @@ def write_bitsandbytes(writer: str, path, weights):
     return getattr(bnb_files, writer)(path, weights)
 
 
-def write_host_format(format_name: str, path, weights):
-    """Matrices in one of ComfyUI's own formats."""
+def write_host_format(format_name: str, path, weights, **config):
+    """Matrices in one of ComfyUI's own formats; `config`: as `in_host_format` takes it. Where it
+    has `convrot`, only those whose rows divide into what is rotated."""
     stored, values = {}, {}
     for name, value in weights.items():
         stored[name] = values[name] = value
-        if value.ndim == 2:
-            parts, values[name] = in_host_format(name, value, format_name)
+        is_matrix = value.ndim == 2 and name.endswith(".weight")
+        if is_matrix and not (config.get("convrot") and value.shape[1] % ROTATION):
+            parts, values[name] = in_host_format(name, value, format_name, **config)
             stored |= parts
     save_file({name: value.contiguous() for name, value in stored.items()}, path)
     return values
@@ -47,7 +50,8 @@ def write_host_format(format_name: str, path, weights):
 
 def write_sdnq(path, weights, **options):
     """Matrices in uint4 with a low rank, in a folder as diffusers saves it."""
-    return write_folder(path, weights, group=64, rank=4, **options)
+    return write_folder(path, weights, group=64, rank=4, is_chosen=lambda name, value: (
+        value.ndim == 2 and value.shape[1] % 64 == 0), **options)
 
 
 write_q8_0 = functools.partial(write_ggml, "Q8_0")

@@ -278,6 +278,15 @@ def test_a_lora_for_krea_2_is_known_as_such(layers):
     assert str(match_family(layers)) == "Krea 2 (6144 wide)"
 
 
+def test_layers_of_minimax_h3_are_recognised():
+    shapes = full_width_shapes(dataclasses.replace(
+        FAMILIES["minimax-h3-pruned"], config={"image_model": "minimax_h3"}))
+    layers = {name.removesuffix(".weight"): tuple(shape) for name, shape in shapes.items()
+              if len(shape) == 2}
+    assert str(match_family(layers)) == "MiniMax-H3 (5376 wide)"
+
+
+
 @pytest.mark.parametrize(("width", "name"), [
     (3840, "Z-Image"), (2304, "Lumina 2"), (480, "Z-Image or Lumina 2")])
 def test_a_lora_for_z_image_is_not_called_one_for_lumina(width, name):

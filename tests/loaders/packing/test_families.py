@@ -23,7 +23,8 @@ from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 # The family of these rules that each of the host's models is of; "general" for those that nobody
 # writes as GGUF yet.
 FAMILY_OF = {
-    "flux-schnell": "flux", "flux-dev": "flux", "flux2": "flux2", "longcat-image": "flux",
+    "flux-schnell": "flux", "flux-dev": "flux", "flux2": "flux2", "flux2-klein": "flux2",
+    "longcat-image": "flux",
     "chroma": "chroma", "chroma-radiance": "chroma", "sd3.5": "sd3", "sd1.5": "sd1", "sdxl": "sdxl",
     "wan2.1-t2v": "wan", "wan2.1-i2v": "wan", "wan2.1-vace": "wan", "wan2.2-ti2v": "wan",
     "hunyuan-video": "hyvid", "hunyuan-image": "hyvid", "hunyuan-video-1.5": "hyvid",

@@ -1,0 +1,55 @@
+"""The models of docs/compatibility.md in each form of file: what loads computes as the host's dense
+model of the same values, LoRAs are exact, and an inspection names the model."""
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, host_patcher, random_weights, relative_error, run, shrunken_detection
+from model_table import FORMS, MODELS, NEWEST, table_of
+from patched_models import LIMIT, error_by_effect, lora_for, patched
+from safetensors.torch import load_file, save_file
+
+from featherweight.loaders.inspect.contents import file_contents
+from featherweight.loaders.inspect.inspection import identify
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.tensor.packed_layout import is_packed
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+COMPATIBILITY = Path(__file__).parents[3] / "docs" / "compatibility.md"
+CASES = [
+    pytest.param(title, form, marks=() if title in NEWEST else pytest.mark.heavy)
+    for title in MODELS for form in FORMS
+]
+
+
+def put_metadata(path, metadata):
+    save_file(load_file(path), path, metadata)
+
+
+@pytest.mark.parametrize(("title", "form"), CASES)
+def test_a_model_in_each_form_computes_as_its_dense_values_with_a_lora(title, form, tmp_path,
+                                                                       monkeypatch):
+    family = FAMILIES[MODELS[title]]
+    shrunken_detection(family, monkeypatch)
+    write, file_name = FORMS[form]
+    path = tmp_path / file_name
+    options = {"metadata": family.metadata} if form == "GGUF" else {}
+    values = {name: torch.as_tensor(value).float()
+              for name, value in write(path, random_weights(family), **options).items()}
+    if family.metadata and not options:
+        put_metadata(next(path.glob("*.safetensors"), path), family.metadata)
+    ours, dense = load_diffusion_model(str(path)), host_patcher(values, family)
+    assert type(ours.model).__name__ == family.host_class.rpartition(".")[2]
+    assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= 3
+    plain = run(dense, family)
+    assert relative_error(run(ours, family), plain) < 1e-5
+    lora = lora_for({name: value for name, value in values.items() if name.endswith(".weight")})
+    changed = run(patched(dense, (lora, 0.7)), family)
+    assert error_by_effect(run(patched(ours, (lora, 0.7)), family), changed, plain) < LIMIT
+    inspection = identify(file_contents(str(path)))
+    assert inspection.host == type(dense.model.model_config).__name__ and not inspection.problem
+
+
+def test_the_table_of_models_in_the_docs_is_that_of_these_tests():
+    assert table_of() in COMPATIBILITY.read_text(encoding="utf-8")
