@@ -218,6 +218,7 @@ MODELS = (
         time_scale=1000.0,
         pad_tokens_multiple=32,
     ),
+    diffusion_model("Krea 2", "Krea2", image_model="krea2"),
     wan("Wan 2.1 1.3B", 1536, 8960, 30),
     wan(
         "Wan 2.2 5B",
@@ -239,6 +240,8 @@ MODELS = (
         in_dim=36,
     ),
     diffusion_model("LTX-2", "LTXAV", image_model="ltxav", num_layers=48),
+    diffusion_model("MiniMax-H3 pruned", "MiniMaxH3", image_model="minimax_h3",
+                    adaln_curve_grid=1025, time_embed_dim=8),
     encoder("T5-XXL", comfy.text_encoders.t5.T5, t5_config("t5_config_xxl.json")),
     encoder("UMT5-XXL", comfy.text_encoders.t5.T5, t5_config("umt5_config_xxl.json")),
     encoder("Qwen3 4B", llama.Qwen3_4B),
