@@ -25,6 +25,7 @@ MOST = {
     # several codes in a byte, or one over two bytes, and zeros of groups
     "INT2_GROUPED": (9, 39), "UINT2_GROUPED": (12, 47), "INT3_GROUPED": (11, 42),
     "UINT3_GROUPED": (12, 50), "UINT8_GROUPED": (5, 28), "QUANTO_INT2": (11, 39),
+    "HQQ_INT2": (11, 39),
     # columns that name their groups; levels that codes select; numbers and minima of the weight
     "INT2_GROUPED_ORDERED": (10, 39), "UINT2_GROUPED_ORDERED": (14, 55),
     "INT3_GROUPED_ORDERED": (12, 42), "UINT3_GROUPED_ORDERED": (14, 52),

@@ -10,6 +10,7 @@ from . import (
     comfyui,
     compressed_tensors,
     gptq,
+    hqq,
     leftover_scales,
     nunchaku,
     quanto,
@@ -22,7 +23,7 @@ from .unsupported_quantizers import reject_unsupported_quantizers
 
 QUANTIZERS = (
     bitsandbytes.QUANTIZER, nunchaku.QUANTIZER, gptq.QUANTIZER, compressed_tensors.QUANTIZER,
-    quanto.QUANTIZER, torchao.QUANTIZER, scaled_weights.QUANTIZER, sdnq.QUANTIZER,
+    quanto.QUANTIZER, hqq.QUANTIZER, torchao.QUANTIZER, scaled_weights.QUANTIZER, sdnq.QUANTIZER,
     leftover_scales.QUANTIZER, comfyui.QUANTIZER,
 )
 # `quant_method` of a config -> who quantised by it, for people

@@ -11,7 +11,6 @@ GET_OTHER_FORMAT = (
 UNSUPPORTED_QUANTIZERS = {
     r"\.experts\.\w+_(blocks|scales)$":
         "part of experts quantised in MXFP4, which is not supported",
-    r"\.W_q$": "part of a weight quantised by HQQ, which is not supported",
 }
 
 

@@ -1,10 +1,11 @@
 """Formats of unsigned integers with a scale, and a zero or a minimum, for each group of columns.
 
-GPTQ, AutoRound, AWQ, compressed-tensors, optimum-quanto and torchao store weights so, in several
+GPTQ, AutoRound, AWQ, compressed-tensors, optimum-quanto, HQQ and torchao store weights so, in several
 orders, which their readers in `loaders/quantizers` bring into the order of the values. Sources of
 the formulas: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, autoawq 0.2.9
 `awq/utils/packing_utils.py`, compressed-tensors 0.20.0 `quantization/lifecycle/forward.py`,
-optimum-quanto 0.2.7 `tensor/weights/qbits.py`.
+optimum-quanto 0.2.7 `tensor/weights/qbits.py`, hqq 0.2.8
+`core/quantize.py`.
 
 A file has one of many combinations of bits, dtype of the scales, zeros and order of the columns.
 Each is a family of its own, which `integer_family` or `quanto_family` returns.
@@ -13,7 +14,7 @@ from functools import partial
 
 import torch
 
-from .comfyui import NVFP4_GROUP, nvfp4, with_addend
+from .comfyui import NVFP4_GROUP, in_groups, nvfp4, with_addend
 from .row_layout import FAMILIES, Codes, Numbers, RowFamily, RowLayout
 
 # dtype of scales -> its ending in the names of families, and its kind
@@ -21,6 +22,7 @@ ENDINGS = {torch.bfloat16: "", torch.float16: "_HALF", torch.float32: "_FLOAT"}
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32 bytes"}
 BITS = (2, 3, 4, 8)
 QUANTO_GROUP = 128
+HQQ_BITS, HQQ_GROUP = (2, 4, 8), 64
 
 
 def zero_bits(bits: int) -> int:
@@ -46,6 +48,19 @@ def quanto_family(bits: int, scale_dtype: torch.dtype) -> RowFamily:
     """Returns the family of optimum-quanto's weights of 2 or 4 bits: value = code * scale + minus
     quanto's shift."""
     return FAMILIES[f"QUANTO_INT{bits}{ENDINGS[scale_dtype]}"]
+
+
+def hqq_family(bits: int, scale_dtype: torch.dtype) -> RowFamily:
+    """Returns the family of HQQ's weights: value = code * scale + minus HQQ's zero times the scale.
+
+    The zero is a float. Both products are exact in float32 for scales and zeros of 16 bits, so that
+    the value is rounded once, as (code - zero) * scale is.
+
+    Args:
+        bits: one of `HQQ_BITS`.
+        scale_dtype: one of `ENDINGS`.
+    """
+    return FAMILIES[f"HQQ_INT{bits}{ENDINGS[scale_dtype]}"]
 
 
 def _name(bits: int, scale_dtype: torch.dtype, has_zeros: bool, is_ordered: bool) -> str:
@@ -74,6 +89,10 @@ def _define_families():
             RowFamily(f"QUANTO_INT{bits}{ending}", partial(
                 with_addend, Codes(bits, "stream"), KINDS[dtype], title=f"quanto int{bits}"),
                 (QUANTO_GROUP,))
+        for bits in HQQ_BITS:
+            RowFamily(f"HQQ_INT{bits}{ending}", partial(
+                in_groups, Codes(bits, "stream"), scale=Numbers(KINDS[dtype]),
+                minimum=Numbers("f32 bytes"), title=f"HQQ int{bits}"), (HQQ_GROUP,))
 
 
 _define_families()

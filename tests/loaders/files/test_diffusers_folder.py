@@ -124,9 +124,9 @@ def refused(path, message):
 @pytest.mark.parametrize(
     ("quantiser", "named"),
     [
-        ({"quant_method": "hqq", "bits": 4}, "'hqq'"),
+        ({"quant_method": "vptq", "bits": 4}, "'vptq'"),
         ({"quant_method": "mxfp4"}, "'mxfp4'"),
-        ("hqq", "'hqq'"),
+        ("vptq", "'vptq'"),
         ({"quant_method": ["x"]}, r"\['x'\]"),
         ({"bits": 4}, "'bits'"),
     ],
