@@ -1,11 +1,10 @@
 """Formats of unsigned integers with a scale, and a zero or a minimum, for each group of columns.
 
-GPTQ, AutoRound, AWQ, compressed-tensors, optimum-quanto, HQQ and torchao store weights so, in several
-orders, which their readers in `loaders/quantizers` bring into the order of the values. Sources of
-the formulas: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, autoawq 0.2.9
-`awq/utils/packing_utils.py`, compressed-tensors 0.20.0 `quantization/lifecycle/forward.py`,
-optimum-quanto 0.2.7 `tensor/weights/qbits.py`, hqq 0.2.8
-`core/quantize.py`.
+GPTQ, AutoRound, AWQ, compressed-tensors, optimum-quanto, HQQ and torchao store weights so, in
+several orders, which their readers in `loaders/quantizers` bring into the order of the values.
+Sources of the formulas: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, autoawq
+0.2.9 `awq/utils/packing_utils.py`, compressed-tensors 0.20.0 `quantization/lifecycle/forward.py`,
+optimum-quanto 0.2.7 `tensor/weights/qbits.py`, hqq 0.2.8 `core/quantize.py`.
 
 A file has one of many combinations of bits, dtype of the scales, zeros and order of the columns.
 Each is a family of its own, which `integer_family` or `quanto_family` returns.
