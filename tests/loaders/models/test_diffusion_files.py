@@ -479,3 +479,14 @@ def test_a_plain_file_in_names_that_comfyui_stumbles_over_loads(family, tmp_path
     assert load_notes(patcher) == ()
     assert relative_error(run(patcher, family),
                           run(host_patcher(random_weights(family), family), family)) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["minimax_h3", "krea2", "a fork's own", None])
+def test_a_gguf_loads_whatever_architecture_it_names(architecture, tmp_path):
+    family, path = FAMILIES["minimax-h3"], tmp_path / "model.gguf"
+    weights = random_weights(family)
+    seen = write_gguf(path, weights, **comfyui_gguf_style() | {"architecture": architecture})
+    seen = {name: torch.from_numpy(values).view(weights[name].shape)
+            for name, values in seen.items()}
+    ours = load_diffusion_model(str(path))
+    assert relative_error(run(ours, family), run(host_patcher(seen, family), family)) < 1e-5
