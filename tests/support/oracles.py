@@ -54,10 +54,12 @@ def auto_round(monkeypatch):
     folder = installed("auto-round==0.16.1", "loguru")
     monkeypatch.syspath_prepend(folder)
     used = {
-        "auto_round": {"envs": types.SimpleNamespace(AR_ENABLE_COMPILE_PACKING=False)},
+        "auto_round": {},
         "auto_round.utils": {"get_packing_device": lambda device: torch.device("cpu"),
+                             "check_to_quantized": bool, "is_gaudi2": lambda: False,
                              "logger": logging.getLogger("auto_round")},
-        "auto_round.data_type": {}, "auto_round.export": {}, "auto_round_extension": {},
+        "auto_round.data_type": {}, "auto_round.data_type.gguf": {"_imatrix_handle_zero": None},
+        "auto_round.export": {}, "auto_round_extension": {},
         "auto_round.export.export_to_autoround": {},
         "auto_round.compressors": {},
         "auto_round.compressors.utils": {
@@ -68,5 +70,3 @@ def auto_round(monkeypatch):
         module = types.ModuleType(name)
         module.__dict__.update(attributes, __path__=[str(folder.joinpath(*name.split(".")))])
         monkeypatch.setitem(sys.modules, name, module)
-    envs = used["auto_round"]["envs"]
-    monkeypatch.setitem(sys.modules, "auto_round.envs", envs)
