@@ -77,9 +77,10 @@ def test_small_floats_are_those_of_the_package(name, is_random, shape, tmp_path,
     stored = compressor.compress({"weight": values, "weight_scale": scale}, scheme)
     if is_random:
         generator = torch.Generator().manual_seed(len(values))
-        for part, largest in (("weight_packed", 256), ("weight_scale", 255)):
-            if part in stored:  # an exponent of 0 is 2**-127, and 0 to ComfyUI
-                stored[part] = torch.randint(int(part == "weight_scale"), largest, stored[part].shape,
+        # an exponent of 0 is 2**-127, and 0 to ComfyUI
+        for part, lowest, largest in (("weight_packed", 0, 256), ("weight_scale", 1, 255)):
+            if part in stored:
+                stored[part] = torch.randint(lowest, largest, stored[part].shape,
                                              generator=generator).to(torch.uint8)
     dense = compressor.decompress(dict(stored), scheme)["weight"]
     packed = read_weight(tmp_path, stored, config={"quant_method": "compressed-tensors"})
