@@ -89,7 +89,8 @@ def layout(layer: Layer) -> str:
         return "rows"
     if marked_layers(layer.file.metadata, layer.file.entries):
         raise PartError("it has no comfy_quant, as other layers have")
-    if is_mxfp8 and not layer.file.quantization and not (len(weight) % 128 or scale.shape[1] % 4):
+    if is_mxfp8 and not layer.file.quantization and not any(
+            size % piece for size, piece in zip(layer.parts[SCALE].shape, (128, 4))):
         raise PartError("its scales may be in rows, or in ComfyUI's order without its comfy_quant",
                         "Pick the folder with its config.json, which says who wrote them.")
     return "mxfp8" if is_mxfp8 else "nvfp4"
@@ -153,4 +154,5 @@ def _block_lengths(file: WeightFile, shape: torch.Size, scale: torch.Tensor) -> 
 
 QUANTIZER = Quantizer(
     name="transformers, ModelOpt, Black Forest Labs or the like",
-    methods={"fp8": "transformers in fp8"}, find=find, layouts=PARTS, layout=layout, read=read)
+    methods={"fp8": "transformers in fp8", "modelopt": "ModelOpt"}, find=find, layouts=PARTS,
+    layout=layout, read=read)

@@ -33,7 +33,9 @@ def of_exponents(shape, named):
 
 def of_svdquant(smoothed, rank, dtype):
     parts, values = svdquant(weight(96, 128), rank, smoothed, dtype)
-    return Written(parts, values, error=1e-6, held=None)
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4_SVD", "config_groups": {"group_0": {
+        "weights": {"num_bits": 4, "type": "float", "group_size": 16}, "lora_rank": rank}}}
+    return Written(parts, values, config=config, error=1e-6, held=None)
 
 
 def of_rows(dtype, scale_shape, scale_dtype=torch.float32):
