@@ -5,8 +5,9 @@ import pytest
 import torch
 from conformance.base import Written, read_weight, save, weight
 from oracles import auto_round, installed
-from quantizer_writers import E2M1, int_quantized, nvfp4, quantize
+from quantizer_writers import E2M1, int_quantized, nvfp4, pack_quantized, quantize
 
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 
 
@@ -15,6 +16,35 @@ def test_a_layer_of_comfyui_is_left_alone(tmp_path):
     parts["comfy_quant"] = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
     weights = open_weights(save(tmp_path, Written(parts))).state_dict()
     assert set(weights) == {f"L.{name}" for name in parts}
+
+
+def transformed(*locations):
+    return {"transform_config": {"config_groups": {"u": {"type": "hadamard", "apply": [
+        {"targets": ["Linear"], "location": location} for location in locations]}}}}
+
+
+@pytest.mark.parametrize("settings", [
+    transformed("weight_input", "input"), transformed("output"), transformed("q_attn"),
+    {"rotation_config": {"block_size": 32, "hadamard_type": "hadamard"}},
+    {"spinquant_config": {"r1": True}}])
+def test_a_folder_whose_layers_rotate_their_inputs_is_refused(settings, tmp_path):
+    parts, _ = pack_quantized(weight(96, 128))
+    config = {"quant_method": "compressed-tensors"} | settings
+    with pytest.raises(WeightFileError, match=(
+            r": its config says that inputs of its layers are rotated while it runs, which is not"
+            r" supported\. Get the model as ")):
+        read_weight(tmp_path, parts, config=config)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"transform_config": {}}, {"transform_config": None}, {"transform_config": "none"},
+    {"transform_config": {"config_groups": [1]}}, {"rotation_config": None},
+    {"transform_config": {"config_groups": {"u": 1, "v": {"apply": 3}, "w": {"apply": [4]}}}},
+    transformed(), transformed("weight_input", "weight_output")])
+def test_rotations_that_are_part_of_the_weights_need_nothing(settings, tmp_path):
+    parts, values = pack_quantized(weight(96, 128))
+    config = {"quant_method": "compressed-tensors"} | settings
+    assert torch.equal(read_weight(tmp_path, parts, config=config).dequantize(), values)
 
 
 @pytest.mark.heavy
