@@ -3,21 +3,33 @@
 `PARTS` of a layer of (N, K) in G groups become one packed tensor. The words are a stream of bits
 along the columns, (N, K * bits / 32), and along the rows for zeros, (N * bits / 32, G); these may
 also be int8 (N, G). Codes and zeros are integers plus half their range, and value = (code - zero) *
-scale. In nvfp4, value = code * (scale / global scale). int-quantized and float-quantized weights
-with a scale for each row have no zeros, and `scaled_weights.py` reads them.
+scale. In nvfp4, value = code * (scale / global scale); in mxfp4 and mxfp6, codes of 4 and 6 bits
+(E2M1, E2M3) in a stream, value = code * 2**(scale - 127). AutoRound writes these floats likewise.
+int-quantized weights with a scale for each row have no zeros, and `scaled_weights.py` reads them,
+and float-quantized and mxfp8 ones.
 
 Source: compressed-tensors 0.20.0 `compressors/pack_quantized/helpers.py`,
-`quantization/lifecycle/forward.py`.
+`compressors/mxfp6/helpers.py`, `compressors/mx_utils.py`, `quantization/lifecycle/forward.py`;
+auto-round 0.16.1 `auto_round/export/export_to_autoround/qlinear_fp.py`.
 """
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from ...ops.formats.integers import BITS, NVFP4_QUOTIENT
+from ...ops.formats.integers import BITS, MXFP4_ROWS, MXFP6_ROWS, NVFP4_QUOTIENT
+from ...ops.tensor.packed_layout import packed_rows
 from ..files.container import WeightFile, describe
 from .base import HeaderOf, Layer, Quantizer, layers_with, without_marked
-from .integers import SCALES, nvfp4_parts, pack_integers, pack_nvfp4, split_words
+from .integers import (
+    E8M0,
+    SCALES,
+    nvfp4_parts,
+    pack_integers,
+    pack_nvfp4,
+    settings_of_groups,
+    split_words,
+)
 from .parts import WHOLE, Part, PartError
 
 PACKED, WEIGHT, SHAPE = "weight_packed", "weight", "weight_shape"
@@ -35,7 +47,13 @@ PARTS = {
         WEIGHT: Part("(N, K)", (torch.int8,)), **GROUPED, ZEROS: Part("", (torch.int8,), ZEROS),
         **OF_INPUT},
     "nvfp4-pack-quantized": {**nvfp4_parts(PACKED, SCALE, GLOBAL), **UNUSED},
+    "mxfp4-pack-quantized": {
+        PACKED: Part("(N, K / 2)", (torch.uint8,)), SCALE: Part("(N, K / 32)", E8M0), **UNUSED},
+    "mxfp6-pack-quantized": {
+        PACKED: Part("(N, K * 3 / 4)", (torch.uint8,)), SCALE: Part("(N, K / 32)", E8M0),
+        **UNUSED},
 }
+MX_FAMILIES = {"mxfp4-pack-quantized": MXFP4_ROWS, "mxfp6-pack-quantized": MXFP6_ROWS}
 
 
 def find(names: Collection[str], metadata: Mapping[str, Any],
@@ -63,8 +81,14 @@ def layout(layer: Layer) -> str:
         raise PartError(f"it has no {ZEROS}, and its config says that it is not symmetric")
     if PACKED not in layer.parts:
         return "int-quantized"
-    is_nvfp4 = layer.parts[PACKED].dtype == torch.uint8
-    return "nvfp4-pack-quantized" if is_nvfp4 else "pack-quantized"
+    codes, scale = layer.parts[PACKED], layer.parts.get(SCALE)
+    if codes.dtype != torch.uint8:
+        return "pack-quantized"
+    if GLOBAL in layer.parts or scale is None or scale.dtype not in E8M0:
+        return "nvfp4-pack-quantized"
+    # 32 values share a scale
+    is_mxfp6 = codes.shape[-1:].numel() * 8 == scale.shape[-1:].numel() * 32 * 6
+    return "mxfp6-pack-quantized" if is_mxfp6 else "mxfp4-pack-quantized"
 
 
 def read(layer: Layer) -> torch.Tensor:
@@ -72,16 +96,16 @@ def read(layer: Layer) -> torch.Tensor:
     parts = layer.parts
     if GLOBAL in parts:
         return pack_nvfp4(NVFP4_QUOTIENT, parts[PACKED], parts[SCALE], parts[GLOBAL])
+    if layer.layout in MX_FAMILIES:
+        return packed_rows(MX_FAMILIES[layer.layout], parts[PACKED],
+                           (layer.sizes["N"], layer.sizes["K"]), scale=parts[SCALE])
     return _pack_quantized(layer) if PACKED in parts else _int_quantized(layer)
 
 
 def _is_asymmetric(file: WeightFile) -> bool:
     """Returns whether the config says so of all groups of layers."""
-    groups = file.quantization.get("config_groups")
-    weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)
-               ] if isinstance(groups, dict) else []
-    return bool(weights) and all(isinstance(given, dict) and given.get("symmetric") is False
-                                 for given in weights)
+    weights = settings_of_groups(file)
+    return bool(weights) and all(given.get("symmetric") is False for given in weights)
 
 
 def _pack_quantized(layer: Layer) -> torch.Tensor:
@@ -93,7 +117,9 @@ def _pack_quantized(layer: Layer) -> torch.Tensor:
     if layer.sizes.get("K", columns) != columns:
         raise PartError(f"its {GROUPS} is {describe(parts[GROUPS])} for {columns} columns")
     widths = [bits for bits in BITS if -(-columns * bits // 32) == codes.shape[1]]
-    if len(widths) != 1 or columns * widths[0] % 8 or (columns % 8 and widths[0] == 3):
+    settled = [given.get("num_bits") for given in settings_of_groups(layer.file)]
+    widths = [bits for bits in widths if bits in settled] or widths
+    if len(widths) != 1 or columns * widths[0] % 8 or (columns % 8 and 8 % widths[0]):
         raise PartError(f"its {PACKED} is {describe(codes)} for {columns} columns, expected words"
                         f" of {', '.join(map(str, BITS))} bits a value without gaps")
     bits = widths[0]
@@ -141,11 +167,14 @@ def _plus_half(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Te
 
 
 def _fields(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns `split_words`; of 3 bits, words are filled up to whole groups of fields first."""
-    missing = -words.shape[1] % bits if bits == 3 else 0
+    """Returns `split_words`; where bits do not divide 8, words are filled up to whole groups of
+    fields first."""
+    missing = -words.shape[1] % bits if 8 % bits else 0
     return split_words(torch.nn.functional.pad(words, (0, missing)), bits)
 
 
 QUANTIZER = Quantizer(
-    name="compressed-tensors", methods={"compressed-tensors": "compressed-tensors"}, find=find,
+    name="compressed-tensors", find=find, methods={
+        "compressed-tensors": "compressed-tensors", "auto-round": "AutoRound",
+        "intel/auto-round": "AutoRound"},
     layouts=PARTS, layout=layout, read=read, is_uniform=True)

@@ -3,16 +3,17 @@
 `PARTS` of a layer of (N, K), with codes of B bits and G groups, become one packed tensor: value =
 (code - zero) * scale. GPTQ's and AutoRound's words are a stream of bits along the rows of the
 matrix (along the columns for zeros), so that transposing them brings the codes into the order of
-the values; `g_idx` is the group of each column. In AWQ's words (gemm, the second shape of
-`qweight`), the four lower nibbles are the rows of even numbers of eight, the upper ones those of
-odd numbers.
+the values. GPTQModel's `gptq_p` has, of 32 codes, the words of their low bits first (`PLANES`).
+`g_idx` is the group of each column. In AWQ's words (gemm, the second shape of `qweight`), the four
+lower nibbles are the rows of even numbers of eight, the upper ones those of odd numbers.
 
-GPTQ's first version stores each zero less 1, modulo 2**b, its second as it is. The `config.json` of
-the folder says which: `checkpoint_format` of GPTQ, `packing_format` of AutoRound. Without it, only
-zeros that are all half the range of the codes say so.
+GPTQ's first version stores each zero less 1, modulo 2**b, its second and `gptq_p` as it is. The
+`config.json` of the folder says which: `checkpoint_format` of GPTQ, `packing_format` of AutoRound.
+Without it, only zeros that are all half the range of the codes say so, and the order of the bits.
 
 Sources: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, `qlinear_torch_zp.py` and
-`auto_round/inference/backend.py`, autoawq 0.2.9 `awq/utils/packing_utils.py`.
+`auto_round/inference/backend.py`, `auto_round/utils/bit_packing.py`, gptqmodel 7.7.0
+`gptqmodel/utils/planar_packing.py`, autoawq 0.2.9 `awq/utils/packing_utils.py`.
 """
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +24,7 @@ import torch
 
 from ..files.container import WeightFile
 from .base import HeaderOf, Layer, Quantizer, layers_with
-from .integers import SCALES, known_bits, pack_integers, split_words
+from .integers import SCALES, join_codes, known_bits, pack_integers, split_words
 from .parts import WHOLE, Part, PartError
 from .repack import ROWS, exchange_fields, slices, transpose_words, words_of
 
@@ -31,6 +32,9 @@ PARTS = {"scales": Part("(G, N)", SCALES),
          "qzeros": Part("(G, N * B / 32)", (torch.int32,)),
          "qweight": Part("(K * B / 32, N) or (K, N * B / 32)", (torch.int32,)),
          "g_idx": Part("K", WHOLE, "g_idx")}
+# bits of a code that has several planes -> the bits of these, the lowest first
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+SLICE_WORDS = 1 << 18  # of planes, unpacked at a time
 AWQ_BITS, AWQ_CODES = 4, 8  # of a code; codes of a word
 WORDS = 256  # of a row, unpacked at a time
 GROUP_LENGTHS = (128, 64, 32, 256, 512, 1024, 16)  # those that people choose first come first
@@ -63,14 +67,19 @@ def _gptq(layer: Layer, bits: int) -> torch.Tensor:
     groups, group_of_column = layer.sizes["G"], parts.get("g_idx")
     if columns % 8:
         raise PartError(f"it has {columns} columns, expected a multiple of 8")
-    stored = split_words(parts["qzeros"], bits)
-    zeros = stored + _zero_offset(file, stored, bits) & (1 << bits) - 1
+    codes = transpose_words(parts["qweight"])
+    if _has_planes(file, parts["qzeros"], bits):
+        zeros = _split_planes(parts["qzeros"], bits)
+        codes = _stream_of_planes(codes, bits)
+    else:
+        stored = split_words(parts["qzeros"], bits)
+        zeros = stored + _zero_offset(file, stored, bits) & (1 << bits) - 1
     if group_of_column is None and file.quantization.get("desc_act") is True:
         raise PartError("it has no g_idx, and its config says that its columns are in another"
                         " order")
     if group_of_column is None and groups > 1:
         group_of_column = torch.arange(columns) // _group_length(file, columns, groups)
-    return pack_integers(transpose_words(parts["qweight"]).view(torch.uint8), columns, bits,
+    return pack_integers(codes.view(torch.uint8), columns, bits,
                          parts["scales"].t(), zeros.t(), group_of_column)
 
 
@@ -91,6 +100,47 @@ def _group_length(file: WeightFile, columns: int, groups: int) -> int:
     return columns // groups
 
 
+def _has_planes(file: WeightFile, zeros: torch.Tensor, bits: int) -> bool:
+    """Returns whether codes are in planes, by the config or by zeros that are half their range."""
+    if bits not in PLANES:
+        return False
+    settings = file.quantization
+    if settings:
+        return "gptq_p" in str(settings.get("checkpoint_format", settings.get("format")))
+    return zeros.shape[1] % bits == 0 and bool((_split_planes(zeros, bits) == 1 << bits - 1).all())
+
+
+def _split_planes(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns the codes of planes: of 32 codes each, the words of the lowest bits come first.
+
+    Args:
+        words: int32 (R, W), W a multiple of `bits`.
+        bits: of a code, a key of `PLANES`.
+
+    Returns:
+        uint8 (R, W * 32 / bits).
+    """
+    if words.shape[1] % bits:
+        raise PartError(f"it has rows of {words.shape[1]} words of {bits} bits a value, expected"
+                        f" multiples of {bits}")
+    data = words.contiguous().view(torch.uint8).view(len(words), -1, bits * 4)
+    codes = data.new_zeros(*data.shape[:2], 32)
+    start = 0
+    for width in PLANES[bits]:
+        plane = data[..., start * 4:(start + width) * 4]
+        fields = [plane >> shift & (1 << width) - 1 for shift in range(0, 8, width)]
+        codes |= torch.stack(fields, -1).flatten(2) << start
+        start += width
+    return codes.view(len(words), -1)
+
+
+def _stream_of_planes(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns rows of codes in planes, int32 (R, W), as a stream, uint8 (R, W * 4)."""
+    step = max(1, SLICE_WORDS // max(1, words.shape[1]))
+    return torch.cat([join_codes(_split_planes(words[first:first + step], bits), bits)
+                      for first in range(0, len(words), step)])
+
+
 def _zero_offset(file: WeightFile, stored: torch.Tensor, bits: int) -> int:
     """Returns what has to be added to the zeros of GPTQ, uint8 (G, N)."""
     settings, half = file.quantization, 1 << bits - 1
@@ -99,7 +149,7 @@ def _zero_offset(file: WeightFile, stored: torch.Tensor, bits: int) -> int:
         return int("auto_gptq" in packing)
     if settings:
         version = settings.get("checkpoint_format", settings.get("format"))
-        return int("v2" not in str(version))
+        return int(all(raw not in str(version) for raw in ("v2", "gptq_p")))
     if bool((stored == half).all()):
         return 0
     if bool((stored == half - 1).all()):

@@ -1,4 +1,6 @@
 """Makes packed tensors of integers, scales and zeros, in whatever way a quantiser stored them."""
+from typing import Any
+
 import torch
 
 from ...ops.formats.bits import split_stream
@@ -7,11 +9,13 @@ from ...ops.formats.integers import BITS, ENDINGS, integer_family, zero_bits
 from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import packed_rows
 from ...ops.tensor.packed_tensor import PackedTensor
+from ..files.container import WeightFile
 from .comfyui import FP8
 from .parts import FLOATS, Part, PartError
 
 FAMILY_OF_BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}
 SCALES = tuple(ENDINGS)  # dtypes of the scales of integers
+E8M0 = (torch.uint8, *(dtype for dtype in FLOATS if dtype.itemsize == 1 and "e8m0" in str(dtype)))
 CODES_OF_ROWS = Part("(N, K, L...)", tuple(FAMILY_OF_BYTES))  # of `pack_rows`, and their scales
 SCALES_OF_ROWS = Part("1 or N", FLOATS)
 
@@ -110,18 +114,33 @@ def join_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: uint8 (R, K), K * bits a multiple of 8.
-        bits: 2, 4 or 8.
+        bits: one of `BITS`; with those that do not divide 8, K is a multiple of 8.
 
     Returns:
         uint8 (R, K * bits / 8).
     """
     if bits == 8:
         return codes.contiguous()
+    if 8 % bits:
+        eights = codes.view(len(codes), -1, 8)
+        words = eights[..., 0].long()
+        for index in range(1, 8):
+            words |= eights[..., index].long() << index * bits
+        return words.unsqueeze(-1).view(torch.uint8)[..., :bits].reshape(len(codes), -1)
     fields = codes.view(len(codes), -1, 8 // bits)
     packed = fields[..., 0].clone()
     for index in range(1, 8 // bits):
         packed |= fields[..., index] << index * bits
     return packed
+
+
+def settings_of_groups(file: WeightFile) -> list[dict[str, Any]]:
+    """Returns what the config of a folder says about the weights of each of its groups of layers,
+    as compressed-tensors and ModelOpt write it."""
+    groups = file.quantization.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
+    return [settings for settings in weights if isinstance(settings, dict)]
 
 
 def known_bits(bits: float) -> int:

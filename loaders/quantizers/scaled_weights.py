@@ -4,15 +4,21 @@
 |---|---|
 | Black Forest Labs (fp8r), ModelOpt, compressed-tensors (float-quantized); scaled fp8 | rows |
 | whose marker is lost has the name `scale_weight` | |
-| transformers | blocks |
+| transformers, compressed-tensors (float-quantized, where scales are those of blocks or groups) | |
+| | blocks |
+| compressed-tensors, AutoRound | mxfp8 |
 | Black Forest Labs, ModelOpt; the low nibble comes first | nvfp4 |
 
 They become one packed tensor. A value is the number of its code times its scale, whatever the name
-says; the last blocks of rows and columns may be short. ModelOpt's layers may have
-`pre_quant_scale` (K,), factors of the input, which become those of the columns. Scales of the input
-say nothing about the values.
+says, of mxfp8 times 2**(scale - 127); the last blocks of rows and columns may be short. ModelOpt's
+layers may have `pre_quant_scale` (K,), factors of the input, which become those of the columns, and
+of SVDQuant a low rank, `svdquant_lora_b` times `svdquant_lora_a`, whose input has these factors
+too. Scales of the input say nothing about the values.
 
-Sources: transformers 5.14 `integrations/finegrained_fp8.py`, diffusers 0.42 `quantizers/bfl`.
+Sources: transformers 5.14 `integrations/finegrained_fp8.py`, diffusers 0.42 `quantizers/bfl`,
+compressed-tensors 0.20.0 `compressors/naive_quantized/base.py` and `compressors/mxfp8/base.py`,
+nvidia-modelopt 0.47.0 `torch/quantization/nn/modules/quant_linear.py` and
+`torch/export/unified_export_hf.py`.
 """
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -20,23 +26,38 @@ from typing import Any
 
 import torch
 
-from ...ops.formats.comfyui import NVFP4_LOW
-from ...ops.tensor.packed_layout import packed_rows
+from ...ops.formats.comfyui import MXFP8, NVFP4_LOW
+from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
+from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
+from ..files.container import WeightFile
 from .base import HeaderOf, Layer, Quantizer, scaled_layers, without_marked
 from .comfyui import FP8, SMOOTHING, smooth
 from .comfyui_marks import OLD_SCALE, marked_layers
-from .integers import FAMILY_OF_BYTES, SCALES_OF_ROWS, nvfp4_parts, pack_nvfp4, pack_rows
+from .integers import (
+    E8M0,
+    FAMILY_OF_BYTES,
+    SCALES_OF_ROWS,
+    nvfp4_parts,
+    pack_nvfp4,
+    pack_rows,
+    settings_of_groups,
+)
 from .parts import FLOATS, Part, PartError
 
 SCALE, OF_BLOCKS, OF_TENSOR = "weight_scale", "weight_scale_inv", "weight_scale_2"
 OF_ROWS = Part(SCALES_OF_ROWS.shape, FLOATS, other_names=(OLD_SCALE[1:],))
+DOWN, UP = "svdquant_lora_a", "svdquant_lora_b"
+FACTORS = tuple(FACTOR_DTYPES.values())
 BESIDE = {name: Part("", optional=name)
           for name in ("input_scale", "activation_scale", "scale_input", SMOOTHING)}
+BESIDE |= {DOWN: Part("(T, K)", FACTORS, "low rank"), UP: Part("(N, T)", FACTORS, "low rank")}
 PARTS = {
     "rows": {"weight": Part("(N, K)", tuple(FAMILY_OF_BYTES)), SCALE: OF_ROWS, **BESIDE},
     "blocks": {"weight": Part("(N, K)", tuple(FP8)), OF_BLOCKS: Part("1 or (R, C)", FLOATS),
                **BESIDE},
+    "mxfp8": {"weight": Part("(N, K)", (torch.float8_e4m3fn,)), SCALE: Part("(N, K / 32)", E8M0),
+              **BESIDE},
     "nvfp4": nvfp4_parts("weight", SCALE, OF_TENSOR, *OF_ROWS.other_names) | BESIDE,
 }
 BLOCK = 128  # rows and columns, unless the scales say otherwise
@@ -54,13 +75,30 @@ def find(names: Collection[str], metadata: Mapping[str, Any],
 
 def layout(layer: Layer) -> str:
     """Returns the name of a layer's layout, by its codes and scales."""
+    weight, scale = layer.parts["weight"], layer.parts.get(SCALE)
     if OF_BLOCKS in layer.parts:
         return "blocks"
-    if layer.parts["weight"].dtype != torch.uint8:
+    is_fp8 = weight.dtype in FP8
+    is_mxfp8 = is_fp8 and scale is not None and scale.dtype in E8M0 and scale.ndim == 2
+    if is_fp8 and scale is not None and not is_mxfp8 and _has_blocks(weight, scale):
+        # what transformers stores under the other name
+        layer.parts[OF_BLOCKS], layer.names[OF_BLOCKS] = layer.parts.pop(SCALE), layer.names.pop(
+            SCALE)
+        return "blocks"
+    if weight.dtype != torch.uint8 and not is_mxfp8:
         return "rows"
     if marked_layers(layer.file.metadata, layer.file.entries):
         raise PartError("it has no comfy_quant, as other layers have")
-    return "nvfp4"
+    if is_mxfp8 and not layer.file.quantization and not any(
+            size % piece for size, piece in zip(layer.parts[SCALE].shape, (128, 4))):
+        raise PartError("its scales may be in rows, or in ComfyUI's order without its comfy_quant",
+                        "Pick the folder with its config.json, which says who wrote them.")
+    return "mxfp8" if is_mxfp8 else "nvfp4"
+
+
+def _has_blocks(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Returns whether scales are those of blocks of columns, or of several rows."""
+    return weight.ndim == scale.ndim == 2 and scale.numel() not in (1, len(weight))
 
 
 def read(layer: Layer) -> PackedTensor:
@@ -68,15 +106,24 @@ def read(layer: Layer) -> PackedTensor:
     parts, weight = layer.parts, layer.parts["weight"]
     if layer.layout == "nvfp4":
         packed = pack_nvfp4(NVFP4_LOW, weight, parts[SCALE], parts[OF_TENSOR])
+    elif layer.layout == "mxfp8":
+        packed = packed_rows(MXFP8, weight, weight.shape, scale=parts[SCALE])
     elif "R" in layer.sizes:
-        packed = _fp8_in_blocks(weight, parts[OF_BLOCKS])
+        packed = _fp8_in_blocks(layer, weight, parts[OF_BLOCKS])
     else:
         packed = pack_rows(weight, parts[SCALE if SCALE in parts else OF_BLOCKS])
-    return smooth(packed, parts[SMOOTHING]) if SMOOTHING in parts else packed
+    smoothing = parts.get(SMOOTHING)
+    packed = packed if smoothing is None else smooth(packed, smoothing)
+    if DOWN not in parts:
+        return packed
+    factors = None if smoothing is None else (
+        torch.ones(len(weight), dtype=torch.float32), smoothing.float().flatten())
+    return with_low_rank(packed, parts[UP], parts[DOWN], factors)
 
 
-def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
-    (rows, columns), (block_rows, block_columns) = weight.shape, _block_lengths(weight.shape, scale)
+def _fp8_in_blocks(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
+    rows, columns = weight.shape
+    block_rows, block_columns = _block_lengths(layer.file, weight.shape, scale)
     # columns whose number is no multiple of a block's repeat its scale for smaller groups
     group = math.gcd(block_columns, columns)
     scales = scale.float().repeat_interleave(block_rows, 0)[:rows]
@@ -84,8 +131,18 @@ def _fp8_in_blocks(weight: torch.Tensor, scale: torch.Tensor) -> PackedTensor:
     return packed_rows(FP8[weight.dtype], weight, weight.shape, (group,), scale=scales)
 
 
-def _block_lengths(shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...]:
-    """Returns the rows and columns of a block."""
+def _block_lengths(file: WeightFile, shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...]:
+    """Returns the rows and columns of a block: those of the config, or `BLOCK`, or what divides."""
+    given = [file.quantization.get("weight_block_size")]
+    for settings in settings_of_groups(file):
+        given += [settings.get("block_structure"), [1, settings.get("group_size")]]
+    if len(scale) == shape[0] and shape[1] % scale.shape[1] == 0:
+        given.append([1, shape[1] // scale.shape[1]])
+    for lengths in (*given, [BLOCK, BLOCK]):
+        if isinstance(lengths, list) and len(lengths) == 2 and all(
+                type(length) is int and length > 0 and count == -(-size // length)
+                for length, size, count in zip(lengths, shape, scale.shape)):
+            return tuple(lengths)
     lengths = []
     for size, count in zip(shape, scale.shape):
         if count != -(-size // BLOCK) and size % count:
@@ -97,4 +154,5 @@ def _block_lengths(shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...]:
 
 QUANTIZER = Quantizer(
     name="transformers, ModelOpt, Black Forest Labs or the like",
-    methods={"fp8": "transformers in fp8"}, find=find, layouts=PARTS, layout=layout, read=read)
+    methods={"fp8": "transformers in fp8", "modelopt": "ModelOpt"}, find=find, layouts=PARTS,
+    layout=layout, read=read)

@@ -166,13 +166,24 @@ def split_stream(data: torch.Tensor, width: int) -> torch.Tensor:
 
     Args:
         data: uint8 (..., B), B a multiple of `width`.
-        width: bits of a field, below 4.
+        width: bits of a field, below 8.
 
     Returns:
         int32 (..., B * 8 / width).
     """
     pieces = data.reshape(*data.shape[:-1], -1, width).int()
+    if width < 4:
+        fields = split_bits(_joined_bytes(pieces), width, 8)
+    else:  # the first four of eight fields lie in the first four bytes, the others in the last four
+        upper = _joined_bytes(pieces[..., -4:]) >> 32 - 4 * width
+        words = torch.stack([_joined_bytes(pieces[..., :4]), upper], -1)
+        fields = split_bits(words, width, 4)
+    return fields.view(*data.shape[:-1], -1)
+
+
+def _joined_bytes(pieces: torch.Tensor) -> torch.Tensor:
+    """Returns the bytes of the last axis, at most 4 in int32, as one integer."""
     words = pieces[..., 0]
-    for index in range(1, width):
+    for index in range(1, pieces.shape[-1]):
         words = words | pieces[..., index] << 8 * index
-    return split_bits(words, width, 8).view(*data.shape[:-1], -1)
+    return words

@@ -13,20 +13,21 @@ from functools import partial
 
 import torch
 
-from .comfyui import NVFP4_GROUP, in_groups, nvfp4, with_addend
+from .comfyui import E2M1, LOW_NIBBLES, NVFP4_GROUP, in_groups, nvfp4, with_addend
 from .row_layout import FAMILIES, Codes, Numbers, RowFamily, RowLayout
 
 # dtype of scales -> its ending in the names of families, and its kind
 ENDINGS = {torch.bfloat16: "", torch.float16: "_HALF", torch.float32: "_FLOAT"}
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32 bytes"}
-BITS = (2, 3, 4, 8)
-QUANTO_GROUP = 128
+BITS = (2, 3, 4, 5, 6, 7, 8)
+QUANTO_GROUP, MX_GROUP = 128, 32
 HQQ_BITS, HQQ_GROUP = (2, 4, 8), 64
 
 
 def zero_bits(bits: int) -> int:
-    """Returns the bits of a stored zero beside codes of some bits: the same, of 3 bits a byte."""
-    return 8 if bits == 3 else bits
+    """Returns the bits of a stored zero beside codes of some bits: the same, or 8 where those do
+    not divide a byte."""
+    return 8 if 8 % bits else bits
 
 
 def integer_family(bits: int, scale_dtype: torch.dtype, has_zeros: bool = False,
@@ -99,3 +100,10 @@ _define_families()
 NVFP4_QUOTIENT = RowFamily(
     "NVFP4_QUOTIENT", partial(nvfp4, "low first", row_scale="divide", title="nvfp4"),
     (NVFP4_GROUP,))
+# of compressed-tensors and AutoRound; the 6 bits are E2M3, the sign above
+E2M3 = tuple(sign * (mantissa / 8 if not exponent else (1 + mantissa / 8) * 2**(exponent - 1))
+             for sign in (1, -1) for exponent in range(4) for mantissa in range(8))
+MXFP4_ROWS, MXFP6_ROWS = (
+    RowFamily(name, partial(in_groups, codes, scale=Numbers("e8m0"), title=title), (MX_GROUP,))
+    for name, codes, title in (("MXFP4_ROWS", LOW_NIBBLES(E2M1), "mxfp4"),
+                               ("MXFP6_ROWS", Codes(6, "stream", E2M3), "mxfp6")))

@@ -8,13 +8,18 @@ from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from patched_models import tiny_flux
 from quantizer_writers import (
     awq,
+    bit_planes,
+    fp8_blocks,
     gptq,
     int_quantized,
+    mxfp,
+    mxfp8,
     nvfp4,
     pack_quantized,
     quantized_state_dict,
     quanto_bits,
     quanto_bytes,
+    svdquant,
     torchao_bytes,
     torchao_header,
     torchao_integers,
@@ -27,6 +32,12 @@ CONFIG = {"depth": 1, "depth_single_blocks": 1, "hidden_size": 256}
 def out_of_order(values):
     return gptq(values, order=torch.randperm(values.shape[1],
                                              generator=torch.Generator().manual_seed(3)))
+
+
+def of_llm_compressor(values):
+    """Blocks of fp8 as float-quantized."""
+    parts, expected = fp8_blocks(values)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, expected
 
 
 # family -> (writer of a weight, quantization_config, header of a weight or None)
@@ -42,6 +53,16 @@ QUANTIZED_MODELS = {
                            {"quant_method": "compressed-tensors"}, None),
     "compressed-tensors int8": (int_quantized, {"quant_method": "compressed-tensors"}, None),
     "compressed-tensors nvfp4": (nvfp4, {"quant_method": "compressed-tensors"}, None),
+    "compressed-tensors 5 bits": (functools.partial(pack_quantized, bits=5), {
+        "quant_method": "compressed-tensors"}, None),
+    "compressed-tensors mxfp4": (mxfp, {"quant_method": "compressed-tensors"}, None),
+    "compressed-tensors mxfp6": (functools.partial(mxfp, bits=6), {
+        "quant_method": "compressed-tensors"}, None),
+    "compressed-tensors blocks": (of_llm_compressor, {"quant_method": "compressed-tensors"}, None),
+    "auto-round mxfp8": (mxfp8, {"quant_method": "auto-round"}, None),
+    "gptqmodel 7 bits": (functools.partial(gptq, bits=7, stored_less=0, join=bit_planes), {
+        "quant_method": "gptq", "checkpoint_format": "gptq_p"}, None),
+    "modelopt svdquant": (svdquant, {"quant_method": "modelopt"}, None),
     "quanto": (quanto_bits, {"quant_method": "quanto", "weights_dtype": "int4"}, None),
     "quanto int8": (quanto_bytes, {"quant_method": "quanto", "weights_dtype": "int8"}, None),
     "torchao int8": (torchao_bytes, {"quant_method": "torchao"}, torchao_header("Int8Tensor")),

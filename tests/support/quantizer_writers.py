@@ -47,8 +47,23 @@ def bit_stream(codes, bits):
     return torch.from_numpy(words.view(numpy.int32).copy())
 
 
-def gptq(values, bits=4, group=32, stored_less=1, symmetric=False, order=None, dtype=torch.float16):
-    """`order`: of the columns, whose groups are those of their places in it."""
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+
+
+def bit_planes(codes, bits):
+    """Rows of codes as int32 words; of 32 codes, the words of the lowest bits come first."""
+    blocks, start, words = codes.reshape(len(codes), -1, 32), 0, []
+    for width in PLANES.get(bits, (bits,)):
+        plane = blocks.flatten(0, 1) >> start & (1 << width) - 1
+        words.append(bit_stream(plane, width).view(len(codes), -1, width))
+        start += width
+    return torch.cat(words, -1).flatten(1)
+
+
+def gptq(values, bits=4, group=32, stored_less=1, symmetric=False, order=None, dtype=torch.float16,
+         join=bit_stream):
+    """`order`: of the columns, whose groups are those of their places in it. `join`: makes words of
+    codes."""
     columns = values.shape[1]
     order = torch.arange(columns) if order is None else order
     codes, scales, zeros = quantize(values[:, order], bits, group, dtype, symmetric)
@@ -57,8 +72,8 @@ def gptq(values, bits=4, group=32, stored_less=1, symmetric=False, order=None, d
     in_place = torch.empty(values.shape, dtype=torch.int32)
     in_place[:, order] = codes.flatten(1)[:, :columns]
     stored = (zeros.t() - stored_less) % (1 << bits)
-    parts = {"qweight": bit_stream(in_place, bits).t().contiguous(),
-             "qzeros": bit_stream(stored, bits), "scales": scales.t().contiguous()}
+    parts = {"qweight": join(in_place, bits).t().contiguous(),
+             "qzeros": join(stored, bits), "scales": scales.t().contiguous()}
     group_of_column = torch.empty(columns, dtype=torch.int32)
     group_of_column[order] = torch.arange(columns, dtype=torch.int32) // (group or columns)
     return parts | {"g_idx": group_of_column}, expected
@@ -141,6 +156,42 @@ def nvfp4(values):
     return parts, (E2M1[codes].view(blocks.shape) * scales[..., None]).view(values.shape)
 
 
+E2M3 = torch.tensor([mantissa / 8 for mantissa in range(8)] + [
+    (1 + mantissa / 8) * 2.0**exponent for exponent in range(3) for mantissa in range(8)])
+OF_BITS = {4: E2M1, 6: torch.cat([E2M3, -E2M3])}
+
+
+def _powers(values, largest):
+    """Exponents (N, K / 32), uint8, and values of which the largest of 32 is at most `largest`."""
+    blocks = values.view(len(values), -1, 32)
+    scale = (blocks.abs().amax(-1) / largest).log2().ceil()
+    return (scale + 127).to(torch.uint8), blocks / scale.exp2()[..., None], scale.exp2()[..., None]
+
+
+def mxfp(values, bits=4, extremes=False):
+    """mxfp4 or mxfp6. `extremes`: with random codes, and exponents from 1 to 254."""
+    numbers = OF_BITS[bits]
+    exponents, blocks, scale = _powers(values, numbers.max())
+    codes = (blocks.unsqueeze(-1) - numbers).abs().argmin(-1)
+    if extremes:
+        generator = torch.Generator().manual_seed(bits)
+        codes = torch.randint(len(numbers), codes.shape, generator=generator)
+        exponents = torch.randint(1, 251, exponents.shape, generator=generator)
+        scale = (exponents.double() - 127).exp2().float()[..., None]
+        exponents = exponents.to(torch.uint8)
+    stored = bit_stream(codes.view(values.shape), bits).view(torch.uint8)
+    parts = {"weight_packed": stored[:, :values.shape[1] * bits // 8].contiguous(),
+             "weight_scale": exponents}
+    return parts, (numbers[codes] * scale).view(values.shape)
+
+
+def mxfp8(values):
+    exponents, blocks, scale = _powers(values, 448)
+    codes = blocks.to(torch.float8_e4m3fn)
+    return ({"weight": codes.view(values.shape), "weight_scale": exponents},
+            (codes.float() * scale).view(values.shape))
+
+
 # --- optimum-quanto
 # ------------------------------------------------------------------------------------------------
 
@@ -198,6 +249,23 @@ def torchao_integers(values, bits=4, group=32, symmetric=False, dtype=torch.bflo
 
 # --- scales without a marker
 # ------------------------------------------------------------------------------------------------
+
+def svdquant(values, rank=8, smoothed=True, dtype=torch.bfloat16):
+    """nvfp4 of ModelOpt, and the low rank that it leaves out."""
+    generator = torch.Generator().manual_seed(3)
+    parts, main = nvfp4(values)
+    up = (torch.randn(len(values), rank, generator=generator) * 0.05).to(dtype)
+    down = (torch.randn(rank, values.shape[1], generator=generator) * 0.05).to(dtype)
+    parts = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"],
+             "weight_scale_2": 1 / parts["weight_global_scale"].view(()),
+             "input_scale": torch.ones(()), "svdquant_lora_a": down, "svdquant_lora_b": up}
+    whole = main + up.float() @ down.float()
+    if smoothed:
+        factors = torch.rand(values.shape[1], generator=generator) + 0.5
+        parts["pre_quant_scale"] = factors.to(dtype)
+        whole = whole * factors.to(dtype).float()
+    return parts, whole
+
 
 def fp8_blocks(values, block=(128, 128)):
     """A scale for each block of rows and columns, of which the last of each axis may be short."""

@@ -137,7 +137,7 @@ def test_another_quantiser_is_named(folder, quantiser, named):
     refused(
         folder,
         rf"transformer: its config.json says .* quantised by .*{named}.* only folders quantised by"
-        r" bitsandbytes .*, transformers in fp8 or SDNQ are supported"
+        r" bitsandbytes .*, transformers in fp8, ModelOpt or SDNQ are supported"
     )
 
 

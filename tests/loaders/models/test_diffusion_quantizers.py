@@ -50,10 +50,14 @@ def test_a_model_takes_no_more_memory_than_its_file(model):
     plain = sum(tensor.nbytes for name, tensor in tensors.items() if name not in packed)
     plain += sum(entry.nbytes for name, entry in file.entries.items() if name.endswith(".g_idx"))
     size = sum(tensor.nbytes for tensor in packed.values())
-    assert size <= 1.05 * (file.tensor_bytes - plain)
+    # a low rank's factors of rows and columns count in layers as small as these
+    assert size <= 1.06 * (file.tensor_bytes - plain)
 
 
-@pytest.mark.parametrize("model", ["gptq", "gptq act-order", "compressed-tensors"], indirect=True)
+@pytest.mark.parametrize("model", [
+    "gptq", "gptq act-order", "gptqmodel 7 bits", "compressed-tensors", "compressed-tensors 5 bits",
+    "compressed-tensors mxfp4", "compressed-tensors mxfp6", "compressed-tensors blocks",
+    "auto-round mxfp8", "modelopt svdquant"], indirect=True)
 def test_two_loras_are_exact(model):
     path, values = model
     ours, dense = load_diffusion_model(path), dense_model(values)

@@ -1,13 +1,11 @@
 """Weights of GPTQ, AutoRound and AWQ against their packages."""
+import importlib
 import importlib.util
-import logging
-import re
-import types
 
 import pytest
 import torch
 from conformance.base import read_weight, weight
-from oracles import installed
+from oracles import auto_round, installed, sources
 from quantizer_writers import gptq, quantize
 from safetensors.torch import save_file
 
@@ -56,14 +54,14 @@ def test_a_file_with_other_tensors_is_left_to_the_host(tensors, tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("module_name", ["qlinear_torch", "qlinear_torch_zp"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("columns", "group"), [(128, 64), (96, 64), (960, 128), (320, 128)])
 def test_values_are_those_of_auto_round(columns, group, bits, module_name, symmetric, tmp_path,
                                         monkeypatch):
-    monkeypatch.syspath_prepend(installed("auto-round==0.16.1", "loguru"))
-    module = load_module(monkeypatch, f"auto_round_extension/torch/{module_name}.py")
+    auto_round(monkeypatch)
+    module = importlib.import_module(f"auto_round_extension.torch.{module_name}")
     layer = module.QuantLinear(bits, group, columns, 96, False)
     values = weight(96, columns)
     parts, dense = gptq(values, bits, group, symmetric=symmetric)
@@ -85,29 +83,38 @@ def test_values_are_those_of_auto_round(columns, group, bits, module_name, symme
     assert torch.allclose(packed.dequantize(), dense, atol=1e-6)
 
 
-def load_module(monkeypatch, path):
-    """A module of auto-round without the package, which imports much more than it needs."""
-    folder = installed("auto-round==0.16.1", "loguru")
-    source = (folder / path).read_text()
-    source = re.sub(r"^from auto_round[^\n(]*\([^)]*\)|^from auto_round.*$", "", source, flags=re.M)
-    module = types.ModuleType("auto_round_module")
-    other = {} if path.endswith("qlinear_torch.py") else vars(
-        load_module(monkeypatch, "auto_round_extension/torch/qlinear_torch.py"))
-    module.__dict__.update(
-        other, GenericBitPackingMixin=type("Mixin", (), {}),
-        requires_generic_bit_packing=lambda bits: False,
-        SUPPORTED_BITS=[2, 3, 4, 8], logger=logging.getLogger(),
-        get_packing_device=lambda device: torch.device("cpu"))
-    exec(compile(source, path, "exec"), module.__dict__)  # noqa: S102  a package's own source
+@pytest.mark.heavy
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_planes_are_those_of_gptqmodel(bits, symmetric, tmp_path):
+    path = sources("gptqmodel==7.7.0") / "gptqmodel" / "utils" / "planar_packing.py"
+    module = loaded("planar_packing", path)
+    values = weight(96, 192, seed=bits)
+    parts, dense = gptq(values, bits, 64, 0, symmetric)
+    codes, _, zeros = quantize(values, bits, 64, symmetric=symmetric)
+    parts["qweight"] = module.planar_pack_rows(codes.view(96, 192).t().contiguous(), bits)
+    parts["qzeros"] = module.planar_pack_cols(zeros.t().contiguous(), bits)
+    config = {"quant_method": "gptq", "checkpoint_format": "gptq_p", "bits": bits}
+    packed = read_weight(tmp_path, parts, config=config).dequantize()
+    assert torch.equal(packed, dense)
+    unpacked = module.planar_unpack_rows(parts["qweight"], bits).t().float().view(96, 3, 64)
+    zeros = module.planar_unpack_cols(parts["qzeros"], bits).t().float()
+    scales = parts["scales"].t().float()
+    assert torch.equal(packed, ((unpacked - zeros[..., None]) * scales[..., None]).view(96, 192))
+
+
+def loaded(name, path):
+    """A module of a package that is not imported whole."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.heavy
 def test_values_are_those_of_autoawq(tmp_path):
     path = installed("autoawq==0.2.9") / "awq" / "utils" / "packing_utils.py"
-    spec = importlib.util.spec_from_file_location("awq_packing", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded("awq_packing", path)
     generator = torch.Generator().manual_seed(0)
 
     def words(*shape):

@@ -59,7 +59,7 @@ class Case:
 
 
 def of_gptq(case):
-    group, bits = case.choose(32, 64, 128, 0), case.choose(2, 3, 4, 8)
+    group, bits = case.choose(32, 64, 128, 0), case.choose(*range(2, 9))
     rows, columns = case.sizes(32)
     less = case.choose(0, 1)
     case.config = {"quant_method": "gptq", "bits": bits, "group_size": group or -1,
@@ -79,7 +79,7 @@ def of_awq(case):
 
 
 def of_pack_quantized(case):
-    bits, group = case.choose(2, 3, 4, 8), case.choose(32, 64, 128)
+    bits, group = case.choose(*range(2, 9)), case.choose(32, 64, 128)
     rows, columns = case.sizes(group, 8)
     order = torch.randperm(columns, generator=case.generator) if case.choose(0, 0, 1) else None
     group = group if order is not None else case.choose(group, columns)

@@ -4,6 +4,7 @@ import json
 import comfy.sd
 import pytest
 import torch
+from conformance.base import weight
 from oracles import installed
 from patched_models import (
     LIMIT,
@@ -68,20 +69,71 @@ def test_values_are_those_of_black_forest_labs(tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("strategy", ["channel", "tensor"])
-def test_values_are_those_of_compressed_tensors(strategy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("strategy", ["channel", "tensor", "group", "block"])
+@pytest.mark.parametrize("shape", [(96, 256), (200, 384), (256, 250)])
+def test_values_are_those_of_compressed_tensors(strategy, shape, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(installed("compressed-tensors==0.20.0", "loguru"))
-    from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    values = torch.randn(96, 256) * 0.02
-    scale = (values.abs().amax(1, keepdim=True) if strategy == "channel"
-             else values.abs().amax().view(1)) / 448
-    args = QuantizationArgs(num_bits=8, type="float", strategy=strategy)
-    codes = quantize(values, scale, torch.zeros_like(scale), args, dtype=FP8)
-    weights = read(tmp_path / "a.safetensors", {"L.weight": codes, "L.weight_scale": scale})
-    expected = dequantize(codes, scale, args=args, dtype=torch.float32)
+    rows, columns = shape
+    if strategy == "group" and columns % 64:
+        pytest.skip("the package wants whole groups")
+    values = torch.randn(shape) * 0.02
+    counts = {"channel": (rows, 1), "tensor": (1,), "group": (rows, columns // 64),
+              "block": (-(-rows // 128), -(-columns // 128))}[strategy]
+    scale = (torch.rand(counts) + 0.5) * values.abs().amax() / 448
+    args = QuantizationArgs(
+        num_bits=8, type="float", strategy=strategy,
+        group_size=64 if strategy == "group" else None,
+        block_structure=[128, 128] if strategy == "block" else None)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    stored = NaiveQuantizationCompressor.compress(
+        {"weight": values, "weight_scale": scale}, scheme)
+    expected = NaiveQuantizationCompressor.decompress(dict(stored), scheme)["weight"]
+    assert stored["weight"].dtype == FP8 and expected.dtype == torch.float32
+    weights = read(tmp_path / "a.safetensors", {
+        f"L.{name}": tensor.contiguous() for name, tensor in stored.items()})
     assert torch.equal(weights["L.weight"].dequantize(), expected)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rank", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_svdquant_computes_what_a_layer_of_modelopt_computes(rank, dtype, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(installed(
+        "nvidia-modelopt==0.47.0", "omegaconf", "antlr4-python3-runtime==4.9.3", "pulp",
+        "kernels"))
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export.unified_export_hf import _promote_quantizer_tensors_to_module
+    from modelopt.torch.quantization.conversion import create_and_replace_svdquant_linear_on_the_fly
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    model = torch.nn.Sequential(torch.nn.Linear(256, 96, bias=False))
+    mtq.quantize(model, {"quant_cfg": [{"quantizer_name": "*", "enable": False}],
+                         "algorithm": None})
+    create_and_replace_svdquant_linear_on_the_fly(model)
+    layer, values = model[0], weight(96, 256)
+    codes, scale, of_tensor = NVFP4QTensor.quantize(values, 16)
+    layer.weight.data = codes.dequantize(torch.float32, scale=scale, double_scale=of_tensor,
+                                         block_sizes={-1: 16})
+    layer.weight_quantizer.svdquant_lora_a = (torch.randn(rank, 256) * 0.05).to(dtype).float()
+    layer.weight_quantizer.svdquant_lora_b = (torch.randn(96, rank) * 0.05).to(dtype).float()
+    layer.input_quantizer.pre_quant_scale = torch.rand(256) + 0.5
+    with torch.no_grad():
+        expected = layer(torch.eye(256)).t()
+    _promote_quantizer_tensors_to_module(model)
+    beside = {name: tensor.to(dtype) if "lora" in name else tensor
+              for name, tensor in layer.state_dict().items()
+              if name in ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")}
+    assert len(beside) == 3
+    stored = {"weight": codes._quantized_data, "weight_scale": scale,
+              "weight_scale_2": of_tensor} | beside
+    weights = read(tmp_path / "a.safetensors", {
+        f"L.{name}": tensor for name, tensor in stored.items()})
+    assert set(weights) == {"L.weight"}
+    difference = (weights["L.weight"].dequantize() - expected).abs().max()
+    assert difference <= 1e-6 * expected.abs().max()
 
 
 def test_other_tensors_of_such_names_are_left_alone(tmp_path):

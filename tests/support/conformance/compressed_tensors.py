@@ -1,6 +1,6 @@
 """Weights of compressed-tensors."""
 import torch
-from quantizer_writers import int_quantized, nvfp4, pack_quantized
+from quantizer_writers import int_quantized, mxfp, nvfp4, pack_quantized
 
 from .base import Written, damaged, grid, weight
 
@@ -37,16 +37,37 @@ def floats():
     return Written(*nvfp4(weight(64, 1024)))
 
 
+def small_floats(shape, bits, dtype=torch.uint8, config=None, extremes=False):
+    """mxfp4 and mxfp6, whose exponents may have a dtype of their own."""
+    parts, values = mxfp(weight(*shape), bits, extremes)
+    parts["weight_scale"] = parts["weight_scale"].view(dtype)
+    return Written(parts, values, config=config)
+
+
+def of_few_columns(bits):
+    """The words alone do not say how many bits a code has."""
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {
+        "weights": {"num_bits": bits, "symmetric": True}}}}
+    return Written(*pack_quantized(weight(96, 24), bits, group=8), config=config, held=None)
+
+
+E8M0 = [torch.uint8, *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else [])]
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:mx_fp", "bits": 4}
 WRITERS = {
-    **grid("pack-quantized", packed, bits=[2, 3, 4, 8], symmetric=[False, True], group=[32, None]),
+    **grid("pack-quantized", packed, bits=range(2, 9), symmetric=[False, True], group=[32, None]),
     # rows may end within a word
-    **grid("a word of two rows", packed, bits=[2, 3, 4, 8], rows=[90, 40], columns=[136], group=[8],
+    **grid("a word of two rows", packed, bits=range(2, 9), rows=[90, 40], columns=[136], group=[8],
            symmetric=[False], held=[None]),
     **grid("columns apart", apart, symmetric=[False, True]),
     **grid("columns without an order", unordered, symmetric=[False, True]),
     "one scale and zeros in bytes": of_one_scale,
     **grid("int-quantized", integers, symmetric=[False, True], group=[32, None]),
+    **grid("a config says the bits", of_few_columns, bits=[7, 8]),
     "nvfp4": floats,
+    **grid("mxfp", small_floats, shape=[(96, 128), (7, 352), (1, 32)], bits=[4, 6], dtype=E8M0),
+    **grid("mxfp with all exponents", small_floats, shape=[(256, 1024)], bits=[4, 6],
+           extremes=[True]),
+    "mxfp4 of AutoRound": lambda: small_floats((96, 128), 4, config=AUTO_ROUND),
 }
 BAD = damaged(
     packed,
@@ -56,7 +77,7 @@ BAD = damaged(
     rows_missing=({"weight_packed": lambda words: words[:9]},
                   r"it has weight_scale of bfloat16 \(96, 4\), expected .* with N = 9\."),
     words_with_gaps=({"weight_packed": torch.zeros(96, 13).int()},
-                     "expected words of 2, 3, 4, 8 bits a value without gaps"),
+                     "expected words of 2, 3, 4, 5, 6, 7, 8 bits a value without gaps"),
     scales_of_other_rows=({"weight_scale": torch.ones(7, 4)},
                           "expected one number or .* with N = 96"),
     zeros_of_other_rows=({"weight_zero_point": torch.zeros(3, 4).int()},
@@ -73,11 +94,34 @@ BAD = damaged(
                     "its columns do not name one of its 4 groups each"),
     scales_of_doubles=({"weight_scale": torch.Tensor.double}, "it has weight_scale of float64"),
     codes_of_floats=({"weight_packed": torch.ones(96, 16)}, r"expected \(N, W\) of int32"),
-    mxfp4=(lambda _: {"weight_packed": torch.zeros(96, 64, dtype=torch.uint8),
-                      "weight_scale": torch.zeros(96, 4, dtype=torch.uint8)},
-           r"\(nvfp4-pack-quantized\): it has no weight_global_scale"),
+    nvfp4_without_its_number=(
+        lambda _: {"weight_packed": torch.zeros(96, 64, dtype=torch.uint8),
+                   "weight_scale": torch.zeros(96, 8).to(torch.float8_e4m3fn)},
+        r"\(nvfp4-pack-quantized\): it has no weight_global_scale"),
     nvfp4_of_other_scales=(
         lambda _: nvfp4(weight(96, 128))[0] | {"weight_scale": torch.ones(96)},
         r"expected \(N, K / 16\) of float8_e4m3fn with N = 96, K = 128"),
+) | damaged(
+    lambda: small_floats((96, 128), 4),
+    mxfp4_without_scales=({"weight_scale": None}, "it has no weight_scale, expected"),
+    mxfp4_of_other_groups=({"weight_scale": torch.zeros(96, 8, dtype=torch.uint8)},
+                           r"\(mxfp4-pack-quantized\): it has weight_scale of uint8 \(96, 8\),"
+                           r" expected \(N, K / 32\) of uint8 .* with N = 96, K = 128"),
+    mxfp4_of_other_rows=({"weight_scale": lambda scale: scale[:7]}, "with N = 96, K = 128"),
+    mxfp4_of_floats=({"weight_scale": torch.ones(96, 4)}, "it has no weight_global_scale"),
+    mxfp4_of_two_scales=({"weight_global_scale": torch.ones(1)},
+                         r"\(nvfp4-pack-quantized\): it has weight_scale of uint8"),
+    mxfp4_with_zeros=({"weight_zero_point": torch.zeros(96, 4, dtype=torch.int8)},
+                      "it has weight_zero_point, expected only"),
+    mxfp4_of_one_axis=({"weight_packed": lambda codes: codes.view(-1)}, r"expected \(N, K / 2\)"),
+    mxfp4_of_no_axis=({"weight_scale": torch.tensor(7, dtype=torch.uint8)}, "it has weight_scale"),
+    mxfp4_without_columns=({"weight_packed": torch.zeros(96, 0, dtype=torch.uint8)},
+                           r"it has weight_packed of uint8 \(96, 0\)"),
+) | damaged(
+    lambda: small_floats((96, 128), 6),
+    mxfp6_of_other_rows=({"weight_scale": lambda scale: scale[:7]},
+                         r"\(mxfp6-pack-quantized\): it has weight_scale .* with N = 96, K = 128"),
+    mxfp6_of_other_columns=({"weight_packed": lambda codes: codes[:, :95]},
+                            r"\(mxfp4-pack-quantized\): it has weight_scale"),
 ) | damaged(
     integers, zeros_of_floats=({"weight": torch.ones(96, 128)}, r"expected \(N, K\) of int8"))

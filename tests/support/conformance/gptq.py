@@ -2,11 +2,12 @@
 import random
 
 import torch
-from quantizer_writers import awq, gptq
+from quantizer_writers import awq, bit_planes, gptq
 
 from .base import Written, damaged, each, grid, weight
 
 V1 = {"quant_method": "gptq", "bits": 4}
+PLANES = {"quant_method": "gptq", "checkpoint_format": "gptq_p"}
 AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -24,7 +25,7 @@ def of_any_width(seed):
     rng = random.Random(seed)
     group = rng.choice([32, 64, 128])
     columns = rng.choice([96, 192, 960, 32 * rng.randint(1, 32)])
-    bits, symmetric = rng.choice([2, 3, 4, 8]), rng.random() < 0.5
+    bits, symmetric = rng.choice(range(2, 9)), rng.random() < 0.5
     return of_gptq(32, columns, seed, V1 | {"group_size": group}, rng.random() >= 0.7, None,
                    bits=bits, group=group, symmetric=symmetric)
 
@@ -38,6 +39,12 @@ def of_half_the_range(stored_less):
     """Zeros of half the range need no config and no memory."""
     parts, values = gptq(weight(96, 128), symmetric=True, stored_less=stored_less)
     return Written(parts, values, held=1, uncounted=("qzeros", "g_idx"))
+
+
+def of_planes(bits, symmetric, config, columns=128):
+    """GPTQModel stores the bits of codes apart."""
+    return of_gptq(columns=columns, bits=bits, symmetric=symmetric, config=config, stored_less=0,
+                   join=bit_planes)
 
 
 def of_apart(bits, symmetric):
@@ -61,7 +68,7 @@ def of_awq(shape=(96, 128), symmetric=False):
 
 
 WRITERS = {
-    **grid("gptq", of_gptq, bits=[2, 3, 4, 8], group=[64], symmetric=[False, True], dtype=FLOATS),
+    **grid("gptq", of_gptq, bits=range(2, 9), group=[64], symmetric=[False, True], dtype=FLOATS),
     **grid("any width", of_any_width, seed=range(24)),
     **each("without a config", of_gptq, *(
         {"rows": 32, "columns": columns, "group": group, "symmetric": True, "config": None,
@@ -77,7 +84,11 @@ WRITERS = {
         (0, {"quant_method": "intel/auto-round", "packing_format": "auto_round"})))),
     **grid("zeros of none", of_zeros_of_none, bits=[2, 4, 8]),
     **grid("zeros of half the range", of_half_the_range, stored_less=[0, 1]),
-    **grid("columns apart", of_apart, bits=[3, 4], symmetric=[False, True]),
+    **grid("planes", of_planes, bits=range(2, 9), symmetric=[False, True],
+           config=[PLANES, {"quant_method": "gptq", "format": "gptq_p"}]),
+    **grid("planes without a config", of_planes, bits=[3, 5, 6, 7], symmetric=[True],
+           config=[None], columns=[128, 96]),
+    **grid("columns apart", of_apart, bits=[3, 4, 5, 7], symmetric=[False, True]),
     **each("a short group", of_a_short_group, {"config": V1, "has_groups": True}, *(
         {"config": config, "has_groups": False}
         for config in (AUTO_ROUND, AUTO_ROUND | {"group_size": 64}))),
@@ -100,9 +111,9 @@ BAD = damaged(
                            r"it has qweight of int16 \(16, 96\), expected .* with N = 96, B = 4"),
     rows_missing=({"qweight": lambda words: words[:, :32]}, r"expected \(K \* B / 32, N\) or"),
     groups_missing=({"qzeros": lambda words: words[:2]}, "expected .* with G = 4, N = 96"),
-    five_bits=({"qzeros": torch.zeros(4, 15, dtype=torch.int32),
-                "qweight": torch.zeros(20, 96, dtype=torch.int32)},
-               "it has 5 bits a value, expected 2, 3, 4, 8"),
+    one_bit=({"qzeros": torch.zeros(4, 3, dtype=torch.int32),
+              "qweight": torch.zeros(4, 96, dtype=torch.int32)},
+             "it has 1 bits a value, expected 2, 3, 4, 5, 6, 7, 8"),
     scales_of_integers=({"scales": torch.Tensor.short}, "scales of int16"),
     a_group_out_of_range=({"g_idx": lambda groups: groups + 1},
                           "columns do not name one of its 4 groups each"),
@@ -118,6 +129,10 @@ BAD = damaged(
     "codes and columns alone": (lambda: Written(
         {"qweight": torch.zeros(2, 2, dtype=torch.int32), "g_idx": torch.arange(2)}), {},
         "it has no scales"),
+    "words of no whole planes": (
+        lambda: of_planes(6, False, PLANES), {
+            "qweight": lambda words: words[:21], "g_idx": lambda groups: groups[:112]},
+        "it has rows of 21 words of 6 bits a value, expected multiples of 6"),
     "zeros alone": (lambda: Written({"qzeros": torch.zeros(2, 2, dtype=torch.int32)}), {},
                     "'L.qzeros' is part of a weight packed by GPTQ"),
 }

@@ -83,6 +83,15 @@ static FUNCTION int code_of_packs(Packed from, int i) {
     return bytes[2] >> 5 | bytes[3] >> 7 << 4 | bytes[4] >> 7 << 3;
 }
 
+// Returns code `i` of a stream of more than 4 bits a code, eight of which are whole bytes.
+static FUNCTION int code_of_stream(Packed from, int i) {
+    const int bit = i % 8 * BITS, shift = bit % 8;
+    Packed bytes = from + i / 8 * BITS + bit / 8;
+    int code = bytes[0] >> shift;
+    if (shift + BITS > 8) code |= bytes[1] << (8 - shift);
+    return code & ((1 << BITS) - 1);
+}
+
 // Returns LANES neighbouring codes.
 static FUNCTION Ints codes_at(Packed from) {
     if (BITS == 8) return load_bytes(from);
@@ -91,6 +100,11 @@ static FUNCTION Ints codes_at(Packed from) {
     if (ORDER == PACKS) {
         Ints codes;
         UNROLLED for (int i = 0; i < LANES; i++) codes[i] = code_of_packs(from, i);
+        return codes;
+    }
+    if (ORDER == STREAM && BITS > 4) {
+        Ints codes;
+        UNROLLED for (int i = 0; i < LANES; i++) codes[i] = code_of_stream(from, i);
         return codes;
     }
     const Ints places = lane_numbers() & 7;
