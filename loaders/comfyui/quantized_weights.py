@@ -39,6 +39,7 @@ from ..out_of_memory import is_out_of_memory
 from ..quantizers.comfyui import (
     DOWN,
     FP8,
+    GET_OTHER_CONVERSION,
     GROUP_SCALE,
     OTHER_MARK,
     READERS,
@@ -47,6 +48,7 @@ from ..quantizers.comfyui import (
     UP,
     PartError,
     format_of,
+    is_kernel,
     layer_parts,
     pack_parts,
     row_type_of,
@@ -82,12 +84,13 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                formats: Container[str] | None = None) -> dict[str, torch.Tensor]:
     """Joins the parts of each quantised weight into one tensor, without copying the codes.
 
-    The parts of stacked experts stay apart: only the host's layer for experts reads them.
+    The parts of stacked experts stay apart: only the host's layer for experts reads them. The host
+    has no layers for kernels of convolutions in its formats, which always become packed tensors.
 
     Args:
         file: the file of the state dict.
         state_dict: of `read_marked`; it is not changed.
-        prefix: of the names of the model; other weights stay as they are.
+        prefix: of the names of the model; other weights stay as they are, but for kernels.
         formats: names of those whose layers become packed tensors; others stay in parts for the
             host. None: all become packed tensors or the host's own.
 
@@ -101,27 +104,44 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     layer_class = _layer_class()
     for layer, names in _parts_of_layers(state_dict).items():
         codes = state_dict.get(f"{layer}.weight")
-        if not layer.startswith(prefix):
+        if codes is None or not (layer.startswith(prefix) or codes.ndim > 2):
             continue
-        if codes is not None and (codes.ndim < 2 or not codes.numel()):
-            raise _unread_layer_error(file, layer, UnreadFormatError(
-                f"it is {describe(codes)}, expected rows of codes"))
-        if codes is not None and codes.ndim in (2, 4):  # 4: in tiles
-            parts = {name: state_dict[name] for name in names}
-            bias = state_dict.get(f"{layer}.bias")
-            try:
+        parts = {name: state_dict[name] for name in names}
+        bias = state_dict.get(f"{layer}.bias")
+        try:
+            if codes.ndim < 2 or not codes.numel():
+                raise UnreadFormatError(f"it is {describe(codes)}, expected rows of codes")
+            weight = None
+            if codes.ndim > 2 and _is_kernel(parts, layer):
+                weight, bias = _packed(layer, parts, bias, READERS)
+                if weight is None:
+                    raise _kernel_error(parts, layer)
+            elif codes.ndim in (2, 4) and layer.startswith(prefix):  # 4: in tiles
                 weight, bias = _packed(layer, parts, bias, READERS if formats is None else formats)
                 if weight is None and formats is None:
                     weight = _host_weight(layer_class, layer, parts)
-            except UnreadFormatError as error:
-                raise _unread_layer_error(file, layer, error) from error
-            if weight is not None:
-                for name in names:
-                    del out[name]
-                out[f"{layer}.weight"] = weight
-                if bias is not None:
-                    out[f"{layer}.bias"] = bias
+        except UnreadFormatError as error:
+            raise _unread_layer_error(file, layer, error) from error
+        if weight is not None:
+            for name in names:
+                del out[name]
+            out[f"{layer}.weight"] = weight
+            if bias is not None:
+                out[f"{layer}.bias"] = bias
     return out
+
+
+def _is_kernel(parts: Mapping[str, torch.Tensor], layer: str) -> bool:
+    settings = _read_settings(parts[f"{layer}{MARK}"])
+    return is_kernel(settings, parts[f"{layer}.weight"])
+
+
+def _kernel_error(parts: Mapping[str, torch.Tensor], layer: str) -> UnreadFormatError:
+    """Returns the error of a kernel of a convolution, which the host has no layer for."""
+    name = format_of(_read_settings(parts[f"{layer}{MARK}"]))
+    return UnreadFormatError(
+        f"it is the kernel of a convolution in {safe_repr(name)}, which ComfyUI does not read",
+        GET_OTHER_CONVERSION)
 
 
 def in_parts(state_dict: Mapping[str, torch.Tensor],
@@ -346,6 +366,8 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         try:
             if weight.ndim == 2:
                 _host_weight(layer_class, layer, tensors)
+            elif _is_kernel(tensors, layer):
+                return layer, _kernel_error(tensors, layer)
             else:
                 _layer_settings(layer, tensors)
         except UnreadFormatError as error:

@@ -26,7 +26,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from .base import HeaderOf, Layer, Quantizer, scaled_layers, without_marked
 from .comfyui import FP8, SMOOTHING, smooth
 from .comfyui_marks import OLD_SCALE, marked_layers
-from .integers import FAMILY_OF_BYTES, SCALES_OF_ROWS, nvfp4_parts, pack_nvfp4, pack_rows
+from .integers import CODES_OF_ROWS, SCALES_OF_ROWS, nvfp4_parts, pack_nvfp4, pack_rows
 from .parts import FLOATS, Part, PartError
 
 SCALE, OF_BLOCKS, OF_TENSOR = "weight_scale", "weight_scale_inv", "weight_scale_2"
@@ -34,7 +34,7 @@ OF_ROWS = Part(SCALES_OF_ROWS.shape, FLOATS, other_names=(OLD_SCALE[1:],))
 BESIDE = {name: Part("", optional=name)
           for name in ("input_scale", "activation_scale", "scale_input", SMOOTHING)}
 PARTS = {
-    "rows": {"weight": Part("(N, K)", tuple(FAMILY_OF_BYTES)), SCALE: OF_ROWS, **BESIDE},
+    "rows": {"weight": CODES_OF_ROWS, SCALE: OF_ROWS, **BESIDE},  # of a convolution too
     "blocks": {"weight": Part("(N, K)", tuple(FP8)), OF_BLOCKS: Part("1 or (R, C)", FLOATS),
                **BESIDE},
     "nvfp4": nvfp4_parts("weight", SCALE, OF_TENSOR, *OF_ROWS.other_names) | BESIDE,
