@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from kernel_writer import SCALES, write_kernel
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
@@ -17,44 +18,6 @@ from featherweight.ops.formats._names import format_named
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import join_rows, take_rows
-
-H4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]).double()
-DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
-          "float8_e4m3fn_rowwise": torch.float8_e4m3fn}
-SCALES = {"one": (), "rows": (-1,), "columns": (-1, 1), "kernels": None}  # shapes
-
-
-def rotated(kernel, size):
-    """A kernel whose input channels are rotated in groups, at each of its positions; a rotation is
-    its own inverse."""
-    power = torch.ones(1, 1).double()
-    while len(power) < size:
-        power = torch.kron(power, H4)
-    by_tap = kernel.double().flatten(2).transpose(1, 2)
-    by_tap = by_tap.reshape(-1, size) @ (power / size**0.5)
-    return by_tap.view(len(kernel), -1, kernel.shape[1]).transpose(1, 2).reshape(kernel.shape)
-
-
-def write_kernel(kernel, name="int8_tensorwise", scale="kernels", group=0):
-    """The parts of a kernel with its mark, and their values, as `native_convert_int8.py` of HSWQ.
-
-    group: channels that are rotated together.
-    """
-    kernel = rotated(kernel, group) if group else kernel.double()
-    ones = (1,) * (kernel.ndim - 1)
-    peak = kernel.abs().max() if scale == "one" else kernel.abs().flatten(1).amax(1).view(-1, *ones)
-    scales = (peak / (127 if name == "int8_tensorwise" else 448)).float()
-    codes = kernel / scales
-    codes = codes.round().clamp(-127, 127).char() if name == "int8_tensorwise" else codes.to(
-        torch.float32).to(DTYPES[name])
-    values = codes.double() * scales
-    values = rotated(values, group) if group else values
-    mark = {"format": name} | ({"convrot": True, "convrot_groupsize": group} if group else {})
-    if scale != "one" and SCALES[scale]:
-        scales = scales.view(SCALES[scale])
-    return {"weight": codes, "weight_scale": scales, "comfy_quant": torch.tensor(
-        list(json.dumps(mark).encode()), dtype=torch.uint8)}, values.float()
-
 
 def saved(path, parts, metadata=None):
     save_file({f"L.{name}": part.contiguous() for name, part in parts.items()}, path, metadata)
