@@ -67,7 +67,7 @@ HALVES = (torch.bfloat16, torch.float16)
 FP8 = {torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
 OTHER_MARK = "Its comfy_quant names a format that its weights are not in: get another conversion."
 GET_OTHER_CONVERSION = "Get another conversion."
-LEAST_OF_EXPERTS = 32  # columns of stacked experts; the kernel of a convolution is shorter
+LEAST_OF_EXPERTS = 32  # bytes of a row of experts; the kernel of a convolution has fewer
 MAX_ROTATION = 4096  # columns; a rotation takes memory of their square
 ROTATION = 256  # columns, where the settings name no other number
 LEVEL_GROUP = 16  # columns, likewise
@@ -171,9 +171,9 @@ def pack_parts(settings: Mapping[str, Any],
 def is_kernel(settings: Mapping[str, Any], codes: torch.Tensor) -> bool:
     """Returns whether a weight is the kernel of a convolution.
 
-    Others of more than two dimensions are codes in tiles, and those of stacked experts (E, N, K).
+    Others of more than two dimensions are codes in tiles, and those of banks of experts (E, N, W).
     """
-    is_bank = codes.ndim == 3 and ("num_experts" in settings or codes.shape[2] >= LEAST_OF_EXPERTS)
+    is_bank = codes.ndim == 3 and codes.shape[2] >= LEAST_OF_EXPERTS
     return codes.ndim > 2 and not is_bank and format_of(settings) != "svdquant_w4a4"
 
 
@@ -258,9 +258,11 @@ def _rotation(settings: Mapping, columns: int) -> int:
 def _levels(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor | None:
     """Reads asym_w4a8_int8; None where the scales are no bytes."""
     scale, stored = parts[GROUP_SCALE], sizes["W"] * 8
-    level_group = _size(settings, "group_size", LEVEL_GROUP)
+    is_of_six = format_of(settings) == "w6a8_int8"
+    group = stored // 6 // max(1, sizes["G"]) if is_of_six else LEVEL_GROUP
+    level_group = _size(settings, "group_size", group)
     columns = sizes["G"] * level_group
-    if level_group < 1 or stored / columns not in (4, 6):
+    if level_group < 1 or stored / columns not in ((6,) if is_of_six else (4, 6)):
         raise PartError(f"it has {stored / max(1, columns):g} bits a value")
     if scale.itemsize != 1:
         return None

@@ -162,9 +162,3 @@ def test_damaged_kernels_are_a_sentence_with_file_and_layer(case, tmp_path):
     assert re.search(r"\. [A-Z].*\.$", text) and "\n" not in text and len(text) < 500
 
 
-def test_stacked_experts_are_no_kernels(tmp_path):
-    for shape, settings in (((4, 64, 64), {}), ((4, 64, 16), {"num_experts": 4})):
-        parts = {"weight": torch.ones(shape).char(), "weight_scale": torch.ones(shape[:2]),
-                 "comfy_quant": mark(format=INT8, **settings)}
-        file = open_weights(saved(tmp_path / f"{shape[2]}.safetensors", parts))
-        assert as_tensors(file, read_marked(file)).keys() == {f"L.{name}" for name in parts}
