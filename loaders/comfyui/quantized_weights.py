@@ -87,8 +87,8 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     """Joins the parts of each quantised weight into one tensor, without copying the codes.
 
     Kernels of convolutions, which the host has no layers for, and banks of experts, whose rotation
-    some of its versions overlook, always become packed tensors. The parts of a bank in a format that
-    is not read here stay apart: only the host's layer for experts reads them.
+    some of its versions overlook, always become packed tensors. The parts of a bank in a format
+    that is not read here stay apart: only the host's layer for experts reads them.
 
     Args:
         file: the file of the state dict.
@@ -391,8 +391,8 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         wide = next((name for name, part in tensors.items() if part.dtype == torch.float64), None)
         if wide is not None:
             return layer, UnreadFormatError(f"{safe_repr(wide)} is float64")
-        mark = _mended_mark(tensors[f"{layer}{MARK}"], weight)
-        if mark is not tensors[f"{layer}{MARK}"]:
+        mark = tensors[f"{layer}{MARK}"]
+        if _mended_mark(mark, weight) is not mark:
             return layer, UnreadFormatError("its comfy_quant does not say what its weight is")
         if weight.ndim < 2 or not weight.numel():
             return layer, UnreadFormatError(f"it is {describe(weight)}, expected rows of codes")

@@ -122,8 +122,9 @@ PARTS: dict[str, dict[str, Part]] = {
 
 
 # format -> what the parts of a kernel must be
-KERNEL_PARTS = {name: {**PARTS[name], "weight": replace(PARTS[name]["weight"], shape="(N, C, T...)")}
-                for name in OF_KERNELS}
+KERNEL_PARTS = {
+    name: PARTS[name] | {"weight": replace(PARTS[name]["weight"], shape="(N, C, T...)")}
+    for name in OF_KERNELS}
 
 
 def find(names: Collection[str], metadata: Mapping[str, Any],

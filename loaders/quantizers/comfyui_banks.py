@@ -38,7 +38,8 @@ def is_bank(settings: Mapping[str, Any], codes: torch.Tensor) -> bool:
     return EXPERTS in settings or (codes.ndim == 3 and codes.shape[2] >= LEAST_OF_EXPERTS)
 
 
-def pack_bank(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> PackedTensor | None:
+def pack_bank(settings: Mapping[str, Any],
+              parts: Mapping[str, torch.Tensor]) -> PackedTensor | None:
     """Makes one packed tensor of the parts of a bank.
 
     Args:

@@ -15,7 +15,6 @@ from .comfyui_quantized import MixedEmbedding, MixedLinear
 from .fused_calls import keep_forward
 from .packed_layers import PACKED_LAYERS, MoEExperts, PackedLayer
 
-
 BUT_EXPERTS = "but experts"  # a value of `mixed`
 
 

@@ -19,6 +19,7 @@ from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import join_rows, take_rows
 
+
 def saved(path, parts, metadata=None):
     save_file({f"L.{name}": part.contiguous() for name, part in parts.items()}, path, metadata)
     return str(path)
@@ -31,8 +32,8 @@ def random_kernels():
         shape = (draw.randrange(1, 20), draw.randrange(1, 20), *sizes)
         yield pytest.param(shape, name, scale, 0, id=f"{name} {scale} {shape}")
     for taps, group in itertools.product((1, 2, 3), (4, 16, 64)):
-        sizes = tuple(draw.randrange(1, 5) for _ in range(taps))
-        for sizes in (sizes, (1,) * taps):
+        drawn = tuple(draw.randrange(1, 5) for _ in range(taps))
+        for sizes in (drawn, (1,) * taps):
             shape = (draw.randrange(1, 20), group * draw.randrange(1, 4), *sizes)
             yield pytest.param(shape, "int8_tensorwise", "kernels", group,
                                id=f"rotated {group} {shape}")
