@@ -8,6 +8,9 @@ import comfy.sd
 import gguf
 import pytest
 import torch
+from encoders import ENCODERS
+from encoders.encoder import hidden_states, host_clip, random_weights, small_towers, text_model
+from families import relative_error
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -21,12 +24,15 @@ from patched_models import (
 
 from devtools.files.gguf_files import gguf_writer, write_all
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
+from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.quantizers.registry import quantizer_of
-from featherweight.ops.tensor.packed_layout import is_packed
+from featherweight.ops.layers.packed_layers import PackedLayer
+from featherweight.ops.tensor.packed_layout import is_comfy_quantized, is_packed
 
 TYPES = {torch.int8: gguf.GGMLQuantizationType.I8, torch.float16: gguf.GGMLQuantizationType.F16,
          torch.float32: gguf.GGMLQuantizationType.F32}
@@ -133,6 +139,48 @@ def test_a_model_draws_what_its_dense_values_draw_and_takes_loras(case, tmp_path
     loras = [(lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5)]
     expected = run(patched(dense, *loras))
     assert error_by_effect(run(patched(ours, *loras)), expected, run(dense)) < LIMIT
+
+
+@pytest.mark.parametrize("by", [AUTOMATIC, AS_COMFYUI])
+def test_who_computes_the_layers_is_a_choice_as_for_safetensors(by, tmp_path):
+    stored, values, marks = {}, {}, {}
+    for name, tensor in tiny_flux().items():
+        stored[name] = values[name] = tensor
+        if tensor.ndim == 2 and tensor.shape[1] % 256 == 0 and "_blocks." in name:
+            parts, marks[name], values[name] = WRITERS["Q8_CR"](tensor)
+            stored |= named(name.removesuffix(".weight"), parts)
+    ours = load_diffusion_model(write(tmp_path / "model.gguf", stored, marks), host_formats=by)
+    by_host = sum(map(is_comfy_quantized, ours.model.diffusion_model.parameters()))
+    assert by_host == (len(marks) if by == AS_COMFYUI else 0)
+    dense = comfy.sd.load_diffusion_model_state_dict(
+        {name: value.clone() for name, value in values.items()})
+    # ComfyUI's product quantises the inputs of layers
+    assert relative(run(ours), run(dense)) < (0.03 if by == AS_COMFYUI else 1e-5)
+
+
+@pytest.mark.usefixtures("small_models")
+@pytest.mark.parametrize("name", ["t5-xxl", "qwen2.5-vl-7b", "llama-3-8b"])
+def test_a_text_encoder_in_the_hosts_names_gives_the_states_of_its_dense_values(name, tmp_path):
+    encoder = ENCODERS[name]
+    with small_towers(encoder):
+        stored = {marker: torch.zeros(shape) for marker, shape in encoder.markers.items()}
+        values, marks = {}, {}
+        for weight, tensor in random_weights(encoder).items():
+            stored[weight] = values[weight] = tensor.float()
+            size = next((size for size in (256, 64, 16) if tensor.shape[-1] % size == 0), 0)
+            if tensor.ndim == 2 and size and "visual" not in weight and (
+                    "mlp." in weight or "attn." in weight or ".layer." in weight) and (
+                    "relative" not in weight):
+                parts, marks[weight], values[weight] = q8_cr(tensor.float(), size)
+                stored |= named(weight.removesuffix(".weight"), parts)
+        extra = {key: value for key, value in encoder.extra.items() if value.dtype in TYPES}
+        path = write(tmp_path / "model.gguf", stored | extra, marks)
+        packed = load_text_encoder([path], encoder.clip_type, model_options=encoder.model_options)
+        layers = [module for module in text_model(packed).transformer.modules()
+                  if isinstance(module, PackedLayer) and is_packed(module.weight)]
+        assert len(layers) >= len(marks) >= 10
+        expected = hidden_states(host_clip(encoder, values))
+        assert relative_error(hidden_states(packed), expected) < 1e-4
 
 
 GOOD, MARK, _ = q8_cr(torch.ones(8, 256))
