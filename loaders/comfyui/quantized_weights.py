@@ -93,7 +93,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     Args:
         file: the file of the state dict.
         state_dict: of `read_marked`; it is not changed.
-        prefix: of the names of the model; other weights stay as they are, but for kernels.
+        prefix: of the names of the model; of other weights only kernels and banks are joined.
         formats: names of those whose layers become packed tensors; others stay in parts for the
             host. None: all become packed tensors or the host's own.
 
@@ -107,7 +107,8 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     layer_class = _layer_class()
     for layer, names in _parts_of_layers(state_dict).items():
         codes = state_dict.get(f"{layer}.weight")
-        if codes is None or not (layer.startswith(prefix) or codes.ndim > 2):
+        is_inside = layer.startswith(prefix)
+        if codes is None or not (is_inside or _is_kernel_or_bank(state_dict, layer)):
             continue
         parts = {name: state_dict[name] for name in names}
         bias = state_dict.get(f"{layer}.bias")
@@ -125,7 +126,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                 weight, bias = _packed(layer, parts, bias, READERS)
                 if weight is None:
                     raise _kernel_error(settings)
-            elif codes.ndim in (2, 4) and layer.startswith(prefix):  # 4: in tiles
+            elif codes.ndim in (2, 4):  # 4: in tiles
                 weight, bias = _packed(layer, parts, bias, READERS if formats is None else formats)
                 if weight is None and formats is None:
                     weight = _host_weight(layer_class, layer, parts)
@@ -138,6 +139,16 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             if bias is not None:
                 out[f"{layer}.bias"] = bias
     return out
+
+
+def _is_kernel_or_bank(state_dict: Mapping[str, torch.Tensor], layer: str) -> bool:
+    """Returns whether a layer, whose mark may be damaged, is a convolution or a bank of experts."""
+    try:
+        settings = _read_settings(state_dict[f"{layer}{MARK}"])
+    except UnreadFormatError:
+        return False
+    codes = state_dict[f"{layer}.weight"]
+    return is_bank(settings, codes) or is_kernel(settings, codes)
 
 
 @functools.cache

@@ -189,3 +189,11 @@ def test_columns_of_a_group_of_six_bits_follow_from_the_sizes(group, tmp_path):
     file = open_weights(saved(tmp_path / "other.safetensors", parts))
     with pytest.raises(WeightFileError, match="bits a value"):
         as_tensors(file, read_marked(file))
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_banks_of_other_parts_of_a_checkpoint_are_read_too(is_flat, tmp_path):
+    parts, values = write_bank("int8_tensorwise", (3, 8, 256), is_flat)
+    file = open_weights(saved(tmp_path / "model.safetensors", parts))
+    weight, = as_tensors(file, read_marked(file), "model.", ()).values()
+    assert torch.equal(weight.dequantize(), values)
