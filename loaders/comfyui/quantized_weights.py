@@ -13,6 +13,7 @@ A layer `L` has several tensors in the file and becomes one tensor, `L.weight`:
 the layers of its `mixed_precision_ops`. So a newer host adds its formats here too, and a format
 that neither reads is reported before the host fails on it.
 """
+import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ from ..out_of_memory import is_out_of_memory
 from ..quantizers.comfyui import (
     DOWN,
     FP8,
+    GET_OTHER_CONVERSION,
     GROUP_SCALE,
     OTHER_MARK,
     READERS,
@@ -47,11 +49,13 @@ from ..quantizers.comfyui import (
     UP,
     PartError,
     format_of,
+    is_kernel,
     layer_parts,
     pack_parts,
     row_type_of,
     shifted_bias,
 )
+from ..quantizers.comfyui_banks import is_bank, pack_bank
 from ..quantizers.comfyui_marks import (
     MARK,
     OLD_MARKER,
@@ -66,7 +70,7 @@ from ..quantizers.comfyui_marks import (
 # formats with two codes in a byte; their layout does not know the shape of the weight
 HALF_STORED = ("convrot_w4a4",)
 # format -> the first version of ComfyUI that reads it
-READ_BY = {"asym_w4a8_int8": "0.33"}
+READ_BY = {"asym_w4a8_int8": "0.33", "w6a8_int8": "0.38"}
 # whose names do not begin with "weight"
 OTHER_PARTS = (MARK[1:], "input_scale", SMOOTHING, SMOOTH, DOWN, UP)
 OLD_INPUT_SCALE = ".scale_input"
@@ -82,12 +86,14 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                formats: Container[str] | None = None) -> dict[str, torch.Tensor]:
     """Joins the parts of each quantised weight into one tensor, without copying the codes.
 
-    The parts of stacked experts stay apart: only the host's layer for experts reads them.
+    Kernels of convolutions, which the host has no layers for, and banks of experts, whose rotation
+    some of its versions overlook, always become packed tensors. The parts of a bank in a format
+    that is not read here stay apart: only the host's layer for experts reads them.
 
     Args:
         file: the file of the state dict.
         state_dict: of `read_marked`; it is not changed.
-        prefix: of the names of the model; other weights stay as they are.
+        prefix: of the names of the model; of other weights only kernels and banks are joined.
         formats: names of those whose layers become packed tensors; others stay in parts for the
             host. None: all become packed tensors or the host's own.
 
@@ -101,27 +107,85 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
     layer_class = _layer_class()
     for layer, names in _parts_of_layers(state_dict).items():
         codes = state_dict.get(f"{layer}.weight")
-        if not layer.startswith(prefix):
+        is_inside = layer.startswith(prefix)
+        if codes is None or not (is_inside or _is_kernel_or_bank(state_dict, layer)):
             continue
-        if codes is not None and (codes.ndim < 2 or not codes.numel()):
-            raise _unread_layer_error(file, layer, UnreadFormatError(
-                f"it is {describe(codes)}, expected rows of codes"))
-        if codes is not None and codes.ndim in (2, 4):  # 4: in tiles
-            parts = {name: state_dict[name] for name in names}
-            bias = state_dict.get(f"{layer}.bias")
-            try:
+        parts = {name: state_dict[name] for name in names}
+        bias = state_dict.get(f"{layer}.bias")
+        try:
+            if codes.ndim < 2 or not codes.numel():
+                raise UnreadFormatError(f"it is {describe(codes)}, expected rows of codes")
+            settings = _read_settings(parts[f"{layer}{MARK}"])
+            weight = None
+            if is_bank(settings, codes):
+                weight = _packed_bank(layer, settings, parts)
+                if weight is None and codes.ndim == 2 and not host_reads_flat_banks():
+                    raise UnreadFormatError(
+                        f"a flat bank of experts in {safe_repr(format_of(settings))}", UPDATE)
+            elif is_kernel(settings, codes):
+                weight, bias = _packed(layer, parts, bias, READERS)
+                if weight is None:
+                    raise _kernel_error(settings)
+            elif codes.ndim in (2, 4):  # 4: in tiles
                 weight, bias = _packed(layer, parts, bias, READERS if formats is None else formats)
                 if weight is None and formats is None:
                     weight = _host_weight(layer_class, layer, parts)
-            except UnreadFormatError as error:
-                raise _unread_layer_error(file, layer, error) from error
-            if weight is not None:
-                for name in names:
-                    del out[name]
-                out[f"{layer}.weight"] = weight
-                if bias is not None:
-                    out[f"{layer}.bias"] = bias
+        except UnreadFormatError as error:
+            raise _unread_layer_error(file, layer, error) from error
+        if weight is not None:
+            for name in names:
+                del out[name]
+            out[f"{layer}.weight"] = weight
+            if bias is not None:
+                out[f"{layer}.bias"] = bias
     return out
+
+
+def _is_kernel_or_bank(state_dict: Mapping[str, torch.Tensor], layer: str) -> bool:
+    """Returns whether a layer, whose mark may be damaged, is a convolution or a bank of experts."""
+    try:
+        settings = _read_settings(state_dict[f"{layer}{MARK}"])
+    except UnreadFormatError:
+        return False
+    codes = state_dict[f"{layer}.weight"]
+    return is_bank(settings, codes) or is_kernel(settings, codes)
+
+
+@functools.cache
+def host_reads_flat_banks() -> bool:
+    """Returns whether the host's layer for experts reads codes of all experts in one matrix."""
+    experts, rows, columns = 2, 16, 32
+    codes = torch.arange(experts * rows * columns).view(-1, columns).char()
+    mark = mark_of({"format": "int8_tensorwise", "num_experts": experts})
+    try:
+        bank = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).MoEExperts(
+            experts, columns, rows, bias=False)
+        bank.load_state_dict(
+            {"weight": codes, "weight_scale": torch.ones(experts * rows, 1), "comfy_quant": mark})
+        return torch.equal(bank.expert_weight(1).dequantize(), codes[rows:].float())
+    except Exception:  # what it raises is its own affair
+        return False
+
+
+def _kernel_error(settings: Mapping[str, Any]) -> UnreadFormatError:
+    """Returns the error of a kernel of a convolution, which the host has no layer for."""
+    return UnreadFormatError(
+        f"it is the kernel of a convolution in {safe_repr(format_of(settings))}, which ComfyUI does"
+        " not read", GET_OTHER_CONVERSION)
+
+
+def _packed_bank(layer: str, settings: Mapping[str, Any],
+                 parts: Mapping[str, torch.Tensor]) -> PackedTensor | None:
+    """Returns a packed tensor of a bank of experts, None for a format that is not read here.
+
+    Raises:
+        UnreadFormatError: if a part is wrong.
+    """
+    try:
+        return pack_bank(
+            settings, {name.removeprefix(f"{layer}."): part for name, part in parts.items()})
+    except PartError as error:
+        raise UnreadFormatError(f"{format_of(settings)}: {error}", error.advice) from error
 
 
 def in_parts(state_dict: Mapping[str, torch.Tensor],
@@ -338,13 +402,20 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         wide = next((name for name, part in tensors.items() if part.dtype == torch.float64), None)
         if wide is not None:
             return layer, UnreadFormatError(f"{safe_repr(wide)} is float64")
-        mark = _mended_mark(tensors[f"{layer}{MARK}"], weight)
-        if mark is not tensors[f"{layer}{MARK}"]:
+        mark = tensors[f"{layer}{MARK}"]
+        if _mended_mark(mark, weight) is not mark:
             return layer, UnreadFormatError("its comfy_quant does not say what its weight is")
         if weight.ndim < 2 or not weight.numel():
             return layer, UnreadFormatError(f"it is {describe(weight)}, expected rows of codes")
         try:
-            if weight.ndim == 2:
+            settings_of_layer = _read_settings(mark)
+            if is_bank(settings_of_layer, weight):
+                if _packed_bank(layer, settings_of_layer, tensors) is not None:
+                    return layer, UnreadFormatError("it is a bank of experts")
+                _layer_settings(layer, tensors)
+            elif is_kernel(settings_of_layer, weight):
+                return layer, _kernel_error(settings_of_layer)
+            elif weight.ndim == 2:
                 _host_weight(layer_class, layer, tensors)
             else:
                 _layer_settings(layer, tensors)

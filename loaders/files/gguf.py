@@ -16,8 +16,10 @@ from ...ops import formats  # noqa: F401  registers the packed formats
 from ...ops.formats.base import FORMATS, GGML_FORMATS, Format
 from ..quantizers import leftover_scales, scaled_weights
 from ..quantizers.base import join_weights
+from ..quantizers.comfyui_marks import marked_layers
 from .container import PLAIN_DTYPES, Entry, ProgressIter, WeightFile, WeightFileError, safe_repr
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
+from .gguf_marks import marks_as_metadata
 from .gguf_split import split_headers
 
 PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
@@ -36,7 +38,8 @@ class GGUFFile(WeightFile):
     """A GGUF model in one file, or split (`name-00001-of-00003.gguf`, opened by any of its files).
 
     Logical shapes are the stored ones reversed, or `comfy.gguf.orig_shape.<name>` if the metadata
-    has it. If several files have the same metadata key, the first file's value is used.
+    has it. If several files have the same metadata key, the first file's value is used. Marks of
+    ComfyUI's own formats (`gguf_marks`) are in the metadata as in safetensors.
 
     Raises:
         WeightFileError: a file is damaged, incomplete or in a type that is not supported.
@@ -65,11 +68,23 @@ class GGUFFile(WeightFile):
                 entries[entry.name] = entry
         paths = [header.path for header in headers]
         buffers = [header.buffer for header in headers]
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        marks = marks_as_metadata(path.name, metadata, shapes)
+        if marks:
+            metadata = ChainMap(marks, *metadata.maps)  # pyright: ignore[reportArgumentType]
         super().__init__(path, paths, buffers, metadata, entries)
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
-        """Returns `WeightFile.state_dict`, with the scales that stand beside weights taken in."""
+        """Returns `WeightFile.state_dict`, with the scales that stand beside weights taken in.
+
+        Weights that are marked as ComfyUI's stay in parts, with scales in float32, which its own
+        layers take.
+        """
         tensors = super().state_dict(track)
+        for layer in marked_layers(self.metadata, tensors):
+            scale = tensors.get(f"{layer}.weight_scale")
+            if scale is not None and scale.dtype == torch.float16:
+                tensors[f"{layer}.weight_scale"] = scale.float()
         join_weights((scaled_weights.QUANTIZER, leftover_scales.QUANTIZER), self, tensors)
         return tensors
 

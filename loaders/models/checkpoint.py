@@ -266,7 +266,8 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
     if any(map(is_packed, encoder_weights.values())):
         encoder_options["custom_operations"] = operations_for(encoder_weights, full_precision=True)
     model_options["custom_operations"] = operations_for(
-        [name for name in state_dict if name.startswith(prefix)], compute=compute)
+        {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)},
+        compute=compute)
     is_vae_packed = any(is_packed(tensor) for name, tensor in state_dict.items()
                         if name.startswith(VAE_PREFIXES))
 

@@ -180,7 +180,7 @@ def read_weights(
                 file.note(f"{file.path.name} has diffusers' names: this pack computes its quantised"
                           " layers, exactly, not ComfyUI.")
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict))
-        elif formats:
+        else:
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)
         reject_unread_layers(file, state_dict)
         return to_comfy_keys(state_dict), None

@@ -209,8 +209,7 @@ class _Encoder:
         self.file = file = open_weights(path)
         weights, self.metadata = read_marked(file, progress.track), file.metadata
         if not pack_to:
-            if formats:
-                weights = as_tensors(file, weights, formats=formats)
+            weights = as_tensors(file, weights, formats=formats)
             reject_unread_layers(file, weights)
         self.weights = _unwrap_encoder(weights)
         if self.path.is_dir():

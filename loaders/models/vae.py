@@ -25,7 +25,12 @@ from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import UNKNOWN_ERRORS, explain_shape_errors
 from ..comfyui.packed_patcher import guard_of
-from ..comfyui.quantized_weights import host_metadata, read_marked, reject_unread_layers
+from ..comfyui.quantized_weights import (
+    as_tensors,
+    host_metadata,
+    read_marked,
+    reject_unread_layers,
+)
 from ..comfyui.weight_keys import unmerge_kernels
 from ..files.container import FileChangeGuard, WeightFileError, safe_repr
 from ..files.open_weights import open_weights
@@ -119,7 +124,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
     """
     if needs_own_reader(path):
         file = open_weights(path)
-        weights = read_marked(file)
+        weights = as_tensors(file, read_marked(file), formats=())
         reject_unread_layers(file, weights)
         metadata, notes = host_metadata(file), file.notes
     else:

@@ -11,6 +11,7 @@ convert_to_quant.
 """
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,7 @@ from ...ops.tensor.packed_layout import (
     packed_tensors,
     with_input_shift,
     with_low_rank,
+    with_taps_first,
 )
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import describe
@@ -64,6 +66,8 @@ IGNORED = ("comfy_quant", "input_scale", "weight_scalar")
 HALVES = (torch.bfloat16, torch.float16)
 FP8 = {torch.float8_e4m3fn: F8_E4M3, torch.float8_e5m2: F8_E5M2}
 OTHER_MARK = "Its comfy_quant names a format that its weights are not in: get another conversion."
+GET_OTHER_CONVERSION = "Get another conversion."
+LEAST_OF_EXPERTS = 32  # bytes of a row of experts; the kernel of a convolution has fewer
 MAX_ROTATION = 4096  # columns; a rotation takes memory of their square
 ROTATION = 256  # columns, where the settings name no other number
 LEVEL_GROUP = 16  # columns, likewise
@@ -94,6 +98,8 @@ _OF_LOW_RANK = {
     UP: Part("(N, R) or (N / 128, R, 128)", (*HALVES, torch.float32), "low rank",
              (f"weight_{UP}",))}
 TILED = "svdquant_w4a4 in tiles"
+# formats of kernels of convolutions
+OF_KERNELS = ("int8_tensorwise", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise")
 # format, the last one of codes in tiles -> what the parts of a weight must be
 PARTS: dict[str, dict[str, Part]] = {
     **{name: {"weight": FP8_CODES, SCALE: OF_ROWS, **OTHER_SCALE}
@@ -113,6 +119,12 @@ PARTS: dict[str, dict[str, Part]] = {
     TILED: {"weight": Part("(N / 128, K / 64, 32, 128)", BYTES.dtypes, advice=OTHER_MARK),
             SCALE: Part("(N / 128, K / 64, 128)", HALVES), **_OF_LOW_RANK},
 }
+
+
+# format -> what the parts of a kernel must be
+KERNEL_PARTS = {
+    name: PARTS[name] | {"weight": replace(PARTS[name]["weight"], shape="(N, C, T...)")}
+    for name in OF_KERNELS}
 
 
 def find(names: Collection[str], metadata: Mapping[str, Any],
@@ -138,8 +150,8 @@ def pack_parts(settings: Mapping[str, Any],
         parts: the last parts of their names -> the layer's tensors.
 
     Returns:
-        A packed tensor of (N, K), padded as in the file; None for a format, or with a part, that is
-        not read here.
+        A packed tensor of (N, K), padded as in the file, or of (N, C, ...), the kernel of a
+        convolution; None for a format, or with a part, that is not read here.
 
     Raises:
         PartError: the parts do not belong together.
@@ -147,12 +159,49 @@ def pack_parts(settings: Mapping[str, Any],
     read = READERS.get(format_of(settings))
     if read is None:
         return None
+    if is_kernel(settings, parts["weight"]):
+        return _kernel(settings, parts)
     expected, parts = _layout(settings, parts)
     smoothing = parts.pop(SMOOTHING, None)
     if set(parts) - set(expected):
         return None
     packed = read(settings, parts, bind_sizes(parts, expected))
     return packed if packed is None or smoothing is None else smooth(packed, smoothing)
+
+
+def is_kernel(settings: Mapping[str, Any], codes: torch.Tensor) -> bool:
+    """Returns whether a weight is the kernel of a convolution.
+
+    Others of more than two dimensions are codes in tiles, and those of banks of experts (E, N, W).
+    """
+    is_bank = codes.ndim == 3 and codes.shape[2] >= LEAST_OF_EXPERTS
+    return codes.ndim > 2 and not is_bank and format_of(settings) != "svdquant_w4a4"
+
+
+def _kernel(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> PackedTensor:
+    """Reads the kernel of a convolution, (N, C, ...), with a scale for each row, or one.
+
+    Where it is rotated, groups of the input channels C are, at each position of the kernel. Source:
+    ussoewwin/ComfyUI-HSWQ-Loader-and-Tools `native_convert_int8.py`.
+    """
+    name = format_of(settings)
+    if name not in OF_KERNELS:
+        raise PartError(f"it is {describe(parts['weight'])}, the kernel of a convolution, expected"
+                        f" one of {', '.join(OF_KERNELS)}", GET_OTHER_CONVERSION)
+    parts = {part: tensor for part, tensor in parts.items() if part not in IGNORED}
+    sizes = bind_sizes(parts, KERNEL_PARTS[name])
+    codes, scale = parts["weight"], _row_scales(parts, SCALE)
+    if name != "int8_tensorwise":
+        family = FP8.get(codes.dtype, F8_E5M2 if name == "float8_e5m2" else F8_E4M3)
+        return packed_rows(family, codes, codes.shape, scale=scale)
+    if not _setting(settings, "convrot", False):
+        return packed_rows(INT8_ROWS, codes, codes.shape, scale=scale)
+    rotation = _rotation(settings, sizes["C"])
+    if sizes["T"] == 1:
+        return packed_rows(INT8_CONVROT, codes, codes.shape, (rotation,), scale=scale)
+    taps = codes.flatten(2).transpose(1, 2)
+    packed = packed_rows(INT8_CONVROT, taps, taps.shape, (rotation,), scale=scale)
+    return with_taps_first(packed, codes.shape)
 
 
 def _layout(settings: Mapping[str, Any],
@@ -175,7 +224,7 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
     columns = packed.shape[1]
     family = SMOOTHED.get(packed_format.family)
     missing = columns - factors.numel()  # of the columns that fill a row up
-    if family is None or not 0 <= missing < packed_format.padding:
+    if family is None or packed.ndim > 2 or not 0 <= missing < packed_format.padding:
         raise PartError(f"its {SMOOTHING} is {describe(factors)}")
     factors = torch.nn.functional.pad(factors.float().flatten(), (0, missing), value=1)
     data, *sides = [*packed_tensors(packed), factors]
@@ -210,9 +259,11 @@ def _rotation(settings: Mapping, columns: int) -> int:
 def _levels(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor | None:
     """Reads asym_w4a8_int8; None where the scales are no bytes."""
     scale, stored = parts[GROUP_SCALE], sizes["W"] * 8
-    level_group = _size(settings, "group_size", LEVEL_GROUP)
+    is_of_six = format_of(settings) == "w6a8_int8"
+    group = stored // 6 // max(1, sizes["G"]) if is_of_six else LEVEL_GROUP
+    level_group = _size(settings, "group_size", group)
     columns = sizes["G"] * level_group
-    if level_group < 1 or stored / columns not in (4, 6):
+    if level_group < 1 or stored / columns not in ((6,) if is_of_six else (4, 6)):
         raise PartError(f"it has {stored / max(1, columns):g} bits a value")
     if scale.itemsize != 1:
         return None
@@ -371,7 +422,7 @@ Settings = dict[str, Any]
 
 def row_type_of(weight: torch.Tensor) -> str | None:
     """Returns the key of ROW_TYPES whose files can hold a weight bit for bit, None for none."""
-    packed_format: Any = weight.params.format if is_packed(weight) else None
+    packed_format: Any = weight.params.format if is_packed(weight) and weight.ndim == 2 else None
     name = ROW_TYPE_OF.get(getattr(packed_format, "family", ""))
     if name not in ("float8_e4m3fn", "nvfp4") or not is_packed(weight):
         return name

@@ -35,8 +35,8 @@ from .base import HeaderOf, Layer, Quantizer, scaled_layers, without_marked
 from .comfyui import FP8, SMOOTHING, smooth
 from .comfyui_marks import OLD_SCALE, marked_layers
 from .integers import (
+    CODES_OF_ROWS,
     E8M0,
-    FAMILY_OF_BYTES,
     SCALES_OF_ROWS,
     nvfp4_parts,
     pack_nvfp4,
@@ -53,7 +53,7 @@ BESIDE = {name: Part("", optional=name)
           for name in ("input_scale", "activation_scale", "scale_input", SMOOTHING)}
 BESIDE |= {DOWN: Part("(T, K)", FACTORS, "low rank"), UP: Part("(N, T)", FACTORS, "low rank")}
 PARTS = {
-    "rows": {"weight": Part("(N, K)", tuple(FAMILY_OF_BYTES)), SCALE: OF_ROWS, **BESIDE},
+    "rows": {"weight": CODES_OF_ROWS, SCALE: OF_ROWS, **BESIDE},  # of a convolution too
     "blocks": {"weight": Part("(N, K)", tuple(FP8)), OF_BLOCKS: Part("1 or (R, C)", FLOATS),
                **BESIDE},
     "mxfp8": {"weight": Part("(N, K)", (torch.float8_e4m3fn,)), SCALE: Part("(N, K / 32)", E8M0),

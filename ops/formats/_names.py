@@ -5,6 +5,7 @@ from . import bnb_4bit, column_groups
 from .base import FORMATS, GGML_FORMATS, Format
 from .low_rank_and_joined import FACTOR_DTYPES, AddedLowRank, Joined, Scaled
 from .row_layout import FAMILIES
+from .taps_first import TapsFirst
 
 NUMBERED = re.compile(r"(\w+?)((?:_\d+)+)")  # a name, and numbers of a format that is made of it
 
@@ -24,6 +25,8 @@ def format_named(name: str) -> Format:
     if match := re.fullmatch(r"SCALED(C?)_(\d+)_(.+)", name):
         mark, columns, base = match.groups()
         return Scaled.of(format_named(base), int(columns), bool(mark))
+    if match := re.fullmatch(r"TAPS_(\d+)_(.+)", name):
+        return TapsFirst.of(format_named(match[2]), int(match[1]))
     if match := re.fullmatch(r"JOINED_(ROWS|COLUMNS)_(.+)", name):
         pieces = [re.fullmatch(r"(\d+)x(\d+)x(.+)", piece) for piece in match[2].split("+")]
         parts = [(format_named(piece[3]), int(piece[1]), int(piece[2]))

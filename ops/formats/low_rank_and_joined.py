@@ -117,7 +117,7 @@ class AddedLowRank(Composite):
             dequantize_into(self.base, tensors[:1 + len(self.base.qparams)], values, row)
             values.addmm_(up[row:row + len(values)], down)
 
-        return _in_float(out.view(-1, self.block_length), first, dequantize, out)
+        return in_float(out.view(-1, self.block_length), first, dequantize, out)
 
 
 class Scaled(Composite):
@@ -162,10 +162,10 @@ class Scaled(Composite):
             if of_column:
                 values *= of_column[0]
 
-        return _in_float(out.view(-1, self.block_length), first, dequantize, out)
+        return in_float(out.view(-1, self.block_length), first, dequantize, out)
 
 
-def _in_float(rows: torch.Tensor, first: int, compute: Callable[[torch.Tensor, int], None],
+def in_float(rows: torch.Tensor, first: int, compute: Callable[[torch.Tensor, int], None],
               out: torch.Tensor) -> torch.Tensor:
     """Fills rows with values that are computed in float32, some rows at a time.
 

@@ -4,24 +4,27 @@ Those of `layers` hold packed weights. All other layers are the host's own.
 """
 import functools
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.ops
 
 from ..pickle_names import stable_pickle_name
+from ..tensor.packed_layout import is_packed
 from .comfyui_quantized import MixedEmbedding, MixedLinear
 from .fused_calls import keep_forward
 from .packed_layers import PACKED_LAYERS, MoEExperts, PackedLayer
 
+BUT_EXPERTS = "but experts"  # a value of `mixed`
 
-def packed_operations(mixed: bool = False, full_precision: bool = False,
+
+def packed_operations(mixed: bool | str = False, full_precision: bool = False,
                       compute: str = "exact") -> type:
     """Returns a class for the host's `custom_operations`, the same one for the same arguments.
 
     Args:
         mixed: the file also holds layers in the host's own quantised formats (`comfy_quant`), whose
-            products are the host's.
+            products are the host's; `BUT_EXPERTS`: no experts among them.
         full_precision: those layers do not quantise their inputs, as in the host's text encoders.
         compute: see `PackedLayer`.
     """
@@ -30,7 +33,7 @@ def packed_operations(mixed: bool = False, full_precision: bool = False,
 
 
 @functools.cache
-def _operations(mixed: bool, full_precision: bool, compute: str) -> type:
+def _operations(mixed: bool | str, full_precision: bool, compute: str) -> type:
     base: Any = comfy.ops.manual_cast
     layer_classes = list(PACKED_LAYERS)
     if mixed:
@@ -42,7 +45,8 @@ def _operations(mixed: bool, full_precision: bool, compute: str) -> type:
             type("Linear", (MixedLinear, base.Linear), {}),
             type("Embedding", (MixedEmbedding, base.Embedding), {}),
         )
-        layer_classes.remove(MoEExperts)  # such a file has its experts in the host's format too
+        if mixed != BUT_EXPERTS:  # such a file has its experts in the host's format too
+            layer_classes.remove(MoEExperts)
     arguments = mixed, full_precision, compute
     layers = {
         layer.__name__: type(layer.__name__, (layer,),
@@ -57,11 +61,14 @@ def operations_for(keys: Iterable[str], full_precision: bool = False,
     """Returns `packed_operations` for a state dict.
 
     Args:
-        keys: the state dict's keys.
+        keys: the state dict, or its keys.
         full_precision: see `packed_operations`.
         compute: see `PackedLayer`.
     """
     mixed = any(key.endswith(".comfy_quant") for key in keys)
+    if mixed and isinstance(keys, Mapping) and any(
+            is_packed(tensor) and tensor.ndim == 3 for tensor in keys.values()):
+        mixed = BUT_EXPERTS
     return packed_operations(mixed, full_precision, compute)
 
 

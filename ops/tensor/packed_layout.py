@@ -22,6 +22,7 @@ from ..formats.base import Format, FormatError
 from ..formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from ..formats.row_layout import RowFamily
 from ..formats.svdquant import ShiftedInput
+from ..formats.taps_first import TapsFirst
 from ..layers.low_rank import balancing_powers
 from ..pickle_names import stable_pickle_name
 from .packed_tensor import PackedTensor, relabel
@@ -161,6 +162,17 @@ def packed_rows(family: RowFamily, codes: torch.Tensor, shape: Iterable[int],
             (codes, torch.uint8),
             *((tensors[qparam.name], qparam.dtype) for qparam in packed_format.qparams)))
     return packed_tensor(packed_format, data, shape, torch.float32, *qparams)
+
+
+def with_taps_first(tensor: PackedTensor, shape: Sequence[int]) -> PackedTensor:
+    """Returns the packed kernel of a convolution from its taps; see `TapsFirst`.
+
+    Args:
+        tensor: (N, taps, C), whose blocks are rows.
+        shape: of the kernel, (N, C, ...), as many taps.
+    """
+    packed_format = TapsFirst.of(tensor.params.format, tensor.shape[1])
+    return packed_tensor(packed_format, tensor._qdata, shape, tensor.dtype, *tensor.params.qparams)
 
 
 def with_low_rank(tensor: PackedTensor, up: torch.Tensor, down: torch.Tensor,
