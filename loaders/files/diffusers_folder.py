@@ -15,6 +15,7 @@ from ..name_lists import join_some
 from ..quantizers.registry import METHODS
 from ..quantizers.unsupported_quantizers import GET_OTHER_FORMAT
 from .container import CONFIG_KEY, WeightFileError, display_name, map_file, safe_repr
+from .mlx_names import INDEX_NAME, common_name, is_of_mflux
 from .safetensors import SafetensorsFile
 
 # The folders of the models in a pipeline's folder.
@@ -23,6 +24,7 @@ ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_enc
 VAE_FOLDER = "vae"
 # The names that diffusers and transformers use; a file of another name must be the only one.
 DEFAULT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+MLX, MLX_KEY = "mlx", "quantization"  # the latter has what `CONFIG_KEY` has in folders of MLX
 SDNQ_CONFIG = "quantization_config.json"  # which SDNQ may write beside config.json
 # Nunchaku's first folders have the model in two files, without an index.
 NUNCHAKU_NAMES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
@@ -54,7 +56,7 @@ class ModelFolder(SafetensorsFile):
             ) from error
         super().__init__(folder, files)
         for name, file in index.items():
-            entry = self.entries.get(name)
+            entry = self.entries.get(common_name(name, self.metadata))
             if entry is None or self.paths[entry.part].name != file:
                 raise _error(
                     folder,
@@ -70,7 +72,7 @@ class ModelFolder(SafetensorsFile):
 
     @functools.cached_property
     def quantization(self) -> Mapping[str, Any]:
-        settings = self.config.get(CONFIG_KEY)
+        settings = self.config.get(CONFIG_KEY) or self.config.get(MLX_KEY)
         return settings if isinstance(settings, dict) else {}
 
 
@@ -118,6 +120,8 @@ def _read_json(folder: Path, name: str) -> dict:
 
 def _read_config(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
+        if is_folder_of_mflux(folder):
+            return {CONFIG_KEY: {"quant_method": MLX}}
         models = sorted(config.parent.name for config in folder.glob("*/config.json"))
         advice = (
             f"Pick one of the folders in it: {', '.join(models)}."
@@ -142,14 +146,24 @@ def _read_config(folder: Path) -> dict:
 
 
 def _quant_method(quantization: Any) -> Any:
-    """Returns the quantiser that a `quantization_config` names; older bitsandbytes name none."""
+    """Returns the quantiser that a `quantization_config` names; MLX and older bitsandbytes name none."""
     if not isinstance(quantization, dict):
         return quantization
     for key in ("quant_method", "method"):  # Nunchaku's own files have the latter
         if key in quantization:
             return quantization[key]
+    if "group_size" in quantization and "bits" in quantization:
+        return MLX
     is_bitsandbytes = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     return "bitsandbytes" if is_bitsandbytes else quantization
+
+
+def is_folder_of_mflux(folder: Path) -> bool:
+    """Returns whether a folder has an index of mflux's, which saves no `config.json`."""
+    if not (folder / INDEX_NAME).is_file():
+        return False
+    metadata = _read_json(folder, INDEX_NAME).get("metadata")
+    return isinstance(metadata, dict) and is_of_mflux(metadata)
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:

@@ -33,6 +33,7 @@ from .container import (
     map_file,
     safe_repr,
 )
+from .mlx_names import channels_first, with_common_names
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_EMPTY = 1 << 20  # product of the other sizes of a tensor of which one size is 0
@@ -75,6 +76,7 @@ class SafetensorsFile(WeightFile):
         for part, part_path in enumerate(paths):
             buffers.append(map_file(part_path))
             part_entries, part_metadata = _read_header(part_path, buffers[-1], part, self.dtypes)
+            part_entries = with_common_names(part_entries, part_metadata)
             duplicate = next((name for name in part_entries if name in entries), None)
             if duplicate is not None:
                 other = paths[entries[duplicate].part]
@@ -117,6 +119,7 @@ class SafetensorsFile(WeightFile):
             WeightFileError: the file changed meanwhile, or its quantiser is not supported.
         """
         tensors = super().state_dict()
+        channels_first(tensors, self.metadata)
         join_quantized_weights(self, tensors, track)
         return tensors
 

@@ -13,7 +13,7 @@ import folder_paths
 
 from ...ops.bounded_json import read_json
 from ..files.container import WeightFileError, display_name, map_file, safe_repr
-from ..files.diffusers_folder import file_inside
+from ..files.diffusers_folder import file_inside, is_folder_of_mflux
 from .workflow_paths import is_inside, is_unsafe_name, use_slashes
 
 # Folder keys that other packs and shared workflows use -> the host's key that each one extends by
@@ -33,6 +33,7 @@ IMATRIX_SUFFIXES = (".imatrix.gguf", ".imatrix.dat")  # of the imatrices next to
 
 # diffusers' classes of diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
 # UNet2DConditionModel ...
+MFLUX_CLASSES = "Transformer2DModel", "TextEncoderModel"  # of a diffusion model, an encoder
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
 CONTROLNET = re.compile("ControlNet")  # ControlNetModel, FluxControlNetModel ...
 MODEL_PATCH = re.compile("Control")  # ZImageControlNetModel, ZImageControlTransformer2DModel ...
@@ -120,9 +121,11 @@ def list_pipeline_folders(*keys: str) -> list[str]:
 def _class_in(folder: str | None) -> str:
     """Returns the class of diffusers or transformers that was saved into a folder, or ""."""
     try:
+        if is_folder_of_mflux(Path(folder or "")):
+            return MFLUX_CLASSES["encoder" in os.path.basename(folder or "")]
         config = read_json(bytes(map_file(file_inside(Path(folder or ""), "config.json"))))
         return str(config.get("_class_name") or config["architectures"][0])
-    except (OSError, ValueError, AttributeError, LookupError, TypeError):
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):  # WeightFileError too
         return ""
 
 

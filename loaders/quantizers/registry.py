@@ -12,6 +12,7 @@ from . import (
     gptq,
     hqq,
     leftover_scales,
+    mlx,
     nunchaku,
     quanto,
     scaled_weights,
@@ -23,8 +24,8 @@ from .unsupported_quantizers import reject_unsupported_quantizers
 
 QUANTIZERS = (
     bitsandbytes.QUANTIZER, nunchaku.QUANTIZER, gptq.QUANTIZER, compressed_tensors.QUANTIZER,
-    quanto.QUANTIZER, hqq.QUANTIZER, torchao.QUANTIZER, scaled_weights.QUANTIZER, sdnq.QUANTIZER,
-    leftover_scales.QUANTIZER, comfyui.QUANTIZER,
+    mlx.QUANTIZER, quanto.QUANTIZER, hqq.QUANTIZER, torchao.QUANTIZER,
+    scaled_weights.QUANTIZER, sdnq.QUANTIZER, leftover_scales.QUANTIZER, comfyui.QUANTIZER,
 )
 # `quant_method` of a config -> who quantised by it, for people
 METHODS = {method: who for quantizer in QUANTIZERS for method, who in quantizer.methods.items()}

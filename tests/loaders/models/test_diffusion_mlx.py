@@ -1,0 +1,55 @@
+"""Diffusion models that mflux saved, beside the host's dense models of the same values."""
+import json
+
+import pytest
+from families import FAMILIES, host_patcher, relative_error, run, shrunken_detection
+from mflux_models import NAMES, write_folder
+from patched_models import LIMIT, error_by_effect, lora_for, patched
+
+import folder_paths
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.inspect.contents import file_contents
+from featherweight.loaders.inspect.inspection import identify
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.paths.folders import list_model_folders
+from featherweight.ops.tensor.packed_layout import is_packed
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+@pytest.mark.parametrize(("name", "bits"), [
+    *((name, 4) for name in NAMES), ("flux-dev", 3), ("z-image", 5), ("qwen-image", 6),
+    ("krea2", 8)])
+def test_a_folder_of_mflux_computes_as_its_dense_values_with_a_lora(name, bits, tmp_path,
+                                                                    monkeypatch):
+    family = FAMILIES[name]
+    shrunken_detection(family, monkeypatch)
+    values = write_folder(name, tmp_path / "transformer", bits)
+    path = str(tmp_path / "transformer")
+    ours, dense = load_diffusion_model(path), host_patcher(values, family)
+    assert type(ours.model).__name__ == family.host_class.rpartition(".")[2]
+    assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= 10
+    plain = run(dense, family)
+    assert relative_error(run(ours, family), plain) < 1e-5
+    lora = lora_for({key: value for key, value in values.items() if key.endswith(".weight")})
+    changed = run(patched(dense, (lora, 0.7)), family)
+    assert error_by_effect(run(patched(ours, (lora, 0.7)), family), changed, plain) < LIMIT
+    inspection = identify(file_contents(path))
+    assert inspection.quantizer == "MLX" and f"MLX int{bits}" in inspection.types
+
+
+def test_a_folder_of_mflux_is_listed(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models",
+                        ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    (tmp_path / "schnell-4bit").mkdir()
+    write_folder("flux-dev", tmp_path / "schnell-4bit" / "transformer")
+    assert list_model_folders("diffusion_models") == ["schnell-4bit/transformer"]
+
+
+def test_a_folder_of_numbered_files_without_mfluxs_index_is_a_sentence(tmp_path):
+    write_folder("flux-dev", tmp_path / "transformer")
+    index = tmp_path / "transformer" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    with pytest.raises(WeightFileError, match=r"without the config\.json of a model"):
+        load_diffusion_model(str(tmp_path / "transformer"))
