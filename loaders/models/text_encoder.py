@@ -1,7 +1,7 @@
 """Loads text encoders from weight files and folders as the host's own CLIP, with packed weights."""
+import collections
 import contextlib
 import difflib
-import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -128,7 +128,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         # The host looks for the tokenizer in the first file.
         weights.sort(key=lambda part: SENTENCEPIECE not in part)
     model_options["custom_operations"] = operations_for(
-        itertools.chain(*weights), full_precision=True, compute=compute)
+        collections.ChainMap(*weights), full_precision=True, compute=compute)
     with (
         dequantize_plain_parameters(),
         omit_missing_towers(paths),

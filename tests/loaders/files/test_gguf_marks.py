@@ -10,10 +10,15 @@ import pytest
 import torch
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, host_clip, random_weights, small_towers, text_model
-from families import relative_error
+from families import FAMILIES, host_patcher, relative_error
+from families import random_weights as family_weights
+from families import run as run_family
+from kernel_writer import write_kernel
 from patched_models import (
     LIMIT,
+    adapter,
     error_by_effect,
+    kohya,
     lora_for,
     packed_layers,
     patched,
@@ -79,9 +84,12 @@ WRITERS = {"Q8_CR": q8_cr, "Q8_CR of 64": lambda weight: q8_cr(weight, 64),
            "Q4_CR": q4_cr}
 
 
-def write(path, tensors, marks=None):
-    """marks: name of a weight -> settings or text in the metadata."""
+def write(path, tensors, marks=None, original=None):
+    """marks: name of a weight -> settings or text in the metadata. original: -> its shape there."""
     writer = gguf_writer(path, "flux")
+    for name, shape in (original or {}).items():
+        writer.add_key_value(f"comfy.gguf.orig_shape.{name}", list(shape),
+                             gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.INT64)
     for name, mark in (marks or {}).items():
         writer.add_string(f"comfy.gguf.quant.{name}",
                           mark if isinstance(mark, str) else json.dumps(mark))
@@ -248,3 +256,48 @@ def test_other_weights_of_i8_with_scales_are_read_as_before(tmp_path):
     path = write(tmp_path / "a.gguf", {"L.weight": codes, "L.weight_scale": scale})
     weight, = open_weights(path).state_dict().values()
     assert torch.equal(weight.dequantize(), codes.float() * scale)
+
+
+@pytest.mark.parametrize("group", [0, 16])
+def test_a_kernel_of_five_dimensions_has_its_original_shape(group, tmp_path):
+    shape = (6, 32, 2, 3, 3)
+    parts, values = write_kernel(torch.randn(shape) * 0.02, group=group)
+    parts["comfy_quant"] = parts["comfy_quant"].view(torch.int8)
+    parts["weight_scale"] = parts["weight_scale"].flatten()
+    flat = parts | {"weight": parts["weight"].flatten(2)}
+    path = write(tmp_path / "a.gguf", named("L", flat), original={"L.weight": shape})
+    file = open_weights(path)
+    weight, = as_tensors(file, read_marked(file)).values()
+    assert is_packed(weight) and weight.shape == shape
+    assert (weight.dequantize() - values).abs().max() <= 1e-6 * values.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(6, 32, 2, 3), (1 << 62, 4), (-6, -576), (6, 0), (0,)])
+def test_an_original_shape_of_other_values_is_a_sentence(shape, tmp_path):
+    parts, _ = write_kernel(torch.randn(6, 32, 2, 3, 3))
+    flat = {"weight": parts["weight"].flatten(2)}
+    path = write(tmp_path / "model.gguf", named("L", flat), original={"L.weight": shape})
+    with pytest.raises(WeightFileError, match="^model.gguf: the metadata gives tensor 'L.weight'"):
+        open_weights(path)
+
+
+@pytest.mark.usefixtures("small_models")
+@pytest.mark.parametrize("kind", ["lora", "locon", "loha"])
+def test_loras_on_kernels_of_an_original_shape_are_exact(kind, tmp_path):
+    family = FAMILIES["sdxl"]
+    values = family_weights(family)
+    kernels = [name for name, value in values.items() if value.ndim == 4
+               and value.numel() % 256 == 0 and name.startswith("input_blocks")]
+    values = values | {name: values[name].half().float() for name in kernels}
+    stored = values | {name: values[name].half().view(-1, 256) for name in kernels}
+    path = write(tmp_path / "model.gguf", stored,
+                 original={name: tuple(values[name].shape) for name in kernels})
+    lora = {f"{kohya(name.removesuffix('.weight'))}.{suffix}": tensor
+            for seed, name in enumerate(kernels)
+            for suffix, tensor in adapter(kind, values[name], seed).items()}
+    ours, dense = load_diffusion_model(path), host_patcher(values, family)
+    without = run_family(dense, family)
+    assert len(kernels) > 3 and relative_error(run_family(ours, family), without) < 1e-5
+    expected = run_family(patched(dense, (lora, 0.7)), family)
+    actual = run_family(patched(ours, (lora, 0.7)), family)
+    assert error_by_effect(actual, expected, without) < LIMIT

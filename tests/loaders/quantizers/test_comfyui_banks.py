@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 from host_formats import asymmetric_parts, asymmetric_values, in_host_format
 from safetensors.torch import save_file
 
@@ -197,3 +198,14 @@ def test_banks_of_other_parts_of_a_checkpoint_are_read_too(is_flat, tmp_path):
     file = open_weights(saved(tmp_path / "model.safetensors", parts))
     weight, = as_tensors(file, read_marked(file), "model.", ()).values()
     assert torch.equal(weight.dequantize(), values)
+
+
+def test_six_bits_that_this_comfyui_does_not_read_name_the_one_that_does(tmp_path):
+    if "w6a8_int8" in QUANT_ALGOS:
+        pytest.skip("this ComfyUI reads it")
+    parts = asymmetric_parts(12, 512, bits=6) | {"comfy_quant": mark_of({"format": "w6a8_int8"})}
+    file = open_weights(saved(tmp_path / "model.safetensors", parts))
+    weights = as_tensors(file, read_marked(file), formats=())
+    with pytest.raises(WeightFileError, match=(
+            r"^model.safetensors: .*\('w6a8_int8', which needs ComfyUI 0.38 or `compute` at")):
+        reject_unread_layers(file, weights)
