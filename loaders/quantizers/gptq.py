@@ -105,8 +105,13 @@ def _has_planes(file: WeightFile, zeros: torch.Tensor, bits: int) -> bool:
     if bits not in PLANES:
         return False
     settings = file.quantization
+    version = settings.get("checkpoint_format", settings.get("format"))
+    is_known = "auto" in str(settings.get("quant_method")) or version in ("gptq", "gptq_v2")
+    if version == "gptq_p" or is_known or (settings and bits == 3):
+        return version == "gptq_p"
     if settings:
-        return "gptq_p" in str(settings.get("checkpoint_format", settings.get("format")))
+        raise PartError(f"its config does not say in which order its {bits} bits are;"
+                        f" {CONFIG_ADVICE}")
     return zeros.shape[1] % bits == 0 and bool((_split_planes(zeros, bits) == 1 << bits - 1).all())
 
 

@@ -20,6 +20,7 @@ compressed-tensors 0.20.0 `compressors/naive_quantized/base.py` and `compressors
 nvidia-modelopt 0.47.0 `torch/quantization/nn/modules/quant_linear.py` and
 `torch/export/unified_export_hf.py`.
 """
+import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -30,8 +31,9 @@ from ...ops.formats.comfyui import MXFP8, NVFP4_LOW
 from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
 from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import WeightFile
-from .base import HeaderOf, Layer, Quantizer, scaled_layers, without_marked
+from ..files.container import DOWNLOAD_AGAIN, WeightFile, safe_repr
+from ..name_lists import join_some
+from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers, without_marked
 from .comfyui import FP8, SMOOTHING, smooth
 from .comfyui_marks import OLD_SCALE, marked_layers
 from .integers import (
@@ -46,15 +48,18 @@ from .integers import (
 from .parts import FLOATS, Part, PartError
 
 SCALE, OF_BLOCKS, OF_TENSOR = "weight_scale", "weight_scale_inv", "weight_scale_2"
+# dtypes of the scales of blocks
+OF_SEVERAL = tuple(dtype for dtype in FLOATS if dtype.itemsize > 1 or dtype in E8M0)
 OF_ROWS = Part(SCALES_OF_ROWS.shape, FLOATS, other_names=(OLD_SCALE[1:],))
 DOWN, UP = "svdquant_lora_a", "svdquant_lora_b"
 FACTORS = tuple(FACTOR_DTYPES.values())
 BESIDE = {name: Part("", optional=name)
-          for name in ("input_scale", "activation_scale", "scale_input", SMOOTHING)}
+          for name in ("input_scale", "activation_scale", "scale_input")}
+BESIDE |= {SMOOTHING: Part("", FLOATS, optional=SMOOTHING)}
 BESIDE |= {DOWN: Part("(T, K)", FACTORS, "low rank"), UP: Part("(N, T)", FACTORS, "low rank")}
 PARTS = {
     "rows": {"weight": CODES_OF_ROWS, SCALE: OF_ROWS, **BESIDE},  # of a convolution too
-    "blocks": {"weight": Part("(N, K)", tuple(FP8)), OF_BLOCKS: Part("1 or (R, C)", FLOATS),
+    "blocks": {"weight": Part("(N, K)", tuple(FP8)), OF_BLOCKS: Part("1 or (R, C)", OF_SEVERAL),
                **BESIDE},
     "mxfp8": {"weight": Part("(N, K)", (torch.float8_e4m3fn,)), SCALE: Part("(N, K / 32)", E8M0),
               **BESIDE},
@@ -80,7 +85,8 @@ def layout(layer: Layer) -> str:
         return "blocks"
     is_fp8 = weight.dtype in FP8
     is_mxfp8 = is_fp8 and scale is not None and scale.dtype in E8M0 and scale.ndim == 2
-    if is_fp8 and scale is not None and not is_mxfp8 and _has_blocks(weight, scale):
+    if is_fp8 and scale is not None and not is_mxfp8 and (
+            _has_blocks(weight, scale) or _is_in_blocks(layer.file)):
         # what transformers stores under the other name
         layer.parts[OF_BLOCKS], layer.names[OF_BLOCKS] = layer.parts.pop(SCALE), layer.names.pop(
             SCALE)
@@ -101,6 +107,35 @@ def _has_blocks(weight: torch.Tensor, scale: torch.Tensor) -> bool:
     return weight.ndim == scale.ndim == 2 and scale.numel() not in (1, len(weight))
 
 
+def _is_in_blocks(file: WeightFile) -> bool:
+    """Returns whether the config says that all weights have scales of blocks."""
+    groups = settings_of_groups(file)
+    return bool(groups) and all(settings.get("strategy") == "block" for settings in groups)
+
+
+@contextlib.contextmanager
+def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[Read]:
+    """Gives `read`. Refuses fp8 without scales where a config says that weights have them, and
+    notes layers of SVDQuant without the factors that others have."""
+    factors: dict[bool, list[str]] = {False: [], True: []}
+
+    def read_and_note(layer: Layer) -> PackedTensor:
+        if DOWN in layer.parts:
+            factors[SMOOTHING in layer.parts].append(layer.name)
+        return read(layer)
+
+    yield read_and_note
+    marked = marked_layers(file.metadata, file.entries)
+    for name, tensor in tensors.items() if file.quantization else ():
+        if name.endswith(".weight") and tensor.dtype in FP8 and (
+                name.removesuffix(".weight") not in marked):
+            raise file.error_at(name, f"{safe_repr(name)} has no {SCALE}, as other layers have",
+                                DOWNLOAD_AGAIN)
+    if all(factors.values()):
+        file.note(f"{file.path.name}: there is no {SMOOTHING}, as other layers have, of"
+                  f" {join_some(map(safe_repr, factors[False]))}.")
+
+
 def read(layer: Layer) -> PackedTensor:
     """Returns the weight of a layer, packed, from its parts."""
     parts, weight = layer.parts, layer.parts["weight"]
@@ -108,7 +143,7 @@ def read(layer: Layer) -> PackedTensor:
         packed = pack_nvfp4(NVFP4_LOW, weight, parts[SCALE], parts[OF_TENSOR])
     elif layer.layout == "mxfp8":
         packed = packed_rows(MXFP8, weight, weight.shape, scale=parts[SCALE])
-    elif "R" in layer.sizes:
+    elif "R" in layer.sizes or (OF_BLOCKS in parts and parts[OF_BLOCKS].ndim == 2):
         packed = _fp8_in_blocks(layer, weight, parts[OF_BLOCKS])
     else:
         packed = pack_rows(weight, parts[SCALE if SCALE in parts else OF_BLOCKS])
@@ -134,7 +169,8 @@ def _fp8_in_blocks(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> P
 def _block_lengths(file: WeightFile, shape: torch.Size, scale: torch.Tensor) -> tuple[int, ...]:
     """Returns the rows and columns of a block: those of the config, or `BLOCK`, or what divides."""
     given = [file.quantization.get("weight_block_size")]
-    for settings in settings_of_groups(file):
+    groups = settings_of_groups(file)
+    for settings in groups:
         given += [settings.get("block_structure"), [1, settings.get("group_size")]]
     if len(scale) == shape[0] and shape[1] % scale.shape[1] == 0:
         given.append([1, shape[1] // scale.shape[1]])
@@ -143,6 +179,9 @@ def _block_lengths(file: WeightFile, shape: torch.Size, scale: torch.Tensor) -> 
                 type(length) is int and length > 0 and count == -(-size // length)
                 for length, size, count in zip(lengths, shape, scale.shape)):
             return tuple(lengths)
+    if given[0] or (groups and all(settings.get("block_structure") for settings in groups)):
+        raise PartError(f"it has scales of {tuple(scale.shape)} blocks for {tuple(shape)} values,"
+                        " expected blocks of the size that its config says")
     lengths = []
     for size, count in zip(shape, scale.shape):
         if count != -(-size // BLOCK) and size % count:
@@ -155,4 +194,4 @@ def _block_lengths(file: WeightFile, shape: torch.Size, scale: torch.Tensor) -> 
 QUANTIZER = Quantizer(
     name="transformers, ModelOpt, Black Forest Labs or the like",
     methods={"fp8": "transformers in fp8", "modelopt": "ModelOpt"}, find=find, layouts=PARTS,
-    layout=layout, read=read)
+    layout=layout, session=session)

@@ -47,7 +47,7 @@ INPUTS = 300_000  # bytes that two steps copy in addition to LoRAs
 RANK = 4
 LARGER = 1.1  # times the size that was chosen: the share for LoRAs is not full here
 HEADROOM = 384 << 20  # bytes that comfy-aimdo keeps free on a GPU of any size, see `unscaled`
-PAGES = 2  # of dynamic VRAM: of the model and of the ControlNet one each is not full
+PAGES = 3  # of dynamic VRAM: of the model, of its LoRAs and of the ControlNet one each is not full
 
 MODELS = {"flux": scaled_gpus.flux(), "wide flux": scaled_gpus.flux(512),
           "shallow flux": scaled_gpus.flux(depth=2, single=4), "sdxl": scaled_gpus.sdxl(),

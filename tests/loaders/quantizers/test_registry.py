@@ -17,7 +17,8 @@ COMFYUI = "ComfyUI's own formats"
 PACKED_BY = {
     **dict.fromkeys((*HOST_FORMATS, "text encoder", "ControlNet"), COMFYUI),
     **dict.fromkeys(("NF4", "int8"), "bitsandbytes"), **dict.fromkeys(("Q8_0", "Q4_K", "VAE"), ""),
-    "SDNQ": "SDNQ", "gptq": "GPTQ", "auto-round": "AutoRound", "awq": "AWQ",
+    "SDNQ": "SDNQ", "gptq": "GPTQ", "gptqmodel": "GPTQ", "modelopt": "ModelOpt",
+    "auto-round": "AutoRound", "awq": "AWQ",
     "compressed-tensors": "compressed-tensors", "quanto": "quanto", "torchao": "torchao",
 }
 

@@ -15,9 +15,10 @@ from patched_models import (
     run,
     tiny_flux,
 )
-from quantizer_writers import fp8_blocks
+from quantizer_writers import fp8_blocks, save_config, svdquant
 from safetensors.torch import save_file
 
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.loader_choice import needs_own_reader
@@ -134,6 +135,43 @@ def test_svdquant_computes_what_a_layer_of_modelopt_computes(rank, dtype, tmp_pa
     assert set(weights) == {"L.weight"}
     difference = (weights["L.weight"].dequantize() - expected).abs().max()
     assert difference <= 1e-6 * expected.abs().max()
+
+
+def folder(tmp_path, tensors, **settings):
+    save_config(tmp_path, **settings)
+    save_file(tensors, tmp_path / "model.safetensors")
+    return open_weights(str(tmp_path))
+
+
+def test_fp8_without_scales_is_refused_in_a_folder_whose_other_layers_have_them(tmp_path):
+    tensors = {f"{name}.weight": torch.ones(128, 128).to(FP8) for name in "LM"}
+    file = folder(tmp_path, tensors | {"L.weight_scale": torch.ones(128, 1)},
+                  quant_method="compressed-tensors")
+    with pytest.raises(WeightFileError, match="'M.weight' has no weight_scale, as other layers"):
+        file.state_dict()
+
+
+@pytest.mark.parametrize("settings", [
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "compressed-tensors", "config_groups": {"group_0": {
+        "weights": {"strategy": "block", "block_structure": [128, 128]}}}}])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (4, 2)])
+def test_scales_of_other_blocks_than_the_config_says_are_refused(settings, shape, tmp_path):
+    name = "weight_scale_inv" if settings["quant_method"] == "fp8" else "weight_scale"
+    file = folder(tmp_path, {"L.weight": torch.ones(256, 256).to(FP8),
+                             f"L.{name}": torch.ones(shape)}, **settings)
+    with pytest.raises(WeightFileError, match="expected blocks of the size that its config says"):
+        file.state_dict()
+
+
+def test_a_layer_of_svdquant_without_factors_that_others_have_is_noted(tmp_path):
+    tensors = {}
+    for layer, smoothed in (("L", True), ("M", False)):
+        parts, _ = svdquant(weight(96, 128), smoothed=smoothed)
+        tensors |= {f"{layer}.{name}": part.clone() for name, part in parts.items()}
+    file = folder(tmp_path, tensors, quant_method="modelopt")
+    file.state_dict()
+    assert [note for note in file.notes if "pre_quant_scale" in note and "'M'" in note]
 
 
 def test_other_tensors_of_such_names_are_left_alone(tmp_path):

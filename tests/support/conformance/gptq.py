@@ -7,12 +7,13 @@ from quantizer_writers import awq, bit_planes, gptq
 from .base import Written, damaged, each, grid, weight
 
 V1 = {"quant_method": "gptq", "bits": 4}
+NAMED = V1 | {"checkpoint_format": "gptq"}
 PLANES = {"quant_method": "gptq", "checkpoint_format": "gptq_p"}
 AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def of_gptq(rows=96, columns=128, seed=0, config=V1, has_groups=True, held=1.05, **options):
+def of_gptq(rows=96, columns=128, seed=0, config=NAMED, has_groups=True, held=1.05, **options):
     parts, values = gptq(weight(rows, columns, seed=seed), **options)
     if not has_groups:
         del parts["g_idx"]
@@ -26,7 +27,7 @@ def of_any_width(seed):
     group = rng.choice([32, 64, 128])
     columns = rng.choice([96, 192, 960, 32 * rng.randint(1, 32)])
     bits, symmetric = rng.choice(range(2, 9)), rng.random() < 0.5
-    return of_gptq(32, columns, seed, V1 | {"group_size": group}, rng.random() >= 0.7, None,
+    return of_gptq(32, columns, seed, NAMED | {"group_size": group}, rng.random() >= 0.7, None,
                    bits=bits, group=group, symmetric=symmetric)
 
 
@@ -129,6 +130,10 @@ BAD = damaged(
     "codes and columns alone": (lambda: Written(
         {"qweight": torch.zeros(2, 2, dtype=torch.int32), "g_idx": torch.arange(2)}), {},
         "it has no scales"),
+    "an unknown order of bits": (
+        lambda: of_planes(5, False, PLANES | {"checkpoint_format": "other"}), {},
+        "its config does not say in which order its 5 bits are; .*config"),
+    "no order of bits": (lambda: of_planes(7, True, V1), {}, "in which order its 7 bits are"),
     "words of no whole planes": (
         lambda: of_planes(6, False, PLANES), {
             "qweight": lambda words: words[:21], "g_idx": lambda groups: groups[:112]},

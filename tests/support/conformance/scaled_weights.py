@@ -114,6 +114,8 @@ BAD = {name: (lambda parts=parts: Written(parts), {}, message)
     "blocks under both names": (r"\(blocks\): it has weight_scale, expected only", {
         "weight": ones(128, 128, dtype=FP8), "weight_scale": ones(1, 1),
         "weight_scale_inv": ones(1, 1)}),
+    "blocks whose scales are bytes of floats": (r"it has weight_scale of float8_e4m3fn \(2, 2\)", {
+        "weight": ones(256, 256, dtype=FP8), "weight_scale": ones(2, 2, dtype=FP8)}),
     "blocks of integers": (r"it has weight_scale of int32 \(2, 2\), expected", {
         "weight": ones(256, 256, dtype=FP8), "weight_scale": ones(2, 2, dtype=torch.int32)}),
     "no blocks": (r"it has weight_scale of float32 \(0, 2\), expected", {
@@ -135,6 +137,8 @@ BAD = {name: (lambda parts=parts: Written(parts), {}, message)
     a_rank_of_none=({"svdquant_lora_a": torch.ones(0, 128)}, "it has svdquant_lora_a of"),
     a_low_rank_of_integers=({"svdquant_lora_a": torch.ones(8, 128).int()},
                             "it has svdquant_lora_a of int32"),
+    factors_that_are_integers=({"pre_quant_scale": torch.ones(128).int()},
+                               "it has pre_quant_scale of int32"),
     factors_of_other_columns=({"pre_quant_scale": torch.ones(64)}, "its pre_quant_scale is"),
 ) | damaged(
     lambda: Written({"weight": ones(128, 64, dtype=FP8), "weight_scale": ones(128)}),
