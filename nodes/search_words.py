@@ -21,6 +21,9 @@ FAMILIES = (
     "awq",
     "quanto",
     "torchao",
+    "hqq",
+    "mlx",
+    "mflux",
     "quantized",
     "quantised",
 )

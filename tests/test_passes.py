@@ -25,7 +25,7 @@ MOST = {
     # several codes in a byte, or one over two bytes, and zeros of groups
     "INT2_GROUPED": (9, 39), "UINT2_GROUPED": (12, 47), "INT3_GROUPED": (11, 42),
     "UINT3_GROUPED": (12, 50), "UINT8_GROUPED": (5, 28), "QUANTO_INT2": (11, 39),
-    "HQQ_INT2": (11, 39),
+    "HQQ_INT2": (11, 39), "MLX_INT2": (11, 39), "MLX_INT3": (12, 36),
     # columns that name their groups; levels that codes select; numbers and minima of the weight
     "INT2_GROUPED_ORDERED": (10, 39), "UINT2_GROUPED_ORDERED": (14, 55),
     "INT3_GROUPED_ORDERED": (12, 42), "UINT3_GROUPED_ORDERED": (14, 52),
@@ -36,6 +36,7 @@ MOST = {
 MOST_OF_ANY = 20, 24
 # SDNQ's: codes of 1, 2, 3, 5, 6 or 7 bits; bytes whose numbers are in a table, and minima
 MOST_OF_PACKS, MOST_OF_BYTES = (35, 75), (6, 28)
+MOST_OF_STREAMS = 24, 68  # codes of 5 to 7 bits, over two bytes
 each_format = pytest.mark.parametrize("fmt", every_format(), ids=lambda fmt: fmt.name)
 
 
@@ -69,6 +70,8 @@ def test_a_chunk_takes_few_launches_and_moves_few_bytes(fmt, dtype):
     most = MOST_OF_ANY
     if codes is not None and codes.order == "packs" and codes.bits not in (4, 8):
         most = MOST_OF_PACKS
+    elif codes is not None and codes.order == "stream" and codes.bits in (5, 6, 7):
+        most = MOST_OF_STREAMS
     elif codes is not None and codes.bits == 8 and codes.numbers:
         most = MOST_OF_BYTES
     launches, nbytes = MOST.get(family, most)

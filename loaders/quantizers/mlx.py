@@ -79,9 +79,9 @@ def _size(layer: Layer, of_group: int) -> tuple[int, int]:
     """Returns the bits of a code and the columns of a group, whose product is `of_group`."""
     sizes = [(of_group // group, group) for group in GROUPS
              if of_group % group == 0 and of_group // group in MLX_BITS]
-    stated = layer.file.quantization
+    stated: dict[str, Any] = dict(layer.file.quantization)
     own = stated.get(layer.name)
-    stated = stated | own if isinstance(own, dict) else stated
+    stated |= own if isinstance(own, dict) else {}
     for key, index in (("bits", 0), ("group_size", 1)):
         if isinstance(stated.get(key), int) and (key != "bits" or "group_size" in stated):
             fitting = [size for size in sizes if size[index] == stated[key]]

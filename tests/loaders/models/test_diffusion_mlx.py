@@ -1,12 +1,12 @@
 """Diffusion models that mflux saved, beside the host's dense models of the same values."""
 import json
 
+import folder_paths
 import pytest
 from families import FAMILIES, host_patcher, relative_error, run, shrunken_detection
 from mflux_models import NAMES, write_folder
 from patched_models import LIMIT, error_by_effect, lora_for, patched
 
-import folder_paths
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
