@@ -146,7 +146,8 @@ def _read_config(folder: Path) -> dict:
 
 
 def _quant_method(quantization: Any) -> Any:
-    """Returns the quantiser that a `quantization_config` names; MLX and older bitsandbytes name none."""
+    """Returns the quantiser that a `quantization_config` names, which MLX and older bitsandbytes
+    leave out."""
     if not isinstance(quantization, dict):
         return quantization
     for key in ("quant_method", "method"):  # Nunchaku's own files have the latter

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .container import Entry
+from .container import DOWNLOAD_AGAIN, Entry, WeightFileError, safe_repr
 
 MFLUX = ("mflux_version", "quantization_level")  # keys of the metadata of its files
 RGB = 3  # channels
@@ -66,11 +66,22 @@ def common_name(name: str, metadata: Mapping[str, Any]) -> str:
     return name
 
 
-def with_common_names(entries: Mapping[str, Entry],
+def with_common_names(file_name: str, entries: Mapping[str, Entry],
                       metadata: Mapping[str, Any]) -> dict[str, Entry]:
-    """Returns the entries of a file by `common_name`, in their order."""
-    named = ((common_name(name, metadata), entry) for name, entry in entries.items())
-    return {name: replace(entry, name=name) for name, entry in named}
+    """Returns the entries of a file by `common_name`, in their order.
+
+    Raises:
+        WeightFileError: two tensors would have the same name.
+    """
+    renamed: dict[str, Entry] = {}
+    for entry in entries.values():
+        name = common_name(entry.name, metadata)
+        if name in renamed:
+            raise WeightFileError(
+                f"{file_name}: {safe_repr(entry.name)} and another tensor both mean"
+                f" {safe_repr(name)}. {DOWNLOAD_AGAIN}")
+        renamed[name] = replace(entry, name=name)
+    return renamed
 
 
 def channels_first(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any]):

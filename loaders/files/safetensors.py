@@ -76,7 +76,7 @@ class SafetensorsFile(WeightFile):
         for part, part_path in enumerate(paths):
             buffers.append(map_file(part_path))
             part_entries, part_metadata = _read_header(part_path, buffers[-1], part, self.dtypes)
-            part_entries = with_common_names(part_entries, part_metadata)
+            part_entries = with_common_names(part_path.name, part_entries, part_metadata)
             duplicate = next((name for name in part_entries if name in entries), None)
             if duplicate is not None:
                 other = paths[entries[duplicate].part]

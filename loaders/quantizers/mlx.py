@@ -1,8 +1,9 @@
 """Reads weights that MLX quantised, as mlx-lm, mlx-vlm and mflux store them.
 
-`PARTS` of a layer of (N, K) in G groups of a row become one packed tensor. The codes are words of 32
-bits, rows of a stream of bits, the lowest first. With biases value = code * scale + bias; without
-them the scales are bytes, by whose groups the mode is told: mxfp4, mxfp8 (E8M0) or nvfp4 (E4M3).
+`PARTS` of a layer of (N, K) in G groups of a row become one packed tensor. The codes are words of
+32 bits, rows of a stream of bits, the lowest first. With biases value = code * scale + bias;
+without them the scales are bytes, by whose groups the mode is told: mxfp4, mxfp8 (E8M0) or nvfp4
+(E4M3).
 
 A file gives only the bits of a code times the columns of a group. The config of a folder says both;
 what mflux saves and files by themselves have groups of 64, as is MLX's default, or the only other

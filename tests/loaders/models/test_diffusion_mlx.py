@@ -3,11 +3,14 @@ import json
 
 import folder_paths
 import pytest
+import torch
 from families import FAMILIES, host_patcher, relative_error, run, shrunken_detection
-from mflux_models import NAMES, write_folder
+from mflux_models import NAMES, VERSION, write_folder
 from patched_models import LIMIT, error_by_effect, lora_for, patched
+from safetensors.torch import save_file
 
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.models.diffusion import load_diffusion_model
@@ -53,3 +56,11 @@ def test_a_folder_of_numbered_files_without_mfluxs_index_is_a_sentence(tmp_path)
     index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
     with pytest.raises(WeightFileError, match=r"without the config\.json of a model"):
         load_diffusion_model(str(tmp_path / "transformer"))
+
+
+def test_two_tensors_of_one_name_are_a_sentence(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"norm.weight": torch.ones(4), "model.norm.weight": torch.ones(4)}
+    save_file(tensors, path, {VERSION: "0.24.0"})
+    with pytest.raises(WeightFileError, match=r"^a\.safetensors: .* both mean 'model.norm.weight'"):
+        open_weights(path)
