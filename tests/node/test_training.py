@@ -35,14 +35,16 @@ NO_GRADIENT = "comfy_kitchen's rotary embedding has no gradient"
 # Families that the host's node cannot train, and why.
 UNTRAINABLE = {
     **dict.fromkeys(("joyimage", "cosmos-predict2", "anima", "ernie-image"), NO_GRADIENT),
-    "ltx-2": "the node takes one latent, the model two",
+    **dict.fromkeys(("ltx-2", "minimax-h3", "minimax-h3-pruned"),
+                    "the node takes one latent, the model two"),
     "pixart-sigma": "its layer of captions asks for CUDA where it trains",
     "seedvr2-3b": "the node wants a text, the model takes none",
+    "hidream-o1": "the node gives a text, the model takes tokens",
 }
 SLOW = ("ace-step", "ace-step-1.5", "boogu", "chroma-radiance", "sdxl")
 # Families of the same classes as another one here: Flux, Wan, Hunyuan Video, and Z-Image, which is
 # trained in every format.
-SIBLINGS = ("flux-schnell", "ovis-image", "longcat-image", "wan2.1-i2v", "wan2.1-camera",
+SIBLINGS = ("flux-schnell", "flux2-klein", "ovis-image", "longcat-image", "wan2.1-i2v", "wan2.1-camera",
             "wan2.2-ti2v", "hunyuan-image", "hunyuan-video", "z-image")
 SETTINGS = {"steps": 2, "training_dtype": "fp32", "lora_dtype": "fp32", "optimizer": "SGD",
             "learning_rate": 0.1}

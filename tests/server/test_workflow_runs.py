@@ -143,6 +143,8 @@ def small(workflow, object_info, files):
     return prompt
 
 
+# Its text encoder and the node that reads it come with a VAE of one size, 5 GB.
+NOT_SMALL = {"MiniMax-H3 GGUF video with sound"}
 LAST_BITS = pytest.mark.not_on_fake_gpus(
     reason=
     "one colour of one pixel is another by 1 of 255: operators there do not see how a part of a"
@@ -154,7 +156,7 @@ LAST_BITS = pytest.mark.not_on_fake_gpus(
     "path",
     [
         pytest.param(path, marks=[LAST_BITS] * (path.stem == "Stable Diffusion LCM on a CPU"))
-        for path in EXAMPLES
+        for path in EXAMPLES if path.stem not in NOT_SMALL
     ],
     ids=lambda path: path.stem,
 )

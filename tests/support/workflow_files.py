@@ -285,6 +285,8 @@ FILES = {
                                       "flux2"), "flux-2-klein-4b-outpaint-lora.safetensors": of(
                                           lora, "flux2",
                                           "attn.proj"), "flux2-vae.safetensors": flux2_vae,
+    "flux-2-klein-9b-Q4_K_M.gguf": of(family_gguf, "flux2-klein"),
+    "Krea-2-Turbo-Q4_K_M.gguf": of(family_gguf, "krea2"),
     "stable-diffusion-v1-5-pruned-emaonly-Q8_0.gguf": stable_diffusion_gguf,
     "lcm-lora-sdv1-5.safetensors": of(unet_lora,
                                       "sd1.5"), "stable-diffusion-xl-base-1.0-Q8_0.gguf": of(
@@ -311,11 +313,12 @@ FILES = {
 }
 # Widths that the host does not read from these files: the test's server is told them.
 FIXED = {family.config["image_model"]: {name: family.config[name] for name in family.fixed}
-         for family in (FAMILIES["qwen-image"], FAMILIES["z-image"])}
+         for family in (FAMILIES["qwen-image"], FAMILIES["z-image"], FAMILIES["krea2"])}
 # Encoders of billions of weights exist in one size: a node of the test gives what they would, of
 # this width and with this many pooled values. The one of SD1.5 runs.
 TEXT = {
     "flux1": (1024, 0), "flux.1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
+    "Krea-2": (512, 0),
     "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
     "Qwen-Image": (256, 0), "z_image": (256, 0), "wan2.1": (4096, 0),
     "Wan2.2": (4096, 0), "ltx-2": (512, 0)
