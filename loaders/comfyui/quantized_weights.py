@@ -156,12 +156,13 @@ def host_reads_flat_banks() -> bool:
     """Returns whether the host's layer for experts reads codes of all experts in one matrix."""
     experts, rows, columns = 2, 16, 32
     codes = torch.arange(experts * rows * columns).view(-1, columns).char()
+    ones = torch.ones(experts * rows, 1, dtype=torch.float32)
     mark = mark_of({"format": "int8_tensorwise", "num_experts": experts})
     try:
         bank = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).MoEExperts(
             experts, columns, rows, bias=False)
         bank.load_state_dict(
-            {"weight": codes, "weight_scale": torch.ones(experts * rows, 1), "comfy_quant": mark})
+            {"weight": codes, "weight_scale": ones, "comfy_quant": mark})
         return torch.equal(bank.expert_weight(1).dequantize(), codes[rows:].float())
     except Exception:  # what it raises is its own affair
         return False

@@ -25,7 +25,7 @@ ENCODER_TYPES = {
     "LongCatImage": ("longcat_image", 1), "CogVideoX_T2V": ("cogvideox", 1), "Lens": ("lens", 1),
     "Ideogram4": ("ideogram4", 1), "Boogu": ("boogu", 1), "Krea2": ("krea2", 1),
     "JoyImage": ("joyimage", 1), "MageFlow": ("mage", 1), "StableAudio": ("stable_audio", 1),
-    "PixelDiTT2I": ("pixeldit", 1),
+    "PixelDiTT2I": ("pixeldit", 1), "MiniMaxH3": ("minimax", 1),
 }
 # The host's class -> its encoder, for types that several encoders have.
 EXACT_ENCODERS = {
@@ -40,7 +40,8 @@ FLUX2_ENCODERS = {7680: "Qwen3 4B", 12288: "Qwen3 8B", 15360: TITLES["MISTRAL3_2
 VAES = {
     "SD15": "SD 1.5", "SDXL": "SDXL", "SD3": "SD3", "Flux": "Flux (ae.safetensors)",
     "Flux2": "Flux 2", "Wan21": "Wan 2.1", "Wan22": "Wan 2.2", "LTXV": "LTX",
-    "LTXAV": "LTX-2's of pictures and of sound", "HunyuanVideo": "HunyuanVideo",
+    "LTXAV": "LTX-2's of pictures and of sound",
+    "MiniMaxH3AV": "MiniMax-H3's of pictures and of sound", "HunyuanVideo": "HunyuanVideo",
     "HunyuanVideo15": "HunyuanVideo 1.5", "HunyuanImage21": "HunyuanImage 2.1", "Mochi": "Mochi",
     "Cosmos1CV8x8x8": "Cosmos", "CogVideoX": "CogVideoX", "ACEAudio": "ACE-Step",
     "ACEAudio15": "ACE-Step 1.5", "StableAudio1": "Stable Audio"

@@ -33,7 +33,8 @@ IMATRIX_SUFFIXES = (".imatrix.gguf", ".imatrix.dat")  # of the imatrices next to
 
 # diffusers' classes of diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
 # UNet2DConditionModel ...
-MFLUX_CLASSES = "Transformer2DModel", "TextEncoderModel"  # of a diffusion model, an encoder
+# part of the name of a folder of mflux's -> a class that tells what is in it
+MFLUX_CLASSES = {"transformer": "Transformer2DModel", "encoder": "TextEncoderModel"}
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
 CONTROLNET = re.compile("ControlNet")  # ControlNetModel, FluxControlNetModel ...
 MODEL_PATCH = re.compile("Control")  # ZImageControlNetModel, ZImageControlTransformer2DModel ...
@@ -122,7 +123,8 @@ def _class_in(folder: str | None) -> str:
     """Returns the class of diffusers or transformers that was saved into a folder, or ""."""
     try:
         if is_folder_of_mflux(Path(folder or "")):
-            return MFLUX_CLASSES["encoder" in os.path.basename(folder or "")]
+            name = os.path.basename(folder or "")
+            return next((kind for part, kind in MFLUX_CLASSES.items() if part in name), "")
         config = read_json(bytes(map_file(file_inside(Path(folder or ""), "config.json"))))
         return str(config.get("_class_name") or config["architectures"][0])
     except (OSError, ValueError, AttributeError, LookupError, TypeError):  # WeightFileError too

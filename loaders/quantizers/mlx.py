@@ -11,6 +11,7 @@ size that gives whole codes.
 
 Source: MLX 0.32 `python/mlx/nn/layers/quantized.py`, `mlx/ops.cpp`.
 """
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ PARTS = {
     "mxfp4, mxfp8 or nvfp4": {WEIGHT: WORDS, SCALE: Part("(N, G)", (torch.uint8,))},
 }
 GROUPS = (32, 64, 128)
+VISION = re.compile(r"^visual\.")  # as `mlx_names` calls what configs call vision_tower
 # bits of a code times columns of a group -> mode
 MODES = {4 * 32: "mxfp4", 8 * 32: "mxfp8", 4 * 16: "nvfp4"}
 
@@ -62,7 +64,7 @@ def read(layer: Layer) -> torch.Tensor:
             raise PartError(f"it has {of_group} bits a group, expected those of"
                             f" {', '.join(f'{name} ({bits})' for bits, name in MODES.items())}")
         if mode == "nvfp4":
-            return pack_nvfp4(NVFP4_LOW, codes, scale, torch.ones(1))
+            return pack_nvfp4(NVFP4_LOW, codes, scale, torch.ones(1, dtype=torch.float32))
         columns = sizes["G"] * 32
         if mode == "mxfp4":
             return packed_rows(MXFP4_ROWS, codes, (rows, columns), scale=scale)
@@ -81,7 +83,7 @@ def _size(layer: Layer, of_group: int) -> tuple[int, int]:
     sizes = [(of_group // group, group) for group in GROUPS
              if of_group % group == 0 and of_group // group in MLX_BITS]
     stated: dict[str, Any] = dict(layer.file.quantization)
-    own = stated.get(layer.name)
+    own = stated.get(layer.name) or stated.get(VISION.sub("vision_tower.", layer.name))
     stated |= own if isinstance(own, dict) else {}
     for key, index in (("bits", 0), ("group_size", 1)):
         if isinstance(stated.get(key), int) and (key != "bits" or "group_size" in stated):

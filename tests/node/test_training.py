@@ -44,8 +44,8 @@ UNTRAINABLE = {
 SLOW = ("ace-step", "ace-step-1.5", "boogu", "chroma-radiance", "sdxl")
 # Families of the same classes as another one here: Flux, Wan, Hunyuan Video, and Z-Image, which is
 # trained in every format.
-SIBLINGS = ("flux-schnell", "flux2-klein", "ovis-image", "longcat-image", "wan2.1-i2v", "wan2.1-camera",
-            "wan2.2-ti2v", "hunyuan-image", "hunyuan-video", "z-image")
+SIBLINGS = ("flux-schnell", "flux2-klein", "ovis-image", "longcat-image", "wan2.1-i2v",
+            "wan2.1-camera", "wan2.2-ti2v", "hunyuan-image", "hunyuan-video", "z-image")
 SETTINGS = {"steps": 2, "training_dtype": "fp32", "lora_dtype": "fp32", "optimizer": "SGD",
             "learning_rate": 0.1}
 EFFECT = 0.1  # of a trained LoRA on what the model adds to its input

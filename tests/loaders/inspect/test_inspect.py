@@ -104,7 +104,7 @@ def test_the_memory_of_a_step_is_what_the_host_reserves(model, monkeypatch):
     assert required_models(config)["text encoder"]
     step = step_memory(config)
     if step is None:
-        assert model.name == "LTX-2"
+        assert model.name in ("LTX-2", "MiniMax-H3 pruned")  # pictures and sound
         return
     nbytes, picture = step
     width, height, frames = (int(number) for number in re.findall(r"\d+", f"{picture}, 1")[:3])

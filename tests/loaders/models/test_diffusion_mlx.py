@@ -5,17 +5,23 @@ import folder_paths
 import pytest
 import torch
 from families import FAMILIES, host_patcher, relative_error, run, shrunken_detection
-from mflux_models import NAMES, VERSION, write_folder
+from mflux_models import NAMES, VERSION, mflux_name, write_folder
+from oracles import installed
 from patched_models import LIMIT, error_by_effect, lora_for, patched
 from safetensors.torch import save_file
 
 from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.files.mlx_names import common_name
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.paths.folders import list_model_folders
 from featherweight.ops.tensor.packed_layout import is_packed
+
+MAPPINGS = {"flux-dev": "flux.weights.flux.Flux", "flux2-klein": "flux2.weights.flux2.Flux2",
+            "qwen-image": "qwen.weights.qwen.Qwen", "z-image": "z_image.weights.z_image.ZImage",
+            "krea2": "krea2.weights.krea2.Krea2"}
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -46,7 +52,8 @@ def test_a_folder_of_mflux_is_listed(tmp_path, monkeypatch):
                         ([str(tmp_path)], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     (tmp_path / "schnell-4bit").mkdir()
-    write_folder("flux-dev", tmp_path / "schnell-4bit" / "transformer")
+    for folder in ("transformer", "vae"):
+        write_folder("flux-dev", tmp_path / "schnell-4bit" / folder)
     assert list_model_folders("diffusion_models") == ["schnell-4bit/transformer"]
 
 
@@ -64,3 +71,19 @@ def test_two_tensors_of_one_name_are_a_sentence(tmp_path):
     save_file(tensors, path, {VERSION: "0.24.0"})
     with pytest.raises(WeightFileError, match=r"^a\.safetensors: .* both mean 'model.norm.weight'"):
         open_weights(path)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_those_of_the_package(name, monkeypatch):
+    monkeypatch.syspath_prepend(installed("mlx==0.32.4", "mlx-cpu==0.32.4"))
+    monkeypatch.syspath_prepend(installed("mflux==0.24.0", "platformdirs", "tqdm", "toml",
+                                          "piexif"))
+    module, _, kind = MAPPINGS[name].rpartition(".")
+    targets = getattr(pytest.importorskip(f"mflux.models.{module}_weight_mapping"),
+                      f"{kind}WeightMapping").get_transformer_mapping()
+    for target in targets:
+        theirs = target.to_pattern.replace("{block}", "0").replace("{layer}", "0")
+        common = target.from_pattern[0].replace("{block}", "0").replace("{layer}", "0")
+        assert common_name(theirs, {VERSION: "0.24.0"}) == common
+        assert mflux_name(name, common) == theirs
