@@ -161,8 +161,7 @@ def host_reads_flat_banks() -> bool:
     try:
         bank = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32).MoEExperts(
             experts, columns, rows, bias=False)
-        bank.load_state_dict(
-            {"weight": codes, "weight_scale": ones, "comfy_quant": mark})
+        bank.load_state_dict({"weight": codes, "weight_scale": ones, "comfy_quant": mark})
         return torch.equal(bank.expert_weight(1).dequantize(), codes[rows:].float())
     except Exception:  # what it raises is its own affair
         return False

@@ -15,7 +15,7 @@ from ..name_lists import join_some
 from ..quantizers.registry import METHODS
 from ..quantizers.unsupported_quantizers import GET_OTHER_FORMAT
 from .container import CONFIG_KEY, WeightFileError, display_name, map_file, safe_repr
-from .mlx_names import INDEX_NAME, common_name, is_of_mflux
+from .mlx_names import common_name, is_of_mflux
 from .safetensors import SafetensorsFile
 
 # The folders of the models in a pipeline's folder.
@@ -29,6 +29,7 @@ SDNQ_CONFIG = "quantization_config.json"  # which SDNQ may write beside config.j
 # Nunchaku's first folders have the model in two files, without an index.
 NUNCHAKU_NAMES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 INDEX = ".index.json"
+MFLUX_INDEX = f"model.safetensors{INDEX}"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.\w+\.json")
 
 
@@ -161,9 +162,9 @@ def _quant_method(quantization: Any) -> Any:
 
 def is_folder_of_mflux(folder: Path) -> bool:
     """Returns whether a folder has an index of mflux's, which saves no `config.json`."""
-    if not (folder / INDEX_NAME).is_file():
+    if not (folder / MFLUX_INDEX).is_file():
         return False
-    metadata = _read_json(folder, INDEX_NAME).get("metadata")
+    metadata = _read_json(folder, MFLUX_INDEX).get("metadata")
     return isinstance(metadata, dict) and is_of_mflux(metadata)
 
 

@@ -75,7 +75,7 @@ class GGUFFile(WeightFile):
         super().__init__(path, paths, buffers, metadata, entries)
 
     def state_dict(self, track: ProgressIter = iter) -> dict[str, torch.Tensor]:
-        """Returns `WeightFile.state_dict`, with the scales that stand beside weights taken in.
+        """Returns `WeightFile.state_dict`, multiplied by separate scales.
 
         Weights that are marked as ComfyUI's stay in parts, with scales in float32, which its own
         layers take.

@@ -17,7 +17,6 @@ from .container import DOWNLOAD_AGAIN, Entry, WeightFileError, safe_repr
 
 MFLUX = ("mflux_version", "quantization_level")  # keys of the metadata of its files
 RGB = 3  # channels
-INDEX_NAME = "model.safetensors.index.json"
 # regular expression for a part of a name -> what takes its place
 _OF_MFLUX = (
     (r"^(transformer_blocks\.\d+\.ff(?:_context)?)\.linear1\.", r"\1.net.0.proj."),  # Flux
@@ -59,20 +58,27 @@ def common_name(name: str, metadata: Mapping[str, Any]) -> str:
         name: in the file.
         metadata: of the file.
     """
-    rules = _OF_MFLUX if is_of_mflux(metadata) else (
-        _OF_LIBRARIES if metadata.get("format") == "mlx" else ())
-    for pattern, replacement in rules:
+    for pattern, replacement in _rules(metadata):
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def with_common_names(file_name: str, entries: Mapping[str, Entry],
+def _rules(metadata: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Returns the rules for the names of a file, none for one that MLX has not saved."""
+    if is_of_mflux(metadata):
+        return _OF_MFLUX
+    return _OF_LIBRARIES if metadata.get("format") == "mlx" else ()
+
+
+def with_common_names(file_name: str, entries: dict[str, Entry],
                       metadata: Mapping[str, Any]) -> dict[str, Entry]:
     """Returns the entries of a file by `common_name`, in their order.
 
     Raises:
         WeightFileError: two tensors would have the same name.
     """
+    if not _rules(metadata):
+        return entries
     renamed: dict[str, Entry] = {}
     for entry in entries.values():
         name = common_name(entry.name, metadata)
@@ -91,7 +97,6 @@ def channels_first(tensors: dict[str, torch.Tensor], metadata: Mapping[str, Any]
         tensors: name -> tensor of a file.
         metadata: of the file.
     """
-    if is_of_mflux(metadata) or metadata.get("format") == "mlx":
-        for name, tensor in tensors.items():
-            if PATCHES.search(name) and tensor.ndim == 5 and tensor.shape[-1] == RGB:
-                tensors[name] = tensor.permute(0, 4, 1, 2, 3)
+    for name, tensor in tensors.items() if _rules(metadata) else ():
+        if PATCHES.search(name) and tensor.ndim == 5 and tensor.shape[-1] == RGB:
+            tensors[name] = tensor.permute(0, 4, 1, 2, 3)

@@ -33,9 +33,9 @@ IMATRIX_SUFFIXES = (".imatrix.gguf", ".imatrix.dat")  # of the imatrices next to
 
 # diffusers' classes of diffusion models: FluxTransformer2DModel, LuminaNextDiT2DModel,
 # UNet2DConditionModel ...
-# part of the name of a folder of mflux's -> a class that tells what is in it
-MFLUX_CLASSES = {"transformer": "Transformer2DModel", "encoder": "TextEncoderModel"}
 DIFFUSION_MODEL = re.compile(r"Transformer|DiT|^UNet")
+# part of the name of a folder of mflux's, which has no config -> a class that tells what is in it
+MFLUX_CLASSES = {"transformer": "Transformer2DModel", "encoder": "TextEncoderModel"}
 CONTROLNET = re.compile("ControlNet")  # ControlNetModel, FluxControlNetModel ...
 MODEL_PATCH = re.compile("Control")  # ZImageControlNetModel, ZImageControlTransformer2DModel ...
 # transformers' classes of vision models: CLIPVisionModel, CLIPModel, SiglipVisionModel, Dinov2Model
@@ -121,14 +121,22 @@ def list_pipeline_folders(*keys: str) -> list[str]:
 
 def _class_in(folder: str | None) -> str:
     """Returns the class of diffusers or transformers that was saved into a folder, or ""."""
+    path = Path(folder or "")
     try:
-        if is_folder_of_mflux(Path(folder or "")):
-            name = os.path.basename(folder or "")
-            return next((kind for part, kind in MFLUX_CLASSES.items() if part in name), "")
-        config = read_json(bytes(map_file(file_inside(Path(folder or ""), "config.json"))))
+        config = read_json(bytes(map_file(file_inside(path, "config.json"))))
         return str(config.get("_class_name") or config["architectures"][0])
-    except (OSError, ValueError, AttributeError, LookupError, TypeError):  # WeightFileError too
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
+        return _class_of_mflux(path)
+
+
+def _class_of_mflux(folder: Path) -> str:
+    """Returns a class for what mflux saved into a folder, or ""."""
+    try:
+        is_of_mflux = is_folder_of_mflux(folder)
+    except (OSError, WeightFileError):
         return ""
+    return next((kind for part, kind in MFLUX_CLASSES.items()
+                 if is_of_mflux and part in folder.name), "")
 
 
 def _find_folder(name: str, key: str) -> str | None:

@@ -174,8 +174,13 @@ def is_kernel(settings: Mapping[str, Any], codes: torch.Tensor) -> bool:
 
     Others of more than two dimensions are codes in tiles, and those of banks of experts (E, N, W).
     """
-    is_bank = codes.ndim == 3 and codes.shape[2] >= LEAST_OF_EXPERTS
-    return codes.ndim > 2 and not is_bank and format_of(settings) != "svdquant_w4a4"
+    is_tiled = format_of(settings) == "svdquant_w4a4"
+    return codes.ndim > 2 and not is_tiled and not has_rows_of_experts(codes)
+
+
+def has_rows_of_experts(codes: torch.Tensor) -> bool:
+    """Returns whether codes are those of stacked experts by their shape alone, (E, N, W)."""
+    return codes.ndim == 3 and codes.shape[2] >= LEAST_OF_EXPERTS
 
 
 def _kernel(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> PackedTensor:

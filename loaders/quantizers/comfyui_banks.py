@@ -19,10 +19,10 @@ from .comfyui import (
     CODEBOOK,
     GROUP_SCALE,
     IGNORED,
-    LEAST_OF_EXPERTS,
     ROW_SCALE,
     SCALE,
     format_of,
+    has_rows_of_experts,
     pack_parts,
 )
 from .parts import PartError, Parts
@@ -35,7 +35,7 @@ PARTS = (SCALE, GROUP_SCALE, ROW_SCALE, CODEBOOK)
 
 def is_bank(settings: Mapping[str, Any], codes: torch.Tensor) -> bool:
     """Returns whether a weight is a bank of experts."""
-    return EXPERTS in settings or (codes.ndim == 3 and codes.shape[2] >= LEAST_OF_EXPERTS)
+    return EXPERTS in settings or has_rows_of_experts(codes)
 
 
 def pack_bank(settings: Mapping[str, Any],

@@ -109,6 +109,23 @@ def split_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     return split_stream(data, bits).to(torch.uint8)
 
 
+def split_parts(stored: torch.Tensor, bits: int, is_high_first: bool = False) -> torch.Tensor:
+    """Returns the codes of bytes that each have one of several parts, which lie below each other.
+
+    Args:
+        stored: uint8 (R, ...).
+        bits: of a code: 2, 4 or 8.
+        is_high_first: whether the first part is in the highest bits of the bytes.
+
+    Returns:
+        uint8 (R * 8 / bits, ...).
+    """
+    shifts = range(0, 8, bits)
+    parts = [stored >> shift & (1 << bits) - 1
+             for shift in (reversed(shifts) if is_high_first else shifts)]
+    return torch.cat(parts)
+
+
 def join_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Returns rows of codes as a stream, the lowest bit first; inverts `split_words` on bytes.
 

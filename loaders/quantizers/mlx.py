@@ -21,12 +21,12 @@ from ...ops.formats.comfyui import MXFP8, NVFP4_LOW
 from ...ops.formats.integers import MXFP4_ROWS
 from ...ops.formats.mlx import MLX_BITS, MLX_GROUP, mlx_family
 from ...ops.tensor.packed_layout import packed_rows
-from .base import HeaderOf, Layer, Quantizer, without_marked
+from .base import HeaderOf, Layer, Quantizer, layers_with
 from .integers import SCALES, pack_nvfp4
 from .parts import Part, PartError
 
 WEIGHT, SCALE, BIAS = "weight", "scales", "biases"
-WORDS = Part("(N, W)", (torch.uint32,) if hasattr(torch, "uint32") else (torch.int32,))
+WORDS = Part("(N, W)", (torch.uint32,))
 PARTS = {
     "affine": {WEIGHT: WORDS, SCALE: Part("(N, G)", SCALES), BIAS: Part("(N, G)", SCALES)},
     "mxfp4, mxfp8 or nvfp4": {WEIGHT: WORDS, SCALE: Part("(N, G)", (torch.uint8,))},
@@ -40,10 +40,9 @@ MODES = {4 * 32: "mxfp4", 8 * 32: "mxfp8", 4 * 16: "nvfp4"}
 def find(names: Collection[str], metadata: Mapping[str, Any],
          header_of: HeaderOf) -> Iterator[str]:
     """Yields the layers with words of codes and scales."""
-    layers = (name.removesuffix(f".{SCALE}") for name in names if name.endswith(f".{SCALE}"))
-    yield from without_marked(
-        (layer for layer in layers if f"{layer}.{WEIGHT}" in names
-         and header_of(f"{layer}.{WEIGHT}").dtype in WORDS.dtypes), metadata, names)
+    for layer in layers_with([SCALE, WEIGHT])(names, metadata, header_of):
+        if header_of(f"{layer}.{WEIGHT}").dtype in WORDS.dtypes:
+            yield layer
 
 
 def layout(layer: Layer) -> str:

@@ -19,7 +19,14 @@ from ...ops.formats.integers import quanto_family
 from ...ops.tensor.packed_layout import packed_rows
 from ..files.container import WeightFile
 from .base import Layer, Quantizer, Read, layers_with
-from .integers import CODES_OF_ROWS, SCALES, SCALES_OF_ROWS, join_codes, pack_rows
+from .integers import (
+    CODES_OF_ROWS,
+    SCALES,
+    SCALES_OF_ROWS,
+    join_codes,
+    pack_rows,
+    split_parts,
+)
 from .parts import Part, PartError
 
 CODES, PACKED, SCALE, SHIFT = "weight._data", "weight._data._data", "weight._scale", "weight._shift"
@@ -83,7 +90,7 @@ def read(layer: Layer, widths: Mapping[str, set[int]]) -> torch.Tensor:
     columns = groups * group // max(1, rows)
     if rows * columns != groups * group or columns % group:
         raise PartError(f"its {groups} groups of {group} values are no whole rows of {source}")
-    packed = join_codes(_codes(codes, groups, bits), bits)
+    packed = join_codes(split_parts(codes, bits)[:groups], bits)
     return packed_rows(quanto_family(bits, scale.dtype), packed, (rows, columns), (group,),
                        scale=scale, minimum=-shift)
 
@@ -104,13 +111,6 @@ def _rows(layer: Layer, values: int, widths: Mapping[str, set[int]]) -> tuple[in
     width, = lengths
     source = f"the {width} numbers of the norm beside it"
     return width if is_output else values // max(1, width), source
-
-
-def _codes(stored: torch.Tensor, groups: int, bits: int) -> torch.Tensor:
-    """Returns the codes (groups, g), uint8, of bytes whose parts lie below each other."""
-    mask = (1 << bits) - 1
-    parts = [stored >> shift & mask for shift in range(0, 8, bits)]
-    return torch.cat(parts)[:groups]
 
 
 QUANTIZER = Quantizer(

@@ -55,8 +55,8 @@ DOWN, UP = "svdquant_lora_a", "svdquant_lora_b"
 FACTORS = tuple(FACTOR_DTYPES.values())
 BESIDE = {name: Part("", optional=name)
           for name in ("input_scale", "activation_scale", "scale_input")}
-BESIDE |= {SMOOTHING: Part("", FLOATS, optional=SMOOTHING)}
-BESIDE |= {DOWN: Part("(T, K)", FACTORS, "low rank"), UP: Part("(N, T)", FACTORS, "low rank")}
+BESIDE |= {SMOOTHING: Part("", FLOATS, optional=SMOOTHING),
+           DOWN: Part("(T, K)", FACTORS, "low rank"), UP: Part("(N, T)", FACTORS, "low rank")}
 PARTS = {
     "rows": {"weight": CODES_OF_ROWS, SCALE: OF_ROWS, **BESIDE},  # of a convolution too
     "blocks": {"weight": Part("(N, K)", tuple(FP8)), OF_BLOCKS: Part("1 or (R, C)", OF_SEVERAL),

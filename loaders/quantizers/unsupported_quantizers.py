@@ -34,7 +34,7 @@ def reject_unsupported_quantizers(file: WeightFile, tensors: Collection[str]):
 
 
 def has_rotated_inputs(settings: Mapping[str, Any]) -> bool:
-    """Returns whether a config says that layers rotate inputs or outputs, beside their weights."""
+    """Returns whether a config says that layers rotate inputs or outputs at run time."""
     if settings.get("rotation_config") or settings.get("spinquant_config"):
         return True
     transforms = settings.get("transform_config")

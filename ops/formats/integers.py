@@ -25,8 +25,8 @@ HQQ_BITS, HQQ_GROUP = (2, 4, 8), 64
 
 
 def zero_bits(bits: int) -> int:
-    """Returns the bits of a stored zero beside codes of some bits: the same, or 8 where those do
-    not divide a byte."""
+    """Returns the bits of a stored zero of codes of some bits: the same, or 8 where those do not
+    divide a byte."""
     return 8 if 8 % bits else bits
 
 

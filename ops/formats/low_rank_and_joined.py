@@ -166,7 +166,7 @@ class Scaled(Composite):
 
 
 def in_float(rows: torch.Tensor, first: int, compute: Callable[[torch.Tensor, int], None],
-              out: torch.Tensor) -> torch.Tensor:
+             out: torch.Tensor) -> torch.Tensor:
     """Fills rows with values that are computed in float32, some rows at a time.
 
     Args:

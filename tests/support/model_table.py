@@ -2,15 +2,20 @@
 import functools
 from collections.abc import Callable
 
-from families import FAMILIES
+import torch
+from families import FAMILIES, host_patcher, relative_error, run
 from packed_files import (
     write_bitsandbytes,
     write_ggml,
     write_host_format,
     write_sdnq,
 )
+from patched_models import LIMIT, error_by_effect, lora_for, patched
 
-# model, as people call it -> its families here, the first of which stands for it
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops.tensor.packed_layout import is_packed
+
+# model, as people call it -> its family here
 MODELS = {
     "FLUX.2 dev": "flux2", "FLUX.2 klein 4B and 9B": "flux2-klein",
     "Qwen-Image, Qwen-Image-Edit to 2511": "qwen-image", "Z-Image": "z-image", "Krea 2": "krea2",
@@ -41,6 +46,20 @@ FORMS: dict[str, tuple[Callable, str]] = {
                      "model.safetensors"),
     "SDNQ": (write_sdnq, "model"),
 }
+
+
+def assert_computes_as_dense(path: str, values: dict[str, torch.Tensor], family, least: int):
+    """What loads from `path` has at least so many packed weights, computes what the host's dense
+    model of `values` does, and a LoRA on every matrix is exact. Returns the dense one."""
+    ours, dense = load_diffusion_model(path), host_patcher(values, family)
+    assert type(ours.model).__name__ == family.host_class.rpartition(".")[2]
+    assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= least
+    plain = run(dense, family)
+    assert relative_error(run(ours, family), plain) < 1e-5
+    lora = lora_for({name: value for name, value in values.items() if name.endswith(".weight")})
+    changed = run(patched(dense, (lora, 0.7)), family)
+    assert error_by_effect(run(patched(ours, (lora, 0.7)), family), changed, plain) < LIMIT
+    return dense
 
 
 def table_of(models=MODELS) -> str:

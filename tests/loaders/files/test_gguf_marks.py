@@ -283,7 +283,7 @@ def test_an_original_shape_of_other_values_is_a_sentence(shape, tmp_path):
 
 @pytest.mark.usefixtures("small_models")
 @pytest.mark.parametrize("kind", ["lora", "locon", "loha"])
-def test_loras_on_kernels_of_an_original_shape_are_exact(kind, tmp_path):
+def test_loras_on_convolutions_of_an_original_shape_are_exact(kind, tmp_path):
     family = FAMILIES["sdxl"]
     values = family_weights(family)
     kernels = [name for name, value in values.items() if value.ndim == 4

@@ -51,7 +51,7 @@ def test_a_model_draws_what_its_dense_values_draw(by, sdxl):
 
 
 @pytest.mark.parametrize("kind", ["lora", "locon", "dora", "loha", "diff"])
-def test_loras_on_kernels_are_exact(kind, sdxl):
+def test_loras_on_convolutions_are_exact(kind, sdxl):
     path, values = sdxl
     lora = {f"{kohya(name.removesuffix('.weight'))}.{suffix}": tensor
             for seed, (name, value) in enumerate(values.items())
@@ -83,7 +83,7 @@ def test_a_checkpoint_has_them_in_its_model_and_its_vae(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd1.5 with a prefix", "sdxl", "sd3 of diffusers"])
 @pytest.mark.parametrize("compute", ["automatic", "exact"])
-def test_a_controlnet_guides_as_its_dense_self_does(kind, compute, tmp_path, monkeypatch):
+def test_a_controlnet_guides_as_its_dense_weights_do(kind, compute, tmp_path, monkeypatch):
     kind = KINDS[kind]
     shrunken_controlnet(kind, monkeypatch)
     stored, values = write_unet(kind.weights())

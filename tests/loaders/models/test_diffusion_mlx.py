@@ -1,13 +1,13 @@
-"""Diffusion models that mflux saved, beside the host's dense models of the same values."""
+"""Diffusion models that mflux saved, compared with the host's dense models of the same values."""
 import json
 
 import folder_paths
 import pytest
 import torch
-from families import FAMILIES, host_patcher, relative_error, run, shrunken_detection
+from families import FAMILIES, shrunken_detection
 from mflux_models import NAMES, VERSION, mflux_name, write_folder
+from model_table import assert_computes_as_dense
 from oracles import installed
-from patched_models import LIMIT, error_by_effect, lora_for, patched
 from safetensors.torch import save_file
 
 from featherweight.loaders.files.container import WeightFileError
@@ -17,7 +17,6 @@ from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.paths.folders import list_model_folders
-from featherweight.ops.tensor.packed_layout import is_packed
 
 MAPPINGS = {"flux-dev": "flux.weights.flux.Flux", "flux2-klein": "flux2.weights.flux2.Flux2",
             "qwen-image": "qwen.weights.qwen.Qwen", "z-image": "z_image.weights.z_image.ZImage",
@@ -35,14 +34,7 @@ def test_a_folder_of_mflux_computes_as_its_dense_values_with_a_lora(name, bits, 
     shrunken_detection(family, monkeypatch)
     values = write_folder(name, tmp_path / "transformer", bits)
     path = str(tmp_path / "transformer")
-    ours, dense = load_diffusion_model(path), host_patcher(values, family)
-    assert type(ours.model).__name__ == family.host_class.rpartition(".")[2]
-    assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= 10
-    plain = run(dense, family)
-    assert relative_error(run(ours, family), plain) < 1e-5
-    lora = lora_for({key: value for key, value in values.items() if key.endswith(".weight")})
-    changed = run(patched(dense, (lora, 0.7)), family)
-    assert error_by_effect(run(patched(ours, (lora, 0.7)), family), changed, plain) < LIMIT
+    assert_computes_as_dense(path, values, family, least=10)
     inspection = identify(file_contents(path))
     assert inspection.quantizer == "MLX" and f"MLX int{bits}" in inspection.types
 

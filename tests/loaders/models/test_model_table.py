@@ -4,15 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, host_patcher, random_weights, relative_error, run, shrunken_detection
-from model_table import FORMS, MODELS, NEWEST, table_of
-from patched_models import LIMIT, error_by_effect, lora_for, patched
+from families import FAMILIES, random_weights, shrunken_detection
+from model_table import FORMS, MODELS, NEWEST, assert_computes_as_dense, table_of
 from safetensors.torch import load_file, save_file
 
 from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
-from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -39,14 +36,7 @@ def test_a_model_in_each_form_computes_as_its_dense_values_with_a_lora(title, fo
               for name, value in write(path, random_weights(family), **options).items()}
     if family.metadata and not options:
         put_metadata(next(path.glob("*.safetensors"), path), family.metadata)
-    ours, dense = load_diffusion_model(str(path)), host_patcher(values, family)
-    assert type(ours.model).__name__ == family.host_class.rpartition(".")[2]
-    assert sum(map(is_packed, ours.model.diffusion_model.parameters())) >= 3
-    plain = run(dense, family)
-    assert relative_error(run(ours, family), plain) < 1e-5
-    lora = lora_for({name: value for name, value in values.items() if name.endswith(".weight")})
-    changed = run(patched(dense, (lora, 0.7)), family)
-    assert error_by_effect(run(patched(ours, (lora, 0.7)), family), changed, plain) < LIMIT
+    dense = assert_computes_as_dense(str(path), values, family, least=3)
     inspection = identify(file_contents(str(path)))
     assert inspection.host == type(dense.model.model_config).__name__ and not inspection.problem
 

@@ -1,4 +1,4 @@
-"""Text encoders that MLX's libraries and mflux quantised, beside dense ones."""
+"""Text encoders that MLX's libraries and mflux quantised, compared with dense ones."""
 import json
 import re
 

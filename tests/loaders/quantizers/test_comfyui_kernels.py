@@ -2,15 +2,14 @@
 import itertools
 import json
 import random
-import re
 
 import pytest
 import torch
+from damaged_marks import assert_refused
 from kernel_writer import SCALES, write_kernel
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.comfyui import OF_KERNELS, READERS, row_type_of
@@ -154,12 +153,6 @@ def test_damaged_kernels_are_a_sentence_with_file_and_layer(case, tmp_path):
     parts, _ = write_kernel(torch.randn(6, 8, 3, 3))
     parts = {name: part for name, part in (parts | changes).items() if part is not None}
     path = saved(tmp_path / "model.safetensors", parts)
-    assert needs_own_reader(path)
-    file = open_weights(path)
-    with pytest.raises(WeightFileError) as error:
-        as_tensors(file, read_marked(file), formats=())
-    text = str(error.value)
-    assert re.match(rf"model\.safetensors: 'L.weight'.*({message})", text), text
-    assert re.search(r"\. [A-Z].*\.$", text) and "\n" not in text and len(text) < 500
+    assert_refused(path, message)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conformance.base import read_weight
 from oracles import installed
+from safetensors.torch import load_file
 
 REQUIREMENTS = "mlx==0.32.4", "mlx-cpu==0.32.4"
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -18,7 +19,6 @@ def mx(monkeypatch):
 def stored(mx, tmp_path, parts):
     """The parts as MLX itself writes them into a file."""
     mx.save_safetensors(str(tmp_path / "written.safetensors"), parts)
-    from safetensors.torch import load_file
     return load_file(tmp_path / "written.safetensors")
 
 
