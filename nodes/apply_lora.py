@@ -10,11 +10,10 @@ from ..loaders.lora.compatibility import check_lora
 from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.model_blocks import weight_keys
 from ..loaders.lora.report import report_text
-from ..loaders.paths.folders import find_file, list_files, validate_files
+from ..loaders.paths.folders import LORA_FOLDERS, find_file, list_files, validate_files
 from .file_inputs import validated_inputs
 from .number_checks import reject_infinite
 
-FOLDERS = ("loras", "loras_gguf")
 NONE = "none"  # no LoRA
 APPLY, FAIL = "apply the rest", "fail"
 
@@ -45,7 +44,7 @@ class ApplyLora(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model the LoRA is applied to."),
                 io.Combo.Input(
                     "lora_name",
-                    options=[*list_files(*FOLDERS), NONE],
+                    options=[*list_files(*LORA_FOLDERS), NONE],
                     display_name="lora",
                     tooltip="A file in models/loras; GGUF adapters work too. none: nothing is"
                     " applied.",
@@ -100,7 +99,7 @@ class ApplyLora(io.ComfyNode):
         strengths = [inputs.get(name, 1.0) for name in ("strength_model", "strength_clip")]
         if strengths == [0, 0] or any(map(is_link, strengths)):
             return True  # not applied, or a link, whose value is not known yet
-        return validate_files(lora_name, keys=FOLDERS)
+        return validate_files(lora_name, keys=LORA_FOLDERS)
 
     @classmethod
     def execute(
@@ -120,7 +119,7 @@ class ApplyLora(io.ComfyNode):
             return io.NodeOutput(model, clip, f"{lora_name} is not applied: both strengths are 0.")
         factor = parse_block_weights(block_weights, weight_keys(model, clip))
         report = check_lora(
-            model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)), measure=False
+            model, clip, *load_lora_file(find_file(lora_name, *LORA_FOLDERS)), measure=False
         )
         strengths = f"model {strength_model:g}"
         if clip is not None:

@@ -7,10 +7,8 @@ from ..loaders.lora.compatibility import check_lora
 from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.report import report_text
 from ..loaders.lora.report_chart import report_picture
-from ..loaders.paths.folders import find_file, list_files, validate_files
+from ..loaders.paths.folders import LORA_FOLDERS, find_file, list_files, validate_files
 from .node_text import show_text
-
-FOLDERS = ("loras", "loras_gguf")
 
 
 class CheckLora(io.ComfyNode):
@@ -40,7 +38,7 @@ class CheckLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=list_files(*FOLDERS),
+                    options=list_files(*LORA_FOLDERS),
                     display_name="lora",
                     tooltip="A file in models/loras; GGUF adapters work too.",
                 ),
@@ -61,12 +59,12 @@ class CheckLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name=None):
-        return validate_files(lora_name, keys=FOLDERS)
+        return validate_files(lora_name, keys=LORA_FOLDERS)
 
     @classmethod
     def execute(cls, model, lora_name, clip=None) -> io.NodeOutput:
         name = os.path.basename(lora_name)
-        report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *FOLDERS)))
+        report = check_lora(model, clip, *load_lora_file(find_file(lora_name, *LORA_FOLDERS)))
         text, picture = report_text(report, name), report_picture(report, name)
         show_text(text)
         previews = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(text).as_dict()

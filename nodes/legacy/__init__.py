@@ -1,29 +1,31 @@
 """Node ids of other packs, with the same inputs in the same order, so that shared workflows run.
 
-Each file is a pack. Its `NODE_CONFIG` is a table of the pack's ids and of what differs between
-them. ComfyUI Manager reads the ids there, and `make_nodes` makes the classes. All are deprecated
-nodes, which the editor's search leaves out.
+Each file with a `NODE_CONFIG` is a pack: a table of the pack's ids and of what differs between
+them, whose inputs are rows of `inputs.py`. ComfyUI Manager reads the ids there, and `make_nodes`
+makes the classes. All are deprecated nodes, which the editor's search leaves out.
 
 Scripts and other packs call these classes as Python:
 `NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet(...)`. So the method that runs has the original
-name and parameters, returns a tuple, and is the `FUNCTION`.
+name and takes the original's parameters, returns a tuple, and is the `FUNCTION`.
 """
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 
 from comfy_api.latest import io
 
 from ..file_inputs import validate_main
-
-FURTHER_CLIPS = ("clip_name2", "clip_name3", "clip_name4")
+from .inputs import INPUTS, make_inputs
 
 
 class LegacyNode:
     """Base of the classes in the tables, next to the host's own base class.
 
-    A subclass defines the method that its `FUNCTION` names.
+    A subclass defines `run`, which gets the node's files, then the other inputs that have an effect
+    by name, and returns a tuple.
 
     Attributes:
-        inputs: called on the class, makes the inputs.
+        keys: of the inputs, of `inputs.INPUTS`, with spaces between them.
+        also: keys of what callers of the method may pass too.
         outputs: what makes the outputs.
         folders: keys of the folders that its files lie in.
     """
@@ -32,10 +34,15 @@ class LegacyNode:
     node_id: str
     display_name: str
     description: str
-    inputs: Callable[[], list]
+    keys: str
+    also: str = ""
     outputs: tuple = (io.Model.Output,)
     folders: tuple[str, ...]
     category = "Featherweight/legacy"
+
+    @classmethod
+    def inputs(cls) -> list:
+        return make_inputs(cls.keys)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -51,12 +58,19 @@ class LegacyNode:
 
     @classmethod
     def validate_inputs(
-        cls, unet_name=None, gguf_name=None, ckpt_name=None, clip_name=None, clip_name1=None
+        cls, unet_name=None, gguf_name=None, model_path=None, model_name=None, ckpt_name=None,
+        vae_name=None, clip_name=None, clip_name1=None, text_encoder1=None
     ):
         """Checks the main file, which has one of these names."""
-        names = (unet_name, gguf_name, ckpt_name, clip_name, clip_name1)
-        name = next((name for name in names if name is not None), None)
-        return validate_main(name, FURTHER_CLIPS, cls.folders)
+        names = (unet_name, gguf_name, model_path, model_name, ckpt_name, vae_name, clip_name,
+                 clip_name1, text_encoder1)
+        return cls.validate(next((name for name in names if name is not None), None))
+
+    @classmethod
+    def validate(cls, name: str | None) -> bool | str:
+        """Returns True, or a sentence about the main file, if that is missing, and the others."""
+        _, *others = [key for key in cls.keys.split() if INPUTS[key].file]
+        return validate_main(name, others, cls.folders)
 
     @classmethod
     def execute(cls, *args, **inputs) -> tuple:
@@ -80,21 +94,48 @@ class LegacyNode:
         return info
 
 
+def _method(keys: list[str]) -> classmethod:
+    """Makes the method of a node with these inputs, which calls `run`."""
+    rows = {key.partition(":")[0]: INPUTS[key] for key in keys}
+
+    def method(cls, *args, **inputs) -> tuple:
+        given = method.__signature__.bind(cls, *args, **inputs).arguments
+        files = [value for name, value in given.items() if name in rows and rows[name].file]
+        return cls.run(*files, **{
+            name: value for name, value in given.items()
+            if name in rows and not rows[name].file and not rows[name].unused
+        })
+
+    parameter, kind = inspect.Parameter, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    method.__signature__ = inspect.Signature(
+        [parameter("cls", kind), *(parameter(name, kind, default=None) for name in rows)])
+    return classmethod(method)
+
+
 def make_node(
-    module: str, node_id: str, base: type[LegacyNode], display_name: str, **attributes
+    module: str, node_id: str, base: type[LegacyNode], function: str, title: str, keys: str,
+    **attributes
 ) -> type[io.ComfyNode]:
-    """Makes the class of one id, as if it were written in the module of that name."""
-    attributes |= {"__module__": module, "node_id": node_id, "display_name": display_name}
+    """Makes the class of one id, as if it were written in the module of that name.
+
+    Args:
+        function: name of the method that scripts call.
+        title, keys: of the node and its inputs, as in `LegacyNode`.
+        attributes: further ones of the class.
+    """
+    attributes |= {
+        "__module__": module, "node_id": node_id, "display_name": title, "keys": keys,
+        "FUNCTION": function,
+        function: _method(list(dict.fromkeys([*keys.split(), *base.also.split()])))
+    }
     return type(node_id, (base, io.ComfyNode), attributes)
 
 
 def make_nodes(
     module: str, config: Mapping[str, tuple], **attributes
 ) -> dict[str, type[io.ComfyNode]]:
-    """Makes the classes of a table with id: (base class, title, inputs, description)."""
+    """Makes the classes of a table with id: (base class, method, title, inputs, description)."""
     return {
-        node_id: make_node(
-            module, node_id, base, title, inputs=inputs, description=description, **attributes
-        )
-        for node_id, (base, title, inputs, description) in config.items()
+        node_id: make_node(module, node_id, *row, description=description, **attributes)
+        for node_id, (*row, description) in config.items()
     }

@@ -5,15 +5,37 @@ import torch
 from comfy_api.latest import io
 
 from ...loaders.paths.folders import find_file, list_files
-from ..file_inputs import file_options, validate_main
+from ..file_inputs import Options, file_options, validate_main
 from ..load_diffusion_model import NO_MODULE as NONE
 from ..load_diffusion_model import picked_module
 from ..node_text import loader_output
-from .gguf import CLIP_FOLDERS, FOLDERS, dtype_inputs, load_model, model_input
+from .inputs import CLIP_FOLDERS, FOLDERS, LegacyInput, make_inputs
+from .loaders import load_model
 
 ALL_FOLDERS = (*FOLDERS, *CLIP_FOLDERS)
 # option: the host's name of the attention function
 ATTENTION = {"sdpa": "pytorch", "sageattn": "sage", "xformers": "xformers", "flashattn": "flash"}
+
+
+def _extra_files() -> Options:
+    """Returns what may have further layers: models, and connectors among text encoders."""
+    connectors = [name for name in list_files(*CLIP_FOLDERS) if "connector" in name.lower()]
+    return file_options([*list_files(*FOLDERS), *connectors, NONE], ALL_FOLDERS, "model_name")
+
+
+# next to those of `inputs.INPUTS`
+INPUTS = {
+    "extra_model_name": LegacyInput(
+        io.Combo, "A file with further layers of the model, such as VACE's, or LTX-2's connector.",
+        {"default": NONE}, _extra_files),
+    "enable_fp16_accumulation": LegacyInput(
+        io.Boolean,
+        "Lets CUDA accumulate fp16 products in fp16, in everything that runs after this node:"
+        " faster and less exact.", {"default": False}),
+    "attention_override": LegacyInput(
+        io.Combo, "Computes the model's attention with this library, if it is installed.",
+        {"default": NONE}, lambda: [NONE, *ATTENTION]),
+}
 
 
 class GGUFLoader(io.ComfyNode):
@@ -23,40 +45,15 @@ class GGUFLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        files = list_files(*FOLDERS)
-        connectors = [name for name in list_files(*CLIP_FOLDERS) if "connector" in name.lower()]
         return io.Schema(
             node_id="GGUFLoaderKJ",
             display_name="GGUF Loader KJ",
             category="Featherweight/legacy",
             description="The GGUF loader of KJNodes workflows, which needs no ComfyUI-GGUF here.",
             is_deprecated=True,
-            inputs=[
-                model_input("model_name"),
-                io.Combo.Input(
-                    "extra_model_name",
-                    default=NONE,
-                    optional=True,
-                    options=file_options([*files, *connectors, NONE], ALL_FOLDERS, "model_name"),
-                    tooltip="A file with further layers of the model, such as VACE's, or LTX-2's"
-                    " connector.",
-                ),
-                *dtype_inputs(),
-                io.Boolean.Input(
-                    "enable_fp16_accumulation",
-                    default=False,
-                    optional=True,
-                    tooltip="Lets CUDA accumulate fp16 products in fp16, in everything that runs"
-                    " after this node: faster and less exact.",
-                ),
-                io.Combo.Input(
-                    "attention_override",
-                    options=[NONE, *ATTENTION],
-                    default=NONE,
-                    optional=True,
-                    tooltip="Computes the model's attention with this library, if it is installed.",
-                ),
-            ],
+            inputs=make_inputs(
+                "model_name extra_model_name dequant_dtype patch_dtype patch_on_device"
+                " enable_fp16_accumulation attention_override", INPUTS),
             outputs=[io.Model.Output()],
         )
 

@@ -4,46 +4,23 @@ An id joins a loader and a family, as in `UnetLoaderGGUF` + `DisTorch2MultiGPU`,
 made from both. Three loaders are the pack's own. Its loaders for ControlNets, CLIP vision and other
 packs' models are not provided here.
 """
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import comfy.model_management
-import torch
 from comfy_api.latest import io
 
-import nodes as host_nodes
-
 from ...loaders.byte_sizes import size_text
-from ...loaders.devices import CPU, device_options, find_device, gpus
+from ...loaders.devices import CPU, find_device, gpus
 from ...loaders.models.placement import place, place_clip
-from ...loaders.paths.folders import validate_files
-from ..combo_options import combo_options
-from ..file_inputs import Options, nullable_options, open_options, validate_main
+from ..file_inputs import Options, nullable_options
 from ..node_text import loader_output
 from ..number_checks import reject_nan
-from . import FURTHER_CLIPS, LegacyNode, make_node, vae_files
+from . import make_node
 from .distorch import UnreadableError, allocate_virtual_vram, parse_allocation_string
-from .gguf import (
-    CLIP_FOLDERS,
-    FOLDERS,
-    clip_inputs,
-    dtype_inputs,
-    load_clip,
-    load_model,
-    model_input,
-)
-from .nf4 import CHECKPOINT_FOLDERS, CheckpointLoader, checkpoint_input, load_parts
+from .loaders import Loader, ModelLoader, TextEncoderLoader
+from .nf4 import CheckpointLoader, load_parts
+from .vae_files import VaeLoader
 
-# UNETLoader's weight_dtype: the host's model options
-WEIGHT_DTYPES = {
-    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
-    "fp8_e5m2": {"dtype": torch.float8_e5m2},
-    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
-}
-
-
-# --- the loaders ---
 
 @dataclass(frozen=True)
 class WrappedLoader:
@@ -51,179 +28,51 @@ class WrappedLoader:
 
     Attributes:
         title: of its node; {} stands for the family.
-        inputs: as in `LegacyNode`.
-        load: takes a device or None, and the inputs by name; returns the loaded parts by the keys
-            of `node_text.TITLES`.
-        validate: takes the name of the main file; returns True, or a sentence about missing ones.
-        outputs: as in `LegacyNode`.
-        device: DisTorch2's name of its device input.
+        base: what it does.
+        keys: as in `LegacyNode`.
+        device, eject: DisTorch2's keys of the inputs for its device and of `eject_models`.
     """
 
     title: str
-    inputs: Callable[[], list]
-    load: Callable[..., dict]
-    validate: Callable[..., bool | str]
-    outputs: tuple = (io.Model.Output,)
+    base: type[Loader]
+    keys: str
     device: str = "compute_device"
+    eject: str = "eject_models"
 
 
-def _load_gguf(
-    device, unet_name, dequant_dtype="default", patch_dtype="default", patch_on_device=False
-) -> dict:
-    return {"model": load_model(unet_name, model_options=device_options(device))}
+def _clip_loader(title: str, keys: str) -> WrappedLoader:
+    return WrappedLoader(title, TextEncoderLoader, keys, "device", "eject_models:off")
 
 
-def _load_unet(device, unet_name, weight_dtype="default") -> dict:
-    return {
-        "model": load_model(
-            unet_name, model_options=device_options(device) | WEIGHT_DTYPES.get(weight_dtype, {})
-        )
-    }
-
-
-def _load_clip(device, type="stable_diffusion", **names) -> dict:
-    clip_type = {3: "sd3", 4: "hidream"}.get(len(names), type or "stable_diffusion")
-    return {"clip": load_clip(clip_type, *(names[name] for name in sorted(names)), device=device)}
-
-
-def _weight_dtype_input():
-    options = combo_options(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"], "weight_dtype")
-    return io.Combo.Input(
-        "weight_dtype",
-        options=options or ["default", *WEIGHT_DTYPES],
-        default="default",
-        optional=True,
-        tooltip="As in ComfyUI's own loader, for files without packed weights.",
-    )
-
-
-def _clip_loader(title: str, count: int, host_node: str | None = None) -> WrappedLoader:
-    return WrappedLoader(
-        title,
-        functools.partial(clip_inputs, count, host_node),
-        _load_clip,
-        functools.partial(validate_main, others=FURTHER_CLIPS, keys=CLIP_FOLDERS),
-        (io.Clip.Output,),
-        device="device",
-    )
-
-
-_validate_models = functools.partial(validate_files, keys=FOLDERS)
-UNET_GGUF = WrappedLoader(
-    "Unet Loader (GGUF, {})", lambda: [model_input()], _load_gguf, _validate_models
-)
-UNET_GGUF_ADVANCED = WrappedLoader(
-    "Unet Loader (GGUF/Advanced, {})",
-    lambda: [model_input(), *dtype_inputs()],
-    _load_gguf,
-    _validate_models,
-)
+UNET_GGUF = WrappedLoader("Unet Loader (GGUF, {})", ModelLoader, "unet_name")
+UNET_GGUF_ADVANCED = WrappedLoader("Unet Loader (GGUF/Advanced, {})", ModelLoader,
+                                   "unet_name dequant_dtype patch_dtype patch_on_device")
 UNET_LP = replace(UNET_GGUF, title="UNet Loader ({})")
-UNET = WrappedLoader(
-    "Load Diffusion Model ({})",
-    lambda: [model_input(), _weight_dtype_input()],
-    _load_unet,
-    _validate_models,
-)
-CLIP = _clip_loader("Load CLIP ({})", 1, "CLIPLoader")
-DUAL_CLIP = _clip_loader("DualCLIPLoader ({})", 2, "DualCLIPLoader")
-TRIPLE_CLIP = _clip_loader("TripleCLIPLoader ({})", 3)
-QUADRUPLE_CLIP = _clip_loader("QuadrupleCLIPLoader ({})", 4)
+UNET = WrappedLoader("Load Diffusion Model ({})", ModelLoader, "unet_name weight_dtype")
+CLIP = _clip_loader("Load CLIP ({})", "clip_name type")
+DUAL_CLIP = _clip_loader("DualCLIPLoader ({})", "clip_name1 clip_name2 type:dual")
+TRIPLE_CLIP = _clip_loader("TripleCLIPLoader ({})", "clip_name1 clip_name2 clip_name3")
+QUADRUPLE_CLIP = _clip_loader("QuadrupleCLIPLoader ({})",
+                              "clip_name1 clip_name2 clip_name3 clip_name4")
 CLIP_GGUF = replace(CLIP, title="CLIPLoader (GGUF, {})")
 DUAL_CLIP_GGUF = replace(DUAL_CLIP, title="DualCLIPLoader (GGUF, {})")
 TRIPLE_CLIP_GGUF = replace(TRIPLE_CLIP, title="TripleCLIPLoader (GGUF, {})")
 QUADRUPLE_CLIP_GGUF = replace(QUADRUPLE_CLIP, title="QuadrupleCLIPLoader (GGUF, {})")
-VAE = WrappedLoader(
-    "Load VAE ({})",
-    lambda: [vae_files.vae_name_input()],
-    lambda device, vae_name: {"vae": vae_files.load(vae_name, device)},
-    vae_files.validate,
-    (io.Vae.Output,),
-)
-CHECKPOINT = WrappedLoader(
-    "Load Checkpoint ({})",
-    lambda: [checkpoint_input()],
-    lambda device, ckpt_name: load_parts(ckpt_name, device=device),
-    functools.partial(validate_files, keys=CHECKPOINT_FOLDERS),
-    CheckpointLoader.outputs,
-)
+VAE = WrappedLoader("Load VAE ({})", VaeLoader, "vae_name")
+CHECKPOINT = WrappedLoader("Load Checkpoint ({})", CheckpointLoader, "ckpt_name")
 CHECKPOINT_NF4 = replace(CHECKPOINT, title="Load NF4 Checkpoint ({})")
 CHECKPOINT_ADVANCED = replace(CHECKPOINT, title="Checkpoint Loader Advanced ({})")
 
 
-# --- the inputs of the families ---
-
-def device_input(name: str, default: str | None = None, optional: bool = True):
-    """Returns the input for the device that computes. default: None for the first GPU, if any."""
-    names = ["cpu", *map(str, gpus())]
-    return io.Combo.Input(
-        name,
-        options=open_options(names),
-        default=default or names[min(1, len(gpus()))],
-        optional=optional,
-        tooltip="The device that computes. If this machine does not have it, ComfyUI's default"
-        " device is used.",
-    )
-
-
-def virtual_vram_input(
-    name: str = "virtual_vram_gb",
-    default: float = 4.0,
-    maximum: float = 128.0,
-    optional: bool = True,
-):
-    """Returns the input for virtual VRAM, in GiB."""
-    return io.Float.Input(
-        name,
-        default=default,
-        min=0.0,
-        max=maximum,
-        step=0.1,
-        optional=optional,
-        tooltip="This many GiB of the model's weights are kept on the donors and are copied in at"
-        " each step.",
-    )
-
-
-def donor_input(name: str = "donor_device", optional: bool = True):
-    """Returns the input for the device that keeps the weights of the virtual VRAM."""
-    return io.Combo.Input(
-        name,
-        options=open_options(["cpu", *map(str, gpus())]),
-        default="cpu",
-        optional=optional,
-        tooltip="The device that keeps the weights of the virtual VRAM.",
-    )
-
-
-def expert_input(name: str = "expert_mode_allocations"):
-    """Returns the input for an expert-mode string."""
-    return io.String.Input(
-        name,
-        default="",
-        multiline=False,
-        optional=True,
-        tooltip="Devices and amounts, instead of virtual VRAM: bytes (cuda:0,2.5gb;cpu,*),"
-        " percentages of the model (cuda:0,25%;cpu,75%) or fractions of each device's memory.",
-    )
-
-
-def eject_input(default: bool = True):
-    """Returns an input that old workflows have and that has no effect."""
-    return io.Boolean.Input(
-        "eject_models",
-        default=default,
-        optional=True,
-        tooltip="Kept for old workflows. It has no effect.",
-    )
-
-
 # --- the families ---
 
-class MultiGPULoader(LegacyNode):
-    """Base of the pack's loaders.
+class MultiGPULoader(Loader):
+    """Base of the pack's loaders, next to that of the loader that is wrapped.
 
-    wrapped: the loader that a class wraps. family: the word for it in titles.
+    Attributes:
+        family: the word for it in titles.
+        further: keys of the inputs after those of the wrapped loader; {0} stands for that.
+        function: name of the method that scripts call.
     """
 
     HELP_PAGE = "LegacyMultiGPU"
@@ -232,28 +81,18 @@ class MultiGPULoader(LegacyNode):
         "A loader of workflows made with ComfyUI-MultiGPU, which is archived. In new workflows use"
         " the loaders and Place Model (Featherweight)."
     )
-    wrapped: WrappedLoader
     family = "MultiGPU"
+    further = ""
+    function = "override"
 
     @classmethod
     def inputs(cls) -> list:
-        own = cls.wrapped.inputs()
-        for choice in own:
+        inputs = super().inputs()
+        wrapped = len(inputs) - len(cls.further.split())
+        for choice in inputs[:wrapped]:
             if isinstance(choice, io.Combo.Input) and not isinstance(choice.options, Options):
                 choice.options = nullable_options(choice.options)
-        return [*own, *cls.further_inputs()]
-
-    @classmethod
-    def further_inputs(cls) -> list:
-        """Returns the inputs after those of the wrapped loader."""
-        return []
-
-    @classmethod
-    def validate_inputs(
-        cls, unet_name=None, ckpt_name=None, vae_name=None, clip_name=None, clip_name1=None
-    ):
-        names = (unet_name, ckpt_name, vae_name, clip_name, clip_name1)
-        return cls.wrapped.validate(next((name for name in names if name is not None), None))
+        return inputs
 
 
 class DeviceLoader(MultiGPULoader):
@@ -262,29 +101,24 @@ class DeviceLoader(MultiGPULoader):
     virtual_vram_gb: GiB for API files without that input; None: the loader has no virtual VRAM.
     """
 
-    FUNCTION = "override"
+    further = "device"
     virtual_vram_gb: float | None = None
 
     @classmethod
-    def further_inputs(cls) -> list:
-        return [device_input("device")]
-
-    @classmethod
-    def override(
+    def run(
         cls,
-        *,
+        *names,
         device=None,
         compute_device=None,
         virtual_vram_gb=None,
         use_other_vram=False,
         donor_device="cpu",
         expert_mode_allocations="",
-        eject_models=True,
         **inputs,
     ) -> tuple:
-        device, note = find_device(device if device is not None else compute_device)
+        found, note = find_device(device if device is not None else compute_device)
         notes = [note]
-        parts = cls.wrapped.load(device, **inputs)
+        parts = cls.load(*names, device=found, **inputs)
         if cls.virtual_vram_gb is not None:
             gib = cls.virtual_vram_gb if virtual_vram_gb is None else virtual_vram_gb
             donors = None if use_other_vram else [donor_device]
@@ -297,39 +131,16 @@ class DisTorchLoader(DeviceLoader):
     """A loader with virtual VRAM in its first form."""
 
     family = "DisTorch"
+    further = "device virtual_vram_gb:24 use_other_vram expert_mode_allocations"
     virtual_vram_gb = 0.0
-
-    @classmethod
-    def further_inputs(cls) -> list:
-        return [
-            *super().further_inputs(),
-            virtual_vram_input(maximum=24.0),
-            io.Boolean.Input(
-                "use_other_vram",
-                default=False,
-                optional=True,
-                tooltip="Keeps the weights of the virtual VRAM on the other GPUs first, then on the"
-                " CPU.",
-            ),
-            expert_input(),
-        ]
 
 
 class DisTorch2Loader(DeviceLoader):
     """A loader with virtual VRAM in its second form."""
 
     family = "DisTorch2"
+    further = "{0.device} virtual_vram_gb donor_device expert_mode_allocations {0.eject}"
     virtual_vram_gb = 4.0
-
-    @classmethod
-    def further_inputs(cls) -> list:
-        return [
-            device_input(cls.wrapped.device),
-            virtual_vram_input(),
-            donor_input(),
-            expert_input(),
-            eject_input(default=cls.wrapped.device != "device"),
-        ]
 
 
 def place_part(
@@ -429,17 +240,11 @@ def _load_parts_on(
 class CheckpointLoaderAdvanced(MultiGPULoader):
     """Loads a checkpoint, with a device for each part."""
 
-    FUNCTION = "load_checkpoint"
+    further = "unet_device clip_device vae_device"
+    function = "load_checkpoint"
 
     @classmethod
-    def further_inputs(cls) -> list:
-        return [
-            device_input(name, optional=False)
-            for name in ("unet_device", "clip_device", "vae_device")
-        ]
-
-    @classmethod
-    def load_checkpoint(cls, ckpt_name, unet_device, clip_device, vae_device) -> tuple:
+    def run(cls, ckpt_name, *, unet_device, clip_device, vae_device) -> tuple:
         parts, notes = _load_parts_on(ckpt_name, unet_device, clip_device, vae_device)
         return loader_output(*notes, **parts)
 
@@ -447,34 +252,19 @@ class CheckpointLoaderAdvanced(MultiGPULoader):
 class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
     """Loads a checkpoint, with a device for each part and virtual VRAM for two of them."""
 
-    FUNCTION = "load_checkpoint"
     family = "DisTorch2"
+    further = (
+        "unet_compute_device unet_virtual_vram_gb unet_donor_device clip_compute_device"
+        " clip_virtual_vram_gb clip_donor_device vae_device unet_expert_mode_allocations"
+        " clip_expert_mode_allocations high_precision_loras eject_models"
+    )
+    function = "load_checkpoint"
 
     @classmethod
-    def further_inputs(cls) -> list:
-        return [
-            device_input("unet_compute_device", optional=False),
-            virtual_vram_input("unet_virtual_vram_gb", optional=False),
-            donor_input("unet_donor_device", optional=False),
-            device_input("clip_compute_device", "cpu", optional=False),
-            virtual_vram_input("clip_virtual_vram_gb", 2.0, optional=False),
-            donor_input("clip_donor_device", optional=False),
-            device_input("vae_device", optional=False),
-            expert_input("unet_expert_mode_allocations"),
-            expert_input("clip_expert_mode_allocations"),
-            io.Boolean.Input(
-                "high_precision_loras",
-                default=True,
-                optional=True,
-                tooltip="Kept for old workflows. LoRAs keep their full precision.",
-            ),
-            eject_input(),
-        ]
-
-    @classmethod
-    def load_checkpoint(
+    def run(
         cls,
         ckpt_name,
+        *,
         unet_compute_device,
         unet_virtual_vram_gb,
         unet_donor_device,
@@ -484,8 +274,6 @@ class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
         vae_device,
         unet_expert_mode_allocations="",
         clip_expert_mode_allocations="",
-        high_precision_loras=True,
-        eject_models=True,
     ) -> tuple:
         parts, notes = _load_parts_on(
             ckpt_name, unet_compute_device, clip_compute_device, vae_device
@@ -500,15 +288,11 @@ class CheckpointLoaderAdvancedDisTorch2(MultiGPULoader):
 class UnetLoaderLP(MultiGPULoader):
     """Loads a diffusion model, without further inputs."""
 
-    FUNCTION = "load_unet"
     family = "LP"
-
-    @classmethod
-    def load_unet(cls, unet_name) -> tuple:
-        return loader_output(model=load_model(unet_name))
+    function = "load_unet"
 
 
-# id: (base class, the loader that is wrapped)
+# id: (family, the loader that is wrapped)
 NODE_CONFIG = {
     "UnetLoaderGGUFMultiGPU": (DeviceLoader, UNET_GGUF),
     "UnetLoaderGGUFAdvancedMultiGPU": (DeviceLoader, UNET_GGUF_ADVANCED),
@@ -526,8 +310,7 @@ NODE_CONFIG = {
     "CheckpointLoaderNF4MultiGPU": (DeviceLoader, CHECKPOINT_NF4),
     "CheckpointLoaderAdvancedMultiGPU": (CheckpointLoaderAdvanced, CHECKPOINT_ADVANCED),
     "CheckpointLoaderAdvancedDisTorch2MultiGPU": (
-        CheckpointLoaderAdvancedDisTorch2,
-        CHECKPOINT_ADVANCED,
+        CheckpointLoaderAdvancedDisTorch2, CHECKPOINT_ADVANCED
     ),
     "UNetLoaderLP": (UnetLoaderLP, UNET_LP),
     "UnetLoaderGGUFDisTorchMultiGPU": (DisTorchLoader, UNET_GGUF),
@@ -550,8 +333,12 @@ NODE_CONFIG = {
     "VAELoaderDisTorch2MultiGPU": (DisTorch2Loader, VAE),
     "CheckpointLoaderSimpleDisTorch2MultiGPU": (DisTorch2Loader, CHECKPOINT),
 }
-NODE_CLASS_MAPPINGS = {
-    node_id: make_node(__name__, node_id, base, wrapped.title.format(base.family), wrapped=wrapped,
-                       outputs=wrapped.outputs)
-    for node_id, (base, wrapped) in NODE_CONFIG.items()
-}
+
+def _make(node_id: str, family: type[MultiGPULoader], wrapped: WrappedLoader) -> type[io.ComfyNode]:
+    further = family.further.format(wrapped)
+    base = type(node_id, (family, wrapped.base), {"also": "", "further": further})
+    return make_node(__name__, node_id, base, family.function, wrapped.title.format(family.family),
+                     f"{wrapped.keys} {further}")
+
+
+NODE_CLASS_MAPPINGS = {node_id: _make(node_id, *row) for node_id, row in NODE_CONFIG.items()}

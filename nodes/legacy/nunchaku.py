@@ -4,7 +4,7 @@ Inputs that place or speed up the original's own model are accepted and have no 
 places these models, and LoRAs are patches of the host.
 """
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -13,332 +13,29 @@ from ...cluster.workflow_graph import is_link
 from ...loaders.lora.apply import apply_lora
 from ...loaders.lora.compatibility import check_lora
 from ...loaders.lora.lora_file import load_lora_file
-from ...loaders.paths.folders import (
-    ENCODER,
-    find_file,
-    list_files,
-    list_model_folders,
-    validate_files,
-)
-from ..apply_lora import FOLDERS as LORA_FOLDERS
-from ..file_inputs import (
-    Options,
-    file_options,
-    is_name,
-    nullable_options,
-    validate_main,
-    validated_inputs,
-)
-from ..node_text import loader_output, show_text
+from ...loaders.paths.folders import find_file, validate_files
+from ..file_inputs import validated_inputs
+from ..node_text import show_text
 from ..number_checks import reject_infinite
 from . import LegacyNode, make_nodes
-from .gguf import CLIP_FOLDERS, FOLDERS, load_clip, load_model, model_input
+from .inputs import CLIP_FOLDERS, FLUX_SLOTS, LORA_FOLDERS, NONE, SLOTS
+from .loaders import Loader, ModelLoader, load_clip
 
-NONE = "None"  # a slot without a LoRA
-NO_MODEL = "none"
-SWITCH = ("enable", "disable")
-OFFLOAD = ("auto", *SWITCH)
 MIN_STRENGTH = 1e-5  # a LoRA with less is left out, as in the original
-MAX_GPUS = 64
-FLUX_SLOTS, SLOTS = 15, 10
 
 
-def ignored_combo(name: str, options: Sequence[str], default: str, tooltip: str):
-    """Returns an input with options that old workflows have and that has no effect."""
-    return io.Combo.Input(
-        name,
-        options=options if isinstance(options, list) else list(options),
-        default=default,
-        optional=True,
-        advanced=True,
-        tooltip=f"Kept for old workflows. {tooltip}",
-    )
-
-
-def cpu_offload_input(default: str = "auto"):
-    """Returns an input that old workflows have and that has no effect."""
-    return ignored_combo(
-        "cpu_offload",
-        nullable_options(OFFLOAD),
-        default,
-        "ComfyUI moves weights to main memory by itself.",
-    )
-
-
-def flux_loader_inputs() -> list:
-    """Returns the inputs of the loader for Flux."""
-    return [
-        model_input("model_path", list_model_folders(*FOLDERS)),
-        io.Float.Input(
-            "cache_threshold",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            optional=True,
-            advanced=True,
-            tooltip="Kept for old workflows. No step is skipped; ComfyUI's EasyCache does that.",
-        ),
-        ignored_combo(
-            "attention",
-            ("nunchaku-fp16", "flash-attention2"),
-            "nunchaku-fp16",
-            "ComfyUI chooses how attention is computed.",
-        ),
-        cpu_offload_input(),
-        io.Int.Input(
-            "device_id",
-            default=0,
-            min=0,
-            max=MAX_GPUS - 1,
-            optional=True,
-            advanced=True,
-            tooltip="Kept for old workflows. ComfyUI chooses the GPU.",
-        ),
-        ignored_combo(
-            "data_type",
-            ("bfloat16", "float16"),
-            "bfloat16",
-            "ComfyUI chooses the dtype that the model computes in.",
-        ),
-        ignored_combo(
-            "i2f_mode",
-            ("enabled", "always"),
-            "enabled",
-            "It chooses a kernel of the original pack, which is not used.",
-        ),
-    ]
-
-
-def qwen_image_loader_inputs() -> list:
-    """Returns the inputs of the loader for Qwen-Image."""
-    return [
-        model_input("model_name", list_model_folders(*FOLDERS)),
-        cpu_offload_input(),
-        io.Int.Input(
-            "num_blocks_on_gpu",
-            default=1,
-            min=1,
-            max=60,
-            optional=True,
-            advanced=True,
-            tooltip="Kept for old workflows. ComfyUI decides how much of the model stays on the"
-            " GPU; Place Model (Featherweight) can set it.",
-        ),
-        ignored_combo(
-            "use_pin_memory", SWITCH, "disable", "ComfyUI decides which memory it pins."
-        ),
-    ]
-
-
-class Loader(LegacyNode):
-    """Base of the loaders for diffusion models."""
-
-    FUNCTION = "load_model"
-    folders = FOLDERS
-
-    @classmethod
-    def validate_inputs(cls, model_path=None, model_name=None):
-        return validate_files(model_path if model_name is None else model_name, keys=cls.folders)
-
-
-class FluxLoader(Loader):
-    """Loads a Flux."""
-
-    @classmethod
-    def load_model(
-        cls,
-        model_path,
-        attention=None,
-        cache_threshold=None,
-        cpu_offload=None,
-        device_id=None,
-        data_type=None,
-        i2f_mode=None,
-    ) -> tuple:
-        return loader_output(model=load_model(model_path))
-
-
-class NamedModelLoader(Loader):
-    """Loads a Qwen-Image or a Z-Image."""
-
-    @classmethod
-    def load_model(
-        cls, model_name, cpu_offload=None, num_blocks_on_gpu=None, use_pin_memory=None
-    ) -> tuple:
-        return loader_output(model=load_model(model_name))
-
-
-def encoder_inputs(model_type: str) -> list:
-    """Returns the inputs that both loaders for text encoders have.
-
-    All that come before a file are required, because the editor shows required inputs first.
-
-    model_type: the only option of the input of that name.
-    """
-    files = [*list_files(*CLIP_FOLDERS), *list_model_folders(*CLIP_FOLDERS, model_class=ENCODER)]
-    further = file_options(files, CLIP_FOLDERS, "text_encoder1")
-    return [
-        io.Combo.Input(
-            "model_type",
-            options=[model_type],
-            tooltip="The kind of model the text is encoded for: Flux.1.",
-        ),
-        *(
-            io.Combo.Input(
-                name,
-                options=options,
-                tooltip="CLIP-L or T5, in any order: a file in models/text_encoders or"
-                " models/clip, GGUF, NF4 or any other.",
-            )
-            for name, options in (("text_encoder1", files), ("text_encoder2", further))
-        ),
-        io.Int.Input(
-            "t5_min_length",
-            default=512,
-            min=256,
-            max=1024,
-            step=128,
-            optional=True,
-            tooltip="The prompt is filled up to this number of tokens for the T5.",
-        ),
-    ]
-
-
-def quantized_t5_inputs() -> list:
-    """Returns the inputs of the older loader for text encoders that have no effect."""
-    folders = list_model_folders(*CLIP_FOLDERS, model_class=ENCODER)
-    return [
-        ignored_combo(
-            "use_4bit_t5", ("disable", "enable"), "disable", "The T5 is the file picked above."
-        ),
-        ignored_combo(
-            "int4_model",
-            Options([NO_MODEL, *folders], is_name),  # it need not exist, because it is not read
-            NO_MODEL,
-            "Pick a 4-bit T5 as one of the two text encoders.",
-        ),
-    ]
-
-
-class TextEncoderLoader(LegacyNode):
+class TextEncoderLoader(Loader):
     """Loads the two text encoders of Flux."""
 
-    FUNCTION = "load_text_encoder"
     folders = CLIP_FOLDERS
     outputs = (io.Clip.Output,)
+    also = "use_4bit_t5 int4_model"
 
     @classmethod
-    def validate_inputs(cls, text_encoder1=None):
-        return validate_main(text_encoder1, ["text_encoder2"], cls.folders)
-
-    @classmethod
-    def load_text_encoder(
-        cls,
-        model_type=None,
-        text_encoder1="",
-        text_encoder2="",
-        t5_min_length=512,
-        use_4bit_t5=None,
-        int4_model=None,
-    ) -> tuple:
-        clip = load_clip("flux", text_encoder1, text_encoder2)
+    def load(cls, *names, device, model_type=None, t5_min_length=512) -> dict:
+        clip = load_clip("flux", *names, device=device)
         clip.set_tokenizer_option("t5xxl_min_length", t5_min_length)
-        return loader_output(clip=clip)
-
-
-def lora_inputs() -> list:
-    """Returns the inputs of a node that applies one LoRA."""
-    return [
-        io.Model.Input("model", tooltip="The diffusion model the LoRA is applied to."),
-        io.Combo.Input(
-            "lora_name",
-            options=list_files(*LORA_FOLDERS),
-            tooltip="A file in models/loras; GGUF adapters work too.",
-        ),
-        strength_input("lora_strength"),
-    ]
-
-
-def strength_input(name: str):
-    """Returns the input for the strength of a LoRA."""
-    return io.Float.Input(
-        name,
-        default=1.0,
-        min=-100.0,
-        max=100.0,
-        step=0.01,
-        optional=True,
-        tooltip="How strongly the diffusion model is changed; may be negative.",
-    )
-
-
-def stack_model_input():
-    """Returns the input for the model of a stack."""
-    return io.Model.Input("model", tooltip="The diffusion model the LoRAs are applied to.")
-
-
-def slot_inputs(count: int, with_switches: bool = False) -> list:
-    """Returns the inputs for the LoRAs of a stack.
-
-    Args:
-        count: number of slots.
-        with_switches: whether each slot has a switch.
-    """
-    files = Options([NONE, *list_files(*LORA_FOLDERS)], is_name)  # a slot may not be used
-    inputs: list = []
-    for slot in range(1, count + 1):
-        if with_switches:
-            inputs.append(
-                io.Boolean.Input(
-                    f"enabled_{slot}",
-                    default=True,
-                    optional=True,
-                    tooltip="Whether this LoRA is applied.",
-                )
-            )
-        inputs += [
-            io.Combo.Input(
-                f"lora_name_{slot}",
-                options=files,
-                default=NONE,
-                optional=True,
-                tooltip=f"A file in models/loras. {NONE}: this slot is empty.",
-            ),
-            strength_input(f"lora_strength_{slot}"),
-        ]
-    return inputs
-
-
-def stack_inputs(
-    with_clip: bool = False, with_offload: bool = True, with_switches: bool = False
-) -> list:
-    """Returns the inputs of a stack of ComfyUI-QwenImageLoraLoader."""
-    inputs: list = [stack_model_input()]
-    if with_clip:
-        inputs.append(io.Clip.Input("clip", tooltip="A text encoder, which is not changed."))
-    inputs.append(
-        io.Int.Input(
-            "lora_count",
-            default=3,
-            min=1,
-            max=SLOTS,
-            optional=True,
-            tooltip="How many slots are applied, from the first on.",
-        )
-    )
-    if with_offload:
-        inputs.append(cpu_offload_input("disable"))
-    if with_switches:
-        inputs.append(
-            io.Boolean.Input(
-                "toggle_all",
-                default=True,
-                optional=True,
-                tooltip="Kept for old workflows. The switch of each LoRA decides.",
-            )
-        )
-    return [*inputs, *slot_inputs(SLOTS, with_switches)]
+        return {"clip": clip}
 
 
 def apply_loras(model: ModelPatcher, loras: Iterator[tuple[str, float]]) -> ModelPatcher:
@@ -371,7 +68,7 @@ def chosen_loras(slots: dict, lora_count: int | None = None) -> Iterator[tuple[s
     """Yields (file, strength) of each slot of a stack that is used.
 
     Args:
-        slots: values of the inputs of `slot_inputs`.
+        slots: values of the inputs of `slots`.
         lora_count: number of slots that are used; None: all.
     """
     last = FLUX_SLOTS if lora_count is None else min(lora_count, FLUX_SLOTS)
@@ -384,7 +81,6 @@ def chosen_loras(slots: dict, lora_count: int | None = None) -> Iterator[tuple[s
 class LoraLoader(LegacyNode):
     """Applies a LoRA to a model."""
 
-    FUNCTION = "load_lora"
     folders = LORA_FOLDERS
 
     @classmethod
@@ -395,15 +91,15 @@ class LoraLoader(LegacyNode):
         return validate_files(lora_name, keys=cls.folders)
 
     @classmethod
-    def load_lora(cls, model, lora_name, lora_strength=1.0) -> tuple:
+    def run(cls, lora_name, model, lora_strength=1.0) -> tuple:
         return (apply_loras(model, iter([(lora_name, lora_strength)])),)
 
 
 class LoraStack(LegacyNode):
     """Applies the LoRAs of several slots to a model."""
 
-    FUNCTION = "load_lora_stack"
     folders = LORA_FOLDERS
+    also = "lora_count cpu_offload toggle_all"
 
     @classmethod
     def validate_inputs(cls, lora_name_1=None):
@@ -415,9 +111,7 @@ class LoraStack(LegacyNode):
         return validate_files(*names, keys=cls.folders)
 
     @classmethod
-    def load_lora_stack(
-        cls, model, lora_count=None, cpu_offload=None, toggle_all=None, **slots
-    ) -> tuple:
+    def run(cls, model, lora_count=None, **slots) -> tuple:
         return (apply_loras(model, chosen_loras(slots, lora_count)),)
 
 
@@ -427,90 +121,83 @@ class LoraStackWithClip(LoraStack):
     outputs = (io.Model.Output, io.Clip.Output)
 
     @classmethod
-    def load_lora_stack(cls, model, clip, lora_count=None, toggle_all=None, **slots) -> tuple:
-        return apply_loras(model, chosen_loras(slots, lora_count)), clip
+    def run(cls, model, clip, lora_count=None, **slots) -> tuple:
+        return *super().run(model, lora_count, **slots), clip
 
 
-# id: (base class, title, inputs, description)
+def slots(count: int, switches: bool = False) -> str:
+    """Returns the keys of the inputs for the LoRAs of a stack. switches: one for each slot."""
+    return " ".join(f"{f'enabled_{slot} ' * switches}lora_name_{slot} lora_strength_{slot}"
+                    for slot in range(1, count + 1))
+
+
+STACK = f"model:stack lora_count cpu_offload:off {slots(SLOTS)}"
+FLUX_ENCODERS = "text_encoder1 text_encoder2 t5_min_length"
+
+# id: (base class, method, title, inputs, description)
 NODE_CONFIG = {
     "NunchakuFluxDiTLoader": (
-        FluxLoader,
-        "Nunchaku FLUX DiT Loader",
-        flux_loader_inputs,
+        ModelLoader, "load_model", "Nunchaku FLUX DiT Loader",
+        "model_path cache_threshold attention cpu_offload device_id data_type i2f_mode",
         "The Flux loader of ComfyUI-nunchaku workflows. Same as Load Diffusion Model"
         " (Featherweight).",
     ),
     "NunchakuQwenImageDiTLoader": (
-        NamedModelLoader,
-        "Nunchaku Qwen-Image DiT Loader",
-        qwen_image_loader_inputs,
+        ModelLoader, "load_model", "Nunchaku Qwen-Image DiT Loader",
+        "model_name:folders cpu_offload num_blocks_on_gpu use_pin_memory",
         "The Qwen-Image loader of ComfyUI-nunchaku workflows. Same as Load Diffusion Model"
         " (Featherweight).",
     ),
     "NunchakuZImageDiTLoader": (
-        NamedModelLoader,
-        "Nunchaku Z-Image DiT Loader",
-        lambda: [model_input("model_name", list_model_folders(*FOLDERS))],
+        ModelLoader, "load_model", "Nunchaku Z-Image DiT Loader", "model_name:folders",
         "The Z-Image loader of ComfyUI-nunchaku workflows. Same as Load Diffusion Model"
         " (Featherweight).",
     ),
     "NunchakuTextEncoderLoaderV2": (
-        TextEncoderLoader,
-        "Nunchaku Text Encoder Loader V2",
-        lambda: encoder_inputs("flux.1"),
+        TextEncoderLoader, "load_text_encoder", "Nunchaku Text Encoder Loader V2",
+        f"model_type {FLUX_ENCODERS}",
         "The loader for Flux's text encoders of ComfyUI-nunchaku workflows. Same as Load Text"
         " Encoder (Featherweight).",
     ),
     "NunchakuTextEncoderLoader": (
-        TextEncoderLoader,
-        "Nunchaku Text Encoder Loader (Deprecated)",
-        lambda: [*encoder_inputs("flux"), *quantized_t5_inputs()],
+        TextEncoderLoader, "load_text_encoder", "Nunchaku Text Encoder Loader (Deprecated)",
+        f"model_type:old {FLUX_ENCODERS} use_4bit_t5 int4_model",
         "The loader for Flux's text encoders of older ComfyUI-nunchaku workflows. Same as Load Text"
         " Encoder (Featherweight).",
     ),
     "NunchakuFluxLoraLoader": (
-        LoraLoader,
-        "Nunchaku FLUX LoRA Loader",
-        lora_inputs,
+        LoraLoader, "load_lora", "Nunchaku FLUX LoRA Loader", "model lora_name lora_strength",
         "The LoRA node of ComfyUI-nunchaku workflows. Applies a LoRA to any model.",
     ),
     "NunchakuFluxLoraStack": (
-        LoraStack,
-        "Nunchaku FLUX LoRA Stack",
-        lambda: [stack_model_input(), *slot_inputs(FLUX_SLOTS)],
+        LoraStack, "load_lora_stack", "Nunchaku FLUX LoRA Stack",
+        f"model:stack {slots(FLUX_SLOTS)}",
         "The node for several LoRAs of ComfyUI-nunchaku workflows. Applies them to any model.",
     ),
     "NunchakuQwenImageLoraLoader": (
-        LoraLoader,
-        "Nunchaku Qwen Image LoRA Loader",
-        lora_inputs,
+        LoraLoader, "load_lora", "Nunchaku Qwen Image LoRA Loader",
+        "model lora_name lora_strength",
         "The LoRA node of ComfyUI-QwenImageLoraLoader workflows. Applies a LoRA to any model.",
     ),
     "NunchakuQwenImageLoraStack": (
-        LoraStack,
-        "Nunchaku Qwen Image LoRA Stack",
-        stack_inputs,
+        LoraStack, "load_lora_stack", "Nunchaku Qwen Image LoRA Stack", STACK,
         "The node for several LoRAs of ComfyUI-QwenImageLoraLoader workflows. Applies them to any"
         " model.",
     ),
     "NunchakuQwenImageLoraStackV2": (
-        LoraStack,
-        "Nunchaku Qwen Image LoRA Stack V2",
-        stack_inputs,
+        LoraStack, "load_lora_stack", "Nunchaku Qwen Image LoRA Stack V2", STACK,
         "The second node for several LoRAs of ComfyUI-QwenImageLoraLoader workflows. Applies them"
         " to any model.",
     ),
     "NunchakuQwenImageLoraStackV3": (
-        LoraStack,
-        "Nunchaku Qwen Image LoRA Stack V3",
-        lambda: stack_inputs(with_switches=True),
+        LoraStack, "load_lora_stack", "Nunchaku Qwen Image LoRA Stack V3",
+        f"model:stack lora_count cpu_offload:off toggle_all {slots(SLOTS, switches=True)}",
         "The third node for several LoRAs of ComfyUI-QwenImageLoraLoader workflows, with a switch"
         " for each. Applies them to any model.",
     ),
     "NunchakuZImageTurboLoraStackV4": (
-        LoraStackWithClip,
-        "Nunchaku Z-Image-Turbo LoRA Stack V4",
-        lambda: stack_inputs(with_clip=True, with_offload=False, with_switches=True),
+        LoraStackWithClip, "load_lora_stack", "Nunchaku Z-Image-Turbo LoRA Stack V4",
+        f"model:stack clip lora_count toggle_all {slots(SLOTS, switches=True)}",
         "The node for several LoRAs on Z-Image of ComfyUI-QwenImageLoraLoader workflows. Applies"
         " them to any model.",
     ),

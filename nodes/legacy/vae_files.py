@@ -12,31 +12,23 @@ import nodes as host_nodes
 from ...loaders.models.vae import build_vae, load_vae
 from ...loaders.paths.folders import find_file, list_files, validate_files
 from ..combo_options import combo_options
+from .loaders import Loader
 
 FOLDERS = ("vae_gguf", "vae", "vae_approx")
 PIXEL_SPACE = "pixel_space"  # the only name of the host's loader without weights
 
 
-def vae_name_input():
-    """Returns the input for a VAE."""
+def names() -> list[str]:
+    """Returns what an input for a VAE offers."""
     gguf = [name for name in list_files("vae_gguf") if name.lower().endswith(".gguf")]
-    return io.Combo.Input(
-        "vae_name",
-        options=[*gguf, *_host_vae_names()],
-        tooltip="A file in models/vae or models/vae_approx.",
-    )
-
-
-def validate(vae_name: str | None = None) -> bool | str:
-    """Returns True, or a sentence about a missing file, for a node's `validate_inputs`."""
-    return not _is_file(vae_name) or validate_files(vae_name, keys=FOLDERS)
+    return [*gguf, *_host_vae_names()]
 
 
 def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
     """Loads a VAE.
 
     Args:
-        vae_name: an option of `vae_name_input`.
+        vae_name: one of `names`.
         device: where it runs; None: where the host decides.
     """
     if _is_file(vae_name):
@@ -58,3 +50,17 @@ def _is_file(vae_name) -> bool:
 
 def _host_vae_names() -> list[str]:
     return combo_options(host_nodes.NODE_CLASS_MAPPINGS["VAELoader"], "vae_name")
+
+
+class VaeLoader(Loader):
+    """Loads a VAE."""
+
+    outputs = (io.Vae.Output,)
+
+    @classmethod
+    def validate(cls, name) -> bool | str:
+        return not _is_file(name) or validate_files(name, keys=FOLDERS)
+
+    @classmethod
+    def load(cls, name, device) -> dict:
+        return {"vae": load(name, device)}

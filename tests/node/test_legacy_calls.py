@@ -21,7 +21,7 @@ from pack_nodes import node_list
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.nodes.legacy import gguf
+from featherweight.nodes.legacy import loaders
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -79,9 +79,9 @@ def models(tmp_path_factory):
             sizes |= ENCODERS[name].model_options
         # the host takes it for the first CLIP
         sizes["model_config"] = ENCODERS["clip-l"].model_options["model_config"]
-        load = gguf.load_text_encoder
+        load = loaders.load_text_encoder
         patch.setattr(
-            gguf, "load_text_encoder", lambda *args, model_options=None: load(
+            loaders, "load_text_encoder", lambda *args, model_options=None: load(
                 *args, model_options={**sizes, **(model_options or {})}))
         yield base
 

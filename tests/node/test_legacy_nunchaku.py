@@ -25,7 +25,7 @@ from workflow_files import FLUX_SIZES, flux, flux_in_diffusers_names, nf4, nf4_f
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.nodes.legacy import gguf
+from featherweight.nodes.legacy import loaders
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -159,9 +159,9 @@ def encoders(base, monkeypatch):
     for file, name in (("t5.gguf", "t5-xxl"), ("clip_l.gguf", "clip-l")):
         write_encoder(base / "text_encoders" / file, ENCODERS[name], random_weights(ENCODERS[name]))
         sizes |= ENCODERS[name].model_options
-    load = gguf.load_text_encoder
+    load = loaders.load_text_encoder
     monkeypatch.setattr(
-        gguf, "load_text_encoder", lambda *args, model_options=None: load(
+        loaders, "load_text_encoder", lambda *args, model_options=None: load(
             *args, model_options={**sizes, **(model_options or {})}))
     return {"text_encoder1": "t5.gguf", "text_encoder2": "clip_l.gguf"}
 
