@@ -1,5 +1,4 @@
 """The node Measure Sensitivity (Featherweight)."""
-import contextlib
 import os
 
 from comfy_api.latest import io, ui
@@ -7,10 +6,11 @@ from comfy_api.latest import io, ui
 from ..loaders.byte_sizes import size_text
 from ..loaders.models.recipe import Recipe
 from ..loaders.packing.calibration.imatrix import write_imatrix
-from ..loaders.packing.calibration.measure import DEFAULT, THOROUGHNESS, measure
+from ..loaders.packing.calibration.measure import CHOICES, DEFAULT, THOROUGHNESS, measure
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import report, summary
 from ..loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
+from .file_inputs import Options
 from .node_text import show_text
 from .number_checks import reject_infinite
 
@@ -92,11 +92,11 @@ class MeasureSensitivity(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "thoroughness",
-                    options=list(THOROUGHNESS),
+                    options=Options(CHOICES, THOROUGHNESS.__contains__),
                     default=DEFAULT,
-                    tooltip="How the cost of packing a layer is measured. no runs: from the layer's"
-                    " own error. one run per layer: from its effect on the model's output. one run"
-                    " per layer and type: the best, and takes seven times as long.",
+                    tooltip="How the cost of packing a layer is measured. one run per layer: from"
+                    " its effect on the model's output. no runs: from the layer's own error, which"
+                    " is faster and a little less exact.",
                 ),
                 io.String.Input(
                     "name",
@@ -137,11 +137,8 @@ class MeasureSensitivity(io.ComfyNode):
         ]
         latent, negative = (next(iter(given or ()), None) for given in (latent, negative))
         run = SamplingRun(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
-        partial = f"{path.rsplit('_', 2)[0]}.part"  # without the number: the next run finds it
-        sensitivity = measure(model, run, thoroughness[0], partial)
+        sensitivity = measure(model, run, thoroughness[0])
         sensitivity.save(path)
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
         heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
         if next(iter(imatrix or ()), False):
             imatrices = [f"{path.removesuffix(SENSITIVITY)}{suffix}" for suffix in IMATRIX_SUFFIXES]

@@ -45,7 +45,6 @@ from featherweight.loaders.packing.planning.fit import (
 from featherweight.loaders.quantizers.comfyui import READERS
 from featherweight.loaders.quantizers.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
 from featherweight.nodes import (
-    apply_lora,
     load_checkpoint,
     load_clip_vision,
     load_controlnet,
@@ -414,8 +413,8 @@ def test_troubleshooting_names_the_folders_of_the_loaders():
     keys = ("diffusion_models", "text_encoders", "checkpoints", "diffusers", "controlnet",
             "model_patches", "clip_vision", "vae", "loras")
     known = {Path(path).name for key in keys for path in folder_names_and_paths[key][0]}
-    for module in (apply_lora, load_checkpoint, load_clip_vision, load_controlnet,
-                   load_diffusion_model, load_model_patch, load_text_encoder):
+    for module in (load_checkpoint, load_clip_vision, load_controlnet, load_diffusion_model,
+                   load_model_patch, load_text_encoder):
         assert {key.removesuffix("_gguf") for key in module.FOLDERS} - {"unet", "clip"} <= set(keys)
     assert named <= known and {*keys, "unet", "clip"} <= named
 

@@ -24,9 +24,10 @@ import comfy.text_encoders.t5
 import torch
 
 from devtools.files import gguf_files
+from featherweight.loaders.families import rules_for
 from featherweight.loaders.inspect.requirements import best_types
 from featherweight.loaders.packing.planning.fit import GIB, HOST_RESERVE_BYTES, step_memory
-from featherweight.loaders.packing.planning.packing_rules import Shapes, rules_for
+from featherweight.loaders.packing.planning.packing_rules import Shapes
 from featherweight.loaders.packing.planning.plan import plan_for_type
 from featherweight.ops.formats.base import FORMATS
 

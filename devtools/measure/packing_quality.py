@@ -20,17 +20,14 @@ from demo_model import scenes
 from devtools.demo import STEPS
 from devtools.files import demo_files, ggml_quantiser
 from featherweight.loaders.comfyui.who_computes import EXACT
+from featherweight.loaders.families import rules_for
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.files.safetensors_writer import PACKED_TYPES, safetensors_writer
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
-from featherweight.loaders.packing.planning.packing_rules import (
-    PLAIN_BYTES,
-    bytes_in_file,
-    rules_for,
-)
+from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES, bytes_in_file
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.quantize.pack_tensor import pack_tensor

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..families import MODELS
 from ..files.container import WeightFileError
 from .arch import SENTENCEPIECE, TEKKEN, TOKENIZER_JSON
 from .archs.t5 import UMT5_TOKENS
@@ -20,7 +21,7 @@ TITLES = {
     "CLIP_G": "CLIP-G",
     "JINA_CLIP_2": "Jina CLIP v2",
     "T5_XXL": "T5-XXL",
-    "T5_XL": "T5-XL",
+    "T5_XL": "T5-XL (Pile)",
     "T5_BASE": "T5-base",
     "T5_XXL_OLD": "T5-XXL v1.0",
     "UMT5_XXL": "UMT5-XXL",
@@ -83,57 +84,33 @@ TOKENIZER_OF = {
     "GEMMA_4_31B": TOKENIZER_JSON,
 }
 
-# Type -> the encoders that its models take, one at a time.
-SINGLE_ENCODERS = {
-    "stable_cascade": {"CLIP_G"},
-    "sd3": {"CLIP_L", "CLIP_G", "T5_XXL"},
-    "stable_audio": {"T5_BASE", "T5_GEMMA"},
-    "mochi": {"T5_XXL"},
-    "ltxv": {"T5_XXL", "GEMMA_3_12B"},
-    "pixart": {"T5_XXL"},
-    "cosmos": {"T5_XXL_OLD"},
-    "lumina2": {"GEMMA_2_2B", "GEMMA_3_4B", "GEMMA_3_4B_VISION", "QWEN3_4B"},
-    "wan": {"UMT5_XXL"},
-    "hidream": {"CLIP_L", "CLIP_G", "T5_XXL", "LLAMA3_8"},
-    "chroma": {"T5_XXL"},
-    "ace": {"UMT5_BASE"},
-    "omnigen2": {"QWEN25_3B"},
-    "qwen_image": {"QWEN25_7B"},
-    "hunyuan_image": {"QWEN25_7B"},
-    "flux2": {
-        "MISTRAL3_24B", "MISTRAL3_24B_PRUNED_FLUX2", "QWEN3_4B", "QWEN3_8B", "QWEN3VL_4B",
-        "QWEN3VL_8B"
-    },
-    "ovis": {"QWEN3_2B"},
-    "longcat_image": {"QWEN25_7B"},
-    "cogvideox": {"T5_XXL"},
-    "lens": {"GPT_OSS_20B"},
-    "pixeldit": {"GEMMA_2_2B"},
-    "ideogram4": {"QWEN3_8B", "QWEN3VL_8B"},
-    "boogu": {"QWEN3VL_8B"},
-    "krea2": {"QWEN3VL_4B"},
-    "joyimage": {"QWEN3VL_8B"},
-    "mage": {"QWEN3VL_4B"},
-    "minimax": {"QWEN3VL_32B"},
-}
-# Number of files -> type -> the encoders that go together, one of each group.
-ENCODER_SETS = {
-    2: {
-        "sdxl": [{"CLIP_L"}, {"CLIP_G"}],
-        "flux": [{"CLIP_L"}, {"T5_XXL"}],
-        "hunyuan_video": [{"CLIP_L"}, {"LLAMA3_8"}],
-        "hunyuan_image": [{"QWEN25_7B"}, {"BYT5_SMALL_GLYPH"}],
-        "hunyuan_video_15": [{"QWEN25_7B"}, {"BYT5_SMALL_GLYPH"}],
-        "kandinsky5": [{"QWEN25_7B"}, {"CLIP_L"}],
-        "kandinsky5_image": [{"QWEN25_7B"}, {"CLIP_L"}],
-        "newbie": [{"GEMMA_3_4B", "GEMMA_3_4B_VISION"}, {"JINA_CLIP_2"}],
-        "ace": [{"QWEN3_06B"}, {"QWEN3_2B", "QWEN3_4B"}],
-        "sd3": [{"CLIP_L", "CLIP_G", "T5_XXL"}] * 2,
-        "hidream": [{"CLIP_L", "CLIP_G", "T5_XXL", "LLAMA3_8"}] * 2,
-    },
-    3: {"sd3": [{"CLIP_L"}, {"CLIP_G"}, {"T5_XXL"}]},
-    4: {"hidream": [{"CLIP_L"}, {"CLIP_G"}, {"T5_XXL"}, {"LLAMA3_8"}]},
-}
+# Types that the host takes for models of every kind, and that are not checked.
+UNCHECKED = {"", "stable_diffusion"}
+
+
+def _sets_of_types() -> tuple[dict[str, set[str]], dict[int, dict[str, list[set[str]]]]]:
+    """Returns what the models of each type take.
+
+    Returns:
+        (type -> the encoders that it takes one at a time, number of files -> type -> the encoders
+        that go together, one of each group).
+    """
+    single, sets = {}, {2: {}, 3: {}, 4: {}}
+    for model in MODELS:
+        groups = model.encoder_groups
+        if model.clip_type in UNCHECKED or not groups:
+            continue
+        alone = set(model.also) | (groups[0] if len(groups) == 1 else set())
+        if alone:
+            single.setdefault(model.clip_type, set()).update(alone)
+        if len(groups) > 1:
+            sets[len(groups)][model.clip_type] = groups
+        if len(groups) > 2:  # any two of them do
+            sets[2][model.clip_type] = [alone] * 2
+    return single, sets
+
+
+SINGLE_ENCODERS, ENCODER_SETS = _sets_of_types()
 
 # Types whose models take text alone. For Gemma 3 4B with a vision tower the host would build a
 # model that only writes text.

@@ -11,8 +11,8 @@ import torch
 from ..comfyui.detection import SIDE_LOADERS, find_side_model, first_match
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
+from ..lora.family_match import match_family
 from ..lora.lora_file import OTHER_FILES, weight_shapes
-from ..lora.model_families import match_family
 from ..lora.tensor_names import PAIRS, layer_names
 from ..packing.planning.plan import Plan, PlanError
 from ..quantizers.registry import quantizer_of

@@ -3,39 +3,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS, TITLES, set_text
+from ..encoders.encoder_sets import set_text
+from ..families import MODELS, Model, rules_for
 from ..packing.planning.fit import Memory, latents_name_of, step_memory, workspace_bytes
-from ..packing.planning.packing_rules import Shapes, rules_for
+from ..packing.planning.packing_rules import Shapes
 from ..packing.planning.plan import plan_for_type
 
 CARDS = (6, 8, 12, 16, 24)  # GiB, which cards' names call GB
 TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest first
 
-# The host's class of a model -> the `type` of its text encoders in the loaders, and how many files.
-# Derived classes that are not listed count as their base.
-ENCODER_TYPES = {
-    "SD15": ("stable_diffusion", 1), "SDXL": ("sdxl", 2), "SD3": ("sd3", 3), "Flux": ("flux", 2),
-    "Flux2": ("flux2", 1), "Chroma": ("chroma", 1), "Lumina2": ("lumina2", 1), "LTXV": ("ltxv", 1),
-    "WAN21_T2V": ("wan", 1), "HunyuanVideo": ("hunyuan_video", 2),
-    "HunyuanVideo15": ("hunyuan_video_15", 2), "HunyuanImage21": ("hunyuan_image", 2),
-    "QwenImage": ("qwen_image", 1), "HiDream": ("hidream", 4), "GenmoMochi": ("mochi", 1),
-    "PixArtAlpha": ("pixart", 1), "CosmosT2V": ("cosmos", 1), "CosmosT2IPredict2": ("cosmos", 1),
-    "Omnigen2": ("omnigen2", 1), "Kandinsky5": ("kandinsky5", 2),
-    "Kandinsky5Image": ("kandinsky5_image", 2), "ACEStep": ("ace", 1), "ACEStep15": ("ace", 2),
-    "LongCatImage": ("longcat_image", 1), "CogVideoX_T2V": ("cogvideox", 1), "Lens": ("lens", 1),
-    "Ideogram4": ("ideogram4", 1), "Boogu": ("boogu", 1), "Krea2": ("krea2", 1),
-    "JoyImage": ("joyimage", 1), "MageFlow": ("mage", 1), "StableAudio": ("stable_audio", 1),
-    "PixelDiTT2I": ("pixeldit", 1), "MiniMaxH3": ("minimax", 1),
-}
-# The host's class -> its encoder, for types that several encoders have.
-EXACT_ENCODERS = {
-    "SD15": "CLIP-L", "SD20": "CLIP-H", "SDXLRefiner": "CLIP-G", "ZImage": TITLES["QWEN3_4B"],
-    "LTXAV": TITLES["GEMMA_3_12B"], "LTXV": TITLES["T5_XXL"], "Lumina2": TITLES["GEMMA_2_2B"],
-    "AuraFlow": "T5-XL (Pile)", "Anima": TITLES["QWEN3_06B"]
-}
-# Encoder of Flux 2 models by the width of their text input, three of the encoder's layers
-# concatenated.
-FLUX2_ENCODERS = {7680: "Qwen3 4B", 12288: "Qwen3 8B", 15360: TITLES["MISTRAL3_24B"]}
 # The host's class of latents -> VAE.
 VAES = {
     "SD15": "SD 1.5", "SDXL": "SDXL", "SD3": "SD3", "Flux": "Flux (ae.safetensors)",
@@ -75,12 +51,9 @@ def required_models(config: Any) -> dict[str, str]:
     """
     names = [cls.__name__ for cls in type(config).__mro__]
     models = {}
-    encoder = _encoder_names(names)
-    if "Flux2" in names:
-        encoder = FLUX2_ENCODERS.get(config.unet_config.get("context_in_dim"), encoder)
-    clip_type = next((ENCODER_TYPES[name][0] for name in names if name in ENCODER_TYPES), "")
-    if encoder:
-        models["text encoder"] = f"{encoder} (type {clip_type})" if clip_type else encoder
+    if model := _model_of(names, config.unet_config.get("context_in_dim")):
+        text = set_text(model.encoder_groups)
+        models["text encoder"] = f"{text} (type {model.clip_type})" if model.clip_type else text
     latents = latents_name_of(config)
     vae = VAE_BY_MODEL.get(names[0]) or VAES.get(latents)
     if vae and latents not in NO_VAE:
@@ -88,16 +61,13 @@ def required_models(config: Any) -> dict[str, str]:
     return models
 
 
-def _encoder_names(class_names: list[str]) -> str:
-    """Returns the text encoders of the first listed class, "" if none is listed."""
-    for name in class_names:
-        if name in EXACT_ENCODERS:
-            return EXACT_ENCODERS[name]
-        if name in ENCODER_TYPES:
-            clip_type, count = ENCODER_TYPES[name]
-            single = [SINGLE_ENCODERS.get(clip_type, set())]
-            return set_text(ENCODER_SETS.get(count, {}).get(clip_type) or single)
-    return ""
+def _model_of(host_names: list[str], text_width: int | None) -> Model | None:
+    """Returns the model of the first of the host's classes that one has, and with encoders."""
+    for host in host_names:
+        found = [model for model in MODELS if model.host == host and model.encoders]
+        if found:
+            return next((model for model in found if model.text_width == text_width), found[0])
+    return None
 
 
 def fit_cards(config: Any, shapes: Shapes, memory_bytes: int,

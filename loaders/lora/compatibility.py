@@ -15,9 +15,9 @@ from ...ops.patches.adapters import adapter_fields, is_plain_lora, rank_of, shap
 from ...ops.patches.patch_trial import trial_error
 from ...ops.patches.peft_dora import PeftDora
 from ..files.container import safe_repr
+from .family_match import match_family, metadata_hints
 from .lora_file import damaged_layers, weight_shapes
 from .model_blocks import MODEL_PREFIX, WRAPPERS, weight_key
-from .model_families import match_family, metadata_hints
 from .report import MISSING, LoraReport
 from .tensor_names import MAGNITUDE, PRODUCTS, layer_names
 from .training_base import words_of_model

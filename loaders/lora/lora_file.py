@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from ..files.container import WeightFileError, first_line, map_file, safe_repr
 from ..files.wrong_format import LFS_POINTER
 from ..out_of_memory import is_out_of_memory
+from .family_match import match_family
 from .gguf_adapter import read_gguf_adapter
-from .model_families import match_family
 from .tensor_names import PARTNER, PRODUCTS, SIDES, layer_names
 from .torch_file import read_torch_file
 

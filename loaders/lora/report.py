@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .family_match import FamilyMatch
 from .model_blocks import weight_key
-from .model_families import FamilyMatch
 from .training_base import Said, training_line
 
 MISSING = "missing in the model"

@@ -20,6 +20,7 @@ from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.weight_keys import model_prefix
 from ..comfyui.who_computes import AUTOMATIC, packed_formats
 from ..devices import device_options
+from ..families import MODELS
 from ..files.container import WeightFile, WeightFileError, map_file, safe_repr
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
 from ..files.open_weights import open_weights
@@ -38,22 +39,6 @@ CLIP = "text encoder of a checkpoint"
 VAE = "VAE of a checkpoint"
 
 VAE_PREFIXES = ("first_stage_model.", "vae.")
-
-# How the name of a diffusers pipeline begins -> the host's `CLIPType` of its text encoders. The
-# first match counts.
-CLIP_TYPES = {
-    "flux2": "flux2", "flux": "flux", "stablediffusion3": "sd3", "pixart": "pixart", "wan": "wan",
-    "skyreelsv2": "wan", "ltx": "ltxv", "mochi": "mochi", "chroma": "chroma",
-    "hunyuanvideo15": "hunyuan_video_15", "hunyuanvideo": "hunyuan_video",
-    "hunyuanimage": "hunyuan_image", "hunyuandit": "hunyuan_dit", "lumina": "lumina2",
-    "zimage": "lumina2", "qwenimage": "qwen_image", "hidreamimage": "hidream",
-    "cogvideox": "cogvideox", "cosmostext": "cosmos", "cosmosvideo": "cosmos",
-    "cosmos2text": "cosmos", "cosmos2video": "cosmos", "ovisimage": "ovis",
-    "longcatimage": "longcat_image", "kandinsky5t2i": "kandinsky5_image",
-    "kandinsky5i2i": "kandinsky5_image", "kandinsky5": "kandinsky5", "omnigen2": "omnigen2",
-    "stableaudio": "stable_audio", "stablecascade": "stable_cascade", "ideogram4": "ideogram4",
-    "krea2": "krea2", "joyimage": "joyimage"
-}
 
 
 def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
@@ -208,8 +193,9 @@ def _clip_type(path: str, encoder_count: int) -> str:
         pipeline = str(index.get("_class_name", ""))
     except (OSError, ValueError, AttributeError):
         pipeline = "" if has_unet else "Flux"
-    clip_type = next((clip_type for start, clip_type in CLIP_TYPES.items()
-                      if pipeline.lower().startswith(start)), None)
+    starts = {start: model.clip_type for model in MODELS for start in model.pipelines
+              if pipeline.lower().startswith(start)}
+    clip_type = starts[max(starts, key=len)] if starts else None
     # Pipelines with a U-Net are Stable Diffusion and its relatives.
     if clip_type is None and encoder_count > 1 and not has_unet:
         raise WeightFileError(

@@ -29,6 +29,7 @@ from ...ops.tensor.row_slicing import take_rows
 from ..byte_sizes import GB, size_text
 from ..comfyui.diffusers_keys import JoinedRows
 from ..devices import CPU
+from ..families import rules_for
 from ..files import packed_cache
 from ..files.container import (
     PLAIN_DTYPES,
@@ -40,7 +41,7 @@ from ..files.container import (
 from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
 from ..out_of_memory import is_out_of_memory
 from ..packing.calibration.sensitivity import Sensitivity, SensitivityError
-from ..packing.planning.packing_rules import Shapes, bytes_in_file, half_type, rules_for
+from ..packing.planning.packing_rules import Shapes, bytes_in_file, half_type
 from ..packing.planning.plan import (
     AS_STORED,
     PlanError,

@@ -15,10 +15,10 @@ import torch
 from ..comfyui.detection import try_detect
 from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.weight_keys import model_prefix
+from ..families import rules_for
 from ..files.open_weights import open_weights
 from ..models.checkpoint import VAE_PREFIXES
 from ..quantizers.comfyui_marks import MARK, mark_of
-from .planning.packing_rules import rules_for
 from .source import (
     INPUT_SCALES,
     MARKERS,

@@ -23,6 +23,7 @@ GGUF_FOLDERS = {
     "checkpoints_gguf": "checkpoints", "vae_gguf": "vae", "controlnet_gguf": "controlnet",
     "model_patches_gguf": "model_patches", "clip_vision_gguf": "clip_vision"
 }
+LORA_FOLDERS = ("loras", "loras_gguf")
 
 # Suffix of files with measurements of a model. With .safetensors the loaders would offer them as
 # models.

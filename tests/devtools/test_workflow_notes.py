@@ -8,6 +8,7 @@ import pytest
 from devtools import ROOT
 from devtools.workflows import DEMO, blueprint_paths, example_paths
 from devtools.workflows.workflow import Workflow
+from featherweight.loaders.families import rules_for
 from featherweight.loaders.models.fit_device import FIT
 from featherweight.loaders.packing.planning.fit import (
     FAST_TYPE,
@@ -16,7 +17,6 @@ from featherweight.loaders.packing.planning.fit import (
     step_memory,
     workspace_bytes,
 )
-from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_type
 
 WORKFLOWS = {path.stem: Workflow(path) for path in (*example_paths(), *blueprint_paths())

@@ -4,13 +4,8 @@ The model draws a little. Then some of its steps run again for each layer, with 
 times the difference between its packed and its own weight added to the layer's output. The model's
 weights are not replaced.
 """
-import contextlib
 import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -20,7 +15,6 @@ from ....ops.quantize.method_choice import output_errors
 from ....ops.quantize.pack_tensor import pack_tensor
 from ....ops.quantize.second_moments import SecondMoments
 from ....ops.tensor.packed_tensor import PackedTensor
-from ...files.atomic_file import WriteError, atomic_writer
 from ...progress import Progress
 from ..planning.plan import types_for
 from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
@@ -32,8 +26,7 @@ THOROUGHNESS = {
     "no runs": (0, False), "one run per layer": (4, False), "one run per layer and type": (4, True)
 }
 DEFAULT = "one run per layer"
-# The relative difference of the model's outputs up to which a partial measurement is continued.
-TOLERANCE = 1e-3
+CHOICES = (DEFAULT, "no runs")  # the third is understood, as older workflows have it
 
 # Types for one run per layer, in blocks of 256 or 32: their error is well above rounding.
 RUN_TYPES = ("Q3_K", "IQ4_NL")
@@ -42,16 +35,13 @@ TINY = 1e-30  # replaces an error of 0 in a division
 
 
 @torch.no_grad()
-def measure(patcher, sampling: SamplingRun, thoroughness: str = DEFAULT,
-            partial: str | os.PathLike | None = None) -> Sensitivity:
+def measure(patcher, sampling: SamplingRun, thoroughness: str = DEFAULT) -> Sensitivity:
     """Draws pictures while it collects the moments of layers' inputs, then packs layer by layer.
 
     Args:
         patcher: the host's ModelPatcher; it and its model are restored, however this ends.
         sampling: how pictures are drawn; without prompts, random conditioning takes their place.
         thoroughness: a key of THOROUGHNESS.
-        partial: a file for the costs measured so far, from which the same measurement continues.
-            The caller removes it once the result is saved.
 
     Raises:
         WeightFileError: where the model needs a prompt.
@@ -77,94 +67,32 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = DEFAULT,
     for _ in ticks:  # a sampler may take fewer steps
         pass
     load(patcher)
-    costs = Costs(patcher.model, steps) if count else None
-    some_layers = [*layers.values()][::max(1, len(layers) // 4)]
-    sums = [dense_weight(layer, patcher.load_device).double().sum().item() for layer in some_layers]
-    power = costs.power if costs else []
-    measured = _PartialCosts(partial, layers, sampling, thoroughness, power, sums)
+    runs = Costs(patcher.model, steps) if count else None
+    costs: dict[str, dict[str, float]] = {}
     for name, layer in progress.track(list(layers.items())):
         moments = collector.moments_of(name)
         has_types = bool(types_for(tuple(layer.weight.shape)))
-        if name not in measured.costs and moments is not None and has_types:
+        if moments is not None and has_types:
             stop_where_cancelled()
             weight = dense_weight(layer, patcher.load_device)
-            if costs is None:
-                measured.costs[name] = estimate_costs(weight, moments)
-            else:
-                measured.costs[name] = costs.measure_layer(layer, weight, moments, every_type)
-            measured.write()
+            costs[name] = (
+                runs.measure_layer(layer, weight, moments, every_type)
+                if runs
+                else estimate_costs(weight, moments)
+            )
     shapes = {name: shape for name, shape in shapes_of(patcher.model).items() if name in layers}
     about = {
         "model": type(patcher.model).__name__, "samples": sampling.samples, "steps": sampling.steps,
         "seed": sampling.seed, "cfg": sampling.cfg, "thoroughness": thoroughness,
         "columns_of_a_block": collector.block
     }
-    return Sensitivity(measured.costs, shapes, about, _moments=collector.moments_of)
+    return Sensitivity(costs, shapes, about, _moments=collector.moments_of)
 
 
 def _choose_steps(sampling: SamplingRun, count: int) -> set[int]:
     """Returns the numbers of the steps that run again, spread over pictures and noise levels."""
     order = torch.randperm(sampling.total, generator=torch.Generator().manual_seed(sampling.seed))
     return set(order[:count].tolist())
-
-
-def _digest(value) -> str:
-    """Hashes what the host's CONDITIONING and LATENT hold: tensors and others, nested."""
-    digest = hashlib.sha256()
-
-    def add(part):
-        if isinstance(part, dict):
-            part = [item for pair in part.items() for item in pair]
-        if isinstance(part, (list, tuple)):
-            digest.update(f"{len(part)} of ".encode())
-            for item in part:
-                add(item)
-        elif isinstance(part, torch.Tensor) and not part.is_nested:
-            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().view(-1).view(
-                torch.uint8).numpy().tobytes())
-        elif part is None or isinstance(part, (str, int, float)):
-            digest.update(f"{part!r};".encode())
-        else:
-            digest.update(type(part).__name__.encode())
-
-    add(value)
-    return digest.hexdigest()
-
-
-class _PartialCosts:
-    """Costs measured so far, read from a file where its model and settings are the same.
-
-    path: of the file, None for no file. power: of the model's outputs. sums: of the values of some
-    weights, which tell models with the same layers apart.
-    """
-
-    def __init__(self, path: str | os.PathLike | None, layers: Mapping[str, torch.nn.Linear],
-                 sampling: SamplingRun, thoroughness: str, power: list[float], sums: list[float]):
-        self.path = None if path is None else Path(path)
-        self.key = [
-            thoroughness, sampling.samples, sampling.steps, sampling.seed, sampling.cfg,
-            list(layers), sums,
-            _digest([sampling.prompts, sampling.negative, sampling.latent])
-        ]
-        self.power = power
-        self.costs: dict[str, dict[str, float]] = {}
-        try:
-            saved = json.loads(self.path.read_text()) if self.path else {}
-            if saved.get("key") == self.key and len(saved["power"]) == len(power) and all(
-                    abs(old - new) <= TOLERANCE * new for old, new in zip(saved["power"], power)):
-                self.costs = saved["costs"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # there is nothing to continue
-
-    def write(self):
-        """Replaces the file. One that cannot be written does not end the measurement."""
-        if self.path:
-            text = json.dumps({"key": self.key, "power": self.power, "costs": self.costs}).encode()
-            with contextlib.suppress(OSError, WriteError):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_writer(self.path, len(text), overwrite=True) as file:
-                    file.write(text)
 
 
 def run_type(types: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from ....ops.layers.product import dequantize
 from ....ops.quantize.second_moments import HELD_OUT, SKETCH_ROWS, STEP, SecondMoments
 from ....ops.tensor.packed_layout import QuantizedTensor, is_packed
-from ..planning.packing_rules import rules_for
+from ...families import rules_for
 from .sampling import free_memory
 
 # Bytes that all moments of a model may take on its device. Blocks are as wide as this allows; what

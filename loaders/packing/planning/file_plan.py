@@ -11,6 +11,7 @@ from comfy.quant_ops import QUANT_ALGOS
 from ....ops.formats.base import FORMATS
 from ....ops.quantize.row_types import ROW_TYPES
 from ...byte_sizes import size_text
+from ...families import rules_for
 from ...files import gguf_writer, safetensors_writer
 from ...files.atomic_file import WriteError, check_writable
 from ...files.container import PLAIN_DTYPES
@@ -24,7 +25,6 @@ from .packing_rules import (
     bits_per_value,
     bytes_in_file,
     divides_rows,
-    rules_for,
     with_fallback,
 )
 from .plan import DIGITS, Plan, PlanError, plan_for_size, plan_for_type, too_small

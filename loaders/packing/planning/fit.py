@@ -28,7 +28,8 @@ import comfy.model_management
 import torch
 from comfy.cli_args import args
 
-from .packing_rules import PLAIN_BYTES, Shapes, rules_for
+from ...families import rules_for
+from .packing_rules import PLAIN_BYTES, Shapes
 from .plan import least_bytes, plan_for_type
 
 GIB = 2 ** 30

@@ -57,7 +57,7 @@ SEEING = re.compile(r"(^|\.)visual\.|\.linear_attn\.")
 
 @dataclass(frozen=True)
 class PackingRules:
-    """Rules for a family: models whose tensors have the same names.
+    """Rules for a family (`families.py`): models whose tensors have the same names.
 
     Names are the host's without prefix; patterns are searched in them.
 
@@ -133,147 +133,7 @@ class PackingRules:
         return half
 
 
-EXACT_IN_UNETS = (
-    r"^(class|time|add)_embedding\.|^time_embed\.|^label_emb\.|^conv_(in|out)\."
-    r"|^input_blocks\.0\.0\.|^out\."
-)
-RULES_BY_FAMILY = (
-    PackingRules(
-        "flux2", "flux",
-        signature=r"^double_stream_modulation_img\.",
-        exact=r"^(txt|img|time|vector|guidance)_in\.|^final_layer\.",
-    ),
-    PackingRules(
-        "chroma", "flux",
-        signature=r"^distilled_guidance_layer\.",
-        exact=r"^(txt|img)_in(_patch)?\.|^final_layer\.|^distilled_guidance_layer\.|^nerf_",
-    ),
-    PackingRules(
-        "hyvid", "hyvid",
-        signature=r"^txt_in\.individual_token_refiner\.",
-        exact=(
-            r"^(txt|img|time|time_r|vector|guidance|byt5|vision)_in\.|^final_layer\."
-            r"|^cond_type_embedding"
-        ),
-    ),
-    PackingRules(
-        "flux", "flux",
-        signature=r"^double_blocks\.\d+\.img_attn\.norm\.key_norm\.",
-        exact=r"^(txt|img|time|vector|guidance)_in\.|^final_layer\.",
-    ),
-    PackingRules(
-        "sd3", "sd3",
-        signature=r"^joint_blocks\.\d+\.context_block\.",
-        exact=(
-            r"^final_layer\.|time_text_embed|^(context|t|y|x)_embedder\.|^proj_out\.|^pos_embed"
-            r"|^context_processor\."
-        ),
-    ),
-    PackingRules(
-        "sdxl", "sdxl",
-        signature=r"^label_emb\.",
-        exact=EXACT_IN_UNETS,
-        convolutions="F16",
-    ),
-    PackingRules(
-        "sd1", "sd1",
-        signature=r"^input_blocks\.0\.0\.weight$",
-        exact=EXACT_IN_UNETS,
-        convolutions="F16",
-    ),
-    PackingRules(
-        "wan", "wan",
-        signature=r"^head\.modulation$",
-        exact=(
-            r"modulation$|^patch_embedding|^(text|time)_(embedding|projection)\.|^img_emb\."
-            r"|^head\."
-        ),
-        exact_in_rows=(
-            r"audio_encoder|frame_packer|cond_encoder|face_(encoder|adapter)|motion_encoder"
-            r"|audio_injector|control_adapter"
-        ),
-    ),
-    PackingRules(
-        "ltxv", "ltxv",
-        signature=r"^adaln_single\.emb\.timestep_embedder\.linear_1\.bias$",
-        exact=(
-            r"adaln_single\.|caption_projection\.|patchify_proj\.|proj_out\.|scale_shift_table"
-            r"|embeddings_connector\."
-        ),
-        exact_in_rows=r"to_gate_logits",
-        outer_blocks=(2, 2),
-    ),
-    PackingRules(
-        "lumina2", "lumina2",
-        signature=r"^cap_embedder\.1\.weight$",
-        exact=r"^(t|x|cap|siglip)_embedder\.|^final_layer\.|^(context|noise|siglip)_refiner\.",
-        exact_in_rows=r"adaLN_modulation",
-    ),
-    PackingRules(
-        "hidream", "hidream",
-        signature=r"^caption_projection\.0\.linear\.weight$",
-        exact=r"^(p|t|x)_embedder\.|^final_layer\.|ff_i\.gate\.|^caption_projection\.",
-    ),
-    PackingRules(
-        "lens", "qwen_image",
-        signature=r"^transformer_blocks\.\d+\.attn\.img_qkv\.",
-        exact=r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\.",
-        exact_in_rows=r"\.(img|txt)_mod\.",
-    ),
-    PackingRules(
-        "qwen_image", "qwen_image",
-        signature=r"^time_text_embed\.timestep_embedder\.linear_1\.bias$",
-        exact=r"^time_text_embed\.|^(img|txt)_in\.|^norm_out\.|^proj_out\.",
-        exact_in_rows=r"^transformer_blocks\.0\.img_mod\.",
-    ),
-    PackingRules(
-        "aura", "aura",
-        signature=r"^double_layers\.0\.attn\.w1q\.weight$",
-        exact=(
-            r"^(t_embedder|init_x_linear|cond_seq_linear|modF|final_linear)\b|^positional_encoding"
-            r"|^register_tokens"
-        ),
-    ),
-    PackingRules(
-        "cosmos", "cosmos",
-        signature=r"^blocks\.(block)?0\..*adaln_modulation_self_attn\.1\.weight$|^blocks\.block0\.",
-        exact=r"^(x|t|extra_pos)_embedder|^final_layer\.|^affline_norm|^llm_adapter\.",
-        exact_in_rows=r"^blocks\.1\.adaln_modulation",
-        outer_blocks=(1, 0),
-    ),
-    PackingRules(
-        "omnigen2", "",  # and Boogu
-        signature=r"^time_caption_embed\.",
-        exact=KEEP_EXACT,
-        exact_in_rows=KEEP_EXACT_IN_ROWS,
-    ),
-    PackingRules(
-        "text encoder", "",
-        signature=(
-            r"^(encoder\.block\.0\.layer\.0\."
-            r"|((text_)?model\.)?(language_model\.|encoder\.)?layers\.\d+\.(self_attn|attn)\."
-            r"|encoder\.layer\.0\.attention\.)"
-            r"|(^|\.)text_model\.embeddings\.token_embedding\."
-        ),
-        exact=(
-            r"relative_attention_bias|position_embedding|^text_projection|^(model\.)?visual\."
-            r"|vision|multi_modal|token_type"
-        ),
-        embedding=(
-            r"^shared\.|(^|\.)(embed_tokens|token_embedding|word_embeddings|lm_head)\.weight$"
-        ),
-        exact_in_rows=r"in_proj_[ab]\.|(^|\.)mtp\.|per_layer_(input_gate|projection)|audio",
-    ),
-)
 GENERAL_RULES = PackingRules("general", "", "", KEEP_EXACT, exact_in_rows=KEEP_EXACT_IN_ROWS)
-
-
-def rules_for(shapes: Shapes) -> PackingRules:
-    """Returns the rules for a model by the names of its tensors, the host's without prefix."""
-    for family in RULES_BY_FAMILY:
-        if any(re.search(family.signature, name) for name in shapes):
-            return family
-    return GENERAL_RULES
 
 
 def half_type(dtype: torch.dtype) -> str:

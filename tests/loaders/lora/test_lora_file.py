@@ -14,11 +14,13 @@ from families import FAMILIES, full_width_shapes
 from lora_models import MODELS, empty_clip, empty_model, pairs, peft, weight_shapes
 from safetensors.torch import save_file
 
+from featherweight.loaders.families import FAMILIES as KNOWN_FAMILIES
+from featherweight.loaders.families import MODELS as KNOWN_MODELS
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
+from featherweight.loaders.lora.family_match import match_family
 from featherweight.loaders.lora.lora_file import load_lora_file
-from featherweight.loaders.lora.model_families import LAYOUTS, match_family
 from featherweight.loaders.lora.report import report_text
 from featherweight.loaders.lora.report_chart import report_picture
 from featherweight.loaders.lora.weight_change import change_norm
@@ -245,11 +247,11 @@ def test_layers_of_the_hosts_models_show_one_width(name):
     shapes = {layer.replace(".", "_").removesuffix("_weight"): shape
               for layer, shape in full_width_shapes(FAMILIES[name]).items() if len(shape) > 1}
 
-    def widths(layout) -> dict[str, set[float]]:
-        """Each layer that the layout names and what it shows of the model's width."""
+    def widths(family) -> dict[str, set[float]]:
+        """Each layer that the family names and what it shows of the model's width."""
         shown = {}
         for layer, shape in shapes.items():
-            multiples = next((multiples for pattern, multiples in layout.pieces.items()
+            multiples = next((multiples for pattern, multiples in family.layers.items()
                               if re.fullmatch(pattern, layer)), None)
             if multiples is not None:
                 sizes = shape[0], shape[1:].numel()
@@ -257,9 +259,9 @@ def test_layers_of_the_hosts_models_show_one_width(name):
                                 if multiple}
         return shown
 
-    most = max(map(widths, LAYOUTS), key=len)
+    most = max(map(widths, KNOWN_FAMILIES), key=len)
     if len(most) * 4 < len(shapes):
-        pytest.skip("no layout is for it")
+        pytest.skip("no family has its layers")
     assert len(set().union(*most.values())) == 1, most
 
 
@@ -297,7 +299,7 @@ def test_a_lora_for_z_image_is_not_called_one_for_lumina(width, name):
 
 
 def test_names_of_families_are_unique():
-    names = [family.name for layout in LAYOUTS for family in layout.families]
+    names = [model.name for model in KNOWN_MODELS]
     assert len(names) == len(set(names))
 
 

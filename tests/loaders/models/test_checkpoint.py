@@ -24,8 +24,9 @@ from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, rela
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.families import MODELS
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.models.checkpoint import CLIP_TYPES, load_checkpoint
+from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.ops.cpu import linear as cpu_linear
 from featherweight.ops.patcher import PackedPatcher
 
@@ -269,9 +270,8 @@ def test_every_type_of_a_pipeline_is_one_of_the_hosts():
         "hunyuan_video_15", "kandinsky5", "kandinsky5_image", "longcat_image", "ideogram4", "krea2",
         "joyimage", "ovis"
     }
-    assert {kind.upper() for kind in set(CLIP_TYPES.values()) - newer} <= set(
-        comfy.sd.CLIPType.__members__
-    )
+    types = {model.clip_type for model in MODELS if model.pipelines}
+    assert {kind.upper() for kind in types - newer} <= set(comfy.sd.CLIPType.__members__)
 
 
 def test_several_text_encoders_of_an_unknown_pipeline_are_not_guessed_at(tmp_path):

@@ -17,6 +17,7 @@ from recipe_process import digest
 from safetensors.torch import save_file
 
 from featherweight.loaders.byte_sizes import size_text
+from featherweight.loaders.families import rules_for
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.inspect.requirements import best_types
@@ -37,7 +38,6 @@ from featherweight.loaders.packing.planning.fit import (
     step_memory,
     workspace_bytes,
 )
-from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.plan import (
     AS_STORED,
     plan_for_size,

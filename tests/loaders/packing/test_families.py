@@ -8,18 +8,18 @@ import torch
 from encoders import ENCODERS
 from encoders.encoder import host_clip, small_towers, text_model
 
+from featherweight.loaders.families import FAMILIES, rules_for
 from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.packing.planning.packing_rules import (
     FALLBACKS,
     GENERAL_RULES,
-    RULES_BY_FAMILY,
     divides_rows,
     half_type,
-    rules_for,
     with_fallback,
 )
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 
+RULES = [family.packing for family in FAMILIES if family.packing]
 # The family of these rules that each of the host's models is of; "general" for those that nobody
 # writes as GGUF yet.
 FAMILY_OF = {
@@ -81,7 +81,7 @@ def test_the_family_of_each_model_is_told_by_its_names(model):
 
 
 def test_every_family_here_is_one_of_the_hosts():
-    assert {family.name for family in RULES_BY_FAMILY} - {"text encoder"} == set(FAMILY_OF.values())
+    assert {rules.name for rules in RULES} - {"text encoder"} == set(FAMILY_OF.values())
 
 
 @pytest.mark.parametrize("name", NEVER_PACKED)
@@ -127,7 +127,7 @@ def test_text_encoders_pack_their_blocks_and_lookup_table(name):
 
 
 def test_what_is_kept_is_float32_where_it_is_small_and_16_bits_elsewhere():
-    flux, sdxl, wan = (next(family for family in RULES_BY_FAMILY if family.name == name)
+    flux, sdxl, wan = (next(rules for rules in RULES if rules.name == name)
                        for name in ("flux", "sdxl", "wan"))
     assert flux.exact_type("img_in.weight", (3072, 64), "BF16") == "BF16"
     assert flux.exact_type("img_in.bias", (3072,), "BF16") == "F32"

@@ -9,10 +9,10 @@ from devtools.measure.model_sizes import MODELS
 import gguf
 import pytest
 
+from featherweight.loaders.families import rules_for
 from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.packing.planning import knapsack
 from featherweight.loaders.packing.planning.knapsack import choose_types
-from featherweight.loaders.packing.planning.packing_rules import rules_for
 from featherweight.loaders.packing.planning.plan import (
     SIGNAL_TO_ERROR,
     Plan,
