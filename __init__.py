@@ -25,7 +25,7 @@ def _obstacle() -> str | None:
             " update ComfyUI. Until then none of its nodes are available.")
     other = sys.modules.get(IN_USE)
     if other is not None and other.__name__ != __name__:
-        used, unused = Path(other.__file__).parent, Path(__file__).parent
+        used, unused = Path(other.__file__ or "").parent, Path(__file__).parent
         return (
             f"Featherweight is installed twice: the nodes of {used} are in use, so remove the other"
             f" folder, {unused}.")

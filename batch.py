@@ -3,6 +3,7 @@
     python3 batch.py WORKFLOW_API.json ROWS.jsonl OUT
 """
 import argparse
+import io
 import os
 import re
 import signal
@@ -157,5 +158,6 @@ def run(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     # a row may hold characters that this terminal cannot show
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(make_parser().parse_args()))

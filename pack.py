@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
     unit = match and UNITS.get(
         match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B"
     )
-    size = float(match[1]) * unit if unit else 0
+    size = float(match[1]) * unit if match and unit else 0
     if not 1 <= size < float("inf"):
         raise argparse.ArgumentTypeError(f"invalid size {text!r}, for example 5.9GB")
     return round(size)

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .ray_connection import on_node
 
@@ -92,7 +93,7 @@ class PoolWorker:
         is_ready: whether its ComfyUI has started.
         calls: Ray's reference or stream -> its task, None for `Worker.ready`, oldest first.
     """
-    actor: object
+    actor: Any
     node: str
     is_ready: bool = False
     calls: dict[object, dict | None] = field(default_factory=dict)
@@ -125,7 +126,7 @@ class ActorPool:
 
     def end(self, member: PoolWorker):
         """Ends a worker, which may have ended already."""
-        import ray
+        import ray.exceptions
 
         self.members.remove(member)
         with contextlib.suppress(ray.exceptions.RayError):
@@ -139,17 +140,9 @@ class ActorPool:
 class Run:
     """Renders tasks on the workers of a pool, as many as fit on the nodes.
 
-    A subclass defines
-
-    - LOSSES: how many workers may end while they render a task before it is given up;
-    - FAILED_STARTS: how many workers of a node may end in a row while they start;
-    - `start_task(member, task)`, which starts a task on a worker and returns what Ray returned;
-    - `on_answer(member, call, task)`, which takes what a call has answered, and drops the call from
-      `member.calls` when that was all;
-    - `give_up(task, error)`, called when `LOSSES` workers have ended;
-    - `on_failed_starts(node, error)`, called when `FAILED_STARTS` workers have ended;
-    - `on_unusable(node, name, reason)`, called when a worker on a machine of that name cannot
-      render.
+    Attributes:
+        LOSSES: how many workers may end while they render a task before it is given up.
+        FAILED_STARTS: how many workers of a node may end in a row while they start.
 
     Args:
         pool: its workers.
@@ -157,6 +150,8 @@ class Run:
         workers: (minimum, maximum); no more than there are tasks, but the minimum in any case.
             maximum 0: as many as fit.
     """
+    LOSSES: int
+    FAILED_STARTS: int
     WAIT_SECONDS = NODE_POLL_SECONDS  # for answers, between two calls of `check`
 
     def __init__(self, pool: ActorPool, tasks: Iterable[dict], workers: tuple[int, int]):
@@ -180,6 +175,28 @@ class Run:
                 polled = time.monotonic()
             self._assign()
             self._wait()
+
+    # --- what a subclass defines ---
+
+    def start_task(self, member: PoolWorker, task: dict) -> object:
+        """Starts a task on a worker and returns what Ray returned."""
+        raise NotImplementedError
+
+    def on_answer(self, member: PoolWorker, call: Any, task: dict):
+        """Takes what a call has answered, and drops it from `member.calls` when that was all."""
+        raise NotImplementedError
+
+    def give_up(self, task: dict, error: Exception):
+        """Is called when `LOSSES` workers have ended while they rendered the task."""
+        raise NotImplementedError
+
+    def on_failed_starts(self, node: str, error: Exception):
+        """Is called when `FAILED_STARTS` workers of a node have ended while they started."""
+        raise NotImplementedError
+
+    def on_unusable(self, node: str, name: str, reason: str):
+        """Is called when a worker on a machine of that name cannot render."""
+        raise NotImplementedError
 
     # --- what a subclass may override ---
 
@@ -254,7 +271,7 @@ class Run:
                         self._take_answer(member, call)
 
     def _take_answer(self, member: PoolWorker, call):
-        import ray
+        import ray.exceptions
 
         task = member.calls[call]
         try:
@@ -276,7 +293,7 @@ class Run:
 
     def _on_end(self, member: PoolWorker, error: Exception):
         """Returns an ended worker's tasks. A loss is counted for the first, which it rendered."""
-        tasks = list(member.calls.values())
+        tasks = [task for task in member.calls.values() if task is not None]
         self.pool.end(member)
         if not member.is_ready:
             self.failed_starts[member.node] += 1

@@ -2,6 +2,7 @@
 import collections
 import time
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from .actor_pool import ActorPool, PoolWorker, Run
 from .batch_progress import BatchProgress
@@ -33,16 +34,16 @@ class RowRun(Run):
         self.refusals = collections.Counter()  # by node, in a row
         self.without_node_since: float | None = None
 
-    def start_task(self, member: PoolWorker, row: dict):
-        return member.actor.render.remote(row)
+    def start_task(self, member: PoolWorker, task: dict):
+        return member.actor.render.remote(task)
 
-    def on_answer(self, member: PoolWorker, call, row: dict):
+    def on_answer(self, member: PoolWorker, call: Any, task: dict):
         import ray
 
-        answer = ray.get(call)
+        answer: Any = ray.get(call)
         del member.calls[call]
         if answer["status"] == "refused":
-            self._on_refused(member.node, row, answer["message"])
+            self._on_refused(member.node, task, answer["message"])
         else:
             self.refusals[member.node] = 0
             self._finish(answer)
@@ -110,8 +111,8 @@ class RowRun(Run):
         self.excluded.add(node)
         self.reason = reason
 
-    def give_up(self, row: dict, error: Exception):
-        self._fail(row, f"its worker ended {self.LOSSES} times while it was drawn")
+    def give_up(self, task: dict, error: Exception):
+        self._fail(task, f"its worker ended {self.LOSSES} times while it was drawn")
 
     def _fail(self, row: dict, reason: str):
         self._finish({"id": row["id"], "status": "failed", "message": reason, "worker": ""})

@@ -139,7 +139,7 @@ class Batch:
             limit = int(ray.cluster_resources().get("CPU", 1))
         else:
             options = on_node(self.home)
-            limit = os.cpu_count()
+            limit = os.cpu_count() or 1
         task = ray.remote(scan_rows).options(**options)
         graph = ray.put(self.graph)
         scans, running = [], collections.deque()
@@ -160,8 +160,9 @@ class Batch:
                 os.environ.update(local_environment(os.environ))
             connect(address)
         import ray
+        from ray import cloudpickle
 
-        by_value(ray.cloudpickle)
+        by_value(cloudpickle)
         self.home = ray.get_runtime_context().get_node_id()
         self.share = share_out(machine_resources().values(), self.gpus, self.cpus)
 
@@ -181,7 +182,7 @@ class Batch:
         Raises:
             MachineError: no machine can take part.
         """
-        import ray
+        import ray.exceptions
 
         task = ray.remote(local_versions)
         nodes = {

@@ -222,7 +222,10 @@ def worker_arguments(arguments: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for nargs, names in NOT_FOR_WORKERS.items():
         for name in names:
-            parser.add_argument(name, **({"nargs": nargs} if nargs else {"action": "store_true"}))
+            if nargs:
+                parser.add_argument(name, nargs=nargs)
+            else:
+                parser.add_argument(name, action="store_true")
     for name in FOLDERS:
         parser.add_argument(name, dest=name)
     parser.add_argument(PATHS, dest=PATHS, nargs="+", action="append", default=[])

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import filelock
 
@@ -54,7 +55,7 @@ class PromptResult:
         images: of the node of `workflow_graph.with_result`, float32 (N, H, W, C), or None.
     """
     files: dict[str, bytes] = field(default_factory=dict)
-    images: object = None
+    images: Any = None
 
 
 class EmbeddedComfyUI:
@@ -115,7 +116,9 @@ class EmbeddedComfyUI:
         # before torch, as it sets up paths, devices and dynamic VRAM
         import main
 
-        self.loop, self.server, _ = main.start_comfyui()
+        server: Any
+        self.loop, server, _ = main.start_comfyui()
+        self.server = server
         # Python names a thread after its function
         self.prompt_thread = next((thread for thread in threading.enumerate()
                                    if thread.name.endswith("(prompt_worker)")), None)
@@ -191,6 +194,7 @@ class EmbeddedComfyUI:
         valid, error, outputs, node_errors = asyncio.run_coroutine_threadsafe(
             self.validate_prompt(prompt_id, graph, None), self.loop).result()
         if not valid:
+            assert error is not None
             self._raise_invalid(graph, error, node_errors)
         return outputs
 

@@ -2,6 +2,7 @@
 import math
 import time
 from collections.abc import Collection
+from typing import Any
 
 import numpy
 import psutil
@@ -54,7 +55,8 @@ class ImageCollector:
         if event == "workers":
             self.workers = header["value"]
             return
-        index, value = header["item"], header.get("value")
+        index: int = header["item"]
+        value: Any = header.get("value")
         name = f"Item {index + 1} of {self.count}"
         if event == "begins":
             self.started = self.started or time.monotonic()
@@ -103,16 +105,17 @@ class ImageCollector:
         index = header["index"]
         count = header["of"]
         shape = tuple(header["shape"])
-        if self.images is None:
-            self._allocate(count, shape)
+        images = self.images
+        if images is None:
+            images = self.images = self._allocate(count, shape)
             self.first = item
-        if shape != self.images.shape[1:]:
+        if shape != images.shape[1:]:
             raise GraphError(
                 f"{name} is {_size(shape)}, item {self.first + 1} is"
-                f" {_size(self.images.shape[1:])}: pictures of one run have one size. Set it for"
+                f" {_size(images.shape[1:])}: pictures of one run have one size. Set it for"
                 " all of them, or run once for each size.")
         if count == self.batch:
-            target = self.images[item * count + index]
+            target = images[item * count + index]
         else:
             if len(self.other_batches.get(item, ())) != count:
                 self.other_batches[item] = _empty((count, *shape))
@@ -122,7 +125,7 @@ class ImageCollector:
         if self.received[item] == count:
             self.done.add(item)
 
-    def _allocate(self, batch: int, shape: tuple[int, ...]):
+    def _allocate(self, batch: int, shape: tuple[int, ...]) -> numpy.ndarray:
         """Allocates the array of all images, whose memory the system gives as they come."""
         size = 4 * math.prod(shape) * batch * self.count
         free = psutil.virtual_memory().available
@@ -130,8 +133,8 @@ class ImageCollector:
             raise GraphError(
                 f"{self.count} items of {_size(shape)} take {size / 1e9:.1f} GB of memory here, and"
                 f" {free / 1e9:.1f} GB are free: draw fewer at once, or smaller ones.")
-        self.images = _empty((batch * self.count, *shape))
         self.batch = batch
+        return _empty((batch * self.count, *shape))
 
     def all_images(self) -> numpy.ndarray:
         """Returns the images of all items, float32 (N, H, W, C).
@@ -140,8 +143,8 @@ class ImageCollector:
             GraphError: an item has none.
         """
         missing = next((index for index in range(self.count) if index not in self.done), None)
-        if missing is not None:
-            raise GraphError(f"Item {missing + 1} of {self.count} gave no picture.")
+        if missing is not None or self.images is None:
+            raise GraphError(f"Item {(missing or 0) + 1} of {self.count} gave no picture.")
         if not self.other_batches:
             return self.images
         parts = numpy.split(self.images, self.count)

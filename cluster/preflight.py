@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -91,6 +92,7 @@ class Checker(Worker):
         """
         if self.problem:
             return {}, [self.problem]
+        assert self.host is not None  # else there is a problem
         problems = {}  # a set that keeps its order
         for change in changes:
             try:
@@ -115,8 +117,9 @@ def memory() -> dict:
     for device in comfy.model_management.get_all_torch_devices():
         if device.type != "cpu":
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            gpus.append((name, int(comfy.model_management.get_free_memory(device)),
-                         int(comfy.model_management.get_total_memory(device))))
+            free: Any = comfy.model_management.get_free_memory(device)
+            total: Any = comfy.model_management.get_total_memory(device)
+            gpus.append((name, int(free), int(total)))
     return {"ram": psutil.virtual_memory().available, "gpus": gpus}
 
 
@@ -158,9 +161,9 @@ def check_machines(machines: dict[str, MachineReport], graph: dict, changes: lis
         comfyui: see `Worker`.
         has_gpus: whether workers use GPUs.
     """
-    import ray
+    import ray.exceptions
 
-    checker = ray.remote(Checker)
+    checker: Any = ray.remote(Checker)
     options = VISIBLE_GPUS if has_gpus else {}
     actors = {node: checker.options(**on_node(node), **options).remote(comfyui, has_gpus)
               for node, machine in machines.items() if not machine.excluded}

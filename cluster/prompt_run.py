@@ -1,6 +1,7 @@
 """Renders the items of *Run on Ray* and passes on what their workers report."""
 import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from .actor_pool import ActorPool, PoolWorker, Run
 from .comfyui_install import MachineError
@@ -45,31 +46,33 @@ class PromptRun(Run):
             super().render()
         finally:
             for member in self.pool.members:
-                for call in [call for call, item in member.calls.items() if item]:
-                    member.actor.cancel.remote(member.calls.pop(call)["prompt_id"])
+                for call, item in list(member.calls.items()):
+                    if item:
+                        member.calls.pop(call)
+                        member.actor.cancel.remote(item["prompt_id"])
 
-    def start_task(self, member: PoolWorker, item: dict):
-        item["prompt_id"] = str(uuid.uuid4())
+    def start_task(self, member: PoolWorker, task: dict):
+        task["prompt_id"] = str(uuid.uuid4())
         return member.actor.render.options(num_returns="streaming").remote(
-            apply_changes(self.graph, item["changes"]), self.extra, item["prompt_id"])
+            apply_changes(self.graph, task["changes"]), self.extra, task["prompt_id"])
 
-    def on_answer(self, member: PoolWorker, call, item: dict):
+    def on_answer(self, member: PoolWorker, call: Any, task: dict):
         import ray
 
         try:
             while True:
-                self.on_event(item["id"], *ray.get(next(call)))
+                self.on_event(task["id"], *ray.get(next(call)))
                 if not ray.wait([call], timeout=0)[0]:
                     return
         except StopIteration:
             del member.calls[call]
             self.remaining -= 1
 
-    def on_lost(self, item: dict):
-        self.on_event(item["id"], "lost", None)
+    def on_lost(self, task: dict):
+        self.on_event(task["id"], "lost", None)
 
-    def give_up(self, item: dict, error: Exception):
-        raise MachineError(f"Item {item['id'] + 1} was lost {self.LOSSES} times, as its worker"
+    def give_up(self, task: dict, error: Exception):
+        raise MachineError(f"Item {task['id'] + 1} was lost {self.LOSSES} times, as its worker"
                            " ended each time: a machine may lack memory. Ray says:"
                            f" {one_line(error, 300)}")
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import psutil
 
@@ -147,12 +148,12 @@ def connect(address: str):
         MachineError
     """
     try:
-        import ray
+        import ray.exceptions
     except ImportError as error:
         raise MachineError(
             f"Ray is missing ({error}). Install it for this Python: {sys.executable} -m"
             " pip install ray") from error
-    options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options["include_dashboard"] = False
     else:
@@ -190,7 +191,7 @@ def _check_answers(address: str):
         except ImportError:
             return
         try:
-            address = canonicalize_bootstrap_address("auto")
+            address = canonicalize_bootstrap_address("auto") or address
         except ConnectionError as error:
             raise MachineError(_no_answer_message("auto", one_line(error, 300))) from error
     host, _, port = address.rpartition(":")
@@ -199,9 +200,9 @@ def _check_answers(address: str):
             (host.strip("[]"), int(port)), CONNECT_SECONDS).close())
     except OSError as error:
         raise MachineError(_no_answer_message(address, error)) from error
-    import ray
+    import ray.exceptions
     try:
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:
         return
     try:

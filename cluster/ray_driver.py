@@ -81,7 +81,8 @@ class Driver:
             try:
                 request = self.inbox.get(timeout=idle_seconds)
             except queue.Empty:
-                self.pool.end_all()
+                if self.pool is not None:
+                    self.pool.end_all()
                 idle_seconds = None
                 continue
             if request is None:
@@ -177,8 +178,9 @@ def main():
             driver.send({"number": None, "event": "error", "message": str(error)})
         os._exit(1)  # a thread that still waits for an address would keep this process alive
     import ray
+    from ray import cloudpickle
 
-    by_value(ray.cloudpickle)
+    by_value(cloudpickle)
     driver.send({"number": None, "event": "joined"})
     with contextlib.suppress(OSError):  # ComfyUI may have ended meanwhile
         driver.serve()

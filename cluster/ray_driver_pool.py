@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from ..child_process import end_process, start_process
 from .comfyui_install import MachineError
@@ -119,6 +120,8 @@ class DriverProcess:
         self.process = start_process(sys.executable, "-c", START, str(PACK), stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE,
                                      env=driver_environment(cluster, environment))
+        self.requests = cast(BinaryIO, self.process.stdin)
+        self.answers = cast(BinaryIO, self.process.stdout)
         self.started = time.monotonic()
         for target in (self._read, self._write):
             threading.Thread(target=target, daemon=True, name="Ray's driver").start()
@@ -182,7 +185,7 @@ class DriverProcess:
         """Writes requests in a thread, as the driver reads none until it has joined."""
         while (request := self.outbox.get()) is not None:
             try:
-                write(self.process.stdin, request)
+                write(self.requests, request)
             except MessageError as error:
                 message = f"The workflow cannot be sent to Ray: {error}."
                 self._deliver(request["number"], {"event": "error", "message": message}, b"")
@@ -198,7 +201,7 @@ class DriverProcess:
 
     def _read(self):
         try:
-            while (message := read(self.process.stdout)) is not None:
+            while (message := read(self.answers)) is not None:
                 header, data = message
                 if header["number"] is not None:
                     self._deliver(header["number"], header, data)
@@ -214,6 +217,6 @@ class DriverProcess:
             " is back."
         )
         self.end()
-        for stream in (self.process.stdin, self.process.stdout):
+        for stream in (self.requests, self.answers):
             with contextlib.suppress(OSError, ValueError):
                 stream.close()

@@ -132,7 +132,8 @@ class PromptWorker(Worker):
     async def cancel(self, prompt_id: str):
         """Cancels one prompt, whether it waits or runs. Returns when it has ended."""
         while prompt_id in self.running:  # it may not have reached ComfyUI's queue yet
-            self.host.cancel(prompt_id)
+            if self.host is not None:
+                self.host.cancel(prompt_id)
             await asyncio.sleep(CANCEL_SECONDS)
 
 

@@ -44,10 +44,14 @@ def lint(arguments: list[str]) -> int:
 
 
 def _lint(environment: Environment) -> int:
-    """Run ruff over everything and pyright over `ops` and `loaders`. Returns 0 without a complaint.
+    """Run ruff over everything and pyright over the pack. Returns 0 without a complaint.
 
     ComfyUI and what it is installed with are the environment's own, wherever they lie.
     """
+    packages = ROOT / ".dev" / "packages"  # where pyright finds the pack under its own name
+    packages.mkdir(exist_ok=True)
+    if not (packages / "featherweight").exists():
+        (packages / "featherweight").symlink_to(ROOT, target_is_directory=True)
     codes = [environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")]
     for version in CHECKED_PYTHONS:
         codes.append(environment.run(

@@ -21,6 +21,11 @@ def gpus() -> list[torch.device]:
     ]
 
 
+def total_memory(device: torch.device) -> float:
+    """Returns the bytes of a device's memory, as the host counts it."""
+    return float(comfy.model_management.get_total_memory(device))  # pyright: ignore[reportArgumentType]
+
+
 def usual_dtype(device: torch.device) -> torch.dtype:
     """Returns the 16-bit dtype that the host prefers on a GPU."""
     has_bfloat16 = comfy.model_management.should_use_bf16(device)

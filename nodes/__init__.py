@@ -146,7 +146,7 @@ def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
     for node in nodes:
         node.GET_SCHEMA()
         if "fingerprint_inputs" not in vars(node):
-            node.fingerprint_inputs = classmethod(_count_file_versions)
+            setattr(node, "fingerprint_inputs", classmethod(_count_file_versions))  # noqa: B010  a method
     return nodes
 
 

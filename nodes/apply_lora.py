@@ -1,5 +1,6 @@
 """The node Apply LoRA (Featherweight)."""
 import os
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -23,7 +24,7 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+        strength: dict[str, Any] = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
         return io.Schema(
             node_id="FeatherweightApplyLora",
             display_name="Apply LoRA (Featherweight)",
@@ -40,7 +41,7 @@ class ApplyLora(io.ComfyNode):
                 "lbw",
                 "lora gguf",
             ],
-            inputs=[
+            inputs=[  # pyright: ignore[reportArgumentType]  an optional CLIP is one too
                 io.Model.Input("model", tooltip="The diffusion model the LoRA is applied to."),
                 io.Combo.Input(
                     "lora_name",

@@ -101,7 +101,7 @@ def size_input(tooltip: str = "With 'size in GB' at pack to: how large the weigh
         max=1000.0,
         step=0.001,
         optional=is_extra,
-        advanced=is_extra or None,
+        advanced=is_extra,
         display_name="size in GB",
         tooltip=tooltip,
     )

@@ -3,6 +3,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
@@ -94,13 +95,13 @@ def loader_output(*notes: str | None, **parts) -> tuple:
     patchers = {key: patcher for key, part in parts.items()
                 if (patcher := patcher_of(part)) is not None}
     of_files = [note for patcher in patchers.values() for note in load_notes(patcher)]
-    notes = list(dict.fromkeys(filter(None, [*notes, *of_files])))
-    for note in notes:
+    lines = list(dict.fromkeys(filter(None, [*notes, *of_files])))
+    for note in lines:
         log.warning("[Featherweight] %s", note)
 
     def show_placement(key: str, summary: str, patcher: ModelPatcher, report: MemoryReport):
         texts[key] = f"{summary}\n{placed_text(patcher, report)}"
-        show("\n".join([*texts.values(), *notes]))
+        show("\n".join([*texts.values(), *lines]))
 
     for key, patcher in patchers.items():
         title = f"{TITLES[key]}: " if len(parts) > 1 else ""
@@ -115,6 +116,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         texts[key] = summary
         if getattr(patcher, "placement", None) is not None:
             texts[key] += f"\n{planned_text(patcher)}"
-            patcher.on_placement = functools.partial(show_placement, key, summary)
-    show_text("\n".join([*texts.values(), *notes]))
+            placed: Any = patcher
+            placed.on_placement = functools.partial(show_placement, key, summary)
+    show_text("\n".join([*texts.values(), *lines]))
     return tuple(parts.values())

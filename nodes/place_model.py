@@ -2,12 +2,11 @@
 import logging
 from collections.abc import Callable
 
-import comfy.model_management
 import torch
 from comfy_api.latest import io
 
 from ..loaders.byte_sizes import GB, size_text
-from ..loaders.devices import CPU, DEFAULT, device_choices, find_device
+from ..loaders.devices import CPU, DEFAULT, device_choices, find_device, total_memory
 from ..loaders.models.placement import SHARING, place, placed_text, planned_text
 from ..ops.patcher.residency import MemoryReport
 from .node_text import text_sender
@@ -104,7 +103,7 @@ def place_and_report(
 
 
 def _check_budget(compute: torch.device, gpu_bytes: float) -> str | None:
-    total = comfy.model_management.get_total_memory(compute)
+    total = total_memory(compute)
     if gpu_bytes < 0:
         return f"gpu_weights is {gpu_bytes / GB:g} GB, which is below 0; it is treated as 0."
     if gpu_bytes > total:

@@ -6,7 +6,6 @@ computes layers in ComfyUI's own formats. Workflows and prompts from before 0.2.
 """
 from typing import NamedTuple
 
-import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
 from ...ops.tensor.packed_layout import is_packed
@@ -18,6 +17,7 @@ from ..comfyui.who_computes import (
     HOST_FORMATS,
     host_multiplies,
 )
+from ..devices import total_memory
 from ..packing.planning.fit import FAST_FORMAT, FAST_TYPE
 from ..packing.planning.packing_rules import bytes_in_file
 from ..quantizers.comfyui import row_type_of
@@ -75,8 +75,7 @@ def faster_type_text(patcher: ModelPatcher, compute: str) -> str | None:
     weights = [weight for weight in patcher.model.diffusion_model.parameters()
                if is_packed(weight) and weight.ndim == 2 and row_type_of(weight) is None]
     size = sum(bytes_in_file(FAST_TYPE, tuple(weight.shape)) for weight in weights)
-    total = comfy.model_management.get_total_memory(patcher.load_device)
-    if not weights or size > float(total):  # pyright: ignore[reportArgumentType]
+    if not weights or size > total_memory(patcher.load_device):
         return None
     return (f"With {FAST_TYPE} at `pack to` ({size_text(size)}) ComfyUI's kernels compute it,"
             " which is faster than fast is with this file.")

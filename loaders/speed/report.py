@@ -5,7 +5,6 @@ import platform
 import re
 from typing import Any
 
-import comfy.model_management
 import comfy_kitchen
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -13,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from ...ops.cpu import features as cpu_features
 from ...ops.host_versions import HOST_VERSION, VERSION
 from ..byte_sizes import size_text
+from ..devices import total_memory
 from ..inspect.block_chart import BODY, FAINT, GOOD, MARGIN, ROW, WIDTH, Bar, Chart, Color
 from ..inspect.model_summary import format_sizes
 from ..models.compute_choice import EXACTLY, FAST
@@ -80,9 +80,8 @@ def _device(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    total = comfy.model_management.get_total_memory(device)
     return {"type": device.type, "name": name, "capability": capability,
-            "memory GB": round(float(total) / 1e9, 1),  # pyright: ignore[reportArgumentType]
+            "memory GB": round(total_memory(device) / 1e9, 1),
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
             "CUDA": torch.version.cuda, "HIP": torch.version.hip}
 

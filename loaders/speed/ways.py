@@ -23,7 +23,7 @@ from ...ops.pickle_names import short_error_name
 from ...ops.tensor.packed_layout import QuantizedTensor, is_comfy_quantized, is_packed
 from ..byte_sizes import size_text
 from ..comfyui.who_computes import host_multiplies
-from ..devices import CPU
+from ..devices import CPU, total_memory
 from ..models.compute_choice import EXACTLY, FAST, MEANINGS
 from ..models.recipe import Recipe
 from ..quantizers.comfyui import row_type_of
@@ -131,7 +131,7 @@ def _dense(patcher: ModelPatcher) -> ModelPatcher:
         raise NotMeasured("its weights are dense already")
     nbytes = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
     memory: dict[torch.device, Any] = {
-        patcher.load_device: comfy.model_management.get_total_memory(patcher.load_device),
+        patcher.load_device: total_memory(patcher.load_device),
         CPU: comfy.model_management.get_free_memory(CPU)}
     for device, size in memory.items():
         if nbytes + SPARE_BYTES > size:

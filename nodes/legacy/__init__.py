@@ -84,7 +84,7 @@ class LegacyNode:
         because scripts read the names of files there. The host itself reads `INPUT_TYPES`, in which
         it stays "COMBO": an output of that type can be connected to it.
         """
-        info = super().GET_NODE_INFO_V1()
+        info = super().GET_NODE_INFO_V1()  # pyright: ignore[reportAttributeAccessIssue]  the host's
         for inputs in info["input"].values():
             for name, (kind, *settings) in inputs.items():
                 if kind == io.Combo.io_type:

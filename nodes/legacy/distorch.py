@@ -7,10 +7,9 @@ import math
 import re
 from collections.abc import Sequence
 
-import comfy.model_management
 import torch
 
-from ...loaders.devices import CPU, find_device
+from ...loaders.devices import CPU, find_device, total_memory
 from ...loaders.files.container import safe_repr
 from ...ops.pickle_names import short_error_name
 
@@ -42,7 +41,7 @@ def allocate_virtual_vram(
         donors: filled in this order.
     """
     moved = min(size, max(0, virtual_vram_gb) * GIB)
-    requests = [(compute, size - moved), *((donor, _memory(donor)) for donor in donors)]
+    requests = [(compute, size - moved), *((donor, total_memory(donor)) for donor in donors)]
     return _allocate(size, compute, requests)
 
 
@@ -95,7 +94,7 @@ def parse_allocation_string(
         total = sum(number for _, _, number, _ in parts) or 1
         requests = [(device, size * number / total) for _, device, number, _ in parts]
     else:
-        requests = [(device, number * _memory(device)) for _, device, number, _ in parts]
+        requests = [(device, number * total_memory(device)) for _, device, number, _ in parts]
         requests.sort(key=lambda request: (request[0] == CPU, str(request[0])))
     return _allocate(size, compute, requests), notes
 
@@ -115,7 +114,3 @@ def _allocate(
         remaining -= granted
     allocation[compute] += remaining
     return allocation
-
-
-def _memory(device: torch.device) -> float:
-    return comfy.model_management.get_total_memory(device)

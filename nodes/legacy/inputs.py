@@ -61,7 +61,7 @@ class LegacyInput:
 
 def make_inputs(keys: str, further: Mapping[str, LegacyInput] | None = None) -> list:
     """Returns the host's inputs of these keys of `INPUTS`, which have spaces between them."""
-    rows = INPUTS | (further or {})
+    rows = {**INPUTS, **(further or {})}
     return [rows[key].make(key.partition(":")[0]) for key in keys.split()]
 
 
@@ -98,7 +98,7 @@ def _vaes() -> list[str]:
 
 
 def _unused(kind, why: str, default, options: Callable | Sequence[str] | None = None,
-            **settings) -> LegacyInput:
+            **settings: Any) -> LegacyInput:
     make = options if options is None or callable(options) else lambda: options
     return LegacyInput(kind, why, {"default": default, **settings}, make, unused=True)
 
@@ -151,7 +151,7 @@ _EXPERT = LegacyInput(
     "Devices and amounts, instead of virtual VRAM: bytes (cuda:0,2.5gb;cpu,*), percentages of the"
     " model (cuda:0,25%;cpu,75%) or fractions of each device's memory.",
     {"default": "", "multiline": False})
-_HIDDEN = {"advanced": True}
+_HIDDEN: dict[str, Any] = {"advanced": True}
 
 INPUTS: dict[str, LegacyInput] = {
     # files

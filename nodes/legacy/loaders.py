@@ -96,7 +96,7 @@ class TextEncoderLoader(Loader):
         return {"clip": load_clip(clip_type, *names, device=device)}
 
     @staticmethod
-    def load_data(ckpt_paths) -> list[dict]:
+    def load_data(ckpt_paths) -> list:
         """Returns a state dict of each file, with the file's own keys.
 
         Packed weights stay packed and are mapped from the file.

@@ -6,11 +6,10 @@ packs' models are not provided here.
 """
 from dataclasses import dataclass, replace
 
-import comfy.model_management
 from comfy_api.latest import io
 
 from ...loaders.byte_sizes import size_text
-from ...loaders.devices import CPU, find_device, gpus
+from ...loaders.devices import CPU, find_device, gpus, total_memory
 from ...loaders.models.placement import place, place_clip
 from ..file_inputs import Options, nullable_options
 from ..node_text import loader_output
@@ -91,7 +90,7 @@ class MultiGPULoader(Loader):
         wrapped = len(inputs) - len(cls.further.split())
         for choice in inputs[:wrapped]:
             if isinstance(choice, io.Combo.Input) and not isinstance(choice.options, Options):
-                choice.options = nullable_options(choice.options)
+                choice.options = nullable_options(map(str, choice.options))
         return inputs
 
 
@@ -204,7 +203,7 @@ def place_part(
     kept = allocation.pop(compute)
     stores = [(device, amount) for device, amount in allocation.items()
               if device != CPU and amount > 0]
-    total = comfy.model_management.get_total_memory(compute)
+    total = total_memory(compute)
     if kept > total:
         notes.append(
             f"{input_name} leaves {size_text(kept)} on the device that computes, but {compute} has"

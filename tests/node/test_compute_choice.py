@@ -137,7 +137,7 @@ def test_fast_names_the_type_that_is_faster_where_it_fits(monkeypatch):
     assert faster_type_text(model, "exact") is None
     assert re.match(r"With int8_convrot at `pack to` \([\d.]+ MB\) ComfyUI's kernels compute it",
                     faster_type_text(model, "fast"))
-    monkeypatch.setattr(compute_choice.comfy.model_management, "get_total_memory", lambda *_: 1e6)
+    monkeypatch.setattr(compute_choice, "total_memory", lambda *_: 1e6)
     assert faster_type_text(model, "fast") is None
 
 

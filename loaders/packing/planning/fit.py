@@ -24,10 +24,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_management
 import torch
 from comfy.cli_args import args
 
+from ...devices import total_memory
 from ...families import rules_for
 from .packing_rules import PLAIN_BYTES, Shapes
 from .plan import least_bytes, plan_for_type
@@ -65,8 +65,7 @@ class Memory:
     @classmethod
     def of(cls, device: torch.device) -> "Memory":
         """Returns that of a device of this machine."""
-        total = float(
-            comfy.model_management.get_total_memory(device))  # pyright: ignore[reportArgumentType]
+        total = total_memory(device)
         reserve = HOST_RESERVE_BYTES if args.reserve_vram is None else args.reserve_vram * GIB
         return cls(int(total + NEARLY) // GIB, device.type in ("cpu", "mps"), reserve)
 
