@@ -9,6 +9,7 @@ import comfy.model_detection
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.supported_models_base import BASE
 
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed, safe_detach
 from ..comfyui.detection import try_detect
@@ -57,7 +58,7 @@ class Contents:
     memory_bytes: int = 0
     patches: int = 0
     kernels: str = ""
-    config: Any = None
+    config: BASE | None = None
     file: WeightFile | None = None
     problem: str = ""
 

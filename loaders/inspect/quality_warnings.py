@@ -1,8 +1,8 @@
 """Warns of files that draw badly or not at all, and says what to take instead."""
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
+from comfy.supported_models_base import BASE
 
 from ..comfyui.detection import try_detect
 from ..files.container import safe_repr
@@ -50,7 +50,7 @@ def weight_warnings(contents: Contents) -> Iterator[str]:
         yield from contents.file.notes
 
 
-def shape_warnings(config: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def shape_warnings(config: BASE, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Yields a sentence for weights of other sizes than the model's, and one for missing weights.
 
     Args:

@@ -1,7 +1,8 @@
 """Estimates what else a model needs and which graphics cards it fits."""
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from comfy.supported_models_base import BASE
 
 from ..encoders.encoder_sets import set_text
 from ..families import MODELS, Model, rules_for
@@ -43,7 +44,7 @@ class Card:
     best: str | None
 
 
-def required_models(config: Any) -> dict[str, str]:
+def required_models(config: BASE) -> dict[str, str]:
     """Returns the common names of a diffusion model's "text encoder" and "VAE", where known.
 
     Args:
@@ -70,7 +71,7 @@ def _model_of(host_names: list[str], text_width: int | None) -> Model | None:
     return None
 
 
-def fit_cards(config: Any, shapes: Shapes, memory_bytes: int,
+def fit_cards(config: BASE, shapes: Shapes, memory_bytes: int,
               packed: bool) -> tuple[str, list[Card]]:
     """Estimates how a diffusion model fits each of CARDS.
 

@@ -6,11 +6,11 @@ has it, such as the projections of OpenCLIP, is built once, in 16 bits.
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import comfy.model_detection
 import comfy.ops
 import torch
+from comfy.supported_models_base import BASE
 
 from ..comfyui.detection import try_detect
 from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
@@ -156,7 +156,7 @@ def _half_values(weight: Weight) -> torch.Tensor:
 
 
 def _whole(source: Source, others: Mapping[str, Weight], encoders: Collection[str],
-           config: Any) -> Source:
+           config: BASE) -> Source:
     """Adds the other parts of a checkpoint to the source of its diffusion model.
 
     Args:

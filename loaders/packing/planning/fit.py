@@ -22,10 +22,10 @@ Q6_K and Q4_K are more exact.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from comfy.cli_args import args
+from comfy.supported_models_base import BASE
 
 from ...devices import total_memory
 from ...families import rules_for
@@ -164,7 +164,7 @@ def workspace_bytes(shapes: Shapes) -> int:
         (math.prod(shape) for shape in shapes.values() if len(shape) == 2), default=0)
 
 
-def step_memory(config: Any, images: int = 0) -> tuple[float, str] | None:
+def step_memory(config: BASE, images: int = 0) -> tuple[float, str] | None:
     """Estimates the bytes that the host keeps free for a step, in addition to the weights.
 
     Uses the host's formula with flash attention in 16 bits (`comfy/model_base.py`,
@@ -193,7 +193,7 @@ def step_memory(config: Any, images: int = 0) -> tuple[float, str] | None:
     return max(MIN_STEP_BYTES, step_bytes), resolution
 
 
-def latents_name_of(config: Any) -> str:
+def latents_name_of(config: BASE) -> str:
     """Returns the class name of a model's latents."""
     latents = config.latent_format
     return (latents if isinstance(latents, type) else type(latents)).__name__
