@@ -128,7 +128,6 @@ FLUX_ENCODER_FILE = (
     " other."
 )
 TEXT_TYPE = "The kind of model the text is encoded for."
-WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fn_fast")
 DTYPES = ("default", "target", "float32", "float16", "bfloat16")
 SWITCH = ("enable", "disable")
 OFFLOAD = "ComfyUI moves weights to main memory by itself."
@@ -183,7 +182,7 @@ INPUTS: dict[str, LegacyInput] = {
         io.Combo, "As in ComfyUI's own loader, for files without packed weights.",
         {"default": "default"},
         lambda: combo_options(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"],
-                              "weight_dtype") or WEIGHT_DTYPES),
+                              "weight_dtype") or ["default"]),
     # devices
     "device:encoder": LegacyInput(
         io.Combo, "cpu: encode on the CPU and leave the GPU's memory to the diffusion model.",
