@@ -92,7 +92,7 @@ class MeasureSensitivity(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "thoroughness",
-                    options=Options(CHOICES, THOROUGHNESS.__contains__),
+                    options=Options(CHOICES, tuple(THOROUGHNESS).__contains__),
                     default=DEFAULT,
                     tooltip="How the cost of packing a layer is measured. one run per layer: from"
                     " its effect on the model's output. no runs: from the layer's own error, which"
