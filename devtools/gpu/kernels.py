@@ -10,7 +10,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import devtools.measure  # noqa: F401  the host
-from devtools.measure.bench.timing import device
+from devtools.measure.timing import device
 from devtools.measure.weights import FORMAT_NAMES
 
 import torch

@@ -20,8 +20,8 @@ from unittest import mock
 
 # before ray: it reads the environment
 from devtools.cluster import QUIET, changes, make_base, model_paths, running, workflow
-from devtools.measure.bench.table import gathered, markdown
-from devtools.measure.bench.timing import machine
+from devtools.measure.figures import Report
+from devtools.measure.timing import machine
 
 import ray
 
@@ -329,12 +329,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench",
                         help="folder for the results")
     options = parser.parse_args()
-    figures = {"machine": machine()}
-    print(figures["machine"])
-    figures |= gathered(MEASURES, options.measures, options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "machines.json").write_text(json.dumps(figures, indent=1))
-    (options.out / "machines.md").write_text(markdown(figures))
+    Report(options.out, "machines", machine()).run(MEASURES, options.measures, options)
 
 
 if __name__ == "__main__":

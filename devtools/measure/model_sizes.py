@@ -23,6 +23,7 @@ import comfy.text_encoders.llama as llama
 import comfy.text_encoders.t5
 import torch
 
+from devtools import markdown_table
 from devtools.files import gguf_files
 from featherweight.loaders.inspect.requirements import best_types
 from featherweight.loaders.packing.planning.fit import GIB, HOST_RESERVE_BYTES, step_memory
@@ -35,6 +36,7 @@ PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
 COLUMNS = (*DENSE, *PACKED)
 RANK = 32  # of the LoRA whose size is counted
 GB = 1e9
+NUMBERS = "---:"  # below the titles of columns of numbers
 CARDS = (6, 8, 10, 12, 16, 24, 32)  # GiB
 
 
@@ -269,11 +271,6 @@ def lora_bytes(shapes: Shapes) -> int:
     return sum(2 * RANK * (rows + columns) for rows, columns in matrices)
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def sizes_table() -> str:
     """Gigabytes (10⁹ bytes) of each model in each format, and of a LoRA for it."""
     rows = []
@@ -285,7 +282,8 @@ def sizes_table() -> str:
             model.name, f"{parameters:.1f}", *sizes,
             "" if model.encoder else f"{lora_bytes(shapes) / GB:.2f}"
         ])
-    return table(["GB", "10⁹ parameters", *COLUMNS, f"LoRA, rank {RANK}"], rows)
+    titles = ["GB", "10⁹ parameters", *COLUMNS, f"LoRA, rank {RANK}"]
+    return markdown_table(titles, rows, NUMBERS)
 
 
 def cards_table() -> str:
@@ -297,7 +295,8 @@ def cards_table() -> str:
             rows.append(row)
         if model.editing:
             rows.append(_cards_row(model, model.editing, 1))
-    return table(["model", "for", "work, GiB", *[f"{card} GB" for card in CARDS]], rows)
+    titles = ["model", "for", "work, GiB", *(f"{card} GB" for card in CARDS)]
+    return markdown_table(titles, rows, NUMBERS)
 
 
 def _cards_row(model: Model, name: str, images: int) -> list[str]:
@@ -325,7 +324,8 @@ def accuracy_table() -> str:
         "NF4": bnb_files.quantised(weights, "nf4")[1], "FP4": bnb_files.quantised(weights, "fp4")[1]
     }
     noise = {name: snr(got, weights) for name, got in values.items()}
-    return table(["", *values], [["dB", *[f"{decibels:.1f}" for decibels in noise.values()]]])
+    decibels = [f"{value:.1f}" for value in noise.values()]
+    return markdown_table(["", *values], [["dB", *decibels]], NUMBERS)
 
 
 def gguf_values(weights: torch.Tensor, format_name: str) -> torch.Tensor:

@@ -10,7 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from devtools.measure import quality_picture
 from devtools.measure.weights import snr
 
 import comfy.model_management
@@ -18,15 +17,17 @@ import comfy.sample
 import comfy.sd
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from demo_model import judge, scenes
 from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
-from devtools import ROOT
+from devtools import ROOT, markdown_table
 from devtools.demo import STEPS
 from devtools.files import demo_files
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.speed.chart import Value, bar_chart
 
 FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "NF4", "FP4", "int8")
 BITSANDBYTES = {"NF4", "FP4", "int8"}
@@ -177,8 +178,25 @@ def markdown(results: dict, about: str) -> str:
         "", "held", "latent SNR", "latent PSNR", "all as asked",
         *(f"LoRA {name}: change, effect" for name in EFFECTS)
     ]
-    rows = [titles, ["---"] * len(titles), *(cells(name, row) for name, row in results.items())]
-    return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    rows = [cells(name, row) for name, row in results.items()]
+    return f"{about}\n\n{markdown_table(titles, rows)}"
+
+
+def draw(results: dict[str, dict]) -> Image.Image:
+    """The figures as a picture: a bar for each format, below the name of each figure."""
+    figures = {
+        "held, MB": lambda row: row["bytes"] / 1e6,
+        "latent SNR, dB": lambda row: row.get("snr"),
+        "all as asked, %": lambda row: 100 * row["accuracy"]["all"],
+        **{f"LoRA {name} kept, %": lambda row, name=name: 100 * row[f"kept_{name}"]
+           for name in EFFECTS}
+    }
+    values = {title: {name: value_of(row) for name, row in results.items()}
+              for title, value_of in figures.items()}
+    return bar_chart("The demo's model in each format", {
+        title: [Value("dense" if name == "F16" else name, value, f"{value:.1f}")
+                for name, value in found.items() if value is not None]
+        for title, found in values.items()}).image
 
 
 def write(folder: Path, found: dict):
@@ -231,9 +249,7 @@ def main():
         " dark lines and pumpkins counted."
     )
     write(options.out, found | {"about": about, "formats": results})
-    quality_picture.draw(results,
-                         about.replace("`", "").partition(" A LoRA's")[0]).save(
-                             options.out / "quality.png")
+    draw(results).save(options.out / "quality.png", optimize=True)
 
 
 if __name__ == "__main__":

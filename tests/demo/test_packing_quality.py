@@ -4,9 +4,10 @@ import functools
 import json
 import statistics
 
-from devtools.measure import packing_error, packing_quality
+from devtools.measure import packing_quality
 from devtools.measure.packing_quality import Maker
 
+import packing_error
 import pytest
 
 from demo_model import scenes

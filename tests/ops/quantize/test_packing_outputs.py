@@ -1,7 +1,6 @@
 """What packing makes of a trained model's matrices, where nothing was measured: the error of their
 outputs."""
-from devtools.measure import packing_error
-
+import packing_error
 import pytest
 
 

@@ -85,15 +85,3 @@ def mean_snr(type_name: str, weights: dict[str, torch.Tensor],
         )
         for name in moments
     ) / len(moments)
-
-
-def main():
-    weights = demo_weights()
-    moments = second_moments(weights)
-    for type_name, least in LEAST.items():
-        print(f"{type_name:8s} {mean_snr(type_name, weights, moments):.2f} dB, at least {least}",
-              flush=True)
-
-
-if __name__ == "__main__":
-    main()
