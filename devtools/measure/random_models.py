@@ -10,11 +10,9 @@ from devtools.measure.weights import random_weight, takes_shape
 
 import comfy.model_management
 import comfy.sd
-import folder_paths
 import torch
 from safetensors.torch import save_file
 
-import nodes
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
 from featherweight.loaders.comfyui.quantized_weights import in_parts
@@ -159,6 +157,10 @@ def packs(peer: Path | None) -> dict[str, Callable]:
 def peer_loader(folder: Path) -> Callable:
     """Returns the function behind `UnetLoaderGGUF` of another installed pack, loaded into this
     host."""
+    import folder_paths
+
+    import nodes  # which takes seconds
+
     asyncio.run(nodes.load_custom_node(str(folder)))
     node = nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]
 
