@@ -7,7 +7,7 @@ import pytest
 @pytest.fixture(scope="module")
 def demo():
     weights = packing_error.demo_weights()
-    return weights, packing_error.second_moments(weights, captions=8, times=4)
+    return weights, packing_error.second_moments()
 
 
 @pytest.mark.usefixtures("one_thread")
