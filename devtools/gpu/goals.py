@@ -1,9 +1,9 @@
 """The figures to reach on an NVIDIA GPU."""
 from devtools.measure.figures import ratios
+from devtools.measure.timing import FORMATS
 
 from devtools import markdown_table
 
-FORMATS = ("Q8_0", "Q4_K", "NF4")
 # (stage, row, variant, the most that its time may be of the row's first variant)
 GOALS = [
     *(("shapes", "3072 x 12288, bfloat16, M = 4608", name, 1.10) for name in FORMATS),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROW = "ROW "
-FORMATS = ["Q8_0", "Q4_K", "NF4"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Stage:
         module, name = self.function.split(":")
         function = getattr(importlib.import_module(f"devtools.{module}"), name)
         # This takes the host, which the stage's module may have had to prepare.
-        from devtools.measure.timing import ON_A_GPU, QUICK, as_in_use
+        from devtools.measure.timing import FORMATS, ON_A_GPU, QUICK, as_in_use
 
         options = argparse.Namespace(sizes=QUICK if quick else ON_A_GPU, quick=quick,
                                      rounds=1 if quick else self.rounds, formats=FORMATS,

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import re
 import resource
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from devtools.cluster import QUIET, changes, make_base, model_paths, running, wo
 from devtools.measure.figures import Report
 from devtools.measure.timing import machine
 
+import psutil
 import ray
 
 from devtools import ROOT
@@ -57,25 +57,17 @@ def mappings(pid: int, below: str) -> dict[str, int]:
     """Bytes of a process's resident pages.
 
     Returns:
-        "files": of files below a folder; "files_private": of these, what no other process has;
-        "private": of everything.
+        "files": of models' files below a folder; "files_private": of these, what no other process
+        has; "private": of everything.
     """
-    found = dict.fromkeys(("files", "files_private", "private"), 0)
-    mapped = ""
-    for entry in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", entry):
-            mapped = entry.partition("/")[2]
-            continue
-        name, _, value = entry.partition(":")
-        private, is_file = (
-            name in ("Private_Clean", "Private_Dirty"),
-            below.strip("/") in mapped and "/models/" in mapped,
-        )
-        if private or (name == "Rss" and is_file):
-            size = int(value.split()[0]) * 1024
-            found["private"] += size * private
-            found["files_private" if private else "files"] += size * is_file
-    return found
+    maps = psutil.Process(pid).memory_maps()
+    files = [entry for entry in maps if below in entry.path and "/models/" in entry.path]
+    return {"files": sum(entry.rss for entry in files), "files_private": sum(map(_private, files)),
+            "private": sum(map(_private, maps))}
+
+
+def _private(entry) -> int:
+    return entry.private_clean + entry.private_dirty
 
 
 def measure_memory(options) -> Iterator[tuple[str, dict]]:

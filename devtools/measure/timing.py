@@ -16,6 +16,8 @@ from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.kernels import selector, used
 from featherweight.ops.layers.workspace import Workspace, shared_workspace
 
+FORMATS = ("Q8_0", "Q4_K", "NF4")  # that cases measure, unless told otherwise
+
 
 @dataclass(frozen=True)
 class Sizes:

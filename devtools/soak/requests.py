@@ -75,9 +75,10 @@ class Asks:
         node, inputs = LATENTS[family]
         latent = graph.add(node, **inputs)
         if positive is None:
-            model = FAMILIES[family]
-            positive = graph.add("SoakPrompt", width=model.context[-1], seed=seed, turn=self.turn,
-                                 pooled=model.extra["y"][-1] if "y" in model.extra else 0)
+            expected = FAMILIES[family]
+            pooled = expected.extra["y"][-1] if "y" in expected.extra else 0
+            positive = graph.add("SoakPrompt", width=expected.context[-1], pooled=pooled, seed=seed,
+                                 turn=self.turn)
         return graph.add("KSampler", model=model, positive=positive, negative=positive,
                          latent_image=latent, seed=seed, steps=steps, cfg=1.0, sampler_name="euler",
                          scheduler="simple", denoise=1.0)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from devtools.measure.bench import errors, files, layers, models, sd15
 from devtools.measure.figures import Report
-from devtools.measure.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
+from devtools.measure.timing import (
+    FORMATS,
+    ON_A_GPU,
+    QUICK,
+    Sizes,
+    as_in_use,
+    device,
+    machine,
+)
 from devtools.measure.weights import FORMAT_NAMES, RANKED_NAMES
 
 import torch
@@ -17,7 +25,6 @@ from devtools import ROOT
 
 CASES = {name.removeprefix("bench_"): case for module in (layers, models, sd15, files, errors)
          for name, case in vars(module).items() if name.startswith("bench_")}
-FORMATS = ["Q8_0", "Q4_K", "NF4"]
 ON_A_CPU = {"attention", "compilers", "cpu", "lcm"}
 # takes minutes, up to 7 GB of disk and 8 GB of memory: only where asked for
 LARGE = {"comfy_load"}

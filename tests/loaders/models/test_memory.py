@@ -5,6 +5,7 @@ from pathlib import Path
 
 from devtools.measure.memory_probe import probed
 
+import memory_probe_models
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -31,7 +32,7 @@ def figures(request, tmp_path_factory):
 def probed_once(kind: str, path: Path) -> dict:
     """What the probe measures with a file, which is deleted."""
     try:
-        figures = probed(kind, path)
+        figures = probed(kind, path, memory_probe_models.__file__)
     finally:
         path.unlink()
     print(figures)
