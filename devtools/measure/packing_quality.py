@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from devtools.measure import host_type_packing
-from devtools.measure.quality import Painter
+from devtools.measure.painter import Painter
 from devtools.measure.weights import snr
 
 import torch

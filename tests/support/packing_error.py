@@ -5,7 +5,7 @@ import functools
 import tempfile
 from pathlib import Path
 
-from devtools.measure.quality import Painter
+from devtools.measure.painter import Painter
 
 import torch
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from devtools.measure.quality import Painter, psnr, with_lora
+from devtools.measure.painter import Painter, psnr, with_lora
 from devtools.measure.random_models import lora_file, prediction
 from devtools.measure.timing import device
 from devtools.measure.weights import packed_weight, random_weight, snr
