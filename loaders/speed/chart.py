@@ -1,12 +1,24 @@
 """Draws groups of bars: seconds of a step, or how many times as long one way takes as another."""
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..inspect.block_chart import BODY, FAINT, GOOD, MARGIN, ROW, WIDTH, Bar, Chart, Color
+from ..inspect.block_chart import (
+    BODY,
+    FAINT,
+    GOOD,
+    HEADING_LENGTH,
+    MARGIN,
+    ROW,
+    WIDTH,
+    Bar,
+    Chart,
+    Color,
+)
 
 LABELS, VALUES = 250, 200  # widths of the columns
 BAR_WIDTH = WIDTH - 2 * MARGIN - LABELS - VALUES
-HEADING, GROUP = MARGIN + 26, 44  # heights above the groups, and above the bars of one
+GROUP = 44  # height above the bars of a group
 
 
 class Value(NamedTuple):
@@ -27,10 +39,11 @@ class Value(NamedTuple):
 
 def bar_chart(title: str, groups: Mapping[str, Sequence[Value]]) -> Chart:
     """Draws each group below the last one, its longest bar over the whole width."""
+    lines = textwrap.wrap(title, HEADING_LENGTH)
+    top = MARGIN + 26 * len(lines)
     height = sum(GROUP + len(values) * ROW for values in groups.values())
-    chart = Chart(HEADING + height + MARGIN, GOOD)
-    chart.heading([title])
-    top = HEADING
+    chart = Chart(top + height + MARGIN, GOOD)
+    chart.heading(lines)
     for heading, values in groups.items():
         chart.y = top
         chart.text(heading, FAINT, BODY, down=8)
