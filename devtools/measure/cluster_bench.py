@@ -27,7 +27,7 @@ import ray
 
 from devtools import ROOT
 from devtools.host.server import Server
-from featherweight.cluster import batch_run, by_value, worker, workflow_graph
+from featherweight.cluster import batch_run, worker, workflow_graph
 from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.batch_rows import read_lines, scan_rows
 from featherweight.cluster.embedded_comfyui import PromptResult
@@ -49,6 +49,13 @@ def machines(count: int, folder: Path):
     }
     with running(bases, folder / "ray") as found:
         yield found
+
+
+def write_rows(folder: Path, rows: list[dict]) -> Path:
+    """Writes the table of a batch; returns its path."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 # --- memory ---
@@ -87,7 +94,7 @@ def measure_memory(options) -> Iterator[tuple[str, dict]]:
                 asked = workflow_graph.with_result(
                     workflow(changes(number)["4.text"], number, steps=2), ["8", 0])
                 streams = [
-                    each.draw.options(num_returns="streaming").remote(asked, {}, f"{number}")
+                    each.render.options(num_returns="streaming").remote(asked, {}, f"{number}")
                     for each in some
                 ]
                 ray.get([stream.completed() for stream in streams])
@@ -143,9 +150,8 @@ def batch_seconds(folder: Path, nodes: int, count: int, asked: dict,
     """(seconds from picture to picture of a worker, pictures a second of all workers) of a
     batch."""
     folder.mkdir()
-    out, rows = folder / "out", folder / "rows.jsonl"
-    rows.write_text("".join(
-        json.dumps({"id": f"{index:04}", **changes(index)}) + "\n" for index in range(count)))
+    out = folder / "out"
+    rows = write_rows(folder, [{"id": f"{index:04}", **changes(index)} for index in range(count)])
     with machines(nodes, folder / "cluster") as cluster:
         done = batch_run.Batch(asked, str(rows), str(out), address=cluster.address, cpus=1, gpus=0,
                            worker=worker).run()
@@ -195,6 +201,9 @@ class Sleeping:
     def __init__(self, comfyui: str):
         self.comfyui = comfyui
 
+    def runs_prompts(self) -> bool:
+        return True
+
     def run(self, asked: dict) -> PromptResult:
         inputs = asked["1"]["inputs"]
         time.sleep(inputs["seconds"])
@@ -228,19 +237,11 @@ def sleeping_rows(options) -> tuple[dict, list[dict]]:
     ]
 
 
-@contextlib.contextmanager
 def many(options, folder: Path):
     """A cluster of one node with a CPU for each actor."""
     base = folder / "base"
     base.mkdir(exist_ok=True)
-    with running({"many": base}, folder / "ray", connect=False, started=()) as found:
-        found.add("many", cpus=options.actors)
-        ray.init(address=found.address, log_to_driver=False, logging_level="warning")
-        by_value(ray.cloudpickle)
-        try:
-            yield found
-        finally:
-            ray.shutdown()
+    return running({"many": base}, folder / "ray", cpus=options.actors)
 
 
 def figures_of(seen: list[tuple[float, float, str]], options) -> dict:
@@ -263,8 +264,7 @@ def measure_scale(options) -> Iterator[tuple[str, dict]]:
     with tempfile.TemporaryDirectory(prefix="fwm", dir="/dev/shm") as name:
         folder = Path(name)
         with many(options, folder):
-            table = folder / "rows.jsonl"
-            table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            table = write_rows(folder, rows)
             with mock.patch.object(batch_run, "BatchProgress", NotingProgress):
                 done = batch_run.Batch(asked, str(table), str(folder / "out"), cpus=1, gpus=0,
                                    worker=Sleeper).run()
@@ -282,8 +282,7 @@ def measure_resume(options) -> Iterator[tuple[str, dict]]:
     # whose removal takes its time too
     with tempfile.TemporaryDirectory(prefix="fwm", dir=options.disk) as name:
         folder = Path(name)
-        table, out = folder / "rows.jsonl", folder / "out"
-        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table, out = write_rows(folder, rows), folder / "out"
         for row, text, stamp, _ in scan_rows(str(out), asked, list(read_lines(str(table)))).pending:
             (out / f"{row}_9_0.png").touch()
             (out / f"{row}.json").write_text(
