@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from devtools.measure.figures import Report
 from devtools import ROOT
 from devtools.gpu.goals import closing, goals
 from devtools.gpu.stages import ROW, STAGES
+from featherweight.child_process import end_process, start_process
 
 LAST = 5  # seconds kept for the picture
 
@@ -88,17 +88,16 @@ def _add(report: Report, stage: str, title: str, values: dict):
 def _run(arguments: list[str], host_arguments: str, seconds: float, show, log: Path) -> str:
     """Run a stage and show its rows as they come; how it ended. What else it prints goes into the
     log."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "devtools.gpu.stages", *arguments], cwd=ROOT, text=True, bufsize=1,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=os.name != "nt", env={
-            **os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1",
-            "XDG_CACHE_HOME": str(log.parent / "cache")
-        })
+    variables = {**os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1",
+                 "XDG_CACHE_HOME": str(log.parent / "cache")}
+    child = start_process(sys.executable, "-m", "devtools.gpu.stages", *arguments, cwd=ROOT,
+                          text=True, bufsize=1, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=variables)
     stopped = threading.Event()
 
     def stop():
         stopped.set()
-        _kill(child)
+        end_process(child)
 
     timer = threading.Timer(seconds, stop)
     timer.start()
@@ -113,21 +112,10 @@ def _run(arguments: list[str], host_arguments: str, seconds: float, show, log: P
         code = child.wait()
     finally:
         timer.cancel()
-        _kill(child)
+        end_process(child)
     if stopped.is_set():
         return "stopped"
     return f"ended with {code}, see log.txt," if code else "done"
-
-
-def _kill(child: subprocess.Popen):
-    """It, and what it started."""
-    if os.name == "nt":
-        child.kill()
-        return
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":
