@@ -130,10 +130,10 @@ def bench_dequantize(options):
     for name in options.formats:
         packed_format = format_for(name, dense.shape[1])
         tensors = packed_tensors(random_weight(name, tuple(dense.shape)).to(device()))
-        variants = {"copy_": functools.partial(out.copy_, dense)}
-        variants |= {title: functools.partial(dequantize, *operands, out) for title, dequantize,
-                     operands in (("kernels", kernels.dequantize_into, (packed_format, tensors)),
-                                  ("torch, chunks", packed_format.dequantize_into, (tensors,)))}
+        variants = {
+            "copy_": functools.partial(out.copy_, dense),
+            "kernels": functools.partial(kernels.dequantize_into, packed_format, tensors, out),
+            "torch, chunks": functools.partial(packed_format.dequantize_into, tensors, out)}
         if packed_format.ggml_type is not None and on_a_cpu:
             variants["gguf (numpy)"] = functools.partial(
                 gguf.quants.dequantize, tensors[0].numpy(), gguf.GGMLQuantizationType[name])
