@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devtools.measure.weights import snr
+from devtools.measure.weights import packed_weight, snr
 
 import comfy.model_management
 import comfy.ops
@@ -24,12 +24,10 @@ import comfy.text_encoders.t5
 import torch
 
 from devtools import markdown_table
-from devtools.files import gguf_files
 from featherweight.loaders.inspect.requirements import best_types
 from featherweight.loaders.packing.planning.fit import GIB, HOST_RESERVE_BYTES, step_memory
 from featherweight.loaders.packing.planning.packing_rules import Shapes, rules_for
 from featherweight.loaders.packing.planning.plan import plan_for_type
-from featherweight.ops.formats.base import FORMATS
 
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
@@ -234,22 +232,12 @@ def _cards_row(model: Model, name: str, images: int) -> list[str]:
 def accuracy_table() -> str:
     """Signal to noise, in dB, of normally distributed weights after packing, for the formats that
     can be packed here."""
-    from devtools.files import bnb_files  # needs bitsandbytes, which some systems do not have
-
     weights = torch.randn(1024, 3072, generator=torch.Generator().manual_seed(0))
-    values = {
-        "Q8_0": gguf_values(weights, "Q8_0"), "FP8": weights.to(torch.float8_e4m3fn).float(),
-        "Q5_0": gguf_values(weights, "Q5_0"), "Q4_0": gguf_values(weights, "Q4_0"),
-        "NF4": bnb_files.quantised(weights, "nf4")[1], "FP4": bnb_files.quantised(weights, "fp4")[1]
-    }
-    noise = {name: snr(got, weights) for name, got in values.items()}
-    decibels = [f"{value:.1f}" for value in noise.values()]
-    return markdown_table(["", *values], [["dB", *decibels]], NUMBERS)
-
-
-def gguf_values(weights: torch.Tensor, format_name: str) -> torch.Tensor:
-    packed = torch.from_numpy(gguf_files.pack(weights.numpy(), format_name))
-    return FORMATS[format_name].dequantize_into([packed], torch.empty_like(weights))
+    decibels = {name: snr(weights.to(torch.float8_e4m3fn).float() if name == "FP8"
+                          else packed_weight(name, weights).dequantize(), weights)
+                for name in ("Q8_0", "FP8", "Q5_0", "Q4_0", "NF4", "FP4")}
+    row = ["dB", *(f"{value:.1f}" for value in decibels.values())]
+    return markdown_table(["", *decibels], [row], NUMBERS)
 
 
 TABLES = (sizes_table, cards_table, accuracy_table)

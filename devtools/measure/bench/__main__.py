@@ -51,11 +51,13 @@ def main():
         torch.set_num_threads(1)  # so small an operation only waits for other threads
     left_out = (set() if options.quick else LARGE) | (set() if options.peer else {"peer"})
     names = options.only or [name for name in CASES if name not in left_out]
+    if device().type != "cpu" and (skipped := ON_A_CPU.intersection(names)):
+        print(f"Only a CPU measures {', '.join(sorted(skipped))}.")
+        names = [name for name in names if name not in skipped]
     report = Report(options.out, "bench", machine())
     print(report.figures["machine"])
     with as_in_use() as scratch:
-        report.run(CASES, [name for name in names
-                           if device().type == "cpu" or name not in ON_A_CPU], options)
+        report.run(CASES, names, options)
         report.figures["scratch_bytes"] = scratch.nbytes
     report.draw()
 
