@@ -57,7 +57,7 @@ STAGES = {
     "shapes": Stage("A product with a packed weight beside `F.linear` with a dense one; int8: with"
                     " `compute` int8.", 60, f"{LAYERS}:bench_shapes"),
     "dequantize": Stage("A whole weight dequantised by the kernels and by torch, beside a copy.",
-                        20, f"{LAYERS}:bench_dequantize"),
+                        30, f"{LAYERS}:bench_dequantize"),
     "model": Stage("A step of a Flux, the tokens of 1024 squared, beside the same weights dense in"
                    " bfloat16.", 60, f"{MODELS}:bench_model", rounds=5, blocks=(2, 4)),
     "step": Stage("A step of a Flux in Q4_K with and without LoRAs, and another pack's.", 40,
@@ -67,7 +67,7 @@ STAGES = {
     "host": Stage("A model in each of ComfyUI's formats by its own kernels and by ours, without"
                   " LoRAs and with them.", 60, f"{MODELS}:bench_comfy_lora", rounds=5),
     "peer": Stage("One layer in each pack.", 30, f"{LAYERS}:bench_peer"),
-    "LoRA": Stage("LoRAs beside the product, and added to the dequantised weight.", 40,
+    "LoRA": Stage("LoRAs beside the product, and added to the dequantised weight.", 30,
                   f"{LAYERS}:bench_lora"),
     "dynamic VRAM": Stage("A model larger than the memory it is left, with LoRAs, a budget and"
                           " another model: the same bits?", 45, "gpu.memory:walk"),
