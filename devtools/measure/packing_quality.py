@@ -213,8 +213,7 @@ def measure_packing(
         folder = Path(folder)
         painter = Painter([scene.caption() for scene in scenes.all_scenes()[1][:count]], folder)
         maker = Maker(demo_files.flux(), folder, show)
-        demo_files.write_model(folder / "dense.safetensors", "F16")
-        dense = painter.latents(load_diffusion_model(str(folder / "dense.safetensors")), count)
+        dense = painter.latents(maker.dense_model(), count)
         for way, size in wanted:
             started = time.process_time()
             path, plan = maker.write(way, size)
