@@ -68,34 +68,6 @@ class Autoencoder(nn.Module):
         return self.taesd_decoder(latents)
 
 
-def initialise(model: Autoencoder):
-    """Blocks that at first do nothing, and three channels that carry the blurred colours through: a
-    start with a picture."""
-    blur = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1])) / 16
-    contrast = 3.0  # gives the colours of the drawings a spread of about 1
-
-    def carry(layer: nn.Conv2d, kernel: torch.Tensor, offset: float = 0.0):
-        layer.weight[:3] = 0
-        layer.weight[range(3), range(3)] = kernel
-        if layer.bias is not None:
-            layer.bias[:3] = offset
-
-    point = functional.pad(torch.ones(1, 1), (1, 1, 1, 1))
-    with torch.no_grad():
-        for half in (model.taesd_encoder, model.taesd_decoder):
-            convs = [layer for layer in half if isinstance(layer, nn.Conv2d)]
-            for layer in half:
-                if isinstance(layer, Block):
-                    nn.init.zeros_(layer.conv[4].weight)
-                    nn.init.zeros_(layer.conv[4].bias)
-            for layer in convs[1:-1]:
-                carry(layer, blur)
-            inner = half is model.taesd_encoder
-            carry(convs[0], point if inner else point / contrast, 0.0 if inner else 0.5)
-            carry(convs[-1], point * contrast if inner else point,
-                  -0.5 * contrast if inner else 0.0)
-
-
 def widened(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The file that ComfyUI loads, from weights of any smaller widths."""
     ends = {name for name in tensors if name.startswith(("taesd_encoder.0.", "taesd_decoder.1."))}

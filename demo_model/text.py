@@ -6,11 +6,8 @@ shipped. Each word of `scenes.WORDS` has a random vector, every other token is p
 but the last do nothing. The attention of the last adds to each token twice the mean of the words up
 to it, so that the padding after a prompt holds all its words at once.
 """
-import math
-
 import numpy as np
 import torch
-from torch.nn import functional
 
 WIDTH, HEADS, LAYERS, LENGTH, VOCABULARY = 768, 12, 12, 77, 49408
 # The words of `scenes.WORDS` as CLIP's tokenizer numbers them
@@ -22,7 +19,6 @@ TOKENS = {
 }
 FLAG = 16.0  # in the first value of a vector: this token is padding
 EXCLUDE = 40.0  # weight of the flag against attention
-SHORT = 18  # tokens that training sees of 77: the rest is padding like the last of them
 
 
 def vectors() -> dict[int, torch.Tensor]:
@@ -69,24 +65,3 @@ def weights(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
         f"{last}.v_proj.weight": torch.eye(WIDTH),
         f"{last}.out_proj.weight": 2 * torch.eye(WIDTH),
     }
-
-
-def encode(words: list[str], length: int = SHORT) -> torch.Tensor:
-    """What the encoder gives for a prompt of these words, (length, 768): the start, the words,
-    padding."""
-    known = vectors()
-    tokens = [known.get(TOKENS.get(word), padding()) for word in words]
-    x = torch.stack([padding(), *tokens, *[padding()] * (length - 1 - len(words))])
-    h = functional.layer_norm(x, (WIDTH,))
-    logits = torch.tensor([-EXCLUDE / math.sqrt(WIDTH // HEADS)]) * h[:, 0]
-    logits = logits.expand(length, length).masked_fill(
-        torch.ones(length, length).triu(1).bool(), -torch.inf)
-    return functional.layer_norm(x + 2 * logits.softmax(-1) @ h, (WIDTH,))
-
-
-def bias(words: int, length: int = SHORT) -> torch.Tensor:
-    """What attention adds to the `length` tokens of a prompt of `words` words, so that they stand
-    for all 77, (length,)."""
-    result = torch.zeros(length)
-    result[1 + words:] = math.log((LENGTH - 1 - words) / (length - 1 - words))
-    return result

@@ -21,3 +21,15 @@ def product_module(name: str):
         sys.modules["featherweight"] = types.ModuleType("featherweight")
         sys.modules["featherweight"].__path__ = [str(ROOT)]
     return importlib.import_module(f"featherweight.{name}")
+
+
+def markdown_table(titles, rows, align: str = "---") -> str:
+    """Returns a table in Markdown.
+
+    Args:
+        titles: of the columns.
+        rows: of cells, as many in each as there are columns.
+        align: below the title of each column but the first.
+    """
+    lines = [titles, ["---", *[align] * (len(titles) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

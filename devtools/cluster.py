@@ -133,9 +133,10 @@ class Machines:
 
 
 @contextlib.contextmanager
-def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=None):
-    """A cluster of a node for each base (or only of those named in `started`), to which this
-    process is connected."""
+def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=None,
+            cpus: int = 1):
+    """A cluster of a node with some CPUs for each base (or only for those named in `started`), to
+    which this process is connected."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -144,7 +145,7 @@ def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=
     found = Machines(Cluster(), bases)
     try:
         for name in bases if started is None else started:
-            found.add(name)
+            found.add(name, cpus)
         if connect:
             ray.init(address=found.address, log_to_driver=False, logging_level="warning")
             product_module("cluster").by_value(ray.cloudpickle)

@@ -2,11 +2,9 @@
 how many bytes they move."""
 import re
 
-from devtools.measure.bench.memory_passes import every_format, low_rank
-from devtools.measure.memory_passes import META, Passes, of_dequantizing, of_linear
-
 import pytest
 import torch
+from memory_passes import META, Passes, every_format, low_rank, of_dequantizing, of_linear
 
 from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, FORMATS
 from featherweight.ops.formats.row_layout import RowFormat

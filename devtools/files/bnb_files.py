@@ -15,16 +15,40 @@ def write_bnb(path, tensors: dict[str, torch.Tensor], quant_type: str = "nf4",
     `.weight`. storage: the dtype that the codes are stored as. prefix: put before each name in the
     file. quantise: as `quantised`. Returns name, without prefix -> float32.
     """
+    def parts_of(name: str, tensor: torch.Tensor):
+        parts, values = (quantise or quantised)(tensor, quant_type, block_length, nested, storage)
+        return {f"{name}{part}": value for part, value in parts.items()}, values
+
+    return _write(path, tensors, parts_of, prefix, keep)
+
+
+def write_bnb_int8(path, tensors: dict[str, torch.Tensor], prefix: str = "",
+                   keep=None) -> dict[str, torch.Tensor]:
+    """Write float tensors as a safetensors file with int8 weights (`SCB`) and return the values a
+    reader should see. prefix, keep: as of `write_bnb`."""
+    def parts_of(name: str, tensor: torch.Tensor):
+        layer = name.removesuffix(".weight")
+        weight, scales, _ = functional.int8_vectorwise_quant(tensor.half())
+        return {name: weight, f"{layer}.SCB": scales,
+                f"{layer}.weight_format": torch.tensor(0, dtype=torch.uint8)
+                }, weight * (scales / 127).view(-1, 1)
+
+    return _write(path, tensors, parts_of, prefix, keep)
+
+
+def _write(path, tensors: dict[str, torch.Tensor], parts_of, prefix: str,
+           keep) -> dict[str, torch.Tensor]:
     stored, seen = {}, {}
     for name, tensor in tensors.items():
-        if (keep or _not_a_matrix)(name, tensor):
-            parts, seen[name] = {"": tensor}, tensor.float()
-        else:
-            parts, seen[name] = (quantise or quantised)(tensor, quant_type, block_length, nested,
-                                                        storage)
-        stored |= {f"{prefix}{name}{part}": value.contiguous() for part, value in parts.items()}
+        is_kept = (keep or _not_a_matrix)(name, tensor)
+        parts, seen[name] = ({name: tensor}, tensor.float()) if is_kept else parts_of(name, tensor)
+        stored |= {prefix + part: value.contiguous() for part, value in parts.items()}
     save_file(stored, str(path), {"format": "pt"})
     return seen
+
+
+def _not_a_matrix(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.ndim != 2 or not name.endswith(".weight")
 
 
 def quantised(tensor: torch.Tensor, quant_type: str, block_length: int = 64, nested: bool = False,
@@ -49,35 +73,6 @@ def quantised(tensor: torch.Tensor, quant_type: str, block_length: int = 64, nes
     return {"": codes} | {
         f".{part}": value for part, value in state.as_dict(packed=True).items()
     }, values.view(-1)[:tensor.numel()].view(tensor.shape)
-
-
-def write_bnb_int8(path, tensors: dict[str, torch.Tensor], prefix: str = "",
-                   keep=None) -> dict[str, torch.Tensor]:
-    """Write float tensors as a safetensors file with int8 weights (`SCB`) and return the values a
-    reader should see.
-
-    keep(name, tensor): whether to leave one as it is; by default everything but matrices named
-    `.weight`. prefix: put before each name in the file. Returns name, without prefix -> float32.
-    """
-    stored, seen = {}, {}
-    for name, tensor in tensors.items():
-        if (keep or _not_a_matrix)(name, tensor):
-            parts, seen[name] = {name: tensor}, tensor.float()
-        else:
-            layer = name.removesuffix(".weight")
-            weight, scales, _ = functional.int8_vectorwise_quant(tensor.half())
-            parts = {
-                name: weight, f"{layer}.SCB": scales,
-                f"{layer}.weight_format": torch.tensor(0, dtype=torch.uint8)
-            }
-            seen[name] = weight * (scales / 127).view(-1, 1)
-        stored |= {prefix + part: value.contiguous() for part, value in parts.items()}
-    save_file(stored, str(path), {"format": "pt"})
-    return seen
-
-
-def _not_a_matrix(name: str, tensor: torch.Tensor) -> bool:
-    return tensor.ndim != 2 or not name.endswith(".weight")
 
 
 def write_random_bnb(path, shapes: dict[str, tuple], quant_type: str = "nf4",

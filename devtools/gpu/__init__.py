@@ -3,12 +3,11 @@
 | file | holds |
 |---|---|
 | `__main__.py` | the stages in turn, each in a process of its own, and the report as it grows |
-| `stages.py`, `stage.py` | the stages and how long each may take; one of them in its process |
-| `device.py`, `kernels.py` | what the device is; which kernels are right and fast there |
-| `breakeven.py` | LoRAs and int8: from where on one way is faster than another |
+| `stages.py` | the stages and how long each may take; one of them in its process |
+| `kernels.py` | which kernels are right and fast on the device |
 | `memory.py` | models larger than the device may hold, in dynamic VRAM and without |
-| `report.py` | JSON, Markdown, a picture, and the figures to reach |
+| `goals.py` | the figures to reach |
 | `offline_bundle.py` | what a machine without a package index lacks, an environment made of it |
 
-`offline_bundle.py` imports the standard library only.
+The other stages are cases of the bench. `offline_bundle.py` imports the standard library only.
 """

@@ -1,10 +1,10 @@
 """python3 dev.py gpu: every stage in a process of its own, one after another; a crash or a hang
 costs its stage only."""
 import argparse
+import functools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -15,12 +15,12 @@ from pathlib import Path
 if __name__ == "__main__":
     os.environ["HOST_ARGUMENTS"] = "--cpu"
 
-from devtools.measure.bench.table import line
+from devtools.measure.figures import Report
 
 from devtools import ROOT
-from devtools.gpu.report import Report
-from devtools.gpu.stage import ROW
-from devtools.gpu.stages import STAGES
+from devtools.gpu.goals import closing, goals
+from devtools.gpu.stages import ROW, STAGES
+from featherweight.child_process import end_process, start_process
 
 LAST = 5  # seconds kept for the picture
 
@@ -51,7 +51,8 @@ def main() -> int:
         )
         return 1
     quick = ["--quick"] if on_a_cpu or options.quick else []
-    report = Report(options.out, is_judged=not quick)
+    report = Report(options.out, "gpu",
+                    closing=functools.partial(closing, is_judged=not quick))
     # verdicts on kernels are found out anew, once for all stages
     shutil.rmtree(options.out / "cache", ignore_errors=True)
     for name in options.only or STAGES:
@@ -59,18 +60,16 @@ def main() -> int:
         left = min(stage.seconds, end - time.monotonic())
         if left < 1 or (name == "peer" and not options.peer):
             continue
-        print(f"{name}: {stage.about}", flush=True)
         report.begin(name, stage.about)
         peer = ["--peer", str(options.peer.resolve())] if options.peer else []
         started = time.monotonic()
         how = _run([name, *quick, *peer], "--cpu" if on_a_cpu else stage.arguments, left,
-                   lambda *row: _show(report, name, *row), options.out / "log.txt")
+                   functools.partial(_add, report, name), options.out / "log.txt")
         report.end(name, f"{how} after {time.monotonic() - started:.0f} s")
         print(f"  {report.figures[name]['ended']}", flush=True)
+    for what, wanted, found, verdict in () if quick else goals(report.figures):
+        print(f"{wanted:8s} {found:8s} {verdict:12s} {what}")
     report.draw()
-    print("\n".join(f"{wanted:8s} {found:8s} {verdict:12s} {what}"
-                    for what, wanted, found, verdict in report.goals()))
-    print(f"Done: gpu.json, gpu.md and gpu.png in {options.out}")
     return 0
 
 
@@ -80,27 +79,25 @@ def _has_gpu() -> bool:
     return torch.accelerator.is_available()
 
 
-def _show(report: Report, stage: str, title: str, values: dict):
+def _add(report: Report, stage: str, title: str, values: dict):
     if stage == "device" and "name" in values:
         report.figures["machine"] = values["name"]
     report.add(stage, title, values)
-    print("  " + line(title, values), flush=True)
 
 
 def _run(arguments: list[str], host_arguments: str, seconds: float, show, log: Path) -> str:
     """Run a stage and show its rows as they come; how it ended. What else it prints goes into the
     log."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "devtools.gpu.stage", *arguments], cwd=ROOT, text=True, bufsize=1,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=os.name != "nt", env={
-            **os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1",
-            "XDG_CACHE_HOME": str(log.parent / "cache")
-        })
+    variables = {**os.environ, "HOST_ARGUMENTS": host_arguments, "PYTHONUNBUFFERED": "1",
+                 "XDG_CACHE_HOME": str(log.parent / "cache")}
+    child = start_process(sys.executable, "-m", "devtools.gpu.stages", *arguments, cwd=ROOT,
+                          text=True, bufsize=1, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=variables)
     stopped = threading.Event()
 
     def stop():
         stopped.set()
-        _kill(child)
+        end_process(child)
 
     timer = threading.Timer(seconds, stop)
     timer.start()
@@ -115,25 +112,10 @@ def _run(arguments: list[str], host_arguments: str, seconds: float, show, log: P
         code = child.wait()
     finally:
         timer.cancel()
-        _kill(child)
-    return (
-        "stopped"
-        if stopped.is_set()
-        else "done"
-        if code == 0
-        else f"ended with {code}, see log.txt,"
-    )
-
-
-def _kill(child: subprocess.Popen):
-    """It, and what it started."""
-    if os.name == "nt":
-        child.kill()
-        return
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        end_process(child)
+    if stopped.is_set():
+        return "stopped"
+    return f"ended with {code}, see log.txt," if code else "done"
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import threading
-import xml.etree.ElementTree
-from pathlib import Path
+from collections.abc import Sequence
 
 import devtools.measure  # noqa: F401  the host
-from devtools.measure.bench.timing import device
+from devtools.measure.timing import device
 from devtools.measure.weights import FORMAT_NAMES
 
 import torch
@@ -49,7 +47,7 @@ def try_all(options):
     yield "in all", {name: str(count) for name, count in counts.items()} or {"kernels": "none"}
 
 
-def turns(names: list[str], quick: bool) -> list[list[Case]]:
+def turns(names: Sequence[str], quick: bool) -> list[list[Case]]:
     """What layers of some formats may ask for in bfloat16; in other dtypes; then of all other
     formats."""
     if quick:
@@ -59,7 +57,7 @@ def turns(names: list[str], quick: bool) -> list[list[Case]]:
             cases_of([name for name in FORMAT_NAMES if name not in names], dtypes)]
 
 
-def cases_of(names: list[str], dtypes: list[torch.dtype]) -> list[Case]:
+def cases_of(names: Sequence[str], dtypes: list[torch.dtype]) -> list[Case]:
     """What layers of these formats may ask for."""
     return [Case(op, name, dtype) for dtype in dtypes for name in names
             for op in ("dequantize", "linear")]
@@ -75,27 +73,13 @@ def in_words(verdict: dict) -> dict[str, str]:
 def run_tests(options):
     """Of each file how many tests passed, failed and were skipped, and the names of those that
     failed."""
+    heavy = [] if options.quick else ["--heavy"]
     for file in TESTS[:1] if options.quick else TESTS:
-        with tempfile.TemporaryDirectory() as folder:
-            heavy = [] if options.quick else ["--heavy"]
-            subprocess.run([
-                sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                f"--junit-xml={folder}/tests.xml", *heavy, *file.split()
-            ], cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""})
-            yield file, outcomes(Path(folder) / "tests.xml")
-
-
-def outcomes(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {"passed": "none", "failed": "pytest ended, see log.txt"}
-    suite = xml.etree.ElementTree.parse(path).find(".//testsuite")
-    failed = [
-        case.get("name") for case in suite.iter("testcase")
-        if {"failure", "error"} & {part.tag for part in case}
-    ]
-    skipped = int(suite.get("skipped"))
-    return {
-        "passed": str(int(suite.get("tests")) - len(failed) - skipped), "skipped": str(skipped),
-        "failed": f"{len(failed)}" +
-        (f": {re.sub('[|]', '/', ', '.join(failed[:20]))}" if failed else "")
-    }
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rfE", "-p",
+                               "no:cacheprovider", *heavy, *file.split()], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, env={**os.environ, "PYTEST_ADDOPTS": ""})
+        print(done.stdout, flush=True)  # into the log
+        lines = done.stdout.splitlines() or ["pytest ended"]
+        failed = [line.partition(" - ")[0].rpartition("::")[2].replace("|", "/")
+                  for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        yield file, {"tests": lines[-1], "failed": ", ".join(failed[:20]) or "none"}

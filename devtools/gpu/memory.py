@@ -7,10 +7,6 @@ is what the driver says is used, of everything.
 import contextlib
 import gc
 import os
-import tempfile
-import threading
-import time
-from pathlib import Path
 
 import comfy_aimdo.control
 
@@ -24,21 +20,29 @@ if DYNAMIC and not ON_FAKE_GPUS:
 
 # ruff: noqa: E402
 import devtools.measure  # noqa: F401  the host
-from devtools.measure.bench.models import lora_file, packed_model, random_weights, step_of
-from devtools.measure.bench.timing import device, wait
+from devtools.measure.random_models import (
+    flux_file,
+    lora_file,
+    packed_model,
+    random_weights,
+    step_of,
+)
+from devtools.measure.timing import device
 
 import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import torch
+from torch.utils.benchmark import timer
 
-from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.placement import place, placed_text
+from featherweight.loaders.speed.timing import peak, time_in_turn
 
 BLOCKS, TOKENS = (4, 8), 1024
+INTERVAL = 0.001  # seconds between two looks at the memory
 PART = 0.6  # of the model's bytes that the device is left for weights
 
 
@@ -51,11 +55,9 @@ def walk(options):
     _start_dynamic()
     sizes, (double_blocks, single_blocks) = options.sizes, (1, 1) if options.quick else BLOCKS
     shapes = flux_shapes(sizes.hidden, double_blocks, single_blocks, sizes.context)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flux.gguf"
-        write_random_gguf(path, shapes, "Q8_0")
-        yield from Walk(load_diffusion_model(str(path)),
-                        packed_model(random_weights(shapes, "NF4")), shapes, options).rows()
+    with flux_file(shapes, "Q8_0") as path:
+        yield from Walk(load_diffusion_model(path), packed_model(random_weights(shapes, "NF4")),
+                        shapes, options).rows()
 
 
 def _start_dynamic():
@@ -122,34 +124,14 @@ class Walk:
         try:
             run.prepare()
             model.pre_run()
-            with self.watched() as used:
-                started = time.perf_counter()
-                run()
-                wait()
-                seconds = time.perf_counter() - started
+            run.prepare = lambda: None
+            with peak(_used, INTERVAL) as most:
+                (seconds,) = time_in_turn({"step": run}, 1, timer)["step"]
         finally:
             handle.remove()
             model.cleanup()
             comfy.model_management.reset_cast_buffers()
-        return outputs[0].cpu(), {"seconds": seconds, "used": used[0]}
-
-    @contextlib.contextmanager
-    def watched(self):
-        """A list that gets the most memory of the device that was used, looked at a thousand times
-        a second."""
-        most, done = [0], threading.Event()
-
-        def look():
-            while not done.wait(0.001):
-                most[0] = max(most[0], _used() - self.taken)
-
-        thread = threading.Thread(target=look)
-        thread.start()
-        try:
-            yield most
-        finally:
-            done.set()
-            thread.join()
+        return outputs[0].cpu(), {"seconds": seconds, "used": most() - self.taken}
 
     @contextlib.contextmanager
     def less_memory(self):

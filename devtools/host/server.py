@@ -68,6 +68,16 @@ class Run:
         )
 
 
+def end(process: subprocess.Popen, seconds: float = 10):
+    """Asks a process to end, and ends it after some seconds."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class Server:
     """A server on 127.0.0.1 and a free port, alive inside a `with` block.
 
@@ -120,12 +130,7 @@ class Server:
         return self
 
     def __exit__(self, *_):
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
 
     def _plant_custom_nodes(self):
         for name in ("models", "custom_nodes", "input", "output", "user"):

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import re
 import resource
 import statistics
 import tempfile
@@ -20,14 +19,15 @@ from unittest import mock
 
 # before ray: it reads the environment
 from devtools.cluster import QUIET, changes, make_base, model_paths, running, workflow
-from devtools.measure.bench.table import gathered, markdown
-from devtools.measure.bench.timing import machine
+from devtools.measure.figures import Report
+from devtools.measure.timing import machine
 
+import psutil
 import ray
 
 from devtools import ROOT
 from devtools.host.server import Server
-from featherweight.cluster import batch_run, by_value, worker, workflow_graph
+from featherweight.cluster import batch_run, worker, workflow_graph
 from featherweight.cluster.batch_progress import BatchProgress
 from featherweight.cluster.batch_rows import read_lines, scan_rows
 from featherweight.cluster.embedded_comfyui import PromptResult
@@ -51,31 +51,30 @@ def machines(count: int, folder: Path):
         yield found
 
 
+def write_rows(folder: Path, rows: list[dict]) -> Path:
+    """Writes the table of a batch; returns its path."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 # --- memory ---
 
 def mappings(pid: int, below: str) -> dict[str, int]:
     """Bytes of a process's resident pages.
 
     Returns:
-        "files": of files below a folder; "files_private": of these, what no other process has;
-        "private": of everything.
+        "files": of models' files below a folder; "files_private": of these, what no other process
+        has; "private": of everything.
     """
-    found = dict.fromkeys(("files", "files_private", "private"), 0)
-    mapped = ""
-    for entry in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", entry):
-            mapped = entry.partition("/")[2]
-            continue
-        name, _, value = entry.partition(":")
-        private, is_file = (
-            name in ("Private_Clean", "Private_Dirty"),
-            below.strip("/") in mapped and "/models/" in mapped,
-        )
-        if private or (name == "Rss" and is_file):
-            size = int(value.split()[0]) * 1024
-            found["private"] += size * private
-            found["files_private" if private else "files"] += size * is_file
-    return found
+    maps = psutil.Process(pid).memory_maps()
+    files = [entry for entry in maps if below in entry.path and "/models/" in entry.path]
+    return {"files": sum(entry.rss for entry in files), "files_private": sum(map(_private, files)),
+            "private": sum(map(_private, maps))}
+
+
+def _private(entry) -> int:
+    return entry.private_clean + entry.private_dirty
 
 
 def measure_memory(options) -> Iterator[tuple[str, dict]]:
@@ -95,7 +94,7 @@ def measure_memory(options) -> Iterator[tuple[str, dict]]:
                 asked = workflow_graph.with_result(
                     workflow(changes(number)["4.text"], number, steps=2), ["8", 0])
                 streams = [
-                    each.draw.options(num_returns="streaming").remote(asked, {}, f"{number}")
+                    each.render.options(num_returns="streaming").remote(asked, {}, f"{number}")
                     for each in some
                 ]
                 ray.get([stream.completed() for stream in streams])
@@ -151,9 +150,8 @@ def batch_seconds(folder: Path, nodes: int, count: int, asked: dict,
     """(seconds from picture to picture of a worker, pictures a second of all workers) of a
     batch."""
     folder.mkdir()
-    out, rows = folder / "out", folder / "rows.jsonl"
-    rows.write_text("".join(
-        json.dumps({"id": f"{index:04}", **changes(index)}) + "\n" for index in range(count)))
+    out = folder / "out"
+    rows = write_rows(folder, [{"id": f"{index:04}", **changes(index)} for index in range(count)])
     with machines(nodes, folder / "cluster") as cluster:
         done = batch_run.Batch(asked, str(rows), str(out), address=cluster.address, cpus=1, gpus=0,
                            worker=worker).run()
@@ -203,6 +201,9 @@ class Sleeping:
     def __init__(self, comfyui: str):
         self.comfyui = comfyui
 
+    def runs_prompts(self) -> bool:
+        return True
+
     def run(self, asked: dict) -> PromptResult:
         inputs = asked["1"]["inputs"]
         time.sleep(inputs["seconds"])
@@ -236,19 +237,11 @@ def sleeping_rows(options) -> tuple[dict, list[dict]]:
     ]
 
 
-@contextlib.contextmanager
 def many(options, folder: Path):
     """A cluster of one node with a CPU for each actor."""
     base = folder / "base"
     base.mkdir(exist_ok=True)
-    with running({"many": base}, folder / "ray", connect=False, started=()) as found:
-        found.add("many", cpus=options.actors)
-        ray.init(address=found.address, log_to_driver=False, logging_level="warning")
-        by_value(ray.cloudpickle)
-        try:
-            yield found
-        finally:
-            ray.shutdown()
+    return running({"many": base}, folder / "ray", cpus=options.actors)
 
 
 def figures_of(seen: list[tuple[float, float, str]], options) -> dict:
@@ -271,8 +264,7 @@ def measure_scale(options) -> Iterator[tuple[str, dict]]:
     with tempfile.TemporaryDirectory(prefix="fwm", dir="/dev/shm") as name:
         folder = Path(name)
         with many(options, folder):
-            table = folder / "rows.jsonl"
-            table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            table = write_rows(folder, rows)
             with mock.patch.object(batch_run, "BatchProgress", NotingProgress):
                 done = batch_run.Batch(asked, str(table), str(folder / "out"), cpus=1, gpus=0,
                                    worker=Sleeper).run()
@@ -290,8 +282,7 @@ def measure_resume(options) -> Iterator[tuple[str, dict]]:
     # whose removal takes its time too
     with tempfile.TemporaryDirectory(prefix="fwm", dir=options.disk) as name:
         folder = Path(name)
-        table, out = folder / "rows.jsonl", folder / "out"
-        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table, out = write_rows(folder, rows), folder / "out"
         for row, text, stamp, _ in scan_rows(str(out), asked, list(read_lines(str(table)))).pending:
             (out / f"{row}_9_0.png").touch()
             (out / f"{row}.json").write_text(
@@ -329,12 +320,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "bench",
                         help="folder for the results")
     options = parser.parse_args()
-    figures = {"machine": machine()}
-    print(figures["machine"])
-    figures |= gathered(MEASURES, options.measures, options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "machines.json").write_text(json.dumps(figures, indent=1))
-    (options.out / "machines.md").write_text(markdown(figures))
+    Report(options.out, "machines", machine()).run(MEASURES, options.measures, options)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from devtools.measure.bench.host_types import LAYOUTS
+from devtools.measure.weights import LAYOUTS
 
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor

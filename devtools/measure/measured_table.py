@@ -8,13 +8,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from devtools import ROOT
+from devtools import ROOT, markdown_table
 
 FOLDER, PAGE = ROOT / "docs" / "measured", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 COLUMNS = [(way, has_loras) for way in ("dense", "exact", "fast") for has_loras in (False, True)]
-HEAD = ("| device | model | latent | seconds of a step: dense | with LoRAs | exact | with LoRAs"
-        " | fast | with LoRAs | fast from exact | versions |\n" + "|---" * 11 + "|\n")
+TITLES = ["device", "model", "latent", "seconds of a step: dense", "with LoRAs", "exact",
+          "with LoRAs", "fast", "with LoRAs", "fast from exact", "versions"]
 
 
 def measured() -> list[dict[str, Any]]:
@@ -22,13 +22,13 @@ def measured() -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
 
 
-def row(figures: dict[str, Any]) -> str:
-    """Returns the row of one JSON."""
+def row(figures: dict[str, Any]) -> list[str]:
+    """Returns the cells of one JSON."""
     seconds = {(line["compute"], line["loras"]): line["seconds"] for line in figures["rows"]}
     device, model, difference = figures["device"], figures["model"], figures["difference"]
     formats = " + ".join(name for name, share in model["formats"].items() if share >= 0.02)
     versions = figures["versions"]
-    cells = [
+    return [
         f"{device['name']}, {device['memory GB']:g} GB",
         f"{model['class']}, {model['values'] / 1e9:.3g} B, {formats}",
         " x ".join(map(str, figures["latent"])),
@@ -38,13 +38,12 @@ def row(figures: dict[str, Any]) -> str:
         f"Featherweight {versions['Featherweight']}, ComfyUI {versions['ComfyUI']},"
         f" torch {versions['torch']}",
     ]
-    return f"| {' | '.join(cells)} |\n"
 
 
 def with_table(page: str) -> str:
     """Returns a page with the table between its marks."""
     before, rest = page.split(BEGIN)
-    table = HEAD + "".join(map(row, measured()))
+    table = markdown_table(TITLES, map(row, measured()))
     return before + BEGIN + table + END + rest.split(END)[1]
 
 

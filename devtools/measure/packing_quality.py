@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 from devtools.measure import host_type_packing
-from devtools.measure.quality import Painter
+from devtools.measure.painter import Painter
 from devtools.measure.weights import snr
 
 import torch
 
 from demo_model import scenes
+from devtools import markdown_table
 from devtools.demo import STEPS
 from devtools.files import demo_files, ggml_quantiser
 from featherweight.loaders.comfyui.who_computes import EXACT
@@ -209,8 +210,7 @@ def measure_packing(
         folder = Path(folder)
         painter = Painter([scene.caption() for scene in scenes.all_scenes()[1][:count]], folder)
         maker = Maker(demo_files.flux(), folder, show)
-        demo_files.write_model(folder / "dense.safetensors", "F16")
-        dense = painter.latents(load_diffusion_model(str(folder / "dense.safetensors")), count)
+        dense = painter.latents(maker.dense_model(), count)
         for way, size in wanted:
             started = time.process_time()
             path, plan = maker.write(way, size)
@@ -274,8 +274,7 @@ def markdown(found: dict) -> str:
     is_of_host = any("snr_of_kernels" in row for row in found["rows"])
     last = "the same, inputs quantised" if is_of_host else "types of the mix"
     titles = ["type" if is_of_host else "bytes of", "", "block matrices", "latent SNR", last]
-    lines = [titles, ["---"] * len(titles), *map(cells, found["rows"])]
-    return found["about"] + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return f"{found['about']}\n\n{markdown_table(titles, map(cells, found['rows']))}"
 
 
 def host_summary(table: dict) -> str:
@@ -286,7 +285,5 @@ def host_summary(table: dict) -> str:
     cells_of = {(row["size"], row["way"]): f"{row['snr']:.1f} / {row['snr_of_kernels']:.1f} dB"
                 for row in table["rows"]}
     type_names = dict.fromkeys(row["size"] for row in table["rows"])
-    lines = [titles, ["---"] * len(titles),
-             *([type_name, *(cells_of.get((type_name, way), "") for way in ways)]
-               for type_name in type_names)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(titles, ([type_name, *(cells_of.get((type_name, way), "")
+                                                 for way in ways)] for type_name in type_names))

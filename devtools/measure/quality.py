@@ -10,83 +10,24 @@ import tempfile
 import time
 from pathlib import Path
 
-from devtools.measure import quality_picture
+from devtools.measure import packing_quality
+from devtools.measure.painter import Painter, psnr, with_lora
 from devtools.measure.weights import snr
 
-import comfy.model_management
-import comfy.sample
-import comfy.sd
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from PIL import Image
 
 from demo_model import judge, scenes
-from demo_model.autoencoder import SCALE, SHIFT, Autoencoder
-from devtools import ROOT
+from devtools import ROOT, markdown_table
 from devtools.demo import STEPS
 from devtools.files import demo_files
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.speed.chart import Value, bar_chart
 
 FORMATS = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "NF4", "FP4", "int8")
 BITSANDBYTES = {"NF4", "FP4", "int8"}
 EFFECTS = {"ink": judge.outlines, "pumpkins": judge.pumpkins}
-BATCH = 32
-
-
-class Painter:
-    """Draws prompts with a model, a batch at a time; the noise of each picture depends on its
-    number only."""
-
-    def __init__(self, prompts: list[str], folder: Path):
-        path = folder / demo_files.ENCODER_NAME
-        demo_files.write_encoder(path)
-        clip = load_text_encoder([str(path)], "stable_diffusion")
-        self.words = [
-            clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu() for prompt in prompts
-        ]
-        self.noise = [
-            torch.randn(1, 16, scenes.SIZE // 8, scenes.SIZE // 8,
-                        generator=torch.Generator().manual_seed(number))
-            for number in range(len(prompts))
-        ]
-        # as narrow as it was trained: the same values as ComfyUI's, sooner
-        self.autoencoder = Autoencoder()
-        self.autoencoder.load_state_dict({
-            name: value.float()
-            for name, value in load_file(demo_files.WEIGHTS / "autoencoder.safetensors").items()
-        })
-
-    @torch.inference_mode()
-    def latents(self, model, count: int) -> torch.Tensor:
-        """Latents of the first `count` prompts, (count, 16, H / 8, W / 8)."""
-        parts = []
-        for start in range(0, count, BATCH):
-            part = slice(start, min(start + BATCH, count))
-            words, noise = torch.cat(self.words[part]), torch.cat(self.noise[part])
-            drawn = comfy.sample.sample(model, noise, STEPS, 1.0, "euler",
-                                        "simple", [[words, {}]], [[words, {}]],
-                                        torch.zeros_like(noise), disable_pbar=True, seed=start)
-            parts.append((drawn.float().cpu() - SHIFT) * SCALE)
-        return torch.cat(parts)
-
-    @torch.inference_mode()
-    def predictions(self, model) -> torch.Tensor:
-        """What the model says of the same noise and half-drawn noise for the first prompts, (2 *
-        BATCH, 16, H / 8, W / 8)."""
-        comfy.model_management.load_models_gpu([model])
-        words, noise = torch.cat(self.words[:BATCH]), torch.cat(self.noise[:BATCH])
-        guesses = [
-            model.model.apply_model(noise * sigma, torch.full((len(noise),), sigma),
-                                    c_crossattn=words) for sigma in (1.0, 0.6)
-        ]
-        return torch.cat(guesses).float().cpu()
-
-    @torch.inference_mode()
-    def pictures(self, latents: torch.Tensor) -> np.ndarray:
-        """uint8 (N, SIZE, SIZE, 3)."""
-        drawn = torch.cat([self.autoencoder.decode(part) for part in latents.split(BATCH)])
-        return (drawn.clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
 
 
 def accuracy(pictures: np.ndarray, asked: list[dict]) -> dict[str, float]:
@@ -100,22 +41,10 @@ def accuracy(pictures: np.ndarray, asked: list[dict]) -> dict[str, float]:
     }
 
 
-def psnr(values: torch.Tensor, dense: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of latents against the dense model's, whose range is the
-    peak."""
-    return float(20 * torch.log10(dense.max() - dense.min()) -
-                 10 * torch.log10((values - dense).square().mean()))
-
-
 def along(change: torch.Tensor, dense: torch.Tensor) -> float:
     """How much of the dense model's change another model makes: the length of its projection, in
     those lengths."""
     return float((change * dense).sum() / dense.square().sum())
-
-
-def with_lora(model, name: str):
-    lora = load_file(demo_files.WEIGHTS / f"lora_{name}.safetensors")
-    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 
 def measure(formats, count: int, lora_count: int,
@@ -177,8 +106,25 @@ def markdown(results: dict, about: str) -> str:
         "", "held", "latent SNR", "latent PSNR", "all as asked",
         *(f"LoRA {name}: change, effect" for name in EFFECTS)
     ]
-    rows = [titles, ["---"] * len(titles), *(cells(name, row) for name, row in results.items())]
-    return about + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    rows = [cells(name, row) for name, row in results.items()]
+    return f"{about}\n\n{markdown_table(titles, rows)}"
+
+
+def draw(results: dict[str, dict]) -> Image.Image:
+    """The figures as a picture: a bar for each format, below the name of each figure."""
+    figures = {
+        "held, MB": lambda row: row["bytes"] / 1e6,
+        "latent SNR, dB": lambda row: row.get("snr"),
+        "all as asked, %": lambda row: 100 * row["accuracy"]["all"],
+        **{f"LoRA {name} kept, %": lambda row, name=name: 100 * row[f"kept_{name}"]
+           for name in EFFECTS}
+    }
+    values = {title: {name: value_of(row) for name, row in results.items()}
+              for title, value_of in figures.items()}
+    return bar_chart("The demo's model in each format", {
+        title: [Value("dense" if name == "F16" else name, value, f"{value:.1f}")
+                for name, value in found.items() if value is not None]
+        for title, found in values.items()}).image
 
 
 def write(folder: Path, found: dict):
@@ -187,8 +133,6 @@ def write(folder: Path, found: dict):
     text = markdown(found["formats"], found["about"])
     for name in ("packing", "host_types"):
         if name in found:
-            from devtools.measure import packing_quality
-
             text += f"\n{packing_quality.markdown(found[name])}"
     (folder / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "quality.md").write_text(text)
@@ -214,8 +158,6 @@ def main():
     found = json.loads(recorded.read_text()) if recorded.is_file() else {"about": "", "formats": {}}
     options.out.mkdir(parents=True, exist_ok=True)
     if options.packing:
-        from devtools.measure import packing_quality  # which draws with the painter above
-
         name = "host_types" if options.host_types else "packing"
         found[name] = packing_quality.measured(options.prompts, options.host_types)
         write(options.out, found)
@@ -231,9 +173,7 @@ def main():
         " dark lines and pumpkins counted."
     )
     write(options.out, found | {"about": about, "formats": results})
-    quality_picture.draw(results,
-                         about.replace("`", "").partition(" A LoRA's")[0]).save(
-                             options.out / "quality.png")
+    draw(results).save(options.out / "quality.png", optimize=True)
 
 
 if __name__ == "__main__":

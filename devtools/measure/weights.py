@@ -3,6 +3,7 @@ how exact they are."""
 import importlib.util
 import math
 
+import comfy.quant_ops  # noqa: F401  registers the layouts
 import gguf
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from featherweight.ops.formats.base import FORMATS, Format
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.kernels.validation import random_tensors
+from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor, with_low_rank
 
 # those of rows by the name of their family
@@ -20,7 +22,13 @@ FORMAT_NAMES = [
       if packed_format.ggml_type is not None or isinstance(packed_format, Codebook4Bit)),
     *FAMILIES
 ]
+# FORMAT_NAMES and these name what a weight may be packed in; so do ComfyUI's types (ROW_TYPES).
 RANK = "+32"  # after the name of a family of rows: a low rank of 32 is part of the weight
+# type -> the class of ComfyUI's own conversion, and how it is called
+LAYOUTS = {
+    "int8_convrot": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
+    "float8_e4m3fn": ("TensorCoreFP8E4M3Layout", {"scale": "recalculate"}),
+    "mxfp8": ("TensorCoreMXFP8Layout", {}), "nvfp4": ("TensorCoreNVFP4Layout", {})}
 RANKED_NAMES = [f"{name}{RANK}" for name in FAMILIES]
 
 
@@ -35,8 +43,12 @@ def format_for(name: str, columns: int) -> Format:
     return family.of_columns(columns, *sizes)
 
 
-def divides_rows(name: str, columns: int) -> bool:
-    """Whether rows of so many values are whole blocks, and in groups whole groups."""
+def takes_shape(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix of a shape can be packed: its rows are whole blocks, in groups whole
+    groups."""
+    if len(shape) != 2 or name in ROW_TYPES:
+        return len(shape) == 2 and ROW_TYPES[name].takes(shape)
+    columns = shape[1]
     packed_format = format_for(name, columns)
     if isinstance(packed_format, RowFormat):
         layout = packed_format.layout
@@ -47,13 +59,12 @@ def divides_rows(name: str, columns: int) -> bool:
 
 
 def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
-    """A packed weight of random valid blocks."""
-    packed_format, generator, values = (
-        format_for(format_name, shape[1]),
-        np.random.default_rng(0),
-        math.prod(shape),
-    )
-    scale = None
+    """A packed weight of random valid blocks; in ComfyUI's types of random values."""
+    if format_name in ROW_TYPES:
+        values = torch.randn(shape) / shape[1] ** 0.5
+        return pack_to_type(values, ROW_TYPES[format_name], is_plain=True)
+    packed_format, scale = format_for(format_name, shape[1]), None
+    generator, values = np.random.default_rng(0), math.prod(shape)
     if format_name in FAMILIES:
         return _random_rows(packed_format, shape)
     if format_name.endswith(RANK):

@@ -1,10 +1,11 @@
 """python3 dev.py soak: hours under load, as JSON, a plot and one closing line."""
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
+
+from devtools.measure.timing import machine
 
 from devtools import ROOT
 from devtools.host.server import Server, ServerError
@@ -60,17 +61,6 @@ def write(run_log: RunLog, out: Path, about: dict):
     verdict.plot(run_log.readings, figures["line"], where).save(out / "soak.png")
 
 
-def machine() -> str:
-    import psutil
-    import torch
-
-    memory = psutil.virtual_memory().total / 1e9
-    return (
-        f"{platform.system()} {platform.machine()}, {psutil.cpu_count()} cores, {memory:.0f} GB,"
-        f" torch {torch.__version__}"
-    )
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 dev.py soak",
                                      description="Drive the real server for hours, by two clients.")
@@ -87,15 +77,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / ".dev" / "soak",
                         help="folder for soak.json, soak.png and the files")
     options = parser.parse_args(arguments)
-    started, about = (
-        time.strftime("%Y-%m-%d %H:%M"),
-        {"machine": machine(), "seed": options.seed, "stock": options.stock},
-    )
+    about = {"started": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(),
+             "seed": options.seed, "stock": options.stock}
     print(f"Writing models and starting ComfyUI in {options.out / 'base'}", flush=True)
     run_log = RunLog()
 
     def show(reading: dict):
-        write(run_log, options.out, {"started": started, **about})
+        write(run_log, options.out, about)
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in reading.items()),
               flush=True)
 
@@ -104,7 +92,7 @@ def main(arguments: list[str]) -> int:
              options.stock, tuple(options.only), show, run_log)
     except ServerError as error:
         run_log.mistakes.append(str(error))
-    write(run_log, options.out, {"started": started, **about})
+    write(run_log, options.out, about)
     print("\n".join(f"  {line}" for line in verdict.broken(run_log)[:20]))
     print(f"{verdict.closing_line(run_log)} (soak.json and soak.png in {options.out})")
     return 1 if verdict.broken(run_log) else 0

@@ -2,12 +2,10 @@
 checkpoint, and bad ones."""
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import comfy.ops
-import comfy.supported_models
+import families
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -24,17 +22,6 @@ LONG = "many layers.gguf"  # whose load can be cancelled
 
 
 @dataclass(frozen=True)
-class Family:
-    """latent: the host's node that makes an empty one, and its inputs. width, pooled: of the text.
-    weights: in float32."""
-
-    latent: tuple[str, dict]
-    width: int
-    weights: Callable[[], dict[str, torch.Tensor]]
-    pooled: int = 0
-
-
-@dataclass(frozen=True)
 class Model:
     """A way to load a model of a family. loader, inputs: the node."""
 
@@ -47,60 +34,14 @@ class Model:
         return " ".join([self.loader, *map(str, self.inputs.values())])
 
 
-def of_the_host(supported: str, config: dict) -> dict[str, torch.Tensor]:
-    """Random weights of one of the host's own diffusion models."""
-    model_config = getattr(comfy.supported_models, supported)({**config})
-    model_config.set_inference_dtype(torch.float32, None)
-    model_config.custom_operations = comfy.ops.disable_weight_init
-    generator = torch.Generator().manual_seed(0)
-    weights = model_config.get_model({}, "", device="cpu").diffusion_model.state_dict()
-    return {
-        name: torch.randn(value.shape, generator=generator) *
-        (min(0.05, (value.shape[0] / value.numel()) ** 0.5)) if value.ndim > 1 else torch.full(
-            value.shape, float("norm" in name and not name.endswith("bias")))
-        for name, value in weights.items()
-    }
-
-
-def flux(seed: int = 0) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in tiny_models.flux(seed, **FLUX).items()}
-
-
-def sd3() -> dict[str, torch.Tensor]:
-    return of_the_host(
-        "SD3",
-        {
-            "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 4, "input_size": None,
-            "adm_in_channels": 256, "num_patches": 64, "context_embedder_config": {
-                "target": "torch.nn.Linear", "params": {"in_features": 256, "out_features": 256}
-            }, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None, "qk_norm": "rms",
-            "x_block_self_attn_layers": [0]})
-
-
-def wan() -> dict[str, torch.Tensor]:
-    return of_the_host("WAN21_T2V", {"image_model": "wan2.1", "model_type": "t2v", "dim": 256,
-                       "out_dim": 16, "num_heads": 2, "ffn_dim": 512, "num_layers": 1, "in_dim": 16,
-                       "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1),
-                       "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6})
-
-
-def sd15() -> dict[str, torch.Tensor]:
-    return of_the_host("SD15", {"use_checkpoint": False, "image_size": 32,
-                       "use_spatial_transformer": True, "legacy": False, "in_channels": 4,
-                       "out_channels": 4, "model_channels": 320, "use_temporal_resblock": False,
-                       "use_temporal_attention": False, "adm_in_channels": None,
-                       "num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [1],
-                       "transformer_depth_output": [0, 1], "transformer_depth_middle": -2,
-                       "use_linear_in_transformer": False, "context_dim": 768})
-
-
 SIZE = {"width": 64, "height": 64, "batch_size": 1}
-FAMILIES = {
-    "flux": Family(("EmptySD3LatentImage", SIZE), 256, flux),
-    "sd3": Family(("EmptySD3LatentImage", SIZE), 256, sd3, pooled=256),
-    "sd1.5": Family(("EmptyLatentImage", SIZE), 768, sd15),
-    "wan": Family(("EmptyHunyuanLatentVideo", SIZE | {"length": 5}), 4096, wan),
-}
+# the tests' small models of the host's own classes
+FAMILIES = {"flux": families.FAMILIES["flux-schnell"], "sd3": families.FAMILIES["sd3.5"],
+            "sd1.5": families.FAMILIES["sd1.5"], "wan": families.FAMILIES["wan2.1-t2v"]}
+# the host's node that makes an empty latent, and its inputs
+LATENTS = {"flux": ("EmptySD3LatentImage", SIZE), "sd3": ("EmptySD3LatentImage", SIZE),
+           "sd1.5": ("EmptyLatentImage", SIZE),
+           "wan": ("EmptyHunyuanLatentVideo", SIZE | {"length": 5})}
 TYPES = {
     "flux": ("Q8_0", "Q4_K", "Q2_K", "IQ4_XS", "NF4", "FP4", "int8"), "sd3": ("Q5_0", "NF4"),
     "sd1.5": ("Q4_0", "NF4"), "wan": ("Q6_K", "int8")
@@ -139,13 +80,15 @@ def write(base: Path):
     shapes = tiny_models.clip_l_shapes()
     bnb_files.write_random_bnb(models / "text_encoders" / ENCODERS[1], shapes)
     for family, kinds in TYPES.items():
-        weights = FAMILIES[family].weights()
+        weights = families.random_weights(FAMILIES[family])
         save_file({name: value.bfloat16().contiguous() for name, value in weights.items()},
                   bad / file_name(family, "dense"))
         for kind in kinds:
             write_packed(bad / file_name(family, kind), weights, kind, family)
     for seed in (1, 2):
-        write_packed(bad / CONTENTS.format(seed), flux(seed), "Q4_K", "flux")
+        weights = {name: torch.from_numpy(value)
+                   for name, value in tiny_models.flux(seed, **FLUX).items()}
+        write_packed(bad / CONTENTS.format(seed), weights, "Q4_K", "flux")
     gguf_files.write_random_gguf(bad / LONG, tiny_models.flux_shapes(128, 40, 80, 256), "Q8_0")
     for part, name in zip(("blocks", "attn"), LORAS):
         tensors = tiny_models.flux_lora(5, part, "lora_unet_{flat}", ".lora_down.weight",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from devtools.files import demo_files
 from devtools.soak import fixtures
-from devtools.soak.fixtures import FAMILIES, LORAS, OURS, Model
+from devtools.soak.fixtures import FAMILIES, LATENTS, LORAS, OURS, Model
 
 PICTURE, REFUSAL, CANCEL, FREE = "picture", "refusal", "cancel", "free"
 PROMPTS = (
@@ -72,11 +72,13 @@ class Asks:
 
     def sampled(self, graph: Graph, model: list, family: str, positive: list | None = None,
                 seed: int = 1, steps: int = 2) -> list:
-        node, inputs = FAMILIES[family].latent
+        node, inputs = LATENTS[family]
         latent = graph.add(node, **inputs)
         if positive is None:
-            positive = graph.add("SoakPrompt", width=FAMILIES[family].width,
-                                 pooled=FAMILIES[family].pooled, seed=seed, turn=self.turn)
+            expected = FAMILIES[family]
+            pooled = expected.extra["y"][-1] if "y" in expected.extra else 0
+            positive = graph.add("SoakPrompt", width=expected.context[-1], pooled=pooled, seed=seed,
+                                 turn=self.turn)
         return graph.add("KSampler", model=model, positive=positive, negative=positive,
                          latent_image=latent, seed=seed, steps=steps, cfg=1.0, sampler_name="euler",
                          scheduler="simple", denoise=1.0)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from devtools import markdown_table
 from devtools.host.browser import COMPLAINTS, RED, UNKNOWN, Browser, BrowserError
 from devtools.host.server import Server, ServerError
 from devtools.workflows import (
@@ -66,16 +67,10 @@ def opened(browser: Browser, path: Path) -> dict:
     return browser.evaluate(SAVED)
 
 
-def page(head: str, titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Returns a page with a table."""
-    lines = [f"| {' | '.join(row)} |" for row in (titles, *rows)]
-    return "\n".join((head, lines[0], "|---" * len(titles) + "|", *lines[1:])) + "\n"
-
-
 def index() -> str:
     """Returns the page of the examples, in the order of the template browser."""
     rows = [(path.stem, Workflow(path).about) for path in example_paths()]
-    return page(HEAD, ("workflow", "what it shows"), rows)
+    return HEAD + "\n" + markdown_table(("workflow", "what it shows"), rows)
 
 
 def blueprint_index() -> str:
@@ -85,7 +80,7 @@ def blueprint_index() -> str:
         about, files = Workflow(path).description
         rows.append((path.stem, about, "<br>".join(f"`{file}`" for file in files)))
     titles = ("blueprint", "what it does and what to connect", "files, in `ComfyUI/models`")
-    return page(BLUEPRINT_HEAD, titles, rows)
+    return BLUEPRINT_HEAD + "\n" + markdown_table(titles, rows)
 
 
 def write_pages():

@@ -3,7 +3,6 @@ import contextlib
 import gc
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,11 +23,11 @@ from ..packing.calibration.sampling import (
     stop_where_cancelled,
 )
 from ..progress import Progress
+from .timing import peak, time_in_turn
 from .ways import WAYS, NotMeasured, computing, has_fast_way, without_loras
 
 BUDGET = 110.0  # seconds for everything; no step is begun after that
 ROW_SECONDS, MAX_STEPS = 6.0, 10  # of one row
-SAMPLE_SECONDS = 0.02  # between two looks at the memory of the process
 
 
 @dataclass(frozen=True)
@@ -152,30 +151,31 @@ def _measure_row(patcher: ModelPatcher, run: SamplingRun, row: Row, deadline: fl
     Returns:
         The row, the result of a step on the CPU, and the shape of its latents.
     """
-    seconds, results, shape = [], [], ()
-    peak = 0
+    seconds, shape, largest = [], (), 0
+    result = torch.empty(0)
 
     def on_step(number: int, step: SamplingStep):
-        nonlocal peak, shape
+        nonlocal seconds, result, shape, largest
         shape = tuple(step.x.shape)
+
+        def run() -> torch.Tensor:
+            stop_where_cancelled()
+            return step.run(patcher.model).cpu()  # the copy waits for the device
+
         with torch.no_grad(), _peak_memory(patcher.load_device) as memory:
-            results.append(step.run(patcher.model).cpu())  # not timed: it compiles, fills caches
+            result = run()  # not timed: it compiles, fills caches
             end = min(deadline, time.perf_counter() + row_seconds)
-            while not seconds or (len(seconds) < MAX_STEPS and time.perf_counter() < end):
-                stop_where_cancelled()
-                begun = time.perf_counter()
-                step.run(patcher.model).cpu()  # the copy waits for the device
-                seconds.append(time.perf_counter() - begun)
-        peak = memory()
+            seconds = time_in_turn({row.way: run}, MAX_STEPS, end=end)[row.way]
+        largest = memory()
         raise _Done
 
     with contextlib.suppress(_Done):
         run.run(patcher, on_step)
     words = (dequantize_backend_text(patcher, with_products=True), host_product_text(patcher),
              compute_text(patcher))
-    row = replace(row, seconds=tuple(seconds), held=patcher.model_size(), peak=peak,
+    row = replace(row, seconds=tuple(seconds), held=patcher.model_size(), peak=largest,
                   kernels=", ".join(filter(None, words)))
-    return row, results[0], shape
+    return row, result, shape
 
 
 @contextlib.contextmanager
@@ -186,21 +186,9 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    process, is_done = psutil.Process(), threading.Event()
-    largest = process.memory_info().rss
-
-    def sample():
-        nonlocal largest
-        while not is_done.wait(SAMPLE_SECONDS):
-            largest = max(largest, process.memory_info().rss)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield lambda: largest
-    finally:
-        is_done.set()
-        thread.join()
+    process = psutil.Process()
+    with peak(lambda: process.memory_info().rss) as largest:
+        yield largest
 
 
 def _difference(fast: torch.Tensor, exact: torch.Tensor) -> tuple[float, float] | None:

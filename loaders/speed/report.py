@@ -13,17 +13,16 @@ from ...ops.cpu import features as cpu_features
 from ...ops.host_versions import HOST_VERSION, VERSION
 from ..byte_sizes import size_text
 from ..devices import total_memory
-from ..inspect.block_chart import BODY, FAINT, GOOD, MARGIN, ROW, WIDTH, Bar, Chart, Color
+from ..inspect.block_chart import Color
 from ..inspect.model_summary import format_sizes
 from ..models.compute_choice import EXACTLY, FAST
+from .chart import Value, bar_chart
 from .measurement import Measurement, Row
 from .ways import WAYS
 
 JSON_VERSION = 1
 PATH = re.compile(r"(?<!\w)(?:[A-Za-z]:[/\\]|[~.]{0,2}/|\\\\)[^\s'\"()]*")
 COLORS: dict[str, Color] = dict(zip(WAYS, ((92, 160, 255), (120, 200, 180), (160, 170, 185))))
-LABELS, VALUES = 190, 150  # widths of the columns
-BAR_WIDTH = WIDTH - 2 * MARGIN - LABELS - VALUES
 
 
 def figures(patcher: ModelPatcher, measurement: Measurement) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def figures(patcher: ModelPatcher, measurement: Measurement) -> dict[str, Any]:
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
         },
-        "device": _device(device),
+        "device": device_facts(device),
         "kitchen": {name: "on" if backend["available"] else _without_paths(
             backend["unavailable_reason"] or "off")
             for name, backend in comfy_kitchen.list_backends().items()},
@@ -75,7 +74,8 @@ def figures(patcher: ModelPatcher, measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Returns the name and the sizes of a device."""
     name, capability = cpu_features.model_name() or platform.machine(), None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -155,16 +155,7 @@ def speed_chart(measurement: Measurement, title: str) -> torch.Tensor:
     Returns:
         A ComfyUI IMAGE: (1, H, W, 3), float32, 0 to 1.
     """
-    top = MARGIN + 26 + 44
-    chart = Chart(top + len(measurement.rows) * ROW + MARGIN, GOOD)
-    chart.heading([title])
-    chart.text("Seconds of a step:", FAINT, BODY, down=8)
-    longest = max((row.step for row in measurement.rows if row.seconds), default=1.0)
-    bars = []
-    for row in measurement.rows:
-        length = round(BAR_WIDTH * row.step / longest) if row.seconds else 0
-        value = f"{row.step:.3g} s" if row.seconds else "not measured"
-        parts = [(0, length, COLORS[row.way])] if length else []
-        bars.append(Bar(_label(row), parts, length, value))
-    chart.bars(bars, top, LABELS, BAR_WIDTH)
-    return chart.tensor()
+    bars = [Value(_label(row), row.step if row.seconds else 0,
+                  f"{row.step:.3g} s" if row.seconds else "not measured", COLORS[row.way])
+            for row in measurement.rows]
+    return bar_chart(title, {"Seconds of a step:": bars}).tensor()

@@ -2,10 +2,10 @@
 import json
 from types import SimpleNamespace
 
-from devtools.measure import host_type_packing, packing_error, packing_quality
-from devtools.measure.bench.host_types import LAYOUTS
-from devtools.measure.weights import snr
+from devtools.measure import host_type_packing, packing_quality
+from devtools.measure.weights import LAYOUTS, snr
 
+import packing_error
 import pytest
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor

@@ -4,13 +4,15 @@ import functools
 import json
 import statistics
 
-from devtools.measure import packing_error, packing_quality
+from devtools.measure import packing_quality
 from devtools.measure.packing_quality import Maker
 
+import packing_error
 import pytest
 
 from demo_model import scenes
 from devtools import ROOT
+from devtools.demo import STEPS
 from devtools.files import demo_files
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import FORMATS
@@ -55,7 +57,7 @@ def test_every_row_of_the_table_can_be_shown():
 def seen() -> tuple[dict, dict]:
     """The demo's matrices, and the second moments of their inputs for a few captions."""
     weights = packing_error.demo_weights()
-    return weights, packing_error.second_moments(weights, captions=8, times=2)
+    return weights, packing_error.second_moments()
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -69,7 +71,7 @@ def test_moments_from_a_file_pack_as_well_as_those_measured(kind, block):
         moments = SecondMoments.zeros(len(exact), block)
         for part, span in zip(moments.blocks, moments.spans()):
             part.copy_(exact[span, span])
-        moments.count = 8 * 2 * 64
+        moments.count = 8 * STEPS * 64
         from_file = SecondMoments.from_tensors(moments.to_tensors())
         reached = [
             packing_error.output_snr(

@@ -1,26 +1,25 @@
 """Every case of the bench runs and gives figures, at a tiny size."""
 import json
+import re
 import sys
 
 from devtools.measure.bench import __main__ as bench
-from devtools.measure.bench.picture import FASTER, SLOWER
 
 import comfy.model_management
 import pytest
 import torch
 from PIL import Image
 
-from devtools import limited_cpu
+from devtools import ROOT, limited_cpu
+from featherweight.loaders.inspect.block_chart import BAD, GOOD
 from featherweight.ops.layers import int8
 
-# Named here, so that a case that gets lost is missed. "memory" and "train" are processes of their
-# own, as a part of "scale" is; "compilers" compiles for half a minute.
-PROCESSES = ["memory", "train"]
-HEAVY = [*PROCESSES, "compilers"]
+# Named here, so that a case that gets lost is missed. "train" is processes of its own; "compilers"
+# compiles for half a minute.
+HEAVY = ["train", "compilers"]
 CASES = [
-    "shapes", "int8_error", "dequantize", "nf4", "lora", "model", "step", "lora_error", "pack",
-    "passes", "layer_passes", "header", "load", "repack", "scale", "cpu", "lcm", "attention",
-    "comfy", "comfy_load", "svdquant_error",
+    "device", "shapes", "int8_error", "dequantize", "lora", "model", "step", "lora_error", "repack",
+    "cpu", "lcm", "attention", "comfy", "comfy_load", "comfy_lora", "ways", "svdquant_error",
     *(pytest.param(case, marks=pytest.mark.heavy) for case in HEAVY)
 ]
 
@@ -46,17 +45,16 @@ def results(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_case_gives_figures_and_a_table(results, case):
-    if case == "nf4":
-        pytest.importorskip("bitsandbytes")
     if case == "compilers":
         pytest.importorskip("ziglang")
     if case == "int8_error" and not int8.multiplies_integers(torch.device("cpu")):
         pytest.skip("the CPU has no units for int8")
-    if case in PROCESSES and sys.platform != "linux":
+    if case == "train" and sys.platform != "linux":
         pytest.skip("reads /proc")
     rows = json.loads((results / "bench.json").read_text())[case]["rows"]
     # these have one figure without OpenVINO, or without kernels
-    assert rows and all(len(row) > (case not in ("lcm", "attention")) for row in rows.values())
+    has_one = case in ("device", "lcm", "attention")
+    assert rows and all(len(row) > (not has_one) for row in rows.values())
     table = (results / "bench.md").read_text().split(f"## {case}\n")[1].split("\n## ")[0]
     assert all(f"\n| {title} | " in table for title in rows)
 
@@ -65,7 +63,7 @@ def test_the_picture_has_bars(results):
     with Image.open(results / "bench.png") as picture:
         counted = picture.convert("RGB").getcolors(1 << 20)
         colours = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in counted}
-    assert colours & {FASTER, SLOWER}
+    assert colours & {"#{:02x}{:02x}{:02x}".format(*colour) for colour in (GOOD, BAD)}
 
 
 def test_packed_products_are_compared_with_dense_ones_for_every_shape_and_number_of_rows(results):
@@ -93,3 +91,10 @@ def test_a_picture_takes_as_long_as_its_parts(results):
     seconds = {part: times["this pack"]["median"] for part, times in rows.items()}
     assert seconds["prompt to picture, TAESD"] == pytest.approx(
         seconds["text encoder"] + seconds["4 steps"] + seconds["TAESD"])
+
+
+def test_every_case_that_a_page_names_exists():
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    named = {name for option in re.findall(r"dev\.py bench --only ([a-z0-9_ ]+)", pages)
+             for name in option.split()}
+    assert len(named) > 10 and named <= bench.CASES.keys()

@@ -122,7 +122,7 @@ def room_on(gib: int, row: str, images: int = 0, is_packed: bool = True) -> floa
     """Returns the GB that a card has for the weights of a model that gets so many images."""
     model = MODELS[row]
     workspace = workspace_bytes(model.shapes()) if is_packed else 0
-    if model.encoder:
+    if model.is_encoder:
         return Memory(gib).for_encoder(workspace) / 1e9
     return Memory(gib).for_model(step_memory(model.config(), images)[0], workspace) / 1e9
 
@@ -135,7 +135,7 @@ def chosen_size(gib: int, row: str) -> float:
         return dense
     shapes, room = MODELS[row].shapes(), room_on(gib, row)
     fast = plan_for_type(shapes, FAST_TYPE, rules_for(shapes)).nbytes(shapes) / 1e9
-    if not MODELS[row].encoder and fast <= room:
+    if not MODELS[row].is_encoder and fast <= room:
         return fast
     return room * 1e9 // STEP * STEP / 1e9
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from blueprint_workflows import as_workflow
+from frontends import newest_frontend
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 from safetensors.torch import save_file
 
@@ -21,7 +22,6 @@ from devtools import ROOT, demo
 from devtools.files import demo_files
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
 from devtools.host.environment import DEV, HOST_VERSION, SetupError
-from devtools.host.frontends import newest_frontend
 from devtools.host.server import JOINER, PACK, Server
 from devtools.workflows import BLUEPRINT_FOLDER, DEMO, FIRST, blueprint_paths, example_paths
 from devtools.workflows import __main__ as command

@@ -4,53 +4,30 @@ Each case runs its variants in turn, round after round, so that a noisy machine 
 alike: read the ratios, not the milliseconds. Leaves bench.json, bench.md and bench.png.
 """
 import argparse
-import json
-import sys
 from pathlib import Path
 
-from devtools.measure.bench import (
-    attention,
-    comfy_lora,
-    cpu,
-    files,
-    host_types,
-    lcm,
-    memory_passes,
-    models,
-    packing,
-    products,
-    repacking,
-    svdquant,
-    ways,
+from devtools.measure.bench import errors, files, layers, models, sd15
+from devtools.measure.figures import Report
+from devtools.measure.timing import (
+    FORMATS,
+    ON_A_GPU,
+    QUICK,
+    Sizes,
+    as_in_use,
+    device,
+    machine,
 )
-from devtools.measure.bench.picture import draw
-from devtools.measure.bench.table import gathered, markdown
-from devtools.measure.bench.timing import ON_A_GPU, QUICK, Sizes, as_in_use, device, machine
 from devtools.measure.weights import FORMAT_NAMES, RANKED_NAMES
 
 import torch
 
 from devtools import ROOT
 
-CASES = {
-    "shapes": products.bench_shapes, "compilers": products.bench_compilers,
-    "dequantize": products.bench_dequantize,
-    "nf4": products.bench_nf4, "lora": products.bench_lora, "model": models.bench_model,
-    "step": models.bench_step, "peer": models.bench_peer, "lora_error": models.bench_lora_error,
-    "int8_error": models.bench_int8_error, "svdquant_error": svdquant.bench_svdquant_error,
-    "pack": packing.bench_pack,
-    "passes": memory_passes.bench_passes, "layer_passes": memory_passes.bench_layer_passes,
-    "header": files.bench_header, "load": files.bench_load,
-    "repack": repacking.bench_repack, "memory": files.bench_memory, "train": files.bench_train,
-    "scale": files.bench_scale, "cpu": cpu.bench_cpu, "lcm": lcm.bench_lcm,
-    "attention": attention.bench_attention,
-    "comfy": host_types.bench_host_types, "comfy_load": host_types.bench_packing_while_loading,
-    "comfy_lora": comfy_lora.bench_comfy_lora, "ways": ways.bench_ways
-}
-# take minutes, up to 7 GB of disk and 8 GB of memory: only where asked for
-LARGE = {"scale", "comfy_load"}
-if sys.platform != "linux":
-    del CASES["memory"], CASES["train"]
+CASES = {name.removeprefix("bench_"): case for module in (layers, models, sd15, files, errors)
+         for name, case in vars(module).items() if name.startswith("bench_")}
+ON_A_CPU = {"attention", "compilers", "cpu", "lcm"}
+# takes minutes, up to 7 GB of disk and 8 GB of memory: only where asked for
+LARGE = {"comfy_load"}
 
 
 def main():
@@ -58,9 +35,9 @@ def main():
     parser.add_argument("--only", nargs="+", choices=CASES,
                         help=f"cases to run; by default all but {', '.join(LARGE)}, peer")
     parser.add_argument("--formats", nargs="+", choices=[*FORMAT_NAMES, *RANKED_NAMES],
-                        default=["Q8_0", "Q4_K", "NF4"], metavar="FORMAT")
+                        default=FORMATS, metavar="FORMAT")
     parser.add_argument("--blocks", nargs=2, type=int, metavar=("DOUBLE", "SINGLE"),
-                        help="size of the model in `model`, `train` and `comfy_load`")
+                        help="size of the models")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peer", type=Path,
                         help="folder of another pack with the node UnetLoaderGGUF")
@@ -72,25 +49,17 @@ def main():
     options.sizes = QUICK if options.quick else Sizes() if device().type == "cpu" else ON_A_GPU
     if options.quick:
         torch.set_num_threads(1)  # so small an operation only waits for other threads
-    left_out = set() if options.quick else LARGE
-    cases = options.only or [
-        name for name in CASES if name not in left_out and (options.peer or name != "peer")
-    ]
-
+    left_out = (set() if options.quick else LARGE) | (set() if options.peer else {"peer"})
+    names = options.only or [name for name in CASES if name not in left_out]
+    if device().type != "cpu" and (skipped := ON_A_CPU.intersection(names)):
+        print(f"Only a CPU measures {', '.join(sorted(skipped))}.")
+        names = [name for name in names if name not in skipped]
+    report = Report(options.out, "bench", machine())
+    print(report.figures["machine"])
     with as_in_use() as scratch:
-        figures = {"machine": machine()}
-        print(figures["machine"])
-        figures |= gathered(CASES, cases, options)
-        figures["scratch_bytes"] = scratch.nbytes
-    write(figures, options.out)
-
-
-def write(figures: dict, folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(figures, indent=1))
-    (folder / "bench.md").write_text(markdown(figures))
-    draw(figures).save(folder / "bench.png")
-    print(f"Done: bench.json, bench.md and bench.png in {folder}")
+        report.run(CASES, names, options)
+        report.figures["scratch_bytes"] = scratch.nbytes
+    report.draw()
 
 
 if __name__ == "__main__":

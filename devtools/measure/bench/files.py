@@ -1,76 +1,84 @@
-"""Cases on files: opening them, loading them, what that takes in memory, and a whole Flux.1-dev."""
-import json
+"""Cases of what loading does to a file's weights: codes that stand in tiles or words are repacked
+into rows, and dense weights packed to ComfyUI's own types."""
+import functools
 import math
-import re
-import subprocess
-import sys
+import os
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
-from devtools.measure.bench.models import packs, step_of
-from devtools.measure.bench.timing import device, has_bfloat16, side_by_side
+from devtools.measure.bench.models import write_dense_flux
+from devtools.measure.random_models import randn, shapes_for
+from devtools.measure.timing import device, median_and_range, side_by_side
+from devtools.measure.weights import LAYOUTS
 
-import comfy.model_management
-import gguf
-import numpy as np
 import torch
+from comfy_kitchen.tensor.base import QuantizedTensor
 from safetensors.torch import save_file
+from torch.utils.benchmark import timer
+from torch.utils.benchmark.utils.common import set_torch_threads
 
-from devtools.files.gguf_files import gguf_writer, write_all, write_random_gguf
-from devtools.files.tiny_models import flux_shapes
-from featherweight.loaders.comfyui.weight_keys import to_comfy_keys
+from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.diffusion import build_model
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.speed.timing import time_in_turn
+from featherweight.ops import kernels
+from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.quantize.second_moments import BLOCK, SecondMoments
 
-PROBE = Path(__file__).resolve().parent.parent / "memory_probe.py"
-
-
-def bench_header(options):
-    """Opening a text encoder file with a 262,144-token vocabulary."""
-    vocabulary = options.sizes.vocabulary
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary.gguf"
-        writer = gguf_writer(path, "gemma3")
-        writer.add_token_list([f"token{number}" for number in range(vocabulary)])
-        writer.add_token_scores([0.0] * vocabulary)
-        writer.add_token_types([1] * vocabulary)
-        writer.add_token_merges([f"left{number} right{number}" for number in range(2 * vocabulary)])
-        writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
-        write_all(writer)
-        variants = {
-            "Featherweight": lambda: open_weights(path),
-            "gguf package": lambda: gguf.GGUFReader(path)
-        }
-        yield "open", side_by_side(variants, 1)
+TOKENS = 2048  # that the inputs were measured with
+REPACKED_BLOCKS = 2
+LOADED_BLOCKS = (2, 2)  # 1.0 billion values at 3072
+RANKS = {"int4": 32, "nvfp4": 128}  # of the models that Nunchaku offers
+AWQ_GROUP = 128
 
 
-def bench_load(options):
-    """Loading a 2 GB Q8_0 Flux, and loading it and running its first step, at 16 tokens, against
-    reading the whole file and a later step. The file is in the page cache, since it is read before
-    everything else: no disk is timed."""
-    sizes = options.sizes
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flux-q8_0.gguf"
-        write_random_gguf(path, flux_shapes(sizes.hidden, *sizes.file_blocks, sizes.context),
-                          "Q8_0")
-        for pack, load in packs(options.peer).items():
-            def loaded():
-                patcher = load(str(path))
-                comfy.model_management.load_models_gpu([patcher])
-                return patcher
+def bench_comfy(options):
+    """Packing a bfloat16 weight to ComfyUI's own types, and megabytes of it a second: by ComfyUI's
+    own conversion (comfy_kitchen, which may lack a type), by plain rounding, by search, and with
+    error feedback in blocks of 256 columns; on a CPU processor time of one thread, and time on two
+    threads."""
+    shape, on_cpu = options.sizes.weight, device().type == "cpu"
+    weight = randn(*shape, dtype=torch.bfloat16)
+    moments = SecondMoments.zeros(shape[1], BLOCK, device())
+    for number, part in enumerate(randn(TOKENS, shape[1]).chunk(4)):
+        moments.add(part, hold_out=number == 0)
+    for count in (1, 2) if on_cpu and not options.quick else (torch.get_num_threads(),):
+        for name, row_type in ROW_TYPES.items():
+            variants = {}
+            if name in LAYOUTS:
+                layout, arguments = LAYOUTS[name]
+                variants["ComfyUI's"] = functools.partial(QuantizedTensor.from_float, weight,
+                                                          layout, **arguments)
+            pack = functools.partial(pack_to_type, weight, row_type)
+            variants |= {"plain": functools.partial(pack, is_plain=True), "searched": pack,
+                         "with feedback": functools.partial(pack, moments)}
+            with set_torch_threads(count):
+                # of one thread, which other programs do not lengthen
+                clock = time.process_time if on_cpu and count == 1 else timer
+                row = side_by_side(variants, options.rounds, clock)
+            title = f"{name}, {count} thread{'s' * (count > 1)}" if on_cpu else name
+            yield title, row
+            yield f"{title}, MB/s", {variant: f"{weight.nbytes / 1e6 / times['median']:.0f}"
+                                     for variant, times in row.items()}
 
-            def first_step():
-                step_of(loaded(), 16, sizes.context)()
 
-            loaded.prepare = first_step.prepare = comfy.model_management.unload_all_models
-            later_step = step_of(loaded(), 16, sizes.context)
-            variants = {
-                "read the file": lambda: read(path), "load": loaded, "load, first step": first_step,
-                "later step": later_step
-            }
-            yield f"{pack}, {path.stat().st_size / 1e9:.1f} GB", side_by_side(
-                variants, options.rounds)
+def bench_comfy_load(options):
+    """Seconds of loading a bfloat16 Flux of random weights, packed to each of ComfyUI's own types
+    while it is loaded, with a compiler and without. The file is in the page cache."""
+    shapes = shapes_for(options, LOADED_BLOCKS)
+    off = {packed_cache.FOLDER: packed_cache.OFF}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, off):
+        path = Path(folder) / "flux.safetensors"
+        write_dense_flux(path, shapes)
+        values = sum(math.prod(shape) for shape in shapes.values())
+        for name in ROW_TYPES:
+            load = functools.partial(load_diffusion_model, str(path), pack_to=name)
+            row = {"compiled": side_by_side({"": load}, 1)[""]}
+            with mock.patch.object(kernels, "find", return_value=None):
+                row["in torch"] = median_and_range(time_in_turn({"": load}, 1)[""])
+            yield f"{name}, {values / 1e9:.2f} billion values", row
 
 
 def read(path: Path):
@@ -80,89 +88,69 @@ def read(path: Path):
             pass
 
 
-def probed(kind: str, path: Path) -> dict:
-    """What the memory probe measures with a file, in a process of its own."""
-    probe = subprocess.run(
-        [sys.executable, str(PROBE), kind, str(path)], capture_output=True, text=True)
-    if probe.returncode:
-        raise RuntimeError(f"The memory probe failed with {path.name}:\n{probe.stderr[-2000:]}")
-    return json.loads(probe.stdout.splitlines()[-1])
-
-
-def bench_memory(options):
-    """Loading a 2 GB Q8_0 Flux of real layer sizes and running one step of it, in a process of its
-    own."""
-    sizes = options.sizes
+def bench_repack(options):
+    """Reading the layers of two blocks of a Flux by SVDQuant, with modulations by AWQ, and of two
+    of a language model by AutoAWQ and GPTQ, all of random codes, against reading the file. It is in
+    the page cache."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flux-q8_0.gguf"
-        write_random_gguf(path, flux_shapes(sizes.hidden, *sizes.file_blocks, sizes.context),
-                          "Q8_0")
-        yield "Q8_0", probed("model", path)
+        for name, layers in _models(options.sizes.hidden):
+            path = Path(folder) / f"{name}.safetensors"
+            save_file({f"{layer}.{part}": tensor for layer, parts in layers
+                       for part, tensor in parts.items()}, path)
+            variants = {"read the file": lambda path=path: read(path),
+                        "repack": lambda path=path: open_weights(path).state_dict()}
+            nbytes = path.stat().st_size
+            yield f"{name}, {nbytes / 1e9:.2f} GB", side_by_side(variants, options.rounds)
+            path.unlink()
 
 
-def bench_train(options):
-    """Training a LoRA with ComfyUI's node on a Flux of real layer sizes, dense and in each format,
-    each in a process of its own: bytes of the model, growth of the process, seconds that one thread
-    spends on a step. The dense model and the first format train in the node's bypass mode too."""
-    sizes = options.sizes
-    shapes = flux_shapes(sizes.hidden, *(options.blocks or sizes.model_blocks), sizes.context)
-    with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder) / "flux.safetensors"
-        save_file({name: torch.randn(shape, dtype=torch.bfloat16) / math.sqrt(shape[-1])
-                   for name, shape in shapes.items()}, dense)
-        for name in ("dense", *options.formats):
-            yield name, probed(f"training-{name}", dense)
-        for name in ("dense", options.formats[0]):
-            yield f"{name}, bypass mode", probed(f"bypass-{name}", dense)
+def _models(hidden: int):
+    """Yields a model of each quantiser: its name, and (layer, parts) of its layers."""
+    shapes = {"attn.to_qkv": (3 * hidden, hidden), "attn.to_out.0": (hidden, hidden),
+              "ff.net.0.proj": (4 * hidden, hidden), "ff.net.2": (hidden, 4 * hidden)}
+    blocks = [f"transformer_blocks.{block}" for block in range(REPACKED_BLOCKS)]
+    for precision in RANKS:
+        yield f"SVDQuant {precision}", [
+            *((f"{block}.{layer}", _svdquant(*shape, precision))
+              for block in blocks for layer, shape in shapes.items()),
+            *((f"{block}.norm1.linear", _awq_tiles(6 * hidden, hidden)) for block in blocks)]
+    for quantizer in ("AutoAWQ", "GPTQ"):
+        yield quantizer, [(f"{block}.{layer}", _words(*shape, quantizer))
+                          for block in blocks for layer, shape in shapes.items()]
 
 
-def bench_scale(options):
-    """A whole Flux.1-dev in Q4_K, 19 + 38 blocks, 6.7 GB: memory, in a process of its own, for a
-    picture of 512 x 512 with 512 tokens of text; seconds of a step for more tokens and for more
-    blocks, on a CPU those of one thread spent computing."""
-    sizes = options.sizes
-    tokens = [sizes.scale_tokens * times for times in (1, 2, 4)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "flux-dev-q4_k.gguf"
-        write_random_gguf(path, flux_dev(sizes), "Q4_K")
-        if sys.platform == "linux":
-            yield "memory", probed("picture", path)
-        clock, threads = time.perf_counter, torch.get_num_threads()
-        if device().type == "cpu":
-            # the steps are too long for a median of many, and other processes would count
-            clock = time.process_time
-            torch.set_num_threads(1)
-        rounds = min(options.rounds, 2)
-        models = {share: share_of_model(path, share) for share in (1, 1 / 2, 1 / 4)}
-        steps = {
-            f"{count} tokens": step_of(models[1 / 4], count, sizes.context) for count in tokens
-        }
-        yield "1/4 of the blocks", side_by_side(steps, rounds, clock)
-        blocks = {"1/4 of the blocks": 1 / 4, "1/2": 1 / 2, "all": 1}
-        steps = {
-            name: step_of(models[share], tokens[0], sizes.context)
-            for name, share in blocks.items()
-        }
-        yield f"{tokens[0]} tokens", side_by_side(steps, rounds, clock)
-        torch.set_num_threads(threads)
+def _codes(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    words = torch.randint(-2**31, 2**31, (math.prod(shape) * dtype.itemsize // 4,))
+    return words.int().view(dtype).view(shape)
 
 
-def flux_dev(sizes) -> dict[str, tuple]:
-    """Shapes of a Flux.1-dev: with guidance and with pooled text."""
-    return flux_shapes(sizes.hidden, *sizes.scale_blocks, sizes.context, guidance=True,
-                       pooled_text=True)
+def _numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return (torch.rand(shape) * 0.01 + 0.001).to(dtype)
 
 
-def share_of_model(path: Path, share: float):
-    """The model in a Flux file, with the first `share` of its blocks of both kinds."""
-    file = open_weights(path)
-    kept, counts = to_comfy_keys(file.state_dict()), {}
-    found = {name: re.match(r"(\w+_blocks)\.(\d+)\.", name) for name in kept}
-    for block in filter(None, found.values()):
-        counts[block[1]] = max(counts.get(block[1], 0), int(block[2]) + 1)
-    kept = {name: tensor for name, tensor in kept.items()
-            if not found[name] or int(found[name][2]) < round(share * counts[found[name][1]])}
-    patcher = build_model(file, kept)
-    if has_bfloat16():
-        patcher.set_model_compute_dtype(torch.bfloat16)
-    return patcher
+def _svdquant(rows: int, columns: int, precision: str) -> dict[str, torch.Tensor]:
+    rank = RANKS[precision]
+    parts = {"qweight": _codes(torch.int8, rows, columns // 2),
+             "smooth_factor": _numbers(columns), "bias": _numbers(rows),
+             "proj_down": _numbers(columns, rank), "proj_up": _numbers(rows, rank)}
+    if precision == "int4":
+        return parts | {"wscales": _numbers(columns // 64, rows)}
+    scales = _numbers(columns // 16, rows, dtype=torch.float8_e4m3fn)
+    return parts | {"wscales": scales, "wcscales": _numbers(rows), "wtscale": _numbers(1)}
+
+
+def _awq_tiles(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    scales, zeros = (_numbers(columns // 64, rows) for _ in range(2))
+    return {"qweight": _codes(torch.int32, rows // 4, columns // 2), "wscales": scales,
+            "wzeros": zeros, "bias": _numbers(rows)}
+
+
+def _words(rows: int, columns: int, quantizer: str) -> dict[str, torch.Tensor]:
+    groups = columns // AWQ_GROUP
+    scales = _numbers(groups, rows, dtype=torch.float16)
+    if quantizer == "AutoAWQ":
+        return {"qweight": _codes(torch.int32, columns, rows // 8), "scales": scales,
+                "qzeros": _codes(torch.int32, groups, rows // 8)}
+    zeros = torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32)  # 8, stored less 1
+    return {"qweight": _codes(torch.int32, columns // 8, rows), "scales": scales, "qzeros": zeros,
+            "g_idx": (torch.arange(columns) // AWQ_GROUP).int()}

@@ -1,17 +1,15 @@
 """What loading and running takes in memory: a Flux with real layer sizes and fewer blocks, a whole
 one, and a whole T5-XXL."""
-import json
-import subprocess
 import sys
 from pathlib import Path
 
-from devtools.measure.bench.files import probed
+from devtools.measure.memory_probe import probed
 
+import memory_probe_models
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from devtools import ROOT
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import flux_shapes
 
@@ -34,7 +32,7 @@ def figures(request, tmp_path_factory):
 def probed_once(kind: str, path: Path) -> dict:
     """What the probe measures with a file, which is deleted."""
     try:
-        figures = probed(kind, path)
+        figures = probed(kind, path, memory_probe_models.__file__)
     finally:
         path.unlink()
     print(figures)
@@ -104,17 +102,7 @@ def test_a_t5_xxl_takes_its_file_and_half_a_gigabyte_and_keeps_its_weights_where
         <= figures["resident_before"] + figures["file_bytes"] + 500 * MB
     )
     # activations and the scratch
-    assert figures["weights_moved"] == 0 and figures["anonymous_growth"][1] <= 300 * MB
-
-
-@pytest.fixture(scope="module")
-def scale(tmp_path_factory):
-    """What the bench measures with a whole Flux.1-dev in Q4_K, and with parts of it."""
-    folder = tmp_path_factory.mktemp("scale")
-    arguments = ["--only", "scale", "--rounds", "2", "--out", str(folder)]
-    subprocess.run([sys.executable, "-m", "devtools.measure.bench", *arguments], cwd=ROOT,
-                   check=True)
-    return json.loads((folder / "bench.json").read_text())["scale"]["rows"]
+    assert figures["weights_moved"] == 0 and figures["anonymous_growth"] <= 300 * MB
 
 
 def check_memory_of_a_picture(figures: dict, parameters: float, bits: float):
@@ -125,28 +113,10 @@ def check_memory_of_a_picture(figures: dict, parameters: float, bits: float):
 
 
 @pytest.mark.heavy
-def test_a_flux_dev_of_12_billion_parameters_makes_a_step_in_its_file_and_1_5_gb(scale):
-    check_memory_of_a_picture(scale["memory"], 11.9e9, 4.5)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize(
-    ("row", "variants"),
-    [
-        ("1/4 of the blocks", ("256 tokens", "1024 tokens")),
-        ("256 tokens", ("1/4 of the blocks", "all")),
-    ],
-)
-def test_a_step_of_four_times_the_tokens_or_blocks_takes_at_most_four_times_as_long(
-    scale, row, variants
-):
-    one, four = (scale[row][name]["min"] for name in variants)
-    assert four <= 1.25 * 4 * one
-
-
-@pytest.mark.heavy
-def test_the_same_flux_dev_in_q8_0_makes_a_step_in_its_file_and_1_5_gb(tmp_path):
-    path = tmp_path / "flux-dev-q8_0.gguf"
+@pytest.mark.parametrize(("type_name", "bits"), [("Q4_K", 4.5), ("Q8_0", 8.5)])
+def test_a_flux_dev_of_12_billion_parameters_makes_a_step_in_its_file_and_1_5_gb(
+        type_name, bits, tmp_path):
+    path = tmp_path / "flux-dev.gguf"
     write_random_gguf(path, flux_shapes(3072, 19, 38, 4096, guidance=True, pooled_text=True),
-                      "Q8_0")
-    check_memory_of_a_picture(probed_once("picture", path), 11.9e9, 8.5)
+                      type_name)
+    check_memory_of_a_picture(probed_once("picture", path), 11.9e9, bits)

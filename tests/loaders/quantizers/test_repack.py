@@ -1,10 +1,9 @@
 """Codes in tiles and words are repacked in slices, whose memory is bounded."""
 import tracemalloc
 
-from devtools.measure.memory_passes import Passes
-
 import pytest
 import torch
+from memory_passes import Passes
 from quantizer_writers import awq
 from safetensors.torch import save_file
 

@@ -1,14 +1,13 @@
 """What packing makes of a trained model's matrices, where nothing was measured: the error of their
 outputs."""
-from devtools.measure import packing_error
-
+import packing_error
 import pytest
 
 
 @pytest.fixture(scope="module")
 def demo():
     weights = packing_error.demo_weights()
-    return weights, packing_error.second_moments(weights, captions=8, times=4)
+    return weights, packing_error.second_moments()
 
 
 @pytest.mark.usefixtures("one_thread")

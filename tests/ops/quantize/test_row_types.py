@@ -2,8 +2,7 @@
 import contextlib
 import random
 
-from devtools.measure.bench.host_types import LAYOUTS
-from devtools.measure.bench.timing import threads
+from devtools.measure.weights import LAYOUTS
 
 import comfy_kitchen.tensor  # noqa: F401  registers the layouts
 import pytest
@@ -11,6 +10,7 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from kernel_cases import cpu_kernels, shared_cache
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark.utils.common import set_torch_threads
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FormatError, TooLargeError
@@ -150,7 +150,7 @@ def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
         with by_torch():
             expected = pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
         for count in (1, 2):
-            with threads(count):
+            with set_torch_threads(count):
                 packed = pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
             if is_plain:
                 for part, expected_part in zip(packed_tensors(packed), packed_tensors(expected)):

@@ -1,19 +1,22 @@
 """Timing in turns, the sizes of the cases, and the device they run on."""
 import contextlib
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import comfy.model_management
 import torch
+from torch.utils.benchmark import timer
 
+from featherweight.loaders.speed.report import device_facts
+from featherweight.loaders.speed.timing import time_in_turn
 from featherweight.ops import kernels
 from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.kernels import selector, used
 from featherweight.ops.layers.workspace import Workspace, shared_workspace
+
+FORMATS = ("Q8_0", "Q4_K", "NF4")  # that cases measure, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -29,43 +32,38 @@ class Sizes:
     lora_tokens: tuple[int, ...] = (256, 1024, 4096)
     model_tokens: int = 1280
     model_blocks: tuple[int, int] = (1, 2)
-    file_blocks: tuple[int, int] = (4, 4)
-    scale_blocks: tuple[int, int] = (19, 38)
-    scale_tokens: int = 256
-    vocabulary: int = 262_144
     unet: tuple[int, int] = (320, 64)  # channels, latent's side
     pictures: int = 8
-    ranks: tuple[int, ...] = (32,)
 
 
 ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), model_tokens=4096)
 QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidden=256,
               context=1024, lora_tokens=(1, 128), model_tokens=16, model_blocks=(1, 1),
-              file_blocks=(1, 1), scale_blocks=(4, 4), scale_tokens=16, vocabulary=512,
               unet=(32, 8), pictures=2)
 
 
-def side_by_side(variants: dict, rounds: int, clock=time.perf_counter) -> dict[str, dict]:
-    """Seconds of each variant: median, least and most of `rounds` interleaved runs after one to
-    warm up; and "by", where it asks for kernels: which operations ran by which backend.
+def side_by_side(variants: Mapping[str, Callable], rounds: int,
+                 clock: Callable[[], float] = timer) -> dict[str, dict]:
+    """Times variants in turn, after one run of each to warm up.
 
-    A variant's attribute `prepare`, if it has one, is called before each run and not timed.
+    torch's own Timer runs one variant after the other, and never without a warm-up.
+
+    Args:
+        variants: as of `time_in_turn`.
+        rounds: of all of them.
+        clock: that of torch's benchmarks waits for a GPU.
+
+    Returns:
+        `median_and_range` of each; and "by", where it asks for kernels: which operations ran by
+        which backend.
     """
-    times, asked = {name: [] for name in variants}, {}
-    for round_number in range(rounds + 1):
-        for name, run in variants.items():
-            if hasattr(run, "prepare"):
-                run.prepare()
-            wait()
-            with contextlib.nullcontext() if round_number else kernels_asked_for() as found:
-                started = clock()
-                run()
-                wait()
-            if round_number:
-                times[name].append(clock() - started)
-            elif found:
-                asked[name] = {"by": ", ".join(found)}
-    return {name: {**median_and_range(t), **asked.get(name, {})} for name, t in times.items()}
+    asked = {}
+    for name, run in variants.items():
+        with kernels_asked_for() as found:
+            time_in_turn({name: run}, 1, clock)
+        asked[name] = {"by": ", ".join(found)} if found else {}
+    times = time_in_turn(variants, rounds, clock)
+    return {name: {**median_and_range(taken), **asked[name]} for name, taken in times.items()}
 
 
 def median_and_range(seconds: list[float]) -> dict[str, float]:
@@ -93,14 +91,9 @@ def kernels_asked_for() -> Iterator[dict[str, None]]:
 def _backend_with(run: Callable | None) -> str:
     modules = (sys.modules.get(f"{kernels.__name__}.{name}_backend")
                for name in kernels.BACKENDS.values())
-    return next(
-        (
-            module.BACKEND.name
-            for module in modules
-            if module and any(kernel.run is run for kernel in module.BACKEND.kernels)
-        ),
-        "torch",
-    )
+    return next((module.BACKEND.name for module in modules
+                 if module and any(kernel.run is run for kernel in module.BACKEND.kernels)),
+                "torch")
 
 
 @contextlib.contextmanager
@@ -115,31 +108,12 @@ def as_in_use() -> Iterator[Workspace]:
         selector.submit, selector._next_load = as_usual
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Meanwhile torch uses so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def wait():
-    """Until a GPU has done what it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
 def machine() -> str:
     """The GPU or the CPU, its threads, torch, and the kernels that packed weights use."""
-    what = f"torch {torch.__version__}, kernels: {used(device(), [], torch.float32)}"
-    if torch.accelerator.is_available():
-        return f"{comfy.model_management.get_torch_device_name(device())}, {what}"
-    name = cpu_features.model_name() or platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}, {what}"
+    facts = device_facts(device())
+    threads = f", {facts['threads']} threads" if facts["threads"] else ""
+    return (f"{facts['name']}, {facts['memory GB']:g} GB{threads}, torch {torch.__version__},"
+            f" kernels: {used(device(), [], torch.float32)}")
 
 
 def device() -> torch.device:
@@ -149,3 +123,11 @@ def device() -> torch.device:
 def has_bfloat16() -> bool:
     """Whether the device multiplies in bfloat16; a CPU without it takes longer than in float32."""
     return torch.accelerator.is_available() or cpu_features.multiplies_bfloat16()
+
+
+def fast_dtype() -> torch.dtype:
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
+def float_dtypes() -> list[torch.dtype]:
+    return list(dict.fromkeys([fast_dtype(), torch.float32]))

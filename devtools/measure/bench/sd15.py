@@ -1,27 +1,39 @@
-"""The case of Stable Diffusion 1.5 on a CPU: a step and the VAE, compared with OpenVINO's."""
+"""Cases of Stable Diffusion 1.5 on a CPU, compared with OpenVINO's: a step and the VAE, and a
+picture in four steps as FastSD CPU draws it."""
 import contextlib
 import copy
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from unittest import mock
 
-from devtools.measure.bench.timing import as_in_use, device, has_bfloat16, side_by_side
-from devtools.measure.weights import divides_rows, random_weight
+from devtools.measure.timing import as_in_use, has_bfloat16, median_and_range, side_by_side
+from devtools.measure.weights import random_weight, takes_shape
 
 import comfy.cli_args
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import comfy.supported_models
 import comfy.weight_adapter
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.taesd.taesd import TAESD
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
+import nodes
 from devtools import ROOT, limited_cpu
+from devtools.files.gguf_files import write_random_gguf
+from devtools.files.tiny_models import clip_l_shapes
 from featherweight.loaders.models.compute_dtype import choose_compute, compute_text, vae_dtype
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.models.vae import wrap_vae
+from featherweight.loaders.speed.timing import time_in_turn
 from featherweight.ops.cpu.convolution import convolve_dense_layers
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.kernel import dtype_name
@@ -45,13 +57,15 @@ UNET = {
     "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
     "transformer_depth_output": [1] * 9 + [0] * 3
 }
-
-
 LORA_RANK = 64  # of LCM's LoRA, which changes the convolutions too
 VAE = {
     "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3,
     "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0
 }
+STEPS = 4
+PROMPT = "a white feather resting on a brass balance scale, soft morning light"
+TEXT, SAMPLING, VAES = "text encoder", f"{STEPS} steps", ("VAE", "TAESD")
+VAE_CHANNELS = 128  # which the host takes for granted
 
 
 def bench_cpu(options):
@@ -61,9 +75,6 @@ def bench_cpu(options):
     (TAESD) by ComfyUI and as this pack loads them, dense and in Q8_0; and OpenVINO's with 16-bit
     weights, in bfloat16 and in float32, where openvino and diffusers are installed. A step on one
     thread of the same CPU with fewer instruction sets, also dense in ComfyUI."""
-    if device().type != "cpu":
-        print("  the device is no CPU")
-        return
     channels, inputs = options.sizes.unet[0], step_inputs(options.sizes.unet[1])
     if not has_openvino():
         print(f"  OpenVINO is not measured: pip install {' '.join(EXTRAS)}")
@@ -212,7 +223,7 @@ def random_values(shape: tuple[int, ...], format_name: str):
     """Ones for a bias or a norm, packed values for a matrix, F16 for a convolution."""
     if len(shape) == 1:
         return torch.ones(shape)
-    if len(shape) == 2 and divides_rows(format_name, shape[1]):
+    if takes_shape(format_name, shape):
         return random_weight(format_name, shape)
     return (torch.randn(shape) / torch.Size(shape[1:]).numel() ** 0.5).half()
 
@@ -276,6 +287,85 @@ def compiled_by_openvino(model: torch.nn.Module, inputs: dict[str, torch.Tensor]
             "INFERENCE_NUM_THREADS": torch.get_num_threads()})
         steps[f"OpenVINO {PRECISIONS[precision]}"] = lambda compiled=compiled: compiled(arrays)
     return steps
+
+
+def bench_lcm(options):
+    """From a prompt to a picture of 512 by 512 on a CPU: the text encoder, four steps of Stable
+    Diffusion 1.5 with LCM's LoRA, and a VAE or a small one (TAESD). Text encoder and model are in
+    Q8_0, and ComfyUI's nodes run them as in the example workflow; OpenVINO runs the same parts
+    with 16-bit weights that hold the LoRA, where openvino and diffusers are installed."""
+    channels, size = options.sizes.unet
+    ways = {"this pack": pack_parts(channels, size)}
+    if has_openvino():
+        precision = fitting_precision()
+        parts = openvino_parts(channels, size, precision)
+        ways = {f"OpenVINO {PRECISIONS[precision]}": parts, **ways}
+    variants = {(name, part): run for name, parts in ways.items() for part, run in parts.items()}
+    time_in_turn(variants, 1)  # to warm up
+    seconds = time_in_turn(variants, options.rounds)
+    for part in (TEXT, SAMPLING, *VAES):
+        yield part, {name: median_and_range(seconds[name, part]) for name in ways}
+    for vae in VAES:
+        yield f"prompt to picture, {vae}", {
+            name: median_and_range([sum(parts) for parts in zip(
+                *(seconds[name, part] for part in (TEXT, SAMPLING, vae)))]) for name in ways}
+
+
+def pack_parts(channels: int, size: int) -> dict[str, Callable[[], None]]:
+    """What draws a picture with this pack's models and ComfyUI's nodes, in the order to run it.
+
+    Args:
+        channels: of the U-Net.
+        size: the latent's side.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "clip_l-Q8_0.gguf")
+        write_random_gguf(path, clip_l_shapes(), "Q8_0", None)
+        clip = load_text_encoder([str(path)], "stable_diffusion")
+    model = with_lora(packed_unet(channels, "Q8_0", "exact"))
+    model, = ModelSamplingDiscrete().patch(model, "lcm", False)
+    state = {}
+
+    def encode():
+        state["text"], = nodes.CLIPTextEncode().encode(clip, PROMPT)
+
+    def sample():
+        empty = {"samples": torch.zeros(1, 4, size, size)}
+        state["latent"], = nodes.common_ksampler(model, 0, STEPS, 1.0, "lcm", "sgm_uniform",
+                                                 state["text"], state["text"], empty)
+
+    def decode(vae):
+        nodes.VAEDecode().decode(vae, state["latent"])
+
+    vaes = (AutoencoderKL(ddconfig={**VAE, "ch": VAE_CHANNELS}, embed_dim=4),
+            TAESD(latent_channels=4))
+    return {TEXT: encode, SAMPLING: sample, **{
+        name: functools.partial(decode, wrap_vae(comfy.sd.VAE(
+            with_random_values(model).half().state_dict())))
+        for name, model in zip(VAES, vaes)}}
+
+
+def openvino_parts(channels: int, size: int, precision: str) -> dict[str, Callable[[], None]]:
+    """The same parts in OpenVINO; the arguments are those of `pack_parts` and of
+    `openvino_steps`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    inputs = step_inputs(size)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+    encode, = compiled_by_openvino(
+        text_encoder, {"input_ids": torch.zeros(1, TEXT_TOKENS, dtype=torch.int64)},
+        [precision]).values()
+    step, = openvino_steps(channels, inputs, [precision]).values()
+
+    def sample():
+        for _ in range(STEPS):
+            step()
+
+    parts = {TEXT: encode, SAMPLING: sample}
+    for name in VAES:
+        parts[name], = openvino_decoders(name, VAE_CHANNELS, inputs[0], [precision]).values()
+    return parts
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""The figures to reach on an NVIDIA GPU."""
+from devtools.measure.figures import ratios
+from devtools.measure.timing import FORMATS
+
+from devtools import markdown_table
+
+# (stage, row, variant, the most that its time may be of the row's first variant)
+GOALS = [
+    *(("shapes", "3072 x 12288, bfloat16, M = 4608", name, 1.10) for name in FORMATS),
+    *(("shapes", "3072 x 12288, bfloat16, M = 1", name, 0.6) for name in FORMATS),
+    *(("shapes", "3072 x 12288, bfloat16, M = 4608", f"{name} int8", 0.85) for name in FORMATS),
+    *(("model", "2 + 4 blocks, bfloat16, 4096 tokens", name, 1.08) for name in FORMATS),
+    ("step", "Featherweight, bfloat16", "2 of rank 16", 1.04)
+]
+
+
+def goals(figures: dict) -> list[tuple[str, str, str, str]]:
+    """Returns of each goal what it is, what is wanted and found, and whether it is reached."""
+    lines = []
+    for stage, title, variant, most in GOALS:
+        row = figures.get(stage, {}).get("rows", {}).get(title)
+        found = ratios(row)[variant][0] if row and variant in row else None
+        verdict = "not measured" if found is None else "reached" if found <= most else "missed"
+        by = f" ({row[variant]['by']})" if found is not None and "by" in row[variant] else ""
+        lines.append((f"{stage}: {title}, {variant}{by}", f"×{most:.2f}",
+                      "" if found is None else f"×{found:.2f}", verdict))
+    return lines
+
+
+def closing(figures: dict, is_judged: bool) -> str:
+    """Returns what ends the report of a run: the goals, unless it is at a tiny size, and how each
+    stage ended."""
+    ended = [(name, found["ended"]) for name, found in figures.items() if isinstance(found, dict)]
+    judged = f"## Figures to reach\n\n{markdown_table(['', 'wanted', 'found', ''], goals(figures))}"
+    return f"{judged if is_judged else ''}\n## Stages\n\n{markdown_table(['', ''], ended)}"

@@ -1,0 +1,225 @@
+"""Cases on one layer: dequantising its weight, the product with it, attention."""
+import functools
+import importlib.util
+import shutil
+import subprocess
+
+from devtools.measure.random_models import LORA_CASES, flux_file, packs, randn, random_branch
+from devtools.measure.timing import device, fast_dtype, float_dtypes, side_by_side
+from devtools.measure.weights import format_for, random_weight
+
+import comfy.model_management
+import gguf
+import torch
+
+from devtools.files.tiny_models import flux_shapes
+from featherweight.loaders.speed.report import device_facts
+from featherweight.ops import kernels
+from featherweight.ops.cpu import attention
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.kernels import cpp_backend, private_files
+from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
+from featherweight.ops.kernels.kernel import dtype_name
+from featherweight.ops.kernels.selector import Selector
+from featherweight.ops.layers import int8, product
+from featherweight.ops.tensor.packed_layout import packed_tensors
+
+dense_linear = torch.nn.functional.linear
+
+# heads, queries, keys, width of a head; Flux and Wan with fewer tokens and heads than in use
+ATTENTION = {"SD 1.5": (8, 4096, 4096, 40), "SD 1.5, text": (8, 4096, 77, 40),
+             "SDXL": (20, 1024, 1024, 64), "Flux": (8, 2304, 2304, 128),
+             "Wan": (4, 6000, 6000, 128)}
+QUICK_ATTENTION = {"small": (2, 64, 64, 40)}
+
+
+def bench_device(options):
+    """The device: its name and what is installed; bytes that it copies and products that it makes a
+    second."""
+    place = device()
+    facts = {name: str(value) for name, value in device_facts(place).items() if value}
+    yield "device", facts | {"torch": torch.__version__, "driver": _driver()}
+    size, side = (1 << 20, 256) if options.quick else (1 << 28, 8192)
+    here, elsewhere = (torch.empty(size, dtype=torch.uint8, device=place) for _ in range(2))
+    kept = torch.empty(size, dtype=torch.uint8, pin_memory=place.type == "cuda")
+    mapped = torch.empty(size, dtype=torch.uint8)
+    times = side_by_side({"pinned memory to it": lambda: here.copy_(kept, non_blocking=True),
+                          "other memory to it": lambda: here.copy_(mapped),
+                          "within it": lambda: elsewhere.copy_(here)}, options.rounds)
+    yield "copying", {f"GB a second, {name}": size / 1e9 / taken["median"]
+                      for name, taken in times.items()}
+    for dtype in (torch.bfloat16, torch.float16):
+        left = randn(side, side, dtype=dtype)
+        taken = side_by_side({"product": functools.partial(torch.matmul, left, left)},
+                             options.rounds)["product"]["median"]
+        yield f"{side} squared, {dtype_name(dtype)}", {
+            "TFLOP a second": 2 * side**3 / taken / 1e12}
+
+
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return (subprocess.run(query, capture_output=True, text=True).stdout.split() or ["unknown"])[0]
+
+
+def bench_shapes(options):
+    """The product with a packed weight against `F.linear` with a dense one, in bfloat16 and in
+    float32, for each layer shape N x K and M rows of input. int8: with `compute` int8, for as many
+    rows as it takes."""
+    for shape in options.sizes.shapes:
+        packed = {name: random_weight(name, shape).to(device()) for name in options.formats}
+        for dtype in float_dtypes():
+            dense = randn(*shape, dtype=dtype)
+            for count in options.sizes.tokens:
+                rows = randn(count, shape[1], dtype=dtype)
+                variants = {"dense": functools.partial(dense_linear, rows, dense)}
+                for name, weight in packed.items():
+                    variants[name] = functools.partial(product.linear, rows, weight)
+                    if _in_int8(count):
+                        variants[f"{name} int8"] = functools.partial(int8.linear, rows, weight)
+                yield _title(shape, dtype, count), side_by_side(variants, options.rounds)
+
+
+def _title(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> str:
+    return f"{shape[0]} x {shape[1]}, {dtype_name(dtype)}, M = {tokens}"
+
+
+def _in_int8(tokens: int) -> bool:
+    """Whether this many rows of input are multiplied in whole numbers, if there is a kernel."""
+    return int8.multiplies_integers(device()) and tokens >= int8.MIN_TOKENS[device().type]
+
+
+def bench_compilers(options):
+    """The product with a packed weight, by the kernels of this machine's C++ compiler, by those of
+    the package ziglang and by torch, against `F.linear` with a dense one, in bfloat16 and in
+    float32."""
+    commands = {"compiler": cpp_backend.cpp_compiler(), "ziglang": cpp_backend.zig()}
+    if None in commands.values():
+        print(f"  needs {' and '.join(commands)}")
+        return
+    folder = private_files.cache_folder() / "kernels"
+    made = {name: vars(CpuKernels(CppCompiler(command, folder)))
+            for name, command in commands.items()}
+    with_kernels, without = kernels._selectors, {device(): Selector(device(), None)}
+    shape = options.sizes.shapes[-1]
+
+    def multiply(by, rows, weight):
+        kernels._selectors = with_kernels if by in made else without
+        vars(cpp_backend._kernels()).update(made.get(by, {}))
+        return product.linear(rows, weight)
+
+    for dtype in float_dtypes():
+        dense = torch.randn(shape, dtype=dtype)
+        for count in (options.sizes.tokens[0], options.sizes.tokens[-1]):
+            rows = torch.randn(count, shape[1], dtype=dtype)
+            variants = {"dense": functools.partial(dense_linear, rows, dense)}
+            variants |= {f"{name}, {by}": functools.partial(multiply, by, rows, weight)
+                         for name in options.formats for weight in [random_weight(name, shape)]
+                         for by in (*made, "torch")}
+            yield _title(shape, dtype, count), side_by_side(variants, options.rounds)
+    kernels._selectors = with_kernels
+
+
+def bench_dequantize(options):
+    """A whole weight to bfloat16 into one reused buffer: by the kernels of this machine and by
+    torch in chunks; beside it a copy of the dense weight, and what the packages gguf (numpy) and
+    bitsandbytes make of theirs."""
+    dense = randn(*options.sizes.weight, dtype=torch.bfloat16)
+    out, on_a_cpu = torch.empty_like(dense), device().type == "cpu"
+    for name in options.formats:
+        packed_format = format_for(name, dense.shape[1])
+        tensors = packed_tensors(random_weight(name, tuple(dense.shape)).to(device()))
+        variants = {
+            "copy_": functools.partial(out.copy_, dense),
+            "kernels": functools.partial(kernels.dequantize_into, packed_format, tensors, out),
+            "torch, chunks": functools.partial(packed_format.dequantize_into, tensors, out)}
+        if packed_format.ggml_type is not None and on_a_cpu:
+            variants["gguf (numpy)"] = functools.partial(
+                gguf.quants.dequantize, tensors[0].numpy(), gguf.GGMLQuantizationType[name])
+        if name in ("NF4", "FP4") and importlib.util.find_spec("bitsandbytes") and on_a_cpu:
+            from bitsandbytes import functional
+
+            packed = functional.quantize_4bit(dense, blocksize=64, quant_type=name.lower())
+            variants["bitsandbytes"] = functools.partial(functional.dequantize_4bit, *packed)
+        yield name, side_by_side(variants, options.rounds)
+
+
+def bench_lora(options):
+    """The product of one weight in Q4_K and a bias, in bfloat16 where the device has it: without
+    LoRAs, with LoRAs beside it, as they are, and added to the dequantised weight in float32,
+    rounded once."""
+    rows, columns = options.sizes.weight
+    dtype = fast_dtype()
+    weight, bias = random_weight("Q4_K", (rows, columns)).to(device()), randn(rows, dtype=dtype)
+
+    def in_the_weight(input, branch):
+        merged = product.dequantize(weight, torch.float32)
+        branch.add_to(merged)
+        return dense_linear(input, merged.to(dtype), bias)
+
+    branches = {title: random_branch(rows, columns, count * rank, dtype)
+                for title, (count, rank) in LORA_CASES.items()}
+    for tokens in options.sizes.lora_tokens:
+        input = randn(tokens, columns, dtype=dtype)
+        variants = {"no LoRA": functools.partial(product.linear, input, weight, bias)}
+        for title, branch in branches.items():
+            variants[title] = functools.partial(product.linear, input, weight, bias, branch)
+            variants[f"{title}, in the weight"] = functools.partial(in_the_weight, input, branch)
+        yield _title((rows, columns), dtype, tokens), side_by_side(variants, options.rounds)
+
+
+def bench_peer(options):
+    """One layer of a model in each pack, for each GGUF format: dequantising its whole weight,
+    Featherweight's into a reused buffer; and running it, with M = 1 row nearly all of the time
+    going into dequantising. Takes --peer."""
+    sizes = options.sizes
+    for name in options.formats if options.peer else ():
+        if FORMATS[name].ggml_type is None:
+            continue
+        with flux_file(flux_shapes(sizes.hidden, 1, 1, sizes.context), name) as path:
+            models = {pack: load(path) for pack, load in packs(options.peer).items()}
+            comfy.model_management.load_models_gpu(list(models.values()))
+            layers = {pack: model.model.diffusion_model.double_blocks[0].img_mlp[2]
+                      for pack, model in models.items()}
+            yield from _layer_rows(f"{name}, {sizes.hidden} x {4 * sizes.hidden}", layers, options)
+
+
+@torch.no_grad()
+def _layer_rows(title: str, layers: dict[str, torch.nn.Module], options):
+    """Yields rows of a layer of ours and one of a peer's."""
+    ours, theirs = layers.values()
+    packed = ours.weight.params.format, packed_tensors(ours.weight)
+    for dtype in (torch.bfloat16, torch.float32):
+        buffer = torch.empty(ours.weight.shape, dtype=dtype, device=device())
+        yield f"{title}, to {dtype_name(dtype)}", side_by_side({
+            "Featherweight": functools.partial(kernels.dequantize_into, *packed, buffer),
+            options.peer.name: functools.partial(theirs.get_weight, theirs.weight, dtype)
+        }, options.rounds)
+    for tokens in (1, options.sizes.model_tokens):
+        rows = randn(tokens, ours.weight.shape[1])
+        yield f"{title}, M = {tokens}", side_by_side(
+            {pack: functools.partial(layer, rows) for pack, layer in layers.items()},
+            options.rounds)
+
+
+def bench_attention(options):
+    """Attention with the shapes of models' layers on a CPU: by the kernel, in one pass; in slices
+    of the scores, as without the kernel in bfloat16; and by torch's
+    `scaled_dot_product_attention`."""
+    shapes = QUICK_ATTENTION if options.quick else ATTENTION
+    for name, (heads, queries, keys, width) in shapes.items():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            operands = [torch.randn(1, count, heads, width).to(dtype).transpose(1, 2)
+                        for count in (queries, keys, keys)]
+            scale = width**-0.5
+            variants = {"torch": functools.partial(
+                torch.nn.functional.scaled_dot_product_attention, *operands, scale=scale)}
+            if dtype == torch.bfloat16:
+                variants["in slices"] = functools.partial(attention.attention_in_slices, *operands,
+                                                          scale)
+            run = kernels.find("attention", device(), None, dtype)
+            if run is not None:
+                variants["in one pass"] = functools.partial(
+                    attention.attention_in_one_pass, *operands, scale, run, None)
+            yield f"{name}, {dtype_name(dtype)}", side_by_side(variants, options.rounds)
