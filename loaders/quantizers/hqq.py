@@ -14,7 +14,7 @@ import torch
 from ...ops.formats.integers import HQQ_BITS, hqq_family
 from ...ops.tensor.packed_layout import packed_rows
 from .base import Layer, Quantizer, layers_with
-from .integers import SCALES, join_codes, split_parts
+from .integers import SCALES, check_columns, join_codes, split_parts
 from .parts import WHOLE, Part, PartError
 
 CODES, SCALE, ZERO, SHAPE = "W_q", "scale", "zero", "shape"
@@ -52,6 +52,7 @@ def read(layer: Layer) -> torch.Tensor:
         raise PartError(f"it has {len(parts[CODES])} rows of {group} codes of {stated:g} bits for"
                         f" {groups} groups of a weight of ({rows}, {columns}), expected {stored}"
                         " rows and whole groups of columns")
+    check_columns(columns, bits)
     codes = split_parts(parts[CODES], bits, is_high_first=True)
     packed = join_codes(codes.view(rows, columns), bits)
     added = -(zero.float() * scale.float())

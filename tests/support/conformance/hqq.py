@@ -57,4 +57,10 @@ BAD = damaged(
     a_shape_that_is_vast=({"shape": torch.tensor([2**40, 2**40])}, "whole groups"),
     a_shape_below_nothing=({"shape": torch.tensor([-96, -256])}, "whole groups"),
     groups_across_rows=({"shape": torch.tensor([768, 32])}, "whole groups of columns"),
+) | damaged(
+    lambda: of_bits((8, 4), 2, 4),
+    no_eight_columns=({}, "it has 4 columns of 2 bits a value, expected a multiple of 8"),
+) | damaged(
+    lambda: of_bits((8, 1), 4, 1),
+    one_column=({}, "it has 1 columns of 4 bits a value, expected a multiple of 2"),
 )
