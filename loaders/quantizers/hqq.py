@@ -15,7 +15,7 @@ from ...ops.formats.integers import HQQ_BITS, hqq_family
 from ...ops.tensor.packed_layout import packed_rows
 from .base import Layer, Quantizer, layers_with
 from .integers import SCALES, check_columns, join_codes, split_parts
-from .parts import WHOLE, Part, PartError
+from .parts import REAL, WHOLE, Part, PartError
 
 CODES, SCALE, ZERO, SHAPE = "W_q", "scale", "zero", "shape"
 BITS, GROUP, AXIS = "nbits", "group_size", "axis"
@@ -25,7 +25,7 @@ UNUSED = ("packing", "view_as_float", "unpack_view_dtype", "compute_dtype", "qua
           "channel_wise", "optimize", "round_zero")
 PARTS = {"HQQ": {
     SCALE: Part("G", SCALES), ZERO: Part("G", SCALES), CODES: Part("(C, L)", (torch.uint8,)),
-    SHAPE: Part("2", WHOLE), BITS: Part("1"), GROUP: Part("1", WHOLE), AXIS: Part("1", WHOLE),
+    SHAPE: Part("2", WHOLE), BITS: Part("1", REAL), GROUP: Part("1", WHOLE), AXIS: Part("1", WHOLE),
     **{name: Part("", optional=name) for name in UNUSED}}}
 ADVICE = "Quantise the model again with axis=1 and 4 or 8 bits, or get it in another format."
 

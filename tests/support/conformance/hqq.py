@@ -39,6 +39,8 @@ BAD = damaged(
     groups_of_rows=({"axis": torch.tensor(0)}, r"its groups are of rows \(axis 0\)"),
     three_bits=({"nbits": torch.tensor(3)}, "it has 3 bits a value, expected 2, 4, 5, 6 or 8"),
     a_part_of_a_bit=({"nbits": torch.tensor(1.58)}, "it has 1.58 bits a value"),
+    complex_bits=({"nbits": torch.tensor(4j)},
+                  "has nbits of complex64 .*, expected one number of any real type"),
     no_bits=({"nbits": torch.tensor(0)}, "it has 0 bits a value"),
     bits_that_are_not_a_number=({"nbits": torch.tensor(float("nan"))}, "it has nan bits a value"),
     bits_of_others=({"nbits": torch.tensor(8)}, "of 8 bits .* expected 384 rows"),
