@@ -2,6 +2,7 @@
 weight would; its file is for models with these layers only."""
 import dataclasses
 import functools
+import json
 import re
 
 import comfy.model_management
