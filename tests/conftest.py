@@ -23,6 +23,8 @@ from devtools.host.environment import HOST_VERSION
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 1 << 30  # bytes
+MANY_MODULES = 200
+left_alone: set[str] = set()  # names of modules
 
 
 def pytest_configure(config):
@@ -69,9 +71,17 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()  # or each of the tests' many collections looks at all modules again
+    leave_modules_alone()
     gc.enable()
+
+
+def leave_modules_alone():
+    """Collects once more, and takes what is there, which stays, out of later collections: each of
+    the tests' many collections would look at all modules again."""
+    gc.collect()
+    gc.freeze()
+    left_alone.clear()
+    left_alone.update(sys.modules)
 
 
 def pytest_sessionfinish():
@@ -118,6 +128,13 @@ def small_models():
     gc.disable()
     comfy.model_management.unload_all_models()
     gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def later_modules():
+    """What the files before have imported, such as diffusers, stays too."""
+    if len(sys.modules) > len(left_alone) + MANY_MODULES:
+        leave_modules_alone()
 
 
 @pytest.fixture(autouse=True)

@@ -140,8 +140,7 @@ def test_the_languages_of_the_help_pages_are_named():
     assert named == set(HELP_LANGUAGES)
 
 
-def test_the_languages_of_the_tooltips_are_those_of_the_help_pages_as_compatibility_says():
-    assert "So are the tooltips" in COMPATIBILITY
+def test_the_languages_of_the_tooltips_are_those_of_the_help_pages():
     assert {"en", *LOCALES} == set(HELP_LANGUAGES)
 
 
@@ -310,19 +309,9 @@ def test_the_pages_say_what_to_install_where_no_compiler_is():
     command = install_advice().removeprefix(f'"{sys.executable}" ')
     assert command == "-m pip install ziglang" and "pip install ziglang" in README
     assert f"python_embeded\\python.exe {command}" in PAGES["troubleshooting"]
-    assert "up to 15 times as fast" in NO_COMPILER
-    assert "5 to 15 times" in PAGES["performance"] and "5 to 15 times" in PAGES["troubleshooting"]
-
-
-def test_the_readme_says_how_to_install_update_uninstall_and_report():
-    display = re.search(r'DisplayName = "(.*)"', PROJECT)[1]
-    assert f"search for **{display}**" in README
-    assert "Portable Windows" in README and "python_embeded" in README
-    for folder in ("requirements.txt", r"ComfyUI\custom_nodes\ComfyUI-Featherweight"):
-        assert folder in README
-    assert "**Update**" in README and "**Uninstall**" in README
-    assert f"{REPOSITORY}/issues" in README and f"{REPOSITORY}/issues" in PAGES["troubleshooting"]
-    assert SCHEMAS["FeatherweightInspectModelFile"].display_name in README
+    most, = re.findall(r"up to (\d+) times", NO_COMPILER)
+    for page in ("performance", "troubleshooting"):
+        assert f"to {most} times" in PAGES[page], page
 
 
 def test_the_readme_and_performance_say_alike_what_a_cpu_loses_without_a_compiler():
@@ -333,13 +322,6 @@ def test_the_readme_and_performance_say_alike_what_a_cpu_loses_without_a_compile
 
 def test_the_readme_is_read_in_a_minute():
     assert len(re.sub(r"\(https?:[^)]*\)|\|", " ", README).split()) < 850
-
-
-def test_what_has_run_where_is_said_alike():
-    """A GPU, a Windows, a Mac: whoever runs the pack there changes each of these."""
-    assert "**No GPU yet**" in README and "Not Windows, not macOS" in README
-    assert "**No GPU has been measured yet.**" in PAGES["performance"]
-    assert "**Not yet**: any GPU, Windows, macOS, Arm." in COMPATIBILITY
 
 
 def test_the_error_of_int8_is_the_one_that_was_measured():
@@ -399,14 +381,6 @@ def test_choosing_says_what_a_gpu_keeps_free():
             f" a {halves[ENCODER_SHARE]}") in text
 
 
-def test_a_gguf_that_can_be_packed_is_described_alike():
-    words = "GGUF files in F16, BF16 or F32"
-    assert words in PAGES["packing"]
-    tooltips = [input.tooltip for schema in SCHEMAS.values() for input in schema.inputs
-                if input.id == "pack_to" and schema.node_id.startswith("Featherweight")]
-    assert len(tooltips) == 6 and all(words in tooltip for tooltip in tooltips)
-
-
 def test_troubleshooting_names_the_folders_of_the_loaders():
     row = next(line for line in PAGES["troubleshooting"].splitlines()
                if line.startswith("| The file is not in the list |"))
@@ -448,13 +422,6 @@ def test_the_screenshot_of_the_readme_shows_the_inputs_and_steps_that_there_are(
             input.id for input in SCHEMAS[node_id].inputs
         }] == [input.id for input in SCHEMAS[node_id].inputs]
     assert ["steps", STEPS] in shown["KSampler"]
-
-
-@pytest.mark.parametrize("text", [PROJECT, README], ids=["pyproject.toml", "README.md"])
-def test_the_first_lines_name_the_families_of_files(text):
-    start = " ".join(text.split("## ")[0].split("[project.urls]")[0].split())
-    for family in ("GGUF", "NF4", "SDNQ", "Nunchaku", "GPTQ"):
-        assert family in start
 
 
 def test_the_page_of_the_example_workflows_is_the_one_that_is_written():

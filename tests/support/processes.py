@@ -15,6 +15,10 @@ LONG = ("node/test_training.py", "node/test_host_nodes.py", "devtools/test_gpu_r
 COMPILING = tuple(f"ops/{name}.py" for name in (
     "kernels/test_backends", "kernels/test_cpp_backend", "kernels/test_rows",
     "quantize/test_packing_feedback", "quantize/test_packing_magnitudes"))
+# Files whose tests read the same models, which a process writes once.
+WRITING = tuple(f"loaders/{name}.py" for name in (
+    "quantizers/test_registry", "quantizers/test_no_silent_faults", "quantizers/test_bombs",
+    "models/test_diffusion_quantizers"))
 # Files of tests that start nothing.
 COMPUTING = tuple(f"cluster/test_{name}.py" for name in (
     "address", "batch_rows", "workflow_variants", "page", "prompt_run", "batch_row_rendering"))
@@ -40,6 +44,8 @@ def group_of(name: str) -> str:
     file = file_of(name)
     if file in COMPILING:
         return "compiled kernels"
+    if file in WRITING:
+        return "written models"
     folder = file.partition("/")[0]
     return folder if folder in REAL and file not in ALONE else file
 

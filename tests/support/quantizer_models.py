@@ -1,10 +1,12 @@
 """A Flux in diffusers' names by each quantiser of the Hugging Face libraries."""
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
+from patched_models import folder as kept_models
 from patched_models import tiny_flux
 from quantizer_writers import (
     awq,
@@ -24,7 +26,7 @@ from quantizer_writers import (
     torchao_header,
     torchao_integers,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 CONFIG = {"depth": 1, "depth_single_blocks": 1, "hidden_size": 256}
 
@@ -78,6 +80,15 @@ def write_quantized_flux(folder: Path, family: str) -> dict[str, torch.Tensor]:
 
     family: of QUANTIZED_MODELS.
     """
+    kept = _quantized_flux(family)
+    shutil.copytree(kept / "model", folder, dirs_exist_ok=True)
+    return load_file(kept / "values.safetensors")
+
+
+@functools.cache  # quantising takes longer than most of what is tested with it
+def _quantized_flux(family: str) -> Path:
+    kept = Path(kept_models().name, f"quantized {family}")
+    (kept / "model").mkdir(parents=True)
     write, config, header = QUANTIZED_MODELS[family]
     # the table's spelling
     weights = {name.replace("_norm.scale", "_norm.weight"): value
@@ -86,10 +97,13 @@ def write_quantized_flux(folder: Path, family: str) -> dict[str, torch.Tensor]:
     stored, values = quantized_state_dict(in_diffusers_names(weights, table), write, _keeps)
     metadata = {name: header for name, tensor in values.items()
                 if tensor.ndim == 2 and not _keeps(name)} if header else None
-    save_file(stored, folder / "diffusion_pytorch_model.safetensors", metadata)
-    (folder / "config.json").write_text(json.dumps({
+    save_file(stored, kept / "model" / "diffusion_pytorch_model.safetensors", metadata)
+    (kept / "model" / "config.json").write_text(json.dumps({
         "_class_name": "FluxTransformer2DModel", "quantization_config": config}))
-    return in_the_hosts_names(values, weights, table)
+    dense = in_the_hosts_names(values, weights, table)
+    save_file({name: value.contiguous() for name, value in dense.items()},
+              kept / "values.safetensors")
+    return kept
 
 
 def _keeps(name: str) -> bool:

@@ -1,6 +1,8 @@
 """A small file of every family that the loaders read, and what is stored in it, to write it again
 with one thing changed."""
+import functools
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from encoders import ENCODERS
 from encoders.encoder import random_weights
 from host_formats import HOST_FORMATS
 from packed_files import PACKED_FILES, write_host_format
+from patched_models import folder as kept_models
 from patched_models import tiny_flux
 from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
 from safetensors import safe_open
@@ -88,13 +91,22 @@ def written(family: str, folder: Path) -> tuple[Load, "Stored | StoredGGUF"]:
 
     Skips the test where the writer does not take the widths of its model.
     """
-    load, write, file = FILES[family]
-    path = folder / file
+    load, _, file = FILES[family]
     try:
-        write(path)
+        kept = _written_once(family)
     except ValueError as error:
         pytest.skip(f"its writer does not take widths of this model: {error}")
-    return load, stored_in(path)
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    return load, stored_in(folder / file)
+
+
+@functools.cache
+def _written_once(family: str) -> Path:
+    _, write, file = FILES[family]
+    kept = Path(kept_models().name, f"stored {family}")
+    kept.mkdir(exist_ok=True)  # a writer that skips the test is asked again
+    write(kept / file)
+    return kept
 
 
 class StoredGGUF:

@@ -1,5 +1,4 @@
-"""Gemma 2, 3 and 4: what their converters change, what they see and hear through, the files of
-LTX-2."""
+"""Gemma 2, 3 and 4: what their converters change, and the files of LTX-2."""
 import dataclasses
 import re
 
@@ -12,7 +11,6 @@ from comfy.text_encoders import lt
 from encoders import ENCODERS
 from encoders.encoder import (
     TOKENS,
-    TOWERS,
     hidden_states,
     host_clip,
     random_weights,
@@ -22,8 +20,6 @@ from encoders.encoder import (
     text_model,
     write_encoder,
 )
-from encoders.gemma import GEMMA_3_4B_VISION, gemma3_mmproj
-from encoders.gemma4 import gemma4_mmproj, unified_mmproj
 from families import relative_error
 
 from devtools.files.gguf_files import write_gguf
@@ -37,134 +33,6 @@ from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.row_slicing import dense, join_rows
 
 pytestmark = pytest.mark.usefixtures("small_models")
-
-PICTURE = torch.rand(1, 96, 144, 3, generator=torch.Generator().manual_seed(1))
-SOUND = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(2))
-SAMPLES = torch.randn(1, 5, 640, generator=torch.Generator().manual_seed(3))
-
-
-def picture():
-    return {"type": "image", "data": PICTURE}
-
-
-SENSES = {  # encoder, the mmproj file of its tower, what it is shown
-    "gemma-3-4b": (GEMMA_3_4B_VISION, gemma3_mmproj,
-                   picture), "gemma-3-12b": (ENCODERS["gemma-3-12b"], gemma3_mmproj, picture),
-    "gemma-4-e2b": (ENCODERS["gemma-4-e2b"], gemma4_mmproj,
-                    picture), "gemma-4-e4b": (ENCODERS["gemma-4-e4b"], gemma4_mmproj, picture),
-    "gemma-4-e4b-hears": (ENCODERS["gemma-4-e4b"], gemma4_mmproj,
-                          lambda: {"type": "audio", "data": SOUND}),
-    "gemma-4-31b": (ENCODERS["gemma-4-31b"], gemma4_mmproj,
-                    picture), "gemma-4-12b": (ENCODERS["gemma-4-12b"], unified_mmproj, picture),
-    "gemma-4-12b-hears": (ENCODERS["gemma-4-12b"], unified_mmproj,
-                          lambda: {"type": "audio", "data": SAMPLES})
-}
-
-
-def tower_weights(encoder):
-    """Random weights of the towers, with limits that what passes through them reaches."""
-    weights = random_weights(encoder, towers=True)
-    for name, values in weights.items():
-        if name.endswith(("_min", "_max")):
-            weights[name] = (1 + values.abs()) * (1 if name.endswith("max") else -1)
-        elif name == "vision_model.patch_dense.weight":
-            weights[name] = values.sign() * 127 / 8192  # what Q8_0 holds in any order
-    return weights
-
-
-def write_mmproj(path, tensors):
-    write_gguf(path, tensors, type_of=lambda name, values: "Q8_0"
-               if values.ndim == 2 else "F32", architecture="clip")
-
-
-@pytest.mark.parametrize("name", SENSES)
-def test_what_an_mmproj_file_beside_the_encoder_lets_it_perceive_equals_that_of_the_dense_model(
-        name, tmp_path):
-    encoder, mmproj_of, seen = SENSES[name]
-    with small_towers(encoder):
-        weights, tower = random_weights(encoder), tower_weights(encoder)
-        write_encoder(tmp_path / "gemma.gguf", ENCODERS[name.removesuffix("-hears")], weights)
-        write_mmproj(tmp_path / "mmproj-gemma.gguf", mmproj_of(tower))
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
-        expected = hidden_states(host_clip(encoder, weights | tower), [3, seen(), 17])
-        assert relative_error(hidden_states(clip, [3, seen(), 17]), expected) < 1e-4
-        assert expected.shape[1] > 3
-
-
-def test_a_model_that_wants_text_alone_gets_the_encoder_without_the_tower_beside_it(tmp_path):
-    encoder, mmproj_of, _ = SENSES["gemma-3-4b"]
-    with small_towers(encoder):
-        weights = random_weights(encoder)
-        write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"], weights)
-        write_mmproj(tmp_path / "mmproj-gemma.gguf", mmproj_of(tower_weights(encoder)))
-    options = ENCODERS["gemma-3-4b"].model_options
-    clip = load_text_encoder([str(tmp_path / "gemma.gguf")], "lumina2", model_options=options)
-    states = hidden_states(clip)
-    assert relative_error(states, hidden_states(host_clip(ENCODERS["gemma-3-4b"], weights))) < 1e-4
-
-
-# the host has another class without tower
-@pytest.mark.parametrize("name", [name for name in SENSES if name != "gemma-3-4b"])
-def test_an_encoder_without_its_mmproj_file_has_no_tower_and_says_so(name, tmp_path):
-    encoder, _, seen = SENSES[name]
-    with small_towers(encoder):
-        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                                 model_options=encoder.model_options)
-    assert not [
-        name for name in text_model(clip).transformer.state_dict() if name.startswith(TOWERS)
-    ]
-    with pytest.raises(WeightFileError, match="came without a vision or audio tower"):
-        hidden_states(clip, [3, seen(), 17])
-
-
-def test_the_first_mmproj_files_of_gemma_3_have_two_layers_the_other_way_round(tmp_path):
-    encoder = GEMMA_3_4B_VISION
-    with small_towers(encoder):
-        weights, tower = random_weights(encoder), tower_weights(encoder)
-        write_encoder(tmp_path / "gemma.gguf", ENCODERS["gemma-3-4b"], weights)
-        swap = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-        stored = gemma3_mmproj(tower).items()
-        write_mmproj(
-            tmp_path / "tower.gguf", {
-                ".".join(swap.get(part, part) for part in name.split(".")): values
-                for name, values in stored
-            })
-        clip = load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                                 mmproj=str(tmp_path / "tower.gguf"),
-                                 model_options=encoder.model_options)
-        expected = hidden_states(host_clip(encoder, weights | tower), [3, picture(), 17])
-        assert relative_error(hidden_states(clip, [3, picture(), 17]), expected) < 1e-4
-
-
-@pytest.mark.parametrize(("name", "encoder", "mmproj_of", "shape"), [
-    ("gemma-3-4b", GEMMA_3_4B_VISION, gemma3_mmproj, (64, 512)),
-    ("gemma-4-31b", ENCODERS["gemma-4-31b"], gemma4_mmproj, (512, 64)),
-])
-def test_a_tower_of_another_width_is_told(name, encoder, mmproj_of, shape, tmp_path):
-    with small_towers(encoder):
-        write_encoder(tmp_path / "gemma.gguf", ENCODERS[name], random_weights(encoder))
-        tower = mmproj_of(tower_weights(encoder)) | {
-            "mm.input_projection.weight": torch.zeros(shape)
-        }
-        write_mmproj(tmp_path / "tower.gguf", tower)
-        with pytest.raises(WeightFileError,
-                           match="tower.gguf gives pictures a width of 512, gemma.gguf has 256"):
-            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                              mmproj=str(tmp_path / "tower.gguf"))
-
-
-def test_a_tower_of_gemma_3_does_not_fit_gemma_4(tmp_path):
-    encoder = ENCODERS["gemma-4-e4b"]
-    with small_towers(GEMMA_3_4B_VISION):
-        write_mmproj(tmp_path / "tower.gguf", gemma3_mmproj(tower_weights(GEMMA_3_4B_VISION)))
-    with small_towers(encoder):
-        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
-        with pytest.raises(WeightFileError, match="tower.gguf fits none of gemma.gguf"):
-            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                              mmproj=str(tmp_path / "tower.gguf"))
-
 
 NAMES = ["gemma-2-2b", "gemma-3-4b", "gemma-4-e4b"]
 
@@ -387,22 +255,3 @@ def test_the_projection_of_ltx_2_may_lie_in_the_whole_checkpoint(ltx, tmp_path):
                              model_options=ltx.model_options)
     loaded = clip.cond_stage_model.state_dict()
     assert all(torch.equal(loaded[name], values) for name, values in projection.items())
-
-
-@pytest.mark.parametrize(("name", "lacking"), [
-    ("gemma-3-12b", "v.blk.0.ln1.weight"), ("gemma-3-12b", "mm.soft_emb_norm.weight"),
-    ("gemma-4-12b", "v.position_embd.weight"), ("gemma-4-e2b", "mm.input_projection.weight")])
-def test_an_mmproj_of_another_model_beside_an_encoder_is_left_alone(
-    name, lacking, tmp_path, caplog
-):
-    encoder, mmproj_of, _ = SENSES[name]
-    with small_towers(encoder):
-        write_encoder(tmp_path / "gemma.gguf", encoder, random_weights(encoder))
-        stored = mmproj_of(tower_weights(encoder))
-        write_mmproj(tmp_path / "mmproj-other.gguf",
-                     {name: value for name, value in stored.items() if name != lacking})
-        assert lacking in stored
-        with caplog.at_level("INFO"):
-            load_text_encoder([str(tmp_path / "gemma.gguf")], encoder.clip_type,
-                              model_options=encoder.model_options)
-    assert "has no mmproj file next to it that fits" in caplog.text

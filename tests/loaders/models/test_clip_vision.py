@@ -4,21 +4,18 @@ import os
 import comfy.clip_vision
 import pytest
 import torch
-from families import FAMILIES, random_weights, relative_error
+from families import relative_error
 from packed_files import (
     PACKED_FILES,
     load_values_of,
-    write_for_a_loader,
     write_q8_0,
     write_with_dense,
 )
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS, encoded, packed_layers, shrink
 
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models.clip_vision import load_clip_vision
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.patcher import PackedPatcher
 
 pytestmark = pytest.mark.usefixtures("small_models", "small_vision")
@@ -85,57 +82,3 @@ def test_file_without_packed_weights_loads_as_the_host_loads_it(tmp_path):
     assert type(loaded.patcher) is type(of_the_host.patcher)
     expected = encoded(of_the_host)
     assert all(torch.equal(value, expected[name]) for name, value in encoded(loaded).items())
-
-
-def test_use_that_follows_a_change_of_the_file_is_refused(tmp_path):
-    path = tmp_path / "net.gguf"
-    write_q8_0(path, VISION_MODELS["CLIP L"]())
-    clip_vision = load_clip_vision(str(path))
-    encoded(clip_vision)
-    with open(path, "r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"abcd")
-    os.utime(path, ns=(0, 0))
-    with pytest.raises(WeightFileError, match="net.gguf was written to after it was loaded"):
-        encoded(clip_vision)
-
-
-def without_the_right_width():
-    return VISION_MODELS["CLIP L"]() | {"vision_model.pre_layrnorm.weight": torch.ones(64)}
-
-
-WRONG = {
-    "diffusion model": (lambda: random_weights(FAMILIES["flux-dev"]),
-                        "is a diffusion model, expected a CLIP vision model. Pick a CLIP vision"
-                        " model here."),
-    "mmproj": (lambda: {"v.blk.0.attn_q.weight": torch.ones(32, 32)},
-               r"is the vision part \(mmproj\) of a text encoder \(it has 'v.blk.0.attn_q.weight'"
-               r"\), expected a CLIP vision model."),
-    "text encoder": (lambda: {"text_model.embeddings.token_embedding.weight": torch.ones(9, 32)},
-                     r"is a text encoder \(it has '.*'\), expected a CLIP vision model."),
-    "nothing known": (lambda: {"a.weight": torch.ones(4, 32)},
-                      r"holds no CLIP vision model that this ComfyUI knows \(1 tensors, first"
-                      r" 'a.weight'\). Pick another file, or update ComfyUI if the CLIP vision"
-                      " model is new."),
-    "part": (lambda: {"vision_model.encoder.layers.22.layer_norm1.weight": torch.ones(32)},
-             "holds no CLIP vision model that this ComfyUI knows"),
-    "other sizes": (without_the_right_width, ".*sizes are not"),
-}
-
-
-@pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_file_is_refused_in_a_sentence(wrong, suffix, tmp_path):
-    weights, message = WRONG[wrong]
-    path = tmp_path / f"net.{suffix}"
-    write_for_a_loader(path, weights())
-    with pytest.raises(WeightFileError, match=f"^net.{suffix}:? {message}") as error:
-        load_clip_vision(str(path))
-    assert "\n" not in str(error.value)
-
-
-def test_diffusion_model_loader_says_that_it_is_a_vision_model(tmp_path):
-    write_q8_0(tmp_path / "net.gguf", VISION_MODELS["CLIP H"]())
-    with pytest.raises(WeightFileError, match="net.gguf is a CLIP vision model .*, expected a"
-                                              " diffusion model. Pick it in Load CLIP Vision"):
-        load_diffusion_model(str(tmp_path / "net.gguf"))

@@ -1,11 +1,7 @@
 """Whole models from folders of SDNQ, next to the host's dense models of the same values."""
-import comfy.model_management
 import pytest
 import torch
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
-from encoders import ENCODERS
-from encoders.encoder import TOKENS
-from encoders.encoder import random_weights as encoder_weights
 from families import (
     FAMILIES,
     host_patcher,
@@ -20,7 +16,6 @@ from sdnq_writer import H4, write_folder
 
 from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -114,25 +109,3 @@ def test_a_lora_hook_is_exact(flux):
         run_hooked(model, FAMILIES["flux-dev"], lora, 0.8) for model in (ours, dense))
     assert error_by_effect(hooked, dense_hooked, dense_plain) < LIMIT
     assert torch.equal(after, plain)
-
-
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "t5-xxl"])
-def test_a_text_encoder_gives_the_states_of_the_dense_model(name, tmp_path):
-    encoder = ENCODERS[name]
-    weights = encoder_weights(encoder)
-    marked = {key: torch.zeros(shape) for key, shape in encoder.markers.items()} | weights
-    folders = [tmp_path / folder for folder in ("packed", "dense")]
-    values = write_folder(folders[0], encoder.published(marked), "uint4", is_chosen, group=64,
-                          rank=8, settings={"sdnq_version": "0.1.0"})
-    write_folder(folders[1], values, is_chosen=lambda *_: False)
-    packed, dense = (load_text_encoder([str(folder)], encoder.clip_type,
-                                       model_options=encoder.model_options) for folder in folders)
-    states = []
-    for clip in (packed, dense):
-        comfy.model_management.load_models_gpu([clip.patcher])
-        model = next(module for module in clip.cond_stage_model.modules()
-                     if hasattr(module, "transformer"))
-        with torch.inference_mode():
-            states.append(model([TOKENS])[0])
-    assert sum(map(is_packed, packed.cond_stage_model.parameters())) >= 10
-    assert relative_error(*states) < 1e-5

@@ -6,22 +6,18 @@ import comfy.ops
 import pytest
 import torch
 from comfy_extras import nodes_model_patch
-from controlnets import WRITERS, ldm
-from families import FAMILIES, random_weights, relative_error, shrunken_detection
+from controlnets import WRITERS
+from families import FAMILIES, relative_error, shrunken_detection
 from host_nodes import MODELS
 from model_patches import KINDS, load_dense, packed_layers, qwen, sample, shrink
 from packed_files import (
     PACKED_FILES,
     load_values_of,
-    write_for_a_loader,
     write_q8_0,
     write_with_dense,
 )
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.model_patch import load_model_patch
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -107,67 +103,3 @@ def test_encoder_in_a_supir_file_is_dequantised(tmp_path):
     name, value = next(iter(encoder.items()))
     assert not is_packed(value)
     assert torch.equal(value, seen[f"first_stage_model.denoise_encoder.{name}"])
-
-
-def test_run_that_follows_a_change_of_the_file_is_refused(tmp_path, monkeypatch):
-    path, kind = tmp_path / "net.gguf", KINDS["Qwen DiffSynth"]
-    shrunken_detection(FAMILIES["qwen-image"], monkeypatch)
-    write_q8_0(path, qwen())
-    patch = load_model_patch(str(path))
-    sample(kind, patch)
-    with open(path, "r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"abcd")
-    os.utime(path, ns=(0, 0))
-    with pytest.raises(WeightFileError, match="net.gguf was written to after it was loaded"):
-        sample(kind, patch)
-
-
-WRONG = {
-    "diffusion model": (lambda: random_weights(FAMILIES["flux-dev"]),
-                        "is a diffusion model, expected a model patch. Pick a model patch here."),
-    "LoRA": (lambda: {"blocks.0.qkv.lora_A.weight": torch.ones(4, 256)},
-             r"is a LoRA \(it has 'blocks.0.qkv.lora_A.weight'\), expected a model patch. Pick a"
-             " model patch here."),
-    "CLIP vision": (lambda: {"vision_model.encoder.layers.30.mlp.fc1.weight": torch.ones(4, 32)},
-                    r"is a CLIP vision model \(it has '.*'\), expected a model patch."),
-    "ControlNet": (ldm, r"is a ControlNet \(it has '.*'\), expected a model patch."),
-    "nothing known": (lambda: {"a.weight": torch.ones(4, 32)},
-                      r"holds no model patch that this ComfyUI knows \(1 tensors, first 'a.weight'"
-                      r"\). Pick another file, or update ComfyUI if the model patch is new."),
-    "part": (lambda: {"controlnet_blocks.0.y_rms.weight": torch.ones(256)},
-             "holds no model patch that this ComfyUI knows"),
-    "other sizes": (lambda: qwen() | {"img_in.weight": torch.ones(32, 64)}, ".*sizes are not"),
-    "missing layers": (lambda: {name: value for name, value in qwen().items()
-                                if "output_proj" not in name}, ".*issing"),
-}
-
-
-@pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_file_is_refused_in_a_sentence(wrong, suffix, tmp_path):
-    weights, message = WRONG[wrong]
-    path = tmp_path / f"net.{suffix}"
-    write_for_a_loader(path, weights())
-    with pytest.raises(WeightFileError, match=f"^net.{suffix}:? {message}") as error:
-        load_model_patch(str(path))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["net.gguf", "net.safetensors"])
-def test_damaged_file_is_refused(name, tmp_path):
-    path = tmp_path / name
-    WRITERS["Q8_0" if name.endswith("gguf") else "NF4"][0](path, qwen())
-    path.write_bytes(path.read_bytes()[:-4096])
-    with pytest.raises(WeightFileError, match="^net"):
-        load_model_patch(str(path))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_loaders_say_that_it_is_a_model_patch(kind, tmp_path):
-    write_q8_0(tmp_path / "net.gguf", KINDS[kind].weights())
-    with pytest.raises(WeightFileError, match="net.gguf is a model patch .*, expected a diffusion"
-                                              " model. Pick it in Load Model Patch"):
-        load_diffusion_model(str(tmp_path / "net.gguf"))
-    with pytest.raises(WeightFileError, match="is a model patch .*, expected a ControlNet"):
-        load_controlnet(str(tmp_path / "net.gguf"))

@@ -26,14 +26,3 @@ def test_codes_without_a_quant_state_are_refused_by_their_name(codes, others, tm
             r" quant_state.bitsandbytes__nf4, expected .* of uint8\. Download the file again, or"
             r" get another conversion\.$")):
         open_weights(path).state_dict()
-
-
-@pytest.mark.parametrize("tensors", [
-    {"a.weight": torch.zeros(512, 2, dtype=torch.uint8)},
-    {"a.weight": torch.zeros(512, dtype=torch.uint8)},
-    {"a.weight": torch.zeros(512, 1)}, {"a.table": CODES},
-    {"a.weight": torch.zeros(512, 1), "a.weight.absmax": torch.ones(16)},
-])
-def test_a_file_with_other_tensors_is_left_to_the_host(tensors, tmp_path):
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert not needs_own_reader(str(tmp_path / "model.safetensors"))

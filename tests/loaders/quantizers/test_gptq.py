@@ -44,15 +44,6 @@ def test_a_file_that_lacks_a_part_everywhere_is_refused_by_its_name(absent, othe
         open_weights(path).state_dict()
 
 
-@pytest.mark.parametrize("tensors", [
-    {"L.weight": torch.ones(4, 4), "L.scales": torch.ones(4)},
-    {"L.qweight_bias": torch.ones(4)}, {"L.qweight": torch.ones(4, 4, dtype=torch.int8)},
-    {"qweight": torch.ones(4, 4, dtype=torch.int32)}, {"L.g_idx": torch.arange(4)}])
-def test_a_file_with_other_tensors_is_left_to_the_host(tensors, tmp_path):
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert not needs_own_reader(str(tmp_path / "model.safetensors"))
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("module_name", ["qlinear_torch", "qlinear_torch_zp"])

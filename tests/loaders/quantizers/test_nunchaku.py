@@ -1,24 +1,17 @@
-"""Weights that Nunchaku quantised: layers that are not alike, the text encoder, the converter."""
+"""Weights that Nunchaku quantised: layers that are not alike, and the converter."""
 import importlib
-import re
 import sys
 import types
 
 import nunchaku_writer as writer
 import pytest
 import torch
-from comfy.sd import CLIPType, load_text_encoder_state_dicts
-from comfy.sd1_clip import SDClipModel
-from encoders import ENCODERS
-from encoders.encoder import TOKENS, seeded
 from families import relative_error
 from oracles import installed
 from safetensors.torch import save_file
 
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.loader_choice import needs_own_reader
-from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -107,45 +100,6 @@ def test_layers_of_other_numbers_are_not_taken_apart(tmp_path, caplog):
     ones = torch.ones(128).bfloat16()
     assert relative_error(out, layer_of(128, divisors=ones).weight) < 1e-6
 
-
-# --- the text encoder
-
-T5 = ENCODERS["t5-xxl"]
-CONFIG = {"num_layers": 2, "vocab_size": 256, "d_model": 256, "d_ff": 512, "d_kv": 64,
-          "num_heads": 4}
-
-
-def t5_of(clip):
-    return next(module for module in clip.cond_stage_model.modules()
-                if isinstance(module, SDClipModel)).transformer
-
-
-@pytest.mark.usefixtures("small_models")
-def test_the_text_encoder_of_nunchaku_runs_as_in_the_host(tmp_path):
-    options = {"t5xxl_model_config": CONFIG, "dtype": torch.float32}
-    markers = {name: torch.zeros(shape) for name, shape in T5.markers.items()}
-    model = load_text_encoder_state_dicts([markers], clip_type=CLIPType.SD3,
-                                          model_options=dict(options))
-    shapes = {name: tensor.shape for name, tensor in t5_of(model).state_dict().items()}
-    weights = markers | seeded(shapes)
-    stored, values = {}, {}
-    for name, tensor in weights.items():
-        if name in shapes and re.search(r"SelfAttention\.[qkvo]\.|DenseReluDense", name):
-            parts, values[name], _ = writer.awq(tensor, None, 128, is_t5=True)
-            stored |= named(parts, name.removesuffix(".weight"))
-        else:
-            stored[name] = tensor.bfloat16()
-            values[name] = stored[name].float()
-    path = tmp_path / "awq-int4-t5.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, path)
-    assert needs_own_reader(str(path))
-    ours = load_text_encoder([str(path)], "sd3", model_options=dict(options))
-    dense = load_text_encoder_state_dicts([dict(values)], clip_type=CLIPType.SD3,
-                                          model_options=dict(options))
-    assert sum(map(is_packed, t5_of(ours).parameters())) >= 14
-    with torch.inference_mode():
-        outputs = [t5_of(clip)(torch.tensor([TOKENS]), None)[0] for clip in (ours, dense)]
-    assert relative_error(*outputs) < 1e-5
 
 
 # --- beside the converter

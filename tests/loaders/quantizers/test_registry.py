@@ -11,6 +11,7 @@ from stored_files import FILES, written
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
+from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.registry import quantizer_of
 
 COMFYUI = "ComfyUI's own formats"
@@ -40,6 +41,34 @@ def test_who_packed_a_file_is_said_by_its_names(names, expected, tmp_path):
     tensors = {f"L.{name}": torch.zeros(8, 8).to(torch.float8_e4m3fn) for name in names}
     save_file(tensors, tmp_path / "a.safetensors")
     assert quantizer_of(open_weights(tmp_path / "a.safetensors")) == expected
+
+
+CODES = torch.zeros(512, 1, dtype=torch.uint8)
+SQUARE = torch.ones(4, 4)
+# tensors with the names of a quantiser's parts that are none
+OTHERS = {
+    "bitsandbytes": [
+        {"a.weight": CODES.expand(512, 2)}, {"a.weight": CODES[:, 0]}, {"a.weight": CODES.float()},
+        {"a.table": CODES}, {"a.weight": CODES.float(), "a.weight.absmax": torch.ones(16)}],
+    "GPTQ": [
+        {"L.weight": SQUARE, "L.scales": torch.ones(4)}, {"L.qweight_bias": torch.ones(4)},
+        {"L.qweight": SQUARE.char()}, {"qweight": SQUARE.int()}, {"L.g_idx": torch.arange(4)}],
+    "SDNQ": [{"norm.scale": torch.ones(4), "L.weight": SQUARE, "L.scale": torch.ones(1)}],
+    "scales": [{"L.weight": SQUARE, "M.weight_scale": torch.ones(1)}],
+}
+
+
+@pytest.mark.parametrize(("quantizer", "tensors"), [
+    pytest.param(name, tensors, id=f"{name} {', '.join(tensors)}")
+    for name, files in OTHERS.items() for tensors in files])
+def test_a_file_with_other_tensors_of_such_names_is_left_to_the_host(quantizer, tensors, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    assert not needs_own_reader(str(path))
+    if quantizer in ("SDNQ", "scales"):  # of the others this pack's own reader may refuse parts
+        read = open_weights(path).state_dict()
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("stored_less", [0, 1])

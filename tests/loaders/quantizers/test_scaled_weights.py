@@ -174,14 +174,10 @@ def test_a_layer_of_svdquant_without_factors_that_others_have_is_noted(tmp_path)
     assert [note for note in file.notes if "pre_quant_scale" in note and "'M'" in note]
 
 
-def test_other_tensors_of_such_names_are_left_alone(tmp_path):
-    tensors = {"L.weight": torch.ones(4, 4), "M.weight_scale": torch.ones(1)}
-    weights = read(tmp_path / "a.safetensors", tensors)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in tensors.items())
-    assert not needs_own_reader(str(tmp_path / "a.safetensors"))
+def test_a_layer_with_a_mark_of_comfyui_is_left_to_its_reader(tmp_path):
     marker = {"L.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}')).byte()}
     tensors = {"L.weight": torch.ones(4, 4).to(FP8), "L.weight_scale": torch.tensor(1.0)} | marker
-    assert set(read(tmp_path / "b.safetensors", tensors)) == set(tensors)
+    assert set(read(tmp_path / "a.safetensors", tensors)) == set(tensors)
 
 
 @pytest.fixture(params=["file", "folder"])

@@ -15,7 +15,6 @@ from sdnq_writer import config_of, write_folder, write_weight
 
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.base import PartError
 from featherweight.loaders.quantizers.sdnq import matches, read_settings
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -224,15 +223,6 @@ def test_more_patterns_than_a_model_has_layers_are_a_sentence(settings):
     config = config_of("uint4", **settings)["quantization_config"]
     with pytest.raises(PartError, match="more than 4096 patterns"):
         read_settings(config, "a.weight")
-
-
-def test_other_tensors_of_such_names_are_left_alone(tmp_path):
-    tensors = {"norm.scale": torch.ones(4), "L.weight": torch.ones(4, 4), "L.scale": torch.ones(1)}
-    path = tmp_path / "model.safetensors"
-    save_file(tensors, path)
-    weights = open_weights(path).state_dict()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in tensors.items())
-    assert not needs_own_reader(str(path))
 
 
 def test_weights_take_as_many_bytes_as_in_the_file(tmp_path):
