@@ -93,8 +93,13 @@ def _flux_encoders(main: str | None = None) -> Sequence[str]:
 
 
 def _vaes() -> list[str]:
-    from .vae_files import names  # only where it is asked for: a host may lack what that needs
-    return names()
+    gguf = [name for name in list_files("vae_gguf") if name.lower().endswith(".gguf")]
+    return [*gguf, *host_vae_names()]
+
+
+def host_vae_names() -> list[str]:
+    """Returns what the host's own VAE loader offers."""
+    return combo_options(host_nodes.NODE_CLASS_MAPPINGS["VAELoader"], "vae_name")
 
 
 def _unused(kind, why: str, default, options: Callable | Sequence[str] | None = None,

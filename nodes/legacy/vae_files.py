@@ -10,25 +10,19 @@ from comfy_api.latest import io
 import nodes as host_nodes
 
 from ...loaders.models.vae import build_vae, load_vae
-from ...loaders.paths.folders import find_file, list_files, validate_files
-from ..combo_options import combo_options
+from ...loaders.paths.folders import find_file, validate_files
+from .inputs import host_vae_names
 from .loaders import Loader
 
 FOLDERS = ("vae_gguf", "vae", "vae_approx")
 PIXEL_SPACE = "pixel_space"  # the only name of the host's loader without weights
 
 
-def names() -> list[str]:
-    """Returns what an input for a VAE offers."""
-    gguf = [name for name in list_files("vae_gguf") if name.lower().endswith(".gguf")]
-    return [*gguf, *_host_vae_names()]
-
-
 def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
     """Loads a VAE.
 
     Args:
-        vae_name: one of `names`.
+        vae_name: an option of the input of that name.
         device: where it runs; None: where the host decides.
     """
     if _is_file(vae_name):
@@ -45,11 +39,7 @@ def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
 
 
 def _is_file(vae_name) -> bool:
-    return "." in str(vae_name) or vae_name not in _host_vae_names()
-
-
-def _host_vae_names() -> list[str]:
-    return combo_options(host_nodes.NODE_CLASS_MAPPINGS["VAELoader"], "vae_name")
+    return "." in str(vae_name) or vae_name not in host_vae_names()
 
 
 class VaeLoader(Loader):
