@@ -4,8 +4,7 @@ Rooms, each of which imports only itself and those before it: `host` (ComfyUI's 
 server, a browser), `fakegpu` (GPUs that are memory of the host, to test on), `files` (writers of
 model files), `workflows` (the examples), `measure` (speed, memory, sizes, quality), `fuzz` (bad
 files by the hundred thousand), `gpu` (what only a GPU can show, in one command), `soak` (a server
-for hours, in one), `mutants` (faults planted in the pack, to see which the tests find).
-`limited_cpu` runs a command on this CPU without some of its instruction sets.
+for hours, in one). `limited_cpu` runs a command on this CPU without some of its instruction sets.
 """
 import importlib
 import sys
