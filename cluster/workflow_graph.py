@@ -112,7 +112,8 @@ def upstream(graph, link: list) -> dict[str, dict]:
             return graph.get_node(name) if hasattr(graph, "get_node") else graph[name]
         except KeyError:
             raise GraphError(
-                f"The workflow has no node {name}, though another is connected to it.") from None
+                f"The workflow has no node {one_line(name, 100)}, though another is connected to"
+                " it.") from None
 
     nodes, pending = {}, [link[0]]
     while pending:

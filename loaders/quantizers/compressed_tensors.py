@@ -24,6 +24,7 @@ from .base import HeaderOf, Layer, Quantizer, layers_with, without_marked
 from .integers import (
     E8M0,
     SCALES,
+    check_columns,
     nvfp4_parts,
     pack_integers,
     pack_nvfp4,
@@ -123,6 +124,7 @@ def _pack_quantized(layer: Layer) -> torch.Tensor:
         raise PartError(f"its {PACKED} is {describe(codes)} for {columns} columns, expected words"
                         f" of {', '.join(map(str, BITS))} bits a value without gaps")
     bits = widths[0]
+    check_columns(columns, bits)
     scales = _scales(layer)
     zeros, groups = parts.get(ZEROS), parts.get(GROUPS)
     if zeros is not None and zeros.dtype == torch.int32:

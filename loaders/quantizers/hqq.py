@@ -14,8 +14,8 @@ import torch
 from ...ops.formats.integers import HQQ_BITS, hqq_family
 from ...ops.tensor.packed_layout import packed_rows
 from .base import Layer, Quantizer, layers_with
-from .integers import SCALES, join_codes, split_parts
-from .parts import WHOLE, Part, PartError
+from .integers import SCALES, check_columns, join_codes, split_parts
+from .parts import REAL, WHOLE, Part, PartError
 
 CODES, SCALE, ZERO, SHAPE = "W_q", "scale", "zero", "shape"
 BITS, GROUP, AXIS = "nbits", "group_size", "axis"
@@ -25,7 +25,7 @@ UNUSED = ("packing", "view_as_float", "unpack_view_dtype", "compute_dtype", "qua
           "channel_wise", "optimize", "round_zero")
 PARTS = {"HQQ": {
     SCALE: Part("G", SCALES), ZERO: Part("G", SCALES), CODES: Part("(C, L)", (torch.uint8,)),
-    SHAPE: Part("2", WHOLE), BITS: Part("1"), GROUP: Part("1", WHOLE), AXIS: Part("1", WHOLE),
+    SHAPE: Part("2", WHOLE), BITS: Part("1", REAL), GROUP: Part("1", WHOLE), AXIS: Part("1", WHOLE),
     **{name: Part("", optional=name) for name in UNUSED}}}
 ADVICE = "Quantise the model again with axis=1 and 4 or 8 bits, or get it in another format."
 
@@ -52,6 +52,7 @@ def read(layer: Layer) -> torch.Tensor:
         raise PartError(f"it has {len(parts[CODES])} rows of {group} codes of {stated:g} bits for"
                         f" {groups} groups of a weight of ({rows}, {columns}), expected {stored}"
                         " rows and whole groups of columns")
+    check_columns(columns, bits)
     codes = split_parts(parts[CODES], bits, is_high_first=True)
     packed = join_codes(codes.view(rows, columns), bits)
     added = -(zero.float() * scale.float())

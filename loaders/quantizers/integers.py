@@ -14,6 +14,7 @@ from .comfyui import FP8
 from .parts import FLOATS, Part, PartError
 
 FAMILY_OF_BYTES: dict[torch.dtype, RowFamily] = {torch.int8: INT8_ROWS, **FP8}
+COLUMNS_TOGETHER = {4: 2, 8: 1}  # bits -> columns of a stream that are read together; 8 of others
 SCALES = tuple(ENDINGS)  # dtypes of the scales of integers
 E8M0 = (torch.uint8, *(dtype for dtype in FLOATS if dtype.itemsize == 1 and "e8m0" in str(dtype)))
 CODES_OF_ROWS = Part("(N, K, L...)", tuple(FAMILY_OF_BYTES))  # of `pack_rows`, and their scales
@@ -58,6 +59,14 @@ def pack_integers(codes: torch.Tensor, columns: int, bits: int, scales: torch.Te
     if groups is not None:
         tensors["group_of_column"] = groups.to(torch.int16)
     return packed_rows(family, codes, (rows, columns), (size,), **tensors)
+
+
+def check_columns(columns: int, bits: int):
+    """Raises PartError if rows of a stream do not end with codes that are read together."""
+    together = COLUMNS_TOGETHER.get(bits, 8)
+    if columns % together:
+        raise PartError(f"it has {columns} columns of {bits} bits a value, expected a multiple of"
+                        f" {together}", "Get another conversion.")
 
 
 def pack_rows(codes: torch.Tensor, scale: torch.Tensor) -> PackedTensor:

@@ -14,7 +14,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.flo
               [torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []))  # torch 2.7
 WHOLE = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
          torch.uint64)
-TITLES = {FLOATS: "any float type", WHOLE: "any integer type"}
+REAL = WHOLE + FLOATS
+TITLES = {FLOATS: "any float type", WHOLE: "any integer type", REAL: "any real type"}
 
 Parts = dict[str, torch.Tensor]
 

@@ -23,6 +23,7 @@ from .integers import (
     CODES_OF_ROWS,
     SCALES,
     SCALES_OF_ROWS,
+    check_columns,
     join_codes,
     pack_rows,
     split_parts,
@@ -90,6 +91,7 @@ def read(layer: Layer, widths: Mapping[str, set[int]]) -> torch.Tensor:
     columns = groups * group // max(1, rows)
     if rows * columns != groups * group or columns % group:
         raise PartError(f"its {groups} groups of {group} values are no whole rows of {source}")
+    check_columns(columns, bits)
     packed = join_codes(split_parts(codes, bits)[:groups], bits)
     return packed_rows(quanto_family(bits, scale.dtype), packed, (rows, columns), (group,),
                        scale=scale, minimum=-shift)

@@ -161,8 +161,10 @@ def _fp8_in_blocks(layer: Layer, weight: torch.Tensor, scale: torch.Tensor) -> P
     block_rows, block_columns = _block_lengths(layer.file, weight.shape, scale)
     # columns whose number is no multiple of a block's repeat its scale for smaller groups
     group = math.gcd(block_columns, columns)
-    scales = scale.float().repeat_interleave(block_rows, 0)[:rows]
-    scales = scales.repeat_interleave(block_columns // group, 1)[:, :columns // group]
+    # the config may say blocks of any size
+    row_count, group_count = min(block_rows, rows), min(block_columns, columns) // group
+    scales = scale.float().repeat_interleave(row_count, 0)[:rows]
+    scales = scales.repeat_interleave(group_count, 1)[:, :columns // group]
     return packed_rows(FP8[weight.dtype], weight, weight.shape, (group,), scale=scales)
 
 

@@ -17,6 +17,7 @@ from ..files.container import safe_repr
 from .base import Layer, Quantizer, layers_with
 from .integers import (
     CODES_OF_ROWS,
+    COLUMNS_TOGETHER,
     SCALES,
     SCALES_OF_ROWS,
     join_codes,
@@ -71,11 +72,11 @@ def read(layer: Layer) -> torch.Tensor:
 
 
 def _bits(codes: torch.Tensor, zeros: torch.Tensor) -> int:
-    """Returns the fewest bits that hold all codes and zeros."""
+    """Returns the fewest bits that hold all codes and zeros, and rows of the codes' columns."""
     # int8 has no 128, the negative of -128
     largest = max(-int(codes.min()), int(codes.max()) + 1, -int(zeros.min()), int(zeros.max()) + 1)
-    return next(bits for bits in (2, 4, 8)
-                if largest <= 1 << bits - 1 and codes.shape[1] * bits % 8 == 0)
+    return next(bits for bits in (2, 4, 8) if largest <= 1 << bits - 1
+                and codes.shape[1] % COLUMNS_TOGETHER.get(bits, 8) == 0)
 
 
 QUANTIZER = Quantizer(

@@ -249,6 +249,8 @@ class SecondMoments:
             dtypes = {name: tensors[name].dtype for name in FILE_DTYPES}
             if dtypes != FILE_DTYPES:
                 raise ValueError(f"types {', '.join(map(str, dtypes.values()))}")
+            if tensors["counts"].shape != (4,):
+                raise ValueError(f"counts of {tuple(tensors['counts'].shape)}")
             columns, count, held_out_count, calls = tensors["counts"].tolist()
             scales, factor, steps, sketch, widths = (
                 tensors[name].to(device)
@@ -257,7 +259,8 @@ class SecondMoments:
             shapes = (factor.shape, steps.shape, sketch.shape, widths.shape)
             expected = ((number, size * (size - 1) // 2), (number, size), (FILE_ROWS, columns),
                         (columns,))
-            if shapes != expected or not 0 <= number * size - columns < size:
+            # no blocks could be of any size
+            if shapes != expected or not number or not 0 <= number * size - columns < size:
                 raise ValueError(
                     f"shapes {tuple(scales.shape)}, {tuple(factor.shape)}, {tuple(sketch.shape)}")
         except ValueError as error:

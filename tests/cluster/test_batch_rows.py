@@ -61,6 +61,8 @@ def test_what_is_before_a_link_is_found():
     assert upstream(workflow(), ["4", 0]).keys() == {"4", "2"}
     with pytest.raises(GraphError, match="no node 9, though another is connected to it"):
         upstream({"4": {"class_type": "A", "inputs": {"image": ["9", 0]}}}, ["4", 0])
+    with pytest.raises(GraphError, match="no node 9 8, though another is connected to it"):
+        upstream({"4": {"class_type": "A", "inputs": {"image": ["9\n8", 0]}}}, ["4", 0])
 
 
 def test_a_workflow_of_the_editor_says_how_to_export_it():

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
+from ....ops.bounded_json import read_json
 from ....ops.pickle_names import short_error_name
 from ....ops.quantize.second_moments import SecondMoments
 from ...files.atomic_file import atomic_writer
@@ -131,14 +133,17 @@ class Sensitivity:
         """
         file, state = os.path.basename(path), FileState.of(path)
         with _open_tensors(path) as tensors:
-            about, names = json.loads((tensors.metadata() or {})[KEY]), set(tensors.keys())
+            about, names = read_json((tensors.metadata() or {})[KEY]), set(tensors.keys())
             if about["format"] != FORMAT:
                 raise SensitivityError(
                     f"{file} is of format {about['format']}, this version reads {FORMAT}. Update"
                     " this pack, or measure again.")
-            same_as = about["same_as"]
-            shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
-            result = cls(about["costs"], shapes, about["about"], file)
+            same_as = dict(about["same_as"])
+            shapes = {name: tuple(map(operator.index, shape))
+                      for name, shape in about["shapes"].items()}
+            costs = {name: {type_name: float(cost) for type_name, cost in of_types.items()}
+                     for name, of_types in about["costs"].items()}
+            result = cls(costs, shapes, dict(about["about"]), file)
 
         def moments(name: str) -> SecondMoments | None:
             owner = same_as.get(name, name)
@@ -172,7 +177,8 @@ def _open_tensors(path: str | os.PathLike) -> Iterator[safe_open]:
         raise
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where it cannot map a file
         raise _unreadable(file, error) from error
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError,
+            OverflowError) as error:
         try:
             is_sensitivity = _begins_as_sensitivity(path)
         except OSError as reason:

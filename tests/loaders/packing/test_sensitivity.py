@@ -374,6 +374,19 @@ def test_a_file_without_the_parts_of_a_layer_is_refused_in_one_sentence(small_fi
         Sensitivity.load(small_file).moments("a.weight")
 
 
+@pytest.mark.parametrize("part", [
+    {"costs": {"a.weight": 7}}, {"costs": {"a.weight": {"Q3_K": "much"}}},
+    {"costs": {"a.weight": {"Q3_K": 10**400}}}, {"costs": []}, {"shapes": {"a.weight": ["x", 2]}},
+    {"shapes": {"a.weight": None}}, {"same_as": 7}, {"about": 7}, {"about": [[]] * 9000}])
+def test_a_file_whose_description_is_of_other_types_is_refused_in_one_sentence(part, small_file):
+    whole = load_file(small_file)
+    with safe_open(small_file, "pt") as opened:
+        about = json.loads(opened.metadata()[sensitivity.KEY])
+    save_file(whole, small_file, {sensitivity.KEY: json.dumps(about | part)})
+    with pytest.raises(SensitivityError, match="^a.sensitivity is damaged"):
+        Sensitivity.load(small_file)
+
+
 def test_a_prompt_of_noise_ends_as_prompts_do_in_tokens_that_are_alike():
     ((texts, _),) = sampling._noise({"text": 16, "pooled": 8}, 3, False, pictures=8)
     own = [len(text.unique(dim=0)) for text in texts]

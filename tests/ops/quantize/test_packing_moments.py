@@ -182,7 +182,13 @@ def test_moments_that_are_no_numbers_go_into_no_file():
 
 def test_tensors_that_are_not_of_moments_are_refused():
     tensors = SecondMoments.zeros(96).to_tensors()
-    for wrong in ({}, tensors | {"factor": tensors["factor"][:, 1:]},
+    size = 1 << 20
+    no_blocks = {"scales": torch.zeros(0, size), "steps": torch.zeros(0, size),
+                 "factor": torch.zeros(0, size * (size - 1) // 2, dtype=torch.int8),
+                 "sketch": torch.zeros(FILE_ROWS, 0, dtype=torch.int8), "widths": torch.zeros(0),
+                 "counts": torch.tensor([0, 1, 1, 1])}
+    for wrong in ({}, no_blocks, tensors | {"counts": tensors["counts"].view(2, 2)},
+                  tensors | {"factor": tensors["factor"][:, 1:]},
                   tensors | {"sketch": torch.zeros(FILE_ROWS, 97)},
                   tensors | {"counts": tensors["counts"] + 100}):
         with pytest.raises(ValueError, match="not the tensors of a layer's moments"):

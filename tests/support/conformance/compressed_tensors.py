@@ -44,11 +44,12 @@ def small_floats(shape, bits, dtype=torch.uint8, config=None, extremes=False):
     return Written(parts, values, config=config)
 
 
-def of_few_columns(bits):
+def of_few_columns(bits, columns=24, group=8):
     """The words alone do not say how many bits a code has."""
     config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {
         "weights": {"num_bits": bits, "symmetric": True}}}}
-    return Written(*pack_quantized(weight(96, 24), bits, group=8), config=config, held=None)
+    parts, values = pack_quantized(weight(96, columns), bits, group=group)
+    return Written(parts, values, config=config, held=None)
 
 
 E8M0 = [torch.uint8, *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else [])]
@@ -123,5 +124,8 @@ BAD = damaged(
                          r"\(mxfp6-pack-quantized\): it has weight_scale .* with N = 96, K = 128"),
     mxfp6_of_other_columns=({"weight_packed": lambda codes: codes[:, :95]},
                             r"\(mxfp4-pack-quantized\): it has weight_scale"),
+) | damaged(
+    lambda: of_few_columns(2, 4, None),
+    no_eight_columns=({}, "it has 4 columns of 2 bits a value, expected a multiple of 8")
 ) | damaged(
     integers, zeros_of_floats=({"weight": torch.ones(96, 128)}, r"expected \(N, K\) of int8"))

@@ -39,6 +39,8 @@ BAD = damaged(
     groups_of_rows=({"axis": torch.tensor(0)}, r"its groups are of rows \(axis 0\)"),
     three_bits=({"nbits": torch.tensor(3)}, "it has 3 bits a value, expected 2, 4, 5, 6 or 8"),
     a_part_of_a_bit=({"nbits": torch.tensor(1.58)}, "it has 1.58 bits a value"),
+    complex_bits=({"nbits": torch.tensor(4j)},
+                  "has nbits of complex64 .*, expected one number of any real type"),
     no_bits=({"nbits": torch.tensor(0)}, "it has 0 bits a value"),
     bits_that_are_not_a_number=({"nbits": torch.tensor(float("nan"))}, "it has nan bits a value"),
     bits_of_others=({"nbits": torch.tensor(8)}, "of 8 bits .* expected 384 rows"),
@@ -57,4 +59,10 @@ BAD = damaged(
     a_shape_that_is_vast=({"shape": torch.tensor([2**40, 2**40])}, "whole groups"),
     a_shape_below_nothing=({"shape": torch.tensor([-96, -256])}, "whole groups"),
     groups_across_rows=({"shape": torch.tensor([768, 32])}, "whole groups of columns"),
+) | damaged(
+    lambda: of_bits((8, 4), 2, 4),
+    no_eight_columns=({}, "it has 4 columns of 2 bits a value, expected a multiple of 8"),
+) | damaged(
+    lambda: of_bits((8, 1), 4, 1),
+    one_column=({}, "it has 1 columns of 4 bits a value, expected a multiple of 2"),
 )

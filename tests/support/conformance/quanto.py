@@ -49,4 +49,7 @@ BAD = damaged(
                          "expected one number or N numbers of any float type with N = 9"),
     bytes_of_an_unknown_type=({"weight._data": torch.zeros(96, 8, dtype=torch.uint8)},
                               r"expected \(N, K, L, ...\) of int8, float8_e4m3fn or float8_e5m2"),
+) | damaged(
+    lambda: of_bits((8, 4), bits=2, group=4),
+    no_eight_columns=({}, "it has 4 columns of 2 bits a value, expected a multiple of 8"),
 )

@@ -58,6 +58,9 @@ def of_nibbles():
 WRITERS = {
     **grid("blocks", of_blocks, shape=[(256, 384), (128, 128), (512, 128)]),
     **grid("short last blocks", of_blocks, shape=[(200, 256), (256, 200), (130, 131)], held=[None]),
+    "blocks that are larger than memory": lambda: of_blocks(
+        (200, 250), (1 << 40, 1 << 50), held=None,
+        config={"quant_method": "fp8", "weight_block_size": [1 << 40, 1 << 50]}),
     "other blocks": lambda: of_blocks((96, 192), (32, 64), held=None),
     **grid("rows", of_rows, dtype=[FP8, INT8], scale_shape=[(), (96,), (96, 1)],
            scale_dtype=[torch.float32, torch.bfloat16]),

@@ -17,11 +17,12 @@ def of_bytes(dtype):
         torchao_header(type_name)))
 
 
-def of_integers(bits=4, type_name=INTEGERS, target=None, **options):
+def of_integers(bits=4, type_name=INTEGERS, target=None, columns=128, **options):
     """`target`: bits by the header."""
     data = {"target_dtype": {"_type": "torch.dtype", "_data": f"int{target or bits}"}}
     header = torchao_header(type_name, **data if type_name == INTEGERS else {})
-    return Written(*torchao_integers(weight(96, 128), bits, **options), metadata=metadata(header))
+    return Written(*torchao_integers(weight(96, columns), bits, **options),
+                   metadata=metadata(header), held=None if columns < 32 else 1.05)
 
 
 WRITERS = {
@@ -32,6 +33,7 @@ WRITERS = {
     # zeros of int8 count, and so do codes beyond the bits of the header
     **each("eight bits", of_integers, {"bits": 8, "group": 128, "type_name": "Int8Tensor"},
            {"bits": 8, "group": 128, "target": 4}),
+    **grid("few columns", of_integers, bits=[1, 2, 4], columns=[1, 2, 4, 12], group=[0]),
 }
 
 
