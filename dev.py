@@ -35,8 +35,9 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
   gpu [--device cpu]             measure what only a GPU can show, in nine minutes; --pack FOLDER:
                                  prepare it for a machine without a package index; --kitchen
                                  FOLDER: ComfyUI's own CUDA kernels for it
-  fuzz [--minutes N] [--executions N] [--target NAME]
-                                 read bad files and hostile workflows until something breaks
+  fuzz [--minutes N] [--executions N] [--target NAME] [--replay FILE]
+                                 read bad files and hostile workflows until something breaks;
+                                 --replay: read an input that broke something again
   soak [--minutes N] [--prompts N]
                                  run the real server for hours with two clients; leaves JSON and a
                                  plot

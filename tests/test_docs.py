@@ -21,6 +21,7 @@ from devtools import ROOT
 from devtools.artwork import FIRST_PICTURE
 from devtools.demo import STEPS
 from devtools.fuzz.targets import TARGETS
+from devtools.fuzz.targets.models import QUANTIZERS
 from devtools.host import environment, matrix
 from devtools.host.package import packed_files
 from devtools.workflows import BLUEPRINT_FOLDER, FOLDER
@@ -420,16 +421,15 @@ def test_troubleshooting_names_the_folders_of_the_loaders():
     assert named <= known and {*keys, "unet", "clip"} <= named
 
 
-def test_security_and_reliability_count_the_targets_of_the_fuzzer():
-    words = {16: "sixteen", 20: "twenty", 21: "twenty-one", 22: "twenty-two", 24: "twenty-four"}
-    assert f"workflows of {words[len(TARGETS)]} kinds" in PAGES["security"]
+def test_reliability_names_the_targets_of_the_fuzzer_and_what_they_read():
     section = PAGES["reliability"].split("## Bad files")[1].split("\n## ")[0]
-    ran = set(re.findall(r"^\| `(\w+)` \|", section, re.M))
-    newer = section.split("Newer targets are not in it: ")[1].partition(".")[0]
-    newer = set(re.findall(r"`(\w+)`", newer))
-    assert ran | newer == set(TARGETS) and not ran & newer
-    assert f"of the {len(ran)} targets" in section
-    assert f"on {words[len(ran)]} of the kinds" in PAGES["security"]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (\d+) \|", section, re.M)
+    assert {(name, reads) for name, reads, _ in rows} <= {
+        (name, target.reads) for name, target in TARGETS.items()}
+    newer = TARGETS.keys() - {name for name, *_ in rows}
+    assert newer <= {path.stem for path in QUANTIZERS.glob("*.py")}
+    total = sum(int(count) for *_, count in rows)
+    assert f"{total:,}".replace(",", " ") in section
 
 
 def test_sizes_of_vram_flags_are_those_that_comfyui_has():

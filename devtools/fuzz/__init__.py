@@ -1,12 +1,14 @@
-"""Bad files and hostile workflows by the hundred thousand: `python3 dev.py fuzz`.
+"""Damaged files and hostile workflows by the hundred thousand: `python3 dev.py fuzz`.
 
 | file | does |
 |---|---|
-| `targets` | a class for each reader: honest inputs, their mutations, the call, what it may raise |
-| `mutations.py`, `gguf_fields.py` | damage to bytes, JSON, texts, fields of a GGUF header |
+| `targets` | what is read: well-formed inputs, the call, the errors that it may raise |
+| `strategies.py` | Hypothesis strategies that change an input by what it is |
 | `guard.py` | what must hold while an input is read |
-| `worker.py` | targets in their own process: by Atheris, by Hypothesis, or replayed from files |
-| `__main__.py` | starts the children, says what ended them, minimises findings, writes the table |
+| `worker.py` | one target in a process of its own: by Hypothesis, by Atheris, or from files |
+| `__main__.py` | starts the workers, keeps the inputs that broke something, writes the table |
 
-A finding is a small file in `tests/fuzz/corpus/TARGET`, which every test run reads again.
+Hypothesis makes what breaks something small, and it becomes a file of `tests/fuzz/corpus/TARGET`,
+which every test run reads again. Where Atheris is installed, libFuzzer chooses what Hypothesis
+draws by the lines that it reaches.
 """

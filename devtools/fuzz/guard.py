@@ -3,6 +3,7 @@
 | kind | what it is | how it is seen |
 |---|---|---|
 | foreign | an error that is not one of the target's own, or that is not a sentence | raised |
+| foreign | an error of the target's own without the name of the file | raised |
 | slow | more than 2 s of this process's time | `time.process_time` |
 | memory | more than ten times the input and `SPARE` of Python's objects | `tracemalloc` |
 | memory | `RESIDENT` bytes more than before, of torch's too | peak, address space |
@@ -36,15 +37,8 @@ SECONDS = 2.0
 TIMES, SPARE = 10, 1 << 19
 RESIDENT, ADDRESS_SPACE = 64 << 20, 1 << 30
 LONGEST = 4000  # characters of a message
-PROGRAMS = (
-    "subprocess.Popen",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "os.fork",
-    "os.startfile",
-    "ctypes.dlopen",
-)
+PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork",
+            "os.startfile", "ctypes.dlopen")
 WRITING = re.compile(
     r"os\.(mkdir|rename|remove|rmdir|symlink|link|chmod|chown|truncate|utime|mkfifo)$|shutil\.")
 SYSTEM = (os.devnull, "/proc/meminfo")  # which the host reads, to know how much memory there is
@@ -66,17 +60,18 @@ class Finding:
 
 
 class Guard:
-    """One for each process: an audit hook cannot be taken out again."""
+    """One for each process: an audit hook cannot be taken out again.
+
+    Attributes:
+        outcome: what the last input came to: (), or where the error was raised, by file and line.
+    """
+
+    outcome: tuple = ()
 
     def __init__(self):
         self.folder, self.armed, self.seen = "", False, []
-        installed = (
-            sys.prefix,
-            sys.base_prefix,
-            ROOT,
-            os.path.dirname(os.__file__),
-            os.environ.get("COMFYUI_PATH") or ROOT,
-        )
+        installed = (sys.prefix, sys.base_prefix, ROOT, os.path.dirname(os.__file__),
+                     os.environ.get("COMFYUI_PATH") or ROOT)
         self.installed = tuple({os.path.realpath(path) + os.sep for path in installed})
         sys.addaudithook(self._audit)
         self.settle()
@@ -91,7 +86,7 @@ class Guard:
                                (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     def run(self, target: Target, data: bytes) -> Finding | None:
-        """What went wrong while a target read `data`."""
+        """Returns what went wrong while a target read `data`."""
         found = self._with_files(target, data)
         # not what Python itself needed once, such as a larger table of names
         if found is not None and found.kind == "memory":
@@ -99,26 +94,24 @@ class Guard:
         return found
 
     def _with_files(self, target: Target, data: bytes) -> Finding | None:
-        target.lay_out(data)
+        given = target.lay_out(data)
         try:
-            return self._read(target, data)
+            return self._read(target, given, len(data))
         finally:
             target.clear()
 
-    def _read(self, target: Target, data: bytes) -> Finding | None:
+    def _read(self, target: Target, given, length: int) -> Finding | None:
         error, self.seen, self.folder = None, [], os.path.realpath(target.folder)
+        self.outcome = ()
         tracemalloc.start(1)
         started = time.process_time()
         self.armed = True
         try:
-            target.read(data)
-        except target.own as own:
+            target.read(given)
+        except Exception as raised:
             self.armed = False
-            if "\n" in str(own).strip() or not 10 < len(str(own)) < LONGEST:
-                error = _found("foreign", own, "its message is no sentence")
-        except Exception as foreign:
-            self.armed = False
-            error = _found("foreign", foreign, "not an error of the pack")
+            self.outcome = tuple((frame.filename, frame.lineno) for frame in _our_frames(raised))
+            error = _wrong_error(target, raised)
         finally:
             self.armed = False
             took, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
@@ -129,14 +122,14 @@ class Guard:
             return error
         if took > SECONDS:
             return Finding("slow", "", f"took {took:.1f} s")
-        if peak > TIMES * len(data) + SPARE:
+        if peak > TIMES * length + SPARE:
             return Finding("memory", "",
-                           f"{peak} bytes of Python's objects for an input of {len(data)} bytes")
+                           f"{peak} bytes of Python's objects for an input of {length} bytes")
         before, self.peak = self.peak, max(self.peak, _peak())
         if self.peak > before + RESIDENT:
             return Finding(
                 "memory", "resident",
-                f"{self.peak - before} bytes more resident for an input of {len(data)} bytes")
+                f"{self.peak - before} bytes more resident for an input of {length} bytes")
         return None
 
     def _audit(self, event: str, arguments: tuple):
@@ -185,24 +178,35 @@ class Guard:
         if path in SYSTEM:
             return True
         real = os.path.realpath(os.fsdecode(path))
-        return (
-            (real + os.sep).startswith(self.folder + os.sep)
-            or (not writes
-            and (real + os.sep).startswith(self.installed))
-        )
+        allowed = (self.folder + os.sep, *(() if writes else self.installed))
+        return (real + os.sep).startswith(allowed)
 
     def _is_installed(self, file: str) -> bool:
         return file.startswith("<frozen ") or os.path.realpath(file).startswith(self.installed)
 
 
-def _found(kind: str, error: Exception, why: str) -> Finding:
+def _wrong_error(target: Target, error: Exception) -> Finding | None:
+    """Returns what is wrong with an error, None for a sentence of the pack with the file's name."""
+    message = str(error)
+    if not isinstance(error, target.own):
+        why = "not an error of the pack"
+    elif "\n" in message.strip() or not 10 < len(message) < LONGEST:
+        why = "its message is no sentence"
+    elif target.made and not any(path.name in message for path in target.made):
+        why = "its message does not name the file"
+    else:
+        return None
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if _is_ours(frame.filename)] or frames
-    where = f"{type(error).__name__} at {_place(ours[-1].filename, ours[-1].name)}"
-    text = f"{type(error).__module__}.{type(error).__name__}: {str(error)[:500]!a} ({why})"
-    return Finding(
-        kind, where, text + "".join(f"\n  {_place(frame.filename, frame.name)}:{frame.lineno}"
-                                    for frame in frames[-8:]))
+    last = (_our_frames(error) or frames)[-1]
+    where = f"{type(error).__name__} at {_place(last.filename, last.name)}"
+    text = f"{type(error).__module__}.{type(error).__name__}: {message[:500]!a} ({why})"
+    return Finding("foreign", where, text + "".join(
+        f"\n  {_place(frame.filename, frame.name)}:{frame.lineno}" for frame in frames[-8:]))
+
+
+def _our_frames(error: Exception) -> list[traceback.FrameSummary]:
+    return [frame for frame in traceback.extract_tb(error.__traceback__)
+            if _is_ours(frame.filename)]
 
 
 def _last_line(frame) -> str:
@@ -223,9 +227,7 @@ def _place(file: str, name: str) -> str:
 
 def _peak() -> int:
     """Bytes that were resident at most; 0 where the system does not say."""
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        if resource
-        else 0
-    )
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,126 +1,163 @@
 """Targets in this process, under the guard.
 
-    python -m devtools.fuzz.worker TARGET [OPTION OF LIBFUZZER | FILE | FOLDER ...]
-    python -m devtools.fuzz.worker --hypothesis TARGET EXECUTIONS SEED
+    python -m devtools.fuzz.worker TARGET FOLDER SECONDS EXECUTIONS SEED [OPTION OF LIBFUZZER ...]
     python -m devtools.fuzz.worker --replay EXECUTIONS < JOB
 
-The first mutates with Atheris, the second with Hypothesis, where Atheris has no wheel; the third
-reads what is in files, and some new inputs. JOB is JSON, target -> paths. A replay prints a line of
-JSON before each input, {"target", "input"}, and one with "finding" after each that broke a rule. In
-the other two the first finding ends the process.
+The first reads changed inputs: by Hypothesis, or with options by Atheris, which chooses what
+Hypothesis draws. The first input that breaks a rule ends the process with an exit status that is
+not 0. FOLDER gets `current`, the input that is being read or, at the end, the smallest one that
+broke a rule; `counts.json`; and `examples`, Hypothesis's database.
+
+The second reads what is in files, and EXECUTIONS new inputs. JOB is JSON, target -> paths. It
+prints a line of JSON before each input, {"target", "input"}, and one with "finding" after each that
+broke a rule.
 """
 import contextlib
+import faulthandler
+import functools
 import json
 import logging
 import os
-import random
 import sys
 import tempfile
+import time
+import unittest
 from pathlib import Path
-
-import torch
 
 os.environ["FEATHERWEIGHT_KERNELS"] = "torch"  # nothing is compiled and tried beside what is read
 
 import devtools.measure  # noqa: F401  the host and the pack
 
-from .guard import Finding, Guard
-from .targets import TARGETS, Target
+import hypothesis
+import torch
+from hypothesis import Phase
+from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
 
-CHANGES = [1, 1, 1, 2, 4]  # how often an input is damaged: one of these
+from .__main__ import HANGS
+from .guard import Guard
+from .targets import TARGETS
+
+ROUND = 200  # executions, after which Hypothesis begins anew
 
 
 class FindingError(Exception):
-    """An input broke a rule; libFuzzer and Hypothesis keep an input that raises."""
-
-    def __init__(self, finding: Finding):
-        super().__init__(f"{finding.kind}, {finding.where}: {finding.text}")
+    """An input broke a rule."""
 
 
-def prepared(name: str, folder: Path, guard: Guard) -> tuple[Target, list[bytes]]:
-    """A target and its honest inputs. What is imported when first needed is imported."""
-    work = folder / name
-    work.mkdir()
-    target = TARGETS[name](work)
-    inputs = target.prepare()
-    for data in inputs:
-        target.lay_out(data)
-        with contextlib.suppress(Exception):
-            target.read(data)
-        target.clear()
-    guard.settle()
-    return target, inputs
+@functools.cache
+def error_class(kind: str, where: str) -> type[FindingError]:
+    """Returns a class for each kind of finding: Hypothesis tells errors apart by their classes."""
+    return type("FindingError", (FindingError,), {})
 
 
-def read(guard: Guard, target: Target, data: bytes):
-    """Raises FindingError."""
-    finding = guard.run(target, data[:target.longest])
-    if finding is not None:
-        raise FindingError(finding)
+class Reader:
+    """Reads inputs of one target under the guard.
+
+    Args:
+        folder: what the target may touch goes into it.
+        kept: folder for `current` and `counts.json`, or None.
+
+    Attributes:
+        executions: how many inputs were read.
+        outcomes: what they came to: (), or the lines in which an error was raised.
+        failing: the last input that broke a rule.
+    """
+
+    def __init__(self, name: str, folder: Path, guard: Guard, kept: Path | None = None):
+        work = folder / name
+        work.mkdir()
+        self.guard, self.target, self.kept = guard, TARGETS[name].make(work), kept
+        self.executions, self.outcomes, self.failing, self.told = 0, set(), None, 0.0
+        for data in self.target.samples:  # imports what is imported when it is first needed
+            given = self.target.lay_out(data)
+            with contextlib.suppress(Exception):
+                self.target.read(given)
+            self.target.clear()
+        guard.settle()
+
+    def read(self, data: bytes):
+        """Reads an input; raises FindingError if it breaks a rule."""
+        data = data[:self.target.longest]
+        if self.kept is not None:
+            (self.kept / "current").write_bytes(data)
+        if time.monotonic() > self.told + 1:
+            self.tell()
+        found = self.guard.run(self.target, data)
+        self.executions += 1
+        self.outcomes.add(self.guard.outcome)
+        if found is not None:
+            self.failing = data
+            self.tell()
+            raise error_class(*found.key)(f"{found.kind}, {found.where}: {found.text}")
+
+    def tell(self):
+        """Writes the counts, and gives the next inputs their time."""
+        self.told = time.monotonic()
+        faulthandler.dump_traceback_later(HANGS, exit=True)
+        if self.kept is not None:
+            (self.kept / "counts.json").write_text(json.dumps(
+                {"executions": self.executions, "outcomes": len(self.outcomes)}))
+
+    def test(self, seed: int | None = None, **settings):
+        """Returns Hypothesis's test of changed inputs; one with a seed takes no database."""
+
+        @hypothesis.settings(
+            deadline=None, report_multiple_bugs=False, print_blob=False,
+            suppress_health_check=list(hypothesis.HealthCheck), **{"database": None} | settings)
+        @hypothesis.given(st.sampled_from(self.target.samples).flatmap(self.target.changes))
+        def test(data):
+            self.read(data)
+
+        return test if seed is None else hypothesis.seed(seed)(test)
 
 
-def damaged(target: Target, data: bytes, chance: random.Random) -> bytes:
-    for _ in range(chance.choice(CHANGES)):
-        data = target.damaged(data, chance)[:target.longest]
-    return data
-
-
-def fuzz_with_atheris(name: str, arguments: list[str], folder: Path):
-    """Never returns: libFuzzer ends the process."""
-    import atheris
-
+def fuzz(name: str, kept: Path, seconds: float, executions: int, seed: int, options: list[str],
+         folder: Path):
+    """Reads changed inputs; an error or the end of the process is a finding."""
     guard = Guard()
-    with atheris.instrument_imports(include=["featherweight"]):
-        target, inputs = prepared(name, folder, guard)
-    folders = [path for path in arguments if os.path.isdir(path)]
-    for number, data in enumerate(inputs if folders else ()):
-        Path(folders[0], f"honest-{number}").write_bytes(data)
-
-    def mutate(data: bytes, longest: int, seed: int) -> bytes:
-        if seed % 8 == 0:
-            return atheris.Mutate(data, longest)
-        return damaged(target, data, random.Random(seed))[:longest]
-
-    # libFuzzer starts itself by its first argument to make an input smaller.
-    command = f"{sys.executable} -m {__spec__.name} {name}"
-    atheris.Setup([command, f"-max_len={target.longest}", *arguments],
-                  lambda data: read(guard, target, data), custom_mutator=mutate)
-    atheris.Fuzz()
-
-
-def fuzz_with_hypothesis(guard: Guard, target: Target, inputs: list[bytes], executions: int,
-                         seed: int):
-    """Raises FindingError for the smallest change that Hypothesis comes to."""
-    import hypothesis
-    from hypothesis import strategies
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=executions, deadline=None, database=None,
-                         suppress_health_check=list(hypothesis.HealthCheck))
-    @hypothesis.given(strategies.sampled_from(inputs), strategies.randoms(use_true_random=False))
-    def fuzz(data, chance):
-        read(guard, target, damaged(target, data, chance))
-
-    fuzz()
+    if options:
+        import atheris
+    with (atheris.instrument_imports(include=["featherweight"]) if options
+          else contextlib.nullcontext()):
+        reader = Reader(name, folder, guard, kept)
+    kept_test = reader.test(database=DirectoryBasedExampleDatabase(kept / "examples"),
+                            phases=[Phase.reuse, Phase.shrink])
+    if options:
+        atheris.Setup([sys.argv[0], *options], kept_test.hypothesis.fuzz_one_input)
+        atheris.Fuzz()  # libFuzzer ends the process
+    end = time.monotonic() + seconds
+    try:
+        with contextlib.suppress(unittest.SkipTest):  # where Atheris has kept nothing
+            kept_test()
+        while time.monotonic() < end and reader.executions < executions:
+            reader.test(seed, max_examples=ROUND)()
+            seed += 1
+    finally:
+        reader.tell()
+        if reader.failing is not None:
+            (kept / "current").write_bytes(reader.failing)
 
 
 def replay(files: dict[str, list[str]], executions: int, folder: Path):
+    """Reads files, and new inputs of each target."""
     guard = Guard()
 
     def tell(**line):
         print(json.dumps(line), flush=True)
 
     for name, paths in files.items():
-        target, inputs = prepared(name, folder, guard)
+        reader = Reader(name, folder, guard)
         for path in paths:
             tell(target=name, input=path)
             try:
-                read(guard, target, Path(path).read_bytes())
+                reader.read(Path(path).read_bytes())
             except FindingError as finding:
                 tell(target=name, finding=str(finding))
         tell(target=name, input="new")
         try:
-            fuzz_with_hypothesis(guard, target, inputs, executions, 1)
+            if executions:
+                reader.test(1, max_examples=executions, phases=[Phase.generate])()
         except FindingError as finding:
             tell(target=name, finding=str(finding))
 
@@ -128,16 +165,14 @@ def replay(files: dict[str, list[str]], executions: int, folder: Path):
 def main(arguments: list[str]):
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+    faulthandler.enable()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         match arguments:
             case ["--replay", executions]:
-                replay(json.load(sys.stdin), int(executions), Path(name))
-            case ["--hypothesis", target, executions, seed]:
-                guard = Guard()
-                fuzz_with_hypothesis(guard, *prepared(target, Path(name), guard), int(executions),
-                                     int(seed))
-            case [target, *options]:
-                fuzz_with_atheris(target, options, Path(name))
+                replay(json.load(sys.stdin), int(executions), Path(folder))
+            case [name, kept, seconds, executions, seed, *options]:
+                fuzz(name, Path(kept), float(seconds), int(executions), int(seed), options,
+                     Path(folder))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import pytest
 from devtools import ROOT
 from devtools.fuzz.__main__ import CORPUS
 from devtools.fuzz.targets import TARGETS
+from featherweight.loaders.quantizers import registry
 
 FILES = {name: sorted(map(str, (CORPUS / name).glob("*"))) for name in TARGETS}
-NEW = 60  # inputs of each target beside those
+NEW = 30  # inputs of each target beside those
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +39,9 @@ def test_every_folder_of_the_corpus_is_of_a_target():
     folders = {path.name for path in CORPUS.iterdir()}
     assert folders and folders <= TARGETS.keys()
     assert sum(path.stat().st_size for path in CORPUS.rglob("*") if path.is_file()) < 500_000
+
+
+def test_every_quantizer_of_the_registry_is_a_target():
+    modules = {name for name, module in vars(registry).items()
+               if getattr(module, "QUANTIZER", None) in registry.QUANTIZERS}
+    assert len(modules) == len(registry.QUANTIZERS) and modules <= TARGETS.keys()

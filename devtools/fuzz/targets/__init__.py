@@ -1,50 +1,87 @@
-"""What is fuzzed. A target is one class in a file of this folder, and registers by being defined.
+"""What is fuzzed: `TARGETS`, by name.
 
-The pack is imported where a target is prepared, so that a fuzzer can watch its lines.
+A function with `@target` is one; of each quantiser with a module in `tests/support/conformance`,
+`models` makes one. The pack is imported when the function is called, so that Atheris can watch it.
 """
-import random
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
-from .. import mutations
-
-TARGETS: dict[str, type["Target"]] = {}
+from ..strategies import LINK, changed, split_files
 
 
+@dataclass
 class Target:
-    """reads: what of the pack. longest: bytes of an input. own: the errors that it may raise, known
-    after `prepare`."""
+    """What is read, in a folder of its own.
 
-    name: ClassVar[str]
-    reads: ClassVar[str]
-    longest: ClassVar[int] = 1 << 15
+    Attributes:
+        folder: the only one that the target may touch.
+        samples: well-formed inputs.
+        read: takes an input, or the paths of its files; an AssertionError is a wrong result.
+        own: the errors that it may raise.
+        file: the name of the file that an input is; ends with a slash for a folder of several
+            files; "" where an input is no file.
+        longest: bytes of an input.
+        changes: returns a strategy of an input with changes.
+    """
+    folder: Path
+    samples: Sequence[bytes]
+    read: Callable[[Any], Any]
     own: tuple[type[Exception], ...] = ()
+    file: str = ""
+    longest: int = 1 << 15
+    changes: Callable[[bytes], Any] = changed
+    made: list[Path] = field(default_factory=list)
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__:
-            TARGETS[cls.name] = cls
-
-    def __init__(self, folder: Path):
-        """folder: an empty one, the only one that the target may touch."""
-        self.folder = folder
-
-    def prepare(self) -> list[bytes]:
-        """Import what is fuzzed; give honest inputs."""
-        raise NotImplementedError
-
-    def damaged(self, data: bytes, chance: random.Random) -> bytes:
-        return mutations.bytes_damaged(data, chance)
-
-    def lay_out(self, data: bytes):
-        """Put files where `read` finds them, before anybody watches."""
+    def lay_out(self, data: bytes) -> bytes | Path | list[Path]:
+        """Writes the files of an input; returns what `read` takes."""
+        if not self.file:
+            return data
+        if not self.file.endswith("/"):
+            self.made = [self.folder / self.file]
+            self.made[0].write_bytes(data)
+            return self.made[0]
+        folder = self.folder / self.file
+        folder.mkdir(parents=True, exist_ok=True)
+        files = split_files(data)
+        for name, content in files.items():
+            path = folder / os.path.basename(name)
+            try:
+                # a link to one file is its user's; those of a model's folder are its author's
+                if content.startswith(LINK) and "config.json" in files:
+                    os.symlink(content[len(LINK):].decode(), path)
+                elif not path.is_symlink():
+                    path.write_bytes(content)
+            except (OSError, ValueError):  # no name for a file, or twice
+                continue
+            self.made.append(path)
+        self.made.append(folder)
+        return folder
 
     def clear(self):
-        """Take them away."""
+        """Takes the files away."""
+        for path in self.made:
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+        self.made = []
 
-    def read(self, data: bytes):
-        """What the pack does with an input. AssertionError: it came to a wrong end."""
-        raise NotImplementedError
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes a target in a folder, and what it reads."""
+    reads: str
+    make: Callable[[Path], Target]
 
 
-from . import cache_files, lora, ray, text, weights, workflow  # noqa: E402, F401  each registers its targets
+TARGETS: dict[str, Maker] = {}
+
+
+def target(make: Callable[[Path], Target]) -> Callable[[Path], Target]:
+    """Registers a target under the name of the function, whose docstring says what is read."""
+    TARGETS[make.__name__] = Maker((make.__doc__ or "").rstrip("."), make)
+    return make
+
+
+from . import lora, models, ray, saved, workflow  # noqa: E402, F401  each registers its targets
