@@ -103,8 +103,15 @@ def replay(paths: list[Path]) -> int:
     job: dict[str, list[str]] = {}
     for path in paths:
         job.setdefault(path.resolve().parent.name, []).append(str(path.resolve()))
-    return subprocess.run([*WORKER, "--replay", "0"], cwd=ROOT, input=json.dumps(job),
-                          text=True).returncode
+    ended = subprocess.run([*WORKER, "--replay", "0"], cwd=ROOT, input=json.dumps(job),
+                           stdout=subprocess.PIPE, text=True)
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    found = [line["finding"] for line in lines if "finding" in line]
+    if ended.returncode:
+        found.append(f"the process ended with {ended.returncode} after {lines[-1:]}")
+    print("\n".join(found))
+    print(f"{'Failed' if found else 'Done'}: {len(paths)} inputs, {len(found)} findings")
+    return 1 if found else 0
 
 
 def table(results: list[Result]) -> str:

@@ -100,7 +100,7 @@ def test_what_broke_something_is_kept_small_and_breaks_it_again(tmp_path):
     assert b"9" in ended[0].read_bytes()
     assert small[0].name in done.stdout.partition("dev.py fuzz --replay ")[2]
     again = run(tmp_path, "command", "--replay", small[0])
-    assert "KeyError" in again.stdout
+    assert again.returncode == 1 and "KeyError" in again.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="Atheris has no wheel")
