@@ -99,49 +99,16 @@ def processes() -> int:
     return max(1, cores)
 
 
-def demo(arguments: list[str]) -> int:
-    """Draw side by side on the real server."""
-    return prepare(SERVING).run("-m", "devtools.demo", *arguments)
+def _module(name: str, *packages: dict[str, str]):
+    """Makes the command that runs a module of `devtools` with the same arguments."""
+    def command(arguments: list[str]) -> int:
+        return prepare(*packages).run("-m", f"devtools.{name}", *arguments)
+    return command
 
 
 def serve(arguments: list[str]) -> int:
-    """Open ComfyUI with the demo's models and workflows."""
+    """Open ComfyUI with the demo's models and workflows, in place of this process."""
     return prepare(SERVING).become("-m", "devtools.serve", *arguments)
-
-
-def bench(arguments: list[str]) -> int:
-    """Measure side by side."""
-    return prepare().run("-m", "devtools.measure.bench", *arguments)
-
-
-def quality(arguments: list[str]) -> int:
-    """Measure what each packing does to the demo's pictures."""
-    return prepare().run("-m", "devtools.measure.quality", *arguments)
-
-
-def sizes(arguments: list[str]) -> int:
-    """Count what popular models take in each format."""
-    return prepare().run("-m", "devtools.measure.model_sizes", *arguments)
-
-
-def inspect(arguments: list[str]) -> int:
-    """Say what a model file is."""
-    return prepare().run("-m", "devtools.inspect_file", *arguments)
-
-
-def matrix(arguments: list[str]) -> int:
-    """Run the server tests on older ComfyUIs too."""
-    return prepare().run("-m", "devtools.host.matrix", *arguments)
-
-
-def fuzz(arguments: list[str]) -> int:
-    """Read bad files and hostile workflows."""
-    return prepare().run("-m", "devtools.fuzz", *arguments)
-
-
-def soak(arguments: list[str]) -> int:
-    """Drive the real server for hours."""
-    return prepare().run("-m", "devtools.soak", *arguments)
 
 
 def gpu(arguments: list[str]) -> int:
@@ -166,7 +133,9 @@ def gpu(arguments: list[str]) -> int:
 
 
 COMMANDS = {
-    "setup": setup, "test": test, "lint": lint, "demo": demo, "serve": serve, "bench": bench,
-    "quality": quality, "sizes": sizes, "inspect": inspect, "matrix": matrix, "gpu": gpu,
-    "fuzz": fuzz, "soak": soak
+    "setup": setup, "test": test, "lint": lint, "serve": serve, "gpu": gpu,
+    "demo": _module("demo", SERVING), "bench": _module("measure.bench"),
+    "quality": _module("measure.quality"), "sizes": _module("measure.model_sizes"),
+    "inspect": _module("inspect_file"), "matrix": _module("host.matrix"),
+    "fuzz": _module("fuzz"), "soak": _module("soak")
 }
