@@ -30,7 +30,7 @@ BARBS, BLOCK = 13, 0.043  # on each side of the quill; length of a block in heig
 
 def icon(size: int = 400) -> Image.Image:
     """A square with rounded corners, transparent outside."""
-    image = Image.new("RGBA", (size * SMOOTH,) * 2)
+    image = Image.new("RGBA", (size * SMOOTH, size * SMOOTH))
     canvas = ImageDraw.Draw(image)
     canvas.rounded_rectangle((0, 0, *(side - 1 for side in image.size)), image.width * 0.18,
                              BACKGROUND)

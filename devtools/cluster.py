@@ -1,14 +1,20 @@
 """Ray clusters of several nodes on this machine, each with a ComfyUI folder, models and pack of its
 own."""
 import contextlib
+import logging
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from devtools import ROOT, product_module
 from devtools.files import demo_files
 from devtools.host import server
+
+if TYPE_CHECKING:
+    from ray._private.node import Node
+    from ray.cluster_utils import Cluster
 
 MODEL = demo_files.MODELS["Q4_K"]
 HOUSES = ("red", "yellow", "blue", "purple", "pink", "white")
@@ -113,12 +119,13 @@ def environment(base: Path, name: str) -> dict[str, str]:
 @dataclass
 class Machines:
     """A cluster with a CPU on each node. bases: name -> folder; nodes: name -> Ray's node."""
-    cluster: object
+    cluster: "Cluster"
     bases: dict[str, Path]
-    nodes: dict[str, object] = field(default_factory=dict)
+    nodes: dict[str, "Node"] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
+        assert self.cluster.address is not None  # it has a node
         return self.cluster.address
 
     def add(self, name: str, cpus: int = 1, **variables: str):
@@ -138,6 +145,7 @@ def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=
     """A cluster of a node with some CPUs for each base (or only for those named in `started`), to
     which this process is connected."""
     import ray
+    from ray import cloudpickle
     from ray.cluster_utils import Cluster
 
     before = os.environ.get("RAY_TMPDIR")
@@ -147,8 +155,8 @@ def running(bases: dict[str, Path], folder: Path, connect: bool = True, started=
         for name in bases if started is None else started:
             found.add(name, cpus)
         if connect:
-            ray.init(address=found.address, log_to_driver=False, logging_level="warning")
-            product_module("cluster").by_value(ray.cloudpickle)
+            ray.init(address=found.address, log_to_driver=False, logging_level=logging.WARNING)
+            product_module("cluster").by_value(cloudpickle)
         yield found
     finally:
         if connect:

@@ -121,7 +121,7 @@ def dense_bytes(server: Server) -> int:
     logs each model's dtype."""
     parts = server.log().split("model weight dtype torch.")[1:]
     dtype = next(
-        re.match(r"\w+", part)[0] for part in parts
+        re.split(r"\W", part, maxsplit=1)[0] for part in parts
         if not any(line["file"] in demo_files.MODELS.values() for line in LOADED.finditer(part)))
     return (
         sum(value.numel() for value in demo_files.flux().values()) * getattr(torch, dtype).itemsize

@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> int:
             except ServerError as error:
                 print(f"Note: {MIX_FILE} is not made: {error}\n`python3 dev.py serve` makes it when"
                       " it is started again.", flush=True)
-            while server.process.poll() is None:
+            while not server.has_ended():
                 time.sleep(0.5)
         print(f"Failed: ComfyUI ended. Its log: {server.log_path}")
         return 1

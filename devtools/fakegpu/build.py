@@ -96,7 +96,9 @@ def _compile(*command):
 
 
 def _torch() -> Path:
-    return Path(importlib.util.find_spec("torch").origin).parent
+    spec = importlib.util.find_spec("torch")
+    assert spec and spec.origin
+    return Path(spec.origin).parent
 
 
 def _digest(compiler: str) -> str:

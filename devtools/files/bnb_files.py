@@ -62,7 +62,9 @@ def quantised(tensor: torch.Tensor, quant_type: str, block_length: int = 64, nes
                                             compress_statistics=nested, quant_type=quant_type,
                                             quant_storage=storage)
     absmax = state.absmax
+    assert state.code is not None
     if nested:
+        assert state.offset is not None
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
     packed = codes.view(-1).view(torch.uint8).int()
     # of both nibbles of a byte, the upper first

@@ -3,8 +3,9 @@ packing."""
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -52,7 +53,7 @@ def flux() -> dict[str, torch.Tensor]:
 
 
 def write_model(path: Path, type_name: str,
-                tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+                tensors: dict[str, torch.Tensor] | None = None) -> Mapping[str, Any]:
     """Write the Flux, or other weights of its names, in one type as people publish it; return what
     a reader should see.
 

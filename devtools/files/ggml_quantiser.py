@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL:
         includes = [f"-I{SOURCE.parent}", f"-I{SOURCE.parent.parent / 'include'}"]
         options = ["-O2", "-w", "-shared", "-fPIC", "-D_GNU_SOURCE"]
         subprocess.run(
-            [_compiler(), *options, *includes,
+            [_compiler() or "cc", *options, *includes,
              str(SOURCE),
              str(beside), "-lm", "-o",
              str(built)], check=True)

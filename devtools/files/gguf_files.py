@@ -238,12 +238,13 @@ def write_zeros_gguf(path, shapes: dict[str, tuple], type_name: str, rest: str):
         )
         ggml_type = GGMLQuantizationType[type_name if fits else rest]
         block_length, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        writer.add_tensor_info(name, shape, None,
+        writer.add_tensor_info(name, shape, np.dtype(np.float32),
                                math.prod(shape) // block_length * block_bytes, ggml_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     sizes = [-(-info.nbytes // 32) * 32 for info in writer.tensors[0].values()]
+    assert writer.fout is not None
     start = -(-writer.fout[0].tell() // 32) * 32
     writer.fout[0].truncate(start + sum(sizes))
     writer.close()

@@ -155,7 +155,9 @@ def _safetensors(data: bytes) -> tuple[dict, dict] | None:
 @st.composite
 def changed_safetensors(draw, data: bytes) -> bytes:
     """Other tensors or metadata in a file that is whole, or another header before the same data."""
-    metadata, tensors = _safetensors(data)
+    found = _safetensors(data)
+    assert found is not None
+    metadata, tensors = found
     length = int.from_bytes(data[:8], "little")
     kind = draw(st.sampled_from(["tensors"] * 5 + ["metadata", "header", "resize"]))
     if kind == "header":
@@ -247,7 +249,7 @@ def _gguf_fields(data: bytes) -> list[list[np.ndarray]] | None:
 def changed_gguf(draw, data: bytes) -> bytes:
     """Numbers and texts of a GGUF header replaced, or the names of two fields exchanged; lengths of
     texts follow."""
-    fields = [list(parts) for parts in _gguf_fields(data)]
+    fields = [list(parts) for parts in _gguf_fields(data) or ()]
     length = len(_header(fields))
     named = [parts for parts in fields if len(parts) > 2]
     if len(named) > 1 and draw(st.integers(0, 7)) == 7:

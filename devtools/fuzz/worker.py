@@ -32,7 +32,7 @@ import hypothesis
 import torch
 from hypothesis import Phase
 from hypothesis import strategies as st
-from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 
 from .__main__ import HANGS
 from .guard import Guard
@@ -99,12 +99,13 @@ class Reader:
             (self.kept / "counts.json").write_text(json.dumps(
                 {"executions": self.executions, "outcomes": len(self.outcomes)}))
 
-    def test(self, seed: int | None = None, **settings):
+    def test(self, seed: int | None = None, database: ExampleDatabase | None = None, **settings):
         """Returns Hypothesis's test of changed inputs; one with a seed takes no database."""
 
         @hypothesis.settings(
             deadline=None, report_multiple_bugs=False, print_blob=False,
-            suppress_health_check=list(hypothesis.HealthCheck), **{"database": None} | settings)
+            suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]
+            database=database, **settings)
         @hypothesis.given(st.sampled_from(self.target.samples).flatmap(self.target.changes))
         def test(data):
             self.read(data)
@@ -117,8 +118,8 @@ def fuzz(name: str, kept: Path, seconds: float, executions: int, seed: int, opti
     """Reads changed inputs; an error or the end of the process is a finding."""
     guard = Guard()
     if options:
-        import atheris
-    with (atheris.instrument_imports(include=["featherweight"]) if options
+        import atheris  # pyright: ignore[reportMissingImports]
+    with (atheris.instrument_imports(include=["featherweight"]) if options  # pyright: ignore[reportAttributeAccessIssue]
           else contextlib.nullcontext()):
         reader = Reader(name, folder, guard, kept)
     kept_test = reader.test(database=DirectoryBasedExampleDatabase(kept / "examples"),

@@ -93,6 +93,7 @@ def _run(arguments: list[str], host_arguments: str, seconds: float, show, log: P
     child = start_process(sys.executable, "-m", "devtools.gpu.stages", *arguments, cwd=ROOT,
                           text=True, bufsize=1, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=variables)
+    assert child.stdout is not None
     stopped = threading.Event()
 
     def stop():

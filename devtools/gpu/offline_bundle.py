@@ -118,7 +118,7 @@ def _requirements(host: Path) -> list[str]:
 
 
 def _name(requirement: str) -> str:
-    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
 def _download(python: Path, requirement: str, folder: Path, platforms: list[str]):

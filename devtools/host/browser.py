@@ -97,7 +97,7 @@ class Browser:
             except (OSError, IndexError, StopIteration):
                 continue
         raise BrowserError(
-            f"{self.process.args[0]} did not start. Run it with --headless=new --version to see"
+            f"{find_chromium()} did not start. Run it with --headless=new --version to see"
             " why."
         )
 

@@ -256,9 +256,9 @@ def fetch_tree(target: Path, python: Path, what: str, package: str, sha256: str,
                 or not file.resolve().is_relative_to(partial.resolve())
             ):
                 continue
-            if re.match(wanted, inner):
+            if re.match(wanted, inner) and (content := tar.extractfile(member)):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(tar.extractfile(member).read())
+                file.write_bytes(content.read())
     (partial / mark).write_text(written)
     partial.rename(target)
 
@@ -306,7 +306,8 @@ def _install_packages(host: Path, python: Path, progress: SetupProgress):
     theirs = [line.strip() for line in read(host / "requirements.txt").splitlines()]
     theirs = [line for line in theirs if line and not line.startswith("#")]
     apart = {"torch", "torchvision", "torchaudio", *OPTIONAL}
-    required = [line for line in theirs + ours if re.match(r"[\w.-]+", line)[0] not in apart]
+    required = [line for line in theirs + ours
+                if re.split(r"[^\w.-]", line, maxsplit=1)[0] not in apart]
     constraints = DEV / "constraints.txt"  # or pip replaces this torch by another build
     constraints.write_text(TORCH + "\n")
     progress.begin("packages", "Installing the requirements of ComfyUI and of this pack"

@@ -169,7 +169,7 @@ def newest(packages) -> list[str]:
 
 
 def _is_missing(requirement: str) -> bool:
-    name = re.match(r"[\w.-]*", requirement)[0]  # none in comments and empty lines
+    name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]  # none in comments and empty lines
     try:
         return bool(name) and not importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -201,7 +201,7 @@ def run_tests(version: str, arguments: list[str], **options) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py matrix", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="dev.py matrix", description=str(__doc__).splitlines()[0])
     parser.add_argument("--host", action="append", type=parse_host, metavar="VERSION|FOLDER",
                         help=f"one of {', '.join(VERSIONS)}, or a folder with a ComfyUI; may be"
                              " repeated; default: all versions")

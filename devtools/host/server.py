@@ -97,7 +97,7 @@ class Server:
         self.extra_custom_nodes = extra_custom_nodes or {}
         self.with_pack = with_pack
         self.client_id = uuid.uuid4().hex
-        self.process = None
+        self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Server":
         self._plant_custom_nodes()
@@ -130,7 +130,13 @@ class Server:
         return self
 
     def __exit__(self, *_):
+        assert self.process is not None
         end(self.process)
+
+    def has_ended(self) -> bool:
+        """Whether the process, which was started, is gone."""
+        assert self.process is not None
+        return self.process.poll() is not None
 
     def _plant_custom_nodes(self):
         for name in ("models", "custom_nodes", "input", "output", "user"):
@@ -156,7 +162,7 @@ class Server:
     def _wait_until_ready(self, timeout: float = 600):
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if self.process.poll() is not None:
+            if self.has_ended():
                 raise ServerError(
                     f"ComfyUI stopped while starting. The end of"
                     f" {self.log_path}:\n{self._log_tail()}"

@@ -211,7 +211,7 @@ class Sleeping:
 
 
 class Sleeper(RowRenderer):
-    boot = Sleeping
+    boot = Sleeping  # pyright: ignore[reportAssignmentType]
 
 
 class NotingProgress(BatchProgress):

@@ -52,7 +52,7 @@ class Report:
     def run(self, cases: Mapping[str, Callable], names: Iterable[str], options):
         """Measures cases by their names, each of which yields (title, row)."""
         for name in names:
-            self.begin(name, " ".join(cases[name].__doc__.split()))
+            self.begin(name, " ".join(str(cases[name].__doc__).split()))
             for title, row in cases[name](options):
                 self.add(name, title, row)
             self.end(name)

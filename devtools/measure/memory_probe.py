@@ -42,7 +42,8 @@ def run(probes: Mapping):
 def status(field: str) -> int:
     """Bytes of one field of this process: VmHWM (peak), VmRSS (now), RssAnon (now, without file
     pages)."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    text = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"{field}:\s+(\d+) kB", text)[0]) * 1024
 
 
 def probe_training(path: str, format_name: str, bypass: bool = False) -> dict:

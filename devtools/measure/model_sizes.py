@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from devtools.measure.weights import packed_weight, snr
 
@@ -29,6 +29,7 @@ from featherweight.loaders.inspect.requirements import best_types
 from featherweight.loaders.packing.planning.fit import GIB, HOST_RESERVE_BYTES, step_memory
 from featherweight.loaders.packing.planning.packing_rules import Shapes
 from featherweight.loaders.packing.planning.plan import plan_for_type
+from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix
 PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "NF4", "Q3_K", "Q2_K")
@@ -219,6 +220,7 @@ def cards_table() -> str:
 
 def _cards_row(model: Model, name: str, images: int) -> list[str]:
     """Returns a row for models that get so many images; none where the step is not known."""
+    assert model.config is not None
     step = step_memory(model.config(), images)
     if step is None:
         return []
@@ -235,7 +237,8 @@ def accuracy_table() -> str:
     can be packed here."""
     weights = torch.randn(1024, 3072, generator=torch.Generator().manual_seed(0))
     decibels = {name: snr(weights.to(torch.float8_e4m3fn).float() if name == "FP8"
-                          else packed_weight(name, weights).dequantize(), weights)
+                          else cast(QuantizedTensor, packed_weight(name, weights)).dequantize(),
+                          weights)
                 for name in ("Q8_0", "FP8", "Q5_0", "Q4_0", "NF4", "FP4")}
     row = ["dB", *(f"{value:.1f}" for value in decibels.values())]
     return markdown_table(["", *decibels], [row], NUMBERS)

@@ -116,9 +116,8 @@ class Maker:
         """A packed tensor of the weight `name`."""
         weight = self.tensors[name]
         if way.startswith("llama.cpp"):
-            importance = (
-                self._moments(way, name).importance.numpy() if "importance" in way else None
-            )
+            moments = self._moments(way, name) if "importance" in way else None
+            importance = None if moments is None else moments.importance.numpy()
             data = ggml_quantiser.pack(weight.numpy(), kind, importance)
             return packed_tensor(FORMATS[kind], torch.from_numpy(data), weight.shape)
         if way == "bitsandbytes":

@@ -1,5 +1,6 @@
 """Draws prompts with the demo's model, and tells how far two models' pictures are apart."""
 from pathlib import Path
+from typing import cast
 
 import comfy.model_management
 import comfy.sample
@@ -26,7 +27,8 @@ class Painter:
         demo_files.write_encoder(path)
         clip = load_text_encoder([str(path)], "stable_diffusion")
         self.words = [
-            clip.encode_from_tokens(clip.tokenize(prompt)).float().cpu() for prompt in prompts
+            cast(torch.Tensor, clip.encode_from_tokens(clip.tokenize(prompt))).float().cpu()
+            for prompt in prompts
         ]
         self.noise = [
             torch.randn(1, 16, scenes.SIZE // 8, scenes.SIZE // 8,

@@ -140,7 +140,7 @@ def write(folder: Path, found: dict):
 
 def main():
     parser = argparse.ArgumentParser(prog="python3 dev.py quality",
-                                     description=__doc__.splitlines()[0])
+                                     description=str(__doc__).splitlines()[0])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, metavar="FORMAT")
     parser.add_argument("--prompts", type=int, default=scenes.HELD_OUT,
                         help="how many of the 256 captions never trained on")

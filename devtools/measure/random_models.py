@@ -28,8 +28,9 @@ Shapes = dict[str, tuple]
 
 def shapes_for(options, blocks: tuple[int, int] | None = None) -> Shapes:
     """Shapes of a Flux of the options' sizes, real layer sizes and few blocks."""
-    sizes, blocks = options.sizes, options.blocks or blocks or options.sizes.model_blocks
-    return flux_shapes(sizes.hidden, *blocks, sizes.context)
+    sizes = options.sizes
+    double_blocks, single_blocks = options.blocks or blocks or sizes.model_blocks
+    return flux_shapes(sizes.hidden, double_blocks, single_blocks, sizes.context)
 
 
 def title_for(options, dtype: torch.dtype) -> str:
@@ -62,8 +63,10 @@ def random_weights(shapes: Shapes, name: str) -> dict[str, torch.Tensor]:
 
 def packed_model(weights: dict):
     """Returns ComfyUI's patcher of a state dict with packed weights."""
-    return adopt(comfy.sd.load_diffusion_model_state_dict(
-        weights, model_options={"custom_operations": operations_for(weights)}))
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        weights, model_options={"custom_operations": operations_for(weights)})
+    assert patcher is not None
+    return adopt(patcher)
 
 
 @contextlib.contextmanager
@@ -116,6 +119,7 @@ def with_loras(model, shapes: Shapes, count: int, rank: int):
     for seed in range(count):
         model, _ = comfy.sd.load_lora_for_models(model, None, lora_file(shapes, rank, seed), 1.0,
                                                  0.0)
+    assert model is not None
     return model
 
 

@@ -2,7 +2,7 @@
 import contextlib
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -66,7 +66,7 @@ def side_by_side(variants: Mapping[str, Callable], rounds: int,
     return {name: {**median_and_range(taken), **asked[name]} for name, taken in times.items()}
 
 
-def median_and_range(seconds: list[float]) -> dict[str, float]:
+def median_and_range(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
 
 

@@ -14,7 +14,8 @@ from featherweight.ops.formats.bnb_4bit import Codebook4Bit
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
-from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor, with_low_rank
+from featherweight.ops.tensor.packed_layout import packed_tensor, with_low_rank
+from featherweight.ops.tensor.packed_tensor import PackedTensor
 
 # those of rows by the name of their family
 FORMAT_NAMES = [
@@ -58,7 +59,7 @@ def takes_shape(name: str, shape: tuple[int, ...]) -> bool:
     return columns % packed_format.block_length == 0
 
 
-def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
+def random_weight(format_name: str, shape: tuple[int, ...]) -> PackedTensor:
     """A packed weight of random valid blocks; in ComfyUI's types of random values."""
     if format_name in ROW_TYPES:
         values = torch.randn(shape) / shape[1] ** 0.5
@@ -82,7 +83,7 @@ def random_weight(format_name: str, shape: tuple[int, int]) -> QuantizedTensor:
     return packed_tensor(packed_format, data, shape, scale=scale)
 
 
-def _random_rows(packed_format: RowFormat, shape: tuple[int, int]) -> QuantizedTensor:
+def _random_rows(packed_format: Format, shape: tuple[int, ...]) -> PackedTensor:
     """A packed weight of a format whose block is a row."""
     data, *qparams = random_tensors(packed_format, shape[0], torch.device("cpu"), bounded=True)
     for qparam in qparams:
@@ -91,7 +92,7 @@ def _random_rows(packed_format: RowFormat, shape: tuple[int, int]) -> QuantizedT
     return packed_tensor(packed_format, data, shape, torch.float32, *qparams)
 
 
-def packed_weight(format_name: str, values: torch.Tensor) -> QuantizedTensor | None:
+def packed_weight(format_name: str, values: torch.Tensor) -> PackedTensor | None:
     """A weight of these values, float32 (N, K); None where neither the `gguf` package nor
     bitsandbytes packs it."""
     packed_format = FORMATS[format_name]

@@ -31,6 +31,7 @@ def read(server: Server, turn: int) -> dict[str, float]:
     run = server.queue({"1": {"class_type": "SoakQuiet", "inputs": {"turn": 2 * turn + 1}}})
     objects, tensors = map(int, run.outputs["1"]["text"])
     server.post("/history", {"clear": True})
+    assert server.process is not None
     process = psutil.Process(server.process.pid)
     with process.oneshot():
         memory = process.memory_full_info()

@@ -76,6 +76,7 @@ class Asks:
         latent = graph.add(node, **inputs)
         if positive is None:
             expected = FAMILIES[family]
+            assert expected.context is not None
             pooled = expected.extra["y"][-1] if "y" in expected.extra else 0
             positive = graph.add("SoakPrompt", width=expected.context[-1], pooled=pooled, seed=seed,
                                  turn=self.turn)

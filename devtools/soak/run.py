@@ -79,7 +79,7 @@ class Client:
             except Exception as error:  # the server is gone, or did not answer: the prompt is lost
                 self.run_log.note(ask, "lost", time.monotonic() - started)
                 self.run_log.mistake(ask, f"lost: {error}")
-                if self.server.process.poll() is not None:
+                if self.server.has_ended():
                     return
 
     def ask(self, ask: Ask) -> str:
@@ -125,14 +125,14 @@ def run(server: Server, clients: list[Client], run_log: RunLog, prompts: int, mi
     called with each reading."""
     started, before = time.monotonic(), 0
     end = started + 60 * minutes
-    while run_log.prompts < prompts and time.monotonic() < end and server.process.poll() is None:
+    while run_log.prompts < prompts and time.monotonic() < end and not server.has_ended():
         count = min(every, prompts - run_log.prompts)
         with ThreadPoolExecutor(len(clients)) as pool:
             for done in [
                     pool.submit(client.work, -(-count // len(clients)), end) for client in clients
             ]:
                 done.result()
-        if server.process.poll() is not None:
+        if server.has_ended():
             run_log.mistakes.append(f"The server ended by itself after {run_log.prompts} prompts.")
             break
         reading = {

@@ -84,6 +84,7 @@ class _Graph:
         shows this subgraph. None: nothing is linked there."""
         source, output = self.links[link]
         if source == SUBGRAPH_INPUT:
+            assert self.node and self.parent
             slot = self.node["inputs"][output]
             if slot["link"] is not None:
                 return self.parent.source(slot["link"])

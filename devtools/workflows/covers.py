@@ -5,7 +5,7 @@ in and comes out. All of it comes from the workflow's nodes and note.
 """
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
@@ -207,7 +207,7 @@ class Pen:
 
 
 def _font(size: float) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size * SMOOTH)
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size * SMOOTH))
 
 
 def draw(cover: Cover) -> Image.Image:
@@ -280,7 +280,7 @@ def _paste_row(image: Image.Image, titles: tuple[str, ...], left: float, top: fl
             row, column = divmod(SHEET_TITLES.index(title), COLUMNS)
             x, y = GAP + column * (SIDE + GAP), TOP + row * (SIDE + BELOW)
             picture = sheet.convert("RGB").crop((x, y, x + SIDE, y + SIDE)).resize(
-                (side * SMOOTH,) * 2, Image.Resampling.LANCZOS)
+                (side * SMOOTH, side * SMOOTH), Image.Resampling.LANCZOS)
             image.paste(picture, (round((left + index * (side + SPACE)) * SMOOTH),
                                   round(top * SMOOTH)))
 

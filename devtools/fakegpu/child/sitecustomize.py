@@ -17,10 +17,11 @@ class _WithTorch(importlib.abc.MetaPathFinder):
         if name != "torch":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        execute = spec.loader.exec_module
+        assert spec and spec.loader and spec.origin
+        execute, torch_init = spec.loader.exec_module, spec.origin
 
         def exec_module(module):
-            fakegpu.native.load_device(spec.origin)
+            fakegpu.native.load_device(torch_init)
             execute(module)
             fakegpu.torch_cuda.install(module)
 

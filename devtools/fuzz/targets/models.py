@@ -59,7 +59,8 @@ def model_target(folder: Path, samples: Iterable[bytes], file: str,
         file = open_weights(path)
         assert isinstance(file.declared_type, str)
         assert None not in dict(file.metadata).values()
-        quantizer_of(file), needs_own_reader(str(path))
+        quantizer_of(file)
+        needs_own_reader(str(path))
         tensors = file.state_dict()
         for entry in file.entries.values():
             assert file.tensor(entry.name).nbytes == entry.nbytes
@@ -186,7 +187,7 @@ for _module in pkgutil.iter_modules([str(QUANTIZERS)]):
     if _module.name != "base":
         _text = ast.parse((QUANTIZERS / f"{_module.name}.py").read_text(encoding="utf-8"))
         TARGETS[_module.name] = Maker(
-            ast.get_docstring(_text).partition("\n")[0].rstrip("."),
+            (ast.get_docstring(_text) or "").partition("\n")[0].rstrip("."),
             partial(quantizer_target, _module.name))
 
 

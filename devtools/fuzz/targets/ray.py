@@ -78,11 +78,13 @@ def ray_request(folder: Path) -> Target:
         for change in changes:
             drawn = graphs.apply_changes(sent, change)
             assert drawn.keys() == sent.keys() and graphs.classes(drawn) == graphs.classes(sent)
-            graphs.digest(drawn), graphs.texts(drawn)
+            graphs.digest(drawn)
+            graphs.texts(drawn)
         stream = io.BytesIO()
         messages.write(stream, {"op": "run", "number": 0, "graph": sent, "changes": changes})
         stream.seek(0)
-        assert messages.read(stream)[0]["graph"].keys() == sent.keys()
+        found = messages.read(stream)
+        assert found is not None and found[0]["graph"].keys() == sent.keys()
 
     return Target(folder, [
         json.dumps({"prompt": each, "link": ["8", 0], "count": 3, "texts": texts}).encode()

@@ -47,7 +47,8 @@ def packed_cache(folder: Path) -> Target:
     from featherweight.ops.quantize.pack_tensor import pack_tensor
     from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 
-    wanted = {f"{name}.weight": (name, (16, 64)) for name in ("NF4", "int8_convrot", "nvfp4")}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{name}.weight": (name, (16, 64)) for name in ("NF4", "int8_convrot", "nvfp4")}
     wanted["plain.bias"] = "F32", (4,)
     packed = {name: pack_to_type(torch.ones(shape), ROW_TYPES[kind]) if kind in ROW_TYPES
               else pack_tensor(torch.ones(shape), FORMATS[kind]) if kind in FORMATS
@@ -81,7 +82,8 @@ def measurement(folder: Path, samples: list[bytes], file: str) -> Target:
         found = load_measurement(path)
         assert len(found.digest) == 16
         if found.costs:
-            report(found), summary(found)
+            report(found)
+            summary(found)
         shapes = dict(found.shapes) or {
             name: (8, len(values)) for name, values in getattr(found, "values", {}).items()}
         found = found.match(shapes)

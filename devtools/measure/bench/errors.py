@@ -3,6 +3,7 @@ numbers."""
 import contextlib
 import tempfile
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 from devtools.measure.painter import Painter, psnr, with_lora
@@ -21,6 +22,7 @@ from devtools.files.gguf_files import write_gguf
 from devtools.files.tiny_models import flux
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.layers import int8, kitchen_products, product
+from featherweight.ops.tensor.packed_tensor import PackedTensor
 
 TYPES = ("Q8_0", "Q5_0", "Q4_0")
 DEMO_FLUX = {"depth": 2, "depth_single_blocks": 2, "hidden_size": 256}
@@ -77,7 +79,8 @@ def bench_int8_error(options):
     outliers = input * torch.where(torch.arange(columns, device=device()) % 384 == 7, 50.0, 1.0)
     for name in options.formats:
         packed = packed_weight(name, original)
-        weight = (random_weight(name, original.shape) if packed is None else packed).to(device())
+        weight = cast(PackedTensor, (random_weight(name, original.shape) if packed is None
+                                     else packed).to(device()))
         exact = product.linear(input, weight)
         row = {"int8, dB": snr(int8.linear(input, weight), exact),
                "int8 with outliers, dB": snr(int8.linear(outliers, weight),

@@ -3,6 +3,8 @@ import functools
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Callable
+from typing import cast
 
 from devtools.measure.random_models import LORA_CASES, flux_file, packs, randn, random_branch
 from devtools.measure.timing import device, fast_dtype, float_dtypes, side_by_side
@@ -23,6 +25,7 @@ from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.kernels.selector import Selector
 from featherweight.ops.layers import int8, product
 from featherweight.ops.tensor.packed_layout import packed_tensors
+from featherweight.ops.tensor.packed_tensor import PackedTensor
 
 dense_linear = torch.nn.functional.linear
 
@@ -68,7 +71,7 @@ def bench_shapes(options):
     float32, for each layer shape N x K and M rows of input. int8: with `compute` int8, for as many
     rows as it takes."""
     for shape in options.sizes.shapes:
-        packed = {name: random_weight(name, shape).to(device()) for name in options.formats}
+        packed = {name: _on_device(random_weight(name, shape)) for name in options.formats}
         for dtype in float_dtypes():
             dense = randn(*shape, dtype=dtype)
             for count in options.sizes.tokens:
@@ -79,6 +82,10 @@ def bench_shapes(options):
                     if _in_int8(count):
                         variants[f"{name} int8"] = functools.partial(int8.linear, rows, weight)
                 yield _title(shape, dtype, count), side_by_side(variants, options.rounds)
+
+
+def _on_device(weight: PackedTensor) -> PackedTensor:
+    return cast(PackedTensor, weight.to(device()))
 
 
 def _title(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> str:
@@ -100,7 +107,7 @@ def bench_compilers(options):
         return
     folder = private_files.cache_folder() / "kernels"
     made = {name: vars(CpuKernels(CppCompiler(command, folder)))
-            for name, command in commands.items()}
+            for name, command in commands.items() if command}
     with_kernels, without = kernels._selectors, {device(): Selector(device(), None)}
     shape = options.sizes.shapes[-1]
 
@@ -129,8 +136,8 @@ def bench_dequantize(options):
     out, on_a_cpu = torch.empty_like(dense), device().type == "cpu"
     for name in options.formats:
         packed_format = format_for(name, dense.shape[1])
-        tensors = packed_tensors(random_weight(name, tuple(dense.shape)).to(device()))
-        variants = {
+        tensors = packed_tensors(_on_device(random_weight(name, dense.shape)))
+        variants: dict[str, Callable] = {
             "copy_": functools.partial(out.copy_, dense),
             "kernels": functools.partial(kernels.dequantize_into, packed_format, tensors, out),
             "torch, chunks": functools.partial(packed_format.dequantize_into, tensors, out)}
@@ -151,7 +158,7 @@ def bench_lora(options):
     rounded once."""
     rows, columns = options.sizes.weight
     dtype = fast_dtype()
-    weight, bias = random_weight("Q4_K", (rows, columns)).to(device()), randn(rows, dtype=dtype)
+    weight, bias = _on_device(random_weight("Q4_K", (rows, columns))), randn(rows, dtype=dtype)
 
     def in_the_weight(input, branch):
         merged = product.dequantize(weight, torch.float32)
@@ -189,15 +196,16 @@ def bench_peer(options):
 def _layer_rows(title: str, layers: dict[str, torch.nn.Module], options):
     """Yields rows of a layer of ours and one of a peer's."""
     ours, theirs = layers.values()
-    packed = ours.weight.params.format, packed_tensors(ours.weight)
+    weight, dequantize = cast(PackedTensor, ours.weight), cast(Callable, theirs.get_weight)
+    packed = weight.params.format, packed_tensors(weight)
     for dtype in (torch.bfloat16, torch.float32):
-        buffer = torch.empty(ours.weight.shape, dtype=dtype, device=device())
+        buffer = torch.empty(weight.shape, dtype=dtype, device=device())
         yield f"{title}, to {dtype_name(dtype)}", side_by_side({
             "Featherweight": functools.partial(kernels.dequantize_into, *packed, buffer),
-            options.peer.name: functools.partial(theirs.get_weight, theirs.weight, dtype)
+            options.peer.name: functools.partial(dequantize, theirs.weight, dtype)
         }, options.rounds)
     for tokens in (1, options.sizes.model_tokens):
-        rows = randn(tokens, ours.weight.shape[1])
+        rows = randn(tokens, weight.shape[1])
         yield f"{title}, M = {tokens}", side_by_side(
             {pack: functools.partial(layer, rows) for pack, layer in layers.items()},
             options.rounds)

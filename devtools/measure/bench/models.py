@@ -46,9 +46,9 @@ def bench_model(options):
     weights = {name: random_weights(shapes, name) for name in options.formats}
     dense = {name: product.dequantize(weight, dtype) if is_packed(weight) else weight
              for name, weight in weights[options.formats[0]].items()}
-    models = {"dense": comfy.sd.load_diffusion_model_state_dict(dense,
-                                                                model_options={"dtype": dtype})}
-    models |= {name: packed_model(state) for name, state in weights.items()}
+    unpacked = comfy.sd.load_diffusion_model_state_dict(dense, model_options={"dtype": dtype})
+    assert unpacked is not None
+    models = {"dense": unpacked} | {name: packed_model(state) for name, state in weights.items()}
     for model in models.values():
         model.set_model_compute_dtype(dtype)
     yield title_for(options, dtype), side_by_side(

@@ -244,7 +244,7 @@ def step_of(patcher, inputs):
 
 def openvino_steps(channels: int, inputs, precisions: Iterable[str] = PRECISIONS) -> dict:
     """The same U-Net of diffusers in OpenVINO."""
-    from diffusers import UNet2DConditionModel
+    from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 
     unet = UNet2DConditionModel(
         sample_size=inputs[0].shape[-1], cross_attention_dim=CONTEXT, attention_head_dim=HEADS,
@@ -256,13 +256,13 @@ def openvino_steps(channels: int, inputs, precisions: Iterable[str] = PRECISIONS
 def openvino_decoders(name: str, channels: int, latent: torch.Tensor,
                       precisions: Iterable[str] = PRECISIONS) -> dict:
     """The decoder of diffusers' VAE of that name in OpenVINO; channels: of the VAE, 128."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    from diffusers import AutoencoderKL, AutoencoderTiny  # pyright: ignore[reportPrivateImportUsage]
 
     vae = AutoencoderTiny() if name == "TAESD" else AutoencoderKL(
-        up_block_types=("UpDecoderBlock2D",) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
         block_out_channels=tuple(channels * factor for factor in VAE["ch_mult"]),
         layers_per_block=VAE["num_res_blocks"])
-    vae.forward = lambda sample: vae.decode(sample, return_dict=False)[0]
+    vae.forward = lambda sample: vae.decode(sample, return_dict=False)[0]  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return compiled_by_openvino(vae, {"sample": latent}, precisions)
 
 
@@ -274,15 +274,15 @@ def compiled_by_openvino(model: torch.nn.Module, inputs: dict[str, torch.Tensor]
         inputs: by the names of the arguments of `model`.
         precisions: that it computes in, of `PRECISIONS`.
     """
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     with torch.no_grad(), contextlib.redirect_stdout(None):
-        model = openvino.convert_model(model.eval().half().float(), example_input=inputs)
-    model.reshape({number: list(value.shape) for number, value in enumerate(inputs.values())})
+        converted = openvino.convert_model(model.eval().half().float(), example_input=inputs)
+    converted.reshape({number: list(value.shape) for number, value in enumerate(inputs.values())})
     core, steps = openvino.Core(), {}
     arrays = dict(enumerate(value.numpy() for value in inputs.values()))
     for precision in precisions:
-        compiled = core.compile_model(model, "CPU", {
+        compiled = core.compile_model(converted, "CPU", {
             "INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": torch.get_num_threads()})
         steps[f"OpenVINO {PRECISIONS[precision]}"] = lambda compiled=compiled: compiled(arrays)
@@ -300,15 +300,16 @@ def bench_lcm(options):
         precision = fitting_precision()
         parts = openvino_parts(channels, size, precision)
         ways = {f"OpenVINO {PRECISIONS[precision]}": parts, **ways}
-    variants = {(name, part): run for name, parts in ways.items() for part, run in parts.items()}
+    variants = {f"{name}, {part}": run
+                for name, parts in ways.items() for part, run in parts.items()}
     time_in_turn(variants, 1)  # to warm up
     seconds = time_in_turn(variants, options.rounds)
     for part in (TEXT, SAMPLING, *VAES):
-        yield part, {name: median_and_range(seconds[name, part]) for name in ways}
+        yield part, {name: median_and_range(seconds[f"{name}, {part}"]) for name in ways}
     for vae in VAES:
         yield f"prompt to picture, {vae}", {
             name: median_and_range([sum(parts) for parts in zip(
-                *(seconds[name, part] for part in (TEXT, SAMPLING, vae)))]) for name in ways}
+                *(seconds[f"{name}, {part}"] for part in (TEXT, SAMPLING, vae)))]) for name in ways}
 
 
 def pack_parts(channels: int, size: int) -> dict[str, Callable[[], None]]:

@@ -187,4 +187,4 @@ def _let_torchvision_be_imported():
     whatever its version says."""
     shim = sys.modules.get("featherweight_cpu_torch_shim")
     if shim is not None:
-        shim._torch_is_cpu = lambda: True
+        shim._torch_is_cpu = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
