@@ -152,7 +152,7 @@ def _measure_row(patcher: ModelPatcher, run: SamplingRun, row: Row, deadline: fl
         The row, the result of a step on the CPU, and the shape of its latents.
     """
     seconds, shape, largest = [], (), 0
-    result = torch.empty(0)
+    result = torch.empty(0, dtype=torch.float32)
 
     def on_step(number: int, step: SamplingStep):
         nonlocal seconds, result, shape, largest
