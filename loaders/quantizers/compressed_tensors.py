@@ -135,6 +135,7 @@ def _pack_quantized(layer: Layer) -> torch.Tensor:
         zeros = _plus_half(zeros, scales, bits)
     if groups is not None and bool((groups < 0).any()):
         groups = None  # -1: the columns are in order
+    _check_groups(layer, columns, scales.shape[1])
     packed = codes.contiguous().view(torch.uint8)[:, :columns * bits // 8].contiguous()
     return pack_integers(packed, columns, bits, scales, zeros, groups)
 
@@ -144,6 +145,7 @@ def _int_quantized(layer: Layer) -> torch.Tensor:
     scales, zeros = _scales(layer), parts.get(ZEROS)
     if zeros is not None:
         zeros = _plus_half(zeros, scales, 8)
+    _check_groups(layer, codes.shape[1], scales.shape[1])
     return pack_integers(codes.contiguous().view(torch.uint8) ^ 0x80, codes.shape[1], 8, scales,
                          zeros, parts.get(GROUPS))
 
@@ -154,6 +156,23 @@ def _scales(layer: Layer) -> torch.Tensor:
     if scales.numel() == 1:
         return scales.view(1, 1).expand(layer.sizes["N"], 1).contiguous()
     return scales.unsqueeze(-1) if scales.ndim == 1 else scales
+
+
+def _check_groups(layer: Layer, columns: int, count: int):
+    """Raises PartError if a row has another number of scales than the config says."""
+    counts = set()
+    for given in settings_of_groups(layer.file):
+        size = given.get("group_size")
+        if given.get("strategy") in ("channel", "tensor") or size == -1:
+            counts.add(1)
+        elif isinstance(size, int) and size > 0:
+            counts.add(-(-columns // size))
+        else:
+            return  # it does not say
+    if counts and count not in counts:
+        raise PartError(f"its {SCALE} has {count} scales for each row of {columns} columns,"
+                        f" expected {' or '.join(map(str, sorted(counts)))} by the config's"
+                        " group_size")
 
 
 def _plus_half(zeros: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

@@ -56,7 +56,8 @@ QUANTIZED_MODELS = {
     "compressed-tensors int8": (int_quantized, {"quant_method": "compressed-tensors"}, None),
     "compressed-tensors nvfp4": (nvfp4, {"quant_method": "compressed-tensors"}, None),
     "compressed-tensors 5 bits": (functools.partial(pack_quantized, bits=5), {
-        "quant_method": "compressed-tensors"}, None),
+        "quant_method": "compressed-tensors", "config_groups": {"group_0": {
+            "weights": {"num_bits": 5, "strategy": "group", "group_size": 32}}}}, None),
     "compressed-tensors mxfp4": (mxfp, {"quant_method": "compressed-tensors"}, None),
     "compressed-tensors mxfp6": (functools.partial(mxfp, bits=6), {
         "quant_method": "compressed-tensors"}, None),

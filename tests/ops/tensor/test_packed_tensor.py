@@ -482,6 +482,8 @@ def test_what_the_host_pins_is_the_bytes(monkeypatch):
                         lambda tensor: pinned.subtract([tensor.data_ptr()]))
     # on a CPU the host pins nothing
     monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 1 << 30)
+    # other tests may need the memory that is to stay free
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1 << 40)
     patcher = packed_flux("Q8_0")
     name, layer = next((name, layer) for name, layer in patcher.model.named_modules()
                        if layer in packed_layers(patcher))
