@@ -50,8 +50,8 @@ def _lint(environment: Environment) -> int:
     """
     packages = ROOT / ".dev" / "packages"  # where pyright finds the pack under its own name
     packages.mkdir(exist_ok=True)
-    if not (packages / "featherweight").exists():
-        (packages / "featherweight").symlink_to(ROOT, target_is_directory=True)
+    if not (packages / "featherweight").is_symlink():  # relative: it stays right where .dev moves
+        (packages / "featherweight").symlink_to(Path("..", ".."), target_is_directory=True)
     codes = [environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")]
     for version in CHECKED_PYTHONS:
         codes.append(environment.run(
