@@ -116,9 +116,8 @@ class EmbeddedComfyUI:
         # before torch, as it sets up paths, devices and dynamic VRAM
         import main
 
-        server: Any
-        self.loop, server, _ = main.start_comfyui()
-        self.server = server
+        self.server: Any
+        self.loop, self.server, _ = main.start_comfyui()
         # Python names a thread after its function
         self.prompt_thread = next((thread for thread in threading.enumerate()
                                    if thread.name.endswith("(prompt_worker)")), None)

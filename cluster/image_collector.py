@@ -143,8 +143,9 @@ class ImageCollector:
             GraphError: an item has none.
         """
         missing = next((index for index in range(self.count) if index not in self.done), None)
-        if missing is not None or self.images is None:
-            raise GraphError(f"Item {(missing or 0) + 1} of {self.count} gave no picture.")
+        if missing is not None:
+            raise GraphError(f"Item {missing + 1} of {self.count} gave no picture.")
+        assert self.images is not None  # all items are done
         if not self.other_batches:
             return self.images
         parts = numpy.split(self.images, self.count)

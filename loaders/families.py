@@ -34,7 +34,7 @@ class Model:
         host: the host's class of its configuration; derived classes without a row count as it.
         clip_type: the `type` of its text encoders in the loaders.
         encoders: keys of `encoder_sets.TITLES` that go together; a | between those of which one is
-            enough.
+            enough. Of three and more, any one and any two work too.
         also: encoders that its type takes alone, too.
         text_width: columns of its text input, where they tell models of one `host` apart.
         pipelines: how the names of its diffusers pipelines begin, in lower case.
@@ -327,8 +327,7 @@ FAMILIES = (
         "SD3",
         (
             Model("SD3 or SD3.5 Medium", 1536, (24, 0), r"stable-diffusion-3|sd3", "SD3", "sd3",
-                  ("CLIP_L", "CLIP_G", "T5_XXL"), ("CLIP_L", "CLIP_G", "T5_XXL"),
-                  pipelines=("stablediffusion3",)),
+                  ("CLIP_L", "CLIP_G", "T5_XXL"), pipelines=("stablediffusion3",)),
             Model("SD3.5 Large", 2432, (38, 0), r"stable-diffusion-3|sd3"),
         ),
         _SD3,
@@ -411,7 +410,6 @@ FAMILIES = (
         "HiDream",
         (
             Model("HiDream", 2560, (0, 0), r"hidream", "HiDream", "hidream",
-                  ("CLIP_L", "CLIP_G", "T5_XXL", "LLAMA3_8"),
                   ("CLIP_L", "CLIP_G", "T5_XXL", "LLAMA3_8"), pipelines=("hidreamimage",)),
         ),
         _HIDREAM,

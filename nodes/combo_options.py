@@ -4,6 +4,11 @@ import comfy.sd
 import nodes as host_nodes
 
 
+def host_node(node_id: str) -> type:
+    """Returns the class of a node of the host's or of another pack."""
+    return host_nodes.NODE_CLASS_MAPPINGS[node_id]
+
+
 def combo_options(node: type, name: str) -> list[str]:
     """Returns the options of one input of a node; none if it has no such input or no options.
 
@@ -32,7 +37,7 @@ def encoder_types(*node_ids: str) -> list[str]:
     If one of them offers none, all types that the host knows are added.
     """
     offered = [
-        combo_options(host_nodes.NODE_CLASS_MAPPINGS[node_id], "type")
+        combo_options(host_node(node_id), "type")
         if node_id in host_nodes.NODE_CLASS_MAPPINGS
         else []
         for node_id in node_ids

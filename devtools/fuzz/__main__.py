@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from devtools import ROOT
+from devtools import ROOT, markdown_table
 
 from .targets import TARGETS
 
@@ -115,11 +115,11 @@ def replay(paths: list[Path]) -> int:
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| target | reads | executions | outcomes | edges covered |", "|---|---|---|---|---|"]
-    lines += [f"| `{each.target}` | {TARGETS[each.target].reads} | {each.executions} |"
-              f" {each.outcomes} | {'-' if each.edges is None else each.edges} |"
-              for each in results]
-    return "\n".join(lines)
+    return markdown_table(
+        ["target", "reads", "executions", "outcomes", "edges covered"],
+        [[f"`{each.target}`", TARGETS[each.target].reads, str(each.executions),
+          str(each.outcomes), "-" if each.edges is None else str(each.edges)]
+         for each in results])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     (out / "results.json").write_text(json.dumps({
         "with": "atheris" if atheris else "hypothesis", "seed": options.seed, "seconds": took,
         "executions": total, "targets": [asdict(each) for each in results]}, indent=1))
-    print(f"\n{table(results)}\n")
+    print(f"\n{table(results)}")
     print(f"{'Failed' if broken else 'Done'}: {total} executions over {len(results)} targets in"
           f" {took:.0f} s, {broken} findings ({os.path.relpath(out / 'results.json')})")
     return 1 if broken else 0

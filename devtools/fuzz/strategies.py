@@ -167,7 +167,7 @@ def changed_safetensors(draw, data: bytes) -> bytes:
         key = draw(st.sampled_from(list(metadata)))
         text = draw(changed(str(metadata[key]).encode()))
         metadata = metadata | {key: text.decode("utf-8", "replace")}
-    elif kind == "resize":  # fewer rows or columns of all, which still belong together
+    elif kind == "resize":  # fewer rows or columns of every tensor alike
         axis, divisor = draw(st.sampled_from([-1, 0])), draw(st.sampled_from([2, 4, 8, 16, 32]))
         tensors = {name: (dtype, _divided(shape, axis, divisor), values)
                    for name, (dtype, shape, values) in tensors.items()}

@@ -47,7 +47,7 @@ class FindingError(Exception):
 
 @functools.cache
 def error_class(kind: str, where: str) -> type[FindingError]:
-    """Returns a class for each kind of finding: Hypothesis tells errors apart by their classes."""
+    """Returns a class for each finding: Hypothesis distinguishes errors by their classes."""
     return type("FindingError", (FindingError,), {})
 
 

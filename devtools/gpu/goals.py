@@ -15,7 +15,7 @@ GOALS = [
 
 
 def goals(figures: dict) -> list[tuple[str, str, str, str]]:
-    """Returns of each goal what it is, what is wanted and found, and whether it is reached."""
+    """Returns (what is measured, the goal, the figure, whether it is reached) of each goal."""
     lines = []
     for stage, title, variant, most in GOALS:
         row = figures.get(stage, {}).get("rows", {}).get(title)

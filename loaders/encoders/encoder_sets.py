@@ -100,13 +100,15 @@ def _sets_of_types() -> tuple[dict[str, set[str]], dict[int, dict[str, list[set[
         groups = model.encoder_groups
         if model.clip_type in UNCHECKED or not groups:
             continue
-        alone = set(model.also) | (groups[0] if len(groups) == 1 else set())
-        if alone:
-            single.setdefault(model.clip_type, set()).update(alone)
+        alone = set(model.also)
         if len(groups) > 1:
             sets[len(groups)][model.clip_type] = groups
-        if len(groups) > 2:  # any two of them do
+        if len(groups) != 2:
+            alone |= set().union(*groups)
+        if len(groups) > 2:
             sets[2][model.clip_type] = [alone] * 2
+        if alone:
+            single.setdefault(model.clip_type, set()).update(alone)
     return single, sets
 
 

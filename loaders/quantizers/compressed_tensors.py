@@ -120,7 +120,7 @@ def _pack_quantized(layer: Layer) -> torch.Tensor:
     widths = [bits for bits in BITS if -(-columns * bits // 32) == codes.shape[1]]
     settled = [given.get("num_bits") for given in settings_of_groups(layer.file)]
     widths = [bits for bits in widths if bits in settled] or widths
-    if len(widths) != 1 or columns * widths[0] % 8 or (columns % 8 and 8 % widths[0]):
+    if len(widths) != 1:
         raise PartError(f"its {PACKED} is {describe(codes)} for {columns} columns, expected words"
                         f" of {', '.join(map(str, BITS))} bits a value without gaps")
     bits = widths[0]

@@ -2,17 +2,16 @@
 
 A key is the input's name, with a word after a colon where packs differ in what they offer.
 """
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from comfy_api.latest import io
 
-import nodes as host_nodes
-
 from ...loaders.devices import DEFAULT, gpus
 from ...loaders.paths.folders import ENCODER, LORA_FOLDERS, list_files, list_model_folders
-from ..combo_options import combo_options, encoder_types
+from ..combo_options import combo_options, encoder_types, host_node
 from ..file_inputs import Options, file_options, is_name, nullable_options, open_options
 from ..load_diffusion_model import FOLDERS
 from ..load_text_encoder import FOLDERS as CLIP_FOLDERS
@@ -65,12 +64,11 @@ def make_inputs(keys: str, further: Mapping[str, LegacyInput] | None = None) -> 
     return [rows[key].make(key.partition(":")[0]) for key in keys.split()]
 
 
-def _file(tooltip: str, options: Callable[[], Sequence[str]]) -> LegacyInput:
-    return LegacyInput(io.Combo, tooltip, options=options, required=True, file=True)
+def _choice(tooltip: str, options: Callable[[], Sequence[str]], file: bool = False) -> LegacyInput:
+    return LegacyInput(io.Combo, tooltip, options=options, required=True, file=file)
 
 
-def _choice(tooltip: str, options: Callable[[], Sequence[str]]) -> LegacyInput:
-    return LegacyInput(io.Combo, tooltip, options=options, required=True)
+_file = functools.partial(_choice, file=True)
 
 
 def _models() -> list[str]:
@@ -99,7 +97,7 @@ def _vaes() -> list[str]:
 
 def host_vae_names() -> list[str]:
     """Returns what the host's own VAE loader offers."""
-    return combo_options(host_nodes.NODE_CLASS_MAPPINGS["VAELoader"], "vae_name")
+    return combo_options(host_node("VAELoader"), "vae_name")
 
 
 def _unused(kind, why: str, default, options: Callable | Sequence[str] | None = None,
@@ -186,8 +184,7 @@ INPUTS: dict[str, LegacyInput] = {
     "weight_dtype": LegacyInput(
         io.Combo, "As in ComfyUI's own loader, for files without packed weights.",
         {"default": "default"},
-        lambda: combo_options(host_nodes.NODE_CLASS_MAPPINGS["UNETLoader"],
-                              "weight_dtype") or ["default"]),
+        lambda: combo_options(host_node("UNETLoader"), "weight_dtype") or ["default"]),
     # devices
     "device:encoder": LegacyInput(
         io.Combo, "cpu: encode on the CPU and leave the GPU's memory to the diffusion model.",

@@ -7,10 +7,9 @@ import comfy.sd
 import torch
 from comfy_api.latest import io
 
-import nodes as host_nodes
-
 from ...loaders.models.vae import build_vae, load_vae
 from ...loaders.paths.folders import find_file, validate_files
+from ..combo_options import host_node
 from .inputs import host_vae_names
 from .loaders import Loader
 
@@ -27,7 +26,7 @@ def load(vae_name: str, device: torch.device | None = None) -> comfy.sd.VAE:
     """
     if _is_file(vae_name):
         return load_vae(find_file(vae_name, *FOLDERS), device)
-    host = host_nodes.NODE_CLASS_MAPPINGS["VAELoader"]
+    host = host_node("VAELoader")
     if device is None:
         return host().load_vae(vae_name)[0]
     # from here on as the host's loader does

@@ -44,7 +44,7 @@ def lora_target(folder: Path, samples: list[bytes], ending: str) -> Target:
 
 
 def loras() -> list[dict]:
-    """Returns small LoRAs of each kind."""
+    """Returns small LoRAs of each adapter type."""
     import torch
     from patched_models import KINDS, lora_for
 

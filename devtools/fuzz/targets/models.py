@@ -183,12 +183,12 @@ def quantizer_target(name: str, folder: Path) -> Target:
         lambda path: path / MODEL if os.listdir(path) == [MODEL] else path, longest=2 * LARGEST)
 
 
-for _module in pkgutil.iter_modules([str(QUANTIZERS)]):
-    if _module.name != "base":
-        _text = ast.parse((QUANTIZERS / f"{_module.name}.py").read_text(encoding="utf-8"))
-        TARGETS[_module.name] = Maker(
-            (ast.get_docstring(_text) or "").partition("\n")[0].rstrip("."),
-            partial(quantizer_target, _module.name))
+NAMES = [module.name for module in pkgutil.iter_modules([str(QUANTIZERS)])
+         if module.name != "base"]
+for _name in NAMES:
+    _text = ast.parse((QUANTIZERS / f"{_name}.py").read_text(encoding="utf-8"))
+    TARGETS[_name] = Maker((ast.get_docstring(_text) or "").partition("\n")[0].rstrip("."),
+                           partial(quantizer_target, _name))
 
 
 @target
@@ -212,8 +212,8 @@ def inspect(folder: Path) -> Target:
     from featherweight.loaders.inspect import inspect
     from featherweight.loaders.inspect.inspection_text import inspection_text
 
-    samples = [sample for path in sorted(QUANTIZERS.glob("[!_]*.py")) if path.stem != "base"
-               for sample in quantizer_samples(path.stem)[:2]]
+    samples = [sample for name in NAMES for sample in quantizer_samples(name)[:2]]
+
     def read(path: Path):
         for inspection in inspect(path):
             inspection_text(inspection)
@@ -237,9 +237,9 @@ def tokenizer(folder: Path) -> Target:
                       "token_type": [3, 3, 3, 3, 1, 1, 1, 4]}
     one = np.ones((1, 32))
     umt5 = {f"{name}.weight": one for name in ("enc.blk.0.attn_q", "enc.blk.0.ffn_gate")} | {
-        "token_embd.weight": np.ones((1 << 17, 0))}  # told by its rows
+        "token_embd.weight": np.ones((1 << 17, 0))}  # detected by its rows
     gpt_oss = {"blk.0.attn_sinks.weight": one, "token_embd.weight": one}
-    mistral = {"blk.0.attn_k.weight": np.ones((0, 3072))}  # told by its width
+    mistral = {"blk.0.attn_k.weight": np.ones((0, 3072))}  # detected by its width
 
     def read(path: Path):
         TOKENIZERS.clear()
