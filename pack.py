@@ -68,9 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", help="the file to write; it must not exist")
     parser.add_argument(
         "--type",
-        help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, 'as it is', or one of ComfyUI's own:"
-             " int8_convrot, float8_e4m3fn, mxfp8, nvfp4, asym_w4a8_int8; with --size several of"
-             " these, such as int8_convrot+nvfp4",
+        help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, 'keep types', or one of ComfyUI's"
+             " own: int8_convrot, float8_e4m3fn, mxfp8, nvfp4, asym_w4a8_int8; with --size several"
+             " of these, such as int8_convrot+nvfp4",
     )
     parser.add_argument(
         "--size", type=parse_size,
@@ -149,6 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         HOST_TYPES,
         KEEP_TYPES,
         MIXES,
+        RENAMED_TYPES,
         TYPES,
         SaveOptions,
         plan_file,
@@ -159,6 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
     from featherweight.ops.quantize.row_types import ROW_TYPES
 
     chosen = arguments.type.split("+") if arguments.type else []
+    chosen = [RENAMED_TYPES.get(name, name) for name in chosen]
     names = (*TYPES, *ROW_TYPES, KEEP_TYPES)
     unknown = next((name for name in chosen if name not in names), None)
     if unknown is not None:
@@ -197,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             row_types=row_types if arguments.size else (),
         )
-        plan = plan_file(source, arguments.out, arguments.size or arguments.type, options)
+        plan = plan_file(source, arguments.out, arguments.size or chosen[0], options)
         print(plan.text, flush=True)
         saved = save(plan, Progress("packing").track)
     print("\n".join([*saved.notes, f"Done: {saved}"]))

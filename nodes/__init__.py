@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 
 OWN_PREFIX = "Featherweight"
 # ids of inputs that name a file or a folder
-FILE_INPUTS = re.compile(r".*_name(_?\d+)?|model_path|text_encoder_?\d|mmproj|sensitivity")
+FILE_INPUTS = re.compile(
+    r".*_name(_?\d+)?|model_path|text_encoder_?\d|mmproj|sensitivity|measurement"
+)
 FILE_VERSIONS = FileVersions()  # lives as long as ComfyUI's cache of node outputs
 
 

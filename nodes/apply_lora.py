@@ -14,9 +14,11 @@ from ..loaders.lora.report import report_text
 from ..loaders.paths.folders import LORA_FOLDERS, find_file, list_files, validate_files
 from .file_inputs import validated_inputs
 from .number_checks import reject_infinite
+from .renamed_options import current, renamed_combo
 
 NONE = "none"  # no LoRA
-APPLY, FAIL = "apply the rest", "fail"
+SKIP, ERROR = "skip", "error"
+RENAMED_MISFITS = {"apply the rest": SKIP, "fail": ERROR}
 
 
 class ApplyLora(io.ComfyNode):
@@ -68,10 +70,12 @@ class ApplyLora(io.ComfyNode):
                     " preset:OUTALL. Empty: the same strength for all blocks. The help page of"
                     " this node lists the rules.",
                 ),
-                io.Combo.Input(
+                renamed_combo(
                     "misfits",
-                    options=[APPLY, FAIL],
-                    default=APPLY,
+                    [SKIP, ERROR],
+                    RENAMED_MISFITS,
+                    default=SKIP,
+                    display_name="if layers do not match",
                     tooltip="What to do when some layers of the LoRA do not fit. apply the rest:"
                     " apply the other layers. fail: stop with an error that names the layers. A"
                     " LoRA without any matching layer is always an error.",
@@ -110,7 +114,7 @@ class ApplyLora(io.ComfyNode):
         strength_model=1.0,
         strength_clip=1.0,
         block_weights="",
-        misfits=APPLY,
+        misfits=SKIP,
         clip=None,
     ) -> io.NodeOutput:
         reject_infinite(strength_model=strength_model, strength_clip=strength_clip)
@@ -130,12 +134,12 @@ class ApplyLora(io.ComfyNode):
             settings["blocks"] = " ".join(block_weights.split())
         if report.fits == "no":
             raise ValueError(f"{lora_name} is not applied. {report.verdict}")
-        if report.misfits and misfits == FAIL:
+        if report.misfits and current(misfits, RENAMED_MISFITS) == ERROR:
             count = len(report.misfits)
             ellipsis = " …" if count > 3 else ""
             raise ValueError(
-                f"{lora_name} is not applied, because misfits is set to fail. {report.verdict}"
-                f" {count} do not fit: {'; '.join(report.misfits[:3])}{ellipsis}"
+                f"{lora_name} is not applied, because 'if layers do not match' is error."
+                f" {report.verdict} {count} do not fit: {'; '.join(report.misfits[:3])}{ellipsis}"
             )
         model, clip = apply_lora(model, clip, report, strength_model, strength_clip, factor)
         return io.NodeOutput(

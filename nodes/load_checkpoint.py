@@ -12,8 +12,8 @@ from ..loaders.paths.folders import (
     validate_files,
 )
 from .load_diffusion_model import (
-    AS_THE_FILE,
     DEFAULT_SIZE,
+    NO_CHANGE,
     compute_input,
     disable_dynamic_vram_input,
     host_formats_input,
@@ -83,7 +83,7 @@ class LoadCheckpoint(io.ComfyNode):
         checkpoint_name,
         compute="exact",
         disable_dynamic_vram=False,
-        pack_to=AS_THE_FILE,
+        pack_to=NO_CHANGE,
         host_formats=AUTOMATIC,
         size_gb=DEFAULT_SIZE,
     ) -> io.NodeOutput:

@@ -11,7 +11,7 @@ from ..loaders.paths.folders import (
     validate_files,
 )
 from .load_diffusion_model import (
-    AS_THE_FILE,
+    NO_CHANGE,
     pack_to_input,
     packed_type,
     side_model_compute_input,
@@ -65,7 +65,7 @@ class LoadCLIPVision(io.ComfyNode):
         return validate_files(clip_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, clip_name, pack_to=AS_THE_FILE, compute=AUTOMATIC) -> io.NodeOutput:
+    def execute(cls, clip_name, pack_to=NO_CHANGE, compute=AUTOMATIC) -> io.NodeOutput:
         path = find_file(clip_name, *FOLDERS)
         clip_vision = load_clip_vision(path, packed_type(pack_to), compute)
         return io.NodeOutput(*loader_output(clip_vision=clip_vision))

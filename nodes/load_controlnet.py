@@ -11,7 +11,7 @@ from ..loaders.paths.folders import (
     validate_files,
 )
 from .load_diffusion_model import (
-    AS_THE_FILE,
+    NO_CHANGE,
     pack_to_input,
     packed_type,
     side_model_compute_input,
@@ -62,7 +62,7 @@ class LoadControlNet(io.ComfyNode):
         return validate_files(control_net_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, control_net_name, pack_to=AS_THE_FILE, compute=AUTOMATIC) -> io.NodeOutput:
+    def execute(cls, control_net_name, pack_to=NO_CHANGE, compute=AUTOMATIC) -> io.NodeOutput:
         path = find_file(control_net_name, *FOLDERS)
         control_net = load_controlnet(path, packed_type(pack_to), compute)
         return io.NodeOutput(*loader_output(control_net=control_net))

@@ -23,11 +23,13 @@ from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from ..ops.quantize.row_types import ROW_TYPES
 from .file_inputs import file_options, validate_main
 from .node_text import loader_output
+from .renamed_options import current, renamed_combo
 from .search_words import family_aliases
 
 FOLDERS = ("unet_gguf", "diffusion_models")
-AS_THE_FILE = "as the file"
-SIZE = "size in GB"  # in place of a type
+NO_CHANGE = "no change"
+MIX = "mix for a size"  # in place of a type
+RENAMED_PACK_TO = {"as the file": NO_CHANGE, "size in GB": MIX}
 DEFAULT_SIZE = 6.0  # in GB
 NO_MODULE = "none"
 
@@ -72,10 +74,11 @@ def pack_to_input(what: str, fits: bool = False):
     """
     fit = (" fit this GPU: to what fits the memory of the GPU that computes, or leaves the file as"
            " it is if that fits. size in GB: to the best mix of types for the size below.")
-    return io.Combo.Input(
+    return renamed_combo(
         "pack_to",
-        options=[AS_THE_FILE, FIT, *TYPES, SIZE] if fits else [AS_THE_FILE, *TYPES],
-        default=AS_THE_FILE,
+        [NO_CHANGE, FIT, *TYPES, MIX] if fits else [NO_CHANGE, *TYPES],
+        RENAMED_PACK_TO if fits else {"as the file": NO_CHANGE},
+        default=NO_CHANGE,
         optional=True,
         display_name="pack to",
         tooltip=f"Packs the weights of {what} to this type while they are read, so that they take"
@@ -88,7 +91,7 @@ def pack_to_input(what: str, fits: bool = False):
 
 def size_input(tooltip: str = "With 'size in GB' at pack to: how large the weights may be in"
                " memory, in GB of 10^9 bytes.", is_extra: bool = True):
-    """Returns the input for the size that is met with SIZE.
+    """Returns the input for the size that is met with MIX.
 
     Args:
         tooltip: the text.
@@ -139,9 +142,10 @@ def host_formats_input():
 
 def packed_type(pack_to: str, size_gb: float = DEFAULT_SIZE) -> str | None:
     """Returns the loaders' `pack_to` for an option of that input, and a size in GB."""
-    if pack_to == SIZE:
+    pack_to = current(pack_to, RENAMED_PACK_TO)
+    if pack_to == MIX:
         return size_target(size_in_bytes(size_gb))
-    return None if pack_to == AS_THE_FILE else pack_to
+    return None if pack_to == NO_CHANGE else pack_to
 
 
 def picked_module(name: str | None) -> str | None:
@@ -221,7 +225,7 @@ class LoadDiffusionModel(io.ComfyNode):
         model_name,
         compute="exact",
         disable_dynamic_vram=False,
-        pack_to=AS_THE_FILE,
+        pack_to=NO_CHANGE,
         host_formats=AUTOMATIC,
         module_name=NO_MODULE,
         size_gb=DEFAULT_SIZE,

@@ -11,7 +11,7 @@ from ..loaders.paths.folders import (
     validate_files,
 )
 from .load_diffusion_model import (
-    AS_THE_FILE,
+    NO_CHANGE,
     pack_to_input,
     packed_type,
     side_model_compute_input,
@@ -67,7 +67,7 @@ class LoadModelPatch(io.ComfyNode):
         return validate_files(model_patch_name, keys=FOLDERS)
 
     @classmethod
-    def execute(cls, model_patch_name, pack_to=AS_THE_FILE, compute=AUTOMATIC) -> io.NodeOutput:
+    def execute(cls, model_patch_name, pack_to=NO_CHANGE, compute=AUTOMATIC) -> io.NodeOutput:
         path = find_file(model_patch_name, *FOLDERS)
         model_patch = load_model_patch(path, packed_type(pack_to), compute)
         return io.NodeOutput(*loader_output(model_patch=model_patch))

@@ -15,8 +15,8 @@ from ..loaders.paths.folders import (
 from .combo_options import encoder_types
 from .file_inputs import file_options, open_options, validate_main
 from .load_diffusion_model import (
-    AS_THE_FILE,
     DEFAULT_SIZE,
+    NO_CHANGE,
     compute_input,
     disable_dynamic_vram_input,
     host_formats_input,
@@ -133,7 +133,7 @@ class LoadTextEncoder(io.ComfyNode):
         mmproj=AUTO,
         device=DEFAULT,
         disable_dynamic_vram=False,
-        pack_to=AS_THE_FILE,
+        pack_to=NO_CHANGE,
         host_formats=AUTOMATIC,
         compute=AUTOMATIC,
         size_gb=DEFAULT_SIZE,

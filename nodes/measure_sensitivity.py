@@ -6,13 +6,21 @@ from comfy_api.latest import io, ui
 from ..loaders.byte_sizes import size_text
 from ..loaders.models.recipe import Recipe
 from ..loaders.packing.calibration.imatrix import write_imatrix
-from ..loaders.packing.calibration.measure import CHOICES, DEFAULT, THOROUGHNESS, measure
+from ..loaders.packing.calibration.measure import (
+    CHOICES,
+    EACH_TYPE,
+    FAST,
+    NORMAL,
+    measure,
+)
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import report, summary
 from ..loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
-from .file_inputs import Options
 from .node_text import show_text
 from .number_checks import reject_infinite
+from .renamed_options import current, renamed_combo
+
+RENAMED_EFFORTS = {"one run per layer": NORMAL, "no runs": FAST, EACH_TYPE: EACH_TYPE}
 
 
 def latent_input():
@@ -90,10 +98,12 @@ class MeasureSensitivity(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="The seed of the noise.",
                 ),
-                io.Combo.Input(
+                renamed_combo(
                     "thoroughness",
-                    options=Options(CHOICES, tuple(THOROUGHNESS).__contains__),
-                    default=DEFAULT,
+                    CHOICES,
+                    RENAMED_EFFORTS,
+                    default=NORMAL,
+                    display_name="effort",
                     tooltip="How the cost of packing a layer is measured. one run per layer: from"
                     " its effect on the model's output. no runs: from the layer's own error, which"
                     " is faster and a little less exact.",
@@ -137,7 +147,7 @@ class MeasureSensitivity(io.ComfyNode):
         ]
         latent, negative = (next(iter(given or ()), None) for given in (latent, negative))
         run = SamplingRun(prompts, latent, negative, cfg[0], samples[0], steps[0], seed[0])
-        sensitivity = measure(model, run, thoroughness[0])
+        sensitivity = measure(model, run, current(thoroughness[0], RENAMED_EFFORTS))
         sensitivity.save(path)
         heading = f"{os.path.basename(path)}\n{size_text(os.path.getsize(path))}, "
         if next(iter(imatrix or ()), False):

@@ -13,6 +13,7 @@ from ..loaders.packing.checkpoint_source import source_of_checkpoint
 from ..loaders.packing.planning.file_plan import (
     KEEP_TYPES,
     MIXES,
+    RENAMED_TYPES,
     TYPES,
     SaveOptions,
     plan_file,
@@ -26,16 +27,30 @@ from ..loaders.packing.source import (
     source_of_model,
     unsaved_parts,
 )
-from ..loaders.paths.folders import MODELS, OUTPUT, find_sensitivity, new_model_path
+from ..loaders.paths.folders import (
+    MODELS,
+    OUTPUT,
+    find_sensitivity,
+    list_measurements,
+    new_model_path,
+    validate_measurement,
+)
 from ..loaders.progress import Progress
 from ..ops.quantize.row_types import ROW_TYPES
-from .load_diffusion_model import DEFAULT_SIZE, SIZE, size_in_bytes, size_input
+from .load_diffusion_model import DEFAULT_SIZE, MIX, size_in_bytes, size_input
 from .node_text import show_text
+from .renamed_options import current, renamed_combo
 
 # option -> types of ComfyUI's own with which the size is met
-SIZES = {SIZE: (), **{f"{SIZE}: {' + '.join(mix)}": mix for mix in MIXES}}
+SIZES = {MIX: (), **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
 MIN_SAMPLES = 8  # pictures drawn for positive; each of its prompts is drawn at least once
-WHOLE, AS_ASKED = "arrive whole", "in the type asked for"
+KEEP_QUALITY, KEEP_SIZE = "keep LoRA quality (larger)", "keep the size"
+NONE = "none"  # no measurement
+RENAMED_SAVE_TYPES = RENAMED_TYPES | {
+    option.replace(MIX, "size in GB", 1): option for option in SIZES
+}
+RENAMED_LORAS = {"arrive whole": KEEP_QUALITY, "in the type asked for": KEEP_SIZE}
+RENAMED_MEASUREMENTS = {"": NONE}  # a text, in the place of the choice
 
 
 class SavePackedModel(io.ComfyNode):
@@ -73,9 +88,10 @@ class SavePackedModel(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The model to save, packed or not, with all LoRAs and merges."
                 ),
-                io.Combo.Input(
+                renamed_combo(
                     "type",
-                    options=[*TYPES, KEEP_TYPES, SIZE, *ROW_TYPES, *list(SIZES)[1:]],
+                    [*TYPES, KEEP_TYPES, MIX, *ROW_TYPES, *list(SIZES)[1:]],
+                    RENAMED_SAVE_TYPES,
                     default="Q4_K",
                     tooltip="The type of the large matrices; parts that must stay exact do so. NF4"
                     " makes a safetensors file, the others up to Q2_K GGUF. as it is: each weight"
@@ -100,10 +116,12 @@ class SavePackedModel(io.ComfyNode):
                     " text_encoders are listed among the models. models: the model folders; the"
                     " name begins with one of them.",
                 ),
-                io.Combo.Input(
+                renamed_combo(
                     "loras",
-                    options=[WHOLE, AS_ASKED],
-                    default=WHOLE,
+                    [KEEP_QUALITY, KEEP_SIZE],
+                    RENAMED_LORAS,
+                    default=KEEP_QUALITY,
+                    display_name="LoRAs on packed weights",
                     tooltip="For LoRAs on a model that is already packed. arrive whole: the weights"
                     " they change take Q6_K or more. in the type asked for: a smaller file; the"
                     " report says how much of each LoRA is kept.",
@@ -122,12 +140,10 @@ class SavePackedModel(io.ComfyNode):
                 ),
                 io.String.Input(
                     "sensitivity",
-                    default="",
                     optional=True,
-                    tooltip="A measurement of this model by Measure Sensitivity (Featherweight):"
-                    " its output, or the name of a file in output/sensitivity, which may be an"
-                    " imatrix (.gguf, .dat) too. The model is packed much better with it. Empty:"
-                    " none.",
+                    force_input=True,
+                    tooltip="The output of Measure Sensitivity (Featherweight). If connected, it is"
+                    " used instead of the measurement picked.",
                 ),
                 io.Conditioning.Input(
                     "positive",
@@ -149,6 +165,16 @@ class SavePackedModel(io.ComfyNode):
                     tooltip="Makes the file a whole checkpoint, with this VAE and the text encoders"
                     " of clip. With ComfyUI's own types only.",
                 ),
+                renamed_combo(
+                    "measurement",
+                    [NONE, *list_measurements()],
+                    RENAMED_MEASUREMENTS,
+                    default=NONE,
+                    optional=True,
+                    tooltip="A measurement of this model in output/sensitivity, by Measure"
+                    " Sensitivity (Featherweight), or an imatrix (.gguf, .dat). The model is packed"
+                    " much better with it.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="path", tooltip="The file of the model."),
@@ -161,6 +187,10 @@ class SavePackedModel(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, measurement=NONE):
+        return measurement in (NONE, "") or validate_measurement(measurement)
+
+    @classmethod
     def execute(
         cls,
         model,
@@ -168,16 +198,20 @@ class SavePackedModel(io.ComfyNode):
         size_gb=DEFAULT_SIZE,
         filename_prefix="diffusion_models/ComfyUI",
         folder=OUTPUT,
-        loras=WHOLE,
+        loras=KEEP_QUALITY,
         overwrite=False,
         clip=None,
         sensitivity="",
         positive=None,
         latent=None,
         vae=None,
+        measurement=NONE,
         **hidden,
     ) -> io.NodeOutput:
-        measured = load_measurement(find_sensitivity(sensitivity)) if sensitivity else None
+        type = current(type, RENAMED_SAVE_TYPES)
+        keep_loras = current(loras, RENAMED_LORAS) == KEEP_QUALITY
+        measured = sensitivity or (None if measurement in (NONE, "", None) else measurement)
+        measured = load_measurement(find_sensitivity(measured)) if measured else None
         if vae is not None:
             vae.throw_exception_if_invalid()
         for patcher in (model, *(part.patcher for part in (clip, vae) if part is not None)):
@@ -219,7 +253,7 @@ class SavePackedModel(io.ComfyNode):
         for source, path, target in jobs:
             is_model = source is model_source
             options = SaveOptions(
-                measured if is_model else None, loras == WHOLE, metadata, overwrite, row_types
+                measured if is_model else None, keep_loras, metadata, overwrite, row_types
             )
             plan = plan_file(source, path, target, options)
             progress.set_heading(plan.text)

@@ -53,7 +53,7 @@ NAMES = {  # way of packing -> what the table calls it
 }
 
 MIXES = {"mix": "one run per layer and type", "mix, in turn": "one run per layer and type",
-         "mix, one run": "one run per layer", "mix, no runs": "no runs"}
+         "mix, one run": "normal", "mix, no runs": "fast"}
 
 
 class Maker:
@@ -137,7 +137,7 @@ class Maker:
         if way == "plain":
             return None
         if way in ("no prompt", "measured"):
-            return self.sensitivity("no runs", way == "measured").moments(name)
+            return self.sensitivity("fast", way == "measured").moments(name)
         return self.sensitivity(MIXES["mix, one run"]).moments(name)
 
     def write(self, way: str, size: str) -> tuple[Path, Plan]:

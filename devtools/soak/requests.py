@@ -158,7 +158,7 @@ class Asks:
             link = graph.add("LoraLoaderModelOnly", model=link, lora_name=LORAS[0],
                              strength_model=0.5)
             graph.add("FeatherweightSavePackedModel", model=link, type=kind, size_gb=1.0,
-                      folder="output", loras="arrive whole",
+                      folder="output", loras="keep LoRA quality (larger)",
                       filename_prefix=f"diffusion_models/saved by {self.client}", overwrite=True)
             return link
 

@@ -292,6 +292,33 @@ def find_sensitivity(name: str) -> str:
     return path
 
 
+def list_measurements() -> list[str]:
+    """Returns the names of the measurements in `output/sensitivity`, and of those next to models.
+
+    Next to models a GGUF file is one if its name says that it is an imatrix.
+    """
+    output, *model_folders = _sensitivity_folders()
+    names = {name for name in glob.iglob("**/*", root_dir=output, recursive=True)
+             if name.lower().endswith(MEASUREMENTS)}
+    for folder in model_folders:
+        names |= {name for name in glob.iglob("*", root_dir=folder)
+                  if name.lower().endswith((SENSITIVITY, *IMATRIX_SUFFIXES))}
+    return sorted(map(use_slashes, names), key=str.lower)
+
+
+def validate_measurement(name: str | None) -> bool | str:
+    """Checks for a node's `validate_inputs` that a measurement exists, as `validate_files` does."""
+    if name is None or FILES_MAY_BE_REMOTE.get():
+        return True
+    if not isinstance(name, str):  # a prompt in API format may hold any JSON
+        return f"{safe_repr(name)} is not the name of a measurement. Pick one from the list."
+    try:
+        find_sensitivity(name)
+    except WeightFileError as error:
+        return str(error)
+    return True
+
+
 def sensitivity_of(model_path: str | os.PathLike) -> str | None:
     """Returns the path of the newest measurement in `output/sensitivity` that has a model's name,
     as the node that measures gives it; None if there is none."""

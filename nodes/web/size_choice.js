@@ -1,39 +1,47 @@
-// The input "size in GB" of loaders is shown where "pack to" asks for a size.
+// The input "size in GB" is grey where the choice before it asks for no size. On loaders it is among the advanced inputs then.
 import { app } from "../../scripts/app.js";
 
-const CHOICE = "pack_to", ASKS = "size in GB", INPUT = "size_gb";
+const INPUT = "size_gb", CHOICES = ["pack_to", "type"], ASKS = /^(mix for a size|size in GB)/; // the second in earlier versions
 
-function update(node) {
-  const [choice, size] = [CHOICE, INPUT].map((name) => node.widgets?.find((widget) => widget.name === name));
-  if (!choice || !size) return;
-  size.hidden = choice.value !== ASKS;
-  size.options.hidden = size.hidden;
-  if (!size.hidden) node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+function parts(node) {
+  const named = (name) => node.widgets?.find((widget) => widget.name === name);
+  return { size: named(INPUT), choice: CHOICES.map(named).find(Boolean) };
+}
+
+function update(node, isAdvanced) {
+  const { size, choice } = parts(node);
+  if (!size || !choice) return;
+  const isUsed = ASKS.test(choice.value);
+  size.options ??= {};
+  size.disabled = size.options.disabled = !isUsed;
+  if (isAdvanced) size.advanced = size.options.advanced = !isUsed;
+  if (isUsed) node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   node.graph?.setDirtyCanvas(true, true);
 }
 
 app.registerExtension({
   name: "Featherweight.SizeChoice",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    const inputs = nodeData.input?.optional ?? {};
-    if (!nodeData.name.startsWith("Featherweight") || !inputs[CHOICE] || !inputs[INPUT]) return;
+    const input = nodeData.input?.required?.[INPUT] ?? nodeData.input?.optional?.[INPUT];
+    if (!nodeData.name.startsWith("Featherweight") || !input) return;
+    const isAdvanced = !!input[1]?.advanced;
     const { onNodeCreated, onConfigure } = nodeType.prototype;
     nodeType.prototype.onNodeCreated = function (...values) {
       const result = onNodeCreated?.apply(this, values);
-      const choice = this.widgets?.find((widget) => widget.name === CHOICE);
+      const { choice } = parts(this);
       if (choice) {
         const { callback } = choice;
         choice.callback = (...chosen) => {
           callback?.apply(choice, chosen);
-          update(this);
+          update(this, isAdvanced);
         };
       }
-      update(this);
+      update(this, isAdvanced);
       return result;
     };
     nodeType.prototype.onConfigure = function (...values) {
       const result = onConfigure?.apply(this, values);
-      update(this);
+      update(this, isAdvanced);
       return result;
     };
   },

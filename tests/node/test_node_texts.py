@@ -87,7 +87,7 @@ TEXTS = {
     "check_lora": check_a_lora,
     "inspect_model_file": lambda model, folder: InspectModelFile.execute(NONE, model),
     "measure_sensitivity": lambda model, folder: MeasureSensitivity.execute(
-        [model], [1], [1], [1.0], [0], ["no runs"], ["measured"]),
+        [model], [1], [1], [1.0], [0], ["fast"], ["measured"]),
     "measure_speed": lambda model, folder: MeasureSpeed.execute(model, latent=SMALL),
     "nunchaku": apply_loras_of_nunchaku,
     "place_model": lambda model, folder: PlaceModel.execute(model, 0.002),

@@ -113,12 +113,12 @@ def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_
     pack_to = next(input for input in inputs if input.id == "pack_to")
     assert (
         pack_to.optional
-        and pack_to.default == "as the file"
-        and pack_to.options == ["as the file", "fit this GPU", *TYPES, "size in GB"]
+        and pack_to.default == "no change"
+        and pack_to.options == ["no change", "fit this GPU", *TYPES, "mix for a size"]
     )
     assert inputs[-1].id == "size_gb" and inputs[-1].advanced and inputs[-1].optional
     parameters = inspect.signature(NODES[node_id].execute).parameters
-    assert parameters["pack_to"].default == "as the file"
+    assert parameters["pack_to"].default == "no change"
 
 
 @pytest.mark.parametrize("node_id", INPUTS)

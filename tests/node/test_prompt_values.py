@@ -90,7 +90,7 @@ def test_what_is_looked_at_when_a_node_runs_is_answered_in_a_sentence_too(value)
         (
             "cfg",
             lambda: MeasureSensitivity.execute(
-                [None], [1], [1], [math.nan], [0], ["no runs"], ["name"]
+                [None], [1], [1], [math.nan], [0], ["fast"], ["name"]
             ),
         ),
     ],

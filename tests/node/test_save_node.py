@@ -17,7 +17,7 @@ from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import SaveError
-from featherweight.nodes.save_packed_model import AS_ASKED, SIZE, SavePackedModel
+from featherweight.nodes.save_packed_model import KEEP_SIZE, MIX, SavePackedModel
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -94,17 +94,17 @@ def test_a_name_that_is_too_long_for_a_file_is_refused_before_anything_is_packed
 
 def test_types_sizes_and_files_of_both_kinds(output):
     model = packed_flux("Q8_0")
-    path, report = saved(model, SIZE, 0.0025)
+    path, report = saved(model, MIX, 0.0025)
     assert (
         path.name == "ComfyUI_0.0025GB_00001_.gguf" and 2_400_000 < path.stat().st_size <= 2_500_000
     )
     assert saved(model, "NF4")[0].name == "ComfyUI_NF4_00001_.safetensors"
     assert saved(model, "mxfp8")[0].name == "ComfyUI_mxfp8_00001_.safetensors"
-    assert saved(model, "as it is")[0].name == "ComfyUI_as_it_is_00001_.gguf"
+    assert saved(model, "keep types")[0].name == "ComfyUI_keep_types_00001_.gguf"
 
 
 def test_a_size_is_met_with_types_of_comfyuis_own_and_encoders_take_the_first(output):
-    option = f"{SIZE}: int8_convrot + nvfp4"
+    option = f"{MIX}: int8_convrot + nvfp4"
     path, report = saved(packed_flux("Q8_0"), option, 0.0032)
     assert path.name == "ComfyUI_0.0032GB_int8_convrot_nvfp4_00001_.safetensors"
     assert "int8_convrot: " in report and "nvfp4: " in report
@@ -130,13 +130,13 @@ def test_with_a_vae_the_file_is_a_whole_checkpoint(output, tmp_path):
 def test_types_are_appended_so_that_saved_workflows_keep_theirs():
     kind = next(widget for widget in SavePackedModel.define_schema().inputs if widget.id == "type")
     assert kind.options[:10] == ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4",
-                                 "as it is", SIZE]
+                                 "keep types", MIX]
     assert kind.options[10:14] == ["int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4"]
 
 
 def test_an_nf4_model_is_nf4_as_it_is(output):
     first, _ = saved(packed_flux("Q4_K"), "NF4")
-    again, _ = saved(load_diffusion_model(str(first)), "as it is")
+    again, _ = saved(load_diffusion_model(str(first)), "keep types")
     assert again.suffix == ".safetensors" and again.stat().st_size < 1.02 * first.stat().st_size
     layer = "single_blocks.0.linear1.weight"
     assert open_weights(again).entries[layer].format == open_weights(first).entries[layer].format
@@ -144,7 +144,7 @@ def test_an_nf4_model_is_nf4_as_it_is(output):
 
 def test_a_lora_on_a_packed_model_arrives_whole_or_its_share_is_told(output):
     model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
-    whole, asked = saved(model), saved(model, loras=AS_ASKED)
+    whole, asked = saved(model), saved(model, loras=KEEP_SIZE)
     assert open_weights(whole[0]).entries["single_blocks.0.linear1.weight"].format in (
         "Q6_K",
         "Q8_0",

@@ -323,7 +323,7 @@ def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
     for node in workflow["nodes"]:
         if node["type"] == "FeatherweightMeasureSensitivity":
             node["widgets_values"][:2] = 1, 2  # samples and steps
-            node["widgets_values"][4] = "no runs"
+            node["widgets_values"][4] = "fast"
     server.post("/free", {"free_memory": True})  # else a loader that has run says nothing
     page.open_workflow(path.name, json.dumps(workflow))
     types = sorted(node["type"] for node in workflow["nodes"])

@@ -23,7 +23,7 @@ of_the_mix = pytest.mark.not_on_fake_gpus(
 @pytest.fixture(scope="module")
 def results(server):
     demo_files.make_models(server.base, demo_files.recipes())
-    demo.make_mix(server, steps=4, thoroughness="no runs")
+    demo.make_mix(server, steps=4, thoroughness="fast")
     return demo.draw_all(server, PROMPT, 2)
 
 

@@ -75,7 +75,7 @@ def graph(**loader) -> dict:
     found["6"] = {
         "class_type": "FeatherweightApplyLora", "inputs": {
             "model": ["1", 0], "lora_name": LORA, "strength_model": 1.0, "strength_clip": 1.0,
-            "block_weights": "", "misfits": "apply the rest"
+            "block_weights": "", "misfits": "skip"
         }
     }
     found["7"]["inputs"]["model"] = ["6", 0]
@@ -87,7 +87,7 @@ SAVED = {
     "class_type": "FeatherweightSavePackedModel", "inputs": {
         "model": ["6", 0], "type": "Q8_0", "size_gb": 1.0,
         "filename_prefix": f"diffusion_models/saved {FAILING}", "folder": "output",
-        "loras": "arrive whole", "overwrite": True
+        "loras": "keep LoRA quality (larger)", "overwrite": True
     }
 }
 WORK = {

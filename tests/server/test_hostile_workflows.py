@@ -169,7 +169,7 @@ LINKS = {
 }
 # What makes nodes quick, in the place of what they have by themselves.
 QUICK = {
-    "count": 1, "samples": 1, "steps": 1, "workers": 1, "thoroughness": "no runs", "type": "Q8_0"
+    "count": 1, "samples": 1, "steps": 1, "workers": 1, "thoroughness": "fast", "type": "Q8_0"
 }
 SLOW = {"CONDITIONING"}  # inputs that have a node draw
 RAY = "FeatherweightRunOnRay"

@@ -21,7 +21,7 @@ def apply_lora(server, **inputs):
         "1": MODEL, "2": {
             "class_type": "FeatherweightApplyLora", "inputs": {
                 "model": ["1", 0], "strength_model": 1.0, "strength_clip": 1.0, "block_weights": "",
-                "misfits": "apply the rest", **inputs
+                "misfits": "skip", **inputs
             }
         }, "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 2]}}
     })

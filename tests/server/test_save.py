@@ -20,7 +20,7 @@ def save(server, model_name, on_progress=None, **inputs):
                 "class_type": "FeatherweightSavePackedModel", "inputs": {
                     "model": ["2", 0], "type": "Q4_K", "size_gb": 1.0,
                     "filename_prefix": "diffusion_models/made/%year%", "folder": "output",
-                    "loras": "arrive whole", "overwrite": False, **inputs
+                    "loras": "keep LoRA quality (larger)", "overwrite": False, **inputs
                 }
             }
         }, on_progress)
@@ -65,7 +65,7 @@ def test_a_cancel_leaves_nothing_and_a_refusal_comes_before_the_work(server):
     with pytest.raises(ServerError, match="FeatherweightSavePackedModel was interrupted"):
         save(server, path.name, cancel)
     assert files_in(server) == before
-    for inputs, message in (({"type": "size in GB", "size_gb": 0.001}, "too small for this model"),
+    for inputs, message in (({"type": "mix for a size", "size_gb": 0.001}, "too small for this model"),
                             ({"filename_prefix": "../made"}, "outside")):
         with pytest.raises(ServerError, match=message):
             save(server, path.name, **inputs)

@@ -26,7 +26,7 @@ EXAMPLES, SAVING = ([path for path, text in ALL.items() if (SAVER in text) == sa
 SMALL = {"width": 128, "height": 128, "steps": 2, "length": 9, "frames_number": 9, "x": 16, "y": 16,
          "sigmas": "1.0, 0.5, 0.0"}
 # Options of *pack to* with which a small file is not packed: ComfyUI may read it.
-UNPACKED = ("as the file", "fit this GPU")
+UNPACKED = ("no change", "fit this GPU")
 READERS = ("CLIPTextEncode", "TextEncodeQwenImageEditPlus")
 STAND_INS = f'''
 import comfy.model_detection

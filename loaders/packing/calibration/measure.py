@@ -23,10 +23,10 @@ from .sensitivity import Sensitivity
 
 # How costs are measured -> (steps that run again for each layer, whether they do for each type).
 THOROUGHNESS = {
-    "no runs": (0, False), "one run per layer": (4, False), "one run per layer and type": (4, True)
+    "normal": (4, False), "fast": (0, False), "one run per layer and type": (4, True)
 }
-DEFAULT = "one run per layer"
-CHOICES = (DEFAULT, "no runs")  # the third is understood, as older workflows have it
+NORMAL, FAST, EACH_TYPE = THOROUGHNESS
+CHOICES = (NORMAL, FAST)  # the third is understood, as older workflows have it
 
 # Types for one run per layer, in blocks of 256 or 32: their error is well above rounding.
 RUN_TYPES = ("Q3_K", "IQ4_NL")
@@ -35,7 +35,7 @@ TINY = 1e-30  # replaces an error of 0 in a division
 
 
 @torch.no_grad()
-def measure(patcher, sampling: SamplingRun, thoroughness: str = DEFAULT) -> Sensitivity:
+def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensitivity:
     """Draws pictures while it collects the moments of layers' inputs, then packs layer by layer.
 
     Args:

@@ -35,7 +35,8 @@ TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")
 # ComfyUI's own types that this ComfyUI reads; int8_convrot is called int8_tensorwise in files.
 HOST_TYPES = tuple(
     name for name in ROW_TYPES if name == "int8_convrot" or name in QUANT_ALGOS)
-KEEP_TYPES = "as it is"  # in place of a type: each weight keeps the type it is stored in
+KEEP_TYPES = "keep types"  # in place of a type: each weight keeps the type it is stored in
+RENAMED_TYPES = {"as it is": KEEP_TYPES}  # words of earlier versions
 # Sets of ComfyUI's own types that a size may be met with, the finest first: those that the same
 # devices multiply.
 MIXES = (("int8_convrot", "asym_w4a8_int8"), ("int8_convrot", "nvfp4"), ("float8_e4m3fn", "nvfp4"),

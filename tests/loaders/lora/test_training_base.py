@@ -141,7 +141,7 @@ def test_the_nodes_tell_it_and_verdict_and_misfits_stay(files, tmp_path, monkeyp
     expected = ("training: trained on dev (its metadata ss_base_model_version: 'flux1-dev'), used"
                 " on schnell (the model's file name: 'flux-schnell.gguf'): expect less effect")
     checked = CheckLora.execute(model, "a.safetensors").args[0]
-    applied = ApplyLora.execute(model, "a.safetensors", misfits="fail").args[2]
+    applied = ApplyLora.execute(model, "a.safetensors", misfits="error").args[2]
     for text in (checked, applied):
         assert text.splitlines()[0].endswith("fits: all 1 layers match the model.")
         assert expected in text.splitlines()

@@ -45,7 +45,7 @@ from featherweight.loaders.packing.planning.plan import (
     relative_error,
     signal_to_error,
 )
-from featherweight.nodes.load_diffusion_model import AS_THE_FILE, SIZE, packed_type
+from featherweight.nodes.load_diffusion_model import MIX, NO_CHANGE, packed_type
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -171,7 +171,7 @@ def test_a_size_makes_the_same_weights_as_the_card_that_it_was_chosen_for(share,
     assert re.fullmatch(
         r"Packed for a GPU of 12 GB, which leaves \d+\.\d MB for the weights\. size in GB, \S+, at"
         r" pack to gives the same on every device\.", fit_text(model))
-    fixed = load_diffusion_model(flux_in_bfloat16(), pack_to=packed_type(SIZE, size / 1e9))
+    fixed = load_diffusion_model(flux_in_bfloat16(), pack_to=packed_type(MIX, size / 1e9))
     assert digest(fixed) == digest(model) and fit_text(fixed) == ""
     room(FLUX_BYTES)  # another device
     again, _ = model.cached_patcher_init
@@ -281,7 +281,7 @@ def test_a_size_that_is_too_small_is_refused_in_a_sentence():
         load_diffusion_model(flux_in_bfloat16(), pack_to="0.001 GB")
     for size in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="^size in GB is .*; expected how large the weights"):
-            packed_type(SIZE, size)
-    assert packed_type(AS_THE_FILE, 3.0) is None and packed_type(FIT, 3.0) == FIT
-    assert size_of_target(packed_type(SIZE, 8.93)) == 8_930_000_000
+            packed_type(MIX, size)
+    assert packed_type(NO_CHANGE, 3.0) is None and packed_type(FIT, 3.0) == FIT
+    assert size_of_target(packed_type(MIX, 8.93)) == 8_930_000_000
     assert size_of_target("Q4_K") is None

@@ -375,7 +375,7 @@ def output(tmp_path, monkeypatch):
 
 
 def test_the_node_writes_an_imatrix_that_saving_takes(output):
-    arguments = ([packed_flux("Q8_0")], [1], [1], [1.0], [0], ["no runs"], ["measured"])
+    arguments = ([packed_flux("Q8_0")], [1], [1], [1.0], [0], ["fast"], ["measured"])
     path, text = MeasureSensitivity.execute(*arguments).result  # a workflow of before
     assert path.endswith("measured_00001_.sensitivity") and "imatrix" not in text
     path, text = MeasureSensitivity.execute(*arguments, imatrix=[True]).result

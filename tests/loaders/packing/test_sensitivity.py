@@ -19,7 +19,7 @@ from featherweight.loaders.packing.calibration import measure as measuring
 from featherweight.loaders.packing.calibration import sampling, sensitivity
 from featherweight.loaders.packing.calibration.measure import (
     CHOICES,
-    DEFAULT,
+    NORMAL,
     THOROUGHNESS,
     Costs,
     measure,
@@ -84,7 +84,7 @@ def hooks_in(patcher) -> int:
 def test_a_model_is_measured_without_a_prompt_and_left_as_it_was(name, monkeypatch):
     patcher = patcher_of(name, monkeypatch)
     before = {key: value.clone() for key, value in patcher.model.state_dict().items()}
-    found = measure(patcher, small_drawing(name), "no runs" if name == "sd1.5" else DEFAULT)
+    found = measure(patcher, small_drawing(name), "fast" if name == "sd1.5" else NORMAL)
     layers = linear_layers(patcher.model)
     assert found.costs.keys() == found.shapes.keys() == layers.keys() and len(layers) > 8
     for key, of_types in found.costs.items():
@@ -152,7 +152,7 @@ def test_moments_are_those_of_what_enters_a_layer(monkeypatch):
 
 def test_layers_with_the_same_input_share_their_moments(monkeypatch):
     patcher = patcher_of("wan2.1-t2v", monkeypatch)
-    found = measure(patcher, small_drawing("wan2.1-t2v", steps=2), "no runs")
+    found = measure(patcher, small_drawing("wan2.1-t2v", steps=2), "fast")
     q, k, v, o = (found.moments(f"blocks.0.self_attn.{part}.weight") for part in "qkvo")
     assert q is k is v and o is not q
     assert (
@@ -205,12 +205,12 @@ def test_the_measurement_of_every_type_runs_the_model_for_each(monkeypatch):
     monkeypatch.setattr(measuring, "weight_errors",
                         lambda weight, moments, kinds: dict.fromkeys(kinds, 1.0))
     monkeypatch.setattr(measuring, "feedback_gain", lambda *_: 1.0)
-    for thoroughness, of_each in (("no runs", 0), ("one run per layer", 1),
+    for thoroughness, of_each in (("fast", 0), ("normal", 1),
                                   ("one run per layer and type", 7)):
         runs.clear()
         found = measure(patcher, small_drawing("wan2.1-t2v", steps=1), thoroughness)
         assert len(runs) == of_each * len(found.costs)
-    assert set(CHOICES) < THOROUGHNESS.keys() and CHOICES[0] == DEFAULT
+    assert set(CHOICES) < THOROUGHNESS.keys() and CHOICES[0] == NORMAL
 
 
 @pytest.mark.parametrize("at", ["a step", "a layer"])
@@ -232,7 +232,7 @@ def test_a_cancel_leaves_no_hook(at, monkeypatch):
 
 def test_a_file_holds_the_measurement_and_is_for_its_model_only(monkeypatch, tmp_path):
     patcher, path = patcher_of("wan2.1-t2v", monkeypatch), tmp_path / "wan.sensitivity"
-    found = measure(patcher, small_drawing("wan2.1-t2v"), "no runs")
+    found = measure(patcher, small_drawing("wan2.1-t2v"), "fast")
     found.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["wan.sensitivity"]
     loaded, shapes = Sensitivity.load(path), shapes_of(patcher.model)
@@ -351,7 +351,7 @@ def test_a_lack_of_memory_while_a_prompt_is_looked_for_is_told(monkeypatch):
 
 def test_a_measurement_that_is_written_to_while_it_is_in_use_is_an_error(tmp_path, monkeypatch):
     patcher, path = patcher_of("flux-dev", monkeypatch), tmp_path / "flux.sensitivity"
-    measure(patcher, small_drawing("flux-dev"), "no runs").save(path)
+    measure(patcher, small_drawing("flux-dev"), "fast").save(path)
     found = Sensitivity.load(path)
     name = next(iter(found.costs))
     found.moments(name)

@@ -1,0 +1,53 @@
+// Values of saved workflows that have other words here: names of model files from another system, and options of earlier versions.
+// Where a workflow writes flux\model.gguf and this system lists flux/model.gguf, or the reverse, this pack's loaders take the listed
+// name. The server understands either; the editor would call a file missing, and show a word that its list has not.
+import { app } from "../../scripts/app.js";
+
+const CATEGORY = "Featherweight";
+
+/** The node and widget of this pack that hold a value: the given ones, or those that a subgraph shows through them. */
+function own(node, widget) {
+  if (!node.subgraph) return node.constructor.nodeData?.category?.startsWith(CATEGORY) ? { node, widget } : undefined;
+  const slot = node.subgraph.inputs.find((input) => input.name === widget.name);
+  for (const link of slot?.getLinks() ?? []) {
+    const { inputNode, input } = link.resolve(node.subgraph);
+    const shown = inputNode?.widgets?.find((candidate) => candidate.name === input.widget?.name);
+    const found = shown && own(inputNode, shown);
+    if (found) return found;
+  }
+}
+
+const withSlashes = (name) => (typeof name === "string" ? name.replaceAll("\\", "/") : name);
+
+/** The words of earlier versions for options of an input -> today's; the server says them in the description of the node. */
+function renamedOptions({ node, widget }) {
+  const { required, optional } = node.constructor.nodeData?.input ?? {};
+  return (required?.[widget.name] ?? optional?.[widget.name])?.[1]?.renamed_options ?? {};
+}
+
+function takeTodaysValues(node) {
+  for (const widget of node.widgets ?? []) {
+    const found = own(node, widget);
+    const values = found?.widget.options?.values;
+    if (!Array.isArray(values) || values.includes(widget.value)) continue;
+    const renamed = renamedOptions(found);
+    const today = Object.hasOwn(renamed, widget.value)
+      ? renamed[widget.value]
+      : values.find((name) => withSlashes(name) === withSlashes(widget.value));
+    if (today !== undefined) widget.value = today;
+  }
+}
+
+function takeTodaysValuesIn(graph) {
+  for (const node of graph.nodes) {
+    takeTodaysValues(node);
+    if (node.subgraph) takeTodaysValuesIn(node.subgraph);
+  }
+}
+
+app.registerExtension({
+  name: "Featherweight.SavedValues",
+  // A node gets its values right after it is created, and only then the editor looks for missing models.
+  nodeCreated: (node) => queueMicrotask(() => takeTodaysValues(node)),
+  refreshComboInNodes: () => takeTodaysValuesIn(app.rootGraph ?? app.graph), // a missing file may be there now
+});
