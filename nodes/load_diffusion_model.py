@@ -51,6 +51,7 @@ def compute_input(what: str = "the model", options: Sequence[str] = COMPUTE_CHOI
         options=list(options),
         default=AUTOMATIC,
         optional=True,
+        advanced=True,
         tooltip=f"How {what} computes. automatic: exact, but {by_comfyui} by ComfyUI's kernels"
         " where this GPU has them. exact: by the values in the file, on every device. fast: by"
         " ComfyUI's kernels for its formats, and by integer products for other packed weights, on"
@@ -133,7 +134,7 @@ def host_formats_input():
         default=BY_COMPUTE,
         optional=True,
         advanced=True,
-        display_name="host formats",
+        display_name="fp8, nvfp4, int8 computed by",
         extra_dict={"hidden": True},
         tooltip="Layers in ComfyUI's own quantised formats, where they are not computed as compute"
         " says: in workflows of earlier versions.",

@@ -213,7 +213,7 @@ def test_misfits_are_left_out_or_refused_as_asked(loras, packed_flux):
     assert "lora_unet_nowhere: missing in the model" in text and len(model.patches) == 20
     with pytest.raises(
             ValueError,
-            match="if layers do not match' is error.*1 do not fit: lora_unet_nowhere: missing") as error:
+            match="do not match' is error.*1 do not fit: lora_unet_nowhere: missing") as error:
         ApplyLora.execute(packed_flux, "part.safetensors", misfits="error")
     assert "\n" not in str(error.value) and not packed_flux.patches
 
@@ -223,7 +223,7 @@ def test_misfits_set_to_fail_stops_at_a_tensor_that_nobody_reads(loras, packed_f
     save_file(pairs({layer: (128, 128)}) | {f"{layer}.lora_E": torch.ones(4)},
               loras / "part.safetensors")
     with pytest.raises(ValueError, match=f"1 do not fit: {layer}.lora_E: of an unknown kind"):
-        ApplyLora.execute(packed_flux, "part.safetensors", misfits="error")
+        ApplyLora.execute(packed_flux, "part.safetensors", misfits="fail")
     model, _, text = ApplyLora.execute(packed_flux, "part.safetensors").args
     assert len(model.patches) == 1 and "fits in part" in text and f"{layer}.lora_E" in text
 

@@ -121,6 +121,22 @@ def test_later_inputs_of_a_loader_come_last_and_change_nothing_where_a_workflow_
     assert parameters["pack_to"].default == "no change"
 
 
+FACES = {
+    "LoadDiffusionModel": ["model_name", "pack_to"],
+    "LoadCheckpoint": ["checkpoint_name", "pack_to"],
+    "LoadTextEncoder": ["text_encoder_1", "type", "text_encoder_2", "pack_to"],
+    "LoadControlNet": ["control_net_name", "pack_to"],
+    "LoadModelPatch": ["model_patch_name", "pack_to"],
+    "LoadCLIPVision": ["clip_name", "pack_to"],
+}
+
+
+@pytest.mark.parametrize("loader", FACES)
+def test_the_face_of_a_loader_is_what_is_loaded_and_what_it_is_packed_to(loader):
+    inputs = NODES[f"Featherweight{loader}"].GET_SCHEMA().inputs
+    assert [one.id for one in inputs if not one.advanced] == FACES[loader]
+
+
 @pytest.mark.parametrize("node_id", INPUTS)
 def test_legacy_nodes_take_the_inputs_and_have_the_defaults_that_shared_workflows_rely_on(node_id):
     schema = NODES[node_id].GET_SCHEMA()

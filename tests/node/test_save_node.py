@@ -15,9 +15,16 @@ from featherweight.loaders.files.atomic_file import WriteError
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.packing.planning import file_plan
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import SaveError
-from featherweight.nodes.save_packed_model import KEEP_SIZE, MIX, SavePackedModel
+from featherweight.nodes import save_packed_model
+from featherweight.nodes.save_packed_model import (
+    KEEP_SIZE,
+    MIX,
+    RENAMED_LORAS,
+    SavePackedModel,
+)
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -132,6 +139,32 @@ def test_types_are_appended_so_that_saved_workflows_keep_theirs():
     assert kind.options[:10] == ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4",
                                  "keep types", MIX]
     assert kind.options[10:14] == ["int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4"]
+
+
+def test_a_measurement_comes_from_the_socket_else_from_the_list(output, monkeypatch):
+    named = []
+    monkeypatch.setattr(save_packed_model, "find_sensitivity", named.append)
+    monkeypatch.setattr(save_packed_model, "load_measurement", lambda path: None)
+    model = packed_flux("Q4_K")
+    for given in ({}, {"measurement": "none"}, {"sensitivity": "", "measurement": ""}):
+        saved(model, **given)
+    assert not named
+    saved(model, measurement="listed")
+    saved(model, sensitivity="connected", measurement="listed")
+    saved(model, sensitivity="typed")  # as prompts of earlier versions have it
+    assert named == ["listed", "connected", "typed"]
+
+
+def test_the_words_of_earlier_versions_mean_what_they_meant(output, monkeypatch):
+    assert saved(packed_flux("Q4_K"), "as it is")[0].name == "ComfyUI_keep_types_00001_.gguf"
+    assert saved(packed_flux("Q8_0"), "size in GB", 0.0025)[0].name == (
+        "ComfyUI_0.0025GB_00001_.gguf")
+    kept = []
+    monkeypatch.setattr(save_packed_model, "plan_file", lambda *arguments: kept.append(
+        arguments[-1].keep_loras) or file_plan.plan_file(*arguments))
+    for loras in ("arrive whole", "in the type asked for", *RENAMED_LORAS.values()):
+        saved(packed_flux("Q4_K"), loras=loras)
+    assert kept == [True, False, True, False]
 
 
 def test_an_nf4_model_is_nf4_as_it_is(output):

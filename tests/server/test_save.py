@@ -65,7 +65,8 @@ def test_a_cancel_leaves_nothing_and_a_refusal_comes_before_the_work(server):
     with pytest.raises(ServerError, match="FeatherweightSavePackedModel was interrupted"):
         save(server, path.name, cancel)
     assert files_in(server) == before
-    for inputs, message in (({"type": "mix for a size", "size_gb": 0.001}, "too small for this model"),
+    small = {"type": "mix for a size", "size_gb": 0.001}
+    for inputs, message in ((small, "too small for this model"),
                             ({"filename_prefix": "../made"}, "outside")):
         with pytest.raises(ServerError, match=message):
             save(server, path.name, **inputs)
