@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.devices import DEFAULT, device_choices, device_options, find_device
 from ..loaders.models.compute_choice import CHOICES_OF_SIDE_MODELS, computing
-from ..loaders.models.text_encoder import AUTO, load_text_encoder
+from ..loaders.models.text_encoder import AUTO, AUTOMATIC_TYPE, load_text_encoder
 from ..loaders.paths.folders import (
     ENCODER,
     embedding_folders,
@@ -85,8 +85,11 @@ class LoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "type",
-                    options=encoder_types("CLIPLoader", "DualCLIPLoader"),
-                    tooltip="The kind of model the text is encoded for.",
+                    options=[AUTOMATIC_TYPE, *encoder_types("CLIPLoader", "DualCLIPLoader")],
+                    default=AUTOMATIC_TYPE,
+                    tooltip="The model the text is encoded for. automatic: the one that these text"
+                    " encoders belong to; if several use the same, an error lists the types to"
+                    " choose from.",
                 ),
                 further_input(2),
                 further_input(3),
@@ -126,7 +129,7 @@ class LoadTextEncoder(io.ComfyNode):
     def execute(
         cls,
         text_encoder_1,
-        type,
+        type=AUTOMATIC_TYPE,
         text_encoder_2=NONE,
         text_encoder_3=NONE,
         text_encoder_4=NONE,

@@ -132,6 +132,20 @@ def encoder_family(te_model: str, weights: Mapping[str, torch.Tensor]) -> str:
     return te_model
 
 
+def reject_same_encoders(names: Sequence[str], families: Sequence[str | None]):
+    """Raises WeightFileError where two files hold the same encoder.
+
+    names, families: as for `reject_wrong_encoders`.
+    """
+    counts = Counter(filter(None, families))
+    twice = next((family for family, count in counts.items() if count > 1), None)
+    if twice is not None:
+        same = " and ".join(name for name, family in zip(names, families) if family == twice)
+        raise WeightFileError(
+            f"{same} are both {TITLES.get(twice, twice)}, expected different text encoders. Pick"
+            " another file in one of the inputs.")
+
+
 def reject_wrong_encoders(names: Sequence[str], families: Sequence[str | None],
                           clip_type: str) -> str:
     """Checks that the encoders are those that a type needs.
@@ -148,13 +162,7 @@ def reject_wrong_encoders(names: Sequence[str], families: Sequence[str | None],
     Raises:
         WeightFileError: for files that the type cannot work with.
     """
-    counts = Counter(filter(None, families))
-    twice = next((family for family, count in counts.items() if count > 1), None)
-    if twice is not None:
-        same = " and ".join(name for name, family in zip(names, families) if family == twice)
-        raise WeightFileError(
-            f"{same} are both {TITLES.get(twice, twice)}, expected different text encoders. Pick"
-            " another file in one of the inputs.")
+    reject_same_encoders(names, families)
     if len(families) == 1:
         return _reject_wrong_encoder(names[0], families[0], clip_type)
     groups = ENCODER_SETS.get(len(families), {}).get(clip_type)

@@ -42,8 +42,11 @@ from ..encoders.encoder_sets import (
 from ..encoders.missing_towers import omit_missing_towers
 from ..encoders.saved_tokenizer import saved_tokenizer
 from ..encoders.tokenizer import TokenizerError
+from ..encoders.type_choice import AUTOMATIC as AUTOMATIC_TYPE
+from ..encoders.type_choice import choose_type
 from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line
 from ..files.open_weights import open_weights
+from ..inspect.contents import encoder_comfy_keys, file_contents
 from ..progress import Progress
 from .fit_device import encoder_targets
 from .load_check import check_load
@@ -73,7 +76,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
 
     Args:
         paths: of the files or folders.
-        clip_type: lower-case name of the host's `CLIPType`.
+        clip_type: lower-case name of the host's `CLIPType`, or AUTOMATIC_TYPE for the one that
+            fits the files.
         embedding_directory: folders of textual inversions.
         mmproj: path of the file with the vision tower; AUTO: the file next to the encoder that
             fits; None: no vision tower.
@@ -87,6 +91,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     Raises:
         WeightFileError: if a file cannot be read, or if they are not text encoders of this type.
     """
+    if clip_type == AUTOMATIC_TYPE:
+        clip_type = _type_of_files(paths)
     host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     recipe = Recipe(
         TEXT_ENCODER, tuple(map(str, paths)), {
@@ -152,6 +158,43 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
 def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
     """Loads the encoder for a recipe."""
     return load_text_encoder(list(paths), **options).patcher
+
+
+def _type_of_files(paths: list[str]) -> str:
+    """Returns the type of the model that these encoders are for, by the names and shapes in the
+    files."""
+    names, families = [os.path.basename(os.path.normpath(path)) for path in paths], []
+    for name, path in zip(names, paths):
+        tensors = _unwrap_encoder(_comfy_keys(path))
+        families.append(_family_of(name, tensors))
+    clip_type = choose_type(names, families)
+    log.info("[Featherweight] %s: type %s", _names(paths), clip_type)
+    return clip_type
+
+
+def _comfy_keys(path: str) -> Weights:
+    """Returns the tensors of an encoder's file, without values, under the host's names."""
+    if os.path.isdir(path) or path.lower().endswith((".gguf", ".safetensors", ".sft")):
+        return encoder_comfy_keys(file_contents(path))[0]
+    return comfy.utils.load_torch_file(path, safe_load=True)  # of a kind that only the host reads
+
+
+def _family_of(name: str, tensors: Weights) -> str | None:
+    """Returns the key of TITLES for the encoder in a file, None where it holds none.
+
+    Raises WeightFileError if it holds a diffusion model.
+    """
+    te_model = comfy.sd.detect_te_model(tensors)
+    # LTX-2 reads a projection from a file of its own or from its whole checkpoint.
+    if (
+        te_model is None
+        and not comfy.text_encoders.lt.sd_detect([tensors])
+        and is_diffusion_model(tensors)
+    ):
+        raise WeightFileError(
+            f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion"
+            " Model (Featherweight).")
+    return te_model and encoder_family(te_model.name, tensors)
 
 
 def _names(paths: list[str]) -> str:
@@ -329,19 +372,7 @@ def _unwrap_encoder(weights: Weights) -> Weights:
 def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):
     """Raises WeightFileError for files that are not text encoders or do not match the type."""
     names = [os.path.basename(path) for path in paths]
-    families = []
-    for name, part in zip(names, weights):
-        te_model = comfy.sd.detect_te_model(part)
-        families.append(te_model and encoder_family(te_model.name, part))
-        # LTX-2 reads a projection from a file of its own or from its whole checkpoint.
-        if (
-            te_model is None
-            and not comfy.text_encoders.lt.sd_detect([part])
-            and is_diffusion_model(part)
-        ):
-            raise WeightFileError(
-                f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion"
-                " Model (Featherweight).")
+    families = [_family_of(name, part) for name, part in zip(names, weights)]
     if not any(families):
         raise WeightFileError(
             f"{' and '.join(names)} hold{'' if names[1:] else 's'} no text encoder that this"

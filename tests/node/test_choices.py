@@ -63,7 +63,7 @@ def test_our_loaders_offer_what_the_hosts_loader_offers(node, monkeypatch):
     found = {loader.GET_SCHEMA().node_id: combo_options(loader, "type") for loader in node_list()}
     assert found["CLIPLoaderGGUF"] == TYPES
     assert (
-        found["FeatherweightLoadTextEncoder"][:3] == TYPES
+        found["FeatherweightLoadTextEncoder"][:4] == ["automatic", *TYPES]
         and "sdxl" in found["FeatherweightLoadTextEncoder"]
     )
 

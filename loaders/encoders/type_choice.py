@@ -1,0 +1,83 @@
+"""Chooses the `type` of text encoders by what their files hold."""
+from collections.abc import Iterator, Sequence
+
+import comfy.sd
+
+from ..families import MODELS, Model
+from ..files.container import WeightFileError
+from .encoder_sets import TITLES, reject_same_encoders
+
+AUTOMATIC = "automatic"  # in place of a type
+ANY = "stable_diffusion"  # for encoders that the host builds by their weights, whatever the type
+# Types that the host knows by another name or by none.
+OF_OTHER_NAME = {ANY, "sdxl"}
+# The host's class of models whose encoder needs a projection, which may be in a file of its own.
+WITH_PROJECTION = {"LTXAV"}
+
+
+def choose_type(names: Sequence[str], families: Sequence[str | None]) -> str:
+    """Returns the type of the model that these encoders are for.
+
+    Args:
+        names: of the files.
+        families: of the files, keys of TITLES; None for a file without an encoder.
+
+    Raises:
+        WeightFileError: if the encoders are of several types, which give different results, or of
+            none.
+    """
+    reject_same_encoders(names, families)
+    types = _fitting_types(families)
+    if len(types) == 1:
+        return next(iter(types))
+    if not types and len(families) == 1:
+        return ANY
+    titles = " and ".join(
+        TITLES.get(family, family) if family else "no text encoder" for family in families)
+    subject = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {titles}"
+    if not types:
+        raise WeightFileError(
+            f"{subject}, and no model is known that takes them together. Pick other files, or"
+            " choose a type that takes them.")
+    *others, last = (f"{clip_type} ({' or '.join(models)})" for clip_type, models in types.items())
+    raise WeightFileError(
+        f"{subject}, which several models use in different ways. Choose the type of yours:"
+        f" {', '.join(others)} or {last}.")
+
+
+def _fitting_types(families: Sequence[str | None]) -> dict[str, list[str]]:
+    """Returns type -> names of the models that take these encoders, and no others if any does.
+
+    Else of those that work with some of their encoders.
+    """
+    present = {family for family in families if family is not None}
+    has_projection = len(present) < len(families)
+    for fits in (_is_complete, _is_part):
+        types: dict[str, list[str]] = {}
+        for model in _known_models():
+            if fits(model, present) and (not has_projection or model.host in WITH_PROJECTION):
+                names = types.setdefault(model.clip_type or ANY, [])
+                names += [model.name] * (model.name not in names)
+        if types:
+            return types
+    return {}
+
+
+def _known_models() -> Iterator[Model]:
+    """Yields the models with encoders whose type this ComfyUI knows."""
+    for model in MODELS:
+        clip_type = model.clip_type or ANY
+        if model.encoders and (
+                clip_type in OF_OTHER_NAME or hasattr(comfy.sd.CLIPType, clip_type.upper())):
+            yield model
+
+
+def _is_complete(model: Model, present: set[str]) -> bool:
+    groups = model.encoder_groups
+    return (len(present) == 1 and present <= set(model.also)) or (
+        len(present) == len(groups) and all(group & present for group in groups))
+
+
+def _is_part(model: Model, present: set[str]) -> bool:
+    groups = model.encoder_groups
+    return len(present) <= 2 < len(groups) and present <= set().union(*groups)
