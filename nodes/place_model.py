@@ -14,24 +14,28 @@ from .number_checks import reject_nan
 
 log = logging.getLogger(__name__)
 
-ALL = 1000.0
+ALL = 1000.0  # GB
+AUTOMATIC = -1.0  # GB that stay on the GPU as ComfyUI decides
 
 
-def placing_inputs(what: str) -> list:
+def placing_inputs(what: str, values: str) -> list:
     """Returns the inputs that place the weights of a model or text encoder.
 
-    what: the part that is placed, for the tooltips.
+    Args:
+        what: the part that is placed, for the tooltips.
+        values: a sentence about values to start with.
     """
     return [
         io.Float.Input(
             "gpu_weights",
-            default=4.0,
-            min=0.0,
+            default=AUTOMATIC,
+            min=AUTOMATIC,
             max=ALL,
             step=0.1,
             display_name="GPU weights in GB",
             tooltip=f"How many GB of {what}'s weights stay on the GPU. The rest is copied there"
-            " layer by layer in each step: the same picture, slower. 0: none stay.",
+            " layer by layer in each step: the same image, slower. -1: automatic, as many as fit,"
+            f" as ComfyUI decides. 0: none stay. {values}",
         ),
         io.Combo.Input(
             "store",
@@ -42,9 +46,10 @@ def placing_inputs(what: str) -> list:
             default=str(CPU),
             optional=True,
             advanced=True,
-            tooltip="Where the rest is kept. gpu:N: in the memory of another GPU, which does not"
-            f" compute; {what} is then taken out of dynamic VRAM. What that GPU cannot hold is kept"
-            " in CPU memory.",
+            display_name="keep the rest on",
+            tooltip="Where the weights are that do not stay on the GPU. cpu: in CPU memory. gpu:N:"
+            f" on another GPU, which does not compute; {what} is then taken out of dynamic VRAM,"
+            " and what that GPU has no memory for is in CPU memory.",
         ),
         io.Float.Input(
             "store_gb",
@@ -54,8 +59,8 @@ def placing_inputs(what: str) -> list:
             step=0.1,
             optional=True,
             advanced=True,
-            display_name="store in GB",
-            tooltip="How many GB of the store are filled at most, if it is a GPU.",
+            display_name="at most there, in GB",
+            tooltip="How many GB another GPU keeps at most. 1000: as many as fit.",
         ),
     ]
 
@@ -68,7 +73,7 @@ def place_and_report(
     Args:
         place_part: `place` or `place_clip`.
         part: a MODEL or CLIP.
-        gpu_weights: GB of 10^9 bytes that stay on the device that computes.
+        gpu_weights: GB of 10^9 bytes that stay on the device that computes, or AUTOMATIC.
         store: the name of the device that keeps the rest.
         store_gb: GB of 10^9 bytes that the store keeps at most.
     """
@@ -77,10 +82,11 @@ def place_and_report(
     remarks = []
     compute = getattr(part, "patcher", part).load_device
     if compute != CPU:
-        checks = (_check_budget(compute, gpu_weights * GB), _check_store(compute, store, store_gb))
+        checks = (_check_budget(compute, gpu_weights), _check_store(compute, store, store_gb))
         remarks += filter(None, checks)
     stores = [(find_device(store)[0] or CPU, store_gb * GB)]
-    placed = place_part(part, gpu_weights * GB, stores, remarks.append)
+    gpu_bytes = None if gpu_weights == AUTOMATIC else gpu_weights * GB
+    placed = place_part(part, gpu_bytes, stores, remarks.append)
     for remark in remarks:
         log.warning("[Featherweight] %s", remark)
     texts = {}  # device -> text, of the GPUs that share the model's work
@@ -97,15 +103,18 @@ def place_and_report(
     patcher = getattr(placed, "patcher", placed)
     if hasattr(patcher, "placement"):
         patcher.on_placement = show_placement
-    planned = [planned_text(patcher)] if getattr(patcher, "placement", None) is not None else []
+    is_placed = patcher is not getattr(part, "patcher", part) and compute != CPU
+    planned = [planned_text(patcher)] if is_placed else []
     show("\n".join([*planned, *remarks]))
     return placed
 
 
-def _check_budget(compute: torch.device, gpu_bytes: float) -> str | None:
-    total = total_memory(compute)
+def _check_budget(compute: torch.device, gpu_weights: float) -> str | None:
+    if gpu_weights == AUTOMATIC:
+        return None
+    gpu_bytes, total = gpu_weights * GB, total_memory(compute)
     if gpu_bytes < 0:
-        return f"gpu_weights is {gpu_bytes / GB:g} GB, which is below 0; it is treated as 0."
+        return f"gpu_weights is {gpu_weights:g} GB, which is below 0; it is treated as 0."
     if gpu_bytes > total:
         return (
             f"gpu_weights is {size_text(gpu_bytes)}, but {compute} has {size_text(total)} in total;"
@@ -151,7 +160,11 @@ class PlaceModel(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, with or without LoRAs."),
-                *placing_inputs("the model"),
+                *placing_inputs(
+                    "the model",
+                    "To leave memory for large images or other programs, start with 3 on a 6 GB"
+                    " card, 5 on an 8 GB card or 9 on a 12 GB card.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -162,5 +175,5 @@ class PlaceModel(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, gpu_weights, store=str(CPU), store_gb=ALL) -> io.NodeOutput:
+    def execute(cls, model, gpu_weights=AUTOMATIC, store=str(CPU), store_gb=ALL) -> io.NodeOutput:
         return io.NodeOutput(place_and_report(place, model, gpu_weights, store, store_gb))

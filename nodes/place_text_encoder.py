@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.devices import CPU
 from ..loaders.models.placement import place_clip
-from .place_model import ALL, place_and_report, placing_inputs
+from .place_model import ALL, AUTOMATIC, place_and_report, placing_inputs
 
 
 class PlaceTextEncoder(io.ComfyNode):
@@ -32,7 +32,7 @@ class PlaceTextEncoder(io.ComfyNode):
             ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder, with or without LoRAs."),
-                *placing_inputs("the text encoder"),
+                *placing_inputs("the text encoder", "0 leaves the GPU to the diffusion model."),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -43,5 +43,5 @@ class PlaceTextEncoder(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, clip, gpu_weights, store=str(CPU), store_gb=ALL) -> io.NodeOutput:
+    def execute(cls, clip, gpu_weights=AUTOMATIC, store=str(CPU), store_gb=ALL) -> io.NodeOutput:
         return io.NodeOutput(place_and_report(place_clip, clip, gpu_weights, store, store_gb))

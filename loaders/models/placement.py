@@ -23,7 +23,7 @@ Warn = Callable[[str], None]  # takes a sentence for the user
 Stores = Sequence[tuple[torch.device, float]]  # devices and how many bytes each stores at most
 
 
-def place(patcher, gpu_bytes: float, stores: Stores = (), warn: Warn = log.warning):
+def place(patcher, gpu_bytes: float | None, stores: Stores = (), warn: Warn = log.warning):
     """Returns a clone of a patcher that keeps `gpu_bytes` of its weights on its device.
 
     Unsupported settings are reported; the model still runs. A patcher that another pack loads or
@@ -31,7 +31,8 @@ def place(patcher, gpu_bytes: float, stores: Stores = (), warn: Warn = log.warni
 
     Args:
         patcher: the host's ModelPatcher.
-        gpu_bytes: of weights that stay on the device that computes.
+        gpu_bytes: of weights that stay on the device that computes; None: as many as fit there, as
+            the host decides.
         stores: other devices for the rest, filled in their order; what remains is in CPU memory.
         warn: is called with each sentence for the user.
     """
@@ -61,7 +62,10 @@ def place(patcher, gpu_bytes: float, stores: Stores = (), warn: Warn = log.warni
                  " loaded again, which its loader does not support. What does not stay on the"
                  " device is kept in the memory of the CPU.")
             used_stores = ()
-    placed.placement = Placement(int(min(max(0, gpu_bytes), MAX_BYTES)), used_stores)
+    if gpu_bytes is None:
+        placed.placement = Placement(MAX_BYTES, used_stores) if used_stores else None
+    else:
+        placed.placement = Placement(int(min(max(0, gpu_bytes), MAX_BYTES)), used_stores)
     return placed
 
 
@@ -79,7 +83,7 @@ def _outside_dynamic_vram(patcher):
     return clone
 
 
-def place_clip(clip, gpu_bytes: float, stores: Stores = (), warn: Warn = log.warning):
+def place_clip(clip, gpu_bytes: float | None, stores: Stores = (), warn: Warn = log.warning):
     """Does the same as `place` for a CLIP of the host's."""
     clip = clip.clone()
     clip.patcher = place(clip.patcher, gpu_bytes, stores, warn)
@@ -90,12 +94,17 @@ def place_clip(clip, gpu_bytes: float, stores: Stores = (), warn: Warn = log.war
 def planned_text(patcher) -> str:
     """Returns where a placed model's weights will be, before it loads: 'at most 4.0 of 6.8 GB on
     cuda:0'."""
-    size, budget = patcher.full_size(), patcher.placement.gpu_bytes
+    size, placement = patcher.full_size(), patcher.placement
+    if placement is None or placement.gpu_bytes == MAX_BYTES:
+        text = f"as much of {size_text(size)} as fits on {patcher.load_device}"
+        rest = " and ".join(str(device) for device, _ in placement.stores) if placement else ""
+        return f"{text}, the rest on {rest}" if rest else text
+    budget = placement.gpu_bytes
     if budget >= size:
         return f"{size_text(size)} on {patcher.load_device}"
     text = f"at most {part_text(budget, size)} on {patcher.load_device}"
     rest = size - budget
-    for device, capacity in patcher.placement.stores:
+    for device, capacity in placement.stores:
         stored = min(capacity, rest)
         if rest:
             text += f", {size_text(stored)} on {device}"

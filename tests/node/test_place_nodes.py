@@ -1,5 +1,7 @@
 """Place Model and Place Text Encoder: what they show while models run, and what they say to what
 cannot be."""
+import re
+
 import comfy.model_management
 import comfy.model_patcher
 import pytest
@@ -53,6 +55,41 @@ def test_the_node_says_what_stays_and_what_each_step_costs(shown):
         "1.9 of 4.0 MB on cuda:0, 918.5 KB on cuda:1, 423.9 KB on cuda:2\n2.1 MB copied per step")
     whole, = PlaceModel.execute(model, 4.0).args
     assert torch.equal(run(whole), expected) and shown[-1] == "4.0 of 4.0 MB on cuda:0"
+
+
+@STATIC
+def test_automatic_leaves_it_to_comfyui_and_the_rest_goes_where_it_is_to_be_kept(shown):
+    model, _ = larger_flux("Q8_0")
+    expected = run(model)
+    placed, = PlaceModel.execute(PlaceModel.execute(model, 0.002).args[0]).args
+    assert shown[-1] == "as much of 46.6 MB as fits on cuda:0" and placed.placement is None
+    assert torch.equal(run(placed), expected) and shown[-1] == "46.6 of 46.6 MB on cuda:0"
+    stored, = PlaceModel.execute(model, store="gpu:1").args
+    assert shown[-1] == "as much of 46.6 MB as fits on cuda:0, the rest on cuda:1"
+    assert torch.equal(run(stored), expected) and shown[-1] == "46.6 of 46.6 MB on cuda:0"
+    comfy.model_management.unload_all_models()
+    free = comfy.model_management.get_free_memory(stored.load_device)
+    comfy.model_management.load_models_gpu([stored], memory_required=free - 30e6)
+    on_device, _, on_other = (float(word) for word in re.findall(r"[\d.]+(?= )", shown[-1])[:3])
+    assert on_device < 31 and on_device + on_other == pytest.approx(46.6, abs=0.2)
+    assert torch.equal(step(stored), expected)
+
+
+@DYNAMIC
+def test_automatic_leaves_dynamic_vram_as_it_is(shown):
+    model, _ = larger_flux("Q8_0")
+    expected = run(model)
+    placed, = PlaceModel.execute(model).args
+    assert placed.is_dynamic() and shown == ["as much of 46.6 MB as fits on cuda:0"]
+    assert torch.equal(run(placed), expected) and shown[-1].startswith("46.6 of 46.6 MB on cuda:0")
+
+
+@pytest.mark.parametrize("node", [PlaceModel, PlaceTextEncoder])
+def test_a_new_node_places_nothing_by_itself(node):
+    inputs = {one.id: one for one in node.define_schema().inputs}
+    assert [inputs[name].default for name in ("gpu_weights", "store", "store_gb")] == [
+        place_model.AUTOMATIC, "cpu", place_model.ALL]
+    assert inputs["gpu_weights"].min == place_model.AUTOMATIC == -1
 
 
 @DYNAMIC
@@ -140,7 +177,7 @@ def test_a_model_that_two_gpus_share_gets_a_store(order, shown, share):
 
 @STATIC
 @pytest.mark.parametrize(("inputs", "sentence"), [
-    ((-1.0,), "gpu_weights is -1 GB, which is below 0; it is treated as 0."),
+    ((-2.0,), "gpu_weights is -2 GB, which is below 0; it is treated as 0."),
     ((48.0,), "gpu_weights is 48.0 GB, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much"
               " there as fits."),
     ((0.002, "gpu:5"),

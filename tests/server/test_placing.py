@@ -26,8 +26,8 @@ SIZES = {"hidden": 512, "double_blocks": 2, "single_blocks": 6, "context": 768}
 # MB of the model, of the text encoder, and of the largest layer
 SIZE, TEXT_SIZE, LARGEST = 48.2, 131.7, 4.0
 WRONG = {  # node -> (what it is given, what it says)
-    "below 0": ({"gpu_weights": -1.0},
-                "gpu_weights is -1 GB, which is below 0; it is treated as 0."),
+    "below 0": ({"gpu_weights": -2.0},
+                "gpu_weights is -2 GB, which is below 0; it is treated as 0."),
     "above": ({"gpu_weights": 48.0},
               "gpu_weights is 48.0 GB, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much there"
               " as fits."),
