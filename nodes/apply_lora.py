@@ -55,12 +55,14 @@ class ApplyLora(io.ComfyNode):
                 io.Float.Input(
                     "strength_model",
                     **strength,
-                    tooltip="How strongly the diffusion model is changed; may be negative.",
+                    tooltip="How strongly the diffusion model is changed, from -100 to 100. 1: as"
+                    " trained; 0: not at all.",
                 ),
                 io.Float.Input(
                     "strength_clip",
                     **strength,
-                    tooltip="How strongly the text encoder is changed; may be negative.",
+                    tooltip="How strongly the text encoder is changed, from -100 to 100. 1: as"
+                    " trained; 0: not at all.",
                 ),
                 io.String.Input(
                     "block_weights",
@@ -76,9 +78,9 @@ class ApplyLora(io.ComfyNode):
                     RENAMED_MISFITS,
                     default=SKIP,
                     display_name="if layers do not match",
-                    tooltip="What to do when some layers of the LoRA do not fit. apply the rest:"
-                    " apply the other layers. fail: stop with an error that names the layers. A"
-                    " LoRA without any matching layer is always an error.",
+                    tooltip="What to do if some layers of the LoRA do not match the model. skip:"
+                    " apply the others. error: stop and name them. A LoRA without any matching"
+                    " layer is always an error.",
                 ),
                 io.Clip.Input(
                     "clip",

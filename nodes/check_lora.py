@@ -51,7 +51,7 @@ class CheckLora(io.ComfyNode):
             outputs=[
                 io.String.Output(display_name="report", tooltip="The report, the verdict first."),
                 io.Image.Output(
-                    display_name="picture",
+                    display_name="image",
                     tooltip="How much the LoRA changes each block, as a bar chart.",
                 ),
             ],

@@ -55,9 +55,9 @@ class InspectModelFile(io.ComfyNode):
             node_id="FeatherweightInspectModelFile",
             display_name="Inspect Model File (Featherweight)",
             category="Featherweight",
-            description="Says what a model file or a loaded model is: its kind and family, its"
-            " tensors by type, the memory it fits, the other files it needs, and how far each part"
-            " is from a reference. The report is a text and a picture.",
+            description="Says what a model file or a loaded model is: its family, its tensors by"
+            " type, the GPUs it fits, the other files it needs, and how far each part is from a"
+            " reference. The report is a text and an image.",
             search_aliases=[
                 "inspect",
                 "model info",
@@ -75,7 +75,8 @@ class InspectModelFile(io.ComfyNode):
                     display_name="file",
                     tooltip="Any file in the folders of diffusion models, checkpoints, text"
                     " encoders, LoRAs, VAEs, ControlNets, model patches and CLIP vision, or a"
-                    " folder that diffusers saved. Not used while a model is connected.",
+                    " folder that diffusers saved. A connected model is inspected instead, and if"
+                    " there is none, a connected path.",
                 ),
                 io.Model.Input(
                     "model",
@@ -95,8 +96,8 @@ class InspectModelFile(io.ComfyNode):
                     "path",
                     optional=True,
                     force_input=True,
-                    tooltip="The path output of Save Packed Model (Featherweight). If connected,"
-                    " that file is inspected instead of the one picked.",
+                    tooltip="The path output of Save Packed Model (Featherweight), inspected"
+                    " instead of the file.",
                 ),
             ],
             outputs=[
@@ -105,7 +106,7 @@ class InspectModelFile(io.ComfyNode):
                     tooltip="The report. Its first line says what the file is.",
                 ),
                 io.Image.Output(
-                    display_name="picture", tooltip="The bytes of each block, coloured by type."
+                    display_name="image", tooltip="The bytes of each block, colored by type."
                 ),
             ],
         )

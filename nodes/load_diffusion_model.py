@@ -52,11 +52,11 @@ def compute_input(what: str = "the model", options: Sequence[str] = COMPUTE_CHOI
         default=AUTOMATIC,
         optional=True,
         advanced=True,
-        tooltip=f"How {what} computes. automatic: exact, but {by_comfyui} by ComfyUI's kernels"
-        " where this GPU has them. exact: by the values in the file, on every device. fast: by"
-        " ComfyUI's kernels for its formats, and by integer products for other packed weights, on"
-        " NVIDIA GPUs from Turing on and on CPUs with VNNI, with an error of about 1.2 % in each"
-        f" layer.{integers if FLOAT32 in options else ''}",
+        tooltip=f"How {what} is computed. automatic: exact, but {by_comfyui} by ComfyUI's kernels"
+        " on a GPU with the kernel. exact: with the values in the file, on every device. fast:"
+        " ComfyUI's formats by its kernels, and other packed weights by integer products, on NVIDIA"
+        " GPUs from Turing on and on CPUs with VNNI, with an error of about 1.2 % in each layer."
+        f"{integers if FLOAT32 in options else ''}",
     )
 
 
@@ -73,8 +73,8 @@ def pack_to_input(what: str, fits: bool = False):
         what: the part that is packed, for the text.
         fits: whether it can be packed to fit the GPU, or to a size.
     """
-    fit = (" fit this GPU: to what fits the memory of the GPU that computes, or leaves the file as"
-           " it is if that fits. size in GB: to the best mix of types for the size below.")
+    fit = (" fit this GPU: what fits the GPU's memory; no change if the file does. mix for a size:"
+           " the best mix of types for the size in GB.")
     return renamed_combo(
         "pack_to",
         [NO_CHANGE, FIT, *TYPES, MIX] if fits else [NO_CHANGE, *TYPES],
@@ -82,16 +82,16 @@ def pack_to_input(what: str, fits: bool = False):
         default=NO_CHANGE,
         optional=True,
         display_name="pack to",
-        tooltip=f"Packs the weights of {what} to this type while they are read, so that they take"
-        " less memory. Works for safetensors files in bf16, fp16, fp32 or fp8, diffusers folders"
-        " and GGUF files in F16, BF16 or F32. Weights that are already packed stay as they are, but"
-        f" are packed again, once, to ComfyUI's own types ({', '.join(ROW_TYPES)}). LoRAs keep"
-        f" their full effect.{fit if fits else ''}",
+        tooltip=f"Packs the weights of {what} as they are read, so that they take less memory."
+        " LoRAs keep their full effect. Packed weights, as in a GGUF in Q8_0, stay as they are,"
+        f" unless this is one of ComfyUI's own types ({', '.join(ROW_TYPES)}). Packing takes"
+        " seconds to minutes; what took more than a minute is kept for the next time."
+        f"{fit if fits else ''}",
     )
 
 
-def size_input(tooltip: str = "With 'size in GB' at pack to: how large the weights may be in"
-               " memory, in GB of 10^9 bytes.", is_extra: bool = True):
+def size_input(tooltip: str = "With mix for a size at pack to: how large the weights may be in"
+               " memory, in GB of 10^9 bytes; 6 by default.", is_extra: bool = True):
     """Returns the input for the size that is met with MIX.
 
     Args:
@@ -136,8 +136,8 @@ def host_formats_input():
         advanced=True,
         display_name="fp8, nvfp4, int8 computed by",
         extra_dict={"hidden": True},
-        tooltip="Layers in ComfyUI's own quantised formats, where they are not computed as compute"
-        " says: in workflows of earlier versions.",
+        tooltip="Who computes layers in ComfyUI's own quantized formats, in workflows of earlier"
+        " versions. by compute: what the input compute says.",
     )
 
 
@@ -178,7 +178,7 @@ class LoadDiffusionModel(io.ComfyNode):
             node_id="FeatherweightLoadDiffusionModel",
             display_name="Load Diffusion Model (Featherweight)",
             category="Featherweight",
-            description="Loads a diffusion model of any kind that ComfyUI knows from a packed file"
+            description="Loads any diffusion model that ComfyUI knows from a packed file"
             " (GGUF, NF4, FP4, int8, fp8, SDNQ, SVDQuant, GPTQ, AWQ …) and keeps its weights packed"
             " in memory. Other files load as with ComfyUI's own loader.",
             search_aliases=[
@@ -209,7 +209,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     display_name="module",
                     tooltip="A file in models/diffusion_models or models/unet with further layers"
                     " for the model, such as the VACE module for Wan. Both are loaded as one model,"
-                    " and each may be packed in its own way.",
+                    " and each may be in a format of its own.",
                 ),
                 size_input(),
             ],

@@ -100,8 +100,8 @@ class LoadTextEncoder(io.ComfyNode):
                     advanced=True,
                     default=AUTO,
                     options=file_options(vision, FOLDERS, "text_encoder_1"),
-                    tooltip="The vision part of an encoder that sees pictures (Qwen-VL, Gemma 3"
-                    " …). auto: the matching file in the encoder's folder.",
+                    tooltip="The vision part of an encoder that sees images (Qwen-VL, Gemma 3 …)."
+                    " auto: the matching file in the encoder's folder.",
                 ),
                 io.Combo.Input(
                     "device",

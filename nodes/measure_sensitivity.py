@@ -29,7 +29,7 @@ def latent_input():
         "latent",
         optional=True,
         tooltip="An empty latent of the size you use, or of a video's length. If nothing is"
-        " connected: a picture of 512 x 512, or one frame.",
+        " connected: an image of 512 x 512, or one frame.",
     )
 
 
@@ -42,9 +42,9 @@ class MeasureSensitivity(io.ComfyNode):
             node_id="FeatherweightMeasureSensitivity",
             display_name="Measure Sensitivity (Featherweight)",
             category="Featherweight",
-            description="Runs a model for a few pictures and records the inputs of its layers and"
-            " the error that packing each of them causes. Files packed with this measurement are"
-            " much closer to the model at the same size.",
+            description="Generates a few images with a model and records the inputs of its layers"
+            " and the error that packing each of them causes. Files packed with this measurement"
+            " are much closer to the model at the same size.",
             search_aliases=[
                 "imatrix",
                 "importance matrix",
@@ -60,13 +60,13 @@ class MeasureSensitivity(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model to measure, unquantised if you have it. It is not changed.",
+                    tooltip="The model to measure, unquantized if you have it. It is not changed.",
                 ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="Prompts of the kind you use. Each entry of a combined conditioning and"
-                    " of a list is drawn by itself. If nothing is connected, random numbers are"
+                    tooltip="Prompts like those you use. Each entry of a combined conditioning and"
+                    " of a list gets images of its own. If nothing is connected, random numbers are"
                     " used instead, which most models accept; the result is a little worse.",
                 ),
                 io.Conditioning.Input(
@@ -78,10 +78,10 @@ class MeasureSensitivity(io.ComfyNode):
                     default=8,
                     min=1,
                     max=1024,
-                    tooltip="How many pictures are drawn; the prompts take turns. More than 64 gain"
-                    " little.",
+                    tooltip="How many images are generated, 8 by default; the prompts take turns."
+                    " More than 64 gain little.",
                 ),
-                io.Int.Input("steps", default=12, min=1, max=200, tooltip="Steps of each picture."),
+                io.Int.Input("steps", default=12, min=1, max=200, tooltip="Steps of each image."),
                 io.Float.Input(
                     "cfg",
                     default=1.0,
@@ -104,9 +104,9 @@ class MeasureSensitivity(io.ComfyNode):
                     RENAMED_EFFORTS,
                     default=NORMAL,
                     display_name="effort",
-                    tooltip="How the cost of packing a layer is measured. one run per layer: from"
-                    " its effect on the model's output. no runs: from the layer's own error, which"
-                    " is faster and a little less exact.",
+                    tooltip="How the cost of packing a layer is measured. normal: by its effect on"
+                    " the model's output. fast: by the layer's own error, which takes less time and"
+                    " is a little less exact.",
                 ),
                 io.String.Input(
                     "name",
@@ -125,7 +125,7 @@ class MeasureSensitivity(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(
-                    display_name="sensitivity",
+                    display_name="measurement",
                     tooltip="The file, for Save Packed Model (Featherweight).",
                 ),
                 io.String.Output(

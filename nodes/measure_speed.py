@@ -37,7 +37,7 @@ class MeasureSpeed(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="A line for each way to compute."),
-                io.Image.Output(display_name="picture", tooltip="Seconds of a step, as a chart."),
+                io.Image.Output(display_name="image", tooltip="Seconds of a step, as a chart."),
                 io.String.Output(
                     display_name="json",
                     tooltip="Figures and versions without names, paths or prompts, to paste into an"

@@ -23,7 +23,7 @@ def placing_inputs(what: str, values: str) -> list:
 
     Args:
         what: the part that is placed, for the tooltips.
-        values: a sentence about values to start with.
+        values: the end of the tooltip, about values to start with.
     """
     return [
         io.Float.Input(
@@ -35,7 +35,7 @@ def placing_inputs(what: str, values: str) -> list:
             display_name="GPU weights in GB",
             tooltip=f"How many GB of {what}'s weights stay on the GPU. The rest is copied there"
             " layer by layer in each step: the same image, slower. -1: automatic, as many as fit,"
-            f" as ComfyUI decides. 0: none stay. {values}",
+            f" as ComfyUI decides. 0: none stay{values}",
         ),
         io.Combo.Input(
             "store",
@@ -162,8 +162,8 @@ class PlaceModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model, with or without LoRAs."),
                 *placing_inputs(
                     "the model",
-                    "To leave memory for large images or other programs, start with 3 on a 6 GB"
-                    " card, 5 on an 8 GB card or 9 on a 12 GB card.",
+                    ". To leave memory for large images or other programs, start with 3 on a 6 GB"
+                    " card, 5 on an 8 GB card, 9 on a 12 GB card.",
                 ),
             ],
             outputs=[io.Model.Output()],

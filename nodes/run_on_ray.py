@@ -38,8 +38,8 @@ class RunOnRay(io.ComfyNode):
             node_id="FeatherweightRunOnRay",
             display_name="Run on Ray (Featherweight)",
             category="Featherweight",
-            description="Draws several pictures at once. The nodes before this one run on other"
-            " GPUs and machines, once for each picture, each time with another seed or text. This"
+            description="Generates several images at once. The nodes before this one run on other"
+            " GPUs and machines, once for each job, each time with another seed or text. This"
             " ComfyUI loads none of their models.",
             search_aliases=[
                 "ray",
@@ -58,7 +58,7 @@ class RunOnRay(io.ComfyNode):
                     "images",
                     lazy=True,
                     raw_link=True,
-                    tooltip="The pictures of one item. All nodes before this input run on the"
+                    tooltip="The images of one job. All nodes before this input run on the"
                     " workers.",
                 ),
                 io.Int.Input(
@@ -66,25 +66,26 @@ class RunOnRay(io.ComfyNode):
                     default=4,
                     min=1,
                     max=10000,
-                    tooltip="How many items to draw. Each seed before this node counts up: the"
-                    " first item has the seed itself, the next one more.",
+                    tooltip="How many jobs to run. Each job adds 1 to the seeds before this node;"
+                    " the first has the seeds themselves.",
                 ),
                 io.String.Input(
                     "texts",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="One line for each item; if there are too few, they start over. A line"
+                    tooltip="One line for each job; if there are too few, they start over. A line"
                     " replaces %text% in the texts before this node, or the whole prompt if no"
-                    " text has %text%. Empty: all items keep the workflow's text.",
+                    " text has %text%. Empty: all jobs keep the workflow's text.",
                 ),
                 io.Combo.Input(
                     "address",
                     options=address_options(POOL.cluster),
                     default=THIS_COMPUTER,
                     optional=True,
-                    tooltip="Where the pictures are drawn: on the GPUs of this computer, or on the"
-                    " Ray cluster named by FEATHERWEIGHT_RAY_ADDRESS when ComfyUI was started.",
+                    display_name="run on",
+                    tooltip="Where the workers are: on the GPUs of this computer, or on the Ray"
+                    " cluster named by FEATHERWEIGHT_RAY_ADDRESS when ComfyUI was started.",
                 ),
                 io.Int.Input(
                     "workers",
@@ -92,8 +93,8 @@ class RunOnRay(io.ComfyNode):
                     min=0,
                     max=10000,
                     optional=True,
-                    tooltip="How many ComfyUI processes draw at the same time. 0: one on each GPU,"
-                    " or one on each machine if no machine has a GPU.",
+                    tooltip="How many workers run at the same time, each a ComfyUI process. 0: one"
+                    " on each GPU, or one on each machine if no machine has a GPU.",
                 ),
                 io.Float.Input(
                     "idle_minutes",
@@ -103,11 +104,11 @@ class RunOnRay(io.ComfyNode):
                     step=0.5,
                     optional=True,
                     display_name="idle minutes",
-                    tooltip="How long idle workers keep their models for the next run. Then they"
-                    " end and free the memory.",
+                    tooltip="How many minutes idle workers keep their models for the next run. Then"
+                    " they end and free the memory.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="The pictures of all items, in order.")],
+            outputs=[io.Image.Output(tooltip="The images of all jobs, in order.")],
             hidden=[io.Hidden.dynprompt],
         )
 

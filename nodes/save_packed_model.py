@@ -93,14 +93,14 @@ class SavePackedModel(io.ComfyNode):
                     [*TYPES, KEEP_TYPES, MIX, *ROW_TYPES, *list(SIZES)[1:]],
                     RENAMED_SAVE_TYPES,
                     default="Q4_K",
-                    tooltip="The type of the large matrices; parts that must stay exact do so. NF4"
-                    " makes a safetensors file, the others up to Q2_K GGUF. as it is: each weight"
-                    " keeps its type. size in GB: the best mix of types for the size below. The"
-                    " last ones are ComfyUI's own, one or two for the size below, in a safetensors"
-                    " file that ComfyUI loads by itself.",
+                    tooltip="The type of the large matrices; parts that must stay exact do so. Up"
+                    " to Q2_K the file is a GGUF, with NF4 safetensors. keep types: each weight"
+                    " keeps its type. mix for a size: the best mix of types for the size in GB. The"
+                    " last ones are ComfyUI's own, alone or two for a size, in a safetensors file"
+                    " that ComfyUI loads by itself.",
                 ),
-                size_input("With a type 'size in GB': the largest size the file may have, in GB of"
-                           " 10^9 bytes.", is_extra=False),
+                size_input("With mix for a size: the largest size the file may have, in GB of 10^9"
+                           " bytes; 6 by default.", is_extra=False),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/ComfyUI",
@@ -122,9 +122,9 @@ class SavePackedModel(io.ComfyNode):
                     RENAMED_LORAS,
                     default=KEEP_QUALITY,
                     display_name="LoRAs on packed weights",
-                    tooltip="For LoRAs on a model that is already packed. arrive whole: the weights"
-                    " they change take Q6_K or more. in the type asked for: a smaller file; the"
-                    " report says how much of each LoRA is kept.",
+                    tooltip="For LoRAs on a model that is packed already. keep LoRA quality"
+                    " (larger): the weights they change take Q6_K or more. keep the size: they take"
+                    " the type asked for; the report says how much of each LoRA is kept.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
@@ -148,7 +148,7 @@ class SavePackedModel(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="Prompts of the kind you use. With them the model draws a few pictures"
+                    tooltip="Prompts like those you use. With them the model generates a few images"
                     " and its layers are packed one after another, each compensating for the"
                     " errors of those before it. With one type the result is closer to the model;"
                     " it is slow.",
@@ -157,7 +157,7 @@ class SavePackedModel(io.ComfyNode):
                     "latent",
                     optional=True,
                     tooltip="With positive: an empty latent of the size you use, or of a video's"
-                    " length. If nothing is connected: a picture of 512 x 512, or one frame.",
+                    " length. If nothing is connected: an image of 512 x 512, or one frame.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -246,7 +246,7 @@ class SavePackedModel(io.ComfyNode):
             jobs.append(new_job(source, prefix, label, type if type == KEEP_TYPES else label))
         for _, path, _ in jobs:
             reject_own_files(path, *(source for source, _, _ in jobs))
-        calibrating = ["drawing", "packing layer after layer"] if positive else []
+        calibrating = ["generating", "packing layer after layer"] if positive else []
         progress = Progress(*calibrating, *["packing"] * len(jobs))
         metadata = cls._metadata()
         reports = []

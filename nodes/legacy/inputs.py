@@ -130,7 +130,7 @@ FLUX_ENCODER_FILE = (
     "CLIP-L or T5, in any order: a file in models/text_encoders or models/clip, GGUF, NF4 or any"
     " other."
 )
-TEXT_TYPE = "The kind of model the text is encoded for."
+TEXT_TYPE = "The model the text is encoded for."
 DTYPES = ("default", "target", "float32", "float16", "bfloat16")
 SWITCH = ("enable", "disable")
 OFFLOAD = "ComfyUI moves weights to main memory by itself."
@@ -228,7 +228,7 @@ INPUTS: dict[str, LegacyInput] = {
     }.items()},
     # what has no effect
     "dequant_dtype": _unused(
-        io.Combo, "Weights are dequantised in float32 and rounded once, to the dtype that the model"
+        io.Combo, "Weights are dequantized in float32 and rounded once, to the dtype that the model"
         " computes in.", "default", DTYPES),
     "patch_dtype": _unused(io.Combo, "Patches are added in float32 and rounded once.", "default",
                            DTYPES),
