@@ -32,7 +32,9 @@ class PlaceTextEncoder(io.ComfyNode):
             ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder, with or without LoRAs."),
-                *placing_inputs("the text encoder", ", and the GPU is left to the diffusion model."),
+                *placing_inputs(
+                    "the text encoder", ", and the GPU is left to the diffusion model."
+                ),
             ],
             outputs=[io.Clip.Output()],
         )

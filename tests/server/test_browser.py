@@ -661,32 +661,56 @@ def test_a_loader_of_0_2_1_keeps_its_meaning_and_a_new_one_chooses_automatic(edi
         editor.open_workflow("earlier.json", json.dumps(workflow))
         inputs = sent_by(editor)[str(loader["id"])]["inputs"]
         assert (inputs["compute"], inputs["host_formats"]) == (compute, host_formats)
-        assert (inputs["pack_to"], inputs["module_name"]) == (saved[3], "none")
+        pack_to = "no change" if saved[3] == "as the file" else saved[3]
+        assert (inputs["pack_to"], inputs["module_name"]) == (pack_to, "none")
     added = editor.evaluate(
         "(node => (app.graph.add(node), node.widgets.map(widget => [widget.name, widget.value])))"
         "(LiteGraph.createNode('FeatherweightLoadDiffusionModel'))")
     assert {"compute": "automatic", "host_formats": "by compute"}.items() <= dict(added).items()
 
 
-@pytest.mark.parametrize("node", ["DiffusionModel", "Checkpoint", "TextEncoder"])
-def test_the_size_of_pack_to_is_shown_where_it_is_used(editor, node):
-    """In a new node, after a change, and in a workflow that is opened; its value is always sent."""
-    assert editor.evaluate("""(type => {
-      const node = LiteGraph.createNode(type), [choice, size] = ["pack_to", "size_gb"].map(
-        name => node.widgets.find(widget => widget.name === name)), shown = [!size.hidden];
+def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_is_not_used(editor):
+    """In a workflow that is opened, in a new node, and after a change."""
+    path = next(path for path in EXAMPLES if "packed to a size" in path.stem)
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {node["type"].removeprefix(CATEGORY): node for node in workflow["nodes"]}
+    nodes["LoadTextEncoder"]["widgets_values"][8] = "size in GB"
+    nodes["MeasureSensitivity"]["widgets_values"][4] = "no runs"
+    save = nodes["SavePackedModel"]  # where the measurement was a text that a link could replace
+    save["widgets_values"] = ["size in GB", 0.005, "a", "output", "in the type asked for", True, ""]
+    link = next(slot for slot in save["inputs"] if slot["name"] == "sensitivity")
+    link["widget"] = {"name": "sensitivity"}
+    editor.open_workflow("earlier.json", json.dumps(workflow))
+    sent = {node["class_type"].removeprefix(CATEGORY): node["inputs"]
+            for node in sent_by(editor).values()}
+    assert sent["LoadTextEncoder"]["pack_to"] == sent["SavePackedModel"]["type"] == "mix for a size"
+    assert sent["MeasureSensitivity"]["thoroughness"] == "fast"
+    saved = sent["SavePackedModel"]
+    assert saved["sensitivity"] == [str(nodes["MeasureSensitivity"]["id"]), 0]
+    assert {"size_gb": 0.005, "filename_prefix": "a", "folder": "output", "loras": "keep the size",
+            "overwrite": True, "measurement": "none"}.items() <= saved.items()
+    assert not editor.types(RED)
+    keep(editor, "earlier")
+    grey = """(type => {
+      const widgets = node => ["pack_to", "type", "size_gb"].map(
+        name => node.widgets.find(widget => widget.name === name)).filter(Boolean);
+      const node = LiteGraph.createNode(type), [choice] = widgets(node);
       app.graph.add(node);
-      for (const value of ["size in GB", "fit this GPU"]) {
+      const isGrey = node => !!widgets(node).at(-1).disabled, seen = [isGrey(node)];
+      for (const value of ["mix for a size", "Q4_K"]) {
         choice.value = value;
         choice.callback(value);
-        shown.push(!size.hidden);
+        seen.push(isGrey(node));
       }
-      choice.value = "size in GB";
+      choice.value = "mix for a size";
       const opened = LiteGraph.createNode(type);
       app.graph.add(opened);
       opened.configure(node.serialize());
-      shown.push(!opened.widgets.find(widget => widget.name === "size_gb").hidden);
-      return [shown, opened.serialize().widgets_values.includes(6)];
-    })""" + f"('FeatherweightLoad{node}')") == [[False, True, False, True], True]
+      return [...seen, isGrey(opened), opened.serialize().widgets_values.includes(6)];
+    })"""
+    for node in ("LoadDiffusionModel", "LoadCheckpoint", "LoadTextEncoder", "SavePackedModel"):
+        assert editor.evaluate(f"{grey}('Featherweight{node}')") == [
+            True, False, True, False, True], node
 
 
 def test_a_workflow_that_does_not_open_is_not_saved(editor, tmp_path):
