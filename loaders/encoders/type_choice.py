@@ -1,7 +1,5 @@
 """Chooses the `type` of text encoders by what their files hold."""
-from collections.abc import Iterator, Sequence
-
-import comfy.sd
+from collections.abc import Container, Iterator, Sequence
 
 from ..families import MODELS, Model
 from ..files.container import WeightFileError
@@ -9,25 +7,26 @@ from .encoder_sets import TITLES, reject_same_encoders
 
 AUTOMATIC = "automatic"  # in place of a type
 ANY = "stable_diffusion"  # for encoders that the host builds by their weights, whatever the type
-# Types that the host knows by another name or by none.
-OF_OTHER_NAME = {ANY, "sdxl"}
+SDXL = "sdxl"  # is offered, and is none of the types of the host
 # The host's class of models whose encoder needs a projection, which may be in a file of its own.
 WITH_PROJECTION = {"LTXAV"}
 
 
-def choose_type(names: Sequence[str], families: Sequence[str | None]) -> str:
+def choose_type(names: Sequence[str], families: Sequence[str | None],
+                known: Container[str]) -> str:
     """Returns the type of the model that these encoders are for.
 
     Args:
         names: of the files.
         families: of the files, keys of TITLES; None for a file without an encoder.
+        known: types that this ComfyUI knows.
 
     Raises:
         WeightFileError: if the encoders are of several types, which give different results, or of
             none.
     """
     reject_same_encoders(names, families)
-    types = _fitting_types(families)
+    types = _fitting_types(families, known)
     if len(types) == 1:
         return next(iter(types))
     if not types and len(families) == 1:
@@ -45,7 +44,8 @@ def choose_type(names: Sequence[str], families: Sequence[str | None]) -> str:
         f" {', '.join(others)} or {last}.")
 
 
-def _fitting_types(families: Sequence[str | None]) -> dict[str, list[str]]:
+def _fitting_types(families: Sequence[str | None],
+                   known: Container[str]) -> dict[str, list[str]]:
     """Returns type -> names of the models that take these encoders, and no others if any does.
 
     Else of those that work with some of their encoders.
@@ -54,7 +54,7 @@ def _fitting_types(families: Sequence[str | None]) -> dict[str, list[str]]:
     has_projection = len(present) < len(families)
     for fits in (_is_complete, _is_part):
         types: dict[str, list[str]] = {}
-        for model in _known_models():
+        for model in _known_models(known):
             if fits(model, present) and (not has_projection or model.host in WITH_PROJECTION):
                 names = types.setdefault(model.clip_type or ANY, [])
                 names += [model.name] * (model.name not in names)
@@ -63,12 +63,10 @@ def _fitting_types(families: Sequence[str | None]) -> dict[str, list[str]]:
     return {}
 
 
-def _known_models() -> Iterator[Model]:
+def _known_models(known: Container[str]) -> Iterator[Model]:
     """Yields the models with encoders whose type this ComfyUI knows."""
     for model in MODELS:
-        clip_type = model.clip_type or ANY
-        if model.encoders and (
-                clip_type in OF_OTHER_NAME or hasattr(comfy.sd.CLIPType, clip_type.upper())):
+        if model.encoders and (model.clip_type in ("", SDXL) or model.clip_type in known):
             yield model
 
 

@@ -167,7 +167,8 @@ def _type_of_files(paths: list[str]) -> str:
     for name, path in zip(names, paths):
         tensors = _unwrap_encoder(_comfy_keys(path))
         families.append(_family_of(name, tensors))
-    clip_type = choose_type(names, families)
+    known = {name.lower() for name in comfy.sd.CLIPType.__members__}
+    clip_type = choose_type(names, families, known)
     log.info("[Featherweight] %s: type %s", _names(paths), clip_type)
     return clip_type
 

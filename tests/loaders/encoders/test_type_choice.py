@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
+from featherweight.loaders.encoders import type_choice
 from featherweight.loaders.encoders.encoder_sets import (
     ENCODER_SETS,
     SINGLE_ENCODERS,
@@ -19,13 +20,17 @@ from featherweight.loaders.encoders.encoder_sets import (
     encoder_family,
     reject_wrong_encoders,
 )
-from featherweight.loaders.encoders.type_choice import ANY, choose_type
+from featherweight.loaders.encoders.type_choice import ANY
 from featherweight.loaders.families import MODELS
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.models import text_encoder
 from featherweight.loaders.models.text_encoder import AUTOMATIC_TYPE, load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")
+
+
+def choose_type(names, families, known=None):
+    return type_choice.choose_type(names, families, KNOWN if known is None else known)
 
 
 def types_of_sets() -> dict[frozenset[str], set[str]]:
@@ -40,6 +45,7 @@ def types_of_sets() -> dict[frozenset[str], set[str]]:
 
 
 SETS = types_of_sets()
+KNOWN = {clip_type.name.lower() for clip_type in comfy.sd.CLIPType}
 # Of these, several types fit, and ComfyUI builds another CLIP for each; a user has to choose.
 AMBIGUOUS = {
     ("QWEN3_4B",): "flux2 (Flux.2 Klein 4B) or lumina2 (Z-Image)",
@@ -63,8 +69,7 @@ AMBIGUOUS = {
 @pytest.mark.parametrize("families", SETS, ids=lambda families: " ".join(sorted(families)))
 def test_the_type_follows_the_encoders_or_is_asked_for_where_the_clips_differ(families):
     families, names = sorted(families), [f"{family}.gguf" for family in sorted(families)]
-    fitting = {kind for kind in SETS[frozenset(families)] if kind in ("sdxl", ANY)
-               or hasattr(comfy.sd.CLIPType, kind.upper())}
+    fitting = SETS[frozenset(families)] & {"sdxl", *KNOWN}
     clips = {kind: built_clip(families, kind) for kind in fitting}
     if len(set(clips.values())) > 1:
         with pytest.raises(WeightFileError) as error:
@@ -133,6 +138,10 @@ def test_what_cannot_be_told_is_one_sentence(families, message):
     assert message in str(error.value)
 
 
+def test_a_type_that_this_comfyui_does_not_know_is_not_named():
+    assert choose_type(["a.gguf"], ["GEMMA_2_2B"], KNOWN - {"pixeldit"}) == "lumina2"
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_is_known_by_its_file_without_its_values(name, tmp_path, monkeypatch):
     encoder, found = ENCODERS[name], []
@@ -143,7 +152,7 @@ def test_an_encoder_is_known_by_its_file_without_its_values(name, tmp_path, monk
         weights = {name: torch.zeros(shape) for name, shape in shapes_of(encoder).items()}
     write_encoder(tmp_path / "encoder.gguf", encoder, weights, "F32")
     monkeypatch.setattr(text_encoder, "choose_type",
-                        lambda names, families: found.append((names, families)) or "flux")
+                        lambda names, families, known: found.append((names, families)) or "flux")
     text_encoder._type_of_files([str(tmp_path / "encoder.gguf")])
     (names, (family,)), = found
     assert names == ["encoder.gguf"]
