@@ -8,10 +8,13 @@ function parts(node) {
   return { size: named(INPUT), choice: CHOICES.map(named).find(Boolean) };
 }
 
+/** Whether a widget gets its value by a link, as from a subgraph that shows it: then only the run knows the value. */
+const isLinked = (node, widget) => node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
+
 function update(node, isAdvanced) {
   const { size, choice } = parts(node);
   if (!size || !choice) return;
-  const isUsed = ASKS.test(choice.value);
+  const isUsed = ASKS.test(choice.value) || isLinked(node, choice) || isLinked(node, size);
   size.options ??= {};
   size.disabled = size.options.disabled = !isUsed;
   if (isAdvanced) size.advanced = size.options.advanced = !isUsed;
@@ -25,7 +28,7 @@ app.registerExtension({
     const input = nodeData.input?.required?.[INPUT] ?? nodeData.input?.optional?.[INPUT];
     if (!nodeData.name.startsWith("Featherweight") || !input) return;
     const isAdvanced = !!input[1]?.advanced;
-    const { onNodeCreated, onConfigure } = nodeType.prototype;
+    const { onNodeCreated } = nodeType.prototype;
     nodeType.prototype.onNodeCreated = function (...values) {
       const result = onNodeCreated?.apply(this, values);
       const { choice } = parts(this);
@@ -39,10 +42,13 @@ app.registerExtension({
       update(this, isAdvanced);
       return result;
     };
-    nodeType.prototype.onConfigure = function (...values) {
-      const result = onConfigure?.apply(this, values);
-      update(this, isAdvanced);
-      return result;
-    };
+    for (const event of ["onConfigure", "onConnectionsChange"]) {
+      const before = nodeType.prototype[event];
+      nodeType.prototype[event] = function (...values) {
+        const result = before?.apply(this, values);
+        update(this, isAdvanced);
+        return result;
+      };
+    }
   },
 });
