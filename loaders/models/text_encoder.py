@@ -177,7 +177,9 @@ def _comfy_keys(path: str) -> Weights:
     """Returns the tensors of an encoder's file, without values, under the host's names."""
     if os.path.isdir(path) or path.lower().endswith((".gguf", ".safetensors", ".sft")):
         return encoder_comfy_keys(file_contents(path))[0]
-    return comfy.utils.load_torch_file(path, safe_load=True)  # of a kind that only the host reads
+    # of a kind that only the host reads
+    weights, _ = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    return weights
 
 
 def _family_of(name: str, tensors: Weights) -> str | None:
@@ -385,7 +387,7 @@ def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):
         log.warning("[Featherweight] %s", warning)
     reject_missing_tokenizers(names, families, weights)
     for name, family, part in zip(names, families, weights):
-        log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(family, family),
+        log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(family or "", family),
                  sum(tensor.nbytes for tensor in part.values()))
 
 

@@ -136,7 +136,9 @@ def test_scaled_fp8_in_a_checkpoint_is_packed_by_its_values(source, tmp_path, pa
     values = values_in(tmp_path / "a.gguf")
     assert values.keys() == tiny_flux().keys()
     assert 0.005 < relative(values[BLOCK], tiny_flux()[BLOCK]) < 0.05  # fp8's own error
-    assert pack(tmp_path / "a.gguf", tmp_path / "b.gguf", "--type", "as it is")[0] == 0
+    assert pack(tmp_path / "a.gguf", tmp_path / "b.gguf", "--type", "keep types")[0] == 0
+    assert pack(tmp_path / "a.gguf", tmp_path / "c.gguf", "--type", "as it is")[0] == 0  # earlier
+    assert values_in(tmp_path / "c.gguf").keys() == values.keys()
     again = values_in(tmp_path / "b.gguf")
     assert all(torch.equal(again[name], tensor) for name, tensor in values.items())
 
