@@ -137,6 +137,7 @@ def test_inputs_that_offer_files_are_known_as_such_and_no_others(node_id, tmp_pa
                             ([str(tmp_path)], {".gguf", ".safetensors"}))
     (tmp_path / "planted mmproj.gguf").touch()
     (tmp_path / "planted.safetensors").touch()
+    (tmp_path / "planted.sensitivity").touch()
     offering = {
         input.id for input in NODES[node_id].define_schema().inputs
         if any("planted" in str(option) for option in getattr(input, "options", None) or ())
