@@ -669,8 +669,9 @@ def test_a_loader_of_0_2_1_keeps_its_meaning_and_a_new_one_chooses_automatic(edi
     assert {"compute": "automatic", "host_formats": "by compute"}.items() <= dict(added).items()
 
 
-def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_is_not_used(editor):
-    """In a workflow that is opened, in a new node, and after a change."""
+def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_is_not_used(
+        editor, fresh):
+    """In a workflow that is opened, through a subgraph, in a new node, and after a change."""
     path = next(path for path in EXAMPLES if "packed to a size" in path.stem)
     workflow = json.loads(path.read_text(encoding="utf-8"))
     nodes = {node["type"].removeprefix(CATEGORY): node for node in workflow["nodes"]}
@@ -691,6 +692,12 @@ def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_i
             "overwrite": True, "measurement": "none"}.items() <= saved.items()
     assert not editor.types(RED)
     keep(editor, "earlier")
+    path = next(path for path in blueprint_paths() if path.stem.startswith("Pack and Save"))
+    workflow = as_workflow(path, fresh.object_info())
+    shown = next(node for node in workflow["nodes"] if node["title"] == path.stem)
+    shown["widgets_values"][0] = "as it is"
+    editor.open_workflow("earlier blueprint.json", json.dumps(workflow))
+    assert "keep types" in [node["inputs"].get("type") for node in sent_by(editor).values()]
     grey = """(type => {
       const widgets = node => ["pack_to", "type", "size_gb"].map(
         name => node.widgets.find(widget => widget.name === name)).filter(Boolean);
