@@ -35,7 +35,7 @@ MODEL_NAME = demo_files.MODELS["Q8_0"]
 # The line our loader logs for each file it loads.
 LOADED = re.compile(
     r"\[Featherweight\] (?P<file>.+): (?P<tensors>\d+) tensors \((?P<formats>[^)]*)\), "
-    r"(?P<disk>\d+) bytes on disk, (?P<held>\d+) bytes held")
+    r"(?P<disk>\d+) bytes on disk, (?P<held>\d+) bytes in memory")
 
 
 def run_workflow(server: Server, on_progress=None, workflow: Path = WORKFLOW) -> tuple[Run, dict]:

@@ -62,7 +62,7 @@ def try_detect(function: Callable, *arguments, **options) -> Any:
     except DETECTION_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        log.debug("[Featherweight] The host's %s does not know the model",
+        log.debug("[Featherweight] ComfyUI's %s does not know the model",
                   getattr(function, "__name__", function), exc_info=True)
         return None
 
@@ -140,7 +140,7 @@ def left_out_text(names: Collection[str], prefix: str) -> str | None:
         if (f"{prefix}{present}" in names and f"{prefix}{left_out}" not in names
                 and len(names) >= SMALLEST_MODEL):
             return (f"has no {left_out!r}: ComfyUI-GGUF's converter leaves this tensor of five"
-                    f" dimensions of {model} out and writes it beside, in a file named"
+                    f" dimensions of {model} out and writes it to a separate file,"
                     " fix_5d_tensors_…, which its fix_5d_tensors.py puts in. Do that, or get"
                     " another conversion.")
     return None
@@ -172,7 +172,7 @@ def explain_shape_errors(name: str):
         name: of the file.
     """
     advice = (
-        "Download it again where a part of it may be missing, or get another conversion of the"
+        "Download it again if a part of it may be missing, or get another conversion of the"
         " model."
     )
     try:

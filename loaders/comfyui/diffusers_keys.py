@@ -159,6 +159,6 @@ def _join_rows(name: str, parts: list[tuple[torch.Tensor, int, int]]) -> torch.T
     joined = join_rows([take_rows(tensor, slice(first, end)) for tensor, first, end in parts])
     if not is_packed(joined) and any(is_packed(tensor) for tensor, _, _ in parts):
         log.info(
-            "[Featherweight] %s is dequantised: its parts have different formats, or blocks across"
+            "[Featherweight] %s is dequantized: its parts have different formats, or blocks across"
             " their borders.", name)
     return joined

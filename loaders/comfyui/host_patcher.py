@@ -32,7 +32,7 @@ class _WholeWeights:
             return super().patch_hooks(hooks)  # pyright: ignore
         except AssertionError as error:  # its layers quantise a weight in place only
             raise WeightFileError(
-                "ComfyUI cannot schedule LoRAs or weights on layers in its own quantised formats."
+                "ComfyUI cannot schedule LoRAs or weights on layers in its own quantized formats."
                 " Choose exact at `compute` of the loader."
             ) from error
 

@@ -286,7 +286,7 @@ def _tell_of_absent_layers(file: WeightFile):
     absent = [layer for layer in listed_layers(file.metadata, file.entries)
               if f"{layer}.weight" not in file.entries]
     if absent:
-        file.note(f"{file.path.name}: its metadata {SETTINGS} names layers that it has not:"
+        file.note(f"{file.path.name}: its metadata {SETTINGS} names layers that it does not have:"
                   f" {join_some(map(safe_repr, absent))}.")
 
 
@@ -389,7 +389,8 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
     settings = listed_layers(metadata, names)
     for name in names:
         if name.endswith(OLD_INPUT_SCALE) and read(name).numel() != 1:
-            return name.removesuffix(OLD_INPUT_SCALE), UnreadFormatError("its scale is no number")
+            return (name.removesuffix(OLD_INPUT_SCALE),
+                    UnreadFormatError("its scale is not one number"))
     layer_class = _layer_class()
     marks = [f"{layer}{MARK}" for layer in settings]
     for layer, parts in _parts_of_layers([*names, *marks]).items():
@@ -448,7 +449,7 @@ def _unread_layer_error(file: WeightFile, layer: str,
     name = f"{layer}.weight"
     problem = f"{safe_repr(name)}: {error}"
     if error.advice == UPDATE:
-        problem = (f"{safe_repr(name)} is in a quantised format that this ComfyUI does not read"
+        problem = (f"{safe_repr(name)} is in a quantized format that this ComfyUI does not read"
                    f" ({error})")
     return file.error_at(name, problem, error.advice)
 

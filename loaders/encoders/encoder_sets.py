@@ -188,8 +188,8 @@ def reject_missing_tokenizers(names: Sequence[str], families: Sequence[str | Non
         key = TOKENIZER_OF.get(family) if family else None
         if key is not None and not any(key in part for part in weights):
             raise WeightFileError(
-                f"{name} is {_title(family)} without its tokenizer, and ComfyUI does not bring"
-                f" one. For a folder: put the {' or '.join(TOKENIZER_FILES[key])} that was"
+                f"{name} is {_title(family)} without its tokenizer, and ComfyUI does not have it."
+                f" For a folder: put the {' or '.join(TOKENIZER_FILES[key])} that was"
                 f" published with the encoder into it. For a file: get one that holds {key}.")
 
 

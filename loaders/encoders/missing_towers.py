@@ -28,8 +28,8 @@ class MissingTower(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         raise WeightFileError(
-            f"{self.names} came without a vision or audio tower (mmproj), so it cannot take"
-            " pictures or sound. Pick the mmproj file that was published with it in Load Text"
+            f"{self.names} has no vision or audio part (mmproj), so it cannot take images or"
+            " sound. Pick the mmproj file that was published with it in Load Text"
             " Encoder (Featherweight), or put it next to this file."
         )
 

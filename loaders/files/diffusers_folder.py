@@ -140,8 +140,8 @@ def _read_config(folder: Path) -> dict:
             *names, last = dict.fromkeys(METHODS.values())
             raise _error(
                 folder,
-                f"its config.json says that the weights are quantised by {safe_repr(method)};"
-                f" only folders quantised by {', '.join(names)} or {last} are supported."
+                f"its config.json says that the weights are quantized by {safe_repr(method)};"
+                f" only folders quantized by {', '.join(names)} or {last} are supported."
                 f" {GET_OTHER_FORMAT}")
     return config
 

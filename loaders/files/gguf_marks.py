@@ -66,7 +66,7 @@ def _settings(name: str, text: Any, shapes: Mapping[str, tuple[int, ...]]) -> di
     except (ValueError, TypeError):
         settings = None
     if not isinstance(settings, dict):
-        raise ValueError("is no JSON object")
+        raise ValueError("is not a JSON object")
     mark = dict(settings)
     format_name = mark.get("format")
     if not isinstance(format_name, str):

@@ -45,7 +45,7 @@ def _about_lines(inspection: Inspection, omitted: tuple[str, ...] = ()) -> list[
         "packed by": inspection.quantizer,
         "parameters": _parameters_text(inspection),
         "size": size_text(inspection.nbytes) if inspection.nbytes else "",
-        "held in memory": size_text(inspection.memory_bytes),
+        "in memory": size_text(inspection.memory_bytes),
         "kernels": inspection.kernels,
     }
     if inspection.parts:
@@ -84,10 +84,10 @@ def cards_notes(inspection: Inspection) -> list[tuple[bool, str]]:
         text = (
             f"{size_text(card.missing)} of it stay in the computer's memory"
             if card.missing
-            else "fits whole"
+            else "fits"
         )
         if card.best is not None:
-            text += f"; largest type that fits whole: {card.best or 'none'}"
+            text += f"; largest type that fits: {card.best or 'none'}"
         sizes_by_text.setdefault((not card.missing, text), []).append(card.gib)
     return [
         (fits, f"{'cards' if sizes[1:] else 'card'} of {', '.join(map(str, sizes))} GB: {text}")

@@ -35,7 +35,8 @@ def memory_summary(patcher) -> str:
     pack_stats = patcher.get_attachment(PACK_STATS_KEY)
     # A placement makes `model_size` smaller.
     size = patcher.full_size() if hasattr(patcher, "full_size") else patcher.model_size()
-    return f"{' + '.join(names)}, {size_text(size)} held{f', {pack_stats}' if pack_stats else ''}"
+    stats = f", {pack_stats}" if pack_stats else ""
+    return f"{' + '.join(names)}, {size_text(size)} in memory{stats}"
 
 
 def format_sizes(tensors: Iterable[torch.Tensor]) -> collections.Counter[str]:
@@ -59,7 +60,7 @@ def load_summary(file: WeightFile, patcher) -> str:
             title_of(format_name(tensor)) for tensor in patcher.model.parameters())
     counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
     return (f"{os.path.basename(file.path)}: {formats.total()} tensors ({counts}),"
-            f" {file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes held")
+            f" {file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes in memory")
 
 
 def dequantize_backend_text(patcher, with_products: bool = False) -> str | None:
@@ -77,7 +78,7 @@ def dequantize_backend_text(patcher, with_products: bool = False) -> str | None:
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     dtype_of_model = getattr(patcher.model, "get_dtype_inference", None)
     dtype = dtype if dtype_of_model is None else dtype_of_model()
-    texts = [f"dequantised by {kernels.used(device, formats, dtype)}"]
+    texts = [f"dequantized by {kernels.used(device, formats, dtype)}"]
     if with_products:
         texts.append(f"few rows multiplied by {kernels.used(device, formats, dtype, 'linear')}")
     return ", ".join(texts)

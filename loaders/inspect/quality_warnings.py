@@ -39,7 +39,7 @@ def weight_warnings(contents: Contents) -> Iterator[str]:
     if unscaled:
         yield (
             f"{_count(unscaled, 'weight has codes', 'weights have codes')} without their scales,"
-            f" such as {safe_repr(unscaled[0])} in {contents.formats[unscaled[0]]}: it draws noise."
+            f" such as {safe_repr(unscaled[0])} in {contents.formats[unscaled[0]]}: it gives noise."
             f" {OTHER_CONVERSION}")
     zeros = [name for name, tensor in contents.tensors.items() if is_zeros(tensor)]
     if zeros:
@@ -78,7 +78,7 @@ def shape_warnings(config: BASE, tensors: Mapping[str, torch.Tensor]) -> Iterato
     if missing:
         yield (
             f"{_count(missing, 'weight of the model is', 'weights of the model are')} missing, such"
-            f" as {safe_repr(missing[0])}: it draws noise or black pictures. {OTHER_CONVERSION}")
+            f" as {safe_repr(missing[0])}: it gives noise or black images. {OTHER_CONVERSION}")
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,8 +17,8 @@ TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest 
 VAES = {
     "SD15": "SD 1.5", "SDXL": "SDXL", "SD3": "SD3", "Flux": "Flux (ae.safetensors)",
     "Flux2": "Flux 2", "Wan21": "Wan 2.1", "Wan22": "Wan 2.2", "LTXV": "LTX",
-    "LTXAV": "LTX-2's of pictures and of sound",
-    "MiniMaxH3AV": "MiniMax-H3's of pictures and of sound", "HunyuanVideo": "HunyuanVideo",
+    "LTXAV": "LTX-2's for images and for sound",
+    "MiniMaxH3AV": "MiniMax-H3's for images and for sound", "HunyuanVideo": "HunyuanVideo",
     "HunyuanVideo15": "HunyuanVideo 1.5", "HunyuanImage21": "HunyuanImage 2.1", "Mochi": "Mochi",
     "Cosmos1CV8x8x8": "Cosmos", "CogVideoX": "CogVideoX", "ACEAudio": "ACE-Step",
     "ACEAudio15": "ACE-Step 1.5", "StableAudio1": "Stable Audio"

@@ -27,7 +27,7 @@ OTHER_FILES = (
     ),
     (
         r"^(model\.diffusion_model|cond_stage_model|conditioner)\.",
-        "a whole checkpoint",
+        "a checkpoint",
         "Load it with a checkpoint loader.",
     ),
     (
@@ -128,7 +128,7 @@ def _damage(stem: str, tensors: dict[str, torch.Tensor]) -> str | None:
     whole = next((end for end, tensor in tensors.items() if (end not in WHOLE_NUMBERS and not (
         tensor.is_floating_point())) or tensor.dtype == torch.bool), None)
     if whole is not None:
-        return f"whole numbers in {safe_repr(stem + whole)}, where floats are expected"
+        return f"integers in {safe_repr(stem + whole)}, where floats are expected"
     if not all(torch.isfinite(tensor.float()).all() for tensor in values
                if tensor.is_floating_point()):
         return "NaN or infinite values"
@@ -168,7 +168,7 @@ def _not_a_lora(state_dict: dict[str, torch.Tensor]) -> str:
     family = match_family(weight_shapes(state_dict))
     if family is not None:
         return (
-            f"is a whole diffusion model ({family}), expected a LoRA. Load it with Load Diffusion"
+            f"is a diffusion model ({family}), expected a LoRA. Load it with Load Diffusion"
             " Model.")
     return (
         f"has no LoRA in it ({len(state_dict)} tensors, first"

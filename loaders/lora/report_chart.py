@@ -51,7 +51,7 @@ def report_picture(report: LoraReport, title: str = "") -> torch.Tensor:
     matched = f"{report.matched} of {report.layers} layers match."
     chart.text(f"{change_types}{ranks}. {matched}", FAINT, BODY, down=4)
     measure = "percent of its weights" if relative else "absolute: the model holds no values"
-    caption = f"Change of each block at strength 1, {measure}:" if shares else "Nothing to draw."
+    caption = f"Change of each block at strength 1, {measure}:" if shares else "Nothing to show."
     chart.text(caption, FAINT, BODY, down=24)
     chart.bars(_bars(shares, relative), top, LABELS, BAR_WIDTH)
     return chart.tensor()

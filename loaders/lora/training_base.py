@@ -161,7 +161,7 @@ def training_line(metadata: Mapping[str, Any], name: str, layers: Iterable[str],
         # A style may be named after the model it is for, and turbo is such a model's name.
         other = " or is for a turbo" if lora.word == TURBO else ""
         if model is not None and model.distilled and not other:
-            effect = ": expect worse pictures"
+            effect = ": expect worse images"
         return f"by its name it makes a base model fast{other}: {lora}, {used_on}{effect}"
     if model is not None and lora.distilled != model.distilled:
         effect = ": expect less effect" if model.distilled else ": expect a weak or wrong effect"

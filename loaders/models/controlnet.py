@@ -95,7 +95,7 @@ def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, s
     if "difference" in state_dict:
         raise WeightFileError(
             f"{name} holds the difference between a ControlNet and a model (it has 'difference'),"
-            " expected a whole ControlNet. Get one with all its weights, or load an unpacked one"
+            " expected a complete ControlNet. Get one with all its weights, or load an unpacked one"
             " with ComfyUI's Load ControlNet Model (diff).")
     options: dict[str, Any] = {}
     if _averages_over_picture(name):

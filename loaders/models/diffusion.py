@@ -177,8 +177,8 @@ def read_weights(
         if any(name.endswith(MARK) for name in state_dict) and has_foreign_names(state_dict):
             # weights of several layers become one, of one format and scale for each row
             if formats != packed_formats(EXACT, torch.device("cpu")):
-                file.note(f"{file.path.name} has diffusers' names: this pack computes its quantised"
-                          " layers, exactly, not ComfyUI.")
+                file.note(f"{file.path.name} has diffusers' names: its quantized layers are"
+                          " computed by this pack, exactly, and not by ComfyUI.")
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict))
         else:
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict), formats)

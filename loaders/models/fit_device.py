@@ -140,10 +140,10 @@ def _text(choice: Choice, memory: Memory, is_packed_in_file: bool = False) -> st
                 f" the smallest types. So {what}, and what does not fit is copied in each step:"
                 " Place Model (Featherweight) sets how much. A smaller model fits.")
     if not choice.target:
-        return f"Fits {memory.text} as it is: {room} are for the weights."
+        return f"Fits {memory.text}, which leaves {room} for the weights: no change."
     fixed = choice.target
     if isinstance(choice.target, int):
-        fixed = f"size in GB, {choice.target / GB:.{DIGITS}f},"
+        fixed = f"mix for a size, {choice.target / GB:.{DIGITS}f} GB,"
     return (f"Packed for {memory.text}, which leaves {room} for the weights. {fixed} at pack to"
             " gives the same on every device.")
 

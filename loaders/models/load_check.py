@@ -37,7 +37,7 @@ SPARE_VALUES, SPARE_LAYERS = 16 << 20, 1000  # that no file needs to have
 # Names of tensors of a file that need no use, and why.
 UNUSED = tuple((re.compile(pattern), reason) for pattern, reason in (
     (r"(^|\.)(input_scale|scale_input|activation_scale)$",
-     "of a layer's input, which is not quantised where this pack computes"),
+     "of a layer's input, which is not quantized where this pack computes"),
     (f"^({'|'.join(TOKENIZER_NAMES)})$", "the tokenizer is made of it"),
     (r"(^|\.)position_ids$", "the model counts positions itself"),
     (r"(^|\.)lm_head\.weight$", "it predicts the next token, and the states before it are used"),
@@ -133,7 +133,7 @@ class LoadCheck:
             self.notes.append(
                 f"{join_some(map(safe_repr, zeros))} of {self.name}"
                 f" {'hold' if zeros[1:] else 'holds'} nothing but zeros, as after a broken"
-                " download. Download the file again if pictures are wrong.")
+                " download. Download the file again if images are wrong.")
 
     def finish(self):
         """Gives what no file has its value, and writes the notes, also to the model's patcher.
@@ -155,13 +155,12 @@ class LoadCheck:
                 f" {join_some(map(safe_repr, unused))}. {DOWNLOAD_AGAIN}")
         if made:
             self.notes.append(
-                f"{self.name} has not all weights of the model:"
-                f" {join_some(map(safe_repr, made))} {'are' if made[1:] else 'is'} zeros, or ones"
-                " where it scales. Pictures may be wrong: download the file again, or get another"
-                " conversion.")
+                f"{self.name} lacks weights of the model: {join_some(map(safe_repr, made))}"
+                f" {'are' if made[1:] else 'is'} zeros, or ones where it scales. Images may be"
+                " wrong: download the file again, or get another conversion.")
         if initialised:
             self.notes.append(f"{self.name} has no {join_some(map(safe_repr, initialised))}:"
-                              f" {'they are' if initialised[1:] else 'it is'} as ComfyUI begins.")
+                              " ComfyUI's initial values are used.")
         if unused:
             self.notes.append(f"The model does not use {join_some(map(safe_repr, unused))} of"
                               f" {self.name}.")

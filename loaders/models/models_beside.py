@@ -164,7 +164,7 @@ def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Te
             model = build(name, dict(state_dict), dict(metadata or {}), operations)
             check.attach(model)
     except UNKNOWN_ERRORS as error:
-        log.debug("[Featherweight] The host knows no such %s", kind, exc_info=True)
+        log.debug("[Featherweight] ComfyUI knows no such %s", kind, exc_info=True)
         raise _unknown_error(name, kind, state_dict) from error
     if model is None:
         raise _unknown_error(name, kind, state_dict)

@@ -29,7 +29,7 @@ def module_layers(file: WeightFile, state_dict: dict[str, torch.Tensor]) -> dict
     layers = of_model or state_dict
     other = describe_other_kind(layers, "module")
     if other is None and is_diffusion_model(layers):
-        other = "a whole diffusion model"
+        other = "a complete diffusion model"
     if other is not None:
         raise WeightFileError(
             f"{os.path.basename(file.path)} is {other}, expected a module: a file with further"

@@ -414,7 +414,7 @@ class _Packer:
                     name,
                     f"{safe_repr(name)} cannot be packed to {type_name}:"
                     f" {str(problem).rstrip('.')}",
-                    "Get another copy of the model, or load it with 'pack to' as the file."
+                    "Get another copy of the model, or load it with no change at 'pack to'."
                 ) from problem
         return _downcast(values.to(CPU), half_type(values.dtype)), error
 

@@ -223,7 +223,7 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
                    for encoder in encoders):
             raise WeightFileError(
                 f"{vision.path.name} fits none of {', '.join(file.name for file in encoders)}:"
-                " none is an encoder with that kind of vision tower. Pick another mmproj file, or"
+                " none is an encoder with such a vision part. Pick another mmproj file, or"
                 " none.")
     weights = [encoder.convert() for encoder in progress.track(encoders)]
     pack_stats = []
@@ -286,13 +286,14 @@ class _Encoder:
             widths = None
         if widths and widths[0] == widths[1]:
             self.weights |= tower
-            log.info("[Featherweight] %s sees through %s", self.name, vision.path.name)
+            log.info("[Featherweight] %s takes its vision part from %s", self.name,
+                     vision.path.name)
             return True
         if required and widths:
             raise WeightFileError(
-                f"{vision.path.name} gives pictures a width of {widths[1]}, {self.name} has"
-                f" {widths[0]}: they are not of one model. Pick the mmproj file that was published"
-                f" with {self.name}.")
+                f"{vision.path.name} gives images a width of {widths[1]}, {self.name} has"
+                f" {widths[0]}: they are of different models. Pick the mmproj file that was"
+                f" published with {self.name}.")
         return False
 
     def find_vision(self):
@@ -310,7 +311,7 @@ class _Encoder:
         if not any(self._try_vision(path) for path in siblings):
             log.info(
                 "[Featherweight] %s has no mmproj file next to it that fits: a workflow that shows"
-                " it pictures will not work. Put it there, or pick it in Load Text Encoder"
+                " it images will not work. Put it there, or pick it in Load Text Encoder"
                 " (Featherweight).", self.name)
 
     def _similarity(self, path: Path) -> float:
@@ -387,8 +388,8 @@ def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):
         log.warning("[Featherweight] %s", warning)
     reject_missing_tokenizers(names, families, weights)
     for name, family, part in zip(names, families, weights):
-        log.info("[Featherweight] %s: %s, %s bytes held", name, TITLES.get(family or "", family),
-                 sum(tensor.nbytes for tensor in part.values()))
+        log.info("[Featherweight] %s: %s, %s bytes in memory", name,
+                 TITLES.get(family or "", family), sum(tensor.nbytes for tensor in part.values()))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ INT8_SCALES = re.compile(r"(?P<layer>.+?)(\.weight)?\.SCB")
 PART = re.compile(r"\.((nested_)?absmax|(nested_)?quant_map|quant_state\.\w+)$")
 
 STATES = tuple(f"quant_state.bitsandbytes__{quant_type}" for quant_type in QUANT_TYPES)
-STATE, NESTED = STATES[0], "4 bits with quantised scales"
+STATE, NESTED = STATES[0], "4 bits with quantized scales"
 _CODES = {
     # `quant_storage` is the dtype of the codes
     "": Part("C", (torch.uint8, torch.bfloat16, torch.float16, torch.float32)),
@@ -164,7 +164,7 @@ def _nested(layer: Layer, state: Mapping[str, Any]) -> torch.Tensor:
     length, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if (type(length) is not int or length < 1 or type(offset) is not float
             or not math.isfinite(offset)):
-        raise PartError("its absmax is quantised, but its quant_state gives nested_blocksize"
+        raise PartError("its absmax is quantized, but its quant_state gives nested_blocksize"
                         f" {safe_repr(length)} and nested_offset {safe_repr(offset)}")
     if len(scales) != -(-len(absmax) // length):
         raise PartError(f"it has {len(scales)} nested_absmax for {len(absmax)} scales in blocks of"

@@ -86,7 +86,7 @@ def _layers_in(metadata: Mapping[str, Any]) -> dict[str, Any]:
         return dict(read_json(metadata[SETTINGS])["layers"].items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MarkError(
-            f'its metadata {SETTINGS} is no JSON object with the formats of its "layers"'
+            f'its metadata {SETTINGS} is not a JSON object with the formats of its "layers"'
         ) from error
 
 

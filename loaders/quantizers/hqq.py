@@ -27,7 +27,7 @@ PARTS = {"HQQ": {
     SCALE: Part("G", SCALES), ZERO: Part("G", SCALES), CODES: Part("(C, L)", (torch.uint8,)),
     SHAPE: Part("2", WHOLE), BITS: Part("1", REAL), GROUP: Part("1", WHOLE), AXIS: Part("1", WHOLE),
     **{name: Part("", optional=name) for name in UNUSED}}}
-ADVICE = "Quantise the model again with axis=1 and 4 or 8 bits, or get it in another format."
+ADVICE = "Quantize the model again with axis=1 and 4 or 8 bits, or get it in another format."
 
 
 def read(layer: Layer) -> torch.Tensor:

@@ -66,7 +66,7 @@ def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[R
 
     yield read_and_note
     if left_out:
-        file.note(f"{file.path.name}: scales are left out beside weights that look scaled already:"
+        file.note(f"{file.path.name}: scales are left out, as their weights look scaled already:"
                   f" {join_some(map(safe_repr, left_out))}.")
 
 
@@ -98,5 +98,5 @@ def read(layer: Layer) -> torch.Tensor:
     return values if of_columns is None else values * of_columns.view(weight.shape[1:])
 
 
-QUANTIZER = Quantizer(name="a tool that left scales beside its weights", find=find, layouts=PARTS,
+QUANTIZER = Quantizer(name="a tool that left scales next to its weights", find=find, layouts=PARTS,
                       layout=layout, session=session)

@@ -258,7 +258,7 @@ class _Reader:
         if self.unpaired:
             layer = next(iter(self.unpaired))
             raise self.error(
-                layer, f"belongs to {safe_repr(self.joined_with(layer))}, which is not quantised or"
+                layer, f"belongs to {safe_repr(self.joined_with(layer))}, which is not quantized or"
                 " is missing; expected both")
         stored = set(self.stored_names.values())
         for name in [name for name in self.tensors if name not in self.made]:

@@ -75,7 +75,7 @@ def read(layer: Layer, widths: Mapping[str, set[int]]) -> torch.Tensor:
     settled = str(config.get("weights_dtype", config.get("weights", "")))
     if CODES in parts:
         if settled == "int8" and parts[CODES].dtype != torch.int8:
-            raise PartError("its codes are no int8, which its config says that they are")
+            raise PartError("its codes are not int8, though its config says so")
         return pack_rows(parts[CODES], parts[SCALE])
     codes, scale, shift = parts[PACKED], parts[SCALE], parts[SHIFT]
     if shift.dtype != scale.dtype:
@@ -90,7 +90,7 @@ def read(layer: Layer, widths: Mapping[str, set[int]]) -> torch.Tensor:
     rows, source = _rows(layer, groups * group, widths)
     columns = groups * group // max(1, rows)
     if rows * columns != groups * group or columns % group:
-        raise PartError(f"its {groups} groups of {group} values are no whole rows of {source}")
+        raise PartError(f"its {groups} groups of {group} values are not whole rows of {source}")
     check_columns(columns, bits)
     packed = join_codes(split_parts(codes, bits)[:groups], bits)
     return packed_rows(quanto_family(bits, scale.dtype), packed, (rows, columns), (group,),
@@ -109,9 +109,9 @@ def _rows(layer: Layer, values: int, widths: Mapping[str, set[int]]) -> tuple[in
         lengths = lengths or widths.get(block, lengths)
     if len(lengths) != 1 or not (is_input or is_output):
         raise PartError("it has no bias, without which its file does not say how many rows it has,"
-                        " and no norm beside a name that does; qint8 and qfloat8 need none")
+                        " and no norm next to it that does; qint8 and qfloat8 need none")
     width, = lengths
-    source = f"the {width} numbers of the norm beside it"
+    source = f"the {width} numbers of the norm next to it"
     return width if is_output else values // max(1, width), source
 
 

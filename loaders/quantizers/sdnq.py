@@ -68,7 +68,7 @@ LEFTOVERS = re.compile(rf"\.({'|'.join(name for name in PARTS if name not in ('w
 H4_VERSION, SUBNORMALS_VERSION = (0, 2, 0), (0, 2, 2)
 ROTATION, EARLIER_ROTATION = 256, 128  # values, where the config names no number
 SMALLEST_ROTATION = 4
-CONFIG = "Put the config.json of the model beside it, or load the model's folder."
+CONFIG = "Put the config.json of the model next to it, or load the model's folder."
 
 
 def find(names: Collection[str], metadata: Mapping[str, Any],
@@ -297,7 +297,7 @@ class _Layer:
                 f"its rows have {self.columns} codes of {self.bits} bits, of which"
                 f" {PACK_CODES[self.bits]} are packed together across the ends of rows; expected"
                 " a multiple of them in a row",
-                "Get a conversion that leaves this layer as it is, or has it in 8 bits.")
+                "Get a conversion that does not pack this layer, or has it in 8 bits.")
         group = channels // self.groups if self.groups > 1 else 0
         taps = math.prod(self.kernel) if self.scale.numel() > 1 else 1
         scale = self.expand_to_rows(self.scale)
@@ -343,10 +343,10 @@ class _Layer:
         if self.scale.numel() > 1 and rows not in (None, 1):
             raise PartError(f"its scale is {describe(self.scale)}, of a transposed convolution;"
                             " expected one of a linear layer, a convolution or an embedding",
-                            "Get a conversion that leaves this layer as it is.")
+                            "Get a conversion that does not pack this layer.")
         if rows is None:
             raise PartError("it has one scale for all rows, which do not say how many they are;"
-                            " expected a bias or svd_up beside it",
+                            " expected a bias or svd_up next to it",
                             "Get a conversion with scales of rows or groups.")
         return rows
 
@@ -451,7 +451,7 @@ class _Layer:
         expected = "a zero_point" if has_zeros else "no zero_point"
         if has_zeros != (self.zero is not None):
             raise PartError(f"it has {'a' if self.zero is not None else 'no'} zero_point; expected"
-                            f" {expected} beside codes of {family.example.title}")
+                            f" {expected} with codes of {family.example.title}")
         dtype = family.example.codes.dtype
         if self.bits == 8 and self.weight.dtype != dtype:
             raise PartError(f"its codes are {describe(self.weight)}; expected"
@@ -519,7 +519,7 @@ def _as_bytes(weight: torch.Tensor) -> torch.Tensor:
     """Returns codes as uint8, flat, in the order of the rows."""
     if weight.dtype == torch.int64:
         if weight.numel() and not 0 <= weight.min() <= weight.max() < 256:
-            raise PartError("its codes of 1 bit are no bytes")
+            raise PartError("its codes of 1 bit are not bytes")
         return weight.to(torch.uint8)
     return weight.contiguous().view(-1).view(torch.uint8)
 

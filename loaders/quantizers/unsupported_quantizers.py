@@ -16,7 +16,7 @@ GET_OTHER_FORMAT = (
 # End of a tensor's name -> what the tensor is.
 UNSUPPORTED_QUANTIZERS = {
     r"\.experts\.\w+_(blocks|scales)$":
-        "part of experts quantised in MXFP4, which is not supported",
+        "part of experts quantized in MXFP4, which is not supported",
 }
 
 

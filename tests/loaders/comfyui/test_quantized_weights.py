@@ -56,7 +56,7 @@ def write_flux(path, parts: dict[str, torch.Tensor], settings=None, prefix: str 
     return str(path)
 
 
-UNREAD = "is in a quantised format that this ComfyUI does not read"
+UNREAD = "is in a quantized format that this ComfyUI does not read"
 
 
 def error_of(load, path) -> str:

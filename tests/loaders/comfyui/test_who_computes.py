@@ -134,7 +134,7 @@ def test_the_user_leaves_them_to_comfyui(format_name, folder):
     assert dequantize_backend_text(ours) is None
     exact = load_diffusion_model(path, host_formats=EXACT)
     assert host_product_text(exact) is None
-    assert dequantize_backend_text(exact).startswith("dequantised by ")
+    assert dequantize_backend_text(exact).startswith("dequantized by ")
 
 
 @pytest.mark.parametrize("format_name", ["float8_e4m3fn", "int8_tensorwise"])

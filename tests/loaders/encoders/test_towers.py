@@ -136,7 +136,7 @@ def test_without_its_mmproj_file_an_encoder_reads_and_says_why_it_cannot_perceiv
     assert not [name for name in names if name.startswith(TOWERS)]
     stored = open_weights(tmp_path / "encoder.gguf").tensor_bytes
     assert blind.patcher.model_size() <= 1.02 * stored
-    with pytest.raises(WeightFileError, match="encoder.gguf came without a vision or audio tower"):
+    with pytest.raises(WeightFileError, match="encoder.gguf has no vision or audio part"):
         hidden_states(blind, seeing.tokens())
 
 
@@ -152,7 +152,7 @@ def test_a_tower_of_another_width_is_told(name, other, replaced, tmp_path):
     with small_towers(seeing.encoder):
         seeing.write(tmp_path, seeing.weights()[0])
         with pytest.raises(WeightFileError, match=(
-                r"tower.gguf gives pictures a width of \d+, encoder.gguf has \d+")):
+                r"tower.gguf gives images a width of \d+, encoder.gguf has \d+")):
             seeing.load(tmp_path, mmproj=str(tmp_path / "tower.gguf"))
 
 
@@ -183,7 +183,7 @@ def test_mmproj_files_of_other_models_beside_an_encoder_are_left_alone(name, lac
         with caplog.at_level("INFO"):
             blind = seeing.load(tmp_path)
     assert "has no mmproj file next to it that fits" in caplog.text
-    with pytest.raises(WeightFileError, match="came without a vision or audio tower"):
+    with pytest.raises(WeightFileError, match="has no vision or audio part"):
         hidden_states(blind, seeing.tokens())
 
 

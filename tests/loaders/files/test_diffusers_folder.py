@@ -136,7 +136,7 @@ def test_another_quantiser_is_named(folder, quantiser, named):
     save_file({"a": torch.zeros(1)}, str(folder / "model.safetensors"))
     refused(
         folder,
-        rf"transformer: its config.json says .* quantised by .*{named}.* only folders quantised by"
+        rf"transformer: its config.json says .* quantized by .*{named}.* only folders quantized by"
         r" bitsandbytes .*, transformers in fp8, ModelOpt or SDNQ are supported"
     )
 

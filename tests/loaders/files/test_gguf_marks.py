@@ -195,11 +195,11 @@ GOOD, MARK, _ = q8_cr(torch.ones(8, 256))
 FOUR, MARK_OF_FOUR, _ = q4_cr(torch.ones(8, 256))
 # case -> (parts, mark, what the message says)
 BAD = {
-    "text": (GOOD, "no JSON", "is no JSON object"),
-    "a list": (GOOD, "[1]", "is no JSON object"),
-    "nothing": (GOOD, "null", "is no JSON object"),
-    "deep lists": (GOOD, "[" * 100_000, "is no JSON object"),
-    "many lists": (GOOD, '{"format": [' + "[]," * 9999 + "[]]}", "is no JSON object"),
+    "text": (GOOD, "no JSON", "is not a JSON object"),
+    "a list": (GOOD, "[1]", "is not a JSON object"),
+    "nothing": (GOOD, "null", "is not a JSON object"),
+    "deep lists": (GOOD, "[" * 100_000, "is not a JSON object"),
+    "many lists": (GOOD, '{"format": [' + "[]," * 9999 + "[]]}", "is not a JSON object"),
     "no format": (GOOD, {"convrot": True}, "names no format"),
     "a format that is a number": (GOOD, {"format": 8}, "names no format"),
     "an unknown format": (GOOD, {"format": "int3_x"}, "'int3_x'"),

@@ -210,7 +210,7 @@ def test_the_file_is_released_with_its_last_tensor(tmp_path):
 INT8 = {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.SCB": torch.ones(4)}
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("a.mlp.experts.gate_up_proj_blocks", "experts quantised in MXFP4, which is not supported"),
+    ("a.mlp.experts.gate_up_proj_blocks", "experts quantized in MXFP4, which is not supported"),
 ])
 def test_weights_of_quantisers_that_are_not_supported_are_named(name, message, tmp_path):
     path = saved(tmp_path / "bad.safetensors", {name: torch.zeros(2, 2, dtype=torch.uint8)})

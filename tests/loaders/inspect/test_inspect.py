@@ -234,7 +234,7 @@ def test_a_file_and_the_model_loaded_from_it_are_the_same(flux_file):
     )
     assert from_file.name == from_model.name == "flux.gguf"
     assert from_model.memory_bytes == model.model_size()
-    assert "kernels: dequantised by torch, few rows multiplied by torch" in inspection_text(
+    assert "kernels: dequantized by torch, few rows multiplied by torch" in inspection_text(
         from_model)
 
 

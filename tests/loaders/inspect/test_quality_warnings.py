@@ -106,7 +106,7 @@ def test_codes_without_their_scales_are_named(model, tmp_path):
         model[name] = (model[name] / model[name].abs().max() * 448).to(FP8)
     warning = the_warning(safetensors(tmp_path, model))
     assert warning.startswith(f"{len(matrices)} weights have codes without their scales")
-    assert f"{min(matrices)!r} in F8_E4M3" in warning and "draws noise" in warning
+    assert f"{min(matrices)!r} in F8_E4M3" in warning and "gives noise" in warning
 
 
 def test_whole_numbers_without_a_scale_are_named(model, tmp_path):

@@ -326,9 +326,9 @@ REFUSED = {
     "Inf": (GOOD | {DOWN: GOOD[DOWN] / 0}, "NaN or infinite"),
     "ranks differ": (GOOD | {DOWN: torch.zeros(3, 128)}, "do not belong together"), "checkpoint": ({
         "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)
-    }, "a whole checkpoint"), "model": ({
+    }, "is a checkpoint"), "model": ({
         f"double_blocks.{block}.img_attn.proj.weight": torch.zeros(128, 128) for block in range(3)
-    }, r"a whole diffusion model \(.*128 wide\)"), "text encoder": ({
+    }, r"is a diffusion model \(.*128 wide\)"), "text encoder": ({
         "text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(4, 4)
     }, "a text encoder"), "embedding": ({"emb_params": torch.zeros(4, 768)}, "an embedding"),
     "VAE": ({"decoder.conv_in.weight": torch.zeros(4, 4)},

@@ -77,10 +77,10 @@ BY_BASE = "trained on base (its metadata ss_base_model_version: 'flux2-klein-bas
      f" {NO_GUIDANCE}"),
     ({"modelspec.title": "FLUX Lightning"}, "",
      "by its name it makes a base model fast: lightning (its metadata modelspec.title: 'FLUX"
-     f" Lightning'), used on {NO_GUIDANCE}: expect worse pictures"),
+     f" Lightning'), used on {NO_GUIDANCE}: expect worse images"),
     ({}, "Hyper-FLUX.1-dev-8steps-lora.safetensors",
      "by its name it makes a base model fast: hyper (its file name:"
-     f" 'Hyper-FLUX.1-dev-8steps-lora.safetensors'), used on {NO_GUIDANCE}: expect worse pictures"),
+     f" 'Hyper-FLUX.1-dev-8steps-lora.safetensors'), used on {NO_GUIDANCE}: expect worse images"),
     ({}, "pixels_turbo.safetensors", "by its name it makes a base model fast or is for a turbo:"
      f" turbo (its file name: 'pixels_turbo.safetensors'), used on {NO_GUIDANCE}"),
     ({}, "dev style", f"trained on dev (its file name: 'dev style'), used on {NO_GUIDANCE}: expect"

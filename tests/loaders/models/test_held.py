@@ -85,9 +85,8 @@ def test_a_flux_in_every_type_holds_what_its_file_holds(type_name, rest, tmp_pat
     patcher = load_diffusion_model(str(path))
     assert_held_as_on_disk(path, patcher)
     file = open_weights(path)
-    assert f"{file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes held" in load_summary(
-        file, patcher
-    )
+    sizes = f"{file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes in memory"
+    assert sizes in load_summary(file, patcher)
     assert type_name in memory_summary(patcher)
     assert "F32" in (type_name, rest) or "F32" not in memory_summary(patcher)
 

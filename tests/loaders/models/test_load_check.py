@@ -69,7 +69,7 @@ def test_a_missing_weight_is_zeros_and_told(name, write, tmp_path):
     patcher = load_diffusion_model(write(tmp_path / "a.safetensors", weights))
     assert not value(patcher, name).any() and run(patcher).isfinite().all()
     assert load_notes(patcher)[0].startswith(
-        f"a.{'gguf' if write is gguf else 'safetensors'} has not all weights of the model: {name!r}"
+        f"a.{'gguf' if write is gguf else 'safetensors'} lacks weights of the model: {name!r}"
         " is zeros")
 
 

@@ -116,8 +116,8 @@ LORA = {"blocks.0.self_attn.q.lora_A.weight": torch.ones(4, 256)}
 
 @pytest.mark.parametrize(("module", "text"), [
     (lambda: random_weights(FAMILIES["wan2.1-t2v"]),
-     "^module.safetensors is a whole diffusion model, expected a module: a file with further layers"
-     " for a model, such as VACE's for Wan.$"),
+     "^module.safetensors is a complete diffusion model, expected a module: a file with further"
+     " layers for a model, such as VACE's for Wan.$"),
     (lambda: LORA, "^module.safetensors is a LoRA .it has .*, expected a module: .* for Wan.$"),
     (lambda: {"control_blocks.0.weight": torch.ones(8, 8)},
      "^module.safetensors is not a module for base.gguf: .*The model has no layer of the module's"

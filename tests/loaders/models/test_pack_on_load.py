@@ -196,7 +196,8 @@ def test_each_type_is_held_in_its_own_size():
 
 def test_the_node_says_what_was_packed_from_what():
     text = memory_summary(packed_flux("BF16", "Q4_K"))
-    assert re.fullmatch(r"Q4_K \+ BF16 \+ F32, \d\.\d MB held, packed from BF16 in \d+ s", text)
+    assert re.fullmatch(
+        r"Q4_K \+ BF16 \+ F32, \d\.\d MB in memory, packed from BF16 in \d+ s", text)
     assert "packed from F8_E4M3 in" in memory_summary(packed_flux(OLD, "Q8_0"))
     assert "packed from BF16 in" in memory_summary(
         patched(packed_flux("BF16", "Q4_K"), (lora_for(tiny_flux()), 1.0))
@@ -476,7 +477,7 @@ def test_a_format_of_the_host_without_its_scales_is_named(tmp_path):
     stored[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float3"}'), dtype=torch.uint8)
     save_file(stored, path)
     with pytest.raises(WeightFileError,
-                       match=rf"^broken.safetensors: '{layer}.weight' is in a quantised format"):
+                       match=rf"^broken.safetensors: '{layer}.weight' is in a quantized format"):
         load_diffusion_model(str(path), pack_to="Q4_K")
 
 

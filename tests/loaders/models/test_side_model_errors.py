@@ -88,7 +88,7 @@ WRONG_FOR = {
         "difference": (
             lambda: controlnets.ldm_with_prefix() | {"difference": torch.ones(1)},
             r"holds the difference between a ControlNet and a model \(it has 'difference'\),"
-            " expected a whole ControlNet. Get one with all its weights, or load an unpacked"
+            " expected a complete ControlNet. Get one with all its weights, or load an unpacked"
             r" one with ComfyUI's Load ControlNet Model \(diff\)."),
     },
     "model patch": {

@@ -159,7 +159,7 @@ def test_a_flat_bank_that_nobody_reads_is_a_sentence(tmp_path):
     parts = GOOD | settings(format="mxfp8")
     file = open_weights(saved(tmp_path / "model.safetensors", parts))
     with pytest.raises(WeightFileError, match=(
-            r"^model.safetensors: 'L.weight' is in a quantised format that this ComfyUI does not"
+            r"^model.safetensors: 'L.weight' is in a quantized format that this ComfyUI does not"
             r" read \(a flat bank of experts in 'mxfp8'\). Update ComfyUI")):
         as_tensors(file, read_marked(file))
 

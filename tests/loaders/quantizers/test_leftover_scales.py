@@ -75,7 +75,7 @@ def test_scales_beside_weights_that_are_scaled_already_are_left_out_and_told(pac
     values, notes = read(tmp_path / "a.gguf")
     assert all(torch.equal(values[name].float(), seen[name]) for name in values)
     assert values.keys() == {"a.weight", "b.weight"}
-    assert notes == ["a.gguf: scales are left out beside weights that look scaled already: 'a'."]
+    assert notes == ["a.gguf: scales are left out, as their weights look scaled already: 'a'."]
 
 
 @pytest.mark.parametrize("packed_type", TYPES)

@@ -54,17 +54,17 @@ def test_a_layer_without_a_bias_is_as_wide_as_the_norm_of_its_block(layer, norm,
 
 
 @pytest.mark.parametrize(("layer", "norms", "message"), [
-    ("a.q", {"a.norm1.weight": (64,), "a.norm2.weight": (32,)}, "no norm beside a name that does"),
-    ("a.q", {}, "no norm beside a name that does"),
-    ("a.q", {"b.norm.weight": (64,), "a.norm.bias": (64,)}, "no norm beside a name that does"),
-    ("a.q", {"a.norm.weight": (64, 1)}, "no norm beside a name that does"),
-    ("a.mystery", {"a.norm.weight": (64,)}, "no norm beside a name that does"),
-    ("a.q", {"a.norm.weight": (48,)}, "no whole rows of the 48 numbers of the norm beside it"),
-    ("a.o", {"a.norm.weight": (7,)}, "no whole rows of the 7 numbers of the norm beside it"),
-    ("a.q", {"a.norm.weight": (0,)}, "no whole rows of the 0 numbers of the norm beside it"),
-    ("a.o", {"a.norm.weight": (0,)}, "no whole rows of the 0 numbers of the norm beside it"),
-    ("a.o", {"a.norm.weight": (2**20,)}, "no whole rows of the 1048576 numbers"),
-    (".".join("abcdefg") + ".q", {"a.norm.weight": (64,)}, "no norm beside a name that does")])
+    ("a.q", {"a.norm1.weight": (64,), "a.norm2.weight": (32,)}, "no norm next to it that does"),
+    ("a.q", {}, "no norm next to it that does"),
+    ("a.q", {"b.norm.weight": (64,), "a.norm.bias": (64,)}, "no norm next to it that does"),
+    ("a.q", {"a.norm.weight": (64, 1)}, "no norm next to it that does"),
+    ("a.mystery", {"a.norm.weight": (64,)}, "no norm next to it that does"),
+    ("a.q", {"a.norm.weight": (48,)}, "not whole rows of the 48 numbers of the norm next to it"),
+    ("a.o", {"a.norm.weight": (7,)}, "not whole rows of the 7 numbers of the norm next to it"),
+    ("a.q", {"a.norm.weight": (0,)}, "not whole rows of the 0 numbers of the norm next to it"),
+    ("a.o", {"a.norm.weight": (0,)}, "not whole rows of the 0 numbers of the norm next to it"),
+    ("a.o", {"a.norm.weight": (2**20,)}, "not whole rows of the 1048576 numbers"),
+    (".".join("abcdefg") + ".q", {"a.norm.weight": (64,)}, "no norm next to it that does")])
 def test_a_layer_of_which_nothing_says_the_rows_is_refused_by_its_name(layer, norms, message,
                                                                       tmp_path):
     parts, _ = quanto_bits(weight(96, 64), 4, 32)

@@ -26,8 +26,8 @@ WRITERS = {
 BAD = damaged(
     lambda: of_bits(bias=False),
     no_bias=({}, "it has no bias, without which .* qint8 and qfloat8 need none"),
-    a_bias_of_other_rows=({"bias": torch.ones(7)}, r"are no whole rows of its bias of \(7,\)"),
-    a_bias_of_one_number=({"bias": torch.ones(())}, r"are no whole rows of its bias of \(\)"),
+    a_bias_of_other_rows=({"bias": torch.ones(7)}, r"are not whole rows of its bias of \(7,\)"),
+    a_bias_of_one_number=({"bias": torch.ones(())}, r"are not whole rows of its bias of \(\)"),
     shifts_missing=({"weight._shift": torch.ones(5).bfloat16()},
                     "expected G numbers of .* with G = 192"),
     codes_missing=({"weight._data._data": torch.zeros(5, 128, dtype=torch.uint8)},
