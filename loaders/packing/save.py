@@ -171,7 +171,7 @@ class WeightPacker:
         if packed and packed.loses_change and self.allow_finer and is_coarser:
             finer = with_fallback(FINER, weight.shape, HALF)
             self.notes.append(
-                f"{weight.name} is {finer}: {type_name} would swallow a part of its change.")
+                f"{weight.name} is {finer}: {type_name} would lose a part of its change.")
             type_name, packed = finer, self._try_pack(weight, finer)
         if packed and packed.loses_change and type_name == FINER:
             packed = self._try_pack(weight, type_name, dither=True)
@@ -201,7 +201,8 @@ class WeightPacker:
         lines += map(str, self.retention.shares())
         lines += self.notes[:MAX_NOTES]
         if len(self.notes) > MAX_NOTES:
-            lines.append(f"{len(self.notes) - MAX_NOTES} more weights came out finer than planned.")
+            lines.append(
+                f"{len(self.notes) - MAX_NOTES} more weights are in finer types than planned.")
         return lines
 
     def _copy_plain(self, weight: Weight) -> tuple[str, list[torch.Tensor]]:
@@ -454,4 +455,4 @@ def _reject_bad_values(values: torch.Tensor, weight: Weight):
         what = "with its patches it has" if weight.patches else "it has"
         raise SaveError(
             f"{safe_repr(weight.name)} cannot be saved: {what} NaN or infinite values. Get the"
-            " model again, or take off what changes it.")
+            " model again, or remove what changes it.")

@@ -288,7 +288,7 @@ def _as_held(weights: Mapping[str, Weight], names: Sequence[str], reason: str) -
     reason: a clause.
     """
     types = dict.fromkeys(weights[name].stored_type for name in names)
-    return (f"{len(names)} weights are saved as ComfyUI holds them ({', '.join(types)}), not as"
+    return (f"{len(names)} weights are saved as ComfyUI has them ({', '.join(types)}), not as"
             f" they were loaded: {reason} ({join_some(names)}).")
 
 
@@ -333,7 +333,7 @@ def _take_from_files(weights: dict[str, Weight], patcher, files: Sequence[Weight
         weights[name] = replace(weight, **_stored(tensor))
     reasons = {
         f"{file.path.name} has no tensors of their names": missing,
-        f"{file.path.name} was changed since, or ComfyUI computes them anew": other,
+        f"{file.path.name} was changed since, or ComfyUI computes them again": other,
     }
     return [_as_held(weights, some, reason) for reason, some in reasons.items() if some]
 
@@ -374,7 +374,7 @@ def _notes_on_merges(weights: Mapping[str, Weight]) -> list[str]:
     ]
     if not merged:
         return []
-    return [f"{len(merged)} weights are merged with another model's as ComfyUI holds them, in 8"
+    return [f"{len(merged)} weights are merged with another model's as ComfyUI has them, in 8"
             f" bits: {join_some(merged)}. Start ComfyUI without a flag for fp8 to merge its file's"
             " values."]
 

@@ -51,7 +51,7 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "m
 # Limits that no model reaches: Flux.1 has 504 matrices with inputs of 6 MB together.
 MAX_BYTES, MAX_ENTRIES, MAX_NAME_BYTES = 256 << 20, 1 << 15, 1 << 10
 TOKENS = 1 << 16  # that the moments of an imatrix count as, since `.dat` does not hold their number
-DATASET = "pictures drawn with the model"
+DATASET = "images generated with the model"
 DAT_PREFIX = "model.diffusion_model."
 
 # Of each weight: the sums of squares of its columns, float32 (K,), and the tokens they are of.

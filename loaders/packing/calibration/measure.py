@@ -51,7 +51,7 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensi
     if not sampling.prompts:
         prompts = random_conditioning(patcher, sampling, sampling.samples)
         sampling = dataclasses.replace(sampling, prompts=prompts)
-    progress = Progress("drawing", "measuring the layers")
+    progress = Progress("generating", "measuring the layers")
     ticks = iter(progress.track(range(sampling.total)))
     steps: list[SamplingStep] = []
     chosen = _choose_steps(sampling, count)

@@ -173,8 +173,8 @@ def random_conditioning(patcher, sampling: SamplingRun, count: int) -> list[list
             return [_noise(widths, seed, masked, pictures) for seed in range(count)]
     raise WeightFileError(
         f"{type(patcher.model).__name__} cannot be measured without a prompt: it takes more than"
-        " one text. Connect positive, and a latent where the model draws something other than"
-        " pictures.")
+        " one text. Connect positive, and a latent if the model generates something other than"
+        " images.")
 
 
 def _probe_widths(patcher, sampling: SamplingRun, masked: bool) -> dict[str, int] | None:

@@ -185,10 +185,10 @@ def _open_tensors(path: str | os.PathLike) -> Iterator[safe_open]:
             raise _unreadable(file, reason) from reason
         if is_sensitivity:
             raise SensitivityError(
-                f"{file} is damaged or was not copied whole. Copy it again, or measure again."
+                f"{file} is damaged or was not copied completely. Copy it again, or measure again."
             ) from error
         raise SensitivityError(
-            f"{file} is not a sensitivity file. Measure Sensitivity (Featherweight) writes one."
+            f"{file} is not a measurement. Measure Sensitivity (Featherweight) makes one."
         ) from error
 
 

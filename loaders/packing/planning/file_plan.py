@@ -125,11 +125,11 @@ class FilePlan:
         others = [name for name in rules_for(shapes).row_names(shapes, self.target)
                   if self.types[name] != self.target]
         if self.target not in self.types.values():
-            return [f"Nothing is in {self.target}: of this model ComfyUI reads no packed weights."]
+            return [f"Nothing is in {self.target}: ComfyUI reads no packed weights of this model."]
         if not others:
             return []
-        return [f"{len(others)} weights stay in 16 bits, since {self.target} does not hold their"
-                f" rows and columns: {join_some(others)}."]
+        return [f"{len(others)} weights stay in 16 bits, since their shapes do not fit"
+                f" {self.target}: {join_some(others)}."]
 
     @property
     def text(self) -> str:
@@ -178,8 +178,8 @@ def plan_file(source: Source, path: str | os.PathLike, target: str | int,
     """
     path, options = Path(path), options or SaveOptions()
     if source.parts and not is_safetensors(path):
-        raise PlanError(f"{path} is to hold a whole checkpoint, which is a safetensors file. Give"
-                        " it a name that ends in .safetensors.")
+        raise PlanError(f"{path} is for a checkpoint, which must be a safetensors file. Give it a"
+                        " name that ends in .safetensors.")
     reject_own_files(path, source)
     if options.sensitivity is not None:
         sensitivity = options.sensitivity.match(source.model.shapes)
@@ -290,7 +290,7 @@ def _plan_of_parts(source: Source, target: str | int, options: SaveOptions) -> P
     """
     if isinstance(target, int) != bool(options.row_types) or (
             isinstance(target, str) and target not in (KEEP_TYPES, *ROW_TYPES)):
-        raise PlanError(f"A whole checkpoint has no weights in types of GGUF or NF4. Choose"
+        raise PlanError("A checkpoint cannot have weights in types of GGUF or NF4. Choose"
                         f" {', '.join(HOST_TYPES)}, or save the model alone.")
     of_encoders = options.row_types[0] if isinstance(target, int) else target
     others, types = replace(options, sensitivity=None), {}
@@ -375,8 +375,8 @@ def _plan_for_size(source: Source, nbytes: int, least: Mapping[str, str],
             raise
         more = (
             f" {len(fixed)} weights with a LoRA on them take {LORA_TYPE},"
-            f" {size_text(fixed_bytes, DIGITS)}, so that the LoRA arrives whole; choose the other"
-            " option under 'LoRAs', or start from a model that is not packed."
+            f" {size_text(fixed_bytes, DIGITS)}, so that the LoRA keeps its full effect; choose"
+            " keep the size at 'LoRAs on packed weights', or start from a model that is not packed."
         )
         raise too_small(nbytes, error.short_by, more) from error
     return Plan({name: fixed.get(name) or chosen[name] for name in shapes})

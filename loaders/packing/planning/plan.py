@@ -51,7 +51,7 @@ def too_small(nbytes: int, short_by: int, more: str = "") -> PlanError:
     least = -(-least // unit) * unit
     error = PlanError(
         f"A size of {size_text(nbytes, DIGITS)} is too small for this model: with the smallest"
-        f" type wherever one may be packed it takes {size_text(least, DIGITS)}."
+        f" types it takes {size_text(least, DIGITS)}."
         f" Ask for that much or more.{more}")
     error.short_by = short_by
     error.more = more

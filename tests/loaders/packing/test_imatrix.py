@@ -331,7 +331,7 @@ def test_the_written_file_is_read_by_the_package_of_llama_cpp(tmp_path):
                               {"samples": 2, "steps": 3}, _moments=inputs.get), tmp_path / "i.gguf")
     reader = GGUFReader(tmp_path / "i.gguf")
     assert reader.fields["general.type"].contents() == "imatrix"
-    assert reader.fields["imatrix.datasets"].contents() == ["pictures drawn with the model"]
+    assert reader.fields["imatrix.datasets"].contents() == ["images generated with the model"]
     assert reader.fields["imatrix.chunk_count"].contents() == 6
     assert reader.fields["imatrix.chunk_size"].contents() == 37 // 6
     types = {key: reader.fields[f"imatrix.chunk_{key}"].types[0].name for key in ("count", "size")}
@@ -362,7 +362,7 @@ def test_the_dat_has_the_layout_and_the_names_of_stable_diffusion_cpp(tmp_path):
     start = 16 + len(name)
     values = np.frombuffer(data, "<f4", 512, start)
     assert np.array_equal(values / np.float32(4), moments.importance)
-    assert data[start + 4 * 512:] == struct.pack("<ii", 4, 29) + b"pictures drawn with the model"
+    assert data[start + 4 * 512:] == struct.pack("<ii", 4, 31) + b"images generated with the model"
     matched = read_imatrix(tmp_path / "i.dat").match({QKV: (768, 512)})
     assert torch.equal(matched.importance(QKV), moments.importance)
 

@@ -121,7 +121,7 @@ def test_the_values_of_a_merged_model_that_fp8_rounded_are_told(tmp_path, monkey
     monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_unet", True)
     merged = ModelMergeSimple().merge(*(load(path, "bfloat16") for path in paths), 0.5)[0]
     note, = source_of_model(merged).notes
-    assert note.startswith("44 weights are merged with another model's as ComfyUI holds them")
+    assert note.startswith("44 weights are merged with another model's as ComfyUI has them")
 
 
 def test_a_file_that_is_gone_or_changed_is_told_and_the_models_values_are_saved(
@@ -133,7 +133,7 @@ def test_a_file_that_is_gone_or_changed_is_told_and_the_models_values_are_saved(
     changed = save(source_of_model(model), tmp_path / "changed.gguf", KEEP_TYPES)
     (tmp_path / "model.safetensors").unlink()
     gone = save(source_of_model(model), tmp_path / "gone.gguf", KEEP_TYPES)
-    start = "44 weights are saved as ComfyUI holds them (F8_E4M3), not as they were loaded: "
+    start = "44 weights are saved as ComfyUI has them (F8_E4M3), not as they were loaded: "
     assert f"{start}model.safetensors was changed since" in changed.text
     assert f"{start}model.safetensors is no longer there" in gone.text
     held = model.model.diffusion_model.state_dict()

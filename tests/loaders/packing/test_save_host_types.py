@@ -241,7 +241,7 @@ def test_a_size_is_met_with_two_types_and_the_host_opens_the_file(tmp_path, mix)
     for name, weight in source.weights.items():
         kind = saved.types[name]
         assert db(values[name], weight.read(0, len(values[name]))) > LEAST_DB.get(kind, 55), name
-    with pytest.raises(PlanError, match="with the smallest type wherever one may be packed it tak"):
+    with pytest.raises(PlanError, match="with the smallest types it tak"):
         save(source, tmp_path / "b.safetensors", coarsest // 2, row_types=mix)
 
 
@@ -376,7 +376,7 @@ def test_a_width_that_does_not_divide_stays_in_16_bits_and_is_told(tmp_path, kin
         mark = stored(saved.path)["blocks.1.odd.comfy_quant"].numpy().tobytes()
         assert b"convrot" not in mark
     else:
-        assert (f"2 weights stay in 16 bits, since {kind} does not hold their rows and columns:"
+        assert (f"2 weights stay in 16 bits, since their shapes do not fit {kind}:"
                 " blocks.0.odd.weight, blocks.1.odd.weight.") in saved.text
 
 

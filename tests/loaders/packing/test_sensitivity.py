@@ -271,7 +271,7 @@ def test_another_file_is_refused_in_one_sentence(content, tmp_path):
         save_file({"x": torch.zeros(3)}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(SensitivityError, match="a.sensitivity is not a sensitivity file"):
+    with pytest.raises(SensitivityError, match="a.sensitivity is not a measurement"):
         Sensitivity.load(path)
 
 
@@ -293,7 +293,7 @@ def test_a_file_that_is_not_whole_is_refused_in_one_sentence(left, small_file):
     for read in (lambda: Sensitivity.load(small_file), lambda: loaded.moments("a.weight")):
         with pytest.raises(
                 SensitivityError,
-                match="^a.sensitivity is damaged or was not copied whole. Copy it again"):
+                match="^a.sensitivity is damaged or was not copied completely. Copy it again"):
             read()
     small_file.unlink()
     with pytest.raises(SensitivityError, match="^a.sensitivity cannot be read: No such file"):
