@@ -257,7 +257,7 @@ def probe(dequantize: Callable[..., None], device: torch.device):
     out = torch.full((packed_format.block_length,), torch.nan, dtype=torch.float32, device=device)
     dequantize(packed_format, [block], out, 0)
     if out.any():
-        raise WrongResult("a block of zeros was dequantised to other values")
+        raise WrongResult("a block of zeros was dequantized to other values")
 
 
 def _check_dequantize(run: Callable[..., None], case: DequantizeCase, packed_format: Format,

@@ -139,7 +139,7 @@ def _problem(backend: Backend, name: str, device: torch.device, dtype: torch.dty
     for function in PRODUCTS[name].functions:
         constraints = registry.get_constraints(backend, function)
         if constraints is None:
-            return f"they have no {function} for this card; {NEWER}"
+            return f"they have no {function} for this GPU; {NEWER}"
         if not constraints.default_devices & {device.type, "*"}:
             return f"they are not for {device.type}"
         problem = _unmet(constraints, device, dtype)
@@ -164,7 +164,7 @@ def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.
     if least is not None and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)  # of this device, not the current one
         if capability < least:
-            return (f"this card has compute capability {capability[0]}.{capability[1]}, they need"
+            return (f"this GPU has compute capability {capability[0]}.{capability[1]}, they need"
                     f" {least[0]}.{least[1]}")
     operands: dict[str, torch.Tensor | torch.dtype | None] = dict.fromkeys(FLOAT_OPERANDS, dtype)
     result = validate_function_call(constraints, operands, compute_capability=capability)

@@ -147,7 +147,7 @@ def _check_weight(packed, format: str, values: int, what: str, whole: bool = Fal
 
 def _empty_result(packed, shape, dtype: torch.dtype) -> torch.Tensor:
     _check(dtype.is_floating_point,
-           lambda: f"A weight is dequantised to a float dtype, not to {dtype}.")
+           lambda: f"A weight is dequantized to a float dtype, not to {dtype}.")
     return torch.empty(shape, dtype=dtype, device=packed[0].device)
 
 

@@ -243,7 +243,7 @@ def scale_packed(tensor: PackedTensor, of_rows: torch.Tensor,
     """
     base, columns = tensor.params.format, tensor.shape[1:].numel()
     if columns % base.block_length:
-        raise FormatError(f"its rows of {columns} values are no whole blocks")
+        raise FormatError(f"its rows of {columns} values are not whole blocks")
     if of_rows.numel() not in (1, len(tensor)) or (
             of_columns is not None and of_columns.numel() != columns):
         raise FormatError(f"factors of {tuple(of_rows.shape)} do not scale {tuple(tensor.shape)}")

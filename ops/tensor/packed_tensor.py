@@ -340,8 +340,8 @@ def _is_writable(tensor: torch.Tensor) -> bool:
 def _refusal(action: str, instead: str) -> NotImplementedError:
     """Returns the error for an action on a packed weight, such as "mul_ would write to"."""
     return NotImplementedError(
-        f"A weight is held packed: {action} its dense values, which are not in memory. Instead,"
-        f" {instead}."
+        f"A packed weight stays packed: {action} its dense values, which are not in memory."
+        f" Instead, {instead}."
     )
 
 

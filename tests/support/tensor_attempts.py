@@ -297,7 +297,7 @@ ATTEMPTS = [(*tried, name) for tried in TRIED for name in (*dir(torch.Tensor), *
 # --- comparing ---
 
 SAID = (  # ours; numpy's about an array; torch's, where it asks us nothing
-    "held packed",
+    "stays packed",
     "read-only",
     "Cannot access data pointer",
     "tensor with unallocated storage",

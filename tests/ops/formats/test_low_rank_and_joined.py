@@ -391,5 +391,5 @@ def test_numbers_that_do_not_scale_a_weight_are_refused():
         scale_packed(weight, torch.ones(()), torch.ones(3))
     blocks = packed_tensor(FORMATS["Q4_K"], weight._qdata, (48, COLUMNS // 2 - 128 + 128),
                            torch.float32)
-    with pytest.raises(FormatError, match="no whole blocks"):
+    with pytest.raises(FormatError, match="not whole blocks"):
         scale_packed(relabel(blocks, shape=(96, 128)), torch.ones(()))

@@ -323,7 +323,7 @@ def test_amds_kernels_are_asked_for_by_their_own_table(kitchen, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     kitchen.register("hip", types.SimpleNamespace(), hip._build_constraints(False))  # RDNA 2
     assert kitchen_products.why_off(INT4, GPU, torch.bfloat16).startswith(
-        "comfy_kitchen's AMD kernels are off: they have no scaled_mm_svdquant_w4a4 for this card")
+        "comfy_kitchen's AMD kernels are off: they have no scaled_mm_svdquant_w4a4 for this GPU")
     kitchen.register("hip", types.SimpleNamespace(), kitchen.tables["hip"])
     assert not kitchen_products.why_off(INT4, GPU, torch.bfloat16)
     kitchen.disable("hip")

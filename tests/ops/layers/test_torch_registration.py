@@ -106,13 +106,13 @@ OTHERS_BROKEN = [("embedding", embedding_operands(ids=torch.ones(2)),
                  ("embedding", embedding_operands(columns=320),
                   "A row of 320 values is not a multiple of the 256 values in a block of Q4_K."),
                  ("embedding", embedding_operands(dtype=torch.int8),
-                  "A weight is dequantised to a float dtype, not to torch.int8."),
+                  "A weight is dequantized to a float dtype, not to torch.int8."),
                  ("dequantize", dequantize_operands(shape=[ROWS + 1, COLUMNS]),
                   "3456 bytes of Q4_K hold 6144 values, not a weight of 13 x 512."),
                  ("dequantize", dequantize_operands(first=1),
                   "not a weight of 12 x 512 from block 1 on."),
                  ("dequantize", dequantize_operands(dtype=torch.int64),
-                  "A weight is dequantised to a float dtype, not to torch.int64.")]
+                  "A weight is dequantized to a float dtype, not to torch.int64.")]
 BROKEN = [
     *(("linear", linear_operands(**others), sentence) for others, sentence in BROKEN_LINEAR),
     *(("int8_linear", linear_operands(**others), sentence)
