@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="batch.py",
-        description="Renders a workflow once for each row of changes to it. Run the same command"
+        description="Runs a workflow once for each row of changes to it. Run the same command"
                     " again to continue where it stopped.",
     )
     parser.add_argument(
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "out",
-        help="the folder for the pictures: a path on this machine, file:///... for a folder that"
+        help="the folder for the images: a path on this machine, file:///... for a folder that"
         " all machines share, or a bucket that all can write to: s3://, gs:// or abfs://",
     )
     parser.add_argument("--workers", nargs=2, type=int, default=(1, 0), metavar=("MIN", "MAX"),
@@ -64,13 +64,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=parse_shard,
         default=(1, 1),
         metavar="I/N",
-        help="render only the I-th of N parts of the rows, when several clusters share them",
+        help="run only the I-th of N parts of the rows, when several clusters share them",
     )
     parser.add_argument(
         "--check",
         action="store_true",
         help="list the machines, and the models and node packs of the workflow that each lacks;"
-             " render nothing",
+             " run nothing",
     )
     # an option of earlier versions, which gets a message of its own
     parser.add_argument("--fetch-models", action="store_true", help=argparse.SUPPRESS)
@@ -149,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"\nStopped. What is in {options.out} stays; run this again to go on.", flush=True)
         return STOPPED
     print(
-        f"Done in {duration(time.monotonic() - started)}: {counts['drawn']} drawn,"
+        f"Done in {duration(time.monotonic() - started)}: {counts['drawn']} generated,"
         f" {counts['done']} already done, {counts['failed']} failed, in {options.out}",
         flush=True,
     )

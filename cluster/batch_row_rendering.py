@@ -28,7 +28,7 @@ class RowRun(Run):
                  progress: BatchProgress):
         super().__init__(pool, rows, workers)
         self.progress = progress
-        self.reason = "no machine is left that could draw it"
+        self.reason = "no machine is left that could run it"
         self.refused_by = collections.defaultdict(set)  # row's id -> nodes that refused it
         self.reasons: dict[str, str] = {}  # row's id -> why the last of them refused it
         self.refusals = collections.Counter()  # by node, in a row
@@ -75,7 +75,7 @@ class RowRun(Run):
         now = time.monotonic()
         if self.without_node_since is None:
             self.without_node_since = now
-            self.progress.log("No machine is left that could draw the rest; waiting"
+            self.progress.log("No machine is left that could run the rest; waiting"
                               f" {NO_NODE_SECONDS:g} s for one.")
         return now - self.without_node_since < NO_NODE_SECONDS
 
@@ -112,7 +112,7 @@ class RowRun(Run):
         self.reason = reason
 
     def give_up(self, task: dict, error: Exception):
-        self._fail(task, f"its worker ended {self.LOSSES} times while it was drawn")
+        self._fail(task, f"its worker ended {self.LOSSES} times while it ran")
 
     def _fail(self, row: dict, reason: str):
         self._finish({"id": row["id"], "status": "failed", "message": reason, "worker": ""})

@@ -71,7 +71,7 @@ def parse_row(line: bytes) -> tuple[str, dict]:
     if type(name) is int:
         name = str(name)
     if not isinstance(name, str):
-        raise GraphError('has no "id", which names its pictures')
+        raise GraphError('has no "id", which names its images')
     size = len(name.encode(errors="surrogatepass"))
     if size > NAME_BYTES:
         raise GraphError(

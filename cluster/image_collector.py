@@ -57,7 +57,7 @@ class ImageCollector:
             return
         index: int = header["item"]
         value: Any = header.get("value")
-        name = f"Item {index + 1} of {self.count}"
+        name = f"Job {index + 1} of {self.count}"
         if event == "begins":
             self.started = self.started or time.monotonic()
             self.machines[index] = value
@@ -72,7 +72,7 @@ class ImageCollector:
         elif event == "failed":
             raise GraphError(f"{name} failed: {value}")
         elif event == "unusable":
-            raise MachineError(f"{name} cannot be drawn on {value}")
+            raise MachineError(f"{name} cannot run on {value}")
         elif event == "image":
             self._add_image(name, header, data)
 
@@ -111,8 +111,8 @@ class ImageCollector:
             self.first = item
         if shape != images.shape[1:]:
             raise GraphError(
-                f"{name} is {_size(shape)}, item {self.first + 1} is"
-                f" {_size(images.shape[1:])}: pictures of one run have one size. Set it for"
+                f"{name} is {_size(shape)}, job {self.first + 1} is"
+                f" {_size(images.shape[1:])}: images of one run have one size. Set it for"
                 " all of them, or run once for each size.")
         if count == self.batch:
             target = images[item * count + index]
@@ -131,8 +131,8 @@ class ImageCollector:
         free = psutil.virtual_memory().available
         if size > free:
             raise GraphError(
-                f"{self.count} items of {_size(shape)} take {size / 1e9:.1f} GB of memory here, and"
-                f" {free / 1e9:.1f} GB are free: draw fewer at once, or smaller ones.")
+                f"{self.count} jobs of {_size(shape)} take {size / 1e9:.1f} GB of memory here, and"
+                f" {free / 1e9:.1f} GB are free: run fewer jobs, or smaller ones.")
         self.batch = batch
         return _empty((batch * self.count, *shape))
 
@@ -144,7 +144,7 @@ class ImageCollector:
         """
         missing = next((index for index in range(self.count) if index not in self.done), None)
         if missing is not None:
-            raise GraphError(f"Item {missing + 1} of {self.count} gave no picture.")
+            raise GraphError(f"Job {missing + 1} of {self.count} gave no image.")
         assert self.images is not None  # all items are done
         if not self.other_batches:
             return self.images
@@ -170,7 +170,7 @@ class ImageCollector:
             return f"Waiting for workers, {self.workers} at most"
         names = ", ".join(sorted(set(self.machines.values())))
         running = len(self.machines.keys() - self.done)
-        text = f"{len(self.done)} of {self.count} done, {running} in work"
+        text = f"{len(self.done)} of {self.count} done, {running} running"
         steps, total = self.progress()
         if self.done and steps < total:
             seconds = (time.monotonic() - self.started) * (total - steps) / steps
@@ -184,8 +184,8 @@ def _empty(shape: tuple[int, ...]) -> numpy.ndarray:
         return numpy.empty(shape, numpy.float32)
     except (MemoryError, ValueError) as error:
         raise GraphError(
-            f"{shape[0]} pictures of {_size(shape[1:])} are more than the memory here holds: draw"
-            " fewer at once, or smaller ones.") from error
+            f"{shape[0]} images of {_size(shape[1:])} are more than the memory here holds: run"
+            " fewer jobs, or smaller ones.") from error
 
 
 def _size(shape: tuple[int, ...]) -> str:

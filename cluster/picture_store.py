@@ -32,8 +32,8 @@ def folder_path(out: str) -> str:
         return out
     if not out.startswith("file:///"):
         raise ValueError(
-            f"{out} does not name a folder: write file:/// and the whole path, such as"
-            " file:///mnt/pictures."
+            f"{out} does not name a folder: write file:/// and the full path, such as"
+            " file:///mnt/images."
         )
     return url2pathname(out.removeprefix("file://"))
 

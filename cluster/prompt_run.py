@@ -72,7 +72,7 @@ class PromptRun(Run):
         self.on_event(task["id"], "lost", None)
 
     def give_up(self, task: dict, error: Exception):
-        raise MachineError(f"Item {task['id'] + 1} was lost {self.LOSSES} times, as its worker"
+        raise MachineError(f"Job {task['id'] + 1} was lost {self.LOSSES} times, as its worker"
                            " ended each time: a machine may lack memory. Ray says:"
                            f" {one_line(error, 300)}")
 

@@ -194,4 +194,4 @@ class RowRenderer(Worker):
                 "seconds": round(time.monotonic() - started, 3)})
         except OSError as error:
             raise MachineError(
-                f"could not write the pictures: {getattr(error, 'cause', error)}") from error
+                f"could not write the images: {getattr(error, 'cause', error)}") from error

@@ -139,8 +139,8 @@ def test_rows_for_a_machine_that_goes_fail_with_the_last_words(cluster):
 def test_without_a_machine_the_rest_fails_after_a_while_with_a_sentence(cluster):
     pool = cluster(lambda name, node: "drawn", ())
     assert pool.draw("ab") == {"failed": 2}
-    assert pool.printed[0] == "No machine is left that could draw the rest; waiting 0.1 s for one."
-    assert "a: no machine is left that could draw it" in pool.printed
+    assert pool.printed[0] == "No machine is left that could run the rest; waiting 0.1 s for one."
+    assert "a: no machine is left that could run it" in pool.printed
 
 
 def test_a_machine_that_comes_back_in_time_draws_the_rest(cluster, monkeypatch):

@@ -206,9 +206,8 @@ def test_odd_rows_fail_alone(tmp_path):
                    json.dumps({"id": "\u753b" * 61})]), encoding="utf-8")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = command(ROOT / "docs/batch/workflow_api.json", rows, tmp_path / "out", env=environment)
-    assert (
-        result.stdout.count("Line ") == 6 and "0 drawn, 0 already done, 6 failed" in result.stdout
-    ), result.stdout[-2000:]
+    assert result.stdout.count("Line ") == 6, result.stdout[-2000:]
+    assert "0 generated, 0 already done, 6 failed" in result.stdout
     assert not result.stderr
 
 
@@ -339,7 +338,7 @@ def test_a_machine_that_cannot_write_is_told_in_one_sentence(tmp_path):
     answer = worker.render({"id": "a", "stamp": ""})
     assert answer["status"] == "refused"
     assert re.fullmatch(
-        r"attic could not write the pictures: .* Permission denied: '/pictures/a.png'",
+        r"attic could not write the images: .* Permission denied: '/pictures/a.png'",
         answer["message"])
 
 
@@ -482,7 +481,7 @@ def test_a_finished_batch_needs_no_ray(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(blocked)}
     result = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
                     env=environment)
-    assert result.returncode == 0 and "0 drawn, 12 already done, 0 failed" in result.stdout
+    assert result.returncode == 0 and "0 generated, 12 already done, 0 failed" in result.stdout
     (tmp_path / "out" / "0003.json").unlink()
     result = command(example / "workflow_api.json", example / "rows.jsonl", tmp_path / "out",
                     env=environment)

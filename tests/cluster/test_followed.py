@@ -95,4 +95,4 @@ def test_both_draw_every_row_once_and_again_draws_nothing(followed):
     }
     assert sorted(records) == sorted(rows)
     assert {record["worker"].split(":")[0] for record in records.values()} == {"desk", "attic"}
-    assert f"{len(rows)} drawn" in drawn and f"0 drawn, {len(rows)} already done" in again
+    assert f"{len(rows)} generated" in drawn and f"0 generated, {len(rows)} already done" in again

@@ -110,7 +110,7 @@ def test_an_item_whose_worker_ends_goes_to_another(editor):
 
 def test_an_item_that_always_ends_its_worker_ends_the_run(editor):
     with pytest.raises(MachineError,
-                       match="Item 1 was lost 3 times, as its worker ended each time"):
+                       match="Job 1 was lost 3 times, as its worker ended each time"):
         editor(lambda item: [None]).run(1)
 
 

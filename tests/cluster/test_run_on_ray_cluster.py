@@ -94,7 +94,7 @@ def test_a_machine_that_lacks_a_model_is_named(cluster, editors, bases):
     graph["1"]["inputs"]["model_name"] = "at the desk.gguf"
     with pytest.raises(
             server.ServerError,
-            match=r"Item \d+ of 12 cannot be drawn on attic: has no file 'at the desk.gguf'"):
+            match=r"Job \d+ of 12 cannot run on attic: has no file 'at the desk.gguf'"):
         editors[0].queue(graph)
 
 

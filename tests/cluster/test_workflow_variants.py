@@ -160,10 +160,10 @@ def test_the_bar_counts_the_steps_of_all_items():
     receive(collector, 1, "lost")
     assert collector.progress() == (10, 30)
     collector.started -= 60
-    assert collector.status_text() == "1 of 3 done, 0 in work, 2 min left\non desk"
+    assert collector.status_text() == "1 of 3 done, 0 running, 2 min left\non desk"
     receive_images(collector, 1, pictures())
     receive_images(collector, 2, pictures())
-    assert collector.status_text() == "3 of 3 done, 0 in work\non desk"
+    assert collector.status_text() == "3 of 3 done, 0 running\non desk"
 
 
 def test_pictures_lie_in_the_order_of_their_items_in_one_array():
@@ -180,7 +180,7 @@ def test_pictures_of_a_lost_item_are_replaced_by_those_of_the_next_attempt():
     header = {"item": 1, "event": "image", "index": 0, "of": 2, "shape": [2, 4, 3]}
     collector.receive(header, pictures(5)[0].tobytes())
     receive(collector, 1, "lost")
-    with pytest.raises(GraphError, match="Item 2 of 2 gave no picture"):
+    with pytest.raises(GraphError, match="Job 2 of 2 gave no image"):
         collector.all_images()
     receive_images(collector, 1, pictures(2, count=2))
     assert collector.all_images()[:, 0, 0, 0].tolist() == [1, 1, 2, 2]
@@ -207,14 +207,14 @@ def test_pictures_of_other_sizes_are_refused_in_a_sentence():
     receive_images(collector, 1, pictures())
     with pytest.raises(
             GraphError,
-            match="Item 3 of 3 is 5 x 2, item 2 is 4 x 2: pictures of one run have one size"):
+            match="Job 3 of 3 is 5 x 2, job 2 is 4 x 2: images of one run have one size"):
         receive_images(collector, 2, pictures(width=5))
 
 
 @pytest.mark.parametrize(("event", "value", "error", "message"), [
-    ("failed", "node 7 (KSampler) has no such sampler.", GraphError, "Item 2 of 3 failed: node 7"),
+    ("failed", "node 7 (KSampler) has no such sampler.", GraphError, "Job 2 of 3 failed: node 7"),
     ("unusable", "attic: has no file 'x.gguf'.", MachineError,
-     "Item 2 of 3 cannot be drawn on attic: has no file")])
+     "Job 2 of 3 cannot run on attic: has no file")])
 def test_what_an_item_or_a_machine_lacks_is_said_with_its_name(event, value, error, message):
     with pytest.raises(error, match=message):
         receive(ImageCollector(3, ()), 1, event, value)
