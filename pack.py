@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         action="store_true",
-        help="write a whole checkpoint in ComfyUI's own types, with SOURCE's VAE and text encoders",
+        help="write a checkpoint in ComfyUI's own types, with SOURCE's VAE and text encoders",
     )
     parser.add_argument(
         "--lora",

@@ -114,10 +114,10 @@ def _check_budget(compute: torch.device, gpu_weights: float) -> str | None:
         return None
     gpu_bytes, total = gpu_weights * GB, total_memory(compute)
     if gpu_bytes < 0:
-        return f"gpu_weights is {gpu_weights:g} GB, which is below 0; it is treated as 0."
+        return f"GPU weights in GB is {gpu_weights:g}, which is below 0; it is treated as 0."
     if gpu_bytes > total:
         return (
-            f"gpu_weights is {size_text(gpu_bytes)}, but {compute} has {size_text(total)} in total;"
+            f"GPU weights in GB is {gpu_weights:g}, but {compute} has {size_text(total)} in total;"
             " ComfyUI keeps as much there as fits."
         )
     return None
@@ -126,11 +126,11 @@ def _check_budget(compute: torch.device, gpu_weights: float) -> str | None:
 def _check_store(compute: torch.device, store: str, store_gb: float) -> str | None:
     device, missing = find_device(store)
     if missing:
-        return f"store is {store}, but this machine has no such device; CPU memory is used."
+        return f"There is no {store} to keep the rest on; CPU memory is used."
     if device == compute:
-        return f"store is {store}, which is the device that computes; CPU memory is used."
+        return f"{store} computes, so it does not keep the rest; CPU memory is used."
     if store_gb < 0 and device != CPU:
-        return f"store_gb is {store_gb:g} GB, which is below 0; it is treated as 0."
+        return f"At most there, in GB is {store_gb:g}, which is below 0; it is treated as 0."
     return None
 
 

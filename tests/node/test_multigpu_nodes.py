@@ -152,7 +152,7 @@ def test_a_loader_says_where_the_weights_will_lie_and_then_where_they_do(
                    expert_mode_allocations="cuda:0,1mb;cuda:2,512k;cuda:1,1mb;cpu,*")
     held, planned = texts[0].splitlines()
     assert (
-        ", 4.0 MB held" in held
+        ", 4.0 MB in memory" in held
         and planned == "at most 1.0 of 4.0 MB on cuda:0, 524.3 KB on cuda:2, 1.0 MB on cuda:1"
     )
     clone = patcher.clone()

@@ -165,7 +165,7 @@ def test_a_lora_that_fits_and_one_for_a_text_encoder_say_nothing(sent, tmp_path)
 
 
 def test_texts_are_the_same_without_the_marks_between_their_letters():
-    text = "Q4_K, 6.8 GB held\n  double_blocks.1.img_attn.proj.weight: 47.3 dB, über 3 %"
+    text = "Q4_K, 6.8 GB in memory\n  double_blocks.1.img_attn.proj.weight: 47.3 dB, über 3 %"
     assert keep_words(text) != text and keep_words(text).replace(JOINER, "") == text
 
 
@@ -175,7 +175,7 @@ def test_lines_are_lines_of_markdown_too():
 
 
 @pytest.mark.parametrize(("word", "pieces"), [
-    ("dequantised", ["dequantised"]),
+    ("dequantized", ["dequantized"]),
     ("47.3", ["47.3"]),
     ("double_blocks.1.img_attn.proj.weight",
      ["double_", "blocks.", "1.", "img_", "attn.", "proj.", "weight"]),

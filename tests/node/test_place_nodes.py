@@ -177,13 +177,13 @@ def test_a_model_that_two_gpus_share_gets_a_store(order, shown, share):
 
 @STATIC
 @pytest.mark.parametrize(("inputs", "sentence"), [
-    ((-2.0,), "gpu_weights is -2 GB, which is below 0; it is treated as 0."),
-    ((48.0,), "gpu_weights is 48.0 GB, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much"
+    ((-2.0,), "GPU weights in GB is -2, which is below 0; it is treated as 0."),
+    ((48.0,), "GPU weights in GB is 48, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much"
               " there as fits."),
     ((0.002, "gpu:5"),
-     "store is gpu:5, but this machine has no such device; CPU memory is used."),
-    ((0.002, "gpu:0"), "store is gpu:0, which is the device that computes; CPU memory is used."),
-    ((0.002, "gpu:1", -1.0), "store_gb is -1 GB, which is below 0; it is treated as 0."),
+     "There is no gpu:5 to keep the rest on; CPU memory is used."),
+    ((0.002, "gpu:0"), "gpu:0 computes, so it does not keep the rest; CPU memory is used."),
+    ((0.002, "gpu:1", -1.0), "At most there, in GB is -1, which is below 0; it is treated as 0."),
 ])
 def test_what_cannot_be_is_said_in_a_sentence_and_the_picture_comes(
     inputs, sentence, shown, caplog
@@ -203,7 +203,7 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
     model.cached_patcher_init = None
     placed, = PlaceModel.execute(model, 0.002, "gpu:1").args
     assert shown[-1].endswith(
-        "What does not stay on the device is kept in the memory of the CPU.")
+        "What does not stay on the device is kept in CPU memory.")
     assert placed.is_dynamic() and torch.equal(run(placed), expected)
     notes = []
     placed = multigpu.place_part(model, 1.0, ["cuda:1"], "", notes, "unet_")

@@ -131,7 +131,7 @@ def test_a_packed_file_stays_packed_and_the_node_says_what_it_holds(
         loader, folder, texts, small_models):
     output = loader.load("net.gguf")
     assert isinstance(output, loader.type) and loader.packed(output)
-    assert texts[-1].startswith("Q8_0 + F32, ") and "held, dequantised by" in texts[-1]
+    assert texts[-1].startswith("Q8_0 + F32, ") and "in memory, dequantized by" in texts[-1]
 
 
 def test_a_dense_file_is_packed_as_it_is_read(loader, folder, texts, small_models):

@@ -69,7 +69,7 @@ def test_a_lora_of_another_model_is_refused_and_the_server_goes_on(server, plain
 
 
 @pytest.mark.parametrize(
-    ("case", "message"), [("cut", "damaged or incomplete"), ("model", "a whole diffusion model")]
+    ("case", "message"), [("cut", "damaged or incomplete"), ("model", "a diffusion model")]
 )
 def test_a_file_that_is_no_lora_is_refused(server, case, message):
     folder = server.base / "models" / "loras"

@@ -27,16 +27,16 @@ SIZES = {"hidden": 512, "double_blocks": 2, "single_blocks": 6, "context": 768}
 SIZE, TEXT_SIZE, LARGEST = 48.2, 131.7, 4.0
 WRONG = {  # node -> (what it is given, what it says)
     "below 0": ({"gpu_weights": -2.0},
-                "gpu_weights is -2 GB, which is below 0; it is treated as 0."),
+                "GPU weights in GB is -2, which is below 0; it is treated as 0."),
     "above": ({"gpu_weights": 48.0},
-              "gpu_weights is 48.0 GB, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much there"
+              "GPU weights in GB is 48, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much there"
               " as fits."),
     "absent": ({"store": "gpu:5"},
-               "store is gpu:5, but this machine has no such device; CPU memory is used."),
+               "There is no gpu:5 to keep the rest on; CPU memory is used."),
     "itself": ({"store": "gpu:0"},
-               "store is gpu:0, which is the device that computes; CPU memory is used."),
+               "gpu:0 computes, so it does not keep the rest; CPU memory is used."),
     "store below 0": ({"store": "gpu:1", "store_gb": -1.0},
-                      "store_gb is -1 GB, which is below 0; it is treated as 0."),
+                      "At most there, in GB is -1, which is below 0; it is treated as 0."),
 }
 FORGETTER = '''
 class ForgetLoader:
