@@ -139,7 +139,7 @@ def test_cancel_frees_the_workers_and_the_next_picture_is_right(editor, plain):
     # from this ComfyUI, before anything runs
     ({"7.sampler_name": "no_such_sampler"}, "Value not in list"),
     ({"1.model_name": "no_such_model.gguf"},
-     r"Item \d of 2 cannot be drawn on .*no file 'no_such_model.gguf'"),
+     r"Job \d of 2 cannot run on .*no file 'no_such_model.gguf'"),
     ({"5.width": 16, "5.height": 16, "4.text": "x"}, None)])
 def test_what_is_wrong_is_said_in_one_sentence(editor, change, message):
     graph = on_ray(count=2)

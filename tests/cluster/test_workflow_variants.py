@@ -198,7 +198,7 @@ def test_more_pictures_than_memory_are_refused_at_the_first(monkeypatch):
                         lambda: types.SimpleNamespace(available=1_000_000_000))
     with pytest.raises(
             GraphError,
-            match="10000 items of 256 x 512 take 15.7 GB of memory here, and 1.0 GB are free"):
+            match="10000 jobs of 256 x 512 take 15.7 GB of memory here, and 1.0 GB are free"):
         receive_images(ImageCollector(10_000, ()), 0, pictures(width=256, height=512))
 
 

@@ -75,7 +75,7 @@ def test_a_text_encoder_is_encoded_with_where_its_node_says(name, expected, enco
     clip, = load_text_encoder.LoadTextEncoder.execute(encoder, "stable_diffusion",
                                                       device=name).result
     assert clip.patcher.load_device == expected
-    assert ("no device gpu:5" in texts[-1]) == (name == "gpu:5") and "held" in texts[-1]
+    assert ("no device gpu:5" in texts[-1]) == (name == "gpu:5") and "in memory" in texts[-1]
     plain, = load_text_encoder.LoadTextEncoder.execute(encoder, "stable_diffusion",
                                                        device="cpu").result
     assert torch.equal(hidden_states(clip).cpu(), hidden_states(plain))

@@ -138,7 +138,7 @@ def test_a_dense_file_is_packed_as_it_is_read(loader, folder, texts, small_model
     save_file({name: value.contiguous() for name, value in loader.weights().items()},
               folder / "net.safetensors")
     assert loader.packed(loader.load("net.safetensors", "Q8_0"))
-    assert texts[-1].startswith("Q8_0 + ") and "held, packed from F32 in" in texts[-1]
+    assert texts[-1].startswith("Q8_0 + ") and "in memory, packed from F32 in" in texts[-1]
 
 
 def test_a_missing_file_is_refused(loader, folder):

@@ -216,7 +216,7 @@ def test_weights_that_are_packed_already_stay_bit_for_bit(format_name):
     assert len(packed) >= 18
     for name in packed:
         assert all(map(torch.equal, packed_tensors(found[name]), packed_tensors(expected[name])))
-    assert re.search(rf"held, nothing was packed; {format_name}.* stays as in the file$",
+    assert re.search(rf"in memory, nothing was packed; {format_name}.* stays as in the file$",
                      memory_summary(ours))
 
 

@@ -87,7 +87,7 @@ def test_every_tensor_is_the_files_bit_for_bit_whatever_dtype_a_flag_chose(
     assert found.keys() == expected.keys()
     for name, (type_name, data) in expected.items():
         assert found[name][0] == type_name and torch.equal(found[name][1], data), name
-    assert "as ComfyUI holds" not in saved.text
+    assert "as ComfyUI has" not in saved.text
 
 
 @pytest.mark.parametrize("wanted", [KEEP_TYPES, "Q8_0", "NF4"])
