@@ -22,7 +22,7 @@ MIN_SHOWN_SHARE = 0.01  # of all bytes; biases and norms have less
 
 
 def memory_summary(patcher) -> str:
-    """Returns a model's formats, by bytes, and its size: 'Q4_K + F32, 6.8 GB held'.
+    """Returns a model's formats, by bytes, and its size: 'Q4_K + F32, 6.8 GB in memory'.
 
     If they were packed while they were read, that follows: ', packed from BF16 in 41 s'.
 

@@ -109,7 +109,8 @@ def test_wrappers_and_an_exported_workflow_draw_what_the_loaders_draw(server):
     assert expected.std() > 5
     wrapped, texts_of_wrappers = queued(server, "WrappedUnet", "WrappedClip")
     assert np.array_equal(wrapped, expected)
-    assert "in memory" in texts["1"][-1] and texts == texts_of_wrappers  # shown on the node that runs
+    assert "in memory" in texts["1"][-1]
+    assert texts == texts_of_wrappers  # shown on the node that runs
     env = {**os.environ, **server.env}
     subprocess.run(
         [sys.executable, "-c", EXPORTED,
