@@ -24,8 +24,9 @@ from devtools.fuzz.targets import TARGETS
 from devtools.fuzz.targets.models import QUANTIZERS
 from devtools.host import environment, matrix
 from devtools.host.package import packed_files
-from devtools.workflows import BLUEPRINT_FOLDER, FOLDER
+from devtools.workflows import BLUEPRINT_FOLDER, FIRST, FOLDER, example_paths
 from devtools.workflows.__main__ import blueprint_index, index
+from devtools.workflows.workflow import Workflow
 from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
 from featherweight.loaders.files.gguf import UNSTORED_TYPES
 from featherweight.loaders.models import fit_device, pack_on_load
@@ -320,8 +321,21 @@ def test_the_readme_and_performance_say_alike_what_a_cpu_loses_without_a_compile
     assert f"[{min(times):.0f} to {max(times):.0f} times]" in README
 
 
-def test_the_readme_is_read_in_a_minute():
-    assert len(re.sub(r"\(https?:[^)]*\)|\|", " ", README).split()) < 850
+def words(page: str) -> int:
+    return len(re.sub(r"\(https?:[^)]*\)|\|", " ", page).split())
+
+
+def test_the_readme_is_read_in_minutes_and_all_pages_in_an_hour():
+    assert words(README) <= 800
+    assert sum(map(words, PAGES.values())) <= 12_000
+
+
+def test_what_the_first_workflow_takes_is_said_as_its_note_says_it():
+    first = example_paths()[0]
+    page, note = PAGES["getting-started"], Workflow(first).note
+    assert first.stem.startswith(FIRST) and f"*{FIRST}*" in page
+    figures = re.findall(r"[\d.]+ GB on a card of \d+ GB|[\d.]+ GB\)", page)
+    assert len(figures) == 2 and all(figure in note for figure in figures)
 
 
 def test_the_error_of_int8_is_the_one_that_was_measured():
@@ -346,8 +360,8 @@ def test_the_error_of_int8_is_the_one_that_was_measured():
                for one, other in (names, names[::-1]))
 
 
-def test_choosing_names_the_types_that_loaders_and_the_saving_node_have():
-    row, = re.findall(r"^\| types \| (.*) \| (.*) \|$", PAGES["choosing"], re.M)
+def test_packing_names_the_types_that_loaders_and_the_saving_node_have():
+    row, = re.findall(r"^\| types \| (.*) \| (.*) \|$", PAGES["packing"], re.M)
     loading, saving = row
     assert set(re.findall(r"\w*Q\w+|NF4|\w+_\w+|mxfp8|nvfp4", loading)) == set(pack_on_load.TYPES)
     added = set(file_plan.TYPES) - set(pack_on_load.TYPES)
