@@ -338,6 +338,13 @@ def test_what_the_first_workflow_takes_is_said_as_its_note_says_it():
     assert len(figures) == 2 and all(figure in note for figure in figures)
 
 
+def test_the_example_for_a_cpu_is_as_the_page_for_users_of_fastsd_says():
+    section = PAGES["migrate"].split("## FastSD")[1]
+    (name, sampler), = re.findall(r"example \*(.*?)\*: sampler `(.*?)`, cfg 1, four", section)
+    node, = Workflow(FOLDER / f"{name}.json").types("KSampler")
+    assert node["widgets_values"][2:5] == [4, 1.0, sampler]
+
+
 def test_the_error_of_int8_is_the_one_that_was_measured():
     table = PAGES["performance"]
     losses = re.search(r"^\| what `int8` loses in a product \|(.*)\|$", table, re.M)[1]
