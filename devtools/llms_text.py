@@ -24,7 +24,8 @@ FACTS = ("default", "min", "max")  # of an input, in this order
 
 def setting(name: str) -> str:
     """Returns the text of a setting in pyproject.toml."""
-    return re.search(rf'^{name} = "(.*)"$', PROJECT, re.M)[1]
+    value, = re.findall(rf'^{name} = "(.*)"$', PROJECT, re.M)
+    return value
 
 
 def address(path: str) -> str:
@@ -67,9 +68,9 @@ def node_text(node: dict) -> str:
     node: what the host says of it at /object_info.
     """
     inputs = [
-        input_text(name, *_kind_and_settings(spec), group == "optional")
+        input_text(name, kind, settings, group == "optional")
         for group in ("required", "optional") for name, spec in node["input"].get(group, {}).items()
-        if not _kind_and_settings(spec)[1].get("hidden")
+        for kind, settings in [_kind_and_settings(spec)] if not settings.get("hidden")
     ]
     outputs = ", ".join(name if name == kind else f"{name} ({kind})" for name, kind in
                         zip(node["output_name"], node["output"], strict=True))
@@ -78,7 +79,7 @@ def node_text(node: dict) -> str:
 
 
 def _kind_and_settings(spec: list | tuple) -> tuple:
-    kind, settings = spec[0], spec[1] if len(spec) > 1 else {}
+    kind, settings = spec[0], dict(*spec[1:])
     return ("COMBO", {**settings, "options": kind}) if isinstance(kind, list) else (kind, settings)
 
 
