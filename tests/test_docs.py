@@ -24,8 +24,9 @@ from devtools.fuzz.targets import TARGETS
 from devtools.fuzz.targets.models import QUANTIZERS
 from devtools.host import environment, matrix
 from devtools.host.package import packed_files
-from devtools.workflows import BLUEPRINT_FOLDER, FOLDER
+from devtools.workflows import BLUEPRINT_FOLDER, FIRST, FOLDER, example_paths
 from devtools.workflows.__main__ import blueprint_index, index
+from devtools.workflows.workflow import Workflow
 from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
 from featherweight.loaders.files.gguf import UNSTORED_TYPES
 from featherweight.loaders.models import fit_device, pack_on_load
@@ -346,8 +347,8 @@ def test_the_error_of_int8_is_the_one_that_was_measured():
                for one, other in (names, names[::-1]))
 
 
-def test_choosing_names_the_types_that_loaders_and_the_saving_node_have():
-    row, = re.findall(r"^\| types \| (.*) \| (.*) \|$", PAGES["choosing"], re.M)
+def test_packing_names_the_types_that_loaders_and_the_saving_node_have():
+    row, = re.findall(r"^\| types \| (.*) \| (.*) \|$", PAGES["packing"], re.M)
     loading, saving = row
     assert set(re.findall(r"\w*Q\w+|NF4|\w+_\w+|mxfp8|nvfp4", loading)) == set(pack_on_load.TYPES)
     added = set(file_plan.TYPES) - set(pack_on_load.TYPES)
@@ -412,6 +413,25 @@ def test_sizes_of_vram_flags_are_those_that_comfyui_has():
         option for action in comfy.cli_args.parser._actions for option in action.option_strings
     }
     assert flags <= known
+
+
+def test_the_readme_has_at_most_800_words():
+    assert len(re.sub(r"\(https?:[^)]*\)|\|", " ", README).split()) <= 800
+
+
+def test_what_the_first_workflow_takes_is_said_as_its_note_says_it():
+    first = example_paths()[0]
+    page, note = PAGES["getting-started"], Workflow(first).note
+    assert first.stem.startswith(FIRST) and f"*{FIRST}*" in page
+    figures = re.findall(r"[\d.]+ GB on a card of \d+ GB|[\d.]+ GB\)", page)
+    assert len(figures) == 2 and all(figure in note for figure in figures)
+
+
+def test_the_example_for_a_cpu_is_as_the_page_for_users_of_fastsd_says():
+    section = PAGES["migrate"].split("## FastSD")[1]
+    (name, sampler), = re.findall(r"example \*(.*?)\*: sampler `(.*?)`, cfg 1, four", section)
+    node, = Workflow(FOLDER / f"{name}.json").types("KSampler")
+    assert node["widgets_values"][2:5] == [4, 1.0, sampler]
 
 
 def test_the_screenshot_of_the_readme_shows_the_inputs_and_steps_that_there_are():

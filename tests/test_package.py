@@ -22,7 +22,8 @@ in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.wh
 FOLDERS = {"nodes", "cluster", "loaders", "ops", "locales", "example_workflows", "subgraphs"}
 FILES = {
     "__init__.py", "child_process.py", "batch.py", "pack.py", "pyproject.toml", "requirements.txt",
-    "LICENSE", "README.md", "CHANGELOG.md", "node_list.json"
+    "LICENSE", "README.md", "CHANGELOG.md", "node_list.json",
+    "llms.txt"
 }
 
 

@@ -3,7 +3,7 @@ which GPU.
 
 Nothing is downloaded: the host's own classes are built on torch's meta device, and the shapes of
 their tensors counted by the rules that quantised files follow. Prints the tables of
-docs/choosing.md, with the accuracy of formats beside.
+docs/choosing.md, with the accuracy of types beside.
 """
 import functools
 import json
@@ -226,7 +226,7 @@ def _cards_row(model: Model, name: str, images: int) -> list[str]:
         return []
     nbytes, picture = step
     if images:
-        picture += f", with an image of {picture}"
+        picture += ", with an image"
     best = best_types(model.shapes(), CARDS, nbytes)
     work = (nbytes + HOST_RESERVE_BYTES) / GIB
     return [name, picture, f"{work:.1f}", *(best[card] or "partly" for card in CARDS)]

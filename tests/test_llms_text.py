@@ -1,0 +1,58 @@
+"""llms.txt, which programs read that write workflows: made from the code, and up to date."""
+import re
+
+import pytest
+from pack_nodes import node_list
+
+from devtools import ROOT, llms_text
+
+NODES = {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in node_list()}
+TEXT = llms_text.text(NODES)
+
+
+def test_the_file_is_the_one_that_is_written():
+    assert llms_text.PATH.read_text(encoding="utf-8") == TEXT, "run `python -m devtools.llms_text`"
+
+
+def test_it_has_the_shape_that_llmstxt_org_asks_for():
+    title, summary, *_ = (line for line in TEXT.splitlines() if line)
+    assert title.startswith("# ") and summary.startswith("> ")
+    head, *sections = re.split(r"^## .*\n", TEXT, flags=re.M)
+    assert len(re.findall("^#", head, re.M)) == 1 and len(sections) == 2
+    for section in sections:
+        lines = [line for line in section.splitlines() if line]
+        assert lines and all(re.fullmatch(r"- \[[^]]+\]\(https://\S+\)(: .+)?", line)
+                             for line in lines)
+
+
+def test_its_links_lead_to_files():
+    start = llms_text.address("")
+    links = re.findall(r"\]\((.*?)\)", TEXT)
+    assert len(links) > 25
+    assert [link for link in links
+            if not (link.startswith(start) and (ROOT / link.removeprefix(start)).is_file())] == []
+
+
+@pytest.mark.parametrize("node_id", [name for name in NODES if name.startswith("Featherweight")])
+def test_it_has_every_input_that_a_prompt_may_set(node_id):
+    entry = re.search(rf"^- `{node_id}`.*\n(?:    - .*\n)+", TEXT, re.M)[0]
+    inputs = NODES[node_id]["input"]
+    shown = {name for group in ("required", "optional")
+             for name, (_, *settings) in inputs.get(group, {}).items()
+             if not (settings and settings[0].get("hidden"))}
+    assert set(re.findall(r"^    - `(\w+)`", entry, re.M)) == shown
+
+
+def test_what_only_one_machine_has_is_left_out():
+    text = llms_text.input_text("lora_name", "COMBO", {"options": ["a b.gguf", "none"]}, False)
+    assert text == "    - `lora_name`: a name that ComfyUI lists or none."
+    text = llms_text.input_text("store", "COMBO", {"options": ["cpu", "gpu:1"], "default": "cpu"},
+                                True)
+    assert text == "    - `store`: a name that ComfyUI lists or cpu; default cpu; optional."
+
+
+def test_numbers_and_switches_are_told_apart():
+    text = llms_text.input_text("strength", "FLOAT", {"default": 1.0, "min": 0}, False)
+    assert text == "    - `strength`: FLOAT; default 1.0; min 0."
+    text = llms_text.input_text("overwrite", "BOOLEAN", {"default": False}, False)
+    assert text == "    - `overwrite`: BOOLEAN; default false."
