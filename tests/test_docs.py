@@ -325,22 +325,8 @@ def test_the_readme_and_performance_say_alike_what_a_cpu_loses_without_a_compile
     assert f"[{min(times):.0f} to {max(times):.0f} times]" in README
 
 
-def word_count(text: str) -> int:
-    """Words of a page, without addresses and the lines of tables."""
-    return len(re.sub(r"\(https?:[^)]*\)|\|", " ", text).split())
-
-
 def test_the_readme_is_read_in_a_minute():
-    assert word_count(README) < 850
-
-
-@pytest.mark.parametrize("name", sorted(MOST_WORDS.keys() | PAGES.keys()))
-def test_a_page_of_the_docs_is_short(name):
-    assert word_count(PAGES[name]) <= MOST_WORDS[name]
-
-
-def test_all_pages_of_the_docs_are_read_in_an_hour():
-    assert sum(map(word_count, PAGES.values())) <= 12_000
+    assert len(re.sub(r"\(https?:[^)]*\)|\|", " ", README).split()) < 850
 
 
 def test_the_error_of_int8_is_the_one_that_was_measured():
@@ -463,3 +449,17 @@ def test_the_page_of_the_example_workflows_is_the_one_that_is_written():
 def test_the_page_of_the_blueprints_is_the_one_that_is_written():
     page = (BLUEPRINT_FOLDER / "README.md").read_text(encoding="utf-8")
     assert page == blueprint_index(), "run `python -m devtools.workflows`"
+
+
+def word_count(text: str) -> int:
+    """Words of a page, without addresses and the lines of tables."""
+    return len(re.sub(r"\(https?:[^)]*\)|\|", " ", text).split())
+
+
+@pytest.mark.parametrize("name", sorted(MOST_WORDS.keys() | PAGES.keys()))
+def test_a_page_of_the_docs_is_short(name):
+    assert word_count(PAGES[name]) <= MOST_WORDS[name]
+
+
+def test_all_pages_of_the_docs_are_read_in_an_hour():
+    assert sum(map(word_count, PAGES.values())) <= 12_000

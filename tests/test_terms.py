@@ -32,7 +32,7 @@ BRITISH = (
 EXCEPTIONS = {
     r"compressed-tensors": "a quantizer's name",
     r"models/\w+": "a folder of ComfyUI",
-    r"HOST:PORT": "the form of an address on a network",
+    r"HOST:\w+": "the form of an address on a network",
     r"`[^`\n]+`": "names in code: ids, inputs, files, options, messages",
     r"(?<=\]\()[^)\s]*": "where a link leads",
     r"https?://\S+": "an address",
