@@ -42,4 +42,4 @@ def test_a_model_in_each_form_computes_as_its_dense_values_with_a_lora(title, fo
 
 
 def test_the_list_of_models_in_the_docs_is_that_of_these_tests():
-    assert f"\n{list_of()}\n" in COMPATIBILITY.read_text(encoding="utf-8")
+    assert list_of() in " ".join(COMPATIBILITY.read_text(encoding="utf-8").split())
