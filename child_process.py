@@ -1,6 +1,6 @@
 """Starts other programs, which are killed at the latest when this process ends.
 
-No other file starts any. docs/security.md lists the callers and their arguments.
+No other file starts any. tests/security.md lists the callers and their arguments.
 """
 import atexit
 import os

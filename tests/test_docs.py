@@ -69,6 +69,11 @@ REPOSITORY = re.search(r'Repository = "(.*)"', PROJECT)[1]
 SCHEMAS = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in node_list())}
 RECIPES, ARCHITECTURE = (re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"),
                                 flags=re.S) for name in ("CONTRIBUTING.md", "docs/architecture.md"))
+MOST_WORDS = {
+    "README": 150, "getting-started": 600, "choosing": 1500, "migrate": 1000, "packing": 950,
+    "lora": 750, "compatibility": 2000, "performance": 1600, "machines": 900, "trust": 600,
+    "troubleshooting": 1100, "environment": 350, "architecture": 850,
+}
 ROOMS = ("nodes", "cluster", "loaders", "ops")
 HOST_NAMES = ("add_patches",)
 in_a_checkout = pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"),
@@ -82,7 +87,7 @@ LANGUAGES = {
 
 
 def test_compatibility_names_every_ggml_type_that_is_read():
-    listed = set(re.split(r"[\s,·]+", COMPATIBILITY.split("GGUF types:")[1].split("beside")[0]))
+    listed = set(re.split(r"[\s,·]+", COMPATIBILITY.split("GGUF types:")[1].split(";")[0]))
     assert {packed.name for packed in GGML_FORMATS.values()} == listed - {""}
 
 
@@ -102,12 +107,12 @@ def test_compatibility_names_every_format_of_comfyui_that_is_read():
 
 
 def test_compatibility_has_a_row_for_every_node_of_ours():
-    rows = COMPATIBILITY.split("## Nodes")[1].split("\n\n")[1]
+    rows = COMPATIBILITY.split("| node | what it does |\n|---|---|\n")[1].split("\n\n")[0]
     ours = [schema.display_name for schema in SCHEMAS.values()
             if schema.node_id.startswith("Featherweight")]
     assert len(ours) > 10
-    assert {f"| {name} |" for name in ours} == set(re.findall(r"^\| .*?\(Featherweight\) \|", rows,
-                                                             re.M))
+    cells = ", ".join(re.findall(r"^\| ([^|]+) \|", rows, re.M)).split(", ")
+    assert sorted(f"{name} (Featherweight)" for name in cells) == sorted(ours)
 
 
 def test_every_loader_of_ours_is_found_by_every_family_of_files():
@@ -206,9 +211,9 @@ def test_the_choosing_page_has_the_tables_that_dev_py_sizes_prints(make):
 
 LINKED = [
     ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "example_workflows/README.md",
-                 "subgraphs/README.md", "demo_model/README.md")
-] + sorted((ROOT / "docs").glob("*.md"))
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
+                 "example_workflows/README.md", "subgraphs/README.md", "demo_model/README.md")
+] + sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "tests").rglob("*.md"))
 
 
 @pytest.mark.parametrize("path", LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -343,7 +348,8 @@ def test_the_error_of_int8_is_the_one_that_was_measured():
                     encoding="utf-8"))
                 assert f"{most} %" in texts[node_id]["inputs"]["compute"]["tooltip"]
     names = [SCHEMAS[node_id].display_name.removesuffix(" (Featherweight)") for node_id in said]
-    assert any(f"*{one}* and *{other} (Featherweight)*" in table
+    words = " ".join(table.split())
+    assert any(f"*{one}* and *{other} (Featherweight)*" in words
                for one, other in (names, names[::-1]))
 
 
@@ -382,6 +388,17 @@ def test_choosing_says_what_a_gpu_keeps_free():
             f" a {halves[ENCODER_SHARE]}") in text
 
 
+def test_every_variable_that_the_pack_reads_is_on_the_page_of_variables():
+    read = {
+        name for room in ROOMS for path in (ROOT / room).rglob("*.py")
+        for name in re.findall(r"\b(?:FEATHERWEIGHT_[A-Z_]+|COMFYUI_[A-Z]+|XDG_CACHE_HOME|CXX)\b",
+                               path.read_text(encoding="utf-8"))
+        if f'"{name}"' in path.read_text(encoding="utf-8")
+    }
+    assert len(read) > 6
+    assert read == set(re.findall(r"^- \*\*`(\w+)`\*\*", PAGES["environment"], re.M))
+
+
 def test_troubleshooting_names_the_folders_of_the_loaders():
     row = next(line for line in PAGES["troubleshooting"].splitlines()
                if line.startswith("| The file is not in the list |"))
@@ -395,15 +412,16 @@ def test_troubleshooting_names_the_folders_of_the_loaders():
     assert named <= known and {*keys, "unet", "clip"} <= named
 
 
-def test_reliability_names_the_targets_of_the_fuzzer_and_what_they_read():
-    section = PAGES["reliability"].split("## Bad files")[1].split("\n## ")[0]
+def test_the_page_of_the_fuzzer_names_its_targets_and_what_they_read():
+    page = (ROOT / "tests" / "fuzz" / "README.md").read_text(encoding="utf-8")
+    section = page.split("## The last run")[1]
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (\d+) \|", section, re.M)
     assert {(name, reads) for name, reads, _ in rows} <= {
         (name, target.reads) for name, target in TARGETS.items()}
     newer = TARGETS.keys() - {name for name, *_ in rows}
     assert newer <= {path.stem for path in QUANTIZERS.glob("*.py")}
-    total = sum(int(count) for *_, count in rows)
-    assert f"{total:,}".replace(",", " ") in section
+    total = f"{sum(int(count) for *_, count in rows):,}".replace(",", " ")
+    assert total in section and f"read {total} inputs" in PAGES["trust"]
 
 
 def test_sizes_of_vram_flags_are_those_that_comfyui_has():
@@ -452,3 +470,17 @@ def test_the_page_of_the_example_workflows_is_the_one_that_is_written():
 def test_the_page_of_the_blueprints_is_the_one_that_is_written():
     page = (BLUEPRINT_FOLDER / "README.md").read_text(encoding="utf-8")
     assert page == blueprint_index(), "run `python -m devtools.workflows`"
+
+
+def word_count(text: str) -> int:
+    """Words of a page, without addresses and the lines of tables."""
+    return len(re.sub(r"\(https?:[^)]*\)|\|", " ", text).split())
+
+
+@pytest.mark.parametrize("name", sorted(MOST_WORDS.keys() | PAGES.keys()))
+def test_a_page_of_the_docs_is_short(name):
+    assert word_count(PAGES[name]) <= MOST_WORDS[name]
+
+
+def test_all_pages_of_the_docs_are_read_in_an_hour():
+    assert sum(map(word_count, PAGES.values())) <= 12_000

@@ -1,5 +1,5 @@
-"""What scanners of ComfyUI's Registry find in the package: nothing that docs/registry-review.md
-does not explain."""
+"""What scanners of ComfyUI's Registry find in the package: nothing that
+tests/registry_review.md does not explain."""
 import os
 import re
 import shutil
@@ -14,7 +14,7 @@ from devtools.host.package import packed_files
 
 if not (ROOT / ".git").exists() or not shutil.which("git"):
     pytest.skip("needs git and its checkout", allow_module_level=True)
-PAGE = (ROOT / "docs" / "registry-review.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "tests" / "registry_review.md").read_text(encoding="utf-8")
 COMPILE = re.compile(
     r"\b(re|torch|_compiler)\.compile\(|def compile\(self, source: str, architecture: str\)")
 # What the Registry's rules are known to look for: words, whatever they do there, in comments and

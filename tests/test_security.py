@@ -1,4 +1,4 @@
-"""What docs/security.md promises and no other test holds."""
+"""What tests/security.md promises and no other test holds."""
 import ast
 import io
 import os
@@ -24,6 +24,7 @@ from featherweight.nodes.inspect_model_file import InspectModelFile
 from featherweight.nodes.node_text import without_markup
 from featherweight.ops.bounded_json import read_json
 
+PROMISES = ROOT / "tests" / "security.md"
 ROOMS = ("nodes", "cluster", "loaders", "ops")
 SOURCES = [*(ROOT / name for name in ("__init__.py", "child_process.py", "batch.py", "pack.py")),
            *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
@@ -172,8 +173,8 @@ def starters() -> set[str]:
 PROGRAMS = re.compile(r"(?<=\n)## Programs\n.*?(?=\n## )", re.S)
 
 
-def test_every_program_that_is_started_stands_in_the_table_of_the_security_page():
-    section = PROGRAMS.search((ROOT / "docs" / "security.md").read_text(encoding="utf-8"))[0]
+def test_every_program_that_is_started_stands_in_the_table_of_programs():
+    section = PROGRAMS.search(PROMISES.read_text(encoding="utf-8"))[0]
     rows = [row.split("|")[1:-1] for row in re.findall(r"^\| .*\|$", section, re.M)]
     head, *rows = [[cell.strip() for cell in row] for row in rows]
     assert head == ["program", "asked for by", "when", "arguments", "where they come from"]
@@ -524,8 +525,8 @@ def test_no_link_and_no_registered_folder_leads_to_where_programs_lie(base):
         folders.resolve_saved_path(str(base / "output" / "nodes" / "pack" / "x.gguf"))
 
 
-def test_every_line_of_the_security_page_names_tests_that_there_are():
-    page = PROGRAMS.sub("", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"))
+def test_every_promise_names_tests_that_there_are():
+    page = PROGRAMS.sub("", PROMISES.read_text(encoding="utf-8"))
     defined = {(path.name, node.name) for path in (ROOT / "tests").rglob("test_*.py")
                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                if isinstance(node, ast.FunctionDef)}

@@ -52,8 +52,8 @@ EXTRAS = [
     "transformers<5.15"
 ]
 # NVRTC: it compiles kernels without a GPU, and has no wheels for some systems. Ray: for the tests
-# of many machines. Atheris: a fuzzer guided by the lines it reaches. nodesafe: a scanner of
-# node packs, whose findings docs/registry-review.md counts. Diffusers: reads the quantised files of
+# of many machines. Atheris: a fuzzer guided by the lines it reaches. nodesafe: a scanner of node
+# packs, whose findings tests/registry_review.md counts. Diffusers: reads the quantised files of
 # Black Forest Labs. Zig: compiles kernels for CPUs where no other compiler is.
 OPTIONAL = [
     "atheris", "bitsandbytes", "diffusers==0.42.1", "nodesafe==0.6.0",

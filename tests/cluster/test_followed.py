@@ -91,7 +91,7 @@ def test_both_draw_every_row_once_and_again_draws_nothing(followed):
         for line in (desk / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     records = {
-        path.stem: json.loads(path.read_text()) for path in (desk / "pictures").glob("*.json")
+        path.stem: json.loads(path.read_text()) for path in (desk / "images").glob("*.json")
     }
     assert sorted(records) == sorted(rows)
     assert {record["worker"].split(":")[0] for record in records.values()} == {"desk", "attic"}

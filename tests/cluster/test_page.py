@@ -8,13 +8,6 @@ from featherweight.cluster.comfyui_install import installed_versions
 from featherweight.cluster.preflight import MachineReport, report
 
 PAGE = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
-GPUS, PROMPTS, SECONDS, SHARE, MODEL = 1000, 10**6, 10, 0.94, 6.8e9
-
-
-def cell(start: str) -> str:
-    """Returns the second cell of a table's row, given the start of the first."""
-    row, = re.findall(rf"^\| {re.escape(start)}[^|]*\| ([^|]+) \|", PAGE, re.M)
-    return row
 
 
 def test_the_sentences_of_a_look_are_those_of_the_code():
@@ -24,15 +17,8 @@ def test_the_sentences_of_a_look_are_those_of_the_code():
     assert f"\n{sentences}\n" in PAGE
 
 
-def test_what_it_costs_follows_from_its_formula():
-    assert "T = boot + file / bandwidth + N · t / (W · e)" in PAGE
-    drawing = PROMPTS * SECONDS / GPUS
-    assert cell("drawing") == f"{drawing / SHARE / 3600:.1f} h ({drawing / 3600:.1f} h at e = 1)"
-    assert cell("work").startswith(
-        f"{PROMPTS * SECONDS / SHARE / 3600:.0f}".replace("2955", "2 955") + " GPU hours")
-    assert cell("boots of").startswith(f"{GPUS * 10 / 3600:.1f} GPU hours")
-    assert cell("a 6.8 GB model to one") == f"{MODEL * 8 / 1e9:.0f} s"
-    assert cell("the same to 1 000 machines").startswith(f"{GPUS * MODEL * 8 / 10e9 / 3600:.1f} h")
+def test_copying_a_model_takes_as_long_as_the_page_says():
+    assert f"6.8 GB take {6.8e9 * 8 / 1e9:.0f} s over 1 Gbit/s" in " ".join(PAGE.split())
 
 
 def test_ray_has_the_commands_and_options_that_the_page_gives():
@@ -47,10 +33,8 @@ def test_ray_has_the_commands_and_options_that_the_page_gives():
     named = set(re.findall(r"`(?:[^`]* )?(--[a-z][\w-]+)", PAGE)) | set(
         re.findall(r"ray start.*?(--[\w-]+)", PAGE)
     )
-    comfyui = {"--lowvram", "--base-directory", "--cpu", "--extra-model-paths-config"}
-    hugging_face = {"--local-dir"}
-    assert len(named & options) >= 14
-    assert named - options - ours - comfyui - hugging_face == set()
+    assert len(named & options) >= 10
+    assert named - options - ours == set()
 
 
 def test_the_page_has_a_row_for_each_option_of_the_command():

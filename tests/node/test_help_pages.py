@@ -114,7 +114,6 @@ def test_translations_quote_the_same_messages(page):
 
 
 def test_messages_that_the_troubleshooting_page_calls_ours_are_in_the_code():
-    ours, _ = (ROOT / "docs" / "troubleshooting.md").read_text(
-        encoding="utf-8").split("## Messages of ComfyUI and torch")
-    assert len(quoted_messages(ours)) > 20
-    assert not missing_in_code(ours)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert len(quoted_messages(page)) > 3
+    assert not missing_in_code(page)

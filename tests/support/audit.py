@@ -178,7 +178,7 @@ class Audit:
         return bool(SYSTEM.fullmatch(real))
 
     def is_known_program(self, texts: tuple[str, ...]) -> bool:
-        """Whether it stands in the table of docs/security.md: a C++ compiler, and this Python with
+        """Whether it stands in the table of tests/security.md: a C++ compiler, and this Python with
         a text of the pack's own."""
         from featherweight.cluster import ray_driver_pool
         from featherweight.ops.kernels import cpp_backend

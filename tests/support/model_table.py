@@ -1,9 +1,9 @@
-"""The table of diffusion models in docs/compatibility.md, and the files in which each is tried."""
+"""The list of diffusion models in docs/compatibility.md, and the files in which each is tried."""
 import functools
 from collections.abc import Callable
 
 import torch
-from families import FAMILIES, host_patcher, relative_error, run
+from families import host_patcher, relative_error, run
 from packed_files import (
     write_bitsandbytes,
     write_ggml,
@@ -62,8 +62,6 @@ def assert_computes_as_dense(path: str, values: dict[str, torch.Tensor], family,
     return dense
 
 
-def table_of(models=MODELS) -> str:
-    """The table as docs/compatibility.md has it."""
-    lines = ["| model | ComfyUI's class |", "|---|---|"]
-    lines += [f"| {title} | {FAMILIES[name].supported} |" for title, name in models.items()]
-    return "\n".join(lines)
+def list_of(models=MODELS) -> str:
+    """The list as docs/compatibility.md has it, in one line."""
+    return "; ".join(models) + "."
