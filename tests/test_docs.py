@@ -380,8 +380,9 @@ RESERVE.append(f"1/{1 / LORA_SHARE:.0f}")
 
 @pytest.mark.parametrize("language", HELP_LANGUAGES)
 def test_the_help_says_what_a_gpu_keeps_free(language):
-    model, encoders = (help_page(f"FeatherweightLoad{name}", language).read_text(encoding="utf-8")
-                       for name in ("DiffusionModel", "TextEncoder"))
+    model, encoders = (
+        " ".join(help_page(name, language).read_text(encoding="utf-8").split())
+        for name in ("FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder"))
     assert [value for value in RESERVE if value not in model] == []
     assert RESERVE[2] in encoders
 

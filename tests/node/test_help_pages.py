@@ -97,9 +97,9 @@ def test_an_english_page_is_short(path):
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a page in plain words, without its code and what entries of lists are
+    """The sentences of a page in plain words, without code, images and what an entry of a list is
     about."""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```|!\[.*?\]\(.*?\)", "", text, flags=re.M | re.S)
     parts = re.split(r"\n\n|\n(?=- |\d+\. |\|)", text)
     marks = re.compile(r"\]\([^)]*\)|[*`|\[\]]|^(- |\d+\. )")
     plain = [" ".join(marks.sub("", LEAD.sub("", part)).split()) for part in parts]
