@@ -27,9 +27,10 @@ from devtools.host.package import packed_files
 from devtools.workflows import BLUEPRINT_FOLDER, FIRST, FOLDER, example_paths
 from devtools.workflows.__main__ import blueprint_index, index
 from devtools.workflows.workflow import Workflow
-from featherweight.loaders.encoders.encoder_sets import ENCODER_SETS, SINGLE_ENCODERS
+from featherweight.loaders.encoders.encoder_sets import TITLES
+from featherweight.loaders.families import MODELS
 from featherweight.loaders.files.gguf import UNSTORED_TYPES
-from featherweight.loaders.models import fit_device, pack_on_load
+from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.packing.planning import file_plan
 from featherweight.loaders.packing.planning.fit import (
     ENCODER_SHARE,
@@ -39,7 +40,6 @@ from featherweight.loaders.packing.planning.fit import (
     MIN_STEP_BYTES,
     MODEL_SHARE,
     SYSTEM_BYTES,
-    Choice,
     Memory,
     step_memory,
     workspace_bytes,
@@ -195,11 +195,28 @@ def test_what_the_environment_takes_is_said_alike():
 
 
 @pytest.mark.parametrize("language", HELP_LANGUAGES)
-def test_the_list_of_text_encoders_has_types_that_there_are(language):
+def test_the_list_of_text_encoders_has_every_model_with_its_type_and_encoders(language):
     page = help_page("FeatherweightLoadTextEncoder", language).read_text(encoding="utf-8")
-    types = re.findall(r"^- \*\*[^*]+\*\* ?[(（](\w+)[)）][:：]", page, re.M)
-    assert len(types) > 10
-    assert set(types) <= SINGLE_ENCODERS.keys() | ENCODER_SETS[2].keys()
+    entries = re.findall(r"^- \*\*([^*]+)\*\* ?[(（](\w+)[)）][:：](.*)$", page, re.M)
+    models = [model for model in MODELS if model.encoders]
+    assert {clip_type for _, clip_type, _ in entries} == {type_of(model) for model in models}
+    for model in models:
+        titles = {title_in_files(key) for key in set().union(model.also, *model.encoder_groups)}
+        assert any(
+            model.name.split()[0] in names and clip_type == type_of(model)
+            and all(title in encoders.replace("Llama 3.1", "Llama 3") for title in titles)
+            for names, clip_type, encoders in entries), model.name
+
+
+def type_of(model) -> str:
+    """The type of its encoders; of those that ComfyUI tells by their weights, the first one."""
+    return model.clip_type or "stable_diffusion"
+
+
+def title_in_files(encoder: str) -> str:
+    """What an encoder is called where its files are: those of Qwen2.5 are all of its VL."""
+    return TITLES[encoder].partition(",")[0].removesuffix(" with vision").replace(
+        "Qwen2.5 ", "Qwen2.5-VL ")
 
 
 @pytest.mark.parametrize("make", model_sizes.TABLES, ids=lambda make: make.__name__)
@@ -342,7 +359,8 @@ def test_the_error_of_int8_is_the_one_that_was_measured():
     for node_id, tooltip in said.items():
         assert f"about {most} %" in tooltip
         for language in HELP_LANGUAGES:
-            assert f"{most} %" in help_page(node_id, language).read_text(encoding="utf-8")
+            page = help_page("FeatherweightLoadDiffusionModel", language)
+            assert f"{most} %" in page.read_text(encoding="utf-8")
             if language != "en":
                 texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(
                     encoding="utf-8"))
@@ -368,14 +386,12 @@ RESERVE.append(f"1/{1 / LORA_SHARE:.0f}")
 
 
 @pytest.mark.parametrize("language", HELP_LANGUAGES)
-def test_the_help_says_what_a_gpu_keeps_free_and_what_the_loader_says(language):
-    model, encoders = (help_page(f"FeatherweightLoad{name}", language).read_text(encoding="utf-8")
-                       for name in ("DiffusionModel", "TextEncoder"))
-    rows = "".join(re.findall(r"^\|.*GiB.*\|$|^\|.*1/.*\|$", model, re.M))
-    assert [value for value in RESERVE if value not in rows] == []
-    assert [value for value in RESERVE[:3] if value not in encoders] == []
-    text = fit_device._text(Choice(9_900_000_000, 9_900_000_000), Memory(12))
-    assert f"`{text}`" in " ".join(model.split())
+def test_the_help_says_what_a_gpu_keeps_free(language):
+    model, encoders = (
+        " ".join(help_page(name, language).read_text(encoding="utf-8").split())
+        for name in ("FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder"))
+    assert [value for value in RESERVE if value not in model] == []
+    assert RESERVE[2] in encoders
 
 
 def test_choosing_says_what_a_gpu_keeps_free():

@@ -26,14 +26,12 @@ from featherweight.loaders.models.compute_choice import (
 )
 from featherweight.loaders.models.compute_dtype import COMPUTE
 from featherweight.loaders.models.load_check import patcher_of
-from featherweight.nodes import help_pages
 from featherweight.ops.layers import kitchen_products
 from featherweight.ops.layers.packed_layers import PackedLinear
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
-DOCS = Path(help_pages.__file__).parent / "web" / "docs"
 OLD_COMPUTE = ("exact", "int8", "float32")  # options of earlier versions
 WITH_COMPUTE = ("FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint",
                 "FeatherweightLoadTextEncoder")
@@ -72,22 +70,6 @@ def test_a_choice_alone_means_an_arithmetic_and_who_computes_comfyuis_formats(ch
     assert (host_formats == EXACT) == (choice in ("exact", "float32"))
     assert (host_formats == AS_COMFYUI) == (choice == "fast")
     assert (arithmetic == "int8") == (choice in ("fast", "int8"))
-
-
-@pytest.mark.parametrize("page", [f"{name}{language}.md" for name in WITH_COMPUTE[:2]
-                                  for language in ("", "/zh", "/ja", "/ko")])
-def test_the_help_page_says_what_each_old_pair_is_now(page):
-    text = (DOCS / page).read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^- \*\*(.+)\*\*[:：] ?\*(\w+)\*", text, re.MULTILINE))
-    for compute in OLD_COMPUTE:
-        for host_formats in HOST_FORMATS:
-            now = rows[f"{compute}, {host_formats}"]
-            arithmetic = computing(now, BY_COMPUTE).arithmetic
-            assert arithmetic == compute or (compute, now) == ("exact", "automatic")
-            exactly_so = computing(now, BY_COMPUTE) == (compute, host_formats)
-            line = next(line for line in text.splitlines()
-                        if line.startswith(f"- **{compute}, {host_formats}**"))
-            assert exactly_so == line.endswith(f"*{now}*")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Help pages: there in each language, about the inputs there are, quoting messages that the code
 has."""
 import ast
+import collections
 import functools
 import itertools
 import re
@@ -12,6 +13,8 @@ from pack_nodes import node_list
 from devtools import ROOT
 from featherweight.nodes import help_pages
 
+REPOSITORY = re.search(r'Repository = "(.*)"', (ROOT / "pyproject.toml").read_text(
+    encoding="utf-8"))[1]
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 # Those of other packs share one.
 PAGES = {
@@ -29,6 +32,21 @@ each_file = pytest.mark.parametrize(
 LEAD = re.compile(r"^- \*\*(.+?)\*\*(?: ?[(（].*?[)）])?[:：]", re.M)
 
 
+# several inputs, as in clip_name1–4
+RANGE = re.compile(r"(.*?)(\d+)–(\d+)")
+WEB = f"{REPOSITORY}/blob/main/"
+
+
+def inputs_named(lead: str) -> set[str]:
+    """Returns the inputs that the beginning of an entry names: one, or several with commas."""
+    names = {lead}
+    for part in lead.split(", "):
+        numbered = RANGE.fullmatch(part)
+        names |= {f"{numbered[1]}{number}" for number in range(int(numbered[2]),
+                  int(numbered[3]) + 1)} if numbered else {part}
+    return names
+
+
 def first_cells(text: str) -> list[str]:
     return [line[2:].split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
 
@@ -40,7 +58,7 @@ def test_every_node_has_a_page_in_each_language_that_lists_all_inputs(page):
     if hasattr(NODES[node_id], "HELP_PAGE"):
         text = help_pages.page_text(NODES[node_id], "en" if path.parent == DOCS else path.stem)
     assert text.startswith(f"# {schema.display_name}\n")
-    named = {name for lead in LEAD.findall(text) for name in (lead, *lead.split(", "))}
+    named = set().union(*map(inputs_named, LEAD.findall(text)))
     assert named >= {input.display_name or input.id for input in schema.inputs
                      if not input.as_dict().get("hidden")}
 
@@ -57,14 +75,46 @@ def test_translations_have_the_same_headings_pictures_lists_and_tables(page):
 
 
 @each_file
-def test_pictures_of_a_page_are_there(path):
-    for picture in re.findall(r"\]\((.*?)\)", path.read_text(encoding="utf-8")):
-        # the frontend looks for them in the folder of the English pages
-        assert (DOCS / picture).is_file()
+def test_images_and_links_of_a_page_lead_somewhere(path):
+    for link in re.findall(r"\]\((.*?)\)", path.read_text(encoding="utf-8")):
+        # the frontend looks for images in the folder of the English pages
+        target = ROOT / link.removeprefix(WEB) if link.startswith(WEB) else DOCS / link
+        assert target.is_file(), link
 
 
 def test_every_page_belongs_to_a_node():
     assert set(DOCS.rglob("*.md")) == {path for _, path in PAGES.values()}
+
+
+MOST_WORDS = 450
+ENCODER = re.compile(r"^- \*\*[^*]+\*\* \(\w+\): .*\n", re.M)  # a line of the list of encoders
+LONG_SENTENCE = 8  # words: shorter ones may be on several pages
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+def test_an_english_page_is_short(path):
+    text = ENCODER.sub("", path.read_text(encoding="utf-8"))
+    assert len(re.sub(r"\(https?:[^)]*\)|\|", " ", text).split()) <= MOST_WORDS
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a page in plain words, without code, images and what an entry of a list is
+    about."""
+    text = re.sub(r"^```.*?^```|!\[.*?\]\(.*?\)", "", text, flags=re.M | re.S)
+    parts = re.split(r"\n\n|\n(?=- |\d+\. |\|)", text)
+    marks = re.compile(r"\]\([^)]*\)|[*`|\[\]]|^(- |\d+\. )")
+    plain = [" ".join(marks.sub("", LEAD.sub("", part)).split()) for part in parts]
+    return [sentence for part in plain for sentence in re.split(r"(?<=[.?!:;]) ", part)]
+
+
+def test_no_long_sentence_is_twice_in_the_english_pages():
+    pages = collections.defaultdict(list)
+    for path in DOCS.glob("*.md"):
+        for sentence in sentences(path.read_text(encoding="utf-8")):
+            if len(sentence.split()) > LONG_SENTENCE:
+                pages[sentence].append(path.stem)
+    assert len(pages) > 100
+    assert {sentence: names for sentence, names in pages.items() if len(names) > 1} == {}
 
 
 @functools.cache  # reading the whole pack takes a second
