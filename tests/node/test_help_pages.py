@@ -12,6 +12,8 @@ from pack_nodes import node_list
 from devtools import ROOT
 from featherweight.nodes import help_pages
 
+REPOSITORY = re.search(r'Repository = "(.*)"', (ROOT / "pyproject.toml").read_text(
+    encoding="utf-8"))[1]
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
 # Those of other packs share one.
 PAGES = {
@@ -29,6 +31,21 @@ each_file = pytest.mark.parametrize(
 LEAD = re.compile(r"^- \*\*(.+?)\*\*(?: ?[(（].*?[)）])?[:：]", re.M)
 
 
+# several inputs, as in clip_name1–4
+RANGE = re.compile(r"(.*?)(\d+)–(\d+)")
+WEB = f"{REPOSITORY}/blob/main/"
+
+
+def inputs_named(lead: str) -> set[str]:
+    """Returns the inputs that the beginning of an entry names: one, or several with commas."""
+    names = {lead}
+    for part in lead.split(", "):
+        numbered = RANGE.fullmatch(part)
+        names |= {f"{numbered[1]}{number}" for number in range(int(numbered[2]),
+                  int(numbered[3]) + 1)} if numbered else {part}
+    return names
+
+
 def first_cells(text: str) -> list[str]:
     return [line[2:].split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
 
@@ -40,7 +57,7 @@ def test_every_node_has_a_page_in_each_language_that_lists_all_inputs(page):
     if hasattr(NODES[node_id], "HELP_PAGE"):
         text = help_pages.page_text(NODES[node_id], "en" if path.parent == DOCS else path.stem)
     assert text.startswith(f"# {schema.display_name}\n")
-    named = {name for lead in LEAD.findall(text) for name in lead.split(", ")}
+    named = set().union(*map(inputs_named, LEAD.findall(text)))
     assert named >= {input.display_name or input.id for input in schema.inputs}
 
 
@@ -56,10 +73,11 @@ def test_translations_have_the_same_headings_pictures_lists_and_tables(page):
 
 
 @each_file
-def test_pictures_of_a_page_are_there(path):
-    for picture in re.findall(r"\]\((.*?)\)", path.read_text(encoding="utf-8")):
-        # the frontend looks for them in the folder of the English pages
-        assert (DOCS / picture).is_file()
+def test_images_and_links_of_a_page_lead_somewhere(path):
+    for link in re.findall(r"\]\((.*?)\)", path.read_text(encoding="utf-8")):
+        # the frontend looks for images in the folder of the English pages
+        target = ROOT / link.removeprefix(WEB) if link.startswith(WEB) else DOCS / link
+        assert target.is_file(), link
 
 
 def test_every_page_belongs_to_a_node():
