@@ -47,7 +47,7 @@ FORMAT_WORDS = r"\s*\b(GGUF|NF4|SVDQuant|SDNQ)\b\s*"
 CHIPS = {"NF4": "#ffd479", "packed": "#8ff0dd", FIT: "#8ff0dd"}
 LOADERS = ("FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint", "UNETLoader")
 SAVER = "FeatherweightSavePackedModel"
-ANY = "any GPU or CPU"  # of workflows whose note names no card
+ANY = "any device"  # of workflows whose note names no card
 
 
 class Cover(NamedTuple):

@@ -4,7 +4,7 @@ Images that a model would generate are scenes that code draws; those of the demo
 """
 from collections.abc import Callable
 
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from devtools.artwork import BACKGROUND, TEXT
 from devtools.demo_sheet import BELOW, COLUMNS, GAP, TOP
@@ -170,17 +170,17 @@ def _fit_cards(pen: Pen, workflow: Workflow):
 
 def _outpainting(pen: Pen, workflow: Workflow):
     """An image that gets larger, and a LoRA that fits or does not."""
-    whole = scenes.hills(290 / HEIGHT)
-    _image(pen, whole.filter(ImageFilter.GaussianBlur(7)), LEFT, UPPER, 290, HEIGHT)
-    shares = 0.26, 0.2, 0.74, 0.8
-    inside = whole.crop(tuple(round(share * (whole.width, whole.height)[index % 2])
-                              for index, share in enumerate(shares)))
-    _image(pen, inside, LEFT + 290 * shares[0], UPPER + HEIGHT * shares[1],
-           290 * (shares[2] - shares[0]), HEIGHT * (shares[3] - shares[1]))
-    for row, mark in enumerate((_check, _cross)):
-        top = UPPER + 26 + row * 90
-        _lora(pen, LEFT + 316, top, 90, 62)
-        mark(pen, LEFT + 430, top + 31)
+    height = 134
+    whole = scenes.hills(196 / height)
+    part = Image.new("RGB", whole.size, "#00c800")
+    box = whole.width // 4, whole.height // 5, whole.width * 3 // 4, whole.height * 4 // 5
+    part.paste(whole.crop(box), box[:2])
+    _image(pen, part, LEFT, UPPER, 196, height)
+    _arrow(pen, LEFT + 207, LEFT + 241, UPPER + height / 2)
+    _image(pen, whole, LEFT + WIDE - 196, UPPER, 196, height)
+    for left, mark in ((LEFT, _check), (LEFT + WIDE - 196, _cross)):
+        _lora(pen, left, UPPER + 152, 120, 54)
+        mark(pen, left + 152, UPPER + 179)
 
 
 def _editing(pen: Pen, scene: Scene):
@@ -205,7 +205,7 @@ def _to_int8(pen: Pen, workflow: Workflow):
     _block(pen, LEFT, UPPER + 8, 158, 130, "Q8_0", PALE, 3)
     _arrow(pen, LEFT + 172, LEFT + 232, UPPER + 73)
     _block(pen, LEFT + 248, UPPER + 8, 200, 130, "int8_convrot", MINT, 3)
-    pen.label(LEFT + 348, UPPER + 176, "ComfyUI's kernels", LABEL)
+    pen.label(LEFT + 336, UPPER + 176, "ComfyUI's kernels", LABEL)
     _plus(pen, LEFT + 8, UPPER + 176)
     _lora(pen, LEFT + 38, UPPER + 150, 120, 54)
 
@@ -236,7 +236,7 @@ def _placed(pen: Pen, workflow: Workflow):
     on_card = workflow.types("FeatherweightPlaceModel")[0]["widgets_values"][0]
     size = next(float(size.split()[0]) for file, size in workflow.files.items()
                 if file.startswith("diffusion_models/"))
-    unit = 250 / (size - on_card)
+    unit = 240 / (size - on_card)
     for top, title, value, color in ((UPPER + 8, "8 GB card", on_card, MINT),
                                      (UPPER + 116, "main memory", size - on_card, PALE)):
         pen.box(LEFT, top, WIDE, 86, DARK, PALE, 4, 12)
@@ -268,16 +268,15 @@ def _low_rank(pen: Pen, left, top):
 
 def _svdquant(pen: Pen, workflow: Workflow):
     _low_rank(pen, LEFT, UPPER)
-    _plus(pen, LEFT + 300, UPPER + 58)
-    _lora(pen, LEFT + 332, UPPER + 24, 116, 68)
-    for row, name in enumerate(("NVIDIA", "AMD", "Mac", "CPU")):
-        left = LEFT + (0, 142, 252, 360)[row]
-        _plain(pen, left, UPPER + 146, (128, 96, 94, 88)[row], 56, name)
+    _plus(pen, LEFT + 20, UPPER + 168)
+    _lora(pen, LEFT + 52, UPPER + 138, 134, 60)
+    _arrow(pen, LEFT + 202, LEFT + 256, UPPER + 168)
+    _scene(pen, scenes.robot, LEFT + 284, UPPER + 6, 164, 198, 0.5)
 
 
 def _saved(pen: Pen, workflow: Workflow):
-    _block(pen, LEFT, UPPER, 210, 92, "model", PALE)
-    _plus(pen, LEFT + 105, UPPER + 112, 11)
+    _block(pen, LEFT, UPPER, 210, 96, "model", PALE)
+    _plus(pen, LEFT + 105, UPPER + 116, 10)
     _lora(pen, LEFT, UPPER + 136, 98, 68)
     _lora(pen, LEFT + 112, UPPER + 136, 98, 68)
     _arrow(pen, LEFT + 226, LEFT + 272)

@@ -113,7 +113,7 @@ def city(wide: float, time: float = 0.0) -> Image.Image:
 def house(wide: float, time: float = 0.0) -> Image.Image:
     """In summer, and at time 1 in snow."""
     winter = time > 0.5
-    canvas = Canvas(wide, *(("#9fb4c9", "#e4ecf2") if winter else ("#86c5ee", "#dff0f7")))
+    canvas = Canvas(wide, *(("#6f8db0", "#b9cbdc") if winter else ("#86c5ee", "#dff0f7")))
     canvas.circle("#eef4f8" if winter else "#63a04c", wide / 2, 1.3, wide, 0.6)
     left = wide / 2 - 0.3
     canvas.box("#8d5b43", left + 0.42, 0.18, 0.09, 0.25)
@@ -124,7 +124,7 @@ def house(wide: float, time: float = 0.0) -> Image.Image:
     for x in (0.06, 0.43):
         canvas.box("#ffd97a" if winter else "#cfe9f7", left + x, 0.55, 0.12, 0.13)
     for flake in range(26 if winter else 0):
-        canvas.circle("#ffffff", (flake * 0.37) % wide, (flake * 0.61) % 1, 0.014)
+        canvas.circle("#ffffff", (flake * 0.618) % 1 * wide, (flake * 0.271) % 1, 0.015)
     return canvas.image
 
 
