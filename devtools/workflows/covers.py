@@ -127,7 +127,7 @@ def draw(workflow: Workflow) -> Image.Image:
     image = _background(cover.color)
     pen = Pen(image)
     width = pen.width(cover.format, CHIP) + 0.9 * CHIP
-    pen.text_box(PIXELS - MARGIN - width, 50, cover.format, CHIP, BACKGROUND,
+    pen.text_box(PIXELS - MARGIN - width, 44, cover.format, CHIP, BACKGROUND,
                  chip_color(cover.format))
     draw_diagram(pen, workflow)
     _draw_title(pen, cover)
