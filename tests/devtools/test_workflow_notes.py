@@ -6,7 +6,8 @@ from devtools.measure import model_sizes
 import pytest
 
 from devtools import ROOT
-from devtools.workflows import DEMO, blueprint_paths, example_paths
+from devtools.workflows import DEMO, blueprint_paths, demo_paths, example_paths
+from devtools.workflows.__main__ import index
 from devtools.workflows.workflow import Workflow
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.models.fit_device import FIT
@@ -232,6 +233,27 @@ def test_a_figure_that_differs_is_noticed(old, new, check, tmp_path):
     path = tmp_path / source.name
     path.write_text(text.replace(old, new), encoding="utf-8")
     assert check(Workflow(path))
+
+
+def test_the_list_of_the_examples_is_short():
+    assert len(index().replace("|", " ").split()) <= 900
+
+
+# Words with a term of their own, and sentences about memory that nobody understands.
+NOT_TERMS = re.compile(
+    r"\b(pictures?|draws?|drawn|held|holds|beside|host|quantis\w*|dequantis\w*|colours?|licence|grey"
+    r"|UNet|makes? room|by itself|(?:video|graphics) card|as the file)\b", re.I)
+
+
+@pytest.mark.parametrize("path", [*example_paths(), *demo_paths(), *blueprint_paths()],
+                         ids=lambda path: path.stem)
+def test_notes_and_titles_have_the_terms_of_the_field(path):
+    workflow = Workflow(path)
+    titles = [part.get("title", "") for graph in (workflow.graph, *workflow.subgraphs)
+              for part in (*graph["nodes"], *graph.get("groups", ()))]
+    description = workflow.graph["extra"].get("BlueprintDescription", "")
+    for text in (workflow.note, description, *titles):
+        assert not NOT_TERMS.findall(text), text
 
 
 def test_most_notes_speak_of_models_that_the_tables_have():
