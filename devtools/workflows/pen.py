@@ -47,7 +47,7 @@ class Pen:
     def polygon(self, *points, fill=TEXT):
         self.draw.polygon([(x * SMOOTH, y * SMOOTH) for x, y in points], fill)
 
-    def circle(self, x, y, radius, fill=TEXT, outline=None, line=0):
+    def circle(self, x, y, radius, fill: str | None = TEXT, outline=None, line=0):
         self.draw.ellipse([value * SMOOTH for value in (x - radius, y - radius, x + radius,
                                                         y + radius)], fill, outline,
                           line * SMOOTH)
