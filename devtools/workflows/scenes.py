@@ -2,7 +2,7 @@
 import math
 from collections.abc import Callable
 
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from devtools.artwork import draw_feather
 
@@ -271,11 +271,6 @@ def pixel_art(image: Image.Image) -> Image.Image:
     small = image.resize((round(PIXEL_ART * image.width / image.height), PIXEL_ART),
                          Image.Resampling.BOX)
     return small.quantize(12).convert("RGB").resize(image.size, Image.Resampling.NEAREST)
-
-
-def noise(wide: float, fill: str) -> Image.Image:
-    """An empty image of one color."""
-    return Image.new("RGB", (round(wide * SIDE), SIDE), ImageColor.getrgb(fill))
 
 
 Scene = Callable[..., Image.Image]
