@@ -13,7 +13,7 @@ from devtools import ROOT
 from devtools.demo import MIX_WORKFLOW, make_mix
 from devtools.files import demo_files
 from devtools.host.server import Server, ServerError
-from devtools.workflows import DEMO, FOLDER
+from devtools.workflows import demo_paths
 
 EDITOR_FOLDER = Path("user") / "default" / "workflows"  # of what the editor lists as workflows
 MIX_FILE = f"diffusion_models/{demo_files.MODELS[demo_files.MIX]}"
@@ -25,7 +25,7 @@ LONG_NODES = {"FeatherweightMeasureSensitivity": "measuring",
 def copy_workflows(base: Path):
     """Puts the demo's workflows where the editor lists them."""
     (base / EDITOR_FOLDER).mkdir(parents=True, exist_ok=True)
-    for workflow in FOLDER.glob(f"{DEMO}*.json"):
+    for workflow in demo_paths():
         shutil.copy(workflow, base / EDITOR_FOLDER)
 
 

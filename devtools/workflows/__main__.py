@@ -25,16 +25,16 @@ from devtools.workflows.workflow import Workflow
 
 HEAD = """# Example workflows
 
-In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each \
-workflow says which file goes into
-which folder and what memory it takes. The models of those that are called *Repository demo* come \
-with a clone of the repository only.
+In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each
+workflow says which file goes into which folder. On a smaller card than the table says, the rest of
+the model stays in main memory. The models of a *Repository demo* come only with a clone of the
+repository.
 """
 BLUEPRINT_HEAD = """# Blueprints
 
 Each is a whole workflow as one node, in ComfyUI's node library under *Subgraph Blueprints*, in
 *Comfy Blueprints*, *Featherweight*. The library shows the same text when the mouse is on a name. A
-note inside each has the links to its files and says what memory it takes.
+note inside each has the links to its files and says which card it fits.
 """
 SAVED = "app.graphToPrompt().then(prompt => prompt.workflow)"  # as the editor exports it
 
@@ -69,8 +69,9 @@ def opened(browser: Browser, path: Path) -> dict:
 
 def index() -> str:
     """Returns the page of the examples, in the order of the template browser."""
-    rows = [(path.stem, Workflow(path).about) for path in example_paths()]
-    return HEAD + "\n" + markdown_table(("workflow", "what it shows"), rows)
+    workflows = map(Workflow, example_paths())
+    rows = [(workflow.name, workflow.card, workflow.about) for workflow in workflows]
+    return HEAD + "\n" + markdown_table(("workflow", "for", "what it shows"), rows)
 
 
 def blueprint_index() -> str:
@@ -108,7 +109,7 @@ def main(arguments: list[str]) -> int:
                         if path.resolve().parent != BLUEPRINT_FOLDER:
                             path.write_text(written(graph), encoding="utf-8")
         for path in options.files:
-            if path.resolve().parent != BLUEPRINT_FOLDER:
+            if path.resolve().parent == FOLDER:
                 covers.save(path)
             print(path.stem)
         write_pages()

@@ -37,6 +37,15 @@ class Workflow:
         return self.note.partition("**Memory.** ")[2].partition("\n\n")[0]
 
     @property
+    def card(self) -> str:
+        """What the paragraph on memory says first that it takes: "10 GB card", "24 GB of RAM", or
+        nothing."""
+        if card := self.figure(r"^(?:Fits|For) an? (\d+ GB card)"):
+            return card
+        memory = self.figure(r"^Needs no GPU\. Have (\d+ GB) of main memory")
+        return memory and f"{memory} of RAM"
+
+    @property
     def description(self) -> tuple[str, list[str]]:
         """What a blueprint does, and its files with their folders."""
         text, _, files = self.graph["extra"]["BlueprintDescription"].partition(FILES)

@@ -68,10 +68,10 @@ def test_each_widget_of_the_node_sets_a_widget_inside(path, object_info):
 
 
 OF_EXAMPLES = {
-    "Flux.1 dev Text to Image (Featherweight)": "Flux.1 dev GGUF with GGUF T5",
+    "Flux.1 dev Text to Image (Featherweight)": "Flux.1 dev GGUF",
     "Flux.1 Kontext Image Edit (Featherweight)": "Flux.1 Kontext GGUF",
     "Qwen-Image Text to Image (Featherweight)": "Qwen-Image GGUF",
-    "Qwen-Image-Edit (Featherweight)": "Qwen-Image-Edit GGUF with mmproj",
+    "Qwen-Image-Edit (Featherweight)": "Qwen-Image-Edit 2511 GGUF with mmproj",
     "Wan 2.2 14B Text to Video (Featherweight)": "Wan 2.2 14B GGUF video in 4 steps",
     "Z-Image Turbo Text to Image (Featherweight)": "Start here - Z-Image Turbo on your GPU",
 }

@@ -43,7 +43,7 @@ def test_the_unpacked_package_gives_nodes_their_help_the_editor_scripts_template
         assert {f"/extensions/{FOLDER}/{name}.js" for name in scripts} <= {
             *packed.get_json("/extensions")
         }
-        assert "Flux.1 dev GGUF with GGUF T5" in packed.get_json("/workflow_templates")[FOLDER]
+        assert "Flux.1 dev GGUF" in packed.get_json("/workflow_templates")[FOLDER]
         blueprints = {
             entry["name"] for entry in packed.get_json("/global_subgraphs").values()
             if entry["info"]["node_pack"] == f"custom_nodes.{FOLDER}"

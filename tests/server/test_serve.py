@@ -14,7 +14,7 @@ from process_tree import start_interruptible
 from devtools import ROOT, serve
 from devtools.files import demo_files
 from devtools.host.server import HOST
-from devtools.workflows import DEMO, FOLDER
+from devtools.workflows import demo_paths
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
 
@@ -70,7 +70,7 @@ def test_it_says_its_address_then_what_it_makes_and_has_what_the_demo_has(tmp_pa
     files = {demo_files.MODELS[name] for name in demo_files.recipes()}
     assert files <= set(re.findall(r'"([^"]+)"', json.dumps(loader)))
     listed = get(f"{address}/userdata?dir=workflows")
-    assert set(listed) == {path.name for path in FOLDER.glob(f"{DEMO}*.json")}
+    assert set(listed) == {path.name for path in demo_paths()}
     assert len(listed) > 4 and not list(tmp_path.rglob("*.part"))
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from devtools.workflows import DEMO, blueprint_paths, example_paths
+from devtools.workflows import DEMO, blueprint_paths, demo_paths, example_paths
 from devtools.workflows.api_format import (
     AFTER_GENERATE,
     SUBGRAPH_INPUT,
@@ -14,7 +14,7 @@ from devtools.workflows.api_format import (
 from devtools.workflows.stand_ins import PICTURE
 from devtools.workflows.workflow import Workflow
 
-EXAMPLES = example_paths()
+EXAMPLES = [*example_paths(), *(path for path in demo_paths() if path not in example_paths())]
 SOURCE = re.compile(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(?:\S+/)?([^/\s]+)")
 
 
@@ -177,8 +177,8 @@ def test_every_file_that_is_published_is_offered_for_download(path):
             assert model["name"] in node["widgets_values"]
 
 
-MOST_USED = (DEMO, "Flux.1 dev GGUF with GGUF T5", "Qwen-Image GGUF", EXAMPLES[0].stem,
-             "SDXL GGUF with LCM and style LoRAs")
+MOST_USED = (DEMO, "Flux.1 dev GGUF", "Qwen-Image GGUF", EXAMPLES[0].stem,
+             "SDXL GGUF with two LoRAs")
 
 
 @each(EXAMPLES)
@@ -200,7 +200,7 @@ def test_app_mode_has_widgets_that_are_no_links_and_all_that_one_sampler_saves(p
         }
 
 
-@each([path for path in EXAMPLES if path.stem.startswith(DEMO)])
+@each(demo_paths())
 def test_a_demo_says_that_its_models_come_with_the_repository_alone(path):
     assert "**Only with a clone of this pack's repository:**" in Workflow(path).note
 

@@ -271,45 +271,48 @@ def of(write, *arguments, **named):
 
 # Name in a workflow -> what writes the small file.
 FILES = {
-    "flux1-dev-bnb-nf4-v2.safetensors": nf4_checkpoint, "flux1-dev-bnb_nf4.safetensors": nf4,
-    "flux.1-dev-nf4-pkg/transformer": nf4_folder, "flux1-dev.safetensors": flux_bf16,
+    "flux1-dev-bnb-nf4-v2.safetensors": nf4_checkpoint,
+    "flux1-dev.safetensors": flux_bf16,
     "svdq-int4_r32-flux.1-dev.safetensors": svdquant,
     "Qwen-Image-SDNQ-uint4-svd-r32/transformer": qwen_image_folder,
-    "flux1-dev-Q4_K_S.gguf": flux_gguf, "flux1-dev-Q8_0.gguf": flux_gguf,
-    "flux1-schnell-Q4_K_S.gguf": flux_gguf, "flux1-kontext-dev-Q4_K_S.gguf": flux_gguf,
+    "flux1-dev-Q4_K_S.gguf": flux_gguf,
+    "flux1-dev-Q8_0.gguf": flux_gguf,
+    "flux1-kontext-dev-Q4_K_S.gguf": flux_gguf,
     "ae.safetensors": lambda path: save_file(autoencoder(), path),
     "FLUX.1-dev-ControlNet-Union-Pro-2.0.safetensors": controlnet,
-    "Hyper-FLUX.1-dev-8steps-lora.safetensors": of(
-        flux_lora, FIRST), "FLUX-dev-lora-add_details.safetensors": of(flux_lora, SECOND),
-    "flux-2-klein-4b-Q5_K_M.gguf": of(family_gguf,
-                                      "flux2"), "flux-2-klein-4b-outpaint-lora.safetensors": of(
-                                          lora, "flux2",
-                                          "attn.proj"), "flux2-vae.safetensors": flux2_vae,
+    "Hyper-FLUX.1-dev-8steps-lora.safetensors": of(flux_lora, FIRST),
+    "FLUX-dev-lora-add_details.safetensors": of(flux_lora, SECOND),
+    "flux-2-klein-4b-Q5_K_M.gguf": of(family_gguf, "flux2"),
+    "flux-2-klein-4b-outpaint-lora.safetensors": of(lora, "flux2", "attn.proj"),
+    "flux2-vae.safetensors": flux2_vae,
     "flux-2-klein-9b-Q4_K_M.gguf": of(family_gguf, "flux2-klein"),
     "Krea-2-Turbo-Q4_K_M.gguf": of(family_gguf, "krea2"),
     "stable-diffusion-v1-5-pruned-emaonly-Q8_0.gguf": stable_diffusion_gguf,
-    "lcm-lora-sdv1-5.safetensors": of(unet_lora,
-                                      "sd1.5"), "stable-diffusion-xl-base-1.0-Q8_0.gguf": of(
-                                          stable_diffusion_gguf, "sdxl", with_text_encoder=False),
-    "lcm-lora-sdxl.safetensors": of(unet_lora, "sdxl"), "pixel-art-xl.safetensors": of(
-        unet_lora, "sdxl"), "sd3.5_large-Q4_0.gguf": of(family_gguf, "sd3.5", "Q4_0"),
-    "sd3.5_large_turbo-Q4_0.gguf": of(family_gguf, "sd3.5", "Q4_0"), "sd3.5_medium-Q4_K_M.gguf": of(
-        family_gguf, "sd3.5"), "sd3.5_vae.safetensors": lambda path: save_file(autoencoder(), path),
-    "qwen-image-Q4_K_M.gguf": of(family_gguf, "qwen-image"), "qwen-image-edit-2511-Q4_K_M.gguf": of(
-        family_gguf,
-        "qwen-image"), "qwen_image_vae.safetensors": wan_vae, "z_image_turbo_bf16.safetensors": of(
-            family_bf16, "z-image"), "Wan2.2-TI2V-5B-Q4_K_M.gguf": of(family_gguf, "wan2.2-ti2v"),
+    "lcm-lora-sdv1-5.safetensors": of(unet_lora, "sd1.5"),
+    "stable-diffusion-xl-base-1.0-Q8_0.gguf": of(stable_diffusion_gguf, "sdxl",
+                                                 with_text_encoder=False),
+    "lcm-lora-sdxl.safetensors": of(unet_lora, "sdxl"),
+    "pixel-art-xl.safetensors": of(unet_lora, "sdxl"),
+    "sd3.5_medium-Q4_K_M.gguf": of(family_gguf, "sd3.5"),
+    "sd3.5_vae.safetensors": lambda path: save_file(autoencoder(), path),
+    "qwen-image-Q4_K_M.gguf": of(family_gguf, "qwen-image"),
+    "qwen-image-edit-2511-Q4_K_M.gguf": of(family_gguf, "qwen-image"),
+    "qwen_image_vae.safetensors": wan_vae,
+    "z_image_turbo_bf16.safetensors": of(family_bf16, "z-image"),
+    "Wan2.2-TI2V-5B-Q4_K_M.gguf": of(family_gguf, "wan2.2-ti2v"),
     "wan2.1-t2v-14b-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
     "Wan2_1-VACE_module_14B_fp8_e4m3fn.safetensors": vace_module,
-    "wan2.2_vae.safetensors": wan22_vae, "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": of(
-        family_gguf, "wan2.1-t2v"), "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": of(
-            family_gguf,
-            "wan2.1-t2v"), "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": of(
-                lora, "wan2.1-t2v",
-                "self_attn"), "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": of(
-                    lora, "wan2.1-t2v", "self_attn"), "wan_2.1_vae.safetensors": wan_vae,
+    "wan2.2_vae.safetensors": wan22_vae,
+    "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
+    "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
+    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": of(lora, "wan2.1-t2v",
+                                                                      "self_attn"),
+    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": of(lora, "wan2.1-t2v",
+                                                                     "self_attn"),
+    "wan_2.1_vae.safetensors": wan_vae,
     "ltx-2-19b-distilled_Q4_K_M.gguf": of(family_gguf, "ltx-2"),
-    "LTX2_video_vae_bf16.safetensors": ltx_vae, "LTX2_audio_vae_bf16.safetensors": audio_vae
+    "LTX2_video_vae_bf16.safetensors": ltx_vae,
+    "LTX2_audio_vae_bf16.safetensors": audio_vae,
 }
 # Widths that the host does not read from these files: the test's server is told them.
 FIXED = {family.config["image_model"]: {name: family.config[name] for name in family.fixed}
@@ -317,7 +320,7 @@ FIXED = {family.config["image_model"]: {name: family.config[name] for name in fa
 # Encoders of billions of weights exist in one size: a node of the test gives what they would, of
 # this width and with this many pooled values. The one of SD1.5 runs.
 TEXT = {
-    "flux1": (1024, 0), "flux.1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
+    "flux1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
     "Krea-2": (512, 0),
     "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
     "Qwen-Image": (256, 0), "z_image": (256, 0), "wan2.1": (4096, 0),
