@@ -457,7 +457,7 @@ def test_what_the_first_workflow_takes_is_said_as_its_note_says_it():
     first = example_paths()[0]
     page, note = PAGES["getting-started"], Workflow(first).note
     assert first.stem.startswith(FIRST) and f"*{FIRST}*" in page
-    figures = re.findall(r"[\d.]+ GB on a card of \d+ GB|[\d.]+ GB\)", page)
+    figures = re.findall(r"[\d.]+ GB on an? \d+ GB card|[\d.]+ GB\)", page)
     assert len(figures) == 2 and all(figure in note for figure in figures)
 
 

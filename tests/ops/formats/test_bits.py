@@ -3,22 +3,24 @@ give the same bits."""
 import numpy as np
 import pytest
 import torch
+from kernel_cases import BASIC_FORMATS, row_format
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.bits import bit_planes, half, reinterpret, select, split_bits
-from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
 
 CPU = torch.device("cpu")
-OTHERS = [
-    INT8.of_columns(96),
+EACH = [
+    *BASIC_FORMATS,
+    *map(row_format, FAMILIES),
     ColumnGroups.of(FORMATS["Q4_K"], 512, 4, 2),
     ColumnGroups.of(FORMATS["Q8_0"], 64, 2, 2)
 ]
-each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+each_format = pytest.mark.parametrize("fmt", EACH, ids=lambda fmt: fmt.name)
 
 
 @pytest.fixture
