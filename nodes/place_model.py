@@ -34,8 +34,8 @@ def placing_inputs(what: str, values: str) -> list:
             step=0.1,
             display_name="GPU weights in GB",
             tooltip=f"How many GB of {what}'s weights stay on the GPU. The rest is copied there"
-            " layer by layer whenever it runs: the same result, slower. -1: automatic, as many as fit,"
-            f" as ComfyUI decides. 0: none stay{values}",
+            " layer by layer whenever it runs: the same result, slower. -1: automatic, as many as"
+            f" fit, as ComfyUI decides. 0: none stay{values}",
         ),
         io.Combo.Input(
             "store",
