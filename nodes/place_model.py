@@ -34,8 +34,8 @@ def placing_inputs(what: str, values: str) -> list:
             step=0.1,
             display_name="GPU weights in GB",
             tooltip=f"How many GB of {what}'s weights stay on the GPU. The rest is copied there"
-            " layer by layer in each step: the same image, slower. -1: automatic, as many as fit,"
-            f" as ComfyUI decides. 0: none stay{values}",
+            " layer by layer whenever it runs: the same result, slower. -1: automatic, as many as"
+            f" fit, as ComfyUI decides. 0: none stay{values}",
         ),
         io.Combo.Input(
             "store",
@@ -47,9 +47,9 @@ def placing_inputs(what: str, values: str) -> list:
             optional=True,
             advanced=True,
             display_name="keep the rest on",
-            tooltip="Where the weights are that do not stay on the GPU. cpu: in CPU memory. gpu:N:"
+            tooltip="Where the weights are that do not stay on the GPU. cpu: in main memory. gpu:N:"
             f" on another GPU, which does not compute; {what} is then taken out of dynamic VRAM,"
-            " and what that GPU has no memory for is in CPU memory.",
+            " and what that GPU has no memory for is in main memory.",
         ),
         io.Float.Input(
             "store_gb",
@@ -126,9 +126,9 @@ def _check_budget(compute: torch.device, gpu_weights: float) -> str | None:
 def _check_store(compute: torch.device, store: str, store_gb: float) -> str | None:
     device, missing = find_device(store)
     if missing:
-        return f"There is no {store} to keep the rest on; CPU memory is used."
+        return f"There is no {store} to keep the rest on; main memory is used."
     if device == compute:
-        return f"{store} computes, so it does not keep the rest; CPU memory is used."
+        return f"{store} computes, so it does not keep the rest; main memory is used."
     if store_gb < 0 and device != CPU:
         return f"At most there, in GB is {store_gb:g}, which is below 0; it is treated as 0."
     return None

@@ -64,8 +64,8 @@ class SavePackedModel(io.ComfyNode):
             category="Featherweight",
             description="Saves a model with all its LoRAs and merges as a GGUF file, in one type or"
             " in the best types for a size, which loads here, in ComfyUI-GGUF and in"
-            " stable-diffusion.cpp; or as NF4, int8_convrot, fp8, mxfp8 or nvfp4 in safetensors."
-            " ComfyUI loads all but NF4 without this pack.",
+            " stable-diffusion.cpp; as NF4; or in ComfyUI's own types (int8_convrot, fp8, mxfp8,"
+            " nvfp4 …), which ComfyUI loads without this pack.",
             search_aliases=[
                 "save model",
                 "export model",
@@ -163,7 +163,7 @@ class SavePackedModel(io.ComfyNode):
                     "vae",
                     optional=True,
                     tooltip="Makes the file a whole checkpoint, with this VAE and the text encoders"
-                    " of clip. With ComfyUI's own types only.",
+                    " of clip. For ComfyUI's own types and keep types.",
                 ),
                 renamed_combo(
                     "measurement",

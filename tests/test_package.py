@@ -54,6 +54,7 @@ def test_the_package_holds_nothing_of_the_developers():
     assert not [path for path in packed_files()
                 if path.endswith((".pyc", ".pyo")) or (ROOT / path).is_symlink()]
     assert sum((ROOT / path).stat().st_size for path in packed_files()) < 4_800_000
+    assert "takes less than 5 MB" in README
 
 
 def test_the_version_is_semantic_and_heads_the_changelog():

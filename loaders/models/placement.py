@@ -60,7 +60,7 @@ def place(patcher, gpu_bytes: float | None, stores: Stores = (), warn: Warn = lo
         except RuntimeError:  # the host raises it for a model whose loader it cannot call again
             warn("Weights on other GPUs need the model outside dynamic VRAM, so it would have to be"
                  " loaded again, which its loader does not support. What does not stay on the"
-                 " device is kept in CPU memory.")
+                 " device is kept in main memory.")
             used_stores = ()
     if gpu_bytes is None:
         placed.placement = Placement(MAX_BYTES, used_stores) if used_stores else None

@@ -181,8 +181,8 @@ def test_a_model_that_two_gpus_share_gets_a_store(order, shown, share):
     ((48.0,), "GPU weights in GB is 48, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much"
               " there as fits."),
     ((0.002, "gpu:5"),
-     "There is no gpu:5 to keep the rest on; CPU memory is used."),
-    ((0.002, "gpu:0"), "gpu:0 computes, so it does not keep the rest; CPU memory is used."),
+     "There is no gpu:5 to keep the rest on; main memory is used."),
+    ((0.002, "gpu:0"), "gpu:0 computes, so it does not keep the rest; main memory is used."),
     ((0.002, "gpu:1", -1.0), "At most there, in GB is -1, which is below 0; it is treated as 0."),
 ])
 def test_what_cannot_be_is_said_in_a_sentence_and_the_picture_comes(
@@ -203,7 +203,7 @@ def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(shown):
     model.cached_patcher_init = None
     placed, = PlaceModel.execute(model, 0.002, "gpu:1").args
     assert shown[-1].endswith(
-        "What does not stay on the device is kept in CPU memory.")
+        "What does not stay on the device is kept in main memory.")
     assert placed.is_dynamic() and torch.equal(run(placed), expected)
     notes = []
     placed = multigpu.place_part(model, 1.0, ["cuda:1"], "", notes, "unet_")

@@ -32,9 +32,9 @@ WRONG = {  # node -> (what it is given, what it says)
               "GPU weights in GB is 48, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much there"
               " as fits."),
     "absent": ({"store": "gpu:5"},
-               "There is no gpu:5 to keep the rest on; CPU memory is used."),
+               "There is no gpu:5 to keep the rest on; main memory is used."),
     "itself": ({"store": "gpu:0"},
-               "gpu:0 computes, so it does not keep the rest; CPU memory is used."),
+               "gpu:0 computes, so it does not keep the rest; main memory is used."),
     "store below 0": ({"store": "gpu:1", "store_gb": -1.0},
                       "At most there, in GB is -1, which is below 0; it is treated as 0."),
 }
