@@ -1,0 +1,260 @@
+"""The pack as a new user meets it: the registry's package in an empty ComfyUI, in its editor.
+
+Each step leaves screenshots at two sizes of the window in `.dev/screenshots/new_user`.
+"""
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from editor import (
+    SAVED,
+    TEMPLATES,
+    becomes,
+    open_help,
+    open_templates,
+    run,
+    template_card,
+    with_texts,
+)
+from PIL import Image
+
+from devtools import ROOT, demo
+from devtools.files import demo_files
+from devtools.host.browser import RED
+from devtools.host.environment import DEV
+from devtools.host.package import FOLDER, unpack
+from devtools.host.server import JOINER, Server
+from devtools.workflows import DEMO, FIRST, example_paths
+from devtools.workflows.workflow import Workflow
+
+if not (ROOT / ".git").exists() or not shutil.which("git"):
+    pytest.skip("needs git and its checkout", allow_module_level=True)
+pytestmark = pytest.mark.heavy
+SIZES = ((1440, 900), (1024, 768))  # of a window, in pixels
+SCREENSHOTS = DEV / "screenshots" / "new_user"
+EARLIER = Path(__file__).with_name("workflow_of_0_2_1.json")  # as that version shipped it
+LOADER = "FeatherweightLoadDiffusionModel"
+SAVE = "FeatherweightSavePackedModel"
+TITLE = "Load Diffusion Model (Featherweight)"
+WEB_PAGE = "not_the_model.gguf"
+FIT_VIEW = "app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+COMPLAINT = "document.querySelector('[data-testid=error-overlay]')"
+SEARCH_INPUT = "document.querySelector('[role=search] input')"
+# The titles that the search shows, in their order.
+RESULTS = ("[...document.querySelectorAll('[data-testid=result-item]')]"
+           ".map(item => item.querySelector('.truncate').textContent.trim())")
+NODE = "(type => app.graph.nodes.find(node => node.type === type))"
+# What a node shows without its advanced inputs, and with them.
+SHOWN = """((type, all) => app.graph.nodes.find(node => node.type === type).widgets
+  .filter(widget => !widget.hidden && !widget.options?.hidden && (all || !widget.advanced))
+  .map(widget => widget.label ?? widget.name))"""
+# From now on the page keeps the texts that nodes are sent.
+LISTEN = ("window.told = []; comfyAPI.api.api.addEventListener('progress_text', "
+          "event => told.push(event.detail.text))")
+
+
+@pytest.fixture(scope="module")
+def computer(tmp_path_factory):
+    """A ComfyUI without models, with the package and nothing else of this project."""
+    base = tmp_path_factory.mktemp("new_user")
+    unpack(base)
+    with Server(base, with_pack=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def models(computer):
+    """What the user has downloaded by now: models, and two files that are none of them."""
+    demo_files.make_models(computer.base)
+    folder = computer.base / "models"
+    shutil.copy(folder / "text_encoders" / demo_files.ENCODER_NAME, folder / "diffusion_models")
+    (folder / "diffusion_models" / WEB_PAGE).write_text(
+        "<!DOCTYPE html>\n<html><head><title>Log in</title></head><body>Log in</body></html>\n")
+
+
+@pytest.fixture
+def page(browser, computer):
+    browser.open_editor(computer)
+    browser.resize(*SIZES[0])
+    yield browser
+    browser.close_editor()
+
+
+def keep(page, name: str):
+    """A screenshot at each size, for whoever wants to look."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    for width, height in reversed(SIZES):
+        page.resize(width, height)
+        time.sleep(1)  # what moves, and the canvas
+        (SCREENSHOTS / f"{name} at {width}.png").write_bytes(page.screenshot())
+
+
+def open_demo(page, text: str | None = None):
+    """Opens the demo's workflow, or another, and shows all of it."""
+    page.open_workflow("demo.json", text or demo.WORKFLOW.read_text(encoding="utf-8"))
+    page.evaluate(FIT_VIEW)
+
+
+def complaint(page) -> str:
+    """Waits for the editor's message about an error, and returns the panel that explains it."""
+    page.wait_for(f"!!{COMPLAINT}?.checkVisibility()")
+    page.click_on("document.querySelector('[data-testid=error-overlay-see-errors]')")
+    time.sleep(1)
+    return page.evaluate("document.body.innerText").replace(JOINER, "")
+
+
+def image(page, server) -> np.ndarray:
+    """The pixels that Save Image shows."""
+    page.wait_for(f"{SAVED}.imgs?.[0]?.naturalWidth", 60)
+    outputs = list(server.get_json("/history").values())[-1]["outputs"]
+    entry, = (entry for output in outputs.values() for entry in output.get("images", ())
+              if entry["type"] == "output")
+    return np.asarray(Image.open(server.base / "output" / entry["subfolder"] / entry["filename"]))
+
+
+def test_1_the_first_start_has_the_nodes_and_no_complaint(browser, computer):
+    browser.resize(*SIZES[0])
+    browser.open_editor(computer, {})
+    log = computer.log()
+    assert "IMPORT FAILED" not in log and "Traceback" not in log
+    assert not [line for line in log.splitlines() if "[Featherweight]" in line]
+    browser.wait_for(f"{TEMPLATES}.length")  # which ComfyUI shows on the first start
+    keep(browser, "1 first start")
+    own = {name for name, node in computer.object_info().items()
+           if node["python_module"] == f"custom_nodes.{FOLDER}"}
+    assert LOADER in own
+    assert own <= {*browser.evaluate("Object.keys(LiteGraph.registered_node_types)")}
+    assert not browser.evaluate(f"!!{COMPLAINT}")
+    assert not browser.evaluate("!!document.querySelector('.p-toast-message-error')")
+    browser.close_editor()
+
+
+def test_2_the_templates_are_in_order_and_the_first_says_what_to_download(page):
+    names = [path.stem for path in example_paths()]
+    shown = open_templates(page, FOLDER)
+    assert shown == names[:len(shown)] and not shown[0].startswith(DEMO)
+    page.wait_for("[...document.querySelectorAll('[data-testid^=\"template-workflow-\"] img')]"
+                  ".filter(cover => cover.naturalWidth).length > 5")
+    keep(page, "2 templates")
+    first = next(name for name in names if name.startswith(FIRST))
+    page.click_on(template_card(first))
+    page.wait_for(f"app.graph.nodes.some(node => node.type === '{LOADER}')")
+    files = [Path(file).name
+             for file in Workflow(next(p for p in example_paths() if p.stem == first)).files
+             if "/" in file]
+    becomes(page, lambda: len(page.types(RED)), 3)
+    keep(page, "2 start here")
+    text = complaint(page)
+    keep(page, "2 start here, missing files")
+    assert [file for file in files if file not in text] == [] != files
+
+
+def test_3_and_4_the_search_finds_the_loader_whose_face_is_the_model_and_what_it_is_packed_to(
+        page):
+    page.evaluate("app.graph.clear()")
+    for word, first in (("fp8", TITLE), ("nunchaku", TITLE), ("gguf", TITLE)):
+        page.click(500, 450, times=2)
+        page.wait_for(f"!!{SEARCH_INPUT}")
+        page.call("Input.insertText", text=word)
+        becomes(page, lambda first=first: first in page.evaluate(RESULTS)[:1], True)
+        keep(page, f"3 search {word}")
+        if word != "gguf":
+            page.press("Escape", "Escape")
+            becomes(page, lambda: page.evaluate(f"!!{SEARCH_INPUT}"), False)
+    page.press("Enter", "Enter")
+    page.wait_for(f"!!{NODE}('{LOADER}')")
+    page.click(500, 450)
+    assert page.evaluate(f"{SHOWN}('{LOADER}', false)") == ["model", "pack to"]
+    keep(page, "4 face")
+    page.evaluate(f"app.canvas.centerOnNode({NODE}('{LOADER}'))")
+    x, y = page.evaluate(f"""((node, {{scale, offset}}, box) => [
+        box.x + (node.pos[0] + 40 + offset[0]) * scale,
+        box.y + (node.pos[1] - 15 + offset[1]) * scale])(
+        {NODE}('{LOADER}'), app.canvas.ds, app.canvas.canvas.getBoundingClientRect())""")
+    page.click(x, y, button="right")
+    keep(page, "4 menu")
+    page.click_on("[...document.querySelectorAll('*')].find(item => "
+                  "item.textContent.trim() === 'Show Advanced' && !item.children.length)")
+    becomes(page, lambda: page.evaluate(f"{NODE}('{LOADER}').showAdvanced"), True)
+    keep(page, "4 advanced")
+    assert page.evaluate(f"{SHOWN}('{LOADER}', true)") == [
+        "model", "compute", "disable dynamic VRAM", "pack to", "module", "size in GB"]
+    open_help(page, LOADER)
+    keep(page, "4 help")
+    assert TITLE in page.evaluate("document.querySelector('.node-help-content').innerText")
+
+
+@pytest.mark.parametrize(("file", "said"), [
+    (demo_files.ENCODER_NAME, ["text encoder", "Load Text Encoder (Featherweight)"]),
+    (WEB_PAGE, ["it is a web page, not the model", "Download the model itself"]),
+], ids=["text encoder", "web page"])
+def test_5_a_wrong_file_is_named_with_what_to_do(page, computer, models, file, said):
+    open_demo(page, demo.WORKFLOW.read_text(encoding="utf-8").replace(demo.MODEL_NAME, file))
+    run(page, computer)
+    page.wait_for(f"!!{COMPLAINT}?.checkVisibility()")
+    keep(page, f"5 wrong file {file}")
+    text = complaint(page)
+    keep(page, f"5 wrong file {file}, details")
+    assert [part for part in (file, *said) if part not in text] == []
+
+
+def test_6_a_run_with_loras_shows_its_image_and_what_the_loras_are(page, computer, models):
+    open_demo(page, demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
+    run(page, computer)
+    assert image(page, computer).std() > 10
+    assert with_texts(page) == ["FeatherweightCheckLora", LOADER, "FeatherweightLoadTextEncoder"]
+    page.evaluate(FIT_VIEW)
+    keep(page, "6 LoRA")
+    page.evaluate("app.canvas.ds.scale = 1;"
+                  f"app.canvas.centerOnNode({NODE}('FeatherweightCheckLora'))")
+    keep(page, "6 LoRA, checked")
+    text = page.evaluate(f"{NODE}('FeatherweightCheckLora').widgets"
+                         ".find(widget => widget.name === '$$node-text-preview').value")
+    assert "all 20 layers match the model" in text.replace(JOINER, "")
+
+
+def test_7_a_saved_model_is_in_the_list_of_the_loader_and_runs(page, computer, models):
+    open_demo(page)
+    page.evaluate(f"""(() => {{
+        const save = LiteGraph.createNode('{SAVE}'), loader = {NODE}('{LOADER}');
+        app.graph.add(save);
+        save.pos = [loader.pos[0], loader.pos[1] - save.size[1] - 120];
+        loader.connect(0, save, 0);
+    }})()""")
+    disabled = f"!!{NODE}('{SAVE}').widgets.find(widget => widget.name === 'size_gb').disabled"
+    assert page.evaluate(disabled)
+    page.evaluate(FIT_VIEW)
+    keep(page, "7 to save")
+    page.evaluate(LISTEN)
+    run(page, computer)
+    page.evaluate("app.canvas.ds.scale = 1;" f"app.canvas.centerOnNode({NODE}('{SAVE}'))")
+    keep(page, "7 saved")
+    texts = [text.replace(JOINER, "") for text in page.evaluate("told")]
+    saved, = (computer.base / "output" / "diffusion_models").iterdir()
+    assert saved.name == "ComfyUI_Q4_K_00001_.gguf" and any(saved.name in text for text in texts)
+    values = f"{NODE}('{LOADER}').widgets[0].options.values"
+    assert saved.name not in page.evaluate(values)
+    page.press("r", "KeyR")
+    becomes(page, lambda: saved.name in page.evaluate(values), True)
+    page.evaluate(f"app.graph.remove({NODE}('{SAVE}'));"
+                  f"{NODE}('{LOADER}').widgets[0].value = '{saved.name}'")
+    run(page, computer)
+    assert image(page, computer).std() > 10
+    page.evaluate(FIT_VIEW)
+    keep(page, "7 loaded again")
+
+
+def test_8_a_workflow_of_0_2_1_opens_and_runs_as_it_did(page, computer, models):
+    open_demo(page, EARLIER.read_text(encoding="utf-8"))
+    assert not page.types(RED) and not page.evaluate(f"!!{COMPLAINT}")
+    values = {node["class_type"]: node["inputs"] for node in page.prompt().values()}
+    assert values[LOADER]["pack_to"] == "no change"
+    assert values["FeatherweightApplyLora"]["misfits"] == "skip"
+    run(page, computer)
+    earlier = image(page, computer)
+    keep(page, "8 earlier")
+    open_demo(page, demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
+    run(page, computer)
+    assert np.array_equal(earlier, image(page, computer))
