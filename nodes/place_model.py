@@ -18,11 +18,12 @@ ALL = 1000.0  # GB
 AUTOMATIC = -1.0  # GB that stay on the GPU as ComfyUI decides
 
 
-def placing_inputs(what: str, values: str) -> list:
+def placing_inputs(what: str, runs: str, values: str) -> list:
     """Returns the inputs that place the weights of a model or text encoder.
 
     Args:
         what: the part that is placed, for the tooltips.
+        runs: when its layers run, and what stays the same.
         values: the end of the tooltip, about values to start with.
     """
     return [
@@ -34,7 +35,7 @@ def placing_inputs(what: str, values: str) -> list:
             step=0.1,
             display_name="GPU weights in GB",
             tooltip=f"How many GB of {what}'s weights stay on the GPU. The rest is copied there"
-            " layer by layer in each step: the same image, slower. -1: automatic, as many as fit,"
+            f" layer by layer {runs}, slower. -1: automatic, as many as fit,"
             f" as ComfyUI decides. 0: none stay{values}",
         ),
         io.Combo.Input(
@@ -162,6 +163,7 @@ class PlaceModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model, with or without LoRAs."),
                 *placing_inputs(
                     "the model",
+                    "in each step: the same image",
                     ". To leave memory for large images or other programs, start with 3 on a 6 GB"
                     " card, 5 on an 8 GB card, 9 on a 12 GB card.",
                 ),
