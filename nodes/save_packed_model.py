@@ -93,8 +93,8 @@ class SavePackedModel(io.ComfyNode):
                     [*TYPES, KEEP_TYPES, MIX, *ROW_TYPES, *list(SIZES)[1:]],
                     RENAMED_SAVE_TYPES,
                     default="Q4_K",
-                    tooltip="The type of the large matrices; parts that must stay exact do so. Up"
-                    " to Q2_K the file is a GGUF, with NF4 safetensors. keep types: each weight"
+                    tooltip="The type of the large matrices; parts that must stay exact do so. Q8_0"
+                    " to Q2_K make a GGUF file, NF4 a safetensors file. keep types: each weight"
                     " keeps its type. mix for a size: the best mix of types for the size in GB. The"
                     " last ones are ComfyUI's own, alone or two for a size, in a safetensors file"
                     " that ComfyUI loads by itself.",
@@ -163,7 +163,7 @@ class SavePackedModel(io.ComfyNode):
                     "vae",
                     optional=True,
                     tooltip="Makes the file a whole checkpoint, with this VAE and the text encoders"
-                    " of clip. With ComfyUI's own types only.",
+                    " of clip. With ComfyUI's own types and keep types only.",
                 ),
                 renamed_combo(
                     "measurement",
