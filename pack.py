@@ -159,8 +159,8 @@ def run(arguments: argparse.Namespace) -> int:
     from featherweight.loaders.progress import Progress
     from featherweight.ops.quantize.row_types import ROW_TYPES
 
-    chosen = arguments.type.split("+") if arguments.type else []
-    chosen = [RENAMED_TYPES.get(name, name) for name in chosen]
+    asked: list[str] = arguments.type.split("+") if arguments.type else []
+    chosen: list[str] = [RENAMED_TYPES.get(name, name) for name in asked]
     names = (*TYPES, *ROW_TYPES, KEEP_TYPES)
     unknown = next((name for name in chosen if name not in names), None)
     if unknown is not None:

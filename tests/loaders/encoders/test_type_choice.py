@@ -66,7 +66,8 @@ AMBIGUOUS = {
 }
 
 
-@pytest.mark.parametrize("families", SETS, ids=lambda families: " ".join(sorted(families)))
+@pytest.mark.parametrize("families", sorted(SETS, key=sorted),
+                         ids=lambda families: " ".join(sorted(families)))
 def test_the_type_follows_the_encoders_or_is_asked_for_where_the_clips_differ(families):
     families, names = sorted(families), [f"{family}.gguf" for family in sorted(families)]
     fitting = SETS[frozenset(families)] & {"sdxl", *KNOWN}
