@@ -24,6 +24,7 @@ from editor import (
     open_templates,
     run,
     template_card,
+    text_on,
     with_texts,
 )
 from frontends import newest_frontend
@@ -360,7 +361,7 @@ def opened(browser, server, path: Path, modern: bool):
 @pytest.mark.parametrize(("any_server", "modern"), [
     ("own", False), ("newest", False), ("newest", True)
 ], indirect=["any_server"])
-def test_texts_stay_after_a_run_and_go_from_a_node_that_fails_or_is_refused(
+def test_texts_stay_after_a_run_and_a_node_that_fails_says_why_and_one_that_is_refused_nothing(
         any_server, modern, current, browser):
     loaders = ["FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder"]
     model, text_encoder = (
@@ -375,10 +376,15 @@ def test_texts_stay_after_a_run_and_go_from_a_node_that_fails_or_is_refused(
             keep(page, f"texts_stay_{'modern' if modern else 'classic'}")
             model.write_bytes(kept[model][:1000])
             run(page, any_server)
-            assert with_texts(page) == loaders[1:]
+            assert with_texts(page) == loaders
+            assert f"{model.name} " in text_on(page, loaders[0])  # why it failed
             text_encoder.unlink()
             page.click_on(QUEUE)
-            becomes(page, lambda: with_texts(page), [])
+            becomes(page, lambda: with_texts(page), loaders[:1])
+            model.write_bytes(kept[model])
+            text_encoder.write_bytes(kept[text_encoder])
+            run(page, any_server)
+            assert "in memory" in text_on(page, loaders[0])
         finally:
             for path, contents in kept.items():
                 path.write_bytes(contents)

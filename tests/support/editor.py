@@ -4,6 +4,7 @@ import json
 import time
 
 from devtools.host.browser import BrowserError
+from devtools.host.server import JOINER
 
 # What the editor itself knows, by its names.
 STORES = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s"
@@ -43,6 +44,13 @@ def with_texts(page) -> list[str]:
         "node.widgets?.some(widget => widget.name === '$$node-text-preview' && widget.value)"))
 
 
+def text_on(page, type: str) -> str:
+    """The text that a node shows, as people read it."""
+    shown = page.evaluate(f"app.graph.nodes.find(node => node.type === '{type}').widgets.find("
+                          "widget => widget.name === '$$node-text-preview').value")
+    return shown.replace(JOINER, "")
+
+
 def open_help(editor, type: str):
     """Press the button above a node that opens its help page. The buttons move with the node, so a
     click may miss."""
@@ -60,10 +68,12 @@ def open_templates(page, folder: str) -> list[str]:
     order."""
     page.click_on(
         "[...document.querySelectorAll('button')].find(button => button.ariaLabel === 'Templates')")
-    page.click_on(
-        f"[...document.querySelectorAll('[role=dialog] *')].find(item => item.textContent.trim()"
-        f" === '{folder}' && !item.children.length)")
-    return page.wait_for(f"(cards => cards.length > 5 && cards)({TEMPLATES})")
+    entry = (f"[...document.querySelectorAll('[role=dialog] *')].find(item => "
+             f"item.textContent.trim() === '{folder}' && !item.children.length)")
+    page.wait_for(f"!!{entry}")
+    page.evaluate(f"{entry}.scrollIntoView()")  # the last of a long list
+    page.click_on(entry)
+    return page.wait_for(f"(cards => cards.length > 2 && cards)({TEMPLATES})")
 
 
 def template_card(name: str) -> str:
