@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import websocket
@@ -105,8 +106,11 @@ class Browser:
         """Send what follows to a tab."""
         self.tab = tab["id"]
         self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=120)
-        width, height = WINDOW
         self.call("Page.enable")
+        self.resize(*WINDOW)
+
+    def resize(self, width: int, height: int):
+        """Give the page another size, in pixels, until the editor is closed."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=False)
 
@@ -142,9 +146,9 @@ class Browser:
             time.sleep(0.05)
         raise BrowserError(f"The page never came to {expression}.")
 
-    def open_editor(self, server: Server):
-        """Show the editor of a ComfyUI."""
-        server.post("/settings", SETTINGS)
+    def open_editor(self, server: Server, settings: Mapping[str, object] = SETTINGS):
+        """Show the editor of a ComfyUI with these settings, besides those that it has."""
+        server.post("/settings", settings)
         self.call("Page.navigate", url=server.url)
         self.wait_for("!!window.app?.graph && !app.extensionManager.spinner", 180)
         time.sleep(1)  # what it draws last
@@ -179,10 +183,21 @@ class Browser:
         shot = self.call("Page.captureScreenshot", format="png", optimizeForSpeed=True)
         return base64.b64decode(shot["data"])
 
-    def click(self, x: float, y: float):
-        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-            button = {"button": "left", "clickCount": 1} if kind != "mouseMoved" else {}
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+    def click(self, x: float, y: float, button: str = "left", times: int = 1):
+        """Move the mouse to a place and click there; a second click makes it a double-click."""
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        for count in range(1, times + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button,
+                          clickCount=count)
+
+    def press(self, key: str, code: str):
+        """Press a key, by its name and its place on the keyboard in the words of the web."""
+        text = {"text": key} if len(key) == 1 else {}
+        number = {"Enter": 13, "Escape": 27}.get(key) or ord(key.upper())
+        for kind, more in (("keyDown", text), ("keyUp", {})):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=code,
+                      windowsVirtualKeyCode=number, **more)
 
     def click_on(self, element: str):
         """Click into the middle of the element that an expression gives, once it is there and

@@ -15,7 +15,8 @@ from devtools.workflows.diagrams import draw_diagram
 from devtools.workflows.pen import PIXELS, SMOOTH, THIN, Pen
 from devtools.workflows.workflow import Workflow
 
-MARGIN, SHELF, SYMBOL = 32, 66, 60  # around all; the strip at the bottom; a pictogram in it
+MARGIN, SHELF, SYMBOL = 32, 86, 60  # around all; the strip at the bottom; a pictogram in it
+CUT = 24  # at the bottom, which the template browser leaves out where a name takes two lines
 BADGE = (250, 84)  # of the upper left corner: ComfyUI's template browser puts a badge there
 TITLE, ABOUT, CHIP, CARD = 54, 36, 28, 38  # sizes of text
 QUALITY = 82
@@ -150,7 +151,7 @@ def _background(color: str) -> Image.Image:
 def _draw_title(pen: Pen, cover: Cover):
     """Writes the model and, below it, what the workflow is about."""
     widest = PIXELS - 2 * MARGIN
-    for text, middle, largest in ((cover.model, 348, TITLE), (cover.about, 407, ABOUT)):
+    for text, middle, largest in ((cover.model, 343, TITLE), (cover.about, 400, ABOUT)):
         size = next(size for size in range(largest, 20, -1) if pen.width(text, size) <= widest)
         pen.text(MARGIN - 2, middle, text, size, bold=size / 60)
 
@@ -158,7 +159,7 @@ def _draw_title(pen: Pen, cover: Cover):
 def _draw_shelf(pen: Pen, cover: Cover):
     """Writes the card, and draws what comes out."""
     pen.box(0, PIXELS - SHELF, PIXELS, SHELF, BACKGROUND)
-    middle = PIXELS - SHELF / 2
+    middle = PIXELS - (SHELF + CUT) / 2
     _draw_card(pen, MARGIN, middle, cover.card)
     pen.text(MARGIN + 62, middle, cover.card, CARD, bold=0.7)
     left = PIXELS - MARGIN

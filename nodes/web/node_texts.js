@@ -1,5 +1,6 @@
 // The texts that this pack shows on nodes stay after a run, which newer editors end by taking every text away. They go
-// where they are not true any more: from a node that was cancelled, failed or refused its inputs.
+// where they are not true any more: from a node that was cancelled, failed or refused its inputs. A node that failed says why:
+// of newer editors the message itself is only in the details of the error.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -8,7 +9,10 @@ const WIDGET = "$$node-text-preview"; // the editor's name for it
 
 const JOINER = "\u2060"; // between all letters of a text that the editor might take for Markdown
 
+const LONG_WORD = 24; // characters that are kept in one line
+
 const texts = new WeakMap(); // node -> its text
+const failed = new Set(); // nodes that say why they failed
 
 const textWidget = (node) => node.widgets?.find((widget) => widget.name === WIDGET);
 
@@ -38,13 +42,31 @@ function find(executionId) {
   return node;
 }
 
-function remove(executionId, type) {
-  const node = find(executionId);
-  if (!node || node.type !== type) return; // of a workflow in another tab
+function clear(node) {
   texts.delete(node);
   const widget = textWidget(node);
   if (widget) node.removeWidget(widget);
   node.setDirtyCanvas(true, true);
+}
+
+function remove(executionId, type) {
+  const node = find(executionId);
+  if (node?.type === type) clear(node); // else of a workflow in another tab
+}
+
+/** A message as `node_text.py` sends texts: what names in it say is no markup, and words are kept whole. */
+function editorText(message) {
+  const joined = (word) => (word.length > LONG_WORD ? word.split(/(?<=[._/\\])/) : [word])
+    .map((part) => (part.length > LONG_WORD ? part : [...part].join(JOINER))).join("");
+  const plain = message.trim().replaceAll("<", "‹").replaceAll(">", "›").replaceAll("[[", "[ [");
+  return plain.replace(/\S+/g, joined).replaceAll("\n", "  \n");
+}
+
+function showFailure({ node_id: id, node_type: type, exception_message: message }) {
+  const node = find(id);
+  if (!message || node?.type !== type || !isOwn(node) || !nodes().includes(node)) return;
+  failed.add(node);
+  api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text: editorText(message) });
 }
 
 /** Calls a function once the editor has handled an event too, which may be after this extension or before it. */
@@ -56,10 +78,15 @@ on("executing", (id) => {
   const node = id ? find(id) : null;
   if (node && texts.has(node) && !isOwn(node)) remove(id, node.type); // which says nothing where all is well
 });
+on("execution_start", () => {
+  failed.forEach(clear);
+  failed.clear();
+});
 for (const event of ["execution_error", "execution_interrupted"]) {
   on(event, (detail) => {
     remove(detail.node_id, detail.node_type);
     showAgain();
+    if (event === "execution_error") showFailure(detail);
   });
 }
 

@@ -17,7 +17,7 @@ function update(node, isAdvanced) {
   const isUsed = ASKS.test(choice.value) || isLinked(node, choice) || isLinked(node, size);
   size.options ??= {};
   size.disabled = size.options.disabled = !isUsed;
-  if (isAdvanced) size.advanced = size.options.advanced = !isUsed;
+  if (isAdvanced) size.options.advanced = !isUsed; // as editors of the modern design read it; the classic one shows all inputs
   if (isUsed) node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   node.graph?.setDirtyCanvas(true, true);
 }

@@ -73,6 +73,14 @@ def test_the_corner_of_the_badge_is_free(name):
     assert np.abs(free - free[:, :1]).max() <= 2  # each line has one color
 
 
+@each
+def test_nothing_is_at_the_bottom_where_the_browser_cuts(name):
+    """In editor 1.47.12 a name and a description of two lines each leave 208 of 218 pixels."""
+    assert covers.CUT / covers.PIXELS > 10 / 218
+    cut = np.asarray(covers.draw(MADE[name]), np.int16)[-covers.CUT:]
+    assert np.abs(cut - cut[:1, :1]).max() <= 2
+
+
 def test_families_differ_by_their_colors():
     assert len(set(covers.FAMILIES.values())) >= 8
     assert {cover.color for cover in COVERS.values()} == set(covers.FAMILIES.values())

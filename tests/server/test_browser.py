@@ -9,12 +9,24 @@ import json
 import os
 import random
 import re
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from blueprint_workflows import as_workflow
+from editor import (
+    QUEUE,
+    SAVED,
+    SELECT,
+    STORES,
+    becomes,
+    open_help,
+    open_templates,
+    run,
+    template_card,
+    text_on,
+    with_texts,
+)
 from frontends import newest_frontend
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 from safetensors.torch import save_file
@@ -39,7 +51,6 @@ SHOWS_TEXT = (
     "FeatherweightLoadCheckpoint", "FeatherweightCheckLora", "FeatherweightMeasureSensitivity",
     "FeatherweightSavePackedModel", "FeatherweightInspectModelFile"
 )
-SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage')"
 # Has the editor show the help pages of a language, which it need not have itself, each with a mark
 # at its end.
 IN_LANGUAGE = """(language => {
@@ -76,12 +87,6 @@ TEXTS = """(async () => {
   }
   return shown
 })()"""
-SELECT = """(type => {
-  const node = app.graph.nodes.find(node => node.type === type)
-  app.canvas.deselectAll()
-  app.canvas.centerOnNode(node)
-  app.canvas.selectNode(node)
-})"""
 # What of a help page is cut at the edge of its panel. Blocks of code can be scrolled.
 CUT = """(page => {
   const edge = page.getBoundingClientRect().left + page.clientWidth + 1
@@ -105,8 +110,6 @@ CUT_PAGES = f"""(async types => {{
   }}
   return cut
 }})"""
-# What the editor itself knows, by its names.
-STORES = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s"
 # The titles of the nodes that the editor's search finds by each of these words, in their order.
 FOUND = f"""(words => {{
   const search = {STORES}.get('nodeDef').nodeSearchService
@@ -254,7 +257,7 @@ def test_a_dropped_workflow_runs_with_a_changed_number_and_shows_its_picture(pag
     page.click(*page.wait_for(
         f"(place => Number.isFinite(place[1]) && place)({ARROW}('KSampler', 'steps'))"))
     page.wait_for(f"{steps} === {sampler['widgets_values'][2] + 1}")
-    page.click_on("document.querySelector('[data-testid=queue-button]')")
+    page.click_on(QUEUE)
     width, source = page.wait_for(
         f"(img => img?.naturalWidth && [img.naturalWidth, img.src])({SAVED}.imgs?.[0])", 600)
     page.evaluate(f"{steps} = {sampler['widgets_values'][2]}; app.graph.setDirtyCanvas(true)")
@@ -289,20 +292,11 @@ def test_a_workflow_runs_in_app_mode_and_shows_its_picture(page, server):
 
 def test_a_template_opens_from_the_template_browser(fresh_page):
     page = fresh_page
-    page.click_on(
-        "[...document.querySelectorAll('button')].find(button => button.ariaLabel === 'Templates')")
-    page.click_on(
-        f"[...document.querySelectorAll('[role=dialog] *')].find(item => item.textContent.trim()"
-        f" === '{PACK}' && !item.children.length)")
+    shown = open_templates(page, PACK)
     names = [path.stem for path in EXAMPLES]  # their folder lists them in no order
     assert names[0].startswith(FIRST) and names[-1].startswith(DEMO)
-    cards = ("[...document.querySelectorAll('[data-testid^=\"template-workflow-\"]')]"
-             ".map(card => card.dataset.testid.slice(18))")
-    # more as one scrolls
-    shown = page.wait_for(f"(cards => cards.length > 5 && cards)({cards})")
     assert shown == names[:len(shown)]
-    name = next(name for name in shown if "LoRA check" in name)
-    card = f"document.querySelector('[data-testid=\"template-workflow-{name}\"]')"
+    card = template_card(next(name for name in shown if "LoRA check" in name))
     page.wait_for(f"{card}?.querySelector('img')?.naturalWidth")
     keep(page, "templates")
     page.click_on(card)
@@ -329,7 +323,7 @@ def test_nodes_of_the_examples_have_the_size_that_their_texts_need(
     types = sorted(node["type"] for node in workflow["nodes"])
     becomes(page, lambda: sorted(page.types()), types)
     before = len(server.get_json("/history"))
-    page.click_on("document.querySelector('[data-testid=queue-button]')")
+    page.click_on(QUEUE)
     becomes(page, lambda: len(server.get_json("/history")) > before, True, 300)
     expected = sorted(node["type"] for node in workflow["nodes"] if node["type"] in SHOWS_TEXT)
     becomes(page, lambda: sorted(page.types(
@@ -364,24 +358,10 @@ def opened(browser, server, path: Path, modern: bool):
         browser.close_editor()
 
 
-def run(page, server):
-    """Runs the open workflow to its end, whatever that is."""
-    before = len(server.get_json("/history"))
-    page.click_on("document.querySelector('[data-testid=queue-button]')")
-    becomes(page, lambda: len(server.get_json("/history")) > before, True, 300)
-
-
-def with_texts(page) -> list[str]:
-    """The types of the nodes that show a text, once the editor has had time to take it away."""
-    time.sleep(1)
-    return sorted(page.types(
-        "node.widgets?.some(widget => widget.name === '$$node-text-preview' && widget.value)"))
-
-
 @pytest.mark.parametrize(("any_server", "modern"), [
     ("own", False), ("newest", False), ("newest", True)
 ], indirect=["any_server"])
-def test_texts_stay_after_a_run_and_go_from_a_node_that_fails_or_is_refused(
+def test_texts_stay_after_a_run_and_a_node_that_fails_says_why_and_one_that_is_refused_nothing(
         any_server, modern, current, browser):
     loaders = ["FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder"]
     model, text_encoder = (
@@ -396,10 +376,15 @@ def test_texts_stay_after_a_run_and_go_from_a_node_that_fails_or_is_refused(
             keep(page, f"texts_stay_{'modern' if modern else 'classic'}")
             model.write_bytes(kept[model][:1000])
             run(page, any_server)
-            assert with_texts(page) == loaders[1:]
+            assert with_texts(page) == loaders
+            assert f"{model.name} " in text_on(page, loaders[0])  # why it failed
             text_encoder.unlink()
-            page.click_on("document.querySelector('[data-testid=queue-button]')")
-            becomes(page, lambda: with_texts(page), [])
+            page.click_on(QUEUE)
+            becomes(page, lambda: with_texts(page), loaders[:1])
+            model.write_bytes(kept[model])
+            text_encoder.write_bytes(kept[text_encoder])
+            run(page, any_server)
+            assert "in memory" in text_on(page, loaders[0])
         finally:
             for path, contents in kept.items():
                 path.write_bytes(contents)
@@ -441,7 +426,7 @@ def test_the_text_of_a_node_that_is_cancelled_goes(current, more_models, browser
             f"app.graph.nodes.find(node => node.type === '{measure}').widgets"
             ".find(widget => widget.name === 'samples').value = 64")
         before = len(server.get_json("/history"))
-        page.click_on("document.querySelector('[data-testid=queue-button]')")
+        page.click_on(QUEUE)
         becomes(page, lambda: measure in with_texts(page), True, 300)
         server.post("/interrupt", {})
         becomes(page, lambda: len(server.get_json("/history")) > before, True)
@@ -451,7 +436,7 @@ def test_the_text_of_a_node_that_is_cancelled_goes(current, more_models, browser
 def test_texts_keep_their_lines_where_nodes_have_the_modern_design(current, browser, any_server):
     """The editor takes them for Markdown there."""
     with opened(browser, any_server, demo.LORA_WORKFLOW, modern=True):
-        browser.click_on("document.querySelector('[data-testid=queue-button]')")
+        browser.click_on(QUEUE)
         shown = ("[...document.querySelectorAll('.comfy-markdown-content')]"
                  ".find(box => box.textContent.replaceAll('\u2060', '').includes('all 20 layers'))")
         lines = browser.wait_for(f"{shown}?.innerText.split('\\n')", 300)
@@ -483,15 +468,6 @@ def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page
         ours = [title for title in titles if title in own]
         assert ours[0] == (wanted | behind_others)[word], word
         assert all("(Featherweight)" in title for title in ours), word
-
-
-def becomes(editor, question, expected, seconds=60):
-    """Wait until the editor, which marks nodes a moment after it has opened a workflow, gives this
-    answer."""
-    deadline = time.monotonic() + seconds
-    while (answer := question()) != expected:
-        assert time.monotonic() < deadline, f"{answer} is not {expected}"
-        time.sleep(0.1)
 
 
 def sent_by(editor) -> dict:
@@ -527,18 +503,6 @@ def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_th
                     changed[path.name, node] = sent.get(node), expected.get(node)
     browser.close_editor()
     assert not wrong and not changed
-
-
-def open_help(editor, type: str):
-    """Press the button above a node that opens its help page. The buttons move with the node, so a
-    click may miss."""
-    editor.evaluate(f"{SELECT}({json.dumps(type)})")
-    for _ in range(5):
-        editor.click_on("document.querySelector('[data-testid=info-button]')")
-        with contextlib.suppress(BrowserError):
-            editor.wait_for("!!document.querySelector('.node-help-content h1')", 10)
-            return
-    raise AssertionError(f"the help page of {type} does not open")
 
 
 def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_of_its_panel(

@@ -6,22 +6,18 @@ from aged_host import host_of_version
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 
 from devtools import ROOT
-from devtools.host.package import packed_files
+from devtools.host.package import FOLDER, unpack
 from devtools.host.server import Server
 from featherweight.ops.host_versions import OLDEST_HOST
 
 if not (ROOT / ".git").exists() or not shutil.which("git"):
     pytest.skip("needs git and its checkout", allow_module_level=True)
-FOLDER = "featherweight"  # the project's name
 
 
 def test_the_unpacked_package_gives_nodes_their_help_the_editor_scripts_templates_and_blueprints(
         tmp_path, server):
     """On the oldest ComfyUI that it is for, by the number."""
-    for path in packed_files():
-        target = tmp_path / "base" / "custom_nodes" / FOLDER / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, target)
+    unpack(tmp_path / "base")
     with Server(tmp_path / "base", host_of_version(tmp_path / "host", OLDEST_HOST),
                 with_pack=False) as packed:
         assert "IMPORT FAILED" not in packed.log()
