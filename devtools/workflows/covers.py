@@ -15,7 +15,7 @@ from devtools.workflows.diagrams import draw_diagram
 from devtools.workflows.pen import PIXELS, SMOOTH, THIN, Pen
 from devtools.workflows.workflow import Workflow
 
-MARGIN, SHELF, SYMBOL = 32, 86, 60  # around all; the strip at the bottom; a pictogram in it
+MARGIN, SHELF, SYMBOL = 32, 89, 60  # around all; the strip at the bottom; a pictogram in it
 CUT = 24  # at the bottom, which the template browser leaves out where a name takes two lines
 BADGE = (250, 84)  # of the upper left corner: ComfyUI's template browser puts a badge there
 TITLE, ABOUT, CHIP, CARD = 54, 36, 28, 38  # sizes of text
