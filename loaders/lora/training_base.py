@@ -29,7 +29,7 @@ MODEL_KEYS = ("general.name", "general.basename", "general.finetune", "modelspec
 PATH_KEY = "ss_sd_model_name"  # of which some trainers write the whole path
 READ = 100  # characters of a text, which a message shows whole
 GUIDANCE = re.compile(r"(^|[._])guidance_(in|embedder)[._]")
-UNKNOWN = "the file does not say whether it was trained on a base or a distilled model"
+UNKNOWN = "the file does not say if on a base or a distilled model"
 
 
 @dataclass(frozen=True)
