@@ -23,6 +23,7 @@ from editor import (
     open_help,
     open_templates,
     run,
+    sent_by,
     template_card,
     text_on,
     with_texts,
@@ -468,18 +469,6 @@ def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page
         ours = [title for title in titles if title in own]
         assert ours[0] == (wanted | behind_others)[word], word
         assert all("(Featherweight)" in title for title in ours), word
-
-
-def sent_by(editor) -> dict:
-    """Returns the prompt of the open workflow without the titles of its nodes.
-
-    Inputs within an input, which newer versions of ComfyUI's nodes have, are left out too.
-    """
-    prompt = editor.prompt()
-    for node in prompt.values():
-        del node["_meta"]
-        node["inputs"] = {name: value for name, value in node["inputs"].items() if "." not in name}
-    return prompt
 
 
 def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_they_are(

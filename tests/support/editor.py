@@ -79,3 +79,15 @@ def open_templates(page, folder: str) -> list[str]:
 def template_card(name: str) -> str:
     """Returns the expression for the card of a template."""
     return f"document.querySelector('[data-testid=\"template-workflow-{name}\"]')"
+
+
+def sent_by(editor) -> dict:
+    """Returns the prompt of the open workflow without the titles of its nodes.
+
+    Inputs within an input, which newer versions of ComfyUI's nodes have, are left out too.
+    """
+    prompt = editor.prompt()
+    for node in prompt.values():
+        del node["_meta"]
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if "." not in name}
+    return prompt
