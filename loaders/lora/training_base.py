@@ -123,8 +123,8 @@ def words_of_model(patcher) -> Said | None:
     if config.get("image_model") != "flux":
         return None
     if config.get("guidance_embed"):
-        return Said("dev", "the model has a guidance embedding, which schnell lacks", False)
-    return Said("schnell", "the model has no guidance embedding, which dev has", True)
+        return Said("dev", "it has a guidance embedding", False)
+    return Said("schnell", "it has no guidance embedding", True)
 
 
 def words_of_lora(metadata: Mapping[str, Any], name: str, layers: Iterable[str]) -> Said | None:

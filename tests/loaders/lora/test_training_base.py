@@ -19,7 +19,7 @@ from featherweight.nodes.check_lora import CheckLora
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1, "context": 64}
 LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
 GUIDANCE = "diffusion_model.guidance_in.in_layer"
-NO_GUIDANCE = "schnell (the model has no guidance embedding, which dev has)"
+NO_GUIDANCE = "schnell (it has no guidance embedding)"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_lora_is_told_by_its_metadata_before_its_name(metadata, name, expected
 @pytest.mark.parametrize(("name", "options", "expected"), [
     ("a.gguf", {}, NO_GUIDANCE),
     ("a.gguf", {"guidance": True},
-     "dev (the model has a guidance embedding, which schnell lacks)"),
+     "dev (it has a guidance embedding)"),
     ("flux-2-klein-4b-Q8_0.gguf", {},
      "distilled (the model's file name: 'flux-2-klein-4b-Q8_0.gguf', klein without base)"),
     ("flux-2-klein-base-4b.gguf", {},
