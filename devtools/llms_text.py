@@ -38,17 +38,17 @@ def value_text(value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 
-def input_text(name: str, kind, settings: dict, optional: bool) -> str:
+def input_text(name: str, input_type, settings: dict, optional: bool) -> str:
     """Returns the lines about an input of a node.
 
     Args:
         name: the id of the input.
-        kind: the host's name of what it takes.
+        input_type: the host's name of what it takes.
         settings: the host's.
         optional: whether a prompt may lack it.
     """
-    facts = [kind]
-    if kind == "COMBO":
+    facts = [input_type]
+    if input_type == "COMBO":
         offered = [option for option in settings.get("options", ())
                    if not OF_A_MACHINE.fullmatch(str(option))]
         facts = [f"one of: {', '.join(map(str, offered))}" if len(offered) > 1 else
@@ -68,19 +68,22 @@ def node_text(node: dict) -> str:
     node: what the host says of it at /object_info.
     """
     inputs = [
-        input_text(name, kind, settings, group == "optional")
+        input_text(name, input_type, settings, group == "optional")
         for group in ("required", "optional") for name, spec in node["input"].get(group, {}).items()
-        for kind, settings in [_kind_and_settings(spec)] if not settings.get("hidden")
+        for input_type, settings in [_type_and_settings(spec)] if not settings.get("hidden")
     ]
-    outputs = ", ".join(name if name == kind else f"{name} ({kind})" for name, kind in
+    outputs = ", ".join(name if name == output_type else f"{name} ({output_type})"
+                        for name, output_type in
                         zip(node["output_name"], node["output"], strict=True))
     return "\n".join([f"- `{node['name']}`, {node['display_name']}: {node['description']}",
                       *inputs, f"    - outputs, from 0: {outputs or 'none'}"])
 
 
-def _kind_and_settings(spec: list | tuple) -> tuple:
-    kind, settings = spec[0], dict(*spec[1:])
-    return ("COMBO", {**settings, "options": kind}) if isinstance(kind, list) else (kind, settings)
+def _type_and_settings(spec: list | tuple) -> tuple:
+    input_type, settings = spec[0], dict(*spec[1:])
+    if isinstance(input_type, list):  # its options, as older nodes describe them
+        return "COMBO", {**settings, "options": input_type}
+    return input_type, settings
 
 
 def pages() -> str:

@@ -188,7 +188,8 @@ class SavePackedModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, measurement=NONE):
-        return measurement in (NONE, "") or validate_measurement(measurement)
+        measurement = current(measurement, RENAMED_MEASUREMENTS)
+        return measurement == NONE or validate_measurement(measurement)
 
     @classmethod
     def execute(
@@ -210,8 +211,9 @@ class SavePackedModel(io.ComfyNode):
     ) -> io.NodeOutput:
         type = current(type, RENAMED_SAVE_TYPES)
         keep_loras = current(loras, RENAMED_LORAS) == KEEP_QUALITY
-        measured = sensitivity or (None if measurement in (NONE, "", None) else measurement)
-        measured = load_measurement(find_sensitivity(measured)) if measured else None
+        picked = current(measurement, RENAMED_MEASUREMENTS)
+        name = sensitivity or (None if picked == NONE else picked)
+        measured = load_measurement(find_sensitivity(name)) if name else None
         if vae is not None:
             vae.throw_exception_if_invalid()
         for patcher in (model, *(part.patcher for part in (clip, vae) if part is not None)):

@@ -16,6 +16,7 @@ from folder_paths import folder_names_and_paths
 from languages import HELP_LANGUAGES, LOCALES, help_page
 from pack_nodes import node_list
 from PIL import Image
+from word_count import word_count
 
 from devtools import ROOT
 from devtools.artwork import FIRST_PICTURE
@@ -343,10 +344,6 @@ def test_the_readme_and_performance_say_alike_what_a_cpu_loses_without_a_compile
     assert f"[{min(times):.0f} to {max(times):.0f} times]" in README
 
 
-def test_the_readme_is_read_in_a_minute():
-    assert len(re.sub(r"\(https?:[^)]*\)|\|", " ", README).split()) < 850
-
-
 def test_the_error_of_int8_is_the_one_that_was_measured():
     table = PAGES["performance"]
     losses = re.search(r"^\| what `int8` loses in a product \|(.*)\|$", table, re.M)[1]
@@ -450,7 +447,7 @@ def test_sizes_of_vram_flags_are_those_that_comfyui_has():
 
 
 def test_the_readme_has_at_most_800_words():
-    assert len(re.sub(r"\(https?:[^)]*\)|\|", " ", README).split()) <= 800
+    assert word_count(README) <= 800
 
 
 def test_what_the_first_workflow_takes_is_said_as_its_note_says_it():
@@ -486,11 +483,6 @@ def test_the_page_of_the_example_workflows_is_the_one_that_is_written():
 def test_the_page_of_the_blueprints_is_the_one_that_is_written():
     page = (BLUEPRINT_FOLDER / "README.md").read_text(encoding="utf-8")
     assert page == blueprint_index(), "run `python -m devtools.workflows`"
-
-
-def word_count(text: str) -> int:
-    """Words of a page, without addresses and the lines of tables."""
-    return len(re.sub(r"\(https?:[^)]*\)|\|", " ", text).split())
 
 
 @pytest.mark.parametrize("name", sorted(MOST_WORDS.keys() | PAGES.keys()))

@@ -178,6 +178,11 @@ class Browser:
         true."""
         return self.evaluate(f"{NODES}.filter(node => {condition}).map(node => node.type)")
 
+    def complaints(self) -> list[str]:
+        """Types of the open workflow's nodes that are unknown or red, and the editor's messages
+        about errors."""
+        return [*self.types(UNKNOWN), *self.types(RED), *self.evaluate(COMPLAINTS)]
+
     def screenshot(self) -> bytes:
         """The page as a PNG."""
         shot = self.call("Page.captureScreenshot", format="png", optimizeForSpeed=True)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from devtools import markdown_table
-from devtools.host.browser import COMPLAINTS, RED, UNKNOWN, Browser, BrowserError
+from devtools.host.browser import Browser, BrowserError
 from devtools.host.server import Server, ServerError
 from devtools.workflows import (
     BLUEPRINT_FOLDER,
@@ -61,7 +61,7 @@ def opened(browser: Browser, path: Path) -> dict:
         BrowserError: The editor marks a node or complains.
     """
     browser.open_workflow(path.name, path.read_text(encoding="utf-8"))
-    wrong = {*browser.types(UNKNOWN), *browser.types(RED), *browser.evaluate(COMPLAINTS)}
+    wrong = set(browser.complaints())
     if wrong or not browser.types():
         raise BrowserError(f"{path.name} does not open: {', '.join(sorted(wrong)) or 'no nodes'}")
     return browser.evaluate(SAVED)

@@ -45,8 +45,8 @@ def trained(server: Server) -> list[Image.Image]:
     """Returns the images without and with the LoRA that the workflow trains."""
     graph = to_api(json.loads(TRAINING.read_text(encoding="utf-8")), server.object_info())
     run = server.queue(graph, timeout=1800)
-    nodes = [next(number for number, node in graph.items() if node["class_type"] == kind)
-             for kind in ("PreviewImage", "SaveImage")]
+    nodes = [next(number for number, node in graph.items() if node["class_type"] == node_type)
+             for node_type in ("PreviewImage", "SaveImage")]
     return [Image.fromarray(server.pixels(run, node).astype("uint8")) for node in nodes]
 
 

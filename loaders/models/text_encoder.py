@@ -163,10 +163,9 @@ def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
 def _type_of_files(paths: list[str]) -> str:
     """Returns the type of the model that these encoders are for, by the names and shapes in the
     files."""
-    names, families = [os.path.basename(os.path.normpath(path)) for path in paths], []
-    for name, path in zip(names, paths):
-        tensors = _unwrap_encoder(_comfy_keys(path))
-        families.append(_family_of(name, tensors))
+    names = [os.path.basename(os.path.normpath(path)) for path in paths]
+    families = [_family_of(name, _unwrap_encoder(_comfy_keys(path)))
+                for name, path in zip(names, paths)]
     known = {name.lower() for name in comfy.sd.CLIPType.__members__}
     clip_type = choose_type(names, families, known)
     log.info("[Featherweight] %s: type %s", _names(paths), clip_type)
@@ -177,7 +176,7 @@ def _comfy_keys(path: str) -> Weights:
     """Returns the tensors of an encoder's file, without values, under the host's names."""
     if os.path.isdir(path) or path.lower().endswith((".gguf", ".safetensors", ".sft")):
         return encoder_comfy_keys(file_contents(path))[0]
-    # of a kind that only the host reads
+    # a file of torch, which only the host reads
     weights, _ = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     return weights
 

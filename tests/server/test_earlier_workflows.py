@@ -9,7 +9,6 @@ import pytest
 from editor import sent_by
 
 from devtools import ROOT
-from devtools.host.browser import COMPLAINTS, RED, UNKNOWN
 from devtools.host.server import Server
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
@@ -55,8 +54,7 @@ def test_every_example_of_0_2_1_opens_and_sends_the_values_that_it_has(
             text = path.read_text(encoding="utf-8")
             browser.open_workflow(path.name, text)
             assert browser.types(), path.name
-            if found := [*browser.types(UNKNOWN), *browser.types(RED),
-                         *browser.evaluate(COMPLAINTS)]:
+            if found := browser.complaints():
                 wrong[path.name] = found
             expected = in_todays_words(to_api(json.loads(text), object_info), object_info)
             sent = sent_by(browser)

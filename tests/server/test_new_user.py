@@ -202,20 +202,20 @@ def test_4_the_face_of_the_loader_is_the_model_and_what_it_is_packed_to(browser,
         browser.close_editor()
 
 
-@pytest.mark.parametrize(("file", "said"), [
+@pytest.mark.parametrize(("file", "advice"), [
     (demo_files.ENCODER_NAME, ["text encoder", "Load Text Encoder (Featherweight)"]),
     (WEB_PAGE, ["it is a web page, not the model", "Download the model itself"]),
 ], ids=["text encoder", "web page"])
-def test_5_a_wrong_file_is_named_with_what_to_do(page, computer, models, file, said):
+def test_5_a_wrong_file_is_named_with_what_to_do(page, computer, models, file, advice):
     open_demo(page, demo.WORKFLOW.read_text(encoding="utf-8").replace(demo.MODEL_NAME, file))
     run(page, computer)
     page.wait_for(f"!!{COMPLAINT}?.checkVisibility()")
     keep(page, f"5 wrong file {file}")
     text = text_on(page, LOADER)
-    assert [part for part in (file, *said) if part not in text] == []
+    assert [part for part in (file, *advice) if part not in text] == []
     text = complaint(page)
     keep(page, f"5 wrong file {file}, details")
-    assert [part for part in (file, *said) if part not in text] == []
+    assert [part for part in (file, *advice) if part not in text] == []
 
 
 def test_6_a_run_with_loras_shows_its_image_and_what_the_loras_are(page, computer, models):
