@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
         plan = plan_file(source, arguments.out, arguments.size or chosen[0], options)
         print(plan.text, flush=True)
         saved = save(plan, Progress("packing").track)
-    print("\n".join([*saved.notes, f"Done: {saved}"]))
+    print("\n".join([*saved.notes, *saved.layers, f"Done: {saved}"]))
     return DONE
 
 

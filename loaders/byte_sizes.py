@@ -34,10 +34,24 @@ def type_lines(types: Mapping[str, tuple[int, int]], digits: int = 1) -> list[st
         types: type -> (number of tensors, bytes of all of them).
         digits: of the sizes, after the decimal point.
     """
-    total = sum(size for _, size in types.values()) or 1
-    ranked = sorted(types.items(), key=lambda entry: -entry[1][1])
     return [
         f"{name}: {count} tensor{'' if count == 1 else 's'}, {size_text(size, digits)}"
-        f" ({size / total:.1%})"
-        for name, (count, size) in ranked
+        f" ({share:.1%})"
+        for name, count, size, share in _ranked(types)
     ]
+
+
+def type_shares(types: Mapping[str, tuple[int, int]]) -> str:
+    """Returns the types in one line, by bytes: 'Q4_K 98.1%, F32 1.9%'.
+
+    Args:
+        types: type -> (number of tensors, bytes of all of them).
+    """
+    return ", ".join(f"{name} {share:.1%}" for name, _, _, share in _ranked(types))
+
+
+def _ranked(types: Mapping[str, tuple[int, int]]) -> list[tuple[str, int, int, float]]:
+    """Returns (type, tensors, bytes, share of all bytes), the most bytes first."""
+    total = sum(size for _, size in types.values()) or 1
+    ranked = sorted(types.items(), key=lambda entry: -entry[1][1])
+    return [(name, count, size, size / total) for name, (count, size) in ranked]

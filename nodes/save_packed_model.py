@@ -180,7 +180,8 @@ class SavePackedModel(io.ComfyNode):
                 io.String.Output(display_name="path", tooltip="The file of the model."),
                 io.String.Output(
                     display_name="report",
-                    tooltip="What the file holds, and how much of each LoRA is in it.",
+                    tooltip="What the file holds, how much of each LoRA is in it, and which layers"
+                    " lose the most.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -251,22 +252,22 @@ class SavePackedModel(io.ComfyNode):
         calibrating = ["generating", "packing layer after layer"] if positive else []
         progress = Progress(*calibrating, *["packing"] * len(jobs))
         metadata = cls._metadata()
-        reports = []
+        files = []
         for source, path, target in jobs:
             is_model = source is model_source
             options = SaveOptions(
                 measured if is_model else None, keep_loras, metadata, overwrite, row_types
             )
             plan = plan_file(source, path, target, options)
-            progress.set_heading(plan.text)
+            progress.set_heading(plan.short_text)
             calibration = None
             if is_model and positive:
                 prompts = [[entry] for entry in positive]
                 run = SamplingRun(prompts, latent, samples=max(MIN_SAMPLES, len(prompts)))
                 calibration = record_calibration(model, run, track=progress.track)
-            reports.append(save(plan, progress.track, calibration).text)
-        text = "\n\n".join(reports)
-        show_text(text)
+            files.append(save(plan, progress.track, calibration))
+        show_text("\n\n".join(saved.short_text for saved in files))
+        text = "\n\n".join(saved.text for saved in files)
         return io.NodeOutput(jobs[0][1], text, ui=ui.PreviewText(text))
 
     @classmethod

@@ -25,18 +25,23 @@ class LayerLosses:
         for sums in (group, self.total):
             sums.include(measured)
 
-    def lines(self) -> list[str]:
-        """Returns short sentences: for all weights, the worst layers, and the worst groups."""
+    def total_lines(self) -> list[str]:
+        """Returns a sentence for all weights, or nothing where none has an error."""
+        if not self.decibels:
+            return []
+        total = _decibels(self.total)
+        return [f"The packed weights are {total:.1f} dB above their rounding errors."]
+
+    def layer_lines(self) -> list[str]:
+        """Returns short lines: the worst layers, and the worst groups."""
         if not self.decibels:
             return []
         worst = sorted(self.decibels, key=self.decibels.__getitem__)[:WORST]
-        lines = [
-            f"The packed weights are {_decibels(self.total):.1f} dB above their rounding errors.",
-            "The least: " + ", ".join(
-                f"{name.removesuffix('.weight')} {self.decibels[name]:.1f}" for name in worst)]
+        lines = ["The layers that lose the most, in dB: " + ", ".join(
+            f"{name.removesuffix('.weight')} {self.decibels[name]:.1f}" for name in worst)]
         if 1 < len(self.groups) < len(self.decibels):
             groups = sorted(self.groups, key=lambda group: _decibels(self.groups[group]))
-            lines.append("By kind of layer, the least: " + ", ".join(
+            lines.append("The same by kind of layer: " + ", ".join(
                 f"{group} {_decibels(self.groups[group]):.1f}" for group in groups[:WORST]))
         return lines
 

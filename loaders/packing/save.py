@@ -57,8 +57,9 @@ MAX_NOTES = 5  # on single weights
 class Saved:
     """A file that was written.
 
-    seconds: since its plan began. types: name -> type, as written. table: the types as text. notes:
-    how much of each LoRA arrived, and what people should know.
+    seconds: since its plan began. types: name -> type, as written. table: a line for each type.
+    shares: of the types, in one line. notes: how much of each LoRA arrived, and what people should
+    know. layers: lines on the layers that lose the most.
     """
 
     path: Path
@@ -66,16 +67,26 @@ class Saved:
     seconds: float
     types: dict[str, str]
     table: str
+    shares: str
     notes: list[str]
+    layers: list[str]
 
     def __str__(self) -> str:
         return f"{self.path}: {size_text(self.nbytes, DIGITS)} in {self.seconds:.0f} s"
 
     @property
     def text(self) -> str:
-        """All of it in short lines, as the node shows it."""
-        size = f"{size_text(self.nbytes, DIGITS)}, written in {self.seconds:.0f} s"
-        return "\n".join([self.path.name, size, self.table, *self.notes])
+        """All of it in short lines."""
+        return "\n".join([self.path.name, self._size, self.table, *self.notes, *self.layers])
+
+    @property
+    def short_text(self) -> str:
+        """What the node shows: the types in one line, and no layers."""
+        return "\n".join([self.path.name, self._size, self.shares, *self.notes])
+
+    @property
+    def _size(self) -> str:
+        return f"{size_text(self.nbytes, DIGITS)}, written in {self.seconds:.0f} s"
 
 
 def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda names, sizes: names,
@@ -111,8 +122,10 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
             writer.write(plan.names[name], type_name, pieces)
             source.drop_pages()
         source.guard()
+    written = Plan(packer.types)
     return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,
-                 Plan(packer.types).text(source.shapes), [*packer.report_lines(), *plan.notes])
+                 written.text(source.shapes), written.shares(source.shapes),
+                 [*packer.note_lines(), *plan.notes], packer.losses.layer_lines())
 
 
 @dataclass
@@ -194,10 +207,10 @@ class WeightPacker:
             self.calibration.set_packed(name, weight, values)
         return type_name, [weight]
 
-    def report_lines(self) -> list[str]:
+    def note_lines(self) -> list[str]:
         """Returns sentences on losses, on what arrived of the changes, and on unplanned types."""
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
-        lines += self.losses.lines()
+        lines += self.losses.total_lines()
         lines += map(str, self.retention.shares())
         lines += self.notes[:MAX_NOTES]
         if len(self.notes) > MAX_NOTES:

@@ -1,7 +1,7 @@
 """Sizes as people read them: in GB, MB or KB, never as nothing where there is something."""
 import pytest
 
-from featherweight.loaders.byte_sizes import part_text, size_text, type_lines
+from featherweight.loaders.byte_sizes import part_text, size_text, type_lines, type_shares
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,8 @@ def test_a_part_has_the_unit_of_the_whole():
 
 
 def test_lines_of_types_begin_with_the_most_bytes_and_have_no_columns():
-    assert type_lines({"F32": (1, 2_000), "Q4_K": (12, 18_000)}) == [
+    types = {"F32": (1, 2_000), "Q4_K": (12, 18_000)}
+    assert type_lines(types) == [
         "Q4_K: 12 tensors, 18.0 KB (90.0%)", "F32: 1 tensor, 2.0 KB (10.0%)"]
-    assert type_lines({}) == []
+    assert type_shares(types) == "Q4_K 90.0%, F32 10.0%"
+    assert type_lines({}) == [] and type_shares({}) == ""

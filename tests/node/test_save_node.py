@@ -1,5 +1,6 @@
 """Save Packed Model: where its files come to lie, what they are called, and what it says."""
 import json
+import re
 from pathlib import Path
 
 import comfy.cli_args
@@ -187,6 +188,19 @@ def test_a_lora_on_a_packed_model_arrives_whole_or_its_share_is_told(output):
         float(report.split("(strength 1): ")[1].split("%")[0]) for _, report in (whole, asked)
     ]
     assert 99 <= shares[0] <= 101 and shares[1] < 95
+
+
+def test_the_node_shows_a_few_lines_and_the_report_has_the_layers_too(output, monkeypatch):
+    shown = []
+    monkeypatch.setattr(save_packed_model, "show_text", shown.append)
+    model = patched(packed_flux("Q8_0"), (lora_for(tiny_flux()), 1.0))
+    path, report = saved(model, MIX, size_gb=0.004, loras=KEEP_SIZE)
+    text, lines = shown[-1], report.splitlines()
+    types = {entry.format for entry in open_weights(path).entries.values()}
+    assert types == set(re.findall(r"(\S+) [\d.]+%(?:, |$)", text.splitlines()[2]))
+    assert path.name in text and "dB" in text and "LoRA 1 (strength 1)" in text
+    assert "The layers that lose the most" in report and "The layers" not in text
+    assert types == {line.split(":")[0] for line in lines if re.search(r"\d tensors?, ", line)}
 
 
 def test_the_workflow_is_in_the_file_unless_the_user_turned_that_off(output, monkeypatch):

@@ -133,9 +133,16 @@ class FilePlan:
 
     @property
     def text(self) -> str:
-        """The plan in short lines, as the node shows it."""
+        """The plan in short lines."""
+        return self._text(Plan(self.types).text(self.source.shapes))
+
+    @property
+    def short_text(self) -> str:
+        """What the node shows: the types in one line."""
+        return self._text(Plan(self.types).shares(self.source.shapes))
+
+    def _text(self, types: str) -> str:
         size = f"{size_text(self.nbytes, DIGITS)}, not written yet"
-        types = Plan(self.types).text(self.source.shapes)
         return "\n".join([self.path.name, size, types, *self.notes])
 
     @property

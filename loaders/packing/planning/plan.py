@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ....ops.bounded_json import read_json
 from ....ops.pickle_names import short_error_name
 from ....ops.quantize.row_types import ROW_TYPES
-from ...byte_sizes import size_text, type_lines, unit_of
+from ...byte_sizes import size_text, type_lines, type_shares, unit_of
 from .knapsack import choose_types
 from .packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
 
@@ -74,11 +74,17 @@ class Plan:
     def text(self, shapes: Shapes) -> str:
         """Returns a line for each type, the one with the most bytes first: tensors, bytes, share.
         """
+        return "\n".join(type_lines(self._totals(shapes), DIGITS))
+
+    def shares(self, shapes: Shapes) -> str:
+        """Returns the types with their shares of the bytes in one line."""
+        return type_shares(self._totals(shapes))
+
+    def _totals(self, shapes: Shapes) -> dict[str, tuple[int, int]]:
         counts, sizes = Counter(self.types.values()), Counter()
         for name, type_name in self.types.items():
             sizes[type_name] += bytes_in_file(type_name, shapes[name])
-        totals = {type_name: (count, sizes[type_name]) for type_name, count in counts.items()}
-        return "\n".join(type_lines(totals, DIGITS))
+        return {type_name: (count, sizes[type_name]) for type_name, count in counts.items()}
 
     def json(self) -> str:
         """Returns the plan for a file's metadata: {"types": {type: [names]}}."""

@@ -240,8 +240,10 @@ def test_larger_candidates_lose_less():
 
 def test_the_text_counts_types_and_bytes():
     plan = Plan({"a": "Q8_0", "b": "Q8_0", "c": "F32"})
-    assert plan.text({"a": (1000, 512), "b": (1000, 512), "c": (512,)}).splitlines() == [
+    shapes = {"a": (1000, 512), "b": (1000, 512), "c": (512,)}
+    assert plan.text(shapes).splitlines() == [
         "Q8_0: 2 tensors, 1.09 MB (99.8%)", "F32: 1 tensor, 2.05 KB (0.2%)"]
+    assert plan.shares(shapes) == "Q8_0 99.8%, F32 0.2%"
 
 
 def test_a_plan_comes_back_from_metadata():

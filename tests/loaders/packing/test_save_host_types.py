@@ -129,7 +129,7 @@ def test_the_host_opens_a_file_and_holds_what_packing_gives(tmp_path, kind):
     losses = {name.removesuffix(".weight"): db(values[name], tensor.bfloat16().float())
               for name, tensor in weights_of(tiny_flux()).items() if saved.types[name] == kind}
     told = dict(each.rsplit(" ", 1) for each in re.search(
-        r"^The least: (.*)$", saved.text, re.MULTILINE)[1].split(", "))
+        r"^The layers that lose the most, in dB: (.*)$", saved.text, re.MULTILINE)[1].split(", "))
     assert [*told] == sorted(told, key=lambda name: float(told[name])) and len(told) == 5
     assert float(next(iter(told.values()))) == pytest.approx(min(losses.values()), abs=0.1)
     assert all(float(told[name]) == pytest.approx(losses[name], abs=0.1) for name in told)
