@@ -1,8 +1,9 @@
 """Loads ControlNets and T2I-Adapters; packed weights of a ControlNet stay packed."""
 import functools
 import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import comfy.controlnet
 import comfy.model_management
@@ -22,31 +23,6 @@ from .models_beside import load_side_model
 # What the tensors of ControlNets begin with, and those of T2I-Adapters do not.
 CONTROLNET_NAMES = re.compile(
     r"(control_model\.)?(control|single_controlnet_|zero_convs\.|after_proj_list\.)")
-
-# Type checkers see a subclass of the host's; `_packed_class` makes the real one.
-_HostControl = comfy.controlnet.ControlNet if TYPE_CHECKING else object
-
-
-class PackedControlNet(_HostControl):
-    """Mixin over the host's ControlNets: copies keep packed weights packed. On a CPU it computes in
-    what the guided model computes in."""
-
-    def copy(self, *args, **kwargs):
-        return _as_packed(super().copy(*args, **kwargs))
-
-    def pre_run(self, model, *args, **kwargs):
-        if follows_model(self):
-            dtype = model.get_dtype_inference()
-            self.manual_cast_dtype = dtype if dtype == torch.bfloat16 else None
-        super().pre_run(model, *args, **kwargs)
-
-    def deepclone_multigpu(self, *args, **kwargs):
-        clone = super().deepclone_multigpu(*args, **kwargs)
-        model: Any = clone.control_model
-        del model.packed_patches, model.packed_residency  # a copy has its own
-        keep_packed(clone.control_model_wrapped, _dtype_of(clone))
-        return _as_packed(clone)
-
 
 def load_controlnet(path: str, pack_to: str | None = None,
                     compute: str = AUTOMATIC) -> comfy.controlnet.ControlBase:
@@ -78,7 +54,7 @@ def load_controlnet(path: str, pack_to: str | None = None,
     control, packed_file = load_side_model(path, CONTROLNET, _build, pack_to, convert, compute)
     if packed_file and hasattr(control, "control_model_wrapped"):
         packed_file.adopt(control.control_model_wrapped, _dtype_of(control))
-        _as_packed(control)
+        _follow(control)
     return control
 
 
@@ -138,16 +114,51 @@ def _dtype_of(control: Any) -> torch.dtype:
     return control.manual_cast_dtype or control.control_model_wrapped.model.dtype
 
 
-def _as_packed(control: Any) -> Any:
-    """Changes the class of a ControlNet to its `PackedControlNet`, and returns it."""
-    if not isinstance(control, PackedControlNet):
-        control.__class__ = _packed_class(type(control))
-    return control
+def _follow(control: Any):
+    """Has a ControlNet and all copies of it keep packed weights packed, and on a CPU compute in
+    what the guided model computes in.
+
+    The ControlNet keeps the host's class, by which Advanced-ControlNet and other packs know what it
+    is; they copy it into a class of their own by `copy_to`, which this follows.
+    """
+    for name, following in (("copy_to", _copy_to), ("pre_run", _pre_run),
+                            ("deepclone_multigpu", _deepclone_multigpu)):
+        _wrap(control, name, following)
 
 
-@functools.cache
-def _packed_class(cls: type) -> type:
-    return type(f"Packed{cls.__name__}", (PackedControlNet, cls), {})
+def _wrap(control: Any, name: str, following: Callable):
+    """Gives an object a method that calls `following` with the object and its own method.
+
+    The method does not keep the object alive, or the host would count its model as loaded until
+    Python collects circles.
+    """
+    reference, of_instance = weakref.ref(control), vars(control).get(name)
+
+    def method(*args, **kwargs):
+        own = of_instance or functools.partial(getattr(type(reference()), name), reference())
+        return following(reference(), own, *args, **kwargs)
+
+    setattr(control, name, method)
+
+
+def _copy_to(control: Any, own: Callable, copied: Any):
+    own(copied)
+    _follow(copied)
+
+
+def _pre_run(control: Any, own: Callable, model: Any, *args, **kwargs):
+    if follows_model(control):
+        dtype = model.get_dtype_inference()
+        control.manual_cast_dtype = dtype if dtype == torch.bfloat16 else None
+    return own(model, *args, **kwargs)
+
+
+def _deepclone_multigpu(control: Any, own: Callable, *args, **kwargs) -> Any:
+    clone = own(*args, **kwargs)
+    model: Any = clone.control_model
+    del model.packed_patches, model.packed_residency  # a copy has its own
+    keep_packed(clone.control_model_wrapped, _dtype_of(clone))
+    return clone
 
 
 def _averages_over_picture(name: str) -> bool:

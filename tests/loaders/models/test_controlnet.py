@@ -1,6 +1,8 @@
 """ControlNets with packed weights guide a model as the host's dense ones of the same values do."""
+import gc
 import logging
 import os
+import weakref
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -240,6 +242,51 @@ def test_clone_for_another_gpu_stays_packed_and_gives_the_same(tmp_path):
     assert clone.control_model.packed_patches is not control_net.control_model.packed_patches
     kind = KINDS["flux"]
     assert torch.equal(sample(kind, clone), sample(kind, control_net))
+
+
+class OfAnotherPack(comfy.controlnet.ControlNet):
+    """As Advanced-ControlNet makes one of a ControlNet that is exactly of the host's class."""
+
+    def __init__(self, control: comfy.controlnet.ControlNet):
+        assert type(control) is comfy.controlnet.ControlNet
+        super().__init__(control.control_model, load_device=control.load_device,
+                         manual_cast_dtype=control.manual_cast_dtype)
+        self.pre_run, self.runs = self.pre_run_counted, 0
+        control.copy_to(self)
+        self.control_model_wrapped = control.control_model_wrapped.clone()
+
+    def pre_run_counted(self, *args):
+        self.runs += 1
+        return super().pre_run(*args)
+
+
+def test_another_pack_knows_a_controlnet_by_its_class_and_copies_it_into_its_own(
+        tmp_path, monkeypatch):
+    kind = KINDS["flux"]
+    write_q8_0(tmp_path / "net.gguf", kind.weights())
+    control_net = load_controlnet(str(tmp_path / "net.gguf"))
+    copied = OfAnotherPack(control_net.copy())
+    assert isinstance(copied.control_model_wrapped, PackedPatcher)
+    assert torch.equal(sample(kind, copied), sample(kind, control_net))
+    monkeypatch.setattr(models(kind.base)[True].model, "manual_cast_dtype", torch.bfloat16)
+    for control in (control_net, control_net.copy(), copied):
+        assert follows_model(control) and control.manual_cast_dtype is None
+        control.pre_run(models(kind.base)[True].model, float)
+        assert control.manual_cast_dtype == torch.bfloat16
+    assert copied.runs == 1
+
+
+def test_a_controlnet_is_gone_with_its_last_user(tmp_path):
+    write_q8_0(tmp_path / "net.gguf", KINDS["flux"].weights())
+    control_net = load_controlnet(str(tmp_path / "net.gguf"))
+    left = [weakref.ref(control) for control in (control_net, control_net.copy())]
+    gc.collect()
+    gc.disable()
+    try:
+        del control_net
+        assert not [reference for reference in left if reference()]
+    finally:
+        gc.enable()
 
 
 def control_lora() -> dict[str, torch.Tensor]:
