@@ -11,6 +11,8 @@ from devtools.files import demo_files
 from devtools.host.server import PACK, Server
 from devtools.workflows.api_format import to_api
 
+PACKS = ROOT / ".dev" / "packs"
+
 # What matters of ComfyUI-GGUF: it owns the ids, and makes two folder keys share one list.
 GGUF_IDS = (
     "UnetLoaderGGUF",
@@ -105,32 +107,51 @@ def test_of_two_copies_the_first_is_used_and_the_second_says_which_to_remove(bes
     }
 
 
+STRENGTHS = dict(zip(demo_files.LORAS.values(), (0.8, 0.5)))
+# As nodes of many LoRAs take them, ours for tests and rgthree's.
+MANY = {f"lora_{index}": {"on": True, "lora": name, "strength": strength}
+        for index, (name, strength) in enumerate(STRENGTHS.items(), 1)}
+
+
+def drawn(server: Server, **added: dict) -> np.ndarray:
+    """The demo's picture in two steps, with nodes in a row between its model and its sampler.
+    added: id -> class and inputs beside the model."""
+    prompt = to_api(json.loads(demo.WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+    sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")["inputs"]
+    sampler["steps"] = 2
+    for name, (class_type, inputs) in added.items():
+        prompt[name] = {"class_type": class_type, "inputs": inputs | {"model": sampler["model"]}}
+        sampler["model"] = [name, 0]
+    return server.pixels(server.queue(prompt))
+
+
+def chain() -> dict[str, tuple]:
+    """ComfyUI's loaders of these LoRAs."""
+    loras = ({"lora_name": name, "strength_model": size} for name, size in STRENGTHS.items())
+    return {f"chain{index}": ("LoraLoaderModelOnly", lora) for index, lora in enumerate(loras)}
+
+
 def test_a_node_of_many_loras_does_what_the_hosts_loaders_do_in_a_row(server):
-    strengths = dict(zip(demo_files.LORAS.values(), (0.8, 0.5)))
-    pictures = {}
-    plain = to_api(json.loads(demo.WORKFLOW.read_text(encoding="utf-8")), server.object_info())
-    sampler = next(node for node in plain.values() if node["class_type"] == "KSampler")
-    model = sampler["inputs"]["model"]
-    many = {f"lora_{index}": {"on": True, "lora": name, "strength": strength}
-            for index, (name, strength) in enumerate(strengths.items(), 1)}
-    chain = {
-        f"chain{index}": {
-            "class_type": "LoraLoaderModelOnly", "inputs": {
-                "model": model if index == 0 else [f"chain{index - 1}", 0], "lora_name": name,
-                "strength_model": strength
-            }
-        } for index, (name, strength) in enumerate(strengths.items())
-    }
-    added = {"none": ({}, model), "chain": (chain, [list(chain)[-1], 0])}
+    expected = drawn(server, **chain())
+    assert np.abs(expected - drawn(server)).mean() > 0.1
     for directly in (False, True):
-        inputs = {"directly": directly, "model": model, **many}
-        added[f"many, {directly}"] = (
-            {"many": {"class_type": "ManyLoras", "inputs": inputs}},
-            ["many", 0],
-        )
-    for name, (nodes, source) in added.items():
-        sampler["inputs"] |= {"model": source, "steps": 2}
-        pictures[name] = server.pixels(server.queue(plain | nodes))
-    assert np.abs(pictures["chain"] - pictures["none"]).mean() > 0.1
-    for directly in (False, True):
-        assert np.array_equal(pictures[f"many, {directly}"], pictures["chain"])
+        many = drawn(server, many=("ManyLoras", {"directly": directly, **MANY}))
+        assert np.array_equal(many, expected)
+
+
+@pytest.mark.heavy
+def test_with_other_packs_installed_pictures_are_the_same_bit_for_bit(server, tmp_path):
+    """With all that are cloned into .dev/packs, and through rgthree's loader of many LoRAs."""
+    if not (PACKS / "rgthree-comfy").is_dir():
+        pytest.skip("no clone of rgthree-comfy in .dev/packs")
+    (tmp_path / "paths.yaml").write_text(f"others:\n  custom_nodes: {PACKS.as_posix()}\n")
+    demo_files.make_models(tmp_path)
+    with Server(tmp_path, arguments=["--extra-model-paths-config",
+                                     str(tmp_path / "paths.yaml")]) as other:
+        info = other.object_info()
+        assert info["FeatherweightLoadDiffusionModel"]
+        assert np.array_equal(drawn(other), drawn(server))
+        power = drawn(other, power=("Power Lora Loader (rgthree)", MANY))
+        assert np.array_equal(power, drawn(server, **chain()))
+        if (PACKS / "ComfyUI-MultiGPU").is_dir():
+            assert info["UNETLoaderMultiGPU"]["python_module"].endswith("ComfyUI-MultiGPU")

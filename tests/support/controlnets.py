@@ -223,18 +223,23 @@ OTHER_WRITERS = {
 }
 
 
-def sample(kind: Kind, control_net=None, packed_base: bool = False) -> torch.Tensor:
-    """Two steps of the host's sampler on its own dense model, or on a packed one, through its Apply
-    ControlNet."""
+def apply_controlnet(positive, negative, control_net, hint, vae) -> tuple:
+    """What the host's Apply ControlNet makes of conditioning."""
+    return host_nodes.ControlNetApplyAdvanced().apply_controlnet(
+        positive, negative, control_net, hint, 0.8, 0.0, 1.0, vae=vae)
+
+
+def sample(kind: Kind, control_net=None, packed_base: bool = False,
+           apply: Callable = apply_controlnet) -> torch.Tensor:
+    """Two steps of the host's sampler on its own dense model, or on a packed one."""
     family, model = MODELS[kind.base], models(kind.base)[not packed_base]
     positive, negative = (conditioning(kind.base, seed) for seed in (2, 3))
     if control_net is not None:
         if kind.union:
             control_net = control_net.copy()
             control_net.set_extra_arg("control_type", [3])
-        positive, negative = host_nodes.ControlNetApplyAdvanced().apply_controlnet(
-            positive, negative, control_net, seeded(1, 128, 128, 3, seed=9).abs() % 1, 0.8, 0.0,
-            1.0, vae=kind.vae)
+        hint = seeded(1, 128, 128, 3, seed=9).abs() % 1
+        positive, negative = apply(positive, negative, control_net, hint, kind.vae)
     # a part of the latent, which takes a quarter of the time
     noise, latent = (seeded(*family.latent, seed=seed)[..., :8, :8] for seed in (1, 4))
     sampler = comfy.samplers.sampler_object("euler")
