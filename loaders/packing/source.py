@@ -33,6 +33,7 @@ from ..files.container import FileChangeGuard, WeightFile, WeightFileError, firs
 from ..files.diffusers_folder import MODEL_FOLDERS
 from ..files.open_weights import open_weights
 from ..inspect.model_summary import format_name
+from ..models.foreign_weights import reject_foreign_weights
 from ..models.module_files import module_layers
 from ..models.recipe import Recipe, model_paths
 from ..models.seedvr2 import add_texts
@@ -658,7 +659,9 @@ def _patches_of(model, loras: Sequence[tuple[str, float]],
 
 
 def check_saveable(patcher):
-    """Raises SaveError for anything that changes weights at run time, which a file cannot hold."""
+    """Raises SaveError for anything that changes weights at run time, which a file cannot hold, and
+    WeightFileError for weights that only another pack can read."""
+    reject_foreign_weights(patcher.model)
     if patcher.injections:
         raise SaveError(
             f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass"

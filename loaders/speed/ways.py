@@ -25,6 +25,7 @@ from ..byte_sizes import size_text
 from ..comfyui.who_computes import host_multiplies
 from ..devices import CPU, total_memory
 from ..models.compute_choice import EXACTLY, FAST, MEANINGS
+from ..models.foreign_weights import foreign_class
 from ..models.recipe import Recipe
 from ..quantizers.comfyui import row_type_of
 
@@ -32,6 +33,8 @@ copy_options: Any = comfy.utils.deepcopy_list_dict
 DENSE = "dense"
 WAYS = (EXACTLY, FAST, DENSE)
 KERNEL_SECONDS = 20  # that a way waits at most for the verdicts on its kernels
+OTHER_LOADER = ("it was loaded by another loader: use Load Diffusion Model (Featherweight) or Load"
+                " Checkpoint (Featherweight)")
 SPARE_BYTES = 1 << 30  # of memory that is left for what a step needs
 
 
@@ -113,8 +116,7 @@ def _loaded_again(patcher: ModelPatcher, options: dict[str, Any]) -> ModelPatche
     """Returns the model, loaded again with other options, with the patches of the first one."""
     recipe = (getattr(patcher, "cached_patcher_init", None) or (None,))[0]
     if not isinstance(recipe, Recipe):
-        raise NotMeasured("it was loaded by another loader: use Load Diffusion Model"
-                          " (Featherweight) or Load Checkpoint (Featherweight)")
+        raise NotMeasured(OTHER_LOADER)
     if recipe.options.get("pack_to"):
         raise NotMeasured("it was packed while loading: save it and load the saved file")
     again: Any = replace(recipe, options={**recipe.options, **options})()
@@ -126,6 +128,8 @@ def _dense(patcher: ModelPatcher) -> ModelPatcher:
     """Returns the host's own model of the same values, in the dtype that the model computes in."""
     model: Any = patcher.model
     dtype = model.get_dtype_inference()
+    if foreign_class(model):
+        raise NotMeasured(OTHER_LOADER)
     weights = model.diffusion_model.state_dict(keep_vars=True)
     if not any(isinstance(tensor, QuantizedTensor) for tensor in weights.values()):
         raise NotMeasured("its weights are dense already")

@@ -15,6 +15,7 @@ from ....ops.quantize.method_choice import output_errors
 from ....ops.quantize.pack_tensor import pack_tensor
 from ....ops.quantize.second_moments import SecondMoments
 from ....ops.tensor.packed_tensor import PackedTensor
+from ...models.foreign_weights import reject_foreign_weights
 from ...progress import Progress
 from ..planning.plan import types_for
 from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
@@ -44,8 +45,9 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensi
         thoroughness: a key of THOROUGHNESS.
 
     Raises:
-        WeightFileError: where the model needs a prompt.
+        WeightFileError: where the model needs a prompt, or only another pack can read its weights.
     """
+    reject_foreign_weights(patcher.model)
     layers = linear_layers(patcher.model)
     count, every_type = THOROUGHNESS[thoroughness]
     if not sampling.prompts:
