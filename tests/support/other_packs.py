@@ -17,17 +17,22 @@ from pathlib import Path
 os.environ.setdefault("HOST_ARGUMENTS", "--cpu --fp32-unet --fp32-vae")
 import comfyui_and_pack  # first: puts both where they can be imported
 
+import folder_paths
 import pytest
 import torch
 from comfy.controlnet import load_controlnet as load_dense_controlnet
 from controlnets import KINDS, sample, shrunken_controlnet
-from host_nodes import Case, Setting, execute, observed, seeded
+from families import shrunken_detection
+from host_nodes import MODELS, Case, Setting, execute, lora, models, observed, seeded
 from packed_files import write_q8_0
 from patched_models import folder, relative
 from safetensors.torch import save_file
 
 import nodes
+from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.models.controlnet import load_controlnet
+from featherweight.loaders.packing.source import check_saveable
+from featherweight.nodes.apply_lora import ApplyLora
 
 VIDEO, TILES = (1, 16, 4, 4, 4), (1, 4, 16, 16)
 
@@ -49,6 +54,28 @@ def ip_adapter(_) -> dict[str, dict[str, torch.Tensor]]:
     projection = {"proj.weight": seeded(4 * 768, 64) * 0.1, "proj.bias": seeded(4 * 768),
                   "norm.weight": seeded(768).abs(), "norm.bias": seeded(768)}
     return {"image_proj": projection, "ip_adapter": layers}
+
+
+def inpainting(setting: Setting) -> dict[str, torch.Tensor]:
+    return {"samples": setting.latent, "noise_mask": torch.ones(1, 1, 64, 64)}
+
+
+def fooocus_patch(setting: Setting) -> tuple:
+    """Fooocus' inpainting: a head, and changes of the weights, as codes with their range."""
+    node = nodes.NODE_CLASS_MAPPINGS["INPAINT_ApplyFooocusInpaint"]
+    head = sys.modules[node.__module__].InpaintHead()
+    head.head.data = seeded(320, 5, 3, 3) * 0.05
+    ends = torch.tensor(-0.02), torch.tensor(0.02)
+    shapes = {name: values.shape for name, values in setting.model.model.state_dict().items()
+              if name.startswith("diffusion_model.") and name.endswith("weight")}
+    return head, {name: (seeded(*shape, seed=index).mul(99).abs().to(torch.uint8), *ends)
+                  for index, (name, shape) in enumerate(shapes.items())}
+
+
+def clownshark(family: str) -> tuple[str, Case]:
+    return "ClownsharKSampler_Beta", Case(family, {
+        "model": lambda setting: setting.model, "positive": lambda setting: setting.conditioning(2),
+        "negative": lambda setting: setting.conditioning(3), "latent_image": latent, "steps": 2})
 
 
 def contexts(_):
@@ -104,7 +131,28 @@ CASES: dict[str, list[tuple[str, Case]]] = {
         ("ApplyFBCacheOnModel", Case(family, {"residual_diff_threshold": 1.0}, steps=6))
         for family in ("unet", "sdxl", "sd3.5", "hunyuan-video")
     ],
-    "ComfyUI-Advanced-ControlNet": [],  # has what takes no Case
+    "comfyui-inpaint-nodes": [
+        ("INPAINT_ApplyFooocusInpaint", Case("unet", {"patch": fooocus_patch,
+                                                      "latent": inpainting})),
+    ],
+    "LanPaint": [
+        ("LanPaint_KSampler", Case("unet", {
+            "steps": 2, "LanPaint_NumSteps": 2, "latent_image": inpainting})),
+    ],
+    "RES4LYF": [
+        clownshark("flux-schnell"), clownshark("unet"),
+        ("ReWanPatcher", Case("wan2.1-t2v", effect=False)),
+    ],
+    "sd-perturbed-attention": [
+        (name, Case("unet", cfg=6.0)) for name in (
+            "PerturbedAttention", "SmoothedEnergyGuidanceAdvanced", "TokenPerturbationGuidance",
+            "NormalizedAttentionGuidance", "FrequencyDecoupledGuidance", "PLADIS")
+    ],
+    "Skimmed_CFG": [
+        (name, Case(family, cfg=6.0)) for name in ("Skimmed CFG", "Skimmed CFG - replace")
+        for family in ("unet", "flux-schnell")
+    ],
+    "ComfyUI-Advanced-ControlNet": [], "ComfyUI-GGUF": [],  # have what takes no Case
 }
 
 
@@ -147,6 +195,26 @@ def compare_controlnets(name: str) -> dict:
     }
 
 
+def compare_gguf() -> dict:
+    """Returns the line of *Apply LoRA* on a model of ComfyUI-GGUF's own loader, which computes in
+    16 bits."""
+    dense, path = Setting(Case(), False), Path(folder().name)
+    models("flux-schnell")  # writes the files
+    save_file(lora(dense), path / "lora.safetensors")
+    for key in ("unet", "diffusion_models", "unet_gguf", "loras"):
+        folder_paths.folder_names_and_paths[key] = [str(path)], {".gguf", ".safetensors"}
+    with pytest.MonkeyPatch.context() as patch:
+        shrunken_detection(MODELS["flux-schnell"], patch)
+        model, = nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("flux-schnell-False.gguf")
+    with pytest.raises(WeightFileError, match="another pack's loader"):
+        check_saveable(model)
+    changed = ApplyLora.execute(model, "lora.safetensors").args[0]
+    expected, = nodes.LoraLoaderModelOnly().load_lora_model_only(dense.model, "lora.safetensors", 1)
+    drawn = dense.sample(expected)
+    return {"case": "Apply LoRA", "error": relative(dense.sample(changed), drawn), "limit": 1e-3,
+            "effect": relative(drawn, dense.sample(dense.model)), "has_effect": True}
+
+
 def load_pack(path: Path) -> str:
     """Has ComfyUI load a pack, as at its start. Returns what it logs if it cannot, else ""."""
     import server  # here, for tests have a folder of this name
@@ -172,6 +240,8 @@ def main(path: Path):
         if path.name == "ComfyUI-Advanced-ControlNet":
             for name in ("sd1.5", "flux"):
                 print(json.dumps(compare_controlnets(name) | {"has_effect": True}), flush=True)
+        if path.name == "ComfyUI-GGUF":
+            print(json.dumps(compare_gguf()), flush=True)
 
 
 if __name__ == "__main__":
