@@ -87,6 +87,7 @@ def test_an_input_that_breaks_nothing_is_no_finding(replayed):
     assert "nothing" not in replayed
 
 
+@pytest.mark.heavy
 def test_what_broke_something_is_kept_small_and_breaks_it_again(tmp_path):
     done = command(tmp_path, "--without-atheris", "--executions", "1200", "--target", "error",
                    "--target", "exit", "--target", "nothing")
@@ -103,6 +104,7 @@ def test_what_broke_something_is_kept_small_and_breaks_it_again(tmp_path):
     assert again.returncode == 1 and "KeyError" in again.stdout
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="Atheris has no wheel")
 def test_what_atheris_finds_is_made_smaller_by_hypothesis(tmp_path):
     done = command(tmp_path, "--target", "error", "--minutes", "1")

@@ -76,7 +76,8 @@ def test_it_says_its_address_then_what_it_makes_and_has_what_the_demo_has(tmp_pa
     assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", [
+    "SIGTERM", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("SIGINT", "SIGHUP"))])
 def test_a_signal_ends_comfyui_with_it(tmp_path, start, name):
     touch(tmp_path, *serve.missing_files(tmp_path))
     process = start()

@@ -16,6 +16,7 @@ def base(tmp_path_factory):
     return base
 
 
+@pytest.mark.heavy
 def test_some_prompts_of_every_kind(base):
     run_log = soak(base, prompts=24, minutes=15, every=8, seed=81)  # of which each kind has one
     assert verdict.broken(run_log) == []

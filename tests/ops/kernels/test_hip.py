@@ -102,7 +102,8 @@ def hiprtc():
     pytest.skip("no hiprtc here")
 
 
-@pytest.mark.parametrize("architecture", [RDNA2, CDNA2], ids=lambda architecture: architecture.name)
+@pytest.mark.parametrize("architecture", [RDNA2, pytest.param(CDNA2, marks=pytest.mark.heavy)],
+                         ids=lambda architecture: architecture.name)
 def test_hiprtc_compiles_every_source(hiprtc, architecture):
     for fmt in ONE_OF_EACH_BLOCK:
         for kernel in ("dequantize", "linear"):
