@@ -141,8 +141,8 @@ def _wrap(control: Any, name: str, following: Callable):
     setattr(control, name, method)
 
 
-def _copy_to(control: Any, own: Callable, copied: Any):
-    own(copied)
+def _copy_to(control: Any, own: Callable, copied: Any, *args, **kwargs):
+    own(copied, *args, **kwargs)
     _follow(copied)
 
 
