@@ -129,9 +129,9 @@ def test_cards_say_what_fits_and_what_stays_outside():
     for card in found.cards:
         room = card.gib * GIB * 23 / 24 - step - 1.1 * GIB
         assert card.missing == pytest.approx(max(0, found.memory_bytes - room), abs=2)
-    assert "card of 6" in inspection_text(
-        found
-    ) and "stay in the computer's memory" in inspection_text(found)
+    text = inspection_text(found)
+    assert "card of 6" in text and "stay in the computer's memory" in text
+    assert "text encoders and VAE not counted:" in text
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,7 @@ def test_a_text_encoder_is_recognised(name):
         }
     found = identify(contents_of(shapes | encoder.markers))
     assert found.model_type == ENCODER and found.cards
+    assert "where it runs before the model:" in inspection_text(found)
     assert (
         found.family
         == TITLES[

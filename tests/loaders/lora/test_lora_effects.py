@@ -146,6 +146,16 @@ def test_the_bias_of_a_slice_changes_that_part_of_the_bias():
     assert_effect(lora, {f"{QKV}.weight": weight_change, f"{QKV}.bias": bias_change})
 
 
+def test_a_bias_of_a_factor_adds_nothing_where_the_layer_has_its_own_or_the_factor_is_absent():
+    model, pair, own = flux_pair("Q8_0")[0], peft_pair(LAYER), rand(256)
+    unread = f"{LAYER}.lora_B.bias"
+    report = check_lora(model, None, pair | {f"{LAYER}.diff_b": own, unread: rand(256)})
+    bias, = [value for target, value in report.patches.items() if target.endswith("bias")]
+    assert torch.equal(bias[1][0], own) and report.unread == [unread]
+    unread = "double_blocks.0.txt_attn.proj.lora_B.bias"
+    assert check_lora(model, None, pair | {unread: rand(256)}).unread == [unread]
+
+
 def test_a_bias_for_a_layer_without_one_is_named():
     layer = "double_blocks.0.img_attn.norm.query_norm"
     report = check_lora(flux_pair("Q8_0")[0], None, {f"{PREFIX}{layer}.diff_b": rand(128)})

@@ -108,6 +108,16 @@ GRIDS = [
 ]
 
 
+@pytest.mark.parametrize("on_cpu", ["cpp"], indirect=True)
+@pytest.mark.parametrize("taps", [1, 9, cpp_backend.MAX_TAPS, cpp_backend.MAX_TAPS + 1, 343])
+def test_weights_of_convolutions_are_transposed_whatever_their_taps(on_cpu, taps):
+    """More than a core's cache is for would be written past the end of what the kernel has."""
+    values = torch.randn(5, 37, taps)
+    out = torch.empty(5, taps, 37, dtype=torch.bfloat16)
+    kernel_of(on_cpu, "channels_last").run(values, out)
+    assert torch.equal(out, values.transpose(1, 2).bfloat16())
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("on_cpu", ["cpp"], indirect=True)
 @pytest.mark.parametrize("fmt", GRIDS)

@@ -157,6 +157,20 @@ def test_embedding_gathers_rows_and_dequantizes_only_those(format_name, monkeypa
     assert layer(ids, out_dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_rows_that_a_later_comfyui_looks_up_by_itself_are_those_of_the_packed_table(monkeypatch):
+    """It reads `host_rows` of an embedding that stays in memory; functions on the weight are its
+    own."""
+    weight, dense = random_weight("Q8_0", (100, 512))
+    layer = OPERATIONS.Embedding(100, 512, dtype=torch.float32)
+    layer.load_state_dict({"weight": weight})
+    monkeypatch.setattr(manual_cast.Embedding, "host_rows", lambda self, ids: "the host's",
+                        raising=False)
+    ids = torch.tensor([3, 99, 0])
+    assert torch.equal(layer.host_rows(ids), dense[ids])
+    layer.weight_function = [lambda weight: weight]
+    assert layer.host_rows(ids) == "the host's"
+
+
 def test_embedding_of_rows_that_share_blocks_is_right():
     weight, dense = random_weight("Q4_K", (16, 320))
     layer = OPERATIONS.Embedding(16, 320, dtype=torch.float32)

@@ -17,6 +17,7 @@ from patched_models import (
 )
 
 from featherweight.loaders.lora.compatibility import check_lora
+from featherweight.ops.patches.adapters import shape_of
 from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.patches.patch_trial import trial_error
 
@@ -27,6 +28,16 @@ LAYER = "lora_unet_double_blocks_0_img_attn_proj"
 def no_model_outlives_its_tests():
     yield
     forget_models()
+
+
+@pytest.mark.parametrize(("value", "shape"), [
+    (("diff", (torch.ones(4, 3, 2, 2),)), (4, 12)),
+    (("set", (torch.ones(5),)), (5, 1)),
+    ((torch.ones(2, 7),), (2, 7)),
+    (("fooocus", (torch.ones(2, 7), 0.0, 1.0)), (None, None)),
+])
+def test_a_value_that_is_no_adapter_has_the_shape_of_its_tensor(value, shape):
+    assert shape_of(value) == shape
 
 
 def without_alpha(lora):
