@@ -304,7 +304,9 @@ def check(model: ScaledModel, gib: int, make_card, monkeypatch) -> tuple[Card, T
     if real.missing:
         assert re.search(r" take [\d.]+ .B, [\d.]+ .B more than there is for them on a GPU of "
                          f"{gib} GB", fitted.text)
-        assert not is_whole(patcher, card, done)
+        # what is missing may be less than a page of dynamic VRAM, which is not scaled
+        if not card.is_dynamic or real.missing / model.scale > PAGE:
+            assert not is_whole(patcher, card, done)
     else:
         assert is_whole(patcher, card, done)
         # not at once: comfy-aimdo looks at a GPU's memory every two seconds
