@@ -420,7 +420,7 @@ def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(
         process.send_signal(how)
         said, _ = process.communicate(timeout=60)
         names = [found.name for found in out.iterdir()]
-        if process.returncode == 0:
+        if process.returncode == 0 or "Done: " in said:  # or killed when it had all done
             (out / name).unlink()
             continue
         assert name not in names, said

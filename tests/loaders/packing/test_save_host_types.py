@@ -187,8 +187,10 @@ def test_any_file_is_saved_and_opened_by_the_host(tmp_path, kind, name):
     for key, weight in source.weights.items():
         expected = weight.read(0, len(values[key]))
         packed = saved.types[key] == kind
-        # blocks of random bytes have a few large values each
-        least = (LEAST_DB[kind] - (8 if "GGUF" in name else 0)) if packed else 45
+        # blocks of random bytes have a few large values each; weights of 4 bits have few values,
+        # which one scale may all round far
+        lost = 8 if "GGUF" in name else 1 if "fp4" in name else 0
+        least = LEAST_DB[kind] - lost if packed else 45
         assert db(values[key], expected) > least, key
 
 
