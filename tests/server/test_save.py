@@ -37,10 +37,13 @@ def test_a_model_with_a_lora_is_saved_listed_and_loaded_again(server):
         (node, value, maximum)))
     [name] = files_in(server)
     assert name.endswith("_Q4_K_00001_.gguf") and name[:4].isdigit()
-    _, plan, *_, report = run.texts["3"]
-    assert plan.splitlines()[0] == name and "Q4_K: " in plan and "  " not in plan
+    _, plan, *_, shown = run.texts["3"]
+    assert plan.splitlines()[0] == name and "Q4_K " in plan and "  " not in plan
     assert plan.endswith("\npacking")
-    assert "LoRA 1 (strength 0.5): " in report and run.outputs["3"]["text"][0] == report
+    assert shown.startswith(f"{name}\n") and "LoRA 1 (strength 0.5): " in shown
+    report = run.outputs["3"]["text"][0].splitlines()
+    assert not set(shown.splitlines()) - {*report, plan.splitlines()[2]}
+    assert [line for line in report if line.startswith("Q4_K: ")]
     bar = [(value, maximum) for node, value, maximum in seen if node == "3" and maximum]
     assert bar[0][0] == 0 and bar[-1][0] == bar[-1][1] > 0
     listed = server.object_info()[demo.LOADER]["input"]["required"]["model_name"]
