@@ -4,10 +4,8 @@ Standard library only: dev.py imports it before anything is installed.
 """
 import argparse
 import os
-import subprocess
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from devtools import ROOT
@@ -62,18 +60,8 @@ def _lint(environment: Environment) -> int:
     return 1 if any(codes) else 0
 
 
-def _lint_at_once(environment: Environment) -> int:
-    """Lint while the tests run, which leave a core idle now and then. Complaints are printed when
-    they are known."""
-    done = subprocess.run([str(environment.python), str(ROOT / "dev.py"), "lint"], cwd=ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        print(f"\n{done.stdout}", flush=True)
-    return done.returncode
-
-
 def test(arguments: list[str]) -> int:
-    """Lint and run pytest with `arguments`: the whole suite in a process for each core.
+    """Lint, then run pytest with `arguments`: the whole suite in a process for each core.
 
     Where they name files, only these run, and nothing is linted or downloaded.
     """
@@ -84,15 +72,14 @@ def test(arguments: list[str]) -> int:
     fetch_llama_cpp(environment.python)
     fetch_chromium(environment.python)
     started = time.monotonic()
-    print("Linting and running the tests", flush=True)
-    with ThreadPoolExecutor(1) as pool:
-        linting = pool.submit(_lint_at_once, environment)
-        if "--heavy" in arguments:  # a heavy test may need all of the memory
-            tests = environment.run("-m", "pytest", "tests", *arguments, **COMPILED_ONCE)
-        else:
-            tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, "tests",
-                                    *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
-        lint_code = linting.result()
+    print("Linting", flush=True)
+    lint_code = _lint(environment)
+    print("Running the tests", flush=True)
+    if "--heavy" in arguments:  # a heavy test may need all of the memory
+        tests = environment.run("-m", "pytest", "tests", *arguments, **COMPILED_ONCE)
+    else:
+        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, "tests",
+                                *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
     failed = [name for name, code in (("the linters", lint_code), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
     print(f"Failed: {' and '.join(failed)}, see above ({took})"
