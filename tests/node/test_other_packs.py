@@ -8,6 +8,7 @@ from pathlib import Path
 
 import other_packs
 import pytest
+from cloned_packs import cloned
 
 from devtools import ROOT
 
@@ -18,9 +19,7 @@ TOO_OLD = {"ComfyUI-TeaCache": "precompute_freqs_cis", "ComfyUI-NAG": "NoneType"
 
 def results(name: str) -> list[dict]:
     """What `other_packs.py` prints of a pack."""
-    if not (other_packs.PACKS / name).is_dir():
-        pytest.skip(f"no clone of {name} in .dev/packs")
-    run = subprocess.run([sys.executable, str(SCRIPT), str(other_packs.PACKS / name)],
+    run = subprocess.run([sys.executable, str(SCRIPT), str(cloned(name))],
                          capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]

@@ -4,11 +4,9 @@ are there.
 Each test leaves screenshots in `.dev/screenshots`.
 """
 import contextlib
-import itertools
 import json
 import os
 import random
-import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from editor import (
     text_on,
     with_texts,
 )
+from empty_models import touch, touch_named
 from frontends import newest_frontend
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
 from safetensors.torch import save_file
@@ -45,7 +44,6 @@ from devtools.workflows.stand_ins import stand_in_files
 CATEGORY = "Featherweight"
 EXAMPLES = example_paths()
 LEGACY = sorted((ROOT / "tests" / "server" / "legacy_workflows").glob("*.json"))
-FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
 MODERN = "Comfy.VueNodes.Enabled"
 SHOWS_TEXT = (
     "FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder",
@@ -226,16 +224,7 @@ def touch_all(base: Path):
     """Makes an empty file of every name that the workflows use."""
     stand_in_files(base)
     for path in LEGACY:
-        written = path.read_text(encoding="utf-8").replace(r"\\", "/")
-        for name, folder in itertools.product(
-                re.findall(r'"([^"]+\.(?:gguf|safetensors))"', written), FOLDERS):
-            touch(base, folder, name)
-
-
-def touch(base: Path, folder: str, name: str):
-    path = base / "models" / folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+        touch_named(base, path.read_text(encoding="utf-8"))
 
 
 def keep(page, name: str):

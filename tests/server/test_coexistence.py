@@ -2,16 +2,17 @@
 LoRAs work on ours."""
 import json
 import shutil
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cloned_packs import PACKS, cloned
 
 from devtools import ROOT, demo
 from devtools.files import demo_files
 from devtools.host.server import PACK, Server
 from devtools.workflows.api_format import to_api
-
-PACKS = ROOT / ".dev" / "packs"
 
 # What matters of ComfyUI-GGUF: it owns the ids, and makes two folder keys share one list.
 GGUF_IDS = (
@@ -45,10 +46,10 @@ class UnetLoaderGGUF:
 NODE_CLASS_MAPPINGS = {name: type(name, (UnetLoaderGGUF,), {}) for name in IDS}
 '''
 
-def write_paths(folder, names) -> list[str]:
+def write_paths(folder: Path, packs: Iterable[Path]) -> list[str]:
     """The host's arguments for further folders of packs, which it reads after the first, in this
     order."""
-    text = "".join(f"{name}:\n  custom_nodes: {(folder / name).as_posix()}\n" for name in names)
+    text = "".join(f"{path.name}:\n  custom_nodes: {path.as_posix()}\n" for path in packs)
     (folder / "paths.yaml").write_text(text)
     return ["--extra-model-paths-config", str(folder / "paths.yaml")]
 
@@ -78,7 +79,7 @@ def beside(request, tmp_path_factory):
     model.touch()
     with Server(base, with_pack=is_first,
                 extra_custom_nodes=None if is_first else {"other_pack": OTHER_PACK},
-                arguments=write_paths(folder, ("late", "last"))) as server:
+                arguments=write_paths(folder, [late, last])) as server:
         yield is_first, used, last / another, server.object_info(), server.log()
 
 
@@ -115,7 +116,7 @@ MANY = {f"lora_{index}": {"on": True, "lora": name, "strength": strength}
 
 def drawn(server: Server, **added: dict) -> np.ndarray:
     """The demo's picture in two steps, with nodes in a row between its model and its sampler.
-    added: id -> class and inputs beside the model."""
+    added: id -> class and inputs, without the model."""
     prompt = to_api(json.loads(demo.WORKFLOW.read_text(encoding="utf-8")), server.object_info())
     sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")["inputs"]
     sampler["steps"] = 2
@@ -142,12 +143,9 @@ def test_a_node_of_many_loras_does_what_the_hosts_loaders_do_in_a_row(server):
 @pytest.mark.heavy
 def test_with_other_packs_installed_pictures_are_the_same_bit_for_bit(server, tmp_path):
     """With all that are cloned into .dev/packs, and through rgthree's loader of many LoRAs."""
-    if not (PACKS / "rgthree-comfy").is_dir():
-        pytest.skip("no clone of rgthree-comfy in .dev/packs")
-    (tmp_path / "paths.yaml").write_text(f"others:\n  custom_nodes: {PACKS.as_posix()}\n")
+    cloned("rgthree-comfy")
     demo_files.make_models(tmp_path)
-    with Server(tmp_path, arguments=["--extra-model-paths-config",
-                                     str(tmp_path / "paths.yaml")]) as other:
+    with Server(tmp_path, arguments=write_paths(tmp_path, [PACKS])) as other:
         info = other.object_info()
         assert info["FeatherweightLoadDiffusionModel"]
         assert np.array_equal(drawn(other), drawn(server))

@@ -1,18 +1,15 @@
 """Workflows that other packs publish, in clones of these in .dev/packs, open and are accepted
 without those packs."""
-import itertools
 import json
 import re
 import urllib.error
 
 import pytest
+from cloned_packs import cloned
+from empty_models import touch, touch_named
 
-from devtools import ROOT
 from devtools.host.server import PACK, Server
 
-PACKS = ROOT / ".dev" / "packs"
-FOLDERS = ("diffusion_models", "text_encoders", "checkpoints", "vae", "loras")
-FILE = re.compile(r'"([^"/][^"]*\.(?:gguf|safetensors|sft))"')
 # A folder of Nunchaku, as its first versions were published.
 FOLDER = re.compile(r'"(svdq-\w+-[\w.-]+-(?:dev|schnell))"')
 
@@ -20,20 +17,16 @@ FOLDER = re.compile(r'"(svdq-\w+-[\w.-]+-(?:dev|schnell))"')
 @pytest.fixture(params=["ComfyUI-MultiGPU", "ComfyUI-nunchaku"])
 def paths(request):
     """The example workflows of a pack."""
-    found = sorted((PACKS / request.param / "example_workflows").glob("*.json"))
-    if not found:
-        pytest.skip(f"no clone of {request.param} in .dev/packs")
-    return found
+    return sorted((cloned(request.param) / "example_workflows").glob("*.json"))
 
 
 @pytest.mark.heavy
 def test_each_opens_and_every_value_of_our_nodes_is_accepted(paths, browser, tmp_path):
     texts = {path.name: path.read_text(encoding="utf-8") for path in paths}
-    written = "".join(texts.values()).replace(r"\\", "/")
-    for name, folder in itertools.product(FILE.findall(written), FOLDERS):
-        touch(tmp_path / "models" / folder / name)
-    for name in FOLDER.findall(written):
-        touch(tmp_path / "models" / "diffusion_models" / name / "transformer_blocks.safetensors")
+    for text in texts.values():
+        touch_named(tmp_path, text)
+        for name in FOLDER.findall(text):
+            touch(tmp_path, "diffusion_models", f"{name}/transformer_blocks.safetensors")
     ours, refused = set(), {}
     with Server(tmp_path) as server:
         info = server.object_info()
@@ -49,11 +42,6 @@ def test_each_opens_and_every_value_of_our_nodes_is_accepted(paths, browser, tmp
                         refused[name, node["class_type"]] = error
         browser.close_editor()
     assert len(ours) > 4 and not refused
-
-
-def touch(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
 
 
 def refusal(server: Server, node_id: str, node: dict) -> str:

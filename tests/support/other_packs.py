@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HOST_ARGUMENTS", "--cpu --fp32-unet --fp32-vae")
-import comfyui_and_pack  # first: puts both where they can be imported
+import comfyui_and_pack  # noqa: F401  first: puts both where they can be imported
 
 import folder_paths
 import pytest
@@ -92,9 +92,7 @@ def wan(node: str, **options) -> tuple[str, Case]:
     return node, Case("wan2.1-t2v", **options)
 
 
-# Where packs lie that somebody has cloned for these tests, by the names of their repositories.
-PACKS = comfyui_and_pack.PACK / ".dev" / "packs"
-# By such a name: nodes of the pack, and how they are called.
+# By the name of a pack's repository: nodes of it, and how they are called.
 CASES: dict[str, list[tuple[str, Case]]] = {
     "ComfyUI-KJNodes": [
         ("DifferentialDiffusionAdvanced", Case(noise_mask=True, inputs={
@@ -172,7 +170,7 @@ def compare(name: str, case: Case) -> dict:
 
 
 def compare_controlnets(name: str) -> dict:
-    """Returns the line of *Apply Advanced ControlNet* with a mask, for a ControlNet of a kind."""
+    """Returns the line of *Apply Advanced ControlNet* with a mask. name: one of KINDS."""
     kind, path = KINDS[name], Path(folder().name)
     node = nodes.NODE_CLASS_MAPPINGS["ACN_AdvancedControlNetApply_v2"]
 
