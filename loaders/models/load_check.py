@@ -47,6 +47,8 @@ UNUSED = tuple((re.compile(pattern), reason) for pattern, reason in (
     (r"^(loss|model_ema)\.|(^|\.)num_batches_tracked$", "of training"),
 ))
 CLIP_L_WIDTH = 768
+# of Flux, HunyuanVideo and their ControlNets: takes the pooled text of a CLIP L
+POOLED_TEXT = "vector_in.in_layer.weight"
 
 
 def _is_clip_l(root: torch.nn.Module, match: re.Match) -> bool:
@@ -143,6 +145,7 @@ class LoadCheck:
         """
         made, initialised, unused = [], [], []
         for module, missing, unexpected in self._loads:
+            self._note_cut_pooled_text(module)
             for name in missing:
                 if not _is_not_needed(module, name):
                     (made if _make(module, name) else initialised).append(name)
@@ -169,6 +172,15 @@ class LoadCheck:
             patcher.set_attachments(NOTES_KEY, tuple(self.notes))
         elif self.notes:
             log.warning("[Featherweight] %s", " ".join(self.notes))
+
+    def _note_cut_pooled_text(self, module: torch.nn.Module):
+        """Notes a weight with too few columns, for which the host cuts the pooled text off."""
+        weight = dict(module.named_parameters()).get(POOLED_TEXT)
+        if weight is not None and weight.shape[-1] < CLIP_L_WIDTH:
+            self.notes.append(
+                f"{POOLED_TEXT!r} of {self.name} takes {weight.shape[-1]} values of the pooled"
+                f" text, expected {CLIP_L_WIDTH}: ComfyUI leaves the others out. Images may be"
+                " wrong: download the file again, or get another conversion.")
 
 
 def bytes_of(weights: Mapping[str, torch.Tensor]) -> int:

@@ -48,7 +48,7 @@ EXTRAS = {
     "sdxl": {"pooled_output": (1, 1280)},
     "sd3.5": {"pooled_output": (1, 256)},
     "sd3.5-wide": {"pooled_output": (1, 2048)},
-    "flux-dev": {"pooled_output": (1, 256), "guidance": 3.5},
+    "flux-dev": {"pooled_output": (1, 768), "guidance": 3.5},
     "ltxv": {"attention_mask": torch.ones(1, 7, dtype=torch.long)},
     "mochi": {"attention_mask": torch.ones(1, 8, dtype=torch.long)},
     **{name: {"pooled_output": (1, 768)}

@@ -5,6 +5,7 @@ import comfy.sd
 import pytest
 import torch
 from checkpoint_parts import autoencoder, clip_l, stable_diffusion
+from controlnets import flux_bfl
 from encoders import ENCODERS
 from encoders.encoder import random_weights as encoder_weights
 from encoders.encoder import small_towers, write_encoder
@@ -13,9 +14,11 @@ from host_formats import in_host_format
 from patched_models import relative, run, tiny_flux
 from safetensors.torch import save_file
 
+from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.load_check import (
     NOT_NEEDED,
@@ -100,6 +103,19 @@ def test_missing_and_unused_together_stop_the_load(write, tmp_path):
                                               f" {WEIGHT!r}, and the model has no 'double_blocks.0."
                                               "img_mlp_0_weight'"):
         load_diffusion_model(write(tmp_path / "a.safetensors", weights))
+
+
+@pytest.mark.parametrize(("load", "weights"), [
+    (load_diffusion_model, lambda: tiny_models.flux(
+        0, hidden=256, double_blocks=1, single_blocks=1, context=256, pooled_text=True)),
+    (load_controlnet, flux_bfl),
+], ids=["model", "ControlNet"])
+def test_a_weight_that_takes_a_part_of_the_pooled_text_is_told(load, weights, tmp_path):
+    name, weights = "vector_in.in_layer.weight", dict(weights())
+    assert load_notes(patcher_of(load(gguf(tmp_path / "whole.gguf", weights)))) == ()
+    weights[name] = weights[name][:, :384]
+    note, = load_notes(patcher_of(load(gguf(tmp_path / "cut.gguf", weights))))
+    assert f"{name!r} of cut.gguf takes 384 values of the pooled text, expected 768" in note
 
 
 @writers
