@@ -178,7 +178,7 @@ def test_a_cost_is_what_the_exchanged_weight_does_to_the_output(packed, monkeypa
     width, latent = 256, {"samples": torch.zeros(1, 16, 8, 8)}
     prompt = [[
         torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)),
-        {"pooled_output": torch.randn(1, 256)}
+        {"pooled_output": torch.randn(1, 768)}
     ]]
     SamplingRun([prompt], latent, samples=1, steps=2).run(
         patcher, lambda number, step: steps.append(step)
