@@ -165,8 +165,8 @@ def uneven_bias_text(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 
 
 @contextlib.contextmanager
-def explain_shape_errors(name: str):
-    """Raises WeightFileError if the host cannot build a model with the shapes of a file's weights.
+def explain_build_errors(name: str):
+    """Raises WeightFileError if the host cannot build a model with the weights of a file.
 
     Args:
         name: of the file.
@@ -179,10 +179,10 @@ def explain_shape_errors(name: str):
         yield
     except WeightFileError:
         raise
-    except (ArithmeticError, ValueError) as error:
+    except (ArithmeticError, AssertionError, IndexError, ValueError) as error:
         raise WeightFileError(
             f"{name}: ComfyUI knows the names of the weights, but cannot build a model"
-            f" of their sizes ({first_line(error)}). {advice}") from error
+            f" of them ({first_line(error)}). {advice}") from error
     except RuntimeError as error:
         mismatch = shape_mismatch_text(error)
         if mismatch is None:

@@ -14,7 +14,7 @@ from ...ops.bounded_json import read_json
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.tensor.packed_layout import is_packed
-from ..comfyui.detection import explain_shape_errors, reject_non_diffusion, try_detect
+from ..comfyui.detection import explain_build_errors, reject_non_diffusion, try_detect
 from ..comfyui.packed_patcher import wrap_clip, wrap_model
 from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.weight_keys import model_prefix
@@ -259,7 +259,7 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
 
     def build(state_dict, **outputs) -> Sequence[Any]:
         with (
-            explain_shape_errors(file.path.name),
+            explain_build_errors(file.path.name),
             dequantize_plain_parameters(),
             check_load(file.path.name, file.notes, bytes_of(state_dict)) as check,
         ):

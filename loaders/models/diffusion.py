@@ -17,7 +17,7 @@ from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
     explain_missing_config,
-    explain_shape_errors,
+    explain_build_errors,
     is_diffusion_model,
     left_out_text,
     missing_keys_text,
@@ -230,7 +230,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     if is_diffusion_model(state_dict):
         with (
             explain_missing_config(file),
-            explain_shape_errors(file.path.name),
+            explain_build_errors(file.path.name),
             dequantize_plain_parameters(),
             check_load(file.path.name, file.notes, bytes_of(state_dict)) as check,
         ):

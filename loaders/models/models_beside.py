@@ -19,7 +19,7 @@ from ..comfyui.detection import (
     CONTROLNET,
     UNKNOWN_ERRORS,
     describe_other_kind,
-    explain_shape_errors,
+    explain_build_errors,
     is_diffusion_model,
 )
 from ..comfyui.packed_patcher import keep_packed, log_load_summary
@@ -160,7 +160,7 @@ def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Te
            metadata: Mapping[str, str] | None, operations: type | None,
            notes: Iterable[str]) -> Any:
     try:
-        with explain_shape_errors(name), check_load(name, notes, bytes_of(state_dict)) as check:
+        with explain_build_errors(name), check_load(name, notes, bytes_of(state_dict)) as check:
             model = build(name, dict(state_dict), dict(metadata or {}), operations)
             check.attach(model)
     except UNKNOWN_ERRORS as error:

@@ -23,7 +23,7 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
-from ..comfyui.detection import UNKNOWN_ERRORS, explain_shape_errors
+from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors
 from ..comfyui.packed_patcher import guard_of
 from ..comfyui.quantized_weights import (
     as_tensors,
@@ -165,7 +165,7 @@ def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
     with (
         pack_layers() if is_any_packed else contextlib.nullcontext(),
         dequantize_plain_parameters(),
-        explain_shape_errors(name),
+        explain_build_errors(name),
         check_load(name, notes) as check,
     ):
         vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)

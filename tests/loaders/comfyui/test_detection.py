@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES, random_weights
 from host_formats import in_host_format
 from safetensors.torch import save_file
 
@@ -45,6 +46,15 @@ def test_a_few_weights_of_a_model_are_no_model(load, path):
     with pytest.raises(WeightFileError, match=UNKNOWN) as error:
         load(path, pack_to="Q8_0")
     assert "\n" not in str(error.value)
+
+
+def test_a_unet_whose_blocks_the_host_counts_wrongly_is_refused_in_a_sentence(tmp_path):
+    weights = random_weights(FAMILIES["sd1.5"])
+    del weights["output_blocks.1.0.in_layers.0.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(WeightFileError, match=r"model.safetensors: .* cannot build a model of them"
+                                              r" \(pop from empty list\)\. Download it again"):
+        load_diffusion_model(str(tmp_path / "model.safetensors"))
 
 
 LACKS = [
