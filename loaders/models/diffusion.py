@@ -16,8 +16,8 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
-    explain_missing_config,
     explain_build_errors,
+    explain_missing_config,
     is_diffusion_model,
     left_out_text,
     missing_keys_text,
