@@ -2,7 +2,7 @@
 import bisect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import comfy.model_detection
 import torch
@@ -10,6 +10,8 @@ import torch
 from ...ops.layers.load_hooks import FillEmpty
 from ...ops.tensor.packed_layout import is_packed
 from ...ops.tensor.row_slicing import join_rows, take_rows
+from ..files.container import DOWNLOAD_AGAIN, WeightFileError, safe_repr
+from ..name_lists import join_some
 from .detection import try_detect
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,47 @@ def from_diffusers(state_dict: dict[str, torch.Tensor],
     if WAN in state_dict:
         return {_convert_wan(name): tensor for name, tensor in state_dict.items()}
     tensors = {_convert_by_tables(name): tensor for name, tensor in state_dict.items()}
+    found = _joined_rows(tensors)
+    if found is None:
+        return state_dict
+    weights, used = found
+    out: dict = {name: tensor for name, tensor in tensors.items() if name not in used}
+    for target, (parts, is_whole) in weights.items():
+        rows = [(tensors[name], first, end) for name, first, end in parts]
+        if not is_whole or len({
+                (part.shape[1:], part.is_floating_point()) for part, _, _ in rows}) > 1:
+            out |= {name: tensors[name] for name, _, _ in parts}
+        else:
+            dense = len(rows) > 1 and not any(is_packed(tensor) for tensor, _, _ in rows)
+            out[target] = JoinedRows(rows) if lazy and dense else _join_rows(target, rows)
+    return out
+
+
+def reject_incomplete(name: str, state_dict: Mapping[str, torch.Tensor]):
+    """Raises WeightFileError where weights are missing that the host joins with others.
+
+    Its conversion of diffusers' names would leave the rows of a missing one as the memory is.
+
+    Args:
+        name: of the file.
+        state_dict: its tensors, of which only the shapes matter.
+    """
+    weights, _ = _joined_rows(state_dict) or ({}, ())
+    incomplete = [target for target, (parts, is_whole) in weights.items() if parts and not is_whole]
+    if incomplete:
+        raise WeightFileError(
+            f"{name} lacks some of the weights that ComfyUI joins to"
+            f" {join_some(map(safe_repr, incomplete))}. {DOWNLOAD_AGAIN}")
+
+
+def _joined_rows(tensors: Mapping[str, torch.Tensor]) -> tuple[
+        dict[str, tuple[list[tuple[str, int, int]], bool]], set[str]] | None:
+    """Runs the host's conversion on row numbers in place of rows.
+
+    Returns:
+        Weight -> the parts that it is joined of, as (name, first row, end), and whether they are
+        all of it; and the names of tensors that the host converts. None where it converts none.
+    """
     names = [name for name, tensor in tensors.items() if tensor.ndim and tensor.numel()]
     starts = []
     numbers = {}
@@ -85,25 +128,17 @@ def from_diffusers(state_dict: dict[str, torch.Tensor],
     with FillEmpty(torch.Tensor.zero_):
         converted = try_detect(comfy.model_detection.convert_diffusers_mmdit, numbers, "")
     if converted is None:
-        return state_dict
-    used = set(names).difference(numbers)  # the conversion pops what it uses
-    out: dict = {name: tensor for name, tensor in tensors.items() if name not in used}
+        return None
+    weights = {}
     for target, rows in converted.items():
         written = rows[rows > 0]
-        sources = []
         parts = []
         for run in _consecutive_runs(written):
             source = bisect.bisect(starts, run[0].item()) - 1
             first = run[0].item() - starts[source]
-            sources.append(names[source])
-            parts.append((tensors[names[source]], first, first + len(run)))
-        if len(written) < len(rows) or len({
-                (part.shape[1:], part.is_floating_point()) for part, _, _ in parts}) > 1:
-            out |= {name: tensors[name] for name in sources}
-        else:
-            dense = len(parts) > 1 and not any(is_packed(tensor) for tensor, _, _ in parts)
-            out[target] = JoinedRows(parts) if lazy and dense else _join_rows(target, parts)
-    return out
+            parts.append((names[source], first, first + len(run)))
+        weights[target] = parts, len(written) == len(rows)
+    return weights, set(names).difference(numbers)  # the conversion pops what it uses
 
 
 def _consecutive_runs(numbers: torch.Tensor) -> Sequence[torch.Tensor]:

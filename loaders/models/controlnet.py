@@ -11,7 +11,7 @@ import torch
 
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import CONTROLNET
-from ..comfyui.diffusers_keys import from_diffusers
+from ..comfyui.diffusers_keys import from_diffusers, reject_incomplete
 from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.who_computes import AUTOMATIC
 from ..files.container import WeightFileError
@@ -73,6 +73,7 @@ def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, s
             f"{name} holds the difference between a ControlNet and a model (it has 'difference'),"
             " expected a complete ControlNet. Get one with all its weights, or load an unpacked one"
             " with ComfyUI's Load ControlNet Model (diff).")
+    reject_incomplete(name, state_dict)
     options: dict[str, Any] = {}
     if _averages_over_picture(name):
         options["global_average_pooling"] = True

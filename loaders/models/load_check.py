@@ -59,8 +59,10 @@ def _is_any(root: torch.nn.Module, match: re.Match) -> bool:
     return True
 
 
-def _is_controlnet_embedder(root: torch.nn.Module, match: re.Match) -> bool:
-    return type(root).__name__ == "ControlNetEmbedder"
+def _is_given_to_controlnet(root: torch.nn.Module, match: re.Match) -> bool:
+    """Whether the host gives a ControlNet of SD 3.5 this embedder, before it samples."""
+    return (type(root).__name__ == "ControlNetEmbedder"
+            and bool(getattr(root, "double_y_emb", False)) == match[0].startswith("orig_y"))
 
 
 def _shares_keys(root: torch.nn.Module, match: re.Match) -> bool:
@@ -73,7 +75,7 @@ def _shares_keys(root: torch.nn.Module, match: re.Match) -> bool:
 NOT_NEEDED = tuple((re.compile(pattern), is_such, reason) for pattern, is_such, reason in (
     (r"^(?:clip_l\.transformer\.)?text_projection\.weight$", _is_clip_l,
      "CLIP L is used without its projection"),
-    (r"^(?:orig_y_embedder|x_embedder\.proj)\.", _is_controlnet_embedder,
+    (r"^(?:orig_y_embedder|x_embedder\.proj)\.", _is_given_to_controlnet,
      "the model that it guides gives it"),
     (r"(?:^|\.)logit_scale$", _is_any, "of the training of a CLIP"),
     (r"^vae_(?:scale|shift)$", _is_any, "TAESD's are 1 and 0"),

@@ -31,10 +31,9 @@ def needs_own_reader(path: str, pack_to: str | None = None,
         pack_to: type that weights are packed to as they are read, or None.
         host_formats: ComfyUI's own formats that this pack computes.
     """
-    name = str(path).lower()
-    if pack_to or name.endswith(".gguf") or os.path.isdir(path):
+    if pack_to or str(path).lower().endswith(".gguf") or os.path.isdir(path):
         return True
-    if not name.endswith((".safetensors", ".sft")):
+    if not is_safetensors(path):
         return False
     if is_shard(path):
         return True
@@ -54,9 +53,14 @@ def needs_own_reader(path: str, pack_to: str | None = None,
             return True
 
 
+def is_safetensors(path: str) -> bool:
+    """Returns whether a path is one of a safetensors file, by its ending."""
+    return str(path).lower().endswith((".safetensors", ".sft"))
+
+
 def has_plain_fp8(path: str) -> bool:
     """Returns whether a safetensors file has weights in fp8 without a mark or a scale."""
-    if not str(path).lower().endswith((".safetensors", ".sft")):
+    if not is_safetensors(path):
         return False
     try:
         with safe_open(path, framework="pt") as file:

@@ -17,7 +17,7 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
-from ..comfyui.detection import is_diffusion_model, shape_mismatch_text
+from ..comfyui.detection import UNKNOWN_ERRORS, is_diffusion_model, shape_mismatch_text
 from ..comfyui.packed_patcher import wrap_clip
 from ..comfyui.quantized_weights import as_tensors, in_parts, read_marked, reject_unread_layers
 from ..comfyui.who_computes import AUTOMATIC, packed_formats
@@ -118,7 +118,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
             if disable_dynamic or targets.text:
                 recipe.attach(clip.patcher)
             return clip
-        except (RuntimeError, LookupError, NameError) as error:
+        except (RuntimeError, *UNKNOWN_ERRORS) as error:
             if isinstance(error, RuntimeError) and shape_mismatch_text(error) is None:
                 raise
             log.debug("[Featherweight] ComfyUI does not load %s", paths, exc_info=True)
@@ -337,7 +337,7 @@ class _Encoder:
         except KeyError as error:
             # `reject_missing_tokenizers` names what is missing in other formats.
             if self.path.suffix.lower() != ".gguf":
-                return self.arch.convert(self.weights, self.metadata)
+                return self._converted(self.arch)
             raise WeightFileError(
                 f"{self.name} has no {error.args[0]} in its metadata, from which its tokenizer is"
                 " made. Get another conversion of the model.") from error
@@ -345,7 +345,14 @@ class _Encoder:
             raise WeightFileError(
                 f"{self.name}: in its metadata {error}. Get another conversion of the model."
             ) from error
-        return self.arch.convert(self.weights, self.metadata) | tokenizer
+        return self._converted(self.arch) | tokenizer
+
+    def _converted(self, arch: type[Arch]) -> Weights:
+        try:
+            return arch.convert(self.weights, self.metadata)
+        except KeyError as error:
+            raise WeightFileError(f"{self.name} has no weight for {error.args[0]!r} of the model."
+                                  f" {DOWNLOAD_AGAIN}") from error
 
     def _tokenizer(self, arch: type[Arch]) -> Weights:
         """Returns `Arch.tokenizer` of the file; raises KeyError for missing metadata.

@@ -29,6 +29,7 @@ from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
+from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 Tensors = dict[str, torch.Tensor]
 Writer = Callable[[Path], Any]
@@ -79,6 +80,12 @@ FILES: dict[str, tuple[Load, Writer, str]] = {
     "ControlNet": (controlnet, lambda path: write_host_format("float8_e4m3fn", path, flux_bfl()),
                    "controlnet.safetensors"),
 }
+
+
+def weights_of(model: torch.nn.Module) -> Tensors:
+    """The values of a model's weights, packed ones dequantised, in float32."""
+    return {name: (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).float()
+            for name, weight in model.named_parameters()}
 
 
 def stored_in(path: Path) -> "Stored | StoredGGUF":

@@ -30,6 +30,12 @@ LAYER_0 = {f"{name.format(0)}.weight" for name in DECODER_NAMES if name.startswi
 HEAD = 128  # width of an attention head in all models that the host has
 
 
+def width_of(weights: Mapping[str, torch.Tensor]) -> int:
+    """Returns how wide the embeddings of tokens are, 0 where the file has none."""
+    table = weights.get("token_embd.weight")
+    return 0 if table is None else table.shape[1]
+
+
 def is_plain_decoder(weights: Mapping[str, torch.Tensor], widths: Collection[int]) -> bool:
     """Returns whether this is a decoder of one of these widths whose layers hold nothing else."""
     key = weights.get("blk.0.attn_k.weight")

@@ -2,7 +2,7 @@
 from ....ops.tensor.row_slicing import dense
 from ..arch import SENTENCEPIECE, Arch, rename_keys, unswap_ffn
 from ..tokenizer import sentencepiece_model
-from ._decoder import DECODER_NAMES, with_attention_split
+from ._decoder import DECODER_NAMES, width_of, with_attention_split
 
 LAYER, TOWER_LAYER = "model.layers.{}", "vision_model.encoder.layers.{}"
 GEMMA_NAMES = {
@@ -82,7 +82,7 @@ class Gemma3(Gemma2):
     def vision_width(cls, weights, vision):
         if not {PROJECTION, PROJECTION_NORM, "v.blk.0.ln1.weight"} <= vision.keys():
             return None
-        return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[1]
+        return width_of(weights), vision[PROJECTION].shape[1]
 
 
 def _with_host_norms(weights):

@@ -10,7 +10,7 @@ import torch
 from ....ops.tensor.row_slicing import dense
 from ..arch import TOKENIZER_JSON, Arch, rename_keys
 from ..tokenizer import tokenizer_json
-from ._decoder import with_attention_split
+from ._decoder import width_of, with_attention_split
 from .gemma import GEMMA_NAMES, GEMMA_TENSORS, LAYER, LAYER_SCALE, PROJECTION, PROJECTION_NORM
 
 EXPERTS = "blk.0.ffn_gate_inp.weight"
@@ -133,7 +133,7 @@ class Gemma4(Arch):
             and not {POSITIONS, f"{POSITIONS}.weight"} & vision.keys()
         ):
             return None
-        return weights["token_embd.weight"].shape[1], vision[PROJECTION].shape[0]
+        return width_of(weights), vision[PROJECTION].shape[0]
 
 
 def _channels_last(values: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,7 @@ import re
 from ..arch import Arch, Weights, rename_keys
 from ..missing_towers import placeholder
 from . import qwen_vl
-from ._decoder import DECODER_NAMES
-
-
-def _width(weights) -> int:
-    return weights["token_embd.weight"].shape[1]
+from ._decoder import DECODER_NAMES, width_of
 
 
 class Qwen25(Arch):
@@ -21,7 +17,7 @@ class Qwen25(Arch):
     @classmethod
     def recognises(cls, weights):
         keys = weights.get("blk.0.attn_k.bias")
-        return keys is not None and len(keys) == cls.keys and _width(weights) == cls.width
+        return keys is not None and len(keys) == cls.keys and width_of(weights) == cls.width
 
 
 class Qwen25VL(Qwen25):
@@ -42,7 +38,7 @@ class Qwen25VL(Qwen25):
     def vision_width(cls, weights, vision):
         if not qwen_vl.is_qwen25_tower(vision):
             return None
-        return _width(weights), qwen_vl.output_width(vision)
+        return width_of(weights), qwen_vl.output_width(vision)
 
 
 class Qwen3(Arch):
@@ -64,7 +60,7 @@ class Qwen3(Arch):
         return (
             required <= weights.keys()
             and "blk.0.post_attention_norm.weight" not in weights
-            and _width(weights) in cls.widths
+            and width_of(weights) in cls.widths
         )
 
 
@@ -88,14 +84,14 @@ class Qwen3VL(Qwen3):
                 name.replace("visual", cls.tower, 1): tensor for name, tensor in tower.items()
             }
         if cls._is_qwen3_vl(metadata):
-            return converted | cls._placeholders(_width(weights))
+            return converted | cls._placeholders(width_of(weights))
         return converted
 
     @classmethod
     def vision_width(cls, weights, vision):
         if not qwen_vl.is_qwen3_tower(vision, deepstack=True):
             return None
-        return _width(weights), qwen_vl.output_width(vision)
+        return width_of(weights), qwen_vl.output_width(vision)
 
     @classmethod
     def wants_vision(cls, metadata):

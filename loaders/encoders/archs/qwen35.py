@@ -9,7 +9,7 @@ from ....ops.tensor.packed_layout import is_packed, packed_tensor, packed_tensor
 from ....ops.tensor.row_slicing import dense, take_rows
 from ..arch import Arch, Weights, rename_keys
 from . import qwen_vl
-from ._decoder import DECODER_NAMES
+from ._decoder import DECODER_NAMES, width_of
 
 TEXT = "model.language_model"
 LAYER = f"{TEXT}.layers.{{}}"
@@ -47,7 +47,7 @@ class Qwen35(Arch):
             "blk.0.ssm_a", "blk.0.ssm_alpha.weight", "blk.0.attn_qkv.weight",
             "blk.0.ffn_gate.weight"
         }
-        return required <= weights.keys() and weights["token_embd.weight"].shape[1] in cls.widths
+        return required <= weights.keys() and width_of(weights) in cls.widths
 
     @classmethod
     def convert(cls, weights, metadata):
@@ -65,7 +65,7 @@ class Qwen35(Arch):
     def vision_width(cls, weights, vision):
         if not qwen_vl.is_qwen3_tower(vision, deepstack=False):
             return None
-        return weights["token_embd.weight"].shape[1], qwen_vl.output_width(vision)
+        return width_of(weights), qwen_vl.output_width(vision)
 
 
 def _without_drafts(weights: Weights) -> Weights:

@@ -11,11 +11,10 @@ import pytest
 import torch
 from encoders.encoder import small_towers
 from patched_models import relative
-from stored_files import CLIP, FILES, Stored, StoredGGUF, Tensors, written
+from stored_files import CLIP, FILES, Stored, StoredGGUF, Tensors, weights_of, written
 
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.models.load_check import load_notes
-from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -113,11 +112,6 @@ def change_one(settings: dict, chance: random.Random) -> str:
     settings[key] = (not value if isinstance(value, bool) else 2 * value + 1
                      if isinstance(value, int | float) else "other")
     return f"{key} = {settings[key]}"
-
-
-def weights_of(model: torch.nn.Module) -> Tensors:
-    return {name: (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).float()
-            for name, weight in model.named_parameters()}
 
 
 def check_faults(name: str, seed: int, count: int, tmp_path: Path):
