@@ -182,7 +182,7 @@ def explain_build_errors(name: str):
     except (ArithmeticError, AssertionError, IndexError, ValueError) as error:
         raise WeightFileError(
             f"{name}: ComfyUI knows the names of the weights, but cannot build a model"
-            f" of them ({first_line(error)}). {advice}") from error
+            f" of their number and sizes ({first_line(error)}). {advice}") from error
     except RuntimeError as error:
         mismatch = shape_mismatch_text(error)
         if mismatch is None:

@@ -170,7 +170,7 @@ def flux(hidden: int = 256, depth: int = 19, single: int = 38) -> ScaledModel:
     family = _deeper("flux-dev", hidden_size=hidden, num_heads=hidden // 128, depth=depth,
                      depth_single_blocks=single)
     return ScaledModel("Flux.1 dev, schnell, Kontext", family,
-                       {"pooled_output": (1, 256), "guidance": 3.5})
+                       {"pooled_output": (1, 768), "guidance": 3.5})
 
 
 def qwen_image(heads: int = 2, layers: int = 60) -> ScaledModel:
