@@ -29,7 +29,7 @@ DETECTION_ERRORS = (
 
 # What the host raises for a file that only begins like a model: it looks up and builds from what
 # such a file lacks, and goes on without a model where it knows none.
-UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, UnboundLocalError)
+UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, NameError)
 
 # The host's class of a model -> how the advice begins where its file lacks weights.
 MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it, or get"}

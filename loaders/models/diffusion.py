@@ -48,7 +48,7 @@ from ..quantizers.comfyui_marks import MARK
 from ..quantizers.integers import pack_rows
 from .fit_device import model_targets
 from .load_check import bytes_of, check_load, reject_codes
-from .loader_choice import has_plain_fp8, is_safetensors, needs_own_reader
+from .loader_choice import has_plain_fp8, needs_own_reader, shapes_in
 from .module_files import explain_module_errors, join_module, module_layers, reject_unused_module
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 from .recipe import Recipe, register_loader
@@ -136,8 +136,7 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
 def _load_by_the_host(path: str, model_options: dict[str, Any],
                       disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher | None:
     """Returns the model, None where the host does not know it as it is in the file."""
-    if is_safetensors(path):
-        reject_incomplete(os.path.basename(path), open_weights(path).state_dict())
+    reject_incomplete(os.path.basename(path), shapes_in(path))
     try:
         with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
             patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,

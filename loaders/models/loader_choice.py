@@ -4,6 +4,7 @@ from collections.abc import Container, Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..comfyui.quantized_weights import find_unread_layer, has_format
@@ -33,7 +34,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     """
     if pack_to or str(path).lower().endswith(".gguf") or os.path.isdir(path):
         return True
-    if not is_safetensors(path):
+    if not _is_safetensors(path):
         return False
     if is_shard(path):
         return True
@@ -53,14 +54,9 @@ def needs_own_reader(path: str, pack_to: str | None = None,
             return True
 
 
-def is_safetensors(path: str) -> bool:
-    """Returns whether a path is one of a safetensors file, by its ending."""
-    return str(path).lower().endswith((".safetensors", ".sft"))
-
-
 def has_plain_fp8(path: str) -> bool:
     """Returns whether a safetensors file has weights in fp8 without a mark or a scale."""
-    if not is_safetensors(path):
+    if not _is_safetensors(path):
         return False
     try:
         with safe_open(path, framework="pt") as file:
@@ -71,6 +67,20 @@ def has_plain_fp8(path: str) -> bool:
                 and name.removesuffix(".weight") not in marked)
     except UNREADABLE:
         return False
+
+
+def shapes_in(path: str) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a file that the host's own loader reads, without values; none where it
+    is no safetensors."""
+    if not _is_safetensors(path):
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()}  # noqa: SIM118
+
+
+def _is_safetensors(path: str) -> bool:
+    return str(path).lower().endswith((".safetensors", ".sft"))
 
 
 def _may_be_joined(layers: Iterable[str]) -> bool:

@@ -18,11 +18,11 @@ from encoders import ENCODERS
 from encoders.encoder import random_weights as encoder_weights
 from encoders.encoder import small_towers, write_encoder
 from families import FAMILIES, random_weights, shrunken_detection
+from packed_files import write_q8_0
 from patched_models import relative
 from safetensors.torch import save_file
-from stored_files import weights_of
+from stored_files import weights_of, write_plain
 
-from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
@@ -36,14 +36,6 @@ DRAWN = 3
 Weights = Mapping[str, torch.Tensor]
 
 
-def safetensors(path: Path, weights: Weights):
-    save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, path)
-
-
-def gguf(path: Path, weights: Weights):
-    write_gguf(path, weights, lambda name, values: "Q8_0" if values.ndim == 2 else "F32")
-
-
 @dataclasses.dataclass(frozen=True)
 class Model:
     """shrink: has the host build it small. optional: what the names begin with without which it is
@@ -51,7 +43,7 @@ class Model:
 
     weights: Callable[[], Weights]
     load: Callable[[str], Any]
-    write: Callable[[Path, Weights], Any] = safetensors
+    write: Callable[[Path, Weights], Any] = write_plain
     shrink: Callable = lambda monkeypatch: None
     optional: tuple[str, ...] = ()
     suffix: str = ".safetensors"
@@ -92,18 +84,17 @@ OPTIONAL = {
     "ovis-image": ("txt_norm",), "hunyuan-video-1.5": ("cond_type_embedding",)
 }
 IN_DIFFUSERS_NAMES = [name for name in DIFFUSERS if name in FAMILIES and name != "chroma"]
-LLAMA = of_encoder("llama-3-8b")
 MODELS = {
     **{name: of_family(name) for name, family in FAMILIES.items() if family.latent},
-    **{f"{name} of diffusers": of_diffusers(name, safetensors, ".safetensors")
+    **{f"{name} of diffusers": of_diffusers(name, write_plain, ".safetensors")
        for name in IN_DIFFUSERS_NAMES},
-    **{f"{name} of diffusers, Q8_0": of_diffusers(name, gguf, ".gguf")
+    **{f"{name} of diffusers, Q8_0": of_diffusers(name, write_q8_0, ".gguf")
        for name in IN_DIFFUSERS_NAMES},
     **{f"encoder {name}": of_encoder(name)
        for name, encoder in ENCODERS.items() if not encoder.unusable},
     "encoder llama-3-8b by ComfyUI": dataclasses.replace(
-        LLAMA, write=safetensors, optional=(), suffix=".safetensors"),
-    **{f"ControlNet {name}": Model(kind.weights, load_controlnet, safetensors,
+        of_encoder("llama-3-8b"), write=write_plain, optional=(), suffix=".safetensors"),
+    **{f"ControlNet {name}": Model(kind.weights, load_controlnet, write_plain,
                                    functools.partial(controlnets.shrunken_controlnet, kind),
                                    ("controlnet_mode_embedder",))
        for name, kind in controlnets.KINDS.items()},
