@@ -75,7 +75,8 @@ def shapes_in(path: str) -> dict[str, torch.Tensor]:
     if not _is_safetensors(path):
         return {}
     with safe_open(path, framework="pt") as file:
-        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+        return {name: torch.empty(file.get_slice(name).get_shape(), dtype=torch.uint8,
+                                  device="meta")
                 for name in file.keys()}  # noqa: SIM118
 
 
