@@ -13,6 +13,7 @@ A layer `L` has several tensors in the file and becomes one tensor, `L.weight`:
 the layers of its `mixed_precision_ops`. So a newer host adds its formats here too, and a format
 that neither reads is reported before the host fails on it.
 """
+import contextlib
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
@@ -42,8 +43,10 @@ from ..quantizers.comfyui import (
     FP8,
     GET_OTHER_CONVERSION,
     GROUP_SCALE,
+    OF_KERNELS,
     OTHER_MARK,
     READERS,
+    SCALE,
     SMOOTH,
     SMOOTHING,
     UP,
@@ -59,14 +62,19 @@ from ..quantizers.comfyui_banks import is_bank, pack_bank
 from ..quantizers.comfyui_marks import (
     MARK,
     OLD_MARKER,
+    OLD_SCALE,
     SETTINGS,
     MarkError,
+    bytes_of,
     listed_layers,
     mark_of,
     old_markers,
     read_mark,
 )
+from ..quantizers.comfyui_settings import check_settings, is_rotated, unknown_settings
 
+# formats whose rotation the host undoes
+HOST_ROTATES = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "w6a8_int8")
 # formats with two codes in a byte; their layout does not know the shape of the weight
 HALF_STORED = ("convrot_w4a4",)
 # format -> the first version of ComfyUI that reads it
@@ -86,9 +94,10 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                formats: Container[str] | None = None) -> dict[str, torch.Tensor]:
     """Joins the parts of each quantised weight into one tensor, without copying the codes.
 
-    Kernels of convolutions, which the host has no layers for, and banks of experts, whose rotation
-    some of its versions overlook, always become packed tensors. The parts of a bank in a format
-    that is not read here stay apart: only the host's layer for experts reads them.
+    Kernels of convolutions, which the host has no layers for, banks of experts, whose rotation
+    some of its versions overlook, and what `host_misreads` always become packed tensors. The parts
+    of a bank in a format that is not read here stay apart: only the host's layer for experts reads
+    them.
 
     Args:
         file: the file of the state dict.
@@ -116,6 +125,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             if codes.ndim < 2 or not codes.numel():
                 raise UnreadFormatError(f"it is {describe(codes)}, expected rows of codes")
             settings = _read_settings(parts[f"{layer}{MARK}"])
+            _check_settings(layer, settings, names)
             weight = None
             if is_bank(settings, codes):
                 weight = _packed_bank(layer, settings, parts)
@@ -127,7 +137,9 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                 if weight is None:
                     raise _kernel_error(settings)
             elif codes.ndim in (2, 4):  # 4: in tiles
-                weight, bias = _packed(layer, parts, bias, READERS if formats is None else formats)
+                here = formats is None or host_misreads(settings, codes, parts.get(
+                    f"{layer}.{SCALE}"))
+                weight, bias = _packed(layer, parts, bias, READERS if here else formats)
                 if weight is None and formats is None:
                     weight = _host_weight(layer_class, layer, parts)
         except UnreadFormatError as error:
@@ -139,6 +151,37 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             if bias is not None:
                 out[f"{layer}.bias"] = bias
     return out
+
+
+def _check_settings(layer: str, settings: Mapping[str, Any], names: Iterable[str]):
+    """Raises UnreadFormatError where the settings of a layer say what its values are not read as.
+
+    Args:
+        layer: name of the layer.
+        settings: of its `comfy_quant`.
+        names: of its tensors.
+    """
+    try:
+        check_settings(format_of(settings), settings,
+                       [name.removeprefix(f"{layer}.") for name in names])
+    except PartError as error:
+        raise UnreadFormatError(str(error), error.advice) from error
+
+
+def host_misreads(settings: Mapping[str, Any], codes: torch.Tensor,
+                  scale: torch.Tensor | None) -> bool:
+    """Returns whether the host reads other values than a weight has, without an error.
+
+    It knows of rotation in int8 alone, and takes the scales of rows, (N,), for those of columns.
+
+    Args:
+        settings: of the layer's `comfy_quant`.
+        codes, scale: its `weight` and its `weight_scale`.
+    """
+    name = format_of(settings)
+    if name not in HOST_ROTATES and is_rotated(name, settings):
+        return True
+    return name in OF_KERNELS and scale is not None and scale.ndim == 1 and len(scale) > 1
 
 
 def _is_kernel_or_bank(state_dict: Mapping[str, torch.Tensor], layer: str) -> bool:
@@ -269,12 +312,21 @@ def with_marks(file: WeightFile,
         _reject_scales_of_inputs(file, state_dict)
         state_dict, _ = comfy.utils.convert_old_quants(
             state_dict, model_prefix=marker.removesuffix(OLD_MARKER))
+    unknown: dict[str, str] = {}
     for name in [name for name in state_dict if name.endswith(MARK)]:
-        weight = state_dict.get(f"{name.removesuffix(MARK)}.weight")
+        layer = name.removesuffix(MARK)
+        weight = state_dict.get(f"{layer}.weight")
         mark = state_dict.pop(name)
         mended = None if weight is None else _mended_mark(mark, weight)
         if mended is not None:
             state_dict[name] = mended
+            with contextlib.suppress(UnreadFormatError):
+                settings = _read_settings(mended)
+                unknown |= dict.fromkeys(unknown_settings(format_of(settings), settings), layer)
+    if unknown:
+        file.note(f"{file.path.name}: the comfy_quant of {safe_repr(next(iter(unknown.values())))}"
+                  f" has {join_some(map(safe_repr, unknown))}, which this pack does not know."
+                  " Images may be wrong if it changes weights.")
     for names in _parts_of_layers(state_dict).values():
         for name in names:  # ComfyUI's products take no float64
             if state_dict[name].dtype == torch.float64:
@@ -326,16 +378,23 @@ def _mended_mark(mark: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | Non
     if is_packed(weight):
         return None
     is_byte = mark.itemsize == 1 and not mark.is_floating_point()
-    if is_byte and weight.itemsize > 1 and _bytes_of(mark).rstrip(b"\0") == b"null":
+    if is_byte and weight.itemsize > 1 and bytes_of(mark).rstrip(b"\0") == b"null":
         return None
     try:
         settings = _read_settings(mark)
     except UnreadFormatError:
         return mark
+    if other := _other_fp8(settings, weight):
+        return mark_of(settings | {"format": other})
+    return mark_of(settings) if bytes_of(mark).endswith(b"\0") else mark
+
+
+def _other_fp8(settings: Mapping[str, Any], codes: torch.Tensor) -> str:
+    """Returns the format of codes that are of another kind of fp8 than their mark names, or ""."""
     kinds = {str(dtype).removeprefix("torch."): dtype for dtype in FP8}
-    if weight.dtype in FP8 and kinds.get(format_of(settings), weight.dtype) != weight.dtype:
-        return mark_of(settings | {"format": str(weight.dtype).removeprefix("torch.")})
-    return mark_of(settings) if _bytes_of(mark).endswith(b"\0") else mark
+    if codes.dtype in FP8 and kinds.get(format_of(settings), codes.dtype) != codes.dtype:
+        return str(codes.dtype).removeprefix("torch.")
+    return ""
 
 
 def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor]):
@@ -350,24 +409,34 @@ def reject_unread_layers(file: WeightFile, state_dict: Mapping[str, torch.Tensor
         raise _unread_layer_error(file, *unread)
 
 
-def has_format(names: Iterable[str], read: Callable[[str], torch.Tensor],
-               metadata: Mapping[str, Any], formats: Container[str]) -> bool:
-    """Returns whether a layer of a file is in one of some formats; see `find_unread_layer`.
+def has_layer_to_read(names: Iterable[str], read: Callable[[str], torch.Tensor],
+                      metadata: Mapping[str, Any], formats: Container[str]) -> bool:
+    """Returns whether a layer of a file is in one of some formats, or has a mark or scales that
+    the host would misread or pass over; see `find_unread_layer`.
 
     Raises:
         MarkError: if the settings in the metadata are damaged.
     """
     names = dict.fromkeys(names)
-    if old_markers(names) and "float8_e4m3fn" in formats:
-        return True
-    settings = list(listed_layers(metadata, names).values())
+    settings: dict[str, Any] = {
+        name.removesuffix(OLD_SCALE): {"format": "float8_e4m3fn"}
+        for name in names if name.endswith(OLD_SCALE) and old_markers(names)}
     for name in names:
         if name.endswith(MARK):
-            try:
-                settings.append(_read_settings(read(name)))
-            except UnreadFormatError:
-                pass  # the reader says what is wrong
-    return any(isinstance(one, dict) and format_of(one) in formats for one in settings)
+            with contextlib.suppress(UnreadFormatError):  # the reader says what is wrong
+                settings[name.removesuffix(MARK)] = _read_settings(read(name))
+    for layer, given in (settings | listed_layers(metadata, names)).items():
+        if not isinstance(given, dict) or f"{layer}.weight" not in names:
+            continue
+        if format_of(given) in formats or any(unknown_settings(format_of(given), given)):
+            return True
+        scale = next((f"{layer}{end}" for end in (f".{SCALE}", OLD_SCALE)
+                      if f"{layer}{end}" in names), None)
+        codes = read(f"{layer}.weight")
+        if _other_fp8(given, codes) or host_misreads(
+                given, codes, None if scale is None else read(scale)):
+            return True
+    return False
 
 
 def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
@@ -410,6 +479,7 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
             return layer, UnreadFormatError(f"it is {describe(weight)}, expected rows of codes")
         try:
             settings_of_layer = _read_settings(mark)
+            _check_settings(layer, settings_of_layer, tensors)
             if is_bank(settings_of_layer, weight):
                 if _packed_bank(layer, settings_of_layer, tensors) is not None:
                     return layer, UnreadFormatError("it is a bank of experts")
@@ -423,10 +493,6 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
         except UnreadFormatError as error:
             return layer, error
     return None
-
-
-def _bytes_of(mark: torch.Tensor) -> bytes:
-    return mark.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _layer_class() -> type:
@@ -474,7 +540,7 @@ def _read_settings(mark: torch.Tensor) -> dict[str, Any]:
     if mark.itemsize != 1 or mark.is_floating_point():
         raise UnreadFormatError(f"its comfy_quant is {describe(mark)}, expected uint8")
     try:
-        return read_mark(_bytes_of(mark))
+        return read_mark(bytes_of(mark))
     except MarkError as error:
         raise UnreadFormatError(str(error)) from error
 

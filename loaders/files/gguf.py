@@ -17,6 +17,7 @@ from ...ops.formats.base import FORMATS, GGML_FORMATS, Format
 from ..quantizers import leftover_scales, scaled_weights
 from ..quantizers.base import join_weights
 from ..quantizers.comfyui_marks import marked_layers
+from ..quantizers.lost_marks import restore_marks
 from .container import PLAIN_DTYPES, Entry, ProgressIter, WeightFile, WeightFileError, safe_repr
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
 from .gguf_marks import marks_as_metadata
@@ -85,6 +86,7 @@ class GGUFFile(WeightFile):
             scale = tensors.get(f"{layer}.weight_scale")
             if scale is not None and scale.dtype == torch.float16:
                 tensors[f"{layer}.weight_scale"] = scale.float()
+        restore_marks(self, tensors)
         join_weights((scaled_weights.QUANTIZER, leftover_scales.QUANTIZER), self, tensors)
         return tensors
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..comfyui.quantized_weights import find_unread_layer, has_format
+from ..comfyui.quantized_weights import find_unread_layer, has_layer_to_read
 from ..files.safetensors import SafetensorsFile, is_shard
 from ..quantizers.base import Header
 from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
@@ -48,7 +48,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
             return (has_quantized_weights(keys, metadata, partial(_header_of, file))
                     or has_other_names(metadata, keys)
                     or _may_be_joined(marked_layers(metadata, keys))
-                    or has_format(keys, file.get_tensor, metadata, host_formats)
+                    or has_layer_to_read(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
         except (SafetensorError, MarkError):
             return True

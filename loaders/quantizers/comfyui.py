@@ -28,6 +28,7 @@ from ...ops.formats.comfyui import (
     MXFP8,
     NORMAL,
     NVFP4_ROWS,
+    ROTATED,
     SMOOTHED,
     W4A8,
     W4A8_INTEGERS,
@@ -54,6 +55,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import describe
 from .base import HeaderOf, Quantizer
 from .comfyui_marks import marked_layers
+from .comfyui_settings import CONVROT, ROTATION_SIZE, check_settings, is_rotated, setting
 from .parts import FLOATS, Part, PartError, Parts, bind_sizes
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
@@ -159,6 +161,7 @@ def pack_parts(settings: Mapping[str, Any],
     read = READERS.get(format_of(settings))
     if read is None:
         return None
+    check_settings(format_of(settings), settings, parts)
     if is_kernel(settings, parts["weight"]):
         return _kernel(settings, parts)
     expected, parts = _layout(settings, parts)
@@ -196,10 +199,14 @@ def _kernel(settings: Mapping[str, Any], parts: Mapping[str, torch.Tensor]) -> P
     parts = {part: tensor for part, tensor in parts.items() if part not in IGNORED}
     sizes = bind_sizes(parts, KERNEL_PARTS[name])
     codes, scale = parts["weight"], _row_scales(parts, SCALE)
+    rotates = is_rotated(name, settings)
     if name != "int8_tensorwise":
+        if rotates:
+            raise PartError("it is the kernel of a convolution in fp8 that is rotated, which is not"
+                            " read", GET_OTHER_CONVERSION)
         family = FP8.get(codes.dtype, F8_E5M2 if name == "float8_e5m2" else F8_E4M3)
         return packed_rows(family, codes, codes.shape, scale=scale)
-    if not _setting(settings, "convrot", False):
+    if not rotates:
         return packed_rows(INT8_ROWS, codes, codes.shape, scale=scale)
     rotation = _rotation(settings, sizes["C"])
     if sizes["T"] == 1:
@@ -239,23 +246,20 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
 
 def _rows_of(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
     """Reads a format with one scale a row, or one scale."""
-    return _pack(family, parts, scale=_row_scales(parts, SCALE))
+    return _pack(family, parts, rotation=_rotation(settings, sizes["K"]),
+                 scale=_row_scales(parts, SCALE))
 
 
-def _int8(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
-    if _setting(settings, "convrot", False):
-        return _rotated(INT8_CONVROT, settings, parts, sizes)
-    return _rows_of(INT8_ROWS, settings, parts, sizes)
-
-
-def _rotated(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
-    return _pack(family, parts, (_rotation(settings, sizes["K"]),),
+def _nibbles(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
+    return _pack(INT4_CONVROT, parts, (_rotation(settings, sizes["K"]),),
                  scale=_row_scales(parts, SCALE))
 
 
 def _rotation(settings: Mapping, columns: int) -> int:
-    """Returns the number of columns that are rotated together."""
-    group = _size(settings, "convrot_groupsize", ROTATION)
+    """Returns the number of columns that are rotated together, 0 where none are."""
+    if not is_rotated(format_of(settings), settings):
+        return 0
+    group = _size(settings, ROTATION_SIZE, ROTATION)
     if not 4 <= group <= MAX_ROTATION or math.log(group, 4) % 1 or columns % group:
         raise PartError(f"columns are rotated in groups of {group} of {columns}")
     return group
@@ -268,8 +272,12 @@ def _levels(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor | Non
     group = stored // 6 // max(1, sizes["G"]) if is_of_six else LEVEL_GROUP
     level_group = _size(settings, "group_size", group)
     columns = sizes["G"] * level_group
-    if level_group < 1 or stored / columns not in ((6,) if is_of_six else (4, 6)):
-        raise PartError(f"it has {stored / max(1, columns):g} bits a value")
+    bits = stored / max(1, columns)
+    if level_group < 1 or bits not in ((6,) if is_of_six else (4, 6)) or (
+            bits != _size(settings, "bits", int(bits))):
+        raise PartError(f"it has {bits:g} bits a value")
+    if setting(settings, "symmetric", True) is False and CORRECTION not in parts:
+        raise PartError(f"it has no {CORRECTION}, expected one as it is not symmetric")
     if scale.itemsize != 1:
         return None
     tensors = {"scale": scale, "row_scale": _row_scales(parts, ROW_SCALE)}
@@ -291,7 +299,7 @@ def _levels(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor | Non
         is_half = correction.dtype == torch.bfloat16
         family = W4A8_SHIFTED if is_half else W4A8_SHIFTED_FLOAT
         tensors["minimum"] = (correction if is_half else correction.float()).t()
-    return _pack(family, parts, (rotation, level_group), **tensors)
+    return _pack(family, parts, (rotation, level_group), 0, **tensors)
 
 
 def _six_bits(codes: torch.Tensor, columns: int) -> torch.Tensor:
@@ -307,18 +315,25 @@ def _blocks_of(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes)
     if rows % sizes["R"] or columns % sizes["C"]:
         raise PartError(f"its scales are {describe(parts[SCALE])}, which do not divide a weight of"
                         f" ({rows}, {columns})")
+    group = columns // sizes["C"]
+    given = [_size(settings, name, group) for name in ("group_size", "block_size")]
+    if any(size not in (0, group) for size in given):
+        raise PartError(f"its groups have {group} columns, expected {max(given)} by its"
+                        " comfy_quant", GET_OTHER_CONVERSION)
     scale = parts[SCALE].float().view(sizes["R"], sizes["C"])
     scales = scale.repeat_interleave(rows // sizes["R"], 0)
-    return _pack(family, parts, (columns // sizes["C"],), scale=scales)
+    return _pack(family, parts, (group,), scale=scales)
 
 
 def _mxfp8(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
-    return _pack(MXFP8, parts, scale=_scales_in_order(MXFP8, parts))
+    return _pack(MXFP8, parts, rotation=_rotation(settings, sizes["K"]),
+                 scale=_scales_in_order(MXFP8, parts))
 
 
 def _nvfp4(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
     scales = _scales_in_order(NVFP4_ROWS, parts)
-    return _pack(NVFP4_ROWS, parts, scale=scales, row_scale=_row_scales(parts, SCALE_2))
+    return _pack(NVFP4_ROWS, parts, rotation=_rotation(settings, sizes["K"]), scale=scales,
+                 row_scale=_row_scales(parts, SCALE_2))
 
 
 def _awq(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
@@ -333,12 +348,12 @@ def _awq(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
 def _svdquant(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
     main = packed = _svdquant_main(parts)
     if DOWN in parts:
-        if _setting(settings, "lowrank_branch_input_basis", "raw") != "raw":
+        if setting(settings, "lowrank_branch_input_basis", "raw") != "raw":
             raise PartError("its low rank multiplies another input than the layer's")
         up = parts[UP]
         packed = with_low_rank(main, up.transpose(1, 2).flatten(0, 1) if up.ndim == 3 else up,
                                parts[DOWN].t())
-    if _setting(settings, "act_unsigned", False):
+    if setting(settings, "act_unsigned", False):
         return with_input_shift(packed, bias_of_shift(main))
     return packed
 
@@ -408,9 +423,9 @@ READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {
     "mxfp8": _mxfp8,
     "hybrid_mxfp8": _mxfp8,
     "nvfp4": _nvfp4,
-    "int8_tensorwise": _int8,
+    "int8_tensorwise": partial(_rows_of, INT8_ROWS),
     "int8_blockwise": partial(_blocks_of, INT8_GROUPS),
-    "convrot_w4a4": partial(_rotated, INT4_CONVROT),
+    "convrot_w4a4": _nibbles,
     "asym_w4a8_int8": _levels,
     "w6a8_int8": _levels,
     "awq_w4a16": _awq,
@@ -482,7 +497,7 @@ def _int8_parts(packed_format: RowFormat, codes: torch.Tensor,
                 tensors: Parts) -> tuple[Settings, Parts]:
     settings: Settings = {"format": "int8_tensorwise"}
     if packed_format.layout.rotation:
-        settings |= {"convrot": True, "convrot_groupsize": packed_format.layout.rotation}
+        settings |= {CONVROT: True, ROTATION_SIZE: packed_format.layout.rotation}
     return settings, {"weight": codes.view(torch.int8), SCALE: tensors["scale"].view(-1, 1)}
 
 
@@ -490,7 +505,7 @@ def _level_parts(packed_format: RowFormat, codes: torch.Tensor,
                  tensors: Parts) -> tuple[Settings, Parts]:
     layout = packed_format.layout
     settings = {"format": "asym_w4a8_int8", "group_size": layout.group,
-                "convrot_groupsize": layout.rotation}
+                ROTATION_SIZE: layout.rotation}
     scale = tensors["scale"].view(len(codes), -1)
     parts = {"weight": codes.view(torch.int8), GROUP_SCALE: scale.view(torch.float8_e4m3fn),
              ROW_SCALE: tensors["row_scale"]}
@@ -507,7 +522,7 @@ WRITERS: dict[str, Callable[[RowFormat, torch.Tensor, Parts], tuple[Settings, Pa
     W4A8_INTEGERS.name: _level_parts, W4A8_TABLE.name: _level_parts}
 
 
-def _pack(family: RowFamily, parts: Parts, sizes: tuple[int, ...] = (),
+def _pack(family: RowFamily, parts: Parts, sizes: tuple[int, ...] = (), rotation: int = 0,
           **tensors: torch.Tensor) -> PackedTensor:
     codes = parts["weight"]
     if family in FP8.values():  # which of two kinds of fp8; as uint8 the mark says so
@@ -516,6 +531,8 @@ def _pack(family: RowFamily, parts: Parts, sizes: tuple[int, ...] = (),
     group = (sizes or family.sizes or (0,))[0]
     if columns % (group or 1):
         raise PartError(f"its rows have {columns} columns")
+    if rotation:
+        family, sizes = ROTATED[family.name], (rotation, *sizes)
     return packed_rows(family, codes, (rows, columns), sizes, **tensors)
 
 
@@ -558,15 +575,9 @@ def _pieces(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
 def _size(settings: Mapping, name: str, default: int) -> int:
     """Returns a number of columns from the settings, 0 where it is no number."""
     try:
-        return int(_setting(settings, name, default))
+        return int(setting(settings, name, default))
     except (TypeError, ValueError, OverflowError):
         return 0
-
-
-def _setting(settings: Mapping, name: str, default: Any) -> Any:
-    """Returns a setting; old writers nest them in `params`."""
-    nested = settings.get("params")
-    return settings.get(name, nested.get(name, default) if isinstance(nested, dict) else default)
 
 
 QUANTIZER = Quantizer(name="ComfyUI's own formats", find=find, layouts=PARTS, in_file=False)

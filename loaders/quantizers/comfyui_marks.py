@@ -8,6 +8,7 @@
 
 Tools change the names of tensors and leave those in the metadata, or the marker, as they were.
 """
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -115,6 +116,32 @@ def marked_layers(metadata: Mapping[str, Any], names: Collection[str]) -> set[st
         name.removesuffix(OLD_SCALE) for marker in old_markers(names) for name in names
         if name.startswith(marker.removesuffix(OLD_MARKER)) and name.endswith(OLD_SCALE)]
     return {*listed, *scaled, *(name.removesuffix(MARK) for name in names if name.endswith(MARK))}
+
+
+def settings_of_layers(metadata: Mapping[str, Any],
+                       tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Returns the marked layers of a file -> their settings; damaged marks are left out.
+
+    Args:
+        metadata: of the file.
+        tensors: of the file.
+    """
+    found: dict[str, Any] = dict.fromkeys(marked_layers(metadata, tensors))
+    for layer in found:
+        weight, mark = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}{MARK}")
+        if mark is not None and mark.itemsize == 1 and not mark.is_floating_point():
+            with contextlib.suppress(MarkError):
+                found[layer] = read_mark(bytes_of(mark))
+        elif weight is not None and f"{layer}{OLD_SCALE}" in tensors:
+            found[layer] = {"format": str(weight.dtype).removeprefix("torch.")}
+    with contextlib.suppress(MarkError):
+        found |= listed_layers(metadata, tensors)
+    return {layer: settings for layer, settings in found.items() if isinstance(settings, dict)}
+
+
+def bytes_of(mark: torch.Tensor) -> bytes:
+    """Returns the bytes of a `comfy_quant`, uint8 or int8."""
+    return mark.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def old_markers(names: Iterable[str]) -> list[str]:

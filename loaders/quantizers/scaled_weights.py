@@ -34,7 +34,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import DOWNLOAD_AGAIN, WeightFile, safe_repr
 from ..name_lists import join_some
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers, without_marked
-from .comfyui import FP8, SMOOTHING, smooth
+from .comfyui import FP8, GROUP_SCALE, SMOOTHING, smooth
 from .comfyui_marks import OLD_SCALE, marked_layers
 from .integers import (
     CODES_OF_ROWS,
@@ -54,7 +54,7 @@ OF_ROWS = Part(SCALES_OF_ROWS.shape, FLOATS, other_names=(OLD_SCALE[1:],))
 DOWN, UP = "svdquant_lora_a", "svdquant_lora_b"
 FACTORS = tuple(FACTOR_DTYPES.values())
 BESIDE = {name: Part("", optional=name)
-          for name in ("input_scale", "activation_scale", "scale_input")}
+          for name in ("input_scale", "activation_scale", "scale_input", GROUP_SCALE)}
 BESIDE |= {SMOOTHING: Part("", FLOATS, optional=SMOOTHING),
            DOWN: Part("(T, K)", FACTORS, "low rank"), UP: Part("(N, T)", FACTORS, "low rank")}
 PARTS = {
@@ -71,7 +71,7 @@ BLOCK = 128  # rows and columns, unless the scales say otherwise
 def find(names: Collection[str], metadata: Mapping[str, Any],
          header_of: HeaderOf) -> Iterator[str]:
     """Yields the layers with weights of one byte and scales."""
-    ends = (OF_BLOCKS, SCALE, OLD_SCALE[1:])
+    ends = (OF_BLOCKS, SCALE, OLD_SCALE[1:], GROUP_SCALE)
     for layer in without_marked(scaled_layers(names, ends), metadata, names):
         dtype = header_of(f"{layer}.weight").dtype
         if dtype is not None and dtype.itemsize == 1:
@@ -80,6 +80,8 @@ def find(names: Collection[str], metadata: Mapping[str, Any],
 
 def layout(layer: Layer) -> str:
     """Returns the name of a layer's layout, by its codes and scales."""
+    if GROUP_SCALE in layer.parts:
+        raise PartError("it has no comfy_quant, which says how its columns are rotated")
     weight, scale = layer.parts["weight"], layer.parts.get(SCALE)
     if OF_BLOCKS in layer.parts:
         return "blocks"
@@ -93,8 +95,6 @@ def layout(layer: Layer) -> str:
         return "blocks"
     if weight.dtype != torch.uint8 and not is_mxfp8:
         return "rows"
-    if marked_layers(layer.file.metadata, layer.file.entries):
-        raise PartError("it has no comfy_quant, as other layers have")
     if is_mxfp8 and not layer.file.quantization and not any(
             size % piece for size, piece in zip(layer.parts[SCALE].shape, (128, 4))):
         raise PartError("its scales may be in rows, or in ComfyUI's order without its comfy_quant",

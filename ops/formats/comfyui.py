@@ -58,6 +58,13 @@ def _smoothed(name: str, base: RowFamily) -> RowFamily:
         base.layout(*sizes), has_column_scales=True), base.sizes)
 
 
+def _turned(name: str, base: RowFamily) -> RowFamily:
+    """Returns the family of a format whose values are rotated after they are scaled."""
+    return RowFamily(name, lambda columns, rotation, *sizes: dataclasses.replace(
+        base.layout(columns, *sizes), rotation=rotation, rotates_values=True),
+        (ROTATION, *base.sizes))
+
+
 def _family(name: str, layout, *sizes: int, **more) -> RowFamily:
     return RowFamily(name, partial(layout, is_host_format=True, **more), sizes)
 
@@ -81,6 +88,10 @@ SMOOTHED = {base.name: _smoothed(name, base) for name, base in (
 # int8_tensorwise with `convrot`, convrot_w4a4
 INT8_CONVROT = RowFamily("INT8_CONVROT", partial(_rotated, INT8_CODES), (ROTATION,))
 INT4_CONVROT = RowFamily("INT4_CONVROT", partial(_rotated, LOW_NIBBLES(SIGNED)), (ROTATION,))
+# base -> the same with `convrot`, which ComfyUI knows of int8_tensorwise only
+ROTATED = {INT8_ROWS.name: INT8_CONVROT, **{base.name: _turned(name, base) for name, base in (
+    ("F8_E4M3_CONVROT", F8_E4M3), ("F8_E5M2_CONVROT", F8_E5M2), ("MXFP8_CONVROT", MXFP8),
+    ("NVFP4_CONVROT", NVFP4_ROWS))}}
 # asym_w4a8_int8
 _SIZES = ROTATION, LEVEL_GROUP
 W4A8 = RowFamily("W4A8", partial(_levels, LOW_NIBBLES(NORMAL)), _SIZES)

@@ -5,18 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from host_formats import HOST_FORMATS, in_host_format
-from patched_models import relative, tiny_flux
-from safetensors.torch import save_file
+from host_formats import HOST_FORMATS
+from marked_flux import CHECKPOINT, Tensors, flux_in, old_scaled, weight_error, write
+from patched_models import tiny_flux
 
 from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
-CHECKPOINT = "model.diffusion_model."
 FORMATS = [name for name in ("float8_e4m3fn", "int8_tensorwise", "nvfp4") if name in HOST_FORMATS]
 LOADS: dict[str, tuple[Callable, float]] = {  # and the error that packing adds
     "exact": (load_diffusion_model, 1e-6),
@@ -24,64 +22,6 @@ LOADS: dict[str, tuple[Callable, float]] = {  # and the error that packing adds
     "packed": (lambda path: load_diffusion_model(path, pack_to="Q8_0"), 0.02),
 }
 loads = pytest.mark.parametrize("load", LOADS)
-
-Tensors = dict[str, torch.Tensor]
-
-
-def flux_in(format_name: str) -> tuple[Tensors, dict[str, dict], Tensors]:
-    """A Flux whose large weights are in a format: what a file holds of it without marks, layer ->
-    settings, and its values."""
-    stored, settings, values = {}, {}, {}
-    for name, value in tiny_flux().items():
-        if value.ndim != 2 or "_blocks." not in name:
-            stored[name] = values[name] = value.bfloat16().float()
-            continue
-        parts, values[name] = in_host_format(name, value, format_name)
-        layer = name.removesuffix(".weight")
-        settings[layer] = json.loads(bytes(parts.pop(f"{layer}.comfy_quant").tolist()))
-        stored |= parts
-    return stored, settings, values
-
-
-def old_scaled(kind: torch.dtype, marker: str | None = "scaled_fp8") -> tuple[Tensors, Tensors]:
-    """The same in scaled fp8 as it was before `comfy_quant`, and its values."""
-    stored, values = {}, {}
-    for number, (name, value) in enumerate(tiny_flux().items()):
-        stored[name] = values[name] = value.bfloat16().float()
-        if value.ndim == 2 and "_blocks." in name:
-            layer, scale = name.removesuffix(".weight"), value.abs().amax() / 400
-            scale = scale.reshape(()) if number % 2 else scale.reshape(1)
-            stored[name] = (value / scale).to(kind)
-            stored[f"{layer}.scale_weight"] = scale
-            values[name] = stored[name].float() * scale
-    if marker is not None:
-        stored[marker] = torch.empty(0, dtype=kind)
-    return stored, values
-
-
-def write(path, tensors: Tensors, layers: dict | None = None, marks: dict | None = None,
-          prefix: str = "") -> str:
-    """Writes a file. layers: of the metadata; marks: layer -> settings, or bytes, beside weights"""
-    metadata = None
-    if layers is not None:
-        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
-    tensors = dict(tensors)
-    for layer, given in (marks or {}).items():
-        data = given if isinstance(given, bytes) else json.dumps(given).encode()
-        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(data), dtype=torch.uint8)
-    tensors = {prefix + name: value.contiguous() for name, value in tensors.items()}
-    save_file(tensors, path, metadata)
-    return str(path)
-
-
-def weight_error(patcher, values: Tensors) -> float:
-    """The largest error of a weight in a loaded model, relative to its largest value."""
-    weights = dict(patcher.model.diffusion_model.named_parameters())
-    values = {name.replace("norm.scale", "norm.weight"): value for name, value in values.items()}
-    return max(relative(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight,
-                        values[name.replace("norm.scale", "norm.weight")])
-               for name, weight in weights.items())
-
 
 def checked(path: str, load: str, values: Tensors):
     function, limit = LOADS[load]
