@@ -137,9 +137,10 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
                 if weight is None:
                     raise _kernel_error(settings)
             elif codes.ndim in (2, 4):  # 4: in tiles
-                here = formats is None or host_misreads(settings, codes, parts.get(
-                    f"{layer}.{SCALE}"))
-                weight, bias = _packed(layer, parts, bias, READERS if here else formats)
+                scale = parts.get(f"{layer}.{SCALE}")
+                read_here = READERS if formats is None or host_misreads(
+                    settings, codes, scale) else formats
+                weight, bias = _packed(layer, parts, bias, read_here)
                 if weight is None and formats is None:
                     weight = _host_weight(layer_class, layer, parts)
         except UnreadFormatError as error:
