@@ -15,15 +15,22 @@ Tensors = dict[str, torch.Tensor]
 
 
 def flux_in(format_name: str, group: int = 0) -> tuple[Tensors, dict[str, dict], Tensors]:
-    """A Flux whose large weights are in a format: what a file holds of it without marks, layer ->
-    settings, and its values.
+    """`in_format` of the large weights of a Flux."""
+    return in_format(tiny_flux(), "_blocks.", format_name, group)
 
+
+def in_format(weights: Tensors, inside: str, format_name: str,
+              group: int = 0) -> tuple[Tensors, dict[str, dict], Tensors]:
+    """Weights whose matrices of some names are in a format: what a file holds of them without
+    marks, layer -> settings, and their values.
+
+    inside: what is in those names.
     group: columns that are rotated together first, 0: none; some formats rotate by themselves.
     """
     group = 0 if format_name in ("convrot_w4a4", "asym_w4a8_int8") else group
     stored, settings, values = {}, {}, {}
-    for name, value in tiny_flux().items():
-        if value.ndim != 2 or "_blocks." not in name:
+    for name, value in weights.items():
+        if value.ndim != 2 or inside not in name:
             stored[name] = values[name] = value.bfloat16().float()
             continue
         turned = rotated(value, group).float() if group else value

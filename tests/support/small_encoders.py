@@ -13,7 +13,7 @@ from featherweight.loaders.models.text_encoder import load_text_encoder
 
 
 @functools.cache
-def _t5_file(format_name: str, layers: int, width: int) -> tuple[Path, dict, dict]:
+def t5_file(format_name: str, layers: int, width: int) -> tuple[Path, dict, dict]:
     """The path of the packed file, its dense values, and the host's options that make the encoder
     as small."""
     config = {"num_layers": layers, "vocab_size": 256, "d_model": width,
@@ -34,7 +34,7 @@ def small_t5(format_name: str, layers: int, width: int = 512,
     Args:
         options: more of the host's for it.
     """
-    path, values, sizes = _t5_file(format_name, layers, width)
+    path, values, sizes = t5_file(format_name, layers, width)
     return load_text_encoder([str(path)], "sd3", model_options={**sizes, **options}), values
 
 

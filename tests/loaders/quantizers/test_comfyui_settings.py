@@ -6,8 +6,19 @@ import re
 import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
+from encoders import ENCODERS
 from host_formats import ASYMMETRIC, in_host_format
-from marked_flux import CHECKPOINT, Tensors, flux_in, old_scaled, weight_error, write
+from marked_flux import (
+    CHECKPOINT,
+    Tensors,
+    flux_in,
+    in_format,
+    old_scaled,
+    weight_error,
+    write,
+)
+from patched_models import relative
+from small_encoders import t5_file
 
 from featherweight.loaders.comfyui.who_computes import (
     AS_COMFYUI,
@@ -21,8 +32,10 @@ from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models import diffusion
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.load_check import load_notes
+from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.quantizers.comfyui_settings import READ, unknown_settings
 from featherweight.loaders.read_anyway import VARIABLE
+from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -74,6 +87,33 @@ def test_rotation_is_undone_in_every_format(format_name, mode, load, tmp_path):
     patcher = load(mode, marked(rng, tmp_path / "flux.safetensors", stored, settings))
     assert weight_error(patcher, values) < (0.02 if mode == "packed" else 1e-5)
     assert not load_notes(patcher)
+
+
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("format_name", PLAIN)
+def test_a_text_encoder_is_read_as_a_model_is(format_name, group, tmp_path):
+    rng = random.Random(f"{format_name} {group}")
+    choice = rng.choice([EXACT, AUTOMATIC, AS_COMFYUI])
+    _, weights, sizes = t5_file("Q8_0", 1, 256)
+    stored, settings, values = in_format(weights, ".DenseReluDense.", format_name, group)
+    stored |= {name: torch.zeros(shape) for name, shape in ENCODERS["t5-xxl"].markers.items()}
+    lost = rng.choice(list(settings))
+    kept = {layer: given for layer, given in settings.items() if layer != lost}
+
+    def load(marks):
+        path = write(tmp_path / f"{len(marks)}.safetensors", stored, marks=marks)
+        return load_text_encoder([path], "sd3", model_options=sizes, host_formats=choice)
+
+    clip = load(settings)
+    for name, weight in clip.cond_stage_model.t5xxl.transformer.named_parameters():
+        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        assert relative(weight, values[name]) < 1e-5, name
+    if group:
+        with pytest.raises(WeightFileError, match=f"'{re.escape(lost)}' has no comfy_quant"):
+            load(kept)
+    else:
+        notes = " ".join(load_notes(load(kept).patcher))
+        assert f"{lost}' has no comfy_quant" in notes
 
 
 @pytest.mark.parametrize("mode", MODES)
