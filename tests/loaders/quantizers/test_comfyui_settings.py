@@ -224,7 +224,8 @@ def test_a_lost_mark_is_guessed_only_where_it_can_be_one(format_name, group, mod
     patcher = load(mode, path)
     assert weight_error(patcher, values) < (0.02 if mode == "packed" else 1e-5)
     (note,) = load_notes(patcher)
-    assert "no comfy_quant, as other layers have" in note and note in inspection_text(inspect(path)[0])
+    assert "no comfy_quant, as other layers have" in note
+    assert note in inspection_text(inspect(path)[0])
 
 
 def test_layers_that_cannot_be_rotated_need_no_mark_beside_rotated_ones(load, tmp_path):
