@@ -1,4 +1,6 @@
 """The node Measure Speed (Featherweight)."""
+import math
+
 from comfy_api.latest import io, ui
 
 from ..loaders.speed.measurement import measure_speed
@@ -45,6 +47,11 @@ class MeasureSpeed(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> float:
+        """Returns NaN, which is another value each time: every run measures again."""
+        return math.nan
 
     @classmethod
     def execute(cls, model, positive=None, latent=None) -> io.NodeOutput:

@@ -21,6 +21,7 @@ from .measurement import Measurement, Row
 from .ways import WAYS
 
 JSON_VERSION = 1
+NOISE = 0.05  # of two medians on a machine that does other things too
 PATH = re.compile(r"(?<!\w)(?:[A-Za-z]:[/\\]|[~.]{0,2}/|\\\\)[^\s'\"()]*")
 COLORS: dict[str, Color] = dict(zip(WAYS, ((92, 160, 255), (120, 200, 180), (160, 170, 185))))
 
@@ -103,7 +104,8 @@ def report_text(measurement: Measurement, values: dict[str, Any]) -> str:
         values: its `figures`.
     """
     exact = _row(measurement, EXACTLY)
-    lines = list(dict.fromkeys(_line(row, exact) for row in measurement.rows))
+    lines = [_verdict(exact, _row(measurement, FAST))]
+    lines += dict.fromkeys(_line(row, exact) for row in measurement.rows)
     if measurement.difference:
         decibels, largest = measurement.difference
         lines.append(f"A step of fast differs from exact by {largest:.2%} of the largest value at"
@@ -127,6 +129,18 @@ def _row(measurement: Measurement, way: str, has_loras: bool = False) -> Row | N
                  if row.way == way and row.has_loras == has_loras and row.seconds), None)
 
 
+def _verdict(exact: Row | None, fast: Row | None) -> str:
+    """Returns a sentence on which choice of the loaders' `compute` to take here."""
+    if exact is None or fast is None:
+        return "exact and fast are one here: leave compute at automatic."
+    ratio = exact.step / fast.step
+    if ratio > 1 + NOISE:
+        return f"fast is {ratio:.2f} times as fast as exact here."
+    if ratio < 1 - NOISE:
+        return f"Take exact: fast is slower here ({1 / ratio:.2f} times as long)."
+    return "Take exact: fast is not faster here."
+
+
 def _label(row: Row) -> str:
     return f"{row.way}, {'with' if row.has_loras else 'without'} LoRAs"
 
@@ -134,7 +148,8 @@ def _label(row: Row) -> str:
 def _line(row: Row, exact: Row | None) -> str:
     if not row.seconds:
         return f"{row.way}: not measured: {row.reason}"
-    ratio = f", {row.step / exact.step:.2f} times exact" if exact and row is not exact else ""
+    ratio = (f", {row.step / exact.step:.2f} times as long as exact" if exact and row is not exact
+             else "")
     return (f"{_label(row)}: {row.step:.3g} s a step{ratio}; weights {size_text(row.held)}, peak"
             f" {size_text(row.peak)}")
 

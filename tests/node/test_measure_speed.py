@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from devtools.files import tiny_models
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.speed import measurement, ways
-from featherweight.loaders.speed.measurement import measure_speed
-from featherweight.loaders.speed.report import _without_paths
+from featherweight.loaders.speed.measurement import Measurement, Row, measure_speed
+from featherweight.loaders.speed.report import _without_paths, report_text
 from featherweight.loaders.speed.ways import NotMeasured, computing
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.measure_speed import MeasureSpeed
@@ -162,8 +162,26 @@ def test_the_json_has_figures_and_versions_and_no_names_paths_or_prompts(tmp_pat
     assert figures["versions"].keys() >= {"Featherweight", "ComfyUI", "comfy-kitchen", "torch"}
     assert figures["model"]["formats"]["Q8_0"] > 0.9 and figures["latent"] == [1, 16, 8, 8]
     assert "secret" not in line and str(tmp_path) not in line and ".gguf" not in line
-    assert re.search(r"exact, with LoRAs: [\d.e-]+ s a step, [\d.]+ times exact", text)
+    assert re.search(r"exact, with LoRAs: [\d.e-]+ s a step, [\d.]+ times as long as exact",
+                     text)
     assert "The LoRAs cost" in text and picture.shape[0] == 1 and picture.shape[2] == 960
+
+
+@pytest.mark.parametrize(("fast", "verdict"), [
+    (0.1, "fast is 2.00 times as fast as exact here."),
+    (0.2, "Take exact: fast is not faster here."),
+    (0.3, "Take exact: fast is slower here (1.50 times as long)."),
+    (None, "exact and fast are one here: leave compute at automatic.")])
+def test_the_first_line_says_which_compute_to_take(fast, verdict):
+    rows = [Row("exact", False, (0.2,) * 3)]
+    rows += [] if fast is None else [Row("fast", False, (fast,) * 3)]
+    text = report_text(Measurement(tuple(rows), (1, 4, 8, 8), None, 1.0),
+                       {"device": {"type": "cpu"}})
+    assert text.splitlines()[0] == verdict
+
+
+def test_it_measures_at_each_run():
+    assert MeasureSpeed.fingerprint_inputs() != MeasureSpeed.fingerprint_inputs()
 
 
 @pytest.mark.parametrize("path", [

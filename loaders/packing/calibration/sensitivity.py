@@ -233,7 +233,12 @@ def summary(sensitivity: Sensitivity) -> str:
 
 
 def _ranked(sensitivity: Sensitivity) -> list[tuple[str, dict[str, float]]]:
-    return sorted(sensitivity.costs.items(), key=lambda entry: -max(entry[1].values(), default=0.0))
+    """Returns the layers by their error in the smallest type of all, or in their own smallest."""
+    def error(entry: tuple[str, dict[str, float]]) -> float:
+        costs = entry[1]
+        return next((costs[name] for name in SHOWN if name in costs), 0.0)
+
+    return sorted(sensitivity.costs.items(), key=error, reverse=True)
 
 
 def _decibels(cost: float) -> str:

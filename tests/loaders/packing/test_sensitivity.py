@@ -38,6 +38,7 @@ from featherweight.loaders.packing.calibration.sampling import (
     random_conditioning,
 )
 from featherweight.loaders.packing.calibration.sensitivity import (
+    SHOWN,
     Sensitivity,
     SensitivityError,
     report,
@@ -262,6 +263,19 @@ def test_a_file_holds_the_measurement_and_is_for_its_model_only(monkeypatch, tmp
         )
         assert not any("  " in line for line in lines)  # columns, which no node keeps
     assert all(len(line) < 50 for line in summary(loaded).splitlines())
+
+
+def test_the_worst_layers_are_the_first(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    costs = {f"blocks.{number}.ffn.weight": dict(zip(
+        SHOWN[number % 2:], torch.rand(len(SHOWN), generator=generator).tolist()))
+        for number in range(9)}
+    lines = report(Sensitivity(costs, {})).splitlines()[1:]
+    first = [float(re.search(r": \w+ ([-\d.]+)", line)[1]) for line in lines]
+    assert len(first) == 9 and first == sorted(first)
+    lines = summary(Sensitivity(costs, {})).splitlines()
+    on_node = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("blocks")]
+    assert on_node == sorted(on_node) != []
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind" * 9, None])
