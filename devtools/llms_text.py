@@ -12,6 +12,7 @@ from devtools.measure import model_sizes
 
 from devtools import ROOT
 from devtools.host.server import PACK, Server
+from featherweight.loaders.models.compute_choice import BY_COMPUTE
 from featherweight.loaders.models.fit_device import FIT
 from featherweight.nodes import OWN_PREFIX
 
@@ -112,7 +113,9 @@ def text(nodes: dict[str, dict]) -> str:
 > {setting("description")}
 
 Version {setting("version")}, for ComfyUI {setting("requires-comfyui")}. Prompts in API format \
-take the ids and options below, letter by letter.
+take the ids and options below, letter by letter. Beside `compute` of the loaders write \
+`"host_formats": "{BY_COMPUTE}"`: a prompt without it means what it meant before 0.2.2, where `exact` \
+left layers in ComfyUI's own formats to ComfyUI's kernels on GPUs that have them.
 
 Which type: `pack_to` at `{FIT}` packs a file to what the GPU holds, while it loads. Of files to \
 download: the largest type with which the whole model stays on the card, estimated (partly: none \
