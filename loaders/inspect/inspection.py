@@ -28,7 +28,8 @@ ENCODER_NAMES = re.compile(
     r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|(^|\.)embed_tokens\.|text_model\.encoder\.")
 VAE = (
     r"^(first_stage_model\.|vae\.)?("
-    r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)"
+    r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.(block|layers))\b"
+    r"|post_quant_conv\.|pre_block\.attn\.)"
 )
 PART_PREFIXES = {
     "VAE": ("first_stage_model.", "vae."),

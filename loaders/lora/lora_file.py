@@ -31,7 +31,7 @@ OTHER_FILES = (
         "Load it with a checkpoint loader.",
     ),
     (
-        r"text_model\.encoder\.|^encoder\.block\.\d|^model\.layers\.\d+\.self_attn"
+        r"text_model\.encoder\.|^encoder\.block\.\d+\.layer\.|^model\.layers\.\d+\.self_attn"
         r"|^(enc\.)?blk\.\d|^token_embd",
         "a text encoder",
         "Load it with a text encoder loader (CLIP).",

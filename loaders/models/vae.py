@@ -34,6 +34,7 @@ from ..comfyui.quantized_weights import (
 from ..comfyui.weight_keys import unmerge_kernels
 from ..files.container import FileChangeGuard, WeightFileError, safe_repr
 from ..files.open_weights import open_weights
+from ..quantizers.comfyui import READERS
 from .compute_dtype import vae_dtype
 from .load_check import check_load
 from .loader_choice import needs_own_reader
@@ -122,9 +123,9 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
     Raises:
         WeightFileError: if the file cannot be read or holds no known VAE.
     """
-    if needs_own_reader(path):
+    if needs_own_reader(path, host_formats=READERS):  # not all ComfyUIs read them in a VAE
         file = open_weights(path)
-        weights = as_tensors(file, read_marked(file), formats=())
+        weights = as_tensors(file, read_marked(file), formats=READERS)
         reject_unread_layers(file, weights)
         metadata, notes = host_metadata(file), file.notes
     else:

@@ -3,6 +3,10 @@ where those lack names."""
 import re
 
 import comfy.utils
+import pytest
+import torch
+
+from featherweight.loaders.comfyui.diffusers_keys import from_diffusers
 
 # Of one table for both: the names that only one of diffusers' Flux and Flux.2 has.
 OF_FLUX = re.compile(
@@ -85,3 +89,24 @@ def in_the_hosts_names(stored, weights, table):
         values = change(stored[name]) if change else stored[name]  # a swap undoes itself
         (whole[target] if place is None else whole[target].narrow(*place)).copy_(values)
     return whole
+
+
+WAN_TEXT = 4096  # of the text
+
+
+def wan_shapes(columns=36, **kwargs):
+    """Name -> shape in diffusers' class, of the size of the small models of `families`."""
+    diffusers = pytest.importorskip("diffusers", reason="it has the names")
+    model_class = diffusers.WanTransformer3DModel  # imports: tables of modules are no meta tensors
+    with torch.device("meta"):
+        model = model_class(
+            num_attention_heads=2, attention_head_dim=128, in_channels=columns, out_channels=16,
+            text_dim=WAN_TEXT, freq_dim=256, ffn_dim=512, num_layers=1, **kwargs)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def wan_names(shapes):
+    """Host's name -> diffusers' name."""
+    numbers = {name: torch.tensor(number) for number, name in enumerate(shapes)}
+    names = list(shapes)
+    return {name: names[number] for name, number in from_diffusers(numbers).items()}

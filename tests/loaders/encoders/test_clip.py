@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from encoders import ENCODERS
-from encoders.clip import CLIP_SMALL
+from encoders.clip import CLIP_SMALL, fused, of_open_clip
 from encoders.encoder import TOKENS, as_it_is, host_clip, random_weights, rounded, text_model
 from families import relative_error
 
@@ -16,45 +16,6 @@ from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
-
-OPEN_CLIP = {
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-    "text_projection.weight": "text_projection",
-}
-OPEN_CLIP_LAYER = {
-    "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "mlp.fc1.": "mlp.c_fc.",
-    "mlp.fc2.": "mlp.c_proj.", "self_attn.in_proj.weight": "attn.in_proj_weight",
-    "self_attn.in_proj.bias": "attn.in_proj_bias", "self_attn.out_proj.": "attn.out_proj."
-}
-
-
-def fused(weights):
-    """Query, key and value one below the other, the projection transposed: as open_clip keeps
-    them."""
-    out = {}
-    for name, tensor in weights.items():
-        if name == "text_projection.weight":
-            out[name] = tensor.t().contiguous()
-        elif "q_proj" in name:
-            parts = [
-                weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")
-            ]
-            out[name.replace("q_proj", "in_proj")] = torch.cat(parts)
-        elif "k_proj" not in name and "v_proj" not in name:
-            out[name] = tensor
-    return out
-
-
-def of_open_clip(weights):
-    def renamed(name):
-        for ours, theirs in OPEN_CLIP_LAYER.items():
-            name = name.replace(ours, theirs)
-        return OPEN_CLIP.get(name,
-                             name.replace("text_model.encoder.layers.", "transformer.resblocks."))
-    return {renamed(name): tensor for name, tensor in fused(weights).items()}
 
 
 def of_stable_diffusion_cpp(weights):

@@ -3,43 +3,24 @@ import functools
 import json
 
 import pytest
-import torch
+from diffusers_names import wan_names, wan_shapes
 from families import FAMILIES, host_patcher, random_weights, relative_error, run
 from quantizer_writers import gptq, quantized_state_dict
 from safetensors.torch import save_file
 
-from featherweight.loaders.comfyui.diffusers_keys import from_diffusers
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.tensor.packed_layout import is_packed
 
-diffusers = pytest.importorskip("diffusers", reason="it has the names")
+pytest.importorskip("diffusers", reason="it has the names")
 
 OF_IMAGES = {"image_dim": 1280, "added_kv_proj_dim": 256}
-WIDTH = 4096  # of the text
-
-
-def diffusers_shapes(columns=36, **kwargs):
-    """Name -> shape in diffusers' class, of the size of the small models of `families`."""
-    model_class = diffusers.WanTransformer3DModel  # imports: tables of modules are no meta tensors
-    with torch.device("meta"):
-        model = model_class(
-            num_attention_heads=2, attention_head_dim=128, in_channels=columns, out_channels=16,
-            text_dim=WIDTH, freq_dim=256, ffn_dim=512, num_layers=1, **kwargs)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def names_of(shapes):
-    """Host's name -> diffusers' name."""
-    numbers = {name: torch.tensor(number) for number, name in enumerate(shapes)}
-    names = list(shapes)
-    return {name: names[number] for name, number in from_diffusers(numbers).items()}
 
 
 @pytest.mark.parametrize(("family_name", "kwargs"), [
     ("wan2.1-t2v", {"columns": 16}), ("wan2.1-i2v", OF_IMAGES)])
 def test_names_and_shapes_are_those_of_the_host(family_name, kwargs):
-    shapes, weights = diffusers_shapes(**kwargs), random_weights(FAMILIES[family_name])
-    names = names_of(shapes)
+    shapes, weights = wan_shapes(**kwargs), random_weights(FAMILIES[family_name])
+    names = wan_names(shapes)
     assert {host_name: shapes[name] for host_name, name in names.items()} == {
         host_name: tensor.shape for host_name, tensor in weights.items()}
 
@@ -48,7 +29,7 @@ def test_names_and_shapes_are_those_of_the_host(family_name, kwargs):
     ("wan2.1-t2v", {"columns": 16}), ("wan2.1-i2v", OF_IMAGES)])
 def test_a_model_of_auto_round_draws_what_its_dense_values_draw(family_name, kwargs, tmp_path):
     family = FAMILIES[family_name]
-    names = names_of(diffusers_shapes(**kwargs))
+    names = wan_names(wan_shapes(**kwargs))
     weights = {names[name]: tensor for name, tensor in random_weights(family).items()}
     stored, values = quantized_state_dict(
         weights, functools.partial(gptq, symmetric=True), lambda name: ".attn" not in name)

@@ -8,6 +8,8 @@ import comfy.memory_management
 import comfy.ops
 import comfy.sd
 import numpy as np
+import published_forms
+import published_models
 import pytest
 import torch
 from checkpoint_parts import flux as tiny_flux
@@ -28,6 +30,7 @@ from featherweight.loaders.models.load_check import load_notes
 from featherweight.loaders.models.vae import build_vae, load_vae, wrap_vae
 from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.layers import product
 from featherweight.ops.layers.load_hooks import pack_layers
 from featherweight.ops.layers.packed_layers import PackedLayer, make_packed
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensor
@@ -176,6 +179,23 @@ def test_a_video_vae_in_gguf_is_the_same_whether_its_kernels_are_merged(merged, 
     expected = comfy.sd.VAE(sd=weights).decode(latent)
     assert load_notes(ours.patcher) == () and torch.allclose(
         ours.decode(latent), expected, atol=1e-3)
+
+
+def test_matrices_in_a_format_of_comfyuis_are_read_whatever_it_reads_in_a_vae(tmp_path,
+                                                                              monkeypatch):
+    """ComfyUI 0.30 takes their codes for the weights."""
+    with published_models.small_vae("minimax-h3", monkeypatch):
+        encoded = published_forms.int8_convrot(
+            published_models.vae_weights("minimax-h3"), random.Random())
+        save_file(encoded.tensors, tmp_path / "vae.safetensors", encoded.metadata or None)
+        vae = load_vae(str(tmp_path / "vae.safetensors"))
+    assert not load_notes(vae.patcher)
+    for name, weight in vae.first_stage_model.named_parameters():
+        marked = encoded.tensors[name].dtype == torch.int8
+        assert is_packed(weight) or not marked
+        if marked:
+            torch.testing.assert_close(product.dequantize(weight, torch.float32),
+                                       encoded.values[name])
 
 
 def test_a_vae_of_other_sizes_is_a_sentence(tmp_path):
