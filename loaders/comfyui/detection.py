@@ -10,7 +10,8 @@ import comfy.model_detection
 import comfy.supported_models
 import torch
 
-from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line
+from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line, safe_repr
+from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..quantizers.nunchaku import has_nunchaku_weights
 
@@ -33,6 +34,12 @@ UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, NameEr
 
 # The host's class of a model -> how the advice begins where its file lacks weights.
 MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it, or get"}
+
+# The host's class of a part of a model -> where to find it, if a file of the model lacks it.
+PARTS_ELSEWHERE = {
+    "NumberConditioner": "They are in the checkpoint of Stable Audio: pick that in Load Checkpoint"
+                         " (Featherweight)."
+}
 
 # The host counts blocks in a time that grows with blocks times tensors.
 MAX_BLOCKS = 1000
@@ -114,6 +121,24 @@ FIVE_DIMENSIONS = (
 )
 
 
+# characters that ggml keeps of a name
+LONGEST_CUT = 63
+
+
+def cut_names_text(names: Collection[str]) -> str | None:
+    """Returns a sentence about names that were cut, None where none is as long as those are.
+
+    Args:
+        names: of a file in which the host detects no model.
+    """
+    cut = [name for name in names if len(name) == LONGEST_CUT]
+    if not cut or any(len(name) > LONGEST_CUT for name in names):
+        return None
+    return (f"has names of {LONGEST_CUT} characters, to which some programs cut them, such as"
+            f" {safe_repr(cut[0])}: ComfyUI does not know the model by what is left. Get another"
+            " conversion.")
+
+
 @contextlib.contextmanager
 def explain_missing_config(file: WeightFile):
     """Raises WeightFileError with the reason if a model does not load because its file has lost
@@ -187,7 +212,8 @@ def explain_build_errors(name: str):
         mismatch = shape_mismatch_text(error)
         if mismatch is None:
             raise
-        raise WeightFileError(f"{name}: {mismatch} {advice}") from error
+        elsewhere = [hint for part, hint in PARTS_ELSEWHERE.items() if f" {part}:" in str(error)]
+        raise WeightFileError(f"{name}: {mismatch} {''.join(elsewhere) or advice}") from error
 
 
 def shape_mismatch_text(error: RuntimeError) -> str | None:
@@ -197,6 +223,10 @@ def shape_mismatch_text(error: RuntimeError) -> str | None:
     if not mismatches or "loading state_dict for " not in heading:
         return None
     model = heading.rpartition(" ")[2].rstrip(":")
+    if match := re.match(r"(Missing|Unexpected) key\(s\) in state_dict: ", mismatches[0]):
+        names = join_some(map(safe_repr, re.findall('"([^"]*)"', mismatches[0])))
+        return (f"it lacks weights of ComfyUI's {model}: {names}." if match[1] == "Missing" else
+                f"ComfyUI's {model} has no {names}.")
     return f"the names of the weights are those of {model}, their sizes are not: {mismatches[0]}"
 
 

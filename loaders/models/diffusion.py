@@ -16,6 +16,7 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
+    cut_names_text,
     explain_build_errors,
     explain_missing_config,
     is_diffusion_model,
@@ -136,12 +137,13 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
 def _load_by_the_host(path: str, model_options: dict[str, Any],
                       disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher | None:
     """Returns the model, None where the host does not know it as it is in the file."""
-    reject_incomplete(os.path.basename(path), shapes_in(path))
+    left_over = reject_incomplete(os.path.basename(path), shapes_in(path))
     try:
         with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
             patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
                                                     disable_dynamic=disable_dynamic)
             check.attach(patcher)
+            check.leave_over(left_over)
         keep_weights_whole(patcher)
         return patcher
     except WeightFileError:
@@ -236,6 +238,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
             dequantize_plain_parameters(),
             check_load(file.path.name, file.notes, bytes_of(state_dict)) as check,
         ):
+            check.leave_over(reject_incomplete(file.path.name, state_dict))
             patcher = comfy.sd.load_diffusion_model_state_dict(
                 state_dict, model_options=options, metadata=host_metadata(file),
                 disable_dynamic=disable_dynamic)
@@ -243,7 +246,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     if patcher is None:
         prefix = model_prefix(state_dict)
         problem = (missing_keys_text(state_dict, prefix) or left_out_text(state_dict, prefix)
-                   or uneven_bias_text(state_dict))
+                   or uneven_bias_text(state_dict) or cut_names_text(file.entries))
         if problem:
             raise WeightFileError(f"{os.path.basename(file.path)} {problem}")
         reject_side_model(file)

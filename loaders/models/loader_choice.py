@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..comfyui.quantized_weights import find_unread_layer, has_format
+from ..comfyui.weight_keys import is_cut
 from ..files.safetensors import SafetensorsFile, is_shard
 from ..quantizers.base import Header
 from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
@@ -45,7 +46,8 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     with file:
         keys, metadata = file.keys(), file.metadata() or {}
         try:
-            return (has_quantized_weights(keys, metadata, partial(_header_of, file))
+            return (any(map(is_cut, keys))
+                    or has_quantized_weights(keys, metadata, partial(_header_of, file))
                     or has_other_names(metadata, keys)
                     or _may_be_joined(marked_layers(metadata, keys))
                     or has_format(keys, file.get_tensor, metadata, host_formats)

@@ -110,7 +110,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
                           for path, target in zip(paths, targets.files))
     if by_the_host and mmproj in (AUTO, None):
         try:
-            with check_load(_names(paths)) as check:
+            with omit_missing_towers(paths), check_load(_names(paths)) as check:
                 clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type,
                                           model_options, disable_dynamic)
                 check.attach(clip)
