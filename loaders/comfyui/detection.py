@@ -1,12 +1,12 @@
 """Detects models by the names and shapes of their weights, in foreign and partial files too."""
 import contextlib
 import logging
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import comfy.model_detection
+import comfy.sd
 import comfy.supported_models
 import torch
 
@@ -51,7 +51,7 @@ def reject_endless_blocks(file: WeightFile):
     numbers = {number[1] for number in map(BLOCK.search, file.entries) if number}
     if len(numbers) > MAX_BLOCKS:
         raise WeightFileError(
-            f"{file.path.name} numbers {len(numbers):,} blocks in its names, expected at most"
+            f"{file.name} numbers {len(numbers):,} blocks in its names, expected at most"
             f" {MAX_BLOCKS:,}. {DOWNLOAD_AGAIN}")
 
 
@@ -150,7 +150,7 @@ def explain_missing_config(file: WeightFile):
         if has_sizes or "config" in file.text_metadata:
             raise
         raise WeightFileError(
-            f"{file.path.name} has no `config` in its metadata, from which ComfyUI takes the sizes"
+            f"{file.name} has no `config` in its metadata, from which ComfyUI takes the sizes"
             " of an LTX model. Get a conversion that keeps it, or the original file.") from error
 
 
@@ -327,14 +327,43 @@ def reject_non_diffusion(file: WeightFile):
         names = [name for name in names if not name.endswith((".lora_down", ".lora_up"))]
     if match := first_match(names, NOT_DIFFUSION):
         title, advice, name = match
-        raise WeightFileError(f"{os.path.basename(file.path)} is {title} (it has {name!r}),"
+        raise WeightFileError(f"{file.name} is {title} (it has {name!r}),"
                               f" expected a diffusion model. {advice}")
 
 
+VAE = (
+    r"^(first_stage_model\.|vae\.)?("
+    r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)"
+)
+# Names of tensors that are in no diffusion model, what such a file is, and what to do with it.
+OTHER_PARTS = (
+    (r"(^|\.)(video|audio)_embeddings_connector\.", "a module with LTX-2's connectors",
+     "Pick it in Load Diffusion Model (Featherweight), at module, or with the text encoder."),
+    (VAE, "a VAE", "Load it with Load VAE."),
+)
+# which the host knows VAEs by: all names in its code
+VAE_NAMES = frozenset(name for name in comfy.sd.VAE.__init__.__code__.co_consts
+                      if isinstance(name, str) and "." in name)
+
+
+def find_other_part(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Returns what a file is in which the host detects no diffusion model, what to do with it, and
+    the name that shows it; None for other names."""
+    names = list(names)
+    vae = next((name for name in names
+                if name.removeprefix("first_stage_model.").removeprefix("vae.") in VAE_NAMES), None)
+    return first_match(names, OTHER_PARTS) or (vae and (*OTHER_PARTS[-1][1:], vae)) or None
+
+
 def reject_side_model(file: WeightFile):
-    """Raises WeightFileError for one of `SIDE_MODELS` picked as a diffusion model."""
+    """Raises WeightFileError for one of `SIDE_MODELS`, or for a part of a model, such as a VAE,
+    picked as a diffusion model."""
     if match := find_side_model(file.entries):
         kind, _, name = match
         raise WeightFileError(
-            f"{os.path.basename(file.path)} is a {kind} (it has {name!r}), expected a diffusion"
+            f"{file.name} is a {kind} (it has {name!r}), expected a diffusion"
             f" model. Pick it in {SIDE_LOADERS[kind]}.")
+    if match := find_other_part(file.entries):
+        title, advice, name = match
+        raise WeightFileError(f"{file.name} is {title} (it has {name!r}),"
+                              f" expected a diffusion model. {advice}")

@@ -73,18 +73,30 @@ def _shares_keys(root: torch.nn.Module, match: re.Match, missing: Container[str]
     return bool(shared) and int(match[1]) >= config.num_hidden_layers - shared
 
 
-def _lacks(part: str) -> Callable[[torch.nn.Module, re.Match, Container[str]], bool]:
-    """Returns a test of whether nothing of a part of a VAE, such as its encoder, is in its file."""
+def _lacks(part: str, *methods: str) -> Callable[[torch.nn.Module, re.Match, Container[str]], bool]:
+    """Returns a test of whether nothing of a part of a model, such as a VAE's encoder, is in its
+    file.
+
+    Args:
+        part: how the names of its weights begin.
+        methods: that the models have of which it is a part.
+    """
     def is_missing(root: torch.nn.Module, match: re.Match, missing: Container[str]) -> bool:
-        return (hasattr(root, "encode") and hasattr(root, "decode")
+        return (all(hasattr(root, method) for method in methods)
                 and all(name in missing for name, _ in root.named_parameters()
                         if re.match(part, name)))
     return is_missing
 
 
 ENCODERS_OF_VAES, DECODERS_OF_VAES = r"(?:taesd_)?encoder\.", r"(?:(?:taesd_)?decoder|previewer)\."
-NO_ENCODER = "it has only the half of a VAE that decodes, and cannot encode"
-NO_DECODER = "it has only the half of a VAE that encodes, and cannot decode"
+CONNECTORS = r"(?:video|audio)_embeddings_connector\."
+# Why a model works without a whole part, for the node.
+NO_ENCODER = "it has only the half of a VAE that decodes, and cannot encode."
+NO_DECODER = "it has only the half of a VAE that encodes, and cannot decode."
+NO_CONNECTORS = (
+    "LTX-2's connectors are missing, which are published in a file of their own. Pick that in Load"
+    " Diffusion Model (Featherweight), at module, unless it is picked with the text encoder.")
+PARTS = (NO_ENCODER, NO_DECODER, NO_CONNECTORS)
 
 # Names of weights that a model works without, of which models, and why.
 NOT_NEEDED = tuple((re.compile(pattern), is_such, reason) for pattern, is_such, reason in (
@@ -97,15 +109,27 @@ NOT_NEEDED = tuple((re.compile(pattern), is_such, reason) for pattern, is_such, 
     (r"^model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm)\.weight$", _shares_keys,
      "the last layers of Gemma 4 take keys and values of earlier ones"),
     (r"^encoder\.(?:mean|std)$", _is_any, "ComfyUI has ImageNet's, for Stable Cascade"),
-    (rf"^(?:{ENCODERS_OF_VAES}|quant_conv\.|conv1\.)", _lacks(ENCODERS_OF_VAES), NO_ENCODER),
-    (rf"^(?:{DECODERS_OF_VAES}|post_quant_conv\.|conv2\.)", _lacks(DECODERS_OF_VAES), NO_DECODER),
+    (rf"^(?:{ENCODERS_OF_VAES}|quant_conv\.|conv1\.)",
+     _lacks(ENCODERS_OF_VAES, "encode", "decode"), NO_ENCODER),
+    (rf"^(?:{DECODERS_OF_VAES}|post_quant_conv\.|conv2\.)",
+     _lacks(DECODERS_OF_VAES, "encode", "decode"), NO_DECODER),
+    (rf"^{CONNECTORS}", _lacks(CONNECTORS), NO_CONNECTORS),
 ))
 # of a layer that normalizes by statistics of its training
 STATISTICS = ("running_mean", "running_var")
-# Parts of models that are published in files of their own, and where to pick those.
-PARTS_OF_MODULES = re.compile(r"^(?:video|audio)_embeddings_connector\.")
-PICK_MODULE = ("These weights are published in a file of their own, LTX-2's connectors: pick it in"
-               " Load Diffusion Model (Featherweight), at module.")
+# Names and a file's name by which a model has another weight too, without which the host takes it
+# for a smaller one: that weight, and what to say of it.
+DECIDING = tuple((re.compile(name), re.compile(file, re.IGNORECASE), weight, text)
+                 for name, file, weight, text in (
+    (r"^double_blocks\.0\.img_mlp\.gate_proj\.weight$", "", r"txt_norm.weight",
+     "which Ovis-Image has. Images may be wrong: download it again, or get another conversion."),
+    (r"^vision_in\.proj\.0\.weight$", "", r"cond_type_embedding.weight",
+     "which HunyuanVideo 1.5 has. Images may be wrong: download it again, or get another"
+     " conversion."),
+    (r"^pos_embed_input\.weight$", "union", "controlnet_mode_embedder.weight",
+     "so the type that is chosen for it has no effect. If it is a model with types, download it"
+     " again, or get another conversion."),
+))
 SHORTEST_CUT = 20  # characters of a name that may be the beginning of a longer one
 
 
@@ -178,16 +202,16 @@ class LoadCheck:
         Raises:
             WeightFileError: the model lacks weights.
         """
-        made, initialised, computed, unused, halves = [], [], [], [], set()
+        made, initialised, computed, unused, parts = [], [], [], [], set()
         for module, missing, unexpected in self._loads:
             self._note_cut_pooled_text(module)
             for name in missing:
                 reason = _reason_not_needed(module, name, set(missing))
-                if reason in (NO_ENCODER, NO_DECODER):
-                    halves.add(reason)
+                if reason in PARTS:
+                    parts.add(reason)
                 if reason is None and _is_computed(module, name):
                     computed.append(name)
-                elif reason is None or reason in halves:
+                elif reason is None or reason in parts:
                     lost = made if _make(module, name) else initialised
                     lost += [name] if reason is None else []
             unused += sorted(unexpected)
@@ -201,7 +225,12 @@ class LoadCheck:
                 f" {join_some(map(safe_repr, unused))}. {DOWNLOAD_AGAIN}")
         unused += left_over
         if (made or initialised) and not reads_anyway():
-            raise self._missing_error(made + initialised, unused)
+            others = (f"; the model does not use {join_some(map(safe_repr, unused))} of it"
+                      if unused else "")
+            raise WeightFileError(
+                f"{self.name} lacks weights of the model:"
+                f" {join_some(map(safe_repr, made + initialised))}{others}. {DOWNLOAD_AGAIN}"
+                f" {READ_ANYWAY}")
         if made:
             self.notes.append(
                 f"{self.name} lacks weights of the model: {join_some(map(safe_repr, made))}"
@@ -210,28 +239,20 @@ class LoadCheck:
         if initialised := initialised + computed:
             self.notes.append(f"{self.name} has no {join_some(map(safe_repr, initialised))}:"
                               " ComfyUI's initial values are used.")
-        self.notes += [f"{self.name}: {reason}." for reason in sorted(halves)]
+        self.notes += [f"{self.name}: {reason}" for reason in sorted(parts)]
         for file in dict.fromkeys(self._files.get(name, self.name) for name in unused):
             names = [name for name in unused if self._files.get(name, self.name) == file]
             self.notes.append(f"The model does not use {join_some(map(safe_repr, names))} of"
                               f" {file}.")
+        self.notes += [
+            f"{self.name} has no {weight!r}, {text}" for pattern, file, weight, text in DECIDING
+            if weight not in self._loaded and file.search(self.name)
+            and any(map(pattern.match, self._loaded))]
         patcher = next(filter(None, map(patcher_of, self._parts)), None)
         if patcher is not None:
             patcher.set_attachments(NOTES_KEY, tuple(self.notes))
         elif self.notes:
             log.warning("[Featherweight] %s", " ".join(self.notes))
-
-    def _missing_error(self, missing: list[str], unused: list[str]) -> WeightFileError:
-        """Returns the error for weights of the model that no file has."""
-        if any(map(PARTS_OF_MODULES.match, missing)):
-            missing, advice = [name for name in missing if PARTS_OF_MODULES.match(name)], PICK_MODULE
-        else:
-            advice = DOWNLOAD_AGAIN
-        others = (f"; the model does not use {join_some(map(safe_repr, unused))} of it"
-                  if unused else "")
-        return WeightFileError(
-            f"{self.name} lacks weights of the model: {join_some(map(safe_repr, missing))}{others}."
-            f" {advice} {READ_ANYWAY}")
 
     def _note_cut_pooled_text(self, module: torch.nn.Module):
         """Notes a weight with too few columns, for which the host cuts the pooled text off."""

@@ -20,7 +20,7 @@ from . import (
     torchao,
 )
 from .base import Header, HeaderOf, join_weights
-from .unsupported_quantizers import reject_unsupported_quantizers
+from .unsupported_quantizers import find_unsupported_quantizer, reject_unsupported_quantizers
 
 QUANTIZERS = (
     bitsandbytes.QUANTIZER, nunchaku.QUANTIZER, gptq.QUANTIZER, compressed_tensors.QUANTIZER,
@@ -34,9 +34,11 @@ IN_FILES = tuple(quantizer for quantizer in QUANTIZERS if quantizer.in_file)
 
 def has_quantized_weights(names: Collection[str], metadata: Mapping[str, Any],
                           header_of: HeaderOf) -> bool:
-    """Returns whether one of the quantisers, but ComfyUI, packed weights; see `Quantizer.find`."""
+    """Returns whether a quantiser, but ComfyUI, packed weights, supported or not; see
+    `Quantizer.find`."""
     names = dict.fromkeys(names)  # each is looked up for many others
-    return any(quantizer.finds(names, metadata, header_of) for quantizer in IN_FILES)
+    return find_unsupported_quantizer(names) is not None or any(
+        quantizer.finds(names, metadata, header_of) for quantizer in IN_FILES)
 
 
 def quantizer_of(file: WeightFile) -> str:
@@ -49,7 +51,8 @@ def quantizer_of(file: WeightFile) -> str:
     for quantizer in QUANTIZERS:
         if quantizer.finds(file.entries, file.metadata, header_of):
             return METHODS.get(str(file.quantization.get("quant_method")), quantizer.name)
-    return ""
+    unsupported = find_unsupported_quantizer(file.entries)
+    return unsupported[0].rpartition(" ")[2] if unsupported else ""
 
 
 def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
