@@ -131,7 +131,8 @@ def cut_names_text(names: Collection[str]) -> str | None:
     Args:
         names: of a file in which the host detects no model.
     """
-    cut = [name for name in names if len(name) == LONGEST_CUT]
+    cut = [name for name in names if len(name) == LONGEST_CUT
+           and not name.endswith((".weight", ".bias", ".scale"))]
     if not cut or any(len(name) > LONGEST_CUT for name in names):
         return None
     return (f"has names of {LONGEST_CUT} characters, to which some programs cut them, such as"

@@ -13,7 +13,8 @@ MOST_TENSORS = 10_000  # of a file that is looked at, each time with another nam
 MOST_MISSING = 0.1  # of a model's names may be missing besides
 ENDINGS = ("weight", "scale")
 # the host's functions that look names up
-DETECTION = (comfy.model_detection.detect_unet_config, comfy.model_detection.convert_diffusers_mmdit)
+DETECTION = (comfy.model_detection.detect_unet_config,
+             comfy.model_detection.convert_diffusers_mmdit)
 
 
 def find_deciding_weight(state_dict: dict[str, torch.Tensor], prefix: str) -> str | None:

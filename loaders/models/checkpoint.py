@@ -38,7 +38,7 @@ MODEL = "diffusion model of a checkpoint"
 CLIP = "text encoder of a checkpoint"
 VAE = "VAE of a checkpoint"
 
-UNKNOWN_MODEL = "ERROR: Could not detect"  # begins the host's error for a file that it does not know
+UNKNOWN_MODEL = "ERROR: Could not detect"  # begins the host's error for an unknown file
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 
