@@ -336,24 +336,24 @@ VAE = (
     r"^(first_stage_model\.|vae\.)?("
     r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)"
 )
-# Names of tensors that are in no diffusion model, what such a file is, and what to do with it.
-OTHER_PARTS = (
-    (r"(^|\.)(video|audio)_embeddings_connector\.", "a module with LTX-2's connectors",
-     "Pick it in Load Diffusion Model (Featherweight), at module, or with the text encoder."),
-    (VAE, "a VAE", "Load it with Load VAE."),
-)
-# which the host knows VAEs by: all names in its code
+# what the host knows VAEs by: all names in its code
 VAE_NAMES = frozenset(name for name in comfy.sd.VAE.__init__.__code__.co_consts
                       if isinstance(name, str) and "." in name)
+CONNECTORS = re.compile(r"(^|\.)((video|audio)_embeddings_connector|text_embedding_projection)\.")
 
 
 def find_other_part(names: Iterable[str]) -> tuple[str, str, str] | None:
     """Returns what a file is in which the host detects no diffusion model, what to do with it, and
     the name that shows it; None for other names."""
     names = list(names)
-    vae = next((name for name in names
-                if name.removeprefix("first_stage_model.").removeprefix("vae.") in VAE_NAMES), None)
-    return first_match(names, OTHER_PARTS) or (vae and (*OTHER_PARTS[-1][1:], vae)) or None
+    if names and all(map(CONNECTORS.search, names)):
+        return ("a module with LTX-2's connectors", "Pick it in Load Diffusion Model"
+                " (Featherweight), at module, or with the text encoder.", names[0])
+    vae = next((name for name in names if re.search(VAE, name) or re.sub(
+        r"^(first_stage_model|vae)\.", "", name) in VAE_NAMES), None)
+    if vae is None or any(name.startswith("model.diffusion_model.") for name in names):
+        return None
+    return "a VAE", "Load it with Load VAE.", vae
 
 
 def reject_side_model(file: WeightFile):

@@ -9,7 +9,6 @@ import comfy.sd
 import torch
 
 from ..comfyui.detection import (
-    OTHER_PARTS,
     SIDE_LOADERS,
     find_other_part,
     find_side_model,
@@ -22,7 +21,6 @@ from ..lora.lora_file import OTHER_FILES, weight_shapes
 from ..lora.tensor_names import PAIRS, layer_names
 from ..packing.planning.plan import Plan, PlanError
 from ..quantizers.registry import quantizer_of
-from ..quantizers.unsupported_quantizers import GET_OTHER_FORMAT, find_unsupported_quantizer
 from .contents import Contents, diffusion_comfy_keys, encoder_comfy_keys
 from .model_summary import title_of
 from .quality_warnings import shape_warnings, weight_warnings
@@ -127,21 +125,13 @@ def identify(contents: Contents) -> Inspection:
         types={name: (counts[name], size) for name, size in sizes.most_common()},
         blocks=sort_blocks(blocks), plan=_plan_texts(contents.metadata))
     # Each one returns whether the model is of its type, and fills in the inspection if it is.
-    for identify_as in (_identify_unsupported, _identify_lora, _identify_mmproj,
-                        _identify_side_model, _identify_diffusion_model, _identify_encoder,
-                        _identify_other):
+    for identify_as in (_identify_lora, _identify_mmproj, _identify_side_model,
+                        _identify_diffusion_model, _identify_encoder, _identify_other):
         if identify_as(contents, inspection):
             break
     if inspection.model_type != LORA:
         inspection.warnings += weight_warnings(contents)
     return inspection
-
-
-def _identify_unsupported(contents: Contents, inspection: Inspection) -> bool:
-    if found := find_unsupported_quantizer(contents.tensors):
-        inspection.model_type = f"model with {found[0]}, which is not supported"
-        inspection.needs = {"use": GET_OTHER_FORMAT}
-    return bool(inspection.model_type)
 
 
 def _identify_lora(contents: Contents, inspection: Inspection) -> bool:
@@ -254,9 +244,8 @@ def _identify_encoder(contents: Contents, inspection: Inspection) -> bool:
 
 
 def _identify_other(contents: Contents, inspection: Inspection) -> bool:
-    if match := (first_match(contents.tensors, OTHER_PARTS[:1])
-                 or first_match(contents.tensors, OTHER_FILES)
-                 or find_other_part(contents.tensors)):
+    if match := (find_other_part(contents.tensors)
+                 or first_match(contents.tensors, OTHER_FILES)):
         inspection.model_type = match[0].removeprefix("an ").removeprefix("a ")
         inspection.needs = {"use": match[1]}
         return True

@@ -248,12 +248,12 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
                 disable_dynamic=disable_dynamic)
             check.attach(patcher)
     if patcher is None:
+        reject_side_model(file)
         prefix = model_prefix(state_dict)
         problem = (missing_keys_text(state_dict, prefix) or left_out_text(state_dict, prefix)
                    or uneven_bias_text(state_dict) or cut_names_text(file.entries))
         if problem:
             raise WeightFileError(f"{file.name} {problem}")
-        reject_side_model(file)
         if lost := find_deciding_weight(state_dict, prefix):
             raise WeightFileError(
                 f"{file.name} lacks {safe_repr(lost)}, without which ComfyUI does"

@@ -51,8 +51,7 @@ def quantizer_of(file: WeightFile) -> str:
     for quantizer in QUANTIZERS:
         if quantizer.finds(file.entries, file.metadata, header_of):
             return METHODS.get(str(file.quantization.get("quant_method")), quantizer.name)
-    unsupported = find_unsupported_quantizer(file.entries)
-    return unsupported[0].rpartition(" ")[2] if unsupported else ""
+    return ""
 
 
 def join_quantized_weights(file: WeightFile, tensors: dict[str, torch.Tensor],
