@@ -9,8 +9,8 @@ import torch
 from checkpoint_parts import autoencoder, clip_l, stable_diffusion
 from controlnets import flux_bfl
 from encoders import ENCODERS
-from encoders.encoder import random_weights as encoder_weights
 from encoders.encoder import TOWERS, small_towers, write_encoder
+from encoders.encoder import random_weights as encoder_weights
 from families import FAMILIES, random_weights, shrunken_detection
 from host_formats import in_host_format
 from patched_models import relative, run, tiny_flux

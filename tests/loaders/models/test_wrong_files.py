@@ -137,7 +137,8 @@ def test_stable_audio_without_its_conditioners_is_a_plain_sentence(tmp_path):
     names = {
         "transformer.rotary_pos_emb.inv_freq": (16,), "to_timestep_embed.0.weight": (64, 16),
         "timestep_features.weight": (8, 1), "preprocess_conv.weight": (8, 8, 1),
-        "postprocess_conv.weight": (8, 8, 1), "to_global_embed.0.weight": (64, 64), "to_cond_embed.0.weight": (64, 64)}
+        "postprocess_conv.weight": (8, 8, 1), "to_global_embed.0.weight": (64, 64),
+        "to_cond_embed.0.weight": (64, 64)}
     weights = {f"model.model.{name}": torch.ones(shape) for name, shape in names.items()}
     weights["model.model.transformer.project_in.weight"] = torch.ones(64, 8)
     save_file(weights, tmp_path / "dit.safetensors")
