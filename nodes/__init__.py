@@ -6,6 +6,7 @@ a host that lacks something, is left out and named in the log; the others load. 
 begin with "Featherweight" belong to packs that shared workflows were made with. They are left out
 while another pack has registered them.
 """
+import functools
 import logging
 import pkgutil
 import re
@@ -18,6 +19,7 @@ from comfy_api.latest import ComfyExtension, io
 import nodes as host_nodes
 
 from ..loaders.devices import gpus, usual_dtype
+from ..loaders.files.container import safe_repr
 from ..loaders.paths.file_versions import FileVersions
 from ..loaders.paths.folders import register_folders
 from ..ops.kernels import background, start_validation
@@ -34,6 +36,7 @@ OWN_PREFIX = "Featherweight"
 FILE_INPUTS = re.compile(
     r".*_name(_?\d+)?|model_path|text_encoder_?\d|mmproj|sensitivity|measurement"
 )
+JSON_VALUES = (str, int, float, list, dict)  # what a prompt may have instead of a connection
 FILE_VERSIONS = FileVersions()  # lives as long as ComfyUI's cache of node outputs
 
 
@@ -149,7 +152,29 @@ def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
         node.GET_SCHEMA()
         if "fingerprint_inputs" not in vars(node):
             setattr(node, "fingerprint_inputs", classmethod(_count_file_versions))  # noqa: B010  a method
+        _check_models(node)
     return nodes
+
+
+def _check_models(node: type[io.ComfyNode]):
+    """Has a node raise ValueError for a value of a prompt, such as a text, in place of a model."""
+    schema = node.GET_SCHEMA()
+    types = {each.id: (each.io_type, each.optional) for each in schema.inputs
+             if isinstance(each, io.Model.Input | io.Clip.Input)}
+    execute = node.execute.__func__
+
+    @functools.wraps(execute)
+    def checked(cls, *args, **inputs):
+        for name, (expected, is_optional) in types.items():
+            value = inputs.get(name)
+            if isinstance(value, JSON_VALUES) or (name in inputs and value is None
+                                                  and not is_optional):
+                raise ValueError(f"{schema.display_name}: {name} is {safe_repr(value)}, expected a"
+                                 f" {expected}. Connect the output of a loader with it.")
+        return execute(cls, *args, **inputs)
+
+    if types:
+        setattr(node, "execute", classmethod(checked))  # noqa: B010  a method
 
 
 def _count_file_versions(cls, **inputs) -> int:

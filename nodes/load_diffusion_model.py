@@ -121,7 +121,7 @@ def size_in_bytes(size_gb: float, expected: str = "how large the weights may be"
     Raises:
         WeightFileError: if it is not a size.
     """
-    if not 0 < size_gb < math.inf:
+    if not 0 < size_gb * GB < math.inf:
         raise WeightFileError(f"size in GB is {size_gb}; expected {expected}, such as 6.")
     return round(size_gb * GB)
 

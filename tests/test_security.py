@@ -507,6 +507,20 @@ def test_a_link_that_the_owner_put_into_a_folder_leads_to_another_disk(base):
             folders.resolve_saved_path(str(base / "output" / name))
 
 
+NOT_ON_WINDOWS = ("ab:c", "a*?", "con", "CON.q8", "x/aux/y", "a<b", 'a"b', "a|b", "x/lpt1", "a\tb")
+
+
+@pytest.mark.parametrize("name", NOT_ON_WINDOWS)
+def test_a_name_that_windows_does_not_allow_is_refused_on_every_system(name, base):
+    for where, start in ((folders.OUTPUT, ""), (folders.MODELS, "diffusion_models/")):
+        with pytest.raises(WeightFileError, match="cannot be the name of a file or folder on Wind"):
+            folders.new_model_path(start + name, "Q4_K", ".gguf", where)
+    with pytest.raises(WeightFileError, match="cannot be the name of a file or folder on Windows"):
+        folders.new_sensitivity_path(name)
+    for allowed in ("console", "com", "a.con", "%date:yyyy-MM-dd%"):
+        assert folders.new_model_path(allowed, "Q4_K", ".gguf")
+
+
 @links
 def test_no_link_and_no_registered_folder_leads_to_where_programs_lie(base):
     programs = base / "models" / "custom_nodes"

@@ -1,16 +1,17 @@
 """Detects models by the names and shapes of their weights, in foreign and partial files too."""
 import contextlib
 import logging
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import comfy.model_detection
+import comfy.sd
 import comfy.supported_models
 import torch
 
-from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line
+from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line, safe_repr
+from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..quantizers.nunchaku import has_nunchaku_weights
 
@@ -34,6 +35,12 @@ UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, NameEr
 # The host's class of a model -> how the advice begins where its file lacks weights.
 MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it, or get"}
 
+# The host's class of a part of a model -> where to find it, if a file of the model lacks it.
+PARTS_ELSEWHERE = {
+    "NumberConditioner": "They are in the checkpoint of Stable Audio: pick that in Load Checkpoint"
+                         " (Featherweight)."
+}
+
 # The host counts blocks in a time that grows with blocks times tensors.
 MAX_BLOCKS = 1000
 BLOCK = re.compile(r"\.(\d+)\.")
@@ -44,7 +51,7 @@ def reject_endless_blocks(file: WeightFile):
     numbers = {number[1] for number in map(BLOCK.search, file.entries) if number}
     if len(numbers) > MAX_BLOCKS:
         raise WeightFileError(
-            f"{file.path.name} numbers {len(numbers):,} blocks in its names, expected at most"
+            f"{file.name} numbers {len(numbers):,} blocks in its names, expected at most"
             f" {MAX_BLOCKS:,}. {DOWNLOAD_AGAIN}")
 
 
@@ -114,6 +121,25 @@ FIVE_DIMENSIONS = (
 )
 
 
+# characters that ggml keeps of a name
+LONGEST_CUT = 63
+
+
+def cut_names_text(names: Collection[str]) -> str | None:
+    """Returns a sentence about names that were cut, None where none is as long as those are.
+
+    Args:
+        names: of a file in which the host detects no model.
+    """
+    cut = [name for name in names if len(name) == LONGEST_CUT
+           and not name.endswith((".weight", ".bias", ".scale"))]
+    if not cut or any(len(name) > LONGEST_CUT for name in names):
+        return None
+    return (f"has names of {LONGEST_CUT} characters, to which some programs cut them, such as"
+            f" {safe_repr(cut[0])}: ComfyUI does not know the model by what is left. Get another"
+            " conversion.")
+
+
 @contextlib.contextmanager
 def explain_missing_config(file: WeightFile):
     """Raises WeightFileError with the reason if a model does not load because its file has lost
@@ -125,7 +151,7 @@ def explain_missing_config(file: WeightFile):
         if has_sizes or "config" in file.text_metadata:
             raise
         raise WeightFileError(
-            f"{file.path.name} has no `config` in its metadata, from which ComfyUI takes the sizes"
+            f"{file.name} has no `config` in its metadata, from which ComfyUI takes the sizes"
             " of an LTX model. Get a conversion that keeps it, or the original file.") from error
 
 
@@ -187,7 +213,8 @@ def explain_build_errors(name: str):
         mismatch = shape_mismatch_text(error)
         if mismatch is None:
             raise
-        raise WeightFileError(f"{name}: {mismatch} {advice}") from error
+        elsewhere = [hint for part, hint in PARTS_ELSEWHERE.items() if f" {part}:" in str(error)]
+        raise WeightFileError(f"{name}: {mismatch} {''.join(elsewhere) or advice}") from error
 
 
 def shape_mismatch_text(error: RuntimeError) -> str | None:
@@ -197,6 +224,10 @@ def shape_mismatch_text(error: RuntimeError) -> str | None:
     if not mismatches or "loading state_dict for " not in heading:
         return None
     model = heading.rpartition(" ")[2].rstrip(":")
+    if match := re.match(r"(Missing|Unexpected) key\(s\) in state_dict: ", mismatches[0]):
+        names = join_some(map(safe_repr, re.findall('"([^"]*)"', mismatches[0])))
+        return (f"it lacks weights of ComfyUI's {model}: {names}." if match[1] == "Missing" else
+                f"ComfyUI's {model} has no {names}.")
     return f"the names of the weights are those of {model}, their sizes are not: {mismatches[0]}"
 
 
@@ -297,14 +328,43 @@ def reject_non_diffusion(file: WeightFile):
         names = [name for name in names if not name.endswith((".lora_down", ".lora_up"))]
     if match := first_match(names, NOT_DIFFUSION):
         title, advice, name = match
-        raise WeightFileError(f"{os.path.basename(file.path)} is {title} (it has {name!r}),"
+        raise WeightFileError(f"{file.name} is {title} (it has {name!r}),"
                               f" expected a diffusion model. {advice}")
 
 
+VAE = (
+    r"^(first_stage_model\.|vae\.)?("
+    r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)"
+)
+# what the host knows VAEs by: all names in its code
+VAE_NAMES = frozenset(name for name in comfy.sd.VAE.__init__.__code__.co_consts
+                      if isinstance(name, str) and "." in name)
+CONNECTORS = re.compile(r"(^|\.)((video|audio)_embeddings_connector|text_embedding_projection)\.")
+
+
+def find_other_part(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Returns what a file is in which the host detects no diffusion model, what to do with it, and
+    the name that shows it; None for other names."""
+    names = list(names)
+    if names and all(map(CONNECTORS.search, names)):
+        return ("a module with LTX-2's connectors", "Pick it in Load Diffusion Model"
+                " (Featherweight), at module, or with the text encoder.", names[0])
+    vae = next((name for name in names if re.search(VAE, name) or re.sub(
+        r"^(first_stage_model|vae)\.", "", name) in VAE_NAMES), None)
+    if vae is None or any(name.startswith("model.diffusion_model.") for name in names):
+        return None
+    return "a VAE", "Load it with Load VAE.", vae
+
+
 def reject_side_model(file: WeightFile):
-    """Raises WeightFileError for one of `SIDE_MODELS` picked as a diffusion model."""
+    """Raises WeightFileError for one of `SIDE_MODELS`, or for a part of a model, such as a VAE,
+    picked as a diffusion model."""
     if match := find_side_model(file.entries):
         kind, _, name = match
         raise WeightFileError(
-            f"{os.path.basename(file.path)} is a {kind} (it has {name!r}), expected a diffusion"
+            f"{file.name} is a {kind} (it has {name!r}), expected a diffusion"
             f" model. Pick it in {SIDE_LOADERS[kind]}.")
+    if match := find_other_part(file.entries):
+        title, advice, name = match
+        raise WeightFileError(f"{file.name} is {title} (it has {name!r}),"
+                              f" expected a diffusion model. {advice}")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import comfy.model_detection
+import comfy.utils
 import torch
 
 from ...ops.layers.load_hooks import FillEmpty
@@ -88,7 +89,7 @@ def from_diffusers(state_dict: dict[str, torch.Tensor],
     return out
 
 
-def reject_incomplete(name: str, state_dict: Mapping[str, torch.Tensor]):
+def reject_incomplete(name: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
     """Raises WeightFileError where weights are missing that the host joins with others.
 
     Its conversion of diffusers' names would leave the rows of a missing one as the memory is.
@@ -96,13 +97,24 @@ def reject_incomplete(name: str, state_dict: Mapping[str, torch.Tensor]):
     Args:
         name: of the file.
         state_dict: its tensors, of which only the shapes matter.
+
+    Returns:
+        The names that the conversion leaves behind, of which the host says nothing.
     """
-    weights, _ = _joined_rows(state_dict) or ({}, ())
+    if try_detect(comfy.model_detection.detect_unet_config, state_dict, "") is not None:
+        return []
+    joined = _joined_rows(state_dict)
+    if joined is None:
+        config = try_detect(comfy.model_detection.model_config_from_diffusers_unet, state_dict)
+        names = comfy.utils.unet_to_diffusers(config.unet_config) if config else state_dict
+        return [name for name in state_dict if name not in names]
+    weights, used = joined
     incomplete = [target for target, (parts, is_whole) in weights.items() if parts and not is_whole]
     if incomplete:
         raise WeightFileError(
             f"{name} lacks some of the weights that ComfyUI joins to"
             f" {join_some(map(safe_repr, incomplete))}. {DOWNLOAD_AGAIN}")
+    return [name for name in state_dict if name not in used]
 
 
 def _joined_rows(tensors: Mapping[str, torch.Tensor]) -> tuple[

@@ -11,7 +11,7 @@ from comfy.model_detection import (
 
 from ...ops.tensor.packed_layout import is_packed, relabel
 from ..quantizers.comfyui_marks import WRAPPERS
-from .detection import try_detect
+from .detection import LONGEST_CUT, try_detect
 from .diffusers_keys import from_diffusers
 
 
@@ -23,8 +23,33 @@ def to_comfy_keys(state_dict: dict[str, torch.Tensor],
         state_dict: is changed. Names that no known converter has changed stay.
         lazy: see `from_diffusers`.
     """
-    state_dict = unmerge_kernels(_undo_converters(_without_wrappers(state_dict)))
+    state_dict = _without_wrappers(complete_endings(state_dict))
+    state_dict = unmerge_kernels(_undo_converters(state_dict))
     return _with_leading_ones(from_diffusers(state_dict, lazy))
+
+
+ENDINGS = ("weight", "bias", "scale")
+
+
+def is_cut(name: str) -> bool:
+    """Returns whether the last part of a name was cut, as by stable-diffusion.cpp."""
+    return len(name) == LONGEST_CUT and _ending(name) is not None
+
+
+def _ending(name: str) -> str | None:
+    """Returns what the last part of a name begins, None where it is none of ENDINGS cut short."""
+    last = name.rpartition(".")[2]
+    return next((ending for ending in ENDINGS if last and ending.startswith(last)
+                 and ending != last), None)
+
+
+def complete_endings(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gives the last parts of names that were cut their ends again, by which the host detects.
+
+    What is cut before its last part, `LoadCheck` completes by the names of the model.
+    """
+    return {f"{name.rpartition('.')[0]}.{_ending(name)}" if is_cut(name) else name: tensor
+            for name, tensor in state_dict.items()}
 
 
 def has_foreign_names(state_dict: dict[str, torch.Tensor]) -> bool:
@@ -49,11 +74,17 @@ def _wrapper(names: Iterable[str]) -> str:
 
 
 def _without_wrappers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Strips prefixes that all names have, until the host knows the rest or none is left."""
-    while ((prefix := _wrapper(state_dict)) and prefix != model_prefix(state_dict)
-           and try_detect(detect_unet_config, state_dict, "") is None):
-        state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    return state_dict
+    """Strips prefixes that all names of a model have, also behind the prefix of a checkpoint's
+    model, until the host knows the rest or none is left."""
+    while True:
+        outer = model_prefix(state_dict)
+        wrapper = _wrapper(name.removeprefix(outer) for name in state_dict
+                           if name.startswith(outer))
+        if not wrapper or try_detect(detect_unet_config, state_dict, outer) is not None:
+            return state_dict
+        wrapped = outer + wrapper
+        state_dict = {outer + name.removeprefix(wrapped) if name.startswith(wrapped) else name:
+                      tensor for name, tensor in state_dict.items()}
 
 
 def unmerge_kernels(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import functools
 import math
 import mmap
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -245,6 +246,11 @@ class WeightFile:
             for buffer in self._buffers:
                 buffer.madvise(mmap.MADV_DONTNEED)
 
+    @property
+    def name(self) -> str:
+        """The name of the file or folder, for people."""
+        return model_name(self.path)
+
     def error_at(self, name: str, problem: str, advice: str) -> WeightFileError:
         """Returns an error that names the file in which the tensor `name` is.
 
@@ -255,7 +261,7 @@ class WeightFile:
         """
         path = self.paths[self.entries[name].part] if name in self.entries else self.path
         # files of folders have the same name in each
-        folder = f"{self.path.name}/" if path.parent == self.path else ""
+        folder = f"{self.name}/" if path.parent == self.path else ""
         return WeightFileError(f"{folder}{path.name}: {problem}. {advice}")
 
     def _as_tensor(self, entry: Entry) -> torch.Tensor:
@@ -404,6 +410,16 @@ def nbytes_of(type_name: str, shape: Sequence[int]) -> int:
     packed = FORMATS[type_name]
     scales = -(-values // packed.block_length) * packed.qparam_bytes()
     return -(-values * packed.block_bytes // packed.block_length) + scales
+
+
+# of the models in a pipeline's folder
+PIPELINE_PARTS = re.compile(r"(transformer|unet|text_encoder|vae)(_\d+)?")
+
+
+def model_name(path: str | os.PathLike) -> str:
+    """Returns the name of a file or folder, of a model in a pipeline's folder with that folder."""
+    parts = Path(os.path.normpath(path)).parts
+    return "/".join(parts[-2:] if PIPELINE_PARTS.fullmatch(parts[-1]) else parts[-1:])
 
 
 def display_name(text: str) -> str:

@@ -8,7 +8,12 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ..comfyui.detection import SIDE_LOADERS, find_side_model, first_match
+from ..comfyui.detection import (
+    SIDE_LOADERS,
+    find_other_part,
+    find_side_model,
+    first_match,
+)
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..files.container import safe_repr
 from ..lora.family_match import match_family
@@ -26,11 +31,6 @@ PLAN_KEY = "featherweight.plan"
 MMPROJ = re.compile(r"^(v\.blk|mm|a\.blk)\.")
 ENCODER_NAMES = re.compile(
     r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|(^|\.)embed_tokens\.|text_model\.encoder\.")
-VAE = (
-    r"^(first_stage_model\.|vae\.)?("
-    r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.(block|layers))\b"
-    r"|post_quant_conv\.|pre_block\.attn\.)"
-)
 PART_PREFIXES = {
     "VAE": ("first_stage_model.", "vae."),
     "text encoder": ("cond_stage_model.", "conditioner.", "text_encoders."),
@@ -244,8 +244,8 @@ def _identify_encoder(contents: Contents, inspection: Inspection) -> bool:
 
 
 def _identify_other(contents: Contents, inspection: Inspection) -> bool:
-    table = (*OTHER_FILES, (VAE, "a VAE", "Load it with Load VAE."))
-    if match := first_match(contents.tensors, table):
+    if match := (find_other_part(contents.tensors)
+                 or first_match(contents.tensors, OTHER_FILES)):
         inspection.model_type = match[0].removeprefix("an ").removeprefix("a ")
         inspection.needs = {"use": match[1]}
         return True

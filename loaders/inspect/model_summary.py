@@ -1,6 +1,5 @@
 """Describes in a few words, for a node or the log, what a loaded model holds."""
 import collections
-import os
 from collections.abc import Iterable
 
 import torch
@@ -59,7 +58,7 @@ def load_summary(file: WeightFile, patcher) -> str:
         formats = collections.Counter(
             title_of(format_name(tensor)) for tensor in patcher.model.parameters())
     counts = ", ".join(f"{name} {count}" for name, count in formats.most_common())
-    return (f"{os.path.basename(file.path)}: {formats.total()} tensors ({counts}),"
+    return (f"{file.name}: {formats.total()} tensors ({counts}),"
             f" {file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes in memory")
 
 

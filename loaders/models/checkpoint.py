@@ -28,7 +28,7 @@ from ..progress import Progress
 from .diffusion import build_model, load_diffusion_model, read_weights
 from .fit_device import FIT, Targets, model_targets
 from .load_check import bytes_of, check_load
-from .loader_choice import needs_own_reader
+from .loader_choice import is_safetensors, needs_own_reader
 from .recipe import Recipe, register_loader
 from .text_encoder import load_text_encoder
 from .vae import build_vae, wrap_vae
@@ -38,6 +38,7 @@ MODEL = "diffusion model of a checkpoint"
 CLIP = "text encoder of a checkpoint"
 VAE = "VAE of a checkpoint"
 
+UNKNOWN_MODEL = "ERROR: Could not detect"  # begins the host's error for an unknown file
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 
@@ -87,13 +88,13 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
     devices = {}
     if device or encoder_device:
         devices = {"device": device, "encoder_device": encoder_device}
+    parts = None
     if not use_own_reader:
-        with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
-            model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-                path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic,
-                model_options=device_options(device),
-                te_model_options=device_options(encoder_device), **outputs)
-            check.attach(model, clip, vae)
+        parts = _load_by_the_host(path, embedding_directory, outputs, disable_dynamic, device,
+                                  encoder_device)
+        use_own_reader = parts is None
+    if parts is not None:
+        model, clip, vae = parts
     elif is_folder:
         model, clip, vae = _load_folder(path, embedding_directory, outputs, disable_dynamic,
                                         compute, target, host_formats, **devices)
@@ -117,6 +118,23 @@ def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
     if needs_recipe and vae_patcher is not None:
         Recipe(VAE, (str(path),), {**options, "compute": compute}).attach(vae_patcher)
     return model, clip, vae
+
+
+def _load_by_the_host(path: str, embedding_directory, outputs: dict, disable_dynamic: bool,
+                      device: torch.device | None, encoder_device: torch.device | None):
+    """Returns model, CLIP and VAE, None where the host does not know the model as it is named."""
+    try:
+        with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
+            parts = comfy.sd.load_checkpoint_guess_config(
+                path, embedding_directory=embedding_directory, disable_dynamic=disable_dynamic,
+                model_options=device_options(device),
+                te_model_options=device_options(encoder_device), **outputs)[:3]
+            check.attach(*parts)
+    except RuntimeError as error:
+        if not (str(error).startswith(UNKNOWN_MODEL) and is_safetensors(path)):
+            raise
+        return None
+    return parts
 
 
 class _Formats(NamedTuple):
@@ -235,7 +253,7 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
     prefix = model_prefix(state_dict)
     if try_detect(model_config_from_unet, state_dict, prefix, metadata=host_metadata(file)) is None:
         raise WeightFileError(
-            f"{os.path.basename(file.path)} holds no checkpoint that this ComfyUI knows"
+            f"{file.name} holds no checkpoint that this ComfyUI knows"
             f" ({len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
             " ComfyUI if the model is new, or pick another file."
         )
@@ -259,9 +277,9 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], embeddin
 
     def build(state_dict, **outputs) -> Sequence[Any]:
         with (
-            explain_build_errors(file.path.name),
+            explain_build_errors(file.name),
             dequantize_plain_parameters(),
-            check_load(file.path.name, file.notes, bytes_of(state_dict)) as check,
+            check_load(file.name, file.notes, bytes_of(state_dict)) as check,
         ):
             parts = comfy.sd.load_state_dict_guess_config(
                 state_dict, embedding_directory=embedding_directory,

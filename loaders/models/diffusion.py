@@ -16,6 +16,7 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
+    cut_names_text,
     explain_build_errors,
     explain_missing_config,
     is_diffusion_model,
@@ -29,6 +30,7 @@ from ..comfyui.detection import (
 )
 from ..comfyui.diffusers_keys import reject_incomplete
 from ..comfyui.host_patcher import keep_weights_whole
+from ..comfyui.missing_weights import find_deciding_weight
 from ..comfyui.packed_patcher import wrap_model
 from ..comfyui.quantized_weights import (
     as_tensors,
@@ -40,7 +42,7 @@ from ..comfyui.quantized_weights import (
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
 from ..devices import CPU
-from ..files.container import WeightFile, WeightFileError
+from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, safe_repr
 from ..files.open_weights import open_weights
 from ..progress import Progress
 from ..quantizers.comfyui import FP8
@@ -123,7 +125,8 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
     add_texts(state_dict, prefix, path)
     devices = {key: value for key, value in model_options.items() if key.endswith("_device")}
     with explain_module_errors(path, extra) if extra else contextlib.nullcontext():
-        patcher = build_model(file, state_dict, compute, disable_dynamic, devices)
+        files = dict.fromkeys(module, os.path.basename(extra)) if extra else None
+        patcher = build_model(file, state_dict, compute, disable_dynamic, devices, files)
     if extra:
         reject_unused_module(patcher, module, path, extra)
     if packed:
@@ -136,12 +139,13 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
 def _load_by_the_host(path: str, model_options: dict[str, Any],
                       disable_dynamic: bool) -> comfy.model_patcher.ModelPatcher | None:
     """Returns the model, None where the host does not know it as it is in the file."""
-    reject_incomplete(os.path.basename(path), shapes_in(path))
+    left_over = reject_incomplete(os.path.basename(path), shapes_in(path))
     try:
         with check_load(os.path.basename(path), nbytes=os.path.getsize(path)) as check:
             patcher = comfy.sd.load_diffusion_model(path, model_options=model_options,
                                                     disable_dynamic=disable_dynamic)
             check.attach(patcher)
+            check.leave_over(left_over)
         keep_weights_whole(patcher)
         return patcher
     except WeightFileError:
@@ -179,7 +183,7 @@ def read_weights(
         if any(name.endswith(MARK) for name in state_dict) and has_foreign_names(state_dict):
             # weights of several layers become one, of one format and scale for each row
             if formats != packed_formats(EXACT, torch.device("cpu")):
-                file.note(f"{file.path.name} has diffusers' names: its quantized layers are"
+                file.note(f"{file.name} has diffusers' names: its quantized layers are"
                           " computed by this pack, exactly, and not by ComfyUI.")
             state_dict = as_tensors(file, state_dict, model_prefix(state_dict))
         else:
@@ -213,7 +217,8 @@ def is_fp8_matrix(name: str, tensor: torch.Tensor, names: Container[str]) -> boo
 
 def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
                 compute: str = "exact", disable_dynamic: bool = False,
-                model_options: Mapping[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
+                model_options: Mapping[str, Any] | None = None,
+                files: Mapping[str, str] | None = None) -> comfy.model_patcher.ModelPatcher:
     """Builds the host's diffusion model from the weights of a file.
 
     Args:
@@ -222,6 +227,7 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
         compute: one of `compute_dtype.COMPUTE`.
         disable_dynamic: keep the model out of dynamic VRAM.
         model_options: the host's.
+        files: see `check_load`.
 
     Raises:
         WeightFileError: if the host detects no diffusion model.
@@ -232,23 +238,28 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     if is_diffusion_model(state_dict):
         with (
             explain_missing_config(file),
-            explain_build_errors(file.path.name),
+            explain_build_errors(file.name),
             dequantize_plain_parameters(),
-            check_load(file.path.name, file.notes, bytes_of(state_dict)) as check,
+            check_load(file.name, file.notes, bytes_of(state_dict), files) as check,
         ):
+            check.leave_over(reject_incomplete(file.name, state_dict))
             patcher = comfy.sd.load_diffusion_model_state_dict(
                 state_dict, model_options=options, metadata=host_metadata(file),
                 disable_dynamic=disable_dynamic)
             check.attach(patcher)
     if patcher is None:
+        reject_side_model(file)
         prefix = model_prefix(state_dict)
         problem = (missing_keys_text(state_dict, prefix) or left_out_text(state_dict, prefix)
-                   or uneven_bias_text(state_dict))
+                   or uneven_bias_text(state_dict) or cut_names_text(file.entries))
         if problem:
-            raise WeightFileError(f"{os.path.basename(file.path)} {problem}")
-        reject_side_model(file)
+            raise WeightFileError(f"{file.name} {problem}")
+        if lost := find_deciding_weight(state_dict, prefix):
+            raise WeightFileError(
+                f"{file.name} lacks {safe_repr(lost)}, without which ComfyUI does"
+                f" not know the model. {DOWNLOAD_AGAIN}")
         raise WeightFileError(
-            f"{os.path.basename(file.path)} holds no diffusion model that this ComfyUI knows"
+            f"{file.name} holds no diffusion model that this ComfyUI knows"
             f" (architecture {file.metadata.get('general.architecture', 'not named')!r},"
             f" {len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
             " ComfyUI if the model is new, or pick another file."

@@ -1,13 +1,13 @@
 """Checks that a model's weights come from its file and that what the file has is used, while the
 host builds the model.
 
-The host logs both and goes on: with zeros, or with whatever was in the memory of a weight.
+The host logs both and goes on: with zeros, random values, or whatever was in a weight's memory.
 """
 import contextlib
 import logging
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..name_lists import join_some
 from ..quantizers.comfyui import FP8
 from ..quantizers.comfyui_marks import MARK
 from ..quantizers.leftover_scales import MAX_UNSCALED, root_mean_square
+from ..read_anyway import READ_ANYWAY, reads_anyway
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +52,51 @@ CLIP_L_WIDTH = 768
 POOLED_TEXT = "vector_in.in_layer.weight"
 
 
-def _is_clip_l(root: torch.nn.Module, match: re.Match) -> bool:
+def _is_clip_l(root: torch.nn.Module, match: re.Match, missing: Container[str]) -> bool:
     return len(root.get_parameter(match.string)) == CLIP_L_WIDTH
 
 
-def _is_any(root: torch.nn.Module, match: re.Match) -> bool:
+def _is_any(root: torch.nn.Module, match: re.Match, missing: Container[str]) -> bool:
     return True
 
 
-def _is_given_to_controlnet(root: torch.nn.Module, match: re.Match) -> bool:
+def _is_given_to_controlnet(root: torch.nn.Module, match: re.Match,
+                            missing: Container[str]) -> bool:
     """Whether the host gives a ControlNet of SD 3.5 this embedder, before it samples."""
     return (type(root).__name__ == "ControlNetEmbedder"
             and bool(getattr(root, "double_y_emb", False)) == match[0].startswith("orig_y"))
 
 
-def _shares_keys(root: torch.nn.Module, match: re.Match) -> bool:
+def _shares_keys(root: torch.nn.Module, match: re.Match, missing: Container[str]) -> bool:
     config: Any = getattr(getattr(root, "model", None), "config", None)
     shared = getattr(config, "num_kv_shared_layers", 0)
     return bool(shared) and int(match[1]) >= config.num_hidden_layers - shared
 
+
+def _lacks(part: str, *methods: str) -> Callable[[torch.nn.Module, re.Match, Container[str]], bool]:
+    """Returns a test of whether nothing of a part of a model, such as a VAE's encoder, is in its
+    file.
+
+    Args:
+        part: how the names of its weights begin.
+        methods: that the models have of which it is a part.
+    """
+    def is_missing(root: torch.nn.Module, match: re.Match, missing: Container[str]) -> bool:
+        return (all(hasattr(root, method) for method in methods)
+                and all(name in missing for name, _ in root.named_parameters()
+                        if re.match(part, name)))
+    return is_missing
+
+
+ENCODERS_OF_VAES, DECODERS_OF_VAES = r"(?:taesd_)?encoder\.", r"(?:(?:taesd_)?decoder|previewer)\."
+CONNECTORS = r"(?:video|audio)_embeddings_connector\."
+# Why a model works without a whole part, for the node.
+NO_ENCODER = "it has only the half of a VAE that decodes, and cannot encode."
+NO_DECODER = "it has only the half of a VAE that encodes, and cannot decode."
+NO_CONNECTORS = (
+    "LTX-2's connectors are missing, which are published in a file of their own. Pick that in Load"
+    " Diffusion Model (Featherweight), at module, unless it is picked with the text encoder.")
+PARTS = (NO_ENCODER, NO_DECODER, NO_CONNECTORS)
 
 # Names of weights that a model works without, of which models, and why.
 NOT_NEEDED = tuple((re.compile(pattern), is_such, reason) for pattern, is_such, reason in (
@@ -81,6 +108,27 @@ NOT_NEEDED = tuple((re.compile(pattern), is_such, reason) for pattern, is_such, 
     (r"^vae_(?:scale|shift)$", _is_any, "TAESD's are 1 and 0"),
     (r"^model\.layers\.(\d+)\.self_attn\.(?:k_proj|v_proj|k_norm)\.weight$", _shares_keys,
      "the last layers of Gemma 4 take keys and values of earlier ones"),
+    (r"^encoder\.(?:mean|std)$", _is_any, "ComfyUI has ImageNet's, for Stable Cascade"),
+    (rf"^(?:{ENCODERS_OF_VAES}|quant_conv\.|conv1\.)",
+     _lacks(ENCODERS_OF_VAES, "encode", "decode"), NO_ENCODER),
+    (rf"^(?:{DECODERS_OF_VAES}|post_quant_conv\.|conv2\.)",
+     _lacks(DECODERS_OF_VAES, "encode", "decode"), NO_DECODER),
+    (rf"^{CONNECTORS}", _lacks(CONNECTORS), NO_CONNECTORS),
+))
+# of a layer that normalizes by statistics of its training
+STATISTICS = ("running_mean", "running_var")
+# Names and a file's name by which a model has another weight too, without which the host takes it
+# for a smaller one: that weight, and what to say of it.
+DECIDING = tuple((re.compile(name), re.compile(file, re.IGNORECASE), weight, text)
+                 for name, file, weight, text in (
+    (r"^double_blocks\.0\.img_mlp\.gate_proj\.weight$", "", r"txt_norm.weight",
+     "which Ovis-Image has. Images may be wrong: download it again, or get another conversion."),
+    (r"^vision_in\.proj\.0\.weight$", "", r"cond_type_embedding.weight",
+     "which HunyuanVideo 1.5 has. Images may be wrong: download it again, or get another"
+     " conversion."),
+    (r"^pos_embed_input\.weight$", "union", "controlnet_mode_embedder.weight",
+     "so the type that is chosen for it has no effect. If it is a model with types, download it"
+     " again, or get another conversion."),
 ))
 SHORTEST_CUT = 20  # characters of a name that may be the beginning of a longer one
 
@@ -93,13 +141,21 @@ class LoadCheck:
         notes: sentences for the node.
     """
 
-    def __init__(self, name: str, notes: Iterable[str] = (), nbytes: int | None = None):
+    def __init__(self, name: str, notes: Iterable[str] = (), nbytes: int | None = None,
+                 files: Mapping[str, str] | None = None):
         self.name = name
         self.notes = list(notes)
         self._nbytes = nbytes
+        self._files = files or {}
         self._values = self._layers = 0
         self._loads: list[tuple[torch.nn.Module, list[str], list[str]]] = []
+        self._loaded: set[str] = set()
+        self._left_over: list[str] = []
         self._parts: tuple[Any, ...] = ()
+
+    def leave_over(self, names: Iterable[str]):
+        """Tells of names that the host leaves behind where it converts those of others."""
+        self._left_over += names
 
     def attach(self, *parts: Any):
         """Tells of which parts the first that has a patcher gets the notes."""
@@ -129,6 +185,7 @@ class LoadCheck:
         if prefix or any(lists is missing for _, lists, _ in self._loads):
             return
         self._loads.append((module, missing, unexpected))
+        self._loaded |= state_dict.keys()
         _complete_cut_names(module, state_dict)
         reject_codes(self.name, state_dict)
         _reject_whole_numbers(self.name, module, state_dict)
@@ -140,35 +197,57 @@ class LoadCheck:
                 " download. Download the file again if images are wrong.")
 
     def finish(self):
-        """Gives what no file has its value, and writes the notes, also to the model's patcher.
+        """Writes the notes, also to the model's patcher, and gives what no file has its value.
 
         Raises:
-            WeightFileError: the model lacks weights, and the file has others.
+            WeightFileError: the model lacks weights.
         """
-        made, initialised, unused = [], [], []
+        made, initialised, computed, unused, parts = [], [], [], [], set()
         for module, missing, unexpected in self._loads:
             self._note_cut_pooled_text(module)
             for name in missing:
-                if not _is_not_needed(module, name):
-                    (made if _make(module, name) else initialised).append(name)
-            unused += [name for name in sorted(unexpected)
-                       if not any(pattern.search(name) for pattern, _ in UNUSED)]
+                reason = _reason_not_needed(module, name, set(missing))
+                if reason in PARTS:
+                    parts.add(reason)
+                if reason is None and _is_computed(module, name):
+                    computed.append(name)
+                elif reason is None or reason in parts:
+                    lost = made if _make(module, name) else initialised
+                    lost += [name] if reason is None else []
+            unused += sorted(unexpected)
+        left_over = [name for name in self._left_over if name not in self._loaded]
+        unused, left_over = ([name for name in names if not any(
+            pattern.search(name) for pattern, _ in UNUSED)] for names in (unused, left_over))
         if made and unused:
             raise WeightFileError(
                 f"{self.name} makes only a part of the model: it has no"
                 f" {join_some(map(safe_repr, made))}, and the model has no"
                 f" {join_some(map(safe_repr, unused))}. {DOWNLOAD_AGAIN}")
+        unused += left_over
+        if (made or initialised) and not reads_anyway():
+            others = (f"; the model does not use {join_some(map(safe_repr, unused))} of it"
+                      if unused else "")
+            raise WeightFileError(
+                f"{self.name} lacks weights of the model:"
+                f" {join_some(map(safe_repr, made + initialised))}{others}. {DOWNLOAD_AGAIN}"
+                f" {READ_ANYWAY}")
         if made:
             self.notes.append(
                 f"{self.name} lacks weights of the model: {join_some(map(safe_repr, made))}"
                 f" {'are' if made[1:] else 'is'} zeros, or ones where it scales. Images may be"
                 " wrong: download the file again, or get another conversion.")
-        if initialised:
+        if initialised := initialised + computed:
             self.notes.append(f"{self.name} has no {join_some(map(safe_repr, initialised))}:"
                               " ComfyUI's initial values are used.")
-        if unused:
-            self.notes.append(f"The model does not use {join_some(map(safe_repr, unused))} of"
-                              f" {self.name}.")
+        self.notes += [f"{self.name}: {reason}" for reason in sorted(parts)]
+        for file in dict.fromkeys(self._files.get(name, self.name) for name in unused):
+            names = [name for name in unused if self._files.get(name, self.name) == file]
+            self.notes.append(f"The model does not use {join_some(map(safe_repr, names))} of"
+                              f" {file}.")
+        self.notes += [
+            f"{self.name} has no {weight!r}, {text}" for pattern, file, weight, text in DECIDING
+            if weight not in self._loaded and file.search(self.name)
+            and any(map(pattern.match, self._loaded))]
         patcher = next(filter(None, map(patcher_of, self._parts)), None)
         if patcher is not None:
             patcher.set_attachments(NOTES_KEY, tuple(self.notes))
@@ -203,19 +282,20 @@ def load_notes(patcher: ModelPatcher) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def check_load(name: str, notes: Iterable[str] = (),
-               nbytes: int | None = None) -> Iterator[LoadCheck]:
+def check_load(name: str, notes: Iterable[str] = (), nbytes: int | None = None,
+               files: Mapping[str, str] | None = None) -> Iterator[LoadCheck]:
     """While the host builds and loads a model, watches what it does not find in the file.
 
     Args:
         name: of the file, or of several.
         notes: what the reader of the file says.
         nbytes: of the weights, where their names say how large the model is; otherwise None.
+        files: name of a weight -> that of its file, where it is another.
 
     Raises:
         WeightFileError: see `LoadCheck.count` and `LoadCheck.finish`.
     """
-    check = LoadCheck(name, notes, nbytes)
+    check = LoadCheck(name, notes, nbytes, files)
     hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # not by id: of a dead one again
     with contextlib.ExitStack() as handles:
 
@@ -248,27 +328,42 @@ def _first_values(tensor: torch.Tensor, use: Any) -> Any:
 
 def _make(root: torch.nn.Module, name: str) -> bool:
     """Gives a weight that no file has its value; returns whether the host has not."""
-    owner_name, _, last = name.rpartition(".")
-    try:
-        owner = root.get_submodule(owner_name)
-    except AttributeError:
-        return False
+    owner, last = _owner(root, name)
     tensor = owner._parameters.get(last, owner._buffers.get(last))
     if tensor is None or is_packed(tensor):
         return False
     if isinstance(owner, PackedLayer):
         return True  # which makes zeros
-    is_empty = _first_values(tensor.detach(), lambda values: bool(values.float().isnan().all()))
-    if is_empty:
+    if is_empty := _is_empty(tensor):
         is_scale = tensor.ndim == 1 and last != "bias" and "norm" in type(owner).__name__.lower()
         tensor.detach().fill_(float(is_scale))
-    return bool(is_empty)
+    return is_empty
 
 
-def _is_not_needed(root: torch.nn.Module, name: str) -> bool:
-    """Returns whether a model works without a weight, by `NOT_NEEDED`."""
-    return any((match := pattern.search(name)) is not None and is_such(root, match)
-               for pattern, is_such, _ in NOT_NEEDED)
+def _owner(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Returns the module of a weight and its name there; an empty module where there is none."""
+    owner, _, last = name.rpartition(".")
+    return dict(root.named_modules()).get(owner, torch.nn.Module()), last
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    """Returns whether the memory of a tensor is as `_mark` has marked it."""
+    return bool(_first_values(tensor.detach(), lambda values: bool(values.float().isnan().all())))
+
+
+def _is_computed(root: torch.nn.Module, name: str) -> bool:
+    """Returns whether the host computes a value that no file has, such as frequencies: a buffer
+    that it has filled, and not statistics of a training."""
+    owner, last = _owner(root, name)
+    buffer = owner._buffers.get(last)
+    return buffer is not None and last not in STATISTICS and not _is_empty(buffer)
+
+
+def _reason_not_needed(root: torch.nn.Module, name: str, missing: Container[str]) -> str | None:
+    """Returns why a model works without a weight, by `NOT_NEEDED`; None if it does not."""
+    return next((reason for pattern, is_such, reason in NOT_NEEDED
+                 if (match := pattern.search(name)) is not None
+                 and is_such(root, match, missing)), None)
 
 
 def _complete_cut_names(module: torch.nn.Module, state_dict: dict[str, torch.Tensor]):

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..comfyui.quantized_weights import find_unread_layer, has_layer_to_read
+from ..comfyui.weight_keys import is_cut
 from ..files.safetensors import SafetensorsFile, is_shard
 from ..quantizers.base import Header
 from ..quantizers.comfyui_marks import MarkError, has_other_names, marked_layers
@@ -34,7 +35,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     """
     if pack_to or str(path).lower().endswith(".gguf") or os.path.isdir(path):
         return True
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return False
     if is_shard(path):
         return True
@@ -45,7 +46,8 @@ def needs_own_reader(path: str, pack_to: str | None = None,
     with file:
         keys, metadata = file.keys(), file.metadata() or {}
         try:
-            return (has_quantized_weights(keys, metadata, partial(_header_of, file))
+            return (any(map(is_cut, keys))
+                    or has_quantized_weights(keys, metadata, partial(_header_of, file))
                     or has_other_names(metadata, keys)
                     or _may_be_joined(marked_layers(metadata, keys))
                     or has_layer_to_read(keys, file.get_tensor, metadata, host_formats)
@@ -56,7 +58,7 @@ def needs_own_reader(path: str, pack_to: str | None = None,
 
 def has_plain_fp8(path: str) -> bool:
     """Returns whether a safetensors file has weights in fp8 without a mark or a scale."""
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return False
     try:
         with safe_open(path, framework="pt") as file:
@@ -72,7 +74,7 @@ def has_plain_fp8(path: str) -> bool:
 def shapes_in(path: str) -> dict[str, torch.Tensor]:
     """Returns the tensors of a file that the host's own loader reads, without values; none where it
     is no safetensors."""
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return {}
     with safe_open(path, framework="pt") as file:
         return {name: torch.empty(file.get_slice(name).get_shape(), dtype=torch.uint8,
@@ -80,7 +82,8 @@ def shapes_in(path: str) -> dict[str, torch.Tensor]:
                 for name in file.keys()}  # noqa: SIM118
 
 
-def _is_safetensors(path: str) -> bool:
+def is_safetensors(path: str) -> bool:
+    """Returns whether a path is named as safetensors are."""
     return str(path).lower().endswith((".safetensors", ".sft"))
 
 

@@ -156,13 +156,20 @@ def _build_of_the_hosts_layers(build: Callable[[dict[str, torch.Tensor]], Any],
     return model if of_the_host == sum(name.endswith(MARK) for name in parts) else None
 
 
+# by which the host knows a ControlNet of a UNet in diffusers' names
+DIFFUSERS_CONTROLNET = "controlnet_cond_embedding.conv_in.weight"
+
+
 def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Tensor],
            metadata: Mapping[str, str] | None, operations: type | None,
            notes: Iterable[str]) -> Any:
     try:
         with explain_build_errors(name), check_load(name, notes, bytes_of(state_dict)) as check:
-            model = build(name, dict(state_dict), dict(metadata or {}), operations)
+            given = dict(state_dict)
+            model = build(name, given, dict(metadata or {}), operations)
             check.attach(model)
+            if DIFFUSERS_CONTROLNET in state_dict:
+                check.leave_over(given)  # from which the host takes what it renames
     except UNKNOWN_ERRORS as error:
         log.debug("[Featherweight] ComfyUI knows no such %s", kind, exc_info=True)
         raise _unknown_error(name, kind, state_dict) from error

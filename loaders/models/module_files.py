@@ -1,13 +1,12 @@
 """Joins a diffusion model with a module: a file of further layers for it, such as VACE for Wan."""
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 
 import comfy.model_patcher
 import torch
 
 from ..comfyui.detection import describe_other_kind, is_diffusion_model
-from ..files.container import WeightFile, WeightFileError, safe_repr
+from ..files.container import WeightFile, WeightFileError, model_name, safe_repr
 from ..quantizers.integers import FAMILY_OF_BYTES, pack_rows
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
@@ -32,7 +31,7 @@ def module_layers(file: WeightFile, state_dict: dict[str, torch.Tensor]) -> dict
         other = "a complete diffusion model"
     if other is not None:
         raise WeightFileError(
-            f"{os.path.basename(file.path)} is {other}, expected a module: a file with further"
+            f"{file.name} is {other}, expected a module: a file with further"
             " layers for a model, such as VACE's for Wan.")
     return layers
 
@@ -88,5 +87,5 @@ def reject_unused_module(patcher: comfy.model_patcher.ModelPatcher,
 
 def _unfit_error(model_path: str, module_path: str, reason: str) -> WeightFileError:
     return WeightFileError(
-        f"{os.path.basename(module_path)} is not a module for {os.path.basename(model_path)}:"
+        f"{model_name(module_path)} is not a module for {model_name(model_path)}:"
         f" pick one that was made for a model of this kind and size. {reason}")

@@ -175,7 +175,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
     try:
         types = _types_for(file, weights, pack_to if size is None else size, prefix)
     except PlanError as error:
-        raise WeightFileError(f"{os.path.basename(file.path)}: {error}") from error
+        raise WeightFileError(f"{file.name}: {error}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wanted = {name: (types[name], shapes[name]) for name, tensor in weights.items()
               if not _stays(tensor, types[name], size is not None)}
@@ -213,7 +213,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
                 f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
                 f" {types[name]}"
             )
-            log.warning("[Featherweight] %s: %s.", os.path.basename(file.path), unfit[-1])
+            log.warning("[Featherweight] %s: %s.", file.name, unfit[-1])
         del tensor
         file.drop_pages()
     guard()
@@ -227,7 +227,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
                       tuple(name for name, _ in unchanged.most_common()),
                       time.perf_counter() - started, lost, cache, str(folder),
                       tuple(unfit))
-    log.info("[Featherweight] %s: %d weights of %d to %s, %s", os.path.basename(file.path),
+    log.info("[Featherweight] %s: %d weights of %d to %s, %s", file.name,
              len(to_pack), len(types), pack_to, stats)
     return stats
 
@@ -305,7 +305,7 @@ def _measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, flo
     except SensitivityError as error:
         log.warning("[Featherweight] %s", error)
         return None
-    log.info("[Featherweight] %s is packed by the measurement %s", file.path.name, path)
+    log.info("[Featherweight] %s is packed by the measurement %s", file.name, path)
     return costs
 
 

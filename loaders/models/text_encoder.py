@@ -44,7 +44,13 @@ from ..encoders.saved_tokenizer import saved_tokenizer
 from ..encoders.tokenizer import TokenizerError
 from ..encoders.type_choice import AUTOMATIC as AUTOMATIC_TYPE
 from ..encoders.type_choice import choose_type
-from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line
+from ..files.container import (
+    DOWNLOAD_AGAIN,
+    WeightFile,
+    WeightFileError,
+    first_line,
+    model_name,
+)
 from ..files.open_weights import open_weights
 from ..inspect.contents import encoder_comfy_keys, file_contents
 from ..progress import Progress
@@ -58,6 +64,8 @@ log = logging.getLogger(__name__)
 
 TEXT_ENCODER = "text encoder"  # name of the loader in recipes
 AUTO = "auto"  # use the mmproj file next to the encoder
+SIMILAR = 0.6  # names of an encoder and of its mmproj file
+AUDIO_TOWER = "a.blk.0.attn_q.weight"
 
 # cache of `Arch.tokenizer`: state of the files of a GGUF -> its tokenizer
 TOKENIZERS: dict[tuple, Weights] = {}
@@ -110,7 +118,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
                           for path, target in zip(paths, targets.files))
     if by_the_host and mmproj in (AUTO, None):
         try:
-            with check_load(_names(paths)) as check:
+            with omit_missing_towers(paths), check_load(_names(paths)) as check:
                 clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type,
                                           model_options, disable_dynamic)
                 check.attach(clip)
@@ -127,8 +135,8 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     packing = ["packing" for target in targets.files if target]
     progress = Progress(*["reading"] * len(paths), "converting", *packing, "building the model")
     notes: list[str] = []
-    weights, pack_stats = _read_weights(paths, mmproj, progress, targets.files, formats, notes,
-                                        device)
+    weights, pack_stats, towers = _read_weights(paths, mmproj, progress, targets.files, formats,
+                                                notes, device)
     _check_encoders(paths, weights, clip_type)
     if clip_type == "ltxv":
         # The host looks for the tokenizer in the first file.
@@ -139,7 +147,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         dequantize_plain_parameters(),
         omit_missing_towers(paths),
         _explain_shapes(paths),
-        check_load(_names(paths), notes) as check,
+        check_load(_names(paths) + "".join(f" (with {tower})" for tower in towers), notes) as check,
     ):
         clip = comfy.sd.load_text_encoder_state_dicts(
             weights, embedding_directory=embedding_directory, clip_type=host_type,
@@ -163,7 +171,7 @@ def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
 def _type_of_files(paths: list[str]) -> str:
     """Returns the type of the model that these encoders are for, by the names and shapes in the
     files."""
-    names = [os.path.basename(os.path.normpath(path)) for path in paths]
+    names = [model_name(path) for path in paths]
     families = [_family_of(name, _unwrap_encoder(_comfy_keys(path)))
                 for name, path in zip(names, paths)]
     known = {name.lower() for name in comfy.sd.CLIPType.__members__}
@@ -200,15 +208,16 @@ def _family_of(name: str, tensors: Weights) -> str | None:
 
 
 def _names(paths: list[str]) -> str:
-    return " and ".join(map(os.path.basename, paths))
+    return " and ".join(map(model_name, paths))
 
 
 def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
                   targets: Sequence[str | None], formats: frozenset[str], notes: list[str],
-                  device: torch.device) -> tuple[list[Weights], PackStats | None]:
+                  device: torch.device) -> tuple[list[Weights], PackStats | None, list[str]]:
     """Reads the state dict of each file, with the host's names, and packs it to its target.
 
-    The mmproj file goes to the first encoder that it fits. `notes` gets those of the files.
+    The mmproj file goes to the first encoder that it fits. `notes` gets those of the files. The
+    last that is returned are the names of the mmproj files that are used.
     """
     encoders = [_Encoder(path, progress, target, formats) for path, target in zip(paths, targets)]
     for encoder in encoders:
@@ -224,6 +233,8 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
                 f"{vision.path.name} fits none of {', '.join(file.name for file in encoders)}:"
                 " none is an encoder with such a vision part. Pick another mmproj file, or"
                 " none.")
+    for encoder in encoders:
+        notes += encoder.tower_notes if mmproj == AUTO or encoder.tower else []
     weights = [encoder.convert() for encoder in progress.track(encoders)]
     pack_stats = []
     for index, (encoder, target) in enumerate(zip(encoders, targets)):
@@ -232,7 +243,8 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
                 pack_weights(encoder.file, weights[index], target, progress, device=device))
             if may_have_host_formats(target):
                 weights[index] = in_parts(weights[index], formats)
-    return weights, PackStats.merge(pack_stats) if pack_stats else None
+    return (weights, PackStats.merge(pack_stats) if pack_stats else None,
+            [encoder.tower for encoder in encoders if encoder.tower])
 
 
 class _Encoder:
@@ -241,9 +253,11 @@ class _Encoder:
     def __init__(self, path: str, progress: Progress, pack_to: str | None,
                  formats: frozenset[str]):
         self.path = Path(path)
-        self.name = os.path.basename(path)
+        self.name = model_name(path)
         self.arch: type[Arch] | None = None
         self.file: WeightFile | None = None  # None: the host has read it
+        self.tower = ""  # name of its mmproj file
+        self.tower_notes: list[str] = []  # on it, or on those of a similar name that do not fit
         if not needs_own_reader(path, pack_to, formats):
             weights, metadata = comfy.utils.load_torch_file(path, safe_load=True,
                                                             return_metadata=True)
@@ -283,8 +297,17 @@ class _Encoder:
             widths = self.arch.vision_width(self.weights, tower)
         except (KeyError, IndexError):  # a tensor is missing or has another shape
             widths = None
+        if widths is None and self._similarity(vision.path) > SIMILAR:
+            self.tower_notes.append(
+                f"{vision.path.name} is not used, and {self.name} cannot take images: it is of"
+                f" another encoder, or lacks weights. {DOWNLOAD_AGAIN}")
         if widths and widths[0] == widths[1]:
             self.weights |= tower
+            self.tower, self.tower_notes = vision.path.name, []
+            if AUDIO_TOWER in tower and not any(name.startswith("mm.a.") for name in tower):
+                self.tower_notes.append(
+                    f"{self.tower} lacks what turns sound into words ('mm.a.…'), and {self.name}"
+                    f" cannot take sound. {DOWNLOAD_AGAIN}")
             log.info("[Featherweight] %s takes its vision part from %s", self.name,
                      vision.path.name)
             return True
@@ -324,6 +347,7 @@ class _Encoder:
             return self.add_vision(open_weights(path), required=False)
         except WeightFileError as error:
             log.warning("[Featherweight] %s", error)
+            self.tower_notes.append(str(error))
             return False
 
     def convert(self) -> Weights:
@@ -381,7 +405,7 @@ def _unwrap_encoder(weights: Weights) -> Weights:
 
 def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):
     """Raises WeightFileError for files that are not text encoders or do not match the type."""
-    names = [os.path.basename(path) for path in paths]
+    names = [model_name(path) for path in paths]
     families = [_family_of(name, part) for name, part in zip(names, weights)]
     if not any(families):
         raise WeightFileError(

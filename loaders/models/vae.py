@@ -4,7 +4,6 @@ makes a CPU faster at them.
 A host that computes in float32 would keep every weight in float32. Its layers can cast at use.
 """
 import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..comfyui.quantized_weights import (
     reject_unread_layers,
 )
 from ..comfyui.weight_keys import unmerge_kernels
-from ..files.container import FileChangeGuard, WeightFileError, safe_repr
+from ..files.container import FileChangeGuard, WeightFileError, model_name, safe_repr
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui import READERS
 from .compute_dtype import vae_dtype
@@ -132,7 +131,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
         notes = []
     try:
-        vae = build_vae(weights, device, metadata, os.path.basename(path), notes)
+        vae = build_vae(weights, device, metadata, model_name(path), notes)
     except UNKNOWN_ERRORS as error:
         raise _unknown_error(path, weights) from error
     if vae.first_stage_model is None:
@@ -144,7 +143,7 @@ def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
 def _unknown_error(path: str, weights: Mapping[str, torch.Tensor]) -> WeightFileError:
     """Returns the error for a file that holds no VAE that the host knows."""
     return WeightFileError(
-        f"{os.path.basename(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors,"
+        f"{model_name(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors,"
         f" first {safe_repr(next(iter(weights), 'none'))}). Pick another file, or update ComfyUI if"
         " the VAE is new.")
 

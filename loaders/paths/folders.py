@@ -14,7 +14,7 @@ import folder_paths
 from ...ops.bounded_json import read_json
 from ..files.container import WeightFileError, display_name, map_file, safe_repr
 from ..files.diffusers_folder import file_inside, is_folder_of_mflux
-from .workflow_paths import is_inside, is_unsafe_name, use_slashes
+from .workflow_paths import NOT_ON_WINDOWS, is_inside, is_unsafe_name, use_slashes
 
 # Folder keys that other packs and shared workflows use -> the host's key that each one extends by
 # GGUF files.
@@ -161,6 +161,7 @@ def find_paths(name: str) -> set[str]:
 
 
 OUTPUT, MODELS = "output", "models"
+DATE = re.compile(r"%date:[^%]*%")  # which the editor replaces
 MAX_NAME_BYTES = 200  # file systems allow 255, and a counter and a suffix follow
 SAVED = (".gguf", ".safetensors", ".sft")  # suffixes of the files that nodes save
 
@@ -217,11 +218,11 @@ def new_model_path(name: str, label: str, suffix: str, where: str = OUTPUT,
     if not os.path.basename(name):
         raise WeightFileError(
             f"{safe_repr(name)} is not a file name. Give one, such as diffusion_models/my_model.")
-    folder, file, counter = _output_folder(f"{name}_{label}", base)
+    folder, file, counter = _output_folder(name, base, f"_{label}")
     return os.path.join(folder, f"{file}_{counter:05}_{suffix}" if counted else f"{file}{suffix}")
 
 
-def _output_folder(name: str, base: str) -> tuple[str, str, int]:
+def _output_folder(name: str, base: str, label: str = "") -> tuple[str, str, int]:
     """Makes the folder for a name, and returns (folder, start of the file name, next free number).
 
     A folder on the way may be a link to another drive.
@@ -229,6 +230,7 @@ def _output_folder(name: str, base: str) -> tuple[str, str, int]:
     Args:
         name: as for the host's nodes that save.
         base: folder that the name is relative to.
+        label: follows the name.
 
     Raises:
         WeightFileError: if the name is not possible or leads out of `base`.
@@ -239,6 +241,12 @@ def _output_folder(name: str, base: str) -> tuple[str, str, int]:
         raise WeightFileError(
             f"{text} lies outside of {base}, where models are saved. Give a name inside it,"
             " without '..'.")
+    if wrong := next((part for part in (*folders, file) if NOT_ON_WINDOWS.search(
+            DATE.sub("", part))), None):
+        raise WeightFileError(
+            f"{display_name(wrong)} cannot be the name of a file or folder on Windows, so it is not"
+            ' saved. Give a name without < > : " | ? *, and not one such as con.')
+    file += label
     if len(os.fsencode(file)) > MAX_NAME_BYTES:
         raise WeightFileError(f"{text} is too long for the name of a file. Give a shorter one.")
     # The host does not save through a link, so it gets the target of the last link as its base.

@@ -19,6 +19,11 @@ def is_unsafe_name(name: str) -> bool:
         return True
 
 
+# what Windows allows in no name of a file or folder
+NOT_ON_WINDOWS = re.compile(
+    r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
+
+
 def is_inside(path: str, folder: str) -> bool:
     """Returns whether a path without '..' lies in a folder, as written or with links resolved.
 

@@ -212,6 +212,6 @@ def _tell_of_missing_parts(file: WeightFile, quantizer: str,
     for each, count in counts.items():
         layers = [layer for layer, parts in parts_of.items() if each not in parts]
         if layers and 2 * count > len(parts_of):
-            file.note(f"{file.path.name}: {join_some(map(safe_repr, layers))}, packed by"
+            file.note(f"{file.name}: {join_some(map(safe_repr, layers))}, packed by"
                       f" {quantizer}, {'have' if layers[1:] else 'has'} no {each}, as other layers"
                       " have.")

@@ -21,7 +21,7 @@ from . import (
 )
 from .base import Header, HeaderOf, join_weights
 from .lost_marks import restore_marks
-from .unsupported_quantizers import reject_unsupported_quantizers
+from .unsupported_quantizers import find_unsupported_quantizer, reject_unsupported_quantizers
 
 QUANTIZERS = (
     bitsandbytes.QUANTIZER, nunchaku.QUANTIZER, gptq.QUANTIZER, compressed_tensors.QUANTIZER,
@@ -35,9 +35,11 @@ IN_FILES = tuple(quantizer for quantizer in QUANTIZERS if quantizer.in_file)
 
 def has_quantized_weights(names: Collection[str], metadata: Mapping[str, Any],
                           header_of: HeaderOf) -> bool:
-    """Returns whether one of the quantisers, but ComfyUI, packed weights; see `Quantizer.find`."""
+    """Returns whether a quantiser, but ComfyUI, packed weights, supported or not; see
+    `Quantizer.find`."""
     names = dict.fromkeys(names)  # each is looked up for many others
-    return any(quantizer.finds(names, metadata, header_of) for quantizer in IN_FILES)
+    return find_unsupported_quantizer(names) is not None or any(
+        quantizer.finds(names, metadata, header_of) for quantizer in IN_FILES)
 
 
 def quantizer_of(file: WeightFile) -> str:

@@ -5,7 +5,7 @@ Sources: compressed-tensors 0.20.0 `transform/transform_args.py`, auto-round 0.1
 `auto_round/algorithms/transforms`.
 """
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..files.container import WeightFile, WeightFileError, safe_repr
@@ -13,11 +13,20 @@ from ..files.container import WeightFile, WeightFileError, safe_repr
 GET_OTHER_FORMAT = (
     "Get the model as GGUF, bitsandbytes NF4 or int8, or in one of ComfyUI's own types.")
 
-# End of a tensor's name -> what the tensor is.
+# End of a tensor's name -> what has such tensors.
 UNSUPPORTED_QUANTIZERS = {
-    r"\.experts\.\w+_(blocks|scales)$":
-        "part of experts quantized in MXFP4, which is not supported",
+    r"\.experts\.\w+_(blocks|scales)$": "experts quantized in MXFP4",
+    r"(^|\.)packed_weight_indices$": "layers quantized by OrbitQuant",
+    r"(^|\.)(encoded_exponent|sign_mantissa)$": "layers quantized by DFloat11",
 }
+
+
+def find_unsupported_quantizer(names: Iterable[str]) -> tuple[str, str] | None:
+    """Returns what is quantized so that it is not supported, and the name of a tensor of it; None
+    where nothing is."""
+    names = list(names)
+    return next(((what, name) for pattern, what in UNSUPPORTED_QUANTIZERS.items() for name in names
+                 if re.search(pattern, name)), None)
 
 
 def reject_unsupported_quantizers(file: WeightFile, tensors: Collection[str]):
@@ -25,12 +34,12 @@ def reject_unsupported_quantizers(file: WeightFile, tensors: Collection[str]):
     of its layers have to be rotated."""
     if has_rotated_inputs(file.quantization):
         raise WeightFileError(
-            f"{file.path.name}: its config says that inputs of its layers are rotated while it"
+            f"{file.name}: its config says that inputs of its layers are rotated while it"
             f" runs, which is not supported. {GET_OTHER_FORMAT}")
-    for pattern, what in UNSUPPORTED_QUANTIZERS.items():
-        name = next((name for name in tensors if re.search(pattern, name)), None)
-        if name is not None:
-            raise file.error_at(name, f"{safe_repr(name)} is {what}", GET_OTHER_FORMAT)
+    if found := find_unsupported_quantizer(tensors):
+        what, name = found
+        raise file.error_at(name, f"{safe_repr(name)} is part of {what}, which is not supported",
+                            GET_OTHER_FORMAT)
 
 
 def has_rotated_inputs(settings: Mapping[str, Any]) -> bool:

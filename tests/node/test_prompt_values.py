@@ -1,6 +1,7 @@
 """What a prompt in API format may hold in place of an input of any node: each answer is a sentence,
 none is Python's."""
 import math
+import random
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.inspect_model_file import InspectModelFile
 from featherweight.nodes.legacy import multigpu
+from featherweight.nodes.load_diffusion_model import size_in_bytes
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.place_text_encoder import PlaceTextEncoder
@@ -68,6 +70,25 @@ def answered_later(node_id: str, name: str) -> bool:
     """Whether a value is looked at only when the node runs: devices of other machines, a file where
     a model is connected."""
     return DEVICES.fullmatch(name) is not None or node_id == "FeatherweightInspectModelFile"
+
+
+OF_MODELS = [(node_id, input.id) for node_id, node in NODES.items()
+             for input in node.GET_SCHEMA().inputs
+             if isinstance(input, io.Model.Input | io.Clip.Input)]
+
+
+@pytest.mark.parametrize(("node_id", "name"), OF_MODELS)
+def test_a_value_in_place_of_a_model_is_answered_in_a_sentence(node_id, name):
+    """The host gives it to the node: it checks no value of such an input."""
+    value = random.choice(["model", 5, 0.5, True, ["a", "b", "c"], {"a": 1}])
+    with pytest.raises(ValueError, match=f": {name} is .*, expected a (MODEL|CLIP). Connect the"):
+        NODES[node_id].execute(**{name: value})
+
+
+@pytest.mark.parametrize("size", [0, -1, math.nan, math.inf, 1e300])
+def test_a_size_that_is_none_is_answered_in_a_sentence(size):
+    with pytest.raises(WeightFileError, match="size in GB is .*; expected"):
+        size_in_bytes(size)
 
 
 @pytest.mark.parametrize("value", [5, ["a"], {"a": 1}])

@@ -25,6 +25,7 @@ from families import relative_error
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
+from featherweight.loaders.models.load_check import load_notes
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -185,6 +186,24 @@ def test_mmproj_files_of_other_models_beside_an_encoder_are_left_alone(name, lac
     assert "has no mmproj file next to it that fits" in caplog.text
     with pytest.raises(WeightFileError, match="has no vision or audio part"):
         hidden_states(blind, seeing.tokens())
+
+
+@pytest.mark.parametrize("part", ["mm.input_projection.weight", "v.position_embd.weight",
+                                  "mm.a.input_projection.weight"])
+def test_a_weight_that_an_mmproj_lacks_is_told_on_the_node_or_stops_the_load(part, tmp_path):
+    seeing = ENCODERS_THAT_SEE["gemma-4-e4b that hears"]
+    with small_towers(seeing.encoder):
+        text, tower = seeing.weights()
+        seeing.write(tmp_path, text)
+        stored = seeing.mmproj_of(tower)
+        write_mmproj(tmp_path / "mmproj-encoder.gguf", {
+            name: tensor for name, tensor in stored.items() if name != part})
+        try:
+            notes = load_notes(seeing.load(tmp_path).patcher)
+        except WeightFileError as error:
+            notes = [str(error)]
+    assert any("mmproj-encoder.gguf" in note and ("lacks" in note or "it has no" in note)
+               for note in notes)
 
 
 def test_a_model_that_wants_text_alone_gets_the_encoder_without_the_tower_beside_it(tmp_path):

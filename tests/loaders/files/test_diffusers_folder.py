@@ -243,5 +243,5 @@ def test_bad_weights_name_the_shard_they_are_in(sharded):
     save_file({name: stored[name] for name in index}, str(path / SHARDS[0]))
     (path / INDEX).write_text(json.dumps({"weight_map": index}))
     with pytest.raises(WeightFileError, match=(
-            f"^transformer/{SHARDS[0]}: 'b.weight', .* it has no absmax")):
+            f"^package/transformer/{SHARDS[0]}: 'b.weight', .* it has no absmax")):
         open_weights(path).state_dict()

@@ -1,5 +1,7 @@
 """What a model misses of its file, and what of the file it does not use, is told or refused."""
 import concurrent.futures
+import dataclasses
+import random
 
 import comfy.sd
 import pytest
@@ -7,8 +9,8 @@ import torch
 from checkpoint_parts import autoencoder, clip_l, stable_diffusion
 from controlnets import flux_bfl
 from encoders import ENCODERS
+from encoders.encoder import TOWERS, small_towers, write_encoder
 from encoders.encoder import random_weights as encoder_weights
-from encoders.encoder import small_towers, write_encoder
 from families import FAMILIES, random_weights, shrunken_detection
 from host_formats import in_host_format
 from patched_models import relative, run, tiny_flux
@@ -29,6 +31,7 @@ from featherweight.loaders.models.load_check import (
 )
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
+from featherweight.loaders.read_anyway import VARIABLE
 from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -64,9 +67,26 @@ def test_a_whole_file_has_no_notes(write, tmp_path):
     assert load_notes(load_diffusion_model(write(tmp_path / "a.safetensors", tiny_flux()))) == ()
 
 
+@pytest.fixture
+def read_anyway(monkeypatch):
+    """As version 0.2.2 did."""
+    monkeypatch.setenv(VARIABLE, "1")
+
+
+@writers
+def test_a_missing_weight_stops_the_load(write, tmp_path):
+    weights = dict(tiny_flux())
+    name = random.choice([name for name in weights if "blocks" in name and "key_norm" not in name])
+    del weights[name]
+    with pytest.raises(WeightFileError, match=(
+            rf"^a.* lacks weights of the model: '{name.removesuffix('.scale')}.*'. Download the"
+            rf" file again, or get another conversion. {VARIABLE}=1 in the environment")):
+        load_diffusion_model(write(tmp_path / "a.safetensors", weights))
+
+
 @writers
 @pytest.mark.parametrize("name", [WEIGHT, BIAS])
-def test_a_missing_weight_is_zeros_and_told(name, write, tmp_path):
+def test_a_missing_weight_that_is_read_anyway_is_zeros_and_told(name, write, tmp_path, read_anyway):
     weights = dict(tiny_flux())
     del weights[name]
     patcher = load_diffusion_model(write(tmp_path / "a.safetensors", weights))
@@ -77,7 +97,8 @@ def test_a_missing_weight_is_zeros_and_told(name, write, tmp_path):
 
 
 @writers
-def test_a_missing_scale_of_a_norm_is_ones_and_told(write, tmp_path):
+def test_a_missing_scale_of_a_norm_that_is_read_anyway_is_ones_and_told(write, tmp_path,
+                                                                        read_anyway):
     weights = {name: tensor for name, tensor in tiny_flux().items() if name != NORM}
     patcher = load_diffusion_model(write(tmp_path / "a.safetensors", weights))
     loaded = dict(patcher.model.diffusion_model.single_blocks[0].norm.query_norm.named_parameters())
@@ -168,9 +189,8 @@ def test_parts_of_a_checkpoint_are_checked(part, write, tmp_path):
     weights = dict(stable_diffusion())
     name = next(name for name in weights if name.startswith(part) and name.endswith(".bias"))
     del weights[name]
-    parts = load_checkpoint(write(tmp_path / "a.safetensors", weights))
-    notes = [note for each in parts for note in load_notes(patcher_of(each))]
-    assert len(notes) == 1 and name.removeprefix(part) in notes[0]
+    with pytest.raises(WeightFileError, match=f"lacks .*: '{name.removeprefix(part)}'"):
+        load_checkpoint(write(tmp_path / "a.safetensors", weights))
 
 
 @writers
@@ -182,7 +202,8 @@ def test_a_vae_is_checked(write, tmp_path):
     with pytest.raises(WeightFileError, match=f"it has no .*{name}.*the model has no 'mystery'"):
         load_vae(write(tmp_path / "a.safetensors", vae))
     del vae["mystery"]
-    assert name in load_notes(load_vae(write(tmp_path / "a.safetensors", vae)).patcher)[0]
+    with pytest.raises(WeightFileError, match=f"lacks weights of the model: {name!r}"):
+        load_vae(write(tmp_path / "a.safetensors", vae))
 
 
 @writers
@@ -190,11 +211,11 @@ def test_an_encoder_is_checked(write, tmp_path):
     weights = {name.removeprefix("transformer."): tensor for name, tensor in clip_l().items()}
     assert load_notes(load_text_encoder([write(tmp_path / "a.safetensors", weights)]).patcher) == ()
     del weights["text_model.encoder.layers.3.mlp.fc1.bias"]
-    notes = load_notes(load_text_encoder([write(tmp_path / "a.safetensors", weights)]).patcher)
-    assert "'text_model.encoder.layers.3.mlp.fc1.bias' is zeros" in notes[0]
+    with pytest.raises(WeightFileError, match="lacks .*: 'text_model.encoder.layers.3.mlp.fc1.b"):
+        load_text_encoder([write(tmp_path / "a.safetensors", weights)])
 
 
-def test_memory_that_nothing_initialises_is_never_a_weight(tmp_path):
+def test_memory_that_nothing_initialises_is_never_a_weight(tmp_path, read_anyway):
     """By the host, whose layers leave what they do not find as it was in memory."""
     weights = random_weights(FAMILIES["sd1.5"])
     for name in ("time_embed.0.bias", "input_blocks.1.0.in_layers.0.bias", "out.2.weight"):
@@ -203,7 +224,7 @@ def test_memory_that_nothing_initialises_is_never_a_weight(tmp_path):
         assert len(value(patcher, name).unique()) == 1 and name in load_notes(patcher)[0]
 
 
-def test_a_load_sees_what_its_thread_builds():
+def test_a_load_sees_what_its_thread_builds(read_anyway):
     def build():
         return comfy.sd.load_diffusion_model_state_dict(dict(tiny_flux()))
 
@@ -242,6 +263,56 @@ def test_a_whole_encoder_has_no_notes(name, tmp_path):
                                  model_options=encoder.model_options)
     assert all(any(marker in note for marker in encoder.markers)
                for note in load_notes(clip.patcher))
+
+
+@pytest.mark.parametrize(("name", "part"), [("pixart-sigma", "scale_shift_table")])
+def test_a_weight_that_comfyui_begins_with_random_values_stops_the_load(name, part, tmp_path,
+                                                                        monkeypatch):
+    family = FAMILIES[name]
+    shrunken_detection(family, monkeypatch)
+    weights = dict(random_weights(family))
+    lost = random.choice([key for key in weights if key.endswith(part)])
+    del weights[lost]
+    with pytest.raises(WeightFileError, match=f"lacks weights of the model: '{lost}'"):
+        load_diffusion_model(safetensors(tmp_path / "a.safetensors", weights))
+
+
+def test_what_comfyui_computes_may_be_missing_and_is_told(tmp_path, monkeypatch):
+    family = FAMILIES["pixart-sigma"]
+    shrunken_detection(family, monkeypatch)
+    weights = dict(random_weights(family))
+    del weights["y_embedder.y_embedding"]  # of the model that is guided without a text
+    note, = load_notes(load_diffusion_model(safetensors(tmp_path / "a.safetensors", weights)))
+    assert note.endswith("has no 'y_embedder.y_embedding': ComfyUI's initial values are used.")
+
+
+@writers
+def test_a_vae_that_only_decodes_loads_and_says_so(write, tmp_path):
+    half = {name: tensor for name, tensor in autoencoder().items() if "encoder" not in name}
+    note, = load_notes(load_vae(write(tmp_path / "a.safetensors", half)).patcher)
+    assert "only the half of a VAE that decodes, and cannot encode" in note
+    lost = random.choice([name for name in autoencoder() if "encoder" in name])
+    rest = {name: tensor for name, tensor in autoencoder().items() if name != lost}
+    with pytest.raises(WeightFileError, match=f"lacks weights of the model: {lost!r}"):
+        load_vae(write(tmp_path / "b.safetensors", rest))
+
+
+@pytest.mark.parametrize("write", ["gguf", "safetensors"])
+def test_an_encoder_loads_without_its_tower_and_its_training(write, tmp_path):
+    encoder = random.choice([one for one in ENCODERS.values() if not one.unusable and one.towers])
+    with small_towers(encoder):
+        weights = {key: tensor for key, tensor in encoder_weights(encoder).items()
+                   if not key.startswith(TOWERS) and not key.endswith("logit_scale")}
+        path = tmp_path / f"a.{write}"
+        if write == "gguf":
+            write_encoder(path, dataclasses.replace(encoder, mmproj=None), weights)
+        else:
+            markers = {key: torch.zeros(shape) for key, shape in encoder.markers.items()}
+            safetensors(path, markers | encoder.published(weights) | dict(encoder.extra))
+        clip = load_text_encoder([str(path)], encoder.clip_type,
+                                 model_options=encoder.model_options)
+    assert not any("lacks" in note or "zeros" in note for note in load_notes(clip.patcher)
+                   if not any(marker in note for marker in encoder.markers))
 
 
 def test_every_exception_has_a_reason():

@@ -80,8 +80,7 @@ def of_encoder(name: str) -> Model:
 
 # what the host tells models apart by; Chroma's where the sizes of tests are given to it
 OPTIONAL = {
-    "chroma": ("distilled_guidance_layer.norms.0",), "chroma-radiance": ("nerf_blocks.0.norm",),
-    "ovis-image": ("txt_norm",), "hunyuan-video-1.5": ("cond_type_embedding",)
+    "chroma": ("distilled_guidance_layer.norms.0",), "chroma-radiance": ("nerf_blocks.0.norm",)
 }
 IN_DIFFUSERS_NAMES = [name for name in DIFFUSERS if name in FAMILIES and name != "chroma"]
 MODELS = {
@@ -96,7 +95,7 @@ MODELS = {
         of_encoder("llama-3-8b"), write=write_plain, optional=(), suffix=".safetensors"),
     **{f"ControlNet {name}": Model(kind.weights, load_controlnet, write_plain,
                                    functools.partial(controlnets.shrunken_controlnet, kind),
-                                   ("controlnet_mode_embedder",))
+                                   suffix=" union.safetensors")
        for name, kind in controlnets.KINDS.items()},
     **{f"model patch {name}": Model(kind.weights, load_model_patch, shrink=model_patches.shrink)
        for name, kind in model_patches.KINDS.items()}
@@ -107,7 +106,10 @@ NAMED = {
     "ControlNet sd3.5 large of Stability": "x_embedder.proj.weight",
     "encoder qwen3-0.6b": "model.embed_tokens.weight",
     "encoder qwen3.5-0.8b": "model.layers.0.linear_attn.norm.weight",
-    "encoder llama-3-8b by ComfyUI": "model.layers.0.post_attention_layernorm.weight"
+    "encoder llama-3-8b by ComfyUI": "model.layers.0.post_attention_layernorm.weight",
+    # by which ComfyUI tells two models apart
+    "ovis-image": "txt_norm.weight", "hunyuan-video-1.5": "cond_type_embedding.weight",
+    "ControlNet flux union": "controlnet_mode_embedder.weight"
 }
 
 
@@ -144,6 +146,84 @@ def test_a_part_of_a_joined_weight_that_is_missing_is_told(name, tmp_path, monke
 @pytest.mark.parametrize("name", NAMED)
 def test_a_weight_that_the_loader_looks_up_is_told_where_it_is_missing(name, tmp_path, monkeypatch):
     check_missing(name, lambda _: [NAMED[name]], tmp_path, monkeypatch)
+
+
+# without which ComfyUI does not know a model that it knows by other names too
+FIRST = {"flux-dev": "img_in.weight", "flux2": "img_in.weight", "qwen-image": "img_in.weight",
+         "krea2": "first.weight", "z-image": "noise_refiner.0.attention.k_norm.weight",
+         "flux-dev of diffusers": "x_embedder.weight", "sd1.5": "input_blocks.0.0.weight"}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_weight_without_which_the_host_knows_no_model_is_named(name, tmp_path, monkeypatch):
+    model = MODELS[name]
+    write, suffix = random.choice([(write_q8_0, ".gguf"), (model.write, ".safetensors")])
+    prefix = random.choice(["", "model.diffusion_model."]) if "diffusers" not in name else ""
+    with model.shrink(monkeypatch) or contextlib.nullcontext():
+        write(tmp_path / f"a{suffix}", {
+            prefix + key: value for key, value in model.weights().items() if key != FIRST[name]})
+        with pytest.raises(WeightFileError, match=f"^a{suffix} lacks '{prefix}{FIRST[name]}', "):
+            model.load(str(tmp_path / f"a{suffix}"))
+
+
+LONGEST = 63  # characters that ggml keeps of a name
+
+
+def cut(weights: Weights) -> Weights:
+    """As stable-diffusion.cpp writes them; names that become one are lost."""
+    return {f"model.diffusion_model.{key}"[:LONGEST]: value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize("draw", [["anima"], [name for name in FAMILIES if name in MODELS]])
+def test_names_that_were_cut_are_found_or_the_load_stops(draw, tmp_path, monkeypatch):
+    name = random.choice(draw)
+    model, write = MODELS[name], random.choice([write_q8_0, write_plain])
+    path = tmp_path / ("a.gguf" if write is write_q8_0 else "a.safetensors")
+    with model.shrink(monkeypatch) or contextlib.nullcontext():
+        weights = model.weights()
+        write(path, cut(weights))
+        is_whole = len(cut(weights)) == len(weights)
+        try:
+            patcher = model.load(str(path))
+        except WeightFileError as error:
+            assert not is_whole and "Update ComfyUI" not in str(error)
+            return
+        assert is_whole and load_notes(patcher) == ()
+
+
+LAYER = "transformer_blocks.0.mystery.weight"  # of no model
+
+
+@pytest.mark.parametrize("name", IN_DIFFUSERS_NAMES)
+def test_what_a_file_in_diffusers_names_has_too_much_is_told(name, tmp_path, monkeypatch):
+    """As a folder does it."""
+    model = MODELS[f"{name} of diffusers"]
+    with model.shrink(monkeypatch) or contextlib.nullcontext():
+        weights = dict(model.weights())
+        path = tmp_path / "a.safetensors"
+        model.write(path, weights | {LAYER: torch.ones(32, 32)})
+        assert load_notes(model.load(str(path))) == (
+            f"The model does not use {LAYER!r} of a.safetensors.",)
+        lost = random.choice([key for key in weights if re.search(r"(blocks|layers)\.", key)])
+        path.unlink()
+        model.write(path, {f"{key}_" if key == lost else key: weights[key] for key in weights})
+        with pytest.raises(WeightFileError, match=f"{lost}_|lacks|cannot build|sizes"):
+            model.load(str(path))
+
+
+WRAPPERS = ("transformer.", "_orig_mod.", "model.diffusion_model._orig_mod.", "module.",
+            "model.diffusion_model.module.", "transformer.model.")
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_prefixes_of_all_names_are_stripped(wrapper, tmp_path, monkeypatch):
+    for name in ("krea2", random.choice([name for name, family in FAMILIES.items()
+                                         if family.latent])):
+        model = MODELS[name]
+        with monkeypatch.context() as patch, model.shrink(patch) or contextlib.nullcontext():
+            model.write(tmp_path / f"{name}.safetensors", {
+                wrapper + key: value for key, value in model.weights().items()})
+            assert load_notes(model.load(str(tmp_path / f"{name}.safetensors"))) == ()
 
 
 @pytest.mark.heavy

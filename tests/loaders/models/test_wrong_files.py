@@ -1,0 +1,164 @@
+"""Files that a loader does not take: the sentence says what they are and where they belong."""
+import json
+import random
+
+import comfy.ldm.ace.vae.music_dcae_pipeline
+import comfy.ldm.audio.autoencoder
+import comfy.ldm.genmo.vae.model
+import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
+import comfy.taesd.taesd
+import pytest
+import torch
+from checkpoint_parts import autoencoder, clip_l
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from controlnets import flux_bfl
+from families import FAMILIES, comfyui_gguf_style, random_weights, shrunken_detection
+from patched_models import tiny_flux
+from safetensors.torch import save_file
+
+from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.inspect import inspect
+from featherweight.loaders.models.checkpoint import load_checkpoint
+from featherweight.loaders.models.controlnet import load_controlnet
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.load_check import load_notes
+from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.models.vae import load_vae
+
+pytestmark = pytest.mark.usefixtures("small_models")
+
+KL = {"double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32,
+      "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+WAN = {"dim": 32, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "attn_scales": [],
+       "temperal_downsample": [False, True, True]}
+VAES = {
+    "images": lambda: AutoencoderKL(ddconfig=KL, embed_dim=4),
+    "images, small": comfy.taesd.taesd.TAESD,
+    "video of Wan": lambda: comfy.ldm.wan.vae.WanVAE(**WAN),
+    "video of Wan 2.2": lambda: comfy.ldm.wan.vae2_2.WanVAE(z_dim=48),
+    "video of Mochi": comfy.ldm.genmo.vae.model.VideoVAE,
+    "sound of ACE-Step": lambda: comfy.ldm.ace.vae.music_dcae_pipeline.MusicDCAE(
+        source_sample_rate=44100),
+    "sound of Stable Audio": comfy.ldm.audio.autoencoder.AudioOobleckVAE,
+}
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_a_vae_is_told_where_a_diffusion_model_is_expected(name, tmp_path):
+    names = list(VAES[name]().state_dict())
+    path = tmp_path / f"a.{random.choice(['gguf', 'safetensors'])}"
+    load = random.choice([load_diffusion_model, load_checkpoint])
+    weights = {key: torch.ones((2,) if key.endswith("bias") else (2, 2)) for key in names}
+    if path.suffix == ".gguf":
+        write_gguf(path, weights, lambda name, values: "F32")
+    else:
+        save_file(weights, path)
+    with pytest.raises(WeightFileError, match=(
+            f"^{path.name} is a VAE .it has '.*'., expected a diffusion model. Load it with Load"
+            " VAE.$")):
+        load(str(path))
+    assert inspect(path)[0].model_type == "VAE"
+
+
+ORBIT_QUANT = {"packed_weight_indices": torch.ones(64, dtype=torch.uint8),
+               "row_norms": torch.ones(8, dtype=torch.bfloat16)}
+DFLOAT11 = {"encoded_exponent": torch.ones(64, dtype=torch.uint8),
+            "sign_mantissa": torch.ones(64, dtype=torch.uint8),
+            "luts": torch.ones(2, 256, dtype=torch.uint8),
+            "gaps": torch.ones(4, dtype=torch.uint8),
+            "output_positions": torch.ones(4, dtype=torch.uint32)}
+LOADERS = {
+    "diffusion model": (load_diffusion_model, tiny_flux),
+    "checkpoint": (load_checkpoint, lambda: {
+        f"model.diffusion_model.{name}": value for name, value in tiny_flux().items()}),
+    "text encoder": (lambda path: load_text_encoder([path]), lambda: {
+        name.removeprefix("transformer."): value for name, value in clip_l().items()}),
+    "VAE": (load_vae, autoencoder),
+    "ControlNet": (load_controlnet, flux_bfl),
+}
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize(("who", "parts"), [("OrbitQuant", ORBIT_QUANT), ("DFloat11", DFLOAT11)])
+@pytest.mark.parametrize("name", LOADERS)
+def test_files_of_quantizers_that_are_not_read_are_named(name, who, parts, in_folder, tmp_path):
+    load, weights = LOADERS[name]
+    weights = dict(weights())
+    for key in [key for key in weights if key.endswith(".weight") and weights[key].ndim > 1]:
+        del weights[key]
+        weights |= {key.replace("weight", part): value.clone() for part, value in parts.items()}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = folder / "model.safetensors"
+    save_file({key: value.contiguous().clone() for key, value in weights.items()}, path)
+    if in_folder and name != "checkpoint":
+        (folder / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+        path = folder
+    with pytest.raises(WeightFileError, match=(
+            f"is part of layers quantized by {who}, which is not supported")) as error:
+        load(str(path))
+    assert "again" not in str(error.value)
+    found, = inspect(path)
+    assert who in found.title and "again" not in found.title
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".safetensors"])
+def test_connectors_of_ltx_2_are_a_module_that_the_loader_asks_for(suffix, tmp_path, monkeypatch):
+    family = FAMILIES["ltx-2"]
+    shrunken_detection(family, monkeypatch)
+    weights = dict(random_weights(family))
+    connectors = {key: weights.pop(key) for key in list(weights) if "embeddings_connector" in key}
+    model, module = tmp_path / f"model{suffix}", tmp_path / "connectors.safetensors"
+    if suffix == ".gguf":
+        write_gguf(model, weights, **comfyui_gguf_style(), metadata=family.metadata)
+    else:
+        save_file(weights, model, dict(family.metadata))
+    save_file({f"model.diffusion_model.{key}": value for key, value in connectors.items()}
+              | {"model.diffusion_model.video_embeddings_connector.stray": torch.ones(2),
+                 "text_embedding_projection.aggregate_embed.weight": torch.ones(2, 2)}, module)
+    note, = load_notes(load_diffusion_model(str(model)))
+    assert "connectors are missing" in note and "at module" in note and "again" not in note
+    assert load_notes(load_diffusion_model(str(model), extra=str(module))) == (
+        "The model does not use 'video_embeddings_connector.stray' of connectors.safetensors.",)
+    found, = inspect(module)
+    assert found.model_type == "module with LTX-2's connectors"
+    with pytest.raises(WeightFileError, match="connectors.safetensors is a module with LTX-2's"):
+        load_diffusion_model(str(module))
+    lost = random.choice(list(connectors))
+    del connectors[lost]
+    save_file(connectors, tmp_path / "part.safetensors")
+    with pytest.raises(WeightFileError, match=f"lacks weights of the model: '{lost}'"):
+        load_diffusion_model(str(model), extra=str(tmp_path / "part.safetensors"))
+
+
+def test_stable_audio_without_its_conditioners_is_a_plain_sentence(tmp_path):
+    names = {
+        "transformer.rotary_pos_emb.inv_freq": (16,), "to_timestep_embed.0.weight": (64, 16),
+        "timestep_features.weight": (8, 1), "preprocess_conv.weight": (8, 8, 1),
+        "postprocess_conv.weight": (8, 8, 1), "to_global_embed.0.weight": (64, 64),
+        "to_cond_embed.0.weight": (64, 64)}
+    weights = {f"model.model.{name}": torch.ones(shape) for name, shape in names.items()}
+    weights["model.model.transformer.project_in.weight"] = torch.ones(64, 8)
+    save_file(weights, tmp_path / "dit.safetensors")
+    with pytest.raises(WeightFileError, match=(
+            "^dit.safetensors: it lacks weights of ComfyUI's NumberConditioner: '.*They are in the"
+            r" checkpoint of Stable Audio: pick that in Load Checkpoint \(Featherweight\).$")):
+        load_diffusion_model(str(tmp_path / "dit.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "text_encoder_2", "vae"])
+def test_a_folder_of_a_pipeline_is_named_with_it(part, tmp_path):
+    load, weights = LOADERS[{"transformer": "diffusion model", "vae": "VAE"}.get(
+        part, "text encoder")]
+    folder = tmp_path / "FLUX.1-dev" / part
+    folder.mkdir(parents=True)
+    weights = dict(weights())
+    del weights[random.choice([key for key in weights if key.endswith(".bias") and (
+        "mlp" in key or part == "vae")])]
+    save_file({key: value.contiguous().clone() for key, value in weights.items()},
+              folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(WeightFileError, match=f"^FLUX.1-dev/{part} lacks weights of the model"):
+        load(str(folder))
