@@ -12,7 +12,7 @@ from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.lora.report import report_text
 from featherweight.ops.patches.adapters import adapter_tensors
-from featherweight.ops.patches.peft_dora import PeftDora
+from featherweight.ops.patches.as_trained import row_dora
 
 PREFIX = "diffusion_model."
 LAYER = "double_blocks.0.img_attn.proj"
@@ -164,7 +164,7 @@ def test_a_bias_for_a_layer_without_one_is_named():
     }
 
 
-@pytest.mark.parametrize("end", ["scale", "lora_E", "bias", "weight", "lora_mid.weight"])
+@pytest.mark.parametrize("end", ["scale", "mystery", "bias", "weight", "lora_mid.weight"])
 def test_a_tensor_that_nobody_reads_weakens_the_verdict(end):
     name = f"{PREFIX}{LAYER}.{end}"
     report = check_lora(flux_pair("Q8_0")[0], None,
@@ -248,7 +248,7 @@ def test_pefts_dora_of_a_slice_scales_its_rows_alone():
 def test_pefts_dora_of_a_convolution_scales_output_channels():
     weight, up, down = rand(6, 4, 3, 3), rand(6, 2, 1, 1, seed=1), rand(2, 4, 3, 3, seed=2)
     magnitude = magnitude_for(weight).reshape(1, 6, 1, 1)
-    value = PeftDora.of(LoRAAdapter(set(), (up, down, None, None, None, None)), magnitude)
+    value = row_dora(LoRAAdapter(set(), (up, down, None, None, None, None)), magnitude)
     found = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "weight")
     torch.testing.assert_close(found.double(), peft_weight(weight, up, down, magnitude), rtol=1e-5,
                                atol=1e-6)
