@@ -24,7 +24,7 @@ from ...ops.patches.as_trained import as_trained, row_dora
 from ...ops.patches.patch_trial import trial_error
 from ..files.container import safe_repr
 from .family_match import match_family, metadata_hints
-from .header_alpha import CONFIG, find_header_alpha, with_alphas
+from .header_alpha import CONFIG, HeaderAlpha, find_header_alpha, with_alphas
 from .load_lora import load_lora_text
 from .lora_file import damaged_layers, weight_shapes
 from .model_blocks import MODEL_PREFIX, WRAPPERS, weight_key
@@ -162,26 +162,33 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         model_family=match_family(weight_shapes(model_weights)),
         hints=metadata_hints(metadata),
         metadata={key: value for key, value in metadata.items() if key != CONFIG},
+        alphas=_alphas(values, header_alpha),
         header_alpha=header_alpha,
         use_header_alpha=use_header_alpha,
         model_words=words_of_model(model),
         text_encoder=", ".join(dict.fromkeys(key.split(".")[0] for key in text_weights))
         if of_text == stems.keys() else "",
     )
-    for stem in stems:
-        value = values.get(f"{stem}.weight")
-        rank = rank_of(value)
-        alpha = None if rank is None else getattr(adapter_fields(value), "alpha", None)
-        scale, source = header_alpha.scales.get(stem, (None, "its tensors"))
-        if scale is None and rank is not None and alpha is not None:
-            scale = alpha_scale(alpha, rank)
-        if scale is not None:
-            report.alphas.setdefault(source, set()).add((scale * (rank or 1), scale))
     if measure:
         report.load_lora = load_lora_text(state_dict, metadata, host_names, patches, header_alpha)
         report.blocks = block_changes(
             {target: value for target, value in patches.items() if not is_setting(target)}, weights)
     return report
+
+
+def _alphas(values: Mapping[str, Any],
+            header_alpha: HeaderAlpha) -> dict[str, set[tuple[float, float]]]:
+    """Returns where it stands -> (alpha, factor on the product) of the layers that have one."""
+    alphas = collections.defaultdict(set)
+    for name, value in values.items():
+        rank = rank_of(value)
+        scale, source = header_alpha.scales.get(name.removesuffix(".weight"), (None, "its tensors"))
+        if scale is None and rank is not None:
+            alpha = getattr(adapter_fields(value), "alpha", None)
+            scale = None if alpha is None else alpha_scale(alpha, rank)
+        if scale is not None:
+            alphas[source].add((scale * (rank or 1), scale))
+    return dict(alphas)
 
 
 def _rename_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

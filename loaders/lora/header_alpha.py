@@ -21,6 +21,7 @@ CONFIG = "adapter_config.json"  # of PEFT, and the key under which `load_lora_fi
 CONFIG_BYTES = 1 << 20
 ADAPTER = "adapter_model"  # PEFT's name of the file that the config belongs to
 DIFFUSERS = "lora_adapter_metadata"
+HEADER = "the header's "  # before the names of its keys, for people
 PLAIN = ("lora_alpha", "network_alpha", "alpha")
 PEFT_KINDS = ("LORA", "LOHA", "LOKR", "ADALORA")
 MOST_PARTS = 8  # of a pipeline
@@ -101,7 +102,7 @@ def find_header_alpha(lora: Mapping[str, torch.Tensor],
             del open_layers[stem]
             keys = " and ".join(dict.fromkeys(setting.key for setting in own))
             if len(found) > 1:
-                notes[f"{keys}: not applied, its values differ."] = None
+                notes[f"{keys}: not applied, the values differ."] = None
             elif (scale := found.pop()) is None:
                 notes[f"{keys}: not applied, it is of another rank than the tensors, or has a"
                       " pattern that is more than a name."] = None
@@ -136,10 +137,10 @@ def _levels(metadata: Mapping[str, str], ranks: Mapping[str, int | None],
     config = _json(metadata.get(CONFIG))
     if not by_kohya and _fits(config, ranks, lora):
         yield _settings(config, CONFIG)
-    yield _settings(_json(metadata.get(DIFFUSERS)), DIFFUSERS)
+    yield _settings(_json(metadata.get(DIFFUSERS)), HEADER + DIFFUSERS)
     yield [setting for setting in _settings(metadata) if setting.part or not by_kohya]
     if not by_kohya:
-        yield [_Setting(key, "", alpha) for key in PLAIN
+        yield [_Setting(HEADER + key, "", alpha) for key in PLAIN
                if (alpha := _positive(metadata.get(key))) is not None]
 
 
@@ -161,7 +162,8 @@ def _settings(config: Mapping[str, Any], key: str = "") -> list[_Setting]:
         r = _positive(config.get(f"{prefix}{'init_r' if adaptive else 'r'}"))
         if alpha is not None and r is not None:
             settings.append(_Setting(
-                key or name, part, alpha, r, _patterns(config.get(f"{prefix}alpha_pattern")),
+                key or HEADER + name, part, alpha, r,
+                _patterns(config.get(f"{prefix}alpha_pattern")),
                 {} if adaptive else _patterns(config.get(f"{prefix}rank_pattern")),
                 str(config.get(f"{prefix}use_rslora")).lower() == "true", adaptive))
     return settings if len(settings) <= MOST_PARTS else []

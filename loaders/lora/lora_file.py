@@ -11,7 +11,7 @@ from ..out_of_memory import is_out_of_memory
 from .family_match import match_family
 from .gguf_adapter import read_gguf_adapter
 from .header_alpha import CONFIG, read_config
-from .tensor_names import PARTNER, PRODUCTS, SIDES, SINGULAR, layer_names
+from .tensor_names import PARTNER, PRODUCTS, SIDES, layer_names
 from .torch_file import read_torch_file
 
 # Tensor names of other files that people pick by mistake, what such a file is, and how to load it.
@@ -53,7 +53,7 @@ OTHER_ADAPTERS = {
     "glora": "GLoRA of PEFT", "poly": "Poly", "lily": "Lily", "psoft": "PSOFT", "deft": "DEFT",
     "adamss": "AdaMSS", "beft": "BEFT", "frod": "FRoD", "peanut": "PEANuT", "osf": "OSF",
     "supertuning": "SuperTuning", "shadow": "Shadow", "ln_tuning": "LN tuning",
-    "trainable_tokens": "trainable tokens",
+    "trainable_tokens": "trainable tokens", "adaption": "adaption prompt",
 }
 OTHER_ADAPTER = re.compile(
     rf"(?:^|\.)(?:(on_input|lambda_layer)$|({'|'.join(OTHER_ADAPTERS)})_(?!blocks)\w+(?:\.|$))")
@@ -155,8 +155,6 @@ def _damage(stem: str, tensors: dict[str, torch.Tensor]) -> str | None:
             if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
                 return (f"halves that do not belong together ({list(up.shape)} and"
                         f" {list(down.shape)})")
-            if SINGULAR in tensors and tensors[SINGULAR].numel() != down.shape[0]:
-                return f"{tensors[SINGULAR].numel()} factors of its {down.shape[0]} ranks"
             return None
     return None
 

@@ -127,8 +127,8 @@ class LoraReport:
         if self.use_header_alpha or not self.header_alpha.makes_a_difference:
             return ""
         scales, sources = zip(*self.header_alpha.scales.values(), strict=True)
-        return (f"Its writer means {_range(scales)} times this strength:"
-                f" {' and '.join(dict.fromkeys(sources))} has an alpha, which is not applied.")
+        return (f"Its writer means {_range(scales)} times this strength, by"
+                f" {' and '.join(dict.fromkeys(sources))}, which is not applied.")
 
 
 def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | None = None) -> str:
@@ -185,9 +185,11 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
 
 def _alpha_text(report: LoraReport) -> str:
     """Returns the alphas of all layers, and where they stand; "" for none."""
+    skipped = {source for _, source in report.header_alpha.scales.values()}
     texts = [
         f"{_range(alpha for alpha, _ in found)} from {source}"
         f" ({_range(scale for _, scale in found)} times the product)"
+        + ("" if report.use_header_alpha or source not in skipped else ", not applied")
         for source, found in report.alphas.items()
     ]
     return "; ".join([*texts, *report.header_alpha.notes])
