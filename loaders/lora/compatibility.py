@@ -170,7 +170,7 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         if of_text == stems.keys() else "",
     )
     if measure:
-        report.load_lora = load_lora_text(state_dict, metadata, host_names, patches, header_alpha)
+        report.load_lora = load_lora_text(state_dict, metadata, host_names, patches)
         report.blocks = block_changes(
             {target: value for target, value in patches.items() if not is_setting(target)}, weights)
     return report

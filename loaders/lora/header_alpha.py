@@ -1,10 +1,8 @@
 """Finds the alpha that a LoRA's writer put next to its tensors: into the header of the file, or
-into PEFT's adapter_config.json in its folder.
+into PEFT's adapter_config.json in its folder. A product of factors counts alpha / rank times.
 
-A product of factors counts alpha / rank times. Of several places the one that says it most exactly
-wins: a tensor of the layer, PEFT's config, diffusers' `lora_adapter_metadata`, `<part>.lora_alpha`
-with `<part>.r`, and a plain number. `ss_network_alpha` is none of them: kohya's and musubi's
-converters multiply alpha into the factors and leave that key in the header.
+`ss_network_alpha` is none: kohya's and musubi's converters multiply alpha into the factors and
+leave that key in the header.
 """
 import json
 import math
@@ -20,42 +18,26 @@ from .tensor_names import MAGNITUDE, PRODUCTS, is_text_name, layer_names
 CONFIG = "adapter_config.json"  # of PEFT, and the key under which `load_lora_file` returns it
 CONFIG_BYTES = 1 << 20
 ADAPTER = "adapter_model"  # PEFT's name of the file that the config belongs to
-DIFFUSERS = "lora_adapter_metadata"
 HEADER = "the header's "  # before the names of its keys, for people
+DIFFUSERS = "lora_adapter_metadata"
 PLAIN = ("lora_alpha", "network_alpha", "alpha")
-PEFT_KINDS = ("LORA", "LOHA", "LOKR", "ADALORA")
 MOST_PARTS = 8  # of a pipeline
 NAME_PARTS = 16  # of a layer, that patterns are compared with
-FACTORS = (*(down for _, down in PRODUCTS), ".hada_w1_b", ".lokr_w2_b", ".lokr_w1_b", ".lokr_w1")
 WHOLE_FACTOR = ".lokr_w1"  # of a LoKr without a rank
+FACTORS = (*(down for _, down in PRODUCTS), ".hada_w1_b", ".lokr_w2_b", ".lokr_w1_b", WHOLE_FACTOR)
 
 
 class HeaderAlpha(NamedTuple):
-    """What stands next to the tensors.
-
-    Attributes:
-        scales: layer -> (factor on its product, where that stands).
-        notes: sentences about what is not taken.
-    """
+    """Layer -> (factor on its product, where that stands), and notes on what does not count."""
     scales: dict[str, tuple[float, str]]
     notes: list[str]
 
-    @property
-    def makes_a_difference(self) -> bool:
-        """Whether any layer counts more or less by it."""
-        return any(scale != 1 for scale, _ in self.scales.values())
-
 
 class _Setting(NamedTuple):
-    """An alpha of the layers of a part of the model.
+    """An alpha of the layers of a part of the model ("": all), for any rank if r is None.
 
-    Attributes:
-        key: where it stands.
-        part: "" for all layers.
-        alpha, r: r is None for any rank.
-        alphas, ranks: of some layers, see `_patterns`.
-        root: whether alpha is divided by the root of r (rsLoRA).
-        adaptive: whether training leaves out ranks (AdaLoRA).
+    alphas, ranks: of some layers, see `_patterns`. root: of rsLoRA, which divides by the root of r.
+    adaptive: of AdaLoRA, whose training leaves out ranks.
     """
     key: str
     part: str
@@ -72,12 +54,12 @@ def read_config(path: str) -> str | None:
     file = Path(path)
     config = file.with_name(CONFIG)
     try:
-        if config.stat().st_size > CONFIG_BYTES or (
-                file.stem != ADAPTER and any(file.parent.glob(f"{ADAPTER}.*"))):
-            return None
-        return config.read_text(encoding="utf-8")
+        if config.stat().st_size <= CONFIG_BYTES and (
+                file.stem == ADAPTER or not any(file.parent.glob(f"{ADAPTER}.*"))):
+            return config.read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return None
+        pass
+    return None
 
 
 def find_header_alpha(lora: Mapping[str, torch.Tensor],
@@ -88,19 +70,20 @@ def find_header_alpha(lora: Mapping[str, torch.Tensor],
         lora: tensors by name.
         metadata: of the file, and its config.
     """
-    layers = layer_names(lora)
-    ranks = {stem: _rank(stem, ends, lora) for stem, ends in layers.items()
+    ranks = {stem: _rank(stem, ends, lora) for stem, ends in layer_names(lora).items()
              if ends.intersection(FACTORS)}
-    open_layers = {stem: rank for stem, rank in ranks.items() if ".alpha" not in layers[stem]}
+    open_layers = [stem for stem in ranks if f"{stem}.alpha" not in lora]
     scales, notes = {}, {}
     for settings in _levels(metadata, ranks, lora):
-        for stem, rank in list(open_layers.items()):
-            own = [setting for setting in settings if _concerns(setting, stem, rank, settings)]
-            found = {_scale(setting, stem, rank) for setting in own}
+        for stem in list(open_layers):
+            own = [one for one in settings if one.part and stem.startswith(f"{one.part}.")] or [
+                one for one in settings
+                if not one.part or is_text_name(f"{one.part}.") == is_text_name(stem)]
             if not own:
                 continue
-            del open_layers[stem]
+            open_layers.remove(stem)
             keys = " and ".join(dict.fromkeys(setting.key for setting in own))
+            found = {_scale(setting, stem, ranks[stem]) for setting in own}
             if len(found) > 1:
                 notes[f"{keys}: not applied, the values differ."] = None
             elif (scale := found.pop()) is None:
@@ -117,8 +100,7 @@ def with_alphas(lora: Mapping[str, torch.Tensor], alpha: HeaderAlpha) -> dict[st
     for stem, (scale, _) in alpha.scales.items():
         rank = _rank(stem, layers[stem], lora)
         if rank is None:  # the host has no alpha for it
-            name = stem + WHOLE_FACTOR
-            lora[name] = lora[name].float() * scale
+            lora[stem + WHOLE_FACTOR] = lora[stem + WHOLE_FACTOR].float() * scale
         else:
             lora[f"{stem}.alpha"] = torch.tensor(scale * rank, dtype=torch.float64)
     return lora
@@ -147,25 +129,20 @@ def _levels(metadata: Mapping[str, str], ranks: Mapping[str, int | None],
 def _settings(config: Mapping[str, Any], key: str = "") -> list[_Setting]:
     """Returns the alphas with a rank in PEFT's settings, whose names may begin with a part.
 
-    Args:
-        config: the settings.
-        key: where they stand; "" for the header itself.
+    key: where they stand; "" for the header itself.
     """
     settings = []
-    for name in config:
-        part, _, last = name.rpartition(".")
-        if last not in ("lora_alpha", "alpha"):
-            continue
-        prefix = name.removesuffix(last)
-        adaptive = config.get(f"{prefix}peft_type") == "ADALORA"
-        alpha = _positive(config[name])
-        r = _positive(config.get(f"{prefix}{'init_r' if adaptive else 'r'}"))
-        if alpha is not None and r is not None:
+    for name, value in config.items():
+        part, dot, last = name.rpartition(".")
+        own = {last: config.get(part + dot + last) for last in (
+            "r", "init_r", "peft_type", "alpha_pattern", "rank_pattern", "use_rslora")}
+        adaptive = own["peft_type"] == "ADALORA"
+        alpha, r = _positive(value), _positive(own["init_r" if adaptive else "r"])
+        if last in ("lora_alpha", "alpha") and alpha is not None and r is not None:
             settings.append(_Setting(
-                key or HEADER + name, part, alpha, r,
-                _patterns(config.get(f"{prefix}alpha_pattern")),
-                {} if adaptive else _patterns(config.get(f"{prefix}rank_pattern")),
-                str(config.get(f"{prefix}use_rslora")).lower() == "true", adaptive))
+                key or HEADER + name, part, alpha, r, _patterns(own["alpha_pattern"]),
+                {} if adaptive else _patterns(own["rank_pattern"]),
+                str(own["use_rslora"]).lower() == "true", adaptive))
     return settings if len(settings) <= MOST_PARTS else []
 
 
@@ -182,23 +159,14 @@ def _patterns(patterns: Any) -> dict[str, tuple[int, float]] | None:
     return table
 
 
-def _concerns(setting: _Setting, stem: str, rank: int | None, settings: list[_Setting]) -> bool:
-    """Returns whether a setting is of the part of the model that a layer belongs to."""
-    if setting.r is None and rank is None:
-        return False
-    named = [one.part for one in settings if one.part and stem.startswith(f"{one.part}.")]
-    if not setting.part or named:
-        return setting.part in ("", *named)
-    return is_text_name(f"{setting.part}.") == is_text_name(stem)
-
-
 def _scale(setting: _Setting, stem: str, rank: int | None) -> float | None:
     """Returns the factor on the product of a layer; None if the setting does not fit it."""
     if setting.ranks is None or setting.alphas is None:
         return None
-    r = setting.r or rank
     names = _endings(stem)
-    _, r = min((setting.ranks[name] for name in names if name in setting.ranks), default=(0, r))
+    # PEFT takes the first pattern that fits
+    _, r = min((setting.ranks[name] for name in names if name in setting.ranks),
+               default=(0, setting.r or rank))
     _, alpha = min((setting.alphas[name] for name in names if name in setting.alphas),
                    default=(0, setting.alpha))
     if not r or (rank not in (None, r) and not setting.adaptive):
@@ -215,16 +183,16 @@ def _endings(stem: str) -> list[str]:
 def _fits(config: Mapping[str, Any], ranks: Mapping[str, int | None],
           lora: Mapping[str, torch.Tensor]) -> bool:
     """Returns whether PEFT's config is of these layers: their kind, modules and ranks."""
-    kind, targets = config.get("peft_type"), config.get("target_modules")
-    has_dora = any(name.endswith(MAGNITUDE) for name in lora)
-    if kind not in PEFT_KINDS or not ranks or bool(config.get("use_dora")) != has_dora:
-        return False
-    settings = _settings(config, CONFIG)
-    if isinstance(targets, list) and not all(
-            set(_endings(stem)).intersection(map(str, targets)) for stem in ranks):
-        return False
-    return bool(settings) and all(
-        _scale(settings[0], stem, rank) is not None for stem, rank in ranks.items())
+    settings, targets = _settings(config, CONFIG), config.get("target_modules")
+    modules = set(map(str, targets)) if isinstance(targets, list) else None
+    return (
+        config.get("peft_type") in ("LORA", "LOHA", "LOKR", "ADALORA")
+        and bool(config.get("use_dora")) == any(name.endswith(MAGNITUDE) for name in lora)
+        and bool(settings)
+        and all(_scale(settings[0], stem, rank) is not None
+                and (modules is None or not modules.isdisjoint(_endings(stem)))
+                for stem, rank in ranks.items())
+    )
 
 
 def _json(value: Any) -> dict[str, Any]:
@@ -239,8 +207,7 @@ def _json(value: Any) -> dict[str, Any]:
 def _positive(value: Any) -> float | None:
     """Returns a positive finite number, which may be written as text."""
     try:
-        number = float(value) if not isinstance(value, bool) else 0.0
+        number = 0.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return number if 0 < number < 1e9 else None
-

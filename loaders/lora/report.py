@@ -124,11 +124,11 @@ class LoraReport:
     @property
     def alpha_note(self) -> str:
         """A sentence, if an alpha that is left out makes a difference; else ""."""
-        if self.use_header_alpha or not self.header_alpha.makes_a_difference:
+        scales = self.header_alpha.scales.values()
+        if self.use_header_alpha or all(scale == 1 for scale, _ in scales):
             return ""
-        scales, sources = zip(*self.header_alpha.scales.values(), strict=True)
-        return (f"Its writer means {_range(scales)} times this strength, by"
-                f" {' and '.join(dict.fromkeys(sources))}, which is not applied.")
+        return (f"Its writer means {_range(scale for scale, _ in scales)} times this strength, by"
+                f" {' and '.join({source: 1 for _, source in scales})}, which is not applied.")
 
 
 def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | None = None) -> str:

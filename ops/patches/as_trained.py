@@ -1,13 +1,8 @@
 """Adapters that the host computes in another way than the programs that write them."""
+from typing import Any
+
 import torch
-from comfy.weight_adapter import (
-    BOFTAdapter,
-    LoHaAdapter,
-    LoKrAdapter,
-    LoRAAdapter,
-    OFTAdapter,
-    WeightAdapterBase,
-)
+from comfy.weight_adapter import BOFTAdapter, OFTAdapter, WeightAdapterBase
 
 from ..pickle_names import stable_pickle_name
 from .adapters import SUMS, OrthogonalAdapter, adapter_fields, shape_of
@@ -19,9 +14,8 @@ def as_trained(value):
     scale = getattr(fields, "dora_scale", None)
     if isinstance(fields, OrthogonalAdapter) and scale is None:
         return (Oft if isinstance(value, OFTAdapter) else Boft)(value.loaded_keys, value.weights)
-    rows = (shape_of(value) or (None,))[0]
-    if scale is not None and type(value) in OF_ROWS and scale.shape[:1] == (rows,):
-        return row_dora(value, scale)
+    if scale is not None and type(value) in OF_ROWS and (shape := shape_of(value)) is not None:
+        return row_dora(value, scale) if scale.shape[:1] == shape[:1] else value
     return value
 
 
@@ -51,7 +45,7 @@ class _RowDora(WeightAdapterBase):
         """Returns the weight, moved in place towards the trained one by `strength`."""
         fields = adapter_fields(self)
         assert fields is not None and fields.dora_scale is not None
-        kind = next(kind for kind in SUMS if isinstance(self, kind))
+        kind: Any = next(kind for kind in SUMS if isinstance(self, kind))
         plain = kind(self.loaded_keys, tuple(fields._replace(dora_scale=None)))
         change = plain.calculate_weight(torch.zeros_like(weight), key, 1.0, 1.0, None,
                                         lambda change: change, intermediate_dtype)
@@ -63,22 +57,11 @@ class _RowDora(WeightAdapterBase):
         return weight
 
 
-@stable_pickle_name
-class RowDora(_RowDora, LoRAAdapter):
-    """A LoRA with DoRA of rows."""
-
-
-@stable_pickle_name
-class RowDoraLoHa(_RowDora, LoHaAdapter):
-    """A LoHa with DoRA of rows."""
-
-
-@stable_pickle_name
-class RowDoraLoKr(_RowDora, LoKrAdapter):
-    """A LoKr with DoRA of rows, known as DoKr."""
-
-
-OF_ROWS = {LoRAAdapter: RowDora, LoHaAdapter: RowDoraLoHa, LoKrAdapter: RowDoraLoKr}
+# host's adapter -> the same with DoRA of rows
+OF_ROWS: dict[type, Any] = {
+    kind: stable_pickle_name(type(f"RowDora{kind.__name__}", (_RowDora, kind), {}))
+    for kind in SUMS
+}
 
 
 class _Orthogonal(WeightAdapterBase):

@@ -7,7 +7,7 @@ import random
 import comfy.lora
 import pytest
 import torch
-from patched_models import flux_file, flux_pair, forget_models
+from patched_models import adapter, flux_file, flux_pair, forget_models
 from safetensors.torch import save_file
 
 from featherweight.loaders.lora.compatibility import check_lora
@@ -319,6 +319,22 @@ def test_the_report_names_rank_alpha_and_where_it_stands(tmp_path, seed):
     assert ("kind: LoRA, rank 8\nalpha: 0.5 from the header's alpha (0.0625 times the product)\n"
             in text)
     assert "Load LoRA: 3 of 3 layers count 16 times as meant" in text
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    *((kind, "the same") for kind in ("lora", "dora-in", "loha", "lokr", "glora")),
+    *((kind, "1 of 1 layers are changed in another way")
+      for kind in ("dora", "loha-dora", "lokr-dora", "oft", "boft"))])
+def test_the_report_says_what_load_lora_does_otherwise(kind, words, seed):
+    """At half of the strength, by the host's own arithmetic."""
+    name = "double_blocks.0.img_attn.proj"
+    weight = weights()[name]
+    lora = {f"{PREFIX}{name}.{end}": value for end, value in adapter(kind, weight, seed).items()}
+    report = check_lora(flux_pair("Q8_0")[0], None, lora)
+    assert f"\nLoad LoRA: {words}\n" in report_text(report)
+    hosts = comfy.lora.load_lora(lora, {PREFIX + name: name})[name]
+    found = comfy.lora.calculate_weight([(0.5, hosts, 1.0, None, None)], weight.clone(), name)
+    assert (error(found, changed(report, name, 0.5), weight) < LIMIT) == (words == "the same")
 
 
 # --- LyCORIS ---
