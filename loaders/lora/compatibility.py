@@ -181,7 +181,7 @@ def _alphas(values: Mapping[str, Any],
     """Returns where it stands -> (alpha, factor on the product) of the layers that have one."""
     alphas = collections.defaultdict(set)
     for name, value in values.items():
-        rank = rank_of(value)
+        rank = rank_of(value) if shape_of(value) else None
         scale, source = header_alpha.scales.get(name.removesuffix(".weight"), (None, "its tensors"))
         if scale is None and rank is not None:
             alpha = getattr(adapter_fields(value), "alpha", None)

@@ -623,7 +623,7 @@ def _empty_model(tensors) -> comfy.model_patcher.ModelPatcher | None:
 
 def _patches_of(model, loras: Sequence[tuple[str, float]],
                 name: str) -> tuple[dict[str, list[Patch]], list[str]]:
-    """Returns the patches of LoRAs, and notes on those that fit only in part.
+    """Returns the patches of LoRAs, and notes on what of them does not count.
 
     Args:
         model: of `_empty_model`.

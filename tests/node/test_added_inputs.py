@@ -14,8 +14,10 @@ from patched_models import flux_pair, forget_models, run
 from prompt_errors import LINK, prompt_errors
 from safetensors.torch import save_file
 
+from featherweight.loaders.packing.source import _patches_of
 from featherweight.nodes.added_inputs import EARLIER
 from featherweight.nodes.apply_lora import ApplyLora
+from featherweight.nodes.legacy import nunchaku
 
 ADDED = [(node, one) for node in node_list() for one in node.GET_SCHEMA().inputs
          if EARLIER in one.as_dict()]
@@ -103,6 +105,19 @@ def test_an_alpha_in_the_header_counts_where_it_is_used_and_is_told_where_not(
     assert (note in report) == (scale == 1)
     assert shown == ([f"{note} To apply it, set 'alpha in the header' to use, and the strength as"
                       " for any other LoRA."] if scale == 1 else [])
+
+
+def test_what_has_no_such_input_keeps_its_strength_and_tells(lora, tmp_path, monkeypatch):
+    shown, packed = [], flux_pair("Q8_0")[0]
+    monkeypatch.setattr(nunchaku, "show_text", shown.append)
+    nodes = nunchaku.apply_loras(packed, iter([(lora, 1.0)])).patches
+    saved, shown_by_save = _patches_of(packed, [(str(tmp_path / lora), 1.0)], "model")
+    (((_, value, *_),),), (((_, other, *_),),) = nodes.values(), saved.values()
+    assert value.weights[2] is None is other.weights[2]
+    for text in (*shown, *shown_by_save):
+        assert text.endswith("Its writer means 0.125 times this strength, by the header's alpha,"
+                             " which is not applied.")
+    assert shown and shown_by_save
 
 
 def test_the_input_is_the_last():
