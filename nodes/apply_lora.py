@@ -12,12 +12,15 @@ from ..loaders.lora.lora_file import load_lora_file
 from ..loaders.lora.model_blocks import weight_keys
 from ..loaders.lora.report import report_text
 from ..loaders.paths.folders import LORA_FOLDERS, find_file, list_files, validate_files
+from .added_inputs import added_combo
 from .file_inputs import validated_inputs
+from .node_text import show_text
 from .number_checks import reject_infinite
 from .renamed_options import current, renamed_combo
 
 NONE = "none"  # no LoRA
 SKIP, ERROR = "skip", "error"
+USE, IGNORE = "use", "ignore"
 RENAMED_MISFITS = {"apply the rest": SKIP, "fail": ERROR}
 
 
@@ -87,6 +90,16 @@ class ApplyLora(io.ComfyNode):
                     optional=True,
                     tooltip="The text encoder the LoRA is applied to, if it has layers for one.",
                 ),
+                added_combo(
+                    "header_alpha",
+                    [USE, IGNORE],
+                    earlier=IGNORE,
+                    default=USE,
+                    display_name="alpha in the header",
+                    tooltip="Whether an alpha counts that is not a tensor of the file, but in its"
+                    " header or in an adapter_config.json in its folder. use: strength 1 is what"
+                    " the trainer meant. ignore: as in Load LoRA and in earlier versions.",
+                ),
             ],
             outputs=[
                 io.Model.Output(),
@@ -118,6 +131,7 @@ class ApplyLora(io.ComfyNode):
         block_weights="",
         misfits=SKIP,
         clip=None,
+        header_alpha=IGNORE,
     ) -> io.NodeOutput:
         reject_infinite(strength_model=strength_model, strength_clip=strength_clip)
         if lora_name == NONE:
@@ -126,7 +140,8 @@ class ApplyLora(io.ComfyNode):
             return io.NodeOutput(model, clip, f"{lora_name} is not applied: both strengths are 0.")
         factor = parse_block_weights(block_weights, weight_keys(model, clip))
         report = check_lora(
-            model, clip, *load_lora_file(find_file(lora_name, *LORA_FOLDERS)), measure=False
+            model, clip, *load_lora_file(find_file(lora_name, *LORA_FOLDERS)), measure=False,
+            use_header_alpha=header_alpha == USE
         )
         strengths = f"model {strength_model:g}"
         if clip is not None:
@@ -143,6 +158,9 @@ class ApplyLora(io.ComfyNode):
                 f"{lora_name} is not applied, because 'if layers do not match' is error."
                 f" {report.verdict} {count} do not fit: {'; '.join(report.misfits[:3])}{ellipsis}"
             )
+        if report.alpha_note:
+            show_text(f"{report.alpha_note} To apply it, set 'alpha in the header' to use, and the"
+                      " strength as for any other LoRA.")
         model, clip = apply_lora(model, clip, report, strength_model, strength_clip, factor)
         return io.NodeOutput(
             model, clip, report_text(report, os.path.basename(lora_name), settings)

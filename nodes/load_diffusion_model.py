@@ -21,6 +21,7 @@ from ..loaders.models.fit_device import FIT
 from ..loaders.models.pack_on_load import TYPES, size_target
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
 from ..ops.quantize.row_types import ROW_TYPES
+from .added_inputs import added_combo
 from .file_inputs import file_options, validate_main
 from .node_text import loader_output
 from .renamed_options import current, renamed_combo
@@ -128,11 +129,11 @@ def size_in_bytes(size_gb: float, expected: str = "how large the weights may be"
 
 def host_formats_input():
     """Returns the hidden input in which older workflows chose who computes ComfyUI's formats."""
-    return io.Combo.Input(
+    return added_combo(
         "host_formats",
-        options=list(HOST_FORMATS_CHOICES),
+        HOST_FORMATS_CHOICES,
+        earlier=AUTOMATIC,
         default=BY_COMPUTE,
-        optional=True,
         advanced=True,
         display_name="fp8, nvfp4, int8 computed by",
         extra_dict={"hidden": True},

@@ -5,29 +5,41 @@ other spellings of names, the biases of factors and of slices, and PEFT's DoRA.
 """
 import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
 import torch
 
-from ...ops.patches.adapters import adapter_fields, is_plain_lora, rank_of, shape_mismatch, shape_of
+from ...ops.patches.adapters import (
+    adapter_fields,
+    alpha_scale,
+    is_plain_lora,
+    rank_of,
+    shape_mismatch,
+    shape_of,
+)
+from ...ops.patches.as_trained import as_trained, row_dora
 from ...ops.patches.patch_trial import trial_error
-from ...ops.patches.peft_dora import PeftDora
 from ..files.container import safe_repr
 from .family_match import match_family, metadata_hints
+from .header_alpha import CONFIG, HeaderAlpha, find_header_alpha, with_alphas
+from .load_lora import load_lora_text
 from .lora_file import damaged_layers, weight_shapes
 from .model_blocks import MODEL_PREFIX, WRAPPERS, weight_key
 from .report import MISSING, LoraReport
-from .tensor_names import MAGNITUDE, PRODUCTS, layer_names
+from .tensor_names import MAGNITUDE, PRODUCTS, SINGULAR, is_text_name, layer_names
 from .training_base import words_of_model
 from .weight_change import block_changes, change_type
 
-TEXT_STEM = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|lycoris_te)")
 TAKEN = "for a weight that another layer of the file changes"
 NO_BIAS = "it changes a bias, which this layer of the model does not have"
 SETTING = ".config"  # of an attention, as newer hosts take it from files
 XLABS = re.compile(r"\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight$")
+TEXT_LAYER = re.compile(  # bare name of a layer of CLIP, of T5, or of a language model
+    r"encoder_block_\d+_layer_"
+    r"|(encoder_)?layers_\d+_(self_attn_([qkvo]|out)_proj|mlp_(gate_proj|up_proj|down_proj|fc\d))$")
 PEFT_MAGNITUDE = re.compile(re.escape(MAGNITUDE) + r"(\.default)?(\.weight)?$")
 
 
@@ -48,7 +60,8 @@ class _ReadTracker(dict[str, torch.Tensor]):
 
 
 def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
-               metadata: dict[str, str] | None = None, measure: bool = True) -> LoraReport:
+               metadata: dict[str, str] | None = None, measure: bool = True,
+               use_header_alpha: bool = True) -> LoraReport:
     """Compares a LoRA with a model and changes neither.
 
     Args:
@@ -57,9 +70,14 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         state_dict, metadata: of the LoRA, from `load_lora_file`.
         measure: whether to estimate the change of each block, which reads all factors and some rows
             of each weight.
+        use_header_alpha: whether an alpha counts that is not a tensor.
     """
     metadata = metadata or {}
     lora = _rename_tensors(state_dict)
+    header_alpha = find_header_alpha(lora, metadata)
+    if use_header_alpha:
+        lora = with_alphas(lora, header_alpha)
+    lora = _with_bias_changes(lora)
     stems = layer_names(lora)
     mismatches = damaged_layers(stems, lora)
     damaged = {stem + end for stem in mismatches for end in stems[stem]}
@@ -75,10 +93,19 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     weights = dict(model.model.named_parameters())
     other_names, name_mismatches = _resolve_names(stems, key_map, weights)
+    host_names = dict(key_map)
     key_map |= other_names
+    of_text = {stem for stem in stems if stem not in key_map and (
+        is_text_name(stem) or TEXT_LAYER.match(_bare_name(stem)))}
+    text_weights = {}
     if clip is not None:
-        key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
-        weights |= dict(clip.cond_stage_model.named_parameters())
+        text_weights = dict(clip.cond_stage_model.named_parameters())
+        text_names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        key_map |= _resolve_text_names(
+            {stem: values.get(f"{stem}.weight") for stem in of_text - text_names.keys()},
+            text_weights) | text_names
+        host_names |= text_names
+        weights |= text_weights
     twice = _named_twice(stems, key_map)
     mismatches |= dict.fromkeys(twice, TAKEN)
     loaded = _load_layers(sound, {name: target for name, target in key_map.items()
@@ -88,16 +115,17 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
     if any(map(is_setting, loaded)):
         unread = [name for name in unread if not name.endswith(SETTING)]
     if clip is None:
-        unread = [name for name in unread if not TEXT_STEM.match(name)]
+        unread = [name for name in unread
+                  if not is_text_name(name) and not TEXT_LAYER.match(_bare_name(name))]
 
     matched = unconnected = 0
     for stem in stems:
         if stem in mismatches:
             continue
         target = key_map.get(stem)
-        if target is None and clip is None and TEXT_STEM.match(stem):
+        if target is None and clip is None and stem in of_text:
             unconnected += 1
-        elif target is None and TEXT_STEM.match(stem):
+        elif target is None and stem in of_text:
             mismatches[stem] = "missing in the text encoder"
         elif target is None:
             mismatches[stem] = name_mismatches[stem]
@@ -113,7 +141,7 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
 
     shapes = {
         key.removesuffix(".weight"): shape for key, value in values.items()
-        if key.endswith(".weight") and not TEXT_STEM.match(key)
+        if key.endswith(".weight") and key.removesuffix(".weight") not in of_text
         and (shape := shape_of(value)) is not None
     }
     ranks = {
@@ -133,13 +161,34 @@ def check_lora(model, clip, state_dict: dict[str, torch.Tensor],
         family=match_family(shapes, metadata) if shapes else None,
         model_family=match_family(weight_shapes(model_weights)),
         hints=metadata_hints(metadata),
-        metadata=metadata,
+        metadata={key: value for key, value in metadata.items() if key != CONFIG},
+        alphas=_alphas(values, header_alpha),
+        header_alpha=header_alpha,
+        use_header_alpha=use_header_alpha,
         model_words=words_of_model(model),
+        text_encoder=", ".join(dict.fromkeys(key.split(".")[0] for key in text_weights))
+        if of_text == stems.keys() else "",
     )
     if measure:
+        report.load_lora = load_lora_text(state_dict, metadata, host_names, patches)
         report.blocks = block_changes(
             {target: value for target, value in patches.items() if not is_setting(target)}, weights)
     return report
+
+
+def _alphas(values: Mapping[str, Any],
+            header_alpha: HeaderAlpha) -> dict[str, set[tuple[float, float]]]:
+    """Returns where it stands -> (alpha, factor on the product) of the layers that have one."""
+    alphas = collections.defaultdict(set)
+    for name, value in values.items():
+        rank = rank_of(value) if shape_of(value) else None
+        scale, source = header_alpha.scales.get(name.removesuffix(".weight"), (None, "its tensors"))
+        if scale is None and rank is not None:
+            alpha = getattr(adapter_fields(value), "alpha", None)
+            scale = None if alpha is None else alpha_scale(alpha, rank)
+        if scale is not None:
+            alphas[source].add((scale * (rank or 1), scale))
+    return dict(alphas)
 
 
 def _rename_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -151,6 +200,18 @@ def _rename_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         PEFT_MAGNITUDE.sub(MAGNITUDE, key): value
         for key, value in comfy.lora_convert.convert_lora(state_dict).items()
     }
+    for name in [name for name in lora if name.endswith(SINGULAR)]:
+        ends = (name.removesuffix(SINGULAR) + down for _, down in PRODUCTS)
+        down = next((end for end in ends if end in lora), None)
+        if down is not None and lora[name].numel() == len(lora[down]):
+            # PEFT (tuners/adalora/layer.py): B (A * E)
+            lora[down] = lora[down].float() * lora.pop(name).float().reshape(
+                -1, *[1] * (lora[down].ndim - 1))
+    return lora
+
+
+def _with_bias_changes(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames the biases of second factors to changes of biases, as far as the host lacks them."""
     for up, down in PRODUCTS:
         bias = up.removesuffix(".weight") + ".bias"
         for stem in [key.removesuffix(bias) for key in lora if key.endswith(bias)]:
@@ -181,8 +242,8 @@ def _load_layers(tensors: dict[str, torch.Tensor], names: dict) -> dict:
             values[_bias_target(target)] = ("diff", (bias,))
         value = values.get(target)
         if f"{stem}{MAGNITUDE}" in tensors and is_plain_lora(value):
-            values[target] = PeftDora.of(value, tensors[f"{stem}{MAGNITUDE}"])
-    return values
+            values[target] = row_dora(value, tensors[f"{stem}{MAGNITUDE}"])
+    return {target: as_trained(value) for target, value in values.items()}
 
 
 def _resolve_names(stems: Iterable[str], key_map: dict,
@@ -206,7 +267,7 @@ def _resolve_names(stems: Iterable[str], key_map: dict,
     taken = {key_map[stem] for stem in stems if stem in key_map}
     found, reasons = {}, {}
     for stem in stems:
-        if stem in key_map or TEXT_STEM.match(stem):
+        if stem in key_map or is_text_name(stem):
             continue
         target = unique.get(_bare_name(stem))
         if target is None:
@@ -217,6 +278,28 @@ def _resolve_names(stems: Iterable[str], key_map: dict,
             found[stem] = target
             taken.add(target)
     return found, reasons
+
+
+def _resolve_text_names(values: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict:
+    """Returns layer -> weight of a text encoder, by its name in that encoder and, where several
+    encoders have such a weight, its shape.
+
+    Args:
+        values: layer -> value of a patch, or None.
+        weights: key -> weight of all text encoders.
+    """
+    targets = collections.defaultdict(list)
+    for key in weights:
+        name = key.partition(".transformer.")[2] or key.partition(".")[2]
+        targets[_bare_name(name.removesuffix(".weight"))].append(key)
+    found = {}
+    for stem, value in values.items():
+        keys = targets[_bare_name(stem)]
+        if len(keys) > 1 and value is not None:
+            keys = [key for key in keys if shape_mismatch(value, weights[key].shape) is None]
+        if len(keys) == 1:
+            found[stem] = keys[0]
+    return found
 
 
 def _named_twice(stems: Iterable[str], key_map: dict) -> set[str]:

@@ -1,5 +1,6 @@
 """Reads LoRAs in GGUF files: llama.cpp's adapters (`<tensor>.lora_a`, `.lora_b` and one alpha for
-all), and tensors under the names of any safetensors LoRA."""
+all), stable-diffusion.cpp's (`lora.<tensor>.lora_up`, `.lora_down`), and tensors under the names of
+any safetensors LoRA."""
 import re
 from collections.abc import Iterable
 
@@ -12,7 +13,7 @@ from ..files.container import WeightFile, WeightFileError, safe_repr
 from ..files.open_weights import open_weights
 from .tensor_names import layer_names
 
-HALF = re.compile(r"(?:\.weight)?\.lora_([aAbB])(?:\.weight)?$")
+HALF = re.compile(r"(?:\.weight)?\.lora_([aAbB]|up|down|mid)(?:\.weight)?$")
 
 
 def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -58,7 +59,8 @@ def read_gguf_adapter(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def _safetensors_half(match: re.Match) -> str:
-    return f".lora_{match[1].upper()}.weight"
+    half = match[1]
+    return f".lora_{half.upper() if len(half) == 1 else half}.weight"
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from ..files.wrong_format import LFS_POINTER
 from ..out_of_memory import is_out_of_memory
 from .family_match import match_family
 from .gguf_adapter import read_gguf_adapter
+from .header_alpha import CONFIG, read_config
 from .tensor_names import PARTNER, PRODUCTS, SIDES, layer_names
 from .torch_file import read_torch_file
 
@@ -42,6 +43,20 @@ OTHER_FILES = (
         "Load it with Load VAE.",
     ),
 )
+# Adapters that are no LoRAs, by what PEFT 0.21, LyCORIS 4.1 and OneTrainer call their tensors.
+OTHER_ADAPTERS = {
+    "ia3": "IA3", "on_input": "IA3", "lambda_layer": "T-LoRA", "oft": "OFT2 (OFT of PEFT)",
+    "boft": "BOFT of PEFT", "vera": "VeRA", "pvera": "PVeRA", "hra": "HRA", "miss": "MiSS",
+    "bone": "Bone (MiSS)", "delora": "DeLoRA", "gralora": "GraLoRA", "randlora": "RandLora",
+    "fourierft": "FourierFT", "waveft": "WaveFT", "shira": "SHiRA", "c3a": "C3A", "road": "RoAd",
+    "hira": "HiRA", "vblora": "VB-LoRA", "tinylora": "TinyLoRA", "unilora": "Uni-LoRA",
+    "glora": "GLoRA of PEFT", "poly": "Poly", "lily": "Lily", "psoft": "PSOFT", "deft": "DEFT",
+    "adamss": "AdaMSS", "beft": "BEFT", "frod": "FRoD", "peanut": "PEANuT", "osf": "OSF",
+    "supertuning": "SuperTuning", "shadow": "Shadow", "ln_tuning": "LN tuning",
+    "trainable_tokens": "trainable tokens", "adaption": "adaption prompt",
+}
+OTHER_ADAPTER = re.compile(
+    rf"(?:^|\.)(?:(on_input|lambda_layer)$|({'|'.join(OTHER_ADAPTERS)})_(?!blocks)\w+(?:\.|$))")
 # what the readers of safetensors raise for other bytes
 UNREADABLE = (ValueError, TypeError, RuntimeError, OSError, EOFError, KeyError, SafetensorError)
 
@@ -52,7 +67,8 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     A file with some damaged layers is returned as it is; `check_lora` names them.
 
     Returns:
-        (name -> tensor, metadata); GGUF's tensors are dequantised to float32.
+        (name -> tensor, metadata, with PEFT's config under `CONFIG`); GGUF's tensors are
+        dequantised to float32.
 
     Raises:
         WeightFileError: if the file is not a LoRA or has no undamaged layer.
@@ -85,7 +101,8 @@ def load_lora_file(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise WeightFileError(
             f"{name} has no layer that can be used: {safe_repr(stem)} has {reason}{others}."
             " Download it again, or report it where you got it.")
-    return state_dict, dict(metadata or {})
+    config = read_config(path)
+    return state_dict, dict(metadata or {}) | ({} if config is None else {CONFIG: config})
 
 
 WHOLE_NUMBERS = (".alpha", ".reshape_weight")  # parts of a layer that may be integers
@@ -161,6 +178,13 @@ def _unreadable(head: bytes, error: Exception) -> str:
 def _not_a_lora(state_dict: dict[str, torch.Tensor]) -> str:
     if not state_dict:
         return "holds no tensors, expected a LoRA. Download it again."
+    for key in state_dict:
+        if match := OTHER_ADAPTER.search(key):
+            title = OTHER_ADAPTERS[match[1] or match[2]]
+            return (
+                f"is an adapter of the kind {title} (it has {safe_repr(key)}), which neither"
+                " ComfyUI nor this pack applies. Merge it into its model with the program that"
+                " trained it, or get a LoRA.")
     for pattern, title, advice in OTHER_FILES:
         name = next((key for key in state_dict if re.search(pattern, key)), None)
         if name is not None:

@@ -6,6 +6,7 @@ MODEL_PREFIX = "diffusion_model."
 # what trainers and libraries put before the name of a weight
 WRAPPERS = re.compile(
     r"^((lora|lycoris|loha|lokr|glora|b?oft|dora|prior|base_model|model|diffusion_model|unet|dit"
+    r"|te\d?|text_encoders?(_\d)?|text_model|cond_stage_model|language_model"
     r"|transformer(?![._]blocks))[._]+)+")
 # names of the module lists that hold numbered blocks
 BLOCK_LIST = re.compile(r"(blocks?|layers?|refiner)$")

@@ -1,10 +1,11 @@
 """Reports how a LoRA fits a model: the figures, a verdict in one sentence, and a short table."""
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .family_match import FamilyMatch
+from .header_alpha import HeaderAlpha
 from .model_blocks import weight_key
 from .training_base import Said, training_line
 
@@ -30,6 +31,11 @@ class LoraReport:
         metadata: of the file.
         blocks: block -> (norm of its change at strength 1, or None if it is not known cheaply;
             norm of its weights, or None if the model has no values).
+        header_alpha: what is known of alpha besides tensors.
+        use_header_alpha: whether it counts in `patches`.
+        alphas: where it stands -> (alpha, factor on the product) of its layers.
+        load_lora: what ComfyUI's own node does otherwise.
+        text_encoder: names of the text encoders, if all layers are for one and some are connected.
         model_words: whether the model is a base or a distilled one, None if nothing says it.
     """
 
@@ -46,6 +52,11 @@ class LoraReport:
     hints: str
     metadata: dict[str, str]
     blocks: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    header_alpha: HeaderAlpha = field(default_factory=lambda: HeaderAlpha({}, []))
+    use_header_alpha: bool = True
+    alphas: dict[str, set[tuple[float, float]]] = field(default_factory=dict)
+    load_lora: str = ""
+    text_encoder: str = ""
     model_words: Said | None = None
 
     @property
@@ -88,9 +99,10 @@ class LoraReport:
                 have = "has" if is_one else "have"
                 same = f", though {match} {have} the same shape" if self.matched else ""
                 return f"{start}: it cannot be used{same}."
-            return (
-                f"{start}: only {match} {'matches' if is_one else 'match'}, which is not what it"
-                " was trained for.")
+            trained = "which is not what it was trained for"
+            if self.matched == self.layers:
+                return f"{start}, {trained}, though its layers have the same shape."
+            return f"{start}: only {match} {'matches' if is_one else 'match'}, {trained}."
         shared = self.family.shared(self.model_family) if self.family else None
         families = f" for {' or '.join(shared.names)}" if shared else ""
         if self.fits == "yes":
@@ -104,9 +116,19 @@ class LoraReport:
                 f"This LoRA{families} fits in part: {matched} {self.layers} layers match the"
                 f" model{unread}.")
         layer, reason = next(iter(self.mismatches.items()))
-        return (
-            f"None of the {self.layers} layers of this LoRA{families} matches the model"
-            f" ({self.model_family or 'unknown'}): {layer}: {reason}.")
+        model = (f"text encoder ({self.text_encoder})" if self.text_encoder
+                 else f"model ({self.model_family or 'unknown'})")
+        return (f"None of the {self.layers} layers of this LoRA{families} matches the {model}:"
+                f" {layer}: {reason}.")
+
+    @property
+    def alpha_note(self) -> str:
+        """A sentence, if an alpha that is left out makes a difference; else ""."""
+        scales = self.header_alpha.scales.values()
+        if self.use_header_alpha or all(scale == 1 for scale, _ in scales):
+            return ""
+        return (f"Its writer means {_range(scale for scale, _ in scales)} times this strength, by"
+                f" {' and '.join({source: 1 for _, source in scales})}, which is not applied.")
 
 
 def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | None = None) -> str:
@@ -129,6 +151,8 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
         **({"file": name} if name else {}),
         "layers": f"{report.matched} of {report.layers} match",
         "kind": change_types + ranks,
+        **({"alpha": alpha} if (alpha := _alpha_text(report)) else {}),
+        **({"Load LoRA": report.load_lora} if report.load_lora else {}),
         **(settings or {}),
         "made for": f"{family or 'unknown'}{hints}",
         "model": f"{report.model_family or 'unknown'}",
@@ -148,7 +172,8 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
         rows["strongest"] = "not known: it depends on all values of the model"
     if report.unconnected:
         rows["not used"] = f"{report.unconnected} text encoder layers (no CLIP connected)"
-    lines = [report.verdict, "", *(f"{name}: {value}" for name, value in rows.items())]
+    verdicts = [report.verdict, *filter(None, [report.alpha_note])]
+    lines = [*verdicts, "", *(f"{name}: {value}" for name, value in rows.items())]
     missing = list(report.mismatches.values()).count(MISSING)
     lines += _list_lines(
         f"{len(report.mismatches)} layers do not fit"
@@ -156,6 +181,24 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
         [f"{layer}: {reason}" for layer, reason in report.mismatches.items()])
     lines += _list_lines(f"{len(report.unread)} tensors are of an unknown kind:", report.unread)
     return "\n".join(lines)
+
+
+def _alpha_text(report: LoraReport) -> str:
+    """Returns the alphas of all layers, and where they stand; "" for none."""
+    skipped = {source for _, source in report.header_alpha.scales.values()}
+    texts = [
+        f"{_range(alpha for alpha, _ in found)} from {source}"
+        f" ({_range(scale for _, scale in found)} times the product)"
+        + ("" if report.use_header_alpha or source not in skipped else ", not applied")
+        for source, found in report.alphas.items()
+    ]
+    return "; ".join([*texts, *report.header_alpha.notes])
+
+
+def _range(numbers: Iterable[float]) -> str:
+    """Returns '8', or '4 to 16'."""
+    ordered = sorted(numbers)
+    return " to ".join(dict.fromkeys(f"{number:.4g}" for number in (ordered[0], ordered[-1])))
 
 
 def _list_lines(title: str, entries: Sequence[str]) -> list[str]:

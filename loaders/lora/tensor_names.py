@@ -1,5 +1,6 @@
 """Groups the tensors of LoRA files into layers by the endings of their names."""
 import collections
+import re
 from collections.abc import Iterable
 
 # Name endings of the two factors of a LoRA, up and down, in all spellings that the host reads.
@@ -36,17 +37,26 @@ WHOLE = (
     ".w_norm",
     ".b_norm",
 )
+SINGULAR = ".lora_E"  # of an AdaLoRA: the factors of its ranks
 MAGNITUDE = ".lora_magnitude_vector"  # of a DoRA as PEFT computes it
 OPTIONAL = (
     ".alpha",
     ".dora_scale",
     MAGNITUDE,
+    SINGULAR,
     ".lora_mid.weight",
     ".lokr_t2",
     ".rescale",
     ".reshape_weight",
 )
 ENDS = sorted((*PARTNER, *WHOLE, *OPTIONAL), key=len, reverse=True)
+
+TEXT_STEM = re.compile(r"(lora_te|lora_prior_te|text_encoder|te\d?[._]|lycoris_te)")
+
+
+def is_text_name(name: str) -> bool:
+    """Returns whether a name says that its layer belongs to a text encoder."""
+    return TEXT_STEM.match(name) is not None
 
 
 def layer_names(names: Iterable[str]) -> dict[str, set[str]]:

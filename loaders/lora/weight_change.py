@@ -77,10 +77,11 @@ def _adapter_norm(value: Any, weight_norm: float | None) -> float | None:
         left = _factor_norm(parts.w1, parts.a1, parts.b1)
         right = _factor_norm(parts.w2, parts.a2, parts.b2)
         return left * right * _scale(value)
-    if isinstance(parts, OrthogonalAdapter) and value.name == "oft" and weight_norm is not None:
+    if (isinstance(parts, OrthogonalAdapter) and value.name == "oft" and parts.rescale is None
+            and weight_norm is not None):
         blocks = parts.blocks.float()
         skew = blocks - blocks.transpose(1, 2)
-        limit = parts.limit or 0
+        limit = (parts.limit or 0) * blocks.shape[:2].numel()
         if 0 < limit < skew.norm():
             skew = skew * (limit / skew.norm())
         eye = torch.eye(blocks.shape[1], dtype=torch.float32)

@@ -623,7 +623,7 @@ def _empty_model(tensors) -> comfy.model_patcher.ModelPatcher | None:
 
 def _patches_of(model, loras: Sequence[tuple[str, float]],
                 name: str) -> tuple[dict[str, list[Patch]], list[str]]:
-    """Returns the patches of LoRAs, and notes on those that fit only in part.
+    """Returns the patches of LoRAs, and notes on what of them does not count.
 
     Args:
         model: of `_empty_model`.
@@ -647,11 +647,14 @@ def _patches_of(model, loras: Sequence[tuple[str, float]],
 
     notes = []
     for path, strength in loras:
-        report = check_lora(model, None, *load_lora_file(path), measure=False)
+        report = check_lora(model, None, *load_lora_file(path), measure=False,
+                            use_header_alpha=False)
         if report.fits == "no":
             raise SaveError(f"{os.path.basename(path)} is not applied. {report.verdict}")
         if report.fits != "yes":
             notes.append(f"{os.path.basename(path)}: {report.verdict}")
+        if report.alpha_note:
+            notes.append(f"{os.path.basename(path)}: {report.alpha_note}")
         model, _ = apply_lora(model, None, report, strength, 0)
     return {
         key.removeprefix(DIFFUSION_MODEL): patches for key, patches in model.patches.items()

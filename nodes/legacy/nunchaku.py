@@ -54,11 +54,13 @@ def apply_loras(model: ModelPatcher, loras: Iterator[tuple[str, float]]) -> Mode
         if abs(strength) < MIN_STRENGTH:
             continue
         path = find_file(name, *LORA_FOLDERS)
-        report = check_lora(model, None, *load_lora_file(path), measure=False)
+        report = check_lora(model, None, *load_lora_file(path), measure=False,
+                            use_header_alpha=False)
         if report.fits == "no":
             raise ValueError(f"{name} is not applied. {report.verdict}")
         model, _ = apply_lora(model, None, report, strength, 0.0)
-        verdicts.append(f"{os.path.basename(path)}: {report.verdict}")
+        verdicts.append(f"{os.path.basename(path)}: {report.verdict}"
+                        + (report.alpha_note and f" {report.alpha_note}"))
     if verdicts:
         show_text("\n".join(verdicts))
     return model

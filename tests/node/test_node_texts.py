@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import nodes as host_nodes
 from featherweight.cluster.image_collector import ImageCollector
 from featherweight.nodes import node_text
+from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile
 from featherweight.nodes.legacy import nunchaku
@@ -45,6 +46,12 @@ def check_a_lora(model, folder):
     names |= {f"lora_unet_no_such_layer_{number}": (8, 8) for number in range(12)}
     save_file(pairs(names, rank=2), folder / "lora.safetensors")
     CheckLora.execute(model, "lora.safetensors")
+
+
+def apply_a_lora_of_an_earlier_workflow(model, folder):
+    names = weight_shapes(model.model, "blocks.")
+    save_file(pairs(names, rank=2), folder / "lora.safetensors", {"alpha": "1"})
+    ApplyLora.execute(model, "lora.safetensors")
 
 
 def apply_loras_of_nunchaku(model, folder):
@@ -84,6 +91,7 @@ def run_on_ray(model, folder):
 # What shows a text, by the source that asks for it: `loader_output` is every loader's.
 TEXTS = {
     "node_text": load,
+    "apply_lora": apply_a_lora_of_an_earlier_workflow,
     "check_lora": check_a_lora,
     "inspect_model_file": lambda model, folder: InspectModelFile.execute(NONE, model),
     "measure_sensitivity": lambda model, folder: MeasureSensitivity.execute(

@@ -12,7 +12,7 @@ from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.lora.report import report_text
 from featherweight.ops.patches.adapters import adapter_tensors
-from featherweight.ops.patches.peft_dora import PeftDora
+from featherweight.ops.patches.as_trained import row_dora
 
 PREFIX = "diffusion_model."
 LAYER = "double_blocks.0.img_attn.proj"
@@ -63,6 +63,15 @@ def assert_effect(lora, changes, strength=1.0):
         assert error_by_effect(run(applied(patcher, lora, strength)), expected, without) < LIMIT
 
 
+def assert_weight(lora, expected, strength=1.0):
+    """A LoRA makes this weight of that of LAYER."""
+    report = check_lora(flux_pair("Q8_0")[0], None, lora, measure=False)
+    assert report.fits == "yes", report.verdict
+    (value,), weight = report.patches.values(), flux_file("Q8_0")[1][f"{LAYER}.weight"]
+    found = comfy.lora.calculate_weight([(strength, value, 1.0, None, None)], weight.clone(), "")
+    assert (found - expected).norm() < 1e-5 * (expected - weight).norm()
+
+
 # --- GGUF ---
 
 
@@ -76,6 +85,9 @@ def gguf_loras():
         "kohya's names": layer("lora", kohya, rank=32),
         "LoKr": layer("lokr", kohya, rank=32),
         "a norm": {f"{PREFIX}{LAYER}.diff": rand(256, 256), f"{PREFIX}{LAYER}.diff_b": rand(256)},
+        "stable-diffusion.cpp's names": {
+            f"lora.model.diffusion_model.{LAYER}.lora_down": bare[f"{LAYER}.lora_A.weight"],
+            f"lora.model.diffusion_model.{LAYER}.lora_up": bare[f"{LAYER}.lora_B.weight"]},
         "llama.cpp's names": {f"{LAYER}.weight.lora_a": bare[f"{LAYER}.lora_A.weight"],
                               f"{LAYER}.weight.lora_b": bare[f"{LAYER}.lora_B.weight"]}
     }
@@ -92,9 +104,15 @@ def test_a_lora_in_gguf_is_the_same_as_in_safetensors(kind, packing, tmp_path):
 
     seen = write_gguf(tmp_path / "lora.gguf", {key: value.numpy() for key, value in
                                                tensors.items()}, packed_as)
-    names = {".weight.lora_a": ".lora_A.weight", ".weight.lora_b": ".lora_B.weight"}
-    save_file({name[:-14] + names.get(name[-14:], name[-14:]): torch.tensor(value)
-               for name, value in seen.items()}, tmp_path / "lora.safetensors")
+    names = {".weight.lora_a": ".lora_A.weight", ".weight.lora_b": ".lora_B.weight",
+             ".lora_down": ".lora_down.weight", ".lora_up": ".lora_up.weight"}
+
+    def in_safetensors(name):
+        end = next((end for end in names if name.endswith(end)), None)
+        return name if end is None else name.removesuffix(end) + names[end]
+
+    save_file({in_safetensors(name): torch.tensor(value) for name, value in seen.items()},
+              tmp_path / "lora.safetensors")
     reports = [check_lora(flux_pair("Q8_0")[0], None, *load_lora_file(tmp_path / f"lora.{end}"))
                for end in ("safetensors", "gguf")]
     expected, found = (report.patches for report in reports)
@@ -164,7 +182,7 @@ def test_a_bias_for_a_layer_without_one_is_named():
     }
 
 
-@pytest.mark.parametrize("end", ["scale", "lora_E", "bias", "weight", "lora_mid.weight"])
+@pytest.mark.parametrize("end", ["scale", "mystery", "bias", "weight", "lora_mid.weight"])
 def test_a_tensor_that_nobody_reads_weakens_the_verdict(end):
     name = f"{PREFIX}{LAYER}.{end}"
     report = check_lora(flux_pair("Q8_0")[0], None,
@@ -248,10 +266,76 @@ def test_pefts_dora_of_a_slice_scales_its_rows_alone():
 def test_pefts_dora_of_a_convolution_scales_output_channels():
     weight, up, down = rand(6, 4, 3, 3), rand(6, 2, 1, 1, seed=1), rand(2, 4, 3, 3, seed=2)
     magnitude = magnitude_for(weight).reshape(1, 6, 1, 1)
-    value = PeftDora.of(LoRAAdapter(set(), (up, down, None, None, None, None)), magnitude)
+    value = row_dora(LoRAAdapter(set(), (up, down, None, None, None, None)), magnitude)
     found = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "weight")
     torch.testing.assert_close(found.double(), peft_weight(weight, up, down, magnitude), rtol=1e-5,
                                atol=1e-6)
+
+
+# --- other adapters as PEFT and LyCORIS compute them; next to their own in test_lora_writers.py ---
+
+
+def lycoris_rotation(weight, blocks, constraint, rescale, strength=1.0):
+    """`get_r` and `make_weight` of LyCORIS' modules/diag_oft.py, in float64."""
+    count, size, _ = blocks.shape
+    skew = (blocks - blocks.mT).double()
+    bound = constraint * len(weight)
+    if bound and skew.norm() > bound:
+        skew = skew * bound / skew.norm()
+    eye = torch.eye(size, dtype=torch.float64)
+    turn = (eye + skew) @ torch.linalg.inv(eye - skew)
+    rows = weight.double().reshape(count, size, -1)
+    turned = torch.einsum("bij,bik->bjk", eye + strength * (turn - eye), rows).reshape(weight.shape)
+    return turned * rescale
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("constraint", [0.0, 0.002, 50.0])
+@pytest.mark.parametrize("has_rescale", [False, True])
+def test_a_diag_oft_is_bound_and_rescaled_as_lycoris_does(has_rescale, constraint, strength):
+    weight = flux_file("Q8_0")[1][f"{LAYER}.weight"]
+    blocks = rand(16, 16, 16, seed=4, scale=0.1)
+    lora = {f"{PREFIX}{LAYER}.oft_blocks": blocks,
+            f"{PREFIX}{LAYER}.alpha": torch.tensor(constraint)}
+    rescale = torch.ones(256, 1)
+    if has_rescale:
+        strength = 1.0  # elsewhere the scales too change by the strength
+        lora[f"{PREFIX}{LAYER}.rescale"] = rescale = 1 + rand(256, 1, seed=5, scale=0.3)
+    expected = lycoris_rotation(weight, blocks, constraint, rescale, strength)
+    assert_weight(lora, expected, strength)
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha-dora", "lokr-dora"])
+def test_dora_of_rows_divides_by_the_norms_of_the_changed_weight(kind):
+    """`weight_decompose` of LyCORIS' functional/general.py, in float64."""
+    weight = flux_file("Q8_0")[1][f"{LAYER}.weight"]
+    lora = layer(kind)
+    norms = lora[f"{PREFIX}{LAYER}.dora_scale"]
+    assert norms.shape == (256, 1)
+    plain = {name: value for name, value in lora.items() if not name.endswith("dora_scale")}
+    value, = check_lora(flux_pair("Q8_0")[0], None, plain).patches.values()
+    changed = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "")
+    expected = changed.double() * norms / changed.double().norm(dim=1, keepdim=True)
+    assert_weight(lora, expected)
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_an_adalora_has_the_factors_of_its_ranks(alpha):
+    factors = rand(4, 1, seed=6)
+    first, second = rand(4, 256, seed=2), rand(256, 4, seed=3)
+    stem = f"base_model.model.{LAYER}"
+    lora = {f"{stem}.lora_A": first, f"{stem}.lora_B": second, f"{stem}.lora_E": factors}
+    if alpha is not None:
+        lora[f"{stem}.alpha"] = torch.tensor(alpha)
+    change = second @ (first * factors) * (1.0 if alpha is None else alpha / 4)
+    assert_effect(lora, {f"{LAYER}.weight": change})
+
+
+def test_factors_that_are_not_of_the_ranks_of_an_adalora_are_told():
+    stem = f"base_model.model.{LAYER}"
+    lora = {f"{stem}.lora_A": rand(4, 256), f"{stem}.lora_B": rand(256, 4),
+            f"{stem}.lora_E": rand(3, 1)}
+    assert check_lora(flux_pair("Q8_0")[0], None, lora).unread == [f"{stem}.lora_E"]
 
 
 def test_a_magnitude_vector_of_another_length_is_named():

@@ -206,7 +206,8 @@ def test_the_sentence_names_families_and_widths(models):
 @pytest.mark.parametrize(("matched", "layers", "words"), [
     (1, 7, "though 1 of its 7 layers has the same shape"),
     (2, 7, "though 2 of its 7 layers have the same shape"),
-    (1, 2, "only 1 of its 2 layers matches,"), (2, 3, "only 2 of its 3 layers match,")
+    (1, 2, "only 1 of its 2 layers matches,"), (2, 3, "only 2 of its 3 layers match,"),
+    (6, 6, "which is not what it was trained for, though its layers have the same shape.")
 ])
 def test_one_layer_matches_and_several_match(models, matched, layers, words):
     report = check_lora(
@@ -214,6 +215,7 @@ def test_one_layer_matches_and_several_match(models, matched, layers, words):
     counted = dataclasses.replace(
         report, matched=matched, layers=layers, patches={"layer": matched})
     assert words in counted.verdict
+    assert f"only {layers} of" not in counted.verdict
 
 
 def test_a_lora_whose_change_of_a_block_overflows_is_drawn_without_that_block(small_flux):
@@ -343,6 +345,43 @@ def test_what_is_no_lora_is_refused_in_one_sentence(case, tmp_path):
     with pytest.raises(WeightFileError, match=message) as error:
         load_lora_file(saved(tmp_path, tensors))
     assert str(error.value).startswith("lora.safetensors ") and "\n" not in str(error.value)
+
+
+# What each program calls the tensors of adapters that are no LoRAs: PEFT 0.21
+# (`adapter_layer_names` and `prefix` of its tuners), LyCORIS 4.1 (`weight_list`), OneTrainer.
+OTHER_ADAPTERS = {
+    "IA3": ("ia3_l",),
+    "T-LoRA": ("q_layer.weight", "p_layer.weight", "lambda_layer"),
+    "OFT2": ("oft_R.default.weight",), "OFT2 (OFT of PEFT)": ("oft_R",),
+    "BOFT of PEFT": ("boft_R", "boft_s"),
+    "VeRA": ("vera_lambda_b", "vera_lambda_d"), "HRA": ("hra_u",), "MiSS": ("miss_block",),
+    "DeLoRA": ("delora_A", "delora_B", "delora_lambda"),
+    "GraLoRA": ("gralora_A", "gralora_B"), "RandLora": ("randlora_lambda", "randlora_gamma"),
+    "FourierFT": ("fourierft_spectrum",), "SHiRA": ("shira_weight",), "C3A": ("c3a_kernel",),
+    "RoAd": ("road_theta", "road_alpha"), "HiRA": ("hira_A", "hira_B"),
+    "VB-LoRA": ("vblora_logits_A", "vblora_logits_B"), "WaveFT": ("waveft_spectrum",)
+}
+
+
+@pytest.mark.parametrize("stem", ["base_model.model.double_blocks.0.img_attn.proj", LAYER])
+@pytest.mark.parametrize("kind", OTHER_ADAPTERS)
+def test_an_adapter_that_is_no_lora_is_named(kind, stem, tmp_path):
+    tensors = {f"{stem}.{end}": torch.zeros(4, 4) for end in OTHER_ADAPTERS[kind]}
+    words = re.escape(f"is an adapter of the kind {kind} ")
+    with pytest.raises(WeightFileError, match=words) as error:
+        load_lora_file(saved(tmp_path, tensors))
+    assert str(error.value).startswith("lora.safetensors ") and "\n" not in str(error.value)
+
+
+def test_every_kind_of_adapter_that_peft_writes_is_named_or_read(tmp_path):
+    peft = pytest.importorskip("peft", reason="it has the list")
+    tuners = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    read = {"LORA", "ADALORA", "LOHA", "LOKR", "XLORA"}
+    for kind, tuner in tuners.items():
+        if kind.value not in read and issubclass(tuner, peft.tuners.tuners_utils.BaseTuner):
+            path = saved(tmp_path, {f"base_model.model.{LAYER}.{tuner.prefix}weight": GOOD[UP]})
+            with pytest.raises(WeightFileError, match="is an adapter of the kind "):
+                load_lora_file(path)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Names of LoRA layers that the host does not know: each spelling of a weight's name finds it."""
 import comfy.utils
 import pytest
+import torch
 from diffusers_names import OF_FLUX, flux
 from families import FAMILIES
-from lora_models import empty_model, empty_model_of, pairs, weight_shapes
+from lora_models import empty_clip, empty_model, empty_model_of, pairs, weight_shapes
 
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.report import report_text
@@ -75,6 +76,67 @@ def test_each_spelling_of_a_weights_name_is_that_weight(models, name, whose, spe
     for key, (target, _) in targets.items():
         factors = report.patches[target].weights
         assert factors[0] is lora[f"{SPELLINGS[spelling](key)}.lora_up.weight"]
+
+
+# --- text encoders ---
+
+# (encoders, names of a layer as transformers has them and its shape)
+ENCODERS = {
+    "CLIP-L": ("SD1.5", "clip_l", "text_model.encoder.layers.1.self_attn.q_proj", (768, 768)),
+    "CLIP-L of SDXL": ("SDXL", "clip_l", "text_model.encoder.layers.1.mlp.fc1", (3072, 768)),
+    "CLIP-G of SDXL": ("SDXL", "clip_g", "text_model.encoder.layers.1.mlp.fc1", (5120, 1280)),
+    "T5": ("T5", "t5xxl", "encoder.block.1.layer.0.SelfAttention.q", (64, 64)),
+    "Qwen3": ("Qwen3", "qwen3_4b", "model.layers.1.self_attn.q_proj", (64, 64)),
+}
+TEXT_SPELLINGS = {
+    "bare": "{}".format, "PEFT": "base_model.model.{}".format,
+    "diffusers": "text_encoder.{}".format, "the second of diffusers": "text_encoder_2.{}".format,
+    "diffusers and PEFT": "text_encoder.base_model.model.{}".format,
+    "kohya": lambda name: "lora_te1_" + name.replace(".", "_"),
+    "ComfyUI's": "text_encoders.transformer.{}".format,
+    "in a checkpoint": "cond_stage_model.transformer.{}".format,
+}
+
+
+def text_encoder(encoders, part, layer, shape):
+    """A CLIP with such a weight; of the host where it has one that is small enough."""
+    if encoders.startswith("SD"):
+        return empty_clip(encoders)
+    clip, module = empty_clip("SD1.5"), torch.nn.Module()
+    module.add_module(part, torch.nn.Module())
+    inner = getattr(module, part)
+    for name in ("transformer", *layer.split(".")):
+        inner.add_module(name, torch.nn.Module())
+        inner = getattr(inner, name)
+    inner.weight = torch.nn.Parameter(torch.zeros(shape))
+    clip.cond_stage_model = module
+    return clip
+
+
+@pytest.mark.parametrize("spelling", TEXT_SPELLINGS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_each_spelling_of_a_text_encoders_weight_is_that_weight(models, encoder, spelling):
+    encoders, part, layer, shape = ENCODERS[encoder]
+    name = TEXT_SPELLINGS[spelling](layer)
+    if encoders == "SDXL" and spelling in {
+            "clip_l": ["the second of diffusers"], "clip_g": ["diffusers", "kohya"]}[part]:
+        pytest.skip("it is a name of the other encoder")
+    clip = text_encoder(*ENCODERS[encoder])
+    report = check_lora(models("Flux.1"), clip, pairs({name: shape}), measure=False)
+    assert report.fits == "yes" and report.unread == []
+    assert list(report.patches) == [f"{part}.transformer.{layer}.weight"]
+    alone = check_lora(models("Flux.1"), None, pairs({name: shape}), measure=False)
+    assert alone.verdict == (
+        "This LoRA changes only a text encoder (1 layers), and none is connected.")
+
+
+def test_a_lora_of_another_text_encoder_is_told_with_the_one_that_is_connected(models):
+    clip = empty_clip("SDXL")
+    report = check_lora(models("Flux.1"), clip, pairs(
+        {"model.layers.40.self_attn.q_proj": (4096, 4096)}), measure=False)
+    assert report.verdict == (
+        "None of the 1 layers of this LoRA matches the text encoder (clip_l, clip_g):"
+        " model.layers.40.self_attn.q_proj: missing in the text encoder.")
 
 
 def test_an_unknown_prefix_is_named(models):
