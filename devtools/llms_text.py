@@ -114,8 +114,8 @@ def text(nodes: dict[str, dict]) -> str:
 
 Version {setting("version")}, for ComfyUI {setting("requires-comfyui")}. Prompts in API format \
 take the ids and options below, letter by letter. Beside `compute` of the loaders write \
-`"host_formats": "{BY_COMPUTE}"`: a prompt without it means what it meant before 0.2.2, where `exact` \
-left layers in ComfyUI's own formats to ComfyUI's kernels on GPUs that have them.
+`"host_formats": "{BY_COMPUTE}"`: a prompt without it means what it meant before 0.2.2, where \
+`exact` left layers in ComfyUI's own formats to ComfyUI's kernels on GPUs that have them.
 
 Which type: `pack_to` at `{FIT}` packs a file to what the GPU holds, while it loads. Of files to \
 download: the largest type with which the whole model stays on the card, estimated (partly: none \
