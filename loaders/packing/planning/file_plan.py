@@ -56,6 +56,7 @@ class SaveOptions:
             the LoRA arrives whole.
         metadata: texts for the file.
         overwrite: whether the file may replace one of the same name.
+        mode: permissions of the file, as for `atomic_writer`.
         row_types: names of ROW_TYPES with which a size is met; none: it is met with types of GGUF.
     """
 
@@ -64,6 +65,7 @@ class SaveOptions:
     metadata: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     row_types: tuple[str, ...] = ()
+    mode: int = 0o666
 
 
 @dataclass(frozen=True)
