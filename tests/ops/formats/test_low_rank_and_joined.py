@@ -280,7 +280,8 @@ def column_groups():
 
 # those within others too
 NESTED = {"shifted": shifted, "taps first": taps_first,
-          "column groups": column_groups, "rows of shifted": lambda: join_packed([shifted(), shifted()], 0),
+          "column groups": column_groups,
+          "rows of shifted": lambda: join_packed([shifted(), shifted()], 0),
           "rows of columns": lambda: join_packed([joined(1), ranked(
               INT8_ROWS.of_columns(joined(1).shape[1]), 8, joined(1).shape[1])], 0)}
 
