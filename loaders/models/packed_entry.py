@@ -103,6 +103,7 @@ def write_entry(path: Path, file: WeightFile, tensors: Mapping[str, torch.Tensor
     metadata = {key: text for key, text in file.text_metadata.items() if key == CONFIG}
     note = json.dumps({"digests": _digests(tensors), "loss": loss})
     mode = functools.reduce(operator.and_, (path.stat().st_mode & 0o666 for path in file.paths))
+    # writable, for what removes the part of a killed writer
     options = SaveOptions(metadata={NOTE: note}, mode=mode | stat.S_IWUSR)
     save(plan_file(Source(weights, metadata=metadata), path, KEEP_TYPES, options))
 
