@@ -2,13 +2,28 @@
 
     python3 pack.py SOURCE OUT [--type Q4_K] [--size 5.9GB] [--lora FILE:0.8 ...]
 """
-import argparse
-import math
 import os
-import re
+import signal
 import sys
-import types
-from pathlib import Path
+
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+STOPPED_TEXT = "\nStopped. Nothing was written."
+
+
+def stop_imports(*_):
+    """Ends the command at once while it imports, where Ctrl-C would raise in any module."""
+    os.write(1, f"{STOPPED_TEXT}\n".encode())
+    os._exit(STOPPED)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop_imports)
+
+import argparse  # noqa: E402
+import math  # noqa: E402
+import re  # noqa: E402
+import types  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 if sys.version_info < (3, 10):
     sys.exit("Failed: pack.py needs Python 3.10 or newer, this is %d.%d." % sys.version_info[:2])
@@ -25,7 +40,6 @@ UNITS = {
     "GIB": 1 << 30,
 }
 NUMBER = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 
 
 def parse_size(text: str) -> int:
@@ -159,6 +173,8 @@ def run(arguments: argparse.Namespace) -> int:
     from featherweight.loaders.progress import Progress
     from featherweight.ops.quantize.row_types import ROW_TYPES
 
+    if signal.getsignal(signal.SIGINT) is stop_imports:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     asked: list[str] = arguments.type.split("+") if arguments.type else []
     chosen: list[str] = [RENAMED_TYPES.get(name, name) for name in asked]
     names = (*TYPES, *ROW_TYPES, KEEP_TYPES)
@@ -214,7 +230,7 @@ def main(arguments: list[str]) -> int:
         print(f"Failed: {error}")
         return FAILED
     except KeyboardInterrupt:
-        print("\nStopped. Nothing was written.")
+        print(STOPPED_TEXT)
         return STOPPED
 
 

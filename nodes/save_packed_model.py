@@ -11,6 +11,7 @@ from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.checkpoint_source import source_of_checkpoint
 from ..loaders.packing.planning.file_plan import (
+    HOST_TYPES,
     KEEP_TYPES,
     MIXES,
     RENAMED_TYPES,
@@ -46,9 +47,12 @@ SIZES = {MIX: (), **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
 MIN_SAMPLES = 8  # pictures drawn for positive; each of its prompts is drawn at least once
 KEEP_QUALITY, KEEP_SIZE = "keep LoRA quality (larger)", "keep the size"
 NONE = "none"  # no measurement
+OFFERED = [*TYPES, KEEP_TYPES, MIX, *HOST_TYPES,
+           *(option for option, mix in SIZES.items() if mix and set(mix) <= set(HOST_TYPES))]
+# with those that workflows may name and this ComfyUI does not read, which `plan_file` says
 RENAMED_SAVE_TYPES = RENAMED_TYPES | {
     option.replace(MIX, "size in GB", 1): option for option in SIZES
-}
+} | {option: option for option in (*ROW_TYPES, *SIZES) if option not in OFFERED}
 RENAMED_LORAS = {"arrive whole": KEEP_QUALITY, "in the type asked for": KEEP_SIZE}
 RENAMED_MEASUREMENTS = {"": NONE}  # a text, in the place of the choice
 
@@ -90,7 +94,7 @@ class SavePackedModel(io.ComfyNode):
                 ),
                 renamed_combo(
                     "type",
-                    [*TYPES, KEEP_TYPES, MIX, *ROW_TYPES, *list(SIZES)[1:]],
+                    OFFERED,
                     RENAMED_SAVE_TYPES,
                     default="Q4_K",
                     tooltip="The type of the large matrices; parts that must stay exact do so. Up"

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from devtools.host.environment import HOST_VERSION
+from featherweight.ops.layers import packed_layers
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 1 << 30  # bytes
@@ -128,6 +129,13 @@ def small_models():
     gc.disable()
     comfy.model_management.unload_all_models()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_tables():
+    """Tables of these tests are as much smaller than those of models, and packed as those are."""
+    with mock.patch.object(packed_layers, "PLAIN_TABLE_BYTES", 16 << 10):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -40,7 +40,7 @@ Writer = TypeVar("Writer", bound="WeightsWriter")
 
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike, nbytes: int,
-                  overwrite: bool = False) -> Iterator["_FriendlyFile"]:
+                  overwrite: bool = False, mode: int = 0o666) -> Iterator["_FriendlyFile"]:
     """Opens an unbuffered file that becomes `path` when the block ends without an error.
 
     The file ends at its last position.
@@ -50,18 +50,18 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
         nbytes: upper bound of its size, reserved now so that a full disk is an error before the
             work.
         overwrite: whether an existing file is replaced.
+        mode: permissions of the file, from which the process's umask takes some.
 
     Raises:
         WriteError: the file cannot be written, or exists and `overwrite` is false.
     """
     path = Path(path)
     check_writable(path, nbytes, overwrite)
-    remove_stale_parts(path.parent)
     part = path.with_name(f"{path.name}.{os.getpid()}.featherweight.part")
     file = None
     try:
         with _explain_oserror(path):
-            file = _open_locked(part)
+            file = _open_locked(part, mode)
             _preallocate(file, nbytes)
         yield _FriendlyFile(file, path)
         with _explain_oserror(path):
@@ -88,7 +88,7 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
 
 @contextlib.contextmanager
 def new_weights(path: str | os.PathLike, writer: type[Writer], layout,
-                overwrite: bool = False) -> Iterator[Writer]:
+                overwrite: bool = False, mode: int = 0o666) -> Iterator[Writer]:
     """Opens a weight file that exists after the block only if every tensor was written.
 
     Args:
@@ -96,12 +96,12 @@ def new_weights(path: str | os.PathLike, writer: type[Writer], layout,
         writer: class that writes the tensors.
         layout: content of the file: `tensors` by name, `size` in bytes, `start` of the data, and
             `header(written)`, the bytes before it.
-        overwrite: whether an existing file is replaced.
+        overwrite, mode: as for `atomic_writer`.
 
     Raises:
         WriteError: as `atomic_writer`.
     """
-    with atomic_writer(path, layout.size, overwrite) as file:
+    with atomic_writer(path, layout.size, overwrite, mode) as file:
         open_writer = writer(file, layout)
         yield open_writer
         open_writer.finish()
@@ -138,7 +138,10 @@ class WeightsWriter:
 
 
 def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False):
-    """Raises WriteError if a file of `nbytes` could not be written at `path`."""
+    """Raises WriteError if a file of `nbytes` could not be written at `path`.
+
+    What killed writers have left in its folder is removed first: it takes the space.
+    """
     path = Path(path)
     if path.is_dir():
         raise WriteError(f"{path} is a folder. Give the name of a file.")
@@ -150,6 +153,7 @@ def check_writable(path: str | os.PathLike, nbytes: int, overwrite: bool = False
         raise WriteError(
             f"The folder {path.parent} is not writable by this user. Pick another one, or change"
             " its permissions.")
+    remove_stale_parts(path.parent)
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + SPARE:
         raise WriteError(
@@ -197,13 +201,14 @@ def _explain_oserror(path: Path):
         ) from error
 
 
-def _open_locked(part: Path) -> BinaryIO:
-    """Creates a file and locks it until it is closed.
+def _open_locked(part: Path, mode: int) -> BinaryIO:
+    """Creates a file of some permissions and locks it until it is closed.
 
     On a drive without locks it never counts as stale.
     """
     while True:
-        file = open(part, "xb", buffering=0)  # noqa: SIM115  the caller closes it
+        file = open(part, "xb", buffering=0,  # noqa: SIM115  the caller closes it
+                    opener=lambda path, flags: os.open(path, flags, mode))
         if fcntl is None:
             return file
         with contextlib.suppress(OSError):

@@ -61,19 +61,20 @@ def file_size(tensors: Tensors, metadata: Mapping[str, Value]) -> int:
 
 
 def gguf_writer(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, Value],
-                overwrite: bool = False) -> AbstractContextManager["GGUFWriter"]:
+                overwrite: bool = False,
+                mode: int = 0o666) -> AbstractContextManager["GGUFWriter"]:
     """Opens a GGUF file for writing, as `new_weights`.
 
     Args:
         path: the file to write.
         tensors: name -> (logical shape, planned type), in the order of writing.
         metadata: key -> value.
-        overwrite: whether an existing file is replaced.
+        overwrite, mode: as for `atomic_writer`.
 
     Raises:
         WriteError: the file cannot be written, or cannot hold these tensors.
     """
-    return new_weights(path, GGUFWriter, _Layout(tensors, metadata), overwrite)
+    return new_weights(path, GGUFWriter, _Layout(tensors, metadata), overwrite, mode)
 
 
 class GGUFWriter(WeightsWriter):

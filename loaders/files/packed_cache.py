@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from ..byte_sizes import size_text
 from .atomic_file import remove_stale_parts
-from .container import FileState, WeightFile
+from .container import FileState, WeightFile, WeightFileError
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +89,11 @@ def read(entry: Path | None, read_entry: Callable[[Path], Entry]) -> Entry | Non
             _last_use(entry).touch()
         return found
     except (KeyError, ValueError, OSError) as error:
+        # what a reader advises is for files of people
+        reason = "it is damaged" if isinstance(error, WeightFileError) else error
         log.warning(
             "[Featherweight] The packed weights in %s cannot be used (%s), so they are packed"
-            " again.", entry, error)
+            " again.", entry, reason)
     with contextlib.suppress(OSError):  # Windows: after the error, which keeps the file mapped
         entry.unlink()
     return None

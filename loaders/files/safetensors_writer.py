@@ -67,9 +67,10 @@ def file_size(tensors: Tensors, metadata: Mapping[str, str]) -> int:
 
 
 def safetensors_writer(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, str],
-                       overwrite: bool = False) -> AbstractContextManager["SafetensorsWriter"]:
+                       overwrite: bool = False,
+                       mode: int = 0o666) -> AbstractContextManager["SafetensorsWriter"]:
     """Opens a safetensors file for writing, with the arguments of `gguf_writer`."""
-    return new_weights(path, SafetensorsWriter, _Layout(tensors, metadata), overwrite)
+    return new_weights(path, SafetensorsWriter, _Layout(tensors, metadata), overwrite, mode)
 
 
 class SafetensorsWriter(WeightsWriter):

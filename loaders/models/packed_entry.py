@@ -11,8 +11,11 @@ which another quantiser packed and which stay as they are, are left out.
 |---|---|
 | `featherweight.entry` | JSON: `digests`, name -> SHA-256 of a weight's bytes, and `loss` |
 """
+import functools
 import hashlib
 import json
+import operator
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,7 +88,8 @@ def write_entry(path: Path, file: WeightFile, tensors: Mapping[str, torch.Tensor
 
     Args:
         path: of the entry; its suffix is that of `suffix_for`.
-        file: that the weights come from, for the metadata that ComfyUI reads.
+        file: that the weights come from, for the metadata that ComfyUI reads. Only who may read it
+            may read the entry.
         tensors: of `entry_weights`.
         loss: see `Entry`.
 
@@ -98,7 +102,9 @@ def write_entry(path: Path, file: WeightFile, tensors: Mapping[str, torch.Tensor
                for name, tensor in tensors.items()}
     metadata = {key: text for key, text in file.text_metadata.items() if key == CONFIG}
     note = json.dumps({"digests": _digests(tensors), "loss": loss})
-    options = SaveOptions(metadata={NOTE: note})
+    mode = functools.reduce(operator.and_, (path.stat().st_mode & 0o666 for path in file.paths))
+    # writable, for what removes the part of a killed writer
+    options = SaveOptions(metadata={NOTE: note}, mode=mode | stat.S_IWUSR)
     save(plan_file(Source(weights, metadata=metadata), path, KEEP_TYPES, options))
 
 

@@ -114,7 +114,8 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
             packed[name] = packer.pack_in_sequence(name)
             source.drop_pages()
     open_writer = safetensors_writer if plan.is_safetensors else gguf_writer
-    with open_writer(plan.path, plan.tensors, plan.metadata, plan.options.overwrite) as writer:
+    with open_writer(plan.path, plan.tensors, plan.metadata, plan.options.overwrite,
+                     plan.options.mode) as writer:
         sizes = [max(1, weight.values) for weight in source.weights.values()]
         for name in track(list(source.weights), sizes):
             source.guard()

@@ -232,6 +232,8 @@ class Joined(Composite):
     """
 
     is_sliceable = False
+    # without its low ranks: one object for all products, as kernels are kept by their format
+    _rest: "Joined | None" = None
 
     def __init__(self, axis: int, *parts: tuple[Format, int, int]):
         """Makes the format of joined weights.
@@ -280,9 +282,11 @@ class Joined(Composite):
                 low_ranks.append((part, low_rank))
         if not low_ranks:
             return self, tensors, None
-        rest_format = object.__new__(Joined)  # for `dequantize_parts` alone
-        rest_format.__dict__.update(vars(self), parts=tuple(rest))
-        return rest_format, tensors, self._joined_low_rank(low_ranks)
+        if self._rest is None:
+            rest_format = object.__new__(Joined)  # for `dequantize_parts` alone
+            rest_format.__dict__.update(vars(self), parts=tuple(rest))
+            self._rest = rest_format
+        return self._rest, tensors, self._joined_low_rank(low_ranks)
 
     def _joined_low_rank(self, low_ranks: list[tuple[Part, LowRank]]) -> LowRank:
         downs, ups, slices, rank = [], [], [], 0

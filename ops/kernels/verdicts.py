@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ...child_process import is_ending
 from ..bounded_json import read_json
 from .kernel import Backend
 from .private_files import cache_folder, is_private, private_folder
@@ -25,6 +26,9 @@ WEEK = 7 * 86400
 # whole computer. "stopped": nothing is known of it.
 RETRY_AFTER_S = {"right": math.inf, "slow": math.inf, "wrong": math.inf, "crashed": math.inf,
                  "refused": WEEK, "hung": WEEK, "begun": WEEK, "stopped": 0}
+# What "refused" says of a kernel whose compiler an ending process has killed or not started:
+# versions before 0.2.3 have stored that.
+REFUSED_AT_END = ("this process is ending", ": it failed')")
 # Of the files that make the kernels, and of what validates them.
 SOURCES = ("*_backend.py", "*compiler.py", "kernel_source.py", "*validation*.py",
            "source/**/*")
@@ -65,7 +69,11 @@ class Verdicts:
 
     def add(self, name: str, verdict: str, **more) -> dict:
         """Appends a verdict with the current time, through to the drive, because what follows may
-        end the process. Returns the line. Raises OSError."""
+        end the process. Returns the line. Raises OSError.
+
+        While this process ends, nothing but "right" is known: compilers are killed."""
+        if verdict != "right" and is_ending():
+            verdict = "stopped"
         return self._append(name=name, verdict=verdict, at=time.time(), **more)
 
     def read(self) -> dict[str, dict]:
@@ -73,7 +81,8 @@ class Verdicts:
         others may have written. Raises OSError."""
         lines = {line["name"]: line for line in self._lines() if is_verdict(line)}
         return {name: line for name, line in lines.items()
-                if time.time() - line["at"] < RETRY_AFTER_S[line["verdict"]]}
+                if time.time() - line["at"] < RETRY_AFTER_S[line["verdict"]]
+                and not any(text in line.get("why", "") for text in REFUSED_AT_END)}
 
     def of_earlier_versions(self) -> list[str]:
         """Returns the names in the latest files of other versions. Raises OSError."""

@@ -44,7 +44,9 @@ class MixedLayer(PackedLayer):
         # the host's embedding takes the dtype from the operations class, which has none
         weight: Any = self.weight
         if self._has_host_format:
-            self.weight = torch.nn.Parameter(relabel(weight, dtype=dtype), requires_grad=False)
+            weight = relabel(weight, dtype=dtype)
+            weight = weight.dequantize() if self.stays_plain(weight) else weight
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def state_dict(self, *args, **kwargs):
         """Returns whole tensors, from which other models can make patches."""

@@ -32,6 +32,9 @@ from .low_rank import dense_linear
 from .rounded_sum import add_small
 from .workspace import shared_workspace
 
+# ComfyUI reads some tables past their layer, and adds patches to plain ones alone: of at most so
+# many bytes they are plain.
+PLAIN_TABLE_BYTES = 32 << 20
 # a module of them
 TOKENS = re.compile(r"(^|\.)(token_embedding|embed_tokens|shared|(word|tok)_embeddings)\.$")
 
@@ -61,6 +64,7 @@ class PackedLayer(_HostLayer):
             they can, by `kitchen_products` or `int8`.
         new: (function, its arguments) that makes an uninitialised layer of this class.
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
+        is_table: whether ComfyUI may read the weight past the layer, with no product.
         lora: the layer's patches, set and cleared by the patcher.
         load: number of the load that it is of, see `kernels.find`.
     """
@@ -68,6 +72,7 @@ class PackedLayer(_HostLayer):
     compute = "exact"
     new: tuple
     has_branch = False
+    is_table = False
     lora: LayerPatches | None
 
     def __init__(self, *args, device=None, **kwargs):
@@ -119,11 +124,13 @@ class PackedLayer(_HostLayer):
                     f"{key} has shape {tuple(value.shape)}, the model expects {tuple(param.shape)}."
                 )
                 continue
-            if is_packed(value) and name == "weight":
-                value = relabel(value, dtype=param.dtype)
+            # products take a dense bias
+            is_plain = name == "bias" or self.stays_plain(param)
+            if is_packed(value) and is_plain:
+                value = product.dequantize(value, param.dtype)
             elif is_packed(value):
-                value = product.dequantize(value, param.dtype)  # products take a dense bias
-            elif name == "weight":
+                value = relabel(value, dtype=param.dtype)
+            elif not is_plain:
                 value = pack_16bit(value, value.dtype if assign else param.dtype)
             elif not assign:
                 value = value.to(param.dtype)
@@ -131,6 +138,10 @@ class PackedLayer(_HostLayer):
         unexpected_keys.extend(
             key for key in state_dict
             if key.startswith(prefix) and self._parameters.get(key[len(prefix):]) is None)
+
+    def stays_plain(self, weight: torch.Tensor) -> bool:
+        """Returns whether a weight, of the shape and dtype of the layer's, is not to be packed."""
+        return self.is_table and weight.numel() * weight.dtype.itemsize <= PLAIN_TABLE_BYTES
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars=True)
@@ -260,6 +271,7 @@ class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
     """An embedding with a packed table, of which only the rows looked up are dequantised."""
 
     is_short = False  # has fewer rows than the model's
+    is_table = True
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         table = state_dict.get(f"{prefix}weight")
@@ -301,7 +313,8 @@ class Embedding(PackedLayer, comfy.ops.manual_cast.Embedding):
 
     @property
     def _looks_up_here(self) -> bool:
-        return not self.weight_function and (is_packed(self.weight) or self.lora is not None)
+        is_alone = all(function is self.lora for function in self.weight_function)
+        return is_alone and (is_packed(self.weight) or self.lora is not None)
 
     def _rows(self, ids, dtype):
         """Returns the rows of `ids` on the table's device."""
@@ -317,6 +330,10 @@ class _PackedConv(PackedLayer):
     @property
     def has_branch(self) -> bool:
         return self.groups == 1
+
+    @property
+    def is_table(self) -> bool:  # of taps, one row for each channel
+        return self.groups == self.weight.shape[0] > 1
 
     @autocast_input
     def forward_comfy_cast_weights(self, input, *args, **kwargs):

@@ -6,7 +6,7 @@ import comfy.lora
 import comfy.utils
 import torch
 
-from ..layers.packed_layers import PackedLayer
+from ..layers.packed_layers import Embedding, PackedLayer
 from ..patches.adapters import adapter_tensors, is_plain_lora
 from ..patches.layer_patches import LayerPatches, build_patches
 from ..tensor.packed_layout import QuantizedTensor
@@ -156,7 +156,10 @@ class AppliedPatches:
                 self._assign(patcher, key, self.saved_by_hooks.pop(key))
 
     def _assign(self, patcher, key: str, patches: LayerPatches | None):
-        """Makes a layer run `patches`: in its product, or before functions that wrap its weight."""
+        """Makes a layer run `patches`: in its product, or before functions that wrap its weight.
+
+        Of an embedding, whose weight the host may take for a product, also as such a function.
+        """
         layer = layer_of(patcher, key)
         functions = [
             function for function in layer.weight_function
@@ -167,7 +170,8 @@ class AppliedPatches:
             layer.weight_function = [patches, *functions]
         else:
             layer.lora = patches
-            layer.weight_function = functions
+            is_function = patches is not None and isinstance(layer, Embedding)
+            layer.weight_function = [patches] if is_function else functions
 
 
 def _nbytes(patches: LayerPatches | None) -> int:

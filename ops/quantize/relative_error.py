@@ -1,6 +1,8 @@
 """Checks whether a type can hold a weight's values: error power over signal power, on a sample.
 
 A type with float16 scales turns values below their range into zeros, without an error when packing.
+So does a scale of many values where one of them is far larger than the others, which hides their
+error in the sum: hence rows are looked at by themselves, too.
 """
 import torch
 
@@ -11,6 +13,10 @@ from ..tensor.row_slicing import take_rows
 SAMPLE_VALUES = 1 << 20  # of each piece
 # error power over signal power: above what Q2_K ever loses, a type does not hold the values
 LOST = 0.25
+# A value that has lost this share of itself is gone. A row is emptied where no more than one in
+# KEPT of its values is left, and those that are gone have at least DEAD of the usual magnitude.
+GONE, KEPT, DEAD = 0.9, 100, 1e-3
+PEAKS = 4  # rows with the largest values, which are looked at beside the sample
 
 
 class RelativeError:
@@ -19,6 +25,7 @@ class RelativeError:
     def __init__(self):
         self.error = 0.0
         self.power = 0.0
+        self.has_emptied_row = False
 
     def add(self, values: torch.Tensor, piece: torch.Tensor):
         """Adds a piece on the CPU, packed or plain, made from `values` of any float dtype."""
@@ -26,11 +33,20 @@ class RelativeError:
             values, piece = values.view(1), piece.view(1)
         count = max(1, SAMPLE_VALUES * len(values) // values.numel())
         sample = values[:count].cpu().double()
-        self.error += (float_values(piece, count) - sample).square_().sum().item()
+        error = float_values(piece, count).double().sub_(sample)
+        if values.ndim > 1:
+            peaks = values.flatten(1).abs().amax(1).topk(min(PEAKS, len(values))).indices
+            largest = values[peaks].cpu().double()
+            of_largest = float_values(take_rows(piece, peaks.cpu())).double().sub_(largest)
+            usual = _usual_magnitude(sample)
+            self.has_emptied_row |= (_has_emptied_row(sample, error, usual)
+                                     or _has_emptied_row(largest, of_largest, usual))
+        self.error += error.square_().sum().item()
         self.power += sample.square_().sum().item()
 
     def include(self, other: "RelativeError"):
         """Adds the pieces of another sum."""
+        self.has_emptied_row |= other.has_emptied_row
         self.error += other.error
         self.power += other.power
 
@@ -42,7 +58,24 @@ class RelativeError:
     @property
     def is_small(self) -> bool:
         """Whether the type holds the values; False if they became NaN."""
-        return self.error <= LOST * self.power
+        return self.error <= LOST * self.power and not self.has_emptied_row
+
+
+def _usual_magnitude(values: torch.Tensor) -> float:
+    """Returns the mean magnitude of the middle one of some rows (N, ...), without its largest."""
+    magnitudes = values.flatten(1).abs()
+    others = magnitudes.sum(1) - magnitudes.amax(1)
+    return (others / max(1, magnitudes.shape[1] - 1)).median().item()
+
+
+def _has_emptied_row(values: torch.Tensor, errors: torch.Tensor, usual: float) -> bool:
+    """Returns whether packing has left next to nothing of a row of values (N, ...)."""
+    magnitudes = values.flatten(1).abs()
+    is_gone = (errors.flatten(1).abs() >= GONE * magnitudes) & (magnitudes > 0)
+    gone, left = is_gone.sum(1), ((magnitudes > 0) & ~is_gone).sum(1)
+    most = 1 + magnitudes.shape[1] // KEPT
+    size = (magnitudes * is_gone).sum(1) / gone.clamp(min=1)
+    return bool(((left <= most) & (gone > most) & (size > DEAD * usual)).any())
 
 
 def holds(piece: torch.Tensor, values: torch.Tensor) -> bool:

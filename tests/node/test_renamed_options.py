@@ -4,6 +4,7 @@ from pathlib import Path
 
 import folder_paths
 import pytest
+from comfy.quant_ops import QUANT_ALGOS
 from pack_nodes import node_list
 from prompt_errors import LINK, prompt_errors
 
@@ -42,6 +43,9 @@ def test_these_options_have_new_words():
         ("MeasureSensitivity", "thoroughness", EACH_TYPE): EACH_TYPE,
         ("SavePackedModel", "type", "as it is"): "keep types",
         ("SavePackedModel", "type", "size in GB"): MIX,
+        **{("SavePackedModel", "type", kept): kept for kept in (
+            "asym_w4a8_int8", f"{MIX}: int8_convrot + asym_w4a8_int8")
+           if "asym_w4a8_int8" not in QUANT_ALGOS},
         **{("SavePackedModel", "type", f"size in GB: {mix}"): f"{MIX}: {mix}" for mix in (
             "int8_convrot + asym_w4a8_int8", "int8_convrot + nvfp4", "float8_e4m3fn + nvfp4",
             "mxfp8 + nvfp4")},
@@ -55,7 +59,8 @@ def test_these_options_have_new_words():
 def test_an_old_word_is_accepted_and_is_not_offered(node_id, name):
     options = INPUTS[node_id][name].options
     for old, new in CHANGED[node_id, name].items():
-        assert (new in list(options) or new == EACH_TYPE) and old not in list(options)
+        is_kept = CHANGED[node_id, name].get(new) == new  # accepted, though not offered
+        assert (new in list(options) or is_kept) and old not in list(options)
         for value, accepted in ((old, True), (new, True), (f"{old} no more", False)):
             errors = prompt_errors(node_id, {name: value})
             refused = [error for error in errors

@@ -9,6 +9,7 @@ import folder_paths
 import pytest
 from checkpoint_parts import stable_diffusion
 from patched_models import lora_for, packed_flux, patched, run, tiny_flux
+from prompt_errors import prompt_errors
 from safetensors.torch import save_file
 
 from featherweight.loaders.files import network_drives
@@ -26,6 +27,7 @@ from featherweight.nodes.save_packed_model import (
     RENAMED_LORAS,
     SavePackedModel,
 )
+from featherweight.ops.quantize.row_types import ROW_TYPES
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -66,6 +68,38 @@ def test_a_model_is_not_saved_over_the_file_it_was_loaded_of(output, monkeypatch
     with pytest.raises(WriteError, match=f"^{path} is a file of the model that is to be saved"):
         saved(load_diffusion_model(str(path)), overwrite=True)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ROW_TYPES)
+def test_a_type_is_offered_where_comfyui_reads_it_and_else_refused_in_a_sentence(kind, output):
+    node_id = SavePackedModel.GET_SCHEMA().node_id
+    offered = next(one.options for one in SavePackedModel.GET_SCHEMA().inputs if one.id == "type")
+    of_kind = [option for option in save_packed_model.SIZES if kind in option] + [kind]
+    for option in of_kind:
+        errors = prompt_errors(node_id, {"type": option})
+        assert "type" not in [error["extra_info"].get("input_name") for error in errors]
+    if kind in list(offered):
+        path, _ = saved(packed_flux("Q8_0"), kind)
+        comfy.sd.load_diffusion_model(str(path))
+        return
+    assert not set(of_kind) & set(offered)
+    for option in of_kind:
+        with pytest.raises(PlanError, match=f"^This ComfyUI does not read {kind}. Update it, or"):
+            saved(packed_flux("Q8_0"), option, size_gb=1.0)
+
+
+@pytest.mark.parametrize(("source", "target"), [
+    ("nvfp4", "Q4_K"), ("int8_convrot", "Q4_K"), ("int8_convrot", "NF4"), ("Q8_0", "NF4"),
+    ("Q4_K", "nvfp4"), ("NF4", "Q8_0"), ("Q8_0", "Q8_0"), ("nvfp4", "nvfp4"),
+    ("Q4_K", "keep types")])
+def test_a_plan_says_that_packed_weights_lose_a_second_time(source, target, output, tmp_path):
+    save_file(tiny_flux(), tmp_path / "dense.safetensors")
+    dense = comfy.sd.load_diffusion_model(str(tmp_path / "dense.safetensors"))
+    path, report = saved(dense, source)
+    assert "second time" not in report
+    _, report = saved(load_diffusion_model(str(path)), target)
+    notes = re.findall(r"(\S+) becomes (\S+): the weights lose a second time", report)
+    assert notes == ([] if target in (source, "keep types") else [(source, target)])
 
 
 def test_a_name_may_lie_in_a_model_folder_and_nowhere_else(output, tmp_path):

@@ -15,6 +15,7 @@ from ...families import rules_for
 from ...files import gguf_writer, safetensors_writer
 from ...files.atomic_file import WriteError, check_writable
 from ...files.container import PLAIN_DTYPES
+from ...inspect.model_summary import title_of
 from ...name_lists import join_some
 from ..calibration.sensitivity import Sensitivity
 from ..source import Source, Weight
@@ -42,6 +43,7 @@ RENAMED_TYPES = {"as it is": KEEP_TYPES}  # words of earlier versions
 MIXES = (("int8_convrot", "asym_w4a8_int8"), ("int8_convrot", "nvfp4"), ("float8_e4m3fn", "nvfp4"),
          ("mxfp8", "nvfp4"))
 COARSE_BITS = 3.0  # bits of a value below which saving a model again is worth a warning
+PACKED_SHARE = 0.1  # of a model's values, from which on what was lost before is told
 # Norms that are called `.scale` in the field's files.
 NORM_SCALE = ("norm.query_norm.weight", "norm.key_norm.weight")
 
@@ -56,6 +58,7 @@ class SaveOptions:
             the LoRA arrives whole.
         metadata: texts for the file.
         overwrite: whether the file may replace one of the same name.
+        mode: permissions of the file, as for `atomic_writer`.
         row_types: names of ROW_TYPES with which a size is met; none: it is met with types of GGUF.
     """
 
@@ -64,6 +67,7 @@ class SaveOptions:
     metadata: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     row_types: tuple[str, ...] = ()
+    mode: int = 0o666
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ class FilePlan:
     @property
     def notes(self) -> list[str]:
         """Notes for people on what the file will lack, and on its measurement."""
-        notes = [*self.source.notes, *_warnings(self.source), *self._notes_on_widths()]
+        notes = [*self.source.notes, *(_warnings(self.source) or self._notes_on_second_losses()),
+                 *self._notes_on_widths()]
         if self.options.sensitivity is not None:
             shapes = self.source.model.shapes
             rules = rules_for(shapes)
@@ -116,6 +121,23 @@ class FilePlan:
             ]
             notes += self.options.sensitivity.notes(packed, self.max_bytes is not None)
         return notes
+
+    def _notes_on_second_losses(self) -> list[str]:
+        """Returns a note where much of the model is packed already and gets another packed type."""
+        values: Counter[tuple[str, str]] = Counter()
+        for name, type_name in self.types.items():
+            weight = self.source.weights[name]
+            values[weight.stored_type, type_name] += weight.values
+        lossy = [(before, after) for (before, after), count in values.most_common()
+                 if before != after and not {before, after} & PLAIN_BYTES.keys()
+                 and count > PACKED_SHARE * values.total()]
+        if not lossy:
+            return []
+        befores, afters = (dict.fromkeys(names) for names in zip(*lossy))
+        titles = [name if name in ROW_TYPES else title_of(name) for name in befores]
+        return [f"{' and '.join(titles)} becomes {' and '.join(afters)}: the"
+                " weights lose a second time, and no type restores what they have lost before."
+                " Start from the original model if you can."]
 
     def _notes_on_widths(self) -> list[str]:
         """Returns a note on weights whose shapes the row type asked for does not hold."""
@@ -442,10 +464,8 @@ def _warnings(source: Source) -> list[str]:
     values = Counter()
     for weight in source.weights.values():
         values[weight.stored_type] += weight.values
-    coarse = [
-        type_name for type_name in values
-        if bits_per_value(type_name) < COARSE_BITS and values[type_name] > 0.1 * values.total()
-    ]
+    coarse = [type_name for type_name in values if bits_per_value(type_name) < COARSE_BITS
+              and values[type_name] > PACKED_SHARE * values.total()]
     if not coarse:
         return []
     return [

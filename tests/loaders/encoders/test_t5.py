@@ -29,6 +29,7 @@ from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.ops.layers import packed_layers
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -253,7 +254,8 @@ def test_an_encoder_that_loads_beside_another_gives_the_hidden_states_of_the_den
         found, expected = (encoder_of(part)([TOKENS])[0] for part in (clip, dense))
     assert relative_error(found, expected) < 1e-4
     matrices = [value for value in encoder_of(clip).transformer.parameters() if value.ndim == 2]
-    assert all(is_packed(value) for value in matrices if value.shape[-1] % 32 == 0)
+    assert all(is_packed(value) or value.nbytes <= packed_layers.PLAIN_TABLE_BYTES
+               for value in matrices if value.shape[-1] % 32 == 0)
 
 
 @pytest.mark.parametrize("name", ["umt5-xxl", "umt5-xxl of transformers"])

@@ -258,6 +258,26 @@ def test_a_damaged_entry_is_as_none_and_is_made_anew(damage, type_name, source, 
         }[damage])
     assert held(load(source, type_name)) == expected and len(packings) == 26
     assert entry.name in caplog.text and entry.read_bytes() == content
+    assert "packed again" in caplog.text and "ownload" not in caplog.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other permissions")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o644])
+@pytest.mark.parametrize("type_name", ["Q8_0", "NF4"])
+def test_an_entry_is_read_by_those_who_may_read_its_source(mode, type_name, source, folder,
+                                                           monkeypatch):
+    source.chmod(mode)
+    modes, put = [], atomic_file.WeightsWriter.put
+
+    def watched(writer, data):
+        modes.append(os.fstat(writer.file._file.fileno()).st_mode)
+        return put(writer, data)
+
+    monkeypatch.setattr(atomic_file.WeightsWriter, "put", watched)
+    load(source, type_name)
+    [entry] = entries(folder)
+    wanted = mode | 0o200  # the cache removes and replaces it
+    assert {each & 0o777 for each in [*modes, entry.stat().st_mode]} == {wanted}
 
 
 def test_an_entry_of_an_earlier_version_is_not_read_and_goes_first(source, folder, monkeypatch):

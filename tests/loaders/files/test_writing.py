@@ -98,6 +98,33 @@ def test_a_full_drive_is_told_before_the_work(tmp_path, monkeypatch):
     assert left_in(tmp_path) == []
 
 
+def write_nothing(path, nbytes: int):
+    with atomic_writer(path, nbytes):
+        pass
+
+
+@pytest.mark.parametrize("begin", [atomic_file.check_writable, write_nothing])
+def test_what_a_killed_writer_left_does_not_count_as_taken(begin, tmp_path, monkeypatch):
+    """On a drive that is nearly full; what a writer that runs has taken does."""
+    size, usage = 6_000_000_000, atomic_file.shutil.disk_usage(tmp_path)
+
+    def nearly_full(path):
+        taken = sum(part.stat().st_size for part in tmp_path.glob("*.part"))
+        return usage._replace(free=size + atomic_file.SPARE + 1000 - taken)
+
+    monkeypatch.setattr(atomic_file.shutil, "disk_usage", nearly_full)
+    monkeypatch.setattr(atomic_file, "_preallocate", lambda file, nbytes: None)
+    left = tmp_path / f"model.gguf.{2**22 + 1}.featherweight.part"  # a number Linux gives to none
+    with open(left, "wb") as file:
+        file.truncate(size)  # takes no room
+    begin(tmp_path / "other.gguf", size)
+    assert not left.exists()
+    with atomic_writer(tmp_path / "a.gguf", 3000) as file:
+        file.write(bytes(2000))
+        with pytest.raises(WriteError, match="free"):
+            begin(tmp_path / "b.gguf", size)
+
+
 def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(tmp_path, monkeypatch):
     # whoever runs as root may write everywhere
     monkeypatch.setattr(atomic_file.os, "access", lambda path, mode: False)

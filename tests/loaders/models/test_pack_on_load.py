@@ -2,6 +2,7 @@
 they come from."""
 import functools
 import json
+import random
 import re
 
 import comfy.sd
@@ -440,6 +441,20 @@ def test_a_weight_that_its_type_cannot_hold_stays_plain_and_is_told(
     again = load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to=type_name)
     assert "in an earlier load" in memory_summary(again)
     assert (told in caplog.text) == (type_name != "NF4")
+
+
+@pytest.mark.parametrize("type_name", ["float8_e4m3fn", "nvfp4", "int8_convrot"])
+def test_a_weight_of_which_one_value_empties_rows_stays_plain_and_is_told(type_name, tmp_path,
+                                                                          caplog):
+    name = "double_blocks.0.img_mlp.0.weight"
+    tensors = {key: value.bfloat16() for key, value in tiny_flux().items()}
+    rng = random.Random(type_name)
+    tensors[name][tuple(rng.randrange(size) for size in tensors[name].shape)] = 1e30
+    save_file(tensors, tmp_path / "model.safetensors")
+    patcher = load_diffusion_model(str(tmp_path / "model.safetensors"), pack_to=type_name)
+    assert f"'{name}' is BF16: its values do not fit into {type_name}" in caplog.text
+    assert torch.equal(weights_of(patcher)[name].dequantize(), tensors[name])
+    assert type_name in memory_summary(patcher)
 
 
 def test_what_is_not_packed_stays_in_a_type_that_holds_it(tmp_path):

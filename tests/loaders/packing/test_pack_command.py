@@ -432,6 +432,32 @@ def test_stopped_or_killed_at_any_moment_nothing_is_under_the_name(
     assert [found.name for found in out.iterdir()] == [name]
 
 
+INTERRUPTED = """
+import builtins, os, runpy, signal, sys
+module, sys.argv = sys.argv[1], sys.argv[2:]
+import_module = builtins.__import__
+
+def interrupted(name, *arguments, **options):
+    if name == module:
+        os.kill(os.getpid(), signal.SIGINT)
+    return import_module(name, *arguments, **options)
+
+builtins.__import__ = interrupted
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("module", ["argparse", "pathlib", "gguf"])
+def test_stopped_while_it_imports_it_ends_without_a_traceback(module, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, module, ROOT / "pack.py", "a.gguf",
+         tmp_path / "b.gguf", "--type", "Q4_K"], env=os.environ | {"COMFYUI_PATH": str(HOST)},
+        text=True, capture_output=True, timeout=300)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (
+        130, "\nStopped. Nothing was written.\n", "")
+
+
 def sparse_safetensors(path, shapes: dict[str, tuple]):
     """A bf16 file of zeros that takes no room on the disk."""
     header, at = {}, 0

@@ -394,6 +394,22 @@ def test_small_tensors_of_float32_stay_so_but_not_in_text_encoders(tmp_path, blo
     assert list(types.values()) == ["mxfp8", expected]
 
 
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "nvfp4", "int8_convrot"])
+def test_one_value_that_empties_rows_keeps_its_weight_plain_and_is_named(tmp_path, kind):
+    rng, name, other = random.Random(kind), "blocks.0.a.weight", "blocks.0.b.weight"
+    weights = {key: torch.randn(64, 256) for key in (name, other)}
+    weights[name][rng.randrange(64), rng.randrange(256)] = 1e30
+    source = Source({key: Weight(key, key, (64, 256), tensor,
+                                 lambda start, stop, tensor=tensor: tensor[start:stop])
+                     for key, tensor in weights.items()})
+    saved = save(source, tmp_path / "a.safetensors", kind)
+    assert saved.types == {name: "BF16", other: kind}
+    assert f"{name} is BF16: its values do not fit into {kind}." in saved.text
+    decibels, = re.findall(r"The packed weights are ([\d.]+) dB above their rounding", saved.text)
+    assert float(decibels) < 60
+    assert torch.equal(stored(saved.path)[name], weights[name].bfloat16())
+
+
 @each_type
 def test_values_that_a_type_cannot_hold_are_in_another_within_the_size(tmp_path, kind):
     name = "blocks.0.a.weight"

@@ -1,4 +1,5 @@
 """Weights that are made of weights in other formats: a low rank added, parts joined."""
+import gc
 import pickle
 import random
 
@@ -9,8 +10,12 @@ from comfy.weight_adapter import LoRAAdapter
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import format_named
-from featherweight.ops.formats.base import FORMATS, FormatError
+from featherweight.ops.formats.base import FORMATS, Format, FormatError
+from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.comfyui import INT8_GROUPS, INT8_ROWS, SMOOTHED
+from featherweight.ops.formats.low_rank_and_joined import Composite
+from featherweight.ops.formats.svdquant import SVDQUANT_INT4
+from featherweight.ops.formats.taps_first import TapsFirst
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8, product
 from featherweight.ops.layers.comfyui_operations import packed_operations
@@ -23,6 +28,7 @@ from featherweight.ops.tensor.packed_layout import (
     packed_tensor,
     packed_tensors,
     scale_packed,
+    with_input_shift,
     with_low_rank,
 )
 from featherweight.ops.tensor.packed_tensor import relabel
@@ -250,6 +256,57 @@ def test_a_compiled_product_has_no_graph_break(make):
     with torch.inference_mode():
         compiled = torch.compile(run, backend="eager", fullgraph=True)(input)
         assert_same(compiled, run(input))
+
+
+def shifted():
+    columns = 128  # whole groups and padding
+    weight = with_low_rank(random_weight(SVDQUANT_INT4.of_columns(columns, 64), 128, columns),
+                           *factors(128, 16, columns))
+    return with_input_shift(weight, torch.randn(128))
+
+
+def taps_first():
+    weight = random_weight(INT8_ROWS.of_columns(COLUMNS))
+    packed_format = TapsFirst.of(weight.params.format, 4)
+    return packed_tensor(packed_format, *packed_tensors(weight)[:1], weight.shape, torch.float32,
+                         *packed_tensors(weight)[1:])
+
+
+def column_groups():
+    packed_format = ColumnGroups.of(FORMATS["Q8_0"], COLUMNS, 2, 4)
+    return packed_tensor(packed_format, random_weight(FORMATS["Q8_0"])._qdata, (24, COLUMNS),
+                         torch.float32)
+
+
+# those within others too
+NESTED = {"shifted": shifted, "taps first": taps_first,
+          "column groups": column_groups,
+          "rows of shifted": lambda: join_packed([shifted(), shifted()], 0),
+          "rows of columns": lambda: join_packed([joined(1), ranked(
+              INT8_ROWS.of_columns(joined(1).shape[1]), 8, joined(1).shape[1])], 0)}
+
+
+def test_every_format_made_of_others_is_tried():
+    formats = {type(make().params.format) for make in (WEIGHTS | NESTED).values()}
+    assert formats == set(Composite.__subclasses__())
+
+
+@pytest.mark.parametrize("make", (WEIGHTS | NESTED).values(), ids=WEIGHTS | NESTED)
+@pytest.mark.parametrize("multiply", [product.linear, int8.linear])
+def test_products_leave_nothing_behind(make, multiply):
+    weight = make()
+    input = torch.randn(3, weight.shape[1])
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        return (sum(len(selector._found) for selector in kernels._selectors.values()),
+                sum(isinstance(thing, Format) for thing in gc.get_objects()))
+
+    multiply(input, weight)
+    before = count()
+    for _ in range(100):
+        multiply(input, weight)
+    assert count() <= before
 
 
 # --- torch's cat and split, by which the host joins and parts weights ---

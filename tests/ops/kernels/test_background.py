@@ -19,6 +19,7 @@ from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import background, cpp_backend, selector
 from featherweight.ops.kernels.validation import random_tensors
+from featherweight.ops.kernels.verdicts import Verdicts
 from featherweight.ops.layers import int8, product  # noqa: F401
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
@@ -188,8 +189,8 @@ def products():
     end = time.monotonic() + 1
     while time.monotonic() < end:
         torch.ones(100, 100) @ torch.ones(100, 100)
-kernels.find("dequantize", torch.device("cpu"), FORMATS["Q4_K"], torch.float32)
 while not Path(sys.argv[1]).is_file():
+    kernels.find("dequantize", torch.device("cpu"), FORMATS["Q4_K"], torch.float32)
     time.sleep(0.05)
 start_thread(products, 'products')
 time.sleep(0.1)
@@ -206,6 +207,14 @@ def test_a_process_ends_without_error_within_torch_and_no_compiler_stays(compile
         assert time.monotonic() < end, "a compiler runs on"
         time.sleep(0.05)
     assert not list((tmp_path / "cache/featherweight/kernels").iterdir())
+
+
+def test_a_process_that_ends_while_it_compiles_stores_nothing_against_a_kernel(compiler, tmp_path):
+    compiler.hold(DEQUANTIZE_OF_Q4_K)
+    subprocess.run([sys.executable, "-c", ENDS, str(compiler.started)], check=True, timeout=LONG)
+    (file,) = (tmp_path / "cache/featherweight/verdicts").glob("*.jsonl")
+    assert {line["verdict"] for line in Verdicts(file)._lines() if "name" in line} <= {"stopped",
+                                                                                      "right"}
 
 
 def processes() -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from unsafe_files import each_reason
 
+from featherweight import child_process
 from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.kernels import verdicts as module
 from featherweight.ops.kernels.kernel import Backend, Case
@@ -63,6 +64,24 @@ def test_what_may_mend_itself_is_forgotten_after_its_time(verdict, verdicts, mon
             assert known(verdicts) == ({} if is_forgotten else {NAME: verdict}) | {
                 "before": "crashed"
             }
+
+
+@pytest.mark.parametrize("verdict", RETRY_AFTER_S)
+def test_an_ending_process_stores_nothing_against_a_kernel(verdict, verdicts, monkeypatch):
+    monkeypatch.setattr(child_process, "_ending", True)
+    verdicts.add(NAME, verdict, seconds=[1.0, 2.0])
+    assert known(reopened()) == ({NAME: "right"} if verdict == "right" else {})
+
+
+@pytest.mark.parametrize("why", [
+    # as version 0.2.2 has stored them
+    "CppError('no folder can be written and run from; XDG_CACHE_HOME names another one: c++ was not"
+    " started: this process is ending; c++ was not started: this process is ending')",
+    "CppError('/usr/bin/c++: it failed')"])
+def test_what_an_ending_process_has_stored_is_asked_again(why, verdicts):
+    verdicts.add("before", "refused", why="CppError('c++: kernel.cpp:1:1: error: it is wrong')")
+    verdicts.add(NAME, "refused", why=why)
+    assert known(reopened()) == {"before": "refused"}
 
 
 def test_a_reader_sees_whole_lines_while_others_write(verdicts):
