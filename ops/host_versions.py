@@ -4,7 +4,7 @@ Standard library only: it is imported before anything of ComfyUI.
 """
 import re
 
-VERSION = "0.2.2"  # of this pack, as pyproject.toml has it
+VERSION = "0.2.3"  # of this pack, as pyproject.toml has it
 OLDEST_HOST, NEWEST_HOST = "0.24.0", "0.33.0"  # the ends of what `dev.py matrix` runs
 UPDATES = "https://github.com/featherweight/ComfyUI-Featherweight/releases"
 
