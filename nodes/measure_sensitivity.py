@@ -4,7 +4,7 @@ import os
 from comfy_api.latest import io, ui
 
 from ..loaders.byte_sizes import size_text
-from ..loaders.models.recipe import Recipe
+from ..loaders.models.recipe import model_name
 from ..loaders.packing.calibration.imatrix import write_imatrix
 from ..loaders.packing.calibration.measure import (
     CHOICES,
@@ -16,6 +16,7 @@ from ..loaders.packing.calibration.measure import (
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import report, summary
 from ..loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
+from ..loaders.paths.name_tokens import fill_in
 from .node_text import show_text
 from .number_checks import reject_infinite
 from .renamed_options import current, renamed_combo
@@ -140,7 +141,7 @@ class MeasureSensitivity(io.ComfyNode):
                 latent=(), imatrix=()) -> io.NodeOutput:
         reject_infinite(cfg=cfg[0])
         model = model[0]
-        name = (name[0].strip() or "%model%").replace("%model%", _model_name(model))
+        name = fill_in(name[0].strip() or "%model%", model_name(model))
         path = new_sensitivity_path(name)
         prompts = [
             [entry] for conditioning in positive or () if conditioning for entry in conditioning
@@ -158,11 +159,3 @@ class MeasureSensitivity(io.ComfyNode):
         show_text(heading + summary(sensitivity))
         text = heading + report(sensitivity)
         return io.NodeOutput(path, text, ui=ui.PreviewText(text))
-
-
-def _model_name(model) -> str:
-    """Returns the name of the file that a model was loaded from, else of the model's class."""
-    recipe = (getattr(model, "cached_patcher_init", None) or (None,))[0]
-    if isinstance(recipe, Recipe):
-        return os.path.splitext(os.path.basename(recipe.paths[0].rstrip("/\\")))[0]
-    return type(model.model).__name__

@@ -6,6 +6,7 @@ import re
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
+from ..loaders.models.recipe import model_name
 from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
@@ -36,6 +37,7 @@ from ..loaders.paths.folders import (
     new_model_path,
     validate_measurement,
 )
+from ..loaders.paths.name_tokens import fill_in
 from ..loaders.progress import Progress
 from ..ops.quantize.row_types import ROW_TYPES
 from .load_diffusion_model import DEFAULT_SIZE, MIX, size_in_bytes, size_input
@@ -110,7 +112,8 @@ class SavePackedModel(io.ComfyNode):
                     default="diffusion_models/ComfyUI",
                     display_name="file name",
                     tooltip="Folder and name. The type, a number and .gguf or .safetensors are"
-                    " added. %date:yyyy-MM-dd% and the like work as in Save Image.",
+                    " added. %model% is the file of the model; %date:yyyy-MM-dd% and"
+                    " %KSampler.seed% work as in Save Image.",
                 ),
                 io.Combo.Input(
                     "folder",
@@ -233,6 +236,8 @@ class SavePackedModel(io.ComfyNode):
                 f"Not in the file, because it is not a weight: {', '.join(unsaved)}. Add the nodes"
                 " for it after the loader of the file."
             )
+        filename_prefix = fill_in(filename_prefix, model_name(model),
+                                  getattr(getattr(cls, "hidden", None), "prompt", None))
         row_types = SIZES.get(type, ())
 
         def new_job(source, prefix: str, label: str, target: str | int) -> tuple:

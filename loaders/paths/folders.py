@@ -161,7 +161,6 @@ def find_paths(name: str) -> set[str]:
 
 
 OUTPUT, MODELS = "output", "models"
-DATE = re.compile(r"%date:[^%]*%")  # which the editor replaces
 MAX_NAME_BYTES = 200  # file systems allow 255, and a counter and a suffix follow
 SAVED = (".gguf", ".safetensors", ".sft")  # suffixes of the files that nodes save
 
@@ -241,8 +240,7 @@ def _output_folder(name: str, base: str, label: str = "") -> tuple[str, str, int
         raise WeightFileError(
             f"{text} lies outside of {base}, where models are saved. Give a name inside it,"
             " without '..'.")
-    if wrong := next((part for part in (*folders, file) if NOT_ON_WINDOWS.search(
-            DATE.sub("", part))), None):
+    if wrong := next(filter(NOT_ON_WINDOWS.search, (*folders, file)), None):
         raise WeightFileError(
             f"{display_name(wrong)} cannot be the name of a file or folder on Windows, so it is not"
             ' saved. Give a name without < > : " | ? *, and not one such as con.')
@@ -344,7 +342,7 @@ def new_sensitivity_path(name: str) -> str:
     if needed.
 
     Args:
-        name: as for the host's nodes that save, with `%date:...%` and folders.
+        name: as for the host's nodes that save, with folders and `%year%`.
 
     Raises:
         WeightFileError: if the name is not possible or leads out of the folder.

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -611,7 +612,8 @@ def test_a_loader_of_0_2_1_keeps_its_meaning_and_a_new_one_chooses_automatic(edi
 
 
 def test_a_lora_of_an_earlier_version_ignores_the_headers_alpha_and_a_new_one_uses_it(editor):
-    path = next(path for path in EXAMPLES if "two LoRAs" in path.stem)
+    path = next(path for path in EXAMPLES
+                if '"FeatherweightApplyLora"' in path.read_text(encoding="utf-8"))
     workflow = json.loads(path.read_text(encoding="utf-8"))
     node = next(node for node in workflow["nodes"] if node["type"] == "FeatherweightApplyLora")
     saved = node["widgets_values"]
@@ -623,6 +625,20 @@ def test_a_lora_of_an_earlier_version_ignores_the_headers_alpha_and_a_new_one_us
         "(node => (app.graph.add(node), node.widgets.map(widget => [widget.name, widget.value])))"
         "(LiteGraph.createNode('FeatherweightApplyLora'))")
     assert dict(added)["header_alpha"] == "use"
+
+
+@pytest.mark.parametrize(("node_type", "name"), [
+    ("FeatherweightSavePackedModel", "filename_prefix"),
+    ("FeatherweightMeasureSensitivity", "name")])
+def test_the_editor_fills_the_date_and_inputs_into_names_of_files(editor, node_type, name):
+    editor.open_workflow("any.json", demo.WORKFLOW.read_text(encoding="utf-8"))
+    sent = editor.evaluate(
+        "(async node => { app.graph.add(node);"
+        f"const widget = node.widgets.find(one => one.name === '{name}');"
+        "widget.value = 'a/%date:yyyy%_%KSampler.steps%_%model%';"
+        "return await widget.serializeValue(node, 0); })"
+        f"(LiteGraph.createNode('{node_type}'))")
+    assert re.fullmatch(r"a/20\d\d_\d+_%model%", sent)
 
 
 def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_is_not_used(

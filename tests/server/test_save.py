@@ -1,5 +1,8 @@
 """Save Packed Model on the real server: the plan while it works, a file the loaders list, and
 nothing left by a cancel."""
+import datetime
+from pathlib import Path
+
 import pytest
 
 from devtools import demo
@@ -54,6 +57,15 @@ def test_a_model_with_a_lora_is_saved_listed_and_loaded_again(server):
         "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
     })
     assert "Q4_K" in loaded.texts["1"][-1]
+
+
+def test_a_prompt_that_no_editor_queued_has_the_tokens_of_its_file_name_filled_in(server):
+    before = files_in(server)
+    save(server, demo.MODEL_NAME, filename_prefix="diffusion_models/made/"
+         "%model% %date:yyyy%x %LoraLoaderModelOnly.strength_model%")
+    [name] = set(files_in(server)) - set(before)
+    year = datetime.date.today().year
+    assert name.startswith(f"{Path(demo.MODEL_NAME).stem} {year}x 0.5_Q4_K_")
 
 
 def test_a_cancel_leaves_nothing_and_a_refusal_comes_before_the_work(server):
