@@ -25,7 +25,7 @@ from .added_inputs import added_combo
 from .file_inputs import file_options, validate_main
 from .node_text import loader_output
 from .renamed_options import current, renamed_combo
-from .search_words import family_aliases
+from .search_words import OF_MODELS, family_aliases
 
 FOLDERS = ("unet_gguf", "diffusion_models")
 NO_CHANGE = "no change"
@@ -188,6 +188,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 "load gguf",
                 "load nf4",
                 *family_aliases(),
+                *OF_MODELS,
             ],
             inputs=[
                 io.Combo.Input(

@@ -25,7 +25,7 @@ from .load_diffusion_model import (
     size_input,
 )
 from .node_text import loader_output
-from .search_words import family_aliases
+from .search_words import OF_ENCODERS, family_aliases
 
 FOLDERS = ("clip_gguf", "text_encoders")
 NONE = "none"
@@ -74,6 +74,7 @@ class LoadTextEncoder(io.ComfyNode):
                 "text encoder",
                 "mmproj",
                 *family_aliases("clip"),
+                *OF_ENCODERS,
             ],
             inputs=[
                 io.Combo.Input(

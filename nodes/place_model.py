@@ -11,6 +11,7 @@ from ..loaders.models.placement import SHARING, place, placed_text, planned_text
 from ..ops.patcher.residency import MemoryReport
 from .node_text import text_sender
 from .number_checks import reject_nan
+from .search_words import OF_PLACING
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,7 @@ class PlaceModel(io.ComfyNode):
                 "distorch",
                 "virtual vram",
                 "place model",
+                *OF_PLACING,
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, with or without LoRAs."),

@@ -43,6 +43,7 @@ from ..ops.quantize.row_types import ROW_TYPES
 from .load_diffusion_model import DEFAULT_SIZE, MIX, size_in_bytes, size_input
 from .node_text import show_text
 from .renamed_options import current, renamed_combo
+from .search_words import OF_SAVING
 
 # option -> types of ComfyUI's own with which the size is met
 SIZES = {MIX: (), **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
@@ -88,6 +89,7 @@ class SavePackedModel(io.ComfyNode):
                 "lora merge",
                 "clip",
                 "checkpoint save",
+                *OF_SAVING,
             ],
             is_output_node=True,
             inputs=[

@@ -3,6 +3,7 @@
 The search ranks a word in a title before one in an alias, and an alias that begins with the word
 before one that has it later. So of several nodes that read the same files, the one that most
 people look for has the families of files alone, and the others have them behind what they load.
+All words that are typed must be in one alias, so a phrase is one of its own.
 """
 FAMILIES = (
     "gguf",
@@ -27,6 +28,15 @@ FAMILIES = (
     "quantized",
     "quantised",
 )
+# what people type who know the nodes of other packs, or a type
+OF_MODELS = ("gguf loader", "unet loader (gguf)", "unet loader gguf", "nf4 loader",
+             "nunchaku flux dit loader", "nunchaku qwen-image dit loader", "diffusion model gguf",
+             "q3_k", "q4_k", "q4_k_m", "q5_k", "q6_k", "q8_0", "fit this gpu", "pack to")
+OF_ENCODERS = ("cliploader (gguf)", "dualcliploader (gguf)", "triplecliploader (gguf)",
+               "quadruplecliploader (gguf)", "clip loader gguf", "nunchaku text encoder loader")
+OF_CHECKPOINTS = ("checkpoint loader nf4", "checkpoint loader gguf")
+OF_SAVING = ("convert gguf", "convert to gguf", "gguf converter", "quantize gguf")
+OF_PLACING = ("memory", "gpu memory", "multigpu loader", "distorch2")
 
 
 def family_aliases(part: str = "") -> list[str]:

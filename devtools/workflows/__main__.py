@@ -25,7 +25,7 @@ from devtools.workflows.workflow import Workflow
 
 HEAD = """# Example workflows
 
-In ComfyUI: *Workflow → Browse Templates*, then the name of the pack's folder. A note in each
+In ComfyUI: *Templates*, at the side, then the name of the pack's folder. A note in each
 workflow says which file goes into which folder. On a smaller card than the table says, the rest of
 the model stays in main memory. The models of a *Repository demo* come only with a clone of the
 repository.

@@ -41,6 +41,13 @@ from devtools.workflows import BLUEPRINT_FOLDER, DEMO, FIRST, blueprint_paths, e
 from devtools.workflows import __main__ as command
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
+from featherweight.nodes.search_words import (
+    OF_CHECKPOINTS,
+    OF_ENCODERS,
+    OF_MODELS,
+    OF_PLACING,
+    OF_SAVING,
+)
 
 CATEGORY = "Featherweight"
 EXAMPLES = example_paths()
@@ -459,6 +466,18 @@ def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page
         ours = [title for title in titles if title in own]
         assert ours[0] == (wanted | behind_others)[word], word
         assert all("(Featherweight)" in title for title in ours), word
+
+
+def test_phrases_that_people_type_find_a_node_of_the_pack_among_the_first_three(
+        any_page, any_server):
+    """Beside ComfyUI's own nodes."""
+    wanted = {phrase: f"{title} (Featherweight)" for title, phrases in (
+        ("Load Diffusion Model", OF_MODELS), ("Load Text Encoder", OF_ENCODERS),
+        ("Load Checkpoint", OF_CHECKPOINTS), ("Save Packed Model", OF_SAVING),
+        ("Place Model", OF_PLACING)) for phrase in phrases}
+    found = any_page.evaluate(f"{FOUND}({json.dumps([*wanted])})")
+    assert {phrase: titles[:3] for phrase, titles in found.items()
+            if wanted[phrase] not in titles[:3]} == {}
 
 
 def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_they_are(
