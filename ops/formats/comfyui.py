@@ -42,13 +42,15 @@ def with_addend(codes: Codes, kind: str, columns: int, group: int, **more) -> Ro
     return in_groups(codes, columns, group, scale=Numbers(kind), minimum=Numbers(kind), **more)
 
 
-def _rotated(codes: Codes, columns: int, rotation: int) -> RowLayout:
-    return RowLayout(columns, codes, rotation=rotation, is_host_format=True)
+def _rotated(codes: Codes, title: str, columns: int, rotation: int) -> RowLayout:
+    return RowLayout(columns, codes, rotation=rotation, is_host_format=True, title=title)
 
 
-def _levels(codes: Codes, columns: int, rotation: int, group: int, **more) -> RowLayout:
+def _levels(codes: Codes, columns: int, rotation: int, group: int,
+            title: str = "asym_w4a8_int8", **more) -> RowLayout:
     return RowLayout(columns, codes, Numbers("e4m3"), columns // group, "multiply",
-                     is_requantized=True, rotation=rotation, is_host_format=True, **more)
+                     is_requantized=True, rotation=rotation, is_host_format=True,
+                     title=title, **more)
 
 
 def _smoothed(name: str, base: RowFamily) -> RowFamily:
@@ -61,8 +63,8 @@ def _smoothed(name: str, base: RowFamily) -> RowFamily:
 def _turned(name: str, base: RowFamily) -> RowFamily:
     """Returns the family of a format whose values are rotated after they are scaled."""
     return RowFamily(name, lambda columns, rotation, *sizes: dataclasses.replace(
-        base.layout(columns, *sizes), rotation=rotation, rotates_values=True),
-        (ROTATION, *base.sizes))
+        base.layout(columns, *sizes), rotation=rotation, rotates_values=True,
+        title=f"{base.example.title} convrot"), (ROTATION, *base.sizes))
 
 
 def _family(name: str, layout, *sizes: int, **more) -> RowFamily:
@@ -74,11 +76,11 @@ E4M3, E5M2 = Codes(dtype=torch.float8_e4m3fn), Codes(dtype=torch.float8_e5m2)
 INT8_ROWS = RowFamily(  # int8_tensorwise
     "INT8_ROWS", lambda columns: RowLayout(columns, INT8_CODES, is_host_format=True))
 INT8_GROUPS = _family("INT8_GROUPS", partial(in_groups, INT8_CODES), 128)  # int8_blockwise
-F8_E4M3 = _family("F8_E4M3", partial(in_groups, E4M3), 0)
-F8_E5M2 = _family("F8_E5M2", partial(in_groups, E5M2), 0)
+F8_E4M3 = _family("F8_E4M3", partial(in_groups, E4M3), 0, title="float8_e4m3fn")
+F8_E5M2 = _family("F8_E5M2", partial(in_groups, E5M2), 0, title="float8_e5m2")
 MXFP8 = _family("MXFP8", partial(in_groups, E4M3), MXFP8_GROUP, scale=Numbers("e8m0"),
-                padding=MXFP8_GROUP)
-NVFP4_ROWS = _family("NVFP4_ROWS", partial(nvfp4, "high first"), NVFP4_GROUP)
+                padding=MXFP8_GROUP, title="mxfp8")
+NVFP4_ROWS = _family("NVFP4_ROWS", partial(nvfp4, "high first"), NVFP4_GROUP, title="nvfp4")
 # of Black Forest Labs and ModelOpt
 NVFP4_LOW = _family("NVFP4_LOW", partial(nvfp4, "low first"), NVFP4_GROUP)
 # base -> the same with a factor for each column
@@ -86,8 +88,10 @@ SMOOTHED = {base.name: _smoothed(name, base) for name, base in (
     ("INT8_SMOOTHED", INT8_ROWS), ("F8_SMOOTHED", F8_E4M3), ("NVFP4_SMOOTHED", NVFP4_ROWS),
     ("NVFP4_LOW_SMOOTHED", NVFP4_LOW))}
 # int8_tensorwise with `convrot`, convrot_w4a4
-INT8_CONVROT = RowFamily("INT8_CONVROT", partial(_rotated, INT8_CODES), (ROTATION,))
-INT4_CONVROT = RowFamily("INT4_CONVROT", partial(_rotated, LOW_NIBBLES(SIGNED)), (ROTATION,))
+INT8_CONVROT = RowFamily("INT8_CONVROT", partial(_rotated, INT8_CODES, "int8_convrot"),
+                         (ROTATION,))
+INT4_CONVROT = RowFamily("INT4_CONVROT", partial(
+    _rotated, LOW_NIBBLES(SIGNED), "convrot_w4a4"), (ROTATION,))
 # base -> the same with `convrot`, which ComfyUI knows of int8_tensorwise only
 ROTATED = {INT8_ROWS.name: INT8_CONVROT, **{base.name: _turned(name, base) for name, base in (
     ("F8_E4M3_CONVROT", F8_E4M3), ("F8_E5M2_CONVROT", F8_E5M2), ("MXFP8_CONVROT", MXFP8),
@@ -101,7 +105,8 @@ W4A8_TABLE = RowFamily(
 W4A8_SHIFTED, W4A8_SHIFTED_FLOAT = (
     RowFamily(name, partial(_levels, LOW_NIBBLES(LESS_EIGHT), minimum=Numbers(kind)), _SIZES)
     for name, kind in (("W4A8_SHIFTED", "bf16"), ("W4A8_SHIFTED_FLOAT", "f32 bytes")))
-W6A8 = RowFamily("W6A8", partial(_levels, Codes(6, "planes", offset=32)), _SIZES)
+W6A8 = RowFamily("W6A8", partial(
+    _levels, Codes(6, "planes", offset=32), title="w6a8_int8"), _SIZES)
 # awq_w4a16
 W4A16, W4A16_HALF, W4A16_FLOAT = (
     _family(name, partial(with_addend, LOW_NIBBLES(LESS_EIGHT), kind), AWQ_GROUP)
