@@ -159,18 +159,16 @@ def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
 def _check_models(node: type[io.ComfyNode]):
     """Has a node raise ValueError for a value of a prompt, such as a text, in place of a model."""
     schema = node.GET_SCHEMA()
-    types = {each.id: (each.io_type, each.optional) for each in schema.inputs
+    types = {each.id: each.io_type for each in schema.inputs
              if isinstance(each, io.Model.Input | io.Clip.Input)}
     execute = node.execute.__func__
 
     @functools.wraps(execute)
     def checked(cls, *args, **inputs):
-        for name, (expected, is_optional) in types.items():
-            value = inputs.get(name)
-            if isinstance(value, JSON_VALUES) or (name in inputs and value is None
-                                                  and not is_optional):
-                raise ValueError(f"{schema.display_name}: {name} is {safe_repr(value)}, expected a"
-                                 f" {expected}. Connect the output of a loader with it.")
+        for name, expected in types.items():
+            if isinstance(inputs.get(name), JSON_VALUES):
+                raise ValueError(f"{schema.display_name}: {name} is {safe_repr(inputs[name])},"
+                                 f" expected a {expected}. Connect the output of a loader with it.")
         return execute(cls, *args, **inputs)
 
     if types:

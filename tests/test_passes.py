@@ -17,6 +17,9 @@ MOST = {
     "Q6_K": (11, 17),
     # levels are scaled, rounded, limited and rotated in float32
     "W4A8": (12, 49), "W4A8_INTEGERS": (12, 49), "W6A8": (20, 65),
+    # values are rotated in one order, a stage of pairs after the other
+    "F8_E4M3_CONVROT": (40, 128), "F8_E5M2_CONVROT": (40, 128), "MXFP8_CONVROT": (42, 128),
+    "NVFP4_CONVROT": (43, 128),
     # a factor of each column too
     "F8_SMOOTHED": (4, 28), "NVFP4_SMOOTHED": (7, 25), "NVFP4_LOW_SMOOTHED": (7, 25),
     "SVDQUANT_NVFP4": (7, 25),

@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from devtools import ROOT
 from devtools.host.environment import Environment, SetupError, prepare, read
@@ -43,6 +44,8 @@ PURE = {"comfy-kitchen"}  # its kernels travel apart
 HOST, WHEELS, PEERS = "host.tar.xz", "wheels", "peers"
 KITCHEN, PART_BYTES = "kitchen.tar.xz", 20_000_000
 STAND_IN = Path(__file__).with_name("av_stand_in.py")  # of a package of 35 MB
+# Pythons before 3.11.4 have no filters
+SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 def pack(folder: Path, peer: Path | None = None):
@@ -148,7 +151,7 @@ def environment(folder: Path, place: Path,
         raise SetupError(f"{folder} has no {HOST}. Fill it on a machine with a package index: "
                          f"python3 dev.py gpu --pack {folder.name}")
     with tarfile.open(folder / HOST) as archive:
-        archive.extractall(place / "host", filter="data")
+        archive.extractall(place / "host", **SAFELY)
     site = place / "site"
     site.mkdir(exist_ok=True)
     pinned = {_name(line) for line in _requirements(place / "host") if "==" in line}
@@ -162,7 +165,7 @@ def environment(folder: Path, place: Path,
         for old in site.glob("comfy_kitchen*"):
             shutil.rmtree(old)
         with tarfile.open(fileobj=io.BytesIO(_joined(kitchen))) as archive:
-            archive.extractall(site, filter="data")
+            archive.extractall(site, **SAFELY)
     if _installed("av") is None:
         (site / "av").mkdir()
         shutil.copyfile(STAND_IN, site / "av" / "__init__.py")

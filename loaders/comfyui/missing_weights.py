@@ -1,6 +1,5 @@
 """Names the one weight without which the host does not know a model."""
 from collections.abc import Iterator
-from types import CodeType
 
 import comfy.model_detection
 import torch
@@ -31,7 +30,8 @@ def find_deciding_weight(state_dict: dict[str, torch.Tensor], prefix: str) -> st
         layer = f"{prefix}{name.rpartition('.')[0]}"
         bias = state_dict.get(f"{layer}.bias")
         shape = (WIDTH if bias is None else len(bias), WIDTH)
-        completed = {**state_dict, f"{prefix}{name}": torch.empty(shape, device="meta")}
+        completed = {**state_dict, f"{prefix}{name}": torch.empty(shape, dtype=torch.float32,
+                                                                  device="meta")}
         if _fits(completed if prefix else from_diffusers(completed), prefix):
             return f"{prefix}{name}"
     return None
@@ -42,7 +42,7 @@ def _names_in_detection() -> Iterator[str]:
     codes = [function.__code__ for function in DETECTION]
     for code in codes:
         for value in code.co_consts:
-            if isinstance(value, CodeType):
+            if hasattr(value, "co_consts"):
                 codes.append(value)
             elif isinstance(value, str) and "." in value and " " not in value:
                 name = value.replace("{}", "", value.startswith("{}"))

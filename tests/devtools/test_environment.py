@@ -57,8 +57,9 @@ def test_the_set_up_begins_every_step_once():
 
 
 @pytest.fixture
-def own_python(tmp_path):
-    """A path next to which pip's mark can be written, that runs this Python."""
+def own_python(tmp_path, monkeypatch):
+    """A path next to which pip's mark can be written, that runs this Python, or the system's."""
+    monkeypatch.setenv("PIP_BREAK_SYSTEM_PACKAGES", "1")
     if sys.platform == "win32":
         pytest.skip("makes a link")
     path = tmp_path / "venv" / "bin" / "python"

@@ -12,8 +12,9 @@ from devtools.fakegpu import NoFakeGpus, build
 
 @pytest.fixture(autouse=True)
 def anew(tmp_path, monkeypatch):
-    """Nothing is kept of what was built before."""
+    """Nothing is kept of what was built before, and torch is one that was built for CPUs."""
     monkeypatch.setattr(build, "KEPT", tmp_path)
+    monkeypatch.setattr(build, "_torch", lambda: tmp_path)
     build.libraries.cache_clear()
     build.why_not.cache_clear()
     yield

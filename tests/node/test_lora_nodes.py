@@ -193,16 +193,19 @@ def test_text_encoder_layers_take_their_own_strength(loras):
     )
 
 
+CLIP = object()  # any, which is not looked at
+
+
 def test_no_strength_passes_everything_through(packed_flux):
     model, clip, text = ApplyLora.execute(packed_flux, "not even there.safetensors", 0.0, 0.0,
-                                          clip="clip").args
-    assert model is packed_flux and clip == "clip" and "both strengths are 0" in text
+                                          clip=CLIP).args
+    assert model is packed_flux and clip is CLIP and "both strengths are 0" in text
 
 
 def test_none_passes_everything_through(packed_flux):
     assert ApplyLora.validate_inputs("none") is True
-    model, clip, text = ApplyLora.execute(packed_flux, "none", clip="clip").args
-    assert model is packed_flux and clip == "clip" and "none is applied" in text
+    model, clip, text = ApplyLora.execute(packed_flux, "none", clip=CLIP).args
+    assert model is packed_flux and clip is CLIP and "none is applied" in text
 
 
 def test_misfits_are_left_out_or_refused_as_asked(loras, packed_flux):
