@@ -65,7 +65,7 @@ def packed_layers(patcher):
 
 
 def check_packed(patcher, path):
-    """What the file packs is packed in the model, bytes for bytes, but for small tables, and nothing
+    """What the file packs is packed in the model, bytes for bytes, except small tables. Nothing
     else takes more than float32."""
     layers = {
         name for name, module in patcher.model.diffusion_model.named_modules()
