@@ -51,6 +51,7 @@ from published_forms import (
     write_converted,
 )
 from published_models import (
+    CLIP_G_OF_FEW_TOKENS,
     OF_LTX,
     PREFIX,
     WIDE_CLIP_L,
@@ -309,7 +310,7 @@ def encoders_of(of_t5: Encode, with_clip_g: bool = False) -> Callable[..., Encod
     def encoded(chance):
         parts = [of_t5(encoder_weights(ENCODERS["t5-xxl"]), chance).under(
             "text_encoders.t5xxl.transformer.")]
-        for name, encoder in (("clip_l", WIDE_CLIP_L), ("clip_g", ENCODERS["clip-g"])):
+        for name, encoder in (("clip_l", WIDE_CLIP_L), ("clip_g", CLIP_G_OF_FEW_TOKENS)):
             if name != "clip_l" and not with_clip_g:
                 continue
             weights = encoder_weights(encoder)
@@ -323,7 +324,7 @@ def sdxl_encoders(chance: random.Random) -> Encoded:
     """CLIP-L of transformers and CLIP-G of open_clip, as Stability's checkpoint has them."""
     clip_l = plain(F16)({name: value for name, value in encoder_weights(WIDE_CLIP_L).items()
                          if not name.startswith("text_projection")}, chance)
-    clip_g = plain(F16)(of_open_clip(encoder_weights(ENCODERS["clip-g"])), chance)
+    clip_g = plain(F16)(of_open_clip(encoder_weights(CLIP_G_OF_FEW_TOKENS)), chance)
     start = "conditioner.embedders."
     return joined(clip_l.under(f"{start}0.transformer."), clip_g.under(f"{start}1.model."),
                   Encoded({f"{start}0.transformer.text_model.embeddings.position_ids":

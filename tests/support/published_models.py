@@ -250,12 +250,15 @@ def vae_weights(name: str) -> Weights:
         shrink_parts(_parts(parts), patch)
         with torch.device("meta"):
             model = getattr(_module(module), class_name)(**options)
-        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        shapes = {key: value.shape for key, value in model.state_dict().items()
+                  if value.is_floating_point()}
+        counts = {key: torch.ones(value.shape, dtype=value.dtype, device="cpu")
+                  for key, value in model.state_dict().items() if key not in shapes}
     generator = torch.Generator().manual_seed(0)
     return {
         key: torch.randn(shape, generator=generator) / shape[1:].numel() ** 0.5
         if len(shape) > 1 else torch.full(shape, 0.5) for key, shape in shapes.items()
-    }
+    } | counts
 
 
 def _module(name: str):
@@ -290,6 +293,8 @@ def vae(name: str) -> Published:
 WIDE_CLIP_L = dataclasses.replace(
     ENCODERS["clip-l"], markers={LAYER.format(0): (128, 768)},
     config={**CLIP_SMALL, "hidden_size": 768, "num_attention_heads": 12})
+# not the one of which `shapes_of` keeps the full table
+CLIP_G_OF_FEW_TOKENS = dataclasses.replace(ENCODERS["clip-g"])
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Another process with the pack in another folder: it unpickles recipes, loads by them, and prints
 what it got as JSON.
 
-Run as `python recipe_process.py HOST PACK PICKLE`. The pack is imported as the host does it, under
-its folder's name.
+Run as `python recipe_process.py HOST PACK PICKLE BYTES`. The pack is imported as the host does it,
+under its folder's name; tables of at most so many bytes stay plain.
 """
 import hashlib
 import importlib.util
@@ -47,8 +47,9 @@ def import_pack(host: str, pack: str) -> str:
     return name
 
 
-def main(host: str, pack: str, recipes: str):
-    import_pack(host, pack)
+def main(host: str, pack: str, recipes: str, plain_table_bytes: str):
+    layers = importlib.import_module(f"{import_pack(host, pack)}.ops.layers.packed_layers")
+    layers.PLAIN_TABLE_BYTES = int(plain_table_bytes)
     found = []
     for recipe in pickle.loads(Path(recipes).read_bytes()):
         found.append([str(recipe), *digest(recipe())])

@@ -87,18 +87,12 @@ def test_hunyuan_video_takes_llama_beside_clip(tmp_path):
     encoder = dataclasses.replace(LLAMA, config={**LLAMA.config, "num_hidden_layers": 4})
     weights = random_weights(encoder)
     write_encoder(tmp_path / "llava.gguf", encoder, weights)
-    clip_l = {
-        f"text_model.encoder.layers.{layer}.mlp.fc1.weight": torch.zeros(256, 64)
-        for layer in range(2)
-    }
-    save_file(clip_l, tmp_path / "clip_l.safetensors")
-    small = {
-        "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2,
-        "num_hidden_layers": 2
-    }
+    clip_l = ENCODERS["clip-l"]
+    save_file(random_weights(clip_l), tmp_path / "clip_l.safetensors")
     clip = load_text_encoder([str(tmp_path / "clip_l.safetensors"),
                               str(tmp_path / "llava.gguf")], "hunyuan_video",
-                             model_options={**encoder.model_options, "clip_l_model_config": small})
+                             model_options={**encoder.model_options,
+                                            "model_config": dict(clip_l.config)})
     expected = hidden_states(host_clip(encoder, weights))
     clip.cond_stage_model.clip_l = None
     assert relative_error(hidden_states(clip), expected) < 1e-4

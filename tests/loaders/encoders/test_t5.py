@@ -227,20 +227,22 @@ def test_an_encoder_that_loads_beside_another_gives_the_hidden_states_of_the_den
                       for shapes in (markers, other))
     state_dicts = [other | {"spiece_model": spiece_model()}, markers | extra]
 
-    def encoder_of(clip):
+    def encoders_of(clip):
         return [
             module for module in clip.cond_stage_model.modules() if isinstance(module, SDClipModel)
-        ][-1]
+        ]
+
+    def encoder_of(clip):
+        return encoders_of(clip)[-1]
 
     empty = load_text_encoder_state_dicts([dict(part) for part in state_dicts], clip_type=host_type,
                                           model_options=options)
-    shapes = {
-        name: value.shape for name, value in encoder_of(empty).transformer.state_dict().items()
-    }
-    weights = {
-        name: rounded(value) if value.ndim == 2 else value
-        for name, value in seeded(shapes).items()
-    }
+    others, weights = (
+        {name: rounded(value) if value.ndim == 2 else value for name, value in seeded({
+            name: value.shape for name, value in encoder.transformer.state_dict().items()
+        }).items()}
+        for encoder in encoders_of(empty))
+    state_dicts[0] |= others
     dense = load_text_encoder_state_dicts([state_dicts[0], weights | extra], clip_type=host_type,
                                           model_options=options)
     stored = in_gguf_names(weights, gguf.MODEL_ARCH.T5ENCODER) if not extra else weights | extra

@@ -40,7 +40,7 @@ from featherweight.loaders.files import packed_cache
 from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models.compute_dtype import follows_model
 from featherweight.loaders.models.controlnet import load_controlnet
-from featherweight.ops.layers.packed_layers import PackedLinear
+from featherweight.ops.layers.packed_layers import PackedLayer, PackedLinear
 from featherweight.ops.patcher import PackedPatcher
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 
@@ -73,11 +73,15 @@ def check_guides_as_dense(kind, format_name, tmp_path, monkeypatch):
     assert isinstance(packed.control_model_wrapped, PackedPatcher)
     layers = {name: layer for name, layer in of_the_host.control_model.named_modules()
               if getattr(layer, "weight", None) is not None and layer.weight.ndim == 2}
-    # HunyuanDiT's layers of torch, what the host takes of the model, and rows that blocks of 32
-    # do not divide
+    # HunyuanDiT's layers of torch, what the host takes of the model, small tables, and rows that
+    # blocks of 32 do not divide
     dense = {
         name: layer.weight.nbytes for name, layer in layers.items()
         if not isinstance(layer, CastWeightBiasOp) or name.startswith("orig_y_embedder.")
+    }
+    dense |= {
+        name: layer.weight.nbytes for name, layer in packed.control_model.named_modules()
+        if isinstance(layer, PackedLayer) and layer.stays_plain(layer.weight)
     }
     unpacked = layers.keys() - dense.keys() - set(packed_layers(packed))
     assert all(layers[name].weight.shape[1] % 32 for name in unpacked)

@@ -27,6 +27,7 @@ from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 from featherweight.ops.formats._names import format_named
 from featherweight.ops.formats.bnb_int8 import INT8
+from featherweight.ops.layers import packed_layers
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import packed_tensor
@@ -121,7 +122,8 @@ def test_recipes_load_in_a_process_with_the_pack_in_another_folder(models, other
         sys.executable, recipe_process.__file__,
         str(HOST),
         str(other),
-        str(tmp_path / "recipes.pickle")
+        str(tmp_path / "recipes.pickle"),
+        str(packed_layers.PLAIN_TABLE_BYTES)
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
