@@ -166,11 +166,13 @@ def _check_models(node: type[io.ComfyNode]):
     @functools.wraps(execute)
     def checked(cls, *args, **inputs):
         for name, (expected, is_optional) in types.items():
-            value = inputs.get(name)
-            if isinstance(value, JSON_VALUES) or (name in inputs and value is None
-                                                  and not is_optional):
-                raise ValueError(f"{schema.display_name}: {name} is {safe_repr(value)}, expected a"
-                                 f" {expected}. Connect the output of a loader with it.")
+            if name not in inputs:
+                continue
+            for value in inputs[name] if schema.is_input_list else [inputs[name]]:
+                if isinstance(value, JSON_VALUES) or (value is None and not is_optional):
+                    raise ValueError(
+                        f"{schema.display_name}: {name} is {safe_repr(value)}, expected a"
+                        f" {expected}. Connect the output of a loader with it.")
         return execute(cls, *args, **inputs)
 
     if types:
