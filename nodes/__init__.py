@@ -166,9 +166,12 @@ def _check_models(node: type[io.ComfyNode]):
     @functools.wraps(execute)
     def checked(cls, *args, **inputs):
         for name, expected in types.items():
-            if isinstance(inputs.get(name), JSON_VALUES):
-                raise ValueError(f"{schema.display_name}: {name} is {safe_repr(inputs[name])},"
-                                 f" expected a {expected}. Connect the output of a loader with it.")
+            given = inputs.get(name)
+            for value in given or () if schema.is_input_list else [given]:
+                if isinstance(value, JSON_VALUES):
+                    raise ValueError(
+                        f"{schema.display_name}: {name} is {safe_repr(value)}, expected a"
+                        f" {expected}. Connect the output of a loader with it.")
         return execute(cls, *args, **inputs)
 
     if types:

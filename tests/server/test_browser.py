@@ -139,7 +139,8 @@ ENTRIES = "[...document.querySelectorAll('[role=treeitem]')].map(entry => entry.
 # Titles, as they are written: shown, those of the library have capitals alone.
 TITLES = "[...document.querySelectorAll('h3')].map(title => title.textContent.trim())"
 SECTION, SHARED = "Subgraph Blueprints", "Comfy Blueprints"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+GETTING_STARTED = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+BLUEPRINT_README = (ROOT / "subgraphs" / "README.md").read_text(encoding="utf-8")
 FORM = "[...document.querySelectorAll('[data-testid=app-mode-widget-item]')]"
 TOGGLE_APP_MODE = "app.extensionManager.command.execute('Comfy.ToggleLinear')"
 
@@ -277,7 +278,7 @@ def test_a_workflow_runs_in_app_mode_and_shows_its_picture(page, server):
     page.click_on(
         "[...document.querySelectorAll('button')].find(button => "
         "button.ariaLabel === 'Enter app mode')")
-    assert "*Enter app mode*" in README
+    assert "*Enter app mode*" in GETTING_STARTED
     page.click_on(
         "[...document.querySelectorAll('[data-testid=linear-run-button] button')]"
         ".find(button => button.innerText.trim() === 'Run')")
@@ -547,7 +548,7 @@ def test_the_editor_offers_every_language_that_help_pages_are_in(editor):
 
 def test_every_blueprint_is_in_the_node_library_and_added_with_its_values(editor):
     """With its description while the mouse is on its name."""
-    assert f"*{SECTION}*, in *{SHARED}*, *{CATEGORY}*" in " ".join(README.split())
+    assert f"*{SECTION}*, in *{SHARED}*, *{CATEGORY}*" in " ".join(BLUEPRINT_README.split())
     editor.evaluate("app.graph.clear()")
     if not editor.evaluate(f"!!{SEARCH}"):
         editor.click_on(
