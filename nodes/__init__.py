@@ -167,7 +167,8 @@ def _check_models(node: type[io.ComfyNode]):
     def checked(cls, *args, **inputs):
         for name, expected in types.items():
             given = inputs.get(name)
-            for value in given or () if schema.is_input_list else [given]:
+            of_list = schema.is_input_list and isinstance(given, list)
+            for value in given if of_list else [given]:
                 if isinstance(value, JSON_VALUES):
                     raise ValueError(
                         f"{schema.display_name}: {name} is {safe_repr(value)}, expected a"
