@@ -476,6 +476,13 @@ def test_phrases_that_people_type_find_a_node_of_the_pack_among_the_first_three(
         ("Load Diffusion Model", OF_MODELS), ("Load Text Encoder", OF_ENCODERS),
         ("Load Checkpoint", OF_CHECKPOINTS), ("Save Packed Model", OF_SAVING),
         ("Place Model", OF_PLACING)) for phrase in phrases}
+    # in which order the words are typed does not matter
+    for title, phrases in (
+        ("Load Text Encoder", (
+            "cliploader (gguf)", "clip loader gguf", "triplecliploader (gguf)",
+            "nunchaku text encoder loader")),
+            ("Save Packed Model", ("gguf converter", "convert gguf", "quantize gguf"))):
+        wanted |= dict.fromkeys(phrases, f"{title} (Featherweight)")
     found = any_page.evaluate(f"{FOUND}({json.dumps([*wanted])})")
     assert {phrase: titles[:3] for phrase, titles in found.items()
             if wanted[phrase] not in titles[:3]} == {}

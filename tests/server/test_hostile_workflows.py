@@ -362,7 +362,9 @@ def accepted(stranger, watch, nodes, gate):
 
 def test_no_value_of_a_workflow_chooses_a_host_a_program_a_file_outside_a_variable_or_code(
         watch, nodes, accepted):
-    assert len(nodes) > 60 and {kind for kind, _ in accepted} > {RAY, "UnetLoaderGGUF"}
+    kinds = {kind for kind, _ in accepted}
+    # of the ids of other packs, the values of each are others by the number of nodes before it
+    assert len(nodes) > 60 and RAY in kinds and sum(not is_own(kind) for kind in kinds) > 20
     started = time.monotonic()
     with watch:
         for kind, inputs in accepted:
