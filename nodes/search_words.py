@@ -33,7 +33,8 @@ FAMILIES = (
 OF_MODELS = ("gguf loader", "unet loader (gguf)", "unet loader gguf", "nf4 loader",
              "nunchaku flux dit loader", "nunchaku qwen-image dit loader", "diffusion model gguf",
              "q3_k", "q4_k", "q4_k_m", "q5_k", "q6_k", "q8_0", "fit this gpu", "pack to")
-OF_ENCODERS = ("dualcliploader (gguf)", "quadruplecliploader (gguf)", "text encoder loader nunchaku")
+OF_ENCODERS = ("dualcliploader (gguf)", "quadruplecliploader (gguf)",
+               "text encoder loader nunchaku")
 OF_CHECKPOINTS = ("checkpoint loader nf4", "checkpoint loader gguf")
 OF_SAVING = ("convert to gguf", "quantize gguf converter")
 OF_PLACING = ("memory", "gpu memory", "multigpu loader", "distorch2")
