@@ -46,6 +46,7 @@ from featherweight.loaders.packing.planning.fit import (
     step_memory,
     workspace_bytes,
 )
+from featherweight.loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY
 from featherweight.loaders.quantizers.comfyui import READERS
 from featherweight.loaders.quantizers.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
 from featherweight.nodes import (
@@ -447,6 +448,12 @@ def test_the_page_of_the_fuzzer_names_its_targets_and_what_they_read():
     assert newer <= {path.stem for path in QUANTIZERS.glob("*.py")}
     total = f"{sum(int(count) for *_, count in rows):,}"
     assert total in section and f"read {total} inputs" in PAGES["trust"]
+
+
+def test_trust_names_every_kind_of_file_that_nodes_write():
+    said = PAGES["trust"].split("**It writes** only")[1].split("never into")[0]
+    assert set(re.findall(r"`([^`]+)`", said)) == {
+        ".gguf", ".safetensors", SENSITIVITY, *IMATRIX_SUFFIXES}
 
 
 def test_sizes_of_vram_flags_are_those_that_comfyui_has():
