@@ -167,8 +167,9 @@ def _check_models(node: type[io.ComfyNode]):
     def checked(cls, *args, **inputs):
         for name, expected in types.items():
             given = inputs.get(name)
-            of_list = schema.is_input_list and isinstance(given, list)
-            for value in given if of_list else [given]:
+            is_list = schema.is_input_list and isinstance(given, list)
+            values: list = given if is_list else [given]  # pyright: ignore[reportAssignmentType]
+            for value in values:
                 if isinstance(value, JSON_VALUES):
                     raise ValueError(
                         f"{schema.display_name}: {name} is {safe_repr(value)}, expected a"

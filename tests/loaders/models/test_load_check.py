@@ -299,7 +299,9 @@ def test_a_vae_that_only_decodes_loads_and_says_so(write, tmp_path):
 
 @pytest.mark.parametrize("write", ["gguf", "safetensors"])
 def test_an_encoder_loads_without_its_tower_and_its_training(write, tmp_path):
-    encoder = random.choice([one for one in ENCODERS.values() if not one.unusable and one.towers])
+    # the text part of a Qwen3-VL is a Qwen3 to ComfyUI
+    encoder = random.choice([one for name, one in ENCODERS.items()
+                             if not one.unusable and one.towers and "qwen3-vl" not in name])
     with small_towers(encoder):
         weights = {key: tensor for key, tensor in encoder_weights(encoder).items()
                    if not key.startswith(TOWERS) and not key.endswith("logit_scale")}
