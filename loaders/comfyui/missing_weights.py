@@ -24,6 +24,9 @@ def find_deciding_weight(state_dict: dict[str, torch.Tensor], prefix: str) -> st
         prefix: of the model's names.
     """
     names = dict.fromkeys(_names_in_detection()) if len(state_dict) < MOST_TENSORS else ()
+    # on one device, where rows are joined; the host reads values of some vectors
+    state_dict = {name: tensor if len(tensor.shape) < 2 else torch.empty(
+        tensor.shape, dtype=torch.float32, device="meta") for name, tensor in state_dict.items()}
     for name in names:
         if f"{prefix}{name}" in state_dict:
             continue
