@@ -4,7 +4,7 @@ import os
 from comfy_api.latest import io, ui
 
 from ..loaders.byte_sizes import size_text
-from ..loaders.models.recipe import model_name
+from ..loaders.models.recipe import source_name
 from ..loaders.packing.calibration.imatrix import write_imatrix
 from ..loaders.packing.calibration.measure import (
     CHOICES,
@@ -141,7 +141,7 @@ class MeasureSensitivity(io.ComfyNode):
                 latent=(), imatrix=()) -> io.NodeOutput:
         reject_infinite(cfg=cfg[0])
         model = model[0]
-        name = fill_in(name[0].strip() or "%model%", model_name(model))
+        name = fill_in(name[0].strip() or "%model%", source_name(model))
         path = new_sensitivity_path(name)
         prompts = [
             [entry] for conditioning in positive or () if conditioning for entry in conditioning

@@ -6,7 +6,7 @@ import re
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..loaders.models.recipe import model_name
+from ..loaders.models.recipe import source_name
 from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
@@ -238,7 +238,7 @@ class SavePackedModel(io.ComfyNode):
                 f"Not in the file, because it is not a weight: {', '.join(unsaved)}. Add the nodes"
                 " for it after the loader of the file."
             )
-        filename_prefix = fill_in(filename_prefix, model_name(model),
+        filename_prefix = fill_in(filename_prefix, source_name(model),
                                   getattr(getattr(cls, "hidden", None), "prompt", None))
         row_types = SIZES.get(type, ())
 

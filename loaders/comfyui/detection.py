@@ -28,6 +28,7 @@ DETECTION_ERRORS = (
     RuntimeError,
 )
 
+UNKNOWN_MODEL = "ERROR: Could not detect"  # begins the host's error for an unknown file
 # What the host raises for a file that only begins like a model: it looks up and builds from what
 # such a file lacks, and goes on without a model where it knows none.
 UNKNOWN_ERRORS = (LookupError, AttributeError, TypeError, AssertionError, NameError)

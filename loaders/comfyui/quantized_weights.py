@@ -139,7 +139,7 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             elif codes.ndim in (2, 4):  # 4: in tiles
                 scale = parts.get(f"{layer}.{SCALE}")
                 read_here = READERS if formats is None or host_misreads(
-                    settings, codes, scale) else formats
+                    settings, scale) else formats
                 weight, bias = _packed(layer, parts, bias, read_here)
                 if weight is None and formats is None:
                     weight = _host_weight(layer_class, layer, parts)
@@ -169,15 +169,14 @@ def _check_settings(layer: str, settings: Mapping[str, Any], names: Iterable[str
         raise UnreadFormatError(str(error), error.advice) from error
 
 
-def host_misreads(settings: Mapping[str, Any], codes: torch.Tensor,
-                  scale: torch.Tensor | None) -> bool:
+def host_misreads(settings: Mapping[str, Any], scale: torch.Tensor | None) -> bool:
     """Returns whether the host reads other values than a weight has, without an error.
 
     It knows of rotation in int8 alone, and takes the scales of rows, (N,), for those of columns.
 
     Args:
         settings: of the layer's `comfy_quant`.
-        codes, scale: its `weight` and its `weight_scale`.
+        scale: its `weight_scale`, None where it has none.
     """
     name = format_of(settings)
     if name not in HOST_ROTATES and is_rotated(name, settings):
@@ -421,7 +420,7 @@ def has_layer_to_read(names: Iterable[str], read: Callable[[str], torch.Tensor],
     names = dict.fromkeys(names)
     settings: dict[str, Any] = {
         name.removesuffix(OLD_SCALE): {"format": "float8_e4m3fn"}
-        for name in names if name.endswith(OLD_SCALE) and old_markers(names)}
+        for name in (names if old_markers(names) else ()) if name.endswith(OLD_SCALE)}
     for name in names:
         if name.endswith(MARK):
             with contextlib.suppress(UnreadFormatError):  # the reader says what is wrong
@@ -433,9 +432,8 @@ def has_layer_to_read(names: Iterable[str], read: Callable[[str], torch.Tensor],
             return True
         scale = next((f"{layer}{end}" for end in (f".{SCALE}", OLD_SCALE)
                       if f"{layer}{end}" in names), None)
-        codes = read(f"{layer}.weight")
-        if _other_fp8(given, codes) or host_misreads(
-                given, codes, None if scale is None else read(scale)):
+        if host_misreads(given, None if scale is None else read(scale)) or _other_fp8(
+                given, read(f"{layer}.weight")):
             return True
     return False
 

@@ -14,7 +14,12 @@ from ...ops.bounded_json import read_json
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.tensor.packed_layout import is_packed
-from ..comfyui.detection import explain_build_errors, reject_non_diffusion, try_detect
+from ..comfyui.detection import (
+    UNKNOWN_MODEL,
+    explain_build_errors,
+    reject_non_diffusion,
+    try_detect,
+)
 from ..comfyui.packed_patcher import wrap_clip, wrap_model
 from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.weight_keys import model_prefix
@@ -38,7 +43,6 @@ MODEL = "diffusion model of a checkpoint"
 CLIP = "text encoder of a checkpoint"
 VAE = "VAE of a checkpoint"
 
-UNKNOWN_MODEL = "ERROR: Could not detect"  # begins the host's error for an unknown file
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 

@@ -16,6 +16,7 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
+    UNKNOWN_MODEL,
     cut_names_text,
     explain_build_errors,
     explain_missing_config,
@@ -152,7 +153,7 @@ def _load_by_the_host(path: str, model_options: dict[str, Any],
         raise
     except DETECTION_ERRORS as error:
         if isinstance(error, RuntimeError) and (
-                not str(error).startswith("ERROR: Could not detect")
+                not str(error).startswith(UNKNOWN_MODEL)
                 and shape_mismatch_text(error) is None):
             raise
         log.debug("[Featherweight] ComfyUI does not load %s", path, exc_info=True)

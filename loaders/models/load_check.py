@@ -205,8 +205,9 @@ class LoadCheck:
         made, initialised, computed, unused, parts = [], [], [], [], set()
         for module, missing, unexpected in self._loads:
             self._note_cut_pooled_text(module)
+            absent = set(missing)
             for name in missing:
-                reason = _reason_not_needed(module, name, set(missing))
+                reason = _reason_not_needed(module, name, absent)
                 if reason in PARTS:
                     parts.add(reason)
                 if reason is None and _is_computed(module, name):
@@ -343,7 +344,10 @@ def _make(root: torch.nn.Module, name: str) -> bool:
 def _owner(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     """Returns the module of a weight and its name there; an empty module where there is none."""
     owner, _, last = name.rpartition(".")
-    return dict(root.named_modules()).get(owner, torch.nn.Module()), last
+    try:
+        return root.get_submodule(owner), last
+    except AttributeError:
+        return torch.nn.Module(), last
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:

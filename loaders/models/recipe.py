@@ -64,7 +64,7 @@ def model_paths(patcher) -> list[str]:
     return [path for path in paths if path and (os.path.isabs(path) or os.path.exists(path))]
 
 
-def model_name(patcher) -> str:
+def source_name(patcher) -> str:
     """Returns the name of the file that a model was loaded from, else of the model's class."""
     path = next(iter(model_paths(patcher)), "").rstrip("/\\")
     return os.path.splitext(os.path.basename(path))[0] or type(patcher.model).__name__
