@@ -37,10 +37,13 @@ def is_cut(name: str) -> bool:
 
 
 def _ending(name: str) -> str | None:
-    """Returns what the last part of a name begins, None where it is none of ENDINGS cut short."""
-    last = name.rpartition(".")[2]
-    return next((ending for ending in ENDINGS if last and ending.startswith(last)
-                 and ending != last), None)
+    """Returns what the last part of a name begins, None where it is none of ENDINGS cut short.
+
+    Nothing after the number of a layer is a weight: a bias beside it would have the same name.
+    """
+    *_, before, last = ("", *name.rsplit(".", 2))
+    return next((ending for ending in ENDINGS if (last or before.isdigit())
+                 and ending.startswith(last) and ending != last), None)
 
 
 def complete_endings(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
