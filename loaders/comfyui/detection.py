@@ -333,8 +333,9 @@ def reject_non_diffusion(file: WeightFile):
                               f" expected a diffusion model. {advice}")
 
 
+VAE_PREFIXES = ("first_stage_model.", "vae.")  # of a checkpoint's names
 VAE = (
-    r"^(first_stage_model\.|vae\.)?("
+    rf"^({'|'.join(map(re.escape, VAE_PREFIXES))})?("
     r"(taesd_)?(decoder|encoder)\.(conv_?in|conv1|mid|down|up|\d+|layers\.\d+\.block)\b|post_quant_conv\.)"
 )
 # what the host knows VAEs by: all names in its code
@@ -350,8 +351,8 @@ def find_other_part(names: Iterable[str]) -> tuple[str, str, str] | None:
     if names and all(map(CONNECTORS.search, names)):
         return ("a module with LTX-2's connectors", "Pick it in Load Diffusion Model"
                 " (Featherweight), at module, or with the text encoder.", names[0])
-    vae = next((name for name in names if re.search(VAE, name) or re.sub(
-        r"^(first_stage_model|vae)\.", "", name) in VAE_NAMES), None)
+    vae = next((name for name in names if re.search(VAE, name) or any(
+        name.removeprefix(prefix) in VAE_NAMES for prefix in VAE_PREFIXES)), None)
     if vae is None or any(name.startswith("model.diffusion_model.") for name in names):
         return None
     return "a VAE", "Load it with Load VAE.", vae

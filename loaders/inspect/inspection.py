@@ -10,6 +10,7 @@ import torch
 
 from ..comfyui.detection import (
     SIDE_LOADERS,
+    VAE_PREFIXES,
     find_other_part,
     find_side_model,
     first_match,
@@ -32,7 +33,7 @@ MMPROJ = re.compile(r"^(v\.blk|mm|a\.blk)\.")
 ENCODER_NAMES = re.compile(
     r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|(^|\.)embed_tokens\.|text_model\.encoder\.")
 PART_PREFIXES = {
-    "VAE": ("first_stage_model.", "vae."),
+    "VAE": VAE_PREFIXES,
     "text encoder": ("cond_stage_model.", "conditioner.", "text_encoders."),
 }
 NUMBERED_BLOCK = re.compile(

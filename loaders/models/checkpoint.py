@@ -16,6 +16,7 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     UNKNOWN_MODEL,
+    VAE_PREFIXES,
     explain_build_errors,
     reject_non_diffusion,
     try_detect,
@@ -42,8 +43,6 @@ from .vae import build_vae, wrap_vae
 MODEL = "diffusion model of a checkpoint"
 CLIP = "text encoder of a checkpoint"
 VAE = "VAE of a checkpoint"
-
-VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 
 def load_checkpoint(path: str, embedding_directory: list[str] | None = None,
