@@ -164,7 +164,6 @@ class LoadDiffusionModel(io.ComfyNode):
             search_aliases=[
                 "unet",
                 "unet loader",
-                "load gguf",
                 "load nf4",
                 *family_aliases(),
                 *OF_MODELS,

@@ -505,7 +505,7 @@ def test_phrases_that_people_type_find_a_node_of_the_pack_among_the_first_three(
         ("Place Model", OF_PLACING)) for phrase in phrases}
     # in which order the words are typed does not matter
     for title, phrases in (
-        ("Load Text Encoder", (
+        ("Load Diffusion Model", ("load gguf", "diffusion model gguf")), ("Load Text Encoder", (
             "cliploader (gguf)", "clip loader gguf", "triplecliploader (gguf)",
             "nunchaku text encoder loader")),
             ("Save Packed Model", ("gguf converter", "convert gguf", "quantize gguf"))):
