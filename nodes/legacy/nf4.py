@@ -60,8 +60,8 @@ NODE_CONFIG = {
     "SP_CheckpointLoaderBNB": (
         PackingCheckpointLoader, "load_checkpoint", "SP_CheckpointLoaderBNB",
         "ckpt_name load_dtype",
-        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (GGUF, Featherweight) with pack"
-        " to set to NF4.",
+        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (GGUF, Featherweight)"
+        " with pack to set to NF4.",
     ),
     "SP_UnetLoaderBNB": (
         PackingModelLoader, "load_checkpoint", "SP_UnetLoaderBNB", "unet_name load_dtype",
