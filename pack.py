@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--size", type=parse_size,
-        help="the size of the file, such as 5.9GB; never exceeded. Met with types of GGUF, or with"
+        help="the size of the file, such as 5.9GB; never exceeded. Met with GGUF types, or with"
              " those that --type names",
     )
     parser.add_argument(

@@ -72,7 +72,7 @@ class ApplyLora(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip="Rules such as double=0.5, single.0-9=0, img_attn=0.8 or"
-                    " preset:OUTALL. Empty: the same strength for all blocks. The help page of"
+                    " preset:no-text. Empty: the same strength for all blocks. The help page of"
                     " this node lists the rules.",
                 ),
                 renamed_combo(

@@ -1,4 +1,4 @@
-"""The node Load Checkpoint (Featherweight)."""
+"""The node Load Checkpoint (GGUF, Featherweight)."""
 from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
@@ -34,7 +34,7 @@ class LoadCheckpoint(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FeatherweightLoadCheckpoint",
-            display_name="Load Checkpoint (Featherweight)",
+            display_name="Load Checkpoint (GGUF, Featherweight)",
             category="Featherweight",
             description="Loads a model, its text encoder and its VAE from one packed file (GGUF,"
             " NF4, FP4, int8, fp8, SDNQ, SVDQuant …) and keeps packed weights packed in memory."

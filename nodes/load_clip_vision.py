@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.models.clip_vision import load_clip_vision
+from ..loaders.models.compute_choice import CHOICES_OF_SIDE_MODELS
 from ..loaders.paths.folders import (
     CLIP_VISION,
     find_file,
@@ -10,12 +11,7 @@ from ..loaders.paths.folders import (
     list_model_folders,
     validate_files,
 )
-from .load_diffusion_model import (
-    NO_CHANGE,
-    pack_to_input,
-    packed_type,
-    side_model_compute_input,
-)
+from .load_diffusion_model import NO_CHANGE, compute_input, pack_to_input, packed_type
 from .node_text import loader_output
 from .search_words import family_aliases
 
@@ -55,7 +51,7 @@ class LoadCLIPVision(io.ComfyNode):
                     " there.",
                 ),
                 pack_to_input("the CLIP vision model"),
-                side_model_compute_input("the CLIP vision model"),
+                compute_input("the CLIP vision model", CHOICES_OF_SIDE_MODELS),
             ],
             outputs=[io.ClipVision.Output()],
         )

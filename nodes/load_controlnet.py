@@ -2,6 +2,7 @@
 from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
+from ..loaders.models.compute_choice import CHOICES_OF_SIDE_MODELS
 from ..loaders.models.controlnet import load_controlnet
 from ..loaders.paths.folders import (
     CONTROLNET,
@@ -10,12 +11,7 @@ from ..loaders.paths.folders import (
     list_model_folders,
     validate_files,
 )
-from .load_diffusion_model import (
-    NO_CHANGE,
-    pack_to_input,
-    packed_type,
-    side_model_compute_input,
-)
+from .load_diffusion_model import NO_CHANGE, compute_input, pack_to_input, packed_type
 from .node_text import loader_output
 from .search_words import family_aliases
 
@@ -52,7 +48,7 @@ class LoadControlNet(io.ComfyNode):
                     tooltip="A file in models/controlnet, or a folder that diffusers saved there.",
                 ),
                 pack_to_input("the ControlNet"),
-                side_model_compute_input("the ControlNet"),
+                compute_input("the ControlNet", CHOICES_OF_SIDE_MODELS),
             ],
             outputs=[io.ControlNet.Output()],
         )

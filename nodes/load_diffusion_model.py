@@ -1,4 +1,4 @@
-"""The node Load Diffusion Model (Featherweight)."""
+"""The node Load Diffusion Model (GGUF, Featherweight)."""
 import math
 from collections.abc import Sequence
 
@@ -9,9 +9,7 @@ from ..loaders.comfyui.who_computes import AUTOMATIC
 from ..loaders.files.container import WeightFileError
 from ..loaders.models.compute_choice import (
     BY_COMPUTE,
-    CHOICES_OF_SIDE_MODELS,
     COMPUTE_CHOICES,
-    FLOAT32,
     HOST_FORMATS_CHOICES,
     computing,
     faster_type_text,
@@ -20,7 +18,6 @@ from ..loaders.models.diffusion import load_diffusion_model
 from ..loaders.models.fit_device import FIT
 from ..loaders.models.pack_on_load import TYPES, size_target
 from ..loaders.paths.folders import find_file, list_files, list_model_folders
-from ..ops.quantize.row_types import ROW_TYPES
 from .added_inputs import added_combo
 from .file_inputs import file_options, validate_main
 from .node_text import loader_output
@@ -35,36 +32,22 @@ DEFAULT_SIZE = 6.0  # in GB
 NO_MODULE = "none"
 
 
-def compute_input(what: str = "the model", options: Sequence[str] = COMPUTE_CHOICES,
-                  by_comfyui: str = "SVDQuant and layers in ComfyUI's own formats (fp8, mxfp8,"
-                  " nvfp4, int8, convrot)"):
+def compute_input(what: str = "the model", options: Sequence[str] = COMPUTE_CHOICES):
     """Returns the input that chooses between exact and fast.
 
     Args:
         what: what is loaded, for the text.
         options: of `COMPUTE_CHOICES`.
-        by_comfyui: what ComfyUI's kernels compute with "automatic", for the text.
     """
-    integers = (" int8: only these integer products. float32: exact, with the whole model in"
-                " float32.")
     return io.Combo.Input(
         "compute",
         options=list(options),
         default=AUTOMATIC,
         optional=True,
         advanced=True,
-        tooltip=f"How {what} is computed. automatic: exact, but {by_comfyui} by ComfyUI's kernels"
-        " on a GPU with the kernel. exact: with the values in the file, on every device. fast:"
-        " ComfyUI's formats by its kernels, and other packed weights by integer products, on NVIDIA"
-        " GPUs from Turing on and on CPUs with VNNI, with an error of about 1.2 % in each layer."
-        f"{integers if FLOAT32 in options else ''}",
+        tooltip=f"How {what} is computed. automatic: right for most. exact: by the values in the"
+        " file. fast: may be faster, but each layer is about 1.2 % off. The help page says more.",
     )
-
-
-def side_model_compute_input(what: str):
-    """Returns that input for models that guide a diffusion model. what: as for `compute_input`."""
-    return compute_input(what, CHOICES_OF_SIDE_MODELS,
-                         "what pack to has packed to ComfyUI's own types")
 
 
 def pack_to_input(what: str, fits: bool = False):
@@ -74,8 +57,6 @@ def pack_to_input(what: str, fits: bool = False):
         what: the part that is packed, for the text.
         fits: whether it can be packed to fit the GPU, or to a size.
     """
-    fit = (" fit this GPU: what fits the GPU's memory; no change if the file does. mix for a size:"
-           " the best mix of types for the size in GB.")
     return renamed_combo(
         "pack_to",
         [NO_CHANGE, FIT, *TYPES, MIX] if fits else [NO_CHANGE, *TYPES],
@@ -83,11 +64,9 @@ def pack_to_input(what: str, fits: bool = False):
         default=NO_CHANGE,
         optional=True,
         display_name="pack to",
-        tooltip=f"Packs the weights of {what} as they are read, so that they take less memory."
-        " LoRAs keep their full effect. Packed weights, as in a GGUF in Q8_0, stay as they are,"
-        f" unless this is one of ComfyUI's own types ({', '.join(ROW_TYPES)}). Packing takes"
-        " seconds to minutes; what took more than a minute is kept for the next time."
-        f"{fit if fits else ''}",
+        tooltip=f"Makes {what} smaller in memory while it loads (minutes, once)."
+        f"{' Start with fit this GPU.' if fits else ''} A packed file, such as a GGUF, stays as it"
+        f" is, unless {'it must shrink or ' if fits else ''}the type is ComfyUI's own.",
     )
 
 
@@ -177,7 +156,7 @@ class LoadDiffusionModel(io.ComfyNode):
         files = list_files(*FOLDERS)
         return io.Schema(
             node_id="FeatherweightLoadDiffusionModel",
-            display_name="Load Diffusion Model (Featherweight)",
+            display_name="Load Diffusion Model (GGUF, Featherweight)",
             category="Featherweight",
             description="Loads any diffusion model that ComfyUI knows from a packed file"
             " (GGUF, NF4, FP4, int8, fp8, SDNQ, SVDQuant, GPTQ, AWQ …) and keeps its weights packed"
@@ -185,7 +164,6 @@ class LoadDiffusionModel(io.ComfyNode):
             search_aliases=[
                 "unet",
                 "unet loader",
-                "load gguf",
                 "load nf4",
                 *family_aliases(),
                 *OF_MODELS,

@@ -2,6 +2,7 @@
 from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
+from ..loaders.models.compute_choice import CHOICES_OF_SIDE_MODELS
 from ..loaders.models.model_patch import load_model_patch
 from ..loaders.paths.folders import (
     MODEL_PATCH,
@@ -10,12 +11,7 @@ from ..loaders.paths.folders import (
     list_model_folders,
     validate_files,
 )
-from .load_diffusion_model import (
-    NO_CHANGE,
-    pack_to_input,
-    packed_type,
-    side_model_compute_input,
-)
+from .load_diffusion_model import NO_CHANGE, compute_input, pack_to_input, packed_type
 from .node_text import loader_output
 from .search_words import family_aliases
 
@@ -57,7 +53,7 @@ class LoadModelPatch(io.ComfyNode):
                     " there.",
                 ),
                 pack_to_input("the model patch"),
-                side_model_compute_input("the model patch"),
+                compute_input("the model patch", CHOICES_OF_SIDE_MODELS),
             ],
             outputs=[io.ModelPatch.Output()],
         )

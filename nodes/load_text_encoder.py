@@ -1,4 +1,4 @@
-"""The node Load Text Encoder (Featherweight)."""
+"""The node Load Text Encoder (GGUF, Featherweight)."""
 from comfy_api.latest import io
 
 from ..loaders.comfyui.who_computes import AUTOMATIC
@@ -60,7 +60,7 @@ class LoadTextEncoder(io.ComfyNode):
 
         return io.Schema(
             node_id="FeatherweightLoadTextEncoder",
-            display_name="Load Text Encoder (Featherweight)",
+            display_name="Load Text Encoder (GGUF, Featherweight)",
             category="Featherweight",
             description="Loads one to four text encoders from packed files (GGUF, NF4, FP4, int8,"
             " fp8, SDNQ, SVDQuant, GPTQ, AWQ …) and plain ones in any mix, and keeps packed weights"
@@ -114,7 +114,7 @@ class LoadTextEncoder(io.ComfyNode):
                     " model. gpu:N: encode on that GPU, if there are several.",
                 ),
                 disable_dynamic_vram_input(),
-                pack_to_input("the text encoders", fits=True),
+                pack_to_input("the text encoder", fits=True),
                 host_formats_input(),
                 compute_input("the text encoder", CHOICES_OF_SIDE_MODELS),
                 size_input(),

@@ -24,7 +24,7 @@ def placing_inputs(what: str, values: str) -> list:
 
     Args:
         what: the part that is placed, for the tooltips.
-        values: the end of the tooltip, about values to start with.
+        values: a sentence about values to start with.
     """
     return [
         io.Float.Input(
@@ -34,9 +34,8 @@ def placing_inputs(what: str, values: str) -> list:
             max=ALL,
             step=0.1,
             display_name="GPU weights in GB",
-            tooltip=f"How many GB of {what}'s weights stay on the GPU. The rest is copied there"
-            " layer by layer whenever it runs: the same result, slower. -1: automatic, as many as"
-            f" fit, as ComfyUI decides. 0: none stay{values}",
+            tooltip=f"How many GB of {what}'s weights stay on the GPU; the others are copied to it"
+            f" layer by layer, slower. -1 means automatic: ComfyUI decides. {values}",
         ),
         io.Combo.Input(
             "store",
@@ -48,9 +47,8 @@ def placing_inputs(what: str, values: str) -> list:
             optional=True,
             advanced=True,
             display_name="keep the rest on",
-            tooltip="Where the weights are that do not stay on the GPU. cpu: in main memory. gpu:N:"
-            f" on another GPU, which does not compute; {what} is then taken out of dynamic VRAM,"
-            " and what that GPU has no memory for is in main memory.",
+            tooltip="Where the other weights are. cpu: in main memory. gpu:N: on another GPU, which"
+            " does not compute; what it has no memory for is in main memory.",
         ),
         io.Float.Input(
             "store_gb",
@@ -61,7 +59,7 @@ def placing_inputs(what: str, values: str) -> list:
             optional=True,
             advanced=True,
             display_name="at most there, in GB",
-            tooltip="How many GB another GPU keeps at most. 1000: as many as fit.",
+            tooltip="How many GB another GPU keeps at most. 1000 means all that fit.",
         ),
     ]
 
@@ -164,8 +162,7 @@ class PlaceModel(io.ComfyNode):
                 io.Model.Input("model", tooltip="The diffusion model, with or without LoRAs."),
                 *placing_inputs(
                     "the model",
-                    ". To leave memory for large images or other programs, start with 3 on a 6 GB"
-                    " card, 5 on an 8 GB card, 9 on a 12 GB card.",
+                    "Start with 3 on a 6 GB card, 5 on 8 GB, 9 on 12 GB.",
                 ),
             ],
             outputs=[io.Model.Output()],

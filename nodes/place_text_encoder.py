@@ -33,7 +33,7 @@ class PlaceTextEncoder(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder, with or without LoRAs."),
                 *placing_inputs(
-                    "the text encoder", ", and the GPU is left to the diffusion model."
+                    "the text encoder", "0 leaves the GPU to the diffusion model."
                 ),
             ],
             outputs=[io.Clip.Output()],

@@ -1,10 +1,11 @@
 """Words by which the editor's search finds nodes.
 
-The search ranks a word in a title before one in an alias, and an alias that begins with the word
-before one that has it later. So of several nodes that read the same files, the one that most
-people look for has the families of files alone, and the others have them behind what they load.
-All words that are typed must be in one alias, in any order, so a phrase is one of its own; those
-of the others begin with no family. Each alias with a word makes its node come nearer to the first.
+The search ranks a word in a title before one in an alias, so loaders of what is published as GGUF
+have that in their titles. An alias that begins with the word comes before one that has it later. So
+of several nodes that read the same files, the one that most people look for has the families of
+files alone, and the others have them behind what they load. All words that are typed must be in one
+alias, in any order, so a phrase is one of its own; those of the others begin with no family. Each
+alias with a word makes its node come nearer to the first.
 """
 FAMILIES = (
     "gguf",
@@ -31,8 +32,8 @@ FAMILIES = (
 )
 # what people type who know the nodes of other packs, or a type
 OF_MODELS = ("gguf loader", "unet loader (gguf)", "unet loader gguf", "nf4 loader",
-             "nunchaku flux dit loader", "nunchaku qwen-image dit loader", "diffusion model gguf",
-             "q3_k", "q4_k", "q4_k_m", "q5_k", "q6_k", "q8_0", "fit this gpu", "pack to")
+             "nunchaku flux dit loader", "nunchaku qwen-image dit loader", "q3_k", "q4_k",
+             "q4_k_m", "q5_k", "q6_k", "q8_0", "fit this gpu", "pack to")
 OF_ENCODERS = ("dualcliploader (gguf)", "quadruplecliploader (gguf)",
                "text encoder loader nunchaku")
 OF_CHECKPOINTS = ("checkpoint loader nf4", "checkpoint loader gguf")

@@ -39,7 +39,7 @@ MISSING_HINTS = {"SeedVR2": "Put SeedVR2's pos_emb.pt and neg_emb.pt next to it,
 # The host's class of a part of a model -> where to find it, if a file of the model lacks it.
 PARTS_ELSEWHERE = {
     "NumberConditioner": "They are in the checkpoint of Stable Audio: pick that in Load Checkpoint"
-                         " (Featherweight)."
+                         " (GGUF, Featherweight)."
 }
 
 # The host counts blocks in a time that grows with blocks times tensors.
@@ -238,12 +238,12 @@ NOT_DIFFUSION = (
         r"^(enc\.)?blk\.\d|^token_embd\.|^shared\.weight$|^text_model\.embeddings\."
         r"|^(model|encoder)\.embed_tokens\.",
         "a text encoder",
-        "Pick it in Load Text Encoder (Featherweight).",
+        "Pick it in Load Text Encoder (GGUF, Featherweight).",
     ),
     (
         r"^(v\.blk|mm)\.",
         "the vision part (mmproj) of a text encoder",
-        "Pick it in Load Text Encoder (Featherweight), under mmproj.",
+        "Pick it in Load Text Encoder (GGUF, Featherweight), under mmproj.",
     ),
     (
         r"\.lora_(a|b|A|B|up|down)(\.weight)?$",
@@ -350,7 +350,7 @@ def find_other_part(names: Iterable[str]) -> tuple[str, str, str] | None:
     names = list(names)
     if names and all(map(CONNECTORS.search, names)):
         return ("a module with LTX-2's connectors", "Pick it in Load Diffusion Model"
-                " (Featherweight), at module, or with the text encoder.", names[0])
+                " (GGUF, Featherweight), at module, or with the text encoder.", names[0])
     vae = next((name for name in names if re.search(VAE, name) or any(
         name.removeprefix(prefix) in VAE_NAMES for prefix in VAE_PREFIXES)), None)
     if vae is None or any(name.startswith("model.diffusion_model.") for name in names):

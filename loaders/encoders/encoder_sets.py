@@ -84,8 +84,7 @@ TOKENIZER_OF = {
     "GEMMA_4_31B": TOKENIZER_JSON,
 }
 
-# Types that the host takes for models of every kind, and that are not checked.
-UNCHECKED = {"", "stable_diffusion"}
+ANY = "stable_diffusion"  # type for encoders that the host builds by their weights
 
 
 def _sets_of_types() -> tuple[dict[str, set[str]], dict[int, dict[str, list[set[str]]]]]:
@@ -98,7 +97,7 @@ def _sets_of_types() -> tuple[dict[str, set[str]], dict[int, dict[str, list[set[
     single, sets = {}, {2: {}, 3: {}, 4: {}}
     for model in MODELS:
         groups = model.encoder_groups
-        if model.clip_type in UNCHECKED or not groups:
+        if not model.clip_type or not groups:
             continue
         alone = set(model.also)
         if len(groups) > 1:
@@ -163,6 +162,8 @@ def reject_wrong_encoders(names: Sequence[str], families: Sequence[str | None],
         WeightFileError: for files that the type cannot work with.
     """
     reject_same_encoders(names, families)
+    if clip_type == ANY:
+        return ""
     if len(families) == 1:
         return _reject_wrong_encoder(names[0], families[0], clip_type)
     groups = ENCODER_SETS.get(len(families), {}).get(clip_type)

@@ -30,7 +30,7 @@ class MissingTower(torch.nn.Module):
         raise WeightFileError(
             f"{self.names} has no vision or audio part (mmproj), so it cannot take images or"
             " sound. Pick the mmproj file that was published with it in Load Text"
-            " Encoder (Featherweight), or put it next to this file."
+            " Encoder (GGUF, Featherweight), or put it next to this file."
         )
 
     # What the host calls first on an encoder that embeds pixels and has no tower.

@@ -3,10 +3,9 @@ from collections.abc import Container, Iterator, Sequence
 
 from ..families import MODELS, Model
 from ..files.container import WeightFileError
-from .encoder_sets import TITLES, reject_same_encoders
+from .encoder_sets import ANY, TITLES, reject_same_encoders
 
 AUTOMATIC = "automatic"  # in place of a type
-ANY = "stable_diffusion"  # for encoders that the host builds by their weights, whatever the type
 SDXL = "sdxl"  # is offered, and is none of the types of the host
 # The host's class of models whose encoder needs a projection, which may be in a file of its own.
 WITH_PROJECTION = {"LTXAV"}

@@ -108,7 +108,7 @@ def model_contents(patcher: ModelPatcher) -> Contents:
     return Contents(name, tensors, formats, memory_bytes=patcher.model_size(),
                     patches=len(patcher.patches), config=patcher.model.model_config,
                     kernels=", ".join(filter(None, (
-                        dequantize_backend_text(patcher, with_products=True),
+                        dequantize_backend_text(patcher),
                         host_product_text(patcher)))))
 
 

@@ -167,7 +167,7 @@ def _identify_mmproj(contents: Contents, inspection: Inspection) -> bool:
         return False
     inspection.model_type = "vision part (mmproj) of a text encoder"
     inspection.needs = {
-        "text encoder": "the one it was published with, in Load Text Encoder (Featherweight)"
+        "text encoder": "the one it was published with, in Load Text Encoder (GGUF, Featherweight)"
     }
     return True
 

@@ -1,5 +1,6 @@
 """Describes in a few words, for a node or the log, what a loaded model holds."""
 import collections
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,8 @@ from ..files.container import WeightFile
 from ..files.safetensors import SafetensorsFile
 from ..quantizers.bitsandbytes import formats_in
 from ..quantizers.nunchaku import has_nunchaku_weights
+
+log = logging.getLogger(__name__)
 
 PLAIN_NAMES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
 PACK_STATS_KEY = "featherweight_packed"  # attachment of a patcher: its `pack_on_load.PackStats`
@@ -62,12 +65,13 @@ def load_summary(file: WeightFile, patcher) -> str:
             f" {file.tensor_bytes} bytes on disk, {patcher.model_size()} bytes in memory")
 
 
-def dequantize_backend_text(patcher, with_products: bool = False) -> str | None:
-    """Returns which kernels dequantise a model: 'dequantised by nvrtc'; None if none need to.
+def dequantize_backend_text(patcher) -> str | None:
+    """Returns which kernels dequantise a model: 'dequantized by CPU kernels'; None if none need to.
+
+    The log says too what multiplies with inputs of few rows.
 
     Args:
         patcher: of the model.
-        with_products: whether to say too what multiplies with inputs of few rows.
     """
     formats = {within for tensor in patcher.model.parameters() if is_packed(tensor)
                for within in tensor.params.format.formats_within() if within.plain_dtype is None}
@@ -77,10 +81,9 @@ def dequantize_backend_text(patcher, with_products: bool = False) -> str | None:
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     dtype_of_model = getattr(patcher.model, "get_dtype_inference", None)
     dtype = dtype if dtype_of_model is None else dtype_of_model()
-    texts = [f"dequantized by {kernels.used(device, formats, dtype)}"]
-    if with_products:
-        texts.append(f"few rows multiplied by {kernels.used(device, formats, dtype, 'linear')}")
-    return ", ".join(texts)
+    log.debug("[Featherweight] Inputs of few rows are multiplied by %s",
+              kernels.used(device, formats, dtype, "linear"))
+    return f"dequantized by {kernels.used(device, formats, dtype)}"
 
 
 def host_product_text(patcher) -> str | None:

@@ -38,7 +38,7 @@ class Said:
 
     Attributes:
         word: one of DISTILLED or BASE, as people write it.
-        source: where it stands, as a clause.
+        source: where it stands, as a clause; "" where the weights of the model show it.
         distilled: whether it means a distilled model.
         is_own_name: whether it is from a LoRA's own name, so that the LoRA itself may distil.
     """
@@ -47,6 +47,14 @@ class Said:
     source: str
     distilled: bool
     is_own_name: bool = False
+
+    @property
+    def model_text(self) -> str:
+        """What it says of a model: "your model is turbo (distilled; its file name: 'a.gguf')"."""
+        kind = "distilled" if self.distilled else "base"
+        texts = [kind] if kind not in self.word else []
+        texts += [self.source] if self.source else []
+        return f"your model is {self.word}" + (f" ({'; '.join(texts)})" if texts else "")
 
     def __str__(self) -> str:
         return f"{self.word} ({self.source})"
@@ -87,11 +95,10 @@ def _first(texts: Iterable[tuple[str, Any]], is_own_name: bool = False) -> Said 
     return None
 
 
-def _in_metadata(owner: str, metadata: Mapping[str, Any],
-                 keys: Iterable[str]) -> list[tuple[str, Any]]:
-    """Returns (where it stands, value) of each key. owner: "its" or "the model's"."""
+def _in_metadata(metadata: Mapping[str, Any], keys: Iterable[str]) -> list[tuple[str, Any]]:
+    """Returns (where it stands, value) of each key."""
     return [
-        (f"{owner} metadata {key}", _file_name(value) if key == PATH_KEY else value)
+        (f"its metadata {key}", _file_name(value) if key == PATH_KEY else value)
         for key in keys if (value := metadata.get(key))
     ]
 
@@ -112,8 +119,8 @@ def words_of_model(patcher) -> Said | None:
         except WeightFileError:  # gone, or of a kind that has none
             metadata = {}
         name = path.parent.name if path.name in MODEL_FOLDERS else path.name
-        place = "the model's file name"
-        said = _first([*_in_metadata("the model's", metadata, MODEL_KEYS), (place, name)])
+        place = "its file name"
+        said = _first([*_in_metadata(metadata, MODEL_KEYS), (place, name)])
         if said is not None:
             return said
         tokens = {*_tokens(name)}
@@ -123,8 +130,8 @@ def words_of_model(patcher) -> Said | None:
     if config.get("image_model") != "flux":
         return None
     if config.get("guidance_embed"):
-        return Said("dev", "it has a guidance embedding", False)
-    return Said("schnell", "it has no guidance embedding", True)
+        return Said("dev", "", False)
+    return Said("schnell", "", True)
 
 
 def words_of_lora(metadata: Mapping[str, Any], name: str, layers: Iterable[str]) -> Said | None:
@@ -135,9 +142,9 @@ def words_of_lora(metadata: Mapping[str, Any], name: str, layers: Iterable[str])
         name: of the file, "" where it is not known.
         layers: their names.
     """
-    said = _first(_in_metadata("its", metadata, TRAINED_ON))
+    said = _first(_in_metadata(metadata, TRAINED_ON))
     if said is None:
-        names = [*_in_metadata("its", metadata, OWN_NAME), ("its file name", name)]
+        names = [*_in_metadata(metadata, OWN_NAME), ("its file name", name)]
         said = _first(names, is_own_name=True)
     if said is None and any(map(GUIDANCE.search, layers)):
         said = Said("dev", "it changes a guidance embedding, which schnell lacks", False)
@@ -153,16 +160,16 @@ def training_line(metadata: Mapping[str, Any], name: str, layers: Iterable[str],
         model: of `words_of_model`.
     """
     lora = words_of_lora(metadata, name, layers)
-    used_on = f"used on {model}" if model else "the model's file does not say which it is"
+    is_what = model.model_text if model else "the model's file does not say which it is"
     if lora is None:
-        return f"{UNKNOWN}; {used_on}" if model else UNKNOWN
+        return f"{UNKNOWN}; {is_what}" if model else UNKNOWN
     effect = ""
     if lora.is_own_name and lora.distilled:
         # A style may be named after the model it is for, and turbo is such a model's name.
         other = " or is for a turbo" if lora.word == TURBO else ""
         if model is not None and model.distilled and not other:
             effect = ": expect worse images"
-        return f"by its name it makes a base model fast{other}: {lora}, {used_on}{effect}"
+        return f"by its name it makes a base model fast{other}: {lora}; {is_what}{effect}"
     if model is not None and lora.distilled != model.distilled:
         effect = ": expect less effect" if model.distilled else ": expect a weak or wrong effect"
-    return f"trained on {lora}, {used_on}{effect}"
+    return f"trained on {lora}; {is_what}{effect}"

@@ -223,7 +223,7 @@ def _clip_type(path: str, encoder_count: int) -> str:
             f"{os.path.basename(path)} was saved from the pipeline {safe_repr(pipeline)}, and its"
             f" {encoder_count} text encoders are not a known set. Load its folders one by one: the"
             " model with Load Diffusion Model, the text encoders with Load Text Encoder"
-            " (Featherweight).")
+            " (GGUF, Featherweight).")
     return clip_type or "stable_diffusion"
 
 

@@ -259,10 +259,11 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
             raise WeightFileError(
                 f"{file.name} lacks {safe_repr(lost)}, without which ComfyUI does"
                 f" not know the model. {DOWNLOAD_AGAIN}")
+        named = file.metadata.get("general.architecture")
+        architecture = f"architecture {named!r}, " if named else ""
         raise WeightFileError(
-            f"{file.name} holds no diffusion model that this ComfyUI knows"
-            f" (architecture {file.metadata.get('general.architecture', 'not named')!r},"
-            f" {len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
+            f"{file.name} holds no diffusion model that this ComfyUI knows ({architecture}"
+            f"{len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
             " ComfyUI if the model is new, or pick another file."
         )
     wrap_model(patcher, file, compute)

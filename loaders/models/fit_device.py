@@ -140,7 +140,7 @@ def _text(choice: Choice, memory: Memory, is_packed_in_file: bool = False) -> st
                 f" the smallest types. So {what}, and what does not fit is copied in each step:"
                 " Place Model (Featherweight) sets how much. A smaller model fits.")
     if not choice.target:
-        return f"Fits {memory.text}, which leaves {room} for the weights: no change."
+        return f"The file fits unchanged: its weights may take {room} of {memory.text}."
     fixed = choice.target
     if isinstance(choice.target, int):
         fixed = f"mix for a size, {choice.target / GB:.{DIGITS}f} GB,"

@@ -95,7 +95,7 @@ NO_ENCODER = "it has only the half of a VAE that decodes, and cannot encode."
 NO_DECODER = "it has only the half of a VAE that encodes, and cannot decode."
 NO_CONNECTORS = (
     "LTX-2's connectors are missing, which are published in a file of their own. Pick that in Load"
-    " Diffusion Model (Featherweight), at module, unless it is picked with the text encoder.")
+    " Diffusion Model (GGUF, Featherweight), at module, unless it is picked with the text encoder.")
 PARTS = (NO_ENCODER, NO_DECODER, NO_CONNECTORS)
 
 # Names of weights that a model works without, of which models, and why.

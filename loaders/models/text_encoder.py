@@ -203,7 +203,7 @@ def _family_of(name: str, tensors: Weights) -> str | None:
     ):
         raise WeightFileError(
             f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion"
-            " Model (Featherweight).")
+            " Model (GGUF, Featherweight).")
     return te_model and encoder_family(te_model.name, tensors)
 
 
@@ -282,7 +282,7 @@ class _Encoder:
             raise WeightFileError(
                 f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder."
                 " Pick that here, and this file in the mmproj input of Load Text Encoder"
-                " (Featherweight).")
+                " (GGUF, Featherweight).")
 
     def add_vision(self, vision: WeightFile, required: bool) -> bool:
         """Adds the tensors of an mmproj file if it fits; returns whether it does.
@@ -334,7 +334,7 @@ class _Encoder:
             log.info(
                 "[Featherweight] %s has no mmproj file next to it that fits: a workflow that shows"
                 " it images will not work. Put it there, or pick it in Load Text Encoder"
-                " (Featherweight).", self.name)
+                " (GGUF, Featherweight).", self.name)
 
     def _similarity(self, path: Path) -> float:
         """Returns how similar the names of a file and of this one are, 0 to 1."""

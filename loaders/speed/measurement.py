@@ -171,8 +171,7 @@ def _measure_row(patcher: ModelPatcher, run: SamplingRun, row: Row, deadline: fl
 
     with contextlib.suppress(_Done):
         run.run(patcher, on_step)
-    words = (dequantize_backend_text(patcher, with_products=True), host_product_text(patcher),
-             compute_text(patcher))
+    words = (dequantize_backend_text(patcher), host_product_text(patcher), compute_text(patcher))
     row = replace(row, seconds=tuple(seconds), held=patcher.model_size(), peak=largest,
                   kernels=", ".join(filter(None, words)))
     return row, result, shape

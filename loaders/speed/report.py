@@ -111,7 +111,7 @@ def report_text(measurement: Measurement, values: dict[str, Any]) -> str:
         lines.append(f"A step of fast differs from exact by {largest:.2%} of the largest value at"
                      f" most ({decibels:.0f} dB).")
     elif exact and _row(measurement, FAST):
-        lines.append("fast gave the same values as exact, by the same product.")
+        lines.append("fast gave the same values as exact: here both compute the same way.")
     lines += _lora_lines(measurement)
     lines += list(dict.fromkeys(f"{row.way}: {row.kernels}" for row in measurement.rows
                                 if row.kernels))

@@ -33,8 +33,8 @@ copy_options: Any = comfy.utils.deepcopy_list_dict
 DENSE = "dense"
 WAYS = (EXACTLY, FAST, DENSE)
 KERNEL_SECONDS = 20  # that a way waits at most for the verdicts on its kernels
-OTHER_LOADER = ("it was loaded by another loader: use Load Diffusion Model (Featherweight) or Load"
-                " Checkpoint (Featherweight)")
+OTHER_LOADER = ("it was loaded by another loader: use Load Diffusion Model (GGUF, Featherweight)"
+                " or Load Checkpoint (GGUF, Featherweight)")
 SPARE_BYTES = 1 << 30  # of memory that is left for what a step needs
 
 

@@ -11,7 +11,7 @@ NODE_CONFIG = {
     "LoaderGGUF": (
         ModelLoader, "load_model", "GGUF Loader", "gguf_name",
         "The loader of workflows made with calcuis' gguf pack. Same as Load Diffusion Model"
-        " (Featherweight).",
+        " (GGUF, Featherweight).",
     ),
     "LoaderGGUFAdvanced": (
         ModelLoader, "load_model", "GGUF Loader (Advanced)",
@@ -21,7 +21,7 @@ NODE_CONFIG = {
     "ClipLoaderGGUF": (
         TextEncoderLoader, "load_clip", "GGUF CLIP Loader", "clip_name type device:encoder",
         "The text encoder loader of workflows made with calcuis' gguf pack. Same as Load Text"
-        " Encoder (Featherweight).",
+        " Encoder (GGUF, Featherweight).",
     ),
     "DualClipLoaderGGUF": (
         TextEncoderLoader, "load_clip", "GGUF DualCLIP Loader",

@@ -6,7 +6,7 @@ from .loaders import ModelLoader, TextEncoderLoader
 NODE_CONFIG = {
     "UnetLoaderGGUF": (
         ModelLoader, "load_unet", "Unet Loader (GGUF)", "unet_name",
-        "The loader of ComfyUI-GGUF workflows. Same as Load Diffusion Model (Featherweight).",
+        "The loader of ComfyUI-GGUF workflows. Same as Load Diffusion Model (GGUF, Featherweight).",
     ),
     "UnetLoaderGGUFAdvanced": (
         ModelLoader, "load_unet", "Unet Loader (GGUF/Advanced)",
@@ -16,7 +16,7 @@ NODE_CONFIG = {
     "CLIPLoaderGGUF": (
         TextEncoderLoader, "load_clip", "CLIPLoader (GGUF)", "clip_name type",
         "The text encoder loader of ComfyUI-GGUF workflows. Same as Load Text Encoder"
-        " (Featherweight).",
+        " (GGUF, Featherweight).",
     ),
     "DualCLIPLoaderGGUF": (
         TextEncoderLoader, "load_clip", "DualCLIPLoader (GGUF)", "clip_name1 clip_name2 type:dual",

@@ -51,22 +51,22 @@ class PackingModelLoader(ModelLoader):
 NODE_CONFIG = {
     "CheckpointLoaderNF4": (
         CheckpointLoader, "load_checkpoint", "Load NF4 Checkpoint", "ckpt_name bnb_dtype",
-        "The checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight).",
+        "The checkpoint loader of NF4 workflows. Same as Load Checkpoint (GGUF, Featherweight).",
     ),
     "UNETLoaderNF4": (
         ModelLoader, "load_unet", "Load NF4 UNet", "unet_name:folders bnb_dtype",
-        "The model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight).",
+        "The model loader of NF4 workflows. Same as Load Diffusion Model (GGUF, Featherweight).",
     ),
     "SP_CheckpointLoaderBNB": (
         PackingCheckpointLoader, "load_checkpoint", "SP_CheckpointLoaderBNB",
         "ckpt_name load_dtype",
-        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (Featherweight) with pack to"
-        " set to NF4.",
+        "A checkpoint loader of NF4 workflows. Same as Load Checkpoint (GGUF, Featherweight)"
+        " with pack to set to NF4.",
     ),
     "SP_UnetLoaderBNB": (
         PackingModelLoader, "load_checkpoint", "SP_UnetLoaderBNB", "unet_name load_dtype",
-        "A model loader of NF4 workflows. Same as Load Diffusion Model (Featherweight) with pack to"
-        " set to NF4.",
+        "A model loader of NF4 workflows. Same as Load Diffusion Model (GGUF, Featherweight) with"
+        " pack to set to NF4.",
     ),
 }
 NODE_CLASS_MAPPINGS = make_nodes(__name__, NODE_CONFIG)

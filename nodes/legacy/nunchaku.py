@@ -142,30 +142,30 @@ NODE_CONFIG = {
         ModelLoader, "load_model", "Nunchaku FLUX DiT Loader",
         "model_path cache_threshold attention cpu_offload device_id data_type i2f_mode",
         "The Flux loader of ComfyUI-nunchaku workflows. Same as Load Diffusion Model"
-        " (Featherweight).",
+        " (GGUF, Featherweight).",
     ),
     "NunchakuQwenImageDiTLoader": (
         ModelLoader, "load_model", "Nunchaku Qwen-Image DiT Loader",
         "model_name:folders cpu_offload num_blocks_on_gpu use_pin_memory",
         "The Qwen-Image loader of ComfyUI-nunchaku workflows. Same as Load Diffusion Model"
-        " (Featherweight).",
+        " (GGUF, Featherweight).",
     ),
     "NunchakuZImageDiTLoader": (
         ModelLoader, "load_model", "Nunchaku Z-Image DiT Loader", "model_name:folders",
         "The Z-Image loader of ComfyUI-nunchaku workflows. Same as Load Diffusion Model"
-        " (Featherweight).",
+        " (GGUF, Featherweight).",
     ),
     "NunchakuTextEncoderLoaderV2": (
         TextEncoderLoader, "load_text_encoder", "Nunchaku Text Encoder Loader V2",
         f"model_type {FLUX_ENCODERS}",
         "The loader for Flux's text encoders of ComfyUI-nunchaku workflows. Same as Load Text"
-        " Encoder (Featherweight).",
+        " Encoder (GGUF, Featherweight).",
     ),
     "NunchakuTextEncoderLoader": (
         TextEncoderLoader, "load_text_encoder", "Nunchaku Text Encoder Loader (Deprecated)",
         f"model_type:old {FLUX_ENCODERS} use_4bit_t5 int4_model",
         "The loader for Flux's text encoders of older ComfyUI-nunchaku workflows. Same as Load Text"
-        " Encoder (Featherweight).",
+        " Encoder (GGUF, Featherweight).",
     ),
     "NunchakuFluxLoraLoader": (
         LoraLoader, "load_lora", "Nunchaku FLUX LoRA Loader", "model lora_name lora_strength",

@@ -156,8 +156,8 @@ def are_pending(device: torch.device,
 
 def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,
          capability: str = "dequantize") -> str:
-    """Returns what dequantises a model, in words: "cpp", or "cpp; MXFP4 by torch: the kernel is
-    slower".
+    """Returns what dequantises a model, in words: "CPU kernels", or "CPU kernels; MXFP4 by torch:
+    the kernel is slower".
 
     Args:
         device: That the model runs on.
@@ -179,11 +179,14 @@ def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,
     if len(by_torch) == 1 and len(*by_torch.values()) == len(verdicts):
         return f"torch: {next(iter(by_torch))}"
     parts = [f"{', '.join(keys)} by torch: {reason}" for reason, keys in by_torch.items()]
-    return "; ".join([selector.backend_name or "torch", *parts])
+    name = selector.backend_name or "torch"
+    return "; ".join([TITLES.get(name, name), *parts])
 
 
+TITLES = {"cpp": "CPU kernels", "nvrtc": "NVIDIA kernels", "hiprtc": "AMD kernels",
+          "metal": "Apple kernels"}
 # verdict -> why torch does a kernel's work
-WORDS = {"pending": "kernels are being validated", "none": "there is no kernel",
+WORDS = {"pending": "works now, faster after the next load", "none": "there is no kernel",
          "off": "no kernel works here", "slow": "the kernel is slower"}
 
 

@@ -242,7 +242,7 @@ class Selector:
         names = [case.kernel_name(self._backend.name, kernel)
                  for kernel in case.kernels(self._backend, packed_format)]
         if not names:
-            return "none", f"{self._backend.name} has no kernel for it"
+            return "none", ""
         lines = [self._lines[name] for name in names if name in self._lines]
         line = next((line for line in lines if line["verdict"] == "right"),
                     lines[0] if lines else {"verdict": "pending"})

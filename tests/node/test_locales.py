@@ -37,6 +37,17 @@ def flat(texts: dict, path: str = "") -> dict[str, str]:
 
 
 ENGLISH = flat({node_id: english(schema) for node_id, schema in SCHEMAS.items()})
+SHARED = re.compile(r"\.inputs\.(compute|pack_to|gpu_weights|store|store_gb)\.tooltip$")
+WITHOUT_LORAS = re.compile("FeatherweightLoad(ControlNet|ModelPatch|CLIPVision)")
+
+
+@pytest.mark.parametrize("locale", ["en", *LOCALES])
+def test_tooltips_that_nodes_share_are_short_and_speak_of_loras_only_where_there_are_some(locale):
+    texts = ENGLISH if locale == "en" else flat(LOCALES[locale])
+    assert {key: len(text) for key, text in texts.items()
+            if SHARED.search(key) and len(text) > 200} == {}
+    assert [key for key, text in texts.items()
+            if WITHOUT_LORAS.match(key) and "LoRA" in text] == []
 
 
 @each_locale

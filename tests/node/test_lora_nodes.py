@@ -1,4 +1,6 @@
 """The LoRA nodes: block weights, what is applied how strongly, and what is said about it."""
+import re
+
 import comfy.lora
 import folder_paths
 import pytest
@@ -110,6 +112,15 @@ def test_a_rule_that_means_nothing_is_named_with_what_there_is(
     with pytest.raises(ValueError, match=message) as error:
         ApplyLora.execute(packed_flux, flux_lora, 1.0, 1.0, rules)
     assert "\n" not in str(error.value)
+
+
+def test_the_rules_in_the_tooltip_work_on_flux(packed_flux, flux_lora):
+    tooltip = next(input.tooltip for input in ApplyLora.GET_SCHEMA().inputs
+                   if input.id == "block_weights")
+    rules = re.findall(r"[\w.-]+=[\d.]*\d|preset:[\w-]+", tooltip)
+    assert len(rules) == 4
+    for rule in rules:
+        ApplyLora.execute(packed_flux, flux_lora, 1.0, 1.0, rule)
 
 
 UNET_PRESETS = {  # as in the LoRA Block Weight extension

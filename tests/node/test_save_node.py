@@ -163,7 +163,7 @@ def test_with_a_vae_the_file_is_a_whole_checkpoint(output, tmp_path):
     assert all(comfy.sd.load_checkpoint_guess_config(str(path))[:3])
     without, _ = saved(model, "nvfp4", filename_prefix="checkpoints/small", vae=vae)
     assert comfy.sd.load_checkpoint_guess_config(str(without), output_clip=False)[2] is not None
-    with pytest.raises(PlanError, match="A checkpoint cannot have weights in types of GGUF"):
+    with pytest.raises(PlanError, match="A checkpoint cannot have weights in GGUF types"):
         saved(model, "Q4_K", clip=clip, vae=vae)
     with pytest.raises(RuntimeError, match="VAE is invalid"):
         saved(model, "nvfp4", clip=clip, vae=comfy.sd.VAE(sd={}))

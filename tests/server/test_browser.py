@@ -22,6 +22,7 @@ from editor import (
     open_help,
     open_templates,
     run,
+    search_nodes,
     sent_by,
     template_card,
     text_on,
@@ -30,6 +31,7 @@ from editor import (
 from empty_models import touch, touch_named
 from frontends import newest_frontend
 from languages import DOCS, HELP_LANGUAGES, LOCALES, help_page
+from pack_nodes import node_list
 from safetensors.torch import save_file
 
 from devtools import ROOT, demo
@@ -117,6 +119,8 @@ CUT_PAGES = f"""(async types => {{
   }}
   return cut
 }})"""
+TITLES_OF_OURS = {schema.display_name.partition(" (")[0]: schema.display_name for schema in (
+    node.GET_SCHEMA() for node in node_list()) if schema.node_id.startswith("Featherweight")}
 # The titles of the nodes that the editor's search finds by each of these words, in their order.
 FOUND = f"""(words => {{
   const search = {STORES}.get('nodeDef').nodeSearchService
@@ -447,14 +451,14 @@ def test_texts_keep_their_lines_where_nodes_have_the_modern_design(current, brow
 
 def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page, any_server):
     """And none at all that is there for old workflows alone."""
-    model, text_encoder, save, apply = (
-        f"{title} (Featherweight)" for title in (
-            "Load Diffusion Model", "Load Text Encoder", "Save Packed Model", "Apply LoRA"))
+    model, text_encoder, controlnet, save, apply = map(TITLES_OF_OURS.get, (
+        "Load Diffusion Model", "Load Text Encoder", "Load ControlNet", "Save Packed Model",
+        "Apply LoRA"))
     wanted = dict.fromkeys(["nf4", "fp8", "gptq", "awq", "sdnq", "svdquant", "nunchaku"], model)
     # ComfyUI's own nodes come first whose titles have the word, or one like it and are used more
     behind_others = {
-        "gguf": model, "int8": model, "unet": model, "clip loader": text_encoder,
-        "quantize": save, "lora": apply, "controlnet": "Load ControlNet (Featherweight)"
+        "int8": model, "unet": model, "clip loader": text_encoder, "quantize": save,
+        "lora": apply, "controlnet": controlnet
     }
     own = {path.stem for path in BLUEPRINT_FOLDER.glob("*.json")} | {
         node["display_name"] for node in any_server.object_info().values()
@@ -466,23 +470,46 @@ def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page
     for word, titles in found.items():
         ours = [title for title in titles if title in own]
         assert ours[0] == (wanted | behind_others)[word], word
-        assert all("(Featherweight)" in title for title in ours), word
+        assert all("Featherweight)" in title for title in ours), word
+
+
+@pytest.mark.parametrize(("any_server", "modern", "language"), [
+    ("own", False, "en"), ("own", True, "en"), ("newest", False, "en"), ("newest", True, "en"),
+    *(("own", False, language) for language in LOCALES)
+], indirect=["any_server"])
+def test_a_double_click_and_the_word_gguf_show_the_loaders_of_ggufs_first(
+        any_server, modern, language, current, browser):
+    """Beside ComfyUI's own nodes, as Getting started says."""
+    word, title = re.search(r"double-click on the canvas and\s+the word \*(\w+)\*\s+now find"
+                            r"\s+\*([^*]+)\*", GETTING_STARTED).groups()
+    loaders = {title for title in TITLES_OF_OURS.values() if "GGUF" in title}
+    assert word == "gguf" and title in loaders and len(loaders) == 3
+    any_server.post("/settings", {MODERN: modern, "Comfy.Locale": language})
+    try:
+        browser.open_editor(any_server)
+        browser.evaluate("app.graph.clear()")
+        titles = search_nodes(browser, word, title)
+        keep(browser, f"search {word} {language} {'modern' if modern else 'classic'}")
+        assert {*titles[:3]} == loaders
+    finally:
+        any_server.post("/settings", {MODERN: False, "Comfy.Locale": "en"})
+        browser.close_editor()
 
 
 def test_phrases_that_people_type_find_a_node_of_the_pack_among_the_first_three(
         any_page, any_server):
     """Beside ComfyUI's own nodes."""
-    wanted = {phrase: f"{title} (Featherweight)" for title, phrases in (
+    wanted = {phrase: TITLES_OF_OURS[title] for title, phrases in (
         ("Load Diffusion Model", OF_MODELS), ("Load Text Encoder", OF_ENCODERS),
         ("Load Checkpoint", OF_CHECKPOINTS), ("Save Packed Model", OF_SAVING),
         ("Place Model", OF_PLACING)) for phrase in phrases}
     # in which order the words are typed does not matter
     for title, phrases in (
-        ("Load Text Encoder", (
+        ("Load Diffusion Model", ("load gguf", "diffusion model gguf")), ("Load Text Encoder", (
             "cliploader (gguf)", "clip loader gguf", "triplecliploader (gguf)",
             "nunchaku text encoder loader")),
             ("Save Packed Model", ("gguf converter", "convert gguf", "quantize gguf"))):
-        wanted |= dict.fromkeys(phrases, f"{title} (Featherweight)")
+        wanted |= dict.fromkeys(phrases, TITLES_OF_OURS[title])
     found = any_page.evaluate(f"{FOUND}({json.dumps([*wanted])})")
     assert {phrase: titles[:3] for phrase, titles in found.items()
             if wanted[phrase] not in titles[:3]} == {}

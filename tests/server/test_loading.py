@@ -49,7 +49,8 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs, com
     converting = ["converting"] if "converting" in stages else []
     assert stages == ["reading", *converting, "building the model"]
     found = re.fullmatch(
-        r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB in memory, dequantized by (?:cpp|torch)(.*)", text)
+        r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB in memory, dequantized by"
+        r" (?:CPU kernels|torch)(.*)", text)
     is_encoder = "clip" in loader.lower() or "TextEncoder" in loader
     assert re.fullmatch("" if is_encoder else computes_in, found[3])
     held = [
@@ -69,7 +70,8 @@ def test_a_checkpoint_shows_what_each_part_holds(server, computes_in):
     ):
         text = load(server, loader, {key: path.name}).texts["1"][-1]
         assert re.fullmatch(
-            rf"Model: NF4[^\n]*, [\d.]+ MB in memory, dequantized by \w+{computes_in}"
+            r"Model: NF4[^\n]*, [\d.]+ MB in memory, dequantized by (?:CPU kernels|torch)"
+            rf"{computes_in}"
             r"\nVAE: B?F\w+, [\d.]+ MB in memory",
             text)
 
@@ -85,8 +87,8 @@ def test_a_model_in_bf16_is_packed_while_it_loads_and_draws_what_the_packed_file
     run = server.queue(prompt)
     [text] = (text for texts in run.texts.values() for text in texts if "packed from" in text)
     assert re.fullmatch(
-        r"Q4_K \+ [^,]*, [\d.]+ MB in memory, packed from BF16 in \d+ s, dequantized by \w+"
-        rf"{computes_in}", text)
+        r"Q4_K \+ [^,]*, [\d.]+ MB in memory, packed from BF16 in \d+ s, dequantized by"
+        rf" (?:CPU kernels|torch){computes_in}", text)
     assert float(text.split(", ")[1].split()[0]) < path.stat().st_size / 1e6 * 0.6
     assert np.abs(server.pixels(run) - expected).mean() < 0.5 * expected.std()
 

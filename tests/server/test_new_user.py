@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from editor import (
+    FREE_PLACE,
     SAVED,
+    SEARCH_INPUT,
     TEMPLATES,
     becomes,
     open_help,
     open_templates,
     run,
+    search_nodes,
     template_card,
     text_on,
     with_texts,
@@ -39,16 +42,11 @@ SCREENSHOTS = DEV / "screenshots" / "new_user"
 EARLIER = Path(__file__).with_name("workflow_of_0_2_1.json")  # as that version shipped it
 LOADER = "FeatherweightLoadDiffusionModel"
 SAVE = "FeatherweightSavePackedModel"
-TITLE = "Load Diffusion Model (Featherweight)"
+TITLE = "Load Diffusion Model (GGUF, Featherweight)"
 WEB_PAGE = "not_the_model.gguf"
 MODERN = "Comfy.VueNodes.Enabled"
 FIT_VIEW = "app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 COMPLAINT = "document.querySelector('[data-testid=error-overlay]')"
-SEARCH_INPUT = "document.querySelector('[role=search] input')"
-# The titles that the search shows, in their order.
-RESULTS = ("[...document.querySelectorAll('[data-testid=result-item]')]"
-           ".map(item => item.querySelector('.truncate').textContent.trim())")
-FREE_PLACE = (500, 450)  # on an empty canvas, in pixels
 NODE = "(type => app.graph.nodes.find(node => node.type === type))"
 # From now on the page keeps the texts that nodes are sent.
 LISTEN = ("window.told = []; comfyAPI.api.api.addEventListener('progress_text', "
@@ -156,15 +154,11 @@ def test_2_the_templates_are_in_order_and_the_first_says_what_to_download(page):
 def test_3_the_search_finds_the_loader_before_all_other_nodes_of_the_pack(page):
     page.evaluate("app.graph.clear()")
     for word in ("fp8", "nunchaku", "gguf"):
-        page.click(*FREE_PLACE, times=2)
-        page.wait_for(f"!!{SEARCH_INPUT}")
-        page.call("Input.insertText", text=word)
-        becomes(page, lambda: TITLE in page.evaluate(RESULTS), True)
+        titles = search_nodes(page, word, TITLE)
         keep(page, f"3 search {word}")
-        titles = page.evaluate(RESULTS)
         assert titles.index(TITLE) < 3, titles
-        assert next(title for title in titles if "(Featherweight)" in title) == TITLE
-        if word != "gguf":
+        if word != "gguf":  # which stands in three names, the shortest first
+            assert next(title for title in titles if "Featherweight)" in title) == TITLE
             page.press("Escape", "Escape")
             becomes(page, lambda: page.evaluate(f"!!{SEARCH_INPUT}"), False)
     page.click_on(f"[...document.querySelectorAll('[data-testid=result-item]')]"
@@ -203,7 +197,7 @@ def test_4_the_face_of_the_loader_is_the_model_and_what_it_is_packed_to(browser,
 
 
 @pytest.mark.parametrize(("file", "advice"), [
-    (demo_files.ENCODER_NAME, ["text encoder", "Load Text Encoder (Featherweight)"]),
+    (demo_files.ENCODER_NAME, ["text encoder", "Load Text Encoder (GGUF, Featherweight)"]),
     (WEB_PAGE, ["it is a web page, not the model", "Download the model itself"]),
 ], ids=["text encoder", "web page"])
 def test_5_a_wrong_file_is_named_with_what_to_do(page, computer, models, file, advice):

@@ -16,6 +16,11 @@ SELECT = """(type => {
   app.canvas.centerOnNode(node)
   app.canvas.selectNode(node)
 })"""
+SEARCH_INPUT = "document.querySelector('[role=search] input')"
+# The titles that the search shows, in their order.
+RESULTS = ("[...document.querySelectorAll('[data-testid=result-item]')]"
+           ".map(item => item.querySelector('.truncate').textContent.trim())")
+FREE_PLACE = (500, 450)  # on an empty canvas, in pixels
 # The names of the templates that are shown; the editor shows more as one scrolls.
 TEMPLATES = ("[...document.querySelectorAll('[data-testid^=\"template-workflow-\"]')]"
              ".map(card => card.dataset.testid.slice(18))")
@@ -61,6 +66,16 @@ def open_help(editor, type: str):
             editor.wait_for("!!document.querySelector('.node-help-content h1')", 10)
             return
     raise AssertionError(f"the help page of {type} does not open")
+
+
+def search_nodes(page, word: str, title: str) -> list[str]:
+    """Double-clicks the empty canvas and types a word. Returns the titles that the search shows,
+    in their order, once this one is among them."""
+    page.click(*FREE_PLACE, times=2)
+    page.wait_for(f"!!{SEARCH_INPUT}")
+    page.call("Input.insertText", text=word)
+    becomes(page, lambda: title in page.evaluate(RESULTS), True)
+    return page.evaluate(RESULTS)
 
 
 def open_templates(page, folder: str) -> list[str]:

@@ -59,7 +59,7 @@ class SaveOptions:
         metadata: texts for the file.
         overwrite: whether the file may replace one of the same name.
         mode: permissions of the file, as for `atomic_writer`.
-        row_types: names of ROW_TYPES with which a size is met; none: it is met with types of GGUF.
+        row_types: names of ROW_TYPES with which a size is met; none: it is met with GGUF types.
     """
 
     sensitivity: Sensitivity | None = None
@@ -319,7 +319,7 @@ def _plan_of_parts(source: Source, target: str | int, options: SaveOptions) -> P
     """
     if isinstance(target, int) != bool(options.row_types) or (
             isinstance(target, str) and target not in (KEEP_TYPES, *ROW_TYPES)):
-        raise PlanError("A checkpoint cannot have weights in types of GGUF or NF4. Choose"
+        raise PlanError("A checkpoint cannot have weights in GGUF types or NF4. Choose"
                         f" {', '.join(HOST_TYPES)}, or save the model alone.")
     of_encoders = options.row_types[0] if isinstance(target, int) else target
     others, types = replace(options, sensitivity=None), {}

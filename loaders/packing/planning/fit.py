@@ -71,8 +71,8 @@ class Memory:
 
     @property
     def text(self) -> str:
-        """It in words: "a GPU of 12 GB", "memory of 16 GB"."""
-        return f"{'memory' if self.is_shared else 'a GPU'} of {self.gib} GB"
+        """It in words: "a GPU of 12 GB", "16 GB of main memory"."""
+        return f"{self.gib} GB of main memory" if self.is_shared else f"a GPU of {self.gib} GB"
 
     def for_model(self, step_bytes: float | None, workspace: int = 0) -> int:
         """Returns the bytes for the weights of a diffusion model.

@@ -153,7 +153,7 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
         nbytes: of all tensors, without header and padding.
         costs: name -> type -> relative power of the output's error, from a measurement; types that
             were not measured follow from those that were. None: `expected_costs`.
-        row_types: names of ROW_TYPES to choose among, beside 16 bits; none: the types of GGUF.
+        row_types: names of ROW_TYPES to choose among, beside 16 bits; none: the GGUF types.
         packed: name -> bytes of weights that are packed already: they stay AS_STORED, or take a
             smaller type.
 
@@ -179,7 +179,7 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
 
 def least_bytes(shapes: Shapes, family: PackingRules,
                 packed: Mapping[str, int] | None = None) -> int:
-    """Returns the least size for which `plan_for_size` plans types of GGUF; args as there."""
+    """Returns the least size for which `plan_for_size` plans GGUF types; args as there."""
     _, exact_bytes, sizes = _options(shapes, family, {}, (), packed or {})
     return exact_bytes + _least_sum(sizes)
 

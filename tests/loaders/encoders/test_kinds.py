@@ -90,6 +90,8 @@ def test_a_misfit_is_one_sentence_with_the_file_and_what_is_wanted(case):
 def test_the_advice_names_the_types_an_encoder_is_for():
     with pytest.raises(WeightFileError, match=r"for: wan\.$"):
         reject_wrong_encoders(["umt5.gguf"], ["UMT5_XXL"], "chroma")
+    with pytest.raises(WeightFileError, match=r"a type it is for: .*\bstable_diffusion\b, "):
+        reject_wrong_encoders(["l.gguf"], ["CLIP_L"], "qwen_image")
 
 
 def test_a_language_model_under_another_type_of_language_models_is_only_warned_of():

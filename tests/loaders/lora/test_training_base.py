@@ -19,7 +19,7 @@ from featherweight.nodes.check_lora import CheckLora
 SIZES = {"hidden": 128, "double_blocks": 1, "single_blocks": 1, "context": 64}
 LAYER = "diffusion_model.double_blocks.0.img_attn.proj"
 GUIDANCE = "diffusion_model.guidance_in.in_layer"
-NO_GUIDANCE = "schnell (it has no guidance embedding)"
+SCHNELL = "your model is schnell (distilled)"  # for it has no guidance embedding
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +65,29 @@ BY_BASE = "trained on base (its metadata ss_base_model_version: 'flux2-klein-bas
 
 
 @pytest.mark.parametrize(("metadata", "name", "expected"), [
-    ({}, "", f"{UNKNOWN}; used on {NO_GUIDANCE}"),
-    ({"ss_base_model_version": "flux1"}, "style", f"{UNKNOWN}; used on {NO_GUIDANCE}"),
+    ({}, "", f"{UNKNOWN}; {SCHNELL}"),
+    ({"ss_base_model_version": "flux1"}, "style", f"{UNKNOWN}; {SCHNELL}"),
     ({"ss_base_model_version": "flux2-klein-base-4b", "ss_sd_model_name": "turbo"}, "lcm",
-     f"{BY_BASE}, used on {NO_GUIDANCE}: expect less effect"),
+     f"{BY_BASE}; {SCHNELL}: expect less effect"),
     ({"ss_base_model_version": "flux1", "ss_sd_model_name": "D:\\turbo\\flux1-dev.safetensors"}, "",
-     "trained on dev (its metadata ss_sd_model_name: 'flux1-dev.safetensors'), used on"
-     f" {NO_GUIDANCE}: expect less effect"),
+     "trained on dev (its metadata ss_sd_model_name: 'flux1-dev.safetensors');"
+     f" {SCHNELL}: expect less effect"),
     ({"modelspec.architecture": "flux-1-schnell/lora"}, "",
-     f"trained on schnell (its metadata modelspec.architecture: 'flux-1-schnell/lora'), used on"
-     f" {NO_GUIDANCE}"),
+     f"trained on schnell (its metadata modelspec.architecture: 'flux-1-schnell/lora');"
+     f" {SCHNELL}"),
     ({"modelspec.title": "FLUX Lightning"}, "",
      "by its name it makes a base model fast: lightning (its metadata modelspec.title: 'FLUX"
-     f" Lightning'), used on {NO_GUIDANCE}: expect worse images"),
+     f" Lightning'); {SCHNELL}: expect worse images"),
     ({}, "Hyper-FLUX.1-dev-8steps-lora.safetensors",
      "by its name it makes a base model fast: hyper (its file name:"
-     f" 'Hyper-FLUX.1-dev-8steps-lora.safetensors'), used on {NO_GUIDANCE}: expect worse images"),
+     f" 'Hyper-FLUX.1-dev-8steps-lora.safetensors'); {SCHNELL}: expect worse images"),
     ({}, "pixels_turbo.safetensors", "by its name it makes a base model fast or is for a turbo:"
-     f" turbo (its file name: 'pixels_turbo.safetensors'), used on {NO_GUIDANCE}"),
-    ({}, "dev style", f"trained on dev (its file name: 'dev style'), used on {NO_GUIDANCE}: expect"
+     f" turbo (its file name: 'pixels_turbo.safetensors'); {SCHNELL}"),
+    ({}, "dev style", f"trained on dev (its file name: 'dev style'); {SCHNELL}: expect"
      " less effect"),
     ({"modelspec.title": "a\nbase " + "x" * 5000}, "",
-     "trained on base (its metadata modelspec.title: 'a\\nbase " + "x" * 108 + "...), used on"
-     f" {NO_GUIDANCE}: expect less effect"),
+     "trained on base (its metadata modelspec.title: 'a\\nbase " + "x" * 108 + "...);"
+     f" {SCHNELL}: expect less effect"),
 ])
 def test_a_lora_is_told_by_its_metadata_before_its_name(metadata, name, expected):
     model = empty_model("Flux.1", hidden_size=128, num_heads=1, depth=1, depth_single_blocks=1,
@@ -96,29 +96,29 @@ def test_a_lora_is_told_by_its_metadata_before_its_name(metadata, name, expected
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), [
-    ("a.gguf", {}, NO_GUIDANCE),
-    ("a.gguf", {"guidance": True},
-     "dev (it has a guidance embedding)"),
-    ("flux-2-klein-4b-Q8_0.gguf", {},
-     "distilled (the model's file name: 'flux-2-klein-4b-Q8_0.gguf', klein without base)"),
+    ("a.gguf", {}, SCHNELL),
+    ("a.gguf", {"guidance": True}, "your model is dev (base)"),
+    ("flux-2-klein-4b-Q8_0.gguf", {}, "your model is distilled (its file name:"
+     " 'flux-2-klein-4b-Q8_0.gguf', klein without base)"),
     ("flux-2-klein-base-4b.gguf", {},
-     "base (the model's file name: 'flux-2-klein-base-4b.gguf')"),
+     "your model is base (its file name: 'flux-2-klein-base-4b.gguf')"),
     ("flux1-dev-turbo.gguf", {"metadata": {"general.name": "FLUX.1 Schnell"}},
-     "schnell (the model's metadata general.name: 'FLUX.1 Schnell')"),
+     "your model is schnell (distilled; its metadata general.name: 'FLUX.1 Schnell')"),
 ])
 def test_a_model_is_told_by_its_metadata_then_its_name_then_its_weights(
         files, name, options, expected):
     model = load_diffusion_model(files(name, **options))
-    assert line(model, {}) == f"{UNKNOWN}; used on {expected}"
+    assert line(model, {}) == f"{UNKNOWN}; {expected}"
     warned = line(model, {"ss_base_model_version": "schnell"})
     assert warned.endswith(": expect a weak or wrong effect") == (
-        expected.startswith(("dev", "base")))
+        expected.startswith(("your model is dev", "your model is base")))
 
 
 def test_a_file_that_is_gone_says_its_name(files, tmp_path):
     model = load_diffusion_model(shutil.copyfile(files("a.gguf"), tmp_path / "x-turbo.gguf"))
     (tmp_path / "x-turbo.gguf").unlink()
-    assert line(model, {}) == f"{UNKNOWN}; used on turbo (the model's file name: 'x-turbo.gguf')"
+    assert line(model, {}) == (
+        f"{UNKNOWN}; your model is turbo (distilled; its file name: 'x-turbo.gguf')")
 
 
 def test_layers_of_a_guidance_embedding_are_of_dev():
@@ -138,8 +138,9 @@ def test_the_nodes_tell_it_and_verdict_and_misfits_stay(files, tmp_path, monkeyp
     model = load_diffusion_model(files("flux-schnell.gguf"))
     save_file(pairs({LAYER: (128, 128)}), tmp_path / "a.safetensors",
               {"ss_base_model_version": "flux1-dev"})
-    expected = ("training: trained on dev (its metadata ss_base_model_version: 'flux1-dev'), used"
-                " on schnell (the model's file name: 'flux-schnell.gguf'): expect less effect")
+    expected = ("training: trained on dev (its metadata ss_base_model_version: 'flux1-dev'); your"
+                " model is schnell (distilled; its file name: 'flux-schnell.gguf'): expect less"
+                " effect")
     checked = CheckLora.execute(model, "a.safetensors").args[0]
     applied = ApplyLora.execute(model, "a.safetensors", misfits="error").args[2]
     for text in (checked, applied):

@@ -376,7 +376,7 @@ def refused(path, tensors, *said):
 
 def test_text_encoder_is_refused(path):
     refused(path, {"token_embd.weight": (64, 32), "blk.0.attn_q.weight": (32, 32)},
-            "a text encoder", "token_embd.weight", "Load Text Encoder (Featherweight)")
+            "a text encoder", "token_embd.weight", "Load Text Encoder (GGUF, Featherweight)")
 
 
 def test_t5_encoder_is_refused(path):
@@ -386,7 +386,7 @@ def test_t5_encoder_is_refused(path):
 
 def test_mmproj_is_refused(path):
     refused(path, {"v.blk.0.attn_q.weight": (32, 32), "mm.0.weight": (32, 32)}, "mmproj",
-            "v.blk.0.attn_q.weight", "Load Text Encoder (Featherweight)")
+            "v.blk.0.attn_q.weight", "Load Text Encoder (GGUF, Featherweight)")
 
 
 def test_lora_is_refused(path):

@@ -153,11 +153,13 @@ def test_packed_weights_stay_or_become_smaller(stored):
 # --- loaded ---
 
 
-def test_a_model_that_fits_is_left_to_the_host(room):
-    room(FLUX_BYTES)
+@pytest.mark.parametrize(("is_shared", "memory"), [
+    (False, "a GPU of 12 GB"), (True, "12 GB of main memory")])
+def test_a_model_that_fits_is_left_to_the_host(is_shared, memory, room):
+    room(FLUX_BYTES, is_shared=is_shared)
     model = load_diffusion_model(flux_in_bfloat16(), pack_to=FIT)
-    assert fit_text(model) == (f"Fits a GPU of 12 GB, which leaves {size_text(FLUX_BYTES)} for"
-                               " the weights: no change.")
+    assert fit_text(model) == (f"The file fits unchanged: its weights may take"
+                               f" {size_text(FLUX_BYTES)} of {memory}.")
     assert digest(model) == digest(load_diffusion_model(flux_in_bfloat16()))
 
 
@@ -192,8 +194,8 @@ def test_a_model_that_is_too_large_is_packed_and_the_text_says_what_it_lacks(roo
 def test_memory_that_the_system_uses_too_is_not_exceeded(room):
     room(FLUX_BYTES * 0.1, is_shared=True)
     with pytest.raises(WeightFileError, match=r"^bf16 to fit.safetensors: the weights take .* more"
-                       r" than there is for them on memory of 12 GB, even with the smallest types."
-                       r" Use a smaller model, or choose a type"):
+                       r" than there is for them on 12 GB of main memory, even with the smallest"
+                       r" types. Use a smaller model, or choose a type"):
         load_diffusion_model(flux_in_bfloat16(), pack_to=FIT)
 
 
@@ -211,7 +213,7 @@ def test_a_packed_file_is_left_as_it_is_or_packed_further(type_name, room):
     nbytes = load_diffusion_model(path).model_size()
     room(nbytes + 5000)
     model = load_diffusion_model(path, pack_to=FIT)
-    assert "no change" in fit_text(model)
+    assert "fits unchanged" in fit_text(model)
     assert digest(model) == digest(load_diffusion_model(path))
     room(0.8 * nbytes)
     smaller = load_diffusion_model(path, pack_to=FIT)
@@ -227,7 +229,7 @@ def test_of_a_checkpoint_the_diffusion_model_alone_is_packed(room, tmp_path):
     nbytes = 2 * sum(values.numel() for name, values in weights.items() if name.startswith(MODEL))
     room(nbytes)
     model, clip, _ = load_checkpoint(str(path), pack_to=FIT)
-    assert fit_text(model).startswith("Fits a GPU of 12 GB, which leaves")
+    assert fit_text(model).startswith("The file fits unchanged: its weights may take")
     assert fit_text(clip.patcher) == ""
     room(0.8 * nbytes)
     model, clip, _ = load_checkpoint(str(path), pack_to=FIT)
@@ -252,7 +254,7 @@ def test_text_encoders_of_one_clip_share_the_room(share, room, tmp_path):
     options = {key: value for name in reversed(NAMES_OF_ENCODERS)
                for key, value in ENCODERS[name].model_options.items()}
     clip = load_text_encoder(paths, "sd3", pack_to=FIT, model_options=options)
-    assert ("no change" in fit_text(clip.patcher)) == (share == 1)
+    assert ("fits unchanged" in fit_text(clip.patcher)) == (share == 1)
     assert ("packed from BF16" in memory_summary(clip.patcher)) == (share < 1)
     if share < 1:
         fixed = size_target((int(share * nbytes) + 100_000) // STEP * STEP)

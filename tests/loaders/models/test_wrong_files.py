@@ -144,7 +144,8 @@ def test_stable_audio_without_its_conditioners_is_a_plain_sentence(tmp_path):
     save_file(weights, tmp_path / "dit.safetensors")
     with pytest.raises(WeightFileError, match=(
             "^dit.safetensors: it lacks weights of ComfyUI's NumberConditioner: '.*They are in the"
-            r" checkpoint of Stable Audio: pick that in Load Checkpoint \(Featherweight\).$")):
+            r" checkpoint of Stable Audio: pick that in Load Checkpoint \(GGUF,"
+            r" Featherweight\).$")):
         load_diffusion_model(str(tmp_path / "dit.safetensors"))
 
 

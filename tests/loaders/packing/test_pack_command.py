@@ -249,7 +249,7 @@ def test_a_whole_checkpoint_keeps_its_other_parts(source, tmp_path, pack):
                       torch.nn.Module)
     for path, kind, message in (
             (source / "model.safetensors", "nvfp4", "is not a checkpoint that this ComfyUI knows"),
-            (tmp_path / "sd.safetensors", "NF4", "cannot have weights in types of GGUF or NF4")):
+            (tmp_path / "sd.safetensors", "NF4", "cannot have weights in GGUF types or NF4")):
         code, said = pack(path, tmp_path / "b.safetensors", "--type", kind, "--checkpoint")
         assert code == 1 and message in said, said
 

@@ -228,9 +228,9 @@ def test_what_cannot_be_a_checkpoint_is_refused(tmp_path, monkeypatch):
     save_file(stable_diffusion(), tmp_path / "first.safetensors")
     source = source_of_checkpoint_file(tmp_path / "first.safetensors")
     for path, wanted, message in (
-            ("a.safetensors", "NF4", "cannot have weights in types of GGUF or NF4. Choose int8"),
-            ("a.safetensors", "Q8_0", "cannot have weights in types of GGUF or NF4"),
-            ("a.safetensors", 10**9, "cannot have weights in types of GGUF or NF4"),
+            ("a.safetensors", "NF4", "cannot have weights in GGUF types or NF4. Choose int8"),
+            ("a.safetensors", "Q8_0", "cannot have weights in GGUF types or NF4"),
+            ("a.safetensors", 10**9, "cannot have weights in GGUF types or NF4"),
             ("a.gguf", "nvfp4", "which must be a safetensors file")):
         with pytest.raises(PlanError, match=message):
             plan_file(source, tmp_path / path, wanted)

@@ -441,6 +441,19 @@ def test_the_environment_variable_chooses(setting, is_used, use, monkeypatch):
         "made_up" if is_used else "torch")
 
 
+def test_texts_name_kernels_by_devices_and_say_that_those_to_come_change_nothing_yet(
+        use, monkeypatch):
+    assert kernels.TITLES.keys() == registry.IMPORTS.keys()
+    use(backend(kernel("dequantize", dequantize)))
+    monkeypatch.setitem(kernels.TITLES, "made_up", "made up kernels")
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float32)
+    assert kernels.used(CPU, [Q4_0], torch.float32) == "made up kernels"
+    assert kernels.used(CPU, [Q4_0], torch.float32, "linear") == "torch: there is no kernel"
+    monkeypatch.setattr(kernels._selector(CPU), "verdict", lambda *case: ("pending", ""))
+    assert kernels.used(CPU, [Q4_0], torch.float32) == (
+        "torch: works now, faster after the next load")
+
+
 def test_an_unknown_setting_is_named_and_ignored(use, monkeypatch, caplog):
     use(backend(kernel("dequantize", dequantize)))
     monkeypatch.setenv(kernels.VARIABLE, "cuda")
