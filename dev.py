@@ -16,8 +16,10 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  ComfyUI server
   serve [--gpu]                  open ComfyUI with that model and its workflows on 127.0.0.1, until
                                  Ctrl-C
-  test [--heavy] [pytest ...]    run the linters and every test; with names of files only these,
+  test [pytest ...]              run the linters and every test; with names of files only these,
                                  in seconds
+  test --heavy [FOLDER ...]      run the tests that take minutes or gigabytes each, folder by
+                                 folder; those that have passed as they are now are left out
   lint                           check style (ruff) and types (pyright)
   bench [arguments]              measure speed and memory side by side
   quality [--packing [--host-types]]

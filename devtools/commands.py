@@ -27,8 +27,6 @@ WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder",
                "--max-worker-restart", "0"]
 # or each of the tests' many processes compiles the pack and its tests
 COMPILED_ONCE = {"PYTHONDONTWRITEBYTECODE": ""}
-# The oldest Python the pack runs on, and the one that ComfyUI's own builds bring.
-CHECKED_PYTHONS = ["3.10", "3.13"]
 
 
 def setup(arguments: list[str]) -> int:
@@ -53,18 +51,21 @@ def _lint(environment: Environment) -> int:
     if not (packages / "featherweight").is_symlink():  # relative: it stays right where .dev moves
         (packages / "featherweight").symlink_to(Path("..", ".."), target_is_directory=True)
     codes = [environment.run("-m", "ruff", "check", "--quiet", "--output-format", "concise", ".")]
-    for version in CHECKED_PYTHONS:
-        codes.append(environment.run(
-            "-m", "pyright", "--pythonpath", str(environment.python), "--pythonversion", version,
-            PYTHONPATH=str(environment.host)))
+    codes.append(environment.run("-m", "pyright", "--pythonpath", str(environment.python),
+                                 PYTHONPATH=str(environment.host)))
     return 1 if any(codes) else 0
 
 
 def test(arguments: list[str]) -> int:
     """Lint, then run pytest with `arguments`: the whole suite in a process for each core.
 
-    Where they name files, only these run, and nothing is linted or downloaded.
+    Where they name files, only these run, and nothing is linted or downloaded. `--heavy` runs the
+    heavy tests, folder after folder.
     """
+    if arguments[:1] == ["--heavy"] and not any(".py" in argument for argument in arguments):
+        environment = prepare(TESTING)
+        fetch_chromium(environment.python)
+        return environment.run("-m", "devtools.heavy", *arguments[1:], **COMPILED_ONCE)
     if any(argument.partition("::")[0].endswith(".py") or (ROOT / argument).is_dir()
            for argument in arguments if not argument.startswith("-")):
         return prepare(TESTING).run("-m", "pytest", *arguments, **COMPILED_ONCE)
@@ -75,11 +76,8 @@ def test(arguments: list[str]) -> int:
     print("Linting", flush=True)
     lint_code = _lint(environment)
     print("Running the tests", flush=True)
-    if "--heavy" in arguments:  # a heavy test may need all of the memory
-        tests = environment.run("-m", "pytest", "tests", *arguments, **COMPILED_ONCE)
-    else:
-        tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, "tests",
-                                *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
+    tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, "tests",
+                            *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
     failed = [name for name, code in (("the linters", lint_code), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
     print(f"Failed: {' and '.join(failed)}, see above ({took})"

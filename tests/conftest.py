@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import sys
+from pathlib import Path
 from unittest import mock
 
 # tests compare with float32; those of a CPU's bfloat16 take the flag away
@@ -17,6 +18,7 @@ import folder_paths
 import linear_calls
 import processes
 import pytest
+import test_times
 import torch
 
 from devtools.host.environment import HOST_VERSION
@@ -36,6 +38,8 @@ def pytest_configure(config):
     calls = linear_calls.linear_calls(config.getoption("--linear-calls"))
     calls.__enter__()
     config.add_cleanup(lambda: calls.__exit__(None, None, None))
+    if path := config.getoption("--times"):
+        config.pluginmanager.register(test_times.FileTimes(Path(path)))
 
 
 def keep_freed_memory():
@@ -48,6 +52,8 @@ def keep_freed_memory():
 def pytest_addoption(parser):
     parser.addoption("--heavy", action="store_true",
                      help="also run tests that need minutes or gigabytes")
+    parser.addoption("--times", metavar="FILE",
+                     help="write seconds of processor, seconds and tests of each file of tests")
     parser.addoption("--linear-calls", choices=linear_calls.SHAPES, default="stock",
                      help="give ComfyUI's linear layers the calls of a later version")
     parser.addoption(
@@ -58,10 +64,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(trylast=True)  # of what was chosen
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--heavy"):
-        skip = pytest.mark.skip(reason="heavy: run `python3 dev.py test --heavy`")
-        for item in items:
-            if "heavy" in item.keywords:
-                item.add_marker(skip)
+        config.hook.pytest_deselected(items=[item for item in items if "heavy" in item.keywords])
+        items[:] = [item for item in items if "heavy" not in item.keywords]
     fake_gpus.forward(items)
     processes.arrange(items)
 

@@ -515,6 +515,7 @@ def test_phrases_that_people_type_find_a_node_of_the_pack_among_the_first_three(
             if wanted[phrase] not in titles[:3]} == {}
 
 
+@pytest.mark.more_with_heavy
 def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_they_are(
         fresh_server, browser, request):
     browser.open_editor(fresh_server)
@@ -538,6 +539,7 @@ def test_every_workflow_opens_without_a_red_node_and_the_examples_are_sent_as_th
     assert not wrong and not changed
 
 
+@pytest.mark.more_with_heavy
 def test_the_help_page_of_a_node_opens_and_of_none_anything_is_cut_at_the_edge_of_its_panel(
         editor, fresh, request):
     """At the width that the panel has when it opens. Translations, whose words are shorter, are
@@ -754,6 +756,7 @@ def test_a_workflow_that_does_not_open_is_not_saved(editor, tmp_path):
         command.opened(editor, path)
 
 
+@pytest.mark.more_with_heavy
 def test_app_mode_shows_what_is_marked_as_a_form(editor, request):
     forms = {}
     for path in EXAMPLES if request.config.getoption("--heavy") else EXAMPLES[::4]:

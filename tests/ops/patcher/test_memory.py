@@ -24,6 +24,7 @@ ROOMS = (0.9, 0.7, 0.3, 0.55, 1.5, 0.4, 0.2)
 MORE_ROOMS = (0.8, 0.5, *(0.4 + 0.06 * step for step in range(9)))
 
 
+@pytest.mark.more_with_heavy
 @pytest.mark.parametrize("with_lora", [False, True])
 # whether the host casts each weight, as it does to compute in another dtype
 @pytest.mark.parametrize("cast", [False, True])
