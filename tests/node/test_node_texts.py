@@ -109,10 +109,11 @@ TEXTS = {
 def sent(tmp_path, monkeypatch):
     """The texts that the editor gets."""
     texts = []
-    server = SimpleNamespace(send_progress_text=lambda text, node: texts.append(text))
+    server = SimpleNamespace(send_progress_text=lambda text, node, client: texts.append(text),
+                             client_id="tab", last_prompt_id="run")
     monkeypatch.setattr(node_text, "running_server", lambda: server)
     monkeypatch.setattr(comfy_execution.utils, "get_executing_context",
-                        lambda: SimpleNamespace(node_id="1"))
+                        lambda: SimpleNamespace(node_id="1", prompt_id="run"))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras",
