@@ -86,28 +86,29 @@ def text_sender(is_kept: bool = True) -> Callable[[str], None]:
         from comfy_execution.utils import get_executing_context
         context, server = get_executing_context(), running_server()
         if context is not None and server is not None:
-            kept = _kept.get() if is_kept else None
-            return functools.partial(_send, server, context, server.client_id, kept)
+            show = functools.partial(
+                server.send_progress_text, node_id=context.node_id, sid=server.client_id)
+            return functools.partial(_send, show, server, context, _kept.get() if is_kept else None)
     except (ImportError, AttributeError) as error:
         log_lack(str(error), "nodes show no text on themselves")
     return lambda text: None
 
 
-def _send(server, context, client_id: str | None, kept: list[str] | None, text: str):
-    """Shows a text on a node of the prompt that began last; of an earlier one the editor is told
-    that there is another text, since this id may be another node's meanwhile.
+def _send(show: Callable[[str], None], server, context, kept: list[str] | None, text: str):
+    """Shows a text on a node of the prompt that began last. Of an earlier one the editor is told
+    that the text has changed: by now the id may be another node's.
 
     Args:
+        show: shows a text on the node, in the browser tab that runs its prompt.
         server: the host's.
         context: the host's, of the node.
-        client_id: of the browser tab that runs the prompt; None: all.
         kept: takes the text, if it is kept.
         text: that is shown.
     """
     if kept is not None:
         kept[0] = text
     if server.last_prompt_id == context.prompt_id:
-        server.send_progress_text(editor_text(text), context.node_id, client_id)
+        show(editor_text(text))
     elif kept is not None:
         server.send_sync(TEXT_CHANGED, {"prompt_id": context.prompt_id, "node": context.node_id})
 

@@ -143,5 +143,6 @@ api.queuePrompt = async function (...given) {
 
 app.registerExtension({
   name: "Featherweight.NodeTexts",
+  setup: () => app.canvas.canvas.addEventListener("litegraph:set-graph", showAgain), // a subgraph that is opened
   afterConfigureGraph: () => void showLastRuns(),
 });

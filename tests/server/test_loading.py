@@ -32,9 +32,9 @@ def load(server, loader, inputs, on_progress=None):
 
 
 @pytest.fixture
-def computes_in(request) -> str:
-    """What a loader of a model says of the dtype; on a GPU it says nothing."""
-    return "" if request.config.getoption("--fake-gpus") else r", computes in b?float(?:16|32)"
+def computes_in() -> str:
+    """What a loader of a model says of its arithmetic."""
+    return r", computes exactly in b?float(?:16|32)"
 
 
 @pytest.mark.parametrize(("loader", "inputs"), LOADERS.items())
@@ -51,7 +51,7 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs, com
     found = re.fullmatch(
         r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB in memory, dequantized by (?:cpp|torch)(.*)", text)
     is_encoder = "clip" in loader.lower() or "TextEncoder" in loader
-    assert re.fullmatch("" if is_encoder else computes_in, found[3])
+    assert re.fullmatch(", computes exactly" if is_encoder else computes_in, found[3])
     held = [
         line for line in re.findall(r"Featherweight\] (.*) bytes in memory", server.log())
         if line.startswith((demo.MODEL_NAME, demo_files.ENCODER_NAME))
