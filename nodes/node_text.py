@@ -35,9 +35,9 @@ LINE_BREAK = "  \n"  # as Markdown has it, for an editor that takes texts on nod
 TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE", "control_net": "ControlNet",
           "model_patch": "Model patch", "clip_vision": "CLIP vision"}
 # Of a node's ui output: for each time that the node ran, over a list, [text]. Such a list is
-# neither a file nor a text to ComfyUI's list of jobs, which has previews of those.
+# neither a file nor a text to ComfyUI's list of jobs, which has previews of those. It is an event
+# too, which says that the text of a node of an earlier prompt has changed.
 UI_KEY = "featherweight_text"
-TEXT_CHANGED = "featherweight_text"  # event: the text of a node of an earlier prompt is another
 
 _kept: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("kept", default=None)
 
@@ -107,10 +107,10 @@ def _send(show: Callable[[str], None], server, context, kept: list[str] | None, 
     """
     if kept is not None:
         kept[0] = text
-    if server.last_prompt_id == context.prompt_id:
+    if getattr(server, "last_prompt_id", None) == context.prompt_id:  # the host's `main` sets it
         show(editor_text(text))
     elif kept is not None:
-        server.send_sync(TEXT_CHANGED, {"prompt_id": context.prompt_id, "node": context.node_id})
+        server.send_sync(UI_KEY, {"prompt_id": context.prompt_id, "node": context.node_id})
 
 
 set_text_sender(functools.partial(text_sender, is_kept=False))
@@ -160,22 +160,30 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         log.warning("[Featherweight] %s", note)
     texts, places = {}, {}
 
-    def show_part(key: str, patcher: ModelPatcher):
+    def describe(key: str, patcher: ModelPatcher) -> bool:
+        """Returns whether the text has changed."""
+        before = texts.get(key)
         summaries = (memory_summary(patcher), dequantize_backend_text(patcher),
                      arithmetic_text(patcher))
         summary = titles[key] + ", ".join(filter(None, summaries))
         texts[key] = "\n".join(filter(None, [summary, fit_text(patcher), places.get(key)]))
-        show("\n".join([*texts.values(), *lines]))
+        return texts[key] != before
+
+    def show_changes(key: str, patcher: ModelPatcher):
+        if describe(key, patcher):
+            show("\n".join([*texts.values(), *lines]))
 
     def show_placement(key: str, patcher: ModelPatcher, report: MemoryReport):
         places[key] = placed_text(patcher, report)
-        show_part(key, patcher)
+        show_changes(key, patcher)
 
     for key, patcher in patchers.items():
         if getattr(patcher, "placement", None) is not None:
             places[key] = planned_text(patcher)
             placed: Any = patcher
             placed.on_placement = functools.partial(show_placement, key)
-        show_part(key, patcher)
-        when_validated(patcher, functools.partial(show_part, key))
+        describe(key, patcher)
+    show("\n".join([*texts.values(), *lines]))
+    for key, patcher in patchers.items():
+        when_validated(patcher, functools.partial(show_changes, key))
     return tuple(parts.values())

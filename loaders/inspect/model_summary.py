@@ -82,12 +82,11 @@ def dequantize_backend_text(patcher, with_products: bool = False) -> str | None:
 
 
 def when_validated(patcher, callback: Callable[[Any], None]):
-    """Calls a function with a patcher once what `dequantize_backend_text` says of it is final; not
-    where it is so already, and not for a patcher that is gone by then.
-    """
+    """Calls a function with a patcher once what `dequantize_backend_text` says of it is final; see
+    `kernels.when_decided`."""
     formats, device, dtype = _dequantizing(patcher)
     cases = [("dequantize", packed_format, dtype) for packed_format in formats]
-    if kernels.are_pending(device, cases):
+    if cases:
         kernels.when_decided(device, cases, patcher, callback)
 
 
@@ -139,7 +138,7 @@ def _product_of(layer, device: torch.device, dtype: torch.dtype) -> kitchen_prod
     """Returns what multiplies with the quantized weight of a linear layer."""
     if isinstance(layer, PackedLinear) and is_packed(layer.weight):
         return kitchen_products.used(layer.weight.params.format, device, dtype, layer.compute)
-    name = layer.quant_format
+    name: Any = layer.quant_format
     is_fast = host_multiplies(name, device) and not layer._full_precision_mm
     return kitchen_products.Used(name if is_fast else "", kitchen_products.OF_COMFYUI)
 

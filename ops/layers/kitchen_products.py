@@ -142,7 +142,7 @@ def used(packed_format: Format, device: torch.device, dtype: torch.dtype, comput
     name = product_of(packed_format)
     if _backend(name or INT8, device, dtype):
         return Used(PRODUCTS[name or INT8].title, OF_COMFYUI)
-    if off or name and device.type != "cpu":
+    if off or (name and device.type != "cpu"):
         return Used(why_exact=off)
     if int8.multiplies_integers(device):
         return Used(PRODUCTS[INT8].title, OF_THIS_PACK)

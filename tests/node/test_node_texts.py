@@ -12,13 +12,13 @@ import pytest
 import torch
 from comfy_api.internal import make_locked_method_func
 from comfy_api.latest import io, ui
+from execution import get_output_from_returns
 from lora_models import pairs, weight_shapes
 from pack_nodes import node_list
 from patched_models import flux_file, lora_for, packed_flux, patched
 from safetensors.torch import save_file
 
 import nodes as host_nodes
-from execution import get_output_from_returns
 from featherweight.cluster.image_collector import ImageCollector
 from featherweight.nodes import legacy, node_text
 from featherweight.nodes.apply_lora import ApplyLora

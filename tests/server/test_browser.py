@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -401,8 +400,10 @@ def reload(page):
     """As F5 does, once the editor has stored the open workflow."""
     page.wait_for("Object.keys(localStorage).concat(Object.keys(sessionStorage)).some("
                   f"key => (localStorage[key] ?? sessionStorage[key]).includes('{LOADERS[0]}'))")
+    page.evaluate("window.isOld = true")
     page.call("Page.reload")
-    time.sleep(2)  # nothing can be asked of a page that is leaving
+    with contextlib.suppress(BrowserError):  # nothing can be asked of a page that leaves
+        page.wait_for("!window.isOld")
     page.wait_for(
         f"window.app?.graph?.nodes?.some(node => node.type === '{LOADERS[0]}')"
         " && !app.extensionManager.spinner", 180)

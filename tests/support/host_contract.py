@@ -115,8 +115,8 @@ MEMBERS = {
     }, "server.PromptServer": {
         "add_on_prompt_handler": "handler", "client_id": None, "instance": None,
         "last_node_id": None, "prompt_queue": None, "publish_loop": "", "routes": None,
-        "send_progress_text": "text node_id sid", "send_sync": "event data", "sockets": None, "sockets_metadata": None,
-        "trigger_on_prompt": "json_data"
+        "send_progress_text": "text node_id sid", "send_sync": "event data", "sockets": None,
+        "sockets_metadata": None, "trigger_on_prompt": "json_data"
     }
 }
 
