@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 JOINER = "\u2060"  # between two letters, no line is broken there
 LONG_WORD = 24  # characters that are kept in one line
+MAX_LENGTH = 20_000  # characters of a text
 LINE_BREAK = "  \n"  # as Markdown has it, for an editor that takes texts on nodes for that
 
 TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE", "control_net": "ControlNet",
@@ -105,6 +106,7 @@ def _send(show: Callable[[str], None], server, context, kept: list[str] | None, 
         kept: takes the text, if it is kept.
         text: that is shown.
     """
+    text = text[:MAX_LENGTH]
     if kept is not None:
         kept[0] = text
     if getattr(server, "last_prompt_id", None) == context.prompt_id:  # the host's `main` sets it

@@ -10,7 +10,7 @@ from ...ops.formats.base import FORMATS, Format
 from ...ops.kernels.kernel import dtype_name
 from ...ops.layers import kitchen_products
 from ...ops.layers.packed_layers import PackedLinear
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
+from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed
 from ..byte_sizes import size_text
 from ..comfyui.who_computes import host_multiplies
 from ..files.container import WeightFile
@@ -116,9 +116,9 @@ def arithmetic_text(patcher) -> str | None:
     """
     dtype = _compute_dtype(patcher)
     within = f" in {dtype_name(dtype)}" if dtype else ""
-    products = {_product_of(layer, patcher.load_device, dtype or torch.float16)
-                for layer in patcher.model.modules() if isinstance(layer, torch.nn.Linear)
-                and isinstance(layer.weight, QuantizedTensor)}
+    device, usual = patcher.load_device, dtype or torch.float16
+    found = (_product_of(layer, device, usual) for layer in patcher.model.modules())
+    products = {product for product in found if product is not None}
     titles = collections.defaultdict(list)
     for product in sorted({product for product in products if product.title}, reverse=True):
         titles[product.owner].append(product.title)
@@ -134,11 +134,15 @@ def arithmetic_text(patcher) -> str | None:
     return f"{text}, since {'; '.join(reasons)}" if reasons else text
 
 
-def _product_of(layer, device: torch.device, dtype: torch.dtype) -> kitchen_products.Used:
-    """Returns what multiplies with the quantized weight of a linear layer."""
-    if isinstance(layer, PackedLinear) and is_packed(layer.weight):
-        return kitchen_products.used(layer.weight.params.format, device, dtype, layer.compute)
-    name: Any = layer.quant_format
+def _product_of(layer: Any, device: torch.device,
+                dtype: torch.dtype) -> kitchen_products.Used | None:
+    """Returns what multiplies with the quantized weight of a linear layer; None for others."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, PackedLinear) and is_packed(weight):
+        return kitchen_products.used(weight.params.format, device, dtype, layer.compute)
+    if not is_comfy_quantized(weight) or not hasattr(layer, "_full_precision_mm"):
+        return None
+    name = layer.quant_format
     is_fast = host_multiplies(name, device) and not layer._full_precision_mm
     return kitchen_products.Used(name if is_fast else "", kitchen_products.OF_COMFYUI)
 

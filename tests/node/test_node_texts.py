@@ -228,6 +228,11 @@ def test_they_have_what_the_node_shows_itself_too_and_a_text_for_each_item_of_a_
     assert kept == {UI_KEY: [["one"], [""]]}
 
 
+def test_a_text_is_cut_that_is_longer_than_anybody_reads(sent):
+    kept, _ = outputs_of(shows(), {"text": "x" * 30_000})
+    assert kept == {UI_KEY: [["x" * 20_000]]} and "x" * 20_001 not in sent[0].replace(JOINER, "")
+
+
 def test_a_text_that_changes_after_the_run_changes_in_what_comfyui_keeps(sent):
     node = shows()
     kept, _ = outputs_of(node, {"text": "at most 4.0 of 6.8 GB on cuda:0"})

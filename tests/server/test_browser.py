@@ -49,6 +49,7 @@ from featherweight.nodes.search_words import (
     OF_PLACING,
     OF_SAVING,
 )
+from featherweight.ops.kernels import WORDS
 
 CATEGORY = "Featherweight"
 EXAMPLES = example_paths()
@@ -415,7 +416,7 @@ def texts_on(page) -> list[str]:
 
 @BOTH_DESIGNS
 def test_texts_come_back_after_a_reload_by_the_history_and_by_a_run_that_is_cached(
-        any_server, modern, current, browser):
+        any_server, modern, browser):
     name = f"{'newest' if any_server.arguments[1:] else 'own'}_{'modern' if modern else 'classic'}"
     stored = {"Comfy.Workflow.Persist": True}
     with opened(browser, any_server, demo.WORKFLOW, modern, stored) as page:
@@ -443,7 +444,7 @@ def test_texts_come_back_after_a_reload_by_the_history_and_by_a_run_that_is_cach
 
 
 @BOTH_DESIGNS
-def test_another_tab_shows_the_texts_of_its_nodes_alone(any_server, modern, current, browser):
+def test_another_tab_shows_the_texts_of_its_nodes_alone(any_server, modern, browser):
     any_server.post("/history", {"clear": True})
     with opened(browser, any_server, demo.WORKFLOW, modern) as page:
         run(page, any_server)
@@ -465,7 +466,19 @@ def test_another_tab_shows_the_texts_of_its_nodes_alone(any_server, modern, curr
 
 
 @BOTH_DESIGNS
-def test_a_text_in_a_nodes_outputs_is_no_markup(any_server, modern, current, browser):
+def test_a_node_in_a_subgraph_shows_its_text_once_that_is_opened(any_server, modern, browser):
+    with opened(browser, any_server, demo.WORKFLOW, modern) as page:
+        any_server.post("/history", {"clear": True})
+        page.evaluate(f"""(node => app.graph.convertToSubgraph(new Set([node])))(
+            app.graph.nodes.find(node => node.type === '{LOADERS[0]}'))""")
+        run(page, any_server)
+        becomes(page, lambda: with_texts(page), LOADERS[1:])
+        page.evaluate("app.canvas.setGraph(app.graph.nodes.find(node => node.subgraph).subgraph)")
+        becomes(page, lambda: LOADERS[0] in with_texts(page), True)
+
+
+@BOTH_DESIGNS
+def test_a_text_in_a_nodes_outputs_is_no_markup(any_server, modern, browser):
     text = "<img src=x onerror='window.harmed = true'> [[Note|https://example.com]]"
     with opened(browser, any_server, demo.WORKFLOW, modern) as page:
         page.evaluate(f"""(text => {{
@@ -476,6 +489,20 @@ def test_a_text_in_a_nodes_outputs_is_no_markup(any_server, modern, current, bro
         becomes(page, lambda: LOADERS[0] in with_texts(page), True)
         assert text_on(page, LOADERS[0]).startswith("‹img src=x onerror=")
         assert not page.evaluate("!!window.harmed || !!document.querySelector('img[src=x]')")
+
+
+def test_a_text_about_kernels_that_are_being_validated_is_another_once_they_are(
+        current, browser, tmp_path):
+    demo_files.make_models(tmp_path)
+    with Server(tmp_path, env={"XDG_CACHE_HOME": str(tmp_path / "cache")}) as fresh_cache:
+        with opened(browser, fresh_cache, demo.WORKFLOW, modern=False) as page:
+            run(page, fresh_cache)
+            becomes(page, lambda: WORDS["pending"] in text_on(page, LOADERS[0]), False, 300)
+            text = text_on(page, LOADERS[0])
+            assert "dequantized by" in text
+            last, = fresh_cache.get_json("/history").values()
+            assert [[text]] in [output.get("featherweight_text")
+                                for output in last["outputs"].values()]
 
 
 @pytest.mark.parametrize("any_server", ["own", "newest"], indirect=True)

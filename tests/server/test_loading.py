@@ -60,6 +60,20 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs, com
     assert float(found[2]) == pytest.approx(int(held[-1].split()[-1]) / 1e6, rel=0.01)
 
 
+@pytest.mark.parametrize("loader", ["FeatherweightLoadDiffusionModel", "UnetLoaderGGUF"])
+def test_a_cached_run_and_the_history_have_the_text_and_the_list_of_jobs_has_no_preview_of_it(
+        server, loader):
+    prompt = {"1": {"class_type": loader, "inputs": LOADERS[loader]},
+              "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}}
+    server.forget()
+    text = server.queue(prompt).texts["1"][-1]
+    again = server.queue(prompt)
+    assert again.texts["1"] == [text]  # nothing else is shown: it was not loaded
+    assert again.outputs["1"] == {"featherweight_text": [[text]]}
+    job = server.get_json(f"/api/jobs/{again.prompt_id}")
+    assert job["preview_output"]["nodeId"] == "2" and job["outputs_count"] == 0
+
+
 def test_a_checkpoint_shows_what_each_part_holds(server, computes_in):
     pytest.importorskip("bitsandbytes", reason="it writes the file")
     path = demo_files.make_checkpoint(server.base)

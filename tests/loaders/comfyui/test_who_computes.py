@@ -44,7 +44,7 @@ from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_fi
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_file, source_of_model
 from featherweight.loaders.quantizers.comfyui import READERS
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
+from featherweight.ops.tensor.packed_layout import is_comfy_quantized, is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -135,6 +135,9 @@ def test_the_user_leaves_them_to_comfyui(format_name, folder, monkeypatch):
     exactly = arithmetic_text(exact)
     assert exactly.startswith("computes exactly in ") and exactly == arithmetic_text(ours)  # a CPU
     monkeypatch.setattr(model_summary, "host_multiplies", lambda name, device: True)  # a GPU
+    for layer in ours.model.modules():
+        if is_comfy_quantized(getattr(layer, "weight", None)):
+            layer._full_precision_mm = False  # which ComfyUI sets on a CPU
     assert arithmetic_text(ours) == f"{format_name} by ComfyUI's kernels (fast)"
     assert arithmetic_text(exact) == exactly
     assert dequantize_backend_text(exact).startswith("dequantized by ")

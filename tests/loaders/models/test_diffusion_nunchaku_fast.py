@@ -144,7 +144,8 @@ def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_p
     exact, fast = load(name, path), load(name, path, compute="int8")
     exactly = arithmetic_text(exact)
     assert exactly.startswith("computes exactly in ")
-    for has_units, text in ((True, "int8 by this pack (fast)"),
+    the_rest = f"the rest {exactly.removeprefix('computes ')}"
+    for has_units, text in ((True, f"int8 by this pack (fast), {the_rest}"),
                             (False, f"{exactly}, since cpu has no int8 units that this pack uses")):
         monkeypatch.setattr(int8, "multiplies_integers", lambda device, has=has_units: has)
         assert arithmetic_text(fast) == text
@@ -169,7 +170,8 @@ def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_p
         "quantize_nvfp4", backend="eager"))
     own.register("cuda", module, dict.fromkeys(functions, FunctionConstraints()))
     assert arithmetic_text(exact) == exactly and not identify(file_contents(path)).kernels
-    assert arithmetic_text(fast) == "SVDQuant + AWQ by ComfyUI's kernels (fast)"
+    assert arithmetic_text(fast) == (
+        "SVDQuant + AWQ by ComfyUI's kernels (fast), the rest exactly in bfloat16")
     assert model_contents(fast).kernels.endswith(arithmetic_text(fast))
     own.disable("cuda")
     assert "ComfyUI has turned them off" in arithmetic_text(fast)
