@@ -469,11 +469,12 @@ def test_another_tab_shows_the_texts_of_its_nodes_alone(any_server, modern, brow
 def test_a_node_in_a_subgraph_shows_its_text_once_that_is_opened(any_server, modern, browser):
     with opened(browser, any_server, demo.WORKFLOW, modern) as page:
         any_server.post("/history", {"clear": True})
-        page.evaluate(f"""(node => app.graph.convertToSubgraph(new Set([node])))(
+        page.evaluate(f"""(node => void app.graph.convertToSubgraph(new Set([node])))(
             app.graph.nodes.find(node => node.type === '{LOADERS[0]}'))""")
         run(page, any_server)
         becomes(page, lambda: with_texts(page), LOADERS[1:])
-        page.evaluate("app.canvas.setGraph(app.graph.nodes.find(node => node.subgraph).subgraph)")
+        page.evaluate("void app.canvas.setGraph("
+                      "app.graph.nodes.find(node => node.subgraph).subgraph)")
         becomes(page, lambda: LOADERS[0] in with_texts(page), True)
 
 
