@@ -142,7 +142,7 @@ def _product_of(layer: Any, device: torch.device,
         return kitchen_products.used(weight.params.format, device, dtype, layer.compute)
     if not is_comfy_quantized(weight) or not hasattr(layer, "_full_precision_mm"):
         return None
-    name = layer.quant_format
+    name = str(layer.quant_format)
     is_fast = host_multiplies(name, device) and not layer._full_precision_mm
     return kitchen_products.Used(name if is_fast else "", kitchen_products.OF_COMFYUI)
 
