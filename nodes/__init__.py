@@ -26,6 +26,7 @@ from ..ops.kernels import background, start_validation
 from ..ops.patcher import PackedPatcher
 from . import help_pages
 from .comfyui_server import log_lack
+from .node_text import keep_text
 from .remote_prompts import watch_prompts
 from .unused_patches import show_unused_patches
 
@@ -153,6 +154,7 @@ def find_nodes(module: ModuleType | None) -> list[type[io.ComfyNode]]:
         if "fingerprint_inputs" not in vars(node):
             setattr(node, "fingerprint_inputs", classmethod(_count_file_versions))  # noqa: B010  a method
         _check_models(node)
+        keep_text(node)
     return nodes
 
 

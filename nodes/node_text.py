@@ -1,4 +1,9 @@
-"""Texts that the editor shows on nodes."""
+"""Texts that the editor shows on nodes.
+
+ComfyUI keeps the last text of a node with its outputs: in its cache, from which the editor gets it
+again where the node does not run, and in its history. `web/node_texts.js` shows it from there.
+"""
+import contextvars
 import functools
 import logging
 import re
@@ -6,13 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 
 from ..loaders.inspect.model_summary import (
+    arithmetic_text,
     dequantize_backend_text,
-    host_product_text,
     memory_summary,
+    when_validated,
 )
-from ..loaders.models.compute_dtype import compute_text
 from ..loaders.models.fit_device import fit_text
 from ..loaders.models.load_check import load_notes, patcher_of
 from ..loaders.models.placement import placed_text, planned_text
@@ -24,10 +30,42 @@ log = logging.getLogger(__name__)
 
 JOINER = "\u2060"  # between two letters, no line is broken there
 LONG_WORD = 24  # characters that are kept in one line
+MAX_LENGTH = 20_000  # characters of a text
 LINE_BREAK = "  \n"  # as Markdown has it, for an editor that takes texts on nodes for that
 
 TITLES = {"model": "Model", "clip": "Text encoder", "vae": "VAE", "control_net": "ControlNet",
           "model_patch": "Model patch", "clip_vision": "CLIP vision"}
+# Of a node's ui output: for each time that the node ran, over a list, [text]. Such a list is
+# neither a file nor a text to ComfyUI's list of jobs, which has previews of those. It is an event
+# too, which says that the text of a node of an earlier prompt has changed.
+UI_KEY = "featherweight_text"
+
+_kept: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("kept", default=None)
+
+
+def keep_text(node: type[io.ComfyNode]):
+    """Has ComfyUI keep with a node's outputs the text that the node shows."""
+    name = vars(node).get("FUNCTION", "execute")  # a legacy node's method has a name of its own
+    run = getattr(node, name).__func__
+
+    @functools.wraps(run)
+    def run_and_keep(cls, *args, **inputs):
+        if cls is node:  # called by a script or another node; ComfyUI calls a copy of the class
+            return run(cls, *args, **inputs)
+        text = [""]  # the same list in the cache and the history, so both have the newest text
+        before = _kept.set(text)
+        try:
+            output = run(cls, *args, **inputs)
+        finally:
+            _kept.reset(before)
+        if not isinstance(output, io.NodeOutput):
+            output = io.NodeOutput(*output)
+        shown: Any = output.ui or {}
+        output.ui = {**(shown if isinstance(shown, dict) else shown.as_dict()), UI_KEY: [text]}
+        return output
+
+    setattr(node, name, classmethod(run_and_keep))
+    setattr(node, "HAS_INTERMEDIATE_OUTPUT", True)  # noqa: B010  ComfyUI sends it from the cache
 
 
 def show_text(text: str):
@@ -35,25 +73,49 @@ def show_text(text: str):
     text_sender()(text)
 
 
-def text_sender() -> Callable[[str], None]:
+def text_sender(is_kept: bool = True) -> Callable[[str], None]:
     """Returns a function that shows texts on the node that runs now, even after it has run.
 
     If no node runs, as in a script that calls a node's method, the function does nothing. The node
     comes from the host and not from a hidden unique_id in the schema, because tools that write
     workflows as Python pass each hidden input to the node's method.
+
+    Args:
+        is_kept: whether ComfyUI keeps the last text with the node's outputs.
     """
     try:
         from comfy_execution.utils import get_executing_context
         context, server = get_executing_context(), running_server()
         if context is not None and server is not None:
-            send = server.send_progress_text
-            return lambda text: send(editor_text(text), context.node_id)
+            show = functools.partial(
+                server.send_progress_text, node_id=context.node_id, sid=server.client_id)
+            return functools.partial(_send, show, server, context, _kept.get() if is_kept else None)
     except (ImportError, AttributeError) as error:
         log_lack(str(error), "nodes show no text on themselves")
     return lambda text: None
 
 
-set_text_sender(text_sender)
+def _send(show: Callable[[str], None], server, context, kept: list[str] | None, text: str):
+    """Shows a text on a node of the prompt that began last. Of an earlier one the editor is told
+    that the text has changed: by now the id may be another node's.
+
+    Args:
+        show: shows a text on the node, in the browser tab that runs its prompt.
+        server: the host's.
+        context: the host's, of the node.
+        kept: takes the text, if it is kept.
+        text: that is shown.
+    """
+    text = text[:MAX_LENGTH]
+    if kept is not None:
+        kept[0] = text
+    if getattr(server, "last_prompt_id", None) == context.prompt_id:  # the host's `main` sets it
+        show(editor_text(text))
+    elif kept is not None:
+        server.send_sync(UI_KEY, {"prompt_id": context.prompt_id, "node": context.node_id})
+
+
+set_text_sender(functools.partial(text_sender, is_kept=False))
 
 
 def editor_text(text: str) -> str:
@@ -83,40 +145,47 @@ def keep_words(text: str) -> str:
 def loader_output(*notes: str | None, **parts) -> tuple:
     """Returns the outputs of a loader and shows on the node what each of them holds.
 
-    A part that was placed updates the text with its placement whenever it is loaded and at the end
-    of each run.
+    The text changes whenever a part that was placed is loaded, at the end of each run, and once the
+    kernels of a part are validated.
 
     Args:
         notes: sentences to show and log, for example about a missing device; None is skipped.
         parts: the outputs in their order, by keys of `TITLES`; None for a missing part.
     """
     show = text_sender()
-    texts = {}
     patchers = {key: patcher for key, part in parts.items()
                 if (patcher := patcher_of(part)) is not None}
+    titles = {key: f"{TITLES[key]}: " if len(parts) > 1 else "" for key in patchers}
     of_files = [note for patcher in patchers.values() for note in load_notes(patcher)]
     lines = list(dict.fromkeys(filter(None, [*notes, *of_files])))
     for note in lines:
         log.warning("[Featherweight] %s", note)
+    texts, places = {}, {}
 
-    def show_placement(key: str, summary: str, patcher: ModelPatcher, report: MemoryReport):
-        texts[key] = f"{summary}\n{placed_text(patcher, report)}"
-        show("\n".join([*texts.values(), *lines]))
+    def describe(key: str, patcher: ModelPatcher) -> bool:
+        """Returns whether the text has changed."""
+        before = texts.get(key)
+        summaries = (memory_summary(patcher), dequantize_backend_text(patcher),
+                     arithmetic_text(patcher))
+        summary = titles[key] + ", ".join(filter(None, summaries))
+        texts[key] = "\n".join(filter(None, [summary, fit_text(patcher), places.get(key)]))
+        return texts[key] != before
+
+    def show_changes(key: str, patcher: ModelPatcher):
+        if describe(key, patcher):
+            show("\n".join([*texts.values(), *lines]))
+
+    def show_placement(key: str, patcher: ModelPatcher, report: MemoryReport):
+        places[key] = placed_text(patcher, report)
+        show_changes(key, patcher)
 
     for key, patcher in patchers.items():
-        title = f"{TITLES[key]}: " if len(parts) > 1 else ""
-        summaries = (
-            memory_summary(patcher),
-            dequantize_backend_text(patcher),
-            host_product_text(patcher),
-            compute_text(patcher),
-        )
-        summary = title + ", ".join(filter(None, summaries))
-        summary += f"\n{text}" if (text := fit_text(patcher)) else ""
-        texts[key] = summary
         if getattr(patcher, "placement", None) is not None:
-            texts[key] += f"\n{planned_text(patcher)}"
+            places[key] = planned_text(patcher)
             placed: Any = patcher
-            placed.on_placement = functools.partial(show_placement, key, summary)
-    show_text("\n".join([*texts.values(), *lines]))
+            placed.on_placement = functools.partial(show_placement, key)
+        describe(key, patcher)
+    show("\n".join([*texts.values(), *lines]))
+    for key, patcher in patchers.items():
+        when_validated(patcher, functools.partial(show_changes, key))
     return tuple(parts.values())

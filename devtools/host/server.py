@@ -291,6 +291,10 @@ class Server:
                 on_progress(data["node"], data["value"], data["max"])
             elif event["type"] == "executing" and data["node"]:
                 on_progress(data["node"], 0, 0)
+            elif event["type"] == "executed":  # also of a node that is cached
+                texts = run.texts.setdefault(data["node"], [])
+                for text, in (data["output"] or {}).get("featherweight_text", []):
+                    texts += [text] if text and text not in texts[-1:] else []
             elif event["type"] == "execution_error":
                 raise ServerError(f"{data['node_type']}: {data['exception_message'].strip()}")
             elif event["type"] == "execution_interrupted":

@@ -1,6 +1,6 @@
 """Reads the tensors of a file, a folder or a loaded model for an inspection."""
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
 
+from ...ops.formats.base import Format
+from ...ops.layers.kitchen_products import why_off
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed, safe_detach
 from ..comfyui.detection import try_detect
 from ..comfyui.quantized_weights import as_tensors, with_marks
@@ -22,12 +24,7 @@ from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER
 from ..files.open_weights import open_weights
 from ..models.recipe import Recipe
 from ..quantizers.comfyui import READERS
-from .model_summary import (
-    dequantize_backend_text,
-    format_name,
-    host_product_text,
-    kitchen_text,
-)
+from .model_summary import arithmetic_text, dequantize_backend_text, format_name
 
 
 @dataclass
@@ -83,9 +80,8 @@ def file_contents(path: str | os.PathLike) -> Contents:
         os.path.basename(os.path.normpath(path)), tensors, formats, file.metadata,
         file.declared_type, file.tensor_bytes,
         sum(tensor.nbytes for tensor in tensors.values()), file=file, problem=problem,
-        kernels=kitchen_text(
-            {tensor.params.format for tensor in tensors.values() if is_packed(tensor)},
-            comfy.model_management.get_torch_device(), torch.bfloat16))
+        kernels=why_exact({tensor.params.format for tensor in tensors.values()
+                           if is_packed(tensor)}))
 
 
 def model_contents(patcher: ModelPatcher) -> Contents:
@@ -109,7 +105,15 @@ def model_contents(patcher: ModelPatcher) -> Contents:
                     patches=len(patcher.patches), config=patcher.model.model_config,
                     kernels=", ".join(filter(None, (
                         dequantize_backend_text(patcher),
-                        host_product_text(patcher)))))
+                        arithmetic_text(patcher)))))
+
+
+def why_exact(formats: Iterable[Format]) -> str:
+    """Returns why comfy_kitchen's kernels do not multiply weights of these formats on the device
+    that models run on; "" where they do, or where there are none for them."""
+    device: Any = comfy.model_management.get_torch_device()
+    reasons = {why_off(one, device, torch.bfloat16) for one in formats} - {""}
+    return "; ".join(f"exact, since {reason}" for reason in sorted(reasons))
 
 
 def package_parts(path: str | os.PathLike) -> list[Path]:

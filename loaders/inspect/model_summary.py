@@ -1,16 +1,19 @@
 """Describes in a few words, for a node or the log, what a loaded model holds."""
 import collections
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from ...ops import kernels
 from ...ops.formats.base import FORMATS, Format
+from ...ops.kernels.kernel import dtype_name
 from ...ops.layers import kitchen_products
 from ...ops.layers.packed_layers import PackedLinear
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed
 from ..byte_sizes import size_text
+from ..comfyui.who_computes import host_multiplies
 from ..files.container import WeightFile
 from ..files.safetensors import SafetensorsFile
 from ..quantizers.bitsandbytes import formats_in
@@ -73,56 +76,78 @@ def dequantize_backend_text(patcher) -> str | None:
     Args:
         patcher: of the model.
     """
-    formats = {within for tensor in patcher.model.parameters() if is_packed(tensor)
-               for within in tensor.params.format.formats_within() if within.plain_dtype is None}
+    formats, device, dtype = _dequantizing(patcher)
     if not formats:
         return None
-    device = patcher.load_device
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    dtype_of_model = getattr(patcher.model, "get_dtype_inference", None)
-    dtype = dtype if dtype_of_model is None else dtype_of_model()
     log.debug("[Featherweight] Inputs of few rows are multiplied by %s",
               kernels.used(device, formats, dtype, "linear"))
     return f"dequantized by {kernels.used(device, formats, dtype)}"
 
 
-def host_product_text(patcher) -> str | None:
-    """Returns which products of a model are ComfyUI's, or why it lacks some; None for neither.
-
-    "multiplied by ComfyUI" for layers in its formats that it computes, and what `kitchen_text` says
-    of others.
-    """
-    texts = []
-    if any(map(is_comfy_quantized, patcher.model.parameters())):
-        texts.append("multiplied by ComfyUI")
-    dtype_of_model = getattr(patcher.model, "get_dtype_inference", lambda: torch.float16)
-    layers = [module for module in patcher.model.modules() if isinstance(module, PackedLinear)]
-    formats = {layer.weight.params.format for layer in layers if is_packed(layer.weight)}
-    is_fast = any(layer.compute == "int8" for layer in layers)
-    texts.append(kitchen_text(formats, patcher.load_device, dtype_of_model(), is_fast))
-    return ", ".join(filter(None, texts)) or None
+def when_validated(patcher, callback: Callable[[Any], None]):
+    """Calls a function with a patcher once what `dequantize_backend_text` says of it is final; see
+    `kernels.when_decided`."""
+    formats, device, dtype = _dequantizing(patcher)
+    cases = [("dequantize", packed_format, dtype) for packed_format in formats]
+    if cases:
+        kernels.when_decided(device, cases, patcher, callback)
 
 
-def kitchen_text(formats: Iterable[Format], device: torch.device, dtype: torch.dtype,
-                 is_fast: bool = False) -> str:
-    """Returns which formats comfy_kitchen's kernels multiply, or why they do not.
+def _dequantizing(patcher) -> tuple[set[Format], torch.device, torch.dtype]:
+    """Returns the formats that are dequantised in a model, where, and to what."""
+    formats = {within for tensor in patcher.model.parameters() if is_packed(tensor)
+               for within in tensor.params.format.formats_within() if within.plain_dtype is None}
+    device = patcher.load_device
+    usual = torch.float32 if device.type == "cpu" else torch.float16
+    return formats, device, _compute_dtype(patcher) or usual
+
+
+def _compute_dtype(patcher) -> torch.dtype | None:
+    """Returns what a diffusion model computes in; None for another model."""
+    get_dtype = getattr(patcher.model, "get_dtype_inference", None)
+    return None if get_dtype is None else get_dtype()
+
+
+def arithmetic_text(patcher) -> str | None:
+    """Returns which arithmetic the layers of a model were given; None where nothing is known of it.
+
+    Such as "computes exactly in bfloat16", "int8 by ComfyUI's kernels (fast), the rest exactly in
+    bfloat16", or "computes exactly in float16, since ..." where faster kernels were asked for.
 
     Args:
-        formats: of linear layers.
-        device: where they run.
-        dtype: of their inputs.
-        is_fast: whether these layers use the kernels where there are some.
-
-    Returns:
-        "SVDQuant + AWQ multiplied by comfy_kitchen" or "exact, since comfy_kitchen's CUDA kernels
-        are off: ..."; "" where there is nothing to say.
+        patcher: the host's ModelPatcher of a model, text encoder or VAE.
     """
-    formats = list(formats)
-    titles = sorted({kitchen_products.title_of(one) for one in formats
-                     if is_fast and kitchen_products.runs(one, device, dtype)}, reverse=True)
-    reasons = sorted({kitchen_products.why_off(one, device, dtype) for one in formats} - {""})
-    texts = [f"{' + '.join(titles)} multiplied by comfy_kitchen"] if titles else []
-    return "; ".join([*texts, *(f"exact, since {reason}" for reason in reasons)])
+    dtype = _compute_dtype(patcher)
+    within = f" in {dtype_name(dtype)}" if dtype else ""
+    device, usual = patcher.load_device, dtype or torch.float16
+    found = (_product_of(layer, device, usual) for layer in patcher.model.modules())
+    products = {product for product in found if product is not None}
+    titles = collections.defaultdict(list)
+    for product in sorted({product for product in products if product.title}, reverse=True):
+        titles[product.owner].append(product.title)
+    fast = ", ".join(f"{' + '.join(names)} by {owner} (fast)" for owner, names in titles.items())
+    is_exact = any(not product.title for product in products)
+    if fast:
+        text = f"{fast}, the rest exactly{within}" if is_exact else fast
+    elif products or within:
+        text = f"computes{' exactly' if is_exact else ''}{within}"
+    else:
+        return None
+    reasons = sorted({product.why_exact for product in products} - {""})
+    return f"{text}, since {'; '.join(reasons)}" if reasons else text
+
+
+def _product_of(layer: Any, device: torch.device,
+                dtype: torch.dtype) -> kitchen_products.Used | None:
+    """Returns what multiplies with the quantized weight of a linear layer; None for others."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, PackedLinear) and is_packed(weight):
+        return kitchen_products.used(weight.params.format, device, dtype, layer.compute)
+    if not is_comfy_quantized(weight) or not hasattr(layer, "_full_precision_mm"):
+        return None
+    name = str(layer.quant_format)
+    is_fast = host_multiplies(name, device) and not layer._full_precision_mm
+    return kitchen_products.Used(name if is_fast else "", kitchen_products.OF_COMFYUI)
 
 
 def title_of(name: str) -> str:

@@ -16,7 +16,6 @@ from comfy.taesd.taesd import TAESD
 from ...ops import kernels
 from ...ops.cpu import attention as cpu_attention
 from ...ops.cpu import features as cpu_features
-from ...ops.kernels.kernel import dtype_name
 
 # how packed layers multiply; "automatic" is exact, but what only comfy_kitchen multiplies as its
 # makers meant it
@@ -105,14 +104,6 @@ def vae_dtype(model: torch.nn.Module, device: torch.device, compute: str) -> tor
     ):
         return torch.bfloat16
     return None
-
-
-def compute_text(patcher: ModelPatcher) -> str | None:
-    """Returns what a diffusion model on a CPU computes in: "computes in bfloat16"; else None."""
-    get_dtype = getattr(patcher.model, "get_dtype_inference", None)
-    if get_dtype is None or not comfy.model_management.is_device_cpu(patcher.load_device):
-        return None
-    return f"computes in {dtype_name(get_dtype())}"
 
 
 def _has_flag(names: tuple[str, ...]) -> bool:

@@ -12,9 +12,8 @@ import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..inspect.model_summary import dequantize_backend_text, host_product_text
+from ..inspect.model_summary import arithmetic_text, dequantize_backend_text
 from ..models.compute_choice import EXACTLY, FAST
-from ..models.compute_dtype import compute_text
 from ..out_of_memory import is_out_of_memory
 from ..packing.calibration.sampling import (
     SamplingRun,
@@ -171,7 +170,7 @@ def _measure_row(patcher: ModelPatcher, run: SamplingRun, row: Row, deadline: fl
 
     with contextlib.suppress(_Done):
         run.run(patcher, on_step)
-    words = (dequantize_backend_text(patcher), host_product_text(patcher), compute_text(patcher))
+    words = dequantize_backend_text(patcher), arithmetic_text(patcher)
     row = replace(row, seconds=tuple(seconds), held=patcher.model_size(), peak=largest,
                   kernels=", ".join(filter(None, words)))
     return row, result, shape

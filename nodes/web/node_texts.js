@@ -1,6 +1,8 @@
 // The texts that this pack shows on nodes stay after a run, which newer editors end by taking every text away. They go
 // where they are not true any more: from a node that was cancelled, failed or refused its inputs. A node that failed says why:
 // of newer editors the message itself is only in the details of the error.
+// ComfyUI keeps a node's last text with its outputs (node_text.py): it comes with those of a node that need not run again, and a workflow
+// that is opened gets the texts of its last runs from the history.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -10,6 +12,9 @@ const WIDGET = "$$node-text-preview"; // the editor's name for it
 const JOINER = "\u2060"; // between all letters of a text that the editor might take for Markdown
 
 const LONG_WORD = 24; // characters that are kept in one line
+
+const KEY = "featherweight_text"; // in a node's outputs; an event of this name says that the text of a node has changed since
+const RUNS = 5; // of a workflow, that are looked through for its texts
 
 const texts = new WeakMap(); // node -> its text
 const failed = new Set(); // nodes that say why they failed
@@ -62,6 +67,35 @@ function editorText(message) {
   return plain.replace(/\S+/g, joined).replaceAll("\n", "  \n");
 }
 
+/** Shows a text on a node, or on none once its graph is opened; an empty one is none. */
+function show(node, text) {
+  if (!text) return clear(node);
+  texts.set(node, editorText(text));
+  if (nodes().includes(node)) api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text: texts.get(node) });
+}
+
+/** The text in the outputs of a node; undefined where none is kept. */
+const textIn = (outputs) => outputs?.[KEY]?.at(-1)?.[0];
+
+const read = async (path) => (await api.fetchApi(path)).json();
+
+const workflowId = () => (app.rootGraph ?? app.graph).id;
+
+/** What the history has of a run: [nodes of the open workflow that are as they were then, with their texts]; none of another workflow. */
+async function textsOf(promptId) {
+  const { prompt, outputs } = (await read(`/history/${promptId}`))[promptId] ?? {};
+  if (!prompt || prompt[3]?.extra_pnginfo?.workflow?.id !== workflowId()) return [];
+  return Object.entries(outputs).map(([id, output]) => [find(id), textIn(output), prompt[2][id]]).filter(
+    ([node, text, { class_type: type, inputs } = {}]) => text !== undefined && node?.type === type
+      && (node.widgets ?? []).every(({ name, value }) => !(name in inputs) || Array.isArray(inputs[name]) || inputs[name] === value));
+}
+
+async function showLastRuns() {
+  const { jobs } = await read(`/jobs?workflow_id=${encodeURIComponent(workflowId())}&limit=${RUNS}`);
+  for (const { id } of jobs)
+    for (const [node, text] of await textsOf(id)) if (!texts.has(node)) show(node, text);
+}
+
 function showFailure({ node_id: id, node_type: type, exception_message: message }) {
   const node = find(id);
   if (!message || node?.type !== type || !isOwn(node) || !nodes().includes(node)) return;
@@ -73,6 +107,13 @@ function showFailure({ node_id: id, node_type: type, exception_message: message 
 const on = (event, callback) => api.addEventListener(event, ({ detail }) => queueMicrotask(() => callback(detail)));
 
 on("progress_text", remember);
+on("executed", ({ node: id, display_node: shown, output }) => {
+  const node = find(shown || id), text = textIn(output);
+  if (node && text !== undefined) show(node, text);
+});
+on(KEY, async ({ prompt_id: promptId, node: id }) => {
+  for (const [node, text] of await textsOf(promptId)) if (node === find(id)) show(node, text);
+});
 on("execution_success", showAgain);
 on("executing", (id) => {
   const node = id ? find(id) : null;
@@ -99,3 +140,9 @@ api.queuePrompt = async function (...given) {
     throw error;
   }
 };
+
+app.registerExtension({
+  name: "Featherweight.NodeTexts",
+  setup: () => app.canvas.canvas.addEventListener("litegraph:set-graph", showAgain), // a subgraph that is opened
+  afterConfigureGraph: () => void showLastRuns(),
+});

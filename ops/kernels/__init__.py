@@ -18,6 +18,7 @@ import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -46,7 +47,8 @@ __all__ = [
     "multiplies",
     "request",
     "start_validation",
-    "used"
+    "used",
+    "when_decided",
 ]
 
 log = logging.getLogger(__name__)
@@ -152,6 +154,19 @@ def are_pending(device: torch.device,
     """Returns whether some of these kernels have no verdict yet. needed: as for `request`."""
     selector = _selector(device)
     return any(selector.verdict(*case)[0] == "pending" for case in needed)
+
+
+def when_decided(device: torch.device,
+                 needed: Iterable[tuple[str, Format | None, torch.dtype]], owner: object,
+                 callback: Callable[[Any], None]):
+    """Calls a function with `owner` once all of these kernels have a verdict.
+
+    Args:
+        device, needed: as for `request`.
+        owner: is kept by a weak reference; for one that is gone the function is not called.
+        callback: runs in another thread.
+    """
+    _selector(device).when_decided(list(needed), owner, callback)
 
 
 def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,

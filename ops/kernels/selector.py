@@ -1,9 +1,12 @@
 """Selects a device's kernels: those that are proven right on it."""
+import functools
 import logging
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -70,6 +73,8 @@ class Selector:
         self._found: dict[tuple, list[tuple[Kernel, int]]] = {}
         self._waits = True
         self._is_read = threading.Event()
+        # owner -> the cases whose verdicts it waits for, and what is called then
+        self._waiting: weakref.WeakKeyDictionary[object, tuple] = weakref.WeakKeyDictionary()
         if name is None:
             self._is_read.set()
         elif device.type == "mps":  # torch must command an Apple GPU from one thread at a time
@@ -95,6 +100,7 @@ class Selector:
         finally:
             self._found = {}
             self._is_read.set()
+            self._call_waiting()
         use = self._name
         if self.reason:
             use = f"torch, because no kernel works there ({self.reason})"
@@ -188,6 +194,18 @@ class Selector:
                       line.get("why", ""))
         self._lines[name] = line
         self._found = {}
+        self._call_waiting()
+
+    def when_decided(self, cases: list[tuple], owner: object, callback: Callable[[Any], None]):
+        """Calls a function once some cases have verdicts; see `kernels.when_decided`."""
+        self._waiting[owner] = cases, callback
+        self._call_waiting()
+
+    def _call_waiting(self):
+        for owner, (cases, callback) in list(self._waiting.items()):
+            is_pending = any(self.verdict(*case)[0] == "pending" for case in cases)
+            if not is_pending and self._waiting.pop(owner, None):
+                submit(functools.partial(callback, owner))
 
     def start(self, dtype: torch.dtype):
         """Has the kernels of all layouts validated, and then the products that models have needed

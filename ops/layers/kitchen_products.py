@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from comfy_kitchen.constraints import FunctionConstraints, validate_function_call
@@ -61,6 +62,8 @@ ORDERED = "quantize_nvfp4"  # the function that must write codes in the order of
 # names of operands that have the dtype of the input
 FLOAT_OPERANDS = "x", "smooth", "lora_down", "ascales", "wscales", "wzeros", "lora_up", "out_dtype"
 
+OF_COMFYUI, OF_THIS_PACK = "ComfyUI's kernels", "this pack"
+
 Backend = str
 _Parts = dict[str, torch.Tensor]
 
@@ -81,6 +84,20 @@ class _Product:
     run: Callable[..., torch.Tensor]
     least: int
     most: float
+
+
+class Used(NamedTuple):
+    """What multiplies with a weight.
+
+    Attributes:
+        title: of a fast product, for people; "": the product is exact.
+        owner: whose the fast product is.
+        why_exact: why there is no fast one, where one was asked for.
+    """
+
+    title: str = ""
+    owner: str = ""
+    why_exact: str = ""
 
 
 def why_off(packed_format: Format, device: torch.device, dtype: torch.dtype) -> str:
@@ -108,10 +125,28 @@ def runs(packed_format: Format, device: torch.device, dtype: torch.dtype) -> boo
     return name is not None and _backend(name, device, dtype) is not None
 
 
-def title_of(packed_format: Format) -> str:
-    """Returns what people call the formats of a product, "" where there is none."""
+def used(packed_format: Format, device: torch.device, dtype: torch.dtype, compute: str) -> Used:
+    """Returns what multiplies with a weight, where the input has enough tokens.
+
+    Args:
+        packed_format: of the weight.
+        device: where the layer runs.
+        dtype: of its input.
+        compute: of the layer, see `PackedLayer`.
+    """
+    if compute not in (INT8, "automatic") or packed_format.plain_dtype:
+        return Used()
+    off = why_off(packed_format, device, dtype)
+    if compute == "automatic":
+        return Used(why_exact=off)
     name = product_of(packed_format)
-    return "" if name is None else PRODUCTS[name].title
+    if _backend(name or INT8, device, dtype):
+        return Used(PRODUCTS[name or INT8].title, OF_COMFYUI)
+    if off or (name and device.type != "cpu"):
+        return Used(why_exact=off)
+    if int8.multiplies_integers(device):
+        return Used(PRODUCTS[INT8].title, OF_THIS_PACK)
+    return Used(why_exact=f"{device} has no int8 units that this pack uses")
 
 
 def product_of(packed_format: Format) -> str | None:

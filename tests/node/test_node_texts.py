@@ -2,6 +2,7 @@
 breaks lines anywhere."""
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,9 @@ import comfy_execution.utils
 import folder_paths
 import pytest
 import torch
+from comfy_api.internal import make_locked_method_func
+from comfy_api.latest import io, ui
+from execution import get_output_from_returns
 from lora_models import pairs, weight_shapes
 from pack_nodes import node_list
 from patched_models import flux_file, lora_for, packed_flux, patched
@@ -16,7 +20,7 @@ from safetensors.torch import save_file
 
 import nodes as host_nodes
 from featherweight.cluster.image_collector import ImageCollector
-from featherweight.nodes import node_text
+from featherweight.nodes import legacy, node_text
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.check_lora import CheckLora
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile
@@ -26,6 +30,7 @@ from featherweight.nodes.measure_speed import MeasureSpeed
 from featherweight.nodes.node_text import (
     JOINER,
     LONG_WORD,
+    UI_KEY,
     editor_text,
     keep_words,
     loader_output,
@@ -33,6 +38,9 @@ from featherweight.nodes.node_text import (
 )
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.save_packed_model import SavePackedModel
+from featherweight.ops import kernels
+from featherweight.ops.kernels import registry, selector
+from featherweight.ops.kernels.kernel_requests import prepare_kernels
 
 pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = {"samples": torch.zeros(1, 16, 8, 8)}
@@ -109,10 +117,11 @@ TEXTS = {
 def sent(tmp_path, monkeypatch):
     """The texts that the editor gets."""
     texts = []
-    server = SimpleNamespace(send_progress_text=lambda text, node: texts.append(text))
+    server = SimpleNamespace(send_progress_text=lambda text, node_id, sid: texts.append(text),
+                             client_id="tab", last_prompt_id="run")
     monkeypatch.setattr(node_text, "running_server", lambda: server)
     monkeypatch.setattr(comfy_execution.utils, "get_executing_context",
-                        lambda: SimpleNamespace(node_id="1"))
+                        lambda: SimpleNamespace(node_id="1", prompt_id="run"))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras",
@@ -170,6 +179,118 @@ def test_a_lora_that_fits_and_one_for_a_text_encoder_say_nothing(sent, tmp_path)
     assert len(patched.patches) == len(shapes)
     patched.add_patches({"clip_l.transformer.text_model.final_layer_norm.weight": None}, 1.0)
     assert sent == []
+
+
+# --- what ComfyUI keeps ---
+
+
+def shows(result=None) -> type[io.ComfyNode]:
+    """Returns a node that shows a text and one that passes, and whose `show` shows more later."""
+    class Shows(io.ComfyNode):
+        show: Callable[[str], None]
+
+        @classmethod
+        def define_schema(cls):
+            return io.Schema("FeatherweightShows", inputs=[io.String.Input("text")],
+                             outputs=[io.Int.Output()])
+
+        @classmethod
+        def execute(cls, text) -> io.NodeOutput:
+            Shows.show = text_sender()
+            Shows.show(text)
+            text_sender(is_kept=False)("reading: 40%")
+            return result or io.NodeOutput(1)
+
+    node_text.keep_text(Shows)
+    return Shows
+
+
+def outputs_of(node: type[io.ComfyNode], *inputs: dict) -> tuple[dict, list]:
+    """Returns the ui output of a node and its values, as the host's executor gets them."""
+    node.GET_SCHEMA()
+    call = make_locked_method_func(node, node.FUNCTION, node.PREPARE_CLASS_CLONE(None))
+    values, ui, _ = get_output_from_returns([call(**each) for each in inputs], node)
+    return ui, values
+
+
+def test_a_nodes_outputs_have_its_last_text_that_is_not_of_its_progress(sent):
+    node = shows()
+    assert outputs_of(node, {"text": "Q4_K <b>"}) == ({UI_KEY: [["Q4_K <b>"]]}, [[1]])
+    assert len(sent) == 2 and node.HAS_INTERMEDIATE_OUTPUT  # so a cached run sends them again
+
+
+@pytest.mark.parametrize("shown", [{"text": ("a",)}, ui.PreviewText("a")])
+def test_they_have_what_the_node_shows_itself_too_and_a_text_for_each_item_of_a_list(shown, sent):
+    node = shows(io.NodeOutput(1, ui=shown))
+    kept, _ = outputs_of(node, {"text": "one"})
+    assert kept == {"text": ["a"], UI_KEY: [["one"]]}
+    kept, _ = outputs_of(shows(), {"text": "one"}, {"text": ""})
+    assert kept == {UI_KEY: [["one"], [""]]}
+
+
+def test_a_text_is_cut_that_is_longer_than_anybody_reads(sent):
+    kept, _ = outputs_of(shows(), {"text": "x" * 30_000})
+    assert kept == {UI_KEY: [["x" * 20_000]]} and "x" * 20_001 not in sent[0].replace(JOINER, "")
+
+
+def test_a_text_that_changes_after_the_run_changes_in_what_comfyui_keeps(sent):
+    node = shows()
+    kept, _ = outputs_of(node, {"text": "at most 4.0 of 6.8 GB on cuda:0"})
+    node.show("4.0 of 6.8 GB on cuda:0")
+    assert kept == {UI_KEY: [["4.0 of 6.8 GB on cuda:0"]]}
+
+
+def test_of_an_earlier_prompt_the_editor_is_told_that_the_text_has_changed(sent):
+    """In the prompt that runs now, its id may be another node's."""
+    node, server, events = shows(), node_text.running_server(), []
+    kept, _ = outputs_of(node, {"text": "before"})
+    server.last_prompt_id = "another"
+    server.send_sync = lambda *event: events.append(event)
+    sent.clear()
+    node.show("after")
+    assert kept == {UI_KEY: [["after"]]} and not sent
+    assert events == [("featherweight_text", {"prompt_id": "run", "node": "1"})]
+
+
+class Loads(legacy.LegacyNode):
+    """Of a pack whose scripts call `load_it`."""
+
+    @classmethod
+    def run(cls, name):
+        node_text.show_text(f"read {name}")
+        return name,
+
+
+def test_a_legacy_node_returns_a_tuple_to_scripts_and_its_text_to_comfyui(sent):
+    node = legacy.make_node(__name__, "Loads", Loads, "load_it", "Loads", "unet_name",
+                            description="")
+    node_text.keep_text(node)
+    assert node().load_it("a.gguf") == ("a.gguf",)
+    kept, values = outputs_of(node, {"unet_name": "a.gguf"})
+    assert kept == {UI_KEY: [["read a.gguf"]]} and values == [["a.gguf"]]
+
+
+def test_a_loader_that_says_kernels_are_being_validated_says_more_once_they_are(sent, monkeypatch):
+    work, name = [], "made_up"
+    kernel = kernels.Kernel("dequantize", frozenset(["Q4_K"]), frozenset([torch.bfloat16,
+                            torch.float32]), lambda packed, tensors, out, first:
+                            packed.dequantize_into(tensors, out, first))
+    model = packed_flux("Q4_K")
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
+    monkeypatch.setattr(selector, "submit", work.append)
+    monkeypatch.setattr(kernels, "_selectors", {})
+    monkeypatch.setitem(kernels.BACKENDS, "cpu", name)
+    monkeypatch.setitem(registry.IMPORTS, name, lambda: kernels.Backend(
+        name, lambda device: None, [kernel]))
+    sent.clear()
+    loader_output(model=model)
+    assert f"by torch: {kernels.WORDS['pending']}" in sent[-1].replace(JOINER, "")
+    for _ in range(3):
+        prepare_kernels(model.model, model.load_device, model.model.get_dtype_inference())
+        while work:
+            work.pop(0)()
+    assert len(sent) == 2
+    assert "dequantized by made_up, computes exactly" in sent[-1].replace(JOINER, "")
 
 
 def test_texts_are_the_same_without_the_marks_between_their_letters():

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ from safetensors.torch import save_file
 
 from devtools import ROOT, demo
 from devtools.files import demo_files
-from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
+from devtools.host.browser import COMPLAINTS, NODES, RED, SETTINGS, UNKNOWN, BrowserError
 from devtools.host.environment import DEV, HOST_VERSION, SetupError
 from devtools.host.server import JOINER, PACK, Server
 from devtools.workflows import BLUEPRINT_FOLDER, DEMO, FIRST, blueprint_paths, example_paths
@@ -50,6 +51,7 @@ from featherweight.nodes.search_words import (
     OF_PLACING,
     OF_SAVING,
 )
+from featherweight.ops.kernels import WORDS
 
 CATEGORY = "Featherweight"
 EXAMPLES = example_paths()
@@ -345,14 +347,15 @@ def with_one_step(workflow: dict) -> dict:
 
 
 @contextlib.contextmanager
-def opened(browser, server, path: Path, modern: bool):
+def opened(browser, server, workflow: Path | dict, modern: bool, settings: Mapping = {}):
     """The editor with an example in it, whose nodes have the modern design or the classic one."""
     server.post("/settings", {MODERN: modern})
     try:
-        browser.open_editor(server)
-        server.post("/free", {"free_memory": True})  # else a loader that has run says nothing
-        workflow = with_one_step(json.loads(path.read_text(encoding="utf-8")))
-        browser.open_workflow(path.name, json.dumps(workflow))
+        browser.open_editor(server, {**SETTINGS, **settings})
+        if isinstance(workflow, Path):
+            workflow = json.loads(workflow.read_text(encoding="utf-8"))
+        workflow = with_one_step(workflow)
+        browser.open_workflow("workflow.json", json.dumps(workflow))
         types = sorted(node["type"] for node in workflow["nodes"])
         becomes(browser, lambda: sorted(browser.types()), types)
         yield browser
@@ -393,6 +396,120 @@ def test_texts_stay_after_a_run_and_a_node_that_fails_says_why_and_one_that_is_r
                 path.write_bytes(contents)
 
 
+BOTH_DESIGNS = pytest.mark.parametrize(("any_server", "modern"), [
+    ("own", False), ("own", True), ("newest", True)], indirect=["any_server"])
+LOADERS = ["FeatherweightLoadDiffusionModel", "FeatherweightLoadTextEncoder"]
+
+
+def reload(page):
+    """As F5 does, once the editor has stored the open workflow."""
+    page.wait_for("Object.keys(localStorage).concat(Object.keys(sessionStorage)).some("
+                  f"key => (localStorage[key] ?? sessionStorage[key]).includes('{LOADERS[0]}'))")
+    page.evaluate("window.isOld = true")
+    page.call("Page.reload")
+    with contextlib.suppress(BrowserError):  # nothing can be asked of a page that leaves
+        page.wait_for("!window.isOld")
+    page.wait_for(
+        f"window.app?.graph?.nodes?.some(node => node.type === '{LOADERS[0]}')"
+        " && !app.extensionManager.spinner", 180)
+
+
+def texts_on(page) -> list[str]:
+    return [text_on(page, type) for type in with_texts(page)]
+
+
+@BOTH_DESIGNS
+def test_texts_come_back_after_a_reload_by_the_history_and_by_a_run_that_is_cached(
+        any_server, modern, browser):
+    name = f"{'newest' if any_server.arguments[1:] else 'own'}_{'modern' if modern else 'classic'}"
+    stored = {"Comfy.Workflow.Persist": True}
+    with opened(browser, any_server, demo.WORKFLOW, modern, stored) as page:
+        run(page, any_server)
+        becomes(page, lambda: with_texts(page), LOADERS)
+        before = texts_on(page)
+        assert "computes exactly in " in before[0]
+        reload(page)
+        becomes(page, lambda: with_texts(page), LOADERS)  # nothing runs
+        assert texts_on(page) == before
+        keep(page, f"texts_of_the_history_{name}")
+        any_server.post("/history", {"clear": True})
+        reload(page)
+        assert with_texts(page) == []
+        page.evaluate("app.graph.nodes.find(node => node.type === 'KSampler').widgets[0].value++")
+        run(page, any_server)
+        becomes(page, lambda: with_texts(page), LOADERS)
+        assert texts_on(page) == before
+        keep(page, f"texts_of_a_cached_run_{name}")
+        last = list(any_server.get_json("/history").values())[-1]
+        cached, = [data["nodes"] for event, data in last["status"]["messages"]
+                   if event == "execution_cached"]
+        types = {id: node["class_type"] for id, node in last["prompt"][2].items()}
+        assert {types[id] for id in cached} >= set(LOADERS)
+
+
+@BOTH_DESIGNS
+def test_another_tab_shows_the_texts_of_its_nodes_alone(any_server, modern, browser):
+    any_server.post("/history", {"clear": True})
+    with opened(browser, any_server, demo.WORKFLOW, modern) as page:
+        run(page, any_server)
+        becomes(page, lambda: with_texts(page), LOADERS)
+        before = texts_on(page)
+    with opened(browser, any_server, demo.WORKFLOW, modern) as page:
+        becomes(page, lambda: with_texts(page), LOADERS)  # nothing runs
+        assert texts_on(page) == before
+        run(page, any_server)
+        assert texts_on(page) == before
+    other = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
+    loader, = (node for node in other["nodes"] if node["type"] == LOADERS[0])
+    loader["widgets_values"][1] = "fast"  # compute
+    with opened(browser, any_server, other, modern) as page:
+        becomes(page, lambda: with_texts(page), LOADERS[1:])
+        run(page, any_server)
+        becomes(page, lambda: with_texts(page), LOADERS)
+        assert "computes exactly" not in text_on(page, LOADERS[0])
+
+
+@BOTH_DESIGNS
+def test_a_node_in_a_subgraph_shows_its_text_once_that_is_opened(any_server, modern, browser):
+    with opened(browser, any_server, demo.WORKFLOW, modern) as page:
+        any_server.post("/history", {"clear": True})
+        page.evaluate(f"""(node => void app.graph.convertToSubgraph(new Set([node])))(
+            app.graph.nodes.find(node => node.type === '{LOADERS[0]}'))""")
+        run(page, any_server)
+        becomes(page, lambda: with_texts(page), LOADERS[1:])
+        page.evaluate("void app.canvas.setGraph("
+                      "app.graph.nodes.find(node => node.subgraph).subgraph)")
+        becomes(page, lambda: LOADERS[0] in with_texts(page), True)
+
+
+@BOTH_DESIGNS
+def test_a_text_in_a_nodes_outputs_is_no_markup(any_server, modern, browser):
+    text = "<img src=x onerror='window.harmed = true'> [[Note|https://example.com]]"
+    with opened(browser, any_server, demo.WORKFLOW, modern) as page:
+        page.evaluate(f"""(text => {{
+            const node = app.graph.nodes.find(node => node.type === '{LOADERS[0]}')
+            comfyAPI.api.api.dispatchCustomEvent('executed', {{
+              node: String(node.id), output: {{featherweight_text: [[text]]}}}})
+        }})({json.dumps(text)})""")
+        becomes(page, lambda: LOADERS[0] in with_texts(page), True)
+        assert text_on(page, LOADERS[0]).startswith("‹img src=x onerror=")
+        assert not page.evaluate("!!window.harmed || !!document.querySelector('img[src=x]')")
+
+
+def test_a_text_about_kernels_that_are_being_validated_is_another_once_they_are(
+        current, browser, tmp_path):
+    demo_files.make_models(tmp_path)
+    with Server(tmp_path, env={"XDG_CACHE_HOME": str(tmp_path / "cache")}) as fresh_cache:
+        with opened(browser, fresh_cache, demo.WORKFLOW, modern=False) as page:
+            run(page, fresh_cache)
+            becomes(page, lambda: WORDS["pending"] in text_on(page, LOADERS[0]), False, 300)
+            text = text_on(page, LOADERS[0])
+            assert "dequantized by" in text
+            last, = fresh_cache.get_json("/history").values()
+            assert [[text]] in [output.get("featherweight_text")
+                                for output in last["outputs"].values()]
+
+
 @pytest.mark.parametrize("any_server", ["own", "newest"], indirect=True)
 def test_comfyuis_lora_loader_says_of_a_lora_that_it_does_not_fit_and_then_that_no_more(
         any_server, current, browser):
@@ -424,6 +541,7 @@ def test_comfyuis_lora_loader_says_of_a_lora_that_it_does_not_fit_and_then_that_
 
 def test_the_text_of_a_node_that_is_cancelled_goes(current, more_models, browser, server):
     measure = "FeatherweightMeasureSensitivity"
+    server.post("/free", {"free_memory": True})  # a cancelled run sends nothing of the cache
     with opened(browser, server, demo.MIX_WORKFLOW, modern=False) as page:
         page.evaluate(
             f"app.graph.nodes.find(node => node.type === '{measure}').widgets"

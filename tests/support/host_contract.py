@@ -113,10 +113,10 @@ MEMBERS = {
         "delete_queue_item": "function", "get_flags": "reset", "get_history": "prompt_id",
         "mutex": None, "put": "item", "set_flag": "name data"
     }, "server.PromptServer": {
-        "add_on_prompt_handler": "handler", "instance": None, "last_node_id": None,
-        "prompt_queue": None, "publish_loop": "", "routes": None,
-        "send_progress_text": "text node_id", "sockets": None, "sockets_metadata": None,
-        "trigger_on_prompt": "json_data"
+        "add_on_prompt_handler": "handler", "client_id": None, "instance": None,
+        "last_node_id": None, "prompt_queue": None, "publish_loop": "", "routes": None,
+        "send_progress_text": "text node_id sid", "send_sync": "event data", "sockets": None,
+        "sockets_metadata": None, "trigger_on_prompt": "json_data"
     }
 }
 

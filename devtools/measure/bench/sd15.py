@@ -30,7 +30,7 @@ import nodes
 from devtools import ROOT, limited_cpu
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import clip_l_shapes
-from featherweight.loaders.models.compute_dtype import choose_compute, compute_text, vae_dtype
+from featherweight.loaders.models.compute_dtype import choose_compute, vae_dtype
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import wrap_vae
 from featherweight.loaders.speed.timing import time_in_turn
@@ -84,7 +84,7 @@ def bench_cpu(options):
         for compute, flag in (("exact", False), ("exact", True), ("float32", False)):
             with mock.patch.object(comfy.cli_args.args, "fp32_unet", flag):
                 model = packed_unet(channels, format_name, compute)
-            variants[f"{compute}, {compute_text(model)}"] = step_of(model, inputs)
+            variants[f"{compute}, {dtype_text(model)}"] = step_of(model, inputs)
         yield format_name, side_by_side(variants, options.rounds)
     plain, changed = (packed_unet(channels, options.formats[0], "exact") for _ in range(2))
     variants = {"no LoRA": step_of(plain, inputs), "LCM's": step_of(with_lora(changed), inputs)}
@@ -132,9 +132,14 @@ def time_steps(format_name: str, rounds: int, channels: int, size: int) -> dict[
     if has_openvino():
         variants = openvino_steps(channels, inputs, [fitting_precision()])
     packed = packed_unet(channels, format_name, "exact")
-    variants[f"exact, {compute_text(packed)}"] = step_of(packed, inputs)
+    variants[f"exact, {dtype_text(packed)}"] = step_of(packed, inputs)
     variants["dense in ComfyUI, float32"] = step_of(dense_unet(channels), inputs)
     return side_by_side(variants, rounds)
+
+
+def dtype_text(patcher) -> str:
+    """What a model computes in, as the tables of the docs have it."""
+    return f"computes in {dtype_name(patcher.model.get_dtype_inference())}"
 
 
 def has_openvino() -> bool:

@@ -32,10 +32,10 @@ from featherweight.loaders.comfyui.who_computes import (
     packed_formats,
 )
 from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.inspect import inspect
+from featherweight.loaders.inspect import inspect, model_summary
 from featherweight.loaders.inspect.model_summary import (
+    arithmetic_text,
     dequantize_backend_text,
-    host_product_text,
     memory_summary,
 )
 from featherweight.loaders.models.diffusion import load_diffusion_model
@@ -44,7 +44,7 @@ from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_fi
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_file, source_of_model
 from featherweight.loaders.quantizers.comfyui import READERS
-from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
+from featherweight.ops.tensor.packed_layout import is_comfy_quantized, is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -125,15 +125,21 @@ def packed_weights(patcher) -> dict:
 
 
 @pytest.mark.parametrize("format_name", [name for name in FORMATS if name in QUANT_ALGOS])
-def test_the_user_leaves_them_to_comfyui(format_name, folder):
+def test_the_user_leaves_them_to_comfyui(format_name, folder, monkeypatch):
     path, values = written(format_name, folder)
     host = comfy.sd.load_diffusion_model(path)
     ours = load_diffusion_model(path, host_formats=AS_COMFYUI)
     assert not packed_weights(ours) and torch.equal(run(ours), run(host))
-    assert host_product_text(ours) == "multiplied by ComfyUI"
     assert dequantize_backend_text(ours) is None
     exact = load_diffusion_model(path, host_formats=EXACT)
-    assert host_product_text(exact) is None
+    exactly = arithmetic_text(exact)
+    assert exactly.startswith("computes exactly in ") and exactly == arithmetic_text(ours)  # a CPU
+    monkeypatch.setattr(model_summary, "host_multiplies", lambda name, device: True)  # a GPU
+    for layer in ours.model.modules():
+        if is_comfy_quantized(getattr(layer, "weight", None)):
+            layer._full_precision_mm = False  # which ComfyUI sets on a CPU
+    assert arithmetic_text(ours) == f"{format_name} by ComfyUI's kernels (fast)"
+    assert arithmetic_text(exact) == exactly
     assert dequantize_backend_text(exact).startswith("dequantized by ")
 
 

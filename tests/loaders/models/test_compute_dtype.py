@@ -10,11 +10,11 @@ from families import FAMILIES, comfyui_gguf_style, random_weights, relative_erro
 from patched_models import dense_flux, flux_file, flux_inputs, relative
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.inspect.model_summary import arithmetic_text
 from featherweight.loaders.models.compute_dtype import (
     ATTENTION_FLAGS,
     DTYPE_FLAGS,
     compute_dtype,
-    compute_text,
 )
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.source import unsaved_parts
@@ -53,7 +53,7 @@ def test_a_cpu_that_multiplies_bfloat16_computes_in_it_as_exactly_as_a_gpu():
     dense = comfy.sd.load_diffusion_model_state_dict(
         dict(flux_file("Q8_0")[1]), model_options={"custom_operations": comfy.ops.manual_cast})
     assert model.model.get_dtype_inference() == torch.bfloat16
-    assert compute_text(model) == "computes in bfloat16"
+    assert arithmetic_text(model) == "computes exactly in bfloat16"
     expected = step(dense)
     dense.model.manual_cast_dtype = torch.bfloat16
     assert 0 < relative(step(model), expected) < 1.3 * relative(step(dense), expected)
@@ -63,13 +63,13 @@ def test_a_cpu_without_computes_in_float32(monkeypatch):
     monkeypatch.setattr(cpu_features, "multiplies_bfloat16", lambda: False)
     model = packed()
     assert model.model.get_dtype_inference() == torch.float32
-    assert compute_text(model) == "computes in float32"
+    assert arithmetic_text(model) == "computes exactly in float32"
     assert relative(step(model), step(dense_flux("Q8_0"))) < 1e-5
 
 
 def test_float32_is_computed_where_it_is_asked_for():
     model = packed("float32")
-    assert compute_text(model) == "computes in float32"
+    assert arithmetic_text(model) == "computes exactly in float32"
     assert relative(step(model), step(dense_flux("Q8_0"))) < 1e-5
 
 

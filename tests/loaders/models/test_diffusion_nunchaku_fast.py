@@ -21,8 +21,8 @@ from patched_models import lora_for, patched
 from featherweight.loaders.inspect.contents import file_contents, model_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.inspect.model_summary import host_product_text
-from featherweight.ops.layers import kitchen_products
+from featherweight.loaders.inspect.model_summary import arithmetic_text
+from featherweight.ops.layers import int8, kitchen_products
 
 pytestmark = pytest.mark.usefixtures("small_models")
 
@@ -142,7 +142,13 @@ def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_p
     name, path = "flux-dev", str(tmp_path / "model.safetensors")
     writer.write(path, quantized(name, precision))
     exact, fast = load(name, path), load(name, path, compute="int8")
-    assert host_product_text(exact) is host_product_text(fast) is None  # on a CPU
+    exactly = arithmetic_text(exact)
+    assert exactly.startswith("computes exactly in ")
+    the_rest = f"the rest {exactly.removeprefix('computes ')}"
+    for has_units, text in ((True, f"int8 by this pack (fast), {the_rest}"),
+                            (False, f"{exactly}, since cpu has no int8 units that this pack uses")):
+        monkeypatch.setattr(int8, "multiplies_integers", lambda device, has=has_units: has)
+        assert arithmetic_text(fast) == text
     assert not identify(file_contents(path)).kernels
     own, gpu = BackendRegistry(), torch.device("cuda:0")
     monkeypatch.setattr(kitchen_products, "registry", own)
@@ -153,7 +159,9 @@ def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_p
     own.mark_unavailable("cuda", "no library")
     reason = ("exact, since comfy_kitchen's CUDA kernels are off: no library; a newer comfy-kitchen"
               " may have them (pip install -U comfy-kitchen)")
-    assert host_product_text(exact) == host_product_text(fast) == reason
+    exactly = "computes exactly in bfloat16"
+    assert arithmetic_text(exact) == exactly
+    assert arithmetic_text(fast) == f"{exactly}, {reason.removeprefix('exact, ')}"
     assert identify(file_contents(path)).kernels == reason
     assert f"kernels: {reason}" in inspection_text(identify(file_contents(path)))
     functions = {function for one in kitchen_products.PRODUCTS.values()
@@ -161,8 +169,9 @@ def test_the_loader_and_inspect_say_what_multiplies_and_why_not(precision, tmp_p
     module = types.SimpleNamespace(quantize_nvfp4=registry.get_implementation(
         "quantize_nvfp4", backend="eager"))
     own.register("cuda", module, dict.fromkeys(functions, FunctionConstraints()))
-    assert host_product_text(exact) is None and not identify(file_contents(path)).kernels
-    assert host_product_text(fast) == "SVDQuant + AWQ multiplied by comfy_kitchen"
-    assert model_contents(fast).kernels.endswith(host_product_text(fast))
+    assert arithmetic_text(exact) == exactly and not identify(file_contents(path)).kernels
+    assert arithmetic_text(fast) == (
+        "SVDQuant + AWQ by ComfyUI's kernels (fast), the rest exactly in bfloat16")
+    assert model_contents(fast).kernels.endswith(arithmetic_text(fast))
     own.disable("cuda")
-    assert "ComfyUI has turned them off" in host_product_text(fast)
+    assert "ComfyUI has turned them off" in arithmetic_text(fast)

@@ -494,6 +494,25 @@ def test_what_has_the_references_bits_is_used_once_proven_and_a_product_from_the
     assert found(kernels.current_load()) == [dequantize, multiply]
 
 
+def test_who_waits_for_verdicts_is_called_once_all_are_there_and_not_where_it_is_gone(use, later):
+    use(backend(kernel("dequantize", dequantize)))
+    case, calls = ("dequantize", Q4_0, torch.float32), []
+    patcher, gone = torch.nn.Module(), torch.nn.Module()
+    for owner in (patcher, gone):
+        kernels.when_decided(CPU, [case], owner, calls.append)
+    del owner, gone
+    kernels.request(CPU, [case])
+    assert kernels.are_pending(CPU, [case]) and not calls
+    later()  # the backend is known now
+    kernels.request(CPU, [case])
+    assert not calls
+    later()
+    assert kernels.used(CPU, [Q4_0], torch.float32) == "made_up" and calls == [patcher]
+    kernels.when_decided(CPU, [case], patcher, calls.append)  # they are there already
+    later()
+    assert calls == [patcher] * 2
+
+
 def test_verdicts_of_an_earlier_run_count_from_the_first_load_on(use, monkeypatch):
     calls = []
 
