@@ -11,6 +11,7 @@ from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.checkpoint_source import source_of_checkpoint
+from ..loaders.packing.layer_losses import LOSS_IN_LAYERS, LOSS_KEY
 from ..loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,
@@ -260,7 +261,7 @@ class SavePackedModel(io.ComfyNode):
             reject_own_files(path, *(source for source, _, _ in jobs))
         calibrating = ["generating", "packing layer after layer"] if positive else []
         progress = Progress(*calibrating, *["packing"] * len(jobs))
-        metadata = cls._metadata()
+        metadata = cls._metadata() | ({LOSS_KEY: LOSS_IN_LAYERS} if positive else {})
         files = []
         for source, path, target in jobs:
             is_model = source is model_source

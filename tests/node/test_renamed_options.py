@@ -130,8 +130,8 @@ def test_the_list_of_measurements_has_what_is_there(measurements):
 
 
 def test_a_measurement_that_an_old_workflow_names_is_taken_from_either_input(measurements):
-    """At `sensitivity` a prompt had a text, or a link, which today's input takes too; a workflow had
-    the text in the place of the list."""
+    """At `sensitivity` a prompt had a text, or a link, which today's input takes too; a workflow
+    had the text in the place of the list."""
     save = "FeatherweightSavePackedModel"
     for given in ({"sensitivity": "b.sensitivity"}, {"sensitivity": ""}, {"sensitivity": LINK},
                   {"measurement": "b.sensitivity"}, {"measurement": ""}, {"measurement": "none"},
