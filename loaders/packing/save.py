@@ -218,9 +218,9 @@ class WeightPacker:
 
     def losses(self) -> dict[str, float]:
         """Returns name -> what each packed weight loses, for `layer_losses`."""
-        if self.lost != RESULT:
-            return self._losses
-        return errors_of_result(self.source, self.types, self.plan.options) or {}
+        if self.lost == RESULT:
+            return errors_of_result(self.source, self.types, self.plan.options)
+        return self._losses
 
     def note_lines(self) -> list[str]:
         """Returns sentences on losses, on what arrived of the changes, and on unplanned types."""

@@ -31,7 +31,7 @@ OTHERS = ("NF4", "int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4", (6_000_000, 
     "int8_convrot", "nvfp4")))
 SENTENCES = {
     "none": r"^Loss: [a-z ]+ \(([\d.]+) % of the weights\)\.$",
-    "imatrix": r"^Loss by the imatrix: [a-z ]+ \(([\d.]+) % of the weights by their importance\)\.$",
+    "imatrix": r"^Loss by the imatrix: [a-z ]+ \(([\d.]+) % of the weights by their importance\)",
     "normal": r"^Expected error of the result: [a-z ]+ \(([\d.]+) % of its latents\)\.$"
 }
 CASES = {  # effort -> targets, captions to measure, images to compare

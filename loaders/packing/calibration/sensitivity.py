@@ -7,7 +7,6 @@ blocks of 256 columns: 0.24 GB for the 1.52 million of Flux.1-dev, shared ones c
 import contextlib
 import hashlib
 import json
-import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping

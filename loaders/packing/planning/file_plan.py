@@ -282,7 +282,7 @@ def plain_type(weight: Weight, safetensors: bool) -> str:
 
 
 def errors_of_result(source: Source, types: Mapping[str, str],
-                     options: SaveOptions) -> dict[str, float] | None:
+                     options: SaveOptions) -> dict[str, float]:
     """Returns the errors that packing causes in the model's output, for `layer_losses`.
 
     Args:
@@ -291,7 +291,7 @@ def errors_of_result(source: Source, types: Mapping[str, str],
         options: for their measurement, without which, or its costs, nothing is returned.
     """
     if options.sensitivity is None or options.sensitivity.tells != RESULT:
-        return None
+        return {}
     shapes = source.model.shapes
     packed = {name: types[name] for name in shapes if types[name] not in PLAIN_BYTES
               and not source.weights[name].is_copied(types[name])}
@@ -465,7 +465,7 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
         names[name]: (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
         for name, weight in source.weights.items()
     }
-    metadata = {**source.metadata, "featherweight.plan": plan.json(), **options.metadata}
+    metadata = {**source.metadata, **options.metadata, "featherweight.plan": plan.json()}
     if options.sensitivity is not None:
         errors = errors_of_result(source, plan.types, options)
         metadata.setdefault(LOSS_KEY, loss_text(total(errors, RESULT), RESULT)

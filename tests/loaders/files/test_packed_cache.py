@@ -3,6 +3,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import types
 from pathlib import Path
