@@ -25,8 +25,8 @@ from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_model
 
 MIX = 5_000_000  # bytes, with types of GGUF
-FEW = ("Q6_K", "Q4_K", "Q3_K", MIX)
-MANY = (*FEW, "Q8_0", "Q5_K", "IQ4_XS", "Q2_K", 6_500_000, 5_500_000, 4_500_000, 4_000_000)
+FEW = ("Q4_K", "Q3_K", MIX)
+MANY = (*FEW, "Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "Q2_K", 6_500_000, 5_500_000, 4_500_000, 4_000_000)
 OTHERS = ("NF4", "int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4", (6_000_000, (
     "int8_convrot", "nvfp4")))
 SENTENCES = {
@@ -35,8 +35,10 @@ SENTENCES = {
     "normal": r"^Expected error of the result: [a-z ]+ \(([\d.]+) % of its latents\)\.$"
 }
 CASES = {  # effort -> targets, captions to measure, images to compare
-    "few": (FEW, 16, 4), "many": (MANY + OTHERS, 64, 24)
+    "few": (FEW, 4, 4), "many": (MANY + OTHERS, 64, 24)
 }
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_the_order_of_the_figures_is_that_of_the_images(kind, effort, maker, mea
     for (near, less, first), (far, more, second) in itertools.permutations(files, 2):
         if near > far + 1:
             assert less <= more, (first, second, files)
-    if kind == "normal":  # which is the error of the image itself
+    if kind == "normal" and effort == "many":  # which is the error of the image itself
         for reached, error, target in files:
             assert 10 ** (-reached / 20) == pytest.approx(error / 100, rel=0.4), target
 
@@ -103,7 +105,7 @@ def test_the_order_of_the_figures_is_that_of_the_images(kind, effort, maker, mea
 def test_a_file_says_what_is_expected_of_its_images_and_inspect_does_not_sum_up_weights(
         maker, measured):
     dense = maker.dense_model() and maker.folder / "dense.safetensors"
-    plain, mix = (saved(maker, MIX, measured(kind, 16), kind) for kind in ("none", "normal"))
+    plain, mix = (saved(maker, MIX, measured(kind, 4), kind) for kind in ("none", "normal"))
     error = f"({told(mix, 'normal'):.2g} % of its latents)"
     text = inspection_text(*inspect(mix.path, dense))
     assert f"made here, loss: very small {error}\n" in text
@@ -114,7 +116,7 @@ def test_a_file_says_what_is_expected_of_its_images_and_inspect_does_not_sum_up_
 
 
 def test_a_fast_measurement_names_the_worst_layers_and_nothing_in_total(maker, measured):
-    file = saved(maker, "Q4_K", measured("fast", 16))
+    file = saved(maker, "Q4_K", measured("fast", 4))
     assert not any(re.search(each, file.text, re.MULTILINE) for each in SENTENCES.values())
     assert "The layers that lose the most, in % of what the layer computes: " in file.text
     assert f"made here, loss: {LOSS_IN_LAYERS}" in inspection_text(*inspect(file.path))
