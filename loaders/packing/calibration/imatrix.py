@@ -71,7 +71,11 @@ class Imatrix(Sensitivity):
 
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
-    tells = IMATRIX
+
+    @property
+    def tells(self) -> str:
+        """Of what it tells the loss."""
+        return IMATRIX
 
     def importance(self, name: str) -> torch.Tensor | None:
         """Returns the mean square of each column, float32 (K,); None for a name without values."""

@@ -56,7 +56,8 @@ class Sensitivity:
     def tells(self) -> str:
         """Of what it tells the loss, for `layer_losses`."""
         # "no runs" is what earlier versions called FAST
-        return LAYERS if self.about.get("thoroughness") in (FAST, "no runs") else RESULT
+        is_fast = self.about.get("thoroughness") in (FAST, "no runs")
+        return RESULT if self.costs and not is_fast else LAYERS
 
     def moments(self, name: str) -> SecondMoments | None:
         """Reads the moments of a matrix's inputs, on the CPU; None where none were collected."""

@@ -274,7 +274,7 @@ def test_the_worst_layers_are_the_first(monkeypatch):
     assert len(first) == 9 and first == sorted(first, reverse=True)
     lines = summary(Sensitivity(costs, {})).splitlines()
     on_node = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("blocks")]
-    assert on_node == sorted(on_node) != []
+    assert on_node == sorted(on_node, reverse=True) != []
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind" * 9, None])
