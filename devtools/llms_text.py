@@ -49,11 +49,12 @@ def input_text(name: str, input_type, settings: dict, optional: bool) -> str:
         optional: whether a prompt may lack it.
     """
     facts = [input_type]
-    if input_type == "COMBO":
+    if "COMBO" in (types := input_type.split(",")):
         offered = [option for option in settings.get("options", ())
                    if not OF_A_MACHINE.fullmatch(str(option))]
         facts = [f"one of: {', '.join(map(str, offered))}" if len(offered) > 1 else
                  " or ".join(["a name that ComfyUI lists", *map(str, offered)])]
+        facts += [f"or a connection of {', '.join(types[1:])}"] * (len(types) > 1)
     facts += [f"{fact} {value_text(settings[fact])}" for fact in FACTS
               if fact in settings and not isinstance(settings[fact], list)]
     facts += ["optional"] * optional

@@ -2,13 +2,15 @@
 
 The host takes the default of a node's function where a prompt lacks one, and the editor
 (`web/added_inputs.js`) the value `EARLIER` where a saved workflow does; new nodes have the default.
+An input that replaced another has its id as `REPLACED`, by which the editor gives it the connection
+that a saved workflow has there.
 """
 from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
-EARLIER = "value_in_earlier_workflows"  # key in the description of an input
+EARLIER, REPLACED = "value_in_earlier_workflows", "replaced_input"  # in an input's description
 
 
 def added_combo(name: str, options: Sequence[str], earlier: str, **settings: Any):

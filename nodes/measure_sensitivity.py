@@ -9,12 +9,11 @@ from ..loaders.packing.calibration.imatrix import write_imatrix
 from ..loaders.packing.calibration.measure import (
     CHOICES,
     EACH_TYPE,
-    FAST,
     NORMAL,
     measure,
 )
 from ..loaders.packing.calibration.sampling import SamplingRun
-from ..loaders.packing.calibration.sensitivity import report, summary
+from ..loaders.packing.calibration.sensitivity import FAST, report, summary
 from ..loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
 from ..loaders.paths.name_tokens import fill_in
 from .node_text import show_text

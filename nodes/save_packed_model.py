@@ -11,6 +11,7 @@ from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.checkpoint_source import source_of_checkpoint
+from ..loaders.packing.layer_losses import LOSS_IN_LAYERS, LOSS_KEY
 from ..loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,
@@ -40,6 +41,7 @@ from ..loaders.paths.folders import (
 from ..loaders.paths.name_tokens import fill_in
 from ..loaders.progress import Progress
 from ..ops.quantize.row_types import ROW_TYPES
+from .added_inputs import REPLACED
 from .load_diffusion_model import DEFAULT_SIZE, MIX, size_in_bytes, size_input
 from .node_text import show_text
 from .renamed_options import current, renamed_combo
@@ -147,13 +149,6 @@ class SavePackedModel(io.ComfyNode):
                     tooltip="Its text encoders are saved too, each in a file of its own in"
                     " text_encoders; with vae, in the file of the model.",
                 ),
-                io.String.Input(
-                    "sensitivity",
-                    optional=True,
-                    force_input=True,
-                    tooltip="The output of Measure Sensitivity (Featherweight). If connected, it is"
-                    " used instead of the measurement picked.",
-                ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
@@ -174,17 +169,22 @@ class SavePackedModel(io.ComfyNode):
                     tooltip="Makes the file a whole checkpoint, with this VAE and the text encoders"
                     " of clip. For ComfyUI's own types and keep types.",
                 ),
-                renamed_combo(
-                    "measurement",
-                    [NONE, *list_measurements()],
-                    RENAMED_MEASUREMENTS,
-                    default=NONE,
-                    optional=True,
-                    tooltip="A measurement of this model in output/sensitivity, by Measure"
-                    " Sensitivity (Featherweight), or an imatrix (.gguf, .dat). The model is packed"
-                    " much better with it.",
+                io.MultiType.Input(
+                    renamed_combo(
+                        "measurement",
+                        [NONE, *list_measurements()],
+                        RENAMED_MEASUREMENTS,
+                        default=NONE,
+                        optional=True,
+                        tooltip="Connect Measure Sensitivity (Featherweight), or pick a measurement"
+                        " of this model in output/sensitivity, or an imatrix (.gguf, .dat). The"
+                        " model is packed much better with it.",
+                    ),
+                    types=[io.String],
+                    extra_dict={REPLACED: "sensitivity"},
                 ),
             ],
+            accept_all_inputs=True,  # prompts of earlier versions have `sensitivity`
             outputs=[
                 io.String.Output(display_name="path", tooltip="The file of the model."),
                 io.String.Output(
@@ -212,18 +212,17 @@ class SavePackedModel(io.ComfyNode):
         loras=KEEP_QUALITY,
         overwrite=False,
         clip=None,
-        sensitivity="",
         positive=None,
         latent=None,
         vae=None,
         measurement=NONE,
+        sensitivity="",
         **hidden,
     ) -> io.NodeOutput:
         type = current(type, RENAMED_SAVE_TYPES)
         keep_loras = current(loras, RENAMED_LORAS) == KEEP_QUALITY
-        picked = current(measurement, RENAMED_MEASUREMENTS)
-        name = sensitivity or (None if picked == NONE else picked)
-        measured = load_measurement(find_sensitivity(name)) if name else None
+        name = sensitivity or current(measurement, RENAMED_MEASUREMENTS)
+        measured = None if name in (None, NONE) else load_measurement(find_sensitivity(name))
         if vae is not None:
             vae.throw_exception_if_invalid()
         for patcher in (model, *(part.patcher for part in (clip, vae) if part is not None)):
@@ -262,7 +261,7 @@ class SavePackedModel(io.ComfyNode):
             reject_own_files(path, *(source for source, _, _ in jobs))
         calibrating = ["generating", "packing layer after layer"] if positive else []
         progress = Progress(*calibrating, *["packing"] * len(jobs))
-        metadata = cls._metadata()
+        metadata = cls._metadata() | ({LOSS_KEY: LOSS_IN_LAYERS} if positive else {})
         files = []
         for source, path, target in jobs:
             is_model = source is model_source

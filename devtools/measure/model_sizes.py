@@ -233,15 +233,15 @@ def _cards_row(model: Model, name: str, images: int) -> list[str]:
 
 
 def accuracy_table() -> str:
-    """Signal to noise, in dB, of normally distributed weights after packing, for the formats that
-    can be packed here."""
+    """The error of normally distributed weights after packing, in % of the weights, for the formats
+    that can be packed here."""
     weights = torch.randn(1024, 3072, generator=torch.Generator().manual_seed(0))
-    decibels = {name: snr(weights.to(torch.float8_e4m3fn).float() if name == "FP8"
-                          else cast(QuantizedTensor, packed_weight(name, weights)).dequantize(),
-                          weights)
-                for name in ("Q8_0", "FP8", "Q5_0", "Q4_0", "NF4", "FP4")}
-    row = ["dB", *(f"{value:.1f}" for value in decibels.values())]
-    return markdown_table(["", *decibels], [row], NUMBERS)
+    errors = {name: snr(weights.to(torch.float8_e4m3fn).float() if name == "FP8"
+                        else cast(QuantizedTensor, packed_weight(name, weights)).dequantize(),
+                        weights)
+              for name in ("Q8_0", "FP8", "Q5_0", "Q4_0", "NF4", "FP4")}
+    row = ["%", *(f"{100 * 10 ** (-value / 20):.2g}" for value in errors.values())]
+    return markdown_table(["", *errors], [row], NUMBERS)
 
 
 TABLES = (sizes_table, cards_table, accuracy_table)

@@ -278,11 +278,12 @@ def markdown(found: dict) -> str:
 
 def host_summary(table: dict) -> str:
     """The third table in short, as docs/packing.md has it: a row for each type, and in a cell the
-    latent SNR with exact inputs and with quantised ones."""
+    error of the latents with exact inputs and with quantised ones, in %."""
     ways = ("kitchen", "learned", "plain", "measured")
     titles = ["", *(NAMES[way] for way in ways)]
-    cells_of = {(row["size"], row["way"]): f"{row['snr']:.1f} / {row['snr_of_kernels']:.1f} dB"
-                for row in table["rows"]}
+    cells_of = {(row["size"], row["way"]): " / ".join(
+        f"{100 * 10 ** (-row[key] / 20):.2g}" for key in ("snr", "snr_of_kernels"))
+        for row in table["rows"]}
     type_names = dict.fromkeys(row["size"] for row in table["rows"])
     return markdown_table(titles, ([type_name, *(cells_of.get((type_name, way), "")
                                                  for way in ways)] for type_name in type_names))

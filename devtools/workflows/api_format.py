@@ -11,7 +11,8 @@ SUBGRAPH_INPUT, SUBGRAPH_OUTPUT = -10, -20
 
 def is_widget(input_type, options: dict) -> bool:
     """Whether the editor has a widget for an input of a node, by the server's description."""
-    has_values = isinstance(input_type, list) or input_type in WIDGET_TYPES
+    has_values = isinstance(input_type, list) or (
+        options.get("widgetType", input_type) in WIDGET_TYPES)
     return has_values and not options.get("forceInput")
 
 

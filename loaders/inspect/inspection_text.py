@@ -2,6 +2,7 @@
 import collections
 
 from ..byte_sizes import size_text, type_lines
+from ..packing.layer_losses import LOSS_IN_LAYERS, WEIGHTS, loss_text, percent, total
 from .inspection import ENCODER, Inspection, weight_block
 
 WORST_TENSORS = 5  # listed with their errors
@@ -96,28 +97,34 @@ def cards_notes(inspection: Inspection) -> list[tuple[bool, str]]:
 
 
 def errors_lines(inspection: Inspection) -> list[str]:
-    """Returns lines with the mean error against the reference and the tensors with the largest."""
+    """Returns lines with the loss against the reference and the tensors with the largest errors.
+
+    A file that was packed for the inputs of its layers has no loss of all weights together.
+    """
     if not inspection.reference:
         return []
     if not inspection.errors:
-        return [f"error against {inspection.reference}: not measured. {inspection.no_errors}"]
-    mean = sum(inspection.errors.values()) / len(inspection.errors)
+        return [f"loss against {inspection.reference}: not measured. {inspection.no_errors}"]
+    lossy = {name: error ** 2 for name, error in inspection.errors.items() if error}
+    loss = loss_text(total(lossy, WEIGHTS), WEIGHTS) if lossy else "none"
+    if "loss" in inspection.plan:
+        loss = LOSS_IN_LAYERS
     worst = sorted(inspection.errors.items(), key=lambda item: -item[1])[:WORST_TENSORS]
     return [
-        f"error against {inspection.reference}, mean over {len(inspection.errors)} tensors:"
-        f" {error_text(mean)}",
+        f"loss against {inspection.reference}, in {len(lossy)} of {len(inspection.errors)} tensors:"
+        f" {loss}",
         *(f"  {name}: {error_text(error)}" for name, error in worst)
     ]
 
 
 def error_text(error: float) -> str:
     """Returns a relative error in percent, "exact" for 0."""
-    return "exact" if error == 0 else f"{100 * error:.2g} %"
+    return "exact" if error == 0 else percent(error ** 2)
 
 
 def block_errors(inspection: Inspection) -> dict[str, float]:
-    """Returns block -> mean relative error of its tensors."""
-    errors_by_block = collections.defaultdict(list)
+    """Returns block -> relative error of its tensors together."""
+    shares: dict[str, dict[str, float]] = collections.defaultdict(dict)
     for name, error in inspection.errors.items():
-        errors_by_block[weight_block(name)].append(error)
-    return {block: sum(errors) / len(errors) for block, errors in errors_by_block.items()}
+        shares[weight_block(name)][name] = error ** 2
+    return {block: total(of_block, WEIGHTS) ** 0.5 for block, of_block in shares.items()}

@@ -41,13 +41,13 @@ from ..files.container import (
 from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
 from ..out_of_memory import is_out_of_memory
 from ..packing.calibration.sensitivity import Sensitivity, SensitivityError
+from ..packing.layer_losses import WEIGHTS, loss_text, total
 from ..packing.planning.packing_rules import Shapes, bytes_in_file, half_type
 from ..packing.planning.plan import (
     AS_STORED,
     PlanError,
     plan_for_size,
     plan_for_type,
-    signal_to_error,
 )
 from ..paths.folders import packed_folder, sensitivity_of
 from ..progress import Progress
@@ -68,20 +68,21 @@ class PackStats:
 
     Attributes:
         sources: types that weights were packed from, those with the most values first.
-        signal_to_error: of a mix of types, in dB, estimated from them; 0 for one type.
         unchanged: formats of the weights that were packed already, in the same order.
         seconds: of the whole load, reading included.
-        loss: the squared error of what was packed again, over its square.
+        loss: power of the error over that of the weights; 0 where a measurement chose the types, so
+            that it says nothing of the image.
+        is_second: whether weights that were packed already are among them.
         cache: "kept" if the weights were written to the cache, "read" if they came from it, or "".
         folder: of the cache, for people.
         unfit: a message for each weight that its type cannot represent.
     """
 
     sources: tuple[str, ...] = ()
-    signal_to_error: float = 0.0
     unchanged: tuple[str, ...] = ()
     seconds: float = 0.0
     loss: float = 0.0
+    is_second: bool = False
     cache: str = ""
     folder: str = ""
     unfit: tuple[str, ...] = ()
@@ -99,10 +100,8 @@ class PackStats:
             text = f"packed from {sources} in {self.seconds:.0f} s"
         else:
             text = "nothing was packed"
-        if self.signal_to_error:
-            text += f", about {self.signal_to_error:.0f} dB"
         if self.loss:
-            text += f", {-10 * math.log10(self.loss):.0f} dB above what was lost"
+            text += f", {'added ' * self.is_second}loss: {loss_text(self.loss, WEIGHTS)}"
         if self.cache:
             text += (f", kept{' for the next time' if self.cache == 'kept' else ''} in"
                      f" {self.folder} ({packed_cache.FOLDER}={packed_cache.OFF} keeps nothing)")
@@ -123,10 +122,10 @@ class PackStats:
             for field in ("sources", "unchanged", "unfit"))
         caches = {part.cache for part in parts if part.sources}
         seconds, loss = sum(part.seconds for part in parts), max(part.loss for part in parts)
-        signal_to_error = min(part.signal_to_error for part in parts)
+        is_second = any(part.is_second for part in parts)
         cache = caches.pop() if len(caches) == 1 else ""
         folder = next((part.folder for part in parts if part.folder), "")
-        return cls(sources, signal_to_error, unchanged, seconds, loss, cache, folder, unfit)
+        return cls(sources, unchanged, seconds, loss, is_second, cache, folder, unfit)
 
 
 def size_target(nbytes: int) -> str:
@@ -173,7 +172,8 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
     }
     size = size_of_target(pack_to)
     try:
-        types = _types_for(file, weights, pack_to if size is None else size, prefix)
+        types, is_measured = _types_for(file, weights, pack_to if size is None else size,
+                                        prefix)
     except PlanError as error:
         raise WeightFileError(f"{file.name}: {error}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -184,7 +184,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
     path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to))
     entry = packed_cache.read(path, partial(read_entry, wanted={
         name.removeprefix(prefix): each for name, each in wanted.items()}))
-    guard, loss = _guard_of(state_dict), RelativeError()
+    guard, losses, is_second = _guard_of(state_dict), {}, False
     packer = _Packer(file, guard, device)
     sources = collections.Counter()
     unchanged = collections.Counter()
@@ -199,12 +199,13 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
             continue
         if name in to_pack:
             sources[_source_format(tensor)] += tensor.numel()
+            is_second |= is_packed(tensor)
         if entry:
             weight = entry.weights[name.removeprefix(prefix)]
         elif name in to_pack:
             weight, error = packer.pack(name, tensor, types[name])
-            if is_packed(tensor):
-                loss.include(error)
+            if is_packed(weight):
+                losses[name] = error.share
         else:
             weight = _downcast(_read_dense(tensor), types[name])
         state_dict[name] = weight
@@ -217,15 +218,17 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
         del tensor
         file.drop_pages()
     guard()
-    cache, lost = ("read", entry.loss) if entry else ("", loss.share)
+    cache, loss = ("read", entry.loss) if entry else (
+        "", total(losses, WEIGHTS, {name: math.prod(shapes[name]) for name in losses}))
+    if is_measured:
+        loss = 0.0
     if not entry and packed_cache.keeps(time.perf_counter() - started):
         tensors = entry_weights(state_dict, prefix)
-        write = partial(write_entry, file=file, tensors=tensors, loss=lost)
+        write = partial(write_entry, file=file, tensors=tensors, loss=loss)
         cache = "kept" if packed_cache.keep(path, most_bytes(tensors), write) else ""
-    signal = signal_to_error(types, shapes) if size is not None else 0.0
-    stats = PackStats(tuple(name for name, _ in sources.most_common()), signal,
+    stats = PackStats(tuple(name for name, _ in sources.most_common()),
                       tuple(name for name, _ in unchanged.most_common()),
-                      time.perf_counter() - started, lost, cache, str(folder),
+                      time.perf_counter() - started, loss, is_second, cache, str(folder),
                       tuple(unfit))
     log.info("[Featherweight] %s: %d weights of %d to %s, %s", file.name,
              len(to_pack), len(types), pack_to, stats)
@@ -275,24 +278,23 @@ def _bytes_of(tensor: torch.Tensor | JoinedRows) -> int:
 
 
 def _types_for(file: WeightFile, weights: Mapping[str, torch.Tensor | JoinedRows],
-               target: str | int, prefix: str) -> dict[str, str]:
-    """Returns name -> type of each weight, by the plan for a type or for bytes.
-
-    That for bytes uses the measurement of the model, if there is one.
+               target: str | int, prefix: str) -> tuple[dict[str, str], bool]:
+    """Returns name -> type of each weight, by the plan for a type or for bytes; and whether that
+    for bytes used a measurement of the model, as it does if there is one.
     """
     shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in weights.items()}
     halves = {
         name.removeprefix(prefix): half_type(tensor.dtype) for name, tensor in weights.items()
     }
-    rules = rules_for(shapes)
+    rules, costs = rules_for(shapes), None
     if isinstance(target, int):
+        costs = _measured_costs(file, shapes)
         packed = {name.removeprefix(prefix): _bytes_of(tensor) for name, tensor in weights.items()
                   if is_packed(tensor)}
-        planned = plan_for_size(shapes, target, rules, _measured_costs(file, shapes), halves,
-                                packed=packed).types
+        planned = plan_for_size(shapes, target, rules, costs, halves, packed=packed).types
     else:
         planned = plan_for_type(shapes, target, rules, halves).types
-    return {name: planned[name.removeprefix(prefix)] for name in weights}
+    return {name: planned[name.removeprefix(prefix)] for name in weights}, costs is not None
 
 
 def _measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, float]] | None:

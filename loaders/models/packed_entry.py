@@ -56,7 +56,7 @@ class Entry:
 
     Attributes:
         weights: name -> packed or plain weight.
-        loss: the squared error of what was packed again, over its square.
+        loss: power of the error over that of the packed weights, 0 where it is not told.
     """
 
     weights: dict[str, torch.Tensor]

@@ -18,6 +18,7 @@ import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.layers.stochastic_rounding import stochastic_round, stochastic_round_to_integers
+from ...ops.quantize.method_choice import SAMPLED_ROWS, output_errors
 from ...ops.quantize.pack_tensor import pack_tensor
 from ...ops.quantize.relative_error import SAMPLE_VALUES, RelativeError, float_values
 from ...ops.quantize.row_source import RowSource
@@ -31,9 +32,9 @@ from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
 from .calibration.sequential import SequentialCalibration
-from .layer_losses import LayerLosses
+from .layer_losses import LAYERS, RESULT, WEIGHTS, layer_lines, loss_sentences
 from .lora_retention import LoraRetention, dot
-from .planning.file_plan import FilePlan, plain_type
+from .planning.file_plan import FilePlan, errors_of_result, plain_type
 from .planning.packing_rules import (
     bits_per_value,
     bytes_in_file,
@@ -126,7 +127,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
     written = Plan(packer.types)
     return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,
                  written.text(source.shapes), written.shares(source.shapes),
-                 [*packer.note_lines(), *plan.notes], packer.losses.layer_lines())
+                 [*packer.note_lines(), *plan.notes], layer_lines(packer.losses(), packer.lost))
 
 
 @dataclass
@@ -135,18 +136,22 @@ class _Packed:
 
     pieces: of rows, on the CPU. loses_change: whether a part of its change does not arrive.
     retention: what its rows add to the sums of `LoraRetention`. relative_error: of its values.
+    output_error: power of the error of the layer's output over the output's, None: not measured.
     """
 
     pieces: list[torch.Tensor] = field(default_factory=list)
     loses_change: bool = False
     retention: list[torch.Tensor] = field(default_factory=list)
     relative_error: RelativeError = field(default_factory=RelativeError)
+    output_error: float | None = None
 
 
 class WeightPacker:
     """Packs the weights of a plan and collects notes for people.
 
-    types: name -> type, as packed. nbytes: of the file with these types, at most.
+    types: name -> type, as packed. nbytes: of the file with these types, at most. lost: of what
+    the losses are, which is of the result where a measurement has costs and each layer is packed
+    for its own inputs.
     """
 
     def __init__(self, plan: FilePlan, calibration: SequentialCalibration | None = None):
@@ -158,7 +163,9 @@ class WeightPacker:
         self.nbytes = plan.nbytes
         self.types: dict[str, str] = {}
         self.copied = 0
-        self.losses = LayerLosses()
+        sensitivity = plan.options.sensitivity
+        self.lost = LAYERS if calibration else sensitivity.tells if sensitivity else WEIGHTS
+        self._losses: dict[str, float] = {}
         self.notes: list[str] = []
         self.retention = LoraRetention(weight.patches for weight in self.source.weights.values())
 
@@ -174,7 +181,7 @@ class WeightPacker:
         if not weight.is_number:
             return self._copy_plain(weight)
         type_name = self.types[weight.name] = self.plan.types[weight.name]
-        if weight.is_whole and not weight.patches and weight.stored_type == type_name:
+        if weight.is_copied(type_name):
             self.copied += 1
             tensor = weight.stored_tensor()
             if not is_packed(tensor):
@@ -193,8 +200,9 @@ class WeightPacker:
             type_name, packed = self._fall_back(weight, type_name)
         for sums in packed.retention:
             self.retention.sums += sums
-        if type_name not in PLAIN_DTYPES:
-            self.losses.add(weight.name, packed.relative_error)
+        if type_name not in PLAIN_DTYPES and packed.relative_error.error:
+            share, output = packed.relative_error.share, packed.output_error
+            self._losses[weight.name] = share if output is None else output
         self.types[weight.name] = type_name
         return type_name, packed.pieces
 
@@ -208,10 +216,18 @@ class WeightPacker:
             self.calibration.set_packed(name, weight, values)
         return type_name, [weight]
 
+    def losses(self) -> dict[str, float]:
+        """Returns name -> what each packed weight loses, for `layer_losses`."""
+        if self.lost == RESULT:
+            return errors_of_result(self.source, self.types, self.plan.options)
+        return self._losses
+
     def note_lines(self) -> list[str]:
         """Returns sentences on losses, on what arrived of the changes, and on unplanned types."""
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
-        lines += self.losses.total_lines()
+        lines += loss_sentences(
+            self.losses(), self.lost,
+            {name: weight.values for name, weight in self.source.weights.items()})
         lines += map(str, self.retention.shares())
         lines += self.notes[:MAX_NOTES]
         if len(self.notes) > MAX_NOTES:
@@ -301,7 +317,7 @@ class WeightPacker:
 
         is_per_tensor = type_name in ROW_TYPES and ROW_TYPES[type_name].is_per_tensor
         if is_per_tensor and weight.name not in self.must_survive:
-            return self._try_pack_whole(weight, pack)
+            return self._try_pack_whole(weight, pack, moments)
         is_whole = moments is not None or is_per_tensor
         slice_values = max(SLICE_VALUES, weight.values) if is_whole else SLICE_VALUES
         for start, stop in weight.slices(slice_values):
@@ -320,10 +336,20 @@ class WeightPacker:
                 packed.retention.append(
                     self.retention.measure(base, changes, float_values(piece), start == 0))
             packed.relative_error.add(values, piece)
+            packed.output_error = self._output_error(values, piece, moments)
         return packed if packed.relative_error.is_small else None
 
+    def _output_error(self, values: torch.Tensor | RowSource, piece: torch.Tensor,
+                      moments: SecondMoments | None) -> float | None:
+        """Returns the relative error of a layer's output, None where it is not told or not known.
+        """
+        if self.lost in (RESULT, WEIGHTS) or moments is None or not is_packed(piece):
+            return None
+        return output_errors(values, [piece], moments, SAMPLED_ROWS)[0]
+
     def _try_pack_whole(
-            self, weight: Weight, pack: Callable[[torch.Tensor | RowSource], torch.Tensor | None]
+            self, weight: Weight, pack: Callable[[torch.Tensor | RowSource], torch.Tensor | None],
+            moments: SecondMoments | None
     ) -> _Packed | None:
         """Packs a weight of one scale in one piece, None where the type cannot hold its values.
 
@@ -332,6 +358,7 @@ class WeightPacker:
         Args:
             weight: the weight.
             pack: packs its values, or returns None.
+            moments: to pack it by.
         """
         packed, slices = _Packed(), weight.slices(SLICE_VALUES)
         source = self._rows_of(weight)
@@ -343,6 +370,7 @@ class WeightPacker:
             return None
         rows = min(weight.shape[0], max(1, SAMPLE_VALUES // source.columns))
         packed.relative_error.add(source.read(0, rows).cpu(), take_rows(piece, slice(0, rows)))
+        packed.output_error = self._output_error(source, piece, moments)
         packed.pieces.append(piece)
         for start, stop in slices if weight.patches else ():
             base, changes, _ = self._patched(weight, start, stop)

@@ -108,6 +108,10 @@ class Weight:
         """Whether it may be written in another type, unlike integers and markers without values."""
         return self.tensor.dtype.is_floating_point and self.values > 0
 
+    def is_copied(self, type_name: str) -> bool:
+        """Returns whether it is written bit for bit as it is stored, in a file's type for it."""
+        return self.is_whole and not self.patches and self.stored_type == type_name
+
     @property
     def plain_dtype(self) -> torch.dtype | None:
         """The dtype of its values, packed 16 bits as plain ones; None for a quantised weight."""

@@ -16,6 +16,7 @@ from ..devices import total_memory
 from ..inspect.block_chart import Color
 from ..inspect.model_summary import format_sizes
 from ..models.compute_choice import EXACTLY, FAST
+from ..packing.layer_losses import percent
 from .chart import Value, bar_chart
 from .measurement import Measurement, Row
 from .ways import WAYS
@@ -109,7 +110,7 @@ def report_text(measurement: Measurement, values: dict[str, Any]) -> str:
     if measurement.difference:
         decibels, largest = measurement.difference
         lines.append(f"A step of fast differs from exact by {largest:.2%} of the largest value at"
-                     f" most ({decibels:.0f} dB).")
+                     f" most, and by {percent(10 ** (-decibels / 10))} on average.")
     elif exact and _row(measurement, FAST):
         lines.append("fast gave the same values as exact: here both compute the same way.")
     lines += _lora_lines(measurement)

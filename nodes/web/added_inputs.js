@@ -1,23 +1,39 @@
 // Saved workflows of earlier versions lack inputs that were added since, and the editor would give them today's defaults. The server
 // says in the description of such an input what it means in them: with "host_formats" (since 0.2.2), "exact" meant what is
-// "automatic" now.
+// "automatic" now. Or it says which input this one replaced, whose connection it takes then.
 import { app } from "../../scripts/app.js";
+
+/** Gives the connection of a saved input to the one that replaced it. */
+function moveConnection(saved, from, to) {
+  const input = saved.inputs?.find(({ name }) => name === from);
+  if (!input) return;
+  const dropped = input.link == null ? from : to;
+  saved.inputs = saved.inputs.filter(({ name }) => name !== dropped);
+  input.name = to;
+}
 
 app.registerExtension({
   name: "Featherweight.AddedInputs",
-  beforeRegisterNodeDef(nodeType, nodeData) {
+  beforeRegisterNodeDef({ prototype }, nodeData) {
     if (!nodeData.name.startsWith("Featherweight")) return;
-    const earlier = new Map();
-    for (const [name, [, options]] of Object.entries(nodeData.input?.optional ?? {}))
-      if (options?.value_in_earlier_workflows !== undefined) earlier.set(name, options.value_in_earlier_workflows);
-    if (!earlier.size) return;
-    const configure = nodeType.prototype.onConfigure;
-    nodeType.prototype.onConfigure = function (saved, ...rest) {
-      const result = configure?.call(this, saved, ...rest);
-      if (Array.isArray(saved.widgets_values))
-        for (const [index, widget] of (this.widgets ?? []).entries())
-          if (earlier.has(widget.name) && saved.widgets_values.length <= index) widget.value = earlier.get(widget.name);
-      return result;
-    };
+    for (const [name, [, options]] of Object.entries(nodeData.input?.optional ?? {})) {
+      const { value_in_earlier_workflows: earlier, replaced_input: replaced } = options ?? {};
+      if (replaced !== undefined) {
+        const { configure } = prototype;
+        prototype.configure = function (saved, ...rest) {
+          moveConnection(saved, replaced, name);
+          return configure.call(this, saved, ...rest);
+        };
+      }
+      if (earlier !== undefined) {
+        const { onConfigure } = prototype;
+        prototype.onConfigure = function (saved, ...rest) {
+          const result = onConfigure?.call(this, saved, ...rest);
+          const index = this.widgets?.findIndex((widget) => widget.name === name) ?? -1;
+          if (index >= 0 && saved.widgets_values?.length <= index) this.widgets[index].value = earlier;
+          return result;
+        };
+      }
+    }
   },
 });

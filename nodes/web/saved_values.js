@@ -19,14 +19,19 @@ function own(node, widget) {
 
 const withSlashes = (name) => (typeof name === "string" ? name.replaceAll("\\", "/") : name);
 
-/** The words of earlier versions for options of an input -> today's; the server says them in the description of the node. */
-function renamedOptions({ node, widget }) {
-  const { required, optional } = node.constructor.nodeData?.input ?? {};
-  return (required?.[widget.name] ?? optional?.[widget.name])?.[1]?.renamed_options ?? {};
+/** What the server says of an input of a node: its type and settings. */
+function described(nodeData, name) {
+  const { required, optional } = nodeData?.input ?? {};
+  return required?.[name] ?? optional?.[name] ?? [];
 }
 
-function takeTodaysValues(node) {
+/** The words of earlier versions for options of an input -> today's; the server says them in the description of the node. */
+const renamedOptions = ({ node, widget }) => described(node.constructor.nodeData, widget.name)[1]?.renamed_options ?? {};
+
+function takeTodaysValues(node, definitions = {}) {
   for (const widget of node.widgets ?? []) {
+    const [type, settings] = described(definitions[node.type], widget.name);
+    if (type === "COMBO,STRING") widget.options.values = settings.options; // the editor does this for COMBO alone
     const found = own(node, widget);
     const values = found?.widget.options?.values;
     if (!Array.isArray(values) || values.includes(widget.value)) continue;
@@ -38,10 +43,10 @@ function takeTodaysValues(node) {
   }
 }
 
-function takeTodaysValuesIn(graph) {
+function takeTodaysValuesIn(graph, definitions) {
   for (const node of graph.nodes) {
-    takeTodaysValues(node);
-    if (node.subgraph) takeTodaysValuesIn(node.subgraph);
+    takeTodaysValues(node, definitions);
+    if (node.subgraph) takeTodaysValuesIn(node.subgraph, definitions);
   }
 }
 
@@ -49,5 +54,5 @@ app.registerExtension({
   name: "Featherweight.SavedValues",
   // A node gets its values right after it is created, and only then the editor looks for missing models.
   nodeCreated: (node) => queueMicrotask(() => takeTodaysValues(node)),
-  refreshComboInNodes: () => takeTodaysValuesIn(app.rootGraph ?? app.graph), // a missing file may be there now
+  refreshComboInNodes: (definitions) => takeTodaysValuesIn(app.rootGraph ?? app.graph, definitions), // a missing file may be there now
 });

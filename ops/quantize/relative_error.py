@@ -44,12 +44,6 @@ class RelativeError:
         self.error += error.square_().sum().item()
         self.power += sample.square_().sum().item()
 
-    def include(self, other: "RelativeError"):
-        """Adds the pieces of another sum."""
-        self.has_emptied_row |= other.has_emptied_row
-        self.error += other.error
-        self.power += other.power
-
     @property
     def share(self) -> float:
         """The error's power over that of the values, 0 where nothing was added."""

@@ -57,7 +57,7 @@ def test_a_file_is_told_as_text_and_picture_and_shown_on_the_node(model_folders)
     text, picture = output.args
     assert (
         text.startswith("packed.gguf is a diffusion model: Flux.1.")
-        and "error against dense.gguf" in text
+        and "loss against dense.gguf" in text
     )
     assert picture.shape[::3] == (1, 3) and picture.min() >= 0 and picture.max() <= 1
     assert output.ui["text"] == (text,) and len(output.ui["images"]) == 1

@@ -16,7 +16,8 @@ from featherweight.nodes.renamed_options import RENAMED, current
 from featherweight.nodes.save_packed_model import SavePackedModel
 
 NODES = {node.GET_SCHEMA().node_id: node for node in node_list()}
-INPUTS = {node_id: {one.id: one for one in node.GET_SCHEMA().inputs}
+INPUTS = {node_id: {one.id: getattr(one, "input_override", one)
+                    for one in node.GET_SCHEMA().inputs}
           for node_id, node in NODES.items()}
 CHANGED = {(node_id, name): one.as_dict()[RENAMED] for node_id, inputs in INPUTS.items()
            for name, one in inputs.items() if RENAMED in one.as_dict()}
@@ -124,16 +125,17 @@ def measurements(tmp_path, monkeypatch):
 def test_the_list_of_measurements_has_what_is_there(measurements):
     assert list_measurements() == ["b.sensitivity", "c.dat", "d.imatrix.gguf", "model.imatrix.gguf",
                                    "model.sensitivity", "sub/A.sensitivity"]
-    choice = next(one for one in SavePackedModel.define_schema().inputs if one.id == "measurement")
+    choice = SavePackedModel.define_schema().inputs[-1].input_override
     assert choice.options == ["none", *list_measurements()] and choice.default == "none"
 
 
 def test_a_measurement_that_an_old_workflow_names_is_taken_from_either_input(measurements):
-    """At `sensitivity` a prompt had a text, or a link; a workflow had the text in the place of the
-    list."""
+    """At `sensitivity` a prompt had a text, or a link, which today's input takes too; a workflow
+    had the text in the place of the list."""
     save = "FeatherweightSavePackedModel"
     for given in ({"sensitivity": "b.sensitivity"}, {"sensitivity": ""}, {"sensitivity": LINK},
                   {"measurement": "b.sensitivity"}, {"measurement": ""}, {"measurement": "none"},
+                  {"measurement": LINK},
                   {"measurement": str(measurements / "b.sensitivity")},
                   {"measurement": r"sub\A.sensitivity"}):
         names = {error["extra_info"].get("input_name") for error in prompt_errors(save, given)}

@@ -232,7 +232,8 @@ def test_the_node_shows_a_few_lines_and_the_report_has_the_layers_too(output, mo
     text, lines = shown[-1], report.splitlines()
     types = {entry.format for entry in open_weights(path).entries.values()}
     assert types == set(re.findall(r"(\S+) [\d.]+%(?:, |$)", text.splitlines()[2]))
-    assert path.name in text and "dB" in text and "LoRA 1 (strength 1)" in text
+    assert path.name in text and "LoRA 1 (strength 1)" in text
+    assert re.search(r"^Loss: [a-z ]+ \([\d.]+ % of the weights\)\.$", text, re.MULTILINE)
     assert "The layers that lose the most" in report and "The layers" not in text
     assert types == {line.split(":")[0] for line in lines if re.search(r"\d tensors?, ", line)}
 

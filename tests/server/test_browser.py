@@ -815,6 +815,47 @@ def test_the_editor_fills_the_date_and_inputs_into_names_of_files(editor, node_t
     assert re.fullmatch(r"a/20\d\d_\d+_%model%", sent)
 
 
+def test_the_two_inputs_that_a_measurement_had_in_0_2_2_become_one(editor, fresh):
+    """With its place in the links that it had, and in the list what was picked there."""
+    path = next(path for path in EXAMPLES if "packed to a size" in path.stem)
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    measure, save = (next(node for node in workflow["nodes"] if node["type"] == f"{CATEGORY}{name}")
+                     for name in ("MeasureSensitivity", "SavePackedModel"))
+    link, = measure["outputs"][0]["links"]
+    save["inputs"] = [slot for slot in save["inputs"] if slot["name"] != "measurement"]
+    save["inputs"].insert(2, {"name": "sensitivity", "type": "STRING", "link": link})
+    save["inputs"].append({"name": "measurement", "type": "COMBO", "link": None,
+                           "widget": {"name": "measurement"}})
+    next(one for one in workflow["links"] if one[0] == link)[4] = 2
+    picked = fresh.base / "output" / "sensitivity" / "picked.sensitivity"
+    picked.parent.mkdir(parents=True, exist_ok=True)
+    picked.touch()
+    node = f"app.graph.getNodeById({save['id']})"
+    slots = f"{node}.inputs.filter(slot => /sens|meas/.test(slot.name)).map(slot => slot.name)"
+    values = f"{node}.widgets.find(widget => widget.name === 'measurement').options.values"
+    for is_connected in (True, False):
+        if not is_connected:
+            next(slot for slot in save["inputs"] if slot["name"] == "sensitivity")["link"] = None
+            measure["outputs"][0]["links"] = []
+            workflow["links"] = [one for one in workflow["links"] if one[0] != link]
+            save["widgets_values"][-1] = "picked.sensitivity"
+        editor.open_workflow(f"two inputs {is_connected}.json", json.dumps(workflow))
+        sent = sent_by(editor)[str(save["id"])]["inputs"]
+        assert sent["measurement"] == (
+            [str(measure["id"]), 0] if is_connected else "picked.sensitivity")
+        assert "sensitivity" not in sent and editor.evaluate(slots) == ["measurement"]
+        assert not editor.types(RED)
+        keep(editor, f"a measurement, {'connected' if is_connected else 'picked'}")
+    made = picked.with_name("made.sensitivity")
+    made.touch()
+    assert made.name not in editor.evaluate(values)
+    editor.press("r", "KeyR")
+    editor.wait_for(f"{values}.includes('{made.name}')")
+    connected = f"app.graph.getNodeById({measure['id']}).connect(0, {node}, 'measurement')"
+    assert editor.evaluate(f"!!{connected}")
+    assert sent_by(editor)[str(save["id"])]["inputs"]["measurement"] == [str(measure["id"]), 0]
+
+
 def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_is_not_used(
         editor, fresh):
     """In a workflow that is opened, through a subgraph, in a new node, and after a change."""
@@ -825,17 +866,17 @@ def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_i
     nodes["MeasureSensitivity"]["widgets_values"][4] = "no runs"
     save = nodes["SavePackedModel"]  # where the measurement was a text that a link could replace
     save["widgets_values"] = ["size in GB", 0.005, "a", "output", "in the type asked for", True, ""]
-    link = next(slot for slot in save["inputs"] if slot["name"] == "sensitivity")
-    link["widget"] = {"name": "sensitivity"}
+    link = next(slot for slot in save["inputs"] if slot["name"] == "measurement")
+    link |= {"name": "sensitivity", "type": "STRING", "widget": {"name": "sensitivity"}}
     editor.open_workflow("earlier.json", json.dumps(workflow))
     sent = {node["class_type"].removeprefix(CATEGORY): node["inputs"]
             for node in sent_by(editor).values()}
     assert sent["LoadTextEncoder"]["pack_to"] == sent["SavePackedModel"]["type"] == "mix for a size"
     assert sent["MeasureSensitivity"]["thoroughness"] == "fast"
     saved = sent["SavePackedModel"]
-    assert saved["sensitivity"] == [str(nodes["MeasureSensitivity"]["id"]), 0]
     assert {"size_gb": 0.005, "filename_prefix": "a", "folder": "output", "loras": "keep the size",
-            "overwrite": True, "measurement": "none"}.items() <= saved.items()
+            "overwrite": True,
+            "measurement": [str(nodes["MeasureSensitivity"]["id"]), 0]}.items() <= saved.items()
     assert not editor.types(RED)
     keep(editor, "earlier")
     path = next(path for path in blueprint_paths() if path.stem.startswith("Pack and Save"))

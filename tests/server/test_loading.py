@@ -102,7 +102,8 @@ def test_a_model_in_bf16_is_packed_while_it_loads_and_draws_what_the_packed_file
     run = server.queue(prompt)
     [text] = (text for texts in run.texts.values() for text in texts if "packed from" in text)
     assert re.fullmatch(
-        r"Q4_K \+ [^,]*, [\d.]+ MB in memory, packed from BF16 in \d+ s, dequantized by"
+        r"Q4_K \+ [^,]*, [\d.]+ MB in memory, packed from BF16 in \d+ s,"
+        r" loss: small \([\d.]+ % of the weights\), dequantized by"
         rf" (?:CPU kernels|torch){computes_in}", text)
     assert float(text.split(", ")[1].split()[0]) < path.stat().st_size / 1e6 * 0.6
     assert np.abs(server.pixels(run) - expected).mean() < 0.5 * expected.std()

@@ -13,7 +13,8 @@ from devtools.host.server import ServerError
 LORA = next(iter(demo_files.LORAS.values()))
 
 
-def save(server, model_name, on_progress=None, **inputs):
+def save(server, model_name, on_progress=None, others=(), **inputs):
+    """others: further nodes, by their ids."""
     return server.queue(
         {
             "1": {"class_type": demo.LOADER, "inputs": {"model_name": model_name}}, "2": {
@@ -25,7 +26,7 @@ def save(server, model_name, on_progress=None, **inputs):
                     "filename_prefix": "diffusion_models/made/%year%", "folder": "output",
                     "loras": "keep LoRA quality (larger)", "overwrite": False, **inputs
                 }
-            }
+            }, **dict(others)
         }, on_progress)
 
 
@@ -66,6 +67,15 @@ def test_a_prompt_that_no_editor_queued_has_the_tokens_of_its_file_name_filled_i
     [name] = set(files_in(server)) - set(before)
     year = datetime.date.today().year
     assert name.startswith(f"{Path(demo.MODEL_NAME).stem} {year}x 0.5_Q4_K_")
+
+
+@pytest.mark.parametrize("given", [
+    {"sensitivity": "gone.sensitivity"}, {"sensitivity": ["4", 0]}, {"measurement": ["4", 0]},
+    {"sensitivity": ["4", 0], "measurement": "none"}])
+def test_a_prompt_names_a_measurement_by_todays_input_or_that_of_0_2_2(server, given):
+    name = {"class_type": "PrimitiveString", "inputs": {"value": "gone.sensitivity"}}
+    with pytest.raises(ServerError, match="gone.sensitivity is in none of the folders of measure"):
+        save(server, demo.MODEL_NAME, others={"4": name}, **given)
 
 
 def test_a_cancel_leaves_nothing_and_a_refusal_comes_before_the_work(server):

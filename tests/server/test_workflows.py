@@ -116,7 +116,8 @@ def test_nodes_and_links_fit_the_servers_nodes(path, object_info):
         if target in nodes:
             entry = nodes[target]["inputs"][slot]
             wanted, _ = schema_inputs(object_info[nodes[target]["type"]])[entry["name"]]
-            assert wanted in (kind, "*") or (kind == "COMBO" and isinstance(wanted, list))
+            assert wanted == "*" or (
+                kind == "COMBO" if isinstance(wanted, list) else kind in wanted.split(","))
     for node in nodes.values():
         given = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
         needed = object_info[node["type"]]["input"].get("required", {})

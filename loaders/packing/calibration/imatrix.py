@@ -39,6 +39,7 @@ from ...files.container import MappedFile, map_file, safe_repr
 from ...files.gguf_header import MAGIC, Header
 from ...files.gguf_writer import gguf_writer
 from ...name_lists import join_some
+from ..layer_losses import IMATRIX
 from ..planning.file_plan import written_name
 from .sensitivity import Sensitivity, SensitivityError
 
@@ -70,6 +71,11 @@ class Imatrix(Sensitivity):
 
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+
+    @property
+    def tells(self) -> str:
+        """Of what it tells the loss."""
+        return IMATRIX
 
     def importance(self, name: str) -> torch.Tensor | None:
         """Returns the mean square of each column, float32 (K,); None for a name without values."""

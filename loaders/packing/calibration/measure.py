@@ -20,13 +20,13 @@ from ...progress import Progress
 from ..planning.plan import types_for
 from .moment_collector import Collector, dense_weight, linear_layers, shapes_of
 from .sampling import SamplingRun, SamplingStep, load, random_conditioning, stop_where_cancelled
-from .sensitivity import Sensitivity
+from .sensitivity import FAST, Sensitivity
 
 # How costs are measured -> (steps that run again for each layer, whether they do for each type).
 THOROUGHNESS = {
-    "normal": (4, False), "fast": (0, False), "one run per layer and type": (4, True)
+    "normal": (4, False), FAST: (0, False), "one run per layer and type": (4, True)
 }
-NORMAL, FAST, EACH_TYPE = THOROUGHNESS
+NORMAL, _, EACH_TYPE = THOROUGHNESS
 CHOICES = (NORMAL, FAST)  # the third is understood, as older workflows have it
 
 # Types for one run per layer, in blocks of 256 or 32: their error is well above rounding.

@@ -7,7 +7,6 @@ blocks of 256 columns: 0.24 GB for the 1.52 million of Flux.1-dev, shared ones c
 import contextlib
 import hashlib
 import json
-import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -22,9 +21,11 @@ from ....ops.pickle_names import short_error_name
 from ....ops.quantize.second_moments import SecondMoments
 from ...files.atomic_file import atomic_writer
 from ...files.container import FileState, first_line
+from ..layer_losses import LAYERS, RESULT, percent
 
 KEY = "featherweight_sensitivity"
 FORMAT = 2
+FAST = "fast"  # the effort without runs of the model, whose costs are those of a layer's output
 # Types that reports show, smallest first.
 SHOWN = ("Q3_K", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
 
@@ -50,6 +51,13 @@ class Sensitivity:
     about: dict = field(default_factory=dict)
     file: str = "The measurement"
     _moments: Callable[[str], SecondMoments | None] = lambda name: None
+
+    @property
+    def tells(self) -> str:
+        """Of what it tells the loss, for `layer_losses`."""
+        # "no runs" is what earlier versions called FAST
+        is_fast = self.about.get("thoroughness") in (FAST, "no runs")
+        return RESULT if self.costs and not is_fast else LAYERS
 
     def moments(self, name: str) -> SecondMoments | None:
         """Reads the moments of a matrix's inputs, on the CPU; None where none were collected."""
@@ -206,12 +214,12 @@ def _begins_as_sensitivity(path: str | os.PathLike) -> bool:
 def report(sensitivity: Sensitivity) -> str:
     """Returns what packing one layer costs, by type, for the 12 layers that matter most."""
     lines = [
-        f"{len(sensitivity.costs)} layers; signal to error of the output in dB with one layer"
-        " packed, the worst first:"
+        f"{len(sensitivity.costs)} layers; error of the output in % with one layer packed, the"
+        " worst first:"
     ]
     for name, costs in _ranked(sensitivity)[:12]:
         values = ", ".join(
-            f"{type_name} {_decibels(costs[type_name])}" for type_name in SHOWN
+            f"{type_name} {_percent(costs[type_name])}" for type_name in SHOWN
             if type_name in costs)
         lines.append(f"{name.removesuffix('.weight')}: {values}")
     return "\n".join(lines)
@@ -224,9 +232,9 @@ def summary(sensitivity: Sensitivity) -> str:
     smallest = next((type_name for type_name in SHOWN if type_name in measured), None)
     if smallest is not None:
         lines.append(f"With one layer in {smallest}, the worst first:")
-        lines.append("signal to error of the output in dB")
+        lines.append("error of the output in %")
         lines += [
-            f"{name.removesuffix('.weight')}: {_decibels(costs[smallest])}"
+            f"{name.removesuffix('.weight')}: {_percent(costs[smallest])}"
             for name, costs in _ranked(sensitivity)[:7] if smallest in costs
         ]
     return "\n".join(lines)
@@ -241,5 +249,5 @@ def _ranked(sensitivity: Sensitivity) -> list[tuple[str, dict[str, float]]]:
     return sorted(sensitivity.costs.items(), key=error, reverse=True)
 
 
-def _decibels(cost: float) -> str:
-    return f"{-10 * math.log10(max(cost, 1e-12)):.1f}"
+def _percent(cost: float) -> str:
+    return percent(max(0.0, cost)).removesuffix(" %")

@@ -18,6 +18,7 @@ from ...files.container import PLAIN_DTYPES
 from ...inspect.model_summary import title_of
 from ...name_lists import join_some
 from ..calibration.sensitivity import Sensitivity
+from ..layer_losses import LOSS_IN_LAYERS, LOSS_KEY, RESULT, loss_text, total
 from ..source import Source, Weight
 from .packing_rules import (
     HALVES,
@@ -28,7 +29,15 @@ from .packing_rules import (
     divides_rows,
     with_fallback,
 )
-from .plan import DIGITS, Plan, PlanError, plan_for_size, plan_for_type, too_small
+from .plan import (
+    DIGITS,
+    Plan,
+    PlanError,
+    expected_errors,
+    plan_for_size,
+    plan_for_type,
+    too_small,
+)
 
 LORA_TYPE = "Q6_K"  # the least type for coarsely quantized weights with a LoRA
 # The types that people are offered, the finest first.
@@ -272,6 +281,23 @@ def plain_type(weight: Weight, safetensors: bool) -> str:
                 "I8")
 
 
+def errors_of_result(source: Source, types: Mapping[str, str],
+                     options: SaveOptions) -> dict[str, float]:
+    """Returns the errors that packing causes in the model's output, for `layer_losses`.
+
+    Args:
+        source: of the weights.
+        types: name -> type of each.
+        options: for their measurement, without which, or its costs, nothing is returned.
+    """
+    if options.sensitivity is None or options.sensitivity.tells != RESULT:
+        return {}
+    shapes = source.model.shapes
+    packed = {name: types[name] for name in shapes if types[name] not in PLAIN_BYTES
+              and not source.weights[name].is_copied(types[name])}
+    return expected_errors(packed, shapes, options.sensitivity.costs)
+
+
 def make_plan(source: Source, target: str | int, options: SaveOptions,
               safetensors: bool = False) -> Plan:
     """Chooses the types of a source's weights.
@@ -440,6 +466,10 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
         for name, weight in source.weights.items()
     }
     metadata = {**source.metadata, **options.metadata, "featherweight.plan": plan.json()}
+    if options.sensitivity is not None:
+        errors = errors_of_result(source, plan.types, options)
+        metadata.setdefault(LOSS_KEY, loss_text(total(errors, RESULT), RESULT)
+                            if errors else LOSS_IN_LAYERS)
     if not safetensors:
         metadata = _gguf_metadata(source.shapes, path, plan) | metadata
     nbytes = (safetensors_writer if safetensors else gguf_writer).file_size(tensors, metadata)

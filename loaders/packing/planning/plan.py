@@ -13,13 +13,13 @@ from ...byte_sizes import size_text, type_lines, type_shares, unit_of
 from .knapsack import choose_types
 from .packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
 
-# Type of a plan for a size -> dB of the weights' power over the error's: means over the matrices of
-# the demo's model; for Q8_0 and types in blocks of 32, over normally distributed weights.
+# Type -> dB of the weights' power over the error's: means over the matrices of the demo's model;
+# for Q8_0 and types in blocks of 32, over normally distributed weights.
 SIGNAL_TO_ERROR = {
     "Q2_K": 11.7, "Q3_K": 16.8, "IQ4_NL": 22.3, "IQ4_XS": 22.5, "Q4_K": 23.1, "Q5_0": 27.4,
     "Q5_1": 28.2, "Q5_K": 29.4, "Q6_K": 35.4, "Q8_0": 45.4, "F16": 75.0, "BF16": 75.0,
     "nvfp4": 21.7, "asym_w4a8_int8": 22.9, "mxfp8": 31.5, "float8_e4m3fn": 31.5,
-    "int8_convrot": 42.9
+    "int8_convrot": 42.9, "NF4": 21.3
 }
 BY_SIZE = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 AS_STORED = "as stored"  # in place of the type of a weight that is packed already, and stays
@@ -230,17 +230,18 @@ def relative_error(type_name: str) -> float:
     return 10 ** (-SIGNAL_TO_ERROR[type_name] / 10) if type_name in SIGNAL_TO_ERROR else 0.0
 
 
-def signal_to_error(types: Mapping[str, str], shapes: Shapes) -> float:
-    """Estimates the dB of the weights' power over the error's, for weights of equal power.
+def expected_errors(types: Mapping[str, str], shapes: Shapes,
+                    costs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns name -> power of the output's error that packing a matrix causes, over the output's.
 
     Args:
-        types: name -> type, or AS_STORED.
+        types: name -> type of the matrices that are packed.
         shapes: name -> shape.
+        costs: of a measurement, as for `plan_for_size`.
     """
-    errors = sum(relative_error(type_name) * math.prod(shapes[name])
-                 for name, type_name in types.items())
-    values = sum(math.prod(shapes[name]) for name in types)
-    return -10 * math.log10(max(errors / values, relative_error("BF16"))) if values else 0.0
+    complete = _complete_costs({name: (type_name,) for name, type_name in types.items()}, costs,
+                               expected_costs(shapes))
+    return {name: complete[name][type_name] for name, type_name in types.items()}
 
 
 def expected_costs(shapes: Shapes) -> dict[str, float]:

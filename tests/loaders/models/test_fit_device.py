@@ -13,6 +13,7 @@ from checkpoint_parts import MODEL, stable_diffusion
 from encoders import ENCODERS
 from encoders.encoder import random_weights as encoder_weights
 from patched_models import flux_file, folder, tiny_flux
+from planned_types import signal_to_error
 from recipe_process import digest
 from safetensors.torch import save_file
 
@@ -43,7 +44,6 @@ from featherweight.loaders.packing.planning.plan import (
     plan_for_size,
     plan_for_type,
     relative_error,
-    signal_to_error,
 )
 from featherweight.nodes.load_diffusion_model import MIX, NO_CHANGE, packed_type
 
@@ -169,7 +169,8 @@ def test_a_size_makes_the_same_weights_as_the_card_that_it_was_chosen_for(share,
     model = load_diffusion_model(flux_in_bfloat16(), pack_to=FIT)
     size = int(FLUX_BYTES * share) // STEP * STEP
     assert 0.9 * size < model.model_size() <= size + UNPLANNED
-    assert re.search(r"packed from BF16 in \d+ s, about \d\d dB$", memory_summary(model))
+    assert re.search(r"packed from BF16 in \d+ s, loss: [a-z ]+ \([\d.]+ % of the weights\)$",
+                     memory_summary(model))
     assert re.fullmatch(
         r"Packed for a GPU of 12 GB, which leaves \d+\.\d MB for the weights\. mix for a size,"
         r" \S+ GB, at pack to gives the same on every device\.", fit_text(model))
@@ -276,6 +277,8 @@ def test_the_measurement_of_the_model_decides_where_bits_go(monkeypatch):
     weight = model.model.diffusion_model.get_parameter(measured)
     assert weight.nbytes > plain.model.diffusion_model.get_parameter(measured).nbytes
     assert model.model_size() <= size_of_target(target) + UNPLANNED
+    # what the weights lose says nothing of the image then
+    assert "loss: " in memory_summary(plain) and "loss: " not in memory_summary(model)
 
 
 def test_a_size_that_is_too_small_is_refused_in_a_sentence():

@@ -198,7 +198,8 @@ def test_each_type_is_held_in_its_own_size():
 def test_the_node_says_what_was_packed_from_what():
     text = memory_summary(packed_flux("BF16", "Q4_K"))
     assert re.fullmatch(
-        r"Q4_K \+ BF16 \+ F32, \d\.\d MB in memory, packed from BF16 in \d+ s", text)
+        r"Q4_K \+ BF16 \+ F32, \d\.\d MB in memory, packed from BF16 in \d+ s,"
+        r" loss: small \([\d.]+ % of the weights\)", text)
     assert "packed from float8_e4m3fn in" in memory_summary(packed_flux(OLD, "Q8_0"))
     assert "packed from BF16 in" in memory_summary(
         patched(packed_flux("BF16", "Q4_K"), (lora_for(tiny_flux()), 1.0))

@@ -120,7 +120,7 @@ def test_the_node_says_before_what_becomes_of_the_file_and_after_what_it_lost(ty
     model = load_diffusion_model(str(gguf), pack_to=type_name)
     before = [text for text in texts if "becomes" in text]
     assert re.match(rf"Q4_K, [\d.]+ [kM]B, becomes {type_name}, [\d.]+ [kM]B\npacking", before[0])
-    assert re.search(r"packed from Q4_K in \d+ s, \d\d dB above what was lost",
+    assert re.search(r"packed from Q4_K in \d+ s, added loss: [a-z ]+ \([\d.]+ % of the weights\)",
                      memory_summary(model))
 
 
@@ -183,8 +183,10 @@ def test_the_next_start_packs_nothing(gguf, tmp_path, monkeypatch):
     first = load_diffusion_model(str(gguf), pack_to="int8_convrot")
     monkeypatch.setattr(pack_on_load, "pack_to_type", None)
     second = load_diffusion_model(str(gguf), pack_to="int8_convrot")
-    assert re.search(r"packed from Q4_K in an earlier load, \d\d dB above what was lost, kept in",
+    added = re.compile(r"added loss: .* % of the weights\)")
+    assert re.search(r"packed from Q4_K in an earlier load, added loss: .*\), kept in",
                      memory_summary(second))
+    assert added.search(memory_summary(first))[0] == added.search(memory_summary(second))[0]
     assert digest(first) == digest(second)
 
 

@@ -8,6 +8,7 @@ from devtools.measure.model_sizes import MODELS
 
 import gguf
 import pytest
+from planned_types import signal_to_error
 
 from featherweight.loaders.families import rules_for
 from featherweight.loaders.files.container import nbytes_of
@@ -20,7 +21,6 @@ from featherweight.loaders.packing.planning.plan import (
     plan_for_size,
     plan_for_type,
     relative_error,
-    signal_to_error,
     types_for,
 )
 

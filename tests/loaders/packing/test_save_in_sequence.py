@@ -27,6 +27,7 @@ from featherweight.loaders.packing.calibration.moment_collector import (
 )
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
+from featherweight.loaders.packing.layer_losses import LAYERS
 from featherweight.loaders.packing.planning.packing_rules import bits_per_value
 from featherweight.loaders.packing.planning.plan import PlanError, types_for
 from featherweight.loaders.packing.source import source_of_model
@@ -66,6 +67,8 @@ def drawing() -> SamplingRun:
 
 class Apart:
     """What each layer sees of the model as it is, in place of a measurement's file."""
+
+    tells = LAYERS
 
     def __init__(self, model, costs=None):
         self.costs = costs
