@@ -37,7 +37,7 @@ from devtools.files import demo_files
 from devtools.host.browser import COMPLAINTS, NODES, RED, UNKNOWN, BrowserError
 from devtools.host.environment import DEV, HOST_VERSION, SetupError
 from devtools.host.server import JOINER, PACK, Server
-from devtools.workflows import BLUEPRINT_FOLDER, DEMO, FIRST, blueprint_paths, example_paths
+from devtools.workflows import BLUEPRINT_FOLDER, FIRST, blueprint_paths, example_paths
 from devtools.workflows import __main__ as command
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
@@ -293,7 +293,7 @@ def test_a_template_opens_from_the_template_browser(fresh_page):
     page = fresh_page
     shown = open_templates(page, PACK)
     names = [path.stem for path in EXAMPLES]  # their folder lists them in no order
-    assert names[0].startswith(FIRST) and names[-1].startswith(DEMO)
+    assert names[0].startswith(FIRST)
     assert shown == names[:len(shown)]
     card = template_card(next(name for name in shown if "LoRA check" in name))
     page.wait_for(f"{card}?.querySelector('img')?.naturalWidth")
@@ -671,8 +671,7 @@ def test_the_editor_fills_the_date_and_inputs_into_names_of_files(editor, node_t
 def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_is_not_used(
         editor, fresh):
     """In a workflow that is opened, through a subgraph, in a new node, and after a change."""
-    path = next(path for path in EXAMPLES if "packed to a size" in path.stem)
-    workflow = json.loads(path.read_text(encoding="utf-8"))
+    workflow = json.loads(demo.MIX_WORKFLOW.read_text(encoding="utf-8"))
     nodes = {node["type"].removeprefix(CATEGORY): node for node in workflow["nodes"]}
     nodes["LoadTextEncoder"]["widgets_values"][8] = "size in GB"
     nodes["MeasureSensitivity"]["widgets_values"][4] = "no runs"
