@@ -12,6 +12,7 @@ import nunchaku_writer
 import sdnq_writer
 import torch
 from families import FAMILIES, random_weights
+from published_models import family_of
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
@@ -112,9 +113,9 @@ def flux_gguf(path):
 
 
 def family_gguf(path, family: str, packed_type: str = "Q4_K"):
-    """A model of `families`."""
-    write_gguf(path, random_weights(FAMILIES[family]), lambda name, values: packed_type
-               if values.ndim == 2 else "F32", metadata=FAMILIES[family].metadata)
+    """A model of `families`, or a variant of `published_models`."""
+    write_gguf(path, random_weights(family_of(family)), lambda name, values: packed_type
+               if values.ndim == 2 else "F32", metadata=family_of(family).metadata)
 
 
 def family_bf16(path, family: str):
