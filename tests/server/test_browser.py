@@ -327,7 +327,7 @@ def luminance(color: str) -> float:
 
 def contrast(colors: list[str]) -> float:
     """Returns the contrast of two colors; 4.5 is what WCAG 2 asks of text."""
-    dark, bright = sorted(map(luminance, colors))
+    dark, bright = sorted(luminance(color) for color in colors)
     return (bright + 0.05) / (dark + 0.05)
 
 
@@ -357,8 +357,8 @@ def test_nodes_of_an_example_are_filled_and_apart_and_its_note_is_legible(
             wrong += [(path.stem, node["type"], node["least"] / node["height"]) for node in nodes
                       if node["type"] not in OF_RESULTS and node["least"] < 0.6 * node["height"]]
             note, = (node for node in nodes if node["type"] == "MarkdownNote")
-            assert not modern or len(note["colors"]) == 2
-            wrong += [(path.stem, note["colors"])] * (modern and contrast(note["colors"]) < 4.5)
+            if modern and contrast(note["colors"]) < 4.5:
+                wrong.append((path.stem, note["colors"]))
     finally:
         fresh_server.post("/settings", {MODERN: False, palette: "dark"})
         browser.close_editor()
