@@ -95,7 +95,8 @@ def write_files(workflow, folder):
     names."""
     folders = {
         "FeatherweightLoadCheckpoint": "checkpoints",
-        "FeatherweightLoadDiffusionModel": "diffusion_models", "VAELoader": "vae"
+        "FeatherweightLoadDiffusionModel": "diffusion_models",
+        "FeatherweightInspectModelFile": "diffusion_models", "VAELoader": "vae"
     }
     subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
     none = NOTES | {subgraph["id"] for subgraph in subgraphs}
