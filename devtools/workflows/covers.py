@@ -22,6 +22,7 @@ TITLE, ABOUT, CHIP, CARD = 54, 36, 28, 38  # sizes of text
 QUALITY = 82
 # The models by the beginnings of the workflows' names, and a color for each family.
 FAMILIES = {
+    "FLUX.2 dev": "#8a3597",
     "FLUX.2 klein 4B": "#8a3597",
     "FLUX.2 klein 9B": "#8a3597",
     "Flux.1 Kontext": "#4a3fa8",

@@ -392,6 +392,7 @@ def _usual(pen: Pen, workflow: Workflow):
 
 DIAGRAMS: dict[str, Diagram] = {
     f"{FIRST} - Z-Image Turbo GGUF": lambda pen, _: _wide(pen, scenes.city),
+    "FLUX.2 dev GGUF": lambda pen, _: _wide(pen, scenes.balloon),
     "FLUX.2 klein 4B GGUF with a LoRA check": _outpainting,
     "FLUX.2 klein 9B GGUF": lambda pen, _: _wide(pen, scenes.flower),
     "Flux.1 Kontext GGUF": lambda pen, _: _editing(pen, scenes.house),

@@ -24,7 +24,8 @@ WORKFLOWS = {path.stem: Workflow(path) for path in (*example_paths(), *blueprint
 each = pytest.mark.parametrize("name", WORKFLOWS)
 # The rows of the tables, by the beginnings of files' names in lower case.
 ROWS = {
-    "flux1-": "Flux.1 dev, schnell, Kontext", "flux-2-klein-4b-q": "Flux.2 Klein 4B",
+    "flux1-": "Flux.1 dev, schnell, Kontext", "flux2-dev": "Flux.2 dev",
+    "flux-2-klein-4b-q": "Flux.2 Klein 4B",
     "flux-2-klein-9b-q": "Flux.2 Klein 9B", "krea-2": "Krea 2",
     "minimax_h3_fl2va_pruned": "MiniMax-H3 pruned", "qwen3-8b": "Qwen3 8B",
     "sd3.5_large": "SD3.5 Large", "sd3.5_medium": "SD3.5 Medium",

@@ -286,6 +286,7 @@ FILES = {
     "flux-2-klein-4b-Q5_K_M.gguf": of(family_gguf, "flux2"),
     "flux-2-klein-4b-outpaint-lora.safetensors": of(lora, "flux2", "attn.proj"),
     "flux2-vae.safetensors": flux2_vae,
+    "flux2-dev-Q4_K_M.gguf": of(family_gguf, "flux2"),
     "flux-2-klein-9b-Q4_K_M.gguf": of(family_gguf, "flux2-klein"),
     "Krea-2-Turbo-Q4_K_M.gguf": of(family_gguf, "krea2"),
     "stable-diffusion-v1-5-pruned-emaonly-Q8_0.gguf": stable_diffusion_gguf,
@@ -325,6 +326,7 @@ FIXED = {family.config["image_model"]: {name: family.config[name] for name in fa
 # this width and with this many pooled values. The one of SD1.5 runs.
 TEXT = {
     "flux1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
+    "flux2-dev": (256, 0),
     "Krea-2": (512, 0),
     "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
     "Qwen-Image": (256, 0), "z_image": (256, 0), "wan2.1": (4096, 0),
