@@ -17,7 +17,7 @@ from devtools import ROOT
 from devtools.demo_sheet import save, sheet
 from devtools.files import demo_files
 from devtools.host.server import Run, Server, ServerError
-from devtools.workflows import DEMO, DEMO_FOLDER, FOLDER
+from devtools.workflows import DEMO, DEMO_FOLDER
 from devtools.workflows.api_format import to_api
 from devtools.workflows.workflow import Workflow
 
@@ -25,8 +25,8 @@ WORKFLOW = DEMO_FOLDER / f"{DEMO}.json"
 SIDE_BY_SIDE = DEMO_FOLDER / f"{DEMO} side by side.json"
 LORA_WORKFLOW = DEMO_FOLDER / f"{DEMO} two LoRAs.json"
 NF4_WORKFLOW = DEMO_FOLDER / f"{DEMO} NF4 checkpoint.json"
-TRAINING = FOLDER / f"{DEMO} train a LoRA.json"
-MIX_WORKFLOW = FOLDER / f"{DEMO} packed to a size.json"
+TRAINING = DEMO_FOLDER / f"{DEMO} train a LoRA.json"
+MIX_WORKFLOW = DEMO_FOLDER / f"{DEMO} packed to a size.json"
 _DEMO = Workflow(WORKFLOW)
 PROMPT = _DEMO.types("CLIPTextEncode")[0]["widgets_values"][0]
 STEPS = _DEMO.types("KSampler")[0]["widgets_values"][2]

@@ -478,12 +478,14 @@ def test_the_readme_names_the_two_commands_that_run_and_test_a_clone():
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").endswith(f"\n{blocks[2]}")
 
 
-def test_what_the_first_workflow_takes_is_said_as_its_note_says_it():
-    first = example_paths()[0]
-    page, note = PAGES["getting-started"], Workflow(first).note
-    assert first.stem.startswith(FIRST) and f"*{FIRST}*" in page
-    figures = re.findall(r"[\d.]+ GB on an? \d+ GB card|[\d.]+ GB\)", page)
-    assert len(figures) == 2 and all(figure in note for figure in figures)
+def test_what_the_first_workflow_and_the_one_that_fits_take_is_said_as_their_notes_say_it():
+    first, page = Workflow(example_paths()[0]), PAGES["getting-started"]
+    name, = re.findall(r"template \*(.*?)\*", page)
+    download, = re.findall(r"three files \(([\d.]+ GB)\)", page)
+    fit, = re.findall(r"[\d.]+ GB on an? \d+ GB card", page)
+    assert first.name.startswith(FIRST) and f"*{FIRST}*" in page and len(first.files) == 3
+    assert f"{download} to download" in first.about
+    assert fit in Workflow(FOLDER / f"{name}.json").memory
 
 
 def test_the_example_for_a_cpu_is_as_the_page_for_users_of_fastsd_says():

@@ -6,24 +6,21 @@ from devtools import ROOT
 
 FOLDER = ROOT / "example_workflows"
 BLUEPRINT_FOLDER = ROOT / "subgraphs"  # where ComfyUI looks for them
-DEMO_FOLDER = ROOT / "demo_model" / "workflows"  # demos that the template browser does not show
-DEMO = "Repository demo"  # how the names of those begin whose models only the repository has
-FIRST = "Start here"  # and of the one for newcomers
+DEMO_FOLDER = ROOT / "demo_model" / "workflows"  # whose models only the repository has
+DEMO = "Repository demo"  # how their names begin
+FIRST = "Start here"  # how the name of the example for newcomers begins
 
 
 def example_paths() -> list:
     """Returns the paths of the examples in the order of the template browser, which
     `nodes/web/templates.js` makes."""
-    def place(path):
-        return not path.stem.startswith(FIRST), path.stem.startswith(DEMO), path.stem
-
-    return sorted(FOLDER.glob("*.json"), key=place)
+    return sorted(FOLDER.glob("*.json"),
+                  key=lambda path: (not path.stem.startswith(FIRST), path.stem))
 
 
 def demo_paths() -> list:
     """Returns the paths of the workflows whose models only the repository has."""
-    return sorted([*DEMO_FOLDER.glob("*.json"), *FOLDER.glob(f"{DEMO}*.json")],
-                  key=lambda path: path.stem)
+    return sorted(DEMO_FOLDER.glob("*.json"))
 
 
 def blueprint_paths() -> list:

@@ -27,8 +27,7 @@ HEAD = """# Example workflows
 
 In ComfyUI: *Templates*, at the side, then the name of the pack's folder. A note in each
 workflow says which file goes into which folder. On a smaller card than the table says, the rest of
-the model stays in main memory. The models of a *Repository demo* come only with a clone of the
-repository.
+the model stays in main memory.
 """
 BLUEPRINT_HEAD = """# Blueprints
 
@@ -55,7 +54,7 @@ def written(graph: dict) -> str:
 
 
 def opened(browser: Browser, path: Path) -> dict:
-    """Returns the workflow as the editor saves it.
+    """Returns the workflow as the editor saves it, but without images: each user has others.
 
     Raises:
         BrowserError: The editor marks a node or complains.
@@ -64,7 +63,11 @@ def opened(browser: Browser, path: Path) -> dict:
     wrong = set(browser.complaints())
     if wrong or not browser.types():
         raise BrowserError(f"{path.name} does not open: {', '.join(sorted(wrong)) or 'no nodes'}")
-    return browser.evaluate(SAVED)
+    graph = browser.evaluate(SAVED)
+    for node in graph["nodes"]:
+        if node["type"] == "LoadImage":
+            node["widgets_values"] = []
+    return graph
 
 
 def index() -> str:

@@ -113,7 +113,11 @@ def widget_values(node: dict, info: dict) -> dict:
     for section in ("required", "optional"):
         for name, spec in info["input"].get(section, {}).items():
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-            if not is_widget(kind, options) or not values:
+            if not is_widget(kind, options):
+                continue
+            if not values and options.get("image_upload"):  # the editor takes the first there is
+                values = list(kind if isinstance(kind, list) else options["options"])[:1]
+            if not values:
                 continue
             result[name] = values.pop(0)
             # The editor adds a widget of its own after a seed, and one after a picture.

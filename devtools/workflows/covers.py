@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from devtools.artwork import BACKGROUND, TEXT
-from devtools.workflows import DEMO, FIRST
+from devtools.workflows import FIRST
 from devtools.workflows.diagrams import draw_diagram
 from devtools.workflows.pen import PIXELS, SMOOTH, THIN, Pen
 from devtools.workflows.workflow import Workflow
@@ -22,7 +22,7 @@ TITLE, ABOUT, CHIP, CARD = 54, 36, 28, 38  # sizes of text
 QUALITY = 82
 # The models by the beginnings of the workflows' names, and a color for each family.
 FAMILIES = {
-    DEMO: "#1f6f78",
+    "FLUX.2 dev": "#8a3597",
     "FLUX.2 klein 4B": "#8a3597",
     "FLUX.2 klein 9B": "#8a3597",
     "Flux.1 Kontext": "#4a3fa8",
@@ -48,7 +48,6 @@ FORMAT_WORDS = r"\s*\b(GGUF|NF4|SVDQuant|SDNQ)\b\s*"
 CHIPS = {"NF4": "#ffd479", "packed": "#8ff0dd", FIT: "#8ff0dd"}
 LOADERS = ("FeatherweightLoadDiffusionModel", "FeatherweightLoadCheckpoint", "UNETLoader")
 SAVER = "FeatherweightSavePackedModel"
-ANY = "any device"  # of workflows whose note names no card
 
 
 class Cover(NamedTuple):
@@ -76,7 +75,7 @@ def describe(workflow: Workflow) -> Cover:
     model = model or re.split(FORMAT_WORDS, name)[0]
     about = FIRST if name != workflow.name else re.sub(
         rf"^{FORMAT_WORDS}", "", name.removeprefix(model)).strip()
-    return Cover(model, about or _task(workflow), _format(workflow), workflow.card or ANY,
+    return Cover(model, about or _task(workflow), _format(workflow), workflow.card,
                  _outputs(workflow), FAMILIES.get(model, OTHERS))
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from devtools import ROOT
 from devtools.artwork import BACKGROUND, TEXT
 from devtools.demo_sheet import BELOW, COLUMNS, GAP, TOP
 from devtools.demo_sheet import SIDE as SHEET_SIDE
-from devtools.workflows import DEMO, FIRST, demo_images, scenes
+from devtools.workflows import FIRST, scenes
 from devtools.workflows.pen import Pen
 from devtools.workflows.scenes import Scene
 from devtools.workflows.workflow import Workflow
@@ -18,7 +19,7 @@ LEFT, WIDE, UPPER, LOWER = 32, 448, 96, 306  # of the drawing, in pixels of a co
 MIDDLE, HEIGHT = (UPPER + LOWER) / 2, LOWER - UPPER
 LABEL = 28  # size of text
 MINT, GOLD, PALE, DARK = "#8ff0dd", "#ffd479", "#c9d2dc", "#20262f"
-SHEET = demo_images.SHEET.with_name("sheet.png")
+SHEET = ROOT / "demo_model" / "sheet.png"
 SHEET_TITLES = ("dense", "Q8_0", "Q4_K", "mix", "NF4", "Q2_K")  # its images, in their order
 Diagram = Callable[[Pen, Workflow], None]
 
@@ -92,12 +93,6 @@ def _chip(pen: Pen, left, top, side, title: str):
     pen.label(left + side / 2, top + side / 2, title, 46, bold=1)
 
 
-def _folder(pen: Pen, left, top, width, height, title: str):
-    pen.box(left, top, width * 0.45, 40, GOLD, radius=10)
-    pen.box(left, top + 16, width, height - 16, GOLD, radius=10)
-    pen.label(left + width / 2, top + 16 + (height - 16) / 2, title, LABEL, BACKGROUND, bold=0.5)
-
-
 def _file(pen: Pen, left, top, width, height, fold=34):
     corner = left + width - fold
     pen.polygon((left, top), (corner, top), (left + width, top + fold),
@@ -141,13 +136,6 @@ def _of_sheet(title: str) -> Image.Image:
     x, y = GAP + column * (SHEET_SIDE + GAP), TOP + row * (SHEET_SIDE + BELOW)
     with Image.open(SHEET) as sheet:
         return sheet.convert("RGB").crop((x, y, x + SHEET_SIDE, y + SHEET_SIDE))
-
-
-def _of_demo(title: str) -> Image.Image:
-    """An image that a workflow of the demo generates."""
-    left = demo_images.TITLES.index(title) * demo_images.SIDE
-    with Image.open(demo_images.SHEET) as sheet:
-        return sheet.convert("RGB").crop((left, 0, left + demo_images.SIDE, demo_images.SIDE))
 
 
 # diagrams, by the names of workflows
@@ -304,13 +292,6 @@ def _first_and_last(pen: Pen, workflow: Workflow):
         pen.line((x, y - 20 * share), (x, y + 20 * share), color=MINT, width=6)
 
 
-def _awq(pen: Pen, workflow: Workflow):
-    _folder(pen, LEFT, UPPER + 2, 180, 92, "AWQ")
-    _block(pen, LEFT, UPPER + 114, 180, 96, "GGUF")
-    _arrow(pen, LEFT + 194, LEFT + 232)
-    _image(pen, scenes.poster(1.0), LEFT + 248, UPPER + 4, 200, 202)
-
-
 def _sdnq(pen: Pen, workflow: Workflow):
     pen.box(LEFT, UPPER, 130, 44, GOLD, radius=10)
     pen.box(LEFT, UPPER + 16, WIDE, HEIGHT - 16, GOLD, radius=12)
@@ -355,6 +336,12 @@ def _in_turn(pen: Pen, workflow: Workflow):
     _film(pen, scenes.rocket, LEFT, UPPER + 98, WIDE, 112, frames=4)
 
 
+def _from_an_image(pen: Pen, workflow: Workflow):
+    _scene(pen, scenes.sea, LEFT, UPPER + 30, 130, 150)
+    _arrow(pen, LEFT + 142, LEFT + 182)
+    _film(pen, scenes.sea, LEFT + 196, UPPER + 12, WIDE - 196, 186, frames=2)
+
+
 def _plain_film(pen: Pen, workflow: Workflow):
     _film(pen, scenes.sea, LEFT, UPPER, WIDE, HEIGHT, frames=2)
 
@@ -362,13 +349,14 @@ def _plain_film(pen: Pen, workflow: Workflow):
 def _workers(pen: Pen, workflow: Workflow):
     """Images of the workflow, one from each worker."""
     side, space = 101, 12
+    shown = scenes.city, scenes.flower, scenes.sea, scenes.balloon
     for number in range(4):
         left = LEFT + number * (side + (WIDE - 4 * side) / 3)
         _plain(pen, left, UPPER + 6, side, 52, f"GPU {number}")
         pen.line((left + side / 2, UPPER + 60), (left + side / 2, UPPER + 82), width=6)
         pen.polygon((left + side / 2 - 13, UPPER + 76), (left + side / 2 + 13, UPPER + 76),
                     (left + side / 2, UPPER + 92))
-        _image(pen, _of_demo(f"{number + 1}"), left, UPPER + 92 + space, side, side)
+        _scene(pen, shown[number], left, UPPER + 92 + space, side, side)
 
 
 def _to_a_size(pen: Pen, workflow: Workflow):
@@ -384,9 +372,9 @@ def _to_a_size(pen: Pen, workflow: Workflow):
 
 
 def _training(pen: Pen, workflow: Workflow):
-    _image(pen, _of_demo("without"), LEFT, UPPER + 6, 158, 158)
+    _scene(pen, scenes.house, LEFT, UPPER + 6, 158, 158)
     _lora(pen, LEFT + 172, UPPER + 58, 104, 54)
-    _image(pen, _of_demo("with"), LEFT + WIDE - 158, UPPER + 6, 158, 158)
+    _scene(pen, scenes.house, LEFT + WIDE - 158, UPPER + 6, 158, 158, 1)
     pen.label(LEFT + 79, UPPER + 192, "without", LABEL)
     pen.label(LEFT + WIDE - 79, UPPER + 192, "with", LABEL)
     _arrow(pen, LEFT + 172, LEFT + 276, UPPER + 140)
@@ -403,7 +391,8 @@ def _usual(pen: Pen, workflow: Workflow):
 
 
 DIAGRAMS: dict[str, Diagram] = {
-    f"{FIRST} - Z-Image Turbo on your GPU": _fit_cards,
+    f"{FIRST} - Z-Image Turbo GGUF": lambda pen, _: _wide(pen, scenes.city),
+    "FLUX.2 dev GGUF": lambda pen, _: _wide(pen, scenes.balloon),
     "FLUX.2 klein 4B GGUF with a LoRA check": _outpainting,
     "FLUX.2 klein 9B GGUF": lambda pen, _: _wide(pen, scenes.flower),
     "Flux.1 Kontext GGUF": lambda pen, _: _editing(pen, scenes.house),
@@ -419,18 +408,19 @@ DIAGRAMS: dict[str, Diagram] = {
     "LTX-2 GGUF video with sound": _sound_of_fire,
     "MiniMax-H3 GGUF video with sound": _first_and_last,
     "Qwen-Image GGUF": lambda pen, _: _wide(pen, scenes.poster),
-    "Qwen-Image GGUF with an AWQ text encoder": _awq,
     "Qwen-Image SDNQ": _sdnq,
     "Qwen-Image-Edit 2511 GGUF with mmproj": _edit_with_eye,
     "SD3.5 Medium GGUF": _three_encoders,
     "SDXL GGUF with two LoRAs": _pixels,
     "Stable Diffusion LCM on a CPU": _processor,
+    "Stable Diffusion train a LoRA": _training,
     "Wan 2.1 14B VACE module": _module,
     "Wan 2.2 14B GGUF video in 4 steps": _in_turn,
     "Wan 2.2 5B GGUF video": _plain_film,
-    f"{DEMO} on Ray": _workers,
-    f"{DEMO} packed to a size": _to_a_size,
-    f"{DEMO} train a LoRA": _training,
+    "Wan 2.2 14B GGUF image to video": _from_an_image,
+    "Z-Image Turbo on Ray": _workers,
+    "Z-Image Turbo packed to a size": _to_a_size,
+    "Z-Image Turbo packed to fit your GPU": _fit_cards,
 }
 
 

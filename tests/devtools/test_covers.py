@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from devtools.workflows import DEMO, FIRST, FOLDER, covers, diagrams, example_paths
+from devtools.workflows import FIRST, FOLDER, covers, diagrams, example_paths
 from devtools.workflows.workflow import Workflow
 
 SHOWN = 238  # pixels of the width at which the template browser shows a cover
@@ -111,16 +111,14 @@ def test_all_text_is_inside_and_legible_where_it_is_shown(name, monkeypatch):
 @each
 def test_a_cover_names_the_card_of_the_note(name):
     memory = MADE[name].memory
-    if name.startswith(DEMO):
-        assert COVERS[name].card == covers.ANY and "card" not in memory
-    elif "no GPU" in memory:
+    if "no GPU" in memory:
         assert COVERS[name].card == re.search(r"Have (\d+ GB)", memory)[1] + " of RAM"
     else:
         assert memory.startswith(("Fits a", "For a")) and COVERS[name].card in memory
 
 
 def test_what_bars_and_cards_show_is_in_the_notes():
-    for name in (next(iter(MADE)), "Flux.1 dev GGUF placed on an 8 GB card"):
+    for name in ("Z-Image Turbo packed to fit your GPU", "Flux.1 dev GGUF placed on an 8 GB card"):
         written = []
         pen = covers.Pen(Image.new("RGB", (covers.PIXELS * covers.SMOOTH,) * 2))
         pen.label = lambda x, middle, text, *_, **__: written.append(text)
@@ -147,7 +145,10 @@ def test_what_bars_and_cards_show_is_in_the_notes():
     ("Flux.1 dev NF4 checkpoint", "Flux.1 dev", "checkpoint", "NF4", "10 GB card"),
     ("Qwen-Image SDNQ", "Qwen-Image", "text to image", "SDNQ uint4", "16 GB card"),
     ("Wan 2.1 14B VACE module", "Wan 2.1 14B", "VACE module", "GGUF + fp8", "24 GB card"),
-    (f"{DEMO} packed to a size", DEMO, "packed to a size", "GGUF mix", covers.ANY),
+    ("Z-Image Turbo packed to a size", "Z-Image Turbo", "packed to a size", "GGUF mix",
+     "16 GB card"),
+    ("Wan 2.2 14B GGUF image to video", "Wan 2.2 14B", "image to video", "GGUF Q4_K_M",
+     "24 GB card"),
 ])
 def test_a_cover_says_model_task_format_and_card(name, model, about, form, card):
     cover = COVERS[name]
@@ -170,8 +171,8 @@ def test_a_model_without_a_color_is_named_up_to_its_format(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "outputs"), [
-    (f"{DEMO} on Ray", ("images",)),
-    (f"{DEMO} train a LoRA", ("LoRA",)),
+    ("Z-Image Turbo on Ray", ("images",)),
+    ("Stable Diffusion train a LoRA", ("LoRA",)),
     ("Flux.1 dev saved with two LoRAs", ("file",)),
     ("FLUX.2 klein 4B GGUF with a LoRA check", ("image",)),
     ("Wan 2.2 14B GGUF video in 4 steps", ("video",)),

@@ -73,7 +73,7 @@ OF_EXAMPLES = {
     "Qwen-Image Text to Image (Featherweight)": "Qwen-Image GGUF",
     "Qwen-Image-Edit (Featherweight)": "Qwen-Image-Edit 2511 GGUF with mmproj",
     "Wan 2.2 14B Text to Video (Featherweight)": "Wan 2.2 14B GGUF video in 4 steps",
-    "Z-Image Turbo Text to Image (Featherweight)": "Start here - Z-Image Turbo on your GPU",
+    "Z-Image Turbo Text to Image (Featherweight)": "Z-Image Turbo packed to fit your GPU",
 }
 OUTSIDE = ("SaveImage", "SaveVideo")
 

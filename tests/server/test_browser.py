@@ -4,10 +4,12 @@ are there.
 Each test leaves screenshots in `.dev/screenshots`.
 """
 import contextlib
+import itertools
 import json
 import os
 import random
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,7 +42,7 @@ from devtools.files import demo_files
 from devtools.host.browser import COMPLAINTS, NODES, RED, SETTINGS, UNKNOWN, BrowserError
 from devtools.host.environment import DEV, HOST_VERSION, SetupError
 from devtools.host.server import JOINER, PACK, Server
-from devtools.workflows import BLUEPRINT_FOLDER, DEMO, FIRST, blueprint_paths, example_paths
+from devtools.workflows import BLUEPRINT_FOLDER, FIRST, blueprint_paths, example_paths
 from devtools.workflows import __main__ as command
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
@@ -137,6 +139,32 @@ ARROW = """((type, name) => {
   return [box.x + (node.pos[0] + node.size[0] - 25 + offset[0]) * scale,
           box.y + (node.pos[1] + widget.last_y + 10 + offset[1]) * scale]
 })"""
+
+# Of each node of the open workflow: where it is, its size on the page, and its height if it were as
+# low as what is in it, in pixels of the canvas; the colors of a note's text and of what is behind.
+LAID_OUT = """(() => app.graph.nodes.map(node => {
+  const part = document.querySelector(`[data-node-id="${node.id}"]`)
+  const height = () => Math.round(part.getBoundingClientRect().height / app.canvas.ds.scale)
+  const shown = part ? height() : node.size[1] + LiteGraph.NODE_TITLE_HEIGHT
+  let least = shown, colors = []
+  if (part) {
+    const style = part.style.cssText
+    part.style.setProperty('--node-height', '0px')
+    Object.assign(part.style, {height: 'auto', minHeight: '0'})
+    least = height()
+    part.style.cssText = style
+    let text = part.querySelector('.comfy-markdown-content p')
+    if (text) colors.push(getComputedStyle(text).color)
+    const ground = () => getComputedStyle(text).backgroundColor
+    while (text && ground() === 'rgba(0, 0, 0, 0)') text = text.parentElement
+    if (text) colors.push(ground())
+  }
+  return {type: node.type, left: node.pos[0], top: node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT,
+          width: node.size[0], height: shown, least, colors}
+}))()"""
+# Nodes that keep room for what they show after a run, which may be a whole report.
+OF_RESULTS = {"SaveImage", "PreviewImage", "SaveVideo", "FeatherweightCheckLora",
+              "FeatherweightInspectModelFile", "MarkdownNote"}
 
 # The field of the node library in which one types a name.
 SEARCH = "document.querySelector('.side-bar-panel input[placeholder^=Search]')"
@@ -295,11 +323,59 @@ def test_a_workflow_runs_in_app_mode_and_shows_its_picture(page, server):
     assert ran[str(sampler["id"])]["inputs"]["steps"] == steps
 
 
+def luminance(color: str) -> float:
+    """Returns the relative luminance of rgb(r, g, b), as WCAG 2 defines it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+             for part in parts]
+    return sum(part * share for part, share in zip(parts, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(colors: list[str]) -> float:
+    """Returns the contrast of two colors; 4.5 is what WCAG 2 asks of text."""
+    dark, bright = sorted(luminance(color) for color in colors)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def overlap(one: dict, other: dict) -> bool:
+    return all(one[start] < other[start] + other[size] and other[start] < one[start] + one[size]
+               for start, size in (("left", "width"), ("top", "height")))
+
+
+@pytest.mark.parametrize(("fresh_server", "modern", "theme"), [
+    ("own", False, "dark"), ("newest", True, "dark"), ("newest", True, "light")
+], indirect=["fresh_server"])
+def test_nodes_of_an_example_are_filled_and_apart_and_its_note_is_legible(
+        fresh_server, modern, theme, browser, request):
+    paths = EXAMPLES if request.config.getoption("--heavy") else random.sample(
+        EXAMPLES, len(EXAMPLES) // 3)
+    palette, wrong = "Comfy.ColorPalette", []
+    try:
+        browser.open_editor(fresh_server, SETTINGS | {MODERN: modern, palette: theme})
+        for path in paths:
+            browser.open_workflow(path.name, path.read_text(encoding="utf-8"))
+            browser.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+            time.sleep(1)  # what the editor lays out, and the canvas
+            keep(browser, f"example_{'modern' if modern else 'classic'}_{theme}_{path.stem}")
+            nodes = browser.evaluate(LAID_OUT)
+            wrong += [(path.stem, one["type"], other["type"])
+                      for one, other in itertools.combinations(nodes, 2) if overlap(one, other)]
+            wrong += [(path.stem, node["type"], node["least"] / node["height"]) for node in nodes
+                      if node["type"] not in OF_RESULTS and node["least"] < 0.6 * node["height"]]
+            note, = (node for node in nodes if node["type"] == "MarkdownNote")
+            if modern and contrast(note["colors"]) < 4.5:
+                wrong.append((path.stem, note["colors"]))
+    finally:
+        fresh_server.post("/settings", {MODERN: False, palette: "dark"})
+        browser.close_editor()
+    assert not wrong
+
+
 def test_a_template_opens_from_the_template_browser(fresh_page):
     page = fresh_page
     shown = open_templates(page, PACK)
     names = [path.stem for path in EXAMPLES]  # their folder lists them in no order
-    assert names[0].startswith(FIRST) and names[-1].startswith(DEMO)
+    assert names[0].startswith(FIRST)
     assert shown == names[:len(shown)]
     card = template_card(next(name for name in shown if "LoRA check" in name))
     page.wait_for(f"{card}?.querySelector('img')?.naturalWidth")
@@ -859,8 +935,7 @@ def test_the_two_inputs_that_a_measurement_had_in_0_2_2_become_one(editor, fresh
 def test_options_of_earlier_versions_become_todays_and_a_size_is_grey_where_it_is_not_used(
         editor, fresh):
     """In a workflow that is opened, through a subgraph, in a new node, and after a change."""
-    path = next(path for path in EXAMPLES if "packed to a size" in path.stem)
-    workflow = json.loads(path.read_text(encoding="utf-8"))
+    workflow = json.loads(demo.MIX_WORKFLOW.read_text(encoding="utf-8"))
     nodes = {node["type"].removeprefix(CATEGORY): node for node in workflow["nodes"]}
     nodes["LoadTextEncoder"]["widgets_values"][8] = "size in GB"
     nodes["MeasureSensitivity"]["widgets_values"][4] = "no runs"

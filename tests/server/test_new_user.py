@@ -31,7 +31,7 @@ from devtools.host.browser import RED, SETTINGS
 from devtools.host.environment import DEV
 from devtools.host.package import FOLDER, unpack
 from devtools.host.server import JOINER, Server
-from devtools.workflows import DEMO, FIRST, example_paths
+from devtools.workflows import FIRST, example_paths
 from devtools.workflows.workflow import Workflow
 
 if not (ROOT / ".git").exists() or not shutil.which("git"):
@@ -134,7 +134,7 @@ def test_1_the_first_start_has_the_nodes_and_no_complaint(browser, computer):
 def test_2_the_templates_are_in_order_and_the_first_says_what_to_download(page):
     names = [path.stem for path in example_paths()]
     shown = open_templates(page, FOLDER)
-    assert shown == names[:len(shown)] and not shown[0].startswith(DEMO)
+    assert shown == names[:len(shown)]
     page.wait_for("[...document.querySelectorAll('[data-testid^=\"template-workflow-\"] img')]"
                   ".filter(cover => cover.naturalWidth).length > 5")
     keep(page, "2 templates")

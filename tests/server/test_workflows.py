@@ -14,7 +14,7 @@ from devtools.workflows.api_format import (
 from devtools.workflows.stand_ins import PICTURE
 from devtools.workflows.workflow import Workflow
 
-EXAMPLES = [*example_paths(), *(path for path in demo_paths() if path not in example_paths())]
+EXAMPLES = [*example_paths(), *demo_paths()]
 SOURCE = re.compile(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(?:\S+/)?([^/\s]+)")
 
 
@@ -44,13 +44,13 @@ def widget_values(node, info) -> dict[str, object]:
     node has no widget for."""
     values, found = list(node["widgets_values"]), {}
     for name, (kind, options) in schema_inputs(info).items():
-        if is_widget(kind, options):
+        if options.get("image_upload"):
+            found[name] = values.pop(0) if values else PICTURE
+        elif is_widget(kind, options):
             assert values, f"{node['type']} has no value for {name}"
             found[name] = values.pop(0)
             if has_control(name, options):
                 assert values.pop(0) in AFTER_GENERATE
-            if options.get("image_upload"):
-                assert values.pop(0) == "image"
     return found
 
 
@@ -199,6 +199,31 @@ def test_app_mode_has_widgets_that_are_no_links_and_all_that_one_sampler_saves(p
         assert {"text", "width", "height", "seed", "steps"} <= {
             name for _, name in marked["inputs"]
         }
+
+
+@each(example_paths())
+def test_an_example_names_no_image_so_that_the_editor_takes_one_that_the_user_has(path):
+    """ComfyUI's own is not there with --base-directory."""
+    workflow = Workflow(path)
+    assert not [node for node in workflow.types("LoadImage") if node["widgets_values"]]
+    assert PICTURE not in workflow.note
+
+
+@each(example_paths())
+def test_an_example_needs_only_what_everyone_can_download(path):
+    workflow = Workflow(path)
+    folders = {file.partition("/")[2] for file in workflow.files
+               if not file.endswith((".gguf", ".safetensors"))}
+    assert workflow.models and all("hf download " in workflow.note for _ in folders)
+    assert "clone" not in workflow.note
+
+
+def test_the_first_example_takes_at_most_9_gb_of_downloads_and_says_so():
+    workflow = Workflow(example_paths()[0])
+    assert workflow.files.keys() == {
+        f"{model['directory']}/{model['name']}" for model in workflow.models}
+    total = sum(float(size.removesuffix(" GB")) for size in workflow.files.values())
+    assert total <= 9 and f"{total:.1f} GB to download in all" in workflow.about
 
 
 @each(demo_paths())

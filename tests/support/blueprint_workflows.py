@@ -32,7 +32,7 @@ class _Builder:
                    for index, slot in enumerate(self.host["outputs"])}
         for slot in self.host["inputs"]:
             if slot["type"] == "IMAGE":
-                self.link((self.add("LoadImage", image="example.png"), 0), self.host, slot)
+                self.link((self.add("LoadImage"), 0), self.host, slot)
         if "MODEL" in outputs:
             self.draw(outputs)
         for name, (node, index) in outputs.items():
@@ -72,13 +72,12 @@ class _Builder:
                                        **info["input"].get("optional", {})}.items():
             options = options[0] if options else {}
             linked = isinstance(given.get(name), tuple)
-            if is_widget(kind, options):
+            if is_widget(kind, options) and not options.get("image_upload"):  # one that is there
                 choices = kind if isinstance(kind, list) else options.get("options", [])
                 first = next(iter(choices), 0 if kind == "INT" else "")
                 default = options.get("default", first["key"] if isinstance(first, dict) else first)
                 values.append(default if linked else given.get(name, default))
                 values += ["fixed"] * has_control(name, options)
-                values += ["image"] * bool(options.get("image_upload"))
             if linked:
                 widget = {"widget": {"name": name}} if is_widget(kind, options) else {}
                 slots.append({"name": name, "type": kind, "link": None, **widget})

@@ -12,6 +12,7 @@ import nunchaku_writer
 import sdnq_writer
 import torch
 from families import FAMILIES, random_weights
+from published_models import family_of
 from safetensors.torch import save_file
 
 from devtools.files import tiny_models
@@ -112,9 +113,9 @@ def flux_gguf(path):
 
 
 def family_gguf(path, family: str, packed_type: str = "Q4_K"):
-    """A model of `families`."""
-    write_gguf(path, random_weights(FAMILIES[family]), lambda name, values: packed_type
-               if values.ndim == 2 else "F32", metadata=FAMILIES[family].metadata)
+    """A model of `families`, or a variant of `published_models`."""
+    write_gguf(path, random_weights(family_of(family)), lambda name, values: packed_type
+               if values.ndim == 2 else "F32", metadata=family_of(family).metadata)
 
 
 def family_bf16(path, family: str):
@@ -285,6 +286,7 @@ FILES = {
     "flux-2-klein-4b-Q5_K_M.gguf": of(family_gguf, "flux2"),
     "flux-2-klein-4b-outpaint-lora.safetensors": of(lora, "flux2", "attn.proj"),
     "flux2-vae.safetensors": flux2_vae,
+    "flux2-dev-Q4_K_M.gguf": of(family_gguf, "flux2"),
     "flux-2-klein-9b-Q4_K_M.gguf": of(family_gguf, "flux2-klein"),
     "Krea-2-Turbo-Q4_K_M.gguf": of(family_gguf, "krea2"),
     "stable-diffusion-v1-5-pruned-emaonly-Q8_0.gguf": stable_diffusion_gguf,
@@ -299,12 +301,15 @@ FILES = {
     "qwen-image-edit-2511-Q4_K_M.gguf": of(family_gguf, "qwen-image"),
     "qwen_image_vae.safetensors": wan_vae,
     "z_image_turbo_bf16.safetensors": of(family_bf16, "z-image"),
+    "z_image_turbo-Q4_K_M.gguf": of(family_gguf, "z-image"),
     "Wan2.2-TI2V-5B-Q4_K_M.gguf": of(family_gguf, "wan2.2-ti2v"),
     "wan2.1-t2v-14b-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
     "Wan2_1-VACE_module_14B_fp8_e4m3fn.safetensors": vace_module,
     "wan2.2_vae.safetensors": wan22_vae,
     "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
     "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.gguf": of(family_gguf, "wan2.1-t2v"),
+    "Wan2.2-I2V-A14B-HighNoise-Q4_K_M.gguf": of(family_gguf, "wan2.2-i2v"),
+    "Wan2.2-I2V-A14B-LowNoise-Q4_K_M.gguf": of(family_gguf, "wan2.2-i2v"),
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": of(lora, "wan2.1-t2v",
                                                                       "self_attn"),
     "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": of(lora, "wan2.1-t2v",
@@ -321,6 +326,7 @@ FIXED = {family.config["image_model"]: {name: family.config[name] for name in fa
 # this width and with this many pooled values. The one of SD1.5 runs.
 TEXT = {
     "flux1": (1024, 0), "svdq-int4_r32-flux.1": (1024, 0), "flux-2": (256, 0),
+    "flux2-dev": (256, 0),
     "Krea-2": (512, 0),
     "stable-diffusion-xl": (2048, 1280), "sd3.5": (256, 256), "qwen-image": (256, 0),
     "Qwen-Image": (256, 0), "z_image": (256, 0), "wan2.1": (4096, 0),
