@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from comfy.supported_models_base import BASE
 
 from ..encoders.encoder_sets import set_text
-from ..families import MODELS, Model, rules_for
+from ..families import model_of, rules_for
 from ..packing.planning.fit import Memory, latents_name_of, step_memory, workspace_bytes
 from ..packing.planning.packing_rules import Shapes
 from ..packing.planning.plan import plan_for_type
@@ -52,7 +52,7 @@ def required_models(config: BASE) -> dict[str, str]:
     """
     names = [cls.__name__ for cls in type(config).__mro__]
     models = {}
-    if model := _model_of(names, config.unet_config.get("context_in_dim")):
+    if model := model_of(config):
         text = set_text(model.encoder_groups)
         models["text encoder"] = f"{text} (type {model.clip_type})" if model.clip_type else text
     latents = latents_name_of(config)
@@ -60,15 +60,6 @@ def required_models(config: BASE) -> dict[str, str]:
     if vae and latents not in NO_VAE:
         models["VAE"] = vae
     return models
-
-
-def _model_of(host_names: list[str], text_width: int | None) -> Model | None:
-    """Returns the model of the first of the host's classes that one has, and with encoders."""
-    for host in host_names:
-        found = [model for model in MODELS if model.host == host and model.encoders]
-        if found:
-            return next((model for model in found if model.text_width == text_width), found[0])
-    return None
 
 
 def fit_cards(config: BASE, shapes: Shapes, memory_bytes: int,

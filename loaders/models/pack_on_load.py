@@ -288,14 +288,14 @@ def _types_for(file: WeightFile, weights: Mapping[str, torch.Tensor | JoinedRows
     if isinstance(target, int):
         packed = {name.removeprefix(prefix): _bytes_of(tensor) for name, tensor in weights.items()
                   if is_packed(tensor)}
-        planned = plan_for_size(shapes, target, rules, _measured_costs(file, shapes), halves,
+        planned = plan_for_size(shapes, target, rules, measured_costs(file, shapes), halves,
                                 packed=packed).types
     else:
         planned = plan_for_type(shapes, target, rules, halves).types
     return {name: planned[name.removeprefix(prefix)] for name in weights}
 
 
-def _measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, float]] | None:
+def measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, float]] | None:
     """Returns the costs that the measurement of a model has, None where there is none of it."""
     path = sensitivity_of(file.path)
     if path is None:
