@@ -19,7 +19,6 @@ from ..packing.planning.fit import (
     FAST_FORMAT,
     FLOOR,
     GRADES,
-    MAIN_SHARE,
     Choice,
     Memory,
     Sizes,
@@ -150,9 +149,10 @@ def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights]
         share = longer_step(choice.copied, sizes.values, step_tokens(config) if config else 0,
                             device)
         copying += "" if share is None else f", about {share:.0%} longer (estimate)"
-    step = step_memory(config) if config else None
-    smaller = smaller_model(sizes.values, bool(step) and "frames" in step[1])
-    return Targets(targets, _text(choice, memory, copying, smaller if config else ""), copying)
+    smaller, step = "", step_memory(config) if config else None
+    if config:
+        smaller = smaller_model(sizes.values, step is not None and "frames" in step[1])
+    return Targets(targets, _text(choice, memory, copying, smaller), copying)
 
 
 def _text(choice: Choice, memory: Memory, copying: str, smaller: str) -> str:
@@ -171,8 +171,8 @@ def _text(choice: Choice, memory: Memory, copying: str, smaller: str) -> str:
     if copying:
         texts.append(f"{copying}: Place Model (Featherweight) shows it.")
     if choice.lack:
-        texts.append(f"{FLOOR}, which loses less, needs {size_text(choice.lack)} more of main"
-                     f" memory, {MAIN_SHARE:.0%} of which are counted.")
+        texts.append(f"{FLOOR}, which loses less, takes {size_text(choice.lack)} more than there"
+                     " is for it in main memory.")
         if smaller:
             texts.append(f"A smaller model, such as {smaller}, gives better images.")
     return " ".join(texts)

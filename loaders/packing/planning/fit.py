@@ -37,7 +37,7 @@ from ....ops.tensor.packed_layout import is_packed
 from ...devices import CPU, total_memory
 from ...families import model_of, rules_for
 from .packing_rules import PLAIN_BYTES, Shapes
-from .plan import SIGNAL_TO_ERROR, bytes_as_good_as, least_bytes, plan_for_type
+from .plan import bytes_as_good_as, least_bytes, plan_for_type
 
 GIB = 2 ** 30
 STEP = 10 ** 7  # bytes: sizes are multiples, so that the number shown is the number used
@@ -56,13 +56,14 @@ GRADES = {"Q8_0": "hardly any loss", "Q6_K": "very little loss", "Q5_K": "little
 MAIN_SHARE = 0.6  # of the main memory, for all files of a model and its text encoder
 ENCODER_BYTES = 0.6  # of a value of a text encoder in FLOOR
 HALF_BYTES = 2  # of a value that ComfyUI computes in 16 bits
-# Compute capability from which on -> bytes a second over the usual link, as measured by many on
-# such cards, and operations a second of each multiprocessor. The last row: any other GPU.
+# Compute capability from which on -> bytes a second over the usual link, and operations a second
+# of each multiprocessor. Estimates.
 GENERATIONS = (((10, 0), 45e9, 1.2e12), ((8, 9), 22e9, 1.2e12), ((8, 0), 22e9, 0.8e12),
                ((7, 0), 11e9, 0.7e12), ((0, 0), 11e9, 0.4e12))
 HALF_LINKS = re.compile(r"\b(3050|4050|4060|5050|5060)\b")  # cards with half as many lanes
 EFFICIENCY = 0.6  # of operations in a step
-SMALLER_MODELS = (("Flux.2 Klein 9B", 9.1e9), ("Flux.2 Klein 4B", 3.9e9), ("SDXL", 2.6e9), ("SD 1.5", 0.9e9))
+SMALLER_MODELS = (("Flux.2 Klein 9B", 9.1e9), ("Flux.2 Klein 4B", 3.9e9),
+                  ("SDXL", 2.6e9), ("SD 1.5", 0.9e9))
 SMALLER_VIDEO_MODELS = (("Wan 2.2 5B", 5.0e9), ("Wan 2.1 1.3B", 1.4e9))
 # Models of single images whose latents the host stores as video.
 IMAGE_MODELS = {"QwenImage", "Anima", "CosmosT2IPredict2", "Krea2", "JoyImage"}
@@ -218,7 +219,7 @@ class Choice:
         room: bytes that the device has for the weights.
         copied: bytes of the weights that it has no room for, which are copied in each step.
         grade: of a mix, the type of GRADES that it is as good as.
-        lack: bytes by which FLOOR is too large for the main memory; 0 where it is reached.
+        lack: bytes by which FLOOR is too large for main memory; 0 where it is reached.
     """
 
     target: str | int
@@ -247,10 +248,10 @@ def choose(sizes: Sizes, room: int, room_unpacked: int, multiplies_int8: bool = 
         if sizes.fast <= room:
             return Choice(FAST_TYPE, room)
         size = min(room, sizes.as_good_as[FAST_TYPE])  # a card that it fits has no worse weights
-    floor = next((needed for needed in map(sizes.as_good_as.get, (FLOOR, LAST_FLOOR))
-                  if needed <= max(size, main)), sizes.least)
-    size = max(size // STEP * STEP, floor)
-    lack = max(0, sizes.as_good_as[FLOOR] - main) if size < sizes.as_good_as[FLOOR] else 0
+    floors = [sizes.as_good_as[type_name] for type_name in (FLOOR, LAST_FLOOR)]
+    size = max(size // STEP * STEP,
+               next((floor for floor in floors if floor <= max(size, main)), sizes.least))
+    lack = floors[0] - (main or room) if size < floors[0] else 0
     if size >= sizes.nbytes:
         return Choice("", room, sizes.nbytes - room, lack=lack)
     return Choice(size, room, max(0, size - room), sizes.grade(size), lack)

@@ -88,8 +88,8 @@ def bytes_for_costs(costs: Mapping[str, Mapping[str, float]],
     return nbytes
 
 
-def choose_in_order(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]],
-                 budget: int) -> dict[str, str]:
+def choose_in_order(costs: Mapping[str, Mapping[str, float]],
+                    sizes: Mapping[str, Mapping[str, int]], budget: int) -> dict[str, str]:
     """Chooses types by what each byte of a larger one saves, as for `choose_types`.
 
     Among tensors that save alike, earlier ones come first.

@@ -127,7 +127,7 @@ def test_cards_say_what_fits_what_stays_outside_and_what_fit_chooses(monkeypatch
     assert [card.gib for card in found.cards] == list(CARDS)
     assert [card.fit for card in found.cards] == [
         "as good as Q4_K (some loss), 3.0 GB copied in each step",
-        "as good as Q4_K (some loss), 945.7 MB copied in each step",
+        "as good as Q4_K (some loss), 946.4 MB copied in each step",
         "as good as Q6_K (very little loss)", *["as good as Q8_0 (hardly any loss)"] * 2]
     for card in found.cards:
         room = card.gib * GIB * 23 / 24 - step - 1.1 * GIB
