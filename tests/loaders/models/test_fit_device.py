@@ -310,7 +310,8 @@ def test_weights_below_the_floor_are_named_with_what_they_lack(room, monkeypatch
     room(FLUX_BYTES * 0.1)
     model = load_diffusion_model(flux_in_bfloat16(), pack_to=FIT)
     assert re.search(r"as good as Q2_K \(heavy loss\).* copied in each step.* Q4_K, which loses"
-                     r" less, takes \S+ .B more than there is for it in main memory", fit_text(model))
+                     r" less, takes \S+ .B more than there is for it in main memory",
+                     fit_text(model))
     assert fit.smaller_model(32_000_000_000, False) == "Flux.2 Klein 9B"
     assert fit.smaller_model(14_000_000_000, True) == "Wan 2.2 5B"
     assert fit.smaller_model(1_000_000_000, True) == ""
