@@ -23,6 +23,7 @@ main memory; what takes more comes down to LAST_FLOOR, and to what fits. So more
 kind never makes the weights worse. LoRAs and ControlNets change how much is copied, never the
 weights. float8 and nvfp4 are not chosen: at their sizes Q6_K and Q4_K are more exact.
 """
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -170,22 +171,31 @@ class Sizes:
     Attributes:
         files: of the model.
         nbytes: of the weights as they are in the files.
-        as_good_as: type of GRADES or FAST_TYPE -> size of a mix that is expected to be as good.
-        least: size of the smallest mix.
-        fast: bytes with FAST_TYPE.
     """
 
     def __init__(self, files: Sequence[Weights]):
         self.files = files
         self.nbytes = sum(file.nbytes for file in files)
-        rules = [(file, rules_for(file.shapes)) for file in files]
-        self.as_good_as = {type_name: self._size([
-            bytes_as_good_as(type_name, file.shapes, rule, file.costs, file.packed)
-            for file, rule in rules]) for type_name in (*GRADES, FAST_TYPE)}
-        self.least = self._size([
-            least_bytes(file.shapes, rule, file.packed) for file, rule in rules])
-        self.fast = sum(plan_for_type(file.shapes, FAST_TYPE, rule).nbytes(file.shapes)
-                        for file, rule in rules)
+
+    @functools.cached_property
+    def as_good_as(self) -> dict[str, int]:
+        """Type of GRADES, or FAST_TYPE -> size of a mix that is expected to be as good."""
+        return {type_name: self._size([
+            bytes_as_good_as(type_name, file.shapes, rules_for(file.shapes), file.costs,
+                             file.packed) for file in self.files])
+            for type_name in (*GRADES, FAST_TYPE)}
+
+    @functools.cached_property
+    def least(self) -> int:
+        """Size of the smallest mix."""
+        return self._size([least_bytes(file.shapes, rules_for(file.shapes), file.packed)
+                           for file in self.files])
+
+    @functools.cached_property
+    def fast(self) -> int:
+        """Bytes with FAST_TYPE."""
+        return sum(plan_for_type(file.shapes, FAST_TYPE, rules_for(file.shapes))
+                   .nbytes(file.shapes) for file in self.files)
 
     @property
     def is_packed(self) -> bool:

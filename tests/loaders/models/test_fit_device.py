@@ -348,6 +348,15 @@ def test_a_packed_file_is_left_as_it_is_or_packed_further(type_name, room):
     assert type_name in memory_summary(smaller)  # most is as it was
 
 
+def test_a_packed_file_as_coarse_as_the_floor_stays_and_the_rest_is_copied(room):
+    path, _ = flux_file("Q4_K")
+    nbytes = load_diffusion_model(path).model_size()
+    room(0.8 * nbytes, main_gib=8)
+    model = load_diffusion_model(path, pack_to=FIT)
+    assert digest(model) == digest(load_diffusion_model(path))
+    assert re.search(r"they stay as in the file\. \S+ .B copied in each step", fit_text(model))
+
+
 def test_of_a_checkpoint_the_diffusion_model_alone_is_packed(room, tmp_path):
     weights = stable_diffusion()
     path = tmp_path / "checkpoint.safetensors"
