@@ -213,7 +213,7 @@ def _costs(shapes: Shapes, sizes: Mapping[str, Mapping[str, int]],
 
 def _place(name: str) -> list[tuple[int, str]]:
     """Returns the place of a name among others, by the numbers in it."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+    return [(len(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _least_sum(sizes: Mapping[str, Mapping[str, int]]) -> int:

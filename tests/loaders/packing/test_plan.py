@@ -131,6 +131,17 @@ def test_without_a_measurement_the_next_larger_type_goes_to_the_last_blocks(shap
     assert exact.types == one.types
 
 
+@pytest.mark.parametrize("odd", ["²", "9" * 5000])
+def test_the_last_block_is_that_with_the_largest_number(odd):
+    shapes = {f"double_blocks.{number}.img_mlp.0.weight": (512, 512) for number in (10, 2, 9)}
+    shapes[f"a{odd}.0.weight"] = (512, 512)  # a name of a stranger
+    rules = rules_for(shapes)
+    budget = plan_for_type(shapes, "Q4_K", rules).nbytes(shapes) + 512 * 512 // 8
+    types = plan_for_size(shapes, budget, rules).types
+    assert types["double_blocks.10.img_mlp.0.weight"] == "Q5_K"
+    assert types["double_blocks.9.img_mlp.0.weight"] == "Q4_K"
+
+
 def test_the_size_as_good_as_a_type_is_that_of_the_type(shapes):
     rules = rules_for(shapes)
     for type_name in ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"):
