@@ -61,6 +61,7 @@ HALF_BYTES = 2  # of a value that ComfyUI computes in 16 bits
 # of each multiprocessor. Estimates.
 GENERATIONS = (((10, 0), 45e9, 1.2e12), ((8, 9), 22e9, 1.2e12), ((8, 0), 22e9, 0.8e12),
                ((7, 0), 11e9, 0.7e12), ((0, 0), 11e9, 0.4e12))
+AMD = (8, 0)  # row of its GPUs, whose numbers mean something else
 HALF_LINKS = re.compile(r"\b(3050|4050|4060|5050|5060)\b")  # cards with half as many lanes
 EFFICIENCY = 0.6  # of operations in a step
 SMALLER_MODELS = (("Flux.2 Klein 9B", 9.1e9), ("Flux.2 Klein 4B", 3.9e9),
@@ -288,7 +289,8 @@ def longer_step(copied: int, values: int, tokens: int, device: torch.device) -> 
     if device.type != "cuda" or not tokens:
         return None
     card = torch.cuda.get_device_properties(device)
-    _, link, operations = next(row for row in GENERATIONS if row[0] <= (card.major, card.minor))
+    capability = AMD if torch.version.hip else (card.major, card.minor)
+    _, link, operations = next(row for row in GENERATIONS if row[0] <= capability)
     if HALF_LINKS.search(card.name):
         link /= 2
     if args.disable_pinned_memory:

@@ -212,6 +212,16 @@ def card_of(name: str, major: int, minor: int, processors: int):
                                  multi_processor_count=processors)
 
 
+def test_a_gpu_of_amd_counts_as_one_with_pcie_4(monkeypatch):
+    shares = []
+    for hip, card in ((None, card_of("NVIDIA GeForce RTX 3080", 8, 6, 68)),
+                      ("6.4", card_of("AMD Radeon RX 7900 XT", 11, 0, 68))):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        shares.append(fit.longer_step(10 ** 9, 10 ** 10, 4096, torch.device("cuda:0")))
+    assert shares[0] == shares[1]
+
+
 @pytest.mark.parametrize(("card", "least", "most"), [
     (card_of("NVIDIA GeForce RTX 3070", 8, 6, 46), 0.005, 0.02),
     (card_of("NVIDIA GeForce RTX 4060", 8, 9, 24), 0.01, 0.04),
