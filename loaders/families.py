@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from comfy.supported_models_base import BASE
+
 from .packing.planning.packing_rules import (
     GENERAL_RULES,
     KEEP_EXACT,
@@ -38,6 +40,7 @@ class Model:
         also: encoders that its type takes alone, too.
         text_width: columns of its text input, where they tell models of one `host` apart.
         pipelines: how the names of its diffusers pipelines begin, in lower case.
+        experts: files of which each is the model in a part of the steps.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Model:
     also: tuple[str, ...] = ()
     text_width: int = 0
     pipelines: tuple[str, ...] = ()
+    experts: int = 1
 
     @property
     def encoder_groups(self) -> list[set[str]]:
@@ -388,7 +392,7 @@ FAMILIES = (
         "Wan",
         (
             Model("Wan 2.1 or 2.2, 14B", 5120, (40, 0), r"wan.*14b", "WAN21_T2V", "wan",
-                  ("UMT5_XXL",), pipelines=("wan", "skyreelsv2")),
+                  ("UMT5_XXL",), pipelines=("wan", "skyreelsv2"), experts=2),
             Model("Wan 2.1, 1.3B", 1536, (30, 0), r"wan.*1\.3b"),
             Model("Wan 2.2, 5B", 3072, (30, 0), r"wan.*5b"),
         ),
@@ -581,6 +585,19 @@ OTHER_MODELS = (
     _needs("Stable Cascade", "", "stable_cascade", "CLIP_G", pipelines=("stablecascade",)),
 )
 MODELS = (*(model for family in FAMILIES for model in family.models), *OTHER_MODELS)
+
+
+def model_of(config: BASE) -> Model | None:
+    """Returns the model of the first of a configuration's classes that one has, and with encoders.
+
+    config: the host's, of a diffusion model.
+    """
+    text_width = config.unet_config.get("context_in_dim")
+    for host in (cls.__name__ for cls in type(config).__mro__):
+        found = [model for model in MODELS if model.host == host and model.encoders]
+        if found:
+            return next((model for model in found if model.text_width == text_width), found[0])
+    return None
 
 
 def rules_for(shapes: Shapes) -> PackingRules:

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +25,16 @@ import torch
 
 from devtools import markdown_table
 from featherweight.loaders.families import rules_for
-from featherweight.loaders.inspect.requirements import best_types
-from featherweight.loaders.packing.planning.fit import GIB, HOST_RESERVE_BYTES, step_memory
+from featherweight.loaders.packing.planning.fit import (
+    GIB,
+    HOST_RESERVE_BYTES,
+    Memory,
+    Sizes,
+    Weights,
+    choose,
+    step_memory,
+    workspace_bytes,
+)
 from featherweight.loaders.packing.planning.packing_rules import Shapes
 from featherweight.loaders.packing.planning.plan import plan_for_type
 from featherweight.ops.tensor.packed_layout import QuantizedTensor
@@ -38,6 +46,10 @@ RANK = 32  # of the LoRA whose size is counted
 GB = 1e9
 NUMBERS = "---:"  # below the titles of columns of numbers
 CARDS = (6, 8, 10, 12, 16, 24, 32)  # GiB
+TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest first
+MAIN_GIB = 64  # main memory in the table of what fit chooses, of these models
+FITTED = {"Flux.1 dev, schnell, Kontext": "Flux.1 dev", "Flux.2 dev": "Flux.2 dev",
+          "Qwen-Image, Qwen-Image-Edit": "Qwen-Image"}
 
 
 @dataclass(frozen=True)
@@ -232,6 +244,43 @@ def _cards_row(model: Model, name: str, images: int) -> list[str]:
     return [name, picture, f"{work:.1f}", *(best[card] or "partly" for card in CARDS)]
 
 
+def best_types(shapes: Shapes, cards: Iterable[int], step_bytes: float) -> dict[int, str]:
+    """Returns card -> the largest of TYPES with which a diffusion model fits it whole, "" for none.
+
+    Args:
+        shapes: as for `rules_for`.
+        cards: their GiB.
+        step_bytes: of `step_memory`.
+    """
+    rules, workspace = rules_for(shapes), workspace_bytes(shapes)
+    sizes = {name: plan_for_type(shapes, name, rules).nbytes(shapes) for name in TYPES}
+    return {
+        gib: next((name for name, nbytes in sizes.items() if nbytes <= Memory(gib).for_model(
+            step_bytes, 0 if name == "BF16" else workspace)), "") for gib in cards
+    }
+
+
+def fit_table() -> str:
+    """What *fit this GPU* chooses for each diffusion model in BF16, and the GB that a step copies.
+    """
+    rows = []
+    for model in MODELS:
+        config = model.config and model.config()
+        step = step_memory(config) if config and model.name in FITTED else None
+        if step is None:
+            continue
+        shapes, row = model.shapes(), [FITTED[model.name]]
+        sizes = Sizes([Weights(shapes, bytes_of(shapes, "BF16"), {})])
+        for gib in CARDS[:-1]:
+            memory = Memory(gib, main_gib=MAIN_GIB)
+            rooms = (memory.for_model(step[0], nbytes) for nbytes in (workspace_bytes(shapes), 0))
+            choice = choose(sizes, *rooms, main=memory.for_copying(config))
+            copied = f"+{choice.copied / GB:.1f}" if choice.copied else ""
+            row.append(f"{choice.grade or 'BF16'}{copied}")
+        rows.append(row)
+    return markdown_table(["model", *(f"{card} GB" for card in CARDS[:-1])], rows, NUMBERS)
+
+
 def accuracy_table() -> str:
     """The error of normally distributed weights after packing, in % of the weights, for the formats
     that can be packed here."""
@@ -244,7 +293,7 @@ def accuracy_table() -> str:
     return markdown_table(["", *errors], [row], NUMBERS)
 
 
-TABLES = (sizes_table, cards_table, accuracy_table)
+TABLES = (sizes_table, cards_table, fit_table, accuracy_table)
 
 if __name__ == "__main__":
     for make in TABLES:

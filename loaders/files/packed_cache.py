@@ -4,9 +4,9 @@ It lies in ComfyUI's user folder and keeps what took longer than `MIN_SECONDS` t
 environment (`FEATHERWEIGHT_PACKED_CACHE`) names another folder, where all is kept, or turns it off.
 The key of an entry is what it was made of: the files with their sizes and times, the type of each
 weight, and the version of the packers. When the cache reaches its limit, or the drive has little
-room, the least recently used entries are removed; the time of an empty file `.used` is that of an
-entry's last use. Other files in the folder are not touched. If an entry cannot be used, the model
-loads without it.
+room, entries of earlier versions are removed, then the least recently used ones; the time of an
+empty file `.used` is that of an entry's last use. Other files in the folder are not touched. If an
+entry cannot be used, the model loads without it.
 """
 import contextlib
 import hashlib
@@ -31,6 +31,7 @@ MIN_SECONDS = 60  # that packing took of what is kept where no folder is named
 FREE_SHARE, MAX_FREE = 0.1, 20e9  # of a drive, and bytes of it: the smaller is left free,
 NEARLY_FULL_SHARE = 0.1  # that an entry may take of the free bytes of a drive with less than that
 PACKER_VERSION = 4  # raised when the packers make other bytes of the same weights
+CURRENT = f"featherweight-{PACKER_VERSION}-"  # how the names of entries of this version begin
 NAMES = ("featherweight-*.safetensors", "featherweight-*.gguf")
 
 Entry = TypeVar("Entry")
@@ -70,7 +71,7 @@ def entry_path(file: WeightFile, types: PackedTypes, folder: Path | None,
     files = [(str(path.resolve()), state.identity) for path, state in zip(file.paths, file.states)]
     recipe = [PACKER_VERSION, files, sorted(types.items())]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40]
-    return folder / f"featherweight-{digest}{suffix}"
+    return folder / f"{CURRENT}{digest}{suffix}"
 
 
 def read(entry: Path | None, read_entry: Callable[[Path], Entry]) -> Entry | None:
@@ -164,14 +165,14 @@ def _free_space(folder: Path, size: int, keep: Path | None = None) -> bool:
         with contextlib.suppress(OSError):  # another process may have removed it
             status, last_use = path.stat(), FileState.of(_last_use(path))
             time = max(status.st_mtime_ns, last_use.time if last_use else 0)
-            entries.append((time, status.st_size, path))
+            entries.append((path.name.startswith(CURRENT), time, status.st_size, path))
     disk = shutil.disk_usage(folder)
     free = max(disk.free - min(MAX_FREE, disk.total * FREE_SHARE), disk.free * NEARLY_FULL_SHARE)
-    total = sum(nbytes for _, nbytes, _ in entries)
-    removable = sum(nbytes for _, nbytes, path in entries if path != keep)
+    total = sum(nbytes for *_, nbytes, _ in entries)
+    removable = sum(nbytes for *_, nbytes, path in entries if path != keep)
     if size > free + removable:
         return False
-    for _, nbytes, path in sorted(entries):
+    for *_, nbytes, path in sorted(entries):
         if total + size <= _limit() and size <= free:
             break
         if path != keep and path.suffix != ".part":

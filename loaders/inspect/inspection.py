@@ -20,6 +20,7 @@ from ..files.container import safe_repr
 from ..lora.family_match import match_family
 from ..lora.lora_file import OTHER_FILES, weight_shapes
 from ..lora.tensor_names import PAIRS, layer_names
+from ..packing.planning.fit import Weights
 from ..packing.planning.plan import Plan, PlanError
 from ..quantizers.registry import quantizer_of
 from .contents import Contents, diffusion_comfy_keys, encoder_comfy_keys
@@ -205,9 +206,10 @@ def _identify_diffusion_model(contents: Contents, inspection: Inspection) -> boo
         part: which for part, which in required_models(config).items()
         if part not in inspection.parts
     }
-    memory_bytes = sum(contents.tensors[name].nbytes for name in names)
+    stored = {name.removeprefix(prefix): contents.tensors[name] for name in names}
     packed = any(contents.formats[name] not in ("F32", "F16", "BF16") for name in names)
-    inspection.resolution, inspection.cards = fit_cards(config, shapes, memory_bytes, packed)
+    inspection.resolution, inspection.cards = fit_cards(
+        config, Weights.of(shapes, stored), packed)
     inspection.warnings += shape_warnings(config, empty_tensors)
     return True
 

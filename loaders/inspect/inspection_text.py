@@ -87,8 +87,8 @@ def cards_notes(inspection: Inspection) -> list[tuple[bool, str]]:
             if card.missing
             else "fits"
         )
-        if card.best is not None:
-            text += f"; largest type that fits: {card.best or 'none'}"
+        if card.fit:
+            text += f"; fit this GPU: {card.fit}"
         sizes_by_text.setdefault((not card.missing, text), []).append(card.gib)
     return [
         (fits, f"{'cards' if sizes[1:] else 'card'} of {', '.join(map(str, sizes))} GB: {text}")

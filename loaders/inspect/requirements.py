@@ -1,17 +1,26 @@
 """Estimates what else a model needs and which graphics cards it fits."""
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from comfy.supported_models_base import BASE
 
+from ..byte_sizes import size_text
+from ..devices import CPU
 from ..encoders.encoder_sets import set_text
-from ..families import MODELS, Model, rules_for
-from ..packing.planning.fit import Memory, latents_name_of, step_memory, workspace_bytes
+from ..families import model_of
+from ..packing.planning.fit import (
+    GRADES,
+    Choice,
+    Memory,
+    Sizes,
+    Weights,
+    choose,
+    latents_name_of,
+    step_memory,
+    workspace_bytes,
+)
 from ..packing.planning.packing_rules import Shapes
-from ..packing.planning.plan import plan_for_type
 
 CARDS = (6, 8, 12, 16, 24)  # GiB, which cards' names call GB
-TYPES = ("BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # the largest first
 
 # The host's class of latents -> VAE.
 VAES = {
@@ -35,13 +44,12 @@ class Card:
     Attributes:
         gib: memory of the card.
         missing: bytes of the weights that stay in the computer's memory, 0 if all fit.
-        best: the largest type of the same model that fits whole, "" if none does, None if not
-            computed.
+        fit: what *fit this GPU* chooses there, "" for no change or if not computed.
     """
 
     gib: int
     missing: int
-    best: str | None
+    fit: str = ""
 
 
 def required_models(config: BASE) -> dict[str, str]:
@@ -52,7 +60,7 @@ def required_models(config: BASE) -> dict[str, str]:
     """
     names = [cls.__name__ for cls in type(config).__mro__]
     models = {}
-    if model := _model_of(names, config.unet_config.get("context_in_dim")):
+    if model := model_of(config):
         text = set_text(model.encoder_groups)
         models["text encoder"] = f"{text} (type {model.clip_type})" if model.clip_type else text
     latents = latents_name_of(config)
@@ -62,58 +70,38 @@ def required_models(config: BASE) -> dict[str, str]:
     return models
 
 
-def _model_of(host_names: list[str], text_width: int | None) -> Model | None:
-    """Returns the model of the first of the host's classes that one has, and with encoders."""
-    for host in host_names:
-        found = [model for model in MODELS if model.host == host and model.encoders]
-        if found:
-            return next((model for model in found if model.text_width == text_width), found[0])
-    return None
-
-
-def fit_cards(config: BASE, shapes: Shapes, memory_bytes: int,
-              packed: bool) -> tuple[str, list[Card]]:
-    """Estimates how a diffusion model fits each of CARDS.
+def fit_cards(config: BASE, weights: Weights, packed: bool) -> tuple[str, list[Card]]:
+    """Estimates how a diffusion model fits each of CARDS in this computer.
 
     Args:
         config: the host's configuration of the model.
-        shapes: as for `rules_for`.
-        memory_bytes: bytes of its weights in memory.
-        packed: whether some of them are packed.
+        weights: of the model.
+        packed: whether some of them are dequantised.
 
     Returns:
         The resolution of `step_memory`, and the cards; "" and none if it is not known.
     """
     step = step_memory(config)
-    if step is None or not shapes:
+    if step is None or not weights.shapes:
         return "", []
-    step_bytes, resolution = step
-    best = best_types(shapes, CARDS, step_bytes)
-    workspace = workspace_bytes(shapes) if packed else 0
-    return resolution, [
-        Card(gib, max(0, memory_bytes - Memory(gib).for_model(step_bytes, workspace)), best[gib])
-        for gib in CARDS
-    ]
+    sizes, main_gib = Sizes([weights]), Memory.of(CPU).main_gib
+    workspace, cards = workspace_bytes(weights.shapes), []
+    for gib in CARDS:
+        memory = Memory(gib, main_gib=main_gib)
+        room, room_unpacked = (memory.for_model(step[0], nbytes) for nbytes in (workspace, 0))
+        choice = choose(sizes, room, room_unpacked, main=memory.for_copying(config))
+        missing = max(0, weights.nbytes - (room if packed else room_unpacked))
+        cards.append(Card(gib, missing, _fit_text(choice) if choice.target else ""))
+    return step[1], cards
 
 
-def best_types(shapes: Shapes, cards: Iterable[int], step_bytes: float) -> dict[int, str]:
-    """Returns card -> the largest of TYPES with which a diffusion model fits it whole, "" for none.
-
-    Args:
-        shapes: as for `rules_for`.
-        cards: their GiB.
-        step_bytes: of `step_memory`.
-    """
-    rules, workspace = rules_for(shapes), workspace_bytes(shapes)
-    sizes = {name: plan_for_type(shapes, name, rules).nbytes(shapes) for name in TYPES}
-    return {
-        gib: next((name for name, nbytes in sizes.items() if nbytes <= Memory(gib).for_model(
-            step_bytes, 0 if name == "BF16" else workspace)), "") for gib in cards
-    }
+def _fit_text(choice: Choice) -> str:
+    text = f"as good as {choice.grade} ({GRADES[choice.grade]})"
+    return f"{text}, {size_text(choice.copied)} copied in each step" if choice.copied else text
 
 
 def fit_encoder_cards(memory_bytes: int, shapes: Shapes) -> list[Card]:
     """Estimates how a text encoder fits each of CARDS; it runs alone, before the model."""
     workspace = workspace_bytes(shapes)
-    return [Card(gib, max(0, memory_bytes - Memory(gib).for_encoder(workspace)), None)
+    return [Card(gib, max(0, memory_bytes - Memory(gib).for_encoder(workspace)))
             for gib in CARDS]

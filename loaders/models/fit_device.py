@@ -4,34 +4,38 @@ What is chosen is what the other options of the loaders' `pack_to` are too: the 
 type, or a size.
 """
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from comfy.supported_models_base import BASE
 
-from ...ops.tensor.packed_layout import is_packed
 from ..byte_sizes import GB, size_text
 from ..files.container import WeightFileError
 from ..inspect.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
 from ..name_lists import join_some
 from ..packing.planning.fit import (
     FAST_FORMAT,
-    STREAMED_TYPE,
+    FLOOR,
+    GRADES,
     Choice,
     Memory,
+    Sizes,
     Weights,
     choose,
+    longer_step,
     shares,
+    smaller_model,
     step_memory,
+    step_tokens,
     workspace_bytes,
 )
 from ..packing.planning.plan import DIGITS
-from .pack_on_load import size_of_target, size_target
+from .pack_on_load import measured_costs, size_of_target, size_target
 
 FIT = "fit this GPU"  # in place of a type to pack to
-FIT_KEY = "featherweight_fit"  # attachment of a patcher: `Targets.text`
-HALF_BYTES = 2  # of a value that ComfyUI computes in 16 bits
+FIT_KEY = "featherweight_fit"  # attachment of a patcher: its `Targets`
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,29 @@ class Targets:
         files: for each file a type, a `size_target`, or None for the file as it is.
         text: what was chosen for a device, and how it is the same on every device; "" where
             nothing was chosen.
+        copying: what each step is expected to copy, and how much longer it takes; "" for nothing.
     """
 
     files: tuple[str | None, ...]
     text: str = ""
+    copying: str = ""
 
     def attach(self, patcher):
-        """Attaches the text to the host's ModelPatcher, whose clones keep it."""
+        """Attaches the targets to the host's ModelPatcher, whose clones keep them."""
         if self.text:
-            patcher.set_attachments(FIT_KEY, self.text)
+            patcher.set_attachments(FIT_KEY, self)
 
 
 def fit_text(patcher) -> str:
     """Returns what was chosen for a model, "" where nothing was."""
-    return patcher.get_attachment(FIT_KEY) or ""
+    targets = patcher.get_attachment(FIT_KEY)
+    return targets.text if targets else ""
+
+
+def copying_text(patcher) -> str:
+    """Returns what was expected that each step of a model copies, "" where nothing was."""
+    targets = patcher.get_attachment(FIT_KEY)
+    return targets.copying if targets else ""
 
 
 def model_targets(pack_to: str | None, paths: Sequence[str], device: torch.device,
@@ -80,9 +93,10 @@ def model_targets(pack_to: str | None, paths: Sequence[str], device: torch.devic
         config = config or detected
         files.append(_weights(contents, tensors, prefix))
     step = step_memory(config) if config else None
-    step_bytes, memory = step[0] if step else None, Memory.of(device)
-    return _targets(pack_to, paths, files, memory,
-                    partial(memory.for_model, step_bytes), FAST_FORMAT not in formats)
+    memory = Memory.of(device)
+    return _targets(pack_to, paths, files, memory, device,
+                    partial(memory.for_model, step[0] if step else None), config,
+                    FAST_FORMAT not in formats)
 
 
 def encoder_targets(pack_to: str | None, paths: Sequence[str], device: torch.device) -> Targets:
@@ -101,7 +115,7 @@ def encoder_targets(pack_to: str | None, paths: Sequence[str], device: torch.dev
     files = [_weights(contents, encoder_comfy_keys(contents)[0])
              for contents in map(file_contents, paths)]
     memory = Memory.of(device)
-    return _targets(pack_to, paths, files, memory, memory.for_encoder)
+    return _targets(pack_to, paths, files, memory, device, memory.for_encoder)
 
 
 def _is_fixed(pack_to: str | None, paths: Sequence[str]) -> bool:
@@ -111,46 +125,57 @@ def _is_fixed(pack_to: str | None, paths: Sequence[str]) -> bool:
 
 
 def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights], memory: Memory,
-             room: Callable[[int], int], multiplies_int8: bool = False) -> Targets:
+             device: torch.device, room: Callable[[int], int], config: BASE | None = None,
+             multiplies_int8: bool = False) -> Targets:
     """room: bytes for dequantised weights -> bytes for the weights."""
     if pack_to and (size := size_of_target(pack_to)) is not None:
         return Targets(tuple(map(size_target, shares(size, files))))
-    workspace = max(workspace_bytes(file.shapes) for file in files)
-    choice = choose(files, room(workspace), room(0), multiplies_int8)
-    if choice.missing and memory.is_shared:
+    workspace, sizes = max(workspace_bytes(file.shapes) for file in files), Sizes(files)
+    choice = choose(sizes, room(workspace), room(0), multiplies_int8, memory.for_copying(config))
+    if choice.copied and memory.is_shared:
         names = join_some([os.path.basename(os.path.normpath(path)) for path in paths])
         raise WeightFileError(
-            f"{names}: the weights take {_lack(choice)} there is for them on {memory.text}, even"
-            " with the smallest types. Use a smaller model, or choose a type at pack to, if you"
-            " know that the memory is enough.")
-    is_packed_in_file = any(file.packed for file in files)
+            f"{names}: the weights take {size_text(choice.room + choice.copied, DIGITS)},"
+            f" {size_text(choice.copied, DIGITS)} more than there is for them on {memory.text},"
+            " even with the smallest types. Use a smaller model, or choose a type at pack to, if"
+            " you know that the memory is enough.")
     if isinstance(choice.target, int):
         targets = tuple(map(size_target, shares(choice.target, files)))
     else:
-        stays = not choice.target or (choice.missing and is_packed_in_file)
-        targets = (None if stays else choice.target,) * len(files)
-    return Targets(targets, _text(choice, memory, is_packed_in_file))
+        targets = (choice.target or None,) * len(files)
+    copying = ""
+    if choice.copied:
+        copying = f"{size_text(choice.copied, DIGITS)} copied in each step"
+        share = longer_step(choice.copied, sizes.values, step_tokens(config) if config else 0,
+                            device)
+        copying += "" if share is None else f", about {share:.0%} longer (estimate)"
+    smaller, step = "", step_memory(config) if config else None
+    if config:
+        smaller = smaller_model(sizes.values, step is not None and "frames" in step[1])
+    return Targets(targets, _text(choice, memory, copying, smaller), copying)
 
 
-def _text(choice: Choice, memory: Memory, is_packed_in_file: bool = False) -> str:
+def _text(choice: Choice, memory: Memory, copying: str, smaller: str) -> str:
     room = size_text(choice.room)
-    if choice.missing:
-        what = "they stay as in the file" if is_packed_in_file else f"they are {STREAMED_TYPE}"
-        return (f"The weights take {_lack(choice)} there is for them on {memory.text}, even with"
-                f" the smallest types. So {what}, and what does not fit is copied in each step:"
-                " Place Model (Featherweight) sets how much. A smaller model fits.")
-    if not choice.target:
+    if not (choice.target or copying):
         return f"The file fits unchanged: its weights may take {room} of {memory.text}."
-    fixed = choice.target
-    if isinstance(choice.target, int):
-        fixed = f"mix for a size, {choice.target / GB:.{DIGITS}f} GB,"
-    return (f"Packed for {memory.text}, which leaves {room} for the weights. {fixed} at pack to"
-            " gives the same on every device.")
-
-
-def _lack(choice: Choice) -> str:
-    needed = choice.room + choice.missing
-    return f"{size_text(needed, DIGITS)}, {size_text(choice.missing, DIGITS)} more than"
+    texts = [f"For {memory.text}, which leaves {room} for the weights:"]
+    if not choice.target:
+        texts.append("they stay as in the file.")
+    elif isinstance(choice.target, str):
+        texts.append(f"{choice.target} at pack to gives the same on every device.")
+    else:
+        texts.append(f"as good as {choice.grade} ({GRADES[choice.grade]}). mix for a size,"
+                     f" {choice.target / GB:.{DIGITS}f} GB, at pack to gives the same on every"
+                     " device.")
+    if copying:
+        texts.append(f"{copying}: Place Model (Featherweight) shows it.")
+    if choice.lack:
+        texts.append(f"{FLOOR}, which loses less, takes {size_text(choice.lack)} more than there"
+                     " is for it in main memory.")
+        if smaller:
+            texts.append(f"A smaller model, such as {smaller}, gives better images.")
+    return " ".join(texts)
 
 
 def _weights(contents: Contents, tensors: dict[str, torch.Tensor], prefix: str = "") -> Weights:
@@ -159,11 +184,4 @@ def _weights(contents: Contents, tensors: dict[str, torch.Tensor], prefix: str =
               if name.startswith(prefix)}
     stored = {name.removeprefix(prefix): tensor for name, tensor in contents.tensors.items()
               if name.startswith(prefix)}
-    packed = {name: tensor.nbytes for name, tensor in stored.items() if is_packed(tensor)}
-    return Weights(shapes, _bytes_in_memory(stored.values()), packed)
-
-
-def _bytes_in_memory(tensors: Iterable[torch.Tensor]) -> int:
-    """Returns the bytes of weights as they are in a file; of float32 the host keeps 16 bits."""
-    return sum(tensor.nbytes if is_packed(tensor)
-               else min(tensor.nbytes, HALF_BYTES * tensor.numel()) for tensor in tensors)
+    return Weights.of(shapes, stored, contents.file and measured_costs(contents.file, shapes))

@@ -288,7 +288,7 @@ def _types_for(file: WeightFile, weights: Mapping[str, torch.Tensor | JoinedRows
     }
     rules, costs = rules_for(shapes), None
     if isinstance(target, int):
-        costs = _measured_costs(file, shapes)
+        costs = measured_costs(file, shapes)
         packed = {name.removeprefix(prefix): _bytes_of(tensor) for name, tensor in weights.items()
                   if is_packed(tensor)}
         planned = plan_for_size(shapes, target, rules, costs, halves, packed=packed).types
@@ -297,7 +297,7 @@ def _types_for(file: WeightFile, weights: Mapping[str, torch.Tensor | JoinedRows
     return {name: planned[name.removeprefix(prefix)] for name in weights}, costs is not None
 
 
-def _measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, float]] | None:
+def measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, float]] | None:
     """Returns the costs that the measurement of a model has, None where there is none of it."""
     path = sensitivity_of(file.path)
     if path is None:

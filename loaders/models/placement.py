@@ -11,6 +11,7 @@ from ...ops.patcher import adopt, is_adoptable
 from ...ops.patcher.residency import MemoryReport, Placement
 from ..byte_sizes import part_text, size_text
 from ..devices import CPU
+from .fit_device import copying_text
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ def placed_text(patcher, report: MemoryReport | None = None) -> str:
     text += "".join(f", {size_text(size)} on {device}" for device, size in report.stored.items())
     if report.copied:
         text += f"\n{size_text(report.copied_per_step)} copied per step{_hint(patcher, report)}"
+        if expected := copying_text(patcher):
+            text += f"\nexpected: {expected}"
     return text
 
 

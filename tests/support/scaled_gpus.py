@@ -34,6 +34,7 @@ from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 HALF_BYTES = 2
+MAIN_GIB = 1 << 10  # main memory is no limit here
 PERIOD = 64  # rows of a weight after which its rows repeat, so that only these are packed
 SDXL_WIDTHS = {"model_channels": 64, "context_dim": 512}
 
@@ -75,10 +76,11 @@ class ScaledModel:
 
     def real_choice(self, gib: int) -> fit.Choice:
         """Returns what is chosen for the real model, in bfloat16, on a GPU of so many GiB."""
-        shapes, memory = self.real_shapes, fit.Memory(gib)
+        shapes, memory = self.real_shapes, fit.Memory(gib, main_gib=MAIN_GIB)
         rooms = (memory.for_model(self.step_bytes, workspace)
                  for workspace in (fit.workspace_bytes(shapes), 0))
-        return fit.choose([fit.Weights(shapes, HALF_BYTES * self._real_values, {})], *rooms, True)
+        sizes = fit.Sizes([fit.Weights(shapes, HALF_BYTES * self._real_values, {})])
+        return fit.choose(sizes, *rooms, True, memory.for_copying(None))
 
     @property
     def _published(self) -> model_sizes.Model:
@@ -134,14 +136,14 @@ class ScaledModel:
         for it as the kernels of a GPU.
         """
         scale = self.scale
-        monkeypatch.setattr(workspace, "DEVICE_WORKSPACE_BYTES",
-                            fit.workspace_bytes(self.shapes) // 4)
         self._accept_narrow(monkeypatch)
         monkeypatch.setattr(comfy.model_management.args, "fp32_unet", False)
         monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *args: None)
         for name in ("GIB", "NEARLY", "STEP", "SYSTEM_BYTES", "MIN_STEP_BYTES",
-                     "HOST_RESERVE_BYTES"):
+                     "HOST_RESERVE_BYTES", "DEVICE_WORKSPACE_BYTES"):
             monkeypatch.setattr(fit, name, round(getattr(fit, name) / scale))
+        monkeypatch.setattr(workspace, "DEVICE_WORKSPACE_BYTES",
+                            fit.workspace_bytes(self.shapes) // 4)
         reserved = comfy.model_management.extra_reserved_memory() / scale
         inference = comfy.model_management.minimum_inference_memory() / scale
         monkeypatch.setattr(comfy.model_management, "extra_reserved_memory", lambda: reserved)

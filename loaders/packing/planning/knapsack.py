@@ -16,6 +16,7 @@ import torch
 
 STEPS = 1 << 14
 FEW = 256  # tensors
+ROUNDING = 1e-9  # of sums of costs
 
 
 def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]],
@@ -41,7 +42,7 @@ def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, M
     if smallest > budget:
         raise ValueError(f"The smallest types take {smallest} bytes, the budget is {budget}.")
     if len(options) > FEW:
-        return _along_hulls(costs, sizes, budget)
+        return choose_in_order(costs, sizes, budget)
     step = -(-(largest - smallest + 1) // STEPS)
     # Of the best sums: their bytes above `smallest`, and their costs.
     best_bytes = torch.zeros(1, dtype=torch.int64)
@@ -68,24 +69,54 @@ def choose_types(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, M
     return {name: chosen[name] for name in costs}
 
 
-def _along_hulls(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]],
-                 budget: int) -> dict[str, str]:
-    """Chooses types by what each byte of a larger one saves, as for `choose_types`."""
-    chosen, steps = {}, []
-    for name, type_costs in costs.items():
-        hull = _hull({key: (sizes[name][key], cost) for key, cost in type_costs.items()})
-        chosen[name] = hull[0][2]
-        budget -= hull[0][0]
-        for (size, cost, _), (larger, lower, type_name) in itertools.pairwise(hull):
-            steps.append(((cost - lower) / (larger - size), larger - size, name, type_name))
+def bytes_for_costs(costs: Mapping[str, Mapping[str, float]],
+                    sizes: Mapping[str, Mapping[str, int]], limit: float) -> int:
+    """Returns a budget with which `choose_types` stays within a sum of costs, nearly the least one.
+
+    Args:
+        costs, sizes: as for `choose_types`.
+        limit: the sum of costs; where no types reach it, the budget is that of the cheapest ones.
+    """
+    smallest, steps = _hull_steps(costs, sizes)
+    nbytes = sum(sizes[name][type_name] for name, type_name in smallest.items())
+    total = sum(costs[name][type_name] for name, type_name in smallest.items())
+    for saving, more, _, _ in steps:
+        if total <= limit * (1 + ROUNDING):
+            break
+        nbytes += more
+        total -= saving * more
+    return nbytes
+
+
+def choose_in_order(costs: Mapping[str, Mapping[str, float]],
+                    sizes: Mapping[str, Mapping[str, int]], budget: int) -> dict[str, str]:
+    """Chooses types by what each byte of a larger one saves, as for `choose_types`.
+
+    Among tensors that save alike, earlier ones come first.
+    """
+    chosen, steps = _hull_steps(costs, sizes)
+    budget -= sum(sizes[name][type_name] for name, type_name in chosen.items())
     full = set()
-    for _, more, name, type_name in sorted(steps, key=lambda step: -step[0]):
+    for _, more, name, type_name in steps:
         if name in full or more > budget:
             full.add(name)
             continue
         chosen[name] = type_name
         budget -= more
     return chosen
+
+
+def _hull_steps(costs: Mapping[str, Mapping[str, float]], sizes: Mapping[str, Mapping[str, int]]
+                ) -> tuple[dict[str, str], list[tuple[float, int, str, str]]]:
+    """Returns name -> smallest type; and (cost saved by a byte, bytes, name, type) of each larger
+    type on the hulls, those that save the most for a byte first."""
+    chosen, steps = {}, []
+    for name, type_costs in costs.items():
+        hull = _hull({key: (sizes[name][key], cost) for key, cost in type_costs.items()})
+        chosen[name] = hull[0][2]
+        for (size, cost, _), (larger, lower, type_name) in itertools.pairwise(hull):
+            steps.append(((cost - lower) / (larger - size), larger - size, name, type_name))
+    return chosen, sorted(steps, key=lambda step: -float(f"{step[0]:.9g}"))
 
 
 def _hull(types: Mapping[str, tuple[int, float]]) -> list[tuple[int, float, str]]:

@@ -10,7 +10,7 @@ from ....ops.bounded_json import read_json
 from ....ops.pickle_names import short_error_name
 from ....ops.quantize.row_types import ROW_TYPES
 from ...byte_sizes import size_text, type_lines, type_shares, unit_of
-from .knapsack import choose_types
+from .knapsack import bytes_for_costs, choose_in_order, choose_types
 from .packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
 
 # Type -> dB of the weights' power over the error's: means over the matrices of the demo's model;
@@ -21,15 +21,12 @@ SIGNAL_TO_ERROR = {
     "nvfp4": 21.7, "asym_w4a8_int8": 22.9, "mxfp8": 31.5, "float8_e4m3fn": 31.5,
     "int8_convrot": 42.9, "NF4": 21.3
 }
+# Power of int8_convrot's error with the inputs rounded too over that with exact ones, of the demo.
+ROUNDED_INPUTS = 10 ** 0.22
 BY_SIZE = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 AS_STORED = "as stored"  # in place of the type of a weight that is packed already, and stays
 DIGITS = 2  # decimal places of sizes in messages
 IN_BLOCKS_OF_32 = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # for rows that 256 does not divide
-# Matrices that see one vector an image, not one a token.
-MODULATION = re.compile(
-    r"(_mod|\.mod|modulation\w*)\.(lin|\d+|linear)\."
-    r"|adaLN_modulation|adaln_modulation|\.modulation\."
-)
 
 
 @short_error_name
@@ -152,7 +149,9 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
         shapes, family, halves: as for `plan_for_type`.
         nbytes: of all tensors, without header and padding.
         costs: name -> type -> relative power of the output's error, from a measurement; types that
-            were not measured follow from those that were. None: `expected_costs`.
+            were not measured follow from those that were. None: the largest type that fits
+            everywhere, and what is left of the bytes goes to the next larger one, in the last
+            blocks first.
         row_types: names of ROW_TYPES to choose among, beside 16 bits; none: the GGUF types.
         packed: name -> bytes of weights that are packed already: they stay AS_STORED, or take a
             smaller type.
@@ -165,15 +164,8 @@ def plan_for_size(shapes: Shapes, nbytes: int, family: PackingRules,
     least = _least_sum(sizes)
     if budget < least:
         raise too_small(nbytes, least - budget)
-    expected = expected_costs({name: shapes[name] for name in sizes})
-    if costs:
-        costs = _complete_costs(sizes, costs, expected)
-    else:
-        costs = {
-            name: {type_name: expected[name] * relative_error(type_name) for type_name in types}
-            for name, types in sizes.items()
-        }
-    chosen = choose_types(costs, sizes, budget)
+    choose = choose_types if costs else choose_in_order
+    chosen = choose(_costs(shapes, sizes, costs), sizes, budget)
     return Plan({name: exact.get(name) or chosen[name] for name in shapes})
 
 
@@ -182,6 +174,46 @@ def least_bytes(shapes: Shapes, family: PackingRules,
     """Returns the least size for which `plan_for_size` plans GGUF types; args as there."""
     _, exact_bytes, sizes = _options(shapes, family, {}, (), packed or {})
     return exact_bytes + _least_sum(sizes)
+
+
+def bytes_as_good_as(type_name: str, shapes: Shapes, family: PackingRules,
+                     costs: Mapping[str, Mapping[str, float]] | None = None,
+                     packed: Mapping[str, int] | None = None) -> int:
+    """Returns nearly the least size for which GGUF types are expected to be as good as one type.
+
+    Args:
+        type_name: a GGUF type or one of ROW_TYPES, whose inputs are rounded too.
+        shapes, family, costs, packed: as for `plan_for_size`.
+    """
+    _, exact_bytes, sizes = _options(shapes, family, {}, (), packed or {})
+    costs = _costs(shapes, sizes, costs)
+    types = plan_for_type(shapes, type_name, family).types
+    rows = {name: type_costs.get("Q8_0", 0.0) * relative_error(types[name]) * ROUNDED_INPUTS
+            / relative_error("Q8_0")
+            for name, type_costs in costs.items() if types[name] in ROW_TYPES}
+    limit = sum(rows.get(name, type_costs.get(types[name], type_costs.get(AS_STORED, 0.0)))
+                for name, type_costs in costs.items())
+    return exact_bytes + bytes_for_costs(costs, sizes, limit)
+
+
+def _costs(shapes: Shapes, sizes: Mapping[str, Mapping[str, int]],
+           measured: Mapping[str, Mapping[str, float]] | None) -> dict[str, dict[str, float]]:
+    """Returns name -> type -> cost for the tensors and types of `sizes`.
+
+    measured: `costs` of `plan_for_size`.
+    """
+    values = {name: math.prod(shapes[name]) for name in sizes}
+    if measured:
+        return _complete_costs(sizes, measured, values)
+    return {name: {type_name: values[name] * relative_error(type_name) for type_name in types
+                   if type_name != "IQ4_XS"}
+            for name, types in sorted(sizes.items(), key=lambda item: _place(item[0]), reverse=True)
+            }
+
+
+def _place(name: str) -> list[tuple[int, str]]:
+    """Returns the place of a name among others, by the numbers in it."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _least_sum(sizes: Mapping[str, Mapping[str, int]]) -> int:
@@ -240,34 +272,13 @@ def expected_errors(types: Mapping[str, str], shapes: Shapes,
         costs: of a measurement, as for `plan_for_size`.
     """
     complete = _complete_costs({name: (type_name,) for name, type_name in types.items()}, costs,
-                               expected_costs(shapes))
+                               {name: math.prod(shapes[name]) for name in types})
     return {name: complete[name][type_name] for name, type_name in types.items()}
-
-
-def expected_costs(shapes: Shapes) -> dict[str, float]:
-    """Estimates the cost of a unit of relative error of each matrix, where nothing was measured.
-
-    The cost grows with the root of a matrix's size: each layer's relative error passes on to the
-    next, however large the layer is. It is up to 1.5 times as high in the first and last blocks as
-    in the middle, and half as high for matrices that see one vector an image.
-    """
-    blocks = {name: re.match(r"(.*?)\.(\d+)\.", name) for name in shapes}
-    last: dict[str, int] = {}
-    for block in filter(None, blocks.values()):
-        last[block[1]] = max(last.get(block[1], 0), int(block[2]))
-    costs = {}
-    for name, shape in shapes.items():
-        block = blocks[name]
-        depth = int(block[2]) / last[block[1]] if block and last[block[1]] else 0.5
-        by_depth = 1 + 0.5 * abs(2 * depth - 1) ** 2
-        by_tokens = 0.5 if MODULATION.search(name) else 1
-        costs[name] = math.sqrt(math.prod(shape)) * by_depth * by_tokens
-    return costs
 
 
 def _complete_costs(options: Mapping[str, Iterable[str]],
                     costs: Mapping[str, Mapping[str, float]],
-                    expected: Mapping[str, float]) -> dict[str, dict[str, float]]:
+                    values: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """Returns the cost of every type a tensor may take, from those that were measured.
 
     A type that was not measured costs what the nearest measured one of the tensor says. A larger
@@ -276,7 +287,7 @@ def _complete_costs(options: Mapping[str, Iterable[str]],
     Args:
         options: name -> types, smallest first.
         costs: name -> type -> measured cost.
-        expected: of `expected_costs`.
+        values: name -> number of values, with which the costs of others are expected to grow.
     """
     measured = {
         name: {
@@ -284,9 +295,9 @@ def _complete_costs(options: Mapping[str, Iterable[str]],
             if type_name in SIGNAL_TO_ERROR and math.isfinite(cost)
         } for name in options
     }
-    # For tensors without a measurement: the median of measured over expected costs.
+    # For tensors without a measurement: the median cost of a value's relative error.
     ratios = sorted(
-        cost / relative_error(type_name) / expected[name]
+        cost / relative_error(type_name) / values[name]
         for name, type_costs in measured.items() for type_name, cost in type_costs.items())
     median = ratios[len(ratios) // 2] if ratios else 1.0
     complete: dict[str, dict[str, float]] = {}
@@ -301,7 +312,7 @@ def _complete_costs(options: Mapping[str, Iterable[str]],
                 measured[name],
                 key=lambda other: abs(SIGNAL_TO_ERROR[other] - SIGNAL_TO_ERROR[type_name]),
                 default=None)
-            unit = median * expected[name]
+            unit = median * values[name]
             if nearest:
                 unit = measured[name][nearest] / relative_error(nearest)
             cost = min(max(0.0, unit) * relative_error(type_name), cost * (1 - 1e-3))

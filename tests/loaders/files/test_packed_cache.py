@@ -289,7 +289,7 @@ def test_an_entry_of_an_earlier_version_is_not_read_and_goes_first(source, folde
     size = entry.stat().st_size
     old = folder / f"featherweight-{'0' * 40}.safetensors"
     save_file({"a": torch.zeros(size // 4)}, old)
-    os.utime(old, (1, 1))
+    os.utime(entry, (1, 1))  # used before the old one
     monkeypatch.setenv(packed_cache.LIMIT, str((2 * size + SPARE) / 1e9))
     load(source, "Q6_K")
     assert len(entries(folder)) == 2 and entry.exists() and not old.exists()

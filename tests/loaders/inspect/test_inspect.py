@@ -34,7 +34,7 @@ from featherweight.loaders.inspect.inspection import (
 )
 from featherweight.loaders.inspect.inspection_chart import color_of, inspection_picture
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.inspect.requirements import CARDS, best_types, required_models
+from featherweight.loaders.inspect.requirements import CARDS, required_models
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.fit import GIB, step_memory
 from featherweight.ops.formats.base import GGML_FORMATS
@@ -119,18 +119,23 @@ def test_the_memory_of_a_step_is_what_the_host_reserves(model, monkeypatch):
     assert nbytes == pytest.approx(max(0.8 * GIB, needed), rel=1e-6)
 
 
-def test_cards_say_what_fits_and_what_stays_outside():
+def test_cards_say_what_fits_what_stays_outside_and_what_fit_chooses(monkeypatch):
     flux = next(model for model in model_sizes.MODELS if model.name.startswith("Flux.1"))
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: 32 * GIB)
     found = identify(contents_of(flux.shapes()))
     step, _ = step_memory(flux.config())
     assert [card.gib for card in found.cards] == list(CARDS)
-    assert [card.best for card in found.cards] == list(
-        best_types(flux.shapes(), CARDS, step).values())
+    assert [card.fit for card in found.cards] == [
+        "as good as Q4_K (some loss), 3.0 GB copied in each step",
+        "as good as Q4_K (some loss), 946.4 MB copied in each step",
+        "as good as Q6_K (very little loss)", *["as good as Q8_0 (hardly any loss)"] * 2]
     for card in found.cards:
         room = card.gib * GIB * 23 / 24 - step - 1.1 * GIB
-        assert card.missing == pytest.approx(max(0, found.memory_bytes - room), abs=2)
+        in_16_bits = found.memory_bytes / 2
+        assert card.missing == pytest.approx(max(0, in_16_bits - room), abs=2)
     text = inspection_text(found)
     assert "card of 6" in text and "stay in the computer's memory" in text
+    assert "; fit this GPU: as good as Q6_K (very little loss)" in text
     assert "text encoders and VAE not counted:" in text
 
 

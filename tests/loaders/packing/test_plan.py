@@ -1,6 +1,7 @@
 """Plans: types for one type or a size, never above it, and what people are shown."""
 import itertools
 import json
+import math
 import random
 import re
 
@@ -18,6 +19,7 @@ from featherweight.loaders.packing.planning.plan import (
     SIGNAL_TO_ERROR,
     Plan,
     PlanError,
+    bytes_as_good_as,
     plan_for_size,
     plan_for_type,
     relative_error,
@@ -102,13 +104,55 @@ def test_of_many_tensors_at_most_one_step_is_missed(part, seed, monkeypatch):
 def test_of_thousands_of_tensors_the_plan_is_better_than_coarse_steps_give(monkeypatch):
     shapes = next(model for model in MODELS if model.name == "LTX-2").shapes()
     size = plan_for_type(shapes, "Q4_K", rules_for(shapes)).nbytes(shapes)
+    costs = {name: {"Q4_K": math.prod(shape)} for name, shape in shapes.items()}
     decibels = []
     for few in (knapsack.FEW, len(shapes)):
         monkeypatch.setattr(knapsack, "FEW", few)
-        plan = plan_for_size(shapes, size, rules_for(shapes))
+        plan = plan_for_size(shapes, size, rules_for(shapes), costs)
         assert 0.999 * size < plan.nbytes(shapes) <= size
         decibels.append(signal_to_error(plan.types, shapes))
     assert decibels[0] > decibels[1] + 0.3
+
+
+def test_without_a_measurement_the_next_larger_type_goes_to_the_last_blocks(shapes):
+    rules = rules_for(shapes)
+    one = plan_for_type(shapes, "Q4_K", rules)
+    larger = plan_for_type(shapes, "Q5_K", rules)
+    size = (one.nbytes(shapes) + larger.nbytes(shapes)) // 2
+    plan = plan_for_size(shapes, size, rules)
+    changed = [name for name in shapes if one.types[name] != larger.types[name]]
+    assert plan.nbytes(shapes) > 0.99 * size
+    if "Q5_0" not in one.types.values():
+        assert {plan.types[name] for name in changed} == {"Q4_K", "Q5_K"}
+        blocks = [name for name in changed if "blocks.0." in name]
+        assert {plan.types[name] for name in blocks[:1]} <= {"Q4_K"}
+    assert signal_to_error(plan.types, shapes) > signal_to_error(one.types, shapes)
+    exact = plan_for_size(shapes, one.nbytes(shapes), rules)
+    assert exact.types == one.types
+
+
+@pytest.mark.parametrize("odd", ["²", "9" * 5000])
+def test_the_last_block_is_that_with_the_largest_number(odd):
+    shapes = {f"double_blocks.{number}.img_mlp.0.weight": (512, 512) for number in (10, 2, 9)}
+    shapes[f"a{odd}.0.weight"] = (512, 512)  # a name of a stranger
+    rules = rules_for(shapes)
+    budget = plan_for_type(shapes, "Q4_K", rules).nbytes(shapes) + 512 * 512 // 8
+    types = plan_for_size(shapes, budget, rules).types
+    assert types["double_blocks.10.img_mlp.0.weight"] == "Q5_K"
+    assert types["double_blocks.9.img_mlp.0.weight"] == "Q4_K"
+
+
+def test_the_size_as_good_as_a_type_is_that_of_the_type(shapes):
+    rules = rules_for(shapes)
+    for type_name in ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0"):
+        plan = plan_for_type(shapes, type_name, rules)
+        assert bytes_as_good_as(type_name, shapes, rules) <= plan.nbytes(shapes)
+    costs = {name: {"Q3_K": 10.0 ** -(index % 4)} for index, name in enumerate(shapes)}
+    measured = bytes_as_good_as("Q4_K", shapes, rules, costs)
+    assert measured < 0.97 * bytes_as_good_as("Q4_K", shapes, rules)
+    stored = {name: 1 for name, shape in shapes.items() if rules.may_be_packed(name, shape)}
+    assert bytes_as_good_as("Q4_K", shapes, rules, packed=stored) == least_bytes(
+        {name: shape for name, shape in shapes.items() if name not in stored}, rules) + len(stored)
 
 
 def test_a_budget_below_the_smallest_types_is_refused():
