@@ -1,5 +1,4 @@
 """Featherweight: quantised diffusion models in ComfyUI, weights kept packed in memory."""
-import logging
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from .ops.host_versions import (
     tested_range,
     where_to_update,
 )
+from .ops.log import log
 
 WEB_DIRECTORY = "./nodes/web"
 # the name in sys.modules of the copy of this pack whose nodes ComfyUI uses
@@ -34,10 +34,10 @@ def _obstacle() -> str | None:
 
 _message = _obstacle()
 if _message:
-    logging.error("[Featherweight] %s", _message)
+    log.error("%s", _message)
     NODE_CLASS_MAPPINGS = {}  # ComfyUI then does not call comfy_entrypoint
 elif is_untested(HOST_VERSION):
-    logging.info("[Featherweight] This is ComfyUI %s. %s. If something fails here: %s",
+    log.info("This is ComfyUI %s. %s. If something fails here: %s",
                  HOST_VERSION, tested_range(), where_to_update())
 
 

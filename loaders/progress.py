@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from comfy.utils import ProgressBar
 from tqdm import tqdm
 
+from ..ops.log import PREFIX
+
 STEPS = 100  # of each stage
 DELAY_SECONDS = 2.0  # a stage that is over before shows no numbers
 INTERVAL_SECONDS = 1.0  # between two texts on the node
@@ -66,7 +68,7 @@ class Progress:
         stage = self._stages[self._finished]
         total = sum(sizes or ()) or len(items)
         shown = time.monotonic() + DELAY_SECONDS - INTERVAL_SECONDS
-        with tqdm(total=total, desc=f"[Featherweight] {stage}", delay=DELAY_SECONDS, leave=False,
+        with tqdm(total=total, desc=f"{PREFIX}{stage}", delay=DELAY_SECONDS, leave=False,
                   mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
                   bar_format="{desc} {percentage:.0f}%|{bar}| {elapsed}, {remaining} left"
                   ) as terminal:

@@ -7,7 +7,6 @@ begin with "Featherweight" belong to packs that shared workflows were made with.
 while another pack has registered them.
 """
 import functools
-import logging
 import pkgutil
 import re
 from pathlib import Path
@@ -23,14 +22,13 @@ from ..loaders.files.container import safe_repr
 from ..loaders.paths.file_versions import FileVersions
 from ..loaders.paths.folders import register_folders
 from ..ops.kernels import background, start_validation
+from ..ops.log import log
 from ..ops.patcher import PackedPatcher
 from . import help_pages
 from .comfyui_server import log_lack
 from .node_text import keep_text
 from .remote_prompts import watch_prompts
 from .unused_patches import show_unused_patches
-
-log = logging.getLogger(__name__)
 
 OWN_PREFIX = "Featherweight"
 # ids of inputs that name a file or a folder
@@ -60,11 +58,11 @@ class FeatherweightExtension(ComfyExtension):
             try:
                 nodes += find_nodes(import_file(name))
             except (ImportError, AttributeError, TypeError) as error:  # a changed host raises these
-                log.debug("[Featherweight] nodes/%s.py could not be loaded.", file, exc_info=True)
+                log.debug("nodes/%s.py could not be loaded.", file, exc_info=True)
                 left_out.setdefault(str(error), []).append(re.sub(r"\W|_", " ", name))
             except Exception:
                 log.exception(
-                    "[Featherweight] nodes/%s.py could not be loaded; its nodes are missing.", file
+                    "nodes/%s.py could not be loaded; its nodes are missing.", file
                 )
         for error, names in left_out.items():
             log_lack(error, f"these nodes are left out: {', '.join(names)}")
@@ -198,5 +196,5 @@ def is_taken(node_id: str) -> bool:
     """
     if node_id.startswith(OWN_PREFIX) or node_id not in host_nodes.NODE_CLASS_MAPPINGS:
         return False
-    log.info("[Featherweight] %s is provided by another node pack and stays with it.", node_id)
+    log.info("%s is provided by another node pack and stays with it.", node_id)
     return True

@@ -1,9 +1,8 @@
 """The host's server, and the log line about what a host lacks."""
 import functools
-import logging
 import sys
 
-log = logging.getLogger(__name__)
+from ..ops.log import log
 
 
 def running_server():
@@ -23,7 +22,7 @@ def log_lack(problem: str, consequence: str):
         consequence: a clause that says what does not work.
     """
     log.error(
-        "[Featherweight] This ComfyUI lacks what this version of Featherweight relies on (%s). So"
+        "This ComfyUI lacks what this version of Featherweight relies on (%s). So"
         " %s. Update both, with the packages in their requirements.txt.",
         problem,
         consequence,

@@ -5,7 +5,6 @@ again where the node does not run, and in its history. `web/node_texts.js` shows
 """
 import contextvars
 import functools
-import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +22,9 @@ from ..loaders.models.fit_device import fit_text
 from ..loaders.models.load_check import load_notes, patcher_of
 from ..loaders.models.placement import placed_text, planned_text
 from ..loaders.progress import set_text_sender
+from ..ops.log import log
 from ..ops.patcher.residency import MemoryReport
 from .comfyui_server import log_lack, running_server
-
-log = logging.getLogger(__name__)
 
 JOINER = "\u2060"  # between two letters, no line is broken there
 LONG_WORD = 24  # characters that are kept in one line
@@ -159,7 +157,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
     of_files = [note for patcher in patchers.values() for note in load_notes(patcher)]
     lines = list(dict.fromkeys(filter(None, [*notes, *of_files])))
     for note in lines:
-        log.warning("[Featherweight] %s", note)
+        log.warning("%s", note)
     texts, places = {}, {}
 
     def describe(key: str, patcher: ModelPatcher) -> bool:

@@ -1,5 +1,4 @@
 """The node Place Model (Featherweight)."""
-import logging
 from collections.abc import Callable
 
 import torch
@@ -8,12 +7,11 @@ from comfy_api.latest import io
 from ..loaders.byte_sizes import GB, size_text
 from ..loaders.devices import CPU, DEFAULT, device_choices, find_device, total_memory
 from ..loaders.models.placement import SHARING, place, placed_text, planned_text
+from ..ops.log import log
 from ..ops.patcher.residency import MemoryReport
 from .node_text import text_sender
 from .number_checks import reject_nan
 from .search_words import OF_PLACING
-
-log = logging.getLogger(__name__)
 
 ALL = 1000.0  # GB
 AUTOMATIC = -1.0  # GB that stay on the GPU as ComfyUI decides
@@ -87,7 +85,7 @@ def place_and_report(
     gpu_bytes = None if gpu_weights == AUTOMATIC else gpu_weights * GB
     placed = place_part(part, gpu_bytes, stores, remarks.append)
     for remark in remarks:
-        log.warning("[Featherweight] %s", remark)
+        log.warning("%s", remark)
     texts = {}  # device -> text, of the GPUs that share the model's work
 
     def show_placement(patcher, report: MemoryReport):

@@ -2,18 +2,16 @@
 
 ComfyUI's own LoRA loader, and those of other packs, leave this to the log.
 """
-import logging
 from collections.abc import Mapping
 
 from comfy.weight_adapter import WeightAdapterBase
 
 from ..loaders.lora.model_blocks import MODEL_PREFIX, weight_key
+from ..ops.log import log
 from ..ops.patcher import PackedPatcher
 from ..ops.patcher.float_products import float_layers_text
 from ..ops.patches.adapters import shape_mismatch
 from .node_text import show_text
-
-log = logging.getLogger(__name__)
 
 ADVICE = "Check LoRA (Featherweight) says what it is made for."
 
@@ -23,7 +21,7 @@ def show_unused_patches(patcher: PackedPatcher, patches: Mapping):
     keep layers from ComfyUI's kernels."""
     unused = unused_patches_text(patcher, patches)
     if unused is not None:
-        log.warning("[Featherweight] %s", unused)
+        log.warning("%s", unused)
     texts = [text for text in (unused, float_layers_text(patcher)) if text is not None]
     if texts:
         show_text("\n".join(texts))

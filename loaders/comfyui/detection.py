@@ -1,6 +1,5 @@
 """Detects models by the names and shapes of their weights, in foreign and partial files too."""
 import contextlib
-import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -10,12 +9,11 @@ import comfy.sd
 import comfy.supported_models
 import torch
 
+from ...ops.log import log
 from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line, safe_repr
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..quantizers.nunchaku import has_nunchaku_weights
-
-log = logging.getLogger(__name__)
 
 # What the host raises for such files: its detection looks up, indexes and divides by what they may
 # lack.
@@ -70,7 +68,7 @@ def try_detect(function: Callable, *arguments, **options) -> Any:
     except DETECTION_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        log.debug("[Featherweight] ComfyUI's %s does not know the model",
+        log.debug("ComfyUI's %s does not know the model",
                   getattr(function, "__name__", function), exc_info=True)
         return None
 

@@ -1,6 +1,5 @@
 """Converts models with diffusers' names by the host's conversion, packed weights included."""
 import bisect
-import logging
 import re
 from collections.abc import Mapping, Sequence
 
@@ -9,13 +8,12 @@ import comfy.utils
 import torch
 
 from ...ops.layers.load_hooks import FillEmpty
+from ...ops.log import log
 from ...ops.tensor.packed_layout import is_packed
 from ...ops.tensor.row_slicing import join_rows, take_rows
 from ..files.container import DOWNLOAD_AGAIN, WeightFileError, safe_repr
 from ..name_lists import join_some
 from .detection import try_detect
-
-log = logging.getLogger(__name__)
 
 # diffusers' names that the host's tables lack, and the names that the tables or its models have.
 UNKNOWN_TO_COMFYUI = (
@@ -206,6 +204,6 @@ def _join_rows(name: str, parts: list[tuple[torch.Tensor, int, int]]) -> torch.T
     joined = join_rows([take_rows(tensor, slice(first, end)) for tensor, first, end in parts])
     if not is_packed(joined) and any(is_packed(tensor) for tensor, _, _ in parts):
         log.info(
-            "[Featherweight] %s is dequantized: its parts have different formats, or blocks across"
+            "%s is dequantized: its parts have different formats, or blocks across"
             " their borders.", name)
     return joined

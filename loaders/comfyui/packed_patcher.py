@@ -1,6 +1,5 @@
 """Keeps the weights of models and text encoders packed that the host has built from a file."""
 import itertools
-import logging
 
 import comfy.model_patcher
 import comfy.sd
@@ -10,13 +9,12 @@ from ...ops.kernels.kernel_requests import prepare_kernels
 from ...ops.layers import kitchen_products
 from ...ops.layers.int8 import multiplies_integers
 from ...ops.layers.packed_layers import PackedLinear
+from ...ops.log import log
 from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
 from ..files.container import FileChangeGuard, WeightFile
 from ..inspect.model_summary import load_summary
 from ..models.compute_dtype import choose_compute
-
-log = logging.getLogger(__name__)
 
 
 def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compute: str):
@@ -35,7 +33,7 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     keep_packed(patcher, patcher.model.get_dtype_inference())
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning(
-            "[Featherweight] compute is int8, for which %s has no units that this pack uses"
+            "compute is int8, for which %s has no units that this pack uses"
             " (NVIDIA from Turing on, and CPUs with VNNI or AMX, have them). The model computes"
             " as with exact.", patcher.load_device)
 
@@ -51,7 +49,7 @@ def _choose_kitchen_products(patcher: comfy.model_patcher.ModelPatcher):
 
 def log_load_summary(file: WeightFile, patcher: comfy.model_patcher.ModelPatcher):
     """Logs the formats in a file and the bytes that its model holds."""
-    log.info("[Featherweight] %s", load_summary(file, patcher))
+    log.info("%s", load_summary(file, patcher))
 
 
 class PackedCLIP(comfy.sd.CLIP):

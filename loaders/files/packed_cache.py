@@ -11,18 +11,16 @@ entry cannot be used, the model loads without it.
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from ...ops.log import log
 from ..byte_sizes import size_text
 from .atomic_file import remove_stale_parts
 from .container import FileState, WeightFile, WeightFileError
-
-log = logging.getLogger(__name__)
 
 FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
 OFF = "off"  # in place of a folder
@@ -93,7 +91,7 @@ def read(entry: Path | None, read_entry: Callable[[Path], Entry]) -> Entry | Non
         # what a reader advises is for files of people
         reason = "it is damaged" if isinstance(error, WeightFileError) else error
         log.warning(
-            "[Featherweight] The packed weights in %s cannot be used (%s), so they are packed"
+            "The packed weights in %s cannot be used (%s), so they are packed"
             " again.", entry, reason)
     with contextlib.suppress(OSError):  # Windows: after the error, which keeps the file mapped
         entry.unlink()
@@ -122,14 +120,14 @@ def keep(entry: Path | None, size: int, write_entry: Callable[[Path], object]) -
         entry.parent.mkdir(parents=True, exist_ok=True)
         if not _free_space(entry.parent, size):
             log.warning(
-                "[Featherweight] %s of packed weights are not cached in %s: its limit is %s (%s),"
+                "%s of packed weights are not cached in %s: its limit is %s (%s),"
                 " and some of the drive, which has %s free, is left free.", size_text(size),
                 entry.parent, size_text(_limit()), LIMIT,
                 size_text(shutil.disk_usage(entry.parent).free))
             return False
         write_entry(entry)
     except (ValueError, OSError) as error:  # another process may have written it meanwhile
-        log.warning("[Featherweight] The packed weights are not cached: %s", error)
+        log.warning("The packed weights are not cached: %s", error)
         return False
     _free_space(entry.parent, 0, keep=entry)  # another process may have written others meanwhile
     return True
@@ -141,7 +139,7 @@ def _limit() -> float:
     try:
         return float(text or LIMIT_GB) * 1e9
     except ValueError:
-        log.warning("[Featherweight] %s is %r, not a number of GB; using %g.", LIMIT, text,
+        log.warning("%s is %r, not a number of GB; using %g.", LIMIT, text,
                     LIMIT_GB)
         return LIMIT_GB * 1e9
 

@@ -1,6 +1,5 @@
 """Describes in a few words, for a node or the log, what a loaded model holds."""
 import collections
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ from ...ops.formats.base import FORMATS, Format
 from ...ops.kernels.kernel import dtype_name
 from ...ops.layers import kitchen_products
 from ...ops.layers.packed_layers import PackedLinear
+from ...ops.log import log
 from ...ops.tensor.packed_layout import is_comfy_quantized, is_packed
 from ..byte_sizes import size_text
 from ..comfyui.who_computes import host_multiplies
@@ -18,8 +18,6 @@ from ..files.container import WeightFile
 from ..files.safetensors import SafetensorsFile
 from ..quantizers.bitsandbytes import formats_in
 from ..quantizers.nunchaku import has_nunchaku_weights
-
-log = logging.getLogger(__name__)
 
 PLAIN_NAMES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
 PACK_STATS_KEY = "featherweight_packed"  # attachment of a patcher: its `pack_on_load.PackStats`
@@ -79,7 +77,7 @@ def dequantize_backend_text(patcher) -> str | None:
     formats, device, dtype = _dequantizing(patcher)
     if not formats:
         return None
-    log.debug("[Featherweight] Inputs of few rows are multiplied by %s",
+    log.debug("Inputs of few rows are multiplied by %s",
               kernels.used(device, formats, dtype, "linear"))
     return f"dequantized by {kernels.used(device, formats, dtype)}"
 

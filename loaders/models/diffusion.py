@@ -1,6 +1,5 @@
 """Loads diffusion models from weight files and folders as the host's own, with packed weights."""
 import contextlib
-import logging
 import os
 from collections.abc import Container, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ...ops.log import log
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
@@ -56,8 +56,6 @@ from .module_files import explain_module_errors, join_module, module_layers, rej
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 from .recipe import Recipe, register_loader
 from .seedvr2 import add_texts
-
-log = logging.getLogger(__name__)
 
 DIFFUSION_MODEL = "diffusion model"
 
@@ -156,7 +154,7 @@ def _load_by_the_host(path: str, model_options: dict[str, Any],
                 not str(error).startswith(UNKNOWN_MODEL)
                 and shape_mismatch_text(error) is None):
             raise
-        log.debug("[Featherweight] ComfyUI does not load %s", path, exc_info=True)
+        log.debug("ComfyUI does not load %s", path, exc_info=True)
         return None
 
 

@@ -4,7 +4,6 @@ host builds the model.
 The host logs both and goes on: with zeros, random values, or whatever was in a weight's memory.
 """
 import contextlib
-import logging
 import re
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...ops.layers.load_hooks import FillEmpty, on_each_registration
 from ...ops.layers.packed_layers import PackedLayer
+from ...ops.log import log
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ..encoders.arch import TOKENIZER_NAMES
 from ..files.container import DOWNLOAD_AGAIN, WeightFileError, describe, safe_repr
@@ -23,8 +23,6 @@ from ..quantizers.comfyui import FP8
 from ..quantizers.comfyui_marks import MARK
 from ..quantizers.leftover_scales import MAX_UNSCALED, root_mean_square
 from ..read_anyway import READ_ANYWAY, reads_anyway
-
-log = logging.getLogger(__name__)
 
 NOTES_KEY = "featherweight_load_notes"  # of a patcher's attachments
 FIRST_BYTES = 4096  # of a weight, that are read to see whether it is all zeros
@@ -253,7 +251,7 @@ class LoadCheck:
         if patcher is not None:
             patcher.set_attachments(NOTES_KEY, tuple(self.notes))
         elif self.notes:
-            log.warning("[Featherweight] %s", " ".join(self.notes))
+            log.warning("%s", " ".join(self.notes))
 
     def _note_cut_pooled_text(self, module: torch.nn.Module):
         """Notes a weight with too few columns, for which the host cuts the pooled text off."""

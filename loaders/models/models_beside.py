@@ -1,6 +1,5 @@
 """Loads the models that stand beside a diffusion model (ControlNets, model patches, CLIP vision) by
 the host's functions, with this pack's layers for packed weights."""
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ...ops.log import log
 from ...ops.quantize.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_comfy_quantized
 from ..comfyui.detection import (
@@ -41,8 +41,6 @@ from .compute_choice import BY_COMPUTE, computing
 from .load_check import bytes_of, check_load
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, pack_weights
-
-log = logging.getLogger(__name__)
 
 # (name of the file, state dict, metadata, layer classes or None for the host's) -> the host's model
 Build = Callable[[str, dict[str, torch.Tensor], dict[str, str], type | None], Any]
@@ -149,7 +147,7 @@ def _build_of_the_hosts_layers(build: Callable[[dict[str, torch.Tensor]], Any],
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        log.debug("[Featherweight] ComfyUI does not take its own layers here", exc_info=True)
+        log.debug("ComfyUI does not take its own layers here", exc_info=True)
         return None
     patcher = getattr(model, "control_model_wrapped", getattr(model, "patcher", model))
     of_the_host = sum(map(is_comfy_quantized, patcher.model.parameters()))
@@ -171,7 +169,7 @@ def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Te
             if DIFFUSERS_CONTROLNET in state_dict:
                 check.leave_over(given)  # from which the host takes what it renames
     except UNKNOWN_ERRORS as error:
-        log.debug("[Featherweight] ComfyUI knows no such %s", kind, exc_info=True)
+        log.debug("ComfyUI knows no such %s", kind, exc_info=True)
         raise _unknown_error(name, kind, state_dict) from error
     if model is None:
         raise _unknown_error(name, kind, state_dict)

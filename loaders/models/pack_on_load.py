@@ -7,7 +7,6 @@ A weight stays plain if the type cannot represent its values. Packing runs on th
 computes, or on the CPU where that is out of memory.
 """
 import collections
-import logging
 import math
 import os
 import time
@@ -20,6 +19,7 @@ import comfy.model_management
 import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
+from ...ops.log import log
 from ...ops.quantize.pack_tensor import pack_tensor
 from ...ops.quantize.relative_error import RelativeError, holds
 from ...ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
@@ -52,8 +52,6 @@ from ..packing.planning.plan import (
 from ..paths.folders import packed_folder, sensitivity_of
 from ..progress import Progress
 from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
-
-log = logging.getLogger(__name__)
 
 # types that weights can be packed to: from the finest to the coarsest, and the host's own
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4", *ROW_TYPES)
@@ -214,7 +212,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
                 f"{safe_repr(name)} is {format_name(weight)}: its values do not fit into"
                 f" {types[name]}"
             )
-            log.warning("[Featherweight] %s: %s.", file.name, unfit[-1])
+            log.warning("%s: %s.", file.name, unfit[-1])
         del tensor
         file.drop_pages()
     guard()
@@ -230,7 +228,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
                       tuple(name for name, _ in unchanged.most_common()),
                       time.perf_counter() - started, loss, is_second, cache, str(folder),
                       tuple(unfit))
-    log.info("[Featherweight] %s: %d weights of %d to %s, %s", file.name,
+    log.info("%s: %d weights of %d to %s, %s", file.name,
              len(to_pack), len(types), pack_to, stats)
     return stats
 
@@ -305,9 +303,9 @@ def measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, floa
     try:
         costs = Sensitivity.load(path).match(shapes).costs
     except SensitivityError as error:
-        log.warning("[Featherweight] %s", error)
+        log.warning("%s", error)
         return None
-    log.info("[Featherweight] %s is packed by the measurement %s", file.name, path)
+    log.info("%s is packed by the measurement %s", file.name, path)
     return costs
 
 
@@ -370,7 +368,7 @@ class _Packer:
             if self.device == CPU or not is_out_of_memory(error):
                 raise
             if not self._has_logged:
-                log.warning("[Featherweight] %s: %s is too large for the free memory of %s, so it"
+                log.warning("%s: %s is too large for the free memory of %s, so it"
                             " is packed on the CPU, as are others like it.",
                             os.path.basename(self.file.path), safe_repr(name), self.device)
             self._has_logged = True

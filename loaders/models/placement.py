@@ -1,5 +1,4 @@
 """Places a loaded model's weights: how many stay on its device and where the others are stored."""
-import logging
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,13 +6,12 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ...ops.log import log
 from ...ops.patcher import adopt, is_adoptable
 from ...ops.patcher.residency import MemoryReport, Placement
 from ..byte_sizes import part_text, size_text
 from ..devices import CPU
 from .fit_device import copying_text
-
-log = logging.getLogger(__name__)
 
 # attribute of a model that ComfyUI-MultiGPU loads and places itself
 DISTORCH2 = "_distorch_v2_meta"

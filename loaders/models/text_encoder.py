@@ -2,7 +2,6 @@
 import collections
 import contextlib
 import difflib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
+from ...ops.log import log
 from ..comfyui.detection import UNKNOWN_ERRORS, is_diffusion_model, shape_mismatch_text
 from ..comfyui.packed_patcher import wrap_clip
 from ..comfyui.quantized_weights import as_tensors, in_parts, read_marked, reject_unread_layers
@@ -59,8 +59,6 @@ from .load_check import check_load
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 from .recipe import Recipe, register_loader
-
-log = logging.getLogger(__name__)
 
 TEXT_ENCODER = "text encoder"  # name of the loader in recipes
 AUTO = "auto"  # use the mmproj file next to the encoder
@@ -129,7 +127,7 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
         except (RuntimeError, *UNKNOWN_ERRORS) as error:
             if isinstance(error, RuntimeError) and shape_mismatch_text(error) is None:
                 raise
-            log.debug("[Featherweight] ComfyUI does not load %s", paths, exc_info=True)
+            log.debug("ComfyUI does not load %s", paths, exc_info=True)
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
     packing = ["packing" for target in targets.files if target]
@@ -176,7 +174,7 @@ def _type_of_files(paths: list[str]) -> str:
                 for name, path in zip(names, paths)]
     known = {name.lower() for name in comfy.sd.CLIPType.__members__}
     clip_type = choose_type(names, families, known)
-    log.info("[Featherweight] %s: type %s", _names(paths), clip_type)
+    log.info("%s: type %s", _names(paths), clip_type)
     return clip_type
 
 
@@ -308,7 +306,7 @@ class _Encoder:
                 self.tower_notes.append(
                     f"{self.tower} lacks what turns sound into words ('mm.a.…'), and {self.name}"
                     f" cannot take sound. {DOWNLOAD_AGAIN}")
-            log.info("[Featherweight] %s takes its vision part from %s", self.name,
+            log.info("%s takes its vision part from %s", self.name,
                      vision.path.name)
             return True
         if required and widths:
@@ -332,7 +330,7 @@ class _Encoder:
         siblings.sort(key=self._similarity, reverse=True)
         if not any(self._try_vision(path) for path in siblings):
             log.info(
-                "[Featherweight] %s has no mmproj file next to it that fits: a workflow that shows"
+                "%s has no mmproj file next to it that fits: a workflow that shows"
                 " it images will not work. Put it there, or pick it in Load Text Encoder"
                 " (GGUF, Featherweight).", self.name)
 
@@ -346,7 +344,7 @@ class _Encoder:
         try:
             return self.add_vision(open_weights(path), required=False)
         except WeightFileError as error:
-            log.warning("[Featherweight] %s", error)
+            log.warning("%s", error)
             self.tower_notes.append(str(error))
             return False
 
@@ -415,10 +413,10 @@ def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):
             " another file.")
     warning = reject_wrong_encoders(names, families, clip_type)
     if warning:
-        log.warning("[Featherweight] %s", warning)
+        log.warning("%s", warning)
     reject_missing_tokenizers(names, families, weights)
     for name, family, part in zip(names, families, weights):
-        log.info("[Featherweight] %s: %s, %s bytes in memory", name,
+        log.info("%s: %s, %s bytes in memory", name,
                  TITLES.get(family or "", family), sum(tensor.nbytes for tensor in part.values()))
 
 

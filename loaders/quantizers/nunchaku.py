@@ -13,7 +13,6 @@ model:
 Sources: deepcompressor-toolkit 0.1.0 `backend`, Nunchaku `models/transformers` and `models/
 attention.py`, diffusers 0.42 `quantizers/nunchaku`.
 """
-import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from ...ops.formats.svdquant import (
     SVDQUANT_INT4_HALF,
     SVDQUANT_NVFP4,
 )
+from ...ops.log import log
 from ...ops.tensor.packed_layout import (
     join_packed,
     packed_rows,
@@ -43,8 +43,6 @@ from .base import HeaderOf, Layer, Quantizer, Read
 from .comfyui import HALVES, bias_of_shift
 from .parts import Part, PartError
 from .unsupported_quantizers import GET_OTHER_FORMAT
-
-log = logging.getLogger(__name__)
 
 # End of a tensor's name that only files of Nunchaku have, and of one that its layers have in them.
 MARK = re.compile(r"\.(wscales|wzeros|scaled_zeros)$")
@@ -304,7 +302,7 @@ class _Reader:
             first = present[0]
             if len(present) < len(numbers) or not all(torch.equal(one, first) for one in present):
                 log.warning(
-                    "[Featherweight] %s: the layers after the attention of %s are smoothed in"
+                    "%s: the layers after the attention of %s are smoothed in"
                     " different ways, so LoRAs on them are not exact.", self.file.path.name, block)
                 continue
             for layer, after in pairs.items():

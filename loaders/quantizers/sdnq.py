@@ -18,7 +18,6 @@ is read as integers that are not rotated, SDNQ's default, with the bits that its
 
 The layouts are those that sdnq 0.1.0 to 0.2.8 write.
 """
-import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -33,6 +32,7 @@ from ...ops.bounded_json import read_json
 from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
 from ...ops.formats.row_layout import PACK_CODES, RowFamily
 from ...ops.formats.sdnq import ALIASES, CODEBOOKS, NUMBER_TYPES, ROTATION_BASE, SDNQ_TYPES
+from ...ops.log import log
 from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
 from ..files.container import CONFIG_KEY, DOWNLOAD_AGAIN, WeightFile, describe, map_file, safe_repr
@@ -40,8 +40,6 @@ from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
 from .comfyui import MAX_ROTATION
 from .comfyui_marks import MARK
 from .parts import FLOATS, Part, PartError
-
-log = logging.getLogger(__name__)
 
 METHOD = "sdnq"  # `quant_method` of a config
 MAX_PATTERNS = 4096  # of a config; each is tried for each layer
@@ -111,7 +109,7 @@ def session(file: WeightFile, tensors: Mapping[str, torch.Tensor]) -> Iterator[R
     """Gives what reads a layer with the config of its file, and refuses what is left of others."""
     config = _config_of(file)
     if config is None:
-        log.info("[Featherweight] %s has no config of SDNQ: read as integers, not rotated.",
+        log.info("%s has no config of SDNQ: read as integers, not rotated.",
                  file.path.name)
 
     def read(layer: Layer) -> PackedTensor:

@@ -13,7 +13,6 @@ Kernels of "dequantize" and "channels_last" have the reference's bits: they are 
 Products differ by rounding: they are used from the next load of a model on. So a model gives the
 same picture, bit for bit, from its load until it is loaded again.
 """
-import logging
 import os
 import textwrap
 import threading
@@ -25,6 +24,7 @@ import torch
 from ..formats.base import Format
 from ..formats.low_rank_and_joined import Composite
 from ..layers.torch_registration import contiguous
+from ..log import log
 from .background import submit
 from .kernel import EXACT, Backend, Case, Kernel, multiplies
 from .registry import BACKENDS
@@ -51,8 +51,6 @@ __all__ = [
     "when_decided",
 ]
 
-log = logging.getLogger(__name__)
-
 VARIABLE = "FEATHERWEIGHT_KERNELS"
 REASON_LENGTH = 130  # characters on a node of why torch does a kernel's work
 VALIDATED_APART = {"cuda", "mps"}  # types of devices whose kernels another process validates
@@ -76,7 +74,7 @@ def _new_selector(device: torch.device) -> Selector:
     setting, name = _setting(), BACKENDS.get(device.type)
     valid = {"torch", "auto", *filter(None, BACKENDS.values())}
     if setting and setting not in valid:
-        log.warning("[Featherweight] The environment variable %s is %s and is ignored; expected one"
+        log.warning("The environment variable %s is %s and is ignored; expected one"
                     " of %s.", VARIABLE, setting, ", ".join(sorted(valid)))
     if is_off() or name is None:
         return Selector(device, None)
@@ -123,7 +121,7 @@ def start_validation(dtypes: Mapping[torch.device, torch.dtype]):
         try:
             _validator = ProcessValidator()
         except OSError as error:
-            log.warning("[Featherweight] Kernels are not validated: torch does their work (%s).",
+            log.warning("Kernels are not validated: torch does their work (%s).",
                         error)
     for device, dtype in dtypes.items():
         selector = _selector(device)

@@ -1,18 +1,15 @@
 """The thread that compiles and validates kernels while torch does their work."""
 import atexit
-import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
 
 from ...child_process import end_all, is_ending
+from ..log import log
 
 WAIT_INTERVAL_SECONDS = 0.05  # how often a wait checks whether the user cancelled
 EXIT_SECONDS = 10  # how long an exiting process waits for its threads, whose compilers are killed
-
-log = logging.getLogger(__name__)
-
 
 def _never_cancelled():
     pass
@@ -59,7 +56,7 @@ def _do_work():
         try:
             work()
         except Exception:  # a compiler or driver may raise anything
-            log.debug("[Featherweight] Work on kernels failed.", exc_info=True)
+            log.debug("Work on kernels failed.", exc_info=True)
 
 
 def wait(is_done: Callable[[], bool], seconds: float) -> bool:

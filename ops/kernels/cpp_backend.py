@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import logging
 import math
 import os
 import platform
@@ -31,6 +30,7 @@ from ..formats.base import Format, Grid
 from ..formats.comfyui import E2M1
 from ..formats.row_layout import RowFormat
 from ..layers.int8_codes import LARGEST_CODE, TINY
+from ..log import log
 from ..pickle_names import short_error_name
 from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time
@@ -58,8 +58,6 @@ from .private_files import (
     temporary_folder,
 )
 from .validation import probe
-
-log = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")  # after the environment variable CXX, and before ziglang
 # Products and sums must not be contracted: the values have the reference's bits.
@@ -193,7 +191,7 @@ class CppCompiler:
             if is_own and path == _library_path(folder, name, path):
                 return path
             if is_own:
-                log.info("[Featherweight] The compiled kernel %s is damaged and is compiled again.",
+                log.info("The compiled kernel %s is damaged and is compiled again.",
                          path)
             path.unlink(missing_ok=True)
         _remove_stale(folder)

@@ -1,14 +1,13 @@
 """Files that only this user can have written: native code, and verdicts on it, are loaded from no
 others."""
 import functools
-import logging
 import os
 import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from ..log import log
 
 
 def cache_folder() -> Path:
@@ -83,7 +82,7 @@ _temporary_folders: list[tempfile.TemporaryDirectory] = []
 @functools.cache
 def _temporary_substitute(folder: str, reason: str) -> Path:
     log.info(
-        "[Featherweight] %s cannot be used (%s), so kernels are kept only until ComfyUI ends. The"
+        "%s cannot be used (%s), so kernels are kept only until ComfyUI ends. The"
         " environment variable XDG_CACHE_HOME names another folder.", folder, reason)
     return temporary_folder(None)
 
@@ -91,7 +90,7 @@ def _temporary_substitute(folder: str, reason: str) -> Path:
 @functools.cache
 def _warn_not_private(part: Path):
     log.warning(
-        "[Featherweight] %s is a link, belongs to another user or can be written by others, so"
+        "%s is a link, belongs to another user or can be written by others, so"
         " compiled kernels are not kept there and are compiled again at each start: remove it.",
         part)
 

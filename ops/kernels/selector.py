@@ -1,6 +1,5 @@
 """Selects a device's kernels: those that are proven right on it."""
 import functools
-import logging
 import sys
 import textwrap
 import threading
@@ -12,14 +11,13 @@ import torch
 
 from ..formats._names import all_kernel_keys
 from ..formats.base import Format
+from ..log import log
 from .background import submit, wait
 from .kernel import EXACT, QUANTIZING, Backend, Case, Kernel, WrongResult, device_name
 from .registry import import_backend
 from .validation import report_wrong
 from .validator import ProcessValidator, validate_kernel
 from .verdicts import Verdicts
-
-log = logging.getLogger(__name__)
 
 REASON_LENGTH = 400  # characters in the log of why a backend does not work
 # How long the first call waits for a kernel that quantises. Once a wait has timed out, no later
@@ -95,7 +93,7 @@ class Selector:
             report_wrong(f"the probe by {self._name}", self.device, error)
             self.reason = f"{self._name}: its values are wrong"
         except Exception as error:  # not installed, no compiler, no driver, an unknown GPU
-            log.debug("[Featherweight] %s does not work on %s: %r", self._name, self.device, error)
+            log.debug("%s does not work on %s: %r", self._name, self.device, error)
             self.reason = textwrap.shorten(f"{self._name}: {error or repr(error)}", REASON_LENGTH)
         finally:
             self._found = {}
@@ -106,7 +104,7 @@ class Selector:
             use = f"torch, because no kernel works there ({self.reason})"
         elif self._is_apart and "right" not in self.summary():
             use = "torch until kernels are proven"
-        log.info("[Featherweight] Packed weights on %s use %s.", device_name(self.device), use)
+        log.info("Packed weights on %s use %s.", device_name(self.device), use)
 
     def find(self, capability: str, packed_format: Format | None, dtype: torch.dtype,
              tokens: int | None, load: int) -> Kernel | None:
@@ -134,7 +132,7 @@ class Selector:
         """Waits for a kernel that quantises: what torch packs differs from it."""
         if self._waits and not wait(is_ready, WAIT_SECONDS):
             self._waits = False
-            log.warning("[Featherweight] No kernel was ready on %s after %g seconds: torch does "
+            log.warning("No kernel was ready on %s after %g seconds: torch does "
                         "the work of those that are not ready.", self.device, WAIT_SECONDS)
 
     def request(self, case: Case, packed_format: Format | None) -> dict[str, Kernel]:
@@ -176,7 +174,7 @@ class Selector:
             try:
                 line = self._verdicts.add(name, verdict, **more)
             except OSError as error:
-                log.debug("[Featherweight] A verdict cannot be kept: %r", error)
+                log.debug("A verdict cannot be kept: %r", error)
         self.take(line)
 
     def take(self, line: dict):
@@ -190,7 +188,7 @@ class Selector:
         if verdict == "wrong":
             report_wrong(name, self.device, line.get("why", ""))
         elif verdict != "right":
-            log.debug("[Featherweight] %s is off on %s: %s, %s", name, self.device, verdict,
+            log.debug("%s is off on %s: %s, %s", name, self.device, verdict,
                       line.get("why", ""))
         self._lines[name] = line
         self._found = {}

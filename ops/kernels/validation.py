@@ -6,7 +6,6 @@ thread and of several, loads from and stores to even and odd addresses, with and
 Weights of 2**31 values and more are not checked.
 """
 import itertools
-import logging
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -18,10 +17,9 @@ from ..formats._names import formats_of_key
 from ..formats.base import FORMATS, Format, QParam
 from ..formats.row_layout import NUMBER_DTYPES, RowFormat
 from ..layers import int8_codes, stochastic_rounding
+from ..log import log
 from . import quantize_validation
 from .kernel import Kernel, WrongResult, device_name
-
-log = logging.getLogger(__name__)
 
 ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 # Values of a weight. MANY keep several threads busy on a CPU, and many programs on a GPU.
@@ -236,7 +234,7 @@ def _examples(kernel: Kernel, packed_format: Format | None) -> Sequence[Format |
 
 def report_wrong(case: str, device: torch.device, error: Exception | str):
     """Warns of wrong values and asks for a report: only users with that device can notice them."""
-    log.warning("[Featherweight] A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so "
+    log.warning("A kernel gives wrong values here (%s on %s, torch %s, %s: %s), so "
                 "torch does its work, slower; please report this line at %s.", case,
                 device_name(device), torch.__version__,
                 f"{platform.system()} {platform.release()}", error, ISSUES)

@@ -1,6 +1,5 @@
 """Validates kernels in another process, so that a crash or hang of one harms nothing else."""
 import json
-import logging
 import math
 import queue
 import signal
@@ -15,6 +14,7 @@ from filelock import FileLock
 
 from ...child_process import end_process, is_ending, start_process
 from ..formats._names import formats_of_key
+from ..log import log
 from .background import start_thread
 from .kernel import Case, Kernel, WrongResult, device_name
 from .private_files import cache_folder, private_folder
@@ -23,8 +23,6 @@ from .verdicts import is_verdict
 
 if TYPE_CHECKING:
     from .selector import Selector
-
-log = logging.getLogger(__name__)
 
 FREE_TO_BEGIN = 1_500_000_000  # bytes of the device
 TOO_LITTLE_MEMORY = f"less than {FREE_TO_BEGIN / 1e9:.1f} GB of its memory was free"
@@ -124,7 +122,7 @@ class ProcessValidator:
             except Exception:  # a drive or driver may raise anything
                 if is_ending() or self._process.poll() is not None:
                     return
-                log.warning("[Featherweight] Kernels are not validated on %s: torch does their"
+                log.warning("Kernels are not validated on %s: torch does their"
                             " work.", selector.device, exc_info=True)
 
     def validate(self, selector: "Selector", cases: list[Case]):
@@ -140,7 +138,7 @@ class ProcessValidator:
             if free_bytes(device) < FREE_TO_BEGIN:
                 self._log(selector, before, TOO_LITTLE_MEMORY)
                 return
-            log.info("[Featherweight] Kernels for packed weights are validated on %s in the"
+            log.info("Kernels for packed weights are validated on %s in the"
                      " background.", device_name(device))
             status, reason = 0, ""
             for _ in range(1 + MAX_RESTARTS):
@@ -203,4 +201,4 @@ class ProcessValidator:
             parts.append(f"please report this line at {ISSUES}: {'; '.join(failed)}")
         if reason:
             parts.append(f"{reason}, so the rest is validated when ComfyUI starts next")
-        log.info("[Featherweight] %s: %s.", device_name(selector.device), ", ".join(parts))
+        log.info("%s: %s.", device_name(selector.device), ", ".join(parts))

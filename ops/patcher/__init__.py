@@ -12,7 +12,6 @@ a patcher: the patches applied right now (`applied_patches`) and the layers that
 import collections
 import contextlib
 import functools
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +23,7 @@ import comfy.utils
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
+from ..log import log
 from ..patches.layer_patches import LayerPatches, usable_patches
 from . import patched_weights
 from .applied_patches import (
@@ -38,8 +38,6 @@ from .applied_patches import (
 from .float_products import float_layers_text
 from .residency import UNLOAD_ALL, MemoryReport, Placement, Residency, buffer_bytes
 from .vram_accounting import accounted, make_pinnable, nothing_to_plan
-
-log = logging.getLogger(__name__)
 
 # Type checkers see a subclass of the host's; `_packed_class` makes the real one.
 _HostPatcher = comfy.model_patcher.ModelPatcherDynamic if TYPE_CHECKING else object
@@ -260,7 +258,7 @@ class PackedPatcher(_HostPatcher):
         """Logs once which layers' patches keep them from ComfyUI's own product."""
         text = float_layers_text(self)
         if text is not None and text != self._applied.logged:
-            log.warning("[Featherweight] %s", text)
+            log.warning("%s", text)
         self._applied.logged = text
 
     def _load_static(self, device_to, budget: Any, force_patch_weights, full_load):

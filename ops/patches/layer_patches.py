@@ -8,7 +8,6 @@ that it would apply in order. Packed bytes are never changed; one list becomes o
 - everything else is applied to the dequantised weight each time the layer runs, by the host's own
   `calculate_weight`.
 """
-import logging
 from collections.abc import Iterable
 
 import comfy.lora
@@ -17,6 +16,7 @@ import torch
 from ..lasting_memory import lasting_memory
 from ..layers import stochastic_rounding
 from ..layers.low_rank import LowRank
+from ..log import log
 from ..pickle_names import stable_pickle_name
 from .adapters import (
     adapter_tensors,
@@ -29,8 +29,6 @@ from .adapters import (
     to_device,
 )
 from .patch_trial import trial_error
-
-log = logging.getLogger(__name__)
 
 
 @stable_pickle_name
@@ -199,6 +197,6 @@ def _fits(key: str, patch: tuple, shape: torch.Size) -> bool:
     )
     if reason is None:
         return True
-    log.warning("[Featherweight] A LoRA is left out of %s, which is %s: %s.", key,
+    log.warning("A LoRA is left out of %s, which is %s: %s.", key,
                 " x ".join(map(str, shape)), reason)
     return False
