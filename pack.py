@@ -171,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     from featherweight.loaders.packing.save import save
     from featherweight.loaders.packing.source import source_of_file
     from featherweight.loaders.progress import Progress
-    from featherweight.ops.quantize.row_types import ROW_TYPES
+    from featherweight.ops.packing.row_types import ROW_TYPES
 
     if signal.getsignal(signal.SIGINT) is stop_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,7 +4,7 @@ import re
 import comfy.model_management
 import torch
 
-from .files.container import display_name
+from .container.weight_file import display_name
 
 DEFAULT = "default"
 CPU = torch.device("cpu")

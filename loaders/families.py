@@ -11,13 +11,7 @@ from dataclasses import dataclass, field
 
 from comfy.supported_models_base import BASE
 
-from .packing.planning.packing_rules import (
-    GENERAL_RULES,
-    KEEP_EXACT,
-    KEEP_EXACT_IN_ROWS,
-    PackingRules,
-    Shapes,
-)
+from .packing_rules import GENERAL_RULES, KEEP_EXACT, KEEP_EXACT_IN_ROWS, PackingRules, Shapes
 
 DOUBLE, SINGLE = r"(?P<block>\d+)", r"(?P<single>\d+)"
 

@@ -17,8 +17,8 @@ from comfy_api.latest import ComfyExtension, io
 
 import nodes as host_nodes
 
+from ..loaders.container.weight_file import safe_repr
 from ..loaders.devices import gpus, usual_dtype
-from ..loaders.files.container import safe_repr
 from ..loaders.paths.file_versions import FileVersions
 from ..loaders.paths.folders import register_folders
 from ..ops.kernels import background, start_validation

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..loaders.byte_sizes import GB
 from ..loaders.comfyui.who_computes import AUTOMATIC
-from ..loaders.files.container import WeightFileError
+from ..loaders.container.weight_file import WeightFileError
 from ..loaders.models.compute_choice import (
     BY_COMPUTE,
     COMPUTE_CHOICES,

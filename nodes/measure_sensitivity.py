@@ -4,7 +4,6 @@ import os
 from comfy_api.latest import io, ui
 
 from ..loaders.byte_sizes import size_text
-from ..loaders.models.recipe import source_name
 from ..loaders.packing.calibration.imatrix import write_imatrix
 from ..loaders.packing.calibration.measure import (
     CHOICES,
@@ -16,6 +15,7 @@ from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sensitivity import FAST, report, summary
 from ..loaders.paths.folders import IMATRIX_SUFFIXES, SENSITIVITY, new_sensitivity_path
 from ..loaders.paths.name_tokens import fill_in
+from ..loaders.recipe import source_name
 from .node_text import show_text
 from .number_checks import reject_infinite
 from .renamed_options import current, renamed_combo

@@ -12,14 +12,14 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..loaders.inspect.model_summary import (
+from ..loaders.comfyui.load_check import load_notes, patcher_of
+from ..loaders.comfyui.model_summary import (
     arithmetic_text,
     dequantize_backend_text,
     memory_summary,
     when_validated,
 )
 from ..loaders.models.fit_device import fit_text
-from ..loaders.models.load_check import load_notes, patcher_of
 from ..loaders.models.placement import placed_text, planned_text
 from ..loaders.progress import set_text_sender
 from ..ops.log import log

@@ -6,7 +6,6 @@ import re
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..loaders.models.recipe import source_name
 from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
@@ -40,7 +39,8 @@ from ..loaders.paths.folders import (
 )
 from ..loaders.paths.name_tokens import fill_in
 from ..loaders.progress import Progress
-from ..ops.quantize.row_types import ROW_TYPES
+from ..loaders.recipe import source_name
+from ..ops.packing.row_types import ROW_TYPES
 from .added_inputs import REPLACED
 from .load_diffusion_model import DEFAULT_SIZE, MIX, size_in_bytes, size_input
 from .node_text import show_text

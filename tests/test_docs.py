@@ -62,7 +62,7 @@ from featherweight.ops import formats  # noqa: F401
 from featherweight.ops.formats.base import GGML_FORMATS
 from featherweight.ops.host_versions import NEWEST_HOST, OLDEST_HOST
 from featherweight.ops.kernels.cpp_backend import COMPILERS, NO_COMPILER, install_advice
-from featherweight.ops.quantize.row_types import ROW_TYPES
+from featherweight.ops.packing.row_types import ROW_TYPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from devtools import ROOT
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.diffusers_folder import is_bare
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.lora.lora_file import load_lora_file

@@ -1,6 +1,7 @@
 """Rules about the files themselves: who imports whom, and what must stand beside what."""
 import ast
 import functools
+import re
 import sys
 from pathlib import Path
 
@@ -15,11 +16,13 @@ WITHOUT_FORMATS = ("base", "bits", "rotation", "row_layout")  # of ops/formats
 HOST_MODULES = {path.stem for path in HOST.iterdir() if path.suffix == ".py" or path.is_dir()}
 # Formats, kernels, packing and readers of files know torch alone.
 WITHOUT_HOST = (
+    "loaders/container/",
     "loaders/encoders/",
     "loaders/files/",
     "loaders/quantizers/",
     "ops/formats/",
     "ops/kernels/",
+    "ops/packing/",
     "ops/quantize/",
 )
 SOURCES = [
@@ -63,8 +66,7 @@ def test_imports_point_down():
         allowed = LAYERS[LAYERS.index(layer):] if layer in LAYERS else LAYERS
         assert {name.split(".")[0] for name in own} <= set(allowed), path
         if where.startswith("ops/formats/"):
-            assert all(name in ("ops.lasting_memory", "ops.layers.low_rank", "ops.pickle_names")
-                       or name.startswith("ops.formats") for name in own), path
+            assert all(folder_of(name) in ("ops", "ops/formats") for name in own), path
             assert {name.split(".")[0] for name in absolute} <= {
                 "torch",
                 "gguf",
@@ -120,6 +122,12 @@ def imported_modules(path) -> set[str]:
 MODULES = {module_of(path): path for path in SOURCES}
 
 
+def folder_of(module: str) -> str:
+    """The folder of a module of the pack, at most two levels deep; a file outside of all folders
+    is a place of its own."""
+    return "/".join(MODULES[module].relative_to(PACK).parent.parts[:2]) or module
+
+
 def circle(imported: dict[str, set[str]]) -> list[str]:
     """Modules of which each imports the next, and the last the first; none where there is no such
     circle."""
@@ -159,6 +167,32 @@ def test_no_files_import_each_other_in_a_circle():
     assert circle(imported) == []
     imported["ops.formats.base"] = {"ops.layers.packed_layers"}
     assert "ops.formats.base" in circle(imported)
+
+
+def imported_folders() -> dict[str, dict[str, str]]:
+    """For each folder those that it imports, with an import that shows it.
+
+    The file of a package lists its own folders, and is not imported itself where one of these is.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for module, path in MODULES.items():
+        folder, imported = folder_of(module), imported_modules(path)
+        others = found.setdefault(folder, {})
+        for name in imported:
+            goes_through = any(other.startswith(f"{name}.") for other in imported)
+            lists = path.name == "__init__.py" and name.startswith(f"{module}.")
+            if folder_of(name) != folder and not goes_through and not lists:
+                others[folder_of(name)] = f"{module} imports {name}"
+    return found
+
+
+def test_folders_import_only_those_below_them_in_the_table_of_architecture():
+    page = (PACK / "docs" / "architecture.md").read_text(encoding="utf-8")
+    floors = ["__init__", *re.findall(r"^\| `([\w/]+)/` \|", page, re.MULTILINE), "child_process"]
+    imported = imported_folders()
+    assert len(imported) > 20 and sum(map(len, imported.values())) > 100
+    assert not [reason for folder, others in imported.items() for other, reason in others.items()
+                if floors.index(other) <= floors.index(folder)]
 
 
 def test_ray_is_optional_and_starts_with_no_import():

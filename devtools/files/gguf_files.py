@@ -76,7 +76,7 @@ def pack(values: np.ndarray, type_name: str, seed: int = 0) -> np.ndarray:
     ggml_type = GGMLQuantizationType[type_name]
     if type_name in K_QUANTS:
         packing, packed_format = (
-            product_module("ops.quantize.pack_tensor"),
+            product_module("ops.packing.pack_tensor"),
             product_module("ops.formats.base").FORMATS[type_name],
         )
         packed = packing.pack_tensor(torch.from_numpy(np.ascontiguousarray(values, np.float32)),

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from devtools import markdown_table
-from featherweight.loaders.inspect.block_chart import BACKGROUND, BAD, FAINT, GOOD
+from featherweight.loaders.lora.block_chart import BACKGROUND, BAD, FAINT, GOOD
 from featherweight.loaders.speed.chart import Value, bar_chart
 
 COLUMNS, GAP = 2, 16  # of charts in a picture, and pixels between them

@@ -35,8 +35,8 @@ from featherweight.loaders.packing.planning.fit import (
     step_memory,
     workspace_bytes,
 )
-from featherweight.loaders.packing.planning.packing_rules import Shapes
 from featherweight.loaders.packing.planning.plan import plan_for_type
+from featherweight.loaders.packing_rules import Shapes
 from featherweight.ops.tensor.packed_layout import QuantizedTensor
 
 DENSE = {"BF16": 2, "FP8": 1}  # bytes of a value of a matrix

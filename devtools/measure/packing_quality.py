@@ -28,11 +28,11 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.measure import measure
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
-from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES, bytes_in_file
 from featherweight.loaders.packing.planning.plan import Plan, plan_for_size, plan_for_type
+from featherweight.loaders.packing_rules import PLAIN_BYTES, bytes_in_file
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.pack_tensor import pack_tensor
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 SIZES = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")

@@ -11,8 +11,8 @@ from torch.utils.benchmark import timer
 
 from featherweight.loaders.speed.report import device_facts
 from featherweight.loaders.speed.timing import time_in_turn
+from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops import kernels
-from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.kernels import selector, used
 from featherweight.ops.layers.workspace import Workspace, shared_workspace
 

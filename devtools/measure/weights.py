@@ -13,7 +13,7 @@ from featherweight.ops.formats.base import FORMATS, Format
 from featherweight.ops.formats.bnb_4bit import Codebook4Bit
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.tensor.packed_layout import packed_tensor, with_low_rank
 from featherweight.ops.tensor.packed_tensor import PackedTensor
 

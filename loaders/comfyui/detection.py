@@ -10,7 +10,13 @@ import comfy.supported_models
 import torch
 
 from ...ops.log import log
-from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, first_line, safe_repr
+from ..container.weight_file import (
+    DOWNLOAD_AGAIN,
+    WeightFile,
+    WeightFileError,
+    first_line,
+    safe_repr,
+)
 from ..name_lists import join_some
 from ..out_of_memory import is_out_of_memory
 from ..quantizers.nunchaku import has_nunchaku_weights

@@ -11,7 +11,7 @@ from ...ops.layers.load_hooks import FillEmpty
 from ...ops.log import log
 from ...ops.tensor.packed_layout import is_packed
 from ...ops.tensor.row_slicing import join_rows, take_rows
-from ..files.container import DOWNLOAD_AGAIN, WeightFileError, safe_repr
+from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, safe_repr
 from ..name_lists import join_some
 from .detection import try_detect
 

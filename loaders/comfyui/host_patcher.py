@@ -10,7 +10,7 @@ import comfy.model_patcher
 import comfy.utils
 
 from ...ops.tensor.packed_layout import is_comfy_quantized
-from ..files.container import WeightFileError
+from ..container.weight_file import WeightFileError
 
 
 class _WholeWeights:

@@ -5,16 +5,16 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 
-from ...ops.kernels.kernel_requests import prepare_kernels
 from ...ops.layers import kitchen_products
 from ...ops.layers.int8 import multiplies_integers
+from ...ops.layers.kernel_requests import prepare_kernels
 from ...ops.layers.packed_layers import PackedLinear
 from ...ops.log import log
 from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
-from ..files.container import FileChangeGuard, WeightFile
-from ..inspect.model_summary import load_summary
-from ..models.compute_dtype import choose_compute
+from ..container.weight_file import FileChangeGuard, WeightFile
+from .compute_dtype import choose_compute
+from .model_summary import load_summary
 
 
 def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, compute: str):

@@ -27,7 +27,7 @@ from comfy_kitchen.tensor import get_layout_class
 from ...ops.pickle_names import short_error_name
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import (
+from ..container.weight_file import (
     DOWNLOAD_AGAIN,
     ProgressIter,
     WeightFile,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..container.weight_file import WeightFileError
 from ..families import MODELS
-from ..files.container import WeightFileError
 from .arch import SENTENCEPIECE, TEKKEN, TOKENIZER_JSON
 from .archs.t5 import UMT5_TOKENS
 from .saved_tokenizer import TOKENIZER_FILES

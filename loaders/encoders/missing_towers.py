@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ...ops.layers.load_hooks import on_each_module
-from ..files.container import WeightFileError
+from ..container.weight_file import WeightFileError
 
 # the host's names
 TOWERS = {"vision_model", "multi_modal_projector", "audio_model", "audio_projector", "visual"}

@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from ...ops.bounded_json import read_json
-from ..files.container import WeightFileError, map_file
+from ..container.weight_file import WeightFileError, map_file
 from ..files.diffusers_folder import file_inside
 from .arch import SENTENCEPIECE, TEKKEN, TOKENIZER_JSON, Weights
 from .tokenizer import TokenizerError, metadata_of_json, tekken_model

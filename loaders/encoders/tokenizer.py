@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...ops.pickle_names import short_error_name
-from ..files.container import safe_repr
+from ..container.weight_file import safe_repr
 
 MODEL, TOKENS, SCORES, TYPES, MERGES = (
     f"tokenizer.ggml.{key}" for key in ("model", "tokens", "scores", "token_type", "merges"))

@@ -1,8 +1,8 @@
 """Chooses the `type` of text encoders by what their files hold."""
 from collections.abc import Container, Iterator, Sequence
 
+from ..container.weight_file import WeightFileError
 from ..families import MODELS, Model
-from ..files.container import WeightFileError
 from .encoder_sets import ANY, TITLES, reject_same_encoders
 
 AUTOMATIC = "automatic"  # in place of a type

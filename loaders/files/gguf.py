@@ -14,11 +14,18 @@ import torch
 
 from ...ops import formats  # noqa: F401  registers the packed formats
 from ...ops.formats.base import FORMATS, GGML_FORMATS, Format
+from ..container.weight_file import (
+    PLAIN_DTYPES,
+    Entry,
+    ProgressIter,
+    WeightFile,
+    WeightFileError,
+    safe_repr,
+)
 from ..quantizers import leftover_scales, scaled_weights
 from ..quantizers.base import join_weights
 from ..quantizers.comfyui_marks import marked_layers
 from ..quantizers.lost_marks import restore_marks
-from .container import PLAIN_DTYPES, Entry, ProgressIter, WeightFile, WeightFileError, safe_repr
 from .gguf_header import MAGIC, MAX_DIMENSIONS, MAX_ELEMENTS, Header, TensorInfo, extent
 from .gguf_marks import marks_as_metadata
 from .gguf_split import split_headers

@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .container import MappedFile, WeightFileError, map_file, safe_repr
+from ..container.weight_file import MappedFile, WeightFileError, map_file, safe_repr
 
 MAGIC = b"GGUF"
 

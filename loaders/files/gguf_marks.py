@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...ops.bounded_json import read_json
+from ..container.weight_file import WeightFileError, safe_repr
 from ..quantizers.comfyui_marks import SETTINGS
-from .container import WeightFileError, safe_repr
 
 PREFIX = "comfy.gguf.quant."  # before the name of a weight in the metadata
 WEIGHT = ".weight"

@@ -2,8 +2,8 @@
 import os
 import re
 
+from ..container.weight_file import safe_repr
 from ..name_lists import join_some
-from .container import safe_repr
 from .gguf_header import Header
 
 

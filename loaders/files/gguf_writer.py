@@ -14,8 +14,8 @@ import torch
 
 from ...ops.formats.base import FORMATS
 from ...ops.tensor.packed_layout import is_packed
+from ..container.weight_file import nbytes_of, safe_repr
 from .atomic_file import WeightsWriter, WriteError, new_weights
-from .container import nbytes_of, safe_repr
 from .gguf import PLAIN_TYPES
 from .gguf_header import DEFAULT_ALIGNMENT, MAGIC
 

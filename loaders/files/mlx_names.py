@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .container import DOWNLOAD_AGAIN, Entry, WeightFileError, safe_repr
+from ..container.weight_file import DOWNLOAD_AGAIN, Entry, WeightFileError, safe_repr
 
 MFLUX = ("mflux_version", "quantization_level")  # keys of the metadata of its files
 RGB = 3  # channels

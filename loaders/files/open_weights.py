@@ -5,8 +5,8 @@ Importing this module registers the containers.
 import os
 from pathlib import Path
 
+from ..container.weight_file import CONTAINERS, WeightFile, WeightFileError, map_file
 from . import gguf, safetensors  # noqa: F401  each registers its container
-from .container import CONTAINERS, WeightFile, WeightFileError, map_file
 from .diffusers_folder import ModelFolder
 from .wrong_format import sniff_wrong_format
 

@@ -19,8 +19,8 @@ from typing import TypeVar
 
 from ...ops.log import log
 from ..byte_sizes import size_text
+from ..container.weight_file import FileState, WeightFile, WeightFileError
 from .atomic_file import remove_stale_parts
-from .container import FileState, WeightFile, WeightFileError
 
 FOLDER, LIMIT = "FEATHERWEIGHT_PACKED_CACHE", "FEATHERWEIGHT_PACKED_CACHE_GB"
 OFF = "off"  # in place of a folder

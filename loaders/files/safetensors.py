@@ -19,9 +19,7 @@ from typing import Any
 import torch
 
 from ...ops.bounded_json import read_json
-from ..name_lists import join_some
-from ..quantizers.registry import join_quantized_weights
-from .container import (
+from ..container.weight_file import (
     CONFIG_KEY,
     COUNTABLE,
     PLAIN_DTYPES,
@@ -33,6 +31,8 @@ from .container import (
     map_file,
     safe_repr,
 )
+from ..name_lists import join_some
+from ..quantizers.registry import join_quantized_weights
 from .mlx_names import channels_first, with_common_names
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library

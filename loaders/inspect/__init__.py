@@ -6,8 +6,8 @@ import os
 
 import comfy.model_patcher
 
-from ..files.container import WeightFileError
-from .contents import Contents, file_contents, model_contents, package_parts
+from ..comfyui.contents import Contents, file_contents, model_contents, package_parts
+from ..container.weight_file import WeightFileError
 from .difference import relative_errors
 from .inspection import Inspection, identify
 

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.sd
 import torch
 
+from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys
 from ..comfyui.detection import (
     SIDE_LOADERS,
     VAE_PREFIXES,
@@ -15,16 +16,15 @@ from ..comfyui.detection import (
     find_side_model,
     first_match,
 )
+from ..comfyui.model_summary import title_of
+from ..container.weight_file import safe_repr
 from ..encoders.encoder_sets import TITLES, encoder_family
-from ..files.container import safe_repr
 from ..lora.family_match import match_family
 from ..lora.lora_file import OTHER_FILES, weight_shapes
 from ..lora.tensor_names import PAIRS, layer_names
 from ..packing.planning.fit import Weights
 from ..packing.planning.plan import Plan, PlanError
 from ..quantizers.registry import quantizer_of
-from .contents import Contents, diffusion_comfy_keys, encoder_comfy_keys
-from .model_summary import title_of
 from .quality_warnings import shape_warnings, weight_warnings
 from .requirements import Card, fit_cards, fit_encoder_cards, required_models
 

@@ -4,7 +4,7 @@ import textwrap
 import torch
 
 from ..byte_sizes import size_text
-from .block_chart import (
+from ..lora.block_chart import (
     BAD,
     BODY,
     FAINT,

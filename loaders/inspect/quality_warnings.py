@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from comfy.supported_models_base import BASE
 
+from ..comfyui.contents import Contents
 from ..comfyui.detection import try_detect
-from ..files.container import safe_repr
-from ..models.load_check import is_zeros, lacks_scale
-from ..packing.planning.packing_rules import bits_per_value
-from .contents import Contents
-from .model_summary import title_of
+from ..comfyui.load_check import is_zeros, lacks_scale
+from ..comfyui.model_summary import title_of
+from ..container.weight_file import safe_repr
+from ..packing_rules import bits_per_value
 
 EXACT_BITS = 8  # bits a value from which on a vector keeps what a model needs of it
 OTHER_CONVERSION = "Download the file again, or get another conversion of the model."

@@ -18,7 +18,7 @@ from ..packing.planning.fit import (
     step_memory,
     workspace_bytes,
 )
-from ..packing.planning.packing_rules import Shapes
+from ..packing_rules import Shapes
 
 CARDS = (6, 8, 12, 16, 24)  # GiB, which cards' names call GB
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from ..files.container import safe_repr
+from ..container.weight_file import safe_repr
 from .model_blocks import MODEL_PREFIX, block_name, block_numbers, describe_blocks, is_text_key
 
 # names of a UNet's blocks in the block-weight extensions

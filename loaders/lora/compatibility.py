@@ -22,7 +22,7 @@ from ...ops.patches.adapters import (
 )
 from ...ops.patches.as_trained import as_trained, row_dora
 from ...ops.patches.patch_trial import trial_error
-from ..files.container import safe_repr
+from ..container.weight_file import safe_repr
 from .family_match import match_family, metadata_hints
 from .header_alpha import CONFIG, HeaderAlpha, find_header_alpha, with_alphas
 from .load_lora import load_lora_text

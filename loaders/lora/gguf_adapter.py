@@ -9,7 +9,7 @@ import torch
 
 from ...ops.layers import product
 from ...ops.tensor.packed_layout import is_packed
-from ..files.container import WeightFile, WeightFileError, safe_repr
+from ..container.weight_file import WeightFile, WeightFileError, safe_repr
 from ..files.open_weights import open_weights
 from .tensor_names import layer_names
 

@@ -9,7 +9,7 @@ import comfy.lora_convert
 import torch
 
 from ...ops.patches.adapters import adapter_fields, adapter_tensors, alpha_scale, rank_of
-from ..files.container import first_line
+from ..container.weight_file import first_line
 
 
 def load_lora_text(state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str],

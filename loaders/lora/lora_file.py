@@ -5,7 +5,7 @@ import comfy.utils
 import torch
 from safetensors import SafetensorError
 
-from ..files.container import WeightFileError, first_line, map_file, safe_repr
+from ..container.weight_file import WeightFileError, first_line, map_file, safe_repr
 from ..files.wrong_format import LFS_POINTER
 from ..out_of_memory import is_out_of_memory
 from .family_match import match_family

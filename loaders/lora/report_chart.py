@@ -4,18 +4,7 @@ import textwrap
 
 import torch
 
-from ..inspect.block_chart import (
-    BAD,
-    BODY,
-    FAINT,
-    GOOD,
-    HEADING_LENGTH,
-    MARGIN,
-    ROW,
-    WIDTH,
-    Bar,
-    Chart,
-)
+from .block_chart import BAD, BODY, FAINT, GOOD, HEADING_LENGTH, MARGIN, ROW, WIDTH, Bar, Chart
 from .report import LoraReport, percent_text
 
 LABELS, VALUES = 190, 70  # widths of the columns

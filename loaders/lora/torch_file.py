@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..files.container import WeightFileError, first_line, map_file
+from ..container.weight_file import WeightFileError, first_line, map_file
 
 # What the pickle of a file of tensors names. torch allows more, such as `bytearray`, of which a
 # file of 179 bytes makes any number of bytes.

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files.container import WeightFileError, safe_repr
+from ..container.weight_file import WeightFileError, safe_repr
 from ..files.diffusers_folder import MODEL_FOLDERS
 from ..files.open_weights import open_weights
-from ..models.recipe import model_paths
+from ..recipe import model_paths
 
 TURBO = "turbo"
 DISTILLED = ("distilled", "distill", "schnell", TURBO, "lightning", "lcm", "hyper", "dmd", "dmd2")

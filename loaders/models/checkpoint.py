@@ -21,21 +21,21 @@ from ..comfyui.detection import (
     reject_non_diffusion,
     try_detect,
 )
+from ..comfyui.load_check import bytes_of, check_load
 from ..comfyui.packed_patcher import wrap_clip, wrap_model
 from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.weight_keys import model_prefix
 from ..comfyui.who_computes import AUTOMATIC, packed_formats
+from ..container.weight_file import WeightFile, WeightFileError, map_file, safe_repr
 from ..devices import device_options
 from ..families import MODELS
-from ..files.container import WeightFile, WeightFileError, map_file, safe_repr
 from ..files.diffusers_folder import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDER, file_inside
 from ..files.open_weights import open_weights
 from ..progress import Progress
+from ..recipe import Recipe, register_loader
 from .diffusion import build_model, load_diffusion_model, read_weights
 from .fit_device import FIT, Targets, model_targets
-from .load_check import bytes_of, check_load
 from .loader_choice import is_safetensors, needs_own_reader
-from .recipe import Recipe, register_loader
 from .text_encoder import load_text_encoder
 from .vae import build_vae, wrap_vae
 

@@ -19,7 +19,7 @@ from ..comfyui.who_computes import (
 )
 from ..devices import total_memory
 from ..packing.planning.fit import FAST_FORMAT, FAST_TYPE
-from ..packing.planning.packing_rules import bytes_in_file
+from ..packing_rules import bytes_in_file
 from ..quantizers.comfyui import row_type_of
 
 EXACTLY, FAST = "exact", "fast"

@@ -10,14 +10,14 @@ import comfy.model_management
 import torch
 
 from ...ops.tensor.packed_layout import is_packed
+from ..comfyui.compute_dtype import follows_model
 from ..comfyui.detection import CONTROLNET
 from ..comfyui.diffusers_keys import from_diffusers, reject_incomplete
 from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.who_computes import AUTOMATIC
-from ..files.container import WeightFileError
+from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui_marks import MARK
-from .compute_dtype import follows_model
 from .models_beside import load_side_model
 
 # What the tensors of ControlNets begin with, and those of T2I-Adapters do not.

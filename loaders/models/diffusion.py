@@ -31,7 +31,14 @@ from ..comfyui.detection import (
 )
 from ..comfyui.diffusers_keys import reject_incomplete
 from ..comfyui.host_patcher import keep_weights_whole
+from ..comfyui.load_check import bytes_of, check_load, reject_codes
 from ..comfyui.missing_weights import find_deciding_weight
+from ..comfyui.module_files import (
+    explain_module_errors,
+    join_module,
+    module_layers,
+    reject_unused_module,
+)
 from ..comfyui.packed_patcher import wrap_model
 from ..comfyui.quantized_weights import (
     as_tensors,
@@ -42,20 +49,18 @@ from ..comfyui.quantized_weights import (
 )
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
+from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, safe_repr
 from ..devices import CPU
-from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, safe_repr
 from ..files.open_weights import open_weights
+from ..lora.seedvr2 import add_texts
 from ..progress import Progress
 from ..quantizers.comfyui import FP8
 from ..quantizers.comfyui_marks import MARK
 from ..quantizers.integers import pack_rows
+from ..recipe import Recipe, register_loader
 from .fit_device import model_targets
-from .load_check import bytes_of, check_load, reject_codes
 from .loader_choice import has_plain_fp8, needs_own_reader, shapes_in
-from .module_files import explain_module_errors, join_module, module_layers, reject_unused_module
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
-from .recipe import Recipe, register_loader
-from .seedvr2 import add_texts
 
 DIFFUSION_MODEL = "diffusion model"
 

@@ -12,8 +12,8 @@ import torch
 from comfy.supported_models_base import BASE
 
 from ..byte_sizes import GB, size_text
-from ..files.container import WeightFileError
-from ..inspect.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
+from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
+from ..container.weight_file import WeightFileError
 from ..name_lists import join_some
 from ..packing.planning.fit import (
     FAST_FORMAT,

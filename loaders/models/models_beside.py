@@ -13,7 +13,7 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
-from ...ops.quantize.row_types import ROW_TYPES
+from ...ops.packing.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_comfy_quantized
 from ..comfyui.detection import (
     CONTROLNET,
@@ -22,6 +22,7 @@ from ..comfyui.detection import (
     explain_build_errors,
     is_diffusion_model,
 )
+from ..comfyui.load_check import bytes_of, check_load
 from ..comfyui.packed_patcher import keep_packed, log_load_summary
 from ..comfyui.quantized_weights import (
     as_tensors,
@@ -32,13 +33,12 @@ from ..comfyui.quantized_weights import (
 )
 from ..comfyui.weight_keys import to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
-from ..files.container import WeightFile, WeightFileError
+from ..container.weight_file import WeightFile, WeightFileError
 from ..files.open_weights import open_weights
 from ..out_of_memory import is_out_of_memory
 from ..progress import Progress
 from ..quantizers.comfyui_marks import MARK
 from .compute_choice import BY_COMPUTE, computing
-from .load_check import bytes_of, check_load
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, pack_weights
 

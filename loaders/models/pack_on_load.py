@@ -20,35 +20,35 @@ import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.log import log
-from ...ops.quantize.pack_tensor import pack_tensor
-from ...ops.quantize.relative_error import RelativeError, holds
-from ...ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
+from ...ops.packing.pack_tensor import pack_tensor
+from ...ops.packing.relative_error import RelativeError, holds
+from ...ops.packing.row_types import ROW_TYPES, format_of, pack_to_type
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
 from ..byte_sizes import GB, size_text
 from ..comfyui.diffusers_keys import JoinedRows
-from ..devices import CPU
-from ..families import rules_for
-from ..files import packed_cache
-from ..files.container import (
+from ..comfyui.model_summary import PACK_STATS_KEY, format_name, title_of
+from ..container.weight_file import (
     PLAIN_DTYPES,
     FileChangeGuard,
     WeightFile,
     WeightFileError,
     safe_repr,
 )
-from ..inspect.model_summary import PACK_STATS_KEY, format_name, title_of
+from ..devices import CPU
+from ..families import rules_for
+from ..files import packed_cache
 from ..out_of_memory import is_out_of_memory
 from ..packing.calibration.sensitivity import Sensitivity, SensitivityError
 from ..packing.layer_losses import WEIGHTS, loss_text, total
-from ..packing.planning.packing_rules import Shapes, bytes_in_file, half_type
 from ..packing.planning.plan import (
     AS_STORED,
     PlanError,
     plan_for_size,
     plan_for_type,
 )
+from ..packing_rules import Shapes, bytes_in_file, half_type
 from ..paths.folders import packed_folder, sensitivity_of
 from ..progress import Progress
 from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry

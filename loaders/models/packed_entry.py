@@ -25,10 +25,10 @@ import torch
 
 from ...ops.bounded_json import read_json
 from ...ops.formats.base import FORMATS
-from ...ops.quantize.row_types import format_of
+from ...ops.packing.row_types import format_of
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 from ..comfyui.quantized_weights import as_tensors, read_marked
-from ..files.container import PLAIN_DTYPES, WeightFile, safe_repr
+from ..container.weight_file import PLAIN_DTYPES, WeightFile, safe_repr
 from ..files.open_weights import open_weights
 from ..files.safetensors_writer import PACKED_TYPES
 from ..packing.planning.file_plan import (
@@ -38,9 +38,9 @@ from ..packing.planning.file_plan import (
     plan_file,
     written_name,
 )
-from ..packing.planning.packing_rules import PLAIN_BYTES
 from ..packing.save import save
 from ..packing.source import CONFIG, MARKERS, Source, Weight
+from ..packing_rules import PLAIN_BYTES
 
 NOTE = "featherweight.entry"
 # most bytes of a file's header, beyond those of the weights: of all, and of each weight

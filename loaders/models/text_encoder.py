@@ -17,10 +17,19 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
+from ..comfyui.contents import encoder_comfy_keys, file_contents
 from ..comfyui.detection import UNKNOWN_ERRORS, is_diffusion_model, shape_mismatch_text
+from ..comfyui.load_check import check_load
 from ..comfyui.packed_patcher import wrap_clip
 from ..comfyui.quantized_weights import as_tensors, in_parts, read_marked, reject_unread_layers
 from ..comfyui.who_computes import AUTOMATIC, packed_formats
+from ..container.weight_file import (
+    DOWNLOAD_AGAIN,
+    WeightFile,
+    WeightFileError,
+    first_line,
+    model_name,
+)
 from ..encoders import archs  # noqa: F401  registers the families
 from ..encoders.arch import (
     SENTENCEPIECE,
@@ -44,21 +53,12 @@ from ..encoders.saved_tokenizer import saved_tokenizer
 from ..encoders.tokenizer import TokenizerError
 from ..encoders.type_choice import AUTOMATIC as AUTOMATIC_TYPE
 from ..encoders.type_choice import choose_type
-from ..files.container import (
-    DOWNLOAD_AGAIN,
-    WeightFile,
-    WeightFileError,
-    first_line,
-    model_name,
-)
 from ..files.open_weights import open_weights
-from ..inspect.contents import encoder_comfy_keys, file_contents
 from ..progress import Progress
+from ..recipe import Recipe, register_loader
 from .fit_device import encoder_targets
-from .load_check import check_load
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
-from .recipe import Recipe, register_loader
 
 TEXT_ENCODER = "text encoder"  # name of the loader in recipes
 AUTO = "auto"  # use the mmproj file next to the encoder

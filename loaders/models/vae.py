@@ -17,12 +17,14 @@ from comfy.ldm.wan.vae import WanVAE
 from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
 
-from ...ops.cpu.convolution import convolve_dense_layers
+from ...ops.layers.cpu_convolution import convolve_dense_layers
 from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
+from ..comfyui.compute_dtype import vae_dtype
 from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors
+from ..comfyui.load_check import check_load
 from ..comfyui.packed_patcher import guard_of
 from ..comfyui.quantized_weights import (
     as_tensors,
@@ -31,13 +33,11 @@ from ..comfyui.quantized_weights import (
     reject_unread_layers,
 )
 from ..comfyui.weight_keys import unmerge_kernels
-from ..files.container import FileChangeGuard, WeightFileError, model_name, safe_repr
+from ..container.weight_file import FileChangeGuard, WeightFileError, model_name, safe_repr
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui import READERS
-from .compute_dtype import vae_dtype
-from .load_check import check_load
+from ..recipe import Recipe, register_loader
 from .loader_choice import needs_own_reader
-from .recipe import Recipe, register_loader
 
 VAE = "VAE"  # name of the loader in recipes
 

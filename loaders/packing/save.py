@@ -17,30 +17,25 @@ from pathlib import Path
 import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
-from ...ops.layers.stochastic_rounding import stochastic_round, stochastic_round_to_integers
-from ...ops.quantize.method_choice import SAMPLED_ROWS, output_errors
-from ...ops.quantize.pack_tensor import pack_tensor
-from ...ops.quantize.relative_error import SAMPLE_VALUES, RelativeError, float_values
+from ...ops.packing.method_choice import SAMPLED_ROWS, output_errors
+from ...ops.packing.pack_tensor import pack_tensor
+from ...ops.packing.relative_error import SAMPLE_VALUES, RelativeError, float_values
+from ...ops.packing.row_types import ROW_TYPES, pack_to_type
 from ...ops.quantize.row_source import RowSource
-from ...ops.quantize.row_types import ROW_TYPES, pack_to_type
 from ...ops.quantize.second_moments import SecondMoments
+from ...ops.stochastic_rounding import stochastic_round, stochastic_round_to_integers
 from ...ops.tensor.packed_layout import is_packed
 from ...ops.tensor.row_slicing import join_rows, take_rows
 from ..byte_sizes import size_text
-from ..files.container import PLAIN_DTYPES, safe_repr
+from ..container.weight_file import PLAIN_DTYPES, safe_repr
 from ..files.gguf_header import DEFAULT_ALIGNMENT
 from ..files.gguf_writer import gguf_writer
 from ..files.safetensors_writer import safetensors_writer
+from ..packing_rules import bits_per_value, bytes_in_file, divides_rows, with_fallback
 from .calibration.sequential import SequentialCalibration
 from .layer_losses import LAYERS, RESULT, WEIGHTS, layer_lines, loss_sentences
 from .lora_retention import LoraRetention, dot
 from .planning.file_plan import FilePlan, errors_of_result, plain_type
-from .planning.packing_rules import (
-    bits_per_value,
-    bytes_in_file,
-    divides_rows,
-    with_fallback,
-)
 from .planning.plan import DIGITS, Plan
 from .source import BLOCK_ROWS, SaveError, Weight
 

@@ -18,7 +18,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
-from ...ops.cpu import attention as cpu_attention
+from ...ops.layers import cpu_attention
 from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
 from ...ops.pickle_names import short_error_name
@@ -27,19 +27,25 @@ from ...ops.tensor.packed_tensor import relabel
 from ...ops.tensor.row_slicing import take_rows
 from ..comfyui.detection import find_side_model, reject_non_diffusion, try_detect
 from ..comfyui.diffusers_keys import JoinedRows
+from ..comfyui.foreign_weights import reject_foreign_weights
+from ..comfyui.model_summary import format_name
+from ..comfyui.module_files import module_layers
 from ..comfyui.quantized_weights import as_tensors, packed_of_host, read_marked
 from ..comfyui.weight_keys import model_prefix, to_comfy_keys
-from ..files.container import FileChangeGuard, WeightFile, WeightFileError, first_line, map_file
+from ..container.weight_file import (
+    FileChangeGuard,
+    WeightFile,
+    WeightFileError,
+    first_line,
+    map_file,
+)
 from ..files.diffusers_folder import MODEL_FOLDERS
 from ..files.open_weights import open_weights
-from ..inspect.model_summary import format_name
-from ..models.foreign_weights import reject_foreign_weights
-from ..models.module_files import module_layers
-from ..models.recipe import Recipe, model_paths
-from ..models.seedvr2 import add_texts
+from ..lora.seedvr2 import add_texts
 from ..name_lists import join_some
+from ..packing_rules import half_type
 from ..quantizers.comfyui import row_type_of
-from .planning.packing_rules import half_type
+from ..recipe import Recipe, model_paths
 
 DIFFUSION_MODEL = "diffusion_model."
 # Start of the host's name of an encoder -> first parts of names in its model -> in files, for

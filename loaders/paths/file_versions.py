@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..container.weight_file import FileState, WeightFileError
 from ..encoders.saved_tokenizer import sibling_of
-from ..files.container import FileState, WeightFileError
 from ..quantizers.sdnq import CONFIG_FILES
 from .folders import MEASUREMENTS, find_paths, find_sensitivity
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import folder_paths
 
 from ...ops.bounded_json import read_json
-from ..files.container import WeightFileError, display_name, map_file, safe_repr
+from ..container.weight_file import WeightFileError, display_name, map_file, safe_repr
 from ..files.diffusers_folder import file_inside, is_folder_of_mflux
 from .workflow_paths import NOT_ON_WINDOWS, is_inside, is_unsafe_name, use_slashes
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...ops.formats.base import FormatError
-from ..files.container import DOWNLOAD_AGAIN, ProgressIter, WeightFile, safe_repr
+from ..container.weight_file import DOWNLOAD_AGAIN, ProgressIter, WeightFile, safe_repr
 from ..name_lists import join_some
 from .comfyui_marks import MARK, marked_layers
 from .parts import Part, PartError, Parts, bind_sizes

@@ -15,7 +15,7 @@ from ...ops.bounded_json import read_json
 from ...ops.formats.bnb_4bit import FP4, NF4, Codebook4Bit
 from ...ops.formats.bnb_int8 import INT8
 from ...ops.tensor.packed_layout import packed_rows, packed_tensor
-from ..files.container import COUNTABLE, WeightFile, safe_repr
+from ..container.weight_file import COUNTABLE, WeightFile, safe_repr
 from .base import HeaderOf, Layer, Quantizer, scaled_layers
 from .comfyui_marks import MARK
 from .parts import FLOATS, Part, PartError

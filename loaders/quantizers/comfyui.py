@@ -52,7 +52,7 @@ from ...ops.tensor.packed_layout import (
     with_taps_first,
 )
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import describe
+from ..container.weight_file import describe
 from .base import HeaderOf, Quantizer
 from .comfyui_marks import marked_layers
 from .comfyui_settings import CONVROT, ROTATION_SIZE, check_settings, is_rotated, setting
@@ -432,7 +432,7 @@ READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {
     "svdquant_w4a4": _svdquant,
 }
 
-# name of a family -> the key of `ops.quantize.row_types.ROW_TYPES` whose weights are of it
+# name of a family -> the key of `ops.packing.row_types.ROW_TYPES` whose weights are of it
 ROW_TYPE_OF = {
     INT8_CONVROT.name: "int8_convrot", INT8_ROWS.name: "int8_convrot",
     F8_E4M3.name: "float8_e4m3fn", MXFP8.name: "mxfp8", NVFP4_ROWS.name: "nvfp4",

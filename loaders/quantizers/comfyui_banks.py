@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...ops.tensor.packed_tensor import PackedTensor, relabel
-from ..files.container import describe, safe_repr
+from ..container.weight_file import describe, safe_repr
 from .comfyui import (
     CODEBOOK,
     GROUP_SCALE,

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from ..files.container import safe_repr
+from ..container.weight_file import safe_repr
 from ..read_anyway import READ_ANYWAY, reads_anyway
 from .parts import PartError
 

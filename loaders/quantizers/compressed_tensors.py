@@ -19,7 +19,7 @@ import torch
 
 from ...ops.formats.integers import BITS, MXFP4_ROWS, MXFP6_ROWS, NVFP4_QUOTIENT
 from ...ops.tensor.packed_layout import packed_rows
-from ..files.container import WeightFile, describe
+from ..container.weight_file import WeightFile, describe
 from .base import HeaderOf, Layer, Quantizer, layers_with, without_marked
 from .integers import (
     E8M0,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files.container import WeightFile
+from ..container.weight_file import WeightFile
 from .base import HeaderOf, Layer, Quantizer, layers_with
 from .integers import SCALES, join_codes, known_bits, pack_integers, split_words
 from .parts import WHOLE, Part, PartError

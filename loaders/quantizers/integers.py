@@ -9,7 +9,7 @@ from ...ops.formats.integers import BITS, ENDINGS, integer_family, zero_bits
 from ...ops.formats.row_layout import RowFamily
 from ...ops.tensor.packed_layout import packed_rows
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import WeightFile
+from ..container.weight_file import WeightFile
 from .comfyui import FP8
 from .parts import FLOATS, Part, PartError
 

@@ -17,7 +17,7 @@ from ...ops.formats import plain
 from ...ops.formats.base import FormatError
 from ...ops.tensor.packed_layout import is_packed, pack_16bit, scale_packed
 from ...ops.tensor.row_slicing import dense, take_rows
-from ..files.container import WeightFile, safe_repr
+from ..container.weight_file import WeightFile, safe_repr
 from ..name_lists import join_some
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
 from .comfyui import SMOOTHING

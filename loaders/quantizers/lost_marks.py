@@ -12,7 +12,7 @@ import torch
 
 from ...ops.formats.base import FormatError
 from ...ops.tensor.packed_layout import is_packed
-from ..files.container import WeightFile, safe_repr
+from ..container.weight_file import WeightFile, safe_repr
 from ..name_lists import join_some
 from ..read_anyway import READ_ANYWAY, reads_anyway
 from .base import scaled_layers

@@ -37,7 +37,7 @@ from ...ops.tensor.packed_layout import (
 )
 from ...ops.tensor.packed_tensor import PackedTensor
 from ...ops.tensor.row_slicing import take_rows
-from ..files.container import DOWNLOAD_AGAIN, WeightFile, WeightFileError, describe, safe_repr
+from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, describe, safe_repr
 from . import nunchaku_tiles as tiles
 from .base import HeaderOf, Layer, Quantizer, Read
 from .comfyui import HALVES, bias_of_shift

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...ops.pickle_names import short_error_name
-from ..files.container import DOWNLOAD_AGAIN, describe
+from ..container.weight_file import DOWNLOAD_AGAIN, describe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn,
           torch.float8_e5m2, *(

@@ -17,7 +17,7 @@ import torch
 
 from ...ops.formats.integers import quanto_family
 from ...ops.tensor.packed_layout import packed_rows
-from ..files.container import WeightFile
+from ..container.weight_file import WeightFile
 from .base import Layer, Quantizer, Read, layers_with
 from .integers import (
     CODES_OF_ROWS,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..files.container import ProgressIter, WeightFile
+from ..container.weight_file import ProgressIter, WeightFile
 from . import (
     bitsandbytes,
     comfyui,

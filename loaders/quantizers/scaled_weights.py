@@ -31,7 +31,7 @@ from ...ops.formats.comfyui import MXFP8, NVFP4_LOW
 from ...ops.formats.low_rank_and_joined import FACTOR_DTYPES
 from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import DOWNLOAD_AGAIN, WeightFile, safe_repr
+from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, safe_repr
 from ..name_lists import join_some
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers, without_marked
 from .comfyui import FP8, GROUP_SCALE, SMOOTHING, smooth

@@ -35,7 +35,14 @@ from ...ops.formats.sdnq import ALIASES, CODEBOOKS, NUMBER_TYPES, ROTATION_BASE,
 from ...ops.log import log
 from ...ops.tensor.packed_layout import packed_rows, with_low_rank
 from ...ops.tensor.packed_tensor import PackedTensor
-from ..files.container import CONFIG_KEY, DOWNLOAD_AGAIN, WeightFile, describe, map_file, safe_repr
+from ..container.weight_file import (
+    CONFIG_KEY,
+    DOWNLOAD_AGAIN,
+    WeightFile,
+    describe,
+    map_file,
+    safe_repr,
+)
 from .base import HeaderOf, Layer, Quantizer, Read, scaled_layers
 from .comfyui import MAX_ROTATION
 from .comfyui_marks import MARK

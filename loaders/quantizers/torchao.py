@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...ops.bounded_json import read_json
-from ..files.container import safe_repr
+from ..container.weight_file import safe_repr
 from .base import Layer, Quantizer, layers_with
 from .integers import (
     CODES_OF_ROWS,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ..files.container import WeightFile, WeightFileError, safe_repr
+from ..container.weight_file import WeightFile, WeightFileError, safe_repr
 
 GET_OTHER_FORMAT = (
     "Get the model as GGUF, bitsandbytes NF4 or int8, or in one of ComfyUI's own types.")

@@ -12,7 +12,7 @@ import psutil
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..inspect.model_summary import arithmetic_text, dequantize_backend_text
+from ..comfyui.model_summary import arithmetic_text, dequantize_backend_text
 from ..models.compute_choice import EXACTLY, FAST
 from ..out_of_memory import is_out_of_memory
 from ..packing.calibration.sampling import (

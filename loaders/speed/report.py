@@ -9,12 +9,12 @@ import comfy_kitchen
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...ops.cpu import features as cpu_features
+from ...ops import cpu_features
 from ...ops.host_versions import HOST_VERSION, VERSION
 from ..byte_sizes import size_text
+from ..comfyui.model_summary import format_sizes
 from ..devices import total_memory
-from ..inspect.block_chart import Color
-from ..inspect.model_summary import format_sizes
+from ..lora.block_chart import Color
 from ..models.compute_choice import EXACTLY, FAST
 from ..packing.layer_losses import percent
 from .chart import Value, bar_chart

@@ -15,19 +15,19 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...ops.kernels.kernel_requests import await_kernels
 from ...ops.layers.int8 import multiplies_integers
+from ...ops.layers.kernel_requests import await_kernels
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.layers.product import dequantize
 from ...ops.pickle_names import short_error_name
 from ...ops.tensor.packed_layout import QuantizedTensor, is_comfy_quantized, is_packed
 from ..byte_sizes import size_text
+from ..comfyui.foreign_weights import foreign_class
 from ..comfyui.who_computes import host_multiplies
 from ..devices import CPU, total_memory
 from ..models.compute_choice import EXACTLY, FAST, MEANINGS
-from ..models.foreign_weights import foreign_class
-from ..models.recipe import Recipe
 from ..quantizers.comfyui import row_type_of
+from ..recipe import Recipe
 
 copy_options: Any = comfy.utils.deepcopy_list_dict
 DENSE = "dense"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ...loaders.container.weight_file import safe_repr
 from ...loaders.devices import CPU, find_device, total_memory
-from ...loaders.files.container import safe_repr
 from ...ops.pickle_names import short_error_name
 
 GIB = 1 << 30

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..layers.low_rank import LowRank, Slice
+from ..low_rank import LowRank, Slice
 from .base import Format, QParam, chunk_values, dequantize_by_reference
 from .bits import reinterpret
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ..layers.low_rank import LowRank
+from ..low_rank import LowRank
 from .base import Format, QParam
 from .comfyui import AWQ_GROUP, LOW_NIBBLES, NVFP4_GROUP, SIGNED, in_groups, nvfp4, with_addend
 from .low_rank_and_joined import Composite, DequantizeInto, without_low_rank

@@ -23,12 +23,12 @@ import torch
 
 from ..formats.base import Format
 from ..formats.low_rank_and_joined import Composite
-from ..layers.torch_registration import contiguous
 from ..log import log
 from .background import submit
 from .kernel import EXACT, Backend, Case, Kernel, multiplies
 from .registry import BACKENDS
 from .selector import LATEST, Selector, current_load
+from .torch_registration import contiguous
 from .validator import ProcessValidator
 
 __all__ = [

@@ -25,17 +25,17 @@ from pathlib import Path
 import torch
 
 from ...child_process import run_process
-from ..cpu import features as cpu_features
+from .. import cpu_features
 from ..formats.base import Format, Grid
 from ..formats.comfyui import E2M1
 from ..formats.row_layout import RowFormat
-from ..layers.int8_codes import LARGEST_CODE, TINY
 from ..log import log
 from ..pickle_names import short_error_name
 from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time
 from ..quantize.row_columns import target_of
 from ..quantize.row_encoder import RowEncoder
+from .int8_codes import LARGEST_CODE, TINY
 from .kernel import Backend, Kernel, block_length
 from .kernel_source import (
     C_TYPES,
@@ -82,7 +82,7 @@ SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 MAX_TOKENS = (1, 4)
 MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
-# families of rows that are packed: those of `ops.quantize.row_types`
+# families of rows that are packed: those of `ops.packing.row_types`
 ENCODED = frozenset(("INT8_ROWS", "INT8_CONVROT", "F8_E4M3", "MXFP8", "NVFP4_ROWS", "W4A8"))
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 # A compiler that takes longer is ended, and torch does the work. At first Zig makes its own

@@ -14,7 +14,7 @@ import torch
 
 from ..formats.base import Format
 from ..formats.row_layout import Codes, Numbers, RowFormat, RowLayout
-from ..layers.stochastic_rounding import LEAST_NORMAL, MIX, NOISE
+from ..stochastic_rounding import LEAST_NORMAL, MIX, NOISE
 from .kernel import Kernel, block_length
 
 SOURCES = Path(__file__).with_name("source")
@@ -34,7 +34,7 @@ FORMAT_NAMES = frozenset((
 DEQUANTIZED = FORMAT_NAMES | {"RowFormat"}
 MULTIPLIED = FORMAT_NAMES | {"UnrotatedRows"}
 PLAIN = frozenset(["F16"])  # plain formats that products take too
-# constants of "add_rounded": see ops/layers/stochastic_rounding.py; the least number by its bits
+# constants of "add_rounded": see ops/stochastic_rounding.py; the least number by its bits
 DITHER = {"MIX": f"{MIX & 0xFFFFFFFF}u", "NOISE": f"{NOISE.hex()}f",
           "LEAST_NORMAL": hex(struct.unpack("<I", struct.pack("<f", LEAST_NORMAL))[0])}
 # order of codes, or storage of numbers -> its name in source/formats/rows.h

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import stochastic_rounding
 from ..formats._names import formats_of_key
 from ..formats.base import FORMATS, Format, QParam
 from ..formats.row_layout import NUMBER_DTYPES, RowFormat
-from ..layers import int8_codes, stochastic_rounding
 from ..log import log
-from . import quantize_validation
+from . import int8_codes, quantize_validation
 from .kernel import Kernel, WrongResult, device_name
 
 ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"

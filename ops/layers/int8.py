@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 import torch
 
-from .. import kernels
-from ..cpu import features as cpu_features
+from .. import cpu_features, kernels
 from ..formats.base import FORMATS, Format
 from ..formats.low_rank_and_joined import without_low_rank
+from ..kernels import int8_codes, torch_registration
 from ..lasting_memory import cached_on_device
+from ..low_rank import LowRank
 from ..tensor.packed_tensor import PackedTensor
-from . import int8_codes, product, torch_registration, workspace
-from .low_rank import LowRank
+from . import product, workspace
 
 # With fewer rows of the input the exact product is as fast, since most of the time is spent on the
 # weight, and CUDA's integer product accepts no fewer. Without a kernel for the weight's codes torch

@@ -34,9 +34,10 @@ from ..formats.svdquant import (
     SVDQUANT_NVFP4,
     ShiftedInput,
 )
+from ..kernels import int8_codes, torch_registration
+from ..low_rank import LowRank, Slice
 from ..tensor.packed_tensor import PackedTensor
-from . import int8, int8_codes, product, torch_registration, workspace
-from .low_rank import LowRank, Slice
+from . import int8, product, workspace
 from .rounded_sum import add_branch
 
 # comfy_kitchen's backends with kernels, the first one that has them is used. Its "eager" one is the

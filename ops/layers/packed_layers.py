@@ -10,8 +10,8 @@ import comfy.float
 import comfy.ops
 import torch
 
-from .. import kernels
-from ..cpu import convolution as cpu_convolution
+from .. import kernels, stochastic_rounding
+from ..low_rank import dense_linear
 from ..patches.layer_patches import LayerPatches
 from ..pickle_names import stable_pickle_name
 from ..tensor.packed_layout import (
@@ -25,10 +25,9 @@ from ..tensor.packed_layout import (
 )
 from ..tensor.packed_tensor import relabel
 from ..tensor.row_slicing import take_rows, without_padding
-from . import kitchen_products, product, stochastic_rounding
+from . import cpu_convolution, kitchen_products, product
 from .autocast import autocast_input
 from .fused_calls import FusedCall, keep_forward, known_arguments
-from .low_rank import dense_linear
 from .rounded_sum import add_small
 from .workspace import shared_workspace
 

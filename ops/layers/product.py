@@ -11,15 +11,15 @@ import torch
 from comfy_kitchen.tensor import register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from .. import kernels
-from ..cpu import linear as cpu_linear
+from .. import kernels, stochastic_rounding
 from ..formats.base import FORMATS, Format
 from ..formats.low_rank_and_joined import without_low_rank
+from ..kernels import torch_registration
+from ..low_rank import LowRank, dense_linear
 from ..tensor.packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 from ..tensor.packed_tensor import PackedTensor
 from ..tensor.row_slicing import rows_are_whole_blocks
-from . import stochastic_rounding, torch_registration, workspace
-from .low_rank import LowRank, dense_linear
+from . import cpu_linear, workspace
 
 # On a CPU a slice of the weight that stays in the cache is written and read faster, and a product
 # takes up to half as long again where its rows are no multiple of what it handles together.

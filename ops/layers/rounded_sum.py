@@ -2,8 +2,8 @@
 import torch
 
 from .. import kernels
-from .low_rank import LowRank
-from .stochastic_rounding import on_the_grid, pieces, stochastic_round
+from ..low_rank import LowRank
+from ..stochastic_rounding import on_the_grid, pieces, stochastic_round
 
 
 def add_branch(out: torch.Tensor, input: torch.Tensor, low_rank: LowRank) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from comfy.model_patcher import LazyCastingParam
 
 from ..layers.packed_layers import PackedLayer
-from ..layers.stochastic_rounding import stochastic_round
 from ..patches.adapters import slice_patch
+from ..stochastic_rounding import stochastic_round
 from ..tensor.packed_layout import QuantizedTensor, is_packed
 from ..tensor.packed_tensor import relabel
 from ..tensor.row_slicing import rows_are_whole_blocks, take_rows

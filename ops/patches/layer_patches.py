@@ -13,10 +13,10 @@ from collections.abc import Iterable
 import comfy.lora
 import torch
 
+from .. import stochastic_rounding
 from ..lasting_memory import lasting_memory
-from ..layers import stochastic_rounding
-from ..layers.low_rank import LowRank
 from ..log import log
+from ..low_rank import LowRank
 from ..pickle_names import stable_pickle_name
 from .adapters import (
     adapter_tensors,

@@ -23,7 +23,7 @@ from ..formats.low_rank_and_joined import AddedLowRank, Joined, Scaled
 from ..formats.row_layout import RowFamily
 from ..formats.svdquant import ShiftedInput
 from ..formats.taps_first import TapsFirst
-from ..layers.low_rank import balancing_powers
+from ..low_rank import balancing_powers
 from ..pickle_names import stable_pickle_name
 from .packed_tensor import PackedTensor, relabel
 

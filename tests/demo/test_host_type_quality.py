@@ -11,7 +11,7 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 
 from devtools import ROOT
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 
 RECORDED = json.loads(
     (ROOT / "demo_model" / "quality.json").read_text(encoding="utf-8")).get("host_types")

@@ -16,7 +16,7 @@ from devtools.demo import STEPS
 from devtools.files import demo_files
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.error_feedback import pack_with_feedback
+from featherweight.ops.packing.error_feedback import pack_with_feedback
 from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.tensor.packed_layout import is_packed
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from devtools import ROOT, limited_cpu
-from featherweight.loaders.inspect.block_chart import BAD, GOOD
+from featherweight.loaders.lora.block_chart import BAD, GOOD
 from featherweight.ops.layers import int8
 
 # Named here, so that a case that gets lost is missed. "train" is processes of its own; "compilers"

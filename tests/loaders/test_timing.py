@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 
-from featherweight.loaders.inspect.block_chart import BAD, ROW
+from featherweight.loaders.lora.block_chart import BAD, ROW
 from featherweight.loaders.speed.chart import Value, bar_chart
 from featherweight.loaders.speed.timing import peak, time_in_turn
 

@@ -10,6 +10,8 @@ from nunchaku_models import load, quantized
 from pack_nodes import node_list
 from patched_models import flux_file, packed_flux
 
+from featherweight.loaders.comfyui.compute_dtype import COMPUTE
+from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.comfyui.who_computes import (
     AS_COMFYUI,
     AUTOMATIC,
@@ -24,8 +26,6 @@ from featherweight.loaders.models.compute_choice import (
     computing,
     faster_type_text,
 )
-from featherweight.loaders.models.compute_dtype import COMPUTE
-from featherweight.loaders.models.load_check import patcher_of
 from featherweight.ops.layers import kitchen_products
 from featherweight.ops.layers.packed_layers import PackedLinear
 from featherweight.ops.tensor.packed_layout import is_packed

@@ -10,7 +10,7 @@ import pytest
 from pack_nodes import node_list
 
 import featherweight
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.nodes.run_on_ray import GraphError, RayRunError, RunOnRay
 
 node_list()  # imports every module with nodes

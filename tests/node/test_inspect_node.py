@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from devtools import inspect_file
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.nodes.inspect_model_file import NONE, InspectModelFile, list_all_files
 

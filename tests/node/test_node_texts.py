@@ -40,7 +40,7 @@ from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.save_packed_model import SavePackedModel
 from featherweight.ops import kernels
 from featherweight.ops.kernels import registry, selector
-from featherweight.ops.kernels.kernel_requests import prepare_kernels
+from featherweight.ops.layers.kernel_requests import prepare_kernels
 
 pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = {"samples": torch.zeros(1, 16, 8, 8)}

@@ -19,7 +19,7 @@ import nodes as host_nodes
 from devtools import ROOT
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.pack_on_load import TYPES
 from featherweight.loaders.paths import folders
 from featherweight.nodes import help_pages

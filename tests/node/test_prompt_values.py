@@ -8,8 +8,8 @@ import pytest
 from comfy_api.latest import io
 from prompt_errors import NODES, prompt_errors
 
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.devices import find_device
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes.apply_lora import ApplyLora
 from featherweight.nodes.inspect_model_file import InspectModelFile
 from featherweight.nodes.legacy import multigpu

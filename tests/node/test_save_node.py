@@ -12,9 +12,9 @@ from patched_models import lora_for, packed_flux, patched, run, tiny_flux
 from prompt_errors import prompt_errors
 from safetensors.torch import save_file
 
-from featherweight.loaders.files import network_drives
+from featherweight.loaders.container import network_drives
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.atomic_file import WriteError
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning import file_plan
@@ -27,7 +27,7 @@ from featherweight.nodes.save_packed_model import (
     RENAMED_LORAS,
     SavePackedModel,
 )
-from featherweight.ops.quantize.row_types import ROW_TYPES
+from featherweight.ops.packing.row_types import ROW_TYPES
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

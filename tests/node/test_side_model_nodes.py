@@ -23,7 +23,7 @@ from packed_files import write_q8_0
 from safetensors.torch import save_file
 
 import nodes as host_nodes
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.nodes import node_text
 from featherweight.nodes.load_clip_vision import LoadCLIPVision
 from featherweight.nodes.load_controlnet import LoadControlNet

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.rotation import rotation_signs
+from featherweight.ops.kernels import int8_codes
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import int8_codes, product
+from featherweight.ops.layers import product
 from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import packed_tensor
 

@@ -19,7 +19,7 @@ import precompiled
 import pytest
 import torch
 
-from featherweight.ops.cpu import features as cpu_features
+from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops.kernels import cpp_backend, cuda_backend, metal_backend
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import Backend

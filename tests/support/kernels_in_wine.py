@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from featherweight.ops.cpu import features as cpu_features
+from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops.kernels import cpp_backend
 
 RUNNER = Path(__file__).parents[1] / "ops" / "kernels" / "windows_in_wine" / "runner.cpp"

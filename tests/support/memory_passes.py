@@ -17,7 +17,7 @@ from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, FORMATS, Format,
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
 from featherweight.ops.layers import product
-from featherweight.ops.layers.low_rank import LowRank, Slice
+from featherweight.ops.low_rank import LowRank, Slice
 
 META = torch.device("meta")
 

@@ -29,7 +29,7 @@ from patched_models import folder, relative
 from safetensors.torch import save_file
 
 import nodes
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.packing.source import check_saveable
 from featherweight.nodes.apply_lora import ApplyLora

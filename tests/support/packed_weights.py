@@ -4,7 +4,7 @@ import torch
 from featherweight.loaders.files.gguf_writer import gguf_writer
 from featherweight.loaders.quantizers.integers import pack_rows
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import is_packed
 from featherweight.ops.tensor.packed_tensor import relabel
 

@@ -13,7 +13,7 @@ from demo_model import scenes
 from devtools.files import demo_files
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.packing.pack_tensor import pack_tensor
 
 # Mean of 10 log10 (|Wx|^2 / |(W - V)x|^2) over the block matrices, dB: a little less than what was
 # found, which is at least what llama.cpp's own search without importance reached.

@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from featherweight.ops.cpu import features as cpu_features
+from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops.kernels import cpp_backend
 
 # What lanes.h and parallel.h of source/cpu include, which are in every kernel of a CPU.

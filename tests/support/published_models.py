@@ -26,11 +26,11 @@ from encoders.encoder import small_towers, text_model
 from encoders.t5 import T5_SMALL
 from families import FAMILIES, Family, random_weights, shrink_parts, shrunken_detection
 
+from featherweight.loaders.comfyui.load_check import patcher_of
 from featherweight.loaders.inspect.inspection import CHECKPOINT, ENCODER, MODEL
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.compute_choice import Computing
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.load_check import patcher_of
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 

@@ -30,7 +30,7 @@ from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.packing.planning import fit
 from featherweight.ops.formats.base import Format
 from featherweight.ops.layers import workspace
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 HALF_BYTES = 2

@@ -25,7 +25,7 @@ def lora_target(folder: Path, samples: list[bytes], ending: str) -> Target:
     import torch
     from lora_models import empty_model
 
-    from featherweight.loaders.files.container import WeightFileError
+    from featherweight.loaders.container.weight_file import WeightFileError
     from featherweight.loaders.lora.compatibility import check_lora
     from featherweight.loaders.lora.lora_file import load_lora_file
     from featherweight.loaders.lora.report import report_text

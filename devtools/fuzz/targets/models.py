@@ -48,7 +48,7 @@ def model_target(folder: Path, samples: Iterable[bytes], file: str,
         opened: returns what is opened of the file or folder of an input.
     """
     from featherweight.loaders.comfyui.quantized_weights import as_tensors, with_marks
-    from featherweight.loaders.files.container import WeightFileError
+    from featherweight.loaders.container.weight_file import WeightFileError
     from featherweight.loaders.files.open_weights import open_weights
     from featherweight.loaders.models.loader_choice import needs_own_reader
     from featherweight.loaders.quantizers.registry import quantizer_of
@@ -208,7 +208,7 @@ def comfyui(folder: Path) -> Target:
 @target
 def inspect(folder: Path) -> Target:
     """what Inspect says of files of every quantiser"""
-    from featherweight.loaders.files.container import WeightFileError
+    from featherweight.loaders.container.weight_file import WeightFileError
     from featherweight.loaders.inspect import inspect
     from featherweight.loaders.inspect.inspection_text import inspection_text
 
@@ -226,7 +226,7 @@ def tokenizer(folder: Path) -> Target:
     """tokenizer metadata of GGUF text encoders: SentencePiece, tekken, tokenizer.json"""
     from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
-    from featherweight.loaders.files.container import WeightFileError
+    from featherweight.loaders.container.weight_file import WeightFileError
     from featherweight.loaders.models.text_encoder import TOKENIZERS, _Encoder
     from featherweight.loaders.progress import Progress
 

@@ -44,8 +44,8 @@ def packed_cache(folder: Path) -> Target:
     from featherweight.loaders.files.packed_cache import read as read_cache
     from featherweight.loaders.models.packed_entry import read_entry, write_entry
     from featherweight.ops.formats.base import FORMATS
-    from featherweight.ops.quantize.pack_tensor import pack_tensor
-    from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+    from featherweight.ops.packing.pack_tensor import pack_tensor
+    from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{name}.weight": (name, (16, 64)) for name in ("NF4", "int8_convrot", "nvfp4")}
@@ -70,7 +70,7 @@ def packed_cache(folder: Path) -> Target:
 
 def measurement(folder: Path, samples: list[bytes], file: str) -> Target:
     """Returns a target of measurements, of this pack or of llama.cpp."""
-    from featherweight.loaders.files.container import WeightFileError
+    from featherweight.loaders.container.weight_file import WeightFileError
     from featherweight.loaders.packing.calibration.imatrix import load_measurement
     from featherweight.loaders.packing.calibration.sensitivity import (
         SensitivityError,

@@ -79,7 +79,7 @@ def names(folder: Path) -> Target:
     # an input: which function, and the name
     import folder_paths
 
-    from featherweight.loaders.files.container import WeightFileError
+    from featherweight.loaders.container.weight_file import WeightFileError
     from featherweight.loaders.paths import folders
 
     models, output = folder / "models", folder / "output"

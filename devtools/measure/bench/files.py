@@ -24,7 +24,7 @@ from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.speed.timing import time_in_turn
 from featherweight.ops import kernels
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import BLOCK, SecondMoments
 
 TOKENS = 2048  # that the inputs were measured with

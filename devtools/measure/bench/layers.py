@@ -17,12 +17,12 @@ import torch
 from devtools.files.tiny_models import flux_shapes
 from featherweight.loaders.speed.report import device_facts
 from featherweight.ops import kernels
-from featherweight.ops.cpu import attention
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, private_files
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.kernels.selector import Selector
+from featherweight.ops.layers import cpu_attention as attention
 from featherweight.ops.layers import int8, product
 from featherweight.ops.tensor.packed_layout import packed_tensors
 from featherweight.ops.tensor.packed_tensor import PackedTensor

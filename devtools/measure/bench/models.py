@@ -31,7 +31,7 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.quantizers.comfyui import layer_parts
 from featherweight.loaders.speed.measurement import measure_speed
 from featherweight.ops.layers import product
-from featherweight.ops.quantize.row_types import ROW_TYPES
+from featherweight.ops.packing.row_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed
 
 WAYS_TYPES = ("Q4_K", "int8_convrot", "float8_e4m3fn", "mxfp8", "nvfp4")

@@ -30,18 +30,18 @@ import nodes
 from devtools import ROOT, limited_cpu
 from devtools.files.gguf_files import write_random_gguf
 from devtools.files.tiny_models import clip_l_shapes
-from featherweight.loaders.models.compute_dtype import choose_compute, vae_dtype
+from featherweight.loaders.comfyui.compute_dtype import choose_compute, vae_dtype
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import wrap_vae
 from featherweight.loaders.speed.timing import time_in_turn
-from featherweight.ops.cpu.convolution import convolve_dense_layers
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.layers.comfyui_operations import packed_operations
+from featherweight.ops.layers.cpu_convolution import convolve_dense_layers
 from featherweight.ops.layers.load_hooks import pack_layers
 from featherweight.ops.layers.product import values_of
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.patcher import adopt
-from featherweight.ops.quantize.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_tensor import relabel
 
 EXTRAS = ("openvino", "diffusers")  # the group "bench" of pyproject.toml

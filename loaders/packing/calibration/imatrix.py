@@ -34,8 +34,8 @@ import torch
 
 from ....ops.quantize.second_moments import BLOCK, SecondMoments
 from ...byte_sizes import size_text
+from ...container.weight_file import MappedFile, map_file, safe_repr
 from ...files.atomic_file import atomic_writer
-from ...files.container import MappedFile, map_file, safe_repr
 from ...files.gguf_header import MAGIC, Header
 from ...files.gguf_writer import gguf_writer
 from ...name_lists import join_some

@@ -11,11 +11,11 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ....ops.formats.base import FORMATS
-from ....ops.quantize.method_choice import output_errors
-from ....ops.quantize.pack_tensor import pack_tensor
+from ....ops.packing.method_choice import output_errors
+from ....ops.packing.pack_tensor import pack_tensor
 from ....ops.quantize.second_moments import SecondMoments
 from ....ops.tensor.packed_tensor import PackedTensor
-from ...models.foreign_weights import reject_foreign_weights
+from ...comfyui.foreign_weights import reject_foreign_weights
 from ...progress import Progress
 from ..planning.plan import types_for
 from .moment_collector import Collector, dense_weight, linear_layers, shapes_of

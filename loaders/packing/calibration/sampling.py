@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.sample
 import torch
 
-from ...files.container import WeightFileError
+from ...container.weight_file import WeightFileError
 from ...out_of_memory import is_out_of_memory
 
 PICTURE = 512  # pixels along each side where no latent is given

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from ....ops.bounded_json import read_json
 from ....ops.pickle_names import short_error_name
 from ....ops.quantize.second_moments import SecondMoments
+from ...container.weight_file import FileState, first_line
 from ...files.atomic_file import atomic_writer
-from ...files.container import FileState, first_line
 from ..layer_losses import LAYERS, RESULT, percent
 
 KEY = "featherweight_sensitivity"

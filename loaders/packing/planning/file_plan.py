@@ -9,18 +9,15 @@ from pathlib import Path
 from comfy.quant_ops import QUANT_ALGOS
 
 from ....ops.formats.base import FORMATS
-from ....ops.quantize.row_types import ROW_TYPES
+from ....ops.packing.row_types import ROW_TYPES
 from ...byte_sizes import size_text
+from ...comfyui.model_summary import title_of
+from ...container.weight_file import PLAIN_DTYPES
 from ...families import rules_for
 from ...files import gguf_writer, safetensors_writer
 from ...files.atomic_file import WriteError, check_writable
-from ...files.container import PLAIN_DTYPES
-from ...inspect.model_summary import title_of
 from ...name_lists import join_some
-from ..calibration.sensitivity import Sensitivity
-from ..layer_losses import LOSS_IN_LAYERS, LOSS_KEY, RESULT, loss_text, total
-from ..source import Source, Weight
-from .packing_rules import (
+from ...packing_rules import (
     HALVES,
     PLAIN_BYTES,
     Shapes,
@@ -29,6 +26,9 @@ from .packing_rules import (
     divides_rows,
     with_fallback,
 )
+from ..calibration.sensitivity import Sensitivity
+from ..layer_losses import LOSS_IN_LAYERS, LOSS_KEY, RESULT, loss_text, total
+from ..source import Source, Weight
 from .plan import (
     DIGITS,
     Plan,

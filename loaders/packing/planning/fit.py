@@ -37,7 +37,7 @@ from ....ops.layers.workspace import DEVICE_WORKSPACE_BYTES
 from ....ops.tensor.packed_layout import is_packed
 from ...devices import CPU, total_memory
 from ...families import model_of, rules_for
-from .packing_rules import PLAIN_BYTES, Shapes
+from ...packing_rules import PLAIN_BYTES, Shapes
 from .plan import bytes_as_good_as, least_bytes, plan_for_type
 
 GIB = 2 ** 30

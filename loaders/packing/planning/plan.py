@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ....ops.bounded_json import read_json
+from ....ops.packing.row_types import ROW_TYPES
 from ....ops.pickle_names import short_error_name
-from ....ops.quantize.row_types import ROW_TYPES
 from ...byte_sizes import size_text, type_lines, type_shares, unit_of
+from ...packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
 from .knapsack import bytes_for_costs, choose_in_order, choose_types
-from .packing_rules import PackingRules, Shapes, bytes_in_file, divides_rows, with_fallback
 
 # Type -> dB of the weights' power over the error's: means over the matrices of the demo's model;
 # for Q8_0 and types in blocks of 32, over normally distributed weights.

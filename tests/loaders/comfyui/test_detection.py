@@ -8,7 +8,7 @@ from families import FAMILIES, random_weights
 from host_formats import in_host_format
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.models.checkpoint import load_checkpoint

@@ -11,7 +11,7 @@ from patched_models import tiny_flux
 from safetensors.torch import save_file
 
 from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, EXACT
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import loader_choice
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model

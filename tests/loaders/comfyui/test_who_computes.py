@@ -24,6 +24,13 @@ from patched_models import (
 )
 from safetensors.torch import save_file
 
+from featherweight.loaders.comfyui import model_summary
+from featherweight.loaders.comfyui.load_check import load_notes
+from featherweight.loaders.comfyui.model_summary import (
+    arithmetic_text,
+    dequantize_backend_text,
+    memory_summary,
+)
 from featherweight.loaders.comfyui.who_computes import (
     AS_COMFYUI,
     AUTOMATIC,
@@ -31,15 +38,9 @@ from featherweight.loaders.comfyui.who_computes import (
     host_multiplies,
     packed_formats,
 )
-from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.inspect import inspect, model_summary
-from featherweight.loaders.inspect.model_summary import (
-    arithmetic_text,
-    dequantize_backend_text,
-    memory_summary,
-)
+from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.inspect import inspect
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.load_check import load_notes
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES, plan_file
 from featherweight.loaders.packing.save import save
 from featherweight.loaders.packing.source import source_of_file, source_of_model

@@ -18,8 +18,8 @@ from encoders.encoder import (
 from families import relative_error
 from safetensors.torch import save_file
 
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.arch import ARCHS, arch_of
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed

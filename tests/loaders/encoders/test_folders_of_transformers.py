@@ -11,7 +11,7 @@ from families import relative_error
 from safetensors.torch import save_file
 
 from devtools.files.bnb_files import write_bnb
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.text_encoder import load_text_encoder
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -23,8 +23,8 @@ from encoders.encoder import (
 from families import relative_error
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.arch import arch_of
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.formats.base import Format

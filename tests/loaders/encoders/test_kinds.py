@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import nodes as host_nodes
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.encoder_sets import (
     ENCODER_SETS,
     SINGLE_ENCODERS,
@@ -12,7 +13,6 @@ from featherweight.loaders.encoders.encoder_sets import (
     encoder_family,
     reject_wrong_encoders,
 )
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.nodes.combo_options import combo_options
 
 

@@ -24,9 +24,9 @@ from families import relative_error
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders.arch import ARCHS, arch_of, strip_prefix
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.layers import packed_layers

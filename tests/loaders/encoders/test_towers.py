@@ -23,9 +23,9 @@ from encoders.gemma4 import gemma4_mmproj, unified_mmproj
 from families import relative_error
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.comfyui.load_check import load_notes
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.models.load_check import load_notes
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.encoders import type_choice
 from featherweight.loaders.encoders.encoder_sets import (
     ENCODER_SETS,
@@ -22,7 +23,6 @@ from featherweight.loaders.encoders.encoder_sets import (
 )
 from featherweight.loaders.encoders.type_choice import ANY
 from featherweight.loaders.families import MODELS
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.models import text_encoder
 from featherweight.loaders.models.text_encoder import AUTOMATIC_TYPE, load_text_encoder
 

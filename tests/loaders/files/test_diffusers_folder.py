@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from devtools.files.bnb_files import write_bnb
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.diffusers_folder import ModelFolder
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.tensor.packed_layout import is_packed

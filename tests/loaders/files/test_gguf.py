@@ -19,7 +19,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from devtools.files.ggml_quantiser import SOURCE
 from devtools.files.gguf_files import write_gguf
 from devtools.files.gguf_types import FORK_TYPES
-from featherweight.loaders.files.container import (
+from featherweight.loaders.container.weight_file import (
     CONTAINERS,
     PLAIN_DTYPES,
     WeightFile,
@@ -754,7 +754,7 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch, error, m
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr("featherweight.loaders.files.container.MappedFile",
+    monkeypatch.setattr("featherweight.loaders.container.weight_file.MappedFile",
                         lambda *_, **__: refuse())
     with pytest.raises(WeightFileError, match=f"model.gguf.*{message}"):
         open_weights(path)

@@ -28,11 +28,11 @@ from patched_models import (
 )
 
 from devtools.files.gguf_files import gguf_writer, write_all
+from featherweight.loaders.comfyui.contents import file_contents
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.quantizers.registry import quantizer_of

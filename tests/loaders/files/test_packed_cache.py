@@ -21,15 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.comfyui.model_summary import memory_summary
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files import atomic_file, packed_cache
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.gguf_writer import GGUFWriter
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.safetensors_writer import SafetensorsWriter
-from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.ops.quantize.row_types import ROW_TYPES
+from featherweight.ops.packing.row_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from devtools.files.bnb_files import quantised, write_bnb, write_bnb_int8
-from featherweight.loaders.files.container import CONTAINERS, WeightFileError
+from featherweight.loaders.container.weight_file import CONTAINERS, WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.safetensors import SafetensorsFile
 from featherweight.ops.formats.base import FORMATS

@@ -21,8 +21,9 @@ from saving import save
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files import network_drives, packed_cache
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container import network_drives
+from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.inspect import difference, inspect
 from featherweight.loaders.lora.lora_file import load_lora_file

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from featherweight.loaders.container.weight_file import PLAIN_DTYPES
 from featherweight.loaders.files.atomic_file import WriteError
-from featherweight.loaders.files.container import PLAIN_DTYPES
 from featherweight.loaders.files.gguf_writer import FILE_TYPES, file_size, gguf_writer
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.files.safetensors_writer import file_size as safetensors_size

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from devtools.files import bnb_files, tiny_models
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.comfyui.contents import file_contents
 from featherweight.loaders.inspect import difference, inspect
-from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.difference import relative_errors
 from featherweight.loaders.inspect.inspection_chart import inspection_picture
 from featherweight.loaders.inspect.inspection_text import error_text, inspection_text

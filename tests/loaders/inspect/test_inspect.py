@@ -19,10 +19,9 @@ from vision_models import VISION_MODELS
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.comfyui.contents import Contents
 from featherweight.loaders.encoders.encoder_sets import TITLES
 from featherweight.loaders.inspect import inspect
-from featherweight.loaders.inspect.block_chart import BACKGROUND
-from featherweight.loaders.inspect.contents import Contents
 from featherweight.loaders.inspect.inspection import (
     CHECKPOINT,
     ENCODER,
@@ -35,6 +34,7 @@ from featherweight.loaders.inspect.inspection import (
 from featherweight.loaders.inspect.inspection_chart import color_of, inspection_picture
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.inspect.requirements import CARDS, required_models
+from featherweight.loaders.lora.block_chart import BACKGROUND
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.planning.fit import GIB, step_memory
 from featherweight.ops.formats.base import GGML_FORMATS

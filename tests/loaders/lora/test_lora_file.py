@@ -14,9 +14,9 @@ from families import FAMILIES, full_width_shapes
 from lora_models import MODELS, empty_clip, empty_model, pairs, peft, weight_shapes
 from safetensors.torch import save_file
 
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.families import FAMILIES as KNOWN_FAMILIES
 from featherweight.loaders.families import MODELS as KNOWN_MODELS
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.family_match import match_family

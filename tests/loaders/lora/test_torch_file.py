@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.lora.torch_file import read_torch_file
 
 TENSORS = {"a.lora_up.weight": torch.randn(8, 4), "a.lora_down.weight": torch.randn(4, 8).half(),

@@ -24,10 +24,10 @@ from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, rela
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.families import MODELS
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.ops.cpu import linear as cpu_linear
+from featherweight.ops.layers import cpu_linear as cpu_linear
 from featherweight.ops.patcher import PackedPatcher
 
 pytest.importorskip("bitsandbytes", reason="it writes the files")

@@ -14,7 +14,7 @@ from packed_files import (
 from safetensors.torch import save_file
 from vision_models import VISION_MODELS, encoded, packed_layers, shrink
 
-from featherweight.loaders.inspect.model_summary import memory_summary
+from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.models.clip_vision import load_clip_vision
 from featherweight.ops.patcher import PackedPatcher
 

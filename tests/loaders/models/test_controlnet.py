@@ -36,9 +36,9 @@ from safetensors.torch import save_file
 from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_zeros_gguf
+from featherweight.loaders.comfyui.compute_dtype import follows_model
+from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.files import packed_cache
-from featherweight.loaders.inspect.model_summary import memory_summary
-from featherweight.loaders.models.compute_dtype import follows_model
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.ops.layers.packed_layers import PackedLayer, PackedLinear
 from featherweight.ops.patcher import PackedPatcher

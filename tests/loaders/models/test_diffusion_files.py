@@ -26,10 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from devtools.files.gguf_files import random_rows, write_all, write_gguf
-from featherweight.loaders.files import container
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.comfyui.load_check import load_notes
+from featherweight.loaders.container import weight_file as container
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.load_check import load_notes
 from featherweight.ops.tensor.packed_layout import is_packed
 
 PREFIX = "model.diffusion_model."

@@ -10,10 +10,10 @@ from model_table import assert_computes_as_dense
 from oracles import installed
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.comfyui.contents import file_contents
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.mlx_names import common_name
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.paths.folders import list_model_folders

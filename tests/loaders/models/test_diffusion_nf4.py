@@ -20,7 +20,7 @@ from patched_models import LIMIT, error_by_effect, lora_for, packed_layers, patc
 from safetensors.torch import load_file, save_file
 
 from devtools.files import tiny_models
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.ops.patcher import PackedPatcher

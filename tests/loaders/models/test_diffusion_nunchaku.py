@@ -14,12 +14,12 @@ from nunchaku_models import dense_of, load, quantized, table_of, weights_of
 from patched_models import LIMIT, adapter, error_by_effect, lora_for, patched
 from safetensors.torch import save_file
 
-from featherweight.loaders.inspect.contents import file_contents
+from featherweight.loaders.comfyui.contents import file_contents
+from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.inspect.inspection import identify
-from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.layers import product
-from featherweight.ops.layers.low_rank import LowRank
+from featherweight.ops.low_rank import LowRank
 from featherweight.ops.tensor.packed_layout import is_packed, relabel
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -18,10 +18,10 @@ from families import run as run_family
 from nunchaku_models import dense_of, load, quantized, table_of
 from patched_models import lora_for, patched
 
-from featherweight.loaders.inspect.contents import file_contents, model_contents
+from featherweight.loaders.comfyui.contents import file_contents, model_contents
+from featherweight.loaders.comfyui.model_summary import arithmetic_text
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.inspect.inspection_text import inspection_text
-from featherweight.loaders.inspect.model_summary import arithmetic_text
 from featherweight.ops.layers import int8, kitchen_products
 
 pytestmark = pytest.mark.usefixtures("small_models")

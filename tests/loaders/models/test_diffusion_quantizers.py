@@ -10,9 +10,9 @@ from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
 from quantizer_writers import gptq
 from safetensors.torch import load_file, save_file
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.comfyui.contents import file_contents
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models.diffusion import load_diffusion_model

@@ -14,7 +14,7 @@ from hooked import run_hooked
 from patched_models import LIMIT, error_by_effect, lora_for, patched
 from sdnq_writer import H4, write_folder
 
-from featherweight.loaders.inspect.model_summary import memory_summary
+from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.tensor.packed_layout import is_packed
 

@@ -20,9 +20,9 @@ from recipe_process import digest
 from safetensors.torch import save_file
 
 from featherweight.loaders.byte_sizes import size_text
+from featherweight.loaders.comfyui.model_summary import format_name, memory_summary
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.families import rules_for
-from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.inspect.model_summary import format_name, memory_summary
 from featherweight.loaders.models import fit_device, pack_on_load
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model

@@ -29,8 +29,8 @@ from patched_models import folder, parts, patched
 from scaled_gpus import HALF_BYTES, ScaledModel
 from small_encoders import encode, small_t5
 
+from featherweight.loaders.comfyui.model_summary import PACK_STATS_KEY
 from featherweight.loaders.files import packed_cache
-from featherweight.loaders.inspect.model_summary import PACK_STATS_KEY
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, Targets, fit_text, model_targets
 from featherweight.loaders.models.pack_on_load import size_of_target, size_target

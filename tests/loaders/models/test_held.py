@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf, write_zeros_gguf
 from devtools.files.tiny_models import clip_l_shapes, flux_shapes
+from featherweight.loaders.comfyui.model_summary import load_summary, memory_summary
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.model_summary import load_summary, memory_summary
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder

@@ -23,10 +23,10 @@ from patched_models import relative
 from safetensors.torch import save_file
 from stored_files import weights_of, write_plain
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.comfyui.load_check import load_notes, patcher_of
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.load_check import load_notes, patcher_of
 from featherweight.loaders.models.model_patch import load_model_patch
 from featherweight.loaders.models.text_encoder import load_text_encoder
 

@@ -8,7 +8,7 @@ from families import FAMILIES, random_weights, shrunken_detection
 from model_table import FORMS, MODELS, NEWEST, assert_computes_as_dense, list_of
 from safetensors.torch import load_file, save_file
 
-from featherweight.loaders.inspect.contents import file_contents
+from featherweight.loaders.comfyui.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 
 pytestmark = pytest.mark.usefixtures("small_models")

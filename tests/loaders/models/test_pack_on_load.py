@@ -40,10 +40,10 @@ from saving import save
 from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.comfyui.model_summary import format_name, memory_summary
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files import packed_cache
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.model_summary import format_name, memory_summary
 from featherweight.loaders.models import pack_on_load
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model, read_weights
@@ -51,8 +51,8 @@ from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.progress import Progress
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
-from featherweight.ops.quantize.row_types import ROW_TYPES
+from featherweight.ops.packing.pack_tensor import pack_tensor
+from featherweight.ops.packing.row_types import ROW_TYPES
 from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -27,10 +27,10 @@ from stored_files import FILES, diffusion_model, written
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders import progress
 from featherweight.loaders.comfyui import who_computes
+from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.comfyui.who_computes import AS_COMFYUI, AUTOMATIC, EXACT
 from featherweight.loaders.files import packed_cache
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.model_summary import memory_summary
 from featherweight.loaders.models import models_beside, pack_on_load
 from featherweight.loaders.models.clip_vision import load_clip_vision
 from featherweight.loaders.models.controlnet import load_controlnet
@@ -42,7 +42,7 @@ from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.loaders.packing.source import source_of_file
 from featherweight.loaders.progress import Progress
 from featherweight.loaders.quantizers.comfyui import row_type_of
-from featherweight.ops.quantize.row_types import ROW_TYPES, format_of, pack_to_type
+from featherweight.ops.packing.row_types import ROW_TYPES, format_of, pack_to_type
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors
 
 pytestmark = pytest.mark.usefixtures("small_models")

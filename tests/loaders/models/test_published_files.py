@@ -12,11 +12,11 @@ from host_formats import ASYMMETRIC
 from published_files import ROWS, Row, model_of
 from published_models import patchers
 
+from featherweight.loaders.comfyui.contents import file_contents
+from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.comfyui.who_computes import AUTOMATIC
-from featherweight.loaders.inspect.contents import file_contents
 from featherweight.loaders.inspect.inspection import identify
 from featherweight.loaders.models.compute_choice import EXACTLY, FAST, MEANINGS
-from featherweight.loaders.models.load_check import load_notes
 from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_packed
 

@@ -12,7 +12,7 @@ import vision_models
 from families import FAMILIES, random_weights, shrunken_detection
 from packed_files import PACKED_FILES, write_for_a_loader, write_q8_0
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.clip_vision import load_clip_vision
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model

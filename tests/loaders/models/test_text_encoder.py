@@ -20,7 +20,7 @@ from families import relative_error
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models import text_encoder
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.progress import Progress

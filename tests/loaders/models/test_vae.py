@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from demo_model import scenes
 from devtools.files import demo_files
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.comfyui.compute_dtype import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
+from featherweight.loaders.comfyui.load_check import load_notes
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.checkpoint import load_checkpoint
-from featherweight.loaders.models.compute_dtype import BFLOAT16_VAES, VAE_DTYPE_FLAGS, vae_dtype
-from featherweight.loaders.models.load_check import load_notes
 from featherweight.loaders.models.vae import build_vae, load_vae, wrap_vae
-from featherweight.ops.cpu import features as cpu_features
+from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers import product
 from featherweight.ops.layers.load_hooks import pack_layers

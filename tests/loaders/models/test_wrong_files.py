@@ -18,12 +18,12 @@ from patched_models import tiny_flux
 from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.comfyui.load_check import load_notes
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.load_check import load_notes
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.models.vae import load_vae
 

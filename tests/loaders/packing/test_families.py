@@ -8,9 +8,9 @@ import torch
 from encoders import ENCODERS
 from encoders.encoder import host_clip, small_towers, text_model
 
+from featherweight.loaders.container.weight_file import nbytes_of
 from featherweight.loaders.families import FAMILIES, rules_for
-from featherweight.loaders.files.container import nbytes_of
-from featherweight.loaders.packing.planning.packing_rules import (
+from featherweight.loaders.packing_rules import (
     FALLBACKS,
     GENERAL_RULES,
     divides_rows,

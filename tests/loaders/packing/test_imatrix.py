@@ -11,7 +11,7 @@ from gguf import GGUFReader, GGUFWriter
 from patched_models import dense_flux, packed_flux
 from saving import save
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.packing.calibration import imatrix as imatrices
 from featherweight.loaders.packing.calibration.imatrix import (
     load_measurement,
@@ -19,8 +19,8 @@ from featherweight.loaders.packing.calibration.imatrix import (
     write_imatrix,
 )
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity, SensitivityError
-from featherweight.loaders.packing.planning.packing_rules import PLAIN_BYTES
 from featherweight.loaders.packing.source import source_of_model
+from featherweight.loaders.packing_rules import PLAIN_BYTES
 from featherweight.loaders.paths import folders
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.save_packed_model import SavePackedModel

@@ -29,7 +29,7 @@ from featherweight.loaders.files import atomic_file
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.planning.file_plan import HOST_TYPES
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import is_packed
 
 if sys.platform != "win32":

@@ -11,8 +11,8 @@ import gguf
 import pytest
 from planned_types import signal_to_error
 
+from featherweight.loaders.container.weight_file import nbytes_of
 from featherweight.loaders.families import rules_for
-from featherweight.loaders.files.container import nbytes_of
 from featherweight.loaders.packing.planning import knapsack
 from featherweight.loaders.packing.planning.knapsack import choose_types
 from featherweight.loaders.packing.planning.plan import (

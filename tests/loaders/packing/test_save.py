@@ -51,7 +51,7 @@ from featherweight.loaders.packing.source import (
     unsaved_parts,
 )
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")

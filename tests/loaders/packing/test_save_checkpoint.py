@@ -20,12 +20,12 @@ from families import run as run_family
 from safetensors.torch import load_file, save_file
 from saving import save
 
+from featherweight.loaders import packing_rules
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.packing.checkpoint_source import (
     source_of_checkpoint,
     source_of_checkpoint_file,
 )
-from featherweight.loaders.packing.planning import packing_rules
 from featherweight.loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,

@@ -34,8 +34,8 @@ from stored_files import FILES, diffusion_model, written
 
 from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.comfyui.who_computes import EXACT
+from featherweight.loaders.container.weight_file import PLAIN_DTYPES
 from featherweight.loaders.families import FAMILIES as KNOWN_FAMILIES
-from featherweight.loaders.files.container import PLAIN_DTYPES
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.text_encoder import load_text_encoder
@@ -50,7 +50,6 @@ from featherweight.loaders.packing.planning.file_plan import (
     plan_file,
     suffix_for,
 )
-from featherweight.loaders.packing.planning.packing_rules import GENERAL_RULES
 from featherweight.loaders.packing.planning.plan import PlanError
 from featherweight.loaders.packing.source import (
     SaveError,
@@ -60,9 +59,10 @@ from featherweight.loaders.packing.source import (
     source_of_file,
     source_of_model,
 )
+from featherweight.loaders.packing_rules import GENERAL_RULES
 from featherweight.loaders.quantizers.comfyui import layer_parts
 from featherweight.ops.formats.base import GGML_FORMATS
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -28,9 +28,9 @@ from featherweight.loaders.packing.calibration.moment_collector import (
 from featherweight.loaders.packing.calibration.sampling import SamplingRun
 from featherweight.loaders.packing.calibration.sequential import record_calibration
 from featherweight.loaders.packing.layer_losses import LAYERS
-from featherweight.loaders.packing.planning.packing_rules import bits_per_value
 from featherweight.loaders.packing.planning.plan import PlanError, types_for
 from featherweight.loaders.packing.source import source_of_model
+from featherweight.loaders.packing_rules import bits_per_value
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -13,8 +13,8 @@ from patched_models import packed_flux
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.families import rules_for
-from featherweight.loaders.files.container import WeightFileError
 from featherweight.loaders.packing.calibration import measure as measuring
 from featherweight.loaders.packing.calibration import sampling, sensitivity
 from featherweight.loaders.packing.calibration.measure import (
@@ -46,7 +46,7 @@ from featherweight.loaders.packing.calibration.sensitivity import (
 )
 from featherweight.loaders.packing.planning.plan import plan_for_size, types_for
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")

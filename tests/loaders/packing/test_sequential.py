@@ -8,7 +8,7 @@ from featherweight.loaders.packing.calibration.sequential import (
     record_calls,
 )
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")

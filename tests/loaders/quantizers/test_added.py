@@ -44,9 +44,9 @@ import sys, comfyui_and_pack
 sys.modules["featherweight"].__path__ = [sys.argv[1]]
 import torch
 from safetensors.torch import save_file
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.model_summary import title_of
+from featherweight.loaders.comfyui.model_summary import title_of
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.registry import METHODS, quantizer_of
 from featherweight.ops.formats._names import format_named

@@ -19,7 +19,7 @@ from patched_models import KINDS, flux_file, flux_pair, forget_models, lora_for
 from safetensors.torch import save_file
 from stored_files import CLIP, FILES, Stored, StoredGGUF, stored_in, written
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.lora.apply import apply_lora
 from featherweight.loaders.lora.compatibility import check_lora
 from featherweight.loaders.lora.lora_file import load_lora_file

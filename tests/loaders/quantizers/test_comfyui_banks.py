@@ -15,7 +15,7 @@ from featherweight.loaders.comfyui.quantized_weights import (
     read_marked,
     reject_unread_layers,
 )
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.comfyui import READERS

@@ -10,7 +10,7 @@ from marked_flux import CHECKPOINT, Tensors, flux_in, old_scaled, weight_error, 
 from patched_models import tiny_flux
 
 from featherweight.loaders.comfyui.who_computes import AS_COMFYUI
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.models.diffusion import load_diffusion_model
 
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -20,18 +20,18 @@ from marked_flux import (
 from patched_models import relative
 from small_encoders import t5_file
 
+from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.comfyui.who_computes import (
     AS_COMFYUI,
     AUTOMATIC,
     EXACT,
     packed_formats,
 )
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models import diffusion
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.models.load_check import load_notes
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.quantizers.comfyui_settings import READ, unknown_settings
 from featherweight.loaders.read_anyway import VARIABLE

@@ -7,7 +7,7 @@ from conformance.base import Written, read_weight, save, weight
 from oracles import auto_round, installed
 from quantizer_writers import E2M1, int_quantized, nvfp4, pack_quantized, quantize
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 
 

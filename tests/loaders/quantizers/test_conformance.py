@@ -7,7 +7,7 @@ import torch
 from conformance import CASES
 from conformance.base import changed, save
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.loaders.quantizers.registry import QUANTIZERS, quantizer_of

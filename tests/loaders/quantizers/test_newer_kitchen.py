@@ -11,7 +11,7 @@ from host_formats import awq_weight
 from oracles import installed
 
 from featherweight.loaders.quantizers.comfyui import layer_parts, pack_parts
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 
 pytestmark = pytest.mark.heavy
 

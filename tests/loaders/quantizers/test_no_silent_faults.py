@@ -13,8 +13,8 @@ from encoders.encoder import small_towers
 from patched_models import relative
 from stored_files import CLIP, FILES, Stored, StoredGGUF, Tensors, weights_of, written
 
-from featherweight.loaders.files.container import WeightFileError
-from featherweight.loaders.models.load_check import load_notes
+from featherweight.loaders.comfyui.load_check import load_notes
+from featherweight.loaders.container.weight_file import WeightFileError
 
 pytestmark = pytest.mark.usefixtures("small_models")
 

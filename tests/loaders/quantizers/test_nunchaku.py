@@ -10,7 +10,7 @@ from families import relative_error
 from oracles import installed
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.tensor.packed_layout import is_packed

@@ -8,7 +8,7 @@ from oracles import installed
 from quantizer_writers import quanto_bits
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.tensor.packed_layout import is_packed
 

@@ -18,7 +18,7 @@ from patched_models import (
 from quantizer_writers import fp8_blocks, save_config, svdquant
 from safetensors.torch import save_file
 
-from featherweight.loaders.files.container import WeightFileError
+from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.loader_choice import needs_own_reader

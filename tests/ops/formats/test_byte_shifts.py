@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featherweight.ops.formats import bits, row_layout
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS, Format
 from featherweight.ops.formats.row_layout import FAMILIES
-from featherweight.ops.quantize.pack_tensor import can_pack, pack_tensor
+from featherweight.ops.packing.pack_tensor import can_pack, pack_tensor
 
 COLUMNS = 512
 META = torch.device("meta")

@@ -19,7 +19,7 @@ from featherweight.ops.formats.taps_first import TapsFirst
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8, product
 from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.layers.low_rank import LowRank
+from featherweight.ops.low_rank import LowRank
 from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import (
     PickledWeight,

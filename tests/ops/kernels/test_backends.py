@@ -30,7 +30,7 @@ from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, cuda_backend, metal_backend, registry
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.layers import product
-from featherweight.ops.layers.low_rank import LowRank, Slice
+from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 MAIN = ("cpp", "nvrtc", "metal", "gpu")  # the others are variants of these

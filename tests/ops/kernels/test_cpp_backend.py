@@ -26,7 +26,7 @@ from featherweight.ops.kernels import cpp_backend, quantize_validation
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.layers import int8, product
-from featherweight.ops.quantize import pack_tensor as quantize
+from featherweight.ops.packing import pack_tensor as quantize
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ from featherweight.ops.kernels.kernel import QUANTIZING, multiplies
 from featherweight.ops.kernels.runtime_compiler import GpuError
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.layers import product
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 
 BACKENDS = ("cpp", "nvrtc", "metal")
 GPUS = ("nvrtc", "hiprtc with warps of 64", "metal")

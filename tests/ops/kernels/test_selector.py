@@ -14,13 +14,13 @@ from devtools.files.gguf_files import block_pool
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import FAMILIES
-from featherweight.ops.kernels import Backend, Kernel, registry, selector
+from featherweight.ops.kernels import Backend, Kernel, int8_codes, registry, selector
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
+from featherweight.ops.kernels.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.kernels.validation import ISSUES, probe
-from featherweight.ops.layers import int8, int8_codes, product
-from featherweight.ops.layers.int8_codes import encode_rows, encode_tokens
-from featherweight.ops.layers.low_rank import LowRank, Slice
-from featherweight.ops.layers.stochastic_rounding import stochastic_round
+from featherweight.ops.layers import int8, product
+from featherweight.ops.low_rank import LowRank, Slice
+from featherweight.ops.stochastic_rounding import stochastic_round
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")

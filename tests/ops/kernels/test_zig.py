@@ -17,8 +17,8 @@ from kernel_cases import (
 )
 from kernels_in_wine import Wine
 
+from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops import kernels as kernel_layer
-from featherweight.ops.cpu import features as cpu_features
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, quantize_validation
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels

@@ -13,10 +13,10 @@ from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.column_groups import ColumnGroups
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
-from featherweight.ops.kernels import cpp_backend
+from featherweight.ops.kernels import cpp_backend, int8_codes
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.layers import int8, int8_codes, product
-from featherweight.ops.quantize import pack_tensor as quantize
+from featherweight.ops.layers import int8, product
+from featherweight.ops.packing import pack_tensor as quantize
 from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 

@@ -10,8 +10,9 @@ from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.column_groups import ColumnGroups
+from featherweight.ops.kernels import int8_codes
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import int8, int8_codes, product, workspace
+from featherweight.ops.layers import int8, product, workspace
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.patches.layer_patches import build_patches
 from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors

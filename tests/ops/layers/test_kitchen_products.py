@@ -15,8 +15,8 @@ from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8, kitchen_products, product
 from featherweight.ops.layers.comfyui_operations import packed_operations
-from featherweight.ops.layers.low_rank import LowRank
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.low_rank import LowRank
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.tensor.packed_layout import (
     join_packed,
     packed_tensor,

@@ -15,8 +15,8 @@ from lora_gain import Gain
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.layers.rounded_sum import add_small
-from featherweight.ops.layers.stochastic_rounding import stochastic_round
 from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.stochastic_rounding import stochastic_round
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")

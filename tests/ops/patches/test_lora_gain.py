@@ -31,11 +31,11 @@ from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import int8
 from featherweight.ops.layers.comfyui_operations import operations_for, packed_operations
-from featherweight.ops.layers.low_rank import LowRank
 from featherweight.ops.layers.rounded_sum import add_small
-from featherweight.ops.layers.stochastic_rounding import stochastic_round
+from featherweight.ops.low_rank import LowRank
 from featherweight.ops.patcher import adopt
 from featherweight.ops.patches.layer_patches import build_patches
+from featherweight.ops.stochastic_rounding import stochastic_round
 from featherweight.ops.tensor.packed_layout import QuantizedTensor, packed_tensor, relabel
 
 CPU = torch.device("cpu")

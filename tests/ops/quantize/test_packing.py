@@ -8,9 +8,9 @@ from gguf import GGMLQuantizationType
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops.formats.base import FORMATS, FormatError
-from featherweight.ops.quantize import pack_tensor as quantize
+from featherweight.ops.packing import pack_tensor as quantize
+from featherweight.ops.packing.pack_tensor import can_pack, pack_tensor
 from featherweight.ops.quantize.grid_search import Search
-from featherweight.ops.quantize.pack_tensor import can_pack, pack_tensor
 from featherweight.ops.tensor.packed_layout import packed_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, FormatError
-from featherweight.ops.quantize import column_order, damped_hessian, error_feedback
-from featherweight.ops.quantize.error_feedback import pack_with_feedback
-from featherweight.ops.quantize.method_choice import output_errors, pick_lower_error
-from featherweight.ops.quantize.pack_tensor import pack_tensor
+from featherweight.ops.packing import error_feedback
+from featherweight.ops.packing.error_feedback import pack_with_feedback
+from featherweight.ops.packing.method_choice import output_errors, pick_lower_error
+from featherweight.ops.packing.pack_tensor import pack_tensor
+from featherweight.ops.quantize import column_order, damped_hessian
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 # Not those of other block lengths, which other tests have made meanwhile.

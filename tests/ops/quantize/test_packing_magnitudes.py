@@ -13,8 +13,8 @@ from kernel_cases import cpu_kernels, shared_cache
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, FormatError, powers_of_two
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.quantize.method_choice import output_errors
-from featherweight.ops.quantize.pack_tensor import _has_reference, can_pack, pack_tensor
+from featherweight.ops.packing.method_choice import output_errors
+from featherweight.ops.packing.pack_tensor import _has_reference, can_pack, pack_tensor
 from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
 

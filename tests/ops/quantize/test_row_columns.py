@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from featherweight.ops import kernels
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize import row_columns
-from featherweight.ops.quantize.row_types import ROW_TYPES, pack_to_type
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 IN_GROUPS = [name for name, row_type in ROW_TYPES.items()

@@ -24,10 +24,8 @@ from devtools.files import tiny_models
 from devtools.files.bnb_files import write_bnb
 from devtools.files.gguf_files import write_gguf
 from faults import ERRORS
-from featherweight.loaders.files import (
-    network_drives,
-    packed_cache,
-)
+from featherweight.loaders.container import network_drives
+from featherweight.loaders.files import packed_cache
 from featherweight.loaders.lora.lora_file import load_lora_file
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity

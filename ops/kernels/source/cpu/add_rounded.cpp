@@ -10,7 +10,7 @@ struct Bits<Half> {
     static const unsigned dropped = 13, largest = 0x477FE000;
 };
 
-// Returns what a cast to the nearest number of a type rounds as ops/layers/stochastic_rounding.py
+// Returns what a cast to the nearest number of a type rounds as ops/stochastic_rounding.py
 // does.
 static FUNCTION Floats dithered(Floats values) {
     Words bits = (Words)values, magnitudes = bits & 0x7FFFFFFF, hashes = bits * MIX;

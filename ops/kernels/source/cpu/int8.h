@@ -1,4 +1,4 @@
-// Encodes rows of floats as int8 codes of the rotated values, see ops/layers/int8_codes.py. All functions
+// Encodes rows of floats as int8 codes of the rotated values, see ops/kernels/int8_codes.py. All functions
 // but `encode` work on one row.
 
 const int CODE_GROUP = 256, CODE_VECTORS = CODE_GROUP / LANES;

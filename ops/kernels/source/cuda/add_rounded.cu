@@ -1,4 +1,4 @@
-// Returns a sum as ops/layers/stochastic_rounding.py rounds it.
+// Returns a sum as ops/stochastic_rounding.py rounds it.
 FUNCTION float dithered(float value, BFloat16) {
     unsigned bits = __float_as_uint(value);
     if ((bits & 0x7FFFFFFF) > 0x7F7F0000) return value;

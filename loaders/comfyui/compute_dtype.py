@@ -1,0 +1,110 @@
+"""Chooses what a diffusion model, its ControlNets or a VAE compute in.
+
+ComfyUI computes in float32 on every CPU. A CPU that multiplies bfloat16 natively is two to four
+times as fast in it, and models that the host would run in bfloat16 on a GPU lose no more there.
+"""
+from typing import Any
+
+import comfy.cli_args
+import comfy.model_management
+import torch
+from comfy.controlnet import ControlNet
+from comfy.model_patcher import ModelPatcher
+from comfy.ops import CastWeightBiasOp
+from comfy.taesd.taesd import TAESD
+
+from ...ops import cpu_features, kernels
+from ...ops.layers import cpu_attention
+
+# how packed layers multiply; "automatic" is exact, but what only comfy_kitchen multiplies as its
+# makers meant it
+COMPUTE = ("automatic", "exact", "int8", "float32")
+
+# VAEs whose pictures in bfloat16 have a PSNR of at least 45 dB against float32's, as measured.
+BFLOAT16_VAES = (TAESD,)
+# The host's flags that choose a dtype for diffusion models or VAEs, or an attention.
+DTYPE_FLAGS = ("force_fp32", "force_fp16", "fp32_unet", "fp64_unet", "bf16_unet", "fp16_unet",
+               "fp8_e4m3fn_unet", "fp8_e5m2_unet", "fp8_e8m0fnu_unet")
+VAE_DTYPE_FLAGS = ("force_fp32", "force_fp16", "fp32_vae", "fp16_vae", "bf16_vae")
+ATTENTION_FLAGS = ("use_split_cross_attention", "use_quad_cross_attention",
+                   "use_pytorch_cross_attention", "use_sage_attention", "use_flash_attention",
+                   "force_upcast_attention")
+
+
+def choose_compute(patcher: ModelPatcher, compute: str):
+    """Makes a diffusion model compute in the dtype, and with the attention, that fit its device.
+
+    The host's flags go first.
+
+    Args:
+        patcher: the model's; model and patcher are changed in place.
+        compute: one of `COMPUTE`.
+    """
+    dtype = compute_dtype(patcher, compute)
+    if dtype is not None:
+        patcher.model.manual_cast_dtype = dtype
+    on_a_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
+    if on_a_cpu and not _has_flag(ATTENTION_FLAGS):
+        transformer_options = patcher.model_options["transformer_options"]
+        transformer_options.setdefault("optimized_attention_override",
+                                       cpu_attention.attention_of_load(kernels.current_load()))
+
+
+def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:
+    """Returns the dtype that a diffusion model is to compute in; None: the host's choice.
+
+    Args:
+        patcher: the model's.
+        compute: one of `COMPUTE`.
+    """
+    if _has_flag(DTYPE_FLAGS):
+        return None
+    if compute == "float32":
+        return torch.float32
+    if (
+        comfy.model_management.is_device_cpu(patcher.load_device)
+        and cpu_features.multiplies_bfloat16()
+        and patcher.model.get_dtype_inference() == torch.float32
+        and torch.bfloat16 in patcher.model.model_config.supported_inference_dtypes
+    ):
+        return torch.bfloat16
+    return None
+
+
+def follows_model(control_net: ControlNet) -> bool:
+    """Returns whether a ControlNet is to compute in the dtype of the model that it guides.
+
+    That is so on a CPU, unless the host has chosen a dtype for it, or it has layers that compute in
+    the dtype of their weights only.
+    """
+    model: Any = control_net.control_model
+    return (
+        comfy.model_management.is_device_cpu(control_net.load_device)
+        and model.dtype == torch.float32
+        and all(isinstance(layer, CastWeightBiasOp) for layer in model.modules()
+                if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)))
+    )
+
+
+def vae_dtype(model: torch.nn.Module, device: torch.device, compute: str) -> torch.dtype | None:
+    """Returns the dtype that a VAE is to compute in; None: the host's choice.
+
+    Args:
+        model: what encodes and decodes in the host's VAE.
+        device: where it runs.
+        compute: one of `COMPUTE`.
+    """
+    if (
+        compute != "float32"
+        and not _has_flag(VAE_DTYPE_FLAGS)
+        and comfy.model_management.is_device_cpu(device)
+        and cpu_features.multiplies_bfloat16()
+        and isinstance(model, BFLOAT16_VAES)
+    ):
+        return torch.bfloat16
+    return None
+
+
+def _has_flag(names: tuple[str, ...]) -> bool:
+    """Returns whether ComfyUI was started with one of these flags."""
+    return any(getattr(comfy.cli_args.args, name, False) for name in names)

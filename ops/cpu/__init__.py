@@ -1,1 +1,0 @@
-"""What a CPU computes faster another way: attention, convolutions, linear layers."""

@@ -1,0 +1,71 @@
+"""Whether a type holds a weight: seen by rows, not only in the sum over all of them."""
+import random
+
+import pytest
+import torch
+
+from featherweight.loaders.packing.planning.file_plan import TYPES
+from featherweight.ops.formats.base import FORMATS, TooLargeError
+from featherweight.ops.packing.pack_tensor import pack_tensor
+from featherweight.ops.packing.relative_error import RelativeError, float_values, holds
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+
+ROWS, COLUMNS = 32, 512
+PER_TENSOR = [name for name, row_type in ROW_TYPES.items() if row_type.is_per_tensor]
+each_type = pytest.mark.parametrize("name", [*TYPES, *ROW_TYPES])
+
+
+def pack(values: torch.Tensor, name: str) -> torch.Tensor:
+    if name in ROW_TYPES:
+        return pack_to_type(values, ROW_TYPES[name])
+    return pack_tensor(values, FORMATS[name])
+
+
+def drawn(name: str) -> tuple[random.Random, torch.Tensor]:
+    rng = random.Random(name)
+    generator = torch.manual_seed(rng.randrange(1 << 32))
+    values = torch.randn(ROWS, COLUMNS, generator=generator) / 30
+    return rng, values * (torch.rand(ROWS, 1, generator=generator) + 0.1)
+
+
+@each_type
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("magnitude", [1e3, 1e30])
+def test_a_row_whose_other_values_are_gone_is_seen(name, count, magnitude):
+    rng, values = drawn(f"{name} {count}")
+    row = rng.randrange(ROWS)
+    values[row, rng.sample(range(COLUMNS), count)] = rng.choice([-1, 1]) * magnitude
+    try:
+        packed = pack(values, name)
+    except TooLargeError:
+        return  # is told too
+    off = (float_values(packed) - values).abs() >= 0.95 * values.abs()
+    emptied = (off.sum(1) >= COLUMNS - count).any().item()
+    assert holds(packed, values) == (not emptied)
+    if name in PER_TENSOR and magnitude == 1e30:
+        assert emptied and off.sum() == ROWS * COLUMNS - count  # every other value of the weight
+
+
+def test_a_row_behind_the_sample_is_seen(monkeypatch):
+    monkeypatch.setattr("featherweight.ops.packing.relative_error.SAMPLE_VALUES", 4 * COLUMNS)
+    _, values = drawn("behind")
+    values[ROWS - 1, 7] = 1e30
+    error = RelativeError()
+    error.add(values, pack(values, "int8_convrot"))
+    assert not error.is_small and error.share < 0.25
+
+
+@each_type
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "dead rows", "a dead weight", "zeros"])
+def test_weights_as_models_have_them_are_held(name, kind):
+    rng, values = drawn(f"{name} {kind}")
+    if kind == "heavy tails":
+        values = torch.distributions.StudentT(3.0).sample((ROWS, COLUMNS)) / 30
+    elif kind == "dead rows":
+        values[rng.sample(range(ROWS), 5)] *= 1e-12
+    elif kind == "a dead weight":
+        values[:] = 0
+        values[rng.randrange(ROWS)] = 0.01
+    elif kind == "zeros":
+        values[torch.rand(values.shape) < 0.97] = 0
+    assert holds(pack(values, name), values)

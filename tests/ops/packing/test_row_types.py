@@ -1,0 +1,232 @@
+"""Weights packed to ComfyUI's own formats, by torch and by kernels."""
+import contextlib
+import random
+
+from devtools.measure.weights import LAYOUTS
+
+import comfy_kitchen.tensor  # noqa: F401  registers the layouts
+import pytest
+import torch
+from comfy_kitchen.tensor.base import QuantizedTensor
+from kernel_cases import cpu_kernels, shared_cache
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark.utils.common import set_torch_threads
+
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FormatError, TooLargeError
+from featherweight.ops.packing import row_types
+from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
+from featherweight.ops.quantize import damped_hessian, row_source
+from featherweight.ops.quantize.row_source import RowSource
+from featherweight.ops.quantize.second_moments import SecondMoments
+from featherweight.ops.tensor.packed_layout import packed_tensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EACH_TYPE = pytest.mark.parametrize("name", ROW_TYPES)
+EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16],
+                                     ids=str)
+
+
+@pytest.fixture(scope="module", params=["torch", "kernel"], autouse=True)
+def by(request, tmp_path_factory):
+    """What encodes: all here holds for both."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "kernel":
+            stack.enter_context(cpu_kernels(shared_cache(tmp_path_factory)))
+        yield request.param
+
+
+@contextlib.contextmanager
+def by_torch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "find", lambda *case, **more: None)
+        yield
+
+
+def weight_of(rows=96, columns=512, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, columns, generator=generator)
+    values[:, columns // 3] *= 20
+    return values * torch.rand(rows, 1, generator=generator) / 30
+
+
+def error(packed, weight):
+    return float((packed.dequantize().double() - weight.double()).norm() / weight.double().norm())
+
+
+def inputs_of(columns, tokens=2048, seed=3):
+    """Inputs whose columns correlate, as those of layers do."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, columns + 1) ** -0.7
+    basis = torch.linalg.qr(torch.randn(columns, columns, generator=generator))[0]
+    return torch.randn(tokens, columns, generator=generator) * spectrum @ basis
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("shape", [(96, 512), (32, 1024), (160, 256)])
+def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
+    layout, options = LAYOUTS[name]
+    weight = weight_of(*shape)
+    expected = QuantizedTensor.from_float(weight, layout, **options).dequantize()
+    values = pack_to_type(weight, ROW_TYPES[name], is_plain=True).dequantize()
+    different = (values - expected).abs() > 1e-6 * weight.abs().max()
+    assert different.sum() <= weight.numel() / 100  # a sum of a rotation that lies at a tie
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("seed", range(5))
+def test_searched_scales_are_never_worse(name, seed):
+    weight = weight_of(seed=seed)
+    plain, searched = (pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
+                       for is_plain in (True, False))
+    assert error(searched, weight) <= error(plain, weight)
+
+
+@EACH_TYPE
+def test_a_weight_by_its_rows_is_the_same(name, monkeypatch):
+    weight = weight_of(rows=160)
+    whole = pack_to_type(weight, ROW_TYPES[name]).dequantize()
+    monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 7 * 512)
+    assert torch.equal(pack_to_type(weight, ROW_TYPES[name]).dequantize(), whole)
+
+
+@EACH_TYPE
+def test_feedback_gives_a_smaller_error_of_the_output(name):
+    weight, inputs = weight_of(), inputs_of(512)
+    moments = SecondMoments.zeros(512)
+    for part in inputs[:1536].split(128):
+        moments.add(part)
+    tokens = inputs[1536:].double()
+    exact = tokens @ weight.double().T
+
+    def loss(packed):
+        return float((tokens @ packed.dequantize().double().T - exact).norm() / exact.norm())
+
+    searched, fed_back = (loss(pack_to_type(weight, ROW_TYPES[name], given))
+                          for given in (None, moments))
+    assert fed_back < searched
+
+
+@EACH_TYPE
+def test_zeros_stay_zeros(name):
+    weight = weight_of()
+    weight[3] = 0
+    weight[:, :256] = 0
+    values = pack_to_type(weight, ROW_TYPES[name]).dequantize()
+    assert not values[3].any() and not values[:, :256].any()
+    assert not pack_to_type(torch.zeros(96, 512), ROW_TYPES[name]).dequantize().any()
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_is_refused(name, bad):
+    weight = weight_of()
+    weight[2, 2] = bad
+    with pytest.raises(FormatError, match="NaN or infinite"):
+        pack_to_type(weight, ROW_TYPES[name])
+
+
+@EACH_TYPE
+def test_a_shape_that_does_not_fit_is_refused(name):
+    with pytest.raises(FormatError, match=r"does not hold a weight of shape \(3, 4, 5\)"):
+        pack_to_type(torch.zeros(3, 4, 5), ROW_TYPES[name])
+
+
+def shapes_of(row_type, seed):
+    """Random shapes that a type takes: odd numbers of rows, every rotation and none, tails."""
+    draw = random.Random(f"{row_type.name} {seed}")
+    units = (*row_types.ROTATIONS, row_type.multiple, row_type.multiple * 3)
+    shapes = [(draw.randrange(1, 40) * row_type.multiple, unit * draw.randrange(1, 1200 // unit))
+              for unit in units]
+    return [shape for shape in shapes if row_type.takes(shape)]
+
+
+@EACH_TYPE
+@EACH_DTYPE
+@pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "searched"])
+def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
+        name, dtype, is_plain):
+    for shape in shapes_of(ROW_TYPES[name], dtype):
+        weight = weight_of(*shape, seed=shape[1]).to(dtype)
+        with by_torch():
+            expected = pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
+        for count in (1, 2):
+            with set_torch_threads(count):
+                packed = pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
+            if is_plain:
+                for part, expected_part in zip(packed_tensors(packed), packed_tensors(expected)):
+                    assert torch.equal(part, expected_part)
+            assert error(packed, weight) <= error(expected, weight) * (1 + 1e-5)
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e20, 1e36])
+def test_weights_of_any_magnitude_are_packed_as_by_torch(name, magnitude):
+    weight = weight_of() * magnitude
+    weight[5] = -magnitude
+    weight[7, 1:] = 0
+    packed = pack_to_type(weight, ROW_TYPES[name])
+    with by_torch():
+        expected = pack_to_type(weight, ROW_TYPES[name])
+    values = packed.dequantize()
+    assert values.isfinite().all()
+    assert torch.allclose(values, expected.dequantize(), rtol=0.3, atol=0.05 * magnitude)
+    if magnitude >= 1e-20:
+        assert error(packed, weight) < 0.2
+
+
+@EACH_TYPE
+def test_a_value_whose_rotation_is_too_large_is_refused(name):
+    weight = torch.full((32, 256), 0.9 * torch.finfo(torch.float32).max)
+    if ROW_TYPES[name].rotates:
+        with pytest.raises(TooLargeError, match=r"holds values up to 3.06254e\+38"):
+            pack_to_type(weight, ROW_TYPES[name])
+    else:
+        assert pack_to_type(weight, ROW_TYPES[name]).dequantize().isclose(weight, rtol=0.1).all()
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("moments", [False, True], ids=["searched", "with feedback"])
+def test_a_source_of_rows_is_packed_as_the_weight(name, moments, monkeypatch):
+    monkeypatch.setattr(row_source, "READ_VALUES", 7 * 512)
+    monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 512 * 32)
+    weight, given = weight_of(), None
+    if moments:
+        given = SecondMoments.zeros(512, 256)
+        given.add(inputs_of(512))
+    source = RowSource(tuple(weight.shape), lambda start, stop: weight[start:stop].clone(),
+                       weight.device)
+    expected = pack_to_type(weight, ROW_TYPES[name], given)
+    for part, expected_part in zip(packed_tensors(pack_to_type(source, ROW_TYPES[name], given)),
+                                   packed_tensors(expected)):
+        assert torch.equal(part, expected_part)
+
+
+class Largest(TorchDispatchMode):
+    """Counts the bytes of the largest result but for bytes, as the packed weight has."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor) and part.dtype != torch.uint8 and not func.is_view:
+                self.nbytes = max(self.nbytes, part.nbytes)
+        return result
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("moments", [False, True], ids=["searched", "with feedback"])
+def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, monkeypatch):
+    monkeypatch.setattr(row_source, "READ_VALUES", 64 * 256)
+    monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 256 * 64)
+    monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 64 * 256)
+    given = None
+    if moments:
+        given = SecondMoments.zeros(256)
+        given.add(inputs_of(256))
+    weight = weight_of(512, 256).bfloat16()
+    pack_to_type(weight, ROW_TYPES[name], given)  # kernels are validated
+    with Largest() as largest:
+        pack_to_type(weight, ROW_TYPES[name], given)
+    assert largest.nbytes <= (256 if moments else 64) * 256 * 4  # moments, or a slice in float32
