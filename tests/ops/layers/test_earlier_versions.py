@@ -1,8 +1,9 @@
-"""Layers that version 0.2.1 pickled are what they were."""
+"""What versions 0.2.1 and 0.2.2 pickled is what it was, wherever its files are now."""
 from pathlib import Path
 
 import torch
 
+from featherweight.loaders.recipe import Recipe
 from featherweight.ops.layers import comfyui_operations  # noqa: F401  as a ComfyUI with the pack has it
 from featherweight.ops.tensor.packed_layout import is_packed
 
@@ -26,3 +27,11 @@ def test_layers_of_0_2_1_hold_their_packed_weights_and_compute():
         input = torch.randn(3, values.shape[1])
         torch.testing.assert_close(layer(input), input @ values.t(), rtol=1e-4, atol=1e-3,
                                    equal_nan=True)
+
+
+def test_patches_recipes_and_convolutions_of_0_2_2_open():
+    saved = torch.load(SAVED.with_name("pickles_of_0_2_2.pt"), weights_only=False)
+    branch = saved["patches"].branch(torch.eye(8))
+    torch.testing.assert_close(branch.product(torch.eye(8), 6).t(), saved["product"])
+    assert saved["recipe"] == Recipe("diffusion model", ("a.gguf",), {"compute": "exact"})
+    torch.testing.assert_close(saved["convolution"](saved["input"]), saved["output"])
