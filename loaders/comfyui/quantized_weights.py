@@ -9,7 +9,7 @@ A layer `L` has several tensors in the file and becomes one tensor, `L.weight`:
 | `scaled_fp8` | `scaled_fp8` (marker), `L.weight` (fp8), `L.scale_weight`, |
 | | optional `L.scale_input` |
 
-`files.comfy_formats` makes packed tensors of those that it knows. The host's own code reads others:
+`quantizers.comfyui` makes packed tensors of those that it knows. The host's own code reads others:
 the layers of its `mixed_precision_ops`. So a newer host adds its formats here too, and a format
 that neither reads is reported before the host fails on it.
 """

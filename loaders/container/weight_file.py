@@ -1,8 +1,7 @@
 """The base of all containers: names, logical shapes, formats, bytes and metadata of a weight file.
 
-A container is one class in one file of this folder. It registers by being defined, is imported by
-`__init__.py` (`open_weights`), and is chosen by the first bytes of a file, never by the file's
-name.
+A container is one class in one file of `loaders/files`. It registers by being defined, is imported
+by `open_weights.py`, and is chosen by the first bytes of a file, never by the file's name.
 """
 import contextlib
 import functools

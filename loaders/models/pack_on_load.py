@@ -153,7 +153,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
 
     Args:
         file: of the weights.
-        state_dict: of `file`, with the host's names, after `comfy_quant.as_tensors`.
+        state_dict: of `file`, with the host's names, after `quantized_weights.as_tensors`.
         pack_to: one of `TYPES`, or a `size_target`.
         progress: advances by one stage.
         prefix: of the names of the model; other weights stay as they are.
