@@ -48,7 +48,7 @@ def keep_text(node: type[io.ComfyNode]):
 
     @functools.wraps(run)
     def run_and_keep(cls, *args, **inputs):
-        if cls is node:  # called by a script or another node; ComfyUI calls a copy of the class
+        if "hidden" not in vars(cls):  # no copy, as ComfyUI calls: a script, or a class made of it
             return run(cls, *args, **inputs)
         text = [""]  # the same list in the cache and the history, so both have the newest text
         before = _kept.set(text)

@@ -261,12 +261,14 @@ class SavePackedModel(io.ComfyNode):
             reject_own_files(path, *(source for source, _, _ in jobs))
         calibrating = ["generating", "packing layer after layer"] if positive else []
         progress = Progress(*calibrating, *["packing"] * len(jobs))
-        metadata = cls._metadata() | ({LOSS_KEY: LOSS_IN_LAYERS} if positive else {})
+        metadata = cls._metadata()
+        calibrated = metadata | ({LOSS_KEY: LOSS_IN_LAYERS} if positive else {})
         files = []
         for source, path, target in jobs:
             is_model = source is model_source
             options = SaveOptions(
-                measured if is_model else None, keep_loras, metadata, overwrite, row_types
+                measured if is_model else None, keep_loras,
+                calibrated if is_model else metadata, overwrite, row_types
             )
             plan = plan_file(source, path, target, options)
             progress.set_heading(plan.short_text)

@@ -88,7 +88,7 @@ def cards_notes(inspection: Inspection) -> list[tuple[bool, str]]:
             else "fits"
         )
         if card.fit:
-            text += f"; fit this GPU: {card.fit}"
+            text += f"; fit this GPU, without int8: {card.fit}"
         sizes_by_text.setdefault((not card.missing, text), []).append(card.gib)
     return [
         (fits, f"{'cards' if sizes[1:] else 'card'} of {', '.join(map(str, sizes))} GB: {text}")

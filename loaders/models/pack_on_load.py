@@ -128,7 +128,7 @@ class PackStats:
 
 def size_target(nbytes: int) -> str:
     """Returns the loaders' `pack_to` for the best mix of types with at most so many bytes."""
-    return f"{nbytes / GB:.10g} GB"
+    return f"{nbytes / GB:.12g} GB"
 
 
 def size_of_target(pack_to: str) -> int | None:
@@ -286,7 +286,8 @@ def _types_for(file: WeightFile, weights: Mapping[str, torch.Tensor | JoinedRows
     }
     rules, costs = rules_for(shapes), None
     if isinstance(target, int):
-        costs = measured_costs(file, shapes)
+        if costs := measured_costs(file, shapes):
+            log.info("%s is packed by its measurement", file.name)
         packed = {name.removeprefix(prefix): _bytes_of(tensor) for name, tensor in weights.items()
                   if is_packed(tensor)}
         planned = plan_for_size(shapes, target, rules, costs, halves, packed=packed).types
@@ -305,7 +306,6 @@ def measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, floa
     except SensitivityError as error:
         log.warning("%s", error)
         return None
-    log.info("%s is packed by the measurement %s", file.name, path)
     return costs
 
 

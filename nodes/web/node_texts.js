@@ -18,6 +18,8 @@ const RUNS = 5; // of a workflow, that are looked through for its texts
 
 const texts = new WeakMap(); // node -> its text
 const failed = new Set(); // nodes that say why they failed
+const workflows = new Map(); // the last prompts that were sent from here -> their workflows
+const PROMPTS = 100;
 
 const textWidget = (node) => node.widgets?.find((widget) => widget.name === WIDGET);
 
@@ -92,8 +94,14 @@ async function textsOf(promptId) {
 
 async function showLastRuns() {
   const { jobs } = await read(`/jobs?workflow_id=${encodeURIComponent(workflowId())}&limit=${RUNS}`);
-  for (const { id } of jobs)
-    for (const [node, text] of await textsOf(id)) if (!texts.has(node)) show(node, text);
+  const decided = new Set(); // nodes of which a later run has said something, or where it failed
+  for (const { id, execution_error: error } of jobs ?? []) {
+    for (const [node, text] of await textsOf(id)) {
+      if (!decided.has(node) && !texts.has(node)) show(node, text);
+      decided.add(node);
+    }
+    if (error) decided.add(find(error.node_id));
+  }
 }
 
 function showFailure({ node_id: id, node_type: type, exception_message: message }) {
@@ -107,9 +115,10 @@ function showFailure({ node_id: id, node_type: type, exception_message: message 
 const on = (event, callback) => api.addEventListener(event, ({ detail }) => queueMicrotask(() => callback(detail)));
 
 on("progress_text", remember);
-on("executed", ({ node: id, display_node: shown, output }) => {
+on("executed", ({ prompt_id: promptId, node: id, display_node: shown, output }) => {
   const node = find(shown || id), text = textIn(output);
-  if (node && text !== undefined) show(node, text);
+  const isHere = (workflows.get(promptId) ?? workflowId()) === workflowId(); // not in another tab of the editor
+  if (node && text !== undefined && isHere && isOwn(node)) show(node, text);
 });
 on(KEY, async ({ prompt_id: promptId, node: id }) => {
   for (const [node, text] of await textsOf(promptId)) if (node === find(id)) show(node, text);
@@ -134,7 +143,10 @@ for (const event of ["execution_error", "execution_interrupted"]) {
 const queuePrompt = api.queuePrompt;
 api.queuePrompt = async function (...given) {
   try {
-    return await queuePrompt.apply(this, given);
+    const id = given[1]?.workflow?.id ?? workflowId(), sent = await queuePrompt.apply(this, given);
+    workflows.set(sent?.prompt_id, id);
+    if (workflows.size > PROMPTS) workflows.delete(workflows.keys().next().value);
+    return sent;
   } catch (error) {
     for (const [id, { class_type }] of Object.entries(error.response?.node_errors ?? {})) remove(id, class_type);
     throw error;
@@ -144,5 +156,5 @@ api.queuePrompt = async function (...given) {
 app.registerExtension({
   name: "Featherweight.NodeTexts",
   setup: () => app.canvas.canvas.addEventListener("litegraph:set-graph", showAgain), // a subgraph that is opened
-  afterConfigureGraph: () => void showLastRuns(),
+  afterConfigureGraph: () => void showLastRuns().catch(() => {}), // of an editor without a server no text comes
 });

@@ -73,6 +73,7 @@ class Selector:
         self._is_read = threading.Event()
         # owner -> the cases whose verdicts it waits for, and what is called then
         self._waiting: weakref.WeakKeyDictionary[object, tuple] = weakref.WeakKeyDictionary()
+        self._waiting_lock = threading.RLock()
         if name is None:
             self._is_read.set()
         elif device.type == "mps":  # torch must command an Apple GPU from one thread at a time
@@ -196,14 +197,18 @@ class Selector:
 
     def when_decided(self, cases: list[tuple], owner: object, callback: Callable[[Any], None]):
         """Calls a function once some cases have verdicts; see `kernels.when_decided`."""
-        self._waiting[owner] = cases, callback
+        with self._waiting_lock:
+            self._waiting[owner] = cases, callback
         self._call_waiting()
 
     def _call_waiting(self):
-        for owner, (cases, callback) in list(self._waiting.items()):
-            is_pending = any(self.verdict(*case)[0] == "pending" for case in cases)
-            if not is_pending and self._waiting.pop(owner, None):
-                submit(functools.partial(callback, owner))
+        with self._waiting_lock:
+            decided = [(owner, callback) for owner, (cases, callback) in self._waiting.items()
+                       if all(self.verdict(*case)[0] != "pending" for case in cases)]
+            for owner, _ in decided:
+                del self._waiting[owner]
+        for owner, callback in decided:
+            submit(functools.partial(callback, owner))
 
     def start(self, dtype: torch.dtype):
         """Has the kernels of all layouts validated, and then the products that models have needed

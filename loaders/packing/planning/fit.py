@@ -156,6 +156,11 @@ class Weights:
     packed: Mapping[str, int]
     costs: Mapping[str, Mapping[str, float]] | None = None
 
+    @functools.cached_property
+    def least(self) -> int:
+        """Bytes in the smallest types."""
+        return min(self.nbytes, least_bytes(self.shapes, rules_for(self.shapes), self.packed))
+
     @classmethod
     def of(cls, shapes: Shapes, stored: Mapping[str, torch.Tensor],
            costs: Mapping[str, Mapping[str, float]] | None = None) -> "Weights":
@@ -189,8 +194,7 @@ class Sizes:
     @functools.cached_property
     def least(self) -> int:
         """Size of the smallest mix."""
-        return self._size([least_bytes(file.shapes, rules_for(file.shapes), file.packed)
-                           for file in self.files])
+        return self._size([file.least for file in self.files])
 
     @functools.cached_property
     def fast(self) -> int:
@@ -215,10 +219,8 @@ class Sizes:
                     list(GRADES)[-1])
 
     def _size(self, needs: Sequence[int]) -> int:
-        """Returns the least multiple of STEP whose `shares` are as large as each file needs."""
-        size = max(-(-need * max(1, self.nbytes) // max(1, file.nbytes))
-                   for need, file in zip(needs, self.files, strict=True))
-        return -(-size // STEP) * STEP
+        """Returns the least multiple of STEP that all files have room in."""
+        return -(-sum(needs) // STEP) * STEP
 
 
 @dataclass(frozen=True)
@@ -261,8 +263,9 @@ def choose(sizes: Sizes, room: int, room_unpacked: int, multiplies_int8: bool = 
         size = min(room, sizes.as_good_as[FAST_TYPE])  # a card that it fits has no worse weights
     floors = [sizes.as_good_as[type_name] for type_name in (FLOOR, LAST_FLOOR)]
     size = max(size // STEP * STEP,
-               next((floor for floor in floors if floor <= max(size, main)), sizes.least))
-    lack = floors[0] - (main or room) if size < floors[0] else 0
+               next((floor for floor in floors if floor <= max(size, main)),
+                    max(sizes.least, main // STEP * STEP)))
+    lack = floors[0] - max(main, room) if size < floors[0] else 0
     if size >= sizes.nbytes:
         return Choice("", room, sizes.nbytes - room, lack=lack)
     return Choice(size, room, max(0, size - room), sizes.grade(size), lack)
@@ -300,9 +303,14 @@ def longer_step(copied: int, values: int, tokens: int, device: torch.device) -> 
 
 
 def shares(size: int, files: Sequence[Weights]) -> list[int]:
-    """Returns the bytes for each file of a model that is to have a size: in proportion."""
-    total = sum(file.nbytes for file in files) or 1
-    return [size * file.nbytes // total for file in files]
+    """Returns the bytes for each file of a model that is to have a size: its least, and of the rest
+    in proportion to what packing can save, so that a file that is packed already keeps its size."""
+    least = sum(file.least for file in files)
+    spare = sum(file.nbytes - file.least for file in files) or 1
+    if size < least:  # which no plan has; see `plan_for_size`
+        return [size * file.least // least for file in files]
+    return [min(file.nbytes, file.least + (size - least) * (file.nbytes - file.least) // spare)
+            for file in files]
 
 
 def workspace_bytes(shapes: Shapes) -> int:

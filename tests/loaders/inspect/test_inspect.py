@@ -135,7 +135,7 @@ def test_cards_say_what_fits_what_stays_outside_and_what_fit_chooses(monkeypatch
         assert card.missing == pytest.approx(max(0, in_16_bits - room), abs=2)
     text = inspection_text(found)
     assert "card of 6" in text and "stay in the computer's memory" in text
-    assert "; fit this GPU: as good as Q6_K (very little loss)" in text
+    assert "; fit this GPU, without int8: as good as Q6_K (very little loss)" in text
     assert "text encoders and VAE not counted:" in text
 
 

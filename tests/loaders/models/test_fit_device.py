@@ -438,3 +438,32 @@ def test_a_size_that_is_too_small_is_refused_in_a_sentence():
     assert packed_type(NO_CHANGE, 3.0) is None and packed_type(FIT, 3.0) == FIT
     assert size_of_target(packed_type(MIX, 8.93)) == 8_930_000_000
     assert size_of_target("Q4_K") is None
+
+
+def test_a_packed_module_next_to_a_model_takes_no_room_from_its_packing():
+    model = {f"blocks.{block}.weight": (4096, 4096) for block in range(40)}
+    module = {f"vace_blocks.{block}.weight": (4096, 4096) for block in range(4)}
+    dense = Weights(model, plan_for_type(model, "BF16", rules_for(model)).nbytes(model), {})
+    q4_k = plan_for_type(module, "Q4_K", rules_for(module))
+    stored = {name: q4_k.nbytes(module) // len(module) for name in module}
+    packed = Weights(module, sum(stored.values()), stored)
+    alone, both = Sizes([dense]), Sizes([dense, packed])
+    for type_name in ("Q6_K", "Q4_K"):
+        assert alone.as_good_as[type_name] < both.as_good_as[type_name] <= (
+            alone.as_good_as[type_name] + packed.nbytes + fit.STEP)
+    assert both.least <= alone.least + packed.nbytes + fit.STEP
+    for size in (both.least, both.as_good_as["Q4_K"], both.nbytes):
+        parts = fit.shares(size, both.files)
+        assert sum(parts) <= size and parts[1] <= packed.nbytes
+        for part, file in zip(parts, both.files, strict=True):  # there is a plan for each
+            plan_for_size(file.shapes, part, rules_for(file.shapes), packed=file.packed)
+
+
+def test_what_is_lacked_is_of_the_larger_of_card_and_main_memory():
+    shapes = {f"blocks.{block}.weight": (4096, 4096) for block in range(20)}
+    sizes = Sizes([Weights(shapes, 2 * 20 * 4096 ** 2, {})])
+    floor, last, least = sizes.as_good_as["Q4_K"], sizes.as_good_as["Q3_K"], sizes.least
+    room = floor - 2 * fit.STEP
+    assert choose(sizes, room, room, main=fit.STEP).lack == 2 * fit.STEP
+    main = (last + least) // 2 // fit.STEP * fit.STEP
+    assert choose(sizes, 0, 0, main=main).target == main > least

@@ -109,7 +109,7 @@ def test_a_kernel_that_is_right_is_used(use):
 
 
 def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_used(use, caplog):
-    caplog.set_level(logging.DEBUG, kernels.__name__)
+    caplog.set_level(logging.DEBUG, "featherweight")
     use(backend(kernel("dequantize", dequantize_rounded)))
     assert torch.equal(product.dequantize(packed(), torch.float32), packed().dequantize())
     reasons = [record for record in caplog.records if "Q4_0" in record.message]
@@ -320,7 +320,7 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
     def refused(*arguments):
         raise RuntimeError("no such instruction")
 
-    caplog.set_level(logging.DEBUG, kernels.__name__)
+    caplog.set_level(logging.DEBUG, "featherweight")
     use(backend(kernel("dequantize", refused)))
     assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
     (reason,) = [record for record in caplog.records if "no such instruction" in record.message]
@@ -416,7 +416,7 @@ def test_a_backend_that_does_not_work_is_named_once_with_the_reason(use, caplog)
     def no_driver(device):
         raise RuntimeError("no driver")
 
-    caplog.set_level(logging.INFO, kernels.__name__)
+    caplog.set_level(logging.INFO, "featherweight")
     use(backend(kernel("dequantize", dequantize), name="broken", probe=no_driver))
     for _ in range(3):
         product.dequantize(packed(), torch.float32)

@@ -114,7 +114,7 @@ def test_a_kernel_that_hangs_ends_its_process_and_no_other(name, start):
 
 
 def test_a_backend_that_does_not_work_has_its_reason_and_no_kernel_of_it_is_run(start, caplog):
-    caplog.set_level(logging.INFO, kernels.__name__)
+    caplog.set_level(logging.INFO, "featherweight")
     found, process = start("no_probe")
     found.request(case_of("Q4_0"), Q4_0) if found.wait_until_read() else None
     wait_until(lambda: "0 kernels proven, 1 refused" in caplog.text)
@@ -165,7 +165,7 @@ def test_nothing_is_validated_twice_by_two_comfyuis(start, monkeypatch):
 
 
 def test_where_memory_is_short_nothing_is_validated(start, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, kernels.__name__)
+    caplog.set_level(logging.INFO, "featherweight")
     monkeypatch.setattr(validator, "free_bytes", lambda device: validator.FREE_TO_BEGIN - 1)
     found, process = start()
     found.wait_until_read()
@@ -187,7 +187,7 @@ SAYS_BEGUN = ("import json, os, signal, sys, time; job = json.loads(sys.stdin.re
     ("raise SystemExit(9)", "its process ended with 9"),
     (f"{SAYS_BEGUN} os.kill(os.getpid(), signal.SIGTERM)", "kernels ended their process")], ids=str)
 def test_how_a_process_ended_is_said(script, words, start, caplog):
-    caplog.set_level(logging.INFO, kernels.__name__)
+    caplog.set_level(logging.INFO, "featherweight")
     found, process = start(command=(sys.executable, "-c", script))
     found.wait_until_read()
     process.request(found, [case_of("Q4_0")])
@@ -312,7 +312,7 @@ def test_comfyui_validates_kernels_as_it_starts_and_torch_works_where_none_does(
     monkeypatch.setattr(kernels, "_validator", None)
     monkeypatch.setattr(selector, "all_kernel_keys", lambda: ["Q4_K"])
     monkeypatch.setattr(background, "raise_if_cancelled", background.raise_if_cancelled)  # put back
-    caplog.set_level(logging.INFO, kernels.__name__)
+    caplog.set_level(logging.INFO, "featherweight")
     gpu = torch.device("cuda", 0)
     asyncio.run(FeatherweightExtension().on_load())  # which does not wait for it
     try:
