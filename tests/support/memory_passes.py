@@ -7,15 +7,11 @@ and fresh memory, which are none.
 """
 import math
 
-from devtools.measure.weights import FORMAT_NAMES, format_for
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, FORMATS, Format, QParam
-from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
+from featherweight.ops.formats.base import DEVICE_CHUNK_VALUES, Format, QParam
 from featherweight.ops.layers import product
 from featherweight.ops.low_rank import LowRank, Slice
 
@@ -105,16 +101,6 @@ def of_linear(packed_format: Format, rows: int, columns: int, low_rank: LowRank 
         # what the operator runs; the operator itself only gives shapes on `META`
         product._linear(*operands)
     return passes
-
-
-def every_format() -> list:
-    """All formats, and one of each kind that is made for a weight's shape."""
-    return [
-        *(packed_format for packed_format in FORMATS.values()
-          if not isinstance(packed_format, (RowFormat, ColumnGroups))),
-        ColumnGroups.of(FORMATS["Q4_K"], 4096, 16, 2),
-        *(format_for(name, 4096) for name in FORMAT_NAMES if name in FAMILIES)
-    ]
 
 
 def low_rank(rows: int, columns: int, ranks: int, parts: int) -> LowRank:
