@@ -31,7 +31,7 @@ CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("
 def texts(monkeypatch):
     """What is shown on a node."""
     texts = []
-    monkeypatch.setattr(node_text, "show_text", texts.append)
+    monkeypatch.setattr(node_text, "text_sender", lambda is_kept=True: texts.append)
     return texts
 
 

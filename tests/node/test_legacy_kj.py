@@ -32,7 +32,7 @@ def files(tmp_path, monkeypatch):
 def texts(monkeypatch):
     """What is shown on the node."""
     texts = []
-    monkeypatch.setattr(node_text, "show_text", texts.append)
+    monkeypatch.setattr(node_text, "text_sender", lambda is_kept=True: texts.append)
     return texts
 
 

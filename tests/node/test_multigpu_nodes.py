@@ -60,7 +60,7 @@ def models(tmp_path_factory):
 def texts(monkeypatch):
     """What is shown on the nodes, and nothing stays loaded."""
     texts = []
-    monkeypatch.setattr(node_text, "show_text", texts.append)
+    monkeypatch.setattr(node_text, "text_sender", lambda is_kept=True: texts.append)
     yield texts
     comfy.model_management.unload_all_models()
 
@@ -145,9 +145,7 @@ def test_weights_lie_where_the_inputs_say_and_the_picture_is_the_same(
 
 
 def test_a_loader_says_where_the_weights_will_lie_and_then_where_they_do(
-        models, texts, monkeypatch):
-    told = []
-    monkeypatch.setattr(node_text, "text_sender", lambda: told.append)
+        models, texts):
     patcher, = run(DISTORCH2, unet_name="flux.gguf", compute_device="cuda:0",
                    expert_mode_allocations="cuda:0,1mb;cuda:2,512k;cuda:1,1mb;cpu,*")
     held, planned = texts[0].splitlines()
@@ -158,7 +156,7 @@ def test_a_loader_says_where_the_weights_will_lie_and_then_where_they_do(
     clone = patcher.clone()
     step(clone)
     clone.cleanup()
-    first, placed, copied = told[-1].splitlines()
+    first, placed, copied = texts[-1].splitlines()
     assert first == held
     assert re.fullmatch(
         r"1\.\d of 4\.0 MB on cuda:0, [345]\d\d\.\d KB on cuda:2, (1\.0 MB|\d{3}\.\d KB) on cuda:1",

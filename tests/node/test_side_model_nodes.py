@@ -112,7 +112,7 @@ def folder(loader, tmp_path, monkeypatch) -> Path:
 def texts(monkeypatch) -> list[str]:
     """Texts on nodes."""
     texts = []
-    monkeypatch.setattr(node_text, "show_text", texts.append)
+    monkeypatch.setattr(node_text, "text_sender", lambda is_kept=True: texts.append)
     return texts
 
 

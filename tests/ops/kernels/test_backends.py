@@ -261,7 +261,7 @@ def test_a_device_uses_it(backend, used_by_device):
     assert run is kernels_of(backend, "dequantize")[0].run
     on_device = [tensor.to(used_by_device) for tensor in tensors]
     assert_same_bits(kernel_layer.dequantize_into(fmt, on_device, out), reference(fmt, tensors))
-    assert kernel_layer.used(used_by_device, [fmt], out.dtype) == backend.name
+    assert kernel_layer.used(used_by_device, [fmt], out.dtype) == kernel_layer.TITLES[backend.name]
 
 
 @pytest.mark.parametrize(("backend", "name", "tokens"), [
