@@ -57,6 +57,7 @@ def _do_work():
             work()
         except Exception:  # a compiler or driver may raise anything
             log.debug("Work on kernels failed.", exc_info=True)
+        del work  # with the model that it may be about
 
 
 def wait(is_done: Callable[[], bool], seconds: float) -> bool:
