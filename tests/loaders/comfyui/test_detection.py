@@ -49,7 +49,7 @@ def test_a_few_weights_of_a_model_are_no_model(load, path):
 
 
 def test_a_unet_whose_blocks_the_host_counts_wrongly_is_refused_in_a_sentence(tmp_path):
-    weights = random_weights(FAMILIES["sd1.5"])
+    weights = dict(random_weights(FAMILIES["sd1.5"]))
     del weights["output_blocks.1.0.in_layers.0.weight"]
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(WeightFileError, match=r"model.safetensors: .* cannot build a model of their"
