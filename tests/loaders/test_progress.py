@@ -164,4 +164,5 @@ def test_the_time_left_is_that_of_the_work_not_of_the_steps(texts, monkeypatch):
 
 
 def test_what_runs_a_node_sends_its_texts_there():
-    assert progress._text_sender is node_text.text_sender
+    sender = progress._text_sender
+    assert sender.func is node_text.text_sender and sender.keywords == {"is_kept": False}
