@@ -273,9 +273,8 @@ def fit_table() -> str:
         sizes = Sizes([Weights(shapes, bytes_of(shapes, "BF16"), {})])
         for gib in CARDS[:-1]:
             memory = Memory(gib, main_gib=MAIN_GIB)
-            room, unpacked = (memory.for_model(step[0], nbytes)
-                              for nbytes in (workspace_bytes(shapes), 0))
-            choice = choose(sizes, room, unpacked, main=memory.for_copying(config))
+            room_for = functools.partial(memory.for_model, step[0])
+            choice = choose(sizes, room_for, main=memory.for_copying(config))
             copied = f"+{choice.copied / GB:.1f}" if choice.copied else ""
             row.append(f"{choice.grade or 'BF16'}{copied}")
         rows.append(row)

@@ -1,4 +1,5 @@
 """Estimates what else a model needs and which graphics cards it fits."""
+import functools
 from dataclasses import dataclass
 
 from comfy.supported_models_base import BASE
@@ -84,13 +85,12 @@ def fit_cards(config: BASE, weights: Weights, packed: bool) -> tuple[str, list[C
     step = step_memory(config)
     if step is None or not weights.shapes:
         return "", []
-    sizes, main_gib = Sizes([weights]), Memory.of(CPU).main_gib
-    workspace, cards = workspace_bytes(weights.shapes), []
+    sizes, main_gib, cards = Sizes([weights]), Memory.of(CPU).main_gib, []
     for gib in CARDS:
         memory = Memory(gib, main_gib=main_gib)
-        room, room_unpacked = (memory.for_model(step[0], nbytes) for nbytes in (workspace, 0))
-        choice = choose(sizes, room, room_unpacked, main=memory.for_copying(config))
-        missing = max(0, weights.nbytes - (room if packed else room_unpacked))
+        room_for = functools.partial(memory.for_model, step[0])
+        choice = choose(sizes, room_for, main=memory.for_copying(config))
+        missing = max(0, weights.nbytes - room_for(sizes.workspace if packed else 0))
         cards.append(Card(gib, missing, _fit_text(choice) if choice.target else ""))
     return step[1], cards
 

@@ -24,12 +24,12 @@ from ..packing.planning.fit import (
     Sizes,
     Weights,
     choose,
+    is_video,
     longer_step,
     shares,
     smaller_model,
     step_memory,
     step_tokens,
-    workspace_bytes,
 )
 from ..packing.planning.plan import DIGITS
 from .pack_on_load import measured_costs, size_of_target, size_target
@@ -125,13 +125,13 @@ def _is_fixed(pack_to: str | None, paths: Sequence[str]) -> bool:
 
 
 def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights], memory: Memory,
-             device: torch.device, room: Callable[[int], int], config: BASE | None = None,
+             device: torch.device, room_for: Callable[[int], int], config: BASE | None = None,
              multiplies_int8: bool = False) -> Targets:
-    """room: bytes for dequantised weights -> bytes for the weights."""
+    """room_for: as for `choose`."""
     if pack_to and (size := size_of_target(pack_to)) is not None:
         return Targets(tuple(map(size_target, shares(size, files))))
-    workspace, sizes = max(workspace_bytes(file.shapes) for file in files), Sizes(files)
-    choice = choose(sizes, room(workspace), room(0), multiplies_int8, memory.for_copying(config))
+    sizes = Sizes(files)
+    choice = choose(sizes, room_for, multiplies_int8, memory.for_copying(config))
     if choice.copied and memory.is_shared:
         names = join_some([os.path.basename(os.path.normpath(path)) for path in paths])
         raise WeightFileError(
@@ -149,9 +149,9 @@ def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights]
         share = longer_step(choice.copied, sizes.values, step_tokens(config) if config else 0,
                             device)
         copying += "" if share is None else f", about {share:.0%} longer (estimate)"
-    smaller, step = "", step_memory(config) if config else None
-    if config:
-        smaller = smaller_model(sizes.values, step is not None and "frames" in step[1])
+    smaller = ""
+    if config and choice.lack:
+        smaller = smaller_model(sizes.values, is_video(config))
     return Targets(targets, _text(choice, memory, copying, smaller), copying)
 
 

@@ -136,8 +136,8 @@ def chosen(gib: int, row: str) -> tuple[float, float]:
     model = MODELS[row]
     shapes = model.shapes()
     sizes = Sizes([Weights(shapes, model_sizes.bytes_of(shapes, "BF16"), {})])
-    rooms = (int(room_on(gib, row, is_packed=is_packed) * 1e9) for is_packed in (True, False))
-    choice = choose(sizes, *rooms, multiplies_int8=not model.is_encoder, main=1 << 40)
+    choice = choose(sizes, lambda nbytes: int(room_on(gib, row, is_packed=bool(nbytes)) * 1e9),
+                    multiplies_int8=not model.is_encoder, main=1 << 40)
     size = {"": sizes.nbytes, FAST_TYPE: sizes.fast}.get(choice.target, choice.target)
     return size / 1e9, choice.copied / 1e9
 

@@ -77,10 +77,9 @@ class ScaledModel:
     def real_choice(self, gib: int) -> fit.Choice:
         """Returns what is chosen for the real model, in bfloat16, on a GPU of so many GiB."""
         shapes, memory = self.real_shapes, fit.Memory(gib, main_gib=MAIN_GIB)
-        rooms = (memory.for_model(self.step_bytes, workspace)
-                 for workspace in (fit.workspace_bytes(shapes), 0))
+        room_for = functools.partial(memory.for_model, self.step_bytes)
         sizes = fit.Sizes([fit.Weights(shapes, HALF_BYTES * self._real_values, {})])
-        return fit.choose(sizes, *rooms, True, memory.for_copying(None))
+        return fit.choose(sizes, room_for, True, memory.for_copying(None))
 
     @property
     def _published(self) -> model_sizes.Model:

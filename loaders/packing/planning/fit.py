@@ -26,7 +26,7 @@ weights. float8 and nvfp4 are not chosen: at their sizes Q6_K and Q4_K are more 
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -202,6 +202,11 @@ class Sizes:
         return sum(plan_for_type(file.shapes, FAST_TYPE, rules_for(file.shapes))
                    .nbytes(file.shapes) for file in self.files)
 
+    @functools.cached_property
+    def workspace(self) -> int:
+        """Bytes that dequantised weights take: of the file that takes the most."""
+        return max(workspace_bytes(file.shapes) for file in self.files)
+
     @property
     def is_packed(self) -> bool:
         """Whether weights are packed in the files."""
@@ -242,18 +247,18 @@ class Choice:
     lack: int = 0
 
 
-def choose(sizes: Sizes, room: int, room_unpacked: int, multiplies_int8: bool = False,
+def choose(sizes: Sizes, room_for: Callable[[int], int], multiplies_int8: bool = False,
            main: int = 0) -> Choice:
     """Chooses the weights of a model for a device.
 
     Args:
         sizes: of the model.
-        room: bytes for the weights.
-        room_unpacked: the same where nothing is packed.
+        room_for: bytes that dequantised weights take -> bytes that the device has for the weights.
         multiplies_int8: whether the device multiplies FAST_TYPE.
         main: bytes of `Memory.for_copying`.
     """
-    as_it_is = room if sizes.is_packed else room_unpacked
+    room = room_for(sizes.workspace)
+    as_it_is = room if sizes.is_packed else room_for(0)
     if sizes.nbytes <= as_it_is:
         return Choice("", as_it_is)
     size = room
@@ -269,6 +274,12 @@ def choose(sizes: Sizes, room: int, room_unpacked: int, multiplies_int8: bool = 
     if size >= sizes.nbytes:
         return Choice("", room, sizes.nbytes - room, lack=lack)
     return Choice(size, room, max(0, size - room), sizes.grade(size), lack)
+
+
+def is_video(config: BASE) -> bool:
+    """Returns whether the usual size of a model is one of videos."""
+    usual = _usual_latents(config)
+    return usual is not None and "frames" in usual[1]
 
 
 def smaller_model(values: int, is_video: bool) -> str:

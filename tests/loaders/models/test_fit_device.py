@@ -153,7 +153,7 @@ def test_more_memory_of_either_kind_never_has_worse_weights(name, is_measured, i
         for main_gib in RAM:
             memory = Memory(gib, main_gib=main_gib)
             room, main = memory.for_model(step, workspace), memory.for_copying(config)
-            chosen = choose(sizes, room, memory.for_model(step), int8, main)
+            chosen = choose(sizes, functools.partial(memory.for_model, step), int8, main)
             found = decibels[gib, main_gib] = quality(name, is_measured, chosen.target)
             if isinstance(chosen.target, int):
                 assert chosen.target <= max(room, main, sizes.least)
@@ -180,8 +180,8 @@ def test_more_memory_of_either_kind_never_has_worse_weights(name, is_measured, i
 def test_what_does_not_fit_is_copied_and_not_packed_below_q4_k(name, gib, grade, copied):
     model = next(model for model in REAL if model.name == name)
     memory, step = Memory(gib, main_gib=64), step_memory(model.config())[0]
-    rooms = (memory.for_model(step, workspace_bytes(model.shapes())), memory.for_model(step))
-    chosen = choose(sizes_of(name, False), *rooms, main=memory.for_copying(model.config()))
+    chosen = choose(sizes_of(name, False), functools.partial(memory.for_model, step),
+                    main=memory.for_copying(model.config()))
     assert chosen.grade == grade and chosen.copied == pytest.approx(copied * 1e9, abs=5e7)
 
 
@@ -243,12 +243,13 @@ def test_packed_files_are_left_as_they_are_where_they_fit_and_never_become_int8(
     shapes = {f"double_blocks.{index}.img_mlp.0.weight": (1024, 256) for index in range(9)}
     packed = dict.fromkeys(shapes, 1024 * 144)
     nbytes = sum(packed.values())
-    assert choose(Sizes([Weights(shapes, nbytes, packed)]), nbytes, 0, True) == Choice("", nbytes)
+    sizes = Sizes([Weights(shapes, nbytes, packed)])
+    assert choose(sizes, lambda workspace: nbytes if workspace else 0, True) == Choice("", nbytes)
     packed = dict.fromkeys(shapes, 1024 * 400)
     nbytes = 9 * 1024 * 300
     for stored, target in ((packed, nbytes // STEP * STEP), ({}, fit.FAST_TYPE)):
         weights = [Weights(shapes, nbytes + 1, stored)]
-        assert choose(Sizes(weights), nbytes, nbytes, True).target == target
+        assert choose(Sizes(weights), lambda _: nbytes, True).target == target
 
 
 @pytest.mark.parametrize("stored", [100, 144, 180, 300])
@@ -464,6 +465,6 @@ def test_what_is_lacked_is_of_the_larger_of_card_and_main_memory():
     sizes = Sizes([Weights(shapes, 2 * 20 * 4096 ** 2, {})])
     floor, last, least = sizes.as_good_as["Q4_K"], sizes.as_good_as["Q3_K"], sizes.least
     room = floor - 2 * fit.STEP
-    assert choose(sizes, room, room, main=fit.STEP).lack == 2 * fit.STEP
+    assert choose(sizes, lambda _: room, main=fit.STEP).lack == 2 * fit.STEP
     main = (last + least) // 2 // fit.STEP * fit.STEP
-    assert choose(sizes, 0, 0, main=main).target == main > least
+    assert choose(sizes, lambda _: 0, main=main).target == main > least
