@@ -86,7 +86,8 @@ def memory_of(number: int) -> int:
     total = 0
     for process in family(number):
         try:
-            total += process.memory_info().rss - getattr(process.memory_info(), "shared", 0)
+            memory = process.memory_info()
+            total += memory.rss - getattr(memory, "shared", 0)
         except psutil.NoSuchProcess:
             pass
     return total

@@ -94,8 +94,8 @@ def text_sender(is_kept: bool = True) -> Callable[[str], None]:
 
 
 def _send(show: Callable[[str], None], server, context, kept: list[str] | None, text: str):
-    """Shows a text on a node of the prompt that began last. Of an earlier one the editor is told
-    that the text has changed: by now the id may be another node's.
+    """Shows a text on a node of the prompt that began last. Of an earlier one the editor gets an
+    event that the text has changed: by now the id may be another node's.
 
     Args:
         show: shows a text on the node, in the browser tab that runs its prompt.

@@ -1,1 +1,1 @@
-"""Weight files of every kind, as their readers give them: the base class and its errors."""
+"""The base class of weight files, their errors, and reading from network drives."""

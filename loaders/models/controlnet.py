@@ -24,6 +24,7 @@ from .models_beside import load_side_model
 CONTROLNET_NAMES = re.compile(
     r"(control_model\.)?(control|single_controlnet_|zero_convs\.|after_proj_list\.)")
 
+
 def load_controlnet(path: str, pack_to: str | None = None,
                     compute: str = AUTOMATIC) -> comfy.controlnet.ControlBase:
     """Loads a ControlNet and keeps its packed weights packed.

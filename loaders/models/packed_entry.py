@@ -56,7 +56,7 @@ class Entry:
 
     Attributes:
         weights: name -> packed or plain weight.
-        loss: power of the error over that of the packed weights, 0 where it is not told.
+        loss: power of the error over that of the packed weights, 0 where it is not shown.
     """
 
     weights: dict[str, torch.Tensor]

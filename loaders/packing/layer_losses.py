@@ -1,4 +1,4 @@
-"""Says what packing loses, in words and per cent: of the result where a measurement tells that."""
+"""Says what packing loses, in words and per cent: of the result where a measurement has that."""
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -7,8 +7,8 @@ WORST = 5  # layers that are named, and groups of layers of the same name in oth
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # (error over signal, word): the first that is no less than an error
 WORDS = ((0.02, "very small"), (0.1, "small"), (0.2, "noticeable"), (math.inf, "large"))
-# Of what a loss is told. Losses of two kinds do not compare, and those of layers by themselves do
-# not tell which of two files gives better images: they have no sentence.
+# What a loss is a share of. Losses of two kinds do not compare, and those of single layers do not
+# show which of two files gives better images: they have no sentence.
 RESULT, WEIGHTS = "of its latents", "of the weights"
 LAYERS, IMATRIX = "of what the layer computes", "of the weights by their importance"
 SENTENCES = {
@@ -39,7 +39,7 @@ def loss_text(share: float, what: str) -> str:
 
 def loss_sentences(shares: Mapping[str, float], what: str,
                    values: Mapping[str, int]) -> list[str]:
-    """Returns the sentence on all of a model's packed weights; none where none is to be said.
+    """Returns the sentence on all of a model's packed weights, or nothing for single layers.
 
     Args:
         shares: name of a weight -> power of the error that it causes, over that of the signal.

@@ -122,7 +122,7 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
     written = Plan(packer.types)
     return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,
                  written.text(source.shapes), written.shares(source.shapes),
-                 [*packer.note_lines(), *plan.notes], layer_lines(packer.losses(), packer.lost))
+                 [*packer.note_lines(), *plan.notes], layer_lines(packer.losses(), packer.loss_kind))
 
 
 @dataclass
@@ -158,8 +158,8 @@ class WeightPacker:
         self.nbytes = plan.nbytes
         self.types: dict[str, str] = {}
         self.copied = 0
-        sensitivity = plan.options.sensitivity
-        self.lost = LAYERS if calibration else sensitivity.tells if sensitivity else WEIGHTS
+        measured = plan.options.sensitivity
+        self.loss_kind = LAYERS if calibration else measured.loss_kind if measured else WEIGHTS
         self._losses: dict[str, float] = {}
         self.notes: list[str] = []
         self.retention = LoraRetention(weight.patches for weight in self.source.weights.values())
@@ -213,7 +213,7 @@ class WeightPacker:
 
     def losses(self) -> dict[str, float]:
         """Returns name -> what each packed weight loses, for `layer_losses`."""
-        if self.lost == RESULT:
+        if self.loss_kind == RESULT:
             return errors_of_result(self.source, self.types, self.plan.options)
         return self._losses
 
@@ -221,7 +221,7 @@ class WeightPacker:
         """Returns sentences on losses, on what arrived of the changes, and on unplanned types."""
         lines = [f"{self.copied} weights are copied bit for bit."] if self.copied else []
         lines += loss_sentences(
-            self.losses(), self.lost,
+            self.losses(), self.loss_kind,
             {name: weight.values for name, weight in self.source.weights.items()})
         lines += map(str, self.retention.shares())
         lines += self.notes[:MAX_NOTES]
@@ -336,9 +336,9 @@ class WeightPacker:
 
     def _output_error(self, values: torch.Tensor | RowSource, piece: torch.Tensor,
                       moments: SecondMoments | None) -> float | None:
-        """Returns the relative error of a layer's output, None where it is not told or not known.
+        """Returns the relative error of a layer's output, None where it is not shown or not known.
         """
-        if self.lost in (RESULT, WEIGHTS) or moments is None or not is_packed(piece):
+        if self.loss_kind in (RESULT, WEIGHTS) or moments is None or not is_packed(piece):
             return None
         return output_errors(values, [piece], moments, SAMPLED_ROWS)[0]
 

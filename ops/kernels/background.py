@@ -11,6 +11,7 @@ from ..log import log
 WAIT_INTERVAL_SECONDS = 0.05  # how often a wait checks whether the user cancelled
 EXIT_SECONDS = 10  # how long an exiting process waits for its threads, whose compilers are killed
 
+
 def _never_cancelled():
     pass
 

@@ -1,1 +1,1 @@
-"""Packs a weight: the method for its type, and the errors that are made up for."""
+"""Packs weights: the method for each type, error feedback, and the error that is left."""

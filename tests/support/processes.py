@@ -14,7 +14,7 @@ LONG = ("node/test_training.py", "node/test_host_nodes.py", "devtools/test_gpu_r
 # Files whose tests compile the same kernels, which a process keeps.
 COMPILING = tuple(f"ops/{name}.py" for name in (
     "kernels/test_backends", "kernels/test_cpp_backend", "kernels/test_rows",
-    "quantize/test_packing_feedback", "quantize/test_packing_magnitudes"))
+    "packing/test_packing_feedback", "packing/test_packing_magnitudes"))
 # Files whose tests read the same models, which a process writes once.
 WRITING = tuple(f"loaders/{name}.py" for name in (
     "quantizers/test_registry", "quantizers/test_no_silent_faults", "quantizers/test_bombs",

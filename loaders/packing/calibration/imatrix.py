@@ -73,8 +73,8 @@ class Imatrix(Sensitivity):
     unknown: list[str] = field(default_factory=list)
 
     @property
-    def tells(self) -> str:
-        """Of what it tells the loss."""
+    def loss_kind(self) -> str:
+        """What its losses are a share of, as in `layer_losses`."""
         return IMATRIX
 
     def importance(self, name: str) -> torch.Tensor | None:

@@ -53,8 +53,8 @@ class Sensitivity:
     _moments: Callable[[str], SecondMoments | None] = lambda name: None
 
     @property
-    def tells(self) -> str:
-        """Of what it tells the loss, for `layer_losses`."""
+    def loss_kind(self) -> str:
+        """What its losses are a share of, as in `layer_losses`."""
         # "no runs" is what earlier versions called FAST
         is_fast = self.about.get("thoroughness") in (FAST, "no runs")
         return RESULT if self.costs and not is_fast else LAYERS

@@ -290,7 +290,7 @@ def errors_of_result(source: Source, types: Mapping[str, str],
         types: name -> type of each.
         options: for their measurement, without which, or its costs, nothing is returned.
     """
-    if options.sensitivity is None or options.sensitivity.tells != RESULT:
+    if options.sensitivity is None or options.sensitivity.loss_kind != RESULT:
         return {}
     shapes = source.model.shapes
     packed = {name: types[name] for name in shapes if types[name] not in PLAIN_BYTES

@@ -68,7 +68,7 @@ def drawing() -> SamplingRun:
 class Apart:
     """What each layer sees of the model as it is, in place of a measurement's file."""
 
-    tells = LAYERS
+    loss_kind = LAYERS
 
     def __init__(self, model, costs=None):
         self.costs = costs

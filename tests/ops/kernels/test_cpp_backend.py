@@ -126,7 +126,7 @@ def test_packed_blocks_are_as_good_as_the_references(on_cpu, fmt, monkeypatch):
     check(kernel_of(on_cpu, "pack_blocks"), fmt, torch.float32, CPU)
 
 
-# tests/ops/quantize/test_packing_feedback.py compiles these kernels for all instructions.
+# tests/ops/packing/test_packing_feedback.py compiles these kernels for all instructions.
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("capability", ["pack_blocks", "pack_columns"])
 @pytest.mark.parametrize(
