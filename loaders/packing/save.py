@@ -122,7 +122,8 @@ def save(plan: FilePlan, track: Callable[[list, list[int]], Iterable] = lambda n
     written = Plan(packer.types)
     return Saved(plan.path, plan.path.stat().st_size, time.monotonic() - plan.started, packer.types,
                  written.text(source.shapes), written.shares(source.shapes),
-                 [*packer.note_lines(), *plan.notes], layer_lines(packer.losses(), packer.loss_kind))
+                 [*packer.note_lines(), *plan.notes],
+                 layer_lines(packer.losses(), packer.loss_kind))
 
 
 @dataclass
