@@ -158,32 +158,36 @@ def loader_output(*notes: str | None, **parts) -> tuple:
     lines = list(dict.fromkeys(filter(None, [*notes, *of_files])))
     for note in lines:
         log.warning("%s", note)
-    texts, places = {}, {}
+    summaries, places, shown = {}, {}, []
 
-    def describe(key: str, patcher: ModelPatcher) -> bool:
-        """Returns whether the text has changed."""
-        before = texts.get(key)
-        summaries = (memory_summary(patcher), dequantize_backend_text(patcher),
-                     arithmetic_text(patcher))
-        summary = titles[key] + ", ".join(filter(None, summaries))
-        texts[key] = "\n".join(filter(None, [summary, fit_text(patcher), places.get(key)]))
-        return texts[key] != before
+    def describe(key: str, patcher: ModelPatcher, place: str | None):
+        summaries[key] = [memory_summary(patcher), dequantize_backend_text(patcher),
+                          arithmetic_text(patcher)]
+        places[key] = fit_text(patcher), place
 
-    def show_changes(key: str, patcher: ModelPatcher):
-        if describe(key, patcher):
-            show("\n".join([*texts.values(), *lines]))
+    def show_changes():
+        texts = ["\n".join(filter(None, [titles[key] + ", ".join(filter(None, summary)),
+                                         *places[key]])) for key, summary in summaries.items()]
+        text = "\n".join([*texts, *lines])
+        if shown != [text]:
+            shown[:] = [text]
+            show(text)
 
     def show_placement(key: str, patcher: ModelPatcher, report: MemoryReport):
-        places[key] = placed_text(patcher, report)
-        show_changes(key, patcher)
+        describe(key, patcher, placed_text(patcher, report))
+        show_changes()
+
+    def show_backend(key: str, backend: str):
+        summaries[key][1] = backend
+        show_changes()
 
     for key, patcher in patchers.items():
-        if getattr(patcher, "placement", None) is not None:
-            places[key] = planned_text(patcher)
+        is_placed = getattr(patcher, "placement", None) is not None
+        describe(key, patcher, planned_text(patcher) if is_placed else None)
+        if is_placed:
             placed: Any = patcher
             placed.on_placement = functools.partial(show_placement, key)
-        describe(key, patcher)
-    show("\n".join([*texts.values(), *lines]))
+    show_changes()
     for key, patcher in patchers.items():
-        when_validated(patcher, functools.partial(show_changes, key))
+        when_validated(patcher, functools.partial(show_backend, key))
     return tuple(parts.values())

@@ -131,8 +131,10 @@ def small_models():
     torch.set_num_threads(threads)
     # a model that dies while the host unloads others makes the host lose count of them
     gc.disable()
-    comfy.model_management.unload_all_models()
-    gc.enable()
+    try:
+        comfy.model_management.unload_all_models()
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

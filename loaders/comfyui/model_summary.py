@@ -75,20 +75,23 @@ def dequantize_backend_text(patcher) -> str | None:
         patcher: of the model.
     """
     formats, device, dtype = _dequantizing(patcher)
-    if not formats:
-        return None
-    log.debug("Inputs of few rows are multiplied by %s",
-              kernels.used(device, formats, dtype, "linear"))
-    return f"dequantized by {kernels.used(device, formats, dtype)}"
+    return _backend_text(formats, device, dtype) if formats else None
 
 
-def when_validated(patcher, callback: Callable[[Any], None]):
-    """Calls a function with a patcher once what `dequantize_backend_text` says of it is final; see
-    `kernels.when_decided`."""
+def when_validated(patcher, callback: Callable[[str], None]):
+    """Calls a function with what `dequantize_backend_text` says of a patcher once that is final;
+    see `kernels.when_decided`."""
     formats, device, dtype = _dequantizing(patcher)
     cases = [("dequantize", packed_format, dtype) for packed_format in formats]
     if cases:
-        kernels.when_decided(device, cases, patcher, callback)
+        kernels.when_decided(device, cases, patcher,
+                             lambda: callback(_backend_text(formats, device, dtype)))
+
+
+def _backend_text(formats: set[Format], device: torch.device, dtype: torch.dtype) -> str:
+    log.debug("Inputs of few rows are multiplied by %s",
+              kernels.used(device, formats, dtype, "linear"))
+    return f"dequantized by {kernels.used(device, formats, dtype)}"
 
 
 def _dequantizing(patcher) -> tuple[set[Format], torch.device, torch.dtype]:

@@ -17,7 +17,6 @@ import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 
@@ -156,13 +155,14 @@ def are_pending(device: torch.device,
 
 def when_decided(device: torch.device,
                  needed: Iterable[tuple[str, Format | None, torch.dtype]], owner: object,
-                 callback: Callable[[Any], None]):
-    """Calls a function with `owner` once all of these kernels have a verdict.
+                 callback: Callable[[], None]):
+    """Calls a function once all of these kernels have a verdict.
 
     Args:
         device, needed: as for `request`.
-        owner: is kept by a weak reference; for one that is gone the function is not called.
-        callback: runs in another thread.
+        owner: Once it is freed the function is no longer called.
+        callback: Runs in another thread, and refers to no model: one that is freed there while
+            ComfyUI unloads others makes ComfyUI fail.
     """
     _selector(device).when_decided(list(needed), owner, callback)
 

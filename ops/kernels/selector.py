@@ -1,11 +1,9 @@
 """Selects a device's kernels: those that are proven right on it."""
-import functools
 import sys
 import textwrap
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -71,8 +69,8 @@ class Selector:
         self._found: dict[tuple, list[tuple[Kernel, int]]] = {}
         self._waits = True
         self._is_read = threading.Event()
-        # owner -> the cases whose verdicts it waits for, and what is called then
-        self._waiting: weakref.WeakKeyDictionary[object, tuple] = weakref.WeakKeyDictionary()
+        # the cases whose verdicts an owner waits for, and what is called then
+        self._waiting: dict[object, tuple[list[tuple], Callable[[], None]]] = {}
         self._waiting_lock = threading.RLock()
         if name is None:
             self._is_read.set()
@@ -195,20 +193,19 @@ class Selector:
         self._found = {}
         self._call_waiting()
 
-    def when_decided(self, cases: list[tuple], owner: object, callback: Callable[[Any], None]):
+    def when_decided(self, cases: list[tuple], owner: object, callback: Callable[[], None]):
         """Calls a function once some cases have verdicts; see `kernels.when_decided`."""
-        with self._waiting_lock:
-            self._waiting[owner] = cases, callback
+        key = object()
+        self._waiting[key] = cases, callback
+        weakref.finalize(owner, self._waiting.pop, key, None).atexit = False
         self._call_waiting()
 
     def _call_waiting(self):
         with self._waiting_lock:
-            decided = [(owner, callback) for owner, (cases, callback) in self._waiting.items()
-                       if all(self.verdict(*case)[0] != "pending" for case in cases)]
-            for owner, _ in decided:
-                del self._waiting[owner]
-        for owner, callback in decided:
-            submit(functools.partial(callback, owner))
+            for key, (cases, callback) in self._waiting.copy().items():
+                decided = all(self.verdict(*case)[0] != "pending" for case in cases)
+                if decided and self._waiting.pop(key, None):  # None: its owner was freed meanwhile
+                    submit(callback)
 
     def start(self, dtype: torch.dtype):
         """Has the kernels of all layouts validated, and then the products that models have needed

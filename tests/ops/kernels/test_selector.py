@@ -1,9 +1,11 @@
 """Which kernels a device uses. The backends are fakes that run plain torch on the CPU."""
+import functools
 import inspect
 import itertools
 import logging
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -494,23 +496,34 @@ def test_what_has_the_references_bits_is_used_once_proven_and_a_product_from_the
     assert found(kernels.current_load()) == [dequantize, multiply]
 
 
-def test_who_waits_for_verdicts_is_called_once_all_are_there_and_not_where_it_is_gone(use, later):
+def test_who_waits_for_verdicts_is_called_once_all_are_there_and_not_where_its_model_is_freed(
+        use, later):
+    """The thread keeps no model: ComfyUI fails where one is freed while it unloads others."""
     use(backend(kernel("dequantize", dequantize)))
-    case, calls = ("dequantize", Q4_0, torch.float32), []
-    patcher, gone = torch.nn.Module(), torch.nn.Module()
-    for owner in (patcher, gone):
-        kernels.when_decided(CPU, [case], owner, calls.append)
-    del owner, gone
+    case, calls, models, freed = ("dequantize", Q4_0, torch.float32), [], {}, []
+
+    def call(name):
+        del models[name]
+        calls.append((name, name in freed))
+
+    def wait_for_verdict(name):
+        models[name] = torch.nn.Module()
+        weakref.finalize(models[name], freed.append, name)
+        kernels.when_decided(CPU, [case], models[name], functools.partial(call, name))
+
+    wait_for_verdict("first")
+    wait_for_verdict("gone")
+    del models["gone"]
     kernels.request(CPU, [case])
     assert kernels.are_pending(CPU, [case]) and not calls
     later()  # the backend is known now
     kernels.request(CPU, [case])
     assert not calls
     later()
-    assert kernels.used(CPU, [Q4_0], torch.float32) == "made_up" and calls == [patcher]
-    kernels.when_decided(CPU, [case], patcher, calls.append)  # they are there already
+    assert kernels.used(CPU, [Q4_0], torch.float32) == "made_up"
+    wait_for_verdict("late")  # the verdict is there already
     later()
-    assert calls == [patcher] * 2
+    assert calls == [("first", True), ("late", True)]
 
 
 def test_verdicts_of_an_earlier_run_count_from_the_first_load_on(use, monkeypatch):
