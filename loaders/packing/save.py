@@ -19,7 +19,7 @@ import torch
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.packing.method_choice import SAMPLED_ROWS, output_errors
 from ...ops.packing.pack_tensor import pack_tensor
-from ...ops.packing.relative_error import SAMPLE_VALUES, RelativeError, float_values
+from ...ops.packing.relative_error import LOST, SAMPLE_VALUES, RelativeError, float_values
 from ...ops.packing.row_types import ROW_TYPES, pack_to_type
 from ...ops.quantize.row_source import RowSource
 from ...ops.quantize.second_moments import SecondMoments
@@ -140,6 +140,14 @@ class _Packed:
     retention: list[torch.Tensor] = field(default_factory=list)
     relative_error: RelativeError = field(default_factory=RelativeError)
     output_error: float | None = None
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether the type holds the values, or at least what the layer computes with them: packing
+        for known inputs gives up values that hardly count."""
+        error, output = self.relative_error, self.output_error
+        return error.is_small or (
+            output is not None and output <= LOST and not error.has_emptied_row)
 
 
 class WeightPacker:
@@ -332,16 +340,16 @@ class WeightPacker:
                 packed.retention.append(
                     self.retention.measure(base, changes, float_values(piece), start == 0))
             packed.relative_error.add(values, piece)
-            packed.output_error = self._output_error(values, piece, moments)
-        return packed if packed.relative_error.is_small else None
+            packed.output_error = self._output_error(packed, values, moments)
+        return packed if packed.holds_values else None
 
-    def _output_error(self, values: torch.Tensor | RowSource, piece: torch.Tensor,
+    def _output_error(self, packed: _Packed, values: torch.Tensor | RowSource,
                       moments: SecondMoments | None) -> float | None:
-        """Returns the relative error of a layer's output, None where it is not shown or not known.
-        """
-        if self.loss_kind in (RESULT, WEIGHTS) or moments is None or not is_packed(piece):
+        """Returns `_Packed.output_error` of a weight in one piece, None where nothing needs it."""
+        is_needed = self.loss_kind not in (RESULT, WEIGHTS) or not packed.relative_error.is_small
+        if not is_needed or moments is None or not is_packed(packed.pieces[0]):
             return None
-        return output_errors(values, [piece], moments, SAMPLED_ROWS)[0]
+        return output_errors(values, packed.pieces, moments, SAMPLED_ROWS)[0]
 
     def _try_pack_whole(
             self, weight: Weight, pack: Callable[[torch.Tensor | RowSource], torch.Tensor | None],
@@ -366,14 +374,14 @@ class WeightPacker:
             return None
         rows = min(weight.shape[0], max(1, SAMPLE_VALUES // source.columns))
         packed.relative_error.add(source.read(0, rows).cpu(), take_rows(piece, slice(0, rows)))
-        packed.output_error = self._output_error(source, piece, moments)
         packed.pieces.append(piece)
+        packed.output_error = self._output_error(packed, source, moments)
         for start, stop in slices if weight.patches else ():
             base, changes, _ = self._patched(weight, start, stop)
             if changes:
                 rows = float_values(take_rows(piece, slice(start, stop)))
                 packed.retention.append(self.retention.measure(base, changes, rows, start == 0))
-        return packed if packed.relative_error.is_small else None
+        return packed if packed.holds_values else None
 
     def _rows_of(self, weight: Weight) -> RowSource:
         """Returns a weight with its patches as a source of float32 rows; bad values raise."""

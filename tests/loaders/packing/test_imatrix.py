@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
-from patched_models import dense_flux, packed_flux
+from patched_models import dense_flux, packed_flux, relative
 from saving import save
 
+from featherweight.loaders.comfyui.quantized_weights import as_tensors, read_marked
 from featherweight.loaders.container.weight_file import WeightFileError
+from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.calibration import imatrix as imatrices
 from featherweight.loaders.packing.calibration.imatrix import (
     load_measurement,
@@ -24,6 +26,7 @@ from featherweight.loaders.packing_rules import PLAIN_BYTES
 from featherweight.loaders.paths import folders
 from featherweight.nodes.measure_sensitivity import MeasureSensitivity
 from featherweight.nodes.save_packed_model import SavePackedModel
+from featherweight.ops.packing import relative_error
 from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -410,3 +413,21 @@ def test_an_imatrix_is_found_in_the_folders_of_measurements_only(suffix, output)
     for name in (str(output.parent / f"outside{suffix}"), f"../../outside{suffix}", "i.txt"):
         with pytest.raises(WeightFileError, match="is in none of the folders of measurements"):
             folders.find_sensitivity(name)
+
+
+@pytest.mark.parametrize("target", ["Q2_K", 1_900_000])
+def test_a_layer_whose_inputs_are_alike_keeps_its_type_by_what_it_computes(
+        target, tmp_path, monkeypatch):
+    """Its values are further off than without a measurement: a size leaves no room for others."""
+    source = source_of_model(dense_flux("F16"))
+    moments = SecondMoments.zeros(source.shapes[QKV][1], 256)
+    few = torch.randn(1, 60, 256)
+    moments.blocks.copy_(few.mT @ few + 1e-4 * torch.eye(256))
+    moments.count = 1
+    measured = Sensitivity({}, {QKV: source.shapes[QKV]}, _moments={QKV: moments}.get)
+    monkeypatch.setattr(relative_error, "LOST", 0.1)  # Q2_K itself loses 0.08 of normal values
+    saved = save(source, tmp_path / "a.gguf", target, sensitivity=measured)
+    assert saved.types[QKV] == "Q2_K"
+    file = open_weights(saved.path)
+    stored = as_tensors(file, read_marked(file))[QKV].dequantize()
+    assert relative(stored.float(), source.weights[QKV].read(0, None).float()) ** 2 > 0.1
