@@ -10,7 +10,7 @@ from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.checkpoint_source import source_of_checkpoint
-from ..loaders.packing.layer_losses import LOSS_IN_LAYERS, LOSS_KEY
+from ..loaders.packing.layer_losses import LOSS_IN_LAYERS, LOSS_KEY, measuring_advice
 from ..loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,
@@ -237,6 +237,8 @@ class SavePackedModel(io.ComfyNode):
                 f"Not in the file, because it is not a weight: {', '.join(unsaved)}. Add the nodes"
                 " for it after the loader of the file."
             )
+        if not (measured or positive or type == KEEP_TYPES):
+            model_source.notes.append(measuring_advice())
         filename_prefix = fill_in(filename_prefix, source_name(model),
                                   getattr(getattr(cls, "hidden", None), "prompt", None))
         row_types = SIZES.get(type, ())

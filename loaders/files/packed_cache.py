@@ -54,8 +54,8 @@ def keeps(seconds: float) -> bool:
     return bool(os.environ.get(FOLDER)) or seconds > MIN_SECONDS
 
 
-def entry_path(file: WeightFile, types: PackedTypes, folder: Path | None,
-               suffix: str) -> Path | None:
+def entry_path(file: WeightFile, types: PackedTypes, folder: Path | None, suffix: str,
+               measurement: FileState | None = None) -> Path | None:
     """Returns the path of the entry for these weights of a file, None if they are not cached.
 
     Args:
@@ -63,11 +63,14 @@ def entry_path(file: WeightFile, types: PackedTypes, folder: Path | None,
         types: of the weights that are packed.
         folder: of the cache.
         suffix: of the entry, ".safetensors" or ".gguf".
+        measurement: by which they are rounded.
     """
     if folder is None or not types:
         return None
     files = [(str(path.resolve()), state.identity) for path, state in zip(file.paths, file.states)]
-    recipe = [PACKER_VERSION, files, sorted(types.items())]
+    recipe: list = [PACKER_VERSION, files, sorted(types.items())]
+    if measurement is not None:
+        recipe.append(measurement)
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:40]
     return folder / f"{CURRENT}{digest}{suffix}"
 

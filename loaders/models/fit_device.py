@@ -15,6 +15,7 @@ from ..byte_sizes import GB, size_text
 from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
 from ..container.weight_file import WeightFileError
 from ..name_lists import join_some
+from ..packing.layer_losses import measuring_advice
 from ..packing.planning.fit import (
     FAST_FORMAT,
     FLOOR,
@@ -24,15 +25,17 @@ from ..packing.planning.fit import (
     Sizes,
     Weights,
     choose,
+    experts_of,
     is_video,
     longer_step,
     shares,
     smaller_model,
     step_memory,
+    step_seconds,
     step_tokens,
 )
 from ..packing.planning.plan import DIGITS
-from .pack_on_load import measured_costs, size_of_target, size_target
+from .pack_on_load import measurement_of, size_of_target, size_target
 
 FIT = "fit this GPU"  # in place of a type to pack to
 FIT_KEY = "featherweight_fit"  # attachment of a patcher: its `Targets`
@@ -94,8 +97,8 @@ def model_targets(pack_to: str | None, paths: Sequence[str], device: torch.devic
         files.append(_weights(contents, tensors, prefix))
     step = step_memory(config) if config else None
     memory = Memory.of(device)
-    return _targets(pack_to, paths, files, memory, device,
-                    partial(memory.for_model, step[0] if step else None), config,
+    room_for = partial(memory.for_model, step[0] if step else None, experts=experts_of(config))
+    return _targets(pack_to, paths, files, memory, device, room_for, config,
                     FAST_FORMAT not in formats)
 
 
@@ -143,19 +146,21 @@ def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights]
         targets = tuple(map(size_target, shares(choice.target, files)))
     else:
         targets = (choice.target or None,) * len(files)
-    copying = ""
+    tokens, copying = step_tokens(config) if config else 0, ""
     if choice.copied:
         copying = f"{size_text(choice.copied, DIGITS)} copied in each step"
-        share = longer_step(choice.copied, sizes.values, step_tokens(config) if config else 0,
-                            device)
+        share = longer_step(choice.copied, sizes.values, tokens, device)
         copying += "" if share is None else f", about {share:.0%} longer (estimate)"
-    smaller = ""
-    if config and choice.lack:
-        smaller = smaller_model(sizes.values, is_video(config))
-    return Targets(targets, _text(choice, memory, copying, smaller), copying)
+    texts = [_text(choice, memory, copying)]
+    if config and choice.lack and (smaller := smaller_model(sizes.values, is_video(config))):
+        texts.append(f"A smaller model, such as {smaller}, gives better images.")
+    if config and choice.grade and not sizes.is_measured:
+        seconds = step_seconds(sizes.values, tokens, device)
+        texts.append(measuring_advice(len(sizes.matrices), seconds))
+    return Targets(targets, " ".join(texts), copying)
 
 
-def _text(choice: Choice, memory: Memory, copying: str, smaller: str) -> str:
+def _text(choice: Choice, memory: Memory, copying: str) -> str:
     room = size_text(choice.room)
     if not (choice.target or copying):
         return f"The file fits unchanged: its weights may take {room} of {memory.text}."
@@ -173,8 +178,6 @@ def _text(choice: Choice, memory: Memory, copying: str, smaller: str) -> str:
     if choice.lack:
         texts.append(f"{FLOOR}, which loses less, takes {size_text(choice.lack)} more than there"
                      " is for it in main memory.")
-        if smaller:
-            texts.append(f"A smaller model, such as {smaller}, gives better images.")
     return " ".join(texts)
 
 
@@ -184,4 +187,5 @@ def _weights(contents: Contents, tensors: dict[str, torch.Tensor], prefix: str =
               if name.startswith(prefix)}
     stored = {name.removeprefix(prefix): tensor for name, tensor in contents.tensors.items()
               if name.startswith(prefix)}
-    return Weights.of(shapes, stored, contents.file and measured_costs(contents.file, shapes))
+    measured = contents.file and measurement_of(contents.file, shapes)
+    return Weights.of(shapes, stored, measured.costs if measured else None)

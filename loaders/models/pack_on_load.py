@@ -20,6 +20,7 @@ import torch
 
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.log import log
+from ...ops.packing.method_choice import SAMPLED_ROWS, output_errors
 from ...ops.packing.pack_tensor import pack_tensor
 from ...ops.packing.relative_error import RelativeError, holds
 from ...ops.packing.row_types import ROW_TYPES, format_of, pack_to_type
@@ -32,6 +33,7 @@ from ..comfyui.model_summary import PACK_STATS_KEY, format_name, title_of
 from ..container.weight_file import (
     PLAIN_DTYPES,
     FileChangeGuard,
+    FileState,
     WeightFile,
     WeightFileError,
     safe_repr,
@@ -40,6 +42,7 @@ from ..devices import CPU
 from ..families import rules_for
 from ..files import packed_cache
 from ..out_of_memory import is_out_of_memory
+from ..packing.calibration.imatrix import load_measurement
 from ..packing.calibration.sensitivity import Sensitivity, SensitivityError
 from ..packing.layer_losses import WEIGHTS, loss_text, total
 from ..packing.planning.plan import (
@@ -49,7 +52,7 @@ from ..packing.planning.plan import (
     plan_for_type,
 )
 from ..packing_rules import Shapes, bytes_in_file, half_type
-from ..paths.folders import packed_folder, sensitivity_of
+from ..paths.folders import imatrix_of, packed_folder, sensitivity_of
 from ..progress import Progress
 from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
 
@@ -169,21 +172,29 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
         and tensor.dtype.is_floating_point and tensor.numel()
     }
     size = size_of_target(pack_to)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    measured, measurement_state = None, None
+    if size is not None and (path := measurement_path(file)):
+        measurement_state = FileState.of(path)
+        measured = measurement_of(file, {
+            name.removeprefix(prefix): shape for name, shape in shapes.items()})
+        if measured:
+            log.info("%s is packed by %s", file.name, os.path.basename(path))
     try:
-        types, is_measured = _types_for(file, weights, pack_to if size is None else size,
-                                        prefix)
+        types = _types_for(weights, pack_to if size is None else size, prefix,
+                           measured and measured.costs)
     except PlanError as error:
         raise WeightFileError(f"{file.name}: {error}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wanted = {name: (types[name], shapes[name]) for name, tensor in weights.items()
               if not _stays(tensor, types[name], size is not None)}
     to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
     folder = packed_cache.folder(packed_folder())
-    path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to))
+    path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to),
+                                   measured and measurement_state)
     entry = packed_cache.read(path, partial(read_entry, wanted={
         name.removeprefix(prefix): each for name, each in wanted.items()}))
     guard, losses, is_second = _guard_of(state_dict), {}, False
-    packer = _Packer(file, guard, device)
+    packer = _Packer(file, guard, device, measured, prefix)
     sources = collections.Counter()
     unchanged = collections.Counter()
     unfit = []
@@ -218,7 +229,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
     guard()
     cache, loss = ("read", entry.loss) if entry else (
         "", total(losses, WEIGHTS, {name: math.prod(shapes[name]) for name in losses}))
-    if is_measured:
+    if measured:
         loss = 0.0
     if not entry and packed_cache.keeps(time.perf_counter() - started):
         tensors = entry_weights(state_dict, prefix)
@@ -275,38 +286,44 @@ def _bytes_of(tensor: torch.Tensor | JoinedRows) -> int:
                for part in parts)
 
 
-def _types_for(file: WeightFile, weights: Mapping[str, torch.Tensor | JoinedRows],
-               target: str | int, prefix: str) -> tuple[dict[str, str], bool]:
-    """Returns name -> type of each weight, by the plan for a type or for bytes; and whether that
-    for bytes used a measurement of the model, as it does if there is one.
-    """
+def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: str | int, prefix: str,
+               costs: Mapping[str, Mapping[str, float]] | None) -> dict[str, str]:
+    """Returns name -> type of each weight, by the plan for a type or for bytes."""
     shapes = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in weights.items()}
     halves = {
         name.removeprefix(prefix): half_type(tensor.dtype) for name, tensor in weights.items()
     }
-    rules, costs = rules_for(shapes), None
+    rules = rules_for(shapes)
     if isinstance(target, int):
-        if costs := measured_costs(file, shapes):
-            log.info("%s is packed by its measurement", file.name)
         packed = {name.removeprefix(prefix): _bytes_of(tensor) for name, tensor in weights.items()
                   if is_packed(tensor)}
         planned = plan_for_size(shapes, target, rules, costs, halves, packed=packed).types
     else:
         planned = plan_for_type(shapes, target, rules, halves).types
-    return {name: planned[name.removeprefix(prefix)] for name in weights}, costs is not None
+    return {name: planned[name.removeprefix(prefix)] for name in weights}
 
 
-def measured_costs(file: WeightFile, shapes: Shapes) -> dict[str, dict[str, float]] | None:
-    """Returns the costs that the measurement of a model has, None where there is none of it."""
-    path = sensitivity_of(file.path)
+def measurement_path(file: WeightFile) -> str | None:
+    """Returns the path of a model's measurement, or of an imatrix next to its file; None where
+    there is neither."""
+    return sensitivity_of(file.path) or imatrix_of(file.path)
+
+
+def measurement_of(file: WeightFile, shapes: Shapes) -> Sensitivity | None:
+    """Returns what is at the `measurement_path` of a model, None where that does not fit it.
+
+    Args:
+        file: of the model.
+        shapes: of its weights, in the host's names.
+    """
+    path = measurement_path(file)
     if path is None:
         return None
     try:
-        costs = Sensitivity.load(path).match(shapes).costs
-    except SensitivityError as error:
+        return load_measurement(path).match(shapes)
+    except (SensitivityError, WeightFileError) as error:
         log.warning("%s", error)
         return None
-    return costs
 
 
 def _source_format(tensor: torch.Tensor | JoinedRows) -> str:
@@ -344,12 +361,17 @@ class _Packer:
         file: for messages.
         guard: of the file, which is read twice.
         device: packs the weights.
+        measured: of the model, by which weights are rounded to types of GGUF.
+        prefix: of the model's names.
     """
 
-    def __init__(self, file: WeightFile, guard: FileChangeGuard, device: torch.device):
+    def __init__(self, file: WeightFile, guard: FileChangeGuard, device: torch.device,
+                 measured: Sensitivity | None = None, prefix: str = ""):
         self.file = file
         self.guard = guard
         self.device = device
+        self.measured = measured
+        self.prefix = prefix
         self._has_logged = False
 
     def pack(self, name: str, tensor: torch.Tensor | JoinedRows,
@@ -399,14 +421,18 @@ class _Packer:
     def _pack_on(self, device: torch.device, name: str, tensor: torch.Tensor | JoinedRows,
                  type_name: str) -> tuple[torch.Tensor, RelativeError]:
         values, error = _read_dense(tensor, device), RelativeError()
+        moments = self.measured and self.measured.moments(name.removeprefix(self.prefix))
         try:
             if type_name in ROW_TYPES:
                 packed = pack_to_type(values, ROW_TYPES[type_name]).to(CPU)
             else:
-                packed = pack_tensor(values, FORMATS[type_name]).to(CPU)
+                packed = pack_tensor(values, FORMATS[type_name], moments).to(CPU)
             self.guard()
             error.add(values, packed)
-            if error.is_small:
+            output_error = None
+            if moments and not error.is_small and is_packed(packed):
+                output_error, = output_errors(values, [packed], moments, SAMPLED_ROWS)
+            if error.is_held(output_error):
                 return packed, error
         except FormatError as problem:
             if not isinstance(problem, TooLargeError):

@@ -19,7 +19,7 @@ import torch
 from ...ops.formats.base import FORMATS, FormatError, TooLargeError
 from ...ops.packing.method_choice import SAMPLED_ROWS, output_errors
 from ...ops.packing.pack_tensor import pack_tensor
-from ...ops.packing.relative_error import LOST, SAMPLE_VALUES, RelativeError, float_values
+from ...ops.packing.relative_error import SAMPLE_VALUES, RelativeError, float_values
 from ...ops.packing.row_types import ROW_TYPES, pack_to_type
 from ...ops.quantize.row_source import RowSource
 from ...ops.quantize.second_moments import SecondMoments
@@ -142,12 +142,9 @@ class _Packed:
     output_error: float | None = None
 
     @property
-    def holds_values(self) -> bool:
-        """Whether the type holds the values, or at least what the layer computes with them: packing
-        for known inputs gives up values that hardly count."""
-        error, output = self.relative_error, self.output_error
-        return error.is_small or (
-            output is not None and output <= LOST and not error.has_emptied_row)
+    def is_held(self) -> bool:
+        """See `RelativeError.is_held`."""
+        return self.relative_error.is_held(self.output_error)
 
 
 class WeightPacker:
@@ -341,7 +338,7 @@ class WeightPacker:
                     self.retention.measure(base, changes, float_values(piece), start == 0))
             packed.relative_error.add(values, piece)
             packed.output_error = self._output_error(packed, values, moments)
-        return packed if packed.holds_values else None
+        return packed if packed.is_held else None
 
     def _output_error(self, packed: _Packed, values: torch.Tensor | RowSource,
                       moments: SecondMoments | None) -> float | None:
@@ -381,7 +378,7 @@ class WeightPacker:
             if changes:
                 rows = float_values(take_rows(piece, slice(start, stop)))
                 packed.retention.append(self.retention.measure(base, changes, rows, start == 0))
-        return packed if packed.holds_values else None
+        return packed if packed.is_held else None
 
     def _rows_of(self, weight: Weight) -> RowSource:
         """Returns a weight with its patches as a source of float32 rows; bad values raise."""

@@ -337,6 +337,14 @@ def sensitivity_of(model_path: str | os.PathLike) -> str | None:
     return None
 
 
+def imatrix_of(model_path: str | os.PathLike) -> str | None:
+    """Returns the path of an imatrix next to a model's file that has the model's name:
+    NAME.imatrix.gguf, NAME.imatrix.dat or NAME.dat; None if there is none."""
+    stem = os.path.splitext(os.path.normpath(model_path))[0]
+    suffixes = (*IMATRIX_SUFFIXES, ".dat")
+    return next(filter(os.path.isfile, (f"{stem}{suffix}" for suffix in suffixes)), None)
+
+
 def new_sensitivity_path(name: str) -> str:
     """Returns the path of a new measurement: the next number in `output/sensitivity`, which is made
     if needed.

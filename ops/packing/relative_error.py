@@ -54,6 +54,17 @@ class RelativeError:
         """Whether the type holds the values; False if they became NaN."""
         return self.error <= LOST * self.power and not self.has_emptied_row
 
+    def is_held(self, output_error: float | None) -> bool:
+        """Whether the type holds the values, or at least what the layer computes with them: packing
+        for known inputs gives up values that hardly count.
+
+        Args:
+            output_error: Power of the error of the layer's output over the output's, None where it
+                is not known.
+        """
+        return self.is_small or (output_error is not None and output_error <= LOST
+                                 and not self.has_emptied_row)
+
 
 def _usual_magnitude(values: torch.Tensor) -> float:
     """Returns the mean magnitude of the middle one of some rows (N, ...), without its largest."""

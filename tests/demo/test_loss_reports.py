@@ -1,24 +1,19 @@
 """What Save Packed Model says of losses, against images of the demo's model: within each kind of
 figure, the file with the larger figure is the one further from the dense model."""
-import functools
 import itertools
 import re
 
-from devtools.measure import packing_quality
 from devtools.measure.painter import Painter
 from devtools.measure.weights import snr
 
 import pytest
 import torch
-from user_kernels import kernels_of_this_machine
 
 from demo_model import scenes
-from devtools.files import demo_files
 from featherweight.loaders.comfyui.who_computes import EXACT
 from featherweight.loaders.inspect import inspect
 from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.calibration.imatrix import load_measurement, write_imatrix
 from featherweight.loaders.packing.layer_losses import LOSS_IN_LAYERS
 from featherweight.loaders.packing.planning.file_plan import SaveOptions, plan_file, suffix_for
 from featherweight.loaders.packing.save import save
@@ -43,31 +38,6 @@ CASES = {  # (kind, effort) -> targets, captions to measure, images to compare
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def maker(tmp_path_factory):
-    with kernels_of_this_machine():
-        yield packing_quality.Maker(demo_files.flux(), tmp_path_factory.mktemp("demo"))
-
-
-@pytest.fixture
-def measured(maker, monkeypatch):
-    """Returns the measurement of a kind, made with a number of captions."""
-    @functools.cache
-    def measurement(kind: str, captions: int):
-        if kind == "none":
-            return None
-        monkeypatch.setattr(packing_quality, "CALIBRATION", captions)
-        monkeypatch.setattr(packing_quality, "TOGETHER", min(16, captions))
-        found = maker.sensitivity("fast" if kind in ("fast", "imatrix") else kind)
-        path = maker.folder / ("made.imatrix.gguf" if kind == "imatrix" else "made.sensitivity")
-        if kind == "imatrix":
-            write_imatrix(found, path)
-        else:
-            found.save(path)
-        return load_measurement(str(path))
-    return measurement
 
 
 def saved(maker, target, measurement, name: str = "saved"):

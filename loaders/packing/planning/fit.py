@@ -28,6 +28,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy.cli_args import args
@@ -99,16 +100,17 @@ class Memory:
         """It in words: "a GPU of 12 GB", "16 GB of main memory"."""
         return f"{self.gib} GB of main memory" if self.is_shared else f"a GPU of {self.gib} GB"
 
-    def for_model(self, step_bytes: float | None, workspace: int = 0) -> int:
+    def for_model(self, step_bytes: float | None, workspace: int = 0, experts: int = 1) -> int:
         """Returns the bytes for the weights of a diffusion model.
 
         Args:
             step_bytes: of `step_memory`, None if not known.
             workspace: of `workspace_bytes`, 0 where nothing is packed.
+            experts: of `experts_of`: memory that is shared holds them all.
         """
         total = self.gib * GIB
         if self.is_shared:
-            return int(total * MODEL_SHARE)
+            return int(total * MODEL_SHARE / experts)
         if step_bytes is None:
             step_bytes = total * UNKNOWN_STEP_SHARE
         used = SYSTEM_BYTES + self.reserve + max(MIN_STEP_BYTES, step_bytes) + workspace
@@ -136,8 +138,7 @@ class Memory:
         if model is None:
             return int(nbytes * 2 / 3)
         encoders = sum(min(map(_values_of_encoder, group)) for group in model.encoder_groups)
-        is_it = (type(config).__name__, config.unet_config.get("dim")) == (model.host, model.width)
-        return max(0, int(nbytes - ENCODER_BYTES * encoders)) // (model.experts if is_it else 1)
+        return max(0, int(nbytes - ENCODER_BYTES * encoders)) // experts_of(config)
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,19 @@ class Sizes:
         return any(file.packed for file in self.files)
 
     @property
+    def matrices(self) -> list[tuple[int, ...]]:
+        """Shapes of all matrices, with each of which a token is multiplied once."""
+        return [shape for file in self.files for shape in file.shapes.values() if len(shape) > 1]
+
+    @property
     def values(self) -> int:
-        """The values of all matrices, each of which a token is multiplied with once."""
-        return sum(math.prod(shape) for file in self.files for shape in file.shapes.values()
-                   if len(shape) > 1)
+        """The values of all matrices."""
+        return sum(map(math.prod, self.matrices))
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a measurement says what each type costs."""
+        return any(file.costs for file in self.files)
 
     def grade(self, size: int) -> str:
         """Returns the largest type of GRADES that a mix of a size is as good as."""
@@ -276,6 +286,15 @@ def choose(sizes: Sizes, room_for: Callable[[int], int], multiplies_int8: bool =
     return Choice(size, room, max(0, size - room), sizes.grade(size), lack)
 
 
+def experts_of(config: BASE | None) -> int:
+    """Returns how many models like this one draw an image in turn, as Wan 2.2's two do."""
+    model = None if config is None else model_of(config)
+    if config is None or model is None:
+        return 1
+    is_it = (type(config).__name__, config.unet_config.get("dim")) == (model.host, model.width)
+    return model.experts if is_it else 1
+
+
 def is_video(config: BASE) -> bool:
     """Returns whether the usual size of a model is one of videos."""
     usual = _usual_latents(config)
@@ -300,17 +319,31 @@ def longer_step(copied: int, values: int, tokens: int, device: torch.device) -> 
         tokens: of a step.
         device: that computes.
     """
-    if device.type != "cuda" or not tokens:
+    seconds = step_seconds(values, tokens, device)
+    if seconds is None:
         return None
-    card = torch.cuda.get_device_properties(device)
-    capability = AMD if torch.version.hip else (card.major, card.minor)
-    _, link, operations = next(row for row in GENERATIONS if row[0] <= capability)
+    card, link, _ = _usual_card(device)
     if HALF_LINKS.search(card.name):
         link /= 2
     if args.disable_pinned_memory:
         link /= 2
-    seconds = 2 * values * tokens / (card.multi_processor_count * operations * EFFICIENCY)
     return copied / link / seconds
+
+
+def step_seconds(values: int, tokens: int, device: torch.device) -> float | None:
+    """Estimates the seconds of a step that copies nothing; args and None as for `longer_step`."""
+    if device.type != "cuda" or not tokens:
+        return None
+    card, _, operations = _usual_card(device)
+    return 2 * values * tokens / (card.multi_processor_count * operations * EFFICIENCY)
+
+
+def _usual_card(device: torch.device) -> tuple[Any, float, float]:
+    """Returns what torch says of a GPU, and of GENERATIONS the bytes a second over its link and the
+    operations a second of a multiprocessor."""
+    card = torch.cuda.get_device_properties(device)
+    capability = AMD if torch.version.hip else (card.major, card.minor)
+    return card, *next(row for row in GENERATIONS if row[0] <= capability)[1:]
 
 
 def shares(size: int, files: Sequence[Weights]) -> list[int]:

@@ -31,6 +31,7 @@ from featherweight.loaders.models.pack_on_load import size_of_target, size_targe
 from featherweight.loaders.models.placement import placed_text
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
+from featherweight.loaders.packing.layer_losses import measuring_advice
 from featherweight.loaders.packing.planning import fit
 from featherweight.loaders.packing.planning.fit import (
     GIB,
@@ -76,7 +77,7 @@ def room(monkeypatch):
     """Function that gives every device this many bytes for weights."""
     def give(nbytes: float, **attributes):
         monkeypatch.setattr(fit, "STEP", STEP)
-        monkeypatch.setattr(Memory, "for_model", lambda *_: int(nbytes))
+        monkeypatch.setattr(Memory, "for_model", lambda *_, **__: int(nbytes))
         monkeypatch.setattr(Memory, "for_encoder", lambda *_: int(nbytes))
         memory = Memory(12, **attributes)
         monkeypatch.setattr(Memory, "of", classmethod(lambda cls, device: memory))
@@ -236,6 +237,9 @@ def test_the_longer_step_follows_from_the_generation_and_the_usual_link(card, le
     monkeypatch.setattr(fit.args, "disable_pinned_memory", True)
     assert fit.longer_step(950_000_000, 11_900_000_000, 4096, device) == pytest.approx(2 * share)
     assert fit.longer_step(950_000_000, 11_900_000_000, 4096, torch.device("cpu")) is None
+    seconds = fit.step_seconds(11_900_000_000, 4096, device)
+    minutes = round((96 + 4 * 504) * seconds / 60)
+    assert f"about {minutes} min (estimate)" in measuring_advice(504, seconds)
 
 
 def test_packed_files_are_left_as_they_are_where_they_fit_and_never_become_int8(monkeypatch):
@@ -411,6 +415,16 @@ def test_text_encoders_of_one_clip_share_the_room(share, room, tmp_path):
         assert digest(again.patcher) == digest(clip.patcher)
 
 
+def test_memory_that_is_shared_holds_both_experts_of_a_model():
+    configs = {model.name: model.config() for model in REAL}
+    wan, small = (configs[name] for name in ("Wan 2.1 14B T2V, Wan 2.2 14B (each of its two)",
+                                             "Wan 2.1 1.3B"))
+    assert [fit.experts_of(config) for config in (wan, small, None)] == [2, 1, 1]
+    mac, card = Memory(64, True), Memory(24)
+    assert mac.for_model(GIB, experts=2) == mac.for_model(GIB) // 2 == 16 * GIB
+    assert card.for_model(GIB, experts=2) == card.for_model(GIB)  # one at a time
+
+
 def test_the_measurement_of_the_model_decides_where_bits_go(monkeypatch):
     target = size_target(int(FLUX_BYTES * 0.35))
     plain = load_diffusion_model(flux_in_bfloat16(), pack_to=target)
@@ -427,6 +441,17 @@ def test_the_measurement_of_the_model_decides_where_bits_go(monkeypatch):
     assert model.model_size() <= size_of_target(target) + UNPLANNED
     # what the weights lose says nothing of the image then
     assert "loss: " in memory_summary(plain) and "loss: " not in memory_summary(model)
+
+
+def test_who_has_a_mix_without_a_measurement_reads_what_one_gives(monkeypatch, room):
+    room(FLUX_BYTES * 0.3)
+    assert measuring_advice() in fit_text(load_diffusion_model(flux_in_bfloat16(), pack_to=FIT))
+    path = f"{folder().name}/bf16 to fit_00003_.sensitivity"
+    name = "double_blocks.0.img_mlp.0.weight"
+    Sensitivity({name: {"Q4_K": 1.0}}, {name: tuple(tiny_flux()[name].shape)}).save(path)
+    monkeypatch.setattr(pack_on_load, "sensitivity_of", lambda model_path: path)
+    text = fit_text(load_diffusion_model(flux_in_bfloat16(), pack_to=FIT))
+    assert "as good as" in text and "Measure Sensitivity" not in text
 
 
 def test_a_size_that_is_too_small_is_refused_in_a_sentence():

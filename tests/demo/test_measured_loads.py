@@ -1,0 +1,59 @@
+"""What the loaders pack to a size by a measurement, or by an imatrix next to the model's file, is
+nearer to the dense model than what they pack without."""
+import os
+
+from devtools.measure.painter import Painter
+from devtools.measure.weights import snr
+
+import pytest
+import torch
+
+from demo_model import scenes
+from featherweight.loaders.files import packed_cache
+from featherweight.loaders.models import pack_on_load
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.loaders.models.pack_on_load import size_target
+from featherweight.loaders.packing.calibration.imatrix import write_imatrix
+
+SIZE = size_target(4_500_000)
+CAPTIONS = IMAGES = 4
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def decibels(maker, monkeypatch):
+    """Returns how near what is loaded from the demo's dense file is to it."""
+    monkeypatch.setenv(packed_cache.FOLDER, str(maker.folder / "packed"))
+    monkeypatch.setattr(packed_cache, "keeps", lambda seconds: True)
+    captions = [scene.caption() for scene in scenes.all_scenes()[1][:IMAGES]]
+    painter, dense = Painter(captions, maker.folder), maker.dense_model()
+    wanted = painter.latents(dense, IMAGES)
+
+    def loaded() -> float:
+        model = load_diffusion_model(str(maker.folder / "dense.safetensors"), pack_to=SIZE)
+        model.set_model_compute_dtype(torch.float32)
+        return snr(painter.latents(model, IMAGES), wanted)
+    return loaded
+
+
+def test_by_a_measurement(decibels, maker, measured, monkeypatch):
+    without = decibels()
+    measured("normal", CAPTIONS)
+    path = str(maker.folder / "made.sensitivity")
+    monkeypatch.setattr(pack_on_load, "sensitivity_of", lambda model_path: path)
+    assert decibels() > without + 8
+    os.utime(path, ns=(0, 0))  # a new measurement: nothing of the cache is of it
+    monkeypatch.setattr(pack_on_load.Sensitivity, "moments", lambda self, name: None)
+    assert decibels() < without + 8
+
+
+@pytest.mark.parametrize("suffix", [".imatrix.gguf", ".dat"])
+def test_by_an_imatrix_with_the_models_name(suffix, decibels, maker, measured):
+    without = decibels()
+    beside = maker.folder / f"dense{suffix}"
+    write_imatrix(measured("fast", CAPTIONS), beside)
+    assert decibels() > without + 0.7
+    beside.write_bytes(beside.read_bytes()[:4000])  # damaged: it is packed without
+    assert decibels() == without
+    beside.unlink()
