@@ -10,6 +10,7 @@ ComfyUI computes in 16 bits here, with torch's reference in place of kernels.
 import dataclasses
 import functools
 import gc
+import random
 import re
 from pathlib import Path
 
@@ -35,6 +36,10 @@ from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.fit_device import FIT, Targets, fit_text, model_targets
 from featherweight.loaders.models.pack_on_load import size_of_target, size_target
 from featherweight.loaders.packing.planning import fit
+from featherweight.loaders.packing.planning.plan import types_for
+from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.layers.comfyui_operations import operations_for
+from featherweight.ops.packing.pack_tensor import pack_tensor
 from featherweight.ops.patcher.residency import PAGE
 
 STATIC, DYNAMIC = pytest.mark.fake_gpus, pytest.mark.fake_gpus(dynamic=True)
@@ -47,6 +52,7 @@ INPUTS = 300_000  # bytes that two steps copy in addition to LoRAs
 RANK = 4
 LARGER = 1.1  # times the size that was chosen: the share for LoRAs is not full here
 HEADROOM = 384 << 20  # bytes that comfy-aimdo keeps free on a GPU of any size, see `unscaled`
+BY_TORCH = 96 << 20  # bytes
 PAGES = 3  # of dynamic VRAM: of the model, of its LoRAs and of the ControlNet one each is not full
 
 MODELS = {"flux": scaled_gpus.flux(), "wide flux": scaled_gpus.flux(512),
@@ -364,6 +370,25 @@ def test_what_is_chosen_stays_on_the_gpu_and_what_is_larger_does_not(name, gib, 
         comfy.model_management.unload_all_models()
         gc.collect()
         check_larger(card, fitted, monkeypatch)
+
+
+@STATIC
+def test_a_dequantized_weight_takes_what_is_counted_for_it(gpus):
+    """Until kernels are proven, torch's reference takes BY_TORCH more, of weights of any size."""
+    formats = types_for((8192, 4096))
+    for name in random.sample(formats, 3):
+        rows, columns = random.choice([(8192, 4096), (4096, 8192), (2048, 2048)])
+        weight = pack_tensor(torch.randn(64, columns).repeat(rows // 64, 1), FORMATS[name])
+        layer = operations_for({"weight": weight}).Linear(columns, rows, bias=False)
+        layer.load_state_dict({"weight": weight})
+        layer.to(GPU)
+        x = torch.randn(4, columns, dtype=torch.bfloat16, device=GPU)
+        before = gpus.used()
+        gpus.reset()
+        y = layer(x)
+        counted = fit.workspace_bytes({"weight": (rows, columns)})
+        taken = gpus.peak() - before - y.nbytes
+        assert counted <= taken <= counted + BY_TORCH, (name, rows, columns)
 
 
 @STATIC
