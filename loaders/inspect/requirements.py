@@ -9,7 +9,6 @@ from ..devices import CPU
 from ..encoders.encoder_sets import set_text
 from ..families import model_of
 from ..packing.planning.fit import (
-    GRADES,
     Choice,
     Memory,
     Sizes,
@@ -96,7 +95,7 @@ def fit_cards(config: BASE, weights: Weights, packed: bool) -> tuple[str, list[C
 
 
 def _fit_text(choice: Choice) -> str:
-    text = f"as good as {choice.grade} ({GRADES[choice.grade]})"
+    text = choice.grade_text
     return f"{text}, {size_text(choice.copied)} copied in each step" if choice.copied else text
 
 

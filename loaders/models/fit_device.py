@@ -19,7 +19,6 @@ from ..packing.layer_losses import measuring_advice
 from ..packing.planning.fit import (
     FAST_FORMAT,
     FLOOR,
-    GRADES,
     Choice,
     Memory,
     Sizes,
@@ -170,9 +169,8 @@ def _text(choice: Choice, memory: Memory, copying: str) -> str:
     elif isinstance(choice.target, str):
         texts.append(f"{choice.target} at pack to gives the same on every device.")
     else:
-        texts.append(f"as good as {choice.grade} ({GRADES[choice.grade]}). mix for a size,"
-                     f" {choice.target / GB:.{DIGITS}f} GB, at pack to gives the same on every"
-                     " device.")
+        texts.append(f"{choice.grade_text}. mix for a size, {choice.target / GB:.{DIGITS}f} GB,"
+                     " at pack to gives the same on every device.")
     if copying:
         texts.append(f"{copying}: Place Model (Featherweight) shows it.")
     if choice.lack:

@@ -39,7 +39,8 @@ from ....ops.tensor.packed_layout import is_packed
 from ...devices import CPU, total_memory
 from ...families import model_of, rules_for
 from ...packing_rules import PLAIN_BYTES, Shapes
-from .plan import bytes_as_good_as, least_bytes, plan_for_type
+from ..layer_losses import WEIGHTS, loss_text
+from .plan import bytes_as_good_as, least_bytes, plan_for_type, relative_error
 
 GIB = 2 ** 30
 STEP = 10 ** 7  # bytes: sizes are multiples, so that the number shown is the number used
@@ -53,8 +54,7 @@ UNKNOWN_STEP_SHARE = 1 / 4  # of a GPU, for models whose step is not known
 FAST_TYPE = "int8_convrot"
 FAST_FORMAT = "int8_tensorwise"  # ComfyUI's name of it
 FLOOR, LAST_FLOOR = "Q4_K", "Q3_K"  # types below which weights go only where memory ends
-GRADES = {"Q8_0": "hardly any loss", "Q6_K": "very little loss", "Q5_K": "little loss",
-          "Q4_K": "some loss", "Q3_K": "visible loss", "Q2_K": "heavy loss"}
+GRADES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")  # that a mix may be as good as
 MAIN_SHARE = 0.6  # of the main memory, for all files of a model and its text encoder
 ENCODER_BYTES = 0.6  # of a value of a text encoder in FLOOR
 HALF_BYTES = 2  # of a value that ComfyUI computes in 16 bits
@@ -231,7 +231,7 @@ class Sizes:
     def grade(self, size: int) -> str:
         """Returns the largest type of GRADES that a mix of a size is as good as."""
         return next((type_name for type_name in GRADES if self.as_good_as[type_name] <= size),
-                    list(GRADES)[-1])
+                    GRADES[-1])
 
     def _size(self, needs: Sequence[int]) -> int:
         """Returns the least multiple of STEP that all files have room in."""
@@ -255,6 +255,12 @@ class Choice:
     copied: int = 0
     grade: str = ""
     lack: int = 0
+
+    @property
+    def grade_text(self) -> str:
+        """The grade in words: "as good as Q4_K, loss: small (7 % of the weights)"."""
+        loss = loss_text(relative_error(self.grade), WEIGHTS)
+        return f"as good as {self.grade}, loss: {loss}"
 
 
 def choose(sizes: Sizes, room_for: Callable[[int], int], multiplies_int8: bool = False,

@@ -126,16 +126,17 @@ def test_cards_say_what_fits_what_stays_outside_and_what_fit_chooses(monkeypatch
     step, _ = step_memory(flux.config())
     assert [card.gib for card in found.cards] == list(CARDS)
     assert [card.fit for card in found.cards] == [
-        "as good as Q4_K (some loss), 3.0 GB copied in each step",
-        "as good as Q4_K (some loss), 946.4 MB copied in each step",
-        "as good as Q6_K (very little loss)", *["as good as Q8_0 (hardly any loss)"] * 2]
+        "as good as Q4_K, loss: small (7 % of the weights), 3.0 GB copied in each step",
+        "as good as Q4_K, loss: small (7 % of the weights), 946.4 MB copied in each step",
+        "as good as Q6_K, loss: very small (1.7 % of the weights)",
+        *["as good as Q8_0, loss: very small (0.54 % of the weights)"] * 2]
     for card in found.cards:
         room = card.gib * GIB * 23 / 24 - step - 1.1 * GIB
         in_16_bits = found.memory_bytes / 2
         assert card.missing == pytest.approx(max(0, in_16_bits - room), abs=2)
     text = inspection_text(found)
     assert "card of 6" in text and "stay in the computer's memory" in text
-    assert "; fit this GPU, without int8: as good as Q6_K (very little loss)" in text
+    assert "; fit this GPU, without int8: as good as Q6_K, loss: very small (1.7 % of" in text
     assert "text encoders and VAE not counted:" in text
 
 

@@ -291,7 +291,7 @@ def test_a_size_makes_the_same_weights_as_the_card_that_it_was_chosen_for(share,
                      memory_summary(model))
     assert re.fullmatch(
         r"For a GPU of 12 GB, which leaves \d+\.\d MB for the weights: as good as Q\d_[K0]"
-        r" \(.* loss\)\. mix for a size, \S+ GB, at pack to gives the same on every device\..*",
+        r", loss: .* \(.* of the weights\)\. mix for a size, \S+ GB, at pack to gives the same on every device\..*",
         fit_text(model))
     fixed = load_diffusion_model(flux_in_bfloat16(), pack_to=packed_type(MIX, size / 1e9))
     assert digest(fixed) == digest(model) and fit_text(fixed) == ""
@@ -305,8 +305,8 @@ def test_what_a_model_that_is_too_large_copies_is_said(room):
     room(FLUX_BYTES * 0.1, main_gib=8)
     model = load_diffusion_model(flux_in_bfloat16(), pack_to=FIT)
     size, copied = map(float, re.search(
-        r"as good as Q4_K \(some loss\)\. mix for a size, (\S+) GB, .*\. (\S+) MB copied in each"
-        r" step: Place Model", fit_text(model)).groups())
+        r"as good as Q4_K, loss: small \(7 % of the weights\)\. mix for a size, (\S+) GB, .*\."
+        r" (\S+) MB copied in each step: Place Model", fit_text(model)).groups())
     assert size * 1000 - copied == pytest.approx(FLUX_BYTES / 1e7, abs=5)
     assert copying_text(model) == f"{copied:.2f} MB copied in each step"
     assert {format_name(weight) for weight in model.model.diffusion_model.double_blocks.parameters()
@@ -327,8 +327,8 @@ def test_place_model_shows_what_was_expected_next_to_what_was_copied(room):
 def test_weights_below_the_floor_are_named_with_what_they_lack(room, monkeypatch):
     room(FLUX_BYTES * 0.1)
     model = load_diffusion_model(flux_in_bfloat16(), pack_to=FIT)
-    assert re.search(r"as good as Q2_K \(heavy loss\).* copied in each step.* Q4_K, which loses"
-                     r" less, takes \S+ .B more than there is for it in main memory",
+    assert re.search(r"as good as Q2_K, loss: large \(26 % .*\).* copied in each step.* Q4_K,"
+                     r" which loses less, takes \S+ .B more than there is for it in main memory",
                      fit_text(model))
     assert fit.smaller_model(32_000_000_000, False) == "Flux.2 Klein 9B"
     assert fit.smaller_model(14_000_000_000, True) == "Wan 2.2 5B"
