@@ -291,7 +291,8 @@ def test_a_size_makes_the_same_weights_as_the_card_that_it_was_chosen_for(share,
                      memory_summary(model))
     assert re.fullmatch(
         r"For a GPU of 12 GB, which leaves \d+\.\d MB for the weights: as good as Q\d_[K0]"
-        r", loss: .* \(.* of the weights\)\. mix for a size, \S+ GB, at pack to gives the same on every device\..*",
+        r", loss: .* \(.* of the weights\)\. mix for a size, \S+ GB, at pack to gives the same on"
+        r" every device\..*",
         fit_text(model))
     fixed = load_diffusion_model(flux_in_bfloat16(), pack_to=packed_type(MIX, size / 1e9))
     assert digest(fixed) == digest(model) and fit_text(fixed) == ""
