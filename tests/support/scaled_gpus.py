@@ -202,11 +202,11 @@ def packing_of_repeated_rows() -> Iterator[None]:
 
     The blocks of GGUF's types do not depend on one another, so that the result is the same.
     """
-    def pack(values: torch.Tensor, packed_format: Format, **options) -> torch.Tensor:
+    def pack(values: torch.Tensor, packed_format: Format, moments: None) -> torch.Tensor:
         if len(values) <= PERIOD or values.shape[1] % packed_format.block_length:
-            return pack_tensor(values, packed_format, **options)
+            return pack_tensor(values, packed_format)
         assert torch.equal(values[PERIOD:2 * PERIOD], values[:PERIOD][:len(values) - PERIOD])
-        packed = pack_tensor(values[:PERIOD], packed_format, **options)
+        packed = pack_tensor(values[:PERIOD], packed_format)
         data = packed._qdata.reshape(PERIOD, -1)
         data = data.repeat(-(-len(values) // PERIOD), 1)[:len(values)].contiguous()
         return packed_tensor(packed_format, data, values.shape)
