@@ -2,6 +2,7 @@
 import functools
 import itertools
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,8 +37,23 @@ def reduced(picture: Image.Image) -> np.ndarray:
 
 
 @functools.cache
+def drawing(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
+    """Returns means of a cover's pixels, its corner with the badge, what is cut at its bottom, and
+    its texts: the text, left, right and size in pixels where it is shown."""
+    written, text = [], covers.Pen.text
+
+    def record(pen, left, middle, line, size, *args, **kwargs):
+        written.append((line, left, left + pen.width(line, size), size * SHOWN / covers.PIXELS))
+        text(pen, left, middle, line, size, *args, **kwargs)
+
+    with mock.patch.object(covers.Pen, "text", record):
+        cover = covers.draw(MADE[name])
+    pixels, (right, bottom) = np.asarray(cover, np.int16), covers.BADGE
+    return reduced(cover), pixels[:bottom, :right].copy(), pixels[-covers.CUT:].copy(), written
+
+
 def drawn(name: str) -> np.ndarray:
-    return reduced(covers.draw(MADE[name]))
+    return drawing(name)[0]
 
 
 @each
@@ -63,21 +79,14 @@ def test_no_two_covers_are_alike():
 
 
 @each
-def test_the_corner_of_the_badge_is_free(name):
-    """The template browser lays a badge over it."""
-    left, top = 0, 0
-    right, bottom = covers.BADGE
-    scale = SHOWN / covers.PIXELS
+def test_the_corner_of_the_badge_and_the_bottom_that_the_browser_cuts_are_free(name):
+    """The template browser lays a badge over the cover; in editor 1.47.12 a name and a description
+    of two lines each leave 208 of 218 pixels."""
+    scale, (right, bottom) = SHOWN / covers.PIXELS, covers.BADGE
     assert right * scale > BADGE[0] and bottom * scale > BADGE[1]
-    free = np.asarray(covers.draw(MADE[name]), np.int16)[top:bottom, left:right]
-    assert np.abs(free - free[:, :1]).max() <= 2  # each line has one color
-
-
-@each
-def test_nothing_is_at_the_bottom_where_the_browser_cuts(name):
-    """In editor 1.47.12 a name and a description of two lines each leave 208 of 218 pixels."""
     assert covers.CUT / covers.PIXELS > 10 / 218
-    cut = np.asarray(covers.draw(MADE[name]), np.int16)[-covers.CUT:]
+    _, free, cut, _ = drawing(name)
+    assert np.abs(free - free[:, :1]).max() <= 2  # each line has one color
     assert np.abs(cut - cut[:1, :1]).max() <= 2
 
 
@@ -91,15 +100,8 @@ def test_every_example_has_a_drawing_of_its_own():
 
 
 @each
-def test_all_text_is_inside_and_legible_where_it_is_shown(name, monkeypatch):
-    written, text = [], covers.Pen.text
-
-    def record(pen, left, middle, line, size, *args, **kwargs):
-        written.append((line, left, left + pen.width(line, size), size * SHOWN / covers.PIXELS))
-        text(pen, left, middle, line, size, *args, **kwargs)
-
-    monkeypatch.setattr(covers.Pen, "text", record)
-    covers.draw(MADE[name])
+def test_all_text_is_inside_and_legible_where_it_is_shown(name):
+    *_, written = drawing(name)
     said = {COVERS[name].model, COVERS[name].about, COVERS[name].format, COVERS[name].card}
     assert said <= {line for line, *_ in written}
     for line, left, right, size in written:

@@ -23,8 +23,8 @@ def test_that_writes(tmp_path, shared, number):
 """
 
 
-@pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["one process", "two processes"])
-@pytest.mark.parametrize("failing", [None, 1])
+@pytest.mark.parametrize(("processes", "failing"), [((), None), (("-n", "2"), 1)],
+                         ids=["one process", "two processes"])
 def test_only_a_test_that_fails_leaves_its_folder(tmp_path, processes, failing):
     source, temporary = tmp_path / "test_source.py", tmp_path / "temporary"
     temporary.mkdir()

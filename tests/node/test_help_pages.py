@@ -23,7 +23,7 @@ PAGES = {
     for node_id, node in NODES.items() for language in HELP_LANGUAGES
 }
 MESSAGE = ("message", "メッセージ", "메시지", "消息")
-each_page = pytest.mark.parametrize("page", PAGES)
+each_node = pytest.mark.parametrize("node_id", NODES)
 each_file = pytest.mark.parametrize(
     "path", sorted({path for _, path in PAGES.values()}),
     ids=lambda path: path.relative_to(DOCS).with_suffix("").as_posix())
@@ -52,27 +52,28 @@ def first_cells(text: str) -> list[str]:
     return [line[2:].split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
 
 
-@each_page
-def test_every_node_has_a_page_in_each_language_that_lists_all_inputs(page):
-    node_id, path = PAGES[page]
-    text, schema = path.read_text(encoding="utf-8"), NODES[node_id].GET_SCHEMA()
-    if hasattr(NODES[node_id], "HELP_PAGE"):
-        text = help_pages.page_text(NODES[node_id], "en" if path.parent == DOCS else path.stem)
-    assert text.startswith(f"# {schema.display_name}\n")
-    named = set().union(*map(inputs_named, LEAD.findall(text)))
-    assert named >= {input.display_name or input.id for input in schema.inputs
-                     if not input.as_dict().get("hidden")}
+@each_node
+def test_every_node_has_a_page_in_each_language_that_lists_all_inputs(node_id):
+    schema = NODES[node_id].GET_SCHEMA()
+    shown = {input.display_name or input.id for input in schema.inputs
+             if not input.as_dict().get("hidden")}
+    for language in HELP_LANGUAGES:
+        text = PAGES[f"{node_id}-{language}"][1].read_text(encoding="utf-8")
+        if hasattr(NODES[node_id], "HELP_PAGE"):
+            text = help_pages.page_text(NODES[node_id], language)
+        assert text.startswith(f"# {schema.display_name}\n"), language
+        assert shown <= set().union(*map(inputs_named, LEAD.findall(text))), language
 
 
-@each_page
-def test_translations_have_the_same_headings_pictures_lists_and_tables(page):
-    node_id, path = PAGES[page]
-    english = PAGES[f"{node_id}-en"][1].read_text(encoding="utf-8")
-    text = path.read_text(encoding="utf-8")
-    for pattern in (r"^#+ ", r"\]\(.*\)", r"^\|", r"^- ", r"^```"):
-        assert len(re.findall(pattern, text, re.M)) == len(re.findall(pattern, english, re.M)), (
-            pattern
-        )
+@each_node
+def test_translations_have_the_same_headings_pictures_lists_tables_and_messages(node_id):
+    texts = {language: PAGES[f"{node_id}-{language}"][1].read_text(encoding="utf-8")
+             for language in HELP_LANGUAGES}
+    for language, text in texts.items():
+        for pattern in (r"^#+ ", r"\]\(.*\)", r"^\|", r"^- ", r"^```"):
+            counts = [len(re.findall(pattern, page, re.M)) for page in (text, texts["en"])]
+            assert counts[0] == counts[1], (language, pattern)
+        assert quoted_messages(text) == quoted_messages(texts["en"]), language
 
 
 @each_file
@@ -155,13 +156,6 @@ def missing_in_code(text: str) -> list[str]:
 @each_file
 def test_messages_a_page_quotes_are_in_the_code(path):
     assert not missing_in_code(path.read_text(encoding="utf-8"))
-
-
-@each_page
-def test_translations_quote_the_same_messages(page):
-    node_id, path = PAGES[page]
-    english = PAGES[f"{node_id}-en"][1].read_text(encoding="utf-8")
-    assert quoted_messages(path.read_text(encoding="utf-8")) == quoted_messages(english)
 
 
 def test_messages_that_the_troubleshooting_page_calls_ours_are_in_the_code():

@@ -76,9 +76,6 @@ ENCODED_ROWS = {
     key: formats_of_key(key)[0] for row_type in ROW_TYPES.values() for key in dict.fromkeys(
         row_type.format_of((256, columns)).kernel_key for columns in (768, 192, 176, 37 * 16, 37)
         if row_type.takes((256, columns)))}
-each_row_format = pytest.mark.parametrize("fmt", [
-    pytest.param(fmt, marks=() if fmt in USUAL_ROWS else pytest.mark.heavy)
-    for fmt in ROW_FORMATS], ids=str)
 each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -6,15 +6,18 @@ import pytest
 # machine that has much else to do. They share what they start, so all of a folder run in one
 # process, and begin first, for they take longest.
 REAL = ("server", "cluster")
-# Of those, files of which each runs by itself: none shares its server with others.
-ALONE = ("server/test_hostile_workflows.py", "server/test_placing.py", "server/test_soak.py")
+# Of those, files of which each runs by itself: it takes long, or shares its server with none.
+ALONE = ("server/test_browser.py", "server/test_hostile_workflows.py", "server/test_placing.py",
+         "server/test_soak.py")
 # Files that begin early, for each takes longer than the others that are left for the end.
 LONG = ("node/test_training.py", "node/test_host_nodes.py", "devtools/test_gpu_run.py",
         "devtools/test_bench.py", *ALONE)
 # Files whose tests compile the same kernels, which a process keeps.
 COMPILING = tuple(f"ops/{name}.py" for name in (
     "kernels/test_backends", "kernels/test_cpp_backend", "kernels/test_rows",
-    "packing/test_packing_feedback", "packing/test_packing_magnitudes"))
+    "packing/test_packing_feedback", "packing/test_packing_magnitudes", "packing/test_row_types",
+    "layers/test_one_pass_attention", "layers/test_lora_on_host_products",
+    "layers/test_cpu_convolution"))
 # Files whose tests read the same models, which a process writes once.
 WRITING = tuple(f"loaders/{name}.py" for name in (
     "quantizers/test_registry", "quantizers/test_no_silent_faults", "quantizers/test_bombs",
@@ -63,7 +66,7 @@ def scheduler(config, log):
 
 def _turn(item: pytest.Item) -> int:
     group = group_of(item.nodeid)
-    turns = (group in REAL, GROUP in item.nodeid, group in (*LONG, "compiled kernels"))
+    turns = (group in (*REAL, ALONE[0]), GROUP in item.nodeid, group in (*LONG, "compiled kernels"))
     return (*turns, True).index(True)
 
 

@@ -8,7 +8,6 @@ import torch
 from ggml_reference import WITHOUT_REFERENCE, reference
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from devtools.files import ggml_quantiser
 from devtools.files.gguf_files import block_pool
@@ -131,36 +130,6 @@ def test_dequantize_into_rounds_once_over_whole_and_partial_chunks(fmt, dtype, m
     out = torch.full((blocks.size // fmt.block_bytes, fmt.block_length), torch.nan, dtype=dtype)
     assert fmt.dequantize_into([torch.from_numpy(blocks)], out) is out
     assert_same_bits(out, reference(fmt, blocks.reshape(-1, fmt.block_bytes)).to(dtype))
-
-
-class Calls(TorchDispatchMode):
-    """Names of the operations run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@each_format
-def test_lookup_tables_are_built_once(fmt):
-    blocks = torch.from_numpy(random_blocks(fmt, 4))
-    fmt.dequantize(blocks)
-    with Calls() as calls:
-        fmt.dequantize(blocks)
-    assert calls.names, "the mode recorded nothing"
-    assert not calls.names & {
-        "arange",
-        "lift_fresh",
-        "lift_fresh_copy",
-        "scalar_tensor",
-        "full",
-        "zeros",
-        "ones",
-    }
 
 
 @pytest.mark.parametrize(

@@ -147,14 +147,15 @@ def test_packing_takes_fewer_instructions_too(on_cpu, capability, name):
 @pytest.mark.parametrize(("correct", "wrong", "message"), [
     ("add_shares(values, values, shares, columns, first, stop, stop);", "",
      "residuals do not match the codes"),
-    ("share, values[column][v], values[later][v]", "share, values[column][0], values[later][v]",
-     "residuals do not match the codes"),
-    ("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]", "mean error"),
     ("values[first + i][vector]", "values[i][vector]", "mean error"),
-    ("before = rounders.of[v].value(level[v]), target += before",
-     "before = rounders.of[v].value(level[v])", "mean error"),
     ("* sizeof(float));\n        else", "* sizeof(float) + 4);\n        else",
      "outside its columns|do not match the codes"),
+    *(pytest.param(*fault, marks=pytest.mark.heavy) for fault in (
+        ("share, values[column][v], values[later][v]",
+         "share, values[column][0], values[later][v]", "residuals do not match the codes"),
+        ("scale[v] = scales[v].scale[g]", "scale[v] = scales[v].scale[0]", "mean error"),
+        ("before = rounders.of[v].value(level[v]), target += before",
+         "before = rounders.of[v].value(level[v])", "mean error"))),
 ], ids=range(6))
 @pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_choice_of_columns_is_found_out(
@@ -200,22 +201,23 @@ def test_rows_are_encoded_with_fewer_instructions_too(on_cpu, capability, key):
 
 @pytest.mark.parametrize(("key", "capability", "correct", "wrong", "message"), [
     ("INT8_CONVROT", "pack_rows", "tile[i] *= ROTATION_FACTOR;", "", "scale|codes|worse"),
-    ("W4A8", "pack_rows", "if (HAS_ROW_NUMBERS) group[i] *= inverted;", "", "codes|worse"),
     ("W4A8", "pack_rows", "unit = either(better, tried, unit);", "", "worse"),
     ("NVFP4_ROWS", "pack_rows", "ORDER == HIGH_FIRST ? i ^ 1 : i", "i", "codes"),
     ("MXFP8", "pack_rows", "memcpy(scales, bytes, count);", "memcpy(scales, bytes, LANES);",
      "outside its rows"),
-    ("F8_E4M3", "pack_rows", "memcpy(codes + start, some, columns - start);", "", "codes"),
-    ("INT8_ROWS", "pack_rows", "unit = tried, least = error;", "unit = tried;", "worse"),
     ("NVFP4_ROWS", "pack_row_columns",
      "choose_in_order<false>(values, steps, columns, rounders);", "", "mean error"),
-    ("F8_E4M3", "pack_row_columns",
-     "add_shares(values, values, shares, columns, first, stop, stop);", "", "mean error"),
-    ("W4A8", "pack_row_columns", "inverted = 1 / rows.row_scales[r]", "inverted = 1",
-     "mean error"),
     ("INT8_CONVROT", "pack_row_columns", "r < count; r++)\n                memcpy(to",
      "r <= count; r++)\n                memcpy(to", "outside its rows"),
-    ("MXFP8", "pack_row_columns", "row * rows.scale_stride, rows", "0, rows", "mean error"),
+    *(pytest.param(*fault, marks=pytest.mark.heavy) for fault in (
+        ("W4A8", "pack_rows", "if (HAS_ROW_NUMBERS) group[i] *= inverted;", "", "codes|worse"),
+        ("F8_E4M3", "pack_rows", "memcpy(codes + start, some, columns - start);", "", "codes"),
+        ("INT8_ROWS", "pack_rows", "unit = tried, least = error;", "unit = tried;", "worse"),
+        ("F8_E4M3", "pack_row_columns",
+         "add_shares(values, values, shares, columns, first, stop, stop);", "", "mean error"),
+        ("MXFP8", "pack_row_columns", "row * rows.scale_stride, rows", "0, rows", "mean error"),
+        ("W4A8", "pack_row_columns", "inverted = 1 / rows.row_scales[r]", "inverted = 1",
+         "mean error"))),
 ])
 @pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_encoder_is_found_out(
@@ -226,14 +228,12 @@ def test_a_wrong_encoder_is_found_out(
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
+    "wrong", [
         ("step <= 1", "step < -1"),
-        ("nearest_integer(between(scaled", "(between(scaled"),
-        ("best.d[lane];", "best.d[0];"),
-    ],
-    ids=lambda wrong: wrong[0],
-)
+        pytest.param(("nearest_integer(between(scaled", "(between(scaled"),
+                     marks=pytest.mark.heavy),
+        pytest.param(("best.d[lane];", "best.d[0];"), marks=pytest.mark.heavy)],
+    ids=lambda wrong: wrong[0])
 @pytest.mark.usefixtures("few_blocks")
 def test_a_wrong_search_is_found_out(freshly_compiled, wrong, monkeypatch):
     plant(*wrong, monkeypatch)

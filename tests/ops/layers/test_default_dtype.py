@@ -139,17 +139,13 @@ def test_a_kernel_never_writes_into_memory_of_the_default_dtype(under, monkeypat
     assert [tensor.dtype for tensor in made] == [torch.float32]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for layer in ("ops", "loaders") for path in sorted((PACK / layer).rglob("*.py"))],
-    ids=lambda path: path.relative_to(PACK).as_posix(),
-)
-def test_what_makes_a_tensor_says_of_which_dtype(path):
-    calls = [
-        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in
-        MAKE and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
-    ]
-    assert [
-        node.lineno for node in calls if "dtype" not in {option.arg for option in node.keywords}
-    ] == []
+def test_what_makes_a_tensor_says_of_which_dtype():
+    missing = [
+        f"{path.relative_to(PACK)}:{node.lineno}"
+        for folder in ("ops", "loaders") for path in sorted((PACK / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        and node.func.attr in MAKE and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+        and "dtype" not in {option.arg for option in node.keywords}]
+    assert not missing

@@ -11,7 +11,6 @@ import torch
 from host_formats import HOST_FORMATS
 from linear_calls import ACTIVATIONS, FUSED, HELPER, SHAPES, activate, linear_calls
 from patched_layers import COLUMNS, ROWS, layer_and_twin, patches_for
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops import host_versions
 from featherweight.ops.layers.comfyui_operations import packed_operations
@@ -223,38 +222,6 @@ def test_more_arguments_by_position_than_known_are_a_sentence():
     layer, _ = layer_of_kind("packed", None)
     with pytest.raises(UnknownArgumentError, match="5 further arguments"):
         layer(torch.randn(2, COLUMNS), None, None, None, None, None)
-
-
-# --- what it costs ---
-
-class Counted(TorchDispatchMode):
-    """Counts the operators that run and the bytes of their results."""
-
-    def __init__(self):
-        super().__init__()
-        self.operators, self.nbytes = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.operators.append(str(func))
-        if isinstance(out, torch.Tensor):
-            self.nbytes += out.nbytes
-        return out
-
-
-@pytest.mark.parametrize("patches", [None, "lora"])
-@pytest.mark.parametrize("act", ACTS)
-def test_a_fused_call_runs_and_allocates_what_the_calls_apart_do(act, patches):
-    with linear_calls("kwargs"), torch.no_grad():
-        layer, _ = layer_of_kind("packed", patches)
-        input, given, _ = arguments("kwargs", act, True)
-        layer(input, **given)  # casts the factors
-        with Counted() as apart:
-            out = layer(activate(input, act, given.get("act_weight")))
-            torch.addcmul(given["residual"], out, given["residual_scale"])
-        with Counted() as fused:
-            layer(input, **given)
-    assert (fused.operators, fused.nbytes) == (apart.operators, apart.nbytes)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

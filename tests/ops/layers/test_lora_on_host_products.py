@@ -123,8 +123,8 @@ def exact_layer(dtype):
     return layer, torch.randn(shape)
 
 
-@pytest.mark.parametrize("slices", [1, 3])  # as of q, k and v in one weight
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+# three as of q, k and v in one weight
+@pytest.mark.parametrize(("dtype", "slices"), [(torch.bfloat16, 1), (torch.float32, 3)], ids=str)
 @pytest.mark.parametrize(("format_name", "config"), [*HOST_VARIANTS, ("exact", {})], ids=str)
 def test_launches_do_not_grow_with_the_number_of_loras(format_name, config, dtype, slices,
                                                        monkeypatch):

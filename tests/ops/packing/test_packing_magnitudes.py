@@ -186,7 +186,7 @@ def test_values_beyond_the_format_are_refused_in_a_sentence(type_name):
 
 
 @each_searched
-@pytest.mark.parametrize("size", [1e-42, 1e-24, 1e-22, 1e-10])
+@pytest.mark.parametrize("size", [1e-42, 1e-22])
 def test_a_row_of_tiny_values_changes_no_bit_of_the_others(by, type_name, size):
     values = normal()
     values[1] *= size

@@ -74,7 +74,7 @@ def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
 
 
 @EACH_TYPE
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_searched_scales_are_never_worse(name, seed):
     weight = weight_of(seed=seed)
     plain, searched = (pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
@@ -145,7 +145,9 @@ def shapes_of(row_type, seed):
 @EACH_DTYPE
 @pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "searched"])
 def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
-        name, dtype, is_plain):
+        name, dtype, is_plain, by):
+    if by == "torch":
+        pytest.skip("is compared with")
     for shape in shapes_of(ROW_TYPES[name], dtype):
         weight = weight_of(*shape, seed=shape[1]).to(dtype)
         with by_torch():

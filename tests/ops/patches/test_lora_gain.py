@@ -42,6 +42,8 @@ CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WEAK, WEAKEST = (NORMS[0], NORMS[2]), NORMS[:1]
 ROWS = (1, 16, 256, 1024, 1537, 4096, 16384)
+# a scale in the block, with a minimum, on the grid of bfloat16, apart from it, a row's, and none
+EACH_WAY = ("Q8_0", "Q4_K", "MXFP4", "NF4", "INT8", "BF16")
 GGML = [name for name, packed_format in FORMATS.items() if packed_format.ggml_type is not None]
 
 pytestmark = pytest.mark.usefixtures("small_models", "fixed_seed")
@@ -155,7 +157,9 @@ def assert_plain_lora_at_full_strength(dense: torch.Tensor, rows: int, run):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [
+    rows if rows in (1, 256, 1537) else pytest.param(rows, marks=pytest.mark.heavy)
+    for rows in ROWS])
 def test_at_any_number_of_rows(rows, dtype):
     wide = max(64, min(16384, OUTPUTS[dtype] // rows // 2))
     layer = layer_of(random_weight("Q8_0", (wide, 32)), dtype)
@@ -163,22 +167,26 @@ def test_at_any_number_of_rows(rows, dtype):
 
 
 @pytest.mark.parametrize(("format_name", "rows"), [
-    pytest.param(name, rows, marks=pytest.mark.heavy if rows < 4096 and number % 5 else ())
-    for number, name in enumerate((*GGML, "NF4", "FP4", "INT8")) for rows in (256, 4096)])
+    pytest.param(name, rows, marks=() if name in EACH_WAY else pytest.mark.heavy)
+    for name in (*GGML, "NF4", "FP4", "INT8") for rows in (256, 4096)])
 def test_on_every_format(format_name, rows):
+    """The LoRA is beside the product, whatever the weight is packed to."""
     shape = 2048, 256
     layer = layer_of(even_weight(format_name, shape), torch.bfloat16)
     assert_layer_at_full_strength(layer, plain_lora(*shape), rows, torch.bfloat16, WEAKEST)
 
 
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "stored"), [
+    (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
 def test_on_dense_layers_of_a_packed_model(dtype, stored):
     layer = layer_of(torch.randn(2048, 256).to(stored) / 16, dtype)
     assert_layer_at_full_strength(layer, plain_lora(2048, 256), 4096, dtype, WEAKEST)
 
 
-@pytest.mark.parametrize("format_name", HOST_FORMATS)
+@pytest.mark.parametrize("format_name", [
+    name for name in ("float8_e4m3fn", "nvfp4", "int8_tensorwise", "convrot_w4a4")
+    if name in HOST_FORMATS])
 def test_on_layers_in_the_hosts_own_formats(format_name):
     rows, columns = 2048, 256
     parts, dense = in_host_format("weight", torch.randn(rows, columns) / 16, format_name)
@@ -262,17 +270,9 @@ def merged(layer):
 
 
 @pytest.mark.parametrize(
-    "way", [lambda layer: layer, merged], ids=["beside the product", "in the weight"]
-)
-@pytest.mark.parametrize(
-    ("times", "dtype"),
-    [
-        *((times, torch.float16) for times in (1e-5, 1e-3, 1e3, 1e5)),
-        (1e5, torch.bfloat16),
-        (1e5, torch.float32),
-    ],
-    ids=str,
-)
+    "way", [lambda layer: layer, merged], ids=["beside the product", "in the weight"])
+@pytest.mark.parametrize(("times", "dtype"), [
+    (1e-5, torch.float16), (1e5, torch.float16), (1e5, torch.bfloat16)], ids=str)
 def test_of_factors_that_are_out_of_balance(times, dtype, way):
     layer = way(layer_of(random_weight("Q8_0", (1024, 512)), dtype))
     assert_layer_at_full_strength(layer, out_of_balance(times, 1024, 512), 1024, dtype, WEAK,
@@ -314,21 +314,15 @@ def test_balancing_changes_no_product():
 # --- what changes the weight itself ---
 
 
-@pytest.mark.parametrize(
-    ("kind", "format_name", "dtype"),
-    [
-        *(
-            (kind, "MXFP4", torch.bfloat16)
-            for kind in ("dora", "loha", "lokr", "oft", "boft", "glora", "diff")
-        ),
-        ("dora", "Q8_0", torch.bfloat16),
-        ("lokr", "NF4", torch.bfloat16),
-        ("dora", "MXFP4", torch.float16),
-        ("dora", None, torch.bfloat16),
-        ("loha", None, torch.float16),
-        ("lokr", "Q4_K", torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("kind", "format_name", "dtype"), [
+    ("dora", "MXFP4", torch.bfloat16), ("lokr", "MXFP4", torch.bfloat16),
+    ("oft", "MXFP4", torch.bfloat16), ("diff", "MXFP4", torch.bfloat16),
+    ("dora", "MXFP4", torch.float16), ("dora", None, torch.bfloat16),
+    ("lokr", "Q4_K", torch.float32),
+    *(pytest.param(*case, marks=pytest.mark.heavy) for case in (
+        ("loha", "MXFP4", torch.bfloat16), ("boft", "MXFP4", torch.bfloat16),
+        ("glora", "MXFP4", torch.bfloat16), ("dora", "Q8_0", torch.bfloat16),
+        ("lokr", "NF4", torch.bfloat16), ("loha", None, torch.float16)))])
 def test_of_every_kind_on_the_weight_side(kind, format_name, dtype):
     """MXFP4's values, and those of a 16-bit weight, lie on the grid of bfloat16, where rounding
     loses what is weak."""
@@ -654,15 +648,16 @@ def step_gain(size: int, norm: float, count: int) -> Gain:
     return gain
 
 
-@pytest.mark.parametrize(
-    ("size", "norm", "count"), [(512, 0.003, 12), (512, 0.01, 3), (768, 0.01, 3), (768, 0.05, 1)]
-)
+@pytest.mark.parametrize(("size", "norm", "count"), [
+    (512, 0.01, 3), (768, 0.05, 1),
+    *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((512, 0.003, 12), (768, 0.01, 3)))])
 def test_in_a_whole_step(size, norm, count):
     step_gain(size, norm, count).assert_full(f"{size} pixels, a norm of {norm:.2%}")
 
 
 # a weaker one drowns in what bfloat16 does to the rest of the model
-@pytest.mark.parametrize(("norm", "count"), [(0.01, 3), (0.05, 1)])
+@pytest.mark.parametrize(("norm", "count"), [
+    pytest.param(0.01, 3, marks=pytest.mark.heavy), (0.05, 1)])
 def test_a_picture_of_another_size_has_the_same_gain(norm, count):
     small, large = (step_gain(size, norm, count).value for size in (512, 768))
     assert abs(small - large) <= ALLOWED, f"{small:.4f} at 512 pixels, {large:.4f} at 768"
