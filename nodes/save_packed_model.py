@@ -22,6 +22,7 @@ from ..loaders.packing.planning.file_plan import (
     reject_own_files,
     suffix_for,
 )
+from ..loaders.packing.planning.plan import relative_error
 from ..loaders.packing.save import save
 from ..loaders.packing.source import (
     check_saveable,
@@ -237,8 +238,9 @@ class SavePackedModel(io.ComfyNode):
                 f"Not in the file, because it is not a weight: {', '.join(unsaved)}. Add the nodes"
                 " for it after the loader of the file."
             )
-        if not (measured or positive or type == KEEP_TYPES):
-            model_source.notes.append(measuring_advice())
+        if not (measured or positive):
+            loss = relative_error("Q4_K" if type in SIZES else type)
+            model_source.notes += filter(None, [measuring_advice(loss)])
         filename_prefix = fill_in(filename_prefix, source_name(model),
                                   getattr(getattr(cls, "hidden", None), "prompt", None))
         row_types = SIZES.get(type, ())

@@ -33,7 +33,7 @@ from ..packing.planning.fit import (
     step_seconds,
     step_tokens,
 )
-from ..packing.planning.plan import DIGITS
+from ..packing.planning.plan import DIGITS, relative_error
 from .pack_on_load import measurement_of, size_of_target, size_target
 
 FIT = "fit this GPU"  # in place of a type to pack to
@@ -155,8 +155,9 @@ def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights]
         texts.append(f"A smaller model, such as {smaller}, gives better images.")
     if config and choice.grade and not sizes.is_measured:
         seconds = step_seconds(sizes.values, tokens, device)
-        texts.append(measuring_advice(len(sizes.matrices), seconds))
-    return Targets(targets, " ".join(texts), copying)
+        texts.append(measuring_advice(
+            relative_error(choice.grade), len(sizes.matrices), seconds))
+    return Targets(targets, " ".join(filter(None, texts)), copying)
 
 
 def _text(choice: Choice, memory: Memory, copying: str) -> str:

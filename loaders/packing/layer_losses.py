@@ -24,15 +24,19 @@ LOSS_KEY, LOSS_IN_LAYERS = "featherweight.loss", "least in the layers, not in th
 MEASURED_STEPS, STEPS_OF_MATRIX = 96, 4
 
 
-def measuring_advice(matrices: int = 0, step_seconds: float | None = None) -> str:
-    """Returns the advice to measure a model, with the minutes that it takes where a step is known.
+def measuring_advice(share: float, matrices: int = 0, step_seconds: float | None = None) -> str:
+    """Returns the advice to measure a model, with the minutes that it takes where a step is known;
+    "" where the loss is very small.
 
     Args:
+        share: power of the error over that of the weights.
         matrices: of the model.
         step_seconds: an estimate of a step's seconds.
     """
-    text = ("By a measurement, of Measure Sensitivity (Featherweight), the same size loses less:"
-            " with a small model under half")
+    if math.sqrt(share) <= WORDS[0][0]:
+        return ""
+    text = ("With Measure Sensitivity (Featherweight) first, the same size loses less: under half"
+            " with a small model")
     if step_seconds is None:
         return f"{text}."
     steps = MEASURED_STEPS + STEPS_OF_MATRIX * matrices

@@ -169,6 +169,14 @@ def test_with_a_vae_the_file_is_a_whole_checkpoint(output, tmp_path):
         saved(model, "nvfp4", clip=clip, vae=comfy.sd.VAE(sd={}))
 
 
+def test_who_saves_without_a_measurement_reads_what_one_gives_where_much_is_lost(output):
+    model = packed_flux("Q8_0")
+    advised = [type_name for type_name, size in (
+        ("Q8_0", 1), ("Q6_K", 1), ("Q5_K", 1), ("Q3_K", 1), ("keep types", 1), (MIX, 0.0025))
+        if "Measure Sensitivity" in saved(model, type_name, size)[1]]
+    assert advised == ["Q5_K", "Q3_K", MIX]
+
+
 def test_types_are_appended_so_that_saved_workflows_keep_theirs():
     kind = next(widget for widget in SavePackedModel.define_schema().inputs if widget.id == "type")
     assert kind.options[:10] == ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4",

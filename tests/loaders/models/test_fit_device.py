@@ -239,7 +239,8 @@ def test_the_longer_step_follows_from_the_generation_and_the_usual_link(card, le
     assert fit.longer_step(950_000_000, 11_900_000_000, 4096, torch.device("cpu")) is None
     seconds = fit.step_seconds(11_900_000_000, 4096, device)
     minutes = round((96 + 4 * 504) * seconds / 60)
-    assert f"about {minutes} min (estimate)" in measuring_advice(504, seconds)
+    assert f"about {minutes} min (estimate)" in measuring_advice(0.01, 504, seconds)
+    assert measuring_advice(0.0001, 504, seconds) == ""
 
 
 def test_packed_files_are_left_as_they_are_where_they_fit_and_never_become_int8(monkeypatch):
@@ -446,7 +447,7 @@ def test_the_measurement_of_the_model_decides_where_bits_go(monkeypatch):
 
 def test_who_has_a_mix_without_a_measurement_reads_what_one_gives(monkeypatch, room):
     room(FLUX_BYTES * 0.3)
-    assert measuring_advice() in fit_text(load_diffusion_model(flux_in_bfloat16(), pack_to=FIT))
+    assert measuring_advice(0.01) in fit_text(load_diffusion_model(flux_in_bfloat16(), pack_to=FIT))
     path = f"{folder().name}/bf16 to fit_00003_.sensitivity"
     name = "double_blocks.0.img_mlp.0.weight"
     Sensitivity({name: {"Q4_K": 1.0}}, {name: tuple(tiny_flux()[name].shape)}).save(path)
