@@ -55,7 +55,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import describe
 from .base import HeaderOf, Quantizer
 from .comfyui_marks import marked_layers
-from .comfyui_settings import CONVROT, ROTATION_SIZE, check_settings, is_rotated, setting
+from .comfyui_settings import CONVROT, ROTATION_SIZE, is_rotated, setting
 from .parts import FLOATS, Part, PartError, Parts, bind_sizes
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
@@ -148,7 +148,7 @@ def pack_parts(settings: Mapping[str, Any],
     """Makes one packed tensor of the parts of a weight.
 
     Args:
-        settings: of the layer's `comfy_quant`.
+        settings: of the layer's `comfy_quant`, which `check_settings` takes.
         parts: the last parts of their names -> the layer's tensors.
 
     Returns:
@@ -161,7 +161,6 @@ def pack_parts(settings: Mapping[str, Any],
     read = READERS.get(format_of(settings))
     if read is None:
         return None
-    check_settings(format_of(settings), settings, parts)
     if is_kernel(settings, parts["weight"]):
         return _kernel(settings, parts)
     expected, parts = _layout(settings, parts)
