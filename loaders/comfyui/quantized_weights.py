@@ -72,6 +72,7 @@ from ..quantizers.comfyui_marks import (
     read_mark,
 )
 from ..quantizers.comfyui_settings import check_settings, is_rotated, unknown_settings
+from ..quantizers.integers import pack_rows
 
 # formats whose rotation the host undoes
 HOST_ROTATES = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "w6a8_int8")
@@ -238,6 +239,23 @@ def in_parts(state_dict: Mapping[str, torch.Tensor],
                 continue
         out[name] = weight
     return out
+
+
+def pack_plain_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Packs the fp8 weights of layers that have no scales.
+
+    The host keeps them in float32 on a CPU.
+
+    Args:
+        state_dict: with the host's names; it is not changed.
+    """
+    one = torch.ones(1, dtype=torch.float32)
+    return {
+        name: pack_rows(tensor, one)
+        if name.endswith(".weight") and tensor.dtype in FP8 and tensor.ndim > 1
+        and f"{name.removesuffix('.weight')}{MARK}" not in state_dict else tensor
+        for name, tensor in state_dict.items()
+    }
 
 
 def packed_of_host(weight: QuantizedTensor) -> PackedTensor | None:
