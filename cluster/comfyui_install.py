@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 # arguments of the server alone, and those a worker sets itself: argparse's `nargs` -> names
 NOT_FOR_WORKERS = {
@@ -33,21 +33,18 @@ class MachineError(RuntimeError):
     """A machine cannot run a workflow, though another may. The message does not name it."""
 
 
-def find_comfyui(fallback_comfyui: str = "", environment: Mapping[str, str] | None = None) -> str:
+def find_comfyui(fallback_comfyui: str = "") -> str:
     """Returns the folder of this machine's ComfyUI.
 
     That is COMFYUI_PATH in the environment of `ray start`, else the folder `ray start` was run in.
 
     Args:
         fallback_comfyui: a folder to try last, such as the driver's own ComfyUI.
-        environment: None for this process's.
 
     Raises:
         MachineError
     """
-    # not a default value, which would be the driver's, sent along by value
-    environment = os.environ if environment is None else environment
-    folder = first_comfyui((os.getcwd(), environment.get("PWD", ""), fallback_comfyui), environment)
+    folder = first_comfyui((os.getcwd(), os.environ.get("PWD", ""), fallback_comfyui))
     if not folder:
         raise MachineError(
             "no ComfyUI was found: set COMFYUI_PATH to its folder before `ray start`, or run `ray"
@@ -55,30 +52,28 @@ def find_comfyui(fallback_comfyui: str = "", environment: Mapping[str, str] | No
     return folder
 
 
-def own_comfyui(pack: str, environment: Mapping[str, str] | None = None) -> str:
+def own_comfyui(pack: str) -> str:
     """Returns the folder of the ComfyUI that a command of this pack uses, or "".
 
     That is COMFYUI_PATH, else the ComfyUI that the pack is in.
 
     Args:
         pack: the pack's folder.
-        environment: None for this process's.
 
     Raises:
         MachineError
     """
-    return first_comfyui(
-        (os.path.dirname(os.path.dirname(pack)), os.path.join(pack, ".dev", "host")),
-        os.environ if environment is None else environment)
+    return first_comfyui((os.path.dirname(os.path.dirname(pack)),
+                          os.path.join(pack, ".dev", "host")))
 
 
-def first_comfyui(folders: Iterable[str], environment: Mapping[str, str]) -> str:
+def first_comfyui(folders: Iterable[str]) -> str:
     """Returns COMFYUI_PATH, else the first of the folders that is a ComfyUI's, or "".
 
     Raises:
         MachineError: COMFYUI_PATH is not a ComfyUI's folder.
     """
-    if named := environment.get("COMFYUI_PATH"):
+    if named := os.environ.get("COMFYUI_PATH"):
         if not is_comfyui(named):
             raise MachineError(
                 f"COMFYUI_PATH is {named}, which has no main.py and comfy: set it to ComfyUI's"
@@ -93,18 +88,17 @@ def is_comfyui(folder: str) -> bool:
     return all(os.path.exists(os.path.join(folder, part)) for part in ("main.py", "comfy"))
 
 
-def launch_arguments(has_gpu: bool, environment: Mapping[str, str] | None = None) -> list[str]:
+def launch_arguments(has_gpu: bool) -> list[str]:
     """Returns the arguments of main.py: COMFYUI_ARGUMENTS, with --cpu for a worker without a GPU.
 
     Args:
         has_gpu: whether Ray gave the worker a GPU. On a Mac, where Ray knows none, it does not
             matter.
-        environment: None for this process's.
 
     Raises:
         MachineError
     """
-    text = (os.environ if environment is None else environment).get("COMFYUI_ARGUMENTS", "")
+    text = os.environ.get("COMFYUI_ARGUMENTS", "")
     try:
         arguments = shlex.split(text)
     except ValueError as error:

@@ -90,7 +90,7 @@ def prompt_inputs(part: Mapping[str, dict]) -> dict[str, str]:
     negative = _ancestors(part, "negative", "positive")
     prompts = {
         path: text for path, text in texts(part).items()
-        if _name_of(path) in TEXT_INPUTS and _node_of(path) not in negative - positive
+        if path.partition(".")[2] in TEXT_INPUTS and _node_of(path) not in negative - positive
     }
     nodes = {_node_of(path) for path in prompts}
     if len(nodes) != 1:
@@ -102,10 +102,6 @@ def prompt_inputs(part: Mapping[str, dict]) -> dict[str, str]:
 
 def _node_of(path: str) -> str:
     return path.partition(".")[0]
-
-
-def _name_of(path: str) -> str:
-    return path.partition(".")[2]
 
 
 def _ancestors(part: Mapping[str, dict], name: str, other: str) -> set[str]:

@@ -106,14 +106,10 @@ def import_file(name: str) -> ModuleType | None:
             from .legacy import nunchaku as module
         case "load_checkpoint":
             from . import load_checkpoint as module
-        case "load_clip_vision":
-            from . import load_clip_vision as module
-        case "load_controlnet":
-            from . import load_controlnet as module
         case "load_diffusion_model":
             from . import load_diffusion_model as module
-        case "load_model_patch":
-            from . import load_model_patch as module
+        case "load_side_models":
+            from . import load_side_models as module
         case "load_text_encoder":
             from . import load_text_encoder as module
         case "measure_sensitivity":

@@ -10,7 +10,7 @@ from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
 from ..loaders.packing.checkpoint_source import source_of_checkpoint
-from ..loaders.packing.layer_losses import LOSS_IN_LAYERS, LOSS_KEY, measuring_advice
+from ..loaders.packing.layer_losses import measuring_advice
 from ..loaders.packing.planning.file_plan import (
     HOST_TYPES,
     KEEP_TYPES,
@@ -266,13 +266,12 @@ class SavePackedModel(io.ComfyNode):
         calibrating = ["generating", "packing layer after layer"] if positive else []
         progress = Progress(*calibrating, *["packing"] * len(jobs))
         metadata = cls._metadata()
-        calibrated = metadata | ({LOSS_KEY: LOSS_IN_LAYERS} if positive else {})
         files = []
         for source, path, target in jobs:
             is_model = source is model_source
             options = SaveOptions(
-                measured if is_model else None, keep_loras,
-                calibrated if is_model else metadata, overwrite, row_types
+                measured if is_model else None, keep_loras, metadata, overwrite, row_types,
+                is_calibrated=is_model and bool(positive)
             )
             plan = plan_file(source, path, target, options)
             progress.set_heading(plan.short_text)

@@ -51,10 +51,8 @@ from featherweight.loaders.quantizers.comfyui import READERS
 from featherweight.loaders.quantizers.unsupported_quantizers import UNSUPPORTED_QUANTIZERS
 from featherweight.nodes import (
     load_checkpoint,
-    load_clip_vision,
-    load_controlnet,
     load_diffusion_model,
-    load_model_patch,
+    load_side_models,
     load_text_encoder,
 )
 from featherweight.nodes.search_words import FAMILIES
@@ -432,9 +430,10 @@ def test_troubleshooting_names_the_folders_of_the_loaders():
     keys = ("diffusion_models", "text_encoders", "checkpoints", "diffusers", "controlnet",
             "model_patches", "clip_vision", "vae", "loras")
     known = {Path(path).name for key in keys for path in folder_names_and_paths[key][0]}
-    for module in (load_checkpoint, load_clip_vision, load_controlnet, load_diffusion_model,
-                   load_model_patch, load_text_encoder):
-        assert {key.removesuffix("_gguf") for key in module.FOLDERS} - {"unet", "clip"} <= set(keys)
+    for folders in (load_checkpoint.FOLDERS, load_diffusion_model.FOLDERS,
+                    load_side_models.CONTROLNET_FOLDERS, load_side_models.MODEL_PATCH_FOLDERS,
+                    load_side_models.CLIP_VISION_FOLDERS, load_text_encoder.FOLDERS):
+        assert {key.removesuffix("_gguf") for key in folders} - {"unet", "clip"} <= set(keys)
     assert named <= known and {*keys, "unet", "clip"} <= named
 
 

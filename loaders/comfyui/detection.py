@@ -332,9 +332,12 @@ def reject_non_diffusion(file: WeightFile):
     if has_nunchaku_weights(names):  # its first files call the low rank of a weight a LoRA
         names = [name for name in names if not name.endswith((".lora_down", ".lora_up"))]
     if match := first_match(names, NOT_DIFFUSION):
-        title, advice, name = match
-        raise WeightFileError(f"{file.name} is {title} (it has {name!r}),"
-                              f" expected a diffusion model. {advice}")
+        raise _not_diffusion(file, *match)
+
+
+def _not_diffusion(file: WeightFile, title: str, advice: str, name: str) -> WeightFileError:
+    return WeightFileError(
+        f"{file.name} is {title} (it has {name!r}), expected a diffusion model. {advice}")
 
 
 VAE_PREFIXES = ("first_stage_model.", "vae.")  # of a checkpoint's names
@@ -367,10 +370,6 @@ def reject_side_model(file: WeightFile):
     picked as a diffusion model."""
     if match := find_side_model(file.entries):
         kind, _, name = match
-        raise WeightFileError(
-            f"{file.name} is a {kind} (it has {name!r}), expected a diffusion"
-            f" model. Pick it in {SIDE_LOADERS[kind]}.")
+        raise _not_diffusion(file, f"a {kind}", f"Pick it in {SIDE_LOADERS[kind]}.", name)
     if match := find_other_part(file.entries):
-        title, advice, name = match
-        raise WeightFileError(f"{file.name} is {title} (it has {name!r}),"
-                              f" expected a diffusion model. {advice}")
+        raise _not_diffusion(file, *match)

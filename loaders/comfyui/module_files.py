@@ -6,8 +6,8 @@ import comfy.model_patcher
 import torch
 
 from ..container.weight_file import WeightFile, WeightFileError, model_name, safe_repr
-from ..quantizers.integers import FAMILY_OF_BYTES, pack_rows
 from .detection import describe_other_kind, is_diffusion_model
+from .quantized_weights import pack_plain_fp8
 
 CHECKPOINT_PREFIX = "model.diffusion_model."
 
@@ -47,13 +47,8 @@ def join_module(state_dict: Mapping[str, torch.Tensor], prefix: str,
         prefix: of its names.
         module: of `module_layers`.
     """
-    joined = {**state_dict, **{prefix + name: weight for name, weight in module.items()}}
-    one = torch.ones(1, dtype=torch.float32)
-    for name, weight in joined.items():
-        is_fp8 = weight.dtype in FAMILY_OF_BYTES and weight.dtype.is_floating_point
-        if is_fp8 and weight.ndim > 1 and f"{name.removesuffix('weight')}comfy_quant" not in joined:
-            joined[name] = pack_rows(weight, one)
-    return joined
+    return pack_plain_fp8(
+        {**state_dict, **{prefix + name: weight for name, weight in module.items()}})
 
 
 @contextlib.contextmanager

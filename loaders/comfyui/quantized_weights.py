@@ -72,6 +72,7 @@ from ..quantizers.comfyui_marks import (
     read_mark,
 )
 from ..quantizers.comfyui_settings import check_settings, is_rotated, unknown_settings
+from ..quantizers.integers import pack_rows
 
 # formats whose rotation the host undoes
 HOST_ROTATES = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "w6a8_int8")
@@ -128,19 +129,20 @@ def as_tensors(file: WeightFile, state_dict: dict[str, torch.Tensor], prefix: st
             _check_settings(layer, settings, names)
             weight = None
             if is_bank(settings, codes):
-                weight = _packed_bank(layer, settings, parts)
+                weight, bias = _packed(pack_bank, layer, settings, parts, bias)
                 if weight is None and codes.ndim == 2 and not host_reads_flat_banks():
                     raise UnreadFormatError(
                         f"a flat bank of experts in {safe_repr(format_of(settings))}", UPDATE)
             elif is_kernel(settings, codes):
-                weight, bias = _packed(layer, parts, bias, READERS)
+                weight, bias = _packed(pack_parts, layer, settings, parts, bias)
                 if weight is None:
                     raise _kernel_error(settings)
             elif codes.ndim in (2, 4):  # 4: in tiles
                 scale = parts.get(f"{layer}.{SCALE}")
                 read_here = READERS if formats is None or host_misreads(
                     settings, scale) else formats
-                weight, bias = _packed(layer, parts, bias, read_here)
+                if format_of(settings) in read_here:
+                    weight, bias = _packed(pack_parts, layer, settings, parts, bias)
                 if weight is None and formats is None:
                     weight = _host_weight(layer_class, layer, parts)
         except UnreadFormatError as error:
@@ -217,20 +219,6 @@ def _kernel_error(settings: Mapping[str, Any]) -> UnreadFormatError:
         " not read", GET_OTHER_CONVERSION)
 
 
-def _packed_bank(layer: str, settings: Mapping[str, Any],
-                 parts: Mapping[str, torch.Tensor]) -> PackedTensor | None:
-    """Returns a packed tensor of a bank of experts, None for a format that is not read here.
-
-    Raises:
-        UnreadFormatError: if a part is wrong.
-    """
-    try:
-        return pack_bank(
-            settings, {name.removeprefix(f"{layer}."): part for name, part in parts.items()})
-    except PartError as error:
-        raise UnreadFormatError(f"{format_of(settings)}: {error}", error.advice) from error
-
-
 def in_parts(state_dict: Mapping[str, torch.Tensor],
              formats: Container[str]) -> dict[str, torch.Tensor]:
     """Returns a state dict with the parts of weights that the host computes, for its own layers.
@@ -251,6 +239,23 @@ def in_parts(state_dict: Mapping[str, torch.Tensor],
                 continue
         out[name] = weight
     return out
+
+
+def pack_plain_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Packs the fp8 weights of layers that have no scales.
+
+    The host keeps them in float32 on a CPU.
+
+    Args:
+        state_dict: with the host's names; it is not changed.
+    """
+    one = torch.ones(1, dtype=torch.float32)
+    return {
+        name: pack_rows(tensor, one)
+        if name.endswith(".weight") and tensor.dtype in FP8 and tensor.ndim > 1
+        and f"{name.removesuffix('.weight')}{MARK}" not in state_dict else tensor
+        for name, tensor in state_dict.items()
+    }
 
 
 def packed_of_host(weight: QuantizedTensor) -> PackedTensor | None:
@@ -480,7 +485,7 @@ def find_unread_layer(names: Iterable[str], read: Callable[[str], torch.Tensor],
             settings_of_layer = _read_settings(mark)
             _check_settings(layer, settings_of_layer, tensors)
             if is_bank(settings_of_layer, weight):
-                if _packed_bank(layer, settings_of_layer, tensors) is not None:
+                if _packed(pack_bank, layer, settings_of_layer, tensors, None)[0] is not None:
                     return layer, UnreadFormatError("it is a bank of experts")
                 _layer_settings(layer, tensors)
             elif is_kernel(settings_of_layer, weight):
@@ -544,23 +549,20 @@ def _read_settings(mark: torch.Tensor) -> dict[str, Any]:
         raise UnreadFormatError(str(error)) from error
 
 
-def _packed(layer: str, parts: Mapping[str, torch.Tensor], bias: torch.Tensor | None,
-            formats: Container[str]) -> tuple[PackedTensor | None, torch.Tensor | None]:
-    """Returns a packed tensor of one weight, None where it is in none of the formats, and the bias.
+def _packed(pack: Callable[..., PackedTensor | None], layer: str, settings: Mapping[str, Any],
+            parts: Mapping[str, torch.Tensor],
+            bias: torch.Tensor | None) -> tuple[PackedTensor | None, torch.Tensor | None]:
+    """Returns what `pack_parts` or `pack_bank` makes of one weight, and the bias.
 
     Raises:
         UnreadFormatError: if a part is wrong.
     """
-    settings = _read_settings(parts[f"{layer}{MARK}"])
-    format_name = format_of(settings)
-    if format_name not in formats:
-        return None, bias
-    tensors = {name.removeprefix(f"{layer}."): tensor for name, tensor in parts.items()}
     try:
-        weight = pack_parts(settings, tensors)
+        weight = pack(settings,
+                      {name.removeprefix(f"{layer}."): part for name, part in parts.items()})
         return weight, bias if weight is None else shifted_bias(weight, bias)
     except PartError as error:
-        raise UnreadFormatError(f"{format_name}: {error}", error.advice) from error
+        raise UnreadFormatError(f"{format_of(settings)}: {error}", error.advice) from error
 
 
 def _host_weight(layer_class: type, layer: str,

@@ -42,11 +42,6 @@ def placeholder(*shape: int) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.float32).expand(shape)
 
 
-def is_placeholder(tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor comes from `placeholder`."""
-    return 0 in tensor.stride()
-
-
 def omit_missing_towers(paths: Sequence[str]) -> contextlib.AbstractContextManager:
     """Inside this block the host builds the encoder of these files without towers they lack."""
     names = " and ".join(map(os.path.basename, paths))
@@ -57,7 +52,7 @@ def omit_missing_towers(paths: Sequence[str]) -> contextlib.AbstractContextManag
                 key: tensor for key, tensor in state_dict.items()
                 if key.startswith(f"{prefix}{name}.")
             }
-            if all(map(is_placeholder, parts.values())):
+            if all(0 in tensor.stride() for tensor in parts.values()):  # of `placeholder`
                 setattr(model, name, MissingTower(names))
                 for key in parts:
                     del state_dict[key]

@@ -10,9 +10,9 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import psutil
 import torch
@@ -35,7 +35,7 @@ class WriteError(ValueError):
     """A file cannot be written. The message names the file, the reason and what to do."""
 
 
-Writer = TypeVar("Writer", bound="WeightsWriter")
+Tensors = Mapping[str, tuple[Sequence[int], str]]  # name -> (logical shape, type)
 
 
 @contextlib.contextmanager
@@ -86,33 +86,42 @@ def atomic_writer(path: str | os.PathLike, nbytes: int,
     _sync_folder(path.parent)
 
 
-@contextlib.contextmanager
-def new_weights(path: str | os.PathLike, writer: type[Writer], layout,
-                overwrite: bool = False, mode: int = 0o666) -> Iterator[Writer]:
-    """Opens a weight file that exists after the block only if every tensor was written.
-
-    Args:
-        path: the file to write.
-        writer: class that writes the tensors.
-        layout: content of the file: `tensors` by name, `size` in bytes, `start` of the data, and
-            `header(written)`, the bytes before it.
-        overwrite, mode: as for `atomic_writer`.
-
-    Raises:
-        WriteError: as `atomic_writer`.
-    """
-    with atomic_writer(path, layout.size, overwrite, mode) as file:
-        open_writer = writer(file, layout)
-        yield open_writer
-        open_writer.finish()
-
-
 class WeightsWriter:
     """Writes the tensors of a file in order, and the header when its content is known.
 
     Attributes:
+        layout_class: makes the content of a file of tensors and metadata, see `open`: `tensors` by
+            name, `size` in bytes, `start` of the data, and `header(written)`, the bytes before it.
         written: name of each tensor written so far -> its entry for the layout's header.
     """
+
+    layout_class: Callable[[Mapping, Mapping], Any]
+
+    @classmethod
+    def file_size(cls, tensors: Tensors, metadata: Mapping[str, Any]) -> int:
+        """Returns the bytes of a whole file with these tensors and metadata."""
+        return cls.layout_class(tensors, metadata).size
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, Any],
+             overwrite: bool = False, mode: int = 0o666) -> Iterator[Any]:
+        """Opens a file that exists after the block only if every tensor was written.
+
+        Args:
+            path: the file to write.
+            tensors: name -> (logical shape, planned type), in the order of writing.
+            metadata: key -> value.
+            overwrite, mode: as for `atomic_writer`.
+
+        Raises:
+            WriteError: the file cannot be written, or cannot hold these tensors.
+        """
+        layout = cls.layout_class(tensors, metadata)
+        with atomic_writer(path, layout.size, overwrite, mode) as file:
+            writer = cls(file, layout)
+            yield writer
+            writer.finish()
 
     def __init__(self, file: "_FriendlyFile", layout):
         self.file = file

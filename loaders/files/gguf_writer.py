@@ -5,7 +5,6 @@ while it is written. Tensors follow each other in the order of the header, witho
 reader requires.
 """
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +14,7 @@ import torch
 from ...ops.formats.base import FORMATS
 from ...ops.tensor.packed_layout import is_packed
 from ..container.weight_file import nbytes_of, safe_repr
-from .atomic_file import WeightsWriter, WriteError, new_weights
+from .atomic_file import Tensors, WeightsWriter, WriteError
 from .gguf import PLAIN_TYPES
 from .gguf_header import DEFAULT_ALIGNMENT, MAGIC
 
@@ -33,7 +32,6 @@ FILE_TYPES = {
     "TQ1_0": 36, "TQ2_0": 37
 }
 
-Tensors = Mapping[str, tuple[Sequence[int], str]]  # name -> (logical shape, type)
 Value = str | bool | int | float | Sequence[int] | Sequence[str]
 
 
@@ -53,53 +51,6 @@ def type_number(type_name: str) -> int:
             " safetensors file."
         )
     return number
-
-
-def file_size(tensors: Tensors, metadata: Mapping[str, Value]) -> int:
-    """Returns the bytes of a whole file with these tensors and metadata."""
-    return _Layout(tensors, metadata).size
-
-
-def gguf_writer(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, Value],
-                overwrite: bool = False,
-                mode: int = 0o666) -> AbstractContextManager["GGUFWriter"]:
-    """Opens a GGUF file for writing, as `new_weights`.
-
-    Args:
-        path: the file to write.
-        tensors: name -> (logical shape, planned type), in the order of writing.
-        metadata: key -> value.
-        overwrite, mode: as for `atomic_writer`.
-
-    Raises:
-        WriteError: the file cannot be written, or cannot hold these tensors.
-    """
-    return new_weights(path, GGUFWriter, _Layout(tensors, metadata), overwrite, mode)
-
-
-class GGUFWriter(WeightsWriter):
-    """Writes the tensors of a GGUF file."""
-
-    def write(self, name: str, type_name: str, pieces: Iterable[torch.Tensor]):
-        """Writes the next tensor.
-
-        Args:
-            name: its name, the next one of the layout.
-            type_name: its type, which may differ from the planned one.
-            pieces: its rows in order, as packed or plain tensors of that type on the CPU.
-        """
-        expected = list(self.layout.tensors)[len(self.written)]
-        if name != expected:
-            raise ValueError(f"{name} is written before {expected}.")
-        shape, _ = self.layout.tensors[name]
-        nbytes = _nbytes(shape, type_name)
-        offset = self.file.tell() - self.layout.start
-        written = sum(self.put(piece._qdata if is_packed(piece) else piece) for piece in pieces)
-        if written != nbytes:
-            raise ValueError(
-                f"{name} of shape {[*shape]} is {nbytes} bytes in {type_name}, not {written}.")
-        self.file.write(bytes(-written % DEFAULT_ALIGNMENT))
-        self.written[name] = type_name, offset
 
 
 class _Layout:
@@ -141,6 +92,33 @@ class _Layout:
         entries = [_string(key) + _value(value) for key, value in self.metadata.items()]
         counts = struct.pack("<IQQ", 3, len(infos), len(entries))
         return MAGIC + counts + b"".join(entries) + b"".join(infos)
+
+
+class GGUFWriter(WeightsWriter):
+    """Writes the tensors of a GGUF file."""
+
+    layout_class = _Layout
+
+    def write(self, name: str, type_name: str, pieces: Iterable[torch.Tensor]):
+        """Writes the next tensor.
+
+        Args:
+            name: its name, the next one of the layout.
+            type_name: its type, which may differ from the planned one.
+            pieces: its rows in order, as packed or plain tensors of that type on the CPU.
+        """
+        expected = list(self.layout.tensors)[len(self.written)]
+        if name != expected:
+            raise ValueError(f"{name} is written before {expected}.")
+        shape, _ = self.layout.tensors[name]
+        nbytes = _nbytes(shape, type_name)
+        offset = self.file.tell() - self.layout.start
+        written = sum(self.put(piece._qdata if is_packed(piece) else piece) for piece in pieces)
+        if written != nbytes:
+            raise ValueError(
+                f"{name} of shape {[*shape]} is {nbytes} bytes in {type_name}, not {written}.")
+        self.file.write(bytes(-written % DEFAULT_ALIGNMENT))
+        self.written[name] = type_name, offset
 
 
 def _nbytes(shape: Sequence[int], type_name: str) -> int:
@@ -199,3 +177,11 @@ def _value(value: Value) -> bytes:
 
 def _aligned(size: int) -> int:
     return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+
+
+def gguf_writer(*arguments, **options) -> AbstractContextManager[GGUFWriter]:
+    """Opens a GGUF file for writing; see `WeightsWriter.open`."""
+    return GGUFWriter.open(*arguments, **options)
+
+
+file_size = GGUFWriter.file_size

@@ -33,7 +33,7 @@ CURRENT = f"featherweight-{PACKER_VERSION}-"  # how the names of entries of this
 NAMES = ("featherweight-*.safetensors", "featherweight-*.gguf")
 
 Entry = TypeVar("Entry")
-# Name of a weight -> (packed format, logical shape).
+# name of a weight -> (type, logical shape); the type is one of FORMATS, of ROW_TYPES or a plain one
 PackedTypes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 

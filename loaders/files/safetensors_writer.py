@@ -9,9 +9,7 @@ lengths leave other tensors aligned. safetensors' own `save_file` needs the whol
 """
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -23,7 +21,7 @@ from ...ops.tensor.row_slicing import join_rows
 from ..quantizers.bitsandbytes import QUANT_TYPES
 from ..quantizers.comfyui import layer_parts
 from ..quantizers.comfyui_marks import MARK, mark_of
-from .atomic_file import WeightsWriter, WriteError, new_weights
+from .atomic_file import Tensors, WeightsWriter, WriteError
 from .safetensors import SafetensorsFile
 
 QUANT_NAMES = {packed.name: quant_type for quant_type, packed in QUANT_TYPES.items()}
@@ -32,7 +30,6 @@ DTYPES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
 ALIGNMENT = 8  # of the data, so that readers can map it
 MAX_OFFSET = 10 ** 15  # reserves the digits of any offset
 
-Tensors = Mapping[str, tuple[Sequence[int], str]]  # name -> (logical shape, type)
 Parts = dict[str, tuple[str, tuple[int, ...]]]  # name in the file -> (dtype, shape)
 
 
@@ -61,20 +58,46 @@ def parts_of(name: str, shape: Sequence[int], type_name: str) -> Parts:
     }
 
 
-def file_size(tensors: Tensors, metadata: Mapping[str, str]) -> int:
-    """Returns the bytes of a whole file with these tensors and metadata."""
-    return _Layout(tensors, metadata).size
+class _Layout:
+    """The content of a file and its size; the header has room for the longest possible offsets.
 
+    Attributes:
+        tensors: name -> (logical shape, type).
+        metadata: key -> value.
+        start: position of the data.
+        size: bytes of the whole file.
+    """
 
-def safetensors_writer(path: str | os.PathLike, tensors: Tensors, metadata: Mapping[str, str],
-                       overwrite: bool = False,
-                       mode: int = 0o666) -> AbstractContextManager["SafetensorsWriter"]:
-    """Opens a safetensors file for writing, with the arguments of `gguf_writer`."""
-    return new_weights(path, SafetensorsWriter, _Layout(tensors, metadata), overwrite, mode)
+    def __init__(self, tensors: Tensors, metadata: Mapping[str, str]):
+        self.tensors = dict(tensors)
+        self.metadata = {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in metadata.items()
+        }
+        parts: Parts = {}
+        for name, tensor in self.tensors.items():
+            parts |= parts_of(name, *tensor)
+        longest = {
+            part: _entry("F8_E4M3", shape, MAX_OFFSET, MAX_OFFSET)
+            for part, (_, shape) in parts.items()
+        }
+        self.start = -(-(8 + len(self._json(longest))) // ALIGNMENT) * ALIGNMENT
+        self.size = self.start + sum(_nbytes(*part) for part in parts.values())
+
+    def header(self, entries: Mapping[str, dict]) -> bytes:
+        """Returns the bytes before the data; entries: name in the file -> its header entry."""
+        text = self._json(entries)
+        return (self.start - 8).to_bytes(8, "little") + text.ljust(self.start - 8)
+
+    def _json(self, entries: Mapping[str, dict]) -> bytes:
+        return json.dumps({"__metadata__": self.metadata, **entries},
+                          separators=(",", ":")).encode()
 
 
 class SafetensorsWriter(WeightsWriter):
     """Writes the tensors of a safetensors file."""
+
+    layout_class = _Layout
 
     def __init__(self, file, layout):
         super().__init__(file, layout)
@@ -136,42 +159,6 @@ class SafetensorsWriter(WeightsWriter):
         self.written[name] = _entry(dtype, shape, first, first + written)
 
 
-class _Layout:
-    """The content of a file and its size; the header has room for the longest possible offsets.
-
-    Attributes:
-        tensors: name -> (logical shape, type).
-        metadata: key -> value.
-        start: position of the data.
-        size: bytes of the whole file.
-    """
-
-    def __init__(self, tensors: Tensors, metadata: Mapping[str, str]):
-        self.tensors = dict(tensors)
-        self.metadata = {
-            key: value if isinstance(value, str) else json.dumps(value)
-            for key, value in metadata.items()
-        }
-        parts: Parts = {}
-        for name, tensor in self.tensors.items():
-            parts |= parts_of(name, *tensor)
-        longest = {
-            part: _entry("F8_E4M3", shape, MAX_OFFSET, MAX_OFFSET)
-            for part, (_, shape) in parts.items()
-        }
-        self.start = -(-(8 + len(self._json(longest))) // ALIGNMENT) * ALIGNMENT
-        self.size = self.start + sum(_nbytes(*part) for part in parts.values())
-
-    def header(self, entries: Mapping[str, dict]) -> bytes:
-        """Returns the bytes before the data; entries: name in the file -> its header entry."""
-        text = self._json(entries)
-        return (self.start - 8).to_bytes(8, "little") + text.ljust(self.start - 8)
-
-    def _json(self, entries: Mapping[str, dict]) -> bytes:
-        return json.dumps({"__metadata__": self.metadata, **entries},
-                          separators=(",", ":")).encode()
-
-
 def _empty_weight(shape: Sequence[int], type_name: str) -> PackedTensor:
     """Returns a weight of a row type without values, on the meta device."""
     packed_format, rows = ROW_TYPES[type_name].format_of(tuple(shape)), shape[0]
@@ -205,3 +192,6 @@ def _quant_state(shape: Sequence[int], type_name: str) -> bytes:
         "shape": list(shape),
     }
     return json.dumps(state).encode()
+
+
+safetensors_writer, file_size = SafetensorsWriter.open, SafetensorsWriter.file_size

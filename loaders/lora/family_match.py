@@ -60,7 +60,8 @@ def match_family(shapes: Mapping[str, tuple[int | None, int | None]],
     fits = [fit for fit in fits if fit.explained == best]
     candidates = [
         (model, fit) for fit in fits for model in fit.family.models
-        if fit.width in (model.width, None) and _is_within(fit.depth, model.depth)
+        if fit.width in (model.width, None)
+        and all(not limit or count <= limit for count, limit in zip(fit.depth, model.depth))
     ]
     exact = [(model, fit) for model, fit in candidates if fit.depth == model.depth]
     candidates = exact or candidates
@@ -113,10 +114,6 @@ def _fit(family: Family, shapes: Mapping[str, tuple[int | None, int | None]]) ->
         return _Fit(family, without_width, None, counts)
     width, count = widths.most_common(1)[0]
     return _Fit(family, without_width + count, int(width), counts)
-
-
-def _is_within(counts: tuple[int, int], depth: tuple[int, int]) -> bool:
-    return all(not limit or count <= limit for count, limit in zip(counts, depth))
 
 
 def metadata_hints(metadata: Mapping[str, str]) -> str:

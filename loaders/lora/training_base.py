@@ -98,13 +98,10 @@ def _first(texts: Iterable[tuple[str, Any]], is_own_name: bool = False) -> Said 
 def _in_metadata(metadata: Mapping[str, Any], keys: Iterable[str]) -> list[tuple[str, Any]]:
     """Returns (where it stands, value) of each key."""
     return [
-        (f"its metadata {key}", _file_name(value) if key == PATH_KEY else value)
+        (f"its metadata {key}",
+         re.split(r"[\\/]", str(value))[-1] if key == PATH_KEY else value)
         for key in keys if (value := metadata.get(key))
     ]
-
-
-def _file_name(path: Any) -> str:
-    return re.split(r"[\\/]", str(path))[-1]
 
 
 def words_of_model(patcher) -> Said | None:

@@ -76,7 +76,7 @@ def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, s
             " with ComfyUI's Load ControlNet Model (diff).")
     reject_incomplete(name, state_dict)
     options: dict[str, Any] = {}
-    if _averages_over_picture(name):
+    if re.search(r"_shuffle(?![a-zA-Z])", name):  # which the host knows by its name only
         options["global_average_pooling"] = True
     if operations is not None:
         options["custom_operations"] = operations
@@ -161,8 +161,3 @@ def _deepclone_multigpu(control: Any, own: Callable, *args, **kwargs) -> Any:
     del model.packed_patches, model.packed_residency  # a copy has its own
     keep_packed(clone.control_model_wrapped, _dtype_of(clone))
     return clone
-
-
-def _averages_over_picture(name: str) -> bool:
-    """Returns whether a file is a "shuffle" ControlNet, which the host knows by its name only."""
-    return re.search(r"_shuffle(?![a-zA-Z])", name) is not None

@@ -1,7 +1,7 @@
 """Loads diffusion models from weight files and folders as the host's own, with packed weights."""
 import contextlib
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
@@ -13,7 +13,6 @@ import torch
 from ...ops.layers.comfyui_operations import operations_for
 from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
-from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.detection import (
     DETECTION_ERRORS,
     UNKNOWN_MODEL,
@@ -44,6 +43,7 @@ from ..comfyui.quantized_weights import (
     as_tensors,
     host_metadata,
     in_parts,
+    pack_plain_fp8,
     read_marked,
     reject_unread_layers,
 )
@@ -54,9 +54,7 @@ from ..devices import CPU
 from ..files.open_weights import open_weights
 from ..lora.seedvr2 import add_texts
 from ..progress import Progress
-from ..quantizers.comfyui import FP8
 from ..quantizers.comfyui_marks import MARK
-from ..quantizers.integers import pack_rows
 from ..recipe import Recipe, register_loader
 from .fit_device import model_targets
 from .loader_choice import has_plain_fp8, needs_own_reader, shapes_in
@@ -198,25 +196,6 @@ def read_weights(
     state_dict = to_comfy_keys(as_tensors(file, state_dict, prefix), lazy=True)
     packed = pack_weights(file, state_dict, pack_to, progress, prefix, device)
     return in_parts(state_dict, formats) if may_have_host_formats(pack_to) else state_dict, packed
-
-
-def pack_plain_fp8(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Packs fp8 weights without scales, which the host keeps in float32 on a CPU.
-
-    Args:
-        state_dict: with the host's names; it is not changed.
-    """
-    one = torch.ones(1, dtype=torch.float32)
-    return {
-        name: pack_rows(tensor, one) if is_fp8_matrix(name, tensor, state_dict) else tensor
-        for name, tensor in state_dict.items()
-    }
-
-
-def is_fp8_matrix(name: str, tensor: torch.Tensor, names: Container[str]) -> bool:
-    """Returns whether a tensor is the weight of a linear layer or a kernel in plain fp8."""
-    return (name.endswith(".weight") and tensor.dtype in FP8 and tensor.ndim > 1
-            and not is_packed(tensor) and f"{name.removesuffix('.weight')}{MARK}" not in names)
 
 
 def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],

@@ -1,6 +1,6 @@
 """Chooses which files this pack reads and which go to the host's own loaders."""
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from functools import partial
 from typing import Any
 
@@ -49,7 +49,9 @@ def needs_own_reader(path: str, pack_to: str | None = None,
             return (any(map(is_cut, keys))
                     or has_quantized_weights(keys, metadata, partial(_header_of, file))
                     or has_other_names(metadata, keys)
-                    or _may_be_joined(marked_layers(metadata, keys))
+                    # diffusers' q, k and v, which ComfyUI joins in some models without their scales
+                    or any(layer.endswith((".to_q", ".to_k", ".to_v"))
+                           for layer in marked_layers(metadata, keys))
                     or has_layer_to_read(keys, file.get_tensor, metadata, host_formats)
                     or find_unread_layer(keys, file.get_tensor, metadata) is not None)
         except (SafetensorError, MarkError):
@@ -65,8 +67,8 @@ def has_plain_fp8(path: str) -> bool:
             names = file.keys()
             marked = marked_layers(file.metadata() or {}, names)
             return any(
-                _type_of(file, name) in FP8_TYPES for name in names if name.endswith(".weight")
-                and name.removesuffix(".weight") not in marked)
+                file.get_slice(name).get_dtype() in FP8_TYPES for name in names
+                if name.endswith(".weight") and name.removesuffix(".weight") not in marked)
     except UNREADABLE:
         return False
 
@@ -87,18 +89,7 @@ def is_safetensors(path: str) -> bool:
     return str(path).lower().endswith((".safetensors", ".sft"))
 
 
-def _may_be_joined(layers: Iterable[str]) -> bool:
-    """Returns whether layers in ComfyUI's formats have a name of diffusers', whose q, k and v
-    ComfyUI joins in some models, without their scales."""
-    return any(layer.endswith((".to_q", ".to_k", ".to_v")) for layer in layers)
-
-
 def _header_of(file: Any, name: str) -> Header:
     """Returns the header of a tensor of an open safetensors file."""
     tensor = file.get_slice(name)
     return Header(SafetensorsFile.dtypes.get(tensor.get_dtype()), tuple(tensor.get_shape()))
-
-
-def _type_of(file: Any, name: str) -> str:
-    """Returns the type of a tensor of an open safetensors file, such as "F8_E4M3"."""
-    return file.get_slice(name).get_dtype()

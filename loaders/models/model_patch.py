@@ -4,7 +4,6 @@ from typing import Any
 
 import comfy.model_patcher
 import torch
-from comfy_extras import nodes_model_patch
 
 from ...ops.tensor.row_slicing import dense
 from ..comfyui.detection import MODEL_PATCH
@@ -37,6 +36,8 @@ def load_model_patch(path: str, pack_to: str | None = None,
 def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
            operations: type | None) -> Any:
     """Builds the host's model patch from the weights of a file, as `models_beside.Build`."""
+    from comfy_extras import nodes_model_patch  # here: the nodes of other models need none of it
+
     def read(path, *args, return_metadata=False, **kwargs):
         return (state_dict, metadata) if return_metadata else state_dict
 

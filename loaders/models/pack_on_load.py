@@ -45,19 +45,15 @@ from ..out_of_memory import is_out_of_memory
 from ..packing.calibration.imatrix import load_measurement
 from ..packing.calibration.sensitivity import Sensitivity, SensitivityError
 from ..packing.layer_losses import WEIGHTS, loss_text, total
-from ..packing.planning.plan import (
-    AS_STORED,
-    PlanError,
-    plan_for_size,
-    plan_for_type,
-)
+from ..packing.planning.file_plan import TYPES as SAVE_TYPES
+from ..packing.planning.plan import AS_STORED, PlanError, plan_for_size, plan_for_type
 from ..packing_rules import Shapes, bytes_in_file, half_type
 from ..paths.folders import imatrix_of, packed_folder, sensitivity_of
 from ..progress import Progress
 from .packed_entry import entry_weights, most_bytes, read_entry, suffix_for, write_entry
 
-# types that weights can be packed to: from the finest to the coarsest, and the host's own
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "IQ4_XS", "NF4", *ROW_TYPES)
+# types that weights can be packed to: all that files are saved in but the coarsest
+TYPES = (*(name for name in SAVE_TYPES if name != "Q2_K"), *ROW_TYPES)
 # By how many values of a weight the speed is measured, and from how many values of a model on.
 MEASURED_VALUES, MANY_VALUES = 1 << 22, 1 << 28
 WHOLE_ROWS = 64  # are whole blocks of every type

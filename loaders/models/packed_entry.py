@@ -30,6 +30,7 @@ from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tenso
 from ..comfyui.quantized_weights import as_tensors, read_marked
 from ..container.weight_file import PLAIN_DTYPES, WeightFile, safe_repr
 from ..files.open_weights import open_weights
+from ..files.packed_cache import PackedTypes
 from ..files.safetensors_writer import PACKED_TYPES
 from ..packing.planning.file_plan import (
     KEEP_TYPES,
@@ -45,9 +46,6 @@ from ..packing_rules import PLAIN_BYTES
 NOTE = "featherweight.entry"
 # most bytes of a file's header, beyond those of the weights: of all, and of each weight
 HEADER, HEADER_OF_WEIGHT = 1 << 16, 1 << 11
-
-# name -> (type, shape); the type is one of FORMATS, of ROW_TYPES or a plain one
-Types = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def write_entry(path: Path, file: WeightFile, tensors: Mapping[str, torch.Tensor
     save(plan_file(Source(weights, metadata=metadata), path, KEEP_TYPES, options))
 
 
-def read_entry(path: Path, wanted: Types) -> Entry:
+def read_entry(path: Path, wanted: PackedTypes) -> Entry:
     """Reads weights of an entry, mapped, and compares their digests.
 
     Args:

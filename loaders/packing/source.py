@@ -380,18 +380,14 @@ def _notes_on_merges(weights: Mapping[str, Weight]) -> list[str]:
     """Returns a note on weights of other models that were rounded to 8 bits before the merge."""
     merged = [
         name for name, weight in weights.items()
-        if any(isinstance(value, list) and _is_eight_bits(value[0][0])
-               for _, value, *_ in weight.patches)
+        if any(isinstance(value, list) and not isinstance(value[0][0], QuantizedTensor)
+               and value[0][0].dtype.itemsize == 1 for _, value, *_ in weight.patches)
     ]
     if not merged:
         return []
     return [f"{len(merged)} weights are merged with another model's as ComfyUI has them, in 8"
             f" bits: {join_some(merged)}. Start ComfyUI without a flag for fp8 to merge its file's"
             " values."]
-
-
-def _is_eight_bits(tensor: torch.Tensor) -> bool:
-    return not isinstance(tensor, QuantizedTensor) and tensor.dtype.itemsize == 1
 
 
 def source_of_encoders(clip) -> dict[str, Source]:

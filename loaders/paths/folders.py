@@ -177,11 +177,6 @@ def is_for_models(key: str) -> bool:
     )
 
 
-def _model_folders() -> list[str]:
-    registered = folder_paths.folder_names_and_paths
-    return [folder for key in registered if is_for_models(key) for folder in registered[key][0]]
-
-
 def _is_in_program_folder(path: str) -> bool:
     """Returns whether a path lies in custom_nodes once its links are resolved."""
     registered = folder_paths.folder_names_and_paths
@@ -472,7 +467,9 @@ def resolve_saved_path(path: str) -> str:
     Raises:
         WeightFileError: if it is not a model there.
     """
-    folders = [folder_paths.get_output_directory(), *_model_folders()]
+    registered = folder_paths.folder_names_and_paths
+    folders = [folder_paths.get_output_directory(), *(
+        folder for key in registered if is_for_models(key) for folder in registered[key][0])]
     saved = (
         not is_unsafe_name(os.path.splitdrive(path)[1])
         and any(is_inside(path, folder) for folder in folders)

@@ -55,7 +55,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import describe
 from .base import HeaderOf, Quantizer
 from .comfyui_marks import marked_layers
-from .comfyui_settings import CONVROT, ROTATION_SIZE, check_settings, is_rotated, setting
+from .comfyui_settings import CONVROT, ROTATION_SIZE, is_rotated, setting
 from .parts import FLOATS, Part, PartError, Parts, bind_sizes
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
@@ -148,7 +148,7 @@ def pack_parts(settings: Mapping[str, Any],
     """Makes one packed tensor of the parts of a weight.
 
     Args:
-        settings: of the layer's `comfy_quant`.
+        settings: of the layer's `comfy_quant`, which `check_settings` takes.
         parts: the last parts of their names -> the layer's tensors.
 
     Returns:
@@ -161,7 +161,6 @@ def pack_parts(settings: Mapping[str, Any],
     read = READERS.get(format_of(settings))
     if read is None:
         return None
-    check_settings(format_of(settings), settings, parts)
     if is_kernel(settings, parts["weight"]):
         return _kernel(settings, parts)
     expected, parts = _layout(settings, parts)
@@ -245,9 +244,13 @@ def smooth(packed: PackedTensor, factors: torch.Tensor) -> PackedTensor:
 
 
 def _rows_of(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
-    """Reads a format with one scale a row, or one scale."""
-    return _pack(family, parts, rotation=_rotation(settings, sizes["K"]),
-                 scale=_row_scales(parts, SCALE))
+    """Reads a format with scales of rows, or one scale, or those of groups in pieces."""
+    layout = family.example
+    in_pieces = layout.groups > 1
+    tensors = {"scale": _scales_in_order(family, parts) if in_pieces else _row_scales(parts, SCALE)}
+    if layout.row_scale:
+        tensors["row_scale"] = _row_scales(parts, SCALE_2)
+    return _pack(family, parts, rotation=_rotation(settings, sizes["K"]), **tensors)
 
 
 def _nibbles(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
@@ -323,17 +326,6 @@ def _blocks_of(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes)
     scale = parts[SCALE].float().view(sizes["R"], sizes["C"])
     scales = scale.repeat_interleave(rows // sizes["R"], 0)
     return _pack(family, parts, (group,), scale=scales)
-
-
-def _mxfp8(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
-    return _pack(MXFP8, parts, rotation=_rotation(settings, sizes["K"]),
-                 scale=_scales_in_order(MXFP8, parts))
-
-
-def _nvfp4(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
-    scales = _scales_in_order(NVFP4_ROWS, parts)
-    return _pack(NVFP4_ROWS, parts, rotation=_rotation(settings, sizes["K"]), scale=scales,
-                 row_scale=_row_scales(parts, SCALE_2))
 
 
 def _awq(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
@@ -420,9 +412,9 @@ READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {
     "float8_e4m3fn_rowwise": partial(_rows_of, F8_E4M3),
     "float8_e4m3fn_blockwise": partial(_blocks_of, F8_E4M3),
     "float8_e4m3fn_block3d": partial(_blocks_of, F8_E4M3),
-    "mxfp8": _mxfp8,
-    "hybrid_mxfp8": _mxfp8,
-    "nvfp4": _nvfp4,
+    "mxfp8": partial(_rows_of, MXFP8),
+    "hybrid_mxfp8": partial(_rows_of, MXFP8),
+    "nvfp4": partial(_rows_of, NVFP4_ROWS),
     "int8_tensorwise": partial(_rows_of, INT8_ROWS),
     "int8_blockwise": partial(_blocks_of, INT8_GROUPS),
     "convrot_w4a4": _nibbles,
@@ -474,23 +466,18 @@ def layer_parts(weight: PackedTensor) -> tuple[Settings, Parts]:
     return WRITERS[packed_format.family](packed_format, codes, tensors)
 
 
-def _float8_parts(packed_format: RowFormat, codes: torch.Tensor,
-                  tensors: Parts) -> tuple[Settings, Parts]:
-    return {"format": "float8_e4m3fn"}, {"weight": codes.view(torch.float8_e4m3fn),
-                                         SCALE: tensors["scale"][0]}
-
-
-def _mxfp8_parts(packed_format: RowFormat, codes: torch.Tensor,
+def _float_parts(packed_format: RowFormat, codes: torch.Tensor,
                  tensors: Parts) -> tuple[Settings, Parts]:
-    return {"format": "mxfp8"}, {"weight": codes.view(torch.float8_e4m3fn),
-                                 SCALE: _scales_in_pieces(packed_format, tensors["scale"])}
-
-
-def _nvfp4_parts(packed_format: RowFormat, codes: torch.Tensor,
-                 tensors: Parts) -> tuple[Settings, Parts]:
-    scale = _scales_in_pieces(packed_format, tensors["scale"])
-    return {"format": "nvfp4"}, {"weight": codes, SCALE: scale.view(torch.float8_e4m3fn),
-                                 SCALE_2: tensors["row_scale"][0]}
+    layout, scale = packed_format.layout, tensors["scale"]
+    if layout.groups == 1:
+        parts = {SCALE: scale[0]}
+    elif not layout.row_scale:
+        parts = {SCALE: _scales_in_pieces(packed_format, scale)}
+    else:
+        parts = {SCALE: _scales_in_pieces(packed_format, scale).view(torch.float8_e4m3fn),
+                 SCALE_2: tensors["row_scale"][0]}
+    return {"format": ROW_TYPE_OF[packed_format.family]}, {
+        "weight": codes if layout.codes.bits == 4 else codes.view(layout.codes.dtype), **parts}
 
 
 def _int8_parts(packed_format: RowFormat, codes: torch.Tensor,
@@ -517,7 +504,7 @@ def _level_parts(packed_format: RowFormat, codes: torch.Tensor,
 
 
 WRITERS: dict[str, Callable[[RowFormat, torch.Tensor, Parts], tuple[Settings, Parts]]] = {
-    F8_E4M3.name: _float8_parts, MXFP8.name: _mxfp8_parts, NVFP4_ROWS.name: _nvfp4_parts,
+    F8_E4M3.name: _float_parts, MXFP8.name: _float_parts, NVFP4_ROWS.name: _float_parts,
     INT8_ROWS.name: _int8_parts, INT8_CONVROT.name: _int8_parts, W4A8.name: _level_parts,
     W4A8_INTEGERS.name: _level_parts, W4A8_TABLE.name: _level_parts}
 

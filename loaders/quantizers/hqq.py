@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from ...ops.formats.integers import HQQ_BITS, hqq_family
+from ...ops.formats.integers import HQQ_BITS, family_with_minimum
 from ...ops.tensor.packed_layout import packed_rows
 from .base import Layer, Quantizer, layers_with
 from .integers import SCALES, check_columns, join_codes, split_parts
@@ -56,7 +56,8 @@ def read(layer: Layer) -> torch.Tensor:
     codes = split_parts(parts[CODES], bits, is_high_first=True)
     packed = join_codes(codes.view(rows, columns), bits)
     added = -(zero.float() * scale.float())
-    return packed_rows(hqq_family(bits, scale.dtype), packed, (rows, columns), (group,),
+    family = family_with_minimum("HQQ", bits, scale.dtype)
+    return packed_rows(family, packed, (rows, columns), (group,),
                        scale=scale, minimum=added)
 
 

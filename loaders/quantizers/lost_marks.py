@@ -19,7 +19,7 @@ from .base import scaled_layers
 from .comfyui import FP8, GROUP_SCALE, IGNORED, PARTS, SCALE, SMOOTHING, format_of, pack_parts
 from .comfyui_banks import is_bank, pack_bank
 from .comfyui_marks import MARK, OLD_SCALE, mark_of, marked_layers, settings_of_layers
-from .comfyui_settings import is_rotated
+from .comfyui_settings import check_settings, is_rotated
 from .integers import E8M0
 from .parts import PartError, Parts
 
@@ -90,6 +90,7 @@ def _fits(settings: Mapping[str, Any], parts: Parts) -> bool:
     """Returns whether the parts of a layer can be read by the settings of another."""
     pack = pack_bank if is_bank(settings, parts["weight"]) else pack_parts
     try:
+        check_settings(format_of(settings), settings, parts)
         return pack(settings, dict(parts)) is not None
     except (PartError, FormatError):
         return False

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from ...ops.formats.comfyui import MXFP8, NVFP4_LOW
-from ...ops.formats.integers import MXFP4_ROWS
-from ...ops.formats.mlx import MLX_BITS, MLX_GROUP, mlx_family
+from ...ops.formats.integers import MLX_BITS, MLX_GROUP, MXFP4_ROWS, family_with_minimum
 from ...ops.tensor.packed_layout import packed_rows
 from .base import HeaderOf, Layer, Quantizer, layers_with
 from .integers import SCALES, pack_nvfp4
@@ -73,7 +72,8 @@ def read(layer: Layer) -> torch.Tensor:
         raise PartError(f"its scales are {scale.dtype} and its biases {parts[BIAS].dtype}, expected"
                         " the same")
     bits, group = _size(layer, of_group)
-    return packed_rows(mlx_family(bits, scale.dtype), codes, (rows, sizes["G"] * group), (group,),
+    family = family_with_minimum("MLX", bits, scale.dtype)
+    return packed_rows(family, codes, (rows, sizes["G"] * group), (group,),
                        scale=scale, minimum=parts[BIAS])
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ...ops.formats.integers import quanto_family
+from ...ops.formats.integers import family_with_minimum
 from ...ops.tensor.packed_layout import packed_rows
 from ..container.weight_file import WeightFile
 from .base import Layer, Quantizer, Read, layers_with
@@ -93,7 +93,8 @@ def read(layer: Layer, widths: Mapping[str, set[int]]) -> torch.Tensor:
         raise PartError(f"its {groups} groups of {group} values are not whole rows of {source}")
     check_columns(columns, bits)
     packed = join_codes(split_parts(codes, bits)[:groups], bits)
-    return packed_rows(quanto_family(bits, scale.dtype), packed, (rows, columns), (group,),
+    family = family_with_minimum("quanto", bits, scale.dtype)
+    return packed_rows(family, packed, (rows, columns), (group,),
                        scale=scale, minimum=-shift)
 
 

@@ -27,15 +27,11 @@ def time_in_turn(variants: Mapping[str, Callable[[], object]], rounds: int,
         if number and time.perf_counter() > end:
             break
         for name, run in variants.items():
-            getattr(run, "prepare", _nothing)()
+            getattr(run, "prepare", lambda: None)()
             started = clock()
             run()
             times[name].append(clock() - started)
     return times
-
-
-def _nothing():
-    pass
 
 
 @contextlib.contextmanager

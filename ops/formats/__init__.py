@@ -13,7 +13,6 @@ from . import (  # noqa: F401  each registers what it defines
     legacy_quants,
     low_rank_and_joined,
     micro_fp4,
-    mlx,
     plain,
     q1_0,
     q2_0,

@@ -1,27 +1,32 @@
 """Formats of unsigned integers with a scale, and a zero or a minimum, for each group of columns.
 
-GPTQ, AutoRound, AWQ, compressed-tensors, optimum-quanto, HQQ and torchao store weights so, in
+GPTQ, AutoRound, AWQ, compressed-tensors, optimum-quanto, HQQ, torchao and MLX store weights so, in
 several orders, which their readers in `loaders/quantizers` bring into the order of the values.
 Sources of the formulas: auto-round 0.16.1 `auto_round_extension/torch/qlinear_torch.py`, autoawq
 0.2.9 `awq/utils/packing_utils.py`, compressed-tensors 0.20.0 `quantization/lifecycle/forward.py`,
-optimum-quanto 0.2.7 `tensor/weights/qbits.py`, hqq 0.2.8 `core/quantize.py`.
+optimum-quanto 0.2.7 `tensor/weights/qbits.py`, hqq 0.2.8 `core/quantize.py`, MLX 0.32 `mlx/ops.cpp`
+and `mlx/backend/cpu/quantized.cpp`.
 
 A file has one of many combinations of bits, dtype of the scales, zeros and order of the columns.
-Each is a family of its own, which `integer_family` or `quanto_family` returns.
+Each is a family of its own, which `integer_family` or `family_with_minimum` returns.
 """
 from functools import partial
 
 import torch
 
-from .comfyui import E2M1, LOW_NIBBLES, NVFP4_GROUP, in_groups, nvfp4, with_addend
+from .comfyui import E2M1, LOW_NIBBLES, NVFP4_GROUP, in_groups, nvfp4
 from .row_layout import FAMILIES, Codes, Numbers, RowFamily, RowLayout
 
 # dtype of scales -> its ending in the names of families, and its kind
 ENDINGS = {torch.bfloat16: "", torch.float16: "_HALF", torch.float32: "_FLOAT"}
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32 bytes"}
 BITS = (2, 3, 4, 5, 6, 7, 8)
-QUANTO_GROUP, MX_GROUP = 128, 32
-HQQ_BITS, HQQ_GROUP = (2, 4, 8), 64
+MX_GROUP, MLX_GROUP = 32, 64
+HQQ_BITS, MLX_BITS = (2, 4, 8), (2, 3, 4, 5, 6, 8)
+# who adds a minimum -> the bits of codes, columns of a group, and dtype of the minima, if it is not
+# that of the scales
+WITH_MINIMUM = {"quanto": ((4, 2), 128, None), "HQQ": (HQQ_BITS, 64, torch.float32),
+                "MLX": (MLX_BITS, MLX_GROUP, None)}
 
 
 def zero_bits(bits: int) -> int:
@@ -44,23 +49,19 @@ def integer_family(bits: int, scale_dtype: torch.dtype, has_zeros: bool = False,
     return FAMILIES[_name(bits, scale_dtype, has_zeros, is_ordered)]
 
 
-def quanto_family(bits: int, scale_dtype: torch.dtype) -> RowFamily:
-    """Returns the family of optimum-quanto's weights of 2 or 4 bits: value = code * scale + minus
-    quanto's shift."""
-    return FAMILIES[f"QUANTO_INT{bits}{ENDINGS[scale_dtype]}"]
+def family_with_minimum(quantizer: str, bits: int, scale_dtype: torch.dtype) -> RowFamily:
+    """Returns the family of value = code * scale + minimum.
 
-
-def hqq_family(bits: int, scale_dtype: torch.dtype) -> RowFamily:
-    """Returns the family of HQQ's weights: value = code * scale + minus HQQ's zero times the scale.
-
-    The zero is a float. Both products are exact in float32 for scales and zeros of 16 bits, so that
+    The minimum is MLX's bias, minus optimum-quanto's shift, or minus HQQ's zero, a float, times the
+    scale. Both products of the latter are exact in float32 for scales and zeros of 16 bits, so that
     the value is rounded once, as (code - zero) * scale is.
 
     Args:
-        bits: one of `HQQ_BITS`.
+        quantizer: a key of `WITH_MINIMUM`.
+        bits: one of its.
         scale_dtype: one of `ENDINGS`.
     """
-    return FAMILIES[f"HQQ_INT{bits}{ENDINGS[scale_dtype]}"]
+    return FAMILIES[f"{quantizer.upper()}_INT{bits}{ENDINGS[scale_dtype]}"]
 
 
 def _name(bits: int, scale_dtype: torch.dtype, has_zeros: bool, is_ordered: bool) -> str:
@@ -85,14 +86,12 @@ def _define_families():
                     RowFamily(_name(bits, dtype, has_zeros, is_ordered),
                               partial(_integers, bits, KINDS[dtype], has_zeros, is_ordered),
                               (int(is_ordered),))
-        for bits in (4, 2):
-            RowFamily(f"QUANTO_INT{bits}{ending}", partial(
-                with_addend, Codes(bits, "stream"), KINDS[dtype], title=f"quanto int{bits}"),
-                (QUANTO_GROUP,))
-        for bits in HQQ_BITS:
-            RowFamily(f"HQQ_INT{bits}{ending}", partial(
-                in_groups, Codes(bits, "stream"), scale=Numbers(KINDS[dtype]),
-                minimum=Numbers("f32 bytes"), title=f"HQQ int{bits}"), (HQQ_GROUP,))
+        for quantizer, (all_bits, group, minimum_dtype) in WITH_MINIMUM.items():
+            for bits in all_bits:
+                RowFamily(f"{quantizer.upper()}_INT{bits}{ending}", partial(
+                    in_groups, Codes(bits, "stream"), scale=Numbers(KINDS[dtype]),
+                    minimum=Numbers(KINDS[minimum_dtype or dtype]),
+                    title=f"{quantizer} int{bits}"), (group,))
 
 
 _define_families()

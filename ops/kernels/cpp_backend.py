@@ -509,27 +509,25 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
         kernels: Called when one runs.
         has_bfloat16: Whether the CPU and what compiles the kernels have AVX512-BF16.
     """
-    float32 = frozenset([torch.float32])
+    def kernel(name: str, formats: frozenset[str], *dtypes: torch.dtype) -> Kernel:
+        return Kernel(name, formats, frozenset(dtypes), late_bound_method(kernels, name))
+
+    no_format, halves = frozenset[str](), (torch.float16, torch.bfloat16)
     by_avx512 = Kernel("linear", MULTIPLIED | PLAIN, frozenset([torch.bfloat16]),
                        late_bound_method(kernels, "linear_bfloat16"),
                        max_tokens=MAX_BFLOAT16_TOKENS)
     return (
         *([by_avx512] if has_bfloat16 else []),
         *dequantize_and_linear(kernels, MAX_TOKENS),
-        Kernel("int8_rows", MULTIPLIED, frozenset([torch.int8]),
-               late_bound_method(kernels, "int8_rows")),
-        Kernel("int8_tokens", frozenset(), frozenset(C_TYPES),
-               late_bound_method(kernels, "int8_tokens")),
-        Kernel("channels_last", frozenset(), frozenset(C_TYPES),
-               late_bound_method(kernels, "channels_last")),
-        Kernel("add_rounded", frozenset(), frozenset([torch.float16, torch.bfloat16]),
-               late_bound_method(kernels, "add_rounded")),
-        *([Kernel("attention", frozenset(), frozenset(C_TYPES),
-                  late_bound_method(kernels, "attention"))] if cpu_features.is_x86() else []),
-        *(Kernel(name, FORMAT_NAMES, float32, late_bound_method(kernels, name))
-          for name in ("pack_blocks", "pack_columns")),
-        *(Kernel(name, ENCODED, frozenset(C_TYPES), late_bound_method(kernels, name))
-          for name in ("pack_rows", "pack_row_columns")),
+        kernel("int8_rows", MULTIPLIED, torch.int8),
+        kernel("int8_tokens", no_format, *C_TYPES),
+        kernel("channels_last", no_format, *C_TYPES),
+        kernel("add_rounded", no_format, *halves),
+        *([kernel("attention", no_format, *C_TYPES)] if cpu_features.is_x86() else []),
+        kernel("pack_blocks", FORMAT_NAMES, torch.float32),
+        kernel("pack_columns", FORMAT_NAMES, torch.float32),
+        kernel("pack_rows", ENCODED, *C_TYPES),
+        kernel("pack_row_columns", ENCODED, *C_TYPES),
     )
 
 

@@ -89,7 +89,8 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
     elif packed_format is not None:
         length = block_length(packed_format)
         definitions |= {
-            "FORMAT": _source_name(packed_format),
+            "FORMAT": next(name for name in packed_format.kernel_names()
+                           if name in FORMAT_NAMES | PLAIN),
             "BLOCK_LENGTH": length,
             "BLOCK_BYTES": packed_format.block_bytes * length // packed_format.block_length,
             "SCALES_APART": int(bool(packed_format.qparams)),
@@ -200,11 +201,6 @@ def _tile(layout: RowLayout) -> tuple[int, int, int]:
     vectors = max(layout.rotation, MIN_TILE) // CHUNK
     width = min(vectors, TILE_THREADS)
     return width, TILE_THREADS // width, vectors // width
-
-
-def _source_name(packed_format: Format) -> str:
-    """Returns the name that the source has for a format."""
-    return next(name for name in packed_format.kernel_names() if name in FORMAT_NAMES | PLAIN)
 
 
 def c_floats(numbers: Iterable[float]) -> str:

@@ -37,7 +37,8 @@ def add_small(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         return value + change
     if value.requires_grad or change.requires_grad:
         return stochastic_round(value.float() + change, value.dtype)
-    if not torch.compiler.is_compiling() and _are_alike(value, change):
+    if (not torch.compiler.is_compiling() and value.dtype == change.dtype
+            and value.is_contiguous() and change.is_contiguous()):
         run = kernels.find("add_rounded", value.device, None, value.dtype)
         if run is not None:
             run(value, change)
@@ -45,8 +46,3 @@ def add_small(value: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     for part, added in pieces(value, change):
         part.copy_(on_the_grid(part.float().add_(added), value.dtype))
     return value
-
-
-def _are_alike(value: torch.Tensor, change: torch.Tensor) -> bool:
-    """Returns whether a kernel takes both: contiguous, of one dtype."""
-    return value.dtype == change.dtype and value.is_contiguous() and change.is_contiguous()

@@ -235,8 +235,7 @@ class SecondMoments:
                 "factor": factor, "steps": steps, "sketch": codes, "widths": widths}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor],
-                     device: torch.device | str = "cpu") -> "SecondMoments":
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "SecondMoments":
         """Returns the moments that `to_tensors` made some tensors of.
 
         Raises:
@@ -253,8 +252,7 @@ class SecondMoments:
                 raise ValueError(f"counts of {tuple(tensors['counts'].shape)}")
             columns, count, held_out_count, calls = tensors["counts"].tolist()
             scales, factor, steps, sketch, widths = (
-                tensors[name].to(device)
-                for name in ("scales", "factor", "steps", "sketch", "widths"))
+                tensors[name] for name in ("scales", "factor", "steps", "sketch", "widths"))
             number, size = scales.shape
             shapes = (factor.shape, steps.shape, sketch.shape, widths.shape)
             expected = ((number, size * (size - 1) // 2), (number, size), (FILE_ROWS, columns),
@@ -265,8 +263,8 @@ class SecondMoments:
                     f"shapes {tuple(scales.shape)}, {tuple(factor.shape)}, {tuple(sketch.shape)}")
         except ValueError as error:
             raise ValueError(f"These are not the tensors of a layer's moments: {error}.") from error
-        below = torch.ones(size, size, dtype=torch.bool, device=device).tril(-1)
-        blocks = torch.zeros(number, size, size, dtype=torch.float32, device=device)
+        below = torch.ones(size, size, dtype=torch.bool).tril(-1)
+        blocks = torch.zeros(number, size, size, dtype=torch.float32)
         for block, scale, codes, step in zip(blocks, scales, factor, steps):
             rows = torch.zeros_like(block).masked_scatter_(below, codes.float()).mul_(step)
             length = rows.square().sum(1)

@@ -73,14 +73,18 @@ def test_a_workflow_of_the_editor_says_how_to_export_it():
 
 def test_a_machine_without_comfyui_says_what_to_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
     with pytest.raises(MachineError, match="set COMFYUI_PATH"):
-        find_comfyui(environment={})
+        find_comfyui()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(MachineError, match="no main.py"):
-        find_comfyui(environment={"COMFYUI_PATH": str(tmp_path)})
+        find_comfyui()
+    monkeypatch.setenv("COMFYUI_ARGUMENTS", "--lowvram 'x")
     with pytest.raises(
             MachineError,
             match="COMFYUI_ARGUMENTS is --lowvram 'x, which cannot be taken apart .No closing"):
-        launch_arguments(True, {"COMFYUI_ARGUMENTS": "--lowvram 'x"})
+        launch_arguments(True)
 
 
 def test_commands_and_workers_take_comfyui_by_one_rule(tmp_path, monkeypatch):
@@ -89,18 +93,18 @@ def test_commands_and_workers_take_comfyui_by_one_rule(tmp_path, monkeypatch):
         (folder / "comfy").mkdir(parents=True)
         (folder / "main.py").touch()
     monkeypatch.chdir(tmp_path / "comfyui")
-    assert own_comfyui(str(pack), {}) == find_comfyui(environment={}) == str(tmp_path / "comfyui")
-    named = {"COMFYUI_PATH": str(tmp_path / "named")}
-    assert (
-        own_comfyui(str(pack), named) == find_comfyui(environment=named) == str(tmp_path / "named")
-    )
-    wrong = {"COMFYUI_PATH": str(tmp_path / "typo")}
+    monkeypatch.setenv("PWD", str(tmp_path / "comfyui"))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    assert own_comfyui(str(pack)) == find_comfyui() == str(tmp_path / "comfyui")
+    assert own_comfyui(str(tmp_path)) == ""
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "named"))
+    assert own_comfyui(str(pack)) == find_comfyui() == str(tmp_path / "named")
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "typo"))
     message = "typo, which has no main.py and comfy: set it to ComfyUI's folder"
     with pytest.raises(MachineError, match=message):
-        own_comfyui(str(pack), wrong)
+        own_comfyui(str(pack))
     with pytest.raises(MachineError, match=message):
-        find_comfyui(environment=wrong)
-    assert own_comfyui(str(tmp_path), {}) == ""
+        find_comfyui()
 
 
 def test_a_disabled_copy_of_the_pack_does_not_count_as_installed(tmp_path):

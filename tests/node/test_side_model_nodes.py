@@ -25,9 +25,7 @@ from safetensors.torch import save_file
 import nodes as host_nodes
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.nodes import node_text
-from featherweight.nodes.load_clip_vision import LoadCLIPVision
-from featherweight.nodes.load_controlnet import LoadControlNet
-from featherweight.nodes.load_model_patch import LoadModelPatch
+from featherweight.nodes.load_side_models import LoadCLIPVision, LoadControlNet, LoadModelPatch
 
 
 class Loader(NamedTuple):

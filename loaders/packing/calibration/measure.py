@@ -56,7 +56,9 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensi
     progress = Progress("generating", "measuring the layers")
     ticks = iter(progress.track(range(sampling.total)))
     steps: list[SamplingStep] = []
-    chosen = _choose_steps(sampling, count)
+    # of the steps that run again, spread over pictures and noise levels
+    order = torch.randperm(sampling.total, generator=torch.Generator().manual_seed(sampling.seed))
+    chosen = set(order[:count].tolist())
 
     def on_step(number: int, step: SamplingStep):
         next(ticks, None)
@@ -89,12 +91,6 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensi
         "columns_of_a_block": collector.block
     }
     return Sensitivity(costs, shapes, about, _moments=collector.moments_of)
-
-
-def _choose_steps(sampling: SamplingRun, count: int) -> set[int]:
-    """Returns the numbers of the steps that run again, spread over pictures and noise levels."""
-    order = torch.randperm(sampling.total, generator=torch.Generator().manual_seed(sampling.seed))
-    return set(order[:count].tolist())
 
 
 def run_type(types: Sequence[str]) -> str:

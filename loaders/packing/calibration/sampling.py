@@ -110,7 +110,8 @@ class SamplingRun:
         patcher.set_model_unet_function_wrapper(wrapper)
         for sample in range(self.samples):
             prompt, seed = self.prompts[sample % len(self.prompts)], self.seed + sample
-            latent = latent_for(patcher, self.latent, picture_count(prompt))
+            # as many pictures as the batch of its texts is for
+            latent = latent_for(patcher, self.latent, max(len(text) for text, _ in prompt))
             noise = comfy.sample.prepare_noise(latent, seed)
             comfy.sample.sample(patcher, noise, self.steps, self.cfg, "euler", "simple", prompt,
                                 self.negative or prompt, latent, disable_pbar=True, seed=seed)
@@ -136,11 +137,6 @@ def _repeat(latent, count: int):
     if latent.is_nested or len(latent) >= count:
         return latent
     return latent.repeat(count, *[1] * (latent.ndim - 1))[:count]
-
-
-def picture_count(prompt: list) -> int:
-    """Returns the number of pictures that a CONDITIONING is for: the batch size of its texts."""
-    return max(len(text) for text, _ in prompt)
 
 
 class _StopProbe(Exception):

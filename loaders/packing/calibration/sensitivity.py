@@ -188,7 +188,8 @@ def _open_tensors(path: str | os.PathLike) -> Iterator[safe_open]:
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError,
             OverflowError) as error:
         try:
-            is_sensitivity = _begins_as_sensitivity(path)
+            with open(path, "rb") as start:
+                is_sensitivity = KEY.encode() in start.read(1 << 10)
         except OSError as reason:
             raise _unreadable(file, reason) from reason
         if is_sensitivity:
@@ -204,11 +205,6 @@ def _unreadable(file: str, error: Exception) -> SensitivityError:
     reason = getattr(error, "strerror", None) or first_line(error)
     return SensitivityError(
         f"{file} cannot be read: {reason}. Pick another file, or measure again.")
-
-
-def _begins_as_sensitivity(path: str | os.PathLike) -> bool:
-    with open(path, "rb") as file:
-        return KEY.encode() in file.read(1 << 10)
 
 
 def report(sensitivity: Sensitivity) -> str:

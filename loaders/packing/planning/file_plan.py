@@ -40,7 +40,7 @@ from .plan import (
 )
 
 LORA_TYPE = "Q6_K"  # the least type for coarsely quantized weights with a LoRA
-# The types that people are offered, the finest first.
+# The types that people are offered, the finest first; the loaders offer all but the last of GGUF.
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K", "NF4")
 # ComfyUI's own types that this ComfyUI reads; int8_convrot is called int8_tensorwise in files.
 HOST_TYPES = tuple(
@@ -69,6 +69,7 @@ class SaveOptions:
         overwrite: whether the file may replace one of the same name.
         mode: permissions of the file, as for `atomic_writer`.
         row_types: names of ROW_TYPES with which a size is met; none: it is met with GGUF types.
+        is_calibrated: whether the layers are packed for their inputs.
     """
 
     sensitivity: Sensitivity | None = None
@@ -77,6 +78,7 @@ class SaveOptions:
     overwrite: bool = False
     row_types: tuple[str, ...] = ()
     mode: int = 0o666
+    is_calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -466,10 +468,10 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
         for name, weight in source.weights.items()
     }
     metadata = {**source.metadata, **options.metadata, "featherweight.plan": plan.json()}
-    if options.sensitivity is not None:
-        errors = errors_of_result(source, plan.types, options)
-        metadata.setdefault(LOSS_KEY, loss_text(total(errors, RESULT), RESULT)
-                            if errors else LOSS_IN_LAYERS)
+    if options.sensitivity is not None or options.is_calibrated:
+        errors = {} if options.is_calibrated else errors_of_result(source, plan.types, options)
+        metadata[LOSS_KEY] = (loss_text(total(errors, RESULT), RESULT) if errors
+                              else LOSS_IN_LAYERS)
     if not safetensors:
         metadata = _gguf_metadata(source.shapes, path, plan) | metadata
     nbytes = (safetensors_writer if safetensors else gguf_writer).file_size(tensors, metadata)
