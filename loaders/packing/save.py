@@ -344,9 +344,10 @@ class WeightPacker:
                       moments: SecondMoments | None) -> float | None:
         """Returns `_Packed.output_error` of a weight in one piece, None where nothing needs it."""
         is_needed = self.loss_kind not in (RESULT, WEIGHTS) or not packed.relative_error.is_small
-        if not is_needed or moments is None or not is_packed(packed.pieces[0]):
+        piece = packed.pieces[0]
+        if not is_needed or moments is None or not is_packed(piece):
             return None
-        return output_errors(values, packed.pieces, moments, SAMPLED_ROWS)[0]
+        return output_errors(values, [piece], moments, SAMPLED_ROWS)[0]
 
     def _try_pack_whole(
             self, weight: Weight, pack: Callable[[torch.Tensor | RowSource], torch.Tensor | None],

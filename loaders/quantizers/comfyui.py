@@ -250,7 +250,7 @@ def _rows_of(family: RowFamily, settings: Mapping, parts: Parts, sizes: Sizes) -
     tensors = {"scale": _scales_in_order(family, parts) if in_pieces else _row_scales(parts, SCALE)}
     if layout.row_scale:
         tensors["row_scale"] = _row_scales(parts, SCALE_2)
-    return _pack(family, parts, rotation=_rotation(settings, sizes["K"]), **tensors)
+    return _pack(family, parts, (), _rotation(settings, sizes["K"]), **tensors)
 
 
 def _nibbles(settings: Mapping, parts: Parts, sizes: Sizes) -> PackedTensor:
