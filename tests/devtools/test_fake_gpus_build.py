@@ -50,7 +50,7 @@ def test_what_is_built_is_kept(monkeypatch):
     built = []
     monkeypatch.setattr(build, "_build", lambda compiler, folder:
                         (built.append(folder), folder.mkdir()))
-    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setenv("CXX", sys.executable)
     assert fakegpu.libraries() == fakegpu.libraries()
     build.libraries.cache_clear()
     assert fakegpu.libraries() == built[0] and len(built) == 1

@@ -1,5 +1,6 @@
 """dev.py matrix: which ComfyUIs it runs, and with which tests."""
 import re
+import shutil
 import subprocess
 
 import oracles
@@ -83,6 +84,9 @@ def test_the_matrix_ends_where_the_pack_says_that_it_was_tested():
     assert supported[-1] == host_versions.OLDEST_HOST
 
 
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
 @pytest.fixture
 def repository(tmp_path):
     """A repository with one commit of a ComfyUI; gives its folder and the commit."""
@@ -97,6 +101,7 @@ def repository(tmp_path):
                                   text=True).stdout.strip()
 
 
+@needs_git
 def test_a_commit_of_a_mirror_is_checked_out_and_what_it_lacks_taken_from_the_index(
         repository, tmp_path, monkeypatch):
     folder, commit = repository
@@ -115,11 +120,13 @@ def test_a_commit_of_a_mirror_is_checked_out_and_what_it_lacks_taken_from_the_in
         matrix.clone(tmp_path / "again", str(folder), commit)
 
 
+@needs_git
 def test_a_repository_that_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(SetupError, match="could not be cloned.*--repository"):
         matrix.clone(tmp_path / "host", str(tmp_path / "none"), "0" * 40)
 
 
+@needs_git
 def test_the_packs_sources_are_held_against_a_host(tmp_path, capfd):
     """A ComfyUI without what the pack imports breaks it."""
     packages = oracles.installed(matrix.import_guard.PACKAGE)

@@ -184,10 +184,10 @@ class Audit:
         from featherweight.ops.kernels import cpp_backend
 
         command = texts[1]
-        if os.path.basename(texts[0]) in ("c++", "g++", "clang++"):
+        if os.path.basename(texts[0]) in ("c++", "g++", "clang++", "zig"):
             flags = " ".join(cpp_backend.FLAGS)
             return (
-                command.endswith("--version")
+                command.endswith(("--version", "zig version"))
                 or (f" {flags} " in command
                 and f" -o {self.own[1]}" in command)
             )

@@ -21,15 +21,23 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 def precompile(text: str, flags: tuple[str, ...]) -> str:
     """Returns the path of a header, which GCC reads in its parsed form where it compiles with these
-    flags. Other compilers and flags read the text."""
+    flags. Other flags read the text, and so do other compilers, which would end with an error where
+    the parsed form is of other flags."""
     name = hashlib.sha256(f"{flags} {text}".encode()).hexdigest()[:32]
     header = Path(_folder().name, f"{name}.h")
     if not header.is_file():
         header.write_text(text, encoding="utf-8")
-        command = [*(cpp_backend.cpp_compiler() or ()), *flags, "-x", "c++-header", str(header),
-                   "-o", f"{header}.gch"]
-        subprocess.run(command, capture_output=True)
+        compiler = cpp_backend.cpp_compiler()
+        if compiler and _is_gcc(compiler):
+            subprocess.run([*compiler, *flags, "-x", "c++-header", str(header), "-o",
+                            f"{header}.gch"], capture_output=True)
     return str(header)
+
+
+@functools.cache
+def _is_gcc(compiler: tuple[str, ...]) -> bool:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    return "Free Software Foundation" in version
 
 
 def cpu_flags(*options: str) -> tuple[str, ...]:

@@ -255,7 +255,8 @@ def test_a_forked_process_that_ends_ends_no_program():
     script = ("import os, sys, time\n"
               "sys.path[:0] = [sys.argv[1]]\n"
               "import child_process\n"
-              "started = child_process.start_process('sleep', '3600')\n"
+              "started = child_process.start_process(sys.executable, '-c',"
+              " 'import time; time.sleep(3600)')\n"
               "if os.fork() == 0:\n    sys.exit(0)\n"
               "os.wait(); time.sleep(0.3)\n"
               "print('runs' if started.poll() is None else 'killed', started.pid)")
