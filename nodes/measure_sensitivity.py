@@ -75,13 +75,14 @@ class MeasureSensitivity(io.ComfyNode):
                 latent_input(),
                 io.Int.Input(
                     "samples",
-                    default=8,
+                    default=SamplingRun.samples,
                     min=1,
                     max=1024,
                     tooltip="How many images are generated, 8 by default; the prompts take turns."
                     " More than 64 gain little.",
                 ),
-                io.Int.Input("steps", default=12, min=1, max=200, tooltip="Steps of each image."),
+                io.Int.Input("steps", default=SamplingRun.steps, min=1, max=200,
+                             tooltip="Steps of each image."),
                 io.Float.Input(
                     "cfg",
                     default=1.0,

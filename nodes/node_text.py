@@ -158,7 +158,7 @@ def loader_output(*notes: str | None, **parts) -> tuple:
     lines = list(dict.fromkeys(filter(None, [*notes, *of_files])))
     for note in lines:
         log.warning("%s", note)
-    summaries, places, shown = {}, {}, []
+    summaries, places, shown = {}, {}, None
 
     def describe(key: str, patcher: ModelPatcher, place: str | None):
         summaries[key] = [memory_summary(patcher), dequantize_backend_text(patcher),
@@ -166,11 +166,12 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         places[key] = fit_text(patcher), place
 
     def show_changes():
+        nonlocal shown
         texts = ["\n".join(filter(None, [titles[key] + ", ".join(filter(None, summary)),
                                          *places[key]])) for key, summary in summaries.items()]
         text = "\n".join([*texts, *lines])
-        if shown != [text]:
-            shown[:] = [text]
+        if shown != text:
+            shown = text
             show(text)
 
     def show_placement(key: str, patcher: ModelPatcher, report: MemoryReport):

@@ -15,6 +15,7 @@ from ..byte_sizes import GB, size_text
 from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
 from ..container.weight_file import WeightFileError
 from ..name_lists import join_some
+from ..packing.calibration.measure import usual_steps
 from ..packing.layer_losses import measuring_advice
 from ..packing.planning.fit import (
     FAST_FORMAT,
@@ -155,8 +156,8 @@ def _targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights]
         texts.append(f"A smaller model, such as {smaller}, gives better images.")
     if config and choice.grade and not sizes.is_measured:
         seconds = step_seconds(sizes.values, tokens, device)
-        texts.append(measuring_advice(
-            relative_error(choice.grade), len(sizes.matrices), seconds))
+        texts.append(measuring_advice(relative_error(choice.grade),
+                                      seconds and seconds * usual_steps(len(sizes.matrices))))
     return Targets(targets, " ".join(filter(None, texts)), copying)
 
 
@@ -186,5 +187,5 @@ def _weights(contents: Contents, tensors: dict[str, torch.Tensor], prefix: str =
               if name.startswith(prefix)}
     stored = {name.removeprefix(prefix): tensor for name, tensor in contents.tensors.items()
               if name.startswith(prefix)}
-    measured = contents.file and measurement_of(contents.file, shapes)
+    measured, _ = measurement_of(contents.file, shapes) if contents.file else (None, None)
     return Weights.of(shapes, stored, measured.costs if measured else None)

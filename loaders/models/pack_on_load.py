@@ -170,12 +170,11 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
     size = size_of_target(pack_to)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     measured, measurement_state = None, None
-    if size is not None and (path := measurement_path(file)):
-        measurement_state = FileState.of(path)
-        measured = measurement_of(file, {
+    if size is not None:
+        measured, measurement_state = measurement_of(file, {
             name.removeprefix(prefix): shape for name, shape in shapes.items()})
         if measured:
-            log.info("%s is packed by %s", file.name, os.path.basename(path))
+            log.info("%s is packed by %s", file.name, measured.file)
     try:
         types = _types_for(weights, pack_to if size is None else size, prefix,
                            measured and measured.costs)
@@ -186,7 +185,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
     to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
     folder = packed_cache.folder(packed_folder())
     path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to),
-                                   measured and measurement_state)
+                                   measurement_state)
     entry = packed_cache.read(path, partial(read_entry, wanted={
         name.removeprefix(prefix): each for name, each in wanted.items()}))
     guard, losses, is_second = _guard_of(state_dict), {}, False
@@ -299,27 +298,24 @@ def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: str | i
     return {name: planned[name.removeprefix(prefix)] for name in weights}
 
 
-def measurement_path(file: WeightFile) -> str | None:
-    """Returns the path of a model's measurement, or of an imatrix next to its file; None where
-    there is neither."""
-    return sensitivity_of(file.path) or imatrix_of(file.path)
-
-
-def measurement_of(file: WeightFile, shapes: Shapes) -> Sensitivity | None:
-    """Returns what is at the `measurement_path` of a model, None where that does not fit it.
+def measurement_of(file: WeightFile, shapes: Shapes
+                   ) -> tuple[Sensitivity | None, FileState | None]:
+    """Returns the measurement of a model, or an imatrix next to its file, and the state of that
+    file; None for both where there is neither, or where it does not fit the model.
 
     Args:
         file: of the model.
         shapes: of its weights, in the host's names.
     """
-    path = measurement_path(file)
+    path = sensitivity_of(file.path) or imatrix_of(file.path)
     if path is None:
-        return None
+        return None, None
+    state = FileState.of(path)
     try:
-        return load_measurement(path).match(shapes)
+        return load_measurement(path).match(shapes), state
     except (SensitivityError, WeightFileError) as error:
         log.warning("%s", error)
-        return None
+        return None, None
 
 
 def _source_format(tensor: torch.Tensor | JoinedRows) -> str:

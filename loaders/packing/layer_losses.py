@@ -20,27 +20,20 @@ SENTENCES = {
 LOSS_KEY, LOSS_IN_LAYERS = "featherweight.loss", "least in the layers, not in the weights"
 
 
-# Of *Measure Sensitivity* as it is set at first: steps of its images, and for each matrix.
-MEASURED_STEPS, STEPS_OF_MATRIX = 96, 4
-
-
-def measuring_advice(share: float, matrices: int = 0, step_seconds: float | None = None) -> str:
-    """Returns the advice to measure a model, with the minutes that it takes where a step is known;
-    "" where the loss is very small.
+def measuring_advice(share: float, seconds: float | None = None) -> str:
+    """Returns the advice to measure a model, "" where the loss is very small.
 
     Args:
         share: power of the error over that of the weights.
-        matrices: of the model.
-        step_seconds: an estimate of a step's seconds.
+        seconds: that it is estimated to take, None where that is not known.
     """
     if math.sqrt(share) <= WORDS[0][0]:
         return ""
     text = ("With Measure Sensitivity (Featherweight) first, the same size loses less: under half"
             " with a small model")
-    if step_seconds is None:
+    if seconds is None:
         return f"{text}."
-    steps = MEASURED_STEPS + STEPS_OF_MATRIX * matrices
-    minutes = max(1, round(steps * step_seconds / 60))
+    minutes = max(1, round(seconds / 60))
     return f"{text}. It takes about {minutes} min (estimate)."
 
 

@@ -51,9 +51,9 @@ def test_by_a_measurement(decibels, maker, measured, monkeypatch):
 @pytest.mark.parametrize("suffix", [".imatrix.gguf", ".dat"])
 def test_by_an_imatrix_with_the_models_name(suffix, decibels, maker, measured):
     without = decibels()
-    beside = maker.folder / f"dense{suffix}"
-    write_imatrix(measured("fast", CAPTIONS), beside)
+    imatrix = maker.folder / f"dense{suffix}"
+    write_imatrix(measured("fast", CAPTIONS), imatrix)
     assert decibels() > without + 0.7
-    beside.write_bytes(beside.read_bytes()[:4000])  # damaged: it is packed without
+    imatrix.write_bytes(imatrix.read_bytes()[:4000])  # damaged: it is packed without
     assert decibels() == without
-    beside.unlink()
+    imatrix.unlink()

@@ -93,6 +93,15 @@ def measure(patcher, sampling: SamplingRun, thoroughness: str = NORMAL) -> Sensi
     return Sensitivity(costs, shapes, about, _moments=collector.moments_of)
 
 
+def usual_steps(matrices: int) -> int:
+    """Returns the steps of a measurement as the node is set at first.
+
+    Args:
+        matrices: of the model.
+    """
+    return SamplingRun.samples * SamplingRun.steps + THOROUGHNESS[NORMAL][0] * matrices
+
+
 def run_type(types: Sequence[str]) -> str:
     """Returns the type for one run per layer among those of a matrix (`types_for`, not empty)."""
     return next(type_name for type_name in RUN_TYPES if type_name in types)

@@ -30,6 +30,7 @@ from featherweight.loaders.models.fit_device import FIT, copying_text, fit_text
 from featherweight.loaders.models.pack_on_load import size_of_target, size_target
 from featherweight.loaders.models.placement import placed_text
 from featherweight.loaders.models.text_encoder import load_text_encoder
+from featherweight.loaders.packing.calibration.measure import usual_steps
 from featherweight.loaders.packing.calibration.sensitivity import Sensitivity
 from featherweight.loaders.packing.layer_losses import measuring_advice
 from featherweight.loaders.packing.planning import fit
@@ -239,8 +240,9 @@ def test_the_longer_step_follows_from_the_generation_and_the_usual_link(card, le
     assert fit.longer_step(950_000_000, 11_900_000_000, 4096, torch.device("cpu")) is None
     seconds = fit.step_seconds(11_900_000_000, 4096, device)
     minutes = round((96 + 4 * 504) * seconds / 60)
-    assert f"about {minutes} min (estimate)" in measuring_advice(0.01, 504, seconds)
-    assert measuring_advice(0.0001, 504, seconds) == ""
+    assert f"about {minutes} min (estimate)" in measuring_advice(
+        0.01, usual_steps(504) * seconds)
+    assert measuring_advice(0.0001, seconds) == ""
 
 
 def test_packed_files_are_left_as_they_are_where_they_fit_and_never_become_int8(monkeypatch):

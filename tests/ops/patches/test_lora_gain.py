@@ -170,7 +170,7 @@ def test_at_any_number_of_rows(rows, dtype):
     pytest.param(name, rows, marks=() if name in EACH_WAY else pytest.mark.heavy)
     for name in (*GGML, "NF4", "FP4", "INT8") for rows in (256, 4096)])
 def test_on_every_format(format_name, rows):
-    """The LoRA is beside the product, whatever the weight is packed to."""
+    """The LoRA is added to the product, whatever the weight is packed to."""
     shape = 2048, 256
     layer = layer_of(even_weight(format_name, shape), torch.bfloat16)
     assert_layer_at_full_strength(layer, plain_lora(*shape), rows, torch.bfloat16, WEAKEST)
