@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ....ops.formats.base import FORMATS
 from ....ops.packing.method_choice import output_errors
 from ....ops.packing.pack_tensor import pack_tensor
+from ....ops.packing.row_types import ROW_TYPES, pack_to_type
 from ....ops.quantize.second_moments import SecondMoments
 from ....ops.tensor.packed_tensor import PackedTensor
 from ...comfyui.foreign_weights import reject_foreign_weights
@@ -31,7 +32,7 @@ CHOICES = (NORMAL, FAST)  # the third is understood, as older workflows have it
 
 # Types for one run per layer, in blocks of 256 or 32: their error is well above rounding.
 RUN_TYPES = ("Q3_K", "IQ4_NL")
-SAMPLE_ROWS = 256  # rows of a weight from which its own error in each type is estimated
+SAMPLE_ROWS = 256  # of a weight, by which its error in each type is told: whole blocks of any type
 TINY = 1e-30  # replaces an error of 0 in a division
 
 
@@ -112,38 +113,45 @@ def quantize_layer(weight: torch.Tensor, type_name: str, moments: SecondMoments)
     return pack_tensor(weight, FORMATS[type_name], moments=moments)
 
 
-def weight_errors(weight: torch.Tensor, moments: SecondMoments,
-                  types: Sequence[str]) -> dict[str, float]:
-    """Estimates the relative error of a layer's output in each type, from at most SAMPLE_ROWS rows.
+def weight_errors(weight: torch.Tensor, importance: torch.Tensor) -> dict[str, float]:
+    """Returns the error of some rows of a weight in each type that it may be packed to.
 
-    Without error feedback, which takes much longer and gains about the same in all types.
+    The error of the layer's output is nearly proportional to it, in a weight that is packed with
+    error feedback. Without, most of the output's error is what error feedback cancels, which says
+    little of the rest.
 
     Args:
         weight: float32 (N, K).
-        moments: of the layer's inputs.
-        types: keys of FORMATS.
+        importance: of the layer's inputs (K,), by which GGUF types choose their scales.
 
     Returns:
-        Type -> power of the error over the power of the output.
+        Type -> power of the error.
     """
-    rows = sample_rows(weight)
-    packed = [
-        pack_tensor(rows, FORMATS[type_name], importance=moments.importance) for type_name in types
-    ]
-    return dict(zip(types, output_errors(rows, packed, moments), strict=True))
+    rows, shape = sample_rows(weight), tuple(weight.shape)
+    packed = {type_name: pack_tensor(rows, FORMATS[type_name], importance=importance)
+              for type_name in (*types_for(shape), "NF4")}
+    packed |= {type_name: pack_to_type(rows, row_type)
+               for type_name, row_type in ROW_TYPES.items() if row_type.takes(shape)}
+    return {type_name: float((tensor.dequantize() - rows).square().sum())
+            for type_name, tensor in packed.items()}
 
 
-def feedback_gain(weight: torch.Tensor, moments: SecondMoments, type_name: str,
-                  error: float) -> float:
-    """Returns the error with error feedback over `error`, the one without it."""
-    rows = sample_rows(weight)
-    packed = quantize_layer(rows, type_name, moments)
-    return output_errors(rows, [packed], moments)[0] / max(error, TINY)
+def scale_costs(measured: dict[str, float], errors: dict[str, float]) -> dict[str, float]:
+    """Returns type -> cost: those of types that were not measured follow from the errors.
+
+    Args:
+        measured: type -> cost, of `run_type` and perhaps others.
+        errors: of `weight_errors`.
+    """
+    known = run_type(list(measured))
+    unit = measured[known] / max(errors[known], TINY)
+    return {type_name: unit * error for type_name, error in errors.items()} | measured
 
 
 def sample_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Returns at most SAMPLE_ROWS rows of a weight, evenly spaced."""
-    return weight[::-(-len(weight) // SAMPLE_ROWS)].contiguous()
+    """Returns SAMPLE_ROWS rows of a weight, evenly spaced, or all of a smaller one."""
+    count = min(len(weight), SAMPLE_ROWS)
+    return weight[torch.arange(count, device=weight.device) * len(weight) // count]
 
 
 def add_delta(layer: torch.nn.Linear, change: torch.Tensor) -> RemovableHandle:
@@ -203,29 +211,19 @@ class Costs:
             layer: of the model.
             weight: the layer's, float32 (N, K).
             moments: of the layer's inputs.
-            every_type: True runs the model for every type; False for one, whose result the layer's
-                own errors scale to the others.
+            every_type: True runs the model for every GGUF type; False for one, whose result the
+                errors of the weight scale to the others.
         """
         types = types_for(tuple(weight.shape))
-        if every_type:
-            return {
-                type_name: self.output_error(
-                    layer, weight, quantize_layer(weight, type_name, moments))
-                for type_name in types
-            }
-        errors = weight_errors(weight, moments, types)
-        measured = run_type(types)
-        cost = self.output_error(layer, weight, quantize_layer(weight, measured, moments))
-        return {
-            type_name: cost * error / max(errors[measured], TINY)
-            for type_name, error in errors.items()
+        measured = {
+            type_name: self.output_error(layer, weight, quantize_layer(weight, type_name, moments))
+            for type_name in (types if every_type else [run_type(types)])
         }
+        return scale_costs(measured, weight_errors(weight, moments.importance))
 
 
 def estimate_costs(weight: torch.Tensor, moments: SecondMoments) -> dict[str, float]:
     """Returns type -> cost without runs of the model: a layer's own error, with error feedback."""
-    types = types_for(tuple(weight.shape))
-    errors = weight_errors(weight, moments, types)
-    measured = run_type(types)
-    gain = feedback_gain(weight, moments, measured, errors[measured])
-    return {type_name: gain * error for type_name, error in errors.items()}
+    rows, measured = sample_rows(weight), run_type(types_for(tuple(weight.shape)))
+    error = output_errors(rows, [quantize_layer(rows, measured, moments)], moments)[0]
+    return scale_costs({measured: error}, weight_errors(weight, moments.importance))
