@@ -26,11 +26,6 @@ def total_memory(device: torch.device) -> float:
     return float(comfy.model_management.get_total_memory(device))  # pyright: ignore[reportArgumentType]
 
 
-def usual_dtype(device: torch.device) -> torch.dtype:
-    """Returns the 16-bit dtype that the host prefers on a GPU."""
-    has_bfloat16 = comfy.model_management.should_use_bf16(device)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
-
 
 def device_choices() -> list[str]:
     """Returns what the host's own selectors offer: default, cpu and, for several GPUs, gpu:0 ..."""

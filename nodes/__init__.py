@@ -18,10 +18,10 @@ from comfy_api.latest import ComfyExtension, io
 import nodes as host_nodes
 
 from ..loaders.container.weight_file import safe_repr
-from ..loaders.devices import gpus, usual_dtype
 from ..loaders.paths.file_versions import FileVersions
 from ..loaders.paths.folders import register_folders
-from ..ops.kernels import background, start_validation
+from ..loaders.progress import Progress
+from ..ops.kernels.waiting import host
 from ..ops.log import log
 from ..ops.patcher import PackedPatcher
 from . import help_pages
@@ -46,10 +46,9 @@ class FeatherweightExtension(ComfyExtension):
         register_folders()
         watch_prompts()
         PackedPatcher.on_patches = staticmethod(show_unused_patches)
-        background.raise_if_cancelled = (
-            comfy.model_management.throw_exception_if_processing_interrupted
-        )
-        start_validation({device: usual_dtype(device) for device in gpus()})
+        host.raise_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
+        host.free_memory = comfy.model_management.free_memory
+        host.progress = lambda text, count: Progress(text).track(range(count))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         nodes, left_out = [], {}

@@ -17,7 +17,6 @@ from ..loaders.comfyui.model_summary import (
     arithmetic_text,
     dequantize_backend_text,
     memory_summary,
-    when_validated,
 )
 from ..loaders.models.fit_device import fit_text
 from ..loaders.models.placement import placed_text, planned_text
@@ -143,8 +142,7 @@ def keep_words(text: str) -> str:
 def loader_output(*notes: str | None, **parts) -> tuple:
     """Returns the outputs of a loader and shows on the node what each of them holds.
 
-    The text changes whenever a part that was placed is loaded, at the end of each run, and once the
-    kernels of a part are validated.
+    The text changes whenever a part that was placed is loaded, and at the end of each run.
 
     Args:
         notes: sentences to show and log, for example about a missing device; None is skipped.
@@ -178,10 +176,6 @@ def loader_output(*notes: str | None, **parts) -> tuple:
         describe(key, patcher, placed_text(patcher, report))
         show_changes()
 
-    def show_backend(key: str, backend: str):
-        summaries[key][1] = backend
-        show_changes()
-
     for key, patcher in patchers.items():
         is_placed = getattr(patcher, "placement", None) is not None
         describe(key, patcher, planned_text(patcher) if is_placed else None)
@@ -189,6 +183,4 @@ def loader_output(*notes: str | None, **parts) -> tuple:
             placed: Any = patcher
             placed.on_placement = functools.partial(show_placement, key)
     show_changes()
-    for key, patcher in patchers.items():
-        when_validated(patcher, functools.partial(show_backend, key))
     return tuple(parts.values())

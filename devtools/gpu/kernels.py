@@ -1,10 +1,8 @@
 """Whether the kernels are right on the device and faster than torch, and their tests."""
-import collections
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 
 import devtools.measure  # noqa: F401  the host
@@ -12,39 +10,56 @@ from devtools.measure.timing import device
 from devtools.measure.weights import FORMAT_NAMES
 
 import torch
+from torch.utils.benchmark import timer
 
 from devtools import ROOT
-from featherweight.ops.kernels import BACKENDS, Case
-from featherweight.ops.kernels.selector import Selector
-from featherweight.ops.kernels.validator import ProcessValidator
+from featherweight.loaders.speed.timing import time_in_turn
+from featherweight.ops import kernels
+from featherweight.ops.formats.base import FORMATS, dequantize_by_reference
+from featherweight.ops.kernels import Case
+from featherweight.ops.kernels.decider import Decision
+from featherweight.ops.kernels.validation import random_tensors
+
+VALUES = 3072 * 3072  # of a weight that is timed
 
 # Files of tests, with options.
 TESTS = [
-    "tests/ops/kernels/test_selector.py", "tests/ops/kernels/test_backends.py -k gpu",
+    "tests/ops/kernels/test_decider.py", "tests/ops/kernels/test_backends.py -k gpu",
     "tests/ops/kernels/test_cuda_backend.py", "tests/ops/formats/test_formats.py"
 ]
 
 
 def try_all(options):
-    """Of each kernel the verdict, with its time as a share of torch's; then how many there are of
-    each. The verdicts are those that the later stages use, and validate nothing themselves; what
-    these ask for most comes first, for the stage may be stopped."""
-    validator, known = ProcessValidator(), {}
-    selector = Selector(device(), BACKENDS.get(device().type), validator, True)
-    selector.wait_until_read()
+    """Of each kernel the verdict, and of one that dequantises its time as a share of torch's; then
+    how many there are of each. The verdicts are those that the later stages use; what these ask for
+    most comes first, for the stage may be stopped."""
+    decider = kernels._decider(device())
     for cases in turns(options.formats, options.quick):
-        thread = threading.Thread(target=validator.validate, args=(selector, cases))
-        thread.start()
-        is_alive = True
-        while is_alive:
-            thread.join(1)
-            is_alive = thread.is_alive()
-            before, known = known, selector.lines()
-            for name in known.keys() - before.keys():
-                yield name, in_words(known[name])
-    validator.end()
-    counts = collections.Counter(line["verdict"] for line in known.values())
-    yield "in all", {name: str(count) for name, count in counts.items()} or {"kernels": "none"}
+        for case in cases:
+            known = {name for names in decider.summary().values() for name in names}
+            kernels.decide(device(), [(case.capability, FORMATS[str(case.layout)], case.dtype)])
+            why = (decider.find(case) or Decision((), "open")).why
+            for verdict, names in decider.summary().items():
+                for name in sorted(set(names) - known):
+                    yield name, {"verdict": verdict, "of torch's time": share_of_torch(case),
+                                 "why": re.sub(r"[|\n]", " ", why)[:200]}
+    counts = {verdict: str(len(names)) for verdict, names in decider.summary().items()}
+    yield "in all", counts or {"kernels": "none"}
+
+
+def share_of_torch(case: Case) -> str:
+    """The time in which a kernel dequantises a weight, as a share of torch's."""
+    packed_format = FORMATS[str(case.layout)]
+    run = kernels.find(case.capability, device(), packed_format, case.dtype)
+    if run is None or case.capability != "dequantize":
+        return ""
+    blocks = VALUES // packed_format.block_length
+    tensors = random_tensors(packed_format, blocks, device(), bounded=True)
+    values = torch.empty(blocks * packed_format.block_length, dtype=case.dtype, device=device())
+    times = time_in_turn({
+        "kernel": lambda: run(packed_format, tensors, values, 0),
+        "torch": lambda: dequantize_by_reference(packed_format, tensors, values, 0)}, 6, timer)
+    return f"×{min(times['kernel'][1:]) / min(times['torch'][1:]):.2f}"
 
 
 def turns(names: Sequence[str], quick: bool) -> list[list[Case]]:
@@ -61,13 +76,6 @@ def cases_of(names: Sequence[str], dtypes: list[torch.dtype]) -> list[Case]:
     """What layers of these formats may ask for."""
     return [Case(op, name, dtype) for dtype in dtypes for name in names
             for op in ("dequantize", "linear")]
-
-
-def in_words(verdict: dict) -> dict[str, str]:
-    seconds = verdict.get("seconds")
-    shares = f"×{seconds[0] / seconds[1]:.2f}" if seconds else ""
-    why = re.sub(r"[|\n]", " ", verdict.get("why", ""))[:200]
-    return {"verdict": verdict["verdict"], "of torch's time": shares, "why": why}
 
 
 def run_tests(options):

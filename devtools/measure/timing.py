@@ -13,7 +13,8 @@ from featherweight.loaders.speed.report import device_facts
 from featherweight.loaders.speed.timing import time_in_turn
 from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops import kernels
-from featherweight.ops.kernels import selector, used
+from featherweight.ops.formats.base import FORMATS as PACKED
+from featherweight.ops.kernels import used
 from featherweight.ops.layers.workspace import Workspace, shared_workspace
 
 FORMATS = ("Q8_0", "Q4_K", "NF4")  # that cases measure, unless told otherwise
@@ -99,18 +100,24 @@ def _backend_with(run: Callable | None) -> str:
 @contextlib.contextmanager
 def as_in_use() -> Iterator[Workspace]:
     """Meanwhile this process is as when a model has run for a while: it holds the buffer of its
-    layers, which is given, and what is timed waits for its kernels."""
-    held, as_usual = shared_workspace(), (selector.submit, selector._next_load)
-    selector.submit, selector._next_load = lambda work: work(), lambda: 0
+    layers, which is given, and what is timed decides its kernels first."""
+    held, look_up = shared_workspace(), kernels._look_up
+
+    def decide_and_look_up(capability, where, packed_format, dtype):
+        kernels.decide(where, [(capability, packed_format, dtype)])
+        return look_up(capability, where, packed_format, dtype)
+
+    kernels._look_up = decide_and_look_up
     try:
         yield held
     finally:
-        selector.submit, selector._next_load = as_usual
+        kernels._look_up = look_up
 
 
 def machine() -> str:
     """The GPU or the CPU, its threads, torch, and the kernels that packed weights use."""
     facts = device_facts(device())
+    kernels.decide(device(), [("dequantize", PACKED["Q8_0"], torch.float32)])
     threads = f", {facts['threads']} threads" if facts["threads"] else ""
     return (f"{facts['name']}, {facts['memory GB']:g} GB{threads}, torch {torch.__version__},"
             f" kernels: {used(device(), [], torch.float32)}")

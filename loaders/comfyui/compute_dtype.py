@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
 
-from ...ops import cpu_features, kernels
+from ...ops import cpu_features
 from ...ops.layers import cpu_attention
 
 # how packed layers multiply; "automatic" is exact, but what only comfy_kitchen multiplies as its
@@ -46,8 +46,7 @@ def choose_compute(patcher: ModelPatcher, compute: str):
     on_a_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
     if on_a_cpu and not _has_flag(ATTENTION_FLAGS):
         transformer_options = patcher.model_options["transformer_options"]
-        transformer_options.setdefault("optimized_attention_override",
-                                       cpu_attention.attention_of_load(kernels.current_load()))
+        transformer_options.setdefault("optimized_attention_override", cpu_attention.attention)
 
 
 def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:
@@ -69,6 +68,14 @@ def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:
     ):
         return torch.bfloat16
     return None
+
+
+def guided_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Returns what a model on a device, and with it one that guides it, may compute in besides
+    float32."""
+    if comfy.model_management.is_device_cpu(device):
+        return (torch.bfloat16,) if cpu_features.multiplies_bfloat16() else ()
+    return torch.float16, torch.bfloat16
 
 
 def follows_model(control_net: ControlNet) -> bool:

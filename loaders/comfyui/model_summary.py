@@ -1,6 +1,6 @@
 """Describes in a few words, for a node or the log, what a loaded model holds."""
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,20 +75,8 @@ def dequantize_backend_text(patcher) -> str | None:
         patcher: of the model.
     """
     formats, device, dtype = _dequantizing(patcher)
-    return _backend_text(formats, device, dtype) if formats else None
-
-
-def when_validated(patcher, callback: Callable[[str], None]):
-    """Calls a function with what `dequantize_backend_text` says of a patcher once that is final;
-    see `kernels.when_decided`."""
-    formats, device, dtype = _dequantizing(patcher)
-    cases = [("dequantize", packed_format, dtype) for packed_format in formats]
-    if cases:
-        kernels.when_decided(device, cases, patcher,
-                             lambda: callback(_backend_text(formats, device, dtype)))
-
-
-def _backend_text(formats: set[Format], device: torch.device, dtype: torch.dtype) -> str:
+    if not formats:
+        return None
     log.debug("Inputs of few rows are multiplied by %s",
               kernels.used(device, formats, dtype, "linear"))
     return f"dequantized by {kernels.used(device, formats, dtype)}"

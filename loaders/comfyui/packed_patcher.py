@@ -30,7 +30,7 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     choose_compute(patcher, compute)
     if compute == "automatic":
         _choose_kitchen_products(patcher)
-    keep_packed(patcher, patcher.model.get_dtype_inference())
+    keep_packed(patcher)
     if compute == "int8" and not multiplies_integers(patcher.load_device):
         log.warning(
             "compute is int8, for which %s has no units that this pack uses"
@@ -79,20 +79,21 @@ def _as_packed_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 
 def wrap_clip(clip: comfy.sd.CLIP):
     """Makes a text encoder's patcher keep packed weights packed, on every device."""
-    keep_packed(clip.patcher, None)
+    keep_packed(clip.patcher)
     _as_packed_clip(clip)
 
 
-def keep_packed(patcher: comfy.model_patcher.ModelPatcher, dtype: torch.dtype | None):
+def keep_packed(patcher: comfy.model_patcher.ModelPatcher, *dtypes: torch.dtype):
     """Makes a patcher of the host keep packed weights packed, and check that their file stays as
     it is whenever it loads.
 
     Args:
         patcher: is changed in place.
-        dtype: that the model computes in; None where that is not known yet.
+        dtypes: that the model may compute in, where it does not say so itself.
     """
-    adopt(patcher).model.packed_patches.check_source = guard_of(patcher.model)
-    prepare_kernels(patcher.model, patcher.load_device, dtype)
+    applied = adopt(patcher).model.packed_patches
+    applied.check_source, applied.dtypes = guard_of(patcher.model), dtypes
+    prepare_kernels(patcher, makes_room=True)
 
 
 def guard_of(model: torch.nn.Module) -> FileChangeGuard:

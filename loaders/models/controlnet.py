@@ -10,7 +10,7 @@ import comfy.model_management
 import torch
 
 from ...ops.tensor.packed_layout import is_packed
-from ..comfyui.compute_dtype import follows_model
+from ..comfyui.compute_dtype import follows_model, guided_dtypes
 from ..comfyui.detection import CONTROLNET
 from ..comfyui.diffusers_keys import from_diffusers, reject_incomplete
 from ..comfyui.packed_patcher import keep_packed
@@ -54,7 +54,7 @@ def load_controlnet(path: str, pack_to: str | None = None,
 
     control, packed_file = load_side_model(path, CONTROLNET, _build, pack_to, convert, compute)
     if packed_file and hasattr(control, "control_model_wrapped"):
-        packed_file.adopt(control.control_model_wrapped, _dtype_of(control))
+        packed_file.adopt(control.control_model_wrapped, *_dtypes_of(control))
         _follow(control)
     return control
 
@@ -111,9 +111,11 @@ def _convert_fused(state_dict: Mapping[str, torch.Tensor],
     return sources, converted
 
 
-def _dtype_of(control: Any) -> torch.dtype:
-    """Returns what a ControlNet computes in."""
-    return control.manual_cast_dtype or control.control_model_wrapped.model.dtype
+def _dtypes_of(control: Any) -> set[torch.dtype]:
+    """Returns what a ControlNet may compute in."""
+    own = control.manual_cast_dtype or control.control_model_wrapped.model.dtype
+    guided = guided_dtypes(control.load_device) if follows_model(control) else ()
+    return {own, *guided}
 
 
 def _follow(control: Any):
@@ -159,5 +161,5 @@ def _deepclone_multigpu(control: Any, own: Callable, *args, **kwargs) -> Any:
     clone = own(*args, **kwargs)
     model: Any = clone.control_model
     del model.packed_patches, model.packed_residency  # a copy has its own
-    keep_packed(clone.control_model_wrapped, _dtype_of(clone))
+    keep_packed(clone.control_model_wrapped, *_dtypes_of(clone))
     return clone

@@ -6,6 +6,7 @@ import comfy.model_patcher
 import torch
 
 from ...ops.tensor.row_slicing import dense
+from ..comfyui.compute_dtype import guided_dtypes
 from ..comfyui.detection import MODEL_PATCH
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.who_computes import AUTOMATIC
@@ -29,7 +30,7 @@ def load_model_patch(path: str, pack_to: str | None = None,
     """
     patcher, packed_file = load_side_model(path, MODEL_PATCH, _build, pack_to, compute=compute)
     if packed_file:
-        packed_file.adopt(patcher, None)
+        packed_file.adopt(patcher, *guided_dtypes(patcher.load_device))
     return patcher
 
 

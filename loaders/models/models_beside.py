@@ -57,14 +57,14 @@ class PackedFile:
     file: WeightFile
     packed: PackStats | None
 
-    def adopt(self, patcher: comfy.model_patcher.ModelPatcher, dtype: torch.dtype | None):
+    def adopt(self, patcher: comfy.model_patcher.ModelPatcher, *dtypes: torch.dtype):
         """Makes the host's patcher of the model keep packed weights packed, and logs what it holds.
 
         Args:
             patcher: is changed in place.
-            dtype: that the model computes in; None where that is not known yet.
+            dtypes: that the model may compute in.
         """
-        keep_packed(patcher, dtype)
+        keep_packed(patcher, *dtypes)
         if self.packed:
             self.packed.attach(patcher)
         log_load_summary(self.file, patcher)

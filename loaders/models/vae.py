@@ -18,6 +18,7 @@ from comfy.ops import CastWeightBiasOp
 from comfy.taesd.taesd import TAESD
 
 from ...ops.layers.cpu_convolution import convolve_dense_layers
+from ...ops.layers.kernel_requests import prepare_kernels
 from ...ops.layers.load_hooks import dequantize_plain_parameters, pack_layers
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.patcher import adopt
@@ -75,7 +76,8 @@ def wrap_vae(vae: Any, compute: str = "exact") -> Any:
     vae.size, vae.patcher.size = None, 0  # the host computes them again
     packed_layers = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
     if packed_layers:
-        adopt(vae.patcher)
+        adopt(vae.patcher).model.packed_patches.dtypes = (vae.vae_dtype,)
+        prepare_kernels(vae.patcher, makes_room=True)
     if compute == "float32":
         for layer in packed_layers:
             layer.compute = compute

@@ -705,7 +705,7 @@ def unsaved_parts(patcher) -> list[str]:
     for name, value in options.get("transformer_options", {}).items():
         if isinstance(value, dict):
             names += [f"{name}: {part}" for part in value if value[part]]
-        elif value and not cpu_attention.is_own(value):
+        elif value and value is not cpu_attention.attention:
             names.append(name)
     names += [
         f"{wrapper_type}: {key}" for wrapper_type, wrappers in patcher.wrappers.items()

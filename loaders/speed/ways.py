@@ -16,7 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...ops.layers.int8 import multiplies_integers
-from ...ops.layers.kernel_requests import await_kernels
+from ...ops.layers.kernel_requests import prepare_kernels
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.layers.product import dequantize
 from ...ops.pickle_names import short_error_name
@@ -32,7 +32,6 @@ from ..recipe import Recipe
 copy_options: Any = comfy.utils.deepcopy_list_dict
 DENSE = "dense"
 WAYS = (EXACTLY, FAST, DENSE)
-KERNEL_SECONDS = 20  # that a way waits at most for the verdicts on its kernels
 OTHER_LOADER = ("it was loaded by another loader: use Load Diffusion Model (GGUF, Featherweight)"
                 " or Load Checkpoint (GGUF, Featherweight)")
 SPARE_BYTES = 1 << 30  # of memory that is left for what a step needs
@@ -98,11 +97,10 @@ def _computing_in_place(patcher: ModelPatcher, way: str) -> Iterator[None]:
     if not layers and way == FAST and not any(map(is_comfy_quantized, _weights(patcher))):
         raise NotMeasured("its weights are not packed")
     before = [layer.__dict__.get("compute") for layer in layers]
-    dtype = patcher.model.get_dtype_inference()
     try:
         for layer in layers:
             layer.compute = MEANINGS[way].arithmetic
-        await_kernels(patcher.model, patcher.load_device, dtype, KERNEL_SECONDS)
+        prepare_kernels(patcher)
         yield
     finally:
         for layer, compute in zip(layers, before):
@@ -120,7 +118,6 @@ def _loaded_again(patcher: ModelPatcher, options: dict[str, Any]) -> ModelPatche
     if recipe.options.get("pack_to"):
         raise NotMeasured("it was packed while loading: save it and load the saved file")
     again: Any = replace(recipe, options={**recipe.options, **options})()
-    await_kernels(again.model, again.load_device, again.model.get_dtype_inference(), KERNEL_SECONDS)
     return patcher.clone(model_override=again.get_clone_model_override())
 
 

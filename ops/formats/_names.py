@@ -2,7 +2,7 @@
 import re
 
 from . import bnb_4bit, column_groups
-from .base import FORMATS, GGML_FORMATS, Format
+from .base import FORMATS, Format
 from .low_rank_and_joined import FACTOR_DTYPES, AddedLowRank, Joined, Scaled
 from .row_layout import FAMILIES
 from .taps_first import TapsFirst
@@ -67,14 +67,6 @@ def formats_of_key(key: str, multiple: int = 1) -> list[Format]:
     if len(sizes) not in (0, len(FAMILIES[family].sizes)):
         raise KeyError(key)
     return [*FAMILIES[family].examples(tuple(sizes), multiple)]
-
-
-def all_kernel_keys() -> list[str]:
-    """Returns the `kernel_key` of every layout, those of ggml first, as files most often have
-    it."""
-    ggml = [packed_format.name for packed_format in GGML_FORMATS.values()
-            if packed_format.plain_dtype is None]
-    return [*ggml, "NF4", "FP4", *FAMILIES]
 
 
 def _numbers(match: re.Match) -> list[int]:

@@ -3,82 +3,78 @@
 The torch code of `ops.formats` and `ops.layers.product` runs everywhere and is the reference. A
 backend is a module `*_backend.py` with a constant `BACKEND` (see `kernel`), listed in `registry`.
 
-A kernel is used once it is proven right on its device (`validation`); until then, and where it is
-slower or does not work, torch does its work. Nobody waits. A GPU's kernels are validated in another
-process (`validator`), which starts with ComfyUI; a CPU's, and those of a backend that the user
-selects by name, by a thread of this process. Verdicts are kept for each driver, torch and version
-of the kernels (`verdicts`).
-
-Kernels of "dequantize" and "channels_last" have the reference's bits: they are used at once.
-Products differ by rounding: they are used from the next load of a model on. So a model gives the
-same picture, bit for bit, from its load until it is loaded again.
+A kernel is used where it is proven right on its device (`validation`). A case (capability, format,
+dtype, device) is decided before the step that needs it, while a model loads (`decide`), and stays
+decided as long as the process runs: a model gives the same picture, bit for bit, all that time.
+GPUs' kernels are checked in another process, the others in this one. Verdicts are kept for each
+driver, torch and compiler (`verdicts`). A step that needs a case that is not decided has torch do
+its work, and `undecided` counts it.
 """
+import collections
 import os
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 
 from ..formats.base import Format
 from ..formats.low_rank_and_joined import Composite
 from ..log import log
-from .background import submit
-from .kernel import EXACT, Backend, Case, Kernel, multiplies
+from .checker import ProcessChecker
+from .decider import Decider
+from .kernel import QUANTIZING, Backend, Case, Kernel, multiplies
 from .registry import BACKENDS
-from .selector import LATEST, Selector, current_load
 from .torch_registration import contiguous
-from .validator import ProcessValidator
 
 __all__ = [
     "BACKENDS",
-    "LATEST",
     "VARIABLE",
     "Backend",
     "Case",
     "Kernel",
     "cast_channels_last",
-    "current_load",
+    "decide",
     "dequantize_into",
     "find",
     "is_off",
     "list_backends",
     "multiplies",
-    "request",
-    "start_validation",
+    "undecided",
     "used",
-    "when_decided",
 ]
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
 REASON_LENGTH = 130  # characters on a node of why torch does a kernel's work
-VALIDATED_APART = {"cuda", "mps"}  # types of devices whose kernels another process validates
+# what a layer needs: capability, format (None for a capability without formats), dtype
+Need = tuple[str, Format | None, torch.dtype]
 
-_selectors: dict[torch.device, Selector] = {}
-_creating = threading.Lock()  # held while a selector is created, which waits for no kernel
-_validator: ProcessValidator | None = None
+undecided: collections.Counter[str] = collections.Counter()  # cases that were needed so
+_deciders: dict[torch.device, Decider] = {}
+_found: dict[tuple, tuple[Kernel, ...]] = {}  # kernels that are right, by what is asked for
+_creating = threading.Lock()  # held while a decider is created, which waits for no kernel
 
 
-def _selector(device: torch.device) -> Selector:
-    """Returns the device's selector, created on the first call."""
+def _decider(device: torch.device) -> Decider:
+    """Returns the device's decider, created on the first call."""
     device = torch.device("mps", 0) if device.type == "mps" else device  # as its tensors name it
-    if device not in _selectors:
+    if device not in _deciders:
         with _creating:
-            if device not in _selectors:
-                _selectors[device] = _new_selector(device)
-    return _selectors[device]
+            if device not in _deciders:
+                _deciders[device] = _new_decider(device)
+    return _deciders[device]
 
 
-def _new_selector(device: torch.device) -> Selector:
+def _new_decider(device: torch.device) -> Decider:
     setting, name = _setting(), BACKENDS.get(device.type)
     valid = {"torch", "auto", *filter(None, BACKENDS.values())}
     if setting and setting not in valid:
         log.warning("The environment variable %s is %s and is ignored; expected one"
                     " of %s.", VARIABLE, setting, ", ".join(sorted(valid)))
     if is_off() or name is None:
-        return Selector(device, None)
-    is_apart = device.type in VALIDATED_APART and setting != name
-    return Selector(device, name, _validator, is_apart)
+        return Decider(device, None)
+    is_apart = device.type == "cuda" and setting != name
+    return Decider(device, name, ProcessChecker() if is_apart else None)
 
 
 def _setting() -> str:
@@ -90,87 +86,59 @@ def is_off() -> bool:
     return _setting() == "torch"
 
 
+def decide(device: torch.device, needed: Iterable[Need], makes_room: bool = False):
+    """Decides what does the work of cases, and waits for that; at once for those that are decided.
+
+    Args:
+        device: Where they will be needed.
+        needed: Cases.
+        makes_room: Whether ComfyUI may unload models from a GPU for that: not while it loads some.
+
+    Raises:
+        Exception: What `waiting.host.raise_if_cancelled` raises.
+    """
+    if _decider(device).decide(needed, makes_room):
+        _found.clear()
+
+
 def find(capability: str, device: torch.device, packed_format: Format | None,
-         dtype: torch.dtype, tokens: int | None = None,
-         load: int = LATEST) -> Callable[..., None] | None:
+         dtype: torch.dtype, tokens: int | None = None) -> Callable[..., None] | None:
     """Returns the `run` of a kernel (see `Kernel`), or None: use the reference.
 
     Args:
-        capability: As in `Kernel`.
+        capability: As in `Kernel`. What quantises is decided first, if need be: no step does.
         device: That of the tensors.
         packed_format: None for a capability without formats.
         dtype: As in `Kernel`.
         tokens: Rows of the input, for "linear".
-        load: `current_load` when the model was loaded: products proven later are left out.
     """
-    kernel = _selector(device).find(capability, packed_format, dtype, tokens, load)
-    return None if kernel is None else kernel.run
+    key = capability, device, packed_format, dtype
+    found = _found.get(key)
+    if found is None:
+        found = _look_up(*key)
+    for kernel in found:
+        if tokens is None or kernel.takes(tokens):
+            return kernel.run
+    return None
 
 
-def start_validation(dtypes: Mapping[torch.device, torch.dtype]):
-    """Starts the process that validates the kernels of GPUs, for all layouts and for the products
-    of the last models, in the background.
-
-    Args:
-        dtypes: Of the devices that models run on, the dtype that each computes in.
-    """
-    global _validator
-    apart = [device for device in dtypes if device.type in VALIDATED_APART]
-    if apart and not is_off():
-        try:
-            _validator = ProcessValidator()
-        except OSError as error:
-            log.warning("Kernels are not validated: torch does their work (%s).",
-                        error)
-    for device, dtype in dtypes.items():
-        selector = _selector(device)
-        submit(lambda selector=selector, dtype=dtype: selector.start(dtype))
-
-
-def request(device: torch.device, needed: Iterable[tuple[str, Format | None, torch.dtype]]) -> int:
-    """Has the kernels validated that a model being loaded needs.
-
-    Args:
-        device: That the model will run on.
-        needed: Capability, format and dtype of each case.
-
-    Returns:
-        The number of the load, see `find`.
-    """
-    selector = _selector(device)
-    if selector.wait_until_read():
-        # first what is used at once
-        in_order = sorted(needed, key=lambda case: case[0] not in EXACT)
-        for capability, packed_format, dtype in in_order:
-            selector.request(Case.of(capability, packed_format, dtype), packed_format)
-    return current_load()
-
-
-def are_pending(device: torch.device,
-                needed: Iterable[tuple[str, Format | None, torch.dtype]]) -> bool:
-    """Returns whether some of these kernels have no verdict yet. needed: as for `request`."""
-    selector = _selector(device)
-    return any(selector.verdict(*case)[0] == "pending" for case in needed)
-
-
-def when_decided(device: torch.device,
-                 needed: Iterable[tuple[str, Format | None, torch.dtype]], owner: object,
-                 callback: Callable[[], None]):
-    """Calls a function once all of these kernels have a verdict.
-
-    Args:
-        device, needed: as for `request`.
-        owner: Once it is freed the function is no longer called.
-        callback: Runs in another thread, and refers to no model: one that is freed there while
-            ComfyUI unloads others makes ComfyUI fail.
-    """
-    _selector(device).when_decided(list(needed), owner, callback)
+def _look_up(capability: str, device: torch.device, packed_format: Format | None,
+             dtype: torch.dtype) -> tuple[Kernel, ...]:
+    if capability in QUANTIZING:
+        decide(device, [(capability, packed_format, dtype)])
+    case, decider = Case.of(capability, packed_format, dtype), _decider(device)
+    decision = decider.find(case)
+    if decision is None:
+        undecided[f"{case} on {device}"] += 1
+        decider.meet(case)
+        return ()
+    return _found.setdefault((capability, device, packed_format, dtype), decision.kernels)
 
 
 def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,
          capability: str = "dequantize") -> str:
     """Returns what dequantises a model, in words: "CPU kernels", or "CPU kernels; MXFP4 by torch:
-    the kernel is slower".
+    there is no kernel".
 
     Args:
         device: That the model runs on.
@@ -178,29 +146,30 @@ def used(device: torch.device, formats: Iterable[Format], dtype: torch.dtype,
         dtype: That it computes in.
         capability: "linear" for what multiplies with inputs of few rows.
     """
-    selector = _selector(device)
-    verdicts = {packed_format.kernel_key: selector.verdict(capability, packed_format, dtype)
-                for packed_format in formats}
+    decider = _decider(device)
+    if decider.is_off:
+        return "torch"
+    decisions = {packed_format.kernel_key: decider.find(Case.of(capability, packed_format, dtype))
+                 for packed_format in formats}
     by_torch: dict[str, list[str]] = {}
-    for key, (verdict, why) in verdicts.items():
-        if verdict != "right":
+    for key, decision in decisions.items():
+        if decision is None or decision.verdict != "right":
+            verdict, why = ("open", "") if decision is None else decision[1:]
             why = textwrap.shorten(why, REASON_LENGTH, placeholder=" …")
             reason = WORDS.get(verdict, verdict) + (f" ({why})" if why else "")
             by_torch.setdefault(reason, []).append(key)
-    if selector.is_off:
-        return "torch"
-    if len(by_torch) == 1 and len(*by_torch.values()) == len(verdicts):
+    if len(by_torch) == 1 and len(*by_torch.values()) == len(decisions):
         return f"torch: {next(iter(by_torch))}"
     parts = [f"{', '.join(keys)} by torch: {reason}" for reason, keys in by_torch.items()]
-    name = selector.backend_name or "torch"
+    name = decider.backend_name or "torch"
     return "; ".join([TITLES.get(name, name), *parts])
 
 
 TITLES = {"cpp": "CPU kernels", "nvrtc": "NVIDIA kernels", "hiprtc": "AMD kernels",
           "metal": "Apple kernels"}
 # verdict -> why torch does a kernel's work
-WORDS = {"pending": "works now, faster after the next load", "none": "there is no kernel",
-         "off": "no kernel works here", "slow": "the kernel is slower"}
+WORDS = {"none": "there is no kernel", "off": "no kernel works here",
+         "open": "its kernel could not be checked", "hung": "its kernel took too long"}
 
 
 def list_backends() -> dict[str, dict]:
@@ -210,9 +179,9 @@ def list_backends() -> dict[str, dict]:
         By the names of devices: "backend", None where torch does all work; "reason", why a backend
         does not work; "kernels", the names of kernels by their verdicts.
     """
-    return {str(device): {"backend": selector.backend_name, "reason": selector.reason,
-                          "kernels": selector.summary()}
-            for device, selector in _selectors.items()}
+    return {str(device): {"backend": decider.backend_name, "reason": decider.reason,
+                          "kernels": decider.summary()}
+            for device, decider in _deciders.items()}
 
 
 def dequantize_into(packed_format: Format, tensors: list[torch.Tensor], out: torch.Tensor,

@@ -5,6 +5,7 @@ A kernel takes half a second to compile and is kept for later runs in a folder t
 can write to. The file's name contains the digest of its bytes, because a damaged library would end
 the process. Without a compiler torch does the work.
 """
+import collections
 import contextlib
 import ctypes
 import functools
@@ -14,9 +15,9 @@ import math
 import os
 import platform
 import shutil
-import stat
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_longlong, c_void_p
@@ -29,14 +30,13 @@ from .. import cpu_features
 from ..formats.base import Format, Grid
 from ..formats.comfyui import E2M1
 from ..formats.row_layout import RowFormat
-from ..log import log
 from ..pickle_names import short_error_name
 from ..quantize.column_order import SWEEPS
 from ..quantize.grid_error_feedback import columns_at_a_time
 from ..quantize.row_columns import target_of
 from ..quantize.row_encoder import RowEncoder
 from .int8_codes import LARGEST_CODE, TINY
-from .kernel import Backend, Kernel, block_length
+from .kernel import Backend, Kernel, SourceError, block_length
 from .kernel_source import (
     C_TYPES,
     DITHER,
@@ -52,9 +52,10 @@ from .kernel_source import (
 )
 from .private_files import (
     cache_folder,
-    is_private,
+    keep,
+    kept,
     private_folder,
-    replace_durably,
+    remove_oldest,
     temporary_folder,
 )
 from .validation import probe
@@ -183,17 +184,12 @@ class CppCompiler:
         """Returns the compiled library, and compiles it first where it is missing or damaged.
 
         Raises:
-            CppError: The compiler refused the source.
+            SourceError: The compiler found a fault in the source.
+            CppError: It failed.
             OSError: The folder cannot be used.
         """
-        for path in folder.glob(f"{name}-*{SUFFIX}"):
-            is_own = is_private(path, stat.S_ISREG)
-            if is_own and path == _library_path(folder, name, path):
-                return path
-            if is_own:
-                log.info("The compiled kernel %s is damaged and is compiled again.",
-                         path)
-            path.unlink(missing_ok=True)
+        if path := kept(folder, name, SUFFIX):
+            return path
         _remove_stale(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH_PREFIX,
                                          ignore_cleanup_errors=True) as scratch:
@@ -203,13 +199,11 @@ class CppCompiler:
                 self._openmp = () if error else (OPENMP,)
             file = Path(scratch, "kernel.cpp")
             if error := self._build(file, source, *self._openmp):
-                raise CppError(f"{' '.join(self.command)}: {error}")
+                kind = SourceError if "error:" in error else CppError  # or it was killed
+                raise kind(f"{' '.join(self.command)}: {error}")
             built = file.with_suffix(SUFFIX)
             built.chmod(0o700)
-            path = _library_path(folder, name, built)
-            if not path.exists():  # Windows replaces no library that another process has loaded
-                replace_durably(built, path)  # in one step: another process may load it meanwhile
-        return path
+            return keep(folder, name, SUFFIX, built)
 
     def _build(self, file: Path, source: str, *flags: str) -> str:
         """Writes a source to `file`, in the folder in which the compiler works, and compiles it to
@@ -228,18 +222,10 @@ class CppCompiler:
         return process.stderr[:2000] or "it failed" if process.returncode else ""
 
 
-def _library_path(folder: Path, name: str, file: Path) -> Path:
-    """Returns the path under which a library with the bytes of `file` is kept."""
-    return folder / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}{SUFFIX}"
-
-
 def _remove_stale(folder: Path):
     """Removes the oldest of too many libraries, and the scratch folders of processes that were
     killed while they compiled."""
-    libraries = [(path.stat().st_mtime, path) for path in folder.glob(f"*{SUFFIX}")]
-    for _, path in sorted(libraries)[:max(0, len(libraries) - MAX_LIBRARIES)]:
-        with contextlib.suppress(PermissionError):  # of Windows, where a process has loaded it
-            path.unlink(missing_ok=True)
+    remove_oldest(folder, SUFFIX, MAX_LIBRARIES)
     for scratch in folder.glob(f"{SCRATCH_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):  # another process removed it first
             if time.time() - scratch.stat().st_mtime > STALE_SECONDS:
@@ -289,14 +275,16 @@ class CpuKernels:
         self._compiler = compiler
         self._functions: dict[tuple, Callable[..., None]] = {}
         self._of_sources: dict[str, Callable[..., None]] = {}
+        self._compiling: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
     def _function(self, kernel: str, packed_format: Format | None, *dtypes,
                   **definitions) -> Callable[..., None]:
         key = kernel, packed_format, dtypes, *definitions.values()
         if key not in self._functions:
             source = kernel_source("cpu", kernel, packed_format, *dtypes, **definitions)
-            if source not in self._of_sources:  # formats of rows of all lengths have one
-                self._of_sources[source] = getattr(self._compiler.library(source), kernel)
+            with self._compiling[source]:
+                if source not in self._of_sources:  # formats of rows of all lengths have one
+                    self._of_sources[source] = getattr(self._compiler.library(source), kernel)
             self._functions[key] = self._of_sources[source]
         return self._functions[key]
 
@@ -532,4 +520,5 @@ def kernel_table(kernels: Callable[[], CpuKernels], has_bfloat16: bool) -> tuple
 
 
 BACKEND = Backend("cpp", lambda device: probe(_kernels().dequantize, device),
-                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()), _compiler_version)
+                  kernel_table(_kernels, cpu_features.has_avx512_bfloat16()), lambda: _kernels(),
+                  _compiler_version, "cpu", (Path(__file__),))

@@ -1,9 +1,14 @@
 """Kernels for NVIDIA's and AMD's GPUs, whose devices torch calls "cuda": C++ in `source/`, compiled
 at run time. The backend's name is that of the compiler, "nvrtc" or for ROCm "hiprtc"."""
+import contextlib
+import functools
+import hashlib
 import math
+import tempfile
 from collections.abc import Callable
 from ctypes import c_int, c_longlong, c_void_p
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +16,7 @@ import torch
 from ..formats.base import Format
 from ..formats.row_layout import RowFormat
 from ..lasting_memory import cached_on_device, lasting_memory
+from . import runtime_compiler
 from .kernel import Backend, Kernel
 from .kernel_source import (
     CHUNK,
@@ -21,6 +27,7 @@ from .kernel_source import (
     row_grid,
     weight_argument,
 )
+from .private_files import cache_folder, keep, kept, private_folder, remove_oldest
 from .runtime_compiler import (
     CUDA,
     HIP,
@@ -42,6 +49,7 @@ LINEAR_THREADS = 128
 LINEAR_ROWS = {1: 1, 4: 2, 16: 2}
 MAX_GRID_ROWS = 65535  # of blocks of threads; each takes several rows of a larger weight
 INPUT_ALIGNMENT = 16  # bytes
+SUFFIX, MAX_IMAGES = ".image", 2000  # of compiled kernels that are kept
 
 
 @dataclass(frozen=True)
@@ -74,31 +82,56 @@ class Program:
 
 
 class CudaKernels:
-    """Compiles a program when it is first used on a device, and starts it on torch's stream."""
+    """Compiles a program when it is first used on a device, and starts it on torch's stream.
 
-    def __init__(self, compiler: Compiler, driver: Driver):
+    Args:
+        compiler, driver: Of the device's vendor.
+        folder: Where compiled kernels are kept, also for other processes.
+    """
+
+    def __init__(self, compiler: Compiler, driver: Driver, folder: Path):
         self._compiler = compiler
+        self._folder = folder
         self._driver = driver
-        self._modules: dict[tuple[int, Program], Module] = {}
+        self._modules: dict[tuple, Module] = {}
         self._of_sources: dict[tuple[int, str], Module] = {}
 
-    def _launch(self, program: Program, blocks: tuple[int, ...], threads: tuple[int, ...],
-                device: torch.device, *arguments):
+    def _launch(self, device: torch.device, blocks: tuple[int, ...], threads: tuple[int, ...],
+                program: tuple, *arguments):
+        """Starts a kernel. program: the arguments of `Program`."""
         index = device.index or 0
-        key = index, program
-        if key not in self._modules:
+        module = self._modules.get((index, program))
+        if module is None:
             architecture = self._driver.architecture(index)
-            self._modules[key] = self._module(index, program.source(architecture), architecture)
-        self._modules[key].launch(program.kernel, blocks, threads,
-                                  torch.cuda.current_stream(device).cuda_stream, *arguments)
+            module = self._module(index, Program(*program).source(architecture), architecture)
+            self._modules[index, program] = module
+        module.launch(program[0], blocks, threads, current_stream(index), *arguments)
 
     def _module(self, index: int, source: str, architecture: Architecture) -> Module:
         """Returns a source's module; formats of rows of all lengths have one source."""
         if (index, source) not in self._of_sources:
-            image = self._compiler.compile(source, architecture.name)
+            image = self._image(source, architecture)
             with lasting_memory():
                 self._of_sources[index, source] = Module(self._driver, index, image)
         return self._of_sources[index, source]
+
+    def _image(self, source: str, architecture: Architecture) -> bytes:
+        """Returns what a source is compiled to: the process that checks kernels has kept it."""
+        name = hashlib.sha256(repr(
+            (self._compiler.version, self._compiler.options, architecture, source)
+        ).encode()).hexdigest()[:32]
+        with contextlib.suppress(OSError):
+            if path := kept(private_folder(self._folder), name, SUFFIX):
+                return path.read_bytes()
+        image = self._compiler.compile(source, architecture.name)
+        with contextlib.suppress(OSError):
+            folder = private_folder(self._folder)
+            remove_oldest(folder, SUFFIX, MAX_IMAGES)
+            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+                written = Path(scratch, name)
+                written.write_bytes(image)
+                keep(folder, name, SUFFIX, written)
+        return image
 
     def dequantize(self, packed_format, tensors, out, first):
         """See `Kernel.run`."""
@@ -117,8 +150,8 @@ class CudaKernels:
         else:
             kernel, threads = "dequantize", (DEQUANTIZE_THREADS,)
             grid = (-(-count // DEQUANTIZE_THREADS),)
-        program = Program(kernel, packed_format, out.dtype, alignment(packed_format))
-        self._launch(program, grid, threads, out.device, weight, c_void_p(out.data_ptr()),
+        program = kernel, packed_format, out.dtype, alignment(packed_format)
+        self._launch(out.device, grid, threads, program, weight, c_void_p(out.data_ptr()),
                      c_longlong(count))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out):
@@ -131,11 +164,11 @@ class CudaKernels:
         weight = weight_argument(packed_format, tensors, columns)
         addend_address = None if addend is None else addend.data_ptr()
         strides = (0, 0) if addend is None else addend.stride()
-        program = Program("linear", packed_format, out.dtype, alignment(packed_format),
-                          max_tokens, rows_per_warp)
+        program = ("linear", packed_format, out.dtype, alignment(packed_format), max_tokens,
+                   rows_per_warp)
         warp = self._driver.architecture(out.device.index or 0).warp
         rows_per_block = rows_per_warp * LINEAR_THREADS // warp
-        self._launch(program, (-(-rows // rows_per_block),), (LINEAR_THREADS,), out.device,
+        self._launch(out.device, (-(-rows // rows_per_block),), (LINEAR_THREADS,), program,
                      c_void_p(input.data_ptr()), weight, c_void_p(addend_address),
                      c_void_p(out.data_ptr()), c_int(tokens), c_int(rows),
                      *map(c_longlong, strides))
@@ -145,12 +178,13 @@ class CudaKernels:
         if not value.numel():
             return
         chunks = -(-value.numel() // CHUNK)
-        self._launch(Program("add_rounded", None, value.dtype),
-                     (-(-chunks // DEQUANTIZE_THREADS),), (DEQUANTIZE_THREADS,), value.device,
+        self._launch(value.device, (-(-chunks // DEQUANTIZE_THREADS),), (DEQUANTIZE_THREADS,),
+                     ("add_rounded", None, value.dtype),
                      c_void_p(value.data_ptr()), c_void_p(change.data_ptr()),
                      c_longlong(value.numel()))
 
 
+@functools.cache
 def alignment(packed_format: Format) -> int:
     """Returns the alignment, at most 4 bytes, that whatever is loaded has if a weight's tensors
     have it: blocks, or eight codes of a row."""
@@ -163,7 +197,20 @@ def _aligned(packed_format: Format, tensors: list[torch.Tensor]) -> list[torch.T
     """Returns a weight's tensors, each aligned, copied if need be, so that one program works for
     all addresses."""
     multiple = alignment(packed_format)
-    return [tensor.clone() if tensor.data_ptr() % multiple else tensor for tensor in tensors]
+    for tensor in tensors:
+        if tensor.data_ptr() % multiple:
+            return [tensor.clone() if tensor.data_ptr() % multiple else tensor
+                    for tensor in tensors]
+    return tensors
+
+
+def _current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# of a device, as an address; Python's way to it takes as long as starting a kernel
+current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
 @cached_on_device
@@ -171,7 +218,8 @@ def _kernels() -> CudaKernels:
     if API is CUDA and torch.version.cuda is None:
         raise GpuError("this torch is built neither for CUDA nor for ROCm")
     driver = _first_that_loads(Driver, driver_libraries(API), API)
-    return CudaKernels(_first_that_loads(Compiler, compiler_libraries(API), API), driver)
+    compiler = _first_that_loads(Compiler, compiler_libraries(API), API)
+    return CudaKernels(compiler, driver, cache_folder() / "kernels")
 
 
 def _first_that_loads(make: Callable[[str, Api], Any], libraries: list[str], api: Api) -> Any:
@@ -195,4 +243,5 @@ def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
 
 API = HIP if torch.version.hip else CUDA
 BACKEND = Backend(API.compiler, lambda device: probe(_kernels().dequantize, device),
-                  kernel_table(_kernels))
+                  kernel_table(_kernels), lambda: _kernels(), platform="cuda",
+                  files=(Path(__file__), Path(runtime_compiler.__file__)))

@@ -2,6 +2,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,11 @@ CASE_TEXT = re.compile(rf"(\w{{1,20}}) of ({ANY}|\w{{1,60}}) to (\w{{1,10}})(?=$
 EXACT = {"dequantize", "channels_last", "add_rounded"}
 QUANTIZING = {"pack_blocks", "pack_columns", "pack_rows", "pack_row_columns"}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+@short_error_name
+class SourceError(RuntimeError):
+    """A compiler found a fault in a kernel's source. The message is the compiler's."""
 
 
 @short_error_name
@@ -104,10 +110,8 @@ class Kernel:
             )
         )
 
-    def takes(self, tokens: int | None) -> bool:
-        """Returns whether it takes an input of so many rows. None: there is no input."""
-        if tokens is None:
-            return True
+    def takes(self, tokens: int) -> bool:
+        """Returns whether it takes an input of so many rows."""
         return self.min_tokens <= tokens and (self.max_tokens is None or tokens <= self.max_tokens)
 
 
@@ -119,12 +123,18 @@ class Backend:
         name: As in `registry`.
         probe: Launches one tiny kernel on a device; raises where the backend cannot work there.
         kernels: Of every capability it has; of two for the same case the preferred one first.
+        open: Loads the compiler and the driver, and launches nothing; raises where there is none.
         compiler: Returns a text that differs where what compiles the kernels does.
+        platform: The folder of `source/` that its kernels are made from.
+        files: Those that compile and launch them.
     """
     name: str
     probe: Callable[[torch.device], None]
     kernels: tuple[Kernel, ...]
+    open: Callable[[], object] = str
     compiler: Callable[[], str] = str
+    platform: str = ""
+    files: tuple[Path, ...] = ()
 
 
 class Case(NamedTuple):
@@ -180,7 +190,8 @@ def multiplies(packed_format: Format, columns: int) -> bool:
     """Returns whether kernels of products take rows of so many columns."""
     if isinstance(packed_format, RowFormat) and columns != packed_format.block_length:
         return False  # two rows of codes, with scales of their own, as one row of the weight
-    return columns % 8 == 0 and columns % block_length(packed_format) == 0
+    length = packed_format.block_length if packed_format.plain_dtype is None else PLAIN_LENGTH
+    return columns % 8 == 0 and columns % length == 0
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ import torch
 from ..formats.base import Format
 from ..formats.row_layout import Codes, Numbers, RowFormat, RowLayout
 from ..stochastic_rounding import LEAST_NORMAL, MIX, NOISE
+from .int8_codes import LARGEST_CODE, TINY
 from .kernel import Kernel, block_length
 
 SOURCES = Path(__file__).with_name("source")
@@ -81,29 +82,34 @@ def kernel_source(platform: str, kernel: str, packed_format: Format | None,
         dtype: As in `Kernel`.
         definitions: Further constants of the kernel.
     """
-    definitions["TYPE"] = C_TYPES[dtype]
-    if isinstance(packed_format, RowFormat):
-        definitions |= row_definitions(packed_format)
-        if platform != "cpu":
-            definitions |= zip(("WIDTH", "HEIGHT", "CHUNKS"), _tile(packed_format.layout))
-    elif packed_format is not None:
-        length = block_length(packed_format)
-        definitions |= {
-            "FORMAT": next(name for name in packed_format.kernel_names()
-                           if name in FORMAT_NAMES | PLAIN),
-            "BLOCK_LENGTH": length,
-            "BLOCK_BYTES": packed_format.block_bytes * length // packed_format.block_length,
-            "SCALES_APART": int(bool(packed_format.qparams)),
-        }
-        if codebook := getattr(packed_format, "codebook", getattr(packed_format, "values", None)):
-            definitions["CODEBOOK"] = c_floats(codebook)
-        if point_words := getattr(packed_format, "point_words", None):
-            definitions["POINTS"] = ", ".join(f"{word & 0xFFFFFFFF:#x}u"
-                                              for word in point_words().tolist())
+    definitions |= {"TYPE": C_TYPES[dtype], **format_definitions(platform, packed_format)}
     defines = [f"#define {name} {value}" for name, value in definitions.items()]
     texts = [path.read_text(encoding="utf-8")
              for path in source_files(platform, packed_format, kernel)]
     return "\n".join([*defines, *texts])
+
+
+def format_definitions(platform: str, packed_format: Format | None) -> dict[str, int | str]:
+    """Returns the constants of a format in the source of a kernel, none without a format."""
+    if packed_format is None:
+        return {}
+    if isinstance(packed_format, RowFormat):
+        tile = zip(("WIDTH", "HEIGHT", "CHUNKS"), _tile(packed_format.layout))
+        return {**row_definitions(packed_format), **(dict(tile) if platform != "cpu" else {})}
+    length = block_length(packed_format)
+    definitions: dict[str, int | str] = {
+        "FORMAT": next(name for name in packed_format.kernel_names()
+                       if name in FORMAT_NAMES | PLAIN),
+        "BLOCK_LENGTH": length,
+        "BLOCK_BYTES": packed_format.block_bytes * length // packed_format.block_length,
+        "SCALES_APART": int(bool(packed_format.qparams)),
+    }
+    if codebook := getattr(packed_format, "codebook", getattr(packed_format, "values", None)):
+        definitions["CODEBOOK"] = c_floats(codebook)
+    if point_words := getattr(packed_format, "point_words", None):
+        definitions["POINTS"] = ", ".join(f"{word & 0xFFFFFFFF:#x}u"
+                                          for word in point_words().tolist())
+    return definitions
 
 
 def row_definitions(packed_format: RowFormat) -> dict[str, int | str]:
@@ -174,25 +180,38 @@ def weight_argument(packed_format: Format, tensors: list[torch.Tensor], columns:
         columns: of a row.
         first: the block with which it begins.
     """
-    addresses = {name: tensor.data_ptr() for name, tensor in zip(
-        ("codes", *(qparam.name for qparam in packed_format.qparams)), tensors)}
-    addresses["codes"] += first * packed_format.block_bytes
-    for qparam in packed_format.qparams:
-        if not qparam.is_shared:
-            addresses[qparam.name] += first * qparam.count * qparam.dtype.itemsize
+    addresses = [None if field is None else tensors[field[0]].data_ptr() + first * field[1]
+                 for field in _fields(packed_format)]
+    if isinstance(packed_format, RowFormat):
+        return RowWeight(*addresses, columns, packed_format.layout.groups)
+    return BlockWeight(*addresses, columns)
+
+
+@functools.cache
+def _fields(packed_format: Format) -> tuple[tuple[int, int] | None, ...]:
+    """Returns, for each address that kernels take of a weight, the index of its tensor and the
+    bytes that a block has there, 0 for numbers that all blocks share; None where it has none."""
+    found = {"codes": (0, packed_format.block_bytes)}
+    for index, qparam in enumerate(packed_format.qparams, 1):
+        nbytes = 0 if qparam.is_shared else qparam.count * qparam.dtype.itemsize
+        found[qparam.name] = index, nbytes
     if not isinstance(packed_format, RowFormat):
-        return BlockWeight(addresses["codes"], addresses.get("scale"), columns)
-    fields = [next((addresses[name] for name in names if name in addresses), None)
-              for names in ROW_TENSORS.values()]
-    return RowWeight(*fields, columns, packed_format.layout.groups)
+        return found["codes"], found.get("scale")
+    return tuple(next((found[name] for name in names if name in found), None)
+                 for names in ROW_TENSORS.values())
 
 
 def row_grid(packed_format: RowFormat, rows: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Returns how many blocks of threads of a GPU write some rows, and how many threads a block
     has, both along a row and across rows."""
-    width, height, chunks = _tile(packed_format.layout)
+    width, height, chunks = _tile_of(packed_format)
     tile = width * chunks * CHUNK
     return (-(-packed_format.block_length // tile), -(-rows // height)), (width, height)
+
+
+@functools.cache
+def _tile_of(packed_format: RowFormat) -> tuple[int, int, int]:
+    return _tile(packed_format.layout)
 
 
 def _tile(layout: RowLayout) -> tuple[int, int, int]:
@@ -212,18 +231,9 @@ def c_floats(numbers: Iterable[float]) -> str:
 def source_files(platform: str, packed_format: Format | None, kernel: str) -> list[Path]:
     """Returns the files of a kernel's source, in order.
 
-    A family of formats has one file, named like the one in ops/formats, and its base may have one.
     Kernels of GPUs may share a header in `gpu`.
     """
-    folder, weight_files = SOURCES / platform, []
-    if isinstance(packed_format, RowFormat):
-        weight_files = [SOURCES / "formats" / "rows.h"]
-    elif packed_format is not None:
-        modules = dict.fromkeys(
-            base.__module__.rpartition(".")[2] for base in reversed(type(packed_format).__mro__))
-        weight_files = [path for module in modules
-                        if (path := SOURCES / "formats" / f"{module}.h").is_file()]
-        weight_files.append(SOURCES / "weight.h")
+    folder, weight_files = SOURCES / platform, format_files(packed_format)
     return [
         folder / "lanes.h",
         *weight_files,
@@ -232,6 +242,30 @@ def source_files(platform: str, packed_format: Format | None, kernel: str) -> li
         *(folder / name for name in HEADERS.get(kernel, ()) if platform == "cpu"),
         *folder.glob(f"{kernel}.[!h]*"),
     ]
+
+
+def format_files(packed_format: Format | None) -> list[Path]:
+    """Returns the files that know a format, in order.
+
+    A family of formats has one file, named like the one in ops/formats, and its base may have one.
+    """
+    if packed_format is None:
+        return []
+    if isinstance(packed_format, RowFormat):
+        return [SOURCES / "formats" / "rows.h"]
+    modules = dict.fromkeys(
+        base.__module__.rpartition(".")[2] for base in reversed(type(packed_format).__mro__))
+    files = (SOURCES / "formats" / f"{module}.h" for module in modules)
+    return [*filter(Path.is_file, files), SOURCES / "weight.h"]
+
+
+def made_of(platform: str, capability: str, packed_format: Format | None) -> list[str | Path]:
+    """Returns texts and files that differ wherever the sources of kernels for a case do."""
+    folder, grid = SOURCES / platform, packed_format and packed_format.grid
+    constants = sorted(format_definitions(platform, packed_format).items())
+    shared = sorted((SOURCES / "gpu").glob("*")) if platform != "cpu" else []
+    return [f"{constants} {grid} {DITHER} {LARGEST_CODE} {TINY}", *format_files(packed_format),
+            *shared, *sorted(folder.glob("*.h")), *sorted(folder.glob(f"{capability}*"))]
 
 
 def late_bound_method(kernels: Callable[[], object], name: str) -> Callable[..., None]:

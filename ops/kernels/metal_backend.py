@@ -5,6 +5,7 @@ the reference's on that GPU, but differ from a CPU's where a scale is below 2**-
 MXFP4, Q8_K and the formats with separate scales can have.
 """
 import functools
+from pathlib import Path
 
 import torch
 
@@ -70,4 +71,5 @@ def _dequantize_rows(packed_format, tensors, out, first):
 
 
 BACKEND = Backend("metal", lambda device: probe(dequantize, device),
-                  (Kernel("dequantize", DEQUANTIZED, frozenset(C_TYPES), dequantize),))
+                  (Kernel("dequantize", DEQUANTIZED, frozenset(C_TYPES), dequantize),),
+                  platform="metal", files=(Path(__file__),))

@@ -1,6 +1,8 @@
 """Files that only this user can have written: native code, and verdicts on it, are loaded from no
 others."""
+import contextlib
 import functools
+import hashlib
 import os
 import stat
 import tempfile
@@ -93,6 +95,46 @@ def _warn_not_private(part: Path):
         "%s is a link, belongs to another user or can be written by others, so"
         " compiled kernels are not kept there and are compiled again at each start: remove it.",
         part)
+
+
+def kept(folder: Path, name: str, suffix: str) -> Path | None:
+    """Returns what `keep` has kept under a name, None where it is missing or damaged: native code
+    that is damaged would end the process."""
+    for path in folder.glob(f"{name}-*{suffix}"):
+        is_own = is_private(path, stat.S_ISREG)
+        if is_own and path == _kept_path(folder, name, suffix, path):
+            return path
+        if is_own:
+            log.info("The compiled kernel %s is damaged and is compiled again.", path)
+        path.unlink(missing_ok=True)
+    return None
+
+
+def keep(folder: Path, name: str, suffix: str, written: Path) -> Path:
+    """Keeps a file in a private folder, and returns its path, which has the digest of its bytes.
+
+    Args:
+        folder: Where it is kept.
+        name: By which `kept` finds it.
+        suffix: Of the path.
+        written: The file, in that folder or below; it is moved.
+    """
+    path = _kept_path(folder, name, suffix, written)
+    if not path.exists():  # Windows replaces no library that another process has loaded
+        replace_durably(written, path)  # in one step: another process may load it meanwhile
+    return path
+
+
+def _kept_path(folder: Path, name: str, suffix: str, file: Path) -> Path:
+    return folder / f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}{suffix}"
+
+
+def remove_oldest(folder: Path, suffix: str, count: int):
+    """Removes the oldest files of a folder that are more than `count`."""
+    files = [(path.stat().st_mtime, path) for path in folder.glob(f"*{suffix}")]
+    for _, path in sorted(files)[:max(0, len(files) - count)]:
+        with contextlib.suppress(PermissionError):  # of Windows, where a process has loaded it
+            path.unlink(missing_ok=True)
 
 
 def replace_durably(written: str | os.PathLike, path: Path):

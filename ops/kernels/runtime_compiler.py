@@ -5,19 +5,18 @@ compiler, and the GPU's driver, or for ROCm torch too, contains the driver libra
 Sources: NVIDIA's NVRTC documentation, CUDA Driver API reference (both 12.9); AMD's HIP RTC
 documentation, HIP runtime API reference (both 6.4).
 """
-import contextlib
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..pickle_names import short_error_name
+from .kernel import SourceError
 
 ON_WINDOWS = sys.platform == "win32"
 # CUdevice_attribute
@@ -135,7 +134,7 @@ class Compiler:
     """
 
     def __init__(self, library: str, api: Api = CUDA):
-        self._api = api
+        self._api, self.options = api, api.options
         if ON_WINDOWS:  # the compiler loads these by their name alone
             for needed in Path(library).parent.glob(api.needed_files):
                 ctypes.CDLL(str(needed))
@@ -171,7 +170,8 @@ class Compiler:
             newer.
 
         Raises:
-            GpuError: With the compiler's message.
+            SourceError: The source has a fault.
+            GpuError: It failed.
         """
         output = self._api.code
         if self._api is CUDA:
@@ -186,7 +186,8 @@ class Compiler:
                            (c_char_p * len(options))(*(option.encode() for option in options)))
             except GpuError as error:
                 compiler_log = self._output(program, "ProgramLog").rstrip(b"\0").decode()
-                raise GpuError(f"{error}: {compiler_log}") from None
+                kind = SourceError if "error" in compiler_log else GpuError
+                raise kind(f"{error}: {compiler_log}") from None
             return self._output(program, output)
         finally:
             self._call("DestroyProgram", byref(program))
@@ -223,6 +224,7 @@ class Driver:
     def __init__(self, library: str, api: Api = CUDA):
         self.api = api
         self._library = ctypes.CDLL(library)
+        self._functions: dict[str, Any] = {}
         self._function(api.launch).argtypes = (c_void_p, *[c_uint] * 7, c_void_p,
                                                POINTER(c_void_p), c_void_p)
         if api is CUDA:
@@ -238,7 +240,10 @@ class Driver:
 
     def call(self, name: str, *arguments):
         """Calls a function, its name without the prefix. Raises GpuError."""
-        if status := self._function(name)(*arguments):
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = self._function(name)
+        if status := function(*arguments):
             raise GpuError(f"{self.api.driver}{name}: {self._message(status)}")
 
     def _message(self, status: int) -> str:
@@ -267,34 +272,31 @@ class Driver:
 
     def in_context(self, index: int, name: str, *arguments):
         """Runs `call` in the context that torch uses on a device, whatever the current device."""
-        with self._cuda_context(index) if self.api is CUDA else self._hip_device(index):
+        leave = self._enter_cuda(index) if self.api is CUDA else self._enter_hip(index)
+        try:
             self.call(name, *arguments)
+        finally:
+            if leave is not None:
+                self.call(*leave)
 
-    @contextlib.contextmanager
-    def _cuda_context(self, index: int) -> Iterator[None]:
+    def _enter_cuda(self, index: int) -> tuple:
+        """Makes a device's context the current one. Returns what to call afterwards."""
         if index not in self._contexts:
             device, context = c_int(), c_void_p()
             self.call("DeviceGet", byref(device), index)
             self.call("DevicePrimaryCtxRetain", byref(context), device)
             self._contexts[index] = context
         self.call("CtxPushCurrent_v2", self._contexts[index])
-        try:
-            yield
-        finally:
-            self.call("CtxPopCurrent_v2", byref(c_void_p()))
+        return "CtxPopCurrent_v2", byref(c_void_p())
 
-    @contextlib.contextmanager
-    def _hip_device(self, index: int) -> Iterator[None]:
+    def _enter_hip(self, index: int) -> tuple | None:
+        """Makes a device the current one, and returns as `_enter_cuda`; None: nothing."""
         current = c_int()
         self.call("GetDevice", byref(current))
         if current.value == index:
-            yield
-            return
+            return None
         self.call("SetDevice", index)
-        try:
-            yield
-        finally:
-            self.call("SetDevice", current)
+        return "SetDevice", current
 
 
 class Module:

@@ -8,21 +8,22 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 
 from ..formats.base import FORMATS, Format
 
 # input: (..., K) float. packed: the bytes of a weight of logical shape (rows, K) and, in some
 # formats, its scales. bias: (rows,). down, ups, slices: `LowRank.operands`; without a branch None
-# and empty. load: see `kernels.find`.
+# and empty.
 LINEAR_SCHEMA = (
     "(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, Tensor? down,"
-    " Tensor[] ups, int[] slices, int load=0) -> Tensor")
+    " Tensor[] ups, int[] slices) -> Tensor")
 
 _library = torch.library.Library("featherweight", "DEF")
 _check = torch._check  # raises RuntimeError with the message, also where sizes are symbolic
 
 
-def register(schema: str, run: Callable, fake: Callable):
+def register(schema: str, run: Callable, fake: Callable) -> Callable:
     """Makes `torch.ops.featherweight.<name>`.
 
     Args:
@@ -30,6 +31,10 @@ def register(schema: str, run: Callable, fake: Callable):
         run: the implementation. It gets the tensors of a packed weight contiguous, as the kernels
             and torch's reference read them.
         fake: checks the operands and returns an empty result.
+
+    Returns:
+        A function that computes what the operator of a layer (`LINEAR_SCHEMA`) does, past torch's
+        dispatcher where nothing records or replaces torch's calls.
     """
     name = schema.partition("(")[0]
     before, has_packed, _ = schema.partition("Tensor[] packed")
@@ -41,14 +46,28 @@ def register(schema: str, run: Callable, fake: Callable):
     _library.define(schema)
     _library.impl(name, run_contiguous if has_packed else run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"featherweight::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.featherweight, name)
+
+    def call(input: torch.Tensor, packed: list[torch.Tensor], *operands):
+        if (torch.compiler.is_compiling() or type(input) is not torch.Tensor
+                or torch._C._len_torch_dispatch_stack()
+                or torch._C._get_tracing_state() is not None
+                or peek_interpreter_stack() is not None):
+            return operator(input, packed, *operands)
+        return run(input, contiguous(packed), *operands)
+
+    return call
 
 
 def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Returns the tensors, copied where they are not contiguous: kernels get no strides."""
-    return [tensor.contiguous() for tensor in tensors]
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            return [tensor.contiguous() for tensor in tensors]
+    return tensors
 
 
-def fake_linear(input, packed, bias, format, rows, down, ups, slices, load=0):
+def fake_linear(input, packed, bias, format, rows, down, ups, slices):
     """Checks the operands of `linear` and returns its empty result."""
     _check(input.dtype.is_floating_point and input.ndim > 0,
            lambda: f"The input is {_describe(input)}; expected rows of floats.")

@@ -191,7 +191,7 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
 
 
 def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
-          device: torch.device):
+          device: torch.device, is_quick: bool = False):
     """Checks a kernel in all its cases, and for rows of several lengths.
 
     Args:
@@ -200,6 +200,7 @@ def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
             formats.
         dtype: As in `Kernel`.
         device: That runs it.
+        is_quick: Whether its smallest case will do.
 
     Raises:
         WrongResult: A result differs from the reference. The kernel may raise anything else.
@@ -213,8 +214,9 @@ def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
         "pack_rows": quantize_validation.check_rows,
         "pack_row_columns": quantize_validation.check_row_columns
     }[kernel.capability]
-    for example in _examples(kernel, packed_format):
-        for case in cases_of(kernel, example):
+    count = 1 if is_quick else None
+    for example in _examples(kernel, packed_format)[:count]:
+        for case in cases_of(kernel, example)[:count]:
             try:
                 check_case(kernel.run, case, example, dtype, device)
             except WrongResult as error:

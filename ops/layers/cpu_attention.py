@@ -20,8 +20,7 @@ SLICE_BYTES = 4 << 20  # of scores; each core has its part of a slice in its cac
 def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor,
               value: torch.Tensor, heads: int, mask: torch.Tensor | None = None,
               attn_precision: torch.dtype | None = None, skip_reshape: bool = False,
-              skip_output_reshape: bool = False, load: int = kernels.LATEST,
-              **options) -> torch.Tensor:
+              skip_output_reshape: bool = False, **options) -> torch.Tensor:
     """Computes attention as the host's functions do, on a CPU faster.
 
     Args:
@@ -33,7 +32,6 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
         mask, attn_precision: as the host's functions take them.
         skip_reshape: see the inputs.
         skip_output_reshape: return (batch, heads, tokens, width).
-        load: number of the model's load, see `kernels.find`.
         options: further ones of the host's.
 
     Returns:
@@ -46,7 +44,7 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
             # some models have split the heads of the value already
             in_heads = tuple(operand.reshape(*operand.shape[:2], -1, width).transpose(1, 2)
                              for operand in in_heads)
-        compute = _choice(in_heads, mask, attn_precision, options, load)
+        compute = _choice(in_heads, mask, attn_precision, options)
     if compute is None:
         is_float32 = query.device.type == "cpu" and query.dtype == torch.float32
         compute = attention_pytorch if is_float32 else host_attention
@@ -55,17 +53,6 @@ def attention(host_attention: Callable[..., torch.Tensor], query: torch.Tensor, 
                        **options)
     out = compute(*in_heads, options.get("scale", in_heads[0].shape[-1]**-0.5))
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-
-@functools.cache  # so that model options with the same one are equal
-def attention_of_load(load: int) -> Callable[..., torch.Tensor]:
-    """Returns `attention` for a model, see `kernels.find`."""
-    return functools.partial(attention, load=load)
-
-
-def is_own(override: object) -> bool:
-    """Returns whether something is a result of `attention_of_load`."""
-    return isinstance(override, functools.partial) and override.func is attention
 
 
 def _is_for_here(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -80,20 +67,20 @@ def _is_for_here(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
 
 
 def _choice(in_heads: tuple[torch.Tensor, ...], mask: torch.Tensor | None,
-            attn_precision: torch.dtype | None, options: dict,
-            load: int) -> Callable[..., torch.Tensor] | None:
+            attn_precision: torch.dtype | None,
+            options: dict) -> Callable[..., torch.Tensor] | None:
     """Returns what computes an attention: a function of query, key, value and scale; None: the
     host.
 
     Args:
         in_heads: query, key and value, (batch, heads, tokens, width).
-        mask, attn_precision, options, load: as `attention` takes them.
+        mask, attn_precision, options: as `attention` takes them.
     """
     query, key, _ = in_heads
     heads, has_groups = query.shape[1], options.get("enable_gqa", False)
     if heads % key.shape[1] or (heads != key.shape[1] and not has_groups):
         return None  # the host says what is wrong
-    run = kernels.find("attention", query.device, None, query.dtype, load=load)
+    run = kernels.find("attention", query.device, None, query.dtype)
     if run is not None:
         addend = None if mask is None else _addend(mask, (*query.shape[:3], key.shape[2]))
         if mask is None or addend is not None:

@@ -12,11 +12,11 @@ from .. import cpu_features, kernels
 def takes(input: torch.Tensor) -> bool:
     """Returns whether `linear` multiplies an input: the same in every process on a machine."""
     return (
-        not torch.compiler.is_compiling()
-        and input.device.type == "cpu"
-        and not kernels.is_off()
+        input.device.type == "cpu"
         and input.dtype in _dtypes()
         and input.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not kernels.is_off()
     )
 
 

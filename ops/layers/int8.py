@@ -57,7 +57,7 @@ def multiplies_integers(device: torch.device) -> bool:
 
 
 def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows: int,
-                 columns: int, load: int) -> Callable | None:
+                 columns: int) -> Callable | None:
     """Chooses what encodes the weight, with the signature of `int8_codes.encode_rows`.
 
     Returns None where the exact product should run.
@@ -72,7 +72,7 @@ def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows:
     ):
         return None
     if kernels.multiplies(packed_format, columns):
-        encode = kernels.find("int8_rows", device, packed_format, torch.int8, load=load)
+        encode = kernels.find("int8_rows", device, packed_format, torch.int8)
         if encode is not None:
             return encode
     if tokens < MIN_TOKENS_WITHOUT_KERNEL[device.type]:
@@ -82,7 +82,7 @@ def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows:
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
             rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
-            slices: list[int], load: int = 0) -> torch.Tensor:
+            slices: list[int]) -> torch.Tensor:
     packed_format, packed, own = without_low_rank(FORMATS[format], packed)
     device = input.device
     flat = input.reshape(-1, input.shape[-1])
@@ -90,13 +90,13 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     low_rank = LowRank.from_operands(down, ups, slices)
     if own is not None:
         low_rank = own.to(flat).and_also(low_rank, rows)
-    encode = _row_encoder(device, packed_format, tokens, rows, columns, load)
+    encode = _row_encoder(device, packed_format, tokens, rows, columns)
     if encode is None:
         branch = (None, (), ()) if low_rank is None else low_rank.operands
         return torch.ops.featherweight.linear(input, packed, bias, packed_format.name, rows,
-                                              *branch, load)
+                                              *branch)
     added = None if low_rank is None else low_rank.product(flat, rows)
-    codes, scales = _encode_tokens(flat.contiguous(), load)
+    codes, scales = _encode_tokens(flat.contiguous())
     out = input.new_empty((tokens, rows))
     # bytes that the codes of a row of the weight and its sums, in int32 and float32, take
     row_bytes = columns + tokens * 2 * torch.float32.itemsize
@@ -120,12 +120,11 @@ def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(a, b)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _encode_tokens(input: torch.Tensor,
-                   load: int = kernels.LATEST) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode_tokens(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns codes and scales of the rows of an input."""
     codes = torch.empty(input.shape, dtype=torch.int8, device=input.device)
     scales = torch.empty(len(input), dtype=torch.float32, device=input.device)
-    kernel = kernels.find("int8_tokens", input.device, None, input.dtype, load=load)
+    kernel = kernels.find("int8_tokens", input.device, None, input.dtype)
     encode = kernel or int8_codes.encode_tokens
     encode(input, codes, scales)
     return codes, scales
@@ -153,18 +152,17 @@ def _finish(sums: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
         torch.add(sums.mul_(scales), addend, out=out)
 
 
-torch_registration.register(f"int8_linear{torch_registration.LINEAR_SCHEMA}", _linear,
-                            torch_registration.fake_linear)
+_linear_operator = torch_registration.register(
+    f"int8_linear{torch_registration.LINEAR_SCHEMA}", _linear, torch_registration.fake_linear)
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           low_rank: LowRank | None = None, load: int = 0) -> torch.Tensor:
+           low_rank: LowRank | None = None) -> torch.Tensor:
     """Computes `product.linear` in integers where that is possible and faster, else in floats.
 
     It needs K to be a multiple of 256, N of 8, and no gradient. A row of the input or of the weight
     that is not finite gives NaN.
     """
     if input.shape[-1] != weight.shape[1] or product.needs_gradient(input, bias):
-        return product.linear(input, weight, bias, low_rank, load)
-    return torch.ops.featherweight.int8_linear(
-        *product.operands(input, weight, bias, low_rank), load)
+        return product.linear(input, weight, bias, low_rank)
+    return _linear_operator(*product.operands(input, weight, bias, low_rank))

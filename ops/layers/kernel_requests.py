@@ -1,66 +1,52 @@
-"""Requests the kernels that a model's packed layers will use, while the model loads."""
+"""Decides, before a step, which kernels a model's packed layers use in it."""
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .. import kernels
-from ..formats.base import Format
-from ..kernels.background import wait
 from ..tensor.packed_layout import is_packed
-from .packed_layers import PackedConv2d, PackedLayer, PackedLinear
+from .cpu_attention import attention
+from .packed_layers import Embedding, MoEExperts, PackedConv2d, PackedLayer, PackedLinear
+
+MULTIPLYING = PackedLinear, PackedConv2d, MoEExperts, Embedding  # text is generated with a table
 
 
-def prepare_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None):
-    """Has the kernels validated that a model's packed layers need, and tells the layers which load
-    they are of.
-
-    A kernel that is not requested here is requested when a layer first needs it.
-
-    Args:
-        model: a model of packed layers.
-        device: the device it will run on.
-        dtype: its compute dtype; None where that is not known yet, then nothing is requested.
-    """
-    load = kernels.request(device, _needed(model, dtype))
-    for layer in _layers(model):
-        layer.load = load
-
-
-def await_kernels(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None,
-                  seconds: float):
-    """Has a model's kernels validated, waits for the verdicts, and has its layers use them.
+def prepare_kernels(patcher: Any, device: torch.device | None = None, makes_room: bool = False):
+    """Decides the kernels that a model's packed layers need and no model before it has needed.
 
     Args:
-        model, device, dtype: as for `prepare_kernels`.
-        seconds: to wait at most.
+        patcher: A `PackedPatcher`.
+        device: That the model will run on; None: the patcher's.
+        makes_room: See `kernels.decide`.
     """
-    prepare_kernels(model, device, dtype)
-    needed = _needed(model, dtype)
-    wait(lambda: not kernels.are_pending(device, needed), seconds)
-    prepare_kernels(model, device, dtype)
+    get_dtype = getattr(patcher.model, "get_dtype_inference", None)
+    dtypes = {*patcher.model.packed_patches.dtypes} if get_dtype is None else {
+        patcher.object_patches.get("manual_cast_dtype") or get_dtype()}
+    needed: dict[kernels.Need, None] = {}
+    for layer in patcher.model.modules():
+        if isinstance(layer, PackedLayer) and is_packed(layer.weight):
+            # patches are added in float32, and some layers of the host compute in it
+            for dtype in {*(dtypes or [layer.weight.dtype]), torch.float32}:
+                needed |= dict.fromkeys(_needed_by(layer, dtype))
+    options = patcher.model_options.get("transformer_options", {})
+    if needed and options.get("optimized_attention_override") is attention:
+        needed |= dict.fromkeys(("attention", None, dtype) for dtype in dtypes)
+    kernels.decide(device or patcher.load_device, needed, makes_room)
 
 
-def _layers(model: torch.nn.Module) -> list[PackedLayer]:
-    return [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
-
-
-def _needed(model: torch.nn.Module, dtype: torch.dtype | None
-            ) -> dict[tuple[str, Format | None, torch.dtype], None]:
-    """Returns the cases that a model's layers need, each once."""
-    return {} if dtype is None else dict.fromkeys(
-        case for layer in _layers(model) if is_packed(layer.weight)
-        for case in _cases(layer, dtype))
-
-
-def _cases(layer: PackedLayer, dtype: torch.dtype
-           ) -> Iterator[tuple[str, Format | None, torch.dtype]]:
+def _needed_by(layer: PackedLayer, dtype: torch.dtype) -> Iterator[kernels.Need]:
+    """Yields what a layer needs to compute in a dtype."""
     weight: Any = layer.weight
     for packed_format in weight.params.format.formats_within():
         yield "dequantize", packed_format, dtype
-        if isinstance(layer, (PackedLinear, PackedConv2d)):
+        if isinstance(layer, MULTIPLYING):
             yield "linear", packed_format, dtype
-        if isinstance(layer, PackedLinear) and layer.compute == "int8":
+        if layer.compute == "int8":
             yield "int8_rows", packed_format, torch.int8
     if layer.compute == "int8":
         yield "int8_tokens", None, dtype
+    if isinstance(layer, PackedConv2d):
+        yield "channels_last", None, dtype
+    if dtype.itemsize == 2:
+        yield "add_rounded", None, dtype

@@ -208,28 +208,27 @@ def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           low_rank: LowRank | None = None, load: int = 0) -> torch.Tensor:
+           low_rank: LowRank | None = None) -> torch.Tensor:
     """Computes `product.linear` faster and less exactly.
 
     By comfy_kitchen where its kernels take format, device and number of tokens; otherwise exactly
     on a GPU, and in integers (`int8.linear`) on a CPU and for weights of other formats.
     """
     if input.shape[-1] != weight.shape[1] or product.needs_gradient(input, bias):
-        return int8.linear(input, weight, bias, low_rank, load)
-    return torch.ops.featherweight.kitchen_linear(
-        *product.operands(input, weight, bias, low_rank), load)
+        return int8.linear(input, weight, bias, low_rank)
+    return _linear_operator(*product.operands(input, weight, bias, low_rank))
 
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
             rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
-            slices: list[int], load: int = 0) -> torch.Tensor:
+            slices: list[int]) -> torch.Tensor:
     packed_format, flat = FORMATS[format], input.reshape(-1, input.shape[-1])
     backend = _backend_for(packed_format, flat, rows)
     if backend is None:
         in_integers = input.device.type == "cpu" or product_of(packed_format) is None
         fallback = (torch.ops.featherweight.int8_linear if in_integers
                     else torch.ops.featherweight.linear)
-        return fallback(input, packed, bias, format, rows, down, ups, slices, load)
+        return fallback(input, packed, bias, format, rows, down, ups, slices)
     low_rank = LowRank.from_operands(down, ups, slices)
     out = _multiply(packed_format, packed, flat, rows, bias, low_rank, backend)
     return out.view(*input.shape[:-1], rows)
@@ -457,5 +456,5 @@ PRODUCT_OF = {
     SVDQUANT_NVFP4.name: "nvfp4",
     **{family.name: "awq" for family in (AWQ_INT4, AWQ_INT4_HALF, W4A16, W4A16_HALF, W4A16_FLOAT)}}
 
-torch_registration.register(f"kitchen_linear{torch_registration.LINEAR_SCHEMA}", _linear,
-                            torch_registration.fake_linear)
+_linear_operator = torch_registration.register(
+    f"kitchen_linear{torch_registration.LINEAR_SCHEMA}", _linear, torch_registration.fake_linear)

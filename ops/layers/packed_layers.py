@@ -10,7 +10,7 @@ import comfy.float
 import comfy.ops
 import torch
 
-from .. import kernels, stochastic_rounding
+from .. import stochastic_rounding
 from ..low_rank import dense_linear
 from ..patches.layer_patches import LayerPatches
 from ..pickle_names import stable_pickle_name
@@ -65,7 +65,6 @@ class PackedLayer(_HostLayer):
         has_branch: whether plain LoRAs run as a low-rank branch, not on the dequantised weight.
         is_table: whether ComfyUI may read the weight past the layer, with no product.
         lora: the layer's patches, set and cleared by the patcher.
-        load: number of the load that it is of, see `kernels.find`.
     """
 
     compute = "exact"
@@ -78,7 +77,6 @@ class PackedLayer(_HostLayer):
         # the file's own bytes replace these parameters at load
         super().__init__(*args, device="meta", **kwargs)
         self._workspace = shared_workspace()
-        self.load = kernels.current_load()
         self.lora = None  # set from the start, since torch.compile guards on which attributes exist
 
     def __copy__(self):
@@ -97,8 +95,7 @@ class PackedLayer(_HostLayer):
         return *self.new, self.__dict__ | {"_parameters": parameters, "_workspace": None}
 
     def __setstate__(self, state):
-        super().__setstate__(state | {"_workspace": shared_workspace(),
-                                      "load": kernels.current_load()})
+        super().__setstate__(state | {"_workspace": shared_workspace()})
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
                               unexpected_keys, error_msgs):
@@ -160,15 +157,21 @@ class PackedLayer(_HostLayer):
                                                                 requires_grad=False)
         return self
 
-    def cast_weight_bias(self, input: torch.Tensor):
+    def cast_weight_bias(self, input: torch.Tensor) -> tuple[Any, Any, Any]:
         """Returns (weight, bias, stream) on the device of `input`.
 
         They go back to `comfy.ops.uncast_bias_weight` after use. A packed weight keeps its dtype
         on the way to the device, because any other would make the host dequantise it. Functions on
         the weight do need it dense.
         """
-        packed = isinstance(self.weight, QuantizedTensor)
-        dtype = self.weight.dtype if packed and not self.weight_function else input.dtype
+        weight: Any = self.weight
+        bias, device = self.bias, input.device
+        packed = isinstance(weight, QuantizedTensor)
+        if (packed and weight.device == device and not self.weight_function
+                and (bias is None or (bias.dtype == input.dtype and bias.device == device))
+                and not self.bias_function and "_v" not in vars(self)):  # of dynamic VRAM
+            return weight, bias, None  # as the host gives them
+        dtype = weight.dtype if packed and not self.weight_function else input.dtype
         return comfy.ops.cast_bias_weight(self, dtype=dtype, device=input.device,
                                           bias_dtype=input.dtype, offloadable=True,
                                           compute_dtype=input.dtype)
@@ -253,9 +256,9 @@ class PackedLinear(PackedLayer):
         low_rank = None if self.lora is None else self.lora.branch(input)
         if self.is_unpatched(weight):
             if self.compute == "int8":
-                out = kitchen_products.linear(input, weight, bias, low_rank, self.load)
+                out = kitchen_products.linear(input, weight, bias, low_rank)
             else:
-                out = product.linear(input, weight, bias, low_rank, self.load)
+                out = product.linear(input, weight, bias, low_rank)
         else:
             out = dense_linear(input, self.patched_weight(weight, input.dtype), bias, low_rank)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)
@@ -387,7 +390,7 @@ class PackedConv2d(_PackedConv):
         if cpu_convolution.is_product(conv, input):
             matrix = relabel(weight, shape=(len(weight), weight.shape[1:].numel()))
             return cpu_convolution.multiply_patches(
-                conv, input, lambda patches: product.linear(patches, matrix, bias, load=self.load))
+                conv, input, lambda patches: product.linear(patches, matrix, bias))
         slices = product.dequantized_slices(weight, input.dtype, channels_last=True)
         with contextlib.closing(slices):
             return cpu_convolution.convolve(conv, input, slices, bias)
@@ -466,7 +469,7 @@ class MoEExperts(PackedLayer, _Experts):
             weight = self._with_patches(
                 weight, input.dtype, lambda dense: lora.patch_rows(dense[None], expert)[0])
         if is_packed(weight):
-            return product.linear(input, weight, bias, load=self.load)
+            return product.linear(input, weight, bias)
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
 
@@ -501,7 +504,6 @@ def make_packed(layer: Any):
     layer.__class__ = _packed_class(mixin, layer_class)
     layer.comfy_cast_weights = True
     layer._workspace = shared_workspace()
-    layer.load = kernels.current_load()
     layer.lora = None
 
 

@@ -13,7 +13,7 @@ from comfy_kitchen.tensor.base import dequantize_args
 
 from .. import kernels, stochastic_rounding
 from ..formats.base import FORMATS, Format
-from ..formats.low_rank_and_joined import without_low_rank
+from ..formats.low_rank_and_joined import Composite
 from ..kernels import torch_registration
 from ..low_rank import LowRank, dense_linear
 from ..tensor.packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
@@ -32,29 +32,31 @@ CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
             rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
-            slices: list[int], load: int = 0) -> torch.Tensor:
+            slices: list[int]) -> torch.Tensor:
     flat = input.reshape(-1, input.shape[-1])
-    low_rank = LowRank.from_operands(down, ups, slices)
-    packed_format, packed, own = without_low_rank(FORMATS[format], packed)
-    if own is not None:
-        low_rank = own.to(flat).and_also(low_rank, rows)
+    low_rank = None if down is None else LowRank.from_operands(down, ups, slices)
+    packed_format = FORMATS[format]
+    if isinstance(packed_format, Composite):
+        packed_format, packed, own = packed_format.without_low_rank(packed)
+        if own is not None:
+            low_rank = own.to(flat).and_also(low_rank, rows)
     # The low-rank branch is part of the large product's sum, which is rounded once: added after the
     # rounding, a weak LoRA would be lost. Adding the bias rounds too, so the bias comes last.
     weight = packed_format, packed, rows
-    out = _by_kernel(flat, *weight, bias, low_rank, load)
+    out = _by_kernel(flat, *weight, bias, low_rank)
     if out is None:
         out = _by_torch(flat, *weight, bias, low_rank)
     return out.view(*input.shape[:-1], rows)
 
 
 def _by_kernel(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor],
-               rows: int, bias: torch.Tensor | None, low_rank: LowRank | None,
-               load: int) -> torch.Tensor | None:
+               rows: int, bias: torch.Tensor | None,
+               low_rank: LowRank | None) -> torch.Tensor | None:
     """Computes `_linear` with a kernel that dequantises as it multiplies; None: there is none."""
     tokens, columns = input.shape
     if not kernels.multiplies(packed_format, columns):
         return None
-    run = kernels.find("linear", input.device, packed_format, input.dtype, tokens, load)
+    run = kernels.find("linear", input.device, packed_format, input.dtype, tokens)
     if run is None:
         return None
     addend = None if bias is None else bias.expand(tokens, rows)
@@ -129,11 +131,14 @@ def _embedding(ids: torch.Tensor, packed: list[torch.Tensor], format: str, colum
 def _dequantize(packed: list[torch.Tensor], format: str, shape: list[int], dtype: torch.dtype,
                 first: int = 0) -> torch.Tensor:
     out = torch.empty(shape, dtype=dtype, device=packed[0].device)
+    if out.device.type == "cpu":  # outside of steps too: files are converted and compared
+        kernels.decide(out.device, [("dequantize", within, dtype)
+                                    for within in FORMATS[format].formats_within()])
     return kernels.dequantize_into(FORMATS[format], packed, out, first)
 
 
-torch_registration.register(f"linear{torch_registration.LINEAR_SCHEMA}", _linear,
-                            torch_registration.fake_linear)
+_linear_operator = torch_registration.register(
+    f"linear{torch_registration.LINEAR_SCHEMA}", _linear, torch_registration.fake_linear)
 torch_registration.register(
     "embedding(Tensor ids, Tensor[] packed, str format, int columns, ScalarType dtype) -> Tensor",
     _embedding, torch_registration.fake_embedding)
@@ -143,7 +148,7 @@ torch_registration.register(
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           low_rank: LowRank | None = None, load: int = 0) -> torch.Tensor:
+           low_rank: LowRank | None = None) -> torch.Tensor:
     """Computes `input @ weight.T + bias` plus a low-rank branch, the weight dequantised in slices.
 
     Args:
@@ -151,7 +156,6 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
         weight: packed, logical shape (N, K), on the same device.
         bias: (N,) in the dtype of `input`, or None.
         low_rank: in the dtype of `input`, or None.
-        load: number of the load that the weight is of, see `kernels.find`.
 
     Returns:
         (..., N) in the dtype of `input`.
@@ -166,9 +170,9 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
     if needs_gradient(input, bias):
         # a copy may be overwritten before the gradient is computed
         if isinstance(weight, torch.nn.Parameter) and not torch.compiler.is_compiling():
-            return _Linear.apply(input, bias, weight, low_rank, load)
+            return _Linear.apply(input, bias, weight, low_rank)
         return dense_linear(input, dequantize(weight, input.dtype), bias, low_rank)
-    return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank), load)
+    return _linear_operator(*operands(input, weight, bias, low_rank))
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -183,9 +187,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: torch.Tensor, bias: torch.Tensor | None, weight: PackedTensor,
-                low_rank: LowRank | None, load: int) -> torch.Tensor:
+                low_rank: LowRank | None) -> torch.Tensor:
         ctx.weight, ctx.low_rank = weight, low_rank
-        return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank), load)
+        return torch.ops.featherweight.linear(*operands(input, weight, bias, low_rank))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -201,7 +205,7 @@ class _Linear(torch.autograd.Function):
             input_grad = input_grad.view(*grad.shape[:-1], dense.shape[1])
         if ctx.needs_input_grad[1]:
             bias_grad = flat.sum(0)
-        return input_grad, bias_grad, None, None, None
+        return input_grad, bias_grad, None, None
 
 
 def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,
@@ -212,7 +216,7 @@ def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | Non
         input,
         packed_tensors(weight),
         bias,
-        weight.params.format.name,
+        weight._params.format.name,
         weight.shape[0],
         *branch,
     )

@@ -1,9 +1,8 @@
 """The workspace that weights are dequantised into, and how much of a weight it takes at a time."""
-import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -53,22 +52,27 @@ def shared_workspace() -> Workspace:
     return shared
 
 
-@contextlib.contextmanager
-def workspace(
-        device: torch.device) -> Iterator[Callable[[tuple[int, ...], torch.dtype], torch.Tensor]]:
-    """Yields take(shape, dtype): returns an uninitialised tensor, valid until the next call.
+class workspace:  # noqa: N801  a context manager
+    """Gives take(shape, dtype) inside the block: returns an uninitialised tensor, valid until the
+    next call.
 
     While a weight in the shared one is in use, as by another thread, or around the layer whose
     product a hook runs meanwhile, it takes memory of its own and does not wait.
     """
-    shared = shared_workspace() if device.type == "cpu" else None
-    if shared is None or not shared.lock.acquire(blocking=False):
-        yield lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
-        return
-    try:
-        yield shared.take
-    finally:
-        shared.lock.release()
+
+    def __init__(self, device: torch.device):
+        shared = shared_workspace() if device.type == "cpu" else None
+        self._shared = shared if shared and shared.lock.acquire(blocking=False) else None
+        self._device = device
+
+    def __enter__(self) -> Callable[[tuple[int, ...], torch.dtype], torch.Tensor]:
+        if self._shared is not None:
+            return self._shared.take
+        return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=self._device)
+
+    def __exit__(self, *error):
+        if self._shared is not None:
+            self._shared.lock.release()
 
 
 def workspace_bytes(device: torch.device) -> int:

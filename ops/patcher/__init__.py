@@ -23,6 +23,7 @@ import comfy.utils
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
+from ..layers.kernel_requests import prepare_kernels
 from ..log import log
 from ..patches.layer_patches import LayerPatches, usable_patches
 from . import patched_weights
@@ -177,7 +178,8 @@ class PackedPatcher(_HostPatcher):
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         try:
             self._applied.check_source()
-        except Exception:
+            prepare_kernels(self, device_to)  # for a dtype or a device that came since
+        except BaseException:  # a cancel is no Exception
             super().detach()  # the host has forgotten it already
             raise
         available_bytes = self.loaded_size() + extra_memory

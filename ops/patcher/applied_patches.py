@@ -82,6 +82,7 @@ class AppliedPatches:
         evicted: Whether the host took the model off the device in the middle of a run.
         check_source: Raises if the file behind the weights has changed; called before each load
             and each step.
+        dtypes: That the model may compute in, where it does not say so itself.
         logged: What the log said last of layers that run in float because of their patches.
     """
 
@@ -92,6 +93,7 @@ class AppliedPatches:
         self.counted = 0
         self.evicted = False
         self.check_source: Callable[[], None] = _accept_source
+        self.dtypes: tuple[torch.dtype, ...] = ()
         self.logged: str | None = None
         self._built_for: tuple | None = None  # (patches_uuid, device) of all `layers`, where alike
 

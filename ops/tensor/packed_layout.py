@@ -294,7 +294,11 @@ def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:
     """Returns the bytes of a packed tensor, and its `qparams`."""
-    return [tensor._qdata, *tensor._params.qparams]
+    params = tensor._params
+    tensors = [tensor._qdata]
+    for qparam in params.format.qparams:
+        tensors.append(getattr(params, qparam.name))
+    return tensors
 
 
 def is_packed(tensor) -> TypeGuard[PackedTensor]:

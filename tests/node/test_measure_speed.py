@@ -69,20 +69,13 @@ def test_the_model_is_afterwards_as_it_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", [ways.EXACTLY, ways.FAST])
-def test_a_way_begins_when_the_verdicts_on_its_kernels_are_there_and_uses_them(way, monkeypatch):
-    model, looks = packed_flux("Q8_0"), []
-
-    def are_pending(device, needed):
-        looks.append({capability for capability, *_ in needed})
-        return len(looks) < 3
-
-    monkeypatch.setattr(kernels, "are_pending", are_pending)
-    monkeypatch.setattr(kernels, "request", lambda device, needed: len(looks))
+def test_a_way_begins_when_its_kernels_are_decided(way, monkeypatch):
+    model, decided = packed_flux("Q8_0"), []
+    monkeypatch.setattr(kernels, "decide",
+                        lambda device, needed, makes_room: decided.extend(needed))
     with computing(model, way):
-        assert len(looks) >= 3  # and no more than the time allows
-        assert {layer.load for layer in model.model.modules()
-                if isinstance(layer, PackedLayer)} == {len(looks)}
-    assert ("int8_rows" in looks[0]) == (way == ways.FAST) and "linear" in looks[0]
+        capabilities = {capability for capability, *_ in decided}
+    assert ("int8_rows" in capabilities) == (way == ways.FAST) and "linear" in capabilities
 
 
 def test_fast_is_the_integer_product_and_its_distance_from_exact_is_told():

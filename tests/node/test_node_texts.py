@@ -38,9 +38,6 @@ from featherweight.nodes.node_text import (
 )
 from featherweight.nodes.place_model import PlaceModel
 from featherweight.nodes.save_packed_model import SavePackedModel
-from featherweight.ops import kernels
-from featherweight.ops.kernels import registry, selector
-from featherweight.ops.layers.kernel_requests import prepare_kernels
 
 pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = {"samples": torch.zeros(1, 16, 8, 8)}
@@ -268,29 +265,6 @@ def test_a_legacy_node_returns_a_tuple_to_scripts_and_its_text_to_comfyui(sent):
     assert node().load_it("a.gguf") == ("a.gguf",)
     kept, values = outputs_of(node, {"unet_name": "a.gguf"})
     assert kept == {UI_KEY: [["read a.gguf"]]} and values == [["a.gguf"]]
-
-
-def test_a_loader_that_says_kernels_are_being_validated_says_more_once_they_are(sent, monkeypatch):
-    work, name = [], "made_up"
-    kernel = kernels.Kernel("dequantize", frozenset(["Q4_K"]), frozenset([torch.bfloat16,
-                            torch.float32]), lambda packed, tensors, out, first:
-                            packed.dequantize_into(tensors, out, first))
-    model = packed_flux("Q4_K")
-    monkeypatch.setenv(kernels.VARIABLE, "auto")
-    monkeypatch.setattr(selector, "submit", work.append)
-    monkeypatch.setattr(kernels, "_selectors", {})
-    monkeypatch.setitem(kernels.BACKENDS, "cpu", name)
-    monkeypatch.setitem(registry.IMPORTS, name, lambda: kernels.Backend(
-        name, lambda device: None, [kernel]))
-    sent.clear()
-    loader_output(model=model)
-    assert f"by torch: {kernels.WORDS['pending']}" in sent[-1].replace(JOINER, "")
-    for _ in range(3):
-        prepare_kernels(model.model, model.load_device, model.model.get_dtype_inference())
-        while work:
-            work.pop(0)()
-    assert len(sent) == 2
-    assert "dequantized by made_up, computes exactly" in sent[-1].replace(JOINER, "")
 
 
 def test_texts_are_the_same_without_the_marks_between_their_letters():

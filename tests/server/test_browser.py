@@ -53,7 +53,6 @@ from featherweight.nodes.search_words import (
     OF_PLACING,
     OF_SAVING,
 )
-from featherweight.ops.kernels import WORDS
 
 CATEGORY = "Featherweight"
 EXAMPLES = example_paths()
@@ -575,20 +574,6 @@ def test_a_text_in_a_nodes_outputs_is_no_markup(any_server, modern, browser):
         becomes(page, lambda: LOADERS[0] in with_texts(page), True)
         assert text_on(page, LOADERS[0]).startswith("‹img src=x onerror=")
         assert not page.evaluate("!!window.harmed || !!document.querySelector('img[src=x]')")
-
-
-def test_a_text_about_kernels_that_are_being_validated_is_another_once_they_are(
-        current, browser, tmp_path):
-    demo_files.make_models(tmp_path)
-    with Server(tmp_path, env={"XDG_CACHE_HOME": str(tmp_path / "cache")}) as fresh_cache:
-        with opened(browser, fresh_cache, demo.WORKFLOW, modern=False) as page:
-            run(page, fresh_cache)
-            becomes(page, lambda: WORDS["pending"] in text_on(page, LOADERS[0]), False, 300)
-            text = text_on(page, LOADERS[0])
-            assert "dequantized by" in text
-            last, = fresh_cache.get_json("/history").values()
-            assert [[text]] in [output.get("featherweight_text")
-                                for output in last["outputs"].values()]
 
 
 @pytest.mark.parametrize("any_server", ["own", "newest"], indirect=True)

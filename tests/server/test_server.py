@@ -1,7 +1,6 @@
 """What only the real server can show: the pack imports, nodes and help pages are there, the demo
 makes a picture."""
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +69,8 @@ def test_compute_int8_changes_the_picture_a_little(server):
     loader = next(node for node in prompt.values() if node["class_type"] == demo.LOADER)
     assert loader["inputs"]["compute"] == "automatic"
     loader["inputs"]["compute"] = "int8"
-    end = time.monotonic() + 120  # kernels that multiply are used from the next load on
-    while not (change := np.abs(server.pixels(server.queue(prompt)) - server.pixels(run)).mean()):
-        assert time.monotonic() < end
-        server.forget()
-    assert change < 3
+    change = np.abs(server.pixels(server.queue(prompt)) - server.pixels(run)).mean()
+    assert 0 < change < 3
 
 
 def test_a_model_unloaded_by_hand_is_used_again(server):

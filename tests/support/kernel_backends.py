@@ -65,6 +65,8 @@ def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
 class CudaCompiler:
     """Replaces NVRTC and hiprtc: compiles for the CPU. An image is the path of a library."""
 
+    version = options = ()
+
     def __init__(self, folder: Path, api: Api, architecture: str, warp: int):
         self.folder, self.architecture, self.warp = folder, architecture, warp
         header = (KERNEL_TESTS / "cuda_on_cpu" / "kernel.h").read_text(encoding="utf-8")
@@ -166,9 +168,9 @@ def backend_on_cpu(name: str, cache: Path) -> Iterator[Backend]:
             api, architecture, warp = GPUS[name]
             compiler = CudaCompiler(folder, api, architecture, warp)
             driver = (KERNEL_TESTS / "cuda_on_cpu" / "driver.cpp").read_text(encoding="utf-8")
-            kernels = cuda_backend.CudaKernels(compiler, Driver(compiler.library(driver), api))
-            stream = types.SimpleNamespace(cuda_stream=0)
-            patch.setattr(torch.cuda, "current_stream", lambda device: stream)
+            kernels = cuda_backend.CudaKernels(
+                compiler, Driver(compiler.library(driver), api), folder / "images")
+            patch.setattr(cuda_backend, "current_stream", lambda index: 0)
             properties = types.SimpleNamespace(gcnArchName=architecture, warp_size=warp)
             patch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
             yield Backend(api.compiler, partial(probe, kernels.dequantize),

@@ -6,13 +6,14 @@ import ggml_reference
 import precompiled
 import pytest
 import torch
+from user_kernels import forget_decisions
 
 from featherweight.ops import kernels
 from featherweight.ops.formats._names import formats_of_key
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
-from featherweight.ops.kernels import cpp_backend, kernel_source, selector
+from featherweight.ops.kernels import cpp_backend, kernel_source
 from featherweight.ops.layers import product  # noqa: F401
 from featherweight.ops.packing.row_types import ROW_TYPES
 
@@ -80,10 +81,16 @@ each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.na
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def wait_for_kernels(monkeypatch):
-    """Makes the first call wait for every kernel, and uses products of the load that is now."""
-    monkeypatch.setattr(selector, "submit", lambda work: work())
-    monkeypatch.setattr(selector, "_next_load", lambda: 0)
+def decide_on_demand(monkeypatch):
+    """As in a new process, but that calls outside of models decide on their kernels too."""
+    forget_decisions(monkeypatch)
+    look_up = kernels._look_up
+
+    def decide_and_look_up(capability, device, packed_format, dtype):
+        kernels.decide(device, [(capability, packed_format, dtype)])
+        return look_up(capability, device, packed_format, dtype)
+
+    monkeypatch.setattr(kernels, "_look_up", decide_and_look_up)
 
 
 def shared_cache(tmp_path_factory) -> Path:
@@ -101,8 +108,7 @@ def cpu_kernels(cache_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(kernels.VARIABLE, raising=False)
         patch.setenv("XDG_CACHE_HOME", str(cache_folder))
-        patch.setattr(kernels, "_selectors", {})
-        wait_for_kernels(patch)
+        decide_on_demand(patch)
         patch.setattr(cpp_backend, "FLAGS", precompiled.cpu_flags())
         cpp_backend._kernels.cache_clear()
         yield patch

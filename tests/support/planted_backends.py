@@ -1,8 +1,5 @@
-"""Backends that misbehave, for tests of their validation. They run plain torch on a CPU.
-
-`COMMAND` starts a process that validates them. There the reference is slowed down, so that a right
-kernel is faster than torch.
-"""
+"""Backends that misbehave, for tests of what checks them. They run plain torch on a CPU. `COMMAND`
+starts a process that checks them."""
 import ctypes
 import functools
 import os
@@ -21,13 +18,12 @@ START = (
 COMMAND = (sys.executable, "-c", START, str(PACK), str(PACK / "tests" / "support"))
 # Environment variable: a folder in which each backend writes its process id to a file of its name.
 LOG = "PLANTED_BACKENDS_LOG"
-DELAY = 0.002  # seconds that the reference takes longer than it needs
 
 
 def loops(*_):
     """Never returns; it sleeps, since other tests need the CPU."""
     while True:
-        time.sleep(DELAY)
+        time.sleep(1)
 
 
 def wrong_in_the_tail(packed_format, tensors, out, first):
@@ -40,11 +36,6 @@ def wrong_at_odd_addresses(packed_format, tensors, out, first):
     right(packed_format, tensors, out, first)
     if tensors[0].data_ptr() % 2:
         out[0] += 1
-
-
-def slow(*arguments):
-    time.sleep(5 * DELAY)
-    right(*arguments)
 
 
 def out_of_memory(*_):
@@ -81,19 +72,15 @@ KERNELS = {
     "planted": {
         "Q8_0": lambda *arguments: right(*arguments), "Q4_0": lambda *_: ctypes.string_at(0),
         "Q4_1": lambda *_: os._exit(0), "Q5_0": loses_the_device, "Q5_1": out_of_memory,
-        "Q2_K": wrong_in_the_tail, "Q3_K": wrong_at_odd_addresses, "Q4_K": slow, "Q5_K": refuses,
+        "Q2_K": wrong_in_the_tail, "Q3_K": wrong_at_odd_addresses, "Q5_K": refuses,
         "Q6_K": garbage, "NF4": lambda *_: os.kill(os.getpid(), signal.SIGKILL)},
     "loops": {"Q4_0": loops, "Q8_0": lambda *arguments: right(*arguments)},
     "holds_on": {"Q4_0": holds_on, "Q8_0": lambda *arguments: right(*arguments)},
     "no_probe": {"Q4_0": lambda *arguments: right(*arguments)},
     "fine": {name: lambda *arguments: right(*arguments) for name in ("Q4_0", "Q8_0")},
 }
-_references = {}
-
-
 def right(packed_format, tensors, out, first):
-    reference = _references.get(packed_format.name, packed_format.dequantize_into)
-    reference(tensors, out, first)
+    packed_format.dequantize_into(tensors, out, first)
 
 
 def multiply(packed_format, tensors, input, addend, out):
@@ -126,30 +113,17 @@ def backend(name: str):
     return Backend(name, probe, tuple(kernels))
 
 
-def plant() -> dict:
-    """Registers all of them as backends of this process. Returns the formats."""
+def plant():
+    """Registers all of them as backends of this process."""
     from featherweight.ops import formats  # noqa: F401
-    from featherweight.ops.formats.base import FORMATS
     from featherweight.ops.kernels.registry import IMPORTS
 
     for name in KERNELS:
         IMPORTS[name] = functools.partial(lambda planted: planted, backend(name))
-    return FORMATS
 
 
 def main():
-    formats = plant()
-    from featherweight.ops.kernels import validation_process
+    plant()
+    from featherweight.ops.kernels import checking_process
 
-    validation_process.VALUES = 4096
-
-    def slowed(reference):
-        def dequantize_into(*arguments):
-            time.sleep(DELAY)
-            return reference(*arguments)
-        return dequantize_into
-
-    for name in KERNELS["planted"]:
-        _references[name] = formats[name].dequantize_into
-        formats[name].dequantize_into = slowed(_references[name])
-    validation_process.main()
+    checking_process.main()

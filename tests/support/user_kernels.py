@@ -1,5 +1,6 @@
 """Runs tests with the kernels that a user has, where all others take torch, and what these share
 with torch."""
+import collections
 import contextlib
 
 import pytest
@@ -7,12 +8,19 @@ import pytest
 from featherweight.ops import kernels
 
 
+def forget_decisions(monkeypatch):
+    """Has this process decide on kernels as a new one does."""
+    monkeypatch.setattr(kernels, "_deciders", {})
+    monkeypatch.setattr(kernels, "_found", {})
+    monkeypatch.setattr(kernels, "undecided", collections.Counter())
+
+
 @contextlib.contextmanager
 def kernels_of_this_machine():
     """Inside this block servers that start have them, and so has what is packed here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(kernels.VARIABLE, raising=False)
-        patch.setattr(kernels, "_selectors", {})
+        forget_decisions(patch)
         yield
 
 
@@ -21,5 +29,5 @@ def without_kernels():
     """For what tests of both kinds, or two processes, share: kernels break ties in other ways."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.VARIABLE, "torch")
-        patch.setattr(kernels, "_selectors", {})
+        forget_decisions(patch)
         yield

@@ -20,8 +20,8 @@ from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, private_files
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
+from featherweight.ops.kernels.decider import Decider
 from featherweight.ops.kernels.kernel import dtype_name
-from featherweight.ops.kernels.selector import Selector
 from featherweight.ops.layers import cpu_attention as attention
 from featherweight.ops.layers import int8, product
 from featherweight.ops.tensor.packed_layout import packed_tensors
@@ -108,11 +108,11 @@ def bench_compilers(options):
     folder = private_files.cache_folder() / "kernels"
     made = {name: vars(CpuKernels(CppCompiler(command, folder)))
             for name, command in commands.items() if command}
-    with_kernels, without = kernels._selectors, {device(): Selector(device(), None)}
+    with_kernels, without = kernels._deciders, {device(): Decider(device(), None)}
     shape = options.sizes.shapes[-1]
 
     def multiply(by, rows, weight):
-        kernels._selectors = with_kernels if by in made else without
+        kernels._deciders, kernels._found = (with_kernels if by in made else without), {}
         vars(cpp_backend._kernels()).update(made.get(by, {}))
         return product.linear(rows, weight)
 
@@ -125,7 +125,7 @@ def bench_compilers(options):
                          for name in options.formats for weight in [random_weight(name, shape)]
                          for by in (*made, "torch")}
             yield _title(shape, dtype, count), side_by_side(variants, options.rounds)
-    kernels._selectors = with_kernels
+    kernels._deciders, kernels._found = with_kernels, {}
 
 
 def bench_dequantize(options):

@@ -81,7 +81,7 @@ def test_a_flag_of_comfyui_for_dtypes_goes_first(flag, compute, monkeypatch):
 
 @pytest.mark.parametrize("flag", ATTENTION_FLAGS)
 def test_a_flag_of_comfyui_for_attention_goes_first(flag, monkeypatch):
-    assert cpu_attention.is_own(packed().model_options["transformer_options"][OVERRIDE])
+    assert packed().model_options["transformer_options"][OVERRIDE] is cpu_attention.attention
     monkeypatch.setattr(comfy.cli_args.args, flag, True)
     assert OVERRIDE not in packed().model_options["transformer_options"]
 
@@ -99,7 +99,7 @@ def test_saving_names_nothing_of_this_packs_own_as_lost():
 def test_a_clone_keeps_dtype_and_attention():
     clone = packed().clone()
     assert clone.model.get_dtype_inference() == torch.bfloat16
-    assert cpu_attention.is_own(clone.model_options["transformer_options"][OVERRIDE])
+    assert clone.model_options["transformer_options"][OVERRIDE] is cpu_attention.attention
 
 
 @pytest.mark.usefixtures("small_models")

@@ -7,21 +7,22 @@ float32, the others one of each source and those of most files, and other dtypes
 with a few formats.
 """
 import logging
+import sys
 
 from devtools.measure.weights import random_weight
 
 import pytest
 import torch
-from kernel_backends import BACKENDS, CPUS, GPUS, backend_on_cpu, device_of
+from kernel_backends import BACKENDS, CPUS, GPUS, CudaCompiler, backend_on_cpu, device_of
 from kernel_cases import (
     ALL_FORMATS,
     CPU,
     DTYPES,
     ONE_OF_EACH_SOURCE,
     assert_same_bits,
+    decide_on_demand,
     reference,
     shared_cache,
-    wait_for_kernels,
 )
 from lora_gain import assert_full_strength
 
@@ -30,7 +31,8 @@ from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
 from featherweight.ops.kernels import cpp_backend, cuda_backend, metal_backend, registry
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.layers import product
+from featherweight.ops.layers import cpu_linear, product
+from featherweight.ops.layers.packed_layers import Linear
 from featherweight.ops.low_rank import LowRank, Slice
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
@@ -250,9 +252,8 @@ def used_by_device(backend, device, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(kernel_layer.BACKENDS, device.type, backend.name)
     monkeypatch.setitem(registry.IMPORTS, backend.name, lambda: backend)
-    monkeypatch.setattr(kernel_layer, "_selectors", {})
     monkeypatch.setenv(kernel_layer.VARIABLE, backend.name)
-    wait_for_kernels(monkeypatch)
+    decide_on_demand(monkeypatch)
     caplog.set_level(logging.DEBUG)
     return device
 
@@ -290,6 +291,55 @@ def test_a_layer_with_bias_and_low_rank_branch_gives_the_values_of_the_dense_one
     ids = torch.tensor([[3, 0], [19, 3]])
     rows_of_ids = product.embedding(ids.to(device), weight, torch.float32).cpu()
     assert torch.equal(rows_of_ids, dense.float()[ids])
+
+
+def test_what_one_process_has_compiled_for_a_gpu_the_next_one_loads(tmp_path, monkeypatch):
+    compiled, compile_source = [], CudaCompiler.compile
+
+    def counted(*args):
+        compiled.append(args)
+        return compile_source(*args)
+
+    monkeypatch.setattr(CudaCompiler, "compile", counted)
+    fmt, out = FORMATS["Q4_K"], torch.empty(8 * 256)
+    tensors = random_tensors(fmt, 8, CPU)
+    for is_damaged in (False, False, True):
+        for image in tmp_path.rglob("*.image") if is_damaged else ():
+            image.write_bytes(b"damaged")
+        with backend_on_cpu("nvrtc", tmp_path) as backend:
+            kernels_of(backend, "dequantize")[0].run(fmt, tensors, out.zero_(), 0)
+        assert_same_bits(out, reference(fmt, tensors))
+        assert len(compiled) == 1 + is_damaged
+
+
+# of ComfyUI and torch 17 are, before and after the product
+MOST_CALLS = 60  # a layer with a dense weight that ComfyUI casts makes 28
+
+
+@of(["nvrtc"])
+@pytest.mark.parametrize("name", ["Q4_K", "NF4", "INT8_CONVROT"])
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_a_layer_makes_few_calls_of_python(used_by_device, name, tokens, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "takes", lambda input: False)  # as on a GPU
+    weight = random_weight(name, (256, 512))
+    layer = Linear(512, 256)
+    layer.weight, layer.bias = (torch.nn.Parameter(tensor, requires_grad=False)
+                                for tensor in (weight, torch.zeros(256)))
+    input, calls = torch.randn(tokens, 512), []
+
+    def count(frame, event, _):
+        if event == "call":
+            calls.append(f"{frame.f_code.co_filename} {frame.f_code.co_name}")
+
+    with torch.inference_mode():
+        for _ in range(2):
+            layer(input)
+        sys.setprofile(count)
+        try:
+            layer(input)
+        finally:
+            sys.setprofile(None)
+    assert len(calls) <= MOST_CALLS, "\n".join(calls)
 
 
 @of(MAIN[:3])

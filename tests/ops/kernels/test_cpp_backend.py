@@ -15,15 +15,16 @@ from kernel_cases import (
     ALL_FORMATS,
     ENCODED_ROWS,
     assert_same_bits,
+    decide_on_demand,
     reference,
     shared_cache,
-    wait_for_kernels,
 )
 
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cpp_backend, quantize_validation
 from featherweight.ops.kernels.cpp_backend import CppCompiler, CppError, CpuKernels
+from featherweight.ops.kernels.kernel import SourceError
 from featherweight.ops.kernels.validation import WrongResult, check, random_tensors
 from featherweight.ops.layers import int8, product
 from featherweight.ops.packing import pack_tensor as quantize
@@ -302,7 +303,7 @@ def test_a_library_that_windows_does_not_remove_stays(tmp_path, monkeypatch):
 
 
 def test_the_compilers_error_is_in_the_message(tmp_path):
-    with pytest.raises(CppError, match="nonsense"):
+    with pytest.raises(SourceError, match="nonsense"):
         CppCompiler((COMMAND,), tmp_path).library("int x = nonsense;")
     assert not list(tmp_path.iterdir())
 
@@ -310,8 +311,7 @@ def test_the_compilers_error_is_in_the_message(tmp_path):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path, caplog):
     """The kernel layer as when ComfyUI starts, with nothing compiled yet."""
-    monkeypatch.setattr(kernel_layer, "_selectors", {})
-    wait_for_kernels(monkeypatch)
+    decide_on_demand(monkeypatch)
     monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cpp_backend._kernels.cache_clear()

@@ -19,6 +19,7 @@ from kernel_cases import (
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.kernels import cuda_backend, runtime_compiler
 from featherweight.ops.kernels.cuda_backend import LINEAR_ROWS, Program, alignment
+from featherweight.ops.kernels.kernel import SourceError
 from featherweight.ops.kernels.kernel_source import SOURCES, source_files
 from featherweight.ops.kernels.runtime_compiler import (
     CUDA,
@@ -166,7 +167,7 @@ def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):
 def test_nvrtcs_error_is_in_the_message(compiler):
     with pytest.raises(GpuError, match="no code for compute capability 1.0"):
         compiler.compile("", "sm_10")
-    with pytest.raises(GpuError, match='(?s)featherweight.cu.1.*"nonsense" is undefined'):
+    with pytest.raises(SourceError, match='(?s)featherweight.cu.1.*"nonsense" is undefined'):
         compiler.compile("int x = nonsense;", "sm_80")
 
 

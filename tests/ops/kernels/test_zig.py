@@ -11,9 +11,9 @@ from kernel_cases import (
     ENCODED_ROWS,
     USUAL_ROWS,
     assert_same_bits,
+    decide_on_demand,
     reference,
     row_format,
-    wait_for_kernels,
 )
 from kernels_in_wine import Wine
 
@@ -53,8 +53,7 @@ def only_zig(monkeypatch, tmp_path, cache):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv(kernel_layer.VARIABLE, raising=False)
-    monkeypatch.setattr(kernel_layer, "_selectors", {})
-    wait_for_kernels(monkeypatch)
+    decide_on_demand(monkeypatch)
     cpp_backend._kernels.cache_clear()
     yield
     cpp_backend._kernels.cache_clear()

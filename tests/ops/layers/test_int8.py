@@ -5,6 +5,7 @@ from devtools.measure.weights import snr
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from user_kernels import forget_decisions
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
@@ -32,7 +33,7 @@ needs_vnni = pytest.mark.skipif(not int8.multiplies_integers(CPU),
 def few_tokens_are_enough(monkeypatch):
     """Without a kernel too. The codes here are torch's; kernels have tests of their own."""
     monkeypatch.setenv(kernels.VARIABLE, "torch")
-    monkeypatch.setattr(kernels, "_selectors", {})
+    forget_decisions(monkeypatch)
     monkeypatch.setattr(int8, "MIN_TOKENS", {"cpu": TOKENS})
     monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", {"cpu": TOKENS})
 

@@ -1,37 +1,43 @@
 """Which kernels a device uses. The backends are fakes that run plain torch on the CPU."""
-import functools
+import errno
 import inspect
 import itertools
 import logging
 import sys
+import threading
 import types
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import wait_for_kernels
+from kernel_cases import decide_on_demand
+from torch_kernels import RIGHT, add_rounded, attention, dequantize, multiply, transpose
+from user_kernels import forget_decisions
 
 from devtools.files.gguf_files import block_pool
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import FAMILIES
-from featherweight.ops.kernels import Backend, Kernel, int8_codes, registry, selector
+from featherweight.ops.kernels import (
+    Backend,
+    Kernel,
+    decider,
+    int8_codes,
+    kernel_source,
+    registry,
+    validation,
+    verdicts,
+)
 from featherweight.ops.kernels.cpp_backend import VALUES_PER_THREAD
 from featherweight.ops.kernels.int8_codes import encode_rows, encode_tokens
 from featherweight.ops.kernels.validation import ISSUES, probe
+from featherweight.ops.kernels.waiting import host
 from featherweight.ops.layers import int8, product
 from featherweight.ops.low_rank import LowRank, Slice
-from featherweight.ops.stochastic_rounding import stochastic_round
 from featherweight.ops.tensor.packed_layout import packed_tensor
 
 CPU = torch.device("cpu")
 Q4_0 = FORMATS["Q4_0"]
-NEXT_LOAD = selector._next_load
-
-
-def dequantize(packed_format, tensors, out, first):
-    packed_format.dequantize_into(tensors, out, first)
 
 
 def dequantize_from_the_start(packed_format, tensors, out, first):
@@ -43,11 +49,6 @@ def dequantize_rounded(packed_format, tensors, out, first):
     out.copy_(packed_format.dequantize_into(tensors, rounded, first))
 
 
-def multiply(packed_format, tensors, input, addend, out):
-    weight = packed_format.dequantize_into(tensors, input.new_empty(out.shape[1], input.shape[1]))
-    out.copy_(input @ weight.t() + (0 if addend is None else addend))
-
-
 def multiply_without_addend(packed_format, tensors, input, addend, out):
     multiply(packed_format, tensors, input, None, out)
 
@@ -57,12 +58,11 @@ def use(monkeypatch, tmp_path):
     """use(backend): gives the CPU this backend, as in a new ComfyUI without verdicts; use(): none.
     """
     monkeypatch.setenv(kernels.VARIABLE, "auto")
-    wait_for_kernels(monkeypatch)
     folders = itertools.count()
 
     def use(backend=None):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(next(folders))))
-        monkeypatch.setattr(kernels, "_selectors", {})
+        decide_on_demand(monkeypatch)
         monkeypatch.setitem(kernels.BACKENDS, "cpu", backend and backend.name)
         if backend:
             monkeypatch.setitem(registry.IMPORTS, backend.name, lambda: backend)
@@ -114,28 +114,17 @@ def test_a_kernel_with_wrong_values_is_off_with_one_warning_and_the_reference_us
     caplog.set_level(logging.DEBUG, "featherweight")
     use(backend(kernel("dequantize", dequantize_rounded)))
     assert torch.equal(product.dequantize(packed(), torch.float32), packed().dequantize())
-    reasons = [record for record in caplog.records if "Q4_0" in record.message]
+    reasons = [record for record in caplog.records if "values" in record.message]
     assert [record.levelno for record in reasons] == [logging.WARNING]
-    for part in ("dequantize of Q4_0 to float32, rows 1 to any by made_up on cpu",
+    for part in ("dequantize of Q4_0 to float32, rows 1 to any by made_up, ", " on cpu",
                  "differ from the reference",
                  f"torch {torch.__version__}", "[Featherweight]", ISSUES):
         assert part in reasons[0].message
     assert "\n" not in reasons[0].message
 
 
-def transpose(values, out):
-    out.copy_(values.transpose(1, 2))
-
-
 def transpose_nothing(values, out):
     out.view(-1).copy_(values.view(-1))
-
-
-def attention(query, key, value, mask, scale, out):
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
-    scores = scale * query @ key.transpose(2, 3) + (0 if mask is None else mask)
-    out.copy_(scores.softmax(-1).nan_to_num() @ value)
 
 
 def attention_without_mask(query, key, value, mask, scale, out):
@@ -158,10 +147,6 @@ def encode_tokens_as_they_are(input, codes, scales):
 def encode_tokens_without_nan(input, codes, scales):
     encode_tokens(input, codes, scales)
     scales.nan_to_num_()
-
-
-def add_rounded(value, change):
-    value.copy_(stochastic_round(value.float() + change, value.dtype))
 
 
 def add_to_the_nearest(value, change):
@@ -196,11 +181,6 @@ def test_a_kernel_is_used_only_if_it_is_right(capability, run, is_right, use):
 
 
 SEVERAL_THREADS = 2 * VALUES_PER_THREAD
-RIGHT = {
-    "dequantize": dequantize, "linear": multiply, "int8_rows": encode_rows,
-    "int8_tokens": encode_tokens, "channels_last": transpose, "attention": attention,
-    "add_rounded": add_rounded
-}
 SPOIL = {  # changes the arguments of a right kernel after it has run
     "dequantize": lambda args: args.out[-1].add_(1),
     "linear": lambda args: args.out[-1, -1].add_(1),
@@ -327,9 +307,9 @@ def test_a_kernel_that_cannot_run_here_is_no_warning(use, caplog):
     assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is None
     (reason,) = [record for record in caplog.records if "no such instruction" in record.message]
     assert reason.levelno == logging.DEBUG
-    assert "dequantize of Q4_0 to float32, rows 1 to any by made_up is off" in reason.message
+    assert "is off on cpu: failed, " in reason.message
     assert kernels.used(CPU, [Q4_0], torch.float32) == (
-        "torch: refused (RuntimeError('no such instruction'))")
+        "torch: failed (RuntimeError('no such instruction'))")
 
 
 def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
@@ -337,6 +317,7 @@ def test_a_probe_with_wrong_values_is_a_warning(use, caplog):
         out.fill_(1)
 
     use(backend(probe=lambda device: probe(fill, device)))
+    find("dequantize")
     assert kernels.used(CPU, [Q4_0], torch.float32).startswith("torch: no kernel works here")
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "the probe by made_up" in warning.message
@@ -443,17 +424,13 @@ def test_the_environment_variable_chooses(setting, is_used, use, monkeypatch):
         "made_up" if is_used else "torch")
 
 
-def test_texts_name_kernels_by_devices_and_say_that_those_to_come_change_nothing_yet(
-        use, monkeypatch):
+def test_texts_name_kernels_by_devices_and_say_why_torch_works(use, monkeypatch):
     assert kernels.TITLES.keys() == registry.IMPORTS.keys()
     use(backend(kernel("dequantize", dequantize)))
     monkeypatch.setitem(kernels.TITLES, "made_up", "made up kernels")
-    assert kernels.find("dequantize", CPU, Q4_0, torch.float32)
+    kernels.decide(CPU, [("dequantize", Q4_0, torch.float32), ("linear", Q4_0, torch.float32)])
     assert kernels.used(CPU, [Q4_0], torch.float32) == "made up kernels"
     assert kernels.used(CPU, [Q4_0], torch.float32, "linear") == "torch: there is no kernel"
-    monkeypatch.setattr(kernels._selector(CPU), "verdict", lambda *case: ("pending", ""))
-    assert kernels.used(CPU, [Q4_0], torch.float32) == (
-        "torch: works now, faster after the next load")
 
 
 def test_an_unknown_setting_is_named_and_ignored(use, monkeypatch, caplog):
@@ -463,70 +440,63 @@ def test_an_unknown_setting_is_named_and_ignored(use, monkeypatch, caplog):
     assert "FEATHERWEIGHT_KERNELS is cuda and is ignored; expected one of auto, " in caplog.text
 
 
-# --- when a kernel is used ---
+# --- when a case is decided ---
 
 
 @pytest.fixture
-def later(monkeypatch):
-    """The work that the one thread for kernels would do: `later()` does it."""
-    work = []
-    monkeypatch.setattr(selector, "submit", work.append)
+def in_a_step(use, monkeypatch):
+    """in_a_step(capability): what a layer finds that decides nothing."""
+    look_up = kernels._look_up
 
-    def do_all():
-        while work:
-            work.pop(0)()
-    return do_all
-
-
-def test_what_has_the_references_bits_is_used_once_proven_and_a_product_from_the_next_load_on(
-        use, later, monkeypatch):
-    monkeypatch.setattr(selector, "_next_load", NEXT_LOAD)
-    use(backend(kernel("dequantize", dequantize), kernel("linear", multiply)))
-    before = kernels.current_load()
-
-    def found(load):
-        return [kernels.find(capability, CPU, Q4_0, torch.float32, tokens, load)
-                for capability, tokens in (("dequantize", None), ("linear", 3))]
-
-    assert found(before) == [None, None]  # nobody waits
-    later()
-    assert found(before) == [None, None]  # the backend is known now, and kernels are requested
-    later()
-    assert found(before) == [dequantize, None]
-    assert found(kernels.current_load()) == [dequantize, multiply]
+    def use_backend(*all_kernels):
+        use(backend(*all_kernels))
+        monkeypatch.setattr(kernels, "_look_up", look_up)
+    return use_backend
 
 
-def test_who_waits_for_verdicts_is_called_once_all_are_there_and_not_where_its_model_is_freed(
-        use, later):
-    """The thread keeps no model: ComfyUI fails where one is freed while it unloads others."""
-    use(backend(kernel("dequantize", dequantize)))
-    case, calls, models, freed = ("dequantize", Q4_0, torch.float32), [], {}, []
-
-    def call(name):
-        del models[name]
-        calls.append((name, name in freed))
-
-    def wait_for_verdict(name):
-        models[name] = torch.nn.Module()
-        weakref.finalize(models[name], freed.append, name)
-        kernels.when_decided(CPU, [case], models[name], functools.partial(call, name))
-
-    wait_for_verdict("first")
-    wait_for_verdict("gone")
-    del models["gone"]
-    kernels.request(CPU, [case])
-    assert kernels.are_pending(CPU, [case]) and not calls
-    later()  # the backend is known now
-    kernels.request(CPU, [case])
-    assert not calls
-    later()
-    assert kernels.used(CPU, [Q4_0], torch.float32) == "made_up"
-    wait_for_verdict("late")  # the verdict is there already
-    later()
-    assert calls == [("first", True), ("late", True)]
+def test_a_step_decides_nothing_and_what_it_needed_stays_torchs_but_for_the_references_bits(
+        in_a_step):
+    in_a_step(kernel("dequantize", dequantize), kernel("linear", multiply))
+    needed = [("dequantize", Q4_0, torch.float32), ("linear", Q4_0, torch.float32)]
+    assert find("dequantize") is None and find("linear") is None
+    assert kernels.undecided == {"dequantize of Q4_0 to float32 on cpu": 1,
+                                 "linear of Q4_0 to float32 on cpu": 1}
+    kernels.decide(CPU, needed)  # a model that is loaded later
+    assert find("dequantize") is dequantize and find("linear") is None
+    in_a_step(kernel("dequantize", dequantize), kernel("linear", multiply))
+    kernels.decide(CPU, needed)
+    assert find("dequantize") is dequantize and find("linear") is multiply
+    assert not kernels.undecided
 
 
-def test_verdicts_of_an_earlier_run_count_from_the_first_load_on(use, monkeypatch):
+def test_what_lacked_memory_is_asked_again_at_the_next_load_and_a_product_in_the_next_process(
+        in_a_step):
+    room = []
+
+    def needs_memory(run):
+        def limited(*args):
+            if not room:
+                raise torch.OutOfMemoryError("out of memory")
+            run(*args)
+        return limited
+
+    planned = [kernel("dequantize", needs_memory(dequantize)),
+               kernel("linear", needs_memory(multiply))]
+    needed = [("dequantize", Q4_0, torch.float32), ("linear", Q4_0, torch.float32)]
+    in_a_step(*planned)
+    kernels.decide(CPU, needed)
+    assert kernels.used(CPU, [Q4_0], torch.float32) == (
+        f"torch: {kernels.WORDS['open']} (out of memory)")
+    room.append(True)
+    kernels.decide(CPU, needed)
+    assert find("dequantize") and not find("linear")
+    kernels._deciders.clear()  # the next process
+    kernels._found.clear()
+    kernels.decide(CPU, needed)
+    assert find("dequantize") and find("linear")
+
+
+def test_verdicts_of_an_earlier_process_count_and_only_the_smallest_case_runs_again(use):
     calls = []
 
     def recorded(*args):
@@ -534,20 +504,115 @@ def test_verdicts_of_an_earlier_run_count_from_the_first_load_on(use, monkeypatc
         multiply(*args)
 
     use(backend(kernel("linear", recorded)))
-    assert kernels.find("linear", CPU, Q4_0, torch.float32, 3) is recorded
-    monkeypatch.setattr(kernels, "_selectors", {})  # another process
+    assert find("linear") is recorded
+    checked, calls[:] = len(calls), []
+    kernels._deciders.clear()  # another process
+    kernels._found.clear()
+    assert find("linear") is recorded and len(calls) == 1 < checked
+
+
+@pytest.mark.parametrize("changed", ["nothing", "the backend", "the check", "the source"])
+def test_a_verdict_is_asked_again_where_what_it_is_about_has_changed(changed, use, monkeypatch,
+                                                                     tmp_path):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        dequantize(*args)
+
+    def made_up():
+        return Backend("made_up", lambda device: None, (kernel("dequantize", recorded),),
+                       platform="cpu", files=(tmp_path / "backend.py",))
+
+    (tmp_path / "backend.py").write_text("a")
+    use(made_up())
+    find("dequantize")
+    if changed == "the backend":
+        (tmp_path / "backend.py").write_text("b")
+    elif changed == "the check":
+        monkeypatch.setattr(validation, "__file__", str(tmp_path / "backend.py"))
+    elif changed == "the source":
+        monkeypatch.setitem(kernel_source.DITHER, "MIX", "1u")
     calls.clear()
-    assert kernels.request(CPU, [("linear", Q4_0, torch.float32)]) >= 0
-    assert kernels.find("linear", CPU, Q4_0, torch.float32, 3, 0) is recorded and not calls
+    forget_decisions(monkeypatch)
+    kernels.decide(CPU, [("dequantize", Q4_0, torch.float32)])
+    assert (len(calls) > 1) == (changed != "nothing")
+
+
+def test_a_kernel_that_is_wrong_for_one_dtype_is_used_for_the_others(use):
+    def wrong_in_bfloat16(packed_format, tensors, out, first):
+        dequantize(packed_format, tensors, out, first)
+        if out.dtype == torch.bfloat16:
+            out[-1] += 1
+
+    dtypes = frozenset([torch.float32, torch.bfloat16])
+    use(backend(Kernel("dequantize", frozenset(["Q4_0"]), dtypes, wrong_in_bfloat16)))
+    assert kernels.find("dequantize", CPU, Q4_0, torch.bfloat16) is None
+    assert kernels.find("dequantize", CPU, Q4_0, torch.float32) is wrong_in_bfloat16
+
+
+def test_on_a_full_disk_verdicts_hold_for_this_process(use, monkeypatch):
+    calls = []
+
+    def recorded(*args):
+        calls.append(args)
+        dequantize(*args)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    use(backend(kernel("dequantize", recorded)))
+    monkeypatch.setattr(verdicts.os, "fsync", full)
+    for _ in range(2):
+        assert find("dequantize") is recorded
+        checked = len(calls)
+        kernels._found.clear()
+    assert len(calls) == checked > 1
+
+
+def test_a_cancel_ends_a_load_and_decides_nothing(in_a_step, monkeypatch):
+    begun, ends = threading.Event(), threading.Event()
+
+    def slow(*args):
+        begun.set()
+        ends.wait(60)
+        dequantize(*args)
+
+    class Cancelled(Exception):
+        pass
+
+    def cancel():
+        if begun.is_set():
+            raise Cancelled
+
+    in_a_step(kernel("dequantize", slow))
+    monkeypatch.setattr(host, "raise_if_cancelled", cancel)
+    needed = [("dequantize", Q4_0, torch.float32)]
+    with pytest.raises(Cancelled):
+        kernels.decide(CPU, needed)
+    ends.set()
+    monkeypatch.setattr(host, "raise_if_cancelled", lambda: None)
+    kernels.decide(CPU, needed)
+    assert find("dequantize") is slow
+
+
+def test_a_bar_says_what_is_checked_and_moves_with_each_kernel(use, monkeypatch):
+    shown, steps = [], []
+    monkeypatch.setattr(host, "progress", lambda text, count: (shown.append((text, count)),
+                                                               map(steps.append, range(count)))[1])
+    use(backend(kernel("dequantize", dequantize), kernel("linear", multiply)))
+    for _ in range(2):  # nothing is checked twice
+        kernels.decide(CPU, [(name, Q4_0, torch.float32) for name in ("dequantize", "linear")])
+    assert shown == [("Checking kernels for Q4_0: once for this compiler", 2)] and len(steps) == 2
 
 
 def test_a_file_of_countless_layouts_has_no_more_than_a_bound_validated(use, monkeypatch):
-    monkeypatch.setattr(selector, "MAX_REQUESTS", 3)
+    monkeypatch.setattr(decider, "MAX_CASES", 3)
     use(backend(Kernel("dequantize", frozenset(["RowFormat"]), frozenset([torch.float32]),
                        dequantize)))
     for group in range(8, 88, 8):
         packed_format = FAMILIES["SDNQ_UINT4"].of_columns(4 * group, group)
-        kernels.find("dequantize", CPU, packed_format, torch.float32)
+        kernels.decide(CPU, [("dequantize", packed_format, torch.float32)])
     assert len(kernels.list_backends()["cpu"]["kernels"]["right"]) == 3
 
 

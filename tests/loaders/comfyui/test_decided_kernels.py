@@ -1,0 +1,121 @@
+"""What a model needs in a step is decided before it: a step meets no case that no load decided."""
+import contextlib
+
+import comfy.cli_args
+import comfy.model_management
+import families
+import pytest
+import torch
+from families import FAMILIES, comfyui_gguf_style, random_weights
+from patched_models import flux_file, flux_inputs, lora_for, packed_flux, patched, tiny_flux
+from small_encoders import encode, lora_for_t5, patched_clip, small_t5
+from torch_kernels import unchecked_kernels
+
+from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.comfyui.compute_dtype import DTYPE_FLAGS
+from featherweight.loaders.models.diffusion import load_diffusion_model
+from featherweight.ops import cpu_features, kernels
+from featherweight.ops.kernels import Case, cuda_backend
+
+KINDS = [None, "lora", "dora", "loha"]
+
+
+@pytest.fixture(autouse=True)
+def with_kernels(monkeypatch, tmp_path):
+    """All kernels, on a CPU that computes in bfloat16."""
+    for flag in DTYPE_FLAGS:
+        monkeypatch.setattr(comfy.cli_args.args, flag, False, raising=False)
+    monkeypatch.setattr(cpu_features, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    unchecked_kernels(monkeypatch)
+
+
+@contextlib.contextmanager
+def deciding_nothing():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "decide", lambda device, needed, makes_room=False: None)
+        yield
+    assert kernels._found and not kernels.undecided
+
+
+def step(patcher, arguments=None):
+    """A step after ComfyUI has loaded the model, with the attention that sampling would use."""
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    arguments = dict(arguments or flux_inputs())
+    options = (patcher.model_options["transformer_options"]
+               | arguments.pop("transformer_options", {}))
+    with deciding_nothing(), torch.inference_mode():
+        patcher.model.apply_model(**arguments, transformer_options=options)
+
+
+@pytest.mark.usefixtures("small_models")
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.latent])
+def test_of_every_family_with_a_dora(name, tmp_path, monkeypatch):
+    family, path = FAMILIES[name], tmp_path / "model.gguf"
+    families.shrunken_detection(family, monkeypatch)
+    weights = random_weights(family)
+    write_gguf(path, weights, **comfyui_gguf_style(), metadata=family.metadata)
+    model = load_diffusion_model(str(path))
+    matrices = {key: values for key, values in weights.items() if values.ndim == 2}
+    lora = lora_for(matrices, "dora", layer_name=lambda key: f"diffusion_model.{key}")
+    step(model, families.inputs(family))
+    step(patched(model, (lora, 1.0)), families.inputs(family))
+
+
+@pytest.mark.usefixtures("small_models")
+@pytest.mark.parametrize("compute", ["exact", "fast", "int8", "float32"])
+@pytest.mark.parametrize("format_name", [
+    "Q4_K", "IQ4_NL", "int8_tensorwise", "float8_e4m3fn", "BF16"])
+def test_of_every_kind_of_format_and_patch(format_name, compute):
+    path, values = flux_file(format_name)
+    model = load_diffusion_model(path, compute=compute)
+    for kind in KINDS:
+        step(model if kind is None else patched(model, (lora_for(values, kind), 1.0)))
+
+
+@pytest.mark.usefixtures("small_models")
+def test_of_two_models_of_different_dtypes_in_turn():
+    path, _ = flux_file("Q4_K")
+    models = [load_diffusion_model(path, compute=compute) for compute in ("exact", "float32")]
+    assert len({model.model.get_dtype_inference() for model in models}) == 2
+    for model in models * 2:
+        step(model)
+
+
+@pytest.mark.usefixtures("small_models")
+def test_of_a_model_that_computes_in_another_dtype_than_it_was_loaded_for():
+    model = packed_flux("Q4_K").clone()
+    step(model)
+    model.set_model_compute_dtype(torch.float16)
+    step(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_text_encoder(kind):
+    clip, values = small_t5("Q4_K", 2)
+    if kind:
+        clip = patched_clip(clip, (lora_for_t5(values, kind), 1.0))
+    comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
+    with deciding_nothing():
+        encode(clip)
+
+
+# seconds, see docs/performance.md: a GPU's process starts, and a kernel is compiled and checked
+START, EXACT, PRODUCT = 10, 0.5, 0.9
+
+
+@pytest.mark.usefixtures("small_models")
+def test_the_first_load_of_a_usual_file_waits_for_few_kernels(tmp_path, monkeypatch):
+    needed, path = {}, tmp_path / "q4_k_m.gguf"
+    write_gguf(path, {name: values.numpy() for name, values in tiny_flux().items()},
+               lambda name, values: "BF16" if "_in" in name else "F32" if values.ndim < 2 else
+               "Q6_K" if "mlp" in name else "Q4_K")
+    monkeypatch.setattr(kernels, "decide", lambda device, found, makes_room=False:
+                        needed.update(dict.fromkeys(found)))
+    load_diffusion_model(str(path))
+    found = [kernel for capability, packed_format, dtype in needed if capability != "attention"
+             for kernel in Case.of(capability, packed_format, dtype).kernels(
+                 cuda_backend.BACKEND, packed_format)]
+    assert {"Q4_K", "Q6_K"} <= {each[1].name for each in needed if each[1]}
+    exact = sum(kernel.capability != "linear" for kernel in found)
+    assert START + exact * EXACT + (len(found) - exact) * PRODUCT <= 30
