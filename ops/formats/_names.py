@@ -48,7 +48,7 @@ def format_named(name: str) -> Format:
 
 
 def formats_of_key(key: str, multiple: int = 1) -> list[Format]:
-    """Returns formats of a `kernel_key`, with which kernels are validated.
+    """Returns formats of a `kernel_key`, with which kernels are checked.
 
     Args:
         key: of a format.

@@ -30,7 +30,7 @@ NUMBER_DTYPES = {
 # bits of a code -> codes that SDNQ packs together
 PACK_CODES = {1: 8, 2: 4, 3: 8, 4: 2, 5: 8, 6: 4, 7: 8, 8: 1}
 COLUMNS_OF_EXAMPLE = 1024
-NARROW_COLUMNS, WIDE_COLUMNS = 48, 1280  # about, of examples that kernels are validated with
+NARROW_COLUMNS, WIDE_COLUMNS = 48, 1280  # about, of examples that kernels are checked with
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Registers torch operators: their schema, implementation, and a fake that checks the operands.
 
 torch calls the fakes while it compiles, to know shape and dtype of a result. One implementation
-serves every device: `kernels` chooses the kernel by the weight's format and by what was validated
+serves every device: `kernels` chooses the kernel by the weight's format and by what was decided
 on the device.
 """
 import math

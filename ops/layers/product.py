@@ -1,7 +1,7 @@
 """Products with packed weights, as torch operators: `linear`, `embedding`, `dequantize`.
 
 They run on every device, with a kernel of `kernels` where there is one and otherwise in torch, the
-reference that the kernels are validated against. They are registered with torch, so that
+reference that the kernels are compared with. They are registered with torch, so that
 `torch.compile(fullgraph=True)` compiles packed layers.
 """
 from collections.abc import Callable, Generator

@@ -41,14 +41,14 @@ RIGHT = {
 FORMATS_OF = {"dequantize": DEQUANTIZED, "linear": MULTIPLIED | PLAIN, "int8_rows": MULTIPLIED}
 
 
-def unchecked_kernels(monkeypatch):
-    """Gives the CPU all kernels for all formats and dtypes, each right without a check."""
+def unchecked_kernels(monkeypatch, device_type: str = "cpu"):
+    """Gives a type of devices all kernels for all formats and dtypes, right without a check."""
     all_dtypes = frozenset([torch.float32, torch.float16, torch.bfloat16, torch.int8])
     found = tuple(kernels.Kernel(capability, frozenset(FORMATS_OF.get(capability, ())), all_dtypes,
                                  run) for capability, run in RIGHT.items())
-    monkeypatch.setenv(kernels.VARIABLE, "auto")
     forget_decisions(monkeypatch)
-    monkeypatch.setitem(kernels.BACKENDS, "cpu", "unchecked")
+    monkeypatch.setitem(kernels.BACKENDS, device_type, "unchecked")
+    monkeypatch.setenv(kernels.VARIABLE, "unchecked")  # by its name: in this process
     monkeypatch.setitem(registry.IMPORTS, "unchecked", lambda: kernels.Backend(
         "unchecked", lambda device: None, found))
 

@@ -7,6 +7,7 @@ import families
 import pytest
 import torch
 from families import FAMILIES, comfyui_gguf_style, random_weights
+from hooked import run_hooked
 from patched_models import flux_file, flux_inputs, lora_for, packed_flux, patched, tiny_flux
 from small_encoders import encode, lora_for_t5, patched_clip, small_t5
 from torch_kernels import unchecked_kernels
@@ -31,9 +32,12 @@ def with_kernels(monkeypatch, tmp_path):
 
 
 @contextlib.contextmanager
-def deciding_nothing():
+def deciding_in_loads_alone():
+    """Inside this block a CPU decides nothing when it is first needed."""
+    decide = kernels.decide
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "decide", lambda device, needed, makes_room=False: None)
+        patch.setattr(kernels, "decide", lambda device, needed, *room: (
+            decide(device, needed, *room) if room else None))
         yield
     assert kernels._found and not kernels.undecided
 
@@ -44,7 +48,7 @@ def step(patcher, arguments=None):
     arguments = dict(arguments or flux_inputs())
     options = (patcher.model_options["transformer_options"]
                | arguments.pop("transformer_options", {}))
-    with deciding_nothing(), torch.inference_mode():
+    with deciding_in_loads_alone(), torch.inference_mode():
         patcher.model.apply_model(**arguments, transformer_options=options)
 
 
@@ -90,13 +94,36 @@ def test_of_a_model_that_computes_in_another_dtype_than_it_was_loaded_for():
     step(model)
 
 
+@pytest.mark.usefixtures("small_models")
+def test_of_a_hook_that_brings_a_dora_while_a_model_runs(monkeypatch):
+    family = FAMILIES["flux-dev"]
+    families.shrunken_detection(family, monkeypatch)
+    path, values = flux_file("Q4_K")
+    with deciding_in_loads_alone():
+        run_hooked(load_diffusion_model(path), family, lora_for(values, "dora"), 1.0)
+
+
+@pytest.mark.fake_gpus(devices=2, late=False)
+@pytest.mark.usefixtures("small_models")
+def test_of_a_clone_on_a_second_device(monkeypatch):
+    host = pytest.importorskip("comfy_extras.nodes_multigpu",
+                               reason="this ComfyUI has no nodes that choose devices")
+    unchecked_kernels(monkeypatch, "cuda")
+    first = load_diffusion_model(flux_file("Q4_K")[0])
+    second = host.SelectModelDeviceNode.execute(first, "gpu:1")[0]
+    for index, model in enumerate((first, second)):
+        step(model, {name: value.to(model.load_device) if torch.is_tensor(value) else value
+                     for name, value in flux_inputs().items()})
+        assert index in {device.index for _, device, *_ in kernels._found}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_a_text_encoder(kind):
     clip, values = small_t5("Q4_K", 2)
     if kind:
         clip = patched_clip(clip, (lora_for_t5(values, kind), 1.0))
     comfy.model_management.load_models_gpu([clip.patcher], force_full_load=True)
-    with deciding_nothing():
+    with deciding_in_loads_alone():
         encode(clip)
 
 

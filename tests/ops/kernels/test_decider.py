@@ -606,7 +606,7 @@ def test_a_bar_says_what_is_checked_and_moves_with_each_kernel(use, monkeypatch)
     assert shown == [("Checking kernels for Q4_0: once for this compiler", 2)] and len(steps) == 2
 
 
-def test_a_file_of_countless_layouts_has_no_more_than_a_bound_validated(use, monkeypatch):
+def test_a_file_of_countless_layouts_has_no_more_than_a_bound_checked(use, monkeypatch):
     monkeypatch.setattr(decider, "MAX_CASES", 3)
     use(backend(Kernel("dequantize", frozenset(["RowFormat"]), frozenset([torch.float32]),
                        dequantize)))

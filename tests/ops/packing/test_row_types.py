@@ -228,7 +228,7 @@ def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, mon
         given = SecondMoments.zeros(256)
         given.add(inputs_of(256))
     weight = weight_of(512, 256).bfloat16()
-    pack_to_type(weight, ROW_TYPES[name], given)  # kernels are validated
+    pack_to_type(weight, ROW_TYPES[name], given)  # kernels are checked
     with Largest() as largest:
         pack_to_type(weight, ROW_TYPES[name], given)
     assert largest.nbytes <= (256 if moments else 64) * 256 * 4  # moments, or a slice in float32
