@@ -47,10 +47,12 @@ class Checks:
                     name = case.kernel_name(backend.name, kernel)
                     if name in job["kernels"]:
                         self._check(name, kernel, case, device, job["seconds"])
+            why = ""
         except Exception as error:  # a driver may raise anything
-            self._write(done=True, why=str(error)[:500] or repr(error))
-        else:
-            self._write(done=True)
+            why = str(error)[:500] or repr(error)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # a model may take it now
+        self._write(done=True, why=why)
 
     def _backend(self, name: str, device: torch.device) -> Backend:
         """Returns a backend that works on a device. Raises where it does not: a kernel is blamed
