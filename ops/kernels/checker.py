@@ -165,8 +165,11 @@ class ProcessChecker:
                             take(name, verdict, why)
                         else:
                             failures[name] = why
-            except (EOFError, TimeoutError, OSError):
+            except EOFError:
                 status = self.end()
+                why = f"the process that checks kernels ended with {status}" if status else ""
+            except OSError as error:  # it did not start, or writes nothing
+                status, why = self.end(), str(error) or "the process that checks kernels hangs"
             except BaseException:  # the user cancelled
                 self.end()
                 raise
@@ -179,8 +182,9 @@ class ProcessChecker:
                     failures[begun] = why
                 else:
                     take(begun, "crashed", why)
-            elif status:
-                reason = f"the process that checks kernels ended with {status}"
+            elif why:
+                reason = why
+                break
             if is_ending() or not waiting:
                 break
         return failures | dict.fromkeys(waiting, reason)

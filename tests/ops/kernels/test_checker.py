@@ -167,13 +167,25 @@ BEGINS = ("import json, os, signal, sys; job = json.loads(sys.stdin.readline());
     (f"{BEGINS} os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "its process ended with -11"),
     (f"{BEGINS} os._exit(1)", "crashed", "its process ended with 1"),
     (f"{BEGINS} os.kill(os.getpid(), signal.SIGTERM)", "open", "its process ended with -15"),
-    ("raise SystemExit(9)", "open", "the process that checks kernels ended with 9")], ids=str)
-def test_how_a_process_ended_is_said(script, verdict, words, caplog):
+    ("raise SystemExit(9)", "open", "the process that checks kernels ended with 9"),
+    ("import time; time.sleep(600)", "open", "the process that checks kernels hangs")], ids=str)
+def test_how_a_process_ended_is_said(script, verdict, words, caplog, monkeypatch):
+    monkeypatch.setattr(checker, "START_SECONDS", 1 if "sleep" in script else LONG)
+    started, start = [], checker.start_process
+    monkeypatch.setattr(checker, "start_process",
+                        lambda *command, **more: started.append(command) or start(*command, **more))
     with deciding(command=(sys.executable, "-c", script)) as decider:
-        assert decide(decider, "Q4_0") == [verdict]
+        assert decide(decider, "Q4_0") == [verdict] and len(started) == 1
         decision = decider.find(Case("dequantize", "Q4_0", torch.float32))
         assert decision.why == words
     assert (f"please report this line at {ISSUES}" in caplog.text) == (verdict == "crashed")
+
+
+def test_where_no_process_may_start_torch_works_and_the_reason_is_said():
+    with deciding(command=("/no/such/program",)) as decider:
+        assert decide(decider, "Q4_0") == ["open"]
+        decision = decider.find(Case("dequantize", "Q4_0", torch.float32))
+        assert "No such file or directory" in decision.why
 
 
 def test_a_product_in_the_step_after_a_load_is_the_kernels(monkeypatch):
