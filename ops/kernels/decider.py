@@ -188,8 +188,11 @@ class Decider:
         layouts = dict.fromkeys(case.layout or case.capability for case, _ in kernels.values())
         of_what = "compiler" if self.device.type == "cpu" else "driver"
         text = f"Checking kernels for {', '.join(layouts)}: once for this {of_what}"
-        log.info("%s (%s).", text, device_name(self.device))
-        bar = host.progress(textwrap.shorten(text, REASON_LENGTH, placeholder=" ..."), len(kernels))
+        bar: Iterator = iter(())
+        if len(kernels) > 1:  # one is there in a second, and what needs it has a bar of its own
+            log.info("%s (%s).", text, device_name(self.device))
+            text = textwrap.shorten(text, REASON_LENGTH, placeholder=" ...")
+            bar = host.progress(text, len(kernels))
         if self._checker is None:
             return check_here(self.device, kernels, self._take, bar)
         if makes_room:

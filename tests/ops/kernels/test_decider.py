@@ -603,6 +603,8 @@ def test_a_bar_says_what_is_checked_and_moves_with_each_kernel(use, monkeypatch)
     use(backend(kernel("dequantize", dequantize), kernel("linear", multiply)))
     for _ in range(2):  # nothing is checked twice
         kernels.decide(CPU, [(name, Q4_0, torch.float32) for name in ("dequantize", "linear")])
+    use(backend(kernel("dequantize", dequantize)))
+    find("dequantize")  # one is not shown: what needs it has a bar of its own
     assert shown == [("Checking kernels for Q4_0: once for this compiler", 2)] and len(steps) == 2
 
 
