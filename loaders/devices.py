@@ -26,7 +26,6 @@ def total_memory(device: torch.device) -> float:
     return float(comfy.model_management.get_total_memory(device))  # pyright: ignore[reportArgumentType]
 
 
-
 def device_choices() -> list[str]:
     """Returns what the host's own selectors offer: default, cpu and, for several GPUs, gpu:0 ..."""
     return comfy.model_management.get_gpu_device_options()

@@ -97,17 +97,22 @@ def _backend_with(run: Callable | None) -> str:
                 "torch")
 
 
+def decided_first(look_up: Callable) -> Callable:
+    """Returns `kernels._look_up` for calls outside of models: a case is decided when it is first
+    needed."""
+    def decide_and_look_up(capability, where, packed_format, dtype):
+        kernels.decide(where, [(capability, packed_format, dtype)])
+        return look_up(capability, where, packed_format, dtype)
+
+    return decide_and_look_up
+
+
 @contextlib.contextmanager
 def as_in_use() -> Iterator[Workspace]:
     """Meanwhile this process is as when a model has run for a while: it holds the buffer of its
     layers, which is given, and what is timed decides its kernels first."""
     held, look_up = shared_workspace(), kernels._look_up
-
-    def decide_and_look_up(capability, where, packed_format, dtype):
-        kernels.decide(where, [(capability, packed_format, dtype)])
-        return look_up(capability, where, packed_format, dtype)
-
-    kernels._look_up = decide_and_look_up
+    kernels._look_up = decided_first(look_up)
     try:
         yield held
     finally:

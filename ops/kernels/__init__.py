@@ -23,7 +23,7 @@ from ..formats.low_rank_and_joined import Composite
 from ..log import log
 from .checker import ProcessChecker
 from .decider import Decider
-from .kernel import QUANTIZING, Backend, Case, Kernel, multiplies
+from .kernel import QUANTIZING, Backend, Case, Kernel, Need, multiplies
 from .registry import BACKENDS
 from .torch_registration import contiguous
 
@@ -33,6 +33,7 @@ __all__ = [
     "Backend",
     "Case",
     "Kernel",
+    "Need",
     "cast_channels_last",
     "decide",
     "dequantize_into",
@@ -46,8 +47,6 @@ __all__ = [
 
 VARIABLE = "FEATHERWEIGHT_KERNELS"
 REASON_LENGTH = 130  # characters on a node of why torch does a kernel's work
-# what a layer needs: capability, format (None for a capability without formats), dtype
-Need = tuple[str, Format | None, torch.dtype]
 
 undecided: collections.Counter[str] = collections.Counter()  # cases that were needed so
 _deciders: dict[torch.device, Decider] = {}

@@ -199,8 +199,8 @@ class CppCompiler:
                 self._openmp = () if error else (OPENMP,)
             file = Path(scratch, "kernel.cpp")
             if error := self._build(file, source, *self._openmp):
-                kind = SourceError if "error:" in error else CppError  # or it was killed
-                raise kind(f"{' '.join(self.command)}: {error}")
+                error_class = SourceError if "error:" in error else CppError  # or it was killed
+                raise error_class(f"{' '.join(self.command)}: {error}")
             built = file.with_suffix(SUFFIX)
             built.chmod(0o700)
             return keep(folder, name, SUFFIX, built)

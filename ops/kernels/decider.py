@@ -13,7 +13,7 @@ from ..formats.base import Format
 from ..log import log
 from . import quantize_validation, validation
 from .checker import FREE_TO_BEGIN, Kernels, ProcessChecker, check_here, ready_here
-from .kernel import EXACT, QUANTIZING, Backend, Case, Kernel, WrongResult, device_name
+from .kernel import EXACT, QUANTIZING, Backend, Case, Kernel, Need, WrongResult, device_name
 from .kernel_source import made_of
 from .private_files import cache_folder, private_folder
 from .registry import import_backend
@@ -79,8 +79,7 @@ class Decider:
         """Takes a case that a step needs and no load has decided: a product stays torch's."""
         self._decisions.setdefault(case, Decision((), "open", "a step needed it first"))
 
-    def decide(self, needed: Iterable[tuple[str, Format | None, torch.dtype]],
-               makes_room: bool) -> bool:
+    def decide(self, needed: Iterable[Need], makes_room: bool) -> bool:
         """Decides cases that are not decided, and waits for that.
 
         Args:

@@ -17,6 +17,8 @@ CASE_TEXT = re.compile(rf"(\w{{1,20}}) of ({ANY}|\w{{1,60}}) to (\w{{1,10}})(?=$
 # capabilities whose kernels have the reference's bits, and those that quantise
 EXACT = {"dequantize", "channels_last", "add_rounded"}
 QUANTIZING = {"pack_blocks", "pack_columns", "pack_rows", "pack_row_columns"}
+# what a layer needs: capability, format (None for a capability without formats), dtype
+Need = tuple[str, Format | None, torch.dtype]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 

@@ -186,8 +186,8 @@ class Compiler:
                            (c_char_p * len(options))(*(option.encode() for option in options)))
             except GpuError as error:
                 compiler_log = self._output(program, "ProgramLog").rstrip(b"\0").decode()
-                kind = SourceError if "error" in compiler_log else GpuError
-                raise kind(f"{error}: {compiler_log}") from None
+                error_class = SourceError if "error" in compiler_log else GpuError
+                raise error_class(f"{error}: {compiler_log}") from None
             return self._output(program, output)
         finally:
             self._call("DestroyProgram", byref(program))

@@ -2,6 +2,8 @@
 import contextlib
 from pathlib import Path
 
+from devtools.measure.timing import decided_first
+
 import ggml_reference
 import precompiled
 import pytest
@@ -84,13 +86,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def decide_on_demand(monkeypatch):
     """As in a new process, but that calls outside of models decide on their kernels too."""
     forget_decisions(monkeypatch)
-    look_up = kernels._look_up
-
-    def decide_and_look_up(capability, device, packed_format, dtype):
-        kernels.decide(device, [(capability, packed_format, dtype)])
-        return look_up(capability, device, packed_format, dtype)
-
-    monkeypatch.setattr(kernels, "_look_up", decide_and_look_up)
+    monkeypatch.setattr(kernels, "_look_up", decided_first(kernels._look_up))
 
 
 def shared_cache(tmp_path_factory) -> Path:

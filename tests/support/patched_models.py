@@ -141,6 +141,15 @@ def forward(patcher, inputs: dict | None = None) -> torch.Tensor:
         return patcher.model.apply_model(**inputs).float().cpu()
 
 
+def step(patcher, arguments: dict | None = None) -> torch.Tensor:
+    """Returns what a step predicts, with the attention that sampling would use."""
+    arguments = dict(arguments or flux_inputs())
+    options = (patcher.model_options["transformer_options"]
+               | arguments.pop("transformer_options", {}))
+    with torch.inference_mode():
+        return patcher.model.apply_model(**arguments, transformer_options=options).float()
+
+
 def run(patcher, inputs: dict | None = None) -> torch.Tensor:
     comfy.model_management.load_models_gpu([patcher])
     return forward(patcher, inputs)

@@ -79,6 +79,8 @@ KERNELS = {
     "no_probe": {"Q4_0": lambda *arguments: right(*arguments)},
     "fine": {name: lambda *arguments: right(*arguments) for name in ("Q4_0", "Q8_0")},
 }
+
+
 def right(packed_format, tensors, out, first):
     packed_format.dequantize_into(tensors, out, first)
 

@@ -6,6 +6,7 @@ import contextlib
 import pytest
 
 from featherweight.ops import kernels
+from featherweight.ops.kernels.waiting import host
 
 
 def forget_decisions(monkeypatch):
@@ -13,6 +14,12 @@ def forget_decisions(monkeypatch):
     monkeypatch.setattr(kernels, "_deciders", {})
     monkeypatch.setattr(kernels, "_found", {})
     monkeypatch.setattr(kernels, "undecided", collections.Counter())
+
+
+def put_back_host(monkeypatch):
+    """Has what a test puts into `waiting.host` put back after it."""
+    for name, function in vars(host).items():
+        monkeypatch.setattr(host, name, function)
 
 
 @contextlib.contextmanager

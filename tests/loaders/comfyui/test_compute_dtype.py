@@ -7,7 +7,7 @@ import families
 import pytest
 import torch
 from families import FAMILIES, comfyui_gguf_style, random_weights, relative_error
-from patched_models import dense_flux, flux_file, flux_inputs, relative
+from patched_models import dense_flux, flux_file, relative, step
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.compute_dtype import (
@@ -29,15 +29,6 @@ def no_flags(monkeypatch):
     """ComfyUI as it is started without flags for dtypes, on a CPU that multiplies bfloat16."""
     monkeypatch.setattr(comfy.cli_args.args, "fp32_unet", False)
     monkeypatch.setattr(cpu_features, "multiplies_bfloat16", lambda: True)
-
-
-def step(patcher, arguments=None):
-    """Returns what a step predicts, with the attention that sampling would use."""
-    arguments = dict(arguments or flux_inputs())
-    options = (patcher.model_options["transformer_options"]
-               | arguments.pop("transformer_options", {}))
-    with torch.inference_mode():
-        return patcher.model.apply_model(**arguments, transformer_options=options).float()
 
 
 def packed(compute="exact"):

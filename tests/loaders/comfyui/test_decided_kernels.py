@@ -4,6 +4,7 @@ import contextlib
 import comfy.cli_args
 import comfy.model_management
 import families
+import patched_models
 import pytest
 import torch
 from families import FAMILIES, comfyui_gguf_style, random_weights
@@ -43,13 +44,10 @@ def deciding_in_loads_alone():
 
 
 def step(patcher, arguments=None):
-    """A step after ComfyUI has loaded the model, with the attention that sampling would use."""
+    """A step after ComfyUI has loaded the model."""
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-    arguments = dict(arguments or flux_inputs())
-    options = (patcher.model_options["transformer_options"]
-               | arguments.pop("transformer_options", {}))
-    with deciding_in_loads_alone(), torch.inference_mode():
-        patcher.model.apply_model(**arguments, transformer_options=options)
+    with deciding_in_loads_alone():
+        patched_models.step(patcher, arguments)
 
 
 @pytest.mark.usefixtures("small_models")

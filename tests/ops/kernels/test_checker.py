@@ -15,7 +15,7 @@ import planted_backends
 import psutil
 import pytest
 import torch
-from user_kernels import forget_decisions
+from user_kernels import forget_decisions, put_back_host
 
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import kernels
@@ -301,8 +301,7 @@ def test_torch_works_where_no_kernel_does(monkeypatch, caplog):
     """The kernels for real GPUs, which cannot run here."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     forget_decisions(monkeypatch)
-    for name in ("raise_if_cancelled", "free_memory", "progress"):
-        monkeypatch.setattr(host, name, getattr(host, name))  # put back
+    put_back_host(monkeypatch)
     caplog.set_level(logging.INFO, "featherweight")
     gpu, q4_k = torch.device("cuda", 0), FORMATS["Q4_K"]
     asyncio.run(FeatherweightExtension().on_load())

@@ -15,7 +15,7 @@ import comfy.model_management
 import psutil
 import pytest
 import torch
-from user_kernels import forget_decisions
+from user_kernels import forget_decisions, put_back_host
 
 from featherweight.nodes import FeatherweightExtension
 from featherweight.ops import kernels
@@ -98,8 +98,7 @@ def test_kernels_are_compiled_side_by_side(compiler):
 @pytest.mark.parametrize("capability", ["dequantize", "pack_blocks"])
 def test_a_cancel_ends_the_wait_for_a_compiler_and_the_next_load_asks_again(
         capability, compiler, monkeypatch):
-    for name in ("raise_if_cancelled", "free_memory", "progress"):
-        monkeypatch.setattr(waiting.host, name, getattr(waiting.host, name))  # put back
+    put_back_host(monkeypatch)
     asyncio.run(FeatherweightExtension().on_load())
     compiler.hold(("nothing",))
     kernels.decide(CPU, needed("Q8_0"))
