@@ -6,7 +6,6 @@ import comfy.sd
 import torch
 
 from ...ops.layers import kitchen_products
-from ...ops.layers.int8 import multiplies_integers
 from ...ops.layers.kernel_requests import prepare_kernels
 from ...ops.layers.packed_layers import PackedLinear
 from ...ops.log import log
@@ -23,19 +22,18 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     Args:
         patcher: the host's; it is changed in place.
         file: the file that the weights were read from.
-        compute: one of `compute_dtype.COMPUTE`; a warning is logged if the device does not support
-            "int8".
+        compute: one of `compute_dtype.COMPUTE`; a warning is logged where "int8" is not had.
     """
     log_load_summary(file, adopt(patcher))
     choose_compute(patcher, compute)
     if compute == "automatic":
         _choose_kitchen_products(patcher)
     keep_packed(patcher)
-    if compute == "int8" and not multiplies_integers(patcher.load_device):
-        log.warning(
-            "compute is int8, for which %s has no units that this pack uses"
-            " (NVIDIA from Turing on, and CPUs with VNNI or AMX, have them). The model computes"
-            " as with exact.", patcher.load_device)
+    if compute == "int8":
+        why = kitchen_products.why_not_fast(patcher.load_device,
+                                            patcher.model.get_dtype_inference())
+        if why:
+            log.warning("compute is fast, and the model computes as with exact: %s.", why)
 
 
 def _choose_kitchen_products(patcher: comfy.model_patcher.ModelPatcher):

@@ -15,8 +15,8 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...ops.layers.int8 import multiplies_integers
 from ...ops.layers.kernel_requests import prepare_kernels
+from ...ops.layers.kitchen_products import why_not_fast
 from ...ops.layers.packed_layers import PackedLayer
 from ...ops.layers.product import dequantize
 from ...ops.pickle_names import short_error_name
@@ -74,7 +74,8 @@ def without_loras(patcher: ModelPatcher) -> ModelPatcher:
 def has_fast_way(patcher: ModelPatcher) -> bool:
     """Returns whether "fast" is another arithmetic than "exact" for a model on its device."""
     weights = list(_weights(patcher))
-    has_integers = multiplies_integers(patcher.load_device) and any(map(is_packed, weights))
+    has_integers = any(map(is_packed, weights)) and not why_not_fast(
+        patcher.load_device, patcher.model.get_dtype_inference())
     return has_integers or _is_hosts(patcher, FAST) or any(map(is_comfy_quantized, weights))
 
 

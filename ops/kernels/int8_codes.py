@@ -1,49 +1,31 @@
 """Rotates rows of floats and encodes them in int8: the reference of the int8 product's operands.
 
-The rotation makes eight bits enough. It is R = r x r (Kronecker) on each group of 256 columns, with
-r = diag(s) h, h the normalised Hadamard matrix of order 16 and s the signs of a bent function. R is
-orthogonal, so (x R) (W R)^T = x W^T. A single large value, which would take the whole range of a
-row's codes, is spread evenly over its group (QuaRot, https://arxiv.org/abs/2404.00456). So is a
-group's mean, because of s: without s it would all go into one value.
+The rotation R is that of ComfyUI's int8_convrot, of each group of 256 columns, and makes eight bits
+enough. It is orthogonal, so (x R) (W R)^T = x W^T. A single large value, which would take the whole
+range of a row's codes, is spread evenly over its group, and so is a group's mean (QuaRot,
+https://arxiv.org/abs/2404.00456).
 """
 import math
 from collections.abc import Callable
 
 import torch
 
+from ..formats import rotation
 from ..formats.base import Format, chunk_values, dequantize_by_reference
-from ..lasting_memory import cached_on_device
 
 GROUP = 256  # columns that are rotated together
-SIDE = 16
 LARGEST_CODE = 127
 # A row whose largest value is smaller gets the scale of this one, so that no scale is zero.
 TINY = 1e-30
-
-
-@cached_on_device
-def side_matrix(device: torch.device) -> torch.Tensor:
-    """Returns r, float32 (16, 16): entries +-1/4.
-
-    The sign of row i is that of (bit 0 and bit 1) xor (bit 2 and bit 3) of i.
-    """
-    matrix = torch.ones(1, 1, dtype=torch.float32)
-    while len(matrix) < SIDE:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    row = torch.arange(SIDE)
-    signs = 1 - 2 * ((row & row >> 1 ^ row >> 2 & row >> 3) & 1)
-    return (signs.unsqueeze(-1) * matrix / math.sqrt(SIDE)).to(device)
 
 
 def rotate(values: torch.Tensor) -> torch.Tensor:
     """Returns `values @ R`.
 
     Args:
-        values: float32 or float64 (n, K), contiguous, K a multiple of 256.
+        values: float32 or float64 (n, K), K a multiple of 256.
     """
-    side = side_matrix(values.device).to(values.dtype)
-    half = torch.mm(values.view(-1, SIDE), side).view(-1, SIDE, SIDE)
-    return torch.bmm(side.t().expand(half.shape), half).view(values.shape)
+    return rotation.rotate(values, GROUP, base=4).mul_(GROUP ** -0.5)
 
 
 def quantize_into(values: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor):

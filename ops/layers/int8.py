@@ -1,11 +1,10 @@
-"""`compute = "int8"`: integer products of packed weights, faster than `product.linear`, less exact.
+"""`compute = "int8"` on a CPU: integer products, faster than `product.linear`, less exact.
 
 x W^T = (x R) (W R)^T, both operands rotated and in int8 codes with one scale a row (see
 `int8_codes`). The weight is encoded again for each product. The low-rank branch stays in float, on
 the unrotated input.
 """
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,30 +19,18 @@ from ..tensor.packed_tensor import PackedTensor
 from . import product, workspace
 
 # With fewer rows of the input the exact product is as fast, since most of the time is spent on the
-# weight, and CUDA's integer product accepts no fewer. Without a kernel for the weight's codes torch
-# makes them, in many passes. CUDA's numbers are estimates.
-MIN_TOKENS = {"cpu": 128, "cuda": 17}
-MIN_TOKENS_WITHOUT_KERNEL = {"cpu": 512, "cuda": 4096}
-ROW_MULTIPLE = 8  # N must be a multiple of this for CUDA's product
+# weight. Without a kernel for the weight's codes torch makes them, in many passes: on a GPU these
+# would take longer than the exact product.
+MIN_TOKENS, MIN_TOKENS_WITHOUT_KERNEL = 128, 512
+ROW_MULTIPLE = 8  # rows of the weight that are multiplied together
 # Sums of more products of codes could overflow int32.
 MAX_COLUMNS = (1 << 31) // (int8_codes.LARGEST_CODE ** 2)
-CUDA_CAPABILITY = (7, 5)  # Turing, the first with matrix units for int8
 
 
 @cached_on_device
 def multiplies_integers(device: torch.device) -> bool:
-    """Returns whether a device has int8 units that torch multiplies correctly with.
-
-    NVIDIA GPUs have them from Turing on, and CPUs with VNNI.
-    """
-    if device.type == "cuda":
-        capable = (
-            torch.version.hip is None
-            and torch.cuda.get_device_capability(device) >= CUDA_CAPABILITY
-        )
-    else:
-        capable = device.type == "cpu" and cpu_features.has_vnni()
-    if not capable:
+    """Returns whether a device is a CPU whose int8 units (VNNI) torch multiplies correctly with."""
+    if device.type != "cpu" or not cpu_features.has_vnni():
         return False
     signs = torch.tensor((-1, 1), dtype=torch.int8, device=device).repeat(32, int8_codes.GROUP // 2)
     signs[::2] = 1
@@ -52,8 +39,8 @@ def multiplies_integers(device: torch.device) -> bool:
         sums = _int_mm(codes, codes.t())
     except RuntimeError:  # a build of torch without the product
         return False
-    codes = codes.cpu().float()
-    return torch.equal(sums.cpu().float(), codes @ codes.t())
+    codes = codes.float()
+    return torch.equal(sums.float(), codes @ codes.t())
 
 
 def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows: int,
@@ -67,7 +54,7 @@ def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows:
         or columns % int8_codes.GROUP
         or columns > MAX_COLUMNS
         or rows % ROW_MULTIPLE
-        or tokens < MIN_TOKENS.get(device.type, math.inf)
+        or tokens < MIN_TOKENS
         or not multiplies_integers(device)
     ):
         return None
@@ -75,7 +62,7 @@ def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows:
         encode = kernels.find("int8_rows", device, packed_format, torch.int8)
         if encode is not None:
             return encode
-    if tokens < MIN_TOKENS_WITHOUT_KERNEL[device.type]:
+    if tokens < MIN_TOKENS_WITHOUT_KERNEL:
         return None
     return functools.partial(int8_codes.encode_rows, dequantize_into=kernels.dequantize_into)
 

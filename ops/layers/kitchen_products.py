@@ -46,8 +46,8 @@ BACKENDS = ("hip", "cuda")
 TITLES = {"hip": "AMD kernels", "cuda": "CUDA kernels"}
 DISABLED = {
     "hip": "something in ComfyUI has turned them off",
-    "cuda": "ComfyUI has turned them off, as it does below a PyTorch for CUDA 13; install one for"
-            " CUDA 13 (cu130) or newer"}
+    "cuda": "ComfyUI has turned them off, as it does below a PyTorch for CUDA 13; this one is for"
+            f" CUDA {torch.version.cuda}, install one for CUDA 13 (cu130) or newer"}
 NEWER = "a newer comfy-kitchen may have them (pip install -U comfy-kitchen)"
 # Rows of the input from which codes of 4 bits are worth their error; with fewer, most of the time
 # is spent on reading the weight. Up to how many rows the kernel of AWQ multiplies with codes.
@@ -113,7 +113,11 @@ def why_off(packed_format: Format, device: torch.device, dtype: torch.dtype) -> 
         A clause, "" where they do, or where there are none for the format or the type of device.
     """
     name = product_of(packed_format)
-    if name is None or device.type != "cuda" or _backend(name, device, dtype):
+    return _why_off(name, device, dtype) if name else ""
+
+
+def _why_off(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda" or _backend(name, device, dtype):
         return ""
     backend = "cuda" if torch.version.hip is None else "hip"
     problem = _problem(backend, name, device, dtype)
@@ -137,17 +141,28 @@ def used(packed_format: Format, device: torch.device, dtype: torch.dtype, comput
     """
     if compute not in (INT8, "automatic") or packed_format.plain_dtype:
         return Used()
-    off = why_off(packed_format, device, dtype)
     if compute == "automatic":
-        return Used(why_exact=off)
-    name = product_of(packed_format)
-    if _backend(name or INT8, device, dtype):
-        return Used(PRODUCTS[name or INT8].title, OF_COMFYUI)
-    if off or (name and device.type != "cpu"):
-        return Used(why_exact=off)
-    if int8.multiplies_integers(device):
-        return Used(PRODUCTS[INT8].title, OF_THIS_PACK)
-    return Used(why_exact=f"{device} has no int8 units that this pack uses")
+        return Used(why_exact=why_off(packed_format, device, dtype))
+    name = product_of(packed_format) or INT8
+    if _backend(name, device, dtype):
+        return Used(PRODUCTS[name].title, OF_COMFYUI)
+    if why_exact := why_not_fast(device, dtype, name):
+        return Used(why_exact=why_exact)
+    return Used(PRODUCTS[INT8].title, OF_THIS_PACK)
+
+
+def why_not_fast(device: torch.device, dtype: torch.dtype, name: str = INT8) -> str:
+    """Returns why a device multiplies exactly where "fast" was asked for, "" where it does not.
+
+    Args:
+        device: where the layer runs.
+        dtype: of its input.
+        name: a key of PRODUCTS.
+    """
+    if _backend(name, device, dtype) or int8.multiplies_integers(device):
+        return ""
+    return (_why_off(name, device, dtype)
+            or f"{device} has no int8 units that this pack uses")
 
 
 def product_of(packed_format: Format) -> str | None:
@@ -211,8 +226,8 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
            low_rank: LowRank | None = None) -> torch.Tensor:
     """Computes `product.linear` faster and less exactly.
 
-    By comfy_kitchen where its kernels take format, device and number of tokens; otherwise exactly
-    on a GPU, and in integers (`int8.linear`) on a CPU and for weights of other formats.
+    By comfy_kitchen where its kernels take format, device and number of tokens; otherwise in
+    integers on a CPU (`int8.linear`), and exactly elsewhere.
     """
     if input.shape[-1] != weight.shape[1] or product.needs_gradient(input, bias):
         return int8.linear(input, weight, bias, low_rank)
@@ -225,8 +240,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
     packed_format, flat = FORMATS[format], input.reshape(-1, input.shape[-1])
     backend = _backend_for(packed_format, flat, rows)
     if backend is None:
-        in_integers = input.device.type == "cpu" or product_of(packed_format) is None
-        fallback = (torch.ops.featherweight.int8_linear if in_integers
+        fallback = (torch.ops.featherweight.int8_linear if input.device.type == "cpu"
                     else torch.ops.featherweight.linear)
         return fallback(input, packed, bias, format, rows, down, ups, slices)
     low_rank = LowRank.from_operands(down, ups, slices)
@@ -405,11 +419,8 @@ def _awq(base: RowFormat, parts: _Parts, input: torch.Tensor, bias: torch.Tensor
         wscales=input.new_empty(scales.shape).copy_(scales),
         # for the kernel the code 8 is zero
         wzeros=torch.add(minima, scales, alpha=8 + numbers[0], out=input.new_empty(scales.shape)),
-        bias=bias if branch is None else None, group_size=base.layout.group)
-    if branch is None:
-        return out
-    out = _with_branch(out, input, branch)
-    return out if bias is None else out + bias
+        bias=bias, group_size=base.layout.group)
+    return _with_branch(out, input, branch)
 
 
 def _int8(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tensor, rows: int,
@@ -431,11 +442,8 @@ def _int8(packed_format: Format, tensors: list[torch.Tensor], input: torch.Tenso
             out[:, start:stop] = multiply(
                 x=input, weight=codes, weight_scale=scales, out_dtype=input.dtype, convrot=True,
                 convrot_groupsize=int8_codes.GROUP,
-                bias=None if bias is None or branch is not None else bias[start:stop])
-    if branch is None:
-        return out
-    out = add_branch(out, input, branch)
-    return out if bias is None else out + bias
+                bias=None if bias is None else bias[start:stop])
+    return _with_branch(out, input, branch)
 
 
 def _functions(name: str, backend: Backend) -> list[Callable]:

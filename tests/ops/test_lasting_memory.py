@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.rotation import rotation_signs
-from featherweight.ops.kernels import int8_codes
 from featherweight.ops.kernels.validation import random_tensors
 from featherweight.ops.layers import product
 from featherweight.ops.patches.layer_patches import build_patches
@@ -61,7 +60,7 @@ def recording(monkeypatch):
 
 
 def forget_tables():
-    for cached in (bits.shifts, rotation_signs, int8_codes.side_matrix):
+    for cached in (bits.shifts, rotation_signs):
         cached.cache_clear()
     for packed_format in FORMATS.values():
         packed_format._constants.clear()

@@ -74,7 +74,7 @@ def bench_int8_error(options):
     columns = min(options.sizes.weight[1], 3072)
     generator = torch.Generator().manual_seed(0)
     original = torch.randn((columns, columns), generator=generator)
-    input = torch.randn((int8.MIN_TOKENS_WITHOUT_KERNEL[device().type], columns),
+    input = torch.randn((int8.MIN_TOKENS_WITHOUT_KERNEL, columns),
                         generator=generator).to(device())
     outliers = input * torch.where(torch.arange(columns, device=device()) % 384 == 7, 50.0, 1.0)
     for name in options.formats:

@@ -94,7 +94,7 @@ def _title(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> str:
 
 def _in_int8(tokens: int) -> bool:
     """Whether this many rows of input are multiplied in whole numbers, if there is a kernel."""
-    return int8.multiplies_integers(device()) and tokens >= int8.MIN_TOKENS[device().type]
+    return int8.multiplies_integers(device()) and tokens >= int8.MIN_TOKENS
 
 
 def bench_compilers(options):

@@ -333,7 +333,7 @@ def test_the_int8_product_takes_its_codes_from_kernels(use, monkeypatch):
     called = []
     monkeypatch.setattr(int8, "multiplies_integers", lambda device: True)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int())
-    weight, input = packed(rows=8, columns=256), torch.randn((int8.MIN_TOKENS["cpu"], 256))
+    weight, input = packed(rows=8, columns=256), torch.randn((int8.MIN_TOKENS, 256))
     use()
     exact = product.linear(input, weight)
     assert torch.equal(int8.linear(input, weight), exact)  # too few tokens to do without

@@ -34,8 +34,8 @@ def few_tokens_are_enough(monkeypatch):
     """Without a kernel too. The codes here are torch's; kernels have tests of their own."""
     monkeypatch.setenv(kernels.VARIABLE, "torch")
     forget_decisions(monkeypatch)
-    monkeypatch.setattr(int8, "MIN_TOKENS", {"cpu": TOKENS})
-    monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", {"cpu": TOKENS})
+    monkeypatch.setattr(int8, "MIN_TOKENS", TOKENS)
+    monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", TOKENS)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -285,7 +285,7 @@ def test_elsewhere_the_product_is_exact(case, monkeypatch):
     elif case == "tokens":
         tokens -= 1
     elif case == "tokens without a kernel":
-        monkeypatch.setitem(int8.MIN_TOKENS_WITHOUT_KERNEL, "cpu", TOKENS + 1)
+        monkeypatch.setattr(int8, "MIN_TOKENS_WITHOUT_KERNEL", TOKENS + 1)
     elif case == "device":
         monkeypatch.setattr(int8, "multiplies_integers", lambda device: False)
     weight, bias = weight_of("Q8_0", rows, columns), normal(rows, seed=2)

@@ -18,48 +18,43 @@ static FUNCTION Floats swapped(Floats values) {
 #endif
 }
 
-// Returns sums and differences of the lanes that are DISTANCE, DISTANCE / 2 ... 1 apart.
+// Returns the values of a group that are DISTANCE (in bits: exclusive or) from those of a vector.
 template <int DISTANCE>
-static FUNCTION Floats butterflies(Floats values) {
-    Floats signs;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) signs[i] = i & DISTANCE ? -1 : 1;
-    return butterflies<DISTANCE / 2>(multiply_add(signs, values, swapped<DISTANCE>(values)));
+static FUNCTION Floats partners(const Floats* vectors, int vector) {
+    Floats values = vectors[vector ^ DISTANCE / LANES];
+    return DISTANCE % LANES ? swapped<DISTANCE % LANES>(values) : values;
 }
 
-template <>
-FUNCTION Floats butterflies<0>(Floats values) { return values; }
-
-static constexpr int sign_of_side(int i) { return (i & i >> 1 ^ i >> 2 & i >> 3) & 1 ? -1 : 1; }
+// Rotates each four values that are STRIDE apart: each becomes the sum of all, less twice the one at
+// the other end.
+template <int STRIDE>
+static FUNCTION void rotate_fours(Floats* vectors) {
+    Floats sums[CODE_VECTORS], ends[CODE_VECTORS];
+#pragma GCC unroll 64
+    for (int i = 0; i < CODE_VECTORS; i++) {
+        sums[i] = vectors[i] + partners<STRIDE>(vectors, i);
+        ends[i] = partners<3 * STRIDE>(vectors, i);
+    }
+#pragma GCC unroll 64
+    for (int i = 0; i < CODE_VECTORS; i++)
+        vectors[i] = sums[i] + partners<2 * STRIDE>(sums, i) - 2 * ends[i];
+}
 
 // Rotates one group in place. Returns the larger of `largest` and the magnitudes, as bits: those of
 // NaN are the largest.
 static FUNCTION Ints rotate(float* group, Ints largest) {
     Floats vectors[CODE_VECTORS];
-#pragma GCC unroll 32
-    for (int vector = 0; vector < CODE_VECTORS; vector++) {
-        Floats signs;
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            int place = vector * LANES + i;
-            signs[i] = sign_of_side(place / 16) * sign_of_side(place % 16) / 16.0f;
-        }
-        vectors[vector] = butterflies<LANES / 2>(signs * load<Floats>(group + vector * LANES));
-    }
-#pragma GCC unroll 5
-    for (int distance = 1; distance < CODE_VECTORS; distance *= 2) {
-#pragma GCC unroll 32
-        for (int vector = 0; vector < CODE_VECTORS; vector++) {
-            if (vector & distance) continue;
-            Floats low = vectors[vector], high = vectors[vector + distance];
-            vectors[vector] = low + high;
-            vectors[vector + distance] = low - high;
-        }
-    }
-#pragma GCC unroll 32
-    for (int vector = 0; vector < CODE_VECTORS; vector++) {
-        store(vectors[vector], group + vector * LANES);
-        Ints magnitudes = (Ints)vectors[vector] & 0x7FFFFFFF;
+#pragma GCC unroll 64
+    for (int i = 0; i < CODE_VECTORS; i++)
+        vectors[i] = load<Floats>(group + i * LANES) * (1 / 16.0f);
+    rotate_fours<1>(vectors);
+    rotate_fours<4>(vectors);
+    rotate_fours<16>(vectors);
+    rotate_fours<64>(vectors);
+#pragma GCC unroll 64
+    for (int i = 0; i < CODE_VECTORS; i++) {
+        store(vectors[i], group + i * LANES);
+        Ints magnitudes = (Ints)vectors[i] & 0x7FFFFFFF;
         largest = magnitudes > largest ? magnitudes : largest;
     }
     return largest;
