@@ -151,6 +151,22 @@ class LowRank:
             else:
                 torch.mm(ranks, up.t(), out=out[:, first:end])  # `out` supports no gradient
 
+    def write_up(self, out: torch.Tensor, start: int = 0):
+        """Writes rows of B, with zeros where it is zero.
+
+        Args:
+            out: (n, R or more).
+            start: the first of the n rows.
+        """
+        parts = [(part, up, max(part.row - start, 0), min(part.row_end - start, len(out)))
+                 for part, up in self.parts()]
+        if sum(up.shape[1] * max(0, end - first) for _, up, first, end in parts) < out.numel():
+            out.zero_()
+        for part, up, first, end in parts:
+            if first < end:
+                out[first:end, part.rank:part.rank_end] = up[start + first - part.row:
+                                                             start + end - part.row]
+
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         """Computes `(grad B) A`, the gradient of the input of `product`.
 

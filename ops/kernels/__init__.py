@@ -20,10 +20,11 @@ import torch
 
 from ..formats.base import Format
 from ..formats.low_rank_and_joined import Composite
+from ..formats.row_layout import RowFormat
 from ..log import log
 from .checker import ProcessChecker
 from .decider import Decider
-from .kernel import QUANTIZING, Backend, Case, Kernel, Need, multiplies
+from .kernel import PITCHED_MULTIPLE, QUANTIZING, Backend, Case, Kernel, Need, multiplies
 from .registry import BACKENDS
 from .torch_registration import contiguous
 
@@ -37,6 +38,7 @@ __all__ = [
     "cast_channels_last",
     "decide",
     "dequantize_into",
+    "dequantizes_with_pitch",
     "find",
     "is_off",
     "list_backends",
@@ -111,14 +113,15 @@ def find(capability: str, device: torch.device, packed_format: Format | None,
         dtype: As in `Kernel`.
         tokens: Rows of the input, for "linear".
     """
-    key = capability, device, packed_format, dtype
-    found = _found.get(key)
-    if found is None:
-        found = _look_up(*key)
-    for kernel in found:
+    for kernel in _kernels(capability, device, packed_format, dtype):
         if tokens is None or kernel.takes(tokens):
             return kernel.run
     return None
+
+
+def _kernels(*key) -> tuple[Kernel, ...]:
+    found = _found.get(key)
+    return _look_up(*key) if found is None else found
 
 
 def _look_up(capability: str, device: torch.device, packed_format: Format | None,
@@ -190,12 +193,15 @@ def dequantize_into(packed_format: Format, tensors: list[torch.Tensor], out: tor
     Args:
         packed_format: Of the weight.
         tensors: As `Format.dequantize_into` takes them, but of any strides.
-        out: Contiguous, of any float dtype.
+        out: Of any float dtype, contiguous or whole rows with a pitch.
         first: The first block to dequantise.
 
     Returns:
         `out`.
     """
+    if not out.is_contiguous() and not dequantizes_with_pitch(packed_format, out.device, out.dtype,
+                                                              out.shape[1]):
+        return out.copy_(dequantize_into(packed_format, tensors, out.new_empty(out.shape), first))
     tensors = contiguous(tensors)
     if isinstance(packed_format, Composite):
         return packed_format.dequantize_parts(tensors, out, first, dequantize_into)
@@ -204,6 +210,16 @@ def dequantize_into(packed_format: Format, tensors: list[torch.Tensor], out: tor
         return packed_format.dequantize_into(tensors, out, first)
     run(packed_format, tensors, out, first)
     return out
+
+
+def dequantizes_with_pitch(packed_format: Format, device: torch.device, dtype: torch.dtype,
+                           columns: int) -> bool:
+    """Returns whether a kernel writes rows of so many columns with a pitch; see `Kernel`."""
+    if isinstance(packed_format, Composite) or columns % PITCHED_MULTIPLE or (
+            isinstance(packed_format, RowFormat) and columns != packed_format.block_length):
+        return False
+    return any(kernel.takes_pitch
+               for kernel in _kernels("dequantize", device, packed_format, dtype))
 
 
 def cast_channels_last(values: torch.Tensor, out: torch.Tensor):

@@ -142,7 +142,10 @@ class CudaKernels:
             packed_format.dequantize_into(tensors, out, first)
             return
         tensors = _aligned(packed_format, tensors)
-        weight = weight_argument(packed_format, tensors, packed_format.block_length, first)
+        columns, padding = length, 0
+        if not out.is_contiguous():
+            columns, padding = out.shape[1], out.stride(0) - out.shape[1]
+        weight = weight_argument(packed_format, tensors, columns, first)
         if of_rows:
             kernel = "dequantize_rows"
             (blocks, rows_of_blocks), threads = row_grid(packed_format, count)
@@ -152,7 +155,7 @@ class CudaKernels:
             grid = (-(-count // DEQUANTIZE_THREADS),)
         program = kernel, packed_format, out.dtype, alignment(packed_format)
         self._launch(out.device, grid, threads, program, weight, c_void_p(out.data_ptr()),
-                     c_longlong(count))
+                     c_longlong(count), c_int(padding))
 
     def linear(self, max_tokens, packed_format, tensors, input, addend, out):
         """See `Kernel.run`. max_tokens: the variant, a key of `LINEAR_ROWS`."""
@@ -238,7 +241,7 @@ def kernel_table(kernels: Callable[[], CudaKernels]) -> tuple[Kernel, ...]:
     """Returns the backend's kernels. kernels: called when one runs."""
     add_rounded = Kernel("add_rounded", frozenset(), frozenset([torch.float16, torch.bfloat16]),
                          late_bound_method(kernels, "add_rounded"))
-    return *dequantize_and_linear(kernels, LINEAR_ROWS), add_rounded
+    return *dequantize_and_linear(kernels, LINEAR_ROWS, takes_pitch=True), add_rounded
 
 
 API = HIP if torch.version.hip else CUDA

@@ -13,6 +13,7 @@ from ..pickle_names import short_error_name
 
 ANY = "any format"
 PLAIN_LENGTH = 32  # values of a plain format that count as a block
+PITCHED_MULTIPLE = 8  # columns of rows that "dequantize" writes with a pitch
 CASE_TEXT = re.compile(rf"(\w{{1,20}}) of ({ANY}|\w{{1,60}}) to (\w{{1,10}})(?=$|,)")
 # capabilities whose kernels have the reference's bits, and those that quantise
 EXACT = {"dequantize", "channels_last", "add_rounded"}
@@ -49,12 +50,15 @@ class Kernel:
         run: The function, with the arguments below.
         min_tokens: The fewest rows of the input that "linear" takes.
         max_tokens: The most rows of the input that "linear" takes; None: any number.
+        takes_pitch: Whether `out` of "dequantize" may be rows with a pitch.
 
     The arguments of `run`, by capability:
 
     "dequantize": run(packed_format, tensors, out, first), see
         `Format.dequantize_into`: float32 arithmetic in the reference's order, without fused
-        multiply-add, so that the values have the reference's bits.
+        multiply-add, so that the values have the reference's bits. Where `takes_pitch`, `out` may
+        be (rows, columns) of the strides (more than columns, 1), columns a multiple of
+        `PITCHED_MULTIPLE`, and of a format of rows those of a block.
     "channels_last": run(values, out). Casts the weight of a convolution and writes it transposed.
         values: (rows, channels, taps) of any float dtype, contiguous. out: (rows, taps, channels)
         of another dtype or the same, contiguous. The values have the bits of `Tensor.to`.
@@ -96,6 +100,7 @@ class Kernel:
     run: Callable[..., None]
     min_tokens: int = 1
     max_tokens: int | None = None
+    takes_pitch: bool = False
 
     def accepts(self, packed_format: Format | None, dtype: torch.dtype) -> bool:
         """Returns whether the constraints on format and dtype are met.

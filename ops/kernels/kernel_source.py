@@ -273,17 +273,19 @@ def late_bound_method(kernels: Callable[[], object], name: str) -> Callable[...,
     return lambda *arguments: getattr(kernels(), name)(*arguments)
 
 
-def dequantize_and_linear(kernels: Callable[[], object],
-                          token_limits: Iterable[int]) -> tuple[Kernel, ...]:
+def dequantize_and_linear(kernels: Callable[[], object], token_limits: Iterable[int],
+                          takes_pitch: bool = False) -> tuple[Kernel, ...]:
     """Returns "dequantize", and "linear" once for each token limit.
 
     Args:
         kernels: Returns the object whose methods of these names run. Its `linear` takes the limit
             of the variant as its first argument.
         token_limits: The most tokens of each variant of "linear", ascending.
+        takes_pitch: Of "dequantize".
     """
     dtypes, linear = frozenset(C_TYPES), late_bound_method(kernels, "linear")
-    table = [Kernel("dequantize", DEQUANTIZED, dtypes, late_bound_method(kernels, "dequantize"))]
+    table = [Kernel("dequantize", DEQUANTIZED, dtypes, late_bound_method(kernels, "dequantize"),
+                    takes_pitch=takes_pitch)]
     min_tokens = 1
     for max_tokens in token_limits:
         table.append(Kernel("linear", MULTIPLIED, dtypes, functools.partial(linear, max_tokens),

@@ -19,7 +19,7 @@ from ..formats.base import FORMATS, Format, QParam
 from ..formats.row_layout import NUMBER_DTYPES, RowFormat
 from ..log import log
 from . import int8_codes, quantize_validation
-from .kernel import Kernel, WrongResult, device_name
+from .kernel import PITCHED_MULTIPLE, Kernel, WrongResult, device_name
 
 ISSUES = "https://github.com/featherweight/ComfyUI-Featherweight/issues"
 # Values of a weight. MANY keep several threads busy on a CPU, and many programs on a GPU.
@@ -50,12 +50,14 @@ class DequantizeCase:
         omitted: Values at the end of the last block that are not requested.
         packed_offset: How many elements behind an aligned address the weight's tensors are.
         out_offset: How many elements behind an aligned address the output is.
+        padding: Elements behind each row of the output, which has a pitch then.
     """
     blocks: int
     first: int = 0
     omitted: int = 0
     packed_offset: int = 0
     out_offset: int = 0
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
             DequantizeCase(5, 0, 3 % length, 0, 1),
             DequantizeCase(many),
             DequantizeCase(many, 1, 8 % length, 1),
+            *(_pitched_cases(packed_format) if kernel.takes_pitch else []),
         ]
     if kernel.capability == "linear":
         limits = sorted({kernel.min_tokens, kernel.max_tokens or MAX_TOKENS})
@@ -188,6 +191,21 @@ def cases_of(kernel: Kernel, packed_format: Format | None) -> list:
             Int8RowsCase(MANY, WIDE, 0, 4)
         ]
     return quantize_validation.CASES[kernel.capability](packed_format)
+
+
+def _pitched_cases(packed_format: Format) -> list[DequantizeCase]:
+    columns = _pitched_columns(packed_format)
+    if columns % PITCHED_MULTIPLE:
+        return []
+    row = columns // packed_format.block_length  # in blocks
+    return [DequantizeCase(4 * row, row, packed_offset=1, padding=24),
+            DequantizeCase(-(-MANY // columns) * row, padding=8)]
+
+
+def _pitched_columns(packed_format: Format) -> int:
+    if isinstance(packed_format, RowFormat):
+        return packed_format.block_length
+    return 3 * math.lcm(packed_format.block_length, PITCHED_MULTIPLE)
 
 
 def check(kernel: Kernel, packed_format: Format | None, dtype: torch.dtype,
@@ -270,8 +288,10 @@ def _check_dequantize(run: Callable[..., None], case: DequantizeCase, packed_for
     expected = torch.empty(count, dtype=dtype, device=device)
     packed_format.dequantize_into(tensors, expected, case.first)
     packed = [misaligned_copy(tensor, case.packed_offset) for tensor in tensors]
+    if case.padding:
+        expected = expected.view(-1, _pitched_columns(packed_format))
     _check_bits(expected, case.out_offset,
-                lambda result: run(packed_format, packed, result, case.first))
+                lambda result: run(packed_format, packed, result, case.first), case.padding)
 
 
 def _check_channels_last(run: Callable[..., None], case: ChannelsLastCase, packed_format: None,
@@ -304,18 +324,26 @@ def _check_add_rounded(run: Callable[..., None], case: MatrixCase, packed_format
 
 
 def _check_bits(expected: torch.Tensor, out_offset: int,
-                write: Callable[[torch.Tensor], None]):
-    """Checks that `write(out)` writes the bits of `expected` and nothing outside of `out`."""
+                write: Callable[[torch.Tensor], None], padding: int = 0):
+    """Checks that `write(out)` writes the bits of `expected` and nothing outside of `out`, whose
+    rows have `padding` behind them."""
     count, dtype = expected.numel(), expected.dtype
     start = 16 + out_offset
-    padded = torch.full((start + count + 16,), CANARY, dtype=dtype, device=expected.device)
-    result = padded[start:][:count].view(expected.shape)
+    extent = count + len(expected) * padding if padding else count
+    padded = torch.full((start + extent + 16,), CANARY, dtype=dtype, device=expected.device)
+    result = padded[start:][:extent]
+    if padding:
+        rows = result.view(len(expected), -1)
+        result, behind = rows.split((expected.shape[1], padding), 1)
+    else:
+        result, behind = result.view(expected.shape), result[:0]
     write(result)
     bits = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
     differs = (result.view(bits) != expected.view(bits)) & ~(result.isnan() & expected.isnan())
     if wrong := differs.sum().item():
         raise WrongResult(f"{wrong} of {count} values differ from the reference")
-    if (padded[:start] != CANARY).any() or (padded[start + count:] != CANARY).any():
+    around = padded[:start], padded[start + extent:], behind
+    if any((values != CANARY).any() for values in around):
         raise WrongResult("the kernel wrote outside its output")
 
 

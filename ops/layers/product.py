@@ -19,7 +19,7 @@ from ..low_rank import LowRank, dense_linear
 from ..tensor.packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 from ..tensor.packed_tensor import PackedTensor
 from ..tensor.row_slicing import rows_are_whole_blocks
-from . import cpu_linear, workspace
+from . import cpu_linear, joint_product, workspace
 
 # On a CPU a slice of the weight that stays in the cache is written and read faster, and a product
 # takes up to half as long again where its rows are no multiple of what it handles together.
@@ -73,6 +73,9 @@ def _by_torch(input: torch.Tensor, packed_format: Format, packed: list[torch.Ten
               rows: int, bias: torch.Tensor | None, low_rank: LowRank | None) -> torch.Tensor:
     """Computes `_linear` in torch, W dequantised in slices of rows."""
     tokens, columns = input.shape
+    if low_rank is not None and joint_product.is_smaller(input, packed_format, rows,
+                                                         bias is not None, low_rank):
+        return joint_product.linear(input, packed_format, packed, rows, bias, low_rank)
     by_onednn = cpu_linear.takes(input)
     multiply = torch.nn.functional.linear
     if by_onednn:

@@ -10,7 +10,7 @@ from featherweight.ops.stochastic_rounding import stochastic_round
 
 
 def dequantize(packed_format, tensors, out, first):
-    packed_format.dequantize_into(tensors, out, first)
+    out.copy_(packed_format.dequantize_into(tensors, out.new_empty(out.shape), first))
 
 
 def multiply(packed_format, tensors, input, addend, out):
@@ -45,7 +45,7 @@ def unchecked_kernels(monkeypatch, device_type: str = "cpu"):
     """Gives a type of devices all kernels for all formats and dtypes, right without a check."""
     all_dtypes = frozenset([torch.float32, torch.float16, torch.bfloat16, torch.int8])
     found = tuple(kernels.Kernel(capability, frozenset(FORMATS_OF.get(capability, ())), all_dtypes,
-                                 run) for capability, run in RIGHT.items())
+                                 run, takes_pitch=True) for capability, run in RIGHT.items())
     forget_decisions(monkeypatch)
     monkeypatch.setitem(kernels.BACKENDS, device_type, "unchecked")
     monkeypatch.setenv(kernels.VARIABLE, "unchecked")  # by its name: in this process
