@@ -44,15 +44,6 @@ def test_a_file_of_the_table_has_the_types_that_it_says(way, size, tmp_path):
     } == {"F16"}
 
 
-def test_every_row_of_the_table_can_be_shown():
-    for way, size in packing_quality.rows():
-        row = {
-            "way": way, "size": size, "bytes": 3759616, "bits": 4.5, "snr": 36.04,
-            "types": {"Q2_K": 9, "Q6_K": 7}
-        }
-        assert packing_quality.cells(row)[3:] == ["36.0 dB", "9 Q2_K, 7 Q6_K"]
-
-
 @functools.cache
 def seen() -> tuple[dict, dict]:
     """The demo's matrices, and the second moments of their inputs for a few captions."""

@@ -1,5 +1,6 @@
 """Loading shows how far it is, ends when the user cancels it, and then leaves nothing behind."""
 import gc
+import random
 import re
 from pathlib import Path
 
@@ -103,13 +104,11 @@ def test_a_load_shows_its_way_from_nothing_to_all(load, shown):
 @pytest.mark.skipif(
     not Path("/proc/self/maps").exists(), reason="reads what is mapped where Linux shows it"
 )
-@pytest.mark.parametrize("after", ["the first step", "half", "the last but one"])
-def test_a_cancelled_load_leaves_nothing_behind(load, shown, after):
+def test_a_cancelled_load_leaves_nothing_behind(load, shown):
     load()
     steps = len(shown)
     shown.clear()
-    shown.cancel_after = {"the first step": 1, "half": steps // 2,
-                          "the last but one": steps - 1}[after]
+    shown.cancel_after = random.choice([1, steps // 2, steps - 1])
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         load()
     gc.collect()

@@ -13,8 +13,8 @@ from comfyui_and_pack import HOST, PACK
 import pytest
 import recipe_process
 import torch
+from checkpoint_parts import checkpoint_shapes
 from comfy.weight_adapter import LoRAAdapter
-from families import FAMILIES, random_weights
 from patched_models import flux_file
 from recipe_process import digest
 
@@ -40,18 +40,8 @@ def models(tmp_path_factory):
     """A folder with a diffusion model, a text encoder, and a checkpoint with both and a VAE."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "flux.gguf").symlink_to(flux_file("Q8_0")[0])
-    encoder = tiny_models.clip_l_shapes()
-    write_random_gguf(folder / "clip_l.gguf", encoder, "Q8_0")
-    shapes = {
-        f"model.diffusion_model.{name}": value.shape
-        for name, value in random_weights(FAMILIES["sd1.5"]).items()
-    }
-    shapes |= {f"cond_stage_model.transformer.{name}": shape for name, shape in encoder.items()}
-    shapes |= {
-        f"first_stage_model.{name}": value.shape
-        for name, value in tiny_models.autoencoder().items()
-    }
-    write_random_gguf(folder / "checkpoint.gguf", shapes, "Q8_0", None)
+    write_random_gguf(folder / "clip_l.gguf", tiny_models.clip_l_shapes(), "Q8_0")
+    write_random_gguf(folder / "checkpoint.gguf", checkpoint_shapes(), "Q8_0", None)
     write_random_gguf(folder / "vae.gguf",
                       {name: value.shape for name, value in tiny_models.autoencoder().items()},
                       "Q8_0")

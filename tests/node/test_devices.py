@@ -4,14 +4,13 @@ sentence on the node."""
 import comfy.sd
 import pytest
 import torch
-from checkpoint_parts import autoencoder
+from checkpoint_parts import autoencoder, checkpoint_shapes
 from encoders import ENCODERS
 from encoders.encoder import hidden_states, random_weights, write_encoder
-from families import FAMILIES
-from families import random_weights as family_weights
 from model_folders import use_folder
 from packed_weights import packed_weights, write_packed
 from prompt_errors import input_errors
+from safetensors.torch import save_file
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_random_gguf
@@ -19,20 +18,12 @@ from featherweight.loaders import devices
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.vae import load_vae
-from featherweight.nodes import load_text_encoder, node_text
+from featherweight.nodes import load_text_encoder
 from featherweight.ops.tensor.packed_layout import is_packed
 
 pytestmark = pytest.mark.fake_gpus
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
-
-
-@pytest.fixture
-def texts(monkeypatch):
-    """What is shown on a node."""
-    texts = []
-    monkeypatch.setattr(node_text, "text_sender", lambda is_kept=True: texts.append)
-    return texts
 
 
 @pytest.fixture
@@ -113,28 +104,12 @@ def test_models_and_vaes_are_loaded_for_a_device_and_loaded_again_for_it(device,
 @pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
 def test_the_parts_of_a_checkpoint_are_loaded_for_their_devices_and_loaded_again_for_them(
         suffix, tmp_path):
-    shapes = {
-        f"model.diffusion_model.{name}": value.shape
-        for name, value in family_weights(FAMILIES["sd1.5"]).items()
-    }
-    shapes |= {
-        f"cond_stage_model.transformer.{name}": shape
-        for name, shape in tiny_models.clip_l_shapes().items()
-    }
-    shapes |= {
-        f"first_stage_model.{name}": value.shape
-        for name, value in tiny_models.autoencoder().items()
-    }
     path = tmp_path / f"checkpoint.{suffix}"
     if suffix == "gguf":
-        write_random_gguf(path, shapes, "Q8_0", None)
+        write_random_gguf(path, checkpoint_shapes(), "Q8_0", None)
     else:
-        from safetensors.torch import save_file
-        save_file(
-            {
-                name: torch.zeros(tuple(shape), dtype=torch.float16)
-                for name, shape in shapes.items()
-            }, path)
+        save_file({name: torch.zeros(shape, dtype=torch.float16)
+                   for name, shape in checkpoint_shapes().items()}, path)
     model, clip, vae = load_checkpoint(str(path), device=SECOND, encoder_device=CPU)
     assert isinstance(vae, comfy.sd.VAE) and vae.device == SECOND
     parts = [model, clip.patcher, vae.patcher]

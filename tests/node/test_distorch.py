@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-from featherweight.nodes.legacy import distorch
 from featherweight.nodes.legacy.distorch import (
     GIB,
     UnreadableError,
@@ -108,10 +107,3 @@ def test_halves_of_a_model_leave_nothing_on_the_device_that_computes():
         SECOND: 3,
         CPU: 2,
     }
-
-
-def test_amounts_are_binary():
-    assert (
-        distorch.GIB == 1 << 30
-        and gib(parse_allocation_string("cuda:0,1024k;cpu,*", SIZE, FIRST)[0])[FIRST] == 1 / 1024
-    )

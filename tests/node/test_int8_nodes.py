@@ -10,9 +10,6 @@ from model_folders import use_folder
 from patched_models import flux_file, lora_for, packed_layers, patched
 from patched_models import run as run_with
 
-from devtools.files import tiny_models
-from devtools.files.gguf_files import write_gguf
-from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.nodes.load_checkpoint import LoadCheckpoint
 from featherweight.nodes.load_diffusion_model import LoadDiffusionModel
 from featherweight.ops.layers import int8
@@ -83,24 +80,10 @@ def test_a_lora_on_an_int8_model_has_the_effect_it_has_on_an_exact_one(name, val
 def test_copies_and_models_built_again_compute_alike(name, node):
     patcher = node.execute(name, compute="int8")[0]
     build, arguments = patcher.cached_patcher_init
-    for copy in (patcher, patcher.clone(), build(*arguments, disable_dynamic=True)):
+    for copy in (patcher, patcher.clone(), deep_clone(patcher),
+                 build(*arguments, disable_dynamic=True)):
         assert computes(copy) == {"int8"}
     assert computes(node.execute(name)[0]) == {"exact"}
-
-
-def test_a_clone_for_another_device_computes_alike(name):
-    assert computes(deep_clone(LoadDiffusionModel.execute(name, compute="int8")[0])) == {"int8"}
-
-
-def test_the_model_of_a_whole_checkpoint_computes_so(tmp_path):
-    tensors = {
-        f"model.diffusion_model.{name}": values
-        for name, values in tiny_models.flux(double_blocks=1).items()
-    }
-    write_gguf(tmp_path / "checkpoint.gguf", tensors, lambda name, values: "Q8_0")
-    for compute in ("exact", "int8"):
-        model, _, _ = load_checkpoint(str(tmp_path / "checkpoint.gguf"), compute=compute)
-        assert computes(model) == {compute}
 
 
 @pytest.mark.parametrize("node", NODES)

@@ -135,9 +135,9 @@ def wrapped(node_id, node, inputs):
     return clip[0]
 
 
-CALLS = [(call, node_id, inference) for node_id in LEGACY for inference in (True, False)
-         for call in (exported, exported_from_here, by_position, as_a_new_node, wrapped)
-         if node_id not in BY_NAME or (call is exported and inference)]
+CALLS = [(call, node_id, inference) for node_id in LEGACY for call, inference in (
+    (exported, True), (exported_from_here, True), (by_position, False), (as_a_new_node, False),
+    (wrapped, True)) if node_id not in BY_NAME or call is exported]
 
 
 @pytest.mark.parametrize(("call", "node_id", "inference"), [

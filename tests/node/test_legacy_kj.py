@@ -7,7 +7,6 @@ from model_folders import use_folder
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
-from featherweight.nodes import node_text
 from featherweight.nodes.legacy.kjnodes import GGUFLoader
 
 pytestmark = pytest.mark.usefixtures("small_models")
@@ -26,14 +25,6 @@ def files(tmp_path, monkeypatch):
     }
     for name, tensors in files.items():
         write_gguf(tmp_path / f"{name}.gguf", tensors, lambda name, values: "Q8_0")
-
-
-@pytest.fixture
-def texts(monkeypatch):
-    """What is shown on the node."""
-    texts = []
-    monkeypatch.setattr(node_text, "text_sender", lambda is_kept=True: texts.append)
-    return texts
 
 
 def load(name: str, **inputs):

@@ -2,7 +2,6 @@
 effect, and what a value of a workflow cannot name."""
 import comfy.sd
 import comfy.text_encoders.flux
-import nunchaku_writer
 import pytest
 import torch
 from encoders import ENCODERS
@@ -13,7 +12,6 @@ from patched_models import (
     LIMIT,
     error_by_effect,
     flux_file,
-    flux_inputs,
     flux_pair,
     lora_for,
     patched,
@@ -21,7 +19,7 @@ from patched_models import (
 )
 from prompt_errors import NODES, input_errors
 from safetensors.torch import save_file
-from workflow_files import FLUX_SIZES, flux, flux_in_diffusers_names, nf4, nf4_folder
+from workflow_files import FLUX_SIZES, nf4, nf4_folder
 
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
@@ -99,37 +97,6 @@ def test_a_loader_offers_files_and_folders_of_models_and_loads_each(node_id, bas
         model, = NODES[node_id].execute(**inputs)
         assert type(model.model).__module__ == "comfy.model_base"
         assert is_packed(model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight)
-
-
-@pytest.fixture
-def svdquant_flux(base):
-    """(a Flux of Nunchaku as its loader gives it, the values in its file)."""
-    path = base / "diffusion_models" / "svdq-int4_r32-flux.1-dev.safetensors"
-    seen = nunchaku_writer.write(path, nunchaku_writer.flux(flux_in_diffusers_names(flux())))
-    model, = NODES["NunchakuFluxDiTLoader"].execute(path.name, cpu_offload="enable")
-    return model, seen
-
-
-def test_a_file_of_nunchaku_loads_with_its_values(svdquant_flux):
-    model, seen = svdquant_flux
-    weight = model.model.diffusion_model.double_blocks[0].txt_mlp[0].weight
-    expected = seen["transformer_blocks.0.ff_context.net.0.proj.weight"]
-    assert is_packed(weight)
-    assert (weight.dequantize().float() - expected).norm() < 0.01 * expected.norm()
-
-
-def test_a_lora_has_its_full_effect_on_a_file_of_nunchaku(svdquant_flux, base):
-    model, _ = svdquant_flux
-    values = {name: getattr(value, "dequantize", lambda value=value: value)().float().clone()
-              for name, value in model.model.diffusion_model.named_parameters()}
-    lora = lora_for(values)
-    save_file(lora, base / "loras" / "style.safetensors")
-    inputs = flux_inputs() | {"c_crossattn": torch.randn(1, 5, FLUX_SIZES["context"])}
-    dense = comfy.sd.load_diffusion_model_state_dict(values)
-    expected = run(patched(dense, (lora, 0.7)), inputs)
-    without = run(model, inputs)
-    changed, = NODES["NunchakuFluxLoraLoader"].execute(model, "style.safetensors", 0.7)
-    assert error_by_effect(run(changed, inputs), expected, without) < LIMIT
 
 
 OTHER_VALUES = {

@@ -242,19 +242,6 @@ def test_misfits_set_to_fail_stops_at_a_tensor_that_nobody_reads(loras, packed_f
     assert len(model.patches) == 1 and "fits in part" in text and f"{layer}.lora_E" in text
 
 
-def test_a_lora_under_the_models_bare_names_is_applied_and_checked(loras, packed_flux, tmp_path,
-                                                                   monkeypatch):
-    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
-    shapes = weight_shapes(packed_flux.model, "blocks.")
-    bare = {name.removeprefix("diffusion_model."): shape for name, shape in shapes.items()}
-    save_file(pairs(bare), loras / "bare.safetensors")
-    model, _, text = ApplyLora.execute(packed_flux, "bare.safetensors").args
-    assert model.patches.keys() == {f"{name}.weight" for name in shapes}
-    checked = CheckLora.execute(packed_flux, "bare.safetensors").args[0]
-    assert text.splitlines()[0] == checked.splitlines()[0]
-    assert "fits: all 29 layers match" in checked
-
-
 def test_a_lora_of_which_nothing_fits_is_always_an_error(loras, packed_flux):
     save_file(pairs({"lora_unet_double_blocks_0_img_attn_proj": (3072, 3072)}),
               loras / "big.safetensors")

@@ -56,11 +56,6 @@ def test_a_model_with_loras_is_measured_in_each_way_without_and_with_them(tmp_pa
     assert all(row.peak > 0 and not row.reason for row in rows)
 
 
-def test_without_loras_there_are_no_rows_with_them():
-    rows = measure_speed(packed_flux("Q4_K"), latent=LATENT).rows
-    assert {row.has_loras for row in rows} == {False}
-
-
 def test_the_model_is_afterwards_as_it_was(tmp_path, monkeypatch):
     model = with_lora(packed_flux("Q8_0"), tmp_path, monkeypatch)
     layers = [layer for layer in model.model.modules() if isinstance(layer, PackedLayer)]

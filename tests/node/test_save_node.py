@@ -89,8 +89,7 @@ def test_a_type_is_offered_where_comfyui_reads_it_and_else_refused_in_a_sentence
 
 
 @pytest.mark.parametrize(("source", "target"), [
-    ("nvfp4", "Q4_K"), ("int8_convrot", "Q4_K"), ("int8_convrot", "NF4"), ("Q8_0", "NF4"),
-    ("Q4_K", "nvfp4"), ("NF4", "Q8_0"), ("Q8_0", "Q8_0"), ("nvfp4", "nvfp4"),
+    ("int8_convrot", "Q4_K"), ("Q4_K", "nvfp4"), ("NF4", "Q8_0"), ("nvfp4", "nvfp4"),
     ("Q4_K", "keep types")])
 def test_a_plan_says_that_packed_weights_lose_a_second_time(source, target, output, tmp_path):
     save_file(tiny_flux(), tmp_path / "dense.safetensors")
@@ -143,14 +142,9 @@ def test_types_sizes_and_files_of_both_kinds(output):
     assert saved(model, "NF4")[0].name == "ComfyUI_NF4_00001_.safetensors"
     assert saved(model, "mxfp8")[0].name == "ComfyUI_mxfp8_00001_.safetensors"
     assert saved(model, "keep types")[0].name == "ComfyUI_keep_types_00001_.gguf"
-
-
-def test_a_size_is_met_with_types_of_comfyuis_own_and_encoders_take_the_first(output):
-    option = f"{MIX}: int8_convrot + nvfp4"
-    path, report = saved(packed_flux("Q8_0"), option, 0.0032)
+    path, report = saved(model, f"{MIX}: int8_convrot + nvfp4", 0.0032)
     assert path.name == "ComfyUI_0.0032GB_int8_convrot_nvfp4_00001_.safetensors"
     assert "int8_convrot: " in report and "nvfp4: " in report
-    assert 2_900_000 < path.stat().st_size <= 3_200_000
 
 
 def test_with_a_vae_the_file_is_a_whole_checkpoint(output, tmp_path):
@@ -216,20 +210,6 @@ def test_an_nf4_model_is_nf4_as_it_is(output):
     assert again.suffix == ".safetensors" and again.stat().st_size < 1.02 * first.stat().st_size
     layer = "single_blocks.0.linear1.weight"
     assert open_weights(again).entries[layer].format == open_weights(first).entries[layer].format
-
-
-def test_a_lora_on_a_packed_model_arrives_whole_or_its_share_is_told(output):
-    model = patched(packed_flux("Q4_K"), (lora_for(tiny_flux(), size=0.01), 1.0))
-    whole, asked = saved(model), saved(model, loras=KEEP_SIZE)
-    assert open_weights(whole[0]).entries["single_blocks.0.linear1.weight"].format in (
-        "Q6_K",
-        "Q8_0",
-    )
-    assert open_weights(asked[0]).entries["single_blocks.0.linear1.weight"].format == "Q4_K"
-    shares = [
-        float(report.split("(strength 1): ")[1].split("%")[0]) for _, report in (whole, asked)
-    ]
-    assert 99 <= shares[0] <= 101 and shares[1] < 95
 
 
 def test_the_node_shows_a_few_lines_and_the_report_has_the_layers_too(output, monkeypatch):

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 
 import nodes as host_nodes
 from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.nodes import node_text
 from featherweight.nodes.load_side_models import LoadCLIPVision, LoadControlNet, LoadModelPatch
 
 
@@ -106,14 +105,6 @@ def folder(loader, tmp_path, monkeypatch) -> Path:
     return tmp_path / loader.folder
 
 
-@pytest.fixture
-def texts(monkeypatch) -> list[str]:
-    """Texts on nodes."""
-    texts = []
-    monkeypatch.setattr(node_text, "text_sender", lambda is_kept=True: texts.append)
-    return texts
-
-
 def test_files_and_folders_are_listed(loader, folder):
     for name, config in (("listed", loader.config), ("other", loader.other_config)):
         (folder / name).mkdir()
@@ -137,11 +128,6 @@ def test_a_dense_file_is_packed_as_it_is_read(loader, folder, texts, small_model
               folder / "net.safetensors")
     assert loader.packed(loader.load("net.safetensors", "Q8_0"))
     assert texts[-1].startswith("Q8_0 + ") and "in memory, packed from F32 in" in texts[-1]
-
-
-def test_a_missing_file_is_refused(loader, folder):
-    with pytest.raises(WeightFileError, match="gone.gguf is in none of the model folders"):
-        loader.load("gone.gguf")
 
 
 @pytest.mark.fake_gpus

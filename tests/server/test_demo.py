@@ -76,14 +76,6 @@ def test_the_sheet_has_room_for_every_picture(results):
     assert all(title in demo.as_text(results) for title in shown)
 
 
-def test_the_columns_of_the_report_stand_under_each_other():
-    result = {"bytes": 5e6, "seconds": 1.5, "dense": 40.0, "right": {"house": True}}
-    lines = demo.as_text({"dense": {**result, "dense": None},
-                          "a longer title than others": result}).splitlines()
-    assert {line.index(" MB") + 3 for line in lines[1:]} == {lines[0].index("memory") + 6}
-    assert {line.index("1 of ") for line in lines[1:]} == {lines[0].index("as asked")}
-
-
 def test_the_demo_goes_without_a_model_that_could_not_be_written(server):
     workflow = json.loads(demo.SIDE_BY_SIDE.read_text(encoding="utf-8"))
     graph = to_api(workflow, server.object_info())

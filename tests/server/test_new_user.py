@@ -10,18 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from editor import (
-    FREE_PLACE,
     SAVED,
-    SEARCH_INPUT,
     TEMPLATES,
     becomes,
     open_help,
     open_templates,
     run,
-    search_nodes,
     template_card,
     text_on,
-    with_texts,
 )
 from PIL import Image
 
@@ -151,26 +147,7 @@ def test_2_the_templates_are_in_order_and_the_first_says_what_to_download(page):
     assert [file for file in files if file not in text] == [] != files
 
 
-def test_3_the_search_finds_the_loader_before_all_other_nodes_of_the_pack(page):
-    page.evaluate("app.graph.clear()")
-    for word in ("fp8", "nunchaku", "gguf"):
-        titles = search_nodes(page, word, TITLE)
-        keep(page, f"3 search {word}")
-        assert titles.index(TITLE) < 3, titles
-        if word != "gguf":  # which stands in three names, the shortest first
-            assert next(title for title in titles if "Featherweight)" in title) == TITLE
-            page.press("Escape", "Escape")
-            becomes(page, lambda: page.evaluate(f"!!{SEARCH_INPUT}"), False)
-    page.click_on(f"[...document.querySelectorAll('[data-testid=result-item]')]"
-                  f".find(item => item.textContent.includes('{TITLE}'))")
-    page.wait_for(f"!!{NODE}('{LOADER}')")
-    time.sleep(0.5)
-    page.click(*FREE_PLACE)  # where the node goes
-    becomes(page, lambda: page.evaluate(f"!!{NODE}('{LOADER}').flags.ghost"), False)
-    keep(page, "3 added")
-
-
-def test_4_the_face_of_the_loader_is_the_model_and_what_it_is_packed_to(browser, computer):
+def test_3_the_face_of_the_loader_is_the_model_and_what_it_is_packed_to(browser, computer):
     """Where nodes have the modern design: the classic one shows the advanced inputs of any node."""
     computer.post("/settings", {MODERN: True})
     try:
@@ -183,13 +160,13 @@ def test_4_the_face_of_the_loader_is_the_model_and_what_it_is_packed_to(browser,
         face = {"model", "pack to"}
         more = {"compute", "disable dynamic VRAM", "module", "size in GB"}
         becomes(browser, lambda: {*browser.evaluate(text)} & (face | more), face)
-        keep(browser, "4 face")
+        keep(browser, "3 face")
         browser.click_on("[...document.querySelectorAll('[data-node-id] button')].find("
                          "button => /advanced/i.test(button.innerText))")
         becomes(browser, lambda: {*browser.evaluate(text)} & (face | more), face | more)
-        keep(browser, "4 advanced")
+        keep(browser, "3 advanced")
         open_help(browser, LOADER)
-        keep(browser, "4 help")
+        keep(browser, "3 help")
         assert TITLE in browser.evaluate("document.querySelector('.node-help-content').innerText")
     finally:
         computer.post("/settings", {MODERN: False})
@@ -200,33 +177,19 @@ def test_4_the_face_of_the_loader_is_the_model_and_what_it_is_packed_to(browser,
     (demo_files.ENCODER_NAME, ["text encoder", "Load Text Encoder (GGUF, Featherweight)"]),
     (WEB_PAGE, ["it is a web page, not the model", "Download the model itself"]),
 ], ids=["text encoder", "web page"])
-def test_5_a_wrong_file_is_named_with_what_to_do(page, computer, models, file, advice):
+def test_4_a_wrong_file_is_named_with_what_to_do(page, computer, models, file, advice):
     open_demo(page, demo.WORKFLOW.read_text(encoding="utf-8").replace(demo.MODEL_NAME, file))
     run(page, computer)
     page.wait_for(f"!!{COMPLAINT}?.checkVisibility()")
-    keep(page, f"5 wrong file {file}")
+    keep(page, f"4 wrong file {file}")
     text = text_on(page, LOADER)
     assert [part for part in (file, *advice) if part not in text] == []
     text = complaint(page)
-    keep(page, f"5 wrong file {file}, details")
+    keep(page, f"4 wrong file {file}, details")
     assert [part for part in (file, *advice) if part not in text] == []
 
 
-def test_6_a_run_with_loras_shows_its_image_and_what_the_loras_are(page, computer, models):
-    computer.post("/free", {"free_memory": True})  # else a loader that has run says nothing
-    open_demo(page, demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
-    run(page, computer)
-    assert image(page, computer).std() > 10
-    assert with_texts(page) == ["FeatherweightCheckLora", LOADER, "FeatherweightLoadTextEncoder"]
-    page.evaluate(FIT_VIEW)
-    keep(page, "6 LoRA")
-    page.evaluate("app.canvas.ds.scale = 1;"
-                  f"app.canvas.centerOnNode({NODE}('FeatherweightCheckLora'))")
-    keep(page, "6 LoRA, checked")
-    assert "all 20 layers match the model" in text_on(page, "FeatherweightCheckLora")
-
-
-def test_7_a_saved_model_is_in_the_list_of_the_loader_and_runs(page, computer, models):
+def test_5_a_saved_model_is_in_the_list_of_the_loader_and_runs(page, computer, models):
     open_demo(page)
     page.evaluate(f"""(() => {{
         const save = LiteGraph.createNode('{SAVE}'), loader = {NODE}('{LOADER}');
@@ -237,11 +200,11 @@ def test_7_a_saved_model_is_in_the_list_of_the_loader_and_runs(page, computer, m
     disabled = f"!!{NODE}('{SAVE}').widgets.find(widget => widget.name === 'size_gb').disabled"
     assert page.evaluate(disabled)
     page.evaluate(FIT_VIEW)
-    keep(page, "7 to save")
+    keep(page, "5 to save")
     page.evaluate(LISTEN)
     run(page, computer)
     page.evaluate("app.canvas.ds.scale = 1;" f"app.canvas.centerOnNode({NODE}('{SAVE}'))")
-    keep(page, "7 saved")
+    keep(page, "5 saved")
     texts = [text.replace(JOINER, "") for text in page.evaluate("told")]
     saved = max((computer.base / "output" / "diffusion_models").iterdir())
     assert re.fullmatch(r"ComfyUI_Q4_K_0000\d_\.gguf", saved.name)
@@ -255,10 +218,10 @@ def test_7_a_saved_model_is_in_the_list_of_the_loader_and_runs(page, computer, m
     run(page, computer)
     assert image(page, computer).std() > 10
     page.evaluate(FIT_VIEW)
-    keep(page, "7 loaded again")
+    keep(page, "5 loaded again")
 
 
-def test_8_a_workflow_of_0_2_1_opens_and_runs_as_it_did(page, computer, models):
+def test_6_a_workflow_of_0_2_1_opens_and_runs_as_it_did(page, computer, models):
     open_demo(page, EARLIER.read_text(encoding="utf-8"))
     assert not page.types(RED) and not page.evaluate(f"!!{COMPLAINT}")
     values = {node["class_type"]: node["inputs"] for node in page.prompt().values()}
@@ -266,7 +229,7 @@ def test_8_a_workflow_of_0_2_1_opens_and_runs_as_it_did(page, computer, models):
     assert values["FeatherweightApplyLora"]["misfits"] == "skip"
     run(page, computer)
     earlier = image(page, computer)
-    keep(page, "8 earlier")
+    keep(page, "6 earlier")
     open_demo(page, demo.LORA_WORKFLOW.read_text(encoding="utf-8"))
     run(page, computer)
     assert np.array_equal(earlier, image(page, computer))

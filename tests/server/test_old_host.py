@@ -37,7 +37,7 @@ def test_a_host_so_old_that_it_does_not_say_its_version_is_told_so_too(tmp_path)
             f" {OLDEST_HOST} or newer: update ComfyUI.") in found.stderr
 
 
-@pytest.mark.parametrize("version", [NEWEST_HOST, f"{NEWEST_HOST}.1", "0.47.0", "1.0"])
+@pytest.mark.parametrize("version", [f"{NEWEST_HOST}.1", "1.0"])
 def test_a_host_newer_than_all_tested_ones_is_named_once_in_the_log(version):
     planted = f"import sys, types; sys.path.insert(0, {str(ROOT.parent)!r});" \
               " sys.modules['comfyui_version'] = types.SimpleNamespace(" \

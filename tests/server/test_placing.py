@@ -25,36 +25,6 @@ MODEL = "larger_flux.gguf"  # than a page of dynamic VRAM
 SIZES = {"hidden": 512, "double_blocks": 2, "single_blocks": 6, "context": 768}
 # MB of the model, of the text encoder, and of the largest layer
 SIZE, TEXT_SIZE, LARGEST = 48.2, 131.9, 4.0
-WRONG = {  # node -> (what it is given, what it says)
-    "below 0": ({"gpu_weights": -2.0},
-                "GPU weights in GB is -2, which is below 0; it is treated as 0."),
-    "above": ({"gpu_weights": 48.0},
-              "GPU weights in GB is 48, but cuda:0 has 4.3 GB in total; ComfyUI keeps as much there"
-              " as fits."),
-    "absent": ({"store": "gpu:5"},
-               "There is no gpu:5 to keep the rest on; main memory is used."),
-    "itself": ({"store": "gpu:0"},
-               "gpu:0 computes, so it does not keep the rest; main memory is used."),
-    "store below 0": ({"store": "gpu:1", "store_gb": -1.0},
-                      "At most there, in GB is -1, which is below 0; it is treated as 0."),
-}
-FORGETTER = '''
-class ForgetLoader:
-    """A model of which the host does not know how it was loaded, as some packs leave it."""
-    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
-
-    def run(self, model):
-        model = model.clone()
-        model.cached_patcher_init = None
-        return model,
-
-
-NODE_CLASS_MAPPINGS = {"ForgetLoader": ForgetLoader}
-'''
 
 
 @pytest.fixture(scope="module", params=["dynamic", pytest.param("static", marks=pytest.mark.heavy)])
@@ -74,7 +44,7 @@ def server(request, tmp_path_factory):
     class TwoGpus(FakeGpuServer):
         size = Size(devices=2, gib=4, late=True, dynamic=request.param == "dynamic")
 
-    with TwoGpus(base, extra_custom_nodes={"forgetter": FORGETTER}) as server:
+    with TwoGpus(base) as server:
         yield server
         assert "Traceback" not in server.log() and "lora key not loaded" not in server.log()
 
@@ -163,23 +133,6 @@ def test_with_a_budget_pictures_are_the_same_and_the_nodes_say_what_stays(
         here, _, copied = lies(texts[node][-1])
         assert min(least, size) <= here <= asked + 0.2 and (copied > 0) == (asked < size)
     assert sum(lies(texts["place"][-1])) == pytest.approx(SIZE, abs=0.2)
-
-
-def test_what_cannot_be_is_said_on_the_node_and_the_picture_comes(server, graph):
-    for node, (inputs, _) in WRONG.items():
-        graph = place_model(graph, node, **{"gpu_weights": 0.02, **inputs})
-    run = server.queue(graph)
-    for node, (_, sentence) in WRONG.items():
-        assert run.texts[node][-1].endswith(f"\n{sentence}")
-
-
-@pytest.mark.heavy
-def test_a_store_that_dynamic_vram_does_not_allow_is_left_out(server, graph):
-    graph = place_model(before(graph, "KSampler", "model", "forget", "ForgetLoader"),
-                        gpu_weights=0.04, store="gpu:1")
-    text = server.queue(graph).texts["place"][-1]
-    assert ("which its loader does not support" in text) == server.size.dynamic
-    assert (lies(text)[1] == 0) == server.size.dynamic
 
 
 @pytest.mark.heavy

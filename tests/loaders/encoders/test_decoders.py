@@ -50,14 +50,6 @@ def load_names(path):
     return arch_of(weights).convert(weights, file.metadata)
 
 
-@pytest.mark.parametrize("name", ["llama-3-8b", "gpt-oss-20b"])
-def test_the_host_gets_the_names_it_has_and_no_others(name, tmp_path):
-    encoder, path = ENCODERS[name], tmp_path / "encoder.gguf"
-    weights = random_weights(encoder)
-    write_encoder(path, encoder, weights)
-    assert load_names(path).keys() == weights.keys()
-
-
 def test_rows_packed_with_k_quants_go_back_to_where_they_were(tmp_path):
     weights = random_weights(LLAMA)
     seen = write_encoder(tmp_path / "encoder.gguf", LLAMA, weights, packed_type="Q4_K")

@@ -135,26 +135,20 @@ def test_a_tokenizer_json_of_which_mistral_can_make_nothing_is_told(content, tmp
 
 
 @pytest.mark.parametrize("name", [name for name, encoder in ENCODERS.items() if encoder.extra])
-def test_an_encoder_without_the_tokenizer_that_the_host_needs_is_told(name, tmp_path):
+def test_the_tokenizer_in_a_folder_is_that_of_a_file_and_is_missed_where_there_is_none(name,
+                                                                                       tmp_path):
     encoder = ENCODERS[name]
     with small_towers(encoder):
-        write_folder(tmp_path / "encoder", encoder, encoder.published(all_weights(encoder)),
-                     tokenizer=False)
+        weights = encoder.published(all_weights(encoder))
+        write_folder(tmp_path / "whole", encoder, weights)
+        assert load(tmp_path / "whole", encoder).tokenize("ab ba") == host_clip(
+            encoder, weights
+        ).tokenize("ab ba")
+        write_folder(tmp_path / "encoder", encoder, weights, tokenizer=False)
         with pytest.raises(
                 WeightFileError,
                 match=f"encoder is .* without its tokenizer.*{FILES[next(iter(encoder.extra))]}"):
             load(tmp_path / "encoder", encoder)
-
-
-@pytest.mark.parametrize("name", [name for name, encoder in ENCODERS.items() if encoder.extra])
-def test_the_tokenizer_in_a_folder_is_that_of_a_file(name, tmp_path):
-    encoder = ENCODERS[name]
-    with small_towers(encoder):
-        weights = encoder.published(all_weights(encoder))
-        write_folder(tmp_path / "encoder", encoder, weights)
-        assert load(tmp_path / "encoder", encoder).tokenize("ab ba") == host_clip(
-            encoder, weights
-        ).tokenize("ab ba")
 
 
 def test_a_tokenizer_that_is_overwritten_beside_an_encoder_is_read_again(tmp_path):

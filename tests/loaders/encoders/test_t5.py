@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.encoders.arch import ARCHS, arch_of, strip_prefix
+from featherweight.loaders.encoders.arch import ARCHS, arch_of
 from featherweight.loaders.encoders.saved_tokenizer import saved_tokenizer
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.text_encoder import load_text_encoder
@@ -116,21 +116,6 @@ def test_of_a_whole_model_only_the_encoder_is_used(tmp_path, caplog):
         "lm_head.weight": torch.ones(1)
     }
     assert set(arch_of(weights).convert(weights | of_transformers, {})) == set(weights)
-
-
-@pytest.mark.parametrize(
-    "prefix", ["text_encoders.t5xxl.transformer.", "te3.", "t5xxl.", "t5xxl.transformer."]
-)
-@pytest.mark.parametrize("name", ["t5-xxl", "t5-xxl of transformers"])
-def test_the_place_in_a_larger_file_is_taken_off_the_names(name, prefix):
-    """What stable-diffusion.cpp 2026-08 writes for `--t5xxl`: the names of the file it was given
-    behind its own."""
-    weights = dict.fromkeys(random_weights(ENCODERS[name]), torch.zeros(1))
-    stored = (
-        weights if "transformers" in name else in_gguf_names(weights, ENCODERS[name].architecture)
-    )
-    found = strip_prefix({prefix + name: tensor for name, tensor in stored.items()})
-    assert set(arch_of(found).convert(found, {})) == set(weights)
 
 
 @pytest.mark.parametrize(

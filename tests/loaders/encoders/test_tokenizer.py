@@ -25,6 +25,7 @@ from comfy.text_encoders.gpt_oss import LensGptOssTokenizer, _GptOssRawTokenizer
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 from transformers.integrations.mistral import MistralConverter
 
+from devtools.files.gguf_files import write_all
 from devtools.host.environment import LLAMA_CPP
 from featherweight.loaders.encoders.tokenizer import (
     O200K_WORDS,
@@ -36,7 +37,6 @@ from featherweight.loaders.encoders.tokenizer import (
 from featherweight.loaders.files.open_weights import open_weights
 
 HOST_TOKENIZERS = Path(comfy.text_encoders.__path__[0])
-VOCABULARIES = LLAMA_CPP / "models"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = gguf.TokenType
 
 TEXTS = [
@@ -79,10 +79,7 @@ def metadata_of(path, model, tokens, types, scores=None, merges=None, roles=(), 
         getattr(writer, f"add_{role}_token_id")(index)
     for name, value in flags.items():
         getattr(writer, f"add_{name}")(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return open_weights(path).metadata
 
 

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES
 
 from devtools.files.ggml_quantiser import SOURCE
-from devtools.files.gguf_files import write_gguf
+from devtools.files.gguf_files import write_all, write_gguf
 from devtools.files.gguf_types import FORK_TYPES
 from featherweight.loaders.container.weight_file import (
     CONTAINERS,
@@ -37,13 +37,6 @@ def random_blocks(shape, type_name) -> np.ndarray:
     block_length, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
     packed_shape = (*shape[:-1], shape[-1] // block_length * block_bytes)
     return np.random.default_rng(0).integers(0, 256, packed_shape, dtype=np.uint8)
-
-
-def finish(writer):
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -93,7 +86,7 @@ def test_every_type_reads_as_the_bytes_that_were_written(tmp_path, type_name):
                         "other": (2, 256)}.items():
         writer.add_tensor(name, random_blocks(shape, type_name),
                           raw_dtype=GGMLQuantizationType[type_name])
-    finish(writer)
+    write_all(writer)
 
     file = open_weights(path)
     oracle = GGUFReader(path).tensors
@@ -149,7 +142,7 @@ def write_type_42(path, type_name, shapes=None) -> dict[str, bytes]:
     }
     for name, blocks in data.items():
         writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[type_name])
-    finish(writer)
+    write_all(writer)
     number = struct.pack("<I", GGMLQuantizationType[type_name])
     written = path.read_bytes()
     for tensor in GGUFReader(path).tensors:
@@ -300,7 +293,7 @@ def test_metadata_of_every_type_equals_ggufs(tmp_path):
         for index, value in enumerate(values):
             writer.add_key_value(f"{kind.name}.{index}", value, kind)
         writer.add_key_value(f"{kind.name}.array", values, GGUFValueType.ARRAY, sub_type=kind)
-    finish(writer)
+    write_all(writer)
 
     metadata = open_weights(path).metadata
     fields = {
@@ -326,15 +319,6 @@ def test_odd_metadata_values_are_tolerated(tmp_path):
         "empty": [],
         "": 1,
     }
-
-
-def test_metadata_that_is_absent_is_a_missing_key(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(build())
-    metadata = open_weights(path).metadata
-    assert "x" not in metadata and metadata.get("x") is None
-    with pytest.raises(KeyError):
-        metadata["x"]
 
 
 def test_a_large_vocabulary_is_decoded_only_on_access(tmp_path):
@@ -395,14 +379,14 @@ def original(shape, kind=5, name="x"):
     return [entry(f"comfy.gguf.orig_shape.{name}", 9, array(kind, len(shape), sizes))]
 
 
-@pytest.mark.parametrize("type_name", ["F32", "F16", *PACKED])
+@pytest.mark.parametrize("type_name", ["F32", "Q8_0", "Q4_K"])
 def test_five_dimensional_tensors_have_their_original_shape(tmp_path, type_name):
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(str(path), "wan")
     writer.add_array("comfy.gguf.orig_shape.x", [2, 3, 1, 2, 512])
     writer.add_tensor("x", random_blocks((12, 512), type_name),
                       raw_dtype=GGMLQuantizationType[type_name])
-    finish(writer)
+    write_all(writer)
     file, oracle = open_weights(path), GGUFReader(path).tensors[0]
     assert file.entries["x"].shape == file.entries["x"].stored_shape == (2, 3, 1, 2, 512)
     assert (
@@ -439,7 +423,7 @@ def write_split(folder, small_first_shard=False):
     }
     for name, value in values.items():
         writer.add_tensor(name, value)
-    finish(writer)
+    write_all(writer)
     return values, sorted(folder.glob("*.gguf"))
 
 
@@ -659,19 +643,6 @@ def test_damage_is_refused_with_file_and_facts(tmp_path, case):
         assert fact in str(caught.value)
 
 
-@pytest.mark.parametrize("length", range(0, 130))
-def test_a_header_cut_anywhere_is_refused(tmp_path, length):
-    metadata = [
-        entry("general.architecture", 8, text("flux")),
-        entry("a", 9, array(4, 2, bytes(8)))
-    ]
-    content = build(info("tensor", [32]), metadata=metadata)
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(content[:length])
-    with pytest.raises(WeightFileError, match="cut.gguf"):
-        open_weights(path)
-
-
 def test_names_in_messages_are_short_and_escaped(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(build(info("\n\x1b[31m" + "x" * 5000, [32], 99)))
@@ -726,11 +697,6 @@ def test_other_files_under_a_models_name_are_recognised(tmp_path, case):
 def test_a_deleted_file_is_refused(tmp_path):
     with pytest.raises(WeightFileError, match="gone.gguf does not exist.*Refresh"):
         open_weights(tmp_path / "gone.gguf")
-
-
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(WeightFileError, match="folder"):
-        open_weights(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES
 
+from devtools.files.gguf_files import write_all
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.ops.formats.base import GGML_FORMATS
@@ -59,10 +60,7 @@ def honest_files(folder) -> list[tuple[bytes, int]]:
             _, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
             blocks = np.random.default_rng(0).integers(0, 256, (2, nbytes), dtype=np.uint8)
             writer.add_tensor(f"blocks.0.{name}", blocks, raw_dtype=GGMLQuantizationType[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_all(writer)
         contents.append(
             (path.read_bytes(), min(entry.offset for entry in open_weights(path).entries.values())))
     return contents

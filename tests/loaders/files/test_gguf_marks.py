@@ -131,18 +131,25 @@ def test_marks_in_tensors_of_i8_mean_the_same(case, tmp_path):
     assert quantizer_of(file) == "ComfyUI's own formats"
 
 
-@pytest.mark.parametrize("case", ["Q8_CR", "Q4_CR"])
-def test_a_model_draws_what_its_dense_values_draw_and_takes_loras(case, tmp_path):
+def marked_flux(case, path):
+    """Writes a Flux. Returns the path, its values, the host's model of them, and how many weights
+    are marked."""
     stored, values, marks = {}, {}, {}
     for name, tensor in tiny_flux().items():
         stored[name] = values[name] = tensor
         if tensor.ndim == 2 and tensor.shape[1] % 256 == 0 and "_blocks." in name:
             parts, marks[name], values[name] = WRITERS[case](tensor)
             stored |= named(name.removesuffix(".weight"), parts)
-    ours = load_diffusion_model(write(tmp_path / "model.gguf", stored, marks))
     dense = comfy.sd.load_diffusion_model_state_dict(
         {name: value.clone() for name, value in values.items()})
-    assert len(packed_layers(ours)) >= len(marks) > 8
+    return write(path, stored, marks), values, dense, len(marks)
+
+
+@pytest.mark.parametrize("case", ["Q8_CR", "Q4_CR"])
+def test_a_model_draws_what_its_dense_values_draw_and_takes_loras(case, tmp_path):
+    path, values, dense, marked = marked_flux(case, tmp_path / "model.gguf")
+    ours = load_diffusion_model(path)
+    assert len(packed_layers(ours)) >= marked > 8
     assert relative(run(ours), run(dense)) < 1e-5
     loras = [(lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5)]
     expected = run(patched(dense, *loras))
@@ -151,17 +158,10 @@ def test_a_model_draws_what_its_dense_values_draw_and_takes_loras(case, tmp_path
 
 @pytest.mark.parametrize("by", [AUTOMATIC, AS_COMFYUI])
 def test_who_computes_the_layers_is_a_choice_as_for_safetensors(by, tmp_path):
-    stored, values, marks = {}, {}, {}
-    for name, tensor in tiny_flux().items():
-        stored[name] = values[name] = tensor
-        if tensor.ndim == 2 and tensor.shape[1] % 256 == 0 and "_blocks." in name:
-            parts, marks[name], values[name] = WRITERS["Q8_CR"](tensor)
-            stored |= named(name.removesuffix(".weight"), parts)
-    ours = load_diffusion_model(write(tmp_path / "model.gguf", stored, marks), host_formats=by)
+    path, _, dense, marked = marked_flux("Q8_CR", tmp_path / "model.gguf")
+    ours = load_diffusion_model(path, host_formats=by)
     by_host = sum(map(is_comfy_quantized, ours.model.diffusion_model.parameters()))
-    assert by_host == (len(marks) if by == AS_COMFYUI else 0)
-    dense = comfy.sd.load_diffusion_model_state_dict(
-        {name: value.clone() for name, value in values.items()})
+    assert by_host == (marked if by == AS_COMFYUI else 0)
     # ComfyUI's product quantises the inputs of layers
     assert relative(run(ours), run(dense)) < (0.03 if by == AS_COMFYUI else 1e-5)
 

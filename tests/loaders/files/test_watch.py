@@ -138,8 +138,7 @@ def after(count: int, action):
     return track
 
 
-@pytest.mark.parametrize("change", WRITTEN_TO)
-def test_the_extra_file_of_a_model_is_watched(path, change):
+def test_the_extra_file_of_a_model_is_watched(path):
     whole = tiny_models.flux(0, hidden=128, double_blocks=1, single_blocks=1, context=128)
     for name, is_extra in (("model.gguf", False), ("extra.gguf", True)):
         write_gguf(path.with_name(name), {name: values for name, values in whole.items()
@@ -149,14 +148,13 @@ def test_the_extra_file_of_a_model_is_watched(path, change):
     os.utime(extra, ns=(0, 0))
     patcher = load_diffusion_model(str(path), extra=str(extra))
     patcher.prepare_state(torch.ones(1), {})
-    change(extra)
+    overwritten(extra)
     with pytest.raises(WeightFileError, match=r"^extra\.gguf was written to"):
         patcher.prepare_state(torch.ones(1), {})
 
 
-@pytest.mark.parametrize("change", WRITTEN_TO)
 @pytest.mark.parametrize("name", ["encoder.gguf", "mmproj-encoder.gguf"])
-def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name, change):
+def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name):
     encoder = next(encoder for encoder in ENCODERS.values() if encoder.te_model == "QWEN25_7B")
     with small_towers(encoder):
         write_encoder(tmp_path / "encoder.gguf", encoder, random_weights(encoder))
@@ -165,19 +163,18 @@ def test_a_text_encoder_and_what_it_sees_through_are_watched(tmp_path, name, cha
         clip = load_text_encoder([str(tmp_path / "encoder.gguf")], encoder.clip_type,
                                  model_options=encoder.model_options)
     clip.patcher.model.packed_patches.check_source()
-    change(tmp_path / name)
+    overwritten(tmp_path / name)
     with pytest.raises(WeightFileError, match=f"^{name} was written to"):
         clip.load_model()
 
 
-@pytest.mark.parametrize("change", WRITTEN_TO)
 @pytest.mark.parametrize("use", [lambda vae: vae.decode(torch.zeros(1, 16, 4, 4)),
                                  lambda vae: vae.encode(torch.zeros(1, 32, 32, 3)),
                                  lambda vae: vae.decode_tiled(torch.zeros(1, 16, 4, 4)),
                                  lambda vae: vae.encode_tiled(torch.zeros(1, 32, 32, 3))],
                          ids=["decode", "encode", "decode tiled", "encode tiled"])
 @torch.inference_mode()
-def test_a_vae_that_lies_in_its_file_is_watched(tmp_path, monkeypatch, use, change):
+def test_a_vae_that_lies_in_its_file_is_watched(tmp_path, monkeypatch, use):
     """As it does in dynamic VRAM, where the host assigns the weights of a file."""
     load = torch.nn.Module.load_state_dict
     monkeypatch.setattr(
@@ -187,19 +184,18 @@ def test_a_vae_that_lies_in_its_file_is_watched(tmp_path, monkeypatch, use, chan
     os.utime(tmp_path / "vae.gguf", ns=(0, 0))
     vae = load_vae(str(tmp_path / "vae.gguf"))
     use(vae)
-    change(tmp_path / "vae.gguf")
+    overwritten(tmp_path / "vae.gguf")
     with pytest.raises(WeightFileError, match=r"^vae\.gguf was written to"):
         use(vae)
 
 
-@pytest.mark.parametrize("change", WRITTEN_TO)
 @pytest.mark.parametrize(
     "read", [source_of_file, lambda path: source_of_model(load_diffusion_model(str(path)))],
     ids=["file", "model"]
 )
 @pytest.mark.parametrize("moment", [3, -1], ids=["in the midst", "in the end"])
 def test_a_model_whose_file_is_written_to_while_it_is_saved_becomes_no_file(
-        path, change, read, moment):
+        path, read, moment):
     source, out = read(path), path.with_name("out.gguf")
     out.write_bytes(b"what was there")
     with pytest.raises(WeightFileError, match=r"^model\.gguf was written to"):
@@ -208,7 +204,7 @@ def test_a_model_whose_file_is_written_to_while_it_is_saved_becomes_no_file(
             out,
             "Q4_0",
             overwrite=True,
-            track=after(moment % len(source.weights), lambda: change(path)),
+            track=after(moment % len(source.weights), lambda: overwritten(path)),
         )
     assert out.read_bytes() == b"what was there" and sorted(path.parent.iterdir()) == [path, out]
 
@@ -223,21 +219,19 @@ def test_a_model_whose_file_is_replaced_while_it_is_saved_is_saved_as_it_was(pat
     assert out.read_bytes() == expected
 
 
-@pytest.mark.parametrize("change", WRITTEN_TO)
-def test_a_lora_that_is_written_to_while_it_is_packed_in_is_an_error(tmp_path, change):
+def test_a_lora_that_is_written_to_while_it_is_packed_in_is_an_error(tmp_path):
     save_file(tiny_flux(), tmp_path / "model.safetensors")
     lora = tmp_path / "lora.safetensors"
     save_file(lora_for(tiny_flux()), lora)
     source = source_of_file(tmp_path / "model.safetensors", [(str(lora), 1.0)])
     with pytest.raises(WeightFileError, match=r"^lora\.safetensors was written to"):
-        save(source, tmp_path / "out.gguf", "Q8_0", track=after(3, lambda: change(lora)))
+        save(source, tmp_path / "out.gguf", "Q8_0", track=after(3, lambda: overwritten(lora)))
     assert not (tmp_path / "out.gguf").exists()
 
 
-@pytest.mark.parametrize("change", WRITTEN_TO)
 @pytest.mark.parametrize("moment", [3, 13], ids=["in the midst", "in the end"])
 def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_nothing(
-        tmp_path, monkeypatch, change, moment):
+        tmp_path, monkeypatch, moment):
     monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
     path, pack, count = tmp_path / "model.safetensors", pack_on_load.pack_tensor, []
     save_file({name: values.bfloat16() for name, values in tiny_flux().items()}, path)
@@ -246,7 +240,7 @@ def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_n
         count.append(1)
         packed = pack(*arguments)
         if len(count) == moment:
-            change(path)
+            overwritten(path)
         return packed
 
     monkeypatch.setattr(pack_on_load, "pack_tensor", pack_tensor)
@@ -255,11 +249,10 @@ def test_a_file_that_is_written_to_while_it_is_packed_gives_no_model_and_keeps_n
     assert len(count) == moment and not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("change", WRITTEN_TO)
-def test_a_file_that_is_written_to_while_it_is_compared_is_said_to_be(path, monkeypatch, change):
+def test_a_file_that_is_written_to_while_it_is_compared_is_said_to_be(path, monkeypatch):
     write(path.with_name("other.gguf"), seed=1)
     monkeypatch.setattr(difference.Progress, "track",
-                        lambda self, items: after(3, lambda: change(path))(items))
+                        lambda self, items: after(3, lambda: overwritten(path))(items))
     [inspection] = inspect(str(path.with_name("other.gguf")), str(path))
     assert inspection.no_errors.startswith("model.gguf was written to")
 

@@ -2,7 +2,6 @@
 and cancellable."""
 import comfy.model_management
 import comfy.sd
-import gguf
 import pytest
 import torch
 from host_formats import HOST_FORMATS, in_host_format
@@ -171,11 +170,6 @@ def test_the_user_can_cancel(packed, dense, monkeypatch):
 )
 def test_errors_are_said_in_percent(error, text):
     assert error_text(error) == text
-
-
-def test_the_fixture_is_read_as_gguf_reads_it(packed):
-    names = {tensor.name for tensor in gguf.GGUFReader(packed[0]).tensors}
-    assert set(file_contents(packed[0]).tensors) == names
 
 
 @pytest.mark.parametrize("format_name", HOST_FORMATS)

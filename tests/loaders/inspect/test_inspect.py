@@ -2,7 +2,6 @@
 be read."""
 import json
 import re
-import struct
 
 from devtools.measure import model_sizes
 
@@ -258,21 +257,9 @@ def truncated(path, flux_file):
     path.write_bytes(flux_file.read_bytes()[:5000])
 
 
-def huge_header(path, flux_file):
-    path.write_bytes(struct.pack("<Q", 1 << 31) + b"{" + b" " * 100)
-
-
-def not_finished(path, flux_file):
-    path.write_bytes(bytes(4096))
-
-
 BAD_FILES = {
-    "cut.gguf": (truncated, "download"), "huge.safetensors": (huge_header, "header"),
-    "zeros.gguf": (not_finished, "never finished"),
-    "empty.gguf": (lambda path, _: path.touch(), "is empty"), "page.safetensors": (
-        lambda path, _: path.write_text("<html>login"), "web page"),
+    "cut.gguf": (truncated, "download"),
     "old.ckpt": (lambda path, _: path.write_bytes(b"PK\x03\x04" + bytes(99)), "torch checkpoint"),
-    "note.txt": (lambda path, _: path.write_text("hello"), "it is a text file"),
     "folder": (lambda path, _: path.mkdir(), "is a folder without the config.json"),
     "gone.gguf": (lambda path, _: None, "does not exist"),
 }

@@ -68,13 +68,6 @@ def test_vectors_below_eight_bits_are_named_with_what_to_take(of_vectors, model,
     assert "Take a file that keeps them in F32" in warning
 
 
-def test_one_vector_is_one(model, tmp_path):
-    path = tmp_path / "model.gguf"
-    name = next(name for name, weight in model.items() if weight.shape == (128,))
-    write_gguf(path, as_arrays(model), lambda other, values: "Q4_0" if other == name else "F32")
-    assert the_warning(path).startswith("1 norm, bias or other vector is packed")
-
-
 def test_weights_of_other_sizes_than_the_models_are_named(model, tmp_path):
     model[WEIGHT] = model[WEIGHT][:-32]
     warning = the_warning(gguf(tmp_path, model))

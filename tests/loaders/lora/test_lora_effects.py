@@ -1,4 +1,6 @@
 """What the tensors of a LoRA do to a model: exactly what its trainer meant, or a sentence."""
+import itertools
+
 import comfy.lora
 import pytest
 import torch
@@ -63,15 +65,6 @@ def assert_effect(lora, changes, strength=1.0):
         assert error_by_effect(run(applied(patcher, lora, strength)), expected, without) < LIMIT
 
 
-def assert_weight(lora, expected, strength=1.0):
-    """A LoRA makes this weight of that of LAYER."""
-    report = check_lora(flux_pair("Q8_0")[0], None, lora, measure=False)
-    assert report.fits == "yes", report.verdict
-    (value,), weight = report.patches.values(), flux_file("Q8_0")[1][f"{LAYER}.weight"]
-    found = comfy.lora.calculate_weight([(strength, value, 1.0, None, None)], weight.clone(), "")
-    assert (found - expected).norm() < 1e-5 * (expected - weight).norm()
-
-
 # --- GGUF ---
 
 
@@ -93,8 +86,8 @@ def gguf_loras():
     }
 
 
-@pytest.mark.parametrize("packing", ["F32", "F16", "Q8_0"])
-@pytest.mark.parametrize("kind", gguf_loras())
+@pytest.mark.parametrize(("kind", "packing"), [*zip(
+    gguf_loras(), itertools.cycle(["F32", "F16", "Q8_0"]))])
 def test_a_lora_in_gguf_is_the_same_as_in_safetensors(kind, packing, tmp_path):
     tensors = {name: value.reshape(1) if not value.ndim else value
                for name, value in gguf_loras()[kind].items()}
@@ -141,9 +134,9 @@ def test_the_alpha_for_all_layers_of_a_gguf_gives_way_to_a_layers_own(tmp_path):
 # --- biases, and tensors that nobody reads ---
 
 
-@pytest.mark.parametrize(("up", "down"), [("lora_B", "lora_A"), ("lora_up", "lora_down"),
-                                          ("lora_B.default", "lora_A.default")])
-@pytest.mark.parametrize("alpha", [None, 2.0])
+@pytest.mark.parametrize(("up", "down", "alpha"), [
+    ("lora_B", "lora_A", None), ("lora_up", "lora_down", 2.0),
+    ("lora_B.default", "lora_A.default", 2.0)])
 def test_the_bias_of_a_second_factor_changes_the_layers_bias(up, down, alpha):
     lora = {f"{PREFIX}{LAYER}.{down}.weight": rand(4, 256, seed=2, scale=0.1),
             f"{PREFIX}{LAYER}.{up}.weight": rand(256, 4, seed=3, scale=0.1),
@@ -240,8 +233,8 @@ def magnitude_for(weight):
     return weight.flatten(1).norm(dim=1) * (3 + rand(weight.shape[0], seed=9))
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("end", ["", ".weight", ".default.weight"])
+@pytest.mark.parametrize(("end", "strength"), [
+    ("", 1.0), (".weight", 0.6), (".default.weight", 0.6)])
 def test_pefts_dora_has_its_exact_effect(end, strength):
     lora = peft_pair(PREFIX + LAYER)
     down, up = lora.values()
@@ -270,65 +263,6 @@ def test_pefts_dora_of_a_convolution_scales_output_channels():
     found = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "weight")
     torch.testing.assert_close(found.double(), peft_weight(weight, up, down, magnitude), rtol=1e-5,
                                atol=1e-6)
-
-
-# --- other adapters as PEFT and LyCORIS compute them; next to their own in test_lora_writers.py ---
-
-
-def lycoris_rotation(weight, blocks, constraint, rescale, strength=1.0):
-    """`get_r` and `make_weight` of LyCORIS' modules/diag_oft.py, in float64."""
-    count, size, _ = blocks.shape
-    skew = (blocks - blocks.mT).double()
-    bound = constraint * len(weight)
-    if bound and skew.norm() > bound:
-        skew = skew * bound / skew.norm()
-    eye = torch.eye(size, dtype=torch.float64)
-    turn = (eye + skew) @ torch.linalg.inv(eye - skew)
-    rows = weight.double().reshape(count, size, -1)
-    turned = torch.einsum("bij,bik->bjk", eye + strength * (turn - eye), rows).reshape(weight.shape)
-    return turned * rescale
-
-
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-@pytest.mark.parametrize("constraint", [0.0, 0.002, 50.0])
-@pytest.mark.parametrize("has_rescale", [False, True])
-def test_a_diag_oft_is_bound_and_rescaled_as_lycoris_does(has_rescale, constraint, strength):
-    weight = flux_file("Q8_0")[1][f"{LAYER}.weight"]
-    blocks = rand(16, 16, 16, seed=4, scale=0.1)
-    lora = {f"{PREFIX}{LAYER}.oft_blocks": blocks,
-            f"{PREFIX}{LAYER}.alpha": torch.tensor(constraint)}
-    rescale = torch.ones(256, 1)
-    if has_rescale:
-        strength = 1.0  # elsewhere the scales too change by the strength
-        lora[f"{PREFIX}{LAYER}.rescale"] = rescale = 1 + rand(256, 1, seed=5, scale=0.3)
-    expected = lycoris_rotation(weight, blocks, constraint, rescale, strength)
-    assert_weight(lora, expected, strength)
-
-
-@pytest.mark.parametrize("kind", ["dora", "loha-dora", "lokr-dora"])
-def test_dora_of_rows_divides_by_the_norms_of_the_changed_weight(kind):
-    """`weight_decompose` of LyCORIS' functional/general.py, in float64."""
-    weight = flux_file("Q8_0")[1][f"{LAYER}.weight"]
-    lora = layer(kind)
-    norms = lora[f"{PREFIX}{LAYER}.dora_scale"]
-    assert norms.shape == (256, 1)
-    plain = {name: value for name, value in lora.items() if not name.endswith("dora_scale")}
-    value, = check_lora(flux_pair("Q8_0")[0], None, plain).patches.values()
-    changed = comfy.lora.calculate_weight([(1.0, value, 1.0, None, None)], weight.clone(), "")
-    expected = changed.double() * norms / changed.double().norm(dim=1, keepdim=True)
-    assert_weight(lora, expected)
-
-
-@pytest.mark.parametrize("alpha", [None, 2.0])
-def test_an_adalora_has_the_factors_of_its_ranks(alpha):
-    factors = rand(4, 1, seed=6)
-    first, second = rand(4, 256, seed=2), rand(256, 4, seed=3)
-    stem = f"base_model.model.{LAYER}"
-    lora = {f"{stem}.lora_A": first, f"{stem}.lora_B": second, f"{stem}.lora_E": factors}
-    if alpha is not None:
-        lora[f"{stem}.alpha"] = torch.tensor(alpha)
-    change = second @ (first * factors) * (1.0 if alpha is None else alpha / 4)
-    assert_effect(lora, {f"{LAYER}.weight": change})
 
 
 def test_factors_that_are_not_of_the_ranks_of_an_adalora_are_told():

@@ -94,12 +94,7 @@ def check_faults(kind: str, count: int, tmp_path):
     assert not silent, "\n".join(silent)
 
 
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_of_a_lora_is_never_silent(kind, tmp_path):
-    check_faults(kind, FEW, tmp_path)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("kind", KINDS)
-def test_many_faults_of_a_lora_are_never_silent(kind, tmp_path):
-    check_faults(kind, MANY, tmp_path)
+def test_a_fault_of_a_lora_is_never_silent(kind, count, tmp_path):
+    check_faults(kind, count, tmp_path)

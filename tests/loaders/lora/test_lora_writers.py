@@ -92,6 +92,7 @@ def random_(parameters):
 
 # --- PEFT ---
 
+FACTORS = (1, 1 / 8, 8)  # alpha for a rank
 PEFT = {
     "LoRA": ("LoraConfig", {"r": 8}, "lora_alpha"),
     "rsLoRA": ("LoraConfig", {"r": 8, "use_rslora": True}, "lora_alpha"),
@@ -106,10 +107,9 @@ PEFT = {
 }
 
 
-@pytest.mark.parametrize("factor", [1, 1 / 8, 8])
 @pytest.mark.parametrize("kind", PEFT)
-def test_what_peft_saves_has_the_effect_of_its_forward(kind, factor, tmp_path, seed):
-    peft = pytest.importorskip("peft", reason="it is the oracle")
+def test_what_peft_saves_has_the_effect_of_its_forward(kind, tmp_path, seed):
+    peft, factor = pytest.importorskip("peft", reason="it is the oracle"), random.choice(FACTORS)
     config, options, alpha = PEFT[kind]
     r = options.get("r", options.get("init_r"))
     config = getattr(peft, config)(target_modules=list(LAYERS), **options, **{alpha: r * factor})
@@ -208,11 +208,10 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("stem", ["transformer.{}", PREFIX + "{}"])
 @pytest.mark.parametrize("kind", HEADERS)
-def test_an_alpha_in_the_header_counts_as_its_writer_means_it(kind, stem, tmp_path, seed):
+def test_an_alpha_in_the_header_counts_as_its_writer_means_it(kind, tmp_path, seed):
     metadata, scale = HEADERS[kind]
-    path = header_file(tmp_path, metadata, stem)
+    path = header_file(tmp_path, metadata, random.choice(["transformer.{}", PREFIX + "{}"]))
     report = checked(path)
     assert scales(report) == {round(scale, 6)}
     ignoring = checked(path, use_header_alpha=False)
@@ -288,26 +287,11 @@ def host_with_alpha_in_load_lora(monkeypatch, metadata):
     monkeypatch.setattr(comfy.lora, "load_lora", load_lora)
 
 
-def host_with_alpha_in_its_reader(monkeypatch, metadata):
-    """A reader of files that makes tensors of the header's alpha."""
-    read = comfy.utils.load_torch_file
-
-    def load_torch_file(*arguments, **options):
-        state_dict, found = read(*arguments, **options)
-        for name in [name for name in state_dict if name.endswith(".lora_A.weight")]:
-            state_dict[f"{name.removesuffix('.lora_A.weight')}.alpha"] = torch.tensor(
-                float(metadata["transformer.lora_alpha"]))
-        return state_dict, found
-
-    monkeypatch.setattr(comfy.utils, "load_torch_file", load_torch_file)
-
-
-@pytest.mark.parametrize("host", [host_with_alpha_in_load_lora, host_with_alpha_in_its_reader])
-def test_an_alpha_that_the_host_applies_too_counts_once(host, tmp_path, seed, monkeypatch):
+def test_an_alpha_that_the_host_applies_too_counts_once(tmp_path, seed, monkeypatch):
     path = header_file(tmp_path, OF_A_PART, PREFIX + "{}")
     text = report_text(check_lora(flux_pair("Q8_0")[0], None, *load_lora_file(path)))
     assert "Load LoRA: 3 of 3 layers count 2 times as meant" in text
-    host(monkeypatch, OF_A_PART)
+    host_with_alpha_in_load_lora(monkeypatch, OF_A_PART)
     assert scales(checked(path)) == {0.5}
     text = report_text(check_lora(flux_pair("Q8_0")[0], None, *load_lora_file(path)))
     assert "Load LoRA: the same" in text
@@ -339,53 +323,34 @@ def test_the_report_says_what_load_lora_does_otherwise(kind, words, seed):
 
 # --- LyCORIS ---
 
-def lycoris_layers():
-    """Kind -> function that makes LyCORIS' module of a layer."""
-    pytest.importorskip("lycoris", reason="it is the oracle")
-    from lycoris.modules.boft import ButterflyOFTModule
-    from lycoris.modules.diag_oft import DiagOFTModule
-    from lycoris.modules.locon import LoConModule
-    from lycoris.modules.loha import LohaModule
-    from lycoris.modules.lokr import LokrModule
-
-    def rotation(module, **options):
-        return lambda layer: module("layer", layer, lora_dim=8, **options)
-
-    def product(module, factor=1.0, **options):
-        return lambda layer: module("layer", layer, lora_dim=8, alpha=8 * factor, **options)
-
-    return {
-        **{f"{kind} {options}": rotation(module, **options)
-           for kind, module in (("OFT", DiagOFTModule), ("BOFT", ButterflyOFTModule))
-           for options in ({}, {"constraint": 1e-3}, {"rescaled": True},
-                           {"constraint": 1e-3, "rescaled": True}, {"constraint": 1.0})},
-        **{f"{kind} {factor} {options}": product(module, factor, **options)
-           for kind, module in (("LoRA", LoConModule), ("LoHa", LohaModule), ("LoKr", LokrModule))
-           for factor in (1, 1 / 8, 8)
-           for options in ({}, {"weight_decompose": True, "wd_on_out": True},
-                           {"weight_decompose": True, "wd_on_out": False})},
-    }
+ROTATIONS = [{}, {"constraint": 1e-3}, {"rescaled": True},
+             {"constraint": 1e-3, "rescaled": True}, {"constraint": 1.0}]
+PRODUCTS = [{}, {"weight_decompose": True, "wd_on_out": True},
+            {"weight_decompose": True, "wd_on_out": False}]
+# module of LyCORIS, its class, and the options of each case
+LYCORIS = [
+    *(("diag_oft", "DiagOFTModule", options) for options in ROTATIONS),
+    *(("boft", "ButterflyOFTModule", options) for options in ROTATIONS),
+    *((module, name, options) for module, name in (
+        ("locon", "LoConModule"), ("loha", "LohaModule"), ("lokr", "LokrModule"))
+      for options in PRODUCTS)]
 
 
-LYCORIS = [*(f"{kind} {options}" for kind in ("OFT", "BOFT") for options in (
-    {}, {"constraint": 1e-3}, {"rescaled": True}, {"constraint": 1e-3, "rescaled": True},
-    {"constraint": 1.0})),
-    *(f"{kind} {factor} {options}" for kind in ("LoRA", "LoHa", "LoKr") for factor in (1, 1 / 8, 8)
-      for options in ({}, {"weight_decompose": True, "wd_on_out": True},
-                      {"weight_decompose": True, "wd_on_out": False}))]
-
-
-@pytest.mark.parametrize("kind", LYCORIS)
-def test_what_lycoris_saves_has_the_effect_of_its_forward(kind, tmp_path, seed):
-    modules, tensors = {}, {}
+@pytest.mark.parametrize(("module", "name", "options"), LYCORIS, ids=str)
+def test_what_lycoris_saves_has_the_effect_of_its_forward(module, name, options, tmp_path, seed):
+    modules, tensors, is_product = {}, {}, name.startswith("Lo")
+    make = getattr(pytest.importorskip(f"lycoris.modules.{module}", reason="it is the oracle"),
+                   name)
+    if is_product:
+        options = {"alpha": 8 * random.choice(FACTORS), **options}
     for name, weight in weights().items():
-        module = lycoris_layers()[kind](linear(weight))
+        module = make("layer", linear(weight), lora_dim=8, **options)
         with torch.no_grad():
             for key, parameter in module.named_parameters():
                 if key == "rescale" or key == "dora_scale":
                     parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
                 else:
-                    parameter.normal_(std=0.3 if kind.startswith("Lo") else 0.05)
+                    parameter.normal_(std=0.3 if is_product else 0.05)
         modules[name] = module
         stem = "lycoris_" + name.replace(".", "_")
         parts = module.custom_state_dict() or module.state_dict()
@@ -398,7 +363,7 @@ def test_what_lycoris_saves_has_the_effect_of_its_forward(kind, tmp_path, seed):
             expected, plain = modules[name](inputs), inputs @ weight.T
         found = inputs @ changed(report, name).T
         assert error(found, expected, plain) < LIMIT, name
-    if kind.startswith(("OFT", "BOFT")) and "rescaled" not in kind:
+    if not is_product and "rescaled" not in options:
         strength = random.uniform(0.2, 1.5)
         for name, weight in weights().items():
             modules[name].multiplier = strength

@@ -38,7 +38,6 @@ from user_kernels import kernels_of_this_machine
 from devtools.files.gguf_files import write_zeros_gguf
 from featherweight.loaders.comfyui.compute_dtype import follows_model
 from featherweight.loaders.comfyui.model_summary import memory_summary
-from featherweight.loaders.files import packed_cache
 from featherweight.loaders.models.controlnet import load_controlnet
 from featherweight.ops.layers.packed_layers import PackedLayer, PackedLinear
 from featherweight.ops.patcher import PackedPatcher
@@ -148,16 +147,6 @@ def test_a_prefix_of_names_changes_no_type(tmp_path):
             packed = load_controlnet(str(tmp_path / "net.safetensors"), pack_to="Q4_K")
         sizes.append((packed_layers(packed), packed.control_model_wrapped.model_size()))
     assert sizes[0] == sizes[1]
-
-
-def test_packed_weights_are_cached(tmp_path, monkeypatch):
-    monkeypatch.setenv(packed_cache.FOLDER, str(tmp_path / "cache"))
-    path, kind = str(tmp_path / "net.safetensors"), KINDS["flux of diffusers"]
-    save_file(dict(kind.weights()), path)
-    first, second = (load_controlnet(path, pack_to="Q4_K") for _ in range(2))
-    assert "kept for the next time" in memory_summary(first.control_model_wrapped)
-    assert "packed from F32 in an earlier load" in memory_summary(second.control_model_wrapped)
-    assert torch.equal(sample(kind, first), sample(kind, second))
 
 
 @some("sd1.5", "sd3.5 large of Stability", "flux", "qwen-image fun", "hunyuan-dit")

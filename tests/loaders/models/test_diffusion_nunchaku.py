@@ -68,8 +68,8 @@ def test_a_model_runs_as_in_the_host_and_stays_packed(model):
     assert patcher.model_size() <= MOST_HELD * size
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("is_first_version", [False, True])
+@pytest.mark.parametrize(("dtype", "is_first_version"), [
+    (torch.bfloat16, False), (torch.float16, True)])
 def test_names_of_both_versions_and_both_dtypes_are_read(dtype, is_first_version, path):
     model = quantized(FLUX, "int4", is_first_version=is_first_version, dtype=dtype)
     assert_same(FLUX, path, writer.write(path, model))
@@ -183,22 +183,12 @@ def in_diffusers_style(weights, table, prefix):
     return lora
 
 
-STYLES = {
-    "diffusers": lambda weights: in_diffusers_style(weights, table_of(FLUX), "transformer."),
-    "PEFT": lambda weights: {
-        name.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): tensor
-        for name, tensor in lora_for(weights, layer_name="diffusion_model.{}".format,
-                                     size=0.1).items()},
-    "kohya": lambda weights: lora_for(weights, size=0.1),
-}
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_loras_of_several_trainers_are_exact(style, path):
+def test_a_lora_on_q_k_and_v_apart_is_exact(path):
     model, family = quantized(FLUX, "int4"), FAMILIES[FLUX]
     writer.write(path, model)
     dense, weights = dense_of(FLUX, model.values)
-    lora, patcher = STYLES[style](weights), load_diffusion_model(path)
+    lora = in_diffusers_style(weights, table_of(FLUX), "transformer.")
+    patcher = load_diffusion_model(path)
     without = run_family(dense, family)
     expected = run_family(patched(dense, (lora, 0.8)), family)
     assert error_by_effect(

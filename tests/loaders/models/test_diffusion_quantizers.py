@@ -7,14 +7,10 @@ import pytest
 import torch
 from patched_models import LIMIT, error_by_effect, lora_for, patched, relative, run
 from quantizer_models import QUANTIZED_MODELS, write_quantized_flux
-from quantizer_writers import gptq
 from safetensors.torch import load_file, save_file
 
-from featherweight.loaders.comfyui.contents import file_contents
 from featherweight.loaders.container.weight_file import WeightFileError
 from featherweight.loaders.files.open_weights import open_weights
-from featherweight.loaders.inspect.inspection import identify
-from featherweight.loaders.inspect.inspection_text import inspection_text
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.loader_choice import needs_own_reader
 from featherweight.ops.tensor.packed_layout import is_packed
@@ -64,23 +60,6 @@ def test_two_loras_are_exact(model):
     loras = [(lora_for(values, seed=1), 0.8), (lora_for(values, "dora", seed=2), 0.5)]
     expected = run(patched(dense, *loras))
     assert error_by_effect(run(patched(ours, *loras)), expected, run(dense)) < LIMIT
-
-
-@pytest.mark.parametrize(("model", "title", "quantizer"), [
-    ("gptq", "int4 in groups", "GPTQ"), ("auto-round 3 bits", "int3 in groups", "AutoRound"),
-    ("awq", "int4 in groups", "AWQ"), ("quanto", "quanto int4", "quanto"),
-    ("compressed-tensors nvfp4", "nvfp4", "compressed-tensors")], indirect=["model"])
-def test_an_inspection_names_the_format_and_the_quantiser(model, title, quantizer):
-    inspection = identify(file_contents(model[0]))
-    assert title in inspection.types and inspection.family == "Flux.1"
-    assert f"packed by: {quantizer}" in inspection_text(inspection).splitlines()
-
-
-def test_an_inspection_of_a_single_file_names_the_quantiser(tmp_path):
-    parts, _ = gptq(torch.randn(64, 64), symmetric=True)
-    save_file({f"L.{name}": value for name, value in parts.items()}, tmp_path / "a.safetensors")
-    assert identify(file_contents(tmp_path / "a.safetensors")).quantizer == (
-        "GPTQ, AutoRound or AWQ")
 
 
 def change_bias(folder, change):

@@ -10,7 +10,6 @@ from families import (
     run,
     shrunken_detection,
 )
-from hooked import run_hooked
 from patched_models import LIMIT, error_by_effect, lora_for, patched
 from sdnq_writer import H4, write_folder
 
@@ -100,12 +99,3 @@ def test_loras_are_as_exact_as_on_the_dense_model(flux):
         expected = run(patched(dense, *loras), family)
         assert error_by_effect(run(patched(ours, *loras), family), expected, without) < LIMIT
     assert relative_error(run(ours, family), without) < 1e-5
-
-
-def test_a_lora_hook_is_exact(flux):
-    ours, dense, values = flux
-    lora = lora_for(values, seed=4)
-    (plain, hooked, after), (dense_plain, dense_hooked, _) = (
-        run_hooked(model, FAMILIES["flux-dev"], lora, 0.8) for model in (ours, dense))
-    assert error_by_effect(hooked, dense_hooked, dense_plain) < LIMIT
-    assert torch.equal(after, plain)

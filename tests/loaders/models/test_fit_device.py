@@ -198,30 +198,9 @@ def test_both_experts_and_the_text_encoder_share_the_main_memory():
     assert Memory(8, True, main_gib=32).for_copying(None) == 0
 
 
-@pytest.mark.parametrize(("factor", "most"), [(0.5, 1), (2.0, 1)])
-def test_the_rates_of_the_estimate_change_no_weights(factor, most, monkeypatch, room):
-    room(FLUX_BYTES * 0.1, main_gib=8)
-    before = fit_device.model_targets(FIT, [flux_in_bfloat16()], torch.device("cpu"), ())
-    monkeypatch.setattr(fit, "GENERATIONS", tuple(
-        (capability, link * factor, operations / factor)
-        for capability, link, operations in fit.GENERATIONS))
-    assert fit_device.model_targets(
-        FIT, [flux_in_bfloat16()], torch.device("cpu"), ()).files == before.files
-
-
 def card_of(name: str, major: int, minor: int, processors: int):
     return types.SimpleNamespace(name=name, major=major, minor=minor,
                                  multi_processor_count=processors)
-
-
-def test_a_gpu_of_amd_counts_as_one_with_pcie_4(monkeypatch):
-    shares = []
-    for hip, card in ((None, card_of("NVIDIA GeForce RTX 3080", 8, 6, 68)),
-                      ("6.4", card_of("AMD Radeon RX 7900 XT", 11, 0, 68))):
-        monkeypatch.setattr(torch.version, "hip", hip)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
-        shares.append(fit.longer_step(10 ** 9, 10 ** 10, 4096, torch.device("cuda:0")))
-    assert shares[0] == shares[1]
 
 
 @pytest.mark.parametrize(("card", "least", "most"), [

@@ -212,8 +212,9 @@ def flux_tensors() -> dict[str, torch.Tensor]:
 # --- text encoders ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize(("type_name", "dtype"), [
+    ("F16", torch.float32), ("BF16", torch.float16), ("Q8_0", torch.float16),
+    ("Q4_K", torch.float32)])
 def test_a_clip_holds_what_its_file_holds(type_name, dtype, tmp_path):
     """dtype: of the host's text encoder; the host takes float16, or float32 with
     --fp32-text-enc."""
@@ -287,7 +288,7 @@ def test_a_lora_has_its_full_strength_on_16_bit_layers(type_name, norm, tmp_path
         assert gain.item() == pytest.approx(1, abs=0.005), name
 
 
-@pytest.mark.parametrize("norm", [0.0005, 0.001, 0.01])
+@pytest.mark.parametrize("norm", [0.0005, 0.01])
 @pytest.mark.parametrize("type_name", WIDTHS)
 def test_a_change_of_norms_and_biases_has_its_full_strength(type_name, norm, tmp_path):
     path = tmp_path / "unet.gguf"

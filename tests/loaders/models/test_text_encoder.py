@@ -151,14 +151,6 @@ def test_a_lora_on_an_encoder_is_as_on_the_dense_model(name, tmp_path):
         assert places(packed) == before
 
 
-def test_a_second_prompt_moves_no_weight(tmp_path):
-    with packed_and_dense("t5-xxl", tmp_path) as (packed, _):
-        hidden_states(packed)
-        before = places(packed)
-        hidden_states(packed, [5, 6, 7])
-        assert places(packed) == before
-
-
 def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(

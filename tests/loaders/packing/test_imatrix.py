@@ -398,11 +398,6 @@ def test_the_node_writes_an_imatrix_that_saving_takes(output):
     assert len(stems) > 10 and stems <= names
 
 
-def test_the_new_input_is_the_last_one():
-    inputs = MeasureSensitivity.define_schema().inputs
-    assert inputs[-1].id == "imatrix" and inputs[-1].default is False and inputs[-1].optional
-
-
 @pytest.mark.parametrize("suffix", [".gguf", ".dat"])
 def test_an_imatrix_is_found_in_the_folders_of_measurements_only(suffix, output):
     (output / "sensitivity" / f"i{suffix}").write_bytes(b"x")

@@ -43,7 +43,7 @@ def total(table, chosen):
     return sum(table[name][kind] for name, kind in chosen.items())
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_mix_is_the_best_of_all(seed):
     costs, sizes = random_case(seed)
     every = [
@@ -83,8 +83,7 @@ def test_a_larger_budget_is_never_dearer():
     assert spent == sorted(spent, reverse=True) and spent[0] > spent[-1]
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.7, 0.98])
+@pytest.mark.parametrize(("seed", "part"), [*enumerate([0.02, 0.3, 0.7, 0.98])])
 def test_of_many_tensors_at_most_one_step_is_missed(part, seed, monkeypatch):
     costs, sizes = random_case(seed, tensors=knapsack.FEW + 20, sizes_up_to=60)
     least, most = (sum(kind(of_types.values()) for of_types in sizes.values())
@@ -251,14 +250,6 @@ def test_noise_of_a_measurement_never_makes_a_larger_type_dearer():
             if SIGNAL_TO_ERROR[kind] > SIGNAL_TO_ERROR[plan.types[name]]
         ]
         assert not larger or min(larger) - nbytes_of(plan.types[name], SMALL[name]) > left
-
-
-def test_a_tensor_without_a_measurement_takes_what_others_say():
-    costs = {name: {"Q4_K": 1e-3} for name in list(SMALL)[:4]}
-    plan = plan_for_size(SMALL,
-                         plan_for_type(SMALL, "Q4_K", rules_for(SMALL)).nbytes(SMALL),
-                         rules_for(SMALL), costs)
-    assert set(plan.types) == set(SMALL)
 
 
 def test_nf4_packs_matrices_of_blocks_and_no_table():

@@ -1,6 +1,8 @@
 """A saved model is what was asked for, bit for bit what any reader gets, with everything on it that
 was on the model."""
 import functools
+import math
+import random
 import re
 
 import comfy.lora
@@ -155,7 +157,7 @@ def test_gguf_py_reads_the_same_values_under_the_names_of_the_field(tmp_path):
     assert fields == {"general.architecture": "flux", "general.file_type": 14, "general.name": "a"}
 
 
-@pytest.mark.parametrize("format_name", ["Q4_K", "Q8_0", "IQ4_XS", "Q2_K"])
+@pytest.mark.parametrize("format_name", ["Q4_K", "IQ4_XS"])
 def test_weights_without_a_patch_in_the_wanted_type_are_copied_bit_for_bit(
         tmp_path, format_name, monkeypatch):
     packed = packed_flux(format_name)
@@ -301,35 +303,6 @@ def test_rows_are_patched_and_packed_as_the_whole_weight_is(tmp_path, most, monk
     )
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0"])
-def test_two_loras_at_different_strengths_arrive_whole_and_add_no_error(tmp_path, kind):
-    """The gain of each LoRA by least squares over all weights, and the error beside that of packing
-    alone."""
-    loras = [(lora_for(weights(), seed=seed, size=0.1), strength)
-             for seed, strength in ((1, 0.13), (2, 1.0))]
-    model = patched(dense_model(), *loras)
-    plain, exact = exact_values(dense_model()), exact_values(model)
-    values = values_in(save(source_of_model(model), tmp_path / "a.gguf", kind).path)
-    alone = values_in(save(source_of_model(dense_model()), tmp_path / "b.gguf", kind).path)
-    names = [name for name, weight in plain.items() if weight.ndim > 1]
-    changes = [{
-        name: exact_values(patched(dense_model(), lora))[name] - plain[name] for name in names
-    } for lora in loras]
-    columns = torch.stack(
-        [torch.cat([change[name].flatten() for name in names]) for change in changes], -1).double()
-    arrived = torch.cat([(values[name] - plain[name]).flatten() for name in names]).double()
-    gains = torch.linalg.lstsq(columns, arrived.unsqueeze(-1)).solution.flatten()
-    assert (gains - 1).abs().max() <= 0.01, gains
-    assert error(values, exact) <= 1.05 * error(alone, plain)
-
-
-def error(values: dict, exact: dict) -> float:
-    """Of all matrices together."""
-    names = [name for name, weight in exact.items() if weight.ndim > 1]
-    return relative(*(torch.cat([weights[name].flatten() for name in names])
-                      for weights in (values, exact)))
-
-
 def shares(text: str) -> list[float]:
     return [
         float(line.split(": ")[1].split("%")[0]) for line in text.splitlines()
@@ -356,24 +329,20 @@ def test_a_lora_on_a_dense_or_packed_base_keeps_at_least_99_percent_of_itself(tm
 @pytest.mark.parametrize(
     ("base", "kind"),
     [
-        ("Q8_0", "Q8_0"),
         ("Q8_0", "Q6_K"),
-        ("Q6_K", "Q8_0"),
         ("Q6_K", "Q6_K"),
         ("Q8_0", KEEP_TYPES),
         ("Q4_K", "Q4_K"),
         ("BF16", KEEP_TYPES),
-        ("F16", KEEP_TYPES),
     ],
 )
 def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(
         tmp_path, base, kind, size):
     """By least squares over what the file's reader gives, at changes far below the steps of the
     base's type."""
-    if base in ("BF16", "F16"):
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[base]
+    if base == "BF16":
         model = comfy.sd.load_diffusion_model_state_dict(
-            {name: tensor.to(dtype) for name, tensor in weights().items()})
+            {name: tensor.bfloat16() for name, tensor in weights().items()})
     else:
         model = packed_flux(base)
     plain = {
@@ -396,7 +365,7 @@ def test_a_weak_lora_that_is_to_arrive_whole_has_a_gain_of_one_over_every_base(
     assert abs(arrived / whole - 1) <= 0.01 + 3 * chance, (
         f"{arrived / whole:.3f} of the LoRA arrives"
     )
-    assert base in ("BF16", "F16") or saved.types[BLOCK] in ("Q6_K", "Q8_0")
+    assert base == "BF16" or saved.types[BLOCK] in ("Q6_K", "Q8_0")
 
 
 def test_the_share_that_a_coarse_type_keeps_of_a_lora_is_told(tmp_path):
@@ -448,11 +417,11 @@ def with_value(value: float, name: str = BLOCK) -> Source:
     return source_of_model(comfy.sd.load_diffusion_model_state_dict(spoilt))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", [BLOCK, "img_in.weight", "img_in.bias"])
-@pytest.mark.parametrize("kind", ["Q4_K", "NF4", *HOST_TYPES])
-def test_values_that_are_no_numbers_are_refused_with_the_name_of_the_weight(
-        tmp_path, value, name, kind):
+@pytest.mark.parametrize(("name", "kind"), [
+    *((BLOCK, kind) for kind in ("Q4_K", "NF4", *HOST_TYPES)), ("img_in.weight", "Q4_K"),
+    ("img_in.bias", "nvfp4")])
+def test_values_that_are_no_numbers_are_refused_with_the_name_of_the_weight(tmp_path, name, kind):
+    value = random.choice([math.nan, math.inf, -math.inf])
     with pytest.raises(SaveError, match=f"'{name}'.* NaN or infinite"):
         save(with_value(value, name), named(tmp_path, kind), kind)
     assert list(tmp_path.iterdir()) == []
@@ -523,8 +492,8 @@ class Cancelled(BaseException):
     pass
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "NF4", *HOST_TYPES])
-@pytest.mark.parametrize("at", [0, 1, 20, 43])
+@pytest.mark.parametrize(("at", "kind"), [
+    (0, "Q4_K"), (20, "Q4_K"), (43, "Q4_K"), (1, "NF4"), (20, "nvfp4")])
 def test_a_cancel_at_any_weight_leaves_nothing(tmp_path, at, kind):
     def track(names, sizes):
         assert len(names) == len(sizes) == 44
@@ -578,7 +547,7 @@ def test_a_model_of_two_bits_comes_with_a_warning(tmp_path):
     assert "Caution" not in save(fine, tmp_path / "b.gguf", "Q2_K").text
 
 
-@pytest.mark.parametrize("format_name", ["INT8", "float8_e4m3fn", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("format_name", ["INT8", "nvfp4"])
 def test_the_hosts_quantised_layers_are_saved_by_their_values(tmp_path, format_name):
     packed, dense = flux_pair(format_name)
     saved = save(source_of_model(packed), tmp_path / "a.gguf", "Q8_0")

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from saving import save
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.comfyui.load_check import load_notes
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.models.checkpoint import load_checkpoint
 from featherweight.loaders.models.diffusion import load_diffusion_model
@@ -76,8 +77,9 @@ def values(path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", ["GGUF", "bfloat16", "float16", "checkpoint", "host"])
-@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize(("flag", "kind"), [
+    *((flag, "bfloat16") for flag in FLAGS), *(("fp8_e4m3fn_unet", kind) for kind in (
+        "GGUF", "float16", "checkpoint", "host"))])
 def test_every_tensor_is_the_files_bit_for_bit_whatever_dtype_a_flag_chose(
         tmp_path, monkeypatch, flag, kind):
     monkeypatch.setattr(comfy.cli_args.args, flag, True)
@@ -157,7 +159,8 @@ def test_a_file_that_changes_while_it_is_saved_is_an_error(tmp_path, monkeypatch
     *((name, "host") for name, family in FAMILIES.items() if family.latent),
     # the host itself does not read the other two from one file
     *((name, "diffusers") for name in DIFFUSERS if name not in ("flux2", "chroma"))])
-def test_every_family_is_saved_as_its_file_is(tmp_path, monkeypatch, name, names):
+def test_every_family_loads_without_notes_and_is_saved_as_its_file_is(
+        tmp_path, monkeypatch, name, names):
     monkeypatch.setattr(comfy.cli_args.args, "fp8_e4m3fn_unet", True)
     family = FAMILIES[name]
     shrunken_detection(family, monkeypatch)
@@ -167,7 +170,9 @@ def test_every_family_is_saved_as_its_file_is(tmp_path, monkeypatch, name, names
         stored = in_diffusers_names(weights, DIFFUSERS[name](family.config))
         stored = {key: value.contiguous() for key, value in stored.items()}
     save_file(stored, tmp_path / "model.safetensors", metadata=dict(family.metadata))
-    source = source_of_model(load_diffusion_model(str(tmp_path / "model.safetensors")))
+    model = load_diffusion_model(str(tmp_path / "model.safetensors"))
+    assert load_notes(model) == ()
+    source = source_of_model(model)
     for key, value in weights.items():
         weight = source.weights[key]
         assert torch.equal(weight.read(0, len(value)), value.float()), key

@@ -6,7 +6,7 @@ import pytest
 import torch
 from saving import save
 
-from devtools.files.gguf_files import pack
+from devtools.files.gguf_files import pack, write_all
 from featherweight.loaders.files.open_weights import open_weights
 from featherweight.loaders.packing.planning.file_plan import KEEP_TYPES
 from featherweight.loaders.packing.source import source_of_file
@@ -30,10 +30,7 @@ def reshaped(request, tmp_path):
         writer.add_tensor(name, pack(rows, request.param),
                           raw_dtype=gguf.GGMLQuantizationType[request.param])
     writer.add_tensor("label_emb.0.0.weight", random.standard_normal((64, 64)).astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_all(writer)
     return path, request.param
 
 

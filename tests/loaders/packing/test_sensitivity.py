@@ -26,10 +26,8 @@ from featherweight.loaders.packing.calibration.measure import (
 )
 from featherweight.loaders.packing.calibration.moment_collector import (
     Collector,
-    block_for,
     dense_weight,
     linear_layers,
-    moment_bytes,
     shapes_of,
 )
 from featherweight.loaders.packing.calibration.sampling import (
@@ -165,15 +163,6 @@ def test_layers_with_the_same_input_share_their_moments(monkeypatch):
         is found.moments("blocks.0.cross_attn.v.weight")
         is not q
     )
-
-
-def test_blocks_are_as_wide_as_memory_allows():
-    flux = [3072] * 6 + [12288] * 2 + [15360]
-    assert block_for([256, 1024]) is None and block_for(flux, 4 << 30) is None
-    assert block_for(flux, 150 << 20) == 512 and block_for(flux, 1) == 256
-    assert moment_bytes([1024], None) == 4 * 1024 * (1024 + 64) and moment_bytes(
-        [1000], 256
-    ) == 4 * (1024 * 256 + 1000 * 64)
 
 
 @pytest.mark.parametrize("packed", [False, True])

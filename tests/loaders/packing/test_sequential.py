@@ -9,7 +9,6 @@ from featherweight.loaders.packing.calibration.sequential import (
 )
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.packing.pack_tensor import pack_tensor
-from featherweight.ops.quantize.second_moments import SecondMoments
 
 pytestmark = pytest.mark.usefixtures("small_models")
 WIDTH = 256
@@ -74,48 +73,6 @@ def pack_in_sequence(model: Model, formats, calls, progress=lambda name: None):
     return packed
 
 
-def error(model: Model, weights) -> float:
-    """Squared error of the output for calls that nothing was fitted to, as a part of the output's
-    square."""
-    own = {name: value.clone() for name, value in model.state_dict().items()}
-    calls = [arguments(seed) for seed in range(100, 104)]
-    wanted = [model(*args, **kwargs) for args, kwargs in calls]
-    model.load_state_dict(own | {name: weight.dequantize() for name, weight in weights.items()})
-    found = [model(*args, **kwargs) for args, kwargs in calls]
-    model.load_state_dict(own)
-    off = sum(float((one - other).square().sum()) for one, other in zip(wanted, found))
-    return off / sum(float(one.square().sum()) for one in wanted)
-
-
-def packed_apart(model: Model, calls, formats):
-    """Each layer for the inputs that it has in the dense model."""
-    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
-    moments = {name: SecondMoments.zeros(WIDTH) for name in formats}
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: moments[name].add(args[0]))
-        for name, layer in layers.items()
-    ]
-    for call in calls:
-        model(*call.args, **call.kwargs)
-    for handle in handles:
-        handle.remove()
-    return {
-        name: pack_tensor(layers[name].weight, fmt,
-                          moments=moments[name] if moments[name].count else None)
-        for name, fmt in formats.items()
-    }
-
-
-def test_the_output_is_nearer_than_with_each_layer_packed_apart():
-    model = Model()
-    calls, formats = calls_of(model), formats_of(model)
-    in_sequence, apart = (
-        pack_in_sequence(model, formats, calls),
-        packed_apart(model, calls, formats),
-    )
-    assert error(model, in_sequence) < 0.9 * error(model, apart)
-
-
 def test_calls_are_recorded_as_they_were_made():
     model = Model()
     calls = calls_of(model, 2)
@@ -138,64 +95,6 @@ def test_layers_with_one_input_share_its_runs_and_layers_that_do_not_run_are_not
                                         for name in ("query", "key", "out")]
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in formats}
     assert SequentialCalibration(model, layers, calls).moments("blocks.0.unused.weight") is None
-
-
-def test_small_inputs_of_equal_values_are_one_input_too():
-    class Modulated(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.shifts = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(2))
-            self.mixes = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(2))
-
-        def forward(self, x, vector):
-            for shift, mix in zip(self.shifts, self.mixes):
-                x = x + mix(x * shift(torch.tanh(vector)))
-            return x
-
-    model = Modulated().requires_grad_(False)
-    with record_calls(model) as calls:
-        model(torch.randn(TOKENS, WIDTH), torch.randn(1, WIDTH))
-    layers = {
-        f"{name}.weight": layer for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-    }
-    stages = SequentialCalibration(model, layers, calls).stages
-    assert stages == [
-        ["shifts.0.weight", "shifts.1.weight"],
-        ["mixes.0.weight"],
-        ["mixes.1.weight"],
-    ]
-
-
-@pytest.mark.parametrize("stop_at", [None, 0, 4])
-def test_the_model_is_left_as_it_was_even_when_cancelled(stop_at):
-    class Cancelled(Exception):
-        pass
-
-    def progress(name):
-        nonlocal done
-        if done == stop_at:
-            raise Cancelled
-        done += 1
-
-    done = 0
-
-    model = Model()
-    layers = [layer for block in model.blocks for layer in block.children()]
-    calls, weights = calls_of(model, 4), [layer.weight for layer in layers]
-    values = [weight.clone() for weight in weights]
-    args, kwargs = arguments(0)
-    wanted = model(*args, **kwargs)
-    if stop_at is None:
-        pack_in_sequence(model, formats_of(model), calls)
-    else:
-        with pytest.raises(Cancelled):
-            pack_in_sequence(model, formats_of(model), calls, progress=progress)
-    assert all(layer.weight is weight for layer, weight in zip(layers, weights))
-    assert all(torch.equal(weight, value) for weight, value in zip(weights, values))
-    assert torch.equal(model(*args, **kwargs), wanted)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_model_that_fails_on_the_way_keeps_its_weights():

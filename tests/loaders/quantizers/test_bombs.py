@@ -220,25 +220,17 @@ def check_lora_bombs(kind: str, count: int, tmp_path: Path):
     check_each(stored_in(path), apply, chance, count)
 
 
+counts = pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.heavy)])
+
+
+@counts
 @pytest.mark.parametrize("name", FILES)
-def test_a_small_file_is_no_bomb(name, tmp_path):
+def test_a_small_file_is_no_bomb(name, count, tmp_path):
     with small_towers(CLIP):
-        check_bombs(name, random.randrange(1 << 30), FEW, tmp_path)
+        check_bombs(name, random.randrange(1 << 30), count, tmp_path)
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("name", FILES)
-def test_many_small_files_are_no_bombs(name, tmp_path):
-    with small_towers(CLIP):
-        check_bombs(name, random.randrange(1 << 30), MANY, tmp_path)
-
-
+@counts
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_small_lora_is_no_bomb(kind, tmp_path):
-    check_lora_bombs(kind, FEW, tmp_path)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("kind", KINDS)
-def test_many_small_loras_are_no_bombs(kind, tmp_path):
-    check_lora_bombs(kind, MANY, tmp_path)
+def test_a_small_lora_is_no_bomb(kind, count, tmp_path):
+    check_lora_bombs(kind, count, tmp_path)

@@ -40,8 +40,8 @@ from featherweight.ops.tensor.packed_layout import QuantizedTensor
 pytestmark = pytest.mark.usefixtures("small_models")
 
 # compute capabilities of RTX 20, 30, 40 and 50
-CAPABILITIES = {"20": (7, 5), "30": (8, 6), "40": (8, 9), "50": (12, 0)}
-MODES = ("exact", "as ComfyUI", *(f"automatic on RTX {name}" for name in CAPABILITIES), "packed")
+CAPABILITIES = ((7, 5), (8, 6), (8, 9), (12, 0))
+MODES = ("exact", "as ComfyUI", "automatic", "packed")
 PLAIN = [name for name in ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise")
          if name in QUANT_ALGOS]
 # which formats of ComfyUI have been seen rotated, though it reads some of them as if they were not
@@ -50,16 +50,17 @@ ROTATED = [*PLAIN, *(name for name in ("convrot_w4a4", ASYMMETRIC) if name in QU
 
 @pytest.fixture
 def load(monkeypatch):
-    """Loads a file in one of `MODES`: of the GPUs only the choice of who computes is taken."""
+    """Loads a file in one of `MODES`: of a GPU only the choice of who computes is taken."""
 
     def load_in(mode: str, path: str):
         if mode == "packed":
             return load_diffusion_model(path, pack_to="Q8_0")
         choice = {"exact": EXACT, "as ComfyUI": AS_COMFYUI}.get(mode, AUTOMATIC)
         if choice == AUTOMATIC:
+            capability = random.choice(CAPABILITIES)
             monkeypatch.setattr(torch.version, "cuda", "13.0")
             monkeypatch.setattr(torch.cuda, "get_device_capability",
-                                lambda device: CAPABILITIES[mode.split()[-1]])
+                                lambda device: capability)
             monkeypatch.setattr(diffusion, "packed_formats", lambda formats, device: packed_formats(
                 formats, torch.device("cuda:0")))
         return load_diffusion_model(path, host_formats=choice)
@@ -117,10 +118,10 @@ def test_a_text_encoder_is_read_as_a_model_is(format_name, group, tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
 @pytest.mark.parametrize("format_name", ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise"])
-def test_scales_of_rows_are_those_of_rows_in_any_shape(format_name, shape, mode, load, tmp_path):
-    rng = random.Random(f"{format_name} {mode} {shape}")
+def test_scales_of_rows_are_those_of_rows_in_any_shape(format_name, mode, load, tmp_path):
+    rng = random.Random(f"{format_name} {mode}")
+    shape = random.choice([(-1,), (-1, 1)])
     stored, settings, values = flux_in(format_name)
     for layer in settings:
         rows = len(stored[f"{layer}.weight"])

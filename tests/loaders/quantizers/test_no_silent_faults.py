@@ -138,14 +138,8 @@ def check_faults(name: str, seed: int, count: int, tmp_path: Path):
     assert not silent, "\n".join(silent)
 
 
+@pytest.mark.parametrize("count", [FEW, pytest.param(WHOLE, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", FILES)
-def test_a_fault_is_never_silent(name, tmp_path):
+def test_a_fault_is_never_silent(name, count, tmp_path):
     with small_towers(CLIP):
-        check_faults(name, random.randrange(1 << 30), FEW, tmp_path)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("name", FILES)
-def test_many_faults_are_never_silent(name, tmp_path):
-    with small_towers(CLIP):
-        check_faults(name, random.randrange(1 << 30), WHOLE, tmp_path)
+        check_faults(name, random.randrange(1 << 30), count, tmp_path)

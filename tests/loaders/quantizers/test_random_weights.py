@@ -181,34 +181,6 @@ def of_int8_rows(case):
 
 # --- ComfyUI's own ---
 
-def of_comfy_fp8(case):
-    dtype = case.choose(*FP8)
-    parts, expected = of_fp8_rows(case)
-    rows, columns = expected.shape
-    codes = fp8_codes(case, rows, columns, dtype)
-    # a mark may name the other kind of fp8: the tensor's type decides
-    case.settings = {"format": case.choose("float8_e4m3fn", "float8_e5m2")}
-    return parts | {"weight": codes}, codes.float() * parts["weight_scale"].float().view(-1, 1)
-
-
-def of_comfy_int8(case):
-    case.settings = {"format": "int8_tensorwise"}
-    return of_int8_rows(case)
-
-
-def of_comfy_rotated(case):
-    size = case.choose(4, 16, 64, 256)
-    rows, columns = case.sizes(size, 6)
-    codes = torch.randint(-128, 128, (rows, columns), generator=case.generator, dtype=torch.int8)
-    scale = case.scale(rows, 1)
-    h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]).double() / 2
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, h4)
-    values = (codes.double().view(rows, -1, size) @ matrix).view(rows, columns) * scale.double()
-    case.settings = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
-    return {"weight": codes, "weight_scale": scale}, values.float()
-
 
 def of_comfy_levels(case):
     bits, group, size = case.choose(4, 6), case.choose(8, 16, 32), case.choose(16, 64, 256)
