@@ -137,6 +137,21 @@ def small_models():
         gc.enable()
 
 
+@pytest.fixture
+def fixed_seed():
+    """For tests that draw their numbers without a generator."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def no_model_outlives_its_tests():
+    """For modules that keep models of `patched_models` from test to test."""
+    yield
+    from patched_models import forget_models
+
+    forget_models()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def small_tables():
     """Tables of these tests are as much smaller than those of models, and packed as those are."""

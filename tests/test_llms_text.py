@@ -41,18 +41,3 @@ def test_it_has_every_input_that_a_prompt_may_set(node_id):
              for name, (_, *settings) in inputs.get(group, {}).items()
              if not (settings and settings[0].get("hidden"))}
     assert set(re.findall(r"^    - `(\w+)`", entry, re.M)) == shown
-
-
-def test_what_only_one_machine_has_is_left_out():
-    text = llms_text.input_text("lora_name", "COMBO", {"options": ["a b.gguf", "none"]}, False)
-    assert text == "    - `lora_name`: a name that ComfyUI lists or none."
-    text = llms_text.input_text("store", "COMBO", {"options": ["cpu", "gpu:1"], "default": "cpu"},
-                                True)
-    assert text == "    - `store`: a name that ComfyUI lists or cpu; default cpu; optional."
-
-
-def test_numbers_and_switches_are_told_apart():
-    text = llms_text.input_text("strength", "FLOAT", {"default": 1.0, "min": 0}, False)
-    assert text == "    - `strength`: FLOAT; default 1.0; min 0."
-    text = llms_text.input_text("overwrite", "BOOLEAN", {"default": False}, False)
-    assert text == "    - `overwrite`: BOOLEAN; default false."

@@ -144,11 +144,3 @@ def test_a_wrong_word_is_found_with_its_line(text, word):
     line = 1 + text[:text.index(word)].count("\n")
     found, = wrong_words(text, "page")
     assert found.startswith(f"page:{line}: {word!r}, use: ")
-
-
-@pytest.mark.parametrize("text", [
-    "compressed-tensors", "`picture`", "[image](media/picture.png)", "withheld, household",
-    "```\nray start --host\n```", "<!-- a picture -->", "**host_formats**: how", "in models/unet",
-])
-def test_names_are_no_words(text):
-    assert wrong_words(text, "page") == []

@@ -224,17 +224,6 @@ def test_every_file_of_a_package_that_registers_its_files_has_a_line_that_import
     assert len(files) > 10 and files == imported_modules(PACK / package / "__init__.py")
 
 
-def test_nothing_is_imported_by_a_name_that_is_put_together():
-    """Explicit imports say to people, and to programs that read a package, what runs."""
-    for path in SOURCES:
-        source = path.read_text(encoding="utf-8")
-        assert (
-            "import_module" not in source
-            and "__import__" not in source
-            and "exec_module" not in source
-        ), path
-
-
 def test_own_modules_are_imported_relatively():
     for path in SOURCES:
         absolute, _ = imports(path)
@@ -253,9 +242,3 @@ def test_requirements_are_those_of_the_project_file():
     assert (PACK / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1] == project[
         "dependencies"
     ]
-
-
-def test_every_example_workflow_has_its_picture():
-    workflows = {path.stem for path in (PACK / "example_workflows").glob("*.json")}
-    assert workflows
-    assert workflows == {path.stem for path in (PACK / "example_workflows").glob("*.jpg")}

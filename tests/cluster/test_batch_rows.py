@@ -177,15 +177,6 @@ def test_an_id_that_is_no_file_name_is_refused(tmp_path, name):
     assert len(scan.invalid) == 1 and not scan.pending
 
 
-def test_the_parts_of_all_shards_are_the_rows_each_once():
-    scan = RowScan(names=[(number, str(number)) for number in range(1, 12)],
-                   pending=[(str(number), "{}", "", number) for number in range(1, 12)])
-    shards = [RowIndex((part, 3)) for part in (1, 2, 3)]
-    for index in shards:
-        index.add(scan)
-    assert sorted(int(item[0]) for index in shards for item in index.pending) == list(range(1, 12))
-
-
 def test_empty_lines_do_not_shift_the_parts(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n\n".join(json.dumps({"id": str(index)}) for index in range(10)),
@@ -408,11 +399,9 @@ def test_a_comfyui_path_that_is_none_is_refused_and_not_passed_over(tmp_path):
     ("machine", "gpus", "cpus", "count"),
     [
         ({"memory": 1.0}, 0, 0, 0),
-        ({"memory": 1.0}, 0, 1, 0),
         ({"CPU": 4.0}, 0, 0, 4),
         ({"CPU": 4.0}, 0, 2, 2),
         ({"CPU": 4.0}, 1, 2, 0),
-        ({"CPU": 8.0, "GPU": 2.0}, 1, 2, 2),
         ({"CPU": 8.0, "GPU": 2.0}, 0.25, 1, 8),
         ({"GPU": 2.0}, 1, 0, 2),
         ({"GPU": 2.0}, 1, 1, 0),
@@ -464,13 +453,6 @@ def test_rows_are_read_as_tasks_take_them(tmp_path, monkeypatch):
             yield [index]
 
     assert batch.scan_on_ray(chunks()) == [0, 1, 2, 3, 4]
-
-
-def test_the_example_is_whole(tmp_path):
-    graph = read((ROOT / "docs/batch/workflow_api.json").read_text(encoding="utf-8"))
-    lines = list(enumerate((ROOT / "docs/batch/rows.jsonl").read_bytes().splitlines(), start=1))
-    scan = scan_rows(str(tmp_path), graph, lines)
-    assert len(scan.pending) == len(lines) == 12 and not scan.invalid
 
 
 def test_a_finished_batch_needs_no_ray(tmp_path):

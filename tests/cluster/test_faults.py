@@ -235,12 +235,11 @@ def test_nothing_is_left_of_a_ray_of_its_own_when_the_batch_is_killed(tmp_path, 
 # --- heavy ---
 
 @contextlib.contextmanager
-def nodes(count: int, bases: dict, folder: Path, late: int = 0):
-    """Yields a cluster of `count` machines, the last `late` of them not yet started."""
+def nodes(count: int, bases: dict, folder: Path):
+    """Yields a cluster of `count` machines."""
     first = next(iter(bases.values()))
     names = [f"node{index}" for index in range(count)]
-    with running(dict.fromkeys(names, first), folder, connect=False,
-                 started=names[:count - late]) as cluster:
+    with running(dict.fromkeys(names, first), folder, connect=False) as cluster:
         yield cluster
 
 
@@ -265,28 +264,3 @@ def test_twenty_faults_at_random_moments(count, is_painted, bases, plain, ray_fo
         finally:
             kill(batch.process.pid)
         batch.check()
-
-
-@pytest.mark.heavy
-def test_a_machine_that_joins_in_the_midst_draws_and_one_comes_back(
-    bases, plain, ray_folder, tmp_path
-):
-    with nodes(3, bases, ray_folder, late=1) as cluster:
-        batch = batch_on(cluster, tmp_path, 60, False, plain)
-        batch.start()
-        try:
-            batch.wait_for_rows(2)
-            cluster.add("node2")
-            batch.wait_for_rows(2)
-            batch.lost += 1
-            cluster.remove("node1")
-            batch.wait_for_rows(6)
-            cluster.add("node1")
-            batch.finish()
-        finally:
-            kill(batch.process.pid)
-        batch.check()
-        assert {
-            json.loads(path.read_text())["worker"].split(":")[0]
-            for path in batch.out.glob("*.json")
-        } >= {"node0", "node2"}

@@ -8,10 +8,8 @@ from devtools.measure.bench import __main__ as bench
 import comfy.model_management
 import pytest
 import torch
-from PIL import Image
 
 from devtools import ROOT, limited_cpu
-from featherweight.loaders.lora.block_chart import BAD, GOOD
 from featherweight.ops.layers import int8
 
 # Named here, so that a case that gets lost is missed. "train" is processes of its own; "compilers"
@@ -59,24 +57,6 @@ def test_a_case_gives_figures_and_a_table(results, case):
     assert all(f"\n| {title} | " in table for title in rows)
 
 
-def test_the_picture_has_bars(results):
-    with Image.open(results / "bench.png") as picture:
-        counted = picture.convert("RGB").getcolors(1 << 20)
-        colours = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in counted}
-    assert colours & {"#{:02x}{:02x}{:02x}".format(*colour) for colour in (GOOD, BAD)}
-
-
-def test_packed_products_are_compared_with_dense_ones_for_every_shape_and_number_of_rows(results):
-    rows = json.loads((results / "bench.json").read_text())["shapes"]["rows"]
-    assert {"256 x 512, float32, M = 1", "256 x 512, float32, M = 16"} <= set(rows)
-    assert all(
-        list(row) == ["dense", "Q8_0", "Q4_K", "NF4"] for title, row in rows.items()
-        if not title.endswith("M = 128"))
-    if int8.multiplies_integers(torch.device("cpu")):
-        assert list(rows["256 x 512, float32, M = 128"]) == ["dense", *(
-            name for fmt in ("Q8_0", "Q4_K", "NF4") for name in (fmt, f"{fmt} int8"))]
-
-
 @pytest.mark.parametrize(("limit", "dtype"), [("avx2", "float32"), ("avx512_bf16", "bfloat16")])
 def test_a_step_is_timed_on_limited_cpus_in_what_each_computes_in(results, limit, dtype):
     if reason := limited_cpu.why_not(limit):
@@ -84,13 +64,6 @@ def test_a_step_is_timed_on_limited_cpus_in_what_each_computes_in(results, limit
     rows = json.loads((results / "bench.json").read_text())["cpu"]["rows"]
     assert {f"exact, computes in {dtype}", "dense in ComfyUI, float32"} <= set(
         rows[f"Q8_0, CPU limited to {limit}"])
-
-
-def test_a_picture_takes_as_long_as_its_parts(results):
-    rows = json.loads((results / "bench.json").read_text())["lcm"]["rows"]
-    seconds = {part: times["this pack"]["median"] for part, times in rows.items()}
-    assert seconds["prompt to picture, TAESD"] == pytest.approx(
-        seconds["text encoder"] + seconds["4 steps"] + seconds["TAESD"])
 
 
 def test_every_case_that_a_page_names_exists():

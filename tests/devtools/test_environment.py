@@ -51,11 +51,6 @@ def test_on_a_slow_connection_the_time_left_grows(elapsed, capsys):
     assert capsys.readouterr().out == "[4 of 6] Installing, about 12 min left\n"
 
 
-def test_the_set_up_begins_every_step_once():
-    source = Path(environment.__file__).read_text(encoding="utf-8")
-    assert sorted(re.findall(r'progress\.begin\("(\w+)"', source)) == sorted(STEPS)
-
-
 @pytest.fixture
 def own_python(tmp_path, monkeypatch):
     """A path next to which pip's mark can be written, that runs this Python, or the system's."""

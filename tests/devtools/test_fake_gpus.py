@@ -42,52 +42,6 @@ def test_computing_gives_the_bits_of_the_cpu(dtype):
     assert found.device == torch.device("cuda:1") and torch.equal(found.cpu(), expected)
 
 
-def change_every_second_column(device):
-    values = torch.arange(12.0, device=device).view(3, 4)
-    values[:, ::2].mul_(3).add_(1)
-    return values
-
-
-def write_into_outputs(device):
-    values, empty = (torch.arange(12.0, device=device).view(4, 3), torch.empty(0, device=device))
-    strided = torch.zeros(3, 8, device=device)[:, ::2]
-    assert torch.mm(values.T, values, out=empty) is empty
-    return torch.cat([empty, torch.add(values.T, 1, out=strided)], 1)
-
-
-def index_with_tensors(device):
-    values, rows = torch.arange(12.0, device=device).view(3, 4), torch.tensor([2, 0], device=device)
-    values[rows, 1] = torch.tensor([70.0, 80.0], device=device)
-    return torch.cat([values[rows], values])
-
-
-def several_results(device):
-    values = torch.arange(12.0, device=device).view(3, 4).flip(1)
-    largest, where = values.max(1)
-    return torch.cat([*torch.topk(values, 2)[0].unbind(1), largest, where.float()])
-
-
-@pytest.mark.parametrize("function", [
-    change_every_second_column, write_into_outputs, index_with_tensors, several_results
-])
-def test_an_operator_reads_and_writes_the_memory_of_the_device(function):
-    result = function("cuda:1")
-    assert result.device == torch.device("cuda:1") and torch.equal(result.cpu(), function("cpu"))
-
-
-def test_random_numbers_are_those_of_the_cpu():
-    generator = torch.Generator("cuda:1").manual_seed(3)
-    assert generator.device == torch.device("cuda:1")
-    state, expected = (
-        generator.get_state(),
-        torch.randn(9, generator=torch.Generator().manual_seed(3)),
-    )
-    for _ in range(2):
-        found = torch.randn(9, device="cuda:1", generator=generator)
-        assert found.is_cuda and torch.equal(found.cpu(), expected)
-        generator.set_state(state)
-
-
 def test_tensors_of_two_devices_do_not_meet():
     for other in (torch.ones(2, device="cuda:1"), torch.ones(2)):
         with pytest.raises(RuntimeError, match="same device"):

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from fake_gpu_server import Size
 
 from devtools import ROOT, fakegpu
 from devtools.fakegpu import NoFakeGpus, build
@@ -69,14 +68,3 @@ def test_any_command_runs_with_them(monkeypatch):
         subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True).stdout
         == "2 3.0\n"
     )
-
-
-def test_what_tests_of_servers_run_on_is_read_and_a_wrong_word_is_named():
-    assert Size.read("2x0.5-dynamic-late") == (2, 0.5, True, True) and Size.read("1x4") == (
-        1,
-        4,
-        False,
-        False,
-    )
-    with pytest.raises(ValueError, match="'dynamo' is neither 'late' nor 'dynamic'"):
-        Size.read("2x4-late-dynamo")

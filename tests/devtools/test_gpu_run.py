@@ -13,15 +13,12 @@ import tarfile
 import zipfile
 
 import pytest
-import torch
 from PIL import Image
 
 from devtools import ROOT, fakegpu
 from devtools.gpu import offline_bundle
 from devtools.gpu.stages import STAGES
 from devtools.host.environment import SetupError
-from featherweight.ops import kernels
-from featherweight.ops.kernels import cpp_backend
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -48,9 +45,6 @@ def test_a_stage_gives_rows_and_a_table_on_a_cpu(rehearsal):
     assert "peer" not in figures
     assert figures["LoRA"]["ended"].startswith("done"), (rehearsal / "log.txt").read_text()[-3000:]
     assert figures["LoRA"]["rows"] and "\n## LoRA\n" in (rehearsal / "gpu.md").read_text()
-
-
-def test_the_report_has_a_picture(rehearsal):
     with Image.open(rehearsal / "gpu.png") as picture:
         assert picture.width > 600 and picture.height > 100
 
@@ -128,35 +122,6 @@ def test_the_report_says_which_figures_are_reached(tmp_path):
         assert goals(report.figures)[0][3] == verdict
         assert f"| {verdict} |" in (tmp_path / "gpu.md").read_text()
     assert {line[3] for line in goals(report.figures)[1:]} == {"not measured"}
-
-
-def test_kernels_that_are_timed_later_are_tried_before_all_others():
-    from devtools.measure.timing import FORMATS
-
-    from devtools.gpu.kernels import turns
-
-    first, second, others = turns(FORMATS, quick=False)
-    assert {(case.capability, case.layout) for case in first} == {
-        (op, name) for op in ("dequantize", "linear") for name in FORMATS}
-    assert {case.dtype for case in first} == {torch.bfloat16}
-    assert {case.layout for case in second} == {*FORMATS}
-    assert not {case.layout for case in others} & {*FORMATS}
-
-
-def test_a_time_says_which_backend_worked(monkeypatch):
-    from devtools.measure.figures import cells
-    from devtools.measure.timing import side_by_side
-
-    dequantize = cpp_backend.BACKEND.kernels[0].run
-    monkeypatch.setattr(kernels, "find", lambda op, *case: dequantize
-                        if op == "dequantize" else None)
-    row = side_by_side(
-        {
-            "dense": lambda: None,
-            "packed": lambda: [kernels.find(op) for op in ("linear", "dequantize")]
-        }, 2)
-    assert row["packed"]["by"] == "linear by torch, dequantize by cpp" and "by" not in row["dense"]
-    assert cells(row)["packed"].endswith(", linear by torch, dequantize by cpp")
 
 
 @pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())

@@ -6,10 +6,8 @@ import subprocess
 import oracles
 import pytest
 
-from devtools import ROOT
 from devtools.host import matrix
 from devtools.host.environment import HOST_VERSION, SetupError
-from featherweight.ops import host_versions
 
 
 @pytest.mark.parametrize(
@@ -68,22 +66,6 @@ def test_a_failure_is_the_exit_code(monkeypatch, capsys):
     assert "newest   failed" in capsys.readouterr().out
 
 
-def test_the_newest_packages_are_those_that_the_newest_host_of_the_index_pins():
-    host = next(iter(matrix.HOSTS))
-    assert (
-        host
-        == HOST_VERSION
-        == max(matrix.HOSTS, key=lambda version: [int(part) for part in version.split(".")])
-    )
-
-
-def test_the_matrix_ends_where_the_pack_says_that_it_was_tested():
-    numbers = [[int(part) for part in version.split(".")] for version in matrix.VERSIONS]
-    supported = [version for version in matrix.VERSIONS if version not in matrix.TOO_OLD]
-    assert matrix.VERSIONS[numbers.index(max(numbers))] == host_versions.NEWEST_HOST
-    assert supported[-1] == host_versions.OLDEST_HOST
-
-
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
@@ -136,12 +118,3 @@ def test_the_packs_sources_are_held_against_a_host(tmp_path, capfd):
     (host / "comfy" / "ops.py").write_text("def cast_bias_weight(s):\n    pass\n")
     assert not matrix.import_guard.check_imports(host, packages)
     assert "comfy.ops.uncast_bias_weight" in capfd.readouterr().out
-
-
-def test_compatibility_names_the_versions_of_the_matrix():
-    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
-    table = page.split("## ComfyUI\n")[1].split("\n\n")[0]
-    tested = {version for version in matrix.VERSIONS if version not in matrix.TOO_OLD}
-    assert set(re.findall(r"\b\d+\.\d+\.\d+\b", table)) - {"0.2.40", "0.6.0"} == tested
-    for requirement in matrix.IN_PLACE_OF_PINS["0.33.0"]:
-        assert requirement.replace("==", " ") in table

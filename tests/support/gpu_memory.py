@@ -6,6 +6,7 @@ import gc
 
 import comfy.model_management
 import comfy.sample
+import pytest
 import torch
 from fake_gpus import CAPACITY
 from patched_models import flux_inputs, folder, parts
@@ -14,6 +15,10 @@ from devtools.files import tiny_models
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.ops.patches.adapters import adapter_tensors
+
+# for `pytest.mark.parametrize`: a model's kind of loading
+BOTH = [pytest.param(False, marks=pytest.mark.fake_gpus, id="static"),
+        pytest.param(True, marks=pytest.mark.fake_gpus(dynamic=True), id="dynamic")]
 
 
 @contextlib.contextmanager
@@ -72,15 +77,31 @@ def step(patcher):
         return patcher.model.apply_model(**inputs).float().cpu()
 
 
-def sample(patcher) -> torch.Tensor:
-    """Two steps of two parts each, which devices can share. Their lengths differ, so that the host
-    never puts them together."""
+def sample(patcher, steps: int = 2, hooks=None, callback=None) -> torch.Tensor:
+    """Steps that run the model twice each, which devices can share. The conditions differ in
+    length, so that the host never puts them together."""
     inputs = flux_inputs()
     text = inputs["c_crossattn"]
-    conditions = [[[part, {}]] for part in (text, torch.cat([text, -text[:, :2]], 1))]
+    options = {} if hooks is None else {"hooks": hooks}
+    conditions = [[[part, options]] for part in (text, torch.cat([text, -text[:, :2]], 1))]
     with torch.inference_mode():
-        return comfy.sample.sample(patcher, inputs["x"], 2, 2.0, "euler", "simple", *conditions,
-                                   torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True)
+        return comfy.sample.sample(patcher, inputs["x"], steps, 2.0, "euler", "simple", *conditions,
+                                   torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True,
+                                   callback=callback)
+
+
+def copied_by(function, *arguments) -> int:
+    """Bytes that a call copies to the GPU."""
+    import fakegpu
+
+    before = fakegpu.copied().up
+    function(*arguments)
+    return fakegpu.copied().up - before
+
+
+def largest_layer(patcher) -> int:
+    """Its bytes."""
+    return max(size for *_, size, _, _, _ in patcher._load_list())
 
 
 def larger_flux(format_name: str, hidden: int = 512, double_blocks: int = 2,

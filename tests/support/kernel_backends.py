@@ -62,6 +62,17 @@ def compiled(folder: Path, text: str, include: str, *libraries: str) -> str:
     return str(library)
 
 
+def change_source(monkeypatch, old: str, new: str):
+    """Plants a fault in the sources of all backends."""
+    for module in (cpp_backend, cuda_backend, metal_backend):
+        def changed(*arguments, real=module.kernel_source, **more):
+            source = real(*arguments, **more)
+            assert old in source
+            return source.replace(old, new)
+
+        monkeypatch.setattr(module, "kernel_source", changed)
+
+
 class CudaCompiler:
     """Replaces NVRTC and hiprtc: compiles for the CPU. An image is the path of a library."""
 

@@ -29,6 +29,8 @@ ONE_OF_EACH_SOURCE = {
 BLOCK_FORMATS, ONE_OF_EACH_BLOCK = (
     [fmt for fmt in formats if not isinstance(fmt, RowFormat)]
     for formats in (ALL_FORMATS, ONE_OF_EACH_SOURCE))
+# Formats with a grid, one for each branch of the search; each further one compiles as long again.
+GRID_SAMPLE = ("Q4_K", "Q3_K", "Q4_0", "Q4_1", "IQ4_XS", "NF4", "Q8_0")
 CPU = torch.device("cpu")
 BITS = {4: torch.int32, 2: torch.int16}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,6 +81,14 @@ ENCODED_ROWS = {
     key: formats_of_key(key)[0] for row_type in ROW_TYPES.values() for key in dict.fromkeys(
         row_type.format_of((256, columns)).kernel_key for columns in (768, 192, 176, 37 * 16, 37)
         if row_type.takes((256, columns)))}
+
+
+def one_of_each_search(names) -> list:
+    """Returns the names as parameters; those of `GRID_SAMPLE` run always, the others are heavy."""
+    return [pytest.param(name, marks=() if name in GRID_SAMPLE else pytest.mark.heavy)
+            for name in names]
+
+
 each_format = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -1,6 +1,4 @@
 """Every packed ggml format against gguf's reference, bit for bit, in float32."""
-import ast
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from devtools.files import ggml_quantiser
 from devtools.files.gguf_files import block_pool
 from devtools.files.gguf_types import FORK_TYPES, NEWER_TYPES
-from featherweight.ops import formats
-from featherweight.ops.formats import base, bits, plain
+from featherweight.ops.formats import base, plain
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 
 DEVICES = ["cpu"] + [name for name in ("cuda", "xpu", "mps") if getattr(torch, name).is_available()]
@@ -130,52 +127,6 @@ def test_dequantize_into_rounds_once_over_whole_and_partial_chunks(fmt, dtype, m
     out = torch.full((blocks.size // fmt.block_bytes, fmt.block_length), torch.nan, dtype=dtype)
     assert fmt.dequantize_into([torch.from_numpy(blocks)], out) is out
     assert_same_bits(out, reference(fmt, blocks.reshape(-1, fmt.block_bytes)).to(dtype))
-
-
-@pytest.mark.parametrize(
-    "path",
-    [Path(base.__file__), Path(bits.__file__), *sorted(Path(formats.__file__).parent.glob("*.py"))],
-    ids=lambda path: path.stem,
-)
-def test_formats_import_only_torch_and_never_use_numpy(path):
-    tree = ast.parse(path.read_text())
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            assert {name.name for name in node.names} <= {
-                "torch",
-                "math",
-                "re",
-                "threading",
-                "dataclasses",
-                "functools",
-            }
-        elif isinstance(node, ast.ImportFrom) and node.module not in (
-                "typing", "collections.abc", "dataclasses", "functools", "math"):
-            assert node.level, f"{path.name} imports {node.module}"
-    for node in ast.walk(tree):
-        assert not (
-            isinstance(node, ast.Import)
-            and any(name.name.startswith("numpy") for name in node.names)
-        )
-        assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("numpy"))
-        assert not (
-            isinstance(node, ast.Attribute) and node.attr in ("numpy", "from_numpy", "__array__")
-        )
-
-
-def test_q1_0_reads_signs_lowest_bit_first():
-    # d = 0.5; bits 0 and 15
-    block = torch.tensor([[0x00, 0x38, 0x01, 0x80, *[0] * 14]], dtype=torch.uint8)
-    expected = torch.full((1, 128), -0.5)
-    expected[0, [0, 15]] = 0.5
-    assert_same_bits(FORMATS["Q1_0"].dequantize(block), expected)
-
-
-def test_q8_k_reads_a_float32_scale_and_ignores_the_sums():
-    # d = 0.25
-    block = torch.tensor([[0x00, 0x00, 0x80, 0x3E, *range(256), *[0xAB] * 32]], dtype=torch.uint8)
-    expected = 0.25 * torch.cat([torch.arange(128), torch.arange(-128, 0)]).float()
-    assert_same_bits(FORMATS["Q8_K"].dequantize(block), expected.view(1, 256))
 
 
 @pytest.mark.parametrize("type_name", ["Q2_0", "PQ2_0"])

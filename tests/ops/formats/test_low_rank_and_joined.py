@@ -91,9 +91,7 @@ WEIGHTS = {"times": times, "times columns": lambda: times("NF4", True),
 every_weight = pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -427,9 +425,9 @@ def test_a_low_rank_runs_in_float16_whatever_its_factors_share_out(magnitude, is
     assert out.isfinite().all() and (out - expected).norm() < 3e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("of_rows", [(), (1,), (24,), (24, 1)])
-@pytest.mark.parametrize("base", ["Q4_K", "Q8_0", "NF4", "F16", "BF16"])
+@pytest.mark.parametrize("base", ["Q4_K", "NF4", "F16"])
 def test_factors_beside_a_weight_are_part_of_its_values(base, of_rows, dtype):
     weight, rows, columns = random_weight(FORMATS[base]), torch.randn(of_rows), torch.rand(COLUMNS)
     expected = weight.dequantize() * rows.view(-1, 1)

@@ -3,6 +3,7 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
+from gpu_memory import BOTH
 from patched_models import (
     LIMIT,
     error_by_effect,
@@ -27,8 +28,6 @@ from featherweight.ops.tensor.packed_layout import (
     with_low_rank,
 )
 
-BOTH = [pytest.param(False, marks=pytest.mark.fake_gpus, id="static"),
-        pytest.param(True, marks=pytest.mark.fake_gpus(dynamic=True), id="dynamic")]
 CPU = torch.device("cpu")
 
 

@@ -3,8 +3,7 @@ by a device. All run on this CPU, and that of a GPU there too. Tests of a single
 file of its name.
 
 Cases that differ from another one in one respect only are heavy: a CPU dequantizes every format to
-float32, the others one of each source and those of most files, and other dtypes and kernels run
-with a few formats.
+float32, the others one of each source, and other dtypes and kernels run with a few formats.
 """
 import logging
 import sys
@@ -13,7 +12,15 @@ from devtools.measure.weights import random_weight
 
 import pytest
 import torch
-from kernel_backends import BACKENDS, CPUS, GPUS, CudaCompiler, backend_on_cpu, device_of
+from kernel_backends import (
+    BACKENDS,
+    CPUS,
+    GPUS,
+    CudaCompiler,
+    backend_on_cpu,
+    change_source,
+    device_of,
+)
 from kernel_cases import (
     ALL_FORMATS,
     CPU,
@@ -29,7 +36,7 @@ from lora_gain import assert_full_strength
 from featherweight.ops import kernels as kernel_layer
 from featherweight.ops.formats.base import FORMATS, GGML_FORMATS
 from featherweight.ops.formats.bnb_int8 import INT8
-from featherweight.ops.kernels import cpp_backend, cuda_backend, metal_backend, registry
+from featherweight.ops.kernels import cpp_backend, registry
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.layers import cpu_linear, product
 from featherweight.ops.layers.packed_layers import Linear
@@ -42,9 +49,6 @@ TWO = FORMATS["Q6_K"], FORMATS["NF4"]  # scales in the blocks and apart
 # Of products, which read each format by the code that dequantizes it; on a CPU two of tables more.
 FEW = *TWO, FORMATS["Q8_0"], INT8.of_columns(96)
 OF_CPUS = *FEW, FORMATS["IQ4_XS"], FORMATS["IQ2_S"]
-# Of a GPU's dequantizing: what most files have, and one of each source.
-USED = {*ONE_OF_EACH_SOURCE, *TWO, *(FORMATS[name] for name in (
-    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q4_0", "Q5_1", "MXFP4"))}
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -83,9 +87,9 @@ def parametrize_cases(backends, formats, dtypes, is_usual):
 
 
 def is_usual_dequantize(name, fmt, dtype):
-    if dtype != torch.float32 or (name in GPUS and name not in MAIN):
+    if dtype != torch.float32 or name not in (*MAIN, "cpp with AVX2"):
         return fmt in TWO
-    return name == "cpp" or fmt in (USED if name in MAIN else ONE_OF_EACH_SOURCE)
+    return name == "cpp" or fmt in ONE_OF_EACH_SOURCE
 
 
 def is_usual_product(name, fmt, dtype):
@@ -347,13 +351,7 @@ def test_a_layer_makes_few_calls_of_python(used_by_device, name, tokens, monkeyp
                          ids=["wrong values", "no C++"])
 def test_a_wrong_source_is_off_with_the_reason_and_the_reference_is_used(
         backend, used_by_device, wrong, dtype, monkeypatch, caplog):
-    for module in (cpp_backend, cuda_backend, metal_backend):
-        def changed(*args, real=module.kernel_source, **more):
-            source = real(*args, **more)
-            assert "- 8)" in source
-            return source.replace("- 8)", f"- {wrong})")
-
-        monkeypatch.setattr(module, "kernel_source", changed)
+    change_source(monkeypatch, "- 8)", f"- {wrong})")
     fmt, out = FORMATS["Q4_0"], torch.empty(8 * 32, dtype=dtype)
     tensors = random_tensors(fmt, 8, CPU)
     assert kernel_layer.find("dequantize", CPU, fmt, dtype) is None

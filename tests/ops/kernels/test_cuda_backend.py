@@ -12,7 +12,6 @@ from kernel_cases import (
     BLOCK_FORMATS,
     DTYPES,
     ONE_OF_EACH_BLOCK,
-    ROW_FORMATS,
     USUAL_ROWS,
 )
 
@@ -102,10 +101,12 @@ def test_the_libraries_of_rocm_are_found(on_windows, files, compiler, driver, tm
 
 
 def each_capability(name, values, some):
-    """Each value for the first GPU, one of `some` in turn for each other; the rest is heavy."""
+    """Each of `some` for the first GPU, and one of them in turn for each other; the rest is
+    heavy."""
     cases = [
         pytest.param(value, capability, id=f"{getattr(value, '__name__', value)}-{capability}",
-                     marks=() if not turn or value == some[turn % len(some)] else pytest.mark.heavy)
+                     marks=() if value == some[turn % len(some)] or (not turn and value in some)
+                     else pytest.mark.heavy)
         for turn, capability in enumerate(CAPABILITIES) for value in values
     ]
     return pytest.mark.parametrize(f"{name}, capability", cases)
@@ -126,23 +127,15 @@ def test_every_source_compiles_for_every_gpu(compile, fmt):
         assert compile(Program(kernel, fmt, torch.bfloat16, alignment(fmt))).startswith(ELF)
 
 
-@each_capability("fmt", USUAL_ROWS, USUAL_ROWS)
+@each_capability("fmt", USUAL_ROWS, USUAL_ROWS[::4])
 def test_rows_compile_for_every_gpu(compile, fmt):
     program = Program("dequantize_rows", fmt, torch.bfloat16, alignment(fmt))
     assert compile(program).startswith(ELF)
 
 
-@each_capability("fmt", UNROTATED_ROWS, UNROTATED_ROWS)
+@each_capability("fmt", UNROTATED_ROWS, UNROTATED_ROWS[::3])
 def test_products_with_rows_compile_for_every_gpu(compile, fmt):
     program = Program("linear", fmt, torch.bfloat16, alignment(fmt))
-    assert compile(program).startswith(ELF)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("capability", [CAPABILITIES[0], CAPABILITIES[-1]])
-@pytest.mark.parametrize("fmt", ROW_FORMATS, ids=str)
-def test_every_layout_of_rows_compiles(compile, fmt):
-    program = Program("dequantize_rows", fmt, torch.float16, alignment(fmt))
     assert compile(program).startswith(ELF)
 
 
@@ -151,11 +144,8 @@ def test_every_type_and_number_of_rows_compiles_for_every_gpu(compile, dtype):
     for tokens, rows in LINEAR_ROWS.items():
         assert compile(Program("linear", FORMATS["Q6_K"], dtype, 2, tokens, rows)).startswith(ELF)
     assert compile(Program("dequantize", FORMATS["Q6_K"], dtype, 1)).startswith(ELF)
-
-
-@each_capability("dtype", DTYPES[1:], DTYPES[1:])
-def test_the_sum_of_small_changes_compiles_for_every_gpu(compile, dtype):
-    assert compile(Program("add_rounded", None, dtype)).startswith(ELF)
+    if dtype != torch.float32:
+        assert compile(Program("add_rounded", None, dtype)).startswith(ELF)
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx_of_the_newest_it_knows(compiler):

@@ -95,7 +95,8 @@ def test_kernels_are_compiled_side_by_side(compiler):
     assert len(kernels.list_backends()["cpu"]["kernels"]["right"]) == 6
 
 
-@pytest.mark.parametrize("capability", ["dequantize", "pack_blocks"])
+@pytest.mark.parametrize("capability", [
+    "dequantize", pytest.param("pack_blocks", marks=pytest.mark.heavy)])
 def test_a_cancel_ends_the_wait_for_a_compiler_and_the_next_load_asks_again(
         capability, compiler, monkeypatch):
     put_back_host(monkeypatch)
@@ -154,8 +155,9 @@ def test_a_process_ends_without_error_while_it_compiles_and_leaves_nothing(
         assert {line["verdict"] for line in Verdicts(file)._lines() if "name" in line} <= {"right"}
 
 
-@pytest.mark.parametrize("span", [(0, 0.5), (0.5, 2), (2, 6)], ids=str)  # seconds
-@pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "ends"])
+@pytest.mark.parametrize(("span", "is_killed"), [
+    pytest.param(span, is_killed, marks=() if span == (0.5, 2) and is_killed else pytest.mark.heavy)
+    for span in ((0, 0.5), (0.5, 2), (2, 6)) for is_killed in (True, False)], ids=str)  # seconds
 def test_comfyui_that_is_closed_in_its_first_seconds_has_every_kernel_at_the_next_start(
         span, is_killed, compiler, monkeypatch):
     compiler.hold(("nothing",))

@@ -7,16 +7,16 @@ from patched_models import packed_anyhow
 from featherweight.ops.layers import workspace
 from featherweight.ops.layers.comfyui_operations import packed_operations
 
-DTYPES = (torch.bfloat16, torch.float16)
-
 
 def under_autocast(layer, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with torch.autocast("cpu", dtype), torch.no_grad():
         return layer(input)
 
 
-@pytest.mark.parametrize("scratch_bytes", [1 << 12, 1 << 26])  # the weight in slices, and at once
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# the weight in slices, and at once
+@pytest.mark.parametrize(("dtype", "scratch_bytes"), [
+    (torch.bfloat16, 1 << 12), pytest.param(torch.float16, 1 << 26, marks=pytest.mark.heavy)],
+    ids=str)
 @pytest.mark.parametrize("kind", [None, *PATCHES])
 @pytest.mark.parametrize(("name", "format_name"), LAYERS)
 def test_it_is_the_layer_in_autocasts_dtype(name, format_name, kind, dtype, scratch_bytes,

@@ -16,9 +16,7 @@ OPERATIONS = packed_operations(mixed=True)
 ROWS, COLUMNS, RANK = 128, 256, 4
 
 
-@pytest.fixture(autouse=True)
-def same_inputs():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def layers(format_name: str, dtype=torch.float32, smoothing=None, **config):

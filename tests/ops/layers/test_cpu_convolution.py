@@ -49,6 +49,8 @@ def relative_error(out, exact):
     return ((out.double() - exact).norm() / exact.norm()).item()
 
 
+each_way = pytest.mark.parametrize("few_pixels", [0, 1 << 20],
+                                   ids=["torch's", "a product of matrices"])
 GEOMETRIES = {
     "3x3": {"kernel_size": 3, "padding": 1},
     "1x1": {"kernel_size": 1},
@@ -61,11 +63,12 @@ GEOMETRIES = {
 
 
 @NEEDS_BFLOAT16
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("format_name", ["F16", "BF16", "Q8_0"])
-@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@each_way
+@pytest.mark.parametrize(("geometry", "bias", "format_name", "memory_format"), [
+    *((geometry, True, "Q8_0", torch.contiguous_format) for geometry in GEOMETRIES),
+    ("3x3", False, "Q8_0", torch.contiguous_format), ("3x3", True, "Q8_0", torch.channels_last),
+    ("3x3", True, "F16", torch.contiguous_format), ("3x3", False, "BF16", torch.channels_last)],
+    ids=str)
 def test_a_convolution_is_rounded_once(geometry, bias, few_pixels, format_name, memory_format,
                                        monkeypatch):
     monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
@@ -85,7 +88,7 @@ def test_a_convolution_is_rounded_once(geometry, bias, few_pixels, format_name, 
 
 
 @NEEDS_BFLOAT16
-@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+@each_way
 def test_the_channels_of_the_output_are_last(few_pixels, monkeypatch):
     monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
     with torch.inference_mode():
@@ -93,7 +96,7 @@ def test_the_channels_of_the_output_are_last(few_pixels, monkeypatch):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+@each_way
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_a_convolution_in_float32_loses_nothing(geometry, few_pixels, monkeypatch):
     monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)
@@ -136,7 +139,7 @@ def dense_layer_of_the_host(**options):
     return layer
 
 
-@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+@each_way
 @pytest.mark.parametrize("cast", [False, True], ids=["as stored", "cast by the host"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_dense_layers_of_the_host_lose_nothing(geometry, cast, few_pixels, monkeypatch):
@@ -180,7 +183,7 @@ def result(layer, input):
         return str(error)
 
 
-@pytest.mark.parametrize("few_pixels", [0, 1 << 20], ids=["torch's", "a product of matrices"])
+@each_way
 @pytest.mark.parametrize(("kernel_size", "shape"), UNUSUAL_INPUTS.values(), ids=UNUSUAL_INPUTS)
 def test_an_unusual_input_gives_what_torch_gives(kernel_size, shape, few_pixels, monkeypatch):
     monkeypatch.setattr(cpu_convolution, "FEW_PIXELS", few_pixels)

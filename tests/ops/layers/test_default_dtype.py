@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import ONE_OF_EACH_BLOCK
 
 from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
-from featherweight.ops.formats.column_groups import ColumnGroups
-from featherweight.ops.formats.row_layout import FAMILIES, RowFormat
+from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import cpp_backend, int8_codes
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.layers import int8, product
@@ -24,9 +24,8 @@ CPU = torch.device("cpu")
 PACK = Path(__file__).parents[3]
 MAKE = {"empty", "zeros", "ones", "full", "tensor", "linspace", "logspace", "rand", "randn", "eye"}
 ROWS, COLUMNS = 16, 512
-# other tests make others
 EACH = [
-    *(fmt for fmt in FORMATS.values() if not isinstance(fmt, (RowFormat, ColumnGroups))),
+    *ONE_OF_EACH_BLOCK,
     *(FAMILIES[name].of_columns(COLUMNS)
       for name in ("INT8", "INT8_ROWS", "F8_E4M3", "F8_E5M2", "INT8_GROUPS", "MXFP8", "NVFP4_ROWS",
                    "NVFP4_LOW", "INT8_CONVROT", "INT4_CONVROT", "W4A8", "W4A8_INTEGERS", "W6A8"))
@@ -106,8 +105,10 @@ def test_a_weight_is_packed_alike_at_any_default_dtype(fmt, under):
 
 
 @pytest.mark.skipif(not has_compiler, reason="needs a C++ compiler")
-@pytest.mark.parametrize("kernel", cpp_backend.BACKEND.kernels,
-                         ids=lambda kernel: f"{kernel.capability}-{len(kernel.formats)}")
+@pytest.mark.parametrize("kernel", [
+    pytest.param(kernel, id=f"{kernel.capability}-{len(kernel.formats)}",
+                 marks=() if kernel.capability in ("linear", "attention") else pytest.mark.heavy)
+    for kernel in cpp_backend.BACKEND.kernels])
 def test_a_kernel_of_a_cpu_is_right_at_any_default_dtype(kernel, under):
     dtypes = {
         "dequantize": torch.bfloat16, "linear": torch.bfloat16, "int8_tokens": torch.bfloat16,

@@ -25,6 +25,10 @@ KINDS = {
     "fp8": "float8_e4m3fn", "mxfp8": "mxfp8"
 }
 BY_HOST = ("int8", "convrot")  # kinds whose product the host computes on a CPU too
+each_kind = pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=pytest.mark.heavy
+                 if kind in ("blocks cross rows", "16 bits", "convrot", "mxfp8") else ())
+    for kind in KINDS])
 ACTS = (None, "gelu_tanh", "swiglu", "rms_norm")
 PATCHES = (None, "lora", "diff and lora")
 
@@ -35,9 +39,7 @@ def shape(request):
         yield request.param
 
 
-@pytest.fixture(autouse=True)
-def same_values():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def dense_layer(kind: str, patches: str | None):
@@ -111,7 +113,7 @@ def expected_of(twin, given: dict, activated: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("patches", PATCHES)
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_a_fused_call_is_the_calls_apart(shape, kind, patches):
     layer, twin = layer_of_kind(kind, patches)
     for act, residual in itertools.product(acts(), (False, True)):
@@ -122,7 +124,7 @@ def test_a_fused_call_is_the_calls_apart(shape, kind, patches):
 
 
 @pytest.mark.parametrize("patches", PATCHES)
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_the_hosts_helper_loses_no_patch(shape, kind, patches):
     layer, twin = layer_of_kind(kind, patches)
     helper = getattr(comfy.ops, HELPER, None)

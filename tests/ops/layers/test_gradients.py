@@ -6,15 +6,15 @@ from patched_layers import CONVOLUTIONS, LAYERS, PATCHES, input_for, layer_and_t
 from patched_models import relative
 
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+each_dtype = pytest.mark.parametrize("dtype", [
+    torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.heavy)], ids=str)
 # in the host
 DIFFERENTIABLE = [
     (name, format_name) for name, format_name in LAYERS if format_name != "convrot_w4a4"
 ]
 
 
-@pytest.fixture(autouse=True)
-def same_inputs():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def gradient(layer, input: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def gradient(layer, input: torch.Tensor) -> torch.Tensor:
     return input.grad.float()
 
 
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@each_dtype
 @pytest.mark.parametrize("kind", PATCHES)
 @pytest.mark.parametrize(("name", "format_name"), DIFFERENTIABLE)
 def test_patches_are_part_of_the_gradient(name, format_name, kind, dtype):
@@ -34,7 +34,7 @@ def test_patches_are_part_of_the_gradient(name, format_name, kind, dtype):
     assert relative(gradient(layer, input), gradient(twin, input.float())) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@each_dtype
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_gives_the_same_with_gradients_and_without(name, dtype):
     """Bit for bit: so its weak LoRAs have their strength in both."""
@@ -46,7 +46,9 @@ def test_a_convolution_gives_the_same_with_gradients_and_without(name, dtype):
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("dtype", [
+    torch.float32, *(pytest.param(dtype, marks=pytest.mark.heavy)
+                     for dtype in (torch.float16, torch.bfloat16))], ids=str)
 @pytest.mark.parametrize("kind", PATCHES)
 @pytest.mark.parametrize(("name", "format_name"), DIFFERENTIABLE)
 def test_patches_of_a_model_loaded_in_inference_mode_have_their_gradient(

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featherweight.ops import kernels
 from featherweight.ops.formats.base import FORMATS, FormatError
-from featherweight.ops.packing import error_feedback
 from featherweight.ops.packing.error_feedback import pack_with_feedback
 from featherweight.ops.packing.method_choice import output_errors, pick_lower_error
 from featherweight.ops.packing.pack_tensor import pack_tensor
@@ -21,11 +20,13 @@ from featherweight.ops.quantize.second_moments import SecondMoments
 
 # Not those of other block lengths, which other tests have made meanwhile.
 WITH_GRID = {name: fmt for name, fmt in FORMATS.items() if fmt.grid and fmt.block_length <= 256}
-each_format = pytest.mark.parametrize("fmt", WITH_GRID.values(), ids=WITH_GRID)
 Q4_K = FORMATS["Q4_K"]
 # integers with scales and without, plain and with minima, and a codebook
 FORMAT_SAMPLE = [FORMATS[name] for name in ("Q3_K", "Q4_K", "Q8_0", "NF4")]
 some_formats = pytest.mark.parametrize("fmt", FORMAT_SAMPLE, ids=lambda fmt: fmt.name)
+each_format = pytest.mark.parametrize("fmt", [  # for each a kernel is compiled
+    pytest.param(fmt, id=name, marks=() if fmt in FORMAT_SAMPLE else pytest.mark.heavy)
+    for name, fmt in WITH_GRID.items()])
 pytestmark = pytest.mark.usefixtures("small_models")
 
 
@@ -92,9 +93,8 @@ def assert_alike(weight, packed, other, tokens):
     assert (differences < 3 * (values - weight).square().sum(1)).all()
 
 
-@pytest.mark.parametrize(("block", "fmt"), [
-    *(pytest.param(None, fmt, id=f"all columns-{name}") for name, fmt in WITH_GRID.items()),
-    *(pytest.param(256, fmt, id=f"blocks of 256-{fmt.name}") for fmt in FORMAT_SAMPLE)])
+@pytest.mark.parametrize("block", [None, 256], ids=["all columns", "blocks of 256"])
+@each_format
 def test_the_output_is_nearer_than_with_the_same_importance_per_column(block, fmt):
     weight, tokens = weight_of(40, 512), inputs(2000, 512)
     moments = moments_of(tokens, block)
@@ -169,7 +169,7 @@ def test_the_bytes_are_those_of_the_format(fmt):
     weight, tokens = weight_of(8, 512), inputs(600, 512)
     packed = pack_with_feedback(weight, fmt, moments_of(tokens))
     if fmt.ggml_type is None:
-        pytest.skip("bitsandbytes' own dequantising is compared in test_bnb_4bit.py")
+        pytest.skip("bitsandbytes' own dequantising is compared in test_bitsandbytes.py")
     expected = gguf.quants.dequantize(
         packed._qdata.view(8, -1).numpy(), GGMLQuantizationType(fmt.ggml_type))
     assert torch.equal(packed.dequantize(), torch.from_numpy(np.ascontiguousarray(expected)))
@@ -203,7 +203,9 @@ HARD = {
 
 
 @pytest.mark.parametrize("tokens", HARD.values(), ids=HARD)
-@pytest.mark.parametrize(("name", "block"), [("Q3_K", None), ("Q4_K", 256), ("NF4", None)])
+@pytest.mark.parametrize(("name", "block"), [
+    ("Q4_K", 256), pytest.param("Q3_K", None, marks=pytest.mark.heavy),
+    pytest.param("NF4", None, marks=pytest.mark.heavy)])
 def test_any_moments_give_a_weight_near_the_one_given(name, tokens, block):
     fmt, weight, moments = FORMATS[name], weight_of(16, 512), SecondMoments.zeros(512, block)
     moments.add(tokens, hold_out=False)
@@ -275,21 +277,6 @@ def test_packing_by_moments_is_never_worse_than_by_importance(fmt):
         )
         errors = output_errors(weight, [guarded, plain], moments)
         assert errors[0] <= errors[1]
-
-
-@some_formats
-def test_blocks_are_as_good_as_all_where_columns_of_different_blocks_do_not_go_together(
-        fmt, monkeypatch):
-    monkeypatch.setattr(error_feedback, "damping_for", lambda *_: (0.03, 0))
-    weight, part = weight_of(24, 512), inputs(900, 256)
-    whole, blocks = SecondMoments.zeros(512), SecondMoments.zeros(512, 256)
-    for tokens in (torch.cat([part, torch.zeros_like(part)],
-                             1), torch.cat([torch.zeros_like(part), part], 1)):
-        whole.add(tokens, hold_out=False)
-        blocks.add(tokens, hold_out=False)
-    by_whole, by_blocks = (pack_with_feedback(weight, fmt, moments)
-                           for moments in (whole, blocks))
-    assert_alike(weight, by_whole, by_blocks, torch.cat([part, part], 1))
 
 
 @pytest.mark.parametrize("name", ["Q3_K", "Q4_K", "NF4", "Q8_0"])

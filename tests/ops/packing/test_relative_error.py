@@ -12,7 +12,11 @@ from featherweight.ops.packing.row_types import ROW_TYPES, pack_to_type
 
 ROWS, COLUMNS = 32, 512
 PER_TENSOR = [name for name, row_type in ROW_TYPES.items() if row_type.is_per_tensor]
-each_type = pytest.mark.parametrize("name", [*TYPES, *ROW_TYPES])
+# scales of blocks, of each block apart, of rows, and of the whole weight
+SAMPLE = ("Q4_K", "NF4", "int8_convrot", *PER_TENSOR)
+each_type = pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in SAMPLE else pytest.mark.heavy)
+    for name in (*TYPES, *ROW_TYPES)])
 
 
 def pack(values: torch.Tensor, name: str) -> torch.Tensor:

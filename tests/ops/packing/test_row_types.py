@@ -23,8 +23,6 @@ from featherweight.ops.tensor.packed_layout import packed_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EACH_TYPE = pytest.mark.parametrize("name", ROW_TYPES)
-EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16],
-                                     ids=str)
 
 
 @pytest.fixture(scope="module", params=["torch", "kernel"], autouse=True)
@@ -63,7 +61,7 @@ def inputs_of(columns, tokens=2048, seed=3):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("shape", [(96, 512), (32, 1024), (160, 256)])
+@pytest.mark.parametrize("shape", [(96, 512), (32, 1024)])
 def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
     layout, options = LAYOUTS[name]
     weight = weight_of(*shape)
@@ -74,9 +72,8 @@ def test_a_plain_conversion_has_the_values_of_comfyuis(name, shape):
 
 
 @EACH_TYPE
-@pytest.mark.parametrize("seed", range(2))
-def test_searched_scales_are_never_worse(name, seed):
-    weight = weight_of(seed=seed)
+def test_searched_scales_are_never_worse(name):
+    weight = weight_of()
     plain, searched = (pack_to_type(weight, ROW_TYPES[name], is_plain=is_plain)
                        for is_plain in (True, False))
     assert error(searched, weight) <= error(plain, weight)
@@ -142,8 +139,11 @@ def shapes_of(row_type, seed):
 
 
 @EACH_TYPE
-@EACH_DTYPE
-@pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "searched"])
+@pytest.mark.parametrize(("dtype", "is_plain"), [
+    (torch.float32, True), (torch.bfloat16, False), *(
+        pytest.param(dtype, is_plain, marks=pytest.mark.heavy) for dtype, is_plain in (
+            (torch.float32, False), (torch.bfloat16, True), (torch.float16, True),
+            (torch.float16, False)))], ids=str)
 def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
         name, dtype, is_plain, by):
     if by == "torch":
@@ -163,7 +163,9 @@ def test_weights_of_any_shape_are_packed_as_by_torch_on_any_number_of_threads(
 
 @EACH_TYPE
 @pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-20, 1.0, 1e20, 1e36])
-def test_weights_of_any_magnitude_are_packed_as_by_torch(name, magnitude):
+def test_weights_of_any_magnitude_are_packed_as_by_torch(name, magnitude, by):
+    if by == "torch":
+        pytest.skip("is compared with")
     weight = weight_of() * magnitude
     weight[5] = -magnitude
     weight[7, 1:] = 0
@@ -217,9 +219,11 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@EACH_TYPE
-@pytest.mark.parametrize("moments", [False, True], ids=["searched", "with feedback"])
-def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, monkeypatch):
+@pytest.mark.parametrize(("name", "moments"), [
+    *((name, False) for name in ROW_TYPES), ("int8_convrot", True), ("mxfp8", True),
+    *(pytest.param(name, True, marks=pytest.mark.heavy)
+      for name in ("float8_e4m3fn", "nvfp4", "asym_w4a8_int8"))])
+def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, by, monkeypatch):
     monkeypatch.setattr(row_source, "READ_VALUES", 64 * 256)
     monkeypatch.setattr(damped_hessian, "SLICE_BYTES", 5 * 4 * 256 * 64)
     monkeypatch.setattr(row_types, "CPU_SLICE_VALUES", 64 * 256)
@@ -227,8 +231,9 @@ def test_temporaries_are_those_of_a_slice_whatever_the_weight(name, moments, mon
     if moments:
         given = SecondMoments.zeros(256)
         given.add(inputs_of(256))
-    weight = weight_of(512, 256).bfloat16()
-    pack_to_type(weight, ROW_TYPES[name], given)  # kernels are checked
+    weight = weight_of(320, 256).bfloat16()
+    if by == "kernel":
+        pack_to_type(weight, ROW_TYPES[name], given)  # checks it
     with Largest() as largest:
         pack_to_type(weight, ROW_TYPES[name], given)
     assert largest.nbytes <= (256 if moments else 64) * 256 * 4  # moments, or a slice in float32

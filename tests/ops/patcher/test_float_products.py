@@ -1,19 +1,13 @@
 """Layers that patches keep from ComfyUI's own product: they run in float, and the log says so."""
 import pytest
 from host_formats import is_nf4
-from patched_models import flux_file, flux_pair, forget_models, lora_for, packed_flux, patched, run
+from patched_models import flux_file, flux_pair, lora_for, packed_flux, patched, run
 
 from featherweight.ops.patcher.float_products import float_layers, float_layers_text
 
 SLOWER = ("dora", "loha", "lokr", "oft", "glora", "diff")
 
-pytestmark = pytest.mark.usefixtures("small_models")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
+pytestmark = pytest.mark.usefixtures("small_models", "no_model_outlives_its_tests")
 
 
 def host_layers(format_name: str) -> set[str]:

@@ -5,18 +5,12 @@ import logging
 import comfy.model_management
 import pytest
 import torch
-from gpu_memory import empty_gpus, lies_on, load, step
+from gpu_memory import lies_on, load, step
 from patched_models import flux_file, lora_for, packed_flux, patched
 from small_encoders import encode, small_t5
 
-pytestmark = pytest.mark.fake_gpus
+pytestmark = [pytest.mark.fake_gpus, pytest.mark.usefixtures("gpu")]
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def gpu(one_thread):
-    with empty_gpus() as counters:
-        yield counters
 
 
 FEW = 200_000  # factors and buffers, which stay on the device whatever the room
@@ -25,10 +19,9 @@ MORE_ROOMS = (0.8, 0.5, *(0.4 + 0.06 * step for step in range(9)))
 
 
 @pytest.mark.more_with_heavy
-@pytest.mark.parametrize("with_lora", [False, True])
-# whether the host casts each weight, as it does to compute in another dtype
-@pytest.mark.parametrize("cast", [False, True])
-@pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
+# cast: whether the host casts each weight, as it does to compute in another dtype
+@pytest.mark.parametrize(("format_name", "cast", "with_lora"), [
+    ("Q8_0", True, False), ("INT8", False, True)])
 def test_what_is_counted_lies_on_the_gpu_and_nothing_more(
     format_name, cast, with_lora, gpu, request
 ):

@@ -1,5 +1,7 @@
 """LoRA on packed text encoders and on UNets with packed convolutions, under the names their LoRAs
 have."""
+import dataclasses
+
 import comfy.hooks
 import comfy.lora
 import comfy.model_management
@@ -7,6 +9,8 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from encoders import ENCODERS
+from encoders.encoder import random_weights as encoder_weights
 from families import FAMILIES, inputs, random_weights
 from patched_models import (
     LIMIT,
@@ -98,39 +102,11 @@ SMALL = {
 }
 
 
-def clip_l_values():
-    """A CLIP-L of a few small layers."""
-    generator = torch.Generator().manual_seed(0)
-    values = {}
-
-    def linear(name, rows, columns):
-        values[f"{name}.weight"] = torch.randn(rows, columns, generator=generator) / columns**0.5
-        values[f"{name}.bias"] = torch.randn(rows, generator=generator) * 0.02
-
-    def norm(name):
-        values[f"{name}.weight"], values[f"{name}.bias"] = torch.ones(WIDTH), torch.zeros(WIDTH)
-
-    values["text_model.embeddings.token_embedding.weight"] = (
-        torch.randn(49408, WIDTH, generator=generator) * 0.02
-    )
-    values["text_model.embeddings.position_embedding.weight"] = (
-        torch.randn(77, WIDTH, generator=generator) * 0.02
-    )
-    for name in map("text_model.encoder.layers.{}".format, range(SMALL["num_hidden_layers"])):
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(f"{name}.self_attn.{part}", WIDTH, WIDTH)
-        linear(f"{name}.mlp.fc1", 4 * WIDTH, WIDTH)
-        linear(f"{name}.mlp.fc2", WIDTH, 4 * WIDTH)
-        norm(f"{name}.layer_norm1")
-        norm(f"{name}.layer_norm2")
-    norm("text_model.final_layer_norm")
-    values["text_projection.weight"] = torch.eye(WIDTH)
-    return values
-
-
 @pytest.fixture(scope="module")
 def clips():
-    packed, dense = packed_state_dict(clip_l_values(), "Q8_0", 32)
+    encoder = dataclasses.replace(ENCODERS["clip-l"], config=SMALL, markers={
+        "text_model.encoder.layers.0.mlp.fc1.weight": (4 * WIDTH, WIDTH)})
+    packed, dense = packed_state_dict(encoder_weights(encoder), "Q8_0", 32)
     result = []
     sizes = {"model_config": dict(SMALL), "dtype": torch.float32}  # the host may add to it
     for state_dict, options in ((packed, {"custom_operations": packed_operations()}), (dense, {})):

@@ -17,7 +17,6 @@ from patched_models import (
     error_by_effect,
     flux_file,
     flux_pair,
-    forget_models,
     forward,
     limit,
     lora_for,
@@ -43,13 +42,7 @@ COUNTS = {"Q4_K": 18, "float8_e4m3fn": 19, "int8_tensorwise": 19, "asym_w4a8_int
 # product, and by us
 both_kinds = pytest.mark.parametrize("format_name", COUNTS)
 
-pytestmark = pytest.mark.usefixtures("small_models")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
+pytestmark = pytest.mark.usefixtures("small_models", "no_model_outlives_its_tests")
 
 
 def loras(format_name="Q4_K"):
@@ -445,7 +438,9 @@ def test_a_weight_wrapper_sees_the_patched_weight(wrapper_first, format_name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+@pytest.mark.parametrize("format_name", [
+    pytest.param(name, marks=() if name in ("Q4_K", "INT8") else pytest.mark.heavy)
+    for name in FORMAT_NAMES])
 def test_half_precision_is_as_good_as_the_hosts_dense_model(format_name, dtype):
     exact = run(patched(flux_pair(format_name)[1], *((lora, 0.5) for lora in loras(format_name))))
     errors = []

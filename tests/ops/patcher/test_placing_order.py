@@ -8,8 +8,8 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
-from gpu_memory import larger_flux, lies_on
-from patched_models import flux_inputs, lora_for, patched
+from gpu_memory import copied_by, larger_flux, largest_layer, lies_on, sample
+from patched_models import lora_for, patched
 
 from featherweight.loaders.models.placement import place, placed_text
 from featherweight.ops.patcher.residency import PAGE, slots_are_in_order
@@ -42,29 +42,10 @@ def model(request):
     comfy.model_management.unload_all_models()
 
 
-def sample(patcher, steps: int = 2, hooks=None, callback=None) -> torch.Tensor:
-    """Steps that run the model twice each: the conditions differ in length, so that the host never
-    puts them together."""
-    inputs = flux_inputs()
-    text = inputs["c_crossattn"]
-    options = {} if hooks is None else {"hooks": hooks}
-    conditions = [[[part, options]] for part in (text, torch.cat([text, -text[:, :2]], 1))]
-    with torch.inference_mode():
-        return comfy.sample.sample(patcher, inputs["x"], steps, 2.0, "euler", "simple", *conditions,
-                                   torch.zeros_like(inputs["x"]), seed=1, disable_pbar=True,
-                                   callback=callback)
-
-
-def copied_by(gpu, function, *arguments) -> int:
-    before = gpu.copied().up
-    function(*arguments)
-    return gpu.copied().up - before
-
-
-def per_step(gpu, patcher) -> int:
+def per_step(patcher) -> int:
     """Bytes copied to the device in each step of a run."""
-    shorter = copied_by(gpu, sample, patcher, 1)
-    return copied_by(gpu, sample, patcher, 2) - shorter
+    shorter = copied_by(sample, patcher, 1)
+    return copied_by(sample, patcher, 2) - shorter
 
 
 def load(patcher):
@@ -75,10 +56,6 @@ def on_device(params: dict) -> str:
     """The type of device on which a layer lies, from its entry in the host's list."""
     # a layer without weights takes no room
     return next((param.device.type for param in params.values()), "cuda")
-
-
-def largest(patcher) -> int:
-    return max(entry[-4] for entry in patcher._load_list())
 
 
 @STATIC
@@ -114,13 +91,13 @@ def test_layers_lie_as_the_first_step_asks_and_nothing_else_differs(model, with_
     assert kept.keys() == layers_that_fit(ordered, sum(kept.values())) != layers_that_fit(
         residency_order(placed._load_list(), placed.placement.gpu_bytes, None), sum(kept.values()))
     assert factors <= lies_on(placed.model) == placed.loaded_size() <= max(budget, factors + 4096)
-    assert copied_by(gpu, load, placed) == 0
+    assert copied_by(load, placed) == 0
     copied = placed.memory_report().copied_per_step
-    assert 0 <= per_step(gpu, placed) - copied < 20_000
+    assert 0 <= per_step(placed) - copied < 20_000
     assert (
         copied
         == 2 * (size - placed.memory_report().on_device)
-        <= 2 * (size + factors - budget + largest(placed))
+        <= 2 * (size + factors - budget + largest_layer(placed))
     )
 
 
@@ -137,10 +114,10 @@ def test_layers_have_their_places_in_dynamic_vram_as_the_first_step_asks(model, 
     assert torch.equal(sample(placed), expected)
     assert placed.model.packed_residency.profile is not None and slots_are_in_order(placed)
     assert placed._vbar_get().loaded_size() <= PAGE
-    assert copied_by(gpu, load, placed) <= 1e5
+    assert copied_by(load, placed) <= 1e5
     copied = placed.memory_report().copied_per_step
-    assert abs(per_step(gpu, placed) - copied) < 1e5
-    assert copied <= 2 * (size - PAGE + 2 * largest(placed))
+    assert abs(per_step(placed) - copied) < 1e5
+    assert copied <= 2 * (size - PAGE + 2 * largest_layer(placed))
 
 
 @STATIC
@@ -165,7 +142,7 @@ def test_layers_on_the_device_never_exceed_the_budget_while_they_change_places(m
     hook.remove()
     used, lay = before[0]
     assert lies_on(placed.model) <= 0.5 * placed.full_size()
-    assert peaks[0] <= used + max(0, lies_on(placed.model) - lay) + largest(placed)
+    assert peaks[0] <= used + max(0, lies_on(placed.model) - lay) + largest_layer(placed)
 
 
 @STATIC
@@ -233,7 +210,7 @@ def test_with_hooks_the_next_load_brings_layers_into_order(model, gpu):
             sample(placed)
         ]
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
-    assert placed.model.packed_residency.is_in_order(placed) and copied_by(gpu, load, placed) == 0
+    assert placed.model.packed_residency.is_in_order(placed) and copied_by(load, placed) == 0
 
 
 @STATIC
@@ -248,39 +225,3 @@ def test_the_text_counts_what_a_step_copies_where_it_runs_the_model_twice(model)
     lies = placed.memory_report()
     assert f"{lies.copied_per_step / 1e6:.1f} MB copied per step" in placed_text(placed) != once
     assert lies.copied_per_step == 2 * lies.copied
-
-
-@STATIC
-@pytest.mark.parametrize("model", ["packed"], indirect=True)
-def test_a_copy_begins_when_computing_reaches_the_copied_layer_before_it(model, monkeypatch):
-    """What the order of the layers follows from: what a stream waits for last before a copy is
-    queued there."""
-    patcher, _ = model
-    placed = place(patcher, 0.5 * patcher.model_size())
-    sample(placed)
-    load(placed)
-    host, running, last_wait, begins = comfy.model_management, [], {}, []
-    copied = [module for *_, module, params in placed._load_list() if on_device(params) == "cpu"]
-    get_offload_stream, wait_stream = host.get_offload_stream, torch.cuda.Stream.wait_stream
-
-    def wait(stream, other):
-        last_wait[stream.stream_id] = running[-1]
-        return wait_stream(stream, other)
-
-    def get(device):
-        stream = get_offload_stream(device)
-        begins.append((running[-1], last_wait.get(stream.stream_id)))
-        return stream
-
-    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", wait)
-    monkeypatch.setattr(host, "get_offload_stream", get)
-    hooks = [
-        module.register_forward_pre_hook(lambda module, _: running.append(module))
-        for module in copied
-    ]
-    sample(placed, 1)
-    for hook in hooks:
-        hook.remove()
-    order = running[:len(begins)]
-    assert [module for module, _ in begins] == order
-    assert [after for _, after in begins][2:] == order[1:-1]

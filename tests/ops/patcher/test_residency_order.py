@@ -161,16 +161,6 @@ def test_nothing_is_waited_for_where_the_link_is_twice_as_fast_as_it_must_be(nam
     assert model.time(model.left_out(budget * total, None), speed) > 1.01 * sum(model.work)
 
 
-@pytest.mark.parametrize("budget", [0.9, 0.75])
-def test_layers_of_one_row_stay_where_there_is_room_for_them(budget):
-    model = flux()
-    sizes = model.sizes
-    of_one_row = sum(sizes[index] for index in model.one_row)
-    assert of_one_row > 0.25 * sum(sizes)
-    left_out = model.left_out(budget * sum(sizes), model.step)
-    assert sum(sizes[index] for index in left_out & model.one_row) < 0.03 * of_one_row
-
-
 def test_layers_that_run_more_often_stay_and_those_that_do_not_run_do_not():
     model = Model()
     for index in range(40):

@@ -3,7 +3,7 @@ and at most the LoRAs' factors more."""
 import comfy.model_management
 import pytest
 import torch
-from gpu_memory import empty_gpus, step
+from gpu_memory import BOTH, step
 from host_formats import HOST_FORMATS
 from patched_models import (
     flux_file,
@@ -17,16 +17,6 @@ from patched_models import (
 from featherweight.loaders.models.placement import place
 
 OTHERS = 100_000  # bytes of what a step copies beside weights, and of weights in no layer of ours
-BOTH = [pytest.param(False, marks=pytest.mark.fake_gpus, id="static"),
-        pytest.param(True, marks=pytest.mark.fake_gpus(dynamic=True), id="dynamic")]
-
-
-@pytest.fixture
-def gpu(one_thread):
-    with empty_gpus() as counters:
-        yield counters
-
-
 def weight_bytes(patcher) -> list[torch.Tensor]:
     """The bytes of all quantised weights."""
     return [part.reshape(-1).view(torch.uint8).cpu() for layer in packed_layers(patcher)
@@ -34,7 +24,9 @@ def weight_bytes(patcher) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("is_dynamic", BOTH)
-@pytest.mark.parametrize("format_name", [*HOST_FORMATS, "Q8_0"])
+@pytest.mark.parametrize("format_name", [
+    "Q8_0", "int8_tensorwise", *(pytest.param(name, marks=pytest.mark.heavy)
+                                 for name in HOST_FORMATS if name != "int8_tensorwise")])
 def test_with_loras_a_step_copies_their_factors_more_at_most(format_name, is_dynamic, gpu):
     packed, values = packed_flux(format_name), flux_file(format_name)[1]
     stack = [(lora_for(values, seed=seed), 0.3) for seed in (1, 2, 3)]

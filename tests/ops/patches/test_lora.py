@@ -22,7 +22,6 @@ from patched_models import (
     flux_file,
     flux_inputs,
     flux_pair,
-    forget_models,
     lora_for,
     packed_anyhow,
     packed_layers,
@@ -40,7 +39,7 @@ from featherweight.ops.tensor.packed_layout import is_packed
 OPERATIONS = packed_operations()
 
 
-pytestmark = pytest.mark.usefixtures("small_models")
+pytestmark = pytest.mark.usefixtures("small_models", "no_model_outlives_its_tests")
 # One format with all numbers in the blocks, one with scales apart.
 ALL_KINDS = ("Q4_K", "INT8")
 
@@ -54,12 +53,6 @@ def with_formats(cases, in_all: tuple) -> list:
     ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
-
-
 def assert_same_effect(format_name, *loras, inputs=None):
     packed, dense = flux_pair(format_name)
     count = len(packed_layers(packed))
@@ -70,7 +63,7 @@ def assert_same_effect(format_name, *loras, inputs=None):
     assert len(packed_layers(packed)) == count
 
 
-# --- kinds, stacks, key styles ---
+# --- kinds and stacks ---
 
 
 @pytest.mark.parametrize(("format_name", "kind"), with_formats(KINDS, ("lora", "dora")))
@@ -98,7 +91,8 @@ def diffusers_names():
             for name, target in names.items() if name.endswith(".weight")}
 
 
-def lora_by_diffusers_names(values, layer_name, up, down, alpha=False):
+def lora_by_diffusers_names(values):
+    """As PEFT writes it."""
     lora = {}
     for seed, (name, (target, part, *_)) in enumerate(diffusers_names().items()):
         weight = values.get(target)
@@ -106,61 +100,17 @@ def lora_by_diffusers_names(values, layer_name, up, down, alpha=False):
             continue
         weight = weight if part is None else weight.narrow(*part)
         factors = adapter("lora", weight, seed)
-        lora[f"{layer_name(name)}.{up}"] = factors["lora_up.weight"]
-        lora[f"{layer_name(name)}.{down}"] = factors["lora_down.weight"] * 0.5
-        if alpha:
-            lora[f"{layer_name(name)}.alpha"] = factors["alpha"]
+        lora[f"transformer.{name}.lora_B.weight"] = factors["lora_up.weight"]
+        lora[f"transformer.{name}.lora_A.weight"] = factors["lora_down.weight"] * 0.5
     return lora
 
 
-STYLES = {
-    "diffusers, PEFT": ("transformer.{}".format, "lora_B.weight", "lora_A.weight"),
-    "DiffSynth": ("{}".format, "lora_B.default.weight", "lora_A.default.weight"),
-    "OneTrainer": (lambda name: "lora_transformer_" + name.replace(".", "_"), "lora_up.weight",
-                   "lora_down.weight", True),
-    "SimpleTuner LyCORIS": (lambda name: "lycoris_" + name.replace(".", "_"), "lora_up.weight",
-                            "lora_down.weight", True)
-}
-
-
-@pytest.mark.parametrize(
-    ("format_name", "style"), with_formats(STYLES, ("diffusers, PEFT",)))
-def test_loras_on_slices_of_fused_weights(format_name, style):
-    lora = lora_by_diffusers_names(flux_file(format_name)[1], *STYLES[style])
+@pytest.mark.parametrize("format_name", FORMAT_NAMES)
+def test_loras_on_slices_of_fused_weights(format_name):
+    lora = lora_by_diffusers_names(flux_file(format_name)[1])
     names = [name for name in lora if "to_q" in name or "proj_mlp" in name]
     assert len(names) >= 4
     assert_same_effect(format_name, (lora, 0.8), (lora, 0.3))
-
-
-def test_generic_names_as_ai_toolkit_writes_them():
-    lora = {}
-    for name, tensor in lora_for(flux_file("Q4_K")[1],
-                                 layer_name="diffusion_model.{}".format).items():
-        lora[name.replace("lora_up", "lora_B").replace("lora_down", "lora_A")] = tensor
-    assert_same_effect("Q4_K", (lora, 0.8))
-
-
-def test_xlabs_names():
-    parts = {
-        "img_attn.qkv": "qkv_lora1", "txt_attn.qkv": "qkv_lora2", "img_attn.proj": "proj_lora1",
-        "txt_attn.proj": "proj_lora2"
-    }
-    values = flux_file("Q4_K")[1]
-    lora = {}
-    for seed, (layer, part) in enumerate(parts.items()):
-        factors = adapter("lora", values[f"double_blocks.0.{layer}.weight"], seed, size=2.0)
-        for side in ("up", "down"):
-            lora[f"double_blocks.0.processor.{part}.{side}.weight"] = factors[f"lora_{side}.weight"]
-    single = values["single_blocks.0.linear1.weight"][:768]
-    for name, weight in (("qkv_lora", single), ("proj_lora",
-                                                values["single_blocks.0.linear2.weight"])):
-        factors = adapter("lora", weight, 9, size=2.0)
-        for side in ("up", "down"):
-            lora[f"single_blocks.0.processor.{name}.{side}.weight"] = factors[f"lora_{side}.weight"]
-    # By the last blocks of the real model the host recognises the style.
-    for last in ("single_blocks.37.processor.qkv_lora", "double_blocks.18.processor.qkv_lora2"):
-        lora[f"{last}.up.weight"] = torch.ones(1, 1)
-    assert_same_effect("Q4_K", (lora, 0.8))
 
 
 @pytest.mark.parametrize("strength_model", [1.0, 0.5])
@@ -222,20 +172,16 @@ def test_a_control_lora_reshapes_a_layer_and_gives_it_back():
 # --- convolutions ---
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "loha-dora"])
-@pytest.mark.parametrize(
-    ("name", "kernel", "input_shape"),
-    [
-        ("Conv1d", (3,), (1, 32, 9)),
-        ("Conv2d", (3, 3), (1, 32, 6, 5)),
-        ("Conv2d", (1, 1), (1, 32, 6, 5)),
-        ("Conv3d", (1, 2, 2), (1, 32, 2, 4, 4)),
-    ],
-    ids=["1d", "2d", "1x1", "3d"],
-)
-def test_patches_on_packed_convolutions(name, kernel, input_shape, kind):
-    if kind == "locon" and len(kernel) != 2:
-        pytest.skip("the host has mid weights of two-dimensional convolutions only")
+CONVOLUTIONS = {
+    "2d": ("Conv2d", (3, 3), (1, 32, 6, 5)), "1x1": ("Conv2d", (1, 1), (1, 32, 6, 5)),
+    "1d": ("Conv1d", (3,), (1, 32, 9)), "3d": ("Conv3d", (1, 2, 2), (1, 32, 2, 4, 4))}
+
+
+@pytest.mark.parametrize(("convolution", "kind"), [
+    *(("2d", kind) for kind in KINDS if kind != "loha-dora"),
+    *((name, kind) for name in ("1x1", "1d", "3d") for kind in ("lora", "dora", "lokr"))])
+def test_patches_on_packed_convolutions(convolution, kind):
+    name, kernel, input_shape = CONVOLUTIONS[convolution]
     weight, dense = packed_anyhow(torch.randn(64, 32, *kernel) / 8, "Q8_0")
     layer = getattr(OPERATIONS, name)(32, 64, kernel, dtype=torch.float32)
     layer.load_state_dict({"weight": weight, "bias": torch.ones(64)})
@@ -399,14 +345,6 @@ def test_half_a_pair_leaves_the_model_as_it_was(half):
     assert torch.equal(run(packed), without)
 
 
-def test_a_lora_of_another_family_changes_nothing():
-    packed, _ = flux_pair("Q8_0")
-    lora = {f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.{name}": tensor
-            for name, tensor in adapter("lora", torch.randn(320, 320), 1).items()}
-    without = run(packed)
-    assert torch.equal(run(patched(packed, (lora, 1.0))), without)
-
-
 def test_adapters_this_pack_does_not_know_are_the_hosts_to_judge():
     class Future(LoKrAdapter.__base__):
         loaded_keys, weights = set(), (torch.ones(2, 2),)
@@ -443,12 +381,6 @@ def test_slices_that_overlap_add_up(monkeypatch, scratch_bytes):
     base = torch.nn.functional.linear(input, dense)
     actual = product.linear(input, weight, None, patches.branch(input))
     assert error_by_effect(actual, expected, base) < LIMIT
-
-
-def test_loras_on_whole_weights_and_on_slices_of_them_add_up_in_a_model():
-    values = flux_file("Q4_K")[1]
-    assert_same_effect("Q4_K", (lora_for(values), 1.0),
-                       (lora_by_diffusers_names(values, *STYLES["diffusers, PEFT"]), 0.5))
 
 
 def test_the_operator_has_a_right_fake_with_a_branch():
@@ -488,20 +420,6 @@ def test_branches_give_the_same_with_gradients_and_without(slices):
 
 
 # --- dtypes, compilation ---
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_good_as_the_hosts_merged_weight(dtype):
-    weight, dense = packed_anyhow(torch.randn(256, 512) / 20, "Q4_K")
-    patches = branch_of(256, 512, (0, 256, 16))
-    input = torch.randn(64, 512)
-    exact = torch.nn.functional.linear(input, patches(dense))
-    # as the host patches
-    merged = comfy.float.stochastic_rounding(patches(dense.to(dtype).float()), dtype, seed=1)
-    host = torch.nn.functional.linear(input.to(dtype), merged).float()
-    actual = product.linear(input.to(dtype), weight, None,
-                            patches.branch(input.to(dtype))).float()
-    assert relative(actual, exact) < 1.1 * relative(host, exact)
 
 
 def test_compiled_with_a_lora_there_is_no_graph_break_and_a_strength_recompiles_nothing():

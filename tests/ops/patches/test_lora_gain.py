@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from comfy.weight_adapter import BOFTAdapter, LoRAAdapter, OFTAdapter
-from host_formats import HOST_FORMATS, TABLE_FORMATS, in_host_format
-from lora_gain import ALLOWED, NORMS, OUTPUTS, Gain, assert_full_strength
+from host_formats import TABLE_FORMATS, in_host_format
+from lora_gain import NORMS, OUTPUTS, Gain, assert_full_strength
 from patched_models import (
     adapter,
     flux_file,
@@ -47,11 +47,6 @@ EACH_WAY = ("Q8_0", "Q4_K", "MXFP4", "NF4", "INT8", "BF16")
 GGML = [name for name, packed_format in FORMATS.items() if packed_format.ggml_type is not None]
 
 pytestmark = pytest.mark.usefixtures("small_models", "fixed_seed")
-
-
-@pytest.fixture
-def fixed_seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -167,7 +162,8 @@ def test_at_any_number_of_rows(rows, dtype):
 
 
 @pytest.mark.parametrize(("format_name", "rows"), [
-    pytest.param(name, rows, marks=() if name in EACH_WAY else pytest.mark.heavy)
+    pytest.param(name, rows, marks=() if name in EACH_WAY and (
+        rows == 4096 or name in ("MXFP4", "INT8")) else pytest.mark.heavy)
     for name in (*GGML, "NF4", "FP4", "INT8") for rows in (256, 4096)])
 def test_on_every_format(format_name, rows):
     """The LoRA is added to the product, whatever the weight is packed to."""
@@ -177,28 +173,12 @@ def test_on_every_format(format_name, rows):
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [
-    (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
-    (torch.float16, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
+    (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16), *(
+        pytest.param(dtype, stored, marks=pytest.mark.heavy) for dtype, stored in (
+            (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)))], ids=str)
 def test_on_dense_layers_of_a_packed_model(dtype, stored):
     layer = layer_of(torch.randn(2048, 256).to(stored) / 16, dtype)
     assert_layer_at_full_strength(layer, plain_lora(2048, 256), 4096, dtype, WEAKEST)
-
-
-@pytest.mark.parametrize("format_name", [
-    name for name in ("float8_e4m3fn", "nvfp4", "int8_tensorwise", "convrot_w4a4")
-    if name in HOST_FORMATS])
-def test_on_layers_in_the_hosts_own_formats(format_name):
-    rows, columns = 2048, 256
-    parts, dense = in_host_format("weight", torch.randn(rows, columns) / 16, format_name)
-    layer = packed_operations(mixed=True).Linear(columns, rows, dtype=torch.bfloat16)
-    layer.load_state_dict(parts | {"bias": torch.randn(rows, dtype=torch.bfloat16)})
-
-    def run(patches, input):
-        layer.lora = patches
-        with torch.no_grad():
-            return layer(input)
-
-    assert_plain_lora_at_full_strength(dense, 4096, run)
 
 
 # --- several at once ---
@@ -315,11 +295,11 @@ def test_balancing_changes_no_product():
 
 
 @pytest.mark.parametrize(("kind", "format_name", "dtype"), [
-    ("dora", "MXFP4", torch.bfloat16), ("lokr", "MXFP4", torch.bfloat16),
-    ("oft", "MXFP4", torch.bfloat16), ("diff", "MXFP4", torch.bfloat16),
-    ("dora", "MXFP4", torch.float16), ("dora", None, torch.bfloat16),
-    ("lokr", "Q4_K", torch.float32),
+    ("dora", "MXFP4", torch.bfloat16), ("dora", "MXFP4", torch.float16),
+    ("dora", None, torch.bfloat16), ("lokr", "Q4_K", torch.float32),
     *(pytest.param(*case, marks=pytest.mark.heavy) for case in (
+        ("lokr", "MXFP4", torch.bfloat16), ("oft", "MXFP4", torch.bfloat16),
+        ("diff", "MXFP4", torch.bfloat16),
         ("loha", "MXFP4", torch.bfloat16), ("boft", "MXFP4", torch.bfloat16),
         ("glora", "MXFP4", torch.bfloat16), ("dora", "Q8_0", torch.bfloat16),
         ("lokr", "NF4", torch.bfloat16), ("loha", None, torch.float16)))])
@@ -343,17 +323,11 @@ def test_of_every_kind_on_the_weight_side(kind, format_name, dtype):
 # --- other layers ---
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
-@pytest.mark.parametrize(
-    ("name", "kernel", "size"),
-    [
-        ("Conv1d", (3,), (512,)),
-        ("Conv2d", (3, 3), (24, 24)),
-        ("Conv2d", (3, 3), (8, 8)),
-        ("Conv2d", (1, 1), (24, 24)),
-        ("Conv3d", (1, 3, 3), (2, 16, 16)),
-    ],
-)
+@pytest.mark.parametrize(("name", "kernel", "size", "kind"), [
+    ("Conv1d", (3,), (512,), "lora"), ("Conv2d", (3, 3), (24, 24), "lora"),
+    ("Conv2d", (3, 3), (8, 8), "lora"), ("Conv2d", (1, 1), (24, 24), "lora"),
+    ("Conv3d", (1, 3, 3), (2, 16, 16), "lora"), ("Conv2d", (3, 3), (24, 24), "dora"),
+    ("Conv2d", (3, 3), (24, 24), "lokr")])
 def test_on_convolutions(name, kernel, size, kind):
     weight = random_weight("Q8_0", (512, 64 * torch.Size(kernel).numel()))
     dense = values_of(weight).view(512, 64, *kernel)
@@ -437,40 +411,18 @@ def test_with_compute_int8(rows, bias):
                                   outputs)
 
 
-def test_under_torch_compile():
+@pytest.mark.parametrize("way", ["compiled", "with gradients"])
+def test_by_torch_compile_and_where_gradients_are_asked_for(way):
     layer = layer_of(random_weight("Q8_0", (2048, 256)), torch.bfloat16)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if way == "compiled" else layer
 
     def run(patches, input):
         layer.lora = patches
-        with torch.no_grad():
-            return compiled(input)
+        with torch.set_grad_enabled(way == "with gradients"):
+            return call(input.clone().requires_grad_(way == "with gradients")).detach()
 
     assert_plain_lora_at_full_strength(values_of(layer.weight), 4096, run)
-    torch._dynamo.reset()
-
-
-def test_where_gradients_are_asked_for():
-    layer = layer_of(random_weight("Q8_0", (2048, 256)), torch.bfloat16)
-
-    def run(patches, input):
-        layer.lora = patches
-        return layer(input.clone().requires_grad_()).detach()
-
-    assert_plain_lora_at_full_strength(values_of(layer.weight), 4096, run)
-
-
-def test_before_functions_that_wrap_the_weight():
-    """The host hands such a function the weight in the dtype of the input, rounded already."""
-    layer = layer_of(random_weight("Q8_0", (4096, 1024)), torch.bfloat16)
-
-    def run(patches, input):
-        layer.weight_function = [patches, lambda weight: weight]
-        with torch.no_grad():
-            return layer(input)
-
-    assert_plain_lora_at_full_strength(values_of(layer.weight), 2048, run)
 
 
 @pytest.mark.parametrize("format_name", ["MXFP4", "BF16"])
@@ -519,17 +471,6 @@ def test_dithered_values_are_neighbours_and_right_on_average(dtype):
         assert abs((moved * change).sum() / change.square().sum() - 1) < allowed
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_dithering_keeps_what_the_dtype_holds_and_what_is_not_finite(dtype):
-    special = torch.tensor([0.0, -0.0, 1.0, -1.5, torch.inf, -torch.inf, torch.finfo(dtype).max])
-    assert torch.equal(stochastic_round(special.clone(), dtype).float(), special)
-    assert stochastic_round(torch.tensor([torch.nan, -torch.nan]), dtype).isnan().all()
-    held = torch.randn(4096).to(dtype)
-    assert torch.equal(stochastic_round(held.float(), dtype), held) and torch.equal(
-        add_small(held, torch.zeros(4096)), held
-    )
-
-
 def floats(first: int, last: int) -> torch.Tensor:
     """All float32 numbers with these bits and those between, and the same with the other sign."""
     bits = torch.arange(first, last + 1, dtype=torch.int64)
@@ -543,9 +484,9 @@ def test_dithering_keeps_each_number_of_the_dtype_and_nan_of_any_bits(dtype):
     rounded, number = stochastic_round(held.float(), dtype), ~held.isnan()
     # the sign of zero too
     assert torch.equal(rounded.view(torch.int16)[number], held.view(torch.int16)[number])
-    assert (
-        rounded[~number].isnan().all() and add_small(held[~number], torch.tensor(0.1)).isnan().all()
-    )
+    assert rounded[~number].isnan().all()
+    assert add_small(held[~number], torch.tensor(0.1)).isnan().all()
+    assert torch.equal(add_small(held[number], torch.tensor(0.0)), held[number])
     for first in (0x7F800001, 0x7FC00000 - 5000, 0x7FFFFFFF - 70000):
         assert stochastic_round(floats(first, first + 70000), dtype).isnan().all()
 
@@ -603,15 +544,6 @@ def test_the_choice_is_made_by_knuths_hash_of_the_values_own_bits(dtype, dropped
         assert torch.equal(rounded.float(), expected[:len(rounded)])
 
 
-def test_float32_is_not_rounded():
-    values = torch.randn(64)
-    assert torch.equal(stochastic_round(values, torch.float32), values)
-
-
-def test_what_is_allowed_is_the_promise():
-    assert ALLOWED == 0.005 and NORMS == (0.0005, 0.001, 0.003, 0.01, 0.05)
-
-
 # --- a whole step ---
 
 
@@ -649,15 +581,7 @@ def step_gain(size: int, norm: float, count: int) -> Gain:
 
 
 @pytest.mark.parametrize(("size", "norm", "count"), [
-    (512, 0.01, 3), (768, 0.05, 1),
-    *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((512, 0.003, 12), (768, 0.01, 3)))])
+    (512, 0.01, 3), *(pytest.param(*case, marks=pytest.mark.heavy) for case in (
+        (768, 0.05, 1), (512, 0.003, 12), (768, 0.01, 3)))])
 def test_in_a_whole_step(size, norm, count):
     step_gain(size, norm, count).assert_full(f"{size} pixels, a norm of {norm:.2%}")
-
-
-# a weaker one drowns in what bfloat16 does to the rest of the model
-@pytest.mark.parametrize(("norm", "count"), [
-    pytest.param(0.01, 3, marks=pytest.mark.heavy), (0.05, 1)])
-def test_a_picture_of_another_size_has_the_same_gain(norm, count):
-    small, large = (step_gain(size, norm, count).value for size in (512, 768))
-    assert abs(small - large) <= ALLOWED, f"{small:.4f} at 512 pixels, {large:.4f} at 768"

@@ -13,9 +13,7 @@ from featherweight.ops.patches.layer_patches import build_patches
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def same_inputs():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("fixed_seed")
 
 
 def lora_on(part: torch.Size) -> LoRAAdapter:

@@ -10,7 +10,6 @@ from patched_models import (
     adapter,
     flux_file,
     flux_pair,
-    forget_models,
     lora_for,
     patched,
     run,
@@ -24,10 +23,7 @@ from featherweight.ops.patches.patch_trial import trial_error
 LAYER = "lora_unet_double_blocks_0_img_attn_proj"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_model_outlives_its_tests():
-    yield
-    forget_models()
+pytestmark = pytest.mark.usefixtures("no_model_outlives_its_tests")
 
 
 @pytest.mark.parametrize(("value", "shape"), [

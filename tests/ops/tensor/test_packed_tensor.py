@@ -146,19 +146,6 @@ def test_nodes_that_save_a_model_write_its_values(tmp_path, format_name, save):
         assert torch.equal(saved[f"model.{name}"].float(), values.float()), name
 
 
-@pytest.mark.parametrize("format_name", FORMAT_NAMES)
-def test_weights_loaded_into_another_module_are_the_values(format_name):
-    packed, dense = packed_flux(format_name), dense_flux(format_name)
-    expected = {
-        name: value.clone() for name, value in dense.model.diffusion_model.state_dict().items()
-    }
-    for value in dense.model.diffusion_model.state_dict().values():
-        value.zero_()
-    dense.model.diffusion_model.load_state_dict(packed.model.diffusion_model.state_dict())
-    for name, value in dense.model.diffusion_model.state_dict().items():
-        assert torch.allclose(value, expected[name], atol=1e-6), name
-
-
 # --- parts of a weight ---
 
 PARTS = {
@@ -190,8 +177,8 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["normal", "inference"])
-@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
+@pytest.mark.parametrize(("format_name", "mode"), [
+    ("Q8_0", torch.no_grad), ("NF4", torch.inference_mode)], ids=["normal", "inference"])
 @pytest.mark.parametrize("take", PARTS.values(), ids=PARTS)
 def test_a_write_to_a_part_is_refused_as_one_to_the_whole_is(take, format_name, mode):
     with mode():
@@ -346,19 +333,9 @@ def output(layer, input):
     return layer(input)
 
 
-@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
-@pytest.mark.parametrize("layer_class", PACKED_LAYERS, ids=lambda layer_class: layer_class.__name__)
-def test_a_layer_is_copied(layer_class, format_name):
-    layer = layer_in(format_name, layer_class)
-    copied = copy.deepcopy(torch.nn.Sequential(layer))[0]
-    input = INPUTS.get(layer_class.__name__)
-    assert (
-        is_packed(copied.weight)
-        and isinstance(copied.weight, torch.nn.Parameter)
-        and copied._workspace is layer._workspace
-    )
-    assert copied.weight._qdata.data_ptr() != layer.weight._qdata.data_ptr()
-    assert torch.equal(output(copied, input), output(layer, input))
+# one with scales apart
+each_layer = pytest.mark.parametrize(("layer_class", "format_name"), [
+    *((layer_class, "Q8_0") for layer_class in PACKED_LAYERS), (PACKED_LAYERS[0], "NF4")])
 
 
 def through_torch_save(module):
@@ -376,9 +353,8 @@ COPIES = {
 
 
 @pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
-@pytest.mark.parametrize("layer_class", PACKED_LAYERS, ids=lambda layer_class: layer_class.__name__)
-def test_a_layer_is_pickled_as_the_hosts_are(layer_class, format_name, way):
+@each_layer
+def test_a_layer_is_copied_and_pickled_as_the_hosts_are(layer_class, format_name, way):
     layer, input = layer_in(format_name, layer_class), INPUTS.get(layer_class.__name__)
     again = way(layer)
     assert (
@@ -392,6 +368,7 @@ def test_a_layer_is_pickled_as_the_hosts_are(layer_class, format_name, way):
     )
     assert again.compute == layer.compute
     assert (again.weight is layer.weight) == (way is copy.copy)
+    assert (again.weight._qdata.data_ptr() == layer.weight._qdata.data_ptr()) == (way is copy.copy)
 
 
 @pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
@@ -406,8 +383,7 @@ def test_a_model_is_pickled_with_its_weights_packed(format_name):
     patcher.model.diffusion_model = model
 
 
-@pytest.mark.parametrize("format_name", ["Q8_0", "NF4"])
-@pytest.mark.parametrize("layer_class", PACKED_LAYERS, ids=lambda layer_class: layer_class.__name__)
+@each_layer
 def test_a_layer_takes_its_own_state_dict(layer_class, format_name):
     layer = layer_in(format_name, layer_class)
     expected = output(layer, INPUTS.get(layer_class.__name__))
@@ -419,21 +395,6 @@ def test_a_layer_takes_its_own_state_dict(layer_class, format_name):
         assert is_packed(layer.weight) and torch.equal(
             output(layer, INPUTS.get(layer_class.__name__)), expected
         )
-
-
-@pytest.mark.parametrize("format_name", FORMAT_NAMES)
-def test_a_model_takes_its_own_state_dict(format_name):
-    patcher = packed_flux(format_name)
-    model = patcher.model.diffusion_model
-    before = {
-        name: value.dequantize() if hasattr(value, "dequantize") and is_packed(value) else value
-        for name, value in model.state_dict().items()
-    }
-    count = len(packed_layers(patcher))
-    model.load_state_dict(model.state_dict())
-    assert len(packed_layers(patcher)) == count
-    assert all(
-        torch.equal(model.state_dict()[name] * 1, value * 1) for name, value in before.items())
 
 
 def held_bytes(patcher) -> int:
@@ -466,13 +427,6 @@ def test_scales_that_lie_apart_are_counted_as_memory_and_are_no_weights(format_n
             for name in names
             if "scale" in name.rpartition(".")[2] and "weight" in name.rpartition(".")[2]
         ]
-
-
-def test_scales_of_nf4_are_counted():
-    weight = weight_in("NF4", (64, 64))
-    layer = layer_in("NF4", PACKED_LAYERS[0])
-    assert weight.nbytes == 64 * 64 // 2 + 64 * 64 // 64 * 4
-    assert comfy.model_management.module_size(layer) == 32 * 64 // 2 + 32 * 64 // 64 * 4 + 32 * 4
 
 
 def test_what_the_host_pins_is_the_bytes(monkeypatch):
