@@ -1,5 +1,5 @@
-"""A product and its LoRAs as one on GPUs: what it computes, where it is taken, and the bytes that it
-moves."""
+"""A product and its LoRAs as one on GPUs: what it computes, where it is taken, and the bytes that
+it moves."""
 import contextlib
 import random
 
@@ -77,7 +77,8 @@ def test_it_is_the_product_and_the_branch_rounded_once(seed, monkeypatch):
         monkeypatch.setattr(joint_product, "INPUT_BYTES", row_bytes * tokens // 3)
     dense = product.dequantize(weight, dtype).double()
     for part, up in low_rank.parts():
-        dense[part.row:part.row_end] += up.double() @ low_rank.down[part.rank:part.rank_end].double()
+        down = low_rank.down[part.rank:part.rank_end]
+        dense[part.row:part.row_end] += up.double() @ down.double()
     exact = torch.nn.functional.linear(input.double(), dense,
                                        None if bias is None else bias.double())
     apart, joined = both_ways(monkeypatch, input, weight, bias, low_rank)
