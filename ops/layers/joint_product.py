@@ -1,4 +1,4 @@
-"""The product with a weight and the branch of its LoRAs as one, on GPUs.
+"""The product with a weight and the branch of its LoRAs as one, on GPUs that torch calls "cuda".
 
 [x | x A^T] [W | B]^T + bias is one sum in float32, rounded once. The input is copied into rows with
 room for x A^T, and the weight is dequantised into rows with room for B. Apart, the branch is
@@ -36,7 +36,7 @@ def is_smaller(input: torch.Tensor, packed_format: Format, rows: int, has_bias: 
     """
     tokens, columns = input.shape
     rank = len(low_rank.down)
-    if (input.device.type == "cpu" or columns % WIDTH_MULTIPLE
+    if (input.device.type != "cuda" or columns % WIDTH_MULTIPLE
             or rank > columns * MAX_RANK_SHARE or os.environ.get(VARIABLE) == "apart"):
         return False
     row_bytes = _pitch(columns, rank) * input.dtype.itemsize

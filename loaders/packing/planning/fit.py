@@ -9,7 +9,7 @@ Of its memory, in whole GiB, a GPU keeps for other things:
 | what ComfyUI leaves to other programs | `HOST_RESERVE_BYTES`, or what `--reserve-vram` says |
 | a step of a picture or video of the usual size | ComfyUI's formula, at least `MIN_STEP_BYTES` |
 | a dequantised weight | `workspace_bytes`, unless nothing is packed |
-| LoRAs with their copy of an input (`joint_product`), and a ControlNet | `LORA_SHARE` of its memory |
+| LoRAs, a copy of an input for them, and a ControlNet | `LORA_SHARE` of its memory |
 
 Memory that a model shares with the system, on CPUs and Macs, also holds the text encoder, the VAE
 and other programs: `MODEL_SHARE` of it is for the weights of a diffusion model, `ENCODER_SHARE` for
