@@ -138,14 +138,11 @@ class LowRank:
             out: (M, n).
             start: the first of the n outputs.
         """
-        parts = [(part, up, max(part.row - start, 0), min(part.row_end - start, out.shape[1]))
-                 for part, up in self.parts()]
-        parts = [(part, up, first, end) for part, up, first, end in parts if first < end]
-        if sum(end - first for _, _, first, end in parts) < out.shape[1]:
+        parts = list(self._parts_within(start, out.shape[1]))
+        if sum(len(up) for _, _, up in parts) < out.shape[1]:
             out.zero_()
-        for part, up, first, end in parts:
-            ranks = hidden[:, part.rank:part.rank_end]
-            up = up[start + first - part.row:start + end - part.row]
+        for part, first, up in parts:
+            ranks, end = hidden[:, part.rank:part.rank_end], first + len(up)
             if hidden.requires_grad:
                 out[:, first:end].copy_(ranks @ up.t())
             else:
@@ -158,14 +155,18 @@ class LowRank:
             out: (n, R or more).
             start: the first of the n rows.
         """
-        parts = [(part, up, max(part.row - start, 0), min(part.row_end - start, len(out)))
-                 for part, up in self.parts()]
-        if sum(up.shape[1] * max(0, end - first) for _, up, first, end in parts) < out.numel():
+        parts = list(self._parts_within(start, len(out)))
+        if sum(up.numel() for _, _, up in parts) < out.numel():
             out.zero_()
-        for part, up, first, end in parts:
+        for part, first, up in parts:
+            out[first:first + len(up), part.rank:part.rank_end] = up
+
+    def _parts_within(self, start: int, count: int) -> Iterator[tuple[Slice, int, torch.Tensor]]:
+        """Yields, of `count` rows from `start` on, (slice, the first of its rows, these of B)."""
+        for part, up in self.parts():
+            first, end = max(part.row, start), min(part.row_end, start + count)
             if first < end:
-                out[first:end, part.rank:part.rank_end] = up[start + first - part.row:
-                                                             start + end - part.row]
+                yield part, first - start, up[first - part.row:end - part.row]
 
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         """Computes `(grad B) A`, the gradient of the input of `product`.
