@@ -67,7 +67,7 @@ STAGES = {
     "host": Stage("A model in each of ComfyUI's formats by its own kernels and by ours, without"
                   " LoRAs and with them.", 60, f"{MODELS}:bench_comfy_lora", rounds=5),
     "peer": Stage("One layer in each pack.", 30, f"{LAYERS}:bench_peer"),
-    "LoRA": Stage("LoRAs beside the product, and added to the dequantised weight.", 30,
+    "LoRA": Stage("LoRAs as columns of the product, beside it, and added to the weight.", 30,
                   f"{LAYERS}:bench_lora"),
     "dynamic VRAM": Stage("A model larger than the memory it is left, with LoRAs, a budget and"
                           " another model: the same bits?", 45, "gpu.memory:walk"),

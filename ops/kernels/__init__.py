@@ -113,15 +113,14 @@ def find(capability: str, device: torch.device, packed_format: Format | None,
         dtype: As in `Kernel`.
         tokens: Rows of the input, for "linear".
     """
-    for kernel in _kernels(capability, device, packed_format, dtype):
+    key = capability, device, packed_format, dtype
+    found = _found.get(key)
+    if found is None:
+        found = _look_up(*key)
+    for kernel in found:
         if tokens is None or kernel.takes(tokens):
             return kernel.run
     return None
-
-
-def _kernels(*key) -> tuple[Kernel, ...]:
-    found = _found.get(key)
-    return _look_up(*key) if found is None else found
 
 
 def _look_up(capability: str, device: torch.device, packed_format: Format | None,
@@ -218,8 +217,8 @@ def dequantizes_with_pitch(packed_format: Format, device: torch.device, dtype: t
     if isinstance(packed_format, Composite) or columns % PITCHED_MULTIPLE or (
             isinstance(packed_format, RowFormat) and columns != packed_format.block_length):
         return False
-    return any(kernel.takes_pitch
-               for kernel in _kernels("dequantize", device, packed_format, dtype))
+    key = "dequantize", device, packed_format, dtype
+    return any(kernel.takes_pitch for kernel in _found.get(key) or _look_up(*key))
 
 
 def cast_channels_last(values: torch.Tensor, out: torch.Tensor):

@@ -1,6 +1,7 @@
 """Cases on one layer: dequantising its weight, the product with it, attention."""
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from featherweight.ops.kernels.cpp_backend import CppCompiler, CpuKernels
 from featherweight.ops.kernels.decider import Decider
 from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.layers import cpu_attention as attention
-from featherweight.ops.layers import int8, product
+from featherweight.ops.layers import int8, joint_product, kitchen_products, product
 from featherweight.ops.tensor.packed_layout import packed_tensors
 from featherweight.ops.tensor.packed_tensor import PackedTensor
 
@@ -79,8 +80,9 @@ def bench_shapes(options):
                 variants = {"dense": functools.partial(dense_linear, rows, dense)}
                 for name, weight in packed.items():
                     variants[name] = functools.partial(product.linear, rows, weight)
-                    if _in_int8(count):
-                        variants[f"{name} int8"] = functools.partial(int8.linear, rows, weight)
+                    if _in_int8(count, dtype):
+                        variants[f"{name} int8"] = functools.partial(kitchen_products.linear, rows,
+                                                                     weight)
                 yield _title(shape, dtype, count), side_by_side(variants, options.rounds)
 
 
@@ -92,9 +94,11 @@ def _title(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> str:
     return f"{shape[0]} x {shape[1]}, {dtype_name(dtype)}, M = {tokens}"
 
 
-def _in_int8(tokens: int) -> bool:
+def _in_int8(tokens: int, dtype: torch.dtype) -> bool:
     """Whether this many rows of input are multiplied in whole numbers, if there is a kernel."""
-    return int8.multiplies_integers(device()) and tokens >= int8.MIN_TOKENS
+    least = (int8.MIN_TOKENS if device().type == "cpu"
+             else kitchen_products.PRODUCTS[kitchen_products.INT8].least)
+    return tokens >= least and not kitchen_products.why_not_fast(device(), dtype)
 
 
 def bench_compilers(options):
@@ -154,8 +158,8 @@ def bench_dequantize(options):
 
 def bench_lora(options):
     """The product of one weight in Q4_K and a bias, in bfloat16 where the device has it: without
-    LoRAs, with LoRAs beside it, as they are, and added to the dequantised weight in float32,
-    rounded once."""
+    LoRAs, with LoRAs as they run, beside it (on a GPU), and added to the dequantised weight in
+    float32, rounded once."""
     rows, columns = options.sizes.weight
     dtype = fast_dtype()
     weight, bias = _on_device(random_weight("Q4_K", (rows, columns))), randn(rows, dtype=dtype)
@@ -165,6 +169,13 @@ def bench_lora(options):
         branch.add_to(merged)
         return dense_linear(input, merged.to(dtype), bias)
 
+    def apart(input, branch):
+        os.environ[joint_product.VARIABLE] = "apart"
+        try:
+            return product.linear(input, weight, bias, branch)
+        finally:
+            del os.environ[joint_product.VARIABLE]
+
     branches = {title: random_branch(rows, columns, count * rank, dtype)
                 for title, (count, rank) in LORA_CASES.items()}
     for tokens in options.sizes.lora_tokens:
@@ -172,6 +183,8 @@ def bench_lora(options):
         variants = {"no LoRA": functools.partial(product.linear, input, weight, bias)}
         for title, branch in branches.items():
             variants[title] = functools.partial(product.linear, input, weight, bias, branch)
+            if device().type == "cuda":
+                variants[f"{title}, apart"] = functools.partial(apart, input, branch)
             variants[f"{title}, in the weight"] = functools.partial(in_the_weight, input, branch)
         yield _title((rows, columns), dtype, tokens), side_by_side(variants, options.rounds)
 
