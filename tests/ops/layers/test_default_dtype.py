@@ -12,8 +12,9 @@ from kernel_cases import ONE_OF_EACH_BLOCK
 
 from featherweight.ops.formats import bits
 from featherweight.ops.formats.base import FORMATS
+from featherweight.ops.formats.rotation import rotation_signs
 from featherweight.ops.formats.row_layout import FAMILIES
-from featherweight.ops.kernels import cpp_backend, int8_codes
+from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.validation import check, random_tensors
 from featherweight.ops.layers import int8, product
 from featherweight.ops.packing import pack_tensor as quantize
@@ -41,7 +42,7 @@ def under(monkeypatch, one_thread):
     """under(dtype, work): what `work` returns where that is the default and nothing has been made
     before."""
     def under(dtype, work):
-        for cache in (int8_codes.side_matrix, bits.shifts):
+        for cache in (rotation_signs, bits.shifts):
             cache.cache_clear()
         for packed_format in FORMATS.values():
             monkeypatch.setattr(packed_format, "_constants", {})
