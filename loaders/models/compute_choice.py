@@ -11,7 +11,6 @@ from comfy.model_patcher import ModelPatcher
 from ...ops.tensor.packed_layout import is_packed
 from ..byte_sizes import size_text
 from ..comfyui.who_computes import (
-    AS_COMFYUI,
     AUTOMATIC,
     EXACT,
     HOST_FORMATS,
@@ -23,7 +22,7 @@ from ..packing_rules import bytes_in_file
 from ..quantizers.comfyui import row_type_of
 
 EXACTLY, FAST = "exact", "fast"
-INT8, FLOAT32 = "int8", "float32"  # offered before 0.2.2; float32 still is the only way to it
+INT8, FLOAT32 = "int8", "float32"  # before 0.2.2; int8 is FAST, float32 the only way to it
 COMPUTE_CHOICES = (AUTOMATIC, EXACTLY, FAST, INT8, FLOAT32)  # options of the input `compute`
 CHOICES_OF_SIDE_MODELS = COMPUTE_CHOICES[:3]  # of text encoders, ControlNets and the like
 BY_COMPUTE = "by compute"
@@ -46,7 +45,7 @@ class Computing(NamedTuple):
 MEANINGS = {
     AUTOMATIC: Computing("automatic", AUTOMATIC),
     EXACTLY: Computing("exact", EXACT),
-    FAST: Computing("int8", AS_COMFYUI),
+    FAST: Computing("int8", AUTOMATIC),
     INT8: Computing("int8", AUTOMATIC),
     FLOAT32: Computing("float32", EXACT),
 }

@@ -73,29 +73,33 @@ def without_loras(patcher: ModelPatcher) -> ModelPatcher:
 
 def has_fast_way(patcher: ModelPatcher) -> bool:
     """Returns whether "fast" is another arithmetic than "exact" for a model on its device."""
-    weights = list(_weights(patcher))
-    has_integers = any(map(is_packed, weights)) and not why_not_fast(
-        patcher.load_device, patcher.model.get_dtype_inference())
-    return has_integers or _is_hosts(patcher, FAST) or any(map(is_comfy_quantized, weights))
+    device, layers = patcher.load_device, list(_quantized(patcher))
+    has_integers = not why_not_fast(device, patcher.model.get_dtype_inference())
+    return any(has_integers or host_multiplies(name, device) for name, _ in layers)
 
 
-def _weights(patcher: ModelPatcher) -> Iterator[torch.Tensor]:
-    return patcher.model.diffusion_model.parameters()
+def _quantized(patcher: ModelPatcher) -> Iterator[tuple[str, bool]]:
+    """Yields of each quantised layer its format, a name of ComfyUI's, and whether ComfyUI computes
+    it."""
+    for layer in patcher.model.diffusion_model.modules():
+        weight = getattr(layer, "weight", None)
+        if is_packed(weight):
+            yield row_type_of(weight) or "", False
+        elif is_comfy_quantized(weight):
+            yield str(getattr(layer, "quant_format", "")), True
 
 
 def _is_hosts(patcher: ModelPatcher, way: str) -> bool:
     """Returns whether layers change between this pack and ComfyUI for a way."""
-    if way == EXACTLY:
-        return any(map(is_comfy_quantized, _weights(patcher)))
-    return any(host_multiplies(row_type_of(weight) or "", patcher.load_device)
-               for weight in _weights(patcher) if is_packed(weight))
+    return any(by_comfyui != (way == FAST and host_multiplies(name, patcher.load_device))
+               for name, by_comfyui in _quantized(patcher))
 
 
 @contextlib.contextmanager
 def _computing_in_place(patcher: ModelPatcher, way: str) -> Iterator[None]:
     """Changes the arithmetic of the packed layers while the block runs."""
     layers = [layer for layer in patcher.model.modules() if isinstance(layer, PackedLayer)]
-    if not layers and way == FAST and not any(map(is_comfy_quantized, _weights(patcher))):
+    if not layers and way == FAST and not any(_quantized(patcher)):
         raise NotMeasured("its weights are not packed")
     before = [layer.__dict__.get("compute") for layer in layers]
     try:

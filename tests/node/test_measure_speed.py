@@ -99,13 +99,14 @@ def test_the_dense_model_is_comfyuis_with_the_same_values():
             torch.testing.assert_close(weights[name], values[name].to(weights[name].dtype))
 
 
-def test_layers_that_comfyui_computes_are_loaded_again_to_be_exact():
+@pytest.mark.parametrize("way", [ways.EXACTLY, ways.FAST])
+def test_layers_that_comfyui_computes_without_a_kernel_are_loaded_again_for_our_ways(way):
     path, _ = flux_file("float8_e4m3fn")
     model = load_diffusion_model(path, host_formats="as ComfyUI computes them")
     assert any(map(is_comfy_quantized, model.model.parameters()))
-    with computing(model, ways.EXACTLY) as exact:
-        assert exact.model is not model.model
-        assert not any(map(is_comfy_quantized, exact.model.parameters()))
+    with computing(model, way) as again:
+        assert again.model is not model.model
+        assert not any(map(is_comfy_quantized, again.model.parameters()))
 
 
 @pytest.mark.parametrize(("change", "reason"), [
