@@ -34,9 +34,10 @@ USAGE = """usage: python3 dev.py COMMAND [arguments]
                                  run the server tests on every ComfyUI the pack supports; --host:
                                  on one version, or on the ComfyUI in a folder; --newest: with the
                                  newest versions of ComfyUI's own packages
-  gpu [--device cpu]             measure what only a GPU can show, in nine minutes; --pack FOLDER:
-                                 prepare it for a machine without a package index; --kitchen
-                                 FOLDER: ComfyUI's own CUDA kernels for it
+  gpu [--part 2] [--device cpu]  measure what only a GPU can show, in nine minutes; --part 2: the
+                                 rest of it, in nine more; --pack FOLDER: prepare it for a machine
+                                 without a package index; --kitchen FOLDER: ComfyUI's own CUDA
+                                 kernels for it
   fuzz [--minutes N] [--executions N] [--target NAME] [--replay FILE]
                                  read bad files and hostile workflows until something breaks;
                                  --replay: read an input that broke something again

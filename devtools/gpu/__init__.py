@@ -1,4 +1,4 @@
-"""python3 dev.py gpu: everything that only a GPU can show, in one command of at most nine minutes.
+"""python3 dev.py gpu: everything that only a GPU can show, in two commands of nine minutes at most.
 
 | file | holds |
 |---|---|

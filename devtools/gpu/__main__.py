@@ -19,7 +19,7 @@ from devtools.measure.figures import Report
 
 from devtools import ROOT
 from devtools.gpu.goals import closing, goals
-from devtools.gpu.stages import ROW, STAGES
+from devtools.gpu.stages import PARTS, ROW, STAGES
 from featherweight.child_process import end_process, start_process
 
 LAST = 5  # seconds kept for the picture
@@ -34,6 +34,8 @@ def main() -> int:
                         help="every stage at a tiny size, on the GPU too")
     parser.add_argument("--minutes", type=float, default=9,
                         help="after which the run ends, whatever is left to do")
+    parser.add_argument("--part", type=int, choices=PARTS, default=1,
+                        help="2: LoRAs, models larger than the memory, and ComfyUI's formats")
     parser.add_argument("--only", nargs="+", choices=STAGES)
     parser.add_argument("--peer", type=Path,
                         help="folder of another pack with the node UnetLoaderGGUF")
@@ -51,11 +53,11 @@ def main() -> int:
         )
         return 1
     quick = ["--quick"] if on_a_cpu or options.quick else []
-    report = Report(options.out, "gpu",
+    report = Report(options.out, "gpu" if options.part == 1 else f"gpu{options.part}",
                     closing=functools.partial(closing, is_judged=not quick))
-    # verdicts on kernels are found out anew, once for all stages
-    shutil.rmtree(options.out / "cache", ignore_errors=True)
-    for name in options.only or STAGES:
+    if options.part == 1:  # verdicts on kernels are found out anew, once for all stages
+        shutil.rmtree(options.out / "cache", ignore_errors=True)
+    for name in options.only or PARTS[options.part]:
         stage = STAGES[name]
         left = min(stage.seconds, end - time.monotonic())
         if left < 1 or (name == "peer" and not options.peer):

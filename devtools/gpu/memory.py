@@ -27,7 +27,7 @@ from devtools.measure.random_models import (
     random_weights,
     step_of,
 )
-from devtools.measure.timing import device
+from devtools.measure.timing import device, median_and_range
 
 import comfy.memory_management
 import comfy.model_management
@@ -40,6 +40,7 @@ from devtools.files.tiny_models import flux_shapes
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.models.placement import place, placed_text
 from featherweight.loaders.speed.timing import peak, time_in_turn
+from featherweight.ops.patcher.residency_order import LayerProfile
 
 BLOCKS, TOKENS = (4, 8), 1024
 INTERVAL = 0.001  # seconds between two looks at the memory
@@ -105,12 +106,23 @@ class Walk:
             yield "a budget of 30 %: two LoRAs", {
                 **row, "says": placed_text(placed).replace("\n", ", ")
             }
+            yield "a budget of 30 %", self.by_order(placed)
         after = self.unload()
         yield "after unloading", {"more memory used than before": after - empty}
 
     def compared(self, name: str, model) -> dict:
         found, row = self.step(model)
         return {"same bits": bool(torch.equal(found, self.expected[name])), **row}
+
+    def by_order(self, placed) -> dict:
+        """A step whose layers that stay are chosen in plain order, and by its profile."""
+        residency = placed.model.packed_residency
+        profiled, times = residency.profile, {"plain": [], "profiled": []}
+        for _ in range(self.options.rounds):
+            for name, seconds in times.items():
+                residency.profile = profiled if name == "profiled" else LayerProfile()
+                seconds.append(self.step(placed)[1]["seconds"])
+        return {name: median_and_range(seconds) for name, seconds in times.items()}
 
     def step(self, model) -> tuple[torch.Tensor, dict]:
         """What a step gives; its time, loading apart, and the most memory that was used."""

@@ -46,34 +46,41 @@ class Stage:
 
 
 LAYERS, MODELS = "measure.bench.layers", "measure.bench.models"
-STAGES = {
-    "device": Stage("What the device is, and how fast it copies and multiplies.", 30,
+IMPORTS = Stage("torch, ComfyUI and this pack imported, which takes longest the first time.", 90,
+                f"{LAYERS}:bench_import")
+# The stages of each of two commands, neither of which takes nine minutes.
+PARTS = {1: {
+    "imports": IMPORTS,
+    "device": Stage("What the device is, and how fast it copies and multiplies.", 25,
                     f"{LAYERS}:bench_device"),
     "kernels": Stage(
         "Every kernel of every format, tried in a process of its own as at a user's first run:"
-        " what it gives, and its time beside torch's.", 120, "gpu.kernels:try_all"),
-    "tests": Stage("The tests of kernels and formats, the heavy ones too.", 90,
+        " what it gives, and its time beside torch's.", 110, "gpu.kernels:try_all"),
+    "tests": Stage("The tests of kernels and formats, the heavy ones too.", 80,
                    "gpu.kernels:run_tests"),
-    "shapes": Stage("A product with a packed weight beside `F.linear` with a dense one; int8: with"
-                    " `compute` int8.", 60, f"{LAYERS}:bench_shapes"),
+    "shapes": Stage("A product with a packed weight beside `F.linear` with a dense one, timed by"
+                    " the GPU; int8: with `compute` int8.", 90, f"{LAYERS}:bench_shapes", rounds=5),
     "dequantize": Stage("A whole weight dequantised by the kernels and by torch, beside a copy.",
-                        30, f"{LAYERS}:bench_dequantize"),
+                        25, f"{LAYERS}:bench_dequantize"),
     "model": Stage("A step of a Flux, the tokens of 1024 squared, beside the same weights dense in"
                    " bfloat16.", 60, f"{MODELS}:bench_model", rounds=5, blocks=(2, 4)),
-    "step": Stage("A step of a Flux in Q4_K with and without LoRAs, and another pack's.", 40,
+    "step": Stage("A step of a Flux in Q4_K with and without LoRAs, and another pack's.", 50,
                   f"{MODELS}:bench_step"),
-    "ways": Stage("A model in Q4_K and in ComfyUI's formats: dense, exact and fast, without LoRAs"
-                  " and with two.", 60, f"{MODELS}:bench_ways"),
-    "host": Stage("A model in each of ComfyUI's formats by its own kernels and by ours, without"
-                  " LoRAs and with them.", 60, f"{MODELS}:bench_comfy_lora", rounds=5),
-    "peer": Stage("One layer in each pack.", 30, f"{LAYERS}:bench_peer"),
-    "LoRA": Stage("LoRAs as columns of the product, beside it, and added to the weight.", 30,
-                  f"{LAYERS}:bench_lora"),
+}, 2: {
+    "imports": IMPORTS,
+    "LoRA": Stage("LoRAs as columns of the product, beside it, and added to the weight.", 60,
+                  f"{LAYERS}:bench_lora", rounds=5),
     "dynamic VRAM": Stage("A model larger than the memory it is left, with LoRAs, a budget and"
-                          " another model: the same bits?", 45, "gpu.memory:walk"),
-    "static": Stage("The same without dynamic VRAM.", 45, "gpu.memory:walk",
-                    "--disable-dynamic-vram")
-}
+                          " another model: the same bits?", 75, "gpu.memory:walk"),
+    "static": Stage("The same without dynamic VRAM.", 75, "gpu.memory:walk",
+                    "--disable-dynamic-vram"),
+    "ways": Stage("A model in Q4_K and in ComfyUI's formats: dense, exact and fast, without LoRAs"
+                  " and with two.", 90, f"{MODELS}:bench_ways"),
+    "host": Stage("A model in each of ComfyUI's formats by its own kernels and by ours, without"
+                  " LoRAs and with them.", 90, f"{MODELS}:bench_comfy_lora", rounds=5),
+    "peer": Stage("One layer in each pack.", 30, f"{LAYERS}:bench_peer"),
+}}
+STAGES = {name: stage for stages in PARTS.values() for name, stage in stages.items()}
 
 
 def main():

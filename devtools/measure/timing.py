@@ -17,6 +17,8 @@ from featherweight.ops.formats.base import FORMATS as PACKED
 from featherweight.ops.kernels import used
 from featherweight.ops.layers.workspace import Workspace, shared_workspace
 
+LEAST_QUEUED, MOST_QUEUED, ROUND_SECONDS = 3, 20, 0.02
+CYCLES_AHEAD = 20_000_000  # about 10 ms of a GPU's clock
 FORMATS = ("Q8_0", "Q4_K", "NF4")  # that cases measure, unless told otherwise
 
 
@@ -31,16 +33,17 @@ class Sizes:
     hidden: int = 3072
     context: int = 4096
     lora_tokens: tuple[int, ...] = (256, 1024, 4096)
+    step_tokens: int = 256
     model_tokens: int = 1280
     model_blocks: tuple[int, int] = (1, 2)
     unet: tuple[int, int] = (320, 64)  # channels, latent's side
     pictures: int = 8
 
 
-ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), model_tokens=4096)
+ON_A_GPU = Sizes(tokens=(1, 16, 64, 256, 1024, 4608), step_tokens=4096, model_tokens=4096)
 QUICK = Sizes(shapes=((256, 512),), tokens=(1, 16, 128), weight=(256, 512), hidden=256,
-              context=1024, lora_tokens=(1, 128), model_tokens=16, model_blocks=(1, 1),
-              unet=(32, 8), pictures=2)
+              context=1024, lora_tokens=(1, 128), step_tokens=16, model_tokens=16,
+              model_blocks=(1, 1), unet=(32, 8), pictures=2)
 
 
 def side_by_side(variants: Mapping[str, Callable], rounds: int,
@@ -69,6 +72,46 @@ def side_by_side(variants: Mapping[str, Callable], rounds: int,
 
 def median_and_range(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def queued(variants: Mapping[str, Sequence[Callable]], rounds: int) -> dict[str, dict]:
+    """Times calls that a GPU makes one right after another; on a CPU as `side_by_side`.
+
+    Calls of `ROUND_SECONDS` wait behind other work until all are queued, and the GPU itself takes
+    their time: Python's is not counted.
+
+    Args:
+        variants: name -> calls made in turn, each of other weights: with `copies` of them none is
+            left in the GPU's cache.
+        rounds: of all variants.
+
+    Returns:
+        As `side_by_side`, of one call.
+    """
+    once = {name: calls[0] for name, calls in variants.items()}
+    if device().type != "cuda":
+        return side_by_side(once, rounds)
+    asked = side_by_side(once, 1)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, calls in variants.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            count = max(LEAST_QUEUED, min(MOST_QUEUED, int(ROUND_SECONDS / asked[name]["median"])))
+            torch.cuda._sleep(CYCLES_AHEAD)
+            begin.record()
+            for number in range(count):
+                calls[number % len(calls)]()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / 1e3 / count)
+    return {name: {**asked[name], **median_and_range(taken)} for name, taken in times.items()}
+
+
+def copies(nbytes: int) -> int:
+    """Returns how many weights of some bytes are more than a GPU's cache holds, 1 on a CPU."""
+    if device().type != "cuda":
+        return 1
+    return 1 + 2 * torch.cuda.get_device_properties(device()).L2_cache_size // nbytes
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from devtools import ROOT, fakegpu
+from devtools.gpu import __main__ as command
 from devtools.gpu import offline_bundle
-from devtools.gpu.stages import STAGES
+from devtools.gpu.stages import PARTS, STAGES
 from devtools.host.environment import SetupError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -51,12 +52,17 @@ def test_a_stage_gives_rows_and_a_table_on_a_cpu(rehearsal):
 
 # What the bench measures too is in test_bench.py, a model larger than its device below.
 @pytest.mark.usefixtures("small_models")
-@pytest.mark.parametrize("stage", ["device", "kernels"])
+@pytest.mark.parametrize("stage", ["imports", "device", "kernels"])
 def test_another_stage_gives_rows_on_a_cpu(stage, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rows = dict(STAGES[stage].rows(quick=True, peer=None))
     assert rows and all(rows.values())
+
+
+def test_a_command_has_time_for_each_of_its_stages():
+    for stages in PARTS.values():
+        assert sum(stage.seconds for stage in stages.values()) <= 9 * 60 - command.LAST
 
 
 def test_every_stage_has_its_function():
@@ -82,8 +88,6 @@ def test_the_stage_of_tests_says_how_many_passed_and_which_failed(tmp_path, monk
 
 def test_a_stage_that_takes_too_long_is_stopped_and_the_run_goes_on(tmp_path):
     """Its row, which would come at its end, is not shown."""
-    from devtools.gpu import __main__ as command
-
     assert (
         command._run(["tests", "--quick"], "--cpu", 0.5, pytest.fail, tmp_path / "log.txt")
         == "stopped"
@@ -91,8 +95,6 @@ def test_a_stage_that_takes_too_long_is_stopped_and_the_run_goes_on(tmp_path):
 
 
 def test_a_stage_that_ends_with_an_error_says_so(tmp_path):
-    from devtools.gpu import __main__ as command
-
     assert command._run(["no such stage"], "--cpu", 60, None,
                         tmp_path / "log.txt").startswith("ended with 2")
     assert "invalid choice" in (tmp_path / "log.txt").read_text()
@@ -141,7 +143,24 @@ def test_a_model_larger_than_its_device_gives_the_same_bits_on_a_fake_gpu(stage)
     assert rows["sizes"]["dynamic VRAM"] == (stage == "dynamic VRAM")
     compared = [row["same bits"] for row in rows.values() if "same bits" in row]
     assert len(compared) > 5 and all(compared)
+    assert rows["a budget of 30 %"].keys() == {"plain", "profiled"}
     assert rows["after unloading"]["more memory used than before"] == 0
+
+
+@pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())
+@pytest.mark.parametrize("stage", [
+    "LoRA", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("shapes", "dequantize"))])
+def test_a_stage_whose_calls_are_queued_runs_on_a_fake_gpu(stage):
+    variables = {"HOST_ARGUMENTS": "", "FEATHERWEIGHT_KERNELS": "torch",
+                 **fakegpu.environment(1, 4)}
+    output = subprocess.run([sys.executable, "-m", "devtools.gpu.stages", stage, "--quick"],
+                            cwd=ROOT, env={**ENVIRONMENT, **variables}, capture_output=True,
+                            text=True, check=True).stdout
+    rows = [json.loads(line.removeprefix("ROW "))[1] for line in output.splitlines()
+            if line.startswith("ROW ")]
+    assert rows and all(times["median"] > 0 for row in rows for times in row.values())
+    special = {"LoRA": "apart", "shapes": "dequantised"}.get(stage, "kernels")
+    assert any(special in name for name in rows[0])
 
 
 # --- a bare machine ---

@@ -4,15 +4,24 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from devtools.measure.random_models import LORA_CASES, flux_file, packs, randn, random_branch
-from devtools.measure.timing import device, fast_dtype, float_dtypes, side_by_side
+from devtools.measure.timing import (
+    copies,
+    device,
+    fast_dtype,
+    float_dtypes,
+    queued,
+    side_by_side,
+)
 from devtools.measure.weights import format_for, random_weight
 
 import comfy.model_management
 import gguf
+import psutil
 import torch
 
 from devtools.files.tiny_models import flux_shapes
@@ -25,7 +34,7 @@ from featherweight.ops.kernels.decider import Decider
 from featherweight.ops.kernels.kernel import dtype_name
 from featherweight.ops.layers import cpu_attention as attention
 from featherweight.ops.layers import int8, joint_product, kitchen_products, product
-from featherweight.ops.tensor.packed_layout import packed_tensors
+from featherweight.ops.tensor.packed_layout import is_packed, packed_tensors
 from featherweight.ops.tensor.packed_tensor import PackedTensor
 
 dense_linear = torch.nn.functional.linear
@@ -34,7 +43,13 @@ dense_linear = torch.nn.functional.linear
 ATTENTION = {"SD 1.5": (8, 4096, 4096, 40), "SD 1.5, text": (8, 4096, 77, 40),
              "SDXL": (20, 1024, 1024, 64), "Flux": (8, 2304, 2304, 128),
              "Wan": (4, 6000, 6000, 128)}
+FEW_ROWS = 16  # of input, for which a kernel may multiply without dequantising
 QUICK_ATTENTION = {"small": (2, 64, 64, 40)}
+
+
+def bench_import(options):
+    """How long torch, ComfyUI and this pack take to be imported, the first time."""
+    yield "imports", {"seconds": time.time() - psutil.Process().create_time()}
 
 
 def bench_device(options):
@@ -70,24 +85,40 @@ def _driver() -> str:
 def bench_shapes(options):
     """The product with a packed weight against `F.linear` with a dense one, in bfloat16 and in
     float32, for each layer shape N x K and M rows of input. int8: with `compute` int8, for as many
-    rows as it takes."""
+    rows as it takes; on a GPU, dequantised: by torch's product, for few rows."""
     for shape in options.sizes.shapes:
-        packed = {name: _on_device(random_weight(name, shape)) for name in options.formats}
+        packed = {name: _copies(random_weight(name, shape)) for name in options.formats}
         for dtype in float_dtypes():
-            dense = randn(*shape, dtype=dtype)
+            dense = _copies(torch.randn(shape, dtype=dtype))
             for count in options.sizes.tokens:
-                rows = randn(count, shape[1], dtype=dtype)
-                variants = {"dense": functools.partial(dense_linear, rows, dense)}
-                for name, weight in packed.items():
-                    variants[name] = functools.partial(product.linear, rows, weight)
+                calls = functools.partial(_calls, randn(count, shape[1], dtype=dtype))
+                variants = {"dense": calls(dense_linear, dense)}
+                for name, weights in packed.items():
+                    variants[name] = calls(product.linear, weights)
                     if _in_int8(count, dtype):
-                        variants[f"{name} int8"] = functools.partial(kitchen_products.linear, rows,
-                                                                     weight)
-                yield _title(shape, dtype, count), side_by_side(variants, options.rounds)
+                        variants[f"{name} int8"] = calls(kitchen_products.linear, weights)
+                    if device().type == "cuda" and count <= FEW_ROWS:
+                        variants[f"{name}, dequantised"] = calls(_dequantised_linear, weights)
+                yield _title(shape, dtype, count), queued(variants, options.rounds)
 
 
-def _on_device(weight: PackedTensor) -> PackedTensor:
-    return cast(PackedTensor, weight.to(device()))
+def _copies(weight: torch.Tensor) -> list:
+    """Returns a weight of the CPU on the device as often as one call after another shall not find
+    it in a cache."""
+    tensors = packed_tensors(weight) if is_packed(weight) else [weight]
+    count = copies(sum(tensor.nbytes for tensor in tensors))
+    return [weight.to(device()) for _ in range(count)]
+
+
+def _calls(input: torch.Tensor, multiply: Callable, weights: Sequence[torch.Tensor],
+           *others) -> list[Callable]:
+    """Returns one call for each copy of a weight."""
+    return [functools.partial(multiply, input, weight, *others) for weight in weights]
+
+
+def _dequantised_linear(input: torch.Tensor, weight: PackedTensor) -> torch.Tensor:
+    return product._by_torch(input, weight.params.format, packed_tensors(weight), len(weight),
+                             None, None)
 
 
 def _title(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> str:
@@ -140,20 +171,22 @@ def bench_dequantize(options):
     out, on_a_cpu = torch.empty_like(dense), device().type == "cpu"
     for name in options.formats:
         packed_format = format_for(name, dense.shape[1])
-        tensors = packed_tensors(_on_device(random_weight(name, dense.shape)))
-        variants: dict[str, Callable] = {
-            "copy_": functools.partial(out.copy_, dense),
-            "kernels": functools.partial(kernels.dequantize_into, packed_format, tensors, out),
-            "torch, chunks": functools.partial(packed_format.dequantize_into, tensors, out)}
+        copied = [packed_tensors(weight) for weight in _copies(random_weight(name, dense.shape))]
+        variants: dict[str, list[Callable]] = {
+            "copy_": [functools.partial(out.copy_, dense)],
+            "kernels": [functools.partial(kernels.dequantize_into, packed_format, tensors, out)
+                        for tensors in copied],
+            "torch, chunks": [functools.partial(packed_format.dequantize_into, tensors, out)
+                              for tensors in copied]}
         if packed_format.ggml_type is not None and on_a_cpu:
-            variants["gguf (numpy)"] = functools.partial(
-                gguf.quants.dequantize, tensors[0].numpy(), gguf.GGMLQuantizationType[name])
+            variants["gguf (numpy)"] = [functools.partial(
+                gguf.quants.dequantize, copied[0][0].numpy(), gguf.GGMLQuantizationType[name])]
         if name in ("NF4", "FP4") and importlib.util.find_spec("bitsandbytes") and on_a_cpu:
             from bitsandbytes import functional
 
             packed = functional.quantize_4bit(dense, blocksize=64, quant_type=name.lower())
-            variants["bitsandbytes"] = functools.partial(functional.dequantize_4bit, *packed)
-        yield name, side_by_side(variants, options.rounds)
+            variants["bitsandbytes"] = [functools.partial(functional.dequantize_4bit, *packed)]
+        yield name, queued(variants, options.rounds)
 
 
 def bench_lora(options):
@@ -162,14 +195,14 @@ def bench_lora(options):
     float32, rounded once."""
     rows, columns = options.sizes.weight
     dtype = fast_dtype()
-    weight, bias = _on_device(random_weight("Q4_K", (rows, columns))), randn(rows, dtype=dtype)
+    weights, bias = _copies(random_weight("Q4_K", (rows, columns))), randn(rows, dtype=dtype)
 
-    def in_the_weight(input, branch):
+    def in_the_weight(input, weight, branch):
         merged = product.dequantize(weight, torch.float32)
         branch.add_to(merged)
         return dense_linear(input, merged.to(dtype), bias)
 
-    def apart(input, branch):
+    def apart(input, weight, branch):
         os.environ[joint_product.VARIABLE] = "apart"
         try:
             return product.linear(input, weight, bias, branch)
@@ -179,14 +212,14 @@ def bench_lora(options):
     branches = {title: random_branch(rows, columns, count * rank, dtype)
                 for title, (count, rank) in LORA_CASES.items()}
     for tokens in options.sizes.lora_tokens:
-        input = randn(tokens, columns, dtype=dtype)
-        variants = {"no LoRA": functools.partial(product.linear, input, weight, bias)}
+        calls = functools.partial(_calls, randn(tokens, columns, dtype=dtype))
+        variants = {"no LoRA": calls(product.linear, weights, bias)}
         for title, branch in branches.items():
-            variants[title] = functools.partial(product.linear, input, weight, bias, branch)
+            variants[title] = calls(product.linear, weights, bias, branch)
             if device().type == "cuda":
-                variants[f"{title}, apart"] = functools.partial(apart, input, branch)
-            variants[f"{title}, in the weight"] = functools.partial(in_the_weight, input, branch)
-        yield _title((rows, columns), dtype, tokens), side_by_side(variants, options.rounds)
+                variants[f"{title}, apart"] = calls(apart, weights, branch)
+            variants[f"{title}, in the weight"] = calls(in_the_weight, weights, branch)
+        yield _title((rows, columns), dtype, tokens), queued(variants, options.rounds)
 
 
 def bench_peer(options):

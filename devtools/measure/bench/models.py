@@ -57,16 +57,16 @@ def bench_model(options):
 
 
 def bench_step(options):
-    """A step of a Flux of one double and one single block, real layer sizes, 256 tokens, Q4_K, with
-    and without LoRAs; with --peer also another pack's."""
+    """A step of a Flux of one double and one single block, real layer sizes, 256 tokens (on a GPU
+    4,096), Q4_K, with and without LoRAs; with --peer also another pack's."""
     sizes = options.sizes
-    shapes, tokens = flux_shapes(sizes.hidden, 1, 1, sizes.context), min(256, sizes.model_tokens)
+    shapes = flux_shapes(sizes.hidden, 1, 1, sizes.context)
     with flux_file(shapes, "Q4_K") as path:
         for pack, load in packs(options.peer).items():
             model = load(path)
             dtype = model.model.manual_cast_dtype or model.model.get_dtype()
             yield f"{pack}, {str(dtype).removeprefix('torch.')}", side_by_side(
-                steps_with_loras(model, shapes, tokens, sizes.context), options.rounds)
+                steps_with_loras(model, shapes, sizes.step_tokens, sizes.context), options.rounds)
 
 
 def bench_comfy_lora(options):

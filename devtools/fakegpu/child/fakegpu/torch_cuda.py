@@ -2,6 +2,7 @@
 for one that has it."""
 import contextlib
 import sys
+import time
 import types
 
 from . import native
@@ -74,6 +75,7 @@ def install(torch):
         def record(self, stream=None):
             stream = stream or current_stream()
             self._moment = stream.stream_id, native.device.fake_now(stream.stream_id)
+            self._time = time.perf_counter()
 
         def synchronize(self):
             if self._moment is not None:
@@ -86,7 +88,7 @@ def install(torch):
             return True
 
         def elapsed_time(self, other):
-            return 0.0
+            return 1e3 * (other._time - self._time)
 
     class DeviceContext:
         def __init__(self, device):
@@ -141,7 +143,7 @@ def install(torch):
         return types.SimpleNamespace(name=f"Fake GPU {index}", major=CAPABILITY[0],
                                      minor=CAPABILITY[1], multi_processor_count=1, gcnArchName="",
                                      total_memory=native.driver.fake_capacity(index),
-                                     is_integrated=0)
+                                     is_integrated=0, L2_cache_size=1 << 20)
 
     cudart = types.SimpleNamespace(
         cudaHostRegister=lambda pointer, size, flags: native.driver.cuMemHostRegister(
@@ -171,7 +173,7 @@ def install(torch):
         "set_per_process_memory_fraction": lambda fraction, device=None: None,
         "empty_cache": lambda: None, "ipc_collect": lambda: None, "cudart": lambda: cudart,
         "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
-        "is_current_stream_capturing": lambda: False
+        "is_current_stream_capturing": lambda: False, "_sleep": lambda cycles: None
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
