@@ -59,8 +59,9 @@ def _lint(environment: Environment) -> int:
 def test(arguments: list[str]) -> int:
     """Lint, then run pytest with `arguments`: the whole suite in a process for each core.
 
-    Where they name files, only these run, and nothing is linted or downloaded. `--heavy` runs the
-    heavy tests, folder after folder.
+    Of tests with many cases it runs a few (`--drawn`). Where the arguments name files, only these
+    run, whole, and nothing is linted or downloaded. `--heavy` runs the heavy tests and the cases
+    that may be left out, folder after folder.
     """
     if arguments[:1] == ["--heavy"] and not any(".py" in argument for argument in arguments):
         environment = prepare(TESTING)
@@ -76,8 +77,8 @@ def test(arguments: list[str]) -> int:
     print("Linting", flush=True)
     lint_code = _lint(environment)
     print("Running the tests", flush=True)
-    tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, "tests",
-                            *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
+    tests = environment.run("-m", "pytest", "-n", str(processes()), *WHOLE_FILES, "--drawn",
+                            "tests", *arguments, OMP_NUM_THREADS="1", **COMPILED_ONCE)
     failed = [name for name, code in (("the linters", lint_code), ("tests", tests)) if code]
     took = f"{time.monotonic() - started:.0f} s"
     print(f"Failed: {' and '.join(failed)}, see above ({took})"

@@ -1,4 +1,5 @@
-"""Runs the heavy tests in pieces, one folder after another, and goes on where it stopped.
+"""Runs the heavy tests, and those of which a whole run takes a few cases, in pieces, one folder
+after another, and goes on where it stopped.
 
 A piece that has passed is not run again while the pack, its tests and what both share are the same
 bytes. What each took stands in .dev/heavy.json.
@@ -32,7 +33,7 @@ def pieces() -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
-        if "mark.heavy" in text or "mark.more_with_heavy" in text:
+        if "mark.heavy" in text or "mark.more_with_heavy" in text or "mark.parametrize" in text:
             folder = path.relative_to(ROOT).parent
             found.setdefault(Path(*folder.parts[:3]).as_posix(), []).append(path)
     return found

@@ -13,6 +13,7 @@ import comfyui_and_pack  # noqa: F401  first: puts both where they can be import
 
 import comfy.model_management
 import comfyui_version
+import drawn_cases
 import fake_gpus
 import folder_paths
 import linear_calls
@@ -49,9 +50,8 @@ def keep_freed_memory():
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--heavy", action="store_true",
-                     help="also run tests that need minutes or gigabytes")
+def pytest_addoption(parser, pluginmanager):
+    pluginmanager.register(drawn_cases)
     parser.addoption("--times", metavar="FILE",
                      help="write seconds of processor, seconds and tests of each file of tests")
     parser.addoption("--linear-calls", choices=linear_calls.SHAPES, default="stock",
