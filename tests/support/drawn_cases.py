@@ -12,9 +12,10 @@ import random
 
 import pytest
 
-MOST = 3  # cases of a test
-BROWSER = "server/test_browser.py"  # and of those that start an editor for each case: one
-FOLDERS = (BROWSER, "demo/", "devtools/", *(f"loaders/{name}/" for name in (
+MOST = 2  # cases of a test
+# of tests that start an editor for each case, and of the one that runs each example
+MOST_OF_FILES = {"server/test_browser.py": 1, "server/test_workflow_runs.py": 12}
+FOLDERS = (*MOST_OF_FILES, "demo/", "devtools/", "node/", *(f"loaders/{name}/" for name in (
     "comfyui", "encoders", "files", "inspect", "lora", "models", "packing")), *(
     f"ops/{name}/" for name in ("kernels", "layers", "packing", "patcher", "patches", "tensor")))
 DAY = "FEATHERWEIGHT_TEST_DAY"  # environment variable, the same in all processes of a run
@@ -52,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
             tests[name].append(item)
     left_out = set()
     for name, cases in tests.items():
-        most = 1 if name.startswith(BROWSER) else MOST
+        most = MOST_OF_FILES.get(name.partition("::")[0], MOST)
         if len(cases) > most:
             for case in cases:
                 case.add_marker("more_with_heavy")

@@ -25,6 +25,7 @@ WRITING = tuple(f"loaders/{name}.py" for name in (
 # Files of tests that start nothing.
 COMPUTING = tuple(f"cluster/test_{name}.py" for name in (
     "address", "batch_rows", "workflow_variants", "page", "prompt_run", "batch_row_rendering"))
+LONG_TURN = 2  # of `_turn`, of what takes long without waiting for others
 GROUP = " @ "  # before the name of a group, behind a test's id
 
 
@@ -61,19 +62,30 @@ def scheduler(config, log):
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid)
 
+        def _assign_work_unit(self, node):
+            """Every other process begins with tests that wait for others, the rest with those that
+            compute, so that no core is idle meanwhile."""
+            waits = self.nodes.index(node) % 2 == 0
+            for scope, unit in self.workqueue.items():
+                if any(_turn(name) < LONG_TURN for name in unit) == waits:
+                    self.workqueue.move_to_end(scope, last=False)
+                    break
+            super()._assign_work_unit(node)
+
     return Groups(config, log)
 
 
-def _turn(item: pytest.Item) -> int:
-    group = group_of(item.nodeid)
-    turns = (group in (*REAL, ALONE[0]), GROUP in item.nodeid, group in (*LONG, "compiled kernels"))
+def _turn(name: str) -> int:
+    """Return when a test is due, from 0 on. name: its id."""
+    group = group_of(name)
+    turns = (group in (*REAL, *ALONE), GROUP in name, group in (*LONG, "compiled kernels"))
     return (*turns, True).index(True)
 
 
 def arrange(items: list[pytest.Item]):
     """Put the groups that take longest first, and have each test of a real server run once more
     where it fails."""
-    items.sort(key=_turn)
+    items.sort(key=lambda item: _turn(item.nodeid))
     for item in items:
         file = file_of(item.nodeid)
         if file.partition("/")[0] in REAL and file not in COMPUTING:

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from user_kernels import kernels_of_this_machine
 
 from devtools.files.gguf_files import write_zeros_gguf
+from featherweight.loaders.comfyui import who_computes
 from featherweight.loaders.comfyui.compute_dtype import follows_model
 from featherweight.loaders.comfyui.model_summary import memory_summary
 from featherweight.loaders.models.controlnet import load_controlnet
@@ -100,9 +101,12 @@ def test_controlnet_of_any_packed_format_guides_as_its_dense_self_does(written, 
     assert relative_error(sample(kind, packed), expected) < 1e-5
 
 
-@pytest.mark.parametrize(("compute", "by_comfyui"), [
-    ("automatic", False), ("exact", False), ("fast", True)])
-def test_comfyuis_formats_are_exact_unless_fast_is_chosen(compute, by_comfyui, tmp_path):
+@pytest.mark.parametrize(("compute", "has_kernel", "by_comfyui"), [
+    ("automatic", False, False), ("exact", True, False), ("fast", True, True),
+    ("fast", False, False)])
+def test_comfyuis_formats_are_left_to_its_kernels_unless_exact_is_chosen(
+        compute, has_kernel, by_comfyui, tmp_path, monkeypatch):
+    monkeypatch.setattr(who_computes, "host_multiplies", lambda name, device: has_kernel)
     kind, path = KINDS["flux of diffusers"], tmp_path / "net.safetensors"
     write_host_format("float8_e4m3fn", path, kind.weights())
     control = load_controlnet(str(path), compute=compute)
@@ -111,7 +115,7 @@ def test_comfyuis_formats_are_exact_unless_fast_is_chosen(compute, by_comfyui, t
     # what is joined of several with scales of their own stays packed
     assert any(not is_packed(one) for one in weights) == by_comfyui
     layers = [layer for layer in control.control_model.modules() if isinstance(layer, PackedLinear)]
-    assert {layer.compute == "int8" for layer in layers} == {by_comfyui}
+    assert {layer.compute == "int8" for layer in layers} == {compute == "fast"}
 
 
 def dense_self(packed, path: str):
