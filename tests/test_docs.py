@@ -11,6 +11,7 @@ from devtools.measure import model_sizes
 
 import comfy.cli_args
 import pytest
+import torch
 from comfy.quant_ops import QUANT_ALGOS
 from folder_paths import folder_names_and_paths
 from languages import HELP_LANGUAGES, LOCALES, help_page
@@ -29,6 +30,7 @@ from devtools.host.package import packed_files
 from devtools.workflows import BLUEPRINT_FOLDER, FIRST, FOLDER, example_paths
 from devtools.workflows.__main__ import blueprint_index, index
 from devtools.workflows.workflow import Workflow
+from featherweight.loaders.comfyui.who_computes import host_multiplies
 from featherweight.loaders.encoders.encoder_sets import TITLES
 from featherweight.loaders.families import MODELS
 from featherweight.loaders.files.gguf import UNSTORED_TYPES
@@ -353,6 +355,21 @@ def test_the_readme_and_performance_say_alike_what_a_cpu_loses_without_a_compile
     row, = re.findall(r"^\| .* without a C\+\+ compiler \|(.*)\|$", PAGES["performance"], re.M)
     times = [float(number) for number in re.findall(r"[\d.]+", row)]
     assert f"[{min(times):.0f} to {max(times):.0f} times]" in README
+
+
+@pytest.mark.parametrize(("gpu", "capability"), [
+    ("RTX 50", (12, 0)), ("RTX 40", (8, 9)), ("RTX 30", (8, 6)), ("GTX 16, RTX 20", (7, 5)),
+    ("GTX 10", (6, 1))])
+def test_performance_says_what_comfyuis_kernels_multiply_on_a_gpu(gpu, capability, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    row, = re.findall(rf"^\| (?:[^|]*, )?{gpu}[^|]*\|[^|]*\|(.*)\|$", PAGES["performance"], re.M)
+    said = {"exact": set()}.get(row.strip(), set(re.sub("by ComfyUI:|,", " ", row).split()))
+    names = {"int8": "int8_tensorwise", "w4a8": "asym_w4a8_int8", "w4a4": "convrot_w4a4",
+             "fp8": "float8_e4m3fn", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
+    known = {short for short, name in names.items() if name in QUANT_ALGOS}
+    device = torch.device("cuda")
+    assert said & known == {short for short in known if host_multiplies(names[short], device)}
 
 
 def test_the_error_of_int8_is_the_one_that_was_measured():

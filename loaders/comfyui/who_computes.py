@@ -5,7 +5,6 @@ multiplies by the values that a format defines, on every device.
 """
 import torch
 from comfy.quant_ops import QUANT_ALGOS
-from comfy_kitchen.registry import registry
 
 from ..quantizers.comfyui import READERS
 
@@ -18,8 +17,6 @@ HOST_FORMATS = (AUTOMATIC, EXACT, AS_COMFYUI)  # options of the loaders' input `
 # its weights first; of others int8's, whose product fails on some older ones.
 CAPABILITIES = {"float8_e4m3fn": (8, 9), "float8_e5m2": (8, 9), "nvfp4": (10, 0), "mxfp8": (10, 0)}
 INT8_CAPABILITY = (8, 0)
-# Functions of comfy_kitchen that multiply a format on AMD's GPUs.
-ON_AMD = {"int8_tensorwise": "int8_linear", "convrot_w4a4": "convrot_w4a4_linear"}
 
 
 def packed_formats(host_formats: str, device: torch.device) -> frozenset[str]:
@@ -37,9 +34,9 @@ def packed_formats(host_formats: str, device: torch.device) -> frozenset[str]:
 
 def host_multiplies(name: str, device: torch.device) -> bool:
     """Returns whether ComfyUI has a product for a format on a device."""
-    if name not in QUANT_ALGOS or device.type != "cuda":
-        return False
-    if torch.version.cuda is None:
-        return (name in ON_AMD and registry.is_available("hip")
-                and registry.get_constraints("hip", ON_AMD[name]) is not None)
-    return torch.cuda.get_device_capability(device) >= CAPABILITIES.get(name, INT8_CAPABILITY)
+    return (
+        name in QUANT_ALGOS
+        and device.type == "cuda"
+        and torch.version.cuda is not None  # not AMD's
+        and torch.cuda.get_device_capability(device) >= CAPABILITIES.get(name, INT8_CAPABILITY)
+    )

@@ -11,7 +11,6 @@ import pytest
 import torch
 from comfy.quant_ops import QUANT_ALGOS
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from comfy_kitchen.registry import registry
 from diffusers_names import DIFFUSERS, in_diffusers_names, in_the_hosts_names
 from host_formats import ASYMMETRIC, in_host_format
 from packed_files import write_host_format
@@ -273,11 +272,5 @@ def test_the_choice_is_the_users_and_automatic_follows_the_device(monkeypatch):
     capability["value"] = (7, 5)
     assert by_the_host() == set()
     capability["value"] = (12, 0)
-    monkeypatch.setattr(torch.version, "cuda", None)  # AMD's, on which comfy_kitchen has no kernels
+    monkeypatch.setattr(torch.version, "cuda", None)  # AMD's
     assert by_the_host() == set()
-    with_kernels = [(registry, "is_available", lambda name: name == "hip"),
-                    (registry, "get_constraints", lambda backend, function: (
-                        object() if (backend, function) == ("hip", "int8_linear") else None))]
-    for change in with_kernels:
-        monkeypatch.setattr(*change)
-    assert by_the_host() == {"int8_tensorwise"}
