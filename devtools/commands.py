@@ -20,7 +20,7 @@ from devtools.host.environment import (
     prepare,
 )
 
-PROCESS_GIB = 5.5  # memory of a process that runs tests, and of what it starts
+PROCESS_GIB = 7  # memory of a process that runs tests, and of what it starts
 # Each runs whole files, and those that share a server together: see tests/support/processes.py.
 WHOLE_FILES = ["--dist", "loadfile", "--no-loadscope-reorder",
                # else what a process held that dies is waited for without end
@@ -87,11 +87,11 @@ def test(arguments: list[str]) -> int:
 
 
 def processes() -> int:
-    """Two processes for each core, where the memory is enough for them.
+    """One process more than there are cores, where the memory is enough for them.
 
     Half of them begin with tests that wait for a server, a browser or Ray while a core is idle.
     """
-    cores = 2 * (os.cpu_count() or 1)
+    cores = (os.cpu_count() or 1) + 1
     if hasattr(os, "sysconf"):
         gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         cores = min(cores, int(gib / PROCESS_GIB))
