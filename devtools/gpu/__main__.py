@@ -55,7 +55,7 @@ def main() -> int:
     quick = ["--quick"] if on_a_cpu or options.quick else []
     report = Report(options.out, "gpu" if options.part == 1 else f"gpu{options.part}",
                     closing=functools.partial(closing, is_judged=not quick))
-    if options.part == 1:  # verdicts on kernels are found out anew, once for all stages
+    if options.part == 1:  # all kernels are decided anew, once for all stages of both commands
         shutil.rmtree(options.out / "cache", ignore_errors=True)
     for name in options.only or PARTS[options.part]:
         stage = STAGES[name]

@@ -126,20 +126,23 @@ def test_the_report_says_which_figures_are_reached(tmp_path):
     assert {line[3] for line in goals(report.figures)[1:]} == {"not measured"}
 
 
-@pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())
+def rows_on_a_fake_gpu(stage: str, arguments: str = "", late: bool = False) -> dict[str, dict]:
+    """Returns the rows of a stage at a tiny size. arguments: of the host."""
+    if fakegpu.why_not():
+        pytest.skip(fakegpu.why_not())
+    variables = {"HOST_ARGUMENTS": arguments, "FEATHERWEIGHT_KERNELS": "torch"}
+    output = subprocess.run(
+        [sys.executable, "-m", "devtools.gpu.stages", stage, "--quick"], cwd=ROOT,
+        env={**ENVIRONMENT, **fakegpu.environment(1, 4, late=late), **variables},
+        capture_output=True, text=True, check=True).stdout
+    return dict(json.loads(line.removeprefix("ROW ")) for line in output.splitlines()
+                if line.startswith("ROW "))
+
+
 @pytest.mark.parametrize("stage", [
     "dynamic VRAM", pytest.param("static", marks=pytest.mark.heavy)])
 def test_a_model_larger_than_its_device_gives_the_same_bits_on_a_fake_gpu(stage):
-    variables = {
-        "HOST_ARGUMENTS": f"--fp32-unet {STAGES[stage].arguments}", "FEATHERWEIGHT_KERNELS": "torch"
-    }
-    command = [sys.executable, "-m", "devtools.gpu.stages", stage, "--quick"]
-    output = subprocess.run(
-        command, cwd=ROOT, env={**ENVIRONMENT, **fakegpu.environment(1, 4, late=True), **variables},
-        capture_output=True, text=True, check=True).stdout
-    rows = dict(
-        json.loads(line.removeprefix("ROW ")) for line in output.splitlines()
-        if line.startswith("ROW "))
+    rows = rows_on_a_fake_gpu(stage, f"--fp32-unet {STAGES[stage].arguments}", late=True)
     assert rows["sizes"]["dynamic VRAM"] == (stage == "dynamic VRAM")
     compared = [row["same bits"] for row in rows.values() if "same bits" in row]
     assert len(compared) > 5 and all(compared)
@@ -147,17 +150,10 @@ def test_a_model_larger_than_its_device_gives_the_same_bits_on_a_fake_gpu(stage)
     assert rows["after unloading"]["more memory used than before"] == 0
 
 
-@pytest.mark.skipif(bool(fakegpu.why_not()), reason=fakegpu.why_not())
 @pytest.mark.parametrize("stage", [
     "LoRA", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("shapes", "dequantize"))])
 def test_a_stage_whose_calls_are_queued_runs_on_a_fake_gpu(stage):
-    variables = {"HOST_ARGUMENTS": "", "FEATHERWEIGHT_KERNELS": "torch",
-                 **fakegpu.environment(1, 4)}
-    output = subprocess.run([sys.executable, "-m", "devtools.gpu.stages", stage, "--quick"],
-                            cwd=ROOT, env={**ENVIRONMENT, **variables}, capture_output=True,
-                            text=True, check=True).stdout
-    rows = [json.loads(line.removeprefix("ROW "))[1] for line in output.splitlines()
-            if line.startswith("ROW ")]
+    rows = list(rows_on_a_fake_gpu(stage).values())
     assert rows and all(times["median"] > 0 for row in rows for times in row.values())
     special = {"LoRA": "apart", "shapes": "dequantised"}.get(stage, "kernels")
     assert any(special in name for name in rows[0])

@@ -67,7 +67,7 @@ def scheduler(config, log):
             compute, so that no core is idle meanwhile."""
             waits = self.nodes.index(node) % 2 == 0
             for scope, unit in self.workqueue.items():
-                if any(_turn(name) < LONG_TURN for name in unit) == waits:
+                if (_turn(next(iter(unit))) < LONG_TURN) == waits:
                     self.workqueue.move_to_end(scope, last=False)
                     break
             super()._assign_work_unit(node)

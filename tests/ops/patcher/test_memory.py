@@ -49,12 +49,17 @@ def test_what_is_counted_of_a_text_encoder_lies_on_the_gpu_and_nothing_more(gpu)
         assert torch.equal(encode(clip), expected)
 
 
+def set_free_main_memory(nbytes: int, monkeypatch):
+    """Has ComfyUI see some bytes of free main memory, and of a GPU's what is there."""
+    free = comfy.model_management.get_free_memory
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda device=None, **options: nbytes
+        if device == torch.device("cpu") else free(device, **options))
+
+
 @pytest.mark.parametrize("format_name", ["Q8_0", "INT8"])
 def test_weights_that_stay_in_their_file_are_pinned(format_name, gpu, caplog, monkeypatch):
-    free = comfy.model_management.get_free_memory
-    monkeypatch.setattr(  # whatever else the machine does
-        comfy.model_management, "get_free_memory", lambda device=None, **options: 64 << 30
-        if device == torch.device("cpu") else free(device, **options))
+    set_free_main_memory(64 << 30, monkeypatch)  # whatever else the machine does
     patcher = packed_flux(format_name)
     before, refused = gpu.pinned(), gpu.refused_pins()
     with caplog.at_level(logging.WARNING):
@@ -71,10 +76,7 @@ def test_weights_that_stay_in_their_file_are_pinned(format_name, gpu, caplog, mo
 def test_a_weight_that_finds_no_room_for_a_copy_stays_in_its_file(gpu, monkeypatch):
     patcher = packed_flux("Q8_0")
     before, refused = gpu.pinned(), gpu.refused_pins()
-    free = comfy.model_management.get_free_memory
-    monkeypatch.setattr(
-        comfy.model_management, "get_free_memory", lambda device=None, **options: 1 << 20
-        if device == torch.device("cpu") else free(device, **options))
+    set_free_main_memory(1 << 20, monkeypatch)
     load(patcher, 0.6 * patcher.model_size())
     # but for what lies in no file
     assert gpu.pinned() - before < 20_000 and gpu.refused_pins() == refused
