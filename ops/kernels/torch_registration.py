@@ -14,10 +14,10 @@ from ..formats.base import FORMATS, Format
 
 # input: (..., K) float. packed: the bytes of a weight of logical shape (rows, K) and, in some
 # formats, its scales. bias: (rows,). down, ups, slices: `LowRank.operands`; without a branch None
-# and empty.
+# and empty. fast: see `layers.product`.
 LINEAR_SCHEMA = (
-    "(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, Tensor? down,"
-    " Tensor[] ups, int[] slices) -> Tensor")
+    "linear(Tensor input, Tensor[] packed, Tensor? bias, str format, int rows, Tensor? down,"
+    " Tensor[] ups, int[] slices, bool fast=False) -> Tensor")
 
 _library = torch.library.Library("featherweight", "DEF")
 _check = torch._check  # raises RuntimeError with the message, also where sizes are symbolic
@@ -67,7 +67,7 @@ def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return tensors
 
 
-def fake_linear(input, packed, bias, format, rows, down, ups, slices):
+def fake_linear(input, packed, bias, format, rows, down, ups, slices, fast=False):
     """Checks the operands of `linear` and returns its empty result."""
     _check(input.dtype.is_floating_point and input.ndim > 0,
            lambda: f"The input is {_describe(input)}; expected rows of floats.")

@@ -10,13 +10,11 @@ from collections.abc import Callable
 import torch
 
 from .. import cpu_features, kernels
-from ..formats.base import FORMATS, Format
-from ..formats.low_rank_and_joined import without_low_rank
-from ..kernels import int8_codes, torch_registration
+from ..formats.base import Format
+from ..kernels import int8_codes
 from ..lasting_memory import cached_on_device
 from ..low_rank import LowRank
-from ..tensor.packed_tensor import PackedTensor
-from . import product, workspace
+from . import workspace
 
 # With fewer rows of the input the exact product is as fast, since most of the time is spent on the
 # weight. Without a kernel for the weight's codes torch makes them, in many passes: on a GPU these
@@ -67,23 +65,27 @@ def _row_encoder(device: torch.device, packed_format: Format, tokens: int, rows:
     return functools.partial(int8_codes.encode_rows, dequantize_into=kernels.dequantize_into)
 
 
-def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
-            rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
-            slices: list[int]) -> torch.Tensor:
-    packed_format, packed, own = without_low_rank(FORMATS[format], packed)
-    device = input.device
-    flat = input.reshape(-1, input.shape[-1])
-    tokens, columns = flat.shape
-    low_rank = LowRank.from_operands(down, ups, slices)
-    if own is not None:
-        low_rank = own.to(flat).and_also(low_rank, rows)
+def multiply(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor], rows: int,
+             bias: torch.Tensor | None, low_rank: LowRank | None) -> torch.Tensor | None:
+    """Computes `product.linear` in integers; returns None where the exact product should run.
+
+    It needs K to be a multiple of 256 and N of 8. A row of the input or of the weight that is not
+    finite gives NaN.
+
+    Args:
+        input: (M, K).
+        packed_format: of the weight, without a low rank.
+        packed: its tensors, contiguous.
+        rows: N.
+        bias: (N,) or None.
+        low_rank: in the dtype of `input`, or None.
+    """
+    device, (tokens, columns) = input.device, input.shape
     encode = _row_encoder(device, packed_format, tokens, rows, columns)
     if encode is None:
-        branch = (None, (), ()) if low_rank is None else low_rank.operands
-        return torch.ops.featherweight.linear(input, packed, bias, packed_format.name, rows,
-                                              *branch)
-    added = None if low_rank is None else low_rank.product(flat, rows)
-    codes, scales = _encode_tokens(flat.contiguous())
+        return None
+    added = None if low_rank is None else low_rank.product(input, rows)
+    codes, scales = _encode_tokens(input.contiguous())
     out = input.new_empty((tokens, rows))
     # bytes that the codes of a row of the weight and its sums, in int32 and float32, take
     row_bytes = columns + tokens * 2 * torch.float32.itemsize
@@ -99,7 +101,7 @@ def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor 
             sums = _int_mm(codes, weight.t()) * weight_scales
             _finish(sums, scales, None if bias is None else bias[start:stop],
                     None if added is None else added[:, start:stop], out[:, start:stop])
-    return out.view(*input.shape[:-1], rows)
+    return out
 
 
 def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -137,19 +139,3 @@ def _finish(sums: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
         torch.mul(sums, scales, out=out)
     else:
         torch.add(sums.mul_(scales), addend, out=out)
-
-
-_linear_operator = torch_registration.register(
-    f"int8_linear{torch_registration.LINEAR_SCHEMA}", _linear, torch_registration.fake_linear)
-
-
-def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           low_rank: LowRank | None = None) -> torch.Tensor:
-    """Computes `product.linear` in integers where that is possible and faster, else in floats.
-
-    It needs K to be a multiple of 256, N of 8, and no gradient. A row of the input or of the weight
-    that is not finite gives NaN.
-    """
-    if input.shape[-1] != weight.shape[1] or product.needs_gradient(input, bias):
-        return product.linear(input, weight, bias, low_rank)
-    return _linear_operator(*product.operands(input, weight, bias, low_rank))

@@ -6,7 +6,7 @@ they are held: only their scales are brought into the kernels' order, for each p
 other formats are encoded in int8 for each product, rotated as ComfyUI's int8_convrot.
 
 comfy_kitchen's registry says which device has which kernels. Everywhere else, and for other
-numbers of tokens, the product is another: see `linear`.
+numbers of tokens, the product is another: see `product`.
 """
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from comfy_kitchen.float_utils import to_blocked
 from comfy_kitchen.registry import registry
 
 from .. import kernels
-from ..formats.base import FORMATS, Format
+from ..formats.base import Format
 from ..formats.bits import reinterpret
 from ..formats.comfyui import W4A16, W4A16_FLOAT, W4A16_HALF
 from ..formats.low_rank_and_joined import AddedLowRank, Joined, without_low_rank
@@ -34,10 +34,9 @@ from ..formats.svdquant import (
     SVDQUANT_NVFP4,
     ShiftedInput,
 )
-from ..kernels import int8_codes, torch_registration
+from ..kernels import int8_codes
 from ..low_rank import LowRank, Slice
-from ..tensor.packed_tensor import PackedTensor
-from . import int8, product, workspace
+from . import int8, workspace
 from .rounded_sum import add_branch
 
 # comfy_kitchen's backends with kernels, the first one that has them is used. Its "eager" one is the
@@ -222,30 +221,23 @@ def _unmet(constraints: FunctionConstraints, device: torch.device, dtype: torch.
     return "" if result.success else result.failure_reason or f"they do not take {dtype}"
 
 
-def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           low_rank: LowRank | None = None) -> torch.Tensor:
-    """Computes `product.linear` faster and less exactly.
+def multiply(input: torch.Tensor, packed_format: Format, packed: list[torch.Tensor], rows: int,
+             bias: torch.Tensor | None, low_rank: LowRank | None) -> torch.Tensor | None:
+    """Computes `product.linear` by comfy_kitchen; returns None where it has no kernel for the
+    format, the device or the number of tokens.
 
-    By comfy_kitchen where its kernels take format, device and number of tokens; otherwise in
-    integers on a CPU (`int8.linear`), and exactly elsewhere.
+    Args:
+        input: (M, K).
+        packed_format: of the weight.
+        packed: its tensors, contiguous.
+        rows: N.
+        bias: (N,) or None.
+        low_rank: in the dtype of `input`, or None.
     """
-    if input.shape[-1] != weight.shape[1] or product.needs_gradient(input, bias):
-        return int8.linear(input, weight, bias, low_rank)
-    return _linear_operator(*product.operands(input, weight, bias, low_rank))
-
-
-def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
-            rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
-            slices: list[int]) -> torch.Tensor:
-    packed_format, flat = FORMATS[format], input.reshape(-1, input.shape[-1])
-    backend = _backend_for(packed_format, flat, rows)
+    backend = _backend_for(packed_format, input, rows)
     if backend is None:
-        fallback = (torch.ops.featherweight.int8_linear if input.device.type == "cpu"
-                    else torch.ops.featherweight.linear)
-        return fallback(input, packed, bias, format, rows, down, ups, slices)
-    low_rank = LowRank.from_operands(down, ups, slices)
-    out = _multiply(packed_format, packed, flat, rows, bias, low_rank, backend)
-    return out.view(*input.shape[:-1], rows)
+        return None
+    return _multiply(packed_format, packed, input, rows, bias, low_rank, backend)
 
 
 def _backend_for(packed_format: Format, input: torch.Tensor, rows: int) -> Backend | None:
@@ -463,6 +455,3 @@ PRODUCT_OF = {
     SVDQUANT_INT4.name: "svdquant", SVDQUANT_INT4_HALF.name: "svdquant",
     SVDQUANT_NVFP4.name: "nvfp4",
     **{family.name: "awq" for family in (AWQ_INT4, AWQ_INT4_HALF, W4A16, W4A16_HALF, W4A16_FLOAT)}}
-
-_linear_operator = torch_registration.register(
-    f"kitchen_linear{torch_registration.LINEAR_SCHEMA}", _linear, torch_registration.fake_linear)

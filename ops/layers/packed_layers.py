@@ -25,7 +25,7 @@ from ..tensor.packed_layout import (
 )
 from ..tensor.packed_tensor import relabel
 from ..tensor.row_slicing import take_rows, without_padding
-from . import cpu_convolution, kitchen_products, product
+from . import cpu_convolution, product
 from .autocast import autocast_input
 from .fused_calls import FusedCall, keep_forward, known_arguments
 from .rounded_sum import add_small
@@ -255,10 +255,7 @@ class PackedLinear(PackedLayer):
         weight, bias, offload_stream = self.cast_weight_bias(input)
         low_rank = None if self.lora is None else self.lora.branch(input)
         if self.is_unpatched(weight):
-            if self.compute == "int8":
-                out = kitchen_products.linear(input, weight, bias, low_rank)
-            else:
-                out = product.linear(input, weight, bias, low_rank)
+            out = product.linear(input, weight, bias, low_rank, fast=self.compute == "int8")
         else:
             out = dense_linear(input, self.patched_weight(weight, input.dtype), bias, low_rank)
         comfy.ops.uncast_bias_weight(self, weight, bias, offload_stream)

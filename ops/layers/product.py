@@ -3,6 +3,10 @@
 They run on every device, with a kernel of `kernels` where there is one and otherwise in torch, the
 reference that the kernels are compared with. They are registered with torch, so that
 `torch.compile(fullgraph=True)` compiles packed layers.
+
+`linear` multiplies by the values that the weight's format defines. `fast` is less exact: by
+comfy_kitchen's kernels (`kitchen_products`) or a CPU's int8 units (`int8`) where these take format,
+device and number of tokens, and exactly elsewhere.
 """
 from collections.abc import Callable, Generator
 from typing import Any
@@ -19,7 +23,7 @@ from ..low_rank import LowRank, dense_linear
 from ..tensor.packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
 from ..tensor.packed_tensor import PackedTensor
 from ..tensor.row_slicing import rows_are_whole_blocks
-from . import cpu_linear, joint_product, workspace
+from . import cpu_linear, int8, joint_product, kitchen_products, workspace
 
 # On a CPU a slice of the weight that stays in the cache is written and read faster, and a product
 # takes up to half as long again where its rows are no multiple of what it handles together.
@@ -32,20 +36,26 @@ CORE_CACHE_BYTES = 1 << 20  # of values on their way to another order
 
 def _linear(input: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, format: str,
             rows: int, down: torch.Tensor | None, ups: list[torch.Tensor],
-            slices: list[int]) -> torch.Tensor:
+            slices: list[int], fast: bool = False) -> torch.Tensor:
     flat = input.reshape(-1, input.shape[-1])
     low_rank = None if down is None else LowRank.from_operands(down, ups, slices)
-    packed_format = FORMATS[format]
-    if isinstance(packed_format, Composite):
-        packed_format, packed, own = packed_format.without_low_rank(packed)
-        if own is not None:
-            low_rank = own.to(flat).and_also(low_rank, rows)
-    # The low-rank branch is part of the large product's sum, which is rounded once: added after the
-    # rounding, a weak LoRA would be lost. Adding the bias rounds too, so the bias comes last.
-    weight = packed_format, packed, rows
-    out = _by_kernel(flat, *weight, bias, low_rank)
+    packed_format, out = FORMATS[format], None
+    if fast:
+        out = kitchen_products.multiply(flat, packed_format, packed, rows, bias, low_rank)
     if out is None:
-        out = _by_torch(flat, *weight, bias, low_rank)
+        if isinstance(packed_format, Composite):
+            packed_format, packed, own = packed_format.without_low_rank(packed)
+            if own is not None:
+                low_rank = own.to(flat).and_also(low_rank, rows)
+        operands = flat, packed_format, packed, rows, bias, low_rank
+        if fast:
+            out = int8.multiply(*operands)
+        # The low-rank branch is part of the large product's sum, which is rounded once: added after
+        # the rounding, a weak LoRA would be lost. Adding the bias rounds too, so it comes last.
+        if out is None:
+            out = _by_kernel(*operands)
+        if out is None:
+            out = _by_torch(*operands)
     return out.view(*input.shape[:-1], rows)
 
 
@@ -141,7 +151,7 @@ def _dequantize(packed: list[torch.Tensor], format: str, shape: list[int], dtype
 
 
 _linear_operator = torch_registration.register(
-    f"linear{torch_registration.LINEAR_SCHEMA}", _linear, torch_registration.fake_linear)
+    torch_registration.LINEAR_SCHEMA, _linear, torch_registration.fake_linear)
 torch_registration.register(
     "embedding(Tensor ids, Tensor[] packed, str format, int columns, ScalarType dtype) -> Tensor",
     _embedding, torch_registration.fake_embedding)
@@ -151,7 +161,7 @@ torch_registration.register(
 
 
 def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None,
-           low_rank: LowRank | None = None) -> torch.Tensor:
+           low_rank: LowRank | None = None, fast: bool = False) -> torch.Tensor:
     """Computes `input @ weight.T + bias` plus a low-rank branch, the weight dequantised in slices.
 
     Args:
@@ -159,6 +169,7 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
         weight: packed, logical shape (N, K), on the same device.
         bias: (N,) in the dtype of `input`, or None.
         low_rank: in the dtype of `input`, or None.
+        fast: multiply less exactly where that is faster and no gradient is needed.
 
     Returns:
         (..., N) in the dtype of `input`.
@@ -175,7 +186,7 @@ def linear(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None 
         if isinstance(weight, torch.nn.Parameter) and not torch.compiler.is_compiling():
             return _Linear.apply(input, bias, weight, low_rank)
         return dense_linear(input, dequantize(weight, input.dtype), bias, low_rank)
-    return _linear_operator(*operands(input, weight, bias, low_rank))
+    return _linear_operator(*operands(input, weight, bias, low_rank), fast)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -213,7 +224,7 @@ class _Linear(torch.autograd.Function):
 
 def operands(input: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None,
              low_rank: LowRank | None) -> tuple:
-    """Returns the arguments of `torch_registration.LINEAR_SCHEMA`; see `linear`."""
+    """Returns the arguments of `torch_registration.LINEAR_SCHEMA` but the last; see `linear`."""
     branch = (None, (), ()) if low_rank is None else low_rank.operands
     return (
         input,

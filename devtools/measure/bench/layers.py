@@ -96,7 +96,8 @@ def bench_shapes(options):
                 for name, weights in packed.items():
                     variants[name] = calls(product.linear, weights)
                     if _in_int8(count, dtype):
-                        variants[f"{name} int8"] = calls(kitchen_products.linear, weights)
+                        variants[f"{name} int8"] = calls(
+                            functools.partial(product.linear, fast=True), weights)
                     if device().type == "cuda" and count <= FEW_ROWS:
                         variants[f"{name}, dequantised"] = calls(_dequantised_linear, weights)
                 yield _title(shape, dtype, count), queued(variants, options.rounds)

@@ -8,7 +8,7 @@ import torch
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.formats.svdquant import ShiftedInput
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import int8, product
+from featherweight.ops.layers import product
 from featherweight.ops.tensor.packed_layout import (
     PickledWeight,
     is_packed,
@@ -44,8 +44,9 @@ def test_values_titles_and_products_are_those_of_the_weight(weights):
     assert torch.equal(shifted.dequantize(), plain.dequantize())
     assert torch.equal(product.dequantize(shifted, torch.bfloat16),
                        product.dequantize(plain, torch.bfloat16))
-    for compute in (product.linear, int8.linear):
-        assert torch.equal(compute(input, shifted), compute(input, plain))
+    for fast in (False, True):
+        assert torch.equal(product.linear(input, shifted, fast=fast),
+                           product.linear(input, plain, fast=fast))
 
 
 def test_rows_keep_the_shift_when_they_are_taken_joined_and_pickled(weights):

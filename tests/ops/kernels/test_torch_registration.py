@@ -115,8 +115,7 @@ OTHERS_BROKEN = [("embedding", embedding_operands(ids=torch.ones(2)),
                   "A weight is dequantized to a float dtype, not to torch.int64.")]
 BROKEN = [
     *(("linear", linear_operands(**others), sentence) for others, sentence in BROKEN_LINEAR),
-    *(("int8_linear", linear_operands(**others), sentence)
-      for others, sentence in BROKEN_LINEAR[:1]), *OTHERS_BROKEN
+    *OTHERS_BROKEN
 ]
 
 

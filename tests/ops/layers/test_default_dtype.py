@@ -16,7 +16,7 @@ from featherweight.ops.formats.rotation import rotation_signs
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels import cpp_backend
 from featherweight.ops.kernels.validation import check, random_tensors
-from featherweight.ops.layers import int8, product
+from featherweight.ops.layers import product
 from featherweight.ops.packing import pack_tensor as quantize
 from featherweight.ops.quantize.second_moments import SecondMoments
 from featherweight.ops.tensor.packed_layout import packed_tensor, packed_tensors
@@ -83,8 +83,8 @@ def test_values_and_products_are_those_of_any_default_dtype(fmt, under):
         )
         return [
             product.dequantize(weight, torch.float32),
-            *(multiply(input, weight) for input in inputs
-              for multiply in (product.linear, int8.linear))
+            *(product.linear(input, weight, fast=fast) for input in inputs
+              for fast in (False, True))
         ]
 
     assert_same(under, work)

@@ -148,7 +148,7 @@ def test_the_product_is_that_of_the_codes(name, dtype):
     )
     for addend in (None, bias):
         expected = exact + (0 if addend is None else addend.double())
-        got = int8.linear(input, weight, addend)
+        got = product.linear(input, weight, addend, fast=True)
         assert got.dtype == dtype
         rounding = torch.finfo(dtype)
         allowed = rounding.eps * (exact.abs() + expected.abs() + rounding.tiny)
@@ -158,21 +158,21 @@ def test_the_product_is_that_of_the_codes(name, dtype):
 @needs_vnni
 def test_a_large_weight_goes_through_the_product_in_slices(monkeypatch):
     weight, input = weight_of("NF4 with blocks across rows"), normal(2, TOKENS // 2, COLUMNS)
-    whole = int8.linear(input, weight, normal(ROWS, seed=2))
+    whole = product.linear(input, weight, normal(ROWS, seed=2), fast=True)
     assert whole.shape == (2, TOKENS // 2, ROWS)
     taken = []
     take = workspace.Workspace.take
     monkeypatch.setattr(workspace.Workspace, "take",
                         lambda self, shape, dtype: taken.append(shape) or take(self, shape, dtype))
     monkeypatch.setattr(workspace, "CPU_WORKSPACE_BYTES", 20 * (COLUMNS + 8 * TOKENS))
-    assert torch.equal(int8.linear(input, weight, normal(ROWS, seed=2)), whole)
+    assert torch.equal(product.linear(input, weight, normal(ROWS, seed=2), fast=True), whole)
     assert taken == [(16, COLUMNS)] * 3
 
 
 @needs_vnni
 def test_the_error_is_that_of_eight_bits():
     weight, input = normal_weight(), normal(256, 3072)
-    assert snr(int8.linear(input, weight), product.linear(input, weight)) > 38
+    assert snr(product.linear(input, weight, fast=True), product.linear(input, weight)) > 38
 
 
 @needs_vnni
@@ -183,16 +183,16 @@ def test_the_error_is_that_of_eight_bits():
 )
 def test_the_error_is_no_larger_where_columns_are(input):
     weight = normal_weight()
-    assert snr(int8.linear(input, weight), product.linear(input, weight)) > 37.5
+    assert snr(product.linear(input, weight, fast=True), product.linear(input, weight)) > 37.5
 
 
 @needs_vnni
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_changes(value):
     weight, input = weight_of(), normal(TOKENS, COLUMNS)
-    expected = int8.linear(input, weight)
+    expected = product.linear(input, weight, fast=True)
     input[3, 500] = value
-    got = int8.linear(input, weight)
+    got = product.linear(input, weight, fast=True)
     assert got[3].isnan().all()
     assert torch.equal(got[4:], expected[4:]) and torch.equal(got[:3], expected[:3])
 
@@ -201,7 +201,7 @@ def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_changes(value):
 def test_rows_of_zeros_give_the_bias():
     input, bias = normal(TOKENS, COLUMNS), normal(ROWS, seed=2)
     input[3] = 0
-    assert torch.equal(int8.linear(input, weight_of(), bias)[3], bias)
+    assert torch.equal(product.linear(input, weight_of(), bias, fast=True)[3], bias)
 
 
 # --- LoRA ---
@@ -321,6 +321,7 @@ def test_the_operator_has_a_right_fake():
         None,
         [],
         [],
+        True,
     )
-    torch.library.opcheck(torch.ops.featherweight.int8_linear.default, arguments,
+    torch.library.opcheck(torch.ops.featherweight.linear.default, arguments,
                           test_utils=("test_schema", "test_faketensor"))

@@ -1,6 +1,7 @@
 """SVDQuant and AWQ products by comfy_kitchen's functions, on a CPU by its eager backend."""
 import random
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from featherweight.loaders.quantizers.comfyui import pack_parts, shifted_bias
 from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.formats.row_layout import FAMILIES
 from featherweight.ops.kernels.validation import random_tensors
-from featherweight.ops.layers import int8, kitchen_products, product
+from featherweight.ops.layers import kitchen_products, product
 from featherweight.ops.layers.comfyui_operations import packed_operations
 from featherweight.ops.low_rank import LowRank
 from featherweight.ops.packing.pack_tensor import pack_tensor
@@ -75,6 +76,12 @@ def assert_close(out, expected):
     assert (out - expected).norm() <= 6e-3 * expected.norm()
 
 
+def without_comfy_kitchen(*operands) -> torch.Tensor:
+    """The fast product of this pack."""
+    with mock.patch.object(kitchen_products, "BACKENDS", ()):
+        return product.linear(*operands, fast=True)
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_svdquant_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, forced):
@@ -87,7 +94,7 @@ def test_svdquant_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, fo
         input = torch.nn.functional.gelu(input)
     held = shifted_bias(weight, bias).to(dtype)
     expected = torch.nn.functional.linear(input, of_kitchen(settings, parts), bias)
-    out = kitchen_products.linear(input, weight, held)
+    out = product.linear(input, weight, held, fast=True)
     assert_close(out, expected)
     assert settings["act_unsigned"] or torch.equal(out, expected)
     exact = product.linear(input, weight, held)  # which quantises no input
@@ -101,7 +108,7 @@ def test_svdquant_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, fo
     whole_up = torch.cat([up, torch.nn.functional.pad(part_up, (0, 0, first, 0))], 1).to(dtype)
     expected = torch.nn.functional.linear(
         input, of_kitchen(settings, parts, torch.cat([down, part_down]).to(dtype), whole_up), bias)
-    assert_close(kitchen_products.linear(input, weight, held, low_rank), expected)
+    assert_close(product.linear(input, weight, held, low_rank, fast=True), expected)
 
 
 @pytest.mark.parametrize("has_branch", [False, True])
@@ -118,14 +125,14 @@ def test_other_weights_are_encoded_in_int8_for_comfy_kitchens_product(
     ) if has_branch else None
     exact = product.linear(input, weight, bias, low_rank)
     monkeypatch.setattr(kitchen_products.workspace, "workspace_bytes", lambda device: 256 * columns)
-    out = kitchen_products.linear(input, weight, bias, low_rank)
+    out = product.linear(input, weight, bias, low_rank, fast=True)
     error = (out - exact).float().norm() / exact.float().norm()
     assert 0.002 < error < 0.02
     few = input[:kitchen_products.MIN_INT8_TOKENS - 1]
-    assert torch.equal(kitchen_products.linear(few, weight, bias, low_rank),
-                       int8.linear(few, weight, bias, low_rank))
+    assert torch.equal(product.linear(few, weight, bias, low_rank, fast=True),
+                       without_comfy_kitchen(few, weight, bias, low_rank))
     if has_branch:  # LoRAs keep their full effect
-        gained = out.float() - kitchen_products.linear(input, weight, bias).float()
+        gained = out.float() - product.linear(input, weight, bias, fast=True).float()
         expected = low_rank.product(input, rows).float()
         assert 0.99 < (gained * expected).sum() / expected.square().sum() < 1.01
 
@@ -163,7 +170,7 @@ def test_parts_of_a_joined_weight_have_smoothing_and_shift_of_their_own(axis, fo
             inputs, layers, downs, ups, biases)]
     held = [shifted_bias(weight, bias).float() for weight, bias in zip(weights, biases)]
     bias = torch.cat(held) if axis == 0 else held[0] + held[1]
-    out = kitchen_products.linear(input, whole, bias.to(dtype), low_rank)
+    out = product.linear(input, whole, bias.to(dtype), low_rank, fast=True)
     assert_close(out, torch.cat(expected, 1) if axis == 0 else expected[0] + expected[1])
 
 
@@ -183,18 +190,18 @@ def test_awq_of_random_sizes_is_what_comfy_kitchen_computes(dtype, seed, forced)
     input, bias = torch.randn(draw.randint(1, 9), columns).to(dtype), torch.randn(rows).to(dtype)
     expected = torch.nn.functional.linear(
         input, QuantizedTensor(parts["weight"], AWQ, params), bias)
-    assert torch.equal(kitchen_products.linear(input, weight, bias), expected)
+    assert torch.equal(product.linear(input, weight, bias, fast=True), expected)
     up, down = torch.randn(rows, 5), torch.randn(5, columns) / columns**0.5
     low_rank = LowRank.from_factors([(up, down, (0, rows))], rows, dtype)
     change = input.float() @ down.t() @ up.t()
-    assert_close(kitchen_products.linear(input, weight, bias, low_rank), expected + change)
+    assert_close(product.linear(input, weight, bias, low_rank, fast=True), expected + change)
 
 
 @pytest.mark.parametrize("name", ["AWQ_INT4", "AWQ_INT4_HALF", "W4A16_FLOAT"])
 def test_awq_has_the_values_of_its_weights_for_few_rows(name, forced):
     weight = random_weight(name, 64, 512)
     input = torch.randn(kitchen_products.MAX_AWQ_TOKENS, 512).bfloat16()
-    assert_close(kitchen_products.linear(input, weight), product.linear(input, weight))
+    assert_close(product.linear(input, weight, fast=True), product.linear(input, weight))
 
 
 def random_weight(name, rows, columns, rank=0):
@@ -220,7 +227,7 @@ def test_a_weak_lora_has_its_strength(name, rank, monkeypatch):
     gain = Gain()
     for _ in range(8):
         input = torch.randn(kitchen_products.MAX_AWQ_TOKENS, columns).bfloat16()
-        outs = [kitchen_products.linear(input, weight, low_rank=LowRank.from_factors(
+        outs = [product.linear(input, weight, fast=True, low_rank=LowRank.from_factors(
             [(sign * up, down, (0, rows))], rows, torch.bfloat16)).float() for sign in (1, -1)]
         gain.add(outs[0] - outs[1], input.float() @ (2 * up @ down).t())
     assert 0.99 < gain.value < 1.01
@@ -271,7 +278,7 @@ def test_nvfp4_quantises_the_smoothed_input_in_groups(seed, rank, monkeypatch):
     quantized = dequantize(codes, one, scales, torch.float32, hi_first=False)[:len(input)]
     expected = (quantized * smooth) @ main.t() + bias + input.float() @ (
         weight.dequantize() - main).t()
-    assert_close(kitchen_products.linear(input, weight, bias.bfloat16()), expected)
+    assert_close(product.linear(input, weight, bias.bfloat16(), fast=True), expected)
 
 
 # --- where which product runs ---
@@ -354,13 +361,13 @@ def test_a_cpu_multiplies_as_before_and_few_rows_are_exact(monkeypatch):
     many, few = torch.randn(200, 256).bfloat16(), torch.randn(3, 256).bfloat16()
     layer = packed_operations(compute="int8").Linear(256, 64, bias=False, dtype=torch.bfloat16)
     layer.load_state_dict({"weight": weight})
-    assert torch.equal(layer(many), int8.linear(many, weight))
+    assert torch.equal(layer(many), product.linear(many, weight, fast=True))
     monkeypatch.setattr(kitchen_products, "BACKENDS", ("eager",))
     exact = product.linear(many, weight)
     assert not torch.equal(layer(many), exact)
     assert torch.equal(layer(few), product.linear(few, weight))
     odd = random_weight("SVDQUANT_INT4", 63, 256, 4)
-    assert torch.equal(kitchen_products.linear(many, odd), int8.linear(many, odd))
+    assert torch.equal(product.linear(many, odd, fast=True), without_comfy_kitchen(many, odd))
     layer = packed_operations().Linear(256, 64, bias=False, dtype=torch.bfloat16)
     layer.load_state_dict({"weight": weight})
     assert torch.equal(layer(many), exact)
@@ -370,13 +377,13 @@ def test_a_product_is_one_graph_and_gradients_are_exact(forced):
     weight, input = random_weight("SVDQUANT_INT4", 64, 256, 4), torch.randn(20, 256)
 
     def run(input):
-        return kitchen_products.linear(input, weight) * 2
+        return product.linear(input, weight, fast=True) * 2
 
     with torch.inference_mode():
         compiled = torch.compile(run, backend="eager", fullgraph=True)(input)
         assert torch.equal(compiled, run(input))
     input.requires_grad_()
-    kitchen_products.linear(input, weight).sum().backward()
+    product.linear(input, weight, fast=True).sum().backward()
     torch.testing.assert_close(input.grad, weight.dequantize().sum(0).expand(20, -1))
 
 
@@ -387,8 +394,8 @@ def test_codes_that_are_not_aligned_are_copied(forced):
     again = packed_tensor(weight.params.format, moved, weight.shape, weight.dtype, *sides)
     input = torch.randn(20, 256).bfloat16()
     assert kitchen_products._aligned(moved).data_ptr() % kitchen_products.ALIGNMENT == 0
-    assert torch.equal(kitchen_products.linear(input, again),
-                       kitchen_products.linear(input, weight))
+    assert torch.equal(product.linear(input, again, fast=True),
+                       product.linear(input, weight, fast=True))
 
 
 def test_comfy_kitchen_keeps_no_buffers_for_every_size_of_an_input():
