@@ -11,7 +11,7 @@ from comfy.model_detection import (
 
 from ...ops.tensor.packed_layout import is_packed, relabel
 from ..quantizers.comfyui_marks import WRAPPERS
-from .detection import LONGEST_CUT, try_detect
+from .detection import try_detect
 from .diffusers_keys import from_diffusers
 
 
@@ -29,6 +29,7 @@ def to_comfy_keys(state_dict: dict[str, torch.Tensor],
 
 
 ENDINGS = ("weight", "bias", "scale")
+LONGEST_CUT = 63  # characters that ggml keeps of a name
 
 
 def is_cut(name: str) -> bool:

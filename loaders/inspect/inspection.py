@@ -9,14 +9,14 @@ import comfy.sd
 import torch
 
 from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys
-from ..comfyui.detection import (
+from ..comfyui.model_summary import title_of
+from ..comfyui.wrong_kind import (
     SIDE_LOADERS,
     VAE_PREFIXES,
     find_other_part,
     find_side_model,
     first_match,
 )
-from ..comfyui.model_summary import title_of
 from ..container.weight_file import safe_repr
 from ..encoders.encoder_sets import TITLES, encoder_family
 from ..lora.family_match import match_family

@@ -6,10 +6,10 @@ import comfy.clip_vision
 import torch
 
 from ...ops.tensor.row_slicing import take_rows
-from ..comfyui.detection import CLIP_VISION
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.who_computes import AUTOMATIC
+from ..comfyui.wrong_kind import CLIP_VISION
 from .models_beside import load_side_model
 
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names

@@ -11,10 +11,10 @@ import torch
 
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.compute_dtype import follows_model, guided_dtypes
-from ..comfyui.detection import CONTROLNET
 from ..comfyui.diffusers_keys import from_diffusers, reject_incomplete
 from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.who_computes import AUTOMATIC
+from ..comfyui.wrong_kind import CONTROLNET
 from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui_marks import MARK

@@ -16,22 +16,15 @@ from ...ops.log import log
 from ..comfyui.detection import (
     DETECTION_ERRORS,
     UNKNOWN_MODEL,
-    cut_names_text,
     explain_build_errors,
     explain_missing_config,
     is_diffusion_model,
-    left_out_text,
-    missing_keys_text,
     reject_endless_blocks,
-    reject_non_diffusion,
-    reject_side_model,
     shape_mismatch_text,
-    uneven_bias_text,
 )
 from ..comfyui.diffusers_keys import reject_incomplete
 from ..comfyui.host_patcher import keep_weights_whole
 from ..comfyui.load_check import bytes_of, check_load, reject_codes
-from ..comfyui.missing_weights import find_deciding_weight
 from ..comfyui.module_files import (
     explain_module_errors,
     join_module,
@@ -47,9 +40,11 @@ from ..comfyui.quantized_weights import (
     read_marked,
     reject_unread_layers,
 )
+from ..comfyui.unknown_model import reject_unknown_model
 from ..comfyui.weight_keys import has_foreign_names, model_prefix, to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
-from ..container.weight_file import DOWNLOAD_AGAIN, WeightFile, WeightFileError, safe_repr
+from ..comfyui.wrong_kind import reject_non_diffusion
+from ..container.weight_file import WeightFile, WeightFileError
 from ..devices import CPU
 from ..files.open_weights import open_weights
 from ..lora.seedvr2 import add_texts
@@ -87,13 +82,9 @@ def load_diffusion_model(path: str, compute: str = "exact", disable_dynamic: boo
         WeightFileError: if the file cannot be read or holds no known diffusion model.
     """
     model_options = dict(model_options or {})
-    recipe = Recipe(
-        DIFFUSION_MODEL, (str(path),), {
-            "compute": compute, "disable_dynamic": disable_dynamic, "pack_to": pack_to,
-            **({"model_options": model_options} if model_options else {}),
-            **({"extra": extra} if extra else {}),
-            **({"host_formats": host_formats} if host_formats != AUTOMATIC else {})
-        })
+    recipe = Recipe(DIFFUSION_MODEL, (str(path),), {
+        "compute": compute, "disable_dynamic": disable_dynamic, "pack_to": pack_to,
+        "model_options": model_options, "extra": extra, "host_formats": host_formats})
     device = model_options.get("load_device", comfy.model_management.get_torch_device())
     formats = packed_formats(host_formats, device)
     targets = model_targets(pack_to, [path, extra] if extra else [path], device, formats)
@@ -231,22 +222,6 @@ def build_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
                 disable_dynamic=disable_dynamic)
             check.attach(patcher)
     if patcher is None:
-        reject_side_model(file)
-        prefix = model_prefix(state_dict)
-        problem = (missing_keys_text(state_dict, prefix) or left_out_text(state_dict, prefix)
-                   or uneven_bias_text(state_dict) or cut_names_text(file.entries))
-        if problem:
-            raise WeightFileError(f"{file.name} {problem}")
-        if lost := find_deciding_weight(state_dict, prefix):
-            raise WeightFileError(
-                f"{file.name} lacks {safe_repr(lost)}, without which ComfyUI does"
-                f" not know the model. {DOWNLOAD_AGAIN}")
-        named = file.metadata.get("general.architecture")
-        architecture = f"architecture {named!r}, " if named else ""
-        raise WeightFileError(
-            f"{file.name} holds no diffusion model that this ComfyUI knows ({architecture}"
-            f"{len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
-            " ComfyUI if the model is new, or pick another file."
-        )
+        reject_unknown_model(file, state_dict)
     wrap_model(patcher, file, compute)
     return patcher

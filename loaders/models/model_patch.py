@@ -7,9 +7,9 @@ import torch
 
 from ...ops.tensor.row_slicing import dense
 from ..comfyui.compute_dtype import guided_dtypes
-from ..comfyui.detection import MODEL_PATCH
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.who_computes import AUTOMATIC
+from ..comfyui.wrong_kind import MODEL_PATCH
 from .models_beside import load_side_model
 
 

@@ -1,6 +1,5 @@
-"""Loads the models that stand beside a diffusion model (ControlNets, model patches, CLIP vision) by
-the host's functions, with this pack's layers for packed weights."""
-import os
+"""Loads the models that stand beside a diffusion model (ControlNets, model patches, CLIP vision,
+VAEs) by the host's functions, with this pack's layers for packed weights."""
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,7 @@ from ...ops.layers.load_hooks import dequantize_plain_parameters
 from ...ops.log import log
 from ...ops.packing.row_types import ROW_TYPES
 from ...ops.tensor.packed_layout import is_comfy_quantized
-from ..comfyui.detection import (
-    CONTROLNET,
-    UNKNOWN_ERRORS,
-    describe_other_kind,
-    explain_build_errors,
-    is_diffusion_model,
-)
+from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors, is_diffusion_model
 from ..comfyui.load_check import bytes_of, check_load
 from ..comfyui.packed_patcher import keep_packed, log_load_summary
 from ..comfyui.quantized_weights import (
@@ -33,7 +26,8 @@ from ..comfyui.quantized_weights import (
 )
 from ..comfyui.weight_keys import to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
-from ..container.weight_file import WeightFile, WeightFileError
+from ..comfyui.wrong_kind import CONTROLNET, describe_other_kind
+from ..container.weight_file import WeightFile, WeightFileError, model_name, safe_repr
 from ..files.open_weights import open_weights
 from ..out_of_memory import is_out_of_memory
 from ..progress import Progress
@@ -98,7 +92,7 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
     if compute == AUTOMATIC and pack_to not in ROW_TYPES:
         host_formats = EXACT
     formats = packed_formats(EXACT, device)
-    name = os.path.basename(path)
+    name = model_name(path)
     if not needs_own_reader(path, pack_to, formats):
         weights: Any
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
@@ -187,5 +181,5 @@ def _unknown_error(name: str, kind: str,
         return WeightFileError(f"{name} is {other}, expected a {kind}. Pick a {kind} here.")
     return WeightFileError(
         f"{name} holds no {kind} that this ComfyUI knows ({len(state_dict)} tensors, first"
-        f" {next(iter(state_dict), 'none')!r}). Pick another file, or update ComfyUI if the"
-        f" {kind} is new.")
+        f" {safe_repr(next(iter(state_dict), 'none'))}). Pick another file, or update ComfyUI if"
+        f" the {kind} is new.")

@@ -1,10 +1,8 @@
 """Loads text encoders from weight files and folders as the host's own CLIP, with packed weights."""
 import collections
 import contextlib
-import difflib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -21,53 +19,31 @@ from ..comfyui.contents import encoder_comfy_keys, file_contents
 from ..comfyui.detection import UNKNOWN_ERRORS, is_diffusion_model, shape_mismatch_text
 from ..comfyui.load_check import check_load
 from ..comfyui.packed_patcher import wrap_clip
-from ..comfyui.quantized_weights import as_tensors, in_parts, read_marked, reject_unread_layers
+from ..comfyui.quantized_weights import in_parts
 from ..comfyui.who_computes import AUTOMATIC, packed_formats
-from ..container.weight_file import (
-    DOWNLOAD_AGAIN,
-    WeightFile,
-    WeightFileError,
-    first_line,
-    model_name,
-)
-from ..encoders import archs  # noqa: F401  registers the families
-from ..encoders.arch import (
-    SENTENCEPIECE,
-    TOKENIZER_NAMES,
-    Arch,
-    Weights,
-    arch_of,
-    strip_prefix,
-    unwrap_language_model,
-)
+from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, first_line, model_name
+from ..encoders.arch import SENTENCEPIECE, Weights
 from ..encoders.encoder_sets import (
     TEXT_ALONE,
     TITLES,
-    TOKENIZER_OF,
     encoder_family,
     reject_missing_tokenizers,
     reject_wrong_encoders,
 )
 from ..encoders.missing_towers import omit_missing_towers
-from ..encoders.saved_tokenizer import saved_tokenizer
-from ..encoders.tokenizer import TokenizerError
 from ..encoders.type_choice import AUTOMATIC as AUTOMATIC_TYPE
 from ..encoders.type_choice import choose_type
 from ..files.open_weights import open_weights
 from ..progress import Progress
 from ..recipe import Recipe, register_loader
+from .encoder_file import EncoderFile, unwrap_encoder
 from .fit_device import encoder_targets
 from .loader_choice import needs_own_reader
+from .mmproj import add_vision, find_vision
 from .pack_on_load import PackStats, may_have_host_formats, pack_weights
 
 TEXT_ENCODER = "text encoder"  # name of the loader in recipes
 AUTO = "auto"  # use the mmproj file next to the encoder
-SIMILAR = 0.6  # names of an encoder and of its mmproj file
-AUDIO_TOWER = "a.blk.0.attn_q.weight"
-
-# cache of `Arch.tokenizer`: state of the files of a GGUF -> its tokenizer
-TOKENIZERS: dict[tuple, Weights] = {}
-TOKENIZERS_KEPT = 4
 
 
 def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
@@ -100,14 +76,10 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     if clip_type == AUTOMATIC_TYPE:
         clip_type = _type_of_files(paths)
     host_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
-    recipe = Recipe(
-        TEXT_ENCODER, tuple(map(str, paths)), {
-            "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
-            "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic,
-            "pack_to": pack_to,
-            **({"host_formats": host_formats} if host_formats != AUTOMATIC else {}),
-            **({"compute": compute} if compute != "exact" else {})
-        })
+    recipe = Recipe(TEXT_ENCODER, tuple(map(str, paths)), {
+        "clip_type": clip_type, "embedding_directory": embedding_directory, "mmproj": mmproj,
+        "model_options": dict(model_options or {}), "disable_dynamic": disable_dynamic,
+        "pack_to": pack_to, "host_formats": host_formats, "compute": compute})
     model_options = dict(model_options or {})
     device = model_options.get("load_device", comfy.model_management.text_encoder_device())
     formats = packed_formats(host_formats, device)
@@ -115,19 +87,13 @@ def load_text_encoder(paths: list[str], clip_type: str = "stable_diffusion",
     by_the_host = not any(needs_own_reader(path, target, formats)
                           for path, target in zip(paths, targets.files))
     if by_the_host and mmproj in (AUTO, None):
-        try:
-            with omit_missing_towers(paths), check_load(_names(paths)) as check:
-                clip = comfy.sd.load_clip(list(paths), embedding_directory, host_type,
-                                          model_options, disable_dynamic)
-                check.attach(clip)
+        clip = _load_by_the_host(paths, embedding_directory, host_type, model_options,
+                                 disable_dynamic)
+        if clip is not None:
             targets.attach(clip.patcher)
             if disable_dynamic or targets.text:
                 recipe.attach(clip.patcher)
             return clip
-        except (RuntimeError, *UNKNOWN_ERRORS) as error:
-            if isinstance(error, RuntimeError) and shape_mismatch_text(error) is None:
-                raise
-            log.debug("ComfyUI does not load %s", paths, exc_info=True)
     if mmproj == AUTO and clip_type in TEXT_ALONE:
         mmproj = None
     packing = ["packing" for target in targets.files if target]
@@ -166,11 +132,25 @@ def _patcher(*paths: str, **options) -> comfy.model_patcher.ModelPatcher:
     return load_text_encoder(list(paths), **options).patcher
 
 
+def _load_by_the_host(paths: list[str], *arguments) -> comfy.sd.CLIP | None:
+    """Returns the CLIP, None where the host does not know an encoder as it is in its file."""
+    try:
+        with omit_missing_towers(paths), check_load(_names(paths)) as check:
+            clip = comfy.sd.load_clip(list(paths), *arguments)
+            check.attach(clip)
+        return clip
+    except (RuntimeError, *UNKNOWN_ERRORS) as error:
+        if isinstance(error, RuntimeError) and shape_mismatch_text(error) is None:
+            raise
+        log.debug("ComfyUI does not load %s", paths, exc_info=True)
+        return None
+
+
 def _type_of_files(paths: list[str]) -> str:
     """Returns the type of the model that these encoders are for, by the names and shapes in the
     files."""
     names = [model_name(path) for path in paths]
-    families = [_family_of(name, _unwrap_encoder(_comfy_keys(path)))
+    families = [_family_of(name, unwrap_encoder(_comfy_keys(path)))
                 for name, path in zip(names, paths)]
     known = {name.lower() for name in comfy.sd.CLIPType.__members__}
     clip_type = choose_type(names, families, known)
@@ -217,15 +197,16 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
     The mmproj file goes to the first encoder that it fits. `notes` gets those of the files. The
     last that is returned are the names of the mmproj files that are used.
     """
-    encoders = [_Encoder(path, progress, target, formats) for path, target in zip(paths, targets)]
+    encoders = [EncoderFile(path, progress, target, formats)
+                for path, target in zip(paths, targets)]
     for encoder in encoders:
         notes += encoder.file.notes if encoder.file else []
     if mmproj == AUTO:
         for encoder in encoders:
-            encoder.find_vision()
+            find_vision(encoder)
     elif mmproj is not None:
         vision = open_weights(mmproj)
-        if not any(encoder.add_vision(vision, required=len(encoders) == 1)
+        if not any(add_vision(encoder, vision, required=len(encoders) == 1)
                    for encoder in encoders):
             raise WeightFileError(
                 f"{vision.path.name} fits none of {', '.join(file.name for file in encoders)}:"
@@ -243,162 +224,6 @@ def _read_weights(paths: list[str], mmproj: str | None, progress: Progress,
                 weights[index] = in_parts(weights[index], formats)
     return (weights, PackStats.merge(pack_stats) if pack_stats else None,
             [encoder.tower for encoder in encoders if encoder.tower])
-
-
-class _Encoder:
-    """One file of a text encoder, which is read and converted to the host's names."""
-
-    def __init__(self, path: str, progress: Progress, pack_to: str | None,
-                 formats: frozenset[str]):
-        self.path = Path(path)
-        self.name = model_name(path)
-        self.arch: type[Arch] | None = None
-        self.file: WeightFile | None = None  # None: the host has read it
-        self.tower = ""  # name of its mmproj file
-        self.tower_notes: list[str] = []  # on it, or on those of a similar name that do not fit
-        if not needs_own_reader(path, pack_to, formats):
-            weights, metadata = comfy.utils.load_torch_file(path, safe_load=True,
-                                                            return_metadata=True)
-            self.weights, self.metadata = comfy.utils.convert_old_quants(
-                weights, model_prefix="", metadata=metadata)
-            progress.stage()
-            return
-        self.file = file = open_weights(path)
-        weights, self.metadata = read_marked(file, progress.track), file.metadata
-        if not pack_to:
-            weights = as_tensors(file, weights, formats=formats)
-            reject_unread_layers(file, weights)
-        self.weights = _unwrap_encoder(weights)
-        if self.path.is_dir():
-            te_model = comfy.sd.detect_te_model(self.weights)
-            tokenizer = TOKENIZER_OF.get(te_model.name if te_model else "", SENTENCEPIECE)
-            self.weights |= saved_tokenizer(self.path, tokenizer)
-        if pack_to:
-            self.weights = as_tensors(file, self.weights)
-        self.arch = arch_of(self.weights)
-        if self.arch is None and any(name.startswith(("v.blk.", "mm.")) for name in self.weights):
-            raise WeightFileError(
-                f"{self.name} is the vision part (mmproj) of a text encoder, expected the encoder."
-                " Pick that here, and this file in the mmproj input of Load Text Encoder"
-                " (GGUF, Featherweight).")
-
-    def add_vision(self, vision: WeightFile, required: bool) -> bool:
-        """Adds the tensors of an mmproj file if it fits; returns whether it does.
-
-        Raises:
-            WeightFileError: if it has another width and is `required` to fit.
-        """
-        if self.arch is None:
-            return False
-        tower = strip_prefix(read_marked(vision))
-        try:
-            widths = self.arch.vision_width(self.weights, tower)
-        except (KeyError, IndexError):  # a tensor is missing or has another shape
-            widths = None
-        if widths is None and self._similarity(vision.path) > SIMILAR:
-            self.tower_notes.append(
-                f"{vision.path.name} is not used, and {self.name} cannot take images: it is of"
-                f" another encoder, or lacks weights. {DOWNLOAD_AGAIN}")
-        if widths and widths[0] == widths[1]:
-            self.weights |= tower
-            self.tower, self.tower_notes = vision.path.name, []
-            if AUDIO_TOWER in tower and not any(name.startswith("mm.a.") for name in tower):
-                self.tower_notes.append(
-                    f"{self.tower} lacks what turns sound into words ('mm.a.…'), and {self.name}"
-                    f" cannot take sound. {DOWNLOAD_AGAIN}")
-            log.info("%s takes its vision part from %s", self.name,
-                     vision.path.name)
-            return True
-        if required and widths:
-            raise WeightFileError(
-                f"{vision.path.name} gives images a width of {widths[1]}, {self.name} has"
-                f" {widths[0]}: they are of different models. Pick the mmproj file that was"
-                f" published with {self.name}.")
-        return False
-
-    def find_vision(self):
-        """Adds the mmproj file next to this one that fits and has the most similar name."""
-        if (
-            self.arch is None
-            or not self.arch.wants_vision(self.metadata)
-            or self.path.suffix.lower() != ".gguf"
-        ):
-            return
-        siblings = [
-            path for path in self.path.parent.glob("*mmproj*") if path.suffix.lower() == ".gguf"
-        ]
-        siblings.sort(key=self._similarity, reverse=True)
-        if not any(self._try_vision(path) for path in siblings):
-            log.info(
-                "%s has no mmproj file next to it that fits: a workflow that shows"
-                " it images will not work. Put it there, or pick it in Load Text Encoder"
-                " (GGUF, Featherweight).", self.name)
-
-    def _similarity(self, path: Path) -> float:
-        """Returns how similar the names of a file and of this one are, 0 to 1."""
-        return difflib.SequenceMatcher(None, path.stem.lower(), self.path.stem.lower()).ratio()
-
-    def _try_vision(self, path: Path) -> bool:
-        """Adds the tensors of an mmproj file that the user has not picked, if it is readable and
-        fits."""
-        try:
-            return self.add_vision(open_weights(path), required=False)
-        except WeightFileError as error:
-            log.warning("%s", error)
-            self.tower_notes.append(str(error))
-            return False
-
-    def convert(self) -> Weights:
-        """Returns the weights with the host's names, and tensors for the host's tokenizer."""
-        if self.arch is None:
-            # GGUF has no uint8.
-            return self.weights | {name: self.weights[name].to(torch.uint8, copy=True)
-                                   for name in TOKENIZER_NAMES if name in self.weights}
-        try:
-            tokenizer = self._tokenizer(self.arch)
-        except KeyError as error:
-            # `reject_missing_tokenizers` names what is missing in other formats.
-            if self.path.suffix.lower() != ".gguf":
-                return self._converted(self.arch)
-            raise WeightFileError(
-                f"{self.name} has no {error.args[0]} in its metadata, from which its tokenizer is"
-                " made. Get another conversion of the model.") from error
-        except TokenizerError as error:
-            raise WeightFileError(
-                f"{self.name}: in its metadata {error}. Get another conversion of the model."
-            ) from error
-        return self._converted(self.arch) | tokenizer
-
-    def _converted(self, arch: type[Arch]) -> Weights:
-        try:
-            return arch.convert(self.weights, self.metadata)
-        except KeyError as error:
-            raise WeightFileError(f"{self.name} has no weight for {error.args[0]!r} of the model."
-                                  f" {DOWNLOAD_AGAIN}") from error
-
-    def _tokenizer(self, arch: type[Arch]) -> Weights:
-        """Returns `Arch.tokenizer` of the file; raises KeyError for missing metadata.
-
-        That of a GGUF, which takes seconds to make, is cached.
-        """
-        is_cached = self.path.suffix.lower() == ".gguf"
-        state = self.path, self.file and self.file.states
-        if is_cached and state in TOKENIZERS:
-            return TOKENIZERS[state]
-        tokenizer = arch.tokenizer(self.weights, self.metadata)
-        # A tensor of the file would keep the whole file mapped.
-        tokenizer = {name: tensor.clone() for name, tensor in tokenizer.items()}
-        if is_cached:
-            TOKENIZERS[state] = tokenizer
-            if len(TOKENIZERS) > TOKENIZERS_KEPT:
-                del TOKENIZERS[next(iter(TOKENIZERS))]
-        return tokenizer
-
-
-def _unwrap_encoder(weights: Weights) -> Weights:
-    """Returns an encoder's weights without those of a model around it and without its prefix."""
-    weights = strip_prefix(weights)
-    return unwrap_language_model(weights) if comfy.sd.detect_te_model(weights) is None else weights
 
 
 def _check_encoders(paths: list[str], weights: list[Weights], clip_type: str):

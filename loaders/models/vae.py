@@ -4,13 +4,12 @@ makes a CPU faster at them.
 A host that computes in float32 would keep every weight in float32. Its layers can cast at use.
 """
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencodingEngine
 from comfy.ldm.wan.vae import WanVAE
@@ -24,23 +23,13 @@ from ...ops.layers.packed_layers import PackedLayer
 from ...ops.patcher import adopt
 from ...ops.tensor.packed_layout import is_packed
 from ..comfyui.compute_dtype import vae_dtype
-from ..comfyui.detection import UNKNOWN_ERRORS, explain_build_errors
-from ..comfyui.load_check import check_load
 from ..comfyui.packed_patcher import guard_of
-from ..comfyui.quantized_weights import (
-    as_tensors,
-    host_metadata,
-    read_marked,
-    reject_unread_layers,
-)
 from ..comfyui.weight_keys import unmerge_kernels
-from ..container.weight_file import FileChangeGuard, WeightFileError, model_name, safe_repr
-from ..files.open_weights import open_weights
-from ..quantizers.comfyui import READERS
+from ..container.weight_file import FileChangeGuard
 from ..recipe import Recipe, register_loader
-from .loader_choice import needs_own_reader
+from .models_beside import load_side_model
 
-VAE = "VAE"  # name of the loader in recipes
+VAE = "VAE"  # kind of model, and name of the loader in recipes
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 # VAEs that compute in the dtype of their input; others use the dtype of a weight.
@@ -114,72 +103,47 @@ def downcast_weights(vae: comfy.sd.VAE):
                 break
 
 
-def load_vae(path: str, device: torch.device | None = None) -> comfy.sd.VAE:
+def load_vae(path: str, device: torch.device | None = None, compute: str = "exact") -> comfy.sd.VAE:
     """Loads a VAE from a file or folder and keeps its packed weights packed.
 
     Args:
         path: of a file or folder.
         device: where the VAE runs; None: the host's choice.
+        compute: one of `compute_dtype.COMPUTE`.
 
     Raises:
         WeightFileError: if the file cannot be read or holds no known VAE.
     """
-    if needs_own_reader(path, host_formats=READERS):  # not all ComfyUIs read them in a VAE
-        file = open_weights(path)
-        weights = as_tensors(file, read_marked(file), formats=READERS)
-        reject_unread_layers(file, weights)
-        metadata, notes = host_metadata(file), file.notes
-    else:
-        weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        notes = []
-    try:
-        vae = build_vae(weights, device, metadata, model_name(path), notes)
-    except UNKNOWN_ERRORS as error:
-        raise _unknown_error(path, weights) from error
-    if vae.first_stage_model is None:
-        raise _unknown_error(path, weights)
-    Recipe(VAE, (str(path),), {"device": device}).attach(vae.patcher)
-    return wrap_vae(vae)
+    def build(name, weights, metadata, operations) -> comfy.sd.VAE | None:
+        vae = build_vae(weights, device, metadata)
+        return None if vae.first_stage_model is None else vae
 
-
-def _unknown_error(path: str, weights: Mapping[str, torch.Tensor]) -> WeightFileError:
-    """Returns the error for a file that holds no VAE that the host knows."""
-    return WeightFileError(
-        f"{model_name(path)} holds no VAE that this ComfyUI knows ({len(weights)} tensors,"
-        f" first {safe_repr(next(iter(weights), 'none'))}). Pick another file, or update ComfyUI if"
-        " the VAE is new.")
+    vae, _ = load_side_model(path, VAE, build)
+    Recipe(VAE, (str(path),), {"device": device, "compute": compute}).attach(vae.patcher)
+    return wrap_vae(vae, compute)
 
 
 def build_vae(weights: Mapping[str, torch.Tensor], device: torch.device | None,
-              metadata: Mapping | None = None, name: str = "The VAE's file",
-              notes: Iterable[str] = ()) -> comfy.sd.VAE:
+              metadata: Mapping | None = None) -> comfy.sd.VAE:
     """Builds the host's VAE for a device; on the CPU it stays there between runs too.
 
     Args:
         weights: of a file, packed ones and others.
         device: where the VAE runs; None: the host's choice.
         metadata: of the file.
-        name: of the file.
-        notes: on what of the file is not used.
     """
     weights = unmerge_kernels(dict(weights))
     is_any_packed = any(map(is_packed, weights.values()))
-    with (
-        pack_layers() if is_any_packed else contextlib.nullcontext(),
-        dequantize_plain_parameters(),
-        explain_build_errors(name),
-        check_load(name, notes) as check,
-    ):
+    with (pack_layers() if is_any_packed else contextlib.nullcontext(),
+          dequantize_plain_parameters()):
         vae = comfy.sd.VAE(sd=weights, device=device, metadata=metadata)
-        if vae.first_stage_model is not None:
-            check.attach(vae)
     if device is not None and device.type == "cpu" and vae.first_stage_model is not None:
         vae.patcher.offload_device = device
     return vae
 
 
 @register_loader(VAE)
-def _patcher(path: str, device: torch.device | None = None,
-             disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def _patcher(path: str, disable_dynamic: bool = False,
+             **options) -> comfy.model_patcher.ModelPatcher:
     """Loads the VAE for a recipe; the host has no `disable_dynamic` for VAEs."""
-    return load_vae(path, device).patcher
+    return load_vae(path, **options).patcher

@@ -12,9 +12,10 @@ import comfy.ops
 import torch
 from comfy.supported_models_base import BASE
 
-from ..comfyui.detection import VAE_PREFIXES, try_detect
+from ..comfyui.detection import try_detect
 from ..comfyui.quantized_weights import as_tensors, host_metadata, read_marked
 from ..comfyui.weight_keys import model_prefix
+from ..comfyui.wrong_kind import VAE_PREFIXES
 from ..families import rules_for
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui_marks import MARK, mark_of

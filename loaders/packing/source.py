@@ -25,13 +25,14 @@ from ...ops.pickle_names import short_error_name
 from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors, reshape_to
 from ...ops.tensor.packed_tensor import relabel
 from ...ops.tensor.row_slicing import take_rows
-from ..comfyui.detection import find_side_model, reject_non_diffusion, try_detect
+from ..comfyui.detection import try_detect
 from ..comfyui.diffusers_keys import JoinedRows
 from ..comfyui.foreign_weights import reject_foreign_weights
 from ..comfyui.model_summary import format_name
 from ..comfyui.module_files import module_layers
 from ..comfyui.quantized_weights import as_tensors, packed_of_host, read_marked
 from ..comfyui.weight_keys import model_prefix, to_comfy_keys
+from ..comfyui.wrong_kind import find_side_model, reject_non_diffusion
 from ..container.weight_file import (
     FileChangeGuard,
     WeightFile,

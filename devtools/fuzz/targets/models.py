@@ -227,7 +227,7 @@ def tokenizer(folder: Path) -> Target:
     from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
     from featherweight.loaders.container.weight_file import WeightFileError
-    from featherweight.loaders.models.text_encoder import TOKENIZERS, _Encoder
+    from featherweight.loaders.models.encoder_file import TOKENIZERS, EncoderFile
     from featherweight.loaders.progress import Progress
 
     plain = {"model": "t5", "tokens": WORDS, "scores": [-0.5 * index for index in range(8)],
@@ -243,7 +243,7 @@ def tokenizer(folder: Path) -> Target:
 
     def read(path: Path):
         TOKENIZERS.clear()
-        weights = _Encoder(str(path), Progress("reading", "converting"), None,
+        weights = EncoderFile(str(path), Progress("reading", "converting"), None,
                            frozenset()).convert()
         if (model := weights.get("spiece_model")) is not None:
             # SentencePiece's own, as with a model that ComfyUI reads from a file

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from devtools.files.gguf_files import write_gguf
 from featherweight.loaders.container.weight_file import WeightFileError
-from featherweight.loaders.models import text_encoder
+from featherweight.loaders.models import encoder_file
 from featherweight.loaders.models.text_encoder import load_text_encoder
 from featherweight.loaders.progress import Progress
 from featherweight.ops.layers.packed_layers import PackedLayer
@@ -154,8 +154,8 @@ def test_a_lora_on_an_encoder_is_as_on_the_dense_model(name, tmp_path):
 def test_a_second_load_of_the_same_file_makes_no_tokenizer_again(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
-        text_encoder, "arch_of",
-        lambda weights, arch_of=text_encoder.arch_of: counting(arch_of(weights), made))
+        encoder_file, "arch_of",
+        lambda weights, arch_of=encoder_file.arch_of: counting(arch_of(weights), made))
     encoder = ENCODERS["umt5-xxl"]
     path = tmp_path / "encoder.gguf"
     write_encoder(path, encoder, random_weights(encoder))
@@ -168,10 +168,10 @@ def test_few_tokenizers_are_kept(tmp_path):
     encoder = ENCODERS["umt5-xxl"]
     path = tmp_path / "encoder.gguf"
     write_encoder(path, encoder, random_weights(encoder))
-    for time in range(text_encoder.TOKENIZERS_KEPT + 1):
+    for time in range(encoder_file.TOKENIZERS_KEPT + 1):
         os.utime(path, (time, time))
         load_text_encoder([str(path)], encoder.clip_type, model_options=encoder.model_options)
-    assert len(text_encoder.TOKENIZERS) == text_encoder.TOKENIZERS_KEPT
+    assert len(encoder_file.TOKENIZERS) == encoder_file.TOKENIZERS_KEPT
 
 
 def test_a_tokenizer_does_not_keep_its_file_mapped(tmp_path):
@@ -180,7 +180,7 @@ def test_a_tokenizer_does_not_keep_its_file_mapped(tmp_path):
     save_file(
         random_weights(encoder) | markers | dict(encoder.extra), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    read = text_encoder._Encoder(str(tmp_path), Progress("reading"), None, frozenset())
+    read = encoder_file.EncoderFile(str(tmp_path), Progress("reading"), None, frozenset())
     mapped, kept = read.weights["spiece_model"], read.convert()["spiece_model"]
     assert torch.equal(kept, mapped) and kept.data_ptr() != mapped.data_ptr()
 
