@@ -15,6 +15,7 @@ from comfy.taesd.taesd import TAESD
 
 from ...ops import cpu_features
 from ...ops.layers import cpu_attention
+from ...ops.tensor.packed_layout import convert_16bit, is_other_16bit, safe_detach
 
 # how packed layers multiply; "automatic" is exact, but what only comfy_kitchen multiplies as its
 # makers meant it
@@ -22,6 +23,7 @@ COMPUTE = ("automatic", "exact", "int8", "float32")
 
 # VAEs whose pictures in bfloat16 have a PSNR of at least 45 dB against float32's, as measured.
 BFLOAT16_VAES = (TAESD,)
+CONVERTED_SHARE = 0.5  # of the free main memory, that weights may take which a file holds too
 # The host's flags that choose a dtype for diffusion models or VAEs, or an attention.
 DTYPE_FLAGS = ("force_fp32", "force_fp16", "fp32_unet", "fp64_unet", "bf16_unet", "fp16_unet",
                "fp8_e4m3fn_unet", "fp8_e5m2_unet", "fp8_e8m0fnu_unet")
@@ -43,10 +45,25 @@ def choose_compute(patcher: ModelPatcher, compute: str):
     dtype = compute_dtype(patcher, compute)
     if dtype is not None:
         patcher.model.manual_cast_dtype = dtype
+        _convert_16bit_weights(patcher.model.diffusion_model, dtype)
     on_a_cpu = comfy.model_management.is_device_cpu(patcher.load_device)
     if on_a_cpu and not _has_flag(ATTENTION_FLAGS):
         transformer_options = patcher.model_options["transformer_options"]
         transformer_options.setdefault("optimized_attention_override", cpu_attention.attention)
+
+
+def _convert_16bit_weights(network: torch.nn.Module, dtype: torch.dtype):
+    """Converts 16-bit weights of another dtype once, to the values that each step would round them
+    to; where main memory is short they stay mapped from their file."""
+    found = [(module, name, weight) for module in network.modules()
+             for name, weight in module._parameters.items()
+             if weight is not None and is_other_16bit(weight, dtype)]
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if sum(weight.nbytes for *_, weight in found) > CONVERTED_SHARE * free:
+        return
+    for module, name, weight in found:
+        module._parameters[name] = torch.nn.Parameter(
+            convert_16bit(safe_detach(weight), dtype), requires_grad=False)
 
 
 def compute_dtype(patcher: ModelPatcher, compute: str) -> torch.dtype | None:

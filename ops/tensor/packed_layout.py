@@ -292,6 +292,21 @@ def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return packed_tensor(packed_format, data, weight.shape, dtype)
 
 
+def is_other_16bit(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether a weight, packed or plain, is of 16-bit numbers of another dtype."""
+    held = weight.params.format.plain_dtype if is_packed(weight) else weight.dtype
+    return held in plain.BY_DTYPE and dtype in plain.BY_DTYPE and held != dtype
+
+
+def convert_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a weight of `is_other_16bit` in `dtype`, packed as before."""
+    if not is_packed(weight):
+        return weight.to(dtype)
+    values = packed_tensors(weight)[0].view(weight.params.format.plain_dtype).to(dtype)
+    return packed_tensor(plain.BY_DTYPE[dtype], values.view(torch.uint8), weight.shape,
+                         weight.dtype)
+
+
 def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:
     """Returns the bytes of a packed tensor, and its `qparams`."""
     params = tensor._params

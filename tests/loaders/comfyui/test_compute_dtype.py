@@ -6,10 +6,17 @@ import comfy.supported_models
 import families
 import pytest
 import torch
-from families import FAMILIES, comfyui_gguf_style, random_weights, relative_error
+from families import (
+    FAMILIES,
+    comfyui_gguf_style,
+    random_weights,
+    relative_error,
+    stable_diffusion_cpp_style,
+)
 from patched_models import dense_flux, flux_file, relative, step
 
 from devtools.files.gguf_files import write_gguf
+from featherweight.loaders.comfyui import compute_dtype as compute_dtype_module
 from featherweight.loaders.comfyui.compute_dtype import (
     ATTENTION_FLAGS,
     DTYPE_FLAGS,
@@ -17,9 +24,11 @@ from featherweight.loaders.comfyui.compute_dtype import (
 )
 from featherweight.loaders.comfyui.model_summary import arithmetic_text
 from featherweight.loaders.models.diffusion import load_diffusion_model
-from featherweight.loaders.packing.source import unsaved_parts
+from featherweight.loaders.packing.source import source_of_model, unsaved_parts
 from featherweight.ops import cpu_features as cpu_features
 from featherweight.ops.layers import cpu_attention as cpu_attention
+from featherweight.ops.layers import product
+from featherweight.ops.tensor.packed_layout import is_other_16bit, is_packed
 
 OVERRIDE = "optimized_attention_override"
 
@@ -117,3 +126,31 @@ def test_every_family_runs_in_what_its_model_computes_in(name, tmp_path, monkeyp
     as_on_a_gpu.model.manual_cast_dtype = torch.bfloat16
     lost = relative_error(step(as_on_a_gpu, arguments) - arguments["x"], exact)
     assert error < 1.5 * lost + 1e-3
+
+
+@pytest.mark.usefixtures("small_models")
+@pytest.mark.parametrize("name", ["sd1.5", "sdxl", "sd3.5"])
+def test_16_bit_weights_of_another_type_are_converted_once(name, tmp_path, monkeypatch):
+    """As a step would each time, where main memory allows it; the values stay those of the file."""
+    family, path = FAMILIES[name], tmp_path / "model.gguf"
+    families.shrunken_detection(family, monkeypatch)
+    weights = random_weights(family)
+    write_gguf(path, weights, **stable_diffusion_cpp_style("Q8_0"), metadata=family.metadata)
+    arguments = families.inputs(family)
+    prepared = load_diffusion_model(str(path))
+    monkeypatch.setattr(compute_dtype_module, "CONVERTED_SHARE", 0)
+    mapped = load_diffusion_model(str(path))
+    dtype = prepared.model.get_dtype_inference()
+    halves = [weight for weight in mapped.model.diffusion_model.parameters()
+              if is_other_16bit(weight, dtype)]
+    assert any(map(is_packed, halves)) or dtype == torch.float32
+    assert prepared.model_size() == mapped.model_size()
+    for (key, one), (_, other) in zip(prepared.model.named_parameters(),
+                                      mapped.model.named_parameters()):
+        assert not is_other_16bit(one, dtype)
+        assert (one.dtype, is_packed(one)) == (other.dtype, is_packed(other)) or one.dtype == dtype
+        assert torch.equal(*(product.values_of(each).to(dtype) for each in (one, other))), key
+    assert relative_error(step(prepared, arguments), step(mapped, arguments)) < 1e-3
+    source = source_of_model(prepared)
+    assert not source.notes
+    assert {weight.stored_type for weight in source.weights.values()} == {"Q8_0", "F16"}
