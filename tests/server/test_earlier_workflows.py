@@ -12,6 +12,7 @@ from devtools import ROOT
 from devtools.host.server import Server
 from devtools.workflows.api_format import to_api
 from devtools.workflows.stand_ins import stand_in_files
+from featherweight.nodes.added_inputs import REPLACED
 from featherweight.nodes.renamed_options import RENAMED, current
 
 VERSION_0_2_1 = "b30b984d51b5"  # its last commit
@@ -31,14 +32,19 @@ def earlier_examples(tmp_path_factory):
 
 
 def in_todays_words(prompt: dict, object_info: dict) -> dict:
-    """Returns a prompt with today's words for options that were renamed."""
+    """Returns a prompt with today's words for options that were renamed, and the connections of
+    inputs that others replaced."""
     for node in prompt.values():
         inputs = {}
-        for group in object_info[node["class_type"]]["input"].values():
-            inputs.update(group)
+        for group in ("required", "optional"):
+            inputs.update(object_info[node["class_type"]]["input"].get(group, {}))
         for name, value in node["inputs"].items():
             _, settings = [*inputs.get(name, ()), {}, {}][:2]
             node["inputs"][name] = current(value, settings.get(RENAMED, {}))
+        for name, (_, *settings) in inputs.items():
+            replaced = settings[0].get(REPLACED) if settings else None
+            if replaced in node["inputs"]:
+                node["inputs"][name] = node["inputs"].pop(replaced)
     return prompt
 
 
