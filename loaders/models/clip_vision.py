@@ -10,7 +10,7 @@ from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.packed_patcher import keep_packed
 from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import CLIP_VISION
-from .models_beside import load_side_model
+from .models_beside import Kind, PackedFile, load_side_model
 
 FUSED = re.compile(r"\.attn\.in_proj_weight$")  # query, key and value, in open_clip's names
 
@@ -30,17 +30,18 @@ def load_clip_vision(path: str, pack_to: str | None = None,
     Raises:
         WeightFileError: if the file cannot be read or holds no known CLIP vision model.
     """
-    clip_vision, packed_file = load_side_model(path, CLIP_VISION, _build, pack_to, compute=compute)
-    if packed_file:
-        packed_file.adopt(clip_vision.patcher, torch.float32)  # pictures are float32
-        if getattr(clip_vision, "naf", None) is not None:
-            keep_packed(clip_vision.naf, torch.float32)
-    return clip_vision
+    return load_side_model(path, Kind(CLIP_VISION, _build, _wrap), pack_to, compute)
+
+
+def _wrap(clip_vision: Any, packed_file: PackedFile):
+    packed_file.adopt(clip_vision.patcher, torch.float32)  # pictures are float32
+    if getattr(clip_vision, "naf", None) is not None:
+        keep_packed(clip_vision.naf, torch.float32)
 
 
 def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
            operations: type | None) -> Any:
-    """Builds the host's CLIP vision model from the weights of a file, as `models_beside.Build`."""
+    """Builds the host's CLIP vision model from the weights of a file, see `Kind.build`."""
     weights: dict[str, Any] = {
         key: _Rows(tensor) if operations and FUSED.search(key) else tensor
         for key, tensor in state_dict.items()

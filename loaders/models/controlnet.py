@@ -18,8 +18,9 @@ from ..comfyui.wrong_kind import CONTROLNET
 from ..container.weight_file import WeightFileError
 from ..files.open_weights import open_weights
 from ..quantizers.comfyui_marks import MARK
-from .models_beside import load_side_model
+from .models_beside import Kind, PackedFile, load_side_model
 
+CONTROL_PREFIX = "control_model."  # before the names in files of LDM's ControlNets
 # What the tensors of ControlNets begin with, and those of T2I-Adapters do not.
 CONTROLNET_NAMES = re.compile(
     r"(control_model\.)?(control|single_controlnet_|zero_convs\.|after_proj_list\.)")
@@ -46,17 +47,9 @@ def load_controlnet(path: str, pack_to: str | None = None,
     if pack_to and not _may_be_packed(open_weights(path).entries):
         pack_to = None
 
-    def convert(state_dict):
-        if "lora_controlnet" in state_dict:  # the host copies its weights into a model's
-            state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
-                          for key, tensor in state_dict.items()}
-        return _convert_fused(state_dict, lazy=pack_to is not None)
-
-    control, packed_file = load_side_model(path, CONTROLNET, _build, pack_to, convert, compute)
-    if packed_file and hasattr(control, "control_model_wrapped"):
-        packed_file.adopt(control.control_model_wrapped, *_dtypes_of(control))
-        _follow(control)
-    return control
+    kind = Kind(CONTROLNET, _build, _wrap_control,
+                functools.partial(_convert_fused, lazy=pack_to is not None), CONTROL_PREFIX)
+    return load_side_model(path, kind, pack_to, compute)
 
 
 def _may_be_packed(names: Iterable[str]) -> bool:
@@ -68,7 +61,7 @@ def _may_be_packed(names: Iterable[str]) -> bool:
 
 def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
            operations: type | None) -> Any:
-    """Builds the host's ControlNet from the weights of a file, as `models_beside.Build`."""
+    """Builds the host's ControlNet from the weights of a file, see `Kind.build`."""
     if "difference" in state_dict:
         raise WeightFileError(
             f"{name} holds the difference between a ControlNet and a model (it has 'difference'),"
@@ -89,7 +82,8 @@ def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, s
 
 def _convert_fused(state_dict: Mapping[str, torch.Tensor],
                    lazy: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Makes the weights that the host makes of several of diffusers' (q, k and v).
+    """Makes the weights that the host makes of several of diffusers' (q, k and v), as
+    `Kind.convert`; those of a Control-LoRA, which the host copies into a model's, are dequantised.
 
     The host detects a ControlNet by diffusers' names and joins the weights itself, which would
     dequantise packed ones. So its names get what needs no memory, and the joined weights that are
@@ -103,12 +97,21 @@ def _convert_fused(state_dict: Mapping[str, torch.Tensor],
         Stand-ins without memory for the weights that were converted, and the other weights beside
         what was made of them.
     """
+    if "lora_controlnet" in state_dict:
+        state_dict = {key: tensor.dequantize() if is_packed(tensor) else tensor
+                      for key, tensor in state_dict.items()}
     converted = from_diffusers(dict(state_dict), lazy)
     sources = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in state_dict.items() if name not in converted
     }
     return sources, converted
+
+
+def _wrap_control(control: Any, packed_file: PackedFile):
+    if hasattr(control, "control_model_wrapped"):
+        packed_file.adopt(control.control_model_wrapped, *_dtypes_of(control))
+        _follow(control)
 
 
 def _dtypes_of(control: Any) -> set[torch.dtype]:

@@ -10,7 +10,7 @@ from ..comfyui.compute_dtype import guided_dtypes
 from ..comfyui.layer_classes import names_with_layers, rebind
 from ..comfyui.who_computes import AUTOMATIC
 from ..comfyui.wrong_kind import MODEL_PATCH
-from .models_beside import load_side_model
+from .models_beside import Kind, PackedFile, load_side_model
 
 
 def load_model_patch(path: str, pack_to: str | None = None,
@@ -28,15 +28,16 @@ def load_model_patch(path: str, pack_to: str | None = None,
     Raises:
         WeightFileError: if the file cannot be read or holds no known model patch.
     """
-    patcher, packed_file = load_side_model(path, MODEL_PATCH, _build, pack_to, compute=compute)
-    if packed_file:
-        packed_file.adopt(patcher, *guided_dtypes(patcher.load_device))
-    return patcher
+    return load_side_model(path, Kind(MODEL_PATCH, _build, _wrap), pack_to, compute)
+
+
+def _wrap(patcher: comfy.model_patcher.ModelPatcher, packed_file: PackedFile):
+    packed_file.adopt(patcher, *guided_dtypes(patcher.load_device))
 
 
 def _build(name: str, state_dict: dict[str, torch.Tensor], metadata: dict[str, str],
            operations: type | None) -> Any:
-    """Builds the host's model patch from the weights of a file, as `models_beside.Build`."""
+    """Builds the host's model patch from the weights of a file, see `Kind.build`."""
     from comfy_extras import nodes_model_patch  # here: the nodes of other models need none of it
 
     def read(path, *args, return_metadata=False, **kwargs):

@@ -26,7 +26,7 @@ from ..comfyui.quantized_weights import (
 )
 from ..comfyui.weight_keys import to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, EXACT, packed_formats
-from ..comfyui.wrong_kind import CONTROLNET, describe_other_kind
+from ..comfyui.wrong_kind import describe_other_kind
 from ..container.weight_file import WeightFile, WeightFileError, model_name, safe_repr
 from ..files.open_weights import open_weights
 from ..out_of_memory import is_out_of_memory
@@ -35,13 +35,6 @@ from ..quantizers.comfyui_marks import MARK
 from .compute_choice import BY_COMPUTE, computing
 from .loader_choice import needs_own_reader
 from .pack_on_load import PackStats, pack_weights
-
-# (name of the file, state dict, metadata, layer classes or None for the host's) -> the host's model
-Build = Callable[[str, dict[str, torch.Tensor], dict[str, str], type | None], Any]
-# state dict -> (stand-ins that the host detects the model by, the weights themselves)
-Convert = Callable[[dict[str, torch.Tensor]],
-                   tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]
-CONTROL_PREFIX = "control_model."  # before the names in files of LDM's ControlNets
 
 
 @dataclass
@@ -64,9 +57,32 @@ class PackedFile:
         log_load_summary(self.file, patcher)
 
 
-def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = None,
-                    convert: Convert | None = None, compute: str = AUTOMATIC
-                    ) -> tuple[Any, PackedFile | None]:
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model that a function of the host detects and builds.
+
+    Attributes:
+        title: for people, such as "ControlNet". `wrong_kind` knows some by their names.
+        build: (name of the file, state dict, metadata, layer classes) -> the host's model, None
+            where the host knows none such. It may change the state dict. Without packed weights the
+            classes are None: the host's are to be used.
+        wrap: (model, its file) -> None; has packed weights stay packed, by `PackedFile.adopt`. It
+            is called for a file that the host does not read.
+        convert: state dict -> (stand-ins by which the host detects the model, weights), before the
+            weights are packed; `build` gets both in one.
+        prefix: of the model's names in some files; others are not packed in these.
+    """
+
+    title: str
+    build: Callable[[str, dict[str, torch.Tensor], dict[str, str], type | None], Any]
+    wrap: Callable[[Any, PackedFile], None] | None = None
+    convert: Callable[[dict[str, torch.Tensor]],
+                      tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] | None = None
+    prefix: str = ""
+
+
+def load_side_model(path: str, kind: Kind, pack_to: str | None = None,
+                    compute: str = AUTOMATIC) -> Any:
     """Loads a model by a function of the host.
 
     A file without packed weights is read as the host reads it, unless they are to be packed. Small
@@ -74,15 +90,13 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
 
     Args:
         path: of a file or folder.
-        kind: of the model, for people, such as "ControlNet".
-        build: calls the function of the host; returns None if the host knows no such model.
+        kind: of the model.
         pack_to: one of `pack_on_load.TYPES`; plain weights are packed to it as they are read.
-        convert: is called with the weights of a file that the host does not read.
         compute: one of `compute_choice.CHOICES_OF_SIDE_MODELS`. With "automatic" the host's own
             formats in a file are computed exactly, but those that it is packed to as for models.
 
     Returns:
-        (what `build` returns, the file if its weights may be packed).
+        What `kind.build` returns.
 
     Raises:
         WeightFileError: if the file cannot be read, is of another kind or of sizes that do not fit.
@@ -96,23 +110,22 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
     if not needs_own_reader(path, pack_to, formats):
         weights: Any
         weights, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-        return _build(name, kind, build, weights, metadata, None, []), None
+        return _build(name, kind, weights, metadata, None, [])
     file = open_weights(path)
-    progress = Progress("reading", *(["packing"] if pack_to else []), f"building the {kind}")
+    progress = Progress("reading", *(["packing"] if pack_to else []), f"building the {kind.title}")
     state_dict = read_marked(file, progress.track)
     state_dict = as_tensors(file, state_dict, formats=None if pack_to else formats)
     reject_unread_layers(file, state_dict)
-    stand_ins, state_dict = convert(state_dict) if convert else ({}, state_dict)
+    stand_ins, state_dict = kind.convert(state_dict) if kind.convert else ({}, state_dict)
     packed = None
     if pack_to:
-        is_prefixed = kind == CONTROLNET and any(
-            name.startswith(CONTROL_PREFIX) for name in state_dict)
+        is_prefixed = any(name.startswith(kind.prefix) for name in state_dict)
         packed = pack_weights(file, state_dict, pack_to, progress,
-                              CONTROL_PREFIX if is_prefixed else "", device)
+                              kind.prefix if is_prefixed else "", device)
 
     def build_of(weights: dict[str, torch.Tensor]) -> Any:
         with dequantize_plain_parameters():
-            return _build(name, kind, build, stand_ins | weights, host_metadata(file),
+            return _build(name, kind, stand_ins | weights, host_metadata(file),
                           operations_for(weights, compute=arithmetic), file.notes)
 
     model = None
@@ -123,7 +136,9 @@ def load_side_model(path: str, kind: str, build: Build, pack_to: str | None = No
     if model is None:
         model = build_of(state_dict)
     progress.stage()
-    return model, PackedFile(file, packed)
+    if kind.wrap:
+        kind.wrap(model, PackedFile(file, packed))
+    return model
 
 
 def _build_of_the_hosts_layers(build: Callable[[dict[str, torch.Tensor]], Any],
@@ -152,21 +167,21 @@ def _build_of_the_hosts_layers(build: Callable[[dict[str, torch.Tensor]], Any],
 DIFFUSERS_CONTROLNET = "controlnet_cond_embedding.conv_in.weight"
 
 
-def _build(name: str, kind: str, build: Build, state_dict: Mapping[str, torch.Tensor],
+def _build(name: str, kind: Kind, state_dict: Mapping[str, torch.Tensor],
            metadata: Mapping[str, str] | None, operations: type | None,
            notes: Iterable[str]) -> Any:
     try:
         with explain_build_errors(name), check_load(name, notes, bytes_of(state_dict)) as check:
             given = dict(state_dict)
-            model = build(name, given, dict(metadata or {}), operations)
+            model = kind.build(name, given, dict(metadata or {}), operations)
             check.attach(model)
             if DIFFUSERS_CONTROLNET in state_dict:
                 check.leave_over(given)  # from which the host takes what it renames
     except UNKNOWN_ERRORS as error:
-        log.debug("ComfyUI knows no such %s", kind, exc_info=True)
-        raise _unknown_error(name, kind, state_dict) from error
+        log.debug("ComfyUI knows no such %s", kind.title, exc_info=True)
+        raise _unknown_error(name, kind.title, state_dict) from error
     if model is None:
-        raise _unknown_error(name, kind, state_dict)
+        raise _unknown_error(name, kind.title, state_dict)
     return model
 
 

@@ -27,7 +27,7 @@ from ..comfyui.packed_patcher import guard_of
 from ..comfyui.weight_keys import unmerge_kernels
 from ..container.weight_file import FileChangeGuard
 from ..recipe import Recipe, register_loader
-from .models_beside import load_side_model
+from .models_beside import Kind, load_side_model
 
 VAE = "VAE"  # kind of model, and name of the loader in recipes
 
@@ -118,7 +118,7 @@ def load_vae(path: str, device: torch.device | None = None, compute: str = "exac
         vae = build_vae(weights, device, metadata)
         return None if vae.first_stage_model is None else vae
 
-    vae, _ = load_side_model(path, VAE, build)
+    vae = load_side_model(path, Kind(VAE, build))
     Recipe(VAE, (str(path),), {"device": device, "compute": compute}).attach(vae.patcher)
     return wrap_vae(vae, compute)
 
