@@ -71,14 +71,15 @@ def describe_other_kind(names: Iterable[str], kind: str) -> str | None:
         kind: that was expected.
 
     Returns:
-        Another kind, one of `NOT_DIFFUSION` or `SIDE_MODELS`; None if the names are those of none.
+        Another kind, of `NOT_DIFFUSION`, `SIDE_MODELS` or `find_other_part`; None if the names are
+        those of none.
     """
     names = list(names)
-    if match := first_match(names, NOT_DIFFUSION):
-        title, _, name = match
-        return f"{title} (it has {name!r})"
-    match = find_side_model(names)
-    return f"a {match[0]} (it has {match[2]!r})" if match and match[0] != kind else None
+    side_model = find_side_model(names)
+    matches = (first_match(names, NOT_DIFFUSION),
+               side_model and (f"a {side_model[0]}", *side_model[1:]), find_other_part(names))
+    return next((f"{match[0]} (it has {match[2]!r})" for match in matches
+                 if match and not match[0].startswith(f"a {kind}")), None)
 
 
 def first_match(names: Iterable[str],

@@ -20,7 +20,9 @@ from ..comfyui.detection import UNKNOWN_ERRORS, is_diffusion_model, shape_mismat
 from ..comfyui.load_check import check_load
 from ..comfyui.packed_patcher import wrap_clip
 from ..comfyui.quantized_weights import in_parts
+from ..comfyui.weight_keys import to_comfy_keys
 from ..comfyui.who_computes import AUTOMATIC, packed_formats
+from ..comfyui.wrong_kind import describe_other_kind
 from ..container.weight_file import DOWNLOAD_AGAIN, WeightFileError, first_line, model_name
 from ..encoders.arch import SENTENCEPIECE, Weights
 from ..encoders.encoder_sets import (
@@ -139,6 +141,9 @@ def _load_by_the_host(paths: list[str], *arguments) -> comfy.sd.CLIP | None:
             clip = comfy.sd.load_clip(list(paths), *arguments)
             check.attach(clip)
         return clip
+    except WeightFileError:
+        _families_of(paths)
+        raise
     except (RuntimeError, *UNKNOWN_ERRORS) as error:
         if isinstance(error, RuntimeError) and shape_mismatch_text(error) is None:
             raise
@@ -149,13 +154,16 @@ def _load_by_the_host(paths: list[str], *arguments) -> comfy.sd.CLIP | None:
 def _type_of_files(paths: list[str]) -> str:
     """Returns the type of the model that these encoders are for, by the names and shapes in the
     files."""
-    names = [model_name(path) for path in paths]
-    families = [_family_of(name, unwrap_encoder(_comfy_keys(path)))
-                for name, path in zip(names, paths)]
+    names, families = [model_name(path) for path in paths], _families_of(paths)
     known = {name.lower() for name in comfy.sd.CLIPType.__members__}
     clip_type = choose_type(names, families, known)
     log.info("%s: type %s", _names(paths), clip_type)
     return clip_type
+
+
+def _families_of(paths: list[str]) -> list[str | None]:
+    """Returns `_family_of` each file."""
+    return [_family_of(model_name(path), unwrap_encoder(_comfy_keys(path))) for path in paths]
 
 
 def _comfy_keys(path: str) -> Weights:
@@ -170,18 +178,18 @@ def _comfy_keys(path: str) -> Weights:
 def _family_of(name: str, tensors: Weights) -> str | None:
     """Returns the key of TITLES for the encoder in a file, None where it holds none.
 
-    Raises WeightFileError if it holds a diffusion model.
+    Raises WeightFileError if it holds a model of another kind.
     """
     te_model = comfy.sd.detect_te_model(tensors)
     # LTX-2 reads a projection from a file of its own or from its whole checkpoint.
-    if (
-        te_model is None
-        and not comfy.text_encoders.lt.sd_detect([tensors])
-        and is_diffusion_model(tensors)
-    ):
-        raise WeightFileError(
-            f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion"
-            " Model (GGUF, Featherweight).")
+    if te_model is None and not comfy.text_encoders.lt.sd_detect([tensors]):
+        if is_diffusion_model(to_comfy_keys(dict(tensors))):
+            raise WeightFileError(
+                f"{name} is a diffusion model, expected a text encoder. Pick it in Load Diffusion"
+                " Model (GGUF, Featherweight).")
+        if other := describe_other_kind(tensors, "text encoder"):
+            raise WeightFileError(
+                f"{name} is {other}, expected a text encoder. Pick a text encoder here.")
     return te_model and encoder_family(te_model.name, tensors)
 
 

@@ -46,7 +46,7 @@ VAES = {
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_a_vae_is_told_where_a_diffusion_model_is_expected(name, tmp_path):
+def test_a_vae_is_told_where_another_kind_is_expected(name, tmp_path):
     names = list(VAES[name]().state_dict())
     path = tmp_path / f"a.{random.choice(['gguf', 'safetensors'])}"
     load = random.choice([load_diffusion_model, load_checkpoint])
@@ -60,6 +60,10 @@ def test_a_vae_is_told_where_a_diffusion_model_is_expected(name, tmp_path):
             " VAE.$")):
         load(str(path))
     assert inspect(path)[0].model_type == "VAE"
+    with pytest.raises(WeightFileError, match=(
+            f"^{path.name} is a VAE .it has '.*'., expected a text encoder. Pick a text encoder"
+            " here.$")):
+        load_text_encoder([str(path)])
 
 
 ORBIT_QUANT = {"packed_weight_indices": torch.ones(64, dtype=torch.uint8),
