@@ -32,14 +32,15 @@ DETECTION = (comfy.model_detection.detect_unet_config,
              comfy.model_detection.convert_diffusers_mmdit)
 
 
-def reject_unknown_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
-                         kind: str = "diffusion model") -> NoReturn:
+def reject_unknown_model(
+        file: WeightFile, state_dict: dict[str, torch.Tensor],
+        what: str = "holds no diffusion model that this ComfyUI knows") -> NoReturn:
     """Raises WeightFileError, which says why the host detects no model in a file.
 
     Args:
         file: of the weights.
         state_dict: of `file`, with the host's names.
-        kind: what was expected.
+        what: what is said where nothing tells why.
     """
     reject_side_model(file)
     prefix = model_prefix(state_dict)
@@ -54,7 +55,7 @@ def reject_unknown_model(file: WeightFile, state_dict: dict[str, torch.Tensor],
     named = file.metadata.get("general.architecture")
     architecture = f"architecture {named!r}, " if named else ""
     raise WeightFileError(
-        f"{file.name} holds no {kind} that this ComfyUI knows ({architecture}"
+        f"{file.name} {what} ({architecture}"
         f"{len(file.entries)} tensors, first {next(iter(file.entries), 'none')!r}). Update"
         " ComfyUI if the model is new, or pick another file.")
 

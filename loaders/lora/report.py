@@ -149,7 +149,6 @@ def report_text(report: LoraReport, name: str = "", settings: dict[str, str] | N
     hints = f"; the file says {report.hints}" if report.hints else ""
     rows = {
         **({"file": name} if name else {}),
-        "layers": f"{report.matched} of {report.layers} match",
         "kind": change_types + ranks,
         **({"alpha": alpha} if (alpha := _alpha_text(report)) else {}),
         **({"Load LoRA": report.load_lora} if report.load_lora else {}),

@@ -221,7 +221,8 @@ def _build_parts(file: WeightFile, state_dict: dict[str, torch.Tensor], asked: d
                  compute: str, encoder_formats: frozenset[str]):
     prefix = model_prefix(state_dict)
     if try_detect(model_config_from_unet, state_dict, prefix, metadata=host_metadata(file)) is None:
-        reject_unknown_model(file, state_dict, "checkpoint")
+        reject_unknown_model(file, state_dict,
+                             "holds no checkpoint that this ComfyUI knows")
     encoder_weights = {
         name: tensor for name, tensor in state_dict.items()
         if not name.startswith((prefix, *VAE_PREFIXES))
