@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from comfy.model_patcher import ModelPatcher
 
+from ...ops.layers import kitchen_products
 from ...ops.tensor.packed_layout import is_packed
 from ..byte_sizes import size_text
 from ..comfyui.who_computes import (
@@ -69,12 +70,14 @@ def faster_type_text(patcher: ModelPatcher, compute: str) -> str | None:
         patcher: the host's, of a model that was loaded with `compute`.
         compute: one of `COMPUTE_CHOICES`.
     """
-    if compute != FAST or not host_multiplies(FAST_FORMAT, patcher.load_device):
+    device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
+    if (compute != FAST or not host_multiplies(FAST_FORMAT, device)
+            or kitchen_products.why_not_fast(device, dtype)):
         return None
     weights = [weight for weight in patcher.model.diffusion_model.parameters()
                if is_packed(weight) and weight.ndim == 2 and row_type_of(weight) is None]
     size = sum(bytes_in_file(FAST_TYPE, tuple(weight.shape)) for weight in weights)
-    if not weights or size > total_memory(patcher.load_device):
+    if not weights or size > total_memory(device):
         return None
     return (f"With {FAST_TYPE} at `pack to` ({size_text(size)}) ComfyUI's kernels compute it,"
             " which is faster than fast is with this file.")

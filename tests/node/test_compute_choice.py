@@ -116,6 +116,9 @@ def test_fast_names_the_type_that_is_faster_where_it_fits(monkeypatch):
     model = packed_flux("Q8_0")
     assert faster_type_text(model, "fast") is None  # a CPU has no kernel of ComfyUI's
     monkeypatch.setattr(compute_choice, "host_multiplies", lambda name, device: True)
+    monkeypatch.setattr(kitchen_products, "why_not_fast", lambda device, dtype: "kernels are off")
+    assert faster_type_text(model, "fast") is None  # it would be ComfyUI's kernels too
+    monkeypatch.setattr(kitchen_products, "why_not_fast", lambda device, dtype: "")
     assert faster_type_text(model, "exact") is None
     assert re.match(r"With int8_convrot at `pack to` \([\d.]+ MB\) ComfyUI's kernels compute it",
                     faster_type_text(model, "fast"))

@@ -37,7 +37,7 @@ REFUSED = {
                      "is the vision part"), "diffusion model": (write_flux, "is a diffusion model"),
     "LoRA": (
         lambda path: write_gguf(path, {"lora_te1_mlp_fc1.lora_up.weight": ONE}, lambda *_: "F32"),
-        "no text encoder"),
+        "is a LoRA"),
     "damaged": (lambda path: path.write_bytes(b"GGUF" + bytes(5)), "version 0")
 }
 

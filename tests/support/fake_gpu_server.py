@@ -11,7 +11,8 @@ from devtools.host.server import HOST, Run, Server
 # The same arithmetic on the CPU and on GPUs, for which ComfyUI would choose other dtypes. A custom
 # node sets what no argument can.
 SAME = ("--fp32-unet", "--fp32-vae", "--fp32-text-enc", "--use-pytorch-cross-attention")
-SAME_ENV = {"FEATHERWEIGHT_KERNELS": "torch", "OMP_NUM_THREADS": "1"}
+SAME_ENV = {"FEATHERWEIGHT_KERNELS": "torch", "FEATHERWEIGHT_LORA": "apart",
+            "OMP_NUM_THREADS": "1"}
 SAME_PACK = {
     "as_on_a_cpu": (ROOT / "tests" / "support" / "as_on_a_cpu.py").read_text(encoding="utf-8")
 }
