@@ -58,7 +58,7 @@ def _convert_16bit_weights(network: torch.nn.Module, dtype: torch.dtype):
     found = [(module, name, weight) for module in network.modules()
              for name, weight in module._parameters.items()
              if weight is not None and is_other_16bit(weight, dtype)]
-    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    free: Any = comfy.model_management.get_free_memory(torch.device("cpu"))
     if sum(weight.nbytes for *_, weight in found) > CONVERTED_SHARE * free:
         return
     for module, name, weight in found:

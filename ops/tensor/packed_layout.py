@@ -302,7 +302,9 @@ def convert_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns a weight of `is_other_16bit` in `dtype`, packed as before."""
     if not is_packed(weight):
         return weight.to(dtype)
-    values = packed_tensors(weight)[0].view(weight.params.format.plain_dtype).to(dtype)
+    held = weight.params.format.plain_dtype
+    assert held is not None
+    values = packed_tensors(weight)[0].view(held).to(dtype)
     return packed_tensor(plain.BY_DTYPE[dtype], values.view(torch.uint8), weight.shape,
                          weight.dtype)
 
