@@ -631,7 +631,7 @@ def test_texts_keep_their_lines_where_nodes_have_the_modern_design(current, brow
         keep(browser, "modern")
         assert browser.evaluate(f"(box => box.scrollHeight <= box.clientHeight)({shown})")
     starts = {line.replace(JOINER, "").split(":")[0] for line in lines}
-    assert {"file", "layers", "kind", "made for", "model", "strongest"} <= starts
+    assert {"file", "kind", "made for", "model", "strongest"} <= starts
 
 
 def test_the_search_finds_no_node_of_the_pack_before_the_one_for_a_word(any_page, any_server):
