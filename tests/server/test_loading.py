@@ -49,7 +49,7 @@ def test_a_loader_shows_a_bar_and_then_what_it_holds(server, loader, inputs, com
     converting = ["converting"] if "converting" in stages else []
     assert stages == ["reading", *converting, "building the model"]
     found = re.fullmatch(
-        r"Q8_0((?: \+ F(?:16|32))*), ([\d.]+) MB in memory, dequantized by"
+        r"Q8_0((?: \+ B?F(?:16|32))*), ([\d.]+) MB in memory, dequantized by"
         r" (?:CPU kernels|torch)(.*)", text)
     is_encoder = "clip" in loader.lower() or "TextEncoder" in loader
     assert re.fullmatch(", computes exactly" if is_encoder else computes_in, found[3])
