@@ -22,7 +22,13 @@ from ...ops.layers import cpu_attention
 from ...ops.patcher import patched_weights as patched_values
 from ...ops.patcher.patched_weights import Patch
 from ...ops.pickle_names import short_error_name
-from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, packed_tensors, reshape_to
+from ...ops.tensor.packed_layout import (
+    QuantizedTensor,
+    is_packed,
+    plain_dtype_of,
+    plain_tensor,
+    reshape_to,
+)
 from ...ops.tensor.packed_tensor import relabel
 from ...ops.tensor.row_slicing import take_rows
 from ..comfyui.detection import try_detect
@@ -122,20 +128,11 @@ class Weight:
     @property
     def plain_dtype(self) -> torch.dtype | None:
         """The dtype of its values, packed 16 bits as plain ones; None for a quantised weight."""
-        if is_packed(self.tensor):
-            return self.tensor.params.format.plain_dtype
-        return None if isinstance(self.tensor, QuantizedTensor) else self.tensor.dtype
+        return plain_dtype_of(self.tensor)
 
     def stored_tensor(self) -> torch.Tensor:
         """Returns the tensor on the CPU, to be copied bit for bit; packed 16 bits as plain ones."""
-        tensor = self.tensor.detach()
-        if not is_packed(tensor):
-            return tensor.cpu()
-        packed_format = tensor.params.format
-        if packed_format.plain_dtype is None:
-            return tensor.to("cpu")
-        return packed_tensors(tensor)[0].cpu().contiguous().view(packed_format.plain_dtype).view(
-            self.shape)
+        return plain_tensor(self.tensor.detach()).to("cpu")
 
     def slices(self, max_values: int) -> list[tuple[int, int]]:
         """Splits the rows into slices of about `max_values` values, whole blocks of every format.

@@ -20,7 +20,14 @@ from ..formats.base import FORMATS, Format
 from ..formats.low_rank_and_joined import Composite
 from ..kernels import torch_registration
 from ..low_rank import LowRank, dense_linear
-from ..tensor.packed_layout import PackedLayout, QuantizedTensor, is_packed, packed_tensors
+from ..tensor.packed_layout import (
+    PackedLayout,
+    QuantizedTensor,
+    is_packed,
+    packed_tensors,
+    plain_dtype_of,
+    plain_tensor,
+)
 from ..tensor.packed_tensor import PackedTensor
 from ..tensor.row_slicing import rows_are_whole_blocks
 from . import cpu_linear, int8, joint_product, kitchen_products, workspace
@@ -277,9 +284,7 @@ def dequantize(weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
 
 def plain_values(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
     """Returns a read-only view of a weight whose bytes are numbers of `dtype`, else None."""
-    if not is_packed(weight) or weight.params.format.plain_dtype != dtype:
-        return None
-    return packed_tensors(weight)[0].view(dtype).view(weight.shape)
+    return plain_tensor(weight) if is_packed(weight) and plain_dtype_of(weight) == dtype else None
 
 
 def fits_workspace(weight: PackedTensor, input: torch.Tensor, reordered: bool = False) -> bool:

@@ -285,28 +285,40 @@ def pack_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if dtype != torch.float32 or weight.dtype not in plain.BY_DTYPE:
         weight = weight.to(dtype)
-    packed_format = plain.BY_DTYPE.get(weight.dtype)
-    if packed_format is None:
+    return _pack_numbers(weight, dtype) if weight.dtype in plain.BY_DTYPE else weight
+
+
+def _pack_numbers(numbers: torch.Tensor, dtype: torch.dtype) -> PackedTensor:
+    data = numbers.contiguous().view(-1).view(torch.uint8)
+    return packed_tensor(plain.BY_DTYPE[numbers.dtype], data, numbers.shape, dtype)
+
+
+def plain_dtype_of(weight: torch.Tensor) -> torch.dtype | None:
+    """Returns the dtype of a weight's numbers, packed 16 bits as plain ones; None for a quantised
+    weight."""
+    if is_packed(weight):
+        return weight.params.format.plain_dtype
+    return None if isinstance(weight, QuantizedTensor) else weight.dtype
+
+
+def plain_tensor(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the numbers of a weight that has a `plain_dtype_of`, a view where they are packed."""
+    dtype = plain_dtype_of(weight)
+    if dtype is None or not is_packed(weight):
         return weight
-    data = weight.contiguous().view(-1).view(torch.uint8)
-    return packed_tensor(packed_format, data, weight.shape, dtype)
+    return packed_tensors(weight)[0].contiguous().view(dtype).view(weight.shape)
 
 
 def is_other_16bit(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Returns whether a weight, packed or plain, is of 16-bit numbers of another dtype."""
-    held = weight.params.format.plain_dtype if is_packed(weight) else weight.dtype
-    return held in plain.BY_DTYPE and dtype in plain.BY_DTYPE and held != dtype
+    held = plain_dtype_of(weight)
+    return held != dtype and {held, dtype} <= plain.BY_DTYPE.keys()
 
 
 def convert_16bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns a weight of `is_other_16bit` in `dtype`, packed as before."""
-    if not is_packed(weight):
-        return weight.to(dtype)
-    held = weight.params.format.plain_dtype
-    assert held is not None
-    values = packed_tensors(weight)[0].view(held).to(dtype)
-    return packed_tensor(plain.BY_DTYPE[dtype], values.view(torch.uint8), weight.shape,
-                         weight.dtype)
+    numbers = plain_tensor(weight).to(dtype)
+    return _pack_numbers(numbers, weight.dtype) if is_packed(weight) else numbers
 
 
 def packed_tensors(tensor: PackedTensor) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ import comfy.supported_models
 import families
 import pytest
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 from families import (
     FAMILIES,
     comfyui_gguf_style,
@@ -26,9 +27,12 @@ from featherweight.loaders.comfyui.model_summary import arithmetic_text
 from featherweight.loaders.models.diffusion import load_diffusion_model
 from featherweight.loaders.packing.source import source_of_model, unsaved_parts
 from featherweight.ops import cpu_features as cpu_features
+from featherweight.ops.formats.base import FORMATS
 from featherweight.ops.layers import cpu_attention as cpu_attention
 from featherweight.ops.layers import product
-from featherweight.ops.tensor.packed_layout import is_other_16bit, is_packed
+from featherweight.ops.packing.pack_tensor import pack_tensor
+from featherweight.ops.tensor.packed_layout import QuantizedTensor, is_other_16bit, is_packed
+from featherweight.ops.tensor.packed_tensor import relabel
 
 OVERRIDE = "optimized_attention_override"
 
@@ -154,3 +158,15 @@ def test_16_bit_weights_of_another_type_are_converted_once(name, tmp_path, monke
     source = source_of_model(prepared)
     assert not source.notes
     assert {weight.stored_type for weight in source.weights.values()} == {"Q8_0", "F16"}
+
+
+@pytest.mark.parametrize("held", [torch.float16, torch.float32])
+def test_codes_are_no_16_bit_weights_whatever_dtype_they_pass_for(held):
+    values = torch.randn(16, 32).to(held)
+    layout = QUANT_ALGOS["float8_e4m3fn"]["comfy_tensor_layout"]
+    of_the_host = QuantizedTensor.from_float(values, layout)
+    packed = relabel(pack_tensor(values.float(), FORMATS["Q8_0"]), dtype=held)
+    assert of_the_host.dtype == packed.dtype == held
+    assert not is_other_16bit(of_the_host, torch.bfloat16)
+    assert not is_other_16bit(packed, torch.bfloat16)
+    assert is_other_16bit(values, torch.bfloat16) == (held == torch.float16)
