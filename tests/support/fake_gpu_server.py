@@ -3,7 +3,10 @@ workflows and must draw the same pictures.
 
     pytest tests/server --fake-gpus 2x4-late-dynamic
 """
+import io
 from typing import NamedTuple
+
+import av
 
 from devtools import ROOT, fakegpu
 from devtools.host.server import HOST, Run, Server
@@ -36,11 +39,17 @@ class Size(NamedTuple):
 
 
 def pictures(server: Server, run: Run) -> dict[str, list[bytes]]:
-    """Returns node -> the pictures and videos it made, as files."""
+    """Returns node -> the pixels of the pictures and videos it made. Their files also hold the
+    prompt, in which ComfyUI writes how often a model's file was seen to change."""
     return {
-        node: [server.image(entry) for entry in output["images"]]
+        node: [pixels for entry in output["images"] for pixels in frames(server.image(entry))]
         for node, output in run.outputs.items() if "images" in output
     }
+
+
+def frames(file: bytes) -> list[bytes]:
+    with av.open(io.BytesIO(file)) as container:
+        return [frame.to_ndarray().tobytes() for frame in container.decode(video=0)]
 
 
 class FakeGpuServer(Server):
