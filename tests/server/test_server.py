@@ -82,6 +82,7 @@ def test_a_model_unloaded_by_hand_is_used_again(server):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what is mapped where Linux shows it")
+@pytest.mark.not_on_fake_gpus(reason="the weights are on the GPU alone")
 def test_free_memory_lets_go_of_the_mapped_files(server):
     def is_mapped() -> bool:
         maps = Path(f"/proc/{server.process.pid}/maps").read_text(encoding="utf-8")

@@ -148,17 +148,26 @@ NOT_SMALL = {
     "MiniMax-H3 GGUF video with sound",  # its text encoder comes with a VAE of one size, 5 GB
     "Z-Image Turbo on Ray",  # tests/cluster runs the node; the nodes before it are the first's
 }
-LAST_BITS = pytest.mark.not_on_fake_gpus(
-    reason=
-    "one colour of one pixel is another by 1 of 255: operators there do not see how a part of a"
-    " tensor lies in memory"
-)
+BY_COMFYUI = "int8_convrot is ComfyUI's there, which rounds the inputs of its layers"
+NOT_ON_FAKE_GPUS = {  # why
+    "Stable Diffusion LCM on a CPU":
+        "one colour of one pixel is another by 1 of 255: operators there do not see how a part of a"
+        " tensor lies in memory",
+    "Stable Diffusion train a LoRA": "they have no gradient of the loss",
+    "Flux.1 dev GGUF packed to int8": BY_COMFYUI,
+    "Load and Pack Model (Featherweight)": BY_COMFYUI,
+}
+
+
+def marks_of(name: str) -> list:
+    why = NOT_ON_FAKE_GPUS.get(name)
+    return [pytest.mark.not_on_fake_gpus(reason=why)] if why else []
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[LAST_BITS] * (path.stem == "Stable Diffusion LCM on a CPU"))
+        pytest.param(path, marks=marks_of(path.stem))
         for path in EXAMPLES if path.stem not in NOT_SMALL
     ],
     ids=lambda path: path.stem,
