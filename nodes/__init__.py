@@ -115,6 +115,8 @@ def import_file(name: str) -> ModuleType | None:
             from . import measure_sensitivity as module
         case "measure_speed":
             from . import measure_speed as module
+        case "pack_model":
+            from . import pack_model as module
         case "place_model":
             from . import place_model as module
         case "place_text_encoder":

@@ -27,7 +27,7 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
     log_load_summary(file, adopt(patcher))
     choose_compute(patcher, compute)
     if compute == "automatic":
-        _choose_kitchen_products(patcher)
+        choose_kitchen_products(patcher)
     keep_packed(patcher)
     if compute == "int8":
         why = kitchen_products.why_not_fast(patcher.load_device,
@@ -36,7 +36,7 @@ def wrap_model(patcher: comfy.model_patcher.ModelPatcher, file: WeightFile, comp
             log.warning("compute is fast, and the model computes as with exact: %s.", why)
 
 
-def _choose_kitchen_products(patcher: comfy.model_patcher.ModelPatcher):
+def choose_kitchen_products(patcher: comfy.model_patcher.ModelPatcher):
     """Has comfy_kitchen multiply the weights whose makers meant it so, where it has the kernels."""
     dtype = patcher.model.get_dtype_inference()
     for layer in patcher.model.modules():

@@ -4,7 +4,7 @@ What is chosen is what the other options of the loaders' `pack_to` are too: the 
 type, or a size.
 """
 import os
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from comfy.supported_models_base import BASE
 
 from ..byte_sizes import GB, size_text
 from ..comfyui.contents import Contents, diffusion_comfy_keys, encoder_comfy_keys, file_contents
+from ..comfyui.who_computes import AUTOMATIC, packed_formats
 from ..container.weight_file import WeightFileError
 from ..name_lists import join_some
 from ..packing.calibration.measure import usual_steps
@@ -35,7 +36,8 @@ from ..packing.planning.fit import (
     step_tokens,
 )
 from ..packing.planning.plan import DIGITS, relative_error
-from .pack_on_load import measurement_of, size_of_target, size_target
+from ..packing_rules import Shapes
+from .pack_on_load import PackedFrom, measurement_of, size_of_target, size_target
 
 FIT = "fit this GPU"  # in place of a type to pack to
 FIT_KEY = "featherweight_fit"  # attachment of a patcher: its `Targets`
@@ -95,11 +97,35 @@ def model_targets(pack_to: str | None, paths: Sequence[str], device: torch.devic
         tensors, prefix, detected = diffusion_comfy_keys(contents)
         config = config or detected
         files.append(_weights(contents, tensors, prefix))
+    return _model_targets(pack_to, paths, files, device, config, FAST_FORMAT not in formats)
+
+
+def loaded_targets(file: PackedFrom, stored: Mapping[str, torch.Tensor], shapes: Shapes,
+                   device: torch.device, config: BASE) -> Targets:
+    """Returns what a diffusion model in memory is packed to, so that it fits a device.
+
+    Args:
+        file: see `pack_weights`.
+        stored: its weights, by the host's names.
+        shapes: of the weights, with patches.
+        device: where it runs.
+        config: the host's configuration of the model.
+
+    Raises:
+        WeightFileError: as for `model_targets`.
+    """
+    measured, _ = measurement_of(file, shapes)
+    weights = Weights.of(shapes, stored, measured.costs if measured else None)
+    formats = packed_formats(AUTOMATIC, device)
+    return _model_targets(FIT, [file.name], [weights], device, config, FAST_FORMAT not in formats)
+
+
+def _model_targets(pack_to: str | None, paths: Sequence[str], files: Sequence[Weights],
+                   device: torch.device, config: BASE | None, multiplies_int8: bool) -> Targets:
     step = step_memory(config) if config else None
     memory = Memory.of(device)
     room_for = partial(memory.for_model, step[0] if step else None, experts=experts_of(config))
-    return _targets(pack_to, paths, files, memory, device, room_for, config,
-                    FAST_FORMAT not in formats)
+    return _targets(pack_to, paths, files, memory, device, room_for, config, multiplies_int8)
 
 
 def encoder_targets(pack_to: str | None, paths: Sequence[str], device: torch.device) -> Targets:

@@ -10,10 +10,10 @@ import collections
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import comfy.model_management
 import torch
@@ -57,6 +57,27 @@ TYPES = (*(name for name in SAVE_TYPES if name != "Q2_K"), *ROW_TYPES)
 # By how many values of a weight the speed is measured, and from how many values of a model on.
 MEASURED_VALUES, MANY_VALUES = 1 << 22, 1 << 28
 WHOLE_ROWS = 64  # are whole blocks of every type
+
+
+class PackedFrom(Protocol):
+    """What weights are packed from, as messages need it: a file, or a model in memory."""
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        ...
+
+    @property
+    def path(self) -> str | os.PathLike:
+        """Of the file; "" where none is known."""
+        ...
+
+    def drop_pages(self):
+        """Releases the pages of files that a weight was read from."""
+
+    def error_at(self, name: str, problem: str, advice: str) -> WeightFileError:
+        """Returns an error at the tensor `name`; see `WeightFile.error_at`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -142,21 +163,22 @@ def may_have_host_formats(pack_to: str) -> bool:
     return pack_to in ROW_TYPES or size_of_target(pack_to) is not None
 
 
-def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to: str,
-                 progress: Progress, prefix: str = "",
-                 device: torch.device = CPU) -> PackStats:
+def pack_weights(file: PackedFrom, state_dict: dict[str, torch.Tensor], pack_to: str,
+                 progress: Progress, prefix: str = "", device: torch.device = CPU,
+                 fixed: Container[str] = ()) -> PackStats:
     """Packs the weights of a model in place, by the plan for a type.
 
     Besides the packed weights, at most two dense ones are in memory: after each weight the pages of
     the file are released.
 
     Args:
-        file: of the weights.
+        file: of the weights. What is packed of another than a file is not kept for the next time.
         state_dict: of `file`, with the host's names, after `quantized_weights.as_tensors`.
         pack_to: one of `TYPES`, or a `size_target`.
         progress: advances by one stage.
         prefix: of the names of the model; other weights stay as they are.
         device: packs the weights, which stay on the CPU.
+        fixed: names of weights that stay as they are.
 
     Raises:
         WeightFileError: if a value is not finite, if the weights do not fit into the size, or if a
@@ -181,13 +203,14 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
     except PlanError as error:
         raise WeightFileError(f"{file.name}: {error}") from error
     wanted = {name: (types[name], shapes[name]) for name, tensor in weights.items()
-              if not _stays(tensor, types[name], size is not None)}
+              if name not in fixed and not _stays(tensor, types[name], size is not None)}
     to_pack = {name: each for name, each in wanted.items() if each[0] not in PLAIN_DTYPES}
-    folder = packed_cache.folder(packed_folder())
-    path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to),
-                                   measurement_state)
-    entry = packed_cache.read(path, partial(read_entry, wanted={
-        name.removeprefix(prefix): each for name, each in wanted.items()}))
+    folder, path, entry = packed_cache.folder(packed_folder()), None, None
+    if isinstance(file, WeightFile):
+        path = packed_cache.entry_path(file, to_pack, folder, suffix_for(pack_to),
+                                       measurement_state)
+        entry = packed_cache.read(path, partial(read_entry, wanted={
+            name.removeprefix(prefix): each for name, each in wanted.items()}))
     guard, losses, is_second = _guard_of(state_dict), {}, False
     packer = _Packer(file, guard, device, measured, prefix)
     sources = collections.Counter()
@@ -199,7 +222,7 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
         guard()
         tensor = weights.pop(name)
         if name not in wanted:
-            unchanged[title_of(format_name(tensor))] += tensor.numel()
+            unchanged[_source_format(tensor)] += tensor.numel()
             continue
         if name in to_pack:
             sources[_source_format(tensor)] += tensor.numel()
@@ -226,8 +249,10 @@ def pack_weights(file: WeightFile, state_dict: dict[str, torch.Tensor], pack_to:
         "", total(losses, WEIGHTS, {name: math.prod(shapes[name]) for name in losses}))
     if measured:
         loss = 0.0
-    if not entry and packed_cache.keeps(time.perf_counter() - started):
+    is_kept = isinstance(file, WeightFile) and path is not None and not entry
+    if is_kept and packed_cache.keeps(time.perf_counter() - started):
         tensors = entry_weights(state_dict, prefix)
+        assert isinstance(file, WeightFile)
         write = partial(write_entry, file=file, tensors=tensors, loss=loss)
         cache = "kept" if packed_cache.keep(path, most_bytes(tensors), write) else ""
     stats = PackStats(tuple(name for name, _ in sources.most_common()),
@@ -298,7 +323,7 @@ def _types_for(weights: Mapping[str, torch.Tensor | JoinedRows], target: str | i
     return {name: planned[name.removeprefix(prefix)] for name in weights}
 
 
-def measurement_of(file: WeightFile, shapes: Shapes
+def measurement_of(file: PackedFrom, shapes: Shapes
                    ) -> tuple[Sensitivity | None, FileState | None]:
     """Returns the measurement of a model, or an imatrix next to its file, and the state of that
     file; None for both where there is neither, or where it does not fit the model.
@@ -357,7 +382,7 @@ class _Packer:
         prefix: of the model's names.
     """
 
-    def __init__(self, file: WeightFile, guard: FileChangeGuard, device: torch.device,
+    def __init__(self, file: PackedFrom, guard: FileChangeGuard, device: torch.device,
                  measured: Sensitivity | None = None, prefix: str = ""):
         self.file = file
         self.guard = guard

@@ -107,6 +107,11 @@ class Weight:
         return math.prod(self.shape)
 
     @property
+    def rows(self) -> int:
+        """The number of its rows, 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
     def stored_type(self) -> str:
         """Its type: a key of FORMATS or ROW_TYPES, a plain type, or the host's name of its own."""
         return row_type_of(self.tensor) or format_name(self.tensor)
@@ -142,7 +147,7 @@ class Weight:
         Returns:
             (first row, end row) of each slice.
         """
-        rows = self.shape[0] if self.shape else 1
+        rows = self.rows
         is_one = self.values <= max_values or len(self.shape) < 2 or (
             self.patches and patched_values.slice_patches(self.patches, 0, 1) is None)
         step = rows if is_one else max(
@@ -160,7 +165,7 @@ class Weight:
         """
         patches = self.patches if patches is None else patches
         values = self.read(start, stop) if values is None else values
-        if patches and (start, stop) != (0, self.shape[0] if self.shape else 1):
+        if patches and (start, stop) != (0, self.rows):
             patches = patched_values.slice_patches(patches, start, stop)
         return patched_values.apply_patches(patches, values, self.key) if patches else values
 

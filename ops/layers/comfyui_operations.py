@@ -13,9 +13,20 @@ from ..pickle_names import stable_pickle_name
 from ..tensor.packed_layout import is_packed
 from .comfyui_quantized import MixedEmbedding, MixedLinear
 from .fused_calls import keep_forward
-from .packed_layers import PACKED_LAYERS, MoEExperts, PackedLayer
+from .packed_layers import (
+    PACKED_LAYERS,
+    MoEExperts,
+    PackedLayer,
+    become_packed,
+    is_packable,
+    make_packed,
+)
 
 BUT_EXPERTS = "but experts"  # a value of `mixed`
+# What the host's linear layer for its quantised formats has besides weight and bias.
+OF_HOST_FORMATS = ("factory_kwargs", "tensor_class", "quant_format", "layout_type", "_orig_shape",
+                   "_full_precision_mm", "_full_precision_mm_config", "input_scale",
+                   "pre_quant_scale")
 
 
 def packed_operations(mixed: bool | str = False, full_precision: bool = False,
@@ -78,3 +89,31 @@ def new_layer(name: str, *arguments) -> PackedLayer:
     # pickles of version 0.2.1 have two dtypes before them
     layer_class = getattr(packed_operations(*arguments[-3:]), name)
     return layer_class.__new__(layer_class)
+
+
+def takes_packed(layer: Any) -> bool:
+    """Returns whether a layer, of the host or of this pack, can hold a packed weight once
+    `hold_packed` has had it."""
+    return isinstance(layer, PackedLayer) or is_packable(layer) or _is_of_host_formats(layer)
+
+
+def hold_packed(layer: Any):
+    """Makes a layer whose weight has become a packed one a packed layer, in place.
+
+    Args:
+        layer: for which `takes_packed` holds.
+    """
+    vars(layer).pop("compute", None)  # chosen for the weight that it had
+    if not (_is_of_host_formats(layer) or isinstance(layer, MixedLinear)):
+        make_packed(layer)
+        return
+    for name in OF_HOST_FORMATS:
+        for names in (layer._parameters, layer._buffers, vars(layer)):
+            names.pop(name, None)
+    become_packed(layer, packed_operations().Linear)
+
+
+def _is_of_host_formats(layer: Any) -> bool:
+    """Returns whether a layer is the linear one of the host for its quantised formats."""
+    return isinstance(layer, comfy.ops.CastWeightBiasOp) and OF_HOST_FORMATS[0] in vars(layer) and (
+        type(layer).__name__ == "Linear") and not isinstance(layer, PackedLayer)

@@ -480,25 +480,34 @@ _MIXINS = {
 }
 
 
-def make_packed(layer: Any):
-    """Makes a layer that the host has built, before it loads its weights, a packed one in place.
+def is_packable(layer: Any) -> bool:
+    """Returns whether `make_packed` makes a layer a packed one: a linear layer or convolution of
+    the host's whose weight is not computed from other parameters."""
+    return (isinstance(layer, tuple(_MIXINS)) and isinstance(layer, comfy.ops.CastWeightBiasOp)
+            and not isinstance(layer, PackedLayer)
+            and not (hasattr(layer, "parametrizations") or hasattr(layer, "weight_g")))
 
-    Modules that are no linear layer or convolution of the host's, layers whose weight is computed
-    from other parameters, and packed layers stay as they are.
+
+def make_packed(layer: Any):
+    """Makes a layer that the host has built a packed one in place.
+
+    Other modules and packed layers stay as they are.
     """
+    if not is_packable(layer):
+        return
     layer_class = type(layer)
-    mixin = next((mixin for base, mixin in _MIXINS.items() if issubclass(layer_class, base)), None)
-    is_host_layer = issubclass(layer_class, comfy.ops.CastWeightBiasOp)
-    if mixin is None or not is_host_layer or issubclass(layer_class, PackedLayer):
-        return
-    if hasattr(layer, "parametrizations") or hasattr(layer, "weight_g"):  # a normed weight
-        return
+    mixin = next(mixin for base, mixin in _MIXINS.items() if issubclass(layer_class, base))
     if layer.weight is None:  # with dynamic VRAM the host makes the weights while it loads them
         sizes = layer.in_features, layer.out_features
         torch.nn.Linear.__init__(layer, *sizes, layer.comfy_need_lazy_init_bias,
                                  dtype=layer.weight_comfy_model_dtype)
+    become_packed(layer, _packed_class(mixin, layer_class))
+
+
+def become_packed(layer: Any, layer_class: type[PackedLayer]):
+    """Gives a layer, in place, a class of packed layers with the same sizes."""
     keep_forward()
-    layer.__class__ = _packed_class(mixin, layer_class)
+    layer.__class__ = layer_class
     layer.comfy_cast_weights = True
     layer._workspace = shared_workspace()
     layer.lora = None

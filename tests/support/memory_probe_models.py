@@ -2,6 +2,7 @@
 
 model: a GGUF Flux, one step at a few tokens. picture: one step at the size of a picture. encoder: a
 T5-XXL in GGUF. packing-TYPE: any diffusion model, packed to that type while it is loaded.
+loaded-TYPE: one that ComfyUI has loaded, packed beside it.
 """
 import operator
 from pathlib import Path
@@ -113,6 +114,24 @@ def probe_packing(path: str, type_name: str) -> dict:
             "peak_growth": status("VmHWM") - before}
 
 
+def probe_packing_loaded(path: str, type_name: str) -> dict:
+    import comfy.sd
+
+    from featherweight.loaders.models.pack_model import pack_model
+
+    patcher = comfy.sd.load_diffusion_model(path)
+    weights = list(patcher.model.diffusion_model.parameters())
+    for weight in weights:  # which the host may have mapped
+        weight.data = weight.data.clone()
+    before = status("VmRSS")
+    with peak_anonymous() as largest:
+        packed = pack_model(patcher, type_name)
+    return {"tensor_bytes": sum(weight.nbytes for weight in weights),
+            "model_size": packed.model_size(), "peak_growth": max(
+                largest(), status("VmRSS")) - before,
+            "largest_dense_tensor": max(4 * weight.numel() for weight in weights)}
+
+
 if __name__ == "__main__":
     run({"model": probe_model, "picture": probe_picture, "encoder": probe_encoder,
-         "packing": probe_packing})
+         "packing": probe_packing, "loaded": probe_packing_loaded})

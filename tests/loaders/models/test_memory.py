@@ -57,14 +57,16 @@ def test_a_step_adds_at_most_one_layers_dense_size(figures):
 @pytest.mark.parametrize(("hidden", "type_name", "spare"), [
     pytest.param(1536, "Q8_0", 64 * MB, id="270 MB"),
     pytest.param(3072, "Q4_K", 300 * MB, id="1 GB", marks=pytest.mark.heavy)])
-def test_packing_while_loading_takes_two_dense_tensors_beside_what_is_held(
-        hidden, type_name, spare, tmp_path):
-    """Without letting go of what was read, the whole file would be in memory beside the result."""
+@pytest.mark.parametrize("kind", ["packing", "loaded"])
+def test_packing_takes_two_dense_tensors_beside_what_is_held(
+        kind, hidden, type_name, spare, tmp_path):
+    """Without letting go of what was read, the whole file would be in memory beside the result; a
+    model that is loaded is there anyway."""
     path, some = tmp_path / "flux.safetensors", (torch.randn(1 << 20) * 0.02).bfloat16()
     shapes = {name: torch.Size(shape) for name, shape in flux_shapes(hidden, 1, 1, 4096).items()}
     save_file({name: some.repeat(-(-shape.numel() // len(some)))[:shape.numel()].view(shape).clone()
                for name, shape in shapes.items()}, path)
-    figures = probed_once(f"packing-{type_name}", path)
+    figures = probed_once(f"{kind}-{type_name}", path)
     allowed = figures["model_size"] + 2 * figures["largest_dense_tensor"] + spare
     assert (
         figures["peak_growth"] <= allowed < figures["model_size"] + figures["tensor_bytes"] - spare

@@ -1,0 +1,324 @@
+"""Packs the model of any MODEL, whatever loaded it: a copy with packed matrices, beside the model.
+
+The copy has all else that the model has, whatever loaders and other nodes have set on it, and the
+MODEL's own patches, hooks, wrappers and options. The model stays as it is.
+"""
+import copy
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ...ops.layers.comfyui_operations import hold_packed, takes_packed
+from ...ops.patcher.patched_weights import Patch
+from ...ops.tensor.packed_layout import QuantizedTensor, is_packed, pack_16bit, safe_detach
+from ...ops.tensor.packed_tensor import relabel
+from ..comfyui.diffusers_keys import JoinedRows
+from ..comfyui.foreign_weights import reject_foreign_weights
+from ..comfyui.model_summary import PACK_STATS_KEY
+from ..comfyui.packed_patcher import choose_kitchen_products, keep_packed
+from ..container.weight_file import WeightFileError
+from ..name_lists import join_some
+from ..packing.source import Source, Weight, source_of_model
+from ..progress import Progress
+from ..recipe import model_paths, source_name
+from .fit_device import FIT, FIT_KEY, Targets, loaded_targets
+from .pack_on_load import PackStats, pack_weights
+
+ADVICE = "Put Pack Model (Featherweight) before the node that adds it."
+COPY = "featherweight_copy"  # attribute of the host's model: its `_Copy`
+# What the host and this pack keep on a model, and on its layers, while it is on a device.
+STATE = ("dynamic_patchers", "dynamic_pins", "dynamic_vbars", "packed_patches", "packed_residency",
+         "model_loaded_weight_memory", "lowvram_patch_counter", "model_lowvram",
+         "current_weight_patches_uuid", "model_offload_buffer_memory", COPY)
+LAYER_STATE = re.compile(r"_v|_pin|(weight|bias)_lowvram_function")
+
+
+@dataclass
+class _Copy:
+    """The packed copy of a model.
+
+    Attributes:
+        made_of: what was packed, where, and to what.
+        patcher: of the copy, without patches.
+        stats: of the packing.
+    """
+
+    made_of: tuple
+    patcher: Any
+    stats: PackStats
+
+
+class _PatchedRows(JoinedRows):
+    """A weight that is read, and patched, when it is packed."""
+
+    def __init__(self, weight: Weight):
+        super().__init__([(weight.tensor, 0, weight.rows)])
+        self.weight = weight
+        self.shape = torch.Size(weight.shape)
+
+    def joined(self) -> torch.Tensor:
+        return self.weight.patched(0, self.weight.rows)
+
+
+class _Model:
+    """A model as `pack_weights` sees the file of one.
+
+    Args:
+        patcher: of the model.
+        source: of its weights.
+    """
+
+    def __init__(self, patcher, source: Source):
+        self.name = source_name(patcher)
+        self.path = next(iter(model_paths(patcher)), "")
+        self.drop_pages = source.drop_pages
+
+    def error_at(self, name: str, problem: str, advice: str) -> WeightFileError:
+        return WeightFileError(f"{self.name}: {problem}. {advice}")
+
+
+def pack_model(patcher: comfy.model_patcher.ModelPatcher, pack_to: str,
+               round_loras: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Packs the model of a MODEL.
+
+    The weights of other models that were merged into it are rounded in, and LoRAs before them.
+
+    Args:
+        patcher: of a diffusion model, packed or not; it stays as it is, and leaves its device.
+        pack_to: one of `pack_on_load.TYPES`, FIT, or a `size_target`. Weights that are packed
+            already stay so, as in a loader.
+        round_loras: whether LoRAs are rounded into the packed weights too; else they stay patches.
+
+    Returns:
+        A patcher of the packed copy. The same model is not packed twice to the same.
+
+    Raises:
+        WeightFileError: for a model that cannot be packed.
+    """
+    _reject_unpackable(patcher)
+    model: Any = patcher.model
+    _unload(model)
+    source = source_of_model(patcher)
+    targets = _targets(patcher, source, pack_to)
+    target = targets.files[0]
+    rounded = {key: count for key, patches in patcher.patches.items()
+               if (count := _rounded_patches(patches, round_loras))}
+    if target is None and not rounded:
+        packed = patcher.clone()
+        targets.attach(packed)
+        return packed
+    made_of = target, patcher.load_device, patcher.patches_uuid if rounded else None
+    made = getattr(model, COPY, None)
+    if made is None or made.made_of != made_of:
+        vars(model).pop(COPY, None)  # before the next one is made
+        made = _Copy(made_of, *_packed_copy(patcher, source, target, rounded))
+        setattr(model, COPY, made)
+    packed = _clone_for(made.patcher, patcher)
+    for key, count in rounded.items():
+        packed.patches[key] = packed.patches[key][count:]
+    packed.patches = {key: patches for key, patches in packed.patches.items() if patches}
+    made.stats.attach(packed)
+    targets.attach(packed)
+    return packed
+
+
+def _rounded_patches(patches: Sequence[Patch], all_of_them: bool) -> int:
+    """Returns how many of a weight's patches are rounded in: up to the last one that is another
+    model's weight, which would be in memory as well."""
+    if all_of_them:
+        return len(patches)
+    return max((index + 1 for index, (_, value, *_) in enumerate(patches)
+                if isinstance(value, list)), default=0)
+
+
+def _unload(model: torch.nn.Module):
+    """Takes a model, with whatever patches are in its weights, off its devices."""
+    loaded = comfy.model_management.current_loaded_models
+    others = [each for each in loaded if each.model is None or each.model.model is not model]
+    for device in {each.device for each in loaded if each not in others}:
+        comfy.model_management.free_memory(1e30, device, others)
+
+
+def _reject_unpackable(patcher):
+    """Raises WeightFileError for a model of which a copy would not compute the same."""
+    reject_foreign_weights(patcher.model)
+    if patcher.injections:
+        raise WeightFileError(
+            f"The model has {join_some(patcher.injections)} put into it while it runs, as a bypass"
+            f" LoRA is, which a packed copy would not have. {ADVICE}")
+    own = set(patcher.model.modules())
+    wrapped = [name for name, value in patcher.object_patches.items()
+               if isinstance(value, torch.nn.Module) and not own.isdisjoint(value.modules())]
+    if wrapped:
+        raise WeightFileError(
+            f"Another node has wrapped {join_some(wrapped)} of the model, as torch.compile does,"
+            f" which a packed copy would not have. {ADVICE}")
+
+
+def _targets(patcher, source: Source, pack_to: str) -> Targets:
+    if pack_to != FIT:
+        return Targets((pack_to,))
+    stored = {name: weight.tensor for name, weight in source.weights.items() if weight.is_number}
+    return loaded_targets(_Model(patcher, source), stored, source.shapes, patcher.load_device,
+                          patcher.model.model_config)
+
+
+def _packed_copy(patcher, source: Source, pack_to: str | None, rounded: Mapping[str, int]
+                 ) -> tuple[Any, PackStats]:
+    """Returns a patcher of the packed copy, without patches, and what was packed.
+
+    rounded: key of a weight -> how many of its patches are rounded in.
+    """
+    model, stats = patcher.model, PackStats()
+    weights = {name: replace(weight, patches=_first_patches(weight, patcher, rounded))
+               for name, weight in source.weights.items() if weight.is_number}
+    held = {name: _layer_and_name(model, weight.key) for name, weight in weights.items()
+            if hasattr(model, weight.key.partition(".")[0])}
+    packed: dict[str, Any] = {name: _as_stored(weight) for name, weight in weights.items()}
+    takers = {name for name, (layer, parameter_name) in held.items()
+              if parameter_name == "weight" and takes_packed(layer)}
+    if pack_to is not None:
+        stats = pack_weights(_Model(patcher, source), packed, pack_to, Progress("packing"),
+                             device=patcher.load_device, fixed=weights.keys() - takers)
+    replaced = {}
+    for name, (layer, parameter_name) in held.items():
+        if name not in takers and not weights[name].patches:
+            continue
+        parameter, value = getattr(layer, parameter_name), packed.pop(name)
+        value = value.joined() if isinstance(value, JoinedRows) else value
+        dtype = _dense_dtype(parameter, model)
+        if name not in takers:
+            value = value.to(parameter.dtype)
+        elif is_packed(value):
+            value = relabel(value, dtype=dtype)
+        else:
+            value = pack_16bit(value, dtype)
+        replaced[id(parameter)] = value
+    if not takers or not (stats.sources or stats.unchanged or rounded):
+        raise WeightFileError(
+            f"{source_name(patcher)}: none of its weights can be packed: they are small, or in"
+            " layers that are not ComfyUI's. Use the model as it is.")
+    copied = _copy_model(model, replaced)
+    for layer in copied.modules():
+        if is_packed(layer._parameters.get("weight")):
+            hold_packed(layer)
+    make = _CopyAgain(copied, patcher.load_device, patcher.offload_device, patcher.is_dynamic())
+    made = make.patcher_of(copied)
+    made.cached_patcher_init = make, tuple(model_paths(patcher)[:1])
+    choose_kitchen_products(made)
+    return made, stats
+
+
+def _first_patches(weight: Weight, patcher, counts: Mapping[str, int]) -> Sequence[Patch]:
+    first = patcher.patches.get(weight.key, ())[:counts.get(weight.key, 0)]
+    return [patch for patch in weight.patches if any(patch is each for each in first)]
+
+
+def _layer_and_name(model: torch.nn.Module, key: str) -> tuple[Any, str]:
+    """Returns the layer that holds a weight, and its name there."""
+    layer_name, _, name = key.rpartition(".")
+    return model.get_submodule(layer_name), name
+
+
+def _as_stored(weight: Weight) -> torch.Tensor | JoinedRows:
+    is_read_whole = weight.is_whole and not weight.patches and (
+        is_packed(weight.tensor) or not isinstance(weight.tensor, QuantizedTensor))
+    return weight.tensor if is_read_whole else _PatchedRows(weight)
+
+
+def _dense_dtype(parameter: torch.Tensor, model: Any) -> torch.dtype:
+    """Returns what a packed weight passes for: its dtype in the model, but none of 8 bits."""
+    return parameter.dtype if parameter.dtype.itemsize > 1 else model.get_dtype_inference()
+
+
+def _copy_model(model: Any, replaced: Mapping[int, torch.Tensor]) -> Any:
+    """Returns a copy of a model that is on no device, for a patcher of its own.
+
+    Packed weights are shared with it, since nothing writes into them.
+
+    Args:
+        model: the host's.
+        replaced: `id` of a parameter or buffer -> the tensor that the copy has in its place.
+    """
+    memo = {id(model.model_config): model.model_config,  # which cannot be copied
+            id(model.current_patcher): None}
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = replaced.get(id(tensor))
+        if value is None:
+            value = safe_detach(tensor) if isinstance(tensor, QuantizedTensor) else (
+                tensor.detach().clone())
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
+    state = [(each, name) for each in model.modules() for name in vars(each)
+             if (name in STATE if each is model else LAYER_STATE.match(name))]
+    memo |= {id(value): None for each, name in state
+             if not isinstance(value := vars(each)[name], (int, str, type(None)))}
+    copied = copy.deepcopy(model, memo)
+    copies = dict(zip(model.modules(), copied.modules(), strict=True))
+    for each, name in state:
+        vars(copies[each]).pop(name, None)
+    return copied
+
+
+@dataclass(frozen=True)
+class _CopyAgain:
+    """Makes another patcher of a packed model, as the host asks for: for another GPU, or outside
+    dynamic VRAM. Only the plain weights are in memory twice.
+
+    Attributes:
+        model: the packed one.
+        load_device: where it computes.
+        offload_device: where it is otherwise.
+        is_dynamic: whether it may be in dynamic VRAM.
+    """
+
+    model: Any
+    load_device: torch.device
+    offload_device: torch.device
+    is_dynamic: bool
+
+    def __call__(self, path: str = "", disable_dynamic: bool = False):
+        """path: of the file that the model was loaded from first, by which it is named."""
+        _unload(self.model)
+        patcher = self.patcher_of(_copy_model(self.model, {}), disable_dynamic)
+        patcher.cached_patcher_init = self, (path,)
+        return patcher
+
+    def patcher_of(self, model, disable_dynamic: bool = False):
+        """Returns a patcher for a model that has none."""
+        is_dynamic = self.is_dynamic and not disable_dynamic
+        patcher_class = (comfy.model_patcher.CoreModelPatcher if is_dynamic
+                         else comfy.model_patcher.ModelPatcher)
+        patcher = patcher_class(model, self.load_device, self.offload_device)
+        keep_packed(patcher)
+        return patcher
+
+
+def _clone_for(made, patcher):
+    """Returns a patcher of the packed copy with all else that another patcher has.
+
+    Args:
+        made: the copy's, without patches.
+        patcher: the MODEL's that was packed.
+    """
+    packed = patcher.clone(model_override=made.get_clone_model_override())
+    packed.__class__ = type(made)
+    packed.size, packed.parent, packed.clone_base_uuid = 0, made, made.clone_base_uuid
+    packed.cached_patcher_init = made.cached_patcher_init
+    packed.hook_backup, packed.cached_hook_patches = {}, {}
+    if hasattr(packed, "remove_additional_models"):
+        packed.remove_additional_models("multigpu")
+    copies = dict(zip(patcher.model.modules(), packed.model.modules(), strict=True))
+    packed.object_patches = {
+        name: types.MethodType(value.__func__, copies[value.__self__])
+        if isinstance(value, types.MethodType) and value.__self__ in copies else value
+        for name, value in patcher.object_patches.items()}
+    for key in (FIT_KEY, PACK_STATS_KEY):
+        packed.attachments.pop(key, None)
+    return packed
