@@ -83,8 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--type",
         help="Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q3_K, Q2_K, NF4, 'keep types', or one of ComfyUI's"
-             " own: int8_convrot, float8_e4m3fn, mxfp8, nvfp4, asym_w4a8_int8; with --size several"
-             " of these, such as int8_convrot+nvfp4",
+             " own: int8_convrot, float8_e4m3fn, mxfp8, nvfp4, asym_w4a8_int8,"
+             " convrot_w4a4, or 'convrot_w4a4 int4' whose inputs ComfyUI is to round to 4 bits too;"
+             " with --size several of these, such as int8_convrot+nvfp4",
     )
     parser.add_argument(
         "--size", type=parse_size,
@@ -158,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     start_host(find_host())
     import torch
 
+    from featherweight.loaders.files.safetensors_writer import FILE_TYPES, INT4_PRODUCT
     from featherweight.loaders.packing.checkpoint_source import source_of_checkpoint_file
     from featherweight.loaders.packing.planning.file_plan import (
         HOST_TYPES,
@@ -176,7 +178,8 @@ def run(arguments: argparse.Namespace) -> int:
     if signal.getsignal(signal.SIGINT) is stop_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     asked: list[str] = arguments.type.split("+") if arguments.type else []
-    chosen: list[str] = [RENAMED_TYPES.get(name, name) for name in asked]
+    renamed = {**RENAMED_TYPES, INT4_PRODUCT: FILE_TYPES[INT4_PRODUCT]}
+    chosen: list[str] = [renamed.get(name, name) for name in asked]
     names = (*TYPES, *ROW_TYPES, KEEP_TYPES)
     unknown = next((name for name in chosen if name not in names), None)
     if unknown is not None:
@@ -213,6 +216,7 @@ def run(arguments: argparse.Namespace) -> int:
             sensitivity,
             not arguments.loras_as_asked,
             overwrite=arguments.overwrite,
+            is_int4_product=INT4_PRODUCT in asked,
             row_types=row_types if arguments.size else (),
         )
         plan = plan_file(source, arguments.out, arguments.size or chosen[0], options)

@@ -6,6 +6,7 @@ import re
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
+from ..loaders.files.safetensors_writer import INT4_PRODUCT
 from ..loaders.packing.calibration.imatrix import load_measurement
 from ..loaders.packing.calibration.sampling import SamplingRun
 from ..loaders.packing.calibration.sequential import record_calibration
@@ -53,12 +54,13 @@ SIZES = {MIX: (), **{f"{MIX}: {' + '.join(mix)}": mix for mix in MIXES}}
 MIN_SAMPLES = 8  # pictures drawn for positive; each of its prompts is drawn at least once
 KEEP_QUALITY, KEEP_SIZE = "keep LoRA quality (larger)", "keep the size"
 NONE = "none"  # no measurement
-OFFERED = [*TYPES, KEEP_TYPES, MIX, *HOST_TYPES,
+W4A4 = "convrot_w4a4"
+OFFERED = [*TYPES, KEEP_TYPES, MIX, *HOST_TYPES, *[INT4_PRODUCT] * (W4A4 in HOST_TYPES),
            *(option for option, mix in SIZES.items() if mix and set(mix) <= set(HOST_TYPES))]
 # with those that workflows may name and this ComfyUI does not read, which `plan_file` says
 RENAMED_SAVE_TYPES = RENAMED_TYPES | {
     option.replace(MIX, "size in GB", 1): option for option in SIZES
-} | {option: option for option in (*ROW_TYPES, *SIZES) if option not in OFFERED}
+} | {option: option for option in (*ROW_TYPES, INT4_PRODUCT, *SIZES) if option not in OFFERED}
 RENAMED_LORAS = {"arrive whole": KEEP_QUALITY, "in the type asked for": KEEP_SIZE}
 RENAMED_MEASUREMENTS = {"": NONE}  # a text, in the place of the choice
 
@@ -221,6 +223,8 @@ class SavePackedModel(io.ComfyNode):
         **hidden,
     ) -> io.NodeOutput:
         type = current(type, RENAMED_SAVE_TYPES)
+        is_int4_product = type == INT4_PRODUCT
+        type = W4A4 if is_int4_product else type
         keep_loras = current(loras, RENAMED_LORAS) == KEEP_QUALITY
         name = sensitivity or current(measurement, RENAMED_MEASUREMENTS)
         measured = None if name in (None, NONE) else load_measurement(find_sensitivity(name))
@@ -238,6 +242,10 @@ class SavePackedModel(io.ComfyNode):
                 f"Not in the file, because it is not a weight: {', '.join(unsaved)}. Add the nodes"
                 " for it after the loader of the file."
             )
+        if type == W4A4:
+            model_source.notes.append(
+                "convrot_w4a4 loses more than Q4_K, which is about as large. It is for GPUs on"
+                " which ComfyUI multiplies it faster.")
         if not (measured or positive):
             loss = relative_error("Q4_K" if type in SIZES else type)
             model_source.notes += filter(None, [measuring_advice(loss)])
@@ -271,7 +279,7 @@ class SavePackedModel(io.ComfyNode):
             is_model = source is model_source
             options = SaveOptions(
                 measured if is_model else None, keep_loras, metadata, overwrite, row_types,
-                is_calibrated=is_model and bool(positive)
+                is_calibrated=is_model and bool(positive), is_int4_product=is_int4_product
             )
             plan = plan_file(source, path, target, options)
             progress.set_heading(plan.short_text)

@@ -41,7 +41,7 @@ FAMILIES = {
     "Z-Image Turbo": "#2f7d46",
 }
 OTHERS = "#5a6270"
-PACKED_TYPE = r"I?Q\d_\w+|NF4|int8_convrot|float8_e4m3fn|mxfp8|nvfp4|asym_w4a8_int8"
+PACKED_TYPE = r"I?Q\d_\w+|NF4|int8_convrot|float8_e4m3fn|mxfp8|nvfp4|asym_w4a8_int8|convrot_w4a4"
 FIT = "fit this GPU"  # in the place of a type to pack to
 FORMAT_WORDS = r"\s*\b(GGUF|NF4|SVDQuant|SDNQ)\b\s*"
 # Of the box with the format, by words in it.

@@ -79,7 +79,7 @@ HOST_ROTATES = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "w6a8_int8"
 # formats with two codes in a byte; their layout does not know the shape of the weight
 HALF_STORED = ("convrot_w4a4",)
 # format -> the first version of ComfyUI that reads it
-READ_BY = {"asym_w4a8_int8": "0.33", "w6a8_int8": "0.38"}
+READ_BY = {"convrot_w4a4": "0.28", "asym_w4a8_int8": "0.33", "w6a8_int8": "0.38"}
 # whose names do not begin with "weight"
 OTHER_PARTS = (MARK[1:], "input_scale", SMOOTHING, SMOOTH, DOWN, UP)
 OLD_INPUT_SCALE = ".scale_input"

@@ -4,8 +4,9 @@
 checkpoints: `X` uint8 (bytes, 1), `X.absmax` float32, `X.quant_map` float32 (16,) and
 `X.quant_state.bitsandbytes__nf4`, JSON as uint8 (bitsandbytes 0.50
 `functional.QuantState.as_dict`). A weight `L.weight` in a format of ComfyUI's own has the parts of
-`layer_parts`, and `L.comfy_quant`, JSON as uint8. These are at the end of the file, where their odd
-lengths leave other tensors aligned. safetensors' own `save_file` needs the whole model in memory.
+`layer_parts`, and `L.comfy_quant`, JSON as uint8; of INT4_PRODUCT without its LINEAR_DTYPE. These
+are at the end of the file, where their odd lengths leave other tensors aligned. safetensors' own
+`save_file` needs the whole model in memory.
 """
 import json
 import math
@@ -21,11 +22,15 @@ from ...ops.tensor.row_slicing import join_rows
 from ..quantizers.bitsandbytes import QUANT_TYPES
 from ..quantizers.comfyui import layer_parts
 from ..quantizers.comfyui_marks import MARK, mark_of
+from ..quantizers.comfyui_settings import LINEAR_DTYPE
 from .atomic_file import Tensors, WeightsWriter, WriteError
 from .safetensors import SafetensorsFile
 
 QUANT_NAMES = {packed.name: quant_type for quant_type, packed in QUANT_TYPES.items()}
 PACKED_TYPES = QUANT_NAMES.keys() | ROW_TYPES.keys()
+# In place of convrot_w4a4, in a file: ComfyUI rounds the inputs of such layers to 4 bits too.
+INT4_PRODUCT = "convrot_w4a4 int4"
+FILE_TYPES = {**{name: name for name in ROW_TYPES}, INT4_PRODUCT: "convrot_w4a4"}
 DTYPES = {dtype: name for name, dtype in SafetensorsFile.dtypes.items()}
 ALIGNMENT = 8  # of the data, so that readers can map it
 MAX_OFFSET = 10 ** 15  # reserves the digits of any offset
@@ -41,9 +46,10 @@ def parts_of(name: str, shape: Sequence[int], type_name: str) -> Parts:
     """
     if type_name in SafetensorsFile.dtypes:
         return {name: (type_name, tuple(shape))}
-    if type_name in ROW_TYPES:
+    if type_name in FILE_TYPES:
+        weight = _empty_weight(shape, FILE_TYPES[type_name])
         return {part: (DTYPES[tensor.dtype], tuple(tensor.shape))
-                for part, tensor in _layer_tensors(name, _empty_weight(shape, type_name)).items()}
+                for part, tensor in _layer_tensors(name, weight, type_name).items()}
     if type_name not in QUANT_NAMES:
         raise WriteError(
             f"Safetensors files cannot hold weights of the type {type_name}, which is planned for"
@@ -105,9 +111,9 @@ class SafetensorsWriter(WeightsWriter):
 
     def write(self, name: str, type_name: str, pieces: Iterable[torch.Tensor]):
         """Writes the next tensor, with the arguments of `GGUFWriter.write`."""
-        shape, _ = self.layout.tensors[name]
-        if type_name in ROW_TYPES:
-            return self._write_layer(name, join_rows(list(pieces)))
+        shape, file_type = self.layout.tensors[name]
+        if type_name in FILE_TYPES:
+            return self._write_layer(name, join_rows(list(pieces)), file_type)
         parts = parts_of(name, shape, type_name)
         if len(parts) == 1:
             return self._write(name, parts, pieces)
@@ -134,11 +140,11 @@ class SafetensorsWriter(WeightsWriter):
             self._write_tensor(name, mark)
         super().finish()
 
-    def _write_layer(self, name: str, weight: torch.Tensor):
+    def _write_layer(self, name: str, weight: torch.Tensor, file_type: str):
         """Writes a weight in a format of ComfyUI's own; its settings wait for `finish`."""
         if not is_packed(weight):
             raise ValueError(f"{name} is not packed.")
-        for part, tensor in _layer_tensors(name, weight).items():
+        for part, tensor in _layer_tensors(name, weight, file_type).items():
             if part.endswith(MARK):
                 self._marks[part] = tensor
             else:
@@ -168,9 +174,14 @@ def _empty_weight(shape: Sequence[int], type_name: str) -> PackedTensor:
     return packed_tensor(packed_format, data, shape, torch.float32, *qparams)
 
 
-def _layer_tensors(name: str, weight: PackedTensor) -> dict[str, torch.Tensor]:
-    """Returns name in the file -> tensor of a weight in a format of ComfyUI's own."""
+def _layer_tensors(name: str, weight: PackedTensor, type_name: str) -> dict[str, torch.Tensor]:
+    """Returns name in the file -> tensor of a weight in a format of ComfyUI's own.
+
+    type_name: of FILE_TYPES.
+    """
     settings, parts = layer_parts(weight)
+    if type_name == INT4_PRODUCT:
+        del settings[LINEAR_DTYPE]
     layer = name.removesuffix(".weight")
     tensors = {f"{layer}.{part}": tensor for part, tensor in parts.items()}
     return tensors | {f"{layer}{MARK}": mark_of(settings)}

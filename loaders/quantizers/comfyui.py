@@ -55,7 +55,7 @@ from ...ops.tensor.packed_tensor import PackedTensor
 from ..container.weight_file import describe
 from .base import HeaderOf, Quantizer
 from .comfyui_marks import marked_layers
-from .comfyui_settings import CONVROT, ROTATION_SIZE, is_rotated, setting
+from .comfyui_settings import CONVROT, LINEAR_DTYPE, ROTATION_SIZE, is_rotated, setting
 from .parts import FLOATS, Part, PartError, Parts, bind_sizes
 
 SCALE, SCALE_2, SMOOTHING = "weight_scale", "weight_scale_2", "pre_quant_scale"
@@ -428,6 +428,7 @@ READERS: dict[str, Callable[[Mapping, Parts, Sizes], PackedTensor | None]] = {
 ROW_TYPE_OF = {
     INT8_CONVROT.name: "int8_convrot", INT8_ROWS.name: "int8_convrot",
     F8_E4M3.name: "float8_e4m3fn", MXFP8.name: "mxfp8", NVFP4_ROWS.name: "nvfp4",
+    INT4_CONVROT.name: "convrot_w4a4",
     **{family.name: "asym_w4a8_int8" for family in (W4A8, W4A8_INTEGERS, W4A8_TABLE)}}
 Settings = dict[str, Any]
 
@@ -488,6 +489,13 @@ def _int8_parts(packed_format: RowFormat, codes: torch.Tensor,
     return settings, {"weight": codes.view(torch.int8), SCALE: tensors["scale"].view(-1, 1)}
 
 
+def _int4_parts(packed_format: RowFormat, codes: torch.Tensor,
+                tensors: Parts) -> tuple[Settings, Parts]:
+    settings = {"format": "convrot_w4a4", ROTATION_SIZE: packed_format.layout.rotation,
+                LINEAR_DTYPE: "int8"}
+    return settings, {"weight": codes.view(torch.int8), SCALE: tensors["scale"].flatten()}
+
+
 def _level_parts(packed_format: RowFormat, codes: torch.Tensor,
                  tensors: Parts) -> tuple[Settings, Parts]:
     layout = packed_format.layout
@@ -505,8 +513,8 @@ def _level_parts(packed_format: RowFormat, codes: torch.Tensor,
 
 WRITERS: dict[str, Callable[[RowFormat, torch.Tensor, Parts], tuple[Settings, Parts]]] = {
     F8_E4M3.name: _float_parts, MXFP8.name: _float_parts, NVFP4_ROWS.name: _float_parts,
-    INT8_ROWS.name: _int8_parts, INT8_CONVROT.name: _int8_parts, W4A8.name: _level_parts,
-    W4A8_INTEGERS.name: _level_parts, W4A8_TABLE.name: _level_parts}
+    INT8_ROWS.name: _int8_parts, INT8_CONVROT.name: _int8_parts, INT4_CONVROT.name: _int4_parts,
+    W4A8.name: _level_parts, W4A8_INTEGERS.name: _level_parts, W4A8_TABLE.name: _level_parts}
 
 
 def _pack(family: RowFamily, parts: Parts, sizes: tuple[int, ...] = (), rotation: int = 0,

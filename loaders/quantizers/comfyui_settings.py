@@ -22,6 +22,8 @@ Accepts = Callable[[Any], bool]
 
 FORMAT, NESTED = "format", "params"  # old writers nest settings in `params`
 CONVROT, ROTATION_SIZE = "convrot", "convrot_groupsize"
+# of convrot_w4a4: what ComfyUI rounds inputs to, "int8" or "int4", which it is without
+LINEAR_DTYPE = "linear_dtype"
 OFF = (None, False, 0, "", "none", "off", "false", "no")
 
 

@@ -84,7 +84,8 @@ MAX_TOKENS = (1, 4)
 MAX_BFLOAT16_TOKENS = 1024  # of the one for AVX512-BF16
 MAX_TAPS = 64  # of a convolution whose weights "channels_last" transposes in a core's cache
 # families of rows that are packed: those of `ops.packing.row_types`
-ENCODED = frozenset(("INT8_ROWS", "INT8_CONVROT", "F8_E4M3", "MXFP8", "NVFP4_ROWS", "W4A8"))
+ENCODED = frozenset(("INT8_ROWS", "INT8_CONVROT", "INT4_CONVROT", "F8_E4M3", "MXFP8", "NVFP4_ROWS",
+                     "W4A8"))
 CODES = {"LARGEST_CODE": f"{LARGEST_CODE}.0f", "TINY": f"{TINY}f"}  # constants of source/cpu/int8.h
 # A compiler that takes longer is ended, and torch does the work. At first Zig makes its own
 # libraries: for Windows in a minute on two fast cores.

@@ -13,6 +13,7 @@ from .. import kernels
 from ..formats.base import FORMATS, Format, FormatError
 from ..formats.comfyui import (
     F8_E4M3,
+    INT4_CONVROT,
     INT8_CONVROT,
     INT8_ROWS,
     MXFP8,
@@ -46,6 +47,7 @@ class RowType:
         shrinks: the scales tried, as shares of the one that just holds the largest value of a
             group.
         multiple: of which rows and columns are.
+        columns: of which columns are.
         rotates: whether groups of `ROTATIONS` columns are rotated; those that none divides are not.
         is_per_tensor: whether one number, float32, is the weight's.
     """
@@ -53,14 +55,16 @@ class RowType:
     family: RowFamily
     shrinks: tuple[float, ...]
     multiple: int = 1
+    columns: int = 1
     rotates: bool = False
     is_per_tensor: bool = False
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Returns whether a weight of a shape can be packed: (N, K) of whole groups."""
-        if len(shape) != 2 or 0 in shape or any(size % self.multiple for size in shape):
+        if (len(shape) != 2 or 0 in shape or any(size % self.multiple for size in shape)
+                or shape[1] % self.columns):
             return False
-        return not (self.rotates and self.family.sizes[1:]) or bool(_rotation(shape[1]))
+        return not self.rotates or self.family is INT8_CONVROT or bool(_rotation(shape[1]))
 
     def format_of(self, shape: tuple[int, ...]) -> RowFormat:
         """Returns the format of a weight of a shape that it takes."""
@@ -87,6 +91,8 @@ def _rotation(columns: int) -> int:
 
 # A larger scale than needed can be better where the largest levels are far apart.
 OF_FOUR_BITS = (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 1.125, 1.25, 1.375, 1.5)
+# One scale for a row: of normally distributed values the best one holds two thirds of the largest.
+OF_ROWS_OF_FOUR_BITS = (1, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66, 0.62, 0.58, 0.54)
 ROW_TYPES = {row_type.name: row_type for row_type in (
     RowType("int8_convrot", INT8_CONVROT, (1, 0.95, 0.9), rotates=True),
     # the error of float8 hardly depends on the scale: by 0.04 dB at most on the demo's matrices
@@ -94,6 +100,7 @@ ROW_TYPES = {row_type.name: row_type for row_type in (
     RowType("mxfp8", MXFP8, (1, 0.5), MXFP8_GROUP),
     RowType("nvfp4", NVFP4_ROWS, OF_FOUR_BITS, NVFP4_GROUP, is_per_tensor=True),
     RowType("asym_w4a8_int8", W4A8, OF_FOUR_BITS, 16, rotates=True),
+    RowType("convrot_w4a4", INT4_CONVROT, OF_ROWS_OF_FOUR_BITS, columns=64, rotates=True),
 )}
 
 

@@ -48,8 +48,8 @@ def test_these_options_have_new_words():
             "asym_w4a8_int8", f"{MIX}: int8_convrot + asym_w4a8_int8")
            if "asym_w4a8_int8" not in QUANT_ALGOS},
         **{("SavePackedModel", "type", f"size in GB: {mix}"): f"{MIX}: {mix}" for mix in (
-            "int8_convrot + asym_w4a8_int8", "int8_convrot + nvfp4", "float8_e4m3fn + nvfp4",
-            "mxfp8 + nvfp4")},
+            "int8_convrot + asym_w4a8_int8", "int8_convrot + convrot_w4a4", "int8_convrot + nvfp4",
+            "float8_e4m3fn + nvfp4", "mxfp8 + nvfp4")},
         ("SavePackedModel", "loras", "arrive whole"): "keep LoRA quality (larger)",
         ("SavePackedModel", "loras", "in the type asked for"): "keep the size",
         ("SavePackedModel", "measurement", ""): "none",

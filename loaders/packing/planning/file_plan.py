@@ -49,8 +49,8 @@ KEEP_TYPES = "keep types"  # in place of a type: each weight keeps the type it i
 RENAMED_TYPES = {"as it is": KEEP_TYPES}  # words of earlier versions
 # Sets of ComfyUI's own types that a size may be met with, the finest first: those that the same
 # devices multiply.
-MIXES = (("int8_convrot", "asym_w4a8_int8"), ("int8_convrot", "nvfp4"), ("float8_e4m3fn", "nvfp4"),
-         ("mxfp8", "nvfp4"))
+MIXES = (("int8_convrot", "asym_w4a8_int8"), ("int8_convrot", "convrot_w4a4"),
+         ("int8_convrot", "nvfp4"), ("float8_e4m3fn", "nvfp4"), ("mxfp8", "nvfp4"))
 COARSE_BITS = 3.0  # bits of a value below which saving a model again is worth a warning
 PACKED_SHARE = 0.1  # of a model's values, from which on what was lost before is told
 # Norms that are called `.scale` in the field's files.
@@ -70,6 +70,8 @@ class SaveOptions:
         mode: permissions of the file, as for `atomic_writer`.
         row_types: names of ROW_TYPES with which a size is met; none: it is met with GGUF types.
         is_calibrated: whether the layers are packed for their inputs.
+        is_int4_product: whether ComfyUI is to round the inputs of convrot_w4a4's layers to 4 bits
+            too, which fewer GPUs multiply and which loses more than 8 bits.
     """
 
     sensitivity: Sensitivity | None = None
@@ -79,6 +81,7 @@ class SaveOptions:
     row_types: tuple[str, ...] = ()
     mode: int = 0o666
     is_calibrated: bool = False
+    is_int4_product: bool = False
 
 
 @dataclass(frozen=True)
@@ -463,8 +466,10 @@ def _lay_out(source: Source, path: Path, target: str | int, options: SaveOptions
     safetensors = is_safetensors(path)
     names = {name: written_name(source.file_names.get(name, name), plan.types)
              for name in source.weights}
+    renamed = {"convrot_w4a4": safetensors_writer.INT4_PRODUCT} if options.is_int4_product else {}
+    types = {name: renamed.get(type_name, type_name) for name, type_name in plan.types.items()}
     tensors = {
-        names[name]: (weight.shape, plan.types.get(name) or plain_type(weight, safetensors))
+        names[name]: (weight.shape, types.get(name) or plain_type(weight, safetensors))
         for name, weight in source.weights.items()
     }
     metadata = {**source.metadata, **options.metadata, "featherweight.plan": plan.json()}

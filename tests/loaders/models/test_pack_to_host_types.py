@@ -50,7 +50,7 @@ DIFFUSION_FILES = [name for name, (load, *_) in FILES.items() if load is diffusi
 MATRIX = "double_blocks.0.img_mlp.0.weight"
 # Most of the difference to the dense model's output that a type may make on a small random one.
 ERRORS = {"int8_convrot": 0.03, "float8_e4m3fn": 0.1, "mxfp8": 0.1, "nvfp4": 0.3,
-          "asym_w4a8_int8": 0.3}
+          "asym_w4a8_int8": 0.3, "convrot_w4a4": 0.4}
 
 
 def weights_of(patcher) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoint_parts import stable_diffusion
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from comfy_kitchen.tensor import convrot_w4a4 as kitchen
 from controlnets import flux_bfl
 from diffusers_names import DIFFUSERS, in_diffusers_names
 from encoders import ENCODERS
@@ -68,8 +69,9 @@ from featherweight.ops.tensor.packed_layout import is_packed
 pytestmark = pytest.mark.usefixtures("small_models")
 each_type = pytest.mark.parametrize("kind", HOST_TYPES)
 BLOCK = "double_blocks.0.img_mlp.0.weight"  # a matrix that is packed
-FOUR_BITS = ("nvfp4", "asym_w4a8_int8")
-LEAST_DB = {"int8_convrot": 40, "float8_e4m3fn": 30, "mxfp8": 29, "nvfp4": 19, "asym_w4a8_int8": 20}
+FOUR_BITS = ("nvfp4", "asym_w4a8_int8", "convrot_w4a4")
+LEAST_DB = {"int8_convrot": 40, "float8_e4m3fn": 30, "mxfp8": 29, "nvfp4": 19, "asym_w4a8_int8": 20,
+            "convrot_w4a4": 18}
 FEW_VALUES = "float8_e4m3fn", "compressed-tensors mxfp4"
 DIFFUSION_FILES = [name for name, (load, *_) in FILES.items() if load is diffusion_model]
 
@@ -482,3 +484,33 @@ def test_the_rules_are_those_of_the_tools():
         shapes = {f"{layer}.weight": (512, 512) for layer in (*exact, packed)}
         shapes |= {f"transformer_blocks.{number}.x": (1,) for number in range(48)}
         assert rules.row_names(shapes, "nvfp4") == [f"{packed}.weight"], name
+
+
+@pytest.mark.skipif("convrot_w4a4" not in HOST_TYPES, reason="this ComfyUI does not read it")
+@pytest.mark.parametrize("product", ["int8", "int4"])
+def test_convrot_w4a4_is_nearer_than_comfyuis_own_and_says_what_its_inputs_are_rounded_to(
+        product, tmp_path):
+    rows, columns = random.randint(1, 40) * 8, random.choice([256, 3072, 64 * 5])
+    name = "double_blocks.0.img_mlp.0.weight"
+    values = torch.randn(rows, columns)
+    save_file({name: values}, tmp_path / "a.safetensors")
+    weight = Weight(name, name, (rows, columns), values, lambda start, stop: values[start:stop])
+    plan = plan_file(Source({name: weight}), tmp_path / "b.safetensors", "convrot_w4a4",
+                     SaveOptions(is_int4_product=product == "int4"))
+    written = stored(packing.save(plan).path)
+    mark = json.loads(bytes(written[name.replace("weight", "comfy_quant")].tolist()))
+    group = mark.pop("convrot_groupsize")
+    assert mark == {"format": "convrot_w4a4"} | (
+        {"linear_dtype": "int8"} if product == "int8" else {})  # int4 is what ComfyUI takes else
+    parts = written[name], written[f"{name}_scale"]
+    by_kitchen = kitchen.quantize_convrot_w4a4_weight(values, group)
+    assert [part.dtype for part in parts] == [part.dtype for part in by_kitchen]
+    assert [part.shape for part in parts] == [part.shape for part in by_kitchen]
+    read = kitchen.dequantize_convrot_w4a4_weight(*parts, group)
+    plain = kitchen.dequantize_convrot_w4a4_weight(*by_kitchen, group)
+    assert db(read, values) - db(plain, values) > (2.5 if columns == 3072 else 1)
+    own = as_tensors(open_weights(plan.path), read_marked(open_weights(plan.path)))[name]
+    assert db(own.dequantize(), read) > 100
+    inputs = torch.randn(64, columns)
+    out = kitchen.convrot_w4a4_linear(inputs, *parts, convrot_groupsize=group, linear_dtype=product)
+    assert 0.08 < relative(out, inputs @ read.T) < 0.2  # on a CPU of 4 bits in both cases
